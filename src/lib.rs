@@ -1,0 +1,20 @@
+//! csi-driver-oci serves OCI artifacts as read-only Kubernetes pod volumes.
+//!
+//! One folder a room; dependencies point downwards only:
+//!
+//! ```text
+//! main -> cli -> app -> config
+//! csi     the gRPC edge: sockets, requests, statuses, self-registration
+//! volume  the use cases: publish, unpublish, stats, reconcile
+//! pull    resolve, proofs, flights, transfer
+//! oci     references, digests, manifests, platforms, credentials, the registry
+//! unpack  media types, archives, merging, limits
+//! store   the layout on disk: blobs, files, layers, trees, records, recovery
+//! mount   bind mounts, the mount table, the few raw system calls
+//! admin   health and metrics
+//! ```
+//!
+//! `tests/walls.rs` keeps the walls up.
+
+pub mod oci;
+pub mod proto;

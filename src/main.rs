@@ -1,0 +1,3 @@
+//! The `csi-driver-oci` command.
+
+fn main() {}

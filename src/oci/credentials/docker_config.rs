@@ -1,0 +1,145 @@
+//! Docker's configuration file: `{"auths": {"<registry>": {..}}}`, and the older form without `auths`.
+//!
+//! `auth` wins over `username` and `password`, as with the kubelet. Unlike the
+//! kubelet, `identitytoken` and `registrytoken` are honoured, and win over both:
+//! Azure writes an `auth` with an empty password beside its identity token.
+//! `credsStore` and `credHelpers` name programs of the machine where the file
+//! was written; they are ignored.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use base64::alphabet;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use serde::Deserialize;
+
+use super::secret::MAXIMUM_BYTES;
+use super::{Credential, SecretError};
+
+/// More registries than anybody has; a keyring is searched linearly at every publish.
+const MAXIMUM_ENTRIES: usize = 4096;
+
+/// Both paddings are in circulation.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// Sorted by key, so that two entries which mean the same host keep one order.
+pub(super) type Entries = Vec<(String, Credential)>;
+
+#[derive(Deserialize)]
+struct DockerConfig {
+    #[serde(default)]
+    auths: Option<BTreeMap<String, DockerEntry>>,
+}
+
+/// All fields may be null, and often are.
+#[derive(Deserialize, Default)]
+struct DockerEntry {
+    username: Option<String>,
+    password: Option<String>,
+    auth: Option<String>,
+    identitytoken: Option<String>,
+    registrytoken: Option<String>,
+}
+
+/// Parses the form with `auths`; a configuration without it has no entries.
+pub(super) fn parse_config(key: &'static str, bytes: &[u8]) -> Result<Entries, SecretError> {
+    check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
+    let config: DockerConfig = serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
+    credentials(key, config.auths.unwrap_or_default())
+}
+
+/// Parses the older form, the map alone.
+pub(super) fn parse_entries(key: &'static str, bytes: &[u8]) -> Result<Entries, SecretError> {
+    check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
+    let entries: BTreeMap<String, DockerEntry> =
+        serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
+    credentials(key, entries)
+}
+
+pub(super) fn check_size(
+    key: &'static str,
+    size: usize,
+    unit: &'static str,
+    limit: usize,
+) -> Result<(), SecretError> {
+    if size > limit { Err(SecretError::TooLarge { key, size, unit, limit }) } else { Ok(()) }
+}
+
+fn credentials(
+    key: &'static str,
+    entries: BTreeMap<String, DockerEntry>,
+) -> Result<Entries, SecretError> {
+    check_size(key, entries.len(), "registries", MAXIMUM_ENTRIES)?;
+    let mut parsed = Vec::new();
+    for (name, entry) in entries {
+        // An entry without content is what docker leaves behind when a credential helper holds the secret.
+        if let Some(credential) = credential(key, &name, entry)? {
+            parsed.push((name, credential));
+        }
+    }
+    Ok(parsed)
+}
+
+fn credential(
+    key: &'static str,
+    name: &str,
+    entry: DockerEntry,
+) -> Result<Option<Credential>, SecretError> {
+    let given = |field: Option<String>| field.filter(|text| !text.is_empty());
+    let mut username = given(entry.username).unwrap_or_default();
+    let mut password = given(entry.password).unwrap_or_default();
+    if let Some(auth) = given(entry.auth) {
+        (username, password) = decode_auth(&auth).map_err(|reason| SecretError::Auth {
+            key,
+            entry: shorten(name),
+            reason,
+        })?;
+    }
+    let token = |field: &'static str, value: Option<String>| match given(value) {
+        Some(text) if !text.bytes().all(|byte| byte.is_ascii_graphic()) => {
+            Err(SecretError::Token { key, field, entry: shorten(name) })
+        }
+        value => Ok(value),
+    };
+    if let Some(token) = token("registrytoken", entry.registrytoken)? {
+        return Ok(Some(Credential::RegistryToken { token }));
+    }
+    if let Some(token) = token("identitytoken", entry.identitytoken)? {
+        return Ok(Some(Credential::IdentityToken { username, token }));
+    }
+    if username.is_empty() && password.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Credential::Basic { username, password }))
+}
+
+/// Splits at the first colon: a password may have more of them, a name none.
+fn decode_auth(auth: &str) -> Result<(String, String), &'static str> {
+    // Go's decoder, which everybody tested their secrets with, skips line breaks.
+    let compact: String = auth.trim().chars().filter(|&c| c != '\n' && c != '\r').collect();
+    let bytes = BASE64.decode(compact).map_err(|_| "is not base64")?;
+    let text = String::from_utf8(bytes).map_err(|_| "does not decode to text")?;
+    let (username, password) = text.split_once(':').ok_or("decodes to a text without a colon")?;
+    Ok((username.to_owned(), password.to_owned()))
+}
+
+/// Line and column only: the parser's own text may quote a value.
+fn shape(key: &'static str, error: &serde_json::Error) -> SecretError {
+    let what = match error.classify() {
+        serde_json::error::Category::Eof => "it ends too early",
+        serde_json::error::Category::Data => "a field has another type than expected",
+        serde_json::error::Category::Syntax | serde_json::error::Category::Io => "it is not JSON",
+    };
+    SecretError::Malformed {
+        key,
+        reason: format!("{what} at line {} column {}", error.line(), error.column()),
+    }
+}
+
+/// Registry names are no secrets, but may be as long as the secret.
+fn shorten(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).take(100).collect()
+}

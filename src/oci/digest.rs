@@ -1,0 +1,142 @@
+//! Content digests: the `sha256` algorithm of the OCI image specification.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+
+/// The SHA-256 of some content, the name it goes by everywhere.
+///
+/// Only `sha256` is accepted: it is what registries and clients produce, and a
+/// second algorithm would give one content two names in the store.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Digest([u8; 32]);
+
+/// Why a text is not a digest.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DigestError {
+    /// Neither `sha256:` nor anything that could be an algorithm.
+    #[error("\"{0}\" is not a digest: write sha256:<64 lower-case hexadecimal digits>")]
+    Malformed(String),
+    /// A registered algorithm, but not the one that is supported.
+    #[error("digest algorithm \"{0}\" is not supported: use the content's sha256 digest")]
+    Algorithm(String),
+}
+
+impl Digest {
+    /// Wraps a finished hash.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// Hashes content that is in memory.
+    #[must_use]
+    pub fn of(content: &[u8]) -> Self {
+        Self(sha2::Sha256::digest(content).into())
+    }
+
+    /// The raw hash.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// 64 lower-case hexadecimal digits, without the algorithm: safe as a file name.
+    #[must_use]
+    pub fn hex(&self) -> String {
+        use fmt::Write as _;
+        self.0.iter().fold(String::with_capacity(64), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+    }
+
+    /// The inverse of [`Digest::hex`].
+    #[must_use]
+    pub fn from_hex(hex: &str) -> Option<Self> {
+        let digits = hex.as_bytes();
+        if digits.len() != 64 {
+            return None;
+        }
+        let value = |digit: u8| match digit {
+            b'0'..=b'9' => Some(digit - b'0'),
+            b'a'..=b'f' => Some(digit - b'a' + 10),
+            _ => None,
+        };
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = value(pair[0])? << 4 | value(pair[1])?;
+        }
+        Some(Self(bytes))
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "sha256:{}", self.hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = DigestError;
+
+    fn from_str(text: &str) -> Result<Self, DigestError> {
+        // What is echoed is bounded: an attribute may be as long as a pod's specification.
+        let shown = || text.chars().take(100).collect::<String>();
+        let Some((algorithm, hex)) = text.split_once(':') else {
+            return Err(DigestError::Malformed(shown()));
+        };
+        if algorithm == "sha256" {
+            return Self::from_hex(hex).ok_or_else(|| DigestError::Malformed(shown()));
+        }
+        if ["sha384", "sha512", "blake3"].contains(&algorithm) {
+            return Err(DigestError::Algorithm(algorithm.to_owned()));
+        }
+        Err(DigestError::Malformed(shown()))
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_and_back() {
+        let digest = Digest::of(b"{}");
+        assert_eq!(
+            digest.to_string(),
+            "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+        );
+        assert_eq!(digest.to_string().parse(), Ok(digest));
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for text in ["", "sha256:", "sha256:zz", "44136fa3", "sha256:../../../etc/passwd"] {
+            assert!(matches!(text.parse::<Digest>(), Err(DigestError::Malformed(_))), "{text}");
+        }
+        let upper = Digest::of(b"").to_string().to_uppercase();
+        assert!(upper.parse::<Digest>().is_err());
+        assert_eq!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm("sha512".into())));
+    }
+}

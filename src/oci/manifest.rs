@@ -1,0 +1,443 @@
+//! Manifests and indexes, as the OCI image specification and Docker's schema 2
+//! define them, read from bytes that somebody else wrote.
+
+use std::collections::BTreeMap;
+
+use base64::Engine as _;
+use serde::Deserialize;
+
+use super::digest::{Digest, DigestError};
+use super::media_type;
+use super::platform::Platform;
+
+/// Points at content, with what the manifest says of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// As written, without parameters, in lower case.
+    pub media_type: String,
+    /// The content's name.
+    pub digest: Digest,
+    /// The content's length in bytes.
+    pub size: u64,
+    /// Titles, file metadata, and whatever else.
+    pub annotations: BTreeMap<String, String>,
+    /// The content itself, where the manifest carries it inline.
+    pub data: Option<Vec<u8>>,
+    /// What an index says an entry was built for.
+    pub platform: Option<Platform>,
+    /// What an index says an entry is.
+    pub artifact_type: Option<String>,
+}
+
+/// What a reference can resolve to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manifest {
+    /// One image or artifact.
+    Image(ImageManifest),
+    /// A choice of manifests by platform.
+    Index(ImageIndex),
+}
+
+/// One image or artifact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageManifest {
+    /// `artifactType` as written; see [`ImageManifest::kind`].
+    pub artifact_type: Option<String>,
+    /// None in the old artifact manifest.
+    pub config: Option<Box<Descriptor>>,
+    /// The content, lowest layer first.
+    pub layers: Vec<Descriptor>,
+}
+
+/// A choice of manifests by platform.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageIndex {
+    /// In the index's order.
+    pub manifests: Vec<Descriptor>,
+}
+
+/// Bounds on what a manifest may demand.
+#[derive(Clone, Copy, Debug)]
+pub struct ManifestLimits {
+    /// Layers of one manifest, and entries of one index.
+    pub layers: usize,
+    /// Bytes of one blob as its descriptor announces it.
+    pub blob_bytes: u64,
+}
+
+/// Why bytes are not a manifest that can be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ManifestError {
+    /// Not JSON, or not of a manifest's shape.
+    #[error("the manifest cannot be decoded: {0}")]
+    Undecodable(String),
+    /// A digest in it.
+    #[error("a descriptor of the manifest: {0}")]
+    Digest(DigestError),
+    /// A size below zero.
+    #[error("the manifest gives {digest} a size of {size} bytes")]
+    NegativeSize {
+        /// Whose size.
+        digest: Digest,
+        /// What it says.
+        size: i64,
+    },
+    /// Inline data that is not base64, or not what the descriptor says.
+    #[error("the inline data of {0} does not match its descriptor")]
+    Data(Digest),
+    /// A manifest of a kind that holds nothing to mount.
+    #[error("manifests of type \"{0}\" are not supported: push an OCI image manifest or index")]
+    MediaType(String),
+    /// More layers or entries than the limit.
+    #[error("the manifest has {count} layers or entries, the limit is {limit} (limits.layers)")]
+    TooManyLayers {
+        /// How many.
+        count: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// A descriptor that announces more than the limit.
+    #[error(
+        "the manifest announces {size} bytes for {digest}, the limit is {limit} (limits.blobBytes)"
+    )]
+    BlobTooLarge {
+        /// Which blob.
+        digest: Digest,
+        /// What it announces.
+        size: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// No entry of an index fits.
+    #[error(
+        "the index has nothing for {wanted}; it has {offered}: set the attribute \"platform\" or push that platform"
+    )]
+    NoPlatform {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        offered: String,
+    },
+    /// A single manifest whose configuration names another platform.
+    #[error(
+        "the artifact is for {found}, not for {wanted}: set the attribute \"platform\" to mount it all the same"
+    )]
+    OtherPlatform {
+        /// What was asked for.
+        wanted: String,
+        /// What the configuration says.
+        found: String,
+    },
+    /// An index inside an index.
+    #[error("the index's entry {0} is an index again: reference that index by its own digest")]
+    NestedIndex(Digest),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawManifest {
+    schema_version: Option<i64>,
+    media_type: Option<String>,
+    artifact_type: Option<String>,
+    config: Option<RawDescriptor>,
+    layers: Option<Vec<RawDescriptor>>,
+    blobs: Option<Vec<RawDescriptor>>,
+    manifests: Option<Vec<RawDescriptor>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDescriptor {
+    media_type: String,
+    digest: String,
+    size: i64,
+    annotations: Option<BTreeMap<String, String>>,
+    data: Option<String>,
+    platform: Option<RawPlatform>,
+    artifact_type: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawPlatform {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    variant: Option<String>,
+}
+
+impl Manifest {
+    /// Reads a manifest. `content_type` is what the registry's header said; the
+    /// document's own `mediaType` wins, and its shape decides when neither helps.
+    ///
+    /// # Errors
+    ///
+    /// See [`ManifestError`]; nothing of the input is trusted before it is checked.
+    pub fn parse(
+        bytes: &[u8],
+        content_type: Option<&str>,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        let raw: RawManifest = serde_json::from_slice(bytes)
+            .map_err(|error| ManifestError::Undecodable(error.to_string()))?;
+        let declared = raw.media_type.as_deref().or(content_type).map(media_type::essence);
+        let declared =
+            declared.filter(|declared| media_type::MANIFESTS.contains(&declared.as_str()));
+        // A document that is not a manifest at all (an error page, Docker's schema 1) is told from a broken one.
+        if declared.is_none() {
+            if let Some(other) = raw.media_type.as_deref() {
+                return Err(ManifestError::MediaType(other.chars().take(200).collect()));
+            }
+            if raw.schema_version == Some(1) {
+                return Err(ManifestError::MediaType("Docker schema 1".into()));
+            }
+        }
+        // Hosts differ in what they call a document, so the shape decides, once the type is known to be one of ours.
+        match (raw.layers, raw.manifests, raw.blobs) {
+            (Some(_), Some(_), _) => {
+                Err(ManifestError::Undecodable("it has both \"layers\" and \"manifests\"".into()))
+            }
+            (Some(layers), None, _) => Self::image(raw.artifact_type, raw.config, layers, limits),
+            (None, Some(manifests), _) => {
+                let manifests = descriptors(manifests, limits)?;
+                Ok(Self::Index(ImageIndex { manifests }))
+            }
+            (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
+            (None, None, None) => Err(ManifestError::Undecodable(
+                "it has neither \"layers\" nor \"manifests\"".into(),
+            )),
+        }
+    }
+
+    fn image(
+        artifact_type: Option<String>,
+        config: Option<RawDescriptor>,
+        layers: Vec<RawDescriptor>,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        Ok(Self::Image(ImageManifest {
+            artifact_type: artifact_type.filter(|kind| !kind.is_empty()),
+            config: config.map(|config| descriptor(config, limits).map(Box::new)).transpose()?,
+            layers: descriptors(layers, limits)?,
+        }))
+    }
+}
+
+impl ImageManifest {
+    /// What the artifact is, for people: `artifactType`, else the configuration's media type.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        let config = self.config.as_ref().map(|config| config.media_type.as_str());
+        self.artifact_type.as_deref().or(config).unwrap_or("unknown")
+    }
+
+    /// Whether this is an ordinary runnable image. An `artifactType` says no even
+    /// when the configuration's type says yes: `oras push --artifact-platform`
+    /// writes such a pair.
+    #[must_use]
+    pub fn is_image(&self) -> bool {
+        self.artifact_type.is_none() && self.has_image_config()
+    }
+
+    /// Whether the configuration is an image's, and so may name a platform.
+    #[must_use]
+    pub fn has_image_config(&self) -> bool {
+        self.config.as_ref().is_some_and(|config| {
+            [media_type::OCI_IMAGE_CONFIG, media_type::DOCKER_IMAGE_CONFIG]
+                .contains(&config.media_type.as_str())
+        })
+    }
+}
+
+impl ImageIndex {
+    /// Chooses the entry for a platform: the first that is accepted, else, when no
+    /// entry names a platform, the only one. Attestations (`unknown/unknown`) never count.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
+        let is_attestation = |entry: &&Descriptor| {
+            entry.platform.as_ref().is_some_and(|platform| platform.os == "unknown")
+                || entry.annotations.contains_key("vnd.docker.reference.type")
+        };
+        let candidates: Vec<_> =
+            self.manifests.iter().filter(|entry| !is_attestation(entry)).collect();
+        let fits = |entry: &&&Descriptor| {
+            entry.platform.as_ref().is_some_and(|platform| wanted.accepts(platform))
+        };
+        if let Some(entry) = candidates.iter().find(fits) {
+            return Ok(entry);
+        }
+        // Artifact indexes often name no platforms; then there is no choice to get wrong only with one entry.
+        let mut without = candidates.iter().filter(|entry| entry.platform.is_none());
+        if let (Some(entry), None) = (without.next(), without.next()) {
+            return Ok(entry);
+        }
+        let offered: Vec<_> = candidates
+            .iter()
+            .take(20)
+            .map(|entry| entry.platform.as_ref().map_or("no platform".into(), Platform::to_string))
+            .collect();
+        let offered = if offered.is_empty() { "no manifests".into() } else { offered.join(", ") };
+        Err(ManifestError::NoPlatform { wanted: wanted.to_string(), offered })
+    }
+}
+
+/// Compares the platform that an image configuration names, if the bytes are one
+/// and name any, with the one that is wanted.
+///
+/// # Errors
+///
+/// [`ManifestError::OtherPlatform`].
+pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), ManifestError> {
+    let Ok(raw) = serde_json::from_slice::<RawPlatform>(config) else { return Ok(()) };
+    if raw.os.is_empty() || raw.architecture.is_empty() {
+        return Ok(());
+    }
+    let found = platform(raw);
+    if wanted.accepts(&found) {
+        return Ok(());
+    }
+    let (wanted, found) = (wanted.to_string(), found.to_string());
+    Err(ManifestError::OtherPlatform { wanted, found })
+}
+
+fn platform(raw: RawPlatform) -> Platform {
+    // Shown in messages, so bounded here.
+    let short = |text: String| text.chars().take(64).collect::<String>();
+    Platform {
+        os: short(raw.os),
+        architecture: short(raw.architecture),
+        variant: raw.variant.filter(|variant| !variant.is_empty()).map(short),
+    }
+}
+
+fn descriptors(
+    raw: Vec<RawDescriptor>,
+    limits: ManifestLimits,
+) -> Result<Vec<Descriptor>, ManifestError> {
+    if raw.len() > limits.layers {
+        return Err(ManifestError::TooManyLayers { count: raw.len(), limit: limits.layers });
+    }
+    raw.into_iter().map(|raw| descriptor(raw, limits)).collect()
+}
+
+fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
+    let digest: Digest = raw.digest.parse().map_err(ManifestError::Digest)?;
+    let size = u64::try_from(raw.size)
+        .map_err(|_| ManifestError::NegativeSize { digest, size: raw.size })?;
+    if size > limits.blob_bytes {
+        return Err(ManifestError::BlobTooLarge { digest, size, limit: limits.blob_bytes });
+    }
+    let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
+    Ok(Descriptor {
+        media_type: media_type::essence(&raw.media_type),
+        digest,
+        size,
+        annotations: raw.annotations.unwrap_or_default(),
+        data,
+        platform: raw.platform.map(platform),
+        artifact_type: raw.artifact_type,
+    })
+}
+
+fn inline(data: &str, digest: Digest, size: u64) -> Result<Vec<u8>, ManifestError> {
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(data)
+        .map_err(|_| ManifestError::Data(digest))?;
+    let matches = bytes.len() as u64 == size && Digest::of(&bytes) == digest;
+    matches.then_some(bytes).ok_or(ManifestError::Data(digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: ManifestLimits = ManifestLimits { layers: 3, blob_bytes: 1 << 40 };
+    const EMPTY: &str = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+
+    fn parse(text: &str) -> Result<Manifest, ManifestError> {
+        Manifest::parse(text.as_bytes(), None, LIMITS)
+    }
+
+    fn layer(size: &str, more: &str) -> String {
+        format!(r#"{{"mediaType":"a/b","digest":"{EMPTY}","size":{size}{more}}}"#)
+    }
+
+    fn with_layers(layers: &str) -> String {
+        format!(
+            r#"{{"schemaVersion":2,"mediaType":"{}","layers":[{layers}]}}"#,
+            media_type::OCI_MANIFEST
+        )
+    }
+
+    fn entry(os: &str, architecture: &str) -> String {
+        layer("2", &format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"}}"#))
+    }
+
+    fn index(entries: &[String]) -> ImageIndex {
+        match parse(&format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","))) {
+            Ok(Manifest::Index(index)) => index,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn inline_data_is_checked() {
+        assert!(parse(&with_layers(&layer("2", r#","data":"e30=""#))).is_ok());
+        for data in ["e30", "W10=", "%%%"] {
+            let text = with_layers(&layer("2", &format!(r#","data":"{data}""#)));
+            assert!(matches!(parse(&text), Err(ManifestError::Data(_))), "{data}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        let negative = parse(&with_layers(&layer("-1", "")));
+        assert!(matches!(negative, Err(ManifestError::NegativeSize { .. })));
+        let absurd = parse(&with_layers(&layer("9223372036854775807", "")));
+        assert!(matches!(absurd, Err(ManifestError::BlobTooLarge { .. })));
+        let huge = parse(&with_layers(&layer("99999999999999999999", "")));
+        assert!(matches!(huge, Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn too_many_layers_are_refused() {
+        let layers = vec![layer("2", ""); 4].join(",");
+        assert_eq!(
+            parse(&with_layers(&layers)),
+            Err(ManifestError::TooManyLayers { count: 4, limit: 3 })
+        );
+    }
+
+    #[test]
+    fn what_is_no_manifest_is_named() {
+        assert!(matches!(parse("<html>"), Err(ManifestError::Undecodable(_))));
+        assert!(matches!(parse("{}"), Err(ManifestError::Undecodable(_))));
+        let helm = r#"{"schemaVersion":2,"mediaType":"application/x","layers":[]}"#;
+        assert!(matches!(parse(helm), Err(ManifestError::MediaType(_))));
+        let schema1 = r#"{"schemaVersion":1,"fsLayers":[]}"#;
+        assert!(matches!(parse(schema1), Err(ManifestError::MediaType(_))));
+    }
+
+    #[test]
+    fn attestations_are_never_chosen() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let choice = index(&[entry("unknown", "unknown"), entry("linux", "amd64")]);
+        let chosen = choice.choose(&node).expect("an entry");
+        assert_eq!(chosen.platform.as_ref().map(|p| p.os.as_str()), Some("linux"));
+        let refused =
+            index(&[entry("unknown", "unknown"), entry("linux", "arm64")]).choose(&node).cloned();
+        assert!(
+            matches!(refused, Err(ManifestError::NoPlatform { offered, .. }) if offered == "linux/arm64")
+        );
+    }
+
+    #[test]
+    fn an_entry_without_platform_is_the_fallback() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        assert!(index(&[layer("2", "")]).choose(&node).is_ok());
+        assert!(index(&[layer("2", ""), layer("2", "")]).choose(&node).is_err());
+    }
+}

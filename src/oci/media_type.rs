@@ -1,0 +1,31 @@
+//! Media types of manifests and of what registries hold.
+
+use oci_client::manifest as known;
+
+/// An OCI image manifest: images and artifacts alike.
+pub const OCI_MANIFEST: &str = known::OCI_IMAGE_MEDIA_TYPE;
+/// Docker's image manifest, schema 2.
+pub const DOCKER_MANIFEST: &str = known::IMAGE_MANIFEST_MEDIA_TYPE;
+/// The artifact manifest of OCI 1.1's release candidates: `blobs` instead of `layers`.
+pub const OCI_ARTIFACT_MANIFEST: &str = "application/vnd.oci.artifact.manifest.v1+json";
+/// An OCI image index.
+pub const OCI_INDEX: &str = known::OCI_IMAGE_INDEX_MEDIA_TYPE;
+/// Docker's manifest list.
+pub const DOCKER_INDEX: &str = known::IMAGE_MANIFEST_LIST_MEDIA_TYPE;
+
+/// Everything that a manifest request accepts, preferred first.
+pub const MANIFESTS: [&str; 5] =
+    [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX, OCI_ARTIFACT_MANIFEST];
+
+/// The configuration of a runnable OCI image.
+pub const OCI_IMAGE_CONFIG: &str = known::IMAGE_CONFIG_MEDIA_TYPE;
+/// The configuration of a runnable Docker image.
+pub const DOCKER_IMAGE_CONFIG: &str = known::IMAGE_DOCKER_CONFIG_MEDIA_TYPE;
+/// The configuration of an artifact that has none.
+pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
+
+/// Takes parameters off and folds case: `Type/Sub; charset=x` is `type/sub`.
+#[must_use]
+pub fn essence(media_type: &str) -> String {
+    media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}

@@ -1,0 +1,131 @@
+//! A blob while it arrives.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use reqwest::header::{CONTENT_RANGE, HeaderMap};
+use reqwest::{Response, StatusCode};
+
+use super::error::RegistryError;
+use super::transport::{self, Answer};
+
+/// A blob while it arrives. Nothing about it is verified: the caller hashes it,
+/// compares its size, and bounds what it takes.
+#[derive(Debug)]
+pub struct BlobBody {
+    /// Where the body starts: the asked offset, or 0 when the registry ignored
+    /// it and the caller has to start over.
+    pub offset: u64,
+    /// How many bytes are announced from `offset` on.
+    pub length: Option<u64>,
+    source: Source,
+    host: String,
+    what: String,
+    stall_timeout: Duration,
+}
+
+#[derive(Debug)]
+enum Source {
+    Open(Response),
+    Ended,
+    Failed(RegistryError),
+}
+
+impl BlobBody {
+    /// Takes over an answer of 200 or 206. `asked` is the offset that was asked for.
+    pub(super) fn open(
+        answer: Answer,
+        asked: u64,
+        what: String,
+        stall_timeout: Duration,
+    ) -> Result<Self, RegistryError> {
+        answer.check_encoding(&what)?;
+        let (offset, length) = match answer.status() {
+            StatusCode::OK => (0, answer.response.content_length()),
+            StatusCode::PARTIAL_CONTENT if asked > 0 => {
+                let range = content_range(answer.response.headers()).ok_or_else(|| {
+                    answer.protocol(&what, "a part without a readable Content-Range")
+                })?;
+                if range.start != asked {
+                    return Err(answer.protocol(&what, "another part than asked for"));
+                }
+                (asked, Some(range.length))
+            }
+            status => {
+                return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
+            }
+        };
+        let Answer { response, host, .. } = answer;
+        Ok(Self { offset, length, source: Source::Open(response), host, what, stall_timeout })
+    }
+
+    /// The next bytes, or nothing at the end. Waits for the stall timeout at
+    /// most. After an error, the same error comes again.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, RegistryError> {
+        let response = match &mut self.source {
+            Source::Open(response) => response,
+            Source::Ended => return Ok(None),
+            Source::Failed(error) => return Err(error.clone()),
+        };
+        let error = match tokio::time::timeout(self.stall_timeout, response.chunk()).await {
+            Ok(Ok(Some(chunk))) => return Ok(Some(chunk)),
+            Ok(Ok(None)) => {
+                self.source = Source::Ended;
+                return Ok(None);
+            }
+            Ok(Err(error)) => transport::failure(error, &self.host, &self.what),
+            Err(_) => RegistryError::Timeout {
+                host: self.host.clone(),
+                what: self.what.clone(),
+                waited: self.stall_timeout,
+            },
+        };
+        // Closes the connection: nobody reads the rest.
+        self.source = Source::Failed(error.clone());
+        Err(error)
+    }
+}
+
+struct Range {
+    start: u64,
+    length: u64,
+}
+
+/// `bytes <first>-<last>/<total or *>`.
+fn content_range(headers: &HeaderMap) -> Option<Range> {
+    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (start, last) = range.trim().split_once('-')?;
+    let (start, last): (u64, u64) = (start.parse().ok()?, last.parse().ok()?);
+    if total != "*" && total.parse::<u64>().ok()? <= last {
+        return None;
+    }
+    Some(Range { start, length: last.checked_sub(start)?.checked_add(1)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use reqwest::header::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn content_range_is_read_strictly() {
+        let of = |text: &'static str| {
+            let headers = HeaderMap::from_iter([(CONTENT_RANGE, HeaderValue::from_static(text))]);
+            content_range(&headers).map(|range| (range.start, range.length))
+        };
+        assert_eq!(of("bytes 5-9/10"), Some((5, 5)));
+        assert_eq!(of("bytes 5-9/*"), Some((5, 5)));
+        for nonsense in [
+            "",
+            "bytes */10",
+            "bytes 9-5/10",
+            "bytes 5-10/10",
+            "5-9/10",
+            "bytes 0-18446744073709551615/*",
+        ] {
+            assert_eq!(of(nonsense), None, "{nonsense}");
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! A map that forgets what was not used for the longest time.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+
+/// A map of at most `capacity` entries. Making room looks at all of them: meant
+/// for hundreds, next to requests that take milliseconds.
+#[derive(Debug)]
+pub(super) struct Recent<K, V> {
+    entries: HashMap<K, (u64, V)>,
+    capacity: usize,
+    clock: u64,
+}
+
+impl<K: Hash + Eq + Clone, V: Clone> Recent<K, V> {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self { entries: HashMap::new(), capacity, clock: 0 }
+    }
+
+    pub(super) fn get(&mut self, key: &K) -> Option<V> {
+        self.clock += 1;
+        let (used, value) = self.entries.get_mut(key)?;
+        *used = self.clock;
+        Some(value.clone())
+    }
+
+    pub(super) fn insert(&mut self, key: K, value: V) {
+        self.clock += 1;
+        if !self.entries.contains_key(&key) && self.entries.len() >= self.capacity {
+            let oldest = self.entries.iter().min_by_key(|(_, (used, _))| *used);
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()) {
+                self.entries.remove(&oldest);
+            }
+        }
+        self.entries.insert(key, (self.clock, value));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_unused_goes_first() {
+        let mut recent = Recent::new(2);
+        recent.insert("a", 1);
+        recent.insert("b", 2);
+        assert_eq!(recent.get(&"a"), Some(1));
+        recent.insert("c", 3);
+        assert_eq!(
+            (recent.get(&"a"), recent.get(&"b"), recent.get(&"c")),
+            (Some(1), None, Some(3))
+        );
+    }
+}

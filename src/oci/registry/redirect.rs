@@ -1,0 +1,102 @@
+//! Which addresses a registry may send this node to.
+//!
+//! A registry is untrusted input with an address in it: a redirect or a token
+//! server could aim requests, and credentials, somewhere else. The rules:
+//!
+//! - `https` anywhere but this node itself; plain `http` only from loopback to
+//!   loopback. Nothing goes from `https` to `http`, so no credential and no
+//!   presigned address crosses a network in the clear, and the metadata services
+//!   of clouds, which speak `http`, are out of reach.
+//! - Nobody but a registry on loopback leads to loopback.
+//! - No names and passwords in addresses.
+//! - `Authorization` goes to the scheme, host and port that it was made for, and
+//!   is gone for good after the first hop to another one. (A token server on
+//!   another host is sent the credential: that is how Docker Hub works, and the
+//!   registry that names it could have kept the credential anyway.)
+
+use reqwest::Url;
+
+/// Docker's clients allow as many.
+pub(super) const MAXIMUM_HOPS: usize = 10;
+
+/// Whether an address is this node's own. Only these are spoken to without TLS.
+pub(super) fn is_loopback(url: &Url) -> bool {
+    // Url has already folded spellings like 127.1 or 0x7f000001.
+    match url.host_str() {
+        Some("localhost" | "[::1]") => true,
+        Some(host) => host.parse::<std::net::Ipv4Addr>().is_ok_and(|address| address.is_loopback()),
+        None => false,
+    }
+}
+
+/// Whether what came from `from` may lead to `to`; if not, why not.
+pub(super) fn check(from: &Url, to: &Url) -> Result<(), &'static str> {
+    if !to.username().is_empty() || to.password().is_some() {
+        return Err("an address with a user name in it");
+    }
+    let (from_here, to_here) = (is_loopback(from), is_loopback(to) || is_this_node(to));
+    match to.scheme() {
+        "https" if to_here && !from_here => Err("an address on the node's own loopback"),
+        "https" => Ok(()),
+        "http" if is_loopback(to) && from_here && from.scheme() == "http" => Ok(()),
+        "http" => Err("an address without TLS"),
+        _ => Err("an address that is not https"),
+    }
+}
+
+/// Other spellings that the kernel connects to this node.
+fn is_this_node(url: &Url) -> bool {
+    let Some(host) = url.host_str() else { return false };
+    let host = host.trim_end_matches('.');
+    if host == "localhost" || host.ends_with(".localhost") {
+        return true;
+    }
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    address.parse::<std::net::IpAddr>().is_ok_and(|address| {
+        let address = address.to_canonical();
+        address.is_loopback() || address.is_unspecified()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowed(from: &str, to: &str) -> bool {
+        check(&from.parse().unwrap(), &to.parse().unwrap()).is_ok()
+    }
+
+    #[test]
+    fn a_registry_leads_to_https_only() {
+        assert!(allowed("https://r.io/", "https://storage.example/b?sig=1"));
+        assert!(allowed("https://r.io/", "https://r.io/other"));
+        assert!(!allowed("https://r.io/", "http://r.io/"));
+        assert!(!allowed("https://r.io/", "http://169.254.169.254/latest"));
+        assert!(!allowed("https://r.io/", "ftp://r.io/"));
+        assert!(!allowed("https://r.io/", "file:///etc/passwd"));
+        assert!(!allowed("https://r.io/", "https://user:word@r.io/"));
+    }
+
+    #[test]
+    fn only_loopback_leads_to_loopback() {
+        assert!(allowed("http://127.0.0.1:5000/", "http://localhost:5001/"));
+        assert!(allowed("http://[::1]:5000/", "http://127.1:5001/"));
+        assert!(allowed("http://127.0.0.1:5000/", "https://r.io/"));
+        assert!(!allowed("http://127.0.0.1:5000/", "http://r.io/"));
+        assert!(!allowed("http://127.0.0.1:5000/", "http://127.0.0.1.r.io/"));
+        for to in [
+            "https://127.0.0.1/",
+            "https://127.9.9.9/",
+            "https://localhost/",
+            "https://localhost./",
+            "https://a.localhost/",
+            "https://[::1]/",
+            "https://[::ffff:127.0.0.1]/",
+            "https://0.0.0.0/",
+            "https://0x7f000001/",
+            "http://127.0.0.1/",
+        ] {
+            assert!(!allowed("https://r.io/", to), "{to}");
+        }
+    }
+}
