@@ -18,3 +18,4 @@
 
 pub mod oci;
 pub mod proto;
+pub mod unpack;

@@ -1,0 +1,437 @@
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::super::error::Class;
+use super::super::testing::{ARTIFACT, IMAGE, Tar};
+use super::*;
+
+mod oracle;
+
+fn path(text: &str) -> RelativePath {
+    RelativePath::parse(text.as_bytes(), &Limits::default()).unwrap()
+}
+
+fn plan_under(
+    limits: &Limits,
+    layers: &[Tar],
+    selection: &Selection,
+) -> Result<TreePlan, UnpackError> {
+    let mut merger = Merger::new(limits);
+    for (layer, tar) in layers.iter().enumerate() {
+        merger.archive(layer, &IMAGE);
+        for entry in tar.clone().entries() {
+            merger.entry(&entry)?;
+        }
+    }
+    merger.finish(selection)
+}
+
+fn plan(layers: &[Tar]) -> Result<TreePlan, UnpackError> {
+    plan_under(&Limits::default(), layers, &Selection::default())
+}
+
+fn refusal(layers: &[Tar]) -> UnpackError {
+    let error = plan(layers).expect_err("a refusal");
+    assert_eq!(error.class(), Class::Refused);
+    assert!(error.to_string().len() < 1024);
+    error
+}
+
+/// Paths with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links.
+pub(super) fn lines(plan: &TreePlan) -> Vec<String> {
+    let mut paths: Vec<String> = Vec::new();
+    let mut lines = Vec::new();
+    for node in &plan.nodes {
+        let name = String::from_utf8_lossy(&node.name);
+        let path = match node.parent {
+            Some(parent) => format!("{}/{name}", paths[parent as usize]),
+            None => name.into_owned(),
+        };
+        lines.push(match &node.kind {
+            PlannedKind::Directory(_) => format!("{path}/"),
+            PlannedKind::File(file) => match plan.files[*file as usize].source {
+                Source::Archive { layer, data } => format!("{path}={layer}.{data}"),
+                Source::Blob { digest, .. } => format!("{path}={}", &digest.hex()[..4]),
+            },
+            PlannedKind::SymbolicLink { target, .. } => {
+                format!("{path}->{}", String::from_utf8_lossy(target))
+            }
+        });
+        paths.push(path);
+    }
+    lines
+}
+
+fn merged(layers: &[Tar]) -> Vec<String> {
+    lines(&plan(layers).unwrap_or_else(|error| panic!("{error:?}")))
+}
+
+#[test]
+fn layers_lie_over_each_other() {
+    let lower = Tar::new().file("a", "").file("d/x", "").folder("e/", 0o700).file("e/y", "");
+    let upper = Tar::new().file("a", "").folder("e/", 0o755).file("d/z", "");
+    let expected = ["a=1.0", "d/", "d/x=0.1", "d/z=1.1", "e/", "e/y=0.2"];
+    assert_eq!(merged(&[lower, upper]), expected);
+}
+
+#[test]
+fn duplicate_entries_the_last_wins() {
+    assert_eq!(merged(&[Tar::new().file("a", "1").file("./a", "2")]), ["a=0.1"]);
+}
+
+#[test]
+fn whiteouts_hide_lower_layers_only() {
+    let lower = Tar::new().file("a", "").file("d/x", "").file("d/y", "").file("e/f/x", "");
+    let upper = Tar::new().file(".wh.a", "").file("d/x", "").file(".wh.d", "").file("e/.wh.f", "");
+    assert_eq!(merged(&[lower.clone(), upper]), ["d/", "d/x=1.0", "e/"]);
+    // Wherever the mark stands, what its own layer has stays.
+    let before = Tar::new().file(".wh.a", "").file("a", "");
+    let after = Tar::new().file("a", "").file(".wh.a", "");
+    for upper in [before, after] {
+        assert_eq!(merged(&[lower.clone(), upper])[0], "a=1.0");
+    }
+    assert_eq!(merged(&[lower, Tar::new().file(".wh.no", "")]).len(), 7);
+}
+
+#[test]
+fn opaque_folders_hide_lower_layers_only() {
+    let lower = Tar::new().file("d/x", "").file("d/s/y", "").file("d/s/z", "").file("k", "");
+    let before = Tar::new().file("d/.wh..wh..opq", "").file("d/s/y", "").file("d/n", "");
+    let after = Tar::new().file("d/s/y", "").file("d/n", "").file("d/.wh..wh..opq", "");
+    for upper in [before, after] {
+        let lines = merged(&[lower.clone(), upper]);
+        assert_eq!(lines, ["d/", "d/n=1.1", "d/s/", "d/s/y=1.0", "k=0.3"]);
+    }
+    let all = Tar::new().file(".wh..wh..opq", "").file("n", "");
+    assert_eq!(merged(&[lower, all]), ["n=1.0"]);
+}
+
+#[test]
+fn a_folder_that_hiding_leaves_is_an_implied_one() {
+    let lower = Tar::new().folder("d/", 0o777).file("d/x", "");
+    let upper = Tar::new().file("d/y", "").file(".wh.d", "");
+    let plan = plan(&[lower, upper]).unwrap();
+    let PlannedKind::Directory(metadata) = &plan.nodes[0].kind else { panic!("{plan:?}") };
+    assert_eq!(**metadata, Metadata::of_implied_folder());
+}
+
+#[test]
+fn folders_files_and_links_replace_each_other() {
+    let lower = Tar::new().file("a/x", "").file("b", "").link(b'2', "c", "a");
+    let upper = Tar::new().file("a", "").folder("b/", 0o755).folder("c/", 0o755).file("c/y", "");
+    let expected = ["a=1.0", "b/", "c/", "c/y=1.1"];
+    assert_eq!(merged(&[lower, upper]), expected);
+}
+
+#[test]
+fn links_of_lower_layers_are_followed_inside_the_root() {
+    let lower = Tar::new()
+        .folder("usr/lib/", 0o755)
+        .link(b'2', "lib", "usr/lib")
+        .link(b'2', "usr/up", "../usr/./lib/")
+        .link(b'2', "run", "/var/run");
+    let upper = Tar::new().file("lib/a", "").file("usr/up/b", "").file("run/c", "");
+    let lines = merged(&[lower, upper]);
+    let files: Vec<_> = lines.iter().filter(|line| line.contains('=')).collect();
+    assert_eq!(files, ["usr/lib/a=1.0", "usr/lib/b=1.1", "var/run/c=1.2"]);
+}
+
+#[test]
+fn an_entry_through_a_link_of_its_own_layer_is_refused() {
+    let file = Tar::new().link(b'2', "l", "/etc").file("l/passwd", "");
+    let hard = Tar::new().file("d/x", "").link(b'2', "l", "d").link(b'1', "h", "l/x");
+    let folder = Tar::new().link(b'2', "l", "/etc").folder("l/d/", 0o755);
+    let whiteout = Tar::new().link(b'2', "l", "/etc").file("l/.wh.x", "");
+    let again =
+        [Tar::new().link(b'2', "l", "/etc"), Tar::new().link(b'2', "l", "/etc").file("l/x", "")];
+    for layers in [vec![file], vec![hard], vec![folder], vec![whiteout], again.to_vec()] {
+        let error = refusal(&layers);
+        assert!(
+            matches!(&error, UnpackError::ThroughLink { link, .. } if link == "l"),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn an_entry_that_leaves_the_root_through_a_link_is_refused() {
+    for target in ["..", "../x", "/../x", "d/../../x"] {
+        let lower = Tar::new().folder("d/", 0o755).link(b'2', "l", target);
+        let error = refusal(&[lower, Tar::new().file("l/x", "")]);
+        assert!(matches!(error, UnpackError::LeavesRoot { .. }), "{target}: {error:?}");
+    }
+}
+
+#[test]
+fn a_link_that_leaves_the_root_is_only_text() {
+    let tar = Tar::new().link(b'2', "l", "../../etc").link(b'2', "m", "/etc/passwd");
+    assert_eq!(merged(&[tar]), ["l->../../etc", "m->/etc/passwd"]);
+}
+
+#[test]
+fn links_without_end_are_refused() {
+    let lower = Tar::new().link(b'2', "a", "b").link(b'2', "b", "a");
+    let error = refusal(&[lower, Tar::new().file("a/x", "")]);
+    assert!(matches!(error, UnpackError::TooManyLinks { .. }));
+    // Long ways through links are bounded over a whole merge.
+    let limits = Limits { entries: 40, ..Limits::default() };
+    let lower = Tar::new().link(b'2', "a", &"d/../".repeat(15)).folder("d/", 0o755);
+    let upper = (0..36).fold(Tar::new(), |tar, number| tar.file(&format!("a/{number}"), ""));
+    let error = plan_under(&limits, &[lower, upper], &Selection::default()).unwrap_err();
+    assert!(matches!(error, UnpackError::TooManyLinks { .. }), "{error:?}");
+}
+
+#[test]
+fn where_links_lead_the_limits_hold() {
+    let limits = Limits { depth: 3, path_bytes: 20, ..Limits::default() };
+    let lower = Tar::new().folder("a/b/", 0o755).link(b'2', "l", "a/b");
+    let deep =
+        plan_under(&limits, &[lower.clone(), Tar::new().file("l/c/d", "")], &Selection::default());
+    assert!(matches!(
+        deep,
+        Err(UnpackError::Place { reason: PathError::TooDeep { limit: 3 }, .. })
+    ));
+    let long = Tar::new().file("l/xxxxxxxxxxxxxxxxx", "");
+    let long = plan_under(&limits, &[lower, long], &Selection::default());
+    assert!(matches!(
+        long,
+        Err(UnpackError::Place { reason: PathError::TooLong { length: 21, .. }, .. })
+    ));
+    let name = "n".repeat(60);
+    let limits = Limits { name_bytes: 50, ..Limits::default() };
+    let lower = Tar::new().link(b'2', "l", &name);
+    let named = plan_under(&limits, &[lower, Tar::new().file("l/x", "")], &Selection::default());
+    assert!(matches!(named, Err(UnpackError::Place { reason: PathError::NameTooLong { .. }, .. })));
+}
+
+#[test]
+fn an_entry_below_a_file_is_refused() {
+    for layers in [
+        vec![Tar::new().file("a", "").file("a/b", "")],
+        vec![Tar::new().file("a", ""), Tar::new().file("a/b/c", "")],
+        vec![Tar::new().file("a", ""), Tar::new().file("a/.wh..wh..opq", "")],
+    ] {
+        let error = refusal(&layers);
+        assert!(matches!(&error, UnpackError::NotAFolder { name, .. } if name == "a"), "{error:?}");
+    }
+}
+
+#[test]
+fn hard_links_share_what_their_target_is() {
+    let lower =
+        Tar::new().file("a", "A").link(b'2', "s", "a").link(b'2', "d", "e").folder("e/", 0o755);
+    let upper = Tar::new().link(b'1', "b", "a").link(b'1', "t", "s").file("a", "new");
+    let last = Tar::new().link(b'1', "d/c", "b").link(b'1', "b", "b");
+    let plan = plan(&[lower, upper, last]).unwrap();
+    assert_eq!(lines(&plan), ["a=1.0", "b=0.0", "d->e", "e/", "e/c=0.0", "s->a", "t->a"]);
+    let links: Vec<_> = plan.files.iter().map(|file| (file.size, file.links)).collect();
+    assert_eq!(links, [(3, 1), (1, 2)]);
+    assert_eq!((plan.totals.bytes, plan.totals.files, plan.totals.inodes), (4, 2, 7));
+}
+
+#[test]
+fn hard_links_to_nothing_or_to_a_folder_are_refused() {
+    let missing = refusal(&[Tar::new().link(b'1', "l", "no/such")]);
+    assert!(matches!(missing, UnpackError::HardLinkMissing { .. }));
+    let hidden = [Tar::new().file("a", ""), Tar::new().file(".wh.a", "").link(b'1', "l", "a")];
+    assert!(matches!(refusal(&hidden), UnpackError::HardLinkMissing { .. }));
+    let later = refusal(&[Tar::new().link(b'1', "l", "a").file("a", "")]);
+    assert!(matches!(later, UnpackError::HardLinkMissing { .. }));
+    let folder = refusal(&[Tar::new().folder("d/", 0o755).link(b'1', "l", "d")]);
+    assert!(matches!(folder, UnpackError::HardLinkToFolder { .. }));
+    let below_file = refusal(&[Tar::new().file("a", "").link(b'1', "l", "a/x")]);
+    assert!(matches!(below_file, UnpackError::HardLinkMissing { .. }));
+}
+
+#[test]
+fn the_root_has_metadata_and_stays_a_folder() {
+    let plan = plan(&[Tar::new().folder("./", 0o700).file("a", "")]).unwrap();
+    assert_eq!(plan.root.permissions.mode, 0o755);
+    assert_eq!(plan.root.modified.seconds, 1000);
+    let limits = Limits::default();
+    let mut merger = Merger::new(&limits);
+    let kind = EntryKind::SymbolicLink { target: (*b"x").into() };
+    let metadata = Metadata::of_implied_folder();
+    let link = Entry { path: RelativePath::root(), kind, metadata };
+    assert!(matches!(merger.entry(&link), Err(UnpackError::RootReplaced { .. })));
+}
+
+#[test]
+fn entries_and_implied_folders_are_bounded_together() {
+    let limits = Limits { entries: 5, ..Limits::default() };
+    let count = |tar: Tar| plan_under(&limits, &[tar], &Selection::default());
+    assert!(count(Tar::new().file("a/b/c/d/e", "")).is_ok());
+    let error = count(Tar::new().file("a/b/c/d/e/f", "")).unwrap_err();
+    assert!(matches!(error, UnpackError::TooManyEntries { limit: 5 }));
+}
+
+#[test]
+fn bytes_of_a_tree_are_bounded() {
+    let limits = Limits { unpacked_bytes: 5, ..Limits::default() };
+    let layers = [Tar::new().file("a", "123"), Tar::new().file("b", "456")];
+    let error = plan_under(&limits, &layers, &Selection::default()).unwrap_err();
+    assert!(matches!(error, UnpackError::TooManyBytes { limit: 5 }));
+    let only = Selection::parse("a", "").unwrap();
+    assert!(plan_under(&limits, &layers, &only).is_ok());
+}
+
+#[test]
+fn what_is_selected_and_the_folders_to_it() {
+    let tar = Tar::new()
+        .file("bin/a", "")
+        .file("bin/b", "")
+        .link(b'1', "lib/a", "bin/a")
+        .folder("empty/", 0o755)
+        .file("lib/x/y", "");
+    let selected = |include, exclude| {
+        let selection = Selection::parse(include, exclude).unwrap();
+        plan_under(&Limits::default(), std::slice::from_ref(&tar), &selection)
+            .map(|plan| lines(&plan))
+    };
+    assert_eq!(selected("bin", "bin/b").unwrap(), ["bin/", "bin/a=0.0"]);
+    assert_eq!(selected("lib/a", "").unwrap(), ["lib/", "lib/a=0.0"]);
+    assert_eq!(selected("empty", "").unwrap(), ["empty/"]);
+    assert_eq!(selected("**/y", "").unwrap(), ["lib/", "lib/x/", "lib/x/y=0.2"]);
+    assert_eq!(selected("", "bin, lib/x").unwrap(), ["empty/", "lib/", "lib/a=0.0"]);
+    assert!(matches!(selected("nothing", ""), Err(UnpackError::NothingSelected)));
+    assert!(matches!(plan(&[]), Err(UnpackError::Empty)));
+}
+
+const READABLE: Permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
+
+fn title(merger: &mut Merger<'_>, layer: usize, title: &str) -> Result<(), UnpackError> {
+    let rule = FileRule { path: path(title), recorded: None };
+    merger.file(layer, &rule, Digest::of(b"blob"), 4, READABLE)
+}
+
+/// Adds an ORAS folder.
+fn folder(merger: &mut Merger<'_>, layer: usize, title: &str, tar: Tar) -> Result<(), UnpackError> {
+    merger.archive(layer, &ArchiveRule { within: Some(path(title)), ..ARTIFACT });
+    tar.entries().iter().try_for_each(|entry| merger.entry(entry))
+}
+
+#[test]
+fn titles_of_one_blob_are_one_inode() {
+    let limits = Limits::default();
+    let mut merger = Merger::new(&limits);
+    title(&mut merger, 0, "a").unwrap();
+    title(&mut merger, 1, "d/b").unwrap();
+    let plan = merger.finish(&Selection::default()).unwrap();
+    assert_eq!((plan.totals.bytes, plan.totals.files), (4, 1));
+    assert_eq!(plan.files[0].links, 2);
+    let source = Source::Blob { digest: Digest::of(b"blob"), permissions: READABLE };
+    assert_eq!(plan.files[0].source, source);
+}
+
+#[test]
+fn titles_never_replace_and_are_never_replaced() {
+    let limits = Limits::default();
+    for (first, second) in [("a", "a"), ("a/b", "a")] {
+        let mut merger = Merger::new(&limits);
+        title(&mut merger, 0, first).unwrap();
+        let error = title(&mut merger, 1, second).unwrap_err();
+        assert!(matches!(error, UnpackError::TitleCollides { layer: 1, other: 0, .. }));
+    }
+    let mut merger = Merger::new(&limits);
+    title(&mut merger, 0, "d/f").unwrap();
+    for tar in [Tar::new().file("d/f", ""), Tar::new().folder("d/f/", 0o755)] {
+        let error = folder(&mut merger, 1, "d", tar).unwrap_err();
+        assert!(matches!(error, UnpackError::TitleCollides { layer: 0, other: 1, .. }));
+    }
+    let error = folder(&mut merger, 1, "d", Tar::new().file("d/f/x", "")).unwrap_err();
+    assert!(matches!(error, UnpackError::NotAFolder { .. }));
+    let mut merger = Merger::new(&limits);
+    folder(&mut merger, 0, "d", Tar::new().file("d/f/x", "")).unwrap();
+    let error = title(&mut merger, 1, "d/f").unwrap_err();
+    assert!(matches!(error, UnpackError::TitleCollides { layer: 1, other: 0, .. }));
+    title(&mut merger, 2, "d/g").unwrap();
+}
+
+#[test]
+fn entries_outside_the_title_of_their_folder_are_refused() {
+    let limits = Limits::default();
+    let outcome = |tar: Tar| folder(&mut Merger::new(&limits), 0, "d/e", tar);
+    outcome(Tar::new().folder("./", 0o755).folder("d/", 0o755).file("d/e/x", "")).unwrap();
+    for tar in [
+        Tar::new().file("x", ""),
+        Tar::new().file("d/x", ""),
+        Tar::new().file("d/ex", ""),
+        Tar::new().folder("f/", 0o755),
+        Tar::new().link(b'2', "d", "x"),
+        Tar::new().file("d/e/x", "").link(b'1', "d/e/y", "d/x"),
+    ] {
+        let error = outcome(tar).unwrap_err();
+        assert!(matches!(error, UnpackError::OutsideTitle { .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn artifacts_that_are_no_images_follow_no_links() {
+    let limits = Limits::default();
+    let mut merger = Merger::new(&limits);
+    merger.archive(0, &ARTIFACT);
+    for entry in Tar::new().folder("d/", 0o755).link(b'2', "l", "d").entries() {
+        merger.entry(&entry).unwrap();
+    }
+    let error = title(&mut merger, 1, "l/x").unwrap_err();
+    assert!(matches!(error, UnpackError::ThroughLink { .. }));
+    merger.archive(2, &ARTIFACT);
+    let entry = &Tar::new().file("l/x", "").entries()[0];
+    assert!(matches!(merger.entry(entry), Err(UnpackError::ThroughLink { .. })));
+}
+
+fn entries() -> impl Strategy<Value = Vec<(u8, String, String)>> {
+    let paths = || prop::collection::vec("[abc]", 1..4).prop_map(|names| names.join("/"));
+    let target = prop_oneof![
+        4 => paths(),
+        1 => paths().prop_map(|path| format!("/{path}")),
+        2 => paths().prop_map(|path| format!("../{path}")),
+        1 => (paths(), paths()).prop_map(|(a, b)| format!("{a}/../{b}")),
+    ];
+    prop::collection::vec((0..12_u8, paths(), target), 1..6)
+}
+
+fn tar_of(entries: &[(u8, String, String)]) -> Tar {
+    entries.iter().fold(Tar::new(), |tar, (kind, path, target)| {
+        let (folder, name) = path.rsplit_once('/').unwrap_or((".", path));
+        match kind {
+            0..=3 => tar.file(path, "content"),
+            4..=5 => tar.folder(&format!("{path}/"), 0o755),
+            6..=7 => tar.link(b'2', path, target),
+            8 => tar.link(b'1', path, target.rsplit("../").next().unwrap().trim_start_matches('/')),
+            9..=10 => tar.file(&format!("{folder}/.wh.{name}"), ""),
+            _ => tar.file(&format!("{path}/.wh..wh..opq"), ""),
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn merging_is_what_applying_one_by_one_is(layers in prop::collection::vec(entries(), 1..5)) {
+        let layers: Vec<_> = layers.iter().map(|entries| tar_of(entries)).collect();
+        let expected = oracle::apply(&layers.iter().map(|tar| tar.clone().entries()).collect::<Vec<_>>());
+        let found = plan(&layers);
+        match (&found, &expected) {
+            (Ok(plan), Some(expected)) => prop_assert_eq!(&lines(plan), expected),
+            (Err(UnpackError::Empty), Some(expected)) => prop_assert!(expected.is_empty()),
+            (Err(_), None) => {}
+            _ => prop_assert!(false, "{:?} is not {:?}", found, expected),
+        }
+        if let Ok(plan) = found {
+            // Parents come first, names are in order, and every file is used as often as it says.
+            let mut seen = BTreeSet::new();
+            let mut links = vec![0; plan.files.len()];
+            for (index, node) in plan.nodes.iter().enumerate() {
+                prop_assert!(node.parent.is_none_or(|parent| (parent as usize) < index));
+                prop_assert!(seen.insert((node.parent, node.name.clone())));
+                if let PlannedKind::File(file) = node.kind {
+                    links[file as usize] += 1;
+                }
+            }
+            prop_assert_eq!(links, plan.files.iter().map(|file| file.links).collect::<Vec<_>>());
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The attribute `permissions`: which mode and owner content gets on the node.
+
+use serde::{Deserialize, Serialize};
+
+/// Modes keep nothing else: neither setuid, setgid nor sticky.
+const PERMISSION_BITS: u32 = 0o777;
+const READABLE: u32 = 0o444;
+const EXECUTABLE: u32 = 0o111;
+
+/// How modes and owners of an archive are taken over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum PermissionsRule {
+    /// Everybody may read everything, since pods run as any user; owner 0:0.
+    #[default]
+    Readable,
+    /// As recorded, for pods that run as the user they were recorded for.
+    Preserve,
+}
+
+/// What kind of node permissions are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeType {
+    /// A folder.
+    Directory,
+    /// A regular file.
+    File,
+    /// A symbolic link; its mode means nothing.
+    SymbolicLink,
+}
+
+/// Mode and owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Permissions {
+    /// Permission bits; before a rule is applied, maybe more.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+impl PermissionsRule {
+    /// The name as users write it; part of the key of a layer.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Readable => "Readable",
+            Self::Preserve => "Preserve",
+        }
+    }
+
+    /// What a node gets for what was recorded.
+    #[must_use]
+    pub const fn apply(self, node: NodeType, recorded: Permissions) -> Permissions {
+        let mode = recorded.mode & PERMISSION_BITS;
+        let executable = mode & EXECUTABLE != 0;
+        let mode = match (node, self) {
+            (NodeType::SymbolicLink, _) => PERMISSION_BITS,
+            (NodeType::Directory | NodeType::File, Self::Preserve) => mode,
+            (NodeType::Directory, Self::Readable) => mode | READABLE | EXECUTABLE,
+            (NodeType::File, Self::Readable) if executable => mode | READABLE | EXECUTABLE,
+            (NodeType::File, Self::Readable) => mode | READABLE,
+        };
+        match self {
+            Self::Readable => Permissions { mode, uid: 0, gid: 0 },
+            Self::Preserve => Permissions { mode, uid: recorded.uid, gid: recorded.gid },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn applied(rule: PermissionsRule, node: NodeType, mode: u32) -> (u32, u32, u32) {
+        let Permissions { mode, uid, gid } = rule.apply(node, Permissions { mode, uid: 7, gid: 8 });
+        (mode, uid, gid)
+    }
+
+    #[test]
+    fn readable_lets_everybody_read() {
+        use NodeType::{Directory, File};
+        let readable = |node, mode| applied(PermissionsRule::Readable, node, mode);
+        assert_eq!(readable(File, 0o600), (0o644, 0, 0));
+        assert_eq!(readable(File, 0o000), (0o444, 0, 0));
+        assert_eq!(readable(File, 0o700), (0o755, 0, 0));
+        assert_eq!(readable(File, 0o010), (0o555, 0, 0));
+        assert_eq!(readable(Directory, 0o700), (0o755, 0, 0));
+        assert_eq!(readable(Directory, 0o000), (0o555, 0, 0));
+    }
+
+    #[test]
+    fn preserve_keeps_mode_and_owner() {
+        let preserve = |node, mode| applied(PermissionsRule::Preserve, node, mode);
+        assert_eq!(preserve(NodeType::File, 0o600), (0o600, 7, 8));
+        assert_eq!(preserve(NodeType::Directory, 0o000), (0, 7, 8));
+        assert_eq!(preserve(NodeType::SymbolicLink, 0o000), (0o777, 7, 8));
+    }
+
+    #[test]
+    fn setuid_setgid_and_sticky_are_dropped() {
+        for rule in [PermissionsRule::Readable, PermissionsRule::Preserve] {
+            for node in [NodeType::File, NodeType::Directory, NodeType::SymbolicLink] {
+                assert_eq!(applied(rule, node, 0o17_7777).0, 0o777);
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! The tar format: blocks to members, with their extended headers applied.
+//!
+//! Reads what Go's `archive/tar` reads, since Go's programs write nearly all
+//! layers and unpack them elsewhere: v7, ustar, pax and GNU, but no sparse files.
+//! The `tar` crate's own iterator is not used: it holds extended headers of any
+//! size in memory, splits pax values at newlines (values of extended attributes
+//! are binary), and drops the upper half of large numbers. Two readers that
+//! disagree about where a member ends see two different archives, so whatever is
+//! ambiguous here is refused.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+
+use tar::Header;
+
+use super::decompress::Content;
+use super::entry::Timestamp;
+use super::error::{UnpackError, shown};
+use super::limits::Limits;
+
+const BLOCK: usize = 512;
+
+/// The members of an archive.
+pub(super) struct Tape<'a, R: Read> {
+    content: Content<'a, R>,
+    limits: &'a Limits,
+    /// Bytes of the current member that were not read yet, and the padding after them.
+    remaining: u64,
+    padding: u64,
+    /// What went wrong while somebody else was reading a member.
+    failure: Option<UnpackError>,
+}
+
+/// One member, nothing of it checked yet but its numbers.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: Vec<u8>,
+    pub(super) link: Vec<u8>,
+    pub(super) kind: MemberKind,
+    pub(super) size: u64,
+    pub(super) mode: u32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) modified: Timestamp,
+    /// Names without their pax prefix; all namespaces.
+    pub(super) extended_attributes: PaxRecords,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MemberKind {
+    File,
+    Directory,
+    HardLink,
+    SymbolicLink,
+    /// Something that is no content, by its name for people.
+    Special(&'static str),
+}
+
+/// Values by key. Of several records with one key the last counts, and an empty
+/// value takes the key back.
+pub(super) type PaxRecords = BTreeMap<Box<[u8]>, Box<[u8]>>;
+
+/// What precedes a member and describes it.
+#[derive(Default)]
+struct Extensions {
+    pax: Option<PaxRecords>,
+    long_name: Option<Vec<u8>>,
+    long_link: Option<Vec<u8>>,
+}
+
+impl<'a, R: Read> Tape<'a, R> {
+    pub(super) fn new(content: Content<'a, R>, limits: &'a Limits) -> Self {
+        Self { content, limits, remaining: 0, padding: 0, failure: None }
+    }
+
+    /// The next member; what was not read of the one before is skipped.
+    pub(super) fn next(&mut self) -> Result<Option<Member>, UnpackError> {
+        let mut extensions = Extensions::default();
+        loop {
+            self.skip_member()?;
+            let Some(header) = self.header()? else {
+                if extensions.is_empty() {
+                    return Ok(None);
+                }
+                return Err(self.broken("an extended header describes nothing"));
+            };
+            let size = self.number(&header.as_old().size, "a size is not a number")?;
+            let size = u64::try_from(size).map_err(|_| self.broken("a size is negative"))?;
+            match header.entry_type().as_byte() {
+                b'x' if extensions.pax.is_none() => {
+                    let bytes = self.extended_header(size)?;
+                    let records = pax_records(&bytes)
+                        .ok_or_else(|| self.broken("a pax header is malformed"))?;
+                    extensions.pax = Some(records);
+                }
+                b'L' if extensions.long_name.is_none() => {
+                    extensions.long_name = Some(text(&self.extended_header(size)?).to_vec());
+                }
+                b'K' if extensions.long_link.is_none() => {
+                    extensions.long_link = Some(text(&self.extended_header(size)?).to_vec());
+                }
+                b'x' | b'L' | b'K' => {
+                    return Err(self.broken("two extended headers describe one entry"));
+                }
+                // Global pax headers (git writes one) are ignored, as containerd does.
+                b'g' if extensions.is_empty() => self.starts(size),
+                b'g' => return Err(self.broken("a global header follows an extended one")),
+                _ => return self.member(&header, size, extensions).map(Some),
+            }
+        }
+    }
+
+    /// Gives up the archive after its last member.
+    pub(super) fn into_content(self) -> Content<'a, R> {
+        self.content
+    }
+
+    /// What went wrong while the current member was read through [`Read`].
+    pub(super) fn failure(&mut self) -> Option<UnpackError> {
+        self.failure.take()
+    }
+
+    /// Combines a header with the extended ones before it, as Go's reader does.
+    fn member(
+        &mut self,
+        header: &Header,
+        size: u64,
+        extensions: Extensions,
+    ) -> Result<Member, UnpackError> {
+        let fields = header.as_old();
+        let mut name = header.path_bytes().into_owned();
+        let mut link = text(&fields.linkname).to_vec();
+        let mut size = size;
+        let mode = self.number(&fields.mode, "a mode is not a number")?;
+        let mut uid = self.number(&fields.uid, "an owner is not a number")?;
+        let mut gid = self.number(&fields.gid, "a group is not a number")?;
+        let seconds = self.number(&fields.mtime, "a time is not a number")?;
+        let mut modified = Timestamp { seconds, nanoseconds: 0 };
+        let mut extended_attributes = PaxRecords::new();
+        let mut is_sparse = header.entry_type().is_gnu_sparse();
+        for (key, value) in extensions.pax.into_iter().flatten() {
+            if value.is_empty() {
+                continue;
+            }
+            if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                extended_attributes.insert(name.into(), value);
+                continue;
+            }
+            let number = || decimal(&value).ok_or("a number in a pax header is malformed");
+            match &*key {
+                b"path" => name = value.into(),
+                b"linkpath" => link = value.into(),
+                b"size" => size = number().map_err(|reason| self.broken(reason))?.unsigned_abs(),
+                b"uid" => uid = number().map_err(|reason| self.broken(reason))?,
+                b"gid" => gid = number().map_err(|reason| self.broken(reason))?,
+                b"mtime" => {
+                    modified = pax_time(&value)
+                        .ok_or_else(|| self.broken("a time in a pax header is malformed"))?;
+                }
+                _ => is_sparse |= key.starts_with(b"GNU.sparse."),
+            }
+        }
+        name = extensions.long_name.unwrap_or(name);
+        link = extensions.long_link.unwrap_or(link);
+        if is_sparse {
+            return Err(UnpackError::Sparse { name: shown(&name) });
+        }
+        let kind = match header.entry_type().as_byte() {
+            // Before ustar, folders were files with a slash at the end.
+            0 | b'0' | b'7' if name.ends_with(b"/") => MemberKind::Directory,
+            0 | b'0' | b'7' => MemberKind::File,
+            b'1' => MemberKind::HardLink,
+            b'2' => MemberKind::SymbolicLink,
+            b'3' => MemberKind::Special("character device"),
+            b'4' => MemberKind::Special("block device"),
+            b'5' => MemberKind::Directory,
+            b'6' => MemberKind::Special("fifo"),
+            other => {
+                return Err(UnpackError::EntryType { name: shown(&name), kind: shown(&[other]) });
+            }
+        };
+        // Whatever their size says, other kinds have no content; so Go's reader.
+        let is_slashed_file =
+            kind == MemberKind::Directory && header.entry_type().as_byte() != b'5';
+        if kind == MemberKind::File || is_slashed_file {
+            self.starts(size);
+        } else {
+            size = 0;
+        }
+        let narrow = |number: i64, reason| u32::try_from(number).map_err(|_| self.broken(reason));
+        Ok(Member {
+            name,
+            link,
+            kind,
+            size,
+            // Only the permission bits are ever used.
+            mode: u32::try_from(mode & 0o7777).unwrap_or_default(),
+            uid: narrow(uid, "an owner is out of range")?,
+            gid: narrow(gid, "a group is out of range")?,
+            modified,
+            extended_attributes,
+        })
+    }
+
+    /// The next header; none at the archive's end, which is two blocks of zeros, or
+    /// the end of the content, as some writers leave it.
+    fn header(&mut self) -> Result<Option<Header>, UnpackError> {
+        let mut header = Header::new_old();
+        if !self.block(header.as_mut_bytes())? {
+            return Ok(None);
+        }
+        if header.as_bytes() == &[0; BLOCK] {
+            let mut second = [0; BLOCK];
+            if self.block(&mut second)? && second != [0; BLOCK] {
+                return Err(self.broken("something follows a block of zeros"));
+            }
+            return Ok(None);
+        }
+        let bytes = header.as_bytes();
+        let expected = self.number(&header.as_old().cksum, "a checksum is not a number")?;
+        let summed = || bytes[..148].iter().chain(&[b' '; 8]).chain(&bytes[156..]);
+        let unsigned: i64 = summed().map(|&byte| i64::from(byte)).sum();
+        // Some old writers added signed bytes.
+        let signed: i64 = summed().map(|&byte| i64::from(byte.cast_signed())).sum();
+        if expected != unsigned && expected != signed {
+            return Err(self.broken("the checksum of a header is wrong"));
+        }
+        Ok(Some(header))
+    }
+
+    /// Fills a block; false at the end of the content.
+    fn block(&mut self, block: &mut [u8; BLOCK]) -> Result<bool, UnpackError> {
+        let mut filled = 0;
+        while filled < BLOCK {
+            match self.content.read(&mut block[filled..])? {
+                0 if filled == 0 => return Ok(false),
+                0 => return Err(self.broken("it ends in the middle of a header")),
+                read => filled += read,
+            }
+        }
+        Ok(true)
+    }
+
+    /// The content of an extended header, which has to be held in memory.
+    fn extended_header(&mut self, size: u64) -> Result<Vec<u8>, UnpackError> {
+        let limit = self.limits.header_bytes;
+        if size > limit {
+            return Err(UnpackError::HeaderTooLarge { size, limit });
+        }
+        self.starts(size);
+        let mut bytes = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match self.read_member(&mut buffer)? {
+                0 => return Ok(bytes),
+                read => bytes.extend_from_slice(&buffer[..read]),
+            }
+        }
+    }
+
+    fn starts(&mut self, size: u64) {
+        self.remaining = size;
+        self.padding = size.wrapping_neg() % BLOCK as u64;
+    }
+
+    fn read_member(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
+        let wanted = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(buffer.len());
+        if wanted == 0 {
+            return Ok(0);
+        }
+        let read = self.content.read(&mut buffer[..wanted])?;
+        if read == 0 {
+            return Err(self.broken("it ends in the middle of an entry"));
+        }
+        self.remaining -= read as u64;
+        Ok(read)
+    }
+
+    fn skip_member(&mut self) -> Result<(), UnpackError> {
+        if self.remaining > 0 {
+            let mut buffer = vec![0; 64 << 10];
+            while self.read_member(&mut buffer)? > 0 {}
+        }
+        let mut buffer = [0; BLOCK];
+        while self.padding > 0 {
+            let wanted = usize::try_from(self.padding).unwrap_or(BLOCK).min(BLOCK);
+            match self.content.read(&mut buffer[..wanted])? {
+                // Nothing is lost when only padding is.
+                0 => self.padding = 0,
+                read => self.padding -= read as u64,
+            }
+        }
+        Ok(())
+    }
+
+    fn number(&self, field: &[u8], reason: &'static str) -> Result<i64, UnpackError> {
+        number(field).ok_or_else(|| self.broken(reason))
+    }
+
+    fn broken(&self, reason: &'static str) -> UnpackError {
+        UnpackError::Archive { reason, position: self.content.position() }
+    }
+}
+
+/// The content of the current member.
+impl<R: Read> Read for Tape<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.failure.is_some() {
+            return Err(io::Error::other("the layer failed before"));
+        }
+        self.read_member(buffer).map_err(|error| {
+            let passed_on = io::Error::other(error.to_string());
+            self.failure = Some(error);
+            passed_on
+        })
+    }
+}
+
+impl Extensions {
+    fn is_empty(&self) -> bool {
+        self.pax.is_none() && self.long_name.is_none() && self.long_link.is_none()
+    }
+}
+
+/// A field's text: all of it, or up to a NUL.
+fn text(field: &[u8]) -> &[u8] {
+    field.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
+/// A header's number: octal digits between spaces and NULs, or, marked by the
+/// first bit, two's complement in base 256.
+fn number(field: &[u8]) -> Option<i64> {
+    if field.first()? & 0x80 == 0 {
+        let is_blank = |byte: &u8| *byte == b' ' || *byte == 0;
+        let start = field.iter().position(|byte| !is_blank(byte)).unwrap_or(field.len());
+        let digits = field[start..].split(is_blank).next().unwrap_or_default();
+        return digits.iter().try_fold(0_i64, |value, &digit| match digit {
+            b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(digit - b'0')),
+            _ => None,
+        });
+    }
+    let inverted = if field[0] & 0x40 == 0 { 0 } else { 0xff };
+    let mut value = 0_i64;
+    for (index, &byte) in field.iter().enumerate() {
+        let mut byte = byte ^ inverted;
+        if index == 0 {
+            byte &= 0x7f;
+        }
+        if value >> 55 != 0 {
+            return None;
+        }
+        value = value << 8 | i64::from(byte);
+    }
+    Some(if inverted == 0 { value } else { !value })
+}
+
+/// A pax number: decimal digits, at most `i64::MAX`.
+fn decimal(digits: &[u8]) -> Option<i64> {
+    if digits.is_empty() {
+        return None;
+    }
+    digits.iter().try_fold(0_i64, |value, &digit| match digit {
+        b'0'..=b'9' => value.checked_mul(10)?.checked_add(i64::from(digit - b'0')),
+        _ => None,
+    })
+}
+
+/// A pax time: seconds since 1970 with an optional sign and fraction.
+fn pax_time(value: &[u8]) -> Option<Timestamp> {
+    const NANOSECONDS: u32 = 1_000_000_000;
+    let (is_negative, value) = match value.strip_prefix(b"-") {
+        Some(value) => (true, value),
+        None => (false, value),
+    };
+    let mut parts = value.splitn(2, |&byte| byte == b'.');
+    let seconds = decimal(parts.next()?)?;
+    let fraction = parts.next().unwrap_or_default();
+    let mut nanoseconds = 0;
+    for index in 0..9 {
+        let digit = *fraction.get(index).unwrap_or(&b'0');
+        if !digit.is_ascii_digit() {
+            return None;
+        }
+        nanoseconds = nanoseconds * 10 + u32::from(digit - b'0');
+    }
+    Some(match (is_negative, nanoseconds) {
+        (false, _) => Timestamp { seconds, nanoseconds },
+        (true, 0) => Timestamp { seconds: -seconds, nanoseconds },
+        (true, _) => Timestamp { seconds: -seconds - 1, nanoseconds: NANOSECONDS - nanoseconds },
+    })
+}
+
+/// Records `<length> <key>=<value>\n`, where the length counts all of it.
+fn pax_records(mut bytes: &[u8]) -> Option<PaxRecords> {
+    let mut records = PaxRecords::new();
+    while !bytes.is_empty() {
+        let space = bytes.iter().take(20).position(|&byte| byte == b' ')?;
+        let length = usize::try_from(decimal(&bytes[..space])?).ok()?;
+        let record = bytes.get(space + 1..length)?.strip_suffix(b"\n")?;
+        let equals = record.iter().position(|&byte| byte == b'=')?;
+        if equals == 0 {
+            return None;
+        }
+        records.insert(record[..equals].into(), record[equals + 1..].into());
+        bytes = &bytes[length..];
+    }
+    Some(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_both_forms() {
+        assert_eq!(number(b"0000644\0"), Some(0o644));
+        assert_eq!(number(b"  644 \0\0"), Some(0o644));
+        assert_eq!(number(b"\0\0\0\0\0\0\0\0"), Some(0));
+        assert_eq!(number(b"99999999"), None);
+        assert_eq!(number(&[0x80, 0, 0, 0, 0, 0, 1, 2]), Some(258));
+        assert_eq!(number(&[0xff; 12]), Some(-1));
+        let mut wide = [0; 12];
+        wide[0] = 0x80;
+        wide[1] = 1;
+        assert_eq!(number(&wide), None, "the upper half must not be dropped");
+    }
+
+    #[test]
+    fn times_with_fraction_and_sign() {
+        let time = |text: &str| pax_time(text.as_bytes()).map(|t| (t.seconds, t.nanoseconds));
+        assert_eq!(time("1"), Some((1, 0)));
+        assert_eq!(time("1.5"), Some((1, 500_000_000)));
+        assert_eq!(time("1.1234567891"), Some((1, 123_456_789)));
+        assert_eq!(time("-1.25"), Some((-2, 750_000_000)));
+        assert_eq!(time("-0.5"), Some((-1, 500_000_000)));
+        assert_eq!(time("x"), None);
+        assert_eq!(time("1.x"), None);
+        assert_eq!(time("99999999999999999999"), None);
+    }
+
+    #[test]
+    fn pax_values_may_hold_newlines() {
+        let records = pax_records(b"12 a=1\n2\n34\n6 b=c\n").unwrap();
+        let records: Vec<_> = records.iter().map(|(k, v)| (&**k, &**v)).collect();
+        assert_eq!(records, [(&b"a"[..], &b"1\n2\n34"[..]), (b"b", b"c")]);
+        for broken in ["6 b=c", "7 b=c\n", "5 b=c\n", "x b=c\n", "5 =c\n", "4 b\n", " b=c\n", "0 "]
+        {
+            assert_eq!(pax_records(broken.as_bytes()), None, "{broken}");
+        }
+    }
+}
