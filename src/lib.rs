@@ -16,6 +16,8 @@
 //!
 //! `tests/walls.rs` keeps the walls up.
 
+pub mod mount;
 pub mod oci;
 pub mod proto;
+pub mod store;
 pub mod unpack;

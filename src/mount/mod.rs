@@ -1,0 +1,16 @@
+//! What the kernel mounts: read-only binds of one directory tree, and the mount table.
+//!
+//! A mount is made detached, given its flags, and only then attached, in one
+//! step ([`attach`]); nothing is ever visible at a target that is writable or
+//! half made. What is mounted where is asked of the kernel alone ([`table`]).
+//! System calls that nix does not know are in [`syscalls`], the only place of
+//! the project with `unsafe`.
+
+pub mod attach;
+pub mod syscalls;
+pub mod table;
+pub mod target;
+
+pub use attach::{AttachMethod, MountFlags};
+pub use table::{MountEntry, MountTable};
+pub use target::{Target, TargetState};

@@ -1,0 +1,129 @@
+//! The few system calls that nix lacks, behind safe names.
+//!
+//! Every function takes borrowed file descriptors and owned C strings, so that
+//! nothing a caller passes can be dangling; what each guarantees is said there.
+#![allow(unsafe_code, reason = "the one place where system calls are made by hand")]
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// What [`statx`] tells of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStatus {
+    /// Device and inode: equal for every mount of one directory.
+    pub identity: FileIdentity,
+    /// File type and permission bits.
+    pub mode: u16,
+    /// Whether a mount is rooted here; none when the kernel (before 5.8) cannot say.
+    pub is_mount_root: Option<bool>,
+}
+
+/// Which inode of which filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    /// Major and minor number of the filesystem's device.
+    pub device: (u32, u32),
+    /// The inode's number.
+    pub inode: u64,
+}
+
+/// `statx` of `name` below `folder`, of the folder itself when the name is
+/// empty. A symbolic link is not followed, an automount not triggered.
+pub fn statx(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<FileStatus> {
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH;
+    let mask = libc::STATX_TYPE | libc::STATX_MODE | libc::STATX_INO;
+    // SAFETY: an all-zero statx is a valid value of a structure of integers.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, the name ends in NUL, the buffer is as large as the kernel writes.
+    let done =
+        unsafe { libc::statx(folder.as_raw_fd(), name.as_ptr(), flags, mask, &raw mut status) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mount_root = u64::from(libc::STATX_ATTR_MOUNT_ROOT.cast_unsigned());
+    let knows = status.stx_attributes_mask & mount_root != 0;
+    Ok(FileStatus {
+        identity: FileIdentity {
+            device: (status.stx_dev_major, status.stx_dev_minor),
+            inode: status.stx_ino,
+        },
+        mode: status.stx_mode,
+        is_mount_root: knows.then_some(status.stx_attributes & mount_root != 0),
+    })
+}
+
+/// `open_tree(OPEN_TREE_CLONE)`: a detached copy of the mount that `directory`
+/// is on, rooted at it. Nobody sees it before [`move_mount`]; dropping it unmounts it.
+pub fn clone_mount(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags =
+        libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    // SAFETY: the descriptor is open, the path is an empty C string, as AT_EMPTY_PATH asks.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_open_tree, directory.as_raw_fd(), c"".as_ptr(), flags) };
+    let fd = i32::try_from(fd).unwrap_or(-1);
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `mount_setattr` on the mount that `mount` is the root of: sets and clears
+/// `MOUNT_ATTR_*` in one step and makes its propagation private.
+pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: the descriptor is open, the path is an empty C string, and the structure's own size is passed.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `move_mount`: attaches a detached mount at `name` below `folder`. A symbolic
+/// link at the name is not followed.
+pub fn move_mount(mount: BorrowedFd<'_>, folder: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    // SAFETY: both descriptors are open and both paths end in NUL.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            folder.as_raw_fd(),
+            name.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `fsetxattr`: sets an extended attribute of an open file.
+pub fn set_extended_attribute(file: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
+    // SAFETY: the descriptor is open, the name ends in NUL, and the length is the slice's.
+    let done = unsafe {
+        libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `lsetxattr`: sets an extended attribute of the file at a path, of a symbolic
+/// link itself: links cannot be opened for [`set_extended_attribute`].
+pub fn set_link_extended_attribute(path: &CStr, name: &CStr, value: &[u8]) -> io::Result<()> {
+    // SAFETY: both texts end in NUL, and the length is the slice's.
+    let done = unsafe {
+        libc::lsetxattr(path.as_ptr(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -1,0 +1,161 @@
+//! The mount table: `/proc/self/mountinfo`, read as it is documented in proc(5).
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+/// One mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountEntry {
+    /// The mount's number.
+    pub id: u32,
+    /// The number of the mount it is mounted on.
+    pub parent: u32,
+    /// Major and minor number of its filesystem.
+    pub device: (u32, u32),
+    /// Which folder of its filesystem it shows. `//deleted` at the end is the kernel's mark.
+    pub root: PathBuf,
+    /// Where it is mounted, seen from this process's root.
+    pub mount_point: PathBuf,
+    /// `ro,nosuid,nodev,noexec,...` of this mount.
+    pub options: String,
+    /// The filesystem's type.
+    pub filesystem: String,
+}
+
+/// All mounts of this process's namespace, in the kernel's order.
+#[derive(Clone, Debug, Default)]
+pub struct MountTable(Vec<MountEntry>);
+
+impl MountEntry {
+    /// The root without the kernel's mark for folders that were removed since.
+    #[must_use]
+    pub fn root_as_mounted(&self) -> &Path {
+        let root = self.root.as_os_str().as_bytes();
+        Path::new(OsStr::from_bytes(root.strip_suffix(b"//deleted").unwrap_or(root)))
+    }
+}
+
+impl MountTable {
+    /// Reads the kernel's table.
+    pub fn read() -> io::Result<Self> {
+        std::fs::read("/proc/self/mountinfo").map(|text| Self::parse(&text))
+    }
+
+    /// Reads a table's text. A line that is not of the documented form is passed over.
+    #[must_use]
+    pub fn parse(text: &[u8]) -> Self {
+        Self(text.split(|&byte| byte == b'\n').filter_map(entry).collect())
+    }
+
+    /// All mounts.
+    pub fn iter(&self) -> impl Iterator<Item = &MountEntry> {
+        self.0.iter()
+    }
+
+    /// The mount that is seen at exactly this path: the topmost of a stack.
+    #[must_use]
+    pub fn top_at(&self, path: &Path) -> Option<&MountEntry> {
+        let here: Vec<_> = self.0.iter().filter(|entry| entry.mount_point == path).collect();
+        // Each mount of a stack is mounted on the one below it; nothing is mounted on the topmost.
+        here.iter().copied().find(|entry| here.iter().all(|other| other.parent != entry.id))
+    }
+
+    /// The mount that a path lies on.
+    #[must_use]
+    pub fn containing(&self, path: &Path) -> Option<&MountEntry> {
+        path.ancestors().find_map(|ancestor| self.top_at(ancestor))
+    }
+}
+
+/// `36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/root rw,errors=continue`
+fn entry(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
+    let (id, parent) = (number()?, number()?);
+    let device = std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
+    let root = unescape(fields.next()?);
+    let mount_point = unescape(fields.next()?);
+    let options = String::from_utf8_lossy(fields.next()?).into_owned();
+    // Optional fields, as many as there are, end with a hyphen.
+    fields.by_ref().find(|&field| field == b"-")?;
+    Some(MountEntry {
+        id,
+        parent,
+        device: (device.0.parse().ok()?, device.1.parse().ok()?),
+        root,
+        mount_point,
+        options,
+        filesystem: String::from_utf8_lossy(fields.next()?).into_owned(),
+    })
+}
+
+/// Space, tab, newline and backslash are written as `\040` and the like.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let octal = tail.get(..3).filter(|_| first == b'\\').and_then(|digits| {
+            let value = digits.iter().try_fold(0u32, |value, &digit| {
+                (b'0'..=b'7').contains(&digit).then(|| value * 8 + u32::from(digit - b'0'))
+            })?;
+            u8::try_from(value).ok()
+        });
+        if let Some(byte) = octal {
+            bytes.push(byte);
+            rest = &tail[3..];
+        } else {
+            bytes.push(first);
+            rest = tail;
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &[u8] = b"\
+25 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+80 25 0:40 /sub/state /var/state rw,noexec - btrfs /dev/vdb rw,subvol=/sub
+90 25 0:40 /sub/state/trees/a/1/root /pods/with\\040space/mount ro,nosuid master:1 propagate_from:2 - btrfs /dev/vdb rw
+91 90 0:41 / /pods/with\\040space/mount rw - tmpfs tmpfs rw
+92 25 254:0 /gone//deleted /pods/b/mount ro - ext4 /dev/vda rw
+broken line
+93 25 x:y / /nowhere ro - ext4 /dev/vda rw
+";
+
+    #[test]
+    fn the_topmost_of_a_stack_is_found_in_any_order() {
+        let table = MountTable::parse(TABLE);
+        let point = Path::new("/pods/with space/mount");
+        assert_eq!(table.top_at(point).map(|entry| entry.id), Some(91));
+        let reversed = MountTable(table.0.iter().cloned().rev().collect());
+        assert_eq!(reversed.top_at(point).map(|entry| entry.id), Some(91));
+        assert_eq!(table.top_at(Path::new("/pods")), None);
+    }
+
+    #[test]
+    fn a_path_lies_on_the_nearest_mount() {
+        let table = MountTable::parse(TABLE);
+        let id = |path: &str| table.containing(Path::new(path)).map(|entry| entry.id);
+        assert_eq!(id("/var/state/trees"), Some(80));
+        assert_eq!(id("/var/states"), Some(25));
+    }
+
+    #[test]
+    fn a_removed_folder_keeps_its_name() {
+        let table = MountTable::parse(TABLE);
+        let entry = table.top_at(Path::new("/pods/b/mount")).expect("a mount");
+        assert_eq!(entry.root_as_mounted(), Path::new("/gone"));
+    }
+
+    #[test]
+    fn malformed_lines_are_passed_over() {
+        assert_eq!(MountTable::parse(TABLE).iter().count(), 5);
+        assert_eq!(unescape(b"a\\04"), PathBuf::from("a\\04"));
+        assert_eq!(unescape(b"\\777\\134"), PathBuf::from("\\777\\"));
+    }
+}

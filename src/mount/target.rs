@@ -1,0 +1,141 @@
+//! A place where a volume appears: a name below a folder that is held open.
+//!
+//! The folder is reached component by component without following symbolic
+//! links below the base (the kubelet's folder), and everything is done relative
+//! to the open folder, so that nobody can swap the path between two steps.
+//! Nothing here removes anything but one empty folder.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, SFlag, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::syscalls::{self, FileIdentity};
+use super::table::{MountEntry, MountTable};
+
+/// A place where a volume appears.
+#[derive(Debug)]
+pub struct Target {
+    folder: OwnedFd,
+    name: CString,
+}
+
+/// What is at a target now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetState {
+    /// Nothing.
+    Missing,
+    /// An empty folder, as after a reboot.
+    EmptyFolder,
+    /// The root of a mount, of whatever.
+    MountRoot(FileIdentity),
+    /// A file, a link, or a folder with something in it.
+    Occupied,
+}
+
+impl Target {
+    /// Opens the folder that holds the target. `relative` has at least one
+    /// component and neither `.` nor `..`.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` when the folder does not exist; `InvalidInput` for a path that
+    /// is not of that form; `ELOOP` or `ENOTDIR` where a symbolic link is in the way.
+    pub fn open(base: &Path, relative: &Path) -> io::Result<Self> {
+        let mut names = Vec::new();
+        for component in relative.components() {
+            let Component::Normal(name) = component else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            names.push(CString::new(name.as_bytes())?);
+        }
+        let name = names.pop().ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut folder = open(base, flags, Mode::empty())?;
+        for step in names {
+            folder = openat(&folder, step.as_c_str(), flags | OFlag::O_NOFOLLOW, Mode::empty())?;
+        }
+        Ok(Self { folder, name })
+    }
+
+    /// Looks at the target without following a link.
+    pub fn state(&self) -> io::Result<TargetState> {
+        let status = match syscalls::statx(self.folder.as_fd(), &self.name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(TargetState::Missing);
+            }
+            status => status?,
+        };
+        let is_mount_root = match status.is_mount_root {
+            Some(known) => known,
+            None => self.top_mount(&MountTable::read()?)?.is_some(),
+        };
+        if is_mount_root {
+            return Ok(TargetState::MountRoot(status.identity));
+        }
+        let is_folder = u32::from(status.mode) & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
+        if is_folder && std::fs::read_dir(self.kernel_path())?.next().is_none() {
+            return Ok(TargetState::EmptyFolder);
+        }
+        Ok(TargetState::Occupied)
+    }
+
+    /// Makes the target's folder; `false` when it was there.
+    pub fn create(&self) -> io::Result<bool> {
+        // As the kubelet makes the folder above it.
+        match mkdirat(&self.folder, self.name.as_c_str(), Mode::from_bits_truncate(0o750)) {
+            Ok(()) => Ok(true),
+            Err(Errno::EEXIST) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes the target if it is an empty folder without a mount; anything else stays.
+    pub fn remove_if_empty(&self) -> io::Result<()> {
+        match unlinkat(&self.folder, self.name.as_c_str(), UnlinkatFlags::RemoveDir) {
+            Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY | Errno::EBUSY | Errno::ENOTDIR) => {
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The mount on top at the target, if any.
+    pub fn top_mount<'t>(&self, table: &'t MountTable) -> io::Result<Option<&'t MountEntry>> {
+        // The table has paths without symbolic links, which is what the kernel says of an open folder.
+        let folder = std::fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))?;
+        let path = folder.join(std::ffi::OsStr::from_bytes(self.name.as_bytes()));
+        Ok(table.top_at(&path))
+    }
+
+    /// Takes the topmost mount away, lazily when it is in use: a process that
+    /// still has files open keeps them, the path is free at once.
+    pub fn unmount_top(&self) -> io::Result<()> {
+        let path = self.kernel_path();
+        match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => Ok(()),
+            Err(_) => Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?),
+        }
+    }
+
+    pub(super) fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+
+    pub(super) fn name(&self) -> &CString {
+        &self.name
+    }
+
+    /// A path for calls that take no descriptor, through the open folder.
+    pub(super) fn kernel_path(&self) -> PathBuf {
+        let folder = PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
+        folder.join(std::ffi::OsStr::from_bytes(self.name.as_bytes()))
+    }
+}

@@ -1,0 +1,44 @@
+//! Blobs that are kept as the registry sent them: manifests, indexes, configurations.
+
+use std::path::PathBuf;
+
+use super::Store;
+use super::durable;
+use super::error::StoreError;
+use crate::oci::Digest;
+
+impl Store {
+    /// Keeps a small blob.
+    ///
+    /// # Panics
+    ///
+    /// Never with content that was verified: the name must be the content's digest.
+    pub fn put_blob(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
+        debug_assert_eq!(Digest::of(content), digest, "only verified content gets a name");
+        let path = self.blob_path(digest);
+        if path.exists() {
+            return Ok(());
+        }
+        durable::write(&self.staging(), &path, content)
+    }
+
+    /// Reads a blob back and verifies it; none when it is not there or damaged.
+    pub fn blob(&self, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.blob_path(digest);
+        match std::fs::read(&path) {
+            Ok(content) if Digest::of(&content) == digest => Ok(Some(content)),
+            Ok(_) => {
+                tracing::warn!(%digest, "a kept manifest is damaged and will be fetched again");
+                std::fs::remove_file(&path)
+                    .map_err(|error| StoreError::io("remove", &path, error))?;
+                Ok(None)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StoreError::io("read", &path, error)),
+        }
+    }
+
+    fn blob_path(&self, digest: Digest) -> PathBuf {
+        self.path("blobs").join(digest.hex())
+    }
+}

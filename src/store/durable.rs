@@ -1,0 +1,140 @@
+//! How names are made: write everything, one barrier, then rename.
+//!
+//! The crash contract in one sentence: a name exists only for content that was
+//! synced before the name was made.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use super::error::StoreError;
+
+/// Up to so many files and folders are synced one by one; beyond, one `syncfs`
+/// is cheaper, although it flushes what others wrote to the filesystem too.
+const FEW: usize = 16;
+
+/// A path that the kernel takes in one call, with room to spare; a deep tree's may be longer.
+const LONGEST_PATH: usize = 3072;
+
+/// Makes staged content durable. One `syncfs` runs at a time: a second one at
+/// once would only wait for the same disk.
+#[derive(Debug, Default)]
+pub struct Barrier(Mutex<()>);
+
+/// What a barrier has to make durable.
+#[derive(Debug)]
+pub struct Staged {
+    /// Opened before the first write, so that a write-back error since then is reported.
+    filesystem: File,
+    /// Every file and folder, as long as they are few.
+    few: Option<Vec<PathBuf>>,
+}
+
+impl Staged {
+    /// Starts to write under `folder`.
+    pub fn begin(folder: &Path) -> Result<Self, StoreError> {
+        let filesystem =
+            File::open(folder).map_err(|error| StoreError::io("open", folder, error))?;
+        Ok(Self { filesystem, few: Some(Vec::new()) })
+    }
+
+    /// Takes note of a file or folder that the barrier must cover.
+    pub fn wrote(&mut self, path: impl FnOnce() -> PathBuf) {
+        if let Some(few) = &mut self.few {
+            let path = path();
+            if few.len() < FEW && path.as_os_str().len() < LONGEST_PATH {
+                few.push(path);
+            } else {
+                self.few = None;
+            }
+        }
+    }
+}
+
+impl Barrier {
+    /// Returns when everything noted is on the disk.
+    pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
+        if let Some(few) = &staged.few {
+            return few.iter().try_for_each(|path| sync(path));
+        }
+        let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        nix::unistd::syncfs(&staged.filesystem)
+            .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))
+    }
+}
+
+/// Syncs one file or folder.
+pub fn sync(path: &Path) -> Result<(), StoreError> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(|error| StoreError::io("sync", path, error))
+}
+
+/// Renames and makes the new name durable.
+pub fn rename(from: &Path, to: &Path) -> Result<(), StoreError> {
+    std::fs::rename(from, to).map_err(|error| StoreError::io("rename", to, error))?;
+    sync_parent(to)
+}
+
+/// Writes a small file durably: a reader finds the old content or the new.
+/// It is made in `staging`, where a crash leaves what the next start sweeps.
+pub fn write(staging: &Path, path: &Path, content: &[u8]) -> Result<(), StoreError> {
+    let temporary = write_staged(staging, path, content, true)?;
+    rename(&temporary, path)
+}
+
+/// Writes a small file so that a reader finds the old content or the new, and
+/// a power loss may leave neither: for hints.
+pub fn write_unsynced(staging: &Path, path: &Path, content: &[u8]) -> Result<(), StoreError> {
+    let temporary = write_staged(staging, path, content, false)?;
+    std::fs::rename(&temporary, path).map_err(|error| StoreError::io("rename", path, error))
+}
+
+/// Makes a folder, and its name durable, if it is not there.
+pub fn create_folder(path: &Path) -> Result<(), StoreError> {
+    match std::fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => sync_parent(path),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(StoreError::io("create", path, error)),
+    }
+}
+
+/// A name in staging that no other writer has.
+pub fn temporary_name() -> String {
+    let mut random = [0; 8];
+    // Without randomness the process number and a clock would do; the kernel has no reason to refuse.
+    if getrandom::fill(&mut random).is_err() {
+        random = std::process::id().to_le_bytes().repeat(2).try_into().unwrap_or_default();
+    }
+    format!("{:016x}", u64::from_le_bytes(random))
+}
+
+fn write_staged(
+    staging: &Path,
+    path: &Path,
+    content: &[u8],
+    synced: bool,
+) -> Result<PathBuf, StoreError> {
+    let temporary = staging.join(temporary_name());
+    let written =
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).and_then(
+            |mut file| {
+                file.write_all(content)?;
+                if synced { file.sync_all() } else { Ok(()) }
+            },
+        );
+    match written {
+        Ok(()) => Ok(temporary),
+        Err(error) => {
+            // A half-written file is swept at start; removing it now only saves room.
+            let _ = std::fs::remove_file(&temporary);
+            Err(StoreError::io("write", path, error))
+        }
+    }
+}
+
+fn sync_parent(path: &Path) -> Result<(), StoreError> {
+    path.parent().map_or(Ok(()), sync)
+}

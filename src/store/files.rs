@@ -1,0 +1,172 @@
+//! Single-file layers: one inode for each (blob, mode, owner), linked into every
+//! tree that shows it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, Uid, fchown};
+use sha2::Digest as _;
+
+use super::error::StoreError;
+use super::partial::Partial;
+use super::staging::{current_generation, names};
+use super::{FileKey, Store};
+use crate::oci::Digest;
+use crate::unpack::Permissions;
+
+/// Content that starts so is meant to be executed.
+const EXECUTABLE_MAGIC: [&[u8]; 2] = [b"\x7fELF", b"#!"];
+
+impl Store {
+    /// The file's current inode, if it is in the store.
+    pub fn file(&self, key: FileKey) -> Result<Option<PathBuf>, StoreError> {
+        let folder = self.file_folder(key);
+        Ok(current_generation(&folder)?.map(|generation| folder.join(generation.to_string())))
+    }
+
+    /// Any inode with a blob's content, whatever its mode.
+    pub fn any_file_of(&self, digest: Digest) -> Result<Option<PathBuf>, StoreError> {
+        let folder = self.path("files").join(digest.hex());
+        for variant in names(&folder)? {
+            let folder = folder.join(variant);
+            if let Some(generation) = current_generation(&folder)? {
+                return Ok(Some(folder.join(generation.to_string())));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a verified download a file of the store.
+    pub fn commit_file(&self, key: FileKey, partial: &Partial) -> Result<PathBuf, StoreError> {
+        debug_assert!(partial.is_verified(), "only verified content gets a name");
+        let mut staging = self.stage()?;
+        let path = staging.path().join("file");
+        std::fs::rename(partial.path(), &path)
+            .map_err(|error| StoreError::io("rename", &path, error))?;
+        self.finish_file(key, &path)?;
+        staging.staged.wrote(|| path.clone());
+        self.name_file(key, staging, &path)
+    }
+
+    /// Makes a small blob that the manifest carried inline a file of the store.
+    pub fn commit_inline_file(&self, key: FileKey, content: &[u8]) -> Result<PathBuf, StoreError> {
+        debug_assert_eq!(Digest::of(content), key.digest, "only verified content gets a name");
+        let mut staging = self.stage()?;
+        let path = staging.path().join("file");
+        std::fs::write(&path, content).map_err(|error| StoreError::io("write", &path, error))?;
+        self.finish_file(key, &path)?;
+        staging.staged.wrote(|| path.clone());
+        self.name_file(key, staging, &path)
+    }
+
+    /// Makes a second inode of content that is here with another mode or owner.
+    /// The copy is hashed: what the source's disk has lost since is not passed on.
+    pub fn copy_file(&self, key: FileKey, source: &Path) -> Result<PathBuf, StoreError> {
+        let mut staging = self.stage()?;
+        let path = staging.path().join("file");
+        let copied = copy(source, &path)?;
+        if copied != key.digest {
+            let what = format!("its content has the digest {copied}");
+            return Err(StoreError::Damaged { path: source.to_owned(), what });
+        }
+        self.finish_file(key, &path)?;
+        staging.staged.wrote(|| path.clone());
+        self.name_file(key, staging, &path)
+    }
+
+    fn finish_file(&self, key: FileKey, path: &Path) -> Result<(), StoreError> {
+        let finish = || -> std::io::Result<()> {
+            let file = File::open(path)?;
+            set_owner_and_mode(&file, key.permissions)?;
+            self.label().map_or(Ok(()), |label| label.apply(file.as_fd()))
+        };
+        finish().map_err(|error| StoreError::io("finish", path, error))
+    }
+
+    fn name_file(
+        &self,
+        key: FileKey,
+        staging: super::staging::Staging,
+        path: &Path,
+    ) -> Result<PathBuf, StoreError> {
+        let folder = self.file_folder(key);
+        if let Some(content) = folder.parent() {
+            super::durable::create_folder(content)?;
+        }
+        let generation = self.commit(staging, path, &folder)?;
+        Ok(folder.join(generation.to_string()))
+    }
+
+    fn file_folder(&self, key: FileKey) -> PathBuf {
+        let FileKey { digest, permissions: Permissions { mode, uid, gid } } = key;
+        self.path("files").join(digest.hex()).join(format!("{mode:04o}-{uid}-{gid}"))
+    }
+}
+
+/// Whether content starts as something to execute.
+pub fn is_executable(file: &mut File) -> std::io::Result<bool> {
+    use std::os::unix::fs::FileExt as _;
+    let mut start = [0; 4];
+    let mut length = 0;
+    while length < start.len() {
+        match file.read_at(&mut start[length..], length as u64)? {
+            0 => break,
+            count => length += count,
+        }
+    }
+    Ok(starts_executable(&start[..length]))
+}
+
+/// As [`is_executable`], for content in memory.
+#[must_use]
+pub fn starts_executable(content: &[u8]) -> bool {
+    EXECUTABLE_MAGIC.iter().any(|magic| content.starts_with(magic))
+}
+
+/// A second inode, alike in everything, durable.
+pub(super) fn copy_inode(source: &Path, path: &Path) -> std::io::Result<()> {
+    let mut from = File::open(source)?;
+    let metadata = from.metadata()?;
+    let mut to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    std::io::copy(&mut from, &mut to)?;
+    to.set_times(std::fs::FileTimes::new().set_modified(metadata.modified()?))?;
+    let (mode, uid, gid) = (metadata.mode() & 0o777, metadata.uid(), metadata.gid());
+    set_owner_and_mode(&to, Permissions { mode, uid, gid })?;
+    to.sync_all()
+}
+
+/// The owner first: changing it would drop bits of the mode.
+pub(super) fn set_owner_and_mode(file: &File, permissions: Permissions) -> std::io::Result<()> {
+    let Permissions { mode, uid, gid } = permissions;
+    let metadata = file.metadata()?;
+    if (metadata.uid(), metadata.gid()) != (uid, gid) {
+        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    fchmod(file, Mode::from_bits_truncate(mode))?;
+    Ok(())
+}
+
+fn copy(source: &Path, path: &Path) -> Result<Digest, StoreError> {
+    let mut from = File::open(source).map_err(|error| StoreError::io("open", source, error))?;
+    let mut to = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| StoreError::io("create", path, error))?;
+    let mut hasher = sha2::Sha256::new();
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let count =
+            from.read(&mut buffer).map_err(|error| StoreError::io("read", source, error))?;
+        if count == 0 {
+            return Ok(Digest::from_bytes(hasher.finalize().into()));
+        }
+        hasher.update(&buffer[..count]);
+        to.write_all(&buffer[..count]).map_err(|error| StoreError::io("write", path, error))?;
+    }
+}

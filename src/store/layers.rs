@@ -1,0 +1,399 @@
+//! Unpacked archives.
+//!
+//! ```text
+//! layers/<key>/<n>/index        "OCI layer index 1\n", then an entry a record (varint length and
+//!                               the message of proto/layer_index.proto), an empty record, the
+//!                               totals as JSON, and the SHA-256 of everything before it
+//! layers/<key>/<n>/data/<i>/<j> regular file number j, in folders of 4,096
+//! ```
+//!
+//! A layer is complete or absent: it is written in staging and named last. It
+//! is never filtered; selection only decides which of its files a tree links.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, BufWriter, Read, Seek as _, Write};
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use prost::Message as _;
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+
+use super::error::StoreError;
+use super::files::set_owner_and_mode;
+use super::staging::{Staging, current_generation};
+use super::{LayerKey, SecurityLabel, Store};
+use crate::mount::syscalls;
+use crate::oci::Digest;
+use crate::proto::layer_index as wire;
+use crate::unpack::archive::{FileHeader, Sink, StoredFile};
+use crate::unpack::entry::{Metadata, Timestamp};
+use crate::unpack::{Entry, EntryKind, Limits, Permissions, RelativePath};
+
+const MAGIC: &[u8] = b"OCI layer index 1\n";
+
+/// Folders of this many files: small enough to list, large enough to be few.
+const FILES_PER_FOLDER: u32 = 4096;
+
+/// A complete layer in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Its name.
+    pub key: LayerKey,
+    /// Which generation.
+    pub generation: u32,
+    path: PathBuf,
+}
+
+/// What a layer adds up to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerTotals {
+    /// Entries of the archive.
+    pub entries: u64,
+    /// Bytes of regular files.
+    pub bytes: u64,
+}
+
+/// A layer on its way: the archive's entries go to its index, their content to its data.
+#[derive(Debug)]
+pub struct LayerWriter {
+    staging: Staging,
+    index: BufWriter<File>,
+    hasher: sha2::Sha256,
+    totals: LayerTotals,
+    files: u32,
+    folder: Option<File>,
+    label: Option<SecurityLabel>,
+    buffer: Vec<u8>,
+}
+
+impl Store {
+    /// The layer's current generation, if it is in the store.
+    pub fn layer(&self, key: LayerKey) -> Result<Option<Layer>, StoreError> {
+        let folder = self.path("layers").join(key.to_string());
+        let layer =
+            |generation: u32| Layer { key, generation, path: folder.join(generation.to_string()) };
+        Ok(current_generation(&folder)?.map(layer))
+    }
+
+    /// Starts a layer.
+    pub fn write_layer(&self) -> Result<LayerWriter, StoreError> {
+        let staging = self.stage()?;
+        let data = staging.path().join("data");
+        std::fs::create_dir(&data).map_err(|error| StoreError::io("create", &data, error))?;
+        let path = staging.path().join("index");
+        let index = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| StoreError::io("create", &path, error))?;
+        let mut writer = LayerWriter {
+            staging,
+            index: BufWriter::with_capacity(64 * 1024, index),
+            hasher: sha2::Sha256::new(),
+            totals: LayerTotals::default(),
+            files: 0,
+            folder: None,
+            label: self.label().cloned(),
+            buffer: vec![0; 128 * 1024],
+        };
+        writer.write(MAGIC).map_err(|error| StoreError::io("write", &path, error))?;
+        Ok(writer)
+    }
+
+    /// Gives a finished layer its name.
+    pub fn commit_layer(&self, key: LayerKey, writer: LayerWriter) -> Result<Layer, StoreError> {
+        let staging = writer.finish()?;
+        let folder = self.path("layers").join(key.to_string());
+        let path = staging.path().to_owned();
+        let generation = self.commit(staging, &path, &folder)?;
+        Ok(Layer { key, generation, path: folder.join(generation.to_string()) })
+    }
+}
+
+impl Layer {
+    /// Where it lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where regular file `number` lies.
+    #[must_use]
+    pub fn data(&self, number: u32) -> PathBuf {
+        self.path.join("data").join(folder_of(number).to_string()).join(number.to_string())
+    }
+
+    /// Reads the index, whose checksum is compared before the first entry is given out.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Damaged`] when it is not what was written.
+    pub fn entries(&self) -> Result<Entries, StoreError> {
+        let path = self.path.join("index");
+        let failed = |error| StoreError::io("read", &path, error);
+        let mut file = File::open(&path).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
+        let body = length.checked_sub(32).ok_or_else(|| damaged(&path, "it is cut short"))?;
+        let mut hasher = sha2::Sha256::new();
+        let mut buffer = vec![0; 64 * 1024];
+        let mut reader = (&mut file).take(body);
+        loop {
+            match reader.read(&mut buffer).map_err(failed)? {
+                0 => break,
+                count => hasher.update(&buffer[..count]),
+            }
+        }
+        let mut checksum = [0; 32];
+        file.read_exact(&mut checksum).map_err(failed)?;
+        if checksum != <[u8; 32]>::from(hasher.finalize()) {
+            return Err(damaged(&path, "its checksum does not match"));
+        }
+        file.rewind().map_err(failed)?;
+        let mut reader = BufReader::with_capacity(64 * 1024, file);
+        let mut magic = [0; MAGIC.len()];
+        reader.read_exact(&mut magic).map_err(failed)?;
+        if magic != MAGIC {
+            return Err(damaged(&path, "it is not an index"));
+        }
+        // What was accepted once is read again whatever the limits are now: merging compares them.
+        let limits = Limits { depth: 1024, ..Limits::default() };
+        Ok(Entries { path, reader, limits, record: Vec::new() })
+    }
+}
+
+/// The entries of a layer, in the archive's order.
+#[derive(Debug)]
+pub struct Entries {
+    path: PathBuf,
+    reader: BufReader<File>,
+    limits: Limits,
+    record: Vec<u8>,
+}
+
+impl Iterator for Entries {
+    type Item = Result<Entry, StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let failed = || damaged(&self.path, "a record cannot be decoded");
+        let length = match read_varint(&mut self.reader) {
+            Some(0) => return None,
+            Some(length) => length,
+            None => return Some(Err(failed())),
+        };
+        self.record.clear();
+        let read = (&mut self.reader).take(length).read_to_end(&mut self.record);
+        let whole = read.is_ok_and(|count| count as u64 == length);
+        let record = whole.then(|| wire::Entry::decode(self.record.as_slice()).ok()).flatten();
+        Some(record.and_then(|record| decode(record, &self.limits)).ok_or_else(failed))
+    }
+}
+
+fn damaged(path: &Path, what: &str) -> StoreError {
+    StoreError::Damaged { path: path.to_owned(), what: what.to_owned() }
+}
+
+impl LayerWriter {
+    fn finish(mut self) -> Result<Staging, StoreError> {
+        let path = self.staging.path().join("index");
+        let mut finish = || -> std::io::Result<()> {
+            self.write(&[0])?;
+            let totals = serde_json::to_vec(&self.totals)?;
+            self.write(&totals)?;
+            let checksum: [u8; 32] = self.hasher.clone().finalize().into();
+            self.index.write_all(&checksum)?;
+            self.index.flush()
+        };
+        finish().map_err(|error| StoreError::io("write", &path, error))?;
+        let Self { mut staging, .. } = self;
+        staging.staged.wrote(|| path);
+        let data = staging.path().join("data");
+        staging.staged.wrote(|| data);
+        let folder = staging.path().to_owned();
+        staging.staged.wrote(|| folder);
+        Ok(staging)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.hasher.update(bytes);
+        self.index.write_all(bytes)
+    }
+
+    /// The folder that the next file goes to, made when it is the first of it.
+    fn next_folder(&mut self) -> std::io::Result<(u32, PathBuf)> {
+        let number = self.files;
+        let path = self.staging.path().join("data").join(folder_of(number).to_string());
+        if number.is_multiple_of(FILES_PER_FOLDER) {
+            std::fs::create_dir(&path)?;
+            self.folder = Some(File::open(&path)?);
+            self.staging.staged.wrote(|| path.clone());
+        }
+        self.files = number.checked_add(1).ok_or(std::io::ErrorKind::FileTooLarge)?;
+        Ok((number, path))
+    }
+}
+
+impl Sink for LayerWriter {
+    fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> std::io::Result<StoredFile> {
+        let (number, path) = self.next_folder()?;
+        let Some(folder) = &self.folder else {
+            return Err(std::io::ErrorKind::NotFound.into());
+        };
+        // Relative to the open folder: no path is walked for each of many small files.
+        let name = number.to_string();
+        let flags = nix::fcntl::OFlag::O_WRONLY
+            | nix::fcntl::OFlag::O_CREAT
+            | nix::fcntl::OFlag::O_EXCL
+            | nix::fcntl::OFlag::O_CLOEXEC;
+        let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
+        let mut file = File::from(nix::fcntl::openat(folder, name.as_str(), flags, mode)?);
+        let mut hasher = sha2::Sha256::new();
+        let mut size = 0;
+        loop {
+            let count = content.read(&mut self.buffer)?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&self.buffer[..count]);
+            file.write_all(&self.buffer[..count])?;
+            size += count as u64;
+        }
+        let Metadata { permissions, modified, extended_attributes } = &header.metadata;
+        for (name, value) in extended_attributes.iter() {
+            let name = std::ffi::CString::new(name)?;
+            syscalls::set_extended_attribute(file.as_fd(), &name, value).map_err(too_large)?;
+        }
+        if let Some(label) = &self.label {
+            label.apply(file.as_fd())?;
+        }
+        set_owner_and_mode(&file, *permissions)?;
+        file.set_times(std::fs::FileTimes::new().set_modified(system_time(*modified)))?;
+        self.staging.staged.wrote(|| path.join(&name));
+        self.totals.bytes += size;
+        Ok(StoredFile { data: number, sha256: Digest::from_bytes(hasher.finalize().into()) })
+    }
+
+    fn entry(&mut self, entry: Entry) -> std::io::Result<()> {
+        self.totals.entries += 1;
+        let record = encode(entry).encode_length_delimited_to_vec();
+        self.write(&record)
+    }
+}
+
+/// ext4 calls an attribute that does not fit its block a full disk.
+pub(super) fn too_large(error: std::io::Error) -> std::io::Error {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull => std::io::Error::other(
+            "the node's filesystem cannot hold an extended attribute of this size",
+        ),
+        _ => error,
+    }
+}
+
+/// A time as the filesystem takes it; before the epoch and far in the future too.
+pub(super) fn system_time(time: Timestamp) -> SystemTime {
+    let seconds = Duration::from_secs(time.seconds.unsigned_abs());
+    let base = if time.seconds < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(seconds)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(seconds)
+    };
+    base.and_then(|base| base.checked_add(Duration::from_nanos(time.nanoseconds.into())))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+fn folder_of(number: u32) -> u32 {
+    number / FILES_PER_FOLDER
+}
+
+fn read_varint(reader: &mut impl Read) -> Option<u64> {
+    let mut value = 0u64;
+    for shift in (0..63).step_by(7) {
+        let mut byte = [0];
+        reader.read_exact(&mut byte).ok()?;
+        value |= u64::from(byte[0] & 0x7f) << shift;
+        if byte[0] & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn encode(entry: Entry) -> wire::Entry {
+    use wire::entry::Kind;
+    let Metadata { permissions, modified, extended_attributes } = entry.metadata;
+    let mut record = wire::Entry {
+        path: entry.path.as_bytes().to_vec(),
+        mode: permissions.mode,
+        uid: permissions.uid,
+        gid: permissions.gid,
+        mtime_seconds: modified.seconds,
+        mtime_nanoseconds: modified.nanoseconds,
+        extended_attributes: extended_attributes
+            .iter()
+            .map(|(name, value)| wire::ExtendedAttribute { name: name.into(), value: value.into() })
+            .collect(),
+        ..wire::Entry::default()
+    };
+    let kind = match entry.kind {
+        EntryKind::Directory => Kind::Directory,
+        EntryKind::File { size, data, sha256 } => {
+            record.size = size;
+            record.data = data;
+            record.sha256 = sha256.as_bytes().to_vec();
+            Kind::File
+        }
+        EntryKind::SymbolicLink { target } => {
+            record.link = target.into_vec();
+            Kind::SymbolicLink
+        }
+        EntryKind::HardLink { target } => {
+            record.link = target.as_bytes().to_vec();
+            Kind::HardLink
+        }
+        EntryKind::Whiteout => Kind::Whiteout,
+        EntryKind::Opaque => Kind::Opaque,
+    };
+    record.kind = kind.into();
+    record
+}
+
+fn decode(record: wire::Entry, limits: &Limits) -> Option<Entry> {
+    use wire::entry::Kind;
+    let path = |bytes: &[u8]| match bytes {
+        // The root, which an archive may give modes and times.
+        b"" => Some(RelativePath::root()),
+        bytes => RelativePath::parse(bytes, limits).ok(),
+    };
+    let kind = match record.kind() {
+        Kind::Unspecified => return None,
+        Kind::Directory => EntryKind::Directory,
+        Kind::File => EntryKind::File {
+            size: record.size,
+            data: record.data,
+            sha256: Digest::from_bytes(record.sha256.try_into().ok()?),
+        },
+        Kind::SymbolicLink => EntryKind::SymbolicLink { target: record.link.into_boxed_slice() },
+        Kind::HardLink => EntryKind::HardLink { target: path(&record.link)? },
+        Kind::Whiteout => EntryKind::Whiteout,
+        Kind::Opaque => EntryKind::Opaque,
+    };
+    let attributes = record.extended_attributes.into_iter();
+    Some(Entry {
+        path: path(&record.path)?,
+        kind,
+        metadata: Metadata {
+            permissions: Permissions { mode: record.mode, uid: record.uid, gid: record.gid },
+            modified: Timestamp {
+                seconds: record.mtime_seconds,
+                nanoseconds: record.mtime_nanoseconds,
+            },
+            extended_attributes: attributes
+                .map(|attribute| (attribute.name.into(), attribute.value.into()))
+                .collect(),
+        },
+    })
+}

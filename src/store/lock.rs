@@ -1,0 +1,75 @@
+//! One process at a time: an flock on `<state>/lock`, which the kernel releases
+//! however the process ends.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek as _, Write as _};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+use super::error::StoreError;
+
+/// The right to use a state directory; dropping it gives the right up.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
+impl Lock {
+    /// Takes the lock without waiting.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Locked`] with what the holder wrote of itself.
+    pub fn try_acquire(root: &Path) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(root).map_err(|error| StoreError::io("create", root, error))?;
+        let path = root.join("lock");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|error| StoreError::io("open", &path, error))?;
+        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => file,
+            Err((file, Errno::EWOULDBLOCK)) => {
+                let mut holder = String::new();
+                let _ = Read::take(&file, 500).read_to_string(&mut holder);
+                let holder = holder.trim();
+                let holder = if holder.is_empty() { "another process" } else { holder };
+                return Err(StoreError::Locked { path: root.to_owned(), holder: holder.into() });
+            }
+            Err((_, error)) => return Err(StoreError::io("lock", &path, error.into())),
+        };
+        // Who holds it is for people; that it is held is the kernel's word.
+        let note = format!("process {} ({})\n", std::process::id(), command_line());
+        let _ = file.set_len(0).and_then(|()| file.rewind());
+        let _ = file.write_all(note.as_bytes());
+        Ok(Self { _file: file })
+    }
+}
+
+fn command_line() -> String {
+    // The command's name only: arguments are not for a file.
+    let mut arguments = std::env::args();
+    let program = arguments.next().unwrap_or_default();
+    let program = program.rsplit('/').next().unwrap_or_default().to_owned();
+    arguments.next().map_or(program.clone(), |command| format!("{program} {command}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_holder_is_told_who_holds_it() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let first = Lock::try_acquire(folder.path()).expect("the lock");
+        let refused = Lock::try_acquire(folder.path()).expect_err("held");
+        assert!(refused.to_string().contains(&format!("process {}", std::process::id())));
+        drop(first);
+        Lock::try_acquire(folder.path()).expect("free again");
+    }
+}

@@ -1,0 +1,161 @@
+//! The node's content: a directory tree that is the database.
+//!
+//! # Layout
+//!
+//! ```text
+//! <state>/
+//!   format                        "csi-driver-oci 1": what the rest is to be read as
+//!   lock                          flock of the one process that uses the folder, and its name
+//!   node-key                      32 random bytes: keys the HMAC of credentials in access/
+//!   blobs/<digest>                manifests, indexes, configurations, as the registry sent them
+//!   files/<digest>/<mode>-<uid>-<gid>/<n>   a single-file layer: one inode, linked into every tree
+//!   layers/<key>/<n>/index        what an archive said, an entry a record, with its own checksum
+//!   layers/<key>/<n>/data/<i>/<j> the archive's regular files, numbered, linked into trees
+//!   trees/<key>/<n>/root          what a pod sees
+//!   trees/<key>/<n>/tree.json     what it is, its totals
+//!   trees/<key>/<n>/objects.json  which files and layers it links
+//!   {files,layers,trees}/<key>/<n>.damaged   generation n is never published again
+//!   partial/<digest>-<host>       downloads on their way, a prefix of the blob
+//!   staging/<random>              objects on their way
+//!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
+//!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
+//!   publications/<hash>.json      which volume shows which tree at which target
+//!   mounts/                       where mounts are staged on kernels before 5.12
+//! ```
+//!
+//! Keys hold everything that shapes an object ([`keys`]); `n` is its generation.
+//!
+//! # What may be trusted after a crash
+//!
+//! A name under `blobs`, `files`, `layers`, `trees` and `resolutions` was made
+//! by a rename after its content was complete, verified and synced
+//! ([`durable`]): it can be trusted at any time. `partial` is trusted for
+//! nothing: its bytes are hashed again before they count. `staging` is swept at
+//! start. `access` and `publications` are written without a sync: a proof that
+//! is lost costs a request, an unreadable publication is ignored, and what is
+//! mounted is asked of the kernel.
+
+pub mod access;
+pub mod blobs;
+pub mod durable;
+pub mod error;
+pub mod files;
+pub mod keys;
+pub mod label;
+pub mod layers;
+pub mod lock;
+pub mod partial;
+pub mod publications;
+pub mod records;
+pub mod resolutions;
+pub mod room;
+pub mod staging;
+pub mod trees;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use error::StoreError;
+pub use keys::{FileKey, LayerKey, TreeKey};
+pub use label::SecurityLabel;
+pub use trees::Tree;
+
+/// The format that this version reads and writes.
+const FORMAT: &str = "csi-driver-oci 1\n";
+
+/// An open state directory. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    label: Option<SecurityLabel>,
+    barrier: durable::Barrier,
+    node_key: [u8; 32],
+}
+
+impl Store {
+    /// Opens the state directory, makes what is missing in it, and removes what
+    /// an earlier process left in staging. The caller holds the [`lock::Lock`].
+    pub fn open(root: &Path, label: Option<SecurityLabel>) -> Result<Self, StoreError> {
+        let format = root.join("format");
+        let known = match std::fs::read_to_string(&format) {
+            Ok(found) if found == FORMAT => true,
+            Ok(found) => {
+                let found = found.trim().chars().take(80).collect();
+                return Err(StoreError::Format { path: root.to_owned(), found });
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => return Err(StoreError::io("read", &format, error)),
+        };
+        for folder in Self::FOLDERS {
+            durable::create_folder(&root.join(folder))?;
+        }
+        let staging = root.join("staging");
+        staging::sweep(&staging)?;
+        if !known {
+            durable::write(&staging, &format, FORMAT.as_bytes())?;
+        }
+        let node_key = node_key(&staging, &root.join("node-key"))?;
+        let barrier = durable::Barrier::default();
+        Ok(Self(Arc::new(Inner { root: root.to_owned(), label, barrier, node_key })))
+    }
+
+    const FOLDERS: [&str; 9] = [
+        "blobs",
+        "files",
+        "layers",
+        "trees",
+        "partial",
+        "staging",
+        "resolutions",
+        "access",
+        "publications",
+    ];
+
+    /// The state directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.0.root
+    }
+
+    /// Keys the HMAC under which credentials are remembered.
+    #[must_use]
+    pub fn node_key(&self) -> &[u8; 32] {
+        &self.0.node_key
+    }
+
+    fn path(&self, folder: &str) -> PathBuf {
+        self.0.root.join(folder)
+    }
+
+    fn label(&self) -> Option<&SecurityLabel> {
+        self.0.label.as_ref()
+    }
+
+    fn barrier(&self) -> &durable::Barrier {
+        &self.0.barrier
+    }
+}
+
+fn node_key(staging: &Path, path: &Path) -> Result<[u8; 32], StoreError> {
+    match std::fs::read(path) {
+        Ok(bytes) => {
+            if let Ok(key) = bytes.try_into() {
+                return Ok(key);
+            }
+            // A key of another length was never ours; proofs made under it are simply not found.
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(StoreError::io("read", path, error)),
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key)
+        .map_err(|error| StoreError::io("make", path, std::io::Error::other(error)))?;
+    durable::write(staging, path, &key)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests;

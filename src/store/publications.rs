@@ -1,0 +1,75 @@
+//! Which volume shows which tree where: hints that the mount table overrules.
+//!
+//! Records are written before a mount is attached and removed after it is gone.
+//! They are not synced: a sync costs more than the rest of a publish, and after
+//! a power loss no mount exists. A volume whose mount is gone while its record is
+//! here (after a reboot, or a crash in between) gets the same content again.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::StoreError;
+use super::{Store, TreeKey, keys, records};
+use crate::oci::Digest;
+
+/// One volume at one target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Publication {
+    /// The CSI volume id.
+    pub volume_id: String,
+    /// The target path.
+    pub target: PathBuf,
+    /// The kernel's boot id at that time.
+    pub boot_id: String,
+    /// A hash of the volume's own attributes and mount flags: equal ones are compatible.
+    pub fingerprint: Digest,
+    /// The reference, for people.
+    pub reference: String,
+    /// The manifest that is shown.
+    pub manifest: Digest,
+    /// The tree that is shown.
+    pub tree: TreeKey,
+    /// ... and which generation of it.
+    pub generation: u32,
+    /// `namespace/name` of the pod, where the kubelet told.
+    pub pod: Option<String>,
+}
+
+impl Store {
+    /// The record of a target: it shows one volume at most.
+    #[must_use]
+    pub fn publication(&self, target: &Path) -> Option<Publication> {
+        records::read(&self.publication_path(target))
+    }
+
+    /// Records a publication.
+    pub fn put_publication(&self, publication: &Publication) -> Result<(), StoreError> {
+        let path = self.publication_path(&publication.target);
+        records::write_hint(&self.staging(), &path, publication)
+    }
+
+    /// Forgets a publication.
+    pub fn remove_publication(&self, target: &Path) -> Result<(), StoreError> {
+        records::remove(&self.publication_path(target))
+    }
+
+    /// All readable records.
+    pub fn publications(&self) -> Result<Vec<Publication>, StoreError> {
+        let records = records::list(&self.path("publications"))?;
+        Ok(records.into_iter().map(|(_, publication)| publication).collect())
+    }
+
+    fn publication_path(&self, target: &Path) -> PathBuf {
+        let key = keys::hash(&[&target.to_string_lossy()]);
+        self.path("publications").join(records::name(key))
+    }
+}
+
+/// The kernel's name for this boot.
+#[must_use]
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
+}

@@ -1,0 +1,64 @@
+//! What references resolved to: so that `IfNotPresent` and `Never` need no registry.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::StoreError;
+use super::{Store, keys, records};
+use crate::oci::{Digest, Platform, Reference};
+
+/// What a reference meant for a platform when the registry was last asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolution {
+    /// For people who read the folder.
+    pub reference: String,
+    /// What the registry answered: a manifest or an index.
+    pub resolved: Digest,
+    /// The manifest that was chosen for the platform.
+    pub manifest: Digest,
+}
+
+impl Store {
+    /// What the reference last resolved to.
+    #[must_use]
+    pub fn resolution(&self, reference: &Reference, platform: &Platform) -> Option<Resolution> {
+        records::read(&self.resolution_path(reference, platform))
+    }
+
+    /// All readable resolutions.
+    pub fn resolutions(&self) -> Result<Vec<Resolution>, StoreError> {
+        let records = records::list(&self.path("resolutions"))?;
+        Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
+    }
+
+    /// Remembers what a reference resolved to. Unchanged, it costs no write.
+    pub fn put_resolution(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        resolution: &Resolution,
+    ) -> Result<(), StoreError> {
+        if self.resolution(reference, platform).as_ref() == Some(resolution) {
+            return Ok(());
+        }
+        records::write_durable(
+            &self.staging(),
+            &self.resolution_path(reference, platform),
+            resolution,
+        )
+    }
+
+    fn resolution_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
+        let key = keys::hash(&[&name(reference), &platform.to_string()]);
+        self.path("resolutions").join(records::name(key))
+    }
+}
+
+/// With a digest the tag only informs.
+fn name(reference: &Reference) -> String {
+    match reference.digest() {
+        Some(digest) => format!("{}@{digest}", reference.repository()),
+        None => format!("{}:{}", reference.repository(), reference.tag_or_latest()),
+    }
+}

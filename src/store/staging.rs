@@ -1,0 +1,124 @@
+//! Where objects are made before they have a name.
+
+use std::path::{Path, PathBuf};
+
+use super::Store;
+use super::durable::{self, Staged};
+use super::error::StoreError;
+
+/// A folder for one object on its way; dropping it abandons the object.
+#[derive(Debug)]
+pub struct Staging {
+    path: PathBuf,
+    /// What the barrier has to cover.
+    pub staged: Staged,
+    committed: bool,
+}
+
+impl Store {
+    /// A new, empty folder for an object.
+    pub fn stage(&self) -> Result<Staging, StoreError> {
+        let path = self.staging().join(durable::temporary_name());
+        std::fs::create_dir(&path).map_err(|error| StoreError::io("create", &path, error))?;
+        let staged = Staged::begin(&path)?;
+        Ok(Staging { path, staged, committed: false })
+    }
+
+    /// Where small records are made.
+    pub(super) fn staging(&self) -> PathBuf {
+        self.path("staging")
+    }
+
+    /// Marks a generation of an object (`<key>/<n>`): it is never published or
+    /// linked again, the next one is made afresh, and whoever has it mounted keeps it.
+    pub fn mark_damaged(&self, generation: &Path) -> Result<(), StoreError> {
+        durable::write(&self.staging(), &generation.with_extension("damaged"), b"")
+    }
+
+    /// Gives what was staged the next generation of a name: the commit point.
+    pub(super) fn commit(
+        &self,
+        mut staging: Staging,
+        what: &Path,
+        key_folder: &Path,
+    ) -> Result<u32, StoreError> {
+        self.barrier().pass(&staging.staged)?;
+        durable::create_folder(key_folder)?;
+        let generation = loop {
+            let generation = newest_generation(key_folder)?.map_or(1, |newest| newest + 1);
+            match durable::rename(what, &key_folder.join(generation.to_string())) {
+                // A flight that nobody waited for may end beside its successor.
+                Err(StoreError::Io { source, .. }) if is_taken(&source) => {}
+                renamed => break renamed.map(|()| generation)?,
+            }
+        };
+        // What was staged is the object now, or an emptied folder around it.
+        staging.committed = what == staging.path;
+        Ok(generation)
+    }
+}
+
+impl Staging {
+    /// The folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What stays for any reason is swept at the next start.
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn is_taken(error: &std::io::Error) -> bool {
+    let kind = error.kind();
+    matches!(kind, std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists)
+}
+
+/// The newest generation that may be published: the highest that is not marked damaged.
+pub(super) fn current_generation(key_folder: &Path) -> Result<Option<u32>, StoreError> {
+    // Nearly every object has one generation; one look saves a listing on the hot path.
+    let exists = |name: &str| key_folder.join(name).symlink_metadata().is_ok();
+    if exists("1") && !exists("1.damaged") && !exists("2") {
+        return Ok(Some(1));
+    }
+    let names = names(key_folder)?;
+    let damaged = |number: u32| names.iter().any(|name| *name == format!("{number}.damaged"));
+    let numbers = names.iter().filter_map(|name| name.parse::<u32>().ok());
+    Ok(numbers.filter(|&number| !damaged(number)).max())
+}
+
+fn newest_generation(key_folder: &Path) -> Result<Option<u32>, StoreError> {
+    let number = |name: &String| name.split('.').next()?.parse::<u32>().ok();
+    Ok(names(key_folder)?.iter().filter_map(number).max())
+}
+
+pub(super) fn names(folder: &Path) -> Result<Vec<String>, StoreError> {
+    let failed = |error| StoreError::io("list", folder, error);
+    let entries = match std::fs::read_dir(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?,
+    };
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        Ok(entry.map_err(failed)?.file_name().to_string_lossy().into_owned())
+    };
+    entries.map(name).collect()
+}
+
+/// Removes what earlier processes left.
+pub(super) fn sweep(folder: &Path) -> Result<(), StoreError> {
+    for name in names(folder)? {
+        let path = folder.join(name);
+        // A leftover costs room, never correctness: one that resists is left for the next start.
+        if let Err(error) = std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_file(&path))
+        {
+            tracing::warn!(path = %path.display(), %error, "a leftover in staging stays");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+use std::os::unix::fs::MetadataExt as _;
+
+use super::files::starts_executable;
+use super::trees::{Objects, TreeRecord};
+use super::*;
+use crate::oci::Digest;
+use crate::unpack::layer_rule::FileRule;
+use crate::unpack::merge::Merger;
+use crate::unpack::{Limits, Permissions, RelativePath, Selection};
+
+fn store() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = Store::open(folder.path(), None).expect("a store");
+    (folder, store)
+}
+
+/// Whoever runs the test owns the files.
+fn permissions(mode: u32) -> Permissions {
+    let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
+    Permissions { mode, uid, gid }
+}
+
+fn file(store: &Store, content: &[u8], mode: u32) -> (FileKey, PathBuf) {
+    let key = FileKey { digest: Digest::of(content), permissions: permissions(mode) };
+    let path = store.commit_inline_file(key, content).expect("a file");
+    (key, path)
+}
+
+fn tree(store: &Store, name: &str, key: FileKey, path: &Path) -> Tree {
+    let limits = Limits::default();
+    let mut merger = Merger::new(&limits);
+    let rule = FileRule {
+        path: RelativePath::parse(name.as_bytes(), &limits).expect("a path"),
+        recorded: None,
+    };
+    merger.file(0, &rule, key.digest, 1, key.permissions).expect("a file");
+    let plan = merger.finish(&Selection::default()).expect("a plan");
+    let mut objects = Objects::default();
+    objects.files.insert(key, path.to_owned());
+    let record = TreeRecord {
+        manifest: key.digest,
+        kind: "test".into(),
+        bytes: 1,
+        inodes: 2,
+        compressed_bytes: 1,
+    };
+    let tree_key = TreeKey::new(key.digest, name, "Readable", "");
+    store.commit_tree(tree_key, record, &plan, &objects).expect("a tree")
+}
+
+fn shown(store: &Store, tree: &Tree, name: &str) -> std::fs::Metadata {
+    let folder = format!("trees/{}/{}/root", tree.key, tree.generation);
+    std::fs::metadata(store.root().join(folder).join(name)).expect("shown")
+}
+
+#[test]
+fn trees_share_the_inode_of_a_file() {
+    let (_folder, store) = store();
+    let (key, path) = file(&store, b"x", 0o444);
+    let (one, two) = (tree(&store, "a/b", key, &path), tree(&store, "c", key, &path));
+    let inode = std::fs::metadata(&path).expect("the file").ino();
+    assert_eq!(shown(&store, &one, "a/b").ino(), inode);
+    assert_eq!(shown(&store, &two, "c").ino(), inode);
+    assert_eq!(store.tree(one.key).expect("readable"), Some(one));
+}
+
+#[test]
+fn a_file_that_has_all_the_links_it_can_have_is_copied() {
+    let (folder, store) = store();
+    let (key, path) = file(&store, b"x", 0o444);
+    let many = folder.path().join("many");
+    std::fs::create_dir(&many).expect("a folder");
+    // ext4 stops at 65,000; a filesystem that does not stop has nothing to prove here.
+    let full =
+        (0..70_000).any(|number| std::fs::hard_link(&path, many.join(number.to_string())).is_err());
+    let tree = tree(&store, "file", key, &path);
+    let (source, copy) =
+        (std::fs::metadata(&path).expect("the file"), shown(&store, &tree, "file"));
+    assert_eq!(source.ino() != copy.ino(), full);
+    assert_eq!((source.mode(), source.uid(), source.len()), (copy.mode(), copy.uid(), copy.len()));
+    assert_eq!(source.modified().ok(), copy.modified().ok());
+}
+
+#[test]
+fn another_mode_is_another_inode_of_verified_content() {
+    let (_folder, store) = store();
+    let (_, path) = file(&store, b"#!x", 0o555);
+    let other = FileKey { digest: Digest::of(b"#!x"), permissions: permissions(0o400) };
+    let copy = store.copy_file(other, &path).expect("a copy");
+    assert_eq!(std::fs::metadata(&copy).expect("the copy").mode() & 0o777, 0o400);
+    assert_eq!(std::fs::read(&copy).expect("readable"), b"#!x");
+    // What the disk has changed since is found, and not passed on.
+    std::fs::remove_file(&path).expect("removed");
+    std::fs::write(&path, b"#!y").expect("written");
+    let third = FileKey { digest: Digest::of(b"#!x"), permissions: permissions(0o440) };
+    assert!(matches!(store.copy_file(third, &path), Err(StoreError::Damaged { .. })));
+    assert_eq!(store.file(third).expect("readable"), None);
+}
+
+#[test]
+fn a_damaged_generation_is_never_current_again() {
+    let (_folder, store) = store();
+    let (key, path) = file(&store, b"x", 0o444);
+    store.mark_damaged(&path).expect("marked");
+    assert_eq!(store.file(key).expect("readable"), None);
+    let again = store.commit_inline_file(key, b"x").expect("a file");
+    assert!(again.ends_with("2"), "{}", again.display());
+    assert_eq!(store.file(key).expect("readable"), Some(again));
+    assert!(path.exists(), "whoever has it mounted keeps it");
+}
+
+#[test]
+fn a_download_counts_only_what_is_hashed_again() {
+    let (_folder, store) = store();
+    let digest = Digest::of(b"0123456789");
+    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    partial.append(b"01234").expect("written");
+    drop(partial);
+    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    assert_eq!(partial.length(), 5);
+    partial.append(b"56789").expect("written");
+    assert!(partial.is_verified());
+    // Another host's download of the same blob starts for itself.
+    assert_eq!(store.partial("evil.io", digest, 10).expect("a download").length(), 0);
+    // More than the blob has is no prefix of it.
+    assert_eq!(store.partial("r.io", digest, 9).expect("a download").length(), 0);
+}
+
+#[test]
+fn what_a_crash_left_in_staging_is_swept() {
+    let (folder, store) = store();
+    let staging = store.stage().expect("staging");
+    std::fs::write(staging.path().join("half"), "a layer").expect("written");
+    std::mem::forget(staging);
+    std::fs::write(folder.path().join("staging/record"), "half a record").expect("written");
+    drop(store);
+    Store::open(folder.path(), None).expect("opened again");
+    let left = std::fs::read_dir(folder.path().join("staging")).expect("a folder").count();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn an_unknown_format_is_left_alone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("format"), "csi-driver-oci 99\n").expect("written");
+    let refused = Store::open(folder.path(), None).expect_err("unknown");
+    assert!(matches!(refused, StoreError::Format { .. }));
+    assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
+}
+
+#[test]
+fn executables_are_known_by_their_start() {
+    for (content, executable) in
+        [(&b"\x7fELF\x02"[..], true), (b"#!/bin/sh", true), (b"#", false), (b"", false)]
+    {
+        assert_eq!(starts_executable(content), executable);
+    }
+}
