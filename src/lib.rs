@@ -19,5 +19,6 @@
 pub mod mount;
 pub mod oci;
 pub mod proto;
+pub mod pull;
 pub mod store;
 pub mod unpack;

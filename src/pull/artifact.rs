@@ -1,0 +1,411 @@
+//! A manifest to the tree that a volume shows.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+
+use super::error::PullError;
+use super::flights::Outcome;
+use super::progress::Progress;
+use super::resolve::{Resolved, blocking};
+use super::sponsors::{Source, Sponsors};
+use super::want::{PullPolicy, Want};
+use super::{Inner, ProgressView, Puller, transfer};
+use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
+use crate::oci::registry::{ManifestName, RegistryError};
+use crate::oci::{Digest, Repository};
+use crate::store::layers::Layer;
+use crate::store::trees::{Objects, TreeRecord};
+use crate::store::{FileKey, StoreError, Tree, TreeKey};
+use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
+use crate::unpack::merge::Merger;
+use crate::unpack::permissions::NodeType;
+use crate::unpack::{Entry, Permissions, PermissionsRule, Selection};
+
+/// How many layers of one artifact are fetched at once; the node's limit holds besides.
+const LAYERS_AT_ONCE: usize = 4;
+
+/// Who pays for which tree.
+#[derive(Debug, Default)]
+pub struct SponsorsByTree(Mutex<HashMap<TreeKey, Weak<Sponsors>>>);
+
+/// What shapes a tree beside its manifest.
+#[derive(Clone, Debug)]
+struct Shape {
+    selection: Selection,
+    permissions: PermissionsRule,
+    file_mode: Option<u32>,
+}
+
+/// A layer that is shown.
+#[derive(Clone, Debug)]
+struct Part {
+    layer: usize,
+    descriptor: Descriptor,
+    rule: PartRule,
+}
+
+#[derive(Clone, Debug)]
+enum PartRule {
+    File(FileRule, Option<Permissions>),
+    Archive(ArchiveRule),
+}
+
+/// A part that is in the store.
+enum Object {
+    File(usize, FileRule, u64, FileKey, std::path::PathBuf),
+    Layer(usize, ArchiveRule, Layer),
+}
+
+impl SponsorsByTree {
+    fn of(&self, tree: TreeKey) -> Arc<Sponsors> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, sponsors| sponsors.strong_count() > 0);
+        let known = all.get(&tree).and_then(Weak::upgrade);
+        known.unwrap_or_else(|| {
+            let sponsors = Arc::new(Sponsors::default());
+            all.insert(tree, Arc::downgrade(&sponsors));
+            sponsors
+        })
+    }
+}
+
+impl Puller {
+    /// The tree of a manifest that this volume may see, from the store or the registry.
+    pub(super) async fn tree(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        view: &ProgressView,
+    ) -> Outcome<Tree> {
+        let inner = &self.0;
+        let shape = Shape {
+            selection: want.selection.clone(),
+            permissions: want.permissions,
+            file_mode: want.file_mode,
+        };
+        let (manifest, key) = (resolved.manifest, shape.key(resolved.manifest));
+        let repository = want.reference.repository();
+        if let Some(tree) = inner.cached_tree(repository, key).await? {
+            return Ok(tree);
+        }
+        let source =
+            Source { repository: repository.clone(), credential: resolved.credential.clone() };
+        if want.policy == PullPolicy::Never {
+            return Err(Arc::new(PullError::NotCached));
+        }
+        let tree = self.fly(key, manifest, &shape, &source, view).await?;
+        // Complete is one thing; that every blob of it may be had from this repository is another.
+        loop {
+            let mut started = false;
+            let (work_inner, shape, source) = (Arc::clone(inner), shape.clone(), source.clone());
+            let origin = (repository.to_string(), key);
+            let mut ticket = inner.origins.join(origin, |progress| {
+                started = true;
+                async move { work_inner.prove_origin(manifest, shape, key, source, &progress).await }
+            });
+            view.show(ticket.progress());
+            match ticket.outcome().await {
+                // Somebody else's credential was of no use; ours may be.
+                Err(error) if !started && error.is_of_source() => {}
+                proven => return proven.map(|()| tree),
+            }
+        }
+    }
+
+    async fn fly(
+        &self,
+        key: TreeKey,
+        manifest: Digest,
+        shape: &Shape,
+        source: &Source,
+        view: &ProgressView,
+    ) -> Outcome<Tree> {
+        let sponsors = self.0.sponsors.of(key);
+        let mut sponsorship = sponsors.offer(source.clone());
+        loop {
+            let mut started = false;
+            let (inner, shape) = (Arc::clone(&self.0), shape.clone());
+            let sponsors = Arc::clone(&sponsors);
+            let mut ticket = self.0.trees.join(key, |progress| {
+                started = true;
+                async move { inner.make_tree(key, manifest, shape, &sponsors, &progress).await }
+            });
+            view.show(ticket.progress());
+            let outcome = tokio::select! {
+                // Ours first: then the flight's end is no news.
+                biased;
+                refused = sponsorship.refused() => return Err(refused),
+                outcome = ticket.outcome() => outcome,
+            };
+            match outcome {
+                Err(error) if !started && error.is_of_source() => {}
+                outcome => return outcome,
+            }
+        }
+    }
+}
+
+impl Shape {
+    fn key(&self, manifest: Digest) -> TreeKey {
+        let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
+        TreeKey::new(manifest, &self.selection.canonical(), self.permissions.name(), &file_mode)
+    }
+
+    /// The layers that are shown, or may be: a title can prove that a layer is not.
+    fn parts(
+        &self,
+        manifest: &ImageManifest,
+        limits: &crate::unpack::Limits,
+    ) -> Result<Vec<Part>, PullError> {
+        let rules = classify(manifest, limits)?;
+        let layers = manifest.layers.iter().zip(rules).enumerate();
+        let parts = layers.filter_map(|(layer, (descriptor, rule))| {
+            if !rule.is_needed(&self.selection) {
+                return None;
+            }
+            let rule = match rule {
+                LayerRule::Skip => return None,
+                LayerRule::File(rule) => {
+                    let permissions = self.permissions_of(&rule);
+                    PartRule::File(rule, permissions)
+                }
+                LayerRule::Archive(rule) => PartRule::Archive(rule),
+            };
+            Some(Part { layer, descriptor: descriptor.clone(), rule })
+        });
+        Ok(parts.collect())
+    }
+
+    /// What is recorded with the file wins over the attribute, which is for files without; else the content decides.
+    fn permissions_of(&self, rule: &FileRule) -> Option<Permissions> {
+        let recorded = rule.recorded;
+        let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
+        let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });
+        recorded.or(asked)
+    }
+}
+
+impl Inner {
+    async fn cached_tree(
+        self: &Arc<Self>,
+        repository: &Repository,
+        key: TreeKey,
+    ) -> Outcome<Option<Tree>> {
+        let (inner, repository) = (Arc::clone(self), repository.clone());
+        let read = move || {
+            if !inner.store.tree_came_from(&repository, key) {
+                return Ok(None);
+            }
+            Ok(inner.store.tree(key)?)
+        };
+        blocking(read).await.map_err(Arc::new)
+    }
+
+    async fn make_tree(
+        self: Arc<Self>,
+        key: TreeKey,
+        manifest: Digest,
+        shape: Shape,
+        sponsors: &Arc<Sponsors>,
+        progress: &Arc<Progress>,
+    ) -> Result<Tree, PullError> {
+        let inner = Arc::clone(&self);
+        if let Some(tree) = blocking(move || Ok(inner.store.tree(key)?)).await? {
+            return Ok(tree);
+        }
+        let image = self.image(manifest, sponsors).await?;
+        let parts = shape.parts(&image, &self.limits)?;
+        let sizes = parts.iter().map(|part| part.descriptor.size);
+        let compressed_bytes = sizes.fold(0, u64::saturating_add);
+        progress.expect(compressed_bytes);
+        let mut waiting = parts.into_iter();
+        let mut under_way = FuturesUnordered::new();
+        let mut objects = Vec::new();
+        loop {
+            while under_way.len() < LAYERS_AT_ONCE
+                && let Some(part) = waiting.next()
+            {
+                under_way.push(self.object(part, shape.permissions, sponsors, progress));
+            }
+            match under_way.next().await {
+                Some(object) => objects.push(object.map_err(unshare)?),
+                None => break,
+            }
+        }
+        drop(under_way);
+        let inner = Arc::clone(&self);
+        let kind = image.kind().to_owned();
+        // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
+        let permit = Arc::clone(&self.unpacks).acquire_owned().await;
+        let permit = permit.map_err(|_| PullError::Crashed)?;
+        blocking(move || {
+            let _permit = permit;
+            inner.merge(key, (manifest, kind, compressed_bytes), objects, &shape)
+        })
+        .await
+    }
+
+    /// The manifest, from the store; fetched again should it have been damaged there.
+    async fn image(
+        self: &Arc<Self>,
+        manifest: Digest,
+        sponsors: &Sponsors,
+    ) -> Result<ImageManifest, PullError> {
+        let inner = Arc::clone(self);
+        let kept = blocking(move || Ok(inner.store.blob(manifest)?)).await?;
+        let bytes = match (kept, sponsors.current()) {
+            (Some(bytes), _) => bytes,
+            (None, None) => return Err(PullError::Unwanted),
+            (None, Some((_, Source { repository, credential }))) => {
+                let name = ManifestName::Digest(manifest);
+                let fetched = self.registry.manifest(&repository, &name, &credential).await?;
+                let (inner, bytes) = (Arc::clone(self), fetched.bytes.to_vec());
+                blocking(move || {
+                    inner.store.put_blob(manifest, &bytes)?;
+                    Ok(bytes)
+                })
+                .await?
+            }
+        };
+        match Manifest::parse(&bytes, None, self.limits.manifest())? {
+            Manifest::Image(image) => Ok(image),
+            Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
+        }
+    }
+
+    async fn object(
+        self: &Arc<Self>,
+        part: Part,
+        permissions: PermissionsRule,
+        sponsors: &Arc<Sponsors>,
+        progress: &Arc<Progress>,
+    ) -> Result<Object, Arc<PullError>> {
+        let Part { layer, descriptor, rule } = part;
+        let object = match rule {
+            PartRule::File(rule, mode) => {
+                let (key, path) = self.file(&descriptor, mode, sponsors, progress).await?;
+                Object::File(layer, rule, descriptor.size, key, path)
+            }
+            PartRule::Archive(rule) => {
+                let unpacked =
+                    self.layer(&descriptor, &rule, permissions, sponsors, progress).await?;
+                Object::Layer(layer, rule, unpacked)
+            }
+        };
+        Ok(object)
+    }
+
+    fn merge(
+        &self,
+        key: TreeKey,
+        (manifest, kind, compressed_bytes): (Digest, String, u64),
+        mut parts: Vec<Object>,
+        shape: &Shape,
+    ) -> Result<Tree, PullError> {
+        parts.sort_by_key(|part| match part {
+            Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
+        });
+        let mut merger = Merger::new(&self.limits);
+        let mut objects = Objects::default();
+        for part in parts {
+            match part {
+                Object::File(layer, rule, size, key, path) => {
+                    merger.file(layer, &rule, key.digest, size, key.permissions)?;
+                    objects.files.insert(key, path);
+                }
+                Object::Layer(layer, rule, unpacked) => {
+                    merger.archive(layer, &rule);
+                    self.each_entry(&unpacked, |entry| Ok(merger.entry(&entry)?))?;
+                    objects.layers.insert(u32::try_from(layer).unwrap_or(u32::MAX), unpacked);
+                }
+            }
+        }
+        let plan = merger.finish(&shape.selection)?;
+        let record = TreeRecord {
+            manifest,
+            kind,
+            bytes: plan.totals.bytes,
+            inodes: plan.totals.inodes,
+            compressed_bytes,
+        };
+        Ok(self.store.commit_tree(key, record, &plan, &objects)?)
+    }
+
+    /// A layer's entries. A damaged index condemns the layer: the next try fetches it again.
+    fn each_entry(
+        &self,
+        layer: &Layer,
+        mut visit: impl FnMut(Entry) -> Result<(), PullError>,
+    ) -> Result<(), PullError> {
+        let mut read =
+            || -> Result<(), PullError> { layer.entries()?.try_for_each(|entry| visit(entry?)) };
+        let done = read();
+        if let Err(PullError::Store(StoreError::Damaged { .. })) = &done {
+            self.store.mark_damaged(layer.path())?;
+        }
+        done
+    }
+
+    /// Sees to it that every blob of the tree may be had from this repository
+    /// (see [`crate::store::access`]), and remembers that.
+    async fn prove_origin(
+        self: Arc<Self>,
+        manifest: Digest,
+        shape: Shape,
+        tree: TreeKey,
+        source: Source,
+        progress: &Progress,
+    ) -> Result<(), PullError> {
+        let sponsors = Arc::new(Sponsors::default());
+        let _sponsorship = sponsors.offer(source.clone());
+        let image = self.image(manifest, &sponsors).await?;
+        for Part { descriptor, .. } in shape.parts(&image, &self.limits)? {
+            // Content that the manifest carries came with the manifest.
+            if descriptor.data.is_some() {
+                continue;
+            }
+            self.prove_blob_origin(&descriptor, &source, progress).await?;
+        }
+        blocking(move || Ok(self.store.put_tree_origin(&source.repository, tree)?)).await
+    }
+
+    async fn prove_blob_origin(
+        self: &Arc<Self>,
+        descriptor: &Descriptor,
+        source: &Source,
+        progress: &Progress,
+    ) -> Result<(), PullError> {
+        let (digest, size) = (descriptor.digest, descriptor.size);
+        let (inner, repository) = (Arc::clone(self), source.repository.clone());
+        let (from_here, from_host) = blocking(move || {
+            let store = &inner.store;
+            let from_host = store.blob_came_from_host(repository.host(), digest);
+            Ok((store.blob_came_from(&repository, digest), from_host))
+        })
+        .await?;
+        if from_here {
+            return Ok(());
+        }
+        let Source { repository, credential } = source;
+        if from_host {
+            // The host has sent these bytes before; it knows best which of its repositories hold them.
+            if !self.registry.has_blob(repository, digest, credential).await? {
+                let what = format!("blob {digest} of {repository}");
+                return Err(RegistryError::NotFound { what }.into());
+            }
+        } else {
+            // Another host has to send the bytes themselves: naming a digest proves nothing.
+            transfer::prove(&self.registry, source, (digest, size), progress).await?;
+        }
+        let (inner, repository) = (Arc::clone(self), repository.clone());
+        blocking(move || Ok(inner.store.put_blob_origin(&repository, digest)?)).await
+    }
+}
+
+/// A failure that other flights may share becomes this flight's own.
+fn unshare(error: Arc<PullError>) -> PullError {
+    Arc::try_unwrap(error).unwrap_or_else(PullError::Shared)
+}

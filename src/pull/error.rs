@@ -1,0 +1,132 @@
+//! Why content did not get onto the node.
+
+use std::sync::Arc;
+
+use crate::oci::Digest;
+use crate::oci::manifest::ManifestError;
+use crate::oci::registry::RegistryError;
+use crate::store::StoreError;
+use crate::unpack::UnpackError;
+
+/// A pull that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// `pullPolicy: Never` and the reference has never been resolved here.
+    #[error(
+        "it is not cached on this node and pullPolicy is Never: warm the node or allow pulling"
+    )]
+    NotCached,
+    /// `pullPolicy: Never` and nobody has proven that these credentials open the cached content.
+    #[error(
+        "it is cached, but these credentials have not been proven to open it and pullPolicy is Never: use IfNotPresent"
+    )]
+    NotProven,
+    /// The registry, by its own error.
+    #[error(transparent)]
+    Registry(RegistryError),
+    /// The manifest or index.
+    #[error(transparent)]
+    Manifest(ManifestError),
+    /// A layer or what it unpacks to.
+    #[error(transparent)]
+    Unpack(UnpackError),
+    /// A configuration beyond the limit.
+    #[error("its configuration has {size} bytes, the limit is {limit} (limits.configBytes)")]
+    ConfigTooLarge {
+        /// What the manifest announces.
+        size: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// The registry sent more or fewer bytes than the manifest says, again and again.
+    #[error(
+        "the registry sent {got} bytes of {digest}, its manifest says {expected}: push the artifact again"
+    )]
+    BlobSize {
+        /// Which blob.
+        digest: Digest,
+        /// Bytes by the manifest.
+        expected: u64,
+        /// Bytes that came; one more stands for any more.
+        got: u64,
+    },
+    /// The registry sent other content than the manifest names, twice.
+    #[error(
+        "the registry sent content with the digest {got} for {expected}: push the artifact again"
+    )]
+    BlobDigest {
+        /// Which blob.
+        expected: Digest,
+        /// What came.
+        got: Digest,
+    },
+    /// The node's own disk.
+    #[error(transparent)]
+    Store(StoreError),
+    /// Nobody waited for it any more.
+    #[error("nobody waited for it any more")]
+    Unwanted,
+    /// The driver is stopping.
+    #[error("the driver is shutting down: it goes on where it stopped after the restart")]
+    ShuttingDown,
+    /// The failure of a flight that others wait for too.
+    #[error(transparent)]
+    Shared(Arc<PullError>),
+    /// A bug.
+    #[error("the driver failed internally: please report it with the driver's log")]
+    Crashed,
+}
+
+impl PullError {
+    /// The failure itself, however many share it.
+    #[must_use]
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.root(),
+            error => error,
+        }
+    }
+
+    /// Whether it is the fault of where the content was to come from: somewhere
+    /// else the same content may be had.
+    #[must_use]
+    pub fn is_of_source(&self) -> bool {
+        matches!(self.root(), Self::Registry(_) | Self::BlobSize { .. } | Self::BlobDigest { .. })
+    }
+
+    /// Whether the registry could not be asked at all.
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self.root(), Self::Registry(error) if error.is_transient())
+    }
+}
+
+impl From<RegistryError> for PullError {
+    fn from(error: RegistryError) -> Self {
+        Self::Registry(error)
+    }
+}
+
+impl From<ManifestError> for PullError {
+    fn from(error: ManifestError) -> Self {
+        Self::Manifest(error)
+    }
+}
+
+impl From<UnpackError> for PullError {
+    fn from(error: UnpackError) -> Self {
+        let staging = std::path::Path::new("the unpacked layer");
+        match error {
+            // The archive is innocent of what the disk does.
+            UnpackError::Store(source) => StoreError::io("write", staging, source).into(),
+            UnpackError::Read(source) => StoreError::io("read", staging, source).into(),
+            error => Self::Unpack(error),
+        }
+    }
+}
+
+impl From<StoreError> for PullError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}

@@ -1,0 +1,303 @@
+//! Blobs to objects of the store: a file, or an unpacked layer.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Cursor;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::Inner;
+use super::error::PullError;
+use super::progress::Progress;
+use super::resolve::blocking;
+use super::sponsors::Sponsors;
+use super::transfer::{self, BlobGuard, Download};
+use crate::oci::manifest::Descriptor;
+use crate::oci::{Digest, Repository};
+use crate::store::files::{is_executable, starts_executable};
+use crate::store::layers::Layer;
+use crate::store::{FileKey, LayerKey, StoreError};
+use crate::unpack::layer_rule::ArchiveRule;
+use crate::unpack::{Permissions, PermissionsRule, archive};
+
+/// Mode of content that is meant to be executed, where nothing else says.
+const EXECUTABLE: Permissions = Permissions { mode: 0o555, uid: 0, gid: 0 };
+/// Mode of all other content, where nothing else says.
+const PLAIN: Permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
+
+/// A file that is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileWant {
+    /// The blob.
+    pub digest: Digest,
+    /// Mode and owner; none means by content.
+    pub permissions: Option<Permissions>,
+}
+
+/// Who may work on a blob: one flight at a time, whatever it makes of it.
+#[derive(Debug, Default)]
+pub struct BlobLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+
+impl BlobLocks {
+    async fn lock(&self, digest: Digest) -> BlobGuard {
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| lock.strong_count() > 0);
+            let known = locks.get(&digest).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let lock = Arc::new(tokio::sync::Mutex::new(()));
+                locks.insert(digest, Arc::downgrade(&lock));
+                lock
+            })
+        };
+        lock.lock_owned().await
+    }
+}
+
+impl Inner {
+    /// The file's key and inode, from the store or the registry.
+    pub(super) async fn file(
+        self: &Arc<Self>,
+        descriptor: &Descriptor,
+        permissions: Option<Permissions>,
+        sponsors: &Arc<Sponsors>,
+        progress: &Arc<Progress>,
+    ) -> Result<(FileKey, PathBuf), Arc<PullError>> {
+        let want = FileWant { digest: descriptor.digest, permissions };
+        let key = loop {
+            let mut started = false;
+            let mut ticket = self.files.join(want, |_| {
+                started = true;
+                let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
+                let (sponsors, progress) = (Arc::clone(sponsors), Arc::clone(progress));
+                async move { inner.make_file(&descriptor, want, &sponsors, &progress).await }
+            });
+            match ticket.outcome().await {
+                // Somebody else's source was of no use; ours may be.
+                Err(error) if !started && error.is_of_source() => {}
+                outcome => {
+                    let key = outcome?;
+                    if !started {
+                        progress.resumed(descriptor.size);
+                    }
+                    break key;
+                }
+            }
+        };
+        let (inner, digest, expected) = (Arc::clone(self), descriptor.digest, descriptor.size);
+        let look = move || {
+            let path = inner.store.file(key)?.ok_or(PullError::Crashed)?;
+            let metadata =
+                path.metadata().map_err(|error| StoreError::io("look at", &path, error))?;
+            // A warm node must not believe what a cold one would refuse.
+            match metadata.len() {
+                got if got != expected => Err(PullError::BlobSize { digest, expected, got }),
+                _ => Ok((key, path)),
+            }
+        };
+        blocking(look).await.map_err(Arc::new)
+    }
+
+    /// The layer, from the store or the registry.
+    pub(super) async fn layer(
+        self: &Arc<Self>,
+        descriptor: &Descriptor,
+        rule: &ArchiveRule,
+        permissions: PermissionsRule,
+        sponsors: &Arc<Sponsors>,
+        progress: &Arc<Progress>,
+    ) -> Result<Layer, Arc<PullError>> {
+        // A digest that the archive must unpack to is checked while unpacking, so it is part of the name.
+        let tar = rule.tar_digest.map(|digest| digest.hex()).unwrap_or_default();
+        let decoder = format!("{} {tar}", rule.decoder());
+        let key = LayerKey::new(descriptor.digest, &decoder, permissions.name());
+        loop {
+            let mut started = false;
+            let mut ticket = self.layers.join(key, |_| {
+                started = true;
+                let (inner, descriptor, rule) =
+                    (Arc::clone(self), descriptor.clone(), rule.clone());
+                let (sponsors, progress) = (Arc::clone(sponsors), Arc::clone(progress));
+                async move {
+                    inner
+                        .make_layer(&descriptor, rule, permissions, key, &sponsors, &progress)
+                        .await
+                }
+            });
+            match ticket.outcome().await {
+                // Somebody else's source was of no use; ours may be.
+                Err(error) if !started && error.is_of_source() => {}
+                outcome => {
+                    let layer = outcome?;
+                    if !started {
+                        progress.resumed(descriptor.size);
+                    }
+                    return Ok(layer);
+                }
+            }
+        }
+    }
+
+    async fn make_file(
+        self: Arc<Self>,
+        descriptor: &Descriptor,
+        want: FileWant,
+        sponsors: &Sponsors,
+        progress: &Progress,
+    ) -> Result<FileKey, PullError> {
+        let guard = self.blobs.lock(want.digest).await;
+        let inner = Arc::clone(&self);
+        let data = descriptor.data.clone();
+        let (known, guard) = blocking(move || {
+            let known = inner.known_file(want, data.as_deref())?;
+            Ok((known, guard))
+        })
+        .await?;
+        if let Some(key) = known {
+            progress.resumed(descriptor.size);
+            return Ok(key);
+        }
+        let Download { partial, guard, repository, asked } =
+            self.download(descriptor, sponsors, progress, guard).await?;
+        let inner = Arc::clone(&self);
+        blocking(move || {
+            let key = file_key(want, &mut partial.reader()?)?;
+            inner.store.commit_file(key, &partial)?;
+            inner.remember_origin(&repository, asked, want.digest)?;
+            drop(guard);
+            Ok(key)
+        })
+        .await
+    }
+
+    /// What can be had without the registry: the file itself, a copy of the
+    /// same content with another mode, or content that the manifest carries.
+    fn known_file(
+        &self,
+        want: FileWant,
+        data: Option<&[u8]>,
+    ) -> Result<Option<FileKey>, PullError> {
+        let key = |permissions| FileKey { digest: want.digest, permissions };
+        if let Some(data) = data {
+            let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
+            let key = key(want.permissions.unwrap_or(by_content));
+            if self.store.file(key)?.is_none() {
+                self.store.commit_inline_file(key, data)?;
+            }
+            return Ok(Some(key));
+        }
+        // Without a mode the content decides, and not what another volume has asked for.
+        let Some(source) = self.store.any_file_of(want.digest)? else { return Ok(None) };
+        let mut file =
+            File::open(&source).map_err(|error| StoreError::io("open", &source, error))?;
+        let key = file_key(want, &mut file)?;
+        if self.store.file(key)?.is_some() {
+            return Ok(Some(key));
+        }
+        match self.store.copy_file(key, &source) {
+            Ok(_) => Ok(Some(key)),
+            // Then the registry is asked, as if it were not here.
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(%error, "a file of the store is damaged");
+                self.store.mark_damaged(&source)?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn make_layer(
+        self: Arc<Self>,
+        descriptor: &Descriptor,
+        rule: ArchiveRule,
+        permissions: PermissionsRule,
+        key: LayerKey,
+        sponsors: &Sponsors,
+        progress: &Progress,
+    ) -> Result<Layer, PullError> {
+        let guard = self.blobs.lock(descriptor.digest).await;
+        let inner = Arc::clone(&self);
+        let (known, guard) = blocking(move || Ok((inner.store.layer(key)?, guard))).await?;
+        if let Some(layer) = known {
+            progress.resumed(descriptor.size);
+            return Ok(layer);
+        }
+        if let Some(data) = descriptor.data.clone() {
+            progress.resumed(descriptor.size);
+            let inner = Arc::clone(&self);
+            return blocking(move || {
+                let layer = inner.unpack(Cursor::new(data), &rule, permissions, key);
+                drop(guard);
+                layer
+            })
+            .await;
+        }
+        let Download { partial, guard, repository, asked } =
+            self.download(descriptor, sponsors, progress, guard).await?;
+        let digest = descriptor.digest;
+        let permit = Arc::clone(&self.unpacks).acquire_owned().await;
+        let permit = permit.map_err(|_| PullError::Crashed)?;
+        let inner = Arc::clone(&self);
+        blocking(move || {
+            // Held until the work ends, also when nobody waits for it any more.
+            let _permit = permit;
+            let layer = inner.unpack(partial.reader()?, &rule, permissions, key);
+            // An archive that was refused would be refused again: nothing of it is kept either.
+            partial.discard()?;
+            inner.remember_origin(&repository, asked, digest)?;
+            drop(guard);
+            layer
+        })
+        .await
+    }
+
+    fn unpack(
+        &self,
+        blob: impl std::io::Read,
+        rule: &ArchiveRule,
+        permissions: PermissionsRule,
+        key: LayerKey,
+    ) -> Result<Layer, PullError> {
+        let mut writer = self.store.write_layer()?;
+        archive::unpack(blob, rule, permissions, &self.limits, &mut writer)?;
+        Ok(self.store.commit_layer(key, writer)?)
+    }
+
+    fn remember_origin(
+        &self,
+        repository: &Repository,
+        asked: bool,
+        digest: Digest,
+    ) -> Result<(), PullError> {
+        if asked {
+            self.store.put_blob_origin(repository, digest)?;
+        } else {
+            self.store.put_host_origin(repository.host(), digest)?;
+        }
+        Ok(())
+    }
+
+    async fn download(
+        &self,
+        descriptor: &Descriptor,
+        sponsors: &Sponsors,
+        progress: &Progress,
+        guard: BlobGuard,
+    ) -> Result<Download, PullError> {
+        let _permit = self.downloads.acquire().await.map_err(|_| PullError::Crashed)?;
+        let blob = (descriptor.digest, descriptor.size);
+        let how = (guard, self.options.retry);
+        transfer::fetch(&self.store, &self.registry, sponsors, blob, progress, how).await
+    }
+}
+
+fn file_key(want: FileWant, content: &mut File) -> Result<FileKey, PullError> {
+    let permissions = if let Some(permissions) = want.permissions {
+        permissions
+    } else {
+        let executable = is_executable(content)
+            .map_err(|error| StoreError::io("read", std::path::Path::new("the download"), error))?;
+        if executable { EXECUTABLE } else { PLAIN }
+    };
+    Ok(FileKey { digest: want.digest, permissions })
+}

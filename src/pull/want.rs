@@ -1,0 +1,79 @@
+//! What a volume asks for.
+
+use serde::{Deserialize, Serialize};
+
+use super::error::PullError;
+use crate::oci::credentials::{Credential, Keyring};
+use crate::oci::registry::RegistryError;
+use crate::oci::{Platform, Reference};
+use crate::store::access::Principal;
+use crate::unpack::{PermissionsRule, Selection};
+
+/// When the registry is asked: the kubelet's words with the kubelet's meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PullPolicy {
+    /// At every publish; with a digest only to prove the credentials.
+    Always,
+    /// When the reference has not been resolved on this node before.
+    IfNotPresent,
+    /// Not at all.
+    Never,
+}
+
+/// What `Always` does when the registry cannot be reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IfUnavailable {
+    /// The publish fails, and the kubelet tries again.
+    #[default]
+    Fail,
+    /// What the reference last resolved to is used.
+    UseCached,
+}
+
+/// What a volume asks for, and with what it may.
+#[derive(Clone, Debug)]
+pub struct Want {
+    /// The artifact.
+    pub reference: Reference,
+    /// For an index, or to be compared with a single manifest's.
+    pub platform: Platform,
+    /// Whether the registry is asked.
+    pub policy: PullPolicy,
+    /// What `Always` does without an answer.
+    pub if_unavailable: IfUnavailable,
+    /// Which files.
+    pub selection: Selection,
+    /// Modes and owners.
+    pub permissions: PermissionsRule,
+    /// Mode of single-file layers; none means by content.
+    pub file_mode: Option<u32>,
+    /// The volume's own credentials.
+    pub keyring: Keyring,
+}
+
+impl Want {
+    /// Whether the failure can mean that the tag stands for something else now.
+    pub(super) fn is_moved(&self, error: &PullError) -> bool {
+        let gone = matches!(error.root(), PullError::Registry(RegistryError::NotFound { .. }));
+        gone && self.reference.digest().is_none()
+    }
+
+    /// The credentials to try, in turn: those that match, or none at all.
+    pub(super) fn candidates(&self, node_key: &[u8; 32]) -> Vec<(Principal, Credential)> {
+        let repository = self.reference.repository();
+        let principal = |credential: &Credential| {
+            let material = credential.principal_material();
+            Principal::credential(node_key, repository.host(), &material)
+        };
+        let mut candidates: Vec<_> = self
+            .keyring
+            .matching(repository)
+            .into_iter()
+            .map(|credential| (principal(&credential), credential))
+            .collect();
+        if candidates.is_empty() {
+            candidates.push((Principal::anonymous(), Credential::Anonymous));
+        }
+        candidates
+    }
+}
