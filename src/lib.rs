@@ -16,9 +16,15 @@
 //!
 //! `tests/walls.rs` keeps the walls up.
 
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod csi;
 pub mod mount;
 pub mod oci;
 pub mod proto;
 pub mod pull;
 pub mod store;
 pub mod unpack;
+pub mod volume;

@@ -1,3 +1,7 @@
 //! The `csi-driver-oci` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    csi_driver_oci::cli::main()
+}

@@ -1,0 +1,175 @@
+//! Metrics in Prometheus' text format: base units, and no label whose values
+//! users can multiply.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::header::CONTENT_TYPE;
+use axum::routing::get;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+use tonic::Code;
+
+use crate::volume::publish::PublishPath;
+
+/// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
+const SECONDS: [f64; 16] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 30.0,
+    60.0, 120.0,
+];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PublishLabels {
+    result: &'static str,
+    cache: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndpointLabels {
+    endpoint: &'static str,
+}
+
+/// Counts what happens on the node.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
+    hits: Counter,
+    misses: Counter,
+    unpublished: Counter,
+    configuration_errors: Gauge<u64, AtomicU64>,
+    endpoint_errors: Family<EndpointLabels, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("csi_oci");
+        let publish: Family<PublishLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new(SECONDS));
+        let metrics = Self {
+            publish: publish.clone(),
+            hits: Counter::default(),
+            misses: Counter::default(),
+            unpublished: Counter::default(),
+            configuration_errors: Gauge::default(),
+            endpoint_errors: Family::default(),
+            registry: Registry::default(),
+        };
+        registry.register_with_unit(
+            "publish_duration",
+            "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
+            Unit::Seconds,
+            publish,
+        );
+        registry.register("cache_hits", "Publishes from the cache", metrics.hits.clone());
+        registry.register(
+            "cache_misses",
+            "Publishes that had to fetch or unpack",
+            metrics.misses.clone(),
+        );
+        registry.register("unpublish", "Volumes unpublished", metrics.unpublished.clone());
+        registry.register(
+            "configuration_error",
+            "1 while the configuration file cannot be used",
+            metrics.configuration_errors.clone(),
+        );
+        registry.register(
+            "endpoint_errors",
+            "Endpoints that could not be listened on",
+            metrics.endpoint_errors.clone(),
+        );
+        registry.register(
+            "build",
+            "The version that runs",
+            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        Self { registry, ..metrics }
+    }
+}
+
+impl Metrics {
+    /// A volume was published.
+    pub fn published(&self, path: PublishPath, duration: Duration) {
+        let cache = match path {
+            PublishPath::AlreadyMounted => "mounted",
+            PublishPath::Hit => {
+                self.hits.inc();
+                "hit"
+            }
+            PublishPath::Miss => {
+                self.misses.inc();
+                "miss"
+            }
+        };
+        self.observe("OK", cache, duration);
+    }
+
+    /// A publish failed.
+    pub fn publish_failed(&self, code: Code, duration: Duration) {
+        self.observe(code_name(code), "none", duration);
+    }
+
+    /// A volume was unpublished.
+    pub fn unpublished(&self) {
+        self.unpublished.inc();
+    }
+
+    /// Whether the configuration file cannot be used.
+    pub fn configuration_error(&self, is_wrong: bool) {
+        self.configuration_errors.set(is_wrong.into());
+    }
+
+    /// An endpoint could not be listened on.
+    pub fn endpoint_error(&self, endpoint: &'static str) {
+        self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
+    }
+
+    /// The route.
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new().route(
+            "/metrics",
+            get(move || {
+                let mut text = String::new();
+                // Writing to a string cannot fail.
+                let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+                let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+                async move { ([(CONTENT_TYPE, format)], text) }
+            }),
+        )
+    }
+
+    fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {
+        let labels = PublishLabels { result, cache };
+        self.publish.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+}
+
+/// As the specification writes codes.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

@@ -1,0 +1,414 @@
+//! Builds every part once, and owns what ends them all.
+//!
+//! ```text
+//! lock       the state directory's, waited for before any socket is touched
+//! sockets    CSI first, then health and metrics, the registration last
+//! content    opened beside: the CSI socket answers while the store recovers
+//! shutdown   stop accepting; waiting calls get UNAVAILABLE; mounts stay; exit within 10 s
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+
+use crate::admin::health::Health;
+use crate::admin::http;
+use crate::admin::metrics::Metrics;
+use crate::admin::service::AdminService;
+use crate::config::NodeConfiguration;
+use crate::csi::Endpoint;
+use crate::csi::identity::IdentityService;
+use crate::csi::node::NodeService;
+use crate::csi::registration::RegistrationService;
+use crate::csi::request::Node;
+use crate::csi::socket::Socket;
+use crate::mount::AttachMethod;
+use crate::oci::registry::{Registry, RegistryOptions};
+use crate::proto::admin::admin_server::AdminServer;
+use crate::proto::csi::v1::identity_server::IdentityServer;
+use crate::proto::csi::v1::node_server::NodeServer;
+use crate::proto::pluginregistration::registration_server::RegistrationServer;
+use crate::pull::Puller;
+use crate::store::lock::Lock;
+use crate::store::{SecurityLabel, Store, StoreError};
+use crate::volume::reconcile::reconcile;
+use crate::volume::{Content, ContentState, Volumes};
+
+/// How long a new process waits for the old one to go.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+/// How often the lock is tried meanwhile.
+const LOCK_INTERVAL: Duration = Duration::from_millis(100);
+/// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
+const STORE_RETRY: Duration = Duration::from_secs(10);
+/// The kubelet sends no unpublish to a driver that is not registered.
+const REGISTRATION_PATIENCE: Duration = Duration::from_secs(10);
+/// Calls and disk work get this long to end; the promise is to be gone within ten seconds.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(8);
+
+/// How the node plugin runs.
+#[derive(Clone, Debug)]
+pub struct NodeOptions {
+    /// The CSI socket.
+    pub endpoint: Endpoint,
+    /// The Node object's name.
+    pub node_id: String,
+    /// The CSI driver's name.
+    pub driver_name: String,
+    /// Where content lies.
+    pub state_dir: PathBuf,
+    /// The kubelet's folder.
+    pub kubelet_dir: PathBuf,
+    /// The kubelet's plugin registry; none turns self-registration off.
+    pub registration_dir: Option<PathBuf>,
+    /// The CSI socket's path as the kubelet sees it.
+    pub kubelet_endpoint: String,
+    /// Where commands reach the node plugin.
+    pub admin_endpoint: Endpoint,
+    /// Where health is served; none turns it off.
+    pub health_endpoint: Option<String>,
+    /// Where metrics are served; none turns it off.
+    pub metrics_endpoint: Option<String>,
+    /// The configuration file.
+    pub config: Option<PathBuf>,
+    /// Forces the mounts of old kernels, for tests.
+    pub staged_mounts: bool,
+}
+
+/// Why the node plugin ended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// The state directory is in use.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A socket that the driver is nothing without.
+    #[error("cannot listen at {}: {source}", path.display())]
+    Listen {
+        /// Which.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// The CSI endpoint is off.
+    #[error("the CSI endpoint is empty: set --endpoint to unix:///path/to/csi.sock")]
+    NoEndpoint,
+    /// A critical server ended by itself.
+    #[error("the {0} server ended: {1}")]
+    Server(&'static str, String),
+}
+
+/// Runs the node plugin until `shutdown`.
+pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Result<(), AppError> {
+    let csi_path = options.endpoint.path().ok_or(AppError::NoEndpoint)?.to_owned();
+    let metrics = Arc::new(Metrics::default());
+    let Some(lock) = lock(&options.state_dir, &shutdown).await? else { return Ok(()) };
+    let lock = Arc::new(Mutex::new(lock));
+    let tracker = TaskTracker::new();
+    let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
+    let attach = if options.staged_mounts {
+        AttachMethod::Staged(options.state_dir.join("mounts"))
+    } else {
+        AttachMethod::detect(&options.state_dir.join("mounts"))
+    };
+    let volumes = Volumes::new(
+        options.state_dir.clone(),
+        attach,
+        content.clone(),
+        tracker.clone(),
+        shutdown.clone(),
+    );
+    let node = Node {
+        kubelet_dir: options.kubelet_dir.clone(),
+        selinux: SecurityLabel::is_used_on_this_node(),
+    };
+    let (csi_socket, listener) = listen(&csi_path)?;
+    let csi = Server::builder()
+        .add_service(IdentityServer::new(IdentityService {
+            driver_name: options.driver_name.clone(),
+        }))
+        .add_service(NodeServer::new(NodeService {
+            node_id: options.node_id.clone(),
+            node,
+            volumes,
+            metrics: Arc::clone(&metrics),
+        }));
+    let mut servers = JoinSet::new();
+    servers.spawn(serve("CSI", csi, listener, shutdown.clone()));
+    // The store may take its time: unpublishing works from here on.
+    let opening = open_content(
+        options.clone(),
+        Arc::clone(&metrics),
+        content_sender,
+        Arc::clone(&lock),
+        tracker.clone(),
+        shutdown.clone(),
+    );
+    tracker.spawn(opening);
+    let registration = options.registration_dir.as_ref().map(|folder| {
+        let (name, endpoint) = (options.driver_name.clone(), options.kubelet_endpoint.clone());
+        let path = folder.join(RegistrationService::socket_name(&name));
+        (path, RegistrationService::new(name, endpoint))
+    });
+    let registered = registration.as_ref().map(|(_, service)| service.registered());
+    let admin_socket =
+        serve_admin(&options, &content, registered.clone(), &metrics, &mut servers, &shutdown);
+    let health = Health { content: content.clone(), registered }.router();
+    serve_http(&options, health, &metrics, &tracker, &shutdown).await;
+    let mut registration_socket = None;
+    if let Some((path, service)) = registration {
+        // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
+        wait_for_content(content, &shutdown).await;
+        if !shutdown.is_cancelled() {
+            let (socket, listener) = listen(&path)?;
+            let server = Server::builder().add_service(RegistrationServer::new(service));
+            servers.spawn(serve("registration", server, listener, shutdown.clone()));
+            registration_socket = Some(socket);
+        }
+    }
+    let ended = tokio::select! {
+        // Told to stop, the servers end as well: that is no failure.
+        biased;
+        () = shutdown.cancelled() => Ok(()),
+        // A server that ends while nobody asked leaves a driver that looks alive and is not.
+        Some(ended) = servers.join_next() => Err(ended
+            .unwrap_or_else(|error| AppError::Server("CSI", error.to_string()))),
+    };
+    tracing::info!("stopping: mounts stay, downloads go on after the restart");
+    // The kubelet is told first: it stops sending pods that would only wait.
+    drop(registration_socket);
+    shutdown.cancel();
+    let drained = async {
+        while servers.join_next().await.is_some() {}
+        tracker.close();
+        tracker.wait().await;
+    };
+    if tokio::time::timeout(SHUTDOWN_PATIENCE, drained).await.is_err() {
+        tracing::warn!(
+            "some work did not end in time and is cut off; nothing of it has a name yet"
+        );
+    }
+    drop(admin_socket);
+    drop(csi_socket);
+    drop(lock);
+    ended
+}
+
+/// Health and metrics; one that cannot be listened on is logged and counted.
+async fn serve_http(
+    options: &NodeOptions,
+    health: axum::Router,
+    metrics: &Arc<Metrics>,
+    tracker: &TaskTracker,
+    shutdown: &CancellationToken,
+) {
+    let endpoints = [
+        ("health", &options.health_endpoint, health),
+        ("metrics", &options.metrics_endpoint, Arc::clone(metrics).router()),
+    ];
+    for (name, address, router) in endpoints {
+        let Some(address) = address else { continue };
+        match http::serve(address, router, tracker, shutdown.clone()).await {
+            Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
+            Err(error) => {
+                metrics.endpoint_error(name);
+                tracing::error!(endpoint = name, address, %error, "cannot listen: this endpoint stays off");
+            }
+        }
+    }
+}
+
+/// The admin socket is a convenience: the node goes on without it.
+fn serve_admin(
+    options: &NodeOptions,
+    content: &watch::Receiver<ContentState>,
+    registered: Option<Arc<AtomicBool>>,
+    metrics: &Metrics,
+    servers: &mut JoinSet<AppError>,
+    shutdown: &CancellationToken,
+) -> Option<Socket> {
+    let path = options.admin_endpoint.path()?;
+    let (socket, listener) = match Socket::listen(path) {
+        Ok(listening) => listening,
+        Err(error) => {
+            metrics.endpoint_error("admin");
+            tracing::error!(endpoint = "admin", path = %path.display(), %error, "cannot listen: this endpoint stays off");
+            return None;
+        }
+    };
+    let service = AdminService {
+        node_id: options.node_id.clone(),
+        driver_name: options.driver_name.clone(),
+        state_dir: options.state_dir.clone(),
+        content: content.clone(),
+        registered,
+    };
+    let server = Server::builder().add_service(AdminServer::new(service));
+    servers.spawn(serve("admin", server, listener, shutdown.clone()));
+    Some(socket)
+}
+
+/// Waits for the state directory; none when told to stop meanwhile.
+async fn lock(root: &Path, shutdown: &CancellationToken) -> Result<Option<Option<Lock>>, AppError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    let mut told = false;
+    loop {
+        match Lock::try_acquire(root) {
+            Ok(lock) => return Ok(Some(Some(lock))),
+            Err(error @ StoreError::Locked { .. }) => {
+                if Instant::now() >= deadline {
+                    return Err(error.into());
+                }
+                if !std::mem::replace(&mut told, true) {
+                    tracing::info!(%error, "waiting for the state directory");
+                }
+            }
+            Err(error) => {
+                // A broken disk must not keep pods in Terminating: serve what needs no store.
+                tracing::error!(%error, "the state directory cannot be locked");
+                return Ok(Some(None));
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOCK_INTERVAL) => {}
+            () = shutdown.cancelled() => return Ok(None),
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<(Socket, UnixListener), AppError> {
+    Socket::listen(path).map_err(|source| AppError::Listen { path: path.to_owned(), source })
+}
+
+async fn serve(
+    name: &'static str,
+    server: Router,
+    listener: UnixListener,
+    shutdown: CancellationToken,
+) -> AppError {
+    let incoming = UnixListenerStream::new(listener);
+    let ended = server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await;
+    AppError::Server(
+        name,
+        ended.map_or_else(|error| error.to_string(), |()| "it was stopped".into()),
+    )
+}
+
+/// Opens the store, again and again until it opens, and makes content available.
+async fn open_content(
+    options: NodeOptions,
+    metrics: Arc<Metrics>,
+    content: watch::Sender<ContentState>,
+    lock: Arc<Mutex<Option<Lock>>>,
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+) {
+    let configuration = match &options.config {
+        Some(path) => NodeConfiguration::read(path),
+        None => Ok(NodeConfiguration::without_file()),
+    };
+    let configuration = match configuration {
+        Ok(configuration) => configuration,
+        Err(error) => {
+            tracing::error!(%error, "publishing is off until the file is mended and the driver restarted");
+            metrics.configuration_error(true);
+            content.send_modify(|state| *state = Err(error.to_string()));
+            return;
+        }
+    };
+    loop {
+        let (root, configuration_now) = (options.state_dir.clone(), configuration.clone());
+        let lock = Arc::clone(&lock);
+        let opened =
+            tokio::task::spawn_blocking(move || open_store(&root, &configuration_now, &lock)).await;
+        let reason = match opened {
+            Ok(Ok(store)) => match content_of(store, &configuration, &tracker, &shutdown) {
+                Ok(ready) => {
+                    content.send_modify(|state| *state = Ok(ready));
+                    return;
+                }
+                Err(reason) => reason,
+            },
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::error!(error = reason, "content cannot be served; trying again");
+        content.send_modify(|state| *state = Err(reason));
+        tokio::select! {
+            () = tokio::time::sleep(STORE_RETRY) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+fn open_store(
+    root: &Path,
+    configuration: &NodeConfiguration,
+    lock: &Mutex<Option<Lock>>,
+) -> Result<Store, StoreError> {
+    // A disk that failed at start may have come back: never without the lock.
+    let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    if lock.is_none() {
+        *lock = Some(Lock::try_acquire(root)?);
+    }
+    drop(lock);
+    let label = SecurityLabel::is_used_on_this_node()
+        .then(|| SecurityLabel::new(&configuration.selinux.file_label))
+        .flatten();
+    let store = Store::open(root, label)?;
+    let reconciled = reconcile(&store)?;
+    tracing::info!(
+        publications = reconciled.kept,
+        dropped = reconciled.dropped,
+        state = %root.display(),
+        "the store is open"
+    );
+    Ok(store)
+}
+
+/// What serves content, over an open store.
+pub fn content_of(
+    store: Store,
+    configuration: &NodeConfiguration,
+    tracker: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<Content, String> {
+    let registry = Registry::new(RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        stall_timeout: configuration.pull.stall_timeout.0,
+        ..RegistryOptions::default()
+    })
+    .map_err(|error| error.to_string())?;
+    let puller = Puller::new(
+        store.clone(),
+        registry,
+        configuration.limits.clone(),
+        configuration.pull_options(),
+        tracker,
+        shutdown,
+    );
+    Ok(Content { store, puller })
+}
+
+/// Returns when content is there, when it is known not to come soon, or at shutdown.
+async fn wait_for_content(
+    mut content: watch::Receiver<ContentState>,
+    shutdown: &CancellationToken,
+) {
+    tokio::select! {
+        // Any first word will do, and none for long as well: a driver that cannot publish must
+        // still be there to unpublish.
+        _ = content.changed() => {}
+        () = tokio::time::sleep(REGISTRATION_PATIENCE) => {}
+        () = shutdown.cancelled() => {}
+    }
+}

@@ -1,0 +1,93 @@
+//! The command line: what may be typed, and how failures are told.
+//!
+//! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
+
+mod ask;
+mod check_config;
+mod logging;
+mod mount;
+mod node;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Serves OCI artifacts as read-only Kubernetes pod volumes.
+#[derive(Debug, Parser)]
+#[command(name = "csi-driver-oci", version, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node plugin: what the `DaemonSet` runs on every node.
+    Node(node::NodeArguments),
+    /// Mount an artifact at a folder, without a kubelet.
+    Mount(mount::MountArguments),
+    /// Take away what `mount` has mounted.
+    Unmount(mount::UnmountArguments),
+    /// Say how the node plugin on this node is.
+    Status(ask::AskArguments),
+    /// List what this node holds and who shows it.
+    Ls(ask::AskArguments),
+    /// Say what `node` would say about a configuration file.
+    CheckConfig(check_config::CheckConfigArguments),
+}
+
+/// How data is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// A failure as one line.
+type Failure = String;
+
+/// Runs the command that the process was started with.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let done = match arguments.command {
+        Command::Node(arguments) => node::run(arguments),
+        Command::Mount(arguments) => mount::mount(&arguments),
+        Command::Unmount(arguments) => mount::unmount(&arguments),
+        Command::Status(arguments) => ask::status(&arguments),
+        Command::Ls(arguments) => ask::list(&arguments),
+        Command::CheckConfig(arguments) => check_config::run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            tell(&format!("csi-driver-oci: {failure}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A line on standard error.
+#[expect(clippy::print_stderr, reason = "what the command line is for")]
+fn tell(line: &str) {
+    eprintln!("{line}");
+}
+
+/// A line on standard output.
+#[expect(clippy::print_stdout, reason = "what the command line is for")]
+fn print(line: &str) {
+    println!("{line}");
+}
+
+/// The async runtime of a command.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    // TLS needs a provider before the first connection; a second call of this would only repeat it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start: {error}"))
+}

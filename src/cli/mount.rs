@@ -1,0 +1,266 @@
+//! `mount` and `unmount`: the driver's main work without a kubelet.
+
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Failure, Output, logging, print, runtime, tell};
+use crate::app::content_of;
+use crate::config::NodeConfiguration;
+use crate::mount::{AttachMethod, MountFlags};
+use crate::oci::credentials::Keyring;
+use crate::pull::ProgressView;
+use crate::store::lock::Lock;
+use crate::store::{SecurityLabel, Store};
+use crate::volume::attributes::VolumeAttributes;
+use crate::volume::{Content, PodInfo, PublishRequest, TargetPath, Volumes};
+
+/// Whoever types a command waits for its end.
+const PATIENCE: Duration = Duration::from_hours(365 * 24);
+
+/// How often progress is shown.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// Arguments of `mount`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci mount ghcr.io/team/tool:v1 /mnt/tool
+  csi-driver-oci mount --include 'bin/**' localhost:5000/tool@sha256:... ./tool")]
+pub(super) struct MountArguments {
+    /// host[:port]/repository[:tag][@digest].
+    reference: String,
+    /// Where; made if it does not exist.
+    dir: PathBuf,
+    /// os/architecture[/variant], chosen from an index.
+    #[arg(long)]
+    platform: Option<String>,
+    /// Comma-separated globs of what is shown.
+    #[arg(long)]
+    include: Option<String>,
+    /// Comma-separated globs of what is not.
+    #[arg(long)]
+    exclude: Option<String>,
+    /// Readable or Preserve.
+    #[arg(long)]
+    permissions: Option<String>,
+    /// Octal mode of single-file layers.
+    #[arg(long)]
+    file_mode: Option<String>,
+    /// Always, `IfNotPresent` or Never.
+    #[arg(long)]
+    pull_policy: Option<String>,
+    /// Credentials [default: as docker finds them].
+    #[arg(long)]
+    docker_config: Option<PathBuf>,
+    #[command(flatten)]
+    state: StateArguments,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Arguments of `unmount`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  csi-driver-oci unmount /mnt/tool")]
+pub(super) struct UnmountArguments {
+    /// What was mounted; the folder stays.
+    dir: PathBuf,
+    #[command(flatten)]
+    state: StateArguments,
+}
+
+#[derive(Debug, Args)]
+struct StateArguments {
+    /// Where content is kept [default: /var/lib/csi-driver-oci-cli for root, else the user's state
+    /// folder].
+    #[arg(long, env = "STATE_DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
+    logging::start("warn", None)?;
+    let attributes = attributes(arguments)?;
+    let keyring = keyring(arguments.docker_config.as_deref())?;
+    let state_dir = arguments.state.folder()?;
+    let target = target(&arguments.dir)?;
+    let _lock = Lock::try_acquire(&state_dir).map_err(|error| error.to_string())?;
+    let label = SecurityLabel::is_used_on_this_node()
+        .then(|| SecurityLabel::new(&NodeConfiguration::without_file().selinux.file_label))
+        .flatten();
+    let store = Store::open(&state_dir, label).map_err(|error| error.to_string())?;
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let content = content_of(store, &NodeConfiguration::without_file(), &tracker, &shutdown)?;
+        let reference = attributes.reference.to_string();
+        fetch(&content, &attributes, &keyring)
+            .await
+            .map_err(|error| format!("{reference}: {error}"))?;
+        let (_sender, receiver) = watch::channel(Ok(content));
+        let attach = AttachMethod::detect(&state_dir.join("mounts"));
+        let volumes = Volumes::new(state_dir.clone(), attach, receiver, tracker, shutdown);
+        let request = PublishRequest {
+            volume_id: format!("cli:{target}"),
+            target: target.clone(),
+            attributes,
+            flags: MountFlags::default(),
+            pod: PodInfo::default(),
+            keyring: Ok(keyring),
+            deadline: Instant::now() + PATIENCE,
+        };
+        let published = volumes.publish(request).await.map_err(|error| error.to_string())?;
+        let digest = published.manifest.map(|digest| digest.to_string());
+        match arguments.output {
+            Output::Table => print(&format!(
+                "{reference} ({}, {}) is mounted at {target}",
+                digest.as_deref().unwrap_or("digest unknown"),
+                crate::pull::progress::Bytes(published.bytes),
+            )),
+            Output::Json => print(
+                &serde_json::json!({
+                    "reference": reference,
+                    "digest": digest,
+                    "bytes": published.bytes,
+                    "target": target.to_string(),
+                })
+                .to_string(),
+            ),
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
+    logging::start("warn", None)?;
+    let target = target(&arguments.dir)?;
+    match crate::volume::unpublish::detach(&target) {
+        Ok(detached) if detached.unmounted == 0 => {
+            Err(format!("nothing of csi-driver-oci is mounted at {target}"))
+        }
+        Ok(_) => {
+            forget(arguments, &target);
+            Ok(())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// The record is a hint: whoever has the state directory now drops it at its next start.
+fn forget(arguments: &UnmountArguments, target: &TargetPath) {
+    let Ok(state_dir) = arguments.state.folder() else { return };
+    if !state_dir.join("format").exists() {
+        return;
+    }
+    let Ok(_lock) = Lock::try_acquire(&state_dir) else { return };
+    if let Ok(store) = Store::open(&state_dir, None) {
+        let _ = store.remove_publication(&target.full());
+    }
+}
+
+/// The pull with its progress; attaching afterwards finds everything here.
+async fn fetch(
+    content: &Content,
+    attributes: &VolumeAttributes,
+    keyring: &Keyring,
+) -> Result<(), Failure> {
+    let want = attributes.want(keyring.clone());
+    let view = ProgressView::default();
+    let acquire = content.puller.acquire(&want, &view);
+    tokio::pin!(acquire);
+    let bar = std::io::stderr().is_terminal().then(indicatif::ProgressBar::new_spinner);
+    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
+        .map_err(|error| format!("cannot listen for signals: {error}"))?;
+    loop {
+        tokio::select! {
+            acquired = &mut acquire => {
+                if let Some(bar) = bar {
+                    bar.finish_and_clear();
+                }
+                return acquired.map(drop).map_err(|error| error.to_string());
+            }
+            _ = interrupt.recv() => {
+                tell("stopped; what was fetched is kept, and the next try goes on there");
+                return Err("interrupted".to_owned());
+            }
+            () = tokio::time::sleep(REFRESH) => {
+                if let Some(bar) = &bar {
+                    bar.set_message(view.snapshot().to_string());
+                    bar.tick();
+                }
+            }
+        }
+    }
+}
+
+fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, Failure> {
+    let given = [
+        ("reference", Some(&arguments.reference)),
+        ("platform", arguments.platform.as_ref()),
+        ("include", arguments.include.as_ref()),
+        ("exclude", arguments.exclude.as_ref()),
+        ("permissions", arguments.permissions.as_ref()),
+        ("fileMode", arguments.file_mode.as_ref()),
+        ("pullPolicy", arguments.pull_policy.as_ref()),
+    ];
+    let context: HashMap<_, _> = given
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?.clone())))
+        .collect();
+    VolumeAttributes::parse(&context).map_err(|error| error.to_string())
+}
+
+fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
+    let folder = || {
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
+        std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)
+    };
+    let path = match file {
+        Some(path) => path.to_owned(),
+        None => match folder().map(|folder| folder.join("config.json")) {
+            Some(path) if path.exists() => path,
+            _ => return Ok(Keyring::empty()),
+        },
+    };
+    let bytes = std::fs::read(&path)
+        .map_err(|error| format!("the credentials {} cannot be read: {error}", path.display()))?;
+    Keyring::from_docker_config(&bytes)
+        .map_err(|error| format!("the credentials {}: {error}", path.display()))
+}
+
+/// The folder's path without symbolic links above it.
+fn target(dir: &Path) -> Result<TargetPath, Failure> {
+    let shown = dir.display();
+    let absolute = std::path::absolute(dir).map_err(|error| format!("{shown}: {error}"))?;
+    let name = absolute.file_name().ok_or_else(|| format!("{shown} cannot be mounted on"))?;
+    let above = absolute.parent().unwrap_or(Path::new("/"));
+    let above = above
+        .canonicalize()
+        .map_err(|error| format!("the folder {} above it: {error}", above.display()))?;
+    let full = above.join(name);
+    let text = full.to_str().ok_or_else(|| format!("{shown} is not UTF-8"))?;
+    TargetPath::parse(Path::new("/"), text).map_err(|error| error.to_string())
+}
+
+impl StateArguments {
+    fn folder(&self) -> Result<PathBuf, Failure> {
+        if let Some(folder) = &self.state_dir {
+            return std::path::absolute(folder).map_err(|error| format!("--state-dir: {error}"));
+        }
+        if nix::unistd::Uid::effective().is_root() {
+            return Ok(PathBuf::from("/var/lib/csi-driver-oci-cli"));
+        }
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state"));
+        std::env::var_os("XDG_STATE_HOME")
+            .map(PathBuf::from)
+            .or_else(home)
+            .map(|folder| folder.join("csi-driver-oci"))
+            .ok_or_else(|| "no state folder is known: set --state-dir".to_owned())
+    }
+}

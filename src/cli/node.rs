@@ -1,0 +1,170 @@
+//! `node`: the node plugin.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::logging::{self, LogFormat};
+use super::{Failure, runtime};
+use crate::app::{self, NodeOptions};
+use crate::csi::Endpoint;
+
+/// The longest name that CSI allows.
+const MAXIMUM_DRIVER_NAME: usize = 63;
+
+/// Arguments of `node`; each may be given in the environment too.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci node --node-id worker-1
+  csi-driver-oci node --node-id worker-1 --endpoint unix:///tmp/csi.sock --registration-dir ''
+
+An empty endpoint or folder turns it off.")]
+pub(super) struct NodeArguments {
+    /// The CSI socket.
+    #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
+    endpoint: Endpoint,
+    /// The name of this node's Node object.
+    #[arg(long, env = "NODE_NAME")]
+    node_id: String,
+    /// The CSI driver's name, as in the CSIDriver object.
+    #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io", value_parser = driver_name)]
+    driver_name: String,
+    /// Where content lies; one process at a time.
+    #[arg(long, env = "STATE_DIR", default_value = "/var/lib/csi-driver-oci")]
+    state_dir: PathBuf,
+    /// The kubelet's folder; volumes are published below it.
+    #[arg(long, env = "KUBELET_DIR", default_value = "/var/lib/kubelet")]
+    kubelet_dir: PathBuf,
+    /// Where the driver registers itself with the kubelet [default: <kubelet-dir>/plugins_registry];
+    /// empty for users of the node-driver-registrar sidecar.
+    #[arg(long, env = "REGISTRATION_DIR")]
+    registration_dir: Option<String>,
+    /// The CSI socket's path as the kubelet sees it
+    /// [default: <kubelet-dir>/plugins/<driver-name>/csi.sock].
+    #[arg(long, env = "KUBELET_ENDPOINT")]
+    kubelet_endpoint: Option<String>,
+    /// Where commands that talk to a running node plugin reach it.
+    #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
+    admin_endpoint: Endpoint,
+    /// Where `/healthz` and `/readyz` are served.
+    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "127.0.0.1:19808")]
+    health_endpoint: String,
+    /// Where `/metrics` is served.
+    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19809")]
+    metrics_endpoint: String,
+    /// A YAML file of kind NodeConfiguration.
+    #[arg(long, env = "CONFIG")]
+    config: Option<PathBuf>,
+    /// error, warn, info, debug or trace.
+    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    log_level: String,
+    /// How log lines are written [default: json, text on a terminal].
+    #[arg(long, env = "LOG_FORMAT")]
+    log_format: Option<LogFormat>,
+    /// Mount as on kernels before 5.12, which is found out by itself; for tests.
+    #[arg(long, env = "STAGED_MOUNTS", hide = true)]
+    staged_mounts: bool,
+}
+
+pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
+    logging::start(&arguments.log_level, arguments.log_format)?;
+    let options = options(arguments)?;
+    raise_open_files();
+    let runtime = runtime()?;
+    let done = runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let failed = |error| format!("cannot listen for signals: {error}");
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let token = shutdown.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            token.cancel();
+        });
+        app::run_node(options, shutdown).await.map_err(|error| error.to_string())
+    });
+    // A blocking system call on a dead disk must not keep the process.
+    runtime.shutdown_background();
+    done
+}
+
+/// Runtimes start containers with 1,024 open files, for programs that use select(2).
+/// A node with many volumes and downloads must not run out of them.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
+    if arguments.node_id.is_empty() {
+        return Err("--node-id is empty: set it to the Node object's name".to_owned());
+    }
+    if !arguments.kubelet_dir.is_absolute() {
+        return Err(format!(
+            "--kubelet-dir {} is not absolute: give it as the kubelet has it",
+            arguments.kubelet_dir.display()
+        ));
+    }
+    let kubelet = |rest: &str| arguments.kubelet_dir.join(rest);
+    let registration_dir = match arguments.registration_dir {
+        None => Some(kubelet("plugins_registry")),
+        Some(folder) => (!folder.is_empty()).then(|| folder.into()),
+    };
+    let own_socket = kubelet(&format!("plugins/{}/csi.sock", arguments.driver_name));
+    let kubelet_endpoint = arguments
+        .kubelet_endpoint
+        .filter(|endpoint| !endpoint.is_empty())
+        .unwrap_or_else(|| own_socket.display().to_string());
+    let on = |endpoint: String| (!endpoint.is_empty()).then_some(endpoint);
+    Ok(NodeOptions {
+        endpoint: arguments.endpoint,
+        node_id: arguments.node_id,
+        driver_name: arguments.driver_name,
+        // Mounts are compared with where the store really lies.
+        state_dir: std::path::absolute(&arguments.state_dir)
+            .map_err(|error| format!("--state-dir: {error}"))?,
+        kubelet_dir: arguments.kubelet_dir,
+        registration_dir,
+        kubelet_endpoint,
+        admin_endpoint: arguments.admin_endpoint,
+        health_endpoint: on(arguments.health_endpoint),
+        metrics_endpoint: on(arguments.metrics_endpoint),
+        config: arguments.config,
+        staged_mounts: arguments.staged_mounts,
+    })
+}
+
+/// A DNS-1123 subdomain, as CSI and Kubernetes demand.
+fn driver_name(text: &str) -> Result<String, String> {
+    let label = |label: &str| {
+        let edge = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());
+        let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        label.bytes().all(inner) && edge(label.bytes().next()) && edge(label.bytes().next_back())
+    };
+    if text.len() <= MAXIMUM_DRIVER_NAME && text.split('.').all(label) {
+        return Ok(text.to_owned());
+    }
+    Err(format!("use a lower-case DNS name of at most {MAXIMUM_DRIVER_NAME} characters"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn driver_names() {
+        for name in ["oci.custom.io", "a", "a-b.c1"] {
+            assert!(driver_name(name).is_ok(), "{name}");
+        }
+        for name in ["", "A.io", "-a", "a-", "a..b", "a/b", &"a".repeat(64)] {
+            assert!(driver_name(name).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! The Node service: one log line a decision, one status a failure.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
+
+use super::request::Node;
+use super::status;
+use crate::admin::metrics::Metrics;
+use crate::proto::csi::v1::node_server;
+use crate::proto::csi::v1::node_service_capability::{self, rpc};
+use crate::proto::csi::v1::volume_usage::Unit;
+use crate::proto::csi::v1::{
+    NodeExpandVolumeRequest, NodeExpandVolumeResponse, NodeGetCapabilitiesRequest,
+    NodeGetCapabilitiesResponse, NodeGetInfoRequest, NodeGetInfoResponse,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
+    NodePublishVolumeResponse, NodeServiceCapability, NodeStageVolumeRequest,
+    NodeStageVolumeResponse, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse,
+    NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
+};
+use crate::volume::publish::PublishPath;
+use crate::volume::{VolumeError, Volumes};
+
+/// Answers the kubelet.
+#[derive(Clone)]
+pub struct NodeService {
+    /// The Node object's name.
+    pub node_id: String,
+    /// What requests are checked against.
+    pub node: Node,
+    /// Does the work.
+    pub volumes: Volumes,
+    /// Counts it.
+    pub metrics: Arc<Metrics>,
+}
+
+#[tonic::async_trait]
+impl node_server::Node for NodeService {
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let started = Instant::now();
+        let (metadata, _, message) = request.into_parts();
+        // Neither secrets nor the volume context, which may hold tokens, ever reach the log.
+        let span = tracing::info_span!(
+            "publish",
+            volume = message.volume_id,
+            target = message.target_path,
+            pod = tracing::field::Empty,
+            reference = tracing::field::Empty,
+        );
+        let result = self.publish(&metadata, message).instrument(span.clone()).await;
+        let _entered = span.enter();
+        let milliseconds = started.elapsed().as_secs_f64() * 1000.0;
+        match result {
+            Ok(published) => {
+                self.metrics.published(published.path, started.elapsed());
+                let digest = published.manifest.map(|digest| digest.to_string());
+                let (path, bytes) = (path_name(published.path), published.bytes);
+                tracing::info!(milliseconds, path, digest, bytes, "published");
+                Ok(Response::new(NodePublishVolumeResponse {}))
+            }
+            Err(error) => {
+                let status = status::status(&error);
+                self.metrics.publish_failed(status.code(), started.elapsed());
+                let code = status.code().description();
+                tracing::warn!(milliseconds, code, error = status.message(), "not published");
+                Err(status)
+            }
+        }
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        let started = Instant::now();
+        let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
+        let done = match self.node.unpublish(&volume_id, &target_path) {
+            Ok(Some(target)) => self.volumes.unpublish(target).await,
+            Ok(None) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let milliseconds = started.elapsed().as_secs_f64() * 1000.0;
+        match done {
+            Ok(()) => {
+                self.metrics.unpublished();
+                tracing::info!(
+                    volume = volume_id,
+                    target = target_path,
+                    milliseconds,
+                    "unpublished"
+                );
+                Ok(Response::new(NodeUnpublishVolumeResponse {}))
+            }
+            Err(error) => {
+                let status = status::status(&error);
+                tracing::error!(
+                    volume = volume_id,
+                    target = target_path,
+                    milliseconds,
+                    error = status.message(),
+                    "not unpublished"
+                );
+                Err(status)
+            }
+        }
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        let NodeGetVolumeStatsRequest { volume_id, volume_path, .. } = request.into_inner();
+        let stats = match self.node.stats(&volume_id, &volume_path) {
+            Ok(path) => self.volumes.stats(path).await,
+            Err(error) => Err(error),
+        };
+        let stats = stats.map_err(|error| status::status(&error))?;
+        // What is read-only is full: all that there is, is used.
+        let usage = |unit: Unit, count: u64| {
+            let used = i64::try_from(count).unwrap_or(i64::MAX);
+            VolumeUsage { available: 0, total: used, used, unit: unit.into() }
+        };
+        let usage = vec![usage(Unit::Bytes, stats.bytes), usage(Unit::Inodes, stats.inodes)];
+        Ok(Response::new(NodeGetVolumeStatsResponse { usage }))
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        let capability = node_service_capability::Rpc { r#type: rpc::Type::GetVolumeStats.into() };
+        let capability =
+            NodeServiceCapability { r#type: Some(node_service_capability::Type::Rpc(capability)) };
+        Ok(Response::new(NodeGetCapabilitiesResponse { capabilities: vec![capability] }))
+    }
+
+    async fn node_get_info(
+        &self,
+        _: Request<NodeGetInfoRequest>,
+    ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        let node_id = self.node_id.clone();
+        Ok(Response::new(NodeGetInfoResponse { node_id, ..NodeGetInfoResponse::default() }))
+    }
+
+    async fn node_stage_volume(
+        &self,
+        _: Request<NodeStageVolumeRequest>,
+    ) -> Result<Response<NodeStageVolumeResponse>, Status> {
+        Err(not_offered("staging"))
+    }
+
+    async fn node_unstage_volume(
+        &self,
+        _: Request<NodeUnstageVolumeRequest>,
+    ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
+        Err(not_offered("staging"))
+    }
+
+    async fn node_expand_volume(
+        &self,
+        _: Request<NodeExpandVolumeRequest>,
+    ) -> Result<Response<NodeExpandVolumeResponse>, Status> {
+        Err(not_offered("expansion"))
+    }
+}
+
+impl NodeService {
+    async fn publish(
+        &self,
+        metadata: &tonic::metadata::MetadataMap,
+        message: NodePublishVolumeRequest,
+    ) -> Result<crate::volume::publish::Published, VolumeError> {
+        let (volume_id, target_path) = (message.volume_id.clone(), message.target_path.clone());
+        let request = match self.node.publish(metadata, message) {
+            Ok(request) => request,
+            Err(error) => {
+                // What is malformed may still name the folder that must not be left behind.
+                if let Ok(Some(target)) = self.node.unpublish(&volume_id, &target_path) {
+                    self.volumes.clear(target).await;
+                }
+                return Err(error);
+            }
+        };
+        let span = tracing::Span::current();
+        span.record("pod", request.pod.full_name());
+        span.record("reference", request.attributes.reference.to_string());
+        let target = request.target.clone();
+        let published = self.volumes.publish(request).await;
+        match published {
+            Err(error) if status::is_final(status::code(&error)) => {
+                let mounted = self.volumes.clear(target.clone()).await;
+                // What is mounted there was this error's reason, or another call was faster:
+                // then the volume is not finally failed.
+                match error {
+                    VolumeError::Occupied { .. } => Err(error),
+                    _ if mounted => Err(VolumeError::Busy(target.full())),
+                    error => Err(error),
+                }
+            }
+            published => published,
+        }
+    }
+}
+
+fn not_offered(what: &str) -> Status {
+    Status::unimplemented(format!("{what} is not offered: ask NodeGetCapabilities"))
+}
+
+fn path_name(path: PublishPath) -> &'static str {
+    match path {
+        PublishPath::AlreadyMounted => "already mounted",
+        PublishPath::Hit => "hit",
+        PublishPath::Miss => "miss",
+    }
+}

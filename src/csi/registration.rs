@@ -1,0 +1,72 @@
+//! The kubelet's plugin registration, without the sidecar.
+//!
+//! The socket's name holds an `@`: the kubelet's gRPC client sends the socket's
+//! percent-encoded path as the authority, which is a valid one only when
+//! everything before an `@` can be taken for user information. Without it every
+//! call fails with a protocol error, for ever.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tonic::{Request, Response, Status};
+
+use crate::proto::pluginregistration::registration_server::Registration;
+use crate::proto::pluginregistration::{
+    InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
+};
+
+/// Answers the kubelet's plugin watcher.
+#[derive(Clone, Debug)]
+pub struct RegistrationService {
+    driver_name: String,
+    endpoint: String,
+    registered: Arc<AtomicBool>,
+}
+
+impl RegistrationService {
+    /// `endpoint` is the CSI socket's path as the kubelet sees it.
+    #[must_use]
+    pub fn new(driver_name: String, endpoint: String) -> Self {
+        Self { driver_name, endpoint, registered: Arc::default() }
+    }
+
+    /// The name of the socket in the kubelet's plugin registry.
+    #[must_use]
+    pub fn socket_name(driver_name: &str) -> String {
+        format!("{driver_name}@reg.sock")
+    }
+
+    /// Whether the kubelet has said that it took the driver.
+    #[must_use]
+    pub fn registered(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.registered)
+    }
+}
+
+#[tonic::async_trait]
+impl Registration for RegistrationService {
+    async fn get_info(&self, _: Request<InfoRequest>) -> Result<Response<PluginInfo>, Status> {
+        Ok(Response::new(PluginInfo {
+            r#type: "CSIPlugin".to_owned(),
+            name: self.driver_name.clone(),
+            endpoint: self.endpoint.clone(),
+            // The version of the kubelet's plugin interface.
+            supported_versions: vec!["1.0.0".to_owned()],
+        }))
+    }
+
+    async fn notify_registration_status(
+        &self,
+        request: Request<RegistrationStatus>,
+    ) -> Result<Response<RegistrationStatusResponse>, Status> {
+        let RegistrationStatus { plugin_registered, error } = request.into_inner();
+        self.registered.store(plugin_registered, Ordering::SeqCst);
+        if plugin_registered {
+            tracing::info!(driver = self.driver_name, "registered with the kubelet");
+        } else {
+            // It tries again by itself; exiting would only take the CSI socket away.
+            tracing::error!(driver = self.driver_name, error, "the kubelet refused the driver");
+        }
+        Ok(Response::new(RegistrationStatusResponse {}))
+    }
+}

@@ -1,0 +1,187 @@
+//! The wire's messages to the use cases' requests.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::metadata::MetadataMap;
+
+use crate::mount::MountFlags;
+use crate::oci::credentials::Keyring;
+use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
+use crate::volume::attributes::VolumeAttributes;
+use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
+
+/// A call without a deadline gets the time that the kubelet would give it.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(115);
+
+/// The answer leaves this long before the deadline: an answer in time says how
+/// far the pull is, a deadline says nothing.
+const MARGIN: Duration = Duration::from_secs(5);
+
+/// The CSI specification's bound on strings is 128 bytes; handles of
+/// PersistentVolumes may be longer, and are no path here.
+const MAXIMUM_VOLUME_ID: usize = 4096;
+
+/// What a node knows that a request is checked against.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Targets lie below.
+    pub kubelet_dir: std::path::PathBuf,
+    /// SELinux is on: a read-write volume would be relabelled, which fails.
+    pub selinux: bool,
+}
+
+impl Node {
+    /// Parses a publish.
+    pub fn publish(
+        &self,
+        metadata: &MetadataMap,
+        request: NodePublishVolumeRequest,
+    ) -> Result<PublishRequest, VolumeError> {
+        let now = Instant::now();
+        volume_id(&request.volume_id)?;
+        let target = TargetPath::parse(&self.kubelet_dir, &request.target_path)?;
+        let flags = capability(request.volume_capability)?;
+        let attributes = VolumeAttributes::parse(&request.volume_context)?;
+        let pod = pod_info(&request.volume_context);
+        if let Some(uid) = &pod.uid
+            && target.pod_uid() != Some(uid)
+        {
+            return Err(VolumeError::Invalid(format!(
+                "the target path {target} is not of the pod with the uid {}",
+                uid.chars().take(100).collect::<String>()
+            )));
+        }
+        if self.selinux && !request.readonly {
+            return Err(VolumeError::Invalid(
+                "this node uses SELinux, where a volume must be read-only for the container runtime too: set readOnly: true on the volume".into(),
+            ));
+        }
+        let host = attributes.reference.repository().host();
+        let keyring = Keyring::from_secrets(&request.secrets, host);
+        let timeout = grpc_timeout(metadata).unwrap_or(DEFAULT_TIMEOUT);
+        let deadline = now + timeout.saturating_sub(MARGIN.min(timeout / 4));
+        let volume_id = request.volume_id;
+        Ok(PublishRequest { volume_id, target, attributes, flags, pod, keyring, deadline })
+    }
+
+    /// Parses an unpublish; none for a target that cannot be ours.
+    pub fn unpublish(&self, id: &str, target: &str) -> Result<Option<TargetPath>, VolumeError> {
+        volume_id(id)?;
+        if target.is_empty() {
+            return Err(VolumeError::Invalid("the target path is missing".into()));
+        }
+        Ok(TargetPath::parse(&self.kubelet_dir, target).ok())
+    }
+
+    /// Parses a question for statistics.
+    pub fn stats(&self, id: &str, path: &str) -> Result<TargetPath, VolumeError> {
+        volume_id(id)?;
+        if path.is_empty() {
+            return Err(VolumeError::Invalid("the volume path is missing".into()));
+        }
+        // Any other path is a volume that is not here.
+        TargetPath::parse(&self.kubelet_dir, path)
+            .map_err(|_| VolumeError::NotPublished(Path::new(path).into()))
+    }
+}
+
+fn volume_id(id: &str) -> Result<(), VolumeError> {
+    if id.is_empty() {
+        return Err(VolumeError::Invalid("the volume id is missing".into()));
+    }
+    if id.len() > MAXIMUM_VOLUME_ID {
+        let text = format!("the volume id is longer than {MAXIMUM_VOLUME_ID} bytes");
+        return Err(VolumeError::Invalid(text));
+    }
+    Ok(())
+}
+
+fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, VolumeError> {
+    use volume_capability::AccessType;
+    let missing = || VolumeError::Invalid("the volume capability is missing".into());
+    let mount = match capability.ok_or_else(missing)?.access_type.ok_or_else(missing)? {
+        AccessType::Mount(mount) => mount,
+        AccessType::Block(_) => {
+            return Err(VolumeError::Invalid(
+                "an artifact is a file system, not a block device: use volumeMode: Filesystem"
+                    .into(),
+            ));
+        }
+    };
+    if !mount.fs_type.is_empty() {
+        return Err(VolumeError::Invalid(format!(
+            "the fsType \"{}\" means nothing for an artifact: remove it",
+            mount.fs_type.chars().take(100).collect::<String>()
+        )));
+    }
+    let mut flags = MountFlags::default();
+    for flag in mount.mount_flags.iter().flat_map(|flags| flags.split(',')) {
+        match flag.trim() {
+            "noexec" => flags.noexec = true,
+            "noatime" => flags.noatime = true,
+            // It always is.
+            "ro" | "" => {}
+            other => {
+                return Err(VolumeError::Invalid(format!(
+                    "the mount option \"{}\" cannot be honoured: use noexec, noatime or ro",
+                    other.chars().take(100).collect::<String>()
+                )));
+            }
+        }
+    }
+    Ok(flags)
+}
+
+fn pod_info(context: &HashMap<String, String>) -> PodInfo {
+    let get = |key: &str| {
+        let value = context.get(&format!("{}{key}", crate::volume::attributes::KUBELET_PREFIX));
+        value.filter(|value| !value.is_empty()).cloned()
+    };
+    PodInfo {
+        name: get("pod.name"),
+        namespace: get("pod.namespace"),
+        uid: get("pod.uid"),
+        service_account: get("serviceAccount.name"),
+    }
+}
+
+/// `grpc-timeout`: up to eight digits and a unit.
+fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let value: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(value * 3600)),
+        "M" => Some(Duration::from_secs(value * 60)),
+        "S" => Some(Duration::from_secs(value)),
+        "m" => Some(Duration::from_millis(value)),
+        "u" => Some(Duration::from_micros(value)),
+        "n" => Some(Duration::from_nanos(value)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts() {
+        let parse = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().expect("ASCII"));
+            grpc_timeout(&metadata)
+        };
+        assert_eq!(parse("119990m"), Some(Duration::from_millis(119_990)));
+        assert_eq!(parse("2M"), Some(Duration::from_mins(2)));
+        for text in ["", "m", "5", "123456789S", "-1S", "5x"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
+}

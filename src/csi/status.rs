@@ -1,0 +1,170 @@
+//! The one place that chooses gRPC codes.
+//!
+//! What the kubelet does with them: ABORTED, UNAVAILABLE and `RESOURCE_EXHAUSTED`
+//! leave the volume "uncertain" and are tried again; every other code is final
+//! for this try, and promises that nothing is left at the target.
+
+use tonic::{Code, Status};
+
+use crate::oci::manifest::ManifestError;
+use crate::oci::registry::RegistryError;
+use crate::pull::PullError;
+use crate::store::StoreError;
+use crate::unpack::Class;
+use crate::volume::VolumeError;
+
+/// Events are cut at 1,024 characters, and the kubelet puts text of its own in front.
+const MAXIMUM_BYTES: usize = 900;
+
+/// The status of a failed call: the code by cause, the whole chain as one text.
+#[must_use]
+pub fn status(error: &VolumeError) -> Status {
+    Status::new(code(error), message(error))
+}
+
+/// Whether the kubelet takes the code for the end of this try.
+#[must_use]
+pub fn is_final(code: Code) -> bool {
+    !matches!(
+        code,
+        Code::Cancelled
+            | Code::DeadlineExceeded
+            | Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::Aborted
+    )
+}
+
+/// The code by cause.
+#[must_use]
+pub fn code(error: &VolumeError) -> Code {
+    match error {
+        // The pod's author has to change something.
+        VolumeError::Invalid(_) => Code::InvalidArgument,
+        VolumeError::Occupied { .. } => Code::AlreadyExists,
+        VolumeError::NotPublished(_) => Code::NotFound,
+        VolumeError::Signature { .. } => Code::FailedPrecondition,
+        VolumeError::Pull { source, .. } => pull(source.root()),
+        // The kubelet comes back, and an unpublish follows when the pod goes.
+        VolumeError::StillPulling { .. } | VolumeError::Busy(_) => Code::Aborted,
+        VolumeError::NotReady(_) | VolumeError::ShuttingDown => Code::Unavailable,
+        VolumeError::Store(error) => store(error),
+        VolumeError::Kernel { .. } | VolumeError::Crashed => Code::Internal,
+    }
+}
+
+fn pull(error: &PullError) -> Code {
+    match error {
+        PullError::NotCached => Code::NotFound,
+        PullError::NotProven => Code::PermissionDenied,
+        PullError::Registry(error) => registry(error),
+        PullError::Manifest(error) => manifest(error),
+        PullError::Unpack(error) => match error.class() {
+            Class::Refused => Code::FailedPrecondition,
+            Class::Corrupt | Class::Io => Code::Internal,
+        },
+        PullError::ConfigTooLarge { .. } => Code::FailedPrecondition,
+        PullError::BlobSize { .. } | PullError::BlobDigest { .. } | PullError::Crashed => {
+            Code::Internal
+        }
+        PullError::Store(error) => store(error),
+        PullError::ShuttingDown => Code::Unavailable,
+        // Only who no longer waits can see it, or who came in the moment of the end.
+        PullError::Unwanted => Code::Aborted,
+        PullError::Shared(error) => pull(error),
+    }
+}
+
+fn registry(error: &RegistryError) -> Code {
+    match error {
+        RegistryError::NotFound { .. } => Code::NotFound,
+        RegistryError::Unauthorized { .. } => Code::Unauthenticated,
+        RegistryError::Forbidden { .. } => Code::PermissionDenied,
+        RegistryError::RateLimited { .. }
+        | RegistryError::ServerError { .. }
+        | RegistryError::Unreachable { .. }
+        | RegistryError::Tls { .. }
+        | RegistryError::Timeout { .. }
+        | RegistryError::Storage { .. }
+        | RegistryError::Setup { .. } => Code::Unavailable,
+        RegistryError::TooLarge { .. } => Code::FailedPrecondition,
+        RegistryError::DigestMismatch { .. } | RegistryError::Protocol { .. } => Code::Internal,
+    }
+}
+
+fn manifest(error: &ManifestError) -> Code {
+    match error {
+        ManifestError::Undecodable(_)
+        | ManifestError::Digest(_)
+        | ManifestError::NegativeSize { .. }
+        | ManifestError::Data(_) => Code::Internal,
+        ManifestError::MediaType(_)
+        | ManifestError::TooManyLayers { .. }
+        | ManifestError::BlobTooLarge { .. }
+        | ManifestError::NoPlatform { .. }
+        | ManifestError::OtherPlatform { .. }
+        | ManifestError::NestedIndex(_) => Code::FailedPrecondition,
+    }
+}
+
+fn store(error: &StoreError) -> Code {
+    match error {
+        StoreError::NoSpace { .. } => Code::ResourceExhausted,
+        StoreError::Io { .. } | StoreError::Damaged { .. } => Code::Internal,
+        StoreError::Locked { .. } | StoreError::Format { .. } => Code::Unavailable,
+    }
+}
+
+/// One line, below the limit. Control characters of somebody's input end here.
+fn message(error: &VolumeError) -> String {
+    let mut text = error.to_string();
+    // The chain is printed once, here; a message that quotes its cause is not quoted again.
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let because = error.to_string();
+        if !text.contains(&because) {
+            text.push_str(": ");
+            text.push_str(&because);
+        }
+        cause = error.source();
+    }
+    let mut line: String =
+        text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect();
+    if line.len() > MAXIMUM_BYTES {
+        let mut end = MAXIMUM_BYTES;
+        while !line.is_char_boundary(end) {
+            end -= 1;
+        }
+        line.truncate(end);
+        line.push('…');
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_bounded_line() {
+        let error = VolumeError::Invalid("ä\n".repeat(5000));
+        let status = status(&error);
+        assert!(status.message().len() < 1024 && !status.message().contains('\n'));
+    }
+
+    #[test]
+    fn what_may_still_be_running_is_never_final() {
+        for error in [
+            VolumeError::Busy("/t".into()),
+            VolumeError::ShuttingDown,
+            VolumeError::NotReady(String::new()),
+            VolumeError::StillPulling {
+                reference: String::new(),
+                progress: crate::pull::ProgressView::default().snapshot(),
+            },
+        ] {
+            assert!(!is_final(code(&error)), "{error}");
+        }
+        assert!(is_final(code(&VolumeError::Crashed)));
+    }
+}

@@ -1,0 +1,311 @@
+//! What a volume's author may say: `volumeAttributes`, parsed once.
+//!
+//! One table ([`KEYS`]) is the schema and what errors list. Attributes come from
+//! whoever may create a pod, so nothing here is an administrator's power.
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use super::error::VolumeError;
+use crate::mount::MountFlags;
+use crate::oci::credentials::Keyring;
+use crate::oci::{Digest, Platform, Reference};
+use crate::pull::{IfUnavailable, PullPolicy, Want};
+use crate::unpack::{PermissionsRule, Selection};
+
+/// Every key that a volume's author may set.
+pub const KEYS: [&str; 12] = [
+    "reference",
+    "repository",
+    "tag",
+    "digest",
+    "pullPolicy",
+    "ifUnavailable",
+    "platform",
+    "include",
+    "exclude",
+    "permissions",
+    "fileMode",
+    "requireSignature",
+];
+
+/// Keys that the kubelet adds begin so; unknown ones of them are ignored.
+pub const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
+
+/// Longer values are refused before they are looked at: a pod's whole specification may be 1.5 MiB.
+const MAXIMUM_BYTES: usize = 64 * 1024;
+
+/// What a volume's author said.
+#[derive(Clone, Debug)]
+pub struct VolumeAttributes {
+    /// The artifact.
+    pub reference: Reference,
+    /// Whether the registry is asked.
+    pub pull_policy: PullPolicy,
+    /// What `Always` does without an answer.
+    pub if_unavailable: IfUnavailable,
+    /// None means the node's.
+    pub platform: Option<Platform>,
+    /// `include` and `exclude`.
+    pub selection: Selection,
+    /// Modes and owners.
+    pub permissions: PermissionsRule,
+    /// Mode of single-file layers; none means by content.
+    pub file_mode: Option<u32>,
+    /// Refuse what no configured key has signed.
+    pub require_signature: bool,
+}
+
+impl VolumeAttributes {
+    /// Parses the map without the kubelet's keys. An empty value is an absent one.
+    pub fn parse(context: &HashMap<String, String>) -> Result<Self, VolumeError> {
+        let unknown =
+            |key: &&String| !key.starts_with(KUBELET_PREFIX) && !KEYS.contains(&key.as_str());
+        if let Some(key) = context.keys().filter(unknown).min() {
+            return Err(VolumeError::Invalid(format!(
+                "the volume attribute \"{}\" is not known: use {}",
+                shown(key),
+                KEYS.join(", ")
+            )));
+        }
+        let get =
+            |key: &str| context.get(key).map(String::as_str).filter(|value| !value.is_empty());
+        if let Some(key) =
+            KEYS.iter().find(|key| get(key).is_some_and(|value| value.len() > MAXIMUM_BYTES))
+        {
+            return Err(invalid(key, &format!("is longer than {MAXIMUM_BYTES} bytes")));
+        }
+        let reference = reference(get)?;
+        let pull_policy = match get("pullPolicy") {
+            Some("Always") => PullPolicy::Always,
+            Some("IfNotPresent") => PullPolicy::IfNotPresent,
+            Some("Never") => PullPolicy::Never,
+            Some(other) => {
+                return Err(choice("pullPolicy", other, "Always, IfNotPresent or Never"));
+            }
+            None => default_pull_policy(&reference),
+        };
+        let if_unavailable = match get("ifUnavailable") {
+            None | Some("Fail") => IfUnavailable::Fail,
+            Some("UseCached") => IfUnavailable::UseCached,
+            Some(other) => return Err(choice("ifUnavailable", other, "Fail or UseCached")),
+        };
+        let permissions = match get("permissions") {
+            None | Some("Readable") => PermissionsRule::Readable,
+            Some("Preserve") => PermissionsRule::Preserve,
+            Some(other) => return Err(choice("permissions", other, "Readable or Preserve")),
+        };
+        let require_signature = match get("requireSignature") {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(other) => return Err(choice("requireSignature", other, "true or false")),
+        };
+        let platform =
+            get("platform").map(str::parse::<Platform>).transpose().map_err(|error| {
+                VolumeError::Invalid(format!("the volume attribute \"platform\": {error}"))
+            })?;
+        let selection =
+            Selection::parse(get("include").unwrap_or(""), get("exclude").unwrap_or("")).map_err(
+                |error| {
+                    VolumeError::Invalid(format!(
+                        "the volume attribute \"include\" or \"exclude\": {error}"
+                    ))
+                },
+            )?;
+        let file_mode = get("fileMode").map(file_mode).transpose()?;
+        Ok(Self {
+            reference,
+            pull_policy,
+            if_unavailable,
+            platform,
+            selection,
+            permissions,
+            file_mode,
+            require_signature,
+        })
+    }
+
+    /// What is to be pulled for it, and with which credentials.
+    #[must_use]
+    pub fn want(&self, keyring: Keyring) -> Want {
+        Want {
+            reference: self.reference.clone(),
+            platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
+            policy: self.pull_policy,
+            if_unavailable: self.if_unavailable,
+            selection: self.selection.clone(),
+            permissions: self.permissions,
+            file_mode: self.file_mode,
+            keyring,
+        }
+    }
+
+    /// Equal for volumes that show the same: what decides whether a repeated
+    /// publish is compatible.
+    #[must_use]
+    pub fn fingerprint(&self, flags: MountFlags) -> Digest {
+        #[derive(Serialize)]
+        struct Canonical<'a> {
+            reference: String,
+            pull_policy: PullPolicy,
+            if_unavailable: IfUnavailable,
+            platform: &'a Option<Platform>,
+            selection: String,
+            permissions: PermissionsRule,
+            file_mode: Option<u32>,
+            require_signature: bool,
+            noexec: bool,
+            noatime: bool,
+        }
+        let canonical = Canonical {
+            reference: self.reference.to_string(),
+            pull_policy: self.pull_policy,
+            if_unavailable: self.if_unavailable,
+            platform: &self.platform,
+            selection: self.selection.canonical(),
+            permissions: self.permissions,
+            file_mode: self.file_mode,
+            require_signature: self.require_signature,
+            noexec: flags.noexec,
+            noatime: flags.noatime,
+        };
+        // Plain values with text keys always have a JSON form.
+        Digest::of(&serde_json::to_vec(&canonical).unwrap_or_default())
+    }
+}
+
+fn reference<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Result<Reference, VolumeError> {
+    let parts = [get("repository"), get("tag"), get("digest")];
+    let malformed =
+        |error| VolumeError::Invalid(format!("the volume attribute \"reference\": {error}"));
+    match (get("reference"), parts) {
+        (Some(reference), [None, None, None]) => reference.parse().map_err(malformed),
+        (Some(_), _) => Err(VolumeError::Invalid(
+            "the volume attributes name the artifact twice: use either \"reference\" or \"repository\" with \"tag\" and \"digest\"".into(),
+        )),
+        (None, [Some(repository), tag, digest]) => {
+            Reference::from_parts(repository, tag, digest).map_err(|error| {
+                VolumeError::Invalid(format!(
+                    "the volume attributes \"repository\", \"tag\" and \"digest\": {error}"
+                ))
+            })
+        }
+        (None, [None, ..]) => Err(VolumeError::Invalid(
+            "the volume attribute \"reference\" is missing: set it to host[:port]/repository[:tag][@digest]".into(),
+        )),
+    }
+}
+
+/// The kubelet's default: `:latest`, or neither tag nor digest, may change at any time.
+fn default_pull_policy(reference: &Reference) -> PullPolicy {
+    if reference.digest().is_none() && reference.tag_or_latest() == "latest" {
+        PullPolicy::Always
+    } else {
+        PullPolicy::IfNotPresent
+    }
+}
+
+fn file_mode(text: &str) -> Result<u32, VolumeError> {
+    let digits = text.strip_prefix("0o").unwrap_or(text);
+    let octal = (1..=4).contains(&digits.len())
+        && digits.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
+    match u32::from_str_radix(digits, 8) {
+        Ok(mode) if octal && mode <= 0o777 => Ok(mode),
+        _ => Err(choice("fileMode", text, "an octal mode up to 0777, as 0555")),
+    }
+}
+
+fn choice(key: &str, value: &str, known: &str) -> VolumeError {
+    invalid(key, &format!("is \"{}\": use {known}", shown(value)))
+}
+
+fn invalid(key: &str, what: &str) -> VolumeError {
+    VolumeError::Invalid(format!("the volume attribute \"{key}\" {what}"))
+}
+
+fn shown(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<VolumeAttributes, VolumeError> {
+        let context =
+            pairs.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
+        VolumeAttributes::parse(&context)
+    }
+
+    fn refused(pairs: &[(&str, &str)]) -> String {
+        match parse(pairs) {
+            Err(VolumeError::Invalid(text)) => text,
+            other => panic!("{pairs:?}: {other:?}"),
+        }
+    }
+
+    const REFERENCE: (&str, &str) = ("reference", "r.io/app:v1");
+
+    #[test]
+    fn the_defaults_are_the_kubelets() {
+        let policy =
+            |reference: &str| parse(&[("reference", reference)]).expect("valid").pull_policy;
+        assert_eq!(policy("r.io/app:v1"), PullPolicy::IfNotPresent);
+        assert_eq!(policy("r.io/app:latest"), PullPolicy::Always);
+        assert_eq!(policy("r.io/app"), PullPolicy::Always);
+        let digest = Digest::of(b"");
+        assert_eq!(policy(&format!("r.io/app@{digest}")), PullPolicy::IfNotPresent);
+        assert_eq!(policy(&format!("r.io/app:latest@{digest}")), PullPolicy::IfNotPresent);
+    }
+
+    #[test]
+    fn an_unknown_key_lists_the_known_ones() {
+        let text = refused(&[REFERENCE, ("pullpolicy", "Always")]);
+        assert!(text.contains("\"pullpolicy\"") && text.contains("requireSignature"), "{text}");
+        parse(&[REFERENCE, ("csi.storage.k8s.io/something.new", "x")]).expect("the kubelet's own");
+    }
+
+    #[test]
+    fn an_empty_value_is_an_absent_one() {
+        parse(&[REFERENCE, ("tag", ""), ("platform", ""), ("fileMode", "")]).expect("valid");
+        refused(&[("reference", "")]);
+    }
+
+    #[test]
+    fn the_artifact_is_named_once() {
+        assert!(refused(&[REFERENCE, ("tag", "v2")]).contains("twice"));
+        let parts = [("repository", "r.io/app"), ("tag", "v2")];
+        assert_eq!(parse(&parts).expect("valid").reference.to_string(), "r.io/app:v2");
+        refused(&[("tag", "v2")]);
+        refused(&[]);
+    }
+
+    #[test]
+    fn values_are_checked() {
+        for (key, value) in [
+            ("pullPolicy", "always"),
+            ("ifUnavailable", "Yes"),
+            ("platform", "linux"),
+            ("permissions", "0777"),
+            ("fileMode", "888"),
+            ("fileMode", "4755"),
+            ("fileMode", "+55"),
+            ("requireSignature", "TRUE"),
+        ] {
+            let text = refused(&[REFERENCE, (key, value)]);
+            assert!(text.contains(key), "{text}");
+        }
+    }
+
+    #[test]
+    fn spelling_does_not_make_another_volume() {
+        let flags = MountFlags::default();
+        let print = |pairs: &[(&str, &str)]| parse(pairs).expect("valid").fingerprint(flags);
+        let plain = print(&[REFERENCE]);
+        assert_eq!(plain, print(&[REFERENCE, ("permissions", "Readable"), ("include", "")]));
+        assert_eq!(plain, print(&[("repository", "r.io/app"), ("tag", "v1")]));
+        assert_ne!(plain, print(&[REFERENCE, ("fileMode", "0555")]));
+        assert_ne!(plain, print(&[("reference", "r.io/app:v2")]));
+    }
+}

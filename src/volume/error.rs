@@ -1,0 +1,77 @@
+//! Why a use case failed. `csi::status` chooses the codes.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::pull::PullError;
+use crate::pull::progress::Snapshot;
+use crate::store::StoreError;
+
+/// A use case that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// The request, an attribute, a secret or a reference is malformed.
+    #[error("{0}")]
+    Invalid(String),
+    /// Something else is at the target.
+    #[error("the target {} {what}", target.display())]
+    Occupied {
+        /// Where.
+        target: PathBuf,
+        /// What is there, and what to do.
+        what: &'static str,
+    },
+    /// Nothing of ours is there.
+    #[error("no volume is published at {}", .0.display())]
+    NotPublished(PathBuf),
+    /// `requireSignature`, and no key that could have signed.
+    #[error(
+        "{reference}: requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy), or remove the attribute"
+    )]
+    Signature {
+        /// The artifact.
+        reference: String,
+    },
+    /// The artifact did not get onto the node.
+    #[error("{reference}: {source}")]
+    Pull {
+        /// The artifact.
+        reference: String,
+        /// Why.
+        source: Arc<PullError>,
+    },
+    /// The caller's time is up; the pull goes on.
+    #[error("pulling {reference}: {progress}; the pull goes on, the next try joins it")]
+    StillPulling {
+        /// The artifact.
+        reference: String,
+        /// How far it is.
+        progress: Snapshot,
+    },
+    /// Another call for this target is at work, or has overtaken this one.
+    #[error("another call for the target {} is at work: try again", .0.display())]
+    Busy(PathBuf),
+    /// Not now: still starting, stopping, or something must be repaired first.
+    #[error("the driver cannot publish now: {0}")]
+    NotReady(String),
+    /// The driver is stopping.
+    #[error("the driver is shutting down; the kubelet tries again when it is back")]
+    ShuttingDown,
+    /// The node's disk.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The kernel refused.
+    #[error("cannot {action} {}: {source}", target.display())]
+    Kernel {
+        /// What was being done.
+        action: &'static str,
+        /// To what.
+        target: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A bug.
+    #[error("the driver failed internally: please report it with the driver's log")]
+    Crashed,
+}

@@ -1,0 +1,48 @@
+//! A publish, parsed: nothing of the wire comes further than the edge.
+
+use tokio::time::Instant;
+
+use super::attributes::VolumeAttributes;
+use super::target_path::TargetPath;
+use crate::mount::MountFlags;
+use crate::oci::credentials::{Keyring, SecretError};
+
+/// A publish of one volume at one target.
+#[derive(Clone, Debug)]
+pub struct PublishRequest {
+    /// The CSI volume id.
+    pub volume_id: String,
+    /// Where.
+    pub target: TargetPath,
+    /// What.
+    pub attributes: VolumeAttributes,
+    /// How it is mounted.
+    pub flags: MountFlags,
+    /// For whom.
+    pub pod: PodInfo,
+    /// With what; a malformed secret matters only when something has to be fetched.
+    pub keyring: Result<Keyring, SecretError>,
+    /// When the caller must have an answer.
+    pub deadline: Instant,
+}
+
+/// What the kubelet says of the pod; all of it may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodInfo {
+    /// The pod's name.
+    pub name: Option<String>,
+    /// The pod's namespace.
+    pub namespace: Option<String>,
+    /// The pod's uid.
+    pub uid: Option<String>,
+    /// The pod's service account.
+    pub service_account: Option<String>,
+}
+
+impl PodInfo {
+    /// `namespace/name`, where both are known.
+    #[must_use]
+    pub fn full_name(&self) -> Option<String> {
+        Some(format!("{}/{}", self.namespace.as_ref()?, self.name.as_ref()?))
+    }
+}

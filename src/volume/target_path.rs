@@ -1,0 +1,114 @@
+//! Where a volume is to appear, as the kubelet names it.
+
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use super::error::VolumeError;
+
+/// A path below the kubelet's folder: absolute, and without `.` and `..`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TargetPath {
+    base: PathBuf,
+    relative: PathBuf,
+}
+
+impl TargetPath {
+    /// Checks the form alone; what is there is not looked at.
+    pub fn parse(kubelet_dir: &Path, text: &str) -> Result<Self, VolumeError> {
+        let refuse = |why: &str| {
+            let shown: String = text.chars().take(300).collect();
+            VolumeError::Invalid(format!("the target path \"{shown}\" {why}"))
+        };
+        if text.is_empty() {
+            return Err(VolumeError::Invalid("the target path is missing".into()));
+        }
+        if !text.starts_with('/') {
+            return Err(refuse("is not absolute"));
+        }
+        // Component by component as written: Path would silently drop "." and double slashes.
+        if text.split('/').any(|part| part == "." || part == "..") || text.contains('\0') {
+            return Err(refuse("must not contain \".\" or \"..\""));
+        }
+        let relative = Path::new(text).strip_prefix(kubelet_dir).map_err(|_| {
+            refuse(&format!(
+                "is not below the kubelet's folder {} (--kubelet-dir)",
+                kubelet_dir.display()
+            ))
+        })?;
+        if relative.as_os_str().is_empty() {
+            return Err(refuse("is the kubelet's folder itself"));
+        }
+        Ok(Self { base: kubelet_dir.to_owned(), relative: relative.to_owned() })
+    }
+
+    /// The kubelet's folder.
+    #[must_use]
+    pub fn base(&self) -> &Path {
+        &self.base
+    }
+
+    /// The rest.
+    #[must_use]
+    pub fn relative(&self) -> &Path {
+        &self.relative
+    }
+
+    /// The whole path.
+    #[must_use]
+    pub fn full(&self) -> PathBuf {
+        self.base.join(&self.relative)
+    }
+
+    /// The pod's uid, where the path has the kubelet's form: `pods/<uid>/...`.
+    #[must_use]
+    pub fn pod_uid(&self) -> Option<&str> {
+        let mut parts = self.relative.components();
+        match (parts.next(), parts.next()) {
+            (Some(Component::Normal(pods)), Some(Component::Normal(uid))) if pods == "pods" => {
+                uid.to_str()
+            }
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for TargetPath {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}", self.full().display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<TargetPath, VolumeError> {
+        TargetPath::parse(Path::new("/var/lib/kubelet"), text)
+    }
+
+    #[test]
+    fn paths_of_the_kubelet() {
+        let path = "/var/lib/kubelet/pods/uid-1/volumes/kubernetes.io~csi/v/mount";
+        let target = parse(path).expect("a target");
+        assert_eq!(target.pod_uid(), Some("uid-1"));
+        assert_eq!(target.full(), Path::new(path));
+        assert_eq!(parse("/var/lib/kubelet/x").expect("a target").pod_uid(), None);
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for text in [
+            "",
+            "pods/uid/mount",
+            "/var/lib/kubelet",
+            "/var/lib/kubelet/",
+            "/var/lib/kubelet2/mount",
+            "/var/lib/kubelet/../mount",
+            "/var/lib/kubelet/pods/../../etc",
+            "/var/lib/kubelet/./mount",
+            "/etc",
+        ] {
+            assert!(matches!(parse(text), Err(VolumeError::Invalid(_))), "{text}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Take a volume away from its target.
+//!
+//! Needs nothing but the mount table: not the store, not the configuration, not
+//! the record. A pod must never hang in Terminating because of this driver.
+
+use super::Volumes;
+use super::error::VolumeError;
+use super::target_path::TargetPath;
+use crate::mount::{MountTable, Target, TargetState};
+use crate::store::TreeKey;
+
+/// More mounts than anybody stacks; a bound on a loop that the kernel must end.
+const MAXIMUM_STACK: usize = 1024;
+
+impl Volumes {
+    /// Unpublishes whatever of ours is at the target. Anything else stays, and is no error.
+    pub async fn unpublish(&self, target: TargetPath) -> Result<(), VolumeError> {
+        let interest = self.0.guards.withdraw(&target.full());
+        let volumes = self.clone();
+        let work = self.0.tracker.spawn(async move {
+            let held = interest.hold().await;
+            tokio::task::spawn_blocking(move || {
+                let held = held;
+                let detached = detach(&target)?;
+                remove(&target, &detached)?;
+                Ok((target, held))
+            })
+            .await
+            .unwrap_or(Err(VolumeError::Crashed))
+        });
+        let (target, held) = work.await.unwrap_or(Err(VolumeError::Crashed))?;
+        // The caller does not wait for the disk that holds the record; the next publish does.
+        self.0.tracker.spawn_blocking(move || {
+            let _held = held;
+            volumes.forget(&target);
+        });
+        Ok(())
+    }
+
+    /// The record goes last, and its loss harms nobody.
+    fn forget(&self, target: &TargetPath) {
+        let Ok(content) = self.content() else { return };
+        if let Err(error) = content.store.remove_publication(&target.full()) {
+            tracing::warn!(%error, %target, "the record of an unpublished volume stays");
+        }
+    }
+}
+
+/// What was found at a target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Detached {
+    /// How many mounts of ours were taken away.
+    pub unmounted: usize,
+    /// Whether somebody else's mount stays.
+    pub foreign: bool,
+}
+
+/// Unmounts our mounts at the target, the topmost first.
+pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
+    let Some(target) = open(path)? else { return Ok(Detached::default()) };
+    for unmounted in 0..MAXIMUM_STACK {
+        let table = MountTable::read().map_err(failed(path, "read the mounts at"))?;
+        let top = target.top_mount(&table).map_err(failed(path, "look at"))?;
+        match top {
+            Some(mount) if TreeKey::of_mount_root(mount.root_as_mounted()).is_some() => {
+                target.unmount_top().map_err(failed(path, "unmount"))?;
+            }
+            Some(mount) => {
+                tracing::warn!(target = %path, root = %mount.root.display(), filesystem = mount.filesystem,
+                    "a mount that is not this driver's stays");
+                return Ok(Detached { unmounted, foreign: true });
+            }
+            None => return Ok(Detached { unmounted, foreign: false }),
+        }
+    }
+    Ok(Detached { unmounted: MAXIMUM_STACK, foreign: false })
+}
+
+/// Removes the target's folder, if it is empty and nothing is mounted there.
+fn remove(path: &TargetPath, detached: &Detached) -> Result<(), VolumeError> {
+    let Some(target) = open(path)? else { return Ok(()) };
+    target.remove_if_empty().map_err(failed(path, "remove"))?;
+    // "OK" for what is still mounted would leave the pod in Terminating for ever.
+    let state = target.state().map_err(failed(path, "look at"))?;
+    if !detached.foreign && matches!(state, TargetState::MountRoot(_)) {
+        return Err(VolumeError::Busy(path.full()));
+    }
+    Ok(())
+}
+
+/// None when the pod's folder is gone, and a mount with it.
+fn open(path: &TargetPath) -> Result<Option<Target>, VolumeError> {
+    match Target::open(path.base(), path.relative()) {
+        Err(error) if is_not_there(&error) => Ok(None),
+        target => target.map(Some).map_err(failed(path, "open the folder of")),
+    }
+}
+
+/// Something else than a folder on the way cannot lead to a mount of ours either.
+fn is_not_there(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory)
+}
+
+fn failed(path: &TargetPath, action: &'static str) -> impl Fn(std::io::Error) -> VolumeError {
+    move |source| VolumeError::Kernel { action, target: path.full(), source }
+}
