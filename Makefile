@@ -1,0 +1,48 @@
+# Everything runs with a Rust toolchain on Debian 12 or 13; what else is needed comes with `make tools`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+.PHONY: build demo test bench lint validate fuzz tools
+
+# For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
+SECONDS_PER_TARGET ?= 10
+# Arguments for `cargo test`: make test ARGUMENTS='--test e2e registration'
+ARGUMENTS ?=
+
+build:
+	cargo build --release --locked
+
+# A registry, a driver and a kubelet's calls, step by step, with times and bytes.
+demo:
+	scripts/demo
+
+# Every test, with real mounts, in a mount namespace of its own.
+test: tools
+	@if [ "$$(id -u)" -ne 0 ]; then \
+	    echo 'The tests mount ext4, xfs and btrfs and give files to several users, for which they need root:' >&2; \
+	    echo '  sudo env PATH="$$PATH" make test' >&2; \
+	    echo 'Without root: cargo test --lib' >&2; \
+	    exit 1; \
+	fi
+	scripts/in-mount-namespace cargo test --locked $(ARGUMENTS)
+
+# Times, side by side, printed as a table.
+bench: tools
+	scripts/in-mount-namespace cargo bench --locked --bench '*'
+
+lint:
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+
+# deploy/, examples/ and the chart against the schemas of three Kubernetes versions.
+validate:
+	deploy/validate
+
+# Every fuzz target for a few seconds.
+fuzz:
+	scripts/fuzz $(SECONDS_PER_TARGET)
+
+# Makes ready what tests and demo need, under target/tools; the system stays as it is.
+tools:
+	scripts/install-test-tools

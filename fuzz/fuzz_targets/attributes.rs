@@ -1,0 +1,22 @@
+//! Volume attributes, `key=value` a line: what is accepted has one meaning, and errors are bounded.
+
+#![no_main]
+
+use std::collections::HashMap;
+
+use csi_driver_oci::mount::MountFlags;
+use csi_driver_oci::volume::attributes::VolumeAttributes;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let pair = |line: &str| line.split_once('=').map(|(key, value)| (key.into(), value.into()));
+    let context: HashMap<String, String> = text.lines().filter_map(pair).collect();
+    match VolumeAttributes::parse(&context) {
+        Ok(attributes) => {
+            let flags = MountFlags::default();
+            assert_eq!(attributes.fingerprint(flags), attributes.fingerprint(flags));
+            assert!(attributes.file_mode.is_none_or(|mode| mode <= 0o777));
+        }
+        Err(error) => assert!(error.to_string().len() < 4096),
+    }
+});

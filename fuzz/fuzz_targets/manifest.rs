@@ -1,0 +1,31 @@
+//! Bytes to a manifest, its layers' rules, and an index's choice.
+
+#![no_main]
+
+use csi_driver_oci::oci::Platform;
+use csi_driver_oci::oci::manifest::Manifest;
+use csi_driver_oci::unpack::layer_rule::{LayerRule, classify};
+use csi_driver_oci::unpack::Limits;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let limits = Limits { layers: 100, ..Limits::default() };
+    match Manifest::parse(bytes, None, limits.manifest()) {
+        Ok(Manifest::Image(manifest)) => match classify(&manifest, &limits) {
+            Ok(rules) => {
+                assert_eq!(rules.len(), manifest.layers.len());
+                for rule in rules {
+                    if let LayerRule::File(rule) = rule {
+                        assert!(!rule.path.is_root());
+                        assert!(rule.path.components().all(|name| name != b".."));
+                    }
+                }
+            }
+            Err(error) => assert!(error.to_string().len() < 1024),
+        },
+        Ok(Manifest::Index(index)) => {
+            let _ = index.choose(&Platform::of_this_node());
+        }
+        Err(error) => drop(error.to_string()),
+    }
+});

@@ -1,0 +1,18 @@
+//! The mount table's text: no panic, and the topmost mount of a point is at that point.
+
+#![no_main]
+
+use csi_driver_oci::mount::MountTable;
+use csi_driver_oci::store::TreeKey;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &[u8]| {
+    let table = MountTable::parse(text);
+    for entry in table.iter().take(64) {
+        let _ = TreeKey::of_mount_root(entry.root_as_mounted());
+        if let Some(top) = table.top_at(&entry.mount_point) {
+            assert_eq!(top.mount_point, entry.mount_point);
+        }
+        let _ = table.containing(&entry.mount_point);
+    }
+});

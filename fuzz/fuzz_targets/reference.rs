@@ -1,0 +1,16 @@
+//! Text to a reference: what is accepted means the same when written and read again.
+
+#![no_main]
+
+use csi_driver_oci::oci::Reference;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    if let Ok(reference) = text.parse::<Reference>() {
+        let again: Reference = reference.to_string().parse().expect("what was written");
+        assert_eq!(again.repository(), reference.repository());
+        assert_eq!(again.digest(), reference.digest());
+        assert_eq!(again.tag_or_latest(), reference.tag_or_latest());
+        assert!(!reference.repository().path().split('/').any(|name| name == ".."));
+    }
+});

@@ -1,0 +1,20 @@
+//! The keys of a pull secret: no panic, and no content in an error.
+
+#![no_main]
+
+use std::collections::HashMap;
+
+use csi_driver_oci::oci::Reference;
+use csi_driver_oci::oci::credentials::Keyring;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let repository: Reference = "registry.example:5000/team/app".parse().expect("a reference");
+    for key in [".dockerconfigjson", ".dockercfg"] {
+        let secret = HashMap::from([(key.to_owned(), text.to_owned())]);
+        match Keyring::from_secrets(&secret, repository.repository().host()) {
+            Ok(keyring) => drop(keyring.matching(repository.repository())),
+            Err(error) => assert!(error.to_string().len() < 1024),
+        }
+    }
+});

@@ -1,0 +1,25 @@
+//! Include, exclude and a path, each on a line of its own: what is selected may be
+//! selected, and the canonical text is one for equal selections.
+
+#![no_main]
+
+use csi_driver_oci::unpack::{Limits, RelativePath, Selection};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let mut lines = text.splitn(3, '\n');
+    let mut line = || lines.next().unwrap_or_default();
+    let Ok(selection) = Selection::parse(line(), line()) else {
+        return;
+    };
+    let Ok(path) = RelativePath::parse(line().as_bytes(), &Limits::default()) else {
+        return;
+    };
+    assert_eq!(selection.is_everything(), selection.canonical().is_empty());
+    if selection.selects(&path) {
+        assert!(selection.may_select_below(&path));
+        for folder in path.ancestors() {
+            assert!(selection.may_select_below(&folder), "{folder} above {path}");
+        }
+    }
+});

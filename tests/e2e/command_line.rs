@@ -1,0 +1,128 @@
+//! `csi-driver-oci mount` and `unmount`, for a developer's machine.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Output},
+};
+
+use crate::support::{
+    Proxy, Sandbox, SmallArtifact, Tree, clean_environment, mounts_at, registry, small_artifact,
+    tool,
+};
+
+/// A developer's machine: a sandbox, a state folder, a registry.
+struct Machine {
+    proxy: Proxy,
+    artifact: SmallArtifact,
+    folder: PathBuf,
+    sandbox: Sandbox,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let sandbox = Sandbox::new();
+        let folder = sandbox.folder("mounted");
+        Self { proxy: Proxy::new(registry()), artifact: small_artifact(), folder, sandbox }
+    }
+
+    fn reference(&self) -> String {
+        self.proxy.reference(&self.artifact.name)
+    }
+
+    fn command(&self, name: &str, arguments: &[&str]) -> Output {
+        let mut command: Command = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        clean_environment(&mut command);
+        command.arg(name).args(arguments);
+        if name == "mount" {
+            command.arg("--state-dir").arg(self.sandbox.folder("state"));
+        }
+        command.output().expect("the binary")
+    }
+
+    fn folder(&self) -> &str {
+        self.folder.to_str().expect("a path")
+    }
+}
+
+#[track_caller]
+fn assert_done(output: &Output) {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn mount_shows_the_artifact_and_unmount_takes_it_away() {
+    let machine = Machine::new();
+    assert_done(&machine.command("mount", &[&machine.reference(), machine.folder()]));
+    assert_eq!(Tree::of(&machine.folder).names(), ["file.txt"]);
+    assert!(fs::write(machine.folder.join("new"), "x").is_err());
+    assert_done(&machine.command("unmount", &[machine.folder()]));
+    assert_eq!(mounts_at(&machine.folder), []);
+    // The second time comes from the cache.
+    machine.proxy.go_down();
+    assert_done(&machine.command("mount", &[&machine.reference(), machine.folder()]));
+    assert_done(&machine.command("unmount", &[machine.folder()]));
+}
+
+#[test]
+fn a_failed_mount_says_why_in_one_line_and_leaves_nothing() {
+    let machine = Machine::new();
+    let output =
+        machine.command("mount", &[&machine.proxy.reference("no/such:v1"), machine.folder()]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<_> = message.lines().filter(|line| line.contains("no/such")).collect();
+    assert_eq!(lines.len(), 1, "{message}");
+    assert_eq!(mounts_at(&machine.folder), []);
+}
+
+#[test]
+fn wrong_usage_has_a_status_of_its_own() {
+    let machine = Machine::new();
+    assert_eq!(machine.command("mount", &[]).status.code(), Some(2));
+    assert_eq!(machine.command("mount", &["--no-such-flag"]).status.code(), Some(2));
+    let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
+        .arg("no-such-command")
+        .output()
+        .expect("the binary");
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn help_of_every_command_has_an_example() {
+    for command in ["node", "mount", "unmount"] {
+        let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
+            .args([command, "--help"])
+            .output()
+            .expect("the binary");
+        assert_done(&output);
+        let help = String::from_utf8_lossy(&output.stdout).to_lowercase();
+        assert!(help.contains("example"), "{command} --help has no example:\n{help}");
+    }
+}
+
+#[test]
+fn a_state_folder_that_a_driver_uses_is_refused() {
+    let machine = Machine::new();
+    let options = crate::support::DriverOptions::new(&machine.sandbox)
+        .state(&machine.sandbox.folder("state"));
+    let driver = options.start();
+    let output = machine.command("mount", &[&machine.reference(), machine.folder()]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("in use") || message.contains(&driver.id().to_string()), "{message}");
+    assert_eq!(mounts_at(&machine.folder), []);
+}
+
+#[test]
+fn unmount_touches_nothing_that_is_not_ours() {
+    let machine = Machine::new();
+    let foreign = machine.sandbox.tmpfs("foreign", nix::mount::MsFlags::empty());
+    fs::write(foreign.join("precious"), "data").expect("a file");
+    let _ = machine.command("unmount", &[foreign.to_str().expect("a path")]);
+    assert!(foreign.join("precious").exists());
+    let plain = machine.sandbox.folder("plain");
+    fs::write(plain.join("precious"), "data").expect("a file");
+    let _ = machine.command("unmount", &[plain.to_str().expect("a path")]);
+    assert!(plain.join("precious").exists());
+}

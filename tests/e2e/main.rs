@@ -1,0 +1,31 @@
+//! The driver as users meet it: the real binary, a real registry, real mounts, and a kubelet's calls.
+#![allow(missing_docs, unreachable_pub, reason = "a test binary has no readers of its interface")]
+#![allow(
+    clippy::missing_panics_doc,
+    clippy::needless_pass_by_value,
+    clippy::new_without_default,
+    clippy::unused_self,
+    reason = "tests read better so, and have no callers to surprise"
+)]
+
+mod support;
+
+mod admin;
+mod artifacts;
+mod attributes;
+mod availability;
+mod bad_content;
+mod bad_requests;
+mod command_line;
+mod concurrency;
+mod endpoints;
+mod identity;
+mod images;
+mod isolation;
+mod lifecycle;
+mod mounts;
+mod progress;
+mod pull_policy;
+mod registration;
+mod secrets;
+mod tools;

@@ -1,0 +1,154 @@
+//! What the kubelet's plugin watcher sees.
+
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+};
+
+use csi_driver_oci::proto::{
+    csi::v1::ProbeRequest,
+    pluginregistration::{InfoRequest, PluginInfo, RegistrationStatus},
+};
+
+use crate::support::{Driver, DriverOptions, Sandbox, accepts, wait_until};
+
+fn plugin_info(driver: &Driver) -> PluginInfo {
+    let socket = driver.options.registration_socket();
+    let info = driver
+        .kubelet()
+        .registration(&socket, async |mut client| client.get_info(InfoRequest {}).await);
+    info.expect("GetInfo")
+}
+
+#[test]
+fn the_plugin_watcher_learns_type_name_versions_and_endpoint() {
+    let sandbox = Sandbox::new();
+    let driver = Driver::start(&sandbox);
+    let info = plugin_info(&driver);
+    assert_eq!(info.r#type, "CSIPlugin");
+    assert_eq!(info.name, "oci.custom.io");
+    assert_eq!(info.supported_versions, ["1.0.0"]);
+    // Where the kubelet finds the socket: not the driver's own view of it.
+    let endpoint = driver.options.kubelet.join("plugins/oci.custom.io/csi.sock");
+    assert_eq!(info.endpoint, endpoint.to_string_lossy());
+}
+
+#[test]
+fn the_endpoint_told_to_the_kubelet_can_be_another_path() {
+    let sandbox = Sandbox::new();
+    let options = DriverOptions::new(&sandbox).argument("--kubelet-endpoint=/elsewhere/csi.sock");
+    assert_eq!(plugin_info(&options.start()).endpoint, "/elsewhere/csi.sock");
+}
+
+#[test]
+fn both_answers_of_the_kubelet_are_taken() {
+    let sandbox = Sandbox::new();
+    let mut driver = Driver::start(&sandbox);
+    let socket = driver.options.registration_socket();
+    for status in [
+        RegistrationStatus { plugin_registered: false, error: "not now".to_owned() },
+        RegistrationStatus { plugin_registered: true, error: String::new() },
+    ] {
+        let answer = driver.kubelet().registration(&socket, async |mut client| {
+            client.notify_registration_status(status).await
+        });
+        answer.expect("NotifyRegistrationStatus");
+    }
+    assert!(
+        driver.is_running(),
+        "a refused registration is retried by the kubelet, so the driver stays"
+    );
+    plugin_info(&driver);
+}
+
+#[test]
+fn the_csi_socket_serves_before_the_registration_socket_appears() {
+    let sandbox = Sandbox::new();
+    let options = DriverOptions::new(&sandbox);
+    let driver = options.spawn();
+    let socket = options.registration_socket();
+    // The first sight of the one must find the other serving.
+    wait_until("the registration socket appears", || socket.exists());
+    let probe = driver.kubelet().identity(async |mut client| client.probe(ProbeRequest {}).await);
+    assert_ne!(probe.expect("Probe").ready, Some(false));
+}
+
+#[test]
+fn only_the_owner_may_call_the_sockets() {
+    let sandbox = Sandbox::new();
+    let driver = Driver::start(&sandbox);
+    for socket in [driver.options.registration_socket(), driver.options.socket.clone()] {
+        let mode = fs::metadata(&socket).expect("a socket").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", socket.display());
+    }
+}
+
+#[test]
+fn nothing_else_lies_beside_the_csi_socket() {
+    let sandbox = Sandbox::new();
+    let driver = Driver::start(&sandbox);
+    let folder = driver.options.socket.parent().expect("a folder");
+    let names: Vec<_> = fs::read_dir(folder)
+        .expect("a folder")
+        .map(|entry| entry.expect("entry").file_name())
+        .collect();
+    assert_eq!(names, ["csi.sock"]);
+}
+
+#[test]
+fn sockets_of_a_killed_driver_are_replaced() {
+    let sandbox = Sandbox::new();
+    let options = Driver::start(&sandbox).kill();
+    assert!(options.registration_socket().exists() && options.socket.exists());
+    plugin_info(&options.start());
+}
+
+#[test]
+fn a_foreign_stale_socket_is_replaced() {
+    let sandbox = Sandbox::new();
+    let options = DriverOptions::new(&sandbox);
+    fs::create_dir_all(options.kubelet.join("plugins_registry")).expect("a folder");
+    for socket in [options.registration_socket(), options.socket.clone()] {
+        drop(UnixListener::bind(socket).expect("a socket"));
+    }
+    plugin_info(&options.start());
+}
+
+#[test]
+fn an_orderly_end_removes_the_sockets() {
+    let sandbox = Sandbox::new();
+    let driver = Driver::start(&sandbox);
+    driver.terminate();
+    let options = driver.wait();
+    assert!(!options.registration_socket().exists() && !options.socket.exists());
+}
+
+#[test]
+fn an_empty_registration_folder_turns_registration_off() {
+    let sandbox = Sandbox::new();
+    let options = DriverOptions::new(&sandbox).argument("--registration-dir=");
+    let driver = options.spawn();
+    wait_until("the CSI socket serves", || accepts(&options.socket));
+    let probe = driver.kubelet().identity(async |mut client| client.probe(ProbeRequest {}).await);
+    probe.expect("Probe");
+    assert!(!options.registration_socket().exists());
+}
+
+#[test]
+fn a_second_process_waits_for_the_first_ones_lock_before_it_touches_a_socket() {
+    let sandbox = Sandbox::new();
+    let first = Driver::start(&sandbox);
+    let inode = |driver: &Driver| {
+        use std::os::unix::fs::MetadataExt as _;
+        fs::metadata(&driver.options.socket).map(|metadata| metadata.ino()).ok()
+    };
+    let before = inode(&first);
+    let mut second = first.options.spawn();
+    wait_until("the second process says that it waits", || first.log().contains("waiting"));
+    assert_eq!(inode(&first), before, "the second process replaced the socket of the first");
+    plugin_info(&first);
+    first.terminate();
+    first.wait();
+    second.wait_until_registered();
+    plugin_info(&second);
+}

@@ -1,0 +1,235 @@
+//! The real binary, run as on a node.
+
+use std::{
+    fs,
+    os::unix::{fs::FileTypeExt as _, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use nix::sys::signal::{Signal, kill};
+
+use super::{Kubelet, Sandbox, registry::ending_with_this_thread, wait_until};
+
+/// The name that the driver registers under unless told otherwise.
+pub const DRIVER_NAME: &str = "oci.custom.io";
+
+/// How a driver is started.
+#[derive(Clone)]
+pub struct DriverOptions {
+    pub state: PathBuf,
+    pub kubelet: PathBuf,
+    pub socket: PathBuf,
+    pub arguments: Vec<String>,
+    log: PathBuf,
+}
+
+impl DriverOptions {
+    /// All folders in the sandbox.
+    pub fn new(sandbox: &Sandbox) -> Self {
+        let kubelet = sandbox.folder("kubelet");
+        Self {
+            state: sandbox.folder("state"),
+            socket: sandbox.folder("kubelet/plugins/oci.custom.io").join("csi.sock"),
+            kubelet,
+            arguments: Vec::new(),
+            log: sandbox.path().join("driver.log"),
+        }
+    }
+
+    #[must_use]
+    pub fn state(mut self, state: &Path) -> Self {
+        state.clone_into(&mut self.state);
+        self
+    }
+
+    #[must_use]
+    pub fn argument(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.to_owned());
+        self
+    }
+
+    pub fn registration_socket(&self) -> PathBuf {
+        self.kubelet.join("plugins_registry").join(format!("{DRIVER_NAME}@reg.sock"))
+    }
+
+    fn defaults(&self) -> Vec<String> {
+        vec![
+            "--node-id=test-node".to_owned(),
+            "--log-level=debug".to_owned(),
+            "--admin-endpoint=".to_owned(),
+            "--health-endpoint=".to_owned(),
+            "--metrics-endpoint=".to_owned(),
+            format!("--endpoint=unix://{}", self.socket.display()),
+            format!("--state-dir={}", self.state.display()),
+            format!("--kubelet-dir={}", self.kubelet.display()),
+            format!("--registration-dir={}", self.kubelet.join("plugins_registry").display()),
+        ]
+    }
+
+    /// Whether the test gave this flag a value of its own.
+    fn is_given(&self, default: &str) -> bool {
+        let flag = default.split('=').next();
+        self.arguments.iter().any(|argument| argument.split('=').next() == flag)
+    }
+
+    /// Starts it without waiting for anything.
+    #[track_caller]
+    pub fn spawn(&self) -> Driver {
+        fs::create_dir_all(self.kubelet.join("plugins_registry")).expect("the kubelet's folder");
+        fs::create_dir_all(self.kubelet.join("pods")).expect("the kubelet's folder");
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&self.log)
+            .expect("the driver's log");
+        let mut command = ending_with_this_thread(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        clean_environment(&mut command);
+        let child = command
+            .arg("node")
+            .args(self.defaults().iter().filter(|default| !self.is_given(default)))
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("the log twice"))
+            .stderr(log)
+            .spawn()
+            .expect("the driver's binary");
+        Driver { options: self.clone(), child }
+    }
+
+    /// Starts it and waits until it has offered itself for registration.
+    #[track_caller]
+    pub fn start(&self) -> Driver {
+        let mut driver = self.spawn();
+        driver.wait_until_registered();
+        driver
+    }
+}
+
+/// A driver's process.
+pub struct Driver {
+    pub options: DriverOptions,
+    child: Child,
+}
+
+impl Driver {
+    /// With defaults, in this sandbox.
+    #[track_caller]
+    pub fn start(sandbox: &Sandbox) -> Self {
+        DriverOptions::new(sandbox).start()
+    }
+
+    pub fn kubelet(&self) -> Kubelet {
+        Kubelet::new(&self.options.kubelet, &self.options.socket)
+    }
+
+    pub fn state(&self) -> &Path {
+        &self.options.state
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.options.log).unwrap_or_default()
+    }
+
+    #[track_caller]
+    pub fn wait_until_registered(&mut self) {
+        let socket = self.options.registration_socket();
+        wait_until("the driver offers itself for registration", || {
+            assert!(self.is_running(), "the driver ended at its start:\n{}", self.log());
+            accepts(&socket)
+        });
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("the driver's state").is_none()
+    }
+
+    /// As the kernel does when memory is short.
+    pub fn kill(mut self) -> DriverOptions {
+        self.child.kill().expect("kill the driver");
+        self.child.wait().expect("the driver's end");
+        self.options.clone()
+    }
+
+    /// As Kubernetes ends a container.
+    pub fn terminate(&self) {
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// [`Self::kill`] for those who still wait for answers of it.
+    pub fn terminate_hard(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let process = i32::try_from(self.child.id()).expect("a process id");
+        kill(nix::unistd::Pid::from_raw(process), signal).expect("a signal to the driver");
+    }
+
+    /// Waits for its orderly end after [`Self::terminate`].
+    #[track_caller]
+    pub fn wait(mut self) -> DriverOptions {
+        let mut status = None;
+        wait_until("the driver ends", || {
+            status = self.child.try_wait().expect("the driver's state");
+            status.is_some()
+        });
+        let status = status.expect("a status");
+        assert!(status.success(), "the driver ended with {status}");
+        self.options.clone()
+    }
+
+    /// As an update does.
+    #[track_caller]
+    pub fn restart(self) -> Self {
+        self.terminate();
+        self.wait().start()
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the driver's log:\n{}", self.log());
+        }
+    }
+}
+
+/// Whether someone listens on this socket.
+pub fn accepts(socket: &Path) -> bool {
+    fs::metadata(socket).is_ok_and(|metadata| metadata.file_type().is_socket())
+        && UnixStream::connect(socket).is_ok()
+}
+
+/// The driver takes options from the environment too, and proxies for HTTP.
+pub fn clean_environment(command: &mut Command) {
+    for name in [
+        "CSI_ENDPOINT",
+        "NODE_NAME",
+        "DRIVER_NAME",
+        "STATE_DIR",
+        "KUBELET_DIR",
+        "REGISTRATION_DIR",
+        "KUBELET_ENDPOINT",
+        "ADMIN_ENDPOINT",
+        "HEALTH_ENDPOINT",
+        "METRICS_ENDPOINT",
+        "CONFIG",
+        "LOG_LEVEL",
+        "LOG_FORMAT",
+        "http_proxy",
+        "HTTP_PROXY",
+        "https_proxy",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ] {
+        command.env_remove(name);
+    }
+}

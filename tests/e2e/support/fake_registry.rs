@@ -1,0 +1,231 @@
+//! A registry in this process that says what a test wants, also what no registry should say.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    response::Response,
+};
+use futures_util::{StreamExt as _, stream};
+
+use super::{digest, proxy::Server};
+
+/// What to answer.
+#[derive(Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: AnswerBody,
+}
+
+/// The ways a body can come.
+#[derive(Clone)]
+pub enum AnswerBody {
+    Whole(Bytes),
+    /// These bytes, announced as more: the connection ends too early.
+    Broken {
+        announced: u64,
+        bytes: Bytes,
+    },
+    /// Zeros without an end, and without an announced length.
+    Endless,
+}
+
+impl Answer {
+    pub fn status(status: u16) -> Self {
+        Self { status, headers: Vec::new(), body: AnswerBody::Whole(Bytes::new()) }
+    }
+
+    pub fn bytes(bytes: impl Into<Bytes>) -> Self {
+        Self { status: 200, headers: Vec::new(), body: AnswerBody::Whole(bytes.into()) }
+    }
+
+    /// The error document of the distribution specification.
+    pub fn error(status: u16, code: &str) -> Self {
+        let document =
+            serde_json::json!({"errors": [{"code": code, "message": "said by the test"}]});
+        Self::bytes(document.to_string())
+            .with_status(status)
+            .with_header("content-type", "application/json")
+    }
+
+    pub fn body(body: AnswerBody) -> Self {
+        Self { status: 200, headers: Vec::new(), body }
+    }
+
+    #[must_use]
+    pub fn with_status(mut self, status: u16) -> Self {
+        self.status = status;
+        self
+    }
+
+    #[must_use]
+    pub fn with_header(mut self, name: &str, value: &str) -> Self {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+}
+
+/// One request that came in.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub method: String,
+    pub path: String,
+    pub query: String,
+    pub headers: HeaderMap,
+}
+
+impl Request {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+}
+
+type Script = Arc<dyn Fn(&Request) -> Option<Answer> + Send + Sync>;
+
+/// The registry: contents that it serves well, and a script that is asked first.
+pub struct FakeRegistry {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    _server: Server,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// By `name` of `/v2/<repository>/manifests/<name>`: media type and bytes.
+    manifests: Mutex<BTreeMap<String, (String, Bytes)>>,
+    blobs: Mutex<BTreeMap<String, Bytes>>,
+    script: Mutex<Option<Script>>,
+    requests: Mutex<Vec<Request>>,
+}
+
+impl FakeRegistry {
+    pub fn new() -> Self {
+        let shared = Arc::new(Shared::default());
+        let router = Router::new().fallback(answer).with_state(Arc::clone(&shared));
+        let (server, address) = Server::start(SocketAddr::from(([127, 0, 0, 1], 0)), router);
+        Self { address, shared, _server: server }
+    }
+
+    pub fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// A reference to the one repository that tests use here.
+    pub fn reference(&self, tag: &str) -> String {
+        format!("{}/hostile:{tag}", self.address)
+    }
+
+    /// Answers what this returns; where it returns nothing, the contents decide.
+    pub fn script(&self, script: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static) {
+        *self.shared.script.lock().expect("the script") = Some(Arc::new(script));
+    }
+
+    pub fn put_blob(&self, bytes: impl Into<Bytes>) -> String {
+        let bytes = bytes.into();
+        let digest = digest(&bytes);
+        self.shared.blobs.lock().expect("the blobs").insert(digest.clone(), bytes);
+        digest
+    }
+
+    /// A blob that is not what its digest says.
+    pub fn put_lying_blob(&self, digest: &str, bytes: impl Into<Bytes>) {
+        self.shared.blobs.lock().expect("the blobs").insert(digest.to_owned(), bytes.into());
+    }
+
+    /// Under its tag and under its digest, which is returned.
+    pub fn put_manifest(&self, tag: &str, media_type: &str, bytes: impl Into<Bytes>) -> String {
+        let bytes = bytes.into();
+        let digest = digest(&bytes);
+        let mut manifests = self.shared.manifests.lock().expect("the manifests");
+        manifests.insert(digest.clone(), (media_type.to_owned(), bytes.clone()));
+        manifests.insert(tag.to_owned(), (media_type.to_owned(), bytes));
+        digest
+    }
+
+    pub fn put_json(&self, tag: &str, manifest: &serde_json::Value) -> String {
+        let media_type =
+            manifest["mediaType"].as_str().unwrap_or("application/vnd.oci.image.manifest.v1+json");
+        self.put_manifest(tag, media_type, manifest.to_string())
+    }
+
+    pub fn requests(&self) -> Vec<Request> {
+        self.shared.requests.lock().expect("the requests").clone()
+    }
+}
+
+async fn answer(State(shared): State<Arc<Shared>>, request: axum::extract::Request) -> Response {
+    let request = Request {
+        method: request.method().to_string(),
+        path: request.uri().path().to_owned(),
+        query: request.uri().query().unwrap_or_default().to_owned(),
+        headers: request.headers().clone(),
+    };
+    shared.requests.lock().expect("the requests").push(request.clone());
+    let script = shared.script.lock().expect("the script").clone();
+    let answer =
+        script.and_then(|script| script(&request)).unwrap_or_else(|| shared.contents(&request));
+    response(answer, request.method == "HEAD")
+}
+
+impl Shared {
+    fn contents(&self, request: &Request) -> Answer {
+        if request.path == "/v2/" {
+            return Answer::bytes("{}");
+        }
+        let name = request.path.rsplit('/').next().unwrap_or_default();
+        if request.path.contains("/manifests/") {
+            return match self.manifests.lock().expect("the manifests").get(name) {
+                Some((media_type, bytes)) => Answer::bytes(bytes.clone())
+                    .with_header("content-type", media_type)
+                    .with_header("docker-content-digest", &digest(bytes)),
+                None => Answer::error(404, "MANIFEST_UNKNOWN"),
+            };
+        }
+        if request.path.contains("/blobs/") {
+            return match self.blobs.lock().expect("the blobs").get(name) {
+                Some(bytes) => Answer::bytes(bytes.clone())
+                    .with_header("content-type", "application/octet-stream"),
+                None => Answer::error(404, "BLOB_UNKNOWN"),
+            };
+        }
+        Answer::error(404, "UNSUPPORTED")
+    }
+}
+
+fn response(answer: Answer, head: bool) -> Response {
+    let mut response = Response::builder().status(answer.status);
+    for (name, value) in &answer.headers {
+        response = response.header(name, value);
+    }
+    let body = match answer.body {
+        AnswerBody::Whole(bytes) if head => {
+            response = response.header(header::CONTENT_LENGTH, bytes.len());
+            Body::empty()
+        }
+        AnswerBody::Whole(bytes) => Body::from(bytes),
+        AnswerBody::Broken { announced, bytes } => {
+            response = response.header(header::CONTENT_LENGTH, announced);
+            Body::from_stream(stream::iter([
+                Ok(bytes),
+                Err(std::io::Error::other("the connection breaks here")),
+            ]))
+        }
+        AnswerBody::Endless => {
+            let zeros = Bytes::from(vec![0; 64 << 10]);
+            Body::from_stream(stream::repeat(zeros).map(Ok::<_, std::io::Error>))
+        }
+    };
+    response.body(body).unwrap_or_else(|_| {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        response
+    })
+}

@@ -1,0 +1,128 @@
+//! What the tests are made of: a registry, a driver and a kubelet, each the real thing or doing what the real one does.
+//!
+//! Every test has a mount namespace of its own, see [`Sandbox`], so tests run side by side and leave no mount behind,
+//! however they end.
+
+mod archive;
+mod driver;
+mod fake_registry;
+mod kubelet;
+mod node;
+mod proxy;
+mod push;
+mod registry;
+mod sandbox;
+mod tree;
+
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
+
+pub use archive::{Tar, gzip, zstandard};
+pub use driver::{Driver, DriverOptions, accepts, clean_environment};
+pub use fake_registry::{Answer, AnswerBody, FakeRegistry};
+pub use kubelet::{Kubelet, Pod, Volume};
+pub use node::{Node, SmallArtifact, small_artifact};
+pub use proxy::{Passed, Proxy};
+pub use push::{
+    Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
+    OCI_TAR_ZSTD, Oras, copy_layout, empty_config, node_architecture, push_index, put_json,
+    umoci_unpack,
+};
+pub use registry::{Registry, private_registry, registry};
+pub use sandbox::{Sandbox, mount_with_shifted_owners, mounts_at, mounts_under};
+pub use tree::{Kind, Tree};
+
+/// Longer than anything on a busy machine takes; a test that waits this long has failed.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// Waits for a state, never for a time.
+#[track_caller]
+pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !reached() {
+        assert!(Instant::now() < deadline, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs one asynchronous call to its end on a runtime of its own, as a client that keeps nothing between calls.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(future)
+}
+
+/// A name that no other test uses.
+pub fn unique(prefix: &str) -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    format!("{prefix}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
+}
+
+/// `sha256:` and the hexadecimal digest.
+pub fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hexadecimal_sha256(bytes))
+}
+
+/// The digest alone.
+pub fn hexadecimal_sha256(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    hexadecimal(&sha2::Sha256::digest(bytes))
+}
+
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Bytes that do not compress and are the same at every run.
+pub fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// A program of the test tools, with their folder in front of PATH.
+pub fn tool(name: &str) -> std::process::Command {
+    let mut command = std::process::Command::new(name);
+    command.env("PATH", tool_path());
+    command
+}
+
+/// Runs a program of the test tools and returns what it printed.
+#[track_caller]
+pub fn run(command: &mut std::process::Command) -> String {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}; `make test` installs the tools"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn tool_path() -> String {
+    // CARGO_TARGET_TMPDIR is `target/tmp`; scripts/install-test-tools fills `target/tools`.
+    let tools =
+        std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools").join("bin");
+    let inherited = std::env::var("PATH").unwrap_or_default();
+    format!("{}:{inherited}:/usr/local/sbin:/usr/sbin:/sbin", tools.display())
+}

@@ -1,0 +1,94 @@
+//! A node with its driver, and a registry in front of it.
+
+use std::{fs, path::Path};
+
+use super::{
+    Driver, DriverOptions, Kubelet, Layer, Manifest, Proxy, Sandbox, Tree, Volume, registry, unique,
+};
+
+/// What most tests start from. Fields end in this order: the driver before its folders.
+pub struct Node {
+    pub driver: Driver,
+    pub kubelet: Kubelet,
+    /// The shared registry as this node's driver sees it, with requests of this node only.
+    pub proxy: Proxy,
+    pub sandbox: Sandbox,
+}
+
+impl Node {
+    #[track_caller]
+    pub fn start() -> Self {
+        Self::start_with(|_, options| options)
+    }
+
+    #[track_caller]
+    pub fn start_with(options: impl FnOnce(&Sandbox, DriverOptions) -> DriverOptions) -> Self {
+        let sandbox = Sandbox::new();
+        let driver = options(&sandbox, DriverOptions::new(&sandbox)).start();
+        let kubelet = driver.kubelet();
+        Self { driver, kubelet, proxy: Proxy::new(registry()), sandbox }
+    }
+
+    /// Publishes in a new pod and returns the volume and what is in it.
+    #[track_caller]
+    pub fn mount(&self, reference: &str) -> (Volume, Tree) {
+        self.mount_with(reference, |volume| volume)
+    }
+
+    #[track_caller]
+    pub fn mount_with(
+        &self,
+        reference: &str,
+        change: impl FnOnce(Volume) -> Volume,
+    ) -> (Volume, Tree) {
+        let volume = change(self.kubelet.new_volume(reference));
+        self.kubelet.publish_well(&volume);
+        let tree = Tree::of(volume.target());
+        (volume, tree)
+    }
+
+    /// See [`small_artifact`].
+    #[track_caller]
+    pub fn small_artifact(&self) -> SmallArtifact {
+        small_artifact()
+    }
+
+    /// Whether any file of the state, half downloads apart, holds these bytes.
+    pub fn store_holds(&self, needle: &[u8]) -> bool {
+        holds(self.driver.state(), needle)
+    }
+}
+
+/// A small artifact in the shared registry that no other test uses.
+#[track_caller]
+pub fn small_artifact() -> SmallArtifact {
+    let repository = unique("small");
+    let content = format!("content of {repository}");
+    let manifest = Manifest::artifact([Layer::titled("file.txt", content.clone())]);
+    let digest = manifest.push(registry(), &repository, "v1");
+    SmallArtifact { name: format!("{repository}:v1"), repository, content, digest }
+}
+
+/// An artifact of one file.
+pub struct SmallArtifact {
+    /// Repository and tag.
+    pub name: String,
+    pub repository: String,
+    pub content: String,
+    pub digest: String,
+}
+
+fn holds(folder: &Path, needle: &[u8]) -> bool {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return false;
+    };
+    entries.flatten().any(|entry| {
+        let path = entry.path();
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => entry.file_name() != "partial" && holds(&path, needle),
+            Ok(kind) if kind.is_file() => fs::read(&path)
+                .is_ok_and(|bytes| bytes.windows(needle.len()).any(|window| window == needle)),
+            _ => false,
+        }
+    })
+}

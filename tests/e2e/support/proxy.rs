@@ -1,0 +1,256 @@
+//! A proxy in front of a registry that counts requests, holds them back, and can be down.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::{Request, State},
+    http::{StatusCode, header},
+    response::Response,
+};
+use futures_util::{Stream, StreamExt as _, stream};
+use tokio::sync::watch;
+
+use super::Registry;
+
+/// One request that passed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Passed {
+    pub method: String,
+    pub path: String,
+    pub authorized: bool,
+    pub ranged: bool,
+}
+
+/// A registry as the driver sees it.
+pub struct Proxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    server: Mutex<Option<Server>>,
+}
+
+struct Shared {
+    upstream: String,
+    client: reqwest::Client,
+    passed: Mutex<Vec<Passed>>,
+    gate: Mutex<Option<Arc<Gate>>>,
+}
+
+/// Holds back the bodies of blobs: each gives its first half, then waits.
+pub struct Gate {
+    open: watch::Sender<bool>,
+    waiting: AtomicUsize,
+}
+
+impl Gate {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { open: watch::Sender::new(false), waiting: AtomicUsize::new(0) })
+    }
+
+    /// How many bodies have stopped at the gate so far.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Lets all pass, those that wait and those that come.
+    pub fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    async fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        // The sender lives as long as the gate.
+        let _ = self.open.subscribe().wait_for(|open| *open).await;
+    }
+}
+
+/// A server on a thread of its own, so that tests may block.
+pub struct Server {
+    stop: watch::Sender<bool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves on this address (port 0: any) and returns the one it got.
+    pub fn start(address: SocketAddr, router: Router) -> (Self, SocketAddr) {
+        let (stop, mut stopped) = watch::channel(false);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            super::block_on(async {
+                let listener = tokio::net::TcpListener::bind(address).await.expect("a port");
+                let _ = sender.send(listener.local_addr().expect("an address"));
+                tokio::select! {
+                    result = axum::serve(listener, router) => result.expect("the server"),
+                    _ = stopped.wait_for(|stopped| *stopped) => {}
+                }
+            });
+            // The runtime goes here, and with it every connection.
+        });
+        let address = receiver.recv().expect("the server's address");
+        (Self { stop, thread: Some(thread) }, address)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.send_replace(true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Proxy {
+    pub fn new(registry: &Registry) -> Self {
+        install_tls_provider();
+        let shared = Arc::new(Shared {
+            upstream: format!("http://{}", registry.address()),
+            client: reqwest::Client::builder().no_proxy().build().expect("an HTTP client"),
+            passed: Mutex::default(),
+            gate: Mutex::default(),
+        });
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (server, address) = Server::start(any, router(&shared));
+        Self { address, shared, server: Mutex::new(Some(server)) }
+    }
+
+    /// `127.0.0.1:port`, as it stands in references.
+    pub fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    /// A reference to a repository behind this proxy.
+    pub fn reference(&self, repository_and_tag: &str) -> String {
+        format!("{}/{repository_and_tag}", self.address)
+    }
+
+    /// Refuses connections, and ends those there are.
+    pub fn go_down(&self) {
+        self.server.lock().expect("the server").take();
+    }
+
+    /// Serves again on the same port.
+    pub fn come_back(&self) {
+        let (server, _) = Server::start(self.address, router(&self.shared));
+        *self.server.lock().expect("the server") = Some(server);
+    }
+
+    /// Every request since the last call.
+    pub fn take_requests(&self) -> Vec<Passed> {
+        std::mem::take(&mut self.shared.passed.lock().expect("the requests"))
+    }
+
+    /// Every request so far.
+    pub fn requests(&self) -> Vec<Passed> {
+        self.shared.passed.lock().expect("the requests").clone()
+    }
+
+    /// How often this path was fetched whole or in part.
+    pub fn fetches(&self, path_part: &str) -> usize {
+        self.requests()
+            .iter()
+            .filter(|passed| passed.method == "GET" && passed.path.contains(path_part))
+            .count()
+    }
+
+    /// From now on bodies of blobs wait in their middle.
+    pub fn hold_blobs(&self) -> Arc<Gate> {
+        let gate = Gate::new();
+        *self.shared.gate.lock().expect("the gate") = Some(Arc::clone(&gate));
+        gate
+    }
+}
+
+/// reqwest is built without a TLS provider of its own, and asks for one even where only plain HTTP is spoken.
+pub fn install_tls_provider() {
+    // A second call finds the first one's and changes nothing.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+fn router(shared: &Arc<Shared>) -> Router {
+    Router::new().fallback(forward).with_state(Arc::clone(shared))
+}
+
+async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    let (parts, _) = request.into_parts();
+    shared.passed.lock().expect("the requests").push(Passed {
+        method: parts.method.to_string(),
+        path: parts.uri.path().to_owned(),
+        authorized: parts.headers.contains_key(header::AUTHORIZATION),
+        ranged: parts.headers.contains_key(header::RANGE),
+    });
+    let url = format!("{}{}", shared.upstream, parts.uri);
+    let mut headers = parts.headers;
+    // Connections to the registry are the proxy's own.
+    headers.remove(header::CONNECTION);
+    let answer = shared.client.request(parts.method, url).headers(headers).send().await;
+    let Ok(answer) = answer else {
+        return plain(StatusCode::BAD_GATEWAY);
+    };
+    let mut response = Response::builder().status(answer.status());
+    for (name, value) in answer.headers() {
+        if name != header::TRANSFER_ENCODING && name != header::CONNECTION {
+            response = response.header(name, value);
+        }
+    }
+    let length = answer.content_length().unwrap_or(0);
+    let gate = shared
+        .gate
+        .lock()
+        .expect("the gate")
+        .clone()
+        .filter(|_| parts.uri.path().contains("/blobs/"));
+    let bytes = answer.bytes_stream();
+    let body = match gate {
+        Some(gate) => Body::from_stream(held_in_the_middle(bytes, length / 2, gate)),
+        None => Body::from_stream(bytes),
+    };
+    response.body(body).unwrap_or_else(|_| plain(StatusCode::BAD_GATEWAY))
+}
+
+fn held_in_the_middle(
+    bytes: impl Stream<Item = reqwest::Result<Bytes>> + Send + 'static,
+    free: u64,
+    gate: Arc<Gate>,
+) -> impl Stream<Item = reqwest::Result<Bytes>> + Send {
+    let state = (Box::pin(bytes), usize::try_from(free).unwrap_or(usize::MAX), None, gate, false);
+    stream::unfold(state, |(mut bytes, free, pending, gate, passed)| async move {
+        if passed {
+            let next: reqwest::Result<Bytes> = match pending {
+                Some(rest) => Ok(rest),
+                None => bytes.next().await?,
+            };
+            return Some((next, (bytes, 0, None, gate, true)));
+        }
+        if free == 0 {
+            gate.pass().await;
+            let next = match pending {
+                Some(rest) => Ok(rest),
+                None => bytes.next().await?,
+            };
+            return Some((next, (bytes, 0, None, gate, true)));
+        }
+        match bytes.next().await? {
+            Ok(mut chunk) => {
+                let now = chunk.split_to(free.min(chunk.len()));
+                let left = free - now.len();
+                let rest = (!chunk.is_empty()).then_some(chunk);
+                Some((Ok(now), (bytes, left, rest, gate, false)))
+            }
+            Err(error) => Some((Err(error), (bytes, 0, None, gate, true))),
+        }
+    })
+}
+
+fn plain(status: StatusCode) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    response
+}

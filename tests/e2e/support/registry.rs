@@ -1,0 +1,148 @@
+//! Debian's docker-registry, on a free port of the loopback.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{OnceLock, mpsc},
+};
+
+use super::{run, tool, wait_until};
+
+/// A running registry. Its process ends with the value, or with this process at the latest.
+pub struct Registry {
+    address: SocketAddr,
+    child: Child,
+    directory: tempfile::TempDir,
+}
+
+/// The registry that all tests of this process share; they keep apart by the names of their repositories.
+pub fn registry() -> &'static Registry {
+    static SHARED: OnceLock<Registry> = OnceLock::new();
+    SHARED.get_or_init(|| {
+        // `setpriv --pdeathsig` ends the child with the thread that started it: this one never ends by itself.
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let registry = Registry::start(None);
+            remove_with_this_process(registry.directory.path());
+            let _ = sender.send(registry);
+            loop {
+                std::thread::park();
+            }
+        });
+        receiver.recv().expect("the shared registry's thread")
+    })
+}
+
+/// A registry of the calling test's own that asks for this user and password.
+pub fn private_registry(user: &str, password: &str) -> Registry {
+    Registry::start(Some((user, password)))
+}
+
+impl Registry {
+    #[track_caller]
+    fn start(credentials: Option<(&str, &str)>) -> Self {
+        // Between finding a free port and the registry's taking it, another test may take it.
+        for _ in 0..10 {
+            if let Some(registry) = Self::try_start(credentials) {
+                return registry;
+            }
+        }
+        panic!("docker-registry does not start; `make test` installs it");
+    }
+
+    fn try_start(credentials: Option<(&str, &str)>) -> Option<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("e2e-registry")
+            .tempdir_in("/var/tmp")
+            .expect("a folder");
+        let address = TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .expect("a port");
+        let configuration = configuration(directory.path(), address, credentials);
+        let path = directory.path().join("config.yml");
+        fs::write(&path, configuration).expect("the registry's configuration");
+        let log = fs::File::create(directory.path().join("log")).expect("the registry's log");
+        let mut command = ending_with_this_thread("docker-registry");
+        command.arg("serve").arg(&path);
+        // What it takes from the environment would change the configuration.
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("REGISTRY_")) {
+            command.env_remove(name);
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("the log twice"))
+            .stderr(log)
+            .spawn()
+            .expect("docker-registry, which `make test` installs");
+        let mut ended = false;
+        wait_until("the registry listens", || {
+            ended = child.try_wait().expect("the registry's state").is_some();
+            ended || TcpStream::connect(address).is_ok()
+        });
+        (!ended).then_some(Self { address, child, directory })
+    }
+
+    /// `127.0.0.1:port`, as it stands in references.
+    pub fn host(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A command whose process is killed when the thread that starts it ends, however it ends.
+pub fn ending_with_this_thread(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = tool("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(program);
+    command
+}
+
+/// Nothing drops what all tests share, so another process removes it: one that sees this one's end
+/// of a pipe close.
+#[expect(clippy::zombie_processes, reason = "it ends after this process does")]
+fn remove_with_this_process(directory: &Path) {
+    let mut remover = Command::new("sh")
+        .args(["-c", "cat && rm -rf \"$1\"", "sh"])
+        .arg(directory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("sh");
+    std::mem::forget(remover.stdin.take());
+}
+
+fn configuration(
+    directory: &Path,
+    address: SocketAddr,
+    credentials: Option<(&str, &str)>,
+) -> String {
+    let storage: PathBuf = directory.join("storage");
+    let mut text = format!(
+        "version: 0.1\n\
+         log: {{level: error, accesslog: {{disabled: true}}}}\n\
+         storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\n\
+         http: {{addr: \"{address}\", secret: tests}}\n",
+        storage.display()
+    );
+    if let Some((user, password)) = credentials {
+        let passwords = directory.join("htpasswd");
+        fs::write(&passwords, run(tool("htpasswd").args(["-nbB", user, password])))
+            .expect("the passwords");
+        let path = passwords.display();
+        let _ = writeln!(text, "auth: {{htpasswd: {{realm: tests, path: {path}}}}}");
+    }
+    text
+}
