@@ -392,7 +392,7 @@ pub fn content_of(
         store.clone(),
         registry,
         configuration.limits.clone(),
-        configuration.pull_options(),
+        configuration.pull.options(),
         tracker,
         shutdown,
     );

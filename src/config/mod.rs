@@ -1,24 +1,26 @@
 //! The configuration file: what it may say, and where it is wrong.
 //!
 //! Unknown keys are errors, so that a misspelt limit is not silently no limit.
-//! Everything is read at start; no section is read again without a restart.
+//! A section is a file; each says whether it is read again without a restart.
+
+mod duration;
+mod pull;
+mod selinux;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::pull::PullOptions;
-use crate::pull::transfer::RetryPolicy;
+pub use duration::GoDuration;
+pub use pull::PullSection;
+pub use selinux::SelinuxSection;
+
 use crate::unpack::Limits;
 
 /// The document's `apiVersion`.
 pub const API_VERSION: &str = "oci.custom.io/v1alpha1";
 /// The document's `kind`.
 pub const KIND: &str = "NodeConfiguration";
-
-/// The label that containers may read, where nothing else is configured.
-const DEFAULT_FILE_LABEL: &str = "system_u:object_r:container_file_t:s0";
 
 /// A node's configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -37,33 +39,6 @@ pub struct NodeConfiguration {
     #[serde(default)]
     pub selinux: SelinuxSection,
 }
-
-/// The `pull` section.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub struct PullSection {
-    /// Blobs that are downloaded at once on this node.
-    pub downloads: usize,
-    /// Layers that are unpacked at once on this node.
-    pub unpacks: usize,
-    /// Tries in a row that bring no byte, before a transfer fails.
-    pub attempts: u32,
-    /// A connection that brings nothing for so long is given up; a Go duration.
-    pub stall_timeout: GoDuration,
-}
-
-/// The `selinux` section.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-pub struct SelinuxSection {
-    /// The label of content; used where SELinux is on.
-    pub file_label: String,
-}
-
-/// A duration as Go writes it: `1h30m`, `500ms`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub struct GoDuration(pub Duration);
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -111,76 +86,8 @@ impl NodeConfiguration {
             ));
         }
         configuration.limits.check().map_err(|error| error.to_string())?;
-        let PullSection { downloads, unpacks, attempts, stall_timeout } = configuration.pull;
-        if !(1..=1024).contains(&downloads) || !(1..=1024).contains(&unpacks) {
-            return Err("pull.downloads and pull.unpacks must be from 1 to 1024".to_owned());
-        }
-        if !(1..=1000).contains(&attempts) {
-            return Err("pull.attempts must be from 1 to 1000".to_owned());
-        }
-        if stall_timeout.0 < Duration::from_secs(1) {
-            return Err("pull.stallTimeout must be at least 1s".to_owned());
-        }
+        configuration.pull.check()?;
         Ok(configuration)
-    }
-
-    /// What pulling is built with.
-    #[must_use]
-    pub fn pull_options(&self) -> PullOptions {
-        PullOptions {
-            downloads: self.pull.downloads,
-            unpacks: self.pull.unpacks,
-            retry: RetryPolicy {
-                attempts: self.pull.attempts,
-                first_delay: Duration::from_millis(250),
-            },
-        }
-    }
-}
-
-impl Default for PullSection {
-    fn default() -> Self {
-        let PullOptions { downloads, unpacks, retry } = PullOptions::default();
-        let stall_timeout = GoDuration(Duration::from_secs(30));
-        Self { downloads, unpacks, attempts: retry.attempts, stall_timeout }
-    }
-}
-
-impl Default for SelinuxSection {
-    fn default() -> Self {
-        Self { file_label: DEFAULT_FILE_LABEL.to_owned() }
-    }
-}
-
-impl TryFrom<String> for GoDuration {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let wrong = || format!("\"{text}\" is not a duration: write it as 30s, 5m or 1h30m");
-        if text.is_empty() {
-            return Err(wrong());
-        }
-        let mut rest = text.as_str();
-        let mut total = Duration::ZERO;
-        while !rest.is_empty() {
-            let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-            let value: u32 = rest[..digits].parse().map_err(|_| wrong())?;
-            rest = &rest[digits..];
-            let end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
-            let unit = match &rest[..end] {
-                "ms" => Duration::from_millis(1),
-                "s" => Duration::from_secs(1),
-                "m" => Duration::from_mins(1),
-                "h" => Duration::from_hours(1),
-                _ => return Err(wrong()),
-            };
-            total = unit
-                .checked_mul(value)
-                .and_then(|part| total.checked_add(part))
-                .ok_or_else(wrong)?;
-            rest = &rest[end..];
-        }
-        Ok(Self(total))
     }
 }
 
@@ -195,6 +102,8 @@ fn one_line(error: &serde_saphyr::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";

@@ -1,0 +1,20 @@
+//! The `selinux` section. Read at start.
+
+use serde::Deserialize;
+
+/// The label that containers may read, where nothing else is configured.
+const DEFAULT_FILE_LABEL: &str = "system_u:object_r:container_file_t:s0";
+
+/// The `selinux` section.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct SelinuxSection {
+    /// The label of content; used where SELinux is on.
+    pub file_label: String,
+}
+
+impl Default for SelinuxSection {
+    fn default() -> Self {
+        Self { file_label: DEFAULT_FILE_LABEL.to_owned() }
+    }
+}
