@@ -3,12 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench lint validate fuzz tools
+.PHONY: build demo test bench lint validate render fuzz tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
 # Arguments for `cargo test`: make test ARGUMENTS='--test e2e registration'
 ARGUMENTS ?=
+TOOLS := $(abspath $(or $(CARGO_TARGET_DIR),target))/tools
 
 build:
 	cargo build --release --locked
@@ -35,9 +36,13 @@ lint:
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 
-# deploy/, examples/ and the chart against the schemas of three Kubernetes versions.
-validate:
-	deploy/validate
+# Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
+validate: tools
+	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
+
+# deploy/base anew, after a change of the chart.
+render:
+	deploy/render
 
 # Every fuzz target for a few seconds.
 fuzz:

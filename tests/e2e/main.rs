@@ -16,6 +16,7 @@ mod attributes;
 mod availability;
 mod bad_content;
 mod bad_requests;
+mod cluster;
 mod command_line;
 mod concurrency;
 mod endpoints;

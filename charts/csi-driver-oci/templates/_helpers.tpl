@@ -4,11 +4,11 @@
 
 {{- define "csi-driver-oci.fullname" -}}
 {{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
+{{- .Values.fullnameOverride | trunc 54 | trimSuffix "-" }}
 {{- else if contains (include "csi-driver-oci.name" .) .Release.Name }}
-{{- .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- .Release.Name | trunc 54 | trimSuffix "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name (include "csi-driver-oci.name" .) | trunc 63 | trimSuffix "-" }}
+{{- printf "%s-%s" .Release.Name (include "csi-driver-oci.name" .) | trunc 54 | trimSuffix "-" }}
 {{- end }}
 {{- end }}
 
@@ -40,14 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* The configuration file, as the driver reads it. */}}
-{{- define "csi-driver-oci.config" -}}
-apiVersion: oci.custom.io/v1alpha1
-kind: NodeConfiguration
-{{ toYaml .Values.config }}
-{{- end }}
-
-{{/* A changed configuration is another object, so that a rollback finds the old one's name again. */}}
-{{- define "csi-driver-oci.configMapName" -}}
-{{- printf "%s-%s" (include "csi-driver-oci.fullname" . | trunc 54 | trimSuffix "-") (include "csi-driver-oci.config" . | sha256sum | trunc 8) }}
+{{/* Where probes go: with the host's network only to the loopback, where no other machine can ask. */}}
+{{- define "csi-driver-oci.healthAddress" -}}
+{{ if .Values.hostNetwork }}127.0.0.1{{ else }}[::]{{ end }}:{{ .Values.health.port }}
 {{- end }}

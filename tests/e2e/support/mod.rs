@@ -30,7 +30,7 @@ pub use push::{
     OCI_TAR_ZSTD, Oras, copy_layout, empty_config, node_architecture, push_index, put_json,
     umoci_unpack,
 };
-pub use registry::{Registry, private_registry, registry};
+pub use registry::{Registry, ending_with_this_thread, own_registry, private_registry, registry};
 pub use sandbox::{Sandbox, mount_with_shifted_owners, mounts_at, mounts_under};
 pub use tree::{Kind, Tree};
 

@@ -36,6 +36,11 @@ pub fn registry() -> &'static Registry {
     })
 }
 
+/// A registry of the calling test's own, for one that has a network of its own.
+pub fn own_registry() -> Registry {
+    Registry::start(None)
+}
+
 /// A registry of the calling test's own that asks for this user and password.
 pub fn private_registry(user: &str, password: &str) -> Registry {
     Registry::start(Some((user, password)))

@@ -1,0 +1,48 @@
+{{/*
+Combinations that the schema cannot name well. Nothing is rendered when one of them fails.
+*/}}
+{{- define "csi-driver-oci.checks" -}}
+{{- if and (semverCompare "<1.29.0-0" .Capabilities.KubeVersion.Version) (not .Values.sidecars.registrar.enabled) }}
+{{- fail (printf "Kubernetes %s cannot register the driver by itself, which needs 1.29: set sidecars.registrar.enabled and sidecars.registrar.image" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- range $name, $sidecar := .Values.sidecars }}
+{{- if and $sidecar.enabled (not $sidecar.image) }}
+{{- fail (printf "sidecars.%s is enabled without an image: set sidecars.%s.image" $name $name) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.networkPolicy.enabled .Values.hostNetwork }}
+{{- fail "networkPolicy does nothing for pods on the host's network: set hostNetwork to false, or networkPolicy.enabled to false" }}
+{{- end }}
+{{- if and .Values.existingConfigMap (or .Values.config .Values.configFiles .Values.dockerConfigSecret) }}
+{{- fail "existingConfigMap takes the place of config, configFiles and dockerConfigSecret: set one or the other" }}
+{{- end }}
+{{- if and .Values.dockerConfigSecret (dig "registries" "dockerConfig" "" .Values.config) }}
+{{- fail "dockerConfigSecret and config.registries.dockerConfig are two sources of the same file: set one" }}
+{{- end }}
+{{- if hasKey .Values.configFiles "config.yaml" }}
+{{- fail "configFiles has a config.yaml: write it as config" }}
+{{- end }}
+{{- range $monitoring := list "podMonitor" "rules" "dashboard" }}
+{{- if and (index $.Values.metrics $monitoring).enabled (not $.Values.metrics.enabled) }}
+{{- fail (printf "metrics.%s needs metrics.enabled" $monitoring) }}
+{{- end }}
+{{- end }}
+{{- $ports := list .Values.health.port }}
+{{- if .Values.metrics.enabled }}{{ $ports = append $ports .Values.metrics.port }}{{ end }}
+{{- if .Values.sidecars.livenessProbe.enabled }}{{ $ports = append $ports .Values.sidecars.livenessProbe.port }}{{ end }}
+{{- if ne (len $ports) (len (uniq $ports)) }}
+{{- fail "health.port, metrics.port and sidecars.livenessProbe.port must be different" }}
+{{- end }}
+{{- if and .Values.csiDriver.preventPodSchedulingIfMissing (semverCompare "<1.36.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "csiDriver.preventPodSchedulingIfMissing needs Kubernetes 1.36, and this is %s" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- if and .Values.admissionPolicy.enabled (semverCompare "<1.28.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "admissionPolicy needs Kubernetes 1.28, and this is %s" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- if and .Values.admissionPolicy.enabled (not .Values.admissionPolicy.repositories) (not .Values.admissionPolicy.requireDigest) }}
+{{- fail "admissionPolicy refuses nothing: set admissionPolicy.repositories or admissionPolicy.requireDigest" }}
+{{- end }}
+{{- if and .Values.openshift.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
+{{- fail "openshift.enabled would let every pod of the namespace be privileged: set serviceAccount.create, or serviceAccount.name" }}
+{{- end }}
+{{- end }}

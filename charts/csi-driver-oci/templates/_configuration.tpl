@@ -1,0 +1,53 @@
+{{/*
+The configuration: what the driver reads, the ConfigMap that carries it, and the folders of the node that it names.
+*/}}
+
+{{/* Whether the driver gets a configuration file, from the chart's own ConfigMap or from another one. */}}
+{{- define "csi-driver-oci.hasConfiguration" -}}
+{{- if or .Values.config .Values.configFiles .Values.dockerConfigSecret .Values.existingConfigMap }}true{{ end }}
+{{- end }}
+
+{{/* The configuration file, as the driver reads it. */}}
+{{- define "csi-driver-oci.configuration" -}}
+{{- $config := deepCopy .Values.config }}
+{{- if .Values.dockerConfigSecret }}
+{{- $_ := set $config "registries" (merge (dict "dockerConfig" "/etc/csi-driver-oci-docker/config.json") ($config.registries | default dict)) }}
+{{- end }}
+{{- toYaml (merge (dict "apiVersion" "oci.custom.io/v1alpha1" "kind" "NodeConfiguration") $config) }}
+{{- end }}
+
+{{/* All files of the ConfigMap. */}}
+{{- define "csi-driver-oci.configurationFiles" -}}
+{{- toYaml (merge (dict "config.yaml" (printf "%s\n" (include "csi-driver-oci.configuration" .))) .Values.configFiles) }}
+{{- end }}
+
+{{/* A changed configuration is another object, so that a rollback finds the old one's name again. */}}
+{{- define "csi-driver-oci.configMapName" -}}
+{{- if .Values.existingConfigMap }}
+{{- .Values.existingConfigMap }}
+{{- else }}
+{{- printf "%s-%s" (include "csi-driver-oci.fullname" .) (include "csi-driver-oci.configurationFiles" . | sha256sum | trunc 8) }}
+{{- end }}
+{{- end }}
+
+{{/*
+What of the node config.registries names: volume name -> path and type. A file is mounted by itself: its folder may be
+the kubelet's own, whose mounts a copy in this container would hold busy.
+*/}}
+{{- define "csi-driver-oci.nodePaths" -}}
+{{- $registries := .Values.config.registries | default dict }}
+{{- $paths := dict }}
+{{- with $registries.hostsDir }}
+{{- $_ := set $paths "registry-hosts" (dict "path" . "type" "DirectoryOrCreate") }}
+{{- end }}
+{{- with $registries.dockerConfig }}
+{{- $_ := set $paths "docker-config" (dict "path" . "type" "File") }}
+{{- end }}
+{{- with $registries.credentialProviderConfig }}
+{{- $_ := set $paths "credential-provider-config" (dict "path" . "type" "File") }}
+{{- end }}
+{{- with $registries.credentialProviderBinDir }}
+{{- $_ := set $paths "credential-provider-bin" (dict "path" . "type" "Directory") }}
+{{- end }}
+{{- toYaml $paths }}
+{{- end }}

@@ -1,0 +1,137 @@
+"""Checks of what users apply that need no driver.
+
+    check.py NAME      runs one check; prints what is wrong, and exits 1 if anything is
+    check.py all       all of them
+"""
+
+import sys
+
+import kubernetes_validate
+import yaml
+
+import chart
+import plain
+import render
+
+# The oldest that the chart is for, and the newest that there are schemas of.
+VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
+# Kinds that Kubernetes itself does not have; their own rules are in `foreign`.
+FOREIGN = (
+    "monitoring.coreos.com/",
+    "kustomize.config.k8s.io/",
+)
+
+
+def is_foreign(document):
+    return document["apiVersion"].startswith(FOREIGN)
+
+
+def name_of(document):
+    return f"{document['kind']} {document['metadata'].get('name')}"
+
+
+def invalid(where, documents, version):
+    for document in documents:
+        if is_foreign(document):
+            continue
+        try:
+            kubernetes_validate.validate(document, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            path = "/".join(str(part) for part in error.path)
+            yield f"{where}: {name_of(document)} on {version}: {path}: {error.message}"
+        except kubernetes_validate.SchemaNotFoundError:
+            yield f"{where}: {name_of(document)}: {version} has no {document['apiVersion']}"
+
+
+def lint():
+    """`helm lint` has nothing to say about any row."""
+    for row, values in chart.matrix().items():
+        for message in chart.lint_messages(values):
+            yield f"{row}: {message}"
+
+
+def refused():
+    """Wrong values are refused, and the message says which."""
+    for case in yaml.safe_load((chart.ROOT / "tests/cluster/refused.yaml").read_text()):
+        try:
+            chart.objects(case["values"], case.get("kubernetes", chart.KUBERNETES))
+        except chart.Refused as refusal:
+            if case["message"] not in str(refusal):
+                yield f"{case['name']}: refused, but not with {case['message']!r}: {refusal}"
+        else:
+            yield f"{case['name']}: accepted"
+
+
+def commented():
+    """Every value is explained: above it or behind it, or above what it belongs to."""
+    lines = (chart.CHART / "values.yaml").read_text().splitlines()
+    explained = []
+    for number, line in enumerate(lines):
+        key, colon, _ = line.strip().partition(":")
+        if not colon or key.startswith(("#", "-")):
+            continue
+        depth = (len(line) - len(line.lstrip())) // 2
+        around = lines[max(number - 1, 0)].strip(), lines[number + 1 : number + 2]
+        # The comment on a section stands above its first key too.
+        own = around[0].startswith("#") or "".join(around[1]).strip().startswith("#")
+        explained = [*explained[:depth], own]
+        if not any(explained):
+            yield f"values.yaml, line {number + 1}: {key} is not explained"
+
+
+def schemas():
+    """Everything is valid, strictly, for every Kubernetes that it is for."""
+    for row, values in chart.matrix().items():
+        for version in VERSIONS:
+            try:
+                documents = chart.objects(values, f"{version}.0")
+            except chart.Refused as refusal:
+                if "needs" not in str(refusal):
+                    yield f"{row} on {version}: {refusal}"
+                continue
+            yield from invalid(row, documents, version)
+    groups = render.plain() | render.kustomizations()
+    for where, documents in groups.items():
+        for version in VERSIONS:
+            if float(version[2:]) >= 29:
+                yield from invalid(where, documents, version)
+
+
+def deploy():
+    """deploy/base is what the chart renders to, and each overlay what it renders to with its kubelet's folder."""
+    for name in plain.differences():
+        yield f"deploy/base/{name} is not what the chart renders to: run deploy/render"
+    values = yaml.safe_load((chart.ROOT / "deploy/values.yaml").read_text())
+    overlays = {
+        "deploy": "/var/lib/kubelet",
+        "deploy/overlays/k0s": "/var/lib/k0s/kubelet",
+        "deploy/overlays/microk8s": "/var/snap/microk8s/common/var/lib/kubelet",
+    }
+    built = render.kustomizations()
+    for folder, kubelet in overlays.items():
+        expected = without_helm(chart.objects(values | {"kubeletDir": kubelet}))
+        if by_name(built[folder]) != by_name(expected):
+            yield f"{folder} is not what the chart renders to with kubeletDir {kubelet}"
+
+
+def without_helm(documents):
+    for document in documents:
+        labels = document["metadata"]["labels"]
+        for label in ("helm.sh/chart", "app.kubernetes.io/managed-by"):
+            labels.pop(label, None)
+    return documents
+
+
+def by_name(documents):
+    return {name_of(document): document for document in documents}
+
+
+CHECKS = {
+    check.__name__: check for check in (lint, refused, commented, schemas, deploy)
+}
+
+if __name__ == "__main__":
+    names = list(CHECKS) if sys.argv[1:] == ["all"] else sys.argv[1:]
+    problems = [problem for name in names for problem in CHECKS[name]()]
+    print("\n".join(problems))
+    raise SystemExit(1 if problems or not names else 0)

@@ -1,0 +1,250 @@
+//! A node that is a folder, and a container runtime for it that does what a pod says: mounts, environment, arguments,
+//! user and read-only root filesystem.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+};
+
+use k8s_openapi::api::core::v1::{Container, EnvVar, PodSpec, Volume, VolumeMount};
+use nix::mount::{MsFlags, mount};
+
+use crate::support::{Sandbox, ending_with_this_thread, run, tool};
+
+/// The name that the downward API gives this node.
+pub const NODE_NAME: &str = "worker-1";
+
+/// A node: the folder that is its root, shared with containers as a real one's is.
+///
+/// The calling thread gets a network of its own, with a loopback only, so that every node has the same ports.
+pub struct Machine {
+    pub root: PathBuf,
+    /// Files of configuration maps and secrets, by their volumes' names.
+    pub files: BTreeMap<String, BTreeMap<String, String>>,
+    sandbox: Sandbox,
+}
+
+impl Machine {
+    #[track_caller]
+    pub fn new() -> Self {
+        let sandbox = Sandbox::new();
+        enter_network_namespace();
+        // Short: paths of sockets have 107 bytes.
+        let root = sandbox.folder("n");
+        let none: Option<&str> = None;
+        mount(Some(&root), &root, none, MsFlags::MS_BIND, none).expect("bind the node's root");
+        mount(none, &root, none, MsFlags::MS_SHARED, none).expect("share the node's root");
+        Self { root, files: BTreeMap::new(), sandbox }
+    }
+
+    /// A path of the node, as this process sees it.
+    pub fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// Starts a container of a pod, with an image that holds these programs and what they are linked to.
+    ///
+    /// Volumes of other kinds than those below are the caller's to mount, at [`Self::volume`].
+    #[track_caller]
+    pub fn start(&self, pod: &PodSpec, container: &Container, image: &Image) -> Child {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path(container))
+            .expect("the container's log");
+        ending_with_this_thread("unshare")
+            .args(["--mount", "--propagation", "unchanged", "--", "sh", "-euc"])
+            .arg(self.script(pod, container, image))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("the log twice"))
+            .stderr(log)
+            .spawn()
+            .expect("a container")
+    }
+
+    pub fn log(&self, container: &Container) -> String {
+        fs::read_to_string(self.log_path(container)).unwrap_or_default()
+    }
+
+    /// Where a volume of a pod is found, whatever it is made of.
+    pub fn volume(&self, name: &str) -> PathBuf {
+        self.sandbox.folder(&format!("volumes/{name}"))
+    }
+
+    fn log_path(&self, container: &Container) -> PathBuf {
+        self.sandbox.path().join(format!("{}.log", container.name))
+    }
+
+    /// What the runtime does before the container's program starts.
+    fn script(&self, pod: &PodSpec, container: &Container, image: &Image) -> String {
+        let root = self.sandbox.folder(&format!("containers/{}", container.name));
+        let mut script = format!("mount -t tmpfs -o mode=0755 image {}\n", root.display());
+        for (inside, outside) in &image.files {
+            bind(&mut script, outside, &root.join(inside.trim_start_matches('/')), false);
+        }
+        for (folder, kind) in [("proc", "--rbind"), ("dev", "--rbind")] {
+            let target = root.join(folder);
+            let _ = writeln!(script, "mkdir {0}; mount {kind} /{folder} {0}", target.display());
+        }
+        for mount in container.volume_mounts.iter().flatten() {
+            let volume = pod
+                .volumes
+                .iter()
+                .flatten()
+                .find(|volume| volume.name == mount.name)
+                .unwrap_or_else(|| panic!("the pod has no volume {}", mount.name));
+            self.mount(&mut script, volume, mount, &root);
+        }
+        let security = container.security_context.as_ref();
+        if security.and_then(|security| security.read_only_root_filesystem) == Some(true) {
+            let _ = writeln!(script, "mount -o remount,ro,bind {}", root.display());
+        }
+        let user = security
+            .and_then(|security| security.run_as_user)
+            .or(pod.security_context.as_ref().and_then(|security| security.run_as_user))
+            .unwrap_or(0);
+        // Runtimes give every container a PATH.
+        script.push_str("chroot=$(command -v chroot)\nexec env -i PATH=/usr/bin");
+        for variable in container.env.iter().flatten() {
+            let _ =
+                write!(script, " {}", quoted(&format!("{}={}", variable.name, value(variable))));
+        }
+        let _ = write!(script, " $chroot --userspec={user}:{user} {}", root.display());
+        let command = container.command.clone().unwrap_or_else(|| vec![image.entrypoint.clone()]);
+        for word in command.iter().chain(container.args.iter().flatten()) {
+            let _ = write!(script, " {}", quoted(word));
+        }
+        script
+    }
+
+    fn mount(&self, script: &mut String, volume: &Volume, mount: &VolumeMount, root: &Path) {
+        let source = self.source(volume);
+        let target = root.join(mount.mount_path.trim_start_matches('/'));
+        bind(script, &source, &target, mount.read_only == Some(true));
+        let propagation = match mount.mount_propagation.as_deref() {
+            None | Some("None") => "--make-rprivate",
+            Some("HostToContainer") => "--make-rslave",
+            Some("Bidirectional") => "--make-rshared",
+            Some(other) => panic!("{other} is no propagation"),
+        };
+        let _ = writeln!(script, "mount {propagation} {}", target.display());
+    }
+
+    /// What the kubelet makes of a volume before it is mounted.
+    fn source(&self, volume: &Volume) -> PathBuf {
+        if let Some(host) = &volume.host_path {
+            let path = self.path(&host.path);
+            match host.type_.as_deref() {
+                Some("DirectoryOrCreate") => fs::create_dir_all(&path).expect("a host path"),
+                Some("Directory") => assert!(path.is_dir(), "{} is no folder", host.path),
+                Some("File") => assert!(path.is_file(), "{} is no file", host.path),
+                other => panic!("no test knows the type {other:?} of {}", host.path),
+            }
+            return path;
+        }
+        let path = self.volume(&volume.name);
+        if volume.config_map.is_some() || volume.secret.is_some() {
+            let files = self.files.get(&volume.name);
+            let files = files.unwrap_or_else(|| panic!("no files for volume {}", volume.name));
+            for (name, text) in files {
+                fs::write(path.join(name), text).expect("a file of a volume");
+            }
+        } else if volume.empty_dir.is_some() {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).expect("its mode");
+        }
+        path
+    }
+}
+
+/// What an image holds: paths in it, and where they are here.
+pub struct Image {
+    files: BTreeMap<String, PathBuf>,
+    entrypoint: String,
+}
+
+impl Image {
+    /// The driver's image, as the Dockerfile makes it: the binary and the libraries that it is linked to.
+    pub fn of_the_driver() -> Self {
+        let binary = Path::new(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        let mut image = Self::of_libraries(&[binary]);
+        "/usr/local/bin/csi-driver-oci".clone_into(&mut image.entrypoint);
+        image.files.insert(image.entrypoint.clone(), binary.to_owned());
+        image
+    }
+
+    /// What these programs are linked to, and nothing else of them.
+    pub fn of_libraries(programs: &[&Path]) -> Self {
+        let mut files = BTreeMap::new();
+        for program in programs {
+            let listed = run(tool("ldd").arg(program));
+            let paths = listed.split_whitespace().filter(|word| word.starts_with('/'));
+            for path in paths {
+                let real = fs::canonicalize(path).expect("a library");
+                files.insert(path.to_owned(), real);
+            }
+        }
+        Self { files, entrypoint: String::new() }
+    }
+
+    /// With programs of this system at their own places.
+    #[must_use]
+    pub fn with_programs(mut self, programs: &[&str]) -> Self {
+        let paths: Vec<PathBuf> = programs
+            .iter()
+            .map(|name| run(tool("sh").args(["-c", &format!("command -v {name}")])).trim().into())
+            .collect();
+        let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+        self.files.extend(Self::of_libraries(&paths).files);
+        for (name, path) in programs.iter().zip(paths) {
+            let real = fs::canonicalize(path).expect("a program");
+            self.files.insert(format!("/usr/bin/{name}"), real);
+        }
+        self
+    }
+}
+
+fn bind(script: &mut String, source: &Path, target: &Path, read_only: bool) {
+    let parent = target.parent().expect("a folder");
+    let (source, path) = (source.display(), target.display());
+    let _ = writeln!(script, "mkdir -p {}", parent.display());
+    let _ = writeln!(script, "if [ -d {source} ]; then mkdir -p {path}; else touch {path}; fi");
+    let _ = writeln!(script, "mount --rbind {source} {path}");
+    if read_only {
+        let _ = writeln!(script, "mount -o remount,ro,bind {path}");
+    }
+}
+
+/// What a variable is in a container on this node.
+fn value(variable: &EnvVar) -> String {
+    let field = variable.value_from.as_ref().and_then(|source| source.field_ref.as_ref());
+    match field.map(|field| field.field_path.as_str()) {
+        Some("spec.nodeName") => NODE_NAME.to_owned(),
+        Some(other) => panic!("no test knows {other}"),
+        None => variable.value.clone().unwrap_or_default(),
+    }
+}
+
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[track_caller]
+#[allow(unsafe_code, reason = "nix is built without its sched and net features")]
+fn enter_network_namespace() {
+    // SAFETY: unshare takes flags only; CLONE_NEWNET concerns the calling thread alone. The request names a live
+    // structure of the size that the kernel writes.
+    unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_NEWNET), 0, "{}", std::io::Error::last_os_error());
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[..2].copy_from_slice(&[b'l'.cast_signed(), b'o'.cast_signed()]);
+        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP).expect("a flag");
+        let up = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
+        libc::close(socket);
+        assert_eq!(up, 0, "{}", std::io::Error::last_os_error());
+    }
+}
