@@ -9,16 +9,24 @@ import sys
 import kubernetes_validate
 import yaml
 
+import admission
 import chart
+import crossplane
+import gitops
 import plain
 import render
 
 # The oldest that the chart is for, and the newest that there are schemas of.
 VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
-# Kinds that Kubernetes itself does not have; their own rules are in `foreign`.
+# Groups that Kubernetes itself does not have.
 FOREIGN = (
+    "apiextensions.crossplane.io/",
+    "argoproj.io/",
+    "custom.prometheus.io/",
+    "kustomize.toolkit.fluxcd.io/",
     "monitoring.coreos.com/",
-    "kustomize.config.k8s.io/",
+    "pkg.crossplane.io/",
+    "source.toolkit.fluxcd.io/",
 )
 
 
@@ -90,7 +98,7 @@ def schemas():
                     yield f"{row} on {version}: {refusal}"
                 continue
             yield from invalid(row, documents, version)
-    groups = render.plain() | render.kustomizations()
+    groups = render.plain() | render.kustomizations() | render.composed()
     for where, documents in groups.items():
         for version in VERSIONS:
             if float(version[2:]) >= 29:
@@ -127,7 +135,17 @@ def by_name(documents):
 
 
 CHECKS = {
-    check.__name__: check for check in (lint, refused, commented, schemas, deploy)
+    check.__name__: check
+    for check in (
+        lint,
+        refused,
+        commented,
+        schemas,
+        deploy,
+        admission.admission,
+        *crossplane.CHECKS,
+        *gitops.CHECKS,
+    )
 }
 
 if __name__ == "__main__":

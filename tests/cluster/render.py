@@ -5,14 +5,20 @@
     FOLDER/chart/ROW.json        the objects of each row of the matrix of values
     FOLDER/plain/FILE.json       the objects of each manifest under deploy/ and examples/
     FOLDER/kustomize/NAME.json   what `kubectl kustomize` makes of each kustomization under deploy/
+    FOLDER/composed/NAME.json    what each Composition makes of the example, once all is ready
 """
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
+
+import yaml
 
 import chart
+import compose
 
 FOLDERS = ["deploy", "examples"]
 # Not manifests: what configures their rendering.
@@ -30,16 +36,44 @@ def plain():
     return files
 
 
-def kustomizations():
-    """Path of the folder from the root -> objects."""
-    built = {}
-    for path in sorted((chart.ROOT / "deploy").rglob("kustomization.yaml")):
-        folder = path.parent
+def kustomization(folder, changes=None):
+    """What `kubectl kustomize` makes of a folder, with some of its files changed."""
+    with tempfile.TemporaryDirectory() as room:
+        if changes:
+            copied = pathlib.Path(room) / folder.name
+            shutil.copytree(folder, copied)
+            for name, change in changes.items():
+                path = copied / name
+                path.write_text(change(path.read_text()))
+            folder = copied
         text = subprocess.run(
             ["kubectl", "kustomize", folder], check=True, capture_output=True, text=True
         ).stdout
-        built[str(folder.relative_to(chart.ROOT))] = chart.documents(text)
-    return built
+    return chart.documents(text)
+
+
+def kustomizations():
+    """Path of the folder from the root -> objects."""
+    return {
+        str(path.parent.relative_to(chart.ROOT)): kustomization(path.parent)
+        for path in sorted((chart.ROOT / "deploy").rglob("kustomization.yaml"))
+    }
+
+
+def example():
+    """The example of the new API."""
+    return yaml.safe_load((chart.ROOT / "deploy/crossplane/example/prometheus.yaml").read_text())
+
+
+def composed():
+    """Name of a Composition -> what it makes of the example, once the gate is open."""
+    xr = example()
+    at_once, _ = compose.compose("customprometheus", xr)
+    gated, _ = compose.compose("customprometheus-gated", xr)
+    rolled_out = {"warm": compose.rolled_out(gated["warm"], nodes=3)}
+    gated, _ = compose.compose("customprometheus-gated", xr, rolled_out)
+    named = {"customprometheus": at_once, "customprometheus-gated": gated}
+    return {name: list(objects.values()) for name, objects in named.items()}
 
 
 def write(folder, groups):
@@ -55,3 +89,4 @@ if __name__ == "__main__":
     write(target / "chart", rows)
     write(target / "plain", plain())
     write(target / "kustomize", kustomizations())
+    write(target / "composed", composed())

@@ -1,10 +1,16 @@
 //! Manifests as data: what Helm, Kubernetes' schemas and its types say, and what the binary says of its configuration.
 
-use std::fs;
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    net::TcpListener,
+};
+
+use csi_driver_oci::volume::attributes::VolumeAttributes;
 
 use k8s_openapi::api::{
     admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
-    apps::v1::{DaemonSet, StatefulSet},
+    apps::v1::{DaemonSet, Deployment, StatefulSet},
     batch::v1::Job,
     core::v1::{
         ConfigMap, Namespace, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota, Secret,
@@ -17,8 +23,8 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{check, rendered};
-use crate::support::{clean_environment, run, tool};
+use super::{check, deployed::request, only, rendered};
+use crate::support::{Node, clean_environment, run, tool, wait_until};
 
 #[test]
 fn helm_lint_finds_nothing() {
@@ -46,9 +52,111 @@ fn the_plain_manifests_are_what_the_chart_renders_to() {
 }
 
 #[test]
+fn the_admission_policy_refuses_what_it_should_and_nothing_else() {
+    check("admission");
+}
+
+#[test]
+fn every_volume_is_asked_for_read_only() {
+    check("volumes");
+}
+
+#[test]
+fn argo_cd_checks_warms_and_rolls_one_version() {
+    check("argo_cd");
+}
+
+#[test]
+fn flux_checks_warms_and_rolls_one_version() {
+    check("flux");
+}
+
+#[test]
+fn the_driver_knows_the_attributes_of_every_volume() {
+    let mut seen = 0;
+    for group in ["plain", "composed"] {
+        for (name, objects) in rendered(group) {
+            // What Flux substitutes and Crossplane patches is not there yet.
+            if !name.contains("flux") && !name.contains("crossplane__composition") {
+                for attributes in objects.iter().flat_map(volume_attributes) {
+                    let parsed = VolumeAttributes::parse(&attributes);
+                    assert!(parsed.is_ok(), "{name}: {attributes:?}: {parsed:?}");
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen >= 10, "only {seen} volumes were looked at");
+}
+
+/// The attributes of every volume of the driver in an object.
+fn volume_attributes(value: &Value) -> Vec<HashMap<String, String>> {
+    if value["driver"] == "oci.custom.io" {
+        let attributes = value["volumeAttributes"].clone();
+        return vec![serde_json::from_value(attributes).expect("attributes")];
+    }
+    match value {
+        Value::Array(items) => items.iter().flat_map(volume_attributes).collect(),
+        Value::Object(fields) => fields.values().flat_map(volume_attributes).collect(),
+        _ => Vec::new(),
+    }
+}
+
+#[test]
+fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
+    // A port that is taken is counted.
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let health = taken.local_addr().expect("its address");
+    let node = Node::start_with(|_, options| {
+        options
+            .argument("--metrics-endpoint=127.0.0.1:0")
+            .argument(&format!("--health-endpoint={health}"))
+    });
+    let (_volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    let mut listening = String::new();
+    wait_until("metrics are served", || {
+        let log = node.driver.log();
+        let line = log.lines().find(|line| line.contains("metrics") && line.contains("local"));
+        listening = line.unwrap_or_default().to_owned();
+        !listening.is_empty()
+    });
+    let address = listening.split("127.0.0.1:").nth(1).expect("an address");
+    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+    let port = port.parse().expect("a port");
+    let served = request("GET", "127.0.0.1", port, "/metrics");
+
+    let objects = &rendered("chart")["everything"];
+    let rules = &only(objects, "PrometheusRule")["spec"];
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("rules.json");
+    fs::write(&file, rules.to_string()).expect("the rules");
+    run(tool("promtool").args(["check", "rules"]).arg(&file));
+    let dashboard = objects
+        .iter()
+        .find_map(|object| object["data"]["csi-driver-oci.json"].as_str())
+        .expect("a dashboard");
+    let dashboard: Value = serde_json::from_str(dashboard).expect("JSON");
+
+    let asked = format!("{rules}{dashboard}");
+    let names: BTreeSet<&str> = asked
+        .split(|byte: char| !(byte.is_ascii_alphanumeric() || byte == '_'))
+        .filter(|word| word.starts_with("csi_oci_"))
+        .collect();
+    assert!(names.len() > 5, "{names:?}");
+    for name in names {
+        // A family's description has its name without what its samples add.
+        let family = ["_bucket", "_count", "_sum", "_total", "_info"]
+            .iter()
+            .find_map(|suffix| name.strip_suffix(suffix))
+            .unwrap_or(name);
+        assert!(served.contains(&format!("# TYPE {family} ")), "{name} is not served:\n{served}");
+    }
+}
+
+#[test]
 fn all_manifests_survive_kubernetes_own_types() {
     let mut seen = 0;
-    for group in ["chart", "plain", "kustomize"] {
+    for group in ["chart", "plain", "kustomize", "composed"] {
         for (name, objects) in rendered(group) {
             for object in &objects {
                 seen += usize::from(round_trip(&name, object));
@@ -68,6 +176,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "ConfigMap" => same::<ConfigMap>,
         "CSIDriver" => same::<CSIDriver>,
         "DaemonSet" => same::<DaemonSet>,
+        "Deployment" => same::<Deployment>,
         "Job" => same::<Job>,
         "Namespace" => same::<Namespace>,
         "NetworkPolicy" => same::<NetworkPolicy>,
@@ -100,25 +209,28 @@ fn same<T: DeserializeOwned + Serialize>(name: &str, object: &Value) {
     let typed: T = serde_json::from_value(object.clone())
         .unwrap_or_else(|error| panic!("{name}: {}: {error}", object["kind"]));
     let again = serde_json::to_value(&typed).expect("JSON");
-    assert_eq!(&without_empty(object), &without_empty(&again), "{name}");
+    let mut lost = Vec::new();
+    what_is_lost("", object, &again, &mut lost);
+    assert!(lost.is_empty(), "{name}: {}: {lost:?}", object["kind"]);
 }
 
-/// Fields that say nothing, such as `{}` and `[]`, are not kept by types.
-fn without_empty(value: &Value) -> Value {
-    let is_empty = |value: &Value| match value {
-        Value::Null => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(fields) => fields.is_empty(),
-        _ => false,
-    };
+/// Fields that are not in the other value, or not the same there. Types add fields of their own, and keep no empty
+/// ones.
+fn what_is_lost(path: &str, value: &Value, again: &Value, lost: &mut Vec<String>) {
     match value {
-        Value::Array(items) => items.iter().map(without_empty).collect(),
-        Value::Object(fields) => fields
-            .iter()
-            .map(|(key, value)| (key.clone(), without_empty(value)))
-            .filter(|(_, value)| !is_empty(value))
-            .collect(),
-        other => other.clone(),
+        Value::Null => {}
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                what_is_lost(&format!("{path}.{key}"), value, &again[key], lost);
+            }
+        }
+        Value::Array(items) => {
+            for (index, value) in items.iter().enumerate() {
+                what_is_lost(&format!("{path}[{index}]"), value, &again[index], lost);
+            }
+        }
+        value if value != again => lost.push(format!("{path}: {value} is {again}")),
+        _ => {}
     }
 }
 

@@ -23,8 +23,10 @@ pub const NODE_NAME: &str = "worker-1";
 /// The calling thread gets a network of its own, with a loopback only, so that every node has the same ports.
 pub struct Machine {
     pub root: PathBuf,
-    /// Files of configuration maps and secrets, by their volumes' names.
+    /// Files of configuration maps and secrets, by their volumes' names, which are a node's own here and not a pod's.
     pub files: BTreeMap<String, BTreeMap<String, String>>,
+    /// Where volumes of CSI drivers are published, by their names.
+    pub published: BTreeMap<String, PathBuf>,
     sandbox: Sandbox,
 }
 
@@ -38,7 +40,7 @@ impl Machine {
         let none: Option<&str> = None;
         mount(Some(&root), &root, none, MsFlags::MS_BIND, none).expect("bind the node's root");
         mount(none, &root, none, MsFlags::MS_SHARED, none).expect("share the node's root");
-        Self { root, files: BTreeMap::new(), sandbox }
+        Self { root, files: BTreeMap::new(), published: BTreeMap::new(), sandbox }
     }
 
     /// A path of the node, as this process sees it.
@@ -47,8 +49,6 @@ impl Machine {
     }
 
     /// Starts a container of a pod, with an image that holds these programs and what they are linked to.
-    ///
-    /// Volumes of other kinds than those below are the caller's to mount, at [`Self::volume`].
     #[track_caller]
     pub fn start(&self, pod: &PodSpec, container: &Container, image: &Image) -> Child {
         let log = fs::File::options()
@@ -146,6 +146,9 @@ impl Machine {
             }
             return path;
         }
+        if volume.csi.is_some() {
+            return self.published[&volume.name].clone();
+        }
         let path = self.volume(&volume.name);
         if volume.config_map.is_some() || volume.secret.is_some() {
             let files = self.files.get(&volume.name);
@@ -188,6 +191,13 @@ impl Image {
             }
         }
         Self { files, entrypoint: String::new() }
+    }
+
+    /// With one more file, at this path.
+    #[must_use]
+    pub fn with_file(mut self, inside: &str, outside: &Path) -> Self {
+        self.files.insert(inside.to_owned(), outside.to_owned());
+        self
     }
 
     /// With programs of this system at their own places.

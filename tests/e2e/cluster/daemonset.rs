@@ -1,174 +1,18 @@
-//! The rendered DaemonSet on a node: its own command line, mounts and environment start the binary, and a pod's volume
-//! is published through it.
+//! The rendered `DaemonSet` on a node: its own command line, mounts and environment start the binary, and a pod's
+//! volume is published through it.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::{Read as _, Write as _},
-    net::TcpStream,
-    os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
-    process::Child,
-};
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use csi_driver_oci::proto::{csi::v1::NodeGetInfoRequest, pluginregistration::InfoRequest};
-use k8s_openapi::api::{
-    apps::v1::DaemonSet,
-    batch::v1::Job,
-    core::v1::{Container, PodSpec, Probe},
-};
+use k8s_openapi::api::batch::v1::Job;
 use serde_json::Value;
 
 use super::{
-    container::{Image, Machine, NODE_NAME},
-    only, rendered,
+    container::{Image, NODE_NAME},
+    deployed::{Deployed, ask},
+    rendered,
 };
-use crate::support::{Kubelet, Layer, Manifest, Volume, accepts, own_registry, wait_until};
-
-/// The driver of one rendered DaemonSet, on a node of its own.
-struct Deployed {
-    machine: Machine,
-    pod: PodSpec,
-    container: Container,
-    process: Child,
-    driver_name: String,
-    kubelet_dir: String,
-}
-
-impl Deployed {
-    #[track_caller]
-    fn start(objects: &[Value]) -> Self {
-        let daemonset: DaemonSet =
-            serde_json::from_value(only(objects, "DaemonSet").clone()).expect("a DaemonSet");
-        let pod = daemonset.spec.and_then(|spec| spec.template.spec).expect("a pod");
-        let container = pod.containers[0].clone();
-        let flag = |name: &str| {
-            let prefix = format!("--{name}=");
-            let mut arguments = container.args.iter().flatten();
-            arguments.find_map(|argument| argument.strip_prefix(&prefix)).map(str::to_owned)
-        };
-        let kubelet_dir = flag("kubelet-dir").expect("a kubelet's folder");
-        let mut machine = Machine::new();
-        for folder in ["plugins_registry", "pods"] {
-            fs::create_dir_all(machine.path(&kubelet_dir).join(folder)).expect("the kubelet's");
-        }
-        let bundle = machine.path("/etc/ssl/certs/ca-certificates.crt");
-        fs::create_dir_all(bundle.parent().expect("a folder")).expect("the node's certificates");
-        fs::write(bundle, "").expect("the node's certificates");
-        machine.files = files(&pod, objects);
-        let process = machine.start(&pod, &container, &Image::of_the_driver());
-        let driver_name = flag("driver-name").expect("a name");
-        let mut deployed = Self { machine, pod, container, process, driver_name, kubelet_dir };
-        deployed.wait_until_ready();
-        deployed
-    }
-
-    fn restart(&mut self) {
-        self.process.kill().expect("kill the driver");
-        self.process.wait().expect("its end");
-        self.process = self.machine.start(&self.pod, &self.container, &Image::of_the_driver());
-        self.wait_until_ready();
-    }
-
-    /// Until its own probe says what the kubelet wants to hear, or, without registration, until it serves.
-    fn wait_until_ready(&mut self) {
-        let sidecar = self.pod.containers.len() > 1;
-        let socket = if sidecar { self.socket() } else { self.registration_socket() };
-        wait_until("the driver serves", || {
-            let ended = self.process.try_wait().expect("the driver's state");
-            assert!(ended.is_none(), "the driver ended:\n{}", self.machine.log(&self.container));
-            accepts(&socket)
-        });
-    }
-
-    /// Paths that the kubelet knows, as this process sees them.
-    fn socket(&self) -> PathBuf {
-        let folder = format!("{}/plugins/{}/csi.sock", self.kubelet_dir, self.driver_name);
-        self.machine.path(&folder)
-    }
-
-    fn registration_socket(&self) -> PathBuf {
-        let folder = format!("{}/plugins_registry/{}@reg.sock", self.kubelet_dir, self.driver_name);
-        self.machine.path(&folder)
-    }
-
-    fn kubelet(&self) -> Kubelet {
-        Kubelet::new(&self.machine.path(&self.kubelet_dir), &self.socket())
-    }
-
-    /// Publishes at the path that the kubelet has on the node, which this process sees below the node's folder.
-    #[track_caller]
-    fn publish(&self, volume: &Volume) {
-        self.kubelet().prepare(volume);
-        let mut request = volume.request.clone();
-        request.target_path = self.on_the_node(volume);
-        if let Err(status) = self.kubelet().publish_request(request) {
-            let log = self.machine.log(&self.container);
-            panic!("publishing failed with {:?}: {}\n{log}", status.code(), status.message());
-        }
-        volume.assert_mounted();
-    }
-
-    fn on_the_node(&self, volume: &Volume) -> String {
-        let path = volume.target().strip_prefix(&self.machine.root).expect("a path of the node");
-        format!("/{}", path.display())
-    }
-}
-
-impl Drop for Deployed {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        if std::thread::panicking() {
-            eprintln!("the container's log:\n{}", self.machine.log(&self.container));
-        }
-    }
-}
-
-/// What the API server would give the kubelet for the pod's configuration maps and secrets.
-fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<String, String>> {
-    let mut files = BTreeMap::new();
-    for volume in pod.volumes.iter().flatten() {
-        if let Some(source) = &volume.config_map {
-            let map = objects.iter().find(|object| {
-                object["kind"] == "ConfigMap" && object["metadata"]["name"] == source.name
-            });
-            let data = map.map_or_else(
-                // Somebody else's.
-                || serde_json::json!({"config.yaml": "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n"}),
-                |map| map["data"].clone(),
-            );
-            files.insert(volume.name.clone(), serde_json::from_value(data).expect("texts"));
-        }
-        if let Some(source) = &volume.secret {
-            let items = source.items.iter().flatten();
-            let content = items.map(|item| (item.path.clone(), r#"{"auths": {}}"#.to_owned()));
-            files.insert(volume.name.clone(), content.collect());
-        }
-    }
-    files
-}
-
-/// Asks what the kubelet would ask, from the node: the status line.
-fn ask(probe: &Probe) -> String {
-    let http = probe.http_get.as_ref().expect("an HTTP probe");
-    let k8s_openapi::apimachinery::pkg::util::intstr::IntOrString::Int(port) = http.port else {
-        panic!("a port by name");
-    };
-    let port = u16::try_from(port).expect("a port");
-    // Without a host the kubelet asks the pod's address, where the loopback stands for it.
-    let host = http.host.as_deref().unwrap_or("127.0.0.1");
-    let path = http.path.as_deref().unwrap_or("/");
-    let mut answer = String::new();
-    let asked = TcpStream::connect((host, port)).and_then(|mut stream| {
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
-        stream.read_to_string(&mut answer)
-    });
-    asked.map_or_else(
-        |error| error.to_string(),
-        |_| answer.lines().next().unwrap_or_default().to_owned(),
-    )
-}
+use crate::support::{Layer, Manifest, own_registry, wait_until};
 
 /// Registration, probes, a volume that outlives the driver, and its end.
 #[track_caller]
@@ -191,12 +35,16 @@ fn serves(objects: &[Value]) {
         let liveness = deployed.container.liveness_probe.as_ref().expect("a liveness probe");
         let mut answer = String::new();
         wait_until("the liveness probe is answered", || {
-            answer = ask(liveness);
+            answer = ask(liveness, &deployed.container);
             answer.contains("200")
         });
         // Ready is more: the kubelet has to say that it has registered the driver.
         let readiness = deployed.container.readiness_probe.as_ref().expect("a readiness probe");
-        assert!(ask(readiness).contains("503"), "{}", ask(readiness));
+        assert!(
+            ask(readiness, &deployed.container).contains("503"),
+            "{}",
+            ask(readiness, &deployed.container)
+        );
     }
 
     let registry = own_registry();

@@ -6,7 +6,9 @@
 
 mod chart;
 mod container;
+mod crossplane;
 mod daemonset;
+mod deployed;
 
 use std::{
     collections::BTreeMap,

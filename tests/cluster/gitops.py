@@ -1,0 +1,111 @@
+"""Checks of what stands in several manifests and must agree."""
+
+import re
+
+import yaml
+
+import chart
+import render
+
+FOLDER = chart.ROOT / "deploy/gitops"
+VERSION = "v9-of-a-test"
+
+
+def volumes():
+    """Every volume of the driver in every manifest is asked for read-only: nodes with SELinux need it."""
+    groups = render.plain() | render.kustomizations() | render.composed()
+    seen = 0
+    for where, documents in groups.items():
+        for document in documents:
+            for source in sources(document):
+                seen += 1
+                if source.get("readOnly") is not True:
+                    yield f"{where}: {document['kind']} has a volume without readOnly: true"
+    if seen < 10:
+        yield f"only {seen} volumes were looked at"
+
+
+def sources(value):
+    """Every CSI volume source of the driver, inline or of a PersistentVolume."""
+    if isinstance(value, dict):
+        if value.get("driver") == "oci.custom.io":
+            yield value
+        for child in value.values():
+            yield from sources(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from sources(child)
+
+
+def agree(where, check, warm, prometheus):
+    """The job, the DaemonSet and the object name one artifact and one secret."""
+    job = check["spec"]["template"]["spec"]
+    env = {each["name"]: each["value"] for each in job["containers"][0]["env"]}
+    (secret,) = [each["secret"] for each in job["volumes"] if "secret" in each]
+    (csi,) = sources(warm)
+    spec = prometheus["spec"]
+    wanted = (spec["ociRegistry"], spec["version"], spec["imagePullSecret"])
+    attributes = csi["volumeAttributes"]
+    found = {
+        "job": (env["REPOSITORY"], env["VERSION"], secret["secretName"]),
+        "DaemonSet": (
+            attributes["repository"],
+            attributes["tag"],
+            csi["nodePublishSecretRef"]["name"],
+        ),
+    }
+    for name, parts in found.items():
+        if parts != wanted:
+            yield f"{where}: the {name} is for {parts}, and the object for {wanted}"
+    if wanted[1] != VERSION:
+        yield f"{where}: the version is {wanted[1]}, and {VERSION} was set in its one place"
+
+
+def by_kind(documents):
+    return {document["kind"]: document for document in documents}
+
+
+def argo_cd():
+    """One version in prometheus.yaml reaches the check and the warming, and the waves come in order."""
+    folder = FOLDER / "argo-cd/prometheus"
+    built = by_kind(render.kustomization(folder, {"prometheus.yaml": set_version}))
+    yield from agree("argo-cd", built["Job"], built["DaemonSet"], built["CustomPrometheus"])
+    prefix = "argocd.argoproj.io/"
+    notes = {kind: each["metadata"]["annotations"] for kind, each in built.items()}
+    if notes["Job"][prefix + "hook"] != "PreSync":
+        yield "argo-cd: the check is not before the sync"
+    waves = [int(notes[kind][prefix + "sync-wave"]) for kind in ("DaemonSet", "CustomPrometheus")]
+    if waves != sorted(set(waves)):
+        yield f"argo-cd: warming and rolling are the waves {waves}"
+
+
+def set_version(text):
+    return re.sub(r"(?m)^  version: .*$", f"  version: {VERSION}", text)
+
+
+def flux():
+    """One version in the ConfigMap reaches all three, and the second Kustomization waits for the first."""
+    documents = chart.documents((FOLDER / "flux/flux.yaml").read_text())
+    (values,) = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
+    values = values | {"version": VERSION}
+
+    def substitute(text):
+        return re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
+
+    first, second = [each for each in documents if each["kind"] == "Kustomization"]
+    if [each["name"] for each in second["spec"]["dependsOn"]] != [first["metadata"]["name"]]:
+        yield "flux: rolling does not wait for the check"
+    if not (first["spec"]["wait"] and first["spec"]["force"]):
+        yield "flux: the check's job is not waited for, or not made anew"
+    built = []
+    for each in (first, second):
+        text = yaml.safe_dump_all(render.kustomization(FOLDER / "flux" / each["spec"]["path"]))
+        built += chart.documents(substitute(text))
+        sources = each["spec"]["postBuild"]["substituteFrom"]
+        if [source["name"] for source in sources] != ["prometheus-artifact"]:
+            yield "flux: the version has two places"
+    built = by_kind(built)
+    yield from agree("flux", built["Job"], built["DaemonSet"], built["CustomPrometheus"])
+
+
+CHECKS = (volumes, argo_cd, flux)
