@@ -26,7 +26,7 @@ test: tools
 	    echo 'Without root: cargo test --lib' >&2; \
 	    exit 1; \
 	fi
-	scripts/in-mount-namespace cargo test --locked $(ARGUMENTS)
+	scripts/in-mount-namespace cargo test --locked --features fault-points $(ARGUMENTS)
 
 # Times, side by side, printed as a table.
 bench: tools
@@ -34,7 +34,7 @@ bench: tools
 
 lint:
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --all-targets --features fault-points -- -D warnings
 
 # Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
 validate: tools

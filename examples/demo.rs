@@ -177,10 +177,19 @@ async fn push(prometheus: &Path, room: &Path, registry: &str) -> Result<()> {
     Ok(())
 }
 
+const DRIVER_CONFIGURATION: &str = "\
+apiVersion: oci.custom.io/v1alpha1
+kind: NodeConfiguration
+cache: {minFreePercent: 1, minFreeInodesPercent: 1}
+";
+
 async fn start_driver(driver: &Path, room: &Path, kubelet: &Kubelet) -> Result<Child> {
     fs::create_dir_all(kubelet.directory.join("plugins_registry"))?;
     fs::create_dir_all(kubelet.directory.join("pods"))?;
     fs::create_dir_all(kubelet.socket().parent().ok_or("no folder for the socket")?)?;
+    // A developer's disk may be fuller than a node's is allowed to be.
+    let configuration = room.join("node.yaml");
+    fs::write(&configuration, DRIVER_CONFIGURATION)?;
     let mut command = ending_with_us(driver);
     command
         .args([
@@ -191,6 +200,7 @@ async fn start_driver(driver: &Path, room: &Path, kubelet: &Kubelet) -> Result<C
             "--metrics-endpoint=",
         ])
         .arg(format!("--endpoint=unix://{}", kubelet.socket().display()))
+        .arg(format!("--config={}", configuration.display()))
         .arg(format!("--state-dir={}", room.join("state").display()))
         .arg(format!("--kubelet-dir={}", kubelet.directory.display()));
     let mut child = spawn(command, &room.join("driver.log"))?;

@@ -7,9 +7,11 @@
 //! shutdown   stop accepting; waiting calls get UNAVAILABLE; mounts stay; exit within 10 s
 //! ```
 
+mod content;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::net::UnixListener;
@@ -21,6 +23,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+
+pub use content::content_of;
 
 use crate::admin::health::Health;
 use crate::admin::http;
@@ -34,23 +38,19 @@ use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
 use crate::mount::AttachMethod;
-use crate::oci::registry::{Registry, RegistryOptions};
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
 use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
-use crate::pull::Puller;
 use crate::store::lock::Lock;
-use crate::store::{SecurityLabel, Store, StoreError};
-use crate::volume::reconcile::reconcile;
-use crate::volume::{Content, ContentState, Volumes};
+use crate::store::{SecurityLabel, StoreError};
+use crate::volume::{ContentState, Volumes};
+use content::Opening;
 
 /// How long a new process waits for the old one to go.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 /// How often the lock is tried meanwhile.
 const LOCK_INTERVAL: Duration = Duration::from_millis(100);
-/// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
-const STORE_RETRY: Duration = Duration::from_secs(10);
 /// The kubelet sends no unpublish to a driver that is not registered.
 const REGISTRATION_PATIENCE: Duration = Duration::from_secs(10);
 /// Calls and disk work get this long to end; the promise is to be gone within ten seconds.
@@ -111,7 +111,14 @@ pub enum AppError {
 pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Result<(), AppError> {
     let csi_path = options.endpoint.path().ok_or(AppError::NoEndpoint)?.to_owned();
     let metrics = Arc::new(Metrics::default());
-    let Some(lock) = lock(&options.state_dir, &shutdown).await? else { return Ok(()) };
+    let configuration = match &options.config {
+        Some(path) => NodeConfiguration::read(path),
+        None => Ok(NodeConfiguration::without_file()),
+    };
+    let must_be_mounted =
+        configuration.as_ref().is_ok_and(|configuration| configuration.cache.require_mountpoint);
+    let lock = lock(&options.state_dir, must_be_mounted, &shutdown).await?;
+    let Some(lock) = lock else { return Ok(()) };
     let lock = Arc::new(Mutex::new(lock));
     let tracker = TaskTracker::new();
     let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
@@ -139,21 +146,23 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         .add_service(NodeServer::new(NodeService {
             node_id: options.node_id.clone(),
             node,
-            volumes,
+            volumes: volumes.clone(),
             metrics: Arc::clone(&metrics),
         }));
     let mut servers = JoinSet::new();
     servers.spawn(serve("CSI", csi, listener, shutdown.clone()));
     // The store may take its time: unpublishing works from here on.
-    let opening = open_content(
-        options.clone(),
-        Arc::clone(&metrics),
-        content_sender,
-        Arc::clone(&lock),
-        tracker.clone(),
-        shutdown.clone(),
-    );
-    tracker.spawn(opening);
+    let opening = Opening {
+        options: options.clone(),
+        configuration,
+        volumes,
+        metrics: Arc::clone(&metrics),
+        content: content_sender,
+        lock: Arc::clone(&lock),
+        tracker: tracker.clone(),
+        shutdown: shutdown.clone(),
+    };
+    tracker.spawn(opening.run());
     let registration = options.registration_dir.as_ref().map(|folder| {
         let (name, endpoint) = (options.driver_name.clone(), options.kubelet_endpoint.clone());
         let path = folder.join(RegistrationService::socket_name(&name));
@@ -258,11 +267,15 @@ fn serve_admin(
 }
 
 /// Waits for the state directory; none when told to stop meanwhile.
-async fn lock(root: &Path, shutdown: &CancellationToken) -> Result<Option<Option<Lock>>, AppError> {
+async fn lock(
+    root: &Path,
+    must_be_mounted: bool,
+    shutdown: &CancellationToken,
+) -> Result<Option<Option<Lock>>, AppError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let mut told = false;
     loop {
-        match Lock::try_acquire(root) {
+        match content::acquire(root, must_be_mounted) {
             Ok(lock) => return Ok(Some(Some(lock))),
             Err(error @ StoreError::Locked { .. }) => {
                 if Instant::now() >= deadline {
@@ -301,102 +314,6 @@ async fn serve(
         name,
         ended.map_or_else(|error| error.to_string(), |()| "it was stopped".into()),
     )
-}
-
-/// Opens the store, again and again until it opens, and makes content available.
-async fn open_content(
-    options: NodeOptions,
-    metrics: Arc<Metrics>,
-    content: watch::Sender<ContentState>,
-    lock: Arc<Mutex<Option<Lock>>>,
-    tracker: TaskTracker,
-    shutdown: CancellationToken,
-) {
-    let configuration = match &options.config {
-        Some(path) => NodeConfiguration::read(path),
-        None => Ok(NodeConfiguration::without_file()),
-    };
-    let configuration = match configuration {
-        Ok(configuration) => configuration,
-        Err(error) => {
-            tracing::error!(%error, "publishing is off until the file is mended and the driver restarted");
-            metrics.configuration_error(true);
-            content.send_modify(|state| *state = Err(error.to_string()));
-            return;
-        }
-    };
-    loop {
-        let (root, configuration_now) = (options.state_dir.clone(), configuration.clone());
-        let lock = Arc::clone(&lock);
-        let opened =
-            tokio::task::spawn_blocking(move || open_store(&root, &configuration_now, &lock)).await;
-        let reason = match opened {
-            Ok(Ok(store)) => match content_of(store, &configuration, &tracker, &shutdown) {
-                Ok(ready) => {
-                    content.send_modify(|state| *state = Ok(ready));
-                    return;
-                }
-                Err(reason) => reason,
-            },
-            Ok(Err(error)) => error.to_string(),
-            Err(error) => error.to_string(),
-        };
-        tracing::error!(error = reason, "content cannot be served; trying again");
-        content.send_modify(|state| *state = Err(reason));
-        tokio::select! {
-            () = tokio::time::sleep(STORE_RETRY) => {}
-            () = shutdown.cancelled() => return,
-        }
-    }
-}
-
-fn open_store(
-    root: &Path,
-    configuration: &NodeConfiguration,
-    lock: &Mutex<Option<Lock>>,
-) -> Result<Store, StoreError> {
-    // A disk that failed at start may have come back: never without the lock.
-    let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
-    if lock.is_none() {
-        *lock = Some(Lock::try_acquire(root)?);
-    }
-    drop(lock);
-    let label = SecurityLabel::is_used_on_this_node()
-        .then(|| SecurityLabel::new(&configuration.selinux.file_label))
-        .flatten();
-    let store = Store::open(root, label)?;
-    let reconciled = reconcile(&store)?;
-    tracing::info!(
-        publications = reconciled.kept,
-        dropped = reconciled.dropped,
-        state = %root.display(),
-        "the store is open"
-    );
-    Ok(store)
-}
-
-/// What serves content, over an open store.
-pub fn content_of(
-    store: Store,
-    configuration: &NodeConfiguration,
-    tracker: &TaskTracker,
-    shutdown: &CancellationToken,
-) -> Result<Content, String> {
-    let registry = Registry::new(RegistryOptions {
-        manifest_bytes_limit: configuration.limits.manifest_bytes,
-        stall_timeout: configuration.pull.stall_timeout.0,
-        ..RegistryOptions::default()
-    })
-    .map_err(|error| error.to_string())?;
-    let puller = Puller::new(
-        store.clone(),
-        registry,
-        configuration.limits.clone(),
-        configuration.pull.options(),
-        tracker,
-        shutdown,
-    );
-    Ok(Content { store, puller })
 }
 
 /// Returns when content is there, when it is known not to come soon, or at shutdown.

@@ -17,7 +17,10 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tonic::Code;
 
+use super::store_metrics::StoreMetrics;
+use crate::store::Store;
 use crate::volume::publish::PublishPath;
+use crate::volume::reconcile::Reconciled;
 
 /// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
 const SECONDS: [f64; 16] = [
@@ -46,6 +49,9 @@ pub struct Metrics {
     unpublished: Counter,
     configuration_errors: Gauge<u64, AtomicU64>,
     endpoint_errors: Family<EndpointLabels, Counter>,
+    unknown_mounts: Gauge<u64, AtomicU64>,
+    vanished: Counter,
+    store: StoreMetrics,
 }
 
 impl Default for Metrics {
@@ -60,6 +66,9 @@ impl Default for Metrics {
             unpublished: Counter::default(),
             configuration_errors: Gauge::default(),
             endpoint_errors: Family::default(),
+            unknown_mounts: Gauge::default(),
+            vanished: Counter::default(),
+            store: StoreMetrics::default(),
             registry: Registry::default(),
         };
         registry.register_with_unit(
@@ -85,6 +94,17 @@ impl Default for Metrics {
             "Endpoints that could not be listened on",
             metrics.endpoint_errors.clone(),
         );
+        registry.register(
+            "unknown_mounts",
+            "Mounts of the driver's content of which nobody knows whose they are",
+            metrics.unknown_mounts.clone(),
+        );
+        registry.register(
+            "vanished_mounts",
+            "Mounts that were taken away because the kubelet had forgotten their volume",
+            metrics.vanished.clone(),
+        );
+        registry.register_collector(Box::new(metrics.store.clone()));
         registry.register(
             "build",
             "The version that runs",
@@ -126,6 +146,17 @@ impl Metrics {
         self.configuration_errors.set(is_wrong.into());
     }
 
+    /// Records and mounts were brought together.
+    pub fn reconciled(&self, reconciled: &Reconciled) {
+        self.unknown_mounts.set(reconciled.unknown as u64);
+        self.vanished.inc_by(reconciled.unmounted as u64);
+    }
+
+    /// The store is open: what it holds is looked at with each scrape.
+    pub fn observe_store(&self, store: &Store) {
+        self.store.observe(store.clone());
+    }
+
     /// An endpoint could not be listened on.
     pub fn endpoint_error(&self, endpoint: &'static str) {
         self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
@@ -135,12 +166,18 @@ impl Metrics {
     pub fn router(self: Arc<Self>) -> Router {
         Router::new().route(
             "/metrics",
-            get(move || {
-                let mut text = String::new();
-                // Writing to a string cannot fail.
-                let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+            get(move || async move {
+                let metrics = Arc::clone(&self);
+                // The filesystem is looked at, which may take its time.
+                let encode = move || {
+                    let mut text = String::new();
+                    // Writing to a string cannot fail.
+                    let _ = prometheus_client::encoding::text::encode(&mut text, &metrics.registry);
+                    text
+                };
+                let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
                 let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                async move { ([(CONTENT_TYPE, format)], text) }
+                ([(CONTENT_TYPE, format)], text)
             }),
         )
     }

@@ -12,7 +12,7 @@ use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
     Artifact, GetStatusRequest, GetStatusResponse, ListArtifactsRequest, ListArtifactsResponse,
 };
-use crate::store::{Store, StoreError};
+use crate::store::{Room, Store, StoreError};
 use crate::volume::ContentState;
 
 /// Answers the command line.
@@ -41,7 +41,7 @@ impl Admin for AdminService {
         let state_dir = self.state_dir.clone();
         let look = move || {
             let published = content.ok().and_then(|content| content.store.publications().ok());
-            let room = Store::room(&state_dir).unwrap_or_default();
+            let room = Room::of(&state_dir).unwrap_or_default();
             (published.map_or(0, |list| list.len() as u64), room)
         };
         let (published, room) = tokio::task::spawn_blocking(look).await.map_err(crashed)?;

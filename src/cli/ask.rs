@@ -6,7 +6,7 @@ use super::{Failure, Output, print, runtime};
 use crate::admin::client::connect;
 use crate::csi::Endpoint;
 use crate::proto::admin::{Artifact, GetStatusRequest, GetStatusResponse, ListArtifactsRequest};
-use crate::pull::progress::Bytes;
+use crate::units::Bytes;
 
 /// Digits of a digest that tell artifacts apart.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;

@@ -18,7 +18,7 @@ use crate::mount::{AttachMethod, MountFlags};
 use crate::oci::credentials::Keyring;
 use crate::pull::ProgressView;
 use crate::store::lock::Lock;
-use crate::store::{SecurityLabel, Store};
+use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use crate::volume::attributes::VolumeAttributes;
 use crate::volume::{Content, PodInfo, PublishRequest, TargetPath, Volumes};
 
@@ -94,7 +94,8 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
     let label = SecurityLabel::is_used_on_this_node()
         .then(|| SecurityLabel::new(&NodeConfiguration::without_file().selinux.file_label))
         .flatten();
-    let store = Store::open(&state_dir, label).map_err(|error| error.to_string())?;
+    let store = Store::open(&state_dir, StoreOptions { label, cache: developers_disk() })
+        .map_err(|error| error.to_string())?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
@@ -121,7 +122,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             Output::Table => print(&format!(
                 "{reference} ({}, {}) is mounted at {target}",
                 digest.as_deref().unwrap_or("digest unknown"),
-                crate::pull::progress::Bytes(published.bytes),
+                crate::units::Bytes(published.bytes),
             )),
             Output::Json => print(
                 &serde_json::json!({
@@ -153,13 +154,24 @@ pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
 }
 
 /// The record is a hint: whoever has the state directory now drops it at its next start.
+/// A developer's disk is often fuller than a node may be, and no kubelet evicts there.
+fn developers_disk() -> CacheOptions {
+    CacheOptions {
+        min_free_percent: 2,
+        min_free_inodes_percent: 2,
+        high_threshold_percent: 100,
+        low_threshold_percent: 100,
+        ..CacheOptions::default()
+    }
+}
+
 fn forget(arguments: &UnmountArguments, target: &TargetPath) {
     let Ok(state_dir) = arguments.state.folder() else { return };
     if !state_dir.join("format").exists() {
         return;
     }
     let Ok(_lock) = Lock::try_acquire(&state_dir) else { return };
-    if let Ok(store) = Store::open(&state_dir, None) {
+    if let Ok(store) = Store::open(&state_dir, StoreOptions::default()) {
         let _ = store.remove_publication(&target.full());
     }
 }

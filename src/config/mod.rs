@@ -3,16 +3,20 @@
 //! Unknown keys are errors, so that a misspelt limit is not silently no limit.
 //! A section is a file; each says whether it is read again without a restart.
 
+mod cache;
 mod duration;
 mod pull;
+mod quantity;
 mod selinux;
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+pub use cache::CacheSection;
 pub use duration::GoDuration;
 pub use pull::PullSection;
+pub use quantity::Quantity;
 pub use selinux::SelinuxSection;
 
 use crate::unpack::Limits;
@@ -29,6 +33,9 @@ pub struct NodeConfiguration {
     #[serde(rename = "apiVersion")]
     api_version: String,
     kind: String,
+    /// How much of the disk content may take.
+    #[serde(default)]
+    pub cache: CacheSection,
     /// How much is pulled at once, and how patiently.
     #[serde(default)]
     pub pull: PullSection,
@@ -86,6 +93,7 @@ impl NodeConfiguration {
             ));
         }
         configuration.limits.check().map_err(|error| error.to_string())?;
+        configuration.cache.check()?;
         configuration.pull.check()?;
         Ok(configuration)
     }
@@ -128,12 +136,22 @@ mod tests {
         let parsed = parse("pull: {stallTimeout: 1m30s}\nlimits: {entries: 5}\n").expect("valid");
         assert_eq!(parsed.pull.stall_timeout.0, Duration::from_secs(90));
         assert_eq!(parsed.limits.entries, 5);
+        let parsed = parse("cache: {maxBytes: 1.5Gi, minimumAge: 0s}\n").expect("valid");
+        assert_eq!(parsed.cache.options().max_bytes, Some(3 << 29));
+        assert_eq!(
+            parse("cache: {maxBytes: 1000}\n").expect("valid").cache.max_bytes,
+            Some(Quantity(1000))
+        );
         for text in [
             "pull: {stallTimeout: 5}\n",
             "pull: {downloads: 0}\n",
             "pull: {attempts: 0}\n",
             "pull: {stallTimeout: 0s}\n",
             "limits: {depth: 99999}\n",
+            "cache: {minFreePercent: 101}\n",
+            "cache: {lowThresholdPercent: 90}\n",
+            "cache: {maxBytes: 1Gi, maxPinnedBytes: 2Gi}\n",
+            "cache: {maxBytes: many}\n",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

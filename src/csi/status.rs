@@ -109,9 +109,14 @@ fn manifest(error: &ManifestError) -> Code {
 
 fn store(error: &StoreError) -> Code {
     match error {
-        StoreError::NoSpace { .. } => Code::ResourceExhausted,
+        StoreError::NoSpace { .. } | StoreError::NoRoom(_) | StoreError::TooMuchPinned { .. } => {
+            Code::ResourceExhausted
+        }
         StoreError::Io { .. } | StoreError::Damaged { .. } => Code::Internal,
-        StoreError::Locked { .. } | StoreError::Format { .. } => Code::Unavailable,
+        StoreError::Locked { .. }
+        | StoreError::Format { .. }
+        | StoreError::NotMounted { .. }
+        | StoreError::Foreign { .. } => Code::Unavailable,
     }
 }
 

@@ -16,8 +16,9 @@ use super::{Inner, ProgressView, Puller, transfer};
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::{ManifestName, RegistryError};
 use crate::oci::{Digest, Repository};
+use crate::store::files::StoredFile;
 use crate::store::layers::Layer;
-use crate::store::trees::{Objects, TreeRecord};
+use crate::store::trees::{Objects, TreeRecord, View};
 use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
 use crate::unpack::merge::Merger;
@@ -41,21 +42,21 @@ struct Shape {
 
 /// A layer that is shown.
 #[derive(Clone, Debug)]
-struct Part {
+pub(super) struct Part {
     layer: usize,
-    descriptor: Descriptor,
-    rule: PartRule,
+    pub(super) descriptor: Descriptor,
+    pub(super) rule: PartRule,
 }
 
 #[derive(Clone, Debug)]
-enum PartRule {
+pub(super) enum PartRule {
     File(FileRule, Option<Permissions>),
     Archive(ArchiveRule),
 }
 
 /// A part that is in the store.
 enum Object {
-    File(usize, FileRule, u64, FileKey, std::path::PathBuf),
+    File(usize, FileRule, u64, StoredFile),
     Layer(usize, ArchiveRule, Layer),
 }
 
@@ -149,6 +150,12 @@ impl Puller {
 }
 
 impl Shape {
+    /// As volume attributes say it, to be kept with the tree.
+    fn view(&self) -> View {
+        let (include, exclude) = self.selection.attributes();
+        View { include, exclude, permissions: self.permissions, file_mode: self.file_mode }
+    }
+
     fn key(&self, manifest: Digest) -> TreeKey {
         let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
         TreeKey::new(manifest, &self.selection.canonical(), self.permissions.name(), &file_mode)
@@ -216,11 +223,30 @@ impl Inner {
         if let Some(tree) = blocking(move || Ok(inner.store.tree(key)?)).await? {
             return Ok(tree);
         }
+        match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
+            // The estimate was short, or others fill the disk: once more with all that can be freed.
+            Err(error) if error.is_full() && self.make_room(&error).await? => {
+                tracing::info!(%manifest, "the disk was full and has room again: trying once more");
+                self.build_tree(key, manifest, shape, sponsors, progress).await
+            }
+            built => built,
+        }
+    }
+
+    async fn build_tree(
+        self: &Arc<Self>,
+        key: TreeKey,
+        manifest: Digest,
+        shape: Shape,
+        sponsors: &Arc<Sponsors>,
+        progress: &Arc<Progress>,
+    ) -> Result<Tree, PullError> {
         let image = self.image(manifest, sponsors).await?;
         let parts = shape.parts(&image, &self.limits)?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
+        let reservation = self.reserve(&parts, shape.permissions).await?;
         let mut waiting = parts.into_iter();
         let mut under_way = FuturesUnordered::new();
         let mut objects = Vec::new();
@@ -228,7 +254,13 @@ impl Inner {
             while under_way.len() < LAYERS_AT_ONCE
                 && let Some(part) = waiting.next()
             {
-                under_way.push(self.object(part, shape.permissions, sponsors, progress));
+                let (blob, reservation) = (part.descriptor.digest, &reservation);
+                let object = self.object(part, shape.permissions, sponsors, progress);
+                under_way.push(async move {
+                    let object = object.await;
+                    reservation.done(blob);
+                    object
+                });
             }
             match under_way.next().await {
                 Some(object) => objects.push(object.map_err(unshare)?),
@@ -236,7 +268,7 @@ impl Inner {
             }
         }
         drop(under_way);
-        let inner = Arc::clone(&self);
+        let inner = Arc::clone(self);
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
         let permit = Arc::clone(&self.unpacks).acquire_owned().await;
@@ -286,8 +318,8 @@ impl Inner {
         let Part { layer, descriptor, rule } = part;
         let object = match rule {
             PartRule::File(rule, mode) => {
-                let (key, path) = self.file(&descriptor, mode, sponsors, progress).await?;
-                Object::File(layer, rule, descriptor.size, key, path)
+                let file = self.file(&descriptor, mode, sponsors, progress).await?;
+                Object::File(layer, rule, descriptor.size, file)
             }
             PartRule::Archive(rule) => {
                 let unpacked =
@@ -312,9 +344,10 @@ impl Inner {
         let mut objects = Objects::default();
         for part in parts {
             match part {
-                Object::File(layer, rule, size, key, path) => {
-                    merger.file(layer, &rule, key.digest, size, key.permissions)?;
-                    objects.files.insert(key, path);
+                Object::File(layer, rule, size, file) => {
+                    let FileKey { digest, permissions } = file.key;
+                    merger.file(layer, &rule, digest, size, permissions)?;
+                    objects.files.insert(file.key, file);
                 }
                 Object::Layer(layer, rule, unpacked) => {
                     merger.archive(layer, &rule);
@@ -330,6 +363,8 @@ impl Inner {
             bytes: plan.totals.bytes,
             inodes: plan.totals.inodes,
             compressed_bytes,
+            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+            view: shape.view(),
         };
         Ok(self.store.commit_tree(key, record, &plan, &objects)?)
     }

@@ -94,6 +94,12 @@ impl PullError {
         matches!(self.root(), Self::Registry(_) | Self::BlobSize { .. } | Self::BlobDigest { .. })
     }
 
+    /// Whether the node's disk is full.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
+    }
+
     /// Whether the registry could not be asked at all.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {

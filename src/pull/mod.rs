@@ -7,6 +7,7 @@
 //! sponsors   whose credentials pay for it
 //! transfer   one blob to partial/, verified
 //! objects    blobs -> files and layers of the store
+//! room       how much of the disk an artifact will take, before its first byte
 //! artifact   manifest -> tree
 //! ```
 //!
@@ -19,6 +20,7 @@ pub mod flights;
 pub mod objects;
 pub mod progress;
 pub mod resolve;
+mod room;
 pub mod sponsors;
 pub mod transfer;
 pub mod want;
@@ -70,7 +72,7 @@ struct Inner {
     resolving: Flights<ResolveKey, Resolved>,
     trees: Flights<TreeKey, Tree>,
     origins: Flights<(String, TreeKey), ()>,
-    files: Flights<objects::FileWant, crate::store::FileKey>,
+    files: Flights<objects::FileWant, crate::store::files::StoredFile>,
     layers: Flights<LayerKey, crate::store::layers::Layer>,
     blobs: objects::BlobLocks,
     sponsors: artifact::SponsorsByTree,

@@ -3,18 +3,19 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Cursor;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::Inner;
 use super::error::PullError;
 use super::progress::Progress;
 use super::resolve::blocking;
+use super::room::layer_key;
 use super::sponsors::Sponsors;
 use super::transfer::{self, BlobGuard, Download};
+use crate::fault;
 use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
-use crate::store::files::{is_executable, starts_executable};
+use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::layers::Layer;
 use crate::store::{FileKey, LayerKey, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
@@ -62,9 +63,9 @@ impl Inner {
         permissions: Option<Permissions>,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
-    ) -> Result<(FileKey, PathBuf), Arc<PullError>> {
+    ) -> Result<StoredFile, Arc<PullError>> {
         let want = FileWant { digest: descriptor.digest, permissions };
-        let key = loop {
+        let file = loop {
             let mut started = false;
             let mut ticket = self.files.join(want, |_| {
                 started = true;
@@ -76,23 +77,23 @@ impl Inner {
                 // Somebody else's source was of no use; ours may be.
                 Err(error) if !started && error.is_of_source() => {}
                 outcome => {
-                    let key = outcome?;
+                    let file = outcome?;
                     if !started {
                         progress.resumed(descriptor.size);
                     }
-                    break key;
+                    break file;
                 }
             }
         };
-        let (inner, digest, expected) = (Arc::clone(self), descriptor.digest, descriptor.size);
+        let (digest, expected) = (descriptor.digest, descriptor.size);
         let look = move || {
-            let path = inner.store.file(key)?.ok_or(PullError::Crashed)?;
+            let path = &file.path;
             let metadata =
-                path.metadata().map_err(|error| StoreError::io("look at", &path, error))?;
+                path.metadata().map_err(|error| StoreError::io("look at", path, error))?;
             // A warm node must not believe what a cold one would refuse.
             match metadata.len() {
                 got if got != expected => Err(PullError::BlobSize { digest, expected, got }),
-                _ => Ok((key, path)),
+                _ => Ok(file),
             }
         };
         blocking(look).await.map_err(Arc::new)
@@ -107,10 +108,7 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Layer, Arc<PullError>> {
-        // A digest that the archive must unpack to is checked while unpacking, so it is part of the name.
-        let tar = rule.tar_digest.map(|digest| digest.hex()).unwrap_or_default();
-        let decoder = format!("{} {tar}", rule.decoder());
-        let key = LayerKey::new(descriptor.digest, &decoder, permissions.name());
+        let key = layer_key(descriptor.digest, rule, permissions);
         loop {
             let mut started = false;
             let mut ticket = self.layers.join(key, |_| {
@@ -144,7 +142,7 @@ impl Inner {
         want: FileWant,
         sponsors: &Sponsors,
         progress: &Progress,
-    ) -> Result<FileKey, PullError> {
+    ) -> Result<StoredFile, PullError> {
         let guard = self.blobs.lock(want.digest).await;
         let inner = Arc::clone(&self);
         let data = descriptor.data.clone();
@@ -153,19 +151,20 @@ impl Inner {
             Ok((known, guard))
         })
         .await?;
-        if let Some(key) = known {
+        if let Some(file) = known {
             progress.resumed(descriptor.size);
-            return Ok(key);
+            return Ok(file);
         }
         let Download { partial, guard, repository, asked } =
             self.download(descriptor, sponsors, progress, guard).await?;
         let inner = Arc::clone(&self);
         blocking(move || {
+            verified(partial.path())?;
             let key = file_key(want, &mut partial.reader()?)?;
-            inner.store.commit_file(key, &partial)?;
+            let file = inner.store.commit_file(key, &partial)?;
             inner.remember_origin(&repository, asked, want.digest)?;
             drop(guard);
-            Ok(key)
+            Ok(file)
         })
         .await
     }
@@ -176,30 +175,30 @@ impl Inner {
         &self,
         want: FileWant,
         data: Option<&[u8]>,
-    ) -> Result<Option<FileKey>, PullError> {
+    ) -> Result<Option<StoredFile>, PullError> {
         let key = |permissions| FileKey { digest: want.digest, permissions };
         if let Some(data) = data {
             let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
             let key = key(want.permissions.unwrap_or(by_content));
-            if self.store.file(key)?.is_none() {
-                self.store.commit_inline_file(key, data)?;
-            }
-            return Ok(Some(key));
+            return match self.store.file(key)? {
+                Some(file) => Ok(Some(file)),
+                None => Ok(Some(self.store.commit_inline_file(key, data)?)),
+            };
         }
         // Without a mode the content decides, and not what another volume has asked for.
         let Some(source) = self.store.any_file_of(want.digest)? else { return Ok(None) };
-        let mut file =
-            File::open(&source).map_err(|error| StoreError::io("open", &source, error))?;
+        let mut file = File::open(&source.path)
+            .map_err(|error| StoreError::io("open", &source.path, error))?;
         let key = file_key(want, &mut file)?;
-        if self.store.file(key)?.is_some() {
-            return Ok(Some(key));
+        if let Some(file) = self.store.file(key)? {
+            return Ok(Some(file));
         }
-        match self.store.copy_file(key, &source) {
-            Ok(_) => Ok(Some(key)),
+        match self.store.copy_file(key, &source.path) {
+            Ok(file) => Ok(Some(file)),
             // Then the registry is asked, as if it were not here.
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::warn!(%error, "a file of the store is damaged");
-                self.store.mark_damaged(&source)?;
+                self.store.mark_damaged(&source.path)?;
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -224,9 +223,9 @@ impl Inner {
         }
         if let Some(data) = descriptor.data.clone() {
             progress.resumed(descriptor.size);
-            let inner = Arc::clone(&self);
+            let (inner, digest) = (Arc::clone(&self), descriptor.digest);
             return blocking(move || {
-                let layer = inner.unpack(Cursor::new(data), &rule, permissions, key);
+                let layer = inner.unpack(digest, Cursor::new(data), &rule, permissions, key);
                 drop(guard);
                 layer
             })
@@ -241,7 +240,8 @@ impl Inner {
         blocking(move || {
             // Held until the work ends, also when nobody waits for it any more.
             let _permit = permit;
-            let layer = inner.unpack(partial.reader()?, &rule, permissions, key);
+            verified(partial.path())?;
+            let layer = inner.unpack(digest, partial.reader()?, &rule, permissions, key);
             // An archive that was refused would be refused again: nothing of it is kept either.
             partial.discard()?;
             inner.remember_origin(&repository, asked, digest)?;
@@ -253,12 +253,13 @@ impl Inner {
 
     fn unpack(
         &self,
+        blob_digest: Digest,
         blob: impl std::io::Read,
         rule: &ArchiveRule,
         permissions: PermissionsRule,
         key: LayerKey,
     ) -> Result<Layer, PullError> {
-        let mut writer = self.store.write_layer()?;
+        let mut writer = self.store.write_layer(blob_digest)?;
         archive::unpack(blob, rule, permissions, &self.limits, &mut writer)?;
         Ok(self.store.commit_layer(key, writer)?)
     }
@@ -289,6 +290,12 @@ impl Inner {
         let how = (guard, self.options.retry);
         transfer::fetch(&self.store, &self.registry, sponsors, blob, progress, how).await
     }
+}
+
+/// A download is complete, and its content about to get a name.
+fn verified(download: &std::path::Path) -> Result<(), PullError> {
+    let passed = fault::point("download.verified");
+    Ok(passed.map_err(|error| StoreError::io("finish", download, error))?)
 }
 
 fn file_key(want: FileWant, content: &mut File) -> Result<FileKey, PullError> {

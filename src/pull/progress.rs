@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::units::Bytes;
+
 /// Bytes of a flight, counted as they arrive.
 #[derive(Debug)]
 pub struct Progress {
@@ -92,24 +94,6 @@ impl fmt::Display for Snapshot {
             Some(left) => write!(formatter, ", {} left", Left(left)),
             None => write!(formatter, ", time left unknown"),
         }
-    }
-}
-
-/// Bytes for people: `1.2 GiB`.
-#[derive(Clone, Copy, Debug)]
-pub struct Bytes(pub u64);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-        if self.0 < 1024 {
-            return write!(formatter, "{} B", self.0);
-        }
-        let (mut tenths, mut unit) = (u128::from(self.0) * 10 / 1024, 0);
-        while tenths >= 10240 && unit + 1 < UNITS.len() {
-            (tenths, unit) = (tenths / 1024, unit + 1);
-        }
-        write!(formatter, "{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
     }
 }
 

@@ -138,7 +138,9 @@ async fn fetch_from(
     // download helps nobody: the room is worth more to the node.
     let worthless = match &error {
         PullError::BlobSize { .. } | PullError::BlobDigest { .. } => true,
-        PullError::Store(error) => matches!(error, StoreError::NoSpace { .. }),
+        PullError::Store(error) => {
+            matches!(error, StoreError::NoSpace { .. } | StoreError::NoRoom(_))
+        }
         _ => false,
     };
     let discard = move || {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::error::StoreError;
+use crate::fault;
 
 /// Up to so many files and folders are synced one by one; beyond, one `syncfs`
 /// is cheaper, although it flushes what others wrote to the filesystem too.
@@ -74,30 +75,59 @@ pub fn sync(path: &Path) -> Result<(), StoreError> {
 
 /// Renames and makes the new name durable.
 pub fn rename(from: &Path, to: &Path) -> Result<(), StoreError> {
-    std::fs::rename(from, to).map_err(|error| StoreError::io("rename", to, error))?;
-    sync_parent(to)
+    let failed = |error| StoreError::io("rename", to, error);
+    fault::point("rename.asked").map_err(failed)?;
+    std::fs::rename(from, to).map_err(failed)?;
+    fault::point("rename.done").map_err(failed)?;
+    sync_parent(to)?;
+    fault::point("rename.durable").map_err(failed)
 }
 
 /// Writes a small file durably: a reader finds the old content or the new.
 /// It is made in `staging`, where a crash leaves what the next start sweeps.
 pub fn write(staging: &Path, path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let temporary = write_staged(staging, path, content, true)?;
-    rename(&temporary, path)
+    rename(&temporary, path).inspect_err(|_| {
+        // What has no name yet is worth nothing.
+        let _ = std::fs::remove_file(&temporary);
+    })
 }
 
 /// Writes a small file so that a reader finds the old content or the new, and
 /// a power loss may leave neither: for hints.
 pub fn write_unsynced(staging: &Path, path: &Path, content: &[u8]) -> Result<(), StoreError> {
     let temporary = write_staged(staging, path, content, false)?;
-    std::fs::rename(&temporary, path).map_err(|error| StoreError::io("rename", path, error))
+    let renamed = fault::point("hint.written")
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .and_then(|()| fault::point("hint.renamed"));
+    renamed.map_err(|error| {
+        let _ = std::fs::remove_file(&temporary);
+        StoreError::io("rename", path, error)
+    })
 }
 
 /// Makes a folder, and its name durable, if it is not there.
 pub fn create_folder(path: &Path) -> Result<(), StoreError> {
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
-        Ok(()) => sync_parent(path),
+        Ok(()) => {
+            sync_parent(path)?;
+            fault::point("folder.created").map_err(|error| StoreError::io("create", path, error))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(StoreError::io("create", path, error)),
+    }
+}
+
+/// Makes a folder and those above it, and their names durable, as far as they are not there.
+pub fn create_folders(path: &Path) -> Result<(), StoreError> {
+    match (create_folder(path), path.parent()) {
+        (Err(StoreError::Io { source, .. }), Some(parent))
+            if source.kind() == std::io::ErrorKind::NotFound =>
+        {
+            create_folders(parent)?;
+            create_folder(path)
+        }
+        (created, _) => created,
     }
 }
 
@@ -122,7 +152,12 @@ fn write_staged(
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).and_then(
             |mut file| {
                 file.write_all(content)?;
-                if synced { file.sync_all() } else { Ok(()) }
+                if synced {
+                    fault::point("record.written")?;
+                    file.sync_all()?;
+                    fault::point("record.synced")?;
+                }
+                Ok(())
             },
         );
     match written {

@@ -1,7 +1,10 @@
 //! What can go wrong on the node's own disk.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::units::Bytes;
 
 /// A failure of the store.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +17,9 @@ pub enum StoreError {
         /// To what.
         path: PathBuf,
     },
+    /// The room that is wanted cannot be had, also not by evicting.
+    #[error("no room on the node: {0}")]
+    NoRoom(Box<Shortage>),
     /// The kernel refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -40,6 +46,28 @@ pub enum StoreError {
         /// What it says of itself.
         found: String,
     },
+    /// The disk that should hold the state directory is not there.
+    #[error("the state directory {} is not a mount point, and cache.requireMountpoint asks for one: mount its disk", path.display())]
+    NotMounted {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Something in the state directory that this driver did not make.
+    #[error("{} {what}: the state directory must belong to the driver alone; move away what is not its own", path.display())]
+    Foreign {
+        /// What.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// Pins may not hold so much.
+    #[error("pinning it would hold {} of at most {}: unpin something, or raise cache.maxPinnedBytes", Bytes(*wanted), Bytes(*max))]
+    TooMuchPinned {
+        /// What pins would hold.
+        wanted: u64,
+        /// What they may.
+        max: u64,
+    },
     /// Content that was complete once and is not any more.
     #[error("{} is damaged ({what}): it will be fetched again", path.display())]
     Damaged {
@@ -48,6 +76,68 @@ pub enum StoreError {
         /// What does not fit.
         what: String,
     },
+}
+
+/// What there is too little of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes of the filesystem.
+    Bytes,
+    /// Inodes of the filesystem.
+    Inodes,
+    /// Bytes by `cache.maxBytes`.
+    Quota,
+}
+
+/// Room that cannot be had, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Of what.
+    pub kind: Kind,
+    /// What is still to be written.
+    pub needed: u64,
+    /// What others were promised before.
+    pub promised: u64,
+    /// What is missing of all that.
+    pub missing: u64,
+    /// What is left.
+    pub free: u64,
+    /// What stays free.
+    pub floor: u64,
+    /// What could be evicted.
+    pub evictable: u64,
+    /// What pins hold.
+    pub pinned: u64,
+}
+
+impl Shortage {
+    /// Whether evicting everything would not be enough.
+    #[must_use]
+    pub fn is_hopeless(&self) -> bool {
+        self.evictable < self.missing
+    }
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, needed, promised, free, floor, evictable, pinned, .. } = *self;
+        let amount = |number: u64| match kind {
+            Kind::Inodes => format!("{number} inodes"),
+            Kind::Bytes | Kind::Quota => Bytes(number).to_string(),
+        };
+        let [needed, promised, free, floor, evictable, pinned] =
+            [needed, promised, free, floor, evictable, pinned].map(amount);
+        let (limit, remedy) = match kind {
+            Kind::Bytes => (format!(" of which {floor} stay free"), "cache.minFreePercent"),
+            Kind::Inodes => (format!(" of which {floor} stay free"), "cache.minFreeInodesPercent"),
+            Kind::Quota => (" by cache.maxBytes".to_owned(), "cache.maxBytes"),
+        };
+        write!(
+            formatter,
+            "needed {needed} beside {promised} promised to other pulls; free {free}{limit}; evictable \
+             {evictable}; pinned {pinned}: remove or unpin artifacts, enlarge the disk, or change {remedy}"
+        )
+    }
 }
 
 impl StoreError {

@@ -11,41 +11,60 @@ use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Uid, fchown};
 use sha2::Digest as _;
 
+use super::catalog::Lease;
 use super::error::StoreError;
+use super::inventory::file_entry;
 use super::partial::Partial;
 use super::staging::{current_generation, names};
-use super::{FileKey, Store};
+use super::{FileKey, ObjectName, Store};
+use crate::fault;
 use crate::oci::Digest;
 use crate::unpack::Permissions;
 
 /// Content that starts so is meant to be executed.
 const EXECUTABLE_MAGIC: [&[u8]; 2] = [b"\x7fELF", b"#!"];
 
+/// A single-file layer in the store; it stays there as long as this value lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredFile {
+    /// Its name.
+    pub key: FileKey,
+    /// Which generation.
+    pub generation: u32,
+    /// Where it lies.
+    pub path: PathBuf,
+    lease: Lease,
+}
+
 impl Store {
     /// The file's current inode, if it is in the store.
-    pub fn file(&self, key: FileKey) -> Result<Option<PathBuf>, StoreError> {
+    pub fn file(&self, key: FileKey) -> Result<Option<StoredFile>, StoreError> {
         let folder = self.file_folder(key);
-        Ok(current_generation(&folder)?.map(|generation| folder.join(generation.to_string())))
+        let Some(generation) = current_generation(&folder)? else { return Ok(None) };
+        let lease = self.catalog().lease(ObjectName::file(key, generation));
+        let file = StoredFile { key, generation, path: folder.join(generation.to_string()), lease };
+        // It may have gone between the first look and the lease.
+        Ok(file.path.symlink_metadata().is_ok().then_some(file))
     }
 
     /// Any inode with a blob's content, whatever its mode.
-    pub fn any_file_of(&self, digest: Digest) -> Result<Option<PathBuf>, StoreError> {
-        let folder = self.path("files").join(digest.hex());
-        for variant in names(&folder)? {
-            let folder = folder.join(variant);
-            if let Some(generation) = current_generation(&folder)? {
-                return Ok(Some(folder.join(generation.to_string())));
+    pub fn any_file_of(&self, digest: Digest) -> Result<Option<StoredFile>, StoreError> {
+        for variant in names(&self.path("files").join(digest.hex()))? {
+            let Some(permissions) = permissions_of(&variant) else { continue };
+            if let Some(file) = self.file(FileKey { digest, permissions })? {
+                return Ok(Some(file));
             }
         }
         Ok(None)
     }
 
     /// Makes a verified download a file of the store.
-    pub fn commit_file(&self, key: FileKey, partial: &Partial) -> Result<PathBuf, StoreError> {
+    pub fn commit_file(&self, key: FileKey, partial: &Partial) -> Result<StoredFile, StoreError> {
         debug_assert!(partial.is_verified(), "only verified content gets a name");
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
         std::fs::rename(partial.path(), &path)
+            .and_then(|()| fault::point("file.moved"))
             .map_err(|error| StoreError::io("rename", &path, error))?;
         self.finish_file(key, &path)?;
         staging.staged.wrote(|| path.clone());
@@ -53,7 +72,11 @@ impl Store {
     }
 
     /// Makes a small blob that the manifest carried inline a file of the store.
-    pub fn commit_inline_file(&self, key: FileKey, content: &[u8]) -> Result<PathBuf, StoreError> {
+    pub fn commit_inline_file(
+        &self,
+        key: FileKey,
+        content: &[u8],
+    ) -> Result<StoredFile, StoreError> {
         debug_assert_eq!(Digest::of(content), key.digest, "only verified content gets a name");
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
@@ -65,7 +88,7 @@ impl Store {
 
     /// Makes a second inode of content that is here with another mode or owner.
     /// The copy is hashed: what the source's disk has lost since is not passed on.
-    pub fn copy_file(&self, key: FileKey, source: &Path) -> Result<PathBuf, StoreError> {
+    pub fn copy_file(&self, key: FileKey, source: &Path) -> Result<StoredFile, StoreError> {
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
         let copied = copy(source, &path)?;
@@ -92,19 +115,28 @@ impl Store {
         key: FileKey,
         staging: super::staging::Staging,
         path: &Path,
-    ) -> Result<PathBuf, StoreError> {
+    ) -> Result<StoredFile, StoreError> {
         let folder = self.file_folder(key);
+        let size = path.metadata().map_err(|error| StoreError::io("look at", path, error))?.len();
         if let Some(content) = folder.parent() {
             super::durable::create_folder(content)?;
         }
-        let generation = self.commit(staging, path, &folder)?;
-        Ok(folder.join(generation.to_string()))
+        let (generation, lease) = self.commit(staging, path, &folder)?;
+        self.catalog().add(ObjectName::file(key, generation), file_entry(size));
+        Ok(StoredFile { key, generation, path: folder.join(generation.to_string()), lease })
     }
 
     fn file_folder(&self, key: FileKey) -> PathBuf {
         let FileKey { digest, permissions: Permissions { mode, uid, gid } } = key;
         self.path("files").join(digest.hex()).join(format!("{mode:04o}-{uid}-{gid}"))
     }
+}
+
+/// The inverse of how a key's folder is called.
+fn permissions_of(variant: &str) -> Option<Permissions> {
+    let mut parts = variant.split('-');
+    let mode = u32::from_str_radix(parts.next()?, 8).ok()?;
+    Some(Permissions { mode, uid: parts.next()?.parse().ok()?, gid: parts.next()?.parse().ok()? })
 }
 
 /// Whether content starts as something to execute.

@@ -21,10 +21,14 @@ use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
+use super::catalog::Lease;
 use super::error::StoreError;
 use super::files::set_owner_and_mode;
+use super::inventory::layer_entry;
+use super::room::Meter;
 use super::staging::{Staging, current_generation};
-use super::{LayerKey, SecurityLabel, Store};
+use super::{LayerKey, ObjectName, SecurityLabel, Store};
+use crate::fault;
 use crate::mount::syscalls;
 use crate::oci::Digest;
 use crate::proto::layer_index as wire;
@@ -45,6 +49,7 @@ pub struct Layer {
     /// Which generation.
     pub generation: u32,
     path: PathBuf,
+    lease: Lease,
 }
 
 /// What a layer adds up to.
@@ -54,6 +59,12 @@ pub struct LayerTotals {
     pub entries: u64,
     /// Bytes of regular files.
     pub bytes: u64,
+    /// Regular files.
+    #[serde(default)]
+    pub files: u64,
+    /// The blob that was unpacked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blob: Option<Digest>,
 }
 
 /// A layer on its way: the archive's entries go to its index, their content to its data.
@@ -63,6 +74,7 @@ pub struct LayerWriter {
     index: BufWriter<File>,
     hasher: sha2::Sha256,
     totals: LayerTotals,
+    meter: Meter,
     files: u32,
     folder: Option<File>,
     label: Option<SecurityLabel>,
@@ -73,13 +85,15 @@ impl Store {
     /// The layer's current generation, if it is in the store.
     pub fn layer(&self, key: LayerKey) -> Result<Option<Layer>, StoreError> {
         let folder = self.path("layers").join(key.to_string());
-        let layer =
-            |generation: u32| Layer { key, generation, path: folder.join(generation.to_string()) };
-        Ok(current_generation(&folder)?.map(layer))
+        let Some(generation) = current_generation(&folder)? else { return Ok(None) };
+        let lease = self.catalog().lease(ObjectName::layer(key, generation));
+        let layer = Layer { key, generation, path: folder.join(generation.to_string()), lease };
+        // It may have gone between the first look and the lease.
+        Ok(layer.path.symlink_metadata().is_ok().then_some(layer))
     }
 
-    /// Starts a layer.
-    pub fn write_layer(&self) -> Result<LayerWriter, StoreError> {
+    /// Starts a layer that is unpacked from a blob.
+    pub fn write_layer(&self, blob: Digest) -> Result<LayerWriter, StoreError> {
         let staging = self.stage()?;
         let data = staging.path().join("data");
         std::fs::create_dir(&data).map_err(|error| StoreError::io("create", &data, error))?;
@@ -94,7 +108,8 @@ impl Store {
             staging,
             index: BufWriter::with_capacity(64 * 1024, index),
             hasher: sha2::Sha256::new(),
-            totals: LayerTotals::default(),
+            totals: LayerTotals { blob: Some(blob), ..LayerTotals::default() },
+            meter: self.meter(),
             files: 0,
             folder: None,
             label: self.label().cloned(),
@@ -106,11 +121,15 @@ impl Store {
 
     /// Gives a finished layer its name.
     pub fn commit_layer(&self, key: LayerKey, writer: LayerWriter) -> Result<Layer, StoreError> {
+        let mut totals = writer.totals;
+        totals.files = writer.files.into();
         let staging = writer.finish()?;
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
-        let generation = self.commit(staging, &path, &folder)?;
-        Ok(Layer { key, generation, path: folder.join(generation.to_string()) })
+        fault::point("layer.unpacked").map_err(|error| StoreError::io("write", &path, error))?;
+        let (generation, lease) = self.commit(staging, &path, &folder)?;
+        self.catalog().add(ObjectName::layer(key, generation), layer_entry(&totals));
+        Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease })
     }
 }
 
@@ -192,6 +211,21 @@ impl Iterator for Entries {
     }
 }
 
+/// The totals at the end of a layer's index, for accounting: unverified.
+pub(super) fn read_totals(layer: &Path) -> Option<LayerTotals> {
+    use std::os::unix::fs::FileExt as _;
+    /// More than the totals and the checksum take.
+    const END: u64 = 1024;
+    let file = File::open(layer.join("index")).ok()?;
+    let length = file.metadata().ok()?.len();
+    let mut end = vec![0; usize::try_from(length.min(END)).ok()?];
+    file.read_exact_at(&mut end, length.saturating_sub(END)).ok()?;
+    let totals = &end[..end.len().checked_sub(32)?];
+    // The empty record before them is a zero byte, which JSON has none of.
+    let start = totals.iter().rposition(|&byte| byte == 0)? + 1;
+    serde_json::from_slice(&totals[start..]).ok()
+}
+
 fn damaged(path: &Path, what: &str) -> StoreError {
     StoreError::Damaged { path: path.to_owned(), what: what.to_owned() }
 }
@@ -200,6 +234,7 @@ impl LayerWriter {
     fn finish(mut self) -> Result<Staging, StoreError> {
         let path = self.staging.path().join("index");
         let mut finish = || -> std::io::Result<()> {
+            self.totals.files = self.files.into();
             self.write(&[0])?;
             let totals = serde_json::to_vec(&self.totals)?;
             self.write(&totals)?;
@@ -238,6 +273,7 @@ impl LayerWriter {
 
 impl Sink for LayerWriter {
     fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> std::io::Result<StoredFile> {
+        self.meter.makes_file().map_err(full)?;
         let (number, path) = self.next_folder()?;
         let Some(folder) = &self.folder else {
             return Err(std::io::ErrorKind::NotFound.into());
@@ -258,6 +294,7 @@ impl Sink for LayerWriter {
                 break;
             }
             hasher.update(&self.buffer[..count]);
+            self.meter.writes(count as u64).map_err(full)?;
             file.write_all(&self.buffer[..count])?;
             size += count as u64;
         }
@@ -280,6 +317,14 @@ impl Sink for LayerWriter {
         self.totals.entries += 1;
         let record = encode(entry).encode_length_delimited_to_vec();
         self.write(&record)
+    }
+}
+
+/// What is below the floor is as full to a writer as what is full.
+fn full(error: StoreError) -> std::io::Error {
+    match error {
+        StoreError::NoSpace { .. } => std::io::ErrorKind::StorageFull.into(),
+        other => std::io::Error::other(other),
     }
 }
 

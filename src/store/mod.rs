@@ -16,6 +16,7 @@
 //!   trees/<key>/<n>/objects.json  which files and layers it links
 //!   {files,layers,trees}/<key>/<n>.damaged   generation n is never published again
 //!   partial/<digest>-<host>       downloads on their way, a prefix of the blob
+//!   pins/<hash>.json              which reference stays, for whom (see `pins`)
 //!   staging/<random>              objects on their way
 //!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
 //!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
@@ -33,35 +34,63 @@
 //! nothing: its bytes are hashed again before they count. `staging` is swept at
 //! start. `access` and `publications` are written without a sync: a proof that
 //! is lost costs a request, an unreadable publication is ignored, and what is
-//! mounted is asked of the kernel.
+//! mounted is asked of the kernel. The last use of a tree is the modification
+//! time of its `tree.json`, unsynced: a power loss makes it look older.
+//!
+//! # What is removed, and how
+//!
+//! Only what [`catalog`] knows that nobody needs, and its name first: a rename
+//! into staging ([`gc`]). Nothing that is not of the form above is ever removed.
 
 pub mod access;
 pub mod blobs;
+pub mod catalog;
 pub mod durable;
 pub mod error;
+pub mod eviction;
 pub mod files;
+pub mod gc;
+mod inventory;
 pub mod keys;
 pub mod label;
 pub mod layers;
 pub mod lock;
+pub mod object;
+pub mod own;
 pub mod partial;
+pub mod pins;
 pub mod publications;
 pub mod records;
 pub mod resolutions;
 pub mod room;
 pub mod staging;
+pub mod sweep;
 pub mod trees;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 pub use error::StoreError;
 pub use keys::{FileKey, LayerKey, TreeKey};
 pub use label::SecurityLabel;
+pub use object::{ObjectKind, ObjectName};
+pub use room::{CacheOptions, Room};
 pub use trees::Tree;
+
+use crate::fault;
 
 /// The format that this version reads and writes.
 const FORMAT: &str = "csi-driver-oci 1\n";
+
+/// How a state directory is used.
+#[derive(Clone, Debug, Default)]
+pub struct StoreOptions {
+    /// Set on content before it is visible, on nodes with SELinux.
+    pub label: Option<SecurityLabel>,
+    /// How much of the filesystem content may take.
+    pub cache: CacheOptions,
+}
 
 /// An open state directory. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -70,15 +99,29 @@ pub struct Store(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    label: Option<SecurityLabel>,
+    options: StoreOptions,
     barrier: durable::Barrier,
     node_key: [u8; 32],
+    catalog: Arc<catalog::Catalog>,
+    /// Whether the catalog knows what was here before this process.
+    loaded: Mutex<bool>,
+    claims: room::Claims,
+    /// Held by whoever decides what goes.
+    collecting: Mutex<()>,
+    evictions: gc::Evictions,
+    /// How often content was found damaged.
+    damages: AtomicU64,
 }
 
 impl Store {
     /// Opens the state directory, makes what is missing in it, and removes what
     /// an earlier process left in staging. The caller holds the [`lock::Lock`].
-    pub fn open(root: &Path, label: Option<SecurityLabel>) -> Result<Self, StoreError> {
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Format`] for a folder of a version that this one does not know, and
+    /// [`StoreError::Foreign`] for one that holds something else in place of the driver's own.
+    pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         let format = root.join("format");
         let known = match std::fs::read_to_string(&format) {
             Ok(found) if found == FORMAT => true,
@@ -92,22 +135,38 @@ impl Store {
         for folder in Self::FOLDERS {
             durable::create_folder(&root.join(folder))?;
         }
+        own::check(root, &Self::FOLDERS)?;
         let staging = root.join("staging");
         staging::sweep(&staging)?;
+        fault::point("recovery.swept").map_err(|error| StoreError::io("open", root, error))?;
         if !known {
             durable::write(&staging, &format, FORMAT.as_bytes())?;
         }
         let node_key = node_key(&staging, &root.join("node-key"))?;
-        let barrier = durable::Barrier::default();
-        Ok(Self(Arc::new(Inner { root: root.to_owned(), label, barrier, node_key })))
+        let store = Self(Arc::new(Inner {
+            root: root.to_owned(),
+            options,
+            barrier: durable::Barrier::default(),
+            node_key,
+            catalog: Arc::default(),
+            loaded: Mutex::default(),
+            claims: room::Claims::default(),
+            collecting: Mutex::default(),
+            evictions: gc::Evictions::default(),
+            damages: AtomicU64::default(),
+        }));
+        store.load_publications()?;
+        store.load_pins()?;
+        Ok(store)
     }
 
-    const FOLDERS: [&str; 9] = [
+    const FOLDERS: [&str; 10] = [
         "blobs",
         "files",
         "layers",
         "trees",
         "partial",
+        "pins",
         "staging",
         "resolutions",
         "access",
@@ -126,12 +185,32 @@ impl Store {
         &self.0.node_key
     }
 
+    /// How often content was found damaged since the process began.
+    #[must_use]
+    pub fn damages(&self) -> u64 {
+        self.0.damages.load(Ordering::Relaxed)
+    }
+
     fn path(&self, folder: &str) -> PathBuf {
         self.0.root.join(folder)
     }
 
     fn label(&self) -> Option<&SecurityLabel> {
-        self.0.label.as_ref()
+        self.0.options.label.as_ref()
+    }
+
+    /// How much of the filesystem content may take.
+    #[must_use]
+    pub fn cache_options(&self) -> &CacheOptions {
+        &self.0.options.cache
+    }
+
+    fn catalog(&self) -> &Arc<catalog::Catalog> {
+        &self.0.catalog
+    }
+
+    fn claims(&self) -> &room::Claims {
+        &self.0.claims
     }
 
     fn barrier(&self) -> &durable::Barrier {

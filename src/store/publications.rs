@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
-use super::{Store, TreeKey, keys, records};
+use super::{ObjectName, Store, TreeKey, keys, records};
 use crate::oci::Digest;
 
 /// One volume at one target.
@@ -34,6 +34,13 @@ pub struct Publication {
     pub generation: u32,
     /// `namespace/name` of the pod, where the kubelet told.
     pub pod: Option<String>,
+    /// Whether the kubelet's own record lay beside the target: where it has gone since, the
+    /// kubelet has forgotten the volume.
+    #[serde(default)]
+    pub kubelet_knew: bool,
+    /// Made from the mount alone; what only the publish knew is missing.
+    #[serde(default)]
+    pub rebuilt: bool,
 }
 
 impl Store {
@@ -46,12 +53,32 @@ impl Store {
     /// Records a publication.
     pub fn put_publication(&self, publication: &Publication) -> Result<(), StoreError> {
         let path = self.publication_path(&publication.target);
-        records::write_hint(&self.staging(), &path, publication)
+        // Known before it is written: nobody may evict what is about to be shown.
+        let tree = ObjectName::tree(publication.tree, publication.generation);
+        self.catalog().publish(&publication.target, tree);
+        let written = records::write_hint(&self.staging(), &path, publication);
+        if written.is_err() {
+            self.catalog().unpublish(&publication.target);
+        }
+        written
     }
 
     /// Forgets a publication.
     pub fn remove_publication(&self, target: &Path) -> Result<(), StoreError> {
-        records::remove(&self.publication_path(target))
+        records::remove(&self.publication_path(target))?;
+        if let Some(tree) = self.catalog().unpublish(target) {
+            self.tree_was_unpublished(&tree);
+        }
+        Ok(())
+    }
+
+    /// Tells the catalog what the records say.
+    pub(super) fn load_publications(&self) -> Result<(), StoreError> {
+        for publication in self.publications()? {
+            let tree = ObjectName::tree(publication.tree, publication.generation);
+            self.catalog().publish(&publication.target, tree);
+        }
+        Ok(())
     }
 
     /// All readable records.

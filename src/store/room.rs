@@ -1,28 +1,386 @@
-//! Room on the state directory's filesystem.
+//! Room on the state directory's filesystem: how much there is, and who has
+//! been promised some.
+//!
+//! A node that is full harms pods that never asked for us. So room is reserved
+//! before the first byte of an artifact arrives, over all that is under way:
+//! each blob claims what it will take, once, however many artifacts want it. A
+//! claim is met by evicting, or refused at once. Writers look at the filesystem
+//! besides ([`Meter`]): an estimate may be wrong, and others write there too.
 
-use std::path::Path;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::Store;
-use super::error::StoreError;
+use super::error::{Kind, Shortage, StoreError};
+use super::eviction::Goal;
+use super::gc::Want;
+use crate::oci::Digest;
 
-/// Room as a process without privileges could use it.
+/// Writers look at the filesystem after so many bytes: often enough that all of
+/// a node's writers together overshoot the floor by little.
+const METER_BYTES: u64 = 4 << 20;
+/// ... or after so many files.
+const METER_FILES: u64 = 1024;
+
+/// How much of the filesystem the cache may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Bytes of all content; none means as much as the filesystem allows.
+    pub max_bytes: Option<u64>,
+    /// Above this part of the filesystem in use, by whomever, content is evicted ...
+    pub high_threshold_percent: u8,
+    /// ... until no more than this part is.
+    pub low_threshold_percent: u8,
+    /// This part of the filesystem stays free.
+    pub min_free_percent: u8,
+    /// ... and this part of its inodes.
+    pub min_free_inodes_percent: u8,
+    /// Bytes that pins may hold together.
+    pub max_pinned_bytes: Option<u64>,
+    /// How long content stays after its last publish or unpublish.
+    pub minimum_age: std::time::Duration,
+    /// The state directory must be a mount point: a disk that is mounted late would else be
+    /// filled behind its back.
+    pub require_mountpoint: bool,
+}
+
+/// Room as a process without privileges could use it, counted as `df` does: what is
+/// reserved for root is neither used nor free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Room {
     /// What is left.
     pub free_bytes: u64,
-    /// What there is.
+    /// What is used or left.
     pub total_bytes: u64,
+    /// Inodes that are left.
+    pub free_inodes: u64,
+    /// Inodes that there are; 0 where the filesystem makes them as needed.
+    pub total_inodes: u64,
 }
 
-impl Store {
+/// What one blob will take on the disk until its content has a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The blob.
+    pub blob: Digest,
+    /// Bytes, those of its download and those that it unpacks to.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
+
+/// All claims of this process.
+#[derive(Debug, Default)]
+pub(super) struct Claims(Mutex<HashMap<Digest, Claimed>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Claimed {
+    bytes: u64,
+    inodes: u64,
+    holders: usize,
+}
+
+/// A promise of room; dropping it gives the rest back.
+#[derive(Debug)]
+pub struct Reservation {
+    store: Store,
+    blobs: Mutex<Vec<Digest>>,
+}
+
+/// Keeps one writer above the floor.
+#[derive(Debug)]
+pub struct Meter {
+    root: PathBuf,
+    options: CacheOptions,
+    bytes: u64,
+    files: u64,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self {
+            max_bytes: None,
+            // The kubelet evicts images at 85 and pods at 90 (or 85) percent: we go first.
+            high_threshold_percent: 75,
+            low_threshold_percent: 65,
+            min_free_percent: 20,
+            min_free_inodes_percent: 10,
+            max_pinned_bytes: None,
+            minimum_age: std::time::Duration::from_mins(2),
+            require_mountpoint: false,
+        }
+    }
+}
+
+impl Room {
     /// How full the filesystem is that a folder lies on.
-    pub fn room(folder: &Path) -> Result<Room, StoreError> {
+    pub fn of(folder: &Path) -> Result<Self, StoreError> {
         let status = nix::sys::statvfs::statvfs(folder)
             .map_err(|error| StoreError::io("look at", folder, error.into()))?;
         let bytes = |blocks: u64| blocks.saturating_mul(status.fragment_size());
-        Ok(Room {
+        Ok(Self {
             free_bytes: bytes(status.blocks_available()),
-            total_bytes: bytes(status.blocks()),
+            total_bytes: bytes(
+                status.blocks().saturating_sub(status.blocks_free()) + status.blocks_available(),
+            ),
+            free_inodes: status.files_available(),
+            total_inodes: status.files(),
         })
+    }
+
+    /// What stays free by these options.
+    #[must_use]
+    pub fn floor(&self, options: &CacheOptions) -> Goal {
+        Goal {
+            bytes: percent(self.total_bytes, options.min_free_percent),
+            inodes: percent(self.total_inodes, options.min_free_inodes_percent),
+        }
+    }
+
+    /// How much is missing until so much is free.
+    #[must_use]
+    pub fn missing_until(&self, wanted: Goal) -> Goal {
+        let inodes = match self.total_inodes {
+            0 => 0,
+            _ => wanted.inodes.saturating_sub(self.free_inodes),
+        };
+        Goal { bytes: wanted.bytes.saturating_sub(self.free_bytes), inodes }
+    }
+
+    /// How much is to be freed once the high threshold is passed: down to the low one.
+    #[must_use]
+    pub fn above_threshold(&self, options: &CacheOptions) -> u64 {
+        let used = self.total_bytes.saturating_sub(self.free_bytes);
+        if used <= percent(self.total_bytes, options.high_threshold_percent) {
+            return 0;
+        }
+        used - percent(self.total_bytes, options.low_threshold_percent)
+    }
+}
+
+impl Store {
+    /// How full the state directory's filesystem is.
+    pub fn room(&self) -> Result<Room, StoreError> {
+        Room::of(self.root())
+    }
+
+    /// Promises room, evicting what nobody needs when there is too little. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoRoom`] with the numbers, when there is no room even so.
+    pub fn reserve(&self, claims: &[Claim]) -> Result<Reservation, StoreError> {
+        // Decisions over all claims are taken one at a time, and never beside an eviction.
+        let turn = self.collecting();
+        while let Some((shortage, goal)) = self.shortage(claims)? {
+            let shortage = self.explain(shortage, &turn)?;
+            // Nobody's content goes for an artifact that will not fit even so.
+            let collected = if shortage.is_hopeless() {
+                None
+            } else {
+                Some(self.collect_in_turn(&Want::Room(goal), &turn)?)
+            };
+            if collected.is_none_or(|collected| collected.is_nothing()) {
+                return Err(StoreError::NoRoom(Box::new(shortage)));
+            }
+        }
+        let mut all = self.claims().lock();
+        for claim in claims {
+            let claimed =
+                all.entry(claim.blob).or_insert(Claimed { bytes: 0, inodes: 0, holders: 0 });
+            claimed.bytes = claimed.bytes.max(claim.bytes);
+            claimed.inodes = claimed.inodes.max(claim.inodes);
+            claimed.holders += 1;
+        }
+        let blobs = Mutex::new(claims.iter().map(|claim| claim.blob).collect());
+        Ok(Reservation { store: self.clone(), blobs })
+    }
+
+    /// Keeps a writer above the floor.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        Meter { root: self.root().to_owned(), options: *self.cache_options(), bytes: 0, files: 0 }
+    }
+
+    /// What is missing for these claims beside all others, and how much to free for them.
+    fn shortage(&self, claims: &[Claim]) -> Result<Option<(Shortage, Goal)>, StoreError> {
+        let options = self.cache_options();
+        let Sums { needed, others, quota } = self.claims().sums(self, claims);
+        // Nothing to write asks for no room, however full the disk is.
+        if needed.is_nothing() {
+            return Ok(None);
+        }
+        let room = self.room()?;
+        let floor = room.floor(options);
+        let missing = room.missing_until(floor.plus(others).plus(needed));
+        let shortage = |kind, of: fn(Goal) -> u64, missing, free| Shortage {
+            kind,
+            needed: of(needed),
+            promised: of(others),
+            missing,
+            free,
+            floor: of(floor),
+            evictable: 0,
+            pinned: 0,
+        };
+        if missing.bytes > 0 {
+            let of = |goal: Goal| goal.bytes;
+            let shortage = shortage(Kind::Bytes, of, missing.bytes, room.free_bytes);
+            return Ok(Some((shortage, missing)));
+        }
+        if missing.inodes > 0 {
+            let of = |goal: Goal| goal.inodes;
+            let shortage = shortage(Kind::Inodes, of, missing.inodes, room.free_inodes);
+            return Ok(Some((shortage, missing)));
+        }
+        let Some(max) = options.max_bytes else { return Ok(None) };
+        let used = self.usage()?.bytes;
+        let over = used.saturating_add(quota).saturating_sub(max);
+        if over == 0 {
+            return Ok(None);
+        }
+        let shortage = shortage(Kind::Quota, |goal| goal.bytes, over, max.saturating_sub(used));
+        Ok(Some((shortage, Goal { bytes: over, inodes: 0 })))
+    }
+}
+
+/// What claims come to.
+struct Sums {
+    /// What is still to be written for those that ask now.
+    needed: Goal,
+    /// What is still to be written for all others.
+    others: Goal,
+    /// What all of them count against a quota: also what is half written.
+    quota: u64,
+}
+
+impl Claims {
+    /// What these claims add to those of this process.
+    fn sums(&self, store: &Store, claims: &[Claim]) -> Sums {
+        let all = self.lock();
+        let mut wanted = HashMap::<Digest, Goal>::new();
+        for claim in claims {
+            let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
+            let known = wanted.entry(claim.blob).or_default();
+            *known = known.max(goal);
+        }
+        let mut sums = Sums { needed: Goal::default(), others: Goal::default(), quota: 0 };
+        for (blob, goal) in wanted {
+            let promised = all.get(&blob).map_or(Goal::default(), Claimed::goal);
+            let added = goal.less(promised);
+            sums.quota = sums.quota.saturating_add(added.bytes);
+            // What an earlier try has left is on the disk already.
+            let here = if promised.is_nothing() { store.partial_bytes(blob) } else { 0 };
+            sums.needed = sums.needed.plus(added.less(Goal { bytes: here, inodes: 0 }));
+        }
+        for (blob, claimed) in all.iter() {
+            let here = Goal { bytes: store.partial_bytes(*blob), inodes: 0 };
+            sums.quota = sums.quota.saturating_add(claimed.bytes);
+            sums.others = sums.others.plus(claimed.goal().less(here));
+        }
+        sums
+    }
+
+    /// Whether somebody works on the blob.
+    pub(super) fn has(&self, blob: Digest) -> bool {
+        self.lock().contains_key(&blob)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Claimed>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn release(&self, blob: Digest) {
+        let mut all = self.lock();
+        if let Some(claimed) = all.get_mut(&blob) {
+            claimed.holders -= 1;
+            if claimed.holders == 0 {
+                all.remove(&blob);
+            }
+        }
+    }
+}
+
+impl Claimed {
+    fn goal(&self) -> Goal {
+        Goal { bytes: self.bytes, inodes: self.inodes }
+    }
+}
+
+impl Reservation {
+    /// A blob's content has its name: what it took shows on the disk itself now.
+    pub fn done(&self, blob: Digest) {
+        let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = blobs.iter().position(|&claimed| claimed == blob) {
+            blobs.swap_remove(place);
+            self.store.claims().release(blob);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let blobs = self.blobs.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for blob in blobs.drain(..) {
+            self.store.claims().release(blob);
+        }
+    }
+}
+
+impl Meter {
+    /// Bytes are about to be written.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`] when that would go below the floor.
+    pub fn writes(&mut self, bytes: u64) -> Result<(), StoreError> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes < METER_BYTES { Ok(()) } else { self.look() }
+    }
+
+    /// A file is about to be made.
+    pub fn makes_file(&mut self) -> Result<(), StoreError> {
+        self.files += 1;
+        if self.files < METER_FILES { Ok(()) } else { self.look() }
+    }
+
+    fn look(&mut self) -> Result<(), StoreError> {
+        (self.bytes, self.files) = (0, 0);
+        let room = Room::of(&self.root)?;
+        if room.missing_until(room.floor(&self.options)).is_nothing() {
+            return Ok(());
+        }
+        Err(StoreError::NoSpace { action: "write below", path: self.root.clone() })
+    }
+}
+
+fn percent(total: u64, percent: u8) -> u64 {
+    let part = u128::from(total) * u128::from(percent) / 100;
+    u64::try_from(part).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROOM: Room =
+        Room { free_bytes: 300, total_bytes: 1000, free_inodes: 50, total_inodes: 100 };
+
+    #[test]
+    fn thresholds_and_floor_are_parts_of_the_filesystem() {
+        let options = CacheOptions::default();
+        assert_eq!(ROOM.floor(&options), Goal { bytes: 200, inodes: 10 });
+        assert_eq!(ROOM.above_threshold(&options), 0);
+        let fuller = Room { free_bytes: 240, ..ROOM };
+        assert_eq!(fuller.above_threshold(&options), 760 - 650);
+        let missing = ROOM.missing_until(Goal { bytes: 310, inodes: 60 });
+        assert_eq!(missing, Goal { bytes: 10, inodes: 10 });
+    }
+
+    #[test]
+    fn a_filesystem_that_counts_no_inodes_runs_out_of_none() {
+        let btrfs = Room { free_inodes: 0, total_inodes: 0, ..ROOM };
+        assert!(btrfs.missing_until(Goal { bytes: 0, inodes: 5 }).is_nothing());
     }
 }

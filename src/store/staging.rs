@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Store;
+use super::catalog::Lease;
 use super::durable::{self, Staged};
 use super::error::StoreError;
+use super::{ObjectName, Store};
+use crate::fault;
+use std::sync::atomic::Ordering;
 
 /// A folder for one object on its way; dropping it abandons the object.
 #[derive(Debug)]
@@ -32,29 +35,52 @@ impl Store {
     /// Marks a generation of an object (`<key>/<n>`): it is never published or
     /// linked again, the next one is made afresh, and whoever has it mounted keeps it.
     pub fn mark_damaged(&self, generation: &Path) -> Result<(), StoreError> {
-        durable::write(&self.staging(), &generation.with_extension("damaged"), b"")
+        durable::write(&self.staging(), &generation.with_extension("damaged"), b"")?;
+        self.0.damages.fetch_add(1, Ordering::Relaxed);
+        if let Some(name) = self.object_at(generation) {
+            self.catalog().damaged(&name);
+        }
+        Ok(())
     }
 
-    /// Gives what was staged the next generation of a name: the commit point.
+    /// Gives what was staged the next generation of a name: the commit point. The lease is
+    /// taken before, so that nobody evicts what was just made.
     pub(super) fn commit(
         &self,
         mut staging: Staging,
         what: &Path,
         key_folder: &Path,
-    ) -> Result<u32, StoreError> {
+    ) -> Result<(u32, Lease), StoreError> {
+        let failed = |error| StoreError::io("name", key_folder, error);
+        fault::point("commit.staged").map_err(failed)?;
         self.barrier().pass(&staging.staged)?;
-        durable::create_folder(key_folder)?;
-        let generation = loop {
+        fault::point("commit.synced").map_err(failed)?;
+        let named = loop {
+            durable::create_folders(key_folder)?;
             let generation = newest_generation(key_folder)?.map_or(1, |newest| newest + 1);
+            let lease = self.lease(&key_folder.join(generation.to_string()))?;
             match durable::rename(what, &key_folder.join(generation.to_string())) {
-                // A flight that nobody waited for may end beside its successor.
-                Err(StoreError::Io { source, .. }) if is_taken(&source) => {}
-                renamed => break renamed.map(|()| generation)?,
+                // A flight that nobody waited for may end beside its successor; and the folder
+                // of a key goes with the last generation that is evicted from it.
+                Err(StoreError::Io { source, .. })
+                    if is_taken(&source) || is_gone(&source, what) => {}
+                renamed => break renamed.map(|()| (generation, lease))?,
             }
         };
         // What was staged is the object now, or an emptied folder around it.
         staging.committed = what == staging.path;
-        Ok(generation)
+        Ok(named)
+    }
+
+    fn lease(&self, generation: &Path) -> Result<Lease, StoreError> {
+        let name = self.object_at(generation).ok_or(std::io::ErrorKind::InvalidInput);
+        let name = name.map_err(|kind| StoreError::io("name", generation, kind.into()))?;
+        Ok(self.catalog().lease(name))
+    }
+
+    /// The object that lies there.
+    pub(super) fn object_at(&self, path: &Path) -> Option<ObjectName> {
+        ObjectName::parse(path.strip_prefix(self.root()).ok()?.to_str()?)
     }
 }
 
@@ -78,6 +104,11 @@ impl Drop for Staging {
 fn is_taken(error: &std::io::Error) -> bool {
     let kind = error.kind();
     matches!(kind, std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists)
+}
+
+/// Whether it was the new name's folder that was not there.
+fn is_gone(error: &std::io::Error, what: &Path) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound && what.symlink_metadata().is_ok()
 }
 
 /// The newest generation that may be published: the highest that is not marked damaged.

@@ -13,6 +13,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use nix::fcntl::{AtFlags, OFlag, open, openat};
@@ -21,13 +22,18 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 use serde::{Deserialize, Serialize};
 
+use super::catalog::{Entry, Lease};
 use super::error::StoreError;
-use super::files::{copy_inode, set_owner_and_mode};
+use super::eviction::FORGOTTEN;
+use super::files::{StoredFile, copy_inode, set_owner_and_mode};
+use super::inventory::tree_entry;
 use super::layers::{Layer, system_time, too_large};
 use super::staging::{Staging, current_generation, names};
-use super::{SecurityLabel, Store, TreeKey, records};
+use super::{ObjectName, SecurityLabel, Store, TreeKey, records};
+use crate::fault;
 use crate::mount::syscalls::{self, FileIdentity};
 use crate::oci::Digest;
+use crate::unpack::PermissionsRule;
 use crate::unpack::entry::Metadata;
 use crate::unpack::merge::{PlannedKind, Source, TreePlan};
 
@@ -41,6 +47,8 @@ pub struct Tree {
     /// What it is.
     pub record: TreeRecord,
     path: PathBuf,
+    /// None where it was read without a store.
+    lease: Option<Lease>,
 }
 
 /// What is kept with a tree.
@@ -56,6 +64,29 @@ pub struct TreeRecord {
     pub inodes: u64,
     /// Bytes that were to be fetched for it, by the manifest.
     pub compressed_bytes: u64,
+    /// Folders and symbolic links: inodes that it shares with no other tree.
+    #[serde(default)]
+    pub own_inodes: u64,
+    /// What shaped it beside the manifest, as a volume asked for it.
+    #[serde(default)]
+    pub view: View,
+}
+
+/// What shapes a tree beside its manifest, as the volume attributes say it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct View {
+    /// Patterns.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub include: String,
+    /// Patterns.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub exclude: String,
+    /// The rule for modes and owners.
+    pub permissions: PermissionsRule,
+    /// Mode of single-file layers that carry none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_mode: Option<u32>,
 }
 
 /// The objects that a plan's files come from.
@@ -64,7 +95,7 @@ pub struct Objects {
     /// By the layer's number in the manifest.
     pub layers: std::collections::BTreeMap<u32, Layer>,
     /// Single files by digest, mode and owner.
-    pub files: std::collections::HashMap<super::FileKey, PathBuf>,
+    pub files: std::collections::HashMap<super::FileKey, StoredFile>,
 }
 
 impl Store {
@@ -86,7 +117,42 @@ impl Store {
     /// One generation of a tree; none when its record cannot be read.
     #[must_use]
     pub fn tree_generation(&self, key: TreeKey, generation: u32) -> Option<Tree> {
-        Tree::read(self.root(), key, generation)
+        // The lease first: what is read after it stays.
+        let lease = self.catalog().lease(ObjectName::tree(key, generation));
+        Some(Tree { lease: Some(lease), ..Tree::read(self.root(), key, generation)? })
+    }
+
+    /// Remembers a publish: for eviction, which takes what was used longest ago.
+    pub fn tree_was_published(&self, tree: &Tree) {
+        self.touch(&ObjectName::tree(tree.key, tree.generation));
+    }
+
+    /// Remembers an unpublish. What an administrator has removed stays removed.
+    pub(super) fn tree_was_unpublished(&self, tree: &ObjectName) {
+        let forgotten = |record: &std::fs::Metadata| record.mtime() == FORGOTTEN;
+        if !self.record_of(tree).metadata().is_ok_and(|record| forgotten(&record)) {
+            self.touch(tree);
+        }
+    }
+
+    /// Makes a tree go with its last unpublish, or at the next collection.
+    pub fn forget_tree(&self, tree: &Tree) -> Result<(), StoreError> {
+        let name = ObjectName::tree(tree.key, tree.generation);
+        let path = self.record_of(&name);
+        set_time(&path, FORGOTTEN).map_err(|error| StoreError::io("write", &path, error))?;
+        self.catalog().used(&name, FORGOTTEN);
+        Ok(())
+    }
+
+    fn touch(&self, tree: &ObjectName) {
+        let now = jiff::Timestamp::now().as_second();
+        self.catalog().used(tree, now);
+        // A hint: where it cannot be written the tree only looks older after a restart.
+        let _ = set_time(&self.record_of(tree), now);
+    }
+
+    fn record_of(&self, tree: &ObjectName) -> PathBuf {
+        self.root().join(tree.as_str()).join("tree.json")
     }
 
     /// Makes a plan a tree.
@@ -115,8 +181,13 @@ impl Store {
         let path = staging.path().to_owned();
         staging.staged.wrote(|| path.clone());
         let folder = self.path("trees").join(key.to_string());
-        let generation = self.commit(staging, &path, &folder)?;
-        Ok(Tree { key, generation, record, path: folder.join(generation.to_string()) })
+        fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
+        let (generation, lease) = self.commit(staging, &path, &folder)?;
+        let links = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
+        let entry = Entry { links, ..tree_entry(Some(&record)) };
+        self.catalog().add(ObjectName::tree(key, generation), entry);
+        let path = folder.join(generation.to_string());
+        Ok(Tree { key, generation, record, path, lease: Some(lease) })
     }
 }
 
@@ -127,7 +198,13 @@ impl Tree {
     pub fn read(state: &std::path::Path, key: TreeKey, generation: u32) -> Option<Self> {
         let path = state.join("trees").join(key.to_string()).join(generation.to_string());
         let record = records::read(&path.join("tree.json"))?;
-        Some(Self { key, generation, record, path })
+        Some(Self { key, generation, record, path, lease: None })
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &std::path::Path {
+        &self.path
     }
 
     /// The root folder, open, for mounting.
@@ -153,7 +230,8 @@ impl Objects {
                 self.layers.get(&layer).map(|layer| layer.data(data))
             }
             Source::Blob { digest, permissions } => {
-                self.files.get(&super::FileKey { digest, permissions }).cloned()
+                let file = self.files.get(&super::FileKey { digest, permissions });
+                file.map(|file| file.path.clone())
             }
         }
     }
@@ -161,15 +239,10 @@ impl Objects {
     /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
     fn names(&self) -> Vec<String> {
         let layers =
-            self.layers.values().map(|layer| format!("layers/{}/{}", layer.key, layer.generation));
-        let files = self.files.values().map(|path| {
-            let mut parts: Vec<_> = path.iter().rev().take(3).collect();
-            parts.reverse();
-            let parts: Vec<_> = parts.iter().map(|part| part.to_string_lossy()).collect();
-            format!("files/{}", parts.join("/"))
-        });
+            self.layers.values().map(|layer| ObjectName::layer(layer.key, layer.generation));
+        let files = self.files.values().map(|file| ObjectName::file(file.key, file.generation));
         let names: std::collections::BTreeSet<_> = layers.chain(files).collect();
-        names.into_iter().collect()
+        names.iter().map(|name| name.as_str().to_owned()).collect()
     }
 }
 
@@ -295,6 +368,13 @@ impl Builder<'_> {
         set_owner_and_mode(&folder, metadata.permissions)?;
         folder.set_times(std::fs::FileTimes::new().set_modified(system_time(metadata.modified)))
     }
+}
+
+/// Sets a record's modification time, which is the last use of its tree.
+fn set_time(record: &std::path::Path, seconds: i64) -> io::Result<()> {
+    let time = TimeSpec::new(seconds, 0);
+    let follow = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
+    Ok(nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, record, &time, &time, follow)?)
 }
 
 fn below(folder: &OwnedFd, name: &CString) -> PathBuf {

@@ -120,6 +120,15 @@ impl Selection {
         text
     }
 
+    /// The attributes that give this selection: `include` and `exclude`.
+    #[must_use]
+    pub fn attributes(&self) -> (String, String) {
+        let join = |patterns: &Patterns| {
+            patterns.texts.iter().map(|text| text.replace(',', "\\,")).collect::<Vec<_>>().join(",")
+        };
+        (self.include.as_ref().map(join).unwrap_or_default(), join(&self.exclude))
+    }
+
     /// Whether a path is shown for its own sake. Folders above such a path are shown too.
     #[must_use]
     pub fn selects(&self, path: &RelativePath) -> bool {

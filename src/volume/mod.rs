@@ -23,7 +23,7 @@ pub mod unpublish;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -43,6 +43,8 @@ pub struct Content {
     pub store: Store,
     /// Gets more of it.
     pub puller: Puller,
+    /// Woken when there may be something to look after: a pull or an unpublish has ended.
+    pub upkeep: Arc<Notify>,
 }
 
 /// Whether content can be served now, and why not.

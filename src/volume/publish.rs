@@ -17,13 +17,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::VolumeError;
 use super::guard::Interest;
+use super::reconcile::is_known_to_kubelet;
 use super::request::PublishRequest;
 use super::{Content, TargetPath, Volumes};
+use crate::fault;
 use crate::mount::{MountTable, Target, TargetState};
 use crate::oci::Digest;
 use crate::pull::ProgressView;
+use crate::store::eviction::Goal;
+use crate::store::gc::Want;
 use crate::store::publications::Publication;
-use crate::store::{Tree, TreeKey};
+use crate::store::{Store, StoreError, Tree, TreeKey};
+
+/// What is freed for a record on a full disk: several times what one takes.
+const RECORD_ROOM: u64 = 64 << 10;
 
 /// What a publish did, for the log and the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -151,7 +158,9 @@ impl Volumes {
         let Some((key, generation)) = mounted else {
             return Err(occupied("has a mount that is not this driver's: unmount it"));
         };
-        let known = record.filter(|record| (record.tree, record.generation) == (key, generation));
+        let known = record.filter(|record| {
+            !record.rebuilt && (record.tree, record.generation) == (key, generation)
+        });
         match known {
             Some(record)
                 if record.fingerprint != fingerprint || record.volume_id != request.volume_id =>
@@ -204,7 +213,10 @@ impl Volumes {
         let view = ProgressView::default();
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, &view)).await
         {
-            Ok(Ok(acquired)) if view.was_shown() => Ok((acquired, PublishPath::Miss)),
+            Ok(Ok(acquired)) if view.was_shown() => {
+                content.upkeep.notify_one();
+                Ok((acquired, PublishPath::Miss))
+            }
             Ok(Ok(acquired)) => Ok((acquired, PublishPath::Hit)),
             Ok(Err(source)) => Err(VolumeError::Pull { reference, source }),
             Err(_) => Err(VolumeError::StillPulling { reference, progress: view.snapshot() }),
@@ -221,7 +233,8 @@ impl Volumes {
         let (store, request) = (content.store.clone(), Arc::clone(request));
         let find = move || {
             let record = store.publication(&request.target.full())?;
-            let same = record.volume_id == request.volume_id
+            let same = !record.rebuilt
+                && record.volume_id == request.volume_id
                 && record.fingerprint == request.attributes.fingerprint(request.flags);
             if !same {
                 return None;
@@ -250,15 +263,22 @@ impl Volumes {
         if self.examine(request, &target)?.is_some() {
             return Ok(());
         }
+        let passed =
+            |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
+        passed("publish.acquired")?;
         let earlier = content.store.publication(&full);
-        content.store.put_publication(&self.record(request, tree))?;
+        put_record(&content.store, &self.record(request, tree))?;
         let attached = || -> Result<(), VolumeError> {
+            passed("publish.recorded")?;
             let root = tree.open()?;
             target.create().map_err(|error| kernel("create", request, error))?;
+            passed("publish.folder")?;
             self.0
                 .attach
                 .attach(root.as_fd(), &target, request.flags)
-                .map_err(|error| kernel("mount at", request, error))
+                .map_err(|error| kernel("mount at", request, error))?;
+            content.store.tree_was_published(tree);
+            Ok(())
         };
         let attached = attached();
         if attached.is_err() {
@@ -268,7 +288,10 @@ impl Volumes {
                 None => content.store.remove_publication(&full),
             };
         }
-        attached
+        attached?;
+        // It is mounted: whatever fails from here on is found at the next call.
+        let _ = fault::point("publish.mounted");
+        Ok(())
     }
 
     /// After a final error nothing is left at the target: an empty folder goes,
@@ -300,7 +323,23 @@ impl Volumes {
             tree: tree.key,
             generation: tree.generation,
             pod: request.pod.full_name(),
+            kubelet_knew: is_known_to_kubelet(&request.target.full()),
+            rebuilt: false,
         }
+    }
+}
+
+/// Writes a record; on a full disk once more after making room.
+fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
+    match store.put_publication(record) {
+        Err(error @ StoreError::NoSpace { .. }) => {
+            let room = Goal { bytes: RECORD_ROOM, inodes: 1 };
+            if store.collect(&Want::Room(room))?.is_nothing() {
+                return Err(error.into());
+            }
+            Ok(store.put_publication(record)?)
+        }
+        written => Ok(written?),
     }
 }
 

@@ -1,32 +1,273 @@
-//! At start: records of targets that no longer exist are dropped.
+//! Records and reality, brought together: at start, and again from time to time.
 //!
-//! Mounts need nothing: they are found by the kernel's table when the kubelet
-//! asks, and a mount of ours without a record is adopted then.
+//! ```text
+//! record, nothing mounted, pod's folder there    kept: the same volume gets the same content
+//! record, nothing mounted, pod's folder gone     dropped: also what came from another machine
+//! mount, no record                               recorded again, so that nobody evicts it
+//! mount, the kubelet's vol_data.json gone        the kubelet will not ask for it any more: unmounted
+//! mount anywhere else                            counted only: nobody knows whose it is
+//! ```
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use crate::store::{Store, StoreError};
+use super::error::VolumeError;
+use super::target_path::TargetPath;
+use super::unpublish;
+use super::{Content, Volumes};
+use crate::mount::MountTable;
+use crate::oci::Digest;
+use crate::store::publications::Publication;
+use crate::store::{Store, StoreError, TreeKey};
 
-/// What the records came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What the kubelet writes beside a target before it asks for the volume, and
+/// removes after it has had it unpublished.
+const KUBELETS_FILE: &str = "vol_data.json";
+
+/// What the records and the mounts came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reconciled {
-    /// Records of targets that may be published again.
+    /// Records of targets that are mounted or may be published again.
     pub kept: usize,
     /// Records whose pod is gone.
     pub dropped: usize,
+    /// Mounts whose record was lost.
+    pub recorded: usize,
+    /// Mounts that the kubelet has forgotten, taken away.
+    pub unmounted: usize,
+    /// Mounts of ours of which nobody knows whose they are.
+    pub unknown: usize,
 }
 
-/// Compares the records with the folders of pods.
-pub fn reconcile(store: &Store) -> Result<Reconciled, StoreError> {
-    let mut reconciled = Reconciled::default();
-    for publication in store.publications()? {
+/// One of our mounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mounted {
+    target: PathBuf,
+    tree: TreeKey,
+    generation: u32,
+    /// Whether the target has the form of a volume that the kubelet asks for.
+    is_kubelets: bool,
+    /// Whether the kubelet's file is beside it.
+    is_known_to_kubelet: bool,
+}
+
+/// One record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Recorded {
+    target: PathBuf,
+    /// Whether the kubelet's file was beside the target at the publish.
+    was_known_to_kubelet: bool,
+    /// Whether the folder above the target exists.
+    has_folder: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Decisions {
+    keep: usize,
+    drop: Vec<PathBuf>,
+    record: Vec<Mounted>,
+    unmount: Vec<PathBuf>,
+    unknown: usize,
+}
+
+impl Volumes {
+    /// Brings records and mounts together.
+    pub async fn reconcile(
+        &self,
+        content: &Content,
+        kubelet_dir: &Path,
+    ) -> Result<Reconciled, VolumeError> {
+        let (store, kubelet) = (content.store.clone(), kubelet_dir.to_owned());
+        let looked = tokio::task::spawn_blocking(move || {
+            let decisions = decide(&recorded(&store)?, &mounted(&kubelet)?);
+            for target in &decisions.drop {
+                store.remove_publication(target)?;
+            }
+            for mount in &decisions.record {
+                store.put_publication(&rebuilt(&store, mount))?;
+            }
+            Ok::<_, StoreError>(decisions)
+        });
+        let decisions = looked.await.unwrap_or_else(|error| {
+            let source = std::io::Error::other(error);
+            Err(StoreError::io("reconcile", kubelet_dir, source))
+        })?;
+        let mut unmounted = 0;
+        for target in &decisions.unmount {
+            let text = target.to_string_lossy();
+            if self.unpublish_forgotten(TargetPath::parse(kubelet_dir, &text)?).await? {
+                unmounted += 1;
+            }
+        }
+        Ok(Reconciled {
+            kept: decisions.keep,
+            dropped: decisions.drop.len(),
+            recorded: decisions.record.len(),
+            unmounted,
+            unknown: decisions.unknown,
+        })
+    }
+
+    /// Unpublishes what the kubelet has forgotten; looks again when it is its turn.
+    async fn unpublish_forgotten(&self, target: TargetPath) -> Result<bool, VolumeError> {
+        let held = self.0.guards.interest(&target.full()).hold().await;
+        let volumes = self.clone();
+        let work = self.0.tracker.spawn_blocking(move || {
+            let _held = held;
+            if is_known_to_kubelet(&target.full()) {
+                return Ok(false);
+            }
+            tracing::warn!(%target, "the kubelet has forgotten this volume: unmounting it");
+            let detached = unpublish::detach(&target)?;
+            unpublish::remove(&target, &detached)?;
+            volumes.forget(&target);
+            Ok(true)
+        });
+        work.await.unwrap_or(Err(VolumeError::Crashed))
+    }
+}
+
+/// Whether the kubelet's file is beside a target.
+pub(super) fn is_known_to_kubelet(target: &Path) -> bool {
+    target.with_file_name(KUBELETS_FILE).symlink_metadata().is_ok()
+}
+
+fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
+    let mut decisions = Decisions::default();
+    for record in records {
+        let is_mounted = mounts.iter().any(|mount| mount.target == record.target);
         // The kubelet removes the folder above the target with the volume, also after a reboot.
-        if publication.target.parent().is_some_and(Path::exists) {
-            reconciled.kept += 1;
+        if is_mounted || record.has_folder {
+            decisions.keep += 1;
         } else {
-            store.remove_publication(&publication.target)?;
-            reconciled.dropped += 1;
+            decisions.drop.push(record.target.clone());
         }
     }
-    Ok(reconciled)
+    for mount in mounts {
+        let record = records.iter().find(|record| record.target == mount.target);
+        // A caller that is no kubelet has never written that file, and nothing has gone.
+        let was_known = record.is_none_or(|record| record.was_known_to_kubelet);
+        match (mount.is_kubelets, mount.is_known_to_kubelet) {
+            (true, false) if was_known => decisions.unmount.push(mount.target.clone()),
+            (false, false) if record.is_none() => decisions.unknown += 1,
+            _ if record.is_none() => decisions.record.push(mount.clone()),
+            _ => {}
+        }
+    }
+    decisions
+}
+
+fn recorded(store: &Store) -> Result<Vec<Recorded>, StoreError> {
+    let records = store.publications()?.into_iter();
+    Ok(records
+        .map(|publication| Recorded {
+            was_known_to_kubelet: publication.kubelet_knew,
+            has_folder: publication.target.parent().is_some_and(Path::exists),
+            target: publication.target,
+        })
+        .collect())
+}
+
+fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
+    let table = MountTable::read()
+        .map_err(|error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error))?;
+    // The table has no symbolic links; targets are named as the kubelet names its folder.
+    let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
+    let ours = table.iter().filter_map(|entry| {
+        let (tree, generation) = TreeKey::of_mount_root(entry.root_as_mounted())?;
+        let below = entry.mount_point.strip_prefix(&real).ok();
+        let target = below.map_or_else(|| entry.mount_point.clone(), |path| kubelet_dir.join(path));
+        Some(Mounted {
+            is_kubelets: below.is_some_and(is_kubelets),
+            is_known_to_kubelet: is_known_to_kubelet(&target),
+            target,
+            tree,
+            generation,
+        })
+    });
+    Ok(ours.collect())
+}
+
+/// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`
+fn is_kubelets(path: &Path) -> bool {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    let parts: Vec<_> = parts.iter().map(AsRef::as_ref).collect();
+    matches!(parts[..], ["pods", _, "volumes", "kubernetes.io~csi", _, "mount"])
+}
+
+/// All that can be known without the record; the next publish of the volume completes it.
+fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
+    #[derive(serde::Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct VolumeData {
+        volume_handle: String,
+    }
+    let data = std::fs::read(mount.target.with_file_name(KUBELETS_FILE)).ok();
+    let data = data.and_then(|data| serde_json::from_slice::<VolumeData>(&data).ok());
+    let tree = store.tree_generation(mount.tree, mount.generation);
+    let unknown = Digest::of(b"");
+    Publication {
+        volume_id: data.map(|data| data.volume_handle).unwrap_or_default(),
+        target: mount.target.clone(),
+        boot_id: crate::store::publications::boot_id(),
+        fingerprint: unknown,
+        reference: String::new(),
+        manifest: tree.map_or(unknown, |tree| tree.record.manifest),
+        tree: mount.tree,
+        generation: mount.generation,
+        pod: None,
+        kubelet_knew: mount.is_known_to_kubelet,
+        rebuilt: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KUBELETS: &str = "/kubelet/pods/u/volumes/kubernetes.io~csi/v/mount";
+
+    fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> Mounted {
+        let tree = TreeKey::new(Digest::of(b""), "", "Readable", "");
+        let target = target.into();
+        Mounted { target, tree, generation: 1, is_kubelets, is_known_to_kubelet }
+    }
+
+    fn record(target: &str, was_known_to_kubelet: bool, has_folder: bool) -> Recorded {
+        Recorded { target: target.into(), was_known_to_kubelet, has_folder }
+    }
+
+    #[test]
+    fn records_without_mounts_stay_as_long_as_their_pod() {
+        let records = [record("/a", true, true), record("/b", true, false)];
+        let decisions = decide(&records, &[]);
+        assert_eq!((decisions.keep, decisions.drop), (1, vec!["/b".into()]));
+    }
+
+    #[test]
+    fn what_the_kubelet_has_forgotten_is_unmounted() {
+        let known = [record(KUBELETS, true, true)];
+        let forgotten = [mount(KUBELETS, true, false)];
+        assert_eq!(decide(&known, &forgotten).unmount, [PathBuf::from(KUBELETS)]);
+        assert_eq!(decide(&[], &forgotten).unmount, [PathBuf::from(KUBELETS)]);
+        assert!(decide(&known, &[mount(KUBELETS, true, true)]).unmount.is_empty());
+        // Whoever published it has never written the kubelet's file.
+        let others = [record(KUBELETS, false, true)];
+        assert!(decide(&others, &forgotten).unmount.is_empty());
+    }
+
+    #[test]
+    fn lost_records_are_rebuilt_and_strange_mounts_counted() {
+        let (ours, strange) = (mount(KUBELETS, true, true), mount("/mnt/x", false, false));
+        let decisions = decide(&[], &[ours.clone(), strange]);
+        assert_eq!((decisions.record, decisions.unknown), (vec![ours], 1));
+        assert!(decisions.unmount.is_empty());
+    }
+
+    #[test]
+    fn the_form_of_a_volume_is_the_kubelets() {
+        assert!(is_kubelets(Path::new("pods/u/volumes/kubernetes.io~csi/v/mount")));
+        for path in ["pods/u/volumes/kubernetes.io~csi/v", "pods/u/volume-subpaths/v/c/0", "x"] {
+            assert!(!is_kubelets(Path::new(path)), "{path}");
+        }
+    }
 }

@@ -6,6 +6,7 @@
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
+use crate::fault;
 use crate::mount::{MountTable, Target, TargetState};
 use crate::store::TreeKey;
 
@@ -22,7 +23,9 @@ impl Volumes {
             tokio::task::spawn_blocking(move || {
                 let held = held;
                 let detached = detach(&target)?;
+                fault::point("unpublish.unmounted").map_err(failed(&target, "unmount"))?;
                 remove(&target, &detached)?;
+                fault::point("unpublish.removed").map_err(failed(&target, "remove"))?;
                 Ok((target, held))
             })
             .await
@@ -38,11 +41,13 @@ impl Volumes {
     }
 
     /// The record goes last, and its loss harms nobody.
-    fn forget(&self, target: &TargetPath) {
+    pub(super) fn forget(&self, target: &TargetPath) {
         let Ok(content) = self.content() else { return };
         if let Err(error) = content.store.remove_publication(&target.full()) {
             tracing::warn!(%error, %target, "the record of an unpublished volume stays");
         }
+        let _ = fault::point("unpublish.forgotten");
+        content.upkeep.notify_one();
     }
 }
 
@@ -77,7 +82,7 @@ pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
 }
 
 /// Removes the target's folder, if it is empty and nothing is mounted there.
-fn remove(path: &TargetPath, detached: &Detached) -> Result<(), VolumeError> {
+pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), VolumeError> {
     let Some(target) = open(path)? else { return Ok(()) };
     target.remove_if_empty().map_err(failed(path, "remove"))?;
     // "OK" for what is still mounted would leave the pod in Terminating for ever.

@@ -61,10 +61,22 @@ impl DriverOptions {
             "--health-endpoint=".to_owned(),
             "--metrics-endpoint=".to_owned(),
             format!("--endpoint=unix://{}", self.socket.display()),
+            format!("--config={}", self.config().display()),
             format!("--state-dir={}", self.state.display()),
             format!("--kubelet-dir={}", self.kubelet.display()),
             format!("--registration-dir={}", self.kubelet.join("plugins_registry").display()),
         ]
+    }
+
+    /// A developer's disk may be fuller than a node's is allowed to be; nothing else differs
+    /// from a driver without a configuration.
+    fn config(&self) -> PathBuf {
+        let path = self.log.with_file_name("roomy.yaml");
+        let text = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\ncache:\n  \
+                    minFreePercent: 0\n  minFreeInodesPercent: 0\n  \
+                    highThresholdPercent: 100\n  lowThresholdPercent: 100\n";
+        fs::write(&path, text).expect("a configuration");
+        path
     }
 
     /// Whether the test gave this flag a value of its own.

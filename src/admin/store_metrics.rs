@@ -1,0 +1,108 @@
+//! What the store holds, as metrics: looked at when somebody scrapes.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
+
+use crate::store::eviction::Reason;
+use crate::store::gc::Now;
+use crate::store::{ObjectKind, Store};
+
+/// Empty until the store is open.
+#[derive(Clone, Debug, Default)]
+pub(super) struct StoreMetrics(Arc<OnceLock<Store>>);
+
+impl StoreMetrics {
+    /// The store is open. It is opened once.
+    pub(super) fn observe(&self, store: Store) {
+        let _ = self.0.set(store);
+    }
+}
+
+impl Collector for StoreMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let Some(store) = self.0.get() else { return Ok(()) };
+        let mut writer = Writer(&mut encoder);
+        // A disk that cannot be looked at has no numbers; that it cannot, the log says.
+        if let Ok(facts) = store.facts(Now::read()) {
+            let usage = facts.usage();
+            writer.bytes("cache", "Disk space of all content, shared content once", usage.bytes)?;
+            writer.bytes("pinned", "Disk space of what pins hold", facts.pinned().bytes)?;
+            let count =
+                |kind| facts.store.objects.keys().filter(|name| name.kind() == kind).count();
+            writer.objects(&[
+                ("file", count(ObjectKind::File)),
+                ("layer", count(ObjectKind::Layer)),
+                ("tree", count(ObjectKind::Tree)),
+            ])?;
+        }
+        if let Ok(room) = store.room() {
+            let floor = room.floor(store.cache_options());
+            let help = "Free space of the state directory's filesystem";
+            writer.bytes("filesystem_free", help, room.free_bytes)?;
+            writer.bytes("filesystem_floor", "Space that is kept free", floor.bytes)?;
+            let help = "Size of the state directory's filesystem";
+            writer.bytes("filesystem_size", help, room.total_bytes)?;
+            writer.gauge("filesystem_free_inodes", "Free inodes there", room.free_inodes)?;
+        }
+        let evictions = store.evictions();
+        writer.evictions(&Reason::ALL.map(|reason| (reason.name(), evictions.count(reason))))?;
+        let help = "Disk space of evicted content";
+        writer.counter("evicted", help, Some(&Unit::Bytes), evictions.bytes())?;
+        let help = "Content that was found damaged";
+        writer.counter("verification_failures", help, None, store.damages())
+    }
+}
+
+struct Writer<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+
+impl Writer<'_, '_> {
+    fn bytes(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let gauge = ConstGauge::new(value);
+        let unit = Some(&Unit::Bytes);
+        gauge.encode(self.0.encode_descriptor(name, help, unit, gauge_type())?)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let gauge = ConstGauge::new(value);
+        gauge.encode(self.0.encode_descriptor(name, help, None, gauge_type())?)
+    }
+
+    fn counter(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: u64) -> fmt::Result {
+        let counter = ConstCounter::new(value);
+        counter.encode(self.0.encode_descriptor(name, help, unit, counter_type())?)
+    }
+
+    fn objects(&mut self, counts: &[(&str, usize)]) -> fmt::Result {
+        let help = "Objects in the cache";
+        let mut family = self.0.encode_descriptor("cache_objects", help, None, gauge_type())?;
+        for (kind, count) in counts {
+            let gauge = ConstGauge::new(*count as u64);
+            gauge.encode(family.encode_family(&[("kind", *kind)])?)?;
+        }
+        Ok(())
+    }
+
+    fn evictions(&mut self, counts: &[(&str, u64)]) -> fmt::Result {
+        let help = "Objects that were evicted";
+        let mut family = self.0.encode_descriptor("evictions", help, None, counter_type())?;
+        for (reason, count) in counts {
+            let counter = ConstCounter::new(*count);
+            counter.encode(family.encode_family(&[("reason", *reason)])?)?;
+        }
+        Ok(())
+    }
+}
+
+const fn gauge_type() -> prometheus_client::metrics::MetricType {
+    prometheus_client::metrics::MetricType::Gauge
+}
+
+const fn counter_type() -> prometheus_client::metrics::MetricType {
+    prometheus_client::metrics::MetricType::Counter
+}

@@ -1,0 +1,141 @@
+//! Opens the store beside the sockets, and makes content available.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::NodeOptions;
+use crate::admin::metrics::Metrics;
+use crate::config::{ConfigurationError, NodeConfiguration};
+use crate::oci::registry::{Registry, RegistryOptions};
+use crate::pull::Puller;
+use crate::store::lock::Lock;
+use crate::store::own::require_mountpoint;
+use crate::store::{SecurityLabel, Store, StoreError, StoreOptions};
+use crate::upkeep::Upkeep;
+use crate::volume::{Content, ContentState, Volumes};
+
+/// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
+const STORE_RETRY: Duration = Duration::from_secs(10);
+
+/// What it takes to open a node's store.
+pub(super) struct Opening {
+    pub(super) options: NodeOptions,
+    pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
+    pub(super) volumes: Volumes,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) content: watch::Sender<ContentState>,
+    /// None until a disk that failed at start has come back.
+    pub(super) lock: Arc<Mutex<Option<Lock>>>,
+    pub(super) tracker: TaskTracker,
+    pub(super) shutdown: CancellationToken,
+}
+
+impl Opening {
+    /// Opens the store, again and again until it opens, makes content available, and looks
+    /// after it until the end.
+    pub(super) async fn run(self) {
+        let configuration = match &self.configuration {
+            Ok(configuration) => configuration,
+            Err(error) => {
+                tracing::error!(%error, "publishing is off until the file is mended and the driver restarted");
+                self.metrics.configuration_error(true);
+                self.content.send_modify(|state| *state = Err(error.to_string()));
+                return;
+            }
+        };
+        let content = loop {
+            let reason = match self.open(configuration).await {
+                Ok(content) => break content,
+                Err(reason) => reason,
+            };
+            tracing::error!(error = reason, "content cannot be served; trying again");
+            self.content.send_modify(|state| *state = Err(reason));
+            tokio::select! {
+                () = tokio::time::sleep(STORE_RETRY) => {}
+                () = self.shutdown.cancelled() => return,
+            }
+        };
+        let upkeep = Upkeep {
+            volumes: self.volumes.clone(),
+            content: content.clone(),
+            kubelet_dir: self.options.kubelet_dir.clone(),
+            metrics: Arc::clone(&self.metrics),
+        };
+        // Before anything is published: what was shown is known, and stays.
+        upkeep.reconcile().await;
+        self.metrics.observe_store(&content.store);
+        let (store, wanted) = (content.store.clone(), Arc::clone(&content.upkeep));
+        self.content.send_modify(|state| *state = Ok(content));
+        self.tracker.spawn_blocking(move || {
+            if let Err(error) = store.load_catalog() {
+                tracing::warn!(%error, "the sizes of cached content cannot be read yet");
+            }
+        });
+        upkeep.run(wanted, self.shutdown.clone()).await;
+    }
+
+    async fn open(&self, configuration: &NodeConfiguration) -> Result<Content, String> {
+        let (root, for_store) = (self.options.state_dir.clone(), configuration.clone());
+        let lock = Arc::clone(&self.lock);
+        let opened = tokio::task::spawn_blocking(move || open_store(&root, &for_store, &lock));
+        let store = opened.await.map_err(|error| error.to_string())?;
+        let store = store.map_err(|error| error.to_string())?;
+        content_of(store, configuration, &self.tracker, &self.shutdown)
+    }
+}
+
+fn open_store(
+    root: &Path,
+    configuration: &NodeConfiguration,
+    lock: &Mutex<Option<Lock>>,
+) -> Result<Store, StoreError> {
+    // A disk that failed at start may have come back: never without the lock.
+    let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    if lock.is_none() {
+        *lock = Some(acquire(root, configuration.cache.require_mountpoint)?);
+    }
+    drop(lock);
+    let label = SecurityLabel::is_used_on_this_node()
+        .then(|| SecurityLabel::new(&configuration.selinux.file_label))
+        .flatten();
+    let store = Store::open(root, StoreOptions { label, cache: configuration.cache.options() })?;
+    tracing::info!(state = %root.display(), "the store is open");
+    Ok(store)
+}
+
+/// The lock, and nothing else is written before it, nor to a disk that is not the right one.
+pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreError> {
+    if must_be_mounted {
+        require_mountpoint(root)?;
+    }
+    Lock::try_acquire(root)
+}
+
+/// What serves content, over an open store.
+pub fn content_of(
+    store: Store,
+    configuration: &NodeConfiguration,
+    tracker: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Result<Content, String> {
+    let registry = Registry::new(RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        stall_timeout: configuration.pull.stall_timeout.0,
+        ..RegistryOptions::default()
+    })
+    .map_err(|error| error.to_string())?;
+    let puller = Puller::new(
+        store.clone(),
+        registry,
+        configuration.limits.clone(),
+        configuration.pull.options(),
+        tracker,
+        shutdown,
+    );
+    Ok(Content { store, puller, upkeep: Arc::default() })
+}

@@ -1,0 +1,101 @@
+//! How much of the disk an artifact will take, claimed before its first byte.
+
+use std::sync::Arc;
+
+use super::Inner;
+use super::artifact::{Part, PartRule};
+use super::error::PullError;
+use super::resolve::blocking;
+use crate::store::eviction::Goal;
+use crate::store::gc::Want;
+use crate::store::room::{Claim, Reservation};
+use crate::store::{FileKey, LayerKey, Store, StoreError};
+use crate::unpack::PermissionsRule;
+use crate::unpack::layer_rule::ArchiveRule;
+
+/// What compressed archives unpack to, as far as anybody can tell before: binaries about this
+/// much, models less. Too little is found while unpacking; too much would refuse what fits.
+const UNPACKED_PER_COMPRESSED: u64 = 2;
+/// Bytes of an archive for each of its files, as far as anybody can tell before.
+const ARCHIVE_BYTES_PER_INODE: u64 = 16 << 10;
+/// What is freed at least when the disk turns out full: many small writes have to fit.
+const LEAST_ROOM: u64 = 64 << 20;
+
+impl Inner {
+    /// Claims room for all parts that are not in the store yet.
+    pub(super) async fn reserve(
+        self: &Arc<Self>,
+        parts: &[Part],
+        permissions: PermissionsRule,
+    ) -> Result<Reservation, PullError> {
+        let (inner, parts) = (Arc::clone(self), parts.to_vec());
+        blocking(move || {
+            let mut claims = Vec::new();
+            for part in &parts {
+                if !is_here(&inner.store, part, permissions)? {
+                    claims.push(claim(part));
+                }
+            }
+            Ok(inner.store.reserve(&claims)?)
+        })
+        .await
+    }
+
+    /// After a write that found the disk full: whether there is more room now.
+    pub(super) async fn make_room(self: &Arc<Self>, error: &PullError) -> Result<bool, PullError> {
+        // What was refused with numbers has been tried already.
+        if matches!(error.root(), PullError::Store(StoreError::NoRoom(_))) {
+            return Ok(false);
+        }
+        let inner = Arc::clone(self);
+        blocking(move || {
+            let room = inner.store.room()?;
+            let floor = room.floor(inner.store.cache_options());
+            let least = Goal { bytes: LEAST_ROOM, inodes: 0 };
+            let goal = room.missing_until(floor.plus(least)).max(least);
+            let freed = inner.store.collect(&Want::Room(goal))?;
+            Ok(!freed.is_nothing())
+        })
+        .await
+    }
+}
+
+fn is_here(store: &Store, part: &Part, permissions: PermissionsRule) -> Result<bool, PullError> {
+    let digest = part.descriptor.digest;
+    Ok(match &part.rule {
+        PartRule::File(_, Some(permissions)) => {
+            store.file(FileKey { digest, permissions: *permissions })?.is_some()
+        }
+        PartRule::File(_, None) => store.any_file_of(digest)?.is_some(),
+        PartRule::Archive(rule) => store.layer(layer_key(digest, rule, permissions))?.is_some(),
+    })
+}
+
+fn claim(part: &Part) -> Claim {
+    let (blob, size) = (part.descriptor.digest, part.descriptor.size);
+    match &part.rule {
+        PartRule::File(..) => Claim { blob, bytes: size, inodes: 1 },
+        PartRule::Archive(_) => {
+            // Only a guess: what an archive really is, its first bytes say.
+            let plain = part.descriptor.media_type.ends_with("tar");
+            let factor = if plain { 1 } else { UNPACKED_PER_COMPRESSED };
+            let unpacked = size.saturating_mul(factor);
+            Claim {
+                blob,
+                bytes: size.saturating_add(unpacked),
+                inodes: unpacked.div_ceil(ARCHIVE_BYTES_PER_INODE).saturating_add(2),
+            }
+        }
+    }
+}
+
+/// The name of an archive's unpacked layer.
+pub(super) fn layer_key(
+    blob: crate::oci::Digest,
+    rule: &ArchiveRule,
+    permissions: PermissionsRule,
+) -> LayerKey {
+    // A digest that the archive must unpack to is checked while unpacking, so it is part of the name.
+    let tar = rule.tar_digest.map(|digest| digest.hex()).unwrap_or_default();
+    LayerKey::new(blob, &format!("{} {tar}", rule.decoder()), permissions.name())
+}

@@ -1,0 +1,366 @@
+//! What the store holds, in memory: sizes, links, last uses, and who needs what.
+//!
+//! Content is found on the disk, by its name; the catalog only answers what may
+//! go and how much that would free, without walking anything. It is filled from
+//! the records when it is first needed, and every commit and every removal
+//! keeps it true. A crash loses nothing: the disk says it all again.
+//!
+//! A **lease** is a hold on one object for as long as somebody in this process
+//! works with it: a publish between finding a tree and mounting it, a flight
+//! between making a layer and linking it. Looking at an object starts with the
+//! lease, so that it cannot go between the look and the use.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::object::ObjectName;
+use crate::oci::Digest;
+
+/// Shared by all clones of a store, and by leases.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    state: Mutex<State>,
+    /// Something that was leaving is gone, or has stayed.
+    settled: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    objects: HashMap<ObjectName, Entry>,
+    /// How many trees link a file or a layer.
+    links: Tally<ObjectName>,
+    leases: Tally<ObjectName>,
+    /// The trees that records say are shown, by target.
+    publications: HashMap<PathBuf, ObjectName>,
+    published: Tally<ObjectName>,
+    /// The manifests that pins hold, by the pin's file.
+    pins: HashMap<PathBuf, Digest>,
+    pinned: Tally<Digest>,
+    /// Being removed at this moment.
+    leaving: HashSet<ObjectName>,
+    bytes: u64,
+    inodes: u64,
+}
+
+/// What is known of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What it takes on the disk by itself, what it links not counted.
+    pub bytes: u64,
+    /// Inodes of its own.
+    pub inodes: u64,
+    /// Seconds since 1970 of its last publish or unpublish, or of its making.
+    pub last_used: i64,
+    /// It is not shown anew.
+    pub damaged: bool,
+    /// Of a tree: its manifest.
+    pub manifest: Option<Digest>,
+    /// Of a tree: the files and layers that it links.
+    pub links: Vec<ObjectName>,
+}
+
+/// Keeps one object where it is; clones share it.
+#[derive(Clone, Debug)]
+pub struct Lease(#[expect(dead_code, reason = "its end is what counts")] Arc<Hold>);
+
+#[derive(Debug)]
+struct Hold {
+    catalog: Arc<Catalog>,
+    name: ObjectName,
+}
+
+/// The right to remove one object that nobody needs; until it is dropped,
+/// whoever wants to look at the object waits.
+#[derive(Debug)]
+pub struct Condemned {
+    catalog: Arc<Catalog>,
+    name: ObjectName,
+}
+
+/// A copy of what planning needs, taken at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Everything that the store holds.
+    pub objects: HashMap<ObjectName, Entry>,
+    /// Objects that somebody works with.
+    pub leased: HashSet<ObjectName>,
+    /// Trees that records say are shown.
+    pub published: HashSet<ObjectName>,
+    /// Manifests that are pinned.
+    pub pinned: HashSet<Digest>,
+}
+
+/// How many objects there are, and what they take together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes, each object once.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+    /// Files, layers and trees.
+    pub objects: u64,
+}
+
+impl Catalog {
+    /// Holds an object. Waits while it is being removed: then it is not there any more.
+    #[must_use]
+    pub fn lease(self: &Arc<Self>, name: ObjectName) -> Lease {
+        let mut state = self.lock();
+        while state.leaving.contains(&name) {
+            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.leases.add(name.clone());
+        drop(state);
+        Lease(Arc::new(Hold { catalog: Arc::clone(self), name }))
+    }
+
+    /// Adds what was made, or was found at the start. What is known already stays.
+    pub fn add(&self, name: ObjectName, entry: Entry) {
+        let mut state = self.lock();
+        if state.objects.contains_key(&name) {
+            return;
+        }
+        state.bytes = state.bytes.saturating_add(entry.bytes);
+        state.inodes = state.inodes.saturating_add(entry.inodes);
+        for link in &entry.links {
+            state.links.add(link.clone());
+        }
+        state.objects.insert(name, entry);
+    }
+
+    /// Remembers that a tree was published or unpublished.
+    pub fn used(&self, name: &ObjectName, now: i64) {
+        if let Some(entry) = self.lock().objects.get_mut(name) {
+            entry.last_used = now;
+        }
+    }
+
+    /// Remembers that an object is not shown anew.
+    pub fn damaged(&self, name: &ObjectName) {
+        if let Some(entry) = self.lock().objects.get_mut(name) {
+            entry.damaged = true;
+        }
+    }
+
+    /// A target shows a tree from now on.
+    pub fn publish(&self, target: &Path, tree: ObjectName) {
+        let mut state = self.lock();
+        state.published.add(tree.clone());
+        if let Some(earlier) = state.publications.insert(target.to_owned(), tree) {
+            state.published.remove(&earlier);
+        }
+    }
+
+    /// A target shows nothing of ours any more; says what it has shown.
+    pub fn unpublish(&self, target: &Path) -> Option<ObjectName> {
+        let mut state = self.lock();
+        let tree = state.publications.remove(target)?;
+        state.published.remove(&tree);
+        Some(tree)
+    }
+
+    /// A pin holds a manifest from now on.
+    pub fn pin(&self, pin: &Path, manifest: Digest) {
+        let mut state = self.lock();
+        state.pinned.add(manifest);
+        if let Some(earlier) = state.pins.insert(pin.to_owned(), manifest) {
+            state.pinned.remove(&earlier);
+        }
+    }
+
+    /// A pin is gone.
+    pub fn unpin(&self, pin: &Path) {
+        let mut state = self.lock();
+        if let Some(manifest) = state.pins.remove(pin) {
+            state.pinned.remove(&manifest);
+        }
+    }
+
+    /// The right to remove an object, if nobody needs it at this moment.
+    #[must_use]
+    pub fn condemn(self: &Arc<Self>, name: &ObjectName) -> Option<Condemned> {
+        let mut state = self.lock();
+        let entry = state.objects.get(name)?;
+        let pinned = entry.manifest.is_some_and(|manifest| state.pinned.has(&manifest));
+        // A pin keeps content that can be shown; a damaged generation cannot.
+        let pinned = pinned && !entry.damaged;
+        let needed = pinned
+            || state.leases.has(name)
+            || state.published.has(name)
+            || state.links.has(name)
+            || state.leaving.contains(name);
+        if needed {
+            return None;
+        }
+        state.leaving.insert(name.clone());
+        Some(Condemned { catalog: Arc::clone(self), name: name.clone() })
+    }
+
+    /// What planning needs.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        Snapshot {
+            objects: state.objects.clone(),
+            leased: state.leases.keys(),
+            published: state.published.keys(),
+            pinned: state.pinned.keys(),
+        }
+    }
+
+    /// What all objects take together.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        let state = self.lock();
+        let objects = state.objects.len() as u64;
+        Usage { bytes: state.bytes, inodes: state.inodes, objects }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change is one statement of maps that stay whole: a panic elsewhere spoils nothing.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Condemned {
+    /// The object has lost its name: what it linked is free of it.
+    pub fn removed(self) {
+        let mut state = self.catalog.lock();
+        if let Some(entry) = state.objects.remove(&self.name) {
+            state.bytes = state.bytes.saturating_sub(entry.bytes);
+            state.inodes = state.inodes.saturating_sub(entry.inodes);
+            for link in &entry.links {
+                state.links.remove(link);
+            }
+        }
+    }
+}
+
+impl Drop for Condemned {
+    fn drop(&mut self) {
+        self.catalog.lock().leaving.remove(&self.name);
+        self.catalog.settled.notify_all();
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.catalog.lock().leases.remove(&self.name);
+    }
+}
+
+/// Two holds on one object are alike: what is held shows in the object that has the lease.
+impl PartialEq for Lease {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Lease {}
+
+/// How often each key was added and not yet removed.
+#[derive(Debug)]
+struct Tally<K>(HashMap<K, usize>);
+
+impl<K> Default for Tally<K> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<K: Clone + Eq + Hash> Tally<K> {
+    fn add(&mut self, key: K) {
+        *self.0.entry(key).or_default() += 1;
+    }
+
+    fn remove(&mut self, key: &K) {
+        if let Some(count) = self.0.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                self.0.remove(key);
+            }
+        }
+    }
+
+    fn has(&self, key: &K) -> bool {
+        self.0.contains_key(key)
+    }
+
+    fn keys(&self) -> HashSet<K> {
+        self.0.keys().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> ObjectName {
+        ObjectName::parse(text).expect("a name")
+    }
+
+    fn entry(manifest: Option<Digest>, links: &[&ObjectName]) -> Entry {
+        let links = links.iter().map(|&link| link.clone()).collect();
+        Entry { bytes: 10, inodes: 1, last_used: 0, damaged: false, manifest, links }
+    }
+
+    #[test]
+    fn what_somebody_needs_cannot_be_condemned() {
+        let catalog = Arc::new(Catalog::default());
+        let (tree, layer) = (name("trees/a/1"), name("layers/b/1"));
+        let manifest = Digest::of(b"manifest");
+        catalog.add(layer.clone(), entry(None, &[]));
+        catalog.add(tree.clone(), entry(Some(manifest), &[&layer]));
+        assert_eq!(catalog.usage(), Usage { bytes: 20, inodes: 2, objects: 2 });
+
+        assert!(catalog.condemn(&layer).is_none(), "a tree links it");
+        let lease = catalog.lease(tree.clone());
+        assert!(catalog.condemn(&tree).is_none(), "it is leased");
+        drop(lease);
+        catalog.publish(Path::new("/target"), tree.clone());
+        assert!(catalog.condemn(&tree).is_none(), "it is shown");
+        assert_eq!(catalog.unpublish(Path::new("/target")), Some(tree.clone()));
+        catalog.pin(Path::new("pin"), manifest);
+        assert!(catalog.condemn(&tree).is_none(), "it is pinned");
+        catalog.unpin(Path::new("pin"));
+
+        catalog.condemn(&tree).expect("nobody needs it").removed();
+        catalog.condemn(&layer).expect("nobody links it").removed();
+        assert_eq!(catalog.usage(), Usage::default());
+    }
+
+    #[test]
+    fn whoever_looks_waits_for_a_removal_to_end() {
+        let catalog = Arc::new(Catalog::default());
+        let tree = name("trees/a/1");
+        catalog.add(tree.clone(), entry(None, &[]));
+        let condemned = catalog.condemn(&tree).expect("nobody needs it");
+        assert!(catalog.condemn(&tree).is_none(), "one removal at a time");
+        let looking = std::thread::spawn({
+            let (catalog, tree) = (Arc::clone(&catalog), tree.clone());
+            move || catalog.lease(tree)
+        });
+        // Whether it waits already or comes later: it returns only after the removal.
+        assert!(!looking.is_finished());
+        condemned.removed();
+        let _lease = looking.join().expect("a lease");
+        assert!(catalog.condemn(&tree).is_none(), "it is gone");
+    }
+
+    #[test]
+    fn a_target_shows_one_tree() {
+        let catalog = Arc::new(Catalog::default());
+        let (one, two) = (name("trees/a/1"), name("trees/a/2"));
+        for tree in [&one, &two] {
+            catalog.add(tree.clone(), entry(None, &[]));
+            catalog.publish(Path::new("/target"), tree.clone());
+        }
+        catalog.publish(Path::new("/target"), two.clone());
+        assert!(catalog.condemn(&one).is_some());
+        assert!(catalog.condemn(&two).is_none());
+        catalog.unpublish(Path::new("/target"));
+        assert!(catalog.condemn(&two).is_some());
+    }
+}

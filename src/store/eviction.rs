@@ -1,0 +1,271 @@
+//! Which objects go, in which order: a pure decision over a snapshot.
+//!
+//! ```text
+//! first     what nobody will ask for: damaged generations, forgotten artifacts, old leftovers
+//! then      what a pull left behind, and files and layers that no tree links
+//! then      trees, least recently used first, each with what only it linked
+//! never     what is shown, pinned, worked with, or younger than the minimum age
+//! ```
+//!
+//! What is doomed goes always; the rest only until the goal is reached.
+
+use std::collections::{HashMap, HashSet};
+
+use super::catalog::{Entry, Snapshot};
+use super::object::{ObjectKind, ObjectName};
+use crate::oci::Digest;
+
+/// The last use of a tree that an administrator has removed while it was shown.
+/// Publishing it again sets a real one.
+pub const FORGOTTEN: i64 = 0;
+
+/// Why an object goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    /// It was found damaged, and nobody shows it any more.
+    Damaged,
+    /// An administrator has removed it, and nobody shows it any more.
+    Forgotten,
+    /// No tree links it.
+    Unlinked,
+    /// Room was wanted, and it was used longest ago.
+    LeastRecentlyUsed,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 4] =
+        [Self::Damaged, Self::Forgotten, Self::Unlinked, Self::LeastRecentlyUsed];
+
+    /// For logs, metrics and people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Damaged => "damaged",
+            Self::Forgotten => "forgotten",
+            Self::Unlinked => "unlinked",
+            Self::LeastRecentlyUsed => "least recently used",
+        }
+    }
+}
+
+/// What is known beside the catalog.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The catalog at one moment.
+    pub store: Snapshot,
+    /// Trees that the kernel says are mounted, whatever the records say.
+    pub mounted: HashSet<ObjectName>,
+    /// Seconds since 1970.
+    pub now: i64,
+    /// Seconds for which a tree stays after its last publish or unpublish.
+    pub minimum_age: i64,
+    /// Seconds for which files and layers that no tree links wait for a pull to go on.
+    pub unlinked_age: i64,
+}
+
+/// How much is to be freed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Goal {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
+
+/// What goes, in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// What goes, and why. A tree stands before what it links.
+    pub victims: Vec<(ObjectName, Reason)>,
+    /// What that frees.
+    pub frees: Goal,
+}
+
+impl Goal {
+    /// All there is.
+    pub const EVERYTHING: Self = Self { bytes: u64::MAX, inodes: u64::MAX };
+
+    /// The larger of each.
+    #[must_use]
+    pub fn max(self, other: Self) -> Self {
+        Self { bytes: self.bytes.max(other.bytes), inodes: self.inodes.max(other.inodes) }
+    }
+
+    /// The sum of both.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        let bytes = self.bytes.saturating_add(other.bytes);
+        Self { bytes, inodes: self.inodes.saturating_add(other.inodes) }
+    }
+
+    /// What is left of it.
+    #[must_use]
+    pub fn less(self, other: Self) -> Self {
+        let bytes = self.bytes.saturating_sub(other.bytes);
+        Self { bytes, inodes: self.inodes.saturating_sub(other.inodes) }
+    }
+
+    /// Whether nothing is to be freed.
+    #[must_use]
+    pub fn is_nothing(self) -> bool {
+        self == Self::default()
+    }
+
+    fn is_met_by(self, freed: Self) -> bool {
+        freed.bytes >= self.bytes && freed.inodes >= self.inodes
+    }
+}
+
+impl Facts {
+    /// Decides.
+    #[must_use]
+    pub fn plan(&self, goal: Goal) -> Plan {
+        let mut planner = Planner {
+            facts: self,
+            links: self.link_counts(),
+            gone: HashSet::new(),
+            plan: Plan::default(),
+        };
+        let mut trees = self.free_trees();
+        trees.retain(|&(name, _)| match self.doom(name) {
+            Some(reason) => {
+                planner.take(name, reason);
+                false
+            }
+            None => true,
+        });
+        let mut unlinked: Vec<_> = self
+            .store
+            .objects
+            .iter()
+            .filter(|(name, _)| name.kind() != ObjectKind::Tree && planner.is_free(name))
+            .map(|(name, entry)| (entry.last_used, name))
+            .collect();
+        unlinked.sort_unstable();
+        for (last_used, name) in unlinked {
+            let entry = &self.store.objects[name];
+            // A clock that was set back must not make leftovers immortal.
+            let age = self.now.saturating_sub(last_used);
+            let old = age >= self.unlinked_age || age < 0;
+            if entry.damaged {
+                planner.take(name, Reason::Damaged);
+            } else if old || !goal.is_met_by(planner.plan.frees) {
+                planner.take(name, Reason::Unlinked);
+            }
+        }
+        trees.sort_unstable_by(|one, two| one.1.cmp(&two.1).then_with(|| one.0.cmp(two.0)));
+        for (name, _) in trees {
+            if goal.is_met_by(planner.plan.frees) {
+                break;
+            }
+            planner.take(name, Reason::LeastRecentlyUsed);
+        }
+        planner.plan
+    }
+
+    /// What everything takes together.
+    #[must_use]
+    pub fn usage(&self) -> Goal {
+        self.store.objects.values().fold(Goal::default(), |sum, entry| sum.plus(entry.takes()))
+    }
+
+    /// What all pinned content takes together.
+    #[must_use]
+    pub fn pinned(&self) -> Goal {
+        let is_pinned = |manifest: &Digest| self.store.pinned.contains(manifest);
+        self.of_manifests(is_pinned)
+    }
+
+    /// What the trees of some manifests take together with what they link, each object once.
+    #[must_use]
+    pub fn of_manifests(&self, wanted: impl Fn(&Digest) -> bool) -> Goal {
+        let entries = self.store.objects.iter();
+        let trees = entries.filter(|(_, entry)| entry.manifest.as_ref().is_some_and(&wanted));
+        let names: HashSet<_> =
+            trees.flat_map(|(name, entry)| entry.links.iter().chain([name])).collect();
+        let entries = names.into_iter().filter_map(|name| self.store.objects.get(name));
+        entries.fold(Goal::default(), |sum, entry| sum.plus(entry.takes()))
+    }
+
+    /// Trees that may go, with their last use.
+    fn free_trees(&self) -> Vec<(&ObjectName, i64)> {
+        let entries = self.store.objects.iter();
+        entries
+            .filter(|(name, entry)| {
+                let pinned =
+                    entry.manifest.is_some_and(|manifest| self.store.pinned.contains(&manifest));
+                let needed = self.store.leased.contains(*name)
+                    || self.store.published.contains(*name)
+                    || self.mounted.contains(*name)
+                    || (pinned && !entry.damaged);
+                name.kind() == ObjectKind::Tree && !needed && !self.is_young(name)
+            })
+            .map(|(name, entry)| (name, entry.last_used))
+            .collect()
+    }
+
+    /// Why a tree that may go goes even if nobody wants its room.
+    fn doom(&self, name: &ObjectName) -> Option<Reason> {
+        let entry = self.store.objects.get(name)?;
+        if entry.damaged {
+            return Some(Reason::Damaged);
+        }
+        (entry.last_used == FORGOTTEN).then_some(Reason::Forgotten)
+    }
+
+    /// A use in the future is of a clock that was set back since: it says nothing.
+    fn is_young(&self, name: &ObjectName) -> bool {
+        let Some(entry) = self.store.objects.get(name) else { return false };
+        let age = self.now.saturating_sub(entry.last_used);
+        self.doom(name).is_none() && (0..self.minimum_age).contains(&age)
+    }
+
+    fn link_counts(&self) -> HashMap<&ObjectName, usize> {
+        let mut counts = HashMap::new();
+        for link in self.store.objects.values().flat_map(|entry| &entry.links) {
+            *counts.entry(link).or_default() += 1;
+        }
+        counts
+    }
+}
+
+impl Entry {
+    fn takes(&self) -> Goal {
+        Goal { bytes: self.bytes, inodes: self.inodes }
+    }
+}
+
+struct Planner<'a> {
+    facts: &'a Facts,
+    links: HashMap<&'a ObjectName, usize>,
+    gone: HashSet<&'a ObjectName>,
+    plan: Plan,
+}
+
+impl<'a> Planner<'a> {
+    /// A file or layer that no tree links any more and nobody works with.
+    fn is_free(&self, name: &ObjectName) -> bool {
+        self.links.get(name).is_none_or(|&count| count == 0)
+            && !self.facts.store.leased.contains(name)
+            && !self.gone.contains(name)
+    }
+
+    fn take(&mut self, name: &'a ObjectName, reason: Reason) {
+        let Some(entry) = self.facts.store.objects.get(name) else { return };
+        self.gone.insert(name);
+        self.plan.frees = self.plan.frees.plus(entry.takes());
+        self.plan.victims.push((name.clone(), reason));
+        for link in &entry.links {
+            if let Some(count) = self.links.get_mut(link) {
+                *count -= 1;
+            }
+            if self.is_free(link) {
+                self.take(link, reason);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

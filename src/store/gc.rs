@@ -1,0 +1,374 @@
+//! Garbage collection: freeing room without touching what anybody needs.
+//!
+//! ```text
+//! facts     the catalog, the kernel's mounts, the clock
+//! plan      a pure decision (see `eviction`)
+//! remove    condemned one by one, looked at again at that moment; the object's name goes first,
+//!           with a rename into staging, so that a crash leaves either all of it or leftovers
+//!           that the next start sweeps
+//! ```
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::catalog::{Condemned, Usage};
+use super::durable;
+use super::error::{Kind, Shortage, StoreError};
+use super::eviction::{Facts, Goal, Plan, Reason};
+use super::object::ObjectName;
+use super::staging::names;
+use super::{Store, TreeKey};
+use crate::fault;
+use crate::mount::MountTable;
+use crate::oci::Digest;
+
+/// Files and layers that no tree links wait so long for the pull that made them to go on.
+const UNLINKED_AGE: Duration = Duration::from_hours(1);
+/// A download that nobody goes on with is dropped after so long.
+const PARTIAL_AGE: Duration = Duration::from_hours(24);
+/// After a boot pods come back for what they had: nothing goes meanwhile, unless room is wanted.
+const BOOT_GRACE: Duration = Duration::from_mins(10);
+
+/// What a collection is to achieve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// What the thresholds, the floor and the quota ask for.
+    Upkeep,
+    /// So much more room, now.
+    Room(Goal),
+    /// Content of at most so many bytes.
+    AtMost(u64),
+}
+
+/// What a collection did, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// What went, in this order.
+    pub victims: Vec<Victim>,
+    /// Downloads that were dropped.
+    pub partials: u64,
+    /// Bytes of all that.
+    pub bytes: u64,
+}
+
+/// Something that went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Victim {
+    /// Its name.
+    pub name: ObjectName,
+    /// Of a tree: its manifest.
+    pub manifest: Option<Digest>,
+    /// What it took on the disk.
+    pub bytes: u64,
+    /// Why it went.
+    pub reason: Reason,
+    /// Seconds since 1970 of its last use.
+    pub last_used: i64,
+}
+
+/// What has gone since the process began.
+#[derive(Debug, Default)]
+pub struct Evictions {
+    counts: [AtomicU64; Reason::ALL.len()],
+    bytes: AtomicU64,
+}
+
+/// The right to decide what goes; there is one.
+pub type Turn<'a> = MutexGuard<'a, ()>;
+
+/// The clocks, for tests to set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// Seconds since 1970.
+    pub unix_seconds: i64,
+    /// How long the kernel has been running.
+    pub since_boot: Duration,
+}
+
+impl Evictions {
+    /// How many objects went for a reason.
+    #[must_use]
+    pub fn count(&self, reason: Reason) -> u64 {
+        self.counts[reason as usize].load(Ordering::Relaxed)
+    }
+
+    /// Bytes of all that went.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, victim: &Victim) {
+        self.counts[victim.reason as usize].fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(victim.bytes, Ordering::Relaxed);
+        // A line for each artifact; what it linked goes with it.
+        if let Some(manifest) = victim.manifest {
+            tracing::info!(
+                %manifest,
+                tree = %victim.name,
+                bytes = victim.bytes,
+                last_used = victim.last_used,
+                reason = victim.reason.name(),
+                "evicted"
+            );
+        }
+    }
+}
+
+impl Now {
+    /// What the kernel says.
+    #[must_use]
+    pub fn read() -> Self {
+        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+        Self {
+            unix_seconds: jiff::Timestamp::now().as_second(),
+            // A kernel without that clock has been up for long enough.
+            since_boot: boot.map_or(Duration::MAX, Duration::from),
+        }
+    }
+}
+
+impl Store {
+    /// Frees what is wanted, and what nobody will ask for. Blocking.
+    pub fn collect(&self, want: &Want) -> Result<Collected, StoreError> {
+        let turn = self.collecting();
+        self.collect_in_turn(want, &turn)
+    }
+
+    /// What [`Self::collect`] would do.
+    pub fn plan_collection(&self, want: &Want) -> Result<Collected, StoreError> {
+        let turn = self.collecting();
+        let now = Now::read();
+        let facts = self.facts(now)?;
+        let goal = self.goal(want, now)?;
+        let partials = self.stale_partials(!goal.is_nothing(), now)?;
+        let plan = facts.plan(goal.less(Goal { bytes: total(&partials), inodes: 0 }));
+        drop(turn);
+        let mut collected = Collected::of_partials(&partials);
+        for (name, reason) in &plan.victims {
+            collected.add(&facts, name, *reason);
+        }
+        Ok(collected)
+    }
+
+    /// What the catalog, the kernel and the clock say.
+    pub fn facts(&self, now: Now) -> Result<Facts, StoreError> {
+        self.load_catalog()?;
+        // The mounts first: whatever is mounted later has a lease or a record in the catalog.
+        let mounted = mounted_trees()?;
+        Ok(Facts {
+            store: self.catalog().snapshot(),
+            mounted,
+            now: now.unix_seconds,
+            minimum_age: seconds(self.cache_options().minimum_age),
+            unlinked_age: seconds(UNLINKED_AGE),
+        })
+    }
+
+    /// What all content takes together.
+    pub fn usage(&self) -> Result<Usage, StoreError> {
+        self.load_catalog()?;
+        Ok(self.catalog().usage())
+    }
+
+    /// What has gone since the process began.
+    #[must_use]
+    pub fn evictions(&self) -> &Evictions {
+        &self.0.evictions
+    }
+
+    pub(super) fn collecting(&self) -> Turn<'_> {
+        self.0.collecting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn collect_in_turn(
+        &self,
+        want: &Want,
+        _turn: &Turn<'_>,
+    ) -> Result<Collected, StoreError> {
+        let now = Now::read();
+        let goal = self.goal(want, now)?;
+        let upkeep_waits = *want == Want::Upkeep && now.since_boot < BOOT_GRACE;
+        if upkeep_waits && goal.is_nothing() {
+            return Ok(Collected::default());
+        }
+        let facts = self.facts(now)?;
+        let partials = self.stale_partials(!goal.is_nothing(), now)?;
+        let mut collected = Collected::of_partials(&partials);
+        for (path, _) in &partials {
+            fs::remove_file(path).map_err(|error| StoreError::io("remove", path, error))?;
+        }
+        let failed = |error| StoreError::io("evict from", self.root(), error);
+        fault::point("gc.planned").map_err(failed)?;
+        let Plan { victims, .. } =
+            facts.plan(goal.less(Goal { bytes: collected.bytes, inodes: 0 }));
+        for (name, reason) in victims {
+            // Somebody may have come for it since the plan was made.
+            let Some(condemned) = self.catalog().condemn(&name) else { continue };
+            self.remove(condemned, &name)?;
+            collected.add(&facts, &name, reason);
+            if let Some(victim) = collected.victims.last() {
+                self.evictions().add(victim);
+            }
+        }
+        Ok(collected)
+    }
+
+    /// Why a claim cannot be met, in numbers.
+    pub(super) fn explain(
+        &self,
+        shortage: Shortage,
+        _turn: &Turn<'_>,
+    ) -> Result<Shortage, StoreError> {
+        let now = Now::read();
+        let facts = self.facts(now)?;
+        let partials = Goal { bytes: total(&self.stale_partials(true, now)?), inodes: 0 };
+        let evictable = facts.plan(Goal::EVERYTHING).frees.plus(partials);
+        let pinned = facts.pinned();
+        let of = |goal: Goal| match shortage.kind {
+            Kind::Inodes => goal.inodes,
+            Kind::Bytes | Kind::Quota => goal.bytes,
+        };
+        Ok(Shortage { evictable: of(evictable), pinned: of(pinned), ..shortage })
+    }
+
+    fn goal(&self, want: &Want, now: Now) -> Result<Goal, StoreError> {
+        let options = self.cache_options();
+        match want {
+            Want::Room(goal) => Ok(*goal),
+            Want::AtMost(bytes) => {
+                Ok(Goal { bytes: self.usage()?.bytes.saturating_sub(*bytes), inodes: 0 })
+            }
+            Want::Upkeep => {
+                let room = self.room()?;
+                let wanted = room.missing_until(room.floor(options));
+                if now.since_boot < BOOT_GRACE {
+                    return Ok(wanted);
+                }
+                let over_quota = match options.max_bytes {
+                    Some(max) => self.usage()?.bytes.saturating_sub(max),
+                    None => 0,
+                };
+                let bytes = over_quota.max(room.above_threshold(options));
+                Ok(wanted.max(Goal { bytes, inodes: 0 }))
+            }
+        }
+    }
+
+    /// Takes an object's name away, then its content.
+    fn remove(&self, condemned: Condemned, name: &ObjectName) -> Result<(), StoreError> {
+        let path = self.root().join(name.as_str());
+        let grave = self.staging().join(durable::temporary_name());
+        fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
+        match fs::rename(&path, &grave) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StoreError::io("remove", &path, error));
+            }
+            _ => {}
+        }
+        condemned.removed();
+        fault::point("gc.renamed").map_err(|error| StoreError::io("remove", &path, error))?;
+        // A mark without its generation marks nothing; the folders of a key go when they are empty.
+        let _ = fs::remove_file(path.with_extension("damaged"));
+        let keys = path.ancestors().skip(1).take(name.as_str().matches('/').count() - 1);
+        for folder in keys {
+            if fs::remove_dir(folder).is_err() {
+                break;
+            }
+        }
+        // What resists is swept at the next start.
+        let removed = fs::remove_dir_all(&grave).or_else(|_| fs::remove_file(&grave));
+        if let Err(error) = removed
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %grave.display(), %error, "a removed object leaves something behind");
+        }
+        fault::point("gc.removed").map_err(|error| StoreError::io("remove", &path, error))
+    }
+
+    /// Downloads that nobody works on: old ones, or all when room is wanted.
+    fn stale_partials(
+        &self,
+        wanted: bool,
+        now: Now,
+    ) -> Result<Vec<(std::path::PathBuf, u64)>, StoreError> {
+        use std::os::unix::fs::MetadataExt as _;
+        let folder = self.path("partial");
+        let mut stale = Vec::new();
+        for name in names(&folder)? {
+            let Some(blob) = partial_blob(&name) else { continue };
+            let path = folder.join(&name);
+            let Ok(metadata) = path.symlink_metadata() else { continue };
+            let age = now.unix_seconds.saturating_sub(metadata.mtime());
+            if metadata.is_file()
+                && !self.claims().has(blob)
+                && (wanted || age > seconds(PARTIAL_AGE))
+            {
+                stale.push((path, metadata.blocks() * 512));
+            }
+        }
+        Ok(stale)
+    }
+
+    /// What downloads of a blob take on the disk by now.
+    pub(super) fn partial_bytes(&self, blob: Digest) -> u64 {
+        use std::os::unix::fs::MetadataExt as _;
+        let folder = self.path("partial");
+        let of_blob = |name: &String| partial_blob(name) == Some(blob);
+        let names = names(&folder).unwrap_or_default();
+        let sizes = names.iter().filter(|name| of_blob(name)).map(|name| {
+            folder.join(name).symlink_metadata().map_or(0, |metadata| metadata.blocks() * 512)
+        });
+        sizes.sum()
+    }
+}
+
+impl Collected {
+    /// Whether nothing went.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.victims.is_empty() && self.partials == 0
+    }
+
+    fn of_partials(partials: &[(std::path::PathBuf, u64)]) -> Self {
+        let bytes = total(partials);
+        Self { victims: Vec::new(), partials: partials.len() as u64, bytes }
+    }
+
+    fn add(&mut self, facts: &Facts, name: &ObjectName, reason: Reason) {
+        let Some(entry) = facts.store.objects.get(name) else { return };
+        self.bytes = self.bytes.saturating_add(entry.bytes);
+        self.victims.push(Victim {
+            name: name.clone(),
+            manifest: entry.manifest,
+            bytes: entry.bytes,
+            reason,
+            last_used: entry.last_used,
+        });
+    }
+}
+
+fn total(partials: &[(std::path::PathBuf, u64)]) -> u64 {
+    partials.iter().map(|(_, bytes)| bytes).sum()
+}
+
+fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// A download's name begins with its blob's digest.
+fn partial_blob(name: &str) -> Option<Digest> {
+    Digest::from_hex(name.get(..64)?)
+}
+
+/// The trees that are mounted anywhere in sight, whatever the records say.
+fn mounted_trees() -> Result<HashSet<ObjectName>, StoreError> {
+    let table = MountTable::read()
+        .map_err(|error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error))?;
+    let roots = table.iter().map(|mount| TreeKey::of_mount_root(mount.root_as_mounted()));
+    Ok(roots.flatten().map(|(key, generation)| ObjectName::tree(key, generation)).collect())
+}

@@ -1,0 +1,117 @@
+//! Names of the objects that garbage collection knows.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::{FileKey, LayerKey, TreeKey};
+use crate::unpack::Permissions;
+
+/// One generation of a file, a layer or a tree: its path below the state directory.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectName(Arc<str>);
+
+/// What an object is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ObjectKind {
+    /// A single-file layer.
+    File,
+    /// An unpacked archive.
+    Layer,
+    /// What a pod sees.
+    Tree,
+}
+
+impl ObjectName {
+    /// A generation of a file.
+    #[must_use]
+    pub fn file(key: FileKey, generation: u32) -> Self {
+        let FileKey { digest, permissions: Permissions { mode, uid, gid } } = key;
+        Self(format!("files/{}/{mode:04o}-{uid}-{gid}/{generation}", digest.hex()).into())
+    }
+
+    /// A generation of a layer.
+    #[must_use]
+    pub fn layer(key: LayerKey, generation: u32) -> Self {
+        Self(format!("layers/{key}/{generation}").into())
+    }
+
+    /// A generation of a tree.
+    #[must_use]
+    pub fn tree(key: TreeKey, generation: u32) -> Self {
+        Self(format!("trees/{key}/{generation}").into())
+    }
+
+    /// A name that a record holds. Anything that could lead out of the three
+    /// folders of objects is no name.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let parts: Vec<_> = text.split('/').collect();
+        let depth = match *parts.first()? {
+            "files" => 4,
+            "layers" | "trees" => 3,
+            _ => return None,
+        };
+        let plain = |part: &&str| {
+            let safe = |char: char| char.is_ascii_alphanumeric() || char == '-';
+            !part.is_empty() && part.chars().all(safe)
+        };
+        let generation = parts.last()?.parse::<u32>().is_ok();
+        (parts.len() == depth && generation && parts.iter().all(plain)).then(|| Self(text.into()))
+    }
+
+    /// What it names.
+    #[must_use]
+    pub fn kind(&self) -> ObjectKind {
+        match self.0.as_bytes().first() {
+            Some(b'f') => ObjectKind::File,
+            Some(b'l') => ObjectKind::Layer,
+            _ => ObjectKind::Tree,
+        }
+    }
+
+    /// The path below the state directory.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for ObjectName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oci::Digest;
+
+    #[test]
+    fn names_are_their_own_inverse() {
+        let permissions = Permissions { mode: 0o555, uid: 0, gid: 7 };
+        let digest = Digest::of(b"");
+        for (name, kind) in [
+            (ObjectName::file(FileKey { digest, permissions }, 3), ObjectKind::File),
+            (ObjectName::layer(LayerKey::new(digest, "tar ", "Readable"), 1), ObjectKind::Layer),
+            (ObjectName::tree(TreeKey::new(digest, "", "Readable", ""), 12), ObjectKind::Tree),
+        ] {
+            assert_eq!(name.kind(), kind);
+            assert_eq!(ObjectName::parse(name.as_str()), Some(name));
+        }
+    }
+
+    #[test]
+    fn a_record_names_nothing_outside() {
+        for text in ["", "trees", "trees/../1", "trees/a/b", "/trees/a/1", "files/a/1", "blobs/a/1"]
+        {
+            assert_eq!(ObjectName::parse(text), None, "{text}");
+        }
+    }
+}

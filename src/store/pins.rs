@@ -1,0 +1,109 @@
+//! What must stay: `pins/<hash of reference, platform and owner>.json`.
+//!
+//! A pin holds what a reference meant for a platform when it was pinned, for an
+//! owner: `admin`, `config`, `preload/<namespace>/<name>`. One owner's going leaves
+//! another's pin. Pinned content is never evicted.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::StoreError;
+use super::eviction::Goal;
+use super::gc::Now;
+use super::{Store, keys, records};
+use crate::oci::{Digest, Platform, Reference};
+
+/// A reference that stays on the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pin {
+    /// The reference as it was pinned.
+    pub reference: String,
+    /// The platform that it was resolved for.
+    pub platform: String,
+    /// What it meant.
+    pub manifest: Digest,
+    /// Who wants it.
+    pub owner: String,
+    /// Seconds since 1970.
+    pub since: i64,
+}
+
+impl Store {
+    /// Pins what a reference means. Pinned again, an owner's pin moves to the new meaning.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::TooMuchPinned`] when pins would hold more than they may.
+    pub fn pin(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        manifest: Digest,
+        owner: &str,
+    ) -> Result<Pin, StoreError> {
+        // Pins are counted one at a time, and nothing goes meanwhile.
+        let _turn = self.collecting();
+        let now = Now::read();
+        let path = self.pin_path(&reference.to_string(), &platform.to_string(), owner);
+        if let Some(max) = self.cache_options().max_pinned_bytes {
+            let facts = self.facts(now)?;
+            let pinned = &facts.store.pinned;
+            let Goal { bytes: wanted, .. } =
+                facts.of_manifests(|other| *other == manifest || pinned.contains(other));
+            if wanted > max && !pinned.contains(&manifest) {
+                return Err(StoreError::TooMuchPinned { wanted, max });
+            }
+        }
+        let pin = Pin {
+            reference: reference.to_string(),
+            platform: platform.to_string(),
+            manifest,
+            owner: owner.to_owned(),
+            since: now.unix_seconds,
+        };
+        records::write_durable(&self.staging(), &path, &pin)?;
+        self.catalog().pin(&path, manifest);
+        Ok(pin)
+    }
+
+    /// Takes an owner's pins of a reference away, for one platform or for all; says which.
+    pub fn unpin(
+        &self,
+        reference: &Reference,
+        platform: Option<&Platform>,
+        owner: &str,
+    ) -> Result<Vec<Pin>, StoreError> {
+        let (reference, platform) = (reference.to_string(), platform.map(ToString::to_string));
+        let matching = |pin: &Pin| {
+            pin.reference == reference
+                && pin.owner == owner
+                && platform.as_ref().is_none_or(|platform| *platform == pin.platform)
+        };
+        let pins: Vec<_> = self.pins()?.into_iter().filter(matching).collect();
+        for pin in &pins {
+            let path = self.pin_path(&pin.reference, &pin.platform, &pin.owner);
+            records::remove(&path)?;
+            self.catalog().unpin(&path);
+        }
+        Ok(pins)
+    }
+
+    /// All readable pins.
+    pub fn pins(&self) -> Result<Vec<Pin>, StoreError> {
+        Ok(records::list(&self.path("pins"))?.into_iter().map(|(_, pin)| pin).collect())
+    }
+
+    /// Tells the catalog what the records say.
+    pub(super) fn load_pins(&self) -> Result<(), StoreError> {
+        for (path, pin) in records::list::<Pin>(&self.path("pins"))? {
+            self.catalog().pin(&path, pin.manifest);
+        }
+        Ok(())
+    }
+
+    fn pin_path(&self, reference: &str, platform: &str, owner: &str) -> PathBuf {
+        let key = keys::hash(&[reference, platform, owner]);
+        self.path("pins").join(records::name(key))
+    }
+}

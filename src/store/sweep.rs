@@ -1,0 +1,98 @@
+//! Small records that nothing needs any more: what an evicted artifact leaves.
+//!
+//! Manifests, resolutions and proofs are small, but a node that lives for years
+//! sees many. They go when no tree, no pin and no reference leads to them, and
+//! not before they are old: a pull that is under way has written them just now.
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use super::Store;
+use super::error::StoreError;
+use super::gc::Now;
+use super::resolutions::Resolution;
+use super::staging::names;
+use super::{TreeKey, records};
+use crate::oci::Digest;
+
+/// Longer than any pull that is still wanted goes on between two of its records.
+const AGE: Duration = Duration::from_hours(24);
+
+impl Store {
+    /// Removes records that lead nowhere; says how many. Blocking.
+    pub fn sweep_records(&self, now: Now) -> Result<usize, StoreError> {
+        let facts = self.facts(now)?;
+        let entries = facts.store.objects.values();
+        let mut manifests: HashSet<_> = entries.filter_map(|entry| entry.manifest).collect();
+        manifests.extend(&facts.store.pinned);
+        let is_old = |path: &Path| {
+            let age = |metadata: fs::Metadata| now.unix_seconds.saturating_sub(metadata.mtime());
+            let limit = i64::try_from(AGE.as_secs()).unwrap_or(i64::MAX);
+            path.symlink_metadata().is_ok_and(|metadata| age(metadata) > limit)
+        };
+        let mut swept = 0;
+        let mut kept_blobs = manifests.clone();
+        for (path, resolution) in records::list::<Resolution>(&self.path("resolutions"))? {
+            if manifests.contains(&resolution.manifest) || !is_old(&path) {
+                kept_blobs.extend([resolution.manifest, resolution.resolved]);
+            } else {
+                records::remove(&path)?;
+                swept += 1;
+            }
+        }
+        // A configuration is kept as long as the manifest that names it.
+        let kept: Vec<_> = kept_blobs.iter().copied().collect();
+        kept_blobs.extend(kept.into_iter().filter_map(|manifest| self.configuration_of(manifest)));
+        let blobs = self.path("blobs");
+        for name in names(&blobs)? {
+            let Some(digest) = Digest::from_hex(&name) else { continue };
+            let path = blobs.join(name);
+            if !kept_blobs.contains(&digest) && is_old(&path) {
+                records::remove(&path)?;
+                swept += 1;
+            }
+        }
+        Ok(swept + self.sweep_access(&kept_blobs, &is_old)?)
+    }
+
+    /// Proofs of manifests and trees that are not here. Where a blob came from stays known
+    /// only while it is young: asking again costs one request.
+    fn sweep_access(
+        &self,
+        manifests: &HashSet<Digest>,
+        is_old: &impl Fn(&Path) -> bool,
+    ) -> Result<usize, StoreError> {
+        let access = self.path("access");
+        let mut swept = 0;
+        for place in names(&access)? {
+            let place = access.join(place);
+            for name in names(&place)? {
+                let key = |kind: &str| Some(name.strip_prefix(kind)?.get(..64)?.to_owned());
+                let manifest = key("m-").and_then(|text| Digest::from_hex(&text));
+                let tree = key("t-").and_then(|text| TreeKey::from_hex(&text));
+                let needed = match (manifest, tree) {
+                    (Some(manifest), _) => manifests.contains(&manifest),
+                    (_, Some(tree)) => self.path("trees").join(tree.to_string()).exists(),
+                    _ => !name.starts_with("b-"),
+                };
+                let path = place.join(&name);
+                if !needed && is_old(&path) {
+                    records::remove(&path)?;
+                    swept += 1;
+                }
+            }
+            // Empty ones go; the others refuse.
+            let _ = fs::remove_dir(&place);
+        }
+        Ok(swept)
+    }
+
+    fn configuration_of(&self, manifest: Digest) -> Option<Digest> {
+        let bytes = self.blob(manifest).ok()??;
+        let json: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
+        json.pointer("/config/digest")?.as_str()?.parse().ok()
+    }
+}

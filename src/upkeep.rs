@@ -1,0 +1,93 @@
+//! What the node does by itself, beside what it is asked: records and mounts are
+//! brought together, and room is kept free.
+//!
+//! Once before content is served, then after each pull and unpublish, and in any
+//! case every minute. It works on blocking threads and holds nothing that a
+//! publish or an unpublish waits for longer than one rename.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::metrics::Metrics;
+use crate::store::gc::{Now, Want};
+use crate::store::{Store, StoreError};
+use crate::volume::{Content, Volumes};
+
+/// In any case after so long.
+const INTERVAL: Duration = Duration::from_mins(1);
+/// Many pulls and unpublishes in a row are looked after together.
+const SETTLE: Duration = Duration::from_secs(1);
+/// Small records are swept rarely: they are small.
+const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
+
+/// Looks after one node's content.
+pub struct Upkeep {
+    /// Takes away what the kubelet has forgotten.
+    pub volumes: Volumes,
+    /// What is looked after.
+    pub content: Content,
+    /// Where the kubelet's volumes are.
+    pub kubelet_dir: PathBuf,
+    /// Counts what is done.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Upkeep {
+    /// Records and mounts.
+    pub async fn reconcile(&self) {
+        match self.volumes.reconcile(&self.content, &self.kubelet_dir).await {
+            Ok(reconciled) => {
+                self.metrics.reconciled(&reconciled);
+                if reconciled.dropped + reconciled.recorded + reconciled.unmounted > 0 {
+                    tracing::info!(
+                        kept = reconciled.kept,
+                        dropped = reconciled.dropped,
+                        recorded = reconciled.recorded,
+                        unmounted = reconciled.unmounted,
+                        unknown = reconciled.unknown,
+                        "records and mounts were brought together"
+                    );
+                }
+            }
+            Err(error) => tracing::warn!(%error, "records and mounts cannot be compared"),
+        }
+    }
+
+    /// Goes on until `shutdown`.
+    pub async fn run(self, wanted: Arc<Notify>, shutdown: CancellationToken) {
+        let mut swept = Instant::now();
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(INTERVAL) => {}
+                () = wanted.notified() => tokio::time::sleep(SETTLE).await,
+            }
+            self.reconcile().await;
+            let sweep = swept.elapsed() >= SWEEP_INTERVAL;
+            if sweep {
+                swept = Instant::now();
+            }
+            let store = self.content.store.clone();
+            let kept = tokio::task::spawn_blocking(move || keep(&store, sweep)).await;
+            match kept {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "room cannot be kept free"),
+                Err(error) => tracing::error!(%error, "keeping room free failed internally"),
+            }
+        }
+    }
+}
+
+fn keep(store: &Store, sweep: bool) -> Result<(), StoreError> {
+    store.collect(&Want::Upkeep)?;
+    if sweep {
+        let swept = store.sweep_records(Now::read())?;
+        tracing::debug!(swept, "records that led nowhere are gone");
+    }
+    Ok(())
+}
