@@ -12,6 +12,7 @@
 //! store   the layout on disk: blobs, files, layers, trees, records, recovery
 //! mount   bind mounts, the mount table, the few raw system calls
 //! admin   health and metrics
+//! reread  files that change while the driver runs, for all rooms; so are duration and node_addresses
 //! ```
 //!
 //! `tests/walls.rs` keeps the walls up.
@@ -21,11 +22,14 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod csi;
+pub mod duration;
 pub mod fault;
 pub mod mount;
+pub mod node_addresses;
 pub mod oci;
 pub mod proto;
 pub mod pull;
+pub mod reread;
 pub mod store;
 pub mod units;
 pub mod unpack;

@@ -123,12 +123,13 @@ pub fn content_of(
     tracker: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> Result<Content, String> {
-    let registry = Registry::new(RegistryOptions {
+    let mut options = RegistryOptions {
         manifest_bytes_limit: configuration.limits.manifest_bytes,
         stall_timeout: configuration.pull.stall_timeout.0,
         ..RegistryOptions::default()
-    })
-    .map_err(|error| error.to_string())?;
+    };
+    configuration.registries.apply(&mut options)?;
+    let registry = Registry::new(options).map_err(|error| error.to_string())?;
     let puller = Puller::new(
         store.clone(),
         registry,

@@ -4,19 +4,20 @@
 //! A section is a file; each says whether it is read again without a restart.
 
 mod cache;
-mod duration;
 mod pull;
 mod quantity;
+mod registries;
 mod selinux;
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+pub use crate::duration::GoDuration;
 pub use cache::CacheSection;
-pub use duration::GoDuration;
 pub use pull::PullSection;
 pub use quantity::Quantity;
+pub use registries::{CredentialsVerification, RegistriesSection};
 pub use selinux::SelinuxSection;
 
 use crate::unpack::Limits;
@@ -39,6 +40,9 @@ pub struct NodeConfiguration {
     /// How much is pulled at once, and how patiently.
     #[serde(default)]
     pub pull: PullSection,
+    /// Mirrors, credentials, and which addresses are asked.
+    #[serde(default)]
+    pub registries: RegistriesSection,
     /// Every bound on untrusted input.
     #[serde(default)]
     pub limits: Limits,
@@ -95,6 +99,7 @@ impl NodeConfiguration {
         configuration.limits.check().map_err(|error| error.to_string())?;
         configuration.cache.check()?;
         configuration.pull.check()?;
+        configuration.registries.check()?;
         Ok(configuration)
     }
 }
@@ -152,6 +157,12 @@ mod tests {
             "cache: {lowThresholdPercent: 90}\n",
             "cache: {maxBytes: 1Gi, maxPinnedBytes: 2Gi}\n",
             "cache: {maxBytes: many}\n",
+            "registries: {allowedAddresses: [here]}\n",
+            "registries: {mirrorsWithCredentials: [\"http://mirror:5000\"]}\n",
+            "registries: {credentialProviderConfig: /a}\n",
+            "registries: {loopback: Perhaps}\n",
+            "registries: {proofTTL: soon}\n",
+            "registries: {preloadedImagesVerificationAllowlist: [\"r.io/*/a\"]}\n",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::duration::GoDuration;
+use super::GoDuration;
 use crate::pull::PullOptions;
 use crate::pull::transfer::RetryPolicy;
 

@@ -86,8 +86,9 @@ fn registry(error: &RegistryError) -> Code {
         | RegistryError::Tls { .. }
         | RegistryError::Timeout { .. }
         | RegistryError::Storage { .. }
+        | RegistryError::Configuration { .. }
         | RegistryError::Setup { .. } => Code::Unavailable,
-        RegistryError::TooLarge { .. } => Code::FailedPrecondition,
+        RegistryError::TooLarge { .. } | RegistryError::Address { .. } => Code::FailedPrecondition,
         RegistryError::DigestMismatch { .. } | RegistryError::Protocol { .. } => Code::Internal,
     }
 }

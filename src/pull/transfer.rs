@@ -243,12 +243,16 @@ impl Transfer<'_> {
                 if std::mem::replace(&mut started_over, true) {
                     return Err(error);
                 }
+                self.registry.distrust_mirrors(self.digest);
                 if self.restart().await.is_err() {
                     return Ok(());
                 }
                 continue;
             }
             let short = matches!(error, PullError::BlobSize { .. });
+            if short {
+                self.registry.distrust_mirrors(self.digest);
+            }
             if !short && !error.is_unavailable() {
                 return Err(error);
             }

@@ -10,6 +10,7 @@
 
 mod support;
 
+mod addresses;
 mod admin;
 mod artifacts;
 mod attributes;
@@ -24,9 +25,11 @@ mod identity;
 mod images;
 mod isolation;
 mod lifecycle;
+mod mirrors;
 mod mounts;
 mod progress;
 mod pull_policy;
 mod registration;
 mod secrets;
+mod tls;
 mod tools;

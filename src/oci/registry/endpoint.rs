@@ -1,7 +1,10 @@
-//! Where a repository's registry answers.
+//! One place that may answer for a registry: itself, or a mirror.
 
 use reqwest::Url;
+use reqwest::header::HeaderMap;
 
+use super::address::AddressRules;
+use super::connection::Connection;
 use super::error::{self, RegistryError};
 use super::redirect;
 use crate::oci::Repository;
@@ -10,56 +13,105 @@ use crate::oci::reference::DOCKER_HUB;
 /// Docker Hub's registry does not answer at the name that references carry.
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 
-/// A registry's root, `<scheme>://<host[:port]>/`.
+/// A place, and how it is spoken to.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "four facts that have nothing to do with each other"
+)]
 #[derive(Clone, Debug)]
 pub(super) struct Endpoint {
-    root: Url,
+    /// The API's root: `<scheme>://<host[:port]>/v2/`, or another path with a slash at its end.
+    pub(super) root: Url,
+    /// The registry's name, told to those who are not it.
+    pub(super) namespace: Option<String>,
+    /// Whether it may be asked for content by its digest.
+    pub(super) pull: bool,
+    /// Whether it may be asked what a tag means.
+    pub(super) resolve: bool,
+    /// Whether the registry's credentials may be sent to it.
+    pub(super) takes_credentials: bool,
+    /// Whether the administrator named it: then its address is not asked about.
+    pub(super) configured: bool,
+    /// Sent with every request to it.
+    pub(super) headers: HeaderMap,
+    pub(super) connection: Connection,
 }
 
 impl Endpoint {
-    /// `https`, but for loopback, where registries of developers and of the
-    /// node itself have no certificate; port 443 means TLS there too.
-    pub(super) fn of(repository: &Repository) -> Result<Self, RegistryError> {
-        let host = match repository.host() {
-            DOCKER_HUB => DOCKER_HUB_HOST,
-            host => host,
-        };
-        let unusable = || RegistryError::Protocol {
-            host: error::host(host),
-            what: error::describe("the registry", repository),
-            reason: "its name is no host".to_owned(),
-        };
-        let mut root = Url::parse(&format!("https://{host}/")).map_err(|_| unusable())?;
-        // The name must be all of the address: nothing in it may become a user or a path.
-        if root.path() != "/" || root.query().is_some() || !root.username().is_empty() {
-            return Err(unusable());
+    /// The registry itself, where nothing is configured: `https`, but for loopback, where
+    /// registries of developers and of the node itself have no certificate; port 443 means TLS
+    /// there too.
+    pub(super) fn of_registry(host: &str, connection: Connection) -> Result<Self, RegistryError> {
+        Ok(Self {
+            root: registry_root(host)?,
+            namespace: None,
+            pull: true,
+            resolve: true,
+            takes_credentials: true,
+            configured: false,
+            headers: HeaderMap::new(),
+            connection,
+        })
+    }
+
+    /// Refuses what a pod's author must not aim at, as far as the name alone says it.
+    pub(super) fn check(&self, rules: &AddressRules) -> Result<(), RegistryError> {
+        if self.configured {
+            return Ok(());
         }
-        if redirect::is_loopback(&root) && !host.ends_with(":443") {
-            root = Url::parse(&format!("http://{host}/")).map_err(|_| unusable())?;
+        let refused = |what: &str| RegistryError::Address {
+            host: super::transport::authority(&self.root),
+            what: error::reason(what),
+        };
+        if redirect::is_loopback(&self.root) {
+            let allowed = rules.allows_loopback(&self.root);
+            return if allowed { Ok(()) } else { Err(refused("the node's loopback")) };
         }
-        Ok(Self { root })
+        rules.check_literal(&self.root).map_err(|error| refused(&error.to_string()))
     }
 
     /// The address of the API itself, which answers with the challenge.
     pub(super) fn api(&self) -> Url {
-        self.at("v2/")
+        self.at("")
     }
 
-    /// The address of one object of a repository; `object` is `manifests/..` or
-    /// `blobs/..` with a checked name.
+    /// The address of one object of a repository; `object` is `manifests/..`,
+    /// `blobs/..` or `referrers/..` with a checked name.
     pub(super) fn object(&self, repository: &Repository, object: &str) -> Url {
-        self.at(&format!("v2/{}/{object}", repository.path()))
-    }
-
-    pub(super) fn root(&self) -> &Url {
-        &self.root
+        self.at(&format!("{}/{object}", repository.path()))
     }
 
     fn at(&self, path: &str) -> Url {
         let mut url = self.root.clone();
-        url.set_path(path);
+        url.set_path(&format!("{}{path}", self.root.path()));
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
         url
     }
+}
+
+/// Where a registry answers that nothing is configured for.
+pub(super) fn registry_root(host: &str) -> Result<Url, RegistryError> {
+    let host = match host {
+        DOCKER_HUB => DOCKER_HUB_HOST,
+        host => host,
+    };
+    let unusable = || RegistryError::Protocol {
+        host: error::host(host),
+        what: "the registry".to_owned(),
+        reason: "its name is no host".to_owned(),
+    };
+    let mut root = Url::parse(&format!("https://{host}/")).map_err(|_| unusable())?;
+    // The name must be all of the address: nothing in it may become a user or a path.
+    if root.path() != "/" || root.query().is_some() || !root.username().is_empty() {
+        return Err(unusable());
+    }
+    if redirect::is_loopback(&root) && !host.ends_with(":443") {
+        root = Url::parse(&format!("http://{host}/")).map_err(|_| unusable())?;
+    }
+    root.set_path("/v2/");
+    Ok(root)
 }
 
 #[cfg(test)]
@@ -69,16 +121,12 @@ mod tests {
 
     fn address(reference: &str) -> String {
         let reference: Reference = reference.parse().unwrap();
-        let endpoint = Endpoint::of(reference.repository()).unwrap();
-        endpoint.object(reference.repository(), "manifests/v1").to_string()
+        registry_root(reference.repository().host()).unwrap().to_string()
     }
 
     #[test]
     fn docker_hub_answers_elsewhere() {
-        assert_eq!(
-            address("busybox"),
-            "https://registry-1.docker.io/v2/library/busybox/manifests/v1"
-        );
+        assert_eq!(address("busybox"), "https://registry-1.docker.io/v2/");
     }
 
     #[test]

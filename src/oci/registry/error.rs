@@ -132,6 +132,22 @@ pub enum RegistryError {
         /// The status.
         status: u16,
     },
+    /// An address that neither a pod's author nor a registry may aim the node at.
+    #[error(
+        "{host} is not asked: {what}, and nobody configured it; the administrator can name it in a hosts.toml or in registries.allowedAddresses"
+    )]
+    Address {
+        /// The host that was named.
+        host: String,
+        /// What its address is.
+        what: String,
+    },
+    /// The node's own configuration of this registry.
+    #[error("the node's configuration of this registry cannot be used: {reason}")]
+    Configuration {
+        /// Which file, and what is wrong with it.
+        reason: String,
+    },
     /// An answer that makes no sense.
     #[error("{host} answered something unusable for {what}: {reason}")]
     Protocol {
@@ -167,6 +183,8 @@ impl RegistryError {
             | Self::Forbidden { .. }
             | Self::TooLarge { .. }
             | Self::DigestMismatch { .. }
+            | Self::Address { .. }
+            | Self::Configuration { .. }
             | Self::Protocol { .. }
             | Self::Setup { .. } => false,
         }
@@ -187,6 +205,11 @@ pub(super) fn describe(object: &str, repository: &Repository) -> String {
 /// Bounds what a lower layer says.
 pub(super) fn reason(text: &str) -> String {
     shorten(text, MAXIMUM_REASON)
+}
+
+/// Bounds what names a file.
+pub(super) fn long_reason(text: &str) -> String {
+    shorten(text, 3 * MAXIMUM_REASON)
 }
 
 /// Bounds a host's name.
@@ -256,6 +279,8 @@ mod tests {
             RegistryError::TooLarge { what: what.clone(), limit: u64::MAX },
             RegistryError::DigestMismatch { what: what.clone(), expected: digest, got: digest },
             RegistryError::Storage { host: host.clone(), what: what.clone(), status },
+            RegistryError::Address { host: host.clone(), what: reason.clone() },
+            RegistryError::Configuration { reason: long_reason(&"x".repeat(1000)) },
             RegistryError::Protocol { host, what, reason: reason.clone() },
             RegistryError::Setup { reason },
         ];

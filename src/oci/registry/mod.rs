@@ -1,12 +1,17 @@
 //! The registry client: manifests and blobs, by the distribution specification.
 //!
 //! ```text
-//! mod        what may be asked: manifests, tags, blobs; authentication's three steps
+//! mod        what may be had: manifests, tags, blobs
+//! ask        authentication's three steps
+//! question   what may be asked, and of whom in which order
 //! session    which proof to show: what is known of a repository, answers to challenges
 //! token      token servers, and tokens in memory
 //! challenge  WWW-Authenticate
-//! endpoint   where a repository's registry answers, with or without TLS
-//! transport  one exchange over HTTP: connections, redirects, bounded bodies
+//! hosts      who answers for a registry: itself and its mirrors, by containerd's hosts.toml
+//! endpoint   one of them: where it answers, and what it may be asked and told
+//! transport  one exchange over HTTP: redirects, bounded bodies
+//! connection with which client, tls  with which certificates
+//! address    which addresses a pod's author may aim this node at
 //! redirect   which addresses a registry may send this node to
 //! blob       a blob while it arrives
 //! error      why not
@@ -19,41 +24,56 @@
 //! - Everything is bounded: manifests and tokens in bytes, every exchange in
 //!   time, a blob's silence in time. A blob's size is the caller's to bound.
 //! - A credential reaches the registry that it was given for and the token
-//!   server that this registry names, over TLS (or on loopback), and nobody else.
+//!   server that this registry names, over TLS (or on loopback, or as configured),
+//!   and nobody else; a mirror gets it only where the administrator marked it.
+//! - The first of a registry's hosts that gives what was asked for counts; when
+//!   none does, the last one's answer, as that is the registry itself.
 //! - Addresses in descriptors (`urls`) are never fetched.
 
+mod address;
+mod ask;
 mod blob;
 mod challenge;
+mod connection;
 mod endpoint;
 mod error;
+pub mod hosts;
+mod question;
 mod recent;
 mod redirect;
 mod session;
+mod tls;
 mod token;
 mod transport;
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
 
+pub use address::{AddressRules, Loopback};
 pub use blob::BlobBody;
 pub use error::RegistryError;
+pub use hosts::mirror_address;
+pub use question::ManifestName;
 
 use self::endpoint::Endpoint;
-use self::session::{Proof, Session};
-use self::transport::{Answer, Request, Transport};
+use self::hosts::Hosts;
+use self::question::{Needs, Question, Turns};
+use self::recent::Recent;
+use self::session::Session;
+use self::transport::{Answer, Transport};
 use super::credentials::Credential;
-use super::{Digest, Repository, media_type};
+use super::{Digest, Repository};
 
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
-/// First without or with what is known, then with the challenge's answer, then
-/// once more when that was a stale token.
-const MAXIMUM_ATTEMPTS: usize = 3;
+/// Blobs whose mirrors sent other bytes; forgetting one costs a transfer.
+const MAXIMUM_DISTRUSTED: usize = 1024;
 
 /// What may be set about the client; the defaults suit a cluster's registry.
 #[derive(Clone, Debug)]
@@ -69,15 +89,12 @@ pub struct RegistryOptions {
     pub manifest_bytes_limit: u64,
     /// Certificate authorities beside the system's, DER.
     pub extra_roots: Vec<CertificateDer<'static>>,
-}
-
-/// How a manifest is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ManifestName {
-    /// By a tag, which may move.
-    Tag(String),
-    /// By its content.
-    Digest(Digest),
+    /// Which addresses strangers may aim the node at.
+    pub addresses: AddressRules,
+    /// Folders of `hosts.toml`, as containerd's `config_path`.
+    pub hosts_dirs: Vec<PathBuf>,
+    /// Mirrors that the registries' credentials may be sent to.
+    pub mirrors_with_credentials: Vec<Url>,
 }
 
 /// A manifest as the registry sent it, hashed.
@@ -96,19 +113,9 @@ pub struct FetchedManifest {
 pub struct Registry {
     transport: Transport,
     session: Arc<Session>,
+    hosts: Hosts,
+    distrusted: Arc<Mutex<Recent<Digest, ()>>>,
     options: Arc<RegistryOptions>,
-}
-
-/// One question to a registry.
-struct Question<'a> {
-    repository: &'a Repository,
-    credential: &'a Credential,
-    method: Method,
-    /// The path below the repository.
-    object: String,
-    headers: HeaderMap,
-    /// Names the thing in errors.
-    what: String,
 }
 
 impl Default for RegistryOptions {
@@ -119,6 +126,9 @@ impl Default for RegistryOptions {
             manifest_timeout: Duration::from_secs(30),
             manifest_bytes_limit: 4 * 1024 * 1024,
             extra_roots: Vec::new(),
+            addresses: AddressRules::default(),
+            hosts_dirs: Vec::new(),
+            mirrors_with_credentials: Vec::new(),
         }
     }
 }
@@ -130,6 +140,8 @@ impl Registry {
         Ok(Self {
             transport: Transport::new(&options)?,
             session: Arc::new(Session::new()?),
+            hosts: Hosts::new(options.hosts_dirs.clone(), options.mirrors_with_credentials.clone()),
+            distrusted: Arc::new(Mutex::new(Recent::new(MAXIMUM_DISTRUSTED))),
             options: Arc::new(options),
         })
     }
@@ -142,30 +154,44 @@ impl Registry {
         name: &ManifestName,
         credential: &Credential,
     ) -> Result<FetchedManifest, RegistryError> {
-        let question = Question::manifest(repository, name, credential, Method::GET)?;
-        let what = question.what.clone();
-        let exchange = async {
-            let answer = self.expect_success(&question).await?;
-            answer.check_encoding(&question.what)?;
-            let headers = answer.response.headers();
-            let content_type =
-                headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
-            let expected = match name {
-                ManifestName::Digest(digest) => Some(*digest),
-                ManifestName::Tag(_) => announced_digest(headers),
-            };
-            let bytes = answer.body(&question.what, self.options.manifest_bytes_limit).await?;
-            let got = Digest::of(&bytes);
-            match expected {
-                Some(expected) if expected != got => Err(RegistryError::DigestMismatch {
-                    what: question.what.clone(),
-                    expected,
-                    got,
-                }),
-                _ => Ok(FetchedManifest { bytes, digest: got, content_type }),
+        let question = &Question::manifest(repository, name, credential, Method::GET)?;
+        if matches!(name, ManifestName::Tag(_)) && self.resolves_apart(repository).await? {
+            // Who may say what a tag means may not send it: asked for by its digest, all may.
+            if let Some(digest) = self.resolve(repository, name, credential).await? {
+                let name = ManifestName::Digest(digest);
+                return Box::pin(self.manifest(repository, &name, credential)).await;
             }
-        };
-        self.in_time(repository, &what, exchange).await
+        }
+        let mut turns = self.turns(question, name.needs()).await?;
+        loop {
+            let endpoint = turns.current();
+            let tried = async {
+                let answer = self.expect_success(question, endpoint).await?;
+                answer.check_encoding(&question.what)?;
+                let headers = answer.response.headers();
+                let content_type = headers
+                    .get(CONTENT_TYPE)
+                    .and_then(|value| value.to_str().ok())
+                    .map(str::to_owned);
+                let expected = match name {
+                    ManifestName::Digest(digest) => Some(*digest),
+                    ManifestName::Tag(_) => announced_digest(headers),
+                };
+                let bytes = answer.body(&question.what, self.options.manifest_bytes_limit).await?;
+                let got = Digest::of(&bytes);
+                match expected {
+                    Some(expected) if expected != got => Err(RegistryError::DigestMismatch {
+                        what: question.what.clone(),
+                        expected,
+                        got,
+                    }),
+                    _ => Ok(FetchedManifest { bytes, digest: got, content_type }),
+                }
+            };
+            if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
+                return done;
+            }
+        }
     }
 
     /// Proves with one cheap request that a credential opens a manifest.
@@ -176,21 +202,26 @@ impl Registry {
         credential: &Credential,
     ) -> Result<(), RegistryError> {
         let name = ManifestName::Digest(digest);
-        let head = Question::manifest(repository, &name, credential, Method::HEAD)?;
-        let what = head.what.clone();
-        let exchange = async {
-            let answer = self.ask(&head).await?;
-            if answer.status().is_success() {
-                return Ok(());
+        let head = &Question::manifest(repository, &name, credential, Method::HEAD)?;
+        let get = &Question::manifest(repository, &name, credential, Method::GET)?;
+        let mut turns = self.turns(head, Needs::Pull).await?;
+        loop {
+            let endpoint = turns.current();
+            let tried = async {
+                let answer = self.ask(head, endpoint).await?;
+                if answer.status().is_success() {
+                    return Ok(());
+                }
+                if !head_is_not_understood(&answer) {
+                    return Err(answer.refusal(&head.what, head.is_anonymous_at(endpoint)));
+                }
+                self.expect_success(get, endpoint).await?.discard().await;
+                Ok(())
+            };
+            if let Some(done) = turns.judge(self.in_time(head, endpoint, tried).await) {
+                return done;
             }
-            if !head_is_not_understood(&answer) {
-                return Err(answer.refusal(&head.what, credential.is_anonymous()));
-            }
-            let get = Question::manifest(repository, &name, credential, Method::GET)?;
-            self.expect_success(&get).await?.discard().await;
-            Ok(())
-        };
-        self.in_time(repository, &what, exchange).await
+        }
     }
 
     /// Asks what a tag stands for; none when the registry does not say without
@@ -201,20 +232,33 @@ impl Registry {
         tag: &str,
         credential: &Credential,
     ) -> Result<Option<Digest>, RegistryError> {
-        let name = ManifestName::Tag(tag.to_owned());
-        let question = Question::manifest(repository, &name, credential, Method::HEAD)?;
-        let what = question.what.clone();
-        let exchange = async {
-            let answer = self.ask(&question).await?;
-            if answer.status().is_success() {
-                return Ok(announced_digest(answer.response.headers()));
+        self.resolve(repository, &ManifestName::Tag(tag.to_owned()), credential).await
+    }
+
+    async fn resolve(
+        &self,
+        repository: &Repository,
+        name: &ManifestName,
+        credential: &Credential,
+    ) -> Result<Option<Digest>, RegistryError> {
+        let question = &Question::manifest(repository, name, credential, Method::HEAD)?;
+        let mut turns = self.turns(question, name.needs()).await?;
+        loop {
+            let endpoint = turns.current();
+            let tried = async {
+                let answer = self.ask(question, endpoint).await?;
+                if answer.status().is_success() {
+                    return Ok(announced_digest(answer.response.headers()));
+                }
+                if head_is_not_understood(&answer) {
+                    return Ok(None);
+                }
+                Err(answer.refusal(&question.what, question.is_anonymous_at(endpoint)))
+            };
+            if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
+                return done;
             }
-            if head_is_not_understood(&answer) {
-                return Ok(None);
-            }
-            Err(answer.refusal(&question.what, credential.is_anonymous()))
-        };
-        self.in_time(repository, &what, exchange).await
+        }
     }
 
     /// Whether the registry has a blob.
@@ -224,24 +268,32 @@ impl Registry {
         digest: Digest,
         credential: &Credential,
     ) -> Result<bool, RegistryError> {
-        let head = Question::blob(repository, digest, credential, Method::HEAD);
-        let what = head.what.clone();
-        let exchange = async {
-            let mut answer = self.ask(&head).await?;
-            if head_is_not_understood(&answer) {
-                let mut get = Question::blob(repository, digest, credential, Method::GET);
-                get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
-                answer = self.ask(&get).await?;
+        let head = &Question::blob(repository, digest, credential, Method::HEAD);
+        let mut get = Question::blob(repository, digest, credential, Method::GET);
+        get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
+        let get = &get;
+        let mut turns = self.turns(head, Needs::Pull).await?;
+        loop {
+            let endpoint = turns.current();
+            let tried = async {
+                let mut answer = self.ask(head, endpoint).await?;
+                if head_is_not_understood(&answer) {
+                    answer = self.ask(get, endpoint).await?;
+                }
+                match answer.refusal_or_success(head, endpoint) {
+                    // An empty blob has no first byte; a server that says so has it.
+                    Some(_) if answer.status() == StatusCode::RANGE_NOT_SATISFIABLE => Ok(()),
+                    Some(refusal) => Err(refusal),
+                    None => Ok(()),
+                }
+            };
+            if let Some(done) = turns.judge(self.in_time(head, endpoint, tried).await) {
+                return match done {
+                    Err(RegistryError::NotFound { .. }) => Ok(false),
+                    done => done.map(|()| true),
+                };
             }
-            match answer.refusal_or_success(&head) {
-                // An empty blob has no first byte; a server that says so has it.
-                Some(_) if answer.status() == StatusCode::RANGE_NOT_SATISFIABLE => Ok(true),
-                Some(RegistryError::NotFound { .. }) => Ok(false),
-                Some(refusal) => Err(refusal),
-                None => Ok(true),
-            }
-        };
-        self.in_time(repository, &what, exchange).await
+        }
     }
 
     /// Opens a blob from `offset` on. A registry that cannot continue sends it
@@ -253,189 +305,89 @@ impl Registry {
         offset: u64,
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
-        let mut question = Question::blob(repository, digest, credential, Method::GET);
-        if offset > 0 {
-            question.headers.insert(RANGE, range_from(offset));
-        }
-        let what = question.what.clone();
-        let exchange = async {
-            let mut answer = self.ask(&question).await?;
-            if offset > 0 && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
-                answer.discard().await;
-                question.headers.remove(RANGE);
-                answer = self.ask(&question).await?;
-            }
-            if let Some(refusal) = answer.refusal_or_success(&question) {
-                return Err(refusal);
-            }
-            BlobBody::open(answer, offset, question.what, self.options.stall_timeout)
-        };
-        self.in_time(repository, &what, exchange).await
-    }
-
-    async fn expect_success(&self, question: &Question<'_>) -> Result<Answer, RegistryError> {
-        let answer = self.ask(question).await?;
-        match answer.refusal_or_success(question) {
-            Some(refusal) => Err(refusal),
-            None => Ok(answer),
-        }
-    }
-
-    /// Asks, and answers what the registry asks back. Any status may come out.
-    async fn ask(&self, question: &Question<'_>) -> Result<Answer, RegistryError> {
-        let Question { repository, credential, .. } = *question;
-        let endpoint = Endpoint::of(repository)?;
-        let url = endpoint.object(repository, &question.object);
-        let mut proof =
-            self.session.eager(&self.transport, &endpoint, repository, credential).await?;
-        let mut attempt = 1;
+        let whole = &Question::blob(repository, digest, credential, Method::GET);
+        let mut rest = Question::blob(repository, digest, credential, Method::GET);
+        rest.headers.insert(RANGE, range_from(offset));
+        let rest = &rest;
+        let mut turns = self.turns(whole, Needs::Pull).await?;
         loop {
-            let answer = self.send(question, &url, &proof).await?;
-            let status = answer.status();
-            let refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
-            // What another host refuses is its own affair.
-            if answer.redirected || !(refused || status == StatusCode::NOT_FOUND) {
-                return Ok(answer);
-            }
-            let mut challenges = challenge::read(answer.response.headers());
-            if refused {
-                self.session.forget(&proof).await;
-            } else if !matches!(proof, Proof::Nothing) {
-                return Ok(answer);
-            }
-            if status != StatusCode::UNAUTHORIZED && matches!(proof, Proof::Nothing) {
-                // Registries that let anybody in hide from anybody what only some may
-                // see. The API itself says how to ask.
-                if credential.is_anonymous() {
-                    return Ok(answer);
+            let endpoint = turns.current();
+            let tried = async {
+                let question = if offset > 0 { rest } else { whole };
+                let mut answer = self.ask(question, endpoint).await?;
+                if offset > 0 && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+                    answer.discard().await;
+                    answer = self.ask(whole, endpoint).await?;
                 }
-                challenges = self.challenges_of_api(question, &endpoint).await?;
+                if let Some(refusal) = answer.refusal_or_success(whole, endpoint) {
+                    return Err(refusal);
+                }
+                let (what, stall_timeout) = (whole.what.clone(), self.options.stall_timeout);
+                BlobBody::open(answer, offset, what, stall_timeout)
+            };
+            if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
+                return done;
             }
-            if attempt == MAXIMUM_ATTEMPTS {
-                return Ok(answer);
-            }
-            attempt += 1;
-            // A refusal without a challenge still makes a stale token worth renewing.
-            self.session.learn(repository, &challenges);
-            let challenges = self.session.known(repository);
-            let next = self
-                .session
-                .answer(&self.transport, &endpoint, repository, &challenges, credential, &proof)
-                .await?;
-            if proof.is_no_better(&next) {
-                return Ok(answer);
-            }
-            answer.discard().await;
-            proof = next;
         }
     }
 
-    async fn challenges_of_api(
+    /// What came for this blob was not what its digest says: from now on only the registry
+    /// itself is asked for it, and no mirror.
+    pub fn distrust_mirrors(&self, blob: Digest) {
+        self.distrusted.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, ());
+    }
+
+    /// The hosts to ask, one after the other.
+    async fn turns(&self, question: &Question<'_>, needs: Needs) -> Result<Turns, RegistryError> {
+        let host = question.repository.host();
+        let route = self.hosts.route(&self.transport, host).await;
+        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
+        let fitting = endpoints.iter().filter(|endpoint| needs.are_met_by(endpoint));
+        let endpoints: Vec<_> = fitting.cloned().collect();
+        if endpoints.is_empty() {
+            let reason = format!("its hosts.toml names no host with the capability {needs:?}");
+            return Err(RegistryError::Configuration { reason });
+        }
+        let mut distrusted = self.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
+        let last_alone = question.blob.is_some_and(|blob| distrusted.get(&blob).is_some());
+        let turn = if last_alone { endpoints.len() - 1 } else { 0 };
+        Ok(Turns { endpoints, turn })
+    }
+
+    /// One exchange with one host.
+    async fn in_time<T>(
         &self,
         question: &Question<'_>,
         endpoint: &Endpoint,
-    ) -> Result<Vec<challenge::Challenge>, RegistryError> {
-        let request = Request {
-            method: Method::GET,
-            url: endpoint.api(),
-            headers: HeaderMap::new(),
-            authorization: None,
-            form: None,
-            what: &question.what,
-        };
-        let answer = self.transport.send(request).await?;
-        let asks = answer.status() == StatusCode::UNAUTHORIZED && !answer.redirected;
-        let challenges = if asks { challenge::read(answer.response.headers()) } else { Vec::new() };
-        answer.discard().await;
-        Ok(challenges)
-    }
-
-    async fn send(
-        &self,
-        question: &Question<'_>,
-        url: &Url,
-        proof: &Proof,
-    ) -> Result<Answer, RegistryError> {
-        self.transport
-            .send(Request {
-                method: question.method.clone(),
-                url: url.clone(),
-                headers: question.headers.clone(),
-                authorization: proof.header(),
-                form: None,
-                what: &question.what,
-            })
-            .await
-    }
-
-    async fn in_time<T>(
-        &self,
-        repository: &Repository,
-        what: &str,
         exchange: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {
+        endpoint.check(self.transport.rules())?;
         let waited = self.options.manifest_timeout;
         tokio::time::timeout(waited, exchange).await.unwrap_or_else(|_| {
             Err(RegistryError::Timeout {
-                host: error::host(repository.host()),
-                what: what.to_owned(),
+                host: transport::authority(&endpoint.root),
+                what: question.what.clone(),
                 waited,
             })
         })
     }
-}
 
-impl<'a> Question<'a> {
-    fn manifest(
-        repository: &'a Repository,
-        name: &ManifestName,
-        credential: &'a Credential,
-        method: Method,
-    ) -> Result<Self, RegistryError> {
-        let name = match name {
-            ManifestName::Digest(digest) => digest.to_string(),
-            ManifestName::Tag(tag) if is_tag(tag) => tag.clone(),
-            ManifestName::Tag(_) => {
-                return Err(RegistryError::NotFound {
-                    what: error::describe("tag of that spelling", repository),
-                });
-            }
-        };
-        let mut headers = HeaderMap::new();
-        if let Ok(accepted) = HeaderValue::from_str(&media_type::MANIFESTS.join(", ")) {
-            headers.insert(ACCEPT, accepted);
-        }
-        Ok(Self {
-            repository,
-            credential,
-            method,
-            what: error::describe(&format!("manifest {name}"), repository),
-            object: format!("manifests/{name}"),
-            headers,
-        })
-    }
-
-    fn blob(
-        repository: &'a Repository,
-        digest: Digest,
-        credential: &'a Credential,
-        method: Method,
-    ) -> Self {
-        Self {
-            repository,
-            credential,
-            method,
-            what: error::describe(&format!("blob {digest}"), repository),
-            object: format!("blobs/{digest}"),
-            headers: HeaderMap::new(),
-        }
+    /// Whether some host may say what tags mean, and send nothing.
+    async fn resolves_apart(&self, repository: &Repository) -> Result<bool, RegistryError> {
+        let route = self.hosts.route(&self.transport, repository.host()).await;
+        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
+        Ok(endpoints.iter().any(|endpoint| endpoint.resolve && !endpoint.pull))
     }
 }
 
 impl Answer {
-    fn refusal_or_success(&self, question: &Question<'_>) -> Option<RegistryError> {
+    fn refusal_or_success(
+        &self,
+        question: &Question<'_>,
+        endpoint: &Endpoint,
+    ) -> Option<RegistryError> {
         (!self.status().is_success())
-            .then(|| self.refusal(&question.what, question.credential.is_anonymous()))
+            .then(|| self.refusal(&question.what, question.is_anonymous_at(endpoint)))
     }
 }
 
@@ -455,15 +407,6 @@ fn announced_digest(headers: &HeaderMap) -> Option<Digest> {
 fn range_from(offset: u64) -> HeaderValue {
     HeaderValue::try_from(format!("bytes={offset}-"))
         .unwrap_or_else(|_| HeaderValue::from_static("bytes=0-"))
-}
-
-/// The specification's grammar, so that a tag cannot become a path or a query.
-fn is_tag(tag: &str) -> bool {
-    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
-    let bytes = tag.as_bytes();
-    bytes.len() <= 128
-        && bytes.first().is_some_and(|&first| word(first))
-        && bytes.iter().all(|&byte| word(byte) || byte == b'.' || byte == b'-')
 }
 
 #[cfg(test)]

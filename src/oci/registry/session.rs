@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use reqwest::Url;
 use reqwest::header::HeaderValue;
 
 use super::challenge::Challenge;
@@ -30,13 +31,15 @@ pub(super) enum Proof {
     Token(Handed),
 }
 
+/// Who was asked, and for which repository of which registry.
+type Asked = (Url, Repository);
+
 /// The memory behind all requests.
 #[derive(Debug)]
 pub(super) struct Session {
     tokens: Tokens,
-    /// By the reference's host and path. Only the registry itself teaches, never
-    /// a host that it redirected to.
-    challenges: Mutex<Recent<Repository, Arc<[Challenge]>>>,
+    /// Only who was asked teaches, never a host that it redirected to.
+    challenges: Mutex<Recent<Asked, Arc<[Challenge]>>>,
 }
 
 impl Proof {
@@ -72,19 +75,26 @@ impl Session {
         repository: &Repository,
         credential: &Credential,
     ) -> Result<Proof, RegistryError> {
-        let challenges = self.known(repository);
+        let challenges = self.known(endpoint, repository);
         self.answer(transport, endpoint, repository, &challenges, credential, &Proof::Nothing).await
     }
 
-    /// What the registry asked for when it was last asked for this repository.
-    pub(super) fn known(&self, repository: &Repository) -> Arc<[Challenge]> {
-        self.challenges().get(repository).unwrap_or_else(|| Arc::new([]))
+    /// What was asked for when this repository was last asked for there.
+    pub(super) fn known(&self, endpoint: &Endpoint, repository: &Repository) -> Arc<[Challenge]> {
+        let asked = (endpoint.root.clone(), repository.clone());
+        self.challenges().get(&asked).unwrap_or_else(|| Arc::new([]))
     }
 
-    /// Remembers what a registry asked for.
-    pub(super) fn learn(&self, repository: &Repository, challenges: &[Challenge]) {
+    /// Remembers what was asked for.
+    pub(super) fn learn(
+        &self,
+        endpoint: &Endpoint,
+        repository: &Repository,
+        challenges: &[Challenge],
+    ) {
         if !challenges.is_empty() {
-            self.challenges().insert(repository.clone(), challenges.into());
+            let asked = (endpoint.root.clone(), repository.clone());
+            self.challenges().insert(asked, challenges.into());
         }
     }
 
@@ -109,7 +119,7 @@ impl Session {
         let mut refused = None;
         for challenge in challenges {
             let Challenge::Bearer { realm, service, scopes } = challenge else { continue };
-            let realm = match token::realm(endpoint.root(), realm) {
+            let realm = match token::realm(&endpoint.root, realm) {
                 Ok(realm) => realm,
                 Err(reason) => {
                     refused = Some(reason);
@@ -126,7 +136,11 @@ impl Session {
                 return Ok(Proof::Nothing);
             }
             let what = error::describe("a token", repository);
-            return self.tokens.get(transport, key, credential, &what).await.map(Proof::Token);
+            return self
+                .tokens
+                .get(transport, endpoint, key, credential, &what)
+                .await
+                .map(Proof::Token);
         }
         if challenges.contains(&Challenge::Basic)
             && let Some(header) = token::basic(credential)
@@ -146,7 +160,7 @@ impl Session {
         }
     }
 
-    fn challenges(&self) -> std::sync::MutexGuard<'_, Recent<Repository, Arc<[Challenge]>>> {
+    fn challenges(&self) -> std::sync::MutexGuard<'_, Recent<Asked, Arc<[Challenge]>>> {
         self.challenges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

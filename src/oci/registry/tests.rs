@@ -11,8 +11,9 @@ use base64::Engine as _;
 use futures_util::future::join_all;
 use futures_util::{StreamExt as _, stream};
 
+use super::transport::Request;
 use super::*;
-use crate::oci::Reference;
+use crate::oci::{Reference, media_type};
 
 const PASSWORD: &str = "hunter2-never-shown";
 const SIGNATURE: &str = "presigned-never-shown";
@@ -538,7 +539,10 @@ async fn one_token_serves_all_who_wait_for_it() {
 async fn a_refusal_serves_all_who_wait_for_it_and_nobody_later() {
     let server = Server::start(|_, _| status(401)).await;
     let (registry, repository) = (registry(), server.repository());
+    let host = repository.host();
+    let endpoint = Endpoint::of_registry(host, registry.transport.default_connection()).unwrap();
     registry.session.learn(
+        &endpoint,
         &repository,
         &[challenge::Challenge::Bearer {
             realm: format!("http://{}/token", server.address),
@@ -939,8 +943,10 @@ async fn a_connection_that_breaks_is_no_end() {
 async fn nobody_there_and_nobody_to_trust_are_told_apart() {
     let server = Server::start(|_, _| ok("")).await;
     let transport = Transport::new(&RegistryOptions::default()).unwrap();
+    let endpoint = Endpoint::of_registry("r.io", transport.default_connection()).unwrap();
     let ask = |url: String| {
         transport.send(Request {
+            endpoint: &endpoint,
             method: Method::GET,
             url: url.parse().unwrap(),
             headers: HeaderMap::new(),

@@ -22,6 +22,7 @@ use reqwest::{Method, Url};
 use serde::Deserialize;
 use tokio::time::Instant;
 
+use super::endpoint::Endpoint;
 use super::error::RegistryError;
 use super::recent::Recent;
 use super::redirect;
@@ -123,6 +124,7 @@ impl Tokens {
     pub(super) async fn get(
         &self,
         transport: &Transport,
+        endpoint: &Endpoint,
         key: TokenKey,
         credential: &Credential,
         what: &str,
@@ -142,7 +144,7 @@ impl Tokens {
         }
         *outcome = None;
         let serial = slot.fetches.load(Ordering::Acquire).wrapping_add(1);
-        let fetched = fetch(transport, &key, credential, what, serial).await;
+        let fetched = fetch((transport, endpoint), &key, credential, what, serial).await;
         *outcome = Some(fetched.clone());
         slot.fetches.fetch_add(1, Ordering::Release);
         Ok(Handed { key, token: fetched?, cached: false })
@@ -184,7 +186,7 @@ struct TokenAnswer {
 }
 
 async fn fetch(
-    transport: &Transport,
+    asking: (&Transport, &Endpoint),
     key: &TokenKey,
     credential: &Credential,
     what: &str,
@@ -192,7 +194,7 @@ async fn fetch(
 ) -> Result<Token, RegistryError> {
     // The lifetime counts from before the server made the token.
     let asked_at = Instant::now();
-    let answer = ask(transport, key, credential, what).await?;
+    let answer = ask(asking, key, credential, what).await?;
     let status = answer.status();
     if !status.is_success() {
         let anonymous = credential.is_anonymous();
@@ -230,7 +232,7 @@ async fn fetch(
 
 /// Sends the request, or for an identity token up to two.
 async fn ask(
-    transport: &Transport,
+    (transport, endpoint): (&Transport, &Endpoint),
     key: &TokenKey,
     credential: &Credential,
     what: &str,
@@ -240,6 +242,7 @@ async fn ask(
     if let Credential::IdentityToken { token, .. } = credential {
         let answer = transport
             .send(Request {
+                endpoint,
                 method: Method::POST,
                 url: key.realm.clone(),
                 headers: headers.clone(),
@@ -267,6 +270,7 @@ async fn ask(
     }
     let authorization = basic(credential);
     let request = Request {
+        endpoint,
         method: Method::GET,
         url,
         headers,

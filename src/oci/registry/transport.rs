@@ -5,10 +5,12 @@
 //! `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 
 use std::error::Error as _;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue,
     LOCATION, RETRY_AFTER,
@@ -16,8 +18,13 @@ use reqwest::header::{
 use reqwest::{Client, Method, Response, StatusCode, Url};
 
 use super::RegistryOptions;
+use super::address::{AddressRefused, AddressRules};
+use super::connection::{Connection, ConnectionSettings};
+use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
+use super::hosts::HostEntry;
 use super::redirect;
+use super::tls::{self, TlsMaterial};
 
 /// A server that asks for more patience gets asked again after this anyway.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
@@ -25,20 +32,26 @@ const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
 const DRAINED_BYTES: u64 = 16 * 1024;
 /// Not worth more waiting than a new connection takes.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-/// Buffered for one blob at most while its reader is busy.
-const STREAM_WINDOW: u32 = 1024 * 1024;
-/// Enough streams may stand still before they hold up the others on one connection.
-const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 
 /// Sends requests. Cheap to clone.
-#[derive(Clone, Debug)]
-pub(super) struct Transport {
-    direct: Client,
-    proxied: Client,
+#[derive(Clone)]
+pub(super) struct Transport(Arc<Inner>);
+
+struct Inner {
+    /// For hosts that nothing is configured for.
+    default: Connection,
+    /// The system's certificate authorities.
+    system: rustls::RootCertStore,
+    connect_timeout: Duration,
+    rules: AddressRules,
+    /// The environment's proxies.
+    proxies: Matcher,
 }
 
 /// A request and whom it is for.
 pub(super) struct Request<'a> {
+    /// On whose behalf: its host is spoken to as configured, others as strangers.
+    pub(super) endpoint: &'a Endpoint,
     pub(super) method: Method,
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
@@ -60,50 +73,104 @@ pub(super) struct Answer {
     pub(super) redirected: bool,
 }
 
+impl fmt::Debug for Transport {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Transport").finish_non_exhaustive()
+    }
+}
+
 impl Transport {
     pub(super) fn new(options: &RegistryOptions) -> Result<Self, RegistryError> {
-        let tls = tls_configuration(options)?;
-        let build = |proxied: bool| {
-            let mut builder = Client::builder()
-                .tls_backend_preconfigured(tls.clone())
-                .user_agent(concat!("csi-driver-oci/", env!("CARGO_PKG_VERSION")))
-                .redirect(reqwest::redirect::Policy::none())
-                .referer(false)
-                .connect_timeout(options.connect_timeout)
-                .pool_idle_timeout(Duration::from_mins(1))
-                .pool_max_idle_per_host(8)
-                .tcp_keepalive(Duration::from_secs(30))
-                .http2_initial_stream_window_size(STREAM_WINDOW)
-                .http2_initial_connection_window_size(CONNECTION_WINDOW);
-            if !proxied {
-                builder = builder.no_proxy();
-            }
-            builder.build().map_err(|error| RegistryError::Setup {
-                reason: error::reason(&root_cause(&error.without_url())),
-            })
+        let setup = |reason: String| RegistryError::Setup { reason: error::reason(&reason) };
+        let system = tls::system_roots(&options.extra_roots).map_err(setup)?;
+        let tls = TlsMaterial::default().configuration(&system).map_err(setup)?;
+        let (connect_timeout, rules) = (options.connect_timeout, options.addresses.clone());
+        let settings = ConnectionSettings { tls, connect_timeout, proxy: None, rules: &rules };
+        let default =
+            Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
+        let proxies = Matcher::from_env();
+        Ok(Self(Arc::new(Inner { default, system, connect_timeout, rules, proxies })))
+    }
+
+    /// Connections to hosts that nothing is configured for.
+    pub(super) fn default_connection(&self) -> Connection {
+        self.0.default.clone()
+    }
+
+    /// Connections as a `hosts.toml` wants them.
+    pub(super) fn connection(
+        &self,
+        entry: &HostEntry,
+        material: TlsMaterial,
+    ) -> Result<Connection, String> {
+        if !entry.has_tls() && entry.dial_timeout.is_none() && entry.proxy.is_none() {
+            return Ok(self.default_connection());
+        }
+        let settings = ConnectionSettings {
+            tls: material.configuration(&self.0.system)?,
+            connect_timeout: entry.dial_timeout.unwrap_or(self.0.connect_timeout),
+            proxy: entry.proxy.as_ref(),
+            rules: &self.0.rules,
         };
-        Ok(Self { direct: build(false)?, proxied: build(true)? })
+        Connection::new(&settings).map_err(|error| root_cause(&error.without_url()))
+    }
+
+    pub(super) fn rules(&self) -> &AddressRules {
+        &self.0.rules
+    }
+
+    /// The client that reaches an address by the rules, if they let it be reached.
+    fn client<'a>(&self, endpoint: &'a Endpoint, url: &Url) -> Result<&'a Client, AddressRefused> {
+        let connection = &endpoint.connection;
+        let configured = endpoint.configured && url.origin() == endpoint.root.origin();
+        if configured && connection.has_own_proxy {
+            return Ok(&connection.proxied);
+        }
+        // Who may lead to loopback was decided before: `Endpoint::check`, `redirect::check`.
+        if redirect::is_loopback(url) {
+            return Ok(&connection.free);
+        }
+        if !configured {
+            self.0.rules.check_literal(url)?;
+        }
+        let proxied = url
+            .as_str()
+            .parse()
+            .is_ok_and(|address: http::Uri| self.0.proxies.intercept(&address).is_some());
+        Ok(match (proxied, configured) {
+            (true, _) => &connection.proxied,
+            (false, true) => &connection.free,
+            (false, false) => &connection.guarded,
+        })
     }
 
     /// Sends a request and follows redirects by the rules of [`redirect`]. Any
     /// other status is an answer.
     pub(super) async fn send(&self, request: Request<'_>) -> Result<Answer, RegistryError> {
-        let Request { method, mut url, mut headers, mut authorization, form, what } = request;
+        let Request { endpoint, method, mut url, mut headers, mut authorization, form, what } =
+            request;
         let origin = url.origin();
         let mut redirected = false;
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         for _ in 0..=redirect::MAXIMUM_HOPS {
-            let client = if redirect::is_loopback(&url) { &self.direct } else { &self.proxied };
-            let mut builder = client.request(method.clone(), url.clone()).headers(headers.clone());
-            if let Some(authorization) = authorization {
-                builder = builder.header(AUTHORIZATION, authorization);
+            let host = authority(&url);
+            let client = self.client(endpoint, &url).map_err(|error| RegistryError::Address {
+                host: host.clone(),
+                what: error.to_string(),
+            })?;
+            let mut headers = headers.clone();
+            if url.origin() == endpoint.root.origin() {
+                headers.extend(endpoint.headers.clone());
             }
+            if let Some(authorization) = authorization {
+                headers.insert(AUTHORIZATION, authorization.clone());
+            }
+            let mut builder = client.request(method.clone(), url.clone()).headers(headers);
             if let Some(form) = &form {
                 builder = builder
                     .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
                     .body(form.clone());
             }
-            let host = authority(&url);
             let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
                 return Ok(Answer { response, host, redirected });
@@ -214,8 +281,19 @@ pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> Registry
     let (host, what) = (host.to_owned(), what.to_owned());
     // The address may be presigned.
     let error = error.without_url();
+    if let Some(refused) = causes(&error).find_map(|cause| cause.downcast_ref::<AddressRefused>()) {
+        return RegistryError::Address { host, what: refused.to_string() };
+    }
     let reason = error::reason(&root_cause(&error));
-    if is_tls(&error) {
+    if let Some(tls) = causes(&error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
+        let reason = if is_not_yet_valid(tls) {
+            let now = jiff::Timestamp::now();
+            format!(
+                "its certificate is not valid yet by this node's clock, which says {now:.0}: check the clock"
+            )
+        } else {
+            reason
+        };
         return RegistryError::Tls { host, what, reason };
     }
     if error.is_timeout() {
@@ -263,37 +341,6 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(wait.min(MAXIMUM_RETRY_AFTER))
 }
 
-fn tls_configuration(options: &RegistryOptions) -> Result<rustls::ClientConfig, RegistryError> {
-    let setup = |reason: String| RegistryError::Setup { reason };
-    let mut roots = rustls::RootCertStore::empty();
-    // Reads SSL_CERT_FILE and SSL_CERT_DIR too. A node without roots still speaks
-    // to registries on loopback and to those whose authority is configured.
-    let native = rustls_native_certs::load_native_certs();
-    for error in &native.errors {
-        tracing::warn!(%error, "some of the system's certificate authorities cannot be read");
-    }
-    let (usable, _) = roots.add_parsable_certificates(native.certs);
-    if usable == 0 && options.extra_roots.is_empty() {
-        tracing::warn!("no certificate authorities found: no registry's certificate is trusted");
-    }
-    for root in &options.extra_roots {
-        roots.add(root.clone()).map_err(|error| {
-            setup(format!(
-                "a certificate authority is unusable: {}",
-                error::reason(&error.to_string())
-            ))
-        })?;
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| setup(error::reason(&error.to_string())))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(tls)
-}
-
 /// All errors below one, outermost first. `io::Error` hides what it carries from `source`.
 fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
     std::iter::successors(error.source(), |&error| {
@@ -304,8 +351,10 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Erro
     })
 }
 
-fn is_tls(error: &reqwest::Error) -> bool {
-    causes(error).any(<dyn std::error::Error>::is::<rustls::Error>)
+fn is_not_yet_valid(error: &rustls::Error) -> bool {
+    use rustls::CertificateError::{NotValidYet, NotValidYetContext};
+    use rustls::Error::InvalidCertificate;
+    matches!(error, InvalidCertificate(NotValidYet | NotValidYetContext { .. }))
 }
 
 fn root_cause(error: &reqwest::Error) -> String {

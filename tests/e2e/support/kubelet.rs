@@ -72,6 +72,12 @@ impl Volume {
         Path::new(&self.request.target_path)
     }
 
+    /// What a container reads from a file of it.
+    #[track_caller]
+    pub fn text(&self, name: &str) -> String {
+        fs::read_to_string(self.target().join(name)).expect("a file of the volume")
+    }
+
     /// The folder that belongs to the kubelet.
     pub fn parent(&self) -> &Path {
         &self.parent

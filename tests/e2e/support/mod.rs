@@ -4,9 +4,11 @@
 //! however they end.
 
 mod archive;
+mod authority;
 mod driver;
 mod fake_registry;
 mod kubelet;
+mod nginx;
 mod node;
 mod proxy;
 mod push;
@@ -20,9 +22,11 @@ use std::{
 };
 
 pub use archive::{Tar, gzip, zstandard};
+pub use authority::Authority;
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
 pub use fake_registry::{Answer, AnswerBody, FakeRegistry};
 pub use kubelet::{Kubelet, Pod, Volume};
+pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, small_artifact};
 pub use proxy::{Passed, Proxy};
 pub use push::{
@@ -30,7 +34,9 @@ pub use push::{
     OCI_TAR_ZSTD, Oras, copy_layout, empty_config, node_architecture, push_index, put_json,
     umoci_unpack,
 };
-pub use registry::{Registry, ending_with_this_thread, own_registry, private_registry, registry};
+pub use registry::{
+    Registry, RegistryKind, ending_with_this_thread, own_registry, private_registry, registry,
+};
 pub use sandbox::{Sandbox, mount_with_shifted_owners, mounts_at, mounts_under};
 pub use tree::{Kind, Tree};
 

@@ -29,6 +29,41 @@ impl Node {
         Self { driver, kubelet, proxy: Proxy::new(registry()), sandbox }
     }
 
+    /// With a configuration file: these lines below its head. `{sandbox}` is the sandbox's folder.
+    #[track_caller]
+    pub fn start_configured(prepare: impl FnOnce(&Sandbox), lines: &str) -> Self {
+        Self::start_with(|sandbox, options| {
+            prepare(sandbox);
+            let head = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+            let lines = lines.replace("{sandbox}", &sandbox.path().display().to_string());
+            let path = sandbox.path().join("config.yaml");
+            fs::write(&path, format!("{head}{lines}")).expect("the configuration");
+            options.argument(&format!("--config={}", path.display()))
+        })
+    }
+
+    /// With containerd's folder of registries, `certs.d` in the sandbox.
+    #[track_caller]
+    pub fn start_with_hosts(lines: &str) -> Self {
+        let prepare = |sandbox: &Sandbox| {
+            sandbox.folder("certs.d");
+        };
+        Self::start_configured(
+            prepare,
+            &format!("registries:\n  hostsDir: \"{{sandbox}}/certs.d\"\n{lines}"),
+        )
+    }
+
+    /// Writes a registry's `hosts.toml`; returns its folder.
+    #[track_caller]
+    pub fn hosts_toml(&self, registry: &str, text: &str) -> std::path::PathBuf {
+        let folder = self.sandbox.folder(&format!("certs.d/{}", hosts_folder(registry)));
+        // As tools do it: never half a file.
+        fs::write(folder.join("hosts.toml.new"), text).expect("hosts.toml");
+        fs::rename(folder.join("hosts.toml.new"), folder.join("hosts.toml")).expect("hosts.toml");
+        folder
+    }
+
     /// Publishes in a new pod and returns the volume and what is in it.
     #[track_caller]
     pub fn mount(&self, reference: &str) -> (Volume, Tree) {
@@ -56,6 +91,13 @@ impl Node {
     /// Whether any file of the state, half downloads apart, holds these bytes.
     pub fn store_holds(&self, needle: &[u8]) -> bool {
         holds(self.driver.state(), needle)
+    }
+}
+
+fn hosts_folder(registry: &str) -> String {
+    match registry.rsplit_once(':') {
+        Some((host, port)) => format!("{host}_{port}_"),
+        None => registry.to_owned(),
     }
 }
 

@@ -25,7 +25,7 @@ pub fn registry() -> &'static Registry {
         // `setpriv --pdeathsig` ends the child with the thread that started it: this one never ends by itself.
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {
-            let registry = Registry::start(None);
+            let registry = Registry::start(&RegistryKind::default());
             remove_with_this_process(registry.directory.path());
             let _ = sender.send(registry);
             loop {
@@ -38,27 +38,43 @@ pub fn registry() -> &'static Registry {
 
 /// A registry of the calling test's own, for one that has a network of its own.
 pub fn own_registry() -> Registry {
-    Registry::start(None)
+    Registry::start(&RegistryKind::default())
 }
 
 /// A registry of the calling test's own that asks for this user and password.
 pub fn private_registry(user: &str, password: &str) -> Registry {
-    Registry::start(Some((user, password)))
+    Registry::start(&RegistryKind {
+        credentials: Some((user, password)),
+        ..RegistryKind::default()
+    })
+}
+
+/// What a registry is like.
+#[derive(Clone, Copy, Default)]
+pub struct RegistryKind<'a> {
+    /// Who may use it; none means anybody.
+    pub credentials: Option<(&'a str, &'a str)>,
+    /// Certificate, key, and the authority of the clients that it speaks to.
+    pub tls: Option<(&'a Path, &'a Path, Option<&'a Path>)>,
+    /// It is a pull-through mirror of this one.
+    pub mirror_of: Option<&'a str>,
+    /// Content that another registry has as well.
+    pub content_of: Option<&'a Registry>,
 }
 
 impl Registry {
     #[track_caller]
-    fn start(credentials: Option<(&str, &str)>) -> Self {
+    pub fn start(kind: &RegistryKind<'_>) -> Self {
         // Between finding a free port and the registry's taking it, another test may take it.
         for _ in 0..10 {
-            if let Some(registry) = Self::try_start(credentials) {
+            if let Some(registry) = Self::try_start(kind) {
                 return registry;
             }
         }
         panic!("docker-registry does not start; `make test` installs it");
     }
 
-    fn try_start(credentials: Option<(&str, &str)>) -> Option<Self> {
+    fn try_start(kind: &RegistryKind<'_>) -> Option<Self> {
         let directory = tempfile::Builder::new()
             .prefix("e2e-registry")
             .tempdir_in("/var/tmp")
@@ -66,7 +82,7 @@ impl Registry {
         let address = TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
             .expect("a port");
-        let configuration = configuration(directory.path(), address, credentials);
+        let configuration = configuration(directory.path(), address, kind);
         let path = directory.path().join("config.yml");
         fs::write(&path, configuration).expect("the registry's configuration");
         let log = fs::File::create(directory.path().join("log")).expect("the registry's log");
@@ -129,25 +145,32 @@ fn remove_with_this_process(directory: &Path) {
     std::mem::forget(remover.stdin.take());
 }
 
-fn configuration(
-    directory: &Path,
-    address: SocketAddr,
-    credentials: Option<(&str, &str)>,
-) -> String {
-    let storage: PathBuf = directory.join("storage");
+fn configuration(directory: &Path, address: SocketAddr, kind: &RegistryKind<'_>) -> String {
+    let storage: PathBuf =
+        kind.content_of.map_or(directory, |other| other.directory.path()).join("storage");
     let mut text = format!(
         "version: 0.1\n\
          log: {{level: error, accesslog: {{disabled: true}}}}\n\
          storage: {{filesystem: {{rootdirectory: {}}}, delete: {{enabled: true}}}}\n\
-         http: {{addr: \"{address}\", secret: tests}}\n",
+         http:\n  addr: \"{address}\"\n  secret: tests\n",
         storage.display()
     );
-    if let Some((user, password)) = credentials {
+    if let Some((certificate, key, clients)) = kind.tls {
+        let (certificate, key) = (certificate.display(), key.display());
+        let _ = writeln!(text, "  tls:\n    certificate: {certificate}\n    key: {key}");
+        if let Some(clients) = clients {
+            let _ = writeln!(text, "    clientcas: [{}]", clients.display());
+        }
+    }
+    if let Some((user, password)) = kind.credentials {
         let passwords = directory.join("htpasswd");
         fs::write(&passwords, run(tool("htpasswd").args(["-nbB", user, password])))
             .expect("the passwords");
         let path = passwords.display();
         let _ = writeln!(text, "auth: {{htpasswd: {{realm: tests, path: {path}}}}}");
+    }
+    if let Some(upstream) = kind.mirror_of {
+        let _ = writeln!(text, "proxy: {{remoteurl: \"{upstream}\"}}");
     }
     text
 }

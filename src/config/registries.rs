@@ -1,0 +1,120 @@
+//! The `registries` section. Read at start; the files that it names are read
+//! again when they change.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::GoDuration;
+use crate::oci::registry::{AddressRules, Loopback, RegistryOptions};
+
+/// A day: longer than credentials that rotate live, and shorter than one notices that a right is gone.
+const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
+
+/// When cached content is shown without a proof that the pod's credentials open it: the
+/// kubelet's words (`imagePullCredentialsVerificationPolicy`), where only imported content
+/// counts as preloaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub enum CredentialsVerification {
+    /// Always.
+    NeverVerify,
+    /// For imported content.
+    #[default]
+    NeverVerifyPreloadedImages,
+    /// For imported content of the repositories in `preloadedImagesVerificationAllowlist`.
+    NeverVerifyAllowlistedImages,
+    /// Never.
+    AlwaysVerify,
+}
+
+/// The `registries` section.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RegistriesSection {
+    /// containerd's `config_path`: folders of `hosts.toml`, separated by colons.
+    pub hosts_dir: Option<String>,
+    /// A docker `config.json` of the node: credentials that any pod may use.
+    pub docker_config: Option<PathBuf>,
+    /// The kubelet's `CredentialProviderConfig`.
+    pub credential_provider_config: Option<PathBuf>,
+    /// Where its plugins lie.
+    pub credential_provider_bin_dir: Option<PathBuf>,
+    /// When cached content needs no proof.
+    pub credentials_verification: CredentialsVerification,
+    /// Repositories for `NeverVerifyAllowlistedImages`, as the kubelet writes them: `host/path`
+    /// or `host/path/*`.
+    pub preloaded_images_verification_allowlist: Vec<String>,
+    /// How long a proof of the same service account counts while the registry cannot be reached.
+    #[serde(rename = "proofTTL")]
+    pub proof_ttl: GoDuration,
+    /// Mirrors (`https://host[:port]`) that the registries' credentials may be sent to.
+    pub mirrors_with_credentials: Vec<String>,
+    /// Whether a reference may be written as loopback.
+    pub loopback: Loopback,
+    /// Networks that references may aim at whatever they are, as `10.0.0.1/32`.
+    pub allowed_addresses: Vec<String>,
+}
+
+impl Default for RegistriesSection {
+    fn default() -> Self {
+        Self {
+            hosts_dir: None,
+            docker_config: None,
+            credential_provider_config: None,
+            credential_provider_bin_dir: None,
+            credentials_verification: CredentialsVerification::default(),
+            preloaded_images_verification_allowlist: Vec::new(),
+            proof_ttl: GoDuration(DEFAULT_PROOF_TTL),
+            mirrors_with_credentials: Vec::new(),
+            loopback: Loopback::default(),
+            allowed_addresses: Vec::new(),
+        }
+    }
+}
+
+impl RegistriesSection {
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut options = RegistryOptions::default();
+        self.apply(&mut options)?;
+        if self.credential_provider_config.is_some() != self.credential_provider_bin_dir.is_some() {
+            return Err("registries.credentialProviderConfig and registries.credentialProviderBinDir go together: set both".to_owned());
+        }
+        for pattern in &self.preloaded_images_verification_allowlist {
+            // The kubelet's rule: a star stands at the end, as a whole part.
+            let path = pattern.strip_suffix("/*").unwrap_or(pattern);
+            if path.is_empty() || path.contains('*') {
+                return Err(format!(
+                    "registries.preloadedImagesVerificationAllowlist: \"{pattern}\" must be host/path or host/path/*"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the registry client is built with.
+    pub fn apply(&self, options: &mut RegistryOptions) -> Result<(), String> {
+        let networks = self.allowed_addresses.iter().map(|text| {
+            let single = || text.parse::<std::net::IpAddr>().map(ipnet::IpNet::from).ok();
+            text.parse::<ipnet::IpNet>().ok().or_else(single).ok_or_else(|| {
+                format!(
+                    "registries.allowedAddresses: \"{text}\" is no network: write it as 10.0.0.1/32"
+                )
+            })
+        });
+        let allowed: Vec<_> = networks.collect::<Result<_, _>>()?;
+        let loopback = self.loopback;
+        let own = crate::node_addresses::own;
+        options.addresses = AddressRules { loopback, allowed: Arc::from(allowed), own };
+        let roots = self.hosts_dir.iter().flat_map(|list| list.split(':'));
+        options.hosts_dirs = roots.filter(|root| !root.is_empty()).map(PathBuf::from).collect();
+        options.mirrors_with_credentials.clear();
+        for text in &self.mirrors_with_credentials {
+            let mirror = crate::oci::registry::mirror_address(text)
+                .map_err(|reason| format!("registries.mirrorsWithCredentials: {reason}"))?;
+            options.mirrors_with_credentials.push(mirror);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,67 @@
+//! Connections to one host, or to all that nothing is configured for.
+//!
+//! ```text
+//! guarded   to hosts that strangers named: addresses are checked after resolution
+//! free      to hosts that the administrator named, and to registries written as loopback
+//! proxied   through a proxy, which resolves by itself
+//! ```
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reqwest::{Client, Url};
+
+use super::address::{AddressRules, GuardedResolver};
+
+/// Buffered for one blob at most while its reader is busy.
+const STREAM_WINDOW: u32 = 1024 * 1024;
+/// Enough streams may stand still before they hold up the others on one connection.
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+
+/// Cheap to clone; clones share connections.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    pub(super) guarded: Client,
+    pub(super) free: Client,
+    pub(super) proxied: Client,
+    /// Whether the host has a proxy of its own.
+    pub(super) has_own_proxy: bool,
+}
+
+/// How connections are made.
+pub(super) struct ConnectionSettings<'a> {
+    pub(super) tls: rustls::ClientConfig,
+    pub(super) connect_timeout: Duration,
+    /// For this host alone; else the environment's.
+    pub(super) proxy: Option<&'a Url>,
+    pub(super) rules: &'a AddressRules,
+}
+
+impl Connection {
+    pub(super) fn new(settings: &ConnectionSettings<'_>) -> Result<Self, reqwest::Error> {
+        let builder = || {
+            Client::builder()
+                .tls_backend_preconfigured(settings.tls.clone())
+                .user_agent(concat!("csi-driver-oci/", env!("CARGO_PKG_VERSION")))
+                .redirect(reqwest::redirect::Policy::none())
+                .referer(false)
+                .connect_timeout(settings.connect_timeout)
+                .pool_idle_timeout(Duration::from_mins(1))
+                .pool_max_idle_per_host(8)
+                .tcp_keepalive(Duration::from_secs(30))
+                .http2_initial_stream_window_size(STREAM_WINDOW)
+                .http2_initial_connection_window_size(CONNECTION_WINDOW)
+        };
+        let resolver = Arc::new(GuardedResolver(settings.rules.clone()));
+        let proxied = match settings.proxy {
+            Some(proxy) => builder().proxy(reqwest::Proxy::all(proxy.as_str())?),
+            None => builder(),
+        };
+        Ok(Self {
+            guarded: builder().no_proxy().dns_resolver(resolver).build()?,
+            free: builder().no_proxy().build()?,
+            proxied: proxied.build()?,
+            has_own_proxy: settings.proxy.is_some(),
+        })
+    }
+}

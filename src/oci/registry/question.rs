@@ -1,0 +1,158 @@
+//! What may be asked, and of whom in which order.
+
+use std::sync::Arc;
+
+use reqwest::Method;
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+
+use super::endpoint::Endpoint;
+use super::error::{self, RegistryError};
+use super::transport;
+use crate::oci::credentials::Credential;
+use crate::oci::{Digest, Repository, media_type};
+
+/// How a manifest is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ManifestName {
+    /// By a tag, which may move.
+    Tag(String),
+    /// By its content.
+    Digest(Digest),
+}
+
+/// What a host must be good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// Sending content that is named by its digest.
+    Pull,
+    /// Saying what a tag means.
+    Resolve,
+}
+
+/// The hosts of a registry that fit a question; never empty.
+pub(super) struct Turns {
+    pub(super) endpoints: Vec<Arc<Endpoint>>,
+    pub(super) turn: usize,
+}
+
+/// One question to a registry.
+pub(super) struct Question<'a> {
+    pub(super) repository: &'a Repository,
+    pub(super) credential: &'a Credential,
+    pub(super) method: Method,
+    /// The blob that is asked for.
+    pub(super) blob: Option<Digest>,
+    /// The path below the repository.
+    pub(super) object: String,
+    pub(super) headers: HeaderMap,
+    /// Names the thing in errors.
+    pub(super) what: String,
+}
+
+impl Needs {
+    pub(super) fn are_met_by(self, endpoint: &Endpoint) -> bool {
+        match self {
+            Self::Pull => endpoint.pull,
+            Self::Resolve => endpoint.resolve,
+        }
+    }
+}
+
+impl ManifestName {
+    pub(super) fn needs(&self) -> Needs {
+        match self {
+            Self::Tag(_) => Needs::Resolve,
+            Self::Digest(_) => Needs::Pull,
+        }
+    }
+}
+
+impl<'a> Question<'a> {
+    /// What this host may be shown.
+    pub(super) fn credential_for(&self, endpoint: &Endpoint) -> &'a Credential {
+        if endpoint.takes_credentials { self.credential } else { &Credential::Anonymous }
+    }
+
+    pub(super) fn is_anonymous_at(&self, endpoint: &Endpoint) -> bool {
+        self.credential_for(endpoint).is_anonymous()
+    }
+
+    pub(super) fn manifest(
+        repository: &'a Repository,
+        name: &ManifestName,
+        credential: &'a Credential,
+        method: Method,
+    ) -> Result<Self, RegistryError> {
+        let name = match name {
+            ManifestName::Digest(digest) => digest.to_string(),
+            ManifestName::Tag(tag) if is_tag(tag) => tag.clone(),
+            ManifestName::Tag(_) => {
+                return Err(RegistryError::NotFound {
+                    what: error::describe("tag of that spelling", repository),
+                });
+            }
+        };
+        let mut headers = HeaderMap::new();
+        if let Ok(accepted) = HeaderValue::from_str(&media_type::MANIFESTS.join(", ")) {
+            headers.insert(ACCEPT, accepted);
+        }
+        Ok(Self {
+            repository,
+            credential,
+            method,
+            what: error::describe(&format!("manifest {name}"), repository),
+            blob: None,
+            object: format!("manifests/{name}"),
+            headers,
+        })
+    }
+
+    pub(super) fn blob(
+        repository: &'a Repository,
+        digest: Digest,
+        credential: &'a Credential,
+        method: Method,
+    ) -> Self {
+        Self {
+            repository,
+            credential,
+            method,
+            what: error::describe(&format!("blob {digest}"), repository),
+            blob: Some(digest),
+            object: format!("blobs/{digest}"),
+            headers: HeaderMap::new(),
+        }
+    }
+}
+
+impl Turns {
+    pub(super) fn current(&self) -> &Endpoint {
+        &self.endpoints[self.turn]
+    }
+
+    /// What comes of a try: none means that the next host is asked. The last one's failure
+    /// counts, as that is the registry itself.
+    pub(super) fn judge<T>(
+        &mut self,
+        tried: Result<T, RegistryError>,
+    ) -> Option<Result<T, RegistryError>> {
+        match tried {
+            Err(error) if self.turn + 1 < self.endpoints.len() => {
+                let mirror = transport::authority(&self.current().root);
+                tracing::info!(mirror, %error, "a mirror was of no use: the next host is asked");
+                self.turn += 1;
+                None
+            }
+            done => Some(done),
+        }
+    }
+}
+
+/// The specification's grammar, so that a tag cannot become a path or a query.
+fn is_tag(tag: &str) -> bool {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let bytes = tag.as_bytes();
+    bytes.len() <= 128
+        && bytes.first().is_some_and(|&first| word(first))
+        && bytes.iter().all(|&byte| word(byte) || byte == b'.' || byte == b'-')
+}

@@ -1,0 +1,216 @@
+//! Mirrors by containerd's `hosts.toml`: who is asked, in which order, with what.
+
+use std::fs;
+
+use tonic::Code;
+
+use crate::support::{
+    Answer, FakeRegistry, Layer, Manifest, Nginx, Node, Registry, RegistryKind, digest, registry,
+    small_artifact, unique,
+};
+
+/// A mirror, and a registry behind it that nobody can reach.
+fn only_mirror(node: &Node, mirror: &str) -> &'static str {
+    let text = format!("server = \"{mirror}\"\n");
+    node.hosts_toml("registry.invalid", &text);
+    "registry.invalid"
+}
+
+fn host(address: &str, capabilities: &str) -> String {
+    format!("[host.\"{address}\"]\ncapabilities = {capabilities}\n")
+}
+
+const ALL: &str = "[\"pull\", \"resolve\"]";
+
+#[test]
+fn a_mirror_that_fails_in_any_way_is_passed_over() {
+    let node = Node::start_with_hosts("");
+    let folder = node.sandbox.path();
+    for answer in [
+        "return 404;",
+        "return 500;",
+        "return 503;",
+        "return 429;",
+        "return 401;",
+        "return 403;",
+        "return 400;",
+        // The connection is closed without an answer.
+        "return 444;",
+        "return 200 'not what was asked for';",
+        "return 302 http://169.254.169.254/latest;",
+        "return 301 https://127.0.0.2:1/;",
+    ] {
+        let mirror = Nginx::start(folder, answer);
+        let artifact = small_artifact();
+        let by_digest =
+            format!("{}/{}@{}", node.proxy.host(), artifact.repository, artifact.digest);
+        node.hosts_toml(&node.proxy.host(), &host(&mirror.url(), ALL));
+        let (volume, _) = node.mount(&by_digest);
+        assert_eq!(volume.text("file.txt"), artifact.content, "{answer}");
+        node.kubelet.unpublish(&volume);
+    }
+    // Nobody listens.
+    let artifact = small_artifact();
+    node.hosts_toml(&node.proxy.host(), &host("http://127.0.0.1:1", ALL));
+    let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_mirror_that_has_it_is_enough_and_the_registry_is_not_asked() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    let upstream = format!("http://{}", registry().host());
+    let mirror =
+        Registry::start(&RegistryKind { mirror_of: Some(&upstream), ..RegistryKind::default() });
+    node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
+    let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
+    assert_eq!(volume.text("file.txt"), artifact.content);
+    assert_eq!(node.proxy.requests(), [], "the registry behind the mirror was asked");
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_mirror_in_the_servers_place_forbids_the_registry_itself() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    let name = only_mirror(&node, &format!("http://{}", registry().host()));
+    let (volume, _) = node.mount(&format!("{name}/{}", artifact.name));
+    assert_eq!(volume.text("file.txt"), artifact.content);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn capabilities_order_and_default_folder_are_containerds() {
+    let node = Node::start_with_hosts("");
+    let (resolver, content) = (FakeRegistry::new(), FakeRegistry::new());
+    let layer = Layer::titled("file", "by capability");
+    let manifest = Manifest::artifact([layer]);
+    manifest.push(&resolver, "any", "v1");
+    manifest.push(&content, "any", "v1");
+    let mirrors = host(&format!("http://{}", resolver.host()), "[\"resolve\"]")
+        + &host(&format!("http://{}", content.host()), "[\"pull\"]");
+    let folder = node.sandbox.folder("certs.d/_default");
+    fs::write(folder.join("hosts.toml"), mirrors).expect("hosts.toml");
+    let (volume, _) = node.mount("registry.invalid/team/any:v1");
+    let asked = |registry: &FakeRegistry| -> Vec<String> {
+        registry
+            .requests()
+            .into_iter()
+            .map(|request| request.method + " " + &request.path)
+            .collect()
+    };
+    assert_eq!(asked(&resolver), ["HEAD /v2/team/any/manifests/v1"]);
+    let pulled = asked(&content);
+    assert!(pulled[0].starts_with("GET /v2/team/any/manifests/sha256:"), "{pulled:?}");
+    assert!(pulled.iter().all(|request| !request.ends_with("/v1")), "{pulled:?}");
+    node.kubelet.unpublish(&volume);
+}
+
+/// Spegel: plain http on the node, `?ns=` with every request, tags and digests, no credentials.
+#[test]
+fn spegel_is_asked_as_it_wants_to_be_asked() {
+    let node = Node::start_with_hosts("");
+    let spegel = FakeRegistry::new();
+    let manifest = Manifest::artifact([Layer::titled("file", "from a peer")]);
+    manifest.push(&spegel, "any", "v1");
+    node.hosts_toml(
+        "registry.invalid",
+        &format!("{}dial_timeout = \"200ms\"\n", host(&format!("http://{}", spegel.host()), ALL)),
+    );
+    let volume = node.kubelet.new_volume("registry.invalid/team/any:v1");
+    let volume = volume.secret("username", "someone").secret("password", "for upstream alone");
+    node.kubelet.publish_well(&volume);
+    let requests = spegel.requests();
+    assert!(requests.len() >= 2);
+    for request in requests {
+        assert_eq!(request.query, "ns=registry.invalid", "{} {}", request.method, request.path);
+        assert_eq!(request.header("authorization"), None, "a credential went to a mirror");
+        assert!(matches!(request.method.as_str(), "GET" | "HEAD"));
+    }
+    node.kubelet.unpublish(&volume);
+}
+
+/// Dragonfly: its header names the registry, and the registry's credentials pass through.
+#[test]
+fn dragonfly_is_asked_as_it_wants_to_be_asked() {
+    let dragonfly = FakeRegistry::new();
+    let address = format!("http://{}", dragonfly.host());
+    let node = Node::start_with_hosts(&format!("  mirrorsWithCredentials: [\"{address}\"]\n"));
+    Manifest::artifact([Layer::titled("file", "from peers")]).push(&dragonfly, "any", "v1");
+    dragonfly.script(|request| {
+        let known = request.header("authorization").is_some();
+        (!known).then(|| Answer::status(401).with_header("www-authenticate", "Basic realm=\"x\""))
+    });
+    let header = format!(
+        "{}[host.\"{address}\".header]\nX-Dragonfly-Registry = [\"https://registry.invalid\"]\n",
+        host(&address, ALL)
+    );
+    node.hosts_toml("registry.invalid", &header);
+    let volume = node.kubelet.new_volume("registry.invalid/team/any:v1");
+    let volume = volume.secret("username", "someone").secret("password", "passed through");
+    node.kubelet.publish_well(&volume);
+    for request in dragonfly.requests() {
+        assert_eq!(request.header("x-dragonfly-registry"), Some("https://registry.invalid"));
+        assert_eq!(request.query, "ns=registry.invalid");
+    }
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn an_override_of_the_path_is_obeyed() {
+    let node = Node::start_with_hosts("");
+    let mirror = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "x")]).push(&mirror, "any", "v1");
+    let address = format!("http://{}/api/oci", mirror.host());
+    node.hosts_toml("registry.invalid", &format!("server = \"{address}\"\noverride_path = true\n"));
+    let (volume, _) = node.mount("registry.invalid/team/any:v1");
+    assert!(mirror.requests().iter().all(|request| request.path.starts_with("/api/oci/team/any/")));
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn hosts_toml_is_read_again_when_it_changes() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    let reference = format!("registry.invalid/{}", artifact.name);
+    let volume = node.kubelet.new_volume(&reference);
+    node.kubelet.publish_badly(&volume, Code::Unavailable);
+    only_mirror(&node, &format!("http://{}", registry().host()));
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_broken_hosts_toml_is_named_and_stops_its_registry_alone() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    for (text, named) in [
+        (host("http://mirror:5000", "[\"pull\", \"fetch\"]"), "fetch"),
+        ("server = ".to_owned(), "line 1"),
+        ("ca = \"missing.pem\"\n".to_owned(), "missing.pem"),
+    ] {
+        node.hosts_toml(&node.proxy.host(), &text);
+        let volume = node.kubelet.new_volume(&node.proxy.reference(&artifact.name));
+        let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+        assert!(message.contains("hosts.toml") || message.contains("pem"), "{message}");
+        assert!(message.contains(named), "{message}");
+    }
+    let other = format!("{}/{}", registry().host(), artifact.name);
+    let (volume, _) = node.mount(&other);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_mirrors_wrong_bytes_are_never_shown() {
+    let node = Node::start_with_hosts("");
+    let repository = unique("mirrored");
+    let content = b"the right content";
+    Manifest::artifact([Layer::titled("file", content)]).push(registry(), &repository, "v1");
+    let liar = FakeRegistry::new();
+    liar.put_lying_blob(&digest(content), &b"the wrong content"[..]);
+    node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", liar.host()), ALL));
+    let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert_eq!(volume.text("file"), "the right content");
+    node.kubelet.unpublish(&volume);
+}

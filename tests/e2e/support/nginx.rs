@@ -1,0 +1,71 @@
+//! A real nginx as a mirror that answers as a test wants.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::Path,
+    process::{Child, Stdio},
+};
+
+use super::{registry::ending_with_this_thread, wait_until};
+
+/// A running nginx with one server.
+pub struct Nginx {
+    address: SocketAddr,
+    child: Child,
+}
+
+impl Nginx {
+    /// `answer` stands in `location /`, as `return 503;` or `proxy_pass http://...;`.
+    #[track_caller]
+    pub fn start(folder: &Path, answer: &str) -> Self {
+        for _ in 0..10 {
+            if let Some(nginx) = Self::try_start(folder, answer) {
+                return nginx;
+            }
+        }
+        panic!("nginx does not start; `make test` installs it");
+    }
+
+    fn try_start(folder: &Path, answer: &str) -> Option<Self> {
+        let address = TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .expect("a port");
+        let folder = folder.join(format!("nginx-{}", address.port()));
+        fs::create_dir_all(&folder).expect("nginx's folder");
+        let own = folder.display();
+        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|kind| format!("{kind}_temp_path {own}/{kind};\n"))
+            .concat();
+        let configuration = format!(
+            "daemon off;\nmaster_process off;\npid {own}/pid;\nerror_log {own}/error.log;\n\
+             events {{}}\nhttp {{\naccess_log off;\n{temporary}\
+             server {{ listen {address}; location / {{ {answer} }} }}\n}}\n"
+        );
+        fs::write(folder.join("nginx.conf"), configuration).expect("nginx's configuration");
+        let mut child = ending_with_this_thread("nginx")
+            .args(["-p", &own.to_string(), "-e", "error.log", "-c", "nginx.conf"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("nginx, which `make test` installs");
+        let mut ended = false;
+        wait_until("nginx listens", || {
+            ended = child.try_wait().expect("nginx's state").is_some();
+            ended || TcpStream::connect(address).is_ok()
+        });
+        (!ended).then_some(Self { address, child })
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,95 @@
+//! Certificates: private authorities, clients' certificates, and certificates that do not fit.
+
+use std::fs;
+
+use tonic::Code;
+
+use crate::support::{Authority, Node, Registry, RegistryKind, registry, small_artifact};
+
+/// The shared registry's content behind TLS.
+fn with_tls(
+    (certificate, key): &(std::path::PathBuf, std::path::PathBuf),
+    clients: Option<&std::path::Path>,
+) -> Registry {
+    Registry::start(&RegistryKind {
+        tls: Some((certificate, key, clients)),
+        content_of: Some(registry()),
+        ..RegistryKind::default()
+    })
+}
+
+#[test]
+fn a_private_authority_is_trusted_where_it_is_configured() {
+    let node = Node::start_with_hosts("");
+    let authority = Authority::new(&node.sandbox.folder("authority"));
+    let other = Authority::new(&node.sandbox.folder("other"));
+    let registry = with_tls(&authority.issue("registry", &["127.0.0.1"]), None);
+    let artifact = small_artifact();
+    let reference = format!("{}/{}", registry.host(), artifact.name);
+    let volume = node.kubelet.new_volume(&reference);
+    let server = format!("server = \"https://{}\"\n", registry.host());
+    let ca =
+        |authority: &Authority| format!("{server}ca = \"{}\"\n", authority.certificate().display());
+    // Without it, and with another one.
+    for text in [server.clone(), ca(&other)] {
+        node.hosts_toml(&registry.host(), &text);
+        let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+        assert!(message.contains("no trusted TLS connection"), "{message}");
+    }
+    node.hosts_toml(&registry.host(), &ca(&authority));
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+    // The same through skip_verify, and with the files as Docker lays them.
+    let artifact = small_artifact();
+    let folder = node.hosts_toml(&registry.host(), &format!("{server}skip_verify = true\n"));
+    let (volume, _) = node.mount(&format!("{}/{}", registry.host(), artifact.name));
+    node.kubelet.unpublish(&volume);
+    fs::remove_file(folder.join("hosts.toml")).expect("removed");
+    fs::copy(authority.certificate(), folder.join("ca.crt")).expect("copied");
+    let artifact = small_artifact();
+    let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), artifact.name));
+    // Loopback without a hosts.toml is spoken to without TLS; with certificates, TLS comes first.
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_certificate_for_another_name_or_time_is_refused_and_the_clock_is_named() {
+    let node = Node::start_with_hosts("");
+    let authority = Authority::new(&node.sandbox.folder("authority"));
+    let artifact = small_artifact();
+    for (pair, named) in [
+        (authority.issue("other", &["elsewhere.example"]), "not valid for"),
+        (authority.issue_for_the_future("future", &["127.0.0.1"]), "clock"),
+    ] {
+        let registry = with_tls(&pair, None);
+        let ca = authority.certificate();
+        let text = format!("server = \"https://{}\"\nca = \"{}\"\n", registry.host(), ca.display());
+        node.hosts_toml(&registry.host(), &text);
+        let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), artifact.name));
+        let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+        assert!(message.contains(named), "{message}");
+    }
+}
+
+#[test]
+fn a_clients_certificate_opens_what_asks_for_one() {
+    let node = Node::start_with_hosts("");
+    let authority = Authority::new(&node.sandbox.folder("authority"));
+    let pair = authority.issue("registry", &["127.0.0.1"]);
+    let registry = with_tls(&pair, Some(&authority.certificate()));
+    let artifact = small_artifact();
+    let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), artifact.name));
+    let (certificate, key) = authority.issue("client", &["client"]);
+    let text = format!(
+        "server = \"https://{}\"\nca = \"{}\"\n",
+        registry.host(),
+        authority.certificate().display()
+    );
+    node.hosts_toml(&registry.host(), &text);
+    node.kubelet.publish_badly(&volume, Code::Unavailable);
+    let pair = format!("client = [[\"{}\", \"{}\"]]\n", certificate.display(), key.display());
+    node.hosts_toml(&registry.host(), &format!("{text}{pair}"));
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
