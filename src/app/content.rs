@@ -11,8 +11,9 @@ use tokio_util::task::TaskTracker;
 use super::NodeOptions;
 use crate::admin::metrics::Metrics;
 use crate::config::{ConfigurationError, NodeConfiguration};
+use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
-use crate::pull::Puller;
+use crate::pull::{Puller, Sources};
 use crate::store::lock::Lock;
 use crate::store::own::require_mountpoint;
 use crate::store::{SecurityLabel, Store, StoreError, StoreOptions};
@@ -129,10 +130,14 @@ pub fn content_of(
         ..RegistryOptions::default()
     };
     configuration.registries.apply(&mut options)?;
-    let registry = Registry::new(options).map_err(|error| error.to_string())?;
+    let sources = Sources {
+        registry: Registry::new(options).map_err(|error| error.to_string())?,
+        node_credentials: NodeCredentials::new(configuration.registries.provider_files()),
+        verification: configuration.registries.verification(),
+    };
     let puller = Puller::new(
         store.clone(),
-        registry,
+        sources,
         configuration.limits.clone(),
         configuration.pull.options(),
         tracker,

@@ -114,6 +114,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             flags: MountFlags::default(),
             pod: PodInfo::default(),
             keyring: Ok(keyring),
+            identity: None,
             deadline: Instant::now() + PATIENCE,
         };
         let published = volumes.publish(request).await.map_err(|error| error.to_string())?;
@@ -182,7 +183,7 @@ async fn fetch(
     attributes: &VolumeAttributes,
     keyring: &Keyring,
 ) -> Result<(), Failure> {
-    let want = attributes.want(keyring.clone());
+    let want = attributes.want(keyring.clone(), None);
     let view = ProgressView::default();
     let acquire = content.puller.acquire(&want, &view);
     tokio::pin!(acquire);

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::duration::GoDuration;
+use super::GoDuration;
 use super::quantity::Quantity;
 use crate::store::CacheOptions;
 

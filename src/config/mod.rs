@@ -17,7 +17,7 @@ pub use crate::duration::GoDuration;
 pub use cache::CacheSection;
 pub use pull::PullSection;
 pub use quantity::Quantity;
-pub use registries::{CredentialsVerification, RegistriesSection};
+pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
 
 use crate::unpack::Limits;

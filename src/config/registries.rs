@@ -1,6 +1,7 @@
 //! The `registries` section. Read at start; the files that it names are read
 //! again when they change.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,25 +9,26 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::GoDuration;
+use crate::oci::credentials::providers::{AccountAnnotations, ProviderFiles};
 use crate::oci::registry::{AddressRules, Loopback, RegistryOptions};
+use crate::pull::{CredentialsVerification, Verification};
 
 /// A day: longer than credentials that rotate live, and shorter than one notices that a right is gone.
 const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
 
-/// When cached content is shown without a proof that the pod's credentials open it: the
-/// kubelet's words (`imagePullCredentialsVerificationPolicy`), where only imported content
-/// counts as preloaded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-pub enum CredentialsVerification {
-    /// Always.
-    NeverVerify,
-    /// For imported content.
-    #[default]
-    NeverVerifyPreloadedImages,
-    /// For imported content of the repositories in `preloadedImagesVerificationAllowlist`.
-    NeverVerifyAllowlistedImages,
-    /// Never.
-    AlwaysVerify,
+/// The kubelet's.
+const DEFAULT_PLUGIN_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Annotations of service accounts, for plugins that want them.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceAccountAnnotations {
+    /// The namespace.
+    pub namespace: String,
+    /// The service account; all of the namespace without.
+    pub service_account: Option<String>,
+    /// The annotations.
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// The `registries` section.
@@ -41,6 +43,10 @@ pub struct RegistriesSection {
     pub credential_provider_config: Option<PathBuf>,
     /// Where its plugins lie.
     pub credential_provider_bin_dir: Option<PathBuf>,
+    /// How long a plugin may take.
+    pub credential_provider_timeout: GoDuration,
+    /// What plugins would read from `ServiceAccount` objects.
+    pub service_account_annotations: Vec<ServiceAccountAnnotations>,
     /// When cached content needs no proof.
     pub credentials_verification: CredentialsVerification,
     /// Repositories for `NeverVerifyAllowlistedImages`, as the kubelet writes them: `host/path`
@@ -64,6 +70,8 @@ impl Default for RegistriesSection {
             docker_config: None,
             credential_provider_config: None,
             credential_provider_bin_dir: None,
+            credential_provider_timeout: GoDuration(DEFAULT_PLUGIN_TIMEOUT),
+            service_account_annotations: Vec::new(),
             credentials_verification: CredentialsVerification::default(),
             preloaded_images_verification_allowlist: Vec::new(),
             proof_ttl: GoDuration(DEFAULT_PROOF_TTL),
@@ -116,5 +124,34 @@ impl RegistriesSection {
             options.mirrors_with_credentials.push(mirror);
         }
         Ok(())
+    }
+
+    /// The node's own credentials.
+    #[must_use]
+    pub fn provider_files(&self) -> ProviderFiles {
+        let config = self.credential_provider_config.clone();
+        let annotations = self.service_account_annotations.iter().cloned();
+        ProviderFiles {
+            docker_config: self.docker_config.clone(),
+            plugins: config.zip(self.credential_provider_bin_dir.clone()),
+            timeout: self.credential_provider_timeout.0,
+            annotations: annotations
+                .map(|of| AccountAnnotations {
+                    namespace: of.namespace,
+                    service_account: of.service_account,
+                    annotations: of.annotations,
+                })
+                .collect(),
+        }
+    }
+
+    /// When cached content is shown to whom.
+    #[must_use]
+    pub fn verification(&self) -> Verification {
+        Verification {
+            policy: self.credentials_verification,
+            allowlist: self.preloaded_images_verification_allowlist.clone(),
+            proof_ttl: self.proof_ttl.0,
+        }
     }
 }

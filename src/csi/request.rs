@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 
 use crate::mount::MountFlags;
-use crate::oci::credentials::Keyring;
+use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
 use crate::volume::attributes::VolumeAttributes;
 use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
@@ -61,10 +61,22 @@ impl Node {
         }
         let host = attributes.reference.repository().host();
         let keyring = Keyring::from_secrets(&request.secrets, host);
+        let (namespace, account) = (pod.namespace.as_deref(), pod.service_account.as_deref());
+        let (secrets, context) = (&request.secrets, &request.volume_context);
+        let identity = WorkloadIdentity::of(namespace, account, secrets, context);
         let timeout = grpc_timeout(metadata).unwrap_or(DEFAULT_TIMEOUT);
         let deadline = now + timeout.saturating_sub(MARGIN.min(timeout / 4));
         let volume_id = request.volume_id;
-        Ok(PublishRequest { volume_id, target, attributes, flags, pod, keyring, deadline })
+        Ok(PublishRequest {
+            volume_id,
+            target,
+            attributes,
+            flags,
+            pod,
+            keyring,
+            identity,
+            deadline,
+        })
     }
 
     /// Parses an unpublish; none for a target that cannot be ours.

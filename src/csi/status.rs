@@ -68,7 +68,8 @@ fn pull(error: &PullError) -> Code {
             Code::Internal
         }
         PullError::Store(error) => store(error),
-        PullError::ShuttingDown => Code::Unavailable,
+        // The node's own credentials are mended on the node, without a change of the pod.
+        PullError::Provider(_) | PullError::ShuttingDown => Code::Unavailable,
         // Only who no longer waits can see it, or who came in the moment of the end.
         PullError::Unwanted => Code::Aborted,
         PullError::Shared(error) => pull(error),

@@ -92,11 +92,11 @@ impl Puller {
         if let Some(tree) = inner.cached_tree(repository, key).await? {
             return Ok(tree);
         }
-        let source =
-            Source { repository: repository.clone(), credential: resolved.credential.clone() };
         if want.policy == PullPolicy::Never {
             return Err(Arc::new(PullError::NotCached));
         }
+        let credential = self.credential(resolved).await?;
+        let source = Source { repository: repository.clone(), credential };
         let tree = self.fly(key, manifest, &shape, &source, view).await?;
         // Complete is one thing; that every blob of it may be had from this repository is another.
         loop {

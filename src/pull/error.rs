@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::oci::Digest;
+use crate::oci::credentials::providers::ProviderError;
 use crate::oci::manifest::ManifestError;
 use crate::oci::registry::RegistryError;
 use crate::store::StoreError;
@@ -24,6 +25,9 @@ pub enum PullError {
     /// The registry, by its own error.
     #[error(transparent)]
     Registry(RegistryError),
+    /// A source of the node's own credentials, and nothing else opened it.
+    #[error(transparent)]
+    Provider(ProviderError),
     /// The manifest or index.
     #[error(transparent)]
     Manifest(ManifestError),
@@ -103,7 +107,11 @@ impl PullError {
     /// Whether the registry could not be asked at all.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
-        matches!(self.root(), Self::Registry(error) if error.is_transient())
+        match self.root() {
+            Self::Registry(error) => error.is_transient(),
+            Self::Provider(_) => true,
+            _ => false,
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! want       what a volume asks for, and with which credentials it may
+//! candidates the credentials that it may try, and whose right each stands for
+//! verification  when cached content needs no proof
 //! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
 //! flights    one piece of work at a time, however many wait
 //! sponsors   whose credentials pay for it
@@ -15,6 +17,7 @@
 //! waits for them and may be dropped at any time.
 
 pub mod artifact;
+pub mod candidates;
 pub mod error;
 pub mod flights;
 pub mod objects;
@@ -23,6 +26,7 @@ pub mod resolve;
 mod room;
 pub mod sponsors;
 pub mod transfer;
+pub mod verification;
 pub mod want;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,8 +37,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use error::PullError;
+pub use verification::{CredentialsVerification, Verification};
 pub use want::{IfUnavailable, PullPolicy, Want};
 
+use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::Registry;
 use crate::store::{LayerKey, Store, Tree, TreeKey};
 use crate::unpack::Limits;
@@ -58,6 +64,17 @@ pub struct PullOptions {
     pub retry: RetryPolicy,
 }
 
+/// Where content comes from, and who may see it.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// Speaks to registries.
+    pub registry: Registry,
+    /// The node's own credentials.
+    pub node_credentials: NodeCredentials,
+    /// When cached content needs no proof.
+    pub verification: Verification,
+}
+
 /// Pulls artifacts. Cheap to clone; clones share flights.
 #[derive(Clone)]
 pub struct Puller(Arc<Inner>);
@@ -65,6 +82,8 @@ pub struct Puller(Arc<Inner>);
 struct Inner {
     store: Store,
     registry: Registry,
+    node_credentials: NodeCredentials,
+    verification: Verification,
     limits: Limits,
     options: PullOptions,
     downloads: Semaphore,
@@ -116,7 +135,7 @@ impl Puller {
     #[must_use]
     pub fn new(
         store: Store,
-        registry: Registry,
+        sources: Sources,
         limits: Limits,
         options: PullOptions,
         tracker: &TaskTracker,
@@ -126,7 +145,9 @@ impl Puller {
         let now = Duration::ZERO;
         Self(Arc::new(Inner {
             store,
-            registry,
+            registry: sources.registry,
+            node_credentials: sources.node_credentials,
+            verification: sources.verification,
             limits,
             options,
             downloads: Semaphore::new(options.downloads.max(1)),

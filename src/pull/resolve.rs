@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::candidates::{Candidate, Candidates};
 use super::error::PullError;
 use super::flights::Outcome;
 use super::want::{IfUnavailable, PullPolicy, Want};
@@ -22,10 +23,20 @@ use crate::store::resolutions::Resolution;
 /// A manifest that this volume may see.
 #[derive(Clone, Debug)]
 pub struct Resolved {
+    /// What the reference names: the manifest, or the index that it was chosen from.
+    pub top: Digest,
     /// The chosen manifest.
     pub manifest: Digest,
-    /// The credential that was proven, for fetching more.
-    pub credential: Credential,
+    access: Access,
+}
+
+/// With what more of it is fetched.
+#[derive(Clone, Debug)]
+enum Access {
+    /// A credential that has just been proven.
+    Proven(Credential),
+    /// Proven before: had when it is needed.
+    Before(Box<(Candidates, Candidate)>),
 }
 
 /// Callers with the same wish and the same credentials share one request.
@@ -34,6 +45,7 @@ pub struct ResolveKey {
     reference: String,
     platform: Platform,
     principals: Vec<Principal>,
+    account: Option<Principal>,
     question: Question,
 }
 
@@ -41,40 +53,52 @@ pub struct ResolveKey {
 enum Question {
     /// What does the tag or digest mean?
     Meaning,
-    /// May I see this manifest?
-    Access(Digest),
+    /// May I see this manifest, which what the reference names led to?
+    Access { top: Digest, manifest: Digest },
 }
 
 /// What is known of a reference without asking anybody.
 #[derive(Debug)]
 struct Known {
+    top: Digest,
     manifest: Digest,
-    /// A credential that has been proven to see it.
-    proven: Option<Credential>,
+    /// One that needs no further proof.
+    proven: Option<Candidate>,
+    /// Whether somebody of the same account was proven not long ago.
+    account_is_proven: bool,
 }
-
-type Candidates = Vec<(Principal, Credential)>;
 
 impl Puller {
     /// Resolves and proves.
     pub(super) async fn resolve(&self, want: &Want) -> Outcome<Resolved> {
-        let inner = &self.0;
-        let candidates = want.candidates(inner.store.node_key());
-        let known = inner.known(&want.reference, &want.platform, &candidates).await?;
+        let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
+        let read = move || {
+            let candidates = inner.candidates(&for_candidates);
+            let known = inner.known(&for_candidates, &candidates);
+            Ok((candidates, known))
+        };
+        let (candidates, known) = blocking(read).await.map_err(Arc::new)?;
         let must_ask = match want.policy {
             PullPolicy::Never if known.is_none() => return Err(Arc::new(PullError::NotCached)),
             PullPolicy::Never | PullPolicy::IfNotPresent => false,
             PullPolicy::Always => true,
         };
-        let Some(Known { manifest, proven }) = known else {
+        let Some(Known { top, manifest, proven, account_is_proven }) = known else {
             return self.ask(want, &candidates, Question::Meaning).await;
         };
-        let cached = proven.map(|credential| Resolved { manifest, credential });
+        let before = |candidate| Resolved {
+            top,
+            manifest,
+            access: Access::Before(Box::new((candidates.clone(), candidate))),
+        };
+        let cached = proven.map(before);
         let question = match cached {
             Some(cached) if !must_ask => return Ok(cached),
             None if want.policy == PullPolicy::Never => return Err(Arc::new(PullError::NotProven)),
             // A digest means the same for ever; there is only access to be proven.
-            _ if !must_ask || want.reference.digest().is_some() => Question::Access(manifest),
+            _ if !must_ask || want.reference.digest().is_some() => {
+                Question::Access { top, manifest }
+            }
             _ => Question::Meaning,
         };
         let asked = match self.ask(want, &candidates, question).await {
@@ -84,14 +108,33 @@ impl Puller {
             }
             asked => asked,
         };
-        match (asked, cached) {
-            // The last answer, for those who have been proven to see it.
-            (Err(error), Some(cached))
-                if error.is_unavailable() && want.if_unavailable == IfUnavailable::UseCached =>
-            {
-                Ok(cached)
+        let error = match asked {
+            Err(error) if error.is_unavailable() => error,
+            asked => return asked,
+        };
+        // The last answer, for those who have been proven to see it; credentials that rotate
+        // are known by their account while nobody can be asked.
+        let by_account = || account_is_proven.then(|| before(candidates.first()));
+        let is_known = question != Question::Meaning;
+        match cached {
+            Some(cached) if want.if_unavailable == IfUnavailable::UseCached => Ok(cached),
+            None if is_known || want.if_unavailable == IfUnavailable::UseCached => {
+                by_account().ok_or(error)
             }
-            (asked, _) => asked,
+            _ => Err(error),
+        }
+    }
+
+    /// The credential for fetching more of what a volume may see.
+    pub(super) async fn credential(&self, resolved: &Resolved) -> Outcome<Credential> {
+        match &resolved.access {
+            Access::Proven(credential) => Ok(credential.clone()),
+            Access::Before(before) => {
+                let (candidates, candidate) = before.as_ref();
+                let redeemed = candidates.redeem(candidate, &self.0.node_credentials).await;
+                let credentials = redeemed.map_err(Arc::new)?;
+                Ok(credentials.into_iter().next().unwrap_or_default())
+            }
         }
     }
 
@@ -104,49 +147,40 @@ impl Puller {
         let key = ResolveKey {
             reference: want.reference.to_string(),
             platform: want.platform.clone(),
-            principals: candidates.iter().map(|(principal, _)| principal.clone()).collect(),
+            principals: candidates.principals(),
+            account: candidates.account(self.0.store.node_key()),
             question,
         };
         let (inner, candidates) = (Arc::clone(&self.0), candidates.clone());
         let (reference, platform) = (want.reference.clone(), want.platform.clone());
-        let work = |_| async move {
-            match question {
-                Question::Meaning => inner.fetch_meaning(reference, platform, candidates).await,
-                Question::Access(manifest) => {
-                    inner.fetch_access(reference, manifest, candidates).await
-                }
-            }
-        };
+        let work = |_| inner.fetch(question, reference, platform, candidates);
         self.0.resolving.join(key, work).outcome().await
     }
 }
 
 impl Inner {
-    /// What is known without asking anybody.
-    async fn known(
-        self: &Arc<Self>,
-        reference: &Reference,
-        platform: &Platform,
-        candidates: &Candidates,
-    ) -> Outcome<Option<Known>> {
-        let (inner, candidates) = (Arc::clone(self), candidates.clone());
-        let (reference, platform) = (reference.clone(), platform.clone());
-        let read = move || {
-            let recorded = inner.store.resolution(&reference, &platform);
-            let manifest = match (recorded, reference.digest()) {
-                (Some(resolution), _) => resolution.manifest,
-                // A kept manifest can be read itself, whatever repository it came from. One that
-                // cannot be used is asked for again: what is wrong with it, the registry may tell.
-                (None, Some(digest)) => match inner.kept(digest, &platform) {
-                    Ok(Some(manifest)) => manifest,
-                    Ok(None) | Err(_) => return Ok(None),
-                },
-                (None, None) => return Ok(None),
-            };
-            let proven = inner.proven(&reference, manifest, &candidates);
-            Ok(Some(Known { manifest, proven }))
+    /// What is known without asking anybody. Blocking.
+    fn known(&self, want: &Want, candidates: &Candidates) -> Option<Known> {
+        let (reference, platform) = (&want.reference, &want.platform);
+        let recorded = self.store.resolution(reference, platform);
+        let (top, manifest) = match (recorded, reference.digest()) {
+            (Some(resolution), _) => (resolution.resolved, resolution.manifest),
+            // A kept manifest can be read itself, whatever repository it came from. One that
+            // cannot be used is asked for again: what is wrong with it, the registry may tell.
+            (None, Some(digest)) => match self.kept(digest, platform) {
+                Ok(Some(manifest)) => (digest, manifest),
+                Ok(None) | Err(_) => return None,
+            },
+            (None, None) => return None,
         };
-        blocking(read).await.map_err(Arc::new)
+        let repository = reference.repository();
+        let account = candidates.account(self.store.node_key());
+        let account_is_proven = account.is_some_and(|account| {
+            let age = self.verification.proof_ttl;
+            self.store.is_proven_for_account(repository, manifest, &account, age)
+        });
+        let proven = self.proven(reference, manifest, candidates);
+        Some(Known { top, manifest, proven, account_is_proven })
     }
 
     /// What a kept manifest or index means for a platform.
@@ -166,47 +200,103 @@ impl Inner {
         Ok(fits.then_some(manifest))
     }
 
-    /// The first candidate that has been proven to see the manifest. What anybody may read
-    /// is open to everyone.
+    /// The first candidate that has been proven to see the manifest. What anybody may read is
+    /// open to everyone, and so is what the node's rule asks no proof for.
     fn proven(
         &self,
         reference: &Reference,
         manifest: Digest,
         candidates: &Candidates,
-    ) -> Option<Credential> {
+    ) -> Option<Candidate> {
         let repository = reference.repository();
         let proven = |principal| self.store.is_proven(repository, manifest, principal);
-        if let Some((_, credential)) = candidates.iter().find(|(principal, _)| proven(principal)) {
-            return Some(credential.clone());
+        if let Some(candidate) =
+            candidates.all().iter().find(|candidate| proven(&candidate.principal))
+        {
+            return Some(candidate.clone());
         }
-        proven(&Principal::anonymous()).then_some(Credential::Anonymous)
+        let imported = || self.store.is_imported(repository, manifest);
+        if self.verification.is_waived(repository, imported) {
+            return Some(candidates.first());
+        }
+        proven(&Principal::anonymous()).then(Candidates::anonymous)
     }
 
-    /// Asks what the reference means, with one credential after the other.
-    async fn fetch_meaning(
+    /// Asks with one credential after the other, until one is good enough.
+    async fn fetch(
         self: Arc<Self>,
+        question: Question,
         reference: Reference,
         platform: Platform,
         candidates: Candidates,
     ) -> Result<Resolved, PullError> {
-        let mut refused = None;
-        for (principal, credential) in candidates {
-            match self.fetch_manifest(&reference, &platform, &credential).await {
-                Ok((resolved, manifest)) => {
-                    let inner = Arc::clone(&self);
-                    blocking(move || {
-                        inner.remember(&reference, &platform, &principal, resolved, manifest)
-                    })
-                    .await?;
-                    return Ok(Resolved { manifest, credential });
+        let (mut refused, mut failed) = (None, None);
+        let mut asked = false;
+        for candidate in candidates.all() {
+            let credentials = match candidates.redeem(candidate, &self.node_credentials).await {
+                Ok(credentials) => credentials,
+                Err(error) => {
+                    tracing::warn!(%reference, %error, "no credential from one of the node's sources");
+                    failed.get_or_insert(error);
+                    continue;
                 }
-                Err(error) if may_depend_on_credential(&error) => {
-                    refused.get_or_insert(error);
+            };
+            for credential in credentials {
+                asked = true;
+                let with = (&credential, &candidate.principal);
+                match self.fetch_with(question, &reference, &platform, with, &candidates).await {
+                    Err(error) if may_depend_on_credential(&error) => {
+                        refused.get_or_insert(error);
+                    }
+                    done => return done,
                 }
-                Err(error) => return Err(error),
             }
         }
-        Err(refused.unwrap_or(PullError::Crashed))
+        // Nobody who has a credential is asked for as anybody, as with the kubelet.
+        if !asked {
+            let with = (&Credential::Anonymous, &Principal::anonymous());
+            match self.fetch_with(question, &reference, &platform, with, &candidates).await {
+                Err(error) if may_depend_on_credential(&error) => refused = Some(error),
+                done => return done,
+            }
+        }
+        // A source that failed may have had the right one: its failure can pass, a refusal does not.
+        Err(failed.or(refused).unwrap_or(PullError::Crashed))
+    }
+
+    /// Asks with one credential, and remembers what was proven with it.
+    async fn fetch_with(
+        self: &Arc<Self>,
+        question: Question,
+        reference: &Reference,
+        platform: &Platform,
+        (credential, principal): (&Credential, &Principal),
+        candidates: &Candidates,
+    ) -> Result<Resolved, PullError> {
+        let (top, manifest) = match question {
+            Question::Meaning => self.fetch_manifest(reference, platform, credential).await?,
+            Question::Access { top, manifest } => {
+                self.see(reference.repository(), manifest, credential).await?;
+                (top, manifest)
+            }
+        };
+        let (inner, reference, platform) = (Arc::clone(self), reference.clone(), platform.clone());
+        let (principal, candidates) = (principal.clone(), candidates.clone());
+        let remember = move || {
+            let (store, repository) = (&inner.store, reference.repository());
+            store.put_proof(repository, manifest, &principal)?;
+            if let Some(account) = candidates.account(store.node_key()) {
+                store.put_account_proof(repository, manifest, &account)?;
+            }
+            if question == Question::Meaning {
+                let text = reference.to_string();
+                let resolution = Resolution { reference: text, resolved: top, manifest };
+                store.put_resolution(&reference, &platform, &resolution)?;
+            }
+            Ok(())
+        };
+        blocking(remember).await?;
+        Ok(Resolved { top, manifest, access: Access::Proven(credential.clone()) })
     }
 
     /// Fetches what is not here yet of: index, manifest, configuration.
@@ -362,34 +452,6 @@ impl Inner {
         Ok(bytes)
     }
 
-    /// One cheap request that proves access to a manifest that is here already.
-    async fn fetch_access(
-        self: Arc<Self>,
-        reference: Reference,
-        manifest: Digest,
-        candidates: Candidates,
-    ) -> Result<Resolved, PullError> {
-        let repository = reference.repository();
-        let mut refused = None;
-        for (principal, credential) in candidates {
-            match self.see(repository, manifest, &credential).await {
-                Ok(()) => {
-                    let (inner, repository) = (Arc::clone(&self), repository.clone());
-                    blocking(move || {
-                        Ok(inner.store.put_proof(&repository, manifest, &principal)?)
-                    })
-                    .await?;
-                    return Ok(Resolved { manifest, credential });
-                }
-                Err(error) if may_depend_on_credential(&error) => {
-                    refused.get_or_insert(error);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(refused.unwrap_or(PullError::Crashed))
-    }
-
     /// The cheapest request that proves access. A host that has sent the manifest
     /// before need only say that it has it; another one has to send it: anybody
     /// can say yes to a digest.
@@ -421,20 +483,6 @@ impl Inner {
             Ok(inner.store.put_blob_origin(&repository, digest)?)
         })
         .await
-    }
-
-    fn remember(
-        &self,
-        reference: &Reference,
-        platform: &Platform,
-        principal: &Principal,
-        resolved: Digest,
-        manifest: Digest,
-    ) -> Result<(), PullError> {
-        self.store.put_proof(reference.repository(), manifest, principal)?;
-        let text = reference.to_string();
-        let resolution = Resolution { reference: text, resolved, manifest };
-        Ok(self.store.put_resolution(reference, platform, &resolution)?)
     }
 }
 

@@ -3,10 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::PullError;
-use crate::oci::credentials::{Credential, Keyring};
+use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::registry::RegistryError;
 use crate::oci::{Platform, Reference};
-use crate::store::access::Principal;
 use crate::unpack::{PermissionsRule, Selection};
 
 /// When the registry is asked: the kubelet's words with the kubelet's meaning.
@@ -49,6 +48,8 @@ pub struct Want {
     pub file_mode: Option<u32>,
     /// The volume's own credentials.
     pub keyring: Keyring,
+    /// Whom it is for, and the tokens that the kubelet got for that.
+    pub identity: Option<WorkloadIdentity>,
 }
 
 impl Want {
@@ -56,24 +57,5 @@ impl Want {
     pub(super) fn is_moved(&self, error: &PullError) -> bool {
         let gone = matches!(error.root(), PullError::Registry(RegistryError::NotFound { .. }));
         gone && self.reference.digest().is_none()
-    }
-
-    /// The credentials to try, in turn: those that match, or none at all.
-    pub(super) fn candidates(&self, node_key: &[u8; 32]) -> Vec<(Principal, Credential)> {
-        let repository = self.reference.repository();
-        let principal = |credential: &Credential| {
-            let material = credential.principal_material();
-            Principal::credential(node_key, repository.host(), &material)
-        };
-        let mut candidates: Vec<_> = self
-            .keyring
-            .matching(repository)
-            .into_iter()
-            .map(|credential| (principal(&credential), credential))
-            .collect();
-        if candidates.is_empty() {
-            candidates.push((Principal::anonymous(), Credential::Anonymous));
-        }
-        candidates
     }
 }

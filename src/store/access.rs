@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! access/<hash of repository>/m-<manifest>-<principal>.json   this principal may read this manifest
+//! access/<hash of repository>/a-<manifest>-<account>.json     ... when somebody of this account last did
+//! access/<hash of repository>/i-<manifest>.json               the administrator imported this manifest
 //! access/<hash of repository>/t-<tree>.json                   every blob of this tree came from here
 //! access/<hash of repository>/b-<blob>.json                   this blob came from this repository
 //! access/<hash of host>/b-<blob>.json                         ... or from another one of its host
@@ -14,6 +16,7 @@
 //! before, confirmed to be in the repository.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +28,10 @@ use crate::oci::{Digest, Repository};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Principal(String);
 
-/// A proof's file says when it was made; that it exists is what counts.
+/// A proof of an account is written again when it is older than this: nobody counts it in minutes.
+const RENEWAL_SECONDS: i64 = 60;
+
+/// A proof's file says when it was made. Of an account that counts; of others, that it exists.
 #[derive(Debug, Serialize, Deserialize)]
 struct Proof {
     unix_seconds: i64,
@@ -48,17 +54,29 @@ impl Principal {
     /// secret itself is never written, and the file is worth nothing elsewhere.
     #[must_use]
     pub fn credential(node_key: &[u8; 32], host: &str, material: &[u8]) -> Self {
-        use hmac::{KeyInit as _, Mac as _};
-        // Any length is a key for HMAC, so this cannot fail; without a key nothing would ever be proven.
-        let Ok(mut mac) = hmac::Hmac::<sha2::Sha256>::new_from_slice(node_key) else {
-            return Self("none".into());
-        };
-        mac.update(&(host.len() as u64).to_le_bytes());
-        mac.update(host.as_bytes());
-        mac.update(material);
-        let tag: [u8; 32] = mac.finalize().into_bytes().into();
-        Self(Digest::from_bytes(tag).hex())
+        Self(keyed(node_key, host, material))
     }
+
+    /// A service account of a namespace, for which a credential provider made a credential.
+    #[must_use]
+    pub fn service_account(node_key: &[u8; 32], namespace: &str, name: &str) -> Self {
+        // No host looks like this, so no credential's name does either.
+        Self(keyed(node_key, &format!("/service-account/{namespace}"), name.as_bytes()))
+    }
+}
+
+/// HMAC under the node's key, of a context and what is hidden in it.
+fn keyed(node_key: &[u8; 32], context: &str, material: &[u8]) -> String {
+    use hmac::{KeyInit as _, Mac as _};
+    // Any length is a key for HMAC, so this cannot fail; without a key nothing would ever be proven.
+    let Ok(mut mac) = hmac::Hmac::<sha2::Sha256>::new_from_slice(node_key) else {
+        return "none".into();
+    };
+    mac.update(&(context.len() as u64).to_le_bytes());
+    mac.update(context.as_bytes());
+    mac.update(material);
+    let tag: [u8; 32] = mac.finalize().into_bytes().into();
+    Digest::from_bytes(tag).hex()
 }
 
 impl Store {
@@ -76,6 +94,55 @@ impl Store {
         who: &Principal,
     ) -> Result<(), StoreError> {
         self.put(&self.proof_path(repository, manifest, who))
+    }
+
+    /// Whether somebody of the account has been proven to read the manifest within `age`.
+    #[must_use]
+    pub fn is_proven_for_account(
+        &self,
+        repository: &Repository,
+        manifest: Digest,
+        account: &Principal,
+        age: Duration,
+    ) -> bool {
+        let path = self.account_path(repository, manifest, account);
+        let Some(Proof { unix_seconds }) = records::read(&path) else { return false };
+        let seconds = jiff::Timestamp::now().as_second().saturating_sub(unix_seconds);
+        // A clock that was set back makes a proof of the future, which says nothing.
+        u64::try_from(seconds).is_ok_and(|seconds| seconds <= age.as_secs())
+    }
+
+    /// Remembers that somebody of the account has just been proven to read the manifest.
+    pub fn put_account_proof(
+        &self,
+        repository: &Repository,
+        manifest: Digest,
+        account: &Principal,
+    ) -> Result<(), StoreError> {
+        let path = self.account_path(repository, manifest, account);
+        let now = jiff::Timestamp::now().as_second();
+        let recent = |proof: Proof| (0..RENEWAL_SECONDS).contains(&(now - proof.unix_seconds));
+        if records::read(&path).is_some_and(recent) {
+            return Ok(());
+        }
+        self.write_proof(&path)
+    }
+
+    /// Whether the administrator has imported the manifest as one of the repository.
+    #[must_use]
+    pub fn is_imported(&self, repository: &Repository, manifest: Digest) -> bool {
+        self.imported_path(repository, manifest).exists()
+    }
+
+    /// Remembers that the administrator has imported the manifest as one of the repository: its
+    /// content counts as preloaded. Whoever imports also says where each blob came from
+    /// ([`Self::put_blob_origin`]).
+    pub fn put_imported(
+        &self,
+        repository: &Repository,
+        manifest: Digest,
+    ) -> Result<(), StoreError> {
+        self.put(&self.imported_path(repository, manifest))
     }
 
     /// Whether every blob of the tree has been had from the repository.
@@ -120,6 +187,10 @@ impl Store {
         if path.exists() {
             return Ok(());
         }
+        self.write_proof(path)
+    }
+
+    fn write_proof(&self, path: &std::path::Path) -> Result<(), StoreError> {
         if let Some(folder) = path.parent() {
             super::durable::create_folder(folder)?;
         }
@@ -133,6 +204,14 @@ impl Store {
 
     fn proof_path(&self, repository: &Repository, manifest: Digest, who: &Principal) -> PathBuf {
         self.access_path(&repository.to_string(), &format!("m-{}-{}", manifest.hex(), who.0))
+    }
+
+    fn account_path(&self, repository: &Repository, manifest: Digest, who: &Principal) -> PathBuf {
+        self.access_path(&repository.to_string(), &format!("a-{}-{}", manifest.hex(), who.0))
+    }
+
+    fn imported_path(&self, repository: &Repository, manifest: Digest) -> PathBuf {
+        self.access_path(&repository.to_string(), &format!("i-{}", manifest.hex()))
     }
 
     fn tree_origin_path(&self, repository: &Repository, tree: TreeKey) -> PathBuf {

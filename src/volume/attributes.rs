@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::error::VolumeError;
 use crate::mount::MountFlags;
-use crate::oci::credentials::Keyring;
+use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::{Digest, Platform, Reference};
 use crate::pull::{IfUnavailable, PullPolicy, Want};
 use crate::unpack::{PermissionsRule, Selection};
@@ -128,7 +128,7 @@ impl VolumeAttributes {
 
     /// What is to be pulled for it, and with which credentials.
     #[must_use]
-    pub fn want(&self, keyring: Keyring) -> Want {
+    pub fn want(&self, keyring: Keyring, identity: Option<WorkloadIdentity>) -> Want {
         Want {
             reference: self.reference.clone(),
             platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
@@ -138,6 +138,7 @@ impl VolumeAttributes {
             permissions: self.permissions,
             file_mode: self.file_mode,
             keyring,
+            identity,
         }
     }
 

@@ -209,7 +209,7 @@ impl Volumes {
         if attributes.require_signature {
             return Err(VolumeError::Signature { reference });
         }
-        let want = attributes.want(keyring);
+        let want = attributes.want(keyring, request.identity.clone());
         let view = ProgressView::default();
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, &view)).await
         {

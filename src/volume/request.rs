@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
 use crate::mount::MountFlags;
-use crate::oci::credentials::{Keyring, SecretError};
+use crate::oci::credentials::{Keyring, SecretError, WorkloadIdentity};
 
 /// A publish of one volume at one target.
 #[derive(Clone, Debug)]
@@ -22,6 +22,8 @@ pub struct PublishRequest {
     pub pod: PodInfo,
     /// With what; a malformed secret matters only when something has to be fetched.
     pub keyring: Result<Keyring, SecretError>,
+    /// The pod's service account with its tokens, for credential plugins.
+    pub identity: Option<WorkloadIdentity>,
     /// When the caller must have an answer.
     pub deadline: Instant,
 }

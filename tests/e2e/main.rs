@@ -20,6 +20,7 @@ mod bad_requests;
 mod cluster;
 mod command_line;
 mod concurrency;
+mod credentials;
 mod endpoints;
 mod identity;
 mod images;

@@ -122,6 +122,20 @@ impl Keyring {
     }
 }
 
+/// A pattern of `matchImages`: the rules of a key, for plugins.
+#[derive(Clone, Debug)]
+pub(super) struct ImagePattern(Pattern);
+
+impl ImagePattern {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        parse_key(text).map(|(_, pattern)| Self(pattern))
+    }
+
+    pub(super) fn matches(&self, repository: &Repository) -> bool {
+        self.0.matches(repository)
+    }
+}
+
 impl Pattern {
     fn matches(&self, repository: &Repository) -> bool {
         match self {

@@ -4,17 +4,22 @@
 //! secret         the map that the kubelet sends with a publish -> Keyring, or what to change
 //! docker_config  the bytes of a .dockerconfigjson, .dockercfg or config.json -> entries
 //! keyring        which entries fit which repository, by the kubelet's rules
+//! identity       whom a volume is for, and the tokens that the kubelet got for it
+//! providers      the node's own: its docker configuration, and the kubelet's plugins
 //! ```
 //!
 //! A credential goes to the host that its entry names and to no other; see
 //! [`crate::oci::registry`] for what that means with tokens and redirects.
 
 mod docker_config;
+pub mod identity;
 mod keyring;
+pub mod providers;
 mod secret;
 
 use std::fmt;
 
+pub use identity::WorkloadIdentity;
 pub use keyring::Keyring;
 pub use secret::SecretError;
 

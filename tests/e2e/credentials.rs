@@ -1,0 +1,360 @@
+//! The node's own credentials: a docker configuration, and the kubelet's credential plugins.
+
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
+use base64::Engine as _;
+use serde_json::json;
+use tonic::Code;
+
+use crate::support::{
+    Layer, Manifest, Node, Pod, Proxy, Registry, Sandbox, Volume, private_registry, unique,
+};
+
+const USER: &str = "robot";
+const PASSWORD: &str = "planted-password-of-the-node";
+const TOKEN: &str = "planted-service-account-token";
+
+/// A registry that wants a password, with artifacts, and the proxy in front of it.
+struct Private {
+    proxy: Proxy,
+    registry: Registry,
+}
+
+impl Private {
+    fn new() -> Self {
+        let registry = private_registry(USER, PASSWORD);
+        Self { proxy: Proxy::new(&registry), registry }
+    }
+
+    /// A reference to an artifact that nobody has pulled yet.
+    fn artifact(&self) -> String {
+        let repository = unique("private");
+        let layer = Layer::titled("secret.txt", format!("of {repository}"));
+        Manifest::artifact([layer]).push(&self.registry.as_user(USER, PASSWORD), &repository, "v1");
+        self.proxy.reference(&format!("{repository}:v1"))
+    }
+
+    fn auths(&self) -> serde_json::Value {
+        json!({self.proxy.host(): {"username": USER, "password": PASSWORD}})
+    }
+}
+
+fn docker_config(auths: &serde_json::Value) -> String {
+    json!({"auths": auths}).to_string()
+}
+
+const LINES: &str = "registries:
+  credentialProviderConfig: \"{sandbox}/providers.yaml\"
+  credentialProviderBinDir: \"{sandbox}/plugins\"
+  credentialProviderTimeout: 2s
+";
+
+/// A plugin that counts its runs, keeps what it was told, and does this.
+fn plugin(sandbox: &Path, commands: &str) {
+    let folder = sandbox.join("plugins");
+    fs::create_dir_all(&folder).expect("the plugins' folder");
+    let own = sandbox.display();
+    let script = format!(
+        "#!/bin/sh\ncat >'{own}/request.new' && mv '{own}/request.new' '{own}/request'\n\
+         echo \"$1 $VARIABLE\" >>'{own}/runs'\n{commands}\n"
+    );
+    let path = folder.join("plugin");
+    fs::write(&path, script).expect("the plugin");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
+}
+
+/// Prints this answer.
+fn answers(auths: &serde_json::Value, kind: &str, duration: &str) -> String {
+    let response = json!({
+        "kind": "CredentialProviderResponse",
+        "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+        "cacheKeyType": kind,
+        "cacheDuration": duration,
+        "auth": auths,
+    });
+    format!("cat <<'END'\n{response}\nEND")
+}
+
+fn providers_for(sandbox: &Path, host: &str, rest: &str) {
+    let text = format!(
+        "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n\
+         - name: plugin\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n\
+         \x20 matchImages: ['{host}', 'elsewhere.example']\n  defaultCacheDuration: 1h\n\
+         \x20 args: [get-credentials]\n  env: [{{name: VARIABLE, value: set}}]\n{rest}"
+    );
+    fs::write(sandbox.join("providers.yaml"), text).expect("the providers");
+}
+
+fn runs(sandbox: &Path) -> usize {
+    fs::read_to_string(sandbox.join("runs")).unwrap_or_default().lines().count()
+}
+
+fn with_plugin(private: &Private, commands: &str, rest: &str, lines: &str) -> Node {
+    let prepare = |sandbox: &Sandbox| {
+        plugin(sandbox.path(), commands);
+        providers_for(sandbox.path(), &private.proxy.host(), rest);
+    };
+    Node::start_configured(prepare, &format!("{LINES}{lines}"))
+}
+
+/// Of this account, with a token where the kubelet would have got one.
+fn volume_of(node: &Node, reference: &str, (namespace, account): (&str, &str)) -> Volume {
+    let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
+    node.kubelet
+        .inline(&pod, "artifact", reference)
+        .attribute("csi.storage.k8s.io/serviceAccount.name", account)
+}
+
+fn with_token(volume: Volume, token: &str) -> Volume {
+    let tokens = json!({"sts": {"token": token, "expirationTimestamp": "2999-01-01T00:00:00Z"}});
+    volume.secret("csi.storage.k8s.io/serviceAccount.tokens", &tokens.to_string())
+}
+
+const WITH_TOKEN: &str = "  tokenAttributes: {serviceAccountTokenAudience: sts, \
+                          cacheType: ServiceAccount, requireServiceAccount: true";
+
+fn assert_no_secret(node: &Node, message: &str) {
+    for planted in [PASSWORD, TOKEN] {
+        let encoded = base64::engine::general_purpose::STANDARD.encode(planted);
+        for secret in [planted, &encoded] {
+            assert!(!message.contains(secret), "{message}");
+            assert!(!node.driver.log().contains(secret), "a secret is in the log");
+            assert!(!node.store_holds(secret.as_bytes()), "a secret is in the state directory");
+        }
+    }
+}
+
+#[test]
+fn the_nodes_docker_configuration_opens_a_registry_for_every_pod_and_is_read_again() {
+    let private = Private::new();
+    let node = Node::start_configured(
+        |sandbox| fs::write(sandbox.path().join("docker.json"), "{}").expect("written"),
+        "registries:\n  dockerConfig: \"{sandbox}/docker.json\"\n",
+    );
+    let reference = private.artifact();
+    let volume = node.kubelet.new_volume(&reference);
+    node.kubelet.publish_badly(&volume, Code::Unauthenticated);
+    let next = node.sandbox.path().join("next.json");
+    fs::write(&next, docker_config(&private.auths())).expect("written");
+    fs::rename(next, node.sandbox.path().join("docker.json")).expect("swapped");
+    node.kubelet.publish_well(&volume);
+    // What any pod could use, any pod has been proven to open.
+    private.proxy.take_requests();
+    let (other, _) = node.mount(&reference);
+    assert_eq!(private.proxy.requests(), []);
+    node.kubelet.unpublish(&other);
+    node.kubelet.unpublish(&volume);
+    fs::write(node.sandbox.path().join("docker.json"), "{\"auths\": 5}").expect("broken");
+    let message = node
+        .kubelet
+        .publish_badly(&node.kubelet.new_volume(&private.artifact()), Code::Unavailable);
+    assert!(message.contains("docker.json"), "{message}");
+    assert_no_secret(&node, &message);
+}
+
+#[test]
+fn a_volumes_own_secret_comes_first_and_the_nodes_credentials_after_it() {
+    let private = Private::new();
+    let config = docker_config(&private.auths());
+    let node = Node::start_configured(
+        |sandbox| fs::write(sandbox.path().join("docker.json"), config).expect("written"),
+        "registries:\n  dockerConfig: \"{sandbox}/docker.json\"\n",
+    );
+    let volume = node.kubelet.new_volume(&private.artifact());
+    let volume = volume.secret("username", USER).secret("password", "wrong");
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_plugin_is_run_as_the_kubelet_runs_it_and_its_answer_is_kept_as_it_says() {
+    let private = Private::new();
+    for (kind, duration, expected) in
+        [("Registry", "1h0m0s", 1), ("Global", "1h", 1), ("Image", "1h", 2), ("Registry", "0s", 2)]
+    {
+        let node = with_plugin(&private, &answers(&private.auths(), kind, duration), "", "");
+        for _ in 0..2 {
+            let reference = private.artifact();
+            let (volume, _) = node.mount(&reference);
+            let request = fs::read(node.sandbox.path().join("request")).expect("a request");
+            let request: serde_json::Value = serde_json::from_slice(&request).expect("JSON");
+            assert_eq!(request["kind"], "CredentialProviderRequest");
+            assert_eq!(request["apiVersion"], "credentialprovider.kubelet.k8s.io/v1");
+            if expected == 2 {
+                assert_eq!(request["image"], reference.trim_end_matches(":v1"));
+            }
+            node.kubelet.unpublish(&volume);
+        }
+        assert_eq!(runs(node.sandbox.path()), expected, "{kind} for {duration}");
+        let runs = fs::read_to_string(node.sandbox.path().join("runs")).expect("the runs");
+        assert!(runs.starts_with("get-credentials set\n"), "{runs}");
+        assert_no_secret(&node, "");
+    }
+}
+
+#[test]
+fn a_plugin_that_fails_in_any_way_is_named_and_the_kubelet_tries_again() {
+    let private = Private::new();
+    for (commands, named) in [
+        ("echo planted-password-of-the-node; sleep 60", "did not answer within 2 seconds"),
+        ("echo planted-password-of-the-node >&2; exit 3", "exit status: 3"),
+        ("kill -9 $$", "signal"),
+        ("echo planted-password-of-the-node", "no CredentialProviderResponse"),
+        ("head -c 1000000 /dev/zero", "printed more than"),
+        ("exit 0", "no CredentialProviderResponse"),
+    ] {
+        let node = with_plugin(&private, commands, "", "");
+        let volume = node.kubelet.new_volume(&private.artifact());
+        let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+        assert!(message.contains("credential provider plugin"), "{message}");
+        assert!(message.contains(named), "{commands}: {message}");
+        assert_no_secret(&node, &message);
+        plugin(node.sandbox.path(), &answers(&private.auths(), "Registry", "1h"));
+        node.kubelet.publish_well(&volume);
+        node.kubelet.unpublish(&volume);
+    }
+    let node = with_plugin(&private, "", "", "");
+    fs::remove_file(node.sandbox.path().join("plugins/plugin")).expect("removed");
+    let volume = node.kubelet.new_volume(&private.artifact());
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(
+        message.contains("cannot be started") && message.contains("plugins/plugin"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_plugin_that_fails_does_not_keep_what_is_public_away() {
+    let private = Private::new();
+    let node = with_plugin(&private, "exit 1", "", "");
+    let artifact = node.small_artifact();
+    providers_for(node.sandbox.path(), &node.proxy.host(), "");
+    let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_broken_provider_configuration_is_named() {
+    let private = Private::new();
+    let node = with_plugin(&private, "", "  unclosed: [\n", "");
+    let volume = node.kubelet.new_volume(&private.artifact());
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("providers.yaml") && message.contains("line"), "{message}");
+    providers_for(node.sandbox.path(), &private.proxy.host(), "");
+    plugin(node.sandbox.path(), &answers(&private.auths(), "Registry", "1h"));
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_service_accounts_token_goes_to_the_plugin_and_opens_for_this_account_alone() {
+    let private = Private::new();
+    let commands = format!(
+        "if grep -q {TOKEN} \"$(dirname \"$0\")/../request\"; then\n{}\nelse exit 1; fi",
+        answers(&private.auths(), "Registry", "0s")
+    );
+    let node = with_plugin(&private, &commands, &format!("{WITH_TOKEN}}}\n"), "");
+    let reference = private.artifact();
+    let mine = with_token(volume_of(&node, &reference, ("team", "app")), TOKEN);
+    node.kubelet.publish_well(&mine);
+    // In the volume context, as before Kubernetes 1.35, and with another token: the account is what is proven.
+    private.proxy.take_requests();
+    let tokens = json!({"sts": {"token": "another"}}).to_string();
+    let again = volume_of(&node, &reference, ("team", "app"))
+        .attribute("csi.storage.k8s.io/serviceAccount.tokens", &tokens);
+    node.kubelet.publish_well(&again);
+    assert_eq!(private.proxy.requests(), []);
+    for other in [("team", "other"), ("other", "app")] {
+        let other = with_token(volume_of(&node, &reference, other), "not the right one");
+        node.kubelet.publish_badly(&other, Code::Unavailable);
+    }
+    let without = volume_of(&node, &reference, ("team", "third"));
+    let message = node.kubelet.publish_badly(&without, Code::Unavailable);
+    assert!(message.contains("tokenRequests") && message.contains("\"sts\""), "{message}");
+    assert_no_secret(&node, &message);
+    node.kubelet.unpublish(&mine);
+    node.kubelet.unpublish(&again);
+}
+
+#[test]
+fn annotations_that_only_the_api_could_give_are_named_with_the_setting_that_gives_them() {
+    let private = Private::new();
+    let rest =
+        format!("{WITH_TOKEN}, requiredServiceAccountAnnotationKeys: [example.com/role]}}\n");
+    let commands = answers(&private.auths(), "Registry", "1h");
+    let node = with_plugin(&private, &commands, &rest, "");
+    let reference = private.artifact();
+    let volume = with_token(volume_of(&node, &reference, ("team", "app")), TOKEN);
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    for named in ["example.com/role", "team/app", "registries.serviceAccountAnnotations"] {
+        assert!(message.contains(named), "{message}");
+    }
+    let lines = "  serviceAccountAnnotations:\n  - namespace: team\n    annotations: {example.com/role: reader}\n";
+    let node = with_plugin(&private, &commands, &rest, lines);
+    let volume = with_token(volume_of(&node, &reference, ("team", "app")), TOKEN);
+    node.kubelet.publish_well(&volume);
+    let request = fs::read_to_string(node.sandbox.path().join("request")).expect("a request");
+    assert!(request.contains("\"serviceAccountAnnotations\":{\"example.com/role\":\"reader\"}"));
+    node.kubelet.unpublish(&volume);
+}
+
+fn basic(volume: Volume, password: &str) -> Volume {
+    volume.secret("username", USER).secret("password", password)
+}
+
+#[test]
+fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down() {
+    for (ttl, counts) in [("1h", true), ("0s", false)] {
+        let private = Private::new();
+        let node = Node::start_configured(|_| {}, &format!("registries:\n  proofTTL: {ttl}\n"));
+        let reference = private.artifact();
+        let of = |account, password| basic(volume_of(&node, &reference, account), password);
+        let first = of(("team", "app"), PASSWORD);
+        node.kubelet.publish_well(&first);
+        // A proof is as old as it is: with no time to live, it is too old in the next second.
+        std::thread::sleep(std::time::Duration::from_millis(1100));
+        private.proxy.go_down();
+        let rotated = of(("team", "app"), "rotated");
+        if counts {
+            node.kubelet.publish_well(&rotated);
+            node.kubelet.unpublish(&rotated);
+        } else {
+            node.kubelet.publish_badly(&rotated, Code::Unavailable);
+        }
+        for other in [("team", "other"), ("other", "app")] {
+            node.kubelet.publish_badly(&of(other, "rotated"), Code::Unavailable);
+        }
+        // Nor one who shows nothing.
+        let bare = volume_of(&node, &reference, ("team", "app"));
+        node.kubelet.publish_badly(&bare, Code::Unavailable);
+        // As soon as it can be asked, it is.
+        private.proxy.come_back();
+        node.kubelet.publish_badly(&of(("team", "app"), "wrong"), Code::Unauthenticated);
+        node.kubelet.unpublish(&first);
+    }
+}
+
+#[test]
+fn the_kubelets_verification_policies_are_obeyed() {
+    for (policy, opens) in [
+        ("NeverVerify", true),
+        ("NeverVerifyPreloadedImages", false),
+        ("NeverVerifyAllowlistedImages", false),
+        ("AlwaysVerify", false),
+    ] {
+        let private = Private::new();
+        let lines = format!("registries:\n  credentialsVerification: {policy}\n");
+        let node = Node::start_configured(|_| {}, &lines);
+        let reference = private.artifact();
+        let first = basic(node.kubelet.new_volume(&reference), PASSWORD);
+        node.kubelet.publish_well(&first);
+        let other = node.kubelet.new_volume(&reference);
+        if opens {
+            node.kubelet.publish_well(&other);
+            node.kubelet.unpublish(&other);
+        } else {
+            node.kubelet.publish_badly(&other, Code::Unauthenticated);
+        }
+        node.kubelet.unpublish(&first);
+    }
+}
