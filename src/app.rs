@@ -37,6 +37,7 @@ use crate::csi::node::NodeService;
 use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
+use crate::kubernetes::take_taint;
 use crate::mount::AttachMethod;
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
@@ -81,6 +82,8 @@ pub struct NodeOptions {
     pub metrics_endpoint: Option<String>,
     /// The configuration file.
     pub config: Option<PathBuf>,
+    /// The key of a taint that this node starts with; none where nodes have no such taint.
+    pub startup_taint: Option<String>,
     /// Forces the mounts of old kernels, for tests.
     pub staged_mounts: bool,
 }
@@ -173,6 +176,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         serve_admin(&options, &content, registered.clone(), &metrics, &mut servers, &shutdown);
     let health = Health { content: content.clone(), registered }.router();
     serve_http(&options, health, &metrics, &tracker, &shutdown).await;
+    take_startup_taint(&options, &tracker, &shutdown);
     let mut registration_socket = None;
     if let Some((path, service)) = registration {
         // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
@@ -210,6 +214,14 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     drop(csi_socket);
     drop(lock);
     ended
+}
+
+/// Where nodes start with a taint, it goes once the kubelet has registered the driver.
+fn take_startup_taint(options: &NodeOptions, tracker: &TaskTracker, shutdown: &CancellationToken) {
+    if let Some(taint) = options.startup_taint.clone() {
+        let (node, driver) = (options.node_id.clone(), options.driver_name.clone());
+        tracker.spawn(take_taint(node, driver, taint, shutdown.clone()));
+    }
 }
 
 /// Health and metrics; one that cannot be listened on is logged and counted.

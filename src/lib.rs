@@ -24,6 +24,7 @@ pub mod config;
 pub mod csi;
 pub mod duration;
 pub mod fault;
+pub mod kubernetes;
 pub mod mount;
 pub mod node_addresses;
 pub mod oci;

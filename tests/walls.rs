@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A room, what it must not name, and why.
-const WALLS: [(&str, &[&str], &str); 8] = [
+const WALLS: [(&str, &[&str], &str); 9] = [
     (
         "volume",
         &["tonic::", "prost::", "reqwest::", "oci_client::", "crate::csi", "crate::admin"],
@@ -85,6 +85,21 @@ const WALLS: [(&str, &[&str], &str); 8] = [
         "csi",
         &["reqwest::", "oci_client::", "nix::", "crate::store::Store"],
         "the edge does no work of its own",
+    ),
+    (
+        "kubernetes",
+        &[
+            "tonic::",
+            "prost::",
+            "oci_client::",
+            "nix::",
+            "crate::store",
+            "crate::pull",
+            "crate::volume",
+            "crate::csi",
+            "crate::oci",
+        ],
+        "what talks to the API server has no part in a publish",
     ),
     ("admin", &["reqwest::", "oci_client::", "nix::"], "who looks on touches nothing"),
 ];

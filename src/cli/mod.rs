@@ -4,6 +4,7 @@
 
 mod ask;
 mod check_config;
+mod check_uninstall;
 mod logging;
 mod mount;
 mod node;
@@ -34,6 +35,8 @@ enum Command {
     Ls(ask::AskArguments),
     /// Say what `node` would say about a configuration file.
     CheckConfig(check_config::CheckConfigArguments),
+    /// Say whether pods of the cluster still use the driver.
+    CheckUninstall(check_uninstall::CheckUninstallArguments),
 }
 
 /// How data is printed.
@@ -60,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => ask::status(&arguments),
         Command::Ls(arguments) => ask::list(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
+        Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

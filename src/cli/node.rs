@@ -57,6 +57,10 @@ pub(super) struct NodeArguments {
     /// A YAML file of kind NodeConfiguration.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
+    /// The key of a taint that nodes start with, taken away once the kubelet has registered the driver.
+    /// Needs a service account that may get `csinodes` and get and patch `nodes`.
+    #[arg(long, env = "STARTUP_TAINT")]
+    startup_taint: Option<String>,
     /// error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
@@ -137,6 +141,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
         health_endpoint: on(arguments.health_endpoint),
         metrics_endpoint: on(arguments.metrics_endpoint),
         config: arguments.config,
+        startup_taint: arguments.startup_taint.filter(|key| !key.is_empty()),
         staged_mounts: arguments.staged_mounts,
     })
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::error::StoreError;
+use crate::mount::{MountEntry, MountTable};
 
 /// Looks at the folders of a state directory.
 pub(super) fn check(root: &Path, folders: &[&str]) -> Result<(), StoreError> {
@@ -36,15 +37,22 @@ pub(super) fn check(root: &Path, folders: &[&str]) -> Result<(), StoreError> {
 
 /// Refuses a state directory whose disk is not mounted, before anything is written there.
 pub fn require_mountpoint(root: &Path) -> Result<(), StoreError> {
-    let device = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
-    let own = device(root);
-    // A bind mount of the same filesystem has its parent's device; the kernel's table has it too.
-    let mounted = own.is_some()
-        && (own != root.parent().and_then(device)
-            || std::fs::canonicalize(root).ok().is_some_and(|path| {
-                crate::mount::MountTable::read().is_ok_and(|table| table.top_at(&path).is_some())
-            }));
+    let mounted = std::fs::canonicalize(root).ok().is_some_and(|path| {
+        MountTable::read()
+            .is_ok_and(|table| table.top_at(&path).is_some_and(|mount| is_its_own(mount, &path)))
+    });
     if mounted { Ok(()) } else { Err(StoreError::NotMounted { path: root.to_owned() }) }
+}
+
+/// Whether a mount is a disk's and not a folder's of a larger filesystem. In a container the state directory is always
+/// a mount: of what the node has at the same path.
+fn is_its_own(mount: &MountEntry, path: &Path) -> bool {
+    /// What btrfs numbers the root of every subvolume with.
+    const SUBVOLUME: u64 = 256;
+    let inode = || path.metadata().map(|metadata| metadata.ino());
+    mount.root == Path::new("/")
+        || mount.filesystem == "btrfs" && inode().is_ok_and(|inode| inode == SUBVOLUME)
+        || mount.root.file_name() != path.file_name()
 }
 
 fn look(path: &Path) -> Result<std::fs::Metadata, StoreError> {

@@ -36,11 +36,18 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.csiDriver.preventPodSchedulingIfMissing (semverCompare "<1.36.0-0" .Capabilities.KubeVersion.Version) }}
 {{- fail (printf "csiDriver.preventPodSchedulingIfMissing needs Kubernetes 1.36, and this is %s" .Capabilities.KubeVersion.Version) }}
 {{- end }}
+{{- $registries := .Values.config.registries | default dict }}
+{{- if ne (empty $registries.credentialProviderConfig) (empty $registries.credentialProviderBinDir) }}
+{{- fail "config.registries.credentialProviderConfig and credentialProviderBinDir go together: set both" }}
+{{- end }}
 {{- if and .Values.admissionPolicy.enabled (semverCompare "<1.28.0-0" .Capabilities.KubeVersion.Version) }}
 {{- fail (printf "admissionPolicy needs Kubernetes 1.28, and this is %s" .Capabilities.KubeVersion.Version) }}
 {{- end }}
 {{- if and .Values.admissionPolicy.enabled (not .Values.admissionPolicy.repositories) (not .Values.admissionPolicy.requireDigest) }}
 {{- fail "admissionPolicy refuses nothing: set admissionPolicy.repositories or admissionPolicy.requireDigest" }}
+{{- end }}
+{{- if and .Values.startupTaint.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
+{{- fail "startupTaint.enabled would let every pod of the namespace change nodes: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}
 {{- if and .Values.openshift.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "openshift.enabled would let every pod of the namespace be privileged: set serviceAccount.create, or serviceAccount.name" }}

@@ -37,8 +37,8 @@ the kubelet's own, whose mounts a copy in this container would hold busy.
 {{- define "csi-driver-oci.nodePaths" -}}
 {{- $registries := .Values.config.registries | default dict }}
 {{- $paths := dict }}
-{{- with $registries.hostsDir }}
-{{- $_ := set $paths "registry-hosts" (dict "path" . "type" "DirectoryOrCreate") }}
+{{- range $index, $path := compact (splitList ":" ($registries.hostsDir | default "")) }}
+{{- $_ := set $paths (printf "registry-hosts-%d" $index) (dict "path" $path "type" "DirectoryOrCreate") }}
 {{- end }}
 {{- with $registries.dockerConfig }}
 {{- $_ := set $paths "docker-config" (dict "path" . "type" "File") }}

@@ -18,6 +18,9 @@ use crate::support::{Sandbox, ending_with_this_thread, run, tool};
 /// The name that the downward API gives this node.
 pub const NODE_NAME: &str = "worker-1";
 
+/// Where the kubelet mounts a pod's token.
+const SERVICE_ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
+
 /// A node: the folder that is its root, shared with containers as a real one's is.
 ///
 /// The calling thread gets a network of its own, with a loopback only, so that every node has the same ports.
@@ -27,6 +30,8 @@ pub struct Machine {
     pub files: BTreeMap<String, BTreeMap<String, String>>,
     /// Where volumes of CSI drivers are published, by their names.
     pub published: BTreeMap<String, PathBuf>,
+    /// What pods with a token find: a folder with it, and the API server's port on the loopback.
+    pub api: Option<(PathBuf, u16)>,
     sandbox: Sandbox,
 }
 
@@ -40,12 +45,19 @@ impl Machine {
         let none: Option<&str> = None;
         mount(Some(&root), &root, none, MsFlags::MS_BIND, none).expect("bind the node's root");
         mount(none, &root, none, MsFlags::MS_SHARED, none).expect("share the node's root");
-        Self { root, files: BTreeMap::new(), published: BTreeMap::new(), sandbox }
+        Self { root, files: BTreeMap::new(), published: BTreeMap::new(), api: None, sandbox }
     }
 
     /// A path of the node, as this process sees it.
     pub fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
+    }
+
+    /// Mounts a disk at a path of the node, which its containers see as their propagation says.
+    #[track_caller]
+    pub fn mount_disk(&self, path: &str) {
+        fs::create_dir_all(self.path(path)).expect("a mount point");
+        self.sandbox.filesystem("ext4", &format!("n{path}"), "rw");
     }
 
     /// Starts a container of a pod, with an image that holds these programs and what they are linked to.
@@ -99,6 +111,10 @@ impl Machine {
                 .unwrap_or_else(|| panic!("the pod has no volume {}", mount.name));
             self.mount(&mut script, volume, mount, &root);
         }
+        let api = self.api.as_ref().filter(|_| pod.automount_service_account_token != Some(false));
+        if let Some((folder, _)) = api {
+            bind(&mut script, folder, &root.join(SERVICE_ACCOUNT), true);
+        }
         let security = container.security_context.as_ref();
         if security.and_then(|security| security.read_only_root_filesystem) == Some(true) {
             let _ = writeln!(script, "mount -o remount,ro,bind {}", root.display());
@@ -109,6 +125,10 @@ impl Machine {
             .unwrap_or(0);
         // Runtimes give every container a PATH.
         script.push_str("chroot=$(command -v chroot)\nexec env -i PATH=/usr/bin");
+        if let Some((_, port)) = api {
+            let _ =
+                write!(script, " KUBERNETES_SERVICE_HOST=127.0.0.1 KUBERNETES_SERVICE_PORT={port}");
+        }
         for variable in container.env.iter().flatten() {
             let _ =
                 write!(script, " {}", quoted(&format!("{}={}", variable.name, value(variable))));

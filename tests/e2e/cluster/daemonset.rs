@@ -6,9 +6,10 @@ use std::{fs, os::unix::fs::PermissionsExt as _};
 use csi_driver_oci::proto::{csi::v1::NodeGetInfoRequest, pluginregistration::InfoRequest};
 use k8s_openapi::api::batch::v1::Job;
 use serde_json::Value;
+use tonic::Code;
 
 use super::{
-    container::{Image, NODE_NAME},
+    container::{Image, Machine, NODE_NAME},
     deployed::{Deployed, ask},
     rendered,
 };
@@ -86,6 +87,8 @@ rows! { "chart":
     a_pod_with_sidecars_serves "sidecars",
     more_certificate_authorities_serve "tls",
     what_others_make_serves "given",
+    registries_of_every_kind_serve "registries",
+    a_docker_configuration_of_the_node_serves "node-docker-config",
 }
 
 rows! { "kustomize":
@@ -97,7 +100,42 @@ rows! { "kustomize":
 #[test]
 fn every_row_is_started_by_a_test() {
     let rows: Vec<String> = rendered("chart").into_keys().collect();
-    assert_eq!(rows, ["defaults", "everything", "given", "pod-network", "sidecars", "tls"]);
+    assert_eq!(
+        rows,
+        [
+            "defaults",
+            "disk",
+            "everything",
+            "given",
+            "node-docker-config",
+            "pod-network",
+            "registries",
+            "sidecars",
+            "tainted-nodes",
+            "tls"
+        ],
+        "a row without its test"
+    );
+}
+
+#[test]
+fn a_node_without_its_disk_publishes_nothing_until_it_is_mounted() {
+    let deployed = Deployed::start_on(Machine::new(), &rendered("chart")["disk"]);
+    let registry = own_registry();
+    Manifest::artifact([Layer::titled("file", "content")]).push(&registry, "team/tool", "v1");
+    let volume = deployed.kubelet().new_volume(&format!("{}/team/tool:v1", registry.host()));
+    let refused = deployed.try_publish(&volume).expect_err("there is no disk");
+    assert_eq!(refused.code(), Code::Unavailable, "{}", refused.message());
+    assert!(refused.message().contains("requireMountpoint"), "{}", refused.message());
+    let state = deployed.machine.path("/data/artifacts");
+    assert_eq!(fs::read_dir(&state).expect("the folder").count(), 0, "the node's root is filled");
+
+    deployed.machine.mount_disk("/data/artifacts");
+    wait_until("the driver has seen its disk", || deployed.try_publish(&volume).is_ok());
+    volume.assert_mounted();
+    let target = deployed.on_the_node(&volume);
+    let kubelet = deployed.kubelet();
+    kubelet.unpublish_request(&volume.request.volume_id, &target).expect("unpublish");
 }
 
 #[test]

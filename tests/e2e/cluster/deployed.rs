@@ -17,12 +17,31 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use serde_json::Value;
+use tonic::Status;
 
 use super::{
     container::{Image, Machine},
     only,
 };
 use crate::support::{Kubelet, Volume, accepts, wait_until};
+
+/// What the chart mounts of a node: certificates, credentials and plugins for them.
+const FILES_OF_THE_NODE: [(&str, &str); 4] = [
+    ("/etc/ssl/certs/ca-certificates.crt", ""),
+    ("/var/lib/kubelet/config.json", r#"{"auths": {}}"#),
+    (
+        "/etc/kubernetes/credential-provider.yaml",
+        "apiVersion: kubelet.config.k8s.io/v1
+kind: CredentialProviderConfig
+providers:
+- name: example
+  matchImages: [registry.example.com]
+  defaultCacheDuration: 1h
+  apiVersion: credentialprovider.kubelet.k8s.io/v1
+",
+    ),
+    ("/usr/libexec/kubernetes/credential-provider/example", "#!/bin/sh\n"),
+];
 
 /// The driver of one rendered DaemonSet, on a node of its own.
 pub struct Deployed {
@@ -37,26 +56,28 @@ pub struct Deployed {
 impl Deployed {
     #[track_caller]
     pub fn start(objects: &[Value]) -> Self {
-        let daemonset: DaemonSet =
-            serde_json::from_value(only(objects, "DaemonSet").clone()).expect("a DaemonSet");
-        let pod = daemonset.spec.and_then(|spec| spec.template.spec).expect("a pod");
-        let container = pod.containers[0].clone();
-        let flag = |name: &str| {
-            let prefix = format!("--{name}=");
-            let mut arguments = container.args.iter().flatten();
-            arguments.find_map(|argument| argument.strip_prefix(&prefix)).map(str::to_owned)
-        };
-        let kubelet_dir = flag("kubelet-dir").expect("a kubelet's folder");
-        let mut machine = Machine::new();
+        let machine = Machine::new();
+        // Of its own, as this machine's may be too full for a node's floor of free space.
+        machine.mount_disk(&flag(&driver_of(objects).1, "state-dir"));
+        Self::start_on(machine, objects)
+    }
+
+    /// On a node that has something already.
+    #[track_caller]
+    pub fn start_on(mut machine: Machine, objects: &[Value]) -> Self {
+        let (pod, container) = driver_of(objects);
+        let kubelet_dir = flag(&container, "kubelet-dir");
         for folder in ["plugins_registry", "pods"] {
             fs::create_dir_all(machine.path(&kubelet_dir).join(folder)).expect("the kubelet's");
         }
-        let bundle = machine.path("/etc/ssl/certs/ca-certificates.crt");
-        fs::create_dir_all(bundle.parent().expect("a folder")).expect("the node's certificates");
-        fs::write(bundle, "").expect("the node's certificates");
+        for (path, content) in FILES_OF_THE_NODE {
+            let path = machine.path(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("a folder of the node");
+            fs::write(path, content).expect("a file of the node");
+        }
         machine.files = files(&pod, objects);
         let process = machine.start(&pod, &container, &Image::of_the_driver());
-        let driver_name = flag("driver-name").expect("a name");
+        let driver_name = flag(&container, "driver-name");
         let mut deployed = Self { machine, pod, container, process, driver_name, kubelet_dir };
         deployed.wait_until_ready();
         deployed
@@ -95,17 +116,21 @@ impl Deployed {
         Kubelet::new(&self.machine.path(&self.kubelet_dir), &self.socket())
     }
 
-    /// Publishes at the path that the kubelet has on the node, which this process sees below the node's folder.
     #[track_caller]
     pub fn publish(&self, volume: &Volume) {
-        self.kubelet().prepare(volume);
-        let mut request = volume.request.clone();
-        request.target_path = self.on_the_node(volume);
-        if let Err(status) = self.kubelet().publish_request(request) {
+        if let Err(status) = self.try_publish(volume) {
             let log = self.machine.log(&self.container);
             panic!("publishing failed with {:?}: {}\n{log}", status.code(), status.message());
         }
         volume.assert_mounted();
+    }
+
+    /// Publishes at the path that the kubelet has on the node, which this process sees below the node's folder.
+    pub fn try_publish(&self, volume: &Volume) -> Result<(), Status> {
+        self.kubelet().prepare(volume);
+        let mut request = volume.request.clone();
+        request.target_path = self.on_the_node(volume);
+        self.kubelet().publish_request(request)
     }
 
     pub fn on_the_node(&self, volume: &Volume) -> String {
@@ -122,6 +147,23 @@ impl Drop for Deployed {
             eprintln!("the container's log:\n{}", self.machine.log(&self.container));
         }
     }
+}
+
+/// The pod of the rendered `DaemonSet`, and the driver's container in it.
+fn driver_of(objects: &[Value]) -> (PodSpec, Container) {
+    let daemonset = only(objects, "DaemonSet").clone();
+    let daemonset: DaemonSet = serde_json::from_value(daemonset).expect("a DaemonSet");
+    let pod = daemonset.spec.and_then(|spec| spec.template.spec).expect("a pod");
+    let container = pod.containers[0].clone();
+    (pod, container)
+}
+
+/// The value of a flag on the container's command line.
+fn flag(container: &Container, name: &str) -> String {
+    let prefix = format!("--{name}=");
+    let mut arguments = container.args.iter().flatten();
+    let value = arguments.find_map(|argument| argument.strip_prefix(&prefix));
+    value.unwrap_or_else(|| panic!("no --{name}")).to_owned()
 }
 
 /// What the API server would give the kubelet for the pod's configuration maps and secrets.

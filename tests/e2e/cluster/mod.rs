@@ -4,6 +4,7 @@
 //! Python renders them, since Helm's engine comes as a Python package (`tests/cluster`); what they say is then done
 //! here: their containers run, rooted in a folder that plays the node.
 
+mod api;
 mod chart;
 mod container;
 mod crossplane;

@@ -1,0 +1,46 @@
+//! `check-uninstall`: whether the driver can be removed from a cluster.
+
+use clap::Args;
+
+use super::{Failure, Output, print, runtime};
+use crate::kubernetes::{Client, pods_that_use};
+
+/// Pods that the one line of a failure names.
+const NAMED: usize = 10;
+
+/// Arguments of `check-uninstall`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci check-uninstall
+  csi-driver-oci check-uninstall --driver-name artifacts.example.com --output json
+
+Runs in a pod whose service account may list pods and persistent volumes, as the chart's job before an uninstall does.
+Without the driver the kubelet cannot unmount its volumes, and their pods stay in Terminating.")]
+pub(super) struct CheckUninstallArguments {
+    /// The CSI driver's name.
+    #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io")]
+    driver_name: String,
+    /// How the pods are printed.
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), Failure> {
+    let pods = runtime()?
+        .block_on(async { pods_that_use(&Client::in_cluster()?, &arguments.driver_name).await })
+        .map_err(|error| error.to_string())?;
+    match arguments.output {
+        Output::Table => pods.iter().for_each(|pod| print(pod)),
+        Output::Json => print(&serde_json::json!(pods).to_string()),
+    }
+    if pods.is_empty() {
+        return Ok(());
+    }
+    let more = if pods.len() > NAMED { ", ..." } else { "" };
+    let named = pods[..pods.len().min(NAMED)].join(", ");
+    Err(format!(
+        "{} pods have volumes of {}: {named}{more}: delete them first, as nobody unmounts their volumes afterwards",
+        pods.len(),
+        arguments.driver_name
+    ))
+}

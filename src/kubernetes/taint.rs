@@ -1,0 +1,99 @@
+//! The startup taint: a node that joins a cluster with it gets no pods before the driver is registered there, and loses
+//! it then. Whoever makes nodes sets the taint; this only takes it away.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::{Client, KubernetesError};
+
+/// Between two looks at what the kubelet has written.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Waits until the node's `CSINode` lists the driver, and takes the taint away.
+///
+/// It goes on through failures: a node that keeps the taint is of no use, and one that has lost it may be asked again.
+pub async fn take_taint(
+    node: String,
+    driver_name: String,
+    taint: String,
+    shutdown: CancellationToken,
+) {
+    let mut told = String::new();
+    loop {
+        match untaint(&node, &driver_name, &taint).await {
+            Ok(true) => return,
+            Ok(false) => {}
+            Err(error) => {
+                let error = error.to_string();
+                if error != told {
+                    tracing::warn!(taint, error, "the node's startup taint stays for now");
+                    told = error;
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(INTERVAL) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// One try; whether the driver is registered and the node has no such taint.
+async fn untaint(node: &str, driver_name: &str, taint: &str) -> Result<bool, KubernetesError> {
+    let client = Client::in_cluster()?;
+    let registered = client.get(&format!("/apis/storage.k8s.io/v1/csinodes/{node}")).await?;
+    if !registered.is_some_and(|csi_node| lists(&csi_node, driver_name)) {
+        return Ok(false);
+    }
+    let path = format!("/api/v1/nodes/{node}");
+    let Some(object) = client.get(&path).await? else { return Ok(false) };
+    if let Some(patch) = patch(&object["spec"]["taints"], taint) {
+        client.patch(&path, &patch).await?;
+        tracing::info!(taint, "the node's startup taint is taken away");
+    }
+    Ok(true)
+}
+
+fn lists(csi_node: &Value, driver_name: &str) -> bool {
+    let drivers = csi_node["spec"]["drivers"].as_array();
+    drivers.is_some_and(|drivers| drivers.iter().any(|driver| driver["name"] == driver_name))
+}
+
+/// The change that takes the taint away and nothing else; none where it is not there.
+///
+/// It tests that the taints are as they were read: another's change in between is not undone.
+fn patch(taints: &Value, taint: &str) -> Option<Value> {
+    let all = taints.as_array()?;
+    let kept: Vec<&Value> = all.iter().filter(|each| each["key"] != taint).collect();
+    (kept.len() < all.len()).then(|| {
+        json!([
+            {"op": "test", "path": "/spec/taints", "value": taints},
+            {"op": "replace", "path": "/spec/taints", "value": kept},
+        ])
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_taint_is_taken_and_only_where_it_is() {
+        let ours = json!({"key": "oci.custom.io/agent-not-ready", "effect": "NoExecute"});
+        let other = json!({"key": "other", "effect": "NoSchedule"});
+        let key = "oci.custom.io/agent-not-ready";
+        let change = patch(&json!([other, ours]), key).expect("a change");
+        assert_eq!(change[0]["value"], json!([other, ours]));
+        assert_eq!(change[1]["value"], json!([other]));
+        assert_eq!(patch(&json!([other]), key), None);
+        assert_eq!(patch(&Value::Null, key), None);
+    }
+
+    #[test]
+    fn a_node_without_drivers_lists_none() {
+        assert!(!lists(&json!({"spec": {"drivers": null}}), "oci.custom.io"));
+        assert!(lists(&json!({"spec": {"drivers": [{"name": "oci.custom.io"}]}}), "oci.custom.io"));
+    }
+}

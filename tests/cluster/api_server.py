@@ -1,0 +1,92 @@
+"""As much of an API server as the driver asks: lists with pages, objects, JSON patches, tokens.
+
+    api_server.py CERTIFICATE KEY STATE.json
+
+STATE.json is {"token": ..., "objects": {path: object or list of objects}}. Prints its port; every change of an object
+is written back to the file.
+"""
+
+import json
+import pathlib
+import ssl
+import sys
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+certificate, key, state_path = sys.argv[1:]
+STATE = pathlib.Path(state_path)
+PAGE = 2
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, document):
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def state(self):
+        return json.loads(STATE.read_text())
+
+    def find(self):
+        """The object that the request names, once its token is right."""
+        state = self.state()
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        if self.headers["authorization"] != f"Bearer {state['token']}":
+            self.answer(401, {"kind": "Status"})
+        elif url.path not in state["objects"]:
+            self.answer(404, {"kind": "Status"})
+        else:
+            return state, url.path, query
+        return None
+
+    def do_GET(self):
+        if (found := self.find()) is None:
+            return
+        state, path, query = found
+        wanted = state["objects"][path]
+        if isinstance(wanted, dict):
+            return self.answer(200, wanted)
+        # Real tokens have characters that a query must not carry as they are.
+        start = int(query.get("continue", "").removeprefix("from+/=") or 0)
+        size = min(int(query["limit"]), PAGE)
+        end = start + size
+        more = f"from+/={end}" if end < len(wanted) else ""
+        self.answer(200, {"metadata": {"continue": more}, "items": wanted[start:end]})
+
+    def do_PATCH(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if (found := self.find()) is None:
+            return
+        state, path, _ = found
+        if self.headers["content-type"] != "application/json-patch+json":
+            return self.answer(415, {"kind": "Status"})
+        for change in body:
+            *folders, last = change["path"].strip("/").split("/")
+            place = state["objects"][path]
+            for folder in folders:
+                place = place[folder]
+            if change["op"] == "test" and place[last] != change["value"]:
+                return self.answer(422, {"kind": "Status"})
+            if change["op"] == "replace":
+                place[last] = change["value"]
+        next_state = STATE.with_suffix(".patched")
+        next_state.write_text(json.dumps(state))
+        next_state.rename(STATE)
+        self.answer(200, state["objects"][path])
+
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(certificate, key)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print(server.server_port, flush=True)
+server.serve_forever()
