@@ -4,7 +4,9 @@
     check.py all       all of them
 """
 
+import re
 import sys
+import tomllib
 
 import kubernetes_validate
 import yaml
@@ -87,6 +89,24 @@ def commented():
             yield f"values.yaml, line {number + 1}: {key} is not explained"
 
 
+def versions():
+    """The image that the manifests name is the version that Cargo builds."""
+    built = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["package"]["version"]
+    about = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
+    named = {
+        "Chart.yaml": about["appVersion"],
+        "Dockerfile": re.search(
+            r'image\.version="([^"]+)"', (chart.ROOT / "Dockerfile").read_text()
+        )[1],
+    }
+    for path in sorted((chart.ROOT / "deploy").rglob("kustomization.yaml")):
+        for image in yaml.safe_load(path.read_text()).get("images", []):
+            named[str(path.relative_to(chart.ROOT))] = image["newTag"]
+    for where, version in named.items():
+        if version != built:
+            yield f"{where} is for {version}, and Cargo builds {built}"
+
+
 def schemas():
     """Everything is valid, strictly, for every Kubernetes that it is for."""
     for row, values in chart.matrix().items():
@@ -140,6 +160,7 @@ CHECKS = {
         lint,
         refused,
         commented,
+        versions,
         schemas,
         deploy,
         admission.admission,

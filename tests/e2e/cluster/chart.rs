@@ -42,6 +42,11 @@ fn every_value_is_explained() {
 }
 
 #[test]
+fn the_manifests_name_the_version_that_is_built() {
+    check("versions");
+}
+
+#[test]
 fn all_manifests_are_strictly_valid_on_every_kubernetes_they_are_for() {
     check("schemas");
 }

@@ -73,13 +73,10 @@ fn program(name: &str) -> PathBuf {
 /// Pushes this folder for this machine's platform; returns what the script prints.
 #[track_caller]
 fn push(registry: &Registry, tag: &str, build: &Path) -> String {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/publish/push");
+    let reference = format!("{}/team/prometheus:{tag}", registry.host());
     let architecture = crate::support::node_architecture();
-    let mut command = tool(&script.to_string_lossy());
-    command.env("ORAS_FLAGS", "--plain-http").env("HOME", build);
-    command.arg(format!("{}/team/prometheus:{tag}", registry.host()));
-    command.arg(format!("linux/{architecture}={}", build.display()));
-    run(&mut command).trim().to_owned()
+    let pair = format!("linux/{architecture}={}", build.display());
+    run(super::publish::push(&reference, build).arg(pair)).trim().to_owned()
 }
 
 /// The pod of the `StatefulSet`, as its controller and the kubelet make it.

@@ -10,6 +10,7 @@ mod container;
 mod crossplane;
 mod daemonset;
 mod deployed;
+mod publish;
 
 use std::{
     collections::BTreeMap,
