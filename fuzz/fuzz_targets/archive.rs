@@ -5,7 +5,7 @@
 
 #![no_main]
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use csi_driver_oci::oci::Digest;
 use csi_driver_oci::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
@@ -18,7 +18,7 @@ use libfuzzer_sys::fuzz_target;
 struct Entries(Vec<Entry>);
 
 impl Sink for Entries {
-    fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> io::Result<StoredFile> {
+    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
         let read = io::copy(content, &mut io::sink())?;
         assert_eq!(read, header.size, "a short content must be an error");
         Ok(StoredFile { data: 0, sha256: Digest::of(b"") })

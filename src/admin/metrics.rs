@@ -18,6 +18,7 @@ use prometheus_client::registry::{Registry, Unit};
 use tonic::Code;
 
 use super::store_metrics::StoreMetrics;
+use crate::pull::wire::Observer;
 use crate::store::Store;
 use crate::volume::publish::PublishPath;
 use crate::volume::reconcile::Reconciled;
@@ -28,10 +29,25 @@ const SECONDS: [f64; 16] = [
     60.0, 120.0,
 ];
 
+/// From what fits one round trip to an hour, which a model on a slow line takes.
+const PULL_SECONDS: [f64; 12] =
+    [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PublishLabels {
     result: &'static str,
     cache: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PullLabels {
+    result: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PullResultLabels {
+    result: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -52,6 +68,10 @@ pub struct Metrics {
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
     store: StoreMetrics,
+    downloads: Gauge,
+    downloaded_bytes: Counter,
+    pulls: Family<PullLabels, Counter>,
+    pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
 }
 
 impl Default for Metrics {
@@ -69,6 +89,10 @@ impl Default for Metrics {
             unknown_mounts: Gauge::default(),
             vanished: Counter::default(),
             store: StoreMetrics::default(),
+            downloads: Gauge::default(),
+            downloaded_bytes: Counter::default(),
+            pulls: Family::default(),
+            pull_durations: Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
             registry: Registry::default(),
         };
         registry.register_with_unit(
@@ -94,6 +118,7 @@ impl Default for Metrics {
             "Endpoints that could not be listened on",
             metrics.endpoint_errors.clone(),
         );
+        metrics.register_pulls(&mut registry);
         registry.register(
             "unknown_mounts",
             "Mounts of the driver's content of which nobody knows whose they are",
@@ -115,6 +140,31 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    fn register_pulls(&self, registry: &mut Registry) {
+        registry.register(
+            "downloads_in_flight",
+            "Connections that download a blob now",
+            self.downloads.clone(),
+        );
+        registry.register_with_unit(
+            "downloaded",
+            "Bytes of blobs that registries have sent",
+            Unit::Bytes,
+            self.downloaded_bytes.clone(),
+        );
+        registry.register(
+            "pulls",
+            "Pulls that have ended, by result and by the reason of a failure",
+            self.pulls.clone(),
+        );
+        registry.register_with_unit(
+            "pull_duration",
+            "Time of a pull from its first request to content with a name",
+            Unit::Seconds,
+            self.pull_durations.clone(),
+        );
+    }
+
     /// A volume was published.
     pub fn published(&self, path: PublishPath, duration: Duration) {
         let cache = match path {
@@ -185,6 +235,22 @@ impl Metrics {
     fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {
         let labels = PublishLabels { result, cache };
         self.publish.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+}
+
+impl Observer for Metrics {
+    fn downloaded(&self, bytes: u64) {
+        self.downloaded_bytes.inc_by(bytes);
+    }
+
+    fn connections(&self, change: i64) {
+        self.downloads.inc_by(change);
+    }
+
+    fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration) {
+        self.pulls.get_or_create(&PullLabels { result, reason }).inc();
+        let labels = PullResultLabels { result };
+        self.pull_durations.get_or_create(&labels).observe(duration.as_secs_f64());
     }
 }
 

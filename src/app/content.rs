@@ -13,6 +13,7 @@ use crate::admin::metrics::Metrics;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
+use crate::pull::wire::Observer;
 use crate::pull::{Puller, Sources};
 use crate::store::lock::Lock;
 use crate::store::own::require_mountpoint;
@@ -86,7 +87,8 @@ impl Opening {
         let opened = tokio::task::spawn_blocking(move || open_store(&root, &for_store, &lock));
         let store = opened.await.map_err(|error| error.to_string())?;
         let store = store.map_err(|error| error.to_string())?;
-        content_of(store, configuration, &self.tracker, &self.shutdown)
+        let observer = Arc::clone(&self.metrics) as Arc<dyn Observer>;
+        content_of(store, configuration, observer, &self.tracker, &self.shutdown)
     }
 }
 
@@ -121,6 +123,7 @@ pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreE
 pub fn content_of(
     store: Store,
     configuration: &NodeConfiguration,
+    observer: Arc<dyn Observer>,
     tracker: &TaskTracker,
     shutdown: &CancellationToken,
 ) -> Result<Content, String> {
@@ -139,7 +142,7 @@ pub fn content_of(
         store.clone(),
         sources,
         configuration.limits.clone(),
-        configuration.pull.options(),
+        (configuration.pull.options(), observer),
         tracker,
         shutdown,
     );

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -17,6 +18,7 @@ use crate::config::NodeConfiguration;
 use crate::mount::{AttachMethod, MountFlags};
 use crate::oci::credentials::Keyring;
 use crate::pull::ProgressView;
+use crate::pull::wire::Unobserved;
 use crate::store::lock::Lock;
 use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use crate::volume::attributes::VolumeAttributes;
@@ -99,7 +101,13 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
     let runtime = runtime()?;
     runtime.block_on(async {
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
-        let content = content_of(store, &NodeConfiguration::without_file(), &tracker, &shutdown)?;
+        let content = content_of(
+            store,
+            &NodeConfiguration::without_file(),
+            Arc::new(Unobserved),
+            &tracker,
+            &shutdown,
+        )?;
         let reference = attributes.reference.to_string();
         fetch(&content, &attributes, &keyring)
             .await

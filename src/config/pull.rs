@@ -6,32 +6,54 @@ use serde::Deserialize;
 
 use super::GoDuration;
 use crate::pull::PullOptions;
-use crate::pull::transfer::RetryPolicy;
+use crate::pull::retry::RetryPolicy;
+use crate::pull::wire::WireOptions;
 
 /// The `pull` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct PullSection {
-    /// Blobs that are downloaded at once on this node.
+    /// Connections that download at once on this node.
     pub downloads: usize,
+    /// Of these, to one registry.
+    pub downloads_per_host: usize,
+    /// Of these, for one blob, where the registry answers range requests.
+    pub ranges: usize,
+    /// What each of several connections for one blob asks for at once.
+    pub range_bytes: u64,
+    /// All downloads together; 0 means no limit.
+    pub bytes_per_second: u64,
     /// Layers that are unpacked at once on this node.
     pub unpacks: usize,
+    /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
+    pub wide_unpacks: usize,
     /// Tries in a row that bring no byte, before a transfer fails.
     pub attempts: u32,
     /// A connection that brings nothing for so long is given up; a Go duration.
     pub stall_timeout: GoDuration,
+    /// A connection that brings less than this a second, over `stallTimeout`, is given up.
+    pub least_bytes_per_second: u64,
 }
 
 impl PullSection {
     pub(super) fn check(&self) -> Result<(), String> {
-        let Self { downloads, unpacks, attempts, stall_timeout } = self;
-        if !(1..=1024).contains(downloads) || !(1..=1024).contains(unpacks) {
-            return Err("pull.downloads and pull.unpacks must be from 1 to 1024".to_owned());
+        let counts = [
+            ("downloads", self.downloads),
+            ("downloadsPerHost", self.downloads_per_host),
+            ("ranges", self.ranges),
+            ("unpacks", self.unpacks),
+            ("wideUnpacks", self.wide_unpacks),
+        ];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| !(1..=1024).contains(count)) {
+            return Err(format!("pull.{name} must be from 1 to 1024"));
         }
-        if !(1..=1000).contains(attempts) {
+        if self.range_bytes < 1 << 20 {
+            return Err("pull.rangeBytes must be at least 1048576".to_owned());
+        }
+        if !(1..=1000).contains(&self.attempts) {
             return Err("pull.attempts must be from 1 to 1000".to_owned());
         }
-        if stall_timeout.0 < Duration::from_secs(1) {
+        if self.stall_timeout.0 < Duration::from_secs(1) {
             return Err("pull.stallTimeout must be at least 1s".to_owned());
         }
         Ok(())
@@ -40,18 +62,38 @@ impl PullSection {
     /// What pulling is built with.
     #[must_use]
     pub fn options(&self) -> PullOptions {
+        let defaults = WireOptions::default();
         PullOptions {
-            downloads: self.downloads,
+            wire: WireOptions {
+                downloads: self.downloads,
+                downloads_per_host: self.downloads_per_host,
+                connections: self.ranges,
+                range_bytes: self.range_bytes,
+                bytes_per_second: (self.bytes_per_second > 0).then_some(self.bytes_per_second),
+                least_rate: self.least_bytes_per_second,
+                rate_window: self.stall_timeout.0,
+                retry: RetryPolicy { attempts: self.attempts, ..defaults.retry },
+            },
             unpacks: self.unpacks,
-            retry: RetryPolicy { attempts: self.attempts, first_delay: Duration::from_millis(250) },
+            wide_unpacks: self.wide_unpacks,
         }
     }
 }
 
 impl Default for PullSection {
     fn default() -> Self {
-        let PullOptions { downloads, unpacks, retry } = PullOptions::default();
-        let stall_timeout = GoDuration(Duration::from_secs(30));
-        Self { downloads, unpacks, attempts: retry.attempts, stall_timeout }
+        let PullOptions { wire, unpacks, wide_unpacks } = PullOptions::default();
+        Self {
+            downloads: wire.downloads,
+            downloads_per_host: wire.downloads_per_host,
+            ranges: wire.connections,
+            range_bytes: wire.range_bytes,
+            bytes_per_second: wire.bytes_per_second.unwrap_or_default(),
+            unpacks,
+            wide_unpacks,
+            attempts: wire.retry.attempts,
+            stall_timeout: GoDuration(wire.rate_window),
+            least_bytes_per_second: wire.least_rate,
+        }
     }
 }

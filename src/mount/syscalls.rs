@@ -127,3 +127,12 @@ pub fn set_link_extended_attribute(path: &CStr, name: &CStr, value: &[u8]) -> io
     };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// `sync_file_range(SYNC_FILE_RANGE_WRITE)` over a whole file: the kernel starts to
+/// write what is dirty and is not waited for. Promises nothing about durability.
+pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the descriptor is open and the other arguments are numbers.
+    let done =
+        unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -11,7 +12,7 @@ use super::flights::Outcome;
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
-use super::want::{PullPolicy, Want};
+use super::want::{Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller, transfer};
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::{ManifestName, RegistryError};
@@ -97,7 +98,7 @@ impl Puller {
         }
         let credential = self.credential(resolved).await?;
         let source = Source { repository: repository.clone(), credential };
-        let tree = self.fly(key, manifest, &shape, &source, view).await?;
+        let tree = self.fly(key, manifest, &shape, (&source, want.priority), view).await?;
         // Complete is one thing; that every blob of it may be had from this repository is another.
         loop {
             let mut started = false;
@@ -121,7 +122,7 @@ impl Puller {
         key: TreeKey,
         manifest: Digest,
         shape: &Shape,
-        source: &Source,
+        (source, priority): (&Source, Priority),
         view: &ProgressView,
     ) -> Outcome<Tree> {
         let sponsors = self.0.sponsors.of(key);
@@ -132,8 +133,19 @@ impl Puller {
             let sponsors = Arc::clone(&sponsors);
             let mut ticket = self.0.trees.join(key, |progress| {
                 started = true;
-                async move { inner.make_tree(key, manifest, shape, &sponsors, &progress).await }
+                progress.name(format!("{}@{manifest}", source.repository));
+                async move {
+                    let since = Instant::now();
+                    let made = Arc::clone(&inner)
+                        .make_tree(key, manifest, shape, &sponsors, &progress)
+                        .await;
+                    let (result, reason) =
+                        made.as_ref().map_or_else(PullError::outcome, |_| ("success", ""));
+                    inner.wire.observer.pulled(result, reason, since.elapsed());
+                    made
+                }
             });
+            ticket.progress().raise(priority);
             view.show(ticket.progress());
             let outcome = tokio::select! {
                 // Ours first: then the flight's end is no news.
@@ -271,8 +283,7 @@ impl Inner {
         let inner = Arc::clone(self);
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
-        let permit = Arc::clone(&self.unpacks).acquire_owned().await;
-        let permit = permit.map_err(|_| PullError::Crashed)?;
+        let permit = self.unpackers.permit().await?;
         blocking(move || {
             let _permit = permit;
             inner.merge(key, (manifest, kind, compressed_bytes), objects, &shape)
@@ -318,12 +329,13 @@ impl Inner {
         let Part { layer, descriptor, rule } = part;
         let object = match rule {
             PartRule::File(rule, mode) => {
-                let file = self.file(&descriptor, mode, sponsors, progress).await?;
+                let file = self.file(&descriptor, mode, sponsors, (progress, layer)).await?;
                 Object::File(layer, rule, descriptor.size, file)
             }
             PartRule::Archive(rule) => {
-                let unpacked =
-                    self.layer(&descriptor, &rule, permissions, sponsors, progress).await?;
+                let unpacked = self
+                    .layer(&descriptor, &rule, permissions, sponsors, (progress, layer))
+                    .await?;
                 Object::Layer(layer, rule, unpacked)
             }
         };
@@ -433,7 +445,7 @@ impl Inner {
             }
         } else {
             // Another host has to send the bytes themselves: naming a digest proves nothing.
-            transfer::prove(&self.registry, source, (digest, size), progress).await?;
+            transfer::prove(&self.wire, source, (digest, size), progress).await?;
         }
         let (inner, repository) = (Arc::clone(self), repository.clone());
         blocking(move || Ok(inner.store.put_blob_origin(&repository, digest)?)).await

@@ -104,6 +104,24 @@ impl PullError {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
     }
 
+    /// How a pull ended that ended so, in words that metrics count.
+    #[must_use]
+    pub fn outcome(&self) -> (&'static str, &'static str) {
+        let reason = match self.root() {
+            Self::NotCached | Self::NotProven => "not_cached",
+            Self::Registry(error) => error.kind(),
+            Self::Manifest(_) | Self::ConfigTooLarge { .. } => "manifest",
+            Self::Unpack(_) => "content",
+            Self::BlobSize { .. } | Self::BlobDigest { .. } => "wrong_content",
+            Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)) => "no_space",
+            Self::Store(_) => "disk",
+            Self::Unwanted | Self::ShuttingDown => return ("cancelled", "unwanted"),
+            Self::Provider(_) => "credential_provider",
+            Self::Shared(_) | Self::Crashed => "internal",
+        };
+        ("failure", reason)
+    }
+
     /// Whether the registry could not be asked at all.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {

@@ -55,6 +55,13 @@ where
         Self { under_way: Arc::default(), tracker, shutdown, linger }
     }
 
+    /// How far all of them are.
+    #[must_use]
+    pub fn under_way(&self) -> Vec<Arc<Progress>> {
+        let under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
+    }
+
     /// Joins the flight of this key, or starts it.
     pub fn join<F>(&self, key: K, start: impl FnOnce(Arc<Progress>) -> F) -> Ticket<T>
     where

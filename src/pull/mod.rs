@@ -8,6 +8,9 @@
 //! flights    one piece of work at a time, however many wait
 //! sponsors   whose credentials pay for it
 //! transfer   one blob to partial/, verified
+//! connections  the connections that bring it; spans: which brings which bytes; retry: after how long
+//! wire       what all downloads share; slots: who may download; throttle: how fast
+//! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
 //! room       how much of the disk an artifact will take, before its first byte
 //! artifact   manifest -> tree
@@ -18,27 +21,33 @@
 
 pub mod artifact;
 pub mod candidates;
+pub mod connections;
 pub mod error;
 pub mod flights;
 pub mod objects;
 pub mod progress;
 pub mod resolve;
+pub mod retry;
 mod room;
+pub mod slots;
+pub mod spans;
 pub mod sponsors;
+pub mod throttle;
 pub mod transfer;
+pub mod unpacking;
 pub mod verification;
 pub mod want;
+pub mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use error::PullError;
 pub use verification::{CredentialsVerification, Verification};
-pub use want::{IfUnavailable, PullPolicy, Want};
+pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::Registry;
@@ -47,7 +56,8 @@ use crate::unpack::Limits;
 use flights::Flights;
 use progress::Progress;
 use resolve::{ResolveKey, Resolved};
-use transfer::RetryPolicy;
+use unpacking::Unpackers;
+use wire::{Observer, Wire, WireOptions};
 
 /// How long a flight goes on when nobody waits: the kubelet comes back within
 /// seconds at first, and a pod that was deleted does not.
@@ -56,12 +66,12 @@ const LINGER: Duration = Duration::from_mins(1);
 /// What may be set about pulling.
 #[derive(Clone, Copy, Debug)]
 pub struct PullOptions {
-    /// Blobs that are downloaded at once on this node.
-    pub downloads: usize,
+    /// How blobs are downloaded.
+    pub wire: WireOptions,
     /// Layers that are unpacked at once on this node.
     pub unpacks: usize,
-    /// How broken transfers are continued.
-    pub retry: RetryPolicy,
+    /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
+    pub wide_unpacks: usize,
 }
 
 /// Where content comes from, and who may see it.
@@ -85,9 +95,8 @@ struct Inner {
     node_credentials: NodeCredentials,
     verification: Verification,
     limits: Limits,
-    options: PullOptions,
-    downloads: Semaphore,
-    unpacks: Arc<Semaphore>,
+    wire: Wire,
+    unpackers: Unpackers,
     resolving: Flights<ResolveKey, Resolved>,
     trees: Flights<TreeKey, Tree>,
     origins: Flights<(String, TreeKey), ()>,
@@ -120,13 +129,18 @@ impl ProgressView {
     }
 }
 
+/// A pull that is under way.
+#[derive(Clone, Debug)]
+pub struct UnderWay {
+    /// Repository and manifest.
+    pub name: String,
+    /// How far it is.
+    pub progress: progress::Snapshot,
+}
+
 impl Default for PullOptions {
     fn default() -> Self {
-        Self {
-            downloads: 8,
-            unpacks: 2,
-            retry: RetryPolicy { attempts: 6, first_delay: Duration::from_millis(250) },
-        }
+        Self { wire: WireOptions::default(), unpacks: 4, wide_unpacks: 1 }
     }
 }
 
@@ -137,21 +151,25 @@ impl Puller {
         store: Store,
         sources: Sources,
         limits: Limits,
-        options: PullOptions,
+        (options, observer): (PullOptions, Arc<dyn Observer>),
         tracker: &TaskTracker,
         shutdown: &CancellationToken,
     ) -> Self {
         // A tree lingers when nobody waits; what it waits for itself ends with it.
         let now = Duration::ZERO;
         Self(Arc::new(Inner {
+            wire: Wire::new(sources.registry.clone(), options.wire, observer),
+            unpackers: Unpackers::new(
+                store.clone(),
+                limits.clone(),
+                options.unpacks,
+                options.wide_unpacks,
+            ),
             store,
             registry: sources.registry,
             node_credentials: sources.node_credentials,
             verification: sources.verification,
             limits,
-            options,
-            downloads: Semaphore::new(options.downloads.max(1)),
-            unpacks: Arc::new(Semaphore::new(options.unpacks.max(1))),
             resolving: Flights::new(tracker.clone(), shutdown.clone(), now),
             trees: Flights::new(tracker.clone(), shutdown.clone(), LINGER),
             origins: Flights::new(tracker.clone(), shutdown.clone(), LINGER),
@@ -171,5 +189,22 @@ impl Puller {
     pub async fn acquire(&self, want: &Want, view: &ProgressView) -> Result<Tree, Arc<PullError>> {
         let resolved = self.resolve(want).await?;
         self.tree(want, &resolved, view).await
+    }
+
+    /// All pulls that are under way, and how far they are.
+    #[must_use]
+    pub fn under_way(&self) -> Vec<UnderWay> {
+        let flights = self.0.trees.under_way().into_iter();
+        let pulls = flights.map(|flight| UnderWay {
+            name: flight.named().unwrap_or_default().to_owned(),
+            progress: flight.snapshot(),
+        });
+        pulls.collect()
+    }
+
+    /// Connections that download now.
+    #[must_use]
+    pub fn downloads_in_flight(&self) -> usize {
+        self.0.wire.slots.taken()
     }
 }

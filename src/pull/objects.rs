@@ -11,15 +11,17 @@ use super::progress::Progress;
 use super::resolve::blocking;
 use super::room::layer_key;
 use super::sponsors::Sponsors;
-use super::transfer::{self, BlobGuard, Download};
+use super::transfer::{self, BlobGuard, Download, Order};
+use super::unpacking::Job;
 use crate::fault;
 use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
 use crate::store::files::{StoredFile, is_executable, starts_executable};
+use crate::store::growth::Follower;
 use crate::store::layers::Layer;
 use crate::store::{FileKey, LayerKey, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
-use crate::unpack::{Permissions, PermissionsRule, archive};
+use crate::unpack::{Permissions, PermissionsRule};
 
 /// Mode of content that is meant to be executed, where nothing else says.
 const EXECUTABLE: Permissions = Permissions { mode: 0o555, uid: 0, gid: 0 };
@@ -62,27 +64,23 @@ impl Inner {
         descriptor: &Descriptor,
         permissions: Option<Permissions>,
         sponsors: &Arc<Sponsors>,
-        progress: &Arc<Progress>,
+        (progress, number): (&Progress, usize),
     ) -> Result<StoredFile, Arc<PullError>> {
         let want = FileWant { digest: descriptor.digest, permissions };
         let file = loop {
             let mut started = false;
-            let mut ticket = self.files.join(want, |_| {
+            let mut ticket = self.files.join(want, |own| {
                 started = true;
+                own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
-                let (sponsors, progress) = (Arc::clone(sponsors), Arc::clone(progress));
-                async move { inner.make_file(&descriptor, want, &sponsors, &progress).await }
+                let sponsors = Arc::clone(sponsors);
+                async move { inner.make_file(&descriptor, want, &sponsors, &own).await }
             });
+            progress.wait_for(number, ticket.progress());
             match ticket.outcome().await {
                 // Somebody else's source was of no use; ours may be.
                 Err(error) if !started && error.is_of_source() => {}
-                outcome => {
-                    let file = outcome?;
-                    if !started {
-                        progress.resumed(descriptor.size);
-                    }
-                    break file;
-                }
+                outcome => break outcome?,
             }
         };
         let (digest, expected) = (descriptor.digest, descriptor.size);
@@ -106,32 +104,26 @@ impl Inner {
         rule: &ArchiveRule,
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
-        progress: &Arc<Progress>,
+        (progress, number): (&Progress, usize),
     ) -> Result<Layer, Arc<PullError>> {
         let key = layer_key(descriptor.digest, rule, permissions);
         loop {
             let mut started = false;
-            let mut ticket = self.layers.join(key, |_| {
+            let mut ticket = self.layers.join(key, |own| {
                 started = true;
-                let (inner, descriptor, rule) =
-                    (Arc::clone(self), descriptor.clone(), rule.clone());
-                let (sponsors, progress) = (Arc::clone(sponsors), Arc::clone(progress));
-                async move {
-                    inner
-                        .make_layer(&descriptor, rule, permissions, key, &sponsors, &progress)
-                        .await
-                }
+                own.expect(descriptor.size);
+                let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
+                let (job, sponsors) = (
+                    self.unpackers.job(descriptor.digest, rule.clone(), permissions),
+                    Arc::clone(sponsors),
+                );
+                async move { inner.make_layer(&descriptor, job, key, &sponsors, &own).await }
             });
+            progress.wait_for(number, ticket.progress());
             match ticket.outcome().await {
                 // Somebody else's source was of no use; ours may be.
                 Err(error) if !started && error.is_of_source() => {}
-                outcome => {
-                    let layer = outcome?;
-                    if !started {
-                        progress.resumed(descriptor.size);
-                    }
-                    return Ok(layer);
-                }
+                outcome => return outcome,
             }
         }
     }
@@ -141,7 +133,7 @@ impl Inner {
         descriptor: &Descriptor,
         want: FileWant,
         sponsors: &Sponsors,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<StoredFile, PullError> {
         let guard = self.blobs.lock(want.digest).await;
         let inner = Arc::clone(&self);
@@ -156,7 +148,7 @@ impl Inner {
             return Ok(file);
         }
         let Download { partial, guard, repository, asked } =
-            self.download(descriptor, sponsors, progress, guard).await?;
+            self.download(descriptor, sponsors, progress, &|_| (), guard).await?;
         let inner = Arc::clone(&self);
         blocking(move || {
             verified(partial.path())?;
@@ -208,11 +200,10 @@ impl Inner {
     async fn make_layer(
         self: Arc<Self>,
         descriptor: &Descriptor,
-        rule: ArchiveRule,
-        permissions: PermissionsRule,
+        job: Job,
         key: LayerKey,
         sponsors: &Sponsors,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<Layer, PullError> {
         let guard = self.blobs.lock(descriptor.digest).await;
         let inner = Arc::clone(&self);
@@ -223,45 +214,53 @@ impl Inner {
         }
         if let Some(data) = descriptor.data.clone() {
             progress.resumed(descriptor.size);
-            let (inner, digest) = (Arc::clone(&self), descriptor.digest);
+            let writer = job.finish(move || Ok(Cursor::new(data.clone()))).await?;
             return blocking(move || {
-                let layer = inner.unpack(digest, Cursor::new(data), &rule, permissions, key);
+                let layer = self.store.commit_layer(key, writer)?;
                 drop(guard);
-                layer
+                Ok(layer)
             })
             .await;
         }
+        if let Some((_, source)) = sponsors.current()
+            && let Some(refusal) = self.unpackers.refusal(&source.repository.to_string(), key)
+        {
+            return Err(PullError::Shared(refusal));
+        }
+        let follow = |follower| job.follow(follower);
         let Download { partial, guard, repository, asked } =
-            self.download(descriptor, sponsors, progress, guard).await?;
+            self.download(descriptor, sponsors, progress, &follow, guard).await?;
+        let path = partial.path().to_owned();
+        let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
+        let unpacked = job.finish(open).await;
         let digest = descriptor.digest;
-        let permit = Arc::clone(&self.unpacks).acquire_owned().await;
-        let permit = permit.map_err(|_| PullError::Crashed)?;
-        let inner = Arc::clone(&self);
         blocking(move || {
-            // Held until the work ends, also when nobody waits for it any more.
-            let _permit = permit;
             verified(partial.path())?;
-            let layer = inner.unpack(digest, partial.reader()?, &rule, permissions, key);
+            let layer = unpacked
+                .and_then(|writer| Ok(self.store.commit_layer(key, writer)?))
+                .map_err(|error| self.remember_refusal(&repository, key, error));
             // An archive that was refused would be refused again: nothing of it is kept either.
             partial.discard()?;
-            inner.remember_origin(&repository, asked, digest)?;
+            self.remember_origin(&repository, asked, digest)?;
             drop(guard);
             layer
         })
         .await
     }
 
-    fn unpack(
+    /// What the content's bytes are refused for they are refused for again: they need not be fetched for it.
+    fn remember_refusal(
         &self,
-        blob_digest: Digest,
-        blob: impl std::io::Read,
-        rule: &ArchiveRule,
-        permissions: PermissionsRule,
+        repository: &Repository,
         key: LayerKey,
-    ) -> Result<Layer, PullError> {
-        let mut writer = self.store.write_layer(blob_digest)?;
-        archive::unpack(blob, rule, permissions, &self.limits, &mut writer)?;
-        Ok(self.store.commit_layer(key, writer)?)
+        error: PullError,
+    ) -> PullError {
+        if !matches!(error, PullError::Unpack(_)) {
+            return error;
+        }
+        let error = Arc::new(error);
+        self.unpackers.refuse(&repository.to_string(), key, &error);
+        PullError::Shared(error)
     }
 
     fn remember_origin(
@@ -282,13 +281,13 @@ impl Inner {
         &self,
         descriptor: &Descriptor,
         sponsors: &Sponsors,
-        progress: &Progress,
+        progress: &Arc<Progress>,
+        follow: &(dyn Fn(Follower) + Send + Sync),
         guard: BlobGuard,
     ) -> Result<Download, PullError> {
-        let _permit = self.downloads.acquire().await.map_err(|_| PullError::Crashed)?;
         let blob = (descriptor.digest, descriptor.size);
-        let how = (guard, self.options.retry);
-        transfer::fetch(&self.store, &self.registry, sponsors, blob, progress, how).await
+        let order = Order { blob, sponsors, progress, follow };
+        transfer::fetch(&self.store, &self.wire, &order, guard).await
     }
 }
 

@@ -1,14 +1,17 @@
 //! How far a pull is: what users see in `kubectl describe pod` while they wait.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::want::Priority;
 use crate::units::Bytes;
 
-/// Bytes of a flight, counted as they arrive.
+/// Bytes of a flight, counted as they arrive: its own, and those of the flights that it waits for.
 #[derive(Debug)]
 pub struct Progress {
     started: Instant,
@@ -16,6 +19,12 @@ pub struct Progress {
     done: AtomicU64,
     /// Bytes that were here when the flight began: they say nothing of its rate.
     resumed: AtomicU64,
+    /// By the layer's number. Several trees may wait for one and the same.
+    parts: Mutex<HashMap<usize, Arc<Progress>>>,
+    /// Whether a pod waits for it.
+    urgent: AtomicBool,
+    /// For people.
+    name: OnceLock<String>,
 }
 
 /// Progress at one moment.
@@ -38,6 +47,9 @@ impl Default for Progress {
             total: AtomicU64::new(0),
             done: AtomicU64::new(0),
             resumed: AtomicU64::new(0),
+            parts: Mutex::default(),
+            urgent: AtomicBool::new(false),
+            name: OnceLock::new(),
         }
     }
 }
@@ -66,12 +78,59 @@ impl Progress {
         let _ = self.resumed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
+    /// Says what it is, once.
+    pub fn name(&self, name: String) {
+        // A second name would be the same.
+        let _ = self.name.set(name);
+    }
+
+    /// What it is, for people.
+    #[must_use]
+    pub fn named(&self) -> Option<&str> {
+        self.name.get().map(String::as_str)
+    }
+
+    /// It waits for this flight, whose bytes count from now on.
+    pub fn wait_for(&self, number: usize, part: &Arc<Self>) {
+        part.raise(self.priority());
+        self.parts().insert(number, Arc::clone(part));
+        // Somebody may have come in between.
+        part.raise(self.priority());
+    }
+
+    /// How urgent it is: as much as the most urgent of those who wait for it.
+    #[must_use]
+    pub fn priority(&self) -> Priority {
+        if self.urgent.load(Ordering::Relaxed) { Priority::Pod } else { Priority::Warm }
+    }
+
+    /// One who waits for it is so urgent, and so is all that it waits for.
+    pub fn raise(&self, priority: Priority) {
+        if priority == Priority::Pod && !self.urgent.swap(true, Ordering::Relaxed) {
+            self.parts().values().for_each(|part| part.raise(priority));
+        }
+    }
+
+    fn parts(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Arc<Self>>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that are here, and those of them that were here before.
+    fn bytes(&self) -> (u64, u64) {
+        let own = (self.done.load(Ordering::Relaxed), self.resumed.load(Ordering::Relaxed));
+        self.parts().values().fold(own, |(done, resumed), part| {
+            let (more, before) = part.bytes();
+            (done + more, resumed + before)
+        })
+    }
+
     /// How far it is now.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let total = self.total.load(Ordering::Relaxed);
-        let done = self.done.load(Ordering::Relaxed).min(total);
-        let fetched = done.saturating_sub(self.resumed.load(Ordering::Relaxed));
+        let (done, resumed) = self.bytes();
+        let done = done.min(total);
+        let fetched = done.saturating_sub(resumed);
         let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let rate = fetched.saturating_mul(1000) / milliseconds.max(1);
         let left = (rate > 0).then(|| Duration::from_secs((total - done).div_ceil(rate)));

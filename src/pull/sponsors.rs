@@ -4,6 +4,7 @@
 //! have been proven for him. The flight uses one; when a registry refuses it,
 //! only its owner fails, and the next one's is used.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
@@ -22,8 +23,8 @@ pub struct Source {
 }
 
 /// All who wait for one piece of work.
-#[derive(Debug, Default)]
-pub struct Sponsors(Mutex<List>);
+#[derive(Debug)]
+pub struct Sponsors(Mutex<List>, u64);
 
 #[derive(Debug, Default)]
 struct List {
@@ -46,7 +47,20 @@ pub struct Sponsorship {
     refused: oneshot::Receiver<Arc<PullError>>,
 }
 
+impl Default for Sponsors {
+    fn default() -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        Self(Mutex::default(), NUMBERS.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 impl Sponsors {
+    /// Tells this piece of work from all others of the process.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.1
+    }
+
     /// Offers a source.
     pub fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
         let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -29,6 +29,16 @@ pub enum IfUnavailable {
     UseCached,
 }
 
+/// Which of those who wait for the network goes first; in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Priority {
+    /// A pod waits for it.
+    #[default]
+    Pod,
+    /// It is fetched ahead of its use.
+    Warm,
+}
+
 /// What a volume asks for, and with what it may.
 #[derive(Clone, Debug)]
 pub struct Want {
@@ -50,6 +60,8 @@ pub struct Want {
     pub keyring: Keyring,
     /// Whom it is for, and the tokens that the kubelet got for that.
     pub identity: Option<WorkloadIdentity>,
+    /// How urgent it is.
+    pub priority: Priority,
 }
 
 impl Want {

@@ -63,9 +63,8 @@ impl Store {
         debug_assert!(partial.is_verified(), "only verified content gets a name");
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
-        std::fs::rename(partial.path(), &path)
-            .and_then(|()| fault::point("file.moved"))
-            .map_err(|error| StoreError::io("rename", &path, error))?;
+        partial.move_to(&path)?;
+        fault::point("file.moved").map_err(|error| StoreError::io("rename", &path, error))?;
         self.finish_file(key, &path)?;
         staging.staged.wrote(|| path.clone());
         self.name_file(key, staging, &path)

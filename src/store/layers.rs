@@ -11,9 +11,9 @@
 //! is never filtered; selection only decides which of its files a tree links.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, BufWriter, Read, Seek as _, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Seek as _, Write};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -40,6 +40,10 @@ const MAGIC: &[u8] = b"OCI layer index 1\n";
 
 /// Folders of this many files: small enough to list, large enough to be few.
 const FILES_PER_FOLDER: u32 = 4096;
+
+/// A file of this size is written back while the next ones come; smaller ones wait for the sync,
+/// which writes many of them at once.
+const LARGE: u64 = 1 << 20;
 
 /// A complete layer in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +82,17 @@ pub struct LayerWriter {
     files: u32,
     folder: Option<File>,
     label: Option<SecurityLabel>,
-    buffer: Vec<u8>,
+    /// What files are that nothing was said about; the same for all of a filesystem and process.
+    made_as: Option<Made>,
+}
+
+/// What the kernel makes of a new file.
+#[derive(Clone, Copy, Debug)]
+struct Made {
+    uid: u32,
+    gid: u32,
+    /// Bits of the mode that it takes away.
+    umask: u32,
 }
 
 impl Store {
@@ -113,7 +127,7 @@ impl Store {
             files: 0,
             folder: None,
             label: self.label().cloned(),
-            buffer: vec![0; 128 * 1024],
+            made_as: None,
         };
         writer.write(MAGIC).map_err(|error| StoreError::io("write", &path, error))?;
         Ok(writer)
@@ -271,34 +285,64 @@ impl LayerWriter {
     }
 }
 
+impl Made {
+    /// Learns it from a file that was made with `mode`.
+    fn of(file: &File, mode: u32) -> std::io::Result<Self> {
+        let metadata = file.metadata()?;
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+        let umask = umask.and_then(|text| u32::from_str_radix(text.trim(), 8).ok());
+        // An unknown one, or an access control list, may take away anything: then each file is given its mode.
+        let is_known = |umask: &u32| metadata.mode() & 0o777 == mode & !umask;
+        let umask = umask.filter(is_known).unwrap_or(0o777);
+        Ok(Self { uid: metadata.uid(), gid: metadata.gid(), umask })
+    }
+
+    /// Whether a file that was made with this mode needs nothing more.
+    fn is_already(self, permissions: Permissions) -> bool {
+        (self.uid, self.gid) == (permissions.uid, permissions.gid)
+            && permissions.mode & self.umask == 0
+    }
+}
+
 impl Sink for LayerWriter {
-    fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> std::io::Result<StoredFile> {
+    fn file(
+        &mut self,
+        header: &FileHeader,
+        content: &mut dyn BufRead,
+    ) -> std::io::Result<StoredFile> {
         self.meter.makes_file().map_err(full)?;
         let (number, path) = self.next_folder()?;
         let Some(folder) = &self.folder else {
             return Err(std::io::ErrorKind::NotFound.into());
         };
+        let Metadata { permissions, modified, extended_attributes } = &header.metadata;
         // Relative to the open folder: no path is walked for each of many small files.
         let name = number.to_string();
         let flags = nix::fcntl::OFlag::O_WRONLY
             | nix::fcntl::OFlag::O_CREAT
             | nix::fcntl::OFlag::O_EXCL
             | nix::fcntl::OFlag::O_CLOEXEC;
-        let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
+        let mode = nix::sys::stat::Mode::from_bits_truncate(permissions.mode);
         let mut file = File::from(nix::fcntl::openat(folder, name.as_str(), flags, mode)?);
         let mut hasher = sha2::Sha256::new();
         let mut size = 0;
         loop {
-            let count = content.read(&mut self.buffer)?;
-            if count == 0 {
+            let bytes = content.fill_buf()?;
+            if bytes.is_empty() {
                 break;
             }
-            hasher.update(&self.buffer[..count]);
-            self.meter.writes(count as u64).map_err(full)?;
-            file.write_all(&self.buffer[..count])?;
-            size += count as u64;
+            hasher.update(bytes);
+            self.meter.writes(bytes.len() as u64).map_err(full)?;
+            file.write_all(bytes)?;
+            let length = bytes.len();
+            size += length as u64;
+            content.consume(length);
         }
-        let Metadata { permissions, modified, extended_attributes } = &header.metadata;
+        if size >= LARGE {
+            // Where the filesystem cannot, the sync at the end does all the work.
+            let _ = syscalls::start_write_back(file.as_fd());
+        }
         for (name, value) in extended_attributes.iter() {
             let name = std::ffi::CString::new(name)?;
             syscalls::set_extended_attribute(file.as_fd(), &name, value).map_err(too_large)?;
@@ -306,7 +350,13 @@ impl Sink for LayerWriter {
         if let Some(label) = &self.label {
             label.apply(file.as_fd())?;
         }
-        set_owner_and_mode(&file, *permissions)?;
+        let as_made = match self.made_as {
+            Some(known) => known,
+            None => *self.made_as.insert(Made::of(&file, permissions.mode)?),
+        };
+        if !as_made.is_already(*permissions) {
+            set_owner_and_mode(&file, *permissions)?;
+        }
         file.set_times(std::fs::FileTimes::new().set_modified(system_time(*modified)))?;
         self.staging.staged.wrote(|| path.join(&name));
         self.totals.bytes += size;

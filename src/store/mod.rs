@@ -15,7 +15,7 @@
 //!   trees/<key>/<n>/tree.json     what it is, its totals
 //!   trees/<key>/<n>/objects.json  which files and layers it links
 //!   {files,layers,trees}/<key>/<n>.damaged   generation n is never published again
-//!   partial/<digest>-<host>       downloads on their way, a prefix of the blob
+//!   partial/<digest>-<host>       downloads on their way, see `partial`
 //!   pins/<hash>.json              which reference stays, for whom (see `pins`)
 //!   staging/<random>              objects on their way
 //!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
@@ -50,6 +50,7 @@ pub mod error;
 pub mod eviction;
 pub mod files;
 pub mod gc;
+pub mod growth;
 mod inventory;
 pub mod keys;
 pub mod label;
@@ -60,6 +61,7 @@ pub mod own;
 pub mod partial;
 pub mod pins;
 pub mod publications;
+pub mod ranges;
 pub mod records;
 pub mod resolutions;
 pub mod room;

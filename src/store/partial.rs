@@ -1,33 +1,60 @@
-//! Downloads on their way: `partial/<digest>-<host>`, a prefix of the blob, unsynced.
+//! Downloads on their way, written in place and hashed in order behind, unsynced.
 //!
-//! Nothing in it is trusted: whoever continues one hashes its prefix again. The
-//! registry's host is part of the name, so that nobody completes, and thereby
-//! gets to see, what another host has sent of a blob whose digest he knows.
+//! ```text
+//! partial/<digest>-<host>          the blob's bytes, each at its place
+//! partial/<digest>-<host>.ranges   which of them are there, as JSON; missing while they are a prefix
+//! ```
+//!
+//! Nothing in it is trusted: whoever continues one hashes what is there again, and a
+//! record that lies is found out by the blob's digest. The registry's host is part
+//! of the name, so that nobody completes, and thereby gets to see, what another
+//! host has sent of a blob whose digest he knows.
 
 use std::fs::{File, OpenOptions};
-use std::io::Read as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::ops::Range;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sha2::Digest as _;
 
 use super::error::StoreError;
-use super::{Store, keys};
+use super::growth::{Follower, Growth};
+use super::ranges::Ranges;
+use super::{Store, keys, records};
+use crate::mount::syscalls;
 use crate::oci::Digest;
+
+/// Read back at once.
+const BUFFER: usize = 256 << 10;
+/// After so many bytes the kernel is told to write them: then the last sync has little left to
+/// do, and few pages are dirty when memory is short.
+const WRITE_BACK: u64 = 8 << 20;
+/// After so many bytes the record of ranges is written again: as much is fetched twice after a crash.
+const RECORD: u64 = 16 << 20;
 
 /// A blob's bytes so far. One flight owns it.
 #[derive(Debug)]
 pub struct Partial {
     digest: Digest,
+    size: u64,
     path: PathBuf,
-    file: File,
-    length: u64,
+    staging: PathBuf,
+    file: Arc<File>,
+    written: Ranges,
+    /// Bytes from the start that went into the hasher.
+    hashed: u64,
     hasher: sha2::Sha256,
+    growth: Arc<Growth>,
+    /// Bytes since the kernel was told to write, and since the record was written.
+    unflushed: u64,
+    unrecorded: u64,
+    has_record: bool,
 }
 
 impl Store {
-    /// Opens the download of a blob, hashing what an earlier one left. At most
-    /// `size` bytes of that count.
+    /// Opens the download of a blob of `size` bytes, hashing the prefix that an earlier one left.
     pub fn partial(&self, host: &str, digest: Digest, size: u64) -> Result<Partial, StoreError> {
         let name = format!("{}-{}", digest.hex(), &keys::hash(&[host]).hex()[..16]);
         let path = self.path("partial").join(name);
@@ -39,58 +66,119 @@ impl Store {
             .mode(0o600)
             .open(&path)
             .map_err(|error| StoreError::io("open", &path, error))?;
-        let mut partial = Partial { digest, path, file, length: 0, hasher: sha2::Sha256::new() };
-        let length = partial.file.metadata().map_or(0, |metadata| metadata.len());
-        if length > size {
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        let record: Option<Vec<(u64, u64)>> = records::read(&record_of(&path));
+        let has_record = record.is_some();
+        let ranges = record.unwrap_or_else(|| vec![(0, length)]);
+        let mut partial = Partial {
+            digest,
+            size,
+            path,
+            staging: self.staging(),
+            file: Arc::new(file),
+            written: ranges.into_iter().map(|(start, end)| start..end.min(length)).collect(),
+            hashed: 0,
+            hasher: sha2::Sha256::new(),
+            growth: Arc::default(),
+            unflushed: 0,
+            unrecorded: 0,
+            has_record,
+        };
+        // Unreadable bytes are as good as none, and so is what is longer than the blob.
+        if length > size || partial.catch_up().is_err() {
             partial.restart()?;
-            return Ok(partial);
-        }
-        let mut buffer = vec![0; 256 * 1024];
-        loop {
-            match partial.file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(count) => {
-                    partial.hasher.update(&buffer[..count]);
-                    partial.length += count as u64;
-                }
-                // Unreadable bytes are as good as none.
-                Err(_) => {
-                    partial.restart()?;
-                    break;
-                }
-            }
         }
         Ok(partial)
     }
 }
 
 impl Partial {
-    /// Bytes so far.
+    /// Bytes that are there, wherever.
     #[must_use]
     pub fn length(&self) -> u64 {
-        self.length
+        self.written.bytes()
     }
 
-    /// Adds bytes.
-    pub fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        use std::os::unix::fs::FileExt as _;
+    /// What is not there, in order.
+    #[must_use]
+    pub fn missing(&self) -> Vec<Range<u64>> {
+        self.written.missing(self.size)
+    }
+
+    /// Puts bytes in their place. What follows the hashed prefix is hashed from memory; what lies
+    /// beyond is read back when the prefix reaches it.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        let end = offset + bytes.len() as u64;
+        if offset > self.hashed && !self.has_record {
+            // Before the file's length says more than is there.
+            self.record()?;
+        }
         self.file
-            .write_all_at(bytes, self.length)
+            .write_all_at(bytes, offset)
             .map_err(|error| StoreError::io("write", &self.path, error))?;
-        self.hasher.update(bytes);
-        self.length += bytes.len() as u64;
+        self.written.insert(offset..end);
+        self.unflushed += bytes.len() as u64;
+        self.unrecorded += bytes.len() as u64;
+        if offset == self.hashed {
+            self.hasher.update(bytes);
+            self.hashed = end;
+            self.catch_up().map_err(|error| StoreError::io("read", &self.path, error))?;
+            self.growth.grow(self.hashed);
+        }
+        if self.unflushed >= WRITE_BACK {
+            self.unflushed = 0;
+            // Where the filesystem cannot, the sync at the end does all the work.
+            let _ = syscalls::start_write_back(self.file.as_fd());
+        }
+        if self.has_record && self.unrecorded >= RECORD {
+            self.record()?;
+        }
+        Ok(())
+    }
+
+    /// Hashes what is there behind the prefix.
+    fn catch_up(&mut self) -> std::io::Result<()> {
+        let end = self.written.end_from(self.hashed);
+        if end == self.hashed {
+            return Ok(());
+        }
+        let mut buffer = vec![0; BUFFER];
+        while self.hashed < end {
+            let wanted = usize::try_from(end - self.hashed).unwrap_or(BUFFER).min(BUFFER);
+            match self.file.read_at(&mut buffer[..wanted], self.hashed)? {
+                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+                read => {
+                    self.hasher.update(&buffer[..read]);
+                    self.hashed += read as u64;
+                    self.growth.grow(self.hashed);
+                }
+            }
+        }
         Ok(())
     }
 
     /// Forgets all bytes.
     pub fn restart(&mut self) -> Result<(), StoreError> {
+        self.growth.restart();
         self.file.set_len(0).map_err(|error| StoreError::io("truncate", &self.path, error))?;
-        self.length = 0;
+        records::remove(&record_of(&self.path))?;
+        self.has_record = false;
+        self.written = Ranges::default();
+        self.hashed = 0;
         self.hasher = sha2::Sha256::new();
         Ok(())
     }
 
-    /// The digest of the bytes so far.
+    /// Writes down what is there, for whoever continues.
+    pub fn record(&mut self) -> Result<(), StoreError> {
+        let ranges: Vec<_> = self.written.iter().map(|range| (range.start, range.end)).collect();
+        records::write_hint(&self.staging, &record_of(&self.path), &ranges)?;
+        self.has_record = true;
+        self.unrecorded = 0;
+        Ok(())
+    }
+
+    /// The digest of the prefix so far.
     #[must_use]
     pub fn digest(&self) -> Digest {
         Digest::from_bytes(self.hasher.clone().finalize().into())
@@ -99,7 +187,13 @@ impl Partial {
     /// Whether the bytes are the blob.
     #[must_use]
     pub fn is_verified(&self) -> bool {
-        self.digest() == self.digest
+        self.hashed == self.size && self.digest() == self.digest
+    }
+
+    /// A reader from the start that waits for what is not there yet.
+    #[must_use]
+    pub fn follow(&self) -> Follower {
+        Follower::new(Arc::clone(&self.file), &self.growth, self.size)
     }
 
     /// The file, for reading from its start.
@@ -113,8 +207,15 @@ impl Partial {
         &self.path
     }
 
+    /// Gives the bytes another name: they are a file of the store now.
+    pub(super) fn move_to(&self, path: &Path) -> Result<(), StoreError> {
+        std::fs::rename(&self.path, path).map_err(|error| StoreError::io("rename", path, error))?;
+        records::remove(&record_of(&self.path))
+    }
+
     /// Removes it: its content has another name now, or is worth nothing.
     pub fn discard(self) -> Result<(), StoreError> {
+        records::remove(&record_of(&self.path))?;
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(StoreError::io("remove", &self.path, error))
@@ -122,4 +223,18 @@ impl Partial {
             _ => Ok(()),
         }
     }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        self.growth.end();
+        // A full disk or a lost power costs what is not written down, and no more.
+        if self.has_record && self.unrecorded > 0 && self.path.exists() {
+            let _ = self.record();
+        }
+    }
+}
+
+fn record_of(path: &Path) -> PathBuf {
+    path.with_extension("ranges")
 }

@@ -116,16 +116,46 @@ fn a_download_counts_only_what_is_hashed_again() {
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
     let mut partial = store.partial("r.io", digest, 10).expect("a download");
-    partial.append(b"01234").expect("written");
+    partial.write(0, b"01234").expect("written");
     drop(partial);
     let mut partial = store.partial("r.io", digest, 10).expect("a download");
     assert_eq!(partial.length(), 5);
-    partial.append(b"56789").expect("written");
+    partial.write(5, b"56789").expect("written");
     assert!(partial.is_verified());
     // Another host's download of the same blob starts for itself.
     assert_eq!(store.partial("evil.io", digest, 10).expect("a download").length(), 0);
     // More than the blob has is no prefix of it.
     assert_eq!(store.partial("r.io", digest, 9).expect("a download").length(), 0);
+}
+
+#[test]
+fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
+    use std::io::Read as _;
+    let (_folder, store) = store();
+    let digest = Digest::of(b"0123456789");
+    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    let mut follower = partial.follow();
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        follower.read_to_string(&mut text).map(|_| text)
+    });
+    partial.write(6, b"67").expect("written");
+    partial.write(0, b"01").expect("written");
+    assert_eq!(partial.missing(), [2..6, 8..10]);
+    drop(partial);
+    assert!(reader.join().expect("a reader").is_err(), "nobody adds anything any more");
+    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    assert_eq!(partial.missing(), [2..6, 8..10], "a hole is no content");
+    let mut old = partial.follow();
+    partial.restart().expect("empty");
+    assert_eq!(partial.length(), 0);
+    let mut new = partial.follow();
+    partial.write(0, b"0123456789").expect("written");
+    assert!(partial.is_verified());
+    assert!(old.read(&mut [0; 10]).is_err(), "what it followed was thrown away");
+    let mut bytes = [0; 10];
+    new.read_exact(&mut bytes).expect("all of it");
+    assert_eq!(&bytes, b"0123456789");
 }
 
 #[test]

@@ -4,9 +4,9 @@
 //! replaces) is decided when layers are merged; here it is checked by itself.
 
 use std::collections::HashSet;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
-use super::decompress::Content;
+use super::content;
 use super::entry::{Entry, EntryKind, ExtendedAttributes, Metadata};
 use super::error::{UnpackError, shown};
 use super::layer_rule::ArchiveRule;
@@ -27,7 +27,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 pub trait Sink {
     /// Stores a regular file's content and gives it a number. The content must be read
     /// to its end; what is left is skipped. The entry follows by [`Sink::entry`].
-    fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> io::Result<StoredFile>;
+    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile>;
 
     /// Records an entry.
     fn entry(&mut self, entry: Entry) -> io::Result<()>;
@@ -64,14 +64,13 @@ pub struct Totals {
     pub bytes: u64,
     /// Bytes of the uncompressed archive.
     pub tar_bytes: u64,
-    /// The digest of the uncompressed archive, of all its bytes. Kept with the layer,
-    /// it lets a later manifest's claim be checked without unpacking again.
-    pub tar_digest: Digest,
+    /// The digest of the uncompressed archive, of all its bytes, where the rule names one.
+    pub tar_digest: Option<Digest>,
 }
 
 /// Unpacks a layer. `input` is the blob as the registry has it; it is read to its end.
 pub fn unpack(
-    input: impl Read,
+    input: impl Read + Send,
     rule: &ArchiveRule,
     permissions: PermissionsRule,
     limits: &Limits,
@@ -83,14 +82,26 @@ pub fn unpack(
 
 /// Reads an archive, with a last word on each entry.
 pub(super) fn record(
-    input: impl Read,
+    input: impl Read + Send,
+    rule: &ArchiveRule,
+    permissions: PermissionsRule,
+    limits: &Limits,
+    sink: &mut impl Sink,
+    check: impl FnMut(&Entry) -> Result<(), UnpackError>,
+) -> Result<Totals, UnpackError> {
+    content::decompress(input, limits, rule.tar_digest.is_some(), |content| {
+        record_content(Tape::new(content, limits), rule, permissions, limits, sink, check)
+    })
+}
+
+fn record_content(
+    mut tape: Tape<'_>,
     rule: &ArchiveRule,
     permissions: PermissionsRule,
     limits: &Limits,
     sink: &mut impl Sink,
     mut check: impl FnMut(&Entry) -> Result<(), UnpackError>,
 ) -> Result<Totals, UnpackError> {
-    let mut tape = Tape::new(Content::new(input, limits)?, limits);
     let (mut entries, mut files, mut bytes) = (0, 0, 0_u64);
     let (mut members, mut metadata_bytes) = (0, 0);
     while let Some(member) = tape.next()? {
@@ -140,10 +151,10 @@ pub(super) fn record(
         sink.entry(entry).map_err(UnpackError::Store)?;
         entries += 1;
     }
-    let (tar_bytes, tar_digest) = tape.into_content().finish()?;
-    match rule.tar_digest {
-        Some(expected) if expected != tar_digest => {
-            Err(UnpackError::TarDigest { expected, found: tar_digest })
+    let content::Summary { bytes: tar_bytes, digest: tar_digest } = tape.into_content().finish()?;
+    match (rule.tar_digest, tar_digest) {
+        (Some(expected), Some(found)) if expected != found => {
+            Err(UnpackError::TarDigest { expected, found })
         }
         _ => Ok(Totals { entries, files, bytes, tar_bytes, tar_digest }),
     }
@@ -207,9 +218,9 @@ fn place(
     }
 }
 
-fn store<R: Read>(
+fn store(
     header: FileHeader,
-    tape: &mut Tape<'_, R>,
+    tape: &mut Tape<'_>,
     sink: &mut impl Sink,
 ) -> Result<Entry, UnpackError> {
     let stored = sink.file(&header, tape);

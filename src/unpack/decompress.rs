@@ -1,4 +1,4 @@
-//! A layer's bytes, decompressed, counted and hashed as they pass.
+//! A layer's bytes, decompressed, counted, and hashed where somebody asks, as they pass.
 //!
 //! The compression is read from the content's first bytes, never from the media
 //! type: types lie (an ORAS folder is tar+gzip under any type), and a decoder that
@@ -11,6 +11,7 @@ use std::io::{self, BufRead, BufReader, Chain, Cursor, Read};
 use flate2::bufread::GzDecoder;
 use sha2::{Digest as _, Sha256};
 
+use super::content::Summary;
 use super::error::UnpackError;
 use super::limits::Limits;
 use crate::oci::Digest;
@@ -24,10 +25,10 @@ const MAGIC_LENGTH: u64 = 4;
 const INPUT_BUFFER: usize = 64 << 10;
 
 /// The decompressed content.
-pub(super) struct Content<'a, R: Read> {
+pub(super) struct Decompressed<'a, R: Read> {
     decoder: Decoder<Input<R>>,
     limits: &'a Limits,
-    hash: Sha256,
+    hash: Option<Sha256>,
     position: u64,
 }
 
@@ -58,8 +59,8 @@ enum Gzip<I: BufRead> {
     Taken,
 }
 
-impl<'a, R: Read> Content<'a, R> {
-    pub(super) fn new(reader: R, limits: &'a Limits) -> Result<Self, UnpackError> {
+impl<'a, R: Read> Decompressed<'a, R> {
+    pub(super) fn new(reader: R, limits: &'a Limits, digested: bool) -> Result<Self, UnpackError> {
         let source = Source { reader, count: 0, failure: None };
         let mut input = BufReader::with_capacity(INPUT_BUFFER, source);
         let mut start = Vec::new();
@@ -80,12 +81,8 @@ impl<'a, R: Read> Content<'a, R> {
         } else {
             Decoder::Stored(input)
         };
-        Ok(Self { decoder, limits, hash: Sha256::new(), position: 0 })
-    }
-
-    /// Bytes read so far.
-    pub(super) fn position(&self) -> u64 {
-        self.position
+        let hash = digested.then(Sha256::new);
+        Ok(Self { decoder, limits, hash, position: 0 })
     }
 
     /// Reads some bytes; none at the end of the content, and only there.
@@ -102,7 +99,9 @@ impl<'a, R: Read> Content<'a, R> {
                 }
             }
         };
-        self.hash.update(&buffer[..read]);
+        if let Some(hash) = &mut self.hash {
+            hash.update(&buffer[..read]);
+        }
         self.position += read as u64;
         let limits = self.limits;
         if self.position > limits.unpacked_bytes {
@@ -117,11 +116,10 @@ impl<'a, R: Read> Content<'a, R> {
         Ok(read)
     }
 
-    /// Reads to the end: how many bytes there were, and their digest.
-    pub(super) fn finish(mut self) -> Result<(u64, Digest), UnpackError> {
-        let mut buffer = vec![0; INPUT_BUFFER];
-        while self.read(&mut buffer)? > 0 {}
-        Ok((self.position, Digest::from_bytes(self.hash.finalize().into())))
+    /// What is known of what was read.
+    pub(super) fn finish(self) -> Summary {
+        let digest = self.hash.map(|hash| Digest::from_bytes(hash.finalize().into()));
+        Summary { bytes: self.position, digest }
     }
 
     fn source(&mut self) -> &mut Source<R> {

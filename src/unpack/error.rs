@@ -366,6 +366,13 @@ pub enum UnpackError {
 }
 
 impl UnpackError {
+    /// Whether it would have unpacked with a larger zstd window.
+    #[must_use]
+    pub fn is_about_window(&self) -> bool {
+        // The library has a number for it, and hands out its text only.
+        matches!(self, Self::Decompress(error) if error.to_string().contains("too much memory"))
+    }
+
     /// What follows from it. Without a wildcard: a new variant must decide.
     #[must_use]
     pub const fn class(&self) -> Class {

@@ -13,6 +13,7 @@
 //! is a variant of [`UnpackError`] and a test.
 
 pub mod archive;
+mod content;
 mod decompress;
 pub mod entry;
 pub mod error;

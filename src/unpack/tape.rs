@@ -9,11 +9,11 @@
 //! ambiguous here is refused.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use tar::Header;
 
-use super::decompress::Content;
+use super::content::Content;
 use super::entry::Timestamp;
 use super::error::{UnpackError, shown};
 use super::limits::Limits;
@@ -21,8 +21,8 @@ use super::limits::Limits;
 const BLOCK: usize = 512;
 
 /// The members of an archive.
-pub(super) struct Tape<'a, R: Read> {
-    content: Content<'a, R>,
+pub(super) struct Tape<'a> {
+    content: Content,
     limits: &'a Limits,
     /// Bytes of the current member that were not read yet, and the padding after them.
     remaining: u64,
@@ -68,8 +68,8 @@ struct Extensions {
     long_link: Option<Vec<u8>>,
 }
 
-impl<'a, R: Read> Tape<'a, R> {
-    pub(super) fn new(content: Content<'a, R>, limits: &'a Limits) -> Self {
+impl<'a> Tape<'a> {
+    pub(super) fn new(content: Content, limits: &'a Limits) -> Self {
         Self { content, limits, remaining: 0, padding: 0, failure: None }
     }
 
@@ -111,7 +111,7 @@ impl<'a, R: Read> Tape<'a, R> {
     }
 
     /// Gives up the archive after its last member.
-    pub(super) fn into_content(self) -> Content<'a, R> {
+    pub(super) fn into_content(self) -> Content {
         self.content
     }
 
@@ -249,12 +249,14 @@ impl<'a, R: Read> Tape<'a, R> {
         }
         self.starts(size);
         let mut bytes = Vec::new();
-        let mut buffer = [0; 4096];
         loop {
-            match self.read_member(&mut buffer)? {
-                0 => return Ok(bytes),
-                read => bytes.extend_from_slice(&buffer[..read]),
+            let read = self.fill_member()?;
+            if read.is_empty() {
+                return Ok(bytes);
             }
+            bytes.extend_from_slice(read);
+            let length = read.len();
+            self.consume_member(length);
         }
     }
 
@@ -263,32 +265,40 @@ impl<'a, R: Read> Tape<'a, R> {
         self.padding = size.wrapping_neg() % BLOCK as u64;
     }
 
-    fn read_member(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
-        let wanted = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(buffer.len());
-        if wanted == 0 {
-            return Ok(0);
+    /// The next bytes of the current member; none at its end.
+    fn fill_member(&mut self) -> Result<&[u8], UnpackError> {
+        if self.remaining == 0 {
+            return Ok(&[]);
         }
-        let read = self.content.read(&mut buffer[..wanted])?;
-        if read == 0 {
-            return Err(self.broken("it ends in the middle of an entry"));
+        let position = self.content.position();
+        let bytes = self.content.fill()?;
+        if bytes.is_empty() {
+            let reason = "it ends in the middle of an entry";
+            return Err(UnpackError::Archive { reason, position });
         }
-        self.remaining -= read as u64;
-        Ok(read)
+        let length = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(bytes.len());
+        Ok(&bytes[..length])
+    }
+
+    fn consume_member(&mut self, bytes: usize) {
+        self.content.consume(bytes);
+        self.remaining = self.remaining.saturating_sub(bytes as u64);
     }
 
     fn skip_member(&mut self) -> Result<(), UnpackError> {
-        if self.remaining > 0 {
-            let mut buffer = vec![0; 64 << 10];
-            while self.read_member(&mut buffer)? > 0 {}
-        }
-        let mut buffer = [0; BLOCK];
-        while self.padding > 0 {
-            let wanted = usize::try_from(self.padding).unwrap_or(BLOCK).min(BLOCK);
-            match self.content.read(&mut buffer[..wanted])? {
-                // Nothing is lost when only padding is.
-                0 => self.padding = 0,
-                read => self.padding -= read as u64,
+        loop {
+            let length = self.fill_member()?.len();
+            if length == 0 {
+                break;
             }
+            self.consume_member(length);
+        }
+        while self.padding > 0 {
+            let available = self.content.fill()?.len() as u64;
+            // Nothing is lost when only padding is.
+            let skipped = if available == 0 { self.padding } else { available.min(self.padding) };
+            self.content.consume(usize::try_from(skipped).unwrap_or_default());
+            self.padding -= skipped;
         }
         Ok(())
     }
@@ -303,16 +313,32 @@ impl<'a, R: Read> Tape<'a, R> {
 }
 
 /// The content of the current member.
-impl<R: Read> Read for Tape<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl BufRead for Tape<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.failure.is_some() {
             return Err(io::Error::other("the layer failed before"));
         }
-        self.read_member(buffer).map_err(|error| {
+        // Looked at twice, as a failure is kept and bytes are lent.
+        if let Err(error) = self.fill_member() {
             let passed_on = io::Error::other(error.to_string());
             self.failure = Some(error);
-            passed_on
-        })
+            return Err(passed_on);
+        }
+        self.fill_member().map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn consume(&mut self, bytes: usize) {
+        self.consume_member(bytes);
+    }
+}
+
+impl Read for Tape<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let bytes = self.fill_buf()?;
+        let length = bytes.len().min(buffer.len());
+        buffer[..length].copy_from_slice(&bytes[..length]);
+        self.consume(length);
+        Ok(length)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Archives for tests, byte by byte, so that they can lie.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Write};
 
 use tar::{EntryType, Header};
 
@@ -124,7 +124,7 @@ pub(crate) struct Memory {
 }
 
 impl Sink for Memory {
-    fn file(&mut self, header: &FileHeader, content: &mut dyn Read) -> io::Result<StoredFile> {
+    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
         let mut bytes = Vec::new();
         content.read_to_end(&mut bytes)?;
         assert_eq!(bytes.len() as u64, header.size, "content of another length must be an error");

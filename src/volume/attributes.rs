@@ -11,7 +11,7 @@ use super::error::VolumeError;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::{Digest, Platform, Reference};
-use crate::pull::{IfUnavailable, PullPolicy, Want};
+use crate::pull::{IfUnavailable, Priority, PullPolicy, Want};
 use crate::unpack::{PermissionsRule, Selection};
 
 /// Every key that a volume's author may set.
@@ -139,6 +139,7 @@ impl VolumeAttributes {
             file_mode: self.file_mode,
             keyring,
             identity,
+            priority: Priority::Pod,
         }
     }
 

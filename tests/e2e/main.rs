@@ -17,6 +17,7 @@ mod attributes;
 mod availability;
 mod bad_content;
 mod bad_requests;
+mod bad_wires;
 mod cluster;
 mod command_line;
 mod concurrency;

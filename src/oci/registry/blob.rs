@@ -18,6 +18,8 @@ pub struct BlobBody {
     pub offset: u64,
     /// How many bytes are announced from `offset` on.
     pub length: Option<u64>,
+    /// Whether it is a part, as asked for, and not the whole.
+    pub is_part: bool,
     source: Source,
     host: String,
     what: String,
@@ -32,31 +34,39 @@ enum Source {
 }
 
 impl BlobBody {
-    /// Takes over an answer of 200 or 206. `asked` is the offset that was asked for.
+    /// Takes over an answer of 200 or 206. `asked` is the part that was asked for, if it was one:
+    /// where it starts, and where it ends unless that is the blob's end.
     pub(super) fn open(
         answer: Answer,
-        asked: u64,
+        asked: Option<(u64, Option<u64>)>,
         what: String,
         stall_timeout: Duration,
     ) -> Result<Self, RegistryError> {
         answer.check_encoding(&what)?;
+        let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
         let (offset, length) = match answer.status() {
             StatusCode::OK => (0, answer.response.content_length()),
-            StatusCode::PARTIAL_CONTENT if asked > 0 => {
+            status @ StatusCode::PARTIAL_CONTENT => {
+                let Some((start, end)) = asked else {
+                    return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
+                };
                 let range = content_range(answer.response.headers()).ok_or_else(|| {
                     answer.protocol(&what, "a part without a readable Content-Range")
                 })?;
-                if range.start != asked {
+                // Less than asked for is allowed, and asked for again.
+                let too_long = end.is_some_and(|end| range.length > end.saturating_sub(start));
+                if range.start != start || too_long {
                     return Err(answer.protocol(&what, "another part than asked for"));
                 }
-                (asked, Some(range.length))
+                (start, Some(range.length))
             }
             status => {
                 return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
             }
         };
         let Answer { response, host, .. } = answer;
-        Ok(Self { offset, length, source: Source::Open(response), host, what, stall_timeout })
+        let source = Source::Open(response);
+        Ok(Self { offset, length, is_part, source, host, what, stall_timeout })
     }
 
     /// The next bytes, or nothing at the end. Waits for the stall timeout at

@@ -65,6 +65,8 @@ pub enum RegistryError {
         what: String,
         /// The status.
         status: u16,
+        /// From `Retry-After`, at most an hour.
+        retry_after: Option<Duration>,
     },
     /// No connection, or a connection that broke.
     #[error("{host} cannot be reached for {what} ({reason}): check the network, DNS and proxy")]
@@ -190,6 +192,26 @@ impl RegistryError {
         }
     }
 
+    /// What went wrong, in one word of a short list, for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "not_found",
+            Self::Unauthorized { .. } => "unauthorized",
+            Self::Forbidden { .. } => "forbidden",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::ServerError { .. } => "server_error",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Tls { .. } => "tls",
+            Self::Timeout { .. } => "timeout",
+            Self::Storage { .. } => "storage",
+            Self::TooLarge { .. } | Self::DigestMismatch { .. } => "wrong_content",
+            Self::Protocol { .. } => "protocol",
+            Self::Setup { .. } | Self::Configuration { .. } => "configuration",
+            Self::Address { .. } => "address",
+        }
+    }
+
     /// Whether another credential may succeed where this one did not.
     #[must_use]
     pub fn is_refused_credential(&self) -> bool {
@@ -268,7 +290,12 @@ mod tests {
                 what: what.clone(),
                 retry_after: Some(waited),
             },
-            RegistryError::ServerError { host: host.clone(), what: what.clone(), status },
+            RegistryError::ServerError {
+                host: host.clone(),
+                what: what.clone(),
+                status,
+                retry_after: Some(waited),
+            },
             RegistryError::Unreachable {
                 host: host.clone(),
                 what: what.clone(),

@@ -14,6 +14,7 @@
 //! address    which addresses a pod's author may aim this node at
 //! redirect   which addresses a registry may send this node to
 //! blob       a blob while it arrives
+//! manners    what keeps being refused is not asked again at once, and patience is had
 //! error      why not
 //! ```
 //!
@@ -38,6 +39,7 @@ mod connection;
 mod endpoint;
 mod error;
 pub mod hosts;
+mod manners;
 mod question;
 mod recent;
 mod redirect;
@@ -46,6 +48,7 @@ mod tls;
 mod token;
 mod transport;
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -63,6 +66,7 @@ pub use question::ManifestName;
 
 use self::endpoint::Endpoint;
 use self::hosts::Hosts;
+use self::manners::Manners;
 use self::question::{Needs, Question, Turns};
 use self::recent::Recent;
 use self::session::Session;
@@ -113,6 +117,7 @@ pub struct FetchedManifest {
 pub struct Registry {
     transport: Transport,
     session: Arc<Session>,
+    manners: Arc<Manners>,
     hosts: Hosts,
     distrusted: Arc<Mutex<Recent<Digest, ()>>>,
     options: Arc<RegistryOptions>,
@@ -140,6 +145,7 @@ impl Registry {
         Ok(Self {
             transport: Transport::new(&options)?,
             session: Arc::new(Session::new()?),
+            manners: Arc::new(Manners::new()?),
             hosts: Hosts::new(options.hosts_dirs.clone(), options.mirrors_with_credentials.clone()),
             distrusted: Arc::new(Mutex::new(Recent::new(MAXIMUM_DISTRUSTED))),
             options: Arc::new(options),
@@ -305,17 +311,42 @@ impl Registry {
         offset: u64,
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
+        let asked = (offset > 0).then_some((offset, None));
+        self.blob_part(repository, digest, asked, credential).await
+    }
+
+    /// Opens a part of a blob that ends before its end, or, when the registry does
+    /// not know parts, the whole: [`BlobBody::offset`] says where the body starts.
+    pub async fn blob_range(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        range: Range<u64>,
+        credential: &Credential,
+    ) -> Result<BlobBody, RegistryError> {
+        let asked = Some((range.start, Some(range.end)));
+        self.blob_part(repository, digest, asked, credential).await
+    }
+
+    async fn blob_part(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        asked: Option<(u64, Option<u64>)>,
+        credential: &Credential,
+    ) -> Result<BlobBody, RegistryError> {
         let whole = &Question::blob(repository, digest, credential, Method::GET);
-        let mut rest = Question::blob(repository, digest, credential, Method::GET);
-        rest.headers.insert(RANGE, range_from(offset));
-        let rest = &rest;
+        let mut part = Question::blob(repository, digest, credential, Method::GET);
+        if let Some((start, end)) = asked {
+            part.headers.insert(RANGE, range_of(start, end));
+        }
+        let part = &part;
         let mut turns = self.turns(whole, Needs::Pull).await?;
         loop {
             let endpoint = turns.current();
             let tried = async {
-                let question = if offset > 0 { rest } else { whole };
-                let mut answer = self.ask(question, endpoint).await?;
-                if offset > 0 && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+                let mut answer = self.ask(part, endpoint).await?;
+                if asked.is_some() && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
                     answer.discard().await;
                     answer = self.ask(whole, endpoint).await?;
                 }
@@ -323,7 +354,7 @@ impl Registry {
                     return Err(refusal);
                 }
                 let (what, stall_timeout) = (whole.what.clone(), self.options.stall_timeout);
-                BlobBody::open(answer, offset, what, stall_timeout)
+                BlobBody::open(answer, asked, what, stall_timeout)
             };
             if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
                 return done;
@@ -362,14 +393,16 @@ impl Registry {
         exchange: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {
         endpoint.check(self.transport.rules())?;
+        let host = transport::authority(&endpoint.root);
+        let credential = question.credential_for(endpoint);
+        let asker = self.manners.asker(&host, credential, &question.what);
+        self.manners.before(&asker).await?;
         let waited = self.options.manifest_timeout;
-        tokio::time::timeout(waited, exchange).await.unwrap_or_else(|_| {
-            Err(RegistryError::Timeout {
-                host: transport::authority(&endpoint.root),
-                what: question.what.clone(),
-                waited,
-            })
-        })
+        let outcome = tokio::time::timeout(waited, exchange).await.unwrap_or_else(|_| {
+            Err(RegistryError::Timeout { host, what: question.what.clone(), waited })
+        });
+        self.manners.after(&asker, &outcome);
+        outcome
     }
 
     /// Whether some host may say what tags mean, and send nothing.
@@ -404,8 +437,9 @@ fn announced_digest(headers: &HeaderMap) -> Option<Digest> {
     headers.get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.trim().parse().ok()
 }
 
-fn range_from(offset: u64) -> HeaderValue {
-    HeaderValue::try_from(format!("bytes={offset}-"))
+fn range_of(start: u64, end: Option<u64>) -> HeaderValue {
+    let last = end.map_or_else(String::new, |end| end.saturating_sub(1).to_string());
+    HeaderValue::try_from(format!("bytes={start}-{last}"))
         .unwrap_or_else(|_| HeaderValue::from_static("bytes=0-"))
 }
 

@@ -34,6 +34,10 @@ impl<K: Hash + Eq + Clone, V: Clone> Recent<K, V> {
         }
         self.entries.insert(key, (self.clock, value));
     }
+
+    pub(super) fn remove(&mut self, key: &K) {
+        self.entries.remove(key);
+    }
 }
 
 #[cfg(test)]

@@ -219,7 +219,12 @@ impl Answer {
                 what,
                 retry_after: retry_after(self.response.headers()),
             },
-            408 | 425 | 500..=599 => RegistryError::ServerError { host, what, status },
+            408 | 425 | 500..=599 => RegistryError::ServerError {
+                host,
+                what,
+                status,
+                retry_after: retry_after(self.response.headers()),
+            },
             400..=499 if self.redirected => RegistryError::Storage { host, what, status },
             401 => RegistryError::Unauthorized { host, what, anonymous },
             403 => RegistryError::Forbidden { host, what, anonymous },

@@ -45,12 +45,15 @@ fn metadata_follows_the_rule() {
 }
 
 #[test]
-fn totals_and_digest_of_the_whole_archive() {
+fn totals_of_the_whole_archive_and_its_digest_where_one_is_named() {
     let tar = small().end();
     let (result, _) = unpack_all(&gzip(&tar), &ARTIFACT, &Limits::default());
     let totals = result.unwrap();
     assert_eq!((totals.entries, totals.files, totals.bytes), (3, 1, 6));
-    assert_eq!((totals.tar_bytes, totals.tar_digest), (tar.len() as u64, Digest::of(&tar)));
+    assert_eq!((totals.tar_bytes, totals.tar_digest), (tar.len() as u64, None));
+    let rule = ArchiveRule { tar_digest: Some(Digest::of(&tar)), ..ARTIFACT };
+    let (result, _) = unpack_all(&gzip(&tar), &rule, &Limits::default());
+    assert_eq!(result.unwrap().tar_digest, Some(Digest::of(&tar)));
 }
 
 #[test]
@@ -415,7 +418,7 @@ fn failures_of_the_reader_and_the_sink_are_neither_corrupt_nor_refused() {
     }
     struct Full;
     impl Sink for Full {
-        fn file(&mut self, _: &FileHeader, _: &mut dyn Read) -> io::Result<StoredFile> {
+        fn file(&mut self, _: &FileHeader, _: &mut dyn BufRead) -> io::Result<StoredFile> {
             Err(io::ErrorKind::StorageFull.into())
         }
         fn entry(&mut self, _: Entry) -> io::Result<()> {
@@ -442,7 +445,7 @@ fn failures_of_the_reader_and_the_sink_are_neither_corrupt_nor_refused() {
 fn a_sink_that_reads_only_half_loses_no_entry() {
     struct Half(Vec<String>);
     impl Sink for Half {
-        fn file(&mut self, _: &FileHeader, content: &mut dyn Read) -> io::Result<StoredFile> {
+        fn file(&mut self, _: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
             content.read_exact(&mut [0; 10])?;
             Ok(StoredFile { data: 0, sha256: Digest::of(b"") })
         }

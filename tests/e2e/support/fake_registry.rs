@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use axum::{
@@ -31,6 +32,18 @@ pub enum AnswerBody {
     Whole(Bytes),
     /// These bytes, announced as more: the connection ends too early.
     Broken {
+        announced: u64,
+        bytes: Bytes,
+    },
+    /// A piece of so many bytes, a pause, the next piece.
+    Slow {
+        announced: u64,
+        bytes: Bytes,
+        piece: usize,
+        pause: Duration,
+    },
+    /// These bytes, announced as more, and then nothing, on a connection that stays open.
+    Stalled {
         announced: u64,
         bytes: Bytes,
     },
@@ -213,10 +226,29 @@ fn response(answer: Answer, head: bool) -> Response {
         AnswerBody::Whole(bytes) => Body::from(bytes),
         AnswerBody::Broken { announced, bytes } => {
             response = response.header(header::CONTENT_LENGTH, announced);
-            Body::from_stream(stream::iter([
-                Ok(bytes),
-                Err(std::io::Error::other("the connection breaks here")),
-            ]))
+            // The server drops what it has not sent when the body fails: the bytes go first.
+            let broken = stream::once(async {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                Err(std::io::Error::other("the connection breaks here"))
+            });
+            Body::from_stream(stream::iter([Ok(bytes)]).chain(broken))
+        }
+        AnswerBody::Slow { announced, bytes, piece, pause } => {
+            response = response.header(header::CONTENT_LENGTH, announced);
+            Body::from_stream(stream::unfold(bytes, move |mut rest| async move {
+                if rest.is_empty() {
+                    return None;
+                }
+                tokio::time::sleep(pause).await;
+                let next = rest.split_to(piece.min(rest.len()));
+                Some((Ok::<_, std::io::Error>(next), rest))
+            }))
+        }
+        AnswerBody::Stalled { announced, bytes } => {
+            response = response.header(header::CONTENT_LENGTH, announced);
+            Body::from_stream(
+                stream::iter([Ok::<_, std::io::Error>(bytes)]).chain(stream::pending()),
+            )
         }
         AnswerBody::Endless => {
             let zeros = Bytes::from(vec![0; 64 << 10]);

@@ -24,7 +24,7 @@ use std::{
 pub use archive::{Tar, gzip, zstandard};
 pub use authority::Authority;
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
-pub use fake_registry::{Answer, AnswerBody, FakeRegistry};
+pub use fake_registry::{Answer, AnswerBody, FakeRegistry, Request};
 pub use kubelet::{Kubelet, Pod, Volume};
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, small_artifact};

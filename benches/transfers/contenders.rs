@@ -1,0 +1,202 @@
+//! Who fetches: the driver, the tools, and the floor that no tool can be under.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::contents::{Artifact, Case};
+use crate::meter::{self, Measured};
+use crate::scratch::Scratch;
+use crate::support::{DriverOptions, Sandbox, tool};
+
+/// One who fetches an artifact to the scratch filesystem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contender {
+    /// A publish by a driver whose state is empty; its content is on the disk when it answers.
+    Driver,
+    /// `oras pull`, which leaves syncing to the kernel.
+    OrasPull,
+    /// `skopeo copy` to an OCI layout.
+    SkopeoCopy,
+    /// `curl` of all blobs at once, then `sync -f`.
+    Curl,
+    /// `openssl dgst -sha256` of all blobs, four at once.
+    OpenSsl,
+    /// `curl | DECOMPRESS | tar -x`, layers side by side, then `sync -f`.
+    Tar(&'static str),
+}
+
+pub fn contenders(case: Case) -> Vec<Contender> {
+    use Contender::{Curl, Driver, OpenSsl, OrasPull, SkopeoCopy, Tar};
+    match case {
+        Case::File | Case::Files | Case::Original => {
+            vec![Driver, OrasPull, SkopeoCopy, Curl, OpenSsl]
+        }
+        Case::Limited => vec![Driver, OrasPull],
+        Case::Gzip => vec![Driver, SkopeoCopy, Tar("gzip -dc"), Tar("igzip -dc")],
+        Case::Zstd => vec![Driver, SkopeoCopy, Tar("zstd -dc")],
+        Case::Ten | Case::Confined => vec![Driver],
+    }
+}
+
+impl Contender {
+    pub fn label(self) -> String {
+        match self {
+            Self::Driver => "cold publish (content synced)".to_owned(),
+            Self::OrasPull => "oras pull (not synced)".to_owned(),
+            Self::SkopeoCopy => "skopeo copy to an OCI layout (not synced)".to_owned(),
+            Self::Curl => "floor: curl --parallel, sync -f".to_owned(),
+            Self::OpenSsl => "floor: openssl dgst -sha256".to_owned(),
+            Self::Tar(decompress) => format!("floor: curl | {decompress} | tar -x, sync -f"),
+        }
+    }
+
+    pub fn run(
+        self,
+        artifact: &Artifact,
+        host: &str,
+        scratch: &Scratch,
+        confined: bool,
+    ) -> Measured {
+        let at = scratch.path();
+        let reference = |name: &str| format!("{host}/{name}");
+        let blob =
+            |digest: &String| format!("http://{host}/v2/{}/blobs/{digest}", artifact.repository);
+        match self {
+            Self::Driver => driver(artifact, host, scratch, confined),
+            Self::OrasPull => meter::command(
+                tool("oras")
+                    .args(["pull", "--plain-http", "--no-tty"])
+                    .arg(reference(&artifact.names[0]))
+                    .env("HOME", at)
+                    .current_dir(at),
+            ),
+            Self::SkopeoCopy => meter::command(
+                tool("skopeo")
+                    .args(["--insecure-policy", "--tmpdir"])
+                    .arg(at)
+                    .args(["copy", "-q", "--src-tls-verify=false"])
+                    .arg(format!("docker://{}", reference(&artifact.names[0])))
+                    .arg(format!("oci:{}:v1", at.join("layout").display()))
+                    .env("HOME", at),
+            ),
+            Self::Curl => {
+                let outputs = artifact.blobs.iter().enumerate();
+                let outputs =
+                    outputs.map(|(number, digest)| format!("-o {number} {}", blob(digest)));
+                let outputs = outputs.collect::<Vec<_>>().join(" ");
+                meter::command(&mut shell(
+                    &format!(
+                        "curl -sSf --no-progress-meter --parallel --parallel-max 4 {outputs}; sync -f ."
+                    ),
+                    scratch,
+                ))
+            }
+            Self::OpenSsl => {
+                for (number, digest) in artifact.blobs.iter().enumerate() {
+                    meter::command(&mut shell(
+                        &format!("curl -sSf -o {number} {}", blob(digest)),
+                        scratch,
+                    ));
+                }
+                meter::command(&mut shell(
+                    "ls [0-9]* | xargs -P 4 -n 1 openssl dgst -sha256",
+                    scratch,
+                ))
+            }
+            Self::Tar(decompress) => {
+                let layers = artifact.blobs.iter().enumerate().map(|(number, digest)| {
+                    format!(
+                        "mkdir {number}; (curl -sSf {} | {decompress} | tar -x -C {number}) &",
+                        blob(digest)
+                    )
+                });
+                let script = layers.collect::<Vec<_>>().join("\n");
+                meter::command(&mut shell(&format!("{script}\nwait; sync -f ."), scratch))
+            }
+        }
+    }
+}
+
+fn shell(script: &str, scratch: &Scratch) -> Command {
+    let mut command = tool("bash");
+    command.args(["-euc", script]).current_dir(scratch.path());
+    command
+}
+
+/// All artifacts at once, from the calls to their answers.
+fn driver(artifact: &Artifact, host: &str, scratch: &Scratch, confined: bool) -> Measured {
+    let sandbox = Sandbox::new();
+    let state = scratch.path().join("state");
+    std::fs::create_dir(&state).expect("the state's folder");
+    let options = DriverOptions::new(&sandbox).state(&state).argument("--log-level=info");
+    // Declared first, so that it goes last: a cgroup with a process in it cannot.
+    let _confinement;
+    let driver = options.start();
+    _confinement = confined.then(|| Confinement::of(driver.id()));
+    let kubelet = driver.kubelet();
+    let volumes: Vec<_> = artifact
+        .names
+        .iter()
+        .map(|name| {
+            let volume = kubelet.new_volume(&format!("{host}/{name}"));
+            kubelet.prepare(&volume);
+            volume
+        })
+        .collect();
+    let before = meter::cpu(driver.id());
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for volume in &volumes {
+            scope.spawn(|| {
+                // A call may run into the kubelet's deadline; it asks again, and so do we.
+                while let Err(status) = kubelet.publish_request(volume.request.clone()) {
+                    assert_eq!(status.code(), tonic::Code::Aborted, "{status}");
+                }
+            });
+        }
+    });
+    let wall = started.elapsed();
+    let cpu = meter::cpu(driver.id()).checked_sub(before).unwrap_or(Duration::ZERO);
+    let peak_bytes = meter::peak_bytes(driver.id());
+    for volume in &volumes {
+        kubelet.unpublish(volume);
+    }
+    Measured { wall, cpu, peak_bytes }
+}
+
+/// A memory cgroup that a process was put into; it goes with the value, after the process.
+struct Confinement(std::path::PathBuf);
+
+impl Confinement {
+    const BYTES: &str = "134217728";
+
+    #[track_caller]
+    fn of(process: u32) -> Self {
+        let first = std::path::Path::new("/sys/fs/cgroup/memory");
+        // The first version has a folder for each controller, the second one file for each limit.
+        let (root, limit) = if first.is_dir() {
+            (first, "memory.limit_in_bytes")
+        } else {
+            (std::path::Path::new("/sys/fs/cgroup"), "memory.max")
+        };
+        let folder = root.join(format!("bench-{process}"));
+        let write = |name: &str, text: &str| std::fs::write(folder.join(name), text);
+        std::fs::create_dir(&folder)
+            .and_then(|()| write(limit, Self::BYTES))
+            .and_then(|()| write("cgroup.procs", &process.to_string()))
+            .expect("a memory cgroup, which needs root");
+        Self(folder)
+    }
+}
+
+impl Drop for Confinement {
+    fn drop(&mut self) {
+        // A cgroup with a process in it stays until the machine's end, and costs nothing.
+        for _ in 0..100 {
+            if std::fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}

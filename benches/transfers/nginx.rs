@@ -1,0 +1,68 @@
+//! nginx before a registry, giving each connection its share and no more.
+
+use std::fs;
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+
+use crate::support::{Registry, ending_with_this_thread, wait_until};
+
+/// What real registries give one connection, within an order of magnitude.
+pub const LIMIT_MEBIBYTES: u64 = 40;
+
+pub struct Nginx {
+    port: u16,
+    child: Child,
+    _folder: tempfile::TempDir,
+}
+
+impl Nginx {
+    pub fn limiting(registry: &Registry) -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("bench-nginx")
+            .tempdir_in("/var/tmp")
+            .expect("a folder");
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .expect("a port")
+            .port();
+        let (path, upstream) = (folder.path().display(), registry.host());
+        let configuration = format!(
+            "daemon off; pid {path}/pid; error_log {path}/log; user root; worker_processes 1;\n\
+             events {{ worker_connections 256; }}\n\
+             http {{ access_log off; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;\n\
+             fastcgi_temp_path {path}/f; uwsgi_temp_path {path}/u; scgi_temp_path {path}/s;\n\
+             server {{ listen 127.0.0.1:{port};\n\
+             location / {{ proxy_pass http://{upstream}; proxy_http_version 1.1;\n\
+             proxy_set_header Host $http_host; proxy_set_header Connection \"\";\n\
+             proxy_max_temp_file_size 0; limit_rate {LIMIT_MEBIBYTES}m; }} }} }}\n"
+        );
+        let file = folder.path().join("nginx.conf");
+        fs::write(&file, configuration).expect("nginx's configuration");
+        let child = ending_with_this_thread("nginx")
+            .arg("-e")
+            .arg(folder.path().join("log"))
+            .arg("-c")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("nginx, which `make bench` installs");
+        wait_until("nginx listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Self { port, child, _folder: folder }
+    }
+
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let id = i32::try_from(self.child.id()).expect("a process id");
+        // The master ends its workers when it is asked to end.
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(id),
+            nix::sys::signal::Signal::SIGTERM,
+        );
+        let _ = self.child.wait();
+    }
+}

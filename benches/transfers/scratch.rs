@@ -1,0 +1,54 @@
+//! A fresh ext4 in memory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::support::{Sandbox, run, tool};
+
+/// Room for the largest case with what it unpacks to.
+const BYTES: u64 = 6 << 30;
+/// Room for the confined case, whose every page is there before.
+const ALLOCATED_BYTES: u64 = 4 << 30;
+
+/// An ext4 on a loop device over a file in memory; both end with the value.
+pub struct Scratch {
+    mounted: PathBuf,
+    memory: PathBuf,
+    _sandbox: Sandbox,
+}
+
+impl Scratch {
+    /// The memory under the filesystem belongs to who touches it first: allocated beforehand, it is
+    /// not the driver's.
+    pub fn new(allocated: bool) -> Self {
+        let sandbox = Sandbox::new();
+        let memory = sandbox.folder("memory");
+        mount(Some("bench"), &memory, Some("tmpfs"), MsFlags::empty(), Some("size=7g"))
+            .expect("mount a tmpfs");
+        let image = memory.join("ext4");
+        if allocated {
+            let bytes = ALLOCATED_BYTES.to_string();
+            run(tool("fallocate").args(["-l", &bytes]).arg(&image));
+        } else {
+            fs::File::create(&image).and_then(|file| file.set_len(BYTES)).expect("a sparse file");
+        }
+        run(tool("mkfs.ext4").args(["-q", "-E", "lazy_itable_init=1,nodiscard"]).arg(&image));
+        let mounted = sandbox.folder("scratch");
+        run(tool("mount").args(["-o", "loop,noatime"]).arg(&image).arg(&mounted));
+        Self { mounted, memory, _sandbox: sandbox }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.mounted
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Lazily: a driver that was just killed may still be ending.
+        let _ = umount2(&self.mounted, MntFlags::MNT_DETACH);
+        let _ = umount2(&self.memory, MntFlags::MNT_DETACH);
+    }
+}

@@ -1,0 +1,467 @@
+//! The connections that bring one blob.
+//!
+//! The first asks for the whole blob, as everybody does. While the node waits for
+//! bytes, and not bytes for the node, more connections take pieces of it ([`Spans`]),
+//! for as long as the registry answers ranges with ranges. A connection that breaks
+//! leaves its rest to the others, or to the next try; with it goes one connection of
+//! what the registry is trusted to serve at once.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::error::PullError;
+use super::progress::Progress;
+use super::retry::Retries;
+use super::slots::{Ask, Slot};
+use super::spans::{Spans, Step};
+use super::sponsors::Source;
+use super::wire::{Observer, Wire};
+use crate::oci::Digest;
+use crate::oci::registry::{BlobBody, RegistryError};
+use crate::store::growth::Follower;
+
+/// How often it is looked whether another connection would help.
+const LOOK: Duration = Duration::from_millis(50);
+/// A connection that others wait for is given up after this, where its rest can be had later.
+const TURN: Duration = Duration::from_secs(20);
+
+/// What the blocking side is told.
+pub enum Write {
+    /// Bytes and their place; the permit is the memory that they take.
+    Bytes {
+        /// Where they belong.
+        offset: u64,
+        /// Themselves.
+        bytes: Bytes,
+        /// Given back when they are written.
+        memory: OwnedSemaphorePermit,
+    },
+    /// What is there is worth nothing. Whoever followed it follows this from now on.
+    Restart(oneshot::Sender<Follower>),
+    /// All bytes are there: is it the blob?
+    Verify(oneshot::Sender<Digest>),
+}
+
+/// Why the work ended without a blob.
+pub enum Failure {
+    /// The writer has failed; its own error counts.
+    WriterGone,
+    /// The source's failure, or the wire's.
+    Failed(PullError),
+}
+
+/// One blob that is fetched from one source.
+pub struct Connections<'a> {
+    wire: &'a Wire,
+    source: &'a Source,
+    digest: Digest,
+    size: u64,
+    ask: Ask,
+    progress: &'a Progress,
+    writes: mpsc::Sender<Write>,
+    /// Nanoseconds for which the writer had something to do.
+    busy: Arc<AtomicU64>,
+    follow: &'a (dyn Fn(Follower) + Send + Sync),
+    state: Mutex<State>,
+}
+
+/// What the connections share.
+struct State {
+    spans: Spans,
+    /// How many connections at once; none works beside another once ranges were refused.
+    wanted: usize,
+    most: usize,
+    ranges: Ranges,
+    /// Whether the registry has answered.
+    asked: bool,
+}
+
+/// Whether the source sends parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ranges {
+    Unknown,
+    Sent,
+    Refused,
+}
+
+/// How a connection ended.
+enum End {
+    /// It brought what it was to bring, or gave way to others.
+    Done,
+    /// The source does not send parts.
+    NoRanges,
+    /// It broke; whether it brought anything.
+    Broke(PullError, bool),
+    WriterGone,
+}
+
+impl<'a> Connections<'a> {
+    /// Nothing is asked for yet. `spans` is what is missing; `follow` is given a reader of the blob
+    /// each time that it starts over.
+    pub fn new(
+        wire: &'a Wire,
+        source: &'a Source,
+        (digest, size): (Digest, u64),
+        (ask, progress): (Ask, &'a Progress),
+        (writes, busy): (mpsc::Sender<Write>, Arc<AtomicU64>),
+        (spans, follow): (Spans, &'a (dyn Fn(Follower) + Send + Sync)),
+    ) -> Self {
+        let most = wire.options.connections.max(1);
+        let state = State { spans, wanted: 1, most, ranges: Ranges::Unknown, asked: false };
+        let state = Mutex::new(state);
+        Self { wire, source, digest, size, ask, progress, writes, busy, follow, state }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the registry has answered; and bytes that never came.
+    pub fn outcome(&self) -> (bool, u64) {
+        let state = self.state();
+        (state.asked, state.spans.missing())
+    }
+
+    /// Fetches what is missing, and has it verified.
+    pub async fn run(&self, slot: Slot) -> Result<(), Failure> {
+        let mut slot = Some(slot);
+        let mut started_over = false;
+        loop {
+            let error = match self.bring(slot.take()).await {
+                Ok(()) => match self.verify().await {
+                    Ok(()) => return Ok(()),
+                    Err(Failure::Failed(error)) => error,
+                    Err(gone) => return Err(gone),
+                },
+                Err(Failure::Failed(error)) => error,
+                Err(gone) => return Err(gone),
+            };
+            let is_wrong = match &error {
+                PullError::BlobDigest { .. } => true,
+                PullError::BlobSize { expected, got, .. } => got > expected,
+                _ => false,
+            };
+            // A source may have changed under a download that was continued: once, from the start.
+            if !is_wrong || std::mem::replace(&mut started_over, true) {
+                return Err(Failure::Failed(error));
+            }
+            self.wire.registry.distrust_mirrors(self.digest);
+            self.restart().await?;
+        }
+    }
+
+    /// Runs connections until nothing is missing.
+    async fn bring(&self, mut slot: Option<Slot>) -> Result<(), Failure> {
+        let mut running = FuturesUnordered::new();
+        let mut retries = Retries::new(self.wire.options.retry, self.size);
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut pace = Pace::new(&self.busy);
+        loop {
+            while self.wants_more_than(running.len()) {
+                let slot = match slot.take() {
+                    Some(slot) => slot,
+                    None if running.is_empty() => self.wire.slots.acquire(self.ask.clone()).await,
+                    None => match self.wire.slots.spare(&self.ask) {
+                        Some(slot) => slot,
+                        None => break,
+                    },
+                };
+                let Some(number) = self.take() else { break };
+                running.push(self.connection(number, slot));
+            }
+            if running.is_empty() {
+                return Ok(());
+            }
+            let end = tokio::select! {
+                end = running.next() => end,
+                _ = looks.tick() => {
+                    if pace.wire_is_slower() {
+                        self.grow(running.len());
+                    }
+                    continue;
+                }
+            };
+            match end {
+                Some(End::Done) | None => {}
+                Some(End::WriterGone) => return Err(Failure::WriterGone),
+                Some(End::NoRanges) => {
+                    self.refuse_ranges();
+                    if running.is_empty() {
+                        self.restart().await?;
+                    }
+                }
+                Some(End::Broke(error, _)) if !error.is_unavailable() && !running.is_empty() => {
+                    // Refused what another connection is being given: one at a time will do, and
+                    // hears the same if it is more than that.
+                    tracing::debug!(%error, "a part was refused");
+                    self.refuse_ranges();
+                }
+                Some(End::Broke(error, brought)) => {
+                    if matches!(error, PullError::BlobSize { .. }) {
+                        self.wire.registry.distrust_mirrors(self.digest);
+                    }
+                    let wait = retries.next(error, brought).map_err(Failure::Failed)?;
+                    if running.is_empty() {
+                        self.state().wanted = 1;
+                        tokio::time::sleep(wait).await;
+                    } else {
+                        // The others go on; as many as these are what works.
+                        let mut state = self.state();
+                        (state.most, state.wanted) = (running.len(), running.len());
+                    }
+                }
+            }
+        }
+    }
+
+    fn wants_more_than(&self, running: usize) -> bool {
+        let state = self.state();
+        running < state.wanted && state.spans.has_open()
+    }
+
+    /// The bytes for another connection: all that are open, unless others share them.
+    fn take(&self) -> Option<u32> {
+        let mut state = self.state();
+        let limit = if state.wanted > 1 { self.wire.options.range_bytes } else { u64::MAX };
+        state.spans.take(limit).map(|(number, _)| number)
+    }
+
+    fn refuse_ranges(&self) {
+        let mut state = self.state();
+        state.ranges = Ranges::Refused;
+        (state.most, state.wanted) = (1, 1);
+        state.spans.join();
+    }
+
+    /// Another connection may help: at first one, to see whether the source sends parts.
+    fn grow(&self, running: usize) {
+        let mut state = self.state();
+        if running < state.wanted {
+            return;
+        }
+        let grown = match state.ranges {
+            Ranges::Refused => return,
+            Ranges::Unknown => 2,
+            Ranges::Sent => state.wanted * 2,
+        };
+        let grown = grown.min(state.most);
+        let length = self.wire.options.range_bytes;
+        if grown > state.wanted && (state.spans.has_open() || state.spans.cut(length)) {
+            state.wanted = grown;
+        }
+    }
+
+    /// One connection, from its request to its end.
+    async fn connection(&self, number: u32, slot: Slot) -> End {
+        let _counted = Counted::new(&*self.wire.observer);
+        let start = self.span(number).start;
+        let end = self.stream(number, &slot).await;
+        let brought = self.span(number).start > start;
+        self.state().spans.finish(number);
+        match end {
+            Ok(()) => End::Done,
+            Err(Stop::NoRanges) => End::NoRanges,
+            Err(Stop::WriterGone) => End::WriterGone,
+            Err(Stop::TooSlow(error)) => End::Broke(error, false),
+            Err(Stop::Broke(error)) => End::Broke(error, brought),
+        }
+    }
+
+    /// Where a connection is, and where it has to stop now.
+    fn span(&self, number: u32) -> Range<u64> {
+        self.state().spans.of(number)
+    }
+
+    async fn stream(&self, number: u32, slot: &Slot) -> Result<(), Stop> {
+        let mut body = self.open(number).await?;
+        let mut rate = Rate::new(self.wire.options.least_rate, self.wire.options.rate_window);
+        let since = Instant::now();
+        loop {
+            let chunk = match body.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                // All that was wanted is here, however it ended.
+                _ if self.span(number).is_empty() => return Ok(()),
+                Ok(None) => {
+                    let missing = self.state().spans.missing();
+                    return Err(Stop::Broke(self.wrong_size(self.size - missing)));
+                }
+                Err(error) => return Err(Stop::Broke(error.into())),
+            };
+            let span = self.span(number);
+            let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
+            if chunk.len() > room && span.end == self.size {
+                return Err(Stop::Broke(self.wrong_size(self.size + 1)));
+            }
+            let bytes = chunk.slice(..chunk.len().min(room));
+            let length = bytes.len() as u64;
+            self.wire.throttle.pass(length).await;
+            let memory = self.wire.memory(bytes.len()).await.ok_or(Stop::WriterGone)?;
+            // Meanwhile the end may have been cut; what is written twice is the same twice.
+            let write = Write::Bytes { offset: span.start, bytes, memory };
+            self.writes.send(write).await.map_err(|_| Stop::WriterGone)?;
+            self.progress.arrived(length);
+            self.wire.observer.downloaded(length);
+            let step = self.state().spans.advance(number, length);
+            if step == Step::Complete && span.end < self.size {
+                return Ok(());
+            }
+            if !rate.is_kept(length) {
+                return Err(Stop::TooSlow(self.too_slow()));
+            }
+            if step == Step::More
+                && self.state().ranges == Ranges::Sent
+                && since.elapsed() > TURN
+                && self.wire.slots.is_wanted(slot)
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn open(&self, number: u32) -> Result<BlobBody, Stop> {
+        let span = self.span(number);
+        let Source { repository, credential } = self.source;
+        let registry = &self.wire.registry;
+        let is_part = span.start > 0 || span.end < self.size;
+        let opened = if span.end < self.size {
+            registry.blob_range(repository, self.digest, span.clone(), credential).await
+        } else {
+            registry.blob(repository, self.digest, span.start, credential).await
+        };
+        let body = match opened {
+            Ok(body) => body,
+            // A part that cannot be had, or is another: the whole may be right.
+            Err(RegistryError::Protocol { .. }) if is_part => return Err(Stop::NoRanges),
+            Err(error) => return Err(Stop::Broke(error.into())),
+        };
+        let mut state = self.state();
+        state.asked = true;
+        if body.offset != span.start || (span.end < self.size && !body.is_part) {
+            return Err(Stop::NoRanges);
+        }
+        if body.is_part {
+            state.ranges = Ranges::Sent;
+        }
+        drop(state);
+        if !is_part && body.length.is_some_and(|length| length > self.size) {
+            return Err(Stop::Broke(self.wrong_size(self.size + 1)));
+        }
+        Ok(body)
+    }
+
+    async fn verify(&self) -> Result<(), Failure> {
+        let (answer, digest) = oneshot::channel();
+        self.send(Write::Verify(answer)).await?;
+        let got = digest.await.map_err(|_| Failure::WriterGone)?;
+        if got == self.digest {
+            return Ok(());
+        }
+        Err(Failure::Failed(PullError::BlobDigest { expected: self.digest, got }))
+    }
+
+    async fn restart(&self) -> Result<(), Failure> {
+        {
+            let mut state = self.state();
+            self.progress.lost(self.size - state.spans.missing());
+            state.spans = Spans::whole(self.size);
+            state.wanted = 1;
+        }
+        let (begun, begins) = oneshot::channel();
+        self.send(Write::Restart(begun)).await?;
+        (self.follow)(begins.await.map_err(|_| Failure::WriterGone)?);
+        Ok(())
+    }
+
+    async fn send(&self, write: Write) -> Result<(), Failure> {
+        self.writes.send(write).await.map_err(|_| Failure::WriterGone)
+    }
+
+    fn wrong_size(&self, got: u64) -> PullError {
+        PullError::BlobSize { digest: self.digest, expected: self.size, got }
+    }
+
+    fn too_slow(&self) -> PullError {
+        let repository = &self.source.repository;
+        let waited = self.wire.options.rate_window;
+        let what = format!("blob {} of {repository}", self.digest);
+        RegistryError::Timeout { host: repository.host().to_owned(), what, waited }.into()
+    }
+}
+
+/// A connection, as long as somebody looks at it.
+struct Counted<'a>(&'a dyn Observer);
+
+impl<'a> Counted<'a> {
+    fn new(observer: &'a dyn Observer) -> Self {
+        observer.connections(1);
+        Self(observer)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.connections(-1);
+    }
+}
+
+/// Why a connection brings no more.
+enum Stop {
+    NoRanges,
+    WriterGone,
+    TooSlow(PullError),
+    Broke(PullError),
+}
+
+/// Whether bytes wait for the node, or the node for bytes.
+struct Pace<'a> {
+    busy: &'a AtomicU64,
+    before: (Instant, u64),
+}
+
+impl<'a> Pace<'a> {
+    fn new(busy: &'a AtomicU64) -> Self {
+        Self { busy, before: (Instant::now(), busy.load(Ordering::Relaxed)) }
+    }
+
+    /// Whether the writer had nothing to do for more than half of the time since the last look.
+    fn wire_is_slower(&mut self) -> bool {
+        let now = (Instant::now(), self.busy.load(Ordering::Relaxed));
+        let (then, busy) = std::mem::replace(&mut self.before, now);
+        let elapsed = now.0.duration_since(then).as_nanos();
+        elapsed > LOOK.as_nanos() / 2 && u128::from(now.1 - busy) * 2 < elapsed
+    }
+}
+
+/// Whether a connection brings enough to be worth its slot.
+struct Rate {
+    least: u64,
+    window: Duration,
+    since: Instant,
+    bytes: u64,
+}
+
+impl Rate {
+    fn new(least: u64, window: Duration) -> Self {
+        Self { least, window, since: Instant::now(), bytes: 0 }
+    }
+
+    fn is_kept(&mut self, bytes: u64) -> bool {
+        self.bytes += bytes;
+        let elapsed = self.since.elapsed();
+        if elapsed < self.window {
+            return true;
+        }
+        let kept = self.bytes >= self.least.saturating_mul(elapsed.as_secs());
+        (self.since, self.bytes) = (Instant::now(), 0);
+        kept
+    }
+}

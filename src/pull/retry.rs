@@ -1,0 +1,129 @@
+//! How often and how patiently a broken transfer is continued: pure but for its randomness.
+
+use std::time::Duration;
+
+use super::error::PullError;
+use crate::oci::registry::RegistryError;
+
+/// The longest wait that is of our own choosing.
+const LONGEST: Duration = Duration::from_secs(30);
+/// A registry that wants to be left alone for longer gets a failure, which the kubelet brings back.
+const LONGEST_ASKED: Duration = Duration::from_mins(5);
+/// A transfer that breaks so often beside one break for each [`BYTES_A_BREAK`] is given up, although
+/// every connection brings a little: what it would take has no bound else.
+const BREAKS: u64 = 64;
+const BYTES_A_BREAK: u64 = 256 << 10;
+
+/// How often and how patiently a broken transfer is continued.
+#[derive(Clone, Copy, Debug)]
+pub struct RetryPolicy {
+    /// Tries in a row that bring no byte.
+    pub attempts: u32,
+    /// Before the second try; doubles with each, to a bound.
+    pub first_delay: Duration,
+}
+
+/// The tries of one transfer.
+#[derive(Debug)]
+pub struct Retries {
+    policy: RetryPolicy,
+    fruitless: u32,
+    left: u64,
+}
+
+impl Retries {
+    /// None yet, for a blob of `size` bytes.
+    #[must_use]
+    pub fn new(policy: RetryPolicy, size: u64) -> Self {
+        Self { policy, fruitless: 0, left: BREAKS + size / BYTES_A_BREAK }
+    }
+
+    /// How long to wait after this failure; the failure itself when there is nothing to wait for.
+    pub fn next(&mut self, error: PullError, brought: bool) -> Result<Duration, PullError> {
+        let heals = match error.root() {
+            PullError::BlobSize { expected, got, .. } => got < expected,
+            _ => error.is_unavailable(),
+        };
+        self.fruitless = if brought { 0 } else { self.fruitless + 1 };
+        self.left = self.left.saturating_sub(1);
+        if !heals || self.fruitless >= self.policy.attempts || self.left == 0 {
+            return Err(error);
+        }
+        match error.root() {
+            // A presigned address expires at any time, and the next one is asked for at once.
+            PullError::Registry(RegistryError::Storage { .. }) if self.fruitless < 2 => {
+                Ok(Duration::ZERO)
+            }
+            PullError::Registry(
+                RegistryError::RateLimited { retry_after: Some(wait), .. }
+                | RegistryError::ServerError { retry_after: Some(wait), .. },
+            ) => {
+                if *wait > LONGEST_ASKED {
+                    return Err(error);
+                }
+                // Never before the time, and not all nodes at the same.
+                Ok(*wait + jittered(self.policy.first_delay))
+            }
+            _ => {
+                let factor = 1 << self.fruitless.min(8);
+                Ok(jittered(self.policy.first_delay.saturating_mul(factor).min(LONGEST)))
+            }
+        }
+    }
+}
+
+/// Less a random part, at most half, so that nodes do not ask in step.
+fn jittered(full: Duration) -> Duration {
+    let mut random = [0];
+    // Without randomness nodes ask in step, which is all that is lost.
+    let _ = getrandom::fill(&mut random);
+    full.mul_f64(0.5 + f64::from(random[0]) / 512.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: RetryPolicy =
+        RetryPolicy { attempts: 3, first_delay: Duration::from_millis(100) };
+
+    fn server_error(status: u16, retry_after: Option<u64>) -> PullError {
+        let retry_after = retry_after.map(Duration::from_secs);
+        let (host, what) = ("r.io".to_owned(), "blob".to_owned());
+        RegistryError::ServerError { host, what, status, retry_after }.into()
+    }
+
+    fn seconds(range: std::ops::Range<u64>, wait: Duration) -> bool {
+        (Duration::from_millis(range.start)..Duration::from_millis(range.end)).contains(&wait)
+    }
+
+    #[test]
+    fn waits_grow_and_end() {
+        let mut retries = Retries::new(POLICY, 1);
+        assert!(seconds(100..200, retries.next(server_error(500, None), false).expect("a wait")));
+        assert!(seconds(200..400, retries.next(server_error(500, None), false).expect("a wait")));
+        retries.next(server_error(500, None), false).expect_err("three in a row");
+        let mut retries = Retries::new(POLICY, 1);
+        for _ in 0..63 {
+            assert!(seconds(50..100, retries.next(server_error(502, None), true).expect("on")));
+        }
+        retries.next(server_error(502, None), true).expect_err("not for ever");
+    }
+
+    #[test]
+    fn a_registry_that_asks_for_patience_gets_it() {
+        let mut retries = Retries::new(POLICY, 1);
+        assert!(seconds(7_000..7_200, retries.next(server_error(503, Some(7)), false).expect("")));
+        retries.next(server_error(503, Some(3600)), true).expect_err("too long to hold a flight");
+    }
+
+    #[test]
+    fn what_does_not_heal_is_not_tried_again() {
+        let gone = RegistryError::NotFound { what: "blob".to_owned() };
+        Retries::new(POLICY, 1).next(gone.into(), true).expect_err("final");
+        let storage =
+            RegistryError::Storage { host: "s3".to_owned(), what: "blob".to_owned(), status: 403 };
+        let wait = Retries::new(POLICY, 1).next(storage.into(), false).expect("expired");
+        assert_eq!(wait, Duration::ZERO);
+    }
+}

@@ -1,0 +1,121 @@
+//! A download that others read while it grows.
+//!
+//! Whoever unpacks a blob follows the bytes that are hashed already. That is not yet
+//! a verified blob: what is made of them has no name before the whole blob's digest
+//! is known to be right, and is thrown away when it is not.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often somebody who waits asks whether he should give way.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How far a download is, for its followers.
+#[derive(Debug, Default)]
+pub(super) struct Growth {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    /// Bytes from the start that are hashed.
+    prefix: u64,
+    /// How often the content was thrown away: who follows an older one follows nothing.
+    restarts: u32,
+    /// Nothing will be added any more.
+    ended: bool,
+}
+
+/// Reads a download from its start, as it grows; waits where it is not yet.
+pub struct Follower {
+    file: Arc<File>,
+    growth: Arc<Growth>,
+    size: u64,
+    restarts: u32,
+    position: u64,
+    /// How long it has waited for bytes so far.
+    waited: Duration,
+    gives_way: Option<Box<dyn Fn(Duration) -> bool + Send>>,
+}
+
+impl Growth {
+    pub(super) fn grow(&self, prefix: u64) {
+        self.change(|state| state.prefix = prefix);
+    }
+
+    pub(super) fn restart(&self) {
+        self.change(|state| {
+            state.prefix = 0;
+            state.restarts += 1;
+        });
+    }
+
+    pub(super) fn end(&self) {
+        self.change(|state| state.ended = true);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+}
+
+impl Follower {
+    pub(super) fn new(file: Arc<File>, growth: &Arc<Growth>, size: u64) -> Self {
+        let restarts = growth.state.lock().unwrap_or_else(PoisonError::into_inner).restarts;
+        let growth = Arc::clone(growth);
+        let waited = Duration::ZERO;
+        Self { file, growth, size, restarts, position: 0, waited, gives_way: None }
+    }
+
+    /// Reading fails once this says so, which is told how long was waited for bytes so far.
+    pub fn gives_way_if(&mut self, gives_way: impl Fn(Duration) -> bool + Send + 'static) {
+        self.gives_way = Some(Box::new(gives_way));
+    }
+
+    /// Returns how many bytes there are beyond the position, at least one.
+    fn available(&mut self) -> io::Result<u64> {
+        let given_up = || io::Error::other("the download that is followed was given up");
+        let mut state = self.growth.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if state.restarts != self.restarts {
+                return Err(given_up());
+            }
+            if state.prefix > self.position {
+                return Ok(state.prefix - self.position);
+            }
+            if state.ended {
+                return Err(given_up());
+            }
+            if self.gives_way.as_ref().is_some_and(|gives_way| gives_way(self.waited)) {
+                return Err(io::Error::other("it gave way to others"));
+            }
+            let since = Instant::now();
+            let waited = self.growth.changed.wait_timeout(state, LOOK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.waited += since.elapsed();
+        }
+    }
+}
+
+impl Read for Follower {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.position >= self.size || buffer.is_empty() {
+            return Ok(0);
+        }
+        let available = usize::try_from(self.available()?).unwrap_or(usize::MAX);
+        let wanted = available.min(buffer.len());
+        match self.file.read_at(&mut buffer[..wanted], self.position)? {
+            // Somebody cut the file: not a thing that a download does.
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            read => {
+                self.position += read as u64;
+                Ok(read)
+            }
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Wires and registries that break, stall, trickle or turn away: right content or the contract's code, in bounded time.
+
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tonic::Code;
+
+use crate::support::{
+    Answer, AnswerBody, FakeRegistry, Image, Layer, Manifest, Node, OCI_TAR, Request, Tar, Volume,
+    digest, noise,
+};
+
+/// Short times and small parts, so that a test sees in seconds what takes minutes elsewhere.
+const IMPATIENT: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
+    pull: {stallTimeout: 1s, attempts: 3, rangeBytes: 1048576, ranges: 4, leastBytesPerSecond: 20000}\n";
+
+/// A node with a registry before it that does what a test says.
+struct Wire {
+    node: Node,
+    fake: FakeRegistry,
+    content: Vec<u8>,
+}
+
+impl Wire {
+    /// An artifact of one file of so many bytes.
+    fn new(size: usize) -> Self {
+        Self::with(IMPATIENT, size)
+    }
+
+    fn with(configuration: &str, size: usize) -> Self {
+        let node = Node::start_with(|sandbox, options| {
+            let file = sandbox.path().join("config.yaml");
+            fs::write(&file, configuration).expect("a configuration");
+            options.argument(&format!("--config={}", file.display()))
+        });
+        let (fake, content) = (FakeRegistry::new(), noise(size, 77));
+        Manifest::artifact([Layer::titled("file", content.clone())]).push(&fake, "hostile", "v1");
+        Self { node, fake, content }
+    }
+
+    fn volume(&self) -> Volume {
+        self.node.kubelet.new_volume(&self.fake.reference("v1"))
+    }
+
+    /// Publishes, and has the right content.
+    #[track_caller]
+    fn comes(&self) {
+        self.comes_to(&self.volume());
+    }
+
+    #[track_caller]
+    fn comes_to(&self, volume: &Volume) {
+        self.node.kubelet.publish_well(volume);
+        let file = fs::read(volume.target().join("file")).expect("the file");
+        assert!(file == self.content, "other content than was pushed");
+        self.node.kubelet.unpublish(volume);
+    }
+
+    /// What was asked for of the file, in order: first and last byte.
+    fn ranges(&self) -> Vec<Option<(u64, Option<u64>)>> {
+        let blob = digest(&self.content);
+        let requests = self.fake.requests();
+        requests.iter().filter(|request| request.path.ends_with(&blob)).map(range).collect()
+    }
+
+    /// Answers the n-th request for the file, from 0, with what this returns.
+    fn nth(
+        &self,
+        answer: impl Fn(usize, &Request, &[u8]) -> Option<Answer> + Send + Sync + 'static,
+    ) {
+        let (count, content) = (AtomicUsize::new(0), self.content.clone());
+        let blob = digest(&content);
+        self.fake.script(move |request| {
+            if !request.path.ends_with(&blob) {
+                return None;
+            }
+            answer(count.fetch_add(1, Ordering::Relaxed), request, &content)
+        });
+    }
+}
+
+fn range(request: &Request) -> Option<(u64, Option<u64>)> {
+    let (start, end) = request.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+    Some((start.parse().ok()?, end.parse().ok()))
+}
+
+/// As a server that knows ranges answers.
+fn part(request: &Request, content: &[u8]) -> Answer {
+    let Some((start, end)) = range(request) else { return Answer::bytes(content.to_vec()) };
+    let start = usize::try_from(start).expect("an offset");
+    let last = content.len() - 1;
+    let end = end.map_or(last, |end| usize::try_from(end).expect("an end").min(last));
+    Answer::bytes(content[start..=end].to_vec())
+        .with_status(206)
+        .with_header("content-range", &format!("bytes {start}-{end}/{}", content.len()))
+}
+
+/// The same answer, a piece every now and then.
+fn slowly(answer: Answer) -> Answer {
+    let AnswerBody::Whole(bytes) = answer.body else { return answer };
+    let (piece, pause) = (64 << 10, Duration::from_millis(20));
+    Answer {
+        body: AnswerBody::Slow { announced: bytes.len() as u64, bytes, piece, pause },
+        ..answer
+    }
+}
+
+/// So many bytes of the answer, and then nothing, or the connection's end.
+fn cut(answer: Answer, length: usize, stalls: bool) -> Answer {
+    let AnswerBody::Whole(bytes) = answer.body else { return answer };
+    let (announced, bytes) = (bytes.len() as u64, bytes.slice(..length.min(bytes.len())));
+    let body = if stalls {
+        AnswerBody::Stalled { announced, bytes }
+    } else {
+        AnswerBody::Broken { announced, bytes }
+    };
+    Answer { body, ..answer }
+}
+
+#[test]
+fn a_large_blob_on_a_slow_wire_comes_in_parts_at_once() {
+    let wire = Wire::new(12 << 20);
+    wire.nth(|_, request, content| Some(slowly(part(request, content))));
+    wire.comes();
+    let ranges = wire.ranges();
+    assert_eq!(ranges[0], None, "the first asks as everybody does");
+    assert!(ranges.len() > 4, "{ranges:?}");
+    assert!(ranges[1..].iter().all(Option::is_some), "{ranges:?}");
+}
+
+#[test]
+fn a_registry_that_ignores_ranges_is_asked_for_one_whole() {
+    let wire = Wire::new(8 << 20);
+    wire.nth(|_, _, content| Some(slowly(Answer::bytes(content.to_vec()))));
+    wire.comes();
+    assert!(wire.ranges().len() <= 2, "{:?}", wire.ranges());
+}
+
+#[test]
+fn parts_that_are_refused_or_others_than_asked_for_are_done_without() {
+    type Refuse = fn(&Request, &[u8]) -> Answer;
+    let ways: [Refuse; 4] = [
+        |_, _| Answer::status(400),
+        |_, _| Answer::status(403),
+        |_, _| Answer::status(416),
+        |request, content| {
+            let mut wrong = part(request, content);
+            wrong.headers.clear();
+            wrong.with_header("content-range", &format!("bytes 0-5/{}", content.len()))
+        },
+    ];
+    for way in ways {
+        let wire = Wire::new(8 << 20);
+        wire.nth(move |_, request, content| {
+            let asks_for_part = range(request).is_some();
+            Some(if asks_for_part { way(request, content) } else { slowly(part(request, content)) })
+        });
+        wire.comes();
+    }
+}
+
+#[test]
+fn a_connection_that_is_cut_anywhere_goes_on_where_it_broke() {
+    let wire = Wire::new(300_000);
+    wire.nth(|number, request, content| {
+        let lengths = [0, 1, 65_536, 100_000, 3];
+        let whole = part(request, content);
+        Some(lengths.get(number).map_or(whole.clone(), |length| cut(whole, *length, false)))
+    });
+    wire.comes();
+    let starts: Vec<_> =
+        wire.ranges().iter().map(|range| range.map_or(0, |(start, _)| start)).collect();
+    assert_eq!(starts, [0, 0, 1, 65_537, 165_537, 165_540]);
+}
+
+#[test]
+fn a_connection_that_stalls_is_given_up_and_another_goes_on() {
+    let wire = Wire::new(300_000);
+    wire.nth(|number, request, content| {
+        let whole = part(request, content);
+        Some(if number == 0 { cut(whole, 100_000, true) } else { whole })
+    });
+    wire.comes();
+    assert_eq!(wire.ranges(), [None, Some((100_000, None))]);
+}
+
+#[test]
+fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
+    let wire = Wire::new(8 << 20);
+    wire.nth(|_, request, content| {
+        let AnswerBody::Whole(bytes) = part(request, content).body else { return None };
+        let (piece, pause) = (100, Duration::from_millis(50));
+        Some(Answer::body(AnswerBody::Slow { announced: bytes.len() as u64, bytes, piece, pause }))
+    });
+    let volume = wire.volume();
+    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
+}
+
+#[test]
+fn a_source_that_changed_under_a_download_is_found_out_and_fetched_again_once() {
+    let wire = Wire::new(300_000);
+    wire.nth(|number, request, content| {
+        let other = noise(content.len(), 78);
+        Some(if number == 0 {
+            cut(part(request, &other), 100_000, false)
+        } else {
+            part(request, content)
+        })
+    });
+    wire.comes();
+    assert_eq!(wire.ranges(), [None, Some((100_000, None)), None]);
+}
+
+#[test]
+fn a_presigned_address_that_expires_in_the_middle_is_asked_for_again() {
+    let wire = Wire::new(300_000);
+    let storage = FakeRegistry::new();
+    let (content, served) = (wire.content.clone(), AtomicUsize::new(0));
+    storage.script(move |request| {
+        let signature: usize = request.query.strip_prefix("signature=")?.parse().ok()?;
+        // Each address is good for one request, which breaks off; the third one's is good.
+        Some(match served.fetch_add(1, Ordering::Relaxed) {
+            0 | 2 => cut(part(request, &content), 100_000, false),
+            1 | 3 => Answer::status(403),
+            _ if signature >= 4 => part(request, &content),
+            _ => Answer::status(403),
+        })
+    });
+    let host = storage.host();
+    wire.nth(move |number, _, _| {
+        let address = format!("http://{host}/bucket/blob?signature={number}");
+        Some(Answer::status(307).with_header("location", &address))
+    });
+    wire.comes();
+    assert_eq!(storage.requests().len(), 5);
+    assert_eq!(range(&storage.requests()[4]), Some((200_000, None)));
+}
+
+#[test]
+fn a_registry_that_asks_for_patience_gets_it() {
+    for status in [429, 503] {
+        let wire = Wire::new(1000);
+        wire.nth(move |number, request, content| {
+            Some(match number {
+                0 => Answer::status(status).with_header("retry-after", "1"),
+                1 => Answer::status(status),
+                _ => part(request, content),
+            })
+        });
+        let started = Instant::now();
+        wire.comes();
+        assert!(started.elapsed() > Duration::from_secs(1), "{status}");
+        assert_eq!(wire.ranges().len(), 3);
+    }
+}
+
+#[test]
+fn a_registry_that_wants_to_be_left_alone_for_long_is_unavailable_and_left_alone() {
+    let wire = Wire::new(1000);
+    wire.nth(|_, _, _| Some(Answer::status(429).with_header("retry-after", "3000")));
+    for _ in 0..3 {
+        wire.node.kubelet.publish_badly(&wire.volume(), Code::Unavailable);
+    }
+    assert_eq!(wire.ranges().len(), 1);
+}
+
+#[test]
+fn a_registry_that_asks_for_a_password_in_the_middle_gets_it() {
+    let wire = Wire::new(300_000);
+    wire.nth(|number, request, content| {
+        let whole = part(request, content);
+        Some(match number {
+            0 => cut(whole, 100_000, false),
+            _ if request.header("authorization").is_none() => Answer::error(401, "UNAUTHORIZED")
+                .with_header("www-authenticate", "Basic realm=\"test\""),
+            _ => whole,
+        })
+    });
+    let volume = wire.volume().secret("username", "user").secret("password", "password");
+    wire.comes_to(&volume);
+    assert_eq!(wire.ranges().last(), Some(&Some((100_000, None))));
+}
+
+#[test]
+fn what_a_registry_refused_is_not_asked_again_at_once() {
+    let wire = Wire::new(1000);
+    for (tag, status, code) in [
+        ("a", 404, Code::NotFound),
+        ("b", 401, Code::Unauthenticated),
+        ("c", 403, Code::PermissionDenied),
+    ] {
+        wire.fake.script(move |request| {
+            request.path.contains("/manifests/").then(|| Answer::error(status, "DENIED"))
+        });
+        let before = wire.fake.requests().len();
+        for _ in 0..20 {
+            let volume = wire.node.kubelet.new_volume(&wire.fake.reference(tag));
+            let _ = wire.node.kubelet.publish_badly(&volume, code);
+        }
+        let asked = wire.fake.requests().len() - before;
+        assert!(asked < 20, "{status}: {asked} requests for twenty pods");
+    }
+}
+
+#[test]
+fn a_layer_that_was_refused_is_not_fetched_again_to_be_refused_again() {
+    let wire = Wire::new(1);
+    let archive = Tar::new().file("ok", 0o644, "ok").special("device", b'3', "").finish();
+    let blob = digest(&archive);
+    Image::new()
+        .packed_layer(OCI_TAR, archive.clone(), &archive)
+        .push(&wire.fake, "hostile", "bad");
+    for _ in 0..3 {
+        let volume = wire.node.kubelet.new_volume(&wire.fake.reference("bad"));
+        wire.node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+    }
+    let requests = wire.fake.requests();
+    assert_eq!(requests.iter().filter(|request| request.path.ends_with(&blob)).count(), 1);
+}
+
+#[test]
+fn a_rate_that_was_set_is_kept() {
+    let limited = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
+        pull: {bytesPerSecond: 2000000}\n";
+    let wire = Wire::with(limited, 4_000_000);
+    let started = Instant::now();
+    wire.comes();
+    assert!(started.elapsed() > Duration::from_millis(1800), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_redirect_to_an_address_of_a_private_network_is_not_followed() {
+    let wire = Wire::new(1000);
+    wire.nth(|_, _, _| {
+        Some(Answer::status(307).with_header("location", "http://169.254.169.254/latest/meta-data"))
+    });
+    let message = wire.node.kubelet.publish_badly(&wire.volume(), Code::Internal);
+    assert!(!message.contains("169.254"), "{message}");
+}
+
+#[test]
+fn a_download_in_parts_goes_on_after_the_driver_was_killed() {
+    let mut wire = Wire::new(16 << 20);
+    let slow = Arc::new(AtomicUsize::new(1));
+    let is_slow = Arc::clone(&slow);
+    wire.nth(move |_, request, content| {
+        let whole = part(request, content);
+        Some(if is_slow.load(Ordering::Relaxed) == 1 { slowly(whole) } else { whole })
+    });
+    let volume = wire.volume();
+    wire.node.kubelet.prepare(&volume);
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| wire.node.kubelet.publish_request(volume.request.clone()));
+        crate::support::wait_until("several parts are on their way", || wire.ranges().len() > 4);
+        wire.node.driver.terminate_hard();
+        assert!(call.join().expect("the call").is_err());
+    });
+    slow.store(0, Ordering::Relaxed);
+    let before = wire.ranges().len();
+    let options = wire.node.driver.options.clone();
+    wire.node.driver = options.start();
+    wire.comes_to(&volume);
+    let after = &wire.ranges()[before..];
+    assert!(after.iter().all(Option::is_some), "what was here is not fetched again: {after:?}");
+}
