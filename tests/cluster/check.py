@@ -60,6 +60,16 @@ def lint():
             yield f"{row}: {message}"
 
 
+def notes():
+    """NOTES say what to try after an install, and what an upgrade means after one."""
+    for upgrade in (False, True):
+        text = chart.texts({}, upgrade=upgrade)["NOTES.txt"]
+        if ("helm rollback" in text) != upgrade or "kubectl apply -f -" not in text:
+            yield f"the notes of an {'upgrade' if upgrade else 'install'} are:\n{text}"
+        pod = text.partition("<<'END'\n")[2].partition("  END\n")[0]
+        yield from invalid("NOTES", chart.documents(pod), VERSIONS[-1])
+
+
 def refused():
     """Wrong values are refused, and the message says which."""
     for case in yaml.safe_load((chart.ROOT / "tests/cluster/refused.yaml").read_text()):
@@ -158,6 +168,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         lint,
+        notes,
         refused,
         commented,
         versions,

@@ -32,6 +32,11 @@ fn helm_lint_finds_nothing() {
 }
 
 #[test]
+fn the_notes_say_what_to_try_next() {
+    check("notes");
+}
+
+#[test]
 fn wrong_values_are_refused_with_a_reason() {
     check("refused");
 }

@@ -10,10 +10,10 @@ use tonic::Code;
 
 use super::{
     container::{Image, Machine, NODE_NAME},
-    deployed::{Deployed, ask},
+    deployed::{Deployed, ask, request},
     rendered,
 };
-use crate::support::{Layer, Manifest, own_registry, wait_until};
+use crate::support::{Layer, Manifest, clean_environment, own_registry, run, tool, wait_until};
 
 /// Registration, probes, a volume that outlives the driver, and its end.
 #[track_caller]
@@ -46,6 +46,18 @@ fn serves(objects: &[Value]) {
             "{}",
             ask(readiness, &deployed.container)
         );
+    }
+
+    // As `kubectl exec` runs it in the container.
+    let inside =
+        format!("unix:///proc/{}/root/run/csi-driver-oci/admin.sock", deployed.process.id());
+    let mut status = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
+    clean_environment(&mut status);
+    let said = run(status.args(["status", "--output", "json", "--admin-endpoint", &inside]));
+    assert!(said.contains(NODE_NAME), "{said}");
+    if let Some(port) = deployed.metrics_port() {
+        let served = request("GET", "127.0.0.1", port, "/metrics");
+        assert!(served.contains("csi_oci_build_info"), "{served}");
     }
 
     let registry = own_registry();

@@ -112,6 +112,16 @@ impl Deployed {
         self.machine.path(&folder)
     }
 
+    /// Where its metrics are scraped, if they are.
+    pub fn metrics_port(&self) -> Option<i32> {
+        let endpoint = flag(&self.container, "metrics-endpoint");
+        endpoint
+            .rsplit(':')
+            .next()
+            .filter(|port| !port.is_empty())
+            .map(|port| port.parse().expect("a port"))
+    }
+
     pub fn kubelet(&self) -> Kubelet {
         Kubelet::new(&self.machine.path(&self.kubelet_dir), &self.socket())
     }
