@@ -15,7 +15,7 @@ use super::{
     deployed::Deployed,
     only, rendered,
 };
-use crate::support::{ending_with_this_thread, run, tool, wait_until};
+use crate::support::{Authority, ending_with_this_thread, wait_until};
 
 const TOKEN: &str = "the-token-of-the-service-account";
 
@@ -30,19 +30,20 @@ impl ApiServer {
     #[track_caller]
     fn start(objects: Value) -> Self {
         let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
-        let server = Self::certificates(folder.path());
+        let authority = Authority::new(&folder.path().join("authority"));
+        let (certificate, key) = authority.issue("server", &["127.0.0.1"]);
         let account = folder.path().join("account");
+        fs::create_dir(&account).expect("a folder");
+        fs::copy(authority.certificate(), account.join("ca.crt")).expect("the authority");
         fs::write(account.join("token"), format!("{TOKEN}\n")).expect("the token");
-        fs::write(
-            server.join("state.json"),
-            json!({"token": TOKEN, "objects": objects}).to_string(),
-        )
-        .expect("the objects");
+        let state = folder.path().join("state.json");
+        fs::write(&state, json!({"token": TOKEN, "objects": objects}).to_string())
+            .expect("the objects");
         let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster/api_server.py");
         let mut process = ending_with_this_thread(tools.join("python/bin/python"))
             .arg(script)
-            .args(["server.crt", "server.key", "state.json"].map(|name| server.join(name)))
+            .args([certificate, key, state])
             .stdout(Stdio::piped())
             .spawn()
             .expect("an API server");
@@ -51,19 +52,6 @@ impl ApiServer {
         BufReader::new(output).read_line(&mut line).expect("its port");
         let port = line.trim().parse().expect("a port");
         Self { folder, port, process }
-    }
-
-    /// An authority for the pods, and a certificate for the server.
-    fn certificates(folder: &Path) -> PathBuf {
-        let script = "mkdir account server
-            new='openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'
-            $new -x509 -days 2 -subj /CN=authority -keyout ca.key -out account/ca.crt
-            $new -subj /CN=server -keyout server/server.key -out server.csr
-            echo 'subjectAltName = IP:127.0.0.1' > extensions
-            openssl x509 -req -days 2 -in server.csr -CA account/ca.crt -CAkey ca.key -CAcreateserial \
-                -extfile extensions -out server/server.crt";
-        run(tool("sh").args(["-euc", script]).current_dir(folder));
-        folder.join("server")
     }
 
     /// What a machine needs so that its pods reach it.
@@ -85,7 +73,7 @@ impl ApiServer {
     }
 
     fn state(&self) -> PathBuf {
-        self.folder.path().join("server/state.json")
+        self.folder.path().join("state.json")
     }
 }
 

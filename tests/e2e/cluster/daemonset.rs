@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use csi_driver_oci::proto::{csi::v1::NodeGetInfoRequest, pluginregistration::InfoRequest};
 use k8s_openapi::api::batch::v1::Job;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tonic::Code;
 
 use super::{
@@ -13,7 +13,10 @@ use super::{
     deployed::{Deployed, ask, request},
     rendered,
 };
-use crate::support::{Layer, Manifest, clean_environment, own_registry, run, tool, wait_until};
+use crate::support::{
+    Authority, Layer, Manifest, Registry, RegistryKind, clean_environment, own_registry, registry,
+    run, small_artifact, tool, wait_until,
+};
 
 /// Registration, probes, a volume that outlives the driver, and its end.
 #[track_caller]
@@ -97,7 +100,6 @@ rows! { "chart":
     everything_switched_on_serves "everything",
     the_pod_network_serves "pod-network",
     a_pod_with_sidecars_serves "sidecars",
-    more_certificate_authorities_serve "tls",
     what_others_make_serves "given",
     registries_of_every_kind_serve "registries",
     a_docker_configuration_of_the_node_serves "node-docker-config",
@@ -123,11 +125,47 @@ fn every_row_is_started_by_a_test() {
             "pod-network",
             "registries",
             "sidecars",
-            "tainted-nodes",
-            "tls"
+            "tainted-nodes"
         ],
         "a row without its test"
     );
+}
+
+#[test]
+fn a_private_registry_is_reached_with_what_the_chart_mounts() {
+    // In the registry that all tests share, which this test's network no longer reaches.
+    let artifact = small_artifact();
+    let machine = Machine::new();
+    let authority = Authority::new(&machine.path("/root/authority"));
+    let (certificate, key) = authority.issue("registry", &["127.0.0.1"]);
+    let registry = Registry::start(&RegistryKind {
+        credentials: Some(("robot", "password")),
+        tls: Some((&certificate, &key, None)),
+        content_of: Some(registry()),
+        ..RegistryKind::default()
+    });
+    // The node's containerd reaches it by TLS; so does the driver, with the authority that the values have.
+    let hosts = machine.path("/etc/containerd/certs.d").join(registry.host());
+    fs::create_dir_all(&hosts).expect("the node's registries");
+    let server = format!("server = \"https://{}\"\n", registry.host());
+    fs::write(hosts.join("hosts.toml"), server).expect("the node's registry");
+    let mut objects = rendered("chart")["registries"].clone();
+    let authorities = objects.iter_mut().find(|object| object["data"]["ca.crt"].is_string());
+    let pem = fs::read_to_string(authority.certificate()).expect("the authority");
+    authorities.expect("authorities")["data"]["ca.crt"] = pem.into();
+    machine.mount_disk("/var/lib/csi-driver-oci");
+    let deployed = Deployed::start_on(machine, &objects);
+
+    let volume = deployed.kubelet().new_volume(&format!("{}/{}", registry.host(), artifact.name));
+    let refused = deployed.try_publish(&volume).expect_err("the secret has no credentials yet");
+    assert_eq!(refused.code(), Code::Unauthenticated, "{}", refused.message());
+    // A secret that changes is followed.
+    let auths = json!({"auths": {registry.host(): {"username": "robot", "password": "password"}}});
+    let secret = deployed.machine.volume("docker-config-secret").join("config.json");
+    fs::write(secret, auths.to_string()).expect("the secret");
+    deployed.publish(&volume);
+    let shown = fs::read_to_string(volume.target().join("file.txt")).expect("the file");
+    assert_eq!(shown, artifact.content);
 }
 
 #[test]
