@@ -4,6 +4,7 @@
     check.py all       all of them
 """
 
+import json
 import re
 import sys
 import tomllib
@@ -99,6 +100,32 @@ def commented():
             yield f"values.yaml, line {number + 1}: {key} is not explained"
 
 
+def documented():
+    """The schema of `config` has the keys that docs/configuration.md has, section by section."""
+    text = (chart.ROOT / "docs/configuration.md").read_text()
+    blocks = [each.partition("```")[0] for each in text.split("```yaml\n")[1:]]
+    (sample,) = [yaml.safe_load(each) for each in blocks if "kind: NodeConfiguration" in each]
+    schema = json.loads((chart.CHART / "values.schema.json").read_text())
+    sections = schema["definitions"]["configuration"]["properties"]
+    for section, keys in sample.items():
+        if section in ("apiVersion", "kind"):
+            continue
+        if section not in sections:
+            yield f"values.schema.json lacks config.{section}, which docs/configuration.md has"
+            continue
+        known = set(sections[section]["properties"])
+        for key in sorted(known ^ set(keys)):
+            where = "values.schema.json" if key in known else "docs/configuration.md"
+            yield f"config.{section}.{key} is in {where} only"
+    # What the sample leaves empty is as good as absent.
+    given = {
+        section: {key: value for key, value in keys.items() if value not in (None, "", [])}
+        for section, keys in sample.items()
+        if isinstance(keys, dict)
+    }
+    chart.objects({"config": given})
+
+
 def versions():
     """The image that the manifests name is the version that Cargo builds."""
     built = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["package"]["version"]
@@ -171,6 +198,7 @@ CHECKS = {
         notes,
         refused,
         commented,
+        documented,
         versions,
         schemas,
         deploy,

@@ -47,6 +47,11 @@ fn every_value_is_explained() {
 }
 
 #[test]
+fn the_chart_takes_every_documented_key_of_the_configuration() {
+    check("documented");
+}
+
+#[test]
 fn the_manifests_name_the_version_that_is_built() {
     check("versions");
 }
