@@ -17,9 +17,10 @@ COPY proto proto
 COPY src src
 # The manifest names them; they are not built.
 COPY benches benches
-# Paths of the machine that builds end up in panics and debug information: the same ones everywhere.
-RUN RUSTFLAGS="--remap-path-prefix=/build=. --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=cargo" \
-    CARGO_INCREMENTAL=0 cargo build --release --locked --bin csi-driver-oci
+# Paths of this machine end up in panics and debug information: the same ones everywhere.
+ENV RUSTFLAGS="--remap-path-prefix=/build=. --remap-path-prefix=/usr/local/cargo=cargo" \
+    CARGO_INCREMENTAL=0
+RUN cargo build --release --locked --bin csi-driver-oci
 # What goes into the image, at its place: the libraries by the names that the loader asks for.
 RUN mkdir -p /image/usr/local/bin /image/etc/ssl/certs /image/run /image/tmp \
     && objcopy --strip-debug target/release/csi-driver-oci /image/usr/local/bin/csi-driver-oci \
