@@ -13,7 +13,8 @@ VERSION = "v9-of-a-test"
 
 def volumes():
     """Every volume of the driver in every manifest is asked for read-only: nodes with SELinux need it."""
-    groups = render.plain() | render.kustomizations() | render.composed()
+    rows = {row: chart.objects(values) for row, values in chart.matrix().items()}
+    groups = rows | render.plain() | render.kustomizations() | render.composed()
     seen = 0
     for where, documents in groups.items():
         for document in documents:

@@ -40,6 +40,13 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if ne (empty $registries.credentialProviderConfig) (empty $registries.credentialProviderBinDir) }}
 {{- fail "config.registries.credentialProviderConfig and credentialProviderBinDir go together: set both" }}
 {{- end }}
+{{- $names := list }}
+{{- range .Values.warm.artifacts }}
+{{- if has .name $names }}
+{{- fail (printf "warm.artifacts has the name %s twice" .name) }}
+{{- end }}
+{{- $names = append $names .name }}
+{{- end }}
 {{- if and .Values.admissionPolicy.enabled (semverCompare "<1.28.0-0" .Capabilities.KubeVersion.Version) }}
 {{- fail (printf "admissionPolicy needs Kubernetes 1.28, and this is %s" .Capabilities.KubeVersion.Version) }}
 {{- end }}

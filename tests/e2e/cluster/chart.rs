@@ -89,7 +89,7 @@ fn flux_checks_warms_and_rolls_one_version() {
 #[test]
 fn the_driver_knows_the_attributes_of_every_volume() {
     let mut seen = 0;
-    for group in ["plain", "composed"] {
+    for group in ["chart", "plain", "composed"] {
         for (name, objects) in rendered(group) {
             // What Flux substitutes and Crossplane patches is not there yet.
             if !name.contains("flux") && !name.contains("crossplane__composition") {

@@ -19,10 +19,7 @@ use k8s_openapi::{
 use serde_json::Value;
 use tonic::Status;
 
-use super::{
-    container::{Image, Machine},
-    only,
-};
+use super::container::{Image, Machine};
 use crate::support::{Kubelet, Volume, accepts, wait_until};
 
 /// What the chart mounts of a node: certificates, credentials and plugins for them.
@@ -161,8 +158,13 @@ impl Drop for Deployed {
 
 /// The pod of the rendered `DaemonSet`, and the driver's container in it.
 fn driver_of(objects: &[Value]) -> (PodSpec, Container) {
-    let daemonset = only(objects, "DaemonSet").clone();
-    let daemonset: DaemonSet = serde_json::from_value(daemonset).expect("a DaemonSet");
+    let name = "/spec/template/spec/containers/0/name";
+    let is_the_drivers = |object: &&Value| {
+        object["kind"] == "DaemonSet"
+            && object.pointer(name).is_some_and(|name| name == "csi-driver-oci")
+    };
+    let daemonset = objects.iter().find(is_the_drivers).expect("the driver's DaemonSet");
+    let daemonset: DaemonSet = serde_json::from_value(daemonset.clone()).expect("a DaemonSet");
     let pod = daemonset.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers[0].clone();
     (pod, container)
