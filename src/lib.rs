@@ -5,6 +5,7 @@
 //! ```text
 //! main -> cli -> app -> config
 //! csi     the gRPC edge: sockets, requests, statuses, self-registration
+//! policy  what the administrator lets be mounted, and under which demands
 //! volume  the use cases: publish, unpublish, stats, reconcile
 //! pull    resolve, proofs, flights, transfer
 //! oci     references, digests, manifests, platforms, credentials, the registry
@@ -28,6 +29,7 @@ pub mod kubernetes;
 pub mod mount;
 pub mod node_addresses;
 pub mod oci;
+pub mod policy;
 pub mod proto;
 pub mod pull;
 pub mod reread;

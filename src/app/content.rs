@@ -10,9 +10,11 @@ use tokio_util::task::TaskTracker;
 
 use super::NodeOptions;
 use crate::admin::metrics::Metrics;
+use crate::config::policy::policy_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
+use crate::policy::PolicySource;
 use crate::pull::wire::Observer;
 use crate::pull::{Puller, Sources};
 use crate::store::lock::Lock;
@@ -88,7 +90,12 @@ impl Opening {
         let store = opened.await.map_err(|error| error.to_string())?;
         let store = store.map_err(|error| error.to_string())?;
         let observer = Arc::clone(&self.metrics) as Arc<dyn Observer>;
-        content_of(store, configuration, observer, &self.tracker, &self.shutdown)
+        let mut content =
+            content_of(store, configuration, observer, &self.tracker, &self.shutdown)?;
+        let metrics = Arc::clone(&self.metrics);
+        let tell = move |failed| metrics.configuration_error(failed);
+        content.policy = policy_source(self.options.config.clone(), tell);
+        Ok(content)
     }
 }
 
@@ -146,5 +153,6 @@ pub fn content_of(
         tracker,
         shutdown,
     );
-    Ok(Content { store, puller, upkeep: Arc::default() })
+    let policy = PolicySource::permissive();
+    Ok(Content { policy, store, puller, upkeep: Arc::default() })
 }

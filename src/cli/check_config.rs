@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::{Failure, print};
 use crate::config::NodeConfiguration;
+use crate::reread::Seen;
 
 /// Arguments of `check-config`.
 #[derive(Debug, Args)]
@@ -16,7 +17,9 @@ pub(super) struct CheckConfigArguments {
 }
 
 pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), Failure> {
-    NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
+    let read = NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
+    // Keys are files of their own.
+    read.policy.policy(&mut Seen::new())?;
     print(&format!("{} can be used", arguments.file.display()));
     Ok(())
 }

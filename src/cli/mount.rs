@@ -17,6 +17,7 @@ use crate::app::content_of;
 use crate::config::NodeConfiguration;
 use crate::mount::{AttachMethod, MountFlags};
 use crate::oci::credentials::Keyring;
+use crate::policy::Demands;
 use crate::pull::ProgressView;
 use crate::pull::wire::Unobserved;
 use crate::store::lock::Lock;
@@ -191,7 +192,7 @@ async fn fetch(
     attributes: &VolumeAttributes,
     keyring: &Keyring,
 ) -> Result<(), Failure> {
-    let want = attributes.want(keyring.clone(), None);
+    let want = attributes.want(Demands::default(), keyring.clone(), None);
     let view = ProgressView::default();
     let acquire = content.puller.acquire(&want, &view);
     tokio::pin!(acquire);

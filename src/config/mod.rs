@@ -4,6 +4,7 @@
 //! A section is a file; each says whether it is read again without a restart.
 
 mod cache;
+pub mod policy;
 mod pull;
 mod quantity;
 mod registries;
@@ -15,6 +16,7 @@ use serde::Deserialize;
 
 pub use crate::duration::GoDuration;
 pub use cache::CacheSection;
+pub use policy::PolicySection;
 pub use pull::PullSection;
 pub use quantity::Quantity;
 pub use registries::RegistriesSection;
@@ -43,6 +45,9 @@ pub struct NodeConfiguration {
     /// Mirrors, credentials, and which addresses are asked.
     #[serde(default)]
     pub registries: RegistriesSection,
+    /// What may be mounted, by whom, and under which demands.
+    #[serde(default)]
+    pub policy: PolicySection,
     /// Every bound on untrusted input.
     #[serde(default)]
     pub limits: Limits,
@@ -100,6 +105,7 @@ impl NodeConfiguration {
         configuration.cache.check()?;
         configuration.pull.check()?;
         configuration.registries.check()?;
+        configuration.policy.check()?;
         Ok(configuration)
     }
 }

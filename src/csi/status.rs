@@ -43,7 +43,7 @@ pub fn code(error: &VolumeError) -> Code {
         VolumeError::Invalid(_) => Code::InvalidArgument,
         VolumeError::Occupied { .. } => Code::AlreadyExists,
         VolumeError::NotPublished(_) => Code::NotFound,
-        VolumeError::Signature { .. } => Code::FailedPrecondition,
+        VolumeError::Policy { .. } => Code::FailedPrecondition,
         VolumeError::Pull { source, .. } => pull(source.root()),
         // The kubelet comes back, and an unpublish follows when the pod goes.
         VolumeError::StillPulling { .. } | VolumeError::Busy(_) => Code::Aborted,
@@ -63,7 +63,9 @@ fn pull(error: &PullError) -> Code {
             Class::Refused => Code::FailedPrecondition,
             Class::Corrupt | Class::Io => Code::Internal,
         },
-        PullError::ConfigTooLarge { .. } => Code::FailedPrecondition,
+        PullError::ConfigTooLarge { .. }
+        | PullError::Signature { .. }
+        | PullError::TooManyBytes { .. } => Code::FailedPrecondition,
         PullError::BlobSize { .. } | PullError::BlobDigest { .. } | PullError::Crashed => {
             Code::Internal
         }

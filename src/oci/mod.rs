@@ -10,6 +10,7 @@ pub mod media_type;
 pub mod platform;
 pub mod reference;
 pub mod registry;
+pub mod signature;
 
 pub use digest::Digest;
 pub use platform::Platform;

@@ -6,6 +6,7 @@ use crate::oci::Digest;
 use crate::oci::credentials::providers::ProviderError;
 use crate::oci::manifest::ManifestError;
 use crate::oci::registry::RegistryError;
+use crate::oci::signature::Flaw;
 use crate::store::StoreError;
 use crate::unpack::UnpackError;
 
@@ -25,6 +26,22 @@ pub enum PullError {
     /// The registry, by its own error.
     #[error(transparent)]
     Registry(RegistryError),
+    /// No signature that the policy demands.
+    #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
+    Signature {
+        /// What comes closest; none means that there is no signature.
+        flaw: Option<Flaw>,
+        /// Names of the keys that would do.
+        keys: String,
+    },
+    /// More than the policy allows.
+    #[error("it has {bytes} bytes, the node's policy allows {limit} (maxArtifactBytes)")]
+    TooManyBytes {
+        /// Bytes of its blobs, or of its unpacked tree.
+        bytes: u64,
+        /// The bound.
+        limit: u64,
+    },
     /// A source of the node's own credentials, and nothing else opened it.
     #[error(transparent)]
     Provider(ProviderError),
@@ -117,6 +134,7 @@ impl PullError {
             Self::Store(_) => "disk",
             Self::Unwanted | Self::ShuttingDown => return ("cancelled", "unwanted"),
             Self::Provider(_) => "credential_provider",
+            Self::Signature { .. } | Self::TooManyBytes { .. } => "policy",
             Self::Shared(_) | Self::Crashed => "internal",
         };
         ("failure", reason)
@@ -130,6 +148,13 @@ impl PullError {
             Self::Provider(_) => true,
             _ => false,
         }
+    }
+}
+
+fn found(flaw: Option<Flaw>) -> String {
+    match flaw {
+        Some(flaw) => format!("it is not signed as the node's policy demands: {flaw}"),
+        None => "it is not signed, and the node's policy demands a signature".to_owned(),
     }
 }
 

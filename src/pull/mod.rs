@@ -7,6 +7,7 @@
 //! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
 //! flights    one piece of work at a time, however many wait
 //! sponsors   whose credentials pay for it
+//! signatures finding an artifact's signatures, and verifying them
 //! transfer   one blob to partial/, verified
 //! connections  the connections that bring it; spans: which brings which bytes; retry: after how long
 //! wire       what all downloads share; slots: who may download; throttle: how fast
@@ -29,6 +30,7 @@ pub mod progress;
 pub mod resolve;
 pub mod retry;
 mod room;
+mod signatures;
 pub mod slots;
 pub mod spans;
 pub mod sponsors;
@@ -188,7 +190,11 @@ impl Puller {
     /// this want alone.
     pub async fn acquire(&self, want: &Want, view: &ProgressView) -> Result<Tree, Arc<PullError>> {
         let resolved = self.resolve(want).await?;
-        self.tree(want, &resolved, view).await
+        self.check_size(want, &resolved).await?;
+        self.verify(want, &resolved).await?;
+        let tree = self.tree(want, &resolved, view).await?;
+        want.check_bytes(tree.record.bytes).map_err(Arc::new)?;
+        Ok(tree)
     }
 
     /// All pulls that are under way, and how far they are.

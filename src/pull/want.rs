@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::error::PullError;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::registry::RegistryError;
+use crate::oci::signature::SignatureDemand;
 use crate::oci::{Platform, Reference};
 use crate::unpack::{PermissionsRule, Selection};
 
@@ -58,6 +59,10 @@ pub struct Want {
     pub file_mode: Option<u32>,
     /// The volume's own credentials.
     pub keyring: Keyring,
+    /// Bytes of all blobs, and of the unpacked tree, that it may have.
+    pub maximum_bytes: Option<u64>,
+    /// Whose signature it must have.
+    pub signature: Option<SignatureDemand>,
     /// Whom it is for, and the tokens that the kubelet got for that.
     pub identity: Option<WorkloadIdentity>,
     /// How urgent it is.
@@ -65,6 +70,14 @@ pub struct Want {
 }
 
 impl Want {
+    /// Compares a size with the volume's own bound.
+    pub(super) fn check_bytes(&self, bytes: u64) -> Result<(), PullError> {
+        match self.maximum_bytes {
+            Some(limit) if bytes > limit => Err(PullError::TooManyBytes { bytes, limit }),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the failure can mean that the tag stands for something else now.
     pub(super) fn is_moved(&self, error: &PullError) -> bool {
         let gone = matches!(error.root(), PullError::Registry(RegistryError::NotFound { .. }));

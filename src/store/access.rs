@@ -93,7 +93,7 @@ impl Store {
         manifest: Digest,
         who: &Principal,
     ) -> Result<(), StoreError> {
-        self.put(&self.proof_path(repository, manifest, who))
+        self.put_access(&self.proof_path(repository, manifest, who))
     }
 
     /// Whether somebody of the account has been proven to read the manifest within `age`.
@@ -142,7 +142,7 @@ impl Store {
         repository: &Repository,
         manifest: Digest,
     ) -> Result<(), StoreError> {
-        self.put(&self.imported_path(repository, manifest))
+        self.put_access(&self.imported_path(repository, manifest))
     }
 
     /// Whether every blob of the tree has been had from the repository.
@@ -157,7 +157,7 @@ impl Store {
         repository: &Repository,
         tree: TreeKey,
     ) -> Result<(), StoreError> {
-        self.put(&self.tree_origin_path(repository, tree))
+        self.put_access(&self.tree_origin_path(repository, tree))
     }
 
     /// Whether the blob has been had from the repository.
@@ -174,16 +174,16 @@ impl Store {
 
     /// Remembers that a host has sent a blob, from whichever repository.
     pub fn put_host_origin(&self, host: &str, blob: Digest) -> Result<(), StoreError> {
-        self.put(&self.origin_path(host, blob))
+        self.put_access(&self.origin_path(host, blob))
     }
 
     /// Remembers where a blob was had from.
     pub fn put_blob_origin(&self, repository: &Repository, blob: Digest) -> Result<(), StoreError> {
         self.put_host_origin(repository.host(), blob)?;
-        self.put(&self.origin_path(&repository.to_string(), blob))
+        self.put_access(&self.origin_path(&repository.to_string(), blob))
     }
 
-    fn put(&self, path: &std::path::Path) -> Result<(), StoreError> {
+    pub(super) fn put_access(&self, path: &std::path::Path) -> Result<(), StoreError> {
         if path.exists() {
             return Ok(());
         }
@@ -222,7 +222,7 @@ impl Store {
         self.access_path(place, &format!("b-{}", blob.hex()))
     }
 
-    fn access_path(&self, place: &str, name: &str) -> PathBuf {
+    pub(super) fn access_path(&self, place: &str, name: &str) -> PathBuf {
         let folder = keys::hash(&[place]).hex();
         self.path("access").join(folder).join(format!("{name}.json"))
     }

@@ -68,6 +68,7 @@ pub mod room;
 pub mod staging;
 pub mod sweep;
 pub mod trees;
+pub mod verdicts;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};

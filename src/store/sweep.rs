@@ -71,7 +71,8 @@ impl Store {
             let place = access.join(place);
             for name in names(&place)? {
                 let key = |kind: &str| Some(name.strip_prefix(kind)?.get(..64)?.to_owned());
-                let manifest = key("m-").and_then(|text| Digest::from_hex(&text));
+                let of_manifest = ["m-", "a-", "i-", "v-"].into_iter().find_map(key);
+                let manifest = of_manifest.and_then(|text| Digest::from_hex(&text));
                 let tree = key("t-").and_then(|text| TreeKey::from_hex(&text));
                 let needed = match (manifest, tree) {
                     (Some(manifest), _) => manifests.contains(&manifest),

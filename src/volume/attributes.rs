@@ -11,6 +11,7 @@ use super::error::VolumeError;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::{Digest, Platform, Reference};
+use crate::policy::Demands;
 use crate::pull::{IfUnavailable, Priority, PullPolicy, Want};
 use crate::unpack::{PermissionsRule, Selection};
 
@@ -128,7 +129,12 @@ impl VolumeAttributes {
 
     /// What is to be pulled for it, and with which credentials.
     #[must_use]
-    pub fn want(&self, keyring: Keyring, identity: Option<WorkloadIdentity>) -> Want {
+    pub fn want(
+        &self,
+        demands: Demands,
+        keyring: Keyring,
+        identity: Option<WorkloadIdentity>,
+    ) -> Want {
         Want {
             reference: self.reference.clone(),
             platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
@@ -137,6 +143,8 @@ impl VolumeAttributes {
             selection: self.selection.clone(),
             permissions: self.permissions,
             file_mode: self.file_mode,
+            maximum_bytes: demands.maximum_bytes,
+            signature: demands.signature,
             keyring,
             identity,
             priority: Priority::Pod,

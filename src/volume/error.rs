@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::policy::Refusal;
 use crate::pull::PullError;
 use crate::pull::progress::Snapshot;
 use crate::store::StoreError;
@@ -25,13 +26,13 @@ pub enum VolumeError {
     /// Nothing of ours is there.
     #[error("no volume is published at {}", .0.display())]
     NotPublished(PathBuf),
-    /// `requireSignature`, and no key that could have signed.
-    #[error(
-        "{reference}: requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy), or remove the attribute"
-    )]
-    Signature {
+    /// The node's policy.
+    #[error("{reference}: {refusal}")]
+    Policy {
         /// The artifact.
         reference: String,
+        /// Why.
+        refusal: Refusal,
     },
     /// The artifact did not get onto the node.
     #[error("{reference}: {source}")]

@@ -32,6 +32,7 @@ pub use request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
 
 use crate::mount::AttachMethod;
+use crate::policy::PolicySource;
 use crate::pull::Puller;
 use crate::store::Store;
 
@@ -39,6 +40,8 @@ use crate::store::Store;
 /// at all (a bad configuration, a broken disk); unpublishing never asks for it.
 #[derive(Clone)]
 pub struct Content {
+    /// What may be mounted.
+    pub policy: PolicySource,
     /// The node's content.
     pub store: Store,
     /// Gets more of it.

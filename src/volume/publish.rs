@@ -22,7 +22,9 @@ use super::request::PublishRequest;
 use super::{Content, TargetPath, Volumes};
 use crate::fault;
 use crate::mount::{MountTable, Target, TargetState};
-use crate::oci::Digest;
+use crate::oci::signature::SignatureMode;
+use crate::oci::{Digest, Reference};
+use crate::policy::{Demands, Facts};
 use crate::pull::ProgressView;
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
@@ -197,19 +199,17 @@ impl Volumes {
         content: &Content,
         request: &Arc<PublishRequest>,
     ) -> Result<(Tree, PublishPath), VolumeError> {
-        if let Some(tree) = self.decided_before(content, request).await {
-            return Ok((tree, PublishPath::Hit));
-        }
         let attributes = &request.attributes;
         let reference = attributes.reference.to_string();
+        let demands = decide(content, request).await?;
+        if let Some(tree) = self.decided_before(content, request, &demands).await {
+            return Ok((tree, PublishPath::Hit));
+        }
         let keyring = match &request.keyring {
             Ok(keyring) => keyring.clone(),
             Err(error) => return Err(VolumeError::Invalid(error.to_string())),
         };
-        if attributes.require_signature {
-            return Err(VolumeError::Signature { reference });
-        }
-        let want = attributes.want(keyring, request.identity.clone());
+        let want = attributes.want(demands, keyring, request.identity.clone());
         let view = ProgressView::default();
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, &view)).await
         {
@@ -229,8 +229,10 @@ impl Volumes {
         &self,
         content: &Content,
         request: &Arc<PublishRequest>,
+        demands: &Demands,
     ) -> Option<Tree> {
         let (store, request) = (content.store.clone(), Arc::clone(request));
+        let demands = demands.clone();
         let find = move || {
             let record = store.publication(&request.target.full())?;
             let same = !record.rebuilt
@@ -240,7 +242,10 @@ impl Volumes {
                 return None;
             }
             // A generation that was found damaged since is not shown again.
-            store.tree(record.tree).ok()?.filter(|tree| tree.generation >= record.generation)
+            let tree = store.tree(record.tree).ok()??;
+            let whole = tree.generation >= record.generation;
+            let reference = &request.attributes.reference;
+            (whole && still_fulfils(&store, &tree, reference, &demands)).then_some(tree)
         };
         tokio::task::spawn_blocking(find).await.ok()?
     }
@@ -341,6 +346,34 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
         }
         written => Ok(written?),
     }
+}
+
+/// Whether the node's policy lets it be mounted, and what it demands.
+async fn decide(content: &Content, request: &Arc<PublishRequest>) -> Result<Demands, VolumeError> {
+    let (source, request) = (content.policy.clone(), Arc::clone(request));
+    let decide = move || {
+        let policy = source.current().map_err(VolumeError::NotReady)?;
+        let facts = Facts {
+            reference: &request.attributes.reference,
+            namespace: request.pod.namespace.as_deref(),
+            require_signature: request.attributes.require_signature,
+        };
+        let reference = || request.attributes.reference.to_string();
+        policy
+            .decide(facts)
+            .map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
+    };
+    tokio::task::spawn_blocking(decide).await.unwrap_or(Err(VolumeError::Crashed))
+}
+
+/// Whether what was decided before still fulfils what is demanded now.
+fn still_fulfils(store: &Store, tree: &Tree, reference: &Reference, demands: &Demands) -> bool {
+    let fits = demands.maximum_bytes.is_none_or(|limit| tree.record.bytes <= limit);
+    let signed = demands.signature.as_ref().is_none_or(|demand| {
+        demand.mode == SignatureMode::Warn
+            || store.is_verified(reference.repository(), tree.record.manifest, demand.id())
+    });
+    fits && signed
 }
 
 fn open(request: &PublishRequest) -> Result<Target, VolumeError> {

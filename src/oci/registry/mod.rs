@@ -362,6 +362,36 @@ impl Registry {
         }
     }
 
+    /// The index of what refers to a digest; none where the registry does not know the
+    /// question, so that its fallback tag has to be asked for.
+    pub async fn referrers(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+    ) -> Result<Option<Bytes>, RegistryError> {
+        let question = &Question::referrers(repository, subject, credential);
+        let mut turns = self.turns(question, Needs::Pull).await?;
+        loop {
+            let endpoint = turns.current();
+            let tried = async {
+                let answer = self.ask(question, endpoint).await?;
+                match answer.refusal_or_success(question, endpoint) {
+                    None => {}
+                    Some(RegistryError::NotFound { .. } | RegistryError::Protocol { .. }) => {
+                        return Ok(None);
+                    }
+                    Some(refusal) => return Err(refusal),
+                }
+                let what = &question.what;
+                answer.body(what, self.options.manifest_bytes_limit).await.map(Some)
+            };
+            if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
+                return done;
+            }
+        }
+    }
+
     /// What came for this blob was not what its digest says: from now on only the registry
     /// itself is asked for it, and no mirror.
     pub fn distrust_mirrors(&self, blob: Digest) {

@@ -107,6 +107,23 @@ impl<'a> Question<'a> {
         })
     }
 
+    pub(super) fn referrers(
+        repository: &'a Repository,
+        subject: Digest,
+        credential: &'a Credential,
+    ) -> Self {
+        let accepted = HeaderValue::from_static(media_type::OCI_INDEX);
+        Self {
+            repository,
+            credential,
+            method: Method::GET,
+            what: error::describe(&format!("what refers to {subject}"), repository),
+            blob: None,
+            object: format!("referrers/{subject}"),
+            headers: HeaderMap::from_iter([(ACCEPT, accepted)]),
+        }
+    }
+
     pub(super) fn blob(
         repository: &'a Repository,
         digest: Digest,

@@ -5,6 +5,7 @@
 
 mod archive;
 mod authority;
+mod cosign;
 mod driver;
 mod fake_registry;
 mod kubelet;
@@ -23,14 +24,15 @@ use std::{
 
 pub use archive::{Tar, gzip, zstandard};
 pub use authority::Authority;
+pub use cosign::{Cosign, Format, KINDS as COSIGN_KEY_KINDS};
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
 pub use fake_registry::{Answer, AnswerBody, FakeRegistry, Request};
 pub use kubelet::{Kubelet, Pod, Volume};
 pub use nginx::Nginx;
-pub use node::{Node, SmallArtifact, small_artifact};
+pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
 pub use proxy::{Passed, Proxy};
 pub use push::{
-    Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
+    Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
     OCI_TAR_ZSTD, Oras, copy_layout, empty_config, node_architecture, push_index, put_json,
     umoci_unpack,
 };

@@ -34,7 +34,7 @@ impl Node {
     pub fn start_configured(prepare: impl FnOnce(&Sandbox), lines: &str) -> Self {
         Self::start_with(|sandbox, options| {
             prepare(sandbox);
-            let head = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+            let head = configuration_head();
             let lines = lines.replace("{sandbox}", &sandbox.path().display().to_string());
             let path = sandbox.path().join("config.yaml");
             fs::write(&path, format!("{head}{lines}")).expect("the configuration");
@@ -92,6 +92,12 @@ impl Node {
     pub fn store_holds(&self, needle: &[u8]) -> bool {
         holds(self.driver.state(), needle)
     }
+}
+
+/// What every configuration starts with: no floor, as a test's disk may be full for others' sake.
+pub fn configuration_head() -> &'static str {
+    "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
+     cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n"
 }
 
 fn hosts_folder(registry: &str) -> String {

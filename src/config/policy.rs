@@ -1,0 +1,218 @@
+//! The `policy` section. Read again when the file or a key's file changes.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::{NodeConfiguration, Quantity};
+use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
+use crate::policy::{Action, Demands, Pattern, Policy, PolicySource, Rule};
+use crate::reread::Seen;
+
+/// RSA of 8192 bits has 1.5 KiB.
+const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
+/// As large as a `ConfigMap` can be.
+const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
+
+/// The `policy` section.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PolicySection {
+    /// Public keys, for rules and for `requireSignature`.
+    pub keys: Vec<KeyEntry>,
+    /// What no rule matches.
+    pub default: Action,
+    /// In order; the first that matches counts.
+    pub rules: Vec<RuleEntry>,
+}
+
+/// A key: in a file, or as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeyEntry {
+    /// What rules and messages call it.
+    pub name: String,
+    /// A PEM file.
+    pub file: Option<PathBuf>,
+    /// The PEM itself.
+    pub data: Option<String>,
+}
+
+/// A rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct RuleEntry {
+    /// Globs of `host/path`; all without.
+    pub references: Vec<String>,
+    /// Globs of namespaces; all without.
+    pub namespaces: Vec<String>,
+    /// `Allow` or `Deny`.
+    pub action: Action,
+    /// Whether the reference must name a digest.
+    pub require_digest: bool,
+    /// Bytes of all blobs, and of the unpacked tree.
+    pub max_artifact_bytes: Option<Quantity>,
+    /// Whose signature it must have.
+    pub signatures: Option<SignatureEntry>,
+}
+
+/// Whose signature an artifact must have.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SignatureEntry {
+    /// `Enforce` or `Warn`.
+    #[serde(default)]
+    pub mode: SignatureMode,
+    /// `Any`, `Legacy` or `Bundle`.
+    #[serde(default)]
+    pub format: SignatureFormat,
+    /// Names of keys; any one suffices.
+    pub keys: Vec<String>,
+}
+
+impl PolicySection {
+    /// What can be checked without the keys' files.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let mut names = BTreeSet::new();
+        for KeyEntry { name, file, data } in &self.keys {
+            if name.is_empty() || !names.insert(name.as_str()) {
+                return Err(format!("policy.keys: the name \"{name}\" is empty or there twice"));
+            }
+            if file.is_some() == data.is_some() {
+                return Err(format!("policy.keys: the key \"{name}\" needs either file or data"));
+            }
+            if let Some(data) = data {
+                key(name, data.as_bytes())?;
+            }
+        }
+        for (number, rule) in self.rules.iter().enumerate() {
+            let place = |reason: String| format!("policy.rules: rule {}: {reason}", number + 1);
+            for text in rule.references.iter().chain(&rule.namespaces) {
+                Pattern::parse(text).map_err(place)?;
+            }
+            let Some(signatures) = &rule.signatures else { continue };
+            if signatures.keys.is_empty() {
+                return Err(place("signatures needs keys".to_owned()));
+            }
+            if let Some(name) = signatures.keys.iter().find(|name| !names.contains(name.as_str())) {
+                return Err(place(format!("there is no key \"{name}\" in policy.keys")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The policy, with its keys.
+    pub fn policy(&self, seen: &mut Seen) -> Result<Policy, String> {
+        let keys = self.keys.iter().map(|entry| {
+            let pem = match (&entry.file, &entry.data) {
+                (Some(path), _) => seen.read(path, MAXIMUM_KEY_BYTES).map_err(|error| {
+                    let path = path.display();
+                    format!(
+                        "policy.keys: the key \"{}\" cannot be read from {path}: {error}",
+                        entry.name
+                    )
+                })?,
+                (None, data) => data.clone().unwrap_or_default().into_bytes(),
+            };
+            key(&entry.name, &pem)
+        });
+        let keys: Arc<[NamedKey]> = keys.collect::<Result<_, _>>()?;
+        let patterns = |texts: &[String]| -> Result<Vec<Pattern>, String> {
+            texts.iter().map(|text| Pattern::parse(text)).collect()
+        };
+        let rules = self.rules.iter().map(|rule| {
+            let signature = rule.signatures.as_ref().map(|entry| SignatureDemand {
+                mode: entry.mode,
+                format: entry.format,
+                keys: keys.iter().filter(|key| entry.keys.contains(&key.name)).cloned().collect(),
+            });
+            Ok(Rule {
+                references: patterns(&rule.references)?,
+                namespaces: patterns(&rule.namespaces)?,
+                action: rule.action,
+                demands: Demands {
+                    digest: rule.require_digest,
+                    maximum_bytes: rule.max_artifact_bytes.map(|quantity| quantity.0),
+                    signature,
+                },
+            })
+        });
+        let rules = rules.collect::<Result<_, String>>()?;
+        Ok(Policy { rules, default: self.default, keys })
+    }
+}
+
+fn key(name: &str, pem: &[u8]) -> Result<NamedKey, String> {
+    let key = PublicKey::from_pem(pem)
+        .map_err(|error| format!("policy.keys: the key \"{name}\": {error}"))?;
+    Ok(NamedKey { name: name.to_owned(), key })
+}
+
+/// The policy of a node's configuration file; without one, everything is allowed.
+pub fn policy_source(
+    path: Option<PathBuf>,
+    tell: impl Fn(bool) + Send + Sync + 'static,
+) -> PolicySource {
+    let Some(path) = path else { return PolicySource::permissive() };
+    PolicySource::new(move |seen| read(&path, seen), tell)
+}
+
+fn read(path: &Path, seen: &mut Seen) -> Result<Policy, String> {
+    let wrong = |reason: &dyn std::fmt::Display| {
+        format!("the configuration file {} is wrong: {reason}", path.display())
+    };
+    let bytes = seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(&error))?;
+    let text = String::from_utf8(bytes).map_err(|_| wrong(&"it is no text"))?;
+    let configuration = NodeConfiguration::parse(&text).map_err(|reason| wrong(&reason))?;
+    configuration.policy.policy(seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+
+    fn parse(lines: &str) -> Result<Policy, String> {
+        NodeConfiguration::parse(&format!("{HEAD}policy:\n{lines}"))?
+            .policy
+            .policy(&mut Seen::new())
+    }
+
+    #[test]
+    fn a_whole_policy_is_read() {
+        let policy = parse(
+            "  default: Deny\n  keys:\n  - name: release\n    data: |\n      -----BEGIN PUBLIC KEY-----\n      \
+             MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=\n      -----END PUBLIC KEY-----\n  \
+             rules:\n  - references: [\"r.io/**\"]\n    namespaces: [team]\n    requireDigest: true\n    \
+             maxArtifactBytes: 10Gi\n    signatures: {mode: Warn, format: Bundle, keys: [release]}\n  \
+             - action: Deny\n",
+        )
+        .expect("valid");
+        let rule = &policy.rules[0];
+        assert_eq!(rule.demands.maximum_bytes, Some(10 << 30));
+        let signature = rule.demands.signature.as_ref().expect("a demand");
+        assert_eq!((signature.mode, signature.keys.len()), (SignatureMode::Warn, 1));
+        assert_eq!((policy.default, policy.rules[1].action), (Action::Deny, Action::Deny));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (lines, named) in [
+            ("  rules:\n  - refrences: [a]\n", "refrences"),
+            ("  rules:\n  - action: Maybe\n", "Maybe"),
+            ("  rules:\n  - references: [\"[\"]\n", "rule 1"),
+            ("  rules:\n  - signatures: {keys: [release]}\n", "release"),
+            ("  rules:\n  - signatures: {keys: []}\n", "keys"),
+            ("  keys: [{name: a}]\n", "file or data"),
+            ("  keys: [{name: a, data: x}]\n", "PEM"),
+            ("  keys: [{name: a, file: /missing.pub}]\n", "/missing.pub"),
+            ("  rules:\n  - maxArtifactBytes: many\n", "many"),
+        ] {
+            let error = parse(lines).expect_err(lines);
+            assert!(error.contains(named) && !error.contains('\n'), "{lines}: {error}");
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! With what cosign 3.1.1 wrote, and with what it would never write.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ring::rand::SystemRandom;
+use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _};
+use serde_json::json;
+
+use super::*;
+
+fn subject() -> Digest {
+    Digest::of(b"the artifact")
+}
+
+/// A key pair of the test's own, and its public half as it stands in a file.
+fn pair() -> (EcdsaKeyPair, PublicKey) {
+    let random = SystemRandom::new();
+    let algorithm = &ECDSA_P256_SHA256_ASN1_SIGNING;
+    let document = EcdsaKeyPair::generate_pkcs8(algorithm, &random).expect("a key");
+    let pair = EcdsaKeyPair::from_pkcs8(algorithm, document.as_ref(), &random).expect("a key");
+    let head = "3059301306072a8648ce3d020106082a8648ce3d030107034200";
+    let key = pem(&unhex(head), pair.public_key().as_ref());
+    (pair, PublicKey::from_pem(key.as_bytes()).expect("a public key"))
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).expect("hex"))
+        .collect()
+}
+
+fn pem(head: &[u8], key: &[u8]) -> String {
+    let text = STANDARD.encode([head, key].concat());
+    format!("-----BEGIN PUBLIC KEY-----\n{text}\n-----END PUBLIC KEY-----\n")
+}
+
+fn sign(pair: &EcdsaKeyPair, message: &[u8]) -> String {
+    STANDARD.encode(pair.sign(&SystemRandom::new(), message).expect("signed").as_ref())
+}
+
+fn payload(digest: Digest, kind: &str) -> Vec<u8> {
+    json!({"critical": {"identity": {"docker-reference": "r.io/app"},
+        "image": {"docker-manifest-digest": digest.to_string()}, "type": kind}, "optional": null})
+    .to_string()
+    .into_bytes()
+}
+
+fn simple(pair: &EcdsaKeyPair, payload: &[u8]) -> Found {
+    Found::Simple { payload: payload.to_vec(), signature: sign(pair, payload) }
+}
+
+fn bundle(pair: &EcdsaKeyPair, digest: Digest, predicate: &str) -> serde_json::Value {
+    let statement = json!({"_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"digest": {"sha256": digest.hex()}}], "predicateType": predicate, "predicate": {}})
+    .to_string();
+    let kind = "application/vnd.in-toto+json";
+    let message = format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len());
+    json!({"mediaType": bundle::MEDIA_TYPE,
+        "verificationMaterial": {"publicKey": {"hint": "x"}},
+        "dsseEnvelope": {"payload": STANDARD.encode(&statement), "payloadType": kind,
+            "signatures": [{"sig": sign(pair, message.as_bytes())}]}})
+}
+
+const SIGNED: &str = "https://sigstore.dev/cosign/sign/v1";
+const TYPE: &str = "cosign container image signature";
+
+fn demand(keys: &[PublicKey]) -> SignatureDemand {
+    let named = |(number, key): (usize, &PublicKey)| NamedKey {
+        name: format!("key-{number}"),
+        key: key.clone(),
+    };
+    SignatureDemand {
+        mode: SignatureMode::Enforce,
+        format: SignatureFormat::Any,
+        keys: keys.iter().enumerate().map(named).collect(),
+    }
+}
+
+#[test]
+fn both_formats_count_and_name_the_key() {
+    let ((pair, key), (_, other)) = (pair(), pair());
+    let demand = demand(&[other, key]);
+    let subjects = [Digest::of(b"an index"), subject()];
+    let simple = simple(&pair, &payload(subject(), TYPE));
+    let bundle = Found::Bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
+    assert_eq!(demand.judge(&[simple], &subjects), Ok("key-1"));
+    assert_eq!(demand.judge(&[bundle], &subjects), Ok("key-1"));
+}
+
+#[test]
+fn what_does_not_count_is_told_apart() {
+    let ((pair, key), (stranger, _)) = (pair(), pair());
+    let demand = demand(&[key]);
+    let judge = |found: Found| demand.judge(&[found], &[subject()]).expect_err("it does not count");
+    let other = Digest::of(b"another artifact");
+    assert_eq!(demand.judge(&[], &[subject()]), Err(None));
+    assert_eq!(judge(simple(&stranger, &payload(subject(), TYPE))), Some(Flaw::Key));
+    assert_eq!(judge(simple(&pair, &payload(other, TYPE))), Some(Flaw::Subject));
+    assert_eq!(judge(simple(&pair, &payload(subject(), "something else"))), Some(Flaw::Format));
+    assert_eq!(judge(simple(&pair, b"no JSON")), Some(Flaw::Format));
+    // The payload of one signature under another.
+    let Found::Simple { signature, .. } = simple(&pair, &payload(other, TYPE)) else { panic!() };
+    let swapped = Found::Simple { payload: payload(subject(), TYPE), signature };
+    assert_eq!(judge(swapped), Some(Flaw::Key));
+    let as_bundle = |value: serde_json::Value| Found::Bundle(value.to_string().into_bytes());
+    assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(Flaw::Key));
+    assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(Flaw::Subject));
+    // An attestation by the same key says something else.
+    let provenance = bundle(&pair, subject(), "https://slsa.dev/provenance/v1");
+    assert_eq!(judge(as_bundle(provenance)), Some(Flaw::Format));
+    let mut swapped = bundle(&pair, other, SIGNED);
+    swapped["dsseEnvelope"]["payload"] =
+        bundle(&pair, subject(), SIGNED)["dsseEnvelope"]["payload"].clone();
+    assert_eq!(judge(as_bundle(swapped)), Some(Flaw::Key));
+    for (pointer, value) in [
+        ("/mediaType", json!("application/vnd.dev.sigstore.bundle.v0.9+json")),
+        ("/dsseEnvelope", json!(null)),
+        ("/dsseEnvelope/signatures", json!([])),
+        ("/dsseEnvelope/payloadType", json!("text/plain")),
+        ("/dsseEnvelope/payload", json!("*")),
+    ] {
+        let mut broken = bundle(&pair, subject(), SIGNED);
+        *broken.pointer_mut(pointer).expect("a field") = value;
+        assert_eq!(judge(as_bundle(broken)), Some(Flaw::Format), "{pointer}");
+    }
+    // What comes closest is told.
+    let all = [simple(&pair, b"{}"), simple(&stranger, b"x"), simple(&pair, &payload(other, TYPE))];
+    assert_eq!(demand.judge(&all, &[subject()]), Err(Some(Flaw::Subject)));
+}
+
+#[test]
+fn ed25519_signs_the_message_itself() {
+    let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).expect("a key");
+    let pair = Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("a key");
+    let text = pem(&unhex("302a300506032b6570032100"), pair.public_key().as_ref());
+    let key = PublicKey::from_pem(text.as_bytes()).expect("a public key");
+    let signature = pair.sign(b"message");
+    assert!(key.verifies(b"message", signature.as_ref()));
+    assert!(!key.verifies(b"massage", signature.as_ref()));
+}
+
+#[test]
+fn a_demand_is_named_by_its_keys_and_formats_alone() {
+    let ((_, one), (_, two)) = (pair(), pair());
+    let base = demand(&[one.clone(), two.clone()]);
+    assert_eq!(base.id(), demand(&[two.clone(), one.clone(), one.clone()]).id());
+    assert_ne!(base.id(), demand(&[one]).id());
+    assert_eq!(base.id(), SignatureDemand { mode: SignatureMode::Warn, ..base.clone() }.id());
+    let legacy = SignatureDemand { format: SignatureFormat::Legacy, ..base.clone() };
+    assert_ne!(base.id(), legacy.id());
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_bytes_at_all_count(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+        let (_, key) = pair();
+        let demand = demand(&[key]);
+        let found = [
+            Found::Bundle(bytes.clone()),
+            Found::Simple { payload: bytes.clone(), signature: STANDARD.encode(&bytes) },
+        ];
+        proptest::prop_assert!(demand.judge(&found, &[subject()]).is_err());
+        let _ = PublicKey::from_pem(&bytes);
+    }
+}

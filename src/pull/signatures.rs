@@ -1,0 +1,231 @@
+//! Finding an artifact's signatures, and verifying them before anything is unpacked.
+//!
+//! ```text
+//! legacy   the tag sha256-<hex>.sig: a manifest whose layers are payloads
+//! bundle   the referrers of the digest, or the index under the tag sha256-<hex>
+//! ```
+//!
+//! Both are looked for at the manifest that is mounted and at the index that it
+//! was chosen from. What a registry sends here is as untrusted as everything else
+//! of it: bounded in number and size, hashed, and believed when a key has signed it.
+
+use std::sync::Arc;
+
+use super::error::PullError;
+use super::flights::Outcome;
+use super::resolve::{Resolved, blocking};
+use super::want::Want;
+use super::{Inner, Puller};
+use crate::oci::credentials::Credential;
+use crate::oci::manifest::{Descriptor, ImageManifest, Manifest};
+use crate::oci::registry::{ManifestName, RegistryError};
+use crate::oci::signature::{
+    Found, SignatureDemand, SignatureFormat, SignatureMode, bundle, simple,
+};
+use crate::oci::{Digest, Repository};
+
+/// Signatures that are looked at for one digest; more is a registry's attempt to keep the node busy.
+const MAXIMUM_SIGNATURES: usize = 64;
+/// A payload has 300 bytes, a bundle with a certificate and a log's entry about 10 KiB.
+const MAXIMUM_SIGNATURE_BYTES: u64 = 256 * 1024;
+
+impl Puller {
+    /// Compares what the manifest announces with the volume's own bound, before any of it is fetched.
+    pub(super) async fn check_size(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
+        if want.maximum_bytes.is_none() {
+            return Ok(());
+        }
+        let (inner, manifest) = (Arc::clone(&self.0), resolved.manifest);
+        let read = move || Ok(inner.store.blob(manifest)?);
+        // One that was damaged is fetched again later, and its tree measured.
+        let Some(bytes) = blocking(read).await.map_err(Arc::new)? else { return Ok(()) };
+        let parsed = Manifest::parse(&bytes, None, self.0.limits.manifest());
+        let parsed = parsed.map_err(|error| Arc::new(error.into()))?;
+        let Manifest::Image(image) = parsed else { return Ok(()) };
+        let sizes = image.layers.iter().map(|layer| layer.size);
+        want.check_bytes(sizes.fold(0, u64::saturating_add)).map_err(Arc::new)
+    }
+
+    /// Sees to it that a manifest has the signature that the volume demands.
+    pub(super) async fn verify(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
+        let Some(demand) = &want.signature else { return Ok(()) };
+        let (inner, repository) = (Arc::clone(&self.0), want.reference.repository().clone());
+        let (manifest, id) = (resolved.manifest, demand.id());
+        let known = move || Ok(inner.store.is_verified(&repository, manifest, id));
+        if blocking(known).await.map_err(Arc::new)? {
+            return Ok(());
+        }
+        let verified = self.verify_now(want, resolved, demand).await;
+        match (verified, demand.mode) {
+            (Err(error), SignatureMode::Warn) => {
+                tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
+                Ok(())
+            }
+            (verified, _) => verified,
+        }
+    }
+
+    async fn verify_now(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        demand: &SignatureDemand,
+    ) -> Outcome<()> {
+        let credential = self.credential(resolved).await?;
+        let repository = want.reference.repository();
+        let mut subjects = vec![resolved.manifest];
+        if resolved.top != resolved.manifest {
+            subjects.push(resolved.top);
+        }
+        let mut worst = None;
+        for subject in &subjects {
+            let found = self.0.signatures(repository, *subject, demand.format, &credential);
+            let found = found.await.map_err(Arc::new)?;
+            // A signature of the index counts, of whatever else does not.
+            match demand.judge(&found, &subjects) {
+                Ok(key) => {
+                    tracing::info!(reference = %want.reference, %subject, key, "its signature was verified");
+                    let (inner, repository) = (Arc::clone(&self.0), repository.clone());
+                    let (manifest, id) = (resolved.manifest, demand.id());
+                    let keep = move || Ok(inner.store.put_verified(&repository, manifest, id)?);
+                    return blocking(keep).await.map_err(Arc::new);
+                }
+                Err(flaw) => worst = worst.max(flaw),
+            }
+        }
+        let keys = demand.keys.iter().map(|named| named.name.as_str()).collect::<Vec<_>>();
+        Err(Arc::new(PullError::Signature { flaw: worst, keys: keys.join(", ") }))
+    }
+}
+
+impl Inner {
+    /// All signatures of a digest, in the formats that count.
+    pub(super) async fn signatures(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        format: SignatureFormat,
+        credential: &Credential,
+    ) -> Result<Vec<Found>, PullError> {
+        let mut found = Vec::new();
+        if format != SignatureFormat::Bundle {
+            self.find_simple(repository, subject, credential, &mut found).await?;
+        }
+        if format != SignatureFormat::Legacy {
+            self.find_bundles(repository, subject, credential, &mut found).await?;
+        }
+        Ok(found)
+    }
+
+    async fn find_simple(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+        found: &mut Vec<Found>,
+    ) -> Result<(), PullError> {
+        let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
+        let Some(manifest) = self.signature_manifest(repository, &name, credential).await? else {
+            return Ok(());
+        };
+        let layers = manifest.layers.iter().filter(|layer| layer.media_type == simple::MEDIA_TYPE);
+        for layer in layers.take(MAXIMUM_SIGNATURES) {
+            let Some(signature) = layer.annotations.get(simple::SIGNATURE_ANNOTATION) else {
+                continue;
+            };
+            if let Some(payload) = self.signature_blob(repository, layer, credential).await? {
+                found.push(Found::Simple { payload, signature: signature.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    async fn find_bundles(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+        found: &mut Vec<Found>,
+    ) -> Result<(), PullError> {
+        let mut index = self.registry.referrers(repository, subject, credential).await?;
+        if index.is_none() {
+            // The fallback of the distribution specification.
+            let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
+            index = match self.registry.manifest(repository, &name, credential).await {
+                Ok(fetched) => Some(fetched.bytes),
+                Err(RegistryError::NotFound { .. }) => None,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        let Some(bytes) = index else { return Ok(()) };
+        let Ok(Manifest::Index(index)) = Manifest::parse(&bytes, None, self.limits.manifest())
+        else {
+            return Ok(());
+        };
+        // Some registries forget what kind of artifact it is: then its layer says so.
+        let may_be = |descriptor: &&Descriptor| {
+            let kind = descriptor.artifact_type.as_deref();
+            kind.is_none_or(|kind| kind == bundle::MEDIA_TYPE || kind.contains("empty"))
+        };
+        for descriptor in index.manifests.iter().filter(may_be).take(MAXIMUM_SIGNATURES) {
+            let name = ManifestName::Digest(descriptor.digest);
+            let Some(manifest) = self.signature_manifest(repository, &name, credential).await?
+            else {
+                continue;
+            };
+            let layers =
+                manifest.layers.iter().filter(|layer| layer.media_type == bundle::MEDIA_TYPE);
+            for layer in layers.take(1) {
+                if let Some(bytes) = self.signature_blob(repository, layer, credential).await? {
+                    found.push(Found::Bundle(bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A manifest that carries signatures; one that is not there or makes no sense carries none.
+    async fn signature_manifest(
+        &self,
+        repository: &Repository,
+        name: &ManifestName,
+        credential: &Credential,
+    ) -> Result<Option<ImageManifest>, PullError> {
+        let fetched = match self.registry.manifest(repository, name, credential).await {
+            Ok(fetched) => fetched,
+            Err(RegistryError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        match Manifest::parse(&fetched.bytes, None, self.limits.manifest()) {
+            Ok(Manifest::Image(manifest)) => Ok(Some(manifest)),
+            Ok(Manifest::Index(_)) | Err(_) => Ok(None),
+        }
+    }
+
+    async fn signature_blob(
+        &self,
+        repository: &Repository,
+        layer: &Descriptor,
+        credential: &Credential,
+    ) -> Result<Option<Vec<u8>>, PullError> {
+        if layer.size > MAXIMUM_SIGNATURE_BYTES {
+            return Ok(None);
+        }
+        if let Some(data) = &layer.data {
+            return Ok(Some(data.clone()));
+        }
+        let mut body = match self.registry.blob(repository, layer.digest, 0, credential).await {
+            Ok(body) => body,
+            Err(RegistryError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mut bytes = Vec::new();
+        while let Some(chunk) = body.chunk().await? {
+            if (bytes.len() + chunk.len()) as u64 > layer.size {
+                return Ok(None);
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok((Digest::of(&bytes) == layer.digest).then_some(bytes))
+    }
+}

@@ -1,0 +1,106 @@
+//! What the administrator lets be mounted, by whom, and how large.
+
+use std::fs;
+
+use tonic::Code;
+
+use crate::support::{
+    Layer, Manifest, Node, Pod, Volume, configuration_head, registry, small_artifact, unique,
+};
+
+fn of(node: &Node, namespace: &str, reference: &str) -> Volume {
+    let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
+    node.kubelet.inline(&pod, "artifact", reference)
+}
+
+/// Replaces the configuration as an editor would.
+fn configure(node: &Node, lines: &str) {
+    let path = node.sandbox.path().join("config.yaml");
+    let text = format!("{}{lines}", configuration_head());
+    fs::write(path.with_extension("new"), text).expect("the configuration");
+    fs::rename(path.with_extension("new"), path).expect("the configuration");
+}
+
+#[test]
+fn rules_say_which_namespaces_may_mount_which_references() {
+    let artifact = small_artifact();
+    let lines = format!(
+        "policy:\n  default: Deny\n  rules:\n  - references: [\"*/{}\"]\n    namespaces: [\"team-*\"]\n",
+        artifact.repository
+    );
+    let node = Node::start_configured(|_| {}, &lines);
+    let reference = node.proxy.reference(&artifact.name);
+    let allowed = of(&node, "team-one", &reference);
+    node.kubelet.publish_well(&allowed);
+    for (namespace, reference) in
+        [("other", reference.clone()), ("team-one", node.proxy.reference(&small_artifact().name))]
+    {
+        let volume = of(&node, namespace, &reference);
+        let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+        assert!(message.contains("policy") && message.contains(namespace), "{message}");
+    }
+    // The registry was not even asked for what is refused.
+    assert_eq!(node.proxy.fetches(&format!("{}/", small_artifact().repository)), 0);
+    node.kubelet.unpublish(&allowed);
+}
+
+#[test]
+fn a_digest_and_a_size_can_be_demanded() {
+    let repository = unique("sized");
+    let large = Manifest::artifact([Layer::titled("file", vec![b'x'; 200_000])]);
+    let digest = large.push(registry(), &repository, "v1");
+    let lines = "policy:\n  rules:\n  - requireDigest: true\n    maxArtifactBytes: 100k\n";
+    let node = Node::start_configured(|_| {}, lines);
+    let artifact = small_artifact();
+    let by_tag = node.kubelet.new_volume(&node.proxy.reference(&artifact.name));
+    let message = node.kubelet.publish_badly(&by_tag, Code::FailedPrecondition);
+    assert!(message.contains("digest"), "{message}");
+    let by_digest = format!("{}@{}", artifact.repository, artifact.digest);
+    let (volume, _) = node.mount(&node.proxy.reference(&by_digest));
+    node.kubelet.unpublish(&volume);
+    let too_large = node.proxy.reference(&format!("{repository}@{digest}"));
+    let message =
+        node.kubelet.publish_badly(&node.kubelet.new_volume(&too_large), Code::FailedPrecondition);
+    assert!(message.contains("maxArtifactBytes"), "{message}");
+    assert_eq!(node.proxy.fetches("/blobs/"), 1, "nothing of the large one was fetched");
+    // Cached content is measured by the rule of now.
+    configure(&node, "policy:\n  rules: []\n");
+    let (volume, _) = node.mount(&too_large);
+    configure(&node, lines);
+    let next = node.kubelet.new_volume(&too_large);
+    node.kubelet.publish_badly(&next, Code::FailedPrecondition);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_policy_with_an_unknown_key_fails_closed_and_unpublishing_works() {
+    let artifact = small_artifact();
+    let node = Node::start_configured(|_| {}, "policy:\n  default: Allow\n");
+    let reference = node.proxy.reference(&artifact.name);
+    let (mounted, _) = node.mount(&reference);
+    // A bad change keeps the last good policy ...
+    configure(&node, "policy:\n  default: Allow\n  ruls: []\n");
+    let (second, _) = node.mount(&reference);
+    node.kubelet.unpublish(&second);
+    assert!(node.driver.log().contains("ruls"), "the mistake is logged");
+    // ... and at a start there is none.
+    let driver = node.driver.restart();
+    let kubelet = driver.kubelet();
+    let volume = kubelet.new_volume(&reference);
+    let message = kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("ruls") && message.contains("line 6"), "{message}");
+    kubelet.unpublish(&mounted);
+}
+
+#[test]
+fn a_changed_policy_counts_at_the_next_publish() {
+    let artifact = small_artifact();
+    let node = Node::start_configured(|_| {}, "policy:\n  default: Allow\n");
+    let reference = node.proxy.reference(&artifact.name);
+    let (mounted, _) = node.mount(&reference);
+    configure(&node, "policy:\n  default: Deny\n");
+    node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::FailedPrecondition);
+    // What is mounted stays, also when the kubelet asks again.
+    node.kubelet.publish_well(&mounted);
+    node.kubelet.unpublish(&mounted);
+}

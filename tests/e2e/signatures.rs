@@ -1,0 +1,232 @@
+//! Signatures by a real cosign, in both its formats, and everything that is none.
+
+use std::fs;
+
+use serde_json::json;
+use tonic::Code;
+
+use crate::support::{
+    Contents as _, Cosign, Format, Image, Layer, Manifest, Node, OCI_MANIFEST, Tar, digest,
+    node_architecture, push_index, registry, small_artifact, unique,
+};
+
+/// A node that demands this key's signature.
+fn node_with(key: (&str, &Cosign), rest: &str) -> Node {
+    let (name, signer) = key;
+    let lines = format!(
+        "policy:\n  keys:\n  - {{name: {name}, file: \"{}\"}}\n\
+         \x20 rules:\n  - signatures: {{keys: [{name}]{rest}}}\n",
+        signer.public_key().display()
+    );
+    Node::start_configured(|_| {}, &lines)
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/var/tmp").expect("a folder")
+}
+
+#[test]
+fn every_kind_of_key_counts_in_both_formats() {
+    let folder = folder();
+    let signers: Vec<_> = crate::support::COSIGN_KEY_KINDS
+        .iter()
+        .enumerate()
+        .map(|(number, kind)| Cosign::with_key(folder.path(), &format!("key{number}"), kind))
+        .collect();
+    for signer in &signers {
+        let node = node_with(("release", signer), "");
+        for format in [Format::Legacy, Format::Bundle] {
+            let artifact = small_artifact();
+            signer.sign(format, registry(), &artifact.repository, &artifact.digest);
+            let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
+            assert_eq!(volume.text("file.txt"), artifact.content);
+            node.kubelet.unpublish(&volume);
+        }
+    }
+}
+
+#[test]
+fn what_is_not_signed_as_demanded_is_refused_before_anything_is_fetched() {
+    let folder = folder();
+    let (signer, stranger) =
+        (Cosign::new(folder.path(), "release"), Cosign::new(folder.path(), "stranger"));
+    let node = node_with(("release", &signer), "");
+    let refused = |name: &str, named: &str| {
+        let volume = node.kubelet.new_volume(&node.proxy.reference(name));
+        let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+        assert!(message.contains(named) && message.contains("release"), "{message}");
+    };
+    let unsigned = small_artifact();
+    refused(&unsigned.name, "it is not signed, and");
+    for format in [Format::Legacy, Format::Bundle] {
+        let strange = small_artifact();
+        stranger.sign(format, registry(), &strange.repository, &strange.digest);
+        refused(&strange.name, "by none of the demanded keys");
+    }
+    // A signature of another artifact, put where this one's would be.
+    let (whole, other) = (small_artifact(), small_artifact());
+    signer.sign(Format::Legacy, registry(), &whole.repository, &whole.digest);
+    let tag = |digest: &str| format!("{}.sig", digest.replace(':', "-"));
+    let fetch = |path: String| {
+        let url = format!("http://{}/v2/{}/{path}", registry().host(), whole.repository);
+        let accept = "accept: application/vnd.oci.image.manifest.v1+json";
+        crate::support::run(crate::support::tool("curl").args(["-sf", "-H", accept, &url]))
+    };
+    let manifest = fetch(format!("manifests/{}", tag(&whole.digest)));
+    let parsed: serde_json::Value = serde_json::from_str(&manifest).expect("a manifest");
+    let digest_of =
+        |value: &serde_json::Value| value["digest"].as_str().expect("a digest").to_owned();
+    let put = |bytes: &[u8]| registry().put_blob(&other.repository, bytes);
+    put(fetch(format!("blobs/{}", digest_of(&parsed["config"]))).as_bytes());
+    let payload = fetch(format!("blobs/{}", digest_of(&parsed["layers"][0])));
+    put(payload.as_bytes());
+    let put_manifest = |value: &serde_json::Value| {
+        crate::support::put_json(registry(), &other.repository, &tag(&other.digest), value);
+    };
+    put_manifest(&parsed);
+    refused(&other.name, "for another digest");
+    // The same with the payload made to fit, under the old signature.
+    let swapped = payload.replace(&whole.digest, &other.digest);
+    put(swapped.as_bytes());
+    let mut forged = parsed.clone();
+    forged["layers"][0]["digest"] = json!(digest(swapped.as_bytes()));
+    forged["layers"][0]["size"] = json!(swapped.len());
+    put_manifest(&forged);
+    refused(&other.name, "by none of the demanded keys");
+    // In no format at all.
+    forged["layers"][0]["annotations"] = json!({"dev.cosignproject.cosign/signature": "*"});
+    put_manifest(&forged);
+    refused(&other.name, "format");
+    let contents = [&unsigned.content, &other.content, &whole.content];
+    assert!(contents.iter().all(|content| !node.store_holds(content.as_bytes())));
+}
+
+#[test]
+fn an_index_or_its_manifest_may_be_signed() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let node = node_with(("release", &signer), "");
+    for sign_index in [true, false] {
+        let repository = unique("multi");
+        let image = |text: &str| Image::new().layer(Tar::new().file("a", 0o644, text).finish());
+        let own = image(&repository).platform("linux", node_architecture());
+        let manifest = own.push(registry(), &repository, "own");
+        let entry = json!({
+            "mediaType": OCI_MANIFEST,
+            "digest": manifest,
+            "size": own.manifest().json().to_string().len(),
+            "platform": {"os": "linux", "architecture": node_architecture()},
+        });
+        let index = push_index(registry(), &repository, "v1", &[entry]);
+        let subject = if sign_index { &index } else { &manifest };
+        signer.sign(Format::Bundle, registry(), &repository, subject);
+        let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn a_verdict_is_kept_with_the_content_and_belongs_to_its_policy() {
+    let folder = folder();
+    let (first, second) =
+        (Cosign::new(folder.path(), "first"), Cosign::new(folder.path(), "second"));
+    let node = node_with(("release", &first), "");
+    let artifact = small_artifact();
+    first.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    let reference = node.proxy.reference(&artifact.name);
+    let (volume, _) = node.mount(&reference);
+    // A warm cache needs no registry.
+    node.proxy.go_down();
+    let (again, _) = node.mount(&reference);
+    node.kubelet.unpublish(&again);
+    // Another key in the same file is another policy: verified anew, and nobody is there to ask.
+    fs::copy(second.public_key(), folder.path().join("swap")).expect("copied");
+    fs::rename(folder.path().join("swap"), first.public_key()).expect("swapped");
+    node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::Unavailable);
+    node.proxy.come_back();
+    node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::FailedPrecondition);
+    second.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    let (last, _) = node.mount(&reference);
+    node.kubelet.unpublish(&last);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn warn_mounts_and_says_so_and_a_volume_can_demand_more() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let node = node_with(("release", &signer), ", mode: Warn");
+    let artifact = small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let (volume, _) = node.mount(&reference);
+    assert!(node.driver.log().contains("the policy only warns"));
+    let demanding = node.kubelet.new_volume(&reference).attribute("requireSignature", "true");
+    node.kubelet.publish_badly(&demanding, Code::FailedPrecondition);
+    signer.sign(Format::Legacy, registry(), &artifact.repository, &artifact.digest);
+    node.kubelet.publish_well(&demanding);
+    node.kubelet.unpublish(&demanding);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn require_signature_uses_the_nodes_keys_and_only_the_formats_that_count() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let lines = format!(
+        "policy:\n  keys: [{{name: release, file: \"{}\"}}]\n",
+        signer.public_key().display()
+    );
+    let node = Node::start_configured(|_| {}, &lines);
+    let artifact = small_artifact();
+    let demanding = node
+        .kubelet
+        .new_volume(&node.proxy.reference(&artifact.name))
+        .attribute("requireSignature", "true");
+    node.kubelet.publish_badly(&demanding, Code::FailedPrecondition);
+    signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    node.kubelet.publish_well(&demanding);
+    node.kubelet.unpublish(&demanding);
+    let legacy_only = node_with(("release", &signer), ", format: Legacy");
+    let volume = legacy_only.kubelet.new_volume(&legacy_only.proxy.reference(&artifact.name));
+    legacy_only.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+}
+
+#[test]
+fn a_key_that_cannot_be_read_fails_closed() {
+    let lines = "policy:\n  keys: [{name: release, file: \"{sandbox}/release.pub\"}]\n";
+    let node = Node::start_configured(|_| {}, lines);
+    let reference = node.proxy.reference(&small_artifact().name);
+    let volume = node.kubelet.new_volume(&reference);
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("release.pub"), "{message}");
+    fs::write(node.sandbox.path().join("release.pub"), "no key").expect("written");
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("\"release\""), "{message}");
+    let signer = Cosign::new(&node.sandbox.folder("keys"), "release");
+    fs::copy(signer.public_key(), node.sandbox.path().join("release.pub")).expect("copied");
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_registry_with_endless_signatures_is_not_listened_to_for_ever() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let node = node_with(("release", &signer), ", format: Legacy");
+    let hostile = crate::support::FakeRegistry::new();
+    let manifest = Manifest::artifact([Layer::titled("file", "x")]);
+    let artifact = manifest.push(&hostile, "hostile", "v1");
+    let payload = hostile.put_blob(&b"{}"[..]);
+    let layer = json!({"mediaType": "application/vnd.dev.cosign.simplesigning.v1+json",
+        "digest": payload, "size": 2, "annotations": {"dev.cosignproject.cosign/signature": "AAAA"}});
+    let tag = format!("{}.sig", artifact.replace(':', "-"));
+    let config = hostile.put_blob(&b"{}"[..]);
+    hostile.put_json(&tag, &json!({"schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": 2},
+        "layers": vec![layer; 500]}));
+    let volume = node.kubelet.new_volume(&hostile.reference("v1"));
+    node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+    let fetched = hostile.requests().iter().filter(|seen| seen.path.contains("/blobs/")).count();
+    assert!(fetched <= 64, "{fetched} signatures were fetched");
+}

@@ -1,0 +1,77 @@
+//! A real cosign with a key pair of a test's own.
+
+use std::path::{Path, PathBuf};
+
+use super::{Registry, run, tool};
+
+/// The kinds of keys that cosign takes.
+pub const KINDS: [&[&str]; 4] = [
+    &["ecparam", "-name", "prime256v1", "-genkey", "-noout"],
+    &["ecparam", "-name", "secp384r1", "-genkey", "-noout"],
+    &["genpkey", "-algorithm", "ed25519"],
+    &["genpkey", "-algorithm", "rsa", "-pkeyopt", "rsa_keygen_bits:2048"],
+];
+
+/// How a signature is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Legacy,
+    Bundle,
+}
+
+/// One who signs.
+pub struct Cosign {
+    folder: PathBuf,
+    name: String,
+}
+
+impl Cosign {
+    /// With an ECDSA P-256 key, cosign's own choice.
+    #[track_caller]
+    pub fn new(folder: &Path, name: &str) -> Self {
+        Self::with_key(folder, name, KINDS[0])
+    }
+
+    /// With a key that openssl makes so.
+    #[track_caller]
+    pub fn with_key(folder: &Path, name: &str, openssl: &[&str]) -> Self {
+        std::fs::create_dir_all(folder).expect("the keys' folder");
+        let signer = Self { folder: folder.to_owned(), name: name.to_owned() };
+        let pem = signer.path("pem");
+        run(tool("openssl").args(openssl).arg("-out").arg(&pem));
+        run(signer
+            .command()
+            .args(["import-key-pair", "-y", "--key"])
+            .arg(&pem)
+            .args(["--output-key-prefix", name]));
+        signer
+    }
+
+    /// The public key's file.
+    pub fn public_key(&self) -> PathBuf {
+        self.path("pub")
+    }
+
+    /// Signs what a registry has.
+    #[track_caller]
+    pub fn sign(&self, format: Format, registry: &Registry, repository: &str, digest: &str) {
+        let reference = format!("{}/{repository}@{digest}", registry.host());
+        let bundle = format!("--new-bundle-format={}", format == Format::Bundle);
+        run(self
+            .command()
+            .args(["sign", "-y", "--use-signing-config=false", "--tlog-upload=false", &bundle])
+            .args(["--allow-http-registry", "--key"])
+            .arg(self.path("key"))
+            .arg(reference));
+    }
+
+    fn path(&self, extension: &str) -> PathBuf {
+        self.folder.join(format!("{}.{extension}", self.name))
+    }
+
+    fn command(&self) -> std::process::Command {
+        let mut command = tool("cosign");
+        command.current_dir(&self.folder).env("COSIGN_PASSWORD", "").env("HOME", &self.folder);
+        command
+    }
+}
