@@ -5,6 +5,7 @@
 //! ```text
 //! main -> cli -> app -> config
 //! csi     the gRPC edge: sockets, requests, statuses, self-registration
+//! check   what a registry would serve, without a node
 //! policy  what the administrator lets be mounted, and under which demands
 //! volume  the use cases: publish, unpublish, stats, reconcile
 //! pull    resolve, proofs, flights, transfer
@@ -20,6 +21,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod csi;

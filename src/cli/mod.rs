@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
 
 mod ask;
+mod check;
 mod check_config;
 mod check_uninstall;
 mod logging;
@@ -33,6 +34,8 @@ enum Command {
     Status(ask::AskArguments),
     /// List what this node holds and who shows it.
     Ls(ask::AskArguments),
+    /// Ask a registry what it would serve: for which platforms, which files, signed by whom.
+    Check(check::CheckArguments),
     /// Say what `node` would say about a configuration file.
     CheckConfig(check_config::CheckConfigArguments),
     /// Say whether pods of the cluster still use the driver.
@@ -62,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Unmount(arguments) => mount::unmount(&arguments),
         Command::Status(arguments) => ask::status(&arguments),
         Command::Ls(arguments) => ask::list(&arguments),
+        Command::Check(arguments) => check::run(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
     };

@@ -238,7 +238,7 @@ fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, Failure> {
     VolumeAttributes::parse(&context).map_err(|error| error.to_string())
 }
 
-fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
+pub(super) fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
     let folder = || {
         let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
         std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)

@@ -30,7 +30,7 @@ pub mod progress;
 pub mod resolve;
 pub mod retry;
 mod room;
-mod signatures;
+pub mod signatures;
 pub mod slots;
 pub mod spans;
 pub mod sponsors;

@@ -11,14 +11,14 @@
 
 use std::sync::Arc;
 
+use super::Puller;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::resolve::{Resolved, blocking};
 use super::want::Want;
-use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
-use crate::oci::manifest::{Descriptor, ImageManifest, Manifest};
-use crate::oci::registry::{ManifestName, RegistryError};
+use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits};
+use crate::oci::registry::{ManifestName, Registry, RegistryError};
 use crate::oci::signature::{
     Found, SignatureDemand, SignatureFormat, SignatureMode, bundle, simple,
 };
@@ -79,7 +79,8 @@ impl Puller {
         }
         let mut worst = None;
         for subject in &subjects {
-            let found = self.0.signatures(repository, *subject, demand.format, &credential);
+            let finder = Finder { registry: &self.0.registry, limits: self.0.limits.manifest() };
+            let found = finder.find(repository, *subject, demand.format, &credential);
             let found = found.await.map_err(Arc::new)?;
             // A signature of the index counts, of whatever else does not.
             match demand.judge(&found, &subjects) {
@@ -98,9 +99,18 @@ impl Puller {
     }
 }
 
-impl Inner {
+/// Finds what a registry has of signatures.
+#[derive(Clone, Copy, Debug)]
+pub struct Finder<'a> {
+    /// Who is asked.
+    pub registry: &'a Registry,
+    /// For manifests that carry signatures.
+    pub limits: ManifestLimits,
+}
+
+impl Finder<'_> {
     /// All signatures of a digest, in the formats that count.
-    pub(super) async fn signatures(
+    pub async fn find(
         &self,
         repository: &Repository,
         subject: Digest,
@@ -158,8 +168,7 @@ impl Inner {
             };
         }
         let Some(bytes) = index else { return Ok(()) };
-        let Ok(Manifest::Index(index)) = Manifest::parse(&bytes, None, self.limits.manifest())
-        else {
+        let Ok(Manifest::Index(index)) = Manifest::parse(&bytes, None, self.limits) else {
             return Ok(());
         };
         // Some registries forget what kind of artifact it is: then its layer says so.
@@ -196,7 +205,7 @@ impl Inner {
             Err(RegistryError::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        match Manifest::parse(&fetched.bytes, None, self.limits.manifest()) {
+        match Manifest::parse(&fetched.bytes, None, self.limits) {
             Ok(Manifest::Image(manifest)) => Ok(Some(manifest)),
             Ok(Manifest::Index(_)) | Err(_) => Ok(None),
         }

@@ -18,6 +18,7 @@ mod availability;
 mod bad_content;
 mod bad_requests;
 mod bad_wires;
+mod check;
 mod cluster;
 mod command_line;
 mod concurrency;

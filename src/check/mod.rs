@@ -1,0 +1,307 @@
+//! What a registry would serve, asked before anybody mounts it; nothing is stored.
+//!
+//! ```text
+//! mod      the artifact: what it is, for which platforms, how large, signed by whom
+//! files    which files a volume of it would show
+//! ```
+//!
+//! The same code as on a node decides: credentials, mirrors, manifests, titles,
+//! archives, limits, signatures.
+
+mod files;
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+pub use files::FileReport;
+
+use crate::oci::credentials::{Credential, Keyring};
+use crate::oci::manifest::{ImageManifest, Manifest, ManifestError, check_config_platform};
+use crate::oci::registry::{ManifestName, Registry, RegistryError};
+use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
+use crate::oci::{Digest, Platform, Reference};
+use crate::pull::PullError;
+use crate::pull::signatures::Finder;
+use crate::unpack::{Limits, UnpackError};
+
+/// What is asked.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// The artifact.
+    pub reference: Reference,
+    /// For these; without any, for all that it is for.
+    pub platforms: Vec<Platform>,
+    /// It must be signed with this key.
+    pub key: Option<PublicKey>,
+    /// It must have these files.
+    pub required: Vec<Required>,
+    /// What to show the registry.
+    pub keyring: Keyring,
+}
+
+/// A file that must be there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Required {
+    /// Its path in the volume.
+    pub path: String,
+    /// Whether it must be executable.
+    pub executable: bool,
+}
+
+/// What was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// As it was asked for.
+    pub reference: String,
+    /// What it stands for: a manifest, or an index.
+    pub digest: Digest,
+    /// Whether that is an index.
+    pub index: bool,
+    /// What is mounted, by platform.
+    pub manifests: Vec<ManifestReport>,
+}
+
+/// One manifest.
+#[derive(Clone, Debug, Serialize)]
+pub struct ManifestReport {
+    /// `os/arch[/variant]`; none where nothing says it.
+    pub platform: Option<String>,
+    /// The manifest.
+    pub digest: Digest,
+    /// What kind of artifact it is.
+    pub kind: String,
+    /// Bytes of all its blobs.
+    pub bytes: u64,
+    /// How many signatures there are, or whose.
+    pub signatures: Signatures,
+    /// The files that titles name; with required files, all of the volume.
+    pub files: Vec<FileReport>,
+    /// Whether these are all.
+    pub files_are_complete: bool,
+}
+
+/// Who has signed it.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Signatures {
+    /// The given key.
+    Verified,
+    /// So many are there; nobody said by which key they should be.
+    Unverified(usize),
+}
+
+/// Why a check failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// Getting it.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// A file that is not there.
+    #[error("{platform}: the file {path} is not in it")]
+    NoFile {
+        /// For which platform.
+        platform: String,
+        /// Which.
+        path: String,
+    },
+    /// A file that cannot be run.
+    #[error("{platform}: the file {path} is not executable")]
+    NotExecutable {
+        /// For which platform.
+        platform: String,
+        /// Which.
+        path: String,
+    },
+}
+
+impl From<RegistryError> for CheckError {
+    fn from(error: RegistryError) -> Self {
+        Self::Pull(error.into())
+    }
+}
+
+impl From<ManifestError> for CheckError {
+    fn from(error: ManifestError) -> Self {
+        Self::Pull(error.into())
+    }
+}
+
+impl From<UnpackError> for CheckError {
+    fn from(error: UnpackError) -> Self {
+        Self::Pull(error.into())
+    }
+}
+
+/// Asks.
+#[derive(Clone, Debug)]
+pub struct Checker {
+    /// Speaks to registries.
+    pub registry: Registry,
+    /// The node's.
+    pub limits: Limits,
+}
+
+/// A manifest that is to be looked at.
+struct Chosen {
+    platform: Option<Platform>,
+    digest: Digest,
+    image: ImageManifest,
+}
+
+impl Checker {
+    /// Looks at an artifact.
+    pub async fn check(&self, check: &Check) -> Result<Report, CheckError> {
+        let repository = check.reference.repository();
+        let mut credentials = check.keyring.matching(repository);
+        if credentials.is_empty() {
+            credentials.push(Credential::Anonymous);
+        }
+        let mut refused = None;
+        for credential in credentials {
+            match self.check_with(check, &credential).await {
+                Err(CheckError::Pull(PullError::Registry(error)))
+                    if error.is_refused_credential() =>
+                {
+                    refused.get_or_insert(error);
+                }
+                done => return done,
+            }
+        }
+        Err(refused.map_or(CheckError::Pull(PullError::Crashed), CheckError::from))
+    }
+
+    async fn check_with(
+        &self,
+        check: &Check,
+        credential: &Credential,
+    ) -> Result<Report, CheckError> {
+        let reference = &check.reference;
+        let name = match reference.digest() {
+            Some(digest) => ManifestName::Digest(digest),
+            None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
+        };
+        let top = self.registry.manifest(reference.repository(), &name, credential).await?;
+        let parsed =
+            Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits.manifest())?;
+        let index = matches!(parsed, Manifest::Index(_));
+        let chosen = self.choose(check, top.digest, parsed, credential).await?;
+        let mut manifests = Vec::new();
+        for one in chosen {
+            manifests.push(self.look(check, top.digest, one, credential).await?);
+        }
+        Ok(Report { reference: reference.to_string(), digest: top.digest, index, manifests })
+    }
+
+    /// The manifests that are asked about.
+    async fn choose(
+        &self,
+        check: &Check,
+        digest: Digest,
+        parsed: Manifest,
+        credential: &Credential,
+    ) -> Result<Vec<Chosen>, CheckError> {
+        let repository = check.reference.repository();
+        let index = match parsed {
+            Manifest::Image(image) => {
+                let mut platform = None;
+                if let Some(config) = image.config.as_ref().filter(|_| image.has_image_config()) {
+                    let bytes = self.blob(repository, config, credential).await?;
+                    for wanted in &check.platforms {
+                        check_config_platform(&bytes, wanted)?;
+                        platform = Some(wanted.clone());
+                    }
+                }
+                return Ok(vec![Chosen { platform, digest, image }]);
+            }
+            Manifest::Index(index) => index,
+        };
+        let mut entries = Vec::new();
+        if check.platforms.is_empty() {
+            let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
+            for platform in known.filter(|platform| platform.os != "unknown") {
+                entries.push((Some(platform.clone()), index.choose(&platform)?.clone()));
+            }
+            if entries.is_empty() {
+                entries.push((None, index.choose(&Platform::of_this_node())?.clone()));
+            }
+        } else {
+            for wanted in &check.platforms {
+                entries.push((Some(wanted.clone()), index.choose(wanted)?.clone()));
+            }
+        }
+        let mut chosen = Vec::new();
+        for (platform, entry) in entries {
+            let name = ManifestName::Digest(entry.digest);
+            let fetched = self.registry.manifest(repository, &name, credential).await?;
+            let kind = Some(entry.media_type.as_str());
+            match Manifest::parse(&fetched.bytes, kind, self.limits.manifest())? {
+                Manifest::Image(image) => {
+                    chosen.push(Chosen { platform, digest: entry.digest, image });
+                }
+                Manifest::Index(_) => return Err(ManifestError::NestedIndex(entry.digest).into()),
+            }
+        }
+        Ok(chosen)
+    }
+
+    async fn look(
+        &self,
+        check: &Check,
+        top: Digest,
+        chosen: Chosen,
+        credential: &Credential,
+    ) -> Result<ManifestReport, CheckError> {
+        let Chosen { platform, digest, image } = chosen;
+        let platform = platform.map(|platform| platform.to_string());
+        let sizes = image.layers.iter().chain(image.config.as_deref()).map(|layer| layer.size);
+        let bytes = sizes.fold(0, u64::saturating_add);
+        let signatures = self.signatures(check, [digest, top], credential).await?;
+        let whole = !check.required.is_empty();
+        let (files, files_are_complete) =
+            self.files(check.reference.repository(), &image, credential, whole).await?;
+        let place = || platform.clone().unwrap_or_else(|| digest.to_string());
+        for Required { path, executable } in &check.required {
+            let wanted = path.trim_start_matches('/');
+            let file = files.iter().find(|file| file.path == wanted);
+            let file =
+                file.ok_or_else(|| CheckError::NoFile { platform: place(), path: path.clone() })?;
+            if *executable && !file.executable {
+                return Err(CheckError::NotExecutable { platform: place(), path: path.clone() });
+            }
+        }
+        let kind = image.kind().to_owned();
+        Ok(ManifestReport { platform, digest, kind, bytes, signatures, files, files_are_complete })
+    }
+
+    async fn signatures(
+        &self,
+        check: &Check,
+        subjects: [Digest; 2],
+        credential: &Credential,
+    ) -> Result<Signatures, CheckError> {
+        let [manifest, top] = subjects;
+        let finder = Finder { registry: &self.registry, limits: self.limits.manifest() };
+        let repository = check.reference.repository();
+        let mut found = Vec::new();
+        let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };
+        for subject in distinct {
+            let format = SignatureFormat::Any;
+            found.extend(finder.find(repository, *subject, format, credential).await?);
+        }
+        let Some(key) = &check.key else { return Ok(Signatures::Unverified(found.len())) };
+        let named = NamedKey { name: "the given key".to_owned(), key: key.clone() };
+        let demand = SignatureDemand {
+            mode: SignatureMode::Enforce,
+            format: SignatureFormat::Any,
+            keys: Arc::new([named]),
+        };
+        match demand.judge(&found, &subjects) {
+            Ok(_) => Ok(Signatures::Verified),
+            Err(flaw) => {
+                let keys = "the given key".to_owned();
+                Err(PullError::Signature { flaw, keys }.into())
+            }
+        }
+    }
+}

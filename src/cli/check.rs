@@ -1,0 +1,122 @@
+//! `check`: what a registry would serve, for a job before a rollout.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::mount::keyring;
+use super::{Failure, Output, logging, print, runtime};
+use crate::check::{Check, Checker, Report, Required, Signatures};
+use crate::config::NodeConfiguration;
+use crate::oci::registry::{Registry, RegistryOptions};
+use crate::oci::signature::PublicKey;
+use crate::oci::{Platform, Reference};
+use crate::units::Bytes;
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci check ghcr.io/team/tool:v1
+  csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
+  csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml --output json")]
+pub(super) struct CheckArguments {
+    /// host[:port]/repository[:tag][@digest].
+    reference: Reference,
+    /// os/architecture[/variant] that it must be for [default: all that it is for].
+    #[arg(long = "platform")]
+    platforms: Vec<Platform>,
+    /// It must be signed with this public key: a PEM file, as cosign writes it.
+    #[arg(long, value_name = "PUB")]
+    key: Option<PathBuf>,
+    /// It must have this file; with :exec, one that can be run.
+    #[arg(long = "require-file", value_name = "PATH[:exec]")]
+    required: Vec<String>,
+    /// Credentials [default: as docker finds them].
+    #[arg(long)]
+    docker_config: Option<PathBuf>,
+    /// A node's configuration file: its mirrors, certificates and limits count.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+}
+
+pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
+    logging::start("warn", None)?;
+    let configuration = match &arguments.config {
+        Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
+        None => NodeConfiguration::without_file(),
+    };
+    let mut options = RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        ..RegistryOptions::default()
+    };
+    configuration.registries.apply(&mut options)?;
+    let check = Check {
+        reference: arguments.reference.clone(),
+        platforms: arguments.platforms.clone(),
+        key: arguments.key.as_ref().map(key).transpose()?,
+        required: arguments.required.iter().map(|text| required(text)).collect(),
+        keyring: keyring(arguments.docker_config.as_deref())?,
+    };
+    let report = runtime()?.block_on(async {
+        let registry = Registry::new(options).map_err(|error| error.to_string())?;
+        let checker = Checker { registry, limits: configuration.limits };
+        let report = checker.check(&check).await;
+        report.map_err(|error| format!("{}: {error}", check.reference))
+    })?;
+    match arguments.output {
+        Output::Table => print(table(&report).trim_end()),
+        Output::Json => {
+            let text = serde_json::to_string(&report);
+            print(&text.map_err(|error| format!("cannot be printed: {error}"))?);
+        }
+    }
+    Ok(())
+}
+
+fn key(path: &PathBuf) -> Result<PublicKey, Failure> {
+    let shown = path.display();
+    let pem = std::fs::read(path).map_err(|error| format!("the key {shown}: {error}"))?;
+    PublicKey::from_pem(&pem).map_err(|error| format!("the key {shown}: {error}"))
+}
+
+fn required(text: &str) -> Required {
+    let (path, executable) = match text.strip_suffix(":exec") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    Required { path: path.to_owned(), executable }
+}
+
+fn table(report: &Report) -> String {
+    let mut text = String::new();
+    let what = if report.index { "index" } else { "manifest" };
+    // Writing into a text cannot fail.
+    let _ = writeln!(text, "{}  {what} {}", report.reference, report.digest);
+    for manifest in &report.manifests {
+        let platform = manifest.platform.as_deref().unwrap_or("any platform");
+        let signed = match manifest.signatures {
+            Signatures::Verified => "signed by the given key".to_owned(),
+            Signatures::Unverified(0) => "not signed".to_owned(),
+            Signatures::Unverified(count) => format!("{count} signatures, not verified"),
+        };
+        let _ = writeln!(
+            text,
+            "{platform}  {}  {}  {}  {signed}",
+            manifest.digest,
+            manifest.kind,
+            Bytes(manifest.bytes)
+        );
+        for file in &manifest.files {
+            let executable = if file.executable { "x" } else { "-" };
+            let _ = writeln!(text, "  {executable} {:>12}  {}", file.size, file.path);
+        }
+        if !manifest.files_are_complete {
+            let _ = writeln!(text, "  archives are not looked into without --require-file");
+        }
+    }
+    text
+}

@@ -1,0 +1,121 @@
+//! `csi-driver-oci check`, for a job before a rollout.
+
+use std::process::{Command, Output};
+
+use crate::support::{
+    Cosign, Format, Image, Layer, Manifest, OCI_MANIFEST, Tar, clean_environment,
+    node_architecture, private_registry, push_index, registry, small_artifact, unique,
+};
+
+fn check(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci"));
+    clean_environment(&mut command);
+    command.arg("check").args(arguments).env_remove("DOCKER_CONFIG").env("HOME", "/nonexistent");
+    command.output().expect("the binary")
+}
+
+#[track_caller]
+fn passes(arguments: &[&str]) -> serde_json::Value {
+    let output = check(&[arguments, &["--output", "json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+#[track_caller]
+fn fails(arguments: &[&str], named: &str) {
+    let output = check(arguments);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains(named) && error.lines().count() == 1, "{error}");
+}
+
+#[test]
+fn files_sizes_and_modes_of_files_and_archives_are_told() {
+    let repository = unique("checked");
+    let archive =
+        Tar::new().file("bin/tool", 0o755, "#!/bin/sh\n").file("etc/tool.yml", 0o644, "a: 1\n");
+    Image::new().layer(archive.finish()).push(registry(), &repository, "image");
+    let titled = [Layer::titled("tool", "#!/bin/sh\n"), Layer::titled("notes.txt", "words")];
+    Manifest::artifact(titled).push(registry(), &repository, "files");
+    let reference = |tag: &str| format!("{}/{repository}:{tag}", registry().host());
+    let report = passes(&[&reference("files")]);
+    let manifest = &report["manifests"][0];
+    assert_eq!(manifest["files_are_complete"], true);
+    let file = |path: &str| {
+        let files = manifest["files"].as_array().expect("files");
+        files.iter().find(|file| file["path"] == path).expect("the file").clone()
+    };
+    assert_eq!(
+        (file("tool")["executable"].clone(), file("notes.txt")["size"].clone()),
+        (true.into(), 5.into())
+    );
+    assert_eq!(passes(&[&reference("image")])["manifests"][0]["files_are_complete"], false);
+    passes(&[
+        &reference("image"),
+        "--require-file",
+        "bin/tool:exec",
+        "--require-file",
+        "etc/tool.yml",
+    ]);
+    passes(&[&reference("files"), "--require-file", "tool:exec"]);
+    fails(&[&reference("image"), "--require-file", "etc/tool.yml:exec"], "not executable");
+    fails(&[&reference("image"), "--require-file", "bin/other"], "bin/other");
+    fails(&[&reference("missing")], "no manifest");
+    let table = check(&[&reference("files")]);
+    assert!(String::from_utf8_lossy(&table.stdout).contains("notes.txt"));
+    assert_eq!(check(&["not a reference"]).status.code(), Some(2));
+}
+
+#[test]
+fn platforms_are_told_and_demanded() {
+    let repository = unique("platforms");
+    let image = Image::new().layer(Tar::new().file("a", 0o644, "a").finish());
+    let image = image.platform("linux", node_architecture());
+    let manifest = image.push(registry(), &repository, "own");
+    let entry = serde_json::json!({
+        "mediaType": OCI_MANIFEST, "digest": manifest,
+        "size": image.manifest().json().to_string().len(),
+        "platform": {"os": "linux", "architecture": node_architecture()},
+    });
+    push_index(registry(), &repository, "v1", &[entry]);
+    let reference = format!("{}/{repository}:v1", registry().host());
+    let platform = format!("linux/{}", node_architecture());
+    assert_eq!(passes(&[&reference])["manifests"][0]["platform"], platform);
+    passes(&[&reference, "--platform", &platform]);
+    fails(&[&reference, "--platform", "linux/s390x"], "linux/s390x");
+}
+
+#[test]
+fn a_signature_is_demanded_with_a_key() {
+    let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
+    let (signer, stranger) =
+        (Cosign::new(folder.path(), "release"), Cosign::new(folder.path(), "stranger"));
+    let artifact = small_artifact();
+    let reference = format!("{}/{}", registry().host(), artifact.name);
+    let key = |cosign: &Cosign| cosign.public_key().display().to_string();
+    fails(&[&reference, "--key", &key(&signer)], "not signed");
+    signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+    let report = passes(&[&reference, "--key", &key(&signer)]);
+    assert_eq!(report["manifests"][0]["signatures"], "verified");
+    fails(&[&reference, "--key", &key(&stranger)], "none of the demanded keys");
+    assert_eq!(passes(&[&reference])["manifests"][0]["signatures"]["unverified"], 1);
+    fails(&[&reference, "--key", "/missing.pub"], "/missing.pub");
+}
+
+#[test]
+fn credentials_are_those_of_a_docker_configuration() {
+    let private = private_registry("someone", "planted-password");
+    let repository = unique("private");
+    Manifest::artifact([Layer::titled("file", "x")]).push(
+        &private.as_user("someone", "planted-password"),
+        &repository,
+        "v1",
+    );
+    let reference = format!("{}/{repository}:v1", private.host());
+    fails(&[&reference], "401");
+    let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
+    let path = folder.path().join("config.json");
+    let auths = serde_json::json!({"auths": {private.host(): {"username": "someone", "password": "planted-password"}}});
+    std::fs::write(&path, auths.to_string()).expect("written");
+    passes(&[&reference, "--docker-config", path.to_str().expect("a path")]);
+}
