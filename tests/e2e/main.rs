@@ -30,6 +30,7 @@ mod isolation;
 mod lifecycle;
 mod mirrors;
 mod mounts;
+mod planted;
 mod policy;
 mod progress;
 mod pull_policy;

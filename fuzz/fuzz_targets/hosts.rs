@@ -1,0 +1,23 @@
+//! A hosts.toml: no panic, one line of error, and addresses that cannot hide anything.
+
+#![no_main]
+
+use std::path::Path;
+
+use csi_driver_oci::oci::registry::hosts::HostsFile;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    match HostsFile::parse(text, Path::new("/certs.d/r.io")) {
+        Ok(file) => {
+            let server = file.hosts.last().expect("the server is always there");
+            assert!(server.root.is_none() || text.contains("server"));
+            for root in file.hosts.iter().filter_map(|host| host.root.as_ref()) {
+                assert!(matches!(root.scheme(), "http" | "https"));
+                assert!(root.username().is_empty() && root.password().is_none());
+                assert!(root.path().ends_with('/') && root.query().is_none());
+            }
+        }
+        Err(error) => assert!(!error.contains('\n')),
+    }
+});

@@ -1,0 +1,22 @@
+//! The kubelet's CredentialProviderConfig and a plugin's answer: no panic, no path in a name,
+//! and nothing of an answer in an error.
+
+#![no_main]
+
+use csi_driver_oci::oci::Reference;
+use csi_driver_oci::oci::credentials::providers::{config, protocol};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let reference: Reference = "registry.example:5000/team/app".parse().expect("a reference");
+    if let Ok(providers) = config::parse(text) {
+        for provider in providers {
+            assert!(!provider.name.contains('/') && provider.name != "..");
+            let _ = provider.matches(reference.repository());
+        }
+    }
+    match protocol::parse(text.as_bytes(), "credentialprovider.kubelet.k8s.io/v1") {
+        Ok(answer) => drop(answer.keyring.matching(reference.repository())),
+        Err(error) => assert!(error.len() < 200),
+    }
+});

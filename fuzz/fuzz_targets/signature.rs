@@ -1,0 +1,30 @@
+//! Signatures and keys: no panic, and nothing counts that the key has not signed.
+
+#![no_main]
+
+use csi_driver_oci::oci::Digest;
+use csi_driver_oci::oci::signature::{
+    Found, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
+};
+use libfuzzer_sys::fuzz_target;
+
+const KEY: &[u8] = b"-----BEGIN PUBLIC KEY-----
+MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
+-----END PUBLIC KEY-----
+";
+
+fuzz_target!(|input: (&[u8], &str)| {
+    let (bytes, signature) = input;
+    let _ = PublicKey::from_pem(bytes);
+    let key = PublicKey::from_pem(KEY).expect("a key");
+    let demand = SignatureDemand {
+        mode: SignatureMode::Enforce,
+        format: SignatureFormat::Any,
+        keys: [NamedKey { name: "key".to_owned(), key }].into(),
+    };
+    let found = [
+        Found::Bundle(bytes.to_vec()),
+        Found::Simple { payload: bytes.to_vec(), signature: signature.to_owned() },
+    ];
+    assert!(demand.judge(&found, &[Digest::of(bytes)]).is_err());
+});
