@@ -255,9 +255,13 @@ fn the_binary_takes_every_configuration_that_the_chart_writes() {
     let file = folder.path().join("config.yaml");
     let mut seen = 0;
     for (row, objects) in rendered("chart") {
-        let texts = objects.iter().filter_map(|object| object["data"]["config.yaml"].as_str());
-        for text in texts {
-            fs::write(&file, text).expect("the configuration");
+        for map in objects.iter().filter(|object| object["data"]["config.yaml"].is_string()) {
+            // Files lie beside the configuration, at another place than in the container.
+            for (name, text) in map["data"].as_object().expect("files") {
+                let here = format!("{}/", folder.path().display());
+                let text = text.as_str().expect("text").replace("/etc/csi-driver-oci/", &here);
+                fs::write(folder.path().join(name), text).expect("a file of the configuration");
+            }
             let mut command = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
             clean_environment(&mut command);
             let said = run(command.arg("check-config").arg(&file));

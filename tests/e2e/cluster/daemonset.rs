@@ -103,6 +103,7 @@ rows! { "chart":
     what_others_make_serves "given",
     registries_of_every_kind_serve "registries",
     a_docker_configuration_of_the_node_serves "node-docker-config",
+    a_policy_with_its_key_serves "policy",
 }
 
 rows! { "kustomize":
@@ -123,6 +124,7 @@ fn every_row_is_started_by_a_test() {
             "given",
             "node-docker-config",
             "pod-network",
+            "policy",
             "registries",
             "sidecars",
             "tainted-nodes"

@@ -2,9 +2,12 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
+use k8s_openapi::api::{batch::v1::Job, core::v1::EnvVar};
 use serde_json::Value;
+use tonic::Code;
 
-use crate::support::{Node, Oras, registry, run, tool, unique};
+use super::{container::Image, deployed::Deployed, only, rendered};
+use crate::support::{Node, Oras, own_registry, registry, run, tool, unique};
 
 /// The script, for a registry without TLS.
 pub fn push(reference: &str, home: &Path) -> Command {
@@ -71,13 +74,70 @@ fn a_pushed_folder_keeps_names_modes_and_platforms_and_its_digest() {
     }
 }
 
+/// A key pair as `openssl` makes it: `key.pem` and `key.pub`.
+fn make_keys(folder: &Path) {
+    let keys = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem
+        openssl ec -in key.pem -pubout -out key.pub";
+    run(tool("sh").args(["-euc", keys]).current_dir(folder));
+}
+
+#[test]
+fn what_is_signed_passes_the_job_before_a_rollout_and_the_policy_on_the_node() {
+    let room = tempfile::tempdir().expect("a folder");
+    make_keys(room.path());
+    let key = fs::read_to_string(room.path().join("key.pub")).expect("the key");
+    let mut objects = rendered("chart")["policy"].clone();
+    let configuration = objects.iter_mut().find(|object| object["data"]["release.pub"].is_string());
+    configuration.expect("the key's place")["data"]["release.pub"] = key.clone().into();
+    let mut deployed = Deployed::start(&objects);
+    let registry = own_registry();
+    let repository = format!("{}/signed/prometheus", registry.host());
+    let pairs = ["linux/amd64", "linux/arm64"].map(|platform| {
+        let folder = room.path().join(platform);
+        fs::create_dir_all(folder.join("bin")).expect("a folder");
+        let program = folder.join("bin/prometheus");
+        fs::write(&program, format!("#!/bin/sh\n# {platform}\n")).expect("a program");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("its mode");
+        format!("{platform}={}", folder.display())
+    });
+    let mut signed = push(&format!("{repository}:signed"), room.path());
+    run(signed.env("SIGNING_KEY", room.path().join("key.pem")).args(&pairs));
+    fs::write(room.path().join("linux/amd64/another"), "").expect("another artifact");
+    run(push(&format!("{repository}:unsigned"), room.path()).args(&pairs));
+
+    let job = only(&rendered("kustomize")["deploy__gitops__argo-cd__prometheus"], "Job").clone();
+    let job: Job = serde_json::from_value(job).expect("a job");
+    let pod = job.spec.and_then(|spec| spec.template.spec).expect("a pod");
+    deployed.machine.files.insert("keys".into(), [("cosign.pub".into(), key)].into());
+    let anonymous = [("config.json".to_owned(), r#"{"auths": {}}"#.to_owned())];
+    deployed.machine.files.insert("docker".into(), anonymous.into());
+    for (version, passes) in [("signed", true), ("unsigned", false), ("missing", false)] {
+        let mut container = pod.containers[0].clone();
+        for EnvVar { name, value, .. } in container.env.iter_mut().flatten() {
+            *value = Some(if name == "VERSION" { version.to_owned() } else { repository.clone() });
+        }
+        // Kubernetes expands what the arguments name of the environment.
+        let expanded = |argument: &String| {
+            argument.replace("$(REPOSITORY)", &repository).replace("$(VERSION)", version)
+        };
+        container.args = container.args.map(|all| all.iter().map(expanded).collect());
+        let image = Image::of_the_driver();
+        let checked = deployed.machine.start(&pod, &container, &image).wait().expect("the job");
+        let log = deployed.machine.log(&container);
+        assert_eq!(checked.success(), passes, "{version}: {log}");
+    }
+
+    let volume = |tag: &str| deployed.kubelet().new_volume(&format!("{repository}:{tag}"));
+    deployed.publish(&volume("signed"));
+    let refused = deployed.try_publish(&volume("unsigned")).expect_err("it is not signed");
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{}", refused.message());
+}
+
 #[test]
 fn a_signature_is_one_that_cosign_would_have_made() {
     let room = tempfile::tempdir().expect("a folder");
     build(&room.path().join("build"), "any");
-    let keys = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem
-        openssl ec -in key.pem -pubout -out key.pub";
-    run(tool("sh").args(["-euc", keys]).current_dir(room.path()));
+    make_keys(room.path());
     let repository = format!("{}/{}", registry().host(), unique("signed"));
     let mut command = push(&format!("{repository}:v1"), room.path());
     command.env("SIGNING_KEY", room.path().join("key.pem"));
