@@ -18,6 +18,7 @@ use crate::support::{
 
 /// Short times and small parts, so that a test sees in seconds what takes minutes elsewhere.
 const IMPATIENT: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
+    cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n\
     pull: {stallTimeout: 1s, attempts: 3, rangeBytes: 1048576, ranges: 4, leastBytesPerSecond: 20000}\n";
 
 /// A node with a registry before it that does what a test says.
@@ -327,6 +328,7 @@ fn a_layer_that_was_refused_is_not_fetched_again_to_be_refused_again() {
 #[test]
 fn a_rate_that_was_set_is_kept() {
     let limited = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
+        cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n\
         pull: {bytesPerSecond: 2000000}\n";
     let wire = Wire::with(limited, 4_000_000);
     let started = Instant::now();

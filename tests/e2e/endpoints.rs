@@ -97,8 +97,7 @@ fn an_invalid_configuration_stops_publishing_with_its_reason_and_not_unpublishin
 fn a_valid_configuration_is_taken() {
     let node = Node::start_with(|sandbox, options| {
         let path = sandbox.path().join("config.yaml");
-        fs::write(&path, "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n")
-            .expect("a file");
+        fs::write(&path, crate::support::configuration_head()).expect("a file");
         options.argument(&format!("--config={}", path.display()))
     });
     node.mount(&node.proxy.reference(&node.small_artifact().name));
