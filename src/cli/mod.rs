@@ -14,6 +14,12 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::mount::syscalls;
+
+/// Threads of a pull come and go; with a pool for each of them, a third of the memory was what
+/// one had freed and no other could use.
+const MEMORY_POOLS: i32 = 2;
+
 /// Serves OCI artifacts as read-only Kubernetes pod volumes.
 #[derive(Debug, Parser)]
 #[command(name = "csi-driver-oci", version, propagate_version = true)]
@@ -94,6 +100,7 @@ fn print(line: &str) {
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // TLS needs a provider before the first connection; a second call of this would only repeat it.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    syscalls::share_memory_pools(MEMORY_POOLS);
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

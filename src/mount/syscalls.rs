@@ -136,3 +136,15 @@ pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
         unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
+
+/// `mallopt(M_ARENA_MAX)`: all threads share so many pools of memory. The C library gives
+/// each thread its own else, and what one has freed no other uses.
+#[cfg(target_env = "gnu")]
+pub fn share_memory_pools(pools: i32) {
+    // SAFETY: mallopt takes two numbers; it is called before there are other threads.
+    let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, pools) };
+}
+
+/// Other C libraries share one pool anyway.
+#[cfg(not(target_env = "gnu"))]
+pub fn share_memory_pools(_: i32) {}
