@@ -101,6 +101,7 @@ impl Artifact {
             Case::Ten => {
                 let mut all = Self::files(case, "ten artifacts at once", &[]);
                 all.names.clear();
+                all.description = format!("ten artifacts of {} MiB at once", mebibytes(128) >> 20);
                 for number in 0..10 {
                     let tag = format!("v{number}");
                     let layer = Layer::titled("file", noise(mebibytes(128), 300 + number));
