@@ -32,7 +32,7 @@ const BUFFER: usize = 256 << 10;
 /// do, and few pages are dirty when memory is short.
 const WRITE_BACK: u64 = 8 << 20;
 /// After so many bytes the record of ranges is written again: as much is fetched twice after a crash.
-const RECORD: u64 = 16 << 20;
+const RECORD: u64 = 4 << 20;
 
 /// A blob's bytes so far. One flight owns it.
 #[derive(Debug)]

@@ -218,7 +218,8 @@ fn partial_bytes(state: &std::path::Path) -> u64 {
             if metadata.is_dir() {
                 total + sum(&entry.path(), inside || entry.file_name() == "partial")
             } else if inside {
-                total + metadata.len()
+                // A download in parts has holes, which its length counts.
+                total + std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
             } else {
                 total
             }
