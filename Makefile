@@ -3,10 +3,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test bench lint validate render fuzz tools
+.PHONY: build demo test crash bench lint validate render fuzz tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
+# For the long crash test: make crash ROUNDS=1000
+ROUNDS ?= 200
 # Arguments for `cargo test`: make test ARGUMENTS='--test e2e registration'
 ARGUMENTS ?=
 TOOLS := $(abspath $(or $(CARGO_TARGET_DIR),target))/tools
@@ -27,6 +29,11 @@ test: tools
 	    exit 1; \
 	fi
 	scripts/in-mount-namespace cargo test --locked --features fault-points $(ARGUMENTS)
+
+# The driver is killed at random moments under load, so many times.
+crash: tools
+	CRASH_ROUNDS=$(ROUNDS) scripts/in-mount-namespace cargo test --locked --features fault-points \
+	    --test e2e -- crash::kills
 
 # Times, side by side, printed as a table.
 bench: tools

@@ -172,8 +172,15 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         (path, RegistrationService::new(name, endpoint))
     });
     let registered = registration.as_ref().map(|(_, service)| service.registered());
-    let admin_socket =
-        serve_admin(&options, &content, registered.clone(), &metrics, &mut servers, &shutdown);
+    let admin_socket = serve_admin(
+        &options,
+        &content,
+        registered.clone(),
+        &metrics,
+        &tracker,
+        &mut servers,
+        &shutdown,
+    );
     let health = Health { content: content.clone(), registered }.router();
     serve_http(&options, health, &metrics, &tracker, &shutdown).await;
     take_startup_taint(&options, &tracker, &shutdown);
@@ -200,6 +207,15 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     // The kubelet is told first: it stops sending pods that would only wait.
     drop(registration_socket);
     shutdown.cancel();
+    drain(servers, &tracker).await;
+    drop(admin_socket);
+    drop(csi_socket);
+    drop(lock);
+    ended
+}
+
+/// Waits for calls and work to end, but not for ever.
+async fn drain(mut servers: JoinSet<AppError>, tracker: &TaskTracker) {
     let drained = async {
         while servers.join_next().await.is_some() {}
         tracker.close();
@@ -210,10 +226,6 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
             "some work did not end in time and is cut off; nothing of it has a name yet"
         );
     }
-    drop(admin_socket);
-    drop(csi_socket);
-    drop(lock);
-    ended
 }
 
 /// Where nodes start with a taint, it goes once the kubelet has registered the driver.
@@ -254,6 +266,7 @@ fn serve_admin(
     content: &watch::Receiver<ContentState>,
     registered: Option<Arc<AtomicBool>>,
     metrics: &Metrics,
+    tracker: &TaskTracker,
     servers: &mut JoinSet<AppError>,
     shutdown: &CancellationToken,
 ) -> Option<Socket> {
@@ -272,6 +285,7 @@ fn serve_admin(
         state_dir: options.state_dir.clone(),
         content: content.clone(),
         registered,
+        tracker: tracker.clone(),
     };
     let server = Server::builder().add_service(AdminServer::new(service));
     servers.spawn(serve("admin", server, listener, shutdown.clone()));

@@ -4,6 +4,10 @@
 pub mod client;
 pub mod health;
 pub mod http;
+mod messages;
 pub mod metrics;
+pub mod operations;
+mod pieces;
 pub mod service;
 mod store_metrics;
+mod warm;

@@ -1,19 +1,36 @@
-//! The admin interface: what the command line may ask.
+//! The admin interface on the wire: requests to operations, and what they say to messages.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::sync::watch;
-use tonic::{Request, Response, Status};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::task::TaskTracker;
+use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::operations::{self, ADMIN, OperationError};
+use super::pieces::Pieces;
+use super::{messages, warm};
+use crate::oci::{Platform, Reference};
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
-    Artifact, GetStatusRequest, GetStatusResponse, ListArtifactsRequest, ListArtifactsResponse,
+    CollectRequest, CollectResponse, GetStatusRequest, GetStatusResponse, ImportRequest,
+    ImportResponse, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest,
+    ListArtifactsResponse, PinRequest, PinResponse, RemoveRequest, RemoveResponse, Repair,
+    UnpinRequest, UnpinResponse, VerifyEvent, VerifyRequest, VerifySummary, WarmEvent, WarmRequest,
+    import_request, verify_event,
 };
+use crate::pull::import::ImportError;
+use crate::pull::self_check::Repaired;
+use crate::store::gc::{Now, Want};
 use crate::store::{Room, Store, StoreError};
-use crate::volume::ContentState;
+use crate::volume::{Content, ContentState};
+
+/// Findings and progress that wait for a slow reader.
+const EVENTS: usize = 64;
 
 /// Answers the command line.
 #[derive(Clone)]
@@ -28,7 +45,11 @@ pub struct AdminService {
     pub content: watch::Receiver<ContentState>,
     /// Set by the kubelet; none when somebody else registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
+    /// What goes on when a caller leaves runs here.
+    pub tracker: TaskTracker,
 }
+
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Admin for AdminService {
@@ -37,72 +58,282 @@ impl Admin for AdminService {
         _: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
         let content = self.content.borrow().clone();
-        let not_ready = content.as_ref().err().cloned().unwrap_or_default();
-        let state_dir = self.state_dir.clone();
-        let look = move || {
-            let published = content.ok().and_then(|content| content.store.publications().ok());
-            let room = Room::of(&state_dir).unwrap_or_default();
-            (published.map_or(0, |list| list.len() as u64), room)
-        };
-        let (published, room) = tokio::task::spawn_blocking(look).await.map_err(crashed)?;
-        Ok(Response::new(GetStatusResponse {
+        let mut status = GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_id: self.node_id.clone(),
             driver_name: self.driver_name.clone(),
             state_dir: self.state_dir.display().to_string(),
-            not_ready,
+            not_ready: content.as_ref().err().cloned().unwrap_or_default(),
             registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
-            published,
-            free_bytes: room.free_bytes,
-            total_bytes: room.total_bytes,
-        }))
+            ..GetStatusResponse::default()
+        };
+        let state_dir = self.state_dir.clone();
+        let look = move || {
+            let room = Room::of(&state_dir).unwrap_or_default();
+            (status.free_bytes, status.total_bytes) = (room.free_bytes, room.total_bytes);
+            if let Ok(content) = content {
+                add_numbers(&mut status, &content.store, &room);
+            }
+            status
+        };
+        Ok(Response::new(tokio::task::spawn_blocking(look).await.map_err(crashed)?))
     }
 
     async fn list_artifacts(
         &self,
         _: Request<ListArtifactsRequest>,
     ) -> Result<Response<ListArtifactsResponse>, Status> {
-        let content = self.content.borrow().clone();
-        let store = content.map_err(Status::unavailable)?.store;
-        let artifacts = tokio::task::spawn_blocking(move || list(&store))
-            .await
-            .map_err(crashed)?
-            .map_err(|error| Status::internal(error.to_string()))?;
+        let artifacts = self.blocking(|store| operations::artifacts(&store)).await?;
+        let artifacts = artifacts.into_iter().map(messages::artifact).collect();
         Ok(Response::new(ListArtifactsResponse { artifacts }))
     }
+
+    async fn inspect_artifact(
+        &self,
+        request: Request<InspectArtifactRequest>,
+    ) -> Result<Response<InspectArtifactResponse>, Status> {
+        let reference = parse_reference(&request.into_inner().reference)?;
+        let inspected = self.blocking(move |store| operations::inspect(&store, &reference)).await?;
+        Ok(Response::new(messages::inspected(inspected)))
+    }
+
+    type WarmStream = Events<WarmEvent>;
+
+    async fn warm(
+        &self,
+        request: Request<WarmRequest>,
+    ) -> Result<Response<Self::WarmStream>, Status> {
+        let content = self.content()?;
+        let wants = warm::wants(request.into_inner()).map_err(Status::invalid_argument)?;
+        let (events, receiver) = mpsc::channel(EVENTS);
+        // The node's work goes on when the caller leaves.
+        self.tracker.spawn(warm::run(content, wants, events));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
+    }
+
+    async fn import(
+        &self,
+        request: Request<Streaming<ImportRequest>>,
+    ) -> Result<Response<ImportResponse>, Status> {
+        let content = self.content()?;
+        let mut stream = request.into_inner();
+        let Some(import_request::Part::Header(header)) =
+            stream.message().await?.and_then(|message| message.part)
+        else {
+            return Err(Status::invalid_argument("the first message must be the header"));
+        };
+        let reference = parse_reference(&header.reference)?;
+        let platform = parse_platform(&header.platform)?.unwrap_or_else(Platform::of_this_node);
+        let (pieces, reader) = Pieces::channel();
+        let import = self
+            .tracker
+            .spawn(async move { content.puller.import(reader, &reference, &platform).await });
+        let sent = async {
+            loop {
+                match stream.message().await {
+                    Ok(Some(message)) => {
+                        if let Some(import_request::Part::Data(data)) = message.part
+                            && !pieces.send(data).await
+                        {
+                            return;
+                        }
+                    }
+                    Ok(None) => return,
+                    Err(error) => return pieces.fail(&error).await,
+                }
+            }
+        };
+        sent.await;
+        drop(pieces);
+        let tree = import.await.map_err(crashed)?.map_err(|error| import_status(&error))?;
+        Ok(Response::new(ImportResponse {
+            manifest: tree.record.manifest.to_string(),
+            bytes: tree.record.bytes,
+            inodes: tree.record.inodes,
+        }))
+    }
+
+    async fn pin(&self, request: Request<PinRequest>) -> Result<Response<PinResponse>, Status> {
+        let request = request.into_inner();
+        let reference = parse_reference(&request.reference)?;
+        let platform = parse_platform(&request.platform)?.unwrap_or_else(Platform::of_this_node);
+        let pin = move |store: Store| operations::pin(&store, &reference, &platform, ADMIN);
+        let pin = self.blocking(pin).await?;
+        Ok(Response::new(PinResponse { manifest: pin.manifest.to_string() }))
+    }
+
+    async fn unpin(
+        &self,
+        request: Request<UnpinRequest>,
+    ) -> Result<Response<UnpinResponse>, Status> {
+        let request = request.into_inner();
+        let reference = parse_reference(&request.reference)?;
+        let platform = parse_platform(&request.platform)?;
+        let unpin =
+            move |store: Store| operations::unpin(&store, &reference, platform.as_ref(), ADMIN);
+        let (unpinned, others) = self.blocking(unpin).await?;
+        let unpinned = u32::try_from(unpinned).unwrap_or(u32::MAX);
+        Ok(Response::new(UnpinResponse { unpinned, others }))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<RemoveRequest>,
+    ) -> Result<Response<RemoveResponse>, Status> {
+        let reference = parse_reference(&request.into_inner().reference)?;
+        let removed = self.blocking(move |store| operations::remove(&store, &reference)).await?;
+        Ok(Response::new(messages::removed(removed)))
+    }
+
+    async fn collect(
+        &self,
+        request: Request<CollectRequest>,
+    ) -> Result<Response<CollectResponse>, Status> {
+        let CollectRequest { dry_run, target_bytes } = request.into_inner();
+        let want = target_bytes.map_or(Want::Upkeep, Want::AtMost);
+        let collect = move |store: Store| {
+            let collected =
+                if dry_run { store.plan_collection(&want) } else { store.collect(&want) };
+            Ok::<_, OperationError>((collected?, store.usage()?.bytes))
+        };
+        let (collected, cache_bytes) = self.blocking(collect).await?;
+        Ok(Response::new(messages::collected(&collected, cache_bytes)))
+    }
+
+    type VerifyStream = Events<VerifyEvent>;
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let content = self.content()?;
+        let repair = request.into_inner().repair;
+        let (events, receiver) = mpsc::channel(EVENTS);
+        self.tracker.spawn(verify(content, repair, events));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+impl AdminService {
+    fn content(&self) -> Result<Content, Status> {
+        self.content.borrow().clone().map_err(Status::unavailable)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Store) -> Result<T, OperationError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let store = self.content()?.store;
+        let done = tokio::task::spawn_blocking(move || work(store)).await.map_err(crashed)?;
+        done.map_err(|error| Status::new(operation_code(&error), error.to_string()))
+    }
+}
+
+/// Damage is found, told and repaired whether or not somebody listens.
+async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<VerifyEvent, Status>>) {
+    let found = events.clone();
+    let mut findings = 0;
+    let (count, counted) = std::sync::mpsc::channel();
+    let verified = content.puller.check_content(move |finding| {
+        tracing::warn!(
+            kind = finding.kind.name(),
+            path = %finding.path.display(),
+            detail = finding.detail,
+            "damaged content"
+        );
+        let _ = count.send(());
+        let event = verify_event::Event::Finding(messages::finding(finding));
+        let _ = found.blocking_send(Ok(VerifyEvent { event: Some(event) }));
+    });
+    let (verified, damaged) = match verified.await {
+        Ok(verified) => verified,
+        Err(error) => {
+            let _ = events.send(Err(Status::internal(error.to_string()))).await;
+            return;
+        }
+    };
+    findings += counted.try_iter().count() as u64;
+    let mut unrepaired = 0;
+    for tree in &damaged {
+        let outcome = if repair {
+            content
+                .puller
+                .repair(tree)
+                .await
+                .unwrap_or_else(|error| Repaired::Later(error.to_string()))
+        } else {
+            Repaired::Later("the next publish or `verify --repair` fetches it again".to_owned())
+        };
+        let (done, detail) = match outcome {
+            Repaired::Anew(reference) => (true, reference.to_string()),
+            Repaired::Later(reason) => (false, reason),
+        };
+        unrepaired += u64::from(!done);
+        let manifest = tree.manifest.to_string();
+        let event = verify_event::Event::Repair(Repair { manifest, done, detail });
+        let _ = events.send(Ok(VerifyEvent { event: Some(event) })).await;
+    }
+    let (objects, bytes) = (verified.objects, verified.bytes);
+    let summary = VerifySummary { objects, bytes, findings, unrepaired };
+    let event = Some(verify_event::Event::Summary(summary));
+    let _ = events.send(Ok(VerifyEvent { event })).await;
+}
+
+fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
+    status.published = store.publications().map_or(0, |list| list.len() as u64);
+    if let Ok(facts) = store.facts(Now::read()) {
+        status.cache_bytes = facts.usage().bytes;
+        status.cache_objects = facts.store.objects.len() as u64;
+        status.pinned_bytes = facts.pinned().bytes;
+    }
+    status.floor_bytes = room.floor(store.cache_options()).bytes;
+    let evictions = store.evictions();
+    status.evicted_objects = evictions.total();
+    status.evicted_bytes = evictions.bytes();
+}
+
+fn parse_reference(text: &str) -> Result<Reference, Status> {
+    text.parse().map_err(|error: crate::oci::reference::ReferenceError| {
+        Status::invalid_argument(error.to_string())
+    })
+}
+
+/// None where nothing is said.
+fn parse_platform(text: &str) -> Result<Option<Platform>, Status> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let parsed = text.parse::<Platform>();
+    parsed.map(Some).map_err(|error| Status::invalid_argument(error.to_string()))
+}
+
+fn operation_code(error: &OperationError) -> Code {
+    match error {
+        OperationError::NotHere(_) => Code::NotFound,
+        OperationError::Pinned { .. } => Code::FailedPrecondition,
+        OperationError::Store(error) => store_code(error),
+    }
+}
+
+fn store_code(error: &StoreError) -> Code {
+    match error {
+        StoreError::NoSpace { .. } | StoreError::NoRoom(_) | StoreError::TooMuchPinned { .. } => {
+            Code::ResourceExhausted
+        }
+        _ => Code::Internal,
+    }
+}
+
+/// What is wrong with a layout is the caller's to change.
+fn import_status(error: &ImportError) -> Status {
+    let code = match error {
+        ImportError::Pull(error) if error.is_full() => Code::ResourceExhausted,
+        ImportError::Shared(error) if error.is_full() => Code::ResourceExhausted,
+        _ => Code::FailedPrecondition,
+    };
+    Status::new(code, error.to_string())
 }
 
 fn crashed(_: tokio::task::JoinError) -> Status {
     Status::internal("the driver failed internally: please report it with the driver's log")
-}
-
-fn list(store: &Store) -> Result<Vec<Artifact>, StoreError> {
-    let mut references = BTreeMap::<_, Vec<String>>::new();
-    for resolution in store.resolutions()? {
-        references.entry(resolution.manifest).or_default().push(resolution.reference);
-    }
-    let mut volumes = BTreeMap::<_, Vec<String>>::new();
-    for publication in store.publications()? {
-        let name = publication.pod.unwrap_or(publication.volume_id);
-        volumes.entry(publication.tree).or_default().push(name);
-    }
-    let artifact = |tree: crate::store::Tree| {
-        let sorted = |mut names: Vec<String>| {
-            names.sort();
-            // A reference resolves once for each platform.
-            names.dedup();
-            names
-        };
-        Artifact {
-            manifest: tree.record.manifest.to_string(),
-            kind: tree.record.kind,
-            bytes: tree.record.bytes,
-            inodes: tree.record.inodes,
-            references: sorted(references.get(&tree.record.manifest).cloned().unwrap_or_default()),
-            volumes: sorted(volumes.remove(&tree.key).unwrap_or_default()),
-        }
-    };
-    let mut artifacts: Vec<_> = store.trees()?.into_iter().map(artifact).collect();
-    artifacts.sort_by(|one, two| one.references.cmp(&two.references));
-    Ok(artifacts)
 }

@@ -2,13 +2,21 @@
 //!
 //! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
 
+mod artifacts;
 mod ask;
 mod check;
 mod check_config;
 mod check_uninstall;
+mod gc;
+mod import;
 mod logging;
 mod mount;
 mod node;
+mod pins;
+mod status;
+mod table;
+mod verify;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -42,6 +50,22 @@ enum Command {
     Ls(ask::AskArguments),
     /// Ask a registry what it would serve: for which platforms, which files, signed by whom.
     Check(check::CheckArguments),
+    /// Say all that this node knows of a reference.
+    Inspect(artifacts::InspectArguments),
+    /// Fetch artifacts before a pod asks for them.
+    Warm(warm::WarmArguments),
+    /// Take an artifact from an OCI image layout, without a registry.
+    Import(import::ImportArguments),
+    /// Keep an artifact on this node.
+    Pin(pins::PinArguments),
+    /// Let a pinned artifact be evicted again.
+    Unpin(pins::PinArguments),
+    /// Forget a reference; what is mounted stays until its last unpublish.
+    Rm(pins::RemoveArguments),
+    /// Free room.
+    Gc(gc::CollectArguments),
+    /// Read everything back, and find what the disk has changed.
+    Verify(verify::VerifyArguments),
     /// Say what `node` would say about a configuration file.
     CheckConfig(check_config::CheckConfigArguments),
     /// Say whether pods of the cluster still use the driver.
@@ -69,9 +93,17 @@ pub fn main() -> ExitCode {
         Command::Node(arguments) => node::run(arguments),
         Command::Mount(arguments) => mount::mount(&arguments),
         Command::Unmount(arguments) => mount::unmount(&arguments),
-        Command::Status(arguments) => ask::status(&arguments),
-        Command::Ls(arguments) => ask::list(&arguments),
         Command::Check(arguments) => check::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Ls(arguments) => artifacts::list(&arguments),
+        Command::Inspect(arguments) => artifacts::inspect(&arguments),
+        Command::Warm(arguments) => warm::run(&arguments),
+        Command::Import(arguments) => import::run(&arguments),
+        Command::Pin(arguments) => pins::pin(&arguments),
+        Command::Unpin(arguments) => pins::unpin(&arguments),
+        Command::Rm(arguments) => pins::remove(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
     };

@@ -163,7 +163,6 @@ pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
     }
 }
 
-/// The record is a hint: whoever has the state directory now drops it at its next start.
 /// A developer's disk is often fuller than a node may be, and no kubelet evicts there.
 fn developers_disk() -> CacheOptions {
     CacheOptions {
@@ -175,6 +174,7 @@ fn developers_disk() -> CacheOptions {
     }
 }
 
+/// The record is a hint: whoever has the state directory now drops it at its next start.
 fn forget(arguments: &UnmountArguments, target: &TargetPath) {
     let Ok(state_dir) = arguments.state.folder() else { return };
     if !state_dir.join("format").exists() {

@@ -22,7 +22,7 @@ use crate::store::layers::Layer;
 use crate::store::trees::{Objects, TreeRecord, View};
 use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
-use crate::unpack::merge::Merger;
+use crate::unpack::merge::{Merger, TreePlan};
 use crate::unpack::permissions::NodeType;
 use crate::unpack::{Entry, Permissions, PermissionsRule, Selection};
 
@@ -35,16 +35,16 @@ pub struct SponsorsByTree(Mutex<HashMap<TreeKey, Weak<Sponsors>>>);
 
 /// What shapes a tree beside its manifest.
 #[derive(Clone, Debug)]
-struct Shape {
-    selection: Selection,
-    permissions: PermissionsRule,
-    file_mode: Option<u32>,
+pub(super) struct Shape {
+    pub(super) selection: Selection,
+    pub(super) permissions: PermissionsRule,
+    pub(super) file_mode: Option<u32>,
 }
 
 /// A layer that is shown.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
-    layer: usize,
+    pub(super) layer: usize,
     pub(super) descriptor: Descriptor,
     pub(super) rule: PartRule,
 }
@@ -56,7 +56,7 @@ pub(super) enum PartRule {
 }
 
 /// A part that is in the store.
-enum Object {
+pub(super) enum Object {
     File(usize, FileRule, u64, StoredFile),
     Layer(usize, ArchiveRule, Layer),
 }
@@ -174,7 +174,7 @@ impl Shape {
     }
 
     /// The layers that are shown, or may be: a title can prove that a layer is not.
-    fn parts(
+    pub(super) fn parts(
         &self,
         manifest: &ImageManifest,
         limits: &crate::unpack::Limits,
@@ -346,9 +346,28 @@ impl Inner {
         &self,
         key: TreeKey,
         (manifest, kind, compressed_bytes): (Digest, String, u64),
-        mut parts: Vec<Object>,
+        parts: Vec<Object>,
         shape: &Shape,
     ) -> Result<Tree, PullError> {
+        let (plan, objects) = self.plan(parts, shape)?;
+        let record = TreeRecord {
+            manifest,
+            kind,
+            bytes: plan.totals.bytes,
+            inodes: plan.totals.inodes,
+            compressed_bytes,
+            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+            view: shape.view(),
+        };
+        Ok(self.store.commit_tree(key, record, &plan, &objects)?)
+    }
+
+    /// What a volume of this shape shows of these parts.
+    pub(super) fn plan(
+        &self,
+        mut parts: Vec<Object>,
+        shape: &Shape,
+    ) -> Result<(TreePlan, Objects), PullError> {
         parts.sort_by_key(|part| match part {
             Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
         });
@@ -368,17 +387,7 @@ impl Inner {
                 }
             }
         }
-        let plan = merger.finish(&shape.selection)?;
-        let record = TreeRecord {
-            manifest,
-            kind,
-            bytes: plan.totals.bytes,
-            inodes: plan.totals.inodes,
-            compressed_bytes,
-            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
-            view: shape.view(),
-        };
-        Ok(self.store.commit_tree(key, record, &plan, &objects)?)
+        Ok((merger.finish(&shape.selection)?, objects))
     }
 
     /// A layer's entries. A damaged index condemns the layer: the next try fetches it again.

@@ -15,6 +15,8 @@
 //! objects    blobs -> files and layers of the store
 //! room       how much of the disk an artifact will take, before its first byte
 //! artifact   manifest -> tree
+//! self_check reads everything back, and makes anew what is damaged
+//! import     an OCI image layout in place of a registry
 //! ```
 //!
 //! All work runs in flights that belong to the node; [`Puller::acquire`] only
@@ -25,11 +27,13 @@ pub mod candidates;
 pub mod connections;
 pub mod error;
 pub mod flights;
+pub mod import;
 pub mod objects;
 pub mod progress;
 pub mod resolve;
 pub mod retry;
 mod room;
+pub mod self_check;
 pub mod signatures;
 pub mod slots;
 pub mod spans;

@@ -30,6 +30,18 @@ pub struct Resolved {
     access: Access,
 }
 
+impl Resolved {
+    /// A manifest that the node itself works on, for nobody: with what it could fetch more.
+    pub(super) fn for_the_node(
+        manifest: Digest,
+        candidates: Candidates,
+        candidate: Candidate,
+    ) -> Self {
+        let access = Access::Before(Box::new((candidates, candidate)));
+        Self { top: manifest, manifest, access }
+    }
+}
+
 /// With what more of it is fetched.
 #[derive(Clone, Debug)]
 enum Access {
@@ -290,7 +302,8 @@ impl Inner {
             }
             if question == Question::Meaning {
                 let text = reference.to_string();
-                let resolution = Resolution { reference: text, resolved: top, manifest };
+                let resolution =
+                    Resolution { reference: text, resolved: top, manifest, platform: None };
                 store.put_resolution(&reference, &platform, &resolution)?;
             }
             Ok(())

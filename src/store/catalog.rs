@@ -297,8 +297,13 @@ impl<K: Clone + Eq + Hash> Tally<K> {
 mod tests {
     use super::*;
 
+    /// "trees/a/1" with a key made of "a".
     fn name(text: &str) -> ObjectName {
-        ObjectName::parse(text).expect("a name")
+        let [folder, key, generation] = text.split('/').collect::<Vec<_>>()[..] else {
+            panic!("three parts");
+        };
+        let key = Digest::of(key.as_bytes()).hex();
+        ObjectName::parse(&format!("{folder}/{key}/{generation}")).expect("a name")
     }
 
     fn entry(manifest: Option<Digest>, links: &[&ObjectName]) -> Entry {

@@ -33,7 +33,7 @@ pub struct StoredFile {
     pub generation: u32,
     /// Where it lies.
     pub path: PathBuf,
-    lease: Lease,
+    pub(super) lease: Lease,
 }
 
 impl Store {
@@ -132,7 +132,7 @@ impl Store {
 }
 
 /// The inverse of how a key's folder is called.
-fn permissions_of(variant: &str) -> Option<Permissions> {
+pub(super) fn permissions_of(variant: &str) -> Option<Permissions> {
     let mut parts = variant.split('-');
     let mode = u32::from_str_radix(parts.next()?, 8).ok()?;
     Some(Permissions { mode, uid: parts.next()?.parse().ok()?, gid: parts.next()?.parse().ok()? })

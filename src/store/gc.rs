@@ -96,6 +96,12 @@ impl Evictions {
         self.counts[reason as usize].load(Ordering::Relaxed)
     }
 
+    /// How many objects went.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        Reason::ALL.iter().map(|&reason| self.count(reason)).sum()
+    }
+
     /// Bytes of all that went.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -262,6 +268,14 @@ impl Store {
     /// Takes an object's name away, then its content.
     fn remove(&self, condemned: Condemned, name: &ObjectName) -> Result<(), StoreError> {
         let path = self.root().join(name.as_str());
+        if path
+            .ancestors()
+            .skip(1)
+            .take_while(|folder| *folder != self.root())
+            .any(Path::is_symlink)
+        {
+            return Err(StoreError::Foreign { path, what: "lies behind a symbolic link" });
+        }
         let grave = self.staging().join(durable::temporary_name());
         fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
         match fs::rename(&path, &grave) {

@@ -35,6 +35,10 @@ impl Store {
     fn load(&self, folder: &str, depth: usize) -> Result<(), StoreError> {
         for name in names(&self.root().join(folder))? {
             let folder = format!("{folder}/{name}");
+            // A link leads out of the store: what is behind it is not ours to count or remove.
+            if self.root().join(&folder).is_symlink() {
+                continue;
+            }
             if depth > 1 {
                 self.load(&folder, depth - 1)?;
                 continue;

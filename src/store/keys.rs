@@ -36,6 +36,12 @@ impl LayerKey {
     pub fn new(blob: Digest, decoder: &str, permissions: &str) -> Self {
         Self(hash(&["layer", &RULES_VERSION.to_string(), &blob.hex(), decoder, permissions]))
     }
+
+    /// The inverse of the key's text.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        Digest::from_hex(text).map(Self)
+    }
 }
 
 impl fmt::Display for LayerKey {

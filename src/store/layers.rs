@@ -53,7 +53,8 @@ pub struct Layer {
     /// Which generation.
     pub generation: u32,
     path: PathBuf,
-    lease: Lease,
+    /// None where it is only read back.
+    lease: Option<Lease>,
 }
 
 /// What a layer adds up to.
@@ -101,7 +102,12 @@ impl Store {
         let folder = self.path("layers").join(key.to_string());
         let Some(generation) = current_generation(&folder)? else { return Ok(None) };
         let lease = self.catalog().lease(ObjectName::layer(key, generation));
-        let layer = Layer { key, generation, path: folder.join(generation.to_string()), lease };
+        let layer = Layer {
+            key,
+            generation,
+            path: folder.join(generation.to_string()),
+            lease: Some(lease),
+        };
         // It may have gone between the first look and the lease.
         Ok(layer.path.symlink_metadata().is_ok().then_some(layer))
     }
@@ -143,11 +149,26 @@ impl Store {
         fault::point("layer.unpacked").map_err(|error| StoreError::io("write", &path, error))?;
         let (generation, lease) = self.commit(staging, &path, &folder)?;
         self.catalog().add(ObjectName::layer(key, generation), layer_entry(&totals));
-        Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease })
+        Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease: Some(lease) })
     }
 }
 
 impl Layer {
+    /// One generation, by its name.
+    pub(super) fn at(name: &ObjectName, path: PathBuf, lease: Lease) -> Option<Self> {
+        let mut parts = name.as_str().split('/').skip(1);
+        let key = LayerKey::from_hex(parts.next()?)?;
+        Some(Self { key, generation: parts.next()?.parse().ok()?, path, lease: Some(lease) })
+    }
+
+    /// A layer that somebody holds already.
+    pub(super) fn read(path: &Path) -> Option<Self> {
+        let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
+        let key = LayerKey::from_hex(&name(path.parent()?)?)?;
+        let generation = name(path)?.parse().ok()?;
+        Some(Self { key, generation, path: path.to_owned(), lease: None })
+    }
+
     /// Where it lies.
     #[must_use]
     pub fn path(&self) -> &Path {

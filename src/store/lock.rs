@@ -2,7 +2,7 @@
 //! however the process ends.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek as _, Write as _};
+use std::io::{Read, Write as _};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -25,14 +25,16 @@ impl Lock {
     pub fn try_acquire(root: &Path) -> Result<Self, StoreError> {
         std::fs::create_dir_all(root).map_err(|error| StoreError::io("create", root, error))?;
         let path = root.join("lock");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|error| StoreError::io("open", &path, error))?;
-        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        let mut made = OpenOptions::new();
+        let made = made.write(true).create_new(true).open(&path);
+        if let Err(error) = made
+            && error.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(StoreError::io("create", &path, error));
+        }
+        // Not for writing: an open writer would keep an administrator from remounting read-only.
+        let file = File::open(&path).map_err(|error| StoreError::io("open", &path, error))?;
+        let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => file,
             Err((file, Errno::EWOULDBLOCK)) => {
                 let mut holder = String::new();
@@ -45,8 +47,8 @@ impl Lock {
         };
         // Who holds it is for people; that it is held is the kernel's word.
         let note = format!("process {} ({})\n", std::process::id(), command_line());
-        let _ = file.set_len(0).and_then(|()| file.rewind());
-        let _ = file.write_all(note.as_bytes());
+        let note_file = OpenOptions::new().write(true).truncate(true).open(&path);
+        let _ = note_file.and_then(|mut file| file.write_all(note.as_bytes()));
         Ok(Self { _file: file })
     }
 }

@@ -51,6 +51,7 @@ pub mod eviction;
 pub mod files;
 pub mod gc;
 pub mod growth;
+pub mod import;
 mod inventory;
 pub mod keys;
 pub mod label;
@@ -69,6 +70,7 @@ pub mod staging;
 pub mod sweep;
 pub mod trees;
 pub mod verdicts;
+pub mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::{FileKey, LayerKey, TreeKey};
+use crate::oci::Digest;
 use crate::unpack::Permissions;
 
 /// One generation of a file, a layer or a tree: its path below the state directory.
@@ -51,12 +52,13 @@ impl ObjectName {
             "layers" | "trees" => 3,
             _ => return None,
         };
-        let plain = |part: &&str| {
-            let safe = |char: char| char.is_ascii_alphanumeric() || char == '-';
-            !part.is_empty() && part.chars().all(safe)
-        };
-        let generation = parts.last()?.parse::<u32>().is_ok();
-        (parts.len() == depth && generation && parts.iter().all(plain)).then(|| Self(text.into()))
+        let [_, key, .., generation] = parts.as_slice() else { return None };
+        let variant = |part: &str| part.chars().all(|char| char.is_ascii_digit() || char == '-');
+        let well_formed = parts.len() == depth
+            && Digest::from_hex(key).is_some()
+            && generation.parse::<u32>().is_ok()
+            && parts[2..].iter().all(|part| variant(part));
+        well_formed.then(|| Self(text.into()))
     }
 
     /// What it names.
@@ -91,7 +93,6 @@ impl fmt::Display for ObjectName {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::Digest;
 
     #[test]
     fn names_are_their_own_inverse() {
@@ -109,9 +110,21 @@ mod tests {
 
     #[test]
     fn a_record_names_nothing_outside() {
-        for text in ["", "trees", "trees/../1", "trees/a/b", "/trees/a/1", "files/a/1", "blobs/a/1"]
-        {
-            assert_eq!(ObjectName::parse(text), None, "{text}");
+        let key = Digest::of(b"").hex();
+        for text in [
+            "",
+            "trees",
+            "trees/../1",
+            "trees/KEY/b",
+            "/trees/KEY/1",
+            "files/KEY/1",
+            "blobs/KEY/1",
+            "trees/short/1",
+            "files/KEY/../1",
+            "trees/KEY/+1",
+            "trees/KEY/1/x",
+        ] {
+            assert_eq!(ObjectName::parse(&text.replace("KEY", &key)), None, "{text}");
         }
     }
 }

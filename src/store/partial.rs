@@ -56,8 +56,7 @@ pub struct Partial {
 impl Store {
     /// Opens the download of a blob of `size` bytes, hashing the prefix that an earlier one left.
     pub fn partial(&self, host: &str, digest: Digest, size: u64) -> Result<Partial, StoreError> {
-        let name = format!("{}-{}", digest.hex(), &keys::hash(&[host]).hex()[..16]);
-        let path = self.path("partial").join(name);
+        let path = self.partial_path(host, digest);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -89,6 +88,14 @@ impl Store {
             partial.restart()?;
         }
         Ok(partial)
+    }
+}
+
+impl Store {
+    /// Where a host's download of a blob lies.
+    pub(super) fn partial_path(&self, host: &str, digest: Digest) -> PathBuf {
+        let name = format!("{}-{}", digest.hex(), &keys::hash(&[host]).hex()[..16]);
+        self.path("partial").join(name)
     }
 }
 
@@ -235,6 +242,6 @@ impl Drop for Partial {
     }
 }
 
-fn record_of(path: &Path) -> PathBuf {
+pub(super) fn record_of(path: &Path) -> PathBuf {
     path.with_extension("ranges")
 }

@@ -17,6 +17,9 @@ pub struct Resolution {
     pub resolved: Digest,
     /// The manifest that was chosen for the platform.
     pub manifest: Digest,
+    /// The platform; none in records of before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
 }
 
 impl Store {
@@ -32,6 +35,30 @@ impl Store {
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
     }
 
+    /// What the reference last resolved to, for every platform.
+    pub fn meanings(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
+        let wanted = name(reference);
+        let mut found = self.resolutions()?;
+        found.retain(|resolution| {
+            resolution.reference.parse().is_ok_and(|known: Reference| name(&known) == wanted)
+        });
+        Ok(found)
+    }
+
+    /// Forgets what the reference resolved to, for every platform; says what that was.
+    pub fn remove_resolutions(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
+        let wanted = name(reference);
+        let mut removed = Vec::new();
+        for (path, resolution) in records::list::<Resolution>(&self.path("resolutions"))? {
+            let known = resolution.reference.parse();
+            if known.is_ok_and(|known: Reference| name(&known) == wanted) {
+                records::remove(&path)?;
+                removed.push(resolution);
+            }
+        }
+        Ok(removed)
+    }
+
     /// Remembers what a reference resolved to. Unchanged, it costs no write.
     pub fn put_resolution(
         &self,
@@ -39,6 +66,7 @@ impl Store {
         platform: &Platform,
         resolution: &Resolution,
     ) -> Result<(), StoreError> {
+        let resolution = &Resolution { platform: Some(platform.to_string()), ..resolution.clone() };
         if self.resolution(reference, platform).as_ref() == Some(resolution) {
             return Ok(());
         }

@@ -129,10 +129,16 @@ fn newest_generation(key_folder: &Path) -> Result<Option<u32>, StoreError> {
     Ok(names(key_folder)?.iter().filter_map(number).max())
 }
 
+fn is_no_folder(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory)
+}
+
+/// The names in a folder; none where there is no folder.
 pub(super) fn names(folder: &Path) -> Result<Vec<String>, StoreError> {
     let failed = |error| StoreError::io("list", folder, error);
     let entries = match std::fs::read_dir(folder) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // Whatever is not a folder holds nothing of ours.
+        Err(error) if is_no_folder(&error) => return Ok(Vec::new()),
         entries => entries.map_err(failed)?,
     };
     let name = |entry: std::io::Result<std::fs::DirEntry>| {

@@ -122,6 +122,14 @@ impl Store {
         Some(Tree { lease: Some(lease), ..Tree::read(self.root(), key, generation)? })
     }
 
+    /// The tree of this name.
+    #[must_use]
+    pub fn named_tree(&self, name: &ObjectName) -> Option<Tree> {
+        let mut parts = name.as_str().strip_prefix("trees/")?.split('/');
+        let key = TreeKey::from_hex(parts.next()?)?;
+        self.tree_generation(key, parts.next()?.parse().ok()?)
+    }
+
     /// Remembers a publish: for eviction, which takes what was used longest ago.
     pub fn tree_was_published(&self, tree: &Tree) {
         self.touch(&ObjectName::tree(tree.key, tree.generation));
@@ -224,7 +232,8 @@ impl Tree {
 }
 
 impl Objects {
-    fn locate(&self, source: Source) -> Option<PathBuf> {
+    /// Where the content of a planned file lies.
+    pub(super) fn locate(&self, source: Source) -> Option<PathBuf> {
         match source {
             Source::Archive { layer, data } => {
                 self.layers.get(&layer).map(|layer| layer.data(data))

@@ -41,7 +41,10 @@ pub struct Reconciled {
 /// One of our mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mounted {
+    /// As the kubelet names it.
     target: PathBuf,
+    /// As the kernel names it.
+    mount_point: PathBuf,
     tree: TreeKey,
     generation: u32,
     /// Whether the target has the form of a volume that the kubelet asks for.
@@ -76,50 +79,76 @@ impl Volumes {
         content: &Content,
         kubelet_dir: &Path,
     ) -> Result<Reconciled, VolumeError> {
-        let (store, kubelet) = (content.store.clone(), kubelet_dir.to_owned());
-        let looked = tokio::task::spawn_blocking(move || {
-            let decisions = decide(&recorded(&store)?, &mounted(&kubelet)?);
+        let store = content.store.clone();
+        let (look, kubelet) = (store.clone(), kubelet_dir.to_owned());
+        let decided = tokio::task::spawn_blocking(move || {
+            // The mounts first: a record is written before its mount, so what is mounted in
+            // between is not taken for a mount without one.
+            let mounts = mounted(&kubelet)?;
+            let decisions = decide(&recorded(&look)?, &mounts);
             for target in &decisions.drop {
-                store.remove_publication(target)?;
-            }
-            for mount in &decisions.record {
-                store.put_publication(&rebuilt(&store, mount))?;
+                look.remove_publication(target)?;
             }
             Ok::<_, StoreError>(decisions)
         });
-        let decisions = looked.await.unwrap_or_else(|error| {
+        let decisions = decided.await.unwrap_or_else(|error| {
             let source = std::io::Error::other(error);
             Err(StoreError::io("reconcile", kubelet_dir, source))
         })?;
-        let mut unmounted = 0;
-        for target in &decisions.unmount {
-            let text = target.to_string_lossy();
-            if self.unpublish_forgotten(TargetPath::parse(kubelet_dir, &text)?).await? {
-                unmounted += 1;
-            }
-        }
-        Ok(Reconciled {
+        let mut reconciled = Reconciled {
             kept: decisions.keep,
             dropped: decisions.drop.len(),
-            recorded: decisions.record.len(),
-            unmounted,
             unknown: decisions.unknown,
-        })
+            ..Reconciled::default()
+        };
+        for mount in decisions.record {
+            reconciled.recorded += usize::from(self.record_again(mount, &store).await?);
+        }
+        for target in &decisions.unmount {
+            let target = TargetPath::parse(kubelet_dir, &target.to_string_lossy())?;
+            reconciled.unmounted += usize::from(self.unpublish_forgotten(target, &store).await?);
+        }
+        Ok(reconciled)
+    }
+
+    /// Writes a lost record again; looks again when it is its turn.
+    async fn record_again(&self, mount: Mounted, store: &Store) -> Result<bool, VolumeError> {
+        let held = self.0.guards.interest(&mount.target).hold().await;
+        let store = store.clone();
+        let work = self.0.tracker.spawn_blocking(move || {
+            let _held = held;
+            let table = mount_table()?;
+            let top = table.top_at(&mount.mount_point);
+            let shown = top.and_then(|top| TreeKey::of_mount_root(top.root_as_mounted()));
+            let is_lost = shown == Some((mount.tree, mount.generation))
+                && store.publication(&mount.target).is_none();
+            if is_lost {
+                store.put_publication(&rebuilt(&store, &mount))?;
+            }
+            Ok(is_lost)
+        });
+        work.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
     /// Unpublishes what the kubelet has forgotten; looks again when it is its turn.
-    async fn unpublish_forgotten(&self, target: TargetPath) -> Result<bool, VolumeError> {
+    async fn unpublish_forgotten(
+        &self,
+        target: TargetPath,
+        store: &Store,
+    ) -> Result<bool, VolumeError> {
         let held = self.0.guards.interest(&target.full()).hold().await;
-        let volumes = self.clone();
+        let store = store.clone();
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
-            if is_known_to_kubelet(&target.full()) {
+            let was_known =
+                store.publication(&target.full()).is_none_or(|record| record.kubelet_knew);
+            if !was_known || is_known_to_kubelet(&target.full()) {
                 return Ok(false);
             }
             tracing::warn!(%target, "the kubelet has forgotten this volume: unmounting it");
             let detached = unpublish::detach(&target)?;
             unpublish::remove(&target, &detached)?;
-            volumes.forget(&target);
+            store.remove_publication(&target.full())?;
             Ok(true)
         });
         work.await.unwrap_or(Err(VolumeError::Crashed))
@@ -168,8 +197,7 @@ fn recorded(store: &Store) -> Result<Vec<Recorded>, StoreError> {
 }
 
 fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
-    let table = MountTable::read()
-        .map_err(|error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error))?;
+    let table = mount_table()?;
     // The table has no symbolic links; targets are named as the kubelet names its folder.
     let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
     let ours = table.iter().filter_map(|entry| {
@@ -180,11 +208,17 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
             is_kubelets: below.is_some_and(is_kubelets),
             is_known_to_kubelet: is_known_to_kubelet(&target),
             target,
+            mount_point: entry.mount_point.clone(),
             tree,
             generation,
         })
     });
     Ok(ours.collect())
+}
+
+fn mount_table() -> Result<MountTable, StoreError> {
+    let failed = |error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error);
+    MountTable::read().map_err(failed)
 }
 
 /// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`
@@ -228,8 +262,8 @@ mod tests {
 
     fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> Mounted {
         let tree = TreeKey::new(Digest::of(b""), "", "Readable", "");
-        let target = target.into();
-        Mounted { target, tree, generation: 1, is_kubelets, is_known_to_kubelet }
+        let (target, mount_point) = (target.into(), target.into());
+        Mounted { target, mount_point, tree, generation: 1, is_kubelets, is_known_to_kubelet }
     }
 
     fn record(target: &str, was_known_to_kubelet: bool, has_folder: bool) -> Recorded {

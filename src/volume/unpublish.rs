@@ -41,7 +41,7 @@ impl Volumes {
     }
 
     /// The record goes last, and its loss harms nobody.
-    pub(super) fn forget(&self, target: &TargetPath) {
+    fn forget(&self, target: &TargetPath) {
         let Ok(content) = self.content() else { return };
         if let Err(error) = content.store.remove_publication(&target.full()) {
             tracing::warn!(%error, %target, "the record of an unpublished volume stays");

@@ -5,16 +5,17 @@ use super::*;
 
 const NOW: i64 = 1_000_000;
 
-fn name(text: &str) -> ObjectName {
-    ObjectName::parse(text).expect("a name")
+fn name(folder: &str, number: usize) -> ObjectName {
+    // In the order of the numbers.
+    ObjectName::parse(&format!("{folder}/{number:064x}/1")).expect("a name")
 }
 
 fn tree(number: usize) -> ObjectName {
-    name(&format!("trees/t{number}/1"))
+    name("trees", number)
 }
 
 fn layer(number: usize) -> ObjectName {
-    name(&format!("layers/l{number}/1"))
+    name("layers", number)
 }
 
 fn manifest(number: usize) -> Digest {

@@ -21,6 +21,8 @@ pub struct DriverOptions {
     pub kubelet: PathBuf,
     pub socket: PathBuf,
     pub arguments: Vec<String>,
+    /// For the environment of the driver alone.
+    pub environment: Vec<(String, String)>,
     log: PathBuf,
 }
 
@@ -33,6 +35,7 @@ impl DriverOptions {
             socket: sandbox.folder("kubelet/plugins/oci.custom.io").join("csi.sock"),
             kubelet,
             arguments: Vec::new(),
+            environment: Vec::new(),
             log: sandbox.path().join("driver.log"),
         }
     }
@@ -49,6 +52,21 @@ impl DriverOptions {
         self
     }
 
+    /// With these sections of a configuration file.
+    #[must_use]
+    pub fn configuration(self, sections: &str) -> Self {
+        let path = self.log.with_file_name("node.yaml");
+        let head = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+        fs::write(&path, format!("{head}{sections}")).expect("a configuration");
+        self.argument(&format!("--config={}", path.display()))
+    }
+
+    #[must_use]
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
     pub fn registration_socket(&self) -> PathBuf {
         self.kubelet.join("plugins_registry").join(format!("{DRIVER_NAME}@reg.sock"))
     }
@@ -61,22 +79,35 @@ impl DriverOptions {
             "--health-endpoint=".to_owned(),
             "--metrics-endpoint=".to_owned(),
             format!("--endpoint=unix://{}", self.socket.display()),
-            format!("--config={}", self.config().display()),
             format!("--state-dir={}", self.state.display()),
             format!("--kubelet-dir={}", self.kubelet.display()),
             format!("--registration-dir={}", self.kubelet.join("plugins_registry").display()),
         ]
     }
 
-    /// A developer's disk may be fuller than a node's is allowed to be; nothing else differs
-    /// from a driver without a configuration.
-    fn config(&self) -> PathBuf {
+    /// The test's own configuration, or none; in either case a developer's disk may be fuller
+    /// than a node's is allowed to be, where the test does not say how full.
+    fn arguments(&self) -> Vec<String> {
+        const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+        const ROOMY: &str = "\ncache:\n  minFreePercent: 0\n  minFreeInodesPercent: 0\n  \
+                             highThresholdPercent: 100\n  lowThresholdPercent: 100\n";
         let path = self.log.with_file_name("roomy.yaml");
-        let text = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\ncache:\n  \
-                    minFreePercent: 0\n  minFreeInodesPercent: 0\n  \
-                    highThresholdPercent: 100\n  lowThresholdPercent: 100\n";
-        fs::write(&path, text).expect("a configuration");
-        path
+        let roomy = format!("--config={}", path.display());
+        let mut arguments = self.arguments.clone();
+        let given = arguments.iter_mut().find(|argument| argument.starts_with("--config="));
+        let text = given.as_ref().map(|given| fs::read_to_string(&given["--config=".len()..]));
+        match (given, text) {
+            (Some(given), Some(Ok(text))) if text.starts_with(HEAD) && !text.contains("cache:") => {
+                fs::write(&path, text + ROOMY).expect("a configuration");
+                *given = roomy;
+            }
+            (Some(_), _) => {}
+            (None, _) => {
+                fs::write(&path, format!("{HEAD}{ROOMY}")).expect("a configuration");
+                arguments.push(roomy);
+            }
+        }
+        arguments
     }
 
     /// Whether the test gave this flag a value of its own.
@@ -100,7 +131,8 @@ impl DriverOptions {
         let child = command
             .arg("node")
             .args(self.defaults().iter().filter(|default| !self.is_given(default)))
-            .args(&self.arguments)
+            .args(self.arguments())
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log twice"))
             .stderr(log)

@@ -3,6 +3,7 @@
 //! Every test has a mount namespace of its own, see [`Sandbox`], so tests run side by side and leave no mount behind,
 //! however they end.
 
+mod admin;
 mod archive;
 mod authority;
 mod cosign;
@@ -22,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use admin::Admin;
 pub use archive::{Tar, gzip, zstandard};
 pub use authority::Authority;
 pub use cosign::{Cosign, Format, KINDS as COSIGN_KEY_KINDS};

@@ -45,12 +45,22 @@ impl Sandbox {
         path
     }
 
+    /// The file that a filesystem lies in.
+    pub fn image(&self, name: &str, kind: &str) -> PathBuf {
+        self.path().join(format!("{name}.{kind}"))
+    }
+
     /// A new filesystem in a file, mounted on a folder of the sandbox.
     #[track_caller]
     pub fn filesystem(&self, kind: &str, name: &str, options: &str) -> PathBuf {
-        let image = self.path().join(format!("{name}.{kind}"));
         // The smallest size that every mkfs takes without being forced.
-        let size = 512 << 20;
+        self.filesystem_of(512 << 20, kind, name, options)
+    }
+
+    /// The same, of a size that its `mkfs` takes.
+    #[track_caller]
+    pub fn filesystem_of(&self, size: u64, kind: &str, name: &str, options: &str) -> PathBuf {
+        let image = self.image(name, kind);
         fs::File::create(&image).and_then(|file| file.set_len(size)).expect("a sparse file");
         super::run(super::tool(&format!("mkfs.{kind}")).arg("-q").arg(&image));
         let path = self.folder(name);

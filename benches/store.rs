@@ -1,0 +1,165 @@
+//! A store of 10, 1,000 and 10,000 artifacts: how long it takes to open, to publish from, and to evict all of.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    unused_imports,
+    reason = "the tests' support, used in part"
+)]
+#![allow(
+    clippy::pedantic,
+    clippy::print_stdout,
+    reason = "a bench prints, and support is linted with its tests"
+)]
+
+#[path = "../tests/e2e/support/mod.rs"]
+mod support;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use csi_driver_oci::oci::{Digest, Platform, Reference};
+use csi_driver_oci::store::resolutions::Resolution;
+use csi_driver_oci::store::trees::{Objects, TreeRecord, View};
+use csi_driver_oci::store::{FileKey, Store, StoreOptions, TreeKey};
+use csi_driver_oci::unpack::layer_rule::FileRule;
+use csi_driver_oci::unpack::merge::Merger;
+use csi_driver_oci::unpack::{Limits, Permissions, RelativePath, Selection};
+use support::{Admin, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact};
+
+const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];
+const PUBLISHES: usize = 500;
+/// Each figure is the median of so many.
+const STARTS: usize = 5;
+
+const CONFIGURATION: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                             lowThresholdPercent: 100, minimumAge: 0s}\n";
+
+fn main() {
+    println!(
+        "milliseconds; state on ext4 in memory, medians of {STARTS} starts and {PUBLISHES} publishes\n"
+    );
+    println!(
+        "{:>10} {:>14} {:>16} {:>16} {:>14}",
+        "artifacts", "open", "start to socket", "cached publish", "evict all"
+    );
+    for artifacts in ARTIFACTS {
+        measure(artifacts);
+    }
+}
+
+fn measure(artifacts: usize) {
+    let sandbox = Sandbox::new();
+    let memory = sandbox.tmpfs("memory", nix::mount::MsFlags::empty());
+    let image = memory.join("disk");
+    std::fs::File::create(&image).and_then(|file| file.set_len(2 << 30)).expect("a sparse file");
+    // An inode for every 4 KiB: small artifacts are all inodes.
+    support::run(support::tool("mkfs.ext4").args(["-q", "-i", "4096"]).arg(&image));
+    let disk = sandbox.folder("disk");
+    support::run(support::tool("mount").args(["-o", "loop"]).arg(&image).arg(&disk));
+    let state = disk.join("state");
+    std::fs::create_dir(&state).expect("a folder");
+    fill(&state, artifacts);
+
+    let endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+    let options = DriverOptions::new(&sandbox)
+        .state(&state)
+        .configuration(CONFIGURATION)
+        .argument(&format!("--admin-endpoint={endpoint}"));
+    let admin = Admin::at(&endpoint);
+    let mut opens = Vec::new();
+    let mut starts = Vec::new();
+    for _ in 0..STARTS {
+        // As after a boot: nothing of the disk is in memory.
+        std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
+        let started = Instant::now();
+        let store = Store::open(&state, StoreOptions::default()).expect("a store");
+        store.load_catalog().expect("sizes");
+        opens.push(started.elapsed());
+        drop(store);
+        std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
+        let started = Instant::now();
+        let driver = options.start();
+        starts.push(started.elapsed());
+        driver.kill();
+    }
+    let driver = options.start();
+    let kubelet = Kubelet::new(&driver.options.kubelet, &driver.options.socket);
+    let proxy = Proxy::new(registry());
+    let reference = proxy.reference(&small_artifact().name);
+    let first = kubelet.new_volume(&reference);
+    kubelet.publish_well(&first);
+    let mut publishes = Vec::new();
+    for _ in 0..PUBLISHES {
+        let volume = kubelet.new_volume(&reference);
+        kubelet.prepare(&volume);
+        let started = Instant::now();
+        kubelet.publish_request(volume.request.clone()).expect("published");
+        publishes.push(started.elapsed());
+        kubelet.unpublish(&volume);
+    }
+    let started = Instant::now();
+    let collected = admin.json(&["gc", "--target", "0"]);
+    let evicted = started.elapsed();
+    let trees = collected["victims"].as_array().expect("a list");
+    let trees = trees.iter().filter(|victim| victim["manifest"] != "").count();
+    assert_eq!(trees, artifacts, "all but what is shown");
+    println!(
+        "{artifacts:>10} {:>14} {:>16} {:>16} {:>14}",
+        milliseconds(median(&mut opens)),
+        milliseconds(median(&mut starts)),
+        milliseconds(median(&mut publishes)),
+        milliseconds(evicted)
+    );
+    kubelet.unpublish(&first);
+}
+
+/// Artifacts of one file each, made by the store itself.
+fn fill(state: &Path, artifacts: usize) {
+    let store = Store::open(state, StoreOptions::default()).expect("a store");
+    let (limits, platform) = (Limits::default(), Platform::of_this_node());
+    for number in 0..artifacts {
+        let content = format!("content of artifact {number}");
+        let permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
+        let key = FileKey { digest: Digest::of(content.as_bytes()), permissions };
+        let file = store.commit_inline_file(key, content.as_bytes()).expect("a file");
+        let mut merger = Merger::new(&limits);
+        let path = RelativePath::parse(b"file", &limits).expect("a path");
+        let rule = FileRule { path, recorded: None };
+        merger.file(0, &rule, key.digest, content.len() as u64, permissions).expect("a file");
+        let plan = merger.finish(&Selection::default()).expect("a plan");
+        let mut objects = Objects::default();
+        objects.files.insert(key, file);
+        let manifest_bytes = format!("{{\"manifest\": {number}}}").into_bytes();
+        let manifest = Digest::of(&manifest_bytes);
+        store.put_blob(manifest, &manifest_bytes).expect("a manifest");
+        let reference: Reference = format!("r.io/artifact-{number}:v1").parse().expect("valid");
+        let resolution = Resolution {
+            reference: reference.to_string(),
+            resolved: manifest,
+            manifest,
+            platform: None,
+        };
+        store.put_resolution(&reference, &platform, &resolution).expect("a resolution");
+        let record = TreeRecord {
+            manifest,
+            kind: "application/vnd.bench".into(),
+            bytes: content.len() as u64,
+            inodes: 2,
+            compressed_bytes: content.len() as u64,
+            own_inodes: 1,
+            view: View::default(),
+        };
+        let tree = TreeKey::new(manifest, "", "Readable", "");
+        store.commit_tree(tree, record, &plan, &objects).expect("a tree");
+    }
+}
+
+fn milliseconds(time: Duration) -> String {
+    format!("{:.2}", time.as_secs_f64() * 1000.0)
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}

@@ -1,0 +1,90 @@
+//! What operations say, as messages of the admin interface.
+
+use super::operations::{Artifact, Inspected, Meaning, Removed};
+use crate::proto::admin as wire;
+use crate::store::gc::{Collected, Victim};
+use crate::store::trees::View;
+use crate::store::verify::Finding;
+
+pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
+    let record = artifact.tree.record;
+    wire::Artifact {
+        manifest: record.manifest.to_string(),
+        kind: record.kind,
+        bytes: record.bytes,
+        inodes: record.inodes,
+        references: artifact.references,
+        volumes: artifact.volumes,
+        pins: artifact.pins,
+        last_used: artifact.last_used,
+        damaged: artifact.damaged,
+        view: Some(view(record.view)),
+    }
+}
+
+pub(super) fn inspected(inspected: Inspected) -> wire::InspectArtifactResponse {
+    wire::InspectArtifactResponse {
+        meanings: inspected.meanings.into_iter().map(meaning).collect(),
+        artifacts: inspected.artifacts.into_iter().map(artifact).collect(),
+    }
+}
+
+pub(super) fn removed(removed: Removed) -> wire::RemoveResponse {
+    wire::RemoveResponse {
+        victims: removed.collected.victims.iter().map(victim).collect(),
+        volumes: removed.volumes,
+        references: removed.references,
+    }
+}
+
+pub(super) fn collected(collected: &Collected, cache_bytes: u64) -> wire::CollectResponse {
+    wire::CollectResponse {
+        victims: collected.victims.iter().map(victim).collect(),
+        partial_downloads: collected.partials,
+        freed_bytes: collected.bytes,
+        cache_bytes,
+    }
+}
+
+pub(super) fn finding(finding: Finding) -> wire::Finding {
+    wire::Finding {
+        kind: finding.kind.name().to_owned(),
+        digest: finding.digest.map(|digest| digest.to_string()).unwrap_or_default(),
+        path: finding.path.to_string_lossy().into_owned(),
+        detail: finding.detail,
+    }
+}
+
+fn victim(victim: &Victim) -> wire::Victim {
+    wire::Victim {
+        name: victim.name.to_string(),
+        manifest: victim.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
+        bytes: victim.bytes,
+        reason: victim.reason.name().to_owned(),
+        last_used: victim.last_used,
+    }
+}
+
+fn meaning(meaning: Meaning) -> wire::Meaning {
+    let layers = meaning.layers.into_iter().map(|layer| wire::Layer {
+        digest: layer.digest.to_string(),
+        media_type: layer.media_type,
+        title: layer.annotations.get("org.opencontainers.image.title").cloned().unwrap_or_default(),
+        bytes: layer.size,
+    });
+    wire::Meaning {
+        platform: meaning.resolution.platform.unwrap_or_default(),
+        resolved: meaning.resolution.resolved.to_string(),
+        manifest: meaning.resolution.manifest.to_string(),
+        layers: layers.collect(),
+    }
+}
+
+fn view(view: View) -> wire::View {
+    wire::View {
+        include: view.include,
+        exclude: view.exclude,
+        permissions: view.permissions.name().to_owned(),
+        file_mode: view.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default(),
+    }
+}

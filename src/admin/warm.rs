@@ -1,0 +1,156 @@
+//! Warming: fetching artifacts before a pod asks for them.
+
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::mpsc;
+
+use super::operations::{self, ADMIN};
+use crate::oci::credentials::Keyring;
+use crate::oci::{Platform, Reference};
+use crate::policy::Facts;
+use crate::proto::admin::warm_event::State;
+use crate::proto::admin::{WarmEvent, WarmRequest};
+use crate::pull::{IfUnavailable, Priority, ProgressView, PullPolicy, Want};
+use crate::unpack::{PermissionsRule, Selection};
+use crate::volume::Content;
+
+/// References in one request.
+const REFERENCES: usize = 10_000;
+/// How many are asked for at once; the node's own limits hold besides.
+const AT_ONCE: usize = 4;
+/// How often progress is told.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// What is to be warmed.
+#[derive(Debug)]
+pub(super) struct Wants {
+    wants: Vec<Want>,
+    pin: bool,
+}
+
+/// Reads a request; the error says what is wrong with it.
+pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
+    let WarmRequest { references, platform, pin, docker_config } = request;
+    if references.is_empty() || references.len() > REFERENCES {
+        return Err(format!("there must be from 1 to {REFERENCES} references"));
+    }
+    let platform: Platform = match platform.as_str() {
+        "" => Platform::of_this_node(),
+        text => {
+            text.parse().map_err(|error: crate::oci::platform::PlatformError| error.to_string())?
+        }
+    };
+    let keyring = match docker_config.as_slice() {
+        [] => Keyring::empty(),
+        bytes => Keyring::from_docker_config(bytes).map_err(|error| error.to_string())?,
+    };
+    let want = |reference: &String| {
+        let reference: Reference = reference
+            .parse()
+            .map_err(|error: crate::oci::reference::ReferenceError| error.to_string())?;
+        Ok(Want {
+            reference,
+            platform: platform.clone(),
+            // A tag may have moved since: warming is for what it means now.
+            policy: PullPolicy::Always,
+            if_unavailable: IfUnavailable::Fail,
+            selection: Selection::default(),
+            permissions: PermissionsRule::default(),
+            file_mode: None,
+            keyring: keyring.clone(),
+            identity: None,
+            priority: Priority::Warm,
+            maximum_bytes: None,
+            signature: None,
+        })
+    };
+    Ok(Wants { wants: references.iter().map(want).collect::<Result<_, String>>()?, pin })
+}
+
+/// Warms one after the other, a few at once; goes on when nobody listens any more.
+pub(super) async fn run(content: Content, wants: Wants, events: mpsc::Sender<WarmEvent>) {
+    let Wants { wants, pin } = wants;
+    let mut waiting = wants.into_iter();
+    let mut under_way = FuturesUnordered::new();
+    loop {
+        while under_way.len() < AT_ONCE
+            && let Some(want) = waiting.next()
+        {
+            under_way.push(warm(&content, want, pin, &events));
+        }
+        if under_way.next().await.is_none() {
+            break;
+        }
+    }
+    content.upkeep.notify_one();
+}
+
+/// What the node's policy demands of an artifact, whichever namespace will mount it: so that a
+/// pod finds its verdict. Whether a pod may mount it at all is decided when it asks.
+async fn with_demands(content: &Content, want: Want) -> Want {
+    let (source, reference) = (content.policy.clone(), want.reference.clone());
+    let decide = move || {
+        let facts = Facts { reference: &reference, namespace: None, require_signature: false };
+        source.current().ok().and_then(|policy| policy.decide(facts).ok())
+    };
+    let decided = tokio::task::spawn_blocking(decide).await;
+    let demands = decided.ok().flatten().unwrap_or_default();
+    Want { maximum_bytes: demands.maximum_bytes, signature: demands.signature, ..want }
+}
+
+async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<WarmEvent>) {
+    let want = with_demands(content, want).await;
+    let reference = want.reference.to_string();
+    let view = ProgressView::default();
+    let event = |state: State| {
+        let snapshot = view.snapshot();
+        WarmEvent {
+            reference: reference.clone(),
+            state: state.into(),
+            done_bytes: snapshot.done,
+            total_bytes: snapshot.total,
+            bytes_per_second: snapshot.rate,
+            ..WarmEvent::default()
+        }
+    };
+    let acquire = content.puller.acquire(&want, &view);
+    tokio::pin!(acquire);
+    let acquired = loop {
+        tokio::select! {
+            acquired = &mut acquire => break acquired,
+            () = tokio::time::sleep(INTERVAL) => {
+                // Whoever reads slowly sees fewer steps, never a slower pull.
+                let _ = events.try_send(event(State::Pulling));
+            }
+        }
+    };
+    let last = match acquired {
+        Ok(tree) => match pinned(content, &want, pin).await {
+            Ok(()) => WarmEvent {
+                manifest: tree.record.manifest.to_string(),
+                total_bytes: tree.record.bytes,
+                done_bytes: tree.record.bytes,
+                ..event(State::Done)
+            },
+            Err(reason) => WarmEvent { reason, ..event(State::Failed) },
+        },
+        Err(error) => WarmEvent { reason: error.to_string(), ..event(State::Failed) },
+    };
+    let _ = events.send(last).await;
+}
+
+async fn pinned(content: &Content, want: &Want, pin: bool) -> Result<(), String> {
+    if !pin {
+        return Ok(());
+    }
+    let store = content.store.clone();
+    let (reference, platform) = (want.reference.clone(), want.platform.clone());
+    let pin = move || operations::pin(&store, &reference, &platform, ADMIN);
+    match tokio::task::spawn_blocking(pin).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("pinning failed internally".to_owned()),
+    }
+}

@@ -1,0 +1,151 @@
+//! `ls` and `inspect`: what this node holds.
+
+use clap::Args;
+
+use super::ask::AskArguments;
+use super::{Failure, Output, print, table};
+use crate::proto::admin::{
+    Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
+};
+use crate::units::Bytes;
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub(super) struct InspectArguments {
+    /// The reference, as pods name it.
+    reference: String,
+    #[command(flatten)]
+    ask: AskArguments,
+}
+
+pub(super) fn list(arguments: &AskArguments) -> Result<(), Failure> {
+    let artifacts = arguments.ask(async |mut client| {
+        let answer = client.list_artifacts(ListArtifactsRequest {}).await?;
+        Ok(answer.into_inner().artifacts)
+    })?;
+    match arguments.output {
+        Output::Table => lines(&artifacts).iter().for_each(|line| print(line)),
+        Output::Json => {
+            let list: Vec<_> = artifacts.iter().map(json).collect();
+            print(&serde_json::Value::from(list).to_string());
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), Failure> {
+    let reference = arguments.reference.clone();
+    let inspected = arguments.ask.ask(async |mut client| {
+        let answer = client.inspect_artifact(InspectArtifactRequest { reference }).await?;
+        Ok(answer.into_inner())
+    })?;
+    match arguments.ask.output {
+        Output::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
+        Output::Json => print(
+            &serde_json::json!({
+                "reference": arguments.reference,
+                "meanings": inspected.meanings.iter().map(meaning_json).collect::<Vec<_>>(),
+                "artifacts": inspected.artifacts.iter().map(json).collect::<Vec<_>>(),
+            })
+            .to_string(),
+        ),
+    }
+    Ok(())
+}
+
+fn json(artifact: &Artifact) -> serde_json::Value {
+    let view = artifact.view.clone().unwrap_or_default();
+    serde_json::json!({
+        "manifest": artifact.manifest,
+        "kind": artifact.kind,
+        "bytes": artifact.bytes,
+        "inodes": artifact.inodes,
+        "references": artifact.references,
+        "volumes": artifact.volumes,
+        "pins": artifact.pins,
+        "lastUsed": artifact.last_used,
+        "damaged": artifact.damaged,
+        "include": view.include,
+        "exclude": view.exclude,
+        "permissions": view.permissions,
+        "fileMode": view.file_mode,
+    })
+}
+
+fn meaning_json(meaning: &Meaning) -> serde_json::Value {
+    let layers = meaning.layers.iter().map(|layer| {
+        serde_json::json!({
+            "digest": layer.digest,
+            "mediaType": layer.media_type,
+            "title": layer.title,
+            "bytes": layer.bytes,
+        })
+    });
+    serde_json::json!({
+        "platform": meaning.platform,
+        "resolved": meaning.resolved,
+        "manifest": meaning.manifest,
+        "layers": layers.collect::<Vec<_>>(),
+    })
+}
+
+fn lines(artifacts: &[Artifact]) -> Vec<String> {
+    let row = |artifact: &Artifact| {
+        let state = match (artifact.damaged, artifact.last_used) {
+            (true, _) => "damaged".to_owned(),
+            (false, 0) => "removed".to_owned(),
+            (false, last_used) => table::age(last_used),
+        };
+        [
+            table::list(&artifact.references),
+            table::short(&artifact.manifest),
+            Bytes(artifact.bytes).to_string(),
+            artifact.inodes.to_string(),
+            artifact.kind.clone(),
+            state,
+            table::list(&artifact.pins),
+            table::list(&artifact.volumes),
+        ]
+    };
+    let heads = ["REFERENCE", "DIGEST", "SIZE", "INODES", "KIND", "USED", "PINS", "VOLUMES"];
+    table::lines(heads, &artifacts.iter().map(row).collect::<Vec<_>>())
+}
+
+fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
+    let mut printed = Vec::new();
+    for meaning in &inspected.meanings {
+        let platform = if meaning.platform.is_empty() { "any" } else { &meaning.platform };
+        printed.push(format!("{platform}: {}", meaning.manifest));
+        if meaning.resolved != meaning.manifest {
+            printed.push(format!("  index  {}", meaning.resolved));
+        }
+        for layer in &meaning.layers {
+            let title = if layer.title.is_empty() { &layer.media_type } else { &layer.title };
+            let (digest, size) = (table::short(&layer.digest), Bytes(layer.bytes));
+            printed.push(format!("  layer  {digest}  {size}  {title}"));
+        }
+    }
+    printed.push(String::new());
+    let row = |artifact: &Artifact| {
+        let view = artifact.view.clone().unwrap_or_default();
+        let attribute =
+            |name: &str, value: &str| (!value.is_empty()).then(|| format!("{name}={value}"));
+        let attributes = [
+            attribute("include", &view.include),
+            attribute("exclude", &view.exclude),
+            attribute("permissions", &view.permissions),
+            attribute("fileMode", &view.file_mode),
+        ];
+        [
+            table::short(&artifact.manifest),
+            Bytes(artifact.bytes).to_string(),
+            attributes.into_iter().flatten().collect::<Vec<_>>().join(" "),
+            table::age(artifact.last_used),
+            table::list(&artifact.pins),
+            table::list(&artifact.volumes),
+        ]
+    };
+    let heads = ["DIGEST", "SIZE", "ATTRIBUTES", "USED", "PINS", "VOLUMES"];
+    printed.extend(table::lines(heads, &inspected.artifacts.iter().map(row).collect::<Vec<_>>()));
+    printed
+}

@@ -1,0 +1,140 @@
+//! `import`: an OCI image layout in place of a registry.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::ask::AskArguments;
+use super::{Failure, Output, print};
+use crate::proto::admin::import_request::Part;
+use crate::proto::admin::{ImportHeader, ImportRequest};
+use crate::units::Bytes;
+
+/// Bytes of one message; gRPC takes 4 MiB.
+const PIECE: usize = 1 << 20;
+/// Messages on their way.
+const PIECES: usize = 4;
+
+/// Arguments of `import`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  oras copy --to-oci-layout registry.example.com/app:v2 layout:v2
+  csi-driver-oci import layout --as registry.example.com/app:v2
+  skopeo copy docker://registry.example.com/app:v2 oci-archive:app.tar
+  csi-driver-oci import app.tar --as registry.example.com/app:v2
+  kubectl exec -i -n csi-driver-oci POD -- csi-driver-oci import - --as registry.example.com/app:v2 < app.tar")]
+pub(super) struct ImportArguments {
+    /// A folder with an OCI image layout, a tar of one, or `-` for a tar on standard input.
+    layout: PathBuf,
+    /// The reference that pods name it by.
+    #[arg(long = "as", value_name = "REF")]
+    reference: String,
+    /// The platform to take of an index, as `linux/arm64`; the node's where none is given.
+    #[arg(long, default_value = "")]
+    platform: String,
+    #[command(flatten)]
+    ask: AskArguments,
+}
+
+pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
+    // What the command names is read here: the node plugin sees other files.
+    let layout = arguments.layout.clone();
+    let shown = layout.display().to_string();
+    if layout != Path::new("-") {
+        layout.metadata().map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    }
+    let header = ImportHeader {
+        reference: arguments.reference.clone(),
+        platform: arguments.platform.clone(),
+    };
+    let imported = arguments.ask.ask(async move |mut client| {
+        let (sender, receiver) = mpsc::channel(PIECES);
+        let sending = tokio::task::spawn_blocking(move || send(&layout, header, &sender));
+        let answer = client.import(ReceiverStream::new(receiver)).await;
+        let sent = sending.await.map_err(|error| tonic::Status::internal(error.to_string()))?;
+        match (answer, sent) {
+            // What could not be read here is the cause of whatever the node plugin says.
+            (_, Err(error)) => {
+                Err(tonic::Status::invalid_argument(format!("{shown} cannot be read: {error}")))
+            }
+            (answer, Ok(())) => Ok(answer?.into_inner()),
+        }
+    })?;
+    let reference = &arguments.reference;
+    match arguments.ask.output {
+        Output::Table => print(&format!(
+            "{reference} is on this node: {}, {}, {} inodes",
+            imported.manifest,
+            Bytes(imported.bytes),
+            imported.inodes
+        )),
+        Output::Json => print(
+            &serde_json::json!({
+                "reference": reference,
+                "manifest": imported.manifest,
+                "bytes": imported.bytes,
+                "inodes": imported.inodes,
+            })
+            .to_string(),
+        ),
+    }
+    Ok(())
+}
+
+fn send(
+    layout: &Path,
+    header: ImportHeader,
+    requests: &mpsc::Sender<ImportRequest>,
+) -> io::Result<()> {
+    let request = |part| ImportRequest { part: Some(part) };
+    if requests.blocking_send(request(Part::Header(header))).is_err() {
+        return Ok(());
+    }
+    let mut pieces = Sender { requests, piece: Vec::with_capacity(PIECE) };
+    if layout == Path::new("-") {
+        io::copy(&mut io::stdin().lock(), &mut pieces)?;
+    } else if layout.is_dir() {
+        // The few names that a layout has, whatever else lies beside them.
+        let mut archive = tar::Builder::new(&mut pieces);
+        archive.follow_symlinks(true);
+        for name in ["oci-layout", "index.json"] {
+            archive.append_path_with_name(layout.join(name), name)?;
+        }
+        archive.append_dir_all("blobs", layout.join("blobs"))?;
+        archive.finish()?;
+        drop(archive);
+    } else {
+        io::copy(&mut std::fs::File::open(layout)?.take(u64::MAX), &mut pieces)?;
+    }
+    io::Write::flush(&mut pieces)
+}
+
+/// Cuts what is written into messages.
+struct Sender<'a> {
+    requests: &'a mpsc::Sender<ImportRequest>,
+    piece: Vec<u8>,
+}
+
+impl io::Write for Sender<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(PIECE - self.piece.len());
+        self.piece.extend_from_slice(&bytes[..count]);
+        if self.piece.len() == PIECE {
+            self.flush()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.piece.is_empty() {
+            return Ok(());
+        }
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        // A node plugin that no longer reads has given its reason in its answer.
+        let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(piece)) });
+        Ok(())
+    }
+}

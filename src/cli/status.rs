@@ -1,0 +1,72 @@
+//! `status`: how the node plugin is.
+
+use super::ask::AskArguments;
+use super::{Failure, Output, print};
+use crate::proto::admin::{GetStatusRequest, GetStatusResponse};
+use crate::units::Bytes;
+
+pub(super) fn run(arguments: &AskArguments) -> Result<(), Failure> {
+    let status = arguments.ask(async |mut client| {
+        client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
+    })?;
+    match arguments.output {
+        Output::Table => lines(&status).iter().for_each(|line| print(line)),
+        Output::Json => print(
+            &serde_json::json!({
+                "version": status.version,
+                "nodeId": status.node_id,
+                "driverName": status.driver_name,
+                "stateDir": status.state_dir,
+                "ready": status.not_ready.is_empty(),
+                "reason": status.not_ready,
+                "registered": status.registered,
+                "published": status.published,
+                "freeBytes": status.free_bytes,
+                "totalBytes": status.total_bytes,
+                "floorBytes": status.floor_bytes,
+                "cacheBytes": status.cache_bytes,
+                "cacheObjects": status.cache_objects,
+                "pinnedBytes": status.pinned_bytes,
+                "evictedObjects": status.evicted_objects,
+                "evictedBytes": status.evicted_bytes,
+            })
+            .to_string(),
+        ),
+    }
+    Ok(())
+}
+
+fn lines(status: &GetStatusResponse) -> Vec<String> {
+    let ready = match status.not_ready.as_str() {
+        "" => "ready",
+        reason => reason,
+    };
+    let registered = match status.registered {
+        Some(true) => "yes",
+        Some(false) => "not yet",
+        None => "by the sidecar",
+    };
+    let (free, total) = (Bytes(status.free_bytes), Bytes(status.total_bytes));
+    let (cached, pinned) = (Bytes(status.cache_bytes), Bytes(status.pinned_bytes));
+    let (objects, evicted) = (status.cache_objects, Bytes(status.evicted_bytes));
+    [
+        ("driver", format!("{} {}", status.driver_name, status.version)),
+        ("node", status.node_id.clone()),
+        ("content", ready.to_owned()),
+        ("registered", registered.to_owned()),
+        ("published", format!("{} volumes", status.published)),
+        ("cache", format!("{cached} in {objects} objects, {pinned} pinned")),
+        ("evicted", format!("{evicted} in {} objects since the start", status.evicted_objects)),
+        (
+            "state",
+            format!(
+                "{} ({free} of {total} free, {} stay free)",
+                status.state_dir,
+                Bytes(status.floor_bytes)
+            ),
+        ),
+    ]
+    .iter()
+    .map(|(name, value)| format!("{name:<12}{value}"))
+    .collect()
+}

@@ -1,0 +1,60 @@
+//! Tables and times for people.
+
+/// Digits of a digest that tell artifacts apart.
+const SHORT_DIGEST: usize = "sha256:".len() + 12;
+
+/// Lines with columns as wide as their widest cell.
+pub(super) fn lines<const N: usize>(heads: [&str; N], rows: &[[String; N]]) -> Vec<String> {
+    let heads = heads.map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(&heads).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<_> = (0..N).map(|column| width(column).unwrap_or_default()).collect();
+    rows.iter()
+        .map(|row| {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        })
+        .collect()
+}
+
+/// Enough of a digest.
+pub(super) fn short(digest: &str) -> String {
+    digest.get(..SHORT_DIGEST).unwrap_or(digest).to_owned()
+}
+
+/// A list in a cell.
+pub(super) fn list(names: &[String]) -> String {
+    if names.is_empty() { "-".to_owned() } else { names.join(",") }
+}
+
+/// How long ago, as kubectl says it; `-` for never.
+pub(super) fn age(unix_seconds: i64) -> String {
+    if unix_seconds == 0 {
+        return "-".to_owned();
+    }
+    let seconds = jiff::Timestamp::now().as_second().saturating_sub(unix_seconds).max(0);
+    match seconds {
+        0..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let row = |cells: [&str; 2]| cells.map(str::to_owned);
+        let lines = lines(["NAME", "SIZE"], &[row(["a", "2.0 KiB"]), row(["a longer one", ""])]);
+        assert_eq!(lines, ["NAME          SIZE", "a             2.0 KiB", "a longer one"]);
+    }
+
+    #[test]
+    fn ages_are_short() {
+        let ago = |seconds: i64| age(jiff::Timestamp::now().as_second() - seconds);
+        assert_eq!([ago(300), ago(10_000), ago(200_000), age(0)], ["5m", "2h", "2d", "-"]);
+    }
+}

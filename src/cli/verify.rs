@@ -1,0 +1,92 @@
+//! `verify`: reading everything back.
+
+use clap::Args;
+
+use super::ask::AskArguments;
+use super::{Failure, Output, print};
+use crate::proto::admin::verify_event::Event;
+use crate::proto::admin::{VerifyRequest, VerifySummary};
+use crate::units::Bytes;
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "What is found damaged is never shown anew; what has it mounted keeps it. The exit status is 1
+as long as something damaged was not made anew.
+
+Examples:
+  csi-driver-oci verify
+  csi-driver-oci verify --repair --output json"
+)]
+pub(super) struct VerifyArguments {
+    /// Fetches what is damaged again, into a new generation.
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    ask: AskArguments,
+}
+
+pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
+    let (repair, output) = (arguments.repair, arguments.ask.output);
+    let (mut findings, mut repairs) = (Vec::new(), Vec::new());
+    let summary = arguments.ask.ask(async |mut client| {
+        let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
+        let mut summary = None;
+        while let Some(event) = events.message().await? {
+            match event.event {
+                Some(Event::Finding(finding)) => {
+                    if output == Output::Table {
+                        let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
+                        print(&format!("damaged {kind}  {path}: {detail}"));
+                    } else {
+                        findings.push(serde_json::json!({
+                            "kind": finding.kind,
+                            "digest": finding.digest,
+                            "path": finding.path,
+                            "detail": finding.detail,
+                        }));
+                    }
+                }
+                Some(Event::Repair(repair)) => {
+                    if output == Output::Table {
+                        let done = if repair.done { "fetched again by" } else { "not fetched:" };
+                        print(&format!("{}  {done} {}", repair.manifest, repair.detail));
+                    } else {
+                        repairs.push(serde_json::json!({
+                            "manifest": repair.manifest,
+                            "done": repair.done,
+                            "detail": repair.detail,
+                        }));
+                    }
+                }
+                Some(Event::Summary(last)) => summary = Some(last),
+                None => {}
+            }
+        }
+        summary.ok_or_else(|| tonic::Status::internal("the node plugin ended before it was done"))
+    })?;
+    let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
+    if output == Output::Json {
+        print(
+            &serde_json::json!({
+                "objects": objects,
+                "bytes": bytes,
+                "findings": findings,
+                "repairs": repairs,
+                "unrepaired": unrepaired,
+            })
+            .to_string(),
+        );
+    } else {
+        let read = Bytes(bytes);
+        print(&format!("{objects} objects and {read} read back, {found} findings"));
+    }
+    match (found, unrepaired) {
+        (0, _) => Ok(()),
+        (_, 0) if repair => Ok(()),
+        (_, 0) => Err(format!("{found} findings; nothing that is shown links them any more")),
+        (_, artifacts) => Err(format!(
+            "{artifacts} artifacts are damaged: run `verify --repair`, or let the next publish fetch them"
+        )),
+    }
+}

@@ -1,0 +1,185 @@
+//! `warm`: fetching artifacts before a pod asks for them.
+
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use super::ask::AskArguments;
+use super::{Failure, Output, print, table, tell};
+use crate::proto::admin::warm_event::State;
+use crate::proto::admin::{WarmEvent, WarmRequest};
+use crate::units::Bytes;
+
+/// Arguments of `warm`.
+#[derive(Debug, Args)]
+#[command(after_help = "Ctrl-C ends the command, not the node's work: it goes on.
+
+Examples:
+  csi-driver-oci warm registry.example.com/app:v2 --pin
+  csi-driver-oci warm --file references.txt
+  csi-driver-oci warm --docker-config ~/.docker/config.json registry.example.com/private/app:v2")]
+pub(super) struct WarmArguments {
+    /// What to fetch.
+    #[arg(required_unless_present = "file")]
+    references: Vec<String>,
+    /// A list of references, one a line; empty lines and what follows a # mean nothing.
+    #[arg(long, value_name = "LIST")]
+    file: Option<PathBuf>,
+    /// Keeps each on this node until `unpin`.
+    #[arg(long)]
+    pin: bool,
+    /// Credentials for the registries: a docker config.json.
+    #[arg(long, value_name = "FILE")]
+    docker_config: Option<PathBuf>,
+    /// The platform to take of an index, as `linux/arm64`; the node's where none is given.
+    #[arg(long, default_value = "")]
+    platform: String,
+    #[command(flatten)]
+    ask: AskArguments,
+}
+
+pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
+    let references = arguments.references()?;
+    let docker_config = match &arguments.docker_config {
+        Some(path) => std::fs::read(path).map_err(|error| {
+            format!("the credentials {} cannot be read: {error}", path.display())
+        })?,
+        None => Vec::new(),
+    };
+    let count = references.len();
+    let request = WarmRequest {
+        references,
+        platform: arguments.platform.clone(),
+        pin: arguments.pin,
+        docker_config,
+    };
+    let mut shown = Shown::new(arguments.ask.output);
+    let ended = arguments.ask.ask(async |mut client| {
+        let mut events = client.warm(request).await?.into_inner();
+        let mut ended = Vec::new();
+        loop {
+            let event = tokio::select! {
+                event = events.message() => event?,
+                _ = tokio::signal::ctrl_c() => {
+                    return Err(tonic::Status::cancelled(
+                        "left before the end: the node goes on; `ls` tells what it has",
+                    ));
+                }
+            };
+            let Some(event) = event else { return Ok(ended) };
+            shown.show(&event);
+            if event.state() != State::Pulling {
+                ended.push(event);
+            }
+        }
+    })?;
+    let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
+    if arguments.ask.output == Output::Json {
+        let list: Vec<_> = ended.iter().map(json).collect();
+        print(&serde_json::Value::from(list).to_string());
+    }
+    match (failed.len(), ended.len() == count) {
+        (0, true) => Ok(()),
+        (_, false) => Err("the node plugin ended before it was done: run the command again".into()),
+        (failures, true) => {
+            let names: Vec<_> = failed.iter().map(|event| event.reference.as_str()).collect();
+            Err(format!("{failures} of {count} are not on this node: {}", names.join(", ")))
+        }
+    }
+}
+
+impl WarmArguments {
+    /// From the command line and the list; a bad line is named, and nothing is warmed.
+    fn references(&self) -> Result<Vec<String>, Failure> {
+        let mut references = self.references.clone();
+        let Some(file) = &self.file else { return Ok(references) };
+        let shown = file.display();
+        let text = std::fs::read_to_string(file)
+            .map_err(|error| format!("the list {shown} cannot be read: {error}"))?;
+        for (number, line) in text.lines().enumerate() {
+            let line = line.split('#').next().unwrap_or_default().trim();
+            if line.is_empty() {
+                continue;
+            }
+            line.parse::<crate::oci::Reference>()
+                .map_err(|error| format!("{shown}, line {}: {error}", number + 1))?;
+            references.push(line.to_owned());
+        }
+        if references.is_empty() {
+            return Err(format!("the list {shown} names nothing"));
+        }
+        Ok(references)
+    }
+}
+
+/// Bars on a terminal, a line for each end otherwise.
+struct Shown {
+    output: Output,
+    bars: Option<MultiProgress>,
+    by_reference: HashMap<String, ProgressBar>,
+}
+
+impl Shown {
+    fn new(output: Output) -> Self {
+        let bars =
+            (output == Output::Table && std::io::stderr().is_terminal()).then(MultiProgress::new);
+        Self { output, bars, by_reference: HashMap::new() }
+    }
+
+    fn show(&mut self, event: &WarmEvent) {
+        match event.state() {
+            State::Pulling | State::Unspecified => self.step(event),
+            State::Done | State::Failed => {
+                if let Some(bar) = self.by_reference.remove(&event.reference) {
+                    bar.finish_and_clear();
+                }
+                let line = match event.state() {
+                    State::Failed => format!("failed  {}: {}", event.reference, event.reason),
+                    _ => format!(
+                        "done    {}  {}  {}",
+                        event.reference,
+                        table::short(&event.manifest),
+                        Bytes(event.total_bytes)
+                    ),
+                };
+                match (self.output, &self.bars) {
+                    (Output::Json, _) => {}
+                    (Output::Table, Some(bars)) => bars.suspend(|| print(&line)),
+                    (Output::Table, None) => print(&line),
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, event: &WarmEvent) {
+        let Some(bars) = &self.bars else { return };
+        let bar = self.by_reference.entry(event.reference.clone()).or_insert_with(|| {
+            let bar = bars.add(ProgressBar::new(event.total_bytes));
+            let style = "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
+            match ProgressStyle::with_template(style) {
+                Ok(style) => bar.set_style(style),
+                Err(error) => tell(&error.to_string()),
+            }
+            bar.set_prefix(event.reference.clone());
+            bar.enable_steady_tick(Duration::from_millis(250));
+            bar
+        });
+        bar.set_length(event.total_bytes);
+        bar.set_position(event.done_bytes);
+    }
+}
+
+fn json(event: &WarmEvent) -> serde_json::Value {
+    let failed = event.state() == State::Failed;
+    serde_json::json!({
+        "reference": event.reference,
+        "done": !failed,
+        "manifest": event.manifest,
+        "bytes": event.total_bytes,
+        "reason": event.reason,
+    })
+}

@@ -1,0 +1,339 @@
+//! An OCI image layout in place of a registry, for nodes without one.
+//!
+//! The layout comes as a tar, in any order. Its blobs are hashed as they arrive
+//! and become complete downloads; from there on the artifact goes the way of any
+//! other: the same checks, the same limits, the same commit. The reference it is
+//! imported as means this artifact from then on, and who may see it is decided
+//! as for preloaded images.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use super::candidates::Candidates;
+use super::error::PullError;
+use super::resolve::{Resolved, blocking};
+use super::want::{IfUnavailable, Priority, PullPolicy, Want};
+use super::{Inner, ProgressView, Puller};
+use crate::oci::credentials::Keyring;
+use crate::oci::manifest::{Descriptor, ImageIndex, ImageManifest, Manifest, ManifestError};
+use crate::oci::{Digest, Platform, Reference};
+use crate::store::import::ImportedBlobs;
+use crate::store::resolutions::Resolution;
+use crate::store::{StoreError, Tree};
+use crate::unpack::{PermissionsRule, Selection};
+
+/// Files of a layout beside its blobs; ours are two, and other tools add a few.
+const STRANGE_FILES: usize = 1000;
+/// Which reference a layout calls a manifest by.
+const NAME: &str = "org.opencontainers.image.ref.name";
+
+/// An import that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The tar.
+    #[error(
+        "the layout cannot be read: {0}: send a tar of an OCI image layout, as `oras copy --to-oci-layout` or `skopeo copy ... oci-archive:` make it"
+    )]
+    Read(std::io::Error),
+    /// No layout.
+    #[error("it is no OCI image layout: {0}")]
+    NotALayout(String),
+    /// Several artifacts, and none with the reference's name.
+    #[error(
+        "the layout has {0} manifests and none is called \"{1}\": name one of them in the reference, or ask for a platform that only one is for"
+    )]
+    Ambiguous(usize, String),
+    /// A digest that is not the reference's.
+    #[error("the layout holds {found}, and the reference names {wanted}")]
+    OtherDigest {
+        /// What is there.
+        found: Digest,
+        /// What the reference says.
+        wanted: Digest,
+    },
+    /// A blob that the manifest names.
+    #[error("the layout lacks the blob {0}: export it again, complete")]
+    Missing(Digest),
+    /// Anything that can happen to a pull.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// The same, shared.
+    #[error(transparent)]
+    Shared(#[from] Arc<PullError>),
+}
+
+/// What was read of a layout.
+struct Layout {
+    index: Vec<u8>,
+    blobs: ImportedBlobs,
+}
+
+/// What a layout means for a reference and a platform.
+struct Chosen {
+    top: Digest,
+    manifest: Digest,
+    image: ImageManifest,
+    /// Manifests and the configuration, to be kept.
+    small: BTreeMap<Digest, Vec<u8>>,
+}
+
+impl Puller {
+    /// Takes an artifact from a layout.
+    pub async fn import(
+        &self,
+        layout: impl Read + Send + 'static,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Tree, ImportError> {
+        let (inner, named, wanted) = (Arc::clone(&self.0), reference.clone(), platform.clone());
+        let taken = tokio::task::spawn_blocking(move || {
+            let layout = inner.read_layout(layout)?;
+            inner.take(&layout, &named, &wanted)
+        });
+        let manifest = taken.await.map_err(|_| PullError::Crashed)??;
+        let want = Want {
+            reference: reference.clone(),
+            platform: platform.clone(),
+            policy: PullPolicy::IfNotPresent,
+            if_unavailable: IfUnavailable::Fail,
+            selection: Selection::default(),
+            permissions: PermissionsRule::default(),
+            file_mode: None,
+            keyring: Keyring::default(),
+            identity: None,
+            priority: Priority::Warm,
+            maximum_bytes: None,
+            signature: None,
+        };
+        let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
+        let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await?;
+        let anonymous = Candidates::anonymous();
+        let resolved = Resolved::for_the_node(manifest, candidates, anonymous);
+        let tree = self.tree(&want, &resolved, &ProgressView::default()).await?;
+        let (inner, reference) = (Arc::clone(&self.0), reference.clone());
+        blocking(move || {
+            let store = &inner.store;
+            Ok(store.put_imported(reference.repository(), manifest)?)
+        })
+        .await?;
+        Ok(tree)
+    }
+}
+
+impl Inner {
+    fn read_layout(&self, layout: impl Read) -> Result<Layout, ImportError> {
+        let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
+        let mut index = None;
+        let mut strange = 0;
+        let mut archive = tar::Archive::new(layout);
+        for entry in archive.entries().map_err(ImportError::Read)? {
+            let mut entry = entry.map_err(ImportError::Read)?;
+            let path = entry.path().map_err(ImportError::Read)?.into_owned();
+            let kind = entry.header().entry_type();
+            if kind.is_dir() {
+                continue;
+            }
+            let size = entry.size();
+            match place(&path) {
+                Place::Blob(digest) if kind.is_file() => {
+                    if size > self.limits.blob_bytes {
+                        let what = format!(
+                            "{digest} has {size} bytes, the limit is {} (limits.blobBytes)",
+                            self.limits.blob_bytes
+                        );
+                        return Err(ImportError::NotALayout(what));
+                    }
+                    blobs.add(digest, size, &mut entry).map_err(PullError::from)?;
+                }
+                Place::Blob(digest) => {
+                    return Err(ImportError::NotALayout(format!("{digest} is no file")));
+                }
+                Place::Index if kind.is_file() => {
+                    index = Some(self.small(&mut entry, "index.json")?);
+                }
+                Place::Index | Place::Strange => {
+                    strange += 1;
+                    if strange > STRANGE_FILES {
+                        let what = format!("it has more than {STRANGE_FILES} other files");
+                        return Err(ImportError::NotALayout(what));
+                    }
+                }
+            }
+        }
+        let index = index.ok_or_else(|| ImportError::NotALayout("it has no index.json".into()))?;
+        Ok(Layout { index, blobs })
+    }
+
+    fn small(&self, content: &mut dyn Read, what: &str) -> Result<Vec<u8>, ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let mut bytes = Vec::new();
+        content.take(limit + 1).read_to_end(&mut bytes).map_err(ImportError::Read)?;
+        if bytes.len() as u64 > limit {
+            let what = format!("{what} has more than {limit} bytes (limits.manifestBytes)");
+            return Err(ImportError::NotALayout(what));
+        }
+        Ok(bytes)
+    }
+
+    /// Makes the chosen artifact's blobs complete downloads, and the reference mean it.
+    fn take(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Digest, ImportError> {
+        let chosen = self.choose(layout, reference, platform)?;
+        let store = &self.store;
+        let repository = reference.repository();
+        for descriptor in &chosen.image.layers {
+            let digest = descriptor.digest;
+            if descriptor.data.is_some() {
+                continue;
+            }
+            if layout.blobs.has(digest) {
+                layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
+            }
+            // Whoever may import may say where the content is from.
+            store.put_blob_origin(repository, digest).map_err(PullError::from)?;
+        }
+        for (digest, bytes) in &chosen.small {
+            store.put_blob(*digest, bytes).map_err(PullError::from)?;
+        }
+        let resolution = Resolution {
+            reference: reference.to_string(),
+            resolved: chosen.top,
+            manifest: chosen.manifest,
+            platform: None,
+        };
+        store.put_resolution(reference, platform, &resolution).map_err(PullError::from)?;
+        Ok(chosen.manifest)
+    }
+
+    fn choose(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Chosen, ImportError> {
+        let entry = named(&self.parse_index(&layout.index)?, reference, platform)?;
+        let mut small = BTreeMap::new();
+        let top = entry.digest;
+        let (manifest, image) = match self.manifest(&layout.blobs, &entry, &mut small)? {
+            Manifest::Image(image) => (top, image),
+            Manifest::Index(index) => {
+                let chosen = index.choose(platform).map_err(PullError::from)?;
+                match self.manifest(&layout.blobs, chosen, &mut small)? {
+                    Manifest::Image(image) => (chosen.digest, image),
+                    Manifest::Index(_) => {
+                        let nested = ManifestError::NestedIndex(chosen.digest);
+                        return Err(PullError::from(nested).into());
+                    }
+                }
+            }
+        };
+        if let Some(wanted) = reference.digest()
+            && wanted != top
+            && wanted != manifest
+        {
+            return Err(ImportError::OtherDigest { found: top, wanted });
+        }
+        if let Some(config) = image.config.as_deref().filter(|config| config.data.is_none()) {
+            let limit = self.limits.config_bytes;
+            let found = layout.blobs.read(config.digest, limit).map_err(PullError::from)?;
+            if let Some(bytes) = found.filter(|bytes| bytes.len() as u64 == config.size) {
+                small.insert(config.digest, bytes);
+            }
+        }
+        for layer in image.layers.iter().filter(|layer| layer.data.is_none()) {
+            let here = layout.blobs.has(layer.digest)
+                || self.store.any_file_of(layer.digest).map_err(PullError::from)?.is_some();
+            if !here {
+                return Err(ImportError::Missing(layer.digest));
+            }
+        }
+        Ok(Chosen { top, manifest, image, small })
+    }
+
+    fn parse_index(&self, bytes: &[u8]) -> Result<ImageIndex, ImportError> {
+        let parsed = Manifest::parse(bytes, None, self.limits.manifest());
+        match parsed.map_err(PullError::from)? {
+            Manifest::Index(index) => Ok(index),
+            Manifest::Image(_) => Err(ImportError::NotALayout("index.json is no index".into())),
+        }
+    }
+
+    fn manifest(
+        &self,
+        blobs: &ImportedBlobs,
+        entry: &Descriptor,
+        small: &mut BTreeMap<Digest, Vec<u8>>,
+    ) -> Result<Manifest, ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let bytes = match &entry.data {
+            Some(data) => Some(data.clone()),
+            None => blobs.read(entry.digest, limit + 1).map_err(PullError::from)?,
+        };
+        let bytes = bytes.ok_or(ImportError::Missing(entry.digest))?;
+        if bytes.len() as u64 > limit {
+            let what =
+                format!("{} has more than {limit} bytes (limits.manifestBytes)", entry.digest);
+            return Err(ImportError::NotALayout(what));
+        }
+        let media_type = Some(entry.media_type.as_str());
+        let parsed = Manifest::parse(&bytes, media_type, self.limits.manifest());
+        small.insert(entry.digest, bytes);
+        Ok(parsed.map_err(PullError::from)?)
+    }
+}
+
+/// What a file of a layout is.
+enum Place {
+    Blob(Digest),
+    Index,
+    Strange,
+}
+
+fn place(path: &Path) -> Place {
+    let names = path.components().filter(|part| *part != Component::CurDir);
+    let names: Option<Vec<_>> = names
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names.as_deref() {
+        Some(["index.json"]) => Place::Index,
+        Some(["blobs", "sha256", hex]) => Digest::from_hex(hex).map_or(Place::Strange, Place::Blob),
+        _ => Place::Strange,
+    }
+}
+
+/// The entry that a layout calls by the reference's name, the only one, or the one for the platform.
+fn named(
+    index: &ImageIndex,
+    reference: &Reference,
+    platform: &Platform,
+) -> Result<Descriptor, ImportError> {
+    let (whole, tag) = (reference.to_string(), reference.tag_or_latest());
+    let is_named = |entry: &&Descriptor| {
+        entry.annotations.get(NAME).is_some_and(|name| *name == whole || name == tag)
+    };
+    let is_meant = |entry: &&Descriptor| reference.digest() == Some(entry.digest);
+    let mut entries = index.manifests.iter();
+    if let Some(entry) = entries.clone().find(is_meant).or_else(|| entries.clone().find(is_named)) {
+        return Ok(entry.clone());
+    }
+    if let (Some(entry), None) = (entries.next(), entries.next()) {
+        return Ok(entry.clone());
+    }
+    let ambiguous = |_| ImportError::Ambiguous(index.manifests.len(), tag.to_owned());
+    index.choose(platform).cloned().map_err(ambiguous)
+}
+
+impl From<StoreError> for ImportError {
+    fn from(error: StoreError) -> Self {
+        PullError::from(error).into()
+    }
+}

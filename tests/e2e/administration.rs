@@ -1,0 +1,354 @@
+//! What an administrator does with a node's content: pin, remove, inspect, import, verify, repair, warm.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use serde_json::json;
+use tonic::Code;
+
+use crate::support::{
+    Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Tar, gzip, noise, registry, run, tool,
+    unique, wait_until,
+};
+
+const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                     lowThresholdPercent: 100, minimumAge: 0s}\n";
+
+fn image(node: &Node) -> String {
+    let repository = unique("image");
+    let archive = Tar::new()
+        .folder("etc", 0o755)
+        .file("etc/one", 0o644, "one")
+        .file("etc/two", 0o600, noise(5000, 1))
+        .symbolic_link("etc/link", "one")
+        .finish();
+    Image::new().packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive).push(
+        registry(),
+        &repository,
+        "v1",
+    );
+    node.proxy.reference(&format!("{repository}:v1"))
+}
+
+fn unpublish(node: &Node, admin: &Admin, volume: &crate::support::Volume) {
+    node.kubelet.unpublish(volume);
+    wait_until("the record is gone", || admin.json(&["status"])["published"] == 0);
+}
+
+#[test]
+fn a_removed_reference_goes_at_once_and_mounted_content_with_its_last_unpublish() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (volume, _) = node.mount(&reference);
+    let told = admin.told(&["rm", &reference]);
+    assert!(told.contains("it goes with the last unpublish"), "{told}");
+    let content = fs::read(volume.target().join("file.txt")).expect("still shown");
+    assert!(!content.is_empty());
+    assert_eq!(admin.json(&["gc"])["victims"], json!([]));
+    unpublish(&node, &admin, &volume);
+    wait_until("it is gone", || admin.json(&["status"])["cacheObjects"] == 0);
+    let told = admin.refused(&["rm", &reference]);
+    assert!(told.contains("not on this node"), "{told}");
+}
+
+#[test]
+fn publishing_again_what_was_removed_while_shown_keeps_it() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (first, _) = node.mount(&reference);
+    admin.told(&["rm", &reference]);
+    let (second, _) = node.mount(&reference);
+    node.kubelet.unpublish(&first);
+    unpublish(&node, &admin, &second);
+    admin.json(&["gc"]);
+    assert!(admin.holds(&reference));
+}
+
+#[test]
+fn pins_hold_and_have_owners() {
+    let (node, admin) = Admin::start(ROOMY);
+    let artifact = node.small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    assert!(admin.refused(&["pin", &reference]).contains("warm it first"));
+    let (volume, _) = node.mount(&reference);
+    unpublish(&node, &admin, &volume);
+    assert_eq!(admin.json(&["pin", &reference])["manifest"], artifact.digest.as_str());
+    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
+    assert!(admin.refused(&["rm", &reference]).contains("pinned by admin"));
+    admin.told(&["gc", "--target", "0"]);
+    assert!(admin.holds(&reference), "pins outlive collections");
+    let Node { driver, kubelet, .. } = node;
+    let _driver = driver.restart();
+    admin.told(&["gc", "--target", "0"]);
+    assert!(admin.holds(&reference), "... and the driver");
+    admin.told(&["unpin", &reference]);
+    assert!(admin.refused(&["unpin", &reference]).contains("is not pinned"));
+    let dry = admin.json(&["gc", "--target", "0", "--dry-run"]);
+    assert_eq!(dry["victims"][0]["reason"], "least recently used");
+    assert!(admin.holds(&reference), "a dry run removes nothing");
+    admin.told(&["gc", "--target", "0"]);
+    assert!(!admin.holds(&reference));
+    drop(kubelet);
+}
+
+#[test]
+fn more_than_may_be_pinned_is_refused() {
+    let configuration = ROOMY.replace("minimumAge", "maxPinnedBytes: 1Mi, minimumAge");
+    let (node, admin) = Admin::start(&configuration);
+    let repository = unique("large");
+    Manifest::artifact([Layer::titled("file", noise(2 << 20, 3))]).push(
+        registry(),
+        &repository,
+        "v1",
+    );
+    let reference = node.proxy.reference(&format!("{repository}:v1"));
+    node.mount(&reference);
+    let told = admin.refused(&["pin", &reference]);
+    assert!(told.contains("cache.maxPinnedBytes"), "{told}");
+}
+
+#[test]
+fn inspect_tells_what_a_reference_means() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = image(&node);
+    let (_volume, _) = node.mount_with(&reference, |volume| volume.attribute("include", "etc/o*"));
+    let inspected = admin.json(&["inspect", &reference]);
+    assert_eq!(inspected["meanings"][0]["layers"][0]["mediaType"], OCI_TAR_GZIP);
+    assert_eq!(inspected["artifacts"][0]["include"], "etc/o*");
+    assert!(admin.told(&["inspect", &reference]).contains("include=etc/o*"));
+    assert!(admin.refused(&["inspect", "r.io/none:v1"]).contains("not on this node"));
+}
+
+#[test]
+fn warm_fetches_pins_and_names_what_failed() {
+    let (node, admin) = Admin::start(ROOMY);
+    let good = node.proxy.reference(&node.small_artifact().name);
+    let bad = node.proxy.reference("there/is/none:v1");
+    let list = node.sandbox.path().join("list");
+    fs::write(&list, format!("# two\n{good}\n\n{bad} # missing\n")).expect("a list");
+    let told = admin.ask(&["warm", "--pin", "--file", list.to_str().expect("a path")]);
+    let (out, err) = (
+        String::from_utf8(told.stdout).expect("text"),
+        String::from_utf8(told.stderr).expect("text"),
+    );
+    assert_eq!(told.status.code(), Some(1));
+    assert!(out.contains(&format!("done    {good}")), "{out}");
+    assert!(out.contains(&format!("failed  {bad}")), "{out}");
+    assert!(err.contains("1 of 2") && err.contains(&bad), "{err}");
+    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
+    node.proxy.take_requests();
+    node.mount(&good);
+    assert_eq!(node.proxy.requests().len(), 0, "a warm node asks nobody");
+    fs::write(&list, "r.io/app:v1\nnot a reference\n").expect("a list");
+    let told = admin.refused(&["warm", "--file", list.to_str().expect("a path")]);
+    assert!(told.contains("line 2"), "{told}");
+}
+
+/// An OCI image layout of what the registry has.
+fn layout(node: &Node, reference: &str) -> PathBuf {
+    let folder = node.sandbox.path().join("layout");
+    let name = reference.split_once('/').expect("a host").1;
+    run(tool("oras")
+        .args(["copy", "--from-plain-http", "--to-oci-layout"])
+        .arg(format!("{}/{name}", registry().host()))
+        .arg(format!("{}:v1", folder.display())));
+    folder
+}
+
+#[test]
+fn a_layout_is_imported_without_a_registry() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = image(&node);
+    let folder = layout(&node, &reference);
+    let name = "registry.invalid/team/app:v1";
+    let imported = admin.json(&["import", folder.to_str().expect("a path"), "--as", name]);
+    assert_eq!(imported["inodes"], 5);
+    let (_, tree) = node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
+    assert_eq!(tree.names(), ["etc", "etc/link", "etc/one", "etc/two"]);
+    // Also for pods with credentials of their own, as a preloaded image.
+    node.mount_with(name, |volume| {
+        let config = json!({"auths": {"registry.invalid": {"username": "u", "password": "p"}}});
+        volume.secret(".dockerconfigjson", &config.to_string())
+    });
+    assert_eq!(node.proxy.requests().len(), 0);
+}
+
+#[test]
+fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = image(&node);
+    let folder = layout(&node, &reference);
+    let archive = node.sandbox.path().join("layout.tar");
+    run(tool("tar").arg("-cf").arg(&archive).arg("-C").arg(&folder).arg("."));
+    admin.told(&["import", archive.to_str().expect("a path"), "--as", "one.invalid/app:v1"]);
+    let mut command = admin.command(&["import", "-", "--as", "two.invalid/app:v1"]);
+    command.stdin(Stdio::from(fs::File::open(&archive).expect("the tar")));
+    run(&mut command);
+    for name in ["one.invalid/app:v1", "two.invalid/app:v1"] {
+        node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
+    }
+}
+
+#[test]
+fn a_bad_layout_is_refused_and_leaves_nothing() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = image(&node);
+    let folder = layout(&node, &reference);
+    let import = |folder: &Path| {
+        admin.refused(&["import", folder.to_str().expect("a path"), "--as", "bad.invalid/app:v1"])
+    };
+    assert!(import(Path::new("/nonexistent")).contains("cannot be read"));
+    // Standard input may be anything.
+    let mut command = admin.command(&["import", "-", "--as", "bad.invalid/app:v1"]);
+    let output = command.stdin(Stdio::null()).output().expect("the binary");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no index.json"));
+    let other = "sha256:".to_owned() + &"0".repeat(64);
+    let path = folder.to_str().expect("a path");
+    let told = admin.refused(&["import", path, "--as", &format!("bad.invalid/app@{other}")]);
+    assert!(told.contains(&other), "{told}");
+    // Every blob is content by its digest.
+    let blobs = folder.join("blobs/sha256");
+    let largest = fs::read_dir(&blobs)
+        .expect("blobs")
+        .flatten()
+        .max_by_key(|entry| entry.metadata().expect("a size").len())
+        .expect("a blob")
+        .path();
+    let content = fs::read(&largest).expect("a blob");
+    fs::set_permissions(&largest, fs::Permissions::from_mode(0o644)).expect("a mode");
+    fs::write(&largest, [&content[..content.len() - 1], b"x"].concat()).expect("another blob");
+    assert!(import(&folder).contains("its content has the digest"));
+    fs::remove_file(&largest).expect("removed");
+    let told = import(&folder);
+    assert!(told.contains("lacks the blob") || told.contains("no index.json"), "{told}");
+    assert!(!admin.holds("bad.invalid/app:v1"));
+    assert_eq!(fs::read_dir(node.driver.state().join("staging")).expect("staging").count(), 0);
+    let volume = node.kubelet.new_volume("bad.invalid/app:v1").attribute("pullPolicy", "Never");
+    node.kubelet.publish_badly(&volume, Code::NotFound);
+}
+
+/// The first file of the store with this content.
+fn find(folder: &Path, content: &[u8]) -> Option<PathBuf> {
+    for entry in fs::read_dir(folder).ok()?.flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            if let Some(found) = find(&path, content) {
+                return Some(found);
+            }
+        } else if path.is_file() && fs::read(&path).ok()? == content {
+            return Some(path);
+        }
+    }
+    None
+}
+
+/// As a disk does: without a trace in times or sizes.
+fn flip(path: &Path) {
+    let metadata = fs::metadata(path).expect("a file");
+    let mut content = fs::read(path).expect("a file");
+    let middle = content.len() / 2;
+    content[middle] ^= 1;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).expect("a mode");
+    let mut file = fs::File::options().write(true).open(path).expect("writable");
+    file.write_all(&content).expect("written");
+    file.set_modified(metadata.modified().expect("a time")).expect("a time set");
+    drop(file);
+    fs::set_permissions(path, metadata.permissions()).expect("the mode");
+}
+
+#[test]
+fn a_single_flipped_byte_in_a_layer_is_found_and_repaired() {
+    let (node, admin) = Admin::start(ROOMY);
+    let reference = image(&node);
+    let (mounted, _) = node.mount(&reference);
+    assert_eq!(admin.json(&["verify"])["findings"], json!([]));
+    let path = find(&node.driver.state().join("layers"), &noise(5000, 1)).expect("the file");
+    flip(&path);
+    let told = admin.ask(&["verify", "--output", "json"]);
+    assert_eq!(told.status.code(), Some(1));
+    let found: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let finding = &found["findings"][0];
+    assert_eq!(finding["kind"], "layer");
+    assert!(finding["detail"].as_str().expect("text").starts_with("etc/two"), "{finding}");
+    assert!(path.ends_with(finding["path"].as_str().expect("text")), "{finding}");
+    assert!(finding["digest"].as_str().expect("text").starts_with("sha256:"), "{finding}");
+    // Damage is never published anew: the registry is asked, and down it is.
+    node.proxy.go_down();
+    let volume = node.kubelet.new_volume(&reference);
+    node.kubelet.publish_badly(&volume, Code::Unavailable);
+    node.proxy.come_back();
+    node.kubelet.publish_well(&volume);
+    assert_eq!(fs::read(volume.target().join("etc/two")).expect("readable"), noise(5000, 1));
+    let read = fs::read(mounted.target().join("etc/two")).expect("still mounted");
+    assert_ne!(read, noise(5000, 1), "a mounted generation is left alone");
+    assert_eq!(admin.json(&["verify"])["findings"], json!([]));
+    node.kubelet.unpublish(&mounted);
+    wait_until("the damaged generation goes with its last unpublish", || {
+        let list = admin.json(&["ls"]);
+        list.as_array().expect("a list").iter().all(|artifact| artifact["damaged"] == false)
+    });
+}
+
+#[test]
+fn repair_makes_a_new_generation_while_mounted_ones_stay() {
+    let (node, admin) = Admin::start(ROOMY);
+    let artifact = node.small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let (mounted, _) = node.mount(&reference);
+    let files = node.driver.state().join("files");
+    flip(&find(&files, artifact.content.as_bytes()).expect("the file"));
+    let repaired = admin.json(&["verify", "--repair"]);
+    assert_eq!(repaired["findings"][0]["kind"], "file");
+    assert_eq!(repaired["repairs"][0]["done"], true);
+    assert_eq!(repaired["unrepaired"], 0);
+    mounted.assert_mounted();
+    node.proxy.go_down();
+    let (volume, _) = node.mount(&reference);
+    let content = fs::read_to_string(volume.target().join("file.txt")).expect("readable");
+    assert_eq!(content, artifact.content);
+}
+
+#[test]
+fn a_tree_that_somebody_changed_is_found() {
+    let (node, admin) = Admin::start(ROOMY);
+    let (_volume, _) = node.mount(&image(&node));
+    let trees = node.driver.state().join("trees");
+    let root = fs::read_dir(trees).expect("trees").flatten().next().expect("a tree").path();
+    let root = root.join("1/root");
+    fs::write(root.join("strange"), "").expect("a file");
+    fs::set_permissions(root.join("etc"), fs::Permissions::from_mode(0o700)).expect("a mode");
+    fs::remove_file(root.join("etc/link")).expect("removed");
+    let told = admin.ask(&["verify", "--output", "json"]);
+    let found: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let mut paths: Vec<_> = found["findings"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|finding| {
+            assert_eq!(finding["kind"], "tree");
+            let path = finding["path"].as_str().expect("text");
+            path.split_once("root/").expect("in the tree").1.to_owned()
+        })
+        .collect();
+    paths.sort();
+    assert_eq!(paths, ["etc", "etc/link", "strange"]);
+}
+
+#[test]
+fn a_damaged_manifest_is_found_and_fetched_again() {
+    let (node, admin) = Admin::start(ROOMY);
+    let artifact = node.small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    node.mount(&reference);
+    let digest = artifact.digest.strip_prefix("sha256:").expect("a digest");
+    flip(&node.driver.state().join("blobs").join(digest));
+    let told = admin.ask(&["verify", "--output", "json"]);
+    let found: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    assert_eq!(found["findings"][0]["kind"], "blob");
+    node.mount(&reference);
+}

@@ -1,0 +1,278 @@
+//! The real driver, stopped at every named point of every path on which names and mounts are made and undone.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use csi_driver_oci::fault::POINTS;
+use serde_json::json;
+
+use crate::support::{
+    Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, OCI_TAR_GZIP, Proxy, Sandbox,
+    Tar, Volume, gzip, mounts_under, noise, registry, unique,
+};
+
+/// Small enough that each new artifact evicts an old one.
+const SMALL: &str = "cache: {maxBytes: 3Mi, minFreePercent: 0, minFreeInodesPercent: 0, \
+                     highThresholdPercent: 100, lowThresholdPercent: 100, minimumAge: 0s}\n";
+
+/// A node that may die at any time.
+struct Mortal {
+    options: DriverOptions,
+    admin: Admin,
+    kubelet: Kubelet,
+    artifacts: Vec<Artifact>,
+    _proxy: Proxy,
+    _sandbox: Sandbox,
+}
+
+/// What is published, and what it must show.
+struct Artifact {
+    reference: String,
+    files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Mortal {
+    #[track_caller]
+    fn new() -> Self {
+        let sandbox = Sandbox::new();
+        let endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        let options = DriverOptions::new(&sandbox)
+            .configuration(SMALL)
+            .argument(&format!("--admin-endpoint={endpoint}"));
+        fs::create_dir_all(&options.kubelet).expect("the kubelet's folder");
+        let kubelet = Kubelet::new(&options.kubelet, &options.socket);
+        let proxy = Proxy::new(registry());
+        let artifacts = artifacts(&proxy);
+        let admin = Admin::at(&endpoint);
+        Self { options, admin, kubelet, artifacts, _proxy: proxy, _sandbox: sandbox }
+    }
+
+    /// Waits for a driver that may end at once instead.
+    fn spawn(&self, fault: Option<&str>) -> Option<Driver> {
+        let options = match fault {
+            Some(fault) => self.options.clone().environment("CSI_OCI_FAULT", fault),
+            None => self.options.clone(),
+        };
+        let mut driver = options.spawn();
+        let socket = driver.options.registration_socket();
+        loop {
+            if !driver.is_running() {
+                return None;
+            }
+            if crate::support::accepts(&socket) {
+                return Some(driver);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
+    /// Everything that a node does, as far as it gets.
+    fn live(&self) -> Vec<Volume> {
+        let volumes: Vec<_> = self
+            .artifacts
+            .iter()
+            .map(|artifact| self.kubelet.new_volume(&artifact.reference))
+            .collect();
+        for volume in &volumes {
+            self.kubelet.prepare(volume);
+            let _ = self.kubelet.publish_request(volume.request.clone());
+        }
+        let first = &volumes[0];
+        let _ =
+            self.kubelet.unpublish_request(&first.request.volume_id, &first.request.target_path);
+        let _ = self.admin.ask(&["pin", &self.artifacts[1].reference]);
+        let _ = self.admin.ask(&["gc", "--target", "0"]);
+        let _ = self.admin.ask(&["rm", &self.artifacts[2].reference]);
+        volumes
+    }
+
+    /// What must hold after whatever happened.
+    #[track_caller]
+    fn check(&self, driver: &Driver, volumes: &[Volume]) {
+        let state = driver.state();
+        assert_eq!(entries(&state.join("staging")), BTreeSet::new(), "staging is swept");
+        let verified = self.admin.json(&["verify"]);
+        assert_eq!(verified["findings"], json!([]), "a name means verified content");
+        for (volume, artifact) in volumes.iter().zip(self.artifacts.iter().cycle()) {
+            if mounts_under(volume.target()).is_empty() {
+                continue;
+            }
+            artifact.check(volume.target());
+        }
+        // Again, and all of it.
+        for (volume, artifact) in volumes.iter().zip(self.artifacts.iter().cycle()) {
+            self.kubelet.publish_well(volume);
+            artifact.check(volume.target());
+            self.kubelet.unpublish(volume);
+        }
+        assert_eq!(mounts_under(&self.options.kubelet), [], "a mount is leaked");
+        crate::support::wait_until("no record is left", || {
+            entries(&state.join("publications")).is_empty()
+        });
+        let _ = self.admin.ask(&["unpin", &self.artifacts[1].reference]);
+        self.admin.told(&["gc", "--target", "0"]);
+        for folder in ["files", "layers", "trees", "staging", "partial"] {
+            assert_eq!(entries(&state.join(folder)), BTreeSet::new(), "{folder} leaks");
+        }
+    }
+}
+
+impl Artifact {
+    #[track_caller]
+    fn check(&self, target: &Path) {
+        for (name, content) in &self.files {
+            let read = fs::read(target.join(name)).expect("a file of the volume");
+            assert!(read == *content, "{name} is not what was pushed");
+        }
+    }
+}
+
+/// A file, an image, and one more file for which something has to go.
+fn artifacts(proxy: &Proxy) -> Vec<Artifact> {
+    let file = |seed: u64| {
+        let repository = unique("file");
+        let content = noise(1 << 20, seed);
+        Manifest::artifact([Layer::titled("file", content.clone())]).push(
+            registry(),
+            &repository,
+            "v1",
+        );
+        let reference = proxy.reference(&format!("{repository}:v1"));
+        Artifact { reference, files: vec![("file", content)] }
+    };
+    let repository = unique("image");
+    let (one, many) = (noise(300_000, 21), noise(1000, 22));
+    let mut archive = Tar::new().folder("etc", 0o755).file("etc/one", 0o644, &one);
+    for number in 0..20 {
+        archive = archive.file(&format!("etc/{number}"), 0o644, &many);
+    }
+    let archive = archive.finish();
+    Image::new().packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive).push(
+        registry(),
+        &repository,
+        "v1",
+    );
+    let image = Artifact {
+        reference: proxy.reference(&format!("{repository}:v1")),
+        files: vec![("etc/one", one), ("etc/7", many)],
+    };
+    vec![file(11), image, file(12)]
+}
+
+fn entries(folder: &Path) -> BTreeSet<PathBuf> {
+    fs::read_dir(folder).expect("a folder").flatten().map(|entry| entry.path()).collect()
+}
+
+/// Every point of this test's share, with this fault.
+#[track_caller]
+fn at_each_point(share: usize, of: usize, action: &str) {
+    for point in POINTS.iter().skip(share).step_by(of) {
+        let mortal = Mortal::new();
+        let mut volumes = Vec::new();
+        if let Some(mut driver) = mortal.spawn(Some(&format!("{point}:{action}"))) {
+            volumes = mortal.live();
+            if action == "abort" {
+                assert!(!driver.is_running(), "nothing came by {point}");
+            }
+            driver.kill();
+        }
+        let mut driver = mortal.options.spawn();
+        driver.wait_until_registered();
+        mortal.check(&driver, &volumes);
+    }
+}
+
+macro_rules! shares {
+    ($($name:ident: $share:literal, $action:literal;)*) => {
+        $(#[test]
+        fn $name() {
+            at_each_point($share, 4, $action);
+        })*
+    };
+}
+
+shares! {
+    a_power_cut_at_any_point_spoils_nothing_1: 0, "abort";
+    a_power_cut_at_any_point_spoils_nothing_2: 1, "abort";
+    a_power_cut_at_any_point_spoils_nothing_3: 2, "abort";
+    a_power_cut_at_any_point_spoils_nothing_4: 3, "abort";
+    an_io_error_at_any_point_spoils_nothing_1: 0, "error:5";
+    an_io_error_at_any_point_spoils_nothing_2: 1, "error:5";
+    an_io_error_at_any_point_spoils_nothing_3: 2, "error:5";
+    an_io_error_at_any_point_spoils_nothing_4: 3, "error:5";
+    a_full_disk_at_any_point_spoils_nothing_1: 0, "error:28";
+    a_full_disk_at_any_point_spoils_nothing_2: 1, "error:28";
+    a_full_disk_at_any_point_spoils_nothing_3: 2, "error:28";
+    a_full_disk_at_any_point_spoils_nothing_4: 3, "error:28";
+}
+
+/// `make crash ROUNDS=200` for the long run.
+#[test]
+fn kills_at_random_moments_under_load_spoil_nothing() {
+    let rounds = std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
+    let mortal = Mortal::new();
+    let mut volumes: Vec<Volume> = Vec::new();
+    for round in 0..rounds {
+        let driver = mortal.spawn(None).expect("a driver");
+        let stop = AtomicBool::new(false);
+        let wait = noise(2, round)[0];
+        std::thread::scope(|scope| {
+            let (mortal, stop) = (&mortal, &stop);
+            let workers: Vec<_> =
+                (0..3).map(|worker| scope.spawn(move || load(mortal, stop, worker))).collect();
+            // The moment is the test's point: no state can be waited for.
+            std::thread::sleep(std::time::Duration::from_millis(u64::from(wait) * 2));
+            driver.terminate_hard();
+            stop.store(true, Ordering::SeqCst);
+            for worker in workers {
+                volumes.extend(worker.join().expect("a worker"));
+            }
+        });
+        driver.kill();
+        let driver = mortal.spawn(None).expect("a driver");
+        for volume in volumes.drain(..) {
+            let reference = &volume.request.volume_context["reference"];
+            let artifact =
+                mortal.artifacts.iter().find(|artifact| artifact.reference == *reference);
+            if !mounts_under(volume.target()).is_empty() {
+                artifact.expect("one of ours").check(volume.target());
+            }
+            mortal.kubelet.unpublish(&volume);
+        }
+        let fresh: Vec<_> = mortal
+            .artifacts
+            .iter()
+            .map(|artifact| mortal.kubelet.new_volume(&artifact.reference))
+            .collect();
+        mortal.check(&driver, &fresh);
+        driver.kill();
+    }
+}
+
+/// Publishes and unpublishes until the driver is gone; gives back what it has not taken away.
+fn load(mortal: &Mortal, stop: &AtomicBool, worker: usize) -> Vec<Volume> {
+    let mut left = Vec::new();
+    for number in worker.. {
+        if stop.load(Ordering::SeqCst) {
+            return left;
+        }
+        let artifact = &mortal.artifacts[number % mortal.artifacts.len()];
+        let volume = mortal.kubelet.new_volume(&artifact.reference);
+        mortal.kubelet.prepare(&volume);
+        let published = mortal.kubelet.publish_request(volume.request.clone());
+        if published.is_ok() {
+            artifact.check(volume.target());
+        }
+        let request = &volume.request;
+        if mortal.kubelet.unpublish_request(&request.volume_id, &request.target_path).is_err() {
+            left.push(volume);
+            continue;
+        }
+        let _ = fs::remove_dir_all(volume.parent());
+    }
+    left
+}

@@ -1,0 +1,113 @@
+//! A disk that is full, read-only or broken: clean codes, nothing half done, and all is well when the trouble is over.
+
+use std::{fs, path::PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use tonic::Code;
+
+use crate::support::{Layer, Manifest, Node, noise, registry, run, tool, unique};
+
+/// A node whose state lies on a disk of its own.
+fn node(configuration: &str) -> (Node, PathBuf) {
+    let mut disk = PathBuf::new();
+    let node = Node::start_with(|sandbox, options| {
+        disk = sandbox.filesystem_of(64 << 20, "ext4", "disk", "rw");
+        options.state(&disk.join("state")).configuration(configuration)
+    });
+    (node, disk)
+}
+
+const NO_FLOOR: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                        lowThresholdPercent: 100, minimumAge: 0s}\n";
+
+fn staging_is_empty(node: &Node) {
+    let staging = node.driver.state().join("staging");
+    assert_eq!(fs::read_dir(staging).expect("staging").count(), 0);
+}
+
+#[test]
+fn a_full_disk_is_told_and_forgotten() {
+    let (node, disk) = node(NO_FLOOR);
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (volume, _) = node.mount(&reference);
+    let filler = disk.join("filler");
+    // Everything, also what is kept for root.
+    let file = fs::File::create(&filler).expect("a file");
+    let mut size = 64i64 << 20;
+    let mut offset = 0;
+    while size >= 4096 {
+        let flags = nix::fcntl::FallocateFlags::empty();
+        match nix::fcntl::fallocate(&file, flags, offset, size) {
+            Ok(()) => offset += size,
+            Err(_) => size /= 2,
+        }
+    }
+    let repository = unique("full");
+    Manifest::artifact([Layer::titled("file", noise(1 << 20, 5))]).push(
+        registry(),
+        &repository,
+        "v1",
+    );
+    let wanted = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
+    staging_is_empty(&node);
+    // What is mounted is found, and taken away, without a byte.
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+    drop(file);
+    fs::remove_file(filler).expect("room");
+    node.kubelet.publish_well(&wanted);
+}
+
+#[test]
+fn a_disk_that_turns_read_only_serves_what_is_mounted_and_comes_back() {
+    let (node, disk) = node(NO_FLOOR);
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (volume, _) = node.mount(&reference);
+    let (other, _) = node.mount(&reference);
+    let remount = |flags: MsFlags| {
+        mount(None::<&str>, &disk, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>)
+            .expect("remounted");
+    };
+    remount(MsFlags::MS_RDONLY);
+    let wanted = node.kubelet.new_volume(&reference);
+    node.kubelet.publish_badly(&wanted, Code::Internal);
+    let unknown = node.kubelet.new_volume(&node.proxy.reference(&node.small_artifact().name));
+    node.kubelet.publish_badly(&unknown, Code::Internal);
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+    remount(MsFlags::empty());
+    for volume in [&wanted, &unknown, &other] {
+        node.kubelet.publish_well(volume);
+    }
+    staging_is_empty(&node);
+}
+
+#[test]
+fn a_disk_with_errors_harms_only_what_lies_on_it() {
+    let (node, disk) = node(NO_FLOOR);
+    let artifact = node.small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let (volume, _) = node.mount(&reference);
+    let (gone, _) = node.mount(&reference);
+    // From here on every access to the disk fails, as when its cable is pulled.
+    run(tool("xfs_io").args(["-x", "-c", "shutdown"]).arg(&disk));
+    let wanted = node.kubelet.new_volume(&node.proxy.reference(&node.small_artifact().name));
+    for volume in [&wanted, &node.kubelet.new_volume(&reference)] {
+        node.kubelet.publish_badly(volume, Code::Internal);
+    }
+    // What is mounted is still mounted, and goes when it is asked to.
+    node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+    node.kubelet.unpublish(&gone);
+    let Node { driver, kubelet, proxy: _proxy, sandbox } = node;
+    let options = driver.kill();
+    nix::mount::umount2(&disk, nix::mount::MntFlags::empty()).expect("nobody uses the disk");
+    let image = sandbox.image("disk", "ext4");
+    run(tool("mount").args(["-o", "loop"]).arg(&image).arg(&disk));
+    let _driver = options.start();
+    kubelet.publish_well(&wanted);
+    kubelet.publish_well(&volume);
+    let content = fs::read_to_string(volume.target().join("file.txt")).expect("readable");
+    assert_eq!(content, artifact.content);
+}

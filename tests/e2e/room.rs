@@ -1,0 +1,235 @@
+//! Room on the node's disk: promised before the first byte, made by evicting, never taken from who needs it.
+
+use std::{fs, path::Path};
+
+use tonic::Code;
+
+use crate::support::{
+    Admin, FakeRegistry, Layer, Manifest, Node, OCI_MANIFEST, Volume, noise, registry, unique,
+    wait_until,
+};
+
+/// Nothing but the quota decides.
+fn quota(bytes: &str, more: &str) -> String {
+    format!(
+        "cache: {{maxBytes: {bytes}, minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+         lowThresholdPercent: 100, minimumAge: 0s{more}}}\n"
+    )
+}
+
+/// An artifact of one file of so many MiB.
+fn artifact(node: &Node, mebibytes: usize) -> String {
+    let repository = unique("room");
+    let seed = u64::from(repository.bytes().map(u32::from).sum::<u32>());
+    let content = noise(mebibytes << 20, seed);
+    Manifest::artifact([Layer::titled("file", content)]).push(registry(), &repository, "v1");
+    node.proxy.reference(&format!("{repository}:v1"))
+}
+
+fn publish(node: &Node, reference: &str) -> Volume {
+    let volume = node.kubelet.new_volume(reference);
+    node.kubelet.publish_well(&volume);
+    volume
+}
+
+/// Publishes and unpublishes, so that it is in the cache and nobody needs it.
+fn cache(node: &Node, admin: &Admin, reference: &str) {
+    let volume = publish(node, reference);
+    node.kubelet.unpublish(&volume);
+    wait_until("the record is gone", || admin.json(&["status"])["published"] == 0);
+}
+
+#[test]
+fn the_least_recently_used_goes_for_what_is_new() {
+    let (node, admin) = Admin::start(&quota("25Mi", ""));
+    let [one, two, three] = [(); 3].map(|()| artifact(&node, 10));
+    let node = older(used(node, &admin, &one), 100);
+    let node = older(used(node, &admin, &two), 50);
+    let node = used(node, &admin, &one);
+    let node = used(node, &admin, &three);
+    assert!(admin.holds(&one) && admin.holds(&three), "what was used lately stays");
+    assert!(!admin.holds(&two), "what was used longest ago goes");
+    // What went is pulled again.
+    let volume = publish(&node, &two);
+    assert_eq!(fs::metadata(volume.target().join("file")).expect("the file").len(), 10 << 20);
+    let status = admin.json(&["status"]);
+    assert!(status["evictedBytes"].as_u64() > Some(10 << 20), "{status}");
+    assert!(status["cacheBytes"].as_u64() <= Some(25 << 20), "{status}");
+}
+
+fn used(node: Node, admin: &Admin, reference: &str) -> Node {
+    cache(&node, admin, reference);
+    node
+}
+
+/// Everything in the cache was used so many seconds earlier.
+fn older(node: Node, seconds: u64) -> Node {
+    let Node { driver, kubelet, proxy, sandbox } = node;
+    let options = driver.kill();
+    for tree in fs::read_dir(options.state.join("trees")).expect("trees").flatten() {
+        let file = fs::File::open(tree.path().join("1/tree.json")).expect("a record");
+        let before = file.metadata().and_then(|metadata| metadata.modified()).expect("a time");
+        file.set_modified(before - std::time::Duration::from_secs(seconds)).expect("a time set");
+    }
+    Node { driver: options.start(), kubelet, proxy, sandbox }
+}
+
+#[test]
+fn what_is_shown_or_pinned_is_never_evicted() {
+    let (node, admin) = Admin::start(&quota("25Mi", ""));
+    let [shown, pinned, wanted] = [(); 3].map(|()| artifact(&node, 10));
+    let volume = publish(&node, &shown);
+    cache_while_shown(&node, &admin, &pinned);
+    admin.told(&["pin", &pinned]);
+    let refused = node.kubelet.new_volume(&wanted);
+    let told = node.kubelet.publish_badly(&refused, Code::ResourceExhausted);
+    for part in ["needed 10.0 MiB", "evictable 0 B", "pinned 10.0 MiB", "cache.maxBytes"] {
+        assert!(told.contains(part), "{part} is not in: {told}");
+    }
+    assert!(admin.holds(&shown) && admin.holds(&pinned));
+    assert_eq!(fs::metadata(volume.target().join("file")).expect("the file").len(), 10 << 20);
+    admin.told(&["unpin", &pinned]);
+    node.kubelet.publish_well(&refused);
+    assert!(admin.holds(&shown) && !admin.holds(&pinned));
+}
+
+fn cache_while_shown(node: &Node, admin: &Admin, reference: &str) {
+    let before = admin.json(&["status"])["published"].clone();
+    let volume = publish(node, reference);
+    node.kubelet.unpublish(&volume);
+    wait_until("the record is gone", || admin.json(&["status"])["published"] == before);
+}
+
+#[test]
+fn what_was_used_just_now_stays_for_a_while() {
+    let configuration = quota("15Mi", "").replace("minimumAge: 0s", "minimumAge: 1h");
+    let (node, admin) = Admin::start(&configuration);
+    let [one, two] = [(); 2].map(|()| artifact(&node, 10));
+    cache(&node, &admin, &one);
+    let told = node.kubelet.publish_badly(&node.kubelet.new_volume(&two), Code::ResourceExhausted);
+    assert!(told.contains("evictable 0 B"), "{told}");
+    assert!(admin.holds(&one));
+}
+
+#[test]
+fn what_will_not_fit_is_refused_before_its_first_byte_and_evicts_nothing() {
+    let (node, admin) = Admin::start(&quota("25Mi", ""));
+    let small = artifact(&node, 1);
+    cache(&node, &admin, &small);
+    let fake = FakeRegistry::new();
+    let layer = Layer::titled("huge", "never sent");
+    let mut manifest = Manifest::artifact([layer]).json();
+    manifest["layers"][0]["size"] = (1u64 << 40).into();
+    fake.put_manifest("v1", OCI_MANIFEST, manifest.to_string());
+    fake.put_blob("{}");
+    let volume = node.kubelet.new_volume(&fake.reference("v1"));
+    let told = node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
+    assert!(told.contains("needed 1.0 TiB"), "{told}");
+    assert!(fake.requests().iter().all(|request| !request.path.contains("/blobs/")));
+    assert!(admin.holds(&small), "nobody's content goes for what will not fit even so");
+}
+
+#[test]
+fn content_that_is_shared_is_counted_once_and_goes_with_the_last() {
+    let (node, admin) = Admin::start(&quota("15Mi", ""));
+    let repository = unique("shared");
+    let common = Layer::titled("common", noise(10 << 20, 7));
+    for tag in ["v1", "v2"] {
+        Manifest::artifact([common.clone(), Layer::titled("own", tag)]).push(
+            registry(),
+            &repository,
+            tag,
+        );
+    }
+    let [one, two] = ["v1", "v2"].map(|tag| node.proxy.reference(&format!("{repository}:{tag}")));
+    let volume = publish(&node, &one);
+    cache_while_shown(&node, &admin, &two);
+    assert!(admin.json(&["status"])["cacheBytes"].as_u64() < Some(11 << 20));
+    let freed = admin.json(&["gc", "--target", "0"]);
+    assert!(freed["freedBytes"].as_u64() < Some(1 << 20), "{freed}");
+    assert!(!admin.holds(&two) && admin.holds(&one));
+    assert_eq!(fs::metadata(volume.target().join("common")).expect("the file").len(), 10 << 20);
+    node.kubelet.unpublish(&volume);
+    wait_until("the record is gone", || admin.json(&["status"])["published"] == 0);
+    let freed = admin.json(&["gc", "--target", "0"]);
+    assert!(freed["freedBytes"].as_u64() > Some(10 << 20), "{freed}");
+    assert_eq!(admin.json(&["status"])["cacheObjects"], 0);
+}
+
+/// A node whose state lies on a small disk of its own.
+fn on_a_small_disk(configuration: &str) -> (Node, Admin, std::path::PathBuf) {
+    let mut endpoint = String::new();
+    let mut disk = std::path::PathBuf::new();
+    let node = Node::start_with(|sandbox, options| {
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        disk = sandbox.filesystem_of(128 << 20, "ext4", "disk", "rw");
+        options
+            .state(&disk.join("state"))
+            .configuration(configuration)
+            .argument(&format!("--admin-endpoint={endpoint}"))
+    });
+    (node, Admin::at(&endpoint), disk)
+}
+
+/// Fills a disk until so many MiB are left.
+fn fill(disk: &Path, left: u64) -> std::path::PathBuf {
+    let status = nix::sys::statvfs::statvfs(disk).expect("the disk");
+    let free = status.blocks_available() * status.fragment_size();
+    let path = disk.join("filler");
+    let file = fs::File::create(&path).expect("a file");
+    let size = i64::try_from(free.saturating_sub(left << 20)).expect("a size");
+    nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, size).expect("room");
+    path
+}
+
+#[test]
+fn nothing_is_written_below_the_floor() {
+    let (node, _admin, disk) = on_a_small_disk("cache: {minFreePercent: 50, minimumAge: 0s}\n");
+    let small = artifact(&node, 5);
+    let volume = publish(&node, &small);
+    let filler = fill(&disk, 50);
+    let wanted = node.kubelet.new_volume(&artifact(&node, 5));
+    let told = node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
+    assert!(told.contains("stay free") && told.contains("cache.minFreePercent"), "{told}");
+    // What is here needs no room.
+    node.kubelet.publish_well(&volume);
+    publish(&node, &small);
+    fs::remove_file(filler).expect("room again");
+    node.kubelet.publish_well(&wanted);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn the_threshold_is_kept_without_being_asked() {
+    let configuration = "cache: {highThresholdPercent: 50, lowThresholdPercent: 30, minFreePercent: 5, minimumAge: 0s}\n";
+    let (node, admin, disk) = on_a_small_disk(configuration);
+    let one = artifact(&node, 10);
+    cache(&node, &admin, &one);
+    assert!(admin.holds(&one));
+    let _filler = fill(&disk, 30);
+    // Any publish or unpublish wakes the node's upkeep.
+    let two = artifact(&node, 1);
+    let _shown = publish(&node, &two);
+    wait_until("what nobody needs is evicted", || !admin.holds(&one));
+    assert!(admin.holds(&two));
+}
+
+#[test]
+fn an_archive_that_unpacks_to_more_than_was_thought_ends_at_the_floor() {
+    use crate::support::{Image, OCI_TAR_GZIP, Tar, gzip};
+    let (node, admin, disk) = on_a_small_disk("cache: {minFreePercent: 40, minimumAge: 0s}\n");
+    let old = artifact(&node, 5);
+    cache(&node, &admin, &old);
+    // One part noise, thirty parts nothing.
+    let mut content = noise(90 << 20, 9);
+    content.chunks_mut(4096).for_each(|chunk| chunk[128..].fill(0));
+    let bomb = Tar::new().file("mostly-zeros", 0o644, content).finish();
+    let repository = unique("inflated");
+    Image::new().packed_layer(OCI_TAR_GZIP, gzip(&bomb), &bomb).push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
+    let status = nix::sys::statvfs::statvfs(&disk).expect("the disk");
+    let free = status.blocks_available() * status.fragment_size();
+    assert!(free > 45 << 20, "what was half unpacked is gone: {free}");
+    assert!(!admin.holds(&old), "what nobody needs went first");
+}
