@@ -26,17 +26,18 @@ pub struct Cosign {
 }
 
 impl Cosign {
-    /// With an ECDSA P-256 key, cosign's own choice.
+    /// With a key pair of cosign's own making, ECDSA P-256.
     #[track_caller]
     pub fn new(folder: &Path, name: &str) -> Self {
-        Self::with_key(folder, name, KINDS[0])
+        let signer = Self::named(folder, name);
+        run(signer.command().args(["generate-key-pair", "--output-key-prefix", name]));
+        signer
     }
 
     /// With a key that openssl makes so.
     #[track_caller]
     pub fn with_key(folder: &Path, name: &str, openssl: &[&str]) -> Self {
-        std::fs::create_dir_all(folder).expect("the keys' folder");
-        let signer = Self { folder: folder.to_owned(), name: name.to_owned() };
+        let signer = Self::named(folder, name);
         let pem = signer.path("pem");
         run(tool("openssl").args(openssl).arg("-out").arg(&pem));
         run(signer
@@ -45,6 +46,11 @@ impl Cosign {
             .arg(&pem)
             .args(["--output-key-prefix", name]));
         signer
+    }
+
+    fn named(folder: &Path, name: &str) -> Self {
+        std::fs::create_dir_all(folder).expect("the keys' folder");
+        Self { folder: folder.to_owned(), name: name.to_owned() }
     }
 
     /// The public key's file.
