@@ -9,11 +9,7 @@ use std::{
 use csi_driver_oci::proto::pluginregistration::RegistrationStatus;
 use tonic::Code;
 
-use crate::support::{DriverOptions, Node, Sandbox, wait_until};
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
-}
+use crate::support::{DriverOptions, Node, Sandbox, free_address, wait_until};
 
 /// Status and body of a GET.
 fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {

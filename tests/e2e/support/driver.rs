@@ -273,6 +273,8 @@ pub fn clean_environment(command: &mut Command) {
         "HTTPS_PROXY",
         "all_proxy",
         "ALL_PROXY",
+        "no_proxy",
+        "NO_PROXY",
     ] {
         command.env_remove(name);
     }

@@ -93,6 +93,7 @@ pub struct Request {
     pub path: String,
     pub query: String,
     pub headers: HeaderMap,
+    pub body: Bytes,
 }
 
 impl Request {
@@ -175,11 +176,13 @@ impl FakeRegistry {
 }
 
 async fn answer(State(shared): State<Arc<Shared>>, request: axum::extract::Request) -> Response {
+    let (parts, body) = request.into_parts();
     let request = Request {
-        method: request.method().to_string(),
-        path: request.uri().path().to_owned(),
-        query: request.uri().query().unwrap_or_default().to_owned(),
-        headers: request.headers().clone(),
+        method: parts.method.to_string(),
+        path: parts.uri.path().to_owned(),
+        query: parts.uri.query().unwrap_or_default().to_owned(),
+        headers: parts.headers,
+        body: axum::body::to_bytes(body, 1 << 20).await.unwrap_or_default(),
     };
     shared.requests.lock().expect("the requests").push(request.clone());
     let script = shared.script.lock().expect("the script").clone();

@@ -9,6 +9,7 @@ mod authority;
 mod cosign;
 mod driver;
 mod fake_registry;
+mod forward_proxy;
 mod kubelet;
 mod nginx;
 mod node;
@@ -29,6 +30,7 @@ pub use authority::Authority;
 pub use cosign::{Cosign, Format, KINDS as COSIGN_KEY_KINDS};
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
 pub use fake_registry::{Answer, AnswerBody, FakeRegistry, Request};
+pub use forward_proxy::ForwardProxy;
 pub use kubelet::{Kubelet, Pod, Volume};
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
@@ -64,6 +66,13 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
         .build()
         .expect("a runtime")
         .block_on(future)
+}
+
+/// A port of the loopback that nobody listens on.
+pub fn free_address() -> std::net::SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("a port")
 }
 
 /// A name that no other test uses.
