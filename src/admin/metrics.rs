@@ -71,6 +71,7 @@ pub struct Metrics {
     downloads: Gauge,
     downloaded_bytes: Counter,
     pulls: Family<PullLabels, Counter>,
+    signature_warnings: Counter,
     pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
 }
 
@@ -92,6 +93,7 @@ impl Default for Metrics {
             downloads: Gauge::default(),
             downloaded_bytes: Counter::default(),
             pulls: Family::default(),
+            signature_warnings: Counter::default(),
             pull_durations: Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
             registry: Registry::default(),
         };
@@ -162,6 +164,11 @@ impl Metrics {
             "Time of a pull from its first request to content with a name",
             Unit::Seconds,
             self.pull_durations.clone(),
+        );
+        registry.register(
+            "signature_warnings",
+            "Pulls of content without the signature that the policy demands, mounted as it only warns",
+            self.signature_warnings.clone(),
         );
     }
 
@@ -251,6 +258,10 @@ impl Observer for Metrics {
         self.pulls.get_or_create(&PullLabels { result, reason }).inc();
         let labels = PullResultLabels { result };
         self.pull_durations.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+
+    fn signature_warning(&self) {
+        self.signature_warnings.inc();
     }
 }
 

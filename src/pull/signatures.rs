@@ -59,6 +59,7 @@ impl Puller {
         match (verified, demand.mode) {
             (Err(error), SignatureMode::Warn) => {
                 tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
+                self.0.wire.observer.signature_warning();
                 Ok(())
             }
             (verified, _) => verified,

@@ -42,6 +42,8 @@ pub trait Observer: Send + Sync + 'static {
     fn connections(&self, change: i64);
     /// A pull has ended: how, by a name from a short list, and how long it took.
     fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration);
+    /// Content without the demanded signature is mounted, as the policy only warns.
+    fn signature_warning(&self);
 }
 
 /// Nobody looks.
@@ -100,4 +102,5 @@ impl Observer for Unobserved {
     fn downloaded(&self, _: u64) {}
     fn connections(&self, _: i64) {}
     fn pulled(&self, _: &'static str, _: &'static str, _: Duration) {}
+    fn signature_warning(&self) {}
 }

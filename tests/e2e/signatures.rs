@@ -6,19 +6,22 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Contents as _, Cosign, Format, Image, Layer, Manifest, Node, OCI_MANIFEST, Tar, digest,
-    node_architecture, push_index, registry, small_artifact, unique,
+    Contents as _, Cosign, Format, Image, Layer, Manifest, Node, OCI_MANIFEST, Tar,
+    configuration_head, digest, free_address, node_architecture, push_index, registry, run,
+    small_artifact, tool, unique,
 };
 
 /// A node that demands this key's signature.
 fn node_with(key: (&str, &Cosign), rest: &str) -> Node {
-    let (name, signer) = key;
-    let lines = format!(
+    Node::start_configured(|_| {}, &policy_with(key, rest))
+}
+
+fn policy_with((name, signer): (&str, &Cosign), rest: &str) -> String {
+    format!(
         "policy:\n  keys:\n  - {{name: {name}, file: \"{}\"}}\n\
          \x20 rules:\n  - signatures: {{keys: [{name}]{rest}}}\n",
         signer.public_key().display()
-    );
-    Node::start_configured(|_| {}, &lines)
+    )
 }
 
 fn folder() -> tempfile::TempDir {
@@ -155,15 +158,33 @@ fn a_verdict_is_kept_with_the_content_and_belongs_to_its_policy() {
 fn warn_mounts_and_says_so_and_a_volume_can_demand_more() {
     let folder = folder();
     let signer = Cosign::new(folder.path(), "release");
-    let node = node_with(("release", &signer), ", mode: Warn");
+    let lines = policy_with(("release", &signer), ", mode: Warn");
+    let address = free_address();
+    let node = Node::start_with(|sandbox, options| {
+        let path = sandbox.path().join("config.yaml");
+        fs::write(&path, format!("{}{lines}", configuration_head())).expect("the policy");
+        options
+            .argument(&format!("--config={}", path.display()))
+            .argument(&format!("--metrics-endpoint={address}"))
+    });
+    let warnings = || {
+        let url = format!("http://{address}/metrics");
+        let metrics = run(tool("curl").args(["-sf", &url]));
+        let line =
+            metrics.lines().find(|line| line.starts_with("csi_oci_signature_warnings_total "));
+        line.and_then(|line| line.rsplit(' ').next()).expect("the metric").to_owned()
+    };
+    assert_eq!(warnings(), "0");
     let artifact = small_artifact();
     let reference = node.proxy.reference(&artifact.name);
     let (volume, _) = node.mount(&reference);
     assert!(node.driver.log().contains("the policy only warns"));
+    assert_eq!(warnings(), "1");
     let demanding = node.kubelet.new_volume(&reference).attribute("requireSignature", "true");
     node.kubelet.publish_badly(&demanding, Code::FailedPrecondition);
     signer.sign(Format::Legacy, registry(), &artifact.repository, &artifact.digest);
     node.kubelet.publish_well(&demanding);
+    assert_eq!(warnings(), "1", "a refusal and what is signed warn of nothing");
     node.kubelet.unpublish(&demanding);
     node.kubelet.unpublish(&volume);
 }
