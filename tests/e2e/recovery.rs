@@ -149,6 +149,31 @@ fn a_link_in_place_of_a_folder_is_named_and_not_followed() {
 }
 
 #[test]
+fn a_folder_of_another_user_or_filesystem_is_named_and_left_alone() {
+    let node = Node::start();
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let Node { driver, kubelet, proxy: _proxy, sandbox: _sandbox } = node;
+    let mut options = driver.kill();
+    let blobs = options.state.join("blobs");
+    std::os::unix::fs::chown(&blobs, Some(1234), None).expect("another owner");
+    let driver = options.start();
+    let told = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
+    assert!(told.contains("blobs") && told.contains("another user"), "{told}");
+    options = driver.kill();
+    std::os::unix::fs::chown(&blobs, Some(0), None).expect("the owner again");
+    let none = None::<&str>;
+    nix::mount::mount(Some("other"), &blobs, Some("tmpfs"), MsFlags::empty(), none)
+        .expect("a filesystem beneath");
+    let driver = options.start();
+    let told = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
+    assert!(told.contains("blobs") && told.contains("another filesystem"), "{told}");
+    options = driver.kill();
+    nix::mount::umount2(&blobs, nix::mount::MntFlags::empty()).expect("unmounted");
+    let _driver = options.start();
+    kubelet.publish_well(&kubelet.new_volume(&reference));
+}
+
+#[test]
 fn nothing_is_written_before_the_disk_is_mounted() {
     let mut state = PathBuf::new();
     let node = Node::start_with(|sandbox, options| {
