@@ -28,7 +28,7 @@ pub async fn take_taint(
             Err(error) => {
                 let error = error.to_string();
                 if error != told {
-                    tracing::warn!(taint, error, "the node's startup taint stays for now");
+                    tracing::warn!(taint, error, "the node's startup taint stays: trying again");
                     told = error;
                 }
             }
