@@ -161,8 +161,8 @@ fn a_folder_of_another_user_or_filesystem_is_named_and_left_alone() {
     assert!(told.contains("blobs") && told.contains("another user"), "{told}");
     options = driver.kill();
     std::os::unix::fs::chown(&blobs, Some(0), None).expect("the owner again");
-    let none = None::<&str>;
-    nix::mount::mount(Some("other"), &blobs, Some("tmpfs"), MsFlags::empty(), none)
+    let no_options = None::<&str>;
+    nix::mount::mount(Some("other"), &blobs, Some("tmpfs"), MsFlags::empty(), no_options)
         .expect("a filesystem beneath");
     let driver = options.start();
     let told = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
