@@ -285,6 +285,7 @@ fn serve_admin(
         state_dir: options.state_dir.clone(),
         content: content.clone(),
         registered,
+        warming: metrics.warming().clone(),
         tracker: tracker.clone(),
     };
     let server = Server::builder().add_service(AdminServer::new(service));

@@ -7,6 +7,7 @@
 //! csi     the gRPC edge: sockets, requests, statuses, self-registration
 //! check   what a registry would serve, without a node
 //! policy  what the administrator lets be mounted, and under which demands
+//! warming artifacts that are fetched before a pod asks for them
 //! volume  the use cases: publish, unpublish, stats, reconcile
 //! pull    resolve, proofs, flights, transfer
 //! oci     references, digests, manifests, platforms, credentials, the registry
@@ -40,3 +41,4 @@ pub mod units;
 pub mod unpack;
 pub mod upkeep;
 pub mod volume;
+pub mod warming;

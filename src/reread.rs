@@ -4,6 +4,7 @@
 //! that was read before. The kubelet swaps a link when a `ConfigMap` or a Secret
 //! changes, so links are followed; a file that was missing counts as seen missing.
 
+use std::fmt;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -96,9 +97,116 @@ impl<T> Reread<T> {
     }
 }
 
+/// Makes a value from files, and tells [`Seen`] which.
+type Make<T> = dyn Fn(&mut Seen) -> Result<T, String> + Send + Sync;
+/// Is told whether the last reading failed.
+type Tell = dyn Fn(bool) + Send + Sync;
+
+/// A part of the configuration that is read again when its files change. Cheap to clone.
+///
+/// At first one that cannot be read has no value. Later the last good one stays in force,
+/// and the failure is told.
+pub struct LastGood<T>(Arc<Inner<T>>);
+
+struct Inner<T> {
+    what: &'static str,
+    make: Box<Make<T>>,
+    tell: Box<Tell>,
+    state: Mutex<Option<Made<T>>>,
+}
+
+struct Made<T> {
+    seen: Seen,
+    value: Result<Arc<T>, String>,
+}
+
+impl<T> Clone for LastGood<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> fmt::Debug for LastGood<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("LastGood").field(&self.0.what).finish()
+    }
+}
+
+impl<T> LastGood<T> {
+    /// Reads nothing yet. `what` is for the log; `tell` is told after each reading whether it
+    /// failed.
+    pub fn new(
+        what: &'static str,
+        make: impl Fn(&mut Seen) -> Result<T, String> + Send + Sync + 'static,
+        tell: impl Fn(bool) + Send + Sync + 'static,
+    ) -> Self {
+        let (make, tell) = (Box::new(make), Box::new(tell));
+        Self(Arc::new(Inner { what, make, tell, state: Mutex::new(None) }))
+    }
+
+    /// What is in force. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// Why there is none.
+    pub fn current(&self) -> Result<Arc<T>, String> {
+        let what = self.0.what;
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Made { seen, value }) = state.as_ref()
+            && seen.is_current()
+        {
+            return value.clone();
+        }
+        let mut seen = Seen::new();
+        let value = match ((self.0.make)(&mut seen), state.take()) {
+            (Ok(value), _) => {
+                (self.0.tell)(false);
+                Ok(Arc::new(value))
+            }
+            (Err(error), Some(Made { value: Ok(last), .. })) => {
+                tracing::error!(what, error, "it cannot be read again: the last good one stays");
+                (self.0.tell)(true);
+                Ok(last)
+            }
+            (Err(error), _) => {
+                tracing::error!(what, error, "it cannot be read: there is none until it can");
+                (self.0.tell)(true);
+                Err(error)
+            }
+        };
+        *state = Some(Made { seen, value: value.clone() });
+        value
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_good_value_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        let at = path.clone();
+        let source = LastGood::new(
+            "a number",
+            move |seen| match seen.read(&at, 10) {
+                Ok(bytes) => {
+                    String::from_utf8_lossy(&bytes).parse::<u8>().map_err(|e| e.to_string())
+                }
+                Err(_) => Ok(0),
+            },
+            |_| {},
+        );
+        std::fs::write(&path, "odd").expect("written");
+        assert!(source.current().is_err());
+        for (text, expected) in [("1", 1), ("odd", 1), ("12", 12)] {
+            std::fs::write(&path, text).expect("written");
+            assert_eq!(source.current().as_deref(), Ok(&expected), "{text}");
+        }
+        std::fs::remove_file(path).expect("removed");
+        assert_eq!(source.current().as_deref(), Ok(&0));
+    }
 
     #[test]
     fn a_changed_file_is_read_again_and_an_unchanged_one_is_not() {

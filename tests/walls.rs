@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A room, what it must not name, and why.
-const WALLS: [(&str, &[&str], &str); 9] = [
+const WALLS: [(&str, &[&str], &str); 10] = [
     (
         "volume",
         &["tonic::", "prost::", "reqwest::", "oci_client::", "crate::csi", "crate::admin"],
@@ -100,6 +100,20 @@ const WALLS: [(&str, &[&str], &str); 9] = [
             "crate::oci",
         ],
         "what talks to the API server has no part in a publish",
+    ),
+    (
+        "warming",
+        &[
+            "tonic::",
+            "prost::",
+            "reqwest::",
+            "oci_client::",
+            "nix::",
+            "crate::csi",
+            "crate::admin",
+            "crate::mount",
+        ],
+        "warming asks as a volume would",
     ),
     ("admin", &["reqwest::", "oci_client::", "nix::"], "who looks on touches nothing"),
 ];

@@ -1,10 +1,12 @@
 //! What operations say, as messages of the admin interface.
 
 use super::operations::{Artifact, Inspected, Meaning, Removed};
+use crate::oci::Digest;
 use crate::proto::admin as wire;
 use crate::store::gc::{Collected, Victim};
 use crate::store::trees::View;
 use crate::store::verify::Finding;
+use crate::warming::{Phase, WarmState};
 
 pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
     let record = artifact.tree.record;
@@ -22,8 +24,12 @@ pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
     }
 }
 
-pub(super) fn inspected(inspected: Inspected) -> wire::InspectArtifactResponse {
+pub(super) fn inspected(
+    inspected: Inspected,
+    warm: Option<WarmState>,
+) -> wire::InspectArtifactResponse {
     wire::InspectArtifactResponse {
+        warm: warm.map(warm_reference),
         meanings: inspected.meanings.into_iter().map(meaning).collect(),
         artifacts: inspected.artifacts.into_iter().map(artifact).collect(),
     }
@@ -52,6 +58,29 @@ pub(super) fn finding(finding: Finding) -> wire::Finding {
         digest: finding.digest.map(|digest| digest.to_string()).unwrap_or_default(),
         path: finding.path.to_string_lossy().into_owned(),
         detail: finding.detail,
+    }
+}
+
+pub(super) fn warm_reference(state: WarmState) -> wire::WarmReference {
+    let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
+    wire::WarmReference {
+        reference: state.reference,
+        state: phase(state.phase).into(),
+        manifest: shown(state.manifest).unwrap_or_default(),
+        newer: shown(state.newer).unwrap_or_default(),
+        reason: state.reason,
+        done_bytes: state.progress.map_or(0, |progress| progress.done),
+        total_bytes: state.progress.map_or(0, |progress| progress.total),
+        next_seconds: state.next_seconds,
+    }
+}
+
+fn phase(phase: Phase) -> wire::warm_reference::State {
+    match phase {
+        Phase::Waiting => wire::warm_reference::State::Waiting,
+        Phase::Pulling => wire::warm_reference::State::Pulling,
+        Phase::Present => wire::warm_reference::State::Present,
+        Phase::Failed => wire::warm_reference::State::Failed,
     }
 }
 

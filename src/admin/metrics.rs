@@ -1,8 +1,9 @@
 //! Metrics in Prometheus' text format: base units, and no label whose values
 //! users can multiply.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,10 +19,12 @@ use prometheus_client::registry::{Registry, Unit};
 use tonic::Code;
 
 use super::store_metrics::StoreMetrics;
+use super::warm_metrics::WarmMetrics;
 use crate::pull::wire::Observer;
 use crate::store::Store;
 use crate::volume::publish::PublishPath;
 use crate::volume::reconcile::Reconciled;
+use crate::warming::WarmStates;
 
 /// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
 const SECONDS: [f64; 16] = [
@@ -64,10 +67,12 @@ pub struct Metrics {
     misses: Counter,
     unpublished: Counter,
     configuration_errors: Gauge<u64, AtomicU64>,
+    wrong_parts: Mutex<BTreeSet<&'static str>>,
     endpoint_errors: Family<EndpointLabels, Counter>,
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
     store: StoreMetrics,
+    warming: WarmStates,
     downloads: Gauge,
     downloaded_bytes: Counter,
     pulls: Family<PullLabels, Counter>,
@@ -86,10 +91,12 @@ impl Default for Metrics {
             misses: Counter::default(),
             unpublished: Counter::default(),
             configuration_errors: Gauge::default(),
+            wrong_parts: Mutex::default(),
             endpoint_errors: Family::default(),
             unknown_mounts: Gauge::default(),
             vanished: Counter::default(),
             store: StoreMetrics::default(),
+            warming: WarmStates::default(),
             downloads: Gauge::default(),
             downloaded_bytes: Counter::default(),
             pulls: Family::default(),
@@ -112,7 +119,7 @@ impl Default for Metrics {
         registry.register("unpublish", "Volumes unpublished", metrics.unpublished.clone());
         registry.register(
             "configuration_error",
-            "1 while the configuration file cannot be used",
+            "1 while the configuration file, or a file that it names, cannot be used",
             metrics.configuration_errors.clone(),
         );
         registry.register(
@@ -132,6 +139,7 @@ impl Default for Metrics {
             metrics.vanished.clone(),
         );
         registry.register_collector(Box::new(metrics.store.clone()));
+        registry.register_collector(Box::new(WarmMetrics(metrics.warming.clone())));
         registry.register(
             "build",
             "The version that runs",
@@ -198,9 +206,20 @@ impl Metrics {
         self.unpublished.inc();
     }
 
-    /// Whether the configuration file cannot be used.
-    pub fn configuration_error(&self, is_wrong: bool) {
-        self.configuration_errors.set(is_wrong.into());
+    /// Whether a part of the configuration cannot be used.
+    pub fn configuration_error(&self, part: &'static str, is_wrong: bool) {
+        let mut wrong = self.wrong_parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_wrong {
+            wrong.insert(part)
+        } else {
+            wrong.remove(part)
+        };
+        self.configuration_errors.set((!wrong.is_empty()).into());
+    }
+
+    /// How what the configuration keeps warm is: looked at with each scrape.
+    pub fn warming(&self) -> &WarmStates {
+        &self.warming
     }
 
     /// Records and mounts were brought together.

@@ -11,3 +11,4 @@ mod pieces;
 pub mod service;
 mod store_metrics;
 mod warm;
+mod warm_metrics;

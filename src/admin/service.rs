@@ -11,7 +11,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::operations::{self, ADMIN, OperationError};
+use super::operations::{self, ADMIN, Inspected, OperationError};
 use super::pieces::Pieces;
 use super::{messages, warm};
 use crate::oci::{Platform, Reference};
@@ -28,6 +28,7 @@ use crate::pull::self_check::Repaired;
 use crate::store::gc::{Now, Want};
 use crate::store::{Room, Store, StoreError};
 use crate::volume::{Content, ContentState};
+use crate::warming::WarmStates;
 
 /// Findings and progress that wait for a slow reader.
 const EVENTS: usize = 64;
@@ -45,6 +46,8 @@ pub struct AdminService {
     pub content: watch::Receiver<ContentState>,
     /// Set by the kubelet; none when somebody else registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
+    /// How what the configuration keeps warm is.
+    pub warming: WarmStates,
     /// What goes on when a caller leaves runs here.
     pub tracker: TaskTracker,
 }
@@ -65,6 +68,7 @@ impl Admin for AdminService {
             state_dir: self.state_dir.display().to_string(),
             not_ready: content.as_ref().err().cloned().unwrap_or_default(),
             registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
+            warm: self.warming.list().into_iter().map(messages::warm_reference).collect(),
             ..GetStatusResponse::default()
         };
         let state_dir = self.state_dir.clone();
@@ -93,8 +97,15 @@ impl Admin for AdminService {
         request: Request<InspectArtifactRequest>,
     ) -> Result<Response<InspectArtifactResponse>, Status> {
         let reference = parse_reference(&request.into_inner().reference)?;
-        let inspected = self.blocking(move |store| operations::inspect(&store, &reference)).await?;
-        Ok(Response::new(messages::inspected(inspected)))
+        let warm = self.warming.get(&reference.to_string());
+        let is_listed = warm.is_some();
+        let inspect = move |store: Store| match operations::inspect(&store, &reference) {
+            // That it is to be here is known, and why it is not.
+            Err(OperationError::NotHere(_)) if is_listed => Ok(Inspected::default()),
+            inspected => inspected,
+        };
+        let inspected = self.blocking(inspect).await?;
+        Ok(Response::new(messages::inspected(inspected, warm)))
     }
 
     type WarmStream = Events<WarmEvent>;

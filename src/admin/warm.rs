@@ -9,12 +9,11 @@ use tokio::sync::mpsc;
 use super::operations::{self, ADMIN};
 use crate::oci::credentials::Keyring;
 use crate::oci::{Platform, Reference};
-use crate::policy::Facts;
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use crate::pull::{IfUnavailable, Priority, ProgressView, PullPolicy, Want};
-use crate::unpack::{PermissionsRule, Selection};
+use crate::pull::{ProgressView, PullPolicy, Want};
 use crate::volume::Content;
+use crate::warming::{want, with_demands};
 
 /// References in one request.
 const REFERENCES: usize = 10_000;
@@ -46,27 +45,14 @@ pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
         [] => Keyring::empty(),
         bytes => Keyring::from_docker_config(bytes).map_err(|error| error.to_string())?,
     };
-    let want = |reference: &String| {
+    let wanted = |reference: &String| {
         let reference: Reference = reference
             .parse()
             .map_err(|error: crate::oci::reference::ReferenceError| error.to_string())?;
-        Ok(Want {
-            reference,
-            platform: platform.clone(),
-            // A tag may have moved since: warming is for what it means now.
-            policy: PullPolicy::Always,
-            if_unavailable: IfUnavailable::Fail,
-            selection: Selection::default(),
-            permissions: PermissionsRule::default(),
-            file_mode: None,
-            keyring: keyring.clone(),
-            identity: None,
-            priority: Priority::Warm,
-            maximum_bytes: None,
-            signature: None,
-        })
+        // A tag may have moved since: warming is for what it means now.
+        Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone()))
     };
-    Ok(Wants { wants: references.iter().map(want).collect::<Result<_, String>>()?, pin })
+    Ok(Wants { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
 }
 
 /// Warms one after the other, a few at once; goes on when nobody listens any more.
@@ -85,19 +71,6 @@ pub(super) async fn run(content: Content, wants: Wants, events: mpsc::Sender<War
         }
     }
     content.upkeep.notify_one();
-}
-
-/// What the node's policy demands of an artifact, whichever namespace will mount it: so that a
-/// pod finds its verdict. Whether a pod may mount it at all is decided when it asks.
-async fn with_demands(content: &Content, want: Want) -> Want {
-    let (source, reference) = (content.policy.clone(), want.reference.clone());
-    let decide = move || {
-        let facts = Facts { reference: &reference, namespace: None, require_signature: false };
-        source.current().ok().and_then(|policy| policy.decide(facts).ok())
-    };
-    let decided = tokio::task::spawn_blocking(decide).await;
-    let demands = decided.ok().flatten().unwrap_or_default();
-    Want { maximum_bytes: demands.maximum_bytes, signature: demands.signature, ..want }
 }
 
 async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<WarmEvent>) {

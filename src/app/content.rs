@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::NodeOptions;
 use crate::admin::metrics::Metrics;
 use crate::config::policy::policy_source;
+use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
@@ -22,6 +23,7 @@ use crate::store::own::require_mountpoint;
 use crate::store::{SecurityLabel, Store, StoreError, StoreOptions};
 use crate::upkeep::Upkeep;
 use crate::volume::{Content, ContentState, Volumes};
+use crate::warming::WarmKeeper;
 
 /// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
 const STORE_RETRY: Duration = Duration::from_secs(10);
@@ -47,7 +49,7 @@ impl Opening {
             Ok(configuration) => configuration,
             Err(error) => {
                 tracing::error!(%error, "publishing is off until the file is mended and the driver restarted");
-                self.metrics.configuration_error(true);
+                self.metrics.configuration_error("file", true);
                 self.content.send_modify(|state| *state = Err(error.to_string()));
                 return;
             }
@@ -74,13 +76,27 @@ impl Opening {
         upkeep.reconcile().await;
         self.metrics.observe_store(&content.store);
         let (store, wanted) = (content.store.clone(), Arc::clone(&content.upkeep));
-        self.content.send_modify(|state| *state = Ok(content));
+        self.content.send_modify(|state| *state = Ok(content.clone()));
         self.tracker.spawn_blocking(move || {
             if let Err(error) = store.load_catalog() {
                 tracing::warn!(%error, "the sizes of cached content cannot be read yet");
             }
         });
+        self.keep_warm(content);
         upkeep.run(wanted, self.shutdown.clone()).await;
+    }
+
+    /// What the configuration wants on this node before anybody asks.
+    fn keep_warm(&self, content: Content) {
+        let metrics = Arc::clone(&self.metrics);
+        let tell = move |failed| metrics.configuration_error("warm", failed);
+        let keeper = WarmKeeper {
+            content,
+            source: warm_source(self.options.config.clone(), tell),
+            states: self.metrics.warming().clone(),
+            node_id: self.options.node_id.clone(),
+        };
+        self.tracker.spawn(keeper.run(self.shutdown.clone()));
     }
 
     async fn open(&self, configuration: &NodeConfiguration) -> Result<Content, String> {
@@ -93,7 +109,7 @@ impl Opening {
         let mut content =
             content_of(store, configuration, observer, &self.tracker, &self.shutdown)?;
         let metrics = Arc::clone(&self.metrics);
-        let tell = move |failed| metrics.configuration_error(failed);
+        let tell = move |failed| metrics.configuration_error("policy", failed);
         content.policy = policy_source(self.options.config.clone(), tell);
         Ok(content)
     }

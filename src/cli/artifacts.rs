@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::ask::AskArguments;
-use super::{Failure, Output, print, table};
+use super::{Failure, Output, print, table, warm_list};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
 };
@@ -46,6 +46,7 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), Failure> {
                 "reference": arguments.reference,
                 "meanings": inspected.meanings.iter().map(meaning_json).collect::<Vec<_>>(),
                 "artifacts": inspected.artifacts.iter().map(json).collect::<Vec<_>>(),
+                "warm": inspected.warm.as_ref().map(warm_list::json),
             })
             .to_string(),
         ),
@@ -113,6 +114,10 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
 
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
     let mut printed = Vec::new();
+    if let Some(warm) = &inspected.warm {
+        let told = warm_list::told(warm).unwrap_or_else(|| "present".to_owned());
+        printed.push(format!("kept warm by the configuration: {told}"));
+    }
     for meaning in &inspected.meanings {
         let platform = if meaning.platform.is_empty() { "any" } else { &meaning.platform };
         printed.push(format!("{platform}: {}", meaning.manifest));

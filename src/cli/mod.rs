@@ -17,6 +17,7 @@ mod status;
 mod table;
 mod verify;
 mod warm;
+mod warm_list;
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
 //! `status`: how the node plugin is.
 
 use super::ask::AskArguments;
-use super::{Failure, Output, print};
+use super::{Failure, Output, print, warm_list};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse};
 use crate::units::Bytes;
 
@@ -29,6 +29,7 @@ pub(super) fn run(arguments: &AskArguments) -> Result<(), Failure> {
                 "pinnedBytes": status.pinned_bytes,
                 "evictedObjects": status.evicted_objects,
                 "evictedBytes": status.evicted_bytes,
+                "warm": status.warm.iter().map(warm_list::json).collect::<Vec<_>>(),
             })
             .to_string(),
         ),
@@ -49,7 +50,7 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
     let (free, total) = (Bytes(status.free_bytes), Bytes(status.total_bytes));
     let (cached, pinned) = (Bytes(status.cache_bytes), Bytes(status.pinned_bytes));
     let (objects, evicted) = (status.cache_objects, Bytes(status.evicted_bytes));
-    [
+    let mut rows = vec![
         ("driver", format!("{} {}", status.driver_name, status.version)),
         ("node", status.node_id.clone()),
         ("content", ready.to_owned()),
@@ -65,8 +66,11 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
                 Bytes(status.floor_bytes)
             ),
         ),
-    ]
-    .iter()
-    .map(|(name, value)| format!("{name:<12}{value}"))
-    .collect()
+    ];
+    if !status.warm.is_empty() {
+        rows.push(("kept warm", warm_list::summary(&status.warm)));
+    }
+    let mut lines: Vec<_> = rows.iter().map(|(name, value)| format!("{name:<12}{value}")).collect();
+    lines.extend(warm_list::lines(&status.warm));
+    lines
 }

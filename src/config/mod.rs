@@ -9,6 +9,7 @@ mod pull;
 mod quantity;
 mod registries;
 mod selinux;
+pub mod warm;
 
 use std::path::{Path, PathBuf};
 
@@ -21,8 +22,13 @@ pub use pull::PullSection;
 pub use quantity::Quantity;
 pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
+pub use warm::WarmSection;
 
+use crate::reread::Seen;
 use crate::unpack::Limits;
+
+/// As large as a `ConfigMap` can be.
+const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
 
 /// The document's `apiVersion`.
 pub const API_VERSION: &str = "oci.custom.io/v1alpha1";
@@ -51,6 +57,9 @@ pub struct NodeConfiguration {
     /// Every bound on untrusted input.
     #[serde(default)]
     pub limits: Limits,
+    /// What is kept on the node before anybody asks.
+    #[serde(default)]
+    pub warm: WarmSection,
     /// For nodes with SELinux.
     #[serde(default)]
     pub selinux: SelinuxSection,
@@ -92,6 +101,16 @@ impl NodeConfiguration {
             .map_err(|reason| ConfigurationError::Wrong { path: path.to_owned(), reason })
     }
 
+    /// Reads a file for a part of it that may change while the driver runs.
+    pub fn read_again(path: &Path, seen: &mut Seen) -> Result<Self, String> {
+        let wrong = |reason: &dyn std::fmt::Display| {
+            format!("the configuration file {} is wrong: {reason}", path.display())
+        };
+        let bytes = seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(&error))?;
+        let text = String::from_utf8(bytes).map_err(|_| wrong(&"it is no text"))?;
+        Self::parse(&text).map_err(|reason| wrong(&reason))
+    }
+
     /// Parses a document; the error names key and line.
     pub fn parse(text: &str) -> Result<Self, String> {
         let configuration: Self = serde_saphyr::from_str(text).map_err(|error| one_line(&error))?;
@@ -106,6 +125,7 @@ impl NodeConfiguration {
         configuration.pull.check()?;
         configuration.registries.check()?;
         configuration.policy.check()?;
+        configuration.warm.check()?;
         Ok(configuration)
     }
 }
@@ -142,6 +162,14 @@ mod tests {
     }
 
     #[test]
+    fn a_bad_reference_is_named_with_its_line() {
+        let text = format!("{HEAD}warm:\n  references:\n  - r.io/good:v1\n  - r.io/BAD:v1\n");
+        let error = NodeConfiguration::parse(&text).expect_err("wrong");
+        assert!(error.contains("r.io/BAD") && error.contains("line 6"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+    }
+
+    #[test]
     fn values_are_checked() {
         let parse = |text: &str| NodeConfiguration::parse(&format!("{HEAD}{text}"));
         let parsed = parse("pull: {stallTimeout: 1m30s}\nlimits: {entries: 5}\n").expect("valid");
@@ -169,6 +197,9 @@ mod tests {
             "registries: {loopback: Perhaps}\n",
             "registries: {proofTTL: soon}\n",
             "registries: {preloadedImagesVerificationAllowlist: [\"r.io/*/a\"]}\n",
+            "warm: {references: [r.io/a, r.io/a:latest]}\n",
+            "warm: {interval: 0s}\n",
+            "warm: {spread: long}\n",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -1,7 +1,7 @@
 //! The `policy` section. Read again when the file or a key's file changes.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -13,8 +13,6 @@ use crate::reread::Seen;
 
 /// RSA of 8192 bits has 1.5 KiB.
 const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
-/// As large as a `ConfigMap` can be.
-const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
 
 /// The `policy` section.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -156,17 +154,9 @@ pub fn policy_source(
     tell: impl Fn(bool) + Send + Sync + 'static,
 ) -> PolicySource {
     let Some(path) = path else { return PolicySource::permissive() };
-    PolicySource::new(move |seen| read(&path, seen), tell)
-}
-
-fn read(path: &Path, seen: &mut Seen) -> Result<Policy, String> {
-    let wrong = |reason: &dyn std::fmt::Display| {
-        format!("the configuration file {} is wrong: {reason}", path.display())
-    };
-    let bytes = seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(&error))?;
-    let text = String::from_utf8(bytes).map_err(|_| wrong(&"it is no text"))?;
-    let configuration = NodeConfiguration::parse(&text).map_err(|reason| wrong(&reason))?;
-    configuration.policy.policy(seen)
+    let read =
+        move |seen: &mut Seen| NodeConfiguration::read_again(&path, seen)?.policy.policy(seen);
+    PolicySource::new("the policy", read, tell)
 }
 
 #[cfg(test)]

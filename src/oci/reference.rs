@@ -87,6 +87,18 @@ impl Reference {
         self.tag.as_deref().unwrap_or("latest")
     }
 
+    /// The same, meaning this digest whatever its tag means.
+    #[must_use]
+    pub fn at(&self, digest: Digest) -> Self {
+        Self { digest: Some(digest), ..self.clone() }
+    }
+
+    /// The same, meaning whatever its tag means.
+    #[must_use]
+    pub fn floating(&self) -> Self {
+        Self { digest: None, ..self.clone() }
+    }
+
     /// Joins parts that a template patched one by one; they must form a
     /// reference together.
     ///

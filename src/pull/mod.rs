@@ -57,6 +57,7 @@ pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::Registry;
+use crate::store::resolutions::Resolution;
 use crate::store::{LayerKey, Store, Tree, TreeKey};
 use crate::unpack::Limits;
 use flights::Flights;
@@ -194,9 +195,41 @@ impl Puller {
     /// this want alone.
     pub async fn acquire(&self, want: &Want, view: &ProgressView) -> Result<Tree, Arc<PullError>> {
         let resolved = self.resolve(want).await?;
-        self.check_size(want, &resolved).await?;
-        self.verify(want, &resolved).await?;
-        let tree = self.tree(want, &resolved, view).await?;
+        self.have(want, &resolved, view).await
+    }
+
+    /// As [`Puller::acquire`], of what the reference means at its registry now, whatever the pull
+    /// policy. What pods with `IfNotPresent` get stays as it is; the answer says what they would
+    /// get if it were remembered.
+    ///
+    /// # Errors
+    ///
+    /// As [`Puller::acquire`].
+    pub async fn acquire_unremembered(
+        &self,
+        want: &Want,
+        view: &ProgressView,
+    ) -> Result<(Tree, Resolution), Arc<PullError>> {
+        let resolved = self.resolve_unremembered(want).await?;
+        let tree = self.have(want, &resolved, view).await?;
+        let resolution = Resolution {
+            reference: want.reference.to_string(),
+            resolved: resolved.top,
+            manifest: resolved.manifest,
+            platform: None,
+        };
+        Ok((tree, resolution))
+    }
+
+    async fn have(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        view: &ProgressView,
+    ) -> Result<Tree, Arc<PullError>> {
+        self.check_size(want, resolved).await?;
+        self.verify(want, resolved).await?;
+        let tree = self.tree(want, resolved, view).await?;
         want.check_bytes(tree.record.bytes).map_err(Arc::new)?;
         Ok(tree)
     }

@@ -65,6 +65,8 @@ pub struct ResolveKey {
 enum Question {
     /// What does the tag or digest mean?
     Meaning,
+    /// The same, for one who decides himself whether `IfNotPresent` is to mean it too.
+    MeaningUnremembered,
     /// May I see this manifest, which what the reference names led to?
     Access { top: Digest, manifest: Digest },
 }
@@ -135,6 +137,14 @@ impl Puller {
             }
             _ => Err(error),
         }
+    }
+
+    /// What the reference means at its registry now. What it means for `IfNotPresent` stays.
+    pub(super) async fn resolve_unremembered(&self, want: &Want) -> Outcome<Resolved> {
+        let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
+        let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await;
+        let candidates = candidates.map_err(Arc::new)?;
+        self.ask(want, &candidates, Question::MeaningUnremembered).await
     }
 
     /// The credential for fetching more of what a volume may see.
@@ -286,7 +296,9 @@ impl Inner {
         candidates: &Candidates,
     ) -> Result<Resolved, PullError> {
         let (top, manifest) = match question {
-            Question::Meaning => self.fetch_manifest(reference, platform, credential).await?,
+            Question::Meaning | Question::MeaningUnremembered => {
+                self.fetch_manifest(reference, platform, credential).await?
+            }
             Question::Access { top, manifest } => {
                 self.see(reference.repository(), manifest, credential).await?;
                 (top, manifest)

@@ -73,7 +73,8 @@ impl Retries {
 }
 
 /// Less a random part, at most half, so that nodes do not ask in step.
-fn jittered(full: Duration) -> Duration {
+#[must_use]
+pub fn jittered(full: Duration) -> Duration {
     let mut random = [0];
     // Without randomness nodes ask in step, which is all that is lost.
     let _ = getrandom::fill(&mut random);

@@ -82,11 +82,23 @@ impl Store {
         };
         let pins: Vec<_> = self.pins()?.into_iter().filter(matching).collect();
         for pin in &pins {
-            let path = self.pin_path(&pin.reference, &pin.platform, &pin.owner);
-            records::remove(&path)?;
-            self.catalog().unpin(&path);
+            self.drop_pin(pin)?;
         }
         Ok(pins)
+    }
+
+    /// Takes one pin away.
+    pub fn drop_pin(&self, pin: &Pin) -> Result<(), StoreError> {
+        let path = self.pin_path(&pin.reference, &pin.platform, &pin.owner);
+        records::remove(&path)?;
+        self.catalog().unpin(&path);
+        Ok(())
+    }
+
+    /// An owner's pin of a reference for a platform.
+    #[must_use]
+    pub fn pin_of(&self, reference: &Reference, platform: &Platform, owner: &str) -> Option<Pin> {
+        records::read(&self.pin_path(&reference.to_string(), &platform.to_string(), owner))
     }
 
     /// All readable pins.

@@ -1,26 +1,11 @@
 //! Health, metrics and configuration, as an operator meets them.
 
-use std::{
-    fs,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
-};
+use std::{fs, net::TcpListener};
 
 use csi_driver_oci::proto::pluginregistration::RegistrationStatus;
 use tonic::Code;
 
-use crate::support::{DriverOptions, Node, Sandbox, free_address, wait_until};
-
-/// Status and body of a GET.
-fn get(address: SocketAddr, path: &str) -> Option<(u16, String)> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    let status = answer.split(' ').nth(1)?.parse().ok()?;
-    let (_, body) = answer.split_once("\r\n\r\n")?;
-    Some((status, body.to_owned()))
-}
+use crate::support::{DriverOptions, Node, Sandbox, free_address, get, wait_until};
 
 #[test]
 fn health_and_readiness_answer_over_http() {

@@ -48,3 +48,4 @@ mod signatures;
 mod tls;
 mod tokens;
 mod tools;
+mod warm_list;

@@ -16,17 +16,25 @@ The configuration: what the driver reads, the ConfigMap that carries it, and the
 {{- toYaml (merge (dict "apiVersion" "oci.custom.io/v1alpha1" "kind" "NodeConfiguration") $config) }}
 {{- end }}
 
+{{/* What of it a driver reads once. */}}
+{{- define "csi-driver-oci.readAtStart" -}}
+{{- toYaml (omit (include "csi-driver-oci.configuration" . | fromYaml) "policy" "warm") }}
+{{- end }}
+
 {{/* All files of the ConfigMap. */}}
 {{- define "csi-driver-oci.configurationFiles" -}}
 {{- toYaml (merge (dict "config.yaml" (printf "%s\n" (include "csi-driver-oci.configuration" .))) .Values.configFiles) }}
 {{- end }}
 
-{{/* A changed configuration is another object, so that a rollback finds the old one's name again. */}}
+{{/*
+A changed configuration is another object, so that a rollback finds the old one's name again. What the driver reads
+again by itself (config.policy, config.warm and the files beside) changes the object in place, and rolls no pod.
+*/}}
 {{- define "csi-driver-oci.configMapName" -}}
 {{- if .Values.existingConfigMap }}
 {{- .Values.existingConfigMap }}
 {{- else }}
-{{- printf "%s-%s" (include "csi-driver-oci.fullname" .) (include "csi-driver-oci.configurationFiles" . | sha256sum | trunc 8) }}
+{{- printf "%s-%s" (include "csi-driver-oci.fullname" .) (include "csi-driver-oci.readAtStart" . | sha256sum | trunc 8) }}
 {{- end }}
 {{- end }}
 

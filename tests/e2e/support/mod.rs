@@ -68,6 +68,26 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
         .block_on(future)
 }
 
+/// Status and body of a GET; none where nobody answers.
+pub fn get(address: std::net::SocketAddr, path: &str) -> Option<(u16, String)> {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    let status = answer.split(' ').nth(1)?.parse().ok()?;
+    let (_, body) = answer.split_once("\r\n\r\n")?;
+    Some((status, body.to_owned()))
+}
+
+/// What a driver counts.
+#[track_caller]
+pub fn metrics(address: std::net::SocketAddr) -> String {
+    let (status, text) = get(address, "/metrics").expect("the metrics");
+    assert_eq!(status, 200);
+    text
+}
+
 /// A port of the loopback that nobody listens on.
 pub fn free_address() -> std::net::SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0")

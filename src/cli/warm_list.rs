@@ -1,0 +1,67 @@
+//! What the configuration keeps warm, as `status` and `inspect` say it.
+
+use super::table;
+use crate::proto::admin::WarmReference;
+use crate::proto::admin::warm_reference::State;
+use crate::units::Bytes;
+
+pub(super) fn json(warm: &WarmReference) -> serde_json::Value {
+    serde_json::json!({
+        "reference": warm.reference,
+        "state": name(warm.state()),
+        "manifest": warm.manifest,
+        "newer": warm.newer,
+        "reason": warm.reason,
+        "doneBytes": warm.done_bytes,
+        "totalBytes": warm.total_bytes,
+        "nextSeconds": warm.next_seconds,
+    })
+}
+
+/// `3 of 5 references present, 1 failed`.
+pub(super) fn summary(all: &[WarmReference]) -> String {
+    let count = |state| all.iter().filter(|warm| warm.state() == state).count();
+    let mut text = format!("{} of {} references present", count(State::Present), all.len());
+    for state in [State::Pulling, State::Waiting, State::Failed] {
+        match count(state) {
+            0 => {}
+            number => text = format!("{text}, {number} {}", name(state)),
+        }
+    }
+    text
+}
+
+/// A line for each, where there is more to say than that it is here.
+pub(super) fn lines(all: &[WarmReference]) -> impl Iterator<Item = String> {
+    all.iter().filter_map(|warm| Some(format!("            {}: {}", warm.reference, told(warm)?)))
+}
+
+/// How one is; none where there is nothing to say.
+pub(super) fn told(warm: &WarmReference) -> Option<String> {
+    let next = warm.next_seconds.map(|seconds| format!(" in {seconds}s")).unwrap_or_default();
+    match (warm.state(), warm.reason.as_str(), warm.newer.as_str()) {
+        (State::Present, "", "") | (State::Unspecified, ..) => None,
+        (State::Present, "", newer) => Some(format!(
+            "its tag means {} by now, which is here too; pods with IfNotPresent get {}",
+            table::short(newer),
+            table::short(&warm.manifest)
+        )),
+        (State::Present, reason, _) => Some(format!("present; again{next}, as {reason}")),
+        (State::Pulling, ..) => {
+            let (done, total) = (Bytes(warm.done_bytes), Bytes(warm.total_bytes));
+            Some(format!("pulling, {done} of {total}"))
+        }
+        (State::Waiting, ..) => Some(format!("waiting, begins{next}")),
+        (State::Failed, reason, _) => Some(format!("failed; again{next}: {reason}")),
+    }
+}
+
+fn name(state: State) -> &'static str {
+    match state {
+        State::Unspecified => "unknown",
+        State::Waiting => "waiting",
+        State::Pulling => "pulling",
+        State::Present => "present",
+        State::Failed => "failed",
+    }
+}

@@ -1,0 +1,153 @@
+//! One reference of the list, once: what is here, what the tag means now, and what is to be kept.
+//!
+//! ```text
+//! what IfNotPresent means   is made present first: a registry that is down costs nothing that is here
+//! what the tag means now    is asked for and fetched beside it, so that pods with Always find it
+//! followTag                 the first becomes the second, once that is complete
+//! ```
+
+use std::sync::Arc;
+
+use super::want::{want, with_demands};
+use crate::oci::credentials::Keyring;
+use crate::oci::{Digest, Platform, Reference};
+use crate::pull::{ProgressView, PullError, PullPolicy, Want};
+use crate::store::resolutions::Resolution;
+use crate::volume::Content;
+
+/// What one try has found out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Brought {
+    /// What pods with `IfNotPresent` get, complete on this node.
+    pub(super) manifest: Option<Digest>,
+    /// What the tag means now, complete on this node, where that is something else.
+    pub(super) newer: Option<Digest>,
+    /// What `IfNotPresent` is to mean from now on.
+    pub(super) remember: Option<Resolution>,
+    /// Why not all of it succeeded.
+    pub(super) failure: Option<String>,
+}
+
+/// What is there without asking anybody.
+pub(super) async fn look(content: &Content, reference: &Reference, platform: &Platform) -> Brought {
+    let view = ProgressView::default();
+    let wanted = node_want(content, reference, platform, PullPolicy::Never).await;
+    let tree = content.puller.acquire(&wanted, &view).await;
+    Brought { manifest: tree.ok().map(|tree| tree.record.manifest), ..Brought::default() }
+}
+
+/// Asks the registry, and fetches what is missing.
+pub(super) async fn bring(
+    content: &Content,
+    reference: &Reference,
+    platform: &Platform,
+    follow_tag: bool,
+    view: &ProgressView,
+) -> Brought {
+    let recorded = recorded(content, reference, platform).await;
+    let mut brought = Brought::default();
+    if reference.digest().is_some() || recorded.is_some() {
+        // What is about to be replaced is not fetched once more.
+        let fetches = reference.digest().is_some() || !follow_tag;
+        let policy = if fetches { PullPolicy::IfNotPresent } else { PullPolicy::Never };
+        let wanted = node_want(content, reference, platform, policy).await;
+        match content.puller.acquire(&wanted, view).await {
+            Ok(tree) => brought.manifest = Some(tree.record.manifest),
+            Err(error) if fetches => brought.failure = Some(told(&error)),
+            Err(_) => {}
+        }
+    }
+    if reference.digest().is_some() {
+        return brought;
+    }
+    let wanted = node_want(content, reference, platform, PullPolicy::Always).await;
+    match content.puller.acquire_unremembered(&wanted, view).await {
+        Ok((tree, resolution)) => {
+            brought.met(recorded, tree.record.manifest, resolution, follow_tag);
+        }
+        Err(error) => {
+            brought.failure.get_or_insert(told(&error));
+        }
+    }
+    brought
+}
+
+impl Brought {
+    /// The tag means this now, and it is here.
+    fn met(
+        &mut self,
+        recorded: Option<Digest>,
+        now: Digest,
+        resolution: Resolution,
+        follow_tag: bool,
+    ) {
+        if follow_tag || recorded.is_none_or(|recorded| recorded == now) {
+            self.manifest = Some(now);
+            self.remember = (recorded != Some(now)).then_some(resolution);
+        } else {
+            self.newer = Some(now);
+        }
+    }
+
+    /// What is to be pinned for the reference.
+    pub(super) fn pins(&self, reference: &Reference) -> Vec<(Reference, Digest)> {
+        let meant = self.manifest.map(|manifest| (reference.clone(), manifest));
+        let newer = self.newer.map(|manifest| (reference.at(manifest), manifest));
+        meant.into_iter().chain(newer).collect()
+    }
+}
+
+async fn node_want(
+    content: &Content,
+    reference: &Reference,
+    platform: &Platform,
+    policy: PullPolicy,
+) -> Want {
+    // The node's docker configuration and its credential plugins are asked beside.
+    let wanted = want(reference.clone(), platform.clone(), policy, Keyring::empty());
+    with_demands(content, wanted).await
+}
+
+async fn recorded(content: &Content, reference: &Reference, platform: &Platform) -> Option<Digest> {
+    let (store, reference, platform) = (content.store.clone(), reference.clone(), platform.clone());
+    let read = move || store.resolution(&reference, &platform).map(|known| known.manifest);
+    tokio::task::spawn_blocking(read).await.ok().flatten()
+}
+
+fn told(error: &Arc<PullError>) -> String {
+    error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn met(recorded: Option<Digest>, now: Digest, follow_tag: bool) -> Brought {
+        let resolution = Resolution {
+            reference: "r.io/app:v1".to_owned(),
+            resolved: now,
+            manifest: now,
+            platform: None,
+        };
+        let mut brought = Brought { manifest: recorded, ..Brought::default() };
+        brought.met(recorded, now, resolution, follow_tag);
+        brought
+    }
+
+    #[test]
+    fn a_tag_that_moved_is_kept_beside_what_pods_get_unless_it_is_followed() {
+        let (old, new) = (Digest::of(b"old"), Digest::of(b"new"));
+        let reference: Reference = "r.io/app:v1".parse().expect("a reference");
+        let first = met(None, new, false);
+        assert_eq!((first.manifest, first.remember.is_some()), (Some(new), true));
+        let same = met(Some(new), new, false);
+        assert_eq!((same.manifest, same.newer, same.remember), (Some(new), None, None));
+        let beside = met(Some(old), new, false);
+        assert_eq!((beside.manifest, beside.newer), (Some(old), Some(new)));
+        assert_eq!(beside.remember, None, "IfNotPresent means what it meant");
+        assert_eq!(beside.pins(&reference), [(reference.clone(), old), (reference.at(new), new)]);
+        let followed = met(Some(old), new, true);
+        assert_eq!((followed.manifest, followed.newer), (Some(new), None));
+        assert!(followed.remember.is_some());
+    }
+}

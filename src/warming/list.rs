@@ -1,0 +1,334 @@
+//! The configuration's list: each reference present, pinned and looked after.
+//!
+//! One task looks at the file every few seconds, starts what is due, and writes down what was brought:
+//! it alone makes and takes away the pins of its owner, so that a reference which leaves the list
+//! while it is fetched leaves no pin behind.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::bring::{Brought, bring, look};
+use super::schedule::{next_look, retry, share_of_spread};
+use super::states::WarmStates;
+use crate::oci::{Digest, Platform, Reference};
+use crate::pull::ProgressView;
+use crate::reread::LastGood;
+use crate::store::pins::Pin;
+use crate::store::{Store, StoreError};
+use crate::volume::Content;
+
+/// The owner of the pins that the list makes.
+pub const OWNER: &str = "config";
+
+/// How often the file is looked at; a look is one `stat`.
+const LOOK: Duration = Duration::from_secs(2);
+/// References that are fetched at once; the node's own limits hold besides.
+const AT_ONCE: usize = 2;
+
+/// What the configuration says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WarmList {
+    /// What is kept present and pinned.
+    pub references: Vec<Reference>,
+    /// Over how long nodes begin.
+    pub spread: Duration,
+    /// How often a registry is asked what a tag means.
+    pub interval: Duration,
+    /// Whether pods with `IfNotPresent` get what a tag means by then.
+    pub follow_tag: bool,
+}
+
+impl Default for WarmList {
+    fn default() -> Self {
+        Self {
+            references: Vec::new(),
+            // A thousand nodes, each with a gigabyte, are 30 Gbit/s for that long.
+            spread: Duration::from_mins(5),
+            interval: Duration::from_hours(1),
+            follow_tag: false,
+        }
+    }
+}
+
+/// Keeps the list.
+pub struct WarmKeeper {
+    /// Where content comes from.
+    pub content: Content,
+    /// The list of now.
+    pub source: LastGood<WarmList>,
+    /// Where it is told.
+    pub states: WarmStates,
+    /// The Node object's name.
+    pub node_id: String,
+}
+
+/// A reference of the list.
+struct Item {
+    reference: Reference,
+    due: Instant,
+    failures: u32,
+    /// What its tag means by now, pinned beside what pods with `IfNotPresent` get.
+    newer: Option<Digest>,
+    /// Ends the try that is under way.
+    trying: Option<CancellationToken>,
+}
+
+type Tries = FuturesUnordered<BoxFuture<'static, Option<(String, Brought)>>>;
+
+struct Keeping {
+    keeper: WarmKeeper,
+    platform: Platform,
+    /// None until it has been read once.
+    list: Option<Arc<WarmList>>,
+    items: BTreeMap<String, Item>,
+}
+
+impl WarmKeeper {
+    /// Goes on until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut keeping = Keeping {
+            keeper: self,
+            platform: Platform::of_this_node(),
+            list: None,
+            items: BTreeMap::new(),
+        };
+        let mut tries = Tries::new();
+        loop {
+            keeping.reread().await;
+            keeping.start_due(&mut tries);
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                Some(ended) = tries.next(), if !tries.is_empty() => {
+                    if let Some((name, brought)) = ended {
+                        keeping.settle(&name, brought).await;
+                    }
+                }
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+}
+
+impl Keeping {
+    /// Takes what the file says now.
+    async fn reread(&mut self) {
+        let source = self.keeper.source.clone();
+        let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await else {
+            // There was no good one yet, and why is in the log.
+            return;
+        };
+        let before = self.list.replace(Arc::clone(&list));
+        if before.as_ref() == Some(&list) {
+            return;
+        }
+        let delay = share_of_spread(&self.keeper.node_id, list.spread);
+        let soon = Instant::now() + delay;
+        let gone = self.drop_all_but(&list.references);
+        let (mut new, mut pinned) = (0_usize, self.sweep().await);
+        // A shorter interval, or followTag, counts from now on.
+        let is_anew = before.is_some_and(|before| {
+            (before.interval, before.follow_tag) != (list.interval, list.follow_tag)
+        });
+        for reference in &list.references {
+            let name = reference.to_string();
+            if let Some(item) = self.items.get_mut(&name) {
+                if is_anew {
+                    item.due = item.due.min(soon);
+                    let due = item.due;
+                    self.keeper.states.change(&name, |shown| shown.next = Some(due));
+                }
+                continue;
+            }
+            new += 1;
+            let (newer, reference) = (pinned.remove(reference), reference.clone());
+            let mut found = look(&self.keeper.content, &reference, &self.platform).await;
+            found.newer = newer;
+            let item = Item { reference, due: soon, failures: 0, newer, trying: None };
+            self.items.insert(name.clone(), item);
+            self.keep(&name, &found).await;
+        }
+        if new + gone > 0 {
+            let (references, delay_seconds) = (self.items.len(), delay.as_secs());
+            tracing::info!(references, new, gone, delay_seconds, "the list of what is kept warm");
+        }
+    }
+
+    /// Ends what is under way for references that are no longer listed; says how many.
+    fn drop_all_but(&mut self, references: &[Reference]) -> usize {
+        let wanted: HashSet<_> = references.iter().collect();
+        let states = &self.keeper.states;
+        let before = self.items.len();
+        self.items.retain(|name, item| {
+            let stays = wanted.contains(&item.reference);
+            if !stays {
+                states.forget(name);
+                item.trying.iter().for_each(CancellationToken::cancel);
+            }
+            stays
+        });
+        before - self.items.len()
+    }
+
+    /// Starts what is due, a few at once.
+    fn start_due(&mut self, tries: &mut Tries) {
+        let (now, follow_tag) = (Instant::now(), self.follows_tags());
+        let due = |item: &&mut Item| item.trying.is_none() && item.due <= now;
+        let busy = self.items.values().filter(|item| item.trying.is_some()).count();
+        for item in self.items.values_mut().filter(due).take(AT_ONCE.saturating_sub(busy)) {
+            let (content, platform) = (self.keeper.content.clone(), self.platform.clone());
+            let (reference, follow_tag) = (item.reference.clone(), follow_tag);
+            let (view, token) = (ProgressView::default(), CancellationToken::new());
+            let name = reference.to_string();
+            item.trying = Some(token.clone());
+            self.keeper.states.change(&name, |shown| shown.pulling = Some(view.clone()));
+            tries.push(Box::pin(async move {
+                let brought = Box::pin(bring(&content, &reference, &platform, follow_tag, &view));
+                Some((name, token.run_until_cancelled(brought).await?))
+            }));
+        }
+    }
+
+    /// Writes down what a try has brought, and when the next one is.
+    async fn settle(&mut self, name: &str, brought: Brought) {
+        let interval = self.list.as_ref().map_or_else(Duration::default, |list| list.interval);
+        let Some(item) = self.items.get_mut(name) else { return };
+        item.trying = None;
+        item.failures = if brought.failure.is_some() { item.failures + 1 } else { 0 };
+        let wait = match item.failures {
+            0 => next_look(interval),
+            failures => retry(failures, interval),
+        };
+        item.due = Instant::now() + wait;
+        if let Some(reason) = &brought.failure {
+            self.keeper.states.failed();
+            let again_in_seconds = wait.as_secs();
+            tracing::warn!(reference = name, reason, again_in_seconds, "not all of it is here");
+        } else {
+            let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
+            let (digest, newer) = (shown(brought.manifest), shown(brought.newer));
+            tracing::info!(reference = name, digest, newer, "kept warm");
+        }
+        // A registry that did not answer has not said that the tag means something else.
+        let stale = item.newer.filter(|_| brought.failure.is_none());
+        let stale = stale.filter(|stale| Some(*stale) != brought.newer);
+        item.newer = brought.newer.or(item.newer.filter(|_| stale.is_none()));
+        let stale = stale.map(|stale| item.reference.at(stale));
+        self.keep(name, &brought).await;
+        if let Some(stale) = stale {
+            self.unpin(stale).await;
+        }
+        // A pull may have taken room.
+        self.keeper.content.upkeep.notify_one();
+    }
+
+    /// Remembers and pins what is here, and tells.
+    async fn keep(&self, name: &str, brought: &Brought) {
+        let Some(item) = self.items.get(name) else { return };
+        let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
+        let (reference, found) = (item.reference.clone(), brought.clone());
+        let follow_tag = self.follows_tags();
+        let kept = blocking(move || {
+            if let Some(resolution) = &found.remember
+                && (follow_tag || store.resolution(&reference, &platform).is_none())
+            {
+                store.put_resolution(&reference, &platform, resolution)?;
+            }
+            for (reference, manifest) in found.pins(&reference) {
+                pin(&store, &reference, &platform, manifest)?;
+            }
+            Ok(())
+        });
+        let failure = kept.await.err().map(|error| format!("it is here and not pinned: {error}"));
+        if let Some(reason) = &failure {
+            tracing::warn!(reference = name, reason, "what is to be kept warm may be evicted");
+        }
+        self.keeper.states.change(name, |shown| {
+            shown.pulling = None;
+            shown.manifest = brought.manifest.filter(|_| failure.is_none());
+            shown.newer = brought.newer;
+            shown.reason = failure.or_else(|| brought.failure.clone());
+            shown.next = Some(item.due);
+        });
+    }
+
+    /// Takes pins of the owner away that nothing on the list asks for. Those that an earlier process
+    /// made of what a listed tag meant meanwhile are told.
+    async fn sweep(&self) -> HashMap<Reference, Digest> {
+        let references = self.list.iter().flat_map(|list| list.references.iter().cloned());
+        let listed: HashSet<_> = references.collect();
+        let store = self.keeper.content.store.clone();
+        let swept = blocking(move || {
+            let mut newer = HashMap::new();
+            for pin in store.pins()?.into_iter().filter(|pin| pin.owner == OWNER) {
+                let reference = pin.reference.parse::<Reference>().ok();
+                if reference.as_ref().is_some_and(|reference| listed.contains(reference)) {
+                    continue;
+                }
+                let floating = reference.as_ref().map(Reference::floating);
+                match floating.filter(|floating| listed.contains(floating)) {
+                    Some(floating) if !newer.contains_key(&floating) => {
+                        newer.insert(floating, pin.manifest);
+                    }
+                    _ => drop_pin(&store, &pin)?,
+                }
+            }
+            Ok(newer)
+        });
+        swept.await.unwrap_or_else(|error| {
+            tracing::warn!(error, "pins of the list cannot be taken away");
+            HashMap::new()
+        })
+    }
+
+    /// What a tag meant for a while, and no longer does.
+    async fn unpin(&self, reference: Reference) {
+        let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
+        let unpinned = blocking(move || match store.pin_of(&reference, &platform, OWNER) {
+            Some(pin) => drop_pin(&store, &pin),
+            None => Ok(()),
+        });
+        if let Err(error) = unpinned.await {
+            tracing::warn!(error, "a pin of the list cannot be taken away");
+        }
+    }
+
+    fn follows_tags(&self) -> bool {
+        self.list.as_ref().is_some_and(|list| list.follow_tag)
+    }
+}
+
+fn drop_pin(store: &Store, pin: &Pin) -> Result<(), StoreError> {
+    store.drop_pin(pin)?;
+    tracing::info!(reference = pin.reference, digest = %pin.manifest, "no longer kept warm");
+    Ok(())
+}
+
+/// Pinned already, it costs no write.
+fn pin(
+    store: &Store,
+    reference: &Reference,
+    platform: &Platform,
+    manifest: Digest,
+) -> Result<(), StoreError> {
+    let held = store.pin_of(reference, platform, OWNER);
+    if held.is_none_or(|held| held.manifest != manifest) {
+        store.pin(reference, platform, manifest, OWNER)?;
+    }
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, String> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}

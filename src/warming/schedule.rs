@@ -1,0 +1,66 @@
+//! When a reference is looked after: pure but for its randomness.
+
+use std::time::Duration;
+
+use crate::oci::Digest;
+use crate::pull::retry::jittered;
+
+/// After a first failure; doubles with each.
+const FIRST_RETRY: Duration = Duration::from_secs(5);
+/// A registry that comes back is noticed within this.
+const LONGEST_RETRY: Duration = Duration::from_mins(10);
+
+/// The part of `spread` that a node waits before it asks for what is new: its name decides, so that
+/// it is the same at every start, and that a fleet's nodes come one after the other.
+#[must_use]
+pub fn share_of_spread(node_id: &str, spread: Duration) -> Duration {
+    let digest = Digest::of(node_id.as_bytes()).hex();
+    let part = u32::from_str_radix(&digest[..8], 16).unwrap_or_default();
+    spread.mul_f64(f64::from(part) / f64::from(u32::MAX))
+}
+
+/// Until a tag is resolved again: a tenth less or more, so that references and nodes that were looked
+/// after together do not stay together.
+pub(super) fn next_look(interval: Duration) -> Duration {
+    let fifth = interval / 5;
+    interval.saturating_sub(fifth / 2) + (jittered(fifth) * 2).saturating_sub(fifth)
+}
+
+/// Until the next try after so many failures in a row.
+pub(super) fn retry(failures: u32, interval: Duration) -> Duration {
+    let doubled = FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(10));
+    jittered(doubled.min(LONGEST_RETRY).min(interval.max(FIRST_RETRY)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_begin_one_after_the_other_and_each_at_its_own_time() {
+        let spread = Duration::from_mins(10);
+        let delays: Vec<_> =
+            (0..200).map(|node| share_of_spread(&format!("worker-{node}"), spread)).collect();
+        assert_eq!(delays[7], share_of_spread("worker-7", spread));
+        for minute in 0..10 {
+            let within = |delay: &&Duration| delay.as_secs() / 60 == minute;
+            let nodes = delays.iter().filter(within).count();
+            assert!((8..35).contains(&nodes), "{nodes} of 200 nodes begin in minute {minute}");
+        }
+        assert_eq!(share_of_spread("worker", Duration::ZERO), Duration::ZERO);
+    }
+
+    #[test]
+    fn looks_vary_and_waits_grow_to_a_bound() {
+        let hour = Duration::from_hours(1);
+        for _ in 0..100 {
+            let look = next_look(hour);
+            assert!((Duration::from_mins(54)..=Duration::from_mins(66)).contains(&look));
+        }
+        let waits = |failures| retry(failures, hour);
+        assert!((Duration::from_millis(2500)..=Duration::from_secs(5)).contains(&waits(1)));
+        assert!((Duration::from_secs(10)..=Duration::from_secs(20)).contains(&waits(3)));
+        assert!((Duration::from_mins(5)..=Duration::from_mins(10)).contains(&waits(1000)));
+        assert!(retry(1000, Duration::from_secs(1)) <= Duration::from_secs(5));
+    }
+}

@@ -1,0 +1,46 @@
+//! What warming asks for: the artifact as a volume without attributes shows it. Volumes with
+//! others share its blobs and layers.
+
+use crate::oci::credentials::Keyring;
+use crate::oci::{Platform, Reference};
+use crate::policy::Facts;
+use crate::pull::{IfUnavailable, Priority, PullPolicy, Want};
+use crate::unpack::{PermissionsRule, Selection};
+use crate::volume::Content;
+
+/// The want of nobody's volume.
+#[must_use]
+pub fn want(
+    reference: Reference,
+    platform: Platform,
+    policy: PullPolicy,
+    keyring: Keyring,
+) -> Want {
+    Want {
+        reference,
+        platform,
+        policy,
+        if_unavailable: IfUnavailable::Fail,
+        selection: Selection::default(),
+        permissions: PermissionsRule::default(),
+        file_mode: None,
+        keyring,
+        identity: None,
+        priority: Priority::Warm,
+        maximum_bytes: None,
+        signature: None,
+    }
+}
+
+/// What the node's policy demands of an artifact, whichever namespace will mount it: so that a
+/// pod finds its verdict. Whether a pod may mount it at all is decided when it asks.
+pub async fn with_demands(content: &Content, want: Want) -> Want {
+    let (source, reference) = (content.policy.clone(), want.reference.clone());
+    let decide = move || {
+        let facts = Facts { reference: &reference, namespace: None, require_signature: false };
+        source.current().ok().and_then(|policy| policy.decide(facts).ok())
+    };
+    let decided = tokio::task::spawn_blocking(decide).await;
+    let demands = decided.ok().flatten().unwrap_or_default();
+    Want { maximum_bytes: demands.maximum_bytes, signature: demands.signature, ..want }
+}
