@@ -15,7 +15,8 @@
 //! store   the layout on disk: blobs, files, layers, trees, records, recovery
 //! mount   bind mounts, the mount table, the few raw system calls
 //! admin   health and metrics
-//! reread  files that change while the driver runs, for all rooms; so are duration and node_addresses
+//! reread  files that change while the driver runs, for all rooms; so are duration, node_addresses and
+//!         process_group
 //! ```
 //!
 //! `tests/walls.rs` keeps the walls up.
@@ -33,6 +34,7 @@ pub mod mount;
 pub mod node_addresses;
 pub mod oci;
 pub mod policy;
+pub mod process_group;
 pub mod proto;
 pub mod pull;
 pub mod reread;

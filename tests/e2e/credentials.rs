@@ -8,6 +8,7 @@ use tonic::Code;
 
 use crate::support::{
     Layer, Manifest, Node, Pod, Proxy, Registry, Sandbox, Volume, private_registry, unique,
+    wait_until,
 };
 
 const USER: &str = "robot";
@@ -221,6 +222,28 @@ fn a_plugin_that_fails_in_any_way_is_named_and_the_kubelet_tries_again() {
         message.contains("cannot be started") && message.contains("plugins/plugin"),
         "{message}"
     );
+}
+
+/// Processes of this machine that were started with this word.
+fn processes_with(word: &str) -> usize {
+    let all = fs::read_dir("/proc").expect("processes").flatten();
+    let has_word = |path: &Path| {
+        let line = fs::read(path.join("cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes())
+    };
+    all.filter(|entry| has_word(&entry.path())).count()
+}
+
+#[test]
+fn a_plugin_that_hangs_ends_with_all_that_it_has_started() {
+    let private = Private::new();
+    // A number of seconds that nobody else sleeps.
+    let word = format!("{}.5", 100_000 + std::process::id());
+    let node = with_plugin(&private, &format!("sleep {word} & sleep {word}"), "", "");
+    let volume = node.kubelet.new_volume(&private.artifact());
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("did not answer within 2 seconds"), "{message}");
+    wait_until("all of the plugin has ended", || processes_with(&word) == 0);
 }
 
 #[test]

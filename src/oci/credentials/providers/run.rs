@@ -9,12 +9,13 @@ use tokio::process::Command;
 
 use super::ProviderError;
 use super::config::Provider;
+use crate::process_group::ProcessGroup;
 
 /// Tokens of the clouds have a few KiB; a plugin that prints more has something else to say.
 const MAXIMUM_OUTPUT: u64 = 256 * 1024;
 
 /// Runs a plugin with `request` on its standard input, and returns what it printed. It is
-/// killed when the time is up, or when nobody waits any more. What it says on standard
+/// killed with all that it has started when the time is up, or when nobody waits any more. What it says on standard
 /// error goes nowhere: it may be a secret.
 pub(super) async fn run(
     provider: &Provider,
@@ -30,8 +31,8 @@ pub(super) async fn run(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        // What it starts itself ends with it where it is ended as a group; the pipe is not waited for.
         .process_group(0)
+        // Waited for by the runtime, should it be dropped before its end.
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| ProviderError::Start {
@@ -40,6 +41,7 @@ pub(super) async fn run(
             reason: error.to_string(),
         })?;
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let mut child = ProcessGroup::led_by(child);
     let talk = async {
         let tell = async {
             if let Some(mut stdin) = stdin {
