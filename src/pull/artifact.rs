@@ -298,8 +298,11 @@ impl Inner {
         sponsors: &Sponsors,
     ) -> Result<ImageManifest, PullError> {
         let inner = Arc::clone(self);
-        let kept = blocking(move || Ok(inner.store.blob(manifest)?)).await?;
-        let bytes = match (kept, sponsors.current()) {
+        let kept = blocking(move || {
+            inner.store.blob_is_used(manifest)?;
+            Ok(inner.store.blob(manifest)?)
+        });
+        let bytes = match (kept.await?, sponsors.current()) {
             (Some(bytes), _) => bytes,
             (None, None) => return Err(PullError::Unwanted),
             (None, Some((_, Source { repository, credential }))) => {

@@ -90,9 +90,10 @@ impl Puller {
         let (inner, named, wanted) = (Arc::clone(&self.0), reference.clone(), platform.clone());
         let taken = tokio::task::spawn_blocking(move || {
             let layout = inner.read_layout(layout)?;
-            inner.take(&layout, &named, &wanted)
+            let manifest = inner.take(&layout, &named, &wanted)?;
+            Ok::<_, ImportError>((manifest, layout.blobs))
         });
-        let manifest = taken.await.map_err(|_| PullError::Crashed)??;
+        let (manifest, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
         let want = Want {
             reference: reference.clone(),
             platform: platform.clone(),
@@ -111,14 +112,19 @@ impl Puller {
         let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await?;
         let anonymous = Candidates::anonymous();
         let resolved = Resolved::for_the_node(manifest, candidates, anonymous);
-        let tree = self.tree(&want, &resolved, &ProgressView::default()).await?;
+        let tree = self.tree(&want, &resolved, &ProgressView::default()).await;
         let (inner, reference) = (Arc::clone(&self.0), reference.clone());
+        let is_here = tree.is_ok();
         blocking(move || {
-            let store = &inner.store;
-            Ok(store.put_imported(reference.repository(), manifest)?)
+            // Not before: what they claim keeps others from taking their room, and them, away.
+            drop(blobs);
+            if is_here {
+                inner.store.put_imported(reference.repository(), manifest)?;
+            }
+            Ok(())
         })
         .await?;
-        Ok(tree)
+        Ok(tree?)
     }
 }
 

@@ -6,8 +6,11 @@ use super::Inner;
 use super::artifact::{Part, PartRule};
 use super::error::PullError;
 use super::resolve::blocking;
+use crate::oci::Digest;
 use crate::store::eviction::Goal;
+use crate::store::files::StoredFile;
 use crate::store::gc::Want;
+use crate::store::layers::Layer;
 use crate::store::room::{Claim, Reservation};
 use crate::store::{FileKey, LayerKey, Store, StoreError};
 use crate::unpack::PermissionsRule;
@@ -21,22 +24,42 @@ const ARCHIVE_BYTES_PER_INODE: u64 = 16 << 10;
 /// What is freed at least when the disk turns out full: many small writes have to fit.
 const LEAST_ROOM: u64 = 64 << 20;
 
+/// Room for what is not in the store yet, and a hold on what is: it does not go to make that room.
+pub(super) struct Reserved {
+    reservation: Reservation,
+    _here: Vec<Here>,
+}
+
+/// Something that is in the store, held there.
+enum Here {
+    File { _file: StoredFile },
+    Layer { _layer: Layer },
+}
+
+impl Reserved {
+    /// A blob's content has its name.
+    pub(super) fn done(&self, blob: Digest) {
+        self.reservation.done(blob);
+    }
+}
+
 impl Inner {
     /// Claims room for all parts that are not in the store yet.
     pub(super) async fn reserve(
         self: &Arc<Self>,
         parts: &[Part],
         permissions: PermissionsRule,
-    ) -> Result<Reservation, PullError> {
+    ) -> Result<Reserved, PullError> {
         let (inner, parts) = (Arc::clone(self), parts.to_vec());
         blocking(move || {
-            let mut claims = Vec::new();
+            let (mut claims, mut here) = (Vec::new(), Vec::new());
             for part in &parts {
-                if !is_here(&inner.store, part, permissions)? {
-                    claims.push(claim(part));
+                match find(&inner.store, part, permissions)? {
+                    Some(found) => here.push(found),
+                    None => claims.push(claim(part)),
                 }
             }
-            Ok(inner.store.reserve(&claims)?)
+            Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here })
         })
         .await
     }
@@ -60,14 +83,24 @@ impl Inner {
     }
 }
 
-fn is_here(store: &Store, part: &Part, permissions: PermissionsRule) -> Result<bool, PullError> {
+fn find(
+    store: &Store,
+    part: &Part,
+    permissions: PermissionsRule,
+) -> Result<Option<Here>, PullError> {
     let digest = part.descriptor.digest;
     Ok(match &part.rule {
         PartRule::File(_, Some(permissions)) => {
-            store.file(FileKey { digest, permissions: *permissions })?.is_some()
+            let file = store.file(FileKey { digest, permissions: *permissions })?;
+            file.map(|file| Here::File { _file: file })
         }
-        PartRule::File(_, None) => store.any_file_of(digest)?.is_some(),
-        PartRule::Archive(rule) => store.layer(layer_key(digest, rule, permissions))?.is_some(),
+        PartRule::File(_, None) => {
+            store.any_file_of(digest)?.map(|file| Here::File { _file: file })
+        }
+        PartRule::Archive(rule) => {
+            let layer = store.layer(layer_key(digest, rule, permissions))?;
+            layer.map(|layer| Here::Layer { _layer: layer })
+        }
     })
 }
 
@@ -91,7 +124,7 @@ fn claim(part: &Part) -> Claim {
 
 /// The name of an archive's unpacked layer.
 pub(super) fn layer_key(
-    blob: crate::oci::Digest,
+    blob: Digest,
     rule: &ArchiveRule,
     permissions: PermissionsRule,
 ) -> LayerKey {

@@ -1,5 +1,6 @@
 //! Blobs that are kept as the registry sent them: manifests, indexes, configurations.
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use super::Store;
@@ -38,7 +39,21 @@ impl Store {
         }
     }
 
-    fn blob_path(&self, digest: Digest) -> PathBuf {
+    /// Says that somebody begins to work with a blob that is kept: what it stands for may have no
+    /// tree yet, and would else be taken for what an evicted artifact has left.
+    pub fn blob_is_used(&self, digest: Digest) -> Result<(), StoreError> {
+        let path = self.blob_path(digest);
+        let touched =
+            File::open(&path).and_then(|file| file.set_modified(std::time::SystemTime::now()));
+        match touched {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(StoreError::io("touch", &path, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn blob_path(&self, digest: Digest) -> PathBuf {
         self.path("blobs").join(digest.hex())
     }
 }

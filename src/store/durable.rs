@@ -141,6 +141,11 @@ pub fn temporary_name() -> String {
     format!("{:016x}", u64::from_le_bytes(random))
 }
 
+/// Whether [`temporary_name`] makes such names.
+pub fn is_temporary_name(name: &str) -> bool {
+    name.len() == 16 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 fn write_staged(
     staging: &Path,
     path: &Path,

@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
@@ -75,6 +75,13 @@ pub struct Victim {
 pub struct Evictions {
     counts: [AtomicU64; Reason::ALL.len()],
     bytes: AtomicU64,
+}
+
+/// A download that nobody goes on with.
+struct Partial {
+    blob: Digest,
+    path: PathBuf,
+    bytes: u64,
 }
 
 /// The right to decide what goes; there is one.
@@ -142,7 +149,7 @@ impl Store {
     /// Frees what is wanted, and what nobody will ask for. Blocking.
     pub fn collect(&self, want: &Want) -> Result<Collected, StoreError> {
         let turn = self.collecting();
-        self.collect_in_turn(want, &turn)
+        self.collect_in_turn(want, &HashSet::new(), &turn)
     }
 
     /// What [`Self::collect`] would do.
@@ -151,7 +158,7 @@ impl Store {
         let now = Now::read();
         let facts = self.facts(now)?;
         let goal = self.goal(want, now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), now)?;
+        let partials = self.stale_partials(!goal.is_nothing(), &HashSet::new(), now)?;
         let plan = facts.plan(goal.less(Goal { bytes: total(&partials), inodes: 0 }));
         drop(turn);
         let mut collected = Collected::of_partials(&partials);
@@ -191,9 +198,11 @@ impl Store {
         self.0.collecting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Downloads of the blobs `own` stay: the room is for them.
     pub(super) fn collect_in_turn(
         &self,
         want: &Want,
+        own: &HashSet<Digest>,
         _turn: &Turn<'_>,
     ) -> Result<Collected, StoreError> {
         let now = Now::read();
@@ -203,11 +212,16 @@ impl Store {
             return Ok(Collected::default());
         }
         let facts = self.facts(now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), now)?;
-        let mut collected = Collected::of_partials(&partials);
-        for (path, _) in &partials {
-            fs::remove_file(path).map_err(|error| StoreError::io("remove", path, error))?;
+        let partials = self.stale_partials(!goal.is_nothing(), own, now)?;
+        let mut removed = Vec::new();
+        for partial in partials {
+            let Partial { blob, path, .. } = &partial;
+            let gone = self.downloads().remove(*blob, path);
+            if gone.map_err(|error| StoreError::io("remove", path, error))? {
+                removed.push(partial);
+            }
         }
+        let mut collected = Collected::of_partials(&removed);
         let failed = |error| StoreError::io("evict from", self.root(), error);
         fault::point("gc.planned").map_err(failed)?;
         let Plan { victims, .. } =
@@ -228,11 +242,12 @@ impl Store {
     pub(super) fn explain(
         &self,
         shortage: Shortage,
+        own: &HashSet<Digest>,
         _turn: &Turn<'_>,
     ) -> Result<Shortage, StoreError> {
         let now = Now::read();
         let facts = self.facts(now)?;
-        let partials = Goal { bytes: total(&self.stale_partials(true, now)?), inodes: 0 };
+        let partials = Goal { bytes: total(&self.stale_partials(true, own, now)?), inodes: 0 };
         let evictable = facts.plan(Goal::EVERYTHING).frees.plus(partials);
         let pinned = facts.pinned();
         let of = |goal: Goal| match shortage.kind {
@@ -308,8 +323,9 @@ impl Store {
     fn stale_partials(
         &self,
         wanted: bool,
+        own: &HashSet<Digest>,
         now: Now,
-    ) -> Result<Vec<(std::path::PathBuf, u64)>, StoreError> {
+    ) -> Result<Vec<Partial>, StoreError> {
         use std::os::unix::fs::MetadataExt as _;
         let folder = self.path("partial");
         let mut stale = Vec::new();
@@ -320,9 +336,11 @@ impl Store {
             let age = now.unix_seconds.saturating_sub(metadata.mtime());
             if metadata.is_file()
                 && !self.claims().has(blob)
+                && !self.downloads().has(blob)
+                && !own.contains(&blob)
                 && (wanted || age > seconds(PARTIAL_AGE))
             {
-                stale.push((path, metadata.blocks() * 512));
+                stale.push(Partial { blob, path, bytes: metadata.blocks() * 512 });
             }
         }
         Ok(stale)
@@ -348,7 +366,7 @@ impl Collected {
         self.victims.is_empty() && self.partials == 0
     }
 
-    fn of_partials(partials: &[(std::path::PathBuf, u64)]) -> Self {
+    fn of_partials(partials: &[Partial]) -> Self {
         let bytes = total(partials);
         Self { victims: Vec::new(), partials: partials.len() as u64, bytes }
     }
@@ -366,8 +384,8 @@ impl Collected {
     }
 }
 
-fn total(partials: &[(std::path::PathBuf, u64)]) -> u64 {
-    partials.iter().map(|(_, bytes)| bytes).sum()
+fn total(partials: &[Partial]) -> u64 {
+    partials.iter().map(|partial| partial.bytes).sum()
 }
 
 fn seconds(duration: Duration) -> i64 {

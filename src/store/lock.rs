@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -32,8 +33,10 @@ impl Lock {
         {
             return Err(StoreError::io("create", &path, error));
         }
-        // Not for writing: an open writer would keep an administrator from remounting read-only.
-        let file = File::open(&path).map_err(|error| StoreError::io("open", &path, error))?;
+        // Never through a link: what it leads to is not the driver's to write to. And not for writing:
+        // an open writer would keep an administrator from remounting read-only.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = file.map_err(|error| StoreError::io("open", &path, error))?;
         let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => file,
             Err((file, Errno::EWOULDBLOCK)) => {
@@ -47,7 +50,9 @@ impl Lock {
         };
         // Who holds it is for people; that it is held is the kernel's word.
         let note = format!("process {} ({})\n", std::process::id(), command_line());
-        let note_file = OpenOptions::new().write(true).truncate(true).open(&path);
+        let mut note_file = OpenOptions::new();
+        note_file.write(true).truncate(true).custom_flags(libc::O_NOFOLLOW);
+        let note_file = note_file.open(&path);
         let _ = note_file.and_then(|mut file| file.write_all(note.as_bytes()));
         Ok(Self { _file: file })
     }
@@ -73,5 +78,16 @@ mod tests {
         assert!(refused.to_string().contains(&format!("process {}", std::process::id())));
         drop(first);
         Lock::try_acquire(folder.path()).expect("free again");
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_lock_is_not_followed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let precious = folder.path().join("precious");
+        std::fs::write(&precious, "data").expect("a file");
+        std::os::unix::fs::symlink(&precious, folder.path().join("lock")).expect("a link");
+        let refused = Lock::try_acquire(folder.path()).expect_err("a link").to_string();
+        assert!(refused.contains("lock"), "{refused}");
+        assert_eq!(std::fs::read_to_string(precious).expect("kept"), "data");
     }
 }

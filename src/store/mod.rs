@@ -45,6 +45,7 @@
 pub mod access;
 pub mod blobs;
 pub mod catalog;
+mod downloads;
 pub mod durable;
 pub mod error;
 pub mod eviction;
@@ -111,6 +112,7 @@ struct Inner {
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
     claims: room::Claims,
+    downloads: Arc<downloads::Downloads>,
     /// Held by whoever decides what goes.
     collecting: Mutex<()>,
     evictions: gc::Evictions,
@@ -128,10 +130,10 @@ impl Store {
     /// [`StoreError::Foreign`] for one that holds something else in place of the driver's own.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         let format = root.join("format");
-        let known = match std::fs::read_to_string(&format) {
-            Ok(found) if found == FORMAT => true,
+        let known = match std::fs::read(&format) {
+            Ok(found) if found == FORMAT.as_bytes() => true,
             Ok(found) => {
-                let found = found.trim().chars().take(80).collect();
+                let found = String::from_utf8_lossy(&found).trim().chars().take(80).collect();
                 return Err(StoreError::Format { path: root.to_owned(), found });
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
@@ -156,6 +158,7 @@ impl Store {
             catalog: Arc::default(),
             loaded: Mutex::default(),
             claims: room::Claims::default(),
+            downloads: Arc::default(),
             collecting: Mutex::default(),
             evictions: gc::Evictions::default(),
             damages: AtomicU64::default(),
@@ -216,6 +219,10 @@ impl Store {
 
     fn claims(&self) -> &room::Claims {
         &self.0.claims
+    }
+
+    fn downloads(&self) -> &Arc<downloads::Downloads> {
+        &self.0.downloads
     }
 
     fn barrier(&self) -> &durable::Barrier {

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use sha2::Digest as _;
 
+use super::downloads::Open;
 use super::error::StoreError;
 use super::growth::{Follower, Growth};
 use super::ranges::Ranges;
@@ -51,18 +52,22 @@ pub struct Partial {
     unflushed: u64,
     unrecorded: u64,
     has_record: bool,
+    /// It stays as long as this.
+    _open: Open,
 }
 
 impl Store {
     /// Opens the download of a blob of `size` bytes, hashing the prefix that an earlier one left.
     pub fn partial(&self, host: &str, digest: Digest, size: u64) -> Result<Partial, StoreError> {
         let path = self.partial_path(host, digest);
+        let open = self.downloads().open(digest);
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
             .map_err(|error| StoreError::io("open", &path, error))?;
         let length = file.metadata().map_or(0, |metadata| metadata.len());
@@ -82,6 +87,7 @@ impl Store {
             unflushed: 0,
             unrecorded: 0,
             has_record,
+            _open: open,
         };
         // Unreadable bytes are as good as none, and so is what is longer than the blob.
         if length > size || partial.catch_up().is_err() {

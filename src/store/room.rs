@@ -7,7 +7,7 @@
 //! claim is met by evicting, or refused at once. Writers look at the filesystem
 //! besides ([`Meter`]): an estimate may be wrong, and others write there too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -174,12 +174,14 @@ impl Store {
         // Decisions over all claims are taken one at a time, and never beside an eviction.
         let turn = self.collecting();
         while let Some((shortage, goal)) = self.shortage(claims)? {
-            let shortage = self.explain(shortage, &turn)?;
+            // What an earlier try has left of these blobs is no room for them.
+            let own: HashSet<_> = claims.iter().map(|claim| claim.blob).collect();
+            let shortage = self.explain(shortage, &own, &turn)?;
             // Nobody's content goes for an artifact that will not fit even so.
             let collected = if shortage.is_hopeless() {
                 None
             } else {
-                Some(self.collect_in_turn(&Want::Room(goal), &turn)?)
+                Some(self.collect_in_turn(&Want::Room(goal), &own, &turn)?)
             };
             if collected.is_none_or(|collected| collected.is_nothing()) {
                 return Err(StoreError::NoRoom(Box::new(shortage)));

@@ -147,10 +147,15 @@ pub(super) fn names(folder: &Path) -> Result<Vec<String>, StoreError> {
     entries.map(name).collect()
 }
 
-/// Removes what earlier processes left.
+/// Removes what earlier processes left. What has not a name of theirs is somebody else's: a folder
+/// that was there before this driver may be called like one of ours.
 pub(super) fn sweep(folder: &Path) -> Result<(), StoreError> {
     for name in names(folder)? {
-        let path = folder.join(name);
+        let path = folder.join(&name);
+        if !durable::is_temporary_name(&name) {
+            tracing::warn!(path = %path.display(), "this is not the driver's own, and stays");
+            continue;
+        }
         // A leftover costs room, never correctness: one that resists is left for the next start.
         if let Err(error) = std::fs::remove_dir_all(&path).or_else(|_| std::fs::remove_file(&path))
         {

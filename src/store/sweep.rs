@@ -36,8 +36,11 @@ impl Store {
         let mut swept = 0;
         let mut kept_blobs = manifests.clone();
         for (path, resolution) in records::list::<Resolution>(&self.path("resolutions"))? {
-            if manifests.contains(&resolution.manifest) || !is_old(&path) {
-                kept_blobs.extend([resolution.manifest, resolution.resolved]);
+            let manifest = resolution.manifest;
+            // A manifest that was used just now is one of a pull that is under way.
+            let is_young = !is_old(&path) || self.blob_is_young(manifest, &is_old);
+            if manifests.contains(&manifest) || is_young {
+                kept_blobs.extend([manifest, resolution.resolved]);
             } else {
                 records::remove(&path)?;
                 swept += 1;
@@ -58,6 +61,11 @@ impl Store {
         Ok(swept + self.sweep_access(&kept_blobs, &is_old)?)
     }
 
+    fn blob_is_young(&self, blob: Digest, is_old: &impl Fn(&Path) -> bool) -> bool {
+        let path = self.blob_path(blob);
+        path.is_file() && !is_old(&path)
+    }
+
     /// Proofs of manifests and trees that are not here. Where a blob came from stays known
     /// only while it is young: asking again costs one request.
     fn sweep_access(
@@ -69,6 +77,10 @@ impl Store {
         let mut swept = 0;
         for place in names(&access)? {
             let place = access.join(place);
+            // What is behind a link is not the store's.
+            if place.is_symlink() {
+                continue;
+            }
             for name in names(&place)? {
                 let key = |kind: &str| Some(name.strip_prefix(kind)?.get(..64)?.to_owned());
                 let of_manifest = ["m-", "a-", "i-", "v-"].into_iter().find_map(key);

@@ -1,9 +1,12 @@
 use std::os::unix::fs::MetadataExt as _;
 
+use super::access::Principal;
 use super::files::{StoredFile, starts_executable};
+use super::gc::Now;
+use super::resolutions::Resolution;
 use super::trees::{Objects, TreeRecord, View};
 use super::*;
-use crate::oci::Digest;
+use crate::oci::{Digest, Platform, Reference};
 use crate::unpack::layer_rule::FileRule;
 use crate::unpack::merge::Merger;
 use crate::unpack::{Limits, Permissions, RelativePath, Selection};
@@ -164,11 +167,14 @@ fn what_a_crash_left_in_staging_is_swept() {
     let staging = store.stage().expect("staging");
     std::fs::write(staging.path().join("half"), "a layer").expect("written");
     std::mem::forget(staging);
-    std::fs::write(folder.path().join("staging/record"), "half a record").expect("written");
+    let staging = folder.path().join("staging");
+    std::fs::write(staging.join(durable::temporary_name()), "half a record").expect("written");
+    // Whoever had a folder of that name before keeps what is in it.
+    std::fs::write(staging.join("index.html"), "of a web site").expect("written");
     drop(store);
     Store::open(folder.path(), StoreOptions::default()).expect("opened again");
-    let left = std::fs::read_dir(folder.path().join("staging")).expect("a folder").count();
-    assert_eq!(left, 0);
+    let left = std::fs::read_dir(staging).expect("a folder").flatten();
+    assert_eq!(left.map(|entry| entry.file_name()).collect::<Vec<_>>(), ["index.html"]);
 }
 
 #[test]
@@ -187,4 +193,102 @@ fn executables_are_known_by_their_start() {
     {
         assert_eq!(starts_executable(content), executable);
     }
+}
+
+/// A manifest that is kept, what a tag meant, and a proof.
+fn records_of(store: &Store, text: &str) -> (Digest, Reference) {
+    let manifest = Digest::of(text.as_bytes());
+    let reference: Reference = format!("r.io/{text}:v1").parse().expect("a reference");
+    let resolution = Resolution {
+        reference: reference.to_string(),
+        resolved: manifest,
+        manifest,
+        platform: None,
+    };
+    store.put_blob(manifest, text.as_bytes()).expect("a manifest");
+    store.put_resolution(&reference, &Platform::of_this_node(), &resolution).expect("a resolution");
+    store.put_proof(reference.repository(), manifest, &Principal::anonymous()).expect("a proof");
+    (manifest, reference)
+}
+
+#[test]
+fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
+    let (folder, store) = store();
+    let [gone, shown, pinned, pulled] =
+        ["gone", "shown", "pinned", "pulled"].map(|text| records_of(&store, text));
+    let (key, path) = file(&store, b"x", 0o444);
+    let mut tree = tree(&store, "file", key, &path);
+    // As a tree of that manifest; the catalog reads it when it is opened again.
+    tree.record.manifest = shown.0;
+    let record = serde_json::to_vec(&tree.record).expect("JSON");
+    let record_path = folder.path().join(format!("trees/{}/1/tree.json", tree.key));
+    std::fs::write(record_path, record).expect("written");
+    drop((tree, store));
+    let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    store.pin(&pinned.1, &Platform::of_this_node(), pinned.0, "admin").expect("a pin");
+    let now = Now::read();
+    assert_eq!(store.sweep_records(now).expect("swept"), 0, "nothing is old");
+    let later = |seconds: i64| Now { unix_seconds: now.unix_seconds + seconds, ..now };
+    let hours = 3600;
+    // Half a day before a sweep a pull began with what was kept for weeks.
+    let old = std::time::SystemTime::now() - std::time::Duration::from_hours(500);
+    for digest in [pulled.0, shown.0, pinned.0] {
+        let file = std::fs::File::open(store.blob_path(digest)).expect("the manifest");
+        file.set_modified(old).expect("a time");
+    }
+    store.blob_is_used(pulled.0).expect("a pull begins");
+    let gone_blob = std::fs::File::open(store.blob_path(gone.0)).expect("the manifest");
+    gone_blob.set_modified(old).expect("a time");
+    for entry in std::fs::read_dir(folder.path().join("resolutions")).expect("a folder") {
+        let file = std::fs::File::open(entry.expect("an entry").path()).expect("a record");
+        file.set_modified(old).expect("a time");
+    }
+    let swept = store.sweep_records(later(12 * hours)).expect("swept");
+    assert_eq!(swept, 2, "the manifest and what the tag meant");
+    let platform = Platform::of_this_node();
+    for ((manifest, reference), stays) in
+        [(gone, false), (shown.clone(), true), (pinned.clone(), true), (pulled.clone(), true)]
+    {
+        assert_eq!(store.blob(manifest).expect("readable").is_some(), stays, "{reference}");
+        assert_eq!(store.resolution(&reference, &platform).is_some(), stays, "{reference}");
+    }
+    // What the pull did not make a tree of goes in the end, proofs too.
+    assert!(store.sweep_records(later(48 * hours)).expect("swept") >= 3);
+    for ((manifest, reference), stays) in [(shown, true), (pinned, true), (pulled, false)] {
+        assert_eq!(store.blob(manifest).expect("readable").is_some(), stays, "{reference}");
+        let proven = store.is_proven(reference.repository(), manifest, &Principal::anonymous());
+        assert_eq!(proven, stays, "{reference}");
+    }
+}
+
+#[test]
+fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = CacheOptions {
+        max_bytes: Some(1 << 20),
+        min_free_percent: 0,
+        min_free_inodes_percent: 0,
+        minimum_age: std::time::Duration::ZERO,
+        ..CacheOptions::default()
+    };
+    let options = StoreOptions { cache, ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let (key, path) = file(&store, &vec![7; 500_000], 0o444);
+    drop(tree(&store, "file", key, &path));
+    drop(path);
+    let [own, other] = [b"own", b"oth"].map(|name| {
+        let blob = Digest::of(name);
+        let mut partial = store.partial("r.io", blob, 1 << 20).expect("a download");
+        partial.write(0, &vec![1; 100_000]).expect("written");
+        blob
+    });
+    let length = |blob| store.partial("r.io", blob, 1 << 20).expect("a download").length();
+    let claim = |bytes| room::Claim { blob: own, bytes, inodes: 1 };
+    let refused = store.reserve(&[claim(2 << 20)]).expect_err("more than the quota");
+    let StoreError::NoRoom(shortage) = refused else { panic!("{refused}") };
+    assert!((600_000..650_000).contains(&shortage.evictable), "{shortage}");
+    assert_eq!((length(own), length(other)), (100_000, 100_000), "nothing goes for nothing");
+    let _reservation = store.reserve(&[claim(1 << 20)]).expect("room");
+    assert!(store.file(key).expect("readable").is_none(), "it was the least recently used");
+    assert_eq!((length(own), length(other)), (100_000, 0));
 }

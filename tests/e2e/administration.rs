@@ -195,6 +195,30 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
 }
 
 #[test]
+fn an_import_makes_room_and_not_out_of_itself() {
+    let configuration = ROOMY.replace("minimumAge", "maxBytes: 25Mi, minimumAge");
+    let (node, admin) = Admin::start(&configuration);
+    let repository = unique("old");
+    let old = Manifest::artifact([Layer::titled("file", noise(12 << 20, 8))]);
+    old.push(registry(), &repository, "v1");
+    let old = node.proxy.reference(&format!("{repository}:v1"));
+    let (volume, _) = node.mount(&old);
+    unpublish(&node, &admin, &volume);
+    // Its blob fits beside the old artifact; what it may unpack to does not.
+    let (archive, repository) =
+        (Tar::new().file("one", 0o644, noise(5 << 20, 9)).finish(), unique("new"));
+    Image::new().packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive).push(
+        registry(),
+        &repository,
+        "v1",
+    );
+    let folder = layout(&node, &node.proxy.reference(&format!("{repository}:v1")));
+    let name = "registry.invalid/team/app:v1";
+    admin.told(&["import", folder.to_str().expect("a path"), "--as", name]);
+    assert!(admin.holds(name) && !admin.holds(&old), "what nobody needs goes for it");
+}
+
+#[test]
 fn a_bad_layout_is_refused_and_leaves_nothing() {
     let (node, admin) = Admin::start(ROOMY);
     let reference = image(&node);

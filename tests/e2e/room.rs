@@ -5,8 +5,8 @@ use std::{fs, path::Path};
 use tonic::Code;
 
 use crate::support::{
-    Admin, FakeRegistry, Layer, Manifest, Node, OCI_MANIFEST, Volume, noise, registry, unique,
-    wait_until,
+    Admin, FakeRegistry, Image, Layer, Manifest, Node, OCI_MANIFEST, OCI_TAR_GZIP, Tar, Volume,
+    gzip, noise, registry, unique, wait_until,
 };
 
 /// Nothing but the quota decides.
@@ -216,7 +216,6 @@ fn the_threshold_is_kept_without_being_asked() {
 
 #[test]
 fn an_archive_that_unpacks_to_more_than_was_thought_ends_at_the_floor() {
-    use crate::support::{Image, OCI_TAR_GZIP, Tar, gzip};
     let (node, admin, disk) = on_a_small_disk("cache: {minFreePercent: 40, minimumAge: 0s}\n");
     let old = artifact(&node, 5);
     cache(&node, &admin, &old);
@@ -232,4 +231,54 @@ fn an_archive_that_unpacks_to_more_than_was_thought_ends_at_the_floor() {
     let free = status.blocks_available() * status.fragment_size();
     assert!(free > 45 << 20, "what was half unpacked is gone: {free}");
     assert!(!admin.holds(&old), "what nobody needs went first");
+}
+
+#[test]
+fn what_is_under_way_has_its_room_and_others_are_told_of_it() {
+    let (node, admin) = Admin::start(&quota("15Mi", ""));
+    let [first, second] = [(); 2].map(|()| artifact(&node, 10));
+    let gate = node.proxy.hold_blobs();
+    let [slow, same] = [(); 2].map(|()| node.kubelet.new_volume(&first));
+    let refused = node.kubelet.new_volume(&second);
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| node.kubelet.publish_well(&slow));
+        wait_until("the download waits", || gate.waiting() == 1);
+        let told = node.kubelet.publish_badly(&refused, Code::ResourceExhausted);
+        // Half of the first one is here by now, and no promise any more.
+        assert!(told.contains("needed 10.0 MiB beside 5.0 MiB promised"), "{told}");
+        // Whoever wants what is under way needs nothing more.
+        let joined = scope.spawn(|| node.kubelet.publish_well(&same));
+        gate.open();
+        call.join().expect("the first call");
+        joined.join().expect("the call that joined");
+    });
+    assert!(admin.holds(&first) && !admin.holds(&second));
+}
+
+#[test]
+fn inodes_are_kept_free_as_bytes_are() {
+    // Nearly all of them: what is left above the floor is one in a hundred.
+    let configuration = "cache: {minFreePercent: 0, minFreeInodesPercent: 99, highThresholdPercent: 100, \
+                         lowThresholdPercent: 100, minimumAge: 0s}\n";
+    let (node, admin, disk) = on_a_small_disk(configuration);
+    let free_inodes = || nix::sys::statvfs::statvfs(&disk).expect("the disk").files_available();
+    let small = artifact(&node, 1);
+    cache(&node, &admin, &small);
+    let before = free_inodes();
+    // An archive whose size alone says that it has more files than may be made.
+    let large = Tar::new().file("one", 0o644, noise(12 << 20, 31)).finish();
+    let repository = unique("large");
+    Image::new().layer(large).push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    let told = node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
+    assert!(told.contains("inodes") && told.contains("cache.minFreeInodesPercent"), "{told}");
+    assert!(admin.holds(&small), "nobody's content goes for what will not fit even so");
+    // One whose size does not say so ends at the floor, and leaves nothing.
+    let many = (0..4000).fold(Tar::new(), |tar, file| tar.file(&format!("f/{file}"), 0o644, ""));
+    let (many, repository) = (many.finish(), unique("many"));
+    Image::new().packed_layer(OCI_TAR_GZIP, gzip(&many), &many).push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
+    let taken = before.saturating_sub(free_inodes());
+    assert!(taken < 50, "of what was half unpacked {taken} inodes are left");
 }

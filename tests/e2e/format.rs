@@ -1,0 +1,186 @@
+//! The format on disk, as `docs/on-disk-format.md` describes it, written by hand and served by the driver.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use csi_driver_oci::proto::layer_index::{Entry, entry::Kind};
+use prost::Message as _;
+use serde_json::{Value, json};
+use sha2::Digest as _;
+use tonic::Code;
+
+use crate::support::{
+    Admin, DriverOptions, Image, Layer, Manifest, Node, OCI_TAR, Sandbox, Tar, hexadecimal_sha256,
+    node_architecture,
+};
+
+const REPOSITORY: &str = "registry.invalid/team/by-hand";
+
+/// A list of texts, each with its length before it.
+fn key(parts: &[&str]) -> String {
+    let parts: Vec<_> = parts.iter().map(|part| format!("{}:{part},", part.len())).collect();
+    hexadecimal_sha256(parts.concat().as_bytes())
+}
+
+/// A state directory that no driver has written.
+struct ByHand(PathBuf);
+
+impl ByHand {
+    fn put(&self, path: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(&path, content).expect("a file");
+        path
+    }
+
+    /// Read-only for everybody, as content is; its time is 1970.
+    fn content(&self, path: &str, content: &[u8]) -> PathBuf {
+        let path = self.put(path, content);
+        let file = fs::File::open(&path).expect("a file");
+        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(7)).expect("a time");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).expect("a mode");
+        path
+    }
+
+    /// A manifest, what the tag means, and that anybody may read it.
+    fn manifest(&self, tag: &str, manifest: &Value) -> String {
+        let bytes = manifest.to_string();
+        let digest = hexadecimal_sha256(bytes.as_bytes());
+        self.put(&format!("blobs/{digest}"), bytes);
+        let resolution = json!({
+            "reference": format!("{REPOSITORY}:{tag}"),
+            "resolved": format!("sha256:{digest}"),
+            "manifest": format!("sha256:{digest}"),
+        });
+        let platform = format!("linux/{}", node_architecture());
+        let name = key(&[&format!("{REPOSITORY}:{tag}"), &platform]);
+        self.put(&format!("resolutions/{name}.json"), resolution.to_string());
+        self.access(&format!("m-{digest}-anonymous"));
+        digest
+    }
+
+    fn access(&self, name: &str) {
+        let proof = json!({"unix_seconds": 1_700_000_000});
+        self.put(&format!("access/{}/{name}.json", key(&[REPOSITORY])), proof.to_string());
+    }
+
+    /// A tree of one file, which is linked from an object.
+    fn tree(&self, manifest: &str, object: &str, file: &Path, shown: &str, folders: u64) {
+        let tree = key(&["tree", "1", manifest, "", "Readable", ""]);
+        let path = self.0.join(format!("trees/{tree}/1/root")).join(shown);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("the tree");
+        fs::hard_link(file, &path).expect("a link");
+        let bytes = file.metadata().expect("the file").len();
+        let record = json!({
+            "manifest": format!("sha256:{manifest}"),
+            "kind": "by hand",
+            "bytes": bytes,
+            "inodes": folders + 1,
+            "compressed_bytes": bytes,
+            "own_inodes": folders,
+            "view": {"permissions": "Readable"},
+        });
+        self.put(&format!("trees/{tree}/1/tree.json"), record.to_string());
+        self.put(&format!("trees/{tree}/1/objects.json"), json!([object]).to_string());
+        self.access(&format!("t-{tree}"));
+    }
+}
+
+/// One artifact of a titled file, and one of an archive.
+fn write(state: &Path) {
+    let state = ByHand(state.to_owned());
+    state.put("format", "csi-driver-oci 1\n");
+    let text = b"a file by hand\n";
+    let artifact = Manifest::artifact([Layer::titled("notes/one.txt", text)]);
+    let manifest = state.manifest("file", &artifact.json());
+    let object = format!("files/{}/0444-0-0/1", hexadecimal_sha256(text));
+    let file = state.content(&object, text);
+    state.tree(&manifest, &object, &file, "notes/one.txt", 2);
+
+    let text = b"of an archive by hand\n";
+    let archive = Tar::new().file("two.txt", 0o444, text).finish();
+    let image = Image::new().packed_layer(OCI_TAR, archive.clone(), &archive);
+    let manifest = state.manifest("archive", &image.manifest().json());
+    let blob = hexadecimal_sha256(&archive);
+    let layer = key(&["layer", "1", &blob, "image-tar ", "Readable"]);
+    let object = format!("layers/{layer}/1");
+    let file = state.content(&format!("{object}/data/0/0"), text);
+    let entry = Entry {
+        kind: Kind::File.into(),
+        path: b"two.txt".to_vec(),
+        mode: 0o444,
+        size: text.len() as u64,
+        mtime_seconds: 7,
+        sha256: sha2::Sha256::digest(text).to_vec(),
+        ..Entry::default()
+    };
+    let totals =
+        json!({"entries": 1, "bytes": text.len(), "files": 1, "blob": format!("sha256:{blob}")});
+    let mut index = b"OCI layer index 1\n".to_vec();
+    index.extend(entry.encode_length_delimited_to_vec());
+    index.push(0);
+    index.extend(totals.to_string().into_bytes());
+    let checksum = sha2::Sha256::digest(&index);
+    index.extend(checksum);
+    state.put(&format!("{object}/index"), index);
+    state.tree(&manifest, &object, &file, "two.txt", 1);
+}
+
+#[test]
+fn a_state_directory_that_was_written_by_the_documents_word_is_served() {
+    let sandbox = Sandbox::new();
+    let endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+    let options = DriverOptions::new(&sandbox).argument(&format!("--admin-endpoint={endpoint}"));
+    write(&options.state);
+    let driver = options.start();
+    let (kubelet, admin) = (driver.kubelet(), Admin::at(&endpoint));
+    // Nobody answers at this registry: what is shown is what lies there.
+    for (tag, name, content) in [
+        ("file", "notes/one.txt", "a file by hand\n"),
+        ("archive", "two.txt", "of an archive by hand\n"),
+    ] {
+        let volume = kubelet.new_volume(&format!("{REPOSITORY}:{tag}"));
+        kubelet.publish_well(&volume);
+        assert_eq!(volume.text(name), content);
+        kubelet.unpublish(&volume);
+        assert!(admin.holds(&format!("{REPOSITORY}:{tag}")));
+    }
+    let verified = admin.json(&["verify"]);
+    assert_eq!(verified["findings"], json!([]));
+    assert!(verified["objects"].as_u64() >= Some(6), "{verified}");
+}
+
+#[test]
+fn a_format_of_another_version_stops_publishing_and_never_unpublishing() {
+    let node = Node::start();
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let [volume, other] = [(); 2].map(|()| node.mount(&reference).0);
+    let Node { driver, kubelet, proxy: _proxy, sandbox: _sandbox } = node;
+    let options = driver.kill();
+    let format = options.state.join("format");
+    let ours = fs::read(&format).expect("the format");
+    for unknown in [&b"csi-driver-oci 99\n"[..], b"", b"csi-driver-oci 1", b"\xff\xfe"] {
+        fs::write(&format, unknown).expect("written");
+        let driver = options.start();
+        let message = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
+        assert!(message.contains("format"), "{message}");
+        // What is mounted stays, is found again, and goes when it is asked to.
+        kubelet.publish_well(&volume);
+        kubelet.unpublish(&kubelet.new_volume(&reference));
+        assert_eq!(fs::read(&format).expect("the format"), unknown, "it is left as it is");
+        driver.kill();
+    }
+    fs::write(&format, b"csi-driver-oci 99\n").expect("written");
+    let driver = options.start();
+    kubelet.unpublish(&other);
+    driver.kill();
+    fs::write(&format, ours).expect("written");
+    let _driver = options.start();
+    kubelet.publish_well(&volume);
+    kubelet.unpublish(&volume);
+    kubelet.publish_well(&kubelet.new_volume(&reference));
+}
