@@ -12,6 +12,7 @@
 //! pull    resolve, proofs, flights, transfer
 //! oci     references, digests, manifests, platforms, credentials, the registry
 //! unpack  media types, archives, merging, limits
+//! fleet   preloads: many nodes warmed, by the controller and by the node plugin's part
 //! store   the layout on disk: blobs, files, layers, trees, records, recovery
 //! mount   bind mounts, the mount table, the few raw system calls
 //! admin   health and metrics
@@ -29,6 +30,7 @@ pub mod config;
 pub mod csi;
 pub mod duration;
 pub mod fault;
+pub mod fleet;
 pub mod kubernetes;
 pub mod mount;
 pub mod node_addresses;

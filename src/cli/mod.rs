@@ -7,6 +7,7 @@ mod ask;
 mod check;
 mod check_config;
 mod check_uninstall;
+mod crds;
 mod gc;
 mod import;
 mod logging;
@@ -71,6 +72,8 @@ enum Command {
     CheckConfig(check_config::CheckConfigArguments),
     /// Say whether pods of the cluster still use the driver.
     CheckUninstall(check_uninstall::CheckUninstallArguments),
+    /// Print the `CustomResourceDefinition` objects, for `kubectl apply --server-side -f -`.
+    Crds,
 }
 
 /// How data is printed.
@@ -107,6 +110,7 @@ pub fn main() -> ExitCode {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
+        Command::Crds => crds::run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,194 @@
+//! `ArtifactPreload`: what is to be on which nodes, and how far that is.
+
+#![expect(clippy::duplicated_attributes, reason = "columns share types")]
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::schema;
+
+/// Failed nodes that a status names; its `failed` counts them all.
+pub const MAXIMUM_FAILED_NODES: usize = 20;
+
+/// An artifact that is to be on nodes before a pod asks for it.
+#[derive(Clone, Debug, PartialEq, CustomResource, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "oci.custom.io",
+    version = "v1alpha1",
+    kind = "ArtifactPreload",
+    namespaced,
+    status = "ArtifactPreloadStatus",
+    shortname = "apl",
+    doc = "An artifact that is to be on nodes before a pod asks for it.",
+    derive = "PartialEq",
+    printcolumn(name = "DESIRED", type_ = "integer", json_path = ".status.desired"),
+    printcolumn(name = "READY", type_ = "integer", json_path = ".status.ready"),
+    printcolumn(name = "FAILED", type_ = "integer", json_path = ".status.failed"),
+    printcolumn(
+        name = "STATUS",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason"
+    ),
+    printcolumn(name = "DIGEST", type_ = "string", json_path = ".status.digest", priority = 1),
+    printcolumn(
+        name = "MESSAGE",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = 1
+    ),
+    printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactPreloadSpec {
+    /// `host[:port]/repository[:tag][@digest]`. A tag is resolved once for all nodes, and again only when the
+    /// reference is changed.
+    #[schemars(schema_with = "schema::reference")]
+    pub reference: String,
+    /// Secrets of this namespace, of type `kubernetes.io/dockerconfigjson` or `kubernetes.io/dockercfg`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::secrets")]
+    pub pull_secrets: Vec<String>,
+    /// `os/architecture[/variant]` that the artifact must be for; nodes of others are left out. Empty: nodes of any
+    /// platform.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::platforms")]
+    pub platforms: Vec<String>,
+    /// Which nodes; empty: all that have the driver.
+    #[serde(default)]
+    pub selector: NodeSelector,
+    /// How many nodes fetch at once: a number, or a percentage of the selected ones.
+    #[serde(default = "default_parallelism")]
+    #[schemars(schema_with = "schema::parallelism")]
+    pub parallelism: IntOrString,
+    /// Nodes begin over so long a time, each at a moment of its own, as `10m`. Empty: at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::spread")]
+    pub spread: Option<String>,
+    /// Whether it is kept on the nodes as long as this object is there.
+    #[serde(default = "yes")]
+    pub pin: bool,
+    /// How long one try of one node may take. What has been downloaded by then stays for the next try.
+    #[serde(default = "default_timeout_seconds")]
+    #[schemars(range(min = 1, max = 86400))]
+    pub timeout_seconds: i32,
+    /// How often a node tries again before it counts as failed. It goes on trying, at longer intervals.
+    #[serde(default = "default_backoff_limit")]
+    #[schemars(range(min = 0, max = 20))]
+    pub backoff_limit: i32,
+    /// After so long this object is deleted once all nodes are done, well or not. Empty: it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 31_536_000))]
+    pub ttl_seconds_after_finished: Option<i32>,
+    /// No further node begins while this is true; nodes that have begun go on.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// Which nodes. Both must fit; without either, all do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeSelector {
+    /// Names of nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::node_names")]
+    pub names: Vec<String>,
+    /// Labels that a node must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "schema::labels")]
+    pub match_labels: BTreeMap<String, String>,
+}
+
+/// How far it is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ArtifactPreloadStatus {
+    /// The generation that the rest is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub observed_generation: Option<i64>,
+    /// `spec.reference` as it was when it was resolved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub reference: Option<String>,
+    /// What that meant: a manifest or an index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub digest: Option<String>,
+    /// What the index has; empty where it is no index.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::platforms")]
+    pub platforms: Vec<String>,
+    /// `repository:tag@digest` that last was on all selected nodes. It stays until the next one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 700))]
+    pub ready_reference: Option<String>,
+    /// Nodes that are selected and have the driver.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub desired: i32,
+    /// Nodes that hold it.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub ready: i32,
+    /// Nodes that fetch it.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub active: i32,
+    /// Nodes that have tried often enough.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub failed: i32,
+    /// The first of those, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20))]
+    pub failed_nodes: Vec<FailedNode>,
+    /// When this generation was begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::time")]
+    pub start_time: Option<Time>,
+    /// When no node had anything more to do, well or not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::time")]
+    pub completion_time: Option<Time>,
+    /// `Resolved`, `Ready`, `Stalled`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::conditions")]
+    pub conditions: Vec<Condition>,
+}
+
+/// A node that has failed, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FailedNode {
+    /// Its name.
+    #[schemars(length(max = 253))]
+    pub node: String,
+    /// In one word.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// For people.
+    #[serde(default)]
+    #[schemars(length(max = 512))]
+    pub message: String,
+}
+
+fn default_parallelism() -> IntOrString {
+    IntOrString::Int(10)
+}
+
+fn default_timeout_seconds() -> i32 {
+    600
+}
+
+fn default_backoff_limit() -> i32 {
+    3
+}
+
+fn yes() -> bool {
+    true
+}
