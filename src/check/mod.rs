@@ -17,7 +17,9 @@ use serde::Serialize;
 pub use files::FileReport;
 
 use crate::oci::credentials::{Credential, Keyring};
-use crate::oci::manifest::{ImageManifest, Manifest, ManifestError, check_config_platform};
+use crate::oci::manifest::{
+    ImageManifest, Manifest, ManifestError, check_config_platform, config_platform,
+};
 use crate::oci::registry::{ManifestName, Registry, RegistryError};
 use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use crate::oci::{Digest, Platform, Reference};
@@ -160,8 +162,10 @@ impl Checker {
         let mut refused = None;
         for credential in credentials {
             match self.check_with(check, &credential).await {
+                // Registries that hide what they have answer 404.
                 Err(CheckError::Pull(PullError::Registry(error)))
-                    if error.is_refused_credential() =>
+                    if error.is_refused_credential()
+                        || matches!(error, RegistryError::NotFound { .. }) =>
                 {
                     refused.get_or_insert(error);
                 }
@@ -209,8 +213,8 @@ impl Checker {
                     let bytes = self.blob(repository, config, credential).await?;
                     for wanted in &check.platforms {
                         check_config_platform(&bytes, wanted)?;
-                        platform = Some(wanted.clone());
                     }
+                    platform = config_platform(&bytes);
                 }
                 return Ok(vec![Chosen { platform, digest, image }]);
             }

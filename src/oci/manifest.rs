@@ -291,16 +291,19 @@ impl ImageIndex {
 ///
 /// [`ManifestError::OtherPlatform`].
 pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), ManifestError> {
-    let Ok(raw) = serde_json::from_slice::<RawPlatform>(config) else { return Ok(()) };
-    if raw.os.is_empty() || raw.architecture.is_empty() {
-        return Ok(());
-    }
-    let found = platform(raw);
+    let Some(found) = config_platform(config) else { return Ok(()) };
     if wanted.accepts(&found) {
         return Ok(());
     }
     let (wanted, found) = (wanted.to_string(), found.to_string());
     Err(ManifestError::OtherPlatform { wanted, found })
+}
+
+/// What an image's configuration says that it is for; none where it does not say.
+#[must_use]
+pub fn config_platform(config: &[u8]) -> Option<Platform> {
+    let raw: RawPlatform = serde_json::from_slice(config).ok()?;
+    (!raw.os.is_empty() && !raw.architecture.is_empty()).then(|| platform(raw))
 }
 
 fn platform(raw: RawPlatform) -> Platform {

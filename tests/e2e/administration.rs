@@ -12,8 +12,8 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Tar, gzip, noise, registry, run, tool,
-    unique, wait_until,
+    Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Proxy, Tar, gzip, noise, private_registry,
+    registry, run, tool, unique, wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -176,6 +176,65 @@ fn a_layout_is_imported_without_a_registry() {
         volume.secret(".dockerconfigjson", &config.to_string())
     });
     assert_eq!(node.proxy.requests().len(), 0);
+}
+
+#[test]
+fn imported_content_is_open_to_whom_the_policy_says() {
+    let name = "registry.invalid/team/app:v1";
+    for (policy, listed, opens) in [
+        ("NeverVerify", "", true),
+        ("NeverVerifyPreloadedImages", "", true),
+        ("NeverVerifyAllowlistedImages", "registry.invalid/team/*", true),
+        ("NeverVerifyAllowlistedImages", "registry.invalid/other/*", false),
+        ("AlwaysVerify", "", false),
+    ] {
+        let list = if listed.is_empty() { String::new() } else { format!("\"{listed}\"") };
+        let configuration = format!(
+            "{ROOMY}registries:\n  credentialsVerification: {policy}\n  \
+             preloadedImagesVerificationAllowlist: [{list}]\n"
+        );
+        let (node, admin) = Admin::start(&configuration);
+        let folder = layout(&node, &image(&node));
+        admin.told(&["import", folder.to_str().expect("a path"), "--as", name]);
+        let volume = node.kubelet.new_volume(name).attribute("pullPolicy", "Never");
+        if opens {
+            node.kubelet.publish_well(&volume);
+        } else {
+            node.kubelet.publish_badly(&volume, Code::PermissionDenied);
+        }
+    }
+}
+
+#[test]
+fn what_was_warmed_is_open_to_the_credentials_that_warmed_it() {
+    let (node, admin) = Admin::start(ROOMY);
+    let private = private_registry("someone", "the-password");
+    let repository = unique("private");
+    Manifest::artifact([Layer::titled("file", "x")]).push(
+        &private.as_user("someone", "the-password"),
+        &repository,
+        "v1",
+    );
+    let proxy = Proxy::new(&private);
+    let reference = proxy.reference(&format!("{repository}:v1"));
+    let config = node.sandbox.path().join("config.json");
+    let auths =
+        json!({"auths": {proxy.host(): {"username": "someone", "password": "the-password"}}});
+    fs::write(&config, auths.to_string()).expect("written");
+    let refused = admin.ask(&["warm", &reference]);
+    assert_eq!(refused.status.code(), Some(1), "nobody warms what he may not see");
+    admin.told(&["warm", &reference, "--docker-config", config.to_str().expect("a path")]);
+    proxy.go_down();
+    let with = |password: &str| {
+        let volume = node.kubelet.new_volume(&reference);
+        volume.secret("username", "someone").secret("password", password)
+    };
+    node.kubelet.publish_well(&with("the-password"));
+    for stranger in [with("another"), node.kubelet.new_volume(&reference)] {
+        node.kubelet.publish_badly(&stranger, Code::Unavailable);
+        let never = stranger.attribute("pullPolicy", "Never");
+        node.kubelet.publish_badly(&never, Code::PermissionDenied);
+    }
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use std::process::{Command, Output};
 
 use crate::support::{
-    Cosign, Format, Image, Layer, Manifest, OCI_MANIFEST, Tar, clean_environment,
-    node_architecture, private_registry, push_index, registry, small_artifact, unique,
+    Answer, Cosign, FakeRegistry, Format, Image, Layer, Manifest, OCI_MANIFEST, Tar,
+    clean_environment, node_architecture, private_registry, push_index, registry, small_artifact,
+    unique,
 };
 
 fn check(arguments: &[&str]) -> Output {
@@ -83,6 +84,10 @@ fn platforms_are_told_and_demanded() {
     assert_eq!(passes(&[&reference])["manifests"][0]["platform"], platform);
     passes(&[&reference, "--platform", &platform]);
     fails(&[&reference, "--platform", "linux/s390x"], "linux/s390x");
+    // A manifest by itself says it in its configuration.
+    let own = format!("{}/{repository}:own", registry().host());
+    assert_eq!(passes(&[&own])["manifests"][0]["platform"], platform);
+    fails(&[&own, "--platform", "linux/s390x"], "linux/s390x");
 }
 
 #[test]
@@ -118,4 +123,33 @@ fn credentials_are_those_of_a_docker_configuration() {
     let auths = serde_json::json!({"auths": {private.host(): {"username": "someone", "password": "planted-password"}}});
     std::fs::write(&path, auths.to_string()).expect("written");
     passes(&[&reference, "--docker-config", path.to_str().expect("a path")]);
+}
+
+#[test]
+fn a_credential_that_sees_nothing_is_not_the_last_one() {
+    let hiding = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "x")]).push(&hiding, "hostile", "v1");
+    // What is hidden from somebody is not there.
+    hiding.script(|request| match request.header("authorization") {
+        None => Some(Answer::status(401).with_header("www-authenticate", "Basic realm=\"hiding\"")),
+        Some(shown) if shown.contains("c29tZW9uZTpyaWdodA==") => None,
+        Some(_) => Some(Answer::error(404, "NAME_UNKNOWN")),
+    });
+    let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
+    let path = folder.path().join("config.json");
+    let config = |right: bool| {
+        let mut auths = serde_json::Map::new();
+        let pair =
+            |password: &str| serde_json::json!({"username": "someone", "password": password});
+        auths.insert(format!("{}/hostile", hiding.host()), pair("wrong"));
+        if right {
+            auths.insert(hiding.host(), pair("right"));
+        }
+        std::fs::write(&path, serde_json::json!({"auths": auths}).to_string()).expect("written");
+    };
+    let file = path.to_str().expect("a path");
+    config(false);
+    fails(&[&hiding.reference("v1"), "--docker-config", file], "no manifest");
+    config(true);
+    passes(&[&hiding.reference("v1"), "--docker-config", file]);
 }

@@ -210,6 +210,68 @@ shares! {
     a_full_disk_at_any_point_spoils_nothing_4: 3, "error:28";
 }
 
+impl Mortal {
+    /// A driver that waits at a point, and the file that lets it go on.
+    #[track_caller]
+    fn paused_at(&self, point: &str) -> (Driver, PathBuf) {
+        let go = self.options.state.with_file_name("go");
+        let driver = self.spawn(Some(&format!("{point}:pause:{}", go.display())));
+        (driver.expect("a driver"), go)
+    }
+}
+
+/// Waits until the driver is at its point.
+#[track_caller]
+fn wait_for_the_point(driver: &Driver, point: &str) {
+    let told = format!("\"point\":\"{point}\"");
+    crate::support::wait_until("the driver comes by the point", || driver.log().contains(&told));
+}
+
+#[test]
+fn what_is_about_to_be_shown_is_not_evicted() {
+    for point in ["publish.acquired", "publish.recorded", "publish.folder"] {
+        let mortal = Mortal::new();
+        let artifact = &mortal.artifacts[1];
+        let (driver, go) = mortal.paused_at(point);
+        let volume = mortal.kubelet.new_volume(&artifact.reference);
+        std::thread::scope(|scope| {
+            let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+            wait_for_the_point(&driver, point);
+            mortal.admin.told(&["gc", "--target", "0"]);
+            fs::write(&go, "").expect("written");
+            publish.join().expect("published");
+        });
+        artifact.check(volume.target());
+        mortal.kubelet.unpublish(&volume);
+        mortal.check(&driver, &[]);
+    }
+}
+
+#[test]
+fn who_asks_for_what_is_being_evicted_gets_all_of_it() {
+    for point in ["gc.planned", "gc.condemned", "gc.renamed", "gc.removed"] {
+        let mortal = Mortal::new();
+        let artifact = &mortal.artifacts[1];
+        let (driver, go) = mortal.paused_at(point);
+        let first = mortal.kubelet.new_volume(&artifact.reference);
+        mortal.kubelet.publish_well(&first);
+        mortal.kubelet.unpublish(&first);
+        let volume = mortal.kubelet.new_volume(&artifact.reference);
+        std::thread::scope(|scope| {
+            let collect = scope.spawn(|| mortal.admin.told(&["gc", "--target", "0"]));
+            wait_for_the_point(&driver, point);
+            let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+            // Whether the publish waits by now or comes too late to have to: it gets all of it.
+            fs::write(&go, "").expect("written");
+            collect.join().expect("collected");
+            publish.join().expect("published");
+        });
+        artifact.check(volume.target());
+        mortal.kubelet.unpublish(&volume);
+        mortal.check(&driver, &[]);
+    }
+}
+
 /// `make crash ROUNDS=200` for the long run.
 #[test]
 fn kills_at_random_moments_under_load_spoil_nothing() {

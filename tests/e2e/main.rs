@@ -44,6 +44,7 @@ mod pull_policy;
 mod recovery;
 mod registration;
 mod room;
+mod sanity;
 mod secrets;
 mod signatures;
 mod stress;

@@ -6,9 +6,9 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Contents as _, Cosign, Format, Image, Layer, Manifest, Node, OCI_MANIFEST, Tar,
-    configuration_head, digest, free_address, node_architecture, push_index, registry, run,
-    small_artifact, tool, unique,
+    Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node, OCI_INDEX,
+    OCI_MANIFEST, Tar, configuration_head, digest, free_address, node_architecture, push_index,
+    registry, run, small_artifact, tool, unique,
 };
 
 /// A node that demands this key's signature.
@@ -128,6 +128,70 @@ fn an_index_or_its_manifest_may_be_signed() {
     }
 }
 
+/// What curl gets of the shared registry.
+fn fetched(repository: &str, path: &str) -> String {
+    let url = format!("http://{}/v2/{repository}/{path}", registry().host());
+    let accept = format!("accept: {OCI_MANIFEST}, {OCI_INDEX}");
+    run(tool("curl").args(["-sf", "-H", &accept, &url]))
+}
+
+/// Copies a manifest and its blobs, under this tag too.
+fn copied(repository: &str, name: &str, tag: &str, to: &FakeRegistry) {
+    let manifest = fetched(repository, &format!("manifests/{name}"));
+    let parsed: serde_json::Value = serde_json::from_str(&manifest).expect("a manifest");
+    let layers = parsed["layers"].as_array().expect("layers");
+    for blob in layers.iter().chain([&parsed["config"]]) {
+        let digest = blob["digest"].as_str().expect("a digest");
+        to.put_blob(fetched(repository, &format!("blobs/{digest}")));
+    }
+    to.put_manifest(tag, OCI_MANIFEST, manifest);
+}
+
+#[test]
+fn a_bundle_is_found_by_its_referrers_also_behind_a_mirror_that_knows_none() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    for (mirrored, forgets_kinds) in [(false, false), (false, true), (true, false)] {
+        let artifact = small_artifact();
+        signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
+        // The shared registry knows no referrers, so cosign has put them under a tag.
+        let tag = artifact.digest.replace(':', "-");
+        let referrers = fetched(&artifact.repository, &format!("manifests/{tag}"));
+        let mut referrers: serde_json::Value = serde_json::from_str(&referrers).expect("an index");
+        let (hub, mirror) = (FakeRegistry::new(), FakeRegistry::new());
+        copied(&artifact.repository, "v1", "v1", &hub);
+        copied(&artifact.repository, "v1", "v1", &mirror);
+        for entry in referrers["manifests"].as_array_mut().expect("entries") {
+            let digest = entry["digest"].as_str().expect("a digest").to_owned();
+            copied(&artifact.repository, &digest, &digest, &hub);
+            if forgets_kinds {
+                entry["artifactType"] = json!("application/vnd.oci.empty.v1+json");
+            }
+        }
+        let path = format!("/v2/hostile/referrers/{}", artifact.digest);
+        let index = referrers.to_string();
+        hub.script(move |request| {
+            let index = Answer::bytes(index.clone()).with_header("content-type", OCI_INDEX);
+            (request.path == path).then_some(index)
+        });
+        let node = Node::start_with_hosts(&policy_with(("release", &signer), ""));
+        if mirrored {
+            let text = format!(
+                "[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n",
+                mirror.host()
+            );
+            node.hosts_toml(&hub.host(), &text);
+        }
+        let (volume, _) = node.mount(&hub.reference("v1"));
+        assert_eq!(volume.text("file.txt"), artifact.content);
+        let asked: Vec<_> = hub.requests().into_iter().map(|request| request.path).collect();
+        assert!(!asked.iter().any(|path| path.ends_with(&tag)), "there was no need for a tag");
+        let files = asked.iter().filter(|path| path.contains("/manifests/v1")).count();
+        assert_eq!(files == 0, mirrored, "the mirror has the artifact: {asked:?}");
+        node.kubelet.unpublish(&volume);
+    }
+}
+
 #[test]
 fn a_verdict_is_kept_with_the_content_and_belongs_to_its_policy() {
     let folder = folder();
@@ -234,7 +298,7 @@ fn a_registry_with_endless_signatures_is_not_listened_to_for_ever() {
     let folder = folder();
     let signer = Cosign::new(folder.path(), "release");
     let node = node_with(("release", &signer), ", format: Legacy");
-    let hostile = crate::support::FakeRegistry::new();
+    let hostile = FakeRegistry::new();
     let manifest = Manifest::artifact([Layer::titled("file", "x")]);
     let artifact = manifest.push(&hostile, "hostile", "v1");
     let payload = hostile.put_blob(&b"{}"[..]);

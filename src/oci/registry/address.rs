@@ -11,7 +11,7 @@
 //! loopback (`localhost:5000`) is a rule of its own, see [`Loopback`].
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -86,12 +86,12 @@ impl AddressRules {
     }
 
     fn is_allowed(&self, address: IpAddr) -> bool {
-        let address = address.to_canonical();
+        let address = meant(address);
         self.allowed.iter().any(|network| network.contains(&address))
     }
 
     fn check(&self, address: IpAddr, own: &[IpAddr]) -> Result<(), AddressRefused> {
-        let address = address.to_canonical();
+        let address = meant(address);
         match class(address, own) {
             Some(what) if !self.is_allowed(address) => Err(AddressRefused { address, what }),
             _ => Ok(()),
@@ -103,6 +103,25 @@ impl AddressRules {
 pub(super) fn literal(url: &Url) -> Option<IpAddr> {
     let host = url.host_str()?;
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
+}
+
+/// The address that is reached in the end: IPv6 has forms that carry one of IPv4, and a gateway of the
+/// network (NAT64, 6to4) sends there what is sent to them.
+fn meant(address: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = address else { return address };
+    let of = |high: u16, low: u16| {
+        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    };
+    match v6.segments() {
+        // ::1 and :: are addresses of IPv6 itself.
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => address,
+        [0, 0, 0, 0, 0, 0 | 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
+            of(high, low)
+        }
+        [0x2002, high, low, ..] => of(high, low),
+        _ => address,
+    }
 }
 
 /// What makes an address one that strangers may not aim at.
@@ -179,12 +198,24 @@ mod tests {
             "[::ffff:10.1.2.3]",
             "[fd00:ec2::254]",
             "100.100.100.200",
+            "[64:ff9b::169.254.169.254]",
+            "[::127.0.0.1]",
+            "[2002:a9fe:a9fe::1]",
+            "[2002:7f00:1::]",
             "224.0.0.1",
             "255.255.255.255",
         ] {
             assert!(refused(&rules(&[]), host), "{host}");
         }
-        for host in ["10.1.2.4", "192.168.0.1", "8.8.8.8", "[2001:db8::1]", "r.io", "localhost"] {
+        for host in [
+            "10.1.2.4",
+            "192.168.0.1",
+            "8.8.8.8",
+            "[2001:db8::1]",
+            "[64:ff9b::8.8.8.8]",
+            "r.io",
+            "localhost",
+        ] {
             assert!(!refused(&rules(&[]), host), "{host}");
         }
     }

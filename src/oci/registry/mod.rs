@@ -376,18 +376,19 @@ impl Registry {
             let endpoint = turns.current();
             let tried = async {
                 let answer = self.ask(question, endpoint).await?;
-                match answer.refusal_or_success(question, endpoint) {
-                    None => {}
-                    Some(RegistryError::NotFound { .. } | RegistryError::Protocol { .. }) => {
-                        return Ok(None);
-                    }
-                    Some(refusal) => return Err(refusal),
+                if let Some(refusal) = answer.refusal_or_success(question, endpoint) {
+                    return Err(refusal);
                 }
                 let what = &question.what;
                 answer.body(what, self.options.manifest_bytes_limit).await.map(Some)
             };
-            if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
-                return done;
+            // A mirror that does not know referrers says nothing of the registry, which is asked next.
+            match turns.judge(self.in_time(question, endpoint, tried).await) {
+                Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
+                    return Ok(None);
+                }
+                Some(done) => return done,
+                None => {}
             }
         }
     }

@@ -31,7 +31,7 @@ pub use cosign::{Cosign, Format, KINDS as COSIGN_KEY_KINDS};
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
 pub use fake_registry::{Answer, AnswerBody, FakeRegistry, Request};
 pub use forward_proxy::ForwardProxy;
-pub use kubelet::{Kubelet, Pod, Volume};
+pub use kubelet::{Kubelet, Pod, Volume, capability};
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
 pub use proxy::{Passed, Proxy};
