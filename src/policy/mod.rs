@@ -16,6 +16,7 @@ use globset::{GlobBuilder, GlobMatcher};
 pub use source::PolicySource;
 
 use crate::oci::Reference;
+use crate::oci::registry::other_spellings;
 use crate::oci::signature::{NamedKey, SignatureDemand, SignatureFormat, SignatureMode};
 
 /// The node's rules. The default lets everything pass.
@@ -117,7 +118,12 @@ impl Pattern {
     /// What is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
         let shown: String = text.chars().filter(|c| !c.is_control()).take(80).collect();
-        let glob = GlobBuilder::new(text).literal_separator(true).backslash_escape(false).build();
+        // Hosts are the same in upper case; all else that is matched has none.
+        let glob = GlobBuilder::new(text)
+            .literal_separator(true)
+            .backslash_escape(false)
+            .case_insensitive(true)
+            .build();
         match glob {
             Ok(glob) if !text.is_empty() => Ok(Self(glob.compile_matcher())),
             Ok(_) => Err("a pattern is empty".to_owned()),
@@ -167,7 +173,10 @@ impl Policy {
 
 impl Rule {
     fn matches(&self, facts: Facts<'_>) -> bool {
-        let repository = facts.reference.repository().to_string();
+        let repository = facts.reference.repository();
+        // Whoever writes a host in another way reaches the same registry, and must meet the same rule.
+        let spellings = other_spellings(repository.host()).into_iter();
+        let mut names = spellings.map(|host| format!("{host}/{}", repository.path()));
         let any = |patterns: &[Pattern], text: &str| {
             patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(text))
         };
@@ -176,7 +185,8 @@ impl Rule {
             Some(namespace) => any(&self.namespaces, namespace),
             None => self.namespaces.is_empty(),
         };
-        from && any(&self.references, &repository)
+        let reference = |name: &str| any(&self.references, name);
+        from && (reference(&repository.to_string()) || names.any(|name| reference(&name)))
     }
 }
 

@@ -55,6 +55,30 @@ fn the_first_rule_that_matches_counts() {
 }
 
 #[test]
+fn another_spelling_of_a_registry_meets_the_same_rule() {
+    for (pattern, references) in [
+        (
+            "r.io/team/**",
+            &["r.io/team/a", "R.Io/team/a", "r.io:443/team/a", "r.io:0443/team/a"][..],
+        ),
+        ("R.io:443/team/**", &["r.io/team/a", "r.io:443/team/a"]),
+        ("r.io:5000/**", &["r.io:5000/a", "R.IO:05000/a"]),
+        ("docker.io/library/**", &["busybox", "registry-1.docker.io/library/a"]),
+    ] {
+        let rules = vec![rule(&[pattern], &[], Action::Deny)];
+        let policy = Policy { rules, ..Policy::default() };
+        for reference in references {
+            let refused = decide(&policy, reference, None).map(drop);
+            let denied = Refusal::Denied { rule: Some(1), namespace: None };
+            assert_eq!(refused, Err(denied), "{reference} and {pattern}");
+        }
+        for other in ["r.io:5001/team/a", "r.io.evil/team/a", "localhost:443/team/a"] {
+            assert!(decide(&policy, other, None).is_ok(), "{other} and {pattern}");
+        }
+    }
+}
+
+#[test]
 fn a_demand_of_the_volume_adds_and_never_removes() {
     let facts =
         |reference, require_signature| Facts { reference, namespace: None, require_signature };

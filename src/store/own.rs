@@ -14,7 +14,13 @@ use crate::mount::{MountEntry, MountTable};
 /// Looks at the folders of a state directory.
 pub(super) fn check(root: &Path, folders: &[&str]) -> Result<(), StoreError> {
     let own = nix::unistd::geteuid().as_raw();
-    let home = look(root)?;
+    // The state directory itself may be reached through a link; whoever owns it can put anything
+    // in the place of what is below.
+    let home = root.metadata().map_err(|error| StoreError::io("look at", root, error))?;
+    if home.uid() != own {
+        let what = "belongs to another user";
+        return Err(StoreError::Foreign { path: root.to_owned(), what });
+    }
     for folder in folders {
         let path = root.join(folder);
         let metadata = look(&path)?;

@@ -5,8 +5,8 @@ use std::fs;
 use tonic::Code;
 
 use crate::support::{
-    Answer, FakeRegistry, Layer, Manifest, Nginx, Node, Registry, RegistryKind, digest, registry,
-    small_artifact, unique,
+    Answer, FakeRegistry, ForwardProxy, Layer, Manifest, Nginx, Node, Registry, RegistryKind,
+    digest, registry, small_artifact, unique,
 };
 
 /// A mirror, and a registry behind it that nobody can reach.
@@ -213,4 +213,40 @@ fn a_mirrors_wrong_bytes_are_never_shown() {
     let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
     assert_eq!(volume.text("file"), "the right content");
     node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_mirror_that_never_connects_is_given_up_after_its_dial_timeout() {
+    let node = Node::start_with_hosts("");
+    // Takes connections and never says a word: a handshake without an end.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = silent.local_addr().expect("an address");
+    let artifact = small_artifact();
+    let mirror = host(&format!("https://{address}"), ALL);
+    node.hosts_toml(&node.proxy.host(), &format!("{mirror}dial_timeout = \"200ms\"\n"));
+    let started = std::time::Instant::now();
+    let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
+    // Each request tries the mirror first; without the key one alone would take ten seconds.
+    let taken = started.elapsed();
+    assert!(taken < std::time::Duration::from_secs(9), "it took {taken:?}");
+    assert_eq!(volume.text("file.txt"), artifact.content);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_hosts_own_proxy_is_used_for_it_alone() {
+    let node = Node::start_with_hosts("");
+    let proxy = ForwardProxy::start([("behind.example:80", registry().address())]);
+    let text = format!("server = \"http://behind.example\"\nproxy = \"{}\"\n", proxy.url());
+    node.hosts_toml("behind.example", &text);
+    let artifact = small_artifact();
+    // Nobody but the proxy knows this name.
+    let (volume, _) = node.mount(&format!("behind.example/{}", artifact.name));
+    assert_eq!(volume.text("file.txt"), artifact.content);
+    node.kubelet.unpublish(&volume);
+    let asked = proxy.asked();
+    assert!(asked.iter().all(|asked| asked.ends_with(" behind.example:80")), "{asked:?}");
+    let (volume, _) = node.mount(&node.proxy.reference(&small_artifact().name));
+    node.kubelet.unpublish(&volume);
+    assert_eq!(proxy.asked(), asked);
 }

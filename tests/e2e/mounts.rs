@@ -127,6 +127,16 @@ fn the_state_may_be_reached_through_a_symbolic_link() {
 }
 
 #[test]
+fn the_state_may_be_reached_through_a_link_to_another_filesystem() {
+    works_with_state_at(|node| {
+        let link = node.sandbox.path().join("link-to-state");
+        let disk = node.sandbox.filesystem("ext4", "disk", "rw");
+        std::os::unix::fs::symlink(disk, &link).expect("a link");
+        link
+    });
+}
+
+#[test]
 fn the_kubelets_folder_may_be_another_filesystem_that_is_shared() {
     let mut node = Node::start();
     let kubelet = node.driver.options.kubelet.clone();

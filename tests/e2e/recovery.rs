@@ -161,6 +161,13 @@ fn a_folder_of_another_user_or_filesystem_is_named_and_left_alone() {
     assert!(told.contains("blobs") && told.contains("another user"), "{told}");
     options = driver.kill();
     std::os::unix::fs::chown(&blobs, Some(0), None).expect("the owner again");
+    // Whoever owns what is above can put anything in its place.
+    std::os::unix::fs::chown(&options.state, Some(1234), None).expect("another owner");
+    let driver = options.start();
+    let told = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
+    assert!(told.contains("another user"), "{told}");
+    options = driver.kill();
+    std::os::unix::fs::chown(&options.state, Some(0), None).expect("the owner again");
     let no_options = None::<&str>;
     nix::mount::mount(Some("other"), &blobs, Some("tmpfs"), MsFlags::empty(), no_options)
         .expect("a filesystem beneath");

@@ -91,6 +91,22 @@ impl Endpoint {
     }
 }
 
+/// Other spellings of a registry's `host[:port]` that lead to the same place: upper case, a port that is the default
+/// one, numbers in other forms, Docker Hub's own host.
+#[must_use]
+pub fn other_spellings(host: &str) -> Vec<String> {
+    let Ok(root) = registry_root(host) else { return Vec::new() };
+    // The address has no port that its scheme has anyway.
+    let plain = root.host_str().unwrap_or_default();
+    let plain = if plain == DOCKER_HUB_HOST { DOCKER_HUB } else { plain };
+    let spellings = match root.port() {
+        Some(port) => vec![format!("{plain}:{port}")],
+        None if root.scheme() == "http" => vec![plain.to_owned(), format!("{plain}:80")],
+        None => vec![plain.to_owned(), format!("{plain}:443")],
+    };
+    spellings.into_iter().filter(|spelling| spelling != host).collect()
+}
+
 /// Where a registry answers that nothing is configured for.
 pub(super) fn registry_root(host: &str) -> Result<Url, RegistryError> {
     let host = match host {
@@ -127,6 +143,23 @@ mod tests {
     #[test]
     fn docker_hub_answers_elsewhere() {
         assert_eq!(address("busybox"), "https://registry-1.docker.io/v2/");
+    }
+
+    #[test]
+    fn spellings_of_one_host_are_known() {
+        for (host, others) in [
+            ("r.io", &["r.io:443"][..]),
+            ("R.io:0443", &["r.io", "r.io:443"]),
+            ("r.io:5000", &[]),
+            ("R.IO:05000", &["r.io:5000"]),
+            ("docker.io", &["docker.io:443"]),
+            ("registry-1.docker.io", &["docker.io", "docker.io:443"]),
+            ("localhost", &["localhost:80"]),
+            ("0x7f.1:5000", &["127.0.0.1:5000"]),
+            ("no host", &[]),
+        ] {
+            assert_eq!(other_spellings(host), others, "{host}");
+        }
     }
 
     #[test]

@@ -60,6 +60,7 @@ use rustls::pki_types::CertificateDer;
 
 pub use address::{AddressRules, Loopback};
 pub use blob::BlobBody;
+pub use endpoint::other_spellings;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
 pub use question::ManifestName;
