@@ -19,6 +19,25 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.dockerConfigSecret (dig "registries" "dockerConfig" "" .Values.config) }}
 {{- fail "dockerConfigSecret and config.registries.dockerConfig are two sources of the same file: set one" }}
 {{- end }}
+{{- $kubelet := .Values.kubeletDir | trimSuffix "/" }}
+{{- range $own := list "pods" "plugins" "plugins_registry" }}
+{{- $own = printf "%s/%s" $kubelet $own }}
+{{- if hasPrefix (printf "%s/" $own) (printf "%s/" $.Values.stateDir) }}
+{{- fail (printf "stateDir %s lies in %s, which is the kubelet's own: choose a folder elsewhere" $.Values.stateDir $own) }}
+{{- end }}
+{{- end }}
+{{- range $key, $_ := (include "csi-driver-oci.selectorLabels" . | fromYaml) }}
+{{- if hasKey $.Values.podLabels $key }}
+{{- fail (printf "podLabels has %s, by which the DaemonSet knows its pods: use nameOverride, or another label" $key) }}
+{{- end }}
+{{- end }}
+{{- $audiences := list }}
+{{- range .Values.csiDriver.tokenRequests }}
+{{- if has .audience $audiences }}
+{{- fail (printf "csiDriver.tokenRequests has the audience %q twice" .audience) }}
+{{- end }}
+{{- $audiences = append $audiences .audience }}
+{{- end }}
 {{- if hasKey .Values.configFiles "config.yaml" }}
 {{- fail "configFiles has a config.yaml: write it as config" }}
 {{- end }}
