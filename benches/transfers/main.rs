@@ -9,9 +9,10 @@
 //! nginx       a server that limits each connection, as real registries do
 //! ```
 //!
-//! Contenders take turns within a round, so that a busy moment of the machine hits
-//! them alike; medians are over the rounds. `BENCH_ROUNDS` (5), `BENCH_CASES` (all; a list like
-//! `file,gzip`) and `BENCH_SCALE` (100: per cent of the sizes) make a quick run.
+//! Contenders take turns within a round, another one first in each, so that a busy moment of
+//! the machine hits them alike; medians are over the rounds. `BENCH_ROUNDS` (5), `BENCH_CASES` (all; a list like
+//! `file,gzip`), `BENCH_WHO` (all; parts of their names, like `publish,oras`) and `BENCH_SCALE` (100:
+//! per cent of the sizes) make a quick run.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -60,13 +61,20 @@ fn run(case: Case, rounds: usize, scale: usize) {
     let artifact = Artifact::push(case, scale);
     let limited = (case == Case::Limited).then(|| Nginx::limiting(support::registry()));
     let host = limited.as_ref().map_or_else(|| support::registry().host(), Nginx::host);
-    let contenders = contenders(case);
+    let wanted = std::env::var("BENCH_WHO").unwrap_or_default();
+    let is_wanted = |contender: &Contender| {
+        wanted.is_empty() || wanted.split(',').any(|name| contender.label().contains(name))
+    };
+    let contenders: Vec<_> = contenders(case).into_iter().filter(is_wanted).collect();
     println!("## {}: {}\n", case.name(), artifact.description);
     let mut results: Vec<Vec<Measured>> = contenders.iter().map(|_| Vec::new()).collect();
-    for _ in 0..rounds {
-        for (contender, results) in contenders.iter().zip(&mut results) {
+    for round in 0..rounds {
+        for turn in 0..contenders.len() {
+            // Who comes first finds memory that the machine may have to get back from its host.
+            let number = (round + turn) % contenders.len();
             let scratch = Scratch::new(case == Case::Confined);
-            results.push(contender.run(&artifact, &host, &scratch, case == Case::Confined));
+            let confined = case == Case::Confined;
+            results[number].push(contenders[number].run(&artifact, &host, &scratch, confined));
         }
     }
     print(&contenders, &results);

@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead, Read};
 
-use csi_driver_oci::oci::Digest;
+use csi_driver_oci::unpack::Checksum;
 use csi_driver_oci::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
 use csi_driver_oci::unpack::layer_rule::ArchiveRule;
 use csi_driver_oci::unpack::merge::Merger;
@@ -21,7 +21,7 @@ impl Sink for Entries {
     fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
         let read = io::copy(content, &mut io::sink())?;
         assert_eq!(read, header.size, "a short content must be an error");
-        Ok(StoredFile { data: 0, sha256: Digest::of(b"") })
+        Ok(StoredFile { data: 0, checksum: Checksum::of(b"") })
     }
 
     fn entry(&mut self, entry: Entry) -> io::Result<()> {

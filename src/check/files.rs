@@ -18,7 +18,9 @@ use crate::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
 use crate::unpack::layer_rule::{ArchiveRule, LayerRule, classify};
 use crate::unpack::merge::Merger;
 use crate::unpack::plan::{PlannedKind, Source};
-use crate::unpack::{Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError};
+use crate::unpack::{
+    Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError,
+};
 
 /// Pieces of a blob between the network and the archive's reader.
 const QUEUE: usize = 16;
@@ -45,7 +47,7 @@ impl Sink for Names {
     fn file(&mut self, header: &FileHeader, _content: &mut dyn BufRead) -> io::Result<StoredFile> {
         let data = u32::try_from(self.modes.len()).map_err(io::Error::other)?;
         self.modes.push(header.metadata.permissions.mode);
-        Ok(StoredFile { data, sha256: Digest::of(b"") })
+        Ok(StoredFile { data, checksum: Checksum::of(b"") })
     }
 
     fn entry(&mut self, entry: Entry) -> io::Result<()> {

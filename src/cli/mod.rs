@@ -29,6 +29,9 @@ use crate::mount::syscalls;
 /// Threads of a pull come and go; with a pool for each of them, a third of the memory was what
 /// one had freed and no other could use.
 const MEMORY_POOLS: i32 = 2;
+/// Bytes of a block that is not kept for others: the windows of decompressors, and no buffer
+/// that is wanted again and again.
+const LARGE_BLOCK: i32 = 1 << 20;
 
 /// Serves OCI artifacts as read-only Kubernetes pod volumes.
 #[derive(Debug, Parser)]
@@ -137,7 +140,7 @@ fn print(line: &str) {
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // TLS needs a provider before the first connection; a second call of this would only repeat it.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    syscalls::share_memory_pools(MEMORY_POOLS);
+    syscalls::share_memory_pools(MEMORY_POOLS, LARGE_BLOCK);
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -137,14 +137,30 @@ pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `mallopt(M_ARENA_MAX)`: all threads share so many pools of memory. The C library gives
-/// each thread its own else, and what one has freed no other uses.
+/// `mallopt`: all threads share so many pools of memory, and whatever has at least `large` bytes
+/// goes back to the system when it is freed. The C library gives each thread a pool of its own
+/// else, where what one has freed no other uses, and keeps larger and larger blocks.
 #[cfg(target_env = "gnu")]
-pub fn share_memory_pools(pools: i32) {
+pub fn share_memory_pools(pools: i32, large: i32) {
     // SAFETY: mallopt takes two numbers; it is called before there are other threads.
-    let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, pools) };
+    unsafe {
+        let _ = libc::mallopt(libc::M_ARENA_MAX, pools);
+        let _ = libc::mallopt(libc::M_MMAP_THRESHOLD, large);
+    }
 }
 
 /// Other C libraries share one pool anyway.
 #[cfg(not(target_env = "gnu"))]
-pub fn share_memory_pools(_: i32) {}
+pub fn share_memory_pools(_: i32, _: i32) {}
+
+/// `malloc_trim`: memory that was freed goes back to the system, rather than stay for whoever
+/// wants as much again.
+#[cfg(target_env = "gnu")]
+pub fn give_memory_back() {
+    // SAFETY: malloc_trim takes a number, and may be called by any thread.
+    let _ = unsafe { libc::malloc_trim(0) };
+}
+
+/// Other C libraries do so by themselves.
+#[cfg(not(target_env = "gnu"))]
+pub fn give_memory_back() {}

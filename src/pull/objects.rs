@@ -19,6 +19,7 @@ use crate::oci::{Digest, Repository};
 use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::growth::Follower;
 use crate::store::layers::Layer;
+use crate::store::partial::Purpose;
 use crate::store::{FileKey, LayerKey, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
 use crate::unpack::{Permissions, PermissionsRule};
@@ -148,7 +149,7 @@ impl Inner {
             return Ok(file);
         }
         let Download { partial, guard, repository, asked } =
-            self.download(descriptor, sponsors, progress, &|_| (), guard).await?;
+            self.download((descriptor, Purpose::Keep), sponsors, progress, &|_| (), guard).await?;
         let inner = Arc::clone(&self);
         blocking(move || {
             verified(partial.path())?;
@@ -228,19 +229,21 @@ impl Inner {
             return Err(PullError::Shared(refusal));
         }
         let follow = |follower| job.follow(follower);
-        let Download { partial, guard, repository, asked } =
-            self.download(descriptor, sponsors, progress, &follow, guard).await?;
+        let Download { partial, guard, repository, asked } = self
+            .download((descriptor, Purpose::Unpack), sponsors, progress, &follow, guard)
+            .await?;
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
         let digest = descriptor.digest;
         blocking(move || {
             verified(partial.path())?;
+            // Before the sync, which would only write it; and an archive that was refused would be
+            // refused again: nothing of it is kept either.
+            partial.discard()?;
             let layer = unpacked
                 .and_then(|writer| Ok(self.store.commit_layer(key, writer)?))
                 .map_err(|error| self.remember_refusal(&repository, key, error));
-            // An archive that was refused would be refused again: nothing of it is kept either.
-            partial.discard()?;
             self.remember_origin(&repository, asked, digest)?;
             drop(guard);
             layer
@@ -279,14 +282,14 @@ impl Inner {
 
     async fn download(
         &self,
-        descriptor: &Descriptor,
+        (descriptor, purpose): (&Descriptor, Purpose),
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
         follow: &(dyn Fn(Follower) + Send + Sync),
         guard: BlobGuard,
     ) -> Result<Download, PullError> {
         let blob = (descriptor.digest, descriptor.size);
-        let order = Order { blob, sponsors, progress, follow };
+        let order = Order { blob, purpose, sponsors, progress, follow };
         transfer::fetch(&self.store, &self.wire, &order, guard).await
     }
 }

@@ -19,11 +19,12 @@ use super::sponsors::{Source, Sponsors};
 use super::wire::Wire;
 use crate::oci::{Digest, Repository};
 use crate::store::growth::Follower;
-use crate::store::partial::Partial;
+use crate::store::partial::{Partial, Purpose};
 use crate::store::{Store, StoreError};
 
-/// Chunks between network and disk; [`Wire::memory`] bounds their bytes.
-const CHUNKS_IN_FLIGHT: usize = 64;
+/// Chunks between network and disk; [`Wire::memory`] bounds their bytes. Few, so that they are
+/// still in the processor's cache when they are hashed: one may have 400 KiB.
+const CHUNKS_IN_FLIGHT: usize = 4;
 
 /// Held while a blob is fetched or made an object: one download of a digest at a time.
 pub type BlobGuard = OwnedMutexGuard<()>;
@@ -46,6 +47,8 @@ pub struct Download {
 pub struct Order<'a> {
     /// The blob and its size by the manifest.
     pub blob: (Digest, u64),
+    /// What becomes of it.
+    pub purpose: Purpose,
     /// Whose credentials pay.
     pub sponsors: &'a Sponsors,
     /// The blob's own.
@@ -89,7 +92,8 @@ async fn fetch_from(
     order: &Order<'_>,
     guard: BlobGuard,
 ) -> Result<Download, (PullError, Option<BlobGuard>)> {
-    let (digest, size) = order.blob;
+    let (blob, purpose) = (order.blob, order.purpose);
+    let (_, size) = blob;
     let host = source.repository.host().to_owned();
     let ask = Ask {
         urgency: Arc::clone(order.progress),
@@ -102,7 +106,7 @@ async fn fetch_from(
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
     let measured = Arc::clone(&busy);
     let writing = tokio::task::spawn_blocking(move || {
-        let mut partial = match store.partial(&host, digest, size) {
+        let mut partial = match store.partial(&host, blob, purpose) {
             Ok(partial) => partial,
             Err(error) => return (None, guard, Err(error)),
         };

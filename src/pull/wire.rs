@@ -11,7 +11,7 @@ use super::throttle::Throttle;
 use crate::oci::registry::Registry;
 
 /// Bytes between network and disk, of all downloads together.
-const MEMORY: usize = 8 << 20;
+const MEMORY: usize = 4 << 20;
 
 /// What may be set about downloads.
 #[derive(Clone, Copy, Debug)]

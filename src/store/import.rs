@@ -110,6 +110,7 @@ impl ImportedBlobs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::partial::Purpose;
     use super::super::{CacheOptions, StoreOptions};
     use super::*;
 
@@ -131,7 +132,9 @@ mod tests {
         blobs.add(digest, 5, &mut &b"right"[..]).expect("written");
         assert_eq!(blobs.read(digest, 3).expect("readable").as_deref(), Some(&b"rig"[..]));
         blobs.hand_on("r.io", digest).expect("handed on");
-        assert!(store.partial("r.io", digest, 5).expect("a download").is_verified());
+        assert!(
+            store.partial("r.io", (digest, 5), Purpose::Keep).expect("a download").is_verified()
+        );
         drop(blobs);
         assert_eq!(std::fs::read_dir(folder.path().join("staging")).expect("a folder").count(), 0);
     }

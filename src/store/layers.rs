@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use super::catalog::Lease;
+use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::files::set_owner_and_mode;
 use super::inventory::layer_entry;
@@ -33,6 +34,7 @@ use crate::mount::syscalls;
 use crate::oci::Digest;
 use crate::proto::layer_index as wire;
 use crate::unpack::archive::{FileHeader, Sink, StoredFile};
+use crate::unpack::checksum::{Checksum, Checksummer};
 use crate::unpack::entry::{Metadata, Timestamp};
 use crate::unpack::{Entry, EntryKind, Limits, Permissions, RelativePath};
 
@@ -144,6 +146,8 @@ impl Store {
         let mut totals = writer.totals;
         totals.files = writer.files.into();
         let staging = writer.finish()?;
+        // What decompressing took is not wanted again soon.
+        syscalls::give_memory_back();
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
         fault::point("layer.unpacked").map_err(|error| StoreError::io("write", &path, error))?;
@@ -346,16 +350,18 @@ impl Sink for LayerWriter {
             | nix::fcntl::OFlag::O_CLOEXEC;
         let mode = nix::sys::stat::Mode::from_bits_truncate(permissions.mode);
         let mut file = File::from(nix::fcntl::openat(folder, name.as_str(), flags, mode)?);
-        let mut hasher = sha2::Sha256::new();
+        let mut checksum = Checksummer::default();
         let mut size = 0;
         loop {
             let bytes = content.fill_buf()?;
             if bytes.is_empty() {
                 break;
             }
-            hasher.update(bytes);
+            checksum.update(bytes);
             self.meter.writes(bytes.len() as u64).map_err(full)?;
-            file.write_all(bytes)?;
+            for piece in bytes.chunks(WRITE_BYTES) {
+                file.write_all(piece)?;
+            }
             let length = bytes.len();
             size += length as u64;
             content.consume(length);
@@ -381,7 +387,7 @@ impl Sink for LayerWriter {
         file.set_times(std::fs::FileTimes::new().set_modified(system_time(*modified)))?;
         self.staging.staged.wrote(|| path.join(&name));
         self.totals.bytes += size;
-        Ok(StoredFile { data: number, sha256: Digest::from_bytes(hasher.finalize().into()) })
+        Ok(StoredFile { data: number, checksum: checksum.finish() })
     }
 
     fn entry(&mut self, entry: Entry) -> std::io::Result<()> {
@@ -456,10 +462,13 @@ fn encode(entry: Entry) -> wire::Entry {
     };
     let kind = match entry.kind {
         EntryKind::Directory => Kind::Directory,
-        EntryKind::File { size, data, sha256 } => {
+        EntryKind::File { size, data, checksum } => {
             record.size = size;
             record.data = data;
-            record.sha256 = sha256.as_bytes().to_vec();
+            match checksum {
+                Checksum::Xxh3(checksum) => record.xxh3 = checksum.to_be_bytes().to_vec(),
+                Checksum::Sha256(digest) => record.sha256 = digest.as_bytes().to_vec(),
+            }
             Kind::File
         }
         EntryKind::SymbolicLink { target } => {
@@ -490,7 +499,10 @@ fn decode(record: wire::Entry, limits: &Limits) -> Option<Entry> {
         Kind::File => EntryKind::File {
             size: record.size,
             data: record.data,
-            sha256: Digest::from_bytes(record.sha256.try_into().ok()?),
+            checksum: match (record.xxh3.as_slice(), record.sha256.as_slice()) {
+                (xxh3, []) => Checksum::Xxh3(u128::from_be_bytes(xxh3.try_into().ok()?)),
+                (_, sha256) => Checksum::Sha256(Digest::from_bytes(sha256.try_into().ok()?)),
+            },
         },
         Kind::SymbolicLink => EntryKind::SymbolicLink { target: record.link.into_boxed_slice() },
         Kind::HardLink => EntryKind::HardLink { target: path(&record.link)? },

@@ -69,6 +69,7 @@ pub mod resolutions;
 pub mod room;
 pub mod staging;
 pub mod sweep;
+mod tree_builder;
 pub mod trees;
 pub mod verdicts;
 pub mod verify;

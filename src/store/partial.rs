@@ -9,6 +9,10 @@
 //! record that lies is found out by the blob's digest. The registry's host is part
 //! of the name, so that nobody completes, and thereby gets to see, what another
 //! host has sent of a blob whose digest he knows.
+//!
+//! A download that becomes a file of the store is written to the disk as it comes. That
+//! of an archive is not: it goes when its layer is synced, mostly before the kernel has
+//! written any of it.
 
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
@@ -20,6 +24,7 @@ use std::sync::Arc;
 use sha2::Digest as _;
 
 use super::downloads::Open;
+use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::growth::{Follower, Growth};
 use super::ranges::Ranges;
@@ -35,11 +40,21 @@ const WRITE_BACK: u64 = 8 << 20;
 /// After so many bytes the record of ranges is written again: as much is fetched twice after a crash.
 const RECORD: u64 = 4 << 20;
 
+/// What becomes of a download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A file of the store.
+    Keep,
+    /// It is unpacked, and goes.
+    Unpack,
+}
+
 /// A blob's bytes so far. One flight owns it.
 #[derive(Debug)]
 pub struct Partial {
     digest: Digest,
     size: u64,
+    purpose: Purpose,
     path: PathBuf,
     staging: PathBuf,
     file: Arc<File>,
@@ -58,7 +73,12 @@ pub struct Partial {
 
 impl Store {
     /// Opens the download of a blob of `size` bytes, hashing the prefix that an earlier one left.
-    pub fn partial(&self, host: &str, digest: Digest, size: u64) -> Result<Partial, StoreError> {
+    pub fn partial(
+        &self,
+        host: &str,
+        (digest, size): (Digest, u64),
+        purpose: Purpose,
+    ) -> Result<Partial, StoreError> {
         let path = self.partial_path(host, digest);
         let open = self.downloads().open(digest);
         let file = OpenOptions::new()
@@ -77,6 +97,7 @@ impl Store {
         let mut partial = Partial {
             digest,
             size,
+            purpose,
             path,
             staging: self.staging(),
             file: Arc::new(file),
@@ -126,19 +147,27 @@ impl Partial {
             // Before the file's length says more than is there.
             self.record()?;
         }
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|error| StoreError::io("write", &self.path, error))?;
+        let is_next = offset == self.hashed;
+        let mut position = offset;
+        for piece in bytes.chunks(WRITE_BYTES) {
+            self.file
+                .write_all_at(piece, position)
+                .map_err(|error| StoreError::io("write", &self.path, error))?;
+            position += piece.len() as u64;
+            if is_next {
+                // It is in the processor's cache now.
+                self.hasher.update(piece);
+            }
+        }
         self.written.insert(offset..end);
         self.unflushed += bytes.len() as u64;
         self.unrecorded += bytes.len() as u64;
-        if offset == self.hashed {
-            self.hasher.update(bytes);
+        if is_next {
             self.hashed = end;
             self.catch_up().map_err(|error| StoreError::io("read", &self.path, error))?;
             self.growth.grow(self.hashed);
         }
-        if self.unflushed >= WRITE_BACK {
+        if self.unflushed >= WRITE_BACK && self.purpose == Purpose::Keep {
             self.unflushed = 0;
             // Where the filesystem cannot, the sync at the end does all the work.
             let _ = syscalls::start_write_back(self.file.as_fd());

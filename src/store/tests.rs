@@ -3,6 +3,7 @@ use std::os::unix::fs::MetadataExt as _;
 use super::access::Principal;
 use super::files::{StoredFile, starts_executable};
 use super::gc::Now;
+use super::partial::Purpose;
 use super::resolutions::Resolution;
 use super::trees::{Objects, TreeRecord, View};
 use super::*;
@@ -118,17 +119,20 @@ fn a_damaged_generation_is_never_current_again() {
 fn a_download_counts_only_what_is_hashed_again() {
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
     partial.write(0, b"01234").expect("written");
     drop(partial);
-    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
     assert_eq!(partial.length(), 5);
     partial.write(5, b"56789").expect("written");
     assert!(partial.is_verified());
     // Another host's download of the same blob starts for itself.
-    assert_eq!(store.partial("evil.io", digest, 10).expect("a download").length(), 0);
+    assert_eq!(
+        store.partial("evil.io", (digest, 10), Purpose::Keep).expect("a download").length(),
+        0
+    );
     // More than the blob has is no prefix of it.
-    assert_eq!(store.partial("r.io", digest, 9).expect("a download").length(), 0);
+    assert_eq!(store.partial("r.io", (digest, 9), Purpose::Keep).expect("a download").length(), 0);
 }
 
 #[test]
@@ -136,7 +140,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     use std::io::Read as _;
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
     let mut follower = partial.follow();
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
@@ -147,7 +151,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     assert_eq!(partial.missing(), [2..6, 8..10]);
     drop(partial);
     assert!(reader.join().expect("a reader").is_err(), "nobody adds anything any more");
-    let mut partial = store.partial("r.io", digest, 10).expect("a download");
+    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
     assert_eq!(partial.missing(), [2..6, 8..10], "a hole is no content");
     let mut old = partial.follow();
     partial.restart().expect("empty");
@@ -278,11 +282,13 @@ fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
     drop(path);
     let [own, other] = [b"own", b"oth"].map(|name| {
         let blob = Digest::of(name);
-        let mut partial = store.partial("r.io", blob, 1 << 20).expect("a download");
+        let mut partial =
+            store.partial("r.io", (blob, 1 << 20), Purpose::Keep).expect("a download");
         partial.write(0, &vec![1; 100_000]).expect("written");
         blob
     });
-    let length = |blob| store.partial("r.io", blob, 1 << 20).expect("a download").length();
+    let length =
+        |blob| store.partial("r.io", (blob, 1 << 20), Purpose::Keep).expect("a download").length();
     let claim = |bytes| room::Claim { blob: own, bytes, inodes: 1 };
     let refused = store.reserve(&[claim(2 << 20)]).expect_err("more than the quota");
     let StoreError::NoRoom(shortage) = refused else { panic!("{refused}") };

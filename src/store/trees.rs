@@ -9,33 +9,30 @@
 //! How a tree is shown is behind [`Tree`]: whoever mounts asks it for an open
 //! root, so that another form (an EROFS image) can stand beside this one.
 
-use std::ffi::CString;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
-use nix::fcntl::{AtFlags, OFlag, open, openat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{Entry, Lease};
 use super::error::StoreError;
 use super::eviction::FORGOTTEN;
-use super::files::{StoredFile, copy_inode, set_owner_and_mode};
+use super::files::StoredFile;
 use super::inventory::tree_entry;
-use super::layers::{Layer, system_time, too_large};
-use super::staging::{Staging, current_generation, names};
-use super::{ObjectName, SecurityLabel, Store, TreeKey, records};
+use super::layers::Layer;
+use super::staging::{current_generation, names};
+use super::tree_builder::Builder;
+use super::{ObjectName, Store, TreeKey, records};
 use crate::fault;
 use crate::mount::syscalls::{self, FileIdentity};
 use crate::oci::Digest;
 use crate::unpack::PermissionsRule;
-use crate::unpack::entry::Metadata;
-use crate::unpack::merge::{PlannedKind, Source, TreePlan};
+use crate::unpack::merge::{Source, TreePlan};
 
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,8 +170,7 @@ impl Store {
     ) -> Result<Tree, StoreError> {
         let mut staging = self.stage()?;
         let root = staging.path().join("root");
-        let mut builder = Builder { plan, objects, label: self.label(), folders: Vec::new() };
-        builder.build(&root, &mut staging)?;
+        Builder { plan, objects, label: self.label() }.build(&root, &mut staging)?;
         let links: Vec<String> = objects.names();
         for (name, json) in [
             ("tree.json", serde_json::to_vec(&record)),
@@ -255,153 +251,9 @@ impl Objects {
     }
 }
 
-/// Makes a plan's folders, links and files.
-struct Builder<'a> {
-    plan: &'a TreePlan,
-    objects: &'a Objects,
-    label: Option<&'a SecurityLabel>,
-    /// Open folders from the root (none) down to where nodes are being made.
-    folders: Vec<(Option<u32>, OwnedFd)>,
-}
-
-impl Builder<'_> {
-    fn build(&mut self, root: &std::path::Path, staging: &mut Staging) -> Result<(), StoreError> {
-        self.make(root, staging).map_err(|error| StoreError::io("build the tree in", root, error))
-    }
-
-    fn make(&mut self, root: &std::path::Path, staging: &mut Staging) -> io::Result<()> {
-        std::fs::create_dir(root)?;
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        self.folders.push((None, open(root, flags, Mode::empty())?));
-        let plan = self.plan;
-        for (number, node) in plan.nodes.iter().enumerate() {
-            let name = CString::new(&*node.name)?;
-            self.enter(node.parent)?;
-            let folder = self.here()?;
-            match &node.kind {
-                PlannedKind::Directory(_) => {
-                    mkdirat(folder, name.as_c_str(), Mode::S_IRWXU)?;
-                    let number = u32::try_from(number).ok();
-                    staging.staged.wrote(|| path_of(root, plan, number));
-                }
-                PlannedKind::File(file) => self.link(*file, folder, &name)?,
-                PlannedKind::SymbolicLink { target, metadata } => {
-                    self.symbolic_link(target, metadata, folder, &name)?;
-                }
-            }
-        }
-        // Making children changes a folder's time, and its mode may forbid making them: folders come last.
-        for (number, node) in plan.nodes.iter().enumerate() {
-            if let PlannedKind::Directory(metadata) = &node.kind {
-                self.enter(u32::try_from(number).ok())?;
-                self.finish_folder(self.here()?, metadata)?;
-            }
-        }
-        self.enter(None)?;
-        self.finish_folder(self.here()?, &plan.root)?;
-        staging.staged.wrote(|| root.to_owned());
-        Ok(())
-    }
-
-    fn here(&self) -> io::Result<&OwnedFd> {
-        self.folders.last().map(|(_, folder)| folder).ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-
-    /// Makes `wanted` the folder that is open at the end of `folders`. In the
-    /// plan's order that is nearly always the last or one of those above it.
-    fn enter(&mut self, wanted: Option<u32>) -> io::Result<()> {
-        let mut missing = Vec::new();
-        let mut ancestor = wanted;
-        let place = loop {
-            if let Some(place) = self.folders.iter().rposition(|(number, _)| *number == ancestor) {
-                break place;
-            }
-            // Only the root has no number, and it is always open.
-            let number = ancestor.ok_or(io::ErrorKind::NotFound)?;
-            missing.push(number);
-            ancestor = self.plan.nodes[number as usize].parent;
-        };
-        self.folders.truncate(place + 1);
-        for number in missing.into_iter().rev() {
-            let name = CString::new(&*self.plan.nodes[number as usize].name)?;
-            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let folder = openat(self.here()?, name.as_c_str(), flags, Mode::empty())?;
-            self.folders.push((Some(number), folder));
-        }
-        Ok(())
-    }
-
-    fn link(&self, file: u32, folder: &OwnedFd, name: &CString) -> io::Result<()> {
-        let source = self.plan.files[file as usize].source;
-        let path = self.objects.locate(source).ok_or(io::ErrorKind::NotFound)?;
-        let here = nix::fcntl::AT_FDCWD;
-        match linkat(here, &path, folder, name.as_c_str(), AtFlags::empty()) {
-            // ext4 gives an inode 65,000 names; the next tree gets an inode alike in everything.
-            Err(nix::errno::Errno::EMLINK) => copy_inode(&path, &below(folder, name)),
-            linked => Ok(linked?),
-        }
-    }
-
-    fn symbolic_link(
-        &self,
-        target: &[u8],
-        metadata: &Metadata,
-        folder: &OwnedFd,
-        name: &CString,
-    ) -> io::Result<()> {
-        symlinkat(target, folder, name.as_c_str())?;
-        let (uid, gid) = (metadata.permissions.uid, metadata.permissions.gid);
-        let (owner, group) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
-        fchownat(folder, name.as_c_str(), owner, group, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        let time =
-            TimeSpec::new(metadata.modified.seconds, i64::from(metadata.modified.nanoseconds));
-        let flags = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
-        // A time that the filesystem cannot hold is not worth a volume.
-        let _ = nix::sys::stat::utimensat(folder, name.as_c_str(), &time, &time, flags);
-        if let Some(label) = self.label {
-            use std::os::unix::ffi::OsStrExt as _;
-            label.apply_to_link(&CString::new(below(folder, name).as_os_str().as_bytes())?)?;
-        }
-        Ok(())
-    }
-
-    fn finish_folder(&self, folder: &OwnedFd, metadata: &Metadata) -> io::Result<()> {
-        let folder = File::from(folder.try_clone()?);
-        for (name, value) in metadata.extended_attributes.iter() {
-            syscalls::set_extended_attribute(folder.as_fd(), &CString::new(name)?, value)
-                .map_err(too_large)?;
-        }
-        if let Some(label) = self.label {
-            label.apply(folder.as_fd())?;
-        }
-        set_owner_and_mode(&folder, metadata.permissions)?;
-        folder.set_times(std::fs::FileTimes::new().set_modified(system_time(metadata.modified)))
-    }
-}
-
 /// Sets a record's modification time, which is the last use of its tree.
 fn set_time(record: &std::path::Path, seconds: i64) -> io::Result<()> {
     let time = TimeSpec::new(seconds, 0);
     let follow = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
     Ok(nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, record, &time, &time, follow)?)
-}
-
-fn below(folder: &OwnedFd, name: &CString) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt as _;
-    let folder = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
-    folder.join(std::ffi::OsStr::from_bytes(name.as_bytes()))
-}
-
-fn path_of(root: &std::path::Path, plan: &TreePlan, number: Option<u32>) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt as _;
-    let mut names = Vec::new();
-    let mut next = number;
-    while let Some(number) = next {
-        let node = &plan.nodes[number as usize];
-        names.push(std::ffi::OsStr::from_bytes(&node.name));
-        next = node.parent;
-    }
-    let mut path = root.to_owned();
-    path.extend(names.iter().rev());
-    path
 }

@@ -31,6 +31,7 @@ use super::staging::names;
 use super::trees::{Objects, Tree};
 use super::{FileKey, Store};
 use crate::oci::Digest;
+use crate::unpack::checksum::{Checksum, Checksummer};
 use crate::unpack::entry::Metadata;
 use crate::unpack::merge::{PlannedKind, TreePlan};
 use crate::unpack::{EntryKind, Permissions};
@@ -294,13 +295,13 @@ fn verify_layer(path: &Path, verified: &mut Verified, damage: &mut Damage) {
             Ok(entry) => entry,
             Err(error) => return damage.push(("index".into(), error.to_string())),
         };
-        let EntryKind::File { size, data, sha256 } = entry.kind else { continue };
+        let EntryKind::File { size, data, checksum } = entry.kind else { continue };
         verified.bytes += size;
         let file = layer.data(data);
         let below = file.strip_prefix(path).unwrap_or(&file).to_owned();
         let shown = OsStr::from_bytes(entry.path.as_bytes()).to_string_lossy().into_owned();
-        match (hash(&file), file.symlink_metadata()) {
-            (Ok(got), _) if got != sha256 => {
+        match (checksum_of(&file, checksum), file.symlink_metadata()) {
+            (Ok(got), _) if got != checksum => {
                 damage.push((below, format!("{shown}: its content is not what was unpacked")));
             }
             (Err(error), _) | (_, Err(error)) => {
@@ -395,8 +396,26 @@ fn other_permissions(metadata: &std::fs::Metadata, wanted: Permissions) -> Optio
     (found != wanted).then(|| format!("mode and owner are {}, not {}", text(found), text(wanted)))
 }
 
-/// Hashes what is on the disk: pages that memory has are given back first.
 fn hash(path: &Path) -> io::Result<Digest> {
+    let mut hasher = sha2::Sha256::new();
+    read_back(path, |piece| hasher.update(piece))?;
+    Ok(Digest::from_bytes(hasher.finalize().into()))
+}
+
+/// Of the same kind as the one that was recorded.
+fn checksum_of(path: &Path, recorded: Checksum) -> io::Result<Checksum> {
+    match recorded {
+        Checksum::Sha256(_) => hash(path).map(Checksum::Sha256),
+        Checksum::Xxh3(_) => {
+            let mut checksum = Checksummer::default();
+            read_back(path, |piece| checksum.update(piece))?;
+            Ok(checksum.finish())
+        }
+    }
+}
+
+/// Reads what is on the disk: pages that memory has are given back first.
+fn read_back(path: &Path, mut with: impl FnMut(&[u8])) -> io::Result<()> {
     let flags = nix::fcntl::OFlag::O_RDONLY
         | nix::fcntl::OFlag::O_NOFOLLOW
         | nix::fcntl::OFlag::O_NONBLOCK
@@ -411,16 +430,15 @@ fn hash(path: &Path) -> io::Result<Digest> {
             nix::fcntl::posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     };
     drop_pages(&file);
-    let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     loop {
         match file.read(&mut buffer)? {
             0 => break,
-            count => hasher.update(&buffer[..count]),
+            count => with(&buffer[..count]),
         }
     }
     drop_pages(&file);
-    Ok(Digest::from_bytes(hasher.finalize().into()))
+    Ok(())
 }
 
 fn digest_of(name: &ObjectName, path: &Path) -> Option<Digest> {

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::io::{self, BufRead, Read};
 
+use super::checksum::Checksum;
 use super::content;
 use super::entry::{Entry, EntryKind, ExtendedAttributes, Metadata};
 use super::error::{UnpackError, shown};
@@ -49,8 +50,8 @@ pub struct FileHeader {
 pub struct StoredFile {
     /// The sink's number for the content.
     pub data: u32,
-    /// The content's name.
-    pub sha256: Digest,
+    /// Of the content.
+    pub checksum: Checksum,
 }
 
 /// Sums of one layer.
@@ -228,9 +229,9 @@ fn store(
     if let Some(failure) = tape.failure() {
         return Err(failure);
     }
-    let StoredFile { data, sha256 } = stored.map_err(UnpackError::Store)?;
+    let StoredFile { data, checksum } = stored.map_err(UnpackError::Store)?;
     let FileHeader { path, metadata, size } = header;
-    Ok(Entry { path, kind: EntryKind::File { size, data, sha256 }, metadata })
+    Ok(Entry { path, kind: EntryKind::File { size, data, checksum }, metadata })
 }
 
 fn hard_link(link: &[u8], path: &RelativePath, limits: &Limits) -> Result<EntryKind, UnpackError> {

@@ -13,7 +13,7 @@ use super::limits::Limits;
 use crate::oci::Digest;
 
 /// Large enough that handing it over costs nothing, small enough for the processor's cache.
-const BUFFER: usize = 256 << 10;
+const BUFFER: usize = 128 << 10;
 /// Buffers on their way, beside the one that is filled and the one that is used.
 const QUEUE: usize = 2;
 

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::checksum::Checksum;
 use super::path::RelativePath;
 use super::permissions::Permissions;
-use crate::oci::Digest;
 
 /// One member of an archive, checked, with its permissions' rule applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +29,8 @@ pub enum EntryKind {
         size: u64,
         /// The number that the sink gave to its content.
         data: u32,
-        /// The content's name.
-        sha256: Digest,
+        /// Of its content.
+        checksum: Checksum,
     },
     /// A symbolic link; the target is only text until an entry passes through it.
     SymbolicLink {

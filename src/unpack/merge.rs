@@ -193,7 +193,7 @@ impl<'a> Merger<'a> {
                 let folder = Folder { metadata: metadata(), ..Folder::implied() };
                 NodeKind::Directory(Box::new(folder))
             }
-            &EntryKind::File { size, data, sha256: _ } => {
+            &EntryKind::File { size, data, checksum: _ } => {
                 let source = Source::Archive { layer, data };
                 self.inodes.push(PlannedFile { source, size, links: 0 });
                 NodeKind::File(number(self.inodes.len() - 1))

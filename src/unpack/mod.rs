@@ -13,6 +13,7 @@
 //! is a variant of [`UnpackError`] and a test.
 
 pub mod archive;
+pub mod checksum;
 mod content;
 mod decompress;
 pub mod entry;
@@ -28,6 +29,7 @@ mod tape;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use checksum::Checksum;
 pub use entry::{Entry, EntryKind, Metadata};
 pub use error::{Class, UnpackError};
 pub use limits::Limits;

@@ -10,7 +10,7 @@ use super::error::UnpackError;
 use super::layer_rule::ArchiveRule;
 use super::limits::Limits;
 use super::permissions::PermissionsRule;
-use crate::oci::Digest;
+use crate::unpack::Checksum;
 
 /// What an image's layers are unpacked with.
 pub(crate) const IMAGE: ArchiveRule =
@@ -130,7 +130,7 @@ impl Sink for Memory {
         assert_eq!(bytes.len() as u64, header.size, "content of another length must be an error");
         let stored = StoredFile {
             data: u32::try_from(self.contents.len()).unwrap(),
-            sha256: Digest::of(&bytes),
+            checksum: Checksum::of(&bytes),
         };
         self.contents.push(bytes);
         Ok(stored)

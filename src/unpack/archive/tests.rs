@@ -447,7 +447,7 @@ fn a_sink_that_reads_only_half_loses_no_entry() {
     impl Sink for Half {
         fn file(&mut self, _: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
             content.read_exact(&mut [0; 10])?;
-            Ok(StoredFile { data: 0, sha256: Digest::of(b"") })
+            Ok(StoredFile { data: 0, checksum: Checksum::of(b"") })
         }
         fn entry(&mut self, entry: Entry) -> io::Result<()> {
             self.0.push(entry.path.to_string());

@@ -28,8 +28,8 @@ pub(super) fn plan(merger: Merger<'_>, selection: &Selection) -> Result<TreePlan
     };
     let plan = TreePlan {
         root: root.metadata.clone(),
-        nodes: Vec::new(),
-        files: Vec::new(),
+        nodes: Vec::with_capacity(nodes.len()),
+        files: Vec::with_capacity(inodes.len()),
         totals: TreeTotals::default(),
     };
     let mut planner = Planner {
