@@ -37,6 +37,7 @@ use crate::csi::node::NodeService;
 use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
+use crate::fleet::node::NodePart;
 use crate::kubernetes::take_taint;
 use crate::mount::AttachMethod;
 use crate::proto::admin::admin_server::AdminServer;
@@ -84,6 +85,8 @@ pub struct NodeOptions {
     pub config: Option<PathBuf>,
     /// The key of a taint that this node starts with; none where nodes have no such taint.
     pub startup_taint: Option<String>,
+    /// Whether preloads are carried out on this node.
+    pub fleet: bool,
     /// Forces the mounts of old kernels, for tests.
     pub staged_mounts: bool,
 }
@@ -184,6 +187,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     let health = Health { content: content.clone(), registered }.router();
     serve_http(&options, health, &metrics, &tracker, &shutdown).await;
     take_startup_taint(&options, &tracker, &shutdown);
+    take_part_in_the_fleet(&options, &content, &tracker, &shutdown);
     let mut registration_socket = None;
     if let Some((path, service)) = registration {
         // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
@@ -233,6 +237,19 @@ fn take_startup_taint(options: &NodeOptions, tracker: &TaskTracker, shutdown: &C
     if let Some(taint) = options.startup_taint.clone() {
         let (node, driver) = (options.node_id.clone(), options.driver_name.clone());
         tracker.spawn(take_taint(node, driver, taint, shutdown.clone()));
+    }
+}
+
+/// What preloads want of this node, beside everything else.
+fn take_part_in_the_fleet(
+    options: &NodeOptions,
+    content: &watch::Receiver<ContentState>,
+    tracker: &TaskTracker,
+    shutdown: &CancellationToken,
+) {
+    if options.fleet {
+        let part = NodePart { node: options.node_id.clone(), content: content.clone() };
+        tracker.spawn(part.run(shutdown.clone()));
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A room, what it must not name, and why.
-const WALLS: [(&str, &[&str], &str); 10] = [
+const WALLS: [(&str, &[&str], &str); 12] = [
     (
         "volume",
         &["tonic::", "prost::", "reqwest::", "oci_client::", "crate::csi", "crate::admin"],
@@ -114,6 +114,34 @@ const WALLS: [(&str, &[&str], &str); 10] = [
             "crate::mount",
         ],
         "warming asks as a volume would",
+    ),
+    (
+        "fleet/plan",
+        &[
+            "kube::",
+            "tokio::",
+            "reqwest::",
+            "crate::store",
+            "crate::pull",
+            "crate::volume",
+            "crate::fleet::controller",
+            "crate::fleet::node",
+        ],
+        "planning is facts in, decisions out",
+    ),
+    (
+        "fleet/controller",
+        &[
+            "tonic::",
+            "reqwest::",
+            "nix::",
+            "crate::store",
+            "crate::pull",
+            "crate::volume",
+            "crate::mount",
+            "crate::fleet::node",
+        ],
+        "the controller is on no node",
     ),
     ("admin", &["reqwest::", "oci_client::", "nix::"], "who looks on touches nothing"),
 ];

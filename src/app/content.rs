@@ -13,6 +13,7 @@ use crate::admin::metrics::Metrics;
 use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
+use crate::fleet::node::release_all;
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
 use crate::policy::PolicySource;
@@ -82,8 +83,22 @@ impl Opening {
                 tracing::warn!(%error, "the sizes of cached content cannot be read yet");
             }
         });
+        self.release_preloads(&content);
         self.keep_warm(content);
         upkeep.run(wanted, self.shutdown.clone()).await;
+    }
+
+    /// Where preloads are not carried out any more, nobody else would let go of what they have pinned.
+    fn release_preloads(&self, content: &Content) {
+        if self.options.fleet {
+            return;
+        }
+        let store = content.store.clone();
+        self.tracker.spawn_blocking(move || match release_all(&store) {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "pins of preloads are taken away: --fleet is off"),
+            Err(error) => tracing::warn!(%error, "pins of preloads cannot be taken away"),
+        });
     }
 
     /// What the configuration wants on this node before anybody asks.

@@ -7,6 +7,7 @@ mod ask;
 mod check;
 mod check_config;
 mod check_uninstall;
+mod controller;
 mod crds;
 mod gc;
 mod import;
@@ -45,6 +46,8 @@ struct Arguments {
 enum Command {
     /// Run the node plugin: what the `DaemonSet` runs on every node.
     Node(node::NodeArguments),
+    /// Run the controller that warms a fleet: what the chart's `Deployment` runs.
+    Controller(controller::ControllerArguments),
     /// Mount an artifact at a folder, without a kubelet.
     Mount(mount::MountArguments),
     /// Take away what `mount` has mounted.
@@ -76,6 +79,8 @@ enum Command {
     /// Say whether pods of the cluster still use the driver.
     CheckUninstall(check_uninstall::CheckUninstallArguments),
     /// Print the `CustomResourceDefinition` objects, for `kubectl apply --server-side -f -`.
+    #[command(after_help = "Example:
+  csi-driver-oci crds | kubectl apply --server-side -f -")]
     Crds,
 }
 
@@ -98,6 +103,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match arguments.command {
         Command::Node(arguments) => node::run(arguments),
+        Command::Controller(arguments) => controller::run(arguments),
         Command::Mount(arguments) => mount::mount(&arguments),
         Command::Unmount(arguments) => mount::unmount(&arguments),
         Command::Check(arguments) => check::run(&arguments),

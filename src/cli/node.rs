@@ -61,6 +61,10 @@ pub(super) struct NodeArguments {
     /// Needs a service account that may get `csinodes` and get and patch `nodes`.
     #[arg(long, env = "STARTUP_TAINT")]
     startup_taint: Option<String>,
+    /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may get, list and
+    /// watch `nodeartifacts`, and patch their status.
+    #[arg(long, env = "FLEET")]
+    fleet: bool,
     /// error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
@@ -78,23 +82,29 @@ pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
     raise_open_files();
     let runtime = runtime()?;
     let done = runtime.block_on(async {
-        let shutdown = CancellationToken::new();
-        let failed = |error| format!("cannot listen for signals: {error}");
-        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-        let token = shutdown.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            token.cancel();
-        });
+        let shutdown = until_told()?;
         app::run_node(options, shutdown).await.map_err(|error| error.to_string())
     });
     // A blocking system call on a dead disk must not keep the process.
     runtime.shutdown_background();
     done
+}
+
+/// A token that is cancelled when the process is told to end.
+pub(super) fn until_told() -> Result<CancellationToken, Failure> {
+    let failed = |error| format!("cannot listen for signals: {error}");
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let shutdown = CancellationToken::new();
+    let token = shutdown.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        token.cancel();
+    });
+    Ok(shutdown)
 }
 
 /// Runtimes start containers with 1,024 open files, for programs that use select(2).
@@ -142,6 +152,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
         metrics_endpoint: on(arguments.metrics_endpoint),
         config: arguments.config,
         startup_taint: arguments.startup_taint.filter(|key| !key.is_empty()),
+        fleet: arguments.fleet,
         staged_mounts: arguments.staged_mounts,
     })
 }

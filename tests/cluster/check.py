@@ -15,6 +15,7 @@ import yaml
 import admission
 import chart
 import crossplane
+import fleet
 import gitops
 import plain
 import render
@@ -28,6 +29,7 @@ FOREIGN = (
     "custom.prometheus.io/",
     "kustomize.toolkit.fluxcd.io/",
     "monitoring.coreos.com/",
+    "oci.custom.io/",
     "pkg.crossplane.io/",
     "source.toolkit.fluxcd.io/",
 )
@@ -204,6 +206,7 @@ CHECKS = {
         deploy,
         admission.admission,
         *crossplane.CHECKS,
+        *fleet.CHECKS,
         *gitops.CHECKS,
     )
 }

@@ -11,6 +11,7 @@ import render
 
 PLAIN = "customprometheus"
 GATED = "customprometheus-gated"
+PRELOADED = "customprometheus-preloaded"
 DIGEST = "sha256:" + "ab" * 32
 
 # What the API server must refuse: changes of the example's specification, and a part of the message.
@@ -68,7 +69,7 @@ def crossplane_schema():
     stored = compose.admit(minimal)["spec"]
     if (stored["replicas"], stored["storage"]) != (1, {"capacity": "50Gi"}):
         yield f"defaults are missing: {stored}"
-    for name in (PLAIN, GATED):
+    for name in (PLAIN, GATED, PRELOADED):
         compose.compose(name, minimal)
     definition = compose.XRD["spec"]
     if compose.XRD["metadata"]["name"] != f"{definition['names']['plural']}.{definition['group']}":
@@ -195,6 +196,54 @@ def crossplane_gate():
             yield f"{name}: the status has {status['reference']}"
 
 
+def crossplane_preload():
+    """The Composition with a preload rolls to what is ready, whatever is wanted, and never loses what runs."""
+
+    def compose_with(xr, ready=None, running=None):
+        observed = {"artifact": {"status": {"readyReference": ready}}} if ready else {}
+        if running:
+            observed["statefulset"] = running
+        desired, status = compose.compose(PRELOADED, xr, observed)
+        used = desired.get("statefulset")
+        return desired["artifact"]["spec"], used, used and attributes(used)["reference"], status
+
+    first, second = changed(version="v1"), changed(version="v2", nodeSelector={"disk": "ssd"})
+    name = first["spec"]["ociRegistry"]
+    one, two = (f"{name}:{version}@{DIGEST}" for version in ("v1", "v2"))
+    wanted, used, _, _ = compose_with(first)
+    if used or wanted["reference"] != f"{name}:v1":
+        yield f"something is started before its artifact is anywhere, or {wanted} is wanted"
+    _, running, reference, _ = compose_with(first, one)
+    if reference != one:
+        yield f"the first version is not rolled out: {reference}"
+    wanted, _, reference, status = compose_with(second, one, running)
+    if reference != one or status["reference"] != one:
+        yield f"rolled to {reference} before it is ready"
+    if wanted["reference"] != f"{name}:v2" or wanted["selector"] != {"matchLabels": {"disk": "ssd"}}:
+        yield f"{wanted} is brought onto the nodes"
+    if wanted["pullSecrets"] != [first["spec"]["imagePullSecret"]]:
+        yield f"the preload has the secrets {wanted['pullSecrets']}"
+    if compose_with(second, None, running)[2] != one:
+        yield "what runs is lost with the preload"
+    if compose_with(second, two, running)[2] != two:
+        yield "not rolled though every node has it"
+    pinned, _, _, _ = compose_with(changed(version="v1", digest=DIGEST))
+    if pinned["reference"] != one:
+        yield f"the digest is lost: {pinned['reference']}"
+    # All but the artifact is as in the Composition that rolls at once.
+    at_once, _ = compose.compose(PLAIN, first)
+    preloaded, _ = compose.compose(
+        PRELOADED, first, {"artifact": {"status": {"readyReference": one}}}
+    )
+    for part, expected in at_once.items():
+        found = copy.deepcopy(preloaded.get(part))
+        if part == "statefulset":
+            volume = found["spec"]["template"]["spec"]["volumes"][0]["csi"]
+            volume["volumeAttributes"] = attributes(expected)
+        if found != expected:
+            yield f"the Compositions differ in {part}:\n{expected}\n{found}"
+
+
 def attributes_of_warm(daemonset):
     return daemonset["spec"]["template"]["spec"]["volumes"][0]["csi"]["volumeAttributes"]
 
@@ -234,7 +283,7 @@ def crossplane_rights():
         document["metadata"]["name"]
         for document in chart.documents((compose.FOLDER / "functions.yaml").read_text())
     }
-    for name in (PLAIN, GATED):
+    for name in (PLAIN, GATED, PRELOADED):
         for step in compose.composition(name)["spec"]["pipeline"]:
             if step["functionRef"]["name"] not in functions:
                 yield f"{name} needs {step['functionRef']['name']}, which functions.yaml lacks"
@@ -244,5 +293,6 @@ CHECKS = (
     crossplane_schema,
     crossplane_compositions,
     crossplane_gate,
+    crossplane_preload,
     crossplane_rights,
 )

@@ -39,21 +39,17 @@ def sources(value):
 
 
 def agree(where, check, warm, prometheus):
-    """The job, the DaemonSet and the object name one artifact and one secret."""
+    """The job, the preload and the object name one artifact and one secret."""
     job = check["spec"]["template"]["spec"]
     env = {each["name"]: each["value"] for each in job["containers"][0]["env"]}
     (secret,) = [each["secret"] for each in job["volumes"] if "secret" in each]
-    (csi,) = sources(warm)
     spec = prometheus["spec"]
     wanted = (spec["ociRegistry"], spec["version"], spec["imagePullSecret"])
-    attributes = csi["volumeAttributes"]
+    repository, _, version = warm["spec"]["reference"].rpartition(":")
+    (preload_secret,) = warm["spec"]["pullSecrets"]
     found = {
         "job": (env["REPOSITORY"], env["VERSION"], secret["secretName"]),
-        "DaemonSet": (
-            attributes["repository"],
-            attributes["tag"],
-            csi["nodePublishSecretRef"]["name"],
-        ),
+        "preload": (repository, version, preload_secret),
     }
     for name, parts in found.items():
         if parts != wanted:
@@ -70,17 +66,19 @@ def argo_cd():
     """One version in prometheus.yaml reaches the check and the warming, and the waves come in order."""
     folder = FOLDER / "argo-cd/prometheus"
     built = by_kind(render.kustomization(folder, {"prometheus.yaml": set_version}))
-    yield from agree("argo-cd", built["Job"], built["DaemonSet"], built["CustomPrometheus"])
+    yield from agree("argo-cd", built["Job"], built["ArtifactPreload"], built["CustomPrometheus"])
     prefix = "argocd.argoproj.io/"
     notes = {kind: each["metadata"]["annotations"] for kind, each in built.items()}
     if notes["Job"][prefix + "hook"] != "PreSync":
         yield "argo-cd: the check is not before the sync"
-    waves = [int(notes[kind][prefix + "sync-wave"]) for kind in ("DaemonSet", "CustomPrometheus")]
+    waves = [int(notes[kind][prefix + "sync-wave"]) for kind in ("ArtifactPreload", "CustomPrometheus")]
     if waves != sorted(set(waves)):
         yield f"argo-cd: warming and rolling are the waves {waves}"
 
 
 def set_version(text):
+    # A host with a port, which has the character that the parts of a reference are told apart by.
+    text = re.sub(r"(?m)^  ociRegistry: [^/]*", "  ociRegistry: registry.example.com:5000", text)
     return re.sub(r"(?m)^  version: .*$", f"  version: {VERSION}", text)
 
 
@@ -106,7 +104,7 @@ def flux():
         if [source["name"] for source in sources] != ["prometheus-artifact"]:
             yield "flux: the version has two places"
     built = by_kind(built)
-    yield from agree("flux", built["Job"], built["DaemonSet"], built["CustomPrometheus"])
+    yield from agree("flux", built["Job"], built["ArtifactPreload"], built["CustomPrometheus"])
 
 
 CHECKS = (volumes, argo_cd, flux)

@@ -72,7 +72,13 @@ def composed():
     gated, _ = compose.compose("customprometheus-gated", xr)
     rolled_out = {"warm": compose.rolled_out(gated["warm"], nodes=3)}
     gated, _ = compose.compose("customprometheus-gated", xr, rolled_out)
-    named = {"customprometheus": at_once, "customprometheus-gated": gated}
+    ready = {"artifact": {"status": {"readyReference": "registry.example.com/a:v1@sha256:" + "ab" * 32}}}
+    preloaded, _ = compose.compose("customprometheus-preloaded", xr, ready)
+    named = {
+        "customprometheus": at_once,
+        "customprometheus-gated": gated,
+        "customprometheus-preloaded": preloaded,
+    }
     return {name: list(objects.values()) for name, objects in named.items()}
 
 

@@ -90,7 +90,7 @@ fn wrong_usage_has_a_status_of_its_own() {
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    for command in ["node", "mount", "unmount"] {
+    for command in ["node", "controller", "crds", "mount", "unmount"] {
         let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
             .args([command, "--help"])
             .output()

@@ -29,6 +29,7 @@ mod crash;
 mod credentials;
 mod disk_trouble;
 mod endpoints;
+mod fleet;
 mod format;
 mod identity;
 mod images;

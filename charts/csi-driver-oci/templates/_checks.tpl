@@ -78,4 +78,18 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.openshift.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "openshift.enabled would let every pod of the namespace be privileged: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}
+{{- if and .Values.controller.enabled (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "controller.enabled needs Kubernetes 1.30, whose tokens say on which node a pod is, and this is %s" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- if and .Values.controller.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
+{{- fail "controller.enabled would let every pod of the namespace write what nodes hold: set serviceAccount.create, or serviceAccount.name" }}
+{{- end }}
+{{- range $key, $_ := (include "csi-driver-oci.controllerSelectorLabels" . | fromYaml) }}
+{{- if hasKey $.Values.controller.podLabels $key }}
+{{- fail (printf "controller.podLabels has %s, by which the Deployment knows its pods: use another label" $key) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.controller.enabled (eq (int .Values.controller.healthPort) (int .Values.controller.metricsPort)) }}
+{{- fail "controller.healthPort and controller.metricsPort must be different" }}
+{{- end }}
 {{- end }}

@@ -44,3 +44,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- define "csi-driver-oci.healthAddress" -}}
 {{ if .Values.hostNetwork }}127.0.0.1{{ else }}[::]{{ end }}:{{ .Values.health.port }}
 {{- end }}
+
+{{- define "csi-driver-oci.controllerName" -}}
+{{- printf "%s-fleet" (include "csi-driver-oci.fullname" .) }}
+{{- end }}
+
+{{/* Not those of the node plugin, or each would select the other's pods. */}}
+{{- define "csi-driver-oci.controllerSelectorLabels" -}}
+app.kubernetes.io/name: {{ include "csi-driver-oci.name" . }}-controller
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}

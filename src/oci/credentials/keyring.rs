@@ -67,6 +67,16 @@ impl Keyring {
         Self::default()
     }
 
+    /// Credentials for one registry (`host[:port]`), to be tried in this order.
+    #[must_use]
+    pub fn of_host(host: &str, credentials: Vec<Credential>) -> Self {
+        let mut keyring = Self::empty();
+        for credential in credentials {
+            keyring.add_for_host(host, credential);
+        }
+        keyring
+    }
+
     /// Whether there is no credential in it at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -6,7 +6,7 @@ use std::{
     net::TcpListener,
 };
 
-use csi_driver_oci::volume::attributes::VolumeAttributes;
+use csi_driver_oci::{fleet::api::ArtifactPreload, volume::attributes::VolumeAttributes};
 
 use k8s_openapi::api::{
     admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
@@ -17,6 +17,7 @@ use k8s_openapi::api::{
         Service, ServiceAccount,
     },
     networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
     rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
     storage::v1::CSIDriver,
 };
@@ -69,6 +70,21 @@ fn the_plain_manifests_are_what_the_chart_renders_to() {
 #[test]
 fn the_admission_policy_refuses_what_it_should_and_nothing_else() {
     check("admission");
+}
+
+#[test]
+fn a_node_writes_its_own_object_only() {
+    check("node_identity");
+}
+
+#[test]
+fn the_definition_of_preloads_lets_pass_what_it_should() {
+    check("preload_values");
+}
+
+#[test]
+fn the_fleet_has_the_rights_it_needs_and_no_more() {
+    check("rights");
 }
 
 #[test]
@@ -190,6 +206,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "ClusterRoleBinding" => same::<ClusterRoleBinding>,
         "ConfigMap" => same::<ConfigMap>,
         "CSIDriver" => same::<CSIDriver>,
+        "ArtifactPreload" => same::<ArtifactPreload>,
         "DaemonSet" => same::<DaemonSet>,
         "Deployment" => same::<Deployment>,
         "Job" => same::<Job>,
@@ -198,6 +215,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "PersistentVolume" => same::<PersistentVolume>,
         "PersistentVolumeClaim" => same::<PersistentVolumeClaim>,
         "Pod" => same::<Pod>,
+        "PodDisruptionBudget" => same::<PodDisruptionBudget>,
         "ResourceQuota" => same::<ResourceQuota>,
         "Role" => same::<Role>,
         "RoleBinding" => same::<RoleBinding>,
@@ -207,6 +225,8 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "StatefulSet" => same::<StatefulSet>,
         "ValidatingAdmissionPolicy" => same::<ValidatingAdmissionPolicy>,
         "ValidatingAdmissionPolicyBinding" => same::<ValidatingAdmissionPolicyBinding>,
+        // Made of the types that it defines; a test beside them compares the files.
+        "CustomResourceDefinition" => return false,
         _ => {
             let version = object["apiVersion"].as_str().expect("an apiVersion");
             let group = version.split('/').next().unwrap_or_default();

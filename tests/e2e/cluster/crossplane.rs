@@ -36,6 +36,7 @@ fn both_compositions_make_the_same() {
 #[test]
 fn the_gated_composition_rolls_only_to_what_every_node_has() {
     check("crossplane_gate");
+    check("crossplane_preload");
 }
 
 #[test]

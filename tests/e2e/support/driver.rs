@@ -40,6 +40,21 @@ impl DriverOptions {
         }
     }
 
+    /// All folders in this one, for a sandbox with several nodes.
+    #[must_use]
+    pub fn in_folder(mut self, folder: &Path) -> Self {
+        let make = |name: &str| {
+            let path = folder.join(name);
+            fs::create_dir_all(&path).expect("a folder");
+            path
+        };
+        self.kubelet = make("kubelet");
+        self.state = make("state");
+        self.socket = make("kubelet/plugins/oci.custom.io").join("csi.sock");
+        self.log = folder.join("driver.log");
+        self
+    }
+
     #[must_use]
     pub fn state(mut self, state: &Path) -> Self {
         state.clone_into(&mut self.state);
@@ -265,6 +280,12 @@ pub fn clean_environment(command: &mut Command) {
         "HEALTH_ENDPOINT",
         "METRICS_ENDPOINT",
         "CONFIG",
+        "FLEET",
+        "KUBECONFIG",
+        "KUBERNETES_SERVICE_HOST",
+        "LEASE_NAME",
+        "POD_NAME",
+        "POD_NAMESPACE",
         "LOG_LEVEL",
         "LOG_FORMAT",
         "http_proxy",

@@ -4,6 +4,7 @@
 //! however they end.
 
 mod admin;
+pub mod api_server;
 mod archive;
 mod authority;
 mod cosign;
@@ -37,8 +38,8 @@ pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
 pub use proxy::{Passed, Proxy};
 pub use push::{
     Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
-    OCI_TAR_ZSTD, Oras, copy_layout, empty_config, node_architecture, push_index, put_json,
-    umoci_unpack,
+    OCI_TAR_ZSTD, Oras, copy_layout, descriptor, empty_config, node_architecture, push_index,
+    put_json, umoci_unpack,
 };
 pub use registry::{
     Registry, RegistryKind, ending_with_this_thread, own_registry, private_registry, registry,

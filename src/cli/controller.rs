@@ -1,0 +1,97 @@
+//! `controller`: what the chart's `Deployment` runs, to warm a fleet.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use kube::Client;
+
+use super::logging::{self, LogFormat};
+use super::node::until_told;
+use super::{Failure, runtime};
+use crate::config::NodeConfiguration;
+use crate::config::policy::policy_source;
+use crate::fleet::controller::look::LookerClient;
+use crate::fleet::controller::{self, ControllerOptions, Looker, Pace};
+use crate::oci::credentials::providers::NodeCredentials;
+use crate::oci::registry::{Registry, RegistryOptions};
+
+/// Arguments of `controller`; each may be given in the environment too.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci controller --identity $(hostname) --namespace csi-driver-oci
+  KUBECONFIG=~/.kube/config csi-driver-oci controller --identity me --namespace default
+
+It talks to the Kubernetes API with its pod's service account, or with the kubeconfig that KUBECONFIG names.
+An empty endpoint turns it off.")]
+pub(super) struct ControllerArguments {
+    /// A name of this process that no other one has: the pod's.
+    #[arg(long, env = "POD_NAME")]
+    identity: String,
+    /// The namespace of the lease.
+    #[arg(long, env = "POD_NAMESPACE")]
+    namespace: String,
+    /// The lease's name; whoever holds it leads.
+    #[arg(long, env = "LEASE_NAME", default_value = "csi-driver-oci-controller")]
+    lease_name: String,
+    /// Where `/healthz` and `/readyz` are served.
+    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "[::]:19818")]
+    health_endpoint: String,
+    /// Where `/metrics` is served.
+    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19819")]
+    metrics_endpoint: String,
+    /// A YAML file of kind NodeConfiguration, as the nodes have it: registries, policy and limits count.
+    #[arg(long, env = "CONFIG")]
+    config: Option<PathBuf>,
+    /// error, warn, info, debug or trace.
+    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
+    log_level: String,
+    /// How log lines are written [default: json, text on a terminal].
+    #[arg(long, env = "LOG_FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+pub(super) fn run(arguments: ControllerArguments) -> Result<(), Failure> {
+    logging::start(&arguments.log_level, arguments.log_format)?;
+    if arguments.identity.is_empty() || arguments.namespace.is_empty() {
+        return Err(
+            "--identity and --namespace are needed: the pod's name and namespace".to_owned()
+        );
+    }
+    let configuration = match &arguments.config {
+        Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
+        None => NodeConfiguration::without_file(),
+    };
+    let mut registry = RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        ..RegistryOptions::default()
+    };
+    configuration.registries.apply(&mut registry)?;
+    let on = |endpoint: String| (!endpoint.is_empty()).then_some(endpoint);
+    let options = ControllerOptions {
+        identity: arguments.identity,
+        namespace: arguments.namespace,
+        lease: arguments.lease_name,
+        health_endpoint: on(arguments.health_endpoint),
+        metrics_endpoint: on(arguments.metrics_endpoint),
+        pace: Pace::default(),
+    };
+    let runtime = runtime()?;
+    let done = runtime.block_on(async {
+        let client = Client::try_default()
+            .await
+            .map_err(|error| format!("there is no access to the Kubernetes API: {error}"))?;
+        let looker = Looker {
+            client: LookerClient(client.clone()),
+            registry: Registry::new(registry).map_err(|error| error.to_string())?,
+            limits: configuration.limits.manifest(),
+            policy: policy_source(arguments.config, |_| {}),
+            credentials: NodeCredentials::new(configuration.registries.provider_files()),
+        };
+        let shutdown = until_told()?;
+        controller::run(client, Arc::new(looker), options, shutdown).await;
+        Ok(())
+    });
+    runtime.shutdown_background();
+    done
+}

@@ -1,0 +1,489 @@
+//! Facts, plan, writes, again and again, for as long as this process leads.
+//!
+//! What is decided and cannot be written now is forgotten: it is decided again. A write that is under way is waited
+//! for; one that failed is decided again after a while.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kube::Client;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::look::{Found, Question};
+use super::pace::Bucket;
+use super::watch::{Gathering, Told, Watching, watch};
+use super::write::{self, Trouble};
+use super::{FleetMetrics, Look};
+use crate::fleet::api::{ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, SealedCredentials};
+use crate::fleet::plan::facts::{Access, Meaning, Wanted, World};
+use crate::fleet::plan::{Plan, StatusChange, plan};
+use crate::fleet::seal::{Place, Plain};
+
+/// Questions that are asked at once.
+const LOOKS_AT_ONCE: usize = 8;
+/// In any case after so long: clocks jump, and a wake that was missed must not be for ever.
+const LONGEST_SLEEP: Duration = Duration::from_mins(1);
+/// What is not wanted by the API server is offered again after so long.
+const REFUSED_AGAIN: Duration = Duration::from_secs(30);
+/// What was decided on old facts, after so long; the watch is faster as a rule.
+const OUTDATED_AGAIN: Duration = Duration::from_millis(500);
+/// Events that are taken before it is planned, so that a list does not starve it.
+const EVENTS_AT_ONCE: usize = 1024;
+/// Texts that nobody has any more are looked for after so many plans.
+const FORGET_AFTER: u32 = 500;
+
+/// How fast the controller writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Writes under way at once.
+    pub writes_at_once: usize,
+    /// Writes a second, over time.
+    pub writes_per_second: u32,
+    /// What happens within so long is planned together.
+    pub settle: Duration,
+    /// A status whose numbers alone change is written so rarely.
+    pub counts_interval: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            writes_at_once: 16,
+            writes_per_second: 50,
+            settle: Duration::from_millis(200),
+            counts_interval: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Leads one fleet.
+pub struct Fleet {
+    client: Client,
+    look: Arc<dyn Look>,
+    pace: Pace,
+    metrics: Arc<FleetMetrics>,
+    world: World,
+    gathering: Gathering,
+    /// What is sealed for nodes, by preload, with its version.
+    plain: HashMap<Arc<str>, (Arc<str>, Plain)>,
+    looks: JoinSet<(Arc<str>, Asked, Found)>,
+    looking: HashSet<Arc<str>>,
+    writes: JoinSet<(Target, Result<Written, Trouble>)>,
+    writing: HashSet<Target>,
+    /// What has failed, and when it may be tried again.
+    resting: HashMap<Target, Instant>,
+    queue: VecDeque<Decision>,
+    counted: HashMap<Arc<str>, Instant>,
+    bucket: Bucket,
+    plans: u32,
+}
+
+/// What is written to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Target {
+    Node(Arc<str>),
+    Preload(Arc<str>),
+}
+
+/// One write that was decided.
+enum Decision {
+    Create { node: Arc<str>, uid: String },
+    Assign { node: Arc<str>, version: String, wanted: Vec<Wanted> },
+    Report { preload: Arc<str>, version: String, status: Box<ArtifactPreloadStatus> },
+    Delete { preload: Arc<str>, uid: String, version: String },
+}
+
+/// What came of it.
+enum Written {
+    Node(Box<NodeArtifacts>),
+    Preload(Box<ArtifactPreload>),
+    Deleted,
+}
+
+/// For what a question was asked: its answer is for nothing else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Asked {
+    uid: String,
+    reference: String,
+    pull_secrets: Vec<String>,
+}
+
+impl Fleet {
+    /// Knows nothing yet.
+    #[must_use]
+    pub fn new(
+        client: Client,
+        look: Arc<dyn Look>,
+        pace: Pace,
+        metrics: Arc<FleetMetrics>,
+    ) -> Self {
+        Self {
+            client,
+            look,
+            pace,
+            metrics,
+            world: World::default(),
+            gathering: Gathering::default(),
+            plain: HashMap::new(),
+            looks: JoinSet::new(),
+            looking: HashSet::new(),
+            writes: JoinSet::new(),
+            writing: HashSet::new(),
+            resting: HashMap::new(),
+            queue: VecDeque::new(),
+            counted: HashMap::new(),
+            bucket: Bucket::new(pace.writes_per_second, Instant::now()),
+            plans: 0,
+        }
+    }
+
+    /// Leads until told that somebody else does. Writes under way are then cut off: whoever leads plans anew.
+    pub async fn run(mut self, lost: CancellationToken) {
+        // They end with this.
+        let Watching { mut told, tasks: _tasks } = watch(&self.client, &self.metrics);
+        let mut dirty = true;
+        let mut planned = Instant::now();
+        let mut settle = self.pace.settle;
+        let mut wake = planned + LONGEST_SLEEP;
+        loop {
+            let next = if dirty && self.gathering.is_whole() { planned + settle } else { wake };
+            tokio::select! {
+                biased;
+                () = lost.cancelled() => return,
+                Some(done) = self.writes.join_next(), if !self.writes.is_empty() => {
+                    if let Ok((target, written)) = done {
+                        dirty |= self.written(target, written);
+                    }
+                    wake = wake.min(self.write_on());
+                }
+                Some(done) = self.looks.join_next(), if !self.looks.is_empty() => {
+                    if let Ok((preload, asked, found)) = done {
+                        self.found(&preload, &asked, found);
+                        dirty = true;
+                    }
+                }
+                // Facts may come without end; what is decided on them must not wait for it.
+                () = tokio::time::sleep_until(next) => {
+                    if !self.gathering.is_whole() {
+                        wake = Instant::now() + LONGEST_SLEEP;
+                        continue;
+                    }
+                    planned = Instant::now();
+                    dirty = false;
+                    wake = self.plan();
+                    // A plan of a large fleet takes its time: never more than a fifth of all.
+                    settle = self.pace.settle.max(planned.elapsed() * 4);
+                    planned = Instant::now();
+                }
+                Some(event) = told.recv() => {
+                    dirty |= self.take(event, &mut told);
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, first: Told, more: &mut tokio::sync::mpsc::Receiver<Told>) -> bool {
+        let mut matters = self.gathering.take(&mut self.world, first);
+        for _ in 0..EVENTS_AT_ONCE {
+            let Ok(event) = more.try_recv() else { break };
+            matters |= self.gathering.take(&mut self.world, event);
+        }
+        matters
+    }
+
+    /// Plans, and begins to carry it out; says when to plan again though nothing happens.
+    fn plan(&mut self) -> Instant {
+        let (begun, now) = (Instant::now(), Timestamp::now().as_second());
+        let planned = plan(&self.world, now);
+        self.metrics.planned(planned.totals, begun.elapsed());
+        let mut wake = begun + LONGEST_SLEEP;
+        if let Some(at) = planned.wake {
+            let seconds = u64::try_from(at - now).unwrap_or(0).max(1);
+            wake = wake.min(begun + Duration::from_secs(seconds));
+        }
+        self.plans += 1;
+        if self.plans.is_multiple_of(FORGET_AFTER) {
+            self.world.forget_texts();
+            let (preloads, now) = (&self.world.preloads, Instant::now());
+            self.plain.retain(|preload, _| preloads.contains_key(preload));
+            self.counted.retain(|preload, _| preloads.contains_key(preload));
+            self.resting.retain(|_, until| *until > now);
+        }
+        for preload in &planned.look {
+            self.ask(preload, now);
+        }
+        wake = wake.min(self.decide(planned));
+        wake.min(self.write_on())
+    }
+
+    /// Turns a plan into writes that may be made now.
+    fn decide(&mut self, plan: Plan) -> Instant {
+        let now = Instant::now();
+        let mut wake = now + LONGEST_SLEEP;
+        self.queue.clear();
+        // What others wait for comes first: what a preload has come to, then what nodes may begin with.
+        let (urgent, counts): (Vec<_>, Vec<_>) =
+            plan.report.into_iter().partition(|change| change.urgent);
+        for change in urgent {
+            self.decide_report(change);
+        }
+        for node in plan.create {
+            if let Some(known) = self.world.nodes.get(&node) {
+                self.queue.push_back(Decision::Create { uid: known.uid.clone(), node });
+            }
+        }
+        for (node, wanted) in plan.assign {
+            if let Some(object) = self.world.objects.get(&node) {
+                let version = object.version.clone();
+                self.queue.push_back(Decision::Assign { node, version, wanted });
+            }
+        }
+        for change in counts {
+            let since = self.counted.get(&change.preload);
+            match since.map(|since| *since + self.pace.counts_interval) {
+                Some(next) if next > now => wake = wake.min(next),
+                _ => self.decide_report(change),
+            }
+        }
+        for preload in plan.delete {
+            if let Some(known) = self.world.preloads.get(&preload) {
+                let (uid, version) = (known.uid.clone(), known.version.clone());
+                self.queue.push_back(Decision::Delete { preload, uid, version });
+            }
+        }
+        wake
+    }
+
+    fn decide_report(&mut self, change: StatusChange) {
+        if let Some(known) = self.world.preloads.get(&change.preload) {
+            let (version, status) = (known.version.clone(), Box::new(change.status));
+            self.queue.push_back(Decision::Report { preload: change.preload, version, status });
+        }
+    }
+
+    /// Begins as many of the decided writes as may be under way; says when more may.
+    fn write_on(&mut self) -> Instant {
+        let now = Instant::now();
+        let mut wake = now + LONGEST_SLEEP;
+        while self.writes.len() < self.pace.writes_at_once {
+            let Some(decision) = self.queue.pop_front() else { break };
+            let target = decision.target();
+            if self.writing.contains(&target) {
+                continue;
+            }
+            match self.resting.get(&target) {
+                Some(until) if *until > now => {
+                    wake = wake.min(*until);
+                    continue;
+                }
+                _ => {}
+            }
+            if let Err(until) = self.bucket.take(now) {
+                self.queue.push_front(decision);
+                return wake.min(until);
+            }
+            self.resting.remove(&target);
+            self.begin(target, decision);
+        }
+        wake
+    }
+
+    fn begin(&mut self, target: Target, decision: Decision) {
+        let client = self.client.clone();
+        match decision {
+            Decision::Create { node, uid } => {
+                self.writing.insert(target.clone());
+                self.writes.spawn(async move {
+                    let made = write::create(client, &node, &uid).await;
+                    (target, made.map(|object| Written::Node(Box::new(object))))
+                });
+            }
+            Decision::Assign { node, version, wanted } => {
+                let Some(artifacts) = self.sealed(&node, &wanted) else { return };
+                self.writing.insert(target.clone());
+                self.writes.spawn(async move {
+                    let written = write::assign(client, &node, &version, &artifacts).await;
+                    (target, written.map(|object| Written::Node(Box::new(object))))
+                });
+            }
+            Decision::Report { preload, version, status } => {
+                self.counted.insert(Arc::clone(&preload), Instant::now());
+                self.writing.insert(target.clone());
+                self.writes.spawn(async move {
+                    let place = split(&preload);
+                    let written = write::report(client, place, &version, &status).await;
+                    (target, written.map(|object| Written::Preload(Box::new(object))))
+                });
+            }
+            Decision::Delete { preload, uid, version } => {
+                self.writing.insert(target.clone());
+                self.writes.spawn(async move {
+                    let gone = write::delete(client, split(&preload), &uid, &version).await;
+                    (target, gone.map(|()| Written::Deleted))
+                });
+            }
+        }
+    }
+
+    /// The wishes as they are written, with credentials for those that need some; none where those are not read yet.
+    fn sealed(
+        &self,
+        node: &str,
+        wanted: &[Wanted],
+    ) -> Option<Vec<crate::fleet::api::WantedArtifact>> {
+        let mut artifacts = Vec::with_capacity(wanted.len());
+        for wish in wanted {
+            let preload = self.world.key(wish.preload);
+            let credentials = match &wish.sealed {
+                None => None,
+                Some(sealed) => {
+                    let (version, plain) = self.plain.get(&preload)?;
+                    if *version != sealed.version {
+                        return None;
+                    }
+                    let place = Place { node, preload: &preload, reference: &wish.reference };
+                    match plain.seal(&sealed.key, place) {
+                        Ok(data) => Some(SealedCredentials {
+                            key: sealed.key.to_string(),
+                            version: sealed.version.to_string(),
+                            data,
+                        }),
+                        Err(error) => {
+                            // A node that tells no key gets no credentials, and says that it lacks them.
+                            tracing::warn!(node, %error, "credentials cannot be sealed for a node");
+                            None
+                        }
+                    }
+                }
+            };
+            artifacts.push(write::wanted(&preload, wish, credentials));
+        }
+        artifacts.sort_by(|one, two| {
+            (&one.preload, &one.reference).cmp(&(&two.preload, &two.reference))
+        });
+        Some(artifacts)
+    }
+
+    /// Takes in what came of a write; whether it matters.
+    fn written(&mut self, target: Target, written: Result<Written, Trouble>) -> bool {
+        self.writing.remove(&target);
+        let kind = match target {
+            Target::Node(_) => "node",
+            Target::Preload(_) => "preload",
+        };
+        let now = Instant::now();
+        match written {
+            Ok(written) => {
+                self.metrics.wrote(kind, "success");
+                self.bucket.answered();
+                match written {
+                    Written::Node(object) => self.world.put_object(&object),
+                    Written::Preload(object) => self.world.put_preload(&object),
+                    Written::Deleted => {}
+                }
+            }
+            Err(trouble) => {
+                self.metrics.wrote(kind, trouble.word());
+                match trouble {
+                    Trouble::Outdated => {
+                        self.bucket.answered();
+                        self.resting.insert(target, now + OUTDATED_AGAIN);
+                    }
+                    Trouble::Busy(wait, reason) => {
+                        tracing::warn!(
+                            reason,
+                            "the API server is busy or away: writing again later"
+                        );
+                        self.bucket.pause(wait, now);
+                    }
+                    Trouble::Refused(reason) => {
+                        self.bucket.answered();
+                        tracing::error!(?target, reason, "the API server refuses a write");
+                        self.resting.insert(target, now + REFUSED_AGAIN);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// Asks what a preload means, unless that is being asked already.
+    fn ask(&mut self, preload: &Arc<str>, now: i64) {
+        if self.looks.len() >= LOOKS_AT_ONCE || self.looking.contains(preload) {
+            return;
+        }
+        let Some(known) = self.world.preloads.get(preload) else { return };
+        let Ok(parsed) = &known.parsed else { return };
+        let asked = Asked {
+            uid: known.uid.clone(),
+            reference: known.spec.reference.clone(),
+            pull_secrets: known.spec.pull_secrets.clone(),
+        };
+        let question = Question {
+            namespace: split(preload).0.to_owned(),
+            reference: parsed.reference.clone(),
+            written: known.spec.reference.clone(),
+            pull_secrets: known.spec.pull_secrets.clone(),
+            meaning: !matches!(known.meaning, Meaning::Known(_)),
+            now,
+        };
+        self.looking.insert(Arc::clone(preload));
+        let (look, preload) = (Arc::clone(&self.look), Arc::clone(preload));
+        self.looks.spawn(async move {
+            let found = look.look(question).await;
+            (preload, asked, found)
+        });
+    }
+
+    /// Takes in what was found out, if it is still asked for.
+    fn found(&mut self, preload: &Arc<str>, asked: &Asked, found: Found) {
+        self.looking.remove(preload);
+        let failed = matches!(found.access, Access::Refused(_))
+            || matches!(found.meaning, Some(Meaning::Refused(_)));
+        self.metrics.looked(if failed { "failure" } else { "success" });
+        let Some(known) = self.world.preloads.get_mut(preload) else { return };
+        let now = Asked {
+            uid: known.uid.clone(),
+            reference: known.spec.reference.clone(),
+            pull_secrets: known.spec.pull_secrets.clone(),
+        };
+        if now != *asked {
+            return;
+        }
+        match (&found.access, found.plain) {
+            (Access::Sealed { version, .. }, Some(plain)) => {
+                self.plain.insert(Arc::clone(preload), (Arc::clone(version), plain));
+            }
+            _ => {
+                self.plain.remove(preload);
+            }
+        }
+        known.access = found.access;
+        // What is known stays known: the secrets alone were read.
+        if let Some(meaning) = found.meaning
+            && !matches!(known.meaning, Meaning::Known(_))
+        {
+            known.meaning = meaning;
+        }
+    }
+}
+
+impl Decision {
+    fn target(&self) -> Target {
+        match self {
+            Self::Create { node, .. } | Self::Assign { node, .. } => Target::Node(Arc::clone(node)),
+            Self::Report { preload, .. } | Self::Delete { preload, .. } => {
+                Target::Preload(Arc::clone(preload))
+            }
+        }
+    }
+}
+
+/// Namespace and name.
+fn split(preload: &str) -> (&str, &str) {
+    preload.split_once('/').unwrap_or(("", preload))
+}

@@ -1,0 +1,206 @@
+//! One preload: what its status says.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use super::facts::{Preload, Seconds};
+use super::handout::{Counts, HandedOut, Problem};
+use crate::fleet::api::{ArtifactPreloadStatus, FailedNode};
+
+/// Bytes of a failed node's message.
+const MAXIMUM_MESSAGE: usize = 500;
+
+/// What is to be written.
+#[derive(Debug)]
+pub(super) struct Written {
+    /// The whole status.
+    pub(super) status: ArtifactPreloadStatus,
+    /// When the preload's time is over.
+    pub(super) end: Option<Seconds>,
+}
+
+/// What the status says of what was handed out.
+pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Written {
+    let before = &preload.status;
+    let same_generation = before.observed_generation == Some(preload.generation);
+    let Counts { desired, ready, active, failed } = handed.counts;
+    let time = |seconds| Timestamp::from_second(seconds).ok().map(Time);
+    let kept = |time: &Option<Time>| time.clone().filter(|_| same_generation);
+    let start_time = kept(&before.start_time).or_else(|| time(now));
+    let done = handed.problem.is_none()
+        && desired > 0
+        && ready + failed == desired
+        && (failed > 0 || handed.reached);
+    let finished = handed.reached || done;
+    let completion_time = match (finished, kept(&before.completion_time)) {
+        (false, _) => None,
+        (true, Some(before)) => Some(before),
+        (true, None) => time(now),
+    };
+    let end = preload.spec.ttl_seconds_after_finished.zip(completion_time.as_ref());
+    let end = end.map(|(ttl, time)| time.0.as_second() + Seconds::from(ttl));
+    let (digest, platforms, reference) = match &handed.current {
+        Some(current) => (
+            Some(current.known.digest.to_string()),
+            current.known.platforms.iter().take(16).map(ToString::to_string).collect(),
+            Some(preload.spec.reference.clone()),
+        ),
+        None => (None, Vec::new(), None),
+    };
+    let ready_reference = match &handed.current {
+        Some(current) if handed.reached => Some(current.reference.to_string()),
+        _ => before.ready_reference.clone(),
+    };
+    let failed_nodes = handed.failed.iter().map(|failed| FailedNode {
+        node: failed.node.to_string(),
+        reason: cut(&failed.reason, 64),
+        message: cut(&failed.message, MAXIMUM_MESSAGE),
+    });
+    let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
+    conditions.add("Resolved", resolved(handed));
+    conditions.add("Ready", is_there(preload, handed));
+    conditions.add("Stalled", stalled(handed, done));
+    let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
+    let status = ArtifactPreloadStatus {
+        observed_generation: Some(preload.generation),
+        reference,
+        digest,
+        platforms,
+        ready_reference,
+        desired: number(desired),
+        ready: number(ready),
+        active: number(active),
+        failed: number(failed),
+        failed_nodes: failed_nodes.collect(),
+        start_time,
+        completion_time,
+        conditions: conditions.all,
+    };
+    Written { status, end }
+}
+
+/// Status, reason and message of a condition.
+type Said = (&'static str, &'static str, String);
+
+fn resolved(handed: &HandedOut) -> Said {
+    match (&handed.current, &handed.problem) {
+        (Some(current), _) => ("True", "Resolved", format!("it is {}", current.reference)),
+        (None, Some(Problem { reason, message, .. })) => ("False", reason, message.clone()),
+        (None, None) => ("Unknown", "Resolving", "the registry is being asked".to_owned()),
+    }
+}
+
+fn is_there(preload: &Preload, handed: &HandedOut) -> Said {
+    let counts = handed.counts;
+    let Counts { desired, ready, active, failed } = counts;
+    let waiting = counts.waiting();
+    if handed.reached && handed.current.is_some() {
+        let message = if ready < desired {
+            format!(
+                "{ready} of {desired} nodes hold it; it was on all of them before: {active} fetch it, {waiting} wait, {failed} failed"
+            )
+        } else {
+            format!("{ready} of {desired} nodes hold it")
+        };
+        return ("True", "Ready", message);
+    }
+    if let Some(Problem { reason, message, .. }) = &handed.problem {
+        return ("False", reason, message.clone());
+    }
+    if handed.current.is_none() {
+        return ("False", "Resolving", "the registry is being asked".to_owned());
+    }
+    if desired == 0 {
+        let message = "no node with the driver is selected: look at spec.selector, spec.platforms and kubectl get nodeartifacts";
+        return ("False", "NoNodes", message.to_owned());
+    }
+    let message = format!(
+        "{ready} of {desired} nodes hold it, {active} fetch it, {waiting} wait, {failed} failed"
+    );
+    match (preload.spec.paused, active + waiting) {
+        (true, _) if waiting > 0 => ("False", "Paused", message),
+        (_, 0) => ("False", "NodesFailed", message),
+        _ => ("False", "Preloading", message),
+    }
+}
+
+/// Whether nothing but a change will help: then tools that wait need not wait on.
+fn stalled(handed: &HandedOut, done: bool) -> Said {
+    match &handed.problem {
+        Some(Problem { transient: false, reason, message }) if !handed.reached => {
+            ("True", reason, message.clone())
+        }
+        None if done && !handed.reached => {
+            let message = match handed.failed.first() {
+                Some(first) => format!(
+                    "{} nodes have failed, {} first: {}",
+                    handed.counts.failed, first.node, first.message
+                ),
+                None => String::new(),
+            };
+            ("True", "NodesFailed", cut(&message, MAXIMUM_MESSAGE))
+        }
+        _ => ("False", "Progressing", String::new()),
+    }
+}
+
+struct Conditions<'a> {
+    before: &'a [Condition],
+    preload: &'a Preload,
+    now: Seconds,
+    all: Vec<Condition>,
+}
+
+impl Conditions<'_> {
+    fn add(&mut self, kind: &str, (status, reason, message): Said) {
+        let before = self.before.iter().find(|condition| condition.type_ == kind);
+        let unchanged = before.filter(|before| before.status == status);
+        let since = unchanged.map(|before| before.last_transition_time.clone());
+        let now = || Time(Timestamp::from_second(self.now).unwrap_or_default());
+        self.all.push(Condition {
+            type_: kind.to_owned(),
+            status: status.to_owned(),
+            reason: reason.to_owned(),
+            message,
+            observed_generation: Some(self.preload.generation),
+            last_transition_time: since.unwrap_or_else(now),
+        });
+    }
+}
+
+/// Whether a status says that all nodes hold it.
+pub(super) fn is_ready(status: &ArtifactPreloadStatus) -> bool {
+    is_true(status, "Ready")
+}
+
+/// Whether a status says that nothing but a change will help.
+pub(super) fn is_stalled(status: &ArtifactPreloadStatus) -> bool {
+    is_true(status, "Stalled")
+}
+
+fn is_true(status: &ArtifactPreloadStatus, kind: &str) -> bool {
+    status.conditions.iter().any(|condition| condition.type_ == kind && condition.status == "True")
+}
+
+/// Whether more than numbers have changed.
+pub(super) fn says_something_new(
+    before: &ArtifactPreloadStatus,
+    after: &ArtifactPreloadStatus,
+) -> bool {
+    let gist = |status: &ArtifactPreloadStatus| {
+        let of = |condition: &Condition| (condition.status.clone(), condition.reason.clone());
+        let conditions: Vec<_> = status.conditions.iter().map(of).collect();
+        let known = (status.digest.clone(), status.ready_reference.clone());
+        (status.observed_generation, known, conditions, status.failed_nodes.len())
+    };
+    gist(before) != gist(after)
+}
+
+/// At most so many bytes, whole characters.
+fn cut(text: &str, limit: usize) -> String {
+    let mut end = text.len().min(limit);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}

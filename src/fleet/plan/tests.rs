@@ -1,0 +1,704 @@
+//! The planner against a cluster of facts: what it decides is written, and nodes do what they please.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use proptest::prelude::*;
+
+use super::facts::{Access, Known, Meaning, Node, Refusal, World, turn};
+use super::{Plan, plan};
+use crate::fleet::api::{
+    ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
+    NodeArtifactsSpec, NodeArtifactsStatus, NodeSelector, Phase, SealedCredentials, WantedArtifact,
+};
+use crate::oci::{Digest, Reference};
+
+const BEGIN: i64 = 1_800_000_000;
+
+/// A cluster in memory, whose objects are written by plans and by nodes.
+struct Cluster {
+    world: World,
+    preloads: BTreeMap<String, ArtifactPreload>,
+    objects: BTreeMap<String, NodeArtifacts>,
+    now: i64,
+    version: u64,
+}
+
+impl Cluster {
+    fn new(nodes: usize) -> Self {
+        let mut cluster = Self {
+            world: World::default(),
+            preloads: BTreeMap::new(),
+            objects: BTreeMap::new(),
+            now: BEGIN,
+            version: 0,
+        };
+        for index in 0..nodes {
+            cluster.add_node(&format!("node-{index}"));
+        }
+        cluster
+    }
+
+    fn version(&mut self) -> String {
+        self.version += 1;
+        self.version.to_string()
+    }
+
+    fn add_node(&mut self, name: &str) {
+        let zone = if name.ends_with(['0', '2', '4', '6', '8']) { "a" } else { "b" };
+        let node = Node {
+            uid: format!("uid-{name}"),
+            labels: BTreeMap::from([("zone".to_owned(), zone.to_owned())]),
+            created: self.now,
+            turn: turn(name),
+        };
+        let name = self.world.text(name);
+        self.world.nodes.insert(name, node);
+    }
+
+    /// Its plugin begins.
+    fn start_plugin(&mut self, name: &str) {
+        let status = NodeArtifactsStatus {
+            platform: "linux/amd64".to_owned(),
+            public_key: format!("key-of-{name}"),
+            ..NodeArtifactsStatus::default()
+        };
+        self.change_object(name, |object| object.status = Some(status));
+    }
+
+    fn remove_node(&mut self, name: &str) {
+        self.world.nodes.remove(name);
+        self.world.objects.remove(name);
+        self.objects.remove(name);
+    }
+
+    fn change_object(&mut self, name: &str, change: impl FnOnce(&mut NodeArtifacts)) {
+        let version = self.version();
+        let object = self.objects.get_mut(name).expect("an object");
+        change(object);
+        object.metadata.resource_version = Some(version);
+        let object = object.clone();
+        self.world.put_object(&object);
+    }
+
+    fn apply(&mut self, name: &str, change: impl FnOnce(&mut ArtifactPreloadSpec)) {
+        let known = self.preloads.get(name).cloned();
+        let mut object = known.unwrap_or_else(|| {
+            let spec = serde_json::json!({"reference": "r.io/tool:v1", "parallelism": 3});
+            let mut object =
+                ArtifactPreload::new(name, serde_json::from_value(spec).expect("a spec"));
+            object.metadata.namespace = Some("team".to_owned());
+            object.metadata.uid = Some(format!("uid-{name}"));
+            object
+        });
+        change(&mut object.spec);
+        object.metadata.generation = Some(object.metadata.generation.unwrap_or_default() + 1);
+        object.metadata.resource_version = Some(self.version());
+        self.world.put_preload(&object);
+        self.preloads.insert(name.to_owned(), object);
+    }
+
+    /// The registry's answer.
+    fn answer(&mut self, preload: &str, meaning: Meaning) {
+        let key = format!("team/{preload}");
+        self.world.preloads.get_mut(key.as_str()).expect("a preload").meaning = meaning;
+    }
+
+    fn resolve(&mut self, preload: &str) -> String {
+        let reference = self.preloads[preload].spec.reference.clone();
+        let digest = Digest::of(reference.as_bytes());
+        let known = Known { reference, digest, platforms: Vec::new() };
+        self.answer(preload, Meaning::Known(known));
+        digest.to_string()
+    }
+
+    fn status(&self, preload: &str) -> ArtifactPreloadStatus {
+        self.preloads[preload].status.clone().unwrap_or_default()
+    }
+
+    fn reason(&self, preload: &str) -> String {
+        let conditions = self.status(preload).conditions;
+        conditions
+            .into_iter()
+            .find(|one| one.type_ == "Ready")
+            .map_or_else(String::new, |one| one.reason)
+    }
+
+    fn plan(&self) -> Plan {
+        plan(&self.world, self.now)
+    }
+
+    /// Plans and writes what was decided.
+    fn step(&mut self) -> Plan {
+        let decided = self.plan();
+        for name in &decided.create {
+            let mut object = NodeArtifacts::new(name, NodeArtifactsSpec::default());
+            object.metadata = ObjectMeta {
+                name: Some(name.to_string()),
+                resource_version: Some(self.version()),
+                ..ObjectMeta::default()
+            };
+            self.world.put_object(&object);
+            self.objects.insert(name.to_string(), object);
+        }
+        for (name, wanted) in &decided.assign {
+            let artifacts = wanted.iter().map(|wanted| WantedArtifact {
+                preload: self.world.key(wanted.preload).to_string(),
+                reference: wanted.reference.to_string(),
+                pin: wanted.pin,
+                timeout_seconds: wanted.timeout,
+                backoff_limit: wanted.backoff,
+                since: Time(jiff::Timestamp::from_second(wanted.since).expect("a time")),
+                credentials: wanted.sealed.as_ref().map(|sealed| SealedCredentials {
+                    key: sealed.key.to_string(),
+                    version: sealed.version.to_string(),
+                    data: String::new(),
+                }),
+            });
+            let artifacts: Vec<_> = artifacts.collect();
+            self.change_object(name, |object| object.spec.artifacts = artifacts);
+        }
+        for change in &decided.report {
+            let version = self.version();
+            let name = change.preload.strip_prefix("team/").expect("a key").to_owned();
+            let object = self.preloads.get_mut(&name).expect("a preload");
+            object.status = Some(change.status.clone());
+            object.metadata.resource_version = Some(version);
+            let object = object.clone();
+            self.world.put_preload(&object);
+        }
+        decided
+    }
+
+    /// Plans until nothing is decided any more.
+    fn settle(&mut self) {
+        for _ in 0..10 {
+            let decided = self.step();
+            if decided.assign.is_empty() && decided.report.is_empty() && decided.create.is_empty() {
+                return;
+            }
+        }
+        panic!("it is decided again and again");
+    }
+
+    /// What nodes are asked for and have not done.
+    fn open(&self) -> Vec<(String, WantedArtifact)> {
+        let mut open = Vec::new();
+        for (name, object) in &self.objects {
+            for wanted in &object.spec.artifacts {
+                if self.held(name, wanted).is_none_or(|held| held.phase != Phase::Ready) {
+                    open.push((name.clone(), wanted.clone()));
+                }
+            }
+        }
+        open
+    }
+
+    fn held(&self, node: &str, wanted: &WantedArtifact) -> Option<HeldArtifact> {
+        let digest = digest_of(wanted);
+        let held = self.objects[node].status.as_ref()?.artifacts.iter();
+        held.into_iter()
+            .find(|held| held.preload == wanted.preload && held.digest == digest)
+            .cloned()
+    }
+
+    /// A node says how far one artifact is.
+    fn says(&mut self, node: &str, wanted: &WantedArtifact, phase: Phase) {
+        let held = HeldArtifact {
+            preload: wanted.preload.clone(),
+            digest: digest_of(wanted),
+            phase,
+            percent: None,
+            reason: if phase == Phase::Failed { "NoRoom".into() } else { String::new() },
+            message: String::new(),
+        };
+        self.change_object(node, |object| {
+            let status = object.status.as_mut().expect("a plugin");
+            let is_other = |other: &HeldArtifact| {
+                (&other.preload, &other.digest) != (&held.preload, &held.digest)
+            };
+            status.artifacts.retain(is_other);
+            status.artifacts.push(held.clone());
+        });
+    }
+
+    /// Every node does what it is asked for.
+    fn nodes_work(&mut self) {
+        for (node, wanted) in self.open() {
+            self.says(&node, &wanted, Phase::Ready);
+        }
+    }
+
+    fn run_until_done(&mut self) {
+        for _ in 0..200 {
+            self.settle();
+            if self.open().is_empty() {
+                return;
+            }
+            self.nodes_work();
+        }
+        panic!("it never ends");
+    }
+
+    fn wants(&self, node: &str) -> Vec<String> {
+        self.objects[node].spec.artifacts.iter().map(|one| one.reference.clone()).collect()
+    }
+}
+
+fn digest_of(wanted: &WantedArtifact) -> String {
+    let reference: Reference = wanted.reference.parse().expect("a reference");
+    reference.digest().expect("a digest").to_string()
+}
+
+/// Nodes whose plugins run, and one preload that is resolved.
+fn cluster(nodes: usize) -> Cluster {
+    let mut cluster = Cluster::new(nodes);
+    cluster.settle();
+    for name in cluster.objects.keys().cloned().collect::<Vec<_>>() {
+        cluster.start_plugin(&name);
+    }
+    cluster.apply("tool", |_| {});
+    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    cluster.resolve("tool");
+    cluster
+}
+
+#[test]
+fn nodes_take_turns_and_the_last_one_makes_it_ready() {
+    let mut cluster = cluster(10);
+    for round in 0..4 {
+        cluster.settle();
+        assert_eq!(cluster.open().len(), if round < 3 { 3 } else { 1 });
+        assert_eq!(cluster.reason("tool"), "Preloading");
+        assert_eq!(cluster.status("tool").ready_reference, None);
+        cluster.nodes_work();
+    }
+    cluster.settle();
+    let status = cluster.status("tool");
+    assert_eq!((status.desired, status.ready, status.active), (10, 10, 0));
+    assert_eq!(cluster.reason("tool"), "Ready");
+    let digest = Digest::of(b"r.io/tool:v1");
+    assert_eq!(status.ready_reference, Some(format!("r.io/tool:v1@{digest}")));
+    assert!(status.completion_time.is_some());
+    assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
+}
+
+#[test]
+fn a_part_of_the_nodes_is_rounded_up_and_never_none() {
+    for (nodes, percent, at_once) in [(10, "25%", 3), (3, "1%", 1), (7, "100%", 7)] {
+        let mut cluster = cluster(nodes);
+        let percent = IntOrString::String(percent.to_owned());
+        cluster.apply("tool", |spec| spec.parallelism = percent);
+        cluster.settle();
+        assert_eq!(cluster.open().len(), at_once);
+    }
+}
+
+#[test]
+fn a_node_that_joins_gets_it_and_readiness_stays() {
+    let mut cluster = cluster(3);
+    cluster.run_until_done();
+    cluster.add_node("late");
+    cluster.settle();
+    assert_eq!(cluster.status("tool").desired, 3, "its plugin is not there yet");
+    cluster.start_plugin("late");
+    cluster.settle();
+    let status = cluster.status("tool");
+    assert_eq!((status.desired, status.ready, status.active), (4, 3, 1));
+    assert_eq!(cluster.reason("tool"), "Ready");
+    cluster.run_until_done();
+    assert_eq!(cluster.status("tool").ready, 4);
+    cluster.remove_node("late");
+    cluster.settle();
+    assert_eq!(cluster.status("tool").desired, 3);
+}
+
+#[test]
+fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
+    let mut cluster = cluster(4);
+    cluster.run_until_done();
+    let first = cluster.status("tool").ready_reference.expect("ready");
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Resolving");
+    assert!((0..4).all(|node| cluster.wants(&format!("node-{node}")) == [first.clone()]));
+    cluster.resolve("tool");
+    cluster.add_node("late");
+    cluster.settle();
+    cluster.start_plugin("late");
+    cluster.settle();
+    assert_eq!(cluster.status("tool").ready_reference, Some(first.clone()), "it is sticky");
+    assert!(cluster.objects.values().all(|object| {
+        object.spec.artifacts.is_empty()
+            || object.spec.artifacts.iter().any(|wanted| wanted.reference == first)
+    }));
+    cluster.run_until_done();
+    let second = cluster.status("tool").ready_reference.expect("ready");
+    assert_ne!(first, second);
+    assert!(cluster.objects.keys().all(|node| cluster.wants(node) == [second.clone()]));
+}
+
+#[test]
+fn a_reference_that_is_wrong_leaves_everything_as_it_was() {
+    let mut cluster = cluster(2);
+    cluster.run_until_done();
+    let first = cluster.status("tool").ready_reference;
+    for (reference, meaning, reason) in [
+        ("r.io/NOT/one", None, "InvalidSpec"),
+        (
+            "r.io/tool:gone",
+            Some(Meaning::Refused(Refusal {
+                reason: "ReferenceNotFound",
+                message: "there is none".to_owned(),
+                transient: false,
+                retry_at: BEGIN + 60,
+            })),
+            "ReferenceNotFound",
+        ),
+    ] {
+        cluster.apply("tool", |spec| spec.reference = reference.to_owned());
+        if let Some(meaning) = meaning {
+            cluster.answer("tool", meaning);
+        }
+        cluster.settle();
+        assert_eq!(cluster.reason("tool"), reason);
+        assert_eq!(cluster.status("tool").ready_reference, first);
+        assert!(super::status::is_stalled(&cluster.status("tool")));
+        assert_eq!(cluster.wants("node-0"), [first.clone().expect("ready")]);
+        assert_eq!(cluster.plan().look, [] as [Arc<str>; 0], "not before its time");
+    }
+    cluster.now += 61;
+    assert_eq!(cluster.plan().look.len(), 1);
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v1".to_owned());
+    cluster.resolve("tool");
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready", "nodes hold it all the time");
+}
+
+#[test]
+fn failed_nodes_are_named_and_hold_no_one_up() {
+    let mut cluster = cluster(6);
+    cluster.settle();
+    let (node, wanted) = cluster.open().remove(0);
+    cluster.says(&node, &wanted, Phase::Failed);
+    for _ in 0..5 {
+        cluster.settle();
+        for (other, wanted) in cluster.open() {
+            if other != node {
+                cluster.says(&other, &wanted, Phase::Ready);
+            }
+        }
+    }
+    cluster.settle();
+    let status = cluster.status("tool");
+    assert_eq!((status.ready, status.failed, status.active), (5, 1, 0));
+    assert_eq!(status.failed_nodes[0].node, node);
+    assert_eq!(status.failed_nodes[0].reason, "NoRoom");
+    assert_eq!(cluster.reason("tool"), "NodesFailed");
+    assert!(super::status::is_stalled(&status));
+    assert!(status.completion_time.is_some());
+    cluster.says(&node, &wanted, Phase::Ready);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready", "it has tried again by itself");
+}
+
+#[test]
+fn a_node_that_does_not_answer_gives_its_place_to_others() {
+    let mut cluster = cluster(4);
+    cluster.apply("tool", |spec| spec.parallelism = IntOrString::Int(1));
+    cluster.settle();
+    let (silent, _) = cluster.open().remove(0);
+    cluster.now += 200;
+    cluster.settle();
+    assert_eq!(cluster.open().len(), 2);
+    assert_eq!(cluster.status("tool").failed_nodes[0].node, silent);
+    assert_eq!(cluster.status("tool").failed_nodes[0].reason, "NoAnswer");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Ready", "it has come back");
+}
+
+#[test]
+fn who_is_selected_and_who_is_not() {
+    let mut cluster = cluster(10);
+    cluster.apply("tool", |spec| {
+        spec.selector.match_labels = BTreeMap::from([("zone".to_owned(), "a".to_owned())]);
+    });
+    cluster.run_until_done();
+    assert_eq!(cluster.status("tool").desired, 5);
+    cluster.apply("tool", |spec| spec.selector.names = vec!["node-2".into(), "gone".into()]);
+    cluster.run_until_done();
+    assert_eq!(cluster.status("tool").desired, 1);
+    assert!(
+        cluster
+            .objects
+            .iter()
+            .all(|(name, object)| { object.spec.artifacts.is_empty() == (name != "node-2") })
+    );
+    cluster.apply("tool", |spec| spec.selector.names = vec!["gone".into()]);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "NoNodes");
+    cluster.apply("tool", |spec| {
+        spec.selector = NodeSelector::default();
+        spec.platforms = vec!["linux/arm64".into()];
+    });
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "NoNodes");
+}
+
+#[test]
+fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
+    let mut cluster = cluster(2);
+    let reference = "r.io/tool:v1".to_owned();
+    let platforms = vec!["linux/arm64".parse().expect("a platform")];
+    let known = Known { reference, digest: Digest::of(b"index"), platforms };
+    cluster.answer("tool", Meaning::Known(known));
+    cluster.settle();
+    assert_eq!(cluster.status("tool").failed_nodes[0].reason, "PlatformMissing");
+    assert_eq!(cluster.reason("tool"), "NodesFailed");
+    assert!(cluster.open().is_empty());
+    cluster.apply("tool", |spec| spec.platforms = vec!["linux/amd64".into()]);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "PlatformMissing");
+}
+
+#[test]
+fn pause_time_and_end() {
+    let mut cluster = cluster(6);
+    cluster.apply("tool", |spec| spec.paused = true);
+    cluster.settle();
+    assert_eq!((cluster.open().len(), cluster.reason("tool").as_str()), (0, "Paused"));
+    cluster.apply("tool", |spec| {
+        spec.paused = false;
+        spec.spread = Some("1h".to_owned());
+        spec.parallelism = IntOrString::Int(100);
+        spec.ttl_seconds_after_finished = Some(60);
+    });
+    cluster.settle();
+    assert!(cluster.open().len() < 6, "not all at once");
+    assert!(cluster.plan().wake.is_some_and(|wake| wake <= BEGIN + 3600));
+    cluster.now += 3600;
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert_eq!(cluster.plan().delete.len(), 0);
+    cluster.now += 61;
+    assert_eq!(cluster.plan().delete, [Arc::from("team/tool")]);
+    cluster.world.preloads.remove("team/tool");
+    cluster.preloads.remove("tool");
+    cluster.settle();
+    assert!(cluster.objects.values().all(|object| object.spec.artifacts.is_empty()));
+}
+
+#[test]
+fn credentials_go_to_nodes_that_need_them_and_to_their_present_key() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
+    cluster.settle();
+    assert!(cluster.open().is_empty(), "the secret is not read yet");
+    assert_eq!(cluster.plan().look.len(), 1);
+    let sealed = |version: &str| Access::Sealed { version: Arc::from(version), until: BEGIN + 120 };
+    let key = "team/tool";
+    cluster.world.preloads.get_mut(key).expect("one").access = sealed("1");
+    cluster.settle();
+    let credentials = |cluster: &Cluster| {
+        let wanted = cluster.objects["node-0"].spec.artifacts[0].clone();
+        wanted.credentials.map(|one| (one.key, one.version))
+    };
+    let of = |key: &str, version: &str| Some((key.to_owned(), version.to_owned()));
+    assert_eq!(credentials(&cluster), of("key-of-node-0", "1"));
+    cluster.change_object("node-0", |object| {
+        object.status.as_mut().expect("a status").public_key = "another".to_owned();
+    });
+    cluster.settle();
+    assert_eq!(credentials(&cluster), of("another", "1"), "the plugin was restarted");
+    cluster.world.preloads.get_mut(key).expect("one").access = sealed("2");
+    cluster.settle();
+    assert_eq!(credentials(&cluster), of("another", "2"), "the secret was changed");
+    cluster.nodes_work();
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    // Nothing is written only to take away what can be of no use.
+    assert_eq!(credentials(&cluster), of("another", "2"));
+    cluster.apply("other", |_| {});
+    cluster.resolve("other");
+    cluster.settle();
+    let wanted = &cluster.objects["node-0"].spec.artifacts;
+    assert!(wanted.len() == 2 && wanted.iter().all(|one| one.credentials.is_none()));
+}
+
+#[test]
+fn two_preloads_of_one_artifact_stand_for_themselves() {
+    let mut cluster = cluster(2);
+    cluster.apply("twin", |_| {});
+    cluster.resolve("twin");
+    cluster.run_until_done();
+    assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 2);
+    cluster.world.preloads.remove("team/tool");
+    cluster.preloads.remove("tool");
+    cluster.settle();
+    assert_eq!(cluster.objects["node-0"].spec.artifacts[0].preload, "team/twin");
+    assert_eq!(cluster.reason("twin"), "Ready");
+}
+
+#[test]
+fn a_new_process_decides_nothing_else() {
+    let mut cluster = cluster(5);
+    cluster.settle();
+    let (node, wanted) = cluster.open().remove(0);
+    cluster.says(&node, &wanted, Phase::Ready);
+    cluster.settle();
+    let mut world = World::default();
+    world.nodes = std::mem::take(&mut cluster.world.nodes);
+    for object in cluster.objects.values() {
+        world.put_object(object);
+    }
+    for object in cluster.preloads.values() {
+        world.put_preload(object);
+    }
+    cluster.world = world;
+    let decided = cluster.plan();
+    assert!(decided.assign.is_empty() && decided.report.is_empty() && decided.look.is_empty());
+}
+
+#[test]
+fn no_more_is_wanted_of_a_node_than_fits_its_object() {
+    let mut cluster = cluster(1);
+    for index in 0..300 {
+        let name = format!("tool-{index}");
+        cluster.apply(&name, |spec| spec.reference = format!("r.io/tool:{index}"));
+        cluster.resolve(&name);
+    }
+    cluster.settle();
+    assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 256);
+    let refused = (0..300).filter(|index| {
+        let status = cluster.status(&format!("tool-{index}"));
+        status.failed_nodes.first().is_some_and(|failed| failed.reason == "TooManyPreloads")
+    });
+    assert_eq!(refused.count(), 300 + 1 - 256);
+}
+
+/// What happens to a cluster.
+#[derive(Clone, Debug)]
+enum Happening {
+    Says(usize, Phase),
+    Joins,
+    Leaves(usize),
+    Rolls(usize, u8),
+    Passes(i64),
+    Paused(usize, bool),
+    Forgets,
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let phase = prop_oneof![
+        1 => Just(Phase::Waiting),
+        1 => Just(Phase::Pulling),
+        1 => Just(Phase::Failed),
+        3 => Just(Phase::Ready),
+    ];
+    prop_oneof![
+        8 => (0..100_usize, phase).prop_map(|(which, phase)| Happening::Says(which, phase)),
+        1 => Just(Happening::Joins),
+        1 => (0..100_usize).prop_map(Happening::Leaves),
+        1 => (0..3_usize, 0..3_u8).prop_map(|(which, version)| Happening::Rolls(which, version)),
+        1 => (1..400_i64).prop_map(Happening::Passes),
+        1 => (0..3_usize, any::<bool>()).prop_map(|(which, is)| Happening::Paused(which, is)),
+        1 => Just(Happening::Forgets),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever happens: never more at once than allowed, nothing twice, what is ready stays until the next is, and
+    /// in the end all is everywhere.
+    #[test]
+    fn whatever_happens(happenings in proptest::collection::vec(happening(), 1..60)) {
+        let names = ["tool-0", "tool-1", "tool-2"];
+        let mut cluster = cluster(5);
+        for name in names {
+            cluster.apply(name, |spec| spec.parallelism = IntOrString::Int(2));
+            cluster.resolve(name);
+        }
+        let mut joined = 0;
+        // A node that failed, or was not heard of, gives its place to others, and may come back.
+        let mut orderly = true;
+        for happening in happenings {
+            match happening {
+                Happening::Says(which, phase) => {
+                    let open = cluster.open();
+                    if let Some((node, wanted)) = open.get(which % open.len().max(1)) {
+                        orderly &= phase != Phase::Failed;
+                        cluster.says(node, wanted, phase);
+                    }
+                }
+                Happening::Joins => {
+                    joined += 1;
+                    let name = format!("late-{joined}");
+                    cluster.add_node(&name);
+                    cluster.settle();
+                    cluster.start_plugin(&name);
+                }
+                Happening::Leaves(which) => {
+                    let names: Vec<_> = cluster.objects.keys().cloned().collect();
+                    if names.len() > 2 {
+                        cluster.remove_node(&names[which % names.len()]);
+                    }
+                }
+                Happening::Rolls(which, version) => {
+                    cluster.apply(names[which], |spec| spec.reference = format!("r.io/tool:v{version}"));
+                    cluster.resolve(names[which]);
+                }
+                Happening::Passes(seconds) => {
+                    orderly = false;
+                    cluster.now += seconds;
+                }
+                Happening::Paused(which, paused) => {
+                    cluster.apply(names[which], |spec| spec.paused = paused);
+                }
+                Happening::Forgets => {
+                    let mut world = World::default();
+                    world.nodes = std::mem::take(&mut cluster.world.nodes);
+                    for object in cluster.objects.values() {
+                        world.put_object(object);
+                    }
+                    for object in cluster.preloads.values() {
+                        world.put_preload(object);
+                    }
+                    cluster.world = world;
+                    for name in names {
+                        let key = format!("team/{name}");
+                        if cluster.world.preloads[key.as_str()].meaning == Meaning::Unknown {
+                            cluster.resolve(name);
+                        }
+                    }
+                }
+            }
+            let before: Vec<_> = names.iter().map(|name| cluster.status(name)).collect();
+            cluster.settle();
+            for (name, before) in names.iter().zip(before) {
+                let status = cluster.status(name);
+                prop_assert!(status.ready + status.active + status.failed <= status.desired);
+                prop_assert!(!orderly || status.active <= 2, "{name}: {status:?}");
+                prop_assert!(status.ready_reference.is_some() || before.ready_reference.is_none());
+                if let Some(ready) = &status.ready_reference {
+                    let keeps = cluster.objects.iter().all(|(node, object)| {
+                        let wants = object.spec.artifacts.iter().any(|wanted| {
+                            wanted.preload == format!("team/{name}") && wanted.reference == *ready
+                        });
+                        wants || node.starts_with("late") || before.ready_reference.as_ref() != Some(ready)
+                    });
+                    prop_assert!(keeps, "{name}: a node was told to drop {ready}");
+                }
+            }
+        }
+        for name in names {
+            cluster.apply(name, |spec| spec.paused = false);
+        }
+        cluster.run_until_done();
+        for name in names {
+            prop_assert_eq!(cluster.reason(name), "Ready");
+        }
+    }
+}

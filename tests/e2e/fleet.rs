@@ -1,0 +1,466 @@
+//! Preloads: the real controller and real node plugins, an API server that behaves, and a real registry.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+};
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+
+use crate::support::{
+    Driver, DriverOptions, Layer, Manifest, OCI_MANIFEST, Registry, Sandbox,
+    api_server::{ApiServer, Fault, Kind},
+    clean_environment, descriptor, ending_with_this_thread, node_architecture, private_registry,
+    push_index, registry, unique, wait_until,
+};
+
+const NAMESPACE: &str = "team";
+
+/// A cluster: an API server, and what is started in it.
+struct Cluster {
+    drivers: Vec<Driver>,
+    api: ApiServer,
+    registry: String,
+    sandbox: Sandbox,
+    kubeconfig: PathBuf,
+}
+
+impl Cluster {
+    /// Nodes that are there, without a driver yet.
+    fn new(nodes: &[&str]) -> Self {
+        Self::before(registry(), nodes)
+    }
+
+    fn before(registry: &Registry, nodes: &[&str]) -> Self {
+        let (sandbox, api) = (Sandbox::new(), ApiServer::new());
+        let address = api.listen();
+        let kubeconfig = sandbox.path().join("kubeconfig");
+        let text = json!({
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": format!("http://{address}")}}],
+            "users": [{"name": "test", "user": {"token": "none"}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        fs::write(&kubeconfig, text.to_string()).expect("a kubeconfig");
+        let cluster =
+            Self { drivers: Vec::new(), api, registry: registry.host(), sandbox, kubeconfig };
+        for node in nodes {
+            cluster.join(node);
+        }
+        cluster
+    }
+
+    fn join(&self, node: &str) {
+        self.api.apply(json!({
+            "kind": "Node",
+            "metadata": {"name": node, "labels": {"kubernetes.io/hostname": node}},
+        }));
+    }
+
+    fn options(&self, node: &str) -> DriverOptions {
+        let room = self.sandbox.folder(node);
+        let mut options = DriverOptions::new(&self.sandbox)
+            .in_folder(&room)
+            .argument("--fleet")
+            .argument(&format!("--node-id={node}"))
+            .argument(&format!("--admin-endpoint=unix://{}/admin.sock", room.display()));
+        options = options.environment("KUBECONFIG", &self.kubeconfig.to_string_lossy());
+        options
+    }
+
+    fn start_node(&mut self, node: &str) {
+        let driver = self.options(node).start();
+        self.drivers.push(driver);
+    }
+
+    fn controller(&self) -> Controller {
+        Controller::start(&self.kubeconfig, &self.sandbox.path().join("controller.log"))
+    }
+
+    fn preload(&self, name: &str, spec: Value) {
+        let metadata = json!({"namespace": NAMESPACE, "name": name});
+        self.api.apply(json!({"kind": "ArtifactPreload", "metadata": metadata, "spec": spec}));
+    }
+
+    fn status(&self, name: &str) -> Value {
+        self.api.get(Kind::Preload, NAMESPACE, name)["status"].clone()
+    }
+
+    fn condition(&self, name: &str, kind: &str) -> Value {
+        let object = self.api.get(Kind::Preload, NAMESPACE, name);
+        let generation = &object["metadata"]["generation"];
+        let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        let is = |one: &Value| one["type"] == kind && one["observedGeneration"] == *generation;
+        conditions.into_iter().find(is).unwrap_or_default()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, name: &str, reason: &str) {
+        let mut last = String::new();
+        wait_until(&format!("{name} is {reason}"), || {
+            let condition = self.condition(name, "Ready");
+            let said = condition.to_string();
+            if said != last {
+                eprintln!("{name}: {said}");
+                last = said;
+            }
+            condition["reason"] == reason
+        });
+    }
+
+    fn wanted(&self, node: &str) -> Vec<Value> {
+        let object = self.api.get(Kind::NodeArtifacts, "", node);
+        object["spec"]["artifacts"].as_array().cloned().unwrap_or_default()
+    }
+
+    /// Owners and references of what a node has pinned for preloads.
+    fn pins(&self, node: &str) -> Vec<(String, String)> {
+        let folder = self.sandbox.path().join(node).join("state/pins");
+        let mut pins = Vec::new();
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let Ok(bytes) = fs::read(entry.path()) else { continue };
+            let pin: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+            let text = |field: &str| pin[field].as_str().unwrap_or_default().to_owned();
+            if text("owner").starts_with("preload/") {
+                pins.push((text("owner"), text("reference")));
+            }
+        }
+        pins.sort();
+        pins
+    }
+
+    fn reference(&self, name: &str) -> String {
+        format!("{}/{name}", self.registry)
+    }
+
+    fn artifact(&self, tag: &str) -> (String, String) {
+        let repository = unique("fleet");
+        self.push(&repository, tag)
+    }
+
+    /// Reference and digest of a new artifact.
+    fn push(&self, repository: &str, tag: &str) -> (String, String) {
+        let layer = Layer::titled("file.txt", format!("{repository} {tag} {}", unique("v")));
+        let digest = Manifest::artifact([layer]).push(registry(), repository, tag);
+        (self.reference(&format!("{repository}:{tag}")), digest)
+    }
+}
+
+/// The controller's process.
+struct Controller(Child, PathBuf);
+
+impl Controller {
+    fn start(kubeconfig: &Path, log: &Path) -> Self {
+        let file = fs::File::options().create(true).append(true).open(log).expect("a log");
+        let mut command = ending_with_this_thread(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        clean_environment(&mut command);
+        let child = command
+            .args(["controller", "--health-endpoint=", "--metrics-endpoint=", "--log-level=debug"])
+            .arg(format!("--identity={}", unique("controller")))
+            .arg("--namespace=csi-driver-oci")
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().expect("the log twice"))
+            .stderr(file)
+            .spawn()
+            .expect("the controller");
+        Self(child, log.to_owned())
+    }
+
+    /// As an update does: it gives its lease back.
+    fn end(&mut self) {
+        let process = i32::try_from(self.0.id()).expect("a process");
+        let process = nix::unistd::Pid::from_raw(process);
+        nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGTERM).expect("a signal");
+        assert!(self.0.wait().expect("its end").success());
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().expect("killed");
+        self.0.wait().expect("its end");
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        if std::thread::panicking() {
+            eprintln!("the controller's log:\n{}", fs::read_to_string(&self.1).unwrap_or_default());
+        }
+    }
+}
+
+#[test]
+fn nodes_get_what_is_applied_and_what_is_rolled_and_let_go_of_what_is_deleted() {
+    let mut cluster = Cluster::new(&["one", "two"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    cluster.start_node("two");
+    let repository = unique("fleet");
+    let (first, first_digest) = cluster.push(&repository, "v1");
+    cluster.preload("tool", json!({"reference": first}));
+    cluster.wait_for("tool", "Ready");
+    wait_until("the numbers follow", || cluster.status("tool")["ready"] == 2);
+    let status = cluster.status("tool");
+    let ready = format!("{first}@{first_digest}");
+    assert_eq!(status["readyReference"], ready.as_str());
+    assert_eq!((&status["desired"], &status["failed"]), (&json!(2), &json!(0)));
+    let pinned = ("preload/team/tool".to_owned(), ready.clone());
+    assert_eq!(cluster.pins("one"), [pinned]);
+
+    // The tag moves: nothing happens, until the reference is changed.
+    cluster.push(&repository, "v1");
+    let (second, second_digest) = cluster.push(&repository, "v2");
+    cluster.preload("tool", json!({"reference": first, "parallelism": 1}));
+    cluster.wait_for("tool", "Ready");
+    assert_eq!(cluster.status("tool")["readyReference"], ready.as_str());
+    cluster.preload("tool", json!({"reference": second}));
+    cluster.wait_for("tool", "Ready");
+    let next = format!("{second}@{second_digest}");
+    assert_eq!(cluster.status("tool")["readyReference"], next.as_str());
+    let pinned = ("preload/team/tool".to_owned(), next.clone());
+    wait_until("the old one is let go", || cluster.pins("two") == [pinned.clone()]);
+
+    // A node that joins, and one that leaves.
+    cluster.join("three");
+    cluster.start_node("three");
+    wait_until("the new node has it", || cluster.status("tool")["ready"] == 3);
+    assert_eq!(cluster.pins("three"), [pinned]);
+    cluster.api.delete(Kind::Node, "", "three");
+    wait_until("the node is forgotten", || cluster.status("tool")["desired"] == 2);
+
+    // Another preload of the same artifact stands for itself.
+    cluster.preload("twin", json!({"reference": next}));
+    cluster.wait_for("twin", "Ready");
+    cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
+    let twin = ("preload/team/twin".to_owned(), next);
+    wait_until("one pin is left", || cluster.pins("one") == [twin.clone()]);
+    cluster.api.delete(Kind::Preload, NAMESPACE, "twin");
+    wait_until("no pin is left", || cluster.pins("one").is_empty());
+}
+
+#[test]
+fn whoever_is_killed_goes_on() {
+    let mut cluster = Cluster::new(&["one", "two"]);
+    let mut controller = cluster.controller();
+    cluster.start_node("one");
+    let (first, _) = cluster.artifact("v1");
+    cluster.preload("tool", json!({"reference": first, "timeoutSeconds": 60}));
+    cluster.wait_for("tool", "Ready");
+    let before = cluster.wanted("one");
+    controller.kill();
+    // Nobody leads, and things happen.
+    let (second, digest) = cluster.artifact("v2");
+    cluster.preload("tool", json!({"reference": second}));
+    cluster.start_node("two");
+    assert_eq!(cluster.wanted("one"), before);
+    let mut controller = cluster.controller();
+    cluster.wait_for("tool", "Ready");
+    wait_until("both have it", || cluster.status("tool")["ready"] == 2);
+    assert_eq!(cluster.status("tool")["readyReference"], format!("{second}@{digest}").as_str());
+
+    // A node plugin is killed in the middle: its next process tells what is there, and fetches the rest.
+    let node = cluster.drivers.remove(0).kill();
+    let (third, _) = cluster.artifact("v3");
+    cluster.preload("tool", json!({"reference": third}));
+    wait_until("it is wanted", || {
+        cluster
+            .wanted("one")
+            .iter()
+            .any(|wanted| wanted["reference"].as_str().is_some_and(|text| text.starts_with(&third)))
+    });
+    cluster.drivers.push(node.start());
+    cluster.wait_for("tool", "Ready");
+    // An orderly end hands over at once.
+    controller.end();
+    let _controller = cluster.controller();
+    let (fourth, _) = cluster.artifact("v4");
+    cluster.preload("tool", json!({"reference": fourth}));
+    cluster.wait_for("tool", "Ready");
+    let lease = cluster.api.get(Kind::Lease, "csi-driver-oci", "csi-driver-oci-controller");
+    assert_eq!(lease["spec"]["leaseTransitions"], 2);
+}
+
+#[test]
+fn an_api_server_that_is_troubled_is_borne() {
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let (first, _) = cluster.artifact("v1");
+    cluster.preload("tool", json!({"reference": first}));
+    cluster.wait_for("tool", "Ready");
+    for round in 2..5 {
+        for (kind, writes, status) in [
+            (Kind::Preload, true, 429),
+            (Kind::Preload, true, 409),
+            (Kind::NodeArtifacts, true, 500),
+            (Kind::NodeArtifacts, false, 503),
+        ] {
+            cluster.api.fail(Fault { kind, writes, status, times: 1 });
+        }
+        cluster.api.forget_history();
+        cluster.api.break_watches();
+        let (next, digest) = cluster.artifact(&format!("v{round}"));
+        cluster.preload("tool", json!({"reference": next}));
+        cluster.wait_for("tool", "Ready");
+        assert_eq!(cluster.status("tool")["readyReference"], format!("{next}@{digest}").as_str());
+    }
+}
+
+#[test]
+fn private_artifacts_come_with_the_secrets_of_the_preload_and_nobody_else_reads_them() {
+    const PASSWORD: &str = "planted-password-of-the-team";
+    let private = private_registry("robot", PASSWORD);
+    let mut cluster = Cluster::before(&private, &["one"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let repository = unique("private");
+    let layer = Layer::titled("secret.txt", format!("of {repository}"));
+    let digest =
+        Manifest::artifact([layer]).push(&private.as_user("robot", PASSWORD), &repository, "v1");
+    let reference = cluster.reference(&format!("{repository}:v1"));
+    let spec = |secrets: &[&str]| json!({"reference": reference, "pullSecrets": secrets});
+    cluster.preload("tool", spec(&[]));
+    cluster.wait_for("tool", "Unauthorized");
+    assert_eq!(cluster.condition("tool", "Stalled")["status"], "True");
+    cluster.preload("tool", spec(&["gone"]));
+    cluster.wait_for("tool", "SecretMissing");
+    secret(&cluster.api, "typeless", "Opaque", &private.host(), "robot", PASSWORD);
+    cluster.preload("tool", spec(&["typeless"]));
+    cluster.wait_for("tool", "SecretUnusable");
+    secret(&cluster.api, "wrong", DOCKER, &private.host(), "robot", "not-it");
+    cluster.preload("tool", spec(&["wrong"]));
+    cluster.wait_for("tool", "Unauthorized");
+    secret(&cluster.api, "other", DOCKER, "elsewhere.example.com", "robot", PASSWORD);
+    cluster.preload("tool", spec(&["other"]));
+    cluster.wait_for("tool", "Unauthorized");
+    secret(&cluster.api, "right", DOCKER, &private.host(), "robot", PASSWORD);
+    cluster.preload("tool", spec(&["other", "right"]));
+    cluster.wait_for("tool", "Ready");
+    assert_eq!(cluster.status("tool")["readyReference"], format!("{reference}@{digest}").as_str());
+    let seen = cluster.api.list(Kind::NodeArtifacts);
+    let written = format!("{seen:?}{:?}", cluster.api.list(Kind::Preload));
+    let encoded = base64::engine::general_purpose::STANDARD.encode(format!("robot:{PASSWORD}"));
+    let log = cluster.drivers[0].log()
+        + &fs::read_to_string(cluster.sandbox.path().join("controller.log")).expect("a log");
+    for text in [&written, &log] {
+        assert!(!text.contains(PASSWORD) && !text.contains(&encoded));
+    }
+    assert!(!cluster.drivers[0].log().is_empty());
+}
+
+const DOCKER: &str = "kubernetes.io/dockerconfigjson";
+
+fn secret(api: &ApiServer, name: &str, kind: &str, host: &str, user: &str, password: &str) {
+    let config = json!({"auths": {host: {"username": user, "password": password}}}).to_string();
+    let data = base64::engine::general_purpose::STANDARD.encode(config);
+    api.apply(json!({
+        "kind": "Secret",
+        "metadata": {"namespace": NAMESPACE, "name": name},
+        "type": kind,
+        "data": {".dockerconfigjson": data},
+    }));
+}
+
+#[test]
+fn what_is_wrong_is_said_and_the_rest_goes_on() {
+    let mut cluster = Cluster::new(&["one", "two"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let (good, _) = cluster.artifact("v1");
+    let repository = unique("index");
+    let other = if node_architecture() == "amd64" { "arm64" } else { "amd64" };
+    let image = crate::support::Image::new()
+        .platform("linux", other)
+        .layer(crate::support::Tar::new().file("file", 0o644, "content").finish());
+    let manifest = image.manifest().json();
+    image.push(registry(), &repository, "single");
+    let bytes = manifest.to_string();
+    let mut entry = descriptor(OCI_MANIFEST, bytes.as_bytes());
+    entry["platform"] = json!({"os": "linux", "architecture": other});
+    push_index(registry(), &repository, "v1", &[entry]);
+    let index = cluster.reference(&format!("{repository}:v1"));
+    let gone = cluster.reference(&format!("{}:v1", unique("gone")));
+    let architecture = format!("linux/{}", node_architecture());
+    cluster.preload("good", json!({"reference": good}));
+    cluster.preload("gone", json!({"reference": gone}));
+    cluster.preload("nonsense", json!({"reference": "UPPER/case:of:nothing"}));
+    cluster.preload("unreachable", json!({"reference": "127.0.0.1:1/tool:v1"}));
+    cluster.preload("nowhere", json!({"reference": good, "selector": {"names": ["gone"]}}));
+    cluster.preload("index", json!({"reference": index, "backoffLimit": 0}));
+    cluster.preload("platform", json!({"reference": index, "platforms": [architecture]}));
+    for (name, reason, stalled) in [
+        ("gone", "ReferenceNotFound", "True"),
+        ("nonsense", "InvalidSpec", "True"),
+        ("unreachable", "RegistryUnavailable", "False"),
+        ("nowhere", "NoNodes", "False"),
+        ("index", "NodesFailed", "True"),
+        ("platform", "PlatformMissing", "True"),
+        ("good", "Ready", "False"),
+    ] {
+        cluster.wait_for(name, reason);
+        assert_eq!(cluster.condition(name, "Stalled")["status"], stalled, "{name}");
+        let message = cluster.condition(name, "Ready")["message"].clone();
+        assert!(message.as_str().is_some_and(|message| message.len() > 10), "{name}: {message}");
+    }
+    let failed = &cluster.status("index")["failedNodes"];
+    assert_eq!(failed[0]["node"], "one");
+    assert_eq!(failed[0]["reason"], "PlatformMissing");
+
+    // A node that is there without a driver is not waited for.
+    assert_eq!(cluster.status("good")["desired"], 1);
+    // What the schema does not let pass.
+    for spec in [
+        json!({}),
+        json!({"reference": ""}),
+        json!({"reference": good, "parallelism": 0}),
+        json!({"reference": good, "parallelism": "half of them"}),
+        json!({"reference": good, "backoffLimit": -1}),
+        json!({"reference": good, "timeoutSeconds": "long"}),
+        json!({"reference": good, "pullSecrets": ["a", "a"]}),
+    ] {
+        let metadata = json!({"namespace": NAMESPACE, "name": "refused"});
+        let object = json!({"kind": "ArtifactPreload", "metadata": metadata, "spec": spec});
+        assert!(cluster.api.try_apply(object).is_err(), "{spec}");
+    }
+    // Deleted in the middle, or mended.
+    for name in ["gone", "nonsense", "unreachable", "nowhere", "index", "platform"] {
+        cluster.api.delete(Kind::Preload, NAMESPACE, name);
+    }
+    cluster.preload("good", json!({"reference": gone}));
+    cluster.wait_for("good", "ReferenceNotFound");
+    assert_eq!(cluster.pins("one").len(), 1, "the last good one stays");
+    cluster.preload("good", json!({"reference": good}));
+    cluster.wait_for("good", "Ready");
+}
+
+#[test]
+fn a_node_that_has_no_room_is_named_and_pods_are_served_without_an_api_server() {
+    let mut cluster = Cluster::new(&["full", "roomy"]);
+    let _controller = cluster.controller();
+    let full = cluster.options("full").configuration(
+        "cache: {maxBytes: 1Mi, maxPinnedBytes: 1Mi, minFreePercent: 0, minFreeInodesPercent: 0}\n",
+    );
+    cluster.drivers.push(full.start());
+    cluster.start_node("roomy");
+    let repository = unique("large");
+    let layer = Layer::titled("file", crate::support::noise(3 << 20, 7));
+    Manifest::artifact([layer]).push(registry(), &repository, "v1");
+    let reference = cluster.reference(&format!("{repository}:v1"));
+    cluster.preload("large", json!({"reference": reference, "backoffLimit": 0}));
+    cluster.wait_for("large", "NodesFailed");
+    let failed = cluster.status("large")["failedNodes"].clone();
+    assert_eq!(failed[0]["node"], "full", "{failed}");
+    assert_eq!(failed[0]["reason"], "NoRoom", "{failed}");
+    assert_eq!(cluster.status("large")["ready"], 1);
+    let kubelet = cluster.drivers[1].kubelet();
+    let (small, _) = cluster.artifact("v1");
+    let volume = kubelet.new_volume(&small);
+    kubelet.publish_well(&volume);
+    kubelet.unpublish(&volume);
+}

@@ -1,0 +1,142 @@
+//! An API server that behaves, as far as the fleet needs one: versions, conflicts, watches with bookmarks that break,
+//! 410 for what is too old, 429 when it is told to, subresources, merge patches, defaults, and schemas that refuse.
+//!
+//! ```text
+//! store   objects, and what has happened to them
+//! answer  requests
+//! schema  what the definitions let pass
+//! ```
+//!
+//! It runs on a port for real programs, and in the caller's process for thousands of nodes.
+
+mod answer;
+mod schema;
+mod store;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use axum::body::Body;
+use http::{Request, Response};
+use serde_json::Value;
+
+use store::Store;
+pub use store::{Counts, Fault, Kind};
+
+/// An API server. Clones share everything.
+#[derive(Clone)]
+pub struct ApiServer(Arc<Mutex<Store>>);
+
+impl ApiServer {
+    pub fn new() -> Self {
+        Self(Arc::new(Mutex::new(Store::new())))
+    }
+
+    /// Listens on a free port of the loopback, on a thread of its own that ends with the process.
+    pub fn listen(&self) -> SocketAddr {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.set_nonblocking(true).expect("a socket");
+        let address = listener.local_addr().expect("its address");
+        let server = self.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("a runtime").block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+                let router = axum::Router::new().fallback(move |request: Request<Body>| {
+                    let server = server.clone();
+                    async move { server.handle(request).await }
+                });
+                axum::serve(listener, router).await.expect("served");
+            });
+        });
+        address
+    }
+
+    /// Answers one request.
+    pub async fn handle(&self, request: Request<Body>) -> Response<Body> {
+        let (parts, body) = request.into_parts();
+        let body = axum::body::to_bytes(body, usize::MAX).await.expect("a body");
+        answer::answer(&mut self.store(), &parts, &body)
+    }
+
+    /// Makes or replaces an object, as a user with all rights.
+    #[track_caller]
+    pub fn apply(&self, object: Value) {
+        self.store().apply(object).expect("a valid object");
+    }
+
+    /// The same; the refusal of an object that is wrong.
+    pub fn try_apply(&self, object: Value) -> Result<(), String> {
+        self.store().apply(object)
+    }
+
+    pub fn delete(&self, kind: Kind, namespace: &str, name: &str) {
+        self.store().delete(kind, namespace, name);
+    }
+
+    /// An object, or null.
+    pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Value {
+        self.store().get(kind, namespace, name).unwrap_or_default()
+    }
+
+    pub fn list(&self, kind: Kind) -> Vec<Value> {
+        self.store().list(kind)
+    }
+
+    /// All watches end, as when the server is restarted.
+    pub fn break_watches(&self) {
+        self.store().break_watches();
+    }
+
+    /// What has happened is forgotten: whoever watched from before gets 410.
+    pub fn forget_history(&self) {
+        self.store().forget_history();
+    }
+
+    /// The next requests that match fail so.
+    pub fn fail(&self, fault: Fault) {
+        self.store().faults.push(fault);
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[allow(dead_code, reason = "for benches alone, which share this with the tests")]
+impl ApiServer {
+    /// A client in this process.
+    pub fn client(&self) -> kube::Client {
+        let server = self.clone();
+        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
+            let server = server.clone();
+            let request = request.map(Body::new);
+            async move { Ok::<_, std::convert::Infallible>(server.handle(request).await) }
+        });
+        kube::Client::new(service, "default")
+    }
+
+    /// Every object of a kind, whenever it is made or changed.
+    pub fn changes(&self, kind: Kind) -> tokio::sync::mpsc::UnboundedReceiver<Value> {
+        let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
+        self.store().listeners.push((kind, sender));
+        receiver
+    }
+
+    /// What a node writes, without a client.
+    pub async fn patch_status(&self, kind: Kind, name: &str, change: &Value) {
+        let (group, plural, _, _) = kind.about();
+        let request = Request::patch(format!("/apis/{group}/{plural}/{name}/status"))
+            .header("content-type", "application/merge-patch+json")
+            .body(Body::from(change.to_string()))
+            .expect("a request");
+        self.handle(request).await;
+    }
+
+    /// Writes so far.
+    pub fn counts(&self) -> Counts {
+        self.store().counts
+    }
+}
