@@ -68,18 +68,21 @@ impl ByHand {
         self.put(&format!("access/{}/{name}.json", key(&[REPOSITORY])), proof.to_string());
     }
 
-    /// A tree of one file, which is linked from an object.
-    fn tree(&self, manifest: &str, object: &str, file: &Path, shown: &str, folders: u64) {
+    /// A tree of files, which are linked from an object.
+    fn tree(&self, manifest: &str, object: &str, files: &[(&Path, &str)], folders: usize) {
         let tree = key(&["tree", "1", manifest, "", "Readable", ""]);
-        let path = self.0.join(format!("trees/{tree}/1/root")).join(shown);
-        fs::create_dir_all(path.parent().expect("a folder")).expect("the tree");
-        fs::hard_link(file, &path).expect("a link");
-        let bytes = file.metadata().expect("the file").len();
+        let mut bytes = 0;
+        for (file, shown) in files {
+            let path = self.0.join(format!("trees/{tree}/1/root")).join(shown);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("the tree");
+            fs::hard_link(file, &path).expect("a link");
+            bytes += file.metadata().expect("the file").len();
+        }
         let record = json!({
             "manifest": format!("sha256:{manifest}"),
             "kind": "by hand",
             "bytes": bytes,
-            "inodes": folders + 1,
+            "inodes": folders + files.len(),
             "compressed_bytes": bytes,
             "own_inodes": folders,
             "view": {"permissions": "Readable"},
@@ -99,35 +102,50 @@ fn write(state: &Path) {
     let manifest = state.manifest("file", &artifact.json());
     let object = format!("files/{}/0444-0-0/1", hexadecimal_sha256(text));
     let file = state.content(&object, text);
-    state.tree(&manifest, &object, &file, "notes/one.txt", 2);
+    state.tree(&manifest, &object, &[(&file, "notes/one.txt")], 2);
 
-    let text = b"of an archive by hand\n";
-    let archive = Tar::new().file("two.txt", 0o444, text).finish();
+    let (text, other) = (b"of an archive by hand\n", b"with the newer checksum\n");
+    let archive = Tar::new().file("two.txt", 0o444, text).file("three.txt", 0o444, other).finish();
     let image = Image::new().packed_layer(OCI_TAR, archive.clone(), &archive);
     let manifest = state.manifest("archive", &image.manifest().json());
     let blob = hexadecimal_sha256(&archive);
     let layer = key(&["layer", "1", &blob, "image-tar ", "Readable"]);
     let object = format!("layers/{layer}/1");
-    let file = state.content(&format!("{object}/data/0/0"), text);
-    let entry = Entry {
+    let two = state.content(&format!("{object}/data/0/0"), text);
+    let three = state.content(&format!("{object}/data/0/1"), other);
+    let entry = |name: &str, text: &[u8], data| Entry {
         kind: Kind::File.into(),
-        path: b"two.txt".to_vec(),
+        path: name.as_bytes().to_vec(),
         mode: 0o444,
         size: text.len() as u64,
         mtime_seconds: 7,
-        sha256: sha2::Sha256::digest(text).to_vec(),
+        data,
         ..Entry::default()
     };
-    let totals =
-        json!({"entries": 1, "bytes": text.len(), "files": 1, "blob": format!("sha256:{blob}")});
+    // As version 0.1 began, and as it goes on.
+    let entries = [
+        Entry { sha256: sha2::Sha256::digest(text).to_vec(), ..entry("two.txt", text, 0) },
+        Entry {
+            xxh3: twox_hash::XxHash3_128::oneshot(other).to_be_bytes().to_vec(),
+            ..entry("three.txt", other, 1)
+        },
+    ];
+    let totals = json!({
+        "entries": 2,
+        "bytes": text.len() + other.len(),
+        "files": 2,
+        "blob": format!("sha256:{blob}"),
+    });
     let mut index = b"OCI layer index 1\n".to_vec();
-    index.extend(entry.encode_length_delimited_to_vec());
+    for entry in entries {
+        index.extend(entry.encode_length_delimited_to_vec());
+    }
     index.push(0);
     index.extend(totals.to_string().into_bytes());
     let checksum = sha2::Sha256::digest(&index);
     index.extend(checksum);
     state.put(&format!("{object}/index"), index);
-    state.tree(&manifest, &object, &file, "two.txt", 1);
+    state.tree(&manifest, &object, &[(&two, "two.txt"), (&three, "three.txt")], 1);
 }
 
 #[test]
@@ -142,6 +160,7 @@ fn a_state_directory_that_was_written_by_the_documents_word_is_served() {
     for (tag, name, content) in [
         ("file", "notes/one.txt", "a file by hand\n"),
         ("archive", "two.txt", "of an archive by hand\n"),
+        ("archive", "three.txt", "with the newer checksum\n"),
     ] {
         let volume = kubelet.new_volume(&format!("{REPOSITORY}:{tag}"));
         kubelet.publish_well(&volume);
