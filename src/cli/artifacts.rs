@@ -102,7 +102,7 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
             table::short(&artifact.manifest),
             Bytes(artifact.bytes).to_string(),
             artifact.inodes.to_string(),
-            artifact.kind.clone(),
+            table::kind(&artifact.kind).to_owned(),
             state,
             table::list(&artifact.pins),
             table::list(&artifact.volumes),
@@ -129,6 +129,9 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
             let (digest, size) = (table::short(&layer.digest), Bytes(layer.bytes));
             printed.push(format!("  layer  {digest}  {size}  {title}"));
         }
+    }
+    if inspected.artifacts.is_empty() {
+        return printed;
     }
     printed.push(String::new());
     let row = |artifact: &Artifact| {

@@ -1,6 +1,7 @@
 //! How commands reach the running node plugin.
 
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Channel;
 
 use super::{Failure, Output, runtime};
@@ -42,4 +43,24 @@ pub(super) fn told(status: &tonic::Status) -> Failure {
         "" => format!("the node plugin answered {:?}", status.code()),
         message => message.to_owned(),
     }
+}
+
+/// Waits for what the node does; whoever leaves before its end, by Ctrl-C or as his terminal goes, is told
+/// that the node goes on.
+pub(super) async fn unless_left<T>(
+    work: impl Future<Output = Result<T, tonic::Status>>,
+) -> Result<T, tonic::Status> {
+    let failed = |error: std::io::Error| tonic::Status::internal(error.to_string());
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
+    tokio::select! {
+        done = work => done,
+        _ = tokio::signal::ctrl_c() => Err(left()),
+        _ = terminate.recv() => Err(left()),
+        _ = hang_up.recv() => Err(left()),
+    }
+}
+
+fn left() -> tonic::Status {
+    tonic::Status::cancelled("left before the end: the node goes on; `ls` tells what it has")
 }

@@ -9,6 +9,7 @@ mod check_config;
 mod check_uninstall;
 mod controller;
 mod crds;
+mod completions;
 mod gc;
 mod import;
 mod logging;
@@ -21,6 +22,7 @@ mod verify;
 mod warm;
 mod warm_list;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -53,22 +55,32 @@ enum Command {
     /// Take away what `mount` has mounted.
     Unmount(mount::UnmountArguments),
     /// Say how the node plugin on this node is.
+    #[command(
+        after_help = "Examples:\n  csi-driver-oci status\n  csi-driver-oci status --output json"
+    )]
     Status(ask::AskArguments),
     /// List what this node holds and who shows it.
+    #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls --output json")]
     Ls(ask::AskArguments),
     /// Ask a registry what it would serve: for which platforms, which files, signed by whom.
     Check(check::CheckArguments),
     /// Say all that this node knows of a reference.
+    #[command(after_help = "Example:\n  csi-driver-oci inspect registry.example.com/app:v2")]
     Inspect(artifacts::InspectArguments),
     /// Fetch artifacts before a pod asks for them.
     Warm(warm::WarmArguments),
     /// Take an artifact from an OCI image layout, without a registry.
     Import(import::ImportArguments),
     /// Keep an artifact on this node.
+    #[command(
+        after_help = "Examples:\n  csi-driver-oci pin registry.example.com/app:v2\n  csi-driver-oci pin registry.example.com/app:v2 --platform linux/arm64"
+    )]
     Pin(pins::PinArguments),
     /// Let a pinned artifact be evicted again.
+    #[command(after_help = "Example:\n  csi-driver-oci unpin registry.example.com/app:v2")]
     Unpin(pins::PinArguments),
     /// Forget a reference; what is mounted stays until its last unpublish.
+    #[command(after_help = "Example:\n  csi-driver-oci rm registry.example.com/app:v1")]
     Rm(pins::RemoveArguments),
     /// Free room.
     Gc(gc::CollectArguments),
@@ -82,6 +94,8 @@ enum Command {
     #[command(after_help = "Example:
   csi-driver-oci crds | kubectl apply --server-side -f -")]
     Crds,
+    /// Print what makes a shell complete commands and flags.
+    Completions(completions::CompletionsArguments),
 }
 
 /// How data is printed.
@@ -120,6 +134,10 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(arguments) => check_config::run(&arguments),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
         Command::Crds => crds::run(),
+        Command::Completions(arguments) => {
+            completions::run(&arguments);
+            Ok(())
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -130,16 +148,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A line on standard error.
-#[expect(clippy::print_stderr, reason = "what the command line is for")]
+/// A line on standard error. A terminal that has vanished, or a reader that has had enough, is no
+/// reason not to go on: the exit status says how it ended.
 fn tell(line: &str) {
-    eprintln!("{line}");
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// A line on standard output.
-#[expect(clippy::print_stdout, reason = "what the command line is for")]
+/// A line on standard output, as [`tell`].
 fn print(line: &str) {
-    println!("{line}");
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// The async runtime of a command.

@@ -22,6 +22,23 @@ pub(super) fn short(digest: &str) -> String {
     digest.get(..SHORT_DIGEST).unwrap_or(digest).to_owned()
 }
 
+/// What an artifact is, in a word where there is one.
+pub(super) fn kind(kind: &str) -> &str {
+    match kind {
+        "application/vnd.oci.image.config.v1+json"
+        | "application/vnd.docker.container.image.v1+json" => "image",
+        "application/vnd.cncf.helm.config.v1+json" => "chart",
+        "application/vnd.cncf.flux.config.v1+json" => "flux",
+        ""
+        | "application/vnd.unknown.artifact.v1"
+        | "application/vnd.unknown.config.v1+json"
+        | "application/vnd.oci.empty.v1+json" => "files",
+        kind if kind.contains("vnd.cncf.model") || kind.contains("vnd.cnai.model") => "model",
+        kind if kind.contains("wasm") => "wasm",
+        kind => kind,
+    }
+}
+
 /// A list in a cell.
 pub(super) fn list(names: &[String]) -> String {
     if names.is_empty() { "-".to_owned() } else { names.join(",") }

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::ask::AskArguments;
+use super::ask::{AskArguments, unless_left};
 use super::{Failure, Output, print};
 use crate::proto::admin::verify_event::Event;
 use crate::proto::admin::{VerifyRequest, VerifySummary};
@@ -30,40 +30,45 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
     let (repair, output) = (arguments.repair, arguments.ask.output);
     let (mut findings, mut repairs) = (Vec::new(), Vec::new());
     let summary = arguments.ask.ask(async |mut client| {
-        let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
-        let mut summary = None;
-        while let Some(event) = events.message().await? {
-            match event.event {
-                Some(Event::Finding(finding)) => {
-                    if output == Output::Table {
-                        let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
-                        print(&format!("damaged {kind}  {path}: {detail}"));
-                    } else {
-                        findings.push(serde_json::json!({
-                            "kind": finding.kind,
-                            "digest": finding.digest,
-                            "path": finding.path,
-                            "detail": finding.detail,
-                        }));
+        unless_left(async {
+            let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
+            let mut summary = None;
+            while let Some(event) = events.message().await? {
+                match event.event {
+                    Some(Event::Finding(finding)) => {
+                        if output == Output::Table {
+                            let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
+                            print(&format!("damaged {kind}  {path}: {detail}"));
+                        } else {
+                            findings.push(serde_json::json!({
+                                "kind": finding.kind,
+                                "digest": finding.digest,
+                                "path": finding.path,
+                                "detail": finding.detail,
+                            }));
+                        }
                     }
-                }
-                Some(Event::Repair(repair)) => {
-                    if output == Output::Table {
-                        let done = if repair.done { "fetched again by" } else { "not fetched:" };
-                        print(&format!("{}  {done} {}", repair.manifest, repair.detail));
-                    } else {
-                        repairs.push(serde_json::json!({
-                            "manifest": repair.manifest,
-                            "done": repair.done,
-                            "detail": repair.detail,
-                        }));
+                    Some(Event::Repair(repair)) => {
+                        if output == Output::Table {
+                            let done =
+                                if repair.done { "fetched again by" } else { "not fetched:" };
+                            print(&format!("{}  {done} {}", repair.manifest, repair.detail));
+                        } else {
+                            repairs.push(serde_json::json!({
+                                "manifest": repair.manifest,
+                                "done": repair.done,
+                                "detail": repair.detail,
+                            }));
+                        }
                     }
+                    Some(Event::Summary(last)) => summary = Some(last),
+                    None => {}
                 }
-                Some(Event::Summary(last)) => summary = Some(last),
-                None => {}
             }
-        }
-        summary.ok_or_else(|| tonic::Status::internal("the node plugin ended before it was done"))
+            summary
+                .ok_or_else(|| tonic::Status::internal("the node plugin ended before it was done"))
+        })
+        .await
     })?;
     let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
     if output == Output::Json {

@@ -3,16 +3,19 @@
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::ask::AskArguments;
+use super::ask::{AskArguments, unless_left};
 use super::{Failure, Output, print, table, tell};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use crate::units::Bytes;
+
+/// How often a line tells how far an artifact is, where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Arguments of `warm`.
 #[derive(Debug, Args)]
@@ -59,24 +62,21 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
     };
     let mut shown = Shown::new(arguments.ask.output);
     let ended = arguments.ask.ask(async |mut client| {
-        let mut events = client.warm(request).await?.into_inner();
-        let mut ended = Vec::new();
-        loop {
-            let event = tokio::select! {
-                event = events.message() => event?,
-                _ = tokio::signal::ctrl_c() => {
-                    return Err(tonic::Status::cancelled(
-                        "left before the end: the node goes on; `ls` tells what it has",
-                    ));
+        unless_left(async {
+            let mut events = client.warm(request).await?.into_inner();
+            let mut ended = Vec::new();
+            while let Some(event) = events.message().await? {
+                shown.show(&event);
+                if event.state() != State::Pulling {
+                    ended.push(event);
                 }
-            };
-            let Some(event) = event else { return Ok(ended) };
-            shown.show(&event);
-            if event.state() != State::Pulling {
-                ended.push(event);
             }
-        }
-    })?;
+            Ok(ended)
+        })
+        .await
+    });
+    shown.end();
+    let ended = ended?;
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
     if arguments.ask.output == Output::Json {
         let list: Vec<_> = ended.iter().map(json).collect();
@@ -116,18 +116,27 @@ impl WarmArguments {
     }
 }
 
-/// Bars on a terminal, a line for each end otherwise.
+/// Bars on a terminal; otherwise a line for each end, and now and then one for what takes long.
 struct Shown {
     output: Output,
     bars: Option<MultiProgress>,
     by_reference: HashMap<String, ProgressBar>,
+    told: HashMap<String, Instant>,
 }
 
 impl Shown {
     fn new(output: Output) -> Self {
         let bars =
             (output == Output::Table && std::io::stderr().is_terminal()).then(MultiProgress::new);
-        Self { output, bars, by_reference: HashMap::new() }
+        Self { output, bars, by_reference: HashMap::new(), told: HashMap::new() }
+    }
+
+    /// Nothing moves any more.
+    fn end(&self) {
+        if let Some(bars) = &self.bars {
+            // A terminal that has gone shows nothing anyway.
+            let _ = bars.clear();
+        }
     }
 
     fn show(&mut self, event: &WarmEvent) {
@@ -156,7 +165,14 @@ impl Shown {
     }
 
     fn step(&mut self, event: &WarmEvent) {
-        let Some(bars) = &self.bars else { return };
+        let Some(bars) = &self.bars else {
+            let told = self.told.entry(event.reference.clone()).or_insert_with(Instant::now);
+            if self.output == Output::Table && told.elapsed() >= LINE_INTERVAL {
+                *told = Instant::now();
+                tell(&line(event));
+            }
+            return;
+        };
         let bar = self.by_reference.entry(event.reference.clone()).or_insert_with(|| {
             let bar = bars.add(ProgressBar::new(event.total_bytes));
             let style = "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
@@ -171,6 +187,12 @@ impl Shown {
         bar.set_length(event.total_bytes);
         bar.set_position(event.done_bytes);
     }
+}
+
+/// `pulling REF  1.2 GiB of 2.7 GiB  12.0 MiB/s`.
+fn line(event: &WarmEvent) -> String {
+    let (done, total) = (Bytes(event.done_bytes), Bytes(event.total_bytes));
+    format!("pulling {}  {done} of {total}  {}/s", event.reference, Bytes(event.bytes_per_second))
 }
 
 fn json(event: &WarmEvent) -> serde_json::Value {

@@ -38,7 +38,7 @@ pub(super) fn lines(all: &[WarmReference]) -> impl Iterator<Item = String> {
 
 /// How one is; none where there is nothing to say.
 pub(super) fn told(warm: &WarmReference) -> Option<String> {
-    let next = warm.next_seconds.map(|seconds| format!(" in {seconds}s")).unwrap_or_default();
+    let next = warm.next_seconds.map_or(" now".to_owned(), |seconds| format!(" in {seconds}s"));
     match (warm.state(), warm.reason.as_str(), warm.newer.as_str()) {
         (State::Present, "", "") | (State::Unspecified, ..) => None,
         (State::Present, "", newer) => Some(format!(

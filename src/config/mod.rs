@@ -136,7 +136,9 @@ fn one_line(error: &serde_saphyr::Error) -> String {
         error.location().map(|place| format!("line {}: ", place.line())).unwrap_or_default();
     let text = error.without_snippet().to_string();
     let first = text.lines().next().unwrap_or_default().trim();
-    format!("{place}{first}")
+    // Some say the place again, at the end.
+    let said = first.rsplit_once(" at line ").filter(|_| !place.is_empty());
+    format!("{place}{}", said.map_or(first, |(said, _)| said))
 }
 
 #[cfg(test)]

@@ -118,11 +118,12 @@ impl WarmStates {
 
 impl Shown {
     fn state(&self, reference: &str) -> WarmState {
-        // What is looked after while it is here is here.
-        let phase = match (self.manifest, &self.pulling, &self.reason) {
+        let progress = self.pulling.as_ref().map(ProgressView::snapshot);
+        // What is looked after while it is here is here, and what failed has failed until bytes come.
+        let phase = match (self.manifest, progress, &self.reason) {
             (Some(_), _, _) => Phase::Present,
+            (None, Some(Snapshot { total: 0, .. }) | None, Some(_)) => Phase::Failed,
             (None, Some(_), _) => Phase::Pulling,
-            (None, None, Some(_)) => Phase::Failed,
             (None, None, None) => Phase::Waiting,
         };
         let next = self.next.filter(|_| self.pulling.is_none());
@@ -132,7 +133,7 @@ impl Shown {
             manifest: self.manifest,
             newer: self.newer,
             reason: self.reason.clone().unwrap_or_default(),
-            progress: self.pulling.as_ref().map(ProgressView::snapshot),
+            progress,
             next_seconds: next.map(|next| next.saturating_duration_since(Instant::now()).as_secs()),
         }
     }

@@ -8,6 +8,7 @@ use std::{
     process::Stdio,
 };
 
+use nix::sys::signal::Signal;
 use serde_json::json;
 use tonic::Code;
 
@@ -147,6 +148,60 @@ fn warm_fetches_pins_and_names_what_failed() {
     fs::write(&list, "r.io/app:v1\nnot a reference\n").expect("a list");
     let told = admin.refused(&["warm", "--file", list.to_str().expect("a path")]);
     assert!(told.contains("line 2"), "{told}");
+}
+
+/// Something large that stops half way until its gate opens.
+fn held_back(node: &Node) -> (String, std::sync::Arc<crate::support::Gate>) {
+    let repository = unique("held");
+    let content = noise(8 << 20, 9);
+    Manifest::artifact([Layer::titled("big", content)]).push(registry(), &repository, "v1");
+    (node.proxy.reference(&format!("{repository}:v1")), node.proxy.hold_blobs())
+}
+
+#[test]
+fn whoever_leaves_a_warming_leaves_the_node_at_work() {
+    for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
+        let (node, admin) = Admin::start(ROOMY);
+        let (reference, gate) = held_back(&node);
+        let mut command = admin.command(&["warm", &reference]);
+        let child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it");
+        wait_until("the pull is under way", || gate.waiting() > 0);
+        let process = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("an id"));
+        nix::sys::signal::kill(process, signal).expect("a signal");
+        let output = child.wait_with_output().expect("its end");
+        let told = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.ends_with("the node goes on; `ls` tells what it has\n"), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+        gate.open();
+        wait_until("the node has it", || admin.holds(&reference));
+    }
+}
+
+#[test]
+fn a_terminal_that_vanishes_leaves_the_node_at_work() {
+    let (node, admin) = Admin::start(ROOMY);
+    let (reference, gate) = held_back(&node);
+    // `script` is the terminal; killed, it takes it away.
+    let command = admin.command(&["warm", &reference]);
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let line = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let log = node.sandbox.path().join("terminal");
+    let mut terminal = tool("script")
+        .args(["--quiet", "--flush", "--command", &line])
+        .arg(&log)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("script");
+    wait_until("a bar shows half of it", || {
+        let shown = fs::read(&log).unwrap_or_default();
+        String::from_utf8_lossy(&shown).contains("4.00 MiB/8.00 MiB")
+    });
+    terminal.kill().expect("killed");
+    terminal.wait().expect("its end");
+    gate.open();
+    wait_until("the node has it", || admin.holds(&reference));
 }
 
 /// An OCI image layout of what the registry has.

@@ -90,7 +90,28 @@ fn wrong_usage_has_a_status_of_its_own() {
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    for command in ["node", "controller", "crds", "mount", "unmount"] {
+    let commands = [
+        "node",
+        "controller",
+        "crds",
+        "mount",
+        "unmount",
+        "status",
+        "ls",
+        "check",
+        "inspect",
+        "warm",
+        "import",
+        "pin",
+        "unpin",
+        "rm",
+        "gc",
+        "verify",
+        "check-config",
+        "check-uninstall",
+        "completions",
+    ];
+    for command in commands {
         let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
             .args([command, "--help"])
             .output()
@@ -99,6 +120,42 @@ fn help_of_every_command_has_an_example() {
         let help = String::from_utf8_lossy(&output.stdout).to_lowercase();
         assert!(help.contains("example"), "{command} --help has no example:\n{help}");
     }
+}
+
+#[test]
+fn shells_take_their_completions() {
+    for (shell, parse) in [("bash", Some(["-n", "/dev/stdin"])), ("zsh", None), ("fish", None)] {
+        let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
+            .args(["completions", shell])
+            .output()
+            .expect("the binary");
+        assert_done(&output);
+        let script = String::from_utf8(output.stdout).expect("text");
+        for word in ["warm", "check-config", "--admin-endpoint"] {
+            assert!(script.contains(word.trim_start_matches('-')), "{shell}: no {word}");
+        }
+        let Some(arguments) = parse else { continue };
+        let mut shell = Command::new(shell)
+            .args(arguments)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        let mut stdin = shell.stdin.take().expect("its input");
+        std::io::Write::write_all(&mut stdin, script.as_bytes()).expect("written");
+        drop(stdin);
+        assert!(shell.wait().expect("its end").success(), "it does not parse");
+    }
+}
+
+#[test]
+fn a_reader_that_has_had_enough_is_no_failure() {
+    let mut child = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
+        .args(["completions", "bash"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary");
+    drop(child.stdout.take());
+    assert!(child.wait().expect("its end").success());
 }
 
 #[test]

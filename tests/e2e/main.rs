@@ -42,6 +42,7 @@ mod policy;
 mod progress;
 mod proxies;
 mod pull_policy;
+mod recorded;
 mod recovery;
 mod registration;
 mod room;

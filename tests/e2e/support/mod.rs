@@ -35,7 +35,7 @@ pub use forward_proxy::ForwardProxy;
 pub use kubelet::{Kubelet, Pod, Volume, capability};
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
-pub use proxy::{Passed, Proxy};
+pub use proxy::{Gate, Passed, Proxy};
 pub use push::{
     Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
     OCI_TAR_ZSTD, Oras, copy_layout, descriptor, empty_config, node_architecture, push_index,

@@ -1,0 +1,34 @@
+//! `completions`: what makes a shell complete commands and flags.
+
+use clap::{Args, CommandFactory as _, ValueEnum};
+
+use super::{Arguments, print};
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci completions bash > /etc/bash_completion.d/csi-driver-oci
+  csi-driver-oci completions zsh > ~/.zfunc/_csi-driver-oci
+  csi-driver-oci completions fish > ~/.config/fish/completions/csi-driver-oci.fish")]
+pub(super) struct CompletionsArguments {
+    /// For which shell.
+    shell: Shell,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+pub(super) fn run(arguments: &CompletionsArguments) {
+    let shell = match arguments.shell {
+        Shell::Bash => clap_complete::Shell::Bash,
+        Shell::Zsh => clap_complete::Shell::Zsh,
+        Shell::Fish => clap_complete::Shell::Fish,
+    };
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "csi-driver-oci", &mut script);
+    print(String::from_utf8_lossy(&script).trim_end());
+}
