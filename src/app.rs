@@ -38,7 +38,7 @@ use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
 use crate::fleet::node::NodePart;
-use crate::kubernetes::take_taint;
+use crate::kubernetes::{PodEvents, take_taint};
 use crate::mount::AttachMethod;
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
@@ -87,6 +87,8 @@ pub struct NodeOptions {
     pub startup_taint: Option<String>,
     /// Whether preloads are carried out on this node.
     pub fleet: bool,
+    /// Whether pods are told of their pulls by Events.
+    pub events: bool,
     /// Forces the mounts of old kernels, for tests.
     pub staged_mounts: bool,
 }
@@ -154,6 +156,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
             node,
             volumes: volumes.clone(),
             metrics: Arc::clone(&metrics),
+            events: pod_events(&options, &tracker, &shutdown),
         }));
     let mut servers = JoinSet::new();
     servers.spawn(serve("CSI", csi, listener, shutdown.clone()));
@@ -216,6 +219,16 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     drop(csi_socket);
     drop(lock);
     ended
+}
+
+/// Where pods are told of their pulls, what tells them.
+fn pod_events(
+    options: &NodeOptions,
+    tracker: &TaskTracker,
+    shutdown: &CancellationToken,
+) -> Option<PodEvents> {
+    let (driver, node) = (&options.driver_name, &options.node_id);
+    options.events.then(|| PodEvents::start(driver, node, tracker, shutdown))
 }
 
 /// Waits for calls and work to end, but not for ever.

@@ -1,9 +1,10 @@
 //! `/healthz` says whether a restart would help: that it answers is the answer.
 //! `/readyz` says whether this node can serve pods: registered with the kubelet,
-//! and content can be served.
+//! recovery has ended, and the state directory can be written.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::StatusCode;
@@ -11,6 +12,9 @@ use axum::routing::get;
 use tokio::sync::watch;
 
 use crate::volume::ContentState;
+
+/// Less than a probe of the kubelet waits when it is told nothing.
+const DISK_PATIENCE: Duration = Duration::from_millis(800);
 
 /// What readiness depends on.
 #[derive(Clone)]
@@ -25,9 +29,9 @@ impl Health {
     /// The routes.
     pub fn router(self) -> Router {
         let ready = move || {
-            let answer = self.ready();
+            let health = self.clone();
             async move {
-                match answer {
+                match health.ready().await {
                     Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
                 }
@@ -36,15 +40,20 @@ impl Health {
         Router::new().route("/healthz", get(|| async { "ok\n" })).route("/readyz", get(ready))
     }
 
-    fn ready(&self) -> Result<(), String> {
-        if let Err(reason) = &*self.content.borrow() {
-            return Err(reason.clone());
-        }
+    async fn ready(&self) -> Result<(), String> {
+        let store = self.content.borrow().clone()?.store;
         match &self.registered {
             Some(registered) if !registered.load(Ordering::SeqCst) => {
-                Err("not registered with the kubelet yet".to_owned())
+                return Err("not registered with the kubelet yet".to_owned());
             }
-            _ => Ok(()),
+            _ => {}
+        }
+        // A disk that hangs must not hang the answer.
+        let probe = tokio::task::spawn_blocking(move || store.probe());
+        match tokio::time::timeout(DISK_PATIENCE, probe).await {
+            Ok(Ok(probed)) => probed.map_err(|error| error.to_string()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("the state directory's disk does not answer".to_owned()),
         }
     }
 }

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::routing::get;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -18,6 +19,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tonic::Code;
 
+use super::exposition;
 use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
 use crate::pull::wire::Observer;
@@ -242,17 +244,19 @@ impl Metrics {
     pub fn router(self: Arc<Self>) -> Router {
         Router::new().route(
             "/metrics",
-            get(move || async move {
+            get(move |headers: HeaderMap| async move {
+                let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+                let open = exposition::is_open_metrics(accept.unwrap_or_default());
                 let metrics = Arc::clone(&self);
                 // The filesystem is looked at, which may take its time.
                 let encode = move || {
                     let mut text = String::new();
                     // Writing to a string cannot fail.
                     let _ = prometheus_client::encoding::text::encode(&mut text, &metrics.registry);
-                    text
+                    if open { text } else { exposition::text(&text) }
                 };
                 let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
-                let format = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+                let format = if open { exposition::OPEN_METRICS } else { exposition::TEXT };
                 ([(CONTENT_TYPE, format)], text)
             }),
         )

@@ -2,6 +2,7 @@
 //! command line's questions over the admin socket.
 
 pub mod client;
+mod exposition;
 pub mod health;
 pub mod http;
 mod messages;

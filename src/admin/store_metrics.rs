@@ -41,6 +41,10 @@ impl Collector for StoreMetrics {
                 ("tree", count(ObjectKind::Tree)),
             ])?;
         }
+        if let Ok(records) = store.publications() {
+            let help = "Volumes that are published now";
+            writer.gauge("published_volumes", help, records.len() as u64)?;
+        }
         if let Ok(room) = store.room() {
             let floor = room.floor(store.cache_options());
             let help = "Free space of the state directory's filesystem";
@@ -93,7 +97,7 @@ impl Writer<'_, '_> {
         let mut family = self.0.encode_descriptor("evictions", help, None, counter_type())?;
         for (reason, count) in counts {
             let counter = ConstCounter::new(*count);
-            counter.encode(family.encode_family(&[("reason", *reason)])?)?;
+            counter.encode(family.encode_family(&[("reason", reason.replace(' ', "_"))])?)?;
         }
         Ok(())
     }

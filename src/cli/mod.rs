@@ -7,9 +7,9 @@ mod ask;
 mod check;
 mod check_config;
 mod check_uninstall;
+mod completions;
 mod controller;
 mod crds;
-mod completions;
 mod gc;
 mod import;
 mod logging;
@@ -91,8 +91,7 @@ enum Command {
     /// Say whether pods of the cluster still use the driver.
     CheckUninstall(check_uninstall::CheckUninstallArguments),
     /// Print the `CustomResourceDefinition` objects, for `kubectl apply --server-side -f -`.
-    #[command(after_help = "Example:
-  csi-driver-oci crds | kubectl apply --server-side -f -")]
+    #[command(after_help = "Example:\n  csi-driver-oci crds | kubectl apply --server-side -f -")]
     Crds,
     /// Print what makes a shell complete commands and flags.
     Completions(completions::CompletionsArguments),

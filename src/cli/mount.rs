@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Failure, Output, logging, print, runtime, tell};
+use super::{Failure, Output, logging, print, runtime};
 use crate::app::content_of;
 use crate::config::NodeConfiguration;
 use crate::mount::{AttachMethod, MountFlags};
@@ -27,6 +27,9 @@ use crate::volume::{Content, PodInfo, PublishRequest, TargetPath, Volumes};
 
 /// Whoever types a command waits for its end.
 const PATIENCE: Duration = Duration::from_hours(365 * 24);
+
+const STOPPED: &str =
+    "stopped before the end: what was fetched is kept, and the next try goes on there";
 
 /// How often progress is shown.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -125,6 +128,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             keyring: Ok(keyring),
             identity: None,
             deadline: Instant::now() + PATIENCE,
+            progress: ProgressView::default(),
         };
         let published = volumes.publish(request).await.map_err(|error| error.to_string())?;
         let digest = published.manifest.map(|digest| digest.to_string());
@@ -208,8 +212,7 @@ async fn fetch(
                 return acquired.map(drop).map_err(|error| error.to_string());
             }
             _ = interrupt.recv() => {
-                tell("stopped; what was fetched is kept, and the next try goes on there");
-                return Err("interrupted".to_owned());
+                return Err(STOPPED.to_owned());
             }
             () = tokio::time::sleep(REFRESH) => {
                 if let Some(bar) = &bar {

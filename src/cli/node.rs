@@ -65,6 +65,10 @@ pub(super) struct NodeArguments {
     /// watch `nodeartifacts`, and patch their status.
     #[arg(long, env = "FLEET")]
     fleet: bool,
+    /// Tell pods by Events how far their pulls are, and how they ended. Needs a service account that may
+    /// create and patch `events`.
+    #[arg(long, env = "EVENTS")]
+    events: bool,
     /// error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
@@ -153,6 +157,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
         config: arguments.config,
         startup_taint: arguments.startup_taint.filter(|key| !key.is_empty()),
         fleet: arguments.fleet,
+        events: arguments.events,
         staged_mounts: arguments.staged_mounts,
     })
 }

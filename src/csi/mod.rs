@@ -10,5 +10,6 @@ pub mod registration;
 pub mod request;
 pub mod socket;
 pub mod status;
+mod told;
 
 pub use endpoint::Endpoint;

@@ -1,6 +1,7 @@
 //! The Node service: one log line a decision, one status a failure.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
@@ -8,7 +9,9 @@ use tracing::Instrument as _;
 
 use super::request::Node;
 use super::status;
+use super::told::Told;
 use crate::admin::metrics::Metrics;
+use crate::kubernetes::PodEvents;
 use crate::proto::csi::v1::node_server;
 use crate::proto::csi::v1::node_service_capability::{self, rpc};
 use crate::proto::csi::v1::volume_usage::Unit;
@@ -34,6 +37,8 @@ pub struct NodeService {
     pub volumes: Volumes,
     /// Counts it.
     pub metrics: Arc<Metrics>,
+    /// Tells pods of their pulls, where that is on.
+    pub events: Option<PodEvents>,
 }
 
 #[tonic::async_trait]
@@ -47,10 +52,12 @@ impl node_server::Node for NodeService {
         // Neither secrets nor the volume context, which may hold tokens, ever reach the log.
         let span = tracing::info_span!(
             "publish",
+            request = next_request(),
             volume = message.volume_id,
             target = message.target_path,
             pod = tracing::field::Empty,
             reference = tracing::field::Empty,
+            digest = tracing::field::Empty,
         );
         let result = self.publish(&metadata, message).instrument(span.clone()).await;
         let _entered = span.enter();
@@ -58,9 +65,9 @@ impl node_server::Node for NodeService {
         match result {
             Ok(published) => {
                 self.metrics.published(published.path, started.elapsed());
-                let digest = published.manifest.map(|digest| digest.to_string());
+                span.record("digest", published.manifest.map(|digest| digest.to_string()));
                 let (path, bytes) = (path_name(published.path), published.bytes);
-                tracing::info!(milliseconds, path, digest, bytes, "published");
+                tracing::info!(milliseconds, path, bytes, "published");
                 Ok(Response::new(NodePublishVolumeResponse {}))
             }
             Err(error) => {
@@ -79,32 +86,31 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
         let started = Instant::now();
         let NodeUnpublishVolumeRequest { volume_id, target_path } = request.into_inner();
-        let done = match self.node.unpublish(&volume_id, &target_path) {
-            Ok(Some(target)) => self.volumes.unpublish(target).await,
-            Ok(None) => Ok(()),
-            Err(error) => Err(error),
+        let span = tracing::info_span!(
+            "unpublish",
+            request = next_request(),
+            volume = volume_id,
+            target = target_path
+        );
+        let unpublish = async {
+            match self.node.unpublish(&volume_id, &target_path) {
+                Ok(Some(target)) => self.volumes.unpublish(target).await,
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            }
         };
+        let done = unpublish.instrument(span.clone()).await;
+        let _entered = span.enter();
         let milliseconds = started.elapsed().as_secs_f64() * 1000.0;
         match done {
             Ok(()) => {
                 self.metrics.unpublished();
-                tracing::info!(
-                    volume = volume_id,
-                    target = target_path,
-                    milliseconds,
-                    "unpublished"
-                );
+                tracing::info!(milliseconds, "unpublished");
                 Ok(Response::new(NodeUnpublishVolumeResponse {}))
             }
             Err(error) => {
                 let status = status::status(&error);
-                tracing::error!(
-                    volume = volume_id,
-                    target = target_path,
-                    milliseconds,
-                    error = status.message(),
-                    "not unpublished"
-                );
+                tracing::error!(milliseconds, error = status.message(), "not unpublished");
                 Err(status)
             }
         }
@@ -190,7 +196,13 @@ impl NodeService {
         span.record("pod", request.pod.full_name());
         span.record("reference", request.attributes.reference.to_string());
         let target = request.target.clone();
-        let published = self.volumes.publish(request).await;
+        let told = Told::new(self.events.as_ref(), &request);
+        // Large, and held by several who wait for it.
+        let publish = Box::pin(self.volumes.publish(request));
+        let published = match told {
+            Some(told) => told.all_of(publish).await,
+            None => publish.await,
+        };
         match published {
             Err(error) if status::is_final(status::code(&error)) => {
                 let mounted = self.volumes.clear(target.clone()).await;
@@ -205,6 +217,12 @@ impl NodeService {
             published => published,
         }
     }
+}
+
+/// Tells the lines of one call from those of another, also of the same volume.
+fn next_request() -> u64 {
+    static REQUESTS: AtomicU64 = AtomicU64::new(0);
+    REQUESTS.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 fn not_offered(what: &str) -> Status {

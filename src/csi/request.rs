@@ -10,6 +10,7 @@ use tonic::metadata::MetadataMap;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
+use crate::pull::ProgressView;
 use crate::volume::attributes::VolumeAttributes;
 use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
 
@@ -76,6 +77,7 @@ impl Node {
             keyring,
             identity,
             deadline,
+            progress: ProgressView::default(),
         })
     }
 

@@ -4,9 +4,11 @@
 //! serves its pods all the same. What is here is off unless it is asked for.
 
 mod client;
+mod events;
 mod taint;
 mod users;
 
 pub use client::{Client, KubernetesError};
+pub use events::{PodEvents, PodReference};
 pub use taint::take_taint;
 pub use users::pods_that_use;

@@ -27,6 +27,17 @@ impl Store {
         Ok(Staging { path, staged, committed: false })
     }
 
+    /// Whether anything can be made here: an empty file is, and goes again.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn probe(&self) -> Result<(), StoreError> {
+        let path = self.staging().join(durable::temporary_name());
+        std::fs::write(&path, b"x").map_err(|error| StoreError::io("write", &path, error))?;
+        std::fs::remove_file(&path).map_err(|error| StoreError::io("remove", &path, error))
+    }
+
     /// Where small records are made.
     pub(super) fn staging(&self) -> PathBuf {
         self.path("staging")

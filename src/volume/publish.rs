@@ -25,7 +25,6 @@ use crate::mount::{MountTable, Target, TargetState};
 use crate::oci::signature::SignatureMode;
 use crate::oci::{Digest, Reference};
 use crate::policy::{Demands, Facts};
-use crate::pull::ProgressView;
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
 use crate::store::publications::Publication;
@@ -210,9 +209,8 @@ impl Volumes {
             Err(error) => return Err(VolumeError::Invalid(error.to_string())),
         };
         let want = attributes.want(demands, keyring, request.identity.clone());
-        let view = ProgressView::default();
-        match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, &view)).await
-        {
+        let view = &request.progress;
+        match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, view)).await {
             Ok(Ok(acquired)) if view.was_shown() => {
                 content.upkeep.notify_one();
                 Ok((acquired, PublishPath::Miss))

@@ -6,6 +6,7 @@ use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, SecretError, WorkloadIdentity};
+use crate::pull::ProgressView;
 
 /// A publish of one volume at one target.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct PublishRequest {
     pub identity: Option<WorkloadIdentity>,
     /// When the caller must have an answer.
     pub deadline: Instant,
+    /// Where the caller sees how far a pull is, if there is one.
+    pub progress: ProgressView,
 }
 
 /// What the kubelet says of the pod; all of it may be missing.

@@ -1,4 +1,4 @@
-"""As much of an API server as the driver asks: lists with pages, objects, JSON patches, tokens.
+"""As much of an API server as the driver asks: lists with pages, objects, JSON and merge patches, new objects, tokens.
 
     api_server.py CERTIFICATE KEY STATE.json
 
@@ -67,9 +67,11 @@ class Handler(BaseHTTPRequestHandler):
         if (found := self.find()) is None:
             return
         state, path, _ = found
-        if self.headers["content-type"] != "application/json-patch+json":
+        if self.headers["content-type"] == "application/merge-patch+json":
+            merge(state["objects"][path], body)
+        elif self.headers["content-type"] != "application/json-patch+json":
             return self.answer(415, {"kind": "Status"})
-        for change in body:
+        for change in body if isinstance(body, list) else []:
             *folders, last = change["path"].strip("/").split("/")
             place = state["objects"][path]
             for folder in folders:
@@ -78,10 +80,34 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(422, {"kind": "Status"})
             if change["op"] == "replace":
                 place[last] = change["value"]
+        self.write(state)
+        self.answer(200, state["objects"][path])
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        state = self.state()
+        path = f"{urllib.parse.urlsplit(self.path).path}/{body['metadata']['name']}"
+        if self.headers["authorization"] != f"Bearer {state['token']}":
+            return self.answer(401, {"kind": "Status"})
+        if path in state["objects"]:
+            return self.answer(409, {"kind": "Status"})
+        state["objects"][path] = body
+        self.write(state)
+        self.answer(201, body)
+
+    def write(self, state):
         next_state = STATE.with_suffix(".patched")
         next_state.write_text(json.dumps(state))
         next_state.rename(STATE)
-        self.answer(200, state["objects"][path])
+
+
+def merge(target, patch):
+    """As RFC 7386 says."""
+    for key, value in patch.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            merge(target[key], value)
+        else:
+            target[key] = value
 
 
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

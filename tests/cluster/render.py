@@ -21,8 +21,8 @@ import chart
 import compose
 
 FOLDERS = ["deploy", "examples"]
-# Not manifests: what configures their rendering.
-NOT_APPLIED = {"deploy/values.yaml"}
+# Not manifests: what configures their rendering, and rules for a Prometheus without its operator.
+NOT_APPLIED = {"deploy/values.yaml", "deploy/monitoring/alerts.yaml", "deploy/monitoring/alerts.test.yaml"}
 
 
 def plain():

@@ -110,6 +110,7 @@ fn help_of_every_command_has_an_example() {
         "check-config",
         "check-uninstall",
         "completions",
+        "crds",
     ];
     for command in commands {
         let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))

@@ -27,6 +27,72 @@ fn health_and_readiness_answer_over_http() {
 }
 
 #[test]
+fn a_disk_that_cannot_be_written_is_not_ready_and_no_reason_to_restart() {
+    use nix::mount::{MsFlags, mount};
+    let address = free_address();
+    let node = Node::start_with(|sandbox, options| {
+        let disk = sandbox.filesystem("ext4", "disk", "rw");
+        options.state(&disk.join("state")).argument(&format!("--health-endpoint={address}"))
+    });
+    let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
+    node.kubelet
+        .registration(&node.driver.options.registration_socket(), async |mut client| {
+            client.notify_registration_status(registered).await
+        })
+        .expect("NotifyRegistrationStatus");
+    let status = |path| get(address, path).map(|(status, _)| status);
+    wait_until("it is ready", || status("/readyz") == Some(200));
+    let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    let disk = node.sandbox.path().join("disk");
+    let remount = |flags: MsFlags| {
+        mount(None::<&str>, &disk, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>)
+    };
+    // Nothing may be open for writing at that moment.
+    wait_until("the disk is read-only", || remount(MsFlags::MS_RDONLY).is_ok());
+    let (code, said) = get(address, "/readyz").expect("an answer");
+    assert_eq!(code, 503, "{said}");
+    assert!(said.contains("Read-only"), "{said}");
+    assert_eq!(status("/healthz"), Some(200));
+    // A registry that is down is nobody's fault here either, and unpublishing works.
+    node.proxy.go_down();
+    assert_eq!(status("/healthz"), Some(200));
+    node.kubelet.unpublish(&volume);
+    remount(MsFlags::empty()).expect("writable");
+    wait_until("it is ready again", || status("/readyz") == Some(200));
+}
+
+#[test]
+fn one_line_tells_a_publish() {
+    let node = Node::start_with(|_, options| options.argument("--log-level=info"));
+    let artifact = node.small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let lines = |pod: &str| -> Vec<serde_json::Value> {
+        let log = node.driver.log();
+        let lines = log.lines().map(|line| serde_json::from_str(line).expect("JSON"));
+        lines.filter(|line: &serde_json::Value| line["span"]["volume"] == pod).collect()
+    };
+    for path in ["miss", "hit"] {
+        let (volume, _) = node.mount(&reference);
+        let id = volume.request.volume_id.clone();
+        let told = lines(&id);
+        assert_eq!(told.len(), 1, "{told:?}");
+        let (line, span) = (&told[0], &told[0]["span"]);
+        assert_eq!((&line["message"], &line["path"]), (&"published".into(), &path.into()));
+        assert_eq!(line["bytes"], artifact.content.len());
+        assert!(line["milliseconds"].as_f64() > Some(0.0), "{line}");
+        assert!(span["request"].as_u64() > Some(0), "{line}");
+        assert_eq!(span["reference"], reference.as_str());
+        assert_eq!(span["digest"], artifact.digest.as_str());
+        assert!(span["pod"].as_str().is_some_and(|pod| pod.starts_with("default/")), "{line}");
+        node.kubelet.unpublish(&volume);
+        let told = lines(&id);
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert_eq!(told[1]["message"], "unpublished");
+        assert!(told[1]["span"]["request"].as_u64() > span["request"].as_u64());
+    }
+}
+
+#[test]
 fn metrics_have_the_prefix_and_no_secret() {
     let address = free_address();
     let node =

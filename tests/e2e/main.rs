@@ -28,6 +28,7 @@ mod concurrency;
 mod crash;
 mod credentials;
 mod disk_trouble;
+mod documents;
 mod endpoints;
 mod fleet;
 mod format;

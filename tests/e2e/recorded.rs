@@ -280,6 +280,7 @@ fn help_and_wrong_usage() {
         "check-config",
         "check-uninstall",
         "completions",
+        "crds",
     ] {
         typed.run(&[command, "--help"]);
     }

@@ -15,7 +15,10 @@ use super::{
     deployed::Deployed,
     only, rendered,
 };
-use crate::support::{Authority, ending_with_this_thread, wait_until};
+use crate::support::{
+    Authority, Layer, Manifest, Pod, Proxy, ending_with_this_thread, noise, own_registry, unique,
+    wait_until,
+};
 
 const TOKEN: &str = "the-token-of-the-service-account";
 
@@ -35,7 +38,8 @@ impl ApiServer {
         let account = folder.path().join("account");
         fs::create_dir(&account).expect("a folder");
         fs::copy(authority.certificate(), account.join("ca.crt")).expect("the authority");
-        fs::write(account.join("token"), format!("{TOKEN}\n")).expect("the token");
+        fs::write(account.join("token"), TOKEN).expect("the token");
+        fs::write(account.join("namespace"), "csi-driver-oci").expect("the namespace");
         let state = folder.path().join("state.json");
         fs::write(&state, json!({"token": TOKEN, "objects": objects}).to_string())
             .expect("the objects");
@@ -154,4 +158,85 @@ fn a_node_loses_its_startup_taint_once_the_driver_is_registered() {
     wait_until("the taint is taken", || {
         server.objects()[&node]["spec"]["taints"] == json!([other])
     });
+}
+
+/// The Events of a pod, as the API server has them: reason, text, count.
+fn events(server: &ApiServer, pod: &str) -> Vec<(String, String, i64)> {
+    let objects = server.objects();
+    let events = objects.as_object().expect("objects").iter().filter(|(path, event)| {
+        path.contains("/events/") && event["involvedObject"]["name"] == pod
+    });
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    events
+        .map(|(_, event)| {
+            assert_eq!(event["involvedObject"]["kind"], "Pod");
+            assert!(event["involvedObject"]["uid"].is_string(), "{event}");
+            assert_eq!(event["source"]["host"], NODE_NAME);
+            (text(&event["reason"]), text(&event["message"]), event["count"].as_i64().unwrap_or(0))
+        })
+        .collect()
+}
+
+#[test]
+fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
+    let mut machine = Machine::new();
+    let mut server = ApiServer::start(json!({}));
+    machine.api = Some(server.access());
+    machine.mount_disk("/var/lib/csi-driver-oci");
+    let deployed = Deployed::start_on(machine, &rendered("chart")["events"]);
+    // The node has a network of its own.
+    let registry = own_registry();
+    let proxy = Proxy::new(&registry);
+    let repository = unique("told");
+    let content = noise(4 << 20, 3);
+    Manifest::artifact([Layer::titled("big", content)]).push(&registry, &repository, "v1");
+    let reference = proxy.reference(&format!("{repository}:v1"));
+    let pod = Pod::new();
+    let of = |reference: &str, name: &str| deployed.kubelet().inline(&pod, name, reference);
+
+    let volume = of(&reference, "artifact");
+    let gate = proxy.hold_blobs();
+    std::thread::scope(|scope| {
+        scope.spawn(|| deployed.publish(&volume));
+        wait_until("the pull is told while it goes on", || {
+            events(&server, &pod.name).iter().any(|(reason, text, _)| {
+                reason == "Pulling" && text.contains(&reference) && text.contains("4.0 MiB")
+            })
+        });
+        gate.open();
+    });
+    wait_until("its end is told", || {
+        events(&server, &pod.name).iter().any(|(reason, text, _)| {
+            reason == "Pulled"
+                && text.contains(&reference)
+                && text.contains("sha256:")
+                && text.contains("4.0 MiB")
+        })
+    });
+    // From the cache there is nothing to tell.
+    deployed.publish(&of(&reference, "again"));
+
+    // The same failure again and again is one event.
+    let missing = of(&proxy.reference("there/is/none:v1"), "missing");
+    for _ in 0..5 {
+        deployed.try_publish(&missing).expect_err("nothing of this name");
+    }
+    let failed = |server: &ApiServer| {
+        let events = events(server, &pod.name).into_iter();
+        events.filter(|(reason, ..)| reason == "Failed").collect::<Vec<_>>()
+    };
+    wait_until("the failure is told", || failed(&server).len() == 1);
+    assert!(failed(&server)[0].1.contains("no manifest v1"), "{:?}", failed(&server));
+    assert_eq!(events(&server, &pod.name).len(), 3, "{:?}", events(&server, &pod.name));
+
+    // Without an API server everything else goes on.
+    server.process.kill().expect("killed");
+    server.process.wait().expect("its end");
+    Manifest::artifact([Layer::titled("small", "x")]).push(&registry, &repository, "v2");
+    deployed.publish(&of(&proxy.reference(&format!("{repository}:v2")), "without"));
+    let log = || deployed.machine.log(&deployed.container);
+    wait_until("the log says once that it is not told", || {
+        log().matches("an event on a pod is not written").count() == 1
+    });
+    assert!(!log().contains(TOKEN), "the token is in the log");
 }

@@ -120,6 +120,7 @@ fn every_row_is_started_by_a_test() {
         [
             "defaults",
             "disk",
+            "events",
             "everything",
             "given",
             "node-docker-config",

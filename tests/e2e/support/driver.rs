@@ -286,6 +286,8 @@ pub fn clean_environment(command: &mut Command) {
         "LEASE_NAME",
         "POD_NAME",
         "POD_NAMESPACE",
+        "EVENTS",
+        "STARTUP_TAINT",
         "LOG_LEVEL",
         "LOG_FORMAT",
         "http_proxy",

@@ -1,0 +1,85 @@
+//! What a pod is told of its volume while the kubelet waits, where Events are on.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::status;
+use crate::kubernetes::{PodEvents, PodReference};
+use crate::pull::ProgressView;
+use crate::units::Bytes;
+use crate::volume::publish::{PublishPath, Published};
+use crate::volume::{PublishRequest, VolumeError};
+
+/// What ends within this was not worth waiting for: only its end is told.
+const AT_FIRST: Duration = Duration::from_millis(250);
+/// Between two looks at how far it is.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// Tells one publish.
+pub(super) struct Told<'a> {
+    events: &'a PodEvents,
+    pod: PodReference,
+    reference: String,
+    progress: ProgressView,
+    since: Instant,
+}
+
+impl<'a> Told<'a> {
+    /// None where the kubelet has not said which pod it is.
+    pub(super) fn new(events: Option<&'a PodEvents>, request: &PublishRequest) -> Option<Self> {
+        let (pod, events) = (&request.pod, events?);
+        let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
+        let pod = PodReference { namespace, name, uid: pod.uid.clone()? };
+        let reference = request.attributes.reference.to_string();
+        let (progress, since) = (request.progress.clone(), Instant::now());
+        Some(Self { events, pod, reference, progress, since })
+    }
+
+    /// Tells how far the pull is until `publish` ends, and then how it ended.
+    pub(super) async fn all_of(
+        self,
+        mut publish: Pin<Box<impl Future<Output = Result<Published, VolumeError>>>>,
+    ) -> Result<Published, VolumeError> {
+        let mut wait = AT_FIRST;
+        let published = loop {
+            tokio::select! {
+                published = &mut publish => break published,
+                () = tokio::time::sleep(wait) => {
+                    if self.progress.was_shown() {
+                        let progress = self.progress.snapshot().to_string();
+                        self.events.pulling(&self.pod, &self.reference, progress);
+                    }
+                    wait = INTERVAL;
+                }
+            }
+        };
+        self.end(&published);
+        published
+    }
+
+    fn end(&self, published: &Result<Published, VolumeError>) {
+        let (pod, reference) = (&self.pod, &self.reference);
+        match published {
+            Ok(Published { path: PublishPath::AlreadyMounted, .. }) => {}
+            Ok(Published { path, manifest, bytes }) => {
+                let digest = manifest.map(|digest| digest.to_string()).unwrap_or_default();
+                let what = format!("{digest}, {}", Bytes(*bytes));
+                let took = self.since.elapsed();
+                if *path == PublishPath::Miss {
+                    self.events.pulled(pod, reference, what, took);
+                } else {
+                    self.events.found(pod, reference, what, took);
+                }
+            }
+            Err(error) => {
+                let status = status::status(error);
+                // The pull goes on, or another call is at work.
+                if status.code() != tonic::Code::Aborted {
+                    self.events.failed(pod, reference, status.message().to_owned());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Whether a new Event is made, an old one is changed, or nothing is said: pure.
+//!
+//! One Event for each pod, reference and reason: what happens again raises its count and changes its text. While a pull
+//! goes on, and while the same failure comes again, that is said every half minute at most.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::{Happening, Reason};
+
+/// How often an Event is changed that says nothing new.
+const INTERVAL: Duration = Duration::from_secs(30);
+/// API servers forget Events after an hour: what comes later is a new one.
+const LIFE: Duration = Duration::from_mins(50);
+/// Events that are known; of a node's pods only the last ones matter.
+const KNOWN: usize = 1024;
+
+/// What has been written.
+#[derive(Debug, Default)]
+pub(super) struct Ledger(HashMap<Key, Entry>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    uid: String,
+    reference: String,
+    reason: Reason,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    name: String,
+    message: String,
+    count: i32,
+    first: Timestamp,
+    began: Instant,
+    written: Instant,
+}
+
+/// What is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Writing {
+    /// The Event's name.
+    pub(super) name: String,
+    /// Whether it is a new one.
+    pub(super) is_new: bool,
+    pub(super) message: String,
+    pub(super) count: i32,
+    pub(super) first: Timestamp,
+    pub(super) last: Timestamp,
+}
+
+impl Ledger {
+    /// Takes note of what happened; says what is to be written.
+    pub(super) fn note(
+        &mut self,
+        happening: &Happening,
+        now: Instant,
+        clock: Timestamp,
+    ) -> Option<Writing> {
+        self.forget_old(now);
+        let message = self.message(happening, now);
+        let pulling = Key::of(happening, Reason::Pulling);
+        if happening.only_after_pulling && !self.0.contains_key(&pulling) {
+            return None;
+        }
+        if happening.reason != Reason::Pulling {
+            // The next pull is another one.
+            self.0.remove(&pulling);
+        }
+        let key = Key::of(happening, happening.reason);
+        let Some(entry) = self.0.get_mut(&key) else {
+            let name = name(&happening.pod.name, clock);
+            let entry = Entry { name, message, count: 1, first: clock, began: now, written: now };
+            let writing = entry.writing(true, clock);
+            self.0.insert(key, entry);
+            return Some(writing);
+        };
+        let is_news = happening.reason != Reason::Pulling && entry.message != message;
+        let is_due = now.duration_since(entry.written) >= INTERVAL;
+        if happening.reason != Reason::Pulling || is_due {
+            entry.count = entry.count.saturating_add(1);
+        }
+        if !is_news && !is_due {
+            return None;
+        }
+        entry.message = message;
+        entry.written = now;
+        Some(entry.writing(false, clock))
+    }
+
+    /// The API server knows it no longer.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.0.retain(|_, entry| entry.name != name);
+    }
+
+    fn message(&self, happening: &Happening, now: Instant) -> String {
+        let Happening { reference, detail, took, .. } = happening;
+        match happening.reason {
+            Reason::Pulling => format!("Pulling artifact \"{reference}\": {detail}"),
+            Reason::Failed => format!("Failed to mount artifact \"{reference}\": {detail}"),
+            Reason::Pulled => {
+                // The kubelet asks again and again while a pull goes on: it began with the first call.
+                let pulling = self.0.get(&Key::of(happening, Reason::Pulling));
+                let since = pulling.map(|entry| now.duration_since(entry.began));
+                let seconds = since.unwrap_or_default().max(*took).as_secs_f64();
+                format!("Pulled artifact \"{reference}\" in {seconds:.1}s: {detail}")
+            }
+        }
+    }
+
+    fn forget_old(&mut self, now: Instant) {
+        self.0.retain(|_, entry| now.duration_since(entry.written) < LIFE);
+        if self.0.len() >= KNOWN
+            && let Some(oldest) = self.0.iter().min_by_key(|(_, entry)| entry.written)
+        {
+            let oldest = oldest.0.clone();
+            self.0.remove(&oldest);
+        }
+    }
+}
+
+impl Key {
+    fn of(happening: &Happening, reason: Reason) -> Self {
+        let (uid, reference) = (happening.pod.uid.clone(), happening.reference.clone());
+        Self { uid, reference, reason }
+    }
+}
+
+impl Entry {
+    fn writing(&self, is_new: bool, last: Timestamp) -> Writing {
+        let (name, message) = (self.name.clone(), self.message.clone());
+        Writing { name, is_new, message, count: self.count, first: self.first, last }
+    }
+}
+
+/// As the kubelet names its Events: the pod's name and a time, within the 253 characters of a name.
+fn name(pod: &str, clock: Timestamp) -> String {
+    let time = format!("{:x}", clock.as_nanosecond());
+    let pod: String = pod.chars().take(252 - time.len()).collect();
+    format!("{}.{time}", pod.trim_end_matches(['.', '-']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PodReference;
+    use super::*;
+
+    fn happening(uid: &str, reason: Reason, detail: &str) -> Happening {
+        let (namespace, name) = ("team".to_owned(), "web-0".to_owned());
+        Happening {
+            pod: PodReference { namespace, name, uid: uid.to_owned() },
+            reference: "r.io/app:v1".to_owned(),
+            reason,
+            detail: detail.to_owned(),
+            took: Duration::from_secs(2),
+            only_after_pulling: false,
+        }
+    }
+
+    /// A ledger and its clock.
+    struct Noted {
+        ledger: Ledger,
+        start: Instant,
+    }
+
+    impl Noted {
+        fn at(&mut self, seconds: u64, happening: &Happening) -> Option<Writing> {
+            let now = self.start + Duration::from_secs(seconds);
+            let clock = i64::try_from(seconds).expect("small") + 1_700_000_000;
+            let clock = Timestamp::from_second(clock).expect("a time");
+            self.ledger.note(happening, now, clock)
+        }
+    }
+
+    fn noted() -> Noted {
+        Noted { ledger: Ledger::default(), start: Instant::now() }
+    }
+
+    #[tokio::test]
+    async fn a_pull_is_one_event_that_changes_each_half_minute_and_another_at_its_end() {
+        let mut noted = noted();
+        let pulling = |detail: &str| happening("1", Reason::Pulling, detail);
+        let first = noted.at(0, &pulling("10%")).expect("a new one");
+        assert!(first.is_new && first.message.ends_with("\"r.io/app:v1\": 10%"), "{first:?}");
+        assert_eq!(noted.at(20, &pulling("20%")), None);
+        let next = noted.at(31, &pulling("30%")).expect("a change");
+        assert_eq!((next.is_new, &next.name, next.count), (false, &first.name, 2));
+        assert!(next.message.ends_with("30%"));
+        let pulled = noted.at(125, &happening("1", Reason::Pulled, "sha256:1, 2 GiB"));
+        let pulled = pulled.expect("the end");
+        assert!(pulled.is_new && pulled.message.contains("in 125.0s: sha256:1"), "{pulled:?}");
+        // Another pull of the same pod is another event.
+        assert!(noted.at(130, &pulling("1%")).expect("a new one").is_new);
+        // One that ended between two calls of the kubelet is found, and what was never pulled is not.
+        let found =
+            |uid| Happening { only_after_pulling: true, ..happening(uid, Reason::Pulled, "x") };
+        assert!(noted.at(140, &found("1")).expect("the end").message.contains("in 10.0s"));
+        assert_eq!(noted.at(141, &found("1")), None);
+        assert_eq!(noted.at(141, &found("3")), None);
+        // One that was over at once has the call's own time.
+        let quick = noted.at(142, &happening("2", Reason::Pulled, "x")).expect("the end");
+        assert!(quick.message.contains("in 2.0s"), "{quick:?}");
+    }
+
+    #[tokio::test]
+    async fn the_same_failure_is_counted_and_another_is_said_at_once() {
+        let mut noted = noted();
+        let failed = |detail: &str| happening("1", Reason::Failed, detail);
+        assert!(noted.at(0, &failed("no such tag")).expect("a new one").is_new);
+        for second in [1, 3, 7, 15] {
+            assert_eq!(noted.at(second, &failed("no such tag")), None);
+        }
+        let again = noted.at(31, &failed("no such tag")).expect("a change");
+        assert_eq!((again.is_new, again.count), (false, 6));
+        let other = noted.at(32, &failed("forbidden")).expect("news");
+        assert_eq!((other.is_new, other.count), (false, 7));
+        // An API server that has forgotten it gets a new one.
+        noted.ledger.forget(&other.name);
+        assert!(noted.at(33, &failed("forbidden")).expect("a new one").is_new);
+        assert!(noted.at(33 + 3600, &failed("forbidden")).expect("a new one").is_new);
+    }
+
+    #[tokio::test]
+    async fn what_is_known_is_bounded() {
+        let mut noted = noted();
+        for number in 0..5000_u64 {
+            let uid = number.to_string();
+            assert!(noted.at(number / 100, &happening(&uid, Reason::Failed, "x")).is_some());
+        }
+        assert!(noted.ledger.0.len() <= KNOWN);
+        assert!(name(&"a".repeat(300), Timestamp::UNIX_EPOCH).len() <= 253);
+    }
+}

@@ -1,0 +1,133 @@
+//! Events on pods: what a user sees of a pull before the kubelet's own call has ended.
+//!
+//! ```text
+//! handle    says what happened; never waits, and is dropped when the queue is full
+//! ledger    whether a new Event is made, an old one is changed, or nothing is said: pure
+//! writer    the task that asks the API server; a failure is logged, and nothing else
+//! ```
+//!
+//! They are core/v1 Events, as the kubelet's own: those of `events.k8s.io` cannot change their text, and
+//! progress would be a new object each time.
+
+mod ledger;
+mod writer;
+
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// What waits to be written; beyond it, what happens is not told.
+const QUEUE: usize = 256;
+
+/// The pod that an Event is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PodReference {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+}
+
+/// What happened, in the word that `kubectl describe pod` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Reason {
+    Pulling,
+    Pulled,
+    Failed,
+}
+
+/// Something that happened to a pod's volume.
+#[derive(Clone, Debug)]
+pub(super) struct Happening {
+    pod: PodReference,
+    reference: String,
+    reason: Reason,
+    /// What follows the reference.
+    detail: String,
+    /// How long the last call for it took, for what ended.
+    took: Duration,
+    /// Said only where a pull was told before: nothing else is news.
+    only_after_pulling: bool,
+}
+
+/// Says what happens. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct PodEvents(mpsc::Sender<Happening>);
+
+impl PodEvents {
+    /// Starts the writer, which ends with `shutdown`.
+    #[must_use]
+    pub fn start(
+        driver_name: &str,
+        node_id: &str,
+        tracker: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let writer = writer::Writer::new(driver_name.to_owned(), node_id.to_owned());
+        let shutdown = shutdown.clone();
+        tracker.spawn(async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = writer.run(receiver) => {}
+            }
+        });
+        Self(sender)
+    }
+
+    /// A pull is under way, and how far it is.
+    pub fn pulling(&self, pod: &PodReference, reference: &str, progress: String) {
+        self.tell(pod, reference, Reason::Pulling, progress, (Duration::ZERO, false));
+    }
+
+    /// It has ended well; `took` is what the last call for it took.
+    pub fn pulled(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
+        self.tell(pod, reference, Reason::Pulled, what, (took, false));
+    }
+
+    /// The content was here. That ends a pull that was told, and is no news otherwise.
+    pub fn found(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
+        self.tell(pod, reference, Reason::Pulled, what, (took, true));
+    }
+
+    /// The volume is not there, and why.
+    pub fn failed(&self, pod: &PodReference, reference: &str, why: String) {
+        self.tell(pod, reference, Reason::Failed, why, (Duration::ZERO, false));
+    }
+
+    fn tell(
+        &self,
+        pod: &PodReference,
+        reference: &str,
+        reason: Reason,
+        detail: String,
+        (took, only_after_pulling): (Duration, bool),
+    ) {
+        let (pod, reference) = (pod.clone(), reference.to_owned());
+        let happening = Happening { pod, reference, reason, detail, took, only_after_pulling };
+        if self.0.try_send(happening).is_err() {
+            tracing::debug!("an event is not told: too many wait for the Kubernetes API");
+        }
+    }
+}
+
+impl Reason {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pulling => "Pulling",
+            Self::Pulled => "Pulled",
+            Self::Failed => "Failed",
+        }
+    }
+
+    fn kind(self) -> &'static str {
+        match self {
+            Self::Pulling | Self::Pulled => "Normal",
+            Self::Failed => "Warning",
+        }
+    }
+}

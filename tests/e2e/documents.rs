@@ -1,0 +1,272 @@
+//! The site: its links lead somewhere, its pages are all in it, its commands work, and its metrics exist.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::support::{
+    Admin, Node, Registry, clean_environment, free_address, metrics, own_registry,
+    private_registry, tool,
+};
+
+const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                     lowThresholdPercent: 100, minimumAge: 0s}\n";
+
+fn docs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
+}
+
+fn pages(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(pages(&path));
+        } else if path.extension().is_some_and(|kind| kind == "md") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// What `[...](...)` names, outside of code.
+fn links(text: &str) -> Vec<String> {
+    let mut code = false;
+    let mut found = Vec::new();
+    for line in text.lines() {
+        code ^= line.trim_start().starts_with("```");
+        if code {
+            continue;
+        }
+        found.extend(
+            line.split("](").skip(1).filter_map(|rest| Some(rest.split_once(')')?.0.to_owned())),
+        );
+    }
+    found
+}
+
+/// The names that headings have in the site and on GitHub.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let headings = text.lines().filter(|line| line.starts_with('#'));
+    let name = |heading: &str| -> String {
+        let text = heading.trim_start_matches('#').trim().to_lowercase();
+        let kept = text.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+        kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    headings.map(name).collect()
+}
+
+#[test]
+fn every_page_is_in_the_site_and_every_link_leads_somewhere() {
+    let summary = fs::read_to_string(docs().join("SUMMARY.md")).expect("the summary");
+    let listed: BTreeSet<_> = links(&summary).into_iter().map(|link| docs().join(link)).collect();
+    for page in pages(&docs()) {
+        if page.file_name().is_some_and(|name| name == "SUMMARY.md") {
+            continue;
+        }
+        assert!(listed.contains(&page), "{} is not in SUMMARY.md", page.display());
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let others = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|name| root.join(name));
+    for page in pages(&docs()).into_iter().chain(others) {
+        let text = fs::read_to_string(&page).expect("a page");
+        for link in links(&text).iter().filter(|link| !link.contains("://")) {
+            let (path, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() {
+                page.clone()
+            } else {
+                page.parent().expect("a folder").join(path)
+            };
+            assert!(target.exists(), "{}: {link} leads nowhere", page.display());
+            if !anchor.is_empty() {
+                let there = fs::read_to_string(&target).expect("a page");
+                let known = anchors(&there);
+                assert!(known.contains(anchor), "{}: {link}: {known:?}", page.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn the_page_of_metrics_has_all_of_them_and_no_other() {
+    let address = free_address();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let health = taken.local_addr().expect("an address");
+    let node = Node::start_with(|_, options| {
+        options
+            .argument(&format!("--metrics-endpoint={address}"))
+            .argument(&format!("--health-endpoint={health}"))
+    });
+    let (_volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    let served = metrics(address);
+    let served: BTreeSet<_> =
+        served.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let page = fs::read_to_string(docs().join("metrics.md")).expect("the page");
+    let table = page.lines().filter(|line| line.starts_with("| `csi_oci_"));
+    let told: BTreeSet<_> = table
+        .flat_map(|line| line.split('|').nth(1).expect("a cell").split('`'))
+        .filter(|word| word.starts_with("csi_oci_"))
+        .collect();
+    assert_eq!(told, served);
+}
+
+/// A command of a page, and the lines that it is to print.
+struct Step {
+    command: String,
+    expected: Vec<String>,
+}
+
+/// The commands of a page's `console` blocks.
+fn steps(text: &str) -> Vec<Step> {
+    let mut steps: Vec<Step> = Vec::new();
+    let mut inside = false;
+    for line in text.lines() {
+        if line.starts_with("```") {
+            inside = line == "```console";
+        } else if inside {
+            match line.strip_prefix("$ ") {
+                Some(command) => {
+                    steps.push(Step { command: command.to_owned(), expected: Vec::new() });
+                }
+                None => steps.last_mut().expect("a command first").expected.push(line.to_owned()),
+            }
+        }
+    }
+    steps
+}
+
+/// Whether a line is as it is shown, where `...` stands for anything.
+fn fits(line: &str, shown: &str) -> bool {
+    let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut rest = line.as_str();
+    for (number, part) in shown.split("...").enumerate() {
+        let part = part.trim();
+        match rest.find(part) {
+            Some(at) if number > 0 || at == 0 => rest = &rest[at + part.len()..],
+            _ => return false,
+        }
+    }
+    shown.ends_with("...") || rest.is_empty()
+}
+
+/// Everything that a reader has at hand: the binary, its tools, a node, a folder.
+struct Reader {
+    node: Node,
+    endpoint: String,
+    folder: PathBuf,
+    registry: Registry,
+}
+
+impl Reader {
+    fn new(registry: Registry) -> Self {
+        let (node, _) = Admin::start(ROOMY);
+        let endpoint = format!("unix://{}", node.sandbox.path().join("admin.sock").display());
+        let folder = node.sandbox.folder("reader");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        std::os::unix::fs::symlink(root.join("deploy"), folder.join("deploy")).expect("a link");
+        // The registry of the tests has no TLS, which readers' have.
+        let programs = node.sandbox.folder("programs");
+        let path = run_path();
+        let oras = format!(
+            "#!/bin/sh\nPATH='{path}'\ncase \"$1\" in\n  copy) shift; exec oras copy --from-plain-http \"$@\" ;;\n  push | \
+             login) verb=\"$1\"; shift; exec oras \"$verb\" --plain-http \"$@\" ;;\n  *) exec oras \"$@\" ;;\nesac\n"
+        );
+        fs::write(programs.join("oras"), oras).expect("a wrapper");
+        fs::set_permissions(programs.join("oras"), fs::Permissions::from_mode(0o755))
+            .expect("a mode");
+        let binary = env!("CARGO_BIN_EXE_csi-driver-oci");
+        std::os::unix::fs::symlink(binary, programs.join("csi-driver-oci")).expect("a link");
+        Self { node, endpoint, folder, registry }
+    }
+
+    /// Runs the page's commands in one shell after the other, as a reader does in one window.
+    #[track_caller]
+    fn follows(&self, page: &str) {
+        let text = fs::read_to_string(docs().join(page)).expect("a page");
+        let steps = steps(&text);
+        assert!(!steps.is_empty(), "{page} has no console block");
+        let mut folder = self.folder.clone();
+        for Step { command, expected } in steps {
+            let typed = command.replace("registry.example.com", &self.registry.host());
+            let script = format!("set -euo pipefail\n{typed}\npwd >&3\n");
+            let place = self.node.sandbox.path().join("place");
+            let mut shell: Command = tool("bash");
+            clean_environment(&mut shell);
+            let programs = self.node.sandbox.path().join("programs");
+            let output = shell
+                .arg("-c")
+                .arg(format!("exec 3>'{}'\n{script}", place.display()))
+                .current_dir(&folder)
+                .env("PATH", format!("{}:{}", programs.display(), run_path()))
+                .env("HOME", &self.folder)
+                .env("ORAS_FLAGS", "--plain-http")
+                .env("ADMIN_ENDPOINT", &self.endpoint)
+                .env("STATE_DIR", self.node.sandbox.path().join("cli"))
+                .env_remove("DOCKER_CONFIG")
+                .output()
+                .expect("a shell");
+            let (out, err) =
+                (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{page}: {command}\n{out}{err}");
+            for shown in expected.iter().filter(|line| !line.trim().is_empty()) {
+                let shown = shown.replace("registry.example.com", &self.registry.host());
+                assert!(
+                    out.lines().any(|line| fits(line, &shown)),
+                    "{page}: {command}\nno line is as shown: {shown}\n{out}"
+                );
+            }
+            folder = fs::read_to_string(&place).expect("where it ended").trim().into();
+        }
+    }
+}
+
+/// PATH with the test tools in front.
+fn run_path() -> String {
+    let tool = tool("true");
+    let path = tool.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
+    path.expect("a path").to_string_lossy().into_owned()
+}
+
+macro_rules! pages {
+    ($($test:ident $page:literal,)+) => {
+        $(
+            #[test]
+            fn $test() {
+                Reader::new(own_registry()).follows($page);
+            }
+        )+
+
+        const FOLLOWED: &[&str] = &[$($page),+, "how-to/private-registry.md"];
+    };
+}
+
+pages! {
+    the_quick_start_works "quick-start.md",
+    publishing_works "how-to/publish.md",
+    an_air_gapped_node_is_served "how-to/air-gapped.md",
+    warming_before_a_rollout_works "how-to/warm-before-a-rollout.md",
+    mirrors_work "how-to/mirrors.md",
+    signing_and_enforcing_work "how-to/sign-and-enforce.md",
+    models_are_selected_from "how-to/models.md",
+    capacity_is_told "how-to/capacity.md",
+    long_pulls_are_told "how-to/long-pulls.md",
+    a_node_tells_what_it_holds "how-to/deleted-pull-secret.md",
+}
+
+#[test]
+fn a_private_registry_is_used() {
+    Reader::new(private_registry("robot", "secret")).follows("how-to/private-registry.md");
+}
+
+#[test]
+fn every_how_to_is_followed_by_a_test() {
+    for page in pages(&docs().join("how-to")) {
+        let name = page.strip_prefix(docs()).expect("a page").to_string_lossy().into_owned();
+        assert!(FOLLOWED.contains(&name.as_str()), "{name} is followed by no test");
+    }
+}
