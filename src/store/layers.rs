@@ -47,6 +47,10 @@ const FILES_PER_FOLDER: u32 = 4096;
 /// which writes many of them at once.
 const LARGE: u64 = 1 << 20;
 
+/// A layer of so many bytes has filled all buffers on its way; below, giving them back costs more
+/// than it brings.
+const MUCH: u64 = 16 << 20;
+
 /// A complete layer in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
@@ -146,8 +150,10 @@ impl Store {
         let mut totals = writer.totals;
         totals.files = writer.files.into();
         let staging = writer.finish()?;
-        // What decompressing took is not wanted again soon.
-        syscalls::give_memory_back();
+        if totals.bytes >= MUCH {
+            // What decompressing took is not wanted again soon.
+            syscalls::give_memory_back();
+        }
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
         fault::point("layer.unpacked").map_err(|error| StoreError::io("write", &path, error))?;
