@@ -104,6 +104,9 @@ rows! { "chart":
     registries_of_every_kind_serve "registries",
     a_docker_configuration_of_the_node_serves "node-docker-config",
     a_policy_with_its_key_serves "policy",
+    // Without an API server in reach, which is no matter of a pod's.
+    a_node_that_preloads_serves "fleet-default",
+    a_node_that_preloads_beside_a_policy_serves "fleet",
 }
 
 rows! { "kustomize":
@@ -122,6 +125,8 @@ fn every_row_is_started_by_a_test() {
             "disk",
             "events",
             "everything",
+            "fleet",
+            "fleet-default",
             "given",
             "node-docker-config",
             "pod-network",
