@@ -1,7 +1,7 @@
 //! What finds out later whether a file of a layer is still what was unpacked.
 //!
 //! That it came from the right blob is proven by the blob's digest. What is left to find is
-//! what disks do, for which a fast hash will do: SHA-256 of every file again cost a tenth of
+//! what disks do, for which a fast hash will do: SHA-256 of every file again cost up to a seventh of
 //! a pull.
 
 use twox_hash::xxhash3_128::Hasher;
