@@ -4,7 +4,9 @@ Patch and transform is evaluated here, the subset that our Composition uses; wha
 a Composition that grows out of it is noticed. Go templates are evaluated by the real engine, inside of Helm, which has
 the same library of functions.
 
-    compose.py COMPOSITION XR.json      prints what the Composition makes of the object: name -> desired object
+    compose.py COMPOSITION XR.json [OBSERVED.json]
+
+prints what the Composition makes of the object and of what is composed already: name -> desired object.
 """
 
 import copy
@@ -256,19 +258,26 @@ def compose(name, xr, observed=None):
     return FUNCTIONS[step["functionRef"]["name"]](step["input"], xr, observed or {})
 
 
-def rolled_out(daemonset, nodes):
-    """The DaemonSet as the API server has it when it is available on all nodes."""
-    daemonset = copy.deepcopy(daemonset)
-    daemonset["metadata"]["generation"] = 1
-    daemonset["status"] = {
-        "observedGeneration": 1,
-        "desiredNumberScheduled": nodes,
-        "updatedNumberScheduled": nodes,
-        "numberAvailable": nodes,
+def preloaded(preload, digest, reason="Ready", before=None):
+    """The ArtifactPreload as the controller has it: on all nodes, or not, for a reason, with what was on all before."""
+    preload = copy.deepcopy(preload)
+    reference = preload["spec"]["reference"]
+    ready = reason == "Ready"
+    preload["status"] = {
+        "reference": reference,
+        "digest": digest,
+        "conditions": [
+            {"type": "Resolved", "status": "True", "reason": "Resolved", "message": "it is there"},
+            {"type": "Ready", "status": str(ready), "reason": reason, "message": "said by a test"},
+        ],
     }
-    return daemonset
+    last = f"{reference.partition('@')[0]}@{digest}" if ready else before
+    if last:
+        preload["status"]["readyReference"] = last
+    return preload
 
 
 if __name__ == "__main__":
-    desired, _ = compose(sys.argv[1], json.loads(pathlib.Path(sys.argv[2]).read_text()))
+    name, *files = sys.argv[1:]
+    desired, _ = compose(name, *(json.loads(pathlib.Path(file).read_text()) for file in files))
     print(json.dumps(desired))

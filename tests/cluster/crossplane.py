@@ -11,7 +11,6 @@ import render
 
 PLAIN = "customprometheus"
 GATED = "customprometheus-gated"
-PRELOADED = "customprometheus-preloaded"
 DIGEST = "sha256:" + "ab" * 32
 
 # What the API server must refuse: changes of the example's specification, and a part of the message.
@@ -69,7 +68,7 @@ def crossplane_schema():
     stored = compose.admit(minimal)["spec"]
     if (stored["replicas"], stored["storage"]) != (1, {"capacity": "50Gi"}):
         yield f"defaults are missing: {stored}"
-    for name in (PLAIN, GATED, PRELOADED):
+    for name in (PLAIN, GATED):
         compose.compose(name, minimal)
     definition = compose.XRD["spec"]
     if compose.XRD["metadata"]["name"] != f"{definition['names']['plural']}.{definition['group']}":
@@ -83,21 +82,27 @@ def crossplane_schema():
 
 
 def crossplane_compositions():
-    """Both Compositions make the same of an object, and their parts fit together."""
+    """Both Compositions make the same of an object but for how they name the artifact, and their parts fit together."""
     pinned = changed(digest=DIGEST, nodeSelector={"disk": "ssd"}, replicas=3)
     for xr in (render.example(), pinned):
         at_once, _ = compose.compose(PLAIN, xr)
         held, _ = compose.compose(GATED, xr)
-        warm = {"warm": compose.rolled_out(held["warm"], nodes=2)}
-        gated, _ = compose.compose(GATED, xr, warm)
+        gated, _ = compose.compose(GATED, xr, {"artifact": compose.preloaded(held["artifact"], DIGEST)})
         for name, wanted in at_once.items():
-            if gated.get(name) != wanted:
-                yield f"the Compositions differ in {name}:\n{wanted}\n{gated.get(name)}"
+            found = copy.deepcopy(gated.get(name))
+            if name == "statefulset" and found:
+                wanted = copy.deepcopy(wanted)
+                by_tag, by_digest = attributes(wanted), attributes(found)
+                if by_tag.pop("pullPolicy") != by_digest.pop("pullPolicy"):
+                    yield "the Compositions differ in the pull policy"
+                by_tag.clear(), by_digest.clear()
+            if found != wanted:
+                yield f"the Compositions differ in {name}:\n{wanted}\n{found}"
         yield from parts(at_once, xr)
-        if held["warm"]["spec"]["template"]["spec"]["nodeSelector"] != xr["spec"].get(
-            "nodeSelector", {}
-        ):
+        if held["artifact"]["spec"]["selector"]["matchLabels"] != xr["spec"].get("nodeSelector", {}):
             yield "the artifact is brought onto other nodes than Prometheus runs on"
+        if held["artifact"]["spec"]["pullSecrets"] != [xr["spec"]["imagePullSecret"]]:
+            yield "the artifact is fetched with other secrets than Prometheus has"
     digest = attributes(compose.compose(PLAIN, pinned)[0]["statefulset"]).get("digest")
     if digest != DIGEST:
         yield f"the digest of the volume is {digest}"
@@ -143,109 +148,92 @@ def parts(composed, xr):
 def crossplane_gate():
     """The gated Composition rolls only to what is on every node, and keeps what runs until then."""
 
-    def compose_with(xr, warm=None, running=None):
-        observed = {"warm": warm} if warm else {}
-        if running:
-            observed["statefulset"] = running
+    def compose_with(xr, artifact=None, running=None):
+        observed = {"artifact": artifact, "statefulset": running}
+        observed = {name: value for name, value in observed.items() if value}
         desired, status = compose.compose(GATED, xr, observed)
         used = desired.get("statefulset")
-        return desired["warm"], used, used and attributes(used)["tag"], status.get("reference")
+        return desired["artifact"], used, used and attributes(used).get("reference"), status
 
     first, second = changed(version="v1"), changed(version="v2")
-    warm, used, _, _ = compose_with(first)
-    if used:
-        yield "a Prometheus is started before its artifact is anywhere"
-    ready = compose.rolled_out(warm, nodes=2)
-    _, running, version, _ = compose_with(first, ready)
-    if version != "v1":
-        yield f"the first version is not rolled out: {version}"
-    wanted, _, version, reference = compose_with(second, ready, running)
-    if version != "v1" or not reference.endswith(":v1"):
-        yield f"rolled to {version} ({reference}) while the nodes have the first version only"
-    if attributes_of_warm(wanted)["tag"] != "v2":
-        yield "the second version is not brought onto the nodes"
-    for field, value in {
-        "observedGeneration": 0,
-        "updatedNumberScheduled": 1,
-        "numberAvailable": 1,
-        "desiredNumberScheduled": 3,
-    }.items():
-        partly = compose.rolled_out(wanted, nodes=2)
-        partly["status"][field] = value
-        _, _, version, _ = compose_with(second, partly, running)
-        if version != "v1":
-            yield f"rolled while {field} is {value}"
-    nowhere = compose.rolled_out(wanted, nodes=0)
-    if compose_with(second, nowhere, running)[2] != "v1":
-        yield "rolled with no node that has it"
-    if compose_with(second, None, running)[2] != "v1":
-        yield "what runs is lost with the DaemonSet"
-    if compose_with(second, compose.rolled_out(wanted, nodes=2), running)[2] != "v2":
-        yield "not rolled though every node has it"
-    # The way back, whose content the nodes have already, takes the same gate.
-    again = copy.deepcopy(compose.rolled_out(warm, nodes=2))
-    _, newer, _, _ = compose_with(second, compose.rolled_out(wanted, nodes=2), running)
-    if compose_with(first, again, newer)[2] != "v1":
-        yield "not rolled back"
-    # The status tells what runs, also with a digest.
-    pinned = changed(version="v1", digest=DIGEST)
-    for name in (PLAIN, GATED):
-        desired, _ = compose.compose(PLAIN, pinned)
-        _, status = compose.compose(name, second, {"statefulset": desired["statefulset"]})
-        if not status["reference"].endswith(f":v1@{DIGEST}"):
-            yield f"{name}: the status has {status['reference']}"
-
-
-def crossplane_preload():
-    """The Composition with a preload rolls to what is ready, whatever is wanted, and never loses what runs."""
-
-    def compose_with(xr, ready=None, running=None):
-        observed = {"artifact": {"status": {"readyReference": ready}}} if ready else {}
-        if running:
-            observed["statefulset"] = running
-        desired, status = compose.compose(PRELOADED, xr, observed)
-        used = desired.get("statefulset")
-        return desired["artifact"]["spec"], used, used and attributes(used)["reference"], status
-
-    first, second = changed(version="v1"), changed(version="v2", nodeSelector={"disk": "ssd"})
     name = first["spec"]["ociRegistry"]
-    one, two = (f"{name}:{version}@{DIGEST}" for version in ("v1", "v2"))
-    wanted, used, _, _ = compose_with(first)
-    if used or wanted["reference"] != f"{name}:v1":
-        yield f"something is started before its artifact is anywhere, or {wanted} is wanted"
-    _, running, reference, _ = compose_with(first, one)
+    other = "sha256:" + "cd" * 32
+    one, two = f"{name}:v1@{DIGEST}", f"{name}:v2@{other}"
+
+    # The first install.
+    wanted_first, used, _, status = compose_with(first)
+    if used or wanted_first["spec"]["reference"] != f"{name}:v1":
+        yield f"a Prometheus is started before its artifact is anywhere, or {wanted_first} is wanted"
+    if "controller" not in status["artifact"]:
+        yield f"nobody says that there may be no controller: {status['artifact']}"
+    for reason in ("Resolving", "Preloading", "NodesFailed", "ReferenceNotFound", "Paused"):
+        held = compose.preloaded(wanted_first, DIGEST, reason)
+        _, used, _, status = compose_with(first, held)
+        if used or not status["artifact"].startswith(f"{reason}: "):
+            yield f"started while it is {reason}, or that is not said: {status['artifact']}"
+    ready_first = compose.preloaded(wanted_first, DIGEST)
+    _, running, reference, _ = compose_with(first, ready_first)
     if reference != one:
         yield f"the first version is not rolled out: {reference}"
-    wanted, _, reference, status = compose_with(second, one, running)
+
+    # A new version: the preload still tells of the first one, then that the second is on its way, or cannot be had.
+    wanted_second, _, reference, status = compose_with(second, ready_first, running)
     if reference != one or status["reference"] != one:
-        yield f"rolled to {reference} before it is ready"
-    if wanted["reference"] != f"{name}:v2" or wanted["selector"] != {"matchLabels": {"disk": "ssd"}}:
-        yield f"{wanted} is brought onto the nodes"
-    if wanted["pullSecrets"] != [first["spec"]["imagePullSecret"]]:
-        yield f"the preload has the secrets {wanted['pullSecrets']}"
-    if compose_with(second, None, running)[2] != one:
-        yield "what runs is lost with the preload"
-    if compose_with(second, two, running)[2] != two:
-        yield "not rolled though every node has it"
-    pinned, _, _, _ = compose_with(changed(version="v1", digest=DIGEST))
-    if pinned["reference"] != one:
-        yield f"the digest is lost: {pinned['reference']}"
-    # All but the artifact is as in the Composition that rolls at once.
-    at_once, _ = compose.compose(PLAIN, first)
-    preloaded, _ = compose.compose(
-        PRELOADED, first, {"artifact": {"status": {"readyReference": one}}}
-    )
-    for part, expected in at_once.items():
-        found = copy.deepcopy(preloaded.get(part))
-        if part == "statefulset":
-            volume = found["spec"]["template"]["spec"]["volumes"][0]["csi"]
-            volume["volumeAttributes"] = attributes(expected)
-        if found != expected:
-            yield f"the Compositions differ in {part}:\n{expected}\n{found}"
+        yield f"rolled to {reference} ({status['reference']}) while the nodes have the first version only"
+    if wanted_second["spec"]["reference"] != f"{name}:v2":
+        yield "the second version is not brought onto the nodes"
+    for reason in ("Resolving", "Preloading", "NoNodes", "NodesFailed", "ReferenceNotFound", "PolicyDenied"):
+        held = compose.preloaded(wanted_second, other, reason, before=one)
+        _, _, reference, status = compose_with(second, held, running)
+        if reference != one or not status["artifact"].startswith(f"{reason}: "):
+            yield f"rolled to {reference} while it is {reason}, or that is not said: {status['artifact']}"
+    ready_second = compose.preloaded(wanted_second, other)
+    _, newer, reference, _ = compose_with(second, ready_second, running)
+    if reference != two:
+        yield f"not rolled though every node has it: {reference}"
 
+    # The way back, also from a version that becomes ready just when nobody wants it any more.
+    held = compose.preloaded(wanted_first, DIGEST, "Preloading", before=two)
+    for artifact in (ready_second, held):
+        if compose_with(first, artifact, running)[2] != one:
+            yield "rolled to a version that is not wanted any more"
+    if compose_with(first, held, newer)[2] != two:
+        yield "rolled back before every node has it"
+    if compose_with(first, ready_first, newer)[2] != one:
+        yield "not rolled back"
 
-def attributes_of_warm(daemonset):
-    return daemonset["spec"]["template"]["spec"]["volumes"][0]["csi"]["volumeAttributes"]
+    # What is lost: the preload, its status, or the StatefulSet.
+    for artifact in (None, wanted_second):
+        if compose_with(second, artifact, running)[2] != one:
+            yield "what runs is lost with the preload"
+    held = compose.preloaded(wanted_second, other, "NodesFailed", before=one)
+    if compose_with(second, held)[2] != one:
+        yield "a StatefulSet that was deleted does not come back before the next version is ready"
+
+    # From the Composition that rolls at once: what it runs stays as it is, to the byte, until all nodes have it.
+    at_once, _ = compose.compose(PLAIN, changed(version="v1", digest=DIGEST))
+    plain = at_once["statefulset"]
+    for artifact in (None, compose.preloaded(wanted_first, DIGEST, "Preloading")):
+        _, used, _, status = compose_with(first, artifact, plain)
+        if used is None or attributes(used) != attributes(plain):
+            yield f"what ran before the gate is lost: {used}"
+        if status["reference"] != one:
+            yield f"the status has {status['reference']}"
+    if compose_with(first, ready_first, plain)[2] != one:
+        yield "the gate never opens after another Composition"
+
+    # A digest in the object is wanted, and told.
+    pinned = changed(version="v1", digest=DIGEST)
+    wanted, _, _, _ = compose_with(pinned)
+    if wanted["spec"]["reference"] != one:
+        yield f"the digest is lost: {wanted['spec']['reference']}"
+    if compose_with(pinned, compose.preloaded(wanted, DIGEST))[2] != one:
+        yield "not rolled to the digest that every node has"
+    if compose_with(changed(version="v1", digest=other), ready_first, running)[2] != one:
+        yield "rolled to another digest of the same tag"
+    _, status = compose.compose(PLAIN, second, {"statefulset": plain})
+    if status["reference"] != one:
+        yield f"{PLAIN}: the status has {status['reference']}"
 
 
 # Crossplane's own ClusterRole.
@@ -283,7 +271,7 @@ def crossplane_rights():
         document["metadata"]["name"]
         for document in chart.documents((compose.FOLDER / "functions.yaml").read_text())
     }
-    for name in (PLAIN, GATED, PRELOADED):
+    for name in (PLAIN, GATED):
         for step in compose.composition(name)["spec"]["pipeline"]:
             if step["functionRef"]["name"] not in functions:
                 yield f"{name} needs {step['functionRef']['name']}, which functions.yaml lacks"
@@ -293,6 +281,5 @@ CHECKS = (
     crossplane_schema,
     crossplane_compositions,
     crossplane_gate,
-    crossplane_preload,
     crossplane_rights,
 )

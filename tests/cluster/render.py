@@ -70,15 +70,9 @@ def composed():
     xr = example()
     at_once, _ = compose.compose("customprometheus", xr)
     gated, _ = compose.compose("customprometheus-gated", xr)
-    rolled_out = {"warm": compose.rolled_out(gated["warm"], nodes=3)}
-    gated, _ = compose.compose("customprometheus-gated", xr, rolled_out)
-    ready = {"artifact": {"status": {"readyReference": "registry.example.com/a:v1@sha256:" + "ab" * 32}}}
-    preloaded, _ = compose.compose("customprometheus-preloaded", xr, ready)
-    named = {
-        "customprometheus": at_once,
-        "customprometheus-gated": gated,
-        "customprometheus-preloaded": preloaded,
-    }
+    ready = {"artifact": compose.preloaded(gated["artifact"], "sha256:" + "ab" * 32)}
+    gated, _ = compose.compose("customprometheus-gated", xr, ready)
+    named = {"customprometheus": at_once, "customprometheus-gated": gated}
     return {name: list(objects.values()) for name, objects in named.items()}
 
 

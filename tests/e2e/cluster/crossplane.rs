@@ -21,7 +21,12 @@ use super::{
     deployed::{Deployed, ask, request},
     python, rendered, said,
 };
-use crate::support::{Registry, Volume, own_registry, run, tool, wait_until};
+use crate::support::{
+    Registry, Volume,
+    api_server::Kind,
+    fleet::{Cluster, NAMESPACE},
+    own_registry, run, tool, unique, wait_until,
+};
 
 #[test]
 fn wrong_objects_are_refused_and_right_ones_get_defaults() {
@@ -36,7 +41,6 @@ fn both_compositions_make_the_same() {
 #[test]
 fn the_gated_composition_rolls_only_to_what_every_node_has() {
     check("crossplane_gate");
-    check("crossplane_preload");
 }
 
 #[test]
@@ -44,11 +48,15 @@ fn crossplane_may_make_what_is_composed() {
     check("crossplane_rights");
 }
 
-/// What the Composition makes of a `CustomPrometheus`.
+/// What a Composition makes: name -> object.
+type Composed = BTreeMap<String, Value>;
+
+/// What the Composition makes of a `CustomPrometheus` that has these objects already.
 #[track_caller]
-fn compose(composition: &str, specification: Value) -> BTreeMap<String, Value> {
+fn compose(composition: &str, specification: Value, observed: &Composed) -> Composed {
     let folder = tempfile::tempdir().expect("a folder");
-    let file = folder.path().join("xr.json");
+    let (file, others) = (folder.path().join("xr.json"), folder.path().join("observed.json"));
+    fs::write(&others, json!(observed).to_string()).expect("the objects");
     let object = json!({
         "apiVersion": "custom.prometheus.io/v1alpha1",
         "kind": "CustomPrometheus",
@@ -56,7 +64,8 @@ fn compose(composition: &str, specification: Value) -> BTreeMap<String, Value> {
         "spec": specification,
     });
     fs::write(&file, object.to_string()).expect("the object");
-    let output = python("compose.py").arg(composition).arg(&file).output().expect("python");
+    let mut script = python("compose.py");
+    let output = script.arg(composition).args([&file, &others]).output().expect("python");
     assert!(output.status.success(), "{}", said(&output));
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
@@ -81,7 +90,7 @@ fn push(registry: &Registry, tag: &str, build: &Path) -> String {
 }
 
 /// The pod of the `StatefulSet`, as its controller and the kubelet make it.
-fn pod_of(composed: &BTreeMap<String, Value>) -> PodSpec {
+fn pod_of(composed: &Composed) -> PodSpec {
     let statefulset: StatefulSet =
         serde_json::from_value(composed["statefulset"].clone()).expect("a StatefulSet");
     let specification = statefulset.spec.expect("a specification");
@@ -174,9 +183,10 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
     // A symbolic link would be packed as one.
     fs::copy(program("prometheus"), build.path().join("bin/prometheus")).expect("Prometheus");
     let version = build.path().join("config/version");
+    let mut pinned = String::new();
     for tag in ["v1", "v2"] {
         fs::write(&version, tag).expect("a version");
-        let pinned = push(&registry, tag, build.path());
+        pinned = push(&registry, tag, build.path());
         assert!(pinned.contains(&format!(":{tag}@sha256:")), "{pinned}");
     }
 
@@ -188,7 +198,7 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
             "scrapeConfig": "- job_name: users-own\n  static_configs:\n    - targets: [localhost:1]\n",
         })
     };
-    let composed = compose("customprometheus", specification("v1"));
+    let composed = compose("customprometheus", specification("v1"), &Composed::new());
     let pod = pod_of(&composed);
     let container = &pod.containers[0];
     let configuration: BTreeMap<String, String> =
@@ -227,11 +237,14 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
             }
         });
         let done = Done(&done);
-        let newer = compose("customprometheus-gated", specification("v2"));
-        // The gate's DaemonSet brings it onto the node.
-        let warm = newer["warm"]["spec"]["template"]["spec"].clone();
-        publish(&mut deployed, &serde_json::from_value(warm).expect("a pod"));
-        let newer = pod_of(&compose("customprometheus", specification("v2")));
+        // The gate opens, and names the artifact by its digest.
+        let is = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": ""});
+        let wanted = format!("{repository}:v2");
+        let status = json!({"reference": wanted, "readyReference": pinned, "conditions": [is]});
+        let mut observed = composed.clone();
+        observed.insert("artifact".to_owned(), json!({"status": status}));
+        let newer = compose("customprometheus-gated", specification("v2"), &observed);
+        let newer = pod_of(&newer);
         drop(running);
         let second = publish(&mut deployed, &newer);
         let container = &newer.containers[0];
@@ -249,4 +262,76 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
         reader.join().expect("the reader");
     });
     assert!(reads.into_inner() > 0);
+}
+
+/// A `CustomPrometheus` with a gate, reconciled as Crossplane does.
+struct Gated<'a> {
+    cluster: &'a Cluster,
+    repository: &'a str,
+    statefulset: Option<Value>,
+}
+
+impl Gated<'_> {
+    /// Applies what is composed of what is there; returns the attributes of the pod's artifact, once it may run.
+    #[track_caller]
+    fn reconcile(&mut self, version: &str) -> Option<Value> {
+        let preload = self.cluster.api.get(Kind::Preload, NAMESPACE, "billing");
+        let observed = [("artifact", Some(preload)), ("statefulset", self.statefulset.clone())];
+        let observed = observed.into_iter().filter_map(|(name, object)| {
+            Some((name.to_owned(), object.filter(|object| !object.is_null())?))
+        });
+        let specification =
+            json!({"ociRegistry": self.repository, "version": version, "scrapeConfig": "[]"});
+        let mut composed = compose("customprometheus-gated", specification, &observed.collect());
+        let mut preload = composed.remove("artifact").expect("a preload");
+        preload["metadata"]["namespace"] = NAMESPACE.into();
+        self.cluster.api.apply(preload);
+        self.statefulset = composed.remove("statefulset");
+        let statefulset = self.statefulset.as_ref()?;
+        let volume = &statefulset["spec"]["template"]["spec"]["volumes"][0];
+        Some(volume["csi"]["volumeAttributes"].clone())
+    }
+}
+
+#[test]
+fn the_gate_opens_when_the_controller_has_the_artifact_on_every_node() {
+    let mut cluster = Cluster::new(&["one", "two"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    cluster.start_node("two");
+    let name = unique("gated");
+    let (first, first_digest) = cluster.push(&name, "v1");
+    let repository = cluster.reference(&name);
+    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset: None };
+
+    assert_eq!(gated.reconcile("v1"), None, "it runs before its artifact is anywhere");
+    cluster.wait_for("billing", "Ready");
+    let used = gated.reconcile("v1").expect("a StatefulSet");
+    assert_eq!(used["reference"], format!("{first}@{first_digest}").as_str());
+    // What the pod asks for is what the nodes hold.
+    let kubelet = cluster.drivers[1].kubelet();
+    let reference = used["reference"].as_str().expect("a reference");
+    let volume = kubelet.new_volume(reference).attribute("pullPolicy", "Never");
+    kubelet.publish_well(&volume);
+
+    // A version that nobody has, and one that comes: what runs stays until the nodes have another one.
+    assert_eq!(gated.reconcile("gone").as_ref(), Some(&used), "rolled on an old status");
+    cluster.wait_for("billing", "ReferenceNotFound");
+    assert_eq!(gated.reconcile("gone").as_ref(), Some(&used), "rolled to what does not exist");
+    let (second, second_digest) = cluster.push(&name, "v2");
+    assert_eq!(gated.reconcile("v2").as_ref(), Some(&used), "rolled to what is nowhere yet");
+    cluster.wait_for("billing", "Ready");
+    let newer = gated.reconcile("v2").expect("a StatefulSet");
+    assert_eq!(newer["reference"], format!("{second}@{second_digest}").as_str());
+
+    // Somebody deletes the preload: nothing rolls, and it is made again.
+    cluster.api.delete(Kind::Preload, NAMESPACE, "billing");
+    assert_eq!(gated.reconcile("v2").as_ref(), Some(&newer), "rolled for want of a preload");
+    cluster.wait_for("billing", "Ready");
+
+    // Back.
+    assert_eq!(gated.reconcile("v1").as_ref(), Some(&newer), "rolled back too early");
+    cluster.wait_for("billing", "Ready");
+    assert_eq!(gated.reconcile("v1"), Some(used));
+    kubelet.unpublish(&volume);
 }

@@ -10,6 +10,7 @@ mod authority;
 mod cosign;
 mod driver;
 mod fake_registry;
+pub mod fleet;
 mod forward_proxy;
 mod kubelet;
 mod nginx;
