@@ -64,6 +64,7 @@ impl Look for Registry {
             digest: Digest::of(question.written.as_bytes()),
             reference: question.written,
             platforms: Vec::new(),
+            bytes: None,
         };
         let found =
             Found { meaning: Some(Meaning::Known(known)), access: Access::Open, plain: None };

@@ -10,7 +10,7 @@ use crate::support::{
     api_server::{ApiServer, Fault, Kind},
     descriptor,
     fleet::{Cluster, NAMESPACE},
-    node_architecture, private_registry, push_index, registry, unique, wait_until,
+    node_architecture, noise, private_registry, push_index, registry, unique, wait_until,
 };
 
 #[test]
@@ -257,25 +257,68 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
     cluster.wait_for("good", "Ready");
 }
 
+/// An artifact of one file of so many MiB that do not get fewer.
+fn large(cluster: &Cluster, mebibytes: usize) -> String {
+    let repository = unique("large");
+    let layer = Layer::titled("file", noise(mebibytes << 20, mebibytes as u64));
+    Manifest::artifact([layer]).push(registry(), &repository, "v1");
+    cluster.reference(&format!("{repository}:v1"))
+}
+
 #[test]
-fn a_node_that_has_no_room_is_named_and_pods_are_served_without_an_api_server() {
+fn a_node_whose_disk_is_too_small_is_not_asked_and_goes_on_by_itself_when_it_grows() {
+    let mut cluster = Cluster::new(&["full", "roomy"]);
+    let _controller = cluster.controller();
+    let disk = cluster.sandbox.filesystem_of(128 << 20, "ext4", "disk", "rw");
+    let filler = disk.join("of-somebody-else");
+    fs::write(&filler, noise(100 << 20, 1)).expect("a full disk");
+    fs::create_dir(disk.join("state")).expect("a folder");
+    let full = cluster
+        .options("full")
+        .state(&disk.join("state"))
+        .configuration("cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n");
+    cluster.drivers.push(full.start());
+    cluster.start_node("roomy");
+    let reference = large(&cluster, 30);
+    // With one place, which the node that can never hold it does not take.
+    cluster.preload("large", json!({"reference": reference, "parallelism": 1}));
+    cluster.wait_for("large", "NodesFailed");
+    let status = cluster.status("large");
+    assert_eq!((&status["ready"], &status["failed"]), (&json!(1), &json!(1)), "{status}");
+    assert_eq!(status["bytes"], 30 << 20);
+    let failed = &status["failedNodes"][0];
+    assert_eq!((&failed["node"], &failed["reason"]), (&json!("full"), &json!("NoRoom")));
+    let message = failed["message"].as_str().expect("a message");
+    assert!(message.contains("30.0 MiB") && message.contains("enlarge its disk"), "{message}");
+    assert_eq!(cluster.condition("large", "Stalled")["status"], "True");
+    assert!(cluster.wanted("full").is_empty(), "it is asked for what it cannot hold");
+
+    fs::remove_file(filler).expect("a disk with room");
+    cluster.wait_for("large", "Ready");
+    assert_eq!(cluster.pins("roomy").len(), 1);
+    assert_eq!(cluster.wanted("full").len(), 1);
+}
+
+#[test]
+fn a_node_that_is_full_is_named_and_pods_are_served_without_an_api_server() {
     let mut cluster = Cluster::new(&["full", "roomy"]);
     let _controller = cluster.controller();
     let full = cluster.options("full").configuration(
-        "cache: {maxBytes: 1Mi, maxPinnedBytes: 1Mi, minFreePercent: 0, minFreeInodesPercent: 0}\n",
+        "cache: {maxBytes: 4Mi, maxPinnedBytes: 4Mi, minFreePercent: 0, minFreeInodesPercent: 0}\n",
     );
     cluster.drivers.push(full.start());
     cluster.start_node("roomy");
-    let repository = unique("large");
-    let layer = Layer::titled("file", crate::support::noise(3 << 20, 7));
-    Manifest::artifact([layer]).push(registry(), &repository, "v1");
-    let reference = cluster.reference(&format!("{repository}:v1"));
-    cluster.preload("large", json!({"reference": reference, "backoffLimit": 0}));
-    cluster.wait_for("large", "NodesFailed");
-    let failed = cluster.status("large")["failedNodes"].clone();
+    // Each would fit, and both do not.
+    let (first, second) = (large(&cluster, 3), large(&cluster, 2));
+    cluster.preload("first", json!({"reference": first}));
+    cluster.wait_for("first", "Ready");
+    cluster.preload("second", json!({"reference": second, "backoffLimit": 0}));
+    cluster.wait_for("second", "NodesFailed");
+    let failed = cluster.status("second")["failedNodes"].clone();
     assert_eq!(failed[0]["node"], "full", "{failed}");
     assert_eq!(failed[0]["reason"], "NoRoom", "{failed}");
-    assert_eq!(cluster.status("large")["ready"], 1);
+    assert_eq!(cluster.status("second")["ready"], 1);
+    assert_eq!(cluster.condition("first", "Ready")["status"], "True");
     let kubelet = cluster.drivers[1].kubelet();
     let (small, _) = cluster.artifact("v1");
     let volume = kubelet.new_volume(&small);

@@ -98,6 +98,10 @@ pub struct NodeArtifactsStatus {
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub public_key: String,
+    /// Bytes of artifacts that it has room for when it holds nothing else, in coarse steps. Empty: it cannot say.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub capacity_bytes: Option<i64>,
     /// How many are held.
     #[serde(default)]
     #[schemars(range(min = 0))]

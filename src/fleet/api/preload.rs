@@ -123,6 +123,10 @@ pub struct ArtifactPreloadStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::platforms")]
     pub platforms: Vec<String>,
+    /// Bytes of its layers in the registry; of an index, for the platform with the fewest. Empty: that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub bytes: Option<i64>,
     /// `repository:tag@digest` that last was on all selected nodes. It stays until the next one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]

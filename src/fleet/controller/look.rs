@@ -268,29 +268,45 @@ impl Looker {
         let top = self.registry.manifest(reference.repository(), &name, credential).await?;
         let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
         let parsed = parsed.map_err(|error| LookError::Content(error.to_string()))?;
-        let platforms = match &parsed {
-            Manifest::Image(image) => {
-                check_bytes(image, maximum_bytes)?;
-                Vec::new()
-            }
+        let allowed = |bytes: u64| match maximum_bytes {
+            Some(limit) if bytes > limit => Err(LookError::TooLarge { bytes, limit }),
+            _ => Ok(bytes),
+        };
+        let (platforms, bytes) = match &parsed {
+            Manifest::Image(image) => (Vec::new(), Some(allowed(bytes_of(image))?)),
             Manifest::Index(index) => {
                 let entries = entries(index);
-                if maximum_bytes.is_some() {
-                    for digest in entries.values() {
-                        let name = ManifestName::Digest(*digest);
-                        let repository = reference.repository();
-                        let one = self.registry.manifest(repository, &name, credential).await?;
-                        if let Ok(Manifest::Image(image)) =
-                            Manifest::parse(&one.bytes, None, self.limits)
-                        {
-                            check_bytes(&image, maximum_bytes)?;
-                        }
+                let mut sizes = Vec::with_capacity(entries.len());
+                for digest in entries.values() {
+                    match self.bytes(reference, *digest, credential).await {
+                        Ok(bytes) => sizes.push(bytes.map(allowed).transpose()?),
+                        // Nodes may well get what they need of it; then only its size is not known.
+                        Err(_) if maximum_bytes.is_none() => sizes.push(None),
+                        Err(error) => return Err(error.into()),
                     }
                 }
-                entries.into_keys().filter_map(|text| text.parse().ok()).collect()
+                let fewest = sizes.into_iter().collect::<Option<Vec<u64>>>();
+                let platforms = entries.into_keys().filter_map(|text| text.parse().ok());
+                (platforms.collect(), fewest.and_then(|sizes| sizes.into_iter().min()))
             }
         };
-        Ok(Known { reference: question.written.clone(), digest: top.digest, platforms })
+        let reference = question.written.clone();
+        Ok(Known { reference, digest: top.digest, platforms, bytes })
+    }
+
+    /// Of the artifact for one platform; none where its manifest is not understood.
+    async fn bytes(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        credential: &Credential,
+    ) -> Result<Option<u64>, RegistryError> {
+        let (repository, name) = (reference.repository(), ManifestName::Digest(digest));
+        let one = self.registry.manifest(repository, &name, credential).await?;
+        Ok(match Manifest::parse(&one.bytes, None, self.limits) {
+            Ok(Manifest::Image(image)) => Some(bytes_of(&image)),
+            _ => None,
+        })
     }
 }
 
@@ -315,13 +331,9 @@ fn entries(index: &ImageIndex) -> BTreeMap<String, Digest> {
     entries
 }
 
-fn check_bytes(image: &ImageManifest, maximum: Option<u64>) -> Result<(), LookError> {
-    let sizes = image.layers.iter().map(|layer| layer.size);
-    let bytes = sizes.fold(0, u64::saturating_add);
-    match maximum {
-        Some(limit) if bytes > limit => Err(LookError::TooLarge { bytes, limit }),
-        _ => Ok(()),
-    }
+/// Of all layers, as the registry has them.
+fn bytes_of(image: &ImageManifest) -> u64 {
+    image.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add)
 }
 
 /// Why a registry's answer is no use.

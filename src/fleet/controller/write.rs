@@ -149,6 +149,7 @@ fn whole(status: &ArtifactPreloadStatus) -> Value {
         "reference": null,
         "digest": null,
         "platforms": null,
+        "bytes": null,
         "readyReference": null,
         "failedNodes": null,
         "startTime": null,

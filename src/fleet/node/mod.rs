@@ -1,15 +1,17 @@
 //! The node plugin's part: does what its node's object says, and says how far it is.
 //!
 //! ```text
-//! mod     watches the object; begins and ends jobs; writes the status
-//! job     one artifact: fetched, pinned, tried again
-//! pins    what is kept for preloads, and what is not any more
-//! report  how far all are, as the status says it
+//! mod       watches the object; begins and ends jobs; writes the status
+//! job       one artifact: fetched, pinned, tried again
+//! pins      what is kept for preloads, and what is not any more
+//! capacity  how much there is room for
+//! report    how far all are, as the status says it
 //! ```
 //!
 //! It is a part of its own, off unless it is asked for: whatever becomes of it or of the API server, pods are served as
 //! before. It writes nothing but its own object's status, only when that changes, and progress in coarse steps.
 
+mod capacity;
 mod job;
 mod pins;
 mod report;
@@ -25,7 +27,7 @@ use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::api::{NodeArtifacts, NodeArtifactsStatus, WantedArtifact};
@@ -51,6 +53,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 /// A write that takes longer has failed.
 const TIMEOUT: Duration = Duration::from_secs(30);
+/// How much there is room for is looked at so often.
+const CAPACITY_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two tries to reach an API server at all.
 const CLIENT_RETRY: Duration = Duration::from_secs(30);
 
@@ -81,6 +85,8 @@ struct Working {
     told: mpsc::UnboundedSender<Told>,
     /// None while there is no object.
     written: Option<Written>,
+    /// Bytes that there is room for, as they are told.
+    capacity: Option<u64>,
     begun: Instant,
     may_write: Instant,
     failures: u32,
@@ -140,6 +146,7 @@ impl Working {
             jobs: BTreeMap::new(),
             told: sender,
             written: None,
+            capacity: None,
             begun: now,
             may_write: now,
             failures: 0,
@@ -147,10 +154,14 @@ impl Working {
         };
         let mut objects = std::pin::pin!(watch_object(api, &node).default_backoff());
         let mut last_error = String::new();
+        let mut rooms = tokio::time::interval(CAPACITY_INTERVAL);
+        rooms.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let next = working.next_write();
             tokio::select! {
                 () = shutdown.cancelled() => break,
+                // The first look comes before the first status.
+                _ = rooms.tick() => working.look_at_room().await,
                 object = objects.next() => match object {
                     Some(Ok(object)) => {
                         last_error.clear();
@@ -176,6 +187,19 @@ impl Working {
         }
         for job in working.jobs.values() {
             job.stop();
+        }
+    }
+
+    async fn look_at_room(&mut self) {
+        let store = self.content.store.clone();
+        let looked = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
+        match looked {
+            Ok(Ok(bytes)) => self.capacity = Some(capacity::told(bytes, self.capacity)),
+            // A disk that cannot be looked at is said where something is to be written to it.
+            failed => {
+                tracing::debug!(?failed, "how much there is room for is not known");
+                self.capacity = None;
+            }
         }
     }
 
@@ -253,7 +277,7 @@ impl Working {
     }
 
     fn status(&self) -> NodeArtifactsStatus {
-        report::status(self.jobs.values(), self.key.public())
+        report::status(self.jobs.values(), self.key.public(), self.capacity)
     }
 
     async fn write(&mut self) {

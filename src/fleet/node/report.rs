@@ -9,11 +9,13 @@ use crate::oci::{Platform, Reference};
 pub(super) fn status<'a>(
     jobs: impl Iterator<Item = &'a Job>,
     public_key: &str,
+    capacity: Option<u64>,
 ) -> NodeArtifactsStatus {
     let mut status = NodeArtifactsStatus {
         platform: Platform::of_this_node().to_string(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         public_key: public_key.to_owned(),
+        capacity_bytes: capacity.and_then(|bytes| i64::try_from(bytes).ok()),
         ..NodeArtifactsStatus::default()
     };
     for job in jobs.take(MAXIMUM_ARTIFACTS) {

@@ -103,6 +103,8 @@ pub struct Known {
     pub digest: Digest,
     /// Of an index; empty where it is none.
     pub platforms: Vec<Platform>,
+    /// Of its layers in the registry; of an index, for the platform with the fewest.
+    pub bytes: Option<u64>,
 }
 
 /// With what an artifact may be fetched.
@@ -199,6 +201,8 @@ pub struct Sealed {
 pub struct Report {
     /// What it is.
     pub platform: Option<Platform>,
+    /// Bytes that it has room for at most, where it says so.
+    pub capacity: Option<u64>,
     /// The key of its process.
     pub public_key: Arc<str>,
     /// How far it is, by preload.
@@ -348,6 +352,7 @@ impl World {
             held.sort_by_key(|held| held.preload);
             Report {
                 platform: status.platform.parse().ok(),
+                capacity: status.capacity_bytes.and_then(|bytes| u64::try_from(bytes).ok()),
                 public_key: self.text(&status.public_key),
                 held,
             }
@@ -377,6 +382,7 @@ impl Preload {
                 reference: self.spec.reference.clone(),
                 digest,
                 platforms: status.platforms.iter().filter_map(|text| text.parse().ok()).collect(),
+                bytes: status.bytes.and_then(|bytes| u64::try_from(bytes).ok()),
             });
         }
     }

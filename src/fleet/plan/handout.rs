@@ -10,6 +10,7 @@ use super::{Wishes, earlier};
 use crate::fleet::api::Phase;
 use crate::fleet::api::preload::MAXIMUM_FAILED_NODES;
 use crate::oci::{Platform, Reference};
+use crate::units::Bytes;
 
 /// A node plugin takes a wish up within seconds; one that has not after so long is not there.
 const PATIENCE: Seconds = 120;
@@ -234,7 +235,7 @@ fn previous(preload: &Preload, handed: &HandedOut) -> Option<Current> {
         return None;
     }
     let digest = text.parse::<Reference>().ok()?.digest()?;
-    let known = Known { reference: String::new(), digest, platforms: Vec::new() };
+    let known = Known { reference: String::new(), digest, platforms: Vec::new(), bytes: None };
     Some(Current { known, reference: Arc::from(text) })
 }
 
@@ -376,9 +377,14 @@ impl Work<'_, '_> {
             );
             return State::Failed(Arc::from("PlatformMissing"), Arc::from(message));
         }
+        if let (Some(_), Some(Held { phase: Phase::Ready, .. })) = (wanted, held) {
+            return State::Ready;
+        }
+        if let Some(message) = too_large(turn, current) {
+            return State::Failed(Arc::from("NoRoom"), Arc::from(message));
+        }
         let Some(wanted) = wanted else { return State::Unasked };
         match held {
-            Some(held) if held.phase == Phase::Ready => State::Ready,
             Some(held) if held.phase == Phase::Failed => {
                 State::Failed(Arc::clone(&held.reason), Arc::clone(&held.message))
             }
@@ -432,6 +438,17 @@ impl Work<'_, '_> {
             sealed,
         });
     }
+}
+
+/// Why a node need not be asked: it could not hold the artifact if it held nothing else.
+fn too_large(turn: Turn<'_>, current: &Current) -> Option<String> {
+    let capacity = turn.object.report.as_ref()?.capacity?;
+    let bytes = current.known.bytes.filter(|bytes| *bytes > capacity)?;
+    Some(format!(
+        "the artifact has {}, and the node has room for {} of artifacts at most: enlarge its disk, see cache.maxBytes and cache.minFreePercent, or leave it out with spec.selector",
+        Bytes(bytes),
+        Bytes(capacity)
+    ))
 }
 
 fn overdue(held: Option<&Held>) -> (Arc<str>, Arc<str>) {

@@ -39,14 +39,8 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     };
     let end = preload.spec.ttl_seconds_after_finished.zip(completion_time.as_ref());
     let end = end.map(|(ttl, time)| time.0.as_second() + Seconds::from(ttl));
-    let (digest, platforms, reference) = match &handed.current {
-        Some(current) => (
-            Some(current.known.digest.to_string()),
-            current.known.platforms.iter().take(16).map(ToString::to_string).collect(),
-            Some(preload.spec.reference.clone()),
-        ),
-        None => (None, Vec::new(), None),
-    };
+    let known = handed.current.as_ref().map(|current| &current.known);
+    let platforms = known.map(|known| known.platforms.iter().take(16).map(ToString::to_string));
     let ready_reference = match &handed.current {
         Some(current) if handed.reached => Some(current.reference.to_string()),
         _ => before.ready_reference.clone(),
@@ -63,9 +57,10 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
     let status = ArtifactPreloadStatus {
         observed_generation: Some(preload.generation),
-        reference,
-        digest,
-        platforms,
+        reference: known.map(|_| preload.spec.reference.clone()),
+        digest: known.map(|known| known.digest.to_string()),
+        platforms: platforms.into_iter().flatten().collect(),
+        bytes: known.and_then(|known| known.bytes).and_then(|bytes| i64::try_from(bytes).ok()),
         ready_reference,
         desired: number(desired),
         ready: number(ready),

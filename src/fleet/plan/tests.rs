@@ -109,7 +109,7 @@ impl Cluster {
     fn resolve(&mut self, preload: &str) -> String {
         let reference = self.preloads[preload].spec.reference.clone();
         let digest = Digest::of(reference.as_bytes());
-        let known = Known { reference, digest, platforms: Vec::new() };
+        let known = Known { reference, digest, platforms: Vec::new(), bytes: Some(5 << 30) };
         self.answer(preload, Meaning::Known(known));
         digest.to_string()
     }
@@ -240,6 +240,13 @@ impl Cluster {
             self.nodes_work();
         }
         panic!("it never ends");
+    }
+
+    /// A node says how much it has room for.
+    fn has_room(&mut self, node: &str, bytes: Option<i64>) {
+        self.change_object(node, |object| {
+            object.status.as_mut().expect("a plugin").capacity_bytes = bytes;
+        });
     }
 
     fn wants(&self, node: &str) -> Vec<String> {
@@ -452,7 +459,7 @@ fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
     let mut cluster = cluster(2);
     let reference = "r.io/tool:v1".to_owned();
     let platforms = vec!["linux/arm64".parse().expect("a platform")];
-    let known = Known { reference, digest: Digest::of(b"index"), platforms };
+    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None };
     cluster.answer("tool", Meaning::Known(known));
     cluster.settle();
     assert_eq!(cluster.status("tool").failed_nodes[0].reason, "PlatformMissing");
@@ -461,6 +468,57 @@ fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
     cluster.apply("tool", |spec| spec.platforms = vec!["linux/amd64".into()]);
     cluster.settle();
     assert_eq!(cluster.reason("tool"), "PlatformMissing");
+}
+
+#[test]
+fn a_node_that_can_never_hold_it_is_not_asked_and_gives_its_place_to_the_next() {
+    let mut cluster = cluster(4);
+    cluster.apply("tool", |spec| spec.parallelism = IntOrString::Int(1));
+    cluster.has_room("node-0", Some(4 << 30));
+    cluster.has_room("node-1", Some(5 << 30));
+    cluster.run_until_done();
+    let status = cluster.status("tool");
+    assert_eq!((status.desired, status.ready, status.failed), (4, 3, 1));
+    assert_eq!(status.bytes, Some(5 << 30));
+    let failed = &status.failed_nodes[0];
+    assert_eq!((failed.node.as_str(), failed.reason.as_str()), ("node-0", "NoRoom"));
+    for part in ["5.0 GiB", "4.0 GiB", "cache.maxBytes", "spec.selector"] {
+        assert!(failed.message.contains(part), "{}", failed.message);
+    }
+    assert_eq!(cluster.reason("tool"), "NodesFailed");
+    assert!(cluster.wants("node-0").is_empty());
+    // One that holds it holds it, whatever its disk has become.
+    cluster.has_room("node-1", Some(1));
+    cluster.settle();
+    assert_eq!(cluster.status("tool").ready, 3);
+    // A larger disk is enough, and so is a plugin that cannot say.
+    for room in [Some(6 << 30), None] {
+        cluster.has_room("node-0", Some(1));
+        cluster.apply("tool", |spec| spec.reference.push('x'));
+        cluster.resolve("tool");
+        cluster.has_room("node-1", None);
+        cluster.run_until_done();
+        assert_eq!(cluster.reason("tool"), "NodesFailed");
+        cluster.has_room("node-0", room);
+        cluster.run_until_done();
+        assert_eq!(cluster.reason("tool"), "Ready");
+    }
+}
+
+#[test]
+fn what_was_found_out_is_read_from_the_status_by_the_next_leader() {
+    let mut cluster = cluster(1);
+    cluster.has_room("node-0", Some(1));
+    cluster.settle();
+    let mut world = World::default();
+    world.put_preload(&cluster.preloads["tool"]);
+    let known = Known {
+        reference: "r.io/tool:v1".to_owned(),
+        digest: Digest::of(b"r.io/tool:v1"),
+        platforms: Vec::new(),
+        bytes: Some(5 << 30),
+    };
+    assert_eq!(world.preloads["team/tool"].meaning, Meaning::Known(known));
 }
 
 #[test]
@@ -587,6 +645,7 @@ enum Happening {
     Rolls(usize, u8),
     Passes(i64),
     Paused(usize, bool),
+    HasRoom(usize, bool),
     Forgets,
 }
 
@@ -604,6 +663,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (0..3_usize, 0..3_u8).prop_map(|(which, version)| Happening::Rolls(which, version)),
         1 => (1..400_i64).prop_map(Happening::Passes),
         1 => (0..3_usize, any::<bool>()).prop_map(|(which, is)| Happening::Paused(which, is)),
+        1 => (0..100_usize, any::<bool>()).prop_map(|(which, has)| Happening::HasRoom(which, has)),
         1 => Just(Happening::Forgets),
     ]
 }
@@ -657,6 +717,11 @@ proptest! {
                 Happening::Paused(which, paused) => {
                     cluster.apply(names[which], |spec| spec.paused = paused);
                 }
+                Happening::HasRoom(which, has) => {
+                    orderly = false;
+                    let names: Vec<_> = cluster.objects.keys().cloned().collect();
+                    cluster.has_room(&names[which % names.len()], Some(if has { i64::MAX } else { 0 }));
+                }
                 Happening::Forgets => {
                     let mut world = World::default();
                     world.nodes = std::mem::take(&mut cluster.world.nodes);
@@ -695,6 +760,9 @@ proptest! {
         }
         for name in names {
             cluster.apply(name, |spec| spec.paused = false);
+        }
+        for node in cluster.objects.keys().cloned().collect::<Vec<_>>() {
+            cluster.has_room(&node, None);
         }
         cluster.run_until_done();
         for name in names {
