@@ -1,12 +1,14 @@
 //! Preloads: the real controller and real node plugins, an API server that behaves, and a real registry.
 
+mod turns;
+
 use std::fs;
 
 use base64::Engine as _;
 use serde_json::json;
 
 use crate::support::{
-    Layer, Manifest, OCI_MANIFEST,
+    Image, Layer, Manifest, OCI_MANIFEST, Tar,
     api_server::{ApiServer, Fault, Kind},
     descriptor,
     fleet::{Cluster, NAMESPACE},
@@ -191,18 +193,7 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
     let _controller = cluster.controller();
     cluster.start_node("one");
     let (good, _) = cluster.artifact("v1");
-    let repository = unique("index");
-    let other = if node_architecture() == "amd64" { "arm64" } else { "amd64" };
-    let image = crate::support::Image::new()
-        .platform("linux", other)
-        .layer(crate::support::Tar::new().file("file", 0o644, "content").finish());
-    let manifest = image.manifest().json();
-    image.push(registry(), &repository, "single");
-    let bytes = manifest.to_string();
-    let mut entry = descriptor(OCI_MANIFEST, bytes.as_bytes());
-    entry["platform"] = json!({"os": "linux", "architecture": other});
-    push_index(registry(), &repository, "v1", &[entry]);
-    let index = cluster.reference(&format!("{repository}:v1"));
+    let index = index_of_another_platform(&cluster);
     let gone = cluster.reference(&format!("{}:v1", unique("gone")));
     let architecture = format!("linux/{}", node_architecture());
     cluster.preload("good", json!({"reference": good}));
@@ -226,6 +217,8 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
         let message = cluster.condition(name, "Ready")["message"].clone();
         assert!(message.as_str().is_some_and(|message| message.len() > 10), "{name}: {message}");
     }
+    let bytes = &cluster.status("index")["bytes"];
+    assert!(bytes.as_u64().is_some_and(|bytes| bytes > 0), "{bytes} are in the index");
     let failed = &cluster.status("index")["failedNodes"];
     assert_eq!(failed[0]["node"], "one");
     assert_eq!(failed[0]["reason"], "PlatformMissing");
@@ -255,6 +248,21 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
     assert_eq!(cluster.pins("one").len(), 1, "the last good one stays");
     cluster.preload("good", json!({"reference": good}));
     cluster.wait_for("good", "Ready");
+}
+
+/// An index that has nothing for the nodes of this machine.
+fn index_of_another_platform(cluster: &Cluster) -> String {
+    let repository = unique("index");
+    let other = if node_architecture() == "amd64" { "arm64" } else { "amd64" };
+    let image = Image::new()
+        .platform("linux", other)
+        .layer(Tar::new().file("file", 0o644, "content").finish());
+    let bytes = image.manifest().json().to_string();
+    image.push(registry(), &repository, "single");
+    let mut entry = descriptor(OCI_MANIFEST, bytes.as_bytes());
+    entry["platform"] = json!({"os": "linux", "architecture": other});
+    push_index(registry(), &repository, "v1", &[entry]);
+    cluster.reference(&format!("{repository}:v1"))
 }
 
 /// An artifact of one file of so many MiB that do not get fewer.

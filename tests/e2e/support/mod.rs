@@ -53,8 +53,14 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits for a state, never for a time.
 #[track_caller]
-pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait_until(what: &str, reached: impl FnMut() -> bool) {
+    wait_at_most(PATIENCE, what, reached);
+}
+
+/// The same, for what takes its time by itself.
+#[track_caller]
+pub fn wait_at_most(patience: Duration, what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
     while !reached() {
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(5));
