@@ -276,7 +276,7 @@ async fn serve_http(
 ) {
     let endpoints = [
         ("health", &options.health_endpoint, health),
-        ("metrics", &options.metrics_endpoint, Arc::clone(metrics).router()),
+        ("metrics", &options.metrics_endpoint, metrics.router()),
     ];
     for (name, address, router) in endpoints {
         let Some(address) = address else { continue };

@@ -7,19 +7,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::HeaderMap;
-use axum::http::header::{ACCEPT, CONTENT_TYPE};
-use axum::routing::get;
+use prometheus_client::collector::Collector;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Unit;
 use tonic::Code;
 
-use super::exposition;
+use super::families::Families;
 use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
 use crate::pull::wire::Observer;
@@ -63,7 +60,7 @@ struct EndpointLabels {
 /// Counts what happens on the node.
 #[derive(Debug)]
 pub struct Metrics {
-    registry: Registry,
+    families: Arc<Families>,
     publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
     hits: Counter,
     misses: Counter,
@@ -84,104 +81,72 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::with_prefix("csi_oci");
-        let publish: Family<PublishLabels, Histogram, fn() -> Histogram> =
-            Family::new_with_constructor(|| Histogram::new(SECONDS));
-        let metrics = Self {
-            publish: publish.clone(),
-            hits: Counter::default(),
-            misses: Counter::default(),
-            unpublished: Counter::default(),
-            configuration_errors: Gauge::default(),
+        let mut families = Families::new("build", "The version that runs");
+        Self {
+            publish: families.add_measured(
+                "publish_duration",
+                "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
+                Unit::Seconds,
+                Family::new_with_constructor(|| Histogram::new(SECONDS)),
+            ),
+            hits: families.add("cache_hits", "Publishes from the cache"),
+            misses: families.add("cache_misses", "Publishes that had to fetch or unpack"),
+            unpublished: families.add("unpublish", "Volumes unpublished"),
+            configuration_errors: families.add(
+                "configuration_error",
+                "1 while the configuration file, or a file that it names, cannot be used",
+            ),
             wrong_parts: Mutex::default(),
-            endpoint_errors: Family::default(),
-            unknown_mounts: Gauge::default(),
-            vanished: Counter::default(),
-            store: StoreMetrics::default(),
-            warming: WarmStates::default(),
-            downloads: Gauge::default(),
-            downloaded_bytes: Counter::default(),
-            pulls: Family::default(),
-            signature_warnings: Counter::default(),
-            pull_durations: Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
-            registry: Registry::default(),
-        };
-        registry.register_with_unit(
-            "publish_duration",
-            "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
-            Unit::Seconds,
-            publish,
-        );
-        registry.register("cache_hits", "Publishes from the cache", metrics.hits.clone());
-        registry.register(
-            "cache_misses",
-            "Publishes that had to fetch or unpack",
-            metrics.misses.clone(),
-        );
-        registry.register("unpublish", "Volumes unpublished", metrics.unpublished.clone());
-        registry.register(
-            "configuration_error",
-            "1 while the configuration file, or a file that it names, cannot be used",
-            metrics.configuration_errors.clone(),
-        );
-        registry.register(
-            "endpoint_errors",
-            "Endpoints that could not be listened on",
-            metrics.endpoint_errors.clone(),
-        );
-        metrics.register_pulls(&mut registry);
-        registry.register(
-            "unknown_mounts",
-            "Mounts of the driver's content of which nobody knows whose they are",
-            metrics.unknown_mounts.clone(),
-        );
-        registry.register(
-            "vanished_mounts",
-            "Mounts that were taken away because the kubelet had forgotten their volume",
-            metrics.vanished.clone(),
-        );
-        registry.register_collector(Box::new(metrics.store.clone()));
-        registry.register_collector(Box::new(WarmMetrics(metrics.warming.clone())));
-        registry.register(
-            "build",
-            "The version that runs",
-            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
-        );
-        Self { registry, ..metrics }
+            endpoint_errors: families
+                .add("endpoint_errors", "Endpoints that could not be listened on"),
+            downloads: families
+                .add("downloads_in_flight", "Connections that download a blob now"),
+            downloaded_bytes: families.add_measured(
+                "downloaded",
+                "Bytes of blobs that registries have sent",
+                Unit::Bytes,
+                Counter::default(),
+            ),
+            pulls: families.add(
+                "pulls",
+                "Pulls that have ended, by result and by the reason of a failure",
+            ),
+            pull_durations: families.add_measured(
+                "pull_duration",
+                "Time of a pull from its first request to content with a name",
+                Unit::Seconds,
+                Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
+            ),
+            signature_warnings: families.add(
+                "signature_warnings",
+                "Pulls of content without the signature that the policy demands, mounted as it only warns",
+            ),
+            unknown_mounts: families.add(
+                "unknown_mounts",
+                "Mounts of the driver's content of which nobody knows whose they are",
+            ),
+            vanished: families.add(
+                "vanished_mounts",
+                "Mounts that were taken away because the kubelet had forgotten their volume",
+            ),
+            store: looked_at(&mut families, |store| store),
+            warming: looked_at(&mut families, WarmMetrics),
+            families: Arc::new(families),
+        }
     }
 }
 
-impl Metrics {
-    fn register_pulls(&self, registry: &mut Registry) {
-        registry.register(
-            "downloads_in_flight",
-            "Connections that download a blob now",
-            self.downloads.clone(),
-        );
-        registry.register_with_unit(
-            "downloaded",
-            "Bytes of blobs that registries have sent",
-            Unit::Bytes,
-            self.downloaded_bytes.clone(),
-        );
-        registry.register(
-            "pulls",
-            "Pulls that have ended, by result and by the reason of a failure",
-            self.pulls.clone(),
-        );
-        registry.register_with_unit(
-            "pull_duration",
-            "Time of a pull from its first request to content with a name",
-            Unit::Seconds,
-            self.pull_durations.clone(),
-        );
-        registry.register(
-            "signature_warnings",
-            "Pulls of content without the signature that the policy demands, mounted as it only warns",
-            self.signature_warnings.clone(),
-        );
-    }
+/// Something that is looked at with each scrape.
+fn looked_at<T: Default + Clone, C: Collector>(
+    families: &mut Families,
+    collector: fn(T) -> C,
+) -> T {
+    let what = T::default();
+    families.add_collector(collector(what.clone()));
+    what
+}
 
+impl Metrics {
     /// A volume was published.
     pub fn published(&self, path: PublishPath, duration: Duration) {
         let cache = match path {
@@ -241,25 +206,8 @@ impl Metrics {
     }
 
     /// The route.
-    pub fn router(self: Arc<Self>) -> Router {
-        Router::new().route(
-            "/metrics",
-            get(move |headers: HeaderMap| async move {
-                let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
-                let open = exposition::is_open_metrics(accept.unwrap_or_default());
-                let metrics = Arc::clone(&self);
-                // The filesystem is looked at, which may take its time.
-                let encode = move || {
-                    let mut text = String::new();
-                    // Writing to a string cannot fail.
-                    let _ = prometheus_client::encoding::text::encode(&mut text, &metrics.registry);
-                    if open { text } else { exposition::text(&text) }
-                };
-                let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
-                let format = if open { exposition::OPEN_METRICS } else { exposition::TEXT };
-                ([(CONTENT_TYPE, format)], text)
-            }),
-        )
+    pub fn router(&self) -> Router {
+        self.families.router()
     }
 
     fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {

@@ -3,6 +3,7 @@
 
 pub mod client;
 mod exposition;
+pub mod families;
 pub mod health;
 pub mod http;
 mod messages;

@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::support::{
-    Proxy, Sandbox, SmallArtifact, Tree, clean_environment, mounts_at, registry, small_artifact,
-    tool,
+    Proxy, Sandbox, SmallArtifact, Tree, clean_environment, commands, mounts_at, registry,
+    small_artifact, tool,
 };
 
 /// A developer's machine: a sandbox, a state folder, a registry.
@@ -90,31 +90,9 @@ fn wrong_usage_has_a_status_of_its_own() {
 
 #[test]
 fn help_of_every_command_has_an_example() {
-    let commands = [
-        "node",
-        "controller",
-        "crds",
-        "mount",
-        "unmount",
-        "status",
-        "ls",
-        "check",
-        "inspect",
-        "warm",
-        "import",
-        "pin",
-        "unpin",
-        "rm",
-        "gc",
-        "verify",
-        "check-config",
-        "check-uninstall",
-        "completions",
-        "crds",
-    ];
-    for command in commands {
+    for command in commands() {
         let output = tool(env!("CARGO_BIN_EXE_csi-driver-oci"))
-            .args([command, "--help"])
+            .args([&command, "--help"])
             .output()
             .expect("the binary");
         assert_done(&output);

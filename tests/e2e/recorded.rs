@@ -15,7 +15,7 @@ use regex::{Captures, Regex};
 
 use crate::support::{
     Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Registry, Sandbox, Tar, Volume,
-    clean_environment, gzip, noise, own_registry, tool, wait_until,
+    clean_environment, commands, gzip, noise, own_registry, tool, wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -262,27 +262,8 @@ fn help_and_wrong_usage() {
     let sandbox = Sandbox::new();
     let mut typed = Transcript::new("", &sandbox, &registry);
     typed.run(&["--help"]);
-    for command in [
-        "node",
-        "mount",
-        "unmount",
-        "status",
-        "ls",
-        "check",
-        "inspect",
-        "warm",
-        "import",
-        "pin",
-        "unpin",
-        "rm",
-        "gc",
-        "verify",
-        "check-config",
-        "check-uninstall",
-        "completions",
-        "crds",
-    ] {
-        typed.run(&[command, "--help"]);
+    for command in commands() {
+        typed.run(&[&command, "--help"]);
     }
     typed.run(&["warm"]);
     typed.run(&["gc", "--target", "much"]);

@@ -5,16 +5,14 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::header::CONTENT_TYPE;
-use axum::routing::get;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::Unit;
 
+use crate::admin::families::Families;
 use crate::fleet::plan::Totals;
 
 /// From a small cluster to the largest.
@@ -39,7 +37,7 @@ struct ResultLabels {
 /// Counts what the controller does.
 #[derive(Debug)]
 pub struct FleetMetrics {
-    registry: Registry,
+    families: Arc<Families>,
     leader: Gauge<u64, AtomicU64>,
     preloads: Family<StateLabels, Gauge>,
     nodes: Family<StateLabels, Gauge>,
@@ -51,55 +49,27 @@ pub struct FleetMetrics {
 
 impl Default for FleetMetrics {
     fn default() -> Self {
-        let mut metrics = Self {
-            registry: Registry::with_prefix("csi_oci"),
-            leader: Gauge::default(),
-            preloads: Family::default(),
-            nodes: Family::default(),
-            writes: Family::default(),
-            watch_errors: Counter::default(),
-            looks: Family::default(),
-            plans: Histogram::new(PLAN_SECONDS),
+        let mut families = Families::new("controller_build", "The controller that answers");
+        let metrics = Self {
+            leader: families.add("controller_leader", "1 while this process leads"),
+            preloads: families.add("preloads", "Preloads that are ready, under way, or stalled"),
+            nodes: families.add("preload_nodes", "Pairs of preload and node, by how far they are"),
+            writes: families
+                .add("controller_writes", "Writes to the API server, by what and how they ended"),
+            watch_errors: families
+                .add("controller_watch_errors", "Watches that broke; they are begun again"),
+            looks: families.add(
+                "preload_resolutions",
+                "References and secrets that were looked at, by how that ended",
+            ),
+            plans: families.add_measured(
+                "controller_plan_duration",
+                "Time to plan",
+                Unit::Seconds,
+                Histogram::new(PLAN_SECONDS),
+            ),
+            families: Arc::new(families),
         };
-        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
-        let registry = &mut metrics.registry;
-        registry.register("controller_build", "The controller that answers", build);
-        registry.register(
-            "controller_leader",
-            "1 while this process leads",
-            metrics.leader.clone(),
-        );
-        registry.register(
-            "preloads",
-            "Preloads that are ready, under way, or stalled",
-            metrics.preloads.clone(),
-        );
-        registry.register(
-            "preload_nodes",
-            "Pairs of preload and node, by how far they are",
-            metrics.nodes.clone(),
-        );
-        registry.register(
-            "controller_writes",
-            "Writes to the API server, by what and how they ended",
-            metrics.writes.clone(),
-        );
-        registry.register(
-            "controller_watch_errors",
-            "Watches that broke; they are begun again",
-            metrics.watch_errors.clone(),
-        );
-        registry.register(
-            "preload_resolutions",
-            "References and secrets that were looked at, by how that ended",
-            metrics.looks.clone(),
-        );
-        registry.register_with_unit(
-            "controller_plan_duration",
-            "Time to plan",
-            Unit::Seconds,
-            metrics.plans.clone(),
-        );
         // There from the start, so that an alert that looks for them finds them.
         metrics.count(Totals::default());
         for kind in ["node", "preload"] {
@@ -155,21 +125,9 @@ impl FleetMetrics {
         self.looks.get_or_create(&ResultLabels { result }).inc();
     }
 
-    /// Serves them at `/metrics`.
-    pub fn router(self: Arc<Self>) -> Router {
-        let serve = move || {
-            let mut text = String::new();
-            let encoded = prometheus_client::encoding::text::encode(&mut text, &self.registry);
-            async move {
-                encoded
-                    .map(|()| {
-                        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                        ([(CONTENT_TYPE, kind)], text)
-                    })
-                    .map_err(|_| axum::http::StatusCode::INTERNAL_SERVER_ERROR)
-            }
-        };
-        Router::new().route("/metrics", get(serve))
+    /// The route.
+    pub fn router(&self) -> Router {
+        self.families.router()
     }
 }
 
@@ -182,8 +140,7 @@ mod tests {
     #[test]
     fn the_charts_alerts_ask_for_what_is_counted() {
         let metrics = FleetMetrics::default();
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &metrics.registry).expect("a text");
+        let text = metrics.families.open_metrics();
         let alerts = include_str!("../../../charts/csi-driver-oci/files/controller-alerts.yaml");
         let words = alerts.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let names: BTreeSet<_> = words.filter(|word| word.starts_with("csi_oci_")).collect();

@@ -71,7 +71,7 @@ pub async fn run(
         .route("/readyz", get(|| async { "ok\n" }));
     let endpoints = [
         ("health", &options.health_endpoint, health),
-        ("metrics", &options.metrics_endpoint, Arc::clone(&metrics).router()),
+        ("metrics", &options.metrics_endpoint, metrics.router()),
     ];
     for (name, address, router) in endpoints {
         let Some(address) = address else { continue };

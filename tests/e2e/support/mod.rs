@@ -88,6 +88,18 @@ pub fn get(address: std::net::SocketAddr, path: &str) -> Option<(u16, String)> {
     Some((status, body.to_owned()))
 }
 
+/// Names of all commands, as the help lists them.
+#[track_caller]
+pub fn commands() -> Vec<String> {
+    let help = run(tool(env!("CARGO_BIN_EXE_csi-driver-oci")).arg("--help"));
+    let (_, list) = help.split_once("Commands:\n").expect("a list of commands");
+    let lines = list.lines().take_while(|line| !line.is_empty());
+    let names = lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned);
+    let names: Vec<_> = names.filter(|name| name != "help").collect();
+    assert!(names.len() > 10, "only {names:?}");
+    names
+}
+
 /// What a driver counts.
 #[track_caller]
 pub fn metrics(address: std::net::SocketAddr) -> String {

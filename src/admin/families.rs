@@ -1,0 +1,79 @@
+//! Metrics that are registered as they are made, and served in the form that is asked for.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
+use axum::routing::get;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Metric, Registry, Unit};
+
+use super::exposition;
+
+/// What one process counts, under the driver's prefix.
+#[derive(Debug)]
+pub struct Families(Registry);
+
+impl Families {
+    /// With the version that runs, as the first family.
+    #[must_use]
+    pub fn new(build: &str, help: &str) -> Self {
+        let mut registry = Registry::with_prefix("csi_oci");
+        registry.register(build, help, Info::new([("version", env!("CARGO_PKG_VERSION"))]));
+        Self(registry)
+    }
+
+    /// A new metric.
+    pub fn add<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
+        let metric = M::default();
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    /// This metric, whose name ends with its unit.
+    pub fn add_measured<M: Metric + Clone>(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Unit,
+        metric: M,
+    ) -> M {
+        self.0.register_with_unit(name, help, unit, metric.clone());
+        metric
+    }
+
+    /// Metrics that are looked at with each scrape.
+    pub fn add_collector(&mut self, collector: impl Collector) {
+        self.0.register_collector(Box::new(collector));
+    }
+
+    /// All of them, as the library writes them.
+    #[must_use]
+    pub fn open_metrics(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &self.0);
+        text
+    }
+
+    /// The route.
+    pub fn router(self: &Arc<Self>) -> Router {
+        let families = Arc::clone(self);
+        let serve = async move |headers: HeaderMap| {
+            let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+            let open = exposition::is_open_metrics(accept.unwrap_or_default());
+            // Collectors look at the filesystem, which may take its time.
+            let encode = move || families.open_metrics();
+            let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
+            if open {
+                ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text)
+            } else {
+                ([(CONTENT_TYPE, exposition::TEXT)], exposition::text(&text))
+            }
+        };
+        Router::new().route("/metrics", get(serve))
+    }
+}
