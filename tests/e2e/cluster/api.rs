@@ -11,7 +11,7 @@ use k8s_openapi::api::batch::v1::Job;
 use serde_json::{Value, json};
 
 use super::{
-    container::{Image, Machine, NODE_NAME},
+    container::{Image, Machine, NODE_NAME, TOKEN, service_account},
     deployed::Deployed,
     only, rendered,
 };
@@ -19,8 +19,6 @@ use crate::support::{
     Authority, Layer, Manifest, Pod, Proxy, ending_with_this_thread, noise, own_registry, unique,
     wait_until,
 };
-
-const TOKEN: &str = "the-token-of-the-service-account";
 
 /// An API server with a few objects, and what a pod needs to reach it.
 struct ApiServer {
@@ -35,11 +33,7 @@ impl ApiServer {
         let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
         let authority = Authority::new(&folder.path().join("authority"));
         let (certificate, key) = authority.issue("server", &["127.0.0.1"]);
-        let account = folder.path().join("account");
-        fs::create_dir(&account).expect("a folder");
-        fs::copy(authority.certificate(), account.join("ca.crt")).expect("the authority");
-        fs::write(account.join("token"), TOKEN).expect("the token");
-        fs::write(account.join("namespace"), "csi-driver-oci").expect("the namespace");
+        service_account(folder.path(), &authority);
         let state = folder.path().join("state.json");
         fs::write(&state, json!({"token": TOKEN, "objects": objects}).to_string())
             .expect("the objects");

@@ -136,7 +136,7 @@ fn volume_attributes(value: &Value) -> Vec<HashMap<String, String>> {
 
 /// Names, types, units and helps, as promtool wants them.
 #[track_caller]
-fn lint_metrics(served: &str) {
+pub fn lint_metrics(served: &str) {
     let (_, text) = served.split_once("\r\n\r\n").expect("a body");
     let file = tempfile::NamedTempFile::new().expect("a file");
     fs::write(file.path(), text).expect("the metrics");

@@ -13,10 +13,15 @@ use std::{
 use k8s_openapi::api::core::v1::{Container, EnvVar, PodSpec, Volume, VolumeMount};
 use nix::mount::{MsFlags, mount};
 
-use crate::support::{Sandbox, ending_with_this_thread, run, tool};
+use crate::support::{Authority, Sandbox, ending_with_this_thread, run, tool};
 
-/// The name that the downward API gives this node.
+/// What the downward API says of pods here.
 pub const NODE_NAME: &str = "worker-1";
+pub const POD_NAME: &str = "pod-of-a-test";
+pub const NAMESPACE: &str = "csi-driver-oci";
+
+/// The token of every pod's service account.
+pub const TOKEN: &str = "the-token-of-the-service-account";
 
 /// Where the kubelet mounts a pod's token.
 const SERVICE_ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
@@ -237,6 +242,17 @@ impl Image {
     }
 }
 
+/// What pods with a token find below `folder`: it, and the authority of the API server.
+#[track_caller]
+pub fn service_account(folder: &Path, authority: &Authority) -> PathBuf {
+    let account = folder.join("account");
+    fs::create_dir(&account).expect("a folder");
+    fs::copy(authority.certificate(), account.join("ca.crt")).expect("the authority");
+    fs::write(account.join("token"), TOKEN).expect("the token");
+    fs::write(account.join("namespace"), NAMESPACE).expect("the namespace");
+    account
+}
+
 fn bind(script: &mut String, source: &Path, target: &Path, read_only: bool) {
     let parent = target.parent().expect("a folder");
     let (source, path) = (source.display(), target.display());
@@ -253,6 +269,8 @@ fn value(variable: &EnvVar) -> String {
     let field = variable.value_from.as_ref().and_then(|source| source.field_ref.as_ref());
     match field.map(|field| field.field_path.as_str()) {
         Some("spec.nodeName") => NODE_NAME.to_owned(),
+        Some("metadata.name") => POD_NAME.to_owned(),
+        Some("metadata.namespace") => NAMESPACE.to_owned(),
         Some(other) => panic!("no test knows {other}"),
         None => variable.value.clone().unwrap_or_default(),
     }

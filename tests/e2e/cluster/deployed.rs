@@ -171,7 +171,7 @@ fn driver_of(objects: &[Value]) -> (PodSpec, Container) {
 }
 
 /// The value of a flag on the container's command line.
-fn flag(container: &Container, name: &str) -> String {
+pub fn flag(container: &Container, name: &str) -> String {
     let prefix = format!("--{name}=");
     let mut arguments = container.args.iter().flatten();
     let value = arguments.find_map(|argument| argument.strip_prefix(&prefix));
@@ -179,7 +179,7 @@ fn flag(container: &Container, name: &str) -> String {
 }
 
 /// What the API server would give the kubelet for the pod's configuration maps and secrets.
-fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<String, String>> {
+pub fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<String, String>> {
     let mut files = BTreeMap::new();
     for volume in pod.volumes.iter().flatten() {
         if let Some(source) = &volume.config_map {

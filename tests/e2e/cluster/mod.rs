@@ -7,6 +7,7 @@
 mod api;
 mod chart;
 mod container;
+mod controller;
 mod crossplane;
 mod daemonset;
 mod deployed;

@@ -19,15 +19,28 @@ impl Nginx {
     /// `answer` stands in `location /`, as `return 503;` or `proxy_pass http://...;`.
     #[track_caller]
     pub fn start(folder: &Path, answer: &str) -> Self {
+        Self::start_server(folder, "", answer)
+    }
+
+    /// The same by TLS, with this certificate and key.
+    #[track_caller]
+    pub fn start_with_tls(folder: &Path, (certificate, key): (&Path, &Path), answer: &str) -> Self {
+        let (certificate, key) = (certificate.display(), key.display());
+        let lines = format!(" ssl; ssl_certificate {certificate}; ssl_certificate_key {key}");
+        Self::start_server(folder, &lines, answer)
+    }
+
+    #[track_caller]
+    fn start_server(folder: &Path, listens: &str, answer: &str) -> Self {
         for _ in 0..10 {
-            if let Some(nginx) = Self::try_start(folder, answer) {
+            if let Some(nginx) = Self::try_start(folder, listens, answer) {
                 return nginx;
             }
         }
         panic!("nginx does not start; `make test` installs it");
     }
 
-    fn try_start(folder: &Path, answer: &str) -> Option<Self> {
+    fn try_start(folder: &Path, listens: &str, answer: &str) -> Option<Self> {
         let address = TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
             .expect("a port");
@@ -40,7 +53,7 @@ impl Nginx {
         let configuration = format!(
             "daemon off;\nmaster_process off;\npid {own}/pid;\nerror_log {own}/error.log;\n\
              events {{}}\nhttp {{\naccess_log off;\n{temporary}\
-             server {{ listen {address}; location / {{ {answer} }} }}\n}}\n"
+             server {{ listen {address}{listens}; location / {{ {answer} }} }}\n}}\n"
         );
         fs::write(folder.join("nginx.conf"), configuration).expect("nginx's configuration");
         let mut child = ending_with_this_thread("nginx")
@@ -56,6 +69,10 @@ impl Nginx {
             ended || TcpStream::connect(address).is_ok()
         });
         (!ended).then_some(Self { address, child })
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.port()
     }
 
     pub fn url(&self) -> String {
