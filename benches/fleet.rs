@@ -1,10 +1,13 @@
-//! A fleet in one process: the real controller against an API server that behaves, and nodes that do what they are told.
+//! A fleet on one machine: the real controller, in a process of its own, against an API server and a registry that
+//! behave, and nodes that do what they are told.
 //!
-//!     cargo bench --bench fleet                    three sizes, side by side
+//!     cargo bench --bench fleet                    sizes that double, side by side
 //!     cargo bench --bench fleet -- 5000 200        so many nodes and preloads
 //!
 //! What is counted is what a cluster pays: writes of the controller and of all nodes, their bytes, what watches are
-//! sent, the largest object, the controller's memory, and the time until all preloads are Ready.
+//! sent, the largest object, memory and processor time of the controller's process, and the time until all preloads are
+//! Ready. What is divided by nodes, or by pairs of node and preload, shows whether it grows with them; of
+//! memory that is what came after the controller knew all nodes.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -27,59 +30,53 @@
 mod api_server;
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use api_server::{ApiServer, Kind};
-use csi_driver_oci::{
-    fleet::{
-        controller::{
-            Fleet, FleetMetrics, Look, Pace,
-            look::{Found, Question},
-        },
-        plan::facts::{Access, Known, Meaning},
-    },
-    oci::Digest,
+use axum::{
+    Router,
+    http::{Uri, header::CONTENT_TYPE},
 };
-use futures_util::{FutureExt as _, future::BoxFuture};
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
 /// What a node takes for one artifact.
 const PULL: Duration = Duration::from_millis(300);
-/// Sizes that are compared: nodes and preloads.
-const SIZES: [(usize, usize); 4] = [(1250, 50), (2500, 50), (5000, 50), (5000, 200)];
-
-/// A registry that knows everything.
-struct Registry(AtomicU64);
-
-impl Look for Registry {
-    fn look(&self, question: Question) -> BoxFuture<'static, Found> {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        let known = Known {
-            digest: Digest::of(question.written.as_bytes()),
-            reference: question.written,
-            platforms: Vec::new(),
-            bytes: None,
-        };
-        let found =
-            Found { meaning: Some(Meaning::Known(known)), access: Access::Open, plain: None };
-        async move { found }.boxed()
-    }
-}
+/// Faster than as shipped, so that what is measured is the work and not the pace.
+const WRITES_PER_SECOND: u32 = 2000;
+/// Nodes and preloads: first nodes that double, then preloads.
+const SIZES: [(usize, usize); 5] = [(1250, 50), (2500, 50), (5000, 50), (5000, 100), (5000, 200)];
+/// Ticks of processor time in a second, as every Linux counts them for programs.
+const TICKS: f64 = 100.0;
+/// What a node has room for.
+const CAPACITY: u64 = 1 << 40;
 
 fn main() {
     let mut numbers = std::env::args().skip(1).filter_map(|argument| argument.parse().ok());
     let chosen = numbers.next().zip(numbers.next());
     let sizes = chosen.map_or_else(|| SIZES.to_vec(), |size| vec![size]);
-    println!(
-        "| nodes | preloads | to Ready | writes | a pair | written | sent to watches | largest object | memory | restart |"
-    );
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+    let columns = [
+        "nodes",
+        "preloads",
+        "to Ready",
+        "writes",
+        "a node",
+        "written",
+        "a pair",
+        "sent to watches",
+        "largest object",
+        "controller's memory",
+        "a pair",
+        "its processor time",
+        "started anew",
+    ];
+    println!("| {} |", columns.join(" | "));
+    println!("|{}", " --- |".repeat(columns.len()));
     for (nodes, preloads) in sizes {
         run(nodes, preloads);
     }
@@ -88,70 +85,182 @@ fn main() {
 fn run(nodes: usize, preloads: usize) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let before = resident();
-    runtime.block_on(async {
-        let api = ApiServer::new();
-        for index in 0..nodes {
-            api.apply(json!({
-                "kind": "Node",
-                "metadata": {
-                    "name": format!("node-{index:05}"),
-                    "labels": {
-                        "kubernetes.io/arch": "amd64",
-                        "kubernetes.io/hostname": format!("node-{index:05}"),
-                        "topology.kubernetes.io/zone": format!("zone-{}", index % 3),
-                    },
+    let (api, registry) = (ApiServer::new(), runtime.block_on(registry()));
+    let folder = tempfile::tempdir().expect("a folder");
+    let kubeconfig = folder.path().join("kubeconfig");
+    write_kubeconfig(&kubeconfig, api.listen());
+    for index in 0..nodes {
+        api.apply(json!({
+            "kind": "Node",
+            "metadata": {
+                "name": format!("node-{index:05}"),
+                "labels": {
+                    "kubernetes.io/arch": "amd64",
+                    "kubernetes.io/hostname": format!("node-{index:05}"),
+                    "topology.kubernetes.io/zone": format!("zone-{}", index % 3),
                 },
-            }));
-        }
-        let plugins = tokio::spawn(plugins(api.clone()));
-        let registry = Arc::new(Registry(AtomicU64::new(0)));
-        let fleet = start(&api, Arc::clone(&registry) as Arc<dyn Look>);
-        wait(|| api.list(Kind::NodeArtifacts).iter().filter(|object| !object["status"].is_null()).count() == nodes).await;
-        let counted = api.counts();
-        let begun = Instant::now();
-        for index in 0..preloads {
-            api.apply(json!({
-                "kind": "ArtifactPreload",
-                "metadata": {"namespace": "team", "name": format!("preload-{index:03}")},
-                "spec": {"reference": format!("registry.example.com/team/tool-{index:03}:v1"), "parallelism": "5%"},
-            }));
-        }
-        wait(|| api.list(Kind::Preload).iter().all(is_ready)).await;
-        let took = begun.elapsed();
-        let counts = api.counts();
-        let memory = resident().saturating_sub(before);
-        // A new process reads everything, and decides nothing.
-        fleet.cancel();
-        let quiet = api.counts().writes;
-        let restarted = Instant::now();
-        let again = start(&api, registry);
-        tokio::time::sleep(Duration::from_secs(3)).await;
-        let extra = api.counts().writes - quiet;
-        again.cancel();
-        plugins.abort();
-        let writes = counts.writes - counted.writes;
-        let pairs = (nodes * preloads) as f64;
-        println!(
-            "| {nodes} | {preloads} | {:.0} s | {writes} | {:.3} | {} | {} | {} KiB | {} MiB | {extra} writes in {:.0} s |",
-            took.as_secs_f64(),
-            writes as f64 / pairs,
-            mebibytes(counts.written_bytes - counted.written_bytes),
-            mebibytes(counts.event_bytes - counted.event_bytes),
-            counts.largest / 1024,
-            memory >> 20,
-            restarted.elapsed().as_secs_f64(),
-        );
+            },
+        }));
+    }
+    runtime.spawn(plugins(api.clone()));
+    let mut controller = Controller::start(&kubeconfig, "first");
+    wait(|| {
+        let told = |object: &&Value| !object["status"].is_null();
+        api.list(Kind::NodeArtifacts).iter().filter(told).count() == nodes
     });
+
+    let (counted, idle) = (api.counts(), controller.memory());
+    let begun = Instant::now();
+    for index in 0..preloads {
+        let name = format!("preload-{index:03}");
+        let reference = format!("{registry}/team/tool-{index:03}:v1");
+        api.apply(json!({
+            "kind": "ArtifactPreload",
+            "metadata": {"namespace": "team", "name": name},
+            "spec": {"reference": reference, "parallelism": "5%"},
+        }));
+    }
+    wait(|| api.list(Kind::Preload).iter().all(is_ready));
+    let took = begun.elapsed().as_secs_f64();
+    let counts = api.counts();
+    let (memory, processor) = (controller.memory(), controller.processor());
+
+    // A new process reads everything, and decides nothing.
+    controller.end();
+    let quiet = api.counts().writes;
+    let restarted = Instant::now();
+    let again = Controller::start(&kubeconfig, "second");
+    let knows_all = format!("csi_oci_preloads{{state=\"ready\"}} {preloads}\n");
+    wait(|| again.metrics().contains(&knows_all));
+    let (restart, extra) = (restarted.elapsed().as_secs_f64(), api.counts().writes - quiet);
+
+    let writes = counts.writes - counted.writes;
+    let written = counts.written_bytes - counted.written_bytes;
+    let sent = counts.event_bytes - counted.event_bytes;
+    let pairs = (nodes * preloads) as f64;
+    println!(
+        "| {nodes} | {preloads} | {took:.0} s | {writes} | {:.1} | {} | {:.0} B | {} | {} KiB | {} | {:.0} B | {processor:.0} s | {restart:.1} s, {extra} writes |",
+        writes as f64 / nodes as f64,
+        mebibytes(written),
+        written as f64 / pairs,
+        mebibytes(sent),
+        counts.largest / 1024,
+        mebibytes(memory),
+        (memory - idle) as f64 / pairs,
+    );
+    drop(again);
     runtime.shutdown_background();
 }
 
-fn start(api: &ApiServer, look: Arc<dyn Look>) -> CancellationToken {
-    let lost = CancellationToken::new();
-    let pace = Pace { writes_per_second: 2000, writes_at_once: 32, ..Pace::default() };
-    let fleet = Fleet::new(api.client(), look, pace, Arc::new(FleetMetrics::default()));
-    tokio::spawn(fleet.run(lost.clone()));
-    lost
+/// The controller, as the chart's Deployment runs it.
+struct Controller {
+    process: Child,
+    metrics: SocketAddr,
+}
+
+impl Controller {
+    fn start(kubeconfig: &Path, identity: &str) -> Self {
+        let metrics = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let metrics = metrics.expect("a port");
+        let process = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci"))
+            .args(["controller", "--namespace=csi-driver-oci", "--health-endpoint="])
+            .arg(format!("--identity={identity}"))
+            .arg(format!("--metrics-endpoint={metrics}"))
+            .arg(format!("--writes-per-second={WRITES_PER_SECOND}"))
+            .arg("--log-level=error")
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null())
+            .spawn();
+        Self { process: process.expect("the controller"), metrics }
+    }
+
+    fn file(&self, name: &str) -> String {
+        let path = PathBuf::from(format!("/proc/{}", self.process.id())).join(name);
+        fs::read_to_string(path).expect("what the kernel says of the controller")
+    }
+
+    /// Bytes that it had at most.
+    fn memory(&self) -> u64 {
+        let status = self.file("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        number.and_then(|number| number.trim().parse::<u64>().ok()).expect("its memory") * 1024
+    }
+
+    /// Seconds that processors worked for it.
+    fn processor(&self) -> f64 {
+        let stat = self.file("stat");
+        // Behind the name, which may have blanks: the state, and eleven numbers before these two.
+        let (_, fields) = stat.rsplit_once(')').expect("a name");
+        let times = fields.split_whitespace().skip(11).take(2);
+        times.map(|ticks| ticks.parse::<f64>().expect("ticks")).sum::<f64>() / TICKS
+    }
+
+    /// What it counts; nothing where it does not answer yet.
+    fn metrics(&self) -> String {
+        let mut answer = String::new();
+        let asked = TcpStream::connect(self.metrics).and_then(|mut stream| {
+            write!(stream, "GET /metrics HTTP/1.1\r\nHost: metrics\r\nConnection: close\r\n\r\n")?;
+            stream.read_to_string(&mut answer)
+        });
+        asked.map_or_else(|_| String::new(), |_| answer)
+    }
+
+    /// In good order, so that the next one leads at once.
+    fn end(&mut self) {
+        let process = i32::try_from(self.process.id()).expect("a process");
+        let process = nix::unistd::Pid::from_raw(process);
+        nix::sys::signal::kill(process, nix::sys::signal::Signal::SIGTERM).expect("a signal");
+        self.process.wait().expect("its end");
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn write_kubeconfig(path: &Path, address: SocketAddr) {
+    let text = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "bench",
+        "clusters": [{"name": "bench", "cluster": {"server": format!("http://{address}")}}],
+        "users": [{"name": "bench", "user": {"token": "none"}}],
+        "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "bench"}}],
+    });
+    fs::write(path, text.to_string()).expect("a kubeconfig");
+}
+
+/// A registry that has everything, each under a digest of its own.
+async fn registry() -> SocketAddr {
+    let answer = async |asked: Uri| {
+        let layer = json!({
+            "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+            "digest": format!("sha256:{}", "ab".repeat(32)),
+            "size": 10 << 20,
+        });
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "artifactType": "application/vnd.example.tool",
+            "config": {
+                "mediaType": "application/vnd.oci.empty.v1+json",
+                "digest": "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+                "size": 2,
+            },
+            "layers": [layer],
+            "annotations": {"path": asked.path()},
+        });
+        ([(CONTENT_TYPE, "application/vnd.oci.image.manifest.v1+json")], manifest.to_string())
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("its address");
+    let router = Router::new().fallback(answer);
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    address
 }
 
 /// All node plugins: each tells who it is, and that it has what it is to have.
@@ -183,7 +292,8 @@ async fn plugins(api: ApiServer) {
                 .collect();
             let status = json!({
                 "platform": "linux/amd64", "version": "0.1.0", "publicKey": "none",
-                "ready": artifacts.len(), "active": 0, "failed": 0, "artifacts": artifacts,
+                "capacityBytes": CAPACITY, "ready": artifacts.len(), "active": 0, "failed": 0,
+                "artifacts": artifacts,
             });
             api.patch_status(Kind::NodeArtifacts, &name, &json!({"status": status})).await;
         });
@@ -196,21 +306,12 @@ fn is_ready(object: &Value) -> bool {
         .is_some_and(|all| all.iter().any(|one| one["type"] == "Ready" && one["status"] == "True"))
 }
 
-async fn wait(mut reached: impl FnMut() -> bool) {
+fn wait(mut reached: impl FnMut() -> bool) {
     while !reached() {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        std::thread::sleep(Duration::from_millis(250));
     }
 }
 
 fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
-}
-
-/// Of this process: the controller, and the API server with all objects.
-fn resident() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kibibytes =
-        line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    kibibytes.unwrap_or(0) * 1024
 }

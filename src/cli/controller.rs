@@ -40,6 +40,10 @@ pub(super) struct ControllerArguments {
     /// Where `/metrics` is served.
     #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19819")]
     metrics_endpoint: String,
+    /// Writes to the API server in a second, over time: how fast nodes of a large fleet are told.
+    #[arg(long, env = "WRITES_PER_SECOND", default_value_t = Pace::default().writes_per_second,
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    writes_per_second: u32,
     /// A YAML file of kind NodeConfiguration, as the nodes have it: registries, policy and limits count.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
@@ -74,7 +78,7 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), Failure> {
         lease: arguments.lease_name,
         health_endpoint: on(arguments.health_endpoint),
         metrics_endpoint: on(arguments.metrics_endpoint),
-        pace: Pace::default(),
+        pace: Pace { writes_per_second: arguments.writes_per_second, ..Pace::default() },
     };
     let runtime = runtime()?;
     let done = runtime.block_on(async {

@@ -7,7 +7,7 @@
 //! schema  what the definitions let pass
 //! ```
 //!
-//! It runs on a port for real programs, and in the caller's process for thousands of nodes.
+//! It runs on a port for real programs; what thousands of nodes write comes from the caller's process.
 
 mod answer;
 mod schema;
@@ -107,17 +107,6 @@ impl ApiServer {
 
 #[allow(dead_code, reason = "for benches alone, which share this with the tests")]
 impl ApiServer {
-    /// A client in this process.
-    pub fn client(&self) -> kube::Client {
-        let server = self.clone();
-        let service = tower::service_fn(move |request: Request<kube::client::Body>| {
-            let server = server.clone();
-            let request = request.map(Body::new);
-            async move { Ok::<_, std::convert::Infallible>(server.handle(request).await) }
-        });
-        kube::Client::new(service, "default")
-    }
-
     /// Every object of a kind, whenever it is made or changed.
     pub fn changes(&self, kind: Kind) -> tokio::sync::mpsc::UnboundedReceiver<Value> {
         let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
