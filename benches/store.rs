@@ -12,6 +12,7 @@
     reason = "a bench prints, and support is linted with its tests"
 )]
 
+mod disk;
 #[path = "../tests/e2e/support/mod.rs"]
 mod support;
 
@@ -50,13 +51,8 @@ fn main() {
 
 fn measure(artifacts: usize) {
     let sandbox = Sandbox::new();
-    let memory = sandbox.tmpfs("memory", nix::mount::MsFlags::empty());
-    let image = memory.join("disk");
-    std::fs::File::create(&image).and_then(|file| file.set_len(2 << 30)).expect("a sparse file");
     // An inode for every 4 KiB: small artifacts are all inodes.
-    support::run(support::tool("mkfs.ext4").args(["-q", "-i", "4096"]).arg(&image));
-    let disk = sandbox.folder("disk");
-    support::run(support::tool("mount").args(["-o", "loop"]).arg(&image).arg(&disk));
+    let disk = disk::ext4_in_memory(&sandbox, 2 << 30, &["-i", "4096"]);
     let state = disk.join("state");
     std::fs::create_dir(&state).expect("a folder");
     fill(&state, artifacts);

@@ -16,6 +16,7 @@
 //! store   the layout on disk: blobs, files, layers, trees, records, recovery
 //! mount   bind mounts, the mount table, the few raw system calls
 //! admin   health and metrics
+//! background  threads that stand back behind all others: warming works there
 //! reread  files that change while the driver runs, for all rooms; so are duration, node_addresses and
 //!         process_group
 //! ```
@@ -24,6 +25,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod background;
 pub mod check;
 pub mod cli;
 pub mod config;

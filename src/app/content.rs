@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use super::NodeOptions;
 use crate::admin::metrics::Metrics;
+use crate::background::Background;
 use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
@@ -17,6 +18,7 @@ use crate::fleet::node::release_all;
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
 use crate::policy::PolicySource;
+use crate::pull::flights::Runway;
 use crate::pull::wire::Observer;
 use crate::pull::{Puller, Sources};
 use crate::store::lock::Lock;
@@ -121,8 +123,12 @@ impl Opening {
         let store = opened.await.map_err(|error| error.to_string())?;
         let store = store.map_err(|error| error.to_string())?;
         let observer = Arc::clone(&self.metrics) as Arc<dyn Observer>;
-        let mut content =
-            content_of(store, configuration, observer, &self.tracker, &self.shutdown)?;
+        let runway = Runway {
+            tracker: self.tracker.clone(),
+            shutdown: self.shutdown.clone(),
+            background: Background::start().map_err(|error| error.to_string())?,
+        };
+        let mut content = content_of(store, configuration, observer, &runway)?;
         let metrics = Arc::clone(&self.metrics);
         let tell = move |failed| metrics.configuration_error("policy", failed);
         content.policy = policy_source(self.options.config.clone(), tell);
@@ -162,8 +168,7 @@ pub fn content_of(
     store: Store,
     configuration: &NodeConfiguration,
     observer: Arc<dyn Observer>,
-    tracker: &TaskTracker,
-    shutdown: &CancellationToken,
+    runway: &Runway,
 ) -> Result<Content, String> {
     let mut options = RegistryOptions {
         manifest_bytes_limit: configuration.limits.manifest_bytes,
@@ -181,8 +186,7 @@ pub fn content_of(
         sources,
         configuration.limits.clone(),
         (configuration.pull.options(), observer),
-        tracker,
-        shutdown,
+        runway,
     );
     let policy = PolicySource::permissive();
     Ok(Content { policy, store, puller, upkeep: Arc::default() })

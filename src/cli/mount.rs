@@ -14,11 +14,13 @@ use tokio_util::task::TaskTracker;
 
 use super::{Failure, Output, logging, print, runtime};
 use crate::app::content_of;
+use crate::background::Background;
 use crate::config::NodeConfiguration;
 use crate::mount::{AttachMethod, MountFlags};
 use crate::oci::credentials::Keyring;
 use crate::policy::Demands;
 use crate::pull::ProgressView;
+use crate::pull::flights::Runway;
 use crate::pull::wire::Unobserved;
 use crate::store::lock::Lock;
 use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
@@ -105,13 +107,13 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
     let runtime = runtime()?;
     runtime.block_on(async {
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
-        let content = content_of(
-            store,
-            &NodeConfiguration::without_file(),
-            Arc::new(Unobserved),
-            &tracker,
-            &shutdown,
-        )?;
+        let runway = Runway {
+            tracker: tracker.clone(),
+            shutdown: shutdown.clone(),
+            background: Background::none(),
+        };
+        let content =
+            content_of(store, &NodeConfiguration::without_file(), Arc::new(Unobserved), &runway)?;
         let reference = attributes.reference.to_string();
         fetch(&content, &attributes, &keyring)
             .await

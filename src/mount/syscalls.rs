@@ -137,6 +137,40 @@ pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How the kernel chooses between a thread and others that want the processor (sched(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ThreadClass {
+    /// By its share: `SCHED_OTHER`, or whatever the process was given in its place.
+    Ordinary,
+    /// After all others: `SCHED_IDLE`.
+    Idle,
+}
+
+/// `sched_setscheduler` of a thread by its number. Coming back from idle takes `CAP_SYS_NICE`.
+pub fn set_thread_class(thread: i32, class: ThreadClass) -> io::Result<()> {
+    let policy = match class {
+        ThreadClass::Ordinary => libc::SCHED_OTHER,
+        ThreadClass::Idle => libc::SCHED_IDLE,
+    };
+    // SAFETY: an all-zero parameter is a valid value of a structure of integers.
+    let parameter: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: the parameter outlives the call, which only reads it.
+    let done = unsafe { libc::sched_setscheduler(thread, policy, &raw const parameter) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `sched_getscheduler` of a thread by its number.
+pub fn thread_class(thread: i32) -> io::Result<ThreadClass> {
+    // SAFETY: the call takes a number.
+    let policy = unsafe { libc::sched_getscheduler(thread) };
+    match policy {
+        -1 => Err(io::Error::last_os_error()),
+        // A thread keeps a flag beside the policy that says what its children get.
+        policy if policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_IDLE => Ok(ThreadClass::Idle),
+        _ => Ok(ThreadClass::Ordinary),
+    }
+}
+
 /// `mallopt`: all threads share so many pools of memory, and whatever has at least `large` bytes
 /// goes back to the system when it is freed. The C library gives each thread a pool of its own
 /// else, where what one has freed no other uses, and keeps larger and larger blocks.

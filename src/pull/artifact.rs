@@ -104,7 +104,7 @@ impl Puller {
             let mut started = false;
             let (work_inner, shape, source) = (Arc::clone(inner), shape.clone(), source.clone());
             let origin = (repository.to_string(), key);
-            let mut ticket = inner.origins.join(origin, |progress| {
+            let mut ticket = inner.origins.join(origin, want.priority, |progress| {
                 started = true;
                 async move { work_inner.prove_origin(manifest, shape, key, source, &progress).await }
             });
@@ -131,7 +131,7 @@ impl Puller {
             let mut started = false;
             let (inner, shape) = (Arc::clone(&self.0), shape.clone());
             let sponsors = Arc::clone(&sponsors);
-            let mut ticket = self.0.trees.join(key, |progress| {
+            let mut ticket = self.0.trees.join(key, priority, |progress| {
                 started = true;
                 progress.name(format!("{}@{manifest}", source.repository));
                 async move {
@@ -145,7 +145,6 @@ impl Puller {
                     made
                 }
             });
-            ticket.progress().raise(priority);
             view.show(ticket.progress());
             let outcome = tokio::select! {
                 // Ours first: then the flight's end is no news.

@@ -15,17 +15,28 @@ use tokio_util::task::TaskTracker;
 
 use super::error::PullError;
 use super::progress::Progress;
+use super::want::Priority;
+use crate::background::Background;
 
 /// What a flight ends with; failures are shared by all who wait.
 pub type Outcome<T> = Result<T, Arc<PullError>>;
+
+/// Where all flights run.
+#[derive(Clone, Debug)]
+pub struct Runway {
+    /// Waits for them at the node's end.
+    pub tracker: TaskTracker,
+    /// Stops them all.
+    pub shutdown: CancellationToken,
+    /// Where those work that were begun by warming.
+    pub background: Background,
+}
 
 /// All flights of one kind.
 #[derive(Debug)]
 pub struct Flights<K, T> {
     under_way: Arc<Mutex<HashMap<K, Arc<Flight<T>>>>>,
-    tracker: TaskTracker,
-    /// Stops everything.
-    shutdown: CancellationToken,
+    runway: Runway,
     /// How long a flight goes on without anybody waiting.
     linger: Duration,
 }
@@ -50,9 +61,9 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
-    /// No flights yet. They run on `tracker` and end with `shutdown`.
-    pub fn new(tracker: TaskTracker, shutdown: CancellationToken, linger: Duration) -> Self {
-        Self { under_way: Arc::default(), tracker, shutdown, linger }
+    /// No flights yet.
+    pub fn new(runway: Runway, linger: Duration) -> Self {
+        Self { under_way: Arc::default(), runway, linger }
     }
 
     /// How far all of them are.
@@ -62,16 +73,22 @@ where
         under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
     }
 
-    /// Joins the flight of this key, or starts it.
-    pub fn join<F>(&self, key: K, start: impl FnOnce(Arc<Progress>) -> F) -> Ticket<T>
+    /// Joins the flight of this key, or starts it. It becomes as urgent as whoever joins.
+    pub fn join<F>(
+        &self,
+        key: K,
+        priority: Priority,
+        start: impl FnOnce(Arc<Progress>) -> F,
+    ) -> Ticket<T>
     where
         F: Future<Output = Result<T, PullError>> + Send + 'static,
     {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = under_way.get(&key) {
+            flight.progress.raise(priority);
             return Ticket::new(Arc::clone(flight));
         }
-        let progress = Arc::new(Progress::default());
+        let progress = Arc::new(Progress::of(priority, self.runway.background.clone()));
         let flight = Arc::new(Flight {
             outcome: watch::Sender::new(None),
             progress: Arc::clone(&progress),
@@ -80,18 +97,22 @@ where
         under_way.insert(key.clone(), Arc::clone(&flight));
         let ticket = Ticket::new(Arc::clone(&flight));
         let work = start(progress);
-        let (map, shutdown, linger) =
-            (Arc::clone(&self.under_way), self.shutdown.clone(), self.linger);
+        let Runway { tracker, shutdown, background } = &self.runway;
+        let (map, shutdown, linger) = (Arc::clone(&self.under_way), shutdown.clone(), self.linger);
         // Dropping the entry in a guard: a flight that panics must not stay in the map for ever.
         let landing = Landing { map, key, flight: Arc::clone(&flight) };
-        self.tracker.spawn(async move {
+        let task = async move {
             let outcome = tokio::select! {
                 outcome = work => outcome,
                 () = unwanted(&landing.flight, linger) => Err(PullError::Unwanted),
                 () = shutdown.cancelled() => Err(PullError::ShuttingDown),
             };
             landing.land(outcome.map_err(Arc::new));
-        });
+        };
+        match priority {
+            Priority::Pod => tracker.spawn(task),
+            Priority::Warm => background.spawn(tracker, task),
+        };
         ticket
     }
 }
@@ -120,6 +141,7 @@ impl<K: Eq + Hash, T> Landing<K, T> {
         // Whoever comes from now on finds no flight, and whoever joined finds its outcome.
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         map.remove(&self.key);
+        self.flight.progress.landed();
         self.flight.outcome.send_replace(Some(outcome));
     }
 }
@@ -129,6 +151,7 @@ impl<K: Eq + Hash, T> Drop for Landing<K, T> {
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         if map.get(&self.key).is_some_and(|flight| Arc::ptr_eq(flight, &self.flight)) {
             map.remove(&self.key);
+            self.flight.progress.landed();
             self.flight.outcome.send_replace(Some(Err(Arc::new(PullError::Crashed))));
         }
     }
@@ -171,18 +194,19 @@ mod tests {
 
     fn flights(linger: u64) -> Flights<u8, u32> {
         let linger = Duration::from_secs(linger);
-        Flights::new(TaskTracker::new(), CancellationToken::new(), linger)
+        let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        Flights::new(Runway { tracker, shutdown, background: Background::none() }, linger)
     }
 
     #[tokio::test]
     async fn many_wait_for_one() {
         let flights = flights(60);
         let (go, wait) = tokio::sync::oneshot::channel::<()>();
-        let mut first = flights.join(1, |_| async move {
+        let mut first = flights.join(1, Priority::Pod, |_| async move {
             let _ = wait.await;
             Ok(7)
         });
-        let mut second = flights.join(1, |_| async { Ok(8) });
+        let mut second = flights.join(1, Priority::Pod, |_| async { Ok(8) });
         go.send(()).expect("a flight");
         assert_eq!(first.outcome().await.expect("landed"), 7);
         assert_eq!(second.outcome().await.expect("landed"), 7);
@@ -192,11 +216,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waiting_ends_it_after_a_while() {
         let flights = flights(60);
-        let first = flights.join(1, |_| std::future::pending());
+        let first = flights.join(1, Priority::Pod, |_| std::future::pending());
         tokio::task::yield_now().await;
         drop(first);
         tokio::time::sleep(Duration::from_secs(59)).await;
-        let mut back = flights.join(1, |_| async { Ok(8) });
+        let mut back = flights.join(1, Priority::Pod, |_| async { Ok(8) });
         let still = tokio::time::timeout(Duration::from_mins(5), back.outcome()).await;
         assert!(still.is_err(), "a flight that somebody waits for goes on");
         drop(back);
@@ -207,9 +231,9 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_outcome() {
         let flights = flights(60);
-        let mut ticket = flights.join(1, |_| async { panic!("a bug") });
+        let mut ticket = flights.join(1, Priority::Pod, |_| async { panic!("a bug") });
         assert!(matches!(*ticket.outcome().await.expect_err("crashed"), PullError::Crashed));
-        let mut next = flights.join(1, |_| async { Ok(8) });
+        let mut next = flights.join(1, Priority::Pod, |_| async { Ok(8) });
         assert_eq!(next.outcome().await.expect("a new flight"), 8);
     }
 }

@@ -48,19 +48,17 @@ pub mod wire;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
-
 pub use error::PullError;
 pub use verification::{CredentialsVerification, Verification};
 pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 
+use crate::background::{Background, First};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::Registry;
 use crate::store::resolutions::Resolution;
 use crate::store::{LayerKey, Store, Tree, TreeKey};
 use crate::unpack::Limits;
-use flights::Flights;
+use flights::{Flights, Runway};
 use progress::Progress;
 use resolve::{ResolveKey, Resolved};
 use unpacking::Unpackers;
@@ -104,6 +102,7 @@ struct Inner {
     limits: Limits,
     wire: Wire,
     unpackers: Unpackers,
+    background: Background,
     resolving: Flights<ResolveKey, Resolved>,
     trees: Flights<TreeKey, Tree>,
     origins: Flights<(String, TreeKey), ()>,
@@ -152,36 +151,38 @@ impl Default for PullOptions {
 }
 
 impl Puller {
-    /// Nothing under way yet. Flights run on `tracker` and end with `shutdown`.
+    /// Nothing under way yet.
     #[must_use]
     pub fn new(
         store: Store,
         sources: Sources,
         limits: Limits,
         (options, observer): (PullOptions, Arc<dyn Observer>),
-        tracker: &TaskTracker,
-        shutdown: &CancellationToken,
+        runway: &Runway,
     ) -> Self {
         // A tree lingers when nobody waits; what it waits for itself ends with it.
         let now = Duration::ZERO;
+        let background = runway.background.clone();
         Self(Arc::new(Inner {
-            wire: Wire::new(sources.registry.clone(), options.wire, observer),
+            wire: Wire::new(sources.registry.clone(), options.wire, observer, background.clone()),
             unpackers: Unpackers::new(
                 store.clone(),
                 limits.clone(),
                 options.unpacks,
                 options.wide_unpacks,
+                background.clone(),
             ),
             store,
             registry: sources.registry,
             node_credentials: sources.node_credentials,
             verification: sources.verification,
             limits,
-            resolving: Flights::new(tracker.clone(), shutdown.clone(), now),
-            trees: Flights::new(tracker.clone(), shutdown.clone(), LINGER),
-            origins: Flights::new(tracker.clone(), shutdown.clone(), LINGER),
-            files: Flights::new(tracker.clone(), shutdown.clone(), now),
-            layers: Flights::new(tracker.clone(), shutdown.clone(), now),
+            background: background.clone(),
+            resolving: Flights::new(runway.clone(), now),
+            trees: Flights::new(runway.clone(), LINGER),
+            origins: Flights::new(runway.clone(), LINGER),
+            files: Flights::new(runway.clone(), now),
+            layers: Flights::new(runway.clone(), now),
             blobs: objects::BlobLocks::default(),
             sponsors: artifact::SponsorsByTree::default(),
         }))
@@ -243,6 +244,12 @@ impl Puller {
             progress: flight.snapshot(),
         });
         pulls.collect()
+    }
+
+    /// Until the answer is dropped, what no pod waits for pauses, unless it is its turn.
+    #[must_use]
+    pub fn goes_first(&self) -> First {
+        self.0.background.go_first()
     }
 
     /// Connections that download now.

@@ -70,7 +70,7 @@ impl Inner {
         let want = FileWant { digest: descriptor.digest, permissions };
         let file = loop {
             let mut started = false;
-            let mut ticket = self.files.join(want, |own| {
+            let mut ticket = self.files.join(want, progress.priority(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
@@ -110,7 +110,7 @@ impl Inner {
         let key = layer_key(descriptor.digest, rule, permissions);
         loop {
             let mut started = false;
-            let mut ticket = self.layers.join(key, |own| {
+            let mut ticket = self.layers.join(key, progress.priority(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
@@ -136,7 +136,7 @@ impl Inner {
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
     ) -> Result<StoredFile, PullError> {
-        let guard = self.blobs.lock(want.digest).await;
+        let guard = self.background.hurried(self.blobs.lock(want.digest)).await;
         let inner = Arc::clone(&self);
         let data = descriptor.data.clone();
         let (known, guard) = blocking(move || {
@@ -206,7 +206,7 @@ impl Inner {
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
     ) -> Result<Layer, PullError> {
-        let guard = self.blobs.lock(descriptor.digest).await;
+        let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
         let inner = Arc::clone(&self);
         let (known, guard) = blocking(move || Ok((inner.store.layer(key)?, guard))).await?;
         if let Some(layer) = known {

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::want::Priority;
+use crate::background::{Background, Hurry};
 use crate::units::Bytes;
 
 /// Bytes of a flight, counted as they arrive: its own, and those of the flights that it waits for.
@@ -21,10 +22,21 @@ pub struct Progress {
     resumed: AtomicU64,
     /// By the layer's number. Several trees may wait for one and the same.
     parts: Mutex<HashMap<usize, Arc<Progress>>>,
-    /// Whether a pod waits for it.
-    urgent: AtomicBool,
+    /// Whether a pod waits for it, and what follows from that.
+    pace: Mutex<Pace>,
     /// For people.
     name: OnceLock<String>,
+}
+
+/// How urgent a flight is, and where it works.
+#[derive(Debug)]
+enum Pace {
+    /// Nobody waits; it stands back.
+    Behind(Background),
+    /// Nobody waited when it began, and now a pod does.
+    Hurrying { _until_dropped: Hurry },
+    /// A pod waits, or has waited.
+    Urgent,
 }
 
 /// Progress at one moment.
@@ -41,20 +53,31 @@ pub struct Snapshot {
 }
 
 impl Default for Progress {
+    /// Of what works as all others do.
     fn default() -> Self {
+        Self::of(Priority::Warm, Background::none())
+    }
+}
+
+impl Progress {
+    /// Of a flight that begins with this priority; unless a pod waits it works in the background.
+    #[must_use]
+    pub fn of(priority: Priority, background: Background) -> Self {
+        let pace = match priority {
+            Priority::Pod => Pace::Urgent,
+            Priority::Warm => Pace::Behind(background),
+        };
         Self {
             started: Instant::now(),
             total: AtomicU64::new(0),
             done: AtomicU64::new(0),
             resumed: AtomicU64::new(0),
             parts: Mutex::default(),
-            urgent: AtomicBool::new(false),
+            pace: Mutex::new(pace),
             name: OnceLock::new(),
         }
     }
-}
 
-impl Progress {
     /// More is to be fetched.
     pub fn expect(&self, bytes: u64) {
         self.total.fetch_add(bytes, Ordering::Relaxed);
@@ -101,17 +124,36 @@ impl Progress {
     /// How urgent it is: as much as the most urgent of those who wait for it.
     #[must_use]
     pub fn priority(&self) -> Priority {
-        if self.urgent.load(Ordering::Relaxed) { Priority::Pod } else { Priority::Warm }
+        match *self.pace() {
+            Pace::Behind(_) => Priority::Warm,
+            Pace::Hurrying { .. } | Pace::Urgent => Priority::Pod,
+        }
     }
 
     /// One who waits for it is so urgent, and so is all that it waits for.
     pub fn raise(&self, priority: Priority) {
-        if priority == Priority::Pod && !self.urgent.swap(true, Ordering::Relaxed) {
+        if priority == Priority::Warm {
+            return;
+        }
+        let mut pace = self.pace();
+        if let Pace::Behind(background) = &*pace {
+            *pace = Pace::Hurrying { _until_dropped: background.hurry() };
+            drop(pace);
             self.parts().values().for_each(|part| part.raise(priority));
         }
     }
 
-    fn parts(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Arc<Self>>> {
+    /// The flight has ended: nobody hurries for it any more.
+    pub fn landed(&self) {
+        // Who still holds it must not keep others hurrying.
+        *self.pace() = Pace::Urgent;
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn parts(&self) -> MutexGuard<'_, HashMap<usize, Arc<Self>>> {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -176,7 +176,7 @@ impl Puller {
         let (inner, candidates) = (Arc::clone(&self.0), candidates.clone());
         let (reference, platform) = (want.reference.clone(), want.platform.clone());
         let work = |_| inner.fetch(question, reference, platform, candidates);
-        self.0.resolving.join(key, work).outcome().await
+        self.0.resolving.join(key, want.priority, work).outcome().await
     }
 }
 

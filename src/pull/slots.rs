@@ -2,7 +2,8 @@
 //!
 //! Slots are given one at a time to whom [`choose`] picks: publishes before warming,
 //! then the artifact that has the fewest, then who came first; a host has no more
-//! than its share, so that one that trickles leaves room for the others.
+//! than its share, so that one that trickles leaves room for the others. Warming has
+//! half of all at most: a pod does not wait until it lets go of one.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -11,10 +12,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 use super::progress::Progress;
+use super::want::Priority;
+use crate::background::Background;
 
 /// All slots of a node.
 #[derive(Debug)]
-pub struct Slots(Arc<Shared>);
+pub struct Slots {
+    shared: Arc<Shared>,
+    background: Background,
+}
 
 #[derive(Debug)]
 struct Shared {
@@ -29,6 +35,8 @@ struct State {
     waiting: Vec<Waiting>,
     next: u64,
     taken: usize,
+    /// Of these, by warming.
+    behind: usize,
     by_artifact: HashMap<u64, usize>,
     by_host: HashMap<String, usize>,
 }
@@ -55,6 +63,7 @@ pub struct Ask {
 #[derive(Debug)]
 pub struct Slot {
     shared: Arc<Shared>,
+    priority: Priority,
     artifact: u64,
     host: String,
 }
@@ -62,24 +71,33 @@ pub struct Slot {
 impl Slots {
     /// `total` slots, of which one host may have `per_host`.
     #[must_use]
-    pub fn new(total: usize, per_host: usize) -> Self {
+    pub fn new(total: usize, per_host: usize, background: Background) -> Self {
         let state = Mutex::default();
-        Self(Arc::new(Shared { total: total.max(1), per_host: per_host.max(1), state }))
+        let shared = Shared { total: total.max(1), per_host: per_host.max(1), state };
+        Self { shared: Arc::new(shared), background }
     }
 
     /// Waits for a slot. Safe to cancel.
     pub async fn acquire(&self, ask: Ask) -> Slot {
+        if self.shared.lock().behind == 0 {
+            return self.wait(ask).await;
+        }
+        // What warming has it may hold on to while it gives way.
+        self.background.hurried(self.wait(ask)).await
+    }
+
+    async fn wait(&self, ask: Ask) -> Slot {
         loop {
             let (grant, granted) = oneshot::channel();
             let number = {
-                let mut state = self.0.lock();
+                let mut state = self.shared.lock();
                 let number = state.next;
                 state.next += 1;
                 state.waiting.push(Waiting { number, ask: ask.clone(), grant });
                 number
             };
-            let _leaving = Leaving { shared: &self.0, number };
-            self.0.give();
+            let _leaving = Leaving { shared: &self.shared, number };
+            self.shared.give();
             // A sender is dropped only with its slot in it; then the next turn is ours.
             if let Ok(slot) = granted.await {
                 return slot;
@@ -90,18 +108,22 @@ impl Slots {
     /// A slot that nobody else wants now, for going faster.
     #[must_use]
     pub fn spare(&self, ask: &Ask) -> Option<Slot> {
-        let mut state = self.0.lock();
-        let is_free = state.waiting.is_empty() && state.taken < self.0.total;
-        (is_free && state.has_room(&ask.host, self.0.per_host))
-            .then(|| self.0.take(&mut state, ask))
+        let mut state = self.shared.lock();
+        let is_free = state.waiting.is_empty() && state.taken < self.shared.total;
+        (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
     }
 
     /// Whether somebody waits who could use the slot of this host.
     #[must_use]
     pub fn is_wanted(&self, slot: &Slot) -> bool {
-        let state = self.0.lock();
+        let state = self.shared.lock();
         let fits = |waiting: &Waiting| {
-            waiting.ask.host == slot.host || state.has_room(&waiting.ask.host, self.0.per_host)
+            let Ask { urgency, host, .. } = &waiting.ask;
+            let of_host = *host == slot.host || state.has_room(host, self.shared.per_host);
+            let of_kind = urgency.priority() == Priority::Pod
+                || slot.priority == Priority::Warm
+                || state.behind < self.shared.most_behind();
+            of_host && of_kind
         };
         state.waiting.iter().any(fits)
     }
@@ -109,7 +131,7 @@ impl Slots {
     /// Slots in use.
     #[must_use]
     pub fn taken(&self) -> usize {
-        self.0.lock().taken
+        self.shared.lock().taken
     }
 }
 
@@ -118,11 +140,25 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What warming may have.
+    fn most_behind(&self) -> usize {
+        (self.total.min(self.per_host) / 2).max(1)
+    }
+
+    /// Whether who asks may have one of those that are free.
+    fn may(&self, state: &State, ask: &Ask) -> bool {
+        let stays_behind =
+            ask.urgency.priority() == Priority::Pod || state.behind < self.most_behind();
+        stays_behind && state.has_room(&ask.host, self.per_host)
+    }
+
     fn take(self: &Arc<Self>, state: &mut State, ask: &Ask) -> Slot {
+        let priority = ask.urgency.priority();
         state.taken += 1;
+        state.behind += usize::from(priority == Priority::Warm);
         *state.by_artifact.entry(ask.artifact).or_default() += 1;
         *state.by_host.entry(ask.host.clone()).or_default() += 1;
-        Slot { shared: Arc::clone(self), artifact: ask.artifact, host: ask.host.clone() }
+        Slot { shared: Arc::clone(self), priority, artifact: ask.artifact, host: ask.host.clone() }
     }
 
     /// Gives free slots to those who wait.
@@ -132,8 +168,7 @@ impl Shared {
         let mut refused = Vec::new();
         while state.taken < self.total {
             let asks = state.waiting.iter().map(|waiting| &waiting.ask);
-            let Some(chosen) = choose(asks, &state.by_artifact, &state.by_host, self.per_host)
-            else {
+            let Some(chosen) = choose(asks, &state.by_artifact, |ask| self.may(&state, ask)) else {
                 break;
             };
             let Waiting { ask, grant, .. } = state.waiting.remove(chosen);
@@ -157,13 +192,12 @@ impl State {
 fn choose<'a>(
     waiting: impl Iterator<Item = &'a Ask>,
     by_artifact: &HashMap<u64, usize>,
-    by_host: &HashMap<String, usize>,
-    per_host: usize,
+    may: impl Fn(&Ask) -> bool,
 ) -> Option<usize> {
     let count = |artifact: &u64| by_artifact.get(artifact).copied().unwrap_or_default();
     waiting
         .enumerate()
-        .filter(|(_, ask)| by_host.get(&ask.host).copied().unwrap_or_default() < per_host)
+        .filter(|(_, ask)| may(ask))
         .min_by_key(|(place, ask)| (ask.urgency.priority(), count(&ask.artifact), *place))
         .map(|(place, _)| place)
 }
@@ -183,6 +217,7 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.taken -= 1;
+        state.behind -= usize::from(self.priority == Priority::Warm);
         release(&mut state.by_artifact, &self.artifact);
         release(&mut state.by_host, &self.host);
         drop(state);
@@ -201,7 +236,6 @@ fn release<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::want::Priority;
     use super::*;
 
     fn ask(priority: Priority, artifact: u64, host: &str) -> Ask {
@@ -210,9 +244,13 @@ mod tests {
         Ask { urgency, artifact, host: host.to_owned() }
     }
 
+    fn slots(total: usize, per_host: usize) -> Slots {
+        Slots::new(total, per_host, Background::none())
+    }
+
     /// The order in which asks get a single slot after each other.
     async fn order(asks: Vec<Ask>) -> Vec<usize> {
-        let slots = Arc::new(Slots::new(1, 1));
+        let slots = Arc::new(slots(1, 1));
         let first = slots.acquire(ask(Priority::Pod, 99, "other")).await;
         let (sender, mut order) = tokio::sync::mpsc::unbounded_channel();
         for (number, ask) in asks.into_iter().enumerate() {
@@ -241,7 +279,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_artifact_of_many_blobs_takes_turns_with_one_of_few() {
-        let slots = Slots::new(2, 2);
+        let slots = slots(2, 2);
         let many = slots.acquire(ask(Priority::Pod, 1, "r")).await;
         let _other = slots.acquire(ask(Priority::Pod, 1, "r")).await;
         let mut second = Box::pin(slots.acquire(ask(Priority::Pod, 1, "r")));
@@ -255,8 +293,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn warming_leaves_half_to_publishes() {
+        let slots = slots(4, 4);
+        let warm = || ask(Priority::Warm, 1, "r");
+        let held = [slots.acquire(warm()).await, slots.acquire(warm()).await];
+        let mut third = Box::pin(slots.acquire(warm()));
+        assert!(futures_util::poll!(&mut third).is_pending());
+        let pod = slots.acquire(ask(Priority::Pod, 2, "r")).await;
+        assert!(!slots.is_wanted(&pod), "it would be of no use to warming");
+        assert!(slots.is_wanted(&held[0]));
+        drop(pod);
+        assert!(futures_util::poll!(&mut third).is_pending());
+        drop(held);
+        assert!(futures_util::poll!(&mut third).is_ready());
+    }
+
+    #[tokio::test]
     async fn a_host_leaves_room_for_others_and_who_leaves_is_forgotten() {
-        let slots = Slots::new(2, 1);
+        let slots = slots(2, 1);
         let slot = slots.acquire(ask(Priority::Pod, 1, "slow")).await;
         let mut second = Box::pin(slots.acquire(ask(Priority::Pod, 2, "slow")));
         assert!(futures_util::poll!(&mut second).is_pending());

@@ -17,6 +17,7 @@ use super::slots::Ask;
 use super::spans::Spans;
 use super::sponsors::{Source, Sponsors};
 use super::wire::Wire;
+use crate::background::give_way;
 use crate::oci::{Digest, Repository};
 use crate::store::growth::Follower;
 use crate::store::partial::{Partial, Purpose};
@@ -204,6 +205,7 @@ fn write(
 ) -> Result<(), StoreError> {
     while let Some(write) = queue.blocking_recv() {
         let since = Instant::now();
+        give_way();
         match write {
             Write::Bytes { offset, bytes, memory } => {
                 partial.write(offset, &bytes)?;

@@ -15,6 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
 use super::error::PullError;
+use crate::background::Background;
 use crate::oci::Digest;
 use crate::store::growth::Follower;
 use crate::store::layers::LayerWriter;
@@ -37,6 +38,10 @@ struct Shared {
     store: Store,
     limits: Limits,
     permits: Arc<Semaphore>,
+    /// Warming needs one of these besides: half of them, so that a pod need not wait for it.
+    behind: Arc<Semaphore>,
+    most_behind: usize,
+    background: Background,
     /// Layers that are here and wait for a permit.
     waiting: AtomicUsize,
     /// For windows that take a lot of memory.
@@ -48,6 +53,12 @@ struct Shared {
 /// the process runs. By repository, since the reason may quote the content.
 #[derive(Default)]
 struct Refusals(VecDeque<(String, LayerKey, Arc<PullError>)>);
+
+/// The right to do work that takes memory and disk.
+pub struct Permit {
+    _one_of_all: OwnedSemaphorePermit,
+    _one_behind: Option<OwnedSemaphorePermit>,
+}
 
 /// A thread that unpacks what grows.
 type Following = JoinHandle<Result<LayerWriter, PullError>>;
@@ -65,11 +76,21 @@ pub struct Job {
 impl Unpackers {
     /// `at_once` layers, of which `wide` with large windows.
     #[must_use]
-    pub fn new(store: Store, limits: Limits, at_once: usize, wide: usize) -> Self {
+    pub fn new(
+        store: Store,
+        limits: Limits,
+        at_once: usize,
+        wide: usize,
+        background: Background,
+    ) -> Self {
+        let most_behind = (at_once / 2).max(1);
         Self(Arc::new(Shared {
             store,
             limits,
             permits: Arc::new(Semaphore::new(at_once.max(1))),
+            behind: Arc::new(Semaphore::new(most_behind)),
+            most_behind,
+            background,
             waiting: AtomicUsize::new(0),
             wide: Semaphore::new(wide.max(1)),
             refusals: Mutex::default(),
@@ -77,10 +98,29 @@ impl Unpackers {
     }
 
     /// Waits for the right to do work that takes memory and disk.
-    pub async fn permit(&self) -> Result<OwnedSemaphorePermit, PullError> {
+    pub async fn permit(&self) -> Result<Permit, PullError> {
+        let acquire = async |permits: &Arc<Semaphore>| {
+            let permit = Arc::clone(permits).acquire_owned().await;
+            permit.map_err(|_| PullError::Crashed)
+        };
+        let behind =
+            if Background::is_here() { Some(acquire(&self.0.behind).await?) } else { None };
         let _waiting = WaitingForPermit::new(&self.0.waiting);
-        let permit = Arc::clone(&self.0.permits).acquire_owned().await;
-        permit.map_err(|_| PullError::Crashed)
+        let waiting = acquire(&self.0.permits);
+        let permit = if self.0.behind.available_permits() == self.0.most_behind {
+            waiting.await
+        } else {
+            // What warming has it may hold on to while it gives way.
+            self.0.background.hurried(waiting).await
+        };
+        Ok(Permit { _one_of_all: permit?, _one_behind: behind })
+    }
+
+    /// The same, if it is to be had at once.
+    fn free_permit(&self) -> Option<Permit> {
+        let acquire = |permits: &Arc<Semaphore>| Arc::clone(permits).try_acquire_owned().ok();
+        let behind = if Background::is_here() { Some(acquire(&self.0.behind)?) } else { None };
+        Some(Permit { _one_of_all: acquire(&self.0.permits)?, _one_behind: behind })
     }
 
     /// A layer of one's own to unpack.
@@ -111,8 +151,7 @@ impl Unpackers {
 impl Job {
     /// Begins to unpack what grows, if a permit is free. What was begun before is given up.
     pub fn follow(&self, mut follower: Follower) {
-        let permit = Arc::clone(&self.unpackers.0.permits).try_acquire_owned();
-        let following = permit.ok().map(|permit| {
+        let following = self.unpackers.free_permit().map(|permit| {
             let (job, since) = (self.clone(), Instant::now());
             follower.gives_way_if(move |waited| {
                 let elapsed = since.elapsed();

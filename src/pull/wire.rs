@@ -8,10 +8,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::retry::RetryPolicy;
 use super::slots::Slots;
 use super::throttle::Throttle;
+use crate::background::Background;
 use crate::oci::registry::Registry;
 
-/// Bytes between network and disk, of all downloads together.
+/// Bytes between network and disk, of all downloads that pods wait for.
 const MEMORY: usize = 4 << 20;
+/// The same of warming, which holds on to them while it gives way.
+const MEMORY_BEHIND: usize = 2 << 20;
 
 /// What may be set about downloads.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +61,7 @@ pub struct Wire {
     pub(super) throttle: Throttle,
     pub(super) observer: Arc<dyn Observer>,
     memory: Arc<Semaphore>,
+    memory_behind: Arc<Semaphore>,
 }
 
 impl Default for WireOptions {
@@ -80,21 +84,28 @@ impl Wire {
         registry: Registry,
         options: WireOptions,
         observer: Arc<dyn Observer>,
+        background: Background,
     ) -> Self {
         Self {
             registry,
             options,
-            slots: Slots::new(options.downloads, options.downloads_per_host),
+            slots: Slots::new(options.downloads, options.downloads_per_host, background),
             throttle: Throttle::new(options.bytes_per_second),
             observer,
             memory: Arc::new(Semaphore::new(MEMORY)),
+            memory_behind: Arc::new(Semaphore::new(MEMORY_BEHIND)),
         }
     }
 
     /// Waits for room for so many bytes; none at the driver's end.
     pub(super) async fn memory(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        let bytes = u32::try_from(bytes.min(MEMORY)).unwrap_or(u32::MAX);
-        Arc::clone(&self.memory).acquire_many_owned(bytes).await.ok()
+        let (memory, all) = if Background::is_here() {
+            (&self.memory_behind, MEMORY_BEHIND)
+        } else {
+            (&self.memory, MEMORY)
+        };
+        let bytes = u32::try_from(bytes.min(all)).unwrap_or(u32::MAX);
+        Arc::clone(memory).acquire_many_owned(bytes).await.ok()
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::error::StoreError;
+use crate::background::give_way;
 use crate::fault;
 
 /// Up to so many files and folders are synced one by one; beyond, one `syncfs`
@@ -62,6 +63,7 @@ impl Staged {
 impl Barrier {
     /// Returns when everything noted is on the disk.
     pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
+        give_way();
         if let Some(few) = &staged.few {
             return few.iter().try_for_each(|path| sync(path));
         }

@@ -29,6 +29,7 @@ use super::inventory::layer_entry;
 use super::room::Meter;
 use super::staging::{Staging, current_generation};
 use super::{LayerKey, ObjectName, SecurityLabel, Store};
+use crate::background::give_way;
 use crate::fault;
 use crate::mount::syscalls;
 use crate::oci::Digest;
@@ -242,6 +243,7 @@ impl Iterator for Entries {
     type Item = Result<Entry, StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
+        give_way();
         let failed = || damaged(&self.path, "a record cannot be decoded");
         let length = match read_varint(&mut self.reader) {
             Some(0) => return None,
@@ -342,6 +344,7 @@ impl Sink for LayerWriter {
         header: &FileHeader,
         content: &mut dyn BufRead,
     ) -> std::io::Result<StoredFile> {
+        give_way();
         self.meter.makes_file().map_err(full)?;
         let (number, path) = self.next_folder()?;
         let Some(folder) = &self.folder else {
@@ -363,6 +366,7 @@ impl Sink for LayerWriter {
             if bytes.is_empty() {
                 break;
             }
+            give_way();
             checksum.update(bytes);
             self.meter.writes(bytes.len() as u64).map_err(full)?;
             for piece in bytes.chunks(WRITE_BYTES) {

@@ -18,6 +18,7 @@ use super::files::{copy_inode, set_owner_and_mode};
 use super::layers::{system_time, too_large};
 use super::staging::Staging;
 use super::trees::Objects;
+use crate::background;
 use crate::mount::syscalls;
 use crate::unpack::entry::Metadata;
 use crate::unpack::merge::{PlannedKind, PlannedNode, TreePlan};
@@ -84,7 +85,11 @@ impl Builder<'_> {
         std::thread::scope(|scope| {
             let link = |part| {
                 let thread = std::thread::Builder::new().name("link".to_owned());
-                thread.spawn_scoped(scope, move || self.fill_part(root, part))
+                let current = background::current();
+                thread.spawn_scoped(scope, move || {
+                    background::inherit(current);
+                    self.fill_part(root, part)
+                })
             };
             let others = parts.map(link).collect::<io::Result<Vec<_>>>()?;
             let mut filled = self.fill_part(root, own);
@@ -99,6 +104,7 @@ impl Builder<'_> {
     fn fill_part(self, root: &Path, nodes: &[PlannedNode]) -> io::Result<()> {
         let mut way = Way::from(root, self.plan)?;
         for node in nodes {
+            background::give_way();
             match &node.kind {
                 PlannedKind::Directory(_) => {}
                 PlannedKind::File(file) => {

@@ -68,6 +68,7 @@ impl Volumes {
     /// Publishes a volume.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, VolumeError> {
         let request = Arc::new(request);
+        let _first = self.content().ok().map(|content| content.puller.goes_first());
         let interest = self.0.guards.interest(&request.target.full());
         let gone = Arc::new(AtomicBool::new(false));
         let _caller = Caller(Arc::clone(&gone));

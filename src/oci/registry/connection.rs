@@ -5,6 +5,9 @@
 //! free      to hosts that the administrator named, and to registries written as loopback
 //! proxied   through a proxy, which resolves by itself
 //! ```
+//!
+//! Each of them twice: a connection is driven by the threads that have opened it, and pods do not
+//! wait for those of the [background](crate::background).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +15,7 @@ use std::time::Duration;
 use reqwest::{Client, Url};
 
 use super::address::{AddressRules, GuardedResolver};
+use crate::background::Background;
 
 /// Buffered for one blob at most while its reader is busy.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -21,11 +25,17 @@ const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 /// Cheap to clone; clones share connections.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
+    foreground: Clients,
+    background: Clients,
+    /// Whether the host has a proxy of its own.
+    pub(super) has_own_proxy: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Clients {
     pub(super) guarded: Client,
     pub(super) free: Client,
     pub(super) proxied: Client,
-    /// Whether the host has a proxy of its own.
-    pub(super) has_own_proxy: bool,
 }
 
 /// How connections are made.
@@ -39,6 +49,21 @@ pub(super) struct ConnectionSettings<'a> {
 
 impl Connection {
     pub(super) fn new(settings: &ConnectionSettings<'_>) -> Result<Self, reqwest::Error> {
+        Ok(Self {
+            foreground: Clients::new(settings)?,
+            background: Clients::new(settings)?,
+            has_own_proxy: settings.proxy.is_some(),
+        })
+    }
+
+    /// Those of the calling thread.
+    pub(super) fn clients(&self) -> &Clients {
+        if Background::is_here() { &self.background } else { &self.foreground }
+    }
+}
+
+impl Clients {
+    fn new(settings: &ConnectionSettings<'_>) -> Result<Self, reqwest::Error> {
         let builder = || {
             Client::builder()
                 .tls_backend_preconfigured(settings.tls.clone())
@@ -61,7 +86,6 @@ impl Connection {
             guarded: builder().no_proxy().dns_resolver(resolver).build()?,
             free: builder().no_proxy().build()?,
             proxied: proxied.build()?,
-            has_own_proxy: settings.proxy.is_some(),
         })
     }
 }

@@ -121,14 +121,14 @@ impl Transport {
 
     /// The client that reaches an address by the rules, if they let it be reached.
     fn client<'a>(&self, endpoint: &'a Endpoint, url: &Url) -> Result<&'a Client, AddressRefused> {
-        let connection = &endpoint.connection;
+        let clients = endpoint.connection.clients();
         let configured = endpoint.configured && url.origin() == endpoint.root.origin();
-        if configured && connection.has_own_proxy {
-            return Ok(&connection.proxied);
+        if configured && endpoint.connection.has_own_proxy {
+            return Ok(&clients.proxied);
         }
         // Who may lead to loopback was decided before: `Endpoint::check`, `redirect::check`.
         if redirect::is_loopback(url) {
-            return Ok(&connection.free);
+            return Ok(&clients.free);
         }
         if !configured {
             self.0.rules.check_literal(url)?;
@@ -138,9 +138,9 @@ impl Transport {
             .parse()
             .is_ok_and(|address: http::Uri| self.0.proxies.intercept(&address).is_some());
         Ok(match (proxied, configured) {
-            (true, _) => &connection.proxied,
-            (false, true) => &connection.free,
-            (false, false) => &connection.guarded,
+            (true, _) => &clients.proxied,
+            (false, true) => &clients.free,
+            (false, false) => &clients.guarded,
         })
     }
 
