@@ -1,7 +1,8 @@
 //! One write, and what its failure means.
 //!
 //! Every change carries the version that it was decided on, so it changes nothing that somebody else has changed
-//! meanwhile: not an edited spec, not what a new leader has written.
+//! meanwhile: not an edited spec, not what a new leader has written. What was sent then counts as what is there: a
+//! definition that is older than this program drops fields, and they would be sent again and again.
 
 use std::time::Duration;
 
@@ -94,7 +95,9 @@ pub(super) async fn assign(
         "spec": {"artifacts": artifacts},
     });
     let api: Api<NodeArtifacts> = Api::all(client);
-    in_time(api.patch(node, &parameters(), &Patch::Merge(&change))).await
+    let mut object = in_time(api.patch(node, &parameters(), &Patch::Merge(&change))).await?;
+    artifacts.clone_into(&mut object.spec.artifacts);
+    Ok(object)
 }
 
 /// Says how far a preload is.
@@ -109,7 +112,9 @@ pub(super) async fn report(
         "status": whole(status),
     });
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
-    in_time(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await
+    let mut object = in_time(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await?;
+    object.status = Some(status.clone());
+    Ok(object)
 }
 
 /// Deletes a preload whose time is over, if it is still the same.

@@ -294,9 +294,11 @@ impl Working {
         let written = tokio::time::timeout(TIMEOUT, write).await;
         let now = Instant::now();
         match written {
-            Ok(Ok(object)) => {
+            Ok(Ok(_)) => {
                 self.failures = 0;
-                self.written = Some(Written { status: object.status });
+                // Not what is answered: a definition that is older than this program drops fields, and they would be
+                // sent again and again.
+                self.written = Some(Written { status: Some(status) });
                 self.may_write = now + SETTLE;
             }
             Ok(Err(kube::Error::Api(answer))) if answer.code == 404 => {

@@ -95,6 +95,11 @@ impl ApiServer {
         self.store().forget_history();
     }
 
+    /// The definition becomes an older one, which does not know this field of the status.
+    pub fn forget_field(&self, kind: Kind, field: &str) {
+        self.store().schemas.forget(kind, field);
+    }
+
     /// The next requests that match fail so.
     pub fn fail(&self, fault: Fault) {
         self.store().faults.push(fault);

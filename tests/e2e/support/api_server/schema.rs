@@ -20,6 +20,18 @@ impl Schemas {
         Self { preload, node }
     }
 
+    /// As if the definition were of a version that did not know this field of the status.
+    pub(super) fn forget(&mut self, kind: Kind, field: &str) {
+        let schema = match kind {
+            Kind::Preload => &mut self.preload,
+            Kind::NodeArtifacts => &mut self.node,
+            Kind::Node | Kind::Secret | Kind::Lease => panic!("{kind:?} has no definition"),
+        };
+        let fields = schema["properties"]["status"]["properties"].as_object_mut();
+        let known = fields.and_then(|fields| fields.remove(field));
+        assert!(known.is_some(), "{kind:?} has no {field}");
+    }
+
     fn of(&self, kind: Kind) -> Option<&Value> {
         match kind {
             Kind::Preload => Some(&self.preload),

@@ -102,7 +102,7 @@ pub(super) struct Store {
     /// Versions up to this are forgotten.
     forgotten: u64,
     watches: HashMap<Kind, Vec<Watch>>,
-    schemas: Schemas,
+    pub(super) schemas: Schemas,
     pub(super) listeners: Vec<(Kind, UnboundedSender<Value>)>,
     pub(super) faults: Vec<Fault>,
     pub(super) counts: Counts,
