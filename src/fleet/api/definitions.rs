@@ -24,12 +24,15 @@ pub fn yaml() -> Result<String, String> {
 
 fn document(definition: &CustomResourceDefinition) -> Result<String, String> {
     let mut value = serde_json::to_value(definition).map_err(|error| error.to_string())?;
-    whole_numbers(&mut value);
+    as_kept(&mut value);
     serde_saphyr::to_string(&value).map_err(|error| error.to_string())
 }
 
-/// Bounds are numbers of any kind to the type, and whole ones to everybody who compares files.
-fn whole_numbers(value: &mut Value) {
+/// As the API server keeps it, so that whoever compares finds no difference. Bounds are numbers of any kind to the
+/// type, and whole ones there. `nullable: false` is what is so without being said, and is not kept; the type needs it,
+/// since without it the library makes what has no type nullable. Descriptions are one line, which tools break as
+/// they like.
+fn as_kept(value: &mut Value) {
     match value {
         Value::Number(number) => {
             let whole = number.as_f64().filter(|float| float.fract() == 0.0);
@@ -39,8 +42,14 @@ fn whole_numbers(value: &mut Value) {
                 *value = Value::from(whole);
             }
         }
-        Value::Array(items) => items.iter_mut().for_each(whole_numbers),
-        Value::Object(fields) => fields.values_mut().for_each(whole_numbers),
+        Value::Array(items) => items.iter_mut().for_each(as_kept),
+        Value::Object(fields) => {
+            fields.retain(|name, value| name != "nullable" || *value != Value::Bool(false));
+            if let Some(Value::String(text)) = fields.get_mut("description") {
+                *text = text.replace('\n', " ");
+            }
+            fields.values_mut().for_each(as_kept);
+        }
         _ => {}
     }
 }

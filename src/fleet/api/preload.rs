@@ -131,7 +131,7 @@ pub struct ArtifactPreloadStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub ready_reference: Option<String>,
-    /// Nodes that are selected and have the driver.
+    /// Nodes that are selected and have the driver, or are so new to the controller that they may have it.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub desired: i32,

@@ -23,7 +23,8 @@ pub(super) fn spread(_: &mut SchemaGenerator) -> Schema {
         "maxLength": 16,
         "pattern": "^([0-9]+(\\.[0-9]+)?(ms|s|m|h))+$",
         "x-kubernetes-validations": [{
-            "rule": "duration(self) <= duration('24h')",
+            // What the pattern refuses is no duration: one message is enough.
+            "rule": "!self.matches('^([0-9]+([.][0-9]+)?(ms|s|m|h))+$') || duration(self) <= duration('24h')",
             "message": "nodes begin within a day: write at most 24h",
         }],
     })
@@ -80,12 +81,17 @@ pub(super) fn node_names(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Labels that a node must have.
+/// Labels that a node must have. Where null is not allowed the API server drops it, label and all, and a selector
+/// without labels selects every node: so it is allowed, and refused.
 pub(super) fn labels(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
         "maxProperties": 16,
-        "additionalProperties": {"type": "string", "maxLength": 63},
+        "additionalProperties": {"type": "string", "maxLength": 63, "nullable": true},
+        "x-kubernetes-validations": [{
+            "rule": "self.all(name, dyn(self[name]) != null)",
+            "message": "a label has a value, which may be \"\"",
+        }],
     })
 }
 
