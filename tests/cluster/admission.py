@@ -34,7 +34,9 @@ class Evaluator:
         self.validations = [
             (
                 program(each["expression"]),
-                each.get("message") or program(each["messageExpression"]),
+                program(each["messageExpression"])
+                if "messageExpression" in each
+                else each["message"],
             )
             for each in spec["validations"]
         ]
