@@ -160,6 +160,8 @@ pub struct Object {
     pub version: String,
     /// The uid of the node that it was made for.
     pub owner: Option<String>,
+    /// When it was made.
+    pub created: Seconds,
     /// What it is to hold, by preload.
     pub wanted: Vec<Wanted>,
     /// What it says.
@@ -358,11 +360,14 @@ impl World {
             }
         });
         let version = object.metadata.resource_version.clone().unwrap_or_default();
+        let created = object.metadata.creation_timestamp.as_ref();
+        let created = created.map_or(0, |time| time.0.as_second());
         let known = self.objects.get(&name).filter(|known| !known.relisted);
         if known.is_some_and(|known| is_newer(&known.version, &version)) {
             return;
         }
-        self.objects.insert(name, Object { version, owner, wanted, report, relisted: false });
+        let object = Object { version, owner, created, wanted, report, relisted: false };
+        self.objects.insert(name, object);
     }
 }
 

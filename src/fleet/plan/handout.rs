@@ -12,8 +12,8 @@ use crate::fleet::api::preload::MAXIMUM_FAILED_NODES;
 use crate::oci::{Platform, Reference};
 use crate::units::Bytes;
 
-/// A node plugin takes a wish up within seconds; one that has not after so long is not there.
-const PATIENCE: Seconds = 120;
+/// A node plugin says what it is, and takes a wish up, within seconds; one that has not after so long is not there.
+pub(super) const PATIENCE: Seconds = 120;
 /// What a node waits between two tries, at most.
 const LONGEST_PAUSE: Seconds = 300;
 
@@ -24,6 +24,9 @@ pub(super) struct Turn<'a> {
     pub(super) node: &'a Node,
     pub(super) object: &'a Object,
 }
+
+/// A node that may have the driver: its object is so young that the plugin may not have said yet what it is.
+pub(super) type Awaited<'a> = (&'a Arc<str>, &'a Node);
 
 /// What became of one preload.
 #[derive(Debug, Default)]
@@ -97,6 +100,7 @@ enum State {
 pub(super) fn hand_out(
     preload: &Preload,
     turns: &[Turn<'_>],
+    awaited: &[Awaited<'_>],
     wishes: &mut [Wishes],
     now: Seconds,
 ) -> HandedOut {
@@ -114,12 +118,18 @@ pub(super) fn hand_out(
         // What the nodes were told before may well be what it means: nothing changes before that is known.
         keep_all(preload.id, wishes);
         handed.counts.desired =
-            turns.iter().filter(|turn| is_selected(preload, parsed, turn)).count();
+            turns.iter().filter(|turn| is_selected(preload, parsed, turn)).count()
+                + count_awaited(preload, awaited);
         return handed;
     }
     let selected: Vec<usize> =
         (0..turns.len()).filter(|&at| is_selected(preload, parsed, &turns[at])).collect();
     handed.counts.desired = selected.len();
+    // A gate that waits for all nodes does not open after the first ones; one that is open stays so.
+    let was_reached = handed.current.as_ref().is_some_and(|current| was_reached(preload, current));
+    if !was_reached {
+        handed.counts.desired += count_awaited(preload, awaited);
+    }
     let mut slots = parsed.parallelism.of(selected.len());
     if preload.spec.paused || handed.problem.is_some() {
         slots = 0;
@@ -129,7 +139,7 @@ pub(super) fn hand_out(
     let mut work = Work { preload, parsed, turns, wishes, now, begin, slots: 0 };
     if let Some(current) = handed.current.clone() {
         let (busy, candidates) = work.keep(&selected, &current, &mut handed, true);
-        handed.reached = was_reached(preload, &current)
+        handed.reached = was_reached
             || (handed.counts.desired > 0 && handed.counts.ready == handed.counts.desired);
         work.slots = slots.saturating_sub(busy);
         work.begin_some(candidates, &current, &mut handed, true);
@@ -250,18 +260,24 @@ fn was_reached(preload: &Preload, current: &Current) -> bool {
         && super::status::is_ready(&preload.status)
 }
 
-fn is_selected(preload: &Preload, parsed: &Parsed, turn: &Turn<'_>) -> bool {
+fn count_awaited(preload: &Preload, awaited: &[Awaited<'_>]) -> usize {
+    awaited.iter().filter(|(name, node)| selects(preload, name, node)).count()
+}
+
+fn selects(preload: &Preload, name: &str, node: &Node) -> bool {
     let selector = &preload.spec.selector;
+    let named = selector.names.is_empty() || selector.names.iter().any(|other| other == name);
+    let has = |(key, value): (&String, &String)| node.labels.get(key) == Some(value);
+    named && selector.match_labels.iter().all(has)
+}
+
+fn is_selected(preload: &Preload, parsed: &Parsed, turn: &Turn<'_>) -> bool {
     let Some(report) = &turn.object.report else { return false };
-    let named =
-        selector.names.is_empty() || selector.names.iter().any(|name| **name == **turn.name);
-    let labels = &turn.node.labels;
-    let labelled = selector.match_labels.iter().all(|(key, value)| labels.get(key) == Some(value));
     let fits = |platform: &Platform| {
         parsed.platforms.is_empty()
             || parsed.platforms.iter().any(|wanted| wanted.accepts(platform))
     };
-    named && labelled && report.platform.as_ref().is_none_or(fits)
+    selects(preload, turn.name, turn.node) && report.platform.as_ref().is_none_or(fits)
 }
 
 struct Work<'a, 'w> {

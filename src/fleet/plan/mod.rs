@@ -23,7 +23,7 @@ use std::sync::Arc;
 use crate::fleet::api::ArtifactPreloadStatus;
 use crate::fleet::api::node::MAXIMUM_ARTIFACTS;
 use facts::{Object, PreloadId, Seconds, Wanted, World};
-use handout::Turn;
+use handout::{Awaited, Turn};
 
 /// Bytes of a node's wishes: a third of what the API server takes, since the status comes on top, and time to notice.
 const MAXIMUM_BYTES: usize = 512 << 10;
@@ -112,18 +112,27 @@ fn size_of(reference: &str, sealed: bool) -> usize {
 pub fn plan(world: &World, now: Seconds) -> Plan {
     let mut plan = Plan::default();
     let mut turns: Vec<Turn<'_>> = Vec::with_capacity(world.nodes.len());
+    let mut awaited: Vec<Awaited<'_>> = Vec::new();
     for (name, node) in &world.nodes {
-        match world.objects.get(name) {
-            None => plan.create.push(Arc::clone(name)),
-            // The garbage collector takes what was made for the node's predecessor.
-            Some(object) if object.owner.as_ref().is_some_and(|owner| *owner != node.uid) => {}
-            Some(object) => turns.push(Turn { name, node, object }),
+        let Some(object) = world.objects.get(name) else {
+            plan.create.push(Arc::clone(name));
+            awaited.push((name, node));
+            continue;
+        };
+        let until = object.created + handout::PATIENCE;
+        if object.report.is_none() && until >= now {
+            awaited.push((name, node));
+            plan.wake = earlier(plan.wake, Some(until + 1));
+        }
+        // The garbage collector takes what was made for the node's predecessor.
+        if object.owner.as_ref().is_none_or(|owner| *owner == node.uid) {
+            turns.push(Turn { name, node, object });
         }
     }
     turns.sort_by_key(|turn| (turn.node.turn, turn.name));
     let mut wishes: Vec<Wishes> = turns.iter().map(|_| Wishes::default()).collect();
     for (key, preload) in &world.preloads {
-        let handed = handout::hand_out(preload, &turns, &mut wishes, now);
+        let handed = handout::hand_out(preload, &turns, &awaited, &mut wishes, now);
         plan.wake = earlier(plan.wake, handed.wake);
         if handed.look {
             plan.look.push(Arc::clone(key));

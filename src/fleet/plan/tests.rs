@@ -46,6 +46,10 @@ impl Cluster {
         self.version.to_string()
     }
 
+    fn time(&self) -> Time {
+        Time(jiff::Timestamp::from_second(self.now).expect("a time"))
+    }
+
     fn add_node(&mut self, name: &str) {
         let zone = if name.ends_with(['0', '2', '4', '6', '8']) { "a" } else { "b" };
         let node = Node {
@@ -138,6 +142,7 @@ impl Cluster {
             object.metadata = ObjectMeta {
                 name: Some(name.to_string()),
                 resource_version: Some(self.version()),
+                creation_timestamp: Some(self.time()),
                 ..ObjectMeta::default()
             };
             self.world.put_object(&object);
@@ -320,6 +325,42 @@ fn a_node_that_joins_gets_it_and_readiness_stays() {
     cluster.remove_node("late");
     cluster.settle();
     assert_eq!(cluster.status("tool").desired, 3);
+}
+
+#[test]
+fn readiness_waits_for_nodes_that_may_have_the_driver_and_not_for_ever() {
+    let mut cluster = Cluster::new(2);
+    cluster.apply("tool", |_| {});
+    cluster.resolve("tool");
+    cluster.apply("one", |spec| spec.selector.names = vec!["node-0".into()]);
+    cluster.resolve("one");
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Preloading", "no plugin has said that it is there");
+    cluster.start_plugin("node-0");
+    cluster.run_until_done();
+    let counts = |cluster: &Cluster| {
+        let status = cluster.status("tool");
+        (status.desired, status.ready, status.active, status.failed)
+    };
+    assert_eq!((counts(&cluster), cluster.reason("tool").as_str()), ((2, 1, 0, 0), "Preloading"));
+    assert_eq!(cluster.reason("one"), "Ready", "the other node is not selected");
+    assert_eq!(cluster.plan().wake, Some(BEGIN + 121));
+    // It has no driver: neither the gate nor the number waits on.
+    cluster.now += 121;
+    cluster.settle();
+    assert_eq!((counts(&cluster), cluster.reason("tool").as_str()), ((1, 1, 0, 0), "Ready"));
+    // The objects are lost: with the next version of the preload it is as in the beginning.
+    cluster.objects.clear();
+    cluster.world.objects.clear();
+    cluster.apply("tool", |spec| spec.timeout_seconds += 1);
+    let lost = cluster.step();
+    assert_eq!((lost.create.len(), cluster.status("tool").desired), (2, 2));
+    cluster.start_plugin("node-0");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Preloading");
+    cluster.start_plugin("node-1");
+    cluster.run_until_done();
+    assert_eq!((counts(&cluster), cluster.reason("tool").as_str()), ((2, 2, 0, 0), "Ready"));
 }
 
 #[test]
