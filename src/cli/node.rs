@@ -61,8 +61,8 @@ pub(super) struct NodeArguments {
     /// Needs a service account that may get `csinodes` and get and patch `nodes`.
     #[arg(long, env = "STARTUP_TAINT")]
     startup_taint: Option<String>,
-    /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may get, list and
-    /// watch `nodeartifacts`, and patch their status.
+    /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may list and watch
+    /// `nodeartifacts`, and patch their status.
     #[arg(long, env = "FLEET")]
     fleet: bool,
     /// Tell pods by Events how far their pulls are, and how they ended. Needs a service account that may
