@@ -127,7 +127,7 @@ fn fill(state: &Path, artifacts: usize) {
         merger.file(0, &rule, key.digest, content.len() as u64, permissions).expect("a file");
         let plan = merger.finish(&Selection::default()).expect("a plan");
         let mut objects = Objects::default();
-        objects.files.insert(key, file);
+        objects.files.insert(key, file.clone());
         let manifest_bytes = format!("{{\"manifest\": {number}}}").into_bytes();
         let manifest = Digest::of(&manifest_bytes);
         store.put_blob(manifest, &manifest_bytes).expect("a manifest");
@@ -149,7 +149,8 @@ fn fill(state: &Path, artifacts: usize) {
             view: View::default(),
         };
         let tree = TreeKey::new(manifest, "", "Readable", "");
-        store.commit_tree(tree, record, &plan, &objects).expect("a tree");
+        let built = store.build_tree(&plan, &objects).expect("a tree");
+        store.commit_tree(tree, record, built, (&[], &[file])).expect("a tree");
     }
 }
 

@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
+use futures_util::future::try_join_all;
 use futures_util::stream::FuturesUnordered;
 
 use super::error::PullError;
 use super::flights::Outcome;
+use super::objects::{Naming, ReadyLayer};
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
@@ -18,7 +20,7 @@ use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::{ManifestName, RegistryError};
 use crate::oci::{Digest, Repository};
 use crate::store::files::StoredFile;
-use crate::store::layers::Layer;
+use crate::store::layers::LayerView;
 use crate::store::trees::{Objects, TreeRecord, View};
 use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
@@ -58,7 +60,7 @@ pub(super) enum PartRule {
 /// A part that is in the store.
 pub(super) enum Object {
     File(usize, FileRule, u64, StoredFile),
-    Layer(usize, ArchiveRule, Layer),
+    Layer(usize, ArchiveRule, LayerView),
 }
 
 impl SponsorsByTree {
@@ -260,7 +262,7 @@ impl Inner {
         let reservation = self.reserve(&parts, shape.permissions).await?;
         let mut waiting = parts.into_iter();
         let mut under_way = FuturesUnordered::new();
-        let mut objects = Vec::new();
+        let (mut objects, mut namings) = (Vec::new(), Vec::new());
         loop {
             while under_way.len() < LAYERS_AT_ONCE
                 && let Some(part) = waiting.next()
@@ -274,7 +276,11 @@ impl Inner {
                 });
             }
             match under_way.next().await {
-                Some(object) => objects.push(object.map_err(unshare)?),
+                Some(object) => {
+                    let (object, naming) = object.map_err(unshare)?;
+                    objects.push(object);
+                    namings.extend(naming);
+                }
                 None => break,
             }
         }
@@ -283,9 +289,30 @@ impl Inner {
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
         let permit = self.unpackers.permit().await?;
-        blocking(move || {
+        let built = blocking(move || {
             let _permit = permit;
-            inner.merge(key, (manifest, kind, compressed_bytes), objects, &shape)
+            let (plan, objects) = inner.plan(objects, &shape)?;
+            let record = TreeRecord {
+                manifest,
+                kind,
+                bytes: plan.totals.bytes,
+                inodes: plan.totals.inodes,
+                compressed_bytes,
+                own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+                view: shape.view(),
+            };
+            let built = inner.store.build_tree(&plan, &objects)?;
+            Ok((built, record, objects))
+        })
+        .await;
+        // Layers are synced and named while the tree is built of them; what keeps one from its
+        // name is also why building fails.
+        let layers = try_join_all(namings).await.map_err(unshare)?;
+        let (built, record, objects) = built?;
+        let inner = Arc::clone(self);
+        blocking(move || {
+            let files: Vec<_> = objects.files.into_values().collect();
+            Ok(inner.store.commit_tree(key, record, built, (&layers, &files))?)
         })
         .await
     }
@@ -327,41 +354,20 @@ impl Inner {
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
-    ) -> Result<Object, Arc<PullError>> {
+    ) -> Result<(Object, Option<Naming>), Arc<PullError>> {
         let Part { layer, descriptor, rule } = part;
-        let object = match rule {
+        Ok(match rule {
             PartRule::File(rule, mode) => {
                 let file = self.file(&descriptor, mode, sponsors, (progress, layer)).await?;
-                Object::File(layer, rule, descriptor.size, file)
+                (Object::File(layer, rule, descriptor.size, file), None)
             }
             PartRule::Archive(rule) => {
-                let unpacked = self
+                let ReadyLayer { view, named } = self
                     .layer(&descriptor, &rule, permissions, sponsors, (progress, layer))
                     .await?;
-                Object::Layer(layer, rule, unpacked)
+                (Object::Layer(layer, rule, view), Some(named))
             }
-        };
-        Ok(object)
-    }
-
-    fn merge(
-        &self,
-        key: TreeKey,
-        (manifest, kind, compressed_bytes): (Digest, String, u64),
-        parts: Vec<Object>,
-        shape: &Shape,
-    ) -> Result<Tree, PullError> {
-        let (plan, objects) = self.plan(parts, shape)?;
-        let record = TreeRecord {
-            manifest,
-            kind,
-            bytes: plan.totals.bytes,
-            inodes: plan.totals.inodes,
-            compressed_bytes,
-            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
-            view: shape.view(),
-        };
-        Ok(self.store.commit_tree(key, record, &plan, &objects)?)
+        })
     }
 
     /// What a volume of this shape shows of these parts.
@@ -395,14 +401,16 @@ impl Inner {
     /// A layer's entries. A damaged index condemns the layer: the next try fetches it again.
     fn each_entry(
         &self,
-        layer: &Layer,
+        layer: &LayerView,
         mut visit: impl FnMut(Entry) -> Result<(), PullError>,
     ) -> Result<(), PullError> {
         let mut read =
             || -> Result<(), PullError> { layer.entries()?.try_for_each(|entry| visit(entry?)) };
         let done = read();
-        if let Err(PullError::Store(StoreError::Damaged { .. })) = &done {
-            self.store.mark_damaged(layer.path())?;
+        if let Err(PullError::Store(StoreError::Damaged { .. })) = &done
+            && let Some(path) = layer.path()
+        {
+            self.store.mark_damaged(path)?;
         }
         done
     }

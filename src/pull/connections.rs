@@ -1,7 +1,7 @@
 //! The connections that bring one blob.
 //!
 //! The first asks for the whole blob, as everybody does. While the node waits for
-//! bytes, and not bytes for the node, more connections take pieces of it ([`Spans`]),
+//! bytes, and not bytes for the node, nor for its processors, more connections take pieces of it ([`Spans`]),
 //! for as long as the registry answers ranges with ranges. A connection that breaks
 //! leaves its rest to the others, or to the next try; with it goes one connection of
 //! what the registry is trusted to serve at once.
@@ -18,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::error::PullError;
+use super::idle::Processors;
 use super::progress::Progress;
 use super::retry::Retries;
 use super::slots::{Ask, Slot};
@@ -425,19 +426,23 @@ enum Stop {
 struct Pace<'a> {
     busy: &'a AtomicU64,
     before: (Instant, u64),
+    processors: Processors,
 }
 
 impl<'a> Pace<'a> {
     fn new(busy: &'a AtomicU64) -> Self {
-        Self { busy, before: (Instant::now(), busy.load(Ordering::Relaxed)) }
+        let before = (Instant::now(), busy.load(Ordering::Relaxed));
+        Self { busy, before, processors: Processors::new() }
     }
 
-    /// Whether the writer had nothing to do for more than half of the time since the last look.
+    /// Whether the writer had nothing to do for more than half of the time since the last look, and
+    /// not because the processors had too much.
     fn wire_is_slower(&mut self) -> bool {
         let now = (Instant::now(), self.busy.load(Ordering::Relaxed));
         let (then, busy) = std::mem::replace(&mut self.before, now);
         let elapsed = now.0.duration_since(then).as_nanos();
-        elapsed > LOOK.as_nanos() / 2 && u128::from(now.1 - busy) * 2 < elapsed
+        let had_time = self.processors.had_time();
+        had_time && elapsed > LOOK.as_nanos() / 2 && u128::from(now.1 - busy) * 2 < elapsed
     }
 }
 

@@ -10,6 +10,7 @@
 //! signatures finding an artifact's signatures, and verifying them
 //! transfer   one blob to partial/, verified
 //! connections  the connections that bring it; spans: which brings which bytes; retry: after how long
+//! idle       whether the node's processors have time
 //! wire       what all downloads share; slots: who may download; throttle: how fast
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
@@ -27,6 +28,7 @@ pub mod candidates;
 pub mod connections;
 pub mod error;
 pub mod flights;
+mod idle;
 pub mod import;
 pub mod objects;
 pub mod progress;
@@ -107,7 +109,7 @@ struct Inner {
     trees: Flights<TreeKey, Tree>,
     origins: Flights<(String, TreeKey), ()>,
     files: Flights<objects::FileWant, crate::store::files::StoredFile>,
-    layers: Flights<LayerKey, crate::store::layers::Layer>,
+    layers: Flights<LayerKey, objects::ReadyLayer>,
     blobs: objects::BlobLocks,
     sponsors: artifact::SponsorsByTree,
 }

@@ -5,8 +5,12 @@ use std::fs::File;
 use std::io::Cursor;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Shared};
+
 use super::Inner;
 use super::error::PullError;
+use super::flights::Outcome;
 use super::progress::Progress;
 use super::resolve::blocking;
 use super::room::layer_key;
@@ -18,7 +22,7 @@ use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
 use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::growth::Follower;
-use crate::store::layers::Layer;
+use crate::store::layers::{Layer, LayerView, UnpackedLayer};
 use crate::store::partial::Purpose;
 use crate::store::{FileKey, LayerKey, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
@@ -37,6 +41,18 @@ pub struct FileWant {
     /// Mode and owner; none means by content.
     pub permissions: Option<Permissions>,
 }
+
+/// A layer that is complete, and may still have to be synced and named.
+#[derive(Clone)]
+pub struct ReadyLayer {
+    /// What trees link meanwhile.
+    pub view: LayerView,
+    /// Its name; a tree has none before all of its layers do.
+    pub named: Naming,
+}
+
+/// Goes on whether anybody waits or not.
+pub type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
 /// Who may work on a blob: one flight at a time, whatever it makes of it.
 #[derive(Debug, Default)]
@@ -106,7 +122,7 @@ impl Inner {
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
         (progress, number): (&Progress, usize),
-    ) -> Result<Layer, Arc<PullError>> {
+    ) -> Result<ReadyLayer, Arc<PullError>> {
         let key = layer_key(descriptor.digest, rule, permissions);
         loop {
             let mut started = false;
@@ -205,23 +221,26 @@ impl Inner {
         key: LayerKey,
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
-    ) -> Result<Layer, PullError> {
+    ) -> Result<ReadyLayer, PullError> {
         let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
         let inner = Arc::clone(&self);
-        let (known, guard) = blocking(move || Ok((inner.store.layer(key)?, guard))).await?;
-        if let Some(layer) = known {
+        let known = move || {
+            let layer = inner.store.layer(key)?;
+            let ready =
+                layer.map(|layer| Ok::<_, PullError>((layer.view()?, layer))).transpose()?;
+            Ok((ready, guard))
+        };
+        let (known, guard) = blocking(known).await?;
+        if let Some((view, layer)) = known {
             progress.resumed(descriptor.size);
-            return Ok(layer);
+            return Ok(ReadyLayer { view, named: std::future::ready(Ok(layer)).boxed().shared() });
         }
         if let Some(data) = descriptor.data.clone() {
             progress.resumed(descriptor.size);
             let writer = job.finish(move || Ok(Cursor::new(data.clone()))).await?;
-            return blocking(move || {
-                let layer = self.store.commit_layer(key, writer)?;
-                drop(guard);
-                Ok(layer)
-            })
-            .await;
+            let inner = Arc::clone(&self);
+            let unpacked = blocking(move || Ok(inner.store.finish_layer(key, writer)?)).await?;
+            return self.name_layer(unpacked, guard, |_| Ok(()));
         }
         if let Some((_, source)) = sponsors.current()
             && let Some(refusal) = self.unpackers.refusal(&source.repository.to_string(), key)
@@ -235,20 +254,50 @@ impl Inner {
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
-        let digest = descriptor.digest;
-        blocking(move || {
+        let (inner, from) = (Arc::clone(&self), repository.clone());
+        let unpacked = blocking(move || {
             verified(partial.path())?;
             // Before the sync, which would only write it; and an archive that was refused would be
             // refused again: nothing of it is kept either.
             partial.discard()?;
-            let layer = unpacked
-                .and_then(|writer| Ok(self.store.commit_layer(key, writer)?))
-                .map_err(|error| self.remember_refusal(&repository, key, error));
-            self.remember_origin(&repository, asked, digest)?;
-            drop(guard);
-            layer
+            unpacked
+                .and_then(|writer| Ok(inner.store.finish_layer(key, writer)?))
+                .map_err(|error| inner.remember_refusal(&from, key, error))
         })
-        .await
+        .await;
+        let digest = descriptor.digest;
+        let named = move |inner: &Self| inner.remember_origin(&repository, asked, digest);
+        match unpacked {
+            Ok(unpacked) => self.name_layer(unpacked, guard, named),
+            Err(error) => {
+                // It did come from there.
+                let inner = Arc::clone(&self);
+                blocking(move || named(&inner)).await?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Begins to sync and name a layer, and does not wait for it. The blob is free again when that
+    /// has ended: whoever wants it then finds the layer.
+    fn name_layer(
+        self: &Arc<Self>,
+        unpacked: UnpackedLayer,
+        guard: BlobGuard,
+        named: impl FnOnce(&Self) -> Result<(), PullError> + Send + 'static,
+    ) -> Result<ReadyLayer, PullError> {
+        let (view, inner) = (unpacked.view()?, Arc::clone(self));
+        let naming = tokio::task::spawn_blocking(move || {
+            let layer = inner.store.commit_layer(unpacked)?;
+            named(&inner)?;
+            drop(guard);
+            Ok(layer)
+        });
+        let outcome = async move {
+            let named = naming.await.unwrap_or(Err(PullError::Crashed));
+            named.map_err(Arc::new)
+        };
+        Ok(ReadyLayer { view, named: outcome.boxed().shared() })
     }
 
     /// What the content's bytes are refused for they are refused for again: they need not be fetched for it.

@@ -9,14 +9,19 @@
 //!
 //! A layer is complete or absent: it is written in staging and named last. It
 //! is never filtered; selection only decides which of its files a tree links.
+//! Trees may link a layer ([`LayerView`]) while it is being synced: they get
+//! their own name after all of their layers have theirs.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Read, Seek as _, Write};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
@@ -62,6 +67,24 @@ pub struct Layer {
     path: PathBuf,
     /// None where it is only read back.
     lease: Option<Lease>,
+}
+
+/// The content of a complete layer: an open folder, whose name may still be to come.
+#[derive(Clone, Debug)]
+pub struct LayerView {
+    folder: Arc<OwnedFd>,
+    /// Where it lies, once it has its name.
+    named: Option<PathBuf>,
+    /// Nobody takes it away meanwhile.
+    _lease: Option<Lease>,
+}
+
+/// A layer that is unpacked, and has neither been synced nor named.
+#[derive(Debug)]
+pub struct UnpackedLayer {
+    key: LayerKey,
+    totals: LayerTotals,
+    staging: Staging,
 }
 
 /// What a layer adds up to.
@@ -146,8 +169,12 @@ impl Store {
         Ok(writer)
     }
 
-    /// Gives a finished layer its name.
-    pub fn commit_layer(&self, key: LayerKey, writer: LayerWriter) -> Result<Layer, StoreError> {
+    /// Ends the writing of a layer.
+    pub fn finish_layer(
+        &self,
+        key: LayerKey,
+        writer: LayerWriter,
+    ) -> Result<UnpackedLayer, StoreError> {
         let mut totals = writer.totals;
         totals.files = writer.files.into();
         let staging = writer.finish()?;
@@ -155,12 +182,26 @@ impl Store {
             // What decompressing took is not wanted again soon.
             syscalls::give_memory_back();
         }
+        let path = staging.path();
+        fault::point("layer.unpacked").map_err(|error| StoreError::io("write", path, error))?;
+        Ok(UnpackedLayer { key, totals, staging })
+    }
+
+    /// Gives an unpacked layer its name.
+    pub fn commit_layer(&self, unpacked: UnpackedLayer) -> Result<Layer, StoreError> {
+        let UnpackedLayer { key, totals, staging } = unpacked;
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
-        fault::point("layer.unpacked").map_err(|error| StoreError::io("write", &path, error))?;
         let (generation, lease) = self.commit(staging, &path, &folder)?;
         self.catalog().add(ObjectName::layer(key, generation), layer_entry(&totals));
         Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease: Some(lease) })
+    }
+}
+
+impl UnpackedLayer {
+    /// Its content, which stays where it is while the layer is named.
+    pub fn view(&self) -> Result<LayerView, StoreError> {
+        LayerView::open(self.staging.path(), None, None)
     }
 }
 
@@ -186,10 +227,36 @@ impl Layer {
         &self.path
     }
 
-    /// Where regular file `number` lies.
+    /// Its content.
+    pub fn view(&self) -> Result<LayerView, StoreError> {
+        LayerView::open(&self.path, Some(self.path.clone()), self.lease.clone())
+    }
+}
+
+impl LayerView {
+    fn open(path: &Path, named: Option<PathBuf>, lease: Option<Lease>) -> Result<Self, StoreError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let folder = nix::fcntl::open(path, flags, Mode::empty())
+            .map_err(|error| StoreError::io("open", path, error.into()))?;
+        Ok(Self { folder: Arc::new(folder), named, _lease: lease })
+    }
+
+    /// Where it lies; none while it has no name.
     #[must_use]
-    pub fn data(&self, number: u32) -> PathBuf {
-        self.path.join("data").join(folder_of(number).to_string()).join(number.to_string())
+    pub fn path(&self) -> Option<&Path> {
+        self.named.as_deref()
+    }
+
+    /// The layer's folder, below which its [data](Self::data) lies.
+    #[must_use]
+    pub fn folder(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+
+    /// Where regular file `number` lies below the folder.
+    #[must_use]
+    pub fn data(number: u32) -> PathBuf {
+        format!("data/{}/{number}", folder_of(number)).into()
     }
 
     /// Reads the index, whose checksum is compared before the first entry is given out.
@@ -198,9 +265,11 @@ impl Layer {
     ///
     /// [`StoreError::Damaged`] when it is not what was written.
     pub fn entries(&self) -> Result<Entries, StoreError> {
-        let path = self.path.join("index");
+        let path = self.named.clone().unwrap_or_default().join("index");
         let failed = |error| StoreError::io("read", &path, error);
-        let mut file = File::open(&path).map_err(failed)?;
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = nix::fcntl::openat(&self.folder, "index", flags, Mode::empty());
+        let mut file = File::from(file.map_err(|error| failed(error.into()))?);
         let length = file.metadata().map_err(failed)?.len();
         let body = length.checked_sub(32).ok_or_else(|| damaged(&path, "it is cut short"))?;
         let mut hasher = sha2::Sha256::new();
@@ -353,11 +422,8 @@ impl Sink for LayerWriter {
         let Metadata { permissions, modified, extended_attributes } = &header.metadata;
         // Relative to the open folder: no path is walked for each of many small files.
         let name = number.to_string();
-        let flags = nix::fcntl::OFlag::O_WRONLY
-            | nix::fcntl::OFlag::O_CREAT
-            | nix::fcntl::OFlag::O_EXCL
-            | nix::fcntl::OFlag::O_CLOEXEC;
-        let mode = nix::sys::stat::Mode::from_bits_truncate(permissions.mode);
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        let mode = Mode::from_bits_truncate(permissions.mode);
         let mut file = File::from(nix::fcntl::openat(folder, name.as_str(), flags, mode)?);
         let mut checksum = Checksummer::default();
         let mut size = 0;

@@ -1,6 +1,7 @@
 //! Where objects are made before they have a name.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::catalog::Lease;
 use super::durable::{self, Staged};
@@ -64,7 +65,9 @@ impl Store {
     ) -> Result<(u32, Lease), StoreError> {
         let failed = |error| StoreError::io("name", key_folder, error);
         fault::point("commit.staged").map_err(failed)?;
+        let since = Instant::now();
         self.barrier().pass(&staging.staged)?;
+        tracing::debug!(object = %key_folder.display(), took = ?since.elapsed(), "synced");
         fault::point("commit.synced").map_err(failed)?;
         let named = loop {
             durable::create_folders(key_folder)?;

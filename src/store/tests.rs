@@ -51,7 +51,8 @@ fn tree(store: &Store, name: &str, key: FileKey, file: &StoredFile) -> Tree {
         view: View::default(),
     };
     let tree_key = TreeKey::new(key.digest, name, "Readable", "");
-    store.commit_tree(tree_key, record, &plan, &objects).expect("a tree")
+    let built = store.build_tree(&plan, &objects).expect("a tree");
+    store.commit_tree(tree_key, record, built, (&[], std::slice::from_ref(file))).expect("a tree")
 }
 
 fn shown(store: &Store, tree: &Tree, name: &str) -> std::fs::Metadata {

@@ -121,11 +121,13 @@ impl Builder<'_> {
 
     fn link(self, file: u32, folder: &OwnedFd, name: &CString) -> io::Result<()> {
         let source = self.plan.files[file as usize].source;
-        let path = self.objects.locate(source).ok_or(io::ErrorKind::NotFound)?;
-        let here = nix::fcntl::AT_FDCWD;
-        match linkat(here, &path, folder, name.as_c_str(), AtFlags::empty()) {
+        let (from, path) = self.objects.locate(source).ok_or(io::ErrorKind::NotFound)?;
+        match linkat(from, &path, folder, name.as_c_str(), AtFlags::empty()) {
             // ext4 gives an inode 65,000 names; the next tree gets an inode alike in everything.
-            Err(nix::errno::Errno::EMLINK) => copy_inode(&path, &below(folder, name)),
+            Err(nix::errno::Errno::EMLINK) => {
+                let path = self.objects.path(source).ok_or(io::ErrorKind::NotFound)?;
+                copy_inode(&path, &below(folder, name))
+            }
             linked => Ok(linked?),
         }
     }

@@ -10,9 +10,10 @@
 //! root, so that another form (an EROFS image) can stand beside this one.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -24,8 +25,8 @@ use super::error::StoreError;
 use super::eviction::FORGOTTEN;
 use super::files::StoredFile;
 use super::inventory::tree_entry;
-use super::layers::Layer;
-use super::staging::{current_generation, names};
+use super::layers::{Layer, LayerView};
+use super::staging::{Staging, current_generation, names};
 use super::tree_builder::Builder;
 use super::{ObjectName, Store, TreeKey, records};
 use crate::fault;
@@ -86,11 +87,17 @@ pub struct View {
     pub file_mode: Option<u32>,
 }
 
+/// A tree that is complete but for its records and its name.
+#[derive(Debug)]
+pub struct BuiltTree {
+    staging: Staging,
+}
+
 /// The objects that a plan's files come from.
 #[derive(Debug, Default)]
 pub struct Objects {
     /// By the layer's number in the manifest.
-    pub layers: std::collections::BTreeMap<u32, Layer>,
+    pub layers: std::collections::BTreeMap<u32, LayerView>,
     /// Single files by digest, mode and owner.
     pub files: std::collections::HashMap<super::FileKey, StoredFile>,
 }
@@ -160,18 +167,27 @@ impl Store {
         self.root().join(tree.as_str()).join("tree.json")
     }
 
-    /// Makes a plan a tree.
+    /// Makes a plan a tree, which has no name yet.
+    pub fn build_tree(&self, plan: &TreePlan, objects: &Objects) -> Result<BuiltTree, StoreError> {
+        let mut staging = self.stage()?;
+        let root = staging.path().join("root");
+        let since = Instant::now();
+        Builder { plan, objects, label: self.label() }.build(&root, &mut staging)?;
+        let nodes = plan.nodes.len();
+        tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
+        Ok(BuiltTree { staging })
+    }
+
+    /// Gives a tree its name, after all that it links has one.
     pub fn commit_tree(
         &self,
         key: TreeKey,
         record: TreeRecord,
-        plan: &TreePlan,
-        objects: &Objects,
+        built: BuiltTree,
+        (layers, files): (&[Layer], &[StoredFile]),
     ) -> Result<Tree, StoreError> {
-        let mut staging = self.stage()?;
-        let root = staging.path().join("root");
-        Builder { plan, objects, label: self.label() }.build(&root, &mut staging)?;
-        let links: Vec<String> = objects.names();
+        let BuiltTree { mut staging } = built;
+        let links = names_of(layers, files);
         for (name, json) in [
             ("tree.json", serde_json::to_vec(&record)),
             ("objects.json", serde_json::to_vec(&links)),
@@ -193,6 +209,14 @@ impl Store {
         let path = folder.join(generation.to_string());
         Ok(Tree { key, generation, record, path, lease: Some(lease) })
     }
+}
+
+/// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
+fn names_of(layers: &[Layer], files: &[StoredFile]) -> Vec<String> {
+    let layers = layers.iter().map(|layer| ObjectName::layer(layer.key, layer.generation));
+    let files = files.iter().map(|file| ObjectName::file(file.key, file.generation));
+    let names: std::collections::BTreeSet<_> = layers.chain(files).collect();
+    names.iter().map(|name| name.as_str().to_owned()).collect()
 }
 
 impl Tree {
@@ -228,26 +252,26 @@ impl Tree {
 }
 
 impl Objects {
-    /// Where the content of a planned file lies.
-    pub(super) fn locate(&self, source: Source) -> Option<PathBuf> {
+    /// Where the content of a planned file lies: below a folder, or by itself.
+    pub(super) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
         match source {
             Source::Archive { layer, data } => {
-                self.layers.get(&layer).map(|layer| layer.data(data))
+                let layer = self.layers.get(&layer)?;
+                Some((layer.folder(), LayerView::data(data)))
             }
             Source::Blob { digest, permissions } => {
-                let file = self.files.get(&super::FileKey { digest, permissions });
-                file.map(|file| file.path.clone())
+                let file = self.files.get(&super::FileKey { digest, permissions })?;
+                Some((nix::fcntl::AT_FDCWD, file.path.clone()))
             }
         }
     }
 
-    /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
-    fn names(&self) -> Vec<String> {
-        let layers =
-            self.layers.values().map(|layer| ObjectName::layer(layer.key, layer.generation));
-        let files = self.files.values().map(|file| ObjectName::file(file.key, file.generation));
-        let names: std::collections::BTreeSet<_> = layers.chain(files).collect();
-        names.iter().map(|name| name.as_str().to_owned()).collect()
+    /// The same as one path, good as long as these are.
+    pub(super) fn path(&self, source: Source) -> Option<PathBuf> {
+        use std::os::fd::AsRawFd as _;
+        let (folder, path) = self.locate(source)?;
+        // An absolute path stays what it is.
+        Some(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(path))
     }
 }
 

@@ -272,6 +272,33 @@ fn who_asks_for_what_is_being_evicted_gets_all_of_it() {
     }
 }
 
+#[test]
+fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
+    let mortal = Mortal::new();
+    let artifact = &mortal.artifacts[1];
+    let (driver, go) = mortal.paused_at("commit.staged");
+    let volume = mortal.kubelet.new_volume(&artifact.reference);
+    let state = driver.state().to_owned();
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+        wait_for_the_point(&driver, "commit.staged");
+        let is_built = |staged: &PathBuf| staged.join("root/etc/one").exists();
+        crate::support::wait_until("the tree is linked beside", || {
+            entries(&state.join("staging")).iter().any(is_built)
+        });
+        for folder in ["layers", "trees"] {
+            assert_eq!(entries(&state.join(folder)), BTreeSet::new(), "{folder}");
+        }
+        // What is on its way is nobody's to take.
+        mortal.admin.told(&["gc", "--target", "0"]);
+        fs::write(&go, "").expect("written");
+        publish.join().expect("published");
+    });
+    artifact.check(volume.target());
+    mortal.kubelet.unpublish(&volume);
+    mortal.check(&driver, &[]);
+}
+
 /// `make crash ROUNDS=200` for the long run.
 #[test]
 fn kills_at_random_moments_under_load_spoil_nothing() {
