@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
-use futures_util::future::try_join_all;
 use futures_util::stream::FuturesUnordered;
 
 use super::error::PullError;
@@ -20,7 +19,7 @@ use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::{ManifestName, RegistryError};
 use crate::oci::{Digest, Repository};
 use crate::store::files::StoredFile;
-use crate::store::layers::LayerView;
+use crate::store::layers::{Layer, LayerView};
 use crate::store::trees::{Objects, TreeRecord, View};
 use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
@@ -61,6 +60,15 @@ pub(super) enum PartRule {
 pub(super) enum Object {
     File(usize, FileRule, u64, StoredFile),
     Layer(usize, ArchiveRule, LayerView),
+}
+
+impl Object {
+    /// Where it lies now; of many layers not each needs to be held open until the last one has come.
+    fn is_named(&mut self, named: &Layer) {
+        if let Self::Layer(_, _, view) = self {
+            *view = named.view();
+        }
+    }
 }
 
 impl SponsorsByTree {
@@ -261,27 +269,39 @@ impl Inner {
         progress.expect(compressed_bytes);
         let reservation = self.reserve(&parts, shape.permissions).await?;
         let mut waiting = parts.into_iter();
-        let mut under_way = FuturesUnordered::new();
-        let (mut objects, mut namings) = (Vec::new(), Vec::new());
+        let (mut under_way, mut unnamed) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let (mut objects, mut layers) = (Vec::new(), Vec::new());
         loop {
             while under_way.len() < LAYERS_AT_ONCE
+                && unnamed.len() < LAYERS_AT_ONCE
                 && let Some(part) = waiting.next()
             {
-                let (blob, reservation) = (part.descriptor.digest, &reservation);
+                let blob = part.descriptor.digest;
                 let object = self.object(part, shape.permissions, sponsors, progress);
-                under_way.push(async move {
-                    let object = object.await;
-                    reservation.done(blob);
-                    object
-                });
+                under_way.push(async move { (blob, object.await) });
             }
-            match under_way.next().await {
-                Some(object) => {
+            if under_way.is_empty() && waiting.len() == 0 {
+                break;
+            }
+            tokio::select! {
+                Some((blob, object)) = under_way.next() => {
                     let (object, naming) = object.map_err(unshare)?;
+                    match naming {
+                        Some(naming) => {
+                            let place = objects.len();
+                            unnamed.push(async move { (place, blob, naming.await) });
+                        }
+                        None => reservation.done(blob),
+                    }
                     objects.push(object);
-                    namings.extend(naming);
                 }
-                None => break,
+                Some((place, blob, layer)) = unnamed.next() => {
+                    let layer: Layer = layer.map_err(unshare)?;
+                    reservation.done(blob);
+                    objects[place].is_named(&layer);
+                    layers.push(layer);
+                }
+                else => break,
             }
         }
         drop(under_way);
@@ -307,7 +327,10 @@ impl Inner {
         .await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
-        let layers = try_join_all(namings).await.map_err(unshare)?;
+        while let Some((_, blob, layer)) = unnamed.next().await {
+            layers.push(layer.map_err(unshare)?);
+            reservation.done(blob);
+        }
         let (built, record, objects) = built?;
         let inner = Arc::clone(self);
         blocking(move || {

@@ -224,15 +224,10 @@ impl Inner {
     ) -> Result<ReadyLayer, PullError> {
         let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
         let inner = Arc::clone(&self);
-        let known = move || {
-            let layer = inner.store.layer(key)?;
-            let ready =
-                layer.map(|layer| Ok::<_, PullError>((layer.view()?, layer))).transpose()?;
-            Ok((ready, guard))
-        };
-        let (known, guard) = blocking(known).await?;
-        if let Some((view, layer)) = known {
+        let (known, guard) = blocking(move || Ok((inner.store.layer(key)?, guard))).await?;
+        if let Some(layer) = known {
             progress.resumed(descriptor.size);
+            let view = layer.view();
             return Ok(ReadyLayer { view, named: std::future::ready(Ok(layer)).boxed().shared() });
         }
         if let Some(data) = descriptor.data.clone() {

@@ -162,8 +162,7 @@ impl Inner {
                     let of_key = |name: &&ObjectName| name.as_str().starts_with(&folder);
                     let unpacked =
                         links.iter().find(of_key).and_then(|name| self.store.linked_layer(name));
-                    let view = unpacked.map(|unpacked| unpacked.view()).transpose()?;
-                    view.map(|view| Object::Layer(layer, rule, view))
+                    unpacked.map(|unpacked| Object::Layer(layer, rule, unpacked.view()))
                 }
             };
             let Some(object) = object else { return Ok(None) };

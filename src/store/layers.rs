@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::sys::stat::Mode;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
@@ -69,14 +69,19 @@ pub struct Layer {
     lease: Option<Lease>,
 }
 
-/// The content of a complete layer: an open folder, whose name may still be to come.
+/// The content of a complete layer, whether it has its name yet or not.
 #[derive(Clone, Debug)]
 pub struct LayerView {
-    folder: Arc<OwnedFd>,
-    /// Where it lies, once it has its name.
-    named: Option<PathBuf>,
+    place: Place,
     /// Nobody takes it away meanwhile.
     _lease: Option<Lease>,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Named(PathBuf),
+    /// An open folder stays the same when it is renamed.
+    Staged(Arc<OwnedFd>),
 }
 
 /// A layer that is unpacked, and has neither been synced nor named.
@@ -201,7 +206,11 @@ impl Store {
 impl UnpackedLayer {
     /// Its content, which stays where it is while the layer is named.
     pub fn view(&self) -> Result<LayerView, StoreError> {
-        LayerView::open(self.staging.path(), None, None)
+        let path = self.staging.path();
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let folder = nix::fcntl::open(path, flags, Mode::empty())
+            .map_err(|error| StoreError::io("open", path, error.into()))?;
+        Ok(LayerView { place: Place::Staged(Arc::new(folder)), _lease: None })
     }
 }
 
@@ -228,35 +237,32 @@ impl Layer {
     }
 
     /// Its content.
-    pub fn view(&self) -> Result<LayerView, StoreError> {
-        LayerView::open(&self.path, Some(self.path.clone()), self.lease.clone())
+    #[must_use]
+    pub fn view(&self) -> LayerView {
+        LayerView { place: Place::Named(self.path.clone()), _lease: self.lease.clone() }
     }
 }
 
 impl LayerView {
-    fn open(path: &Path, named: Option<PathBuf>, lease: Option<Lease>) -> Result<Self, StoreError> {
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let folder = nix::fcntl::open(path, flags, Mode::empty())
-            .map_err(|error| StoreError::io("open", path, error.into()))?;
-        Ok(Self { folder: Arc::new(folder), named, _lease: lease })
-    }
-
     /// Where it lies; none while it has no name.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.named.as_deref()
+        match &self.place {
+            Place::Named(path) => Some(path),
+            Place::Staged(_) => None,
+        }
     }
 
-    /// The layer's folder, below which its [data](Self::data) lies.
-    #[must_use]
-    pub fn folder(&self) -> BorrowedFd<'_> {
-        self.folder.as_fd()
+    /// Where regular file `number` lies: below an open folder, or by itself.
+    pub(super) fn data(&self, number: u32) -> (BorrowedFd<'_>, PathBuf) {
+        self.below(&data(number))
     }
 
-    /// Where regular file `number` lies below the folder.
-    #[must_use]
-    pub fn data(number: u32) -> PathBuf {
-        format!("data/{}/{number}", folder_of(number)).into()
+    fn below(&self, name: &Path) -> (BorrowedFd<'_>, PathBuf) {
+        match &self.place {
+            Place::Named(path) => (AT_FDCWD, path.join(name)),
+            Place::Staged(folder) => (folder.as_fd(), name.to_owned()),
+        }
     }
 
     /// Reads the index, whose checksum is compared before the first entry is given out.
@@ -265,10 +271,10 @@ impl LayerView {
     ///
     /// [`StoreError::Damaged`] when it is not what was written.
     pub fn entries(&self) -> Result<Entries, StoreError> {
-        let path = self.named.clone().unwrap_or_default().join("index");
+        let (folder, path) = self.below(Path::new("index"));
         let failed = |error| StoreError::io("read", &path, error);
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = nix::fcntl::openat(&self.folder, "index", flags, Mode::empty());
+        let file = nix::fcntl::openat(folder, &path, flags, Mode::empty());
         let mut file = File::from(file.map_err(|error| failed(error.into()))?);
         let length = file.metadata().map_err(failed)?.len();
         let body = length.checked_sub(32).ok_or_else(|| damaged(&path, "it is cut short"))?;
@@ -501,6 +507,11 @@ pub(super) fn system_time(time: Timestamp) -> SystemTime {
     };
     base.and_then(|base| base.checked_add(Duration::from_nanos(time.nanoseconds.into())))
         .unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// Where regular file `number` lies below its layer.
+pub(super) fn data(number: u32) -> PathBuf {
+    format!("data/{}/{number}", folder_of(number)).into()
 }
 
 fn folder_of(number: u32) -> u32 {

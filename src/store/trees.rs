@@ -256,8 +256,7 @@ impl Objects {
     pub(super) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
         match source {
             Source::Archive { layer, data } => {
-                let layer = self.layers.get(&layer)?;
-                Some((layer.folder(), LayerView::data(data)))
+                self.layers.get(&layer).map(|layer| layer.data(data))
             }
             Source::Blob { digest, permissions } => {
                 let file = self.files.get(&super::FileKey { digest, permissions })?;

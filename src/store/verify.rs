@@ -25,7 +25,7 @@ use sha2::Digest as _;
 use super::catalog::Lease;
 use super::error::StoreError;
 use super::files::{StoredFile, is_executable};
-use super::layers::{Layer, LayerView, read_totals};
+use super::layers::{self, Layer, read_totals};
 use super::object::{ObjectKind, ObjectName};
 use super::staging::names;
 use super::trees::{Objects, Tree};
@@ -286,7 +286,7 @@ fn verify_layer(path: &Path, verified: &mut Verified, damage: &mut Damage) {
     let Some(layer) = Layer::read(path) else {
         return damage.push((PathBuf::new(), "it is not a layer".into()));
     };
-    let entries = match layer.view().and_then(|view| view.entries()) {
+    let entries = match layer.view().entries() {
         Ok(entries) => entries,
         Err(error) => return damage.push(("index".into(), error.to_string())),
     };
@@ -297,7 +297,7 @@ fn verify_layer(path: &Path, verified: &mut Verified, damage: &mut Damage) {
         };
         let EntryKind::File { size, data, checksum } = entry.kind else { continue };
         verified.bytes += size;
-        let below = LayerView::data(data);
+        let below = layers::data(data);
         let file = path.join(&below);
         let shown = OsStr::from_bytes(entry.path.as_bytes()).to_string_lossy().into_owned();
         match (checksum_of(&file, checksum), file.symlink_metadata()) {
