@@ -83,6 +83,23 @@ pub fn give_way() {
     });
 }
 
+/// Does what holds something that others wait for: in the background as an ordinary thread, which
+/// is not kept from ending it.
+pub fn as_ordinary<T>(work: impl FnOnce() -> T) -> T {
+    struct Back(Arc<Threads>);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            self.0.take_place(&self.0.lock());
+        }
+    }
+    let threads = HERE.with_borrow(Option::clone);
+    let _back = threads.map(|threads| {
+        threads.set(gettid().as_raw(), ThreadClass::Ordinary);
+        Back(threads)
+    });
+    work()
+}
+
 /// Starts to work for another thread: `inherit` is what [`current`] was there.
 pub fn inherit(current: Option<Current>) {
     HERE.set(current.map(|current| current.0));
@@ -219,11 +236,15 @@ impl Threads {
     }
 
     fn add(&self) {
-        let thread = gettid().as_raw();
         let mut state = self.lock();
-        state.threads.insert(thread);
+        state.threads.insert(gettid().as_raw());
+        self.take_place(&state);
+    }
+
+    /// Gives the calling thread the class that all have now.
+    fn take_place(&self, state: &State) {
         let class = if state.hurries == 0 { ThreadClass::Idle } else { ThreadClass::Ordinary };
-        self.set(thread, class);
+        self.set(gettid().as_raw(), class);
     }
 
     fn remove(&self) {
@@ -252,7 +273,7 @@ impl Threads {
         let mut state = self.lock();
         state.hurries += 1;
         self.changed.notify_all();
-        if state.hurries == 1 && self.stand_back {
+        if self.stand_back {
             // Those that they have started, too.
             for thread in threads_of_this_process() {
                 if syscalls::thread_class(thread).is_ok_and(|class| class == ThreadClass::Idle) {
@@ -303,6 +324,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_stands_back_with_all_it_starts_until_somebody_waits() {
+        let _alone = ALONE.lock().await;
         let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
         // Without the right to come back nobody stands back.
         let idle = if can_come_back() { ThreadClass::Idle } else { ThreadClass::Ordinary };
@@ -330,6 +352,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_runs_already_hurries_too() {
+        let _alone = ALONE.lock().await;
         let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
         let (go, wait) = std::sync::mpsc::channel::<()>();
         let (ready, started) = tokio::sync::oneshot::channel();
@@ -371,13 +394,19 @@ mod tests {
 
     fn wait_until_it_pauses(background: &Background) {
         let threads = &background.0.as_ref().expect("threads").threads;
+        let since = Instant::now();
         while threads.lock().pausing == 0 {
+            assert!(since.elapsed().as_secs() < 60, "nothing pauses");
             std::thread::yield_now();
         }
     }
 
+    /// Hurrying is the affair of the whole process.
+    static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
     #[tokio::test]
     async fn a_step_waits_for_who_goes_first() {
+        let _alone = ALONE.lock().await;
         let background = Background::start().expect("threads");
         let first = background.go_first();
         let done = step(&background);
@@ -389,7 +418,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_holds_a_lock_is_done_as_by_an_ordinary_thread() {
+        let _alone = ALONE.lock().await;
+        let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
+        let idle = if can_come_back() { ThreadClass::Idle } else { ThreadClass::Ordinary };
+        let work = async { (as_ordinary(class), class()) };
+        let classes = background.spawn(&tracker, work).await.expect("a task");
+        assert_eq!(classes, (ThreadClass::Ordinary, idle));
+        assert_eq!(as_ordinary(class), ThreadClass::Ordinary);
+    }
+
+    #[tokio::test]
     async fn who_hurries_waits_for_nobody() {
+        let _alone = ALONE.lock().await;
         let background = Background::start().expect("threads");
         let _first = background.go_first();
         let done = step(&background);
@@ -398,8 +439,5 @@ mod tests {
         done.await.expect("it went on");
         step(&background).await.expect("it went on");
         drop(hurry);
-        let done = step(&background);
-        wait_until_it_pauses(&background);
-        drop(done);
     }
 }

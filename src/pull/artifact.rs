@@ -9,7 +9,7 @@ use futures_util::stream::FuturesUnordered;
 
 use super::error::PullError;
 use super::flights::Outcome;
-use super::objects::{Naming, ReadyLayer};
+use super::objects::ReadyLayer;
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
@@ -285,11 +285,11 @@ impl Inner {
             }
             tokio::select! {
                 Some((blob, object)) = under_way.next() => {
-                    let (object, naming) = object.map_err(unshare)?;
-                    match naming {
-                        Some(naming) => {
-                            let place = objects.len();
-                            unnamed.push(async move { (place, blob, naming.await) });
+                    let (object, ready) = object.map_err(unshare)?;
+                    match ready {
+                        Some(ready) => {
+                            let (place, background) = (objects.len(), &self.background);
+                            unnamed.push(async move { (place, blob, ready.named(background).await) });
                         }
                         None => reservation.done(blob),
                     }
@@ -308,7 +308,7 @@ impl Inner {
         let inner = Arc::clone(self);
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
-        let permit = self.unpackers.permit().await?;
+        let permit = self.unpackers.permit(progress).await?;
         let built = blocking(move || {
             let _permit = permit;
             let (plan, objects) = inner.plan(objects, &shape)?;
@@ -327,13 +327,19 @@ impl Inner {
         .await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
+        let mut named = Ok(());
         while let Some((_, blob, layer)) = unnamed.next().await {
-            layers.push(layer.map_err(unshare)?);
+            match layer {
+                Ok(layer) => layers.push(layer),
+                Err(error) => named = named.and(Err(error)),
+            }
             reservation.done(blob);
         }
-        let (built, record, objects) = built?;
         let inner = Arc::clone(self);
         blocking(move || {
+            // Here, since what was built for nothing is removed, which takes a while.
+            named.map_err(unshare)?;
+            let (built, record, objects) = built?;
             let files: Vec<_> = objects.files.into_values().collect();
             Ok(inner.store.commit_tree(key, record, built, (&layers, &files))?)
         })
@@ -377,7 +383,7 @@ impl Inner {
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
-    ) -> Result<(Object, Option<Naming>), Arc<PullError>> {
+    ) -> Result<(Object, Option<ReadyLayer>), Arc<PullError>> {
         let Part { layer, descriptor, rule } = part;
         Ok(match rule {
             PartRule::File(rule, mode) => {
@@ -385,10 +391,10 @@ impl Inner {
                 (Object::File(layer, rule, descriptor.size, file), None)
             }
             PartRule::Archive(rule) => {
-                let ReadyLayer { view, named } = self
+                let ready = self
                     .layer(&descriptor, &rule, permissions, sponsors, (progress, layer))
                     .await?;
-                (Object::Layer(layer, rule, view), Some(named))
+                (Object::Layer(layer, rule, ready.view.clone()), Some(ready))
             }
         })
     }

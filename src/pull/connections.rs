@@ -185,8 +185,8 @@ impl<'a> Connections<'a> {
             let end = tokio::select! {
                 end = running.next() => end,
                 _ = looks.tick() => {
-                    if pace.wire_is_slower() {
-                        self.grow(running.len());
+                    if self.may_grow(running.len()) && pace.wire_is_slower() {
+                        self.grow();
                     }
                     continue;
                 }
@@ -243,12 +243,15 @@ impl<'a> Connections<'a> {
         state.spans.join();
     }
 
+    /// Whether there may be more connections than those that run.
+    fn may_grow(&self, running: usize) -> bool {
+        let state = self.state();
+        running >= state.wanted && state.wanted < state.most && state.ranges != Ranges::Refused
+    }
+
     /// Another connection may help: at first one, to see whether the source sends parts.
-    fn grow(&self, running: usize) {
+    fn grow(&self) {
         let mut state = self.state();
-        if running < state.wanted {
-            return;
-        }
         let grown = match state.ranges {
             Ranges::Refused => return,
             Ranges::Unknown => 2,
@@ -441,8 +444,9 @@ impl<'a> Pace<'a> {
         let now = (Instant::now(), self.busy.load(Ordering::Relaxed));
         let (then, busy) = std::mem::replace(&mut self.before, now);
         let elapsed = now.0.duration_since(then).as_nanos();
-        let had_time = self.processors.had_time();
-        had_time && elapsed > LOOK.as_nanos() / 2 && u128::from(now.1 - busy) * 2 < elapsed
+        elapsed > LOOK.as_nanos() / 2
+            && u128::from(now.1 - busy) * 2 < elapsed
+            && self.processors.had_time()
     }
 }
 

@@ -88,7 +88,10 @@ where
             flight.progress.raise(priority);
             return Ticket::new(Arc::clone(flight));
         }
-        let progress = Arc::new(Progress::of(priority, self.runway.background.clone()));
+        // What the background begins works there, however urgent it is: then it hurries by itself.
+        let place = if Background::is_here() { Priority::Warm } else { priority };
+        let progress = Arc::new(Progress::of(place, self.runway.background.clone()));
+        progress.raise(priority);
         let flight = Arc::new(Flight {
             outcome: watch::Sender::new(None),
             progress: Arc::clone(&progress),
@@ -109,7 +112,7 @@ where
             };
             landing.land(outcome.map_err(Arc::new));
         };
-        match priority {
+        match place {
             Priority::Pod => tracker.spawn(task),
             Priority::Warm => background.spawn(tracker, task),
         };

@@ -17,6 +17,7 @@ use super::room::layer_key;
 use super::sponsors::Sponsors;
 use super::transfer::{self, BlobGuard, Download, Order};
 use super::unpacking::Job;
+use crate::background::Background;
 use crate::fault;
 use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
@@ -48,15 +49,25 @@ pub struct ReadyLayer {
     /// What trees link meanwhile.
     pub view: LayerView,
     /// Its name; a tree has none before all of its layers do.
-    pub named: Naming,
+    named: Naming,
+    /// Whether it is being named in the background.
+    behind: bool,
 }
 
 /// Goes on whether anybody waits or not.
-pub type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
+type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
 /// Who may work on a blob: one flight at a time, whatever it makes of it.
 #[derive(Debug, Default)]
 pub struct BlobLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+
+impl ReadyLayer {
+    /// Waits until it has its name.
+    pub async fn named(&self, background: &Background) -> Outcome<Layer> {
+        let named = self.named.clone();
+        if self.behind { background.hurried(named).await } else { named.await }
+    }
+}
 
 impl BlobLocks {
     async fn lock(&self, digest: Digest) -> BlobGuard {
@@ -131,7 +142,7 @@ impl Inner {
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
                 let (job, sponsors) = (
-                    self.unpackers.job(descriptor.digest, rule.clone(), permissions),
+                    self.unpackers.job(descriptor.digest, rule.clone(), permissions, &own),
                     Arc::clone(sponsors),
                 );
                 async move { inner.make_layer(&descriptor, job, key, &sponsors, &own).await }
@@ -228,7 +239,8 @@ impl Inner {
         if let Some(layer) = known {
             progress.resumed(descriptor.size);
             let view = layer.view();
-            return Ok(ReadyLayer { view, named: std::future::ready(Ok(layer)).boxed().shared() });
+            let named = std::future::ready(Ok(layer)).boxed().shared();
+            return Ok(ReadyLayer { view, named, behind: false });
         }
         if let Some(data) = descriptor.data.clone() {
             progress.resumed(descriptor.size);
@@ -292,7 +304,8 @@ impl Inner {
             let named = naming.await.unwrap_or(Err(PullError::Crashed));
             named.map_err(Arc::new)
         };
-        Ok(ReadyLayer { view, named: outcome.boxed().shared() })
+        let (named, behind) = (outcome.boxed().shared(), Background::is_here());
+        Ok(ReadyLayer { view, named, behind })
     }
 
     /// What the content's bytes are refused for they are refused for again: they need not be fetched for it.

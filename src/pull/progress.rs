@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 
 use super::want::Priority;
@@ -24,6 +26,8 @@ pub struct Progress {
     parts: Mutex<HashMap<usize, Arc<Progress>>>,
     /// Whether a pod waits for it, and what follows from that.
     pace: Mutex<Pace>,
+    /// Told when it becomes urgent.
+    raised: Notify,
     /// For people.
     name: OnceLock<String>,
 }
@@ -74,6 +78,7 @@ impl Progress {
             resumed: AtomicU64::new(0),
             parts: Mutex::default(),
             pace: Mutex::new(pace),
+            raised: Notify::new(),
             name: OnceLock::new(),
         }
     }
@@ -139,8 +144,14 @@ impl Progress {
         if let Pace::Behind(background) = &*pace {
             *pace = Pace::Hurrying { _until_dropped: background.hurry() };
             drop(pace);
+            self.raised.notify_waiters();
             self.parts().values().for_each(|part| part.raise(priority));
         }
+    }
+
+    /// Ends when it becomes urgent after this call.
+    pub(super) fn raised(&self) -> Notified<'_> {
+        self.raised.notified()
     }
 
     /// The flight has ended: nobody hurries for it any more.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::candidates::{Candidate, Candidates};
 use super::error::PullError;
 use super::flights::Outcome;
-use super::want::{IfUnavailable, PullPolicy, Want};
+use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
 use crate::oci::manifest::{
@@ -176,7 +176,8 @@ impl Puller {
         let (inner, candidates) = (Arc::clone(&self.0), candidates.clone());
         let (reference, platform) = (want.reference.clone(), want.platform.clone());
         let work = |_| inner.fetch(question, reference, platform, candidates);
-        self.0.resolving.join(key, want.priority, work).outcome().await
+        // A small question, for which credential plugins are run: never as idle processes.
+        self.0.resolving.join(key, Priority::Pod, work).outcome().await
     }
 }
 

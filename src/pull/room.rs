@@ -6,6 +6,7 @@ use super::Inner;
 use super::artifact::{Part, PartRule};
 use super::error::PullError;
 use super::resolve::blocking;
+use crate::background;
 use crate::oci::Digest;
 use crate::store::eviction::Goal;
 use crate::store::files::StoredFile;
@@ -51,7 +52,7 @@ impl Inner {
         permissions: PermissionsRule,
     ) -> Result<Reserved, PullError> {
         let (inner, parts) = (Arc::clone(self), parts.to_vec());
-        blocking(move || {
+        let reserve = move || {
             let (mut claims, mut here) = (Vec::new(), Vec::new());
             for part in &parts {
                 match find(&inner.store, part, permissions)? {
@@ -60,8 +61,9 @@ impl Inner {
                 }
             }
             Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here })
-        })
-        .await
+        };
+        // With locks that publishes wait for.
+        blocking(move || background::as_ordinary(reserve)).await
     }
 
     /// After a write that found the disk full: whether there is more room now.
@@ -71,15 +73,15 @@ impl Inner {
             return Ok(false);
         }
         let inner = Arc::clone(self);
-        blocking(move || {
+        let make = move || {
             let room = inner.store.room()?;
             let floor = room.floor(inner.store.cache_options());
             let least = Goal { bytes: LEAST_ROOM, inodes: 0 };
             let goal = room.missing_until(floor.plus(least)).max(least);
             let freed = inner.store.collect(&Want::Room(goal))?;
             Ok(!freed.is_nothing())
-        })
-        .await
+        };
+        blocking(move || background::as_ordinary(make)).await
     }
 }
 

@@ -88,7 +88,9 @@ impl Slots {
 
     async fn wait(&self, ask: Ask) -> Slot {
         loop {
-            let (grant, granted) = oneshot::channel();
+            // Before its priority is looked at: warming waits also where slots are free.
+            let raised = ask.urgency.raised();
+            let (grant, mut granted) = oneshot::channel();
             let number = {
                 let mut state = self.shared.lock();
                 let number = state.next;
@@ -98,8 +100,16 @@ impl Slots {
             };
             let _leaving = Leaving { shared: &self.shared, number };
             self.shared.give();
+            let granted = tokio::select! {
+                biased;
+                slot = &mut granted => slot,
+                () = raised => {
+                    self.shared.give();
+                    granted.await
+                }
+            };
             // A sender is dropped only with its slot in it; then the next turn is ours.
-            if let Ok(slot) = granted.await {
+            if let Ok(slot) = granted {
                 return slot;
             }
         }
@@ -303,6 +313,12 @@ mod tests {
         assert!(!slots.is_wanted(&pod), "it would be of no use to warming");
         assert!(slots.is_wanted(&held[0]));
         drop(pod);
+        assert!(futures_util::poll!(&mut third).is_pending());
+        let urgent = ask(Priority::Warm, 3, "r");
+        let mut joined = Box::pin(slots.acquire(urgent.clone()));
+        assert!(futures_util::poll!(&mut joined).is_pending());
+        urgent.urgency.raise(Priority::Pod);
+        assert!(futures_util::poll!(&mut joined).is_ready(), "a pod has joined, and one is free");
         assert!(futures_util::poll!(&mut third).is_pending());
         drop(held);
         assert!(futures_util::poll!(&mut third).is_ready());

@@ -15,6 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 
 use super::error::PullError;
+use super::progress::Progress;
+use super::want::Priority;
 use crate::background::Background;
 use crate::oci::Digest;
 use crate::store::growth::Follower;
@@ -44,6 +46,8 @@ struct Shared {
     background: Background,
     /// Layers that are here and wait for a permit.
     waiting: AtomicUsize,
+    /// The same of warming, which have no right to the others' half.
+    waiting_behind: AtomicUsize,
     /// For windows that take a lot of memory.
     wide: Semaphore,
     refusals: Mutex<Refusals>,
@@ -57,7 +61,7 @@ struct Refusals(VecDeque<(String, LayerKey, Arc<PullError>)>);
 /// The right to do work that takes memory and disk.
 pub struct Permit {
     _one_of_all: OwnedSemaphorePermit,
-    _one_behind: Option<OwnedSemaphorePermit>,
+    one_behind: Option<OwnedSemaphorePermit>,
 }
 
 /// A thread that unpacks what grows.
@@ -70,6 +74,7 @@ pub struct Job {
     blob: Digest,
     rule: ArchiveRule,
     permissions: PermissionsRule,
+    urgency: Arc<Progress>,
     following: Arc<Mutex<Option<Following>>>,
 }
 
@@ -92,19 +97,28 @@ impl Unpackers {
             most_behind,
             background,
             waiting: AtomicUsize::new(0),
+            waiting_behind: AtomicUsize::new(0),
             wide: Semaphore::new(wide.max(1)),
             refusals: Mutex::default(),
         }))
     }
 
-    /// Waits for the right to do work that takes memory and disk.
-    pub async fn permit(&self) -> Result<Permit, PullError> {
+    /// Waits for the right to do work that takes memory and disk, for a flight of this urgency.
+    pub async fn permit(&self, urgency: &Progress) -> Result<Permit, PullError> {
         let acquire = async |permits: &Arc<Semaphore>| {
             let permit = Arc::clone(permits).acquire_owned().await;
             permit.map_err(|_| PullError::Crashed)
         };
-        let behind =
-            if Background::is_here() { Some(acquire(&self.0.behind).await?) } else { None };
+        let raised = urgency.raised();
+        let behind = if urgency.priority() == Priority::Warm {
+            let _waiting = WaitingForPermit::new(&self.0.waiting_behind);
+            tokio::select! {
+                permit = acquire(&self.0.behind) => Some(permit?),
+                () = raised => None,
+            }
+        } else {
+            None
+        };
         let _waiting = WaitingForPermit::new(&self.0.waiting);
         let waiting = acquire(&self.0.permits);
         let permit = if self.0.behind.available_permits() == self.0.most_behind {
@@ -113,20 +127,30 @@ impl Unpackers {
             // What warming has it may hold on to while it gives way.
             self.0.background.hurried(waiting).await
         };
-        Ok(Permit { _one_of_all: permit?, _one_behind: behind })
+        Ok(Permit { _one_of_all: permit?, one_behind: behind })
     }
 
     /// The same, if it is to be had at once.
-    fn free_permit(&self) -> Option<Permit> {
+    fn free_permit(&self, urgency: &Progress) -> Option<Permit> {
         let acquire = |permits: &Arc<Semaphore>| Arc::clone(permits).try_acquire_owned().ok();
-        let behind = if Background::is_here() { Some(acquire(&self.0.behind)?) } else { None };
-        Some(Permit { _one_of_all: acquire(&self.0.permits)?, _one_behind: behind })
+        let behind = match urgency.priority() {
+            Priority::Warm => Some(acquire(&self.0.behind)?),
+            Priority::Pod => None,
+        };
+        Some(Permit { _one_of_all: acquire(&self.0.permits)?, one_behind: behind })
     }
 
     /// A layer of one's own to unpack.
     #[must_use]
-    pub fn job(&self, blob: Digest, rule: ArchiveRule, permissions: PermissionsRule) -> Job {
-        Job { unpackers: self.clone(), blob, rule, permissions, following: Arc::default() }
+    pub fn job(
+        &self,
+        blob: Digest,
+        rule: ArchiveRule,
+        permissions: PermissionsRule,
+        urgency: &Arc<Progress>,
+    ) -> Job {
+        let (unpackers, urgency) = (self.clone(), Arc::clone(urgency));
+        Job { unpackers, blob, rule, permissions, urgency, following: Arc::default() }
     }
 
     /// Why this layer was refused when it was last here from this repository.
@@ -151,11 +175,14 @@ impl Unpackers {
 impl Job {
     /// Begins to unpack what grows, if a permit is free. What was begun before is given up.
     pub fn follow(&self, mut follower: Follower) {
-        let following = self.unpackers.free_permit().map(|permit| {
+        let following = self.unpackers.free_permit(&self.urgency).map(|permit| {
+            let is_behind = permit.one_behind.is_some();
             let (job, since) = (self.clone(), Instant::now());
             follower.gives_way_if(move |waited| {
                 let elapsed = since.elapsed();
-                let is_wanted = job.unpackers.0.waiting.load(Ordering::Relaxed) > 0;
+                let Shared { waiting, waiting_behind, .. } = &*job.unpackers.0;
+                let is_wanted = waiting.load(Ordering::Relaxed) > 0
+                    || is_behind && waiting_behind.load(Ordering::Relaxed) > 0;
                 is_wanted && elapsed > PATIENCE && waited * 2 > elapsed
             });
             let job = self.clone();
@@ -190,7 +217,10 @@ impl Job {
         if !needs_wide || self.unpackers.0.limits.zstd_window_log <= PLAIN_WINDOW_LOG {
             return outcome;
         }
-        let _wide = self.unpackers.0.wide.acquire().await.map_err(|_| PullError::Crashed)?;
+        let Shared { wide, background, .. } = &*self.unpackers.0;
+        // What warming has it may hold on to while it gives way.
+        let wide = background.hurried(wide.acquire()).await;
+        let _wide = wide.map_err(|_| PullError::Crashed)?;
         self.start(&open, self.unpackers.0.limits.zstd_window_log).await
     }
 
@@ -199,7 +229,7 @@ impl Job {
         open: &(impl Fn() -> Result<R, StoreError> + Clone + Send + 'static),
         window_log: u32,
     ) -> Result<LayerWriter, PullError> {
-        let permit = self.unpackers.permit().await?;
+        let permit = self.unpackers.permit(&self.urgency).await?;
         let (job, open) = (self.clone(), open.clone());
         super::resolve::blocking(move || {
             // Held until the work ends, also when nobody waits for it any more.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::error::StoreError;
-use crate::background::give_way;
+use crate::background;
 use crate::fault;
 
 /// Up to so many files and folders are synced one by one; beyond, one `syncfs`
@@ -63,13 +63,16 @@ impl Staged {
 impl Barrier {
     /// Returns when everything noted is on the disk.
     pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
-        give_way();
+        background::give_way();
         if let Some(few) = &staged.few {
             return few.iter().try_for_each(|path| sync(path));
         }
-        let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        nix::unistd::syncfs(&staged.filesystem)
-            .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))
+        // Whoever else has something to sync waits for this one.
+        background::as_ordinary(|| {
+            let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            nix::unistd::syncfs(&staged.filesystem)
+                .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))
+        })
     }
 }
 
