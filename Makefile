@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test crash bench lint validate render fuzz tools
+.PHONY: build demo test test-api-server crash bench lint validate render fuzz tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -29,6 +29,11 @@ test: tools
 	    exit 1; \
 	fi
 	scripts/in-mount-namespace cargo test --locked --features fault-points $(ARGUMENTS)
+
+# Definitions, policies, chart and controller before an API server of Kubernetes' own libraries. No part of `make test`:
+# the libraries are packages of Debian's unstable, which move.
+test-api-server: tools
+	scripts/test-api-server
 
 # The driver is killed at random moments under load, so many times.
 crash: tools
