@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::contents::{Artifact, Case};
 use crate::meter::{self, Measured};
 use crate::scratch::Scratch;
-use crate::support::{DriverOptions, Sandbox, tool};
+use crate::support::{Containerd, DriverOptions, Sandbox, tool};
 
 /// One who fetches an artifact to the scratch filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Contender {
     OrasPull,
     /// `skopeo copy` to an OCI layout.
     SkopeoCopy,
+    /// `ctr images pull` by a containerd whose root is empty, unpacked, which leaves syncing to the kernel.
+    Containerd,
     /// `curl` of all blobs at once, then `sync -f`.
     Curl,
     /// `openssl dgst -sha256` of all blobs, four at once.
@@ -26,14 +28,14 @@ pub enum Contender {
 }
 
 pub fn contenders(case: Case) -> Vec<Contender> {
-    use Contender::{Curl, Driver, OpenSsl, OrasPull, SkopeoCopy, Tar};
+    use Contender::{Containerd, Curl, Driver, OpenSsl, OrasPull, SkopeoCopy, Tar};
     match case {
         Case::File | Case::Files | Case::Original => {
             vec![Driver, OrasPull, SkopeoCopy, Curl, OpenSsl]
         }
         Case::Limited => vec![Driver, OrasPull],
-        Case::Gzip => vec![Driver, SkopeoCopy, Tar("gzip -dc"), Tar("igzip -dc")],
-        Case::Zstd => vec![Driver, SkopeoCopy, Tar("zstd -dc")],
+        Case::Gzip => vec![Driver, Containerd, SkopeoCopy, Tar("gzip -dc"), Tar("igzip -dc")],
+        Case::Zstd => vec![Driver, Containerd, SkopeoCopy, Tar("zstd -dc")],
         Case::Ten | Case::Confined => vec![Driver],
     }
 }
@@ -44,6 +46,7 @@ impl Contender {
             Self::Driver => "cold publish (content synced)".to_owned(),
             Self::OrasPull => "oras pull (not synced)".to_owned(),
             Self::SkopeoCopy => "skopeo copy to an OCI layout (not synced)".to_owned(),
+            Self::Containerd => "containerd's pull, unpacked (not synced)".to_owned(),
             Self::Curl => "floor: curl --parallel, sync -f".to_owned(),
             Self::OpenSsl => "floor: openssl dgst -sha256".to_owned(),
             Self::Tar(decompress) => format!("floor: curl | {decompress} | tar -x, sync -f"),
@@ -79,6 +82,7 @@ impl Contender {
                     .arg(format!("oci:{}:v1", at.join("layout").display()))
                     .env("HOME", at),
             ),
+            Self::Containerd => containerd(&reference(&artifact.names[0]), scratch),
             Self::Curl => {
                 let outputs = artifact.blobs.iter().enumerate();
                 let outputs =
@@ -162,6 +166,17 @@ fn driver(artifact: &Artifact, host: &str, scratch: &Scratch, confined: bool) ->
         kubelet.unpublish(volume);
     }
     Measured { wall, cpu, peak_bytes }
+}
+
+/// One pull, from the command to its end; the server's costs count as the command's.
+fn containerd(reference: &str, scratch: &Scratch) -> Measured {
+    let sandbox = Sandbox::new();
+    let server = Containerd::start(&scratch.path().join("root"), sandbox.path());
+    let before = meter::cpu(server.id());
+    let pulled = meter::command(&mut server.pull(reference));
+    let cpu = pulled.cpu + meter::cpu(server.id()).saturating_sub(before);
+    let peak_bytes = meter::peak_bytes(server.id()).max(pulled.peak_bytes);
+    Measured { wall: pulled.wall, cpu, peak_bytes }
 }
 
 /// A memory cgroup that a process was put into; it goes with the value, after the process.

@@ -1,16 +1,18 @@
-//! Ordinary images, compared with what umoci unpacks of them.
+//! Ordinary images, compared with what umoci and containerd unpack of them.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use crate::support::{
-    Image, Kind, Node, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, Tree, copy_layout, gzip, registry,
-    run, tool, umoci_unpack, unique, zstandard,
+    Containerd, Image, Kind, Node, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, Tree, copy_layout,
+    gzip, registry, run, tool, umoci_unpack, unique, zstandard,
 };
 
-/// Mounts the image and compares all of it, links and times included, with umoci's unpacking.
+/// Mounts the image and compares all of it, links and times included, with the unpacking of umoci and
+/// of containerd.
 #[track_caller]
-fn same_as_umoci(node: &Node, name: &str) -> Tree {
-    let (rootfs, _folder) = umoci_unpack(&format!("{}/{name}", registry().host()));
+fn same_as_others(node: &Node, name: &str) -> Tree {
+    let at_registry = format!("{}/{name}", registry().host());
+    let (rootfs, _folder) = umoci_unpack(&at_registry);
     let expected = Tree::of(&rootfs);
     let reference = node.proxy.reference(name);
     let (_, preserved) =
@@ -37,7 +39,16 @@ fn same_as_umoci(node: &Node, name: &str) -> Tree {
         times(without_special_bits(expected.clone())),
         "with permissions: Preserve"
     );
-    assert_eq!(times(readable.clone()), times(expected.readable()), "with permissions: Readable");
+    assert_eq!(
+        times(readable.clone()),
+        times(expected.clone().readable()),
+        "with permissions: Readable"
+    );
+    let (root, run) = (node.sandbox.folder("containerd"), node.sandbox.folder("run"));
+    let mounted = node.sandbox.folder("by-containerd");
+    Containerd::start(&root, &run).mount(&at_registry, &mounted);
+    assert_eq!(times(Tree::of(&mounted)), times(expected), "containerd and umoci");
+    nix::mount::umount(&mounted).expect("unmounted");
     readable
 }
 
@@ -71,7 +82,7 @@ fn an_image_of_umoci_with_whiteouts_and_opaque_folders_is_what_umoci_unpacks() {
     run(tool("umoci").args(["insert", "--image", &image, "--opaque"]).arg(&fresh).arg("/data/dir"));
     let name = format!("{}:v1", unique("umoci"));
     copy_layout(&layout, "image", &format!("{}/{name}", registry().host()), &[]);
-    let tree = same_as_umoci(&node, &name);
+    let tree = same_as_others(&node, &name);
     assert_eq!(tree.files(), ["data/dir/new", "data/kept", "data/other/file"]);
 }
 
@@ -93,7 +104,7 @@ fn upper_layers_remove_replace_and_pass_through_links_as_umoci_does() {
         .folder("becomes-file", 0o755)
         .file("becomes-file/inner", 0o644, "inner")
         .file("becomes-folder", 0o644, "file")
-        .file("linked", 0o750, "linked")
+        .file("linked", 0o644, "linked")
         .symbolic_link("dangling", "no/such/file")
         .symbolic_link("replaced-link", "usr");
     let middle = Tar::new()
@@ -114,7 +125,7 @@ fn upper_layers_remove_replace_and_pass_through_links_as_umoci_does() {
         .folder("usr/lib", 0o711);
     let image = Image::new().layer(lower.finish()).layer(middle.finish()).layer(upper.finish());
     image.push(registry(), &repository, "v1");
-    let tree = same_as_umoci(&node, &format!("{repository}:v1"));
+    let tree = same_as_others(&node, &format!("{repository}:v1"));
     assert!(tree.names().contains(&"usr/lib/through"));
     assert_eq!(tree.entry("linked").same_file_as.as_deref(), Some("hard"));
 }

@@ -7,6 +7,7 @@ mod admin;
 pub mod api_server;
 mod archive;
 mod authority;
+mod containerd;
 mod cosign;
 mod driver;
 mod fake_registry;
@@ -29,6 +30,7 @@ use std::{
 pub use admin::Admin;
 pub use archive::{Tar, gzip, zstandard};
 pub use authority::Authority;
+pub use containerd::Containerd;
 pub use cosign::{Cosign, Format, KINDS as COSIGN_KEY_KINDS};
 pub use driver::{Driver, DriverOptions, accepts, clean_environment};
 pub use fake_registry::{Answer, AnswerBody, FakeRegistry, Request};

@@ -1,0 +1,78 @@
+//! Debian's containerd, without its part for the kubelet.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use super::{ending_with_this_thread, run, tool, wait_until};
+
+/// What serves the kubelet, in 1.x and in 2.x.
+const KUBELETS: [&str; 3] =
+    ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
+
+/// A running containerd. Its process ends with the value.
+pub struct Containerd {
+    socket: PathBuf,
+    child: Child,
+}
+
+impl Containerd {
+    /// Images go below `root`, everything else below `run`.
+    #[track_caller]
+    pub fn start(root: &Path, run: &Path) -> Self {
+        let (socket, config) = (run.join("c.sock"), run.join("config.toml"));
+        let text = format!(
+            "version = 2\nroot = {root:?}\nstate = {:?}\ndisabled_plugins = {KUBELETS:?}\n\
+             [grpc]\naddress = {socket:?}\n",
+            run.join("state")
+        );
+        fs::write(&config, text).expect("a configuration");
+        let child = ending_with_this_thread("containerd")
+            .args(["--log-level", "error", "--config"])
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("containerd, which `make tools` installs");
+        let containerd = Self { socket, child };
+        wait_until("containerd answers", || {
+            containerd.ctr().arg("version").output().is_ok_and(|output| output.status.success())
+        });
+        containerd
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn ctr(&self) -> Command {
+        let mut command = tool("ctr");
+        command.arg("--address").arg(&self.socket);
+        command
+    }
+
+    /// The command that pulls an image of a registry without TLS, and unpacks it.
+    pub fn pull(&self, reference: &str) -> Command {
+        let mut command = self.ctr();
+        command.args(["images", "pull", "--plain-http", reference]);
+        command
+    }
+
+    /// What a container of the image would see, as a copy that needs no overlay.
+    #[track_caller]
+    pub fn mount(&self, reference: &str, target: &Path) {
+        let copied = ["--snapshotter", "native", reference];
+        run(self.ctr().args(["images", "pull", "--plain-http", "--local"]).args(copied));
+        run(self.ctr().args(["images", "mount"]).args(copied).arg(target));
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
