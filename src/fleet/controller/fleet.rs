@@ -18,8 +18,10 @@ use super::pace::Bucket;
 use super::watch::{Gathering, Told, Watching, watch};
 use super::write::{self, Trouble};
 use super::{FleetMetrics, Look};
-use crate::fleet::api::{ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, SealedCredentials};
-use crate::fleet::plan::facts::{Access, Meaning, Wanted, World};
+use crate::fleet::api::{
+    ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, SealedCredentials, WantedArtifact,
+};
+use crate::fleet::plan::facts::{Access, Meaning, Sealed, Wanted, World};
 use crate::fleet::plan::{Plan, StatusChange, plan};
 use crate::fleet::seal::{Place, Plain};
 
@@ -303,7 +305,7 @@ impl Fleet {
                 });
             }
             Decision::Assign { node, version, wanted } => {
-                let Some(artifacts) = self.sealed(&node, &wanted) else { return };
+                let artifacts = self.sealed(&node, &wanted);
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let written = write::assign(client, &node, &version, &artifacts).await;
@@ -329,43 +331,33 @@ impl Fleet {
         }
     }
 
-    /// The wishes as they are written, with credentials for those that need some; none where those are not read yet.
-    fn sealed(
-        &self,
-        node: &str,
-        wanted: &[Wanted],
-    ) -> Option<Vec<crate::fleet::api::WantedArtifact>> {
-        let mut artifacts = Vec::with_capacity(wanted.len());
-        for wish in wanted {
+    /// The wishes as they are written, with credentials for those that need some.
+    fn sealed(&self, node: &str, wanted: &[Wanted]) -> Vec<WantedArtifact> {
+        let with_credentials = |wish: &Wanted| {
             let preload = self.world.key(wish.preload);
-            let credentials = match &wish.sealed {
-                None => None,
-                Some(sealed) => {
-                    let (version, plain) = self.plain.get(&preload)?;
-                    if *version != sealed.version {
-                        return None;
-                    }
-                    let place = Place { node, preload: &preload, reference: &wish.reference };
-                    match plain.seal(&sealed.key, place) {
-                        Ok(data) => Some(SealedCredentials {
-                            key: sealed.key.to_string(),
-                            version: sealed.version.to_string(),
-                            data,
-                        }),
-                        Err(error) => {
-                            // A node that tells no key gets no credentials, and says that it lacks them.
-                            tracing::warn!(node, %error, "credentials cannot be sealed for a node");
-                            None
-                        }
-                    }
-                }
-            };
-            artifacts.push(write::wanted(&preload, wish, credentials));
-        }
+            let place = Place { node, preload: &preload, reference: &wish.reference };
+            let sealed = wish.sealed.as_ref().and_then(|sealed| self.seal(sealed, place));
+            write::wanted(&preload, wish, sealed)
+        };
+        let mut artifacts: Vec<_> = wanted.iter().map(with_credentials).collect();
         artifacts.sort_by(|one, two| {
             (&one.preload, &one.reference).cmp(&(&two.preload, &two.reference))
         });
-        Some(artifacts)
+        artifacts
+    }
+
+    /// None where the secrets are not known any more: what needs them is not planned then, and what does not must not
+    /// wait for them.
+    fn seal(&self, sealed: &Sealed, place: Place<'_>) -> Option<SealedCredentials> {
+        let (_, plain) =
+            self.plain.get(place.preload).filter(|(version, _)| *version == sealed.version)?;
+        let data = plain.seal(&sealed.key, place).unwrap_or_else(|error| {
+            // A node that tells no key can open as little, and says that it lacks them.
+            tracing::warn!(node = place.node, %error, "credentials cannot be sealed for a node");
+            String::new()
+        });
+        let (key, version) = (sealed.key.to_string(), sealed.version.to_string());
+        Some(SealedCredentials { key, version, data })
     }
 
     /// Takes in what came of a write; whether it matters.

@@ -437,10 +437,11 @@ impl Work<'_, '_> {
                 key: Arc::clone(&report.public_key),
                 version: Arc::clone(version),
             }),
-            // Not known at the moment: what is there stays.
-            Access::Unknown => before.and_then(|before| before.sealed.clone()),
-            Access::Sealed { .. } | Access::Open | Access::Refused(_) => None,
+            // What is there stays, and can be sealed anew once the secrets are read.
+            Access::Unknown if !ready => before.and_then(|before| before.sealed.clone()),
+            Access::Unknown | Access::Sealed { .. } | Access::Open | Access::Refused(_) => None,
         };
+        self.wishes[at].waits |= sealed.is_some() && self.preload.access == Access::Unknown;
         let spec = &self.preload.spec;
         let reference =
             before.map_or_else(|| Arc::clone(&current.reference), |b| Arc::clone(&b.reference));

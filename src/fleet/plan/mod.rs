@@ -88,6 +88,8 @@ struct Wishes {
     bytes: usize,
     /// Of these, all that is wanted already stays: what is to be said about them is not known at the moment.
     undecided: Vec<PreloadId>,
+    /// Secrets that it still needs are being read: nothing can be written before.
+    waits: bool,
 }
 
 impl Wishes {
@@ -161,7 +163,7 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
         }
     }
     let known: HashSet<PreloadId> = world.preloads.values().map(|preload| preload.id).collect();
-    for (turn, wishes) in turns.iter().zip(wishes) {
+    for (turn, wishes) in turns.iter().zip(wishes).filter(|(_, wishes)| !wishes.waits) {
         let wanted = with_what_stays(turn.object, wishes, &known);
         if !is_said(turn.object, &wanted) {
             plan.assign.push((Arc::clone(turn.name), wanted));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
@@ -647,15 +647,7 @@ fn a_new_process_decides_nothing_else() {
     let (node, wanted) = cluster.open().remove(0);
     cluster.says(&node, &wanted, Phase::Ready);
     cluster.settle();
-    let mut world = World::default();
-    world.nodes = std::mem::take(&mut cluster.world.nodes);
-    for object in cluster.objects.values() {
-        world.put_object(object);
-    }
-    for object in cluster.preloads.values() {
-        world.put_preload(object);
-    }
-    cluster.world = world;
+    begin_anew(&mut cluster);
     let decided = cluster.plan();
     assert!(decided.assign.is_empty() && decided.report.is_empty() && decided.look.is_empty());
 }
@@ -675,6 +667,63 @@ fn no_more_is_wanted_of_a_node_than_fits_its_object() {
         status.failed_nodes.first().is_some_and(|failed| failed.reason == "TooManyPreloads")
     });
     assert_eq!(refused.count(), 300 + 1 - 256);
+}
+
+/// What the next leader knows.
+fn begin_anew(cluster: &mut Cluster) {
+    let mut world = World::default();
+    world.nodes = std::mem::take(&mut cluster.world.nodes);
+    for object in cluster.objects.values() {
+        world.put_object(object);
+    }
+    for object in cluster.preloads.values() {
+        world.put_preload(object);
+    }
+    cluster.world = world;
+}
+
+/// The secrets of a preload, read.
+fn read_secrets(cluster: &mut Cluster, preload: &str, version: &str) {
+    let until = cluster.now + 120;
+    let access = Access::Sealed { version: Arc::from(version), until };
+    let key = format!("team/{preload}");
+    cluster.world.preloads.get_mut(key.as_str()).expect("a preload").access = access;
+}
+
+#[test]
+fn secrets_that_nobody_reads_any_more_hold_up_no_other_preload() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert!(cluster.objects["node-0"].spec.artifacts[0].credentials.is_some());
+    begin_anew(&mut cluster);
+    cluster.apply("other", |_| {});
+    cluster.resolve("other");
+    let decided = cluster.plan();
+    assert_eq!(decided.look, [] as [Arc<str>; 0]);
+    let [(_, wanted)] = decided.assign.as_slice() else { panic!("{decided:?}") };
+    assert!(wanted.len() == 2 && wanted.iter().all(|one| one.sealed.is_none()));
+}
+
+#[test]
+fn a_node_is_written_again_when_the_secrets_that_it_still_needs_are_read() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.settle();
+    begin_anew(&mut cluster);
+    cluster.apply("other", |_| {});
+    cluster.resolve("other");
+    let decided = cluster.plan();
+    assert_eq!(decided.look, [Arc::from("team/tool")]);
+    assert!(decided.assign.is_empty(), "nobody could seal what stays: {decided:?}");
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.settle();
+    let wanted = &cluster.objects["node-0"].spec.artifacts;
+    assert_eq!(wanted.iter().filter(|one| one.credentials.is_some()).count(), 1);
+    assert_eq!(wanted.len(), 2);
 }
 
 /// What happens to a cluster.
@@ -764,15 +813,7 @@ proptest! {
                     cluster.has_room(&names[which % names.len()], Some(if has { i64::MAX } else { 0 }));
                 }
                 Happening::Forgets => {
-                    let mut world = World::default();
-                    world.nodes = std::mem::take(&mut cluster.world.nodes);
-                    for object in cluster.objects.values() {
-                        world.put_object(object);
-                    }
-                    for object in cluster.preloads.values() {
-                        world.put_preload(object);
-                    }
-                    cluster.world = world;
+                    begin_anew(&mut cluster);
                     for name in names {
                         let key = format!("team/{name}");
                         if cluster.world.preloads[key.as_str()].meaning == Meaning::Unknown {
