@@ -24,6 +24,7 @@ use crate::fleet::api::{
 use crate::fleet::plan::facts::{Access, Meaning, Sealed, Wanted, World};
 use crate::fleet::plan::{Plan, StatusChange, plan};
 use crate::fleet::seal::{Place, Plain};
+use crate::oci::{Reference, Repository};
 
 /// Questions that are asked at once.
 const LOOKS_AT_ONCE: usize = 8;
@@ -70,8 +71,8 @@ pub struct Fleet {
     metrics: Arc<FleetMetrics>,
     world: World,
     gathering: Gathering,
-    /// What is sealed for nodes, by preload, with its version.
-    plain: HashMap<Arc<str>, (Arc<str>, Plain)>,
+    /// What is sealed for nodes, by preload.
+    readable: HashMap<Arc<str>, Readable>,
     looks: JoinSet<(Arc<str>, Asked, Found)>,
     looking: HashSet<Arc<str>>,
     writes: JoinSet<(Target, Result<Written, Trouble>)>,
@@ -82,6 +83,14 @@ pub struct Fleet {
     counted: HashMap<Arc<str>, Instant>,
     bucket: Bucket,
     plans: u32,
+}
+
+/// What secrets have.
+struct Readable {
+    version: Arc<str>,
+    /// For which it was taken; it is for no other one.
+    repository: Repository,
+    plain: Plain,
 }
 
 /// What is written to.
@@ -130,7 +139,7 @@ impl Fleet {
             metrics,
             world: World::default(),
             gathering: Gathering::default(),
-            plain: HashMap::new(),
+            readable: HashMap::new(),
             looks: JoinSet::new(),
             looking: HashSet::new(),
             writes: JoinSet::new(),
@@ -211,7 +220,7 @@ impl Fleet {
         if self.plans.is_multiple_of(FORGET_AFTER) {
             self.world.forget_texts();
             let (preloads, now) = (&self.world.preloads, Instant::now());
-            self.plain.retain(|preload, _| preloads.contains_key(preload));
+            self.readable.retain(|preload, _| preloads.contains_key(preload));
             self.counted.retain(|preload, _| preloads.contains_key(preload));
             self.resting.retain(|_, until| *until > now);
         }
@@ -349,8 +358,11 @@ impl Fleet {
     /// None where the secrets are not known any more: what needs them is not planned then, and what does not must not
     /// wait for them.
     fn seal(&self, sealed: &Sealed, place: Place<'_>) -> Option<SealedCredentials> {
-        let (_, plain) =
-            self.plain.get(place.preload).filter(|(version, _)| *version == sealed.version)?;
+        let Readable { version, repository, plain } = self.readable.get(place.preload)?;
+        let reference: Reference = place.reference.parse().ok()?;
+        if *version != sealed.version || repository != reference.repository() {
+            return None;
+        }
         let data = plain.seal(&sealed.key, place).unwrap_or_else(|error| {
             // A node that tells no key can open as little, and says that it lacks them.
             tracing::warn!(node = place.node, %error, "credentials cannot be sealed for a node");
@@ -446,12 +458,14 @@ impl Fleet {
         if now != *asked {
             return;
         }
-        match (&found.access, found.plain) {
-            (Access::Sealed { version, .. }, Some(plain)) => {
-                self.plain.insert(Arc::clone(preload), (Arc::clone(version), plain));
+        match (&found.access, found.plain, &known.parsed) {
+            (Access::Sealed { version, .. }, Some(plain), Ok(parsed)) => {
+                let repository = parsed.reference.repository().clone();
+                let readable = Readable { version: Arc::clone(version), repository, plain };
+                self.readable.insert(Arc::clone(preload), readable);
             }
             _ => {
-                self.plain.remove(preload);
+                self.readable.remove(preload);
             }
         }
         known.access = found.access;

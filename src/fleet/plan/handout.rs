@@ -53,6 +53,8 @@ pub(super) struct Current {
     pub(super) known: Known,
     /// `repository:tag@digest`.
     pub(super) reference: Arc<str>,
+    /// Whether it is of the repository that the secrets were read for: what they have is for no other one.
+    own: bool,
 }
 
 /// Why nothing is handed out.
@@ -147,7 +149,7 @@ pub(super) fn hand_out(
         work.slots = slots;
     }
     // Pods still use the one before: nodes keep it until the new one is everywhere, and those that join get it.
-    if let Some(previous) = previous(preload, &handed) {
+    if let Some(previous) = previous(preload, parsed, &handed) {
         let mut ignored = HandedOut::default();
         let (busy, candidates) = work.keep(&selected, &previous, &mut ignored, false);
         work.slots = work.slots.saturating_sub(busy);
@@ -188,7 +190,7 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
         Meaning::Refused(refusal) => refused(refusal, handed),
         Meaning::Known(known) => match pinned(&parsed.reference, known) {
             Ok(reference) => {
-                handed.current = Some(Current { known: known.clone(), reference });
+                handed.current = Some(Current { known: known.clone(), reference, own: true });
             }
             Err(error) => handed.problem = Some(Problem::new("InvalidSpec", &error)),
         },
@@ -238,15 +240,17 @@ fn pinned(reference: &Reference, known: &Known) -> Result<Arc<str>, String> {
 }
 
 /// The artifact that was last everywhere, where it is another one.
-fn previous(preload: &Preload, handed: &HandedOut) -> Option<Current> {
+fn previous(preload: &Preload, parsed: &Parsed, handed: &HandedOut) -> Option<Current> {
     let text = preload.status.ready_reference.as_deref()?;
     let is_current = handed.current.as_ref().is_some_and(|current| &*current.reference == text);
     if handed.reached || is_current {
         return None;
     }
-    let digest = text.parse::<Reference>().ok()?.digest()?;
+    let reference: Reference = text.parse().ok()?;
+    let own = reference.repository() == parsed.reference.repository();
+    let digest = reference.digest()?;
     let known = Known { reference: String::new(), digest, platforms: Vec::new(), bytes: None };
-    Some(Current { known, reference: Arc::from(text) })
+    Some(Current { known, reference: Arc::from(text), own })
 }
 
 fn is_of_this_generation(preload: &Preload) -> bool {
@@ -335,7 +339,7 @@ impl Work<'_, '_> {
         handed: &mut HandedOut,
         counted: bool,
     ) {
-        let sealed = matches!(self.preload.access, Access::Sealed { .. });
+        let sealed = current.own && matches!(self.preload.access, Access::Sealed { .. });
         for at in candidates {
             if self.slots == 0 {
                 break;
@@ -432,13 +436,14 @@ impl Work<'_, '_> {
         ready: bool,
     ) {
         let report = self.turns[at].object.report.as_ref();
+        let needed = !ready && current.own;
         let sealed = match &self.preload.access {
-            Access::Sealed { version, .. } if !ready => report.map(|report| Sealed {
+            Access::Sealed { version, .. } if needed => report.map(|report| Sealed {
                 key: Arc::clone(&report.public_key),
                 version: Arc::clone(version),
             }),
             // What is there stays, and can be sealed anew once the secrets are read.
-            Access::Unknown if !ready => before.and_then(|before| before.sealed.clone()),
+            Access::Unknown if needed => before.and_then(|before| before.sealed.clone()),
             Access::Unknown | Access::Sealed { .. } | Access::Open | Access::Refused(_) => None,
         };
         self.wishes[at].waits |= sealed.is_some() && self.preload.access == Access::Unknown;

@@ -726,6 +726,40 @@ fn a_node_is_written_again_when_the_secrets_that_it_still_needs_are_read() {
     assert_eq!(wanted.len(), 2);
 }
 
+#[test]
+fn credentials_of_one_repository_are_not_sealed_for_another_one() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| {
+        spec.reference = "old.io/tool:v1".to_owned();
+        spec.parallelism = IntOrString::Int(10);
+        spec.pull_secrets = vec!["robot".into()];
+    });
+    cluster.resolve("tool");
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.run_until_done();
+    for reference in ["new.io/tool:v2", "old.io/other:v2"] {
+        cluster.apply("tool", |spec| spec.reference = reference.to_owned());
+        cluster.resolve("tool");
+        read_secrets(&mut cluster, "tool", "2");
+        cluster.add_node("late");
+        cluster.settle();
+        cluster.start_plugin("late");
+        cluster.settle();
+        // A plugin that has lost what it had gets as little.
+        cluster.start_plugin("node-0");
+        cluster.settle();
+        for name in ["node-0", "late"] {
+            let wanted = &cluster.objects[name].spec.artifacts;
+            assert_eq!(wanted.len(), 2, "{name}");
+            for one in wanted {
+                let own = one.reference.starts_with(reference);
+                assert_eq!(one.credentials.is_some(), own, "{name}: {}", one.reference);
+            }
+        }
+        cluster.remove_node("late");
+    }
+}
+
 /// What happens to a cluster.
 #[derive(Clone, Debug)]
 enum Happening {
