@@ -127,6 +127,10 @@ pub struct HeldArtifact {
     /// `namespace/name` of the preload that wants it.
     #[schemars(length(max = 317))]
     pub preload: String,
+    /// As it is wanted. Empty of plugins that do not say it: the digest has to do then.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 700))]
+    pub reference: String,
     /// Which one.
     #[schemars(length(max = 128))]
     pub digest: String,

@@ -35,6 +35,7 @@ fn artifact(job: &Job) -> HeldArtifact {
     let is_over = matches!(job.phase(), Phase::Ready);
     HeldArtifact {
         preload: job.wanted.preload.clone(),
+        reference: job.wanted.reference.clone(),
         digest: digest.map(|digest| digest.to_string()).unwrap_or_default(),
         phase: job.phase(),
         percent: job.percent(),

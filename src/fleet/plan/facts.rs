@@ -216,7 +216,9 @@ pub struct Report {
 pub struct Held {
     /// For whom.
     pub preload: PreloadId,
-    /// Which.
+    /// Which; empty where the node does not say it.
+    pub reference: Arc<str>,
+    /// What that means.
     pub digest: Arc<str>,
     /// How far.
     pub phase: Phase,
@@ -345,6 +347,7 @@ impl World {
             for artifact in &status.artifacts {
                 held.push(Held {
                     preload: self.id(&artifact.preload),
+                    reference: self.text(&artifact.reference),
                     digest: self.text(&artifact.digest),
                     phase: artifact.phase,
                     reason: self.text(&artifact.reason),

@@ -308,7 +308,7 @@ impl Work<'_, '_> {
         for &at in selected {
             let turn = self.turns[at];
             let wanted = find_wanted(turn.object, self.preload.id, &current.reference);
-            let held = find_held(turn.object, self.preload.id, &digest);
+            let held = find_held(turn.object, self.preload.id, &current.reference, &digest);
             let state = self.state(turn, wanted, held, current, handed);
             if let Some(wanted) = wanted {
                 let ready = matches!(state, State::Ready);
@@ -497,11 +497,20 @@ fn find_wanted<'a>(object: &'a Object, preload: PreloadId, reference: &str) -> O
     of_preload.into_iter().find(|wanted| &*wanted.reference == reference)
 }
 
-fn find_held<'a>(object: &'a Object, preload: PreloadId, digest: &str) -> Option<&'a Held> {
+/// The same content under another name is another artifact: it is fetched with other rights, and pinned for itself.
+fn find_held<'a>(
+    object: &'a Object,
+    preload: PreloadId,
+    reference: &str,
+    digest: &str,
+) -> Option<&'a Held> {
     let held = &object.report.as_ref()?.held;
     let from = held.partition_point(|held| held.preload < preload);
     let of_preload = held[from..].iter().take_while(|held| held.preload == preload);
-    of_preload.into_iter().find(|held| &*held.digest == digest)
+    of_preload.into_iter().find(|held| match &*held.reference {
+        "" => &*held.digest == digest,
+        said => said == reference,
+    })
 }
 
 impl Problem {

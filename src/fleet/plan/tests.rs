@@ -202,10 +202,9 @@ impl Cluster {
     }
 
     fn held(&self, node: &str, wanted: &WantedArtifact) -> Option<HeldArtifact> {
-        let digest = digest_of(wanted);
         let held = self.objects[node].status.as_ref()?.artifacts.iter();
         held.into_iter()
-            .find(|held| held.preload == wanted.preload && held.digest == digest)
+            .find(|held| held.preload == wanted.preload && held.reference == wanted.reference)
             .cloned()
     }
 
@@ -213,6 +212,7 @@ impl Cluster {
     fn says(&mut self, node: &str, wanted: &WantedArtifact, phase: Phase) {
         let held = HeldArtifact {
             preload: wanted.preload.clone(),
+            reference: wanted.reference.clone(),
             digest: digest_of(wanted),
             phase,
             percent: None,
@@ -222,7 +222,7 @@ impl Cluster {
         self.change_object(node, |object| {
             let status = object.status.as_mut().expect("a plugin");
             let is_other = |other: &HeldArtifact| {
-                (&other.preload, &other.digest) != (&held.preload, &held.digest)
+                (&other.preload, &other.reference) != (&held.preload, &held.reference)
             };
             status.artifacts.retain(is_other);
             status.artifacts.push(held.clone());
@@ -758,6 +758,44 @@ fn credentials_of_one_repository_are_not_sealed_for_another_one() {
         }
         cluster.remove_node("late");
     }
+}
+
+#[test]
+fn a_plugin_that_says_digests_alone_is_understood() {
+    let mut cluster = cluster(1);
+    cluster.run_until_done();
+    cluster.change_object("node-0", |object| {
+        object.status.as_mut().expect("a status").artifacts[0].reference.clear();
+    });
+    cluster.settle();
+    assert_eq!((cluster.reason("tool").as_str(), cluster.status("tool").ready), ("Ready", 1));
+}
+
+#[test]
+fn the_same_content_under_another_name_is_another_artifact() {
+    let mut cluster = cluster(2);
+    cluster.run_until_done();
+    let first = cluster.status("tool").ready_reference.expect("ready");
+    let digest: Digest = cluster.status("tool").digest.expect("known").parse().expect("a digest");
+    for reference in ["r.io/production/tool:v1", "r.io/production/tool:v2"] {
+        let before = cluster.status("tool").ready_reference.expect("ready");
+        cluster.apply("tool", |spec| spec.reference = reference.to_owned());
+        let known =
+            Known { reference: reference.to_owned(), digest, platforms: Vec::new(), bytes: None };
+        cluster.answer("tool", Meaning::Known(known));
+        cluster.settle();
+        assert_eq!(cluster.reason("tool"), "Preloading", "no node has said that it may have it");
+        let both = [format!("{reference}@{digest}"), before];
+        for node in ["node-0", "node-1"] {
+            let mut wants = cluster.wants(node);
+            wants.sort_by_key(|text| !text.starts_with(reference));
+            assert_eq!(wants, both, "{node}");
+        }
+        cluster.run_until_done();
+        assert_eq!(cluster.reason("tool"), "Ready");
+        assert_eq!(cluster.wants("node-0"), [format!("{reference}@{digest}")]);
+    }
+    assert_ne!(cluster.status("tool").ready_reference, Some(first));
 }
 
 /// What happens to a cluster.

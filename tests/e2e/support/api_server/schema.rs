@@ -20,15 +20,21 @@ impl Schemas {
         Self { preload, node }
     }
 
-    /// As if the definition were of a version that did not know this field of the status.
+    /// As if the definition were of a version that did not know this field of the status, or of its list as
+    /// `list.field`.
     pub(super) fn forget(&mut self, kind: Kind, field: &str) {
-        let schema = match kind {
+        let definition = match kind {
             Kind::Preload => &mut self.preload,
             Kind::NodeArtifacts => &mut self.node,
             Kind::Node | Kind::Secret | Kind::Lease => panic!("{kind:?} has no definition"),
         };
-        let fields = schema["properties"]["status"]["properties"].as_object_mut();
-        let known = fields.and_then(|fields| fields.remove(field));
+        let status = &mut definition["properties"]["status"];
+        let (schema, name) = match field.split_once('.') {
+            Some((list, name)) => (&mut status["properties"][list]["items"], name),
+            None => (status, field),
+        };
+        let fields = schema["properties"].as_object_mut();
+        let known = fields.and_then(|fields| fields.remove(name));
         assert!(known.is_some(), "{kind:?} has no {field}");
     }
 
