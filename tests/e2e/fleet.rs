@@ -201,6 +201,36 @@ fn private_artifacts_come_with_the_secrets_of_the_preload_and_nobody_else_reads_
     assert!(!cluster.drivers[0].log().is_empty());
 }
 
+#[test]
+fn a_preload_with_secrets_holds_up_no_other_one_after_a_change_of_the_leader() {
+    const PASSWORD: &str = "password-of-two";
+    let private = private_registry("robot", PASSWORD);
+    let mut cluster = Cluster::before(&private, &["one"]);
+    let mut controller = cluster.controller();
+    cluster.start_node("one");
+    secret(&cluster.api, "robot", DOCKER, &private.host(), "robot", PASSWORD);
+    let user = private.as_user("robot", PASSWORD);
+    let push = |tag: &str| {
+        let repository = unique("private");
+        let layer = Layer::titled("secret.txt", format!("of {repository}"));
+        let digest = Manifest::artifact([layer]).push(&user, &repository, tag);
+        (cluster.reference(&format!("{repository}:{tag}")), digest)
+    };
+    let spec = |reference: &str| json!({"reference": reference, "pullSecrets": ["robot"]});
+    let (first, _) = push("v1");
+    cluster.preload("one", spec(&first));
+    cluster.preload("two", spec(&first));
+    cluster.wait_for("one", "Ready");
+    cluster.wait_for("two", "Ready");
+    controller.end();
+    let _controller = cluster.controller();
+    let (second, digest) = push("v2");
+    cluster.preload("two", spec(&second));
+    cluster.wait_for("two", "Ready");
+    assert_eq!(cluster.status("two")["readyReference"], format!("{second}@{digest}").as_str());
+    assert_eq!(cluster.condition("one", "Ready")["status"], "True");
+}
+
 const DOCKER: &str = "kubernetes.io/dockerconfigjson";
 
 fn secret(api: &ApiServer, name: &str, kind: &str, host: &str, user: &str, password: &str) {

@@ -75,6 +75,8 @@ pub struct Fleet {
     readable: HashMap<Arc<str>, Readable>,
     looks: JoinSet<(Arc<str>, Asked, Found)>,
     looking: HashSet<Arc<str>>,
+    /// When each was asked last: whoever waits longest is next, so that registries that hang hold up nobody else's.
+    asked: HashMap<Arc<str>, Instant>,
     writes: JoinSet<(Target, Result<Written, Trouble>)>,
     writing: HashSet<Target>,
     /// What has failed, and when it may be tried again.
@@ -142,6 +144,7 @@ impl Fleet {
             readable: HashMap::new(),
             looks: JoinSet::new(),
             looking: HashSet::new(),
+            asked: HashMap::new(),
             writes: JoinSet::new(),
             writing: HashSet::new(),
             resting: HashMap::new(),
@@ -209,7 +212,7 @@ impl Fleet {
     /// Plans, and begins to carry it out; says when to plan again though nothing happens.
     fn plan(&mut self) -> Instant {
         let (begun, now) = (Instant::now(), Timestamp::now().as_second());
-        let planned = plan(&self.world, now);
+        let mut planned = plan(&self.world, now);
         self.metrics.planned(planned.totals, begun.elapsed());
         let mut wake = begun + LONGEST_SLEEP;
         if let Some(at) = planned.wake {
@@ -221,11 +224,13 @@ impl Fleet {
             self.world.forget_texts();
             let (preloads, now) = (&self.world.preloads, Instant::now());
             self.readable.retain(|preload, _| preloads.contains_key(preload));
+            self.asked.retain(|preload, _| preloads.contains_key(preload));
             self.counted.retain(|preload, _| preloads.contains_key(preload));
             self.resting.retain(|_, until| *until > now);
         }
+        planned.look.sort_by_key(|preload| self.asked.get(preload).copied());
         for preload in &planned.look {
-            self.ask(preload, now);
+            self.ask(preload);
         }
         wake = wake.min(self.decide(planned));
         wake.min(self.write_on())
@@ -416,7 +421,7 @@ impl Fleet {
     }
 
     /// Asks what a preload means, unless that is being asked already.
-    fn ask(&mut self, preload: &Arc<str>, now: i64) {
+    fn ask(&mut self, preload: &Arc<str>) {
         if self.looks.len() >= LOOKS_AT_ONCE || self.looking.contains(preload) {
             return;
         }
@@ -433,9 +438,9 @@ impl Fleet {
             written: known.spec.reference.clone(),
             pull_secrets: known.spec.pull_secrets.clone(),
             meaning: !matches!(known.meaning, Meaning::Known(_)),
-            now,
         };
         self.looking.insert(Arc::clone(preload));
+        self.asked.insert(Arc::clone(preload), Instant::now());
         let (look, preload) = (Arc::clone(&self.look), Arc::clone(preload));
         self.looks.spawn(async move {
             let found = look.look(question).await;
@@ -493,3 +498,6 @@ impl Decision {
 fn split(preload: &str) -> (&str, &str) {
     preload.split_once('/').unwrap_or(("", preload))
 }
+
+#[cfg(test)]
+mod tests;

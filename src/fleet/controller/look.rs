@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client};
 
@@ -50,8 +51,6 @@ pub struct Question {
     pub pull_secrets: Vec<String>,
     /// Whether the registry is asked too, or the secrets are read only.
     pub meaning: bool,
-    /// The time.
-    pub now: Seconds,
 }
 
 /// What was found out.
@@ -112,11 +111,11 @@ impl Looker {
                 match sealed {
                     Ok(_) if credentials.is_empty() => (credentials, Access::Open, None),
                     Ok(plain) => {
-                        let until = question.now + SECRETS_LAST;
+                        let until = now() + SECRETS_LAST;
                         (credentials, Access::Sealed { version, until }, Some(plain))
                     }
                     Err(error) => {
-                        let refusal = later("SecretUnusable", &error, question.now);
+                        let refusal = later("SecretUnusable", &error);
                         return refused(refusal);
                     }
                 }
@@ -141,25 +140,25 @@ impl Looker {
             let place = format!("{}/{name}", question.namespace);
             let unusable = |what: &dyn std::fmt::Display| {
                 let message = format!("the secret {place} cannot be used: {what}");
-                later("SecretUnusable", &message, question.now)
+                later("SecretUnusable", &message)
             };
             let secret = match api.get_opt(name).await {
                 Ok(Some(secret)) => secret,
                 Ok(None) => {
                     let message =
                         format!("there is no secret {place}: make it, or correct spec.pullSecrets");
-                    return Err(later("SecretMissing", &message, question.now));
+                    return Err(later("SecretMissing", &message));
                 }
                 Err(kube::Error::Api(status)) if status.code == 403 => {
                     let message = format!(
                         "the controller may not read secrets in {}: see the chart's controller.secretNamespaces",
                         question.namespace
                     );
-                    return Err(later("SecretForbidden", &message, question.now));
+                    return Err(later("SecretForbidden", &message));
                 }
                 Err(error) => {
                     let message = format!("the secret {place} cannot be read: {error}");
-                    return Err(soon("SecretUnavailable", &message, question.now));
+                    return Err(soon("SecretUnavailable", &message));
                 }
             };
             let found = secret.type_.unwrap_or_default();
@@ -215,11 +214,11 @@ impl Looker {
                 Err(refusal) if refusal.may_depend_on_credential() => {
                     failed.get_or_insert(refusal);
                 }
-                Err(error) => return Err(error.refusal(question.now)),
+                Err(error) => return Err(error.refusal()),
             }
         }
-        let nobody = || soon("RegistryUnavailable", "nobody was asked", question.now);
-        Err(failed.map_or_else(nobody, |error| error.refusal(question.now)))
+        let nobody = || soon("RegistryUnavailable", "nobody was asked");
+        Err(failed.map_or_else(nobody, |error| error.refusal()))
     }
 
     /// What the policy demands; the bytes that it allows, where it bounds them.
@@ -242,10 +241,10 @@ impl Looker {
             };
             Ok(policy.decide(facts))
         };
-        let failed = |error: &dyn std::fmt::Display| soon("PolicyUnreadable", error, question.now);
+        let failed = |error: &dyn std::fmt::Display| soon("PolicyUnreadable", error);
         match tokio::task::spawn_blocking(decide).await {
             Ok(Ok(Ok(demands))) => Ok(demands.maximum_bytes),
-            Ok(Ok(Err(refusal))) => Err(later("PolicyDenied", &refusal, question.now)),
+            Ok(Ok(Err(refusal))) => Err(later("PolicyDenied", &refusal)),
             Ok(Err(error)) => {
                 let error: String = error;
                 Err(failed(&error))
@@ -360,36 +359,33 @@ impl LookError {
         )
     }
 
-    fn refusal(&self, now: Seconds) -> Refusal {
+    fn refusal(&self) -> Refusal {
         let reason = match self {
             Self::Registry(RegistryError::NotFound { .. }) => "ReferenceNotFound",
             Self::Registry(RegistryError::Unauthorized { .. }) => "Unauthorized",
             Self::Registry(RegistryError::Forbidden { .. }) => "Forbidden",
             Self::Registry(error) if error.is_transient() => {
-                return soon("RegistryUnavailable", self, now);
+                return soon("RegistryUnavailable", self);
             }
             Self::Registry(_) => "RegistryRefused",
             Self::Content(_) => "UnusableManifest",
             Self::TooLarge { .. } => "PolicyDenied",
         };
-        later(reason, self, now)
+        later(reason, self)
     }
 }
 
-fn soon(
-    reason: &'static str,
-    message: &(impl std::fmt::Display + ?Sized),
-    now: Seconds,
-) -> Refusal {
-    Refusal { reason, message: message.to_string(), transient: true, retry_at: now + SOON }
+/// What was found out is of the moment when it was: an answer may have taken longer than it lasts.
+fn now() -> Seconds {
+    Timestamp::now().as_second()
 }
 
-fn later(
-    reason: &'static str,
-    message: &(impl std::fmt::Display + ?Sized),
-    now: Seconds,
-) -> Refusal {
-    Refusal { reason, message: message.to_string(), transient: false, retry_at: now + LATER }
+fn soon(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
+    Refusal { reason, message: message.to_string(), transient: true, retry_at: now() + SOON }
+}
+
+fn later(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
+    Refusal { reason, message: message.to_string(), transient: false, retry_at: now() + LATER }
 }
 
 fn refused(refusal: Refusal) -> Found {

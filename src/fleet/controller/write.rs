@@ -70,17 +70,22 @@ pub(super) async fn create(
     uid: &str,
 ) -> Result<NodeArtifacts, Trouble> {
     let mut object = NodeArtifacts::new(node, NodeArtifactsSpec::default());
-    object.metadata.owner_references = Some(vec![OwnerReference {
+    object.metadata.owner_references = Some(vec![owner(node, uid)]);
+    let parameters =
+        PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+    let api: Api<NodeArtifacts> = Api::all(client);
+    in_time(api.create(&parameters, &object)).await
+}
+
+/// The node, as its object's owner.
+pub(super) fn owner(node: &str, uid: &str) -> OwnerReference {
+    OwnerReference {
         api_version: "v1".to_owned(),
         kind: "Node".to_owned(),
         name: node.to_owned(),
         uid: uid.to_owned(),
         ..OwnerReference::default()
-    }]);
-    let parameters =
-        PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-    let api: Api<NodeArtifacts> = Api::all(client);
-    in_time(api.create(&parameters, &object)).await
+    }
 }
 
 /// Says what a node is to hold.

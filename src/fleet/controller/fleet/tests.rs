@@ -1,0 +1,82 @@
+//! What the leader does with answers, without an API server.
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+
+use super::*;
+use crate::fleet::plan::facts::{Known, Refusal};
+use crate::oci::Digest;
+
+/// A registry that has `good`, and nothing else for as long as one asks.
+struct Registry;
+
+impl Look for Registry {
+    fn look(&self, question: Question) -> BoxFuture<'static, Found> {
+        async move {
+            let path = question.reference.repository().path().to_owned();
+            let meaning = if path == "team/good" {
+                let (reference, digest) = (question.written, Digest::of(b"good"));
+                Meaning::Known(Known { reference, digest, platforms: Vec::new(), bytes: None })
+            } else {
+                Meaning::Refused(refusal(0))
+            };
+            Found { meaning: Some(meaning), access: Access::Open, plain: None }
+        }
+        .boxed()
+    }
+}
+
+fn refusal(retry_at: i64) -> Refusal {
+    let message = "it did not answer in time".to_owned();
+    Refusal { reason: "RegistryUnavailable", message, transient: true, retry_at }
+}
+
+fn fleet() -> Fleet {
+    let nowhere = kube::Config::new("http://127.0.0.1:1".parse().expect("an address"));
+    let client = Client::try_from(nowhere).expect("a client");
+    Fleet::new(client, Arc::new(Registry), Pace::default(), Arc::default())
+}
+
+fn preload(name: &str, spec: &serde_json::Value) -> ArtifactPreload {
+    let spec = serde_json::from_value(spec.clone()).expect("a spec");
+    let mut object = ArtifactPreload::new(name, spec);
+    object.metadata.namespace = Some("team".to_owned());
+    object.metadata.uid = Some(format!("uid-of-{name}"));
+    object.metadata.resource_version = Some("1".to_owned());
+    object.metadata.generation = Some(1);
+    object
+}
+
+fn of(name: &str) -> ArtifactPreload {
+    preload(name, &serde_json::json!({"reference": format!("r.io/team/{name}:v1")}))
+}
+
+impl Fleet {
+    /// Plans, and waits for all that was asked then.
+    async fn plan_and_hear(&mut self) {
+        self.plan();
+        while let Some(done) = self.looks.join_next().await {
+            let (preload, asked, found) = done.expect("an answer");
+            self.found(&preload, &asked, found);
+        }
+    }
+
+    fn meaning(&self, preload: &str) -> &Meaning {
+        &self.world.preloads[preload].meaning
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_asked_in_vain_again_and_again_keeps_nobody_from_being_asked() {
+    let mut fleet = fleet();
+    for index in 0..LOOKS_AT_ONCE {
+        fleet.world.put_preload(&of(&format!("hangs-{index}")));
+    }
+    let mut last = of("good");
+    last.metadata.name = Some("last".to_owned());
+    fleet.world.put_preload(&last);
+    for _ in 0..2 {
+        fleet.plan_and_hear().await;
+    }
+    assert!(matches!(fleet.meaning("team/last"), Meaning::Known(_)));
+}
