@@ -447,6 +447,9 @@ impl Work<'_, '_> {
             Access::Unknown | Access::Sealed { .. } | Access::Open | Access::Refused(_) => None,
         };
         self.wishes[at].waits |= sealed.is_some() && self.preload.access == Access::Unknown;
+        if let Some(before) = before {
+            self.wishes[at].release(before);
+        }
         let spec = &self.preload.spec;
         let reference =
             before.map_or_else(|| Arc::clone(&current.reference), |b| Arc::clone(&b.reference));

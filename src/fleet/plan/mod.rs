@@ -86,6 +86,9 @@ pub struct Totals {
 struct Wishes {
     all: Vec<Wanted>,
     bytes: usize,
+    /// What the node was told before, and may stay: what is new gets none of its room.
+    reserved: usize,
+    reserved_bytes: usize,
     /// Of these, all that is wanted already stays: what is to be said about them is not known at the moment.
     undecided: Vec<PreloadId>,
     /// Secrets that it still needs are being read: nothing can be written before.
@@ -93,15 +96,37 @@ struct Wishes {
 }
 
 impl Wishes {
+    /// Nothing yet, and room for what was told before.
+    fn after(object: &Object, known: &HashSet<PreloadId>) -> Self {
+        let mut wishes = Self::default();
+        for wanted in object.wanted.iter().filter(|wanted| known.contains(&wanted.preload)) {
+            wishes.reserved += 1;
+            wishes.reserved_bytes += wanted.size();
+        }
+        wishes
+    }
+
     /// Whether one more fits.
     fn fits(&self, reference: &str, sealed: bool) -> bool {
-        self.all.len() < MAXIMUM_ARTIFACTS
-            && self.bytes + size_of(reference, sealed) <= MAXIMUM_BYTES
+        self.all.len() + self.reserved < MAXIMUM_ARTIFACTS
+            && self.bytes + self.reserved_bytes + size_of(reference, sealed) <= MAXIMUM_BYTES
+    }
+
+    /// What was told before is told again.
+    fn release(&mut self, before: &Wanted) {
+        self.reserved -= 1;
+        self.reserved_bytes -= before.size();
     }
 
     fn add(&mut self, wanted: Wanted) {
-        self.bytes += size_of(&wanted.reference, wanted.sealed.is_some());
+        self.bytes += wanted.size();
         self.all.push(wanted);
+    }
+}
+
+impl Wanted {
+    fn size(&self) -> usize {
+        size_of(&self.reference, self.sealed.is_some())
     }
 }
 
@@ -132,7 +157,9 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
         }
     }
     turns.sort_by_key(|turn| (turn.node.turn, turn.name));
-    let mut wishes: Vec<Wishes> = turns.iter().map(|_| Wishes::default()).collect();
+    let known: HashSet<PreloadId> = world.preloads.values().map(|preload| preload.id).collect();
+    let mut wishes: Vec<Wishes> =
+        turns.iter().map(|turn| Wishes::after(turn.object, &known)).collect();
     for (key, preload) in &world.preloads {
         let handed = handout::hand_out(preload, &turns, &awaited, &mut wishes, now);
         plan.wake = earlier(plan.wake, handed.wake);
@@ -162,7 +189,6 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
             plan.report.push(StatusChange { preload, status: written.status, urgent });
         }
     }
-    let known: HashSet<PreloadId> = world.preloads.values().map(|preload| preload.id).collect();
     for (turn, wishes) in turns.iter().zip(wishes).filter(|(_, wishes)| !wishes.waits) {
         let wanted = with_what_stays(turn.object, wishes, &known);
         if !is_said(turn.object, &wanted) {

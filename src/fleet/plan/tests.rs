@@ -798,6 +798,28 @@ fn the_same_content_under_another_name_is_another_artifact() {
     assert_ne!(cluster.status("tool").ready_reference, Some(first));
 }
 
+#[test]
+fn what_is_new_never_takes_the_place_of_what_a_node_was_told_before() {
+    let mut cluster = cluster(1);
+    cluster.settle();
+    for index in 1..256 {
+        let name = format!("tool-{index}");
+        cluster.apply(&name, |spec| spec.reference = format!("r.io/tool:{index}"));
+        cluster.resolve(&name);
+    }
+    cluster.settle();
+    assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 256);
+    cluster.apply("a", |_| {});
+    cluster.resolve("a");
+    cluster.settle();
+    assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 256);
+    assert_eq!(cluster.status("a").failed_nodes[0].reason, "TooManyPreloads");
+    cluster.world.preloads.remove("team/tool-7");
+    cluster.preloads.remove("tool-7");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("a"), "Ready");
+}
+
 /// What happens to a cluster.
 #[derive(Clone, Debug)]
 enum Happening {
