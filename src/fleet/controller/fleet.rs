@@ -463,6 +463,14 @@ impl Fleet {
         if now != *asked {
             return;
         }
+        // What cannot be read at the moment is as it was, and is read again.
+        if let (Access::Refused(refusal), Access::Sealed { until, .. }) =
+            (&found.access, &mut known.access)
+            && refusal.transient
+        {
+            *until = refusal.retry_at;
+            return;
+        }
         match (&found.access, found.plain, &known.parsed) {
             (Access::Sealed { version, .. }, Some(plain), Ok(parsed)) => {
                 let repository = parsed.reference.repository().clone();

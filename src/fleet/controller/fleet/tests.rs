@@ -80,3 +80,29 @@ async fn whoever_is_asked_in_vain_again_and_again_keeps_nobody_from_being_asked(
     }
     assert!(matches!(fleet.meaning("team/last"), Meaning::Known(_)));
 }
+
+#[tokio::test]
+async fn secrets_that_cannot_be_read_for_a_moment_stay_what_they_were() {
+    let mut fleet = fleet();
+    let spec = serde_json::json!({"reference": "r.io/team/good:v1", "pullSecrets": ["robot"]});
+    fleet.world.put_preload(&preload("tool", &spec));
+    let (key, version): (Arc<str>, Arc<str>) = (Arc::from("team/tool"), Arc::from("1"));
+    let asked = Asked {
+        uid: "uid-of-tool".to_owned(),
+        reference: "r.io/team/good:v1".to_owned(),
+        pull_secrets: vec!["robot".to_owned()],
+    };
+    let told = |access, plain| Found { meaning: None, access, plain };
+    let sealed = Access::Sealed { version: Arc::clone(&version), until: 100 };
+    let plain = Plain::new(&[]).expect("credentials");
+    fleet.found(&key, &asked, told(sealed, Some(plain)));
+    fleet.found(&key, &asked, told(Access::Refused(refusal(120)), None));
+    let access = &fleet.world.preloads[&key].access;
+    assert_eq!(*access, Access::Sealed { version, until: 120 });
+    assert!(fleet.readable.contains_key(&key));
+    // Secrets that are gone are gone.
+    let gone = Refusal { transient: false, ..refusal(160) };
+    fleet.found(&key, &asked, told(Access::Refused(gone.clone()), None));
+    assert_eq!(fleet.world.preloads[&key].access, Access::Refused(gone));
+    assert!(fleet.readable.is_empty());
+}
