@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::support::{
-    Image, Layer, Manifest, OCI_MANIFEST, Tar,
+    Image, Layer, Manifest, OCI_MANIFEST, Proxy, Tar,
     api_server::{ApiServer, Fault, Kind},
     descriptor,
     fleet::{Cluster, NAMESPACE},
@@ -199,6 +199,37 @@ fn private_artifacts_come_with_the_secrets_of_the_preload_and_nobody_else_reads_
         assert!(!text.contains(PASSWORD) && !text.contains(&encoded));
     }
     assert!(!cluster.drivers[0].log().is_empty());
+}
+
+#[test]
+fn a_plugin_that_is_restarted_waits_for_credentials_and_has_not_failed() {
+    const PASSWORD: &str = "password-of-the-restarted";
+    let private = private_registry("robot", PASSWORD);
+    let proxy = Proxy::new(&private);
+    let mut cluster = Cluster::before(&private, &["one"]);
+    let mut controller = cluster.controller();
+    cluster.start_node("one");
+    secret(&cluster.api, "robot", DOCKER, &proxy.host(), "robot", PASSWORD);
+    let repository = unique("private");
+    let layer = Layer::titled("secret.txt", format!("of {repository}"));
+    Manifest::artifact([layer]).push(&private.as_user("robot", PASSWORD), &repository, "v1");
+    let reference = proxy.reference(&format!("{repository}:v1"));
+    let gate = proxy.hold_blobs();
+    let spec = json!({"reference": reference, "pullSecrets": ["robot"], "backoffLimit": 0});
+    cluster.preload("tool", spec);
+    wait_until("the node fetches", || gate.waiting() > 0);
+    controller.end();
+    let node = cluster.drivers.remove(0).kill();
+    gate.open();
+    cluster.drivers.push(node.start());
+    let held = || {
+        let object = cluster.api.get(Kind::NodeArtifacts, "", "one");
+        object["status"]["artifacts"][0].clone()
+    };
+    wait_until("the node says what it lacks", || held()["reason"] == "WaitingForCredentials");
+    assert_eq!(held()["phase"], "Waiting");
+    let _controller = cluster.controller();
+    cluster.wait_for("tool", "Ready");
 }
 
 #[test]

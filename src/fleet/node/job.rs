@@ -30,6 +30,8 @@ const LONGEST_PAUSE: Duration = Duration::from_mins(4);
 const FAILED_AGAIN: Duration = Duration::from_mins(10);
 /// What is kept is looked at so often: damage may have been found.
 const LOOK_INTERVAL: Duration = Duration::from_mins(10);
+/// What came sealed was sealed to another key: that of the process before.
+const NO_CREDENTIALS: &str = "WaitingForCredentials";
 /// Steps in which progress is told.
 const STEP: u64 = 25;
 
@@ -187,6 +189,11 @@ impl Running {
                     }
                     tokio::time::sleep(LOOK_INTERVAL).await;
                 }
+                Err(Failure { reason: reason @ NO_CREDENTIALS, message }) => {
+                    // Nothing was tried: the controller seals them anew, and then another job begins.
+                    self.tell(Phase::Waiting, reason, message);
+                    tokio::time::sleep(FAILED_AGAIN).await;
+                }
                 Err(Failure { reason, message }) => {
                     failures += 1;
                     let limit = self.wanted.backoff_limit;
@@ -249,7 +256,7 @@ impl Running {
         };
         match self.begin.key.open(&sealed.data, place) {
             Ok(credentials) => Ok(Keyring::of_host(reference.repository().host(), credentials)),
-            Err(error) => Err(Failure::new("WaitingForCredentials", &error)),
+            Err(error) => Err(Failure::new(NO_CREDENTIALS, &error)),
         }
     }
 
