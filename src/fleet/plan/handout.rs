@@ -153,7 +153,10 @@ pub(super) fn hand_out(
         let mut ignored = HandedOut::default();
         let (busy, candidates) = work.keep(&selected, &previous, &mut ignored, false);
         work.slots = work.slots.saturating_sub(busy);
-        work.begin_some(candidates, &previous, &mut ignored, false);
+        // Until the status says so it is what whoever reads that rolls to, but nobody begins with it any more.
+        if !handed.reached {
+            work.begin_some(candidates, &previous, &mut ignored, false);
+        }
         handed.wake = earlier(handed.wake, ignored.wake);
     }
     handed.look |= needs_secrets && handed.counts.ready < handed.counts.desired;
@@ -243,7 +246,7 @@ fn pinned(reference: &Reference, known: &Known) -> Result<Arc<str>, String> {
 fn previous(preload: &Preload, parsed: &Parsed, handed: &HandedOut) -> Option<Current> {
     let text = preload.status.ready_reference.as_deref()?;
     let is_current = handed.current.as_ref().is_some_and(|current| &*current.reference == text);
-    if handed.reached || is_current {
+    if is_current {
         return None;
     }
     let reference: Reference = text.parse().ok()?;

@@ -820,6 +820,22 @@ fn what_is_new_never_takes_the_place_of_what_a_node_was_told_before() {
     assert_eq!(cluster.reason("a"), "Ready");
 }
 
+#[test]
+fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
+    let mut cluster = cluster(1);
+    cluster.run_until_done();
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.resolve("tool");
+    cluster.settle();
+    assert_eq!(cluster.wants("node-0").len(), 2);
+    cluster.nodes_work();
+    let decided = cluster.step();
+    assert!(decided.assign.is_empty(), "whoever leads next may still read the old one: {decided:?}");
+    assert_eq!(cluster.reason("tool"), "Ready");
+    cluster.settle();
+    assert_eq!(cluster.wants("node-0").len(), 1);
+}
+
 /// What happens to a cluster.
 #[derive(Clone, Debug)]
 enum Happening {
