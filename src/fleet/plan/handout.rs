@@ -132,6 +132,10 @@ pub(super) fn hand_out(
     if !was_reached {
         handed.counts.desired += count_awaited(preload, awaited);
     }
+    let missing =
+        handed.current.as_ref().and_then(|current| missing_platform(parsed, &current.known));
+    let is_short = missing.is_some();
+    handed.problem = missing.or(handed.problem.take());
     let mut slots = parsed.parallelism.of(selected.len());
     if preload.spec.paused || handed.problem.is_some() {
         slots = 0;
@@ -141,8 +145,9 @@ pub(super) fn hand_out(
     let mut work = Work { preload, parsed, turns, wishes, now, begin, slots: 0 };
     if let Some(current) = handed.current.clone() {
         let (busy, candidates) = work.keep(&selected, &current, &mut handed, true);
-        handed.reached = was_reached
-            || (handed.counts.desired > 0 && handed.counts.ready == handed.counts.desired);
+        let Counts { desired, ready, .. } = handed.counts;
+        // An artifact that is not what the spec asks for is not ready, wherever it is.
+        handed.reached = was_reached || (!is_short && desired > 0 && ready == desired);
         work.slots = slots.saturating_sub(busy);
         work.begin_some(candidates, &current, &mut handed, true);
     } else {
@@ -214,21 +219,21 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
         }
         Access::Refused(refusal) => refused(refusal, handed),
     }
-    if let Some(current) = &handed.current {
-        let platforms = &current.known.platforms;
-        let has = |wanted: &&Platform| !platforms.iter().any(|offered| wanted.accepts(offered));
-        let missing = parsed.platforms.iter().filter(|_| !platforms.is_empty()).find(has);
-        if let Some(missing) = missing {
-            let offered: Vec<_> = platforms.iter().map(ToString::to_string).collect();
-            let message = format!(
-                "the index {} is not for {missing}, but for {}: push one that is, or change spec.platforms",
-                current.known.digest,
-                offered.join(", ")
-            );
-            handed.problem = Some(Problem::new("PlatformMissing", &message));
-        }
-    }
     needs_secrets
+}
+
+/// What the index has not, though the spec asks for it.
+fn missing_platform(parsed: &Parsed, known: &Known) -> Option<Problem> {
+    let platforms = &known.platforms;
+    let lacks = |wanted: &&Platform| !platforms.iter().any(|offered| wanted.accepts(offered));
+    let missing = parsed.platforms.iter().filter(|_| !platforms.is_empty()).find(lacks)?;
+    let offered: Vec<_> = platforms.iter().map(ToString::to_string).collect();
+    let message = format!(
+        "the index {} is not for {missing}, but for {}: push one that is, or change spec.platforms",
+        known.digest,
+        offered.join(", ")
+    );
+    Some(Problem::new("PlatformMissing", &message))
 }
 
 /// The artifact with its digest, as nodes are told it.

@@ -836,6 +836,23 @@ fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
     assert_eq!(cluster.wants("node-0").len(), 1);
 }
 
+#[test]
+fn an_index_that_lacks_a_platform_is_not_ready_though_all_nodes_hold_it() {
+    let mut cluster = cluster(1);
+    let reference = "r.io/tool:v1".to_owned();
+    let platforms = vec!["linux/amd64".parse().expect("a platform")];
+    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None };
+    cluster.answer("tool", Meaning::Known(known));
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    let platforms = vec!["linux/amd64".into(), "linux/arm64".into()];
+    cluster.apply("tool", |spec| spec.platforms = platforms);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "PlatformMissing");
+    assert!(super::status::is_stalled(&cluster.status("tool")));
+    assert_eq!(cluster.wants("node-0").len(), 1, "pods still use it");
+}
+
 /// What happens to a cluster.
 #[derive(Clone, Debug)]
 enum Happening {
