@@ -132,6 +132,11 @@ pub(super) fn hand_out(
     if !was_reached {
         handed.counts.desired += count_awaited(preload, awaited);
     }
+    // Nobody begins with half of what he needs; where there is nobody, they are not read.
+    if preload.access == Access::Unknown && handed.counts.desired > 0 {
+        let message = "the secrets are being read";
+        handed.problem.get_or_insert_with(|| Problem::waiting("Resolving", message));
+    }
     let missing =
         handed.current.as_ref().and_then(|current| missing_platform(parsed, &current.known));
     let is_short = missing.is_some();
@@ -206,9 +211,6 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
     match &preload.access {
         Access::Unknown => {
             needs_secrets = true;
-            // Nobody begins with half of what he needs.
-            let message = "the secrets are being read";
-            handed.problem.get_or_insert_with(|| Problem::waiting("Resolving", message));
         }
         Access::Open => {}
         Access::Sealed { until, .. } => {

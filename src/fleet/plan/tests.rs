@@ -853,6 +853,17 @@ fn an_index_that_lacks_a_platform_is_not_ready_though_all_nodes_hold_it() {
     assert_eq!(cluster.wants("node-0").len(), 1, "pods still use it");
 }
 
+#[test]
+fn secrets_of_no_node_are_not_waited_for() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| {
+        spec.pull_secrets = vec!["robot".into()];
+        spec.selector.names = vec!["gone".into()];
+    });
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "NoNodes");
+}
+
 /// What happens to a cluster.
 #[derive(Clone, Debug)]
 enum Happening {
