@@ -146,13 +146,20 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
             awaited.push((name, node));
             continue;
         };
-        let until = object.created + handout::PATIENCE;
-        if object.report.is_none() && until >= now {
+        // What was made for the node's predecessor goes with the garbage collector, and then it gets its own.
+        let is_its_own = object.owner.as_ref().is_none_or(|owner| *owner == node.uid);
+        let since = match (is_its_own, &object.report) {
+            (true, Some(_)) => None,
+            (true, None) => Some(object.created),
+            (false, _) => Some(node.created),
+        };
+        if let Some(until) = since.map(|since| since + handout::PATIENCE)
+            && until >= now
+        {
             awaited.push((name, node));
             plan.wake = earlier(plan.wake, Some(until + 1));
         }
-        // The garbage collector takes what was made for the node's predecessor.
-        if object.owner.as_ref().is_none_or(|owner| *owner == node.uid) {
+        if is_its_own {
             turns.push(Turn { name, node, object });
         }
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
@@ -830,7 +830,10 @@ fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
     assert_eq!(cluster.wants("node-0").len(), 2);
     cluster.nodes_work();
     let decided = cluster.step();
-    assert!(decided.assign.is_empty(), "whoever leads next may still read the old one: {decided:?}");
+    assert!(
+        decided.assign.is_empty(),
+        "whoever leads next may still read the old one: {decided:?}"
+    );
     assert_eq!(cluster.reason("tool"), "Ready");
     cluster.settle();
     assert_eq!(cluster.wants("node-0").len(), 1);
@@ -862,6 +865,27 @@ fn secrets_of_no_node_are_not_waited_for() {
     });
     cluster.settle();
     assert_eq!(cluster.reason("tool"), "NoNodes");
+}
+
+#[test]
+fn a_node_that_has_come_back_under_its_name_is_waited_for() {
+    let mut cluster = cluster(2);
+    for name in ["node-0", "node-1"] {
+        cluster.change_object(name, |object| {
+            object.metadata.owner_references = Some(vec![OwnerReference {
+                kind: "Node".to_owned(),
+                uid: format!("uid-{name}"),
+                ..OwnerReference::default()
+            }]);
+        });
+    }
+    cluster.now += 1000;
+    cluster.add_node("node-1");
+    let name = cluster.world.text("node-1");
+    cluster.world.nodes.get_mut(&name).expect("a node").uid = "another".to_owned();
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Preloading", "its object is its predecessor's");
+    assert_eq!(cluster.plan().wake, Some(cluster.now + 121));
 }
 
 /// What happens to a cluster.
