@@ -172,10 +172,11 @@ fn driver(artifact: &Artifact, host: &str, scratch: &Scratch, confined: bool) ->
 fn containerd(reference: &str, scratch: &Scratch) -> Measured {
     let sandbox = Sandbox::new();
     let server = Containerd::start(&scratch.path().join("root"), sandbox.path());
-    let before = meter::cpu(server.id());
-    let pulled = meter::command(&mut server.pull(reference));
-    let cpu = pulled.cpu + meter::cpu(server.id()).saturating_sub(before);
-    let peak_bytes = meter::peak_bytes(server.id()).max(pulled.peak_bytes);
+    let process = server.process.id();
+    let before = meter::cpu(process);
+    let pulled = meter::command(server.ctr().args(["images", "pull", "--plain-http", reference]));
+    let cpu = pulled.cpu + meter::cpu(process).saturating_sub(before);
+    let peak_bytes = meter::peak_bytes(process).max(pulled.peak_bytes);
     Measured { wall: pulled.wall, cpu, peak_bytes }
 }
 

@@ -15,7 +15,7 @@ const KUBELETS: [&str; 3] =
 /// A running containerd. Its process ends with the value.
 pub struct Containerd {
     socket: PathBuf,
-    child: Child,
+    pub process: Child,
 }
 
 impl Containerd {
@@ -24,12 +24,14 @@ impl Containerd {
     pub fn start(root: &Path, run: &Path) -> Self {
         let (socket, config) = (run.join("c.sock"), run.join("config.toml"));
         let text = format!(
-            "version = 2\nroot = {root:?}\nstate = {:?}\ndisabled_plugins = {KUBELETS:?}\n\
-             [grpc]\naddress = {socket:?}\n",
-            run.join("state")
+            "version = 2\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = {KUBELETS:?}\n\
+             [grpc]\naddress = \"{}\"\n",
+            root.display(),
+            run.join("state").display(),
+            socket.display()
         );
         fs::write(&config, text).expect("a configuration");
-        let child = ending_with_this_thread("containerd")
+        let process = ending_with_this_thread("containerd")
             .args(["--log-level", "error", "--config"])
             .arg(&config)
             .stdin(Stdio::null())
@@ -37,27 +39,16 @@ impl Containerd {
             .stderr(Stdio::null())
             .spawn()
             .expect("containerd, which `make tools` installs");
-        let containerd = Self { socket, child };
+        let containerd = Self { socket, process };
         wait_until("containerd answers", || {
             containerd.ctr().arg("version").output().is_ok_and(|output| output.status.success())
         });
         containerd
     }
 
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     pub fn ctr(&self) -> Command {
         let mut command = tool("ctr");
         command.arg("--address").arg(&self.socket);
-        command
-    }
-
-    /// The command that pulls an image of a registry without TLS, and unpacks it.
-    pub fn pull(&self, reference: &str) -> Command {
-        let mut command = self.ctr();
-        command.args(["images", "pull", "--plain-http", reference]);
         command
     }
 
@@ -72,7 +63,7 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 }
