@@ -21,7 +21,7 @@ use super::{FleetMetrics, Look};
 use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, SealedCredentials, WantedArtifact,
 };
-use crate::fleet::plan::facts::{Access, Meaning, Sealed, Wanted, World};
+use crate::fleet::plan::facts::{Access, Meaning, Sealed, Wanted, World, key_of};
 use crate::fleet::plan::{Plan, StatusChange, plan};
 use crate::fleet::seal::{Place, Plain};
 use crate::oci::{Reference, Repository};
@@ -389,11 +389,7 @@ impl Fleet {
             Ok(written) => {
                 self.metrics.wrote(kind, "success");
                 self.bucket.answered();
-                match written {
-                    Written::Node(object) => self.world.put_object(&object),
-                    Written::Preload(object) => self.world.put_preload(&object),
-                    Written::Deleted => {}
-                }
+                self.learn(written);
             }
             Err(trouble) => {
                 self.metrics.wrote(kind, trouble.word());
@@ -418,6 +414,28 @@ impl Fleet {
             }
         }
         true
+    }
+
+    /// Takes in what was written, unless the watch has told meanwhile that it is gone: it would never go again.
+    fn learn(&mut self, written: Written) {
+        match written {
+            Written::Node(object) => {
+                let mut owners = object.metadata.owner_references.iter().flatten();
+                let name = object.metadata.name.as_deref().unwrap_or_default();
+                let node = self.world.nodes.get(name);
+                if node.is_some_and(|node| owners.any(|owner| owner.uid == node.uid)) {
+                    self.world.put_object(&object);
+                }
+            }
+            Written::Preload(object) => {
+                let key = key_of(&object).unwrap_or_default();
+                let known = self.world.preloads.get(key.as_str());
+                if known.is_some_and(|known| object.metadata.uid.as_ref() == Some(&known.uid)) {
+                    self.world.put_preload(&object);
+                }
+            }
+            Written::Deleted => {}
+        }
     }
 
     /// Asks what a preload means, unless that is being asked already.

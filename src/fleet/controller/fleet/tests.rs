@@ -1,10 +1,13 @@
 //! What the leader does with answers, without an API server.
 
+use std::collections::BTreeMap;
+
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::fleet::plan::facts::{Known, Refusal};
+use crate::fleet::api::NodeArtifactsSpec;
+use crate::fleet::plan::facts::{Known, Node, Refusal};
 use crate::oci::Digest;
 
 /// A registry that has `good`, and nothing else for as long as one asks.
@@ -105,4 +108,34 @@ async fn secrets_that_cannot_be_read_for_a_moment_stay_what_they_were() {
     fleet.found(&key, &asked, told(Access::Refused(gone.clone()), None));
     assert_eq!(fleet.world.preloads[&key].access, Access::Refused(gone));
     assert!(fleet.readable.is_empty());
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_late_brings_back_nothing() {
+    let mut fleet = fleet();
+    let object = |owner: &str| {
+        let mut object = NodeArtifacts::new("one", NodeArtifactsSpec::default());
+        object.metadata.resource_version = Some("7".to_owned());
+        object.metadata.owner_references = Some(vec![write::owner("one", owner)]);
+        Written::Node(Box::new(object))
+    };
+    let node = || Target::Node(Arc::from("one"));
+    fleet.written(node(), Ok(object("first")));
+    assert!(fleet.world.objects.is_empty(), "the node has gone, and its object with it");
+    let known = Node { uid: "second".to_owned(), labels: BTreeMap::new(), created: 0, turn: 0 };
+    fleet.world.nodes.insert(Arc::from("one"), known);
+    fleet.written(node(), Ok(object("first")));
+    assert!(fleet.world.objects.is_empty(), "another node has its name now");
+    fleet.written(node(), Ok(object("second")));
+    assert_eq!(fleet.world.objects.len(), 1);
+
+    let target = || Target::Preload(Arc::from("team/good"));
+    let answer = || Ok(Written::Preload(Box::new(of("good"))));
+    fleet.written(target(), answer());
+    assert!(fleet.world.preloads.is_empty(), "it was deleted");
+    let mut another = of("good");
+    another.metadata.uid = Some("another".to_owned());
+    fleet.world.put_preload(&another);
+    fleet.written(target(), answer());
+    assert_eq!(fleet.world.preloads["team/good"].uid, "another");
 }
