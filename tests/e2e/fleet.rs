@@ -139,6 +139,7 @@ fn definitions_that_are_older_than_the_programs_cost_no_writes() {
     let mut cluster = Cluster::new(&["one"]);
     cluster.api.forget_field(Kind::NodeArtifacts, "capacityBytes");
     cluster.api.forget_field(Kind::NodeArtifacts, "artifacts.reference");
+    cluster.api.forget_field(Kind::NodeArtifacts, "artifacts.since");
     cluster.api.forget_field(Kind::Preload, "bytes");
     let _controller = cluster.controller();
     cluster.start_node("one");

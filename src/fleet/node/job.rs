@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +41,7 @@ pub(super) struct Job {
     /// What is wanted.
     pub(super) wanted: WantedArtifact,
     state: Option<State>,
+    since: Timestamp,
     view: ProgressView,
     run: u64,
     stop: CancellationToken,
@@ -98,8 +100,16 @@ impl Job {
 
     pub(super) fn note(&mut self, told: Told) {
         if told.run == self.run {
+            if self.phase() == Phase::Ready && told.state.phase != Phase::Ready {
+                self.since = this_second();
+            }
             self.state = Some(told.state);
         }
+    }
+
+    /// When it began to be fetched, the last time.
+    pub(super) fn since(&self) -> Timestamp {
+        self.since
     }
 
     /// Whether it has said anything yet.
@@ -145,7 +155,7 @@ impl Begin {
                 () = stopped.cancelled() => {}
             }
         });
-        Job { wanted, state: None, view, run, stop }
+        Job { wanted, state: None, since: this_second(), view, run, stop }
     }
 }
 
@@ -312,6 +322,11 @@ fn reason(error: &PullError) -> &'static str {
         error if error.is_full() => "NoRoom",
         _ => "PullFailed",
     }
+}
+
+/// As the API server keeps it.
+fn this_second() -> Timestamp {
+    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
 }
 
 /// A number drawn by chance.

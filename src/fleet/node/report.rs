@@ -4,6 +4,7 @@ use super::job::Job;
 use crate::fleet::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
 use crate::fleet::api::{HeldArtifact, NodeArtifactsStatus, Phase};
 use crate::oci::{Platform, Reference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 /// The whole status.
 pub(super) fn status<'a>(
@@ -39,6 +40,7 @@ fn artifact(job: &Job) -> HeldArtifact {
         digest: digest.map(|digest| digest.to_string()).unwrap_or_default(),
         phase: job.phase(),
         percent: job.percent(),
+        since: (!is_over).then(|| Time(job.since())),
         reason: if is_over { String::new() } else { job.reason().to_owned() },
         message: if is_over { String::new() } else { cut(job.message()) },
     }

@@ -222,6 +222,8 @@ pub struct Held {
     pub digest: Arc<str>,
     /// How far.
     pub phase: Phase,
+    /// Since when it is fetched, where it is and the node says it.
+    pub since: Option<Seconds>,
     /// Why not ready.
     pub reason: Arc<str>,
     /// The same for people.
@@ -350,6 +352,7 @@ impl World {
                     reference: self.text(&artifact.reference),
                     digest: self.text(&artifact.digest),
                     phase: artifact.phase,
+                    since: artifact.since.as_ref().map(|time| time.0.as_second()),
                     reason: self.text(&artifact.reason),
                     message: self.text(&artifact.message),
                 });

@@ -425,7 +425,9 @@ impl Work<'_, '_> {
                 } else {
                     (Seconds::from(wanted.timeout) + LONGEST_PAUSE) * tries + PATIENCE
                 };
-                let deadline = wanted.since + patience;
+                // What was lost, or is fetched by another process, is begun anew; clocks of nodes may be ahead.
+                let begun = other.and_then(|held| held.since).map(|since| since.min(self.now));
+                let deadline = begun.unwrap_or(wanted.since).max(wanted.since) + patience;
                 if deadline < self.now {
                     let (reason, message) = overdue(other);
                     return State::Failed(reason, message);

@@ -216,6 +216,7 @@ impl Cluster {
             digest: digest_of(wanted),
             phase,
             percent: None,
+            since: None,
             reason: if phase == Phase::Failed { "NoRoom".into() } else { String::new() },
             message: String::new(),
         };
@@ -769,6 +770,25 @@ fn a_plugin_that_says_digests_alone_is_understood() {
     });
     cluster.settle();
     assert_eq!((cluster.reason("tool").as_str(), cluster.status("tool").ready), ("Ready", 1));
+}
+
+#[test]
+fn whoever_fetches_again_later_has_as_long_as_the_first_time() {
+    let mut cluster = cluster(1);
+    cluster.run_until_done();
+    cluster.now += 1_000_000;
+    let since = cluster.time();
+    cluster.change_object("node-0", |object| {
+        let held = &mut object.status.as_mut().expect("a status").artifacts[0];
+        (held.phase, held.since) = (Phase::Pulling, Some(since));
+    });
+    cluster.settle();
+    let counts = |cluster: &Cluster| (cluster.status("tool").active, cluster.status("tool").failed);
+    assert_eq!(counts(&cluster), (1, 0));
+    cluster.now += 10_000;
+    cluster.settle();
+    assert_eq!(counts(&cluster), (0, 1));
+    assert_eq!(cluster.status("tool").failed_nodes[0].reason, "Overdue");
 }
 
 #[test]
