@@ -4,12 +4,14 @@
 //! for; one that failed is decided again after a while.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use kube::Client;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -158,7 +160,7 @@ impl Fleet {
     /// Leads until told that somebody else does. Writes under way are then cut off: whoever leads plans anew.
     pub async fn run(mut self, lost: CancellationToken) {
         // They end with this.
-        let Watching { mut told, tasks: _tasks } = watch(&self.client, &self.metrics);
+        let Watching { mut told, tasks: mut watches } = watch(&self.client, &self.metrics);
         let mut dirty = true;
         let mut planned = Instant::now();
         let mut settle = self.pace.settle;
@@ -168,17 +170,20 @@ impl Fleet {
             tokio::select! {
                 biased;
                 () = lost.cancelled() => return,
+                Some(ended) = watches.join_next() => {
+                    whole(ended);
+                    tracing::error!("a watch has ended: leading no more");
+                    return;
+                }
                 Some(done) = self.writes.join_next(), if !self.writes.is_empty() => {
-                    if let Ok((target, written)) = done {
-                        dirty |= self.written(target, written);
-                    }
+                    let (target, written) = whole(done);
+                    dirty |= self.written(target, written);
                     wake = wake.min(self.write_on());
                 }
                 Some(done) = self.looks.join_next(), if !self.looks.is_empty() => {
-                    if let Ok((preload, asked, found)) = done {
-                        self.found(&preload, &asked, found);
-                        dirty = true;
-                    }
+                    let (preload, asked, found) = whole(done);
+                    self.found(&preload, &asked, found);
+                    dirty = true;
                 }
                 // Facts may come without end; what is decided on them must not wait for it.
                 () = tokio::time::sleep_until(next) => {
@@ -461,8 +466,10 @@ impl Fleet {
         self.asked.insert(Arc::clone(preload), Instant::now());
         let (look, preload) = (Arc::clone(&self.look), Arc::clone(preload));
         self.looks.spawn(async move {
-            let found = look.look(question).await;
-            (preload, asked, found)
+            let found = AssertUnwindSafe(look.look(question)).catch_unwind().await;
+            let failed =
+                |_| Found::failed("looking at it failed internally: see the controller's log");
+            (preload, asked, found.unwrap_or_else(failed))
         });
     }
 
@@ -481,25 +488,23 @@ impl Fleet {
         if now != *asked {
             return;
         }
-        // What cannot be read at the moment is as it was, and is read again.
-        if let (Access::Refused(refusal), Access::Sealed { until, .. }) =
-            (&found.access, &mut known.access)
-            && refusal.transient
-        {
-            *until = refusal.retry_at;
-            return;
-        }
-        match (&found.access, found.plain, &known.parsed) {
-            (Access::Sealed { version, .. }, Some(plain), Ok(parsed)) => {
-                let repository = parsed.reference.repository().clone();
-                let readable = Readable { version: Arc::clone(version), repository, plain };
-                self.readable.insert(Arc::clone(preload), readable);
+        let repository = known.parsed.as_ref().map(|parsed| parsed.reference.repository().clone());
+        match (found.access, found.plain, &mut known.access) {
+            // What cannot be read at the moment is as it was, and is read again.
+            (Access::Refused(refusal), _, Access::Sealed { until, .. }) if refusal.transient => {
+                *until = refusal.retry_at;
             }
-            _ => {
+            (access, plain, known) => {
                 self.readable.remove(preload);
+                if let (Access::Sealed { version, .. }, Some(plain), Ok(repository)) =
+                    (&access, plain, repository)
+                {
+                    let readable = Readable { version: Arc::clone(version), repository, plain };
+                    self.readable.insert(Arc::clone(preload), readable);
+                }
+                *known = access;
             }
         }
-        known.access = found.access;
         // What is known stays known: the secrets alone were read.
         if let Some(meaning) = found.meaning
             && !matches!(known.meaning, Meaning::Known(_))
@@ -518,6 +523,12 @@ impl Decision {
             }
         }
     }
+}
+
+/// What a task has come to. One that has panicked has left behind what nobody knows: the process ends, and the next one
+/// reads anew what there is.
+fn whole<T>(ended: Result<T, JoinError>) -> T {
+    ended.unwrap_or_else(|error| resume_unwind(error.into_panic()))
 }
 
 /// Namespace and name.

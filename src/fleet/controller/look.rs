@@ -64,6 +64,15 @@ pub struct Found {
     pub plain: Option<Plain>,
 }
 
+impl Found {
+    /// Nothing, for the moment.
+    pub(super) fn failed(message: &str) -> Self {
+        let refusal = soon("Internal", message);
+        let meaning = Some(Meaning::Refused(refusal.clone()));
+        Self { meaning, access: Access::Refused(refusal), plain: None }
+    }
+}
+
 /// Finds out.
 pub trait Look: Send + Sync {
     /// Never fails: why something cannot be found out is found out then.

@@ -17,6 +17,7 @@ impl Look for Registry {
     fn look(&self, question: Question) -> BoxFuture<'static, Found> {
         async move {
             let path = question.reference.repository().path().to_owned();
+            assert_ne!(path, "team/poison", "a registry's answer that nobody has thought of");
             let meaning = if path == "team/good" {
                 let (reference, digest) = (question.written, Digest::of(b"good"));
                 Meaning::Known(Known { reference, digest, platforms: Vec::new(), bytes: None })
@@ -138,4 +139,14 @@ async fn an_answer_that_comes_late_brings_back_nothing() {
     fleet.world.put_preload(&another);
     fleet.written(target(), answer());
     assert_eq!(fleet.world.preloads["team/good"].uid, "another");
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_has_thought_of_is_a_refusal_of_one_preload() {
+    let mut fleet = fleet();
+    fleet.world.put_preload(&of("poison"));
+    fleet.plan_and_hear().await;
+    let Meaning::Refused(refusal) = fleet.meaning("team/poison") else { panic!("it is known") };
+    assert!(refusal.transient && refusal.retry_at > 0, "{refusal:?}");
+    assert!(fleet.looking.is_empty());
 }
