@@ -227,7 +227,9 @@ impl Working {
         self.pins.keep(wanted.values()).await;
         for (key, wanted) in wanted {
             match self.jobs.get_mut(&key) {
-                Some(job) if !job.must_begin_anew(&wanted) => job.wanted = wanted,
+                // What it works with stays noted: a job that is ready begins anew with other credentials when it has
+                // to fetch again.
+                Some(job) if !job.must_begin_anew(&wanted) => {}
                 known => {
                     if let Some(job) = known {
                         job.stop();

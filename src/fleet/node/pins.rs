@@ -55,7 +55,7 @@ impl Pins {
         preload: &str,
         reference: &Reference,
         tree: &Tree,
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), String> {
         let known = self.wanted.lock().await;
         let owner = owner(preload);
         if !known.contains(&(owner.clone(), reference.to_string())) {
@@ -66,7 +66,10 @@ impl Pins {
         let pin =
             move || store.pin(&reference, &Platform::of_this_node(), manifest, &owner).map(|_| ());
         // The guard is held until it is written.
-        tokio::task::spawn_blocking(pin).await.unwrap_or(Ok(()))
+        match tokio::task::spawn_blocking(pin).await {
+            Ok(pinned) => pinned.map_err(|error| error.to_string()),
+            Err(_) => Err("pinning failed internally".to_owned()),
+        }
     }
 
     /// Whether it is pinned for this preload, and there.
@@ -75,7 +78,14 @@ impl Pins {
         let look = move || {
             let pin = store.pin_of(&reference, &Platform::of_this_node(), &owner)?;
             let trees = store.sound_trees().ok()?;
-            trees.iter().any(|tree| tree.record.manifest == pin.manifest).then_some(())
+            // A pod's part of it is not all of it.
+            let whole = |tree: &Tree| {
+                let view = &tree.record.view;
+                tree.record.manifest == pin.manifest
+                    && view.include.is_empty()
+                    && view.exclude.is_empty()
+            };
+            trees.iter().any(whole).then_some(())
         };
         tokio::task::spawn_blocking(look).await.ok().flatten().is_some()
     }
