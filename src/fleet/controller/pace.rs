@@ -8,7 +8,9 @@ use tokio::time::Instant;
 const BURST: f64 = 2.0;
 /// The first pause after the API server was busy.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-/// The longest.
+/// The longest that it asks for and gets.
+const LONGEST_ASKED: Duration = Duration::from_mins(5);
+/// The longest, where it does not say how long.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// A bucket of writes that fills over time.
@@ -50,7 +52,11 @@ impl Bucket {
         }
         let doubled = FIRST_PAUSE.saturating_mul(1 << self.failures.min(6));
         self.failures += 1;
-        self.paused_until = now + asked.unwrap_or(doubled).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        let pause = match asked {
+            Some(asked) => asked.clamp(FIRST_PAUSE, LONGEST_ASKED),
+            None => doubled.min(LONGEST_PAUSE),
+        };
+        self.paused_until = now + pause;
     }
 
     /// It answers.
@@ -87,8 +93,8 @@ mod tests {
         assert_eq!(bucket.take(first).expect_err("paused") - first, FIRST_PAUSE * 2);
         let second = first + FIRST_PAUSE * 2;
         bucket.pause(Some(Duration::from_mins(10)), second);
-        assert_eq!(bucket.take(second).expect_err("paused") - second, LONGEST_PAUSE);
-        let third = second + LONGEST_PAUSE;
+        assert_eq!(bucket.take(second).expect_err("paused") - second, LONGEST_ASKED);
+        let third = second + LONGEST_ASKED;
         assert!(bucket.take(third).is_ok());
         bucket.answered();
         bucket.pause(None, third);
