@@ -64,10 +64,11 @@ impl Elector {
     /// Waits until this process leads; none at shutdown.
     pub async fn lead(&self, shutdown: &CancellationToken) -> Option<Leading> {
         let mut told = String::new();
-        loop {
+        let renewed = loop {
+            let asked = Instant::now();
             tokio::select! {
                 taken = self.0.take() => match taken {
-                    Ok(true) => break,
+                    Ok(true) => break asked,
                     Ok(false) => told.clear(),
                     Err(error) => {
                         let error = error.to_string();
@@ -83,9 +84,9 @@ impl Elector {
                 () = tokio::time::sleep(INTERVAL) => {}
                 () = shutdown.cancelled() => return None,
             }
-        }
+        };
         let lost = shutdown.child_token();
-        let renewing = tokio::spawn(Arc::clone(&self.0).renew(lost.clone()));
+        let renewing = tokio::spawn(Arc::clone(&self.0).renew(renewed, lost.clone()));
         Some(Leading { elector: self.clone(), lost, renewing })
     }
 }
@@ -106,16 +107,17 @@ impl Leading {
 }
 
 impl Inner {
-    async fn renew(self: Arc<Self>, lost: CancellationToken) {
-        let mut renewed = Instant::now();
+    async fn renew(self: Arc<Self>, mut renewed: Instant, lost: CancellationToken) {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(INTERVAL) => {}
                 () = lost.cancelled() => return,
             }
             let left = DEADLINE.saturating_sub(renewed.elapsed());
+            // Others count from when it was written, which an answer that takes long comes long after.
+            let asked = Instant::now();
             match tokio::time::timeout(left, self.take()).await {
-                Ok(Ok(true)) => renewed = Instant::now(),
+                Ok(Ok(true)) => renewed = asked,
                 Ok(Ok(false)) => {
                     tracing::warn!("another process leads");
                     break;
