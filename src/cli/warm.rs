@@ -46,14 +46,14 @@ pub(super) struct WarmArguments {
 }
 
 pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
-    let references = arguments.references()?;
+    let (references, wrong) = arguments.references()?;
     let docker_config = match &arguments.docker_config {
         Some(path) => std::fs::read(path).map_err(|error| {
             format!("the credentials {} cannot be read: {error}", path.display())
         })?,
         None => Vec::new(),
     };
-    let count = references.len();
+    let count = references.len() + wrong.len();
     let request = WarmRequest {
         references,
         platform: arguments.platform.clone(),
@@ -61,8 +61,14 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
         docker_config,
     };
     let mut shown = Shown::new(arguments.ask.output);
+    for line in &wrong {
+        shown.show(line);
+    }
     let ended = arguments.ask.ask(async |mut client| {
         unless_left(async {
+            if request.references.is_empty() {
+                return Ok(Vec::new());
+            }
             let mut events = client.warm(request).await?.into_inner();
             let mut ended = Vec::new();
             while let Some(event) = events.message().await? {
@@ -76,7 +82,7 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
         .await
     });
     shown.end();
-    let ended = ended?;
+    let ended = [wrong, ended?].concat();
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
     if arguments.ask.output == Output::Json {
         let list: Vec<_> = ended.iter().map(json).collect();
@@ -93,10 +99,10 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
 }
 
 impl WarmArguments {
-    /// From the command line and the list; a bad line is named, and nothing is warmed.
-    fn references(&self) -> Result<Vec<String>, Failure> {
-        let mut references = self.references.clone();
-        let Some(file) = &self.file else { return Ok(references) };
+    /// From the command line and the list, and the lines that are none: they have failed, and the rest goes on.
+    fn references(&self) -> Result<(Vec<String>, Vec<WarmEvent>), Failure> {
+        let (mut references, mut wrong) = (self.references.clone(), Vec::new());
+        let Some(file) = &self.file else { return Ok((references, wrong)) };
         let shown = file.display();
         let text = std::fs::read_to_string(file)
             .map_err(|error| format!("the list {shown} cannot be read: {error}"))?;
@@ -105,14 +111,20 @@ impl WarmArguments {
             if line.is_empty() {
                 continue;
             }
-            line.parse::<crate::oci::Reference>()
-                .map_err(|error| format!("{shown}, line {}: {error}", number + 1))?;
-            references.push(line.to_owned());
+            match line.parse::<crate::oci::Reference>() {
+                Ok(_) => references.push(line.to_owned()),
+                Err(error) => wrong.push(WarmEvent {
+                    reference: format!("line {} of {shown}", number + 1),
+                    state: State::Failed.into(),
+                    reason: error.to_string(),
+                    ..WarmEvent::default()
+                }),
+            }
         }
-        if references.is_empty() {
+        if references.is_empty() && wrong.is_empty() {
             return Err(format!("the list {shown} names nothing"));
         }
-        Ok(references)
+        Ok((references, wrong))
     }
 }
 

@@ -145,9 +145,14 @@ fn warm_fetches_pins_and_names_what_failed() {
     node.proxy.take_requests();
     node.mount(&good);
     assert_eq!(node.proxy.requests().len(), 0, "a warm node asks nobody");
-    fs::write(&list, "r.io/app:v1\nnot a reference\n").expect("a list");
+    // A line that is none is named, and the rest goes on.
+    let other = node.proxy.reference(&node.small_artifact().name);
+    fs::write(&list, format!("{other}\nnot a reference\n")).expect("a list");
     let told = admin.refused(&["warm", "--file", list.to_str().expect("a path")]);
     assert!(told.contains("line 2"), "{told}");
+    node.proxy.take_requests();
+    node.mount(&other);
+    assert_eq!(node.proxy.requests().len(), 0, "it was warmed");
 }
 
 /// Something large that stops half way until its gate opens.

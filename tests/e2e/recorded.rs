@@ -303,7 +303,7 @@ fn what_goes_wrong_is_one_line() {
         .output()
         .expect("setpriv");
     typed.write(&["ls"], &output);
-    fs::write(path("list"), "# what we need\nr.io/app:v1\nnot a reference\n").expect("a list");
+    fs::write(path("list"), "# what we need\n# r.io/app:v1\nnot a reference\n").expect("a list");
     typed.run(&["warm", "--file", &path("list")]);
     fs::write(path("list"), "# nothing\n").expect("a list");
     typed.run(&["warm", "--file", &path("list")]);
