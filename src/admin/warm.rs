@@ -19,6 +19,8 @@ use crate::warming::{want, with_demands};
 const REFERENCES: usize = 10_000;
 /// How many are asked for at once; the node's own limits hold besides.
 const AT_ONCE: usize = 4;
+/// So long an end waits for room in the stream.
+const READER_PATIENCE: Duration = Duration::from_secs(10);
 /// How often progress is told.
 const INTERVAL: Duration = Duration::from_millis(500);
 
@@ -111,7 +113,8 @@ async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<Wa
         },
         Err(error) => WarmEvent { reason: error.to_string(), ..event(State::Failed) },
     };
-    let _ = events.send(last).await;
+    // A reader that stands still must not hold up the node's work; its stream ends without this one.
+    let _ = events.send_timeout(last, READER_PATIENCE).await;
 }
 
 async fn pinned(content: &Content, want: &Want, pin: bool) -> Result<(), String> {
