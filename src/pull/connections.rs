@@ -31,6 +31,8 @@ use crate::store::growth::Follower;
 
 /// How often it is looked whether another connection would help.
 const LOOK: Duration = Duration::from_millis(50);
+/// Bytes a second of a connection that a wire limits, and no processor.
+const LITTLE: u64 = 32 << 20;
 /// A connection that others wait for is given up after this, where its rest can be had later.
 const TURN: Duration = Duration::from_secs(20);
 
@@ -165,7 +167,7 @@ impl<'a> Connections<'a> {
         let mut retries = Retries::new(self.wire.options.retry, self.size);
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut pace = Pace::new(&self.busy);
+        let mut pace = Pace::new(&self.busy, self.state().spans.missing());
         loop {
             while self.wants_more_than(running.len()) {
                 let slot = match slot.take() {
@@ -185,7 +187,8 @@ impl<'a> Connections<'a> {
             let end = tokio::select! {
                 end = running.next() => end,
                 _ = looks.tick() => {
-                    if self.may_grow(running.len()) && pace.wire_is_slower() {
+                    let missing = self.state().spans.missing();
+                    if self.may_grow(running.len()) && pace.wire_is_slower(missing, running.len()) {
                         self.grow();
                     }
                     continue;
@@ -428,25 +431,37 @@ enum Stop {
 /// Whether bytes wait for the node, or the node for bytes.
 struct Pace<'a> {
     busy: &'a AtomicU64,
-    before: (Instant, u64),
+    before: Look,
     processors: Processors,
 }
 
+struct Look {
+    at: Instant,
+    /// Of the writer, in nanoseconds.
+    busy: u64,
+    /// Bytes of the blob.
+    missing: u64,
+}
+
 impl<'a> Pace<'a> {
-    fn new(busy: &'a AtomicU64) -> Self {
-        let before = (Instant::now(), busy.load(Ordering::Relaxed));
+    fn new(busy: &'a AtomicU64, missing: u64) -> Self {
+        let before = Look { at: Instant::now(), busy: busy.load(Ordering::Relaxed), missing };
         Self { busy, before, processors: Processors::new() }
     }
 
     /// Whether the writer had nothing to do for more than half of the time since the last look, and
-    /// not because the processors had too much.
-    fn wire_is_slower(&mut self) -> bool {
-        let now = (Instant::now(), self.busy.load(Ordering::Relaxed));
-        let (then, busy) = std::mem::replace(&mut self.before, now);
-        let elapsed = now.0.duration_since(then).as_nanos();
+    /// not because the processors had too much: they had time, or what so many connections have
+    /// brought is little for any processor.
+    fn wire_is_slower(&mut self, missing: u64, connections: usize) -> bool {
+        let now = Look { at: Instant::now(), busy: self.busy.load(Ordering::Relaxed), missing };
+        let before = std::mem::replace(&mut self.before, now);
+        let elapsed = self.before.at.duration_since(before.at).as_nanos();
+        let worked = u128::from(self.before.busy - before.busy);
+        let brought = u128::from(before.missing.saturating_sub(missing));
+        let little = u128::from(LITTLE) * connections as u128 * elapsed / 1_000_000_000;
         elapsed > LOOK.as_nanos() / 2
-            && u128::from(now.1 - busy) * 2 < elapsed
-            && self.processors.had_time()
+            && worked * 2 < elapsed
+            && (brought < little || self.processors.had_time())
     }
 }
 
