@@ -63,8 +63,8 @@ pub(super) enum Object {
 }
 
 impl Object {
-    /// Where it lies now; of many layers not each needs to be held open until the last one has come.
-    fn is_named(&mut self, named: &Layer) {
+    /// Found by its name from now on: of many layers not each is held open until the last one has come.
+    fn take_name(&mut self, named: &Layer) {
         if let Self::Layer(_, _, view) = self {
             *view = named.view();
         }
@@ -298,7 +298,7 @@ impl Inner {
                 Some((place, blob, layer)) = unnamed.next() => {
                     let layer: Layer = layer.map_err(unshare)?;
                     reservation.done(blob);
-                    objects[place].is_named(&layer);
+                    objects[place].take_name(&layer);
                     layers.push(layer);
                 }
                 else => break,

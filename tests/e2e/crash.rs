@@ -229,23 +229,31 @@ fn wait_for_the_point(driver: &Driver, point: &str) {
     crate::support::wait_until("the driver comes by the point", || driver.log().contains(&told));
 }
 
+/// Publishes the image by a driver that waits at a point. Meanwhile there is a look at the state, and all goes that
+/// may: what is on its way may not.
+#[track_caller]
+fn publish_meanwhile(mortal: &Mortal, point: &str, look: impl FnOnce(&Path)) {
+    let artifact = &mortal.artifacts[1];
+    let (driver, go) = mortal.paused_at(point);
+    let volume = mortal.kubelet.new_volume(&artifact.reference);
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+        wait_for_the_point(&driver, point);
+        look(driver.state());
+        mortal.admin.told(&["gc", "--target", "0"]);
+        fs::write(&go, "").expect("written");
+        publish.join().expect("published");
+    });
+    artifact.check(volume.target());
+    mortal.kubelet.unpublish(&volume);
+    mortal.check(&driver, &[]);
+}
+
 #[test]
 fn what_is_about_to_be_shown_is_not_evicted() {
     for point in ["publish.acquired", "publish.recorded", "publish.folder"] {
         let mortal = Mortal::new();
-        let artifact = &mortal.artifacts[1];
-        let (driver, go) = mortal.paused_at(point);
-        let volume = mortal.kubelet.new_volume(&artifact.reference);
-        std::thread::scope(|scope| {
-            let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
-            wait_for_the_point(&driver, point);
-            mortal.admin.told(&["gc", "--target", "0"]);
-            fs::write(&go, "").expect("written");
-            publish.join().expect("published");
-        });
-        artifact.check(volume.target());
-        mortal.kubelet.unpublish(&volume);
-        mortal.check(&driver, &[]);
+        publish_meanwhile(&mortal, point, |_| ());
     }
 }
 
@@ -276,14 +284,7 @@ fn who_asks_for_what_is_being_evicted_gets_all_of_it() {
 
 #[test]
 fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
-    let mortal = Mortal::new();
-    let artifact = &mortal.artifacts[1];
-    let (driver, go) = mortal.paused_at("commit.staged");
-    let volume = mortal.kubelet.new_volume(&artifact.reference);
-    let state = driver.state().to_owned();
-    std::thread::scope(|scope| {
-        let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
-        wait_for_the_point(&driver, "commit.staged");
+    publish_meanwhile(&Mortal::new(), "commit.staged", |state| {
         let is_built = |staged: &PathBuf| staged.join("root/etc/one").exists();
         crate::support::wait_until("the tree is linked beside", || {
             entries(&state.join("staging")).iter().any(is_built)
@@ -291,14 +292,7 @@ fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
         for folder in ["layers", "trees"] {
             assert_eq!(entries(&state.join(folder)), BTreeSet::new(), "{folder}");
         }
-        // What is on its way is nobody's to take.
-        mortal.admin.told(&["gc", "--target", "0"]);
-        fs::write(&go, "").expect("written");
-        publish.join().expect("published");
     });
-    artifact.check(volume.target());
-    mortal.kubelet.unpublish(&volume);
-    mortal.check(&driver, &[]);
 }
 
 /// `make crash ROUNDS=200` for the long run.
