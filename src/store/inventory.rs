@@ -103,7 +103,9 @@ pub(super) fn file_entry(size: u64) -> Entry {
 }
 
 pub(super) fn layer_entry(totals: &layers::LayerTotals) -> Entry {
-    let inodes = totals.files.saturating_add(2);
+    let folders = totals.files.div_ceil(layers::FILES_PER_FOLDER.into()).saturating_add(2);
+    // The index besides.
+    let inodes = totals.files.saturating_add(folders).saturating_add(1);
     let bytes = totals.bytes.saturating_add(inodes.saturating_mul(BYTES_PER_INODE));
     Entry { bytes, inodes, ..file_entry(0) }
 }
