@@ -12,9 +12,9 @@ use crate::background::Background;
 use crate::oci::registry::Registry;
 
 /// Bytes between network and disk, of all downloads that pods wait for.
-const MEMORY: usize = 4 << 20;
+const MEMORY: usize = 2 << 20;
 /// The same of warming, which holds on to them while it gives way.
-const MEMORY_BEHIND: usize = 2 << 20;
+const MEMORY_BEHIND: usize = 1 << 20;
 
 /// What may be set about downloads.
 #[derive(Clone, Copy, Debug)]
