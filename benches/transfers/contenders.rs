@@ -1,5 +1,7 @@
 //! Who fetches: the driver, the tools, and the floor that no tool can be under.
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -7,6 +9,13 @@ use crate::contents::{Artifact, Case};
 use crate::meter::{self, Measured};
 use crate::scratch::Scratch;
 use crate::support::{Containerd, DriverOptions, Sandbox, tool};
+
+/// Where it is fetched from.
+pub struct Source<'a> {
+    pub host: String,
+    /// Whose word the host's certificate is; none where it speaks no TLS.
+    pub authority: Option<&'a Path>,
+}
 
 /// One who fetches an artifact to the scratch filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +42,7 @@ pub fn contenders(case: Case) -> Vec<Contender> {
         Case::File | Case::Files | Case::Original => {
             vec![Driver, OrasPull, SkopeoCopy, Curl, OpenSsl]
         }
+        Case::Tls => vec![Driver, OrasPull, Curl],
         Case::Limited => vec![Driver, OrasPull],
         Case::Gzip => vec![Driver, Containerd, SkopeoCopy, Tar("gzip -dc"), Tar("igzip -dc")],
         Case::Zstd => vec![Driver, Containerd, SkopeoCopy, Tar("zstd -dc")],
@@ -56,19 +66,26 @@ impl Contender {
     pub fn run(
         self,
         artifact: &Artifact,
-        host: &str,
+        source: &Source<'_>,
         scratch: &Scratch,
         confined: bool,
     ) -> Measured {
         let at = scratch.path();
+        let Source { host, authority } = source;
+        let scheme = if authority.is_some() { "https" } else { "http" };
         let reference = |name: &str| format!("{host}/{name}");
-        let blob =
-            |digest: &String| format!("http://{host}/v2/{}/blobs/{digest}", artifact.repository);
+        let blob = |digest: &String| {
+            format!("{scheme}://{host}/v2/{}/blobs/{digest}", artifact.repository)
+        };
         match self {
-            Self::Driver => driver(artifact, host, scratch, confined),
+            Self::Driver => driver(artifact, source, scratch, confined),
             Self::OrasPull => meter::command(
                 tool("oras")
-                    .args(["pull", "--plain-http", "--no-tty"])
+                    .args(["pull", "--no-tty"])
+                    .args(match authority {
+                        Some(authority) => vec![OsStr::new("--ca-file"), authority.as_os_str()],
+                        None => vec![OsStr::new("--plain-http")],
+                    })
                     .arg(reference(&artifact.names[0]))
                     .env("HOME", at)
                     .current_dir(at),
@@ -88,9 +105,11 @@ impl Contender {
                 let outputs =
                     outputs.map(|(number, digest)| format!("-o {number} {}", blob(digest)));
                 let outputs = outputs.collect::<Vec<_>>().join(" ");
+                let trust = authority.map(|path| format!("--cacert {}", path.display()));
+                let trust = trust.unwrap_or_default();
                 meter::command(&mut shell(
                     &format!(
-                        "curl -sSf --no-progress-meter --parallel --parallel-max 4 {outputs}; sync -f ."
+                        "curl -sSf --no-progress-meter --parallel --parallel-max 4 {trust} {outputs}; sync -f ."
                     ),
                     scratch,
                 ))
@@ -128,11 +147,22 @@ fn shell(script: &str, scratch: &Scratch) -> Command {
 }
 
 /// All artifacts at once, from the calls to their answers.
-fn driver(artifact: &Artifact, host: &str, scratch: &Scratch, confined: bool) -> Measured {
+fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined: bool) -> Measured {
     let sandbox = Sandbox::new();
     let state = scratch.path().join("state");
     std::fs::create_dir(&state).expect("the state's folder");
     let options = DriverOptions::new(&sandbox).state(&state).argument("--log-level=info");
+    let host = &source.host;
+    let options = match source.authority {
+        Some(authority) => {
+            let hosts = sandbox.folder("certs.d");
+            let own = sandbox.folder(&format!("certs.d/{}_", host.replace(':', "_")));
+            let text = format!("server = \"https://{host}\"\nca = \"{}\"\n", authority.display());
+            std::fs::write(own.join("hosts.toml"), text).expect("hosts.toml");
+            options.configuration(&format!("registries:\n  hostsDir: {}\n", hosts.display()))
+        }
+        None => options,
+    };
     // Declared first, so that it goes last: a cgroup with a process in it cannot.
     let _confinement;
     let driver = options.start();

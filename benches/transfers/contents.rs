@@ -9,6 +9,8 @@ use crate::support::{Image, Layer, Manifest, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, no
 pub enum Case {
     /// One large file.
     File,
+    /// The same by TLS.
+    Tls,
     /// The same, where each connection is limited.
     Limited,
     /// Several files.
@@ -36,8 +38,9 @@ pub struct Artifact {
 }
 
 impl Case {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::File,
+        Self::Tls,
         Self::Limited,
         Self::Files,
         Self::Original,
@@ -50,6 +53,7 @@ impl Case {
     pub fn name(self) -> &'static str {
         match self {
             Self::File => "file",
+            Self::Tls => "tls",
             Self::Limited => "limited",
             Self::Files => "files",
             Self::Original => "original",
@@ -68,6 +72,10 @@ impl Artifact {
             Case::File => {
                 let size = mebibytes(1024);
                 Self::files(case, "one file", &[("file".to_owned(), noise(size, 1))])
+            }
+            Case::Tls => {
+                let what = "one file through nginx with TLS";
+                Self::files(case, what, &[("file".to_owned(), noise(mebibytes(1024), 1))])
             }
             Case::Limited => {
                 let limit = crate::nginx::LIMIT_MEBIBYTES;

@@ -6,7 +6,7 @@
 //! contenders  who fetches it, each with a command as a person would type it
 //! meter       wall time, CPU time and peak memory of a process and its children
 //! scratch     a fresh ext4 in memory for every run, so that the machine's disk does not decide
-//! nginx       a server that limits each connection, as real registries do
+//! nginx       a server with TLS, or one that limits each connection, as real registries have and do
 //! ```
 //!
 //! Contenders take turns within a round, another one first in each, so that a busy moment of
@@ -37,7 +37,7 @@ mod support;
 
 use std::time::Duration;
 
-use contenders::{Contender, contenders};
+use contenders::{Contender, Source, contenders};
 use contents::{Artifact, Case};
 use meter::Measured;
 use nginx::Nginx;
@@ -59,8 +59,15 @@ fn main() {
 
 fn run(case: Case, rounds: usize, scale: usize) {
     let artifact = Artifact::push(case, scale);
-    let limited = (case == Case::Limited).then(|| Nginx::limiting(support::registry()));
-    let host = limited.as_ref().map_or_else(|| support::registry().host(), Nginx::host);
+    let front = match case {
+        Case::Limited => Some(Nginx::limiting(support::registry())),
+        Case::Tls => Some(Nginx::with_tls(support::registry())),
+        _ => None,
+    };
+    let source = Source {
+        host: front.as_ref().map_or_else(|| support::registry().host(), Nginx::host),
+        authority: front.as_ref().and_then(Nginx::authority),
+    };
     let wanted = std::env::var("BENCH_WHO").unwrap_or_default();
     let is_wanted = |contender: &Contender| {
         wanted.is_empty() || wanted.split(',').any(|name| contender.label().contains(name))
@@ -74,7 +81,7 @@ fn run(case: Case, rounds: usize, scale: usize) {
             let number = (round + turn) % contenders.len();
             let scratch = Scratch::new(case == Case::Confined);
             let confined = case == Case::Confined;
-            results[number].push(contenders[number].run(&artifact, &host, &scratch, confined));
+            results[number].push(contenders[number].run(&artifact, &source, &scratch, confined));
         }
     }
     print(&contenders, &results);

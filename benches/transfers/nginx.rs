@@ -1,10 +1,11 @@
-//! nginx before a registry, giving each connection its share and no more.
+//! nginx before a registry: with TLS, as real registries are reached, or giving each connection its share and no more.
 
 use std::fs;
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use crate::support::{Registry, ending_with_this_thread, wait_until};
+use crate::support::{Authority, Registry, ending_with_this_thread, wait_until};
 
 /// What real registries give one connection, within an order of magnitude.
 pub const LIMIT_MEBIBYTES: u64 = 40;
@@ -12,29 +13,48 @@ pub const LIMIT_MEBIBYTES: u64 = 40;
 pub struct Nginx {
     port: u16,
     child: Child,
+    authority: Option<PathBuf>,
     _folder: tempfile::TempDir,
 }
 
 impl Nginx {
     pub fn limiting(registry: &Registry) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("bench-nginx")
-            .tempdir_in("/var/tmp")
-            .expect("a folder");
+        Self::start(registry, folder(), None, &format!("limit_rate {LIMIT_MEBIBYTES}m;"))
+    }
+
+    /// HTTP/2 for whoever asks for it, and HTTP/1.1.
+    pub fn with_tls(registry: &Registry) -> Self {
+        let folder = folder();
+        let authority = Authority::new(&folder.path().join("authority"));
+        Self::start(registry, folder, Some(&authority), "")
+    }
+
+    fn start(
+        registry: &Registry,
+        folder: tempfile::TempDir,
+        authority: Option<&Authority>,
+        line: &str,
+    ) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .and_then(|listener| listener.local_addr())
             .expect("a port")
             .port();
+        let tls = authority.map(|authority| {
+            let (certificate, key) = authority.issue("nginx", &["127.0.0.1"]);
+            let (certificate, key) = (certificate.display(), key.display());
+            format!(" ssl http2; ssl_certificate {certificate}; ssl_certificate_key {key}")
+        });
         let (path, upstream) = (folder.path().display(), registry.host());
         let configuration = format!(
             "daemon off; pid {path}/pid; error_log {path}/log; user root; worker_processes 1;\n\
              events {{ worker_connections 256; }}\n\
              http {{ access_log off; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;\n\
              fastcgi_temp_path {path}/f; uwsgi_temp_path {path}/u; scgi_temp_path {path}/s;\n\
-             server {{ listen 127.0.0.1:{port};\n\
+             server {{ listen 127.0.0.1:{port}{};\n\
              location / {{ proxy_pass http://{upstream}; proxy_http_version 1.1;\n\
              proxy_set_header Host $http_host; proxy_set_header Connection \"\";\n\
-             proxy_max_temp_file_size 0; limit_rate {LIMIT_MEBIBYTES}m; }} }} }}\n"
+             proxy_max_temp_file_size 0; {line} }} }} }}\n",
+            tls.unwrap_or_default()
         );
         let file = folder.path().join("nginx.conf");
         fs::write(&file, configuration).expect("nginx's configuration");
@@ -47,12 +67,23 @@ impl Nginx {
             .spawn()
             .expect("nginx, which `make bench` installs");
         wait_until("nginx listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { port, child, _folder: folder }
+        let authority = authority.map(Authority::certificate);
+        Self { port, child, authority, _folder: folder }
     }
 
     pub fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
+
+    /// Whose word its certificate is; none where it speaks no TLS.
+    pub fn authority(&self) -> Option<&Path> {
+        self.authority.as_deref()
+    }
+}
+
+fn folder() -> tempfile::TempDir {
+    let builder = tempfile::Builder::new().prefix("bench-nginx").tempdir_in("/var/tmp");
+    builder.expect("a folder")
 }
 
 impl Drop for Nginx {

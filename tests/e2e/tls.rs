@@ -4,7 +4,9 @@ use std::fs;
 
 use tonic::Code;
 
-use crate::support::{Authority, Node, Registry, RegistryKind, registry, small_artifact};
+use crate::support::{
+    Authority, Nginx, Node, Registry, RegistryKind, registry, run, small_artifact, tool, wait_until,
+};
 
 /// The shared registry's content behind TLS.
 fn with_tls(
@@ -91,5 +93,42 @@ fn a_clients_certificate_opens_what_asks_for_one() {
     let pair = format!("client = [[\"{}\", \"{}\"]]\n", certificate.display(), key.display());
     node.hosts_toml(&registry.host(), &format!("{text}{pair}"));
     node.kubelet.publish_well(&volume);
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_host_that_offers_http2_is_spoken_to_with_http11() {
+    let node = Node::start_with_hosts("");
+    let authority = Authority::new(&node.sandbox.folder("authority"));
+    let (certificate, key) = authority.issue("nginx", &["127.0.0.1"]);
+    let log = node.sandbox.path().join("access.log");
+    let answer = format!(
+        "access_log {} combined; proxy_set_header Host $http_host; proxy_pass http://{};",
+        log.display(),
+        registry().host()
+    );
+    let folder = node.sandbox.folder("nginx");
+    let nginx = Nginx::start_with_http2(&folder, (&certificate, &key), &answer);
+    let (host, ca) = (format!("127.0.0.1:{}", nginx.port()), authority.certificate());
+    let protocols = || -> Vec<String> {
+        let log = fs::read_to_string(&log).unwrap_or_default();
+        let requests = log.lines().filter_map(|line| line.split('"').nth(1));
+        requests.filter_map(|request| request.rsplit(' ').next()).map(str::to_owned).collect()
+    };
+    // It does offer it.
+    run(tool("curl")
+        .args(["-sSf", "--http2", "--cacert"])
+        .arg(&ca)
+        .arg(format!("https://{host}/v2/")));
+    wait_until("curl's request is logged", || !protocols().is_empty());
+    assert_eq!(protocols(), ["HTTP/2.0"]);
+    fs::write(&log, "").expect("the log");
+    let text = format!("server = \"https://{host}\"\nca = \"{}\"\n", ca.display());
+    node.hosts_toml(&host, &text);
+    let artifact = small_artifact();
+    let (volume, _) = node.mount(&format!("{host}/{}", artifact.name));
+    wait_until("manifest and blob are logged", || protocols().len() >= 2);
+    let protocols = protocols();
+    assert!(protocols.iter().all(|protocol| protocol == "HTTP/1.1"), "{protocols:?}");
     node.kubelet.unpublish(&volume);
 }

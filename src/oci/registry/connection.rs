@@ -6,6 +6,9 @@
 //! proxied   through a proxy, which resolves by itself
 //! ```
 //!
+//! All speak HTTP/1.1, so that parts of a blob have connections of their own, whose windows the kernel sizes as the
+//! line needs.
+//!
 //! Each of them twice: a connection is driven by the threads that have opened it, and pods do not
 //! wait for those of the [background](crate::background).
 
@@ -16,11 +19,6 @@ use reqwest::{Client, Url};
 
 use super::address::{AddressRules, GuardedResolver};
 use crate::background::Background;
-
-/// Buffered for one blob at most while its reader is busy.
-const STREAM_WINDOW: u32 = 1024 * 1024;
-/// Enough streams may stand still before they hold up the others on one connection.
-const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 
 /// Cheap to clone; clones share connections.
 #[derive(Clone, Debug)]
@@ -67,6 +65,7 @@ impl Clients {
         let builder = || {
             Client::builder()
                 .tls_backend_preconfigured(settings.tls.clone())
+                .http1_only()
                 .user_agent(concat!("csi-driver-oci/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
                 .referer(false)
@@ -74,8 +73,6 @@ impl Clients {
                 .pool_idle_timeout(Duration::from_mins(1))
                 .pool_max_idle_per_host(8)
                 .tcp_keepalive(Duration::from_secs(30))
-                .http2_initial_stream_window_size(STREAM_WINDOW)
-                .http2_initial_connection_window_size(CONNECTION_WINDOW)
         };
         let resolver = Arc::new(GuardedResolver(settings.rules.clone()));
         let proxied = match settings.proxy {

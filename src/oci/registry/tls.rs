@@ -84,7 +84,7 @@ impl TlsMaterial {
         } else {
             builder.with_client_cert_resolver(Arc::new(ClientPairs(pairs)))
         };
-        tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(tls)
     }
 }

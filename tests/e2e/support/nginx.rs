@@ -25,9 +25,24 @@ impl Nginx {
     /// The same by TLS, with this certificate and key.
     #[track_caller]
     pub fn start_with_tls(folder: &Path, (certificate, key): (&Path, &Path), answer: &str) -> Self {
-        let (certificate, key) = (certificate.display(), key.display());
-        let lines = format!(" ssl; ssl_certificate {certificate}; ssl_certificate_key {key}");
+        let lines = Self::tls("ssl", certificate, key);
         Self::start_server(folder, &lines, answer)
+    }
+
+    /// The same, with HTTP/2 for whoever asks for it.
+    #[track_caller]
+    pub fn start_with_http2(
+        folder: &Path,
+        (certificate, key): (&Path, &Path),
+        answer: &str,
+    ) -> Self {
+        let lines = Self::tls("ssl http2", certificate, key);
+        Self::start_server(folder, &lines, answer)
+    }
+
+    fn tls(protocols: &str, certificate: &Path, key: &Path) -> String {
+        let (certificate, key) = (certificate.display(), key.display());
+        format!(" {protocols}; ssl_certificate {certificate}; ssl_certificate_key {key}")
     }
 
     #[track_caller]
