@@ -146,6 +146,7 @@ fn fill(state: &Path, artifacts: usize) {
             inodes: 2,
             compressed_bytes: content.len() as u64,
             own_inodes: 1,
+            own_bytes: 0,
             view: View::default(),
         };
         let tree = TreeKey::new(manifest, "", "Readable", "");

@@ -4,7 +4,7 @@
 //! nothing a caller passes can be dangling; what each guarantees is said there.
 #![allow(unsafe_code, reason = "the one place where system calls are made by hand")]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -116,6 +116,33 @@ pub fn set_extended_attribute(file: BorrowedFd<'_>, name: &CStr, value: &[u8]) -
         libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), value.as_ptr().cast(), value.len(), 0)
     };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `flistxattr`: the names of an open file's extended attributes; none where the filesystem has none.
+pub fn list_extended_attributes(file: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+    // What the kernel gives at most (XATTR_LIST_MAX).
+    let mut names = vec![0_u8; 64 << 10];
+    // SAFETY: the descriptor is open, and the kernel writes no more than the length that it is told.
+    let length =
+        unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) };
+    let Ok(length) = usize::try_from(length) else {
+        let error = io::Error::last_os_error();
+        return if error.kind() == io::ErrorKind::Unsupported { Ok(Vec::new()) } else { Err(error) };
+    };
+    let names = names[..length].split_inclusive(|&byte| byte == 0);
+    Ok(names.filter_map(|name| CStr::from_bytes_with_nul(name).ok().map(CStr::to_owned)).collect())
+}
+
+/// `fgetxattr`: the value of an open file's extended attribute.
+pub fn extended_attribute(file: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<u8>> {
+    // What the kernel takes at most (XATTR_SIZE_MAX).
+    let mut value = vec![0_u8; 64 << 10];
+    let (buffer, size) = (value.as_mut_ptr().cast(), value.len());
+    // SAFETY: the descriptor is open, the name ends in NUL, and the kernel writes no more than the length that it is told.
+    let length = unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), buffer, size) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    value.truncate(length);
+    Ok(value)
 }
 
 /// `lsetxattr`: sets an extended attribute of the file at a path, of a symbolic

@@ -319,6 +319,7 @@ impl Inner {
                 inodes: plan.totals.inodes,
                 compressed_bytes,
                 own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+                own_bytes: 0,
                 view: shape.view(),
             };
             let built = inner.store.build_tree(&plan, &objects)?;

@@ -158,18 +158,6 @@ pub fn starts_executable(content: &[u8]) -> bool {
     EXECUTABLE_MAGIC.iter().any(|magic| content.starts_with(magic))
 }
 
-/// A second inode, alike in everything, durable.
-pub(super) fn copy_inode(source: &Path, path: &Path) -> std::io::Result<()> {
-    let mut from = File::open(source)?;
-    let metadata = from.metadata()?;
-    let mut to = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    std::io::copy(&mut from, &mut to)?;
-    to.set_times(std::fs::FileTimes::new().set_modified(metadata.modified()?))?;
-    let (mode, uid, gid) = (metadata.mode() & 0o777, metadata.uid(), metadata.gid());
-    set_owner_and_mode(&to, Permissions { mode, uid, gid })?;
-    to.sync_all()
-}
-
 /// The owner first: changing it would drop bits of the mode.
 pub(super) fn set_owner_and_mode(file: &File, permissions: Permissions) -> std::io::Result<()> {
     let Permissions { mode, uid, gid } = permissions;

@@ -55,7 +55,7 @@ impl ImportedBlobs {
             .mode(0o600)
             .open(&path)
             .map_err(failed)?;
-        let mut meter = self.store.meter();
+        let meter = self.store.meter();
         let mut hasher = sha2::Sha256::new();
         let mut buffer = vec![0; 256 * 1024];
         loop {

@@ -16,7 +16,7 @@ use super::trees::TreeRecord;
 use super::{Store, records};
 
 /// What a small file and an entry of a folder take on common filesystems.
-const BYTES_PER_INODE: u64 = 4096;
+pub(super) const BYTES_PER_INODE: u64 = 4096;
 
 impl Store {
     /// Reads the sizes of all objects, unless that is done already.
@@ -111,9 +111,9 @@ pub(super) fn layer_entry(totals: &layers::LayerTotals) -> Entry {
 }
 
 pub(super) fn tree_entry(record: Option<&TreeRecord>) -> Entry {
-    let own = record.map_or(0, |record| record.own_inodes);
+    let (own, copied) = record.map_or((0, 0), |record| (record.own_inodes, record.own_bytes));
     // The record, the list of objects and the folder around them.
     let inodes = own.saturating_add(3);
-    let bytes = inodes.saturating_mul(BYTES_PER_INODE);
+    let bytes = inodes.saturating_mul(BYTES_PER_INODE).saturating_add(copied);
     Entry { bytes, inodes, manifest: record.map(|record| record.manifest), ..file_entry(0) }
 }

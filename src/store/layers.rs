@@ -31,7 +31,7 @@ use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::files::set_owner_and_mode;
 use super::inventory::layer_entry;
-use super::room::Meter;
+use super::room::{Meter, full};
 use super::staging::{Staging, current_generation};
 use super::{LayerKey, ObjectName, SecurityLabel, Store};
 use crate::background::give_way;
@@ -61,6 +61,9 @@ const LARGE: u64 = 1 << 20;
 /// A layer of so many bytes has filled all buffers on its way; below, giving them back costs more
 /// than it brings.
 const MUCH: u64 = 16 << 20;
+
+/// A layer's own folder, its index, and the folder of its files.
+const INODES_OF_A_LAYER: u64 = 3;
 
 /// A complete layer in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,7 +122,7 @@ pub struct LayerWriter {
     index: BufWriter<File>,
     hasher: sha2::Sha256,
     totals: LayerTotals,
-    meter: Meter,
+    meter: Arc<Meter>,
     files: u32,
     folder: Option<File>,
     label: Option<SecurityLabel>,
@@ -154,6 +157,8 @@ impl Store {
 
     /// Starts a layer that is unpacked from a blob.
     pub fn write_layer(&self, blob: Digest) -> Result<LayerWriter, StoreError> {
+        // Of many small layers these are most of what they take.
+        self.meter().makes(INODES_OF_A_LAYER)?;
         let staging = self.stage()?;
         let data = staging.path().join("data");
         std::fs::create_dir(&data).map_err(|error| StoreError::io("create", &data, error))?;
@@ -425,7 +430,7 @@ impl Sink for LayerWriter {
         content: &mut dyn BufRead,
     ) -> std::io::Result<StoredFile> {
         give_way();
-        self.meter.makes_file().map_err(full)?;
+        self.meter.makes(1).map_err(full)?;
         let (number, path) = self.next_place()?;
         let Some(folder) = &self.folder else {
             return Err(std::io::ErrorKind::NotFound.into());
@@ -480,15 +485,8 @@ impl Sink for LayerWriter {
     fn entry(&mut self, entry: Entry) -> std::io::Result<()> {
         self.totals.entries += 1;
         let record = encode(entry).encode_length_delimited_to_vec();
+        self.meter.writes(record.len() as u64).map_err(full)?;
         self.write(&record)
-    }
-}
-
-/// What is below the floor is as full to a writer as what is full.
-fn full(error: StoreError) -> std::io::Error {
-    match error {
-        StoreError::NoSpace { .. } => std::io::ErrorKind::StorageFull.into(),
-        other => std::io::Error::other(other),
     }
 }
 

@@ -45,6 +45,7 @@
 pub mod access;
 pub mod blobs;
 pub mod catalog;
+mod copies;
 mod downloads;
 pub mod durable;
 pub mod error;
@@ -113,6 +114,7 @@ struct Inner {
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
     claims: room::Claims,
+    meter: Arc<room::Meter>,
     downloads: Arc<downloads::Downloads>,
     /// Held by whoever decides what goes.
     collecting: Mutex<()>,
@@ -151,6 +153,7 @@ impl Store {
             durable::write(&staging, &format, FORMAT.as_bytes())?;
         }
         let node_key = node_key(&staging, &root.join("node-key"))?;
+        let meter = Arc::new(room::Meter::new(root, options.cache));
         let store = Self(Arc::new(Inner {
             root: root.to_owned(),
             options,
@@ -159,6 +162,7 @@ impl Store {
             catalog: Arc::default(),
             loaded: Mutex::default(),
             claims: room::Claims::default(),
+            meter,
             downloads: Arc::default(),
             collecting: Mutex::default(),
             evictions: gc::Evictions::default(),

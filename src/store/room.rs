@@ -9,7 +9,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Store;
 use super::error::{Kind, Shortage, StoreError};
@@ -20,8 +21,8 @@ use crate::oci::Digest;
 /// Writers look at the filesystem after so many bytes: often enough that all of
 /// a node's writers together overshoot the floor by little.
 const METER_BYTES: u64 = 4 << 20;
-/// ... or after so many files.
-const METER_FILES: u64 = 1024;
+/// ... or after so many inodes.
+const METER_INODES: u64 = 1024;
 
 /// How much of the filesystem the cache may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,13 +89,15 @@ pub struct Reservation {
     blobs: Mutex<Vec<Digest>>,
 }
 
-/// Keeps one writer above the floor.
+/// Keeps writers above the floor. All of a store share one: a thousand small objects are looked
+/// at as often as a large one.
 #[derive(Debug)]
 pub struct Meter {
     root: PathBuf,
     options: CacheOptions,
-    bytes: u64,
-    files: u64,
+    /// What was written since somebody looked.
+    bytes: AtomicU64,
+    inodes: AtomicU64,
 }
 
 impl Default for CacheOptions {
@@ -201,8 +204,8 @@ impl Store {
 
     /// Keeps a writer above the floor.
     #[must_use]
-    pub fn meter(&self) -> Meter {
-        Meter { root: self.root().to_owned(), options: *self.cache_options(), bytes: 0, files: 0 }
+    pub fn meter(&self) -> Arc<Meter> {
+        Arc::clone(&self.0.meter)
     }
 
     /// What is missing for these claims beside all others, and how much to free for them.
@@ -331,29 +334,54 @@ impl Drop for Reservation {
 }
 
 impl Meter {
+    pub(super) fn new(root: &Path, options: CacheOptions) -> Self {
+        let (bytes, inodes) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { root: root.to_owned(), options, bytes, inodes }
+    }
+
     /// Bytes are about to be written.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`] when that would go below the floor.
-    pub fn writes(&mut self, bytes: u64) -> Result<(), StoreError> {
-        self.bytes = self.bytes.saturating_add(bytes);
-        if self.bytes < METER_BYTES { Ok(()) } else { self.look() }
+    pub fn writes(&self, bytes: u64) -> Result<(), StoreError> {
+        let written = self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if written < METER_BYTES { Ok(()) } else { self.look() }
     }
 
-    /// A file is about to be made.
-    pub fn makes_file(&mut self) -> Result<(), StoreError> {
-        self.files += 1;
-        if self.files < METER_FILES { Ok(()) } else { self.look() }
+    /// Files, folders or links are about to be made.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`] when that would go below the floor.
+    pub fn makes(&self, inodes: u64) -> Result<(), StoreError> {
+        let made = self.inodes.fetch_add(inodes, Ordering::Relaxed).saturating_add(inodes);
+        if made < METER_INODES { Ok(()) } else { self.look() }
     }
 
-    fn look(&mut self) -> Result<(), StoreError> {
-        (self.bytes, self.files) = (0, 0);
+    fn look(&self) -> Result<(), StoreError> {
         let room = Room::of(&self.root)?;
         if room.missing_until(room.floor(&self.options)).is_nothing() {
+            self.bytes.store(0, Ordering::Relaxed);
+            self.inodes.store(0, Ordering::Relaxed);
             return Ok(());
         }
+        // Below the floor the counts stay: whoever comes next looks too, and stops as well.
         Err(StoreError::NoSpace { action: "write below", path: self.root.clone() })
+    }
+}
+
+/// What one more name takes of its folder: ext4 has eight bytes with each, and leaves about half
+/// of a full folder's blocks empty.
+pub(super) const fn bytes_of_a_name(name: &[u8]) -> u64 {
+    2 * (name.len() as u64 + 8)
+}
+
+/// What is below the floor is as full to a writer as what is full.
+pub(super) fn full(error: StoreError) -> std::io::Error {
+    match error {
+        StoreError::NoSpace { .. } => std::io::ErrorKind::StorageFull.into(),
+        other => std::io::Error::other(other),
     }
 }
 

@@ -1,3 +1,4 @@
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
 use super::access::Principal;
@@ -8,8 +9,11 @@ use super::resolutions::Resolution;
 use super::trees::{Objects, TreeRecord, View};
 use super::*;
 use crate::oci::{Digest, Platform, Reference};
+use crate::unpack::entry::Metadata;
 use crate::unpack::layer_rule::FileRule;
-use crate::unpack::merge::Merger;
+use crate::unpack::merge::{
+    Merger, PlannedFile, PlannedKind, PlannedNode, Source, TreePlan, TreeTotals,
+};
 use crate::unpack::{Limits, Permissions, RelativePath, Selection};
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -41,18 +45,27 @@ fn tree(store: &Store, name: &str, key: FileKey, file: &StoredFile) -> Tree {
     let plan = merger.finish(&Selection::default()).expect("a plan");
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
-    let record = TreeRecord {
+    let tree_key = TreeKey::new(key.digest, name, "Readable", "");
+    let built = store.build_tree(&plan, &objects).expect("a tree");
+    store.commit_tree(tree_key, record(key), built, (&[], std::slice::from_ref(file))).expect("a tree")
+}
+
+fn record(key: FileKey) -> TreeRecord {
+    TreeRecord {
         manifest: key.digest,
         kind: "test".into(),
         bytes: 1,
         inodes: 2,
         compressed_bytes: 1,
         own_inodes: 1,
+        own_bytes: 0,
         view: View::default(),
-    };
-    let tree_key = TreeKey::new(key.digest, name, "Readable", "");
-    let built = store.build_tree(&plan, &objects).expect("a tree");
-    store.commit_tree(tree_key, record, built, (&[], std::slice::from_ref(file))).expect("a tree")
+    }
+}
+
+/// The disk of whoever runs the tests may be as full as it likes.
+fn without_floor() -> CacheOptions {
+    CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..CacheOptions::default() }
 }
 
 fn shown(store: &Store, tree: &Tree, name: &str) -> std::fs::Metadata {
@@ -71,21 +84,79 @@ fn trees_share_the_inode_of_a_file() {
     assert_eq!(store.tree(one.key).expect("readable"), Some(one));
 }
 
+/// A tree of one file with so many names.
+fn tree_of_names(key: FileKey, names: u32, size: u64) -> TreePlan {
+    let source = Source::Blob { digest: key.digest, permissions: key.permissions };
+    let node = |number: u32| PlannedNode {
+        parent: None,
+        name: number.to_string().into_bytes().into(),
+        kind: PlannedKind::File(0),
+    };
+    TreePlan {
+        root: Metadata::of_implied_folder(),
+        nodes: (0..names).map(node).collect(),
+        files: vec![PlannedFile { source, size, links: names }],
+        totals: TreeTotals::default(),
+    }
+}
+
 #[test]
-fn a_file_that_has_all_the_links_it_can_have_is_copied() {
-    let (folder, store) = store();
-    let (key, path) = file(&store, b"x", 0o444);
-    let many = folder.path().join("many");
-    std::fs::create_dir(&many).expect("a folder");
-    // ext4 stops at 65,000; a filesystem that does not stop has nothing to prove here.
-    let full = (0..70_000)
-        .any(|number| std::fs::hard_link(&path.path, many.join(number.to_string())).is_err());
-    let tree = tree(&store, "file", key, &path);
-    let (source, copy) =
-        (std::fs::metadata(&path.path).expect("the file"), shown(&store, &tree, "file"));
-    assert_eq!(source.ino() != copy.ino(), full);
-    assert_eq!((source.mode(), source.uid(), source.len()), (copy.mode(), copy.uid(), copy.len()));
-    assert_eq!(source.modified().ok(), copy.modified().ok());
+fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000() {
+    const ATTRIBUTE: &std::ffi::CStr = c"user.a";
+    let is_root = nix::unistd::geteuid().is_root();
+    let label = is_root.then(|| SecurityLabel::new("a_label")).flatten();
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = StoreOptions { label, cache: without_floor() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let (key, file) = file(&store, b"content", 0o444);
+    let source = std::fs::File::open(&file.path).expect("the file");
+    crate::mount::syscalls::set_extended_attribute(source.as_fd(), ATTRIBUTE, b"value")
+        .expect("an attribute");
+    let mut plan = tree_of_names(key, 131_000, 7);
+    plan.root.permissions = permissions(0o755);
+    let mut objects = Objects::default();
+    objects.files.insert(key, file.clone());
+    let built = store.build_tree(&plan, &objects).expect("a tree");
+    let record = TreeRecord { own_inodes: 1, ..record(key) };
+    let tree = TreeKey::new(key.digest, "many", "Readable", "");
+    let tree = store.commit_tree(tree, record, built, (&[], &[file])).expect("a tree");
+    let shown = std::fs::read_dir(tree.path().join("root")).expect("a folder");
+    let mut inodes = std::collections::BTreeMap::new();
+    for entry in shown.flatten() {
+        *inodes.entry(entry.metadata().expect("a file").ino()).or_insert(0) += 1;
+        if inodes.len() > 3 {
+            panic!("a copy for each name");
+        }
+    }
+    assert_eq!(inodes.values().sum::<u32>(), 131_000);
+    let original = source.metadata().expect("the file");
+    if inodes.len() == 1 {
+        // ext4 stops at 65,000; a filesystem that does not stop has nothing to prove here.
+        return;
+    }
+    assert_eq!(inodes.len(), 3);
+    assert_eq!((tree.record.own_inodes, tree.record.own_bytes), (3, 14), "they are counted");
+    assert!(!tree.path().join("copies").exists());
+    let copies = (0..131_000).map(|number| tree.path().join("root").join(number.to_string()));
+    let copies = copies.filter(|path| path.metadata().expect("a file").ino() != original.ino());
+    let mut seen = std::collections::HashSet::new();
+    for copy in copies {
+        let copy = std::fs::File::open(copy).expect("a copy");
+        let metadata = copy.metadata().expect("a copy");
+        if !seen.insert(metadata.ino()) {
+            continue;
+        }
+        let what = |metadata: &std::fs::Metadata| {
+            let owner = (metadata.uid(), metadata.gid());
+            (metadata.mode(), owner, metadata.len(), metadata.modified().ok())
+        };
+        assert_eq!(what(&metadata), what(&original));
+        let value = |name| crate::mount::syscalls::extended_attribute(copy.as_fd(), name);
+        assert_eq!(value(ATTRIBUTE).expect("the attribute"), b"value");
+        if is_root {
+            assert_eq!(value(c"security.selinux").expect("the label"), b"a_label\0");
+        }
+    }
 }
 
 #[test]
@@ -298,4 +369,23 @@ fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
     let _reservation = store.reserve(&[claim(1 << 20)]).expect("room");
     assert!(store.file(key).expect("readable").is_none(), "it was the least recently used");
     assert_eq!((length(own), length(other)), (100_000, 0));
+}
+
+/// Nothing may be written: the disk is below its floor.
+fn below_the_floor() -> (tempfile::TempDir, Store) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = CacheOptions { min_free_percent: 100, ..without_floor() };
+    let options = StoreOptions { cache, ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    (folder, store)
+}
+
+#[test]
+fn many_small_layers_stop_at_the_floor_like_a_large_one() {
+    let (_folder, store) = below_the_floor();
+    let write = || store.write_layer(Digest::of(b"small"));
+    let stopped = (0..400).find_map(|_| write().err()).expect("stopped");
+    assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
+    // Whoever comes next is not the first of another thousand.
+    assert!(matches!(write(), Err(StoreError::NoSpace { .. })));
 }

@@ -13,9 +13,11 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 
 use super::SecurityLabel;
+use super::copies::Copies;
 use super::error::StoreError;
-use super::files::{copy_inode, set_owner_and_mode};
+use super::files::set_owner_and_mode;
 use super::layers::{system_time, too_large};
+use super::room::{Meter, bytes_of_a_name, full};
 use super::staging::Staging;
 use super::trees::Objects;
 use crate::background;
@@ -35,6 +37,8 @@ pub(super) struct Builder<'a> {
     pub(super) plan: &'a TreePlan,
     pub(super) objects: &'a Objects,
     pub(super) label: Option<&'a SecurityLabel>,
+    pub(super) meter: &'a Meter,
+    pub(super) copies: &'a Copies<'a>,
 }
 
 /// Open folders from the root (none) down to where nodes are being made.
@@ -53,6 +57,7 @@ impl Builder<'_> {
         std::fs::create_dir(root)?;
         let mut way = Way::from(root, self.plan)?;
         for (number, node) in self.folders() {
+            self.meter.makes(1).map_err(full)?;
             let name = CString::new(&*node.name)?;
             mkdirat(way.to(node.parent)?, name.as_c_str(), Mode::S_IRWXU)?;
             staging.staged.wrote(|| path_of(root, self.plan, number));
@@ -105,6 +110,7 @@ impl Builder<'_> {
         let mut way = Way::from(root, self.plan)?;
         for node in nodes {
             background::give_way();
+            self.meter.writes(bytes_of_a_name(&node.name)).map_err(full)?;
             match &node.kind {
                 PlannedKind::Directory(_) => {}
                 PlannedKind::File(file) => {
@@ -123,10 +129,9 @@ impl Builder<'_> {
         let source = self.plan.files[file as usize].source;
         let (from, path) = self.objects.locate(source).ok_or(io::ErrorKind::NotFound)?;
         match linkat(from, &path, folder, name.as_c_str(), AtFlags::empty()) {
-            // ext4 gives an inode 65,000 names; the next tree gets an inode alike in everything.
             Err(nix::errno::Errno::EMLINK) => {
                 let path = self.objects.path(source).ok_or(io::ErrorKind::NotFound)?;
-                copy_inode(&path, &below(folder, name))
+                self.copies.link((file, &path), folder, name)
             }
             linked => Ok(linked?),
         }
@@ -139,6 +144,7 @@ impl Builder<'_> {
         folder: &OwnedFd,
         name: &CString,
     ) -> io::Result<()> {
+        self.meter.makes(1).map_err(full)?;
         symlinkat(target, folder, name.as_c_str())?;
         let (uid, gid) = (metadata.permissions.uid, metadata.permissions.gid);
         let (owner, group) = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));

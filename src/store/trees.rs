@@ -21,8 +21,9 @@ use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{Entry, Lease};
+use super::copies::Copies;
 use super::error::StoreError;
-use super::eviction::FORGOTTEN;
+use super::eviction::{FORGOTTEN, Goal};
 use super::files::StoredFile;
 use super::inventory::tree_entry;
 use super::layers::{Layer, LayerView};
@@ -62,9 +63,13 @@ pub struct TreeRecord {
     pub inodes: u64,
     /// Bytes that were to be fetched for it, by the manifest.
     pub compressed_bytes: u64,
-    /// Folders and symbolic links: inodes that it shares with no other tree.
+    /// Folders, symbolic links, and copies of files that had no name left to give: inodes that
+    /// it shares with no other tree.
     #[serde(default)]
     pub own_inodes: u64,
+    /// Bytes of those copies.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub own_bytes: u64,
     /// What shaped it beside the manifest, as a volume asked for it.
     #[serde(default)]
     pub view: View,
@@ -91,6 +96,7 @@ pub struct View {
 #[derive(Debug)]
 pub struct BuiltTree {
     staging: Staging,
+    copied: Goal,
 }
 
 /// The objects that a plan's files come from.
@@ -172,21 +178,27 @@ impl Store {
         let mut staging = self.stage()?;
         let root = staging.path().join("root");
         let since = Instant::now();
-        Builder { plan, objects, label: self.label() }.build(&root, &mut staging)?;
+        let (label, meter) = (self.label(), self.meter());
+        let copies = Copies::new(staging.path().join("copies"), label, &meter);
+        Builder { plan, objects, label, meter: &meter, copies: &copies }
+            .build(&root, &mut staging)?;
+        let copied = copies.finish().map_err(|error| StoreError::io("finish", &root, error))?;
         let nodes = plan.nodes.len();
         tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
-        Ok(BuiltTree { staging })
+        Ok(BuiltTree { staging, copied })
     }
 
     /// Gives a tree its name, after all that it links has one.
     pub fn commit_tree(
         &self,
         key: TreeKey,
-        record: TreeRecord,
+        mut record: TreeRecord,
         built: BuiltTree,
         (layers, files): (&[Layer], &[StoredFile]),
     ) -> Result<Tree, StoreError> {
-        let BuiltTree { mut staging } = built;
+        let BuiltTree { mut staging, copied } = built;
+        record.own_inodes = record.own_inodes.saturating_add(copied.inodes);
+        record.own_bytes = record.own_bytes.saturating_add(copied.bytes);
         let links = names_of(layers, files);
         for (name, json) in [
             ("tree.json", serde_json::to_vec(&record)),
@@ -209,6 +221,11 @@ impl Store {
         let path = folder.join(generation.to_string());
         Ok(Tree { key, generation, record, path, lease: Some(lease) })
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
+const fn is_none(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
