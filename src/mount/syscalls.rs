@@ -127,7 +127,11 @@ pub fn list_extended_attributes(file: BorrowedFd<'_>) -> io::Result<Vec<CString>
         unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) };
     let Ok(length) = usize::try_from(length) else {
         let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::Unsupported { Ok(Vec::new()) } else { Err(error) };
+        return if error.kind() == io::ErrorKind::Unsupported {
+            Ok(Vec::new())
+        } else {
+            Err(error)
+        };
     };
     let names = names[..length].split_inclusive(|&byte| byte == 0);
     Ok(names.filter_map(|name| CStr::from_bytes_with_nul(name).ok().map(CStr::to_owned)).collect())

@@ -13,13 +13,16 @@ use super::objects::ReadyLayer;
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
+use super::sums::Sums;
 use super::want::{Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller, transfer};
+use crate::background;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::{ManifestName, RegistryError};
 use crate::oci::{Digest, Repository};
 use crate::store::files::StoredFile;
 use crate::store::layers::{Layer, LayerView};
+use crate::store::room::Claim;
 use crate::store::trees::{Objects, TreeRecord, View};
 use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
@@ -271,6 +274,7 @@ impl Inner {
         let mut waiting = parts.into_iter();
         let (mut under_way, mut unnamed) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut objects, mut layers) = (Vec::new(), Vec::new());
+        let mut sums = Sums::new(&self.limits);
         loop {
             while under_way.len() < LAYERS_AT_ONCE
                 && unnamed.len() < LAYERS_AT_ONCE
@@ -286,6 +290,8 @@ impl Inner {
             tokio::select! {
                 Some((blob, object)) = under_way.next() => {
                     let (object, ready) = object.map_err(unshare)?;
+                    let (entries, bytes) = amount(&object, ready.as_ref());
+                    sums.add(blob, entries, bytes)?;
                     match ready {
                         Some(ready) => {
                             let (place, background) = (objects.len(), &self.background);
@@ -309,6 +315,7 @@ impl Inner {
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
         let permit = self.unpackers.permit(progress).await?;
+        let written = reservation.blobs();
         let built = blocking(move || {
             let _permit = permit;
             let (plan, objects) = inner.plan(objects, &shape)?;
@@ -322,8 +329,13 @@ impl Inner {
                 own_bytes: 0,
                 view: shape.view(),
             };
+            // Folders and links of its own may be many, also of layers that are here.
+            let claim = Claim::of_tree(key, &plan);
+            let reserve = || inner.store.reserve_after(&[claim], &written);
+            // With locks that publishes wait for.
+            let room = background::as_ordinary(reserve)?;
             let built = inner.store.build_tree(&plan, &objects)?;
-            Ok((built, record, objects))
+            Ok((built, record, objects, room))
         })
         .await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
@@ -340,7 +352,7 @@ impl Inner {
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
-            let (built, record, objects) = built?;
+            let (built, record, objects, _room) = built?;
             let files: Vec<_> = objects.files.into_values().collect();
             Ok(inner.store.commit_tree(key, record, built, (&layers, &files))?)
         })
@@ -498,6 +510,15 @@ impl Inner {
         }
         let (inner, repository) = (Arc::clone(self), repository.clone());
         blocking(move || Ok(inner.store.put_blob_origin(&repository, digest)?)).await
+    }
+}
+
+/// Entries and bytes of a part.
+fn amount(object: &Object, ready: Option<&ReadyLayer>) -> (u64, u64) {
+    match (object, ready) {
+        (Object::File(_, _, size, _), _) => (1, *size),
+        (Object::Layer(..), Some(ready)) => (ready.totals.entries, ready.totals.bytes),
+        (Object::Layer(..), None) => (0, 0),
     }
 }
 

@@ -15,6 +15,7 @@
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
 //! room       how much of the disk an artifact will take, before its first byte
+//! sums       what its layers come to, while they come
 //! artifact   manifest -> tree
 //! self_check reads everything back, and makes anew what is damaged
 //! import     an OCI image layout in place of a registry
@@ -40,6 +41,7 @@ pub mod signatures;
 pub mod slots;
 pub mod spans;
 pub mod sponsors;
+mod sums;
 pub mod throttle;
 pub mod transfer;
 pub mod unpacking;

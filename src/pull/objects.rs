@@ -23,7 +23,7 @@ use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
 use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::growth::Follower;
-use crate::store::layers::{Layer, LayerView, UnpackedLayer};
+use crate::store::layers::{Layer, LayerTotals, LayerView, UnpackedLayer};
 use crate::store::partial::Purpose;
 use crate::store::{FileKey, LayerKey, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
@@ -48,6 +48,8 @@ pub struct FileWant {
 pub struct ReadyLayer {
     /// What trees link meanwhile.
     pub view: LayerView,
+    /// What it adds up to.
+    pub totals: LayerTotals,
     /// Its name; a tree has none before all of its layers do.
     named: Naming,
     /// Whether it is being named in the background.
@@ -235,12 +237,16 @@ impl Inner {
     ) -> Result<ReadyLayer, PullError> {
         let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
         let inner = Arc::clone(&self);
-        let (known, guard) = blocking(move || Ok((inner.store.layer(key)?, guard))).await?;
-        if let Some(layer) = known {
+        let (known, guard) = blocking(move || {
+            let known = inner.store.layer(key)?.map(|layer| (layer.totals(), layer));
+            Ok((known, guard))
+        })
+        .await?;
+        if let Some((totals, layer)) = known {
             progress.resumed(descriptor.size);
             let view = layer.view();
             let named = std::future::ready(Ok(layer)).boxed().shared();
-            return Ok(ReadyLayer { view, named, behind: false });
+            return Ok(ReadyLayer { view, totals, named, behind: false });
         }
         if let Some(data) = descriptor.data.clone() {
             progress.resumed(descriptor.size);
@@ -293,7 +299,7 @@ impl Inner {
         guard: BlobGuard,
         named: impl FnOnce(&Self) -> Result<(), PullError> + Send + 'static,
     ) -> Result<ReadyLayer, PullError> {
-        let (view, inner) = (unpacked.view()?, Arc::clone(self));
+        let (view, totals, inner) = (unpacked.view()?, unpacked.totals(), Arc::clone(self));
         let naming = tokio::task::spawn_blocking(move || {
             let layer = inner.store.commit_layer(unpacked)?;
             named(&inner)?;
@@ -305,7 +311,7 @@ impl Inner {
             named.map_err(Arc::new)
         };
         let (named, behind) = (outcome.boxed().shared(), Background::is_here());
-        Ok(ReadyLayer { view, named, behind })
+        Ok(ReadyLayer { view, totals, named, behind })
     }
 
     /// What the content's bytes are refused for they are refused for again: they need not be fetched for it.

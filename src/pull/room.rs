@@ -1,5 +1,6 @@
 //! How much of the disk an artifact will take, claimed before its first byte.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Inner;
@@ -38,6 +39,11 @@ enum Here {
 }
 
 impl Reserved {
+    /// What has no name yet.
+    pub(super) fn blobs(&self) -> HashSet<Digest> {
+        self.reservation.blobs()
+    }
+
     /// A blob's content has its name.
     pub(super) fn done(&self, blob: Digest) {
         self.reservation.done(blob);

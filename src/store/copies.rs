@@ -37,11 +37,7 @@ pub(super) struct Copies<'a> {
 
 impl<'a> Copies<'a> {
     /// None yet; they will lie in `folder`, which is not there.
-    pub(super) fn new(
-        folder: PathBuf,
-        label: Option<&'a SecurityLabel>,
-        meter: &'a Meter,
-    ) -> Self {
+    pub(super) fn new(folder: PathBuf, label: Option<&'a SecurityLabel>, meter: &'a Meter) -> Self {
         Self { folder, label, meter, made: Mutex::default() }
     }
 

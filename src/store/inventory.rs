@@ -18,6 +18,9 @@ use super::{Store, records};
 /// What a small file and an entry of a folder take on common filesystems.
 pub(super) const BYTES_PER_INODE: u64 = 4096;
 
+/// The record, the list of objects and the folder around them.
+pub(super) const RECORDS_OF_A_TREE: u64 = 3;
+
 impl Store {
     /// Reads the sizes of all objects, unless that is done already.
     pub fn load_catalog(&self) -> Result<(), StoreError> {
@@ -112,8 +115,7 @@ pub(super) fn layer_entry(totals: &layers::LayerTotals) -> Entry {
 
 pub(super) fn tree_entry(record: Option<&TreeRecord>) -> Entry {
     let (own, copied) = record.map_or((0, 0), |record| (record.own_inodes, record.own_bytes));
-    // The record, the list of objects and the folder around them.
-    let inodes = own.saturating_add(3);
+    let inodes = own.saturating_add(RECORDS_OF_A_TREE);
     let bytes = inodes.saturating_mul(BYTES_PER_INODE).saturating_add(copied);
     Entry { bytes, inodes, manifest: record.map(|record| record.manifest), ..file_entry(0) }
 }

@@ -64,6 +64,11 @@ impl TreeKey {
         Digest::from_hex(text).map(Self)
     }
 
+    /// For tables that know objects by digest.
+    pub(super) const fn digest(self) -> Digest {
+        self.0
+    }
+
     /// Which tree a mount shows, by the end of its root: `.../trees/<key>/<n>/root`.
     ///
     /// The shape is enough to know one of ours: where the state directory's

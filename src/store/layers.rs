@@ -214,6 +214,12 @@ impl Store {
 }
 
 impl UnpackedLayer {
+    /// What it adds up to.
+    #[must_use]
+    pub fn totals(&self) -> LayerTotals {
+        self.totals
+    }
+
     /// Its content, which stays where it is while the layer is named.
     pub fn view(&self) -> Result<LayerView, StoreError> {
         let path = self.staging.path();
@@ -244,6 +250,13 @@ impl Layer {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What it adds up to, by its index, which nobody has compared with its checksum for this:
+    /// one that cannot be read is found when the layer is merged.
+    #[must_use]
+    pub fn totals(&self) -> LayerTotals {
+        read_totals(&self.path).unwrap_or_default()
     }
 
     /// Its content.

@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Store;
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::Goal;
 use super::gc::Want;
+use super::inventory::{BYTES_PER_INODE, RECORDS_OF_A_TREE};
+use super::{Store, TreeKey};
 use crate::oci::Digest;
+use crate::unpack::merge::TreePlan;
 
 /// Writers look at the filesystem after so many bytes: often enough that all of
 /// a node's writers together overshoot the floor by little.
@@ -60,10 +62,10 @@ pub struct Room {
     pub total_inodes: u64,
 }
 
-/// What one blob will take on the disk until its content has a name.
+/// What one blob, or a tree, will take on the disk until its content has a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
-    /// The blob.
+    /// The blob; of a tree its key.
     pub blob: Digest,
     /// Bytes, those of its download and those that it unpacks to.
     pub bytes: u64,
@@ -174,9 +176,23 @@ impl Store {
     ///
     /// [`StoreError::NoRoom`] with the numbers, when there is no room even so.
     pub fn reserve(&self, claims: &[Claim]) -> Result<Reservation, StoreError> {
+        self.reserve_after(claims, &HashSet::new())
+    }
+
+    /// The same for whoever has written all that was claimed for some blobs, and has not named it
+    /// yet: it shows on the disk by now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::reserve`].
+    pub fn reserve_after(
+        &self,
+        claims: &[Claim],
+        written: &HashSet<Digest>,
+    ) -> Result<Reservation, StoreError> {
         // Decisions over all claims are taken one at a time, and never beside an eviction.
         let turn = self.collecting();
-        while let Some((shortage, goal)) = self.shortage(claims)? {
+        while let Some((shortage, goal)) = self.shortage(claims, written)? {
             // What an earlier try has left of these blobs is no room for them.
             let own: HashSet<_> = claims.iter().map(|claim| claim.blob).collect();
             let shortage = self.explain(shortage, &own, &turn)?;
@@ -209,9 +225,13 @@ impl Store {
     }
 
     /// What is missing for these claims beside all others, and how much to free for them.
-    fn shortage(&self, claims: &[Claim]) -> Result<Option<(Shortage, Goal)>, StoreError> {
+    fn shortage(
+        &self,
+        claims: &[Claim],
+        written: &HashSet<Digest>,
+    ) -> Result<Option<(Shortage, Goal)>, StoreError> {
         let options = self.cache_options();
-        let Sums { needed, others, quota } = self.claims().sums(self, claims);
+        let Sums { needed, others, quota } = self.claims().sums(self, claims, written);
         // Nothing to write asks for no room, however full the disk is.
         if needed.is_nothing() {
             return Ok(None);
@@ -262,7 +282,7 @@ struct Sums {
 
 impl Claims {
     /// What these claims add to those of this process.
-    fn sums(&self, store: &Store, claims: &[Claim]) -> Sums {
+    fn sums(&self, store: &Store, claims: &[Claim], written: &HashSet<Digest>) -> Sums {
         let all = self.lock();
         let mut wanted = HashMap::<Digest, Goal>::new();
         for claim in claims {
@@ -280,8 +300,11 @@ impl Claims {
             sums.needed = sums.needed.plus(added.less(Goal { bytes: here, inodes: 0 }));
         }
         for (blob, claimed) in all.iter() {
-            let here = Goal { bytes: store.partial_bytes(*blob), inodes: 0 };
             sums.quota = sums.quota.saturating_add(claimed.bytes);
+            if written.contains(blob) {
+                continue;
+            }
+            let here = Goal { bytes: store.partial_bytes(*blob), inodes: 0 };
             sums.others = sums.others.plus(claimed.goal().less(here));
         }
         sums
@@ -313,7 +336,26 @@ impl Claimed {
     }
 }
 
+impl Claim {
+    /// Of a tree: its folders and symbolic links, the names in its folders, and its records. Its
+    /// files are other objects'.
+    #[must_use]
+    pub fn of_tree(tree: TreeKey, plan: &TreePlan) -> Self {
+        let own = plan.totals.directories.saturating_add(plan.totals.symbolic_links);
+        let inodes = own.saturating_add(RECORDS_OF_A_TREE);
+        let names: u64 = plan.nodes.iter().map(|node| bytes_of_a_name(&node.name)).sum();
+        let bytes = inodes.saturating_mul(BYTES_PER_INODE).saturating_add(names);
+        Self { blob: tree.digest(), bytes, inodes }
+    }
+}
+
 impl Reservation {
+    /// What it still holds room for.
+    #[must_use]
+    pub fn blobs(&self) -> HashSet<Digest> {
+        self.blobs.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+
     /// A blob's content has its name: what it took shows on the disk itself now.
     pub fn done(&self, blob: Digest) {
         let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);

@@ -47,7 +47,9 @@ fn tree(store: &Store, name: &str, key: FileKey, file: &StoredFile) -> Tree {
     objects.files.insert(key, file.clone());
     let tree_key = TreeKey::new(key.digest, name, "Readable", "");
     let built = store.build_tree(&plan, &objects).expect("a tree");
-    store.commit_tree(tree_key, record(key), built, (&[], std::slice::from_ref(file))).expect("a tree")
+    store
+        .commit_tree(tree_key, record(key), built, (&[], std::slice::from_ref(file)))
+        .expect("a tree")
 }
 
 fn record(key: FileKey) -> TreeRecord {
@@ -388,4 +390,60 @@ fn many_small_layers_stop_at_the_floor_like_a_large_one() {
     assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
     // Whoever comes next is not the first of another thousand.
     assert!(matches!(write(), Err(StoreError::NoSpace { .. })));
+}
+
+#[test]
+fn folders_and_symbolic_links_of_a_tree_stop_at_the_floor() {
+    let (_folder, store) = below_the_floor();
+    let kinds: [fn() -> PlannedKind; 2] = [
+        || PlannedKind::Directory(Box::new(Metadata::of_implied_folder())),
+        || PlannedKind::SymbolicLink {
+            target: b"x".as_slice().into(),
+            metadata: Box::new(Metadata::of_implied_folder()),
+        },
+    ];
+    for kind in kinds {
+        let node = |number: u32| PlannedNode {
+            parent: None,
+            name: number.to_string().into_bytes().into(),
+            kind: kind(),
+        };
+        let mut plan = TreePlan {
+            root: Metadata::of_implied_folder(),
+            nodes: (0..1100).map(node).collect(),
+            files: Vec::new(),
+            totals: TreeTotals { directories: 1101, ..TreeTotals::default() },
+        };
+        let permissions = permissions(0o755);
+        plan.root.permissions = permissions;
+        for node in &mut plan.nodes {
+            if let PlannedKind::Directory(metadata) | PlannedKind::SymbolicLink { metadata, .. } =
+                &mut node.kind
+            {
+                metadata.permissions = permissions;
+            }
+        }
+        let stopped = store.build_tree(&plan, &Objects::default()).expect_err("stopped");
+        assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
+        // Before the first of them too.
+        let key = TreeKey::new(Digest::of(b"manifest"), "", "Readable", "");
+        let claim = room::Claim::of_tree(key, &plan);
+        assert_eq!(claim.inodes, 1104);
+        assert!(claim.bytes > 1104 * 4096, "{claim:?}");
+        assert!(matches!(store.reserve(&[claim]), Err(StoreError::NoRoom(_))));
+    }
+}
+
+#[test]
+fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let free = store.room().expect("room").free_bytes;
+    let claim =
+        |text: &str, bytes| room::Claim { blob: Digest::of(text.as_bytes()), bytes, inodes: 1 };
+    let layer = store.reserve(&[claim("layer", free / 4 * 3)]).expect("room");
+    let tree = claim("tree", free / 2);
+    assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
+    store.reserve_after(&[tree], &layer.blobs()).expect("the layer is on the disk");
 }

@@ -40,7 +40,7 @@ pub struct Limits {
     pub decompression_ratio: u64,
     /// Unpacked bytes from which the ratio counts: 64 MiB, below which no ratio harms.
     pub decompression_ratio_floor: u64,
-    /// Unpacked bytes of one layer, and of the files of one tree: 1 TiB, for the
+    /// Unpacked bytes of one artifact, all of its layers together: 1 TiB, for the
     /// reason of `blobBytes`.
     pub unpacked_bytes: u64,
     /// Bytes of the extended headers of one archive entry: 1 MiB, as Go's reader
