@@ -1,6 +1,7 @@
 //! What a layer records of its archive's members, in the archive's order.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::checksum::Checksum;
 use super::path::RelativePath;
@@ -68,27 +69,31 @@ pub struct Timestamp {
     pub nanoseconds: u32,
 }
 
-/// Names and values of extended attributes. Nearly always empty, so one pointer.
+/// Names and values of extended attributes: each with its length before it, one after the other,
+/// by name. Others choose how many there are and how short: all of one entry's are one piece of
+/// memory, which copies share.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ExtendedAttributes(Option<Box<ByName>>);
+pub struct ExtendedAttributes(Option<Arc<[u8]>>);
 
-type ByName = BTreeMap<Box<[u8]>, Box<[u8]>>;
+/// What a folder takes of memory while a tree is merged, beside what any entry does: itself, and
+/// the first of what it has by name.
+pub(super) const FOLDER_BYTES: u64 = 320;
+
+/// What a piece of memory takes beside its content: counts, and what the allocator keeps.
+const PIECE_BYTES: usize = 32;
 
 impl Entry {
-    /// Bytes that others chose the number of, and that memory holds.
+    /// Bytes of memory that it takes while a tree is merged, beyond what each entry does.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
-        let link = match &self.kind {
-            EntryKind::SymbolicLink { target } => target.len(),
-            EntryKind::HardLink { target } => target.as_bytes().len(),
-            EntryKind::Directory
-            | EntryKind::File { .. }
-            | EntryKind::Whiteout
-            | EntryKind::Opaque => 0,
+        let kind = match &self.kind {
+            EntryKind::Directory => FOLDER_BYTES,
+            EntryKind::SymbolicLink { target } => target.len() as u64,
+            EntryKind::HardLink { target } => target.as_bytes().len() as u64,
+            EntryKind::File { .. } | EntryKind::Whiteout | EntryKind::Opaque => 0,
         };
-        let attributes = self.metadata.extended_attributes.iter();
-        let attributes: usize = attributes.map(|(name, value)| name.len() + value.len()).sum();
-        (self.path.as_bytes().len() + link + attributes) as u64
+        let rest = self.path.as_bytes().len() + self.metadata.extended_attributes.memory();
+        kind.saturating_add(rest as u64)
     }
 }
 
@@ -106,14 +111,20 @@ impl Metadata {
 }
 
 impl ExtendedAttributes {
-    /// Sets one.
-    pub fn insert(&mut self, name: Box<[u8]>, value: Box<[u8]>) {
-        self.0.get_or_insert_default().insert(name, value);
-    }
-
     /// In the order of their names.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.0.iter().flat_map(|map| map.iter()).map(|(name, value)| (&**name, &**value))
+        let mut rest = self.0.as_deref().unwrap_or_default();
+        std::iter::from_fn(move || {
+            let (name, after) = part(rest)?;
+            let (value, after) = part(after)?;
+            rest = after;
+            Some((name, value))
+        })
+    }
+
+    /// Bytes of memory that they take.
+    fn memory(&self) -> usize {
+        self.0.as_ref().map_or(0, |packed| packed.len() + PIECE_BYTES)
     }
 
     /// Whether there are none.
@@ -125,7 +136,69 @@ impl ExtendedAttributes {
 
 impl FromIterator<(Box<[u8]>, Box<[u8]>)> for ExtendedAttributes {
     fn from_iter<T: IntoIterator<Item = (Box<[u8]>, Box<[u8]>)>>(iterator: T) -> Self {
-        let map: ByName = iterator.into_iter().collect();
-        Self((!map.is_empty()).then(|| Box::new(map)))
+        let map: BTreeMap<_, _> = iterator.into_iter().collect();
+        let mut packed = Vec::new();
+        for (name, value) in &map {
+            for part in [name, value] {
+                // Limits are far below; what they are not set for is cut, and not misread.
+                let length = u32::try_from(part.len()).unwrap_or(u32::MAX);
+                packed.extend_from_slice(&length.to_ne_bytes());
+                packed.extend_from_slice(&part[..length as usize]);
+            }
+        }
+        Self((!map.is_empty()).then(|| packed.into()))
+    }
+}
+
+/// The next name or value, and what follows it.
+fn part(packed: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = packed.split_first_chunk()?;
+    rest.split_at_checked(u32::from_ne_bytes(*length) as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn attributes(pairs: &[(Vec<u8>, Vec<u8>)]) -> ExtendedAttributes {
+        pairs
+            .iter()
+            .map(|(name, value)| (name.as_slice().into(), value.as_slice().into()))
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn attributes_are_what_a_map_of_them_is(
+            pairs in proptest::collection::vec((any::<Vec<u8>>(), any::<Vec<u8>>()), 0..8),
+        ) {
+            let map: BTreeMap<_, _> = pairs.iter().cloned().collect();
+            let attributes = attributes(&pairs);
+            let listed: Vec<_> =
+                attributes.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect();
+            prop_assert_eq!(listed, map.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(attributes.is_empty(), pairs.is_empty());
+        }
+    }
+
+    #[test]
+    fn short_attributes_count_as_what_they_take() {
+        let pairs: Vec<_> = (0..128_u8).map(|name| (vec![b'u', name], vec![name])).collect();
+        let attributes = attributes(&pairs);
+        // Three bytes each, and two lengths.
+        let held = attributes.0.as_ref().map_or(0, |packed| size_of_val(&**packed));
+        assert_eq!(held, 128 * (3 + 8));
+        let metadata =
+            Metadata { extended_attributes: attributes, ..Metadata::of_implied_folder() };
+        let kind = EntryKind::Directory;
+        let entry = Entry { path: RelativePath::root(), kind, metadata };
+        assert!(entry.metadata_bytes() >= held as u64 + FOLDER_BYTES);
+        // A copy is no second piece of memory.
+        let copy = entry.metadata.extended_attributes.clone();
+        let pieces = [&copy, &entry.metadata.extended_attributes].map(|attributes| &attributes.0);
+        let [Some(one), Some(two)] = pieces else { panic!("there are some") };
+        assert!(Arc::ptr_eq(one, two));
     }
 }

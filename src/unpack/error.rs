@@ -230,7 +230,7 @@ pub enum UnpackError {
     },
     /// More metadata than memory should hold.
     #[error(
-        "the names, links and attributes of the artifact's entries are more than {limit} bytes (limits.metadataBytes): push fewer or shorter ones, or raise the limit"
+        "the folders, names, links and attributes of the artifact take more than {limit} bytes of memory (limits.metadataBytes): push fewer or shorter ones, or raise the limit"
     )]
     TooMuchMetadata {
         /// The bound.

@@ -20,7 +20,7 @@ mod finish;
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::entry::{Entry, EntryKind, Metadata};
+use super::entry::{Entry, EntryKind, FOLDER_BYTES, Metadata};
 use super::error::{UnpackError, shown};
 use super::layer_rule::{ArchiveRule, FileRule};
 use super::limits::Limits;
@@ -78,9 +78,12 @@ enum NodeKind {
     SymbolicLink(Box<SymbolicLink>),
 }
 
+/// Nodes by name.
+type Children = BTreeMap<Box<[u8]>, u32>;
+
 struct Folder {
     metadata: Metadata,
-    children: BTreeMap<Box<[u8]>, u32>,
+    children: Children,
     /// The last layer that has hidden all that lower layers have here.
     swept: Option<u32>,
 }
@@ -161,10 +164,7 @@ impl<'a> Merger<'a> {
     /// Adds an entry of the archive that was started last.
     pub fn entry(&mut self, entry: &Entry) -> Result<(), UnpackError> {
         self.count()?;
-        self.metadata_bytes = self.metadata_bytes.saturating_add(entry.metadata_bytes());
-        if self.metadata_bytes > self.limits.metadata_bytes {
-            return Err(UnpackError::TooMuchMetadata { limit: self.limits.metadata_bytes });
-        }
+        self.count_memory(entry.metadata_bytes())?;
         let path = &entry.path;
         let layer = self.input.layer;
         self.check_within_title(entry)?;
@@ -230,6 +230,15 @@ impl<'a> Merger<'a> {
         self.entries += 1;
         let limit = self.limits.entries;
         if self.entries > limit { Err(UnpackError::TooManyEntries { limit }) } else { Ok(()) }
+    }
+
+    fn count_memory(&mut self, bytes: u64) -> Result<(), UnpackError> {
+        self.metadata_bytes = self.metadata_bytes.saturating_add(bytes);
+        let limit = self.limits.metadata_bytes;
+        if self.metadata_bytes > limit {
+            return Err(UnpackError::TooMuchMetadata { limit });
+        }
+        Ok(())
     }
 
     fn check_within_title(&self, entry: &Entry) -> Result<(), UnpackError> {
@@ -320,6 +329,7 @@ impl<'a> Merger<'a> {
                 return Err(self.not_a_folder(entry, place, folder));
             }
             self.count()?;
+            self.count_memory(FOLDER_BYTES.saturating_add(name.len() as u64))?;
             let kind = NodeKind::Directory(Box::new(Folder::implied()));
             self.insert(entry, place, &name, kind, false)?;
             place = place.below(number(self.nodes.len() - 1), &name);

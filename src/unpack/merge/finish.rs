@@ -1,6 +1,6 @@
 //! The last step of a merge: what is selected of the tree, in order.
 
-use super::{Merger, NodeKind, ROOT, number};
+use super::{Children, Folder, Merger, NodeKind, ROOT, SymbolicLink, number};
 use crate::unpack::error::UnpackError;
 use crate::unpack::limits::Limits;
 use crate::unpack::plan::{PlannedFile, PlannedKind, PlannedNode, TreePlan, TreeTotals};
@@ -23,11 +23,12 @@ struct Planner<'a> {
 
 pub(super) fn plan(merger: Merger<'_>, selection: &Selection) -> Result<TreePlan, UnpackError> {
     let Merger { limits, mut nodes, inodes, .. } = merger;
-    let NodeKind::Directory(root) = &mut nodes[ROOT as usize].kind else {
+    let NodeKind::Directory(root) = taken(&mut nodes[ROOT as usize].kind) else {
         unreachable!("nothing replaces the root");
     };
+    let Folder { metadata, children, .. } = *root;
     let plan = TreePlan {
-        root: root.metadata.clone(),
+        root: metadata,
         nodes: Vec::with_capacity(nodes.len()),
         files: Vec::with_capacity(inodes.len()),
         totals: TreeTotals::default(),
@@ -41,7 +42,7 @@ pub(super) fn plan(merger: Merger<'_>, selection: &Selection) -> Result<TreePlan
         path: Vec::new(),
         plan,
     };
-    planner.folder(ROOT, None, false);
+    planner.folder(children, None, false);
     let mut plan = planner.plan;
     if plan.nodes.is_empty() {
         let is_everything = selection.is_everything();
@@ -54,11 +55,8 @@ pub(super) fn plan(merger: Merger<'_>, selection: &Selection) -> Result<TreePlan
 impl Planner<'_> {
     /// Plans what is in a folder. `selected` says that the folder itself, or one above
     /// it, is selected, and all that is in it with it.
-    fn folder(&mut self, node: u32, parent: Option<u32>, selected: bool) {
-        let NodeKind::Directory(folder) = &mut self.nodes[node as usize].kind else {
-            return;
-        };
-        for (name, child) in std::mem::take(&mut folder.children) {
+    fn folder(&mut self, children: Children, parent: Option<u32>, selected: bool) {
+        for (name, child) in children {
             let length = self.path.len();
             if length > 0 {
                 self.path.push(b'/');
@@ -77,12 +75,13 @@ impl Planner<'_> {
     }
 
     fn node(&mut self, name: Box<[u8]>, node: u32, parent: Option<u32>, selected: bool) {
-        let kind = match &self.nodes[node as usize].kind {
+        let kind = match taken(&mut self.nodes[node as usize].kind) {
             NodeKind::Directory(folder) => {
-                let kind = PlannedKind::Directory(Box::new(folder.metadata.clone()));
+                let Folder { metadata, children, .. } = *folder;
+                let kind = PlannedKind::Directory(Box::new(metadata));
                 let index = self.plan.nodes.len();
                 self.plan.nodes.push(PlannedNode { parent, name, kind });
-                self.folder(node, Some(number(index)), selected);
+                self.folder(children, Some(number(index)), selected);
                 // A folder that nothing selects is there for what is in it.
                 if !selected && self.plan.nodes.len() == index + 1 {
                     self.plan.nodes.pop();
@@ -90,7 +89,7 @@ impl Planner<'_> {
                 return;
             }
             _ if !selected => return,
-            &NodeKind::File(inode) => {
+            NodeKind::File(inode) => {
                 let planned = &mut self.planned[inode as usize];
                 if *planned == UNPLANNED {
                     *planned = number(self.plan.files.len());
@@ -99,13 +98,18 @@ impl Planner<'_> {
                 self.plan.files[*planned as usize].links += 1;
                 PlannedKind::File(*planned)
             }
-            NodeKind::SymbolicLink(link) => PlannedKind::SymbolicLink {
-                target: link.target.clone(),
-                metadata: Box::new(link.metadata.clone()),
-            },
+            NodeKind::SymbolicLink(link) => {
+                let SymbolicLink { target, metadata } = *link;
+                PlannedKind::SymbolicLink { target, metadata: Box::new(metadata) }
+            }
         };
         self.plan.nodes.push(PlannedNode { parent, name, kind });
     }
+}
+
+/// A node has one name, and goes into the plan with it: what it holds is not there twice.
+fn taken(kind: &mut NodeKind) -> NodeKind {
+    std::mem::replace(kind, NodeKind::File(UNPLANNED))
 }
 
 fn totals(plan: &TreePlan, limits: &Limits) -> Result<TreeTotals, UnpackError> {

@@ -435,3 +435,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn folders_count_as_what_they_take_of_memory() {
+    // A folder of one entry, with the map that this is in, is what no entry of its own pays for.
+    const NAMES_OF_A_LEAF: usize = 11;
+    let leaf = NAMES_OF_A_LEAF * size_of::<(Box<[u8]>, u32)>();
+    assert!((size_of::<Folder>() + leaf) as u64 <= FOLDER_BYTES + 32);
+    // Few bytes of names, and a folder for each.
+    let tar = |name: fn(u32) -> String| (0..300).fold(Tar::new(), |tar, n| tar.file(&name(n), ""));
+    let limits = Limits { metadata_bytes: 64 << 10, ..Limits::default() };
+    assert!(plan_under(&limits, &[tar(|n| format!("{n}"))], &Selection::default()).is_ok());
+    let implied = tar(|n| format!("{n}/a"));
+    let explicit = (0..300).fold(Tar::new(), |tar, n| tar.folder(&format!("{n}/"), 0o755));
+    for layer in [implied, explicit] {
+        let refused = plan_under(&limits, &[layer], &Selection::default());
+        assert!(matches!(refused, Err(UnpackError::TooMuchMetadata { .. })), "{refused:?}");
+    }
+}
