@@ -144,6 +144,18 @@ impl Catalog {
         }
     }
 
+    /// The trees that link an object, but for those that are damaged themselves.
+    #[must_use]
+    pub fn sound_trees_of(&self, object: &ObjectName) -> Vec<ObjectName> {
+        let state = self.lock();
+        if !state.links.has(object) {
+            return Vec::new();
+        }
+        let links_it = |entry: &Entry| !entry.damaged && entry.links.contains(object);
+        let trees = state.objects.iter().filter(|(_, entry)| links_it(entry));
+        trees.map(|(name, _)| name.clone()).collect()
+    }
+
     /// A target shows a tree from now on.
     pub fn publish(&self, target: &Path, tree: ObjectName) {
         let mut state = self.lock();

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::catalog::Lease;
 use super::durable::{self, Staged};
 use super::error::StoreError;
-use super::{ObjectName, Store};
+use super::{ObjectKind, ObjectName, Store};
 use crate::fault;
 use std::sync::atomic::Ordering;
 
@@ -44,15 +44,42 @@ impl Store {
         self.path("staging")
     }
 
-    /// Marks a generation of an object (`<key>/<n>`): it is never published or
-    /// linked again, the next one is made afresh, and whoever has it mounted keeps it.
+    /// Marks a generation of an object (`<key>/<n>`), and of every tree that links it: it is
+    /// never published or linked again, the next one is made afresh, and whoever has it mounted
+    /// keeps it.
     pub fn mark_damaged(&self, generation: &Path) -> Result<(), StoreError> {
-        durable::write(&self.staging(), &generation.with_extension("damaged"), b"")?;
+        self.mark(generation)?;
+        if let Some(name) = self.object_at(generation) {
+            self.mark_trees_of(&name)?;
+        }
+        Ok(())
+    }
+
+    /// Marks the trees that link a damaged object; says which were not marked before.
+    pub(super) fn mark_trees_of(&self, object: &ObjectName) -> Result<Vec<ObjectName>, StoreError> {
+        if object.kind() == ObjectKind::Tree {
+            return Ok(Vec::new());
+        }
+        self.load_catalog()?;
+        let trees = self.catalog().sound_trees_of(object);
+        for tree in &trees {
+            self.mark(&self.root().join(tree.as_str()))?;
+        }
+        Ok(trees)
+    }
+
+    fn mark(&self, generation: &Path) -> Result<(), StoreError> {
+        durable::write(&self.staging(), &mark_of(generation), b"")?;
         self.0.damages.fetch_add(1, Ordering::Relaxed);
         if let Some(name) = self.object_at(generation) {
             self.catalog().damaged(&name);
         }
         Ok(())
+    }
+
+    /// Whether a generation was marked.
+    pub(super) fn is_marked(&self, object: &ObjectName) -> bool {
+        mark_of(&self.root().join(object.as_str())).symlink_metadata().is_ok()
     }
 
     /// Gives what was staged the next generation of a name: the commit point. The lease is
@@ -113,6 +140,10 @@ impl Drop for Staging {
             let _ = std::fs::remove_dir_all(&self.path);
         }
     }
+}
+
+fn mark_of(generation: &Path) -> PathBuf {
+    generation.with_extension("damaged")
 }
 
 fn is_taken(error: &std::io::Error) -> bool {

@@ -7,6 +7,7 @@ use super::gc::Now;
 use super::partial::Purpose;
 use super::resolutions::Resolution;
 use super::trees::{Objects, TreeRecord, View};
+use super::verify::{FindingKind, Verified};
 use super::*;
 use crate::oci::{Digest, Platform, Reference};
 use crate::unpack::entry::Metadata;
@@ -446,4 +447,55 @@ fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
     let tree = claim("tree", free / 2);
     assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
     store.reserve_after(&[tree], &layer.blobs()).expect("the layer is on the disk");
+}
+
+#[test]
+fn damage_that_is_found_on_the_way_marks_what_shows_it() {
+    let (_folder, store) = store();
+    let (key, path) = file(&store, b"x", 0o444);
+    let shown = tree(&store, "file", key, &path);
+    let (other, other_path) = file(&store, b"y", 0o444);
+    let sound = tree(&store, "file", other, &other_path);
+    store.mark_damaged(&path.path).expect("marked");
+    assert_eq!(store.tree(shown.key).expect("readable"), None, "it is made anew");
+    assert_eq!(store.tree(sound.key).expect("readable"), Some(sound));
+}
+
+#[test]
+fn what_a_crash_left_unmarked_over_damaged_content_is_found_and_marked() {
+    let (folder, store) = store();
+    let (key, path) = file(&store, b"x", 0o444);
+    let shown = tree(&store, "file", key, &path);
+    let mark = path.path.with_extension("damaged");
+    drop((shown.clone(), path, store));
+    std::fs::write(mark, "").expect("a mark");
+    let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    let mut found = Vec::new();
+    store
+        .verify_objects(&mut Verified::default(), &mut |finding| found.push(finding))
+        .expect("read");
+    let [finding] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((finding.kind, finding.digest), (FindingKind::Tree, Some(shown.record.manifest)));
+    assert!(finding.detail.contains("which is damaged"), "{finding:?}");
+    assert_eq!(store.tree(shown.key).expect("readable"), None, "it is made anew");
+}
+
+#[test]
+fn no_tree_is_named_over_what_was_found_damaged_meanwhile() {
+    let (_folder, store) = store();
+    let (key, file) = file(&store, b"x", 0o444);
+    let plan = TreePlan { root: own_folder(), ..tree_of_names(key, 1, 1) };
+    let mut objects = Objects::default();
+    objects.files.insert(key, file.clone());
+    let built = store.build_tree(&plan, &objects).expect("a tree");
+    store.mark_damaged(&file.path).expect("marked");
+    let tree = TreeKey::new(key.digest, "", "Readable", "");
+    let refused = store.commit_tree(tree, record(key), built, (&[], &[file]));
+    assert!(matches!(refused, Err(StoreError::Damaged { .. })), "{refused:?}");
+    assert_eq!(store.tree(tree).expect("readable"), None, "it is made anew");
+}
+
+/// A folder of whoever runs the test.
+fn own_folder() -> Metadata {
+    Metadata { permissions: permissions(0o755), ..Metadata::of_implied_folder() }
 }

@@ -215,10 +215,17 @@ impl Store {
         let folder = self.path("trees").join(key.to_string());
         fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
         let (generation, lease) = self.commit(staging, &path, &folder)?;
-        let links = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
-        let entry = Entry { links, ..tree_entry(Some(&record)) };
+        let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
+        let entry = Entry { links: links.clone(), ..tree_entry(Some(&record)) };
         self.catalog().add(ObjectName::tree(key, generation), entry);
         let path = folder.join(generation.to_string());
+        // Whoever marks what it links looks for trees after that, and finds this one from here on.
+        if let Some(damaged) = links.iter().find(|link| self.is_marked(link)) {
+            self.mark_damaged(&path)?;
+            let path = self.root().join(damaged.as_str());
+            let what = "it was found damaged while a tree was made of it".to_owned();
+            return Err(StoreError::Damaged { path, what });
+        }
         Ok(Tree { key, generation, record, path, lease: Some(lease) })
     }
 }

@@ -10,7 +10,7 @@
 //! What is found damaged is marked before anything else happens: it is never
 //! shown anew, the next generation is made afresh, and whoever has it mounted keeps it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -120,7 +120,12 @@ impl Store {
         let mut objects: Vec<_> = self.catalog().snapshot().objects.into_iter().collect();
         objects.sort_by(|one, two| one.0.cmp(&two.0));
         for (name, entry) in objects {
-            if entry.damaged || name.kind() == ObjectKind::Tree {
+            if name.kind() == ObjectKind::Tree {
+                continue;
+            }
+            if entry.damaged {
+                // Somebody has come by it since, and may have ended before its trees were marked.
+                self.find_trees_of(&name, found)?;
                 continue;
             }
             let Some((_lease, path)) = self.hold(&name) else { continue };
@@ -136,7 +141,7 @@ impl Store {
             if damage.is_empty() {
                 continue;
             }
-            self.condemn_damaged(&name)?;
+            self.mark_damaged(&path)?;
             for (below, detail) in damage {
                 let digest = digest_of(&name, &path);
                 let path = Path::new(name.as_str()).join(below);
@@ -238,13 +243,17 @@ impl Store {
         links.unwrap_or_default().iter().filter_map(|link| ObjectName::parse(link)).collect()
     }
 
-    /// Marks an object and the trees that link it.
-    fn condemn_damaged(&self, name: &ObjectName) -> Result<(), StoreError> {
-        self.mark_damaged(&self.root().join(name.as_str()))?;
-        for (tree, entry) in self.catalog().snapshot().objects {
-            if !entry.damaged && entry.links.contains(name) {
-                self.mark_damaged(&self.root().join(tree.as_str()))?;
-            }
+    /// Trees that still stand over an object which was found damaged before.
+    fn find_trees_of(
+        &self,
+        object: &ObjectName,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<(), StoreError> {
+        for name in self.mark_trees_of(object)? {
+            let digest = self.named_tree(&name).map(|tree| tree.record.manifest);
+            let detail = format!("it shows {}, which is damaged", object.as_str());
+            let path = PathBuf::from(name.as_str());
+            found(Finding { kind: FindingKind::Tree, digest, path, detail });
         }
         Ok(())
     }
@@ -255,6 +264,9 @@ impl Store {
         path.symlink_metadata().is_ok().then_some((lease, path))
     }
 }
+
+/// Whether one inode has the content of another: a copy has many names, and is read once.
+type Compared = HashMap<(u64, u64), bool>;
 
 /// Where below the object, and what.
 type Damage = Vec<(PathBuf, String)>;
@@ -322,6 +334,7 @@ fn compare(root: &Path, plan: &TreePlan, objects: &Objects, damage: &mut Damage)
     let mut paths: Vec<PathBuf> = Vec::with_capacity(plan.nodes.len());
     let mut children = vec![BTreeSet::<&OsStr>::new(); plan.nodes.len() + 1];
     let folder = |parent: Option<u32>| parent.map_or(0, |number| number as usize + 1);
+    let mut compared = Compared::default();
     check_folder(root, Path::new(""), &plan.root, damage);
     for node in &plan.nodes {
         let name = OsStr::from_bytes(&node.name);
@@ -333,7 +346,8 @@ fn compare(root: &Path, plan: &TreePlan, objects: &Objects, damage: &mut Damage)
             PlannedKind::Directory(metadata) => check_folder(&path, &below, metadata, damage),
             PlannedKind::File(file) => {
                 let planned = &plan.files[*file as usize];
-                check_file(&path, &below, objects.path(planned.source).as_deref(), damage);
+                let source = objects.path(planned.source);
+                check_file(&path, &below, source.as_deref(), &mut compared, damage);
             }
             PlannedKind::SymbolicLink { target, .. } => match std::fs::read_link(&path) {
                 Ok(found) if found.as_os_str().as_bytes() == &**target => {}
@@ -370,7 +384,13 @@ fn check_folder(path: &Path, below: &Path, wanted: &Metadata, damage: &mut Damag
 
 /// A file of a tree is the inode that it was linked from, which was read back by itself; or,
 /// where that had all the names it can have, a copy.
-fn check_file(path: &Path, below: &Path, source: Option<&Path>, damage: &mut Damage) {
+fn check_file(
+    path: &Path,
+    below: &Path,
+    source: Option<&Path>,
+    compared: &mut Compared,
+    damage: &mut Damage,
+) {
     let mut wrong = |detail: String| damage.push((below.to_owned(), detail));
     let Some(source) = source else { return wrong("nothing is known of its content".into()) };
     let (found, wanted) = match (path.symlink_metadata(), source.symlink_metadata()) {
@@ -383,9 +403,9 @@ fn check_file(path: &Path, below: &Path, source: Option<&Path>, damage: &mut Dam
     }
     let alike = found.is_file()
         && (found.mode(), found.uid(), found.gid()) == (wanted.mode(), wanted.uid(), wanted.gid());
-    match (hash(path), hash(source)) {
-        (Ok(one), Ok(two)) if one == two && alike => {}
-        _ => wrong("it is not the file that was linked there".into()),
+    let is_copy = || matches!((hash(path), hash(source)), (Ok(one), Ok(two)) if one == two);
+    if !alike || !*compared.entry((found.ino(), wanted.ino())).or_insert_with(is_copy) {
+        wrong("it is not the file that was linked there".into());
     }
 }
 
