@@ -86,7 +86,7 @@ impl<'a> Tape<'a> {
             };
             let size = self.number(&header.as_old().size, "a size is not a number")?;
             let size = u64::try_from(size).map_err(|_| self.broken("a size is negative"))?;
-            match header.entry_type().as_byte() {
+            match type_of(&header) {
                 b'x' if extensions.pax.is_none() => {
                     let bytes = self.extended_header(size)?;
                     let records = pax_records(&bytes)
@@ -128,7 +128,7 @@ impl<'a> Tape<'a> {
         extensions: Extensions,
     ) -> Result<Member, UnpackError> {
         let fields = header.as_old();
-        let mut name = header.path_bytes().into_owned();
+        let mut name = name(header);
         let mut link = text(&fields.linkname).to_vec();
         let mut size = size;
         let mode = self.number(&fields.mode, "a mode is not a number")?;
@@ -165,9 +165,15 @@ impl<'a> Tape<'a> {
         if is_sparse {
             return Err(UnpackError::Sparse { name: shown(&name) });
         }
-        let kind = match header.entry_type().as_byte() {
+        let kind = match type_of(header) {
             // Before ustar, folders were files with a slash at the end.
-            0 | b'0' | b'7' if name.ends_with(b"/") => MemberKind::Directory,
+            0 if name.ends_with(b"/") && size == 0 => MemberKind::Directory,
+            // Go's reader takes what follows for headers, others for content.
+            0 if name.ends_with(b"/") => return Err(self.broken("a folder has content")),
+            // Since then they are folders to GNU's reader, and files to Go's.
+            b'0' | b'7' if name.ends_with(b"/") => {
+                return Err(self.broken("the name of a file ends in a slash"));
+            }
             0 | b'0' | b'7' => MemberKind::File,
             b'1' => MemberKind::HardLink,
             b'2' => MemberKind::SymbolicLink,
@@ -180,9 +186,7 @@ impl<'a> Tape<'a> {
             }
         };
         // Whatever their size says, other kinds have no content; so Go's reader.
-        let is_slashed_file =
-            kind == MemberKind::Directory && header.entry_type().as_byte() != b'5';
-        if kind == MemberKind::File || is_slashed_file {
+        if kind == MemberKind::File {
             self.starts(size);
         } else {
             size = 0;
@@ -353,6 +357,32 @@ fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
+/// As it is written: the `tar` crate takes the type of v7's files and folders for that of later files.
+fn type_of(header: &Header) -> u8 {
+    header.as_old().linkflag[0]
+}
+
+/// A header's name, put together as Go's reader does: formats are told apart by the magic, and
+/// the version of ustar counts for nothing.
+fn name(header: &Header) -> Vec<u8> {
+    let bytes = header.as_bytes();
+    let is_no_number = |field: &[u8]| field[0] != 0 && number(field).is_none();
+    let prefix = match (&bytes[257..263], &bytes[263..265], &bytes[508..]) {
+        // star has times where the prefix of others ends.
+        (b"ustar\0", _, b"tar\0") => text(&bytes[345..476]),
+        (b"ustar\0", ..) => text(&bytes[345..500]),
+        // GNU has two times in place of a prefix; Go wrote a prefix there until 1.8.
+        (b"ustar ", b" \0", _)
+            if is_no_number(&bytes[345..357]) || is_no_number(&bytes[357..369]) =>
+        {
+            Some(text(&bytes[345..500])).filter(|prefix| prefix.is_ascii()).unwrap_or_default()
+        }
+        _ => &[],
+    };
+    let name = text(&header.as_old().name);
+    if prefix.is_empty() { name.to_vec() } else { [prefix, name].join(&b'/') }
+}
+
 /// A header's number: octal digits between spaces and NULs, or, marked by the
 /// first bit, two's complement in base 256.
 fn number(field: &[u8]) -> Option<i64> {
@@ -436,6 +466,31 @@ fn pax_records(mut bytes: &[u8]) -> Option<PaxRecords> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_have_the_prefix_that_gos_reader_gives_them() {
+        let with = |magic: &[u8; 8], prefix: &[u8], trailer: &[u8]| {
+            let mut header = Header::new_old();
+            let bytes = header.as_mut_bytes();
+            bytes[..4].copy_from_slice(b"name");
+            bytes[257..265].copy_from_slice(magic);
+            bytes[345..345 + prefix.len()].copy_from_slice(prefix);
+            bytes[512 - trailer.len()..].copy_from_slice(trailer);
+            String::from_utf8(name(&header)).unwrap()
+        };
+        let long = [b'p'; 155];
+        for version in [b"00", b"\0\0", b"  ", b"xx"] {
+            let magic: &[u8; 8] = &[&b"ustar\0"[..], version].concat().try_into().unwrap();
+            assert_eq!(with(magic, b"a/b", b""), "a/b/name");
+            assert_eq!(with(magic, b"", b""), "name");
+            assert_eq!(with(magic, &long, b""), format!("{}/name", "p".repeat(155)));
+            assert_eq!(with(magic, &long, b"tar\0"), format!("{}/name", "p".repeat(131)));
+        }
+        assert_eq!(with(b"ustar  \0", b"00000000012\0", b""), "name", "GNU has a time there");
+        assert_eq!(with(b"ustar  \0", b"a/b", b""), "a/b/name", "or what old Go took for one");
+        assert_eq!(with(b"ustar  \0", "é".as_bytes(), b""), "name");
+        assert_eq!(with(b"\0\0\0\0\0\0\0\0", b"a/b", b""), "name", "v7 has none");
+    }
 
     #[test]
     fn numbers_in_both_forms() {

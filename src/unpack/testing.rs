@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, Write};
 
-use tar::{EntryType, Header};
+use tar::Header;
 
 use super::archive::{FileHeader, Sink, StoredFile, Totals, record, unpack};
 use super::entry::{Entry, EntryKind};
@@ -34,7 +34,8 @@ impl Tar {
         let mut header = Header::new_ustar();
         let fields = header.as_old_mut();
         fields.name[..name.len()].copy_from_slice(name);
-        header.set_entry_type(EntryType::new(kind));
+        // Not by the name of the type: it has one for two of them.
+        header.as_old_mut().linkflag = [kind];
         header.set_mode(0o644);
         header.set_uid(7);
         header.set_gid(8);

@@ -188,7 +188,7 @@ fn names_over_a_limit_are_refused() {
         ("d/".repeat(257), PathError::TooDeep { limit: 256 }),
         ("ddddddddddddddddddd/".repeat(210), PathError::TooLong { length: 4099, limit: 4095 }),
     ] {
-        let error = long(&name);
+        let error = long(name.trim_end_matches('/'));
         assert!(
             matches!(&error, UnpackError::Name { reason, .. } if *reason == expected),
             "{error:?}"
@@ -578,4 +578,20 @@ fn metadata_beyond_the_limit_is_refused_for_the_layer_and_for_the_artifact() {
         }
     }
     assert!(matches!(outcome, Err(UnpackError::TooMuchMetadata { .. })));
+}
+
+#[test]
+fn a_name_that_ends_in_a_slash_is_a_folder_in_old_archives_and_refused_in_others() {
+    let archive = |kind: u8| {
+        let header = Tar::header(b"folder/", kind, 0);
+        Tar::new().member(header, b"").file("folder/file", "x").end()
+    };
+    let (unpacked, memory) = unpack_all(&archive(0), &IMAGE, &Limits::default());
+    unpacked.expect("v7 has no other folders");
+    assert_eq!(memory.lines(), ["folder/", "folder/file=x"]);
+    let with_content = Tar::new().member(Tar::header(b"folder/", 0, 1), b"x").end();
+    for archive in [archive(b'0'), archive(b'7'), with_content] {
+        let refused = refusal(&archive);
+        assert!(matches!(refused, UnpackError::Archive { .. }), "{refused:?}");
+    }
 }
