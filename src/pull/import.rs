@@ -90,10 +90,11 @@ impl Puller {
         let (inner, named, wanted) = (Arc::clone(&self.0), reference.clone(), platform.clone());
         let taken = tokio::task::spawn_blocking(move || {
             let layout = inner.read_layout(layout)?;
-            let manifest = inner.take(&layout, &named, &wanted)?;
-            Ok::<_, ImportError>((manifest, layout.blobs))
+            let resolution = inner.take(&layout, &named, &wanted)?;
+            Ok::<_, ImportError>((resolution, layout.blobs))
         });
-        let (manifest, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
+        let (resolution, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
+        let manifest = resolution.manifest;
         let want = Want {
             reference: reference.clone(),
             platform: platform.clone(),
@@ -113,13 +114,16 @@ impl Puller {
         let anonymous = Candidates::anonymous();
         let resolved = Resolved::for_the_node(manifest, candidates, anonymous);
         let tree = self.tree(&want, &resolved, &ProgressView::default()).await;
-        let (inner, reference) = (Arc::clone(&self.0), reference.clone());
+        let (inner, reference, platform) =
+            (Arc::clone(&self.0), reference.clone(), platform.clone());
         let is_here = tree.is_ok();
         blocking(move || {
             // Not before: what they claim keeps others from taking their room, and them, away.
             drop(blobs);
             if is_here {
                 inner.store.put_imported(reference.repository(), manifest)?;
+                // Last: what the reference meant before is better than what did not become a tree.
+                inner.store.put_resolution(&reference, &platform, &resolution)?;
             }
             Ok(())
         })
@@ -183,13 +187,13 @@ impl Inner {
         Ok(bytes)
     }
 
-    /// Makes the chosen artifact's blobs complete downloads, and the reference mean it.
+    /// Makes the chosen artifact's blobs complete downloads; says what the reference will mean.
     fn take(
         &self,
         layout: &Layout,
         reference: &Reference,
         platform: &Platform,
-    ) -> Result<Digest, ImportError> {
+    ) -> Result<Resolution, ImportError> {
         let chosen = self.choose(layout, reference, platform)?;
         let store = &self.store;
         let repository = reference.repository();
@@ -207,14 +211,12 @@ impl Inner {
         for (digest, bytes) in &chosen.small {
             store.put_blob(*digest, bytes).map_err(PullError::from)?;
         }
-        let resolution = Resolution {
+        Ok(Resolution {
             reference: reference.to_string(),
             resolved: chosen.top,
             manifest: chosen.manifest,
             platform: None,
-        };
-        store.put_resolution(reference, platform, &resolution).map_err(PullError::from)?;
-        Ok(chosen.manifest)
+        })
     }
 
     fn choose(

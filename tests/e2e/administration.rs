@@ -354,6 +354,25 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
 }
 
 #[test]
+fn an_import_that_fails_leaves_the_reference_what_it_was() {
+    let (node, admin) = Admin::start(ROOMY);
+    let name = "registry.invalid/team/app:v1";
+    let import =
+        |folder: &Path| admin.ask(&["import", folder.to_str().expect("a path"), "--as", name]);
+    let first = layout(&node, &image(&node));
+    assert!(import(&first).status.success());
+    fs::rename(&first, node.sandbox.path().join("first")).expect("renamed");
+    let archive = Tar::new().file("../outside", 0o644, "x").finish();
+    let repository = unique("bad");
+    let bad = Image::new().packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive);
+    bad.push(registry(), &repository, "v1");
+    let second = layout(&node, &node.proxy.reference(&format!("{repository}:v1")));
+    assert!(!import(&second).status.success(), "it leaves its folder");
+    let (_, tree) = node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
+    assert_eq!(tree.names(), ["etc", "etc/link", "etc/one", "etc/two"]);
+}
+
+#[test]
 fn an_import_makes_room_and_not_out_of_itself() {
     let configuration = ROOMY.replace("minimumAge", "maxBytes: 25Mi, minimumAge");
     let (node, admin) = Admin::start(&configuration);
