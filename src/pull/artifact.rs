@@ -1,6 +1,6 @@
 //! A manifest to the tree that a volume shows.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
@@ -249,7 +249,15 @@ impl Inner {
         }
         match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
-            Err(error) if error.is_full() && self.make_room(&error).await? => {
+            Err(error) if error.is_full() => {
+                let image = self.image(manifest, sponsors).await;
+                let own = image.map_or_else(
+                    |_| HashSet::new(),
+                    |image| image.layers.iter().map(|layer| layer.digest).collect(),
+                );
+                if !self.make_room(&error, own).await? {
+                    return Err(error);
+                }
                 tracing::info!(%manifest, "the disk was full and has room again: trying once more");
                 self.build_tree(key, manifest, shape, sponsors, progress).await
             }

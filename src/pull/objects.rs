@@ -209,9 +209,7 @@ impl Inner {
         }
         // Without a mode the content decides, and not what another volume has asked for.
         let Some(source) = self.store.any_file_of(want.digest)? else { return Ok(None) };
-        let mut file = File::open(&source.path)
-            .map_err(|error| StoreError::io("open", &source.path, error))?;
-        let key = file_key(want, &mut file)?;
+        let key = key_of(want, &source)?;
         if let Some(file) = self.store.file(key)? {
             return Ok(Some(file));
         }
@@ -270,12 +268,24 @@ impl Inner {
         let (inner, from) = (Arc::clone(&self), repository.clone());
         let unpacked = blocking(move || {
             verified(partial.path())?;
-            // Before the sync, which would only write it; and an archive that was refused would be
-            // refused again: nothing of it is kept either.
-            partial.discard()?;
-            unpacked
-                .and_then(|writer| Ok(inner.store.finish_layer(key, writer)?))
-                .map_err(|error| inner.remember_refusal(&from, key, error))
+            match unpacked {
+                Ok(writer) => {
+                    let unpacked = inner.store.finish_layer(key, writer)?;
+                    // Before the sync, which would only write it. Where that fails nothing says
+                    // that these bytes, which were never synced, are any better.
+                    partial.discard()?;
+                    Ok(unpacked)
+                }
+                // What was refused would be refused again: nothing of it is kept.
+                Err(error) if matches!(error.root(), PullError::Unpack(_)) => {
+                    partial.discard()?;
+                    Err(inner.remember_refusal(&from, key, error))
+                }
+                // The blob is right, and only the disk was not: it need not be fetched again, and
+                // what was imported cannot be. Where the disk is full it is in nobody's way: a
+                // download that nobody works on is the first to go for whoever wants room.
+                Err(error) => Err(error),
+            }
         })
         .await;
         let digest = descriptor.digest;
@@ -321,9 +331,6 @@ impl Inner {
         key: LayerKey,
         error: PullError,
     ) -> PullError {
-        if !matches!(error, PullError::Unpack(_)) {
-            return error;
-        }
         let error = Arc::new(error);
         self.unpackers.refuse(&repository.to_string(), key, &error);
         PullError::Shared(error)
@@ -361,6 +368,13 @@ impl Inner {
 fn verified(download: &std::path::Path) -> Result<(), PullError> {
     let passed = fault::point("download.verified");
     Ok(passed.map_err(|error| StoreError::io("finish", download, error))?)
+}
+
+/// What is wanted, where its content is here with this mode or another.
+pub(super) fn key_of(want: FileWant, content: &StoredFile) -> Result<FileKey, PullError> {
+    let file = File::open(&content.path);
+    let mut file = file.map_err(|error| StoreError::io("open", &content.path, error))?;
+    file_key(want, &mut file)
 }
 
 fn file_key(want: FileWant, content: &mut File) -> Result<FileKey, PullError> {

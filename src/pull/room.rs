@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Inner;
 use super::artifact::{Part, PartRule};
 use super::error::PullError;
+use super::objects::{FileWant, key_of};
 use super::resolve::blocking;
 use crate::background;
 use crate::oci::Digest;
@@ -61,9 +62,10 @@ impl Inner {
         let reserve = move || {
             let (mut claims, mut here) = (Vec::new(), Vec::new());
             for part in &parts {
-                match find(&inner.store, part, permissions)? {
-                    Some(found) => here.push(found),
-                    None => claims.push(claim(part)),
+                let (found, is_all) = find(&inner.store, part, permissions)?;
+                here.extend(found);
+                if !is_all {
+                    claims.push(claim(part));
                 }
             }
             Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here })
@@ -72,8 +74,13 @@ impl Inner {
         blocking(move || background::as_ordinary(reserve)).await
     }
 
-    /// After a write that found the disk full: whether there is more room now.
-    pub(super) async fn make_room(self: &Arc<Self>, error: &PullError) -> Result<bool, PullError> {
+    /// After a write that found the disk full: whether there is more room now. What is here of
+    /// the downloads `own` stays: the room is for them.
+    pub(super) async fn make_room(
+        self: &Arc<Self>,
+        error: &PullError,
+        own: HashSet<Digest>,
+    ) -> Result<bool, PullError> {
         // What was refused with numbers has been tried already.
         if matches!(error.root(), PullError::Store(StoreError::NoRoom(_))) {
             return Ok(false);
@@ -84,32 +91,46 @@ impl Inner {
             let floor = room.floor(inner.store.cache_options());
             let least = Goal { bytes: LEAST_ROOM, inodes: 0 };
             let goal = room.missing_until(floor.plus(least)).max(least);
-            let freed = inner.store.collect(&Want::Room(goal))?;
+            let freed = inner.store.collect_for(&Want::Room(goal), &own)?;
             Ok(!freed.is_nothing())
         };
         blocking(move || background::as_ordinary(make)).await
     }
 }
 
+/// What is here of a part, and whether that is all: the same content with another mode is
+/// copied, which takes as much room as fetching it.
 fn find(
     store: &Store,
     part: &Part,
     permissions: PermissionsRule,
-) -> Result<Option<Here>, PullError> {
+) -> Result<(Option<Here>, bool), PullError> {
     let digest = part.descriptor.digest;
     Ok(match &part.rule {
-        PartRule::File(_, Some(permissions)) => {
-            let file = store.file(FileKey { digest, permissions: *permissions })?;
-            file.map(|file| Here::File { _file: file })
-        }
-        PartRule::File(_, None) => {
-            store.any_file_of(digest)?.map(|file| Here::File { _file: file })
+        &PartRule::File(_, permissions) => {
+            let (file, is_all) = find_file(store, FileWant { digest, permissions })?;
+            (file.map(|file| Here::File { _file: file }), is_all)
         }
         PartRule::Archive(rule) => {
             let layer = store.layer(layer_key(digest, rule, permissions))?;
-            layer.map(|layer| Here::Layer { _layer: layer })
+            let is_all = layer.is_some();
+            (layer.map(|layer| Here::Layer { _layer: layer }), is_all)
         }
     })
+}
+
+fn find_file(store: &Store, want: FileWant) -> Result<(Option<StoredFile>, bool), PullError> {
+    if let Some(permissions) = want.permissions
+        && let Some(file) = store.file(FileKey { digest: want.digest, permissions })?
+    {
+        return Ok((Some(file), true));
+    }
+    let Some(source) = store.any_file_of(want.digest)? else { return Ok((None, false)) };
+    let key = key_of(want, &source)?;
+    match store.file(key)? {
+        Some(file) => Ok((Some(file), true)),
+        None => Ok((Some(source), false)),
+    }
 }
 
 fn claim(part: &Part) -> Claim {

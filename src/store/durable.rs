@@ -35,8 +35,9 @@ pub struct Barrier(Mutex<()>);
 pub struct Staged {
     /// Opened before the first write, so that a write-back error since then is reported.
     filesystem: File,
-    /// Every file and folder, as long as they are few.
-    few: Option<Vec<PathBuf>>,
+    /// Every file and folder, as long as they are few. Open: the kernel may forget a file that
+    /// nobody has open, and with it that writing it back has failed.
+    few: Option<Vec<(PathBuf, File)>>,
 }
 
 impl Staged {
@@ -47,15 +48,15 @@ impl Staged {
         Ok(Self { filesystem, few: Some(Vec::new()) })
     }
 
-    /// Takes note of a file or folder that the barrier must cover.
+    /// Takes note of a file or folder that the barrier must cover, while its writer has it open.
     pub fn wrote(&mut self, path: impl FnOnce() -> PathBuf) {
-        if let Some(few) = &mut self.few {
-            let path = path();
-            if few.len() < FEW && path.as_os_str().len() < LONGEST_PATH {
-                few.push(path);
-            } else {
-                self.few = None;
-            }
+        let Some(few) = &mut self.few else { return };
+        let path = path();
+        let is_one_of_few = few.len() < FEW && path.as_os_str().len() < LONGEST_PATH;
+        match is_one_of_few.then(|| File::open(&path)) {
+            Some(Ok(file)) => few.push((path, file)),
+            // The sync of the whole filesystem needs no file of its own.
+            Some(Err(_)) | None => self.few = None,
         }
     }
 }
@@ -65,7 +66,9 @@ impl Barrier {
     pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
         background::give_way();
         if let Some(few) = &staged.few {
-            return few.iter().try_for_each(|path| sync(path));
+            return few.iter().try_for_each(|(path, file)| {
+                file.sync_all().map_err(|error| StoreError::io("sync", path, error))
+            });
         }
         // Whoever else has something to sync waits for this one.
         background::as_ordinary(|| {
@@ -85,11 +88,22 @@ pub fn sync(path: &Path) -> Result<(), StoreError> {
 
 /// Renames and makes the new name durable.
 pub fn rename(from: &Path, to: &Path) -> Result<(), StoreError> {
+    rename_unsynced(from, to)?;
+    sync_name(to)
+}
+
+/// Renames; a power loss may undo it before [`sync_name`].
+pub fn rename_unsynced(from: &Path, to: &Path) -> Result<(), StoreError> {
     let failed = |error| StoreError::io("rename", to, error);
     fault::point("rename.asked").map_err(failed)?;
-    std::fs::rename(from, to).map_err(failed)?;
+    std::fs::rename(from, to).map_err(failed)
+}
+
+/// Makes a new name durable.
+pub fn sync_name(path: &Path) -> Result<(), StoreError> {
+    let failed = |error| StoreError::io("rename", path, error);
     fault::point("rename.done").map_err(failed)?;
-    sync_parent(to)?;
+    sync_parent(path)?;
     fault::point("rename.durable").map_err(failed)
 }
 
@@ -187,4 +201,26 @@ fn write_staged(
 
 fn sync_parent(path: &Path) -> Result<(), StoreError> {
     path.parent().map_or(Ok(()), sync)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_files_are_synced_as_they_were_written_and_not_looked_for_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut staged = Staged::begin(folder.path()).expect("begun");
+        let path = folder.path().join("file");
+        std::fs::write(&path, "content").expect("written");
+        staged.wrote(|| path.clone());
+        // Another file of that name has no write-back error of the first.
+        std::fs::remove_file(&path).expect("removed");
+        assert!(staged.few.is_some());
+        Barrier::default().pass(&staged).expect("the file itself is synced");
+        // One that cannot be opened is covered by the sync of all.
+        staged.wrote(|| path.clone());
+        assert!(staged.few.is_none());
+        Barrier::default().pass(&staged).expect("all is synced");
+    }
 }

@@ -15,6 +15,7 @@ use super::catalog::Lease;
 use super::error::StoreError;
 use super::inventory::file_entry;
 use super::partial::Partial;
+use super::room::Meter;
 use super::staging::{current_generation, names};
 use super::{FileKey, ObjectName, Store};
 use crate::fault;
@@ -64,6 +65,7 @@ impl Store {
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
         partial.move_to(&path)?;
+        staging.borrow(&path, partial.path());
         fault::point("file.moved").map_err(|error| StoreError::io("rename", &path, error))?;
         self.finish_file(key, &path)?;
         staging.staged.wrote(|| path.clone());
@@ -79,9 +81,12 @@ impl Store {
         debug_assert_eq!(Digest::of(content), key.digest, "only verified content gets a name");
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
-        std::fs::write(&path, content).map_err(|error| StoreError::io("write", &path, error))?;
-        self.finish_file(key, &path)?;
+        let failed = |error| StoreError::io("write", &path, error);
+        let mut file = File::create_new(&path).map_err(failed)?;
+        file.write_all(content).map_err(failed)?;
         staging.staged.wrote(|| path.clone());
+        drop(file);
+        self.finish_file(key, &path)?;
         self.name_file(key, staging, &path)
     }
 
@@ -90,13 +95,19 @@ impl Store {
     pub fn copy_file(&self, key: FileKey, source: &Path) -> Result<StoredFile, StoreError> {
         let mut staging = self.stage()?;
         let path = staging.path().join("file");
-        let copied = copy(source, &path)?;
+        let to = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| StoreError::io("create", &path, error))?;
+        staging.staged.wrote(|| path.clone());
+        let copied = copy(source, (&path, to), &self.meter())?;
         if copied != key.digest {
             let what = format!("its content has the digest {copied}");
             return Err(StoreError::Damaged { path: source.to_owned(), what });
         }
         self.finish_file(key, &path)?;
-        staging.staged.wrote(|| path.clone());
         self.name_file(key, staging, &path)
     }
 
@@ -120,8 +131,7 @@ impl Store {
         if let Some(content) = folder.parent() {
             super::durable::create_folder(content)?;
         }
-        let (generation, lease) = self.commit(staging, path, &folder)?;
-        self.catalog().add(ObjectName::file(key, generation), file_entry(size));
+        let (generation, lease) = self.commit(staging, path, &folder, file_entry(size))?;
         Ok(StoredFile { key, generation, path: folder.join(generation.to_string()), lease })
     }
 
@@ -169,14 +179,8 @@ pub(super) fn set_owner_and_mode(file: &File, permissions: Permissions) -> std::
     Ok(())
 }
 
-fn copy(source: &Path, path: &Path) -> Result<Digest, StoreError> {
+fn copy(source: &Path, (path, mut to): (&Path, File), meter: &Meter) -> Result<Digest, StoreError> {
     let mut from = File::open(source).map_err(|error| StoreError::io("open", source, error))?;
-    let mut to = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| StoreError::io("create", path, error))?;
     let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     loop {
@@ -186,6 +190,7 @@ fn copy(source: &Path, path: &Path) -> Result<Digest, StoreError> {
             return Ok(Digest::from_bytes(hasher.finalize().into()));
         }
         hasher.update(&buffer[..count]);
+        meter.writes(count as u64)?;
         to.write_all(&buffer[..count]).map_err(|error| StoreError::io("write", path, error))?;
     }
 }

@@ -148,8 +148,13 @@ impl Now {
 impl Store {
     /// Frees what is wanted, and what nobody will ask for. Blocking.
     pub fn collect(&self, want: &Want) -> Result<Collected, StoreError> {
+        self.collect_for(want, &HashSet::new())
+    }
+
+    /// The same for whoever goes on with the downloads of the blobs `own`, which stay.
+    pub fn collect_for(&self, want: &Want, own: &HashSet<Digest>) -> Result<Collected, StoreError> {
         let turn = self.collecting();
-        self.collect_in_turn(want, &HashSet::new(), &turn)
+        self.collect_in_turn(want, own, &turn)
     }
 
     /// What [`Self::collect`] would do.
@@ -211,31 +216,49 @@ impl Store {
         if upkeep_waits && goal.is_nothing() {
             return Ok(Collected::default());
         }
-        let facts = self.facts(now)?;
+        let mut facts = self.facts(now)?;
         let partials = self.stale_partials(!goal.is_nothing(), own, now)?;
         let mut removed = Vec::new();
         for partial in partials {
             let Partial { blob, path, .. } = &partial;
-            let gone = self.downloads().remove(*blob, path);
-            if gone.map_err(|error| StoreError::io("remove", path, error))? {
-                removed.push(partial);
+            match self.downloads().remove(*blob, path) {
+                Ok(true) => removed.push(partial),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "a download cannot be removed");
+                }
             }
         }
         let mut collected = Collected::of_partials(&removed);
         let failed = |error| StoreError::io("evict from", self.root(), error);
         fault::point("gc.planned").map_err(failed)?;
-        let Plan { victims, .. } =
-            facts.plan(goal.less(Goal { bytes: collected.bytes, inodes: 0 }));
-        for (name, reason) in victims {
-            // Somebody may have come for it since the plan was made.
-            let Some(condemned) = self.catalog().condemn(&name) else { continue };
-            self.remove(condemned, &name)?;
-            collected.add(&facts, &name, reason);
-            if let Some(victim) = collected.victims.last() {
-                self.evictions().add(victim);
+        let mut left = goal.less(Goal { bytes: collected.bytes, inodes: 0 });
+        loop {
+            let Plan { victims, .. } = facts.plan(left);
+            let mut resisted = false;
+            for (name, reason) in victims {
+                // Somebody may have come for it since the plan was made.
+                let Some(condemned) = self.catalog().condemn(&name) else { continue };
+                if let Err(error) = self.remove(condemned, &name) {
+                    // It must not keep all others from going, now and at each later try.
+                    tracing::warn!(object = %name, %error, "it cannot be removed, and stays");
+                    facts.store.leased.insert(name);
+                    resisted = true;
+                    continue;
+                }
+                collected.add(&facts, &name, reason);
+                if let Some(victim) = collected.victims.last() {
+                    self.evictions().add(victim);
+                }
+                if let Some(entry) = facts.store.objects.remove(&name) {
+                    left = left.less(Goal { bytes: entry.bytes, inodes: entry.inodes });
+                }
+            }
+            // What stayed frees nothing: something else may have to go for it.
+            if !resisted {
+                return Ok(collected);
             }
         }
-        Ok(collected)
     }
 
     /// Why a claim cannot be met, in numbers.

@@ -207,8 +207,8 @@ impl Store {
         let UnpackedLayer { key, totals, staging } = unpacked;
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
-        let (generation, lease) = self.commit(staging, &path, &folder)?;
-        self.catalog().add(ObjectName::layer(key, generation), layer_entry(&totals));
+        let entry = layer_entry(&totals);
+        let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
         Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease: Some(lease) })
     }
 }
@@ -388,8 +388,9 @@ impl LayerWriter {
             self.index.flush()
         };
         finish().map_err(|error| StoreError::io("write", &path, error))?;
-        let Self { mut staging, .. } = self;
+        let Self { mut staging, index, .. } = self;
         staging.staged.wrote(|| path);
+        drop(index);
         let data = staging.path().join("data");
         staging.staged.wrote(|| data);
         let folder = staging.path().to_owned();

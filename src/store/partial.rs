@@ -28,6 +28,7 @@ use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::growth::{Follower, Growth};
 use super::ranges::Ranges;
+use super::room::Meter;
 use super::{Store, keys, records};
 use crate::mount::syscalls;
 use crate::oci::Digest;
@@ -63,6 +64,7 @@ pub struct Partial {
     hashed: u64,
     hasher: sha2::Sha256,
     growth: Arc<Growth>,
+    meter: Arc<Meter>,
     /// Bytes since the kernel was told to write, and since the record was written.
     unflushed: u64,
     unrecorded: u64,
@@ -105,6 +107,7 @@ impl Store {
             hashed: 0,
             hasher: sha2::Sha256::new(),
             growth: Arc::default(),
+            meter: self.meter(),
             unflushed: 0,
             unrecorded: 0,
             has_record,
@@ -143,6 +146,7 @@ impl Partial {
     /// beyond is read back when the prefix reaches it.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let end = offset + bytes.len() as u64;
+        self.meter.writes(bytes.len() as u64)?;
         if offset > self.hashed && !self.has_record {
             // Before the file's length says more than is there.
             self.record()?;

@@ -1,9 +1,10 @@
 //! Where objects are made before they have a name.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::catalog::Lease;
+use super::catalog::{Entry, Lease};
 use super::durable::{self, Staged};
 use super::error::StoreError;
 use super::{ObjectKind, ObjectName, Store};
@@ -17,6 +18,8 @@ pub struct Staging {
     /// What the barrier has to cover.
     pub staged: Staged,
     committed: bool,
+    /// A verified download that was moved here, and where it came from.
+    borrowed: Option<(PathBuf, PathBuf)>,
 }
 
 impl Store {
@@ -25,7 +28,7 @@ impl Store {
         let path = self.staging().join(durable::temporary_name());
         std::fs::create_dir(&path).map_err(|error| StoreError::io("create", &path, error))?;
         let staged = Staged::begin(&path)?;
-        Ok(Staging { path, staged, committed: false })
+        Ok(Staging { path, staged, committed: false, borrowed: None })
     }
 
     /// Whether anything can be made here: an empty file is, and goes again.
@@ -89,6 +92,7 @@ impl Store {
         mut staging: Staging,
         what: &Path,
         key_folder: &Path,
+        entry: Entry,
     ) -> Result<(u32, Lease), StoreError> {
         let failed = |error| StoreError::io("name", key_folder, error);
         fault::point("commit.staged").map_err(failed)?;
@@ -96,27 +100,28 @@ impl Store {
         self.barrier().pass(&staging.staged)?;
         tracing::debug!(object = %key_folder.display(), took = ?since.elapsed(), "synced");
         fault::point("commit.synced").map_err(failed)?;
-        let named = loop {
+        let (generation, path, name, lease) = loop {
             durable::create_folders(key_folder)?;
             let generation = newest_generation(key_folder)?.map_or(1, |newest| newest + 1);
-            let lease = self.lease(&key_folder.join(generation.to_string()))?;
-            match durable::rename(what, &key_folder.join(generation.to_string())) {
+            let path = key_folder.join(generation.to_string());
+            let name = self.object_at(&path).ok_or(std::io::ErrorKind::InvalidInput);
+            let name = name.map_err(|kind| StoreError::io("name", &path, kind.into()))?;
+            let lease = self.catalog().lease(name.clone());
+            match durable::rename_unsynced(what, &path) {
                 // A flight that nobody waited for may end beside its successor; and the folder
                 // of a key goes with the last generation that is evicted from it.
                 Err(StoreError::Io { source, .. })
                     if is_taken(&source) || is_gone(&source, what) => {}
-                renamed => break renamed.map(|()| (generation, lease))?,
+                renamed => break renamed.map(|()| (generation, path, name, lease))?,
             }
         };
         // What was staged is the object now, or an emptied folder around it.
         staging.committed = what == staging.path;
-        Ok(named)
-    }
-
-    fn lease(&self, generation: &Path) -> Result<Lease, StoreError> {
-        let name = self.object_at(generation).ok_or(std::io::ErrorKind::InvalidInput);
-        let name = name.map_err(|kind| StoreError::io("name", generation, kind.into()))?;
-        Ok(self.catalog().lease(name))
+        // Others find it from here on, also if the name cannot be made durable: its content is,
+        // so they may use it, and what they may use has to be known, to be counted and to go.
+        self.catalog().add(name, entry);
+        durable::sync_name(&path)?;
+        Ok((generation, lease))
     }
 
     /// The object that lies there.
@@ -131,11 +136,23 @@ impl Staging {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// What lies at `here` was a download at `there`, and is one again if it gets no name.
+    pub(super) fn borrow(&mut self, here: &Path, there: &Path) {
+        self.borrowed = Some((here.to_owned(), there.to_owned()));
+    }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
         if !self.committed {
+            if let Some((here, there)) = &self.borrowed
+                && here.symlink_metadata().is_ok()
+            {
+                // What cannot be given back is fetched again.
+                let _ = std::fs::set_permissions(here, std::fs::Permissions::from_mode(0o600));
+                let _ = std::fs::rename(here, there);
+            }
             // What stays for any reason is swept at the next start.
             let _ = std::fs::remove_dir_all(&self.path);
         }

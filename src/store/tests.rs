@@ -499,3 +499,63 @@ fn no_tree_is_named_over_what_was_found_damaged_meanwhile() {
 fn own_folder() -> Metadata {
     Metadata { permissions: permissions(0o755), ..Metadata::of_implied_folder() }
 }
+
+#[test]
+fn what_cannot_be_removed_keeps_nothing_else_from_going() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let files = [b"one", b"two", b"six"].map(|content| {
+        let (key, stored) = file(&store, content, 0o444);
+        (key, stored.path)
+    });
+    // Nothing is removed behind a link. Whichever of them goes first resists.
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let mut digests = files.each_ref().map(|(key, _)| key.digest.hex());
+    digests.sort();
+    let of_file = folder.path().join("files").join(&digests[0]);
+    std::fs::rename(&of_file, elsewhere.path().join("moved")).expect("moved");
+    std::os::unix::fs::symlink(elsewhere.path().join("moved"), &of_file).expect("a link");
+    let collected = store.collect(&gc::Want::AtMost(4200)).expect("collected");
+    assert_eq!(collected.victims.len(), 2, "another one goes in its place: {collected:?}");
+    assert_eq!(store.usage().expect("known").objects, 1);
+}
+
+#[test]
+fn downloads_and_copies_stop_at_the_floor() {
+    let (_folder, store) = below_the_floor();
+    let content = vec![1; 5 << 20];
+    let digest = Digest::of(&content);
+    let mut partial = store.partial("r.io", (digest, 5 << 20), Purpose::Keep).expect("a download");
+    let stopped = content
+        .chunks(1 << 20)
+        .zip(0..)
+        .find_map(|(chunk, number)| partial.write(number << 20, chunk).err());
+    assert!(matches!(stopped, Some(StoreError::NoSpace { .. })), "{stopped:?}");
+    let (_folder, store) = below_the_floor();
+    let (_, source) = file(&store, &content, 0o444);
+    let other = FileKey { digest, permissions: permissions(0o400) };
+    let stopped = store.copy_file(other, &source.path);
+    assert!(matches!(stopped, Err(StoreError::NoSpace { .. })), "{stopped:?}");
+}
+
+#[test]
+fn a_verified_download_that_gets_no_name_is_a_download_again() {
+    let (folder, store) = store();
+    let digest = Digest::of(b"content");
+    let open = || store.partial("r.io", (digest, 7), Purpose::Keep).expect("a download");
+    let mut partial = open();
+    partial.write(0, b"content").expect("written");
+    let key = FileKey { digest, permissions: permissions(0o444) };
+    // The folder of its name cannot be made.
+    std::fs::write(folder.path().join("files").join(digest.hex()), "in the way").expect("a file");
+    store.commit_file(key, &partial).expect_err("no name");
+    drop(partial);
+    let partial = open();
+    assert!(partial.is_verified(), "nothing is fetched again");
+    std::fs::remove_file(folder.path().join("files").join(digest.hex())).expect("removed");
+    let file = store.commit_file(key, &partial).expect("a file");
+    drop(partial);
+    assert_eq!(std::fs::read(&file.path).expect("readable"), b"content");
+    assert_eq!(open().length(), 0, "it has gone to its name");
+}

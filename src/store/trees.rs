@@ -9,7 +9,8 @@
 //! How a tree is shown is behind [`Tree`]: whoever mounts asks it for an open
 //! root, so that another form (an EROFS image) can stand beside this one.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
@@ -205,19 +206,21 @@ impl Store {
             ("objects.json", serde_json::to_vec(&links)),
         ] {
             let path = staging.path().join(name);
-            json.map_err(io::Error::from)
-                .and_then(|json| std::fs::write(&path, json))
-                .map_err(|error| StoreError::io("write", &path, error))?;
+            let write = || -> io::Result<File> {
+                let mut file = File::create_new(&path)?;
+                file.write_all(&json?)?;
+                Ok(file)
+            };
+            let _open = write().map_err(|error| StoreError::io("write", &path, error))?;
             staging.staged.wrote(|| path);
         }
         let path = staging.path().to_owned();
         staging.staged.wrote(|| path.clone());
         let folder = self.path("trees").join(key.to_string());
         fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
-        let (generation, lease) = self.commit(staging, &path, &folder)?;
         let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
         let entry = Entry { links: links.clone(), ..tree_entry(Some(&record)) };
-        self.catalog().add(ObjectName::tree(key, generation), entry);
+        let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
         // Whoever marks what it links looks for trees after that, and finds this one from here on.
         if let Some(damaged) = links.iter().find(|link| self.is_marked(link)) {

@@ -5,7 +5,10 @@ use std::{fs, path::PathBuf};
 use nix::mount::{MsFlags, mount};
 use tonic::Code;
 
-use crate::support::{Layer, Manifest, Node, noise, registry, run, tool, unique};
+use crate::support::{
+    Admin, DriverOptions, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Tar, digest, gzip, noise,
+    registry, run, tool, unique, wait_until,
+};
 
 /// A node whose state lies on a disk of its own.
 fn node(configuration: &str) -> (Node, PathBuf) {
@@ -110,4 +113,68 @@ fn a_disk_with_errors_harms_only_what_lies_on_it() {
     kubelet.publish_well(&volume);
     let content = fs::read_to_string(volume.target().join("file.txt")).expect("readable");
     assert_eq!(content, artifact.content);
+}
+
+/// A node that fails at a point, and its options without that.
+fn node_with_fault(fault: &str) -> (Node, DriverOptions) {
+    let mut sound = None;
+    let node = Node::start_with(|_, options| {
+        sound = Some(options.clone());
+        options.environment("CSI_OCI_FAULT", fault)
+    });
+    (node, sound.expect("options"))
+}
+
+#[test]
+fn a_blob_that_only_the_disk_has_failed_is_not_fetched_again() {
+    let archive = Tar::new().file("file", 0o644, noise(1 << 20, 31)).finish();
+    let (packed, plain) = (gzip(&archive), noise(1 << 20, 32));
+    let image = Image::new().packed_layer(OCI_TAR_GZIP, packed.clone(), &archive).manifest();
+    let file = Manifest::artifact([Layer::titled("file", plain.clone())]);
+    for (manifest, blob, point) in
+        [(image, packed, "layer.unpacked:error:5"), (file, plain, "file.moved:error:5")]
+    {
+        let (node, sound) = node_with_fault(point);
+        let repository = unique("kept");
+        manifest.push(registry(), &repository, "v1");
+        let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+        node.kubelet.publish_badly(&volume, Code::Internal);
+        let Node { driver, kubelet, proxy, sandbox: _sandbox } = node;
+        driver.kill();
+        let _driver = sound.start();
+        kubelet.publish_well(&volume);
+        let size = fs::metadata(volume.target().join("file")).expect("the file").len();
+        assert_eq!(size, 1 << 20);
+        assert_eq!(proxy.fetches(&digest(&blob)), 1, "{point}");
+    }
+}
+
+#[test]
+fn a_name_that_could_not_be_made_durable_is_counted_and_goes() {
+    let mut endpoint = String::new();
+    let node = Node::start_with(|sandbox, options| {
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        options.configuration(NO_FLOOR).argument(&format!("--admin-endpoint={endpoint}"))
+    });
+    let admin = Admin::at(&endpoint);
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (volume, _) = node.mount(&reference);
+    let Node { driver, kubelet, proxy: _proxy, sandbox: _sandbox } = node;
+    let options = driver.kill();
+    // Everything of it is here; a tree of another shape is the only thing that gets a name.
+    let driver = options.environment("CSI_OCI_FAULT", "rename.done:error:5").start();
+    admin.json(&["status"]);
+    let other = kubelet.new_volume(&reference).attribute("include", "file.txt");
+    kubelet.publish_badly(&other, Code::Internal);
+    // Its content is durable: it serves, and nothing is made for it again.
+    kubelet.publish_well(&other);
+    for volume in [&volume, &other] {
+        kubelet.unpublish(volume);
+    }
+    wait_until("no record is left", || admin.json(&["status"])["published"] == 0);
+    admin.told(&["gc", "--target", "0"]);
+    for folder in ["trees", "files", "staging"] {
+        let left = fs::read_dir(driver.state().join(folder)).expect("a folder").count();
+        assert_eq!(left, 0, "{folder} leaks");
+    }
 }
