@@ -183,10 +183,10 @@ impl Store {
         let copies = Copies::new(staging.path().join("copies"), label, &meter);
         Builder { plan, objects, label, meter: &meter, copies: &copies }
             .build(&root, &mut staging)?;
-        let copied = copies.finish().map_err(|error| StoreError::io("finish", &root, error))?;
+        let own = copies.finish().map_err(|error| StoreError::io("finish", &root, error))?;
         let nodes = plan.nodes.len();
         tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
-        Ok(BuiltTree { staging, copied })
+        Ok(BuiltTree { staging, copied: own })
     }
 
     /// Gives a tree its name, after all that it links has one.
