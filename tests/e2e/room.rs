@@ -282,3 +282,36 @@ fn inodes_are_kept_free_as_bytes_are() {
     let taken = before.saturating_sub(free_inodes());
     assert!(taken < 50, "of what was half unpacked {taken} inodes are left");
 }
+
+#[test]
+fn a_copy_with_another_mode_takes_room_of_its_own() {
+    let (node, _admin) = Admin::start(&quota("15Mi", ""));
+    let reference = artifact(&node, 10);
+    let restricted = node.kubelet.new_volume(&reference).attribute("fileMode", "0440");
+    node.kubelet.publish_well(&restricted);
+    let plain = node.kubelet.new_volume(&reference);
+    let refused = node.kubelet.publish_badly(&plain, Code::ResourceExhausted);
+    assert!(refused.contains("cache.maxBytes"), "{refused}");
+    node.kubelet.unpublish(&restricted);
+}
+
+#[test]
+fn layers_that_are_too_much_together_are_not_fetched_to_the_last() {
+    const LAYERS: u64 = 12;
+    let (node, _admin) = Admin::start("limits: {entries: 25}\n");
+    let repository = unique("many");
+    let image = (0..LAYERS).fold(Image::new(), |image, layer| {
+        let files = (0..10).map(|file| format!("{layer}-{file}"));
+        let archive = files.fold(Tar::new(), |tar, name| tar.file(&name, 0o644, "x")).finish();
+        image.packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive)
+    });
+    image.push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    let refused = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+    assert!(refused.contains("limits.entries"), "{refused}");
+    let requests = node.proxy.requests();
+    let blobs = requests.iter().filter(|passed| passed.path.contains("/blobs/"));
+    let blobs: std::collections::BTreeSet<_> = blobs.map(|passed| &passed.path).collect();
+    // The third is too much; four are fetched at once.
+    assert!((3..=7).contains(&blobs.len()), "{blobs:?}");
+}
