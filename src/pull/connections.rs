@@ -4,7 +4,8 @@
 //! bytes, and not bytes for the node, nor for its processors, more connections take pieces of it ([`Spans`]),
 //! for as long as the registry answers ranges with ranges. A connection that breaks
 //! leaves its rest to the others, or to the next try; with it goes one connection of
-//! what the registry is trusted to serve at once.
+//! what the registry is trusted to serve at once. Only the last one's break is a try
+//! that failed: while others run, the transfer does.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,6 +60,8 @@ pub enum Failure {
     WriterGone,
     /// The source's failure, or the wire's.
     Failed(PullError),
+    /// What the source sends is not the blob.
+    Wrong(PullError),
 }
 
 /// One blob that is fetched from one source.
@@ -101,8 +104,10 @@ enum End {
     Done,
     /// The source does not send parts.
     NoRanges,
-    /// It broke; whether it brought anything.
-    Broke(PullError, bool),
+    /// It broke; with how many bytes that were too slow to count.
+    Broke(PullError, u64),
+    /// What it was sent is not the blob.
+    Wrong(PullError),
     WriterGone,
 }
 
@@ -136,35 +141,29 @@ impl<'a> Connections<'a> {
     /// Fetches what is missing, and has it verified.
     pub async fn run(&self, slot: Slot) -> Result<(), Failure> {
         let mut slot = Some(slot);
+        let missing = self.state().spans.missing();
+        let mut retries = Retries::new(self.wire.options.retry, self.size, missing);
         let mut started_over = false;
         loop {
-            let error = match self.bring(slot.take()).await {
-                Ok(()) => match self.verify().await {
-                    Ok(()) => return Ok(()),
-                    Err(Failure::Failed(error)) => error,
-                    Err(gone) => return Err(gone),
-                },
-                Err(Failure::Failed(error)) => error,
-                Err(gone) => return Err(gone),
+            let done = match self.bring(slot.take(), &mut retries).await {
+                Ok(()) => self.verify().await,
+                failed => failed,
             };
-            let is_wrong = match &error {
-                PullError::BlobDigest { .. } => true,
-                PullError::BlobSize { expected, got, .. } => got > expected,
-                _ => false,
-            };
+            let Err(Failure::Wrong(error)) = done else { return done };
             // A source may have changed under a download that was continued: once, from the start.
-            if !is_wrong || std::mem::replace(&mut started_over, true) {
+            if std::mem::replace(&mut started_over, true) {
                 return Err(Failure::Failed(error));
             }
             self.wire.registry.distrust_mirrors(self.digest);
-            self.restart().await?;
+            // Parts may be what a proxy on the way gets wrong: this time it is asked as everybody asks.
+            self.refuse_ranges();
+            self.restart(&mut retries).await?;
         }
     }
 
     /// Runs connections until nothing is missing.
-    async fn bring(&self, mut slot: Option<Slot>) -> Result<(), Failure> {
+    async fn bring(&self, mut slot: Option<Slot>, retries: &mut Retries) -> Result<(), Failure> {
         let mut running = FuturesUnordered::new();
-        let mut retries = Retries::new(self.wire.options.retry, self.size);
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut pace = Pace::new(&self.busy, self.state().spans.missing());
@@ -200,28 +199,27 @@ impl<'a> Connections<'a> {
                 Some(End::NoRanges) => {
                     self.refuse_ranges();
                     if running.is_empty() {
-                        self.restart().await?;
+                        self.restart(retries).await?;
                     }
                 }
-                Some(End::Broke(error, _)) if !error.is_unavailable() && !running.is_empty() => {
+                Some(End::Broke(error, _)) if error.is_unavailable() && !running.is_empty() => {
+                    // The others go on; as many as these are what works.
+                    tracing::debug!(%error, "one of several connections broke");
+                    let mut state = self.state();
+                    (state.most, state.wanted) = (running.len(), running.len());
+                }
+                Some(End::Broke(error, _) | End::Wrong(error)) if !running.is_empty() => {
                     // Refused what another connection is being given: one at a time will do, and
                     // hears the same if it is more than that.
                     tracing::debug!(%error, "a part was refused");
                     self.refuse_ranges();
                 }
-                Some(End::Broke(error, brought)) => {
-                    if matches!(error, PullError::BlobSize { .. }) {
-                        self.wire.registry.distrust_mirrors(self.digest);
-                    }
-                    let wait = retries.next(error, brought).map_err(Failure::Failed)?;
-                    if running.is_empty() {
-                        self.state().wanted = 1;
-                        tokio::time::sleep(wait).await;
-                    } else {
-                        // The others go on; as many as these are what works.
-                        let mut state = self.state();
-                        (state.most, state.wanted) = (running.len(), running.len());
-                    }
+                Some(End::Wrong(error)) => return Err(Failure::Wrong(error)),
+                Some(End::Broke(error, trickled)) => {
+                    let missing = self.state().spans.missing();
+                    let wait = retries.next(error, missing, trickled).map_err(Failure::Failed)?;
+                    self.state().wanted = 1;
+                    tokio::time::sleep(wait).await;
                 }
             }
         }
@@ -270,16 +268,15 @@ impl<'a> Connections<'a> {
     /// One connection, from its request to its end.
     async fn connection(&self, number: u32, slot: Slot) -> End {
         let _counted = Counted::new(&*self.wire.observer);
-        let start = self.span(number).start;
         let end = self.stream(number, &slot).await;
-        let brought = self.span(number).start > start;
         self.state().spans.finish(number);
         match end {
             Ok(()) => End::Done,
             Err(Stop::NoRanges) => End::NoRanges,
             Err(Stop::WriterGone) => End::WriterGone,
-            Err(Stop::TooSlow(error)) => End::Broke(error, false),
-            Err(Stop::Broke(error)) => End::Broke(error, brought),
+            Err(Stop::TooSlow(error, bytes)) => End::Broke(error, bytes),
+            Err(Stop::Broke(error)) => End::Broke(error, 0),
+            Err(Stop::Wrong(error)) => End::Wrong(error),
         }
     }
 
@@ -306,7 +303,7 @@ impl<'a> Connections<'a> {
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
             if chunk.len() > room && span.end == self.size {
-                return Err(Stop::Broke(self.wrong_size(self.size + 1)));
+                return Err(Stop::Wrong(self.wrong_size(self.size + 1)));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -321,8 +318,8 @@ impl<'a> Connections<'a> {
             if step == Step::Complete && span.end < self.size {
                 return Ok(());
             }
-            if !rate.is_kept(length) {
-                return Err(Stop::TooSlow(self.too_slow()));
+            if let Err(bytes) = rate.keeps(length) {
+                return Err(Stop::TooSlow(self.too_slow(), bytes));
             }
             if step == Step::More
                 && self.state().ranges == Ranges::Sent
@@ -359,10 +356,11 @@ impl<'a> Connections<'a> {
             state.ranges = Ranges::Sent;
         }
         drop(state);
-        if !is_part && body.length.is_some_and(|length| length > self.size) {
-            return Err(Stop::Broke(self.wrong_size(self.size + 1)));
+        match body.total {
+            // However often it came, it would end where it says.
+            Some(total) if total != self.size => Err(Stop::Wrong(self.wrong_size(total))),
+            _ => Ok(body),
         }
-        Ok(body)
     }
 
     async fn verify(&self) -> Result<(), Failure> {
@@ -372,10 +370,11 @@ impl<'a> Connections<'a> {
         if got == self.digest {
             return Ok(());
         }
-        Err(Failure::Failed(PullError::BlobDigest { expected: self.digest, got }))
+        Err(Failure::Wrong(PullError::BlobDigest { expected: self.digest, got }))
     }
 
-    async fn restart(&self) -> Result<(), Failure> {
+    async fn restart(&self, retries: &mut Retries) -> Result<(), Failure> {
+        retries.restarted();
         {
             let mut state = self.state();
             self.progress.lost(self.size - state.spans.missing());
@@ -424,8 +423,10 @@ impl Drop for Counted<'_> {
 enum Stop {
     NoRanges,
     WriterGone,
-    TooSlow(PullError),
+    /// After so many bytes in too long a time.
+    TooSlow(PullError, u64),
     Broke(PullError),
+    Wrong(PullError),
 }
 
 /// Whether bytes wait for the node, or the node for bytes.
@@ -478,14 +479,17 @@ impl Rate {
         Self { least, window, since: Instant::now(), bytes: 0 }
     }
 
-    fn is_kept(&mut self, bytes: u64) -> bool {
+    /// The failure is how little came in how long.
+    fn keeps(&mut self, bytes: u64) -> Result<(), u64> {
         self.bytes += bytes;
         let elapsed = self.since.elapsed();
         if elapsed < self.window {
-            return true;
+            return Ok(());
         }
-        let kept = self.bytes >= self.least.saturating_mul(elapsed.as_secs());
+        if self.bytes < self.least.saturating_mul(elapsed.as_secs()) {
+            return Err(self.bytes);
+        }
         (self.since, self.bytes) = (Instant::now(), 0);
-        kept
+        Ok(())
     }
 }

@@ -27,26 +27,48 @@ pub struct RetryPolicy {
 #[derive(Debug)]
 pub struct Retries {
     policy: RetryPolicy,
+    /// Bytes that were missing when the fewest were: what comes again after that is no progress.
+    fewest: u64,
     fruitless: u32,
+    restarts: u32,
     left: u64,
 }
 
 impl Retries {
-    /// None yet, for a blob of `size` bytes.
+    /// None yet, for a blob of `size` bytes, of which so many are missing.
     #[must_use]
-    pub fn new(policy: RetryPolicy, size: u64) -> Self {
-        Self { policy, fruitless: 0, left: BREAKS + size / BYTES_A_BREAK }
+    pub fn new(policy: RetryPolicy, size: u64, missing: u64) -> Self {
+        let left = BREAKS + size / BYTES_A_BREAK;
+        Self { policy, fewest: missing, fruitless: 0, restarts: 0, left }
+    }
+
+    /// All bytes are asked for again. A source that cannot continue is given no more of these than
+    /// of tries: what it would send has no bound else.
+    pub fn restarted(&mut self) {
+        self.restarts += 1;
     }
 
     /// How long to wait after this failure; the failure itself when there is nothing to wait for.
-    pub fn next(&mut self, error: PullError, brought: bool) -> Result<Duration, PullError> {
+    /// So many bytes are missing now; `trickled` are too few for their time to count for anything.
+    pub fn next(
+        &mut self,
+        error: PullError,
+        missing: u64,
+        trickled: u64,
+    ) -> Result<Duration, PullError> {
+        let brought = self.fewest.saturating_sub(missing) > trickled;
+        self.fewest = self.fewest.min(missing);
         let heals = match error.root() {
-            PullError::BlobSize { expected, got, .. } => got < expected,
+            // A body that ends where one has ended before is all that there is.
+            PullError::BlobSize { expected, got, .. } => got < expected && brought,
             _ => error.is_unavailable(),
         };
         self.fruitless = if brought { 0 } else { self.fruitless + 1 };
         self.left = self.left.saturating_sub(1);
-        if !heals || self.fruitless >= self.policy.attempts || self.left == 0 {
+        let is_over = self.fruitless >= self.policy.attempts
+            || self.restarts > self.policy.attempts
+            || self.left == 0;
+        if !heals || is_over {
             return Err(error);
         }
         match error.root() {
@@ -100,31 +122,63 @@ mod tests {
 
     #[test]
     fn waits_grow_and_end() {
-        let mut retries = Retries::new(POLICY, 1);
-        assert!(seconds(100..200, retries.next(server_error(500, None), false).expect("a wait")));
-        assert!(seconds(200..400, retries.next(server_error(500, None), false).expect("a wait")));
-        retries.next(server_error(500, None), false).expect_err("three in a row");
-        let mut retries = Retries::new(POLICY, 1);
-        for _ in 0..63 {
-            assert!(seconds(50..100, retries.next(server_error(502, None), true).expect("on")));
+        let mut retries = Retries::new(POLICY, 100, 100);
+        for range in [100..200, 200..400] {
+            let wait = retries.next(server_error(500, None), 100, 0).expect("a wait");
+            assert!(seconds(range, wait));
         }
-        retries.next(server_error(502, None), true).expect_err("not for ever");
+        retries.next(server_error(500, None), 100, 0).expect_err("three in a row");
+        let mut retries = Retries::new(POLICY, 100, 100);
+        for brought in 1..64 {
+            let wait = retries.next(server_error(502, None), 100 - brought, 0).expect("on");
+            assert!(seconds(50..100, wait));
+        }
+        retries.next(server_error(502, None), 1, 0).expect_err("not for ever");
+    }
+
+    #[test]
+    fn what_comes_again_or_trickles_is_no_progress() {
+        let mut retries = Retries::new(POLICY, 1 << 30, 1 << 30);
+        let mut fails = |missing, trickled| {
+            retries.restarted();
+            retries.next(server_error(500, None), missing, trickled)
+        };
+        fails(10, 0).expect("the first time that only ten are missing");
+        fails(10, 0).expect("the same bytes again");
+        fails(500, 0).expect("fewer bytes");
+        fails(9, 0).expect_err("it starts over too often, whatever it brings");
+        let mut retries = Retries::new(POLICY, 100, 100);
+        retries.next(server_error(500, None), 90, 10).expect("a trickle");
+        retries.next(server_error(500, None), 80, 9).expect("more than a trickle");
+        retries.next(server_error(500, None), 70, 10).expect("a trickle");
+        retries.next(server_error(500, None), 60, 10).expect("a trickle");
+        retries.next(server_error(500, None), 50, 10).expect_err("three in a row");
+    }
+
+    #[test]
+    fn a_body_that_ends_twice_at_the_same_place_is_all_that_there_is() {
+        let digest = crate::oci::Digest::of(b"");
+        let short = || PullError::BlobSize { digest, expected: 100, got: 90 };
+        let mut retries = Retries::new(POLICY, 100, 100);
+        retries.next(short(), 10, 0).expect("it may have broken");
+        retries.next(short(), 10, 0).expect_err("it has not");
     }
 
     #[test]
     fn a_registry_that_asks_for_patience_gets_it() {
-        let mut retries = Retries::new(POLICY, 1);
-        assert!(seconds(7_000..7_200, retries.next(server_error(503, Some(7)), false).expect("")));
-        retries.next(server_error(503, Some(3600)), true).expect_err("too long to hold a flight");
+        let mut retries = Retries::new(POLICY, 2, 2);
+        let wait = retries.next(server_error(503, Some(7)), 2, 0).expect("patience");
+        assert!(seconds(7_000..7_200, wait));
+        retries.next(server_error(503, Some(3600)), 1, 0).expect_err("too long to hold a flight");
     }
 
     #[test]
     fn what_does_not_heal_is_not_tried_again() {
         let gone = RegistryError::NotFound { what: "blob".to_owned() };
-        Retries::new(POLICY, 1).next(gone.into(), true).expect_err("final");
+        Retries::new(POLICY, 2, 2).next(gone.into(), 1, 0).expect_err("final");
         let storage =
             RegistryError::Storage { host: "s3".to_owned(), what: "blob".to_owned(), status: 403 };
-        let wait = Retries::new(POLICY, 1).next(storage.into(), false).expect("expired");
+        let wait = Retries::new(POLICY, 1, 1).next(storage.into(), 1, 0).expect("expired");
         assert_eq!(wait, Duration::ZERO);
     }
 }

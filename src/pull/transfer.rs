@@ -140,7 +140,7 @@ async fn fetch_from(
             return Ok(Download { partial, guard, repository, asked });
         }
         (partial, Err(error), _) => (partial, PullError::Store(error)),
-        (partial, Ok(()), Err(Failure::Failed(error))) => (partial, error),
+        (partial, Ok(()), Err(Failure::Failed(error) | Failure::Wrong(error))) => (partial, error),
         (partial, Ok(()), _) => (partial, PullError::Crashed),
     };
     order.progress.lost(size - missing);

@@ -203,6 +203,74 @@ fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
+/// As a server answers that has only so much of it.
+fn part_of_less(request: &Request, content: &[u8]) -> Answer {
+    match range(request) {
+        Some((start, _)) if start >= content.len() as u64 => {
+            Answer::status(416).with_header("content-range", &format!("bytes */{}", content.len()))
+        }
+        _ => part(request, content),
+    }
+}
+
+#[test]
+fn a_blob_shorter_than_its_manifest_says_is_found_out_after_a_few_requests() {
+    type Send = fn(Answer) -> Answer;
+    let ways: [(Send, usize); 2] = [
+        (|answer| answer, 2),
+        // Nothing but its end says how long it is.
+        (
+            |answer| {
+                let AnswerBody::Whole(bytes) = answer.body else { return answer };
+                Answer { body: AnswerBody::Unannounced(bytes), ..answer }
+            },
+            4,
+        ),
+    ];
+    for (way, most) in ways {
+        let wire = Wire::new(300_000);
+        wire.nth(move |_, request, content| Some(way(part_of_less(request, &content[..290_000]))));
+        wire.node.kubelet.publish_badly(&wire.volume(), Code::Internal);
+        assert!(wire.ranges().len() <= most, "{:?}", wire.ranges());
+    }
+}
+
+#[test]
+fn a_registry_without_ranges_whose_connections_are_cut_is_given_up() {
+    let wire = Wire::new(300_000);
+    wire.nth(|number, _, content| {
+        // A little more each time: the bytes that come again are no progress.
+        Some(cut(Answer::bytes(content.to_vec()), 100_000 + number, false))
+    });
+    wire.node.kubelet.publish_badly(&wire.volume(), Code::Unavailable);
+    assert!(wire.ranges().len() < 12, "{:?}", wire.ranges());
+}
+
+#[test]
+fn one_connection_of_several_that_is_refused_does_not_end_the_others() {
+    let wire = Wire::new(12 << 20);
+    wire.nth(|number, request, content| {
+        // Longer than patience is had for: all that is asked meanwhile is refused unasked.
+        let refused = || Answer::status(429).with_header("retry-after", "6");
+        Some(if number == 3 { refused() } else { slowly(part(request, content)) })
+    });
+    wire.comes();
+    assert!(wire.ranges().len() > 4, "{:?}", wire.ranges());
+}
+
+#[test]
+fn parts_with_wrong_bytes_are_fetched_again_as_one_whole() {
+    let wire = Wire::new(8 << 20);
+    wire.nth(|_, request, content| {
+        let other = noise(content.len(), 78);
+        let content = if range(request).is_some() { &other } else { content };
+        Some(slowly(part(request, content)))
+    });
+    wire.comes();
+    let ranges = wire.ranges();
+    assert!(ranges.len() > 2 && ranges.last() == Some(&None), "{ranges:?}");
+}
+
 #[test]
 fn a_source_that_changed_under_a_download_is_found_out_and_fetched_again_once() {
     let wire = Wire::new(300_000);

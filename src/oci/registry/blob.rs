@@ -20,6 +20,8 @@ pub struct BlobBody {
     pub length: Option<u64>,
     /// Whether it is a part, as asked for, and not the whole.
     pub is_part: bool,
+    /// How many bytes the whole blob is said to have.
+    pub total: Option<u64>,
     source: Source,
     host: String,
     what: String,
@@ -44,8 +46,11 @@ impl BlobBody {
     ) -> Result<Self, RegistryError> {
         answer.check_encoding(&what)?;
         let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
-        let (offset, length) = match answer.status() {
-            StatusCode::OK => (0, answer.response.content_length()),
+        let (offset, length, total) = match answer.status() {
+            StatusCode::OK => {
+                let length = answer.response.content_length();
+                (0, length, length)
+            }
             status @ StatusCode::PARTIAL_CONTENT => {
                 let Some((start, end)) = asked else {
                     return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
@@ -58,7 +63,7 @@ impl BlobBody {
                 if range.start != start || too_long {
                     return Err(answer.protocol(&what, "another part than asked for"));
                 }
-                (start, Some(range.length))
+                (start, Some(range.length), range.total)
             }
             status => {
                 return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
@@ -66,7 +71,7 @@ impl BlobBody {
         };
         let Answer { response, host, .. } = answer;
         let source = Source::Open(response);
-        Ok(Self { offset, length, is_part, source, host, what, stall_timeout })
+        Ok(Self { offset, length, is_part, total, source, host, what, stall_timeout })
     }
 
     /// The next bytes, or nothing at the end. Waits for the stall timeout at
@@ -99,6 +104,7 @@ impl BlobBody {
 struct Range {
     start: u64,
     length: u64,
+    total: Option<u64>,
 }
 
 /// `bytes <first>-<last>/<total or *>`.
@@ -107,10 +113,11 @@ fn content_range(headers: &HeaderMap) -> Option<Range> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (start, last) = range.trim().split_once('-')?;
     let (start, last): (u64, u64) = (start.parse().ok()?, last.parse().ok()?);
-    if total != "*" && total.parse::<u64>().ok()? <= last {
+    let total = if total == "*" { None } else { Some(total.parse().ok()?) };
+    if total.is_some_and(|total| total <= last) {
         return None;
     }
-    Some(Range { start, length: last.checked_sub(start)?.checked_add(1)? })
+    Some(Range { start, length: last.checked_sub(start)?.checked_add(1)?, total })
 }
 
 #[cfg(test)]
@@ -123,10 +130,10 @@ mod tests {
     fn content_range_is_read_strictly() {
         let of = |text: &'static str| {
             let headers = HeaderMap::from_iter([(CONTENT_RANGE, HeaderValue::from_static(text))]);
-            content_range(&headers).map(|range| (range.start, range.length))
+            content_range(&headers).map(|range| (range.start, range.length, range.total))
         };
-        assert_eq!(of("bytes 5-9/10"), Some((5, 5)));
-        assert_eq!(of("bytes 5-9/*"), Some((5, 5)));
+        assert_eq!(of("bytes 5-9/10"), Some((5, 5, Some(10))));
+        assert_eq!(of("bytes 5-9/*"), Some((5, 5, None)));
         for nonsense in [
             "",
             "bytes */10",

@@ -47,6 +47,8 @@ pub enum AnswerBody {
         announced: u64,
         bytes: Bytes,
     },
+    /// All of it, without an announced length.
+    Unannounced(Bytes),
     /// Zeros without an end, and without an announced length.
     Endless,
 }
@@ -252,6 +254,9 @@ fn response(answer: Answer, head: bool) -> Response {
             Body::from_stream(
                 stream::iter([Ok::<_, std::io::Error>(bytes)]).chain(stream::pending()),
             )
+        }
+        AnswerBody::Unannounced(bytes) => {
+            Body::from_stream(stream::iter([Ok::<_, std::io::Error>(bytes)]))
         }
         AnswerBody::Endless => {
             let zeros = Bytes::from(vec![0; 64 << 10]);
