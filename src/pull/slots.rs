@@ -115,11 +115,13 @@ impl Slots {
         }
     }
 
-    /// A slot that nobody else wants now, for going faster.
+    /// A slot that nobody else could have now, for going faster. Who waits for others of his kind
+    /// or of his host to end is not served sooner by leaving it free.
     #[must_use]
     pub fn spare(&self, ask: &Ask) -> Option<Slot> {
         let mut state = self.shared.lock();
-        let is_free = state.waiting.is_empty() && state.taken < self.shared.total;
+        let is_wanted = state.waiting.iter().any(|waiting| self.shared.may(&state, &waiting.ask));
+        let is_free = !is_wanted && state.taken < self.shared.total;
         (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
     }
 
@@ -322,6 +324,23 @@ mod tests {
         assert!(futures_util::poll!(&mut third).is_pending());
         drop(held);
         assert!(futures_util::poll!(&mut third).is_ready());
+    }
+
+    #[tokio::test]
+    async fn who_may_not_be_served_now_keeps_nobody_from_going_faster() {
+        let slots = slots(6, 4);
+        let (warm, pod) = (|| ask(Priority::Warm, 1, "r"), |host| ask(Priority::Pod, 2, host));
+        let held = [slots.acquire(warm()).await, slots.acquire(warm()).await];
+        let mut warming = Box::pin(slots.acquire(warm()));
+        assert!(futures_util::poll!(&mut warming).is_pending(), "it has its share");
+        let first = slots.spare(&pod("r")).expect("of no use to warming");
+        let second = slots.spare(&pod("r")).expect("of no use to warming");
+        let mut of_host = Box::pin(slots.acquire(pod("r")));
+        assert!(futures_util::poll!(&mut of_host).is_pending(), "the host has its share");
+        let other = slots.spare(&pod("other")).expect("of no use to who waits for the host");
+        drop((first, second));
+        assert!(futures_util::poll!(&mut of_host).is_ready());
+        drop((held, other));
     }
 
     #[tokio::test]
