@@ -34,6 +34,9 @@ use crate::store::growth::Follower;
 const LOOK: Duration = Duration::from_millis(50);
 /// Bytes a second of a connection that a wire limits, and no processor.
 const LITTLE: u64 = 32 << 20;
+/// A mirror whose connection breaks before this is passed by: what it saves the registry is not
+/// worth what asking it costs.
+const WORTH_A_MIRROR: u64 = 1 << 20;
 /// A connection that others wait for is given up after this, where its rest can be had later.
 const TURN: Duration = Duration::from_secs(20);
 
@@ -88,6 +91,8 @@ struct State {
     ranges: Ranges,
     /// Whether the registry has answered.
     asked: bool,
+    /// Whether one of its mirrors has, since the download began or started over.
+    mirrored: bool,
 }
 
 /// Whether the source sends parts.
@@ -123,7 +128,8 @@ impl<'a> Connections<'a> {
         (spans, follow): (Spans, &'a (dyn Fn(Follower) + Send + Sync)),
     ) -> Self {
         let most = wire.options.connections.max(1);
-        let state = State { spans, wanted: 1, most, ranges: Ranges::Unknown, asked: false };
+        let ranges = Ranges::Unknown;
+        let state = State { spans, wanted: 1, most, ranges, asked: false, mirrored: false };
         let state = Mutex::new(state);
         Self { wire, source, digest, size, ask, progress, writes, busy, follow, state }
     }
@@ -150,11 +156,14 @@ impl<'a> Connections<'a> {
                 failed => failed,
             };
             let Err(Failure::Wrong(error)) = done else { return done };
+            // What was here from an earlier try, or came from the registry, is no fault of theirs.
+            if self.state().mirrored {
+                self.wire.registry.distrust_mirrors(&self.source.repository, self.digest);
+            }
             // A source may have changed under a download that was continued: once, from the start.
             if std::mem::replace(&mut started_over, true) {
                 return Err(Failure::Failed(error));
             }
-            self.wire.registry.distrust_mirrors(self.digest);
             // Parts may be what a proxy on the way gets wrong: this time it is asked as everybody asks.
             self.refuse_ranges();
             self.restart(&mut retries).await?;
@@ -286,7 +295,22 @@ impl<'a> Connections<'a> {
     }
 
     async fn stream(&self, number: u32, slot: &Slot) -> Result<(), Stop> {
-        let mut body = self.open(number).await?;
+        let body = self.open(number).await?;
+        let (mirror, start) = (body.mirror.clone(), self.span(number).start);
+        let ended = self.receive(number, slot, body).await;
+        let is_useless = match &ended {
+            Err(Stop::TooSlow(..)) => true,
+            Err(Stop::Broke(_)) => self.span(number).start - start < WORTH_A_MIRROR,
+            _ => false,
+        };
+        if let Some(mirror) = mirror.filter(|_| is_useless) {
+            tracing::info!(%mirror, blob = %self.digest, "a mirror broke off: the others are asked");
+            self.wire.registry.pass_by(&self.source.repository, self.digest, &mirror);
+        }
+        ended
+    }
+
+    async fn receive(&self, number: u32, slot: &Slot, mut body: BlobBody) -> Result<(), Stop> {
         let mut rate = Rate::new(self.wire.options.least_rate, self.wire.options.rate_window);
         let since = Instant::now();
         loop {
@@ -349,6 +373,7 @@ impl<'a> Connections<'a> {
         };
         let mut state = self.state();
         state.asked = true;
+        state.mirrored |= body.mirror.is_some();
         if body.offset != span.start || (span.end < self.size && !body.is_part) {
             return Err(Stop::NoRanges);
         }
@@ -380,6 +405,7 @@ impl<'a> Connections<'a> {
             self.progress.lost(self.size - state.spans.missing());
             state.spans = Spans::whole(self.size);
             state.wanted = 1;
+            state.mirrored = false;
         }
         let (begun, begins) = oneshot::channel();
         self.send(Write::Restart(begun)).await?;

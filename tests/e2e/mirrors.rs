@@ -2,11 +2,12 @@
 
 use std::fs;
 
+use axum::body::Bytes;
 use tonic::Code;
 
 use crate::support::{
-    Answer, FakeRegistry, ForwardProxy, Layer, Manifest, Nginx, Node, Registry, RegistryKind,
-    digest, registry, small_artifact, unique,
+    Answer, AnswerBody, FakeRegistry, ForwardProxy, Layer, Manifest, Nginx, Node, Registry,
+    RegistryKind, digest, noise, registry, small_artifact, unique,
 };
 
 /// A mirror, and a registry behind it that nobody can reach.
@@ -212,6 +213,49 @@ fn a_mirrors_wrong_bytes_are_never_shown() {
     node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", liar.host()), ALL));
     let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
     assert_eq!(volume.text("file"), "the right content");
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_mirror_that_breaks_off_is_passed_by() {
+    let node = Node::start_with_hosts("");
+    let repository = unique("mirrored");
+    let content = noise(300_000, 5);
+    let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
+    manifest.push(registry(), &repository, "v1");
+    let mirror = FakeRegistry::new();
+    manifest.push(&mirror, &repository, "v1");
+    let (blob, first) = (digest(&content), Bytes::from(content[..10].to_vec()));
+    let suffix = blob.clone();
+    mirror.script(move |request| {
+        let body = AnswerBody::Broken { announced: 300_000, bytes: first.clone() };
+        request.path.ends_with(&suffix).then(|| Answer::body(body))
+    });
+    node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
+    let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert!(fs::read(volume.target().join("file")).expect("the file") == content);
+    let asked = mirror.requests().iter().filter(|request| request.path.ends_with(&blob)).count();
+    assert_eq!(asked, 1, "it was asked again");
+    node.kubelet.unpublish(&volume);
+}
+
+/// What somebody's own registry sends of a well-known blob is no word about the mirrors of another.
+#[test]
+fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
+    let node = Node::start_with_hosts("");
+    let repository = unique("mirrored");
+    let content = b"known to everybody";
+    let manifest = Manifest::artifact([Layer::titled("file", content)]);
+    manifest.push(registry(), &repository, "v1");
+    let (mirror, liar) = (FakeRegistry::new(), FakeRegistry::new());
+    manifest.push(&mirror, &repository, "v1");
+    manifest.push(&liar, "hostile", "v1");
+    liar.put_lying_blob(&digest(content), &b"something different"[..]);
+    node.kubelet.publish_badly(&node.kubelet.new_volume(&liar.reference("v1")), Code::Internal);
+    node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
+    let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert_eq!(volume.text("file"), "known to everybody");
+    assert_eq!(node.proxy.fetches(&digest(content)), 0, "its mirror was passed by");
     node.kubelet.unpublish(&volume);
 }
 

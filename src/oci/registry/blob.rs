@@ -1,5 +1,6 @@
 //! A blob while it arrives.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +23,8 @@ pub struct BlobBody {
     pub is_part: bool,
     /// How many bytes the whole blob is said to have.
     pub total: Option<u64>,
+    /// The mirror that sends it, unless the registry itself does.
+    pub mirror: Option<Arc<str>>,
     source: Source,
     host: String,
     what: String,
@@ -40,6 +43,7 @@ impl BlobBody {
     /// where it starts, and where it ends unless that is the blob's end.
     pub(super) fn open(
         answer: Answer,
+        mirror: Option<Arc<str>>,
         asked: Option<(u64, Option<u64>)>,
         what: String,
         stall_timeout: Duration,
@@ -71,7 +75,7 @@ impl BlobBody {
         };
         let Answer { response, host, .. } = answer;
         let source = Source::Open(response);
-        Ok(Self { offset, length, is_part, total, source, host, what, stall_timeout })
+        Ok(Self { offset, length, is_part, total, mirror, source, host, what, stall_timeout })
     }
 
     /// The next bytes, or nothing at the end. Waits for the stall timeout at

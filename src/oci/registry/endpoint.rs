@@ -1,5 +1,7 @@
 //! One place that may answer for a registry: itself, or a mirror.
 
+use std::sync::Arc;
+
 use reqwest::Url;
 use reqwest::header::HeaderMap;
 
@@ -68,6 +70,11 @@ impl Endpoint {
             return if allowed { Ok(()) } else { Err(refused("the node's loopback")) };
         }
         rules.check_literal(&self.root).map_err(|error| refused(&error.to_string()))
+    }
+
+    /// `host[:port]`.
+    pub(super) fn name(&self) -> Arc<str> {
+        super::transport::authority(&self.root).into()
     }
 
     /// The address of the API itself, which answers with the challenge.

@@ -192,6 +192,11 @@ impl RegistryError {
         }
     }
 
+    /// Whether nobody was there to answer, or nobody with the time for it.
+    pub(super) fn is_absence(&self) -> bool {
+        self.is_transient() && !matches!(self, Self::Storage { .. })
+    }
+
     /// What went wrong, in one word of a short list, for metrics.
     #[must_use]
     pub fn kind(&self) -> &'static str {

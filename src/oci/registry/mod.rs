@@ -3,6 +3,7 @@
 //! ```text
 //! mod        what may be had: manifests, tags, blobs
 //! ask        authentication's three steps
+//! passed_by  mirrors that were of no use for a blob
 //! question   what may be asked, and of whom in which order
 //! session    which proof to show: what is known of a repository, answers to challenges
 //! token      token servers, and tokens in memory
@@ -40,6 +41,7 @@ mod endpoint;
 mod error;
 pub mod hosts;
 mod manners;
+mod passed_by;
 mod question;
 mod recent;
 mod redirect;
@@ -50,7 +52,7 @@ mod transport;
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -68,17 +70,14 @@ pub use question::ManifestName;
 use self::endpoint::Endpoint;
 use self::hosts::Hosts;
 use self::manners::Manners;
+use self::passed_by::{PassedBy, Standing};
 use self::question::{Needs, Question, Turns};
-use self::recent::Recent;
 use self::session::Session;
 use self::transport::{Answer, Transport};
 use super::credentials::Credential;
 use super::{Digest, Repository};
 
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
-
-/// Blobs whose mirrors sent other bytes; forgetting one costs a transfer.
-const MAXIMUM_DISTRUSTED: usize = 1024;
 
 /// What may be set about the client; the defaults suit a cluster's registry.
 #[derive(Clone, Debug)]
@@ -120,7 +119,7 @@ pub struct Registry {
     session: Arc<Session>,
     manners: Arc<Manners>,
     hosts: Hosts,
-    distrusted: Arc<Mutex<Recent<Digest, ()>>>,
+    passed_by: Arc<PassedBy>,
     options: Arc<RegistryOptions>,
 }
 
@@ -148,7 +147,7 @@ impl Registry {
             session: Arc::new(Session::new()?),
             manners: Arc::new(Manners::new()?),
             hosts: Hosts::new(options.hosts_dirs.clone(), options.mirrors_with_credentials.clone()),
-            distrusted: Arc::new(Mutex::new(Recent::new(MAXIMUM_DISTRUSTED))),
+            passed_by: Arc::default(),
             options: Arc::new(options),
         })
     }
@@ -355,7 +354,7 @@ impl Registry {
                     return Err(refusal);
                 }
                 let (what, stall_timeout) = (whole.what.clone(), self.options.stall_timeout);
-                BlobBody::open(answer, asked, what, stall_timeout)
+                BlobBody::open(answer, turns.mirror(), asked, what, stall_timeout)
             };
             if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
                 return done;
@@ -394,10 +393,15 @@ impl Registry {
         }
     }
 
-    /// What came for this blob was not what its digest says: from now on only the registry
-    /// itself is asked for it, and no mirror.
-    pub fn distrust_mirrors(&self, blob: Digest) {
-        self.distrusted.lock().unwrap_or_else(PoisonError::into_inner).insert(blob, ());
+    /// What mirrors of this registry sent for a blob was not what its digest says: for a while
+    /// only the registry itself is asked for it, unless that cannot be had.
+    pub fn distrust_mirrors(&self, repository: &Repository, blob: Digest) {
+        self.passed_by.mark(repository.host(), blob, None);
+    }
+
+    /// A mirror began to send a blob and did not get far: the others are asked for it, for a while.
+    pub fn pass_by(&self, repository: &Repository, blob: Digest, mirror: &Arc<str>) {
+        self.passed_by.mark(repository.host(), blob, Some(mirror));
     }
 
     /// The hosts to ask, one after the other.
@@ -406,15 +410,14 @@ impl Registry {
         let route = self.hosts.route(&self.transport, host).await;
         let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
         let fitting = endpoints.iter().filter(|endpoint| needs.are_met_by(endpoint));
-        let endpoints: Vec<_> = fitting.cloned().collect();
-        if endpoints.is_empty() {
+        let standing = |mirror: &Endpoint| match question.blob {
+            Some(blob) => self.passed_by.standing(host, blob, &mirror.name()),
+            None => Standing::Trusted,
+        };
+        Turns::new(fitting.cloned().collect(), standing).ok_or_else(|| {
             let reason = format!("its hosts.toml names no host with the capability {needs:?}");
-            return Err(RegistryError::Configuration { reason });
-        }
-        let mut distrusted = self.distrusted.lock().unwrap_or_else(PoisonError::into_inner);
-        let last_alone = question.blob.is_some_and(|blob| distrusted.get(&blob).is_some());
-        let turn = if last_alone { endpoints.len() - 1 } else { 0 };
-        Ok(Turns { endpoints, turn })
+            RegistryError::Configuration { reason }
+        })
     }
 
     /// One exchange with one host.

@@ -7,7 +7,7 @@ use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 
 use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
-use super::transport;
+use super::passed_by::Standing;
 use crate::oci::credentials::Credential;
 use crate::oci::{Digest, Repository, media_type};
 
@@ -29,10 +29,15 @@ pub(super) enum Needs {
     Resolve,
 }
 
-/// The hosts of a registry that fit a question; never empty.
+/// The hosts of a registry that fit a question: mirrors, the registry itself, and mirrors that are
+/// asked when that is of no use.
 pub(super) struct Turns {
-    pub(super) endpoints: Vec<Arc<Endpoint>>,
-    pub(super) turn: usize,
+    endpoints: Vec<Arc<Endpoint>>,
+    turn: usize,
+    /// Where the registry itself stands.
+    own: usize,
+    /// What it said, when others are asked after it.
+    verdict: Option<RegistryError>,
 }
 
 /// One question to a registry.
@@ -143,25 +148,58 @@ impl<'a> Question<'a> {
 }
 
 impl Turns {
+    /// The last of the hosts is the registry itself; none where there is no host.
+    pub(super) fn new(
+        mut endpoints: Vec<Arc<Endpoint>>,
+        standing: impl Fn(&Endpoint) -> Standing,
+    ) -> Option<Self> {
+        let registry = endpoints.pop()?;
+        let standing: Vec<_> = endpoints.into_iter().map(|one| (standing(&one), one)).collect();
+        let of = |wanted| {
+            let fitting = standing.iter().filter(move |(standing, _)| *standing == wanted);
+            fitting.map(|(_, endpoint)| Arc::clone(endpoint))
+        };
+        let mut endpoints: Vec<_> = of(Standing::Trusted).collect();
+        let own = endpoints.len();
+        endpoints.push(registry);
+        endpoints.extend(of(Standing::LastResort));
+        Some(Self { endpoints, turn: 0, own, verdict: None })
+    }
+
     pub(super) fn current(&self) -> &Endpoint {
         &self.endpoints[self.turn]
     }
 
-    /// What comes of a try: none means that the next host is asked. The last one's failure
-    /// counts, as that is the registry itself.
+    /// The mirror whose turn it is, unless it is the registry itself.
+    pub(super) fn mirror(&self) -> Option<Arc<str>> {
+        (self.turn != self.own).then(|| self.current().name())
+    }
+
+    /// What comes of a try: none means that the next host is asked. When none gives what was
+    /// asked for, the registry's own failure counts.
     pub(super) fn judge<T>(
         &mut self,
         tried: Result<T, RegistryError>,
     ) -> Option<Result<T, RegistryError>> {
-        match tried {
-            Err(error) if self.turn + 1 < self.endpoints.len() => {
-                let mirror = transport::authority(&self.current().root);
-                tracing::info!(mirror, %error, "a mirror was of no use: the next host is asked");
-                self.turn += 1;
-                None
+        let error = match tried {
+            Ok(done) => return Some(Ok(done)),
+            Err(error) => error,
+        };
+        let is_last = self.turn + 1 == self.endpoints.len();
+        if self.turn == self.own {
+            if is_last || !error.is_absence() {
+                return Some(Err(error));
             }
-            done => Some(done),
+            self.verdict = Some(error);
+        } else {
+            let mirror = self.current().name();
+            tracing::info!(%mirror, %error, "a mirror was of no use: the next host is asked");
+            if is_last {
+                return Some(Err(self.verdict.take().unwrap_or(error)));
+            }
         }
+        self.turn += 1;
+        None
     }
 }
 

@@ -937,6 +937,46 @@ async fn a_connection_that_breaks_is_no_end() {
     assert!(matches!(error, RegistryError::Unreachable { .. }) && error.is_transient());
 }
 
+// --- mirrors ---
+
+#[tokio::test]
+async fn a_mirror_of_no_use_is_passed_by_for_its_registry_and_asked_when_that_is_away() {
+    let mirror = Server::start(|_, _| ok("mirror")).await;
+    let (first, second) =
+        (Server::start(|_, _| ok("first")).await, Server::start(|_, _| ok("second")).await);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("_default")).unwrap();
+    let text = format!("[host.\"http://{}\"]\n", mirror.address);
+    std::fs::write(folder.path().join("_default/hosts.toml"), text).unwrap();
+    let hosts_dirs = vec![folder.path().to_owned()];
+    let registry = Registry::new(RegistryOptions { hosts_dirs, ..Default::default() }).unwrap();
+    let digest = Digest::of(b"");
+    let ask = async |repository: &Repository| {
+        let mut body = registry.blob(repository, digest, 0, &Credential::Anonymous).await?;
+        Ok((String::from_utf8(read(&mut body).await?).unwrap(), body.mirror))
+    };
+    let (of_first, of_second) = (first.repository(), second.repository());
+    let (text, sender) = ask(&of_first).await.unwrap();
+    let sender = sender.expect("a mirror");
+    assert_eq!((text.as_str(), &*sender), ("mirror", mirror.address.to_string().as_str()));
+    registry.pass_by(&of_first, digest, &sender);
+    assert_eq!(ask(&of_first).await, Ok(("first".to_owned(), None)));
+    assert_eq!(ask(&of_second).await, Ok(("mirror".to_owned(), Some(sender.clone()))));
+    registry.distrust_mirrors(&of_second, digest);
+    assert_eq!(ask(&of_second).await, Ok(("second".to_owned(), None)));
+    drop((first, second));
+    tokio::time::pause();
+    for repository in [&of_first, &of_second] {
+        let error = ask(repository).await.unwrap_err();
+        assert!(matches!(error, RegistryError::Unreachable { .. }), "{error:?}");
+    }
+    tokio::time::advance(Duration::from_secs(61)).await;
+    tokio::time::resume();
+    for repository in [&of_first, &of_second] {
+        assert_eq!(ask(repository).await, Ok(("mirror".to_owned(), Some(sender.clone()))));
+    }
+}
+
 // --- connections ---
 
 #[tokio::test]
