@@ -1,4 +1,5 @@
-//! Who may download: a slot is a connection that brings a blob's bytes.
+//! Who may download: a slot is a connection that brings a blob's bytes, or the place of a blob
+//! that is under way.
 //!
 //! Slots are given one at a time to whom [`choose`] picks: publishes before warming,
 //! then the artifact that has the fewest, then who came first; a host has no more
@@ -59,7 +60,7 @@ pub struct Ask {
     pub host: String,
 }
 
-/// The right to one connection. Dropping it gives it to the next.
+/// The right to one connection or blob. Dropping it gives it to the next.
 #[derive(Debug)]
 pub struct Slot {
     shared: Arc<Shared>,

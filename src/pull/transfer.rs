@@ -101,12 +101,14 @@ async fn fetch_from(
         artifact: order.sponsors.number(),
         host: host.clone(),
     };
-    let slot = wire.slots.acquire(ask.clone()).await;
+    let place = wire.places.acquire(ask.clone()).await;
     let (opened, resumed) = oneshot::channel();
     let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
     let measured = Arc::clone(&busy);
     let writing = tokio::task::spawn_blocking(move || {
+        // As long as there is the thread, also when nobody waits for it any more.
+        let _place = place;
         let mut partial = match store.partial(&host, blob, purpose) {
             Ok(partial) => partial,
             Err(error) => return (None, guard, Err(error)),
@@ -119,6 +121,8 @@ async fn fetch_from(
         Ok((missing, follower)) => {
             let spans = Spans::new(missing);
             order.progress.resumed(size - spans.missing());
+            // Not before: what an earlier try left takes its time to be hashed, and no connection.
+            let slot = wire.slots.acquire(ask.clone()).await;
             (order.follow)(follower);
             let about = (ask, &**order.progress);
             let to = (writes, busy);

@@ -16,6 +16,13 @@ const MEMORY: usize = 2 << 20;
 /// The same of warming, which holds on to them while it gives way.
 const MEMORY_BEHIND: usize = 1 << 20;
 
+/// Blobs under way for each connection that downloads. The others wait, to be asked for again or for
+/// their turn, and each has a thread that writes.
+const UNDER_WAY: usize = 8;
+/// Blobs under way at most. The runtime has 512 threads for all that blocks: most are left to
+/// everything else.
+const MOST_UNDER_WAY: usize = 256;
+
 /// What may be set about downloads.
 #[derive(Clone, Copy, Debug)]
 pub struct WireOptions {
@@ -57,7 +64,11 @@ pub struct Unobserved;
 pub struct Wire {
     pub(super) registry: Registry,
     pub(super) options: WireOptions,
+    /// Connections.
     pub(super) slots: Slots,
+    /// Blobs that are under way, whether one of their connections brings bytes now or not. Taken
+    /// before a thread and before a slot, so that none of those who hold one waits for another's.
+    pub(super) places: Slots,
     pub(super) throttle: Throttle,
     pub(super) observer: Arc<dyn Observer>,
     memory: Arc<Semaphore>,
@@ -86,9 +97,13 @@ impl Wire {
         observer: Arc<dyn Observer>,
         background: Background,
     ) -> Self {
+        let places = options.downloads.saturating_mul(UNDER_WAY).min(MOST_UNDER_WAY);
+        // A registry whose blobs all break is to leave room for the others'.
+        let of_host = options.downloads_per_host.saturating_mul(UNDER_WAY).min(places / 4 * 3);
         Self {
             registry,
             options,
+            places: Slots::new(places, of_host, background.clone()),
             slots: Slots::new(options.downloads, options.downloads_per_host, background),
             throttle: Throttle::new(options.bytes_per_second),
             observer,

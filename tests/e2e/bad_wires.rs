@@ -13,7 +13,7 @@ use tonic::Code;
 
 use crate::support::{
     Answer, AnswerBody, FakeRegistry, Image, Layer, Manifest, Node, OCI_TAR, Request, Tar, Volume,
-    digest, noise,
+    digest, noise, small_artifact,
 };
 
 /// Short times and small parts, so that a test sees in seconds what takes minutes elsewhere.
@@ -391,6 +391,43 @@ fn a_layer_that_was_refused_is_not_fetched_again_to_be_refused_again() {
     }
     let requests = wire.fake.requests();
     assert_eq!(requests.iter().filter(|request| request.path.ends_with(&blob)).count(), 1);
+}
+
+/// Each of them has a thread that waits for bytes, and there are not so many.
+#[test]
+fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
+    let wire = Wire::new(1000);
+    let volumes: Vec<_> = (0..150_u64)
+        .map(|artifact| {
+            let name = |number| format!("{artifact}-{number}");
+            let files = (0..4).map(|number| Layer::titled(&name(number), name(number)));
+            let tag = format!("many{artifact}");
+            Manifest::artifact(files).push(&wire.fake, "hostile", &tag);
+            let volume = wire.node.kubelet.new_volume(&wire.fake.reference(&tag));
+            wire.node.kubelet.prepare(&volume);
+            volume
+        })
+        .collect();
+    wire.fake.script(|request| {
+        let is_blob = request.path.contains("/blobs/");
+        // Patience that is had with this blob, and no reason to leave the registry alone.
+        is_blob.then(|| Answer::status(500).with_header("retry-after", "200"))
+    });
+    std::thread::scope(|scope| {
+        let kubelet = &wire.node.kubelet;
+        let publish = |volume: &Volume| kubelet.publish_request(volume.request.clone());
+        let calls: Vec<_> =
+            volumes.iter().map(|volume| scope.spawn(move || publish(volume))).collect();
+        crate::support::wait_until("many blobs wait", || wire.node.driver.threads() > 90);
+        let (other, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
+        kubelet.unpublish(&other);
+        // Those that had nothing to do for ten seconds end: what is left belongs to the blobs.
+        crate::support::wait_until("few threads wait", || wire.node.driver.threads() < 200);
+        wire.node.driver.terminate_hard();
+        for call in calls {
+            assert!(call.join().expect("the call").is_err());
+        }
+    });
 }
 
 #[test]

@@ -203,6 +203,11 @@ impl Driver {
         self.child.id()
     }
 
+    /// How many threads its process has.
+    pub fn threads(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/task", self.id())).expect("a process").count()
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("the driver's state").is_none()
     }
