@@ -73,11 +73,12 @@ impl Retries {
         }
         match error.root() {
             // A presigned address expires at any time, and the next one is asked for at once.
-            PullError::Registry(RegistryError::Storage { .. }) if self.fruitless < 2 => {
+            PullError::Registry(error) if error.is_expiry() && self.fruitless < 2 => {
                 Ok(Duration::ZERO)
             }
             PullError::Registry(
                 RegistryError::RateLimited { retry_after: Some(wait), .. }
+                | RegistryError::Storage { retry_after: Some(wait), .. }
                 | RegistryError::ServerError { retry_after: Some(wait), .. },
             ) => {
                 if *wait > LONGEST_ASKED {
@@ -176,9 +177,18 @@ mod tests {
     fn what_does_not_heal_is_not_tried_again() {
         let gone = RegistryError::NotFound { what: "blob".to_owned() };
         Retries::new(POLICY, 2, 2).next(gone.into(), 1, 0).expect_err("final");
-        let storage =
-            RegistryError::Storage { host: "s3".to_owned(), what: "blob".to_owned(), status: 403 };
-        let wait = Retries::new(POLICY, 1, 1).next(storage.into(), 1, 0).expect("expired");
-        assert_eq!(wait, Duration::ZERO);
+    }
+
+    #[test]
+    fn an_address_that_expired_is_asked_for_at_once_and_other_faults_of_storage_later() {
+        let wait = |status, retry_after: Option<u64>| {
+            let (host, what) = ("s3".to_owned(), "blob".to_owned());
+            let retry_after = retry_after.map(Duration::from_secs);
+            let storage = RegistryError::Storage { host, what, status, retry_after };
+            Retries::new(POLICY, 1, 1).next(storage.into(), 1, 0).expect("a wait")
+        };
+        assert_eq!(wait(403, None), Duration::ZERO);
+        assert!(seconds(100..200, wait(503, None)));
+        assert!(seconds(7_000..7_200, wait(429, Some(7))));
     }
 }

@@ -121,7 +121,7 @@ pub enum RegistryError {
         /// The digest of what came.
         got: Digest,
     },
-    /// A 4xx of the storage that the registry redirected to. Its addresses
+    /// A 4xx or 5xx of the storage that the registry redirected to. Its addresses
     /// expire, so this is no verdict: the registry must be asked again.
     #[error(
         "the storage {host} behind the registry answered {status} for {what}: the registry is asked for a new address"
@@ -133,6 +133,8 @@ pub enum RegistryError {
         what: String,
         /// The status.
         status: u16,
+        /// From `Retry-After`, at most an hour.
+        retry_after: Option<Duration>,
     },
     /// An address that neither a pod's author nor a registry may aim the node at.
     #[error(
@@ -194,7 +196,17 @@ impl RegistryError {
 
     /// Whether nobody was there to answer, or nobody with the time for it.
     pub(super) fn is_absence(&self) -> bool {
-        self.is_transient() && !matches!(self, Self::Storage { .. })
+        match self {
+            Self::Storage { .. } => !self.is_expiry(),
+            _ => self.is_transient(),
+        }
+    }
+
+    /// Whether it may be a presigned address that has expired, which any other is not.
+    #[must_use]
+    pub fn is_expiry(&self) -> bool {
+        matches!(self, Self::Storage { status: 400..=499, .. })
+            && !matches!(self, Self::Storage { status: 408 | 425 | 429, .. })
     }
 
     /// What went wrong, in one word of a short list, for metrics.
@@ -310,7 +322,12 @@ mod tests {
             RegistryError::Timeout { host: host.clone(), what: what.clone(), waited },
             RegistryError::TooLarge { what: what.clone(), limit: u64::MAX },
             RegistryError::DigestMismatch { what: what.clone(), expected: digest, got: digest },
-            RegistryError::Storage { host: host.clone(), what: what.clone(), status },
+            RegistryError::Storage {
+                host: host.clone(),
+                what: what.clone(),
+                status,
+                retry_after: Some(waited),
+            },
             RegistryError::Address { host: host.clone(), what: reason.clone() },
             RegistryError::Configuration { reason: long_reason(&"x".repeat(1000)) },
             RegistryError::Protocol { host, what, reason: reason.clone() },

@@ -122,7 +122,14 @@ impl Manners {
                 }
             }
             Err(_) => {}
-            Ok(_) => state.refused.remove(&key),
+            Ok(_) => {
+                state.refused.remove(&key);
+                // Whoever was asked before the plea proves nothing.
+                let spared = state.spared.get(&asker.who);
+                if spared.is_some_and(|spared| spared.since < asker.since) {
+                    state.spared.remove(&asker.who);
+                }
+            }
         }
     }
 
@@ -258,7 +265,15 @@ mod tests {
             assert_eq!(manners.before(&ours()).await, Ok(()));
             assert_eq!(started.elapsed(), Duration::from_millis(milliseconds));
         }
+        let meanwhile = ours();
         manners.after(&ours(), &limited(None));
+        manners.after(&meanwhile, &Ok(()));
         assert_eq!(manners.before(&ours()).await, limited(Some(8)));
+        tokio::time::advance(Duration::from_secs(8)).await;
+        manners.after(&ours(), &Ok(()));
+        manners.after(&ours(), &limited(None));
+        let started = Instant::now();
+        assert_eq!(manners.before(&ours()).await, Ok(()));
+        assert_eq!(started.elapsed(), Duration::from_millis(250), "the first again");
     }
 }

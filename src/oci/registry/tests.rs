@@ -342,6 +342,28 @@ async fn retry_after_is_passed_on() {
 }
 
 #[tokio::test]
+async fn what_storage_asks_for_is_no_word_of_the_registry() {
+    for code in [429, 503] {
+        let storage = Server::start(move |_, _| answer(code, &[("retry-after", "60")], "")).await;
+        let location = format!("http://{}/b", storage.address);
+        let server = Server::start(move |seen, _| match seen.path.contains("/blobs/") {
+            true => answer(307, &[("location", &location)], ""),
+            false => ok(MANIFEST),
+        })
+        .await;
+        let (registry, repository) = (registry(), server.repository());
+        let blob = registry.blob(&repository, Digest::of(b""), 0, &Credential::Anonymous).await;
+        let error = discreet(blob);
+        assert!(
+            matches!(error, RegistryError::Storage { status, retry_after: Some(wait), .. }
+                if status == code && wait == Duration::from_mins(1)),
+            "{error:?}"
+        );
+        assert!(registry.manifest(&repository, &tag(), &Credential::Anonymous).await.is_ok());
+    }
+}
+
+#[tokio::test]
 async fn a_manifest_that_does_not_come_is_given_up() {
     let options =
         RegistryOptions { manifest_timeout: Duration::from_millis(100), ..Default::default() };

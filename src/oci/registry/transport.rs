@@ -213,19 +213,14 @@ impl Answer {
     pub(super) fn refusal(&self, what: &str, anonymous: bool) -> RegistryError {
         let (host, what) = (self.host.clone(), what.to_owned());
         let status = self.status().as_u16();
+        let retry_after = retry_after(self.response.headers());
         match status {
-            429 => RegistryError::RateLimited {
-                host,
-                what,
-                retry_after: retry_after(self.response.headers()),
-            },
-            408 | 425 | 500..=599 => RegistryError::ServerError {
-                host,
-                what,
-                status,
-                retry_after: retry_after(self.response.headers()),
-            },
-            400..=499 if self.redirected => RegistryError::Storage { host, what, status },
+            // Whatever it is, it is not the registry's: that may be asked for other things.
+            400..=599 if self.redirected => {
+                RegistryError::Storage { host, what, status, retry_after }
+            }
+            429 => RegistryError::RateLimited { host, what, retry_after },
+            408 | 425 | 500..=599 => RegistryError::ServerError { host, what, status, retry_after },
             401 => RegistryError::Unauthorized { host, what, anonymous },
             403 => RegistryError::Forbidden { host, what, anonymous },
             404 | 410 => RegistryError::NotFound { what },
@@ -333,17 +328,18 @@ async fn drain(mut response: Response) {
     }
 }
 
-/// `Retry-After`: seconds or a date.
+/// `Retry-After`: seconds or a date. Nothing where that is now: who says so has not said for how
+/// long, and is not asked again without any pause.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wait = if let Ok(seconds) = text.parse() {
         Duration::from_secs(seconds)
     } else {
         let date = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
-        // A date that has passed, or a clock that is wrong, means now.
+        // A date that has passed, or a clock that is wrong.
         date.duration_since(jiff::Timestamp::now()).try_into().unwrap_or_default()
     };
-    Some(wait.min(MAXIMUM_RETRY_AFTER))
+    (!wait.is_zero()).then(|| wait.min(MAXIMUM_RETRY_AFTER))
 }
 
 /// All errors below one, outermost first. `io::Error` hides what it carries from `source`.
@@ -377,7 +373,8 @@ mod tests {
         };
         assert_eq!(of("7"), Some(Duration::from_secs(7)));
         assert_eq!(of("99999999999"), Some(MAXIMUM_RETRY_AFTER));
-        assert_eq!(of("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        assert_eq!(of("0"), None);
+        assert_eq!(of("Wed, 21 Oct 2015 07:28:00 GMT"), None);
         assert_eq!(of("Tue, 31 Dec 2999 23:59:59 GMT"), Some(MAXIMUM_RETRY_AFTER));
         assert_eq!(of("soon"), None);
     }
