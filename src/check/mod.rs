@@ -25,6 +25,7 @@ use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureForma
 use crate::oci::{Digest, Platform, Reference};
 use crate::pull::PullError;
 use crate::pull::signatures::Finder;
+use crate::pull::wire::WireOptions;
 use crate::unpack::{Limits, UnpackError};
 
 /// What is asked.
@@ -285,7 +286,8 @@ impl Checker {
         credential: &Credential,
     ) -> Result<Signatures, CheckError> {
         let [manifest, top] = subjects;
-        let finder = Finder { registry: &self.registry, limits: self.limits.manifest() };
+        let (registry, limits) = (&self.registry, self.limits.manifest());
+        let finder = Finder { registry, options: WireOptions::default(), limits };
         let repository = check.reference.repository();
         let mut found = Vec::new();
         let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::error::PullError;
 use super::idle::Processors;
 use super::progress::Progress;
+use super::rate::Rate;
 use super::retry::Retries;
 use super::slots::{Ask, Slot};
 use super::spans::{Spans, Step};
@@ -489,33 +490,5 @@ impl<'a> Pace<'a> {
         elapsed > LOOK.as_nanos() / 2
             && worked * 2 < elapsed
             && (brought < little || self.processors.had_time())
-    }
-}
-
-/// Whether a connection brings enough to be worth its slot.
-struct Rate {
-    least: u64,
-    window: Duration,
-    since: Instant,
-    bytes: u64,
-}
-
-impl Rate {
-    fn new(least: u64, window: Duration) -> Self {
-        Self { least, window, since: Instant::now(), bytes: 0 }
-    }
-
-    /// The failure is how little came in how long.
-    fn keeps(&mut self, bytes: u64) -> Result<(), u64> {
-        self.bytes += bytes;
-        let elapsed = self.since.elapsed();
-        if elapsed < self.window {
-            return Ok(());
-        }
-        if self.bytes < self.least.saturating_mul(elapsed.as_secs()) {
-            return Err(self.bytes);
-        }
-        (self.since, self.bytes) = (Instant::now(), 0);
-        Ok(())
     }
 }

@@ -9,7 +9,9 @@
 //! sponsors   whose credentials pay for it
 //! signatures finding an artifact's signatures, and verifying them
 //! transfer   one blob to partial/, verified
-//! connections  the connections that bring it; spans: which brings which bytes; retry: after how long
+//! connections  the connections that bring it; spans: which brings which bytes; retry: after how long;
+//!            rate: whether it is enough
+//! document   one small blob, whole in memory
 //! idle       whether the node's processors have time
 //! wire       what all downloads share; slots: who may download; throttle: how fast
 //! unpacking  a layer, unpacked while it comes
@@ -27,12 +29,14 @@
 pub mod artifact;
 pub mod candidates;
 pub mod connections;
+pub mod document;
 pub mod error;
 pub mod flights;
 mod idle;
 pub mod import;
 pub mod objects;
 pub mod progress;
+pub mod rate;
 pub mod resolve;
 pub mod retry;
 mod room;

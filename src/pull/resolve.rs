@@ -6,7 +6,10 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::candidates::{Candidate, Candidates};
+use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
@@ -15,7 +18,7 @@ use crate::oci::credentials::Credential;
 use crate::oci::manifest::{
     Descriptor, ImageManifest, Manifest, ManifestError, check_config_platform,
 };
-use crate::oci::registry::{ManifestName, RegistryError};
+use crate::oci::registry::{FetchedManifest, ManifestName, RegistryError};
 use crate::oci::{Digest, Platform, Reference, Repository};
 use crate::store::access::Principal;
 use crate::store::resolutions::Resolution;
@@ -340,29 +343,36 @@ impl Inner {
         if let Some(known) = self.unchanged(reference, platform, &name, credential).await? {
             return Ok(known);
         }
-        let top = self.registry.manifest(repository, &name, credential).await?;
         let limits = self.limits.manifest();
-        let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
-        self.keep(repository, top.digest, top.bytes.to_vec()).await?;
-        let index = match parsed {
-            Manifest::Image(manifest) => {
-                self.check_platform(reference, platform, credential, &manifest).await?;
-                return Ok((top.digest, top.digest));
-            }
-            Manifest::Index(index) => index,
+        // Of each document what the next one is asked for with, and no more: its room is another's.
+        let (top, parsed) = {
+            let top = self.registry.manifest(repository, &name, credential).await?;
+            let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
+            self.keep(repository, top.digest, top.bytes.clone()).await?;
+            (top.digest, parsed)
         };
-        let chosen = index.choose(platform)?;
-        let bytes = self.manifest_bytes(reference, chosen, credential).await?;
-        match Manifest::parse(&bytes, Some(&chosen.media_type), limits)? {
-            Manifest::Index(_) => Err(ManifestError::NestedIndex(chosen.digest).into()),
+        let chosen = match parsed {
             Manifest::Image(manifest) => {
-                if chosen.platform.is_none() {
-                    self.check_platform(reference, platform, credential, &manifest).await?;
-                }
-                self.keep(repository, chosen.digest, bytes).await?;
-                Ok((top.digest, chosen.digest))
+                let config = config_of_image(manifest);
+                self.check_platform(reference, platform, credential, config).await?;
+                return Ok((top, top));
             }
+            Manifest::Index(index) => index.choose(platform)?.clone(),
+        };
+        let config = {
+            let (bytes, _held) = self.manifest_bytes(reference, &chosen, credential).await?;
+            match Manifest::parse(&bytes, Some(&chosen.media_type), limits)? {
+                Manifest::Index(_) => return Err(ManifestError::NestedIndex(chosen.digest).into()),
+                Manifest::Image(manifest) => {
+                    self.keep(repository, chosen.digest, bytes).await?;
+                    config_of_image(manifest)
+                }
+            }
+        };
+        if chosen.platform.is_none() {
+            self.check_platform(reference, platform, credential, config).await?;
         }
+        Ok((top, chosen.digest))
     }
 
     /// A tag that still means what it meant: one request without a body tells.
@@ -391,9 +401,9 @@ impl Inner {
         reference: &Reference,
         chosen: &Descriptor,
         credential: &Credential,
-    ) -> Result<Vec<u8>, PullError> {
+    ) -> Result<(Bytes, Option<FetchedManifest>), PullError> {
         if let Some(data) = &chosen.data {
-            return Ok(data.clone());
+            return Ok((data.clone().into(), None));
         }
         if chosen.size > self.limits.manifest_bytes {
             let what = format!("the manifest {}", chosen.digest);
@@ -405,7 +415,7 @@ impl Inner {
         if got != expected {
             return Err(PullError::BlobSize { digest, expected, got });
         }
-        Ok(fetched.bytes.to_vec())
+        Ok((fetched.bytes.clone(), Some(fetched)))
     }
 
     /// A single manifest may say in its configuration what it is for.
@@ -414,13 +424,26 @@ impl Inner {
         reference: &Reference,
         wanted: &Platform,
         credential: &Credential,
-        manifest: &ImageManifest,
+        config: Option<Descriptor>,
     ) -> Result<(), PullError> {
-        let Some(config) = manifest.config.as_ref().filter(|_| manifest.has_image_config()) else {
-            return Ok(());
-        };
-        let bytes = self.config_bytes(reference, config, credential).await?;
-        Ok(check_config_platform(&bytes, wanted)?)
+        let Some(config) = config else { return Ok(()) };
+        let (digest, size, limit) = (config.digest, config.size, self.limits.config_bytes);
+        if size > limit {
+            return Err(PullError::ConfigTooLarge { size, limit });
+        }
+        if let Some(data) = &config.data {
+            return Ok(check_config_platform(data, wanted)?);
+        }
+        let inner = Arc::clone(self);
+        if let Some(kept) = blocking(move || Ok(inner.store.blob(digest)?)).await? {
+            return Ok(check_config_platform(&kept, wanted)?);
+        }
+        let (repository, options) = (reference.repository(), &self.wire.options);
+        let fetched =
+            document::fetch(&self.registry, options, repository, (digest, size), credential);
+        let fetched = fetched.await?;
+        self.keep(repository, digest, fetched.bytes.clone()).await?;
+        Ok(check_config_platform(&fetched.bytes, wanted)?)
     }
 
     /// As [`Inner::check_platform`], from what is kept; false when the
@@ -442,42 +465,6 @@ impl Inner {
         Ok(true)
     }
 
-    async fn config_bytes(
-        self: &Arc<Self>,
-        reference: &Reference,
-        config: &Descriptor,
-        credential: &Credential,
-    ) -> Result<Vec<u8>, PullError> {
-        let (digest, size, limit) = (config.digest, config.size, self.limits.config_bytes);
-        if size > limit {
-            return Err(PullError::ConfigTooLarge { size, limit });
-        }
-        if let Some(data) = &config.data {
-            return Ok(data.clone());
-        }
-        let inner = Arc::clone(self);
-        if let Some(kept) = blocking(move || Ok(inner.store.blob(digest)?)).await? {
-            return Ok(kept);
-        }
-        let mut body = self.registry.blob(reference.repository(), digest, 0, credential).await?;
-        let mut bytes = Vec::new();
-        while let Some(chunk) = body.chunk().await? {
-            if (bytes.len() + chunk.len()) as u64 > size {
-                return Err(PullError::BlobSize { digest, expected: size, got: size + 1 });
-            }
-            bytes.extend_from_slice(&chunk);
-        }
-        if bytes.len() as u64 != size {
-            return Err(PullError::BlobSize { digest, expected: size, got: bytes.len() as u64 });
-        }
-        let got = Digest::of(&bytes);
-        if got != digest {
-            return Err(PullError::BlobDigest { expected: digest, got });
-        }
-        self.keep(reference.repository(), digest, bytes.clone()).await?;
-        Ok(bytes)
-    }
-
     /// The cheapest request that proves access. A host that has sent the manifest
     /// before need only say that it has it; another one has to send it: anybody
     /// can say yes to a digest.
@@ -494,14 +481,14 @@ impl Inner {
         }
         let name = ManifestName::Digest(manifest);
         let fetched = self.registry.manifest(repository, &name, credential).await?;
-        self.keep(repository, manifest, fetched.bytes.to_vec()).await
+        self.keep(repository, manifest, fetched.bytes.clone()).await
     }
 
     async fn keep(
         self: &Arc<Self>,
         repository: &Repository,
         digest: Digest,
-        bytes: Vec<u8>,
+        bytes: Bytes,
     ) -> Result<(), PullError> {
         let (inner, repository) = (Arc::clone(self), repository.clone());
         blocking(move || {
@@ -510,6 +497,12 @@ impl Inner {
         })
         .await
     }
+}
+
+/// What may say for which platform an image is.
+fn config_of_image(manifest: ImageManifest) -> Option<Descriptor> {
+    let says_it = manifest.has_image_config();
+    manifest.config.filter(|_| says_it).map(|config| *config)
 }
 
 /// Whether the next credential of the keyring may fare better. Registries that

@@ -12,10 +12,12 @@
 use std::sync::Arc;
 
 use super::Puller;
+use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::resolve::{Resolved, blocking};
 use super::want::Want;
+use super::wire::WireOptions;
 use crate::oci::credentials::Credential;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits};
 use crate::oci::registry::{ManifestName, Registry, RegistryError};
@@ -80,7 +82,8 @@ impl Puller {
         }
         let mut worst = None;
         for subject in &subjects {
-            let finder = Finder { registry: &self.0.registry, limits: self.0.limits.manifest() };
+            let (registry, options) = (&self.0.registry, self.0.wire.options);
+            let finder = Finder { registry, options, limits: self.0.limits.manifest() };
             let found = finder.find(repository, *subject, demand.format, &credential);
             let found = found.await.map_err(Arc::new)?;
             // A signature of the index counts, of whatever else does not.
@@ -105,6 +108,8 @@ impl Puller {
 pub struct Finder<'a> {
     /// Who is asked.
     pub registry: &'a Registry,
+    /// How patiently.
+    pub options: WireOptions,
     /// For manifests that carry signatures.
     pub limits: ManifestLimits,
 }
@@ -224,18 +229,15 @@ impl Finder<'_> {
         if let Some(data) = &layer.data {
             return Ok(Some(data.clone()));
         }
-        let mut body = match self.registry.blob(repository, layer.digest, 0, credential).await {
-            Ok(body) => body,
-            Err(RegistryError::NotFound { .. }) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let mut bytes = Vec::new();
-        while let Some(chunk) = body.chunk().await? {
-            if (bytes.len() + chunk.len()) as u64 > layer.size {
-                return Ok(None);
-            }
-            bytes.extend_from_slice(&chunk);
+        let (blob, options) = ((layer.digest, layer.size), &self.options);
+        match document::fetch(self.registry, options, repository, blob, credential).await {
+            Ok(document) => Ok(Some(document.bytes.to_vec())),
+            Err(
+                PullError::Registry(RegistryError::NotFound { .. })
+                | PullError::BlobSize { .. }
+                | PullError::BlobDigest { .. },
+            ) => Ok(None),
+            Err(error) => Err(error),
         }
-        Ok((Digest::of(&bytes) == layer.digest).then_some(bytes))
     }
 }

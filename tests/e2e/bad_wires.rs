@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use axum::body::Bytes;
 use tonic::Code;
 
 use crate::support::{
@@ -269,6 +270,30 @@ fn parts_with_wrong_bytes_are_fetched_again_as_one_whole() {
     wire.comes();
     let ranges = wire.ranges();
     assert!(ranges.len() > 2 && ranges.last() == Some(&None), "{ranges:?}");
+}
+
+#[test]
+fn a_configuration_that_trickles_is_given_up_as_a_blob_is() {
+    let wire = Wire::new(1);
+    let (config, archive) = (vec![b' '; 1 << 20], Tar::new().file("file", 0o644, "x").finish());
+    let described = |media_type: &str, bytes: &[u8]| serde_json::json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()});
+    wire.fake.put_json(
+        "slow",
+        &serde_json::json!({
+            "schemaVersion": 2,
+            "config": described("application/vnd.oci.image.config.v1+json", &config),
+            "layers": [described(OCI_TAR, &archive)],
+        }),
+    );
+    let blob = digest(&config);
+    wire.fake.script(move |request| {
+        let (bytes, announced) = (Bytes::from(config.clone()), 1 << 20);
+        let (piece, pause) = (100, Duration::from_millis(50));
+        let slow = AnswerBody::Slow { announced, bytes, piece, pause };
+        request.path.ends_with(&blob).then(|| Answer::body(slow))
+    });
+    let volume = wire.node.kubelet.new_volume(&wire.fake.reference("slow"));
+    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
 #[test]

@@ -273,9 +273,11 @@ impl Looker {
             Some(digest) => ManifestName::Digest(digest),
             None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
         };
-        let top = self.registry.manifest(reference.repository(), &name, credential).await?;
-        let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
-        let parsed = parsed.map_err(|error| LookError::Content(error.to_string()))?;
+        let (digest, parsed) = {
+            let top = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
+            (top.digest, parsed.map_err(|error| LookError::Content(error.to_string()))?)
+        };
         let allowed = |bytes: u64| match maximum_bytes {
             Some(limit) if bytes > limit => Err(LookError::TooLarge { bytes, limit }),
             _ => Ok(bytes),
@@ -299,7 +301,7 @@ impl Looker {
             }
         };
         let reference = question.written.clone();
-        Ok(Known { reference, digest: top.digest, platforms, bytes })
+        Ok(Known { reference, digest, platforms, bytes })
     }
 
     /// Of the artifact for one platform; none where its manifest is not understood.

@@ -15,6 +15,7 @@
 //! address    which addresses a pod's author may aim this node at
 //! redirect   which addresses a registry may send this node to
 //! blob       a blob while it arrives
+//! documents  how many bytes of what is read whole are in memory at once
 //! manners    what keeps being refused is not asked again at once, and patience is had
 //! error      why not
 //! ```
@@ -23,7 +24,8 @@
 //!
 //! - No retries but those of authentication: one who waits, retries or gives up
 //!   knows more than this room. [`RegistryError::is_transient`] helps.
-//! - Everything is bounded: manifests and tokens in bytes, every exchange in
+//! - Everything is bounded: manifests and tokens in bytes, each and all that are
+//!   in memory at once, every exchange in
 //!   time, a blob's silence in time. A blob's size is the caller's to bound.
 //! - A credential reaches the registry that it was given for and the token
 //!   server that this registry names, over TLS (or on loopback, or as configured),
@@ -37,6 +39,7 @@ mod ask;
 mod blob;
 mod challenge;
 mod connection;
+mod documents;
 mod endpoint;
 mod error;
 pub mod hosts;
@@ -62,11 +65,13 @@ use rustls::pki_types::CertificateDer;
 
 pub use address::{AddressRules, Loopback};
 pub use blob::BlobBody;
+pub use documents::Held;
 pub use endpoint::other_spellings;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
 pub use question::ManifestName;
 
+use self::documents::Documents;
 use self::endpoint::Endpoint;
 use self::hosts::Hosts;
 use self::manners::Manners;
@@ -110,6 +115,8 @@ pub struct FetchedManifest {
     pub digest: Digest,
     /// The `Content-Type` as sent.
     pub content_type: Option<String>,
+    /// Who holds it asks for no other.
+    _held: Option<Arc<Held>>,
 }
 
 /// Speaks to all registries. Cheap to clone; clones share connections and tokens.
@@ -120,6 +127,7 @@ pub struct Registry {
     manners: Arc<Manners>,
     hosts: Hosts,
     passed_by: Arc<PassedBy>,
+    documents: Arc<Documents>,
     options: Arc<RegistryOptions>,
 }
 
@@ -148,6 +156,7 @@ impl Registry {
             manners: Arc::new(Manners::new()?),
             hosts: Hosts::new(options.hosts_dirs.clone(), options.mirrors_with_credentials.clone()),
             passed_by: Arc::default(),
+            documents: Arc::default(),
             options: Arc::new(options),
         })
     }
@@ -183,7 +192,10 @@ impl Registry {
                     ManifestName::Digest(digest) => Some(*digest),
                     ManifestName::Tag(_) => announced_digest(headers),
                 };
-                let bytes = answer.body(&question.what, self.options.manifest_bytes_limit).await?;
+                let limit = self.options.manifest_bytes_limit;
+                let size = answer.response.content_length().unwrap_or(limit).min(limit);
+                let held = self.hold(repository, size).await.map(Arc::new);
+                let bytes = answer.body(&question.what, limit).await?;
                 let got = Digest::of(&bytes);
                 match expected {
                     Some(expected) if expected != got => Err(RegistryError::DigestMismatch {
@@ -191,7 +203,7 @@ impl Registry {
                         expected,
                         got,
                     }),
-                    _ => Ok(FetchedManifest { bytes, digest: got, content_type }),
+                    _ => Ok(FetchedManifest { bytes, digest: got, content_type, _held: held }),
                 }
             };
             if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
@@ -391,6 +403,12 @@ impl Registry {
                 None => {}
             }
         }
+    }
+
+    /// Waits for room in memory for so many bytes that are read whole, as long as the answer is
+    /// kept; none at the driver's end. Who has it asks for no more, and for no manifest.
+    pub async fn hold(&self, repository: &Repository, bytes: u64) -> Option<Held> {
+        self.documents.hold(repository.host(), bytes).await
     }
 
     /// What mirrors of this registry sent for a blob was not what its digest says: for a while

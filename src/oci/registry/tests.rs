@@ -346,9 +346,12 @@ async fn what_storage_asks_for_is_no_word_of_the_registry() {
     for code in [429, 503] {
         let storage = Server::start(move |_, _| answer(code, &[("retry-after", "60")], "")).await;
         let location = format!("http://{}/b", storage.address);
-        let server = Server::start(move |seen, _| match seen.path.contains("/blobs/") {
-            true => answer(307, &[("location", &location)], ""),
-            false => ok(MANIFEST),
+        let server = Server::start(move |seen, _| {
+            if seen.path.contains("/blobs/") {
+                answer(307, &[("location", &location)], "")
+            } else {
+                ok(MANIFEST)
+            }
         })
         .await;
         let (registry, repository) = (registry(), server.repository());
