@@ -163,26 +163,7 @@ impl Finder<'_> {
         credential: &Credential,
         found: &mut Vec<Found>,
     ) -> Result<(), PullError> {
-        let mut index = self.registry.referrers(repository, subject, credential).await?;
-        if index.is_none() {
-            // The fallback of the distribution specification.
-            let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
-            index = match self.registry.manifest(repository, &name, credential).await {
-                Ok(fetched) => Some(fetched.bytes),
-                Err(RegistryError::NotFound { .. }) => None,
-                Err(error) => return Err(error.into()),
-            };
-        }
-        let Some(bytes) = index else { return Ok(()) };
-        let Ok(Manifest::Index(index)) = Manifest::parse(&bytes, None, self.limits) else {
-            return Ok(());
-        };
-        // Some registries forget what kind of artifact it is: then its layer says so.
-        let may_be = |descriptor: &&Descriptor| {
-            let kind = descriptor.artifact_type.as_deref();
-            kind.is_none_or(|kind| kind == bundle::MEDIA_TYPE || kind.contains("empty"))
-        };
-        for descriptor in index.manifests.iter().filter(may_be).take(MAXIMUM_SIGNATURES) {
+        for descriptor in self.referrers(repository, subject, credential).await? {
             let name = ManifestName::Digest(descriptor.digest);
             let Some(manifest) = self.signature_manifest(repository, &name, credential).await?
             else {
@@ -197,6 +178,47 @@ impl Finder<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What refers to a digest and may carry a signature, most likely first.
+    async fn referrers(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+    ) -> Result<Vec<Descriptor>, PullError> {
+        let mut indexes = Vec::new();
+        let parse = |bytes: &[u8]| match Manifest::parse(bytes, None, self.limits) {
+            Ok(Manifest::Index(index)) => Some(index),
+            Ok(Manifest::Image(_)) | Err(_) => None,
+        };
+        match self.registry.referrers(repository, subject, credential).await? {
+            Some(referrers) => {
+                indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
+            }
+            // The fallback of the distribution specification.
+            None => {
+                let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
+                match self.registry.manifest(repository, &name, credential).await {
+                    Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
+                    Err(RegistryError::NotFound { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        let is_bundle = |descriptor: &Descriptor| {
+            descriptor.artifact_type.as_deref() == Some(bundle::MEDIA_TYPE)
+        };
+        // Some registries forget what kind of artifact it is: then its layer says so.
+        let may_be = |descriptor: &Descriptor| {
+            let kind = descriptor.artifact_type.as_deref();
+            is_bundle(descriptor) || kind.is_none_or(|kind| kind.contains("empty"))
+        };
+        let all = indexes.into_iter().flat_map(|index| index.manifests);
+        let mut found: Vec<_> = all.filter(may_be).collect();
+        found.sort_by_key(|descriptor| !is_bundle(descriptor));
+        found.truncate(MAXIMUM_SIGNATURES);
+        Ok(found)
     }
 
     /// A manifest that carries signatures; one that is not there or makes no sense carries none.

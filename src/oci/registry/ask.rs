@@ -36,7 +36,7 @@ impl Registry {
     ) -> Result<Answer, RegistryError> {
         let repository = question.repository;
         let credential = question.credential_for(endpoint);
-        let url = endpoint.object(repository, &question.object);
+        let url = question.address(endpoint);
         let mut proof =
             self.session.eager(&self.transport, endpoint, repository, credential).await?;
         let mut attempt = 1;

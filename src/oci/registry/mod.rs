@@ -3,6 +3,7 @@
 //! ```text
 //! mod        what may be had: manifests, tags, blobs
 //! ask        authentication's three steps
+//! referrers  what refers to a digest, page by page
 //! passed_by  mirrors that were of no use for a blob
 //! question   what may be asked, and of whom in which order
 //! session    which proof to show: what is known of a repository, answers to challenges
@@ -48,6 +49,7 @@ mod passed_by;
 mod question;
 mod recent;
 mod redirect;
+mod referrers;
 mod session;
 mod tls;
 mod token;
@@ -70,6 +72,7 @@ pub use endpoint::other_spellings;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
 pub use question::ManifestName;
+pub use referrers::Referrers;
 
 use self::documents::Documents;
 use self::endpoint::Endpoint;
@@ -370,37 +373,6 @@ impl Registry {
             };
             if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
                 return done;
-            }
-        }
-    }
-
-    /// The index of what refers to a digest; none where the registry does not know the
-    /// question, so that its fallback tag has to be asked for.
-    pub async fn referrers(
-        &self,
-        repository: &Repository,
-        subject: Digest,
-        credential: &Credential,
-    ) -> Result<Option<Bytes>, RegistryError> {
-        let question = &Question::referrers(repository, subject, credential);
-        let mut turns = self.turns(question, Needs::Pull).await?;
-        loop {
-            let endpoint = turns.current();
-            let tried = async {
-                let answer = self.ask(question, endpoint).await?;
-                if let Some(refusal) = answer.refusal_or_success(question, endpoint) {
-                    return Err(refusal);
-                }
-                let what = &question.what;
-                answer.body(what, self.options.manifest_bytes_limit).await.map(Some)
-            };
-            // A mirror that does not know referrers says nothing of the registry, which is asked next.
-            match turns.judge(self.in_time(question, endpoint, tried).await) {
-                Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
-                    return Ok(None);
-                }
-                Some(done) => return done,
-                None => {}
             }
         }
     }

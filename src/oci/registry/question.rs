@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use reqwest::Method;
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+use reqwest::{Method, Url};
 
 use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
@@ -49,6 +49,8 @@ pub(super) struct Question<'a> {
     pub(super) blob: Option<Digest>,
     /// The path below the repository.
     pub(super) object: String,
+    /// Which of several pages.
+    pub(super) query: Option<String>,
     pub(super) headers: HeaderMap,
     /// Names the thing in errors.
     pub(super) what: String,
@@ -73,6 +75,20 @@ impl ManifestName {
 }
 
 impl<'a> Question<'a> {
+    /// Where this host answers it.
+    pub(super) fn address(&self, endpoint: &Endpoint) -> Url {
+        let mut url = endpoint.object(self.repository, &self.object);
+        if self.query.is_some() {
+            let namespace = url.query().map(str::to_owned);
+            url.set_query(self.query.as_deref());
+            let is_named = url.query_pairs().any(|(name, _)| name == "ns");
+            if let (Some(namespace), false) = (namespace, is_named) {
+                url.set_query(Some(&format!("{}&{namespace}", url.query().unwrap_or_default())));
+            }
+        }
+        url
+    }
+
     /// What this host may be shown.
     pub(super) fn credential_for(&self, endpoint: &Endpoint) -> &'a Credential {
         if endpoint.takes_credentials { self.credential } else { &Credential::Anonymous }
@@ -108,6 +124,7 @@ impl<'a> Question<'a> {
             what: error::describe(&format!("manifest {name}"), repository),
             blob: None,
             object: format!("manifests/{name}"),
+            query: None,
             headers,
         })
     }
@@ -125,6 +142,7 @@ impl<'a> Question<'a> {
             what: error::describe(&format!("what refers to {subject}"), repository),
             blob: None,
             object: format!("referrers/{subject}"),
+            query: None,
             headers: HeaderMap::from_iter([(ACCEPT, accepted)]),
         }
     }
@@ -142,6 +160,7 @@ impl<'a> Question<'a> {
             what: error::describe(&format!("blob {digest}"), repository),
             blob: Some(digest),
             object: format!("blobs/{digest}"),
+            query: None,
             headers: HeaderMap::new(),
         }
     }

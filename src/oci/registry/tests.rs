@@ -962,19 +962,86 @@ async fn a_connection_that_breaks_is_no_end() {
     assert!(matches!(error, RegistryError::Unreachable { .. }) && error.is_transient());
 }
 
+// --- referrers ---
+
+const LIST: &str = r#"{"schemaVersion":2,"manifests":[{}]}"#;
+
+async fn pages_of(server: &Server) -> Result<usize, RegistryError> {
+    let (registry, repository) = (registry(), server.repository());
+    let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await?;
+    Ok(found.map_or(0, |found| found.pages.len()))
+}
+
+#[tokio::test]
+async fn what_refers_to_a_digest_is_read_page_by_page() {
+    let server = Server::start(|seen, _| {
+        let page: usize = seen.query.strip_prefix("page=").map_or(1, |page| page.parse().unwrap());
+        let link = format!("<{}?page={}>; rel=\"next\"", seen.path, page + 1);
+        if page < 3 { answer(200, &[("link", &link)], LIST) } else { ok(LIST) }
+    })
+    .await;
+    assert_eq!(pages_of(&server).await, Ok(3));
+    let endless = Server::start(|seen, _| {
+        let page: usize = seen.query.strip_prefix("page=").map_or(1, |page| page.parse().unwrap());
+        let link = format!("<{}?page={}>; rel=\"next\"", seen.path, page + 1);
+        answer(200, &[("link", &link)], LIST)
+    })
+    .await;
+    assert_eq!(pages_of(&endless).await, Ok(32));
+}
+
+#[tokio::test]
+async fn a_next_page_elsewhere_or_of_something_else_is_not_followed() {
+    let elsewhere = Server::start(|_, _| ok(LIST)).await;
+    let other = elsewhere.address;
+    for link in [
+        format!("<http://{other}/v2/team/app/referrers/{}?page=2>; rel=next", Digest::of(b"")),
+        "</v2/team/app/blobs/x?page=2>; rel=next".to_owned(),
+        "<?>; rel=next".to_owned(),
+    ] {
+        let server = Server::start(move |_, _| answer(200, &[("link", &link)], LIST)).await;
+        assert!(pages_of(&server).await.unwrap() <= 2);
+        assert!(server.seen().iter().all(|seen| seen.path.contains("/referrers/")));
+    }
+    assert!(elsewhere.seen().is_empty());
+}
+
+#[tokio::test]
+async fn a_list_that_would_have_to_be_decoded_is_none() {
+    let server = Server::start(|_, _| answer(200, &[("content-encoding", "gzip")], LIST)).await;
+    assert_eq!(pages_of(&server).await, Ok(0));
+}
+
+#[tokio::test]
+async fn a_mirrors_empty_list_is_no_word_of_the_registry() {
+    let mirror = Server::start(|_, _| ok(r#"{"schemaVersion":2,"manifests":[]}"#)).await;
+    let server = Server::start(|_, _| ok(LIST)).await;
+    let (registry, _folder) = registry_behind(&mirror);
+    let repository = server.repository();
+    let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await;
+    let found = found.unwrap().expect("a list");
+    assert_eq!(found.pages, [LIST.as_bytes()]);
+    assert_eq!((mirror.seen().len(), server.seen().len()), (1, 1));
+}
+
 // --- mirrors ---
+
+/// A client that asks this mirror first, for whatever registry.
+fn registry_behind(mirror: &Server) -> (Registry, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("_default")).unwrap();
+    let text = format!("[host.\"http://{}\"]\n", mirror.address);
+    std::fs::write(folder.path().join("_default/hosts.toml"), text).unwrap();
+    let hosts_dirs = vec![folder.path().to_owned()];
+    (Registry::new(RegistryOptions { hosts_dirs, ..Default::default() }).unwrap(), folder)
+}
 
 #[tokio::test]
 async fn a_mirror_of_no_use_is_passed_by_for_its_registry_and_asked_when_that_is_away() {
     let mirror = Server::start(|_, _| ok("mirror")).await;
     let (first, second) =
         (Server::start(|_, _| ok("first")).await, Server::start(|_, _| ok("second")).await);
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::create_dir(folder.path().join("_default")).unwrap();
-    let text = format!("[host.\"http://{}\"]\n", mirror.address);
-    std::fs::write(folder.path().join("_default/hosts.toml"), text).unwrap();
-    let hosts_dirs = vec![folder.path().to_owned()];
-    let registry = Registry::new(RegistryOptions { hosts_dirs, ..Default::default() }).unwrap();
+    let (registry, _folder) = registry_behind(&mirror);
     let digest = Digest::of(b"");
     let ask = async |repository: &Repository| {
         let mut body = registry.blob(repository, digest, 0, &Credential::Anonymous).await?;
