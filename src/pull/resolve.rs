@@ -272,7 +272,12 @@ impl Inner {
                 let with = (&credential, &candidate.principal);
                 match self.fetch_with(question, &reference, &platform, with, &candidates).await {
                     Err(error) if may_depend_on_credential(&error) => {
-                        refused.get_or_insert(error);
+                        tracing::debug!(%reference, %error, "refused with one of several credentials");
+                        // Whom the registry does not know says nothing of the thing; the others do.
+                        let says_more = |before| is_stranger(before) && !is_stranger(&error);
+                        if refused.as_ref().is_none_or(says_more) {
+                            refused = Some(error);
+                        }
                     }
                     done => return done,
                 }
@@ -391,7 +396,12 @@ impl Inner {
             Ok(known.filter(kept))
         });
         let Some(known) = known.await? else { return Ok(None) };
-        let current = self.registry.resolve_tag(reference.repository(), tag, credential).await?;
+        let current = match self.registry.resolve_tag(reference.repository(), tag, credential).await
+        {
+            // Some registries know no such request; the one for the manifest itself decides.
+            Err(RegistryError::NotFound { .. }) => None,
+            current => current?,
+        };
         Ok((current == Some(known.resolved)).then_some((known.resolved, known.manifest)))
     }
 
@@ -516,6 +526,11 @@ fn may_depend_on_credential(error: &PullError) -> bool {
                 | RegistryError::NotFound { .. }
         )
     )
+}
+
+/// Whether the credential itself was not accepted.
+fn is_stranger(error: &PullError) -> bool {
+    matches!(error.root(), PullError::Registry(RegistryError::Unauthorized { .. }))
 }
 
 /// Runs disk work off the async threads.

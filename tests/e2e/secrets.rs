@@ -52,6 +52,32 @@ fn basic(volume: Volume, user: &str, password: &str) -> Volume {
     volume.secret("username", user).secret("password", password)
 }
 
+/// Of several credentials the registry knows one, and says to that one what is wrong.
+#[test]
+fn a_credential_that_is_unknown_does_not_hide_what_another_is_told() {
+    let node = Node::start();
+    let registry = FakeRegistry::new();
+    let host = registry.host();
+    let by_path = format!("{host}/hostile");
+    let config = json!({"auths": {
+        &by_path: {"auth": encoded("unknown", "wrong")},
+        &host: {"auth": encoded(USER, PASSWORD)},
+    }});
+    let known = format!("Basic {}", encoded(USER, PASSWORD));
+    registry.script(move |request| {
+        let is_known = request.header("authorization") == Some(known.as_str());
+        Some(if is_known {
+            Answer::error(404, "MANIFEST_UNKNOWN")
+        } else {
+            Answer::error(401, "UNAUTHORIZED")
+                .with_header("www-authenticate", "Basic realm=\"test\"")
+        })
+    });
+    let volume = node.kubelet.new_volume(&registry.reference("missing"));
+    let volume = volume.secret(".dockerconfigjson", &config.to_string());
+    node.kubelet.publish_badly(&volume, Code::NotFound);
+}
+
 #[test]
 fn every_kind_of_secret_opens_a_private_registry() {
     let node = Node::start();
