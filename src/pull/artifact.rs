@@ -473,7 +473,7 @@ impl Inner {
         shape: Shape,
         tree: TreeKey,
         source: Source,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
         let sponsors = Arc::new(Sponsors::default());
         let _sponsorship = sponsors.offer(source.clone());
@@ -492,7 +492,7 @@ impl Inner {
         self: &Arc<Self>,
         descriptor: &Descriptor,
         source: &Source,
-        progress: &Progress,
+        progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
         let (digest, size) = (descriptor.digest, descriptor.size);
         let (inner, repository) = (Arc::clone(self), source.repository.clone());

@@ -52,8 +52,8 @@ pub enum Write {
         /// Given back when they are written.
         memory: OwnedSemaphorePermit,
     },
-    /// What is there is worth nothing. Whoever followed it follows this from now on.
-    Restart(oneshot::Sender<Follower>),
+    /// What is there is worth nothing. Whoever followed it follows this from now on, if it is kept.
+    Restart(oneshot::Sender<Option<Follower>>),
     /// All bytes are there: is it the blob?
     Verify(oneshot::Sender<Digest>),
 }
@@ -133,6 +133,13 @@ impl<'a> Connections<'a> {
         let state = State { spans, wanted: 1, most, ranges, asked: false, mirrored: false };
         let state = Mutex::new(state);
         Self { wire, source, digest, size, ask, progress, writes, busy, follow, state }
+    }
+
+    /// Never several at once: for a writer that has to be given all bytes in order.
+    #[must_use]
+    pub fn one_after_the_other(self) -> Self {
+        self.state().most = 1;
+        self
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -410,7 +417,9 @@ impl<'a> Connections<'a> {
         }
         let (begun, begins) = oneshot::channel();
         self.send(Write::Restart(begun)).await?;
-        (self.follow)(begins.await.map_err(|_| Failure::WriterGone)?);
+        if let Some(follower) = begins.await.map_err(|_| Failure::WriterGone)? {
+            (self.follow)(follower);
+        }
         Ok(())
     }
 

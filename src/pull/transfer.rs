@@ -170,35 +170,64 @@ async fn fetch_from(
 }
 
 /// Fetches a blob only to see that the registry has it: its content is here
-/// already, but did not come from this registry.
+/// already, but did not come from this registry. As any download it takes its turn and is
+/// continued where it broke.
 pub async fn prove(
     wire: &Wire,
     source: &Source,
-    (digest, size): (Digest, u64),
-    progress: &Progress,
+    blob: (Digest, u64),
+    progress: &Arc<Progress>,
 ) -> Result<(), PullError> {
-    use sha2::Digest as _;
-    let Source { repository, credential } = source;
-    let mut body = wire.registry.blob(repository, digest, 0, credential).await?;
-    let mut hasher = sha2::Sha256::new();
-    let mut length = 0;
+    let ask = Ask {
+        urgency: Arc::clone(progress),
+        artifact: Sponsors::default().number(),
+        host: source.repository.host().to_owned(),
+    };
+    let (_, size) = blob;
     progress.expect(size);
-    while let Some(chunk) = body.chunk().await? {
-        length += chunk.len() as u64;
-        if length > size {
-            return Err(PullError::BlobSize { digest, expected: size, got: length });
+    let place = wire.places.acquire(ask.clone()).await;
+    let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
+    let hashing = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        hash(queue);
+    });
+    let slot = wire.slots.acquire(ask.clone()).await;
+    let (spans, busy) = (Spans::whole(size), Arc::default());
+    let (about, to) = ((ask, &**progress), (writes, busy));
+    let moved = Connections::new(wire, source, blob, about, to, (spans, &|_| ()))
+        .one_after_the_other()
+        .run(slot)
+        .await;
+    if hashing.await.is_err() {
+        return Err(PullError::Crashed);
+    }
+    match moved {
+        Ok(()) => Ok(()),
+        Err(Failure::Failed(error) | Failure::Wrong(error)) => Err(error),
+        Err(Failure::WriterGone) => Err(PullError::Crashed),
+    }
+}
+
+/// The blocking side of a blob that is not kept. Its bytes come in order: one connection brings them.
+fn hash(mut queue: mpsc::Receiver<Write>) {
+    use sha2::Digest as _;
+    let mut hasher = sha2::Sha256::new();
+    while let Some(write) = queue.blocking_recv() {
+        give_way();
+        match write {
+            Write::Bytes { bytes, memory, .. } => {
+                hasher.update(&bytes);
+                drop((bytes, memory));
+            }
+            Write::Restart(begun) => {
+                hasher = sha2::Sha256::new();
+                let _ = begun.send(None);
+            }
+            Write::Verify(answer) => {
+                let _ = answer.send(Digest::from_bytes(hasher.clone().finalize().into()));
+            }
         }
-        wire.throttle.pass(chunk.len() as u64).await;
-        wire.observer.downloaded(chunk.len() as u64);
-        progress.arrived(chunk.len() as u64);
-        // 64 KiB take about 40 µs: not worth a thread.
-        hasher.update(&chunk);
     }
-    let got = Digest::from_bytes(hasher.finalize().into());
-    if got != digest {
-        return Err(PullError::BlobDigest { expected: digest, got });
-    }
-    Ok(())
 }
 
 /// The blocking side.
@@ -217,7 +246,7 @@ fn write(
             }
             Write::Restart(follow) => {
                 partial.restart()?;
-                let _ = follow.send(partial.follow());
+                let _ = follow.send(Some(partial.follow()));
             }
             Write::Verify(answer) => {
                 let _ = answer.send(partial.digest());

@@ -296,6 +296,23 @@ fn a_configuration_that_trickles_is_given_up_as_a_blob_is() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
+/// Content that is here from another registry has to be sent by this one too, which takes as long.
+#[test]
+fn a_proof_of_content_goes_on_where_its_connection_broke() {
+    let wire = Wire::new(300_000);
+    let first = FakeRegistry::new();
+    let layer = Layer::titled("file", wire.content.clone());
+    Manifest::artifact([layer]).push(&first, "hostile", "v1");
+    let (here, _) = wire.node.mount(&first.reference("v1"));
+    wire.nth(|number, request, content| {
+        let whole = part(request, content);
+        Some(if number == 0 { cut(whole, 100_000, false) } else { whole })
+    });
+    wire.comes();
+    assert_eq!(wire.ranges(), [None, Some((100_000, None))]);
+    wire.node.kubelet.unpublish(&here);
+}
+
 #[test]
 fn a_source_that_changed_under_a_download_is_found_out_and_fetched_again_once() {
     let wire = Wire::new(300_000);
