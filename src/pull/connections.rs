@@ -307,7 +307,7 @@ impl<'a> Connections<'a> {
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
         let ended = self.receive(number, slot, body).await;
         let is_useless = match &ended {
-            Err(Stop::TooSlow(..)) => true,
+            Err(Stop::TooSlow(..) | Stop::Broke(PullError::BlobSize { .. })) => true,
             Err(Stop::Broke(_)) => self.span(number).start - start < WORTH_A_MIRROR,
             _ => false,
         };

@@ -219,24 +219,31 @@ fn a_mirrors_wrong_bytes_are_never_shown() {
 #[test]
 fn a_mirror_that_breaks_off_is_passed_by() {
     let node = Node::start_with_hosts("");
-    let repository = unique("mirrored");
-    let content = noise(300_000, 5);
-    let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
-    manifest.push(registry(), &repository, "v1");
-    let mirror = FakeRegistry::new();
-    manifest.push(&mirror, &repository, "v1");
-    let (blob, first) = (digest(&content), Bytes::from(content[..10].to_vec()));
-    let suffix = blob.clone();
-    mirror.script(move |request| {
-        let body = AnswerBody::Broken { announced: 300_000, bytes: first.clone() };
-        request.path.ends_with(&suffix).then(|| Answer::body(body))
-    });
-    node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
-    let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
-    assert!(fs::read(volume.target().join("file")).expect("the file") == content);
-    let asked = mirror.requests().iter().filter(|request| request.path.ends_with(&blob)).count();
-    assert_eq!(asked, 1, "it was asked again");
-    node.kubelet.unpublish(&volume);
+    type Body = fn(Bytes) -> AnswerBody;
+    let ways: [Body; 2] = [
+        |content| AnswerBody::Broken { announced: 3_000_000, bytes: content.slice(..10) },
+        // It ends as if that were all.
+        |content| AnswerBody::Unannounced(content.slice(..2_000_000)),
+    ];
+    for (way, seed) in ways.into_iter().zip(5..) {
+        let (repository, content) = (unique("mirrored"), noise(3_000_000, seed));
+        let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
+        manifest.push(registry(), &repository, "v1");
+        let mirror = FakeRegistry::new();
+        manifest.push(&mirror, &repository, "v1");
+        let (blob, body) = (digest(&content), way(content.clone().into()));
+        let suffix = blob.clone();
+        mirror.script(move |request| {
+            request.path.ends_with(&suffix).then(|| Answer::body(body.clone()))
+        });
+        node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
+        let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+        assert!(fs::read(volume.target().join("file")).expect("the file") == content);
+        let requests = mirror.requests();
+        let asked = requests.iter().filter(|request| request.path.ends_with(&blob)).count();
+        assert_eq!(asked, 1, "it was asked again");
+        node.kubelet.unpublish(&volume);
+    }
 }
 
 /// What somebody's own registry sends of a well-known blob is no word about the mirrors of another.
