@@ -109,7 +109,8 @@ async fn fetch_from(
     let writing = tokio::task::spawn_blocking(move || {
         // As long as there is the thread, also when nobody waits for it any more.
         let _place = place;
-        let mut partial = match store.partial(&host, blob, purpose) {
+        let is_wanted = || !opened.is_closed();
+        let mut partial = match store.partial_while(&host, blob, purpose, &is_wanted) {
             Ok(partial) => partial,
             Err(error) => return (None, guard, Err(error)),
         };

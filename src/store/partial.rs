@@ -78,8 +78,20 @@ impl Store {
     pub fn partial(
         &self,
         host: &str,
+        blob: (Digest, u64),
+        purpose: Purpose,
+    ) -> Result<Partial, StoreError> {
+        self.partial_while(host, blob, purpose, &|| true)
+    }
+
+    /// The same, for as long as somebody wants it: a large prefix takes its time to be hashed.
+    /// What is there stays.
+    pub fn partial_while(
+        &self,
+        host: &str,
         (digest, size): (Digest, u64),
         purpose: Purpose,
+        is_wanted: &dyn Fn() -> bool,
     ) -> Result<Partial, StoreError> {
         let path = self.partial_path(host, digest);
         let open = self.downloads().open(digest);
@@ -114,8 +126,17 @@ impl Store {
             _open: open,
         };
         // Unreadable bytes are as good as none, and so is what is longer than the blob.
-        if length > size || partial.catch_up().is_err() {
+        if length > size {
             partial.restart()?;
+            return Ok(partial);
+        }
+        match partial.catch_up(is_wanted) {
+            Ok(true) => {}
+            Ok(false) => {
+                let unwanted = std::io::ErrorKind::Interrupted.into();
+                return Err(StoreError::io("hash", &partial.path, unwanted));
+            }
+            Err(_) => partial.restart()?,
         }
         Ok(partial)
     }
@@ -168,7 +189,7 @@ impl Partial {
         self.unrecorded += bytes.len() as u64;
         if is_next {
             self.hashed = end;
-            self.catch_up().map_err(|error| StoreError::io("read", &self.path, error))?;
+            self.catch_up(&|| true).map_err(|error| StoreError::io("read", &self.path, error))?;
             self.growth.grow(self.hashed);
         }
         if self.unflushed >= WRITE_BACK && self.purpose == Purpose::Keep {
@@ -182,14 +203,17 @@ impl Partial {
         Ok(())
     }
 
-    /// Hashes what is there behind the prefix.
-    fn catch_up(&mut self) -> std::io::Result<()> {
+    /// Hashes what is there behind the prefix; false when nobody wanted that any more.
+    fn catch_up(&mut self, is_wanted: &dyn Fn() -> bool) -> std::io::Result<bool> {
         let end = self.written.end_from(self.hashed);
         if end == self.hashed {
-            return Ok(());
+            return Ok(true);
         }
         let mut buffer = vec![0; BUFFER];
         while self.hashed < end {
+            if !is_wanted() {
+                return Ok(false);
+            }
             let wanted = usize::try_from(end - self.hashed).unwrap_or(BUFFER).min(BUFFER);
             match self.file.read_at(&mut buffer[..wanted], self.hashed)? {
                 0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
@@ -200,7 +224,7 @@ impl Partial {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Forgets all bytes.
