@@ -192,18 +192,15 @@ impl Finder<'_> {
             Ok(Manifest::Index(index)) => Some(index),
             Ok(Manifest::Image(_)) | Err(_) => None,
         };
-        match self.registry.referrers(repository, subject, credential).await? {
-            Some(referrers) => {
-                indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
-            }
+        if let Some(referrers) = self.registry.referrers(repository, subject, credential).await? {
+            indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
+        } else {
             // The fallback of the distribution specification.
-            None => {
-                let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
-                match self.registry.manifest(repository, &name, credential).await {
-                    Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
-                    Err(RegistryError::NotFound { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
+            let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
+            match self.registry.manifest(repository, &name, credential).await {
+                Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
+                Err(RegistryError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         let is_bundle = |descriptor: &Descriptor| {

@@ -218,8 +218,8 @@ fn a_mirrors_wrong_bytes_are_never_shown() {
 
 #[test]
 fn a_mirror_that_breaks_off_is_passed_by() {
-    let node = Node::start_with_hosts("");
     type Body = fn(Bytes) -> AnswerBody;
+    let node = Node::start_with_hosts("");
     let ways: [Body; 2] = [
         |content| AnswerBody::Broken { announced: 3_000_000, bytes: content.slice(..10) },
         // It ends as if that were all.
