@@ -350,7 +350,10 @@ impl<'a> Connections<'a> {
             if step == Step::Complete && span.end < self.size {
                 return Ok(());
             }
-            if let Err(bytes) = rate.keeps(length) {
+            let is_kept = rate.keeps(length);
+            if step == Step::More
+                && let Err(bytes) = is_kept
+            {
                 return Err(Stop::TooSlow(self.too_slow(), bytes));
             }
             if step == Step::More
