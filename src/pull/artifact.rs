@@ -279,6 +279,7 @@ impl Inner {
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
         let reservation = self.reserve(&parts, shape.permissions).await?;
+        let blobs = parts.iter().map(|part| part.descriptor.digest).collect();
         let mut waiting = parts.into_iter();
         let (mut under_way, mut unnamed) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut objects, mut layers) = (Vec::new(), Vec::new());
@@ -323,7 +324,6 @@ impl Inner {
         let kind = image.kind().to_owned();
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
         let permit = self.unpackers.permit(progress).await?;
-        let written = reservation.blobs();
         let built = blocking(move || {
             let _permit = permit;
             let (plan, objects) = inner.plan(objects, &shape)?;
@@ -339,7 +339,7 @@ impl Inner {
             };
             // Folders and links of its own may be many, also of layers that are here.
             let claim = Claim::of_tree(key, &plan);
-            let reserve = || inner.store.reserve_after(&[claim], &written);
+            let reserve = || inner.store.reserve_after(&[claim], &blobs);
             // With locks that publishes wait for.
             let room = background::as_ordinary(reserve)?;
             let built = inner.store.build_tree(&plan, &objects)?;

@@ -40,11 +40,6 @@ enum Here {
 }
 
 impl Reserved {
-    /// What has no name yet.
-    pub(super) fn blobs(&self) -> HashSet<Digest> {
-        self.reservation.blobs()
-    }
-
     /// A blob's content has its name.
     pub(super) fn done(&self, blob: Digest) {
         self.reservation.done(blob);

@@ -32,6 +32,9 @@ const UNLINKED_AGE: Duration = Duration::from_hours(1);
 const PARTIAL_AGE: Duration = Duration::from_hours(24);
 /// After a boot pods come back for what they had: nothing goes meanwhile, unless room is wanted.
 const BOOT_GRACE: Duration = Duration::from_mins(10);
+/// So many objects that cannot be removed end a collection: a disk that takes nothing back would
+/// be asked for each of them.
+const MANY_THAT_RESIST: u32 = 8;
 
 /// What a collection is to achieve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,6 +236,7 @@ impl Store {
         let failed = |error| StoreError::io("evict from", self.root(), error);
         fault::point("gc.planned").map_err(failed)?;
         let mut left = goal.less(Goal { bytes: collected.bytes, inodes: 0 });
+        let mut resisting = 0;
         loop {
             let Plan { victims, .. } = facts.plan(left);
             let mut resisted = false;
@@ -244,6 +248,11 @@ impl Store {
                     tracing::warn!(object = %name, %error, "it cannot be removed, and stays");
                     facts.store.leased.insert(name);
                     resisted = true;
+                    resisting += 1;
+                    if resisting == MANY_THAT_RESIST {
+                        // It is not these objects, it is the disk.
+                        return if collected.is_nothing() { Err(error) } else { Ok(collected) };
+                    }
                     continue;
                 }
                 collected.add(&facts, &name, reason);

@@ -179,8 +179,8 @@ impl Store {
         self.reserve_after(claims, &HashSet::new())
     }
 
-    /// The same for whoever has written all that was claimed for some blobs, and has not named it
-    /// yet: it shows on the disk by now.
+    /// The same for whoever has written all that was claimed for some blobs, whether it has its
+    /// name by now or not: it shows on the disk, and had its room of the quota.
     ///
     /// # Errors
     ///
@@ -300,10 +300,10 @@ impl Claims {
             sums.needed = sums.needed.plus(added.less(Goal { bytes: here, inodes: 0 }));
         }
         for (blob, claimed) in all.iter() {
-            sums.quota = sums.quota.saturating_add(claimed.bytes);
             if written.contains(blob) {
                 continue;
             }
+            sums.quota = sums.quota.saturating_add(claimed.bytes);
             let here = Goal { bytes: store.partial_bytes(*blob), inodes: 0 };
             sums.others = sums.others.plus(claimed.goal().less(here));
         }
@@ -350,12 +350,6 @@ impl Claim {
 }
 
 impl Reservation {
-    /// What it still holds room for.
-    #[must_use]
-    pub fn blobs(&self) -> HashSet<Digest> {
-        self.blobs.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
-    }
-
     /// A blob's content has its name: what it took shows on the disk itself now.
     pub fn done(&self, blob: Digest) {
         let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);

@@ -95,9 +95,14 @@ impl Store {
         entry: Entry,
     ) -> Result<(u32, Lease), StoreError> {
         let failed = |error| StoreError::io("name", key_folder, error);
-        fault::point("commit.staged").map_err(failed)?;
         let since = Instant::now();
-        self.barrier().pass(&staging.staged)?;
+        let staged = fault::point("commit.staged").map_err(failed);
+        if let Err(error) = staged.and_then(|()| self.barrier().pass(&staging.staged)) {
+            // What the kernel could not write it calls written from then on, and the next sync
+            // finds nothing wrong with it: no download again, whatever its digest.
+            staging.borrowed = None;
+            return Err(error);
+        }
         tracing::debug!(object = %key_folder.display(), took = ?since.elapsed(), "synced");
         fault::point("commit.synced").map_err(failed)?;
         let (generation, path, name, lease) = loop {

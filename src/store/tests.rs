@@ -1,3 +1,4 @@
+use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
@@ -444,10 +445,29 @@ fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
     let free = store.room().expect("room").free_bytes;
     let claim =
         |text: &str, bytes| room::Claim { blob: Digest::of(text.as_bytes()), bytes, inodes: 1 };
-    let layer = store.reserve(&[claim("layer", free / 4 * 3)]).expect("room");
+    let layer = claim("layer", free / 4 * 3);
+    let _layer = store.reserve(&[layer]).expect("room");
     let tree = claim("tree", free / 2);
     assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
-    store.reserve_after(&[tree], &layer.blobs()).expect("the layer is on the disk");
+    let written = HashSet::from([layer.blob]);
+    store.reserve_after(&[tree], &written).expect("the layer is on the disk");
+}
+
+#[test]
+fn what_has_its_name_and_its_claim_counts_once_against_the_quota() {
+    const QUOTA: u64 = 1 << 20;
+    let folder = tempfile::tempdir().expect("a folder");
+    let cache = CacheOptions { max_bytes: Some(QUOTA), ..without_floor() };
+    let store = Store::open(folder.path(), StoreOptions { cache, ..StoreOptions::default() });
+    let store = store.expect("a store");
+    let content = vec![b'x'; 600 << 10];
+    let claim = |blob, bytes| room::Claim { blob, bytes, inodes: 1 };
+    let layer = claim(Digest::of(&content), 600 << 10);
+    let _claimed = store.reserve(&[layer]).expect("room");
+    let (_key, _lease) = file(&store, &content, 0o444);
+    let tree = claim(Digest::of(b"tree"), 8 << 10);
+    assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
+    store.reserve_after(&[tree], &HashSet::from([layer.blob])).expect("it counts once");
 }
 
 #[test]

@@ -150,6 +150,23 @@ fn a_blob_that_only_the_disk_has_failed_is_not_fetched_again() {
 }
 
 #[test]
+fn what_could_not_be_synced_is_fetched_again_and_not_taken_for_written() {
+    let (node, sound) = node_with_fault("commit.staged:error:5");
+    let content = noise(1 << 20, 33);
+    let repository = unique("unsynced");
+    let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
+    manifest.push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    node.kubelet.publish_badly(&volume, Code::Internal);
+    let Node { driver, kubelet, proxy, sandbox: _sandbox } = node;
+    driver.kill();
+    let _driver = sound.start();
+    kubelet.publish_well(&volume);
+    assert_eq!(fs::read(volume.target().join("file")).expect("the file"), content);
+    assert_eq!(proxy.fetches(&digest(&content)), 2);
+}
+
+#[test]
 fn a_name_that_could_not_be_made_durable_is_counted_and_goes() {
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
