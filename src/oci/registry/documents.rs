@@ -1,24 +1,36 @@
 //! How many bytes of documents are in memory at once: manifests, configurations, signatures.
 //!
 //! They are read whole before they mean anything. Each has its own limit, and all that come now have
-//! this one; a registry has a part of it, so that one that lets its documents trickle leaves room for
-//! the others'. Nobody who holds one waits for another.
+//! two: most are a few KiB, and these never wait for one of the few that are large, which may take
+//! minutes. A registry has a part of each, so that one that lets its documents trickle leaves room
+//! for the others'. Nobody who holds one waits for another.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Of all registries: a thousand ordinary documents, or one configuration of the largest size with
-/// two manifests of the largest beside it.
-const BYTES: u32 = 24 << 20;
-/// Of one registry.
-const BYTES_OF_HOST: u32 = 16 << 20;
+/// The largest of the small documents. What does not say how large it is is one of them until it
+/// turns out to be larger.
+pub(super) const SMALL: u64 = 256 << 10;
+/// Of all small ones, and of those of one registry: thousands of ordinary documents. To take all of
+/// it, eight registries must each trickle four of the largest at once, which have half a minute.
+const SMALL_BYTES: (u32, u32) = (8 << 20, 1 << 20);
+/// Of all large ones, and of those of one registry: one configuration of the largest size with two
+/// manifests of the largest beside it.
+const LARGE_BYTES: (u32, u32) = (24 << 20, 16 << 20);
 
 /// The room of one process.
 #[derive(Debug)]
 pub(super) struct Documents {
+    small: Pool,
+    large: Pool,
+}
+
+#[derive(Debug)]
+struct Pool {
     all: Arc<Semaphore>,
+    bytes_of_host: u32,
     hosts: Mutex<HashMap<String, Weak<Semaphore>>>,
 }
 
@@ -31,7 +43,7 @@ pub struct Held {
 
 impl Default for Documents {
     fn default() -> Self {
-        Self { all: Arc::new(Semaphore::new(BYTES as usize)), hosts: Mutex::default() }
+        Self { small: Pool::new(SMALL_BYTES), large: Pool::new(LARGE_BYTES) }
     }
 }
 
@@ -39,7 +51,19 @@ impl Documents {
     /// Waits for room for so many bytes of a registry; none at the driver's end. More than a
     /// registry may have is as much as all of it.
     pub(super) async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, BYTES_OF_HOST);
+        let pool = if bytes <= SMALL { &self.small } else { &self.large };
+        pool.hold(host, bytes).await
+    }
+}
+
+impl Pool {
+    fn new((bytes, bytes_of_host): (u32, u32)) -> Self {
+        let all = Arc::new(Semaphore::new(bytes as usize));
+        Self { all, bytes_of_host, hosts: Mutex::default() }
+    }
+
+    async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, self.bytes_of_host);
         let of_host = self.of_host(host).acquire_many_owned(bytes).await.ok()?;
         let of_all = Arc::clone(&self.all).acquire_many_owned(bytes).await.ok()?;
         Some(Held { _of_host: of_host, _of_all: of_all })
@@ -51,7 +75,7 @@ impl Documents {
             return known;
         }
         hosts.retain(|_, host| host.strong_count() > 0);
-        let host_has = Arc::new(Semaphore::new(BYTES_OF_HOST as usize));
+        let host_has = Arc::new(Semaphore::new(self.bytes_of_host as usize));
         hosts.insert(host.to_owned(), Arc::downgrade(&host_has));
         host_has
     }
@@ -65,18 +89,38 @@ mod tests {
 
     #[tokio::test]
     async fn a_registry_leaves_room_for_others_and_all_have_one_bound() {
+        for (pool, part) in
+            [(Pool::new(SMALL_BYTES), SMALL_BYTES.1), (Pool::new(LARGE_BYTES), LARGE_BYTES.1)]
+        {
+            let all = pool.all.available_permits();
+            let large = pool.hold("slow", u64::MAX).await.expect("room");
+            let mut second = Box::pin(pool.hold("slow", 1));
+            assert!(poll!(&mut second).is_pending(), "the registry has its part");
+            let mut rest = Vec::new();
+            while pool.all.available_permits() > 0 {
+                let bytes = pool.all.available_permits().min(part as usize) as u64;
+                let host = format!("other{}", rest.len());
+                rest.push(pool.hold(&host, bytes).now_or_never().flatten().expect("room"));
+            }
+            let mut third = Box::pin(pool.hold("third", 1));
+            assert!(poll!(&mut third).is_pending(), "all is taken");
+            drop(rest);
+            assert!(poll!(&mut third).is_ready());
+            drop(large);
+            assert!(poll!(&mut second).is_ready());
+            drop((second, third));
+            assert_eq!(pool.all.available_permits(), all);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_small_document_waits_for_no_large_one() {
         let documents = Documents::default();
-        let large = documents.hold("slow", u64::MAX).await.expect("room");
-        let mut second = Box::pin(documents.hold("slow", 1));
-        assert!(poll!(&mut second).is_pending(), "the registry has its part");
-        let half = documents.hold("other", 8 << 20).now_or_never().flatten().expect("room");
-        let mut third = Box::pin(documents.hold("third", 1));
-        assert!(poll!(&mut third).is_pending(), "all is taken");
-        drop(half);
-        assert!(poll!(&mut third).is_ready());
-        drop(large);
-        assert!(poll!(&mut second).is_ready());
-        drop((second, third));
-        assert_eq!(documents.all.available_permits(), BYTES as usize);
+        let _large = documents.hold("slow", 16 << 20).await.expect("room");
+        let _other = documents.hold("slow too", 8 << 20).await.expect("room");
+        let mut queued = Box::pin(documents.hold("quick", 1 << 20));
+        assert!(poll!(&mut queued).is_pending());
+        assert!(documents.hold("quick", SMALL).now_or_never().flatten().is_some());
+        assert!(documents.hold("slow", 2048).now_or_never().flatten().is_some());
     }
 }

@@ -17,6 +17,7 @@
 //! redirect   which addresses a registry may send this node to
 //! blob       a blob while it arrives
 //! documents  how many bytes of what is read whole are in memory at once
+//! time       how long one exchange may take
 //! manners    what keeps being refused is not asked again at once, and patience is had
 //! error      why not
 //! ```
@@ -51,6 +52,7 @@ mod recent;
 mod redirect;
 mod referrers;
 mod session;
+mod time;
 mod tls;
 mod token;
 mod transport;
@@ -81,6 +83,7 @@ use self::manners::Manners;
 use self::passed_by::{PassedBy, Standing};
 use self::question::{Needs, Question, Turns};
 use self::session::Session;
+use self::time::ExchangeTime;
 use self::transport::{Answer, Transport};
 use super::credentials::Credential;
 use super::{Digest, Repository};
@@ -183,35 +186,60 @@ impl Registry {
         let mut turns = self.turns(question, name.needs()).await?;
         loop {
             let endpoint = turns.current();
-            let tried = async {
-                let answer = self.expect_success(question, endpoint).await?;
-                answer.check_encoding(&question.what)?;
-                let headers = answer.response.headers();
-                let content_type = headers
-                    .get(CONTENT_TYPE)
-                    .and_then(|value| value.to_str().ok())
-                    .map(str::to_owned);
-                let expected = match name {
-                    ManifestName::Digest(digest) => Some(*digest),
-                    ManifestName::Tag(_) => announced_digest(headers),
-                };
-                let limit = self.options.manifest_bytes_limit;
-                let size = answer.response.content_length().unwrap_or(limit).min(limit);
-                let held = self.hold(repository, size).await.map(Arc::new);
-                let bytes = answer.body(&question.what, limit).await?;
-                let got = Digest::of(&bytes);
-                match expected {
-                    Some(expected) if expected != got => Err(RegistryError::DigestMismatch {
-                        what: question.what.clone(),
-                        expected,
-                        got,
-                    }),
-                    _ => Ok(FetchedManifest { bytes, digest: got, content_type, _held: held }),
-                }
-            };
-            if let Some(done) = turns.judge(self.in_time(question, endpoint, tried).await) {
+            let tried = Box::pin(self.fetch_manifest(question, endpoint, name));
+            if let Some(done) = turns.judge(self.with_manners(question, endpoint, tried).await) {
                 return done;
             }
+        }
+    }
+
+    async fn fetch_manifest(
+        &self,
+        question: &Question<'_>,
+        endpoint: &Endpoint,
+        name: &ManifestName,
+    ) -> Result<FetchedManifest, RegistryError> {
+        let limit = self.options.manifest_bytes_limit;
+        let mut time = self.time(question, endpoint);
+        let (mut held, mut most) = (None, documents::SMALL.min(limit));
+        loop {
+            let answer = time.of(self.expect_success(question, endpoint)).await?;
+            answer.check_encoding(&question.what)?;
+            let headers = answer.response.headers();
+            let content_type =
+                headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
+            let expected = match name {
+                ManifestName::Digest(digest) => Some(*digest),
+                ManifestName::Tag(_) => announced_digest(headers),
+            };
+            if held.is_none() {
+                let announced = answer.response.content_length();
+                most = if announced.is_some() { limit } else { most };
+                held = self.hold(question.repository, announced.unwrap_or(most).min(limit)).await;
+            }
+            let bytes = match time.of(answer.body(&question.what, most)).await {
+                Ok(bytes) => bytes,
+                // Larger than most are. Who waits for more room gives back what he has, with all
+                // that was read, and asks again when he has it.
+                Err(RegistryError::TooLarge { .. }) if most < limit => {
+                    drop(held.take());
+                    (held, most) = (self.hold(question.repository, limit).await, limit);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let got = Digest::of(&bytes);
+            return match expected {
+                Some(expected) if expected != got => Err(RegistryError::DigestMismatch {
+                    what: question.what.clone(),
+                    expected,
+                    got,
+                }),
+                _ => {
+                    let held = held.map(Arc::new);
+                    Ok(FetchedManifest { bytes, digest: got, content_type, _held: held })
+                }
+            };
         }
     }
 
@@ -417,17 +445,31 @@ impl Registry {
         endpoint: &Endpoint,
         exchange: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {
+        let mut time = self.time(question, endpoint);
+        self.with_manners(question, endpoint, Box::pin(time.of(exchange))).await
+    }
+
+    /// One exchange with one host, which sees to its time itself.
+    async fn with_manners<T>(
+        &self,
+        question: &Question<'_>,
+        endpoint: &Endpoint,
+        exchange: impl Future<Output = Result<T, RegistryError>>,
+    ) -> Result<T, RegistryError> {
         endpoint.check(self.transport.rules())?;
         let host = transport::authority(&endpoint.root);
         let credential = question.credential_for(endpoint);
         let asker = self.manners.asker(&host, credential, &question.what);
         self.manners.before(&asker).await?;
-        let waited = self.options.manifest_timeout;
-        let outcome = tokio::time::timeout(waited, exchange).await.unwrap_or_else(|_| {
-            Err(RegistryError::Timeout { host, what: question.what.clone(), waited })
-        });
+        let outcome = exchange.await;
         self.manners.after(&asker, &outcome);
         outcome
+    }
+
+    /// The time that one exchange with one host has.
+    fn time<'a>(&self, question: &'a Question<'_>, endpoint: &Endpoint) -> ExchangeTime<'a> {
+        let host = transport::authority(&endpoint.root);
+        ExchangeTime::new(host, &question.what, self.options.manifest_timeout)
     }
 
     /// Whether some host may say what tags mean, and send nothing.

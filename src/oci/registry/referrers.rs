@@ -6,10 +6,11 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::Registry;
-use super::documents::Held;
+use super::documents::{Held, SMALL};
 use super::endpoint::Endpoint;
 use super::error::RegistryError;
 use super::question::{Needs, Question};
+use super::time::ExchangeTime;
 use super::transport::Answer;
 use crate::oci::credentials::Credential;
 use crate::oci::{Digest, Repository};
@@ -43,16 +44,16 @@ impl Registry {
         let mut turns = self.turns(question, Needs::Pull).await?;
         loop {
             let (endpoint, is_mirror) = (turns.current(), turns.mirror().is_some());
-            let tried = async {
-                let found = self.pages(question, endpoint).await?;
+            let tried = Box::pin(async {
+                let found = self.fetch_referrers(question, endpoint).await?;
                 // A mirror does not know of all that refers to what it holds; the registry does.
                 if is_mirror && found.pages.iter().all(is_empty) {
                     return Err(RegistryError::NotFound { what: question.what.clone() });
                 }
                 Ok(Some(found))
-            };
+            });
             // A mirror that does not know referrers says nothing of the registry, which is asked next.
-            match turns.judge(self.in_time(question, endpoint, tried).await) {
+            match turns.judge(self.with_manners(question, endpoint, tried).await) {
                 Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
                     return Ok(None);
                 }
@@ -62,27 +63,52 @@ impl Registry {
         }
     }
 
-    async fn pages(
+    async fn fetch_referrers(
         &self,
         question: &Question<'_>,
         endpoint: &Endpoint,
     ) -> Result<Referrers, RegistryError> {
-        let mut left = self.options.manifest_bytes_limit;
-        let mut answer = self.expect_success(question, endpoint).await?;
+        let limit = self.options.manifest_bytes_limit;
+        let mut time = self.time(question, endpoint);
+        let (mut held, mut most) = (None, SMALL.min(limit));
+        loop {
+            let fetched = self.pages(question, endpoint, &mut time, (&mut held, most)).await?;
+            if let Some(pages) = fetched {
+                return Ok(Referrers { pages, _held: held });
+            }
+            // Larger than most are. Who waits for more room gives back what he has, and asks again
+            // when he has it.
+            drop(held.take());
+            (held, most) = (self.hold(question.repository, limit).await, limit);
+        }
+    }
+
+    /// All pages that come within so many bytes; none where they need more than these, and may have it.
+    async fn pages(
+        &self,
+        question: &Question<'_>,
+        endpoint: &Endpoint,
+        time: &mut ExchangeTime<'_>,
+        (held, mut left): (&mut Option<Held>, u64),
+    ) -> Result<Option<Vec<Bytes>>, RegistryError> {
+        let limit = self.options.manifest_bytes_limit;
+        let mut answer = time.of(self.expect_success(question, endpoint)).await?;
         let mut next = next_page(&answer, question, endpoint);
-        let size = match (&next, answer.response.content_length()) {
-            (None, Some(length)) => length.min(left),
-            _ => left,
-        };
-        let held = self.hold(question.repository, size).await;
+        if held.is_none() {
+            let announced = answer.response.content_length().filter(|_| next.is_none());
+            left = if announced.is_some() { limit } else { left };
+            *held = self.hold(question.repository, announced.unwrap_or(left).min(limit)).await;
+        }
+        let may_have_more = left < limit;
         let mut pages = Vec::new();
         loop {
             answer.check_encoding(&question.what)?;
-            match answer.body(&question.what, left).await {
+            match time.of(answer.body(&question.what, left)).await {
                 Ok(page) => {
                     left -= page.len() as u64;
                     pages.push(page);
                 }
+                Err(RegistryError::TooLarge { .. }) if may_have_more => return Ok(None),
                 // What was read is worth more than nothing.
                 Err(RegistryError::TooLarge { .. }) if !pages.is_empty() => break,
                 Err(error) => return Err(error),
@@ -96,10 +122,10 @@ impl Registry {
                 query: Some(query),
                 ..*question
             };
-            answer = self.expect_success(&page, endpoint).await?;
+            answer = time.of(self.expect_success(&page, endpoint)).await?;
             next = next_page(&answer, &page, endpoint);
         }
-        Ok(Referrers { pages, _held: held })
+        Ok(Some(pages))
     }
 }
 

@@ -377,6 +377,49 @@ async fn a_manifest_that_does_not_come_is_given_up() {
     assert!(matches!(error, RegistryError::Timeout { .. }) && error.is_transient(), "{error}");
 }
 
+/// A manifest of this size that does not say how large it is.
+async fn unannounced(size: usize) -> Server {
+    Server::start(move |_, _| {
+        let body = stream::iter([Ok::<_, Infallible>(Bytes::from(vec![b' '; size]))]);
+        ok(Body::from_stream(body))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_ordinary_manifest_does_not_wait_for_large_documents() {
+    let registry = registry();
+    let (slow, other) = (repository("slow.io/a"), repository("slow.io:444/a"));
+    let _held = (registry.hold(&slow, 16 << 20).await, registry.hold(&other, 8 << 20).await);
+    for server in [Server::start(|_, _| ok(MANIFEST)).await, unannounced(20_000).await] {
+        registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
+        assert_eq!(server.seen().len(), 1);
+    }
+    let server = Server::start(|_, _| ok(LIST)).await;
+    let found =
+        registry.referrers(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+    assert!(found.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_large_manifest_waits_for_room_as_long_as_it_takes() {
+    let options =
+        RegistryOptions { manifest_timeout: Duration::from_millis(500), ..Default::default() };
+    let registry = Registry::new(options).unwrap();
+    let announced = Server::start(|_, _| ok(vec![b' '; 1 << 20])).await;
+    for (server, requests) in [(announced, 1), (unannounced(1 << 20).await, 2)] {
+        let (slow, other) = (repository("slow.io/a"), repository("slow.io:444/a"));
+        let held = (registry.hold(&slow, 16 << 20).await, registry.hold(&other, 8 << 20).await);
+        let (asked, name) = (server.repository(), tag());
+        let mut fetched = Box::pin(registry.manifest(&asked, &name, &Credential::Anonymous));
+        let waited = tokio::time::timeout(Duration::from_secs(1), &mut fetched).await;
+        assert!(waited.is_err(), "for longer than the registry has: {waited:?}");
+        drop(held);
+        assert_eq!(fetched.await.unwrap().bytes.len(), 1 << 20);
+        assert_eq!(server.seen().len(), requests);
+    }
+}
+
 // --- cheap questions ---
 
 #[tokio::test]
