@@ -40,6 +40,10 @@ const LITTLE: u64 = 32 << 20;
 const WORTH_A_MIRROR: u64 = 1 << 20;
 /// A connection that others wait for is given up after this, where its rest can be had later.
 const TURN: Duration = Duration::from_secs(20);
+/// A blob whose next try is further away than this does not keep its place from those that wait for one.
+const SHORT: Duration = Duration::from_secs(5);
+/// How often it is looked whether somebody does.
+const LOOK_BEHIND: Duration = Duration::from_secs(1);
 
 /// What the blocking side is told.
 pub enum Write {
@@ -75,6 +79,8 @@ pub struct Connections<'a> {
     digest: Digest,
     size: u64,
     ask: Ask,
+    /// Which it holds while it is under way.
+    place: &'a Slot,
     progress: &'a Progress,
     writes: mpsc::Sender<Write>,
     /// Nanoseconds for which the writer had something to do.
@@ -86,6 +92,9 @@ pub struct Connections<'a> {
 /// What the connections share.
 struct State {
     spans: Spans,
+    /// Of connections that gave way: those that go on are measured with them, as one that is slow
+    /// could else always be given up before it was found out.
+    rates: Vec<Rate>,
     /// How many connections at once; none works beside another once ranges were refused.
     wanted: usize,
     most: usize,
@@ -124,15 +133,16 @@ impl<'a> Connections<'a> {
         wire: &'a Wire,
         source: &'a Source,
         (digest, size): (Digest, u64),
-        (ask, progress): (Ask, &'a Progress),
+        (ask, place, progress): (Ask, &'a Slot, &'a Progress),
         (writes, busy): (mpsc::Sender<Write>, Arc<AtomicU64>),
         (spans, follow): (Spans, &'a (dyn Fn(Follower) + Send + Sync)),
     ) -> Self {
         let most = wire.options.connections.max(1);
         let ranges = Ranges::Unknown;
-        let state = State { spans, wanted: 1, most, ranges, asked: false, mirrored: false };
+        let (rates, asked, mirrored) = (Vec::new(), false, false);
+        let state = State { spans, rates, wanted: 1, most, ranges, asked, mirrored };
         let state = Mutex::new(state);
-        Self { wire, source, digest, size, ask, progress, writes, busy, follow, state }
+        Self { wire, source, digest, size, ask, place, progress, writes, busy, follow, state }
     }
 
     /// Never several at once: for a writer that has to be given all bytes in order.
@@ -234,11 +244,30 @@ impl<'a> Connections<'a> {
                 Some(End::Wrong(error)) => return Err(Failure::Wrong(error)),
                 Some(End::Broke(error, trickled)) => {
                     let missing = self.state().spans.missing();
-                    let wait = retries.next(error, missing, trickled).map_err(Failure::Failed)?;
+                    let wait = retries.next(&error, missing, trickled);
                     self.state().wanted = 1;
-                    tokio::time::sleep(wait).await;
+                    match wait {
+                        Some(wait) if self.waits(wait).await => {}
+                        _ => return Err(Failure::Failed(error)),
+                    }
                 }
             }
+        }
+    }
+
+    /// Waits for the next try. False when that is too long a time for those who wait for a place: the
+    /// kubelet comes back, and it goes on then.
+    async fn waits(&self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left > SHORT && self.wire.places.is_wanted(self.place) {
+                return false;
+            }
+            if left.is_zero() {
+                return true;
+            }
+            tokio::time::sleep(left.min(LOOK_BEHIND)).await;
         }
     }
 
@@ -319,7 +348,10 @@ impl<'a> Connections<'a> {
     }
 
     async fn receive(&self, number: u32, slot: &Slot, mut body: BlobBody) -> Result<(), Stop> {
-        let mut rate = Rate::new(self.wire.options.least_rate, self.wire.options.rate_window);
+        let rate = self.state().rates.pop().map(Rate::resumed);
+        let mut rate = rate.unwrap_or_else(|| {
+            Rate::new(self.wire.options.least_rate, self.wire.options.rate_window)
+        });
         let since = Instant::now();
         loop {
             let chunk = match body.chunk().await {
@@ -361,6 +393,7 @@ impl<'a> Connections<'a> {
                 && since.elapsed() > TURN
                 && self.wire.slots.is_wanted(slot)
             {
+                self.state().rates.push(rate.paused());
                 return Ok(());
             }
         }

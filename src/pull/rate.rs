@@ -4,11 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Bytes of one connection, compared with the least rate window by window.
+/// Bytes of one connection, or of several that follow each other, compared with the least rate
+/// window by window.
 pub struct Rate {
     least: u64,
     window: Duration,
     since: Instant,
+    /// Of this window, before `since`.
+    before: Duration,
     bytes: u64,
 }
 
@@ -16,20 +19,52 @@ impl Rate {
     /// From now on: `least` bytes a second over each `window`.
     #[must_use]
     pub fn new(least: u64, window: Duration) -> Self {
-        Self { least, window, since: Instant::now(), bytes: 0 }
+        Self { least, window, since: Instant::now(), before: Duration::ZERO, bytes: 0 }
     }
 
     /// So many more bytes have come. The failure is how little came in a window.
     pub fn keeps(&mut self, bytes: u64) -> Result<(), u64> {
         self.bytes += bytes;
-        let elapsed = self.since.elapsed();
+        let elapsed = self.before + self.since.elapsed();
         if elapsed < self.window {
             return Ok(());
         }
         if self.bytes < self.least.saturating_mul(elapsed.as_secs()) {
             return Err(self.bytes);
         }
-        (self.since, self.bytes) = (Instant::now(), 0);
+        (self.since, self.before, self.bytes) = (Instant::now(), Duration::ZERO, 0);
         Ok(())
+    }
+
+    /// Its connection gave way; no time passes until the next one goes on.
+    #[must_use]
+    pub fn paused(mut self) -> Self {
+        self.before += self.since.elapsed();
+        self
+    }
+
+    /// Another connection goes on.
+    #[must_use]
+    pub fn resumed(mut self) -> Self {
+        self.since = Instant::now();
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn turns_that_are_shorter_than_the_window_are_measured_together() {
+        let mut rate = Rate::new(1024, Duration::from_secs(30));
+        tokio::time::advance(Duration::from_secs(25)).await;
+        rate.keeps(1).expect("no window has passed");
+        rate = rate.paused();
+        tokio::time::advance(Duration::from_mins(10)).await;
+        rate = rate.resumed();
+        rate.keeps(1).expect("nobody asked for bytes meanwhile");
+        tokio::time::advance(Duration::from_secs(25)).await;
+        assert_eq!(rate.keeps(1), Err(3));
     }
 }

@@ -48,14 +48,9 @@ impl Retries {
         self.restarts += 1;
     }
 
-    /// How long to wait after this failure; the failure itself when there is nothing to wait for.
-    /// So many bytes are missing now; `trickled` are too few for their time to count for anything.
-    pub fn next(
-        &mut self,
-        error: PullError,
-        missing: u64,
-        trickled: u64,
-    ) -> Result<Duration, PullError> {
+    /// How long to wait after this failure; none when there is nothing to wait for. So many bytes are
+    /// missing now; `trickled` are too few for their time to count for anything.
+    pub fn next(&mut self, error: &PullError, missing: u64, trickled: u64) -> Option<Duration> {
         let brought = self.fewest.saturating_sub(missing) > trickled;
         self.fewest = self.fewest.min(missing);
         let heals = match error.root() {
@@ -69,27 +64,22 @@ impl Retries {
             || self.restarts > self.policy.attempts
             || self.left == 0;
         if !heals || is_over {
-            return Err(error);
+            return None;
         }
         match error.root() {
             // A presigned address expires at any time, and the next one is asked for at once.
             PullError::Registry(error) if error.is_expiry() && self.fruitless < 2 => {
-                Ok(Duration::ZERO)
+                Some(Duration::ZERO)
             }
+            // Never before the time, and not all nodes at the same.
             PullError::Registry(
                 RegistryError::RateLimited { retry_after: Some(wait), .. }
                 | RegistryError::Storage { retry_after: Some(wait), .. }
                 | RegistryError::ServerError { retry_after: Some(wait), .. },
-            ) => {
-                if *wait > LONGEST_ASKED {
-                    return Err(error);
-                }
-                // Never before the time, and not all nodes at the same.
-                Ok(*wait + jittered(self.policy.first_delay))
-            }
+            ) => (*wait <= LONGEST_ASKED).then(|| *wait + jittered(self.policy.first_delay)),
             _ => {
                 let factor = 1 << self.fruitless.min(8);
-                Ok(jittered(self.policy.first_delay.saturating_mul(factor).min(LONGEST)))
+                Some(jittered(self.policy.first_delay.saturating_mul(factor).min(LONGEST)))
             }
         }
     }
@@ -125,16 +115,16 @@ mod tests {
     fn waits_grow_and_end() {
         let mut retries = Retries::new(POLICY, 100, 100);
         for range in [100..200, 200..400] {
-            let wait = retries.next(server_error(500, None), 100, 0).expect("a wait");
+            let wait = retries.next(&server_error(500, None), 100, 0).expect("a wait");
             assert!(seconds(range, wait));
         }
-        retries.next(server_error(500, None), 100, 0).expect_err("three in a row");
+        assert_eq!(retries.next(&server_error(500, None), 100, 0), None, "three in a row");
         let mut retries = Retries::new(POLICY, 100, 100);
         for brought in 1..64 {
-            let wait = retries.next(server_error(502, None), 100 - brought, 0).expect("on");
+            let wait = retries.next(&server_error(502, None), 100 - brought, 0).expect("on");
             assert!(seconds(50..100, wait));
         }
-        retries.next(server_error(502, None), 1, 0).expect_err("not for ever");
+        assert_eq!(retries.next(&server_error(502, None), 1, 0), None, "not for ever");
     }
 
     #[test]
@@ -142,18 +132,18 @@ mod tests {
         let mut retries = Retries::new(POLICY, 1 << 30, 1 << 30);
         let mut fails = |missing, trickled| {
             retries.restarted();
-            retries.next(server_error(500, None), missing, trickled)
+            retries.next(&server_error(500, None), missing, trickled)
         };
         fails(10, 0).expect("the first time that only ten are missing");
         fails(10, 0).expect("the same bytes again");
         fails(500, 0).expect("fewer bytes");
-        fails(9, 0).expect_err("it starts over too often, whatever it brings");
+        assert_eq!(fails(9, 0), None, "it starts over too often, whatever it brings");
         let mut retries = Retries::new(POLICY, 100, 100);
-        retries.next(server_error(500, None), 90, 10).expect("a trickle");
-        retries.next(server_error(500, None), 80, 9).expect("more than a trickle");
-        retries.next(server_error(500, None), 70, 10).expect("a trickle");
-        retries.next(server_error(500, None), 60, 10).expect("a trickle");
-        retries.next(server_error(500, None), 50, 10).expect_err("three in a row");
+        retries.next(&server_error(500, None), 90, 10).expect("a trickle");
+        retries.next(&server_error(500, None), 80, 9).expect("more than a trickle");
+        retries.next(&server_error(500, None), 70, 10).expect("a trickle");
+        retries.next(&server_error(500, None), 60, 10).expect("a trickle");
+        assert_eq!(retries.next(&server_error(500, None), 50, 10), None, "three in a row");
     }
 
     #[test]
@@ -161,22 +151,26 @@ mod tests {
         let digest = crate::oci::Digest::of(b"");
         let short = || PullError::BlobSize { digest, expected: 100, got: 90 };
         let mut retries = Retries::new(POLICY, 100, 100);
-        retries.next(short(), 10, 0).expect("it may have broken");
-        retries.next(short(), 10, 0).expect_err("it has not");
+        retries.next(&short(), 10, 0).expect("it may have broken");
+        assert_eq!(retries.next(&short(), 10, 0), None, "it has not");
     }
 
     #[test]
     fn a_registry_that_asks_for_patience_gets_it() {
         let mut retries = Retries::new(POLICY, 2, 2);
-        let wait = retries.next(server_error(503, Some(7)), 2, 0).expect("patience");
+        let wait = retries.next(&server_error(503, Some(7)), 2, 0).expect("patience");
         assert!(seconds(7_000..7_200, wait));
-        retries.next(server_error(503, Some(3600)), 1, 0).expect_err("too long to hold a flight");
+        assert_eq!(
+            retries.next(&server_error(503, Some(3600)), 1, 0),
+            None,
+            "too long to hold a flight"
+        );
     }
 
     #[test]
     fn what_does_not_heal_is_not_tried_again() {
         let gone = RegistryError::NotFound { what: "blob".to_owned() };
-        Retries::new(POLICY, 2, 2).next(gone.into(), 1, 0).expect_err("final");
+        assert_eq!(Retries::new(POLICY, 2, 2).next(&gone.into(), 1, 0), None);
     }
 
     #[test]
@@ -185,7 +179,7 @@ mod tests {
             let (host, what) = ("s3".to_owned(), "blob".to_owned());
             let retry_after = retry_after.map(Duration::from_secs);
             let storage = RegistryError::Storage { host, what, status, retry_after };
-            Retries::new(POLICY, 1, 1).next(storage.into(), 1, 0).expect("a wait")
+            Retries::new(POLICY, 1, 1).next(&storage.into(), 1, 0).expect("a wait")
         };
         assert_eq!(wait(403, None), Duration::ZERO);
         assert!(seconds(100..200, wait(503, None)));

@@ -101,14 +101,14 @@ async fn fetch_from(
         artifact: order.sponsors.number(),
         host: host.clone(),
     };
-    let place = wire.places.acquire(ask.clone()).await;
+    let place = Arc::new(wire.places.acquire(ask.clone()).await);
     let (opened, resumed) = oneshot::channel();
     let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
-    let measured = Arc::clone(&busy);
+    let (measured, threads) = (Arc::clone(&busy), Arc::clone(&place));
     let writing = tokio::task::spawn_blocking(move || {
         // As long as there is the thread, also when nobody waits for it any more.
-        let _place = place;
+        let _place = threads;
         let is_wanted = || !opened.is_closed();
         let mut partial = match store.partial_while(&host, blob, purpose, &is_wanted) {
             Ok(partial) => partial,
@@ -125,7 +125,7 @@ async fn fetch_from(
             // Not before: what an earlier try left takes its time to be hashed, and no connection.
             let slot = wire.slots.acquire(ask.clone()).await;
             (order.follow)(follower);
-            let about = (ask, &**order.progress);
+            let about = (ask, &*place, &**order.progress);
             let to = (writes, busy);
             let connections =
                 Connections::new(wire, &source, order.blob, about, to, (spans, order.follow));
@@ -136,7 +136,9 @@ async fn fetch_from(
         // The writer could not even open it, and says why below.
         Err(_) => (Err(Failure::WriterGone), false, size),
     };
-    let Ok((partial, guard, written)) = writing.await else {
+    let ended = writing.await;
+    drop(place);
+    let Ok((partial, guard, written)) = ended else {
         return Err((PullError::Crashed, None));
     };
     let (partial, error) = match (partial, written, moved) {
@@ -186,15 +188,16 @@ pub async fn prove(
     };
     let (_, size) = blob;
     progress.expect(size);
-    let place = wire.places.acquire(ask.clone()).await;
+    let place = Arc::new(wire.places.acquire(ask.clone()).await);
     let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
+    let threads = Arc::clone(&place);
     let hashing = tokio::task::spawn_blocking(move || {
-        let _place = place;
+        let _place = threads;
         hash(queue);
     });
     let slot = wire.slots.acquire(ask.clone()).await;
     let (spans, busy) = (Spans::whole(size), Arc::default());
-    let (about, to) = ((ask, &**progress), (writes, busy));
+    let (about, to) = ((ask, &*place, &**progress), (writes, busy));
     let moved = Connections::new(wire, source, blob, about, to, (spans, &|_| ()))
         .one_after_the_other()
         .run(slot)

@@ -472,6 +472,62 @@ fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
     });
 }
 
+/// Two registries have all places together, and want to be asked again in minutes.
+#[test]
+fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
+    let few = IMPATIENT.replace("attempts: 3", "attempts: 3, downloads: 1");
+    let wire = Wire::with(&few, 1000);
+    let other = FakeRegistry::new();
+    let volumes: Vec<_> = [&wire.fake, &other]
+        .into_iter()
+        .flat_map(|registry| {
+            registry.script(|request| {
+                let is_blob = request.path.contains("/blobs/");
+                is_blob.then(|| Answer::status(500).with_header("retry-after", "200"))
+            });
+            (0..6).map(move |number| {
+                let tag = format!("v{number}-{}", registry.host().replace(':', "-"));
+                Manifest::artifact([Layer::titled(&tag, tag.clone())])
+                    .push(registry, "hostile", &tag);
+                registry.reference(&tag)
+            })
+        })
+        .map(|reference| {
+            let volume = wire.node.kubelet.new_volume(&reference);
+            wire.node.kubelet.prepare(&volume);
+            volume
+        })
+        .collect();
+    let asked = || {
+        let requests = [wire.fake.requests(), other.requests()].concat();
+        requests.iter().filter(|request| request.path.contains("/blobs/")).count()
+    };
+    std::thread::scope(|scope| {
+        let kubelet = &wire.node.kubelet;
+        let publish = |volume: &Volume| kubelet.publish_request(volume.request.clone());
+        let calls: Vec<_> =
+            volumes.iter().map(|volume| scope.spawn(move || publish(volume))).collect();
+        // Who waits for one of the eight places gets it, and all have been asked for once.
+        crate::support::wait_until("all blobs have had a place", || asked() == volumes.len());
+        let (quick, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
+        kubelet.unpublish(&quick);
+        let has_ended = |call: &std::thread::ScopedJoinHandle<'_, _>| call.is_finished();
+        crate::support::wait_until("some have given way", || {
+            calls.iter().filter(|call| has_ended(call)).count() >= 5
+        });
+        let (ended, waiting): (Vec<_>, Vec<_>) = calls.into_iter().partition(has_ended);
+        for call in ended {
+            let refused = call.join().expect("the call").expect_err("it gave way");
+            assert_eq!(refused.code(), Code::Unavailable);
+            assert!(refused.message().contains("500"), "{refused}");
+        }
+        wire.node.driver.terminate_hard();
+        for call in waiting {
+            assert!(call.join().expect("the call").is_err());
+        }
+    });
+}
+
 #[test]
 fn a_rate_that_was_set_is_kept() {
     let limited = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
