@@ -22,7 +22,7 @@ use super::error::PullError;
 use super::idle::Processors;
 use super::progress::Progress;
 use super::rate::Rate;
-use super::retry::Retries;
+use super::retry::{Break, Retries};
 use super::slots::{Ask, Slot};
 use super::spans::{Spans, Step};
 use super::sponsors::Source;
@@ -35,7 +35,8 @@ use crate::store::growth::Follower;
 const LOOK: Duration = Duration::from_millis(50);
 /// Bytes a second of a connection that a wire limits, and no processor.
 const LITTLE: u64 = 32 << 20;
-/// A mirror whose connection breaks before this is passed by: what it saves the registry is not
+/// A mirror whose connection breaks before this is passed by, and at any place one that trickles or
+/// ends its answer too early: what it saves the registry is not
 /// worth what asking it costs.
 const WORTH_A_MIRROR: u64 = 1 << 20;
 /// A connection that others wait for is given up after this, where its rest can be had later.
@@ -119,8 +120,7 @@ enum End {
     Done,
     /// The source does not send parts.
     NoRanges,
-    /// It broke; with how many bytes that were too slow to count.
-    Broke(PullError, u64),
+    Broke(Break),
     /// What it was sent is not the blob.
     Wrong(PullError),
     WriterGone,
@@ -229,26 +229,30 @@ impl<'a> Connections<'a> {
                         self.restart(retries).await?;
                     }
                 }
-                Some(End::Broke(error, _)) if error.is_unavailable() && !running.is_empty() => {
+                Some(End::Broke(Break { error, .. }))
+                    if error.is_unavailable() && !running.is_empty() =>
+                {
                     // The others go on; as many as these are what works.
                     tracing::debug!(%error, "one of several connections broke");
                     let mut state = self.state();
                     (state.most, state.wanted) = (running.len(), running.len());
                 }
-                Some(End::Broke(error, _) | End::Wrong(error)) if !running.is_empty() => {
+                Some(End::Broke(Break { error, .. }) | End::Wrong(error))
+                    if !running.is_empty() =>
+                {
                     // Refused what another connection is being given: one at a time will do, and
                     // hears the same if it is more than that.
                     tracing::debug!(%error, "a part was refused");
                     self.refuse_ranges();
                 }
                 Some(End::Wrong(error)) => return Err(Failure::Wrong(error)),
-                Some(End::Broke(error, trickled)) => {
+                Some(End::Broke(broken)) => {
                     let missing = self.state().spans.missing();
-                    let wait = retries.next(&error, missing, trickled);
+                    let wait = retries.next(&broken, missing);
                     self.state().wanted = 1;
                     match wait {
                         Some(wait) if self.waits(wait).await => {}
-                        _ => return Err(Failure::Failed(error)),
+                        _ => return Err(Failure::Failed(broken.error)),
                     }
                 }
             }
@@ -320,8 +324,7 @@ impl<'a> Connections<'a> {
             Ok(()) => End::Done,
             Err(Stop::NoRanges) => End::NoRanges,
             Err(Stop::WriterGone) => End::WriterGone,
-            Err(Stop::TooSlow(error, bytes)) => End::Broke(error, bytes),
-            Err(Stop::Broke(error)) => End::Broke(error, 0),
+            Err(Stop::Broke(broken)) => End::Broke(broken),
             Err(Stop::Wrong(error)) => End::Wrong(error),
         }
     }
@@ -334,15 +337,15 @@ impl<'a> Connections<'a> {
     async fn stream(&self, number: u32, slot: &Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
-        let ended = self.receive(number, slot, body).await;
-        let is_useless = match &ended {
-            Err(Stop::TooSlow(..) | Stop::Broke(PullError::BlobSize { .. })) => true,
-            Err(Stop::Broke(_)) => self.span(number).start - start < WORTH_A_MIRROR,
-            _ => false,
-        };
-        if let Some(mirror) = mirror.filter(|_| is_useless) {
-            tracing::info!(%mirror, blob = %self.digest, "a mirror broke off: the others are asked");
-            self.wire.registry.pass_by(&self.source.repository, self.digest, &mirror);
+        let mut ended = self.receive(number, slot, body).await;
+        if let (Err(Stop::Broke(broken)), Some(mirror)) = (&mut ended, mirror) {
+            broken.passed_by = broken.trickled > 0
+                || matches!(broken.error, PullError::BlobSize { .. })
+                || self.span(number).start - start < WORTH_A_MIRROR;
+            if broken.passed_by {
+                tracing::info!(%mirror, blob = %self.digest, "a mirror broke off: the others are asked");
+                self.wire.registry.pass_by(&self.source.repository, self.digest, &mirror);
+            }
         }
         ended
     }
@@ -360,9 +363,9 @@ impl<'a> Connections<'a> {
                 _ if self.span(number).is_empty() => return Ok(()),
                 Ok(None) => {
                     let missing = self.state().spans.missing();
-                    return Err(Stop::Broke(self.wrong_size(self.size - missing)));
+                    return Err(Stop::Broke(self.wrong_size(self.size - missing).into()));
                 }
-                Err(error) => return Err(Stop::Broke(error.into())),
+                Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
             };
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
@@ -384,9 +387,9 @@ impl<'a> Connections<'a> {
             }
             let is_kept = rate.keeps(length);
             if step == Step::More
-                && let Err(bytes) = is_kept
+                && let Err(trickled) = is_kept
             {
-                return Err(Stop::TooSlow(self.too_slow(), bytes));
+                return Err(Stop::Broke(Break { trickled, ..self.too_slow().into() }));
             }
             if step == Step::More
                 && self.state().ranges == Ranges::Sent
@@ -413,7 +416,7 @@ impl<'a> Connections<'a> {
             Ok(body) => body,
             // A part that cannot be had, or is another: the whole may be right.
             Err(RegistryError::Protocol { .. }) if is_part => return Err(Stop::NoRanges),
-            Err(error) => return Err(Stop::Broke(error.into())),
+            Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
         };
         let mut state = self.state();
         state.asked = true;
@@ -495,9 +498,7 @@ impl Drop for Counted<'_> {
 enum Stop {
     NoRanges,
     WriterGone,
-    /// After so many bytes in too long a time.
-    TooSlow(PullError, u64),
-    Broke(PullError),
+    Broke(Break),
     Wrong(PullError),
 }
 

@@ -23,6 +23,23 @@ pub struct RetryPolicy {
     pub first_delay: Duration,
 }
 
+/// How a connection broke.
+#[derive(Debug)]
+pub struct Break {
+    /// Why.
+    pub error: PullError,
+    /// Bytes that it brought, too few for their time to count for anything.
+    pub trickled: u64,
+    /// A mirror sent it, which is passed by from now on: the next try asks somebody else.
+    pub passed_by: bool,
+}
+
+impl From<PullError> for Break {
+    fn from(error: PullError) -> Self {
+        Self { error, trickled: 0, passed_by: false }
+    }
+}
+
 /// The tries of one transfer.
 #[derive(Debug)]
 pub struct Retries {
@@ -49,16 +66,20 @@ impl Retries {
     }
 
     /// How long to wait after this failure; none when there is nothing to wait for. So many bytes are
-    /// missing now; `trickled` are too few for their time to count for anything.
-    pub fn next(&mut self, error: &PullError, missing: u64, trickled: u64) -> Option<Duration> {
-        let brought = self.fewest.saturating_sub(missing) > trickled;
+    /// missing now.
+    pub fn next(&mut self, broken: &Break, missing: u64) -> Option<Duration> {
+        let Break { error, trickled, passed_by } = broken;
+        let brought = self.fewest.saturating_sub(missing) > *trickled;
         self.fewest = self.fewest.min(missing);
         let heals = match error.root() {
+            // What one mirror has of it says nothing of what the next source has.
+            _ if *passed_by => true,
             // A body that ends where one has ended before is all that there is.
             PullError::BlobSize { expected, got, .. } => got < expected && brought,
             _ => error.is_unavailable(),
         };
-        self.fruitless = if brought { 0 } else { self.fruitless + 1 };
+        // There are only so many mirrors to pass by, and the registry is to have all its tries.
+        self.fruitless = if brought { 0 } else { self.fruitless + u32::from(!*passed_by) };
         self.left = self.left.saturating_sub(1);
         let is_over = self.fruitless >= self.policy.attempts
             || self.restarts > self.policy.attempts
@@ -101,10 +122,11 @@ mod tests {
     const POLICY: RetryPolicy =
         RetryPolicy { attempts: 3, first_delay: Duration::from_millis(100) };
 
-    fn server_error(status: u16, retry_after: Option<u64>) -> PullError {
+    fn server_error(status: u16, retry_after: Option<u64>) -> Break {
         let retry_after = retry_after.map(Duration::from_secs);
         let (host, what) = ("r.io".to_owned(), "blob".to_owned());
-        RegistryError::ServerError { host, what, status, retry_after }.into()
+        let error = RegistryError::ServerError { host, what, status, retry_after };
+        PullError::from(error).into()
     }
 
     fn seconds(range: std::ops::Range<u64>, wait: Duration) -> bool {
@@ -115,53 +137,68 @@ mod tests {
     fn waits_grow_and_end() {
         let mut retries = Retries::new(POLICY, 100, 100);
         for range in [100..200, 200..400] {
-            let wait = retries.next(&server_error(500, None), 100, 0).expect("a wait");
+            let wait = retries.next(&server_error(500, None), 100).expect("a wait");
             assert!(seconds(range, wait));
         }
-        assert_eq!(retries.next(&server_error(500, None), 100, 0), None, "three in a row");
+        assert_eq!(retries.next(&server_error(500, None), 100), None, "three in a row");
         let mut retries = Retries::new(POLICY, 100, 100);
         for brought in 1..64 {
-            let wait = retries.next(&server_error(502, None), 100 - brought, 0).expect("on");
+            let wait = retries.next(&server_error(502, None), 100 - brought).expect("on");
             assert!(seconds(50..100, wait));
         }
-        assert_eq!(retries.next(&server_error(502, None), 1, 0), None, "not for ever");
+        assert_eq!(retries.next(&server_error(502, None), 1), None, "not for ever");
     }
 
     #[test]
     fn what_comes_again_or_trickles_is_no_progress() {
         let mut retries = Retries::new(POLICY, 1 << 30, 1 << 30);
-        let mut fails = |missing, trickled| {
+        let mut fails = |missing| {
             retries.restarted();
-            retries.next(&server_error(500, None), missing, trickled)
+            retries.next(&server_error(500, None), missing)
         };
-        fails(10, 0).expect("the first time that only ten are missing");
-        fails(10, 0).expect("the same bytes again");
-        fails(500, 0).expect("fewer bytes");
-        assert_eq!(fails(9, 0), None, "it starts over too often, whatever it brings");
+        fails(10).expect("the first time that only ten are missing");
+        fails(10).expect("the same bytes again");
+        fails(500).expect("fewer bytes");
+        assert_eq!(fails(9), None, "it starts over too often, whatever it brings");
+        let slow = |trickled| Break { trickled, ..server_error(500, None) };
         let mut retries = Retries::new(POLICY, 100, 100);
-        retries.next(&server_error(500, None), 90, 10).expect("a trickle");
-        retries.next(&server_error(500, None), 80, 9).expect("more than a trickle");
-        retries.next(&server_error(500, None), 70, 10).expect("a trickle");
-        retries.next(&server_error(500, None), 60, 10).expect("a trickle");
-        assert_eq!(retries.next(&server_error(500, None), 50, 10), None, "three in a row");
+        retries.next(&slow(10), 90).expect("a trickle");
+        retries.next(&slow(9), 80).expect("more than a trickle");
+        retries.next(&slow(10), 70).expect("a trickle");
+        retries.next(&slow(10), 60).expect("a trickle");
+        assert_eq!(retries.next(&slow(10), 50), None, "three in a row");
     }
 
     #[test]
     fn a_body_that_ends_twice_at_the_same_place_is_all_that_there_is() {
         let digest = crate::oci::Digest::of(b"");
-        let short = || PullError::BlobSize { digest, expected: 100, got: 90 };
+        let short = || PullError::BlobSize { digest, expected: 100, got: 90 }.into();
         let mut retries = Retries::new(POLICY, 100, 100);
-        retries.next(&short(), 10, 0).expect("it may have broken");
-        assert_eq!(retries.next(&short(), 10, 0), None, "it has not");
+        retries.next(&short(), 10).expect("it may have broken");
+        assert_eq!(retries.next(&short(), 10), None, "it has not");
+    }
+
+    #[test]
+    fn what_a_mirror_has_of_a_blob_is_no_word_of_the_next_source() {
+        let digest = crate::oci::Digest::of(b"");
+        let short = |passed_by| {
+            let error = PullError::BlobSize { digest, expected: 100, got: 90 };
+            Break { passed_by, ..error.into() }
+        };
+        let mut retries = Retries::new(POLICY, 100, 5);
+        for _ in 0..4 {
+            retries.next(&short(true), 10).expect("there is another to be asked");
+        }
+        assert_eq!(retries.next(&short(false), 10), None, "the registry has no more either");
     }
 
     #[test]
     fn a_registry_that_asks_for_patience_gets_it() {
         let mut retries = Retries::new(POLICY, 2, 2);
-        let wait = retries.next(&server_error(503, Some(7)), 2, 0).expect("patience");
+        let wait = retries.next(&server_error(503, Some(7)), 2).expect("patience");
         assert!(seconds(7_000..7_200, wait));
         assert_eq!(
-            retries.next(&server_error(503, Some(3600)), 1, 0),
+            retries.next(&server_error(503, Some(3600)), 1),
             None,
             "too long to hold a flight"
         );
@@ -170,7 +207,7 @@ mod tests {
     #[test]
     fn what_does_not_heal_is_not_tried_again() {
         let gone = RegistryError::NotFound { what: "blob".to_owned() };
-        assert_eq!(Retries::new(POLICY, 2, 2).next(&gone.into(), 1, 0), None);
+        assert_eq!(Retries::new(POLICY, 2, 2).next(&PullError::from(gone).into(), 1), None);
     }
 
     #[test]
@@ -179,7 +216,7 @@ mod tests {
             let (host, what) = ("s3".to_owned(), "blob".to_owned());
             let retry_after = retry_after.map(Duration::from_secs);
             let storage = RegistryError::Storage { host, what, status, retry_after };
-            Retries::new(POLICY, 1, 1).next(&storage.into(), 1, 0).expect("a wait")
+            Retries::new(POLICY, 1, 1).next(&PullError::from(storage).into(), 1).expect("a wait")
         };
         assert_eq!(wait(403, None), Duration::ZERO);
         assert!(seconds(100..200, wait(503, None)));

@@ -246,6 +246,37 @@ fn a_mirror_that_breaks_off_is_passed_by() {
     }
 }
 
+/// Both have the same part of it, and no way to be asked for the rest.
+#[test]
+fn mirrors_that_have_a_part_of_a_blob_keep_nobody_from_the_registry() {
+    let node = Node::start_with_hosts("");
+    let (repository, content) = (unique("mirrored"), noise(3_000_000, 9));
+    let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
+    manifest.push(registry(), &repository, "v1");
+    let mirrors = [FakeRegistry::new(), FakeRegistry::new()];
+    let blob = digest(&content);
+    for mirror in &mirrors {
+        let part = Bytes::from(content.clone()).slice(..2_000_000);
+        let suffix = blob.clone();
+        mirror.script(move |request| {
+            let body = AnswerBody::Unannounced(part.clone());
+            request.path.ends_with(&suffix).then(|| Answer::body(body))
+        });
+    }
+    let addresses =
+        mirrors.each_ref().map(|mirror| host(&format!("http://{}", mirror.host()), ALL));
+    node.hosts_toml(&node.proxy.host(), &addresses.concat());
+    let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert!(fs::read(volume.target().join("file")).expect("the file") == content);
+    for mirror in &mirrors {
+        let requests = mirror.requests();
+        let asked = requests.iter().filter(|request| request.path.ends_with(&blob)).count();
+        // The second one cannot send what follows: the request for that is followed by one for all.
+        assert!((1..=2).contains(&asked), "{asked} requests");
+    }
+    node.kubelet.unpublish(&volume);
+}
+
 /// What somebody's own registry sends of a well-known blob is no word about the mirrors of another.
 #[test]
 fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
