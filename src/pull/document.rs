@@ -62,20 +62,82 @@ pub async fn fetch(
         }
         Ok(Bytes::from(bytes))
     };
+    // Marks wear off while the next host is tried; here none is asked a second time.
+    let mut useless: Vec<Arc<str>> = Vec::new();
     let bytes = loop {
         let mut mirror: Option<Arc<str>> = None;
         let tried = async {
-            let body = registry.blob(repository, digest, 0, credential).await?;
+            let body = registry.blob_without(&useless, repository, digest, credential).await?;
             mirror.clone_from(&body.mirror);
             read(body).await
         };
         let tried = tokio::time::timeout(waited, tried).await;
         match (tried.unwrap_or_else(|_| Err(too_slow(waited))), mirror) {
             (Ok(bytes), _) => break bytes,
-            // Which ends with the registry itself: none is asked a second time.
-            (Err(_), Some(mirror)) => registry.pass_by(repository, digest, &mirror),
+            // Which ends with the registry itself.
+            (Err(_), Some(mirror)) => {
+                registry.pass_by(repository, digest, &mirror);
+                useless.push(mirror);
+            }
             (Err(error), None) => return Err(error),
         }
     };
     Ok(Document { bytes, _held: held })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::body::Body;
+    use futures_util::{StreamExt as _, stream};
+
+    use super::*;
+    use crate::oci::Reference;
+    use crate::oci::registry::RegistryOptions;
+
+    /// Sends a byte, and no more for a minute: until then the mark of another mirror has worn off.
+    async fn trickling_mirror(asked: Arc<AtomicUsize>) -> String {
+        let router = axum::Router::new().fallback(move || {
+            assert!(asked.fetch_add(1, Ordering::Relaxed) < 9, "it is asked for ever");
+            let first = Ok::<_, std::convert::Infallible>(Bytes::from_static(b"x"));
+            let silence = async {
+                // The same thread reads the first byte meanwhile.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                tokio::time::pause();
+                tokio::time::advance(Duration::from_secs(61)).await;
+                tokio::time::resume();
+                std::future::pending().await
+            };
+            let body = stream::iter([first]).chain(stream::once(silence));
+            async { Body::from_stream(body) }
+        });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        format!("[host.\"http://{address}\"]\n")
+    }
+
+    #[tokio::test]
+    async fn no_mirror_is_asked_twice_for_a_document() {
+        let asked = [Arc::default(), Arc::default()];
+        let mut mirrors = String::new();
+        for asked in &asked {
+            mirrors += &trickling_mirror(Arc::clone(asked)).await;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(folder.path().join("_default")).expect("a folder");
+        std::fs::write(folder.path().join("_default/hosts.toml"), mirrors).expect("hosts.toml");
+        let hosts_dirs = vec![folder.path().to_owned()];
+        let registry = Registry::new(RegistryOptions { hosts_dirs, ..Default::default() });
+        let (registry, options) = (registry.expect("a client"), WireOptions::default());
+        // Nobody listens.
+        let reference: Reference = "127.0.0.1:1/a/b".parse().expect("a reference");
+        let (repository, blob) = (reference.repository(), (Digest::of(b"xy"), 2));
+        let anonymous = Credential::Anonymous;
+        let fetched = fetch(&registry, &options, repository, blob, &anonymous).await;
+        let error = fetched.expect_err("nobody has it");
+        assert!(matches!(error, PullError::Registry(RegistryError::Unreachable { .. })), "{error}");
+        assert_eq!(asked.map(|asked| asked.load(Ordering::Relaxed)), [1, 1]);
+    }
 }

@@ -355,7 +355,20 @@ impl Registry {
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
         let asked = (offset > 0).then_some((offset, None));
-        self.blob_part(repository, digest, asked, credential).await
+        let whole = Question::blob(repository, digest, credential, Method::GET);
+        self.blob_part(whole, digest, asked).await
+    }
+
+    /// Opens a blob at any host but these mirrors.
+    pub async fn blob_without(
+        &self,
+        mirrors: &[Arc<str>],
+        repository: &Repository,
+        digest: Digest,
+        credential: &Credential,
+    ) -> Result<BlobBody, RegistryError> {
+        let whole = Question::blob(repository, digest, credential, Method::GET);
+        self.blob_part(Question { without: mirrors, ..whole }, digest, None).await
     }
 
     /// Opens a part of a blob that ends before its end, or, when the registry does
@@ -368,18 +381,18 @@ impl Registry {
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
         let asked = Some((range.start, Some(range.end)));
-        self.blob_part(repository, digest, asked, credential).await
+        let whole = Question::blob(repository, digest, credential, Method::GET);
+        self.blob_part(whole, digest, asked).await
     }
 
     async fn blob_part(
         &self,
-        repository: &Repository,
+        whole: Question<'_>,
         digest: Digest,
         asked: Option<(u64, Option<u64>)>,
-        credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
-        let whole = &Question::blob(repository, digest, credential, Method::GET);
-        let mut part = Question::blob(repository, digest, credential, Method::GET);
+        let whole = &whole;
+        let mut part = Question::blob(whole.repository, digest, whole.credential, Method::GET);
         if let Some((start, end)) = asked {
             part.headers.insert(RANGE, range_of(start, end));
         }
@@ -429,6 +442,7 @@ impl Registry {
         let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
         let fitting = endpoints.iter().filter(|endpoint| needs.are_met_by(endpoint));
         let standing = |mirror: &Endpoint| match question.blob {
+            Some(_) if question.without.contains(&mirror.name()) => Standing::Useless,
             Some(blob) => self.passed_by.standing(host, blob, &mirror.name()),
             None => Standing::Trusted,
         };

@@ -47,6 +47,8 @@ pub(super) struct Question<'a> {
     pub(super) method: Method,
     /// The blob that is asked for.
     pub(super) blob: Option<Digest>,
+    /// Mirrors that are not asked.
+    pub(super) without: &'a [Arc<str>],
     /// The path below the repository.
     pub(super) object: String,
     /// Which of several pages.
@@ -123,6 +125,7 @@ impl<'a> Question<'a> {
             method,
             what: error::describe(&format!("manifest {name}"), repository),
             blob: None,
+            without: &[],
             object: format!("manifests/{name}"),
             query: None,
             headers,
@@ -141,6 +144,7 @@ impl<'a> Question<'a> {
             method: Method::GET,
             what: error::describe(&format!("what refers to {subject}"), repository),
             blob: None,
+            without: &[],
             object: format!("referrers/{subject}"),
             query: None,
             headers: HeaderMap::from_iter([(ACCEPT, accepted)]),
@@ -159,6 +163,7 @@ impl<'a> Question<'a> {
             method,
             what: error::describe(&format!("blob {digest}"), repository),
             blob: Some(digest),
+            without: &[],
             object: format!("blobs/{digest}"),
             query: None,
             headers: HeaderMap::new(),
