@@ -186,16 +186,19 @@ impl Checker {
             Some(digest) => ManifestName::Digest(digest),
             None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
         };
-        let top = self.registry.manifest(reference.repository(), &name, credential).await?;
-        let parsed =
-            Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits.manifest())?;
+        // Of the document what the next ones are asked for with, and no more: its room is theirs.
+        let (top, parsed) = {
+            let top = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let kind = top.content_type.as_deref();
+            (top.digest, Manifest::parse(&top.bytes, kind, self.limits.manifest())?)
+        };
         let index = matches!(parsed, Manifest::Index(_));
-        let chosen = self.choose(check, top.digest, parsed, credential).await?;
+        let chosen = self.choose(check, top, parsed, credential).await?;
         let mut manifests = Vec::new();
         for one in chosen {
-            manifests.push(self.look(check, top.digest, one, credential).await?);
+            manifests.push(self.look(check, top, one, credential).await?);
         }
-        Ok(Report { reference: reference.to_string(), digest: top.digest, index, manifests })
+        Ok(Report { reference: reference.to_string(), digest: top, index, manifests })
     }
 
     /// The manifests that are asked about.
