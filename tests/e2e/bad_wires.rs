@@ -204,6 +204,33 @@ fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
+/// The two take turns that are shorter than the window of their rate.
+#[test]
+fn blobs_that_trickle_in_turns_are_found_out() {
+    let turns = IMPATIENT
+        .replace("stallTimeout: 1s, attempts: 3", "stallTimeout: 30s, attempts: 1, downloads: 1");
+    let wire = Wire::with(&turns, 1);
+    let files: Vec<_> = (0..2).map(|seed| noise(8 << 20, seed)).collect();
+    let layers =
+        files.iter().zip(["one", "two"]).map(|(file, name)| Layer::titled(name, file.clone()));
+    Manifest::artifact(layers).push(&wire.fake, "hostile", "both");
+    let files: Vec<_> = files.into_iter().map(|file| (digest(&file), file)).collect();
+    wire.fake.script(move |request| {
+        let (_, content) = files.iter().find(|(blob, _)| request.path.ends_with(blob))?;
+        let answer = part(request, content);
+        // Only who has sent a part is known to have the rest later.
+        if range(request).is_none() {
+            return Some(cut(answer, 100_000, false));
+        }
+        let AnswerBody::Whole(bytes) = answer.body else { return None };
+        let (announced, piece, pause) = (bytes.len() as u64, 100, Duration::from_millis(500));
+        let body = AnswerBody::Slow { announced, bytes, piece, pause };
+        Some(Answer { body, ..answer })
+    });
+    let volume = wire.node.kubelet.new_volume(&wire.fake.reference("both"));
+    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
+}
+
 /// As a server answers that has only so much of it.
 fn part_of_less(request: &Request, content: &[u8]) -> Answer {
     match range(request) {
