@@ -36,8 +36,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Bytes a second of a connection that a wire limits, and no processor.
 const LITTLE: u64 = 32 << 20;
 /// A mirror whose connection breaks before this is passed by, and at any place one that trickles or
-/// ends its answer too early: what it saves the registry is not
-/// worth what asking it costs.
+/// ends its answer too early: what it saves the registry is not worth what asking it costs.
 const WORTH_A_MIRROR: u64 = 1 << 20;
 /// A connection that others wait for is given up after this, where its rest can be had later.
 const TURN: Duration = Duration::from_secs(20);

@@ -17,7 +17,7 @@ const BYTES_A_BREAK: u64 = 256 << 10;
 /// How often and how patiently a broken transfer is continued.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryPolicy {
-    /// Tries in a row that bring no byte.
+    /// Tries in a row that bring nothing new.
     pub attempts: u32,
     /// Before the second try; doubles with each, to a bound.
     pub first_delay: Duration,

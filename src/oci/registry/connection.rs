@@ -6,8 +6,8 @@
 //! proxied   through a proxy, which resolves by itself
 //! ```
 //!
-//! All speak HTTP/1.1, so that parts of a blob have connections of their own, whose windows the kernel sizes as the
-//! line needs.
+//! All speak HTTP/1.1, so that parts of a blob have connections of their own, whose windows the
+//! kernel sizes as the line needs.
 //!
 //! Each of them twice: a connection is driven by the threads that have opened it, and pods do not
 //! wait for those of the [background](crate::background).

@@ -27,8 +27,7 @@
 //! - No retries but those of authentication: one who waits, retries or gives up
 //!   knows more than this room. [`RegistryError::is_transient`] helps.
 //! - Everything is bounded: manifests and tokens in bytes, each and all that are
-//!   in memory at once, every exchange in
-//!   time, a blob's silence in time. A blob's size is the caller's to bound.
+//!   in memory at once, every exchange in time, a blob's silence in time. A blob's size is the caller's to bound.
 //! - A credential reaches the registry that it was given for and the token
 //!   server that this registry names, over TLS (or on loopback, or as configured),
 //!   and nobody else; a mirror gets it only where the administrator marked it.
