@@ -46,7 +46,7 @@ use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
 use crate::store::lock::Lock;
 use crate::store::{SecurityLabel, StoreError};
-use crate::volume::{ContentState, Volumes};
+use crate::volume::{ContentState, Mounter, Volumes};
 use content::Opening;
 
 /// How long a new process waits for the old one to go.
@@ -135,9 +135,15 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     } else {
         AttachMethod::detect(&options.state_dir.join("mounts"))
     };
+    // Without a configuration nothing is published.
+    let mode = configuration.as_ref().map(|found| found.volumes.mount).unwrap_or_default();
+    let mounter = Mounter::new(attach, mode);
+    if !mounter.has_overlay() {
+        tracing::warn!("this kernel has no overlayfs: volumes without readOnly: true are refused");
+    }
     let volumes = Volumes::new(
         options.state_dir.clone(),
-        attach,
+        mounter,
         content.clone(),
         tracker.clone(),
         shutdown.clone(),

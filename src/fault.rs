@@ -13,7 +13,7 @@
 use std::io;
 
 /// All points, in the order in which a first publish, an unpublish and an eviction come by.
-pub const POINTS: [&str; 26] = [
+pub const POINTS: [&str; 27] = [
     "record.written",
     "record.synced",
     "hint.written",
@@ -32,6 +32,7 @@ pub const POINTS: [&str; 26] = [
     "publish.recorded",
     "publish.folder",
     "publish.mounted",
+    "publish.detached",
     "unpublish.unmounted",
     "unpublish.removed",
     "unpublish.forgotten",

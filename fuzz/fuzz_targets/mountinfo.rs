@@ -3,13 +3,16 @@
 #![no_main]
 
 use csi_driver_oci::mount::MountTable;
-use csi_driver_oci::store::TreeKey;
+use csi_driver_oci::store::MountedTree;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &[u8]| {
     let table = MountTable::parse(text);
     for entry in table.iter().take(64) {
-        let _ = TreeKey::of_mount_root(entry.root_as_mounted());
+        // A whole tree is part of itself.
+        if let Some(tree) = MountedTree::of(&entry.origin) {
+            assert_eq!(MountedTree::containing(&entry.origin), Some(tree));
+        }
         if let Some(top) = table.top_at(&entry.mount_point) {
             assert_eq!(top.mount_point, entry.mount_point);
         }

@@ -25,7 +25,8 @@ use crate::pull::wire::Unobserved;
 use crate::store::lock::Lock;
 use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use crate::volume::attributes::VolumeAttributes;
-use crate::volume::{Content, PodInfo, PublishRequest, TargetPath, Volumes};
+use crate::volume::form::MountMode;
+use crate::volume::{Content, Mounter, PodInfo, PublishRequest, TargetPath, Volumes};
 
 /// Whoever types a command waits for its end.
 const PATIENCE: Duration = Duration::from_hours(365 * 24);
@@ -120,11 +121,15 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             .map_err(|error| format!("{reference}: {error}"))?;
         let (_sender, receiver) = watch::channel(Ok(content));
         let attach = AttachMethod::detect(&state_dir.join("mounts"));
-        let volumes = Volumes::new(state_dir.clone(), attach, receiver, tracker, shutdown);
+        let mounter = Mounter::new(attach, MountMode::Auto);
+        // No container runtime copies this mount: without overlayfs a read-only bind is as good.
+        let readonly = !mounter.has_overlay();
+        let volumes = Volumes::new(state_dir.clone(), mounter, receiver, tracker, shutdown);
         let request = PublishRequest {
             volume_id: format!("cli:{target}"),
             target: target.clone(),
             attributes,
+            readonly,
             flags: MountFlags::default(),
             pod: PodInfo::default(),
             keyring: Ok(keyring),

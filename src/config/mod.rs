@@ -9,6 +9,7 @@ mod pull;
 mod quantity;
 mod registries;
 mod selinux;
+mod volumes;
 pub mod warm;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ pub use pull::PullSection;
 pub use quantity::Quantity;
 pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
+pub use volumes::VolumesSection;
 pub use warm::WarmSection;
 
 use crate::reread::Seen;
@@ -60,6 +62,9 @@ pub struct NodeConfiguration {
     /// What is kept on the node before anybody asks.
     #[serde(default)]
     pub warm: WarmSection,
+    /// How volumes are mounted.
+    #[serde(default)]
+    pub volumes: VolumesSection,
     /// For nodes with SELinux.
     #[serde(default)]
     pub selinux: SelinuxSection,
@@ -202,6 +207,7 @@ mod tests {
             "warm: {references: [r.io/a, r.io/a:latest]}\n",
             "warm: {interval: 0s}\n",
             "warm: {spread: long}\n",
+            "volumes: {mount: bind}\n",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -72,6 +72,7 @@ impl Node {
             volume_id,
             target,
             attributes,
+            readonly: request.readonly,
             flags,
             pod,
             keyring,

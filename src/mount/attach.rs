@@ -1,18 +1,31 @@
 //! Attaching a directory tree at a target: read-only, `nosuid`, `nodev`, in one step.
 //!
-//! On Linux 5.12 and later the mount is cloned detached, given its flags with
-//! `mount_setattr`, and moved to the target. On older kernels it is bound and
-//! remounted on a private staging folder, and that is bound to the target: a
-//! bind inherits its source's flags, so the target is never writable either.
+//! ```text
+//! bind       the tree itself; read-only by the flag of the mount, which a container runtime may
+//!            clear on its own copy. It can be idmapped, for pods with a user namespace.
+//! overlay    overlayfs of lower directories only; its superblock is read-only, so that no flag
+//!            of any copy of the mount opens a way to write. It cannot be idmapped.
+//! ```
+//!
+//! On Linux 5.12 and later the mount is made detached, with its flags, and moved to the target. On
+//! older kernels it is made on a private staging folder, and that is bound to the target: a bind
+//! inherits its source's flags, so the target is never writable either.
+//!
+//! overlayfs refuses a single lower directory, so an empty directory is the second one. Both are
+//! named through open descriptors (`/proc/self/fd/N`): the kernel takes 255 bytes for all lower
+//! directories, and the path of a state directory may be longer. The mount's *source* names the
+//! tree, as what the mount table shows of lower directories says nothing then.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use super::syscalls;
+use super::syscalls::{self, FilesystemContext};
 use super::target::Target;
 
 /// Flags that a PersistentVolume's `mountOptions` can add; `ro`, `nosuid` and `nodev` are always on.
@@ -22,6 +35,34 @@ pub struct MountFlags {
     pub noexec: bool,
     /// Access times are not looked at; on a read-only mount they never change anyway.
     pub noatime: bool,
+}
+
+/// The two ways in which a tree is mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountForm {
+    /// A read-only bind of the tree.
+    Bind,
+    /// An overlay with a read-only superblock.
+    Overlay,
+}
+
+/// The directories that a mount is made of, open.
+#[derive(Clone, Copy, Debug)]
+pub enum MountContent<'a> {
+    /// For [`MountForm::Bind`].
+    Bind {
+        /// The tree's root.
+        tree: BorrowedFd<'a>,
+    },
+    /// For [`MountForm::Overlay`].
+    Overlay {
+        /// The tree's root.
+        tree: BorrowedFd<'a>,
+        /// An empty directory of the same filesystem.
+        empty: BorrowedFd<'a>,
+        /// The source of the mount, which the mount table shows: at most 255 bytes.
+        source: &'a str,
+    },
 }
 
 /// How mounts are made.
@@ -48,45 +89,94 @@ impl AttachMethod {
         }
     }
 
-    /// Makes the content of `tree` (an open directory) appear at the target,
-    /// whose folder exists and is empty.
+    /// Whether this kernel has overlayfs; asking for it loads its module.
+    #[must_use]
+    pub fn has_overlay(&self) -> bool {
+        let error = match FilesystemContext::open(OVERLAY) {
+            Ok(_) => return true,
+            Err(error) => error,
+        };
+        if error.raw_os_error() != Some(libc::ENOSYS) {
+            return error.raw_os_error() != Some(libc::ENODEV);
+        }
+        // Before Linux 5.2: a mount without lower directories is refused, but the type is looked up first.
+        let none = None::<&str>;
+        mount(none, "/", Some("overlay"), MsFlags::MS_RDONLY, none) != Err(Errno::ENODEV)
+    }
+
+    /// Makes content appear read-only at the target, whose folder exists and is empty.
     ///
     /// # Errors
     ///
     /// The kernel's; nothing is mounted then.
     pub fn attach(
         &self,
-        tree: BorrowedFd<'_>,
+        content: MountContent<'_>,
         target: &Target,
         flags: MountFlags,
     ) -> io::Result<()> {
         match self {
-            Self::Detached => detached(tree, target, flags),
-            Self::Staged(staging) => staged(tree, target, flags, staging),
+            Self::Detached => {
+                let mount = match content {
+                    MountContent::Bind { tree } => detached_bind(tree, flags),
+                    MountContent::Overlay { tree, empty, source } => {
+                        detached_overlay(tree, empty, source, flags)
+                    }
+                }?;
+                syscalls::move_mount(mount.as_fd(), target.folder(), target.name())
+            }
+            Self::Staged(staging) => staged(content, target, flags, staging),
         }
     }
 }
 
-fn detached(tree: BorrowedFd<'_>, target: &Target, flags: MountFlags) -> io::Result<()> {
-    let mount = syscalls::clone_mount(tree)?;
+const OVERLAY: &std::ffi::CStr = c"overlay";
+
+/// `MOUNT_ATTR_*` of every volume's mount.
+fn attributes(flags: MountFlags) -> u64 {
     let mut set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    let mut clear = 0;
     if flags.noexec {
         set |= libc::MOUNT_ATTR_NOEXEC;
-    } else {
+    }
+    if flags.noatime {
+        set |= libc::MOUNT_ATTR_NOATIME;
+    }
+    set
+}
+
+fn detached_bind(tree: BorrowedFd<'_>, flags: MountFlags) -> io::Result<OwnedFd> {
+    let mount = syscalls::clone_mount(tree)?;
+    let mut clear = 0;
+    if !flags.noexec {
         // The state directory may lie on a noexec mount, and a clone inherits that.
         clear |= libc::MOUNT_ATTR_NOEXEC;
     }
     if flags.noatime {
-        set |= libc::MOUNT_ATTR_NOATIME;
         clear |= libc::MOUNT_ATTR__ATIME;
     }
-    syscalls::set_mount_attributes(mount.as_fd(), set, clear)?;
-    syscalls::move_mount(mount.as_fd(), target.folder(), target.name())
+    syscalls::set_mount_attributes(mount.as_fd(), attributes(flags), clear)?;
+    Ok(mount)
+}
+
+fn detached_overlay(
+    tree: BorrowedFd<'_>,
+    empty: BorrowedFd<'_>,
+    source: &str,
+    flags: MountFlags,
+) -> io::Result<OwnedFd> {
+    let filesystem = FilesystemContext::open(OVERLAY)?;
+    filesystem.set_string(c"source", &CString::new(source)?)?;
+    filesystem.set_string(c"lowerdir", &CString::new(lower_directories(tree, empty))?)?;
+    filesystem.set_flag(c"ro")?;
+    filesystem.mount(attributes(flags))
+}
+
+fn lower_directories(tree: BorrowedFd<'_>, empty: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}:/proc/self/fd/{}", tree.as_raw_fd(), empty.as_raw_fd())
 }
 
 fn staged(
-    tree: BorrowedFd<'_>,
+    content: MountContent<'_>,
     target: &Target,
     flags: MountFlags,
     staging: &Path,
@@ -97,21 +187,27 @@ fn staged(
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let none = None::<&str>;
     std::fs::create_dir_all(staging)?;
-    let place = staging.join(format!("{}-{}", std::process::id(), tree.as_raw_fd()));
+    let place = staging.join(std::process::id().to_string());
     mount(Some(staging), staging, none, MsFlags::MS_BIND, none)?;
     let result = (|| -> io::Result<()> {
         mount(none, staging, none, MsFlags::MS_PRIVATE, none)?;
-        std::fs::create_dir(&place)?;
-        let source = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
-        mount(Some(&source), &place, none, MsFlags::MS_BIND, none)?;
-        let mut remount = MsFlags::MS_BIND
-            | MsFlags::MS_REMOUNT
-            | MsFlags::MS_RDONLY
-            | MsFlags::MS_NOSUID
-            | MsFlags::MS_NODEV;
-        remount.set(MsFlags::MS_NOEXEC, flags.noexec);
-        remount.set(MsFlags::MS_NOATIME, flags.noatime);
-        mount(none, &place, none, remount, none)?;
+        // It is there when a process with the same number was killed between two steps.
+        std::fs::create_dir_all(&place)?;
+        let mut set = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        set.set(MsFlags::MS_NOEXEC, flags.noexec);
+        set.set(MsFlags::MS_NOATIME, flags.noatime);
+        match content {
+            MountContent::Bind { tree } => {
+                let source = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
+                mount(Some(&source), &place, none, MsFlags::MS_BIND, none)?;
+                let remount = set | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+                mount(none, &place, none, remount, none)?;
+            }
+            MountContent::Overlay { tree, empty, source } => {
+                let lower = format!("lowerdir={}", lower_directories(tree, empty));
+                mount(Some(source), &place, Some("overlay"), set, Some(lower.as_str()))?;
+            }
+        }
         mount(Some(&place), &target.kernel_path(), none, MsFlags::MS_BIND, none)?;
         Ok(())
     })();

@@ -1,4 +1,4 @@
-//! What the kernel mounts: read-only binds of one directory tree, and the mount table.
+//! What the kernel mounts: read-only binds and overlays of one directory tree, and the mount table.
 //!
 //! A mount is made detached, given its flags, and only then attached, in one
 //! step ([`attach`]); nothing is ever visible at a target that is writable or
@@ -11,6 +11,6 @@ pub mod syscalls;
 pub mod table;
 pub mod target;
 
-pub use attach::{AttachMethod, MountFlags};
-pub use table::{MountEntry, MountTable};
-pub use target::{Target, TargetState};
+pub use attach::{AttachMethod, MountContent, MountFlags, MountForm};
+pub use table::{MountEntry, MountOrigin, MountTable};
+pub use target::{Target, TargetState, UnmountError};

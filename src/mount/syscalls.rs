@@ -11,28 +11,23 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 /// What [`statx`] tells of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStatus {
-    /// Device and inode: equal for every mount of one directory.
-    pub identity: FileIdentity,
     /// File type and permission bits.
     pub mode: u16,
     /// Whether a mount is rooted here; none when the kernel (before 5.8) cannot say.
     pub is_mount_root: Option<bool>,
+    /// The mount that the file is seen through; none before Linux 6.8.
+    pub mount: Option<UniqueMountId>,
 }
 
-/// Which inode of which filesystem.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FileIdentity {
-    /// Major and minor number of the filesystem's device.
-    pub device: (u32, u32),
-    /// The inode's number.
-    pub inode: u64,
-}
+/// A mount's number that no other mount gets until the next boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniqueMountId(u64);
 
 /// `statx` of `name` below `folder`, of the folder itself when the name is
 /// empty. A symbolic link is not followed, an automount not triggered.
 pub fn statx(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<FileStatus> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH;
-    let mask = libc::STATX_TYPE | libc::STATX_MODE | libc::STATX_INO;
+    let mask = libc::STATX_TYPE | libc::STATX_MODE | STATX_MNT_ID_UNIQUE;
     // SAFETY: an all-zero statx is a valid value of a structure of integers.
     let mut status: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open, the name ends in NUL, the buffer is as large as the kernel writes.
@@ -43,14 +38,137 @@ pub fn statx(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<FileStatus> {
     }
     let mount_root = u64::from(libc::STATX_ATTR_MOUNT_ROOT.cast_unsigned());
     let knows = status.stx_attributes_mask & mount_root != 0;
+    let is_unique = status.stx_mask & STATX_MNT_ID_UNIQUE != 0;
     Ok(FileStatus {
-        identity: FileIdentity {
-            device: (status.stx_dev_major, status.stx_dev_minor),
-            inode: status.stx_ino,
-        },
         mode: status.stx_mode,
         is_mount_root: knows.then_some(status.stx_attributes & mount_root != 0),
+        mount: is_unique.then_some(UniqueMountId(status.stx_mnt_id)),
     })
+}
+
+/// Asks [`statx`] for the mount's unique number; the C library's headers lag behind the kernel's.
+const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
+
+/// The strings of [`statmount`]; none where the kernel does not give one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MountStrings {
+    /// The filesystem's type.
+    pub filesystem: Option<Vec<u8>>,
+    /// The directory of the filesystem that the mount shows.
+    pub root: Option<Vec<u8>>,
+    /// The filesystem's source; from Linux 6.13.
+    pub source: Option<Vec<u8>>,
+}
+
+/// `statmount` of one mount (Linux 6.8): its filesystem's type and source, and its root.
+///
+/// # Errors
+///
+/// `ENOSYS` before Linux 6.8, `ENOENT` for a mount that is gone, `EOVERFLOW` for strings of more than 16 KiB.
+pub fn statmount(mount: UniqueMountId) -> io::Result<MountStrings> {
+    // Where the kernel's `struct statmount` keeps what is read here; strings are offsets from its end.
+    const MASK: usize = 8;
+    const FILESYSTEM: usize = 36;
+    const ROOT: usize = 104;
+    const SOURCE: usize = 124;
+    const STRINGS: usize = 512;
+    const STATMOUNT_MNT_ROOT: u64 = 0x8;
+    const STATMOUNT_FS_TYPE: u64 = 0x20;
+    const STATMOUNT_SB_SOURCE: u64 = 0x200;
+    // The same number on all architectures that this driver is built for.
+    const SYS_STATMOUNT: libc::c_long = 457;
+    #[repr(C)]
+    struct MountIdRequest {
+        size: u32,
+        spare: u32,
+        mount: u64,
+        parameter: u64,
+    }
+    let wanted = STATMOUNT_MNT_ROOT | STATMOUNT_FS_TYPE | STATMOUNT_SB_SOURCE;
+    let size = u32::try_from(size_of::<MountIdRequest>()).unwrap_or(u32::MAX);
+    let request = MountIdRequest { size, spare: 0, mount: mount.0, parameter: wanted };
+    let mut answer = vec![0_u8; STRINGS + (16 << 10)];
+    let (buffer, length) = (answer.as_mut_ptr(), answer.len());
+    // SAFETY: the request is of the size that it names, and the kernel writes no more than the length that it is told.
+    let done = unsafe { libc::syscall(SYS_STATMOUNT, &raw const request, buffer, length, 0_u32) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let number = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| answer[at + byte]));
+    let given = u64::from_ne_bytes(std::array::from_fn(|byte| answer[MASK + byte]));
+    let string = |bit: u64, at: usize| {
+        let start = STRINGS.checked_add(usize::try_from(number(at)).ok()?)?;
+        let text = CStr::from_bytes_until_nul(answer.get(start..)?).ok()?;
+        (given & bit != 0).then(|| text.to_bytes().to_owned())
+    };
+    Ok(MountStrings {
+        filesystem: string(STATMOUNT_FS_TYPE, FILESYSTEM),
+        root: string(STATMOUNT_MNT_ROOT, ROOT),
+        source: string(STATMOUNT_SB_SOURCE, SOURCE),
+    })
+}
+
+/// A filesystem that is being configured, before it is mounted.
+#[derive(Debug)]
+pub struct FilesystemContext(OwnedFd);
+
+impl FilesystemContext {
+    /// `fsopen`: begins to configure a filesystem of this type.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` where the kernel has no such filesystem, `ENOSYS` before Linux 5.2.
+    pub fn open(filesystem: &CStr) -> io::Result<Self> {
+        const FSOPEN_CLOEXEC: u32 = 1;
+        // SAFETY: the name ends in NUL.
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, filesystem.as_ptr(), FSOPEN_CLOEXEC) };
+        owned(fd).map(Self)
+    }
+
+    /// `fsconfig(FSCONFIG_SET_STRING)`. The kernel takes values of at most 255 bytes.
+    pub fn set_string(&self, key: &CStr, value: &CStr) -> io::Result<()> {
+        self.configure(1, key.as_ptr(), value.as_ptr())
+    }
+
+    /// `fsconfig(FSCONFIG_SET_FLAG)`, such as `ro` for a read-only superblock.
+    pub fn set_flag(&self, key: &CStr) -> io::Result<()> {
+        self.configure(0, key.as_ptr(), std::ptr::null())
+    }
+
+    /// `fsconfig(FSCONFIG_CMD_CREATE)` and `fsmount`: a detached mount with these
+    /// `MOUNT_ATTR_*`. It is invisible before [`move_mount`]; dropping it unmounts it.
+    pub fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
+        const FSMOUNT_CLOEXEC: u32 = 1;
+        self.configure(6, std::ptr::null(), std::ptr::null())?;
+        // SAFETY: the descriptor is open and the other arguments are numbers.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_fsmount, self.0.as_raw_fd(), FSMOUNT_CLOEXEC, attributes)
+        };
+        owned(fd)
+    }
+
+    /// `key` and `value` end in NUL or are null, as the command asks.
+    fn configure(
+        &self,
+        command: u32,
+        key: *const libc::c_char,
+        value: *const libc::c_char,
+    ) -> io::Result<()> {
+        // SAFETY: the descriptor is open; both pointers are null or come from a C string that the caller borrows.
+        let done = unsafe {
+            libc::syscall(libc::SYS_fsconfig, self.0.as_raw_fd(), command, key, value, 0_i32)
+        };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// Takes a descriptor that the kernel has just returned, or the error in its place.
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor and nothing else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// `open_tree(OPEN_TREE_CLONE)`: a detached copy of the mount that `directory`
@@ -61,12 +179,7 @@ pub fn clone_mount(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is open, the path is an empty C string, as AT_EMPTY_PATH asks.
     let fd =
         unsafe { libc::syscall(libc::SYS_open_tree, directory.as_raw_fd(), c"".as_ptr(), flags) };
-    let fd = i32::try_from(fd).unwrap_or(-1);
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor and nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    owned(fd)
 }
 
 /// `mount_setattr` on the mount that `mount` is the root of: sets and clears

@@ -5,31 +5,36 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
-/// One mount.
+/// One mount of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountEntry {
     /// The mount's number.
     pub id: u32,
     /// The number of the mount it is mounted on.
     pub parent: u32,
-    /// Major and minor number of its filesystem.
-    pub device: (u32, u32),
-    /// Which folder of its filesystem it shows. `//deleted` at the end is the kernel's mark.
-    pub root: PathBuf,
-    /// Where it is mounted, seen from this process's root.
+    /// The path at which it is mounted, seen from this process's root.
     pub mount_point: PathBuf,
-    /// `ro,nosuid,nodev,noexec,...` of this mount.
-    pub options: String,
+    /// The content that it shows.
+    pub origin: MountOrigin,
+}
+
+/// The content that a mount shows, as the kernel names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountOrigin {
     /// The filesystem's type.
     pub filesystem: String,
+    /// The filesystem's source: a device, or the text that the filesystem was mounted with.
+    pub source: OsString,
+    /// The directory of the filesystem that is shown. `//deleted` at the end is the kernel's mark.
+    pub root: PathBuf,
 }
 
 /// All mounts of this process's namespace, in the kernel's order.
 #[derive(Clone, Debug, Default)]
 pub struct MountTable(Vec<MountEntry>);
 
-impl MountEntry {
-    /// The root without the kernel's mark for folders that were removed since.
+impl MountOrigin {
+    /// The root without the kernel's mark for directories that were removed since.
     #[must_use]
     pub fn root_as_mounted(&self) -> &Path {
         let root = self.root.as_os_str().as_bytes();
@@ -62,6 +67,13 @@ impl MountTable {
         here.iter().copied().find(|entry| here.iter().all(|other| other.parent != entry.id))
     }
 
+    /// A mount that is attached somewhere inside of the topmost mount at this path.
+    #[must_use]
+    pub fn nested_in(&self, path: &Path) -> Option<&MountEntry> {
+        let top = self.top_at(path)?;
+        self.0.iter().find(|entry| entry.parent == top.id)
+    }
+
     /// The mount that a path lies on.
     #[must_use]
     pub fn containing(&self, path: &Path) -> Option<&MountEntry> {
@@ -74,21 +86,16 @@ fn entry(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
     let (id, parent) = (number()?, number()?);
-    let device = std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
+    // The device's numbers.
+    std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
     let root = unescape(fields.next()?);
     let mount_point = unescape(fields.next()?);
-    let options = String::from_utf8_lossy(fields.next()?).into_owned();
     // Optional fields, as many as there are, end with a hyphen.
     fields.by_ref().find(|&field| field == b"-")?;
-    Some(MountEntry {
-        id,
-        parent,
-        device: (device.0.parse().ok()?, device.1.parse().ok()?),
-        root,
-        mount_point,
-        options,
-        filesystem: String::from_utf8_lossy(fields.next()?).into_owned(),
-    })
+    let filesystem = String::from_utf8_lossy(fields.next()?).into_owned();
+    let source = unescape(fields.next()?).into_os_string();
+    let origin = MountOrigin { filesystem, source, root };
+    Some(MountEntry { id, parent, mount_point, origin })
 }
 
 /// Space, tab, newline and backslash are written as `\040` and the like.
@@ -124,7 +131,9 @@ mod tests {
 91 90 0:41 / /pods/with\\040space/mount rw - tmpfs tmpfs rw
 92 25 254:0 /gone//deleted /pods/b/mount ro - ext4 /dev/vda rw
 broken line
-93 25 x:y / /nowhere ro - ext4 /dev/vda rw
+93 25 254 / /nowhere ro - ext4 /dev/vda rw
+94 25 0:50 / /pods/c/mount ro,nosuid - overlay oci.custom.io/a\\040b/1 ro,lowerdir=/a:/b
+95 25 0:51 / /pods/no-source ro - tmpfs
 ";
 
     #[test]
@@ -149,12 +158,29 @@ broken line
     fn a_removed_folder_keeps_its_name() {
         let table = MountTable::parse(TABLE);
         let entry = table.top_at(Path::new("/pods/b/mount")).expect("a mount");
-        assert_eq!(entry.root_as_mounted(), Path::new("/gone"));
+        assert_eq!(entry.origin.root_as_mounted(), Path::new("/gone"));
+    }
+
+    #[test]
+    fn filesystem_and_source_are_read() {
+        let table = MountTable::parse(TABLE);
+        let entry = table.top_at(Path::new("/pods/c/mount")).expect("a mount");
+        assert_eq!(entry.origin.filesystem, "overlay");
+        assert_eq!(entry.origin.source, "oci.custom.io/a b/1");
+    }
+
+    #[test]
+    fn a_mount_inside_of_another_is_found() {
+        let table = MountTable::parse(TABLE);
+        let nested = |path: &str| table.nested_in(Path::new(path)).map(|entry| entry.id);
+        assert_eq!(nested("/"), Some(80));
+        assert_eq!(nested("/pods/b/mount"), None);
+        assert_eq!(nested("/pods"), None);
     }
 
     #[test]
     fn malformed_lines_are_passed_over() {
-        assert_eq!(MountTable::parse(TABLE).iter().count(), 5);
+        assert_eq!(MountTable::parse(TABLE).iter().count(), 6);
         assert_eq!(unescape(b"a\\04"), PathBuf::from("a\\04"));
         assert_eq!(unescape(b"\\777\\134"), PathBuf::from("\\777\\"));
     }

@@ -5,10 +5,10 @@
 //! to the open folder, so that nobody can swap the path between two steps.
 //! Nothing here removes anything but one empty folder.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
@@ -17,8 +17,8 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::{Mode, SFlag, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use super::syscalls::{self, FileIdentity};
-use super::table::{MountEntry, MountTable};
+use super::syscalls::{self, FileStatus, MountStrings};
+use super::table::{MountOrigin, MountTable};
 
 /// A place where a volume appears.
 #[derive(Debug)]
@@ -28,16 +28,27 @@ pub struct Target {
 }
 
 /// What is at a target now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetState {
     /// Nothing.
     Missing,
     /// An empty folder, as after a reboot.
     EmptyFolder,
-    /// The root of a mount, of whatever.
-    MountRoot(FileIdentity),
+    /// The root of a mount, the topmost of a stack: this driver's or another.
+    Mounted(MountOrigin),
     /// A file, a link, or a folder with something in it.
     Occupied,
+}
+
+/// Why a mount cannot be taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum UnmountError {
+    /// Another mount lies inside, at this path.
+    #[error("the mount at {} lies inside: unmount that first", .0.display())]
+    Nested(PathBuf),
+    /// The kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] io::Error),
 }
 
 impl Target {
@@ -73,12 +84,8 @@ impl Target {
             }
             status => status?,
         };
-        let is_mount_root = match status.is_mount_root {
-            Some(known) => known,
-            None => self.top_mount(&MountTable::read()?)?.is_some(),
-        };
-        if is_mount_root {
-            return Ok(TargetState::MountRoot(status.identity));
+        if let Some(origin) = self.mount_of(&status)? {
+            return Ok(TargetState::Mounted(origin));
         }
         let is_folder = u32::from(status.mode) & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
         if is_folder && std::fs::read_dir(self.kernel_path())?.next().is_none() {
@@ -107,22 +114,48 @@ impl Target {
         }
     }
 
-    /// The mount on top at the target, if any.
-    pub fn top_mount<'t>(&self, table: &'t MountTable) -> io::Result<Option<&'t MountEntry>> {
-        // The table has paths without symbolic links, which is what the kernel says of an open folder.
-        let folder = std::fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))?;
-        let path = folder.join(std::ffi::OsStr::from_bytes(self.name.as_bytes()));
-        Ok(table.top_at(&path))
+    /// The mount whose root has this status, if it is one. Asks the kernel about this
+    /// mount alone (Linux 6.13); older kernels have only the whole table.
+    fn mount_of(&self, status: &FileStatus) -> io::Result<Option<MountOrigin>> {
+        if status.is_mount_root == Some(false) {
+            return Ok(None);
+        }
+        if status.is_mount_root.is_some()
+            && let Some(id) = status.mount
+            && let Ok(strings) = syscalls::statmount(id)
+            && let Some(origin) = origin(strings)
+        {
+            return Ok(Some(origin));
+        }
+        let table = MountTable::read()?;
+        Ok(table.top_at(&self.path()?).map(|entry| entry.origin.clone()))
     }
 
-    /// Takes the topmost mount away, lazily when it is in use: a process that
+    /// Takes the topmost mount away. One that is in use goes lazily: a process that
     /// still has files open keeps them, the path is free at once.
-    pub fn unmount_top(&self) -> io::Result<()> {
+    ///
+    /// The kernel takes time with each name that was looked up in an overlay: call this on a
+    /// thread that may block.
+    ///
+    /// # Errors
+    ///
+    /// [`UnmountError::Nested`] where another mount lies inside: a lazy unmount would take it along.
+    pub fn unmount_top(&self) -> Result<(), UnmountError> {
         let path = self.kernel_path();
-        match umount2(&path, MntFlags::UMOUNT_NOFOLLOW) {
-            Ok(()) => Ok(()),
-            Err(_) => Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)?),
+        if umount2(&path, MntFlags::UMOUNT_NOFOLLOW).is_ok() {
+            return Ok(());
         }
+        if let Some(nested) = MountTable::read()?.nested_in(&self.path()?) {
+            return Err(UnmountError::Nested(nested.mount_point.clone()));
+        }
+        Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH)
+            .map_err(io::Error::from)?)
+    }
+
+    /// The target's path without symbolic links, as the mount table names it.
+    fn path(&self) -> io::Result<PathBuf> {
+        let folder = std::fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))?;
+        Ok(folder.join(OsStr::from_bytes(self.name.as_bytes())))
     }
 
     pub(super) fn folder(&self) -> BorrowedFd<'_> {
@@ -136,6 +169,15 @@ impl Target {
     /// A path for calls that take no descriptor, through the open folder.
     pub(super) fn kernel_path(&self) -> PathBuf {
         let folder = PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
-        folder.join(std::ffi::OsStr::from_bytes(self.name.as_bytes()))
+        folder.join(OsStr::from_bytes(self.name.as_bytes()))
     }
+}
+
+/// None where the kernel left a string out.
+fn origin(strings: MountStrings) -> Option<MountOrigin> {
+    Some(MountOrigin {
+        filesystem: String::from_utf8(strings.filesystem?).ok()?,
+        source: OsString::from_vec(strings.source?),
+        root: OsString::from_vec(strings.root?).into(),
+    })
 }

@@ -21,7 +21,7 @@ use super::error::{Kind, Shortage, StoreError};
 use super::eviction::{Facts, Goal, Plan, Reason};
 use super::object::ObjectName;
 use super::staging::names;
-use super::{Store, TreeKey};
+use super::{MountedTree, Store};
 use crate::fault;
 use crate::mount::MountTable;
 use crate::oci::Digest;
@@ -433,6 +433,6 @@ fn partial_blob(name: &str) -> Option<Digest> {
 fn mounted_trees() -> Result<HashSet<ObjectName>, StoreError> {
     let table = MountTable::read()
         .map_err(|error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error))?;
-    let roots = table.iter().map(|mount| TreeKey::of_mount_root(mount.root_as_mounted()));
-    Ok(roots.flatten().map(|(key, generation)| ObjectName::tree(key, generation)).collect())
+    let trees = table.iter().filter_map(|mount| MountedTree::containing(&mount.origin));
+    Ok(trees.map(|tree| ObjectName::tree(tree.key, tree.generation)).collect())
 }

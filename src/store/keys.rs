@@ -4,7 +4,6 @@
 //! shown the same way are one object, however they were named.
 
 use std::fmt;
-use std::path::Path;
 
 use crate::oci::Digest;
 use crate::unpack::Permissions;
@@ -68,22 +67,6 @@ impl TreeKey {
     pub(super) const fn digest(self) -> Digest {
         self.0
     }
-
-    /// Which tree a mount shows, by the end of its root: `.../trees/<key>/<n>/root`.
-    ///
-    /// The shape is enough to know one of ours: where the state directory's
-    /// filesystem begins (subvolumes, bind mounts) does not matter.
-    #[must_use]
-    pub fn of_mount_root(root: &Path) -> Option<(Self, u32)> {
-        let mut parts = root.iter().rev().map(|part| part.to_str());
-        let mut next = || parts.next().flatten();
-        if next()? != "root" {
-            return None;
-        }
-        let generation = next()?.parse().ok()?;
-        let key = Self::from_hex(next()?)?;
-        (next()? == "trees").then_some((key, generation))
-    }
 }
 
 impl fmt::Display for TreeKey {
@@ -119,25 +102,6 @@ pub fn hash(parts: &[&str]) -> Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_mount_of_ours_is_known_by_its_root() {
-        let key = TreeKey::new(Digest::of(b""), "", "Readable", "");
-        for prefix in ["", "/var/lib/csi-driver-oci", "/@subvolume"] {
-            let root = format!("{prefix}/trees/{key}/12/root");
-            assert_eq!(TreeKey::of_mount_root(Path::new(&root)), Some((key, 12)), "{root}");
-        }
-        for root in [
-            "/".to_owned(),
-            "/root".into(),
-            format!("/trees/{key}/x/root"),
-            format!("/layers/{key}/1/root"),
-            format!("/trees/{key}/1/root/bin"),
-            "/trees/abc/1/root".into(),
-        ] {
-            assert_eq!(TreeKey::of_mount_root(Path::new(&root)), None, "{root}");
-        }
-    }
 
     #[test]
     fn parts_do_not_run_together() {

@@ -21,6 +21,7 @@
 //!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
 //!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
 //!   publications/<hash>.json      which volume shows which tree at which target
+//!   empty/                        the second lower directory of overlays, see `mount::attach`
 //!   mounts/                       where mounts are staged on kernels before 5.12
 //! ```
 //!
@@ -59,6 +60,7 @@ pub mod keys;
 pub mod label;
 pub mod layers;
 pub mod lock;
+pub mod mounted_tree;
 pub mod object;
 pub mod own;
 pub mod partial;
@@ -75,13 +77,19 @@ pub mod trees;
 pub mod verdicts;
 pub mod verify;
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use nix::dir::Dir;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+
 pub use error::StoreError;
 pub use keys::{FileKey, LayerKey, TreeKey};
 pub use label::SecurityLabel;
+pub use mounted_tree::MountedTree;
 pub use object::{ObjectKind, ObjectName};
 pub use room::{CacheOptions, Room};
 pub use trees::Tree;
@@ -173,8 +181,9 @@ impl Store {
         Ok(store)
     }
 
-    const FOLDERS: [&str; 10] = [
+    const FOLDERS: [&str; 11] = [
         "blobs",
+        "empty",
         "files",
         "layers",
         "trees",
@@ -202,6 +211,25 @@ impl Store {
     #[must_use]
     pub fn damages(&self) -> u64 {
         self.0.damages.load(Ordering::Relaxed)
+    }
+
+    /// The empty directory that overlays need as their second lower directory, open.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Foreign`] when it is not empty: its content would be seen in every volume.
+    pub fn empty_folder(&self) -> Result<OwnedFd, StoreError> {
+        let path = self.path("empty");
+        let failed = |error: nix::Error| StoreError::io("open", &path, error.into());
+        let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut folder = Dir::open(&path, flags, Mode::empty()).map_err(failed)?;
+        for entry in folder.iter() {
+            let entry = entry.map_err(failed)?;
+            if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                return Err(StoreError::Foreign { path, what: "is not empty" });
+            }
+        }
+        folder.as_fd().try_clone_to_owned().map_err(|error| StoreError::io("open", &path, error))
     }
 
     fn path(&self, folder: &str) -> PathBuf {

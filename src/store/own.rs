@@ -56,9 +56,9 @@ fn is_its_own(mount: &MountEntry, path: &Path) -> bool {
     /// What btrfs numbers the root of every subvolume with.
     const SUBVOLUME: u64 = 256;
     let inode = || path.metadata().map(|metadata| metadata.ino());
-    mount.root == Path::new("/")
-        || mount.filesystem == "btrfs" && inode().is_ok_and(|inode| inode == SUBVOLUME)
-        || mount.root.file_name() != path.file_name()
+    mount.origin.root == Path::new("/")
+        || mount.origin.filesystem == "btrfs" && inode().is_ok_and(|inode| inode == SUBVOLUME)
+        || mount.origin.root.file_name() != path.file_name()
 }
 
 fn look(path: &Path) -> Result<std::fs::Metadata, StoreError> {

@@ -50,26 +50,23 @@ impl Store {
         records::read(&self.publication_path(target))
     }
 
-    /// Records a publication.
+    /// Records a publication, and holds its tree from here on: also when the record cannot be
+    /// written, since the mount does not depend on it.
     pub fn put_publication(&self, publication: &Publication) -> Result<(), StoreError> {
         let path = self.publication_path(&publication.target);
-        // Known before it is written: nobody may evict what is about to be shown.
+        // Held before it is written: nothing may evict what is about to be shown.
         let tree = ObjectName::tree(publication.tree, publication.generation);
         self.catalog().publish(&publication.target, tree);
-        let written = records::write_hint(&self.staging(), &path, publication);
-        if written.is_err() {
-            self.catalog().unpublish(&publication.target);
-        }
-        written
+        records::write_hint(&self.staging(), &path, publication)
     }
 
-    /// Forgets a publication.
+    /// Forgets a publication, and lets go of its tree: also when the record cannot be removed.
     pub fn remove_publication(&self, target: &Path) -> Result<(), StoreError> {
-        records::remove(&self.publication_path(target))?;
+        let removed = records::remove(&self.publication_path(target));
         if let Some(tree) = self.catalog().unpublish(target) {
             self.tree_was_unpublished(&tree);
         }
-        Ok(())
+        removed
     }
 
     /// Tells the catalog what the records say.

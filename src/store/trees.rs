@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -32,7 +32,6 @@ use super::staging::{Staging, current_generation, names};
 use super::tree_builder::Builder;
 use super::{ObjectName, Store, TreeKey, records};
 use crate::fault;
-use crate::mount::syscalls::{self, FileIdentity};
 use crate::oci::Digest;
 use crate::unpack::PermissionsRule;
 use crate::unpack::merge::{Source, TreePlan};
@@ -268,13 +267,6 @@ impl Tree {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         open(&path, flags, Mode::empty())
             .map_err(|error| StoreError::io("open", &path, error.into()))
-    }
-
-    /// The root folder's device and inode: what a mount of this tree shows.
-    pub fn identity(&self) -> Result<FileIdentity, StoreError> {
-        syscalls::statx(self.open()?.as_fd(), c"")
-            .map(|status| status.identity)
-            .map_err(|error| StoreError::io("look at", &self.path, error))
     }
 }
 

@@ -23,6 +23,14 @@ pub enum VolumeError {
         /// What is there, and what to do.
         what: &'static str,
     },
+    /// A mount of another program lies inside of the volume, and would be lost with it.
+    #[error("the volume at {} cannot be unmounted: another mount lies inside at {}: unmount that first", target.display(), nested.display())]
+    Nested {
+        /// The volume's target.
+        target: PathBuf,
+        /// The path of the other mount.
+        nested: PathBuf,
+    },
     /// Nothing of ours is there.
     #[error("no volume is published at {}", .0.display())]
     NotPublished(PathBuf),

@@ -3,6 +3,7 @@
 //! ```text
 //! request      a publish, parsed: nothing of the wire comes further than the edge
 //! attributes   what a volume's author may say
+//! form         bind or overlay: how a volume is mounted
 //! publish      attach a tree at a target
 //! unpublish    take it away; needs nothing but the mount table
 //! stats        sizes, from numbers kept with the tree
@@ -12,6 +13,7 @@
 
 pub mod attributes;
 pub mod error;
+pub mod form;
 pub mod guard;
 pub mod publish;
 pub mod reconcile;
@@ -28,10 +30,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use error::VolumeError;
+pub use form::Mounter;
 pub use request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
 
-use crate::mount::AttachMethod;
 use crate::policy::PolicySource;
 use crate::pull::Puller;
 use crate::store::Store;
@@ -60,7 +62,7 @@ pub struct Volumes(Arc<Inner>);
 struct Inner {
     /// Where content lies, open or not.
     state_dir: PathBuf,
-    attach: AttachMethod,
+    mounter: Mounter,
     content: watch::Receiver<ContentState>,
     guards: guard::Guards,
     boot_id: String,
@@ -74,14 +76,14 @@ impl Volumes {
     #[must_use]
     pub fn new(
         state_dir: PathBuf,
-        attach: AttachMethod,
+        mounter: Mounter,
         content: watch::Receiver<ContentState>,
         tracker: TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
         let boot_id = crate::store::publications::boot_id();
         let guards = guard::Guards::default();
-        Self(Arc::new(Inner { state_dir, attach, content, guards, boot_id, tracker, shutdown }))
+        Self(Arc::new(Inner { state_dir, mounter, content, guards, boot_id, tracker, shutdown }))
     }
 
     fn content(&self) -> Result<Content, VolumeError> {

@@ -1,7 +1,8 @@
 //! Attach a tree at a target.
 //!
 //! ```text
-//! already mounted?   the kernel says so: nothing else is asked
+//! form               bind or overlay, by `readOnly` and the node's configuration (see `form`)
+//! already mounted?   the kernel says so: nothing else is asked; in the other form it is mounted again
 //! decided before?    after a reboot or a crash the same volume gets the same content
 //! acquire            wait for the pull, holding nothing, until the caller's deadline
 //! attach             under the target's guard, in a task that outlives the caller:
@@ -11,27 +12,30 @@
 //! A final error leaves nothing at the target: the folder that the kubelet or an
 //! earlier boot left there is removed as well, if it is empty.
 
-use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::VolumeError;
+use super::form::AttachError;
 use super::guard::Interest;
 use super::reconcile::is_known_to_kubelet;
 use super::request::PublishRequest;
-use super::{Content, TargetPath, Volumes};
+use super::{Content, TargetPath, Volumes, unpublish};
 use crate::fault;
-use crate::mount::{MountTable, Target, TargetState};
+use crate::mount::{MountForm, Target, TargetState};
 use crate::oci::signature::SignatureMode;
 use crate::oci::{Digest, Reference};
 use crate::policy::{Demands, Facts};
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
 use crate::store::publications::Publication;
-use crate::store::{Store, StoreError, Tree, TreeKey};
+use crate::store::{MountedTree, Store, StoreError, Tree};
 
 /// What is freed for a record on a full disk: several times what one takes.
 const RECORD_ROOM: u64 = 64 << 10;
+
+/// Said of a target with a mount that is not this driver's.
+const OTHER_MOUNT: &str = "has a mount that is not this driver's: unmount it";
 
 /// What a publish did, for the log and the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +59,25 @@ pub enum PublishPath {
     Miss,
 }
 
-/// Tells a task whether its caller still waits.
+/// A mount of a volume that was found at its target.
+struct Shown {
+    published: Published,
+    form: MountForm,
+    /// None where the store is not open, or does not have it.
+    tree: Option<Tree>,
+}
+
+/// One call to publish a volume, as the tasks see it that work for it.
+#[derive(Clone)]
+struct Attempt {
+    request: Arc<PublishRequest>,
+    form: MountForm,
+    interest: Interest,
+    /// Whether the caller has gone.
+    is_abandoned: Arc<AtomicBool>,
+}
+
+/// Tells an attempt that its caller has gone, when dropped.
 struct Caller(Arc<AtomicBool>);
 
 impl Drop for Caller {
@@ -64,16 +86,33 @@ impl Drop for Caller {
     }
 }
 
+impl Attempt {
+    /// Fails where mounts must not change for this call any more: its caller has gone, or an
+    /// unpublish has begun since.
+    fn check(&self) -> Result<(), VolumeError> {
+        if !self.interest.is_current() || self.is_abandoned.load(Ordering::SeqCst) {
+            return Err(VolumeError::Busy(self.request.target.full()));
+        }
+        Ok(())
+    }
+}
+
 impl Volumes {
     /// Publishes a volume.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, VolumeError> {
-        let request = Arc::new(request);
+        // A volume that its pod could write to is refused before anything is fetched.
+        let form = self.0.mounter.form(request.readonly)?;
         let _first = self.content().ok().map(|content| content.puller.goes_first());
-        let interest = self.0.guards.interest(&request.target.full());
-        let gone = Arc::new(AtomicBool::new(false));
-        let _caller = Caller(Arc::clone(&gone));
-        let look = self.look(&request, &interest);
-        let Ok(looked) = tokio::time::timeout_at(request.deadline, look).await else {
+        let attempt = Attempt {
+            interest: self.0.guards.interest(&request.target.full()),
+            request: Arc::new(request),
+            form,
+            is_abandoned: Arc::default(),
+        };
+        let _caller = Caller(Arc::clone(&attempt.is_abandoned));
+        let request = Arc::clone(&attempt.request);
+        let Ok(looked) = tokio::time::timeout_at(request.deadline, self.look(&attempt)).await
+        else {
             return Err(VolumeError::Busy(request.target.full()));
         };
         if let Some(published) = looked? {
@@ -86,14 +125,12 @@ impl Volumes {
             () = shutdown.cancelled() => return Err(VolumeError::ShuttingDown),
         };
         // From here on mounts change: a task does it, whether its caller stays or not.
-        let (volumes, request) = (self.clone(), Arc::clone(&request));
-        let deadline = request.deadline;
-        let target = request.target.full();
+        let volumes = self.clone();
         let attach = self.0.tracker.spawn(async move {
-            let held = interest.hold().await;
+            let held = attempt.interest.hold().await;
             let attach = move || {
                 let _held = held;
-                volumes.attach(&content, &request, &tree, &interest, &gone)?;
+                volumes.attach(&content, &attempt, &tree)?;
                 Ok(Published {
                     path,
                     manifest: Some(tree.record.manifest),
@@ -102,96 +139,96 @@ impl Volumes {
             };
             tokio::task::spawn_blocking(attach).await.unwrap_or(Err(VolumeError::Crashed))
         });
-        match tokio::time::timeout_at(deadline, attach).await {
+        match tokio::time::timeout_at(request.deadline, attach).await {
             Ok(attached) => attached.unwrap_or(Err(VolumeError::Crashed)),
-            Err(_) => Err(VolumeError::Busy(target)),
+            Err(_) => Err(VolumeError::Busy(request.target.full())),
         }
     }
 
-    /// Whether a mount of ours is there already, and no unpublish is about to take it away.
-    async fn look(
-        &self,
-        request: &Arc<PublishRequest>,
-        interest: &Interest,
-    ) -> Result<Option<Published>, VolumeError> {
-        let (volumes, request) = (self.clone(), Arc::clone(request));
-        let held = interest.hold().await;
+    /// Looks for a mount of the volume that is there already, and mounts its tree again where
+    /// it has the other form.
+    async fn look(&self, attempt: &Attempt) -> Result<Option<Published>, VolumeError> {
+        let (volumes, attempt) = (self.clone(), attempt.clone());
+        let held = attempt.interest.hold().await;
         let look = move || {
             let _held = held;
-            let target = open(&request)?;
-            volumes.examine(&request, &target)
+            let target = open(&attempt.request)?;
+            let Some(shown) = volumes.examine(&attempt.request, &target)? else { return Ok(None) };
+            if shown.form == attempt.form {
+                return Ok(Some(shown.published));
+            }
+            volumes.change_form(&attempt, &target, shown)
         };
-        tokio::task::spawn_blocking(look).await.unwrap_or(Err(VolumeError::Crashed))
+        self.0.tracker.spawn_blocking(look).await.unwrap_or(Err(VolumeError::Crashed))
     }
 
+    /// Puts a mount of the other form, of the same tree, in the place of one that is there.
+    /// None where the tree is not in the store any more: then the volume is published anew.
+    fn change_form(
+        &self,
+        attempt: &Attempt,
+        target: &Target,
+        shown: Shown,
+    ) -> Result<Option<Published>, VolumeError> {
+        let (request, form) = (&attempt.request, attempt.form);
+        attempt.check()?;
+        let content = self.content()?;
+        if unpublish::detach(&request.target)?.foreign {
+            let (target, what) = (request.target.full(), OTHER_MOUNT);
+            return Err(VolumeError::Occupied { target, what });
+        }
+        fault::point("publish.detached").map_err(|error| kernel("mount at", request, error))?;
+        let Some(tree) = shown.tree else { return Ok(None) };
+        self.mount(&content, attempt, &tree, target)?;
+        tracing::info!(?form, "mounted again, in the form that this publish asks for");
+        Ok(Some(shown.published))
+    }
+
+    /// Looks at the mount at the target, and decides whether it is this volume's. None where
+    /// nothing is mounted.
     fn examine(
         &self,
         request: &PublishRequest,
         target: &Target,
-    ) -> Result<Option<Published>, VolumeError> {
+    ) -> Result<Option<Shown>, VolumeError> {
         let occupied = |what| VolumeError::Occupied { target: request.target.full(), what };
-        let state = target.state().map_err(|error| kernel("look at", request, error))?;
-        let TargetState::MountRoot(identity) = state else {
-            return match state {
-                TargetState::Occupied => {
-                    Err(occupied("is not an empty folder: remove what is there"))
-                }
-                _ => Ok(None),
-            };
+        let origin = match target.state().map_err(|error| kernel("look at", request, error))? {
+            TargetState::Mounted(origin) => origin,
+            TargetState::Missing | TargetState::EmptyFolder => return Ok(None),
+            TargetState::Occupied => {
+                return Err(occupied("is not an empty folder: remove what is there"));
+            }
         };
-        let fingerprint = request.attributes.fingerprint(request.flags);
+        let Some(MountedTree { key, generation, form }) = MountedTree::of(&origin) else {
+            return Err(occupied(OTHER_MOUNT));
+        };
         // Without a store there are no records, and the mount itself has to be enough.
-        let content = self.content().ok();
+        let store = self.content().ok().map(|content| content.store);
         let full = request.target.full();
-        let record = content.as_ref().and_then(|content| content.store.publication(&full));
-        let recorded_tree = record.as_ref().zip(content.as_ref()).and_then(|(record, content)| {
-            let tree = content.store.tree_generation(record.tree, record.generation)?;
-            (tree.identity().ok()? == identity).then_some(tree)
-        });
-        let mounted = if let Some(tree) = &recorded_tree {
-            Some((tree.key, tree.generation))
-        } else {
-            let table =
-                MountTable::read().map_err(|error| kernel("read the mounts at", request, error))?;
-            let top =
-                target.top_mount(&table).map_err(|error| kernel("look at", request, error))?;
-            top.and_then(|top| TreeKey::of_mount_root(top.root_as_mounted()))
-        };
-        let Some((key, generation)) = mounted else {
-            return Err(occupied("has a mount that is not this driver's: unmount it"));
-        };
-        let known = record.filter(|record| {
+        let record = store.as_ref().and_then(|store| store.publication(&full)).filter(|record| {
             !record.rebuilt && (record.tree, record.generation) == (key, generation)
         });
-        match known {
-            Some(record)
-                if record.fingerprint != fingerprint || record.volume_id != request.volume_id =>
-            {
-                Err(occupied("shows another volume: unpublish that first"))
-            }
-            Some(record) => {
-                let bytes = recorded_tree.map_or(0, |tree| tree.record.bytes);
-                let manifest = Some(record.manifest);
-                Ok(Some(Published { path: PublishPath::AlreadyMounted, manifest, bytes }))
-            }
-            None => {
-                // A mount of ours whose record is lost is adopted.
-                let tree = content
-                    .as_ref()
-                    .and_then(|content| content.store.tree_generation(key, generation));
-                if let (Some(content), Some(tree)) = (content, &tree)
-                    && let Err(error) = content.store.put_publication(&self.record(request, tree))
-                {
-                    // It is mounted: a record that cannot be written is no reason to fail.
-                    tracing::warn!(%error, "the record of a mounted volume is still lost");
-                }
-                Ok(Some(Published {
-                    path: PublishPath::AlreadyMounted,
-                    manifest: tree.as_ref().map(|tree| tree.record.manifest),
-                    bytes: tree.map_or(0, |tree| tree.record.bytes),
-                }))
-            }
+        let fingerprint = request.attributes.fingerprint(request.flags);
+        if record.as_ref().is_some_and(|record| {
+            record.fingerprint != fingerprint || record.volume_id != request.volume_id
+        }) {
+            return Err(occupied("shows another volume: unpublish that first"));
         }
+        let tree = store.as_ref().and_then(|store| store.tree_generation(key, generation));
+        if record.is_none()
+            && let (Some(store), Some(tree)) = (&store, &tree)
+            && let Err(error) = store.put_publication(&self.record(request, tree))
+        {
+            // A mount whose record is lost is adopted; it stays one without a record.
+            tracing::warn!(%error, "the record of a mounted volume is still lost");
+        }
+        let recorded = record.map(|record| record.manifest);
+        let published = Published {
+            path: PublishPath::AlreadyMounted,
+            manifest: tree.as_ref().map(|tree| tree.record.manifest).or(recorded),
+            bytes: tree.as_ref().map_or(0, |tree| tree.record.bytes),
+        };
+        Ok(Some(Shown { published, form, tree }))
     }
 
     async fn acquire(
@@ -249,44 +286,41 @@ impl Volumes {
         tokio::task::spawn_blocking(find).await.ok()?
     }
 
-    /// The only place where a volume's mount is made. Blocking; under the guard.
-    fn attach(
-        &self,
-        content: &Content,
-        request: &PublishRequest,
-        tree: &Tree,
-        interest: &Interest,
-        gone: &AtomicBool,
-    ) -> Result<(), VolumeError> {
+    /// Attaches a tree for a volume that is not mounted yet. Blocking; under the guard.
+    fn attach(&self, content: &Content, attempt: &Attempt, tree: &Tree) -> Result<(), VolumeError> {
+        attempt.check()?;
+        let request = &attempt.request;
         let full = request.target.full();
-        if !interest.is_current() || gone.load(Ordering::SeqCst) {
-            return Err(VolumeError::Busy(full));
-        }
         let target = open(request)?;
         // Another publish of the same volume may have been faster.
-        if self.examine(request, &target)?.is_some() {
-            return Ok(());
+        if let Some(shown) = self.examine(request, &target)? {
+            if shown.form == attempt.form {
+                return Ok(());
+            }
+            // Its caller asked for the other form at the same time: the next try settles it.
+            return Err(VolumeError::Busy(full));
         }
         let passed =
             |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
         passed("publish.acquired")?;
         let earlier = content.store.publication(&full);
-        put_record(&content.store, &self.record(request, tree))?;
+        // What was decided for this volume before a reboot comes back if this fails: it stays till then.
+        let _earlier_tree = earlier
+            .as_ref()
+            .and_then(|earlier| content.store.tree_generation(earlier.tree, earlier.generation));
+        if let Err(error) = put_record(&content.store, &self.record(request, tree)) {
+            // A record is a hint: content that is here is shown also while the disk takes nothing.
+            tracing::warn!(%error, "the record of this volume cannot be written");
+        }
         let attached = || -> Result<(), VolumeError> {
             passed("publish.recorded")?;
-            let root = tree.open()?;
             target.create().map_err(|error| kernel("create", request, error))?;
             passed("publish.folder")?;
-            self.0
-                .attach
-                .attach(root.as_fd(), &target, request.flags)
-                .map_err(|error| kernel("mount at", request, error))?;
-            content.store.tree_was_published(tree);
-            Ok(())
+            self.mount(content, attempt, tree, &target)
         };
         let attached = attached();
         if attached.is_err() {
-            // The caller removes the folder. What was decided for this volume before a reboot stays.
+            // The caller removes the folder.
             let _ = match earlier {
                 Some(earlier) => content.store.put_publication(&earlier),
                 None => content.store.remove_publication(&full),
@@ -295,6 +329,24 @@ impl Volumes {
         attached?;
         // It is mounted: whatever fails from here on is found at the next call.
         let _ = fault::point("publish.mounted");
+        Ok(())
+    }
+
+    /// Makes the mount of a volume: the only place that does. Blocking; under the guard.
+    fn mount(
+        &self,
+        content: &Content,
+        attempt: &Attempt,
+        tree: &Tree,
+        target: &Target,
+    ) -> Result<(), VolumeError> {
+        let Attempt { request, form, .. } = attempt;
+        let mounted = self.0.mounter.attach(*form, &content.store, tree, target, request.flags);
+        mounted.map_err(|error| match error {
+            AttachError::Store(error) => error.into(),
+            AttachError::Kernel(error) => kernel("mount at", request, error),
+        })?;
+        content.store.tree_was_published(tree);
         Ok(())
     }
 
@@ -308,7 +360,7 @@ impl Volumes {
                 let _held = held;
                 let target = Target::open(target.base(), target.relative())?;
                 target.remove_if_empty()?;
-                Ok::<_, std::io::Error>(matches!(target.state()?, TargetState::MountRoot(_)))
+                Ok::<_, std::io::Error>(matches!(target.state()?, TargetState::Mounted(_)))
             })
             .await
         });

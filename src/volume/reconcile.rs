@@ -8,6 +8,7 @@
 //! mount anywhere else                            counted only: nobody knows whose it is
 //! ```
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::error::VolumeError;
@@ -17,7 +18,7 @@ use super::{Content, Volumes};
 use crate::mount::MountTable;
 use crate::oci::Digest;
 use crate::store::publications::Publication;
-use crate::store::{Store, StoreError, TreeKey};
+use crate::store::{MountedTree, Store, StoreError};
 
 /// What the kubelet writes beside a target before it asks for the volume, and
 /// removes after it has had it unpublished.
@@ -45,11 +46,10 @@ struct Mounted {
     target: PathBuf,
     /// As the kernel names it.
     mount_point: PathBuf,
-    tree: TreeKey,
-    generation: u32,
+    tree: MountedTree,
     /// Whether the target has the form of a volume that the kubelet asks for.
     is_kubelets: bool,
-    /// Whether the kubelet's file is beside it.
+    /// Whether the kubelet's file is beside it, or may be: only a file that is certainly gone counts.
     is_known_to_kubelet: bool,
 }
 
@@ -59,7 +59,7 @@ struct Recorded {
     target: PathBuf,
     /// Whether the kubelet's file was beside the target at the publish.
     was_known_to_kubelet: bool,
-    /// Whether the folder above the target exists.
+    /// Whether the folder above the target exists, or may: only one that is certainly gone counts.
     has_folder: bool,
 }
 
@@ -119,9 +119,8 @@ impl Volumes {
             let _held = held;
             let table = mount_table()?;
             let top = table.top_at(&mount.mount_point);
-            let shown = top.and_then(|top| TreeKey::of_mount_root(top.root_as_mounted()));
-            let is_lost = shown == Some((mount.tree, mount.generation))
-                && store.publication(&mount.target).is_none();
+            let shown = top.and_then(|top| MountedTree::of(&top.origin));
+            let is_lost = shown == Some(mount.tree) && store.publication(&mount.target).is_none();
             if is_lost {
                 store.put_publication(&rebuilt(&store, &mount))?;
             }
@@ -155,15 +154,23 @@ impl Volumes {
     }
 }
 
-/// Whether the kubelet's file is beside a target.
+/// Whether the kubelet's file is beside a target. A disk that cannot be read proves nothing: the
+/// volume may be in use.
 pub(super) fn is_known_to_kubelet(target: &Path) -> bool {
-    target.with_file_name(KUBELETS_FILE).symlink_metadata().is_ok()
+    !is_gone(&target.with_file_name(KUBELETS_FILE))
+}
+
+/// Whether nothing is at a path, by the kernel's own word.
+fn is_gone(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
     let mut decisions = Decisions::default();
+    let mounted: HashSet<_> = mounts.iter().map(|mount| &mount.target).collect();
+    let recorded: HashMap<_, _> = records.iter().map(|record| (&record.target, record)).collect();
     for record in records {
-        let is_mounted = mounts.iter().any(|mount| mount.target == record.target);
+        let is_mounted = mounted.contains(&record.target);
         // The kubelet removes the folder above the target with the volume, also after a reboot.
         if is_mounted || record.has_folder {
             decisions.keep += 1;
@@ -172,7 +179,7 @@ fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
         }
     }
     for mount in mounts {
-        let record = records.iter().find(|record| record.target == mount.target);
+        let record = recorded.get(&mount.target);
         // A caller that is no kubelet has never written that file, and nothing has gone.
         let was_known = record.is_none_or(|record| record.was_known_to_kubelet);
         match (mount.is_kubelets, mount.is_known_to_kubelet) {
@@ -190,7 +197,7 @@ fn recorded(store: &Store) -> Result<Vec<Recorded>, StoreError> {
     Ok(records
         .map(|publication| Recorded {
             was_known_to_kubelet: publication.kubelet_knew,
-            has_folder: publication.target.parent().is_some_and(Path::exists),
+            has_folder: publication.target.parent().is_some_and(|folder| !is_gone(folder)),
             target: publication.target,
         })
         .collect())
@@ -201,7 +208,7 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
     // The table has no symbolic links; targets are named as the kubelet names its folder.
     let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
     let ours = table.iter().filter_map(|entry| {
-        let (tree, generation) = TreeKey::of_mount_root(entry.root_as_mounted())?;
+        let tree = MountedTree::of(&entry.origin)?;
         let below = entry.mount_point.strip_prefix(&real).ok();
         let target = below.map_or_else(|| entry.mount_point.clone(), |path| kubelet_dir.join(path));
         Some(Mounted {
@@ -210,7 +217,6 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
             target,
             mount_point: entry.mount_point.clone(),
             tree,
-            generation,
         })
     });
     Ok(ours.collect())
@@ -237,7 +243,8 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
     }
     let data = std::fs::read(mount.target.with_file_name(KUBELETS_FILE)).ok();
     let data = data.and_then(|data| serde_json::from_slice::<VolumeData>(&data).ok());
-    let tree = store.tree_generation(mount.tree, mount.generation);
+    let MountedTree { key, generation, .. } = mount.tree;
+    let tree = store.tree_generation(key, generation);
     let unknown = Digest::of(b"");
     Publication {
         volume_id: data.map(|data| data.volume_handle).unwrap_or_default(),
@@ -246,8 +253,8 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
         fingerprint: unknown,
         reference: String::new(),
         manifest: tree.map_or(unknown, |tree| tree.record.manifest),
-        tree: mount.tree,
-        generation: mount.generation,
+        tree: key,
+        generation,
         pod: None,
         kubelet_knew: mount.is_known_to_kubelet,
         rebuilt: true,
@@ -257,13 +264,16 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mount::MountForm;
+    use crate::store::TreeKey;
 
     const KUBELETS: &str = "/kubelet/pods/u/volumes/kubernetes.io~csi/v/mount";
 
     fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> Mounted {
-        let tree = TreeKey::new(Digest::of(b""), "", "Readable", "");
+        let key = TreeKey::new(Digest::of(b""), "", "Readable", "");
+        let tree = MountedTree { key, generation: 1, form: MountForm::Bind };
         let (target, mount_point) = (target.into(), target.into());
-        Mounted { target, mount_point, tree, generation: 1, is_kubelets, is_known_to_kubelet }
+        Mounted { target, mount_point, tree, is_kubelets, is_known_to_kubelet }
     }
 
     fn record(target: &str, was_known_to_kubelet: bool, has_folder: bool) -> Recorded {

@@ -17,7 +17,10 @@ pub struct PublishRequest {
     pub target: TargetPath,
     /// What.
     pub attributes: VolumeAttributes,
-    /// How it is mounted.
+    /// Whether the container runtime is told to make the container's mount read-only. Decides
+    /// the form of the mount; the volume is the same.
+    pub readonly: bool,
+    /// The mount options of a PersistentVolume.
     pub flags: MountFlags,
     /// For whom.
     pub pod: PodInfo,

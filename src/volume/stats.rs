@@ -1,13 +1,10 @@
 //! Sizes of a published volume: numbers kept with its tree, in constant time.
 
-use std::path::Path;
-
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use crate::mount::syscalls::FileIdentity;
-use crate::mount::{MountTable, Target, TargetState};
-use crate::store::{Tree, TreeKey};
+use crate::mount::{Target, TargetState};
+use crate::store::{MountedTree, Tree};
 
 /// What a volume holds; it is full by nature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,25 +29,12 @@ impl Volumes {
         let failed =
             |source| VolumeError::Kernel { action: "look at", target: full.clone(), source };
         let target = Target::open(path.base(), path.relative()).map_err(|_| unknown())?;
-        let TargetState::MountRoot(identity) = target.state().map_err(failed)? else {
+        let TargetState::Mounted(origin) = target.state().map_err(failed)? else {
             return Err(unknown());
         };
-        if let Some(tree) = self.recorded_tree(&full, identity) {
-            return Ok(VolumeStats { bytes: tree.record.bytes, inodes: tree.record.inodes });
-        }
-        let table = MountTable::read().map_err(failed)?;
-        let mount = target.top_mount(&table).map_err(failed)?.ok_or_else(unknown)?;
-        let (key, generation) =
-            TreeKey::of_mount_root(mount.root_as_mounted()).ok_or_else(unknown)?;
+        let MountedTree { key, generation, .. } = MountedTree::of(&origin).ok_or_else(unknown)?;
+        // Its record alone is read: statistics need no open store.
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
         Ok(VolumeStats { bytes: tree.record.bytes, inodes: tree.record.inodes })
-    }
-
-    /// The tree that the target's record names, if it is what is mounted.
-    fn recorded_tree(&self, full: &Path, mounted: FileIdentity) -> Option<Tree> {
-        let store = self.content().ok()?.store;
-        let record = store.publication(full)?;
-        let tree = store.tree_generation(record.tree, record.generation)?;
-        (tree.identity().ok()? == mounted).then_some(tree)
     }
 }

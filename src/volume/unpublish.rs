@@ -7,8 +7,8 @@ use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use crate::fault;
-use crate::mount::{MountTable, Target, TargetState};
-use crate::store::TreeKey;
+use crate::mount::{Target, TargetState, UnmountError};
+use crate::store::MountedTree;
 
 /// More mounts than anybody stacks; a bound on a loop that the kernel must end.
 const MAXIMUM_STACK: usize = 1024;
@@ -64,19 +64,18 @@ pub struct Detached {
 pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
     let Some(target) = open(path)? else { return Ok(Detached::default()) };
     for unmounted in 0..MAXIMUM_STACK {
-        let table = MountTable::read().map_err(failed(path, "read the mounts at"))?;
-        let top = target.top_mount(&table).map_err(failed(path, "look at"))?;
-        match top {
-            Some(mount) if TreeKey::of_mount_root(mount.root_as_mounted()).is_some() => {
-                target.unmount_top().map_err(failed(path, "unmount"))?;
-            }
-            Some(mount) => {
-                tracing::warn!(target = %path, root = %mount.root.display(), filesystem = mount.filesystem,
-                    "a mount that is not this driver's stays");
-                return Ok(Detached { unmounted, foreign: true });
-            }
-            None => return Ok(Detached { unmounted, foreign: false }),
+        let TargetState::Mounted(top) = target.state().map_err(failed(path, "look at"))? else {
+            return Ok(Detached { unmounted, foreign: false });
+        };
+        if MountedTree::of(&top).is_none() {
+            tracing::warn!(target = %path, root = %top.root.display(), filesystem = top.filesystem,
+                "a mount that is not this driver's stays");
+            return Ok(Detached { unmounted, foreign: true });
         }
+        target.unmount_top().map_err(|error| match error {
+            UnmountError::Nested(nested) => VolumeError::Nested { target: path.full(), nested },
+            UnmountError::Kernel(source) => failed(path, "unmount")(source),
+        })?;
     }
     Ok(Detached { unmounted: MAXIMUM_STACK, foreign: false })
 }
@@ -87,7 +86,7 @@ pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), Volum
     target.remove_if_empty().map_err(failed(path, "remove"))?;
     // "OK" for what is still mounted would leave the pod in Terminating for ever.
     let state = target.state().map_err(failed(path, "look at"))?;
-    if !detached.foreign && matches!(state, TargetState::MountRoot(_)) {
+    if !detached.foreign && matches!(state, TargetState::Mounted(_)) {
         return Err(VolumeError::Busy(path.full()));
     }
     Ok(())

@@ -81,6 +81,10 @@ impl Mortal {
             self.kubelet.prepare(volume);
             let _ = self.kubelet.publish_request(volume.request.clone());
         }
+        // The same volume again, whose mount is to have the other form now.
+        let mut other_form = volumes[2].request.clone();
+        other_form.readonly = true;
+        let _ = self.kubelet.publish_request(other_form);
         let first = &volumes[0];
         let _ =
             self.kubelet.unpublish_request(&first.request.volume_id, &first.request.target_path);

@@ -47,6 +47,7 @@ mod recorded;
 mod recovery;
 mod registration;
 mod room;
+mod runtimes;
 mod sanity;
 mod secrets;
 mod signatures;

@@ -161,7 +161,10 @@ fn remove_sockets(options: &DriverOptions) {
 #[test]
 fn a_pod_in_a_user_namespace_can_have_the_volume_idmapped() {
     let node = Node::start();
-    let (volume, _) = node.mount(&node.proxy.reference(&program()));
+    let (volume, _) = node.mount_with(&node.proxy.reference(&program()), |mut volume| {
+        volume.request.readonly = true;
+        volume
+    });
     // As the container runtime does for `hostUsers: false`: a copy of the mount with shifted owners.
     let mapped = node.sandbox.folder("mapped");
     mount_with_shifted_owners(volume.target(), &mapped, 100_000);
