@@ -46,6 +46,7 @@ use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
 use crate::store::lock::Lock;
 use crate::store::{SecurityLabel, StoreError};
+use crate::volume::form::MountMode;
 use crate::volume::{ContentState, Mounter, Volumes};
 use content::Opening;
 
@@ -130,20 +131,11 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     let lock = Arc::new(Mutex::new(lock));
     let tracker = TaskTracker::new();
     let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
-    let attach = if options.staged_mounts {
-        AttachMethod::Staged(options.state_dir.join("mounts"))
-    } else {
-        AttachMethod::detect(&options.state_dir.join("mounts"))
-    };
     // Without a configuration nothing is published.
     let mode = configuration.as_ref().map(|found| found.volumes.mount).unwrap_or_default();
-    let mounter = Mounter::new(attach, mode);
-    if !mounter.has_overlay() {
-        tracing::warn!("this kernel has no overlayfs: volumes without readOnly: true are refused");
-    }
     let volumes = Volumes::new(
         options.state_dir.clone(),
-        mounter,
+        mounter(&options, mode),
         content.clone(),
         tracker.clone(),
         shutdown.clone(),
@@ -225,6 +217,21 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     drop(csi_socket);
     drop(lock);
     ended
+}
+
+/// Chooses how this node's kernel makes mounts.
+fn mounter(options: &NodeOptions, mode: MountMode) -> Mounter {
+    let staging = options.state_dir.join("mounts");
+    let method = if options.staged_mounts {
+        AttachMethod::Staged(staging)
+    } else {
+        AttachMethod::detect(&staging)
+    };
+    let mounter = Mounter::new(method, mode);
+    if !mounter.has_overlay() {
+        tracing::warn!("this kernel has no overlayfs: volumes without readOnly: true are refused");
+    }
+    mounter
 }
 
 /// Where pods are told of their pulls, what tells them.

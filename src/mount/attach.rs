@@ -92,10 +92,7 @@ impl AttachMethod {
     /// Whether this kernel has overlayfs; asking for it loads its module.
     #[must_use]
     pub fn has_overlay(&self) -> bool {
-        let error = match FilesystemContext::open(OVERLAY) {
-            Ok(_) => return true,
-            Err(error) => error,
-        };
+        let Err(error) = FilesystemContext::open(OVERLAY) else { return true };
         if error.raw_os_error() != Some(libc::ENOSYS) {
             return error.raw_os_error() != Some(libc::ENODEV);
         }
