@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::ask::AskArguments;
-use super::{Failure, Output, print};
+use super::{Failure, Output, layout_tar, print};
 use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
 use crate::units::Bytes;
@@ -27,7 +27,7 @@ const PIECES: usize = 4;
   csi-driver-oci import app.tar --as registry.example.com/app:v2
   kubectl exec -i -n csi-driver-oci POD -- csi-driver-oci import - --as registry.example.com/app:v2 < app.tar")]
 pub(super) struct ImportArguments {
-    /// A folder with an OCI image layout, a tar of one, or `-` for a tar on standard input.
+    /// A folder with an OCI image layout, a tar of one (plain, gzip or zstd), or `-` for a tar on standard input.
     layout: PathBuf,
     /// The reference that pods name it by.
     #[arg(long = "as", value_name = "REF")]
@@ -97,15 +97,7 @@ fn send(
     if layout == Path::new("-") {
         io::copy(&mut io::stdin().lock(), &mut pieces)?;
     } else if layout.is_dir() {
-        // The few names that a layout has, whatever else lies beside them.
-        let mut archive = tar::Builder::new(&mut pieces);
-        archive.follow_symlinks(true);
-        for name in ["oci-layout", "index.json"] {
-            archive.append_path_with_name(layout.join(name), name)?;
-        }
-        archive.append_dir_all("blobs", layout.join("blobs"))?;
-        archive.finish()?;
-        drop(archive);
+        layout_tar::write(layout, &mut pieces)?;
     } else {
         io::copy(&mut std::fs::File::open(layout)?.take(u64::MAX), &mut pieces)?;
     }

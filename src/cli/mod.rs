@@ -12,6 +12,7 @@ mod controller;
 mod crds;
 mod gc;
 mod import;
+mod layout_tar;
 mod logging;
 mod mount;
 mod node;

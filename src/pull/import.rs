@@ -7,7 +7,9 @@
 //! as for preloaded images.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::Read;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
@@ -22,7 +24,8 @@ use crate::oci::{Digest, Platform, Reference};
 use crate::store::import::ImportedBlobs;
 use crate::store::resolutions::Resolution;
 use crate::store::{StoreError, Tree};
-use crate::unpack::{PermissionsRule, Selection};
+use crate::unpack::members::read_members;
+use crate::unpack::{PermissionsRule, Selection, UnpackError};
 
 /// Files of a layout beside its blobs; ours are two, and other tools add a few.
 const STRANGE_FILES: usize = 1000;
@@ -36,7 +39,10 @@ pub enum ImportError {
     #[error(
         "the layout cannot be read: {0}: send a tar of an OCI image layout, as `oras copy --to-oci-layout` or `skopeo copy ... oci-archive:` make it"
     )]
-    Read(std::io::Error),
+    Read(String),
+    /// A tar beyond a limit, or with members that are not read.
+    #[error("the layout is refused: {0}")]
+    Refused(UnpackError),
     /// No layout.
     #[error("it is no OCI image layout: {0}")]
     NotALayout(String),
@@ -133,21 +139,14 @@ impl Puller {
 }
 
 impl Inner {
-    fn read_layout(&self, layout: impl Read) -> Result<Layout, ImportError> {
+    fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
         let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
         let mut index = None;
         let mut strange = 0;
-        let mut archive = tar::Archive::new(layout);
-        for entry in archive.entries().map_err(ImportError::Read)? {
-            let mut entry = entry.map_err(ImportError::Read)?;
-            let path = entry.path().map_err(ImportError::Read)?.into_owned();
-            let kind = entry.header().entry_type();
-            if kind.is_dir() {
-                continue;
-            }
-            let size = entry.size();
-            match place(&path) {
-                Place::Blob(digest) if kind.is_file() => {
+        read_members(layout, &self.limits, |member, content| {
+            let size = member.size;
+            match place(Path::new(OsStr::from_bytes(&member.name))) {
+                Place::Blob(digest) if member.is_file => {
                     if size > self.limits.blob_bytes {
                         let what = format!(
                             "{digest} has {size} bytes, the limit is {} (limits.blobBytes)",
@@ -155,13 +154,13 @@ impl Inner {
                         );
                         return Err(ImportError::NotALayout(what));
                     }
-                    blobs.add(digest, size, &mut entry).map_err(PullError::from)?;
+                    blobs.add(digest, size, content).map_err(PullError::from)?;
                 }
                 Place::Blob(digest) => {
                     return Err(ImportError::NotALayout(format!("{digest} is no file")));
                 }
-                Place::Index if kind.is_file() => {
-                    index = Some(self.small(&mut entry, "index.json")?);
+                Place::Index if member.is_file => {
+                    index = Some(self.small(content, "index.json")?);
                 }
                 Place::Index | Place::Strange => {
                     strange += 1;
@@ -171,7 +170,8 @@ impl Inner {
                     }
                 }
             }
-        }
+            Ok(())
+        })?;
         let index = index.ok_or_else(|| ImportError::NotALayout("it has no index.json".into()))?;
         Ok(Layout { index, blobs })
     }
@@ -179,7 +179,8 @@ impl Inner {
     fn small(&self, content: &mut dyn Read, what: &str) -> Result<Vec<u8>, ImportError> {
         let limit = self.limits.manifest_bytes;
         let mut bytes = Vec::new();
-        content.take(limit + 1).read_to_end(&mut bytes).map_err(ImportError::Read)?;
+        let read = content.take(limit + 1).read_to_end(&mut bytes);
+        read.map_err(|error| ImportError::Read(error.to_string()))?;
         if bytes.len() as u64 > limit {
             let what = format!("{what} has more than {limit} bytes (limits.manifestBytes)");
             return Err(ImportError::NotALayout(what));
@@ -338,6 +339,20 @@ fn named(
     }
     let ambiguous = |_| ImportError::Ambiguous(index.manifests.len(), tag.to_owned());
     index.choose(platform).cloned().map_err(ambiguous)
+}
+
+impl From<UnpackError> for ImportError {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Read(error) | UnpackError::Decompress(error) => {
+                Self::Read(error.to_string())
+            }
+            UnpackError::Archive { reason, position } => {
+                Self::Read(format!("{reason}, near byte {position}"))
+            }
+            refused => Self::Refused(refused),
+        }
+    }
 }
 
 impl From<StoreError> for ImportError {

@@ -43,12 +43,12 @@ enum Message {
 }
 
 /// Decompresses `input` and has its content used. Its digest is made if `digested`.
-pub(super) fn decompress<R: Read + Send, T>(
+pub(super) fn decompress<R: Read + Send, T, E: From<UnpackError>>(
     input: R,
     limits: &Limits,
     digested: bool,
-    with: impl FnOnce(Content) -> Result<T, UnpackError>,
-) -> Result<T, UnpackError> {
+    with: impl FnOnce(Content) -> Result<T, E>,
+) -> Result<T, E> {
     let (full, filled) = sync_channel(QUEUE);
     let (emptied, empty) = channel();
     std::thread::scope(|scope| {

@@ -4,6 +4,7 @@
 //! ```text
 //! layer_rule   manifest            -> what each layer is: one file, an archive, nothing
 //! archive      compressed bytes    -> entries in order, contents given to a sink
+//! members      the same, of a tar that is no layer, such as an image layout
 //! merge        entries and files   -> the tree that a pod sees, as a plan
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod entry;
 pub mod error;
 pub mod layer_rule;
 pub mod limits;
+pub mod members;
 pub mod merge;
 pub mod path;
 pub mod permissions;

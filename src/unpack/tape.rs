@@ -2,16 +2,15 @@
 //!
 //! Reads what Go's `archive/tar` reads, since Go's programs write nearly all
 //! layers and unpack them elsewhere: v7, ustar, pax and GNU, but no sparse files.
-//! The `tar` crate's own iterator is not used: it holds extended headers of any
-//! size in memory, splits pax values at newlines (values of extended attributes
-//! are binary), and drops the upper half of large numbers. Two readers that
+//! The `tar` crate is not used: it holds extended headers of any size in memory,
+//! splits pax values at newlines (values of extended attributes are binary),
+//! takes the type of v7's files and folders for that of later files, and drops
+//! the upper half of large numbers. Two readers that
 //! disagree about where a member ends see two different archives, so whatever is
 //! ambiguous here is refused.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read};
-
-use tar::Header;
 
 use super::content::Content;
 use super::entry::Timestamp;
@@ -56,6 +55,9 @@ pub(super) enum MemberKind {
     Special(&'static str),
 }
 
+/// The block that describes a member, as it is written.
+struct Header([u8; BLOCK]);
+
 /// Values by key. Of several records with one key the last counts, and an empty
 /// value takes the key back.
 pub(super) type PaxRecords = BTreeMap<Box<[u8]>, Box<[u8]>>;
@@ -84,9 +86,9 @@ impl<'a> Tape<'a> {
                 }
                 return Err(self.broken("an extended header describes nothing"));
             };
-            let size = self.number(&header.as_old().size, "a size is not a number")?;
+            let size = self.number(header.size(), "a size is not a number")?;
             let size = u64::try_from(size).map_err(|_| self.broken("a size is negative"))?;
-            match type_of(&header) {
+            match header.kind() {
                 b'x' if extensions.pax.is_none() => {
                     let bytes = self.extended_header(size)?;
                     let records = pax_records(&bytes)
@@ -127,17 +129,16 @@ impl<'a> Tape<'a> {
         size: u64,
         extensions: Extensions,
     ) -> Result<Member, UnpackError> {
-        let fields = header.as_old();
-        let mut name = name(header);
-        let mut link = text(&fields.linkname).to_vec();
+        let mut name = header.name();
+        let mut link = text(header.link()).to_vec();
         let mut size = size;
-        let mode = self.number(&fields.mode, "a mode is not a number")?;
-        let mut uid = self.number(&fields.uid, "an owner is not a number")?;
-        let mut gid = self.number(&fields.gid, "a group is not a number")?;
-        let seconds = self.number(&fields.mtime, "a time is not a number")?;
+        let mode = self.number(header.mode(), "a mode is not a number")?;
+        let mut uid = self.number(header.uid(), "an owner is not a number")?;
+        let mut gid = self.number(header.gid(), "a group is not a number")?;
+        let seconds = self.number(header.modified(), "a time is not a number")?;
         let mut modified = Timestamp { seconds, nanoseconds: 0 };
         let mut extended_attributes = PaxRecords::new();
-        let mut is_sparse = header.entry_type().is_gnu_sparse();
+        let mut is_sparse = header.kind() == b'S';
         for (key, value) in extensions.pax.into_iter().flatten() {
             if value.is_empty() {
                 continue;
@@ -165,7 +166,7 @@ impl<'a> Tape<'a> {
         if is_sparse {
             return Err(UnpackError::Sparse { name: shown(&name) });
         }
-        let kind = match type_of(header) {
+        let kind = match header.kind() {
             // Before ustar, folders were files with a slash at the end.
             0 if name.ends_with(b"/") && size == 0 => MemberKind::Directory,
             // Go's reader takes what follows for headers, others for content.
@@ -209,19 +210,19 @@ impl<'a> Tape<'a> {
     /// The next header; none at the archive's end, which is two blocks of zeros, or
     /// the end of the content, as some writers leave it.
     fn header(&mut self) -> Result<Option<Header>, UnpackError> {
-        let mut header = Header::new_old();
-        if !self.block(header.as_mut_bytes())? {
+        let mut header = Header([0; BLOCK]);
+        if !self.block(&mut header.0)? {
             return Ok(None);
         }
-        if header.as_bytes() == &[0; BLOCK] {
+        if header.0 == [0; BLOCK] {
             let mut second = [0; BLOCK];
             if self.block(&mut second)? && second != [0; BLOCK] {
                 return Err(self.broken("something follows a block of zeros"));
             }
             return Ok(None);
         }
-        let bytes = header.as_bytes();
-        let expected = self.number(&header.as_old().cksum, "a checksum is not a number")?;
+        let bytes = &header.0;
+        let expected = self.number(header.checksum(), "a checksum is not a number")?;
         let summed = || bytes[..148].iter().chain(&[b' '; 8]).chain(&bytes[156..]);
         let unsigned: i64 = summed().map(|&byte| i64::from(byte)).sum();
         // Some old writers added signed bytes.
@@ -352,35 +353,64 @@ impl Extensions {
     }
 }
 
+impl Header {
+    fn mode(&self) -> &[u8] {
+        &self.0[100..108]
+    }
+
+    fn uid(&self) -> &[u8] {
+        &self.0[108..116]
+    }
+
+    fn gid(&self) -> &[u8] {
+        &self.0[116..124]
+    }
+
+    fn size(&self) -> &[u8] {
+        &self.0[124..136]
+    }
+
+    fn modified(&self) -> &[u8] {
+        &self.0[136..148]
+    }
+
+    fn checksum(&self) -> &[u8] {
+        &self.0[148..156]
+    }
+
+    fn kind(&self) -> u8 {
+        self.0[156]
+    }
+
+    fn link(&self) -> &[u8] {
+        &self.0[157..257]
+    }
+
+    /// The name, put together as Go's reader does: formats are told apart by the magic, and
+    /// the version of ustar counts for nothing.
+    fn name(&self) -> Vec<u8> {
+        let bytes = &self.0;
+        let is_no_number = |field: &[u8]| field[0] != 0 && number(field).is_none();
+        let prefix = match (&bytes[257..263], &bytes[263..265], &bytes[508..]) {
+            // star has times where the prefix of others ends.
+            (b"ustar\0", _, b"tar\0") => text(&bytes[345..476]),
+            (b"ustar\0", ..) => text(&bytes[345..500]),
+            // GNU has two times in place of a prefix; Go wrote a prefix there until 1.8.
+            (b"ustar ", b" \0", _)
+                if is_no_number(&bytes[345..357]) || is_no_number(&bytes[357..369]) =>
+            {
+                Some(text(&bytes[345..500])).filter(|prefix| prefix.is_ascii()).unwrap_or_default()
+            }
+            _ => &[],
+        };
+        let name = text(&bytes[..100]);
+        if prefix.is_empty() { name.to_vec() } else { [prefix, name].join(&b'/') }
+    }
+}
+
 /// A field's text: all of it, or up to a NUL.
 fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
-}
-
-/// As it is written: the `tar` crate takes the type of v7's files and folders for that of later files.
-fn type_of(header: &Header) -> u8 {
-    header.as_old().linkflag[0]
-}
-
-/// A header's name, put together as Go's reader does: formats are told apart by the magic, and
-/// the version of ustar counts for nothing.
-fn name(header: &Header) -> Vec<u8> {
-    let bytes = header.as_bytes();
-    let is_no_number = |field: &[u8]| field[0] != 0 && number(field).is_none();
-    let prefix = match (&bytes[257..263], &bytes[263..265], &bytes[508..]) {
-        // star has times where the prefix of others ends.
-        (b"ustar\0", _, b"tar\0") => text(&bytes[345..476]),
-        (b"ustar\0", ..) => text(&bytes[345..500]),
-        // GNU has two times in place of a prefix; Go wrote a prefix there until 1.8.
-        (b"ustar ", b" \0", _)
-            if is_no_number(&bytes[345..357]) || is_no_number(&bytes[357..369]) =>
-        {
-            Some(text(&bytes[345..500])).filter(|prefix| prefix.is_ascii()).unwrap_or_default()
-        }
-        _ => &[],
-    };
-    let name = text(&header.as_old().name);
-    if prefix.is_empty() { name.to_vec() } else { [prefix, name].join(&b'/') }
 }
 
 /// A header's number: octal digits between spaces and NULs, or, marked by the
@@ -470,13 +500,13 @@ mod tests {
     #[test]
     fn names_have_the_prefix_that_gos_reader_gives_them() {
         let with = |magic: &[u8; 8], prefix: &[u8], trailer: &[u8]| {
-            let mut header = Header::new_old();
-            let bytes = header.as_mut_bytes();
+            let mut header = Header([0; BLOCK]);
+            let bytes = &mut header.0;
             bytes[..4].copy_from_slice(b"name");
             bytes[257..265].copy_from_slice(magic);
             bytes[345..345 + prefix.len()].copy_from_slice(prefix);
             bytes[512 - trailer.len()..].copy_from_slice(trailer);
-            String::from_utf8(name(&header)).unwrap()
+            String::from_utf8(header.name()).unwrap()
         };
         let long = [b'p'; 155];
         for version in [b"00", b"\0\0", b"  ", b"xx"] {

@@ -348,9 +348,32 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
     let mut command = admin.command(&["import", "-", "--as", "two.invalid/app:v1"]);
     command.stdin(Stdio::from(fs::File::open(&archive).expect("the tar")));
     run(&mut command);
-    for name in ["one.invalid/app:v1", "two.invalid/app:v1"] {
+    let packed = node.sandbox.path().join("layout.tar.gz");
+    fs::write(&packed, gzip(&fs::read(&archive).expect("the tar"))).expect("written");
+    admin.told(&["import", packed.to_str().expect("a path"), "--as", "three.invalid/app:v1"]);
+    for name in ["one.invalid/app:v1", "two.invalid/app:v1", "three.invalid/app:v1"] {
         node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
     }
+}
+
+#[test]
+fn a_layout_whose_names_would_fill_the_memory_is_refused() {
+    let (node, admin) = Admin::start(ROOMY);
+    let folder = layout(&node, &image(&node));
+    let whole = node.sandbox.path().join("layout.tar");
+    run(tool("tar").arg("-cf").arg(&whole).arg("-C").arg(&folder).arg("."));
+    let whole = fs::read(&whole).expect("the tar");
+    let long = "n".repeat(2 << 20);
+    for first in [Tar::new().file(&long, 0o644, ""), Tar::new().pax(&[("path", &long)])] {
+        let hostile = node.sandbox.path().join("hostile.tar");
+        fs::write(&hostile, [first.unfinished(), whole.clone()].concat()).expect("written");
+        let hostile = hostile.to_str().expect("a path");
+        let told = admin.refused(&["import", hostile, "--as", "bad.invalid/app:v1"]);
+        assert!(told.contains("limits.headerBytes"), "{told}");
+        assert!(!admin.holds("bad.invalid/app:v1"));
+    }
+    let staging = node.driver.state().join("staging");
+    assert_eq!(fs::read_dir(staging).expect("a folder").count(), 0);
 }
 
 #[test]
