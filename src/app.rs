@@ -9,6 +9,7 @@
 
 mod content;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -52,8 +53,10 @@ use content::Opening;
 
 /// How long a new process waits for the old one to go.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// How often the lock is tried meanwhile.
+/// How often the lock, or a socket, is tried meanwhile.
 const LOCK_INTERVAL: Duration = Duration::from_millis(100);
+/// How long the admin socket may delay the start: the process that holds it may be ending.
+const ADMIN_PATIENCE: Duration = Duration::from_secs(2);
 /// The kubelet sends no unpublish to a driver that is not registered.
 const REGISTRATION_PATIENCE: Duration = Duration::from_secs(10);
 /// Calls and disk work get this long to end; the promise is to be gone within ten seconds.
@@ -106,7 +109,7 @@ pub enum AppError {
         /// Which.
         path: PathBuf,
         /// The kernel's answer.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The CSI endpoint is off.
     #[error("the CSI endpoint is empty: set --endpoint to unix:///path/to/csi.sock")]
@@ -144,7 +147,8 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         kubelet_dir: options.kubelet_dir.clone(),
         selinux: SecurityLabel::is_used_on_this_node(),
     };
-    let (csi_socket, listener) = listen(&csi_path)?;
+    let listening = listen(&csi_path, LOCK_PATIENCE, &shutdown).await?;
+    let Some((csi_socket, listener)) = listening else { return Ok(()) };
     let csi = Server::builder()
         .add_service(IdentityServer::new(IdentityService {
             driver_name: options.driver_name.clone(),
@@ -184,7 +188,8 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         &tracker,
         &mut servers,
         &shutdown,
-    );
+    )
+    .await;
     let health = Health { content: content.clone(), registered }.router();
     serve_http(&options, health, &metrics, &tracker, &shutdown).await;
     take_startup_taint(&options, &tracker, &shutdown);
@@ -193,8 +198,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     if let Some((path, service)) = registration {
         // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
         wait_for_content(content, &shutdown).await;
-        if !shutdown.is_cancelled() {
-            let (socket, listener) = listen(&path)?;
+        if let Some((socket, listener)) = listen(&path, LOCK_PATIENCE, &shutdown).await? {
             let server = Server::builder().add_service(RegistrationServer::new(service));
             servers.spawn(serve("registration", server, listener, shutdown.clone()));
             registration_socket = Some(socket);
@@ -304,7 +308,7 @@ async fn serve_http(
 }
 
 /// The admin socket is a convenience: the node goes on without it.
-fn serve_admin(
+async fn serve_admin(
     options: &NodeOptions,
     content: &watch::Receiver<ContentState>,
     registered: Option<Arc<AtomicBool>>,
@@ -314,11 +318,11 @@ fn serve_admin(
     shutdown: &CancellationToken,
 ) -> Option<Socket> {
     let path = options.admin_endpoint.path()?;
-    let (socket, listener) = match Socket::listen(path) {
-        Ok(listening) => listening,
+    let (socket, listener) = match listen(path, ADMIN_PATIENCE, shutdown).await {
+        Ok(listening) => listening?,
         Err(error) => {
             metrics.endpoint_error("admin");
-            tracing::error!(endpoint = "admin", path = %path.display(), %error, "cannot listen: this endpoint stays off");
+            tracing::error!(endpoint = "admin", %error, "this endpoint stays off");
             return None;
         }
     };
@@ -368,8 +372,30 @@ async fn lock(
     }
 }
 
-fn listen(path: &Path) -> Result<(Socket, UnixListener), AppError> {
-    Socket::listen(path).map_err(|source| AppError::Listen { path: path.to_owned(), source })
+/// Listens on a socket, once no other process does; none when told to stop meanwhile.
+async fn listen(
+    path: &Path,
+    patience: Duration,
+    shutdown: &CancellationToken,
+) -> Result<Option<(Socket, UnixListener)>, AppError> {
+    let deadline = Instant::now() + patience;
+    let mut is_logged = false;
+    while !shutdown.is_cancelled() {
+        match Socket::listen(path).await {
+            Ok(listening) => return Ok(Some(listening)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                if !std::mem::replace(&mut is_logged, true) {
+                    tracing::info!(path = %path.display(), %error, "waiting for the socket");
+                }
+            }
+            Err(source) => return Err(AppError::Listen { path: path.to_owned(), source }),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOCK_INTERVAL) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+    Ok(None)
 }
 
 async fn serve(

@@ -12,8 +12,9 @@
 
 use std::io;
 
-/// All points, in the order in which a first publish, an unpublish and an eviction come by.
-pub const POINTS: [&str; 27] = [
+/// All points, in the order in which a start, a first publish, an unpublish and an eviction come by.
+pub const POINTS: [&str; 28] = [
+    "socket.bound",
     "record.written",
     "record.synced",
     "hint.written",

@@ -2,7 +2,11 @@
 
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+    io::ErrorKind,
+    os::unix::{
+        fs::{MetadataExt as _, PermissionsExt as _},
+        net::{UnixListener, UnixStream},
+    },
 };
 
 use csi_driver_oci::proto::{
@@ -10,7 +14,7 @@ use csi_driver_oci::proto::{
     pluginregistration::{InfoRequest, PluginInfo, RegistrationStatus},
 };
 
-use crate::support::{Driver, DriverOptions, Sandbox, accepts, wait_until};
+use crate::support::{Admin, Driver, DriverOptions, Sandbox, accepts, wait_until};
 
 fn plugin_info(driver: &Driver) -> PluginInfo {
     let socket = driver.options.registration_socket();
@@ -84,6 +88,22 @@ fn only_the_owner_may_call_the_sockets() {
 }
 
 #[test]
+fn a_socket_refuses_connections_until_it_has_its_mode() {
+    let sandbox = Sandbox::new();
+    let go = sandbox.path().join("go");
+    let fault = format!("socket.bound:pause:{}", go.display());
+    let mut driver = DriverOptions::new(&sandbox).environment("CSI_OCI_FAULT", &fault).spawn();
+    let folder = driver.options.socket.parent().expect("a folder").to_owned();
+    wait_until("the socket is bound", || driver.log().contains("\"point\":\"socket.bound\""));
+    let names: Vec<_> = fs::read_dir(folder).expect("a folder").flatten().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    let refused = UnixStream::connect(names[0].path()).expect_err("not open yet");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    fs::write(&go, "").expect("a file");
+    driver.wait_until_registered();
+}
+
+#[test]
 fn nothing_else_lies_beside_the_csi_socket() {
     let sandbox = Sandbox::new();
     let driver = Driver::start(&sandbox);
@@ -134,14 +154,52 @@ fn an_empty_registration_folder_turns_registration_off() {
     assert!(!options.registration_socket().exists());
 }
 
+fn inode(driver: &Driver) -> Option<u64> {
+    fs::metadata(&driver.options.socket).map(|metadata| metadata.ino()).ok()
+}
+
+#[test]
+fn a_process_with_another_state_directory_takes_no_admin_socket_of_a_living_one() {
+    let sandbox = Sandbox::new();
+    let endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+    let argument = format!("--admin-endpoint={endpoint}");
+    let _first = DriverOptions::new(&sandbox).argument(&argument).start();
+    let second = DriverOptions::new(&sandbox)
+        .in_folder(&sandbox.folder("second"))
+        .argument(&argument)
+        .argument("--node-id=second")
+        .start();
+    assert_eq!(Admin::at(&endpoint).json(&["status"])["nodeId"], "test-node");
+    assert!(second.log().contains("another process listens there"), "{}", second.log());
+    // It serves pods all the same, and leaves the socket in place when it ends.
+    plugin_info(&second);
+    second.terminate();
+    second.wait();
+    assert_eq!(Admin::at(&endpoint).json(&["status"])["nodeId"], "test-node");
+}
+
+#[test]
+fn a_process_with_another_state_directory_waits_for_the_sockets_of_a_living_one() {
+    let sandbox = Sandbox::new();
+    let first = Driver::start(&sandbox);
+    let before = inode(&first);
+    let options = DriverOptions::new(&sandbox).state(&sandbox.folder("other"));
+    let mut second = options.spawn();
+    wait_until("the second process says that it waits", || {
+        first.log().contains("waiting for the socket")
+    });
+    assert_eq!(inode(&first), before, "the second process replaced the socket of the first");
+    plugin_info(&first);
+    first.terminate();
+    first.wait();
+    second.wait_until_registered();
+    plugin_info(&second);
+}
+
 #[test]
 fn a_second_process_waits_for_the_first_ones_lock_before_it_touches_a_socket() {
     let sandbox = Sandbox::new();
     let first = Driver::start(&sandbox);
-    let inode = |driver: &Driver| {
-        use std::os::unix::fs::MetadataExt as _;
-        fs::metadata(&driver.options.socket).map(|metadata| metadata.ino()).ok()
-    };
     let before = inode(&first);
     let mut second = first.options.spawn();
     wait_until("the second process says that it waits", || first.log().contains("waiting"));
