@@ -11,7 +11,7 @@
 //! loopback (`localhost:5000`) is a rule of its own, see [`Loopback`].
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -19,8 +19,26 @@ use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use serde::Deserialize;
 
-/// Metadata services outside the link-local range: AWS over IPv6, Alibaba, Azure, Oracle.
-const METADATA: [&str; 4] = ["fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192"];
+/// Metadata and credential services outside the link-local range, by cloud.
+const METADATA: [&str; 10] = [
+    // Akamai.
+    "fd00:a9fe:a9fe::1",
+    // Alibaba.
+    "100.100.100.200",
+    "fd00:100::100:200",
+    // AWS: the metadata of instances, and the credentials of EKS pods.
+    "fd00:ec2::254",
+    "fd00:ec2::23",
+    // Azure.
+    "168.63.129.16",
+    // Google.
+    "fd20:ce::254",
+    // Oracle.
+    "192.0.0.192",
+    "fd00:c1::a9fe:a9fe",
+    // Scaleway.
+    "fd00:42::42",
+];
 
 /// What a reference that is written as loopback means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -86,16 +104,23 @@ impl AddressRules {
     }
 
     fn is_allowed(&self, address: IpAddr) -> bool {
-        let address = meant(address);
         self.allowed.iter().any(|network| network.contains(&address))
     }
 
+    /// Judges an address by itself, and by every address that it may lead to.
     fn check(&self, address: IpAddr, own: &[IpAddr]) -> Result<(), AddressRefused> {
-        let address = meant(address);
-        match class(address, own) {
-            Some(what) if !self.is_allowed(address) => Err(AddressRefused { address, what }),
-            _ => Ok(()),
+        if self.is_allowed(address) {
+            return Ok(());
         }
+        for address in std::iter::once(address).chain(carried(address)) {
+            match class(address, own) {
+                Some(what) if !self.is_allowed(address) => {
+                    return Err(AddressRefused { address, what });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 
@@ -105,22 +130,37 @@ pub(super) fn literal(url: &Url) -> Option<IpAddr> {
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
 }
 
-/// The address that is reached in the end: IPv6 has forms that carry one of IPv4, and a gateway of the
-/// network (NAT64, 6to4) sends there what is sent to them.
-fn meant(address: IpAddr) -> IpAddr {
-    let IpAddr::V6(v6) = address else { return address };
-    let of = |high: u16, low: u16| {
-        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
-        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
-    };
-    match v6.segments() {
-        // ::1 and :: are addresses of IPv6 itself.
-        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => address,
-        [0, 0, 0, 0, 0, 0 | 0xffff, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] => {
-            of(high, low)
+/// Returns the addresses of IPv4 that an address of IPv6 carries. The kernel, or a translator or relay
+/// of the network, sends to them what is sent to it.
+///
+/// The prefixes of NAT64 that a network has chosen in its own address space cannot be known.
+fn carried(address: IpAddr) -> Vec<IpAddr> {
+    let IpAddr::V6(v6) = address else { return Vec::new() };
+    carried_by_v6(v6).into_iter().map(IpAddr::V4).collect()
+}
+
+fn carried_by_v6(address: Ipv6Addr) -> Vec<Ipv4Addr> {
+    let octets = address.octets();
+    let at = |places: [usize; 4]| Ipv4Addr::from(places.map(|place| octets[place]));
+    let last = at([12, 13, 14, 15]);
+    match address.segments() {
+        // IPv4-compatible and IPv4-mapped (RFC 4291), and IPv4-translated (RFC 2765).
+        [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => vec![last],
+        // NAT64 with the well-known prefix (RFC 6052).
+        [0x64, 0xff9b, 0, 0, 0, 0, ..] => vec![last],
+        // NAT64 with a prefix for local use (RFC 8215), of 96, 64, 56 or 48 bits: only the network knows.
+        [0x64, 0xff9b, 1, ..] => {
+            let found = [last, at([9, 10, 11, 12]), at([7, 9, 10, 11]), at([6, 7, 9, 10])];
+            // Zeros are what prefixes of other lengths leave in an address's place.
+            found.into_iter().filter(|found| !found.is_unspecified()).collect()
         }
-        [0x2002, high, low, ..] => of(high, low),
-        _ => address,
+        // 6to4 (RFC 3056).
+        [0x2002, ..] => vec![at([2, 3, 4, 5])],
+        // Teredo (RFC 4380): the server, and the client with inverted bits.
+        [0x2001, 0, ..] => vec![at([4, 5, 6, 7]), Ipv4Addr::from(!u32::from(last))],
+        // ISATAP (RFC 5214).
+        [_, _, _, _, 0 | 0x200, 0x5efe, ..] => vec![last],
+        _ => Vec::new(),
     }
 }
 
@@ -202,6 +242,22 @@ mod tests {
             "[::127.0.0.1]",
             "[2002:a9fe:a9fe::1]",
             "[2002:7f00:1::]",
+            "[::ffff:0:169.254.169.254]",
+            "[64:ff9b::10.1.2.3]",
+            "[64:ff9b:1::169.254.169.254]",
+            "[64:ff9b:1:abcd:ff:ff:127.0.0.1]",
+            // The same with prefixes of 64, 56 and 48 bits, and anything behind it.
+            "[64:ff9b:1:abcd:a9:fea9:fe00:0]",
+            "[64:ff9b:1:aba9:fe:a9fe:1234:5678]",
+            "[64:ff9b:1:a9fe:a9:fe00::]",
+            // Teredo's client, inverted, and its server.
+            "[2001:0:808:808:0:ffff:5601:5601]",
+            "[2001:0:a9fe:a9fe:0:ffff:f7f7:f7f7]",
+            "[2001:db8::5efe:127.0.0.1]",
+            "[2001:db8::200:5efe:10.1.2.3]",
+            "[fd20:ce::254]",
+            "[fd00:ec2::23]",
+            "[fd00:42::42]",
             "224.0.0.1",
             "255.255.255.255",
         ] {
@@ -213,6 +269,14 @@ mod tests {
             "8.8.8.8",
             "[2001:db8::1]",
             "[64:ff9b::8.8.8.8]",
+            "[64:ff9b:1::8.8.8.8]",
+            "[64:ff9b:1:abcd:8:808:800:0]",
+            "[64:ff9b:1:ab08:8:808::]",
+            "[64:ff9b:1:808:8:800::]",
+            "[::ffff:0:8.8.8.8]",
+            "[2001:0:808:808:0:ffff:f7f7:f7f7]",
+            "[2001:db8::5efe:8.8.8.8]",
+            "[fd20:ce::255]",
             "r.io",
             "localhost",
         ] {
@@ -225,6 +289,10 @@ mod tests {
         let rules = rules(&["10.1.2.0/24", "127.0.0.0/8"]);
         assert!(!refused(&rules, "10.1.2.3") && !refused(&rules, "127.0.0.1"));
         assert!(refused(&rules, "169.254.0.1"));
+        assert!(!refused(&rules, "[::ffff:10.1.2.3]"));
+        let rules = self::rules(&["64:ff9b:1::/48", "fd20:ce::254/128"]);
+        assert!(!refused(&rules, "[64:ff9b:1::10.1.2.3]") && !refused(&rules, "[fd20:ce::254]"));
+        assert!(refused(&rules, "10.1.2.3") && refused(&rules, "[64:ff9b::10.1.2.3]"));
     }
 
     #[test]
