@@ -28,11 +28,13 @@
 
 #[path = "../tests/e2e/support/api_server/mod.rs"]
 mod api_server;
+#[path = "../tests/e2e/support/port.rs"]
+mod port;
 
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -43,6 +45,7 @@ use axum::{
     Router,
     http::{Uri, header::CONTENT_TYPE},
 };
+use port::Port;
 use serde_json::{Value, json};
 
 /// What a node takes for one artifact.
@@ -155,17 +158,16 @@ fn run(nodes: usize, preloads: usize) {
 /// The controller, as the chart's Deployment runs it.
 struct Controller {
     process: Child,
-    metrics: SocketAddr,
+    metrics: Port,
 }
 
 impl Controller {
     fn start(kubeconfig: &Path, identity: &str) -> Self {
-        let metrics = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let metrics = metrics.expect("a port");
+        let metrics = Port::new();
         let process = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci"))
             .args(["controller", "--namespace=csi-driver-oci", "--health-endpoint="])
             .arg(format!("--identity={identity}"))
-            .arg(format!("--metrics-endpoint={metrics}"))
+            .arg(format!("--metrics-endpoint={}", metrics.address()))
             .arg(format!("--writes-per-second={WRITES_PER_SECOND}"))
             .arg("--log-level=error")
             .env("KUBECONFIG", kubeconfig)
@@ -199,7 +201,7 @@ impl Controller {
     /// What it counts; nothing where it does not answer yet.
     fn metrics(&self) -> String {
         let mut answer = String::new();
-        let asked = TcpStream::connect(self.metrics).and_then(|mut stream| {
+        let asked = TcpStream::connect(self.metrics.address()).and_then(|mut stream| {
             write!(stream, "GET /metrics HTTP/1.1\r\nHost: metrics\r\nConnection: close\r\n\r\n")?;
             stream.read_to_string(&mut answer)
         });

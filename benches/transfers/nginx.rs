@@ -5,13 +5,13 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use crate::support::{Authority, Registry, ending_with_this_thread, wait_until};
+use crate::support::{Authority, Port, Registry, ending_with_this_thread, wait_until};
 
 /// What real registries give one connection, within an order of magnitude.
 pub const LIMIT_MEBIBYTES: u64 = 40;
 
 pub struct Nginx {
-    port: u16,
+    port: Port,
     child: Child,
     authority: Option<PathBuf>,
     _folder: tempfile::TempDir,
@@ -35,10 +35,8 @@ impl Nginx {
         authority: Option<&Authority>,
         line: &str,
     ) -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a port")
-            .port();
+        let port = Port::new();
+        let address = port.address();
         let tls = authority.map(|authority| {
             let (certificate, key) = authority.issue("nginx", &["127.0.0.1"]);
             let (certificate, key) = (certificate.display(), key.display());
@@ -50,7 +48,7 @@ impl Nginx {
              events {{ worker_connections 256; }}\n\
              http {{ access_log off; client_body_temp_path {path}/body; proxy_temp_path {path}/proxy;\n\
              fastcgi_temp_path {path}/f; uwsgi_temp_path {path}/u; scgi_temp_path {path}/s;\n\
-             server {{ listen 127.0.0.1:{port}{};\n\
+             server {{ listen {address}{};\n\
              location / {{ proxy_pass http://{upstream}; proxy_http_version 1.1;\n\
              proxy_set_header Host $http_host; proxy_set_header Connection \"\";\n\
              proxy_max_temp_file_size 0; {line} }} }} }}\n",
@@ -66,13 +64,13 @@ impl Nginx {
             .stdin(Stdio::null())
             .spawn()
             .expect("nginx, which `make bench` installs");
-        wait_until("nginx listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        wait_until("nginx listens", || TcpStream::connect(address).is_ok());
         let authority = authority.map(Authority::certificate);
         Self { port, child, authority, _folder: folder }
     }
 
     pub fn host(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.port.address().to_string()
     }
 
     /// Whose word its certificate is; none where it speaks no TLS.

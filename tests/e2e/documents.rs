@@ -9,8 +9,7 @@ use std::{
 };
 
 use crate::support::{
-    Admin, Node, Registry, clean_environment, free_address, metrics, own_registry,
-    private_registry, tool,
+    Admin, Node, Port, Registry, clean_environment, metrics, own_registry, private_registry, tool,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -93,7 +92,8 @@ fn every_page_is_in_the_site_and_every_link_leads_somewhere() {
 
 #[test]
 fn the_page_of_metrics_has_all_of_them_and_no_other() {
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let health = taken.local_addr().expect("an address");
     let node = Node::start_with(|_, options| {

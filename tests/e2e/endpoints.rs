@@ -5,12 +5,13 @@ use std::{fs, net::TcpListener};
 use csi_driver_oci::proto::pluginregistration::RegistrationStatus;
 use tonic::Code;
 
-use crate::support::{DriverOptions, Node, Sandbox, free_address, get, wait_until};
+use crate::support::{DriverOptions, Node, Port, Sandbox, get, wait_until};
 
 #[test]
 fn health_and_readiness_answer_over_http() {
     let sandbox = Sandbox::new();
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let driver =
         DriverOptions::new(&sandbox).argument(&format!("--health-endpoint={address}")).start();
     let is_well = |path| get(address, path).is_some_and(|(status, _)| status == 200);
@@ -29,7 +30,8 @@ fn health_and_readiness_answer_over_http() {
 #[test]
 fn a_disk_that_cannot_be_written_is_not_ready_and_no_reason_to_restart() {
     use nix::mount::{MsFlags, mount};
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let node = Node::start_with(|sandbox, options| {
         let disk = sandbox.filesystem("ext4", "disk", "rw");
         options.state(&disk.join("state")).argument(&format!("--health-endpoint={address}"))
@@ -94,7 +96,8 @@ fn one_line_tells_a_publish() {
 
 #[test]
 fn metrics_have_the_prefix_and_no_secret() {
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let node =
         Node::start_with(|_, options| options.argument(&format!("--metrics-endpoint={address}")));
     let reference = node.proxy.reference(&node.small_artifact().name);

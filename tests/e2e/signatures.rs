@@ -7,8 +7,8 @@ use tonic::Code;
 
 use crate::support::{
     Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node, OCI_INDEX,
-    OCI_MANIFEST, Tar, configuration_head, digest, free_address, node_architecture, push_index,
-    registry, run, small_artifact, tool, unique,
+    OCI_MANIFEST, Port, Tar, configuration_head, digest, node_architecture, push_index, registry,
+    run, small_artifact, tool, unique,
 };
 
 /// A node that demands this key's signature.
@@ -223,7 +223,8 @@ fn warn_mounts_and_says_so_and_a_volume_can_demand_more() {
     let folder = folder();
     let signer = Cosign::new(folder.path(), "release");
     let lines = policy_with(("release", &signer), ", mode: Warn");
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let node = Node::start_with(|sandbox, options| {
         let path = sandbox.path().join("config.yaml");
         fs::write(&path, format!("{}{lines}", configuration_head())).expect("the policy");

@@ -1,11 +1,15 @@
 //! The tools that the other tests lean on, tried without the driver.
 
-use std::fs;
+use std::{
+    fs,
+    io::ErrorKind,
+    net::{TcpListener, TcpStream},
+};
 
 use crate::support::{
-    FakeRegistry, Image, Layer, Manifest, Oras, Proxy, Sandbox, Tar, Tree,
-    mount_with_shifted_owners, mounts_at, private_registry, registry, umoci_unpack, unique,
-    wait_until,
+    FakeRegistry, Image, Layer, Manifest, Oras, Port, Proxy, Sandbox, Tar, Tree,
+    enter_network_namespace, mount_with_shifted_owners, mounts_at, private_registry, registry,
+    umoci_unpack, unique, wait_until,
 };
 
 #[test]
@@ -62,9 +66,34 @@ fn a_gate_holds_blobs_until_it_opens_and_a_proxy_can_be_down() {
     });
     let address = proxy.host();
     proxy.go_down();
-    assert!(std::net::TcpStream::connect(&address).is_err());
+    assert!(TcpStream::connect(&address).is_err());
     proxy.come_back();
-    assert!(std::net::TcpStream::connect(&address).is_ok());
+    assert!(TcpStream::connect(&address).is_ok());
+}
+
+#[test]
+fn a_held_port_is_given_to_no_other_and_refuses_connections() {
+    enter_network_namespace();
+    // So few ports that each is soon tried.
+    let range = "/proc/sys/net/ipv4/ip_local_port_range";
+    fs::write(range, "40000 40003").expect("a range of the thread's own network");
+    let port = Port::new();
+    let others: Vec<_> = std::iter::from_fn(|| TcpListener::bind("127.0.0.1:0").ok()).collect();
+    let address = |listener: &TcpListener| listener.local_addr().expect("an address");
+    assert_eq!(others.len(), 3);
+    assert!(others.iter().all(|other| address(other) != port.address()));
+    drop(others);
+    let assert_refused = || {
+        for _ in 0..100 {
+            let refused = TcpStream::connect(port.address()).expect_err("nothing listens");
+            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        }
+    };
+    assert_refused();
+    let server = TcpListener::bind(port.address()).expect("a server listens there");
+    TcpStream::connect(port.address()).expect("it listens");
+    drop(server);
+    assert_refused();
 }
 
 #[test]

@@ -217,7 +217,8 @@ fn a_node_waits_its_part_of_the_spread_and_a_pod_does_not() {
 
 #[test]
 fn a_bad_change_keeps_the_last_good_list() {
-    let address = crate::support::free_address();
+    let port = crate::support::Port::new();
+    let address = port.address();
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
         endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());

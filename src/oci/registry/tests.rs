@@ -1137,7 +1137,10 @@ async fn nobody_there_and_nobody_to_trust_are_told_apart() {
         "{error:?}"
     );
     drop(server);
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // Bound without listening: a port that is let go may be given to another test.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let free = held.local_addr().unwrap();
     for url in [
         format!("http://{free}/?Signature={SIGNATURE}"),
         format!("https://{free}/?Signature={SIGNATURE}"),

@@ -13,7 +13,9 @@ use std::{
 use k8s_openapi::api::core::v1::{Container, EnvVar, PodSpec, Volume, VolumeMount};
 use nix::mount::{MsFlags, mount};
 
-use crate::support::{Authority, Sandbox, ending_with_this_thread, run, tool};
+use crate::support::{
+    Authority, Sandbox, ending_with_this_thread, enter_network_namespace, run, tool,
+};
 
 /// What the downward API says of pods here.
 pub const NODE_NAME: &str = "worker-1";
@@ -278,21 +280,4 @@ fn value(variable: &EnvVar) -> String {
 
 fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-#[track_caller]
-#[allow(unsafe_code, reason = "nix is built without its sched and net features")]
-fn enter_network_namespace() {
-    // SAFETY: unshare takes flags only; CLONE_NEWNET concerns the calling thread alone. The request names a live
-    // structure of the size that the kernel writes.
-    unsafe {
-        assert_eq!(libc::unshare(libc::CLONE_NEWNET), 0, "{}", std::io::Error::last_os_error());
-        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
-        let mut request: libc::ifreq = std::mem::zeroed();
-        request.ifr_name[..2].copy_from_slice(&[b'l'.cast_signed(), b'o'.cast_signed()]);
-        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP).expect("a flag");
-        let up = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
-        libc::close(socket);
-        assert_eq!(up, 0, "{}", std::io::Error::last_os_error());
-    }
 }

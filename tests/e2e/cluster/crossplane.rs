@@ -176,7 +176,7 @@ impl Drop for Done<'_> {
 #[test]
 fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
     let mut deployed = Deployed::start(&rendered("chart")["defaults"]);
-    let registry = own_registry();
+    let mut registry = own_registry();
     let build = tempfile::tempdir_in("/var/tmp").expect("a folder");
     fs::create_dir_all(build.path().join("bin")).expect("a folder");
     fs::create_dir_all(build.path().join("config")).expect("a folder");
@@ -252,7 +252,7 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
         let shown = fs::read_to_string(second.target().join("config/version"));
         assert_eq!(shown.expect("the file"), "v2");
         drop(running);
-        drop(registry);
+        registry.go_down();
         deployed.restart();
         let back = publish(&mut deployed, &pod);
         let shown = fs::read_to_string(back.target().join("config/version"));

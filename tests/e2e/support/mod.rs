@@ -16,6 +16,7 @@ mod forward_proxy;
 mod kubelet;
 mod nginx;
 mod node;
+mod port;
 mod proxy;
 mod push;
 mod registry;
@@ -38,6 +39,7 @@ pub use forward_proxy::ForwardProxy;
 pub use kubelet::{Kubelet, Pod, Volume, capability};
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
+pub use port::Port;
 pub use proxy::{Gate, Passed, Proxy};
 pub use push::{
     Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
@@ -47,7 +49,9 @@ pub use push::{
 pub use registry::{
     Registry, RegistryKind, ending_with_this_thread, own_registry, private_registry, registry,
 };
-pub use sandbox::{Sandbox, mount_with_shifted_owners, mounts_at, mounts_under};
+pub use sandbox::{
+    Sandbox, enter_network_namespace, mount_with_shifted_owners, mounts_at, mounts_under,
+};
 pub use tree::{Kind, Tree};
 
 /// Longer than anything on a busy machine takes; a test that waits this long has failed.
@@ -108,13 +112,6 @@ pub fn metrics(address: std::net::SocketAddr) -> String {
     let (status, text) = get(address, "/metrics").expect("the metrics");
     assert_eq!(status, 200);
     text
-}
-
-/// A port of the loopback that nobody listens on.
-pub fn free_address() -> std::net::SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a port")
 }
 
 /// A name that no other test uses.

@@ -2,16 +2,16 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::TcpStream,
     path::Path,
     process::{Child, Stdio},
 };
 
-use super::{registry::ending_with_this_thread, wait_until};
+use super::{Port, registry::ending_with_this_thread, wait_until};
 
 /// A running nginx with one server.
 pub struct Nginx {
-    address: SocketAddr,
+    port: Port,
     child: Child,
 }
 
@@ -47,18 +47,8 @@ impl Nginx {
 
     #[track_caller]
     fn start_server(folder: &Path, listens: &str, answer: &str) -> Self {
-        for _ in 0..10 {
-            if let Some(nginx) = Self::try_start(folder, listens, answer) {
-                return nginx;
-            }
-        }
-        panic!("nginx does not start; `make test` installs it");
-    }
-
-    fn try_start(folder: &Path, listens: &str, answer: &str) -> Option<Self> {
-        let address = TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a port");
+        let port = Port::new();
+        let address = port.address();
         let folder = folder.join(format!("nginx-{}", address.port()));
         fs::create_dir_all(&folder).expect("nginx's folder");
         let own = folder.display();
@@ -78,20 +68,20 @@ impl Nginx {
             .stderr(Stdio::null())
             .spawn()
             .expect("nginx, which `make test` installs");
-        let mut ended = false;
         wait_until("nginx listens", || {
-            ended = child.try_wait().expect("nginx's state").is_some();
-            ended || TcpStream::connect(address).is_ok()
+            let ended = child.try_wait().expect("nginx's state");
+            assert!(ended.is_none(), "nginx does not start; `make test` installs it");
+            TcpStream::connect(address).is_ok()
         });
-        (!ended).then_some(Self { address, child })
+        Self { port, child }
     }
 
     pub fn port(&self) -> u16 {
-        self.address.port()
+        self.port.address().port()
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.port.address())
     }
 }
 

@@ -18,7 +18,7 @@ use axum::{
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::watch;
 
-use super::Registry;
+use super::{Port, Registry};
 
 /// One request that passed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Passed {
 
 /// A registry as the driver sees it.
 pub struct Proxy {
-    address: SocketAddr,
+    port: Port,
     shared: Arc<Shared>,
     server: Mutex<Option<Server>>,
 }
@@ -116,19 +116,19 @@ impl Proxy {
             passed: Mutex::default(),
             gate: Mutex::default(),
         });
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (server, address) = Server::start(any, router(&shared));
-        Self { address, shared, server: Mutex::new(Some(server)) }
+        let port = Port::new();
+        let (server, _) = Server::start(port.address(), router(&shared));
+        Self { port, shared, server: Mutex::new(Some(server)) }
     }
 
     /// `127.0.0.1:port`, as it stands in references.
     pub fn host(&self) -> String {
-        self.address.to_string()
+        self.port.address().to_string()
     }
 
     /// A reference to a repository behind this proxy.
     pub fn reference(&self, repository_and_tag: &str) -> String {
-        format!("{}/{repository_and_tag}", self.address)
+        format!("{}/{repository_and_tag}", self.port.address())
     }
 
     /// Refuses connections, and ends those there are.
@@ -138,7 +138,7 @@ impl Proxy {
 
     /// Serves again on the same port.
     pub fn come_back(&self) {
-        let (server, _) = Server::start(self.address, router(&self.shared));
+        let (server, _) = Server::start(self.port.address(), router(&self.shared));
         *self.server.lock().expect("the server") = Some(server);
     }
 

@@ -3,17 +3,17 @@
 use std::{
     fmt::Write as _,
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{OnceLock, mpsc},
 };
 
-use super::{run, tool, wait_until};
+use super::{Port, run, tool, wait_until};
 
 /// A running registry. Its process ends with the value, or with this process at the latest.
 pub struct Registry {
-    address: SocketAddr,
+    port: Port,
     child: Child,
     directory: tempfile::TempDir,
 }
@@ -65,23 +65,12 @@ pub struct RegistryKind<'a> {
 impl Registry {
     #[track_caller]
     pub fn start(kind: &RegistryKind<'_>) -> Self {
-        // Between finding a free port and the registry's taking it, another test may take it.
-        for _ in 0..10 {
-            if let Some(registry) = Self::try_start(kind) {
-                return registry;
-            }
-        }
-        panic!("docker-registry does not start; `make test` installs it");
-    }
-
-    fn try_start(kind: &RegistryKind<'_>) -> Option<Self> {
         let directory = tempfile::Builder::new()
             .prefix("e2e-registry")
             .tempdir_in("/var/tmp")
             .expect("a folder");
-        let address = TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a port");
+        let port = Port::new();
+        let address = port.address();
         let configuration = configuration(directory.path(), address, kind);
         let path = directory.path().join("config.yml");
         fs::write(&path, configuration).expect("the registry's configuration");
@@ -98,28 +87,33 @@ impl Registry {
             .stderr(log)
             .spawn()
             .expect("docker-registry, which `make test` installs");
-        let mut ended = false;
         wait_until("the registry listens", || {
-            ended = child.try_wait().expect("the registry's state").is_some();
-            ended || TcpStream::connect(address).is_ok()
+            let ended = child.try_wait().expect("the registry's state");
+            assert!(ended.is_none(), "docker-registry does not start; `make test` installs it");
+            TcpStream::connect(address).is_ok()
         });
-        (!ended).then_some(Self { address, child, directory })
+        Self { port, child, directory }
     }
 
     /// `127.0.0.1:port`, as it stands in references.
     pub fn host(&self) -> String {
-        self.address.to_string()
+        self.address().to_string()
     }
 
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.port.address()
+    }
+
+    /// Ends its process. Its port stays its own.
+    pub fn go_down(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 impl Drop for Registry {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.go_down();
     }
 }
 

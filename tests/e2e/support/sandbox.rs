@@ -135,6 +135,24 @@ fn enter_mount_namespace() {
         .expect("make the namespace private");
 }
 
+/// Gives the calling thread, and what it starts, a network of its own that has a loopback only.
+#[track_caller]
+#[allow(unsafe_code, reason = "nix is built without its sched and net features")]
+pub fn enter_network_namespace() {
+    // SAFETY: unshare takes flags only; CLONE_NEWNET concerns the calling thread alone. The request names a live
+    // structure of the size that the kernel writes.
+    unsafe {
+        assert_eq!(libc::unshare(libc::CLONE_NEWNET), 0, "{}", std::io::Error::last_os_error());
+        let socket = libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        let mut request: libc::ifreq = std::mem::zeroed();
+        request.ifr_name[..2].copy_from_slice(&[b'l'.cast_signed(), b'o'.cast_signed()]);
+        request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_UP).expect("a flag");
+        let up = libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request);
+        libc::close(socket);
+        assert_eq!(up, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
 /// Mounts a copy of a mount whose owners are shifted, as container runtimes do for pods in user namespaces.
 #[track_caller]
 #[allow(unsafe_code, reason = "the system calls have no safe wrapper")]
