@@ -10,8 +10,12 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Metric, Registry, Unit};
+use tokio::sync::Semaphore;
 
 use super::exposition;
+
+/// Scrapes that are answered at once: clients that come and go must not fill the blocking threads.
+const SCRAPES: usize = 2;
 
 /// What one process counts, under the driver's prefix.
 #[derive(Debug)]
@@ -62,11 +66,16 @@ impl Families {
     /// The route.
     pub fn router(self: &Arc<Self>) -> Router {
         let families = Arc::clone(self);
+        let scrapes = Arc::new(Semaphore::new(SCRAPES));
         let serve = async move |headers: HeaderMap| {
             let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
             let open = exposition::is_open_metrics(accept.unwrap_or_default());
-            // Collectors look at the filesystem, which may take its time.
-            let encode = move || families.open_metrics();
+            let permit = scrapes.acquire_owned().await;
+            // Collectors look at the filesystem, which may take its time, also when the client has gone.
+            let encode = move || {
+                let _permit = permit;
+                families.open_metrics()
+            };
             let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
             if open {
                 ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text)

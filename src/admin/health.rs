@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::volume::ContentState;
 
@@ -28,10 +28,12 @@ pub struct Health {
 impl Health {
     /// The routes.
     pub fn router(self) -> Router {
+        // One at a time: each that is left behind by a disk that hangs would keep a blocking thread.
+        let probing = Arc::new(Semaphore::new(1));
         let ready = move || {
-            let health = self.clone();
+            let (health, probing) = (self.clone(), Arc::clone(&probing));
             async move {
-                match health.ready().await {
+                match health.ready(probing).await {
                     Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
                 }
@@ -40,7 +42,7 @@ impl Health {
         Router::new().route("/healthz", get(|| async { "ok\n" })).route("/readyz", get(ready))
     }
 
-    async fn ready(&self) -> Result<(), String> {
+    async fn ready(&self, probing: Arc<Semaphore>) -> Result<(), String> {
         let store = self.content.borrow().clone()?.store;
         match &self.registered {
             Some(registered) if !registered.load(Ordering::SeqCst) => {
@@ -49,7 +51,14 @@ impl Health {
             _ => {}
         }
         // A disk that hangs must not hang the answer.
-        let probe = tokio::task::spawn_blocking(move || store.probe());
+        let probe = async {
+            let permit = probing.acquire_owned().await;
+            let probe = move || {
+                let _permit = permit;
+                store.probe()
+            };
+            tokio::task::spawn_blocking(probe).await
+        };
         match tokio::time::timeout(DISK_PATIENCE, probe).await {
             Ok(Ok(probed)) => probed.map_err(|error| error.to_string()),
             Ok(Err(error)) => Err(error.to_string()),

@@ -1,25 +1,32 @@
 //! A small HTTP server for each endpoint; one that cannot listen is logged and
 //! counted, and takes nothing else down.
 //!
-//! Connections are bounded: the metrics port is open to every pod of a node with
-//! host network, and must not use up the files that the CSI socket needs.
+//! The metrics port is open to every pod of a node with host network. So connections are bounded, and
+//! cannot be kept: each is for one request, for which its client has a short time. Where there are as
+//! many as are served, the oldest is closed for a new one: a client that asks and reads is faster than
+//! one that waits.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::Router;
-use axum::serve::Listener;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Open connections of one endpoint: more than there are scrapers and probes.
 const CONNECTIONS: usize = 64;
+/// From the start of a connection to the end of its response: three times as long as Prometheus waits
+/// for a scrape.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
+/// Where connections cannot be accepted, as when no more files can be opened.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
 /// Serves until shutdown.
 ///
@@ -34,69 +41,124 @@ pub async fn serve(
 ) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await?;
     let local = listener.local_addr()?;
-    let bounded = Bounded { listener, permits: Arc::new(Semaphore::new(CONNECTIONS)) };
     tracker.spawn(async move {
-        let served = axum::serve(bounded, router)
-            .with_graceful_shutdown(async move { shutdown.cancelled().await });
-        if let Err(error) = served.await {
-            tracing::error!(%error, "an HTTP server ended");
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = serve_connections(&listener, &router) => {}
         }
     });
     Ok(local)
 }
 
-/// Accepts while there is a permit; further connections wait in the kernel's queue.
-struct Bounded {
-    listener: TcpListener,
-    permits: Arc<Semaphore>,
-}
-
-/// A connection, and its permit for as long as it is open.
-struct Connection {
-    stream: TcpStream,
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Listener for Bounded {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        // Nobody closes the semaphore.
-        let permit = Arc::clone(&self.permits).acquire_owned().await.ok();
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        (Connection { stream, _permit: permit }, address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+/// Accepts connections without an end; all of them end with the future.
+async fn serve_connections(listener: &TcpListener, router: &Router) {
+    let mut tasks = JoinSet::new();
+    // The oldest first.
+    let mut open: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = tasks.join_next() => continue,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                open.retain(|connection| !connection.is_finished());
+                if open.len() >= CONNECTIONS
+                    && let Some(oldest) = open.pop_front()
+                {
+                    oldest.abort();
+                }
+                open.push_back(tasks.spawn(serve_one(stream, router.clone())));
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a connection cannot be accepted");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
     }
 }
 
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+/// Answers the one request of a connection.
+async fn serve_one(stream: TcpStream, router: Router) {
+    let mut server = Builder::new(TokioExecutor::new()).http1_only();
+    server.http1().keep_alive(false);
+    let served = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    // What a client does with its connection is not the node's failure.
+    let _ = tokio::time::timeout(REQUEST_PATIENCE, served).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    const LARGE: usize = 64 << 20;
+
+    async fn start() -> (SocketAddr, CancellationToken, TaskTracker) {
+        let router = Router::new()
+            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/large", get(|| async { vec![0_u8; LARGE] }));
+        let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
+        let address = serve("127.0.0.1:0", router, &tracker, shutdown.clone()).await;
+        (address.expect("a port"), shutdown, tracker)
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    async fn send(address: SocketAddr, text: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.expect("a connection");
+        stream.write_all(text.as_bytes()).await.expect("sent");
+        stream
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+    async fn rest(mut stream: TcpStream) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        // A reset ends a connection as well.
+        let _ = stream.read_to_end(&mut bytes).await;
+        bytes
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_for_one_request() {
+        let (address, ..) = start().await;
+        let request = "GET /healthz HTTP/1.1\r\nhost: node\r\n\r\n";
+        let answer = rest(send(address, &request.repeat(2)).await).await;
+        let answer = String::from_utf8(answer).expect("text").to_lowercase();
+        assert_eq!(answer.matches("200 ok").count(), 1, "{answer}");
+        assert!(answer.contains("connection: close"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn clients_that_wait_keep_no_other_from_being_served() {
+        let (address, ..) = start().await;
+        let mut waiting = Vec::new();
+        for number in 0..3 * CONNECTIONS {
+            let sent = ["", "GET ", "GET /large HTTP/1.1\r\nhost: node\r\n\r\n"][number % 3];
+            waiting.push(send(address, sent).await);
+        }
+        let served = rest(send(address, "GET /healthz HTTP/1.0\r\n\r\n").await).await;
+        assert!(served.ends_with(b"ok\n"), "{}", String::from_utf8_lossy(&served));
+        assert_eq!(rest(waiting.swap_remove(0)).await, b"", "the oldest is closed");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_sends_or_reads_too_slowly_is_closed() {
+        let (address, ..) = start().await;
+        for sent in ["", "GET ", "GET /healthz HTTP/1.1\r\nhost: "] {
+            assert_eq!(rest(send(address, sent).await).await, b"", "{sent:?}");
+        }
+        let slow = send(address, "GET /large HTTP/1.1\r\nhost: node\r\n\r\n").await;
+        tokio::time::sleep(2 * REQUEST_PATIENCE).await;
+        assert!(rest(slow).await.len() < LARGE);
+    }
+
+    #[tokio::test]
+    async fn a_shutdown_waits_for_no_client() {
+        let (address, shutdown, tracker) = start().await;
+        let waiting = send(address, "GET ").await;
+        shutdown.cancel();
+        tracker.close();
+        tracker.wait().await;
+        assert_eq!(rest(waiting).await, b"");
     }
 }

@@ -1,6 +1,11 @@
 //! Health, metrics and configuration, as an operator meets them.
 
-use std::{fs, net::TcpListener};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
 
 use csi_driver_oci::proto::pluginregistration::RegistrationStatus;
 use tonic::Code;
@@ -113,6 +118,40 @@ fn metrics_have_the_prefix_and_no_secret() {
         "{text}"
     );
     assert!(!text.contains("metrics-secret"));
+}
+
+/// A connection whose client waits after what it has sent. A read that takes a minute fails.
+fn waiting(address: SocketAddr, sent: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_mins(1))).expect("an option");
+    stream.write_all(sent.as_bytes()).expect("sent");
+    stream
+}
+
+#[test]
+fn clients_that_wait_keep_no_other_from_health_and_metrics() {
+    let (health, metrics) = (Port::new(), Port::new());
+    let node = Node::start_with(|_, options| {
+        options
+            .argument(&format!("--health-endpoint={}", health.address()))
+            .argument(&format!("--metrics-endpoint={}", metrics.address()))
+    });
+    for (address, path) in [(health.address(), "/healthz"), (metrics.address(), "/metrics")] {
+        // As many as are served at once, and more.
+        let mut clients: Vec<_> = (0..64).map(|_| waiting(address, "GET ")).collect();
+        clients.extend((0..64).map(|_| waiting(address, "")));
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        let mut answer = String::new();
+        let read = waiting(address, &request).read_to_string(&mut answer);
+        assert!(read.is_ok() && answer.contains("200 OK"), "{path}: {read:?}: {answer}");
+        // The oldest made room.
+        let closed = clients[0].read(&mut [0; 16]);
+        let is_reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+        assert!(
+            closed.as_ref().is_ok_and(|&bytes| bytes == 0) || closed.is_err_and(|e| is_reset(&e))
+        );
+    }
+    node.mount(&node.proxy.reference(&node.small_artifact().name));
 }
 
 #[test]
