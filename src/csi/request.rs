@@ -11,7 +11,7 @@ use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
 use crate::pull::ProgressView;
-use crate::volume::attributes::VolumeAttributes;
+use crate::volume::attributes::{KUBELET_PREFIX, VolumeAttributes};
 use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
 
 /// A call without a deadline gets the time that the kubelet would give it.
@@ -46,15 +46,7 @@ impl Node {
         let target = TargetPath::parse(&self.kubelet_dir, &request.target_path)?;
         let flags = capability(request.volume_capability)?;
         let attributes = VolumeAttributes::parse(&request.volume_context)?;
-        let pod = pod_info(&request.volume_context);
-        if let Some(uid) = &pod.uid
-            && target.pod_uid() != Some(uid)
-        {
-            return Err(VolumeError::Invalid(format!(
-                "the target path {target} is not of the pod with the uid {}",
-                uid.chars().take(100).collect::<String>()
-            )));
-        }
+        let pod = verified_pod_info(&request.volume_context, &target)?;
         if self.selinux && !request.readonly {
             return Err(VolumeError::Invalid(
                 "this node uses SELinux, where a volume must be read-only for the container runtime too: set readOnly: true on the volume".into(),
@@ -150,16 +142,42 @@ fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, Volume
     Ok(flags)
 }
 
-fn pod_info(context: &HashMap<String, String>) -> PodInfo {
+/// Returns the pod information of a publish, if the kubelet wrote it.
+///
+/// The namespace and the service account decide over policy and credentials. With `podInfoOnMount: true` in the
+/// `CSIDriver` object the kubelet overwrites these keys. Without it, it passes on what the pod's author wrote into
+/// `volumeAttributes`. The two are told apart by the pod's uid: the kubelet always sends it, together with `ephemeral`,
+/// and it equals the uid in the target path. The author cannot know the uid, which the API server draws at random when
+/// it creates the pod, and volumes do not change afterwards.
+///
+/// Returns empty information where the request has none, as with `podInfoOnMount: false` and with callers other than
+/// the kubelet.
+fn verified_pod_info(
+    context: &HashMap<String, String>,
+    target: &TargetPath,
+) -> Result<PodInfo, VolumeError> {
     let get = |key: &str| {
-        let value = context.get(&format!("{}{key}", crate::volume::attributes::KUBELET_PREFIX));
+        let value = context.get(&format!("{KUBELET_PREFIX}{key}"));
         value.filter(|value| !value.is_empty()).cloned()
     };
-    PodInfo {
+    let pod = PodInfo {
         name: get("pod.name"),
         namespace: get("pod.namespace"),
         uid: get("pod.uid"),
         service_account: get("serviceAccount.name"),
+    };
+    if pod == PodInfo::default() {
+        return Ok(pod);
+    }
+    match &pod.uid {
+        Some(uid) if target.pod_uid() != Some(uid) => Err(VolumeError::Invalid(format!(
+            "the target path {target} is not of the pod with the uid {}",
+            uid.chars().take(100).collect::<String>()
+        ))),
+        Some(_) if get("ephemeral").is_some() => Ok(pod),
+        _ => Err(VolumeError::Invalid(format!(
+            "the volume attributes {KUBELET_PREFIX}pod.* and {KUBELET_PREFIX}serviceAccount.name are not the kubelet's, which sends them with pod.uid and ephemeral: remove them from volumeAttributes and set podInfoOnMount: true in the CSIDriver object"
+        ))),
     }
 }
 
@@ -185,6 +203,59 @@ fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const UID: &str = "0c7d6f3c-8f57-4c7e-9d52-6a1f6f3b1c11";
+
+    /// Parses pod information given as `key=value` pairs without the prefix.
+    fn pod_info(pairs: &[(&str, &str)]) -> Result<PodInfo, VolumeError> {
+        let path = format!("/var/lib/kubelet/pods/{UID}/volumes/kubernetes.io~csi/v/mount");
+        let target = TargetPath::parse(Path::new("/var/lib/kubelet"), &path).expect("a target");
+        let context = pairs
+            .iter()
+            .map(|(key, value)| (format!("{KUBELET_PREFIX}{key}"), (*value).to_owned()))
+            .collect();
+        verified_pod_info(&context, &target)
+    }
+
+    #[test]
+    fn the_kubelets_pod_information_is_believed() {
+        let all = [
+            ("pod.name", "app"),
+            ("pod.namespace", "team"),
+            ("pod.uid", UID),
+            ("serviceAccount.name", "default"),
+            ("ephemeral", "true"),
+        ];
+        let pod = pod_info(&all).expect("pod information");
+        assert_eq!(pod.namespace.as_deref(), Some("team"));
+        assert_eq!(pod.service_account.as_deref(), Some("default"));
+    }
+
+    #[test]
+    fn a_request_without_pod_information_has_none() {
+        let tokens = ("serviceAccount.tokens", "{}");
+        for pairs in [&[][..], &[tokens], &[("ephemeral", "true")], &[("pod.uid", "")]] {
+            assert_eq!(pod_info(pairs).expect("no pod information"), PodInfo::default());
+        }
+    }
+
+    #[test]
+    fn pod_information_that_the_pods_author_could_have_written_is_refused() {
+        let namespace = ("pod.namespace", "kube-system");
+        let other = ("pod.uid", "11111111-2222-3333-4444-555555555555");
+        for pairs in [
+            &[namespace][..],
+            &[namespace, ("ephemeral", "true")],
+            &[namespace, ("pod.uid", ""), ("ephemeral", "true")],
+            &[namespace, other, ("ephemeral", "true")],
+            &[namespace, ("pod.uid", UID)],
+            &[("serviceAccount.name", "admin")],
+            &[("pod.name", "app"), ("ephemeral", "false")],
+        ] {
+            let refused = pod_info(pairs);
+            assert!(matches!(refused, Err(VolumeError::Invalid(_))), "{pairs:?}: {refused:?}");
+        }
+    }
 
     #[test]
     fn timeouts() {

@@ -139,6 +139,25 @@ fn a_pod_uid_that_is_not_the_targets_is_refused() {
     });
 }
 
+/// With `podInfoOnMount: false` the kubelet adds nothing to the attributes that the pod's author wrote.
+#[test]
+fn pod_information_of_the_pods_author_is_refused() {
+    let written: [&[(&str, &str)]; 3] = [
+        &[("pod.namespace", "kube-system")],
+        &[("pod.namespace", "kube-system"), ("pod.name", "x"), ("ephemeral", "true")],
+        &[("serviceAccount.name", "admin")],
+    ];
+    for pairs in written {
+        refusal(|_, request| {
+            request.volume_context.retain(|key, _| !key.starts_with("csi.storage.k8s.io/"));
+            for (key, value) in pairs {
+                let key = format!("csi.storage.k8s.io/{key}");
+                request.volume_context.insert(key, (*value).to_owned());
+            }
+        });
+    }
+}
+
 #[test]
 fn the_pod_uid_is_not_asked_for_when_the_kubelet_does_not_send_it() {
     let node = Node::start();
