@@ -60,7 +60,9 @@ pub enum KubernetesError {
 /// What a reader can change.
 fn hint(status: StatusCode) -> &'static str {
     match status {
-        StatusCode::FORBIDDEN => ": the service account lacks the right",
+        StatusCode::FORBIDDEN => {
+            ": the service account lacks the right, or an admission policy refuses it"
+        }
         StatusCode::UNAUTHORIZED => ": the token is not accepted",
         _ => "",
     }

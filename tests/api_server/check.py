@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 
-from server import ADMINISTRATOR, Server, free_port, token, wait_until
+from server import ADMINISTRATOR, NAMESPACE, Server, account, free_port, of_node, wait_until
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "cluster"))
 
@@ -20,21 +20,10 @@ import admission
 import chart
 import fleet
 import render
+import startup_taint
 
-NAMESPACE = "csi-driver-oci"
-NODE_NAME = "authentication.kubernetes.io/node-name"
 REFERENCE = "registry.example.com/team/tool:v1"
 PRELOAD = {"apiVersion": "oci.custom.io/v1alpha1", "kind": "ArtifactPreload"}
-
-
-def account(name, **extra):
-    """A token of a service account, as pods have it."""
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}"]
-    return token(f"system:serviceaccount:{NAMESPACE}:{name}", *groups, **extra)
-
-
-def of_node(name):
-    return account("csi-driver-oci", **{NODE_NAME: [name]})
 
 
 def preload(name="test", **spec):
@@ -160,7 +149,7 @@ def node_objects(server):
 
     own = "the driver on a node may write the object of its own node only"
     wait_until("the policy on nodes", lambda: own in (status_of("two", of_node("one")) or ""))
-    extras = ({}, {NODE_NAME: []}, {NODE_NAME: [""]}, {NODE_NAME: ["two"]}, {"pod": ["one"]})
+    extras = ({}, {fleet.NODE_NAME: []}, {fleet.NODE_NAME: [""]}, {fleet.NODE_NAME: ["two"]}, {"pod": ["one"]})
     for extra in extras:
         said = status_of("one", account("csi-driver-oci", **extra))
         # What there is none of cannot be compared: the policy fails, which refuses too.
@@ -174,6 +163,75 @@ def node_objects(server):
             yield f"a node writes what it is to hold: {said}"
     for name in ("one", "two"):
         server.call("DELETE", server.place(node_artifacts(name)))
+
+
+def node_taints(server):
+    """With the rights that the chart gives, a node removes its startup taint from itself, and changes nothing else."""
+    make_namespace(server, NAMESPACE)
+    for document in chart.objects({"startupTaint": {"enabled": True}}):
+        if server.place(document) and (said := server.apply(document)):
+            yield f"{document['kind']} {document['metadata']['name']}: {said}"
+    for name in ("worker-1", "worker-2"):
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        node["metadata"]["labels"] = startup_taint.NODE["metadata"]["labels"]
+        node["spec"] = startup_taint.NODE["spec"]
+        status, answer = server.call("POST", "/api/v1/nodes", node)
+        if status != 201:
+            yield f"{name} cannot be made: {answer['message']}"
+
+    def patch(name, change, token, part="", dry_run=True):
+        """What the API server says of a change, or nothing where it takes it."""
+        place = f"/api/v1/nodes/{name}{part}"
+        before = server.call("GET", f"/api/v1/nodes/{name}")[1]
+        after = json.loads(json.dumps(before))
+        change(after)
+        operations = [{"op": "replace", "path": "/spec", "value": after["spec"]}]
+        for key in before["metadata"].keys() | after["metadata"].keys():
+            if key not in after["metadata"]:
+                operations.append({"op": "remove", "path": f"/metadata/{key}"})
+            elif before["metadata"].get(key) != after["metadata"][key]:
+                value = after["metadata"][key]
+                operations.append({"op": "add", "path": f"/metadata/{key}", "value": value})
+        query = "?dryRun=All" if dry_run else ""
+        status, answer = server.call("PATCH", place + query, operations, token, "json-patch+json")
+        return None if status == 200 else answer["message"]
+
+    own = server.token_on("worker-1")
+
+    def remove(node):
+        node["spec"]["taints"] = [startup_taint.OTHER]
+
+    other = "the driver on a node may change its own node only"
+    wait_until("the policy on taints", lambda: other in (patch("worker-2", remove, own) or ""))
+    for name, change, refusal in startup_taint.CHANGES:
+        # A field that the API server does not know is none, and no change.
+        if name == "a field of the future":
+            continue
+        said = patch("worker-1", change, own)
+        if (said is None) != (refusal is None):
+            yield f"{name}: {said or 'allowed'}"
+        # What nobody may change is refused before the policy is asked.
+        elif said and "provider" not in name and not ("csi-driver-oci-startup-taint" in said and refusal in said):
+            yield f"{name}: refused, but with {said}"
+    for node in (None, "worker-2"):
+        if patch("worker-1", remove, server.token_on(node)) is None:
+            yield f"a token of a pod on {node} changes worker-1"
+    if patch("worker-1", remove, own, part="/status") is None:
+        yield "a node changes its status"
+    for verb, path in (("POST", "/api/v1/nodes"), ("DELETE", "/api/v1/nodes/worker-1")):
+        if server.call(verb, path, startup_taint.NODE, own)[0] != 403:
+            yield f"{verb} {path} is allowed"
+    # What the policy is not for is as it was.
+    if said := patch("worker-1", lambda node: node["spec"].update(unschedulable=True), ADMINISTRATOR):
+        yield f"the administrator may not cordon a node: {said}"
+    # The change that the driver makes, kept.
+    if said := patch("worker-1", remove, own, dry_run=False):
+        yield f"the taint cannot be removed: {said}"
+    taints = server.call("GET", "/api/v1/nodes/worker-1")[1]["spec"]["taints"]
+    if taints != [startup_taint.OTHER]:
+        yield f"the taints are {taints}"
+    for name in ("worker-1", "worker-2"):
+        server.call("DELETE", f"/api/v1/nodes/{name}")
 
 
 def node_artifacts(name, **parts):
@@ -280,7 +338,7 @@ def warming(server):
             yield f"{log.name}:\n{log.read_text()}"
 
 
-CHECKS = (definitions, preloads, manifests, node_objects, volumes, warming)
+CHECKS = (definitions, preloads, manifests, node_objects, node_taints, volumes, warming)
 
 
 def main(programs, driver):

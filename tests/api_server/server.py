@@ -17,6 +17,21 @@ def token(name, *groups, **extra):
     return base64.urlsafe_b64encode(json.dumps(user).encode()).decode().rstrip("=")
 
 
+NAMESPACE = "csi-driver-oci"
+NODE_NAME = "authentication.kubernetes.io/node-name"
+
+
+def account(name, **extra):
+    """A token of a service account, as pods have it."""
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{NAMESPACE}"]
+    return token(f"system:serviceaccount:{NAMESPACE}:{name}", *groups, **extra)
+
+
+def of_node(name):
+    """A token of the node plugin's pod on a node."""
+    return account("csi-driver-oci", **{NODE_NAME: [name]})
+
+
 def free_port():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -81,6 +96,10 @@ class Server:
                 [program, *arguments], stdout=log, stderr=log, env=environment or None
             )
         self.processes.append(process)
+
+    def token_on(self, node):
+        """A token of the node plugin's service account: of its pod on a node, or of no pod."""
+        return of_node(node) if node else account("csi-driver-oci")
 
     def is_ready(self):
         try:

@@ -19,6 +19,7 @@ import fleet
 import gitops
 import plain
 import render
+import startup_taint
 
 # The oldest that the chart is for, and the newest that there are schemas of.
 VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
@@ -208,6 +209,7 @@ CHECKS = {
         *crossplane.CHECKS,
         *fleet.CHECKS,
         *gitops.CHECKS,
+        *startup_taint.CHECKS,
     )
 }
 

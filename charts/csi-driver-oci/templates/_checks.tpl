@@ -75,6 +75,9 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.startupTaint.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "startupTaint.enabled would let every pod of the namespace change nodes: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}
+{{- if and .Values.startupTaint.enabled (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "startupTaint.enabled needs Kubernetes 1.30, whose tokens say on which node a pod is, and this is %s: without that the token of one node could change every node" .Capabilities.KubeVersion.Version) }}
+{{- end }}
 {{- if and .Values.openshift.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "openshift.enabled would let every pod of the namespace be privileged: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}

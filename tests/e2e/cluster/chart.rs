@@ -79,6 +79,11 @@ fn a_node_writes_its_own_object_only() {
 }
 
 #[test]
+fn a_node_removes_its_startup_taint_and_changes_nothing_else() {
+    check("startup_taint");
+}
+
+#[test]
 fn the_definition_of_preloads_lets_pass_what_it_should() {
     check("preload_values");
 }
