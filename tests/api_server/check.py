@@ -241,6 +241,7 @@ def node_artifacts(name, **parts):
 def volumes(server):
     """The chart's admission policy, in every kind of object that a volume can come in."""
     versions = {"Pod": "v1", "PersistentVolume": "v1", "Job": "batch/v1", "CronJob": "batch/v1"}
+    versions["ArtifactPreload"] = PRELOAD["apiVersion"]
 
     def said_of(document):
         document = {"apiVersion": versions.get(document["kind"], "apps/v1"), **document}

@@ -67,6 +67,9 @@ def carriers(attributes):
     yield {"kind": "CronJob", "spec": {"jobTemplate": {"spec": {"template": {"spec": pod}}}}}
     csi = {"driver": "oci.custom.io", "volumeHandle": "x", "volumeAttributes": attributes}
     yield {"kind": "PersistentVolume", "spec": {"csi": csi}}
+    # It has a reference and nothing else to name an artifact by.
+    if list(attributes) == ["reference"]:
+        yield {"kind": "ArtifactPreload", "spec": attributes}
 
 
 # Attributes -> whether the repositories allow them.
@@ -127,3 +130,10 @@ def admission():
     said = " ".join(both.refusals(document))
     if "evil.org/a:v1" not in said or "by digest" not in said:
         yield f"the refusal of one volume among two says {said!r}"
+    kinds = {resource for rule in policy_rules() for resource in rule["resources"]}
+    if "artifactpreloads" not in kinds or "persistentvolumes" not in kinds:
+        yield f"the policy is asked about {sorted(kinds)} only"
+
+
+def policy_rules():
+    return policy(requireDigest=True)["matchConstraints"]["resourceRules"]
