@@ -38,6 +38,7 @@ use crate::csi::node::NodeService;
 use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
+use crate::file_leases::LeasePolicy;
 use crate::fleet::node::NodePart;
 use crate::kubernetes::{PodEvents, take_taint};
 use crate::mount::AttachMethod;
@@ -93,6 +94,8 @@ pub struct NodeOptions {
     pub fleet: bool,
     /// Whether pods are told of their pulls by Events.
     pub events: bool,
+    /// What is done with file leases on the node.
+    pub leases: LeasePolicy,
     /// Forces the mounts of old kernels, for tests.
     pub staged_mounts: bool,
 }
@@ -132,6 +135,8 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     let lock = lock(&options.state_dir, must_be_mounted, &shutdown).await?;
     let Some(lock) = lock else { return Ok(()) };
     let lock = Arc::new(Mutex::new(lock));
+    // Before the first volume is published.
+    options.leases.apply();
     let tracker = TaskTracker::new();
     let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
     // Without a configuration nothing is published.

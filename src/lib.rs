@@ -19,6 +19,7 @@
 //! background  threads that stand back behind all others: warming works there
 //! reread  files that change while the driver runs, for all rooms; so are duration, node_addresses and
 //!         process_group
+//! file_leases  the node's `fs.leases-enable` setting
 //! ```
 //!
 //! `tests/walls.rs` keeps the walls up.
@@ -32,6 +33,7 @@ pub mod config;
 pub mod csi;
 pub mod duration;
 pub mod fault;
+pub mod file_leases;
 pub mod fleet;
 pub mod kubernetes;
 pub mod mount;

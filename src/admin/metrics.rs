@@ -17,6 +17,7 @@ use prometheus_client::registry::Unit;
 use tonic::Code;
 
 use super::families::Families;
+use super::lease_metrics::LeaseMetrics;
 use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
 use crate::pull::wire::Observer;
@@ -82,6 +83,7 @@ pub struct Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         let mut families = Families::new("build", "The version that runs");
+        families.add_collector(LeaseMetrics);
         Self {
             publish: families.add_measured(
                 "publish_duration",

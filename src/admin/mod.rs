@@ -6,6 +6,7 @@ mod exposition;
 pub mod families;
 pub mod health;
 pub mod http;
+mod lease_metrics;
 mod messages;
 pub mod metrics;
 pub mod operations;

@@ -14,6 +14,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 use super::operations::{self, ADMIN, Inspected, OperationError};
 use super::pieces::Pieces;
 use super::{messages, warm};
+use crate::file_leases;
 use crate::oci::{Platform, Reference};
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
@@ -68,6 +69,7 @@ impl Admin for AdminService {
             state_dir: self.state_dir.display().to_string(),
             not_ready: content.as_ref().err().cloned().unwrap_or_default(),
             registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
+            file_leases_enabled: file_leases::are_enabled(),
             warm: self.warming.list().into_iter().map(messages::warm_reference).collect(),
             ..GetStatusResponse::default()
         };

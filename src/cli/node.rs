@@ -10,6 +10,7 @@ use super::logging::{self, LogFormat};
 use super::{Failure, runtime};
 use crate::app::{self, NodeOptions};
 use crate::csi::Endpoint;
+use crate::file_leases::LeasePolicy;
 
 /// The longest name that CSI allows.
 const MAXIMUM_DRIVER_NAME: usize = 63;
@@ -69,6 +70,11 @@ pub(super) struct NodeArguments {
     /// create and patch `events`.
     #[arg(long, env = "EVENTS")]
     events: bool,
+    /// What to do with file leases on this node at the start: `Disable` sets the sysctl `fs.leases-enable` to 0, so
+    /// that no pod can delay opens of files that it shares with others; NFS servers of the kernel and Samba lose
+    /// delegations and oplocks.
+    #[arg(long, env = "LEASES", default_value = "Keep", ignore_case = true)]
+    leases: LeasePolicy,
     /// error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
@@ -158,6 +164,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
         startup_taint: arguments.startup_taint.filter(|key| !key.is_empty()),
         fleet: arguments.fleet,
         events: arguments.events,
+        leases: arguments.leases,
         staged_mounts: arguments.staged_mounts,
     })
 }

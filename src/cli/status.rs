@@ -29,6 +29,7 @@ pub(super) fn run(arguments: &AskArguments) -> Result<(), Failure> {
                 "pinnedBytes": status.pinned_bytes,
                 "evictedObjects": status.evicted_objects,
                 "evictedBytes": status.evicted_bytes,
+                "fileLeasesEnabled": status.file_leases_enabled,
                 "warm": status.warm.iter().map(warm_list::json).collect::<Vec<_>>(),
             })
             .to_string(),
@@ -46,6 +47,11 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
         Some(true) => "yes",
         Some(false) => "not yet",
         None => "by the sidecar",
+    };
+    let leases = match status.file_leases_enabled {
+        Some(false) => "disabled",
+        Some(true) => "enabled: a pod can delay opens of shared files (fs.leases-enable)",
+        None => "unknown",
     };
     let (free, total) = (Bytes(status.free_bytes), Bytes(status.total_bytes));
     let (cached, pinned) = (Bytes(status.cache_bytes), Bytes(status.pinned_bytes));
@@ -66,6 +72,7 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
                 Bytes(status.floor_bytes)
             ),
         ),
+        ("file leases", leases.to_owned()),
     ];
     if !status.warm.is_empty() {
         rows.push(("kept warm", warm_list::summary(&status.warm)));

@@ -94,6 +94,9 @@ impl Transcript {
             (r"linux/(amd64|arm64)", "linux/ARCH"),
             (r"\(.* of .* free, .* stay free\)", "(ROOM)"),
             (r#""(freeBytes|totalBytes|floorBytes)":\d+"#, r#""$1":0"#),
+            // This machine's own.
+            (r"(?m)^(file leases ).*", "${1}(SETTING)"),
+            (r#""fileLeasesEnabled":\w+"#, r#""fileLeasesEnabled":false"#),
             (r#""(lastUsed)":\d{10}"#, r#""$1":0"#),
             (r"(\s)\d[0-9]?s(\s)", "${1}0s${2}"),
             (r"again in \d+s", "again in 0s"),

@@ -25,6 +25,9 @@ pub const NAMESPACE: &str = "csi-driver-oci";
 /// The token of every pod's service account.
 pub const TOKEN: &str = "the-token-of-the-service-account";
 
+/// The kernel's setting of file leases, of which each node here has one of its own.
+const LEASES: &str = "leases-enable";
+
 /// Where the kubelet mounts a pod's token.
 const SERVICE_ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
 
@@ -52,6 +55,7 @@ impl Machine {
         let none: Option<&str> = None;
         mount(Some(&root), &root, none, MsFlags::MS_BIND, none).expect("bind the node's root");
         mount(none, &root, none, MsFlags::MS_SHARED, none).expect("share the node's root");
+        fs::write(sandbox.path().join(LEASES), "1\n").expect("the setting of leases");
         Self { root, files: BTreeMap::new(), published: BTreeMap::new(), api: None, sandbox }
     }
 
@@ -85,6 +89,11 @@ impl Machine {
             .expect("a container")
     }
 
+    /// The node's `fs.leases-enable`.
+    pub fn leases_setting(&self) -> PathBuf {
+        self.sandbox.path().join(LEASES)
+    }
+
     pub fn log(&self, container: &Container) -> String {
         fs::read_to_string(self.log_path(container)).unwrap_or_default()
     }
@@ -109,6 +118,10 @@ impl Machine {
             let target = root.join(folder);
             let _ = writeln!(script, "mkdir {0}; mount {kind} /{folder} {0}", target.display());
         }
+        // This machine's own setting stays as it is.
+        let proc = root.join("proc");
+        let _ = writeln!(script, "mount --make-rprivate {}", proc.display());
+        bind(&mut script, &self.leases_setting(), &proc.join("sys/fs/leases-enable"), false);
         for mount in container.volume_mounts.iter().flatten() {
             let volume = pod
                 .volumes

@@ -58,9 +58,16 @@ fn serves(objects: &[Value]) {
     clean_environment(&mut status);
     let said = run(status.args(["status", "--output", "json", "--admin-endpoint", &inside]));
     assert!(said.contains(NODE_NAME), "{said}");
+    // Disabled by the chart, unless its values say otherwise.
+    let keeps = deployed.container.args.iter().flatten().any(|word| word == "--leases=Keep");
+    let setting = fs::read_to_string(deployed.machine.leases_setting()).expect("the setting");
+    assert_eq!(setting.trim(), if keeps { "1" } else { "0" });
+    assert!(said.contains(&format!("\"fileLeasesEnabled\":{keeps}")), "{said}");
     if let Some(port) = deployed.metrics_port() {
         let served = request("GET", "127.0.0.1", port, "/metrics");
         assert!(served.contains("csi_oci_build_info"), "{served}");
+        let leases = format!("csi_oci_file_leases_enabled {}", u8::from(keeps));
+        assert!(served.contains(&leases), "{served}");
     }
 
     let registry = own_registry();
