@@ -330,9 +330,10 @@ fn operation_code(error: &OperationError) -> Code {
 
 fn store_code(error: &StoreError) -> Code {
     match error {
-        StoreError::NoSpace { .. } | StoreError::NoRoom(_) | StoreError::TooMuchPinned { .. } => {
-            Code::ResourceExhausted
-        }
+        StoreError::NoSpace { .. }
+        | StoreError::NoRoom(_)
+        | StoreError::TooMuchPinned { .. }
+        | StoreError::PinShareExceeded { .. } => Code::ResourceExhausted,
         _ => Code::Internal,
     }
 }

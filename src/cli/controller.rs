@@ -9,10 +9,10 @@ use kube::Client;
 use super::logging::{self, LogFormat};
 use super::node::until_told;
 use super::{Failure, runtime};
-use crate::config::NodeConfiguration;
 use crate::config::policy::policy_source;
+use crate::config::{NodeConfiguration, Quantity};
 use crate::fleet::controller::look::LookerClient;
-use crate::fleet::controller::{self, ControllerOptions, Looker, Pace};
+use crate::fleet::controller::{self, ControllerOptions, Looker, NamespaceQuota, Pace};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
 
@@ -44,6 +44,13 @@ pub(super) struct ControllerArguments {
     #[arg(long, env = "WRITES_PER_SECOND", default_value_t = Pace::default().writes_per_second,
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
     writes_per_second: u32,
+    /// Preloads that one namespace may have; the oldest count. 0 bounds nothing.
+    #[arg(long, env = "MAX_PRELOADS_PER_NAMESPACE", default_value_t = 100)]
+    max_preloads_per_namespace: usize,
+    /// Bytes that the pins of one namespace's preloads may hold together on each node, as `100Gi`. 0 bounds nothing;
+    /// `cache.maxPinnedBytes` of each node bounds all pins in any case.
+    #[arg(long, env = "MAX_PINNED_BYTES_PER_NAMESPACE", default_value = "100Gi")]
+    max_pinned_bytes_per_namespace: Quantity,
     /// A YAML file of kind NodeConfiguration, as the nodes have it: registries, policy and limits count.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
@@ -78,6 +85,11 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), Failure> {
         lease: arguments.lease_name,
         health_endpoint: on(arguments.health_endpoint),
         metrics_endpoint: on(arguments.metrics_endpoint),
+        quota: NamespaceQuota {
+            preloads: Some(arguments.max_preloads_per_namespace).filter(|&count| count > 0),
+            pinned_bytes: Some(arguments.max_pinned_bytes_per_namespace.0)
+                .filter(|&bytes| bytes > 0),
+        },
         pace: Pace { writes_per_second: arguments.writes_per_second, ..Pace::default() },
     };
     let runtime = runtime()?;

@@ -20,7 +20,7 @@ pub struct CacheSection {
     pub min_free_percent: u8,
     /// ... and this part of its inodes.
     pub min_free_inodes_percent: u8,
-    /// Bytes that pins may hold together.
+    /// Bytes that pins may hold together; half of what content may take unless it is given.
     pub max_pinned_bytes: Option<Quantity>,
     /// How long content stays after its last publish or unpublish; a Go duration.
     pub minimum_age: GoDuration,

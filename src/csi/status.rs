@@ -115,9 +115,10 @@ fn manifest(error: &ManifestError) -> Code {
 
 fn store(error: &StoreError) -> Code {
     match error {
-        StoreError::NoSpace { .. } | StoreError::NoRoom(_) | StoreError::TooMuchPinned { .. } => {
-            Code::ResourceExhausted
-        }
+        StoreError::NoSpace { .. }
+        | StoreError::NoRoom(_)
+        | StoreError::TooMuchPinned { .. }
+        | StoreError::PinShareExceeded { .. } => Code::ResourceExhausted,
         StoreError::Io { .. } | StoreError::Damaged { .. } => Code::Internal,
         StoreError::Locked { .. }
         | StoreError::Format { .. }

@@ -68,6 +68,16 @@ pub enum StoreError {
         /// What they may.
         max: u64,
     },
+    /// Pins of some owners may not hold so much together.
+    #[error("pinning it would hold {} for {owners}, and at most {} are allowed", Bytes(*wanted), Bytes(*max))]
+    PinShareExceeded {
+        /// Whose pins, for people.
+        owners: String,
+        /// What their pins would hold.
+        wanted: u64,
+        /// What they may.
+        max: u64,
+    },
     /// Content that was complete once and is not any more.
     #[error("{} is damaged ({what}): it will be fetched again", path.display())]
     Damaged {

@@ -91,6 +91,7 @@ pub use keys::{FileKey, LayerKey, TreeKey};
 pub use label::SecurityLabel;
 pub use mounted_tree::MountedTree;
 pub use object::{ObjectKind, ObjectName};
+pub use pins::PinShare;
 pub use room::{CacheOptions, Room};
 pub use trees::Tree;
 

@@ -4,6 +4,7 @@
 //! owner: `admin`, `config`, `preload/<namespace>/<name>`. One owner's going leaves
 //! another's pin. Pinned content is never evicted.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,17 @@ pub struct Pin {
     pub since: i64,
 }
 
+/// A bound on what the pins of some owners hold together, beside the bound on all pins.
+#[derive(Clone, Copy, Debug)]
+pub struct PinShare<'a> {
+    /// The beginning of these owners' names.
+    pub owner_prefix: &'a str,
+    /// What a message calls them.
+    pub owners: &'a str,
+    /// Bytes.
+    pub max_bytes: u64,
+}
+
 impl Store {
     /// Pins what a reference means. Pinned again, an owner's pin moves to the new meaning.
     ///
@@ -42,17 +54,46 @@ impl Store {
         manifest: Digest,
         owner: &str,
     ) -> Result<Pin, StoreError> {
+        self.pin_within(reference, platform, manifest, owner, None)
+    }
+
+    /// Pins as [`Self::pin`] does, within a share of its owner.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::pin`], and [`StoreError::PinShareExceeded`] when pins of these owners would hold more than they may.
+    pub fn pin_within(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        manifest: Digest,
+        owner: &str,
+        share: Option<PinShare<'_>>,
+    ) -> Result<Pin, StoreError> {
         // Pins are counted one at a time, and nothing goes meanwhile.
         let _turn = self.collecting();
         let now = Now::read();
         let path = self.pin_path(&reference.to_string(), &platform.to_string(), owner);
-        if let Some(max) = self.cache_options().max_pinned_bytes {
-            let facts = self.facts(now)?;
-            let pinned = &facts.store.pinned;
-            let Goal { bytes: wanted, .. } =
+        let facts = self.facts(now)?;
+        // None where this one is pinned already: it takes nothing more.
+        let wanted_with = |pinned: &HashSet<Digest>| {
+            let Goal { bytes, .. } =
                 facts.of_manifests(|other| *other == manifest || pinned.contains(other));
-            if wanted > max && !pinned.contains(&manifest) {
-                return Err(StoreError::TooMuchPinned { wanted, max });
+            (!pinned.contains(&manifest)).then_some(bytes)
+        };
+        let max = self.cache_options().pinned_bytes_limit(&self.room()?);
+        if let Some(wanted) = wanted_with(&facts.store.pinned)
+            && wanted > max
+        {
+            return Err(StoreError::TooMuchPinned { wanted, max });
+        }
+        if let Some(PinShare { owner_prefix, owners, max_bytes: max }) = share {
+            let pins = self.pins()?;
+            let own = pins.iter().filter(|pin| pin.owner.starts_with(owner_prefix));
+            if let Some(wanted) = wanted_with(&own.map(|pin| pin.manifest).collect())
+                && wanted > max
+            {
+                return Err(StoreError::PinShareExceeded { owners: owners.into(), wanted, max });
             }
         }
         let pin = Pin {

@@ -39,7 +39,7 @@ pub struct CacheOptions {
     pub min_free_percent: u8,
     /// ... and this part of its inodes.
     pub min_free_inodes_percent: u8,
-    /// Bytes that pins may hold together.
+    /// Bytes that pins may hold together; none means half of what content may take.
     pub max_pinned_bytes: Option<u64>,
     /// How long content stays after its last publish or unpublish.
     pub minimum_age: std::time::Duration,
@@ -115,6 +115,20 @@ impl Default for CacheOptions {
             minimum_age: std::time::Duration::from_mins(2),
             require_mountpoint: false,
         }
+    }
+}
+
+impl CacheOptions {
+    /// Returns the bytes that pins may hold together on a filesystem of this size.
+    ///
+    /// The default is half of `max_bytes`, or of the filesystem up to the low threshold, whichever is less: pins are
+    /// never evicted, so the other half is left for what pods use.
+    #[must_use]
+    pub fn pinned_bytes_limit(&self, room: &Room) -> u64 {
+        self.max_pinned_bytes.unwrap_or_else(|| {
+            let filesystem = percent(room.total_bytes, self.low_threshold_percent);
+            self.max_bytes.map_or(filesystem, |max| max.min(filesystem)) / 2
+        })
     }
 }
 
@@ -442,6 +456,18 @@ mod tests {
         assert_eq!(fuller.above_threshold(&options), 760 - 650);
         let missing = ROOM.missing_until(Goal { bytes: 310, inodes: 60 });
         assert_eq!(missing, Goal { bytes: 10, inodes: 10 });
+    }
+
+    #[test]
+    fn pins_have_half_of_what_content_may_take_unless_it_is_configured() {
+        let options = CacheOptions::default();
+        assert_eq!(options.pinned_bytes_limit(&ROOM), 325);
+        let quota = CacheOptions { max_bytes: Some(100), ..options };
+        assert_eq!(quota.pinned_bytes_limit(&ROOM), 50);
+        let generous = CacheOptions { max_bytes: Some(5000), ..options };
+        assert_eq!(generous.pinned_bytes_limit(&ROOM), 325);
+        let configured = CacheOptions { max_pinned_bytes: Some(900), ..options };
+        assert_eq!(configured.pinned_bytes_limit(&ROOM), 900);
     }
 
     #[test]

@@ -343,6 +343,34 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
 }
 
 #[test]
+fn owners_pin_no_more_than_their_share() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let platform = Platform::of_this_node();
+    let pin = |content: &[u8], owner: &str, max_bytes: u64| {
+        let (key, path) = file(&store, content, 0o444);
+        tree(&store, "file", key, &path);
+        let reference: Reference =
+            format!("r.io/{}:v1", key.digest.hex()).parse().expect("a reference");
+        let share = PinShare { owner_prefix: "preload/team/", owners: "the team", max_bytes };
+        store.pin_within(&reference, &platform, key.digest, owner, Some(share))
+    };
+    let (one, two) = (vec![b'1'; 64 << 10], vec![b'2'; 64 << 10]);
+    pin(&one, "preload/team/one", 100 << 10).expect("within the share");
+    let refused = pin(&two, "preload/team/two", 100 << 10);
+    let Err(StoreError::PinShareExceeded { wanted, max, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert!(wanted > max && max == 100 << 10, "{wanted} of {max}");
+    // What these owners have pinned already takes nothing more; what another one has pinned does.
+    pin(&one, "preload/team/twin", 1).expect("the same content");
+    pin(&two, "admin", 1 << 20).expect("within a larger share");
+    let refused = pin(&two, "preload/team/two", 100 << 10);
+    assert!(matches!(refused, Err(StoreError::PinShareExceeded { .. })), "{refused:?}");
+}
+
+#[test]
 fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
     let folder = tempfile::tempdir().expect("a folder");
     let cache = CacheOptions {

@@ -402,6 +402,41 @@ fn a_node_whose_disk_is_too_small_is_not_asked_and_goes_on_by_itself_when_it_gro
 }
 
 #[test]
+fn a_namespace_holds_no_more_than_its_quota_and_is_told_so() {
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller_with(&[
+        "--max-preloads-per-namespace=3",
+        "--max-pinned-bytes-per-namespace=4Mi",
+    ]);
+    cluster.start_node("one");
+    let (first, second) = (large(&cluster, 3), large(&cluster, 2));
+    cluster.preload("first", json!({"reference": first}));
+    cluster.wait_for("first", "Ready");
+    // Fetched, and not kept.
+    cluster.preload("second", json!({"reference": second, "backoffLimit": 0}));
+    cluster.wait_for("second", "QuotaExceeded");
+    let failed = cluster.status("second")["failedNodes"][0].clone();
+    assert_eq!((&failed["node"], &failed["reason"]), (&json!("one"), &json!("QuotaExceeded")));
+    let message = failed["message"].as_str().expect("a message");
+    assert!(message.contains("the namespace team") && message.contains("4.0 MiB"), "{message}");
+    assert_eq!(cluster.condition("second", "Stalled")["status"], "True");
+    assert_eq!(cluster.pins("one").len(), 1);
+    // Without a pin it is cached content as any other.
+    cluster.preload("second", json!({"reference": second, "pin": false}));
+    cluster.wait_for("second", "Ready");
+
+    let (small, _) = cluster.artifact("v1");
+    cluster.preload("third", json!({"reference": small}));
+    cluster.wait_for("third", "Ready");
+    cluster.preload("z-fourth", json!({"reference": small}));
+    cluster.wait_for("z-fourth", "QuotaExceeded");
+    let ready = cluster.condition("z-fourth", "Ready");
+    assert!(ready["message"].as_str().is_some_and(|text| text.contains("4 preloads")), "{ready}");
+    cluster.api.delete(Kind::Preload, NAMESPACE, "second");
+    cluster.wait_for("z-fourth", "Ready");
+}
+
+#[test]
 fn a_node_that_is_full_is_named_and_pods_are_served_without_an_api_server() {
     let mut cluster = Cluster::new(&["full", "roomy"]);
     let _controller = cluster.controller();

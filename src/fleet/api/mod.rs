@@ -15,6 +15,9 @@ pub mod node;
 pub mod preload;
 mod schema;
 
+/// The reason, of a condition or of a node, that a namespace's quota leaves no room for a preload.
+pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
+
 pub use node::{
     HeldArtifact, NodeArtifacts, NodeArtifactsSpec, NodeArtifactsStatus, Phase, SealedCredentials,
     WantedArtifact,

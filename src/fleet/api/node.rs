@@ -39,6 +39,11 @@ pub struct NodeArtifactsSpec {
     #[serde(default)]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "atomic"))]
     pub artifacts: Vec<WantedArtifact>,
+    /// Bytes that the pins of one namespace's preloads may hold together on this node. Empty: only the node's own bound
+    /// on pins holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub max_pinned_bytes_per_namespace: Option<i64>,
 }
 
 /// An artifact that the node is to hold.

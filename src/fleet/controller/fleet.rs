@@ -21,9 +21,10 @@ use super::watch::{Gathering, Told, Watching, watch};
 use super::write::{self, Trouble};
 use super::{FleetMetrics, Look};
 use crate::fleet::api::{
-    ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, SealedCredentials, WantedArtifact,
+    ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, NodeArtifactsSpec, SealedCredentials,
+    WantedArtifact,
 };
-use crate::fleet::plan::facts::{Access, Meaning, Sealed, Wanted, World, key_of};
+use crate::fleet::plan::facts::{Access, Meaning, NamespaceQuota, Sealed, Wanted, World, key_of};
 use crate::fleet::plan::{Plan, StatusChange, plan};
 use crate::fleet::seal::{Place, Plain};
 use crate::oci::{Reference, Repository};
@@ -155,6 +156,13 @@ impl Fleet {
             bucket: Bucket::new(pace.writes_per_second, Instant::now()),
             plans: 0,
         }
+    }
+
+    /// Bounds what the preloads of one namespace may take.
+    #[must_use]
+    pub fn with_quota(mut self, quota: NamespaceQuota) -> Self {
+        self.world.quota = quota;
+        self
     }
 
     /// Leads until told that somebody else does. Writes under way are then cut off: whoever leads plans anew.
@@ -324,10 +332,15 @@ impl Fleet {
                 });
             }
             Decision::Assign { node, version, wanted } => {
-                let artifacts = self.sealed(&node, &wanted);
+                let bound = self.world.quota.pinned_bytes;
+                let spec = NodeArtifactsSpec {
+                    artifacts: self.sealed(&node, &wanted),
+                    max_pinned_bytes_per_namespace: bound
+                        .map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
+                };
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let written = write::assign(client, &node, &version, &artifacts).await;
+                    let written = write::assign(client, &node, &version, spec).await;
                     (target, written.map(|object| Written::Node(Box::new(object))))
                 });
             }

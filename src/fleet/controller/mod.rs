@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::http;
+pub use crate::fleet::plan::facts::NamespaceQuota;
 pub use fleet::{Fleet, Pace};
 pub use lease::Elector;
 pub use look::{Look, Looker};
@@ -54,6 +55,8 @@ pub struct ControllerOptions {
     pub metrics_endpoint: Option<String>,
     /// How fast it writes.
     pub pace: Pace,
+    /// What the preloads of one namespace may take.
+    pub quota: NamespaceQuota,
 }
 
 /// Runs until `shutdown`: leads whenever nobody else does.
@@ -89,6 +92,7 @@ pub async fn run(
         metrics.leads(true);
         let fleet =
             Fleet::new(client.clone(), Arc::clone(&look), options.pace, Arc::clone(&metrics));
+        let fleet = fleet.with_quota(options.quota);
         fleet.run(leading.lost().clone()).await;
         metrics.leads(false);
         leading.end().await;

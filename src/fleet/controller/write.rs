@@ -93,15 +93,19 @@ pub(super) async fn assign(
     client: Client,
     node: &str,
     version: &str,
-    artifacts: &[WantedArtifact],
+    spec: NodeArtifactsSpec,
 ) -> Result<NodeArtifacts, Trouble> {
+    // All of it: in a merge patch, what is not named stays.
     let change = json!({
         "metadata": {"resourceVersion": version},
-        "spec": {"artifacts": artifacts},
+        "spec": {
+            "artifacts": spec.artifacts,
+            "maxPinnedBytesPerNamespace": spec.max_pinned_bytes_per_namespace,
+        },
     });
     let api: Api<NodeArtifacts> = Api::all(client);
     let mut object = in_time(api.patch(node, &parameters(), &Patch::Merge(&change))).await?;
-    artifacts.clone_into(&mut object.spec.artifacts);
+    object.spec = spec;
     Ok(object)
 }
 

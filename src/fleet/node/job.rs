@@ -253,7 +253,7 @@ impl Running {
             return Ok(());
         }
         let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
-        pinned.map_err(|error| Failure::new("NotPinned", &error))
+        pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))
     }
 
     /// What to show the registry: what came sealed, beside the node's own.

@@ -211,6 +211,8 @@ impl Working {
             return;
         };
         self.written = Some(Written { status: object.status });
+        let bound = object.spec.max_pinned_bytes_per_namespace;
+        let bound = bound.and_then(|bytes| u64::try_from(bytes).ok());
         let wanted: BTreeMap<JobKey, WantedArtifact> = object
             .spec
             .artifacts
@@ -224,7 +226,7 @@ impl Working {
             }
             stays
         });
-        self.pins.keep(wanted.values()).await;
+        self.pins.keep(wanted.values(), bound).await;
         for (key, wanted) in wanted {
             match self.jobs.get_mut(&key) {
                 // What it works with stays noted: a job that is ready begins anew with other credentials when it has

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use crate::fleet::api::WantedArtifact;
+use crate::fleet::api::{QUOTA_EXCEEDED, WantedArtifact};
 use crate::oci::{Platform, Reference};
-use crate::store::{Store, StoreError, Tree};
+use crate::store::{PinShare, Store, StoreError, Tree};
 
 /// In front of `namespace/name` of the preload that owns a pin.
 const OWNER: &str = "preload/";
@@ -16,9 +16,31 @@ const OWNER: &str = "preload/";
 #[derive(Clone)]
 pub(super) struct Pins {
     store: Store,
-    /// Owner and reference of what is to be kept. Held while pins are made and taken away, so that a pull that ends
-    /// late pins nothing that is not wanted any more.
-    wanted: Arc<Mutex<HashSet<(String, String)>>>,
+    /// Held while pins are made and taken away, so that a pull that ends late pins nothing that is not wanted any more.
+    wanted: Arc<Mutex<WantedPins>>,
+}
+
+/// What is to be kept.
+#[derive(Default)]
+struct WantedPins {
+    /// Owner and reference of each.
+    pins: HashSet<(String, String)>,
+    /// Bytes that pins of one namespace may hold together.
+    bytes_per_namespace: Option<u64>,
+}
+
+/// Why something is not pinned.
+pub(super) struct PinFailure {
+    /// In one word.
+    pub(super) reason: &'static str,
+    /// For people.
+    pub(super) message: String,
+}
+
+impl PinFailure {
+    fn new(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Self {
+        Self { reason, message: message.to_string() }
+    }
 }
 
 impl Pins {
@@ -26,16 +48,20 @@ impl Pins {
         Self { store, wanted: Arc::default() }
     }
 
-    /// Takes away what is not among these.
-    pub(super) async fn keep(&self, wanted: impl Iterator<Item = &WantedArtifact>) {
+    /// Takes away what is not among these, and bounds what pins of one namespace may hold from now on.
+    pub(super) async fn keep(
+        &self,
+        wanted: impl Iterator<Item = &WantedArtifact>,
+        bytes_per_namespace: Option<u64>,
+    ) {
         let pinned = wanted.filter(|wanted| wanted.pin);
         let of = |wanted: &WantedArtifact| {
             let reference = wanted.reference.parse::<Reference>().ok()?;
             Some((owner(&wanted.preload), reference.to_string()))
         };
         let mut known = self.wanted.lock().await;
-        *known = pinned.filter_map(of).collect();
-        let (store, kept) = (self.store.clone(), known.clone());
+        *known = WantedPins { pins: pinned.filter_map(of).collect(), bytes_per_namespace };
+        let (store, kept) = (self.store.clone(), known.pins.clone());
         let taken = move || {
             take_away(&store, |owner, reference| {
                 !kept.contains(&(owner.to_owned(), reference.to_owned()))
@@ -55,20 +81,38 @@ impl Pins {
         preload: &str,
         reference: &Reference,
         tree: &Tree,
-    ) -> Result<(), String> {
+    ) -> Result<(), PinFailure> {
         let known = self.wanted.lock().await;
         let owner = owner(preload);
-        if !known.contains(&(owner.clone(), reference.to_string())) {
+        if !known.pins.contains(&(owner.clone(), reference.to_string())) {
             return Ok(());
         }
         let (store, reference, manifest) =
             (self.store.clone(), reference.clone(), tree.record.manifest);
-        let pin =
-            move || store.pin(&reference, &Platform::of_this_node(), manifest, &owner).map(|_| ());
+        let namespace = preload.split('/').next().unwrap_or_default().to_owned();
+        let bound = known.bytes_per_namespace;
+        let pin = move || {
+            let owner_prefix = format!("{OWNER}{namespace}/");
+            let owners = format!("the preloads of the namespace {namespace}");
+            let share = bound.map(|max_bytes| PinShare {
+                owner_prefix: &owner_prefix,
+                owners: &owners,
+                max_bytes,
+            });
+            let platform = Platform::of_this_node();
+            store.pin_within(&reference, &platform, manifest, &owner, share).map(|_| ())
+        };
         // The guard is held until it is written.
         match tokio::task::spawn_blocking(pin).await {
-            Ok(pinned) => pinned.map_err(|error| error.to_string()),
-            Err(_) => Err("pinning failed internally".to_owned()),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error @ StoreError::PinShareExceeded { .. })) => {
+                let message = format!(
+                    "{error}: delete some, or have controller.maxPinnedBytesPerNamespace of the chart raised"
+                );
+                Err(PinFailure::new(QUOTA_EXCEEDED, &message))
+            }
+            Ok(Err(error)) => Err(PinFailure::new("NotPinned", &error)),
+            Err(_) => Err(PinFailure::new("NotPinned", "pinning failed internally")),
         }
     }
 

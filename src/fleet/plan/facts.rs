@@ -21,9 +21,20 @@ pub type Seconds = i64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PreloadId(u32);
 
+/// What the preloads of one namespace may take. The default bounds nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamespaceQuota {
+    /// How many there may be.
+    pub preloads: Option<usize>,
+    /// Bytes that their pins may hold together on each node.
+    pub pinned_bytes: Option<u64>,
+}
+
 /// All that is known.
 #[derive(Debug, Default)]
 pub struct World {
+    /// What one namespace may take.
+    pub quota: NamespaceQuota,
     /// By `namespace/name`.
     pub preloads: BTreeMap<Arc<str>, Preload>,
     /// By name.
@@ -44,6 +55,8 @@ pub struct Preload {
     pub uid: String,
     /// Of the API server.
     pub version: String,
+    /// When it was made.
+    pub created: Seconds,
     /// Of the spec.
     pub generation: i64,
     /// The spec.
@@ -164,6 +177,8 @@ pub struct Object {
     pub created: Seconds,
     /// What it is to hold, by preload.
     pub wanted: Vec<Wanted>,
+    /// Bytes that pins of one namespace may hold, as the node was told.
+    pub pinned_bytes_per_namespace: Option<u64>,
     /// What it says.
     pub report: Option<Report>,
     /// A list has begun: what it has counts, whatever its version is.
@@ -277,6 +292,8 @@ impl World {
         let uid = object.metadata.uid.clone().unwrap_or_default();
         let version = object.metadata.resource_version.clone().unwrap_or_default();
         let generation = object.metadata.generation.unwrap_or_default();
+        let created = object.metadata.creation_timestamp.as_ref();
+        let created = created.map_or(0, |time| time.0.as_second());
         match self.preloads.get_mut(&key) {
             Some(known)
                 if known.uid == uid && !known.relisted && is_newer(&known.version, &version) => {}
@@ -305,6 +322,7 @@ impl World {
                     id,
                     uid,
                     version,
+                    created,
                     generation,
                     spec: object.spec.clone(),
                     parsed: parse(&object.spec),
@@ -372,7 +390,17 @@ impl World {
         if known.is_some_and(|known| is_newer(&known.version, &version)) {
             return;
         }
-        let object = Object { version, owner, created, wanted, report, relisted: false };
+        let bound = object.spec.max_pinned_bytes_per_namespace;
+        let pinned_bytes_per_namespace = bound.and_then(|bytes| u64::try_from(bytes).ok());
+        let object = Object {
+            version,
+            owner,
+            created,
+            wanted,
+            pinned_bytes_per_namespace,
+            report,
+            relisted: false,
+        };
         self.objects.insert(name, object);
     }
 }

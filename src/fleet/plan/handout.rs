@@ -7,8 +7,8 @@ use super::facts::{
     Sealed, Seconds, Wanted, mix,
 };
 use super::{Wishes, earlier};
-use crate::fleet::api::Phase;
 use crate::fleet::api::preload::MAXIMUM_FAILED_NODES;
+use crate::fleet::api::{Phase, QUOTA_EXCEEDED};
 use crate::oci::{Platform, Reference};
 use crate::units::Bytes;
 
@@ -172,6 +172,25 @@ pub(super) fn hand_out(
     handed.look |= needs_secrets && handed.counts.ready < handed.counts.desired;
     handed.failed.sort_by(|one, two| one.node.cmp(&two.node));
     handed.failed.truncate(MAXIMUM_FAILED_NODES);
+    handed
+}
+
+/// Hands nothing out, and takes back what was handed out, with the problem as the reason.
+pub(super) fn withhold(
+    preload: &Preload,
+    turns: &[Turn<'_>],
+    awaited: &[Awaited<'_>],
+    problem: Problem,
+) -> HandedOut {
+    let mut handed = HandedOut { problem: Some(problem), ..HandedOut::default() };
+    let Ok(parsed) = &preload.parsed else { return handed };
+    if let Meaning::Known(known) = &preload.meaning
+        && let Ok(reference) = pinned(&parsed.reference, known)
+    {
+        handed.current = Some(Current { known: known.clone(), reference, own: true });
+    }
+    let selected = turns.iter().filter(|turn| is_selected(preload, parsed, turn)).count();
+    handed.counts.desired = selected + count_awaited(preload, awaited);
     handed
 }
 
@@ -531,6 +550,11 @@ fn find_held<'a>(
 impl Problem {
     fn new(reason: &'static str, message: &str) -> Self {
         Self { reason, message: message.to_owned(), transient: false }
+    }
+
+    /// The namespace has no room for it.
+    pub(super) fn exceeded(message: &str) -> Self {
+        Self::new(QUOTA_EXCEEDED, message)
     }
 
     fn waiting(reason: &'static str, message: &str) -> Self {

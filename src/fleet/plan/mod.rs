@@ -3,6 +3,7 @@
 //! ```text
 //! facts     what is known
 //! handout   one preload: which of its nodes hold it, which may begin
+//! quota     which preloads their namespace has too many of
 //! status    one preload: what its status says
 //! mod       all preloads, and what each node's object is to say
 //! ```
@@ -13,6 +14,7 @@
 
 pub mod facts;
 mod handout;
+mod quota;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -167,8 +169,12 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
     let known: HashSet<PreloadId> = world.preloads.values().map(|preload| preload.id).collect();
     let mut wishes: Vec<Wishes> =
         turns.iter().map(|turn| Wishes::after(turn.object, &known)).collect();
+    let mut exceeded = quota::exceeded(world);
     for (key, preload) in &world.preloads {
-        let handed = handout::hand_out(preload, &turns, &awaited, &mut wishes, now);
+        let handed = match exceeded.remove(&preload.id) {
+            Some(problem) => handout::withhold(preload, &turns, &awaited, problem),
+            None => handout::hand_out(preload, &turns, &awaited, &mut wishes, now),
+        };
         plan.wake = earlier(plan.wake, handed.wake);
         if handed.look {
             plan.look.push(Arc::clone(key));
@@ -198,7 +204,10 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
     }
     for (turn, wishes) in turns.iter().zip(wishes).filter(|(_, wishes)| !wishes.waits) {
         let wanted = with_what_stays(turn.object, wishes, &known);
-        if !is_said(turn.object, &wanted) {
+        // A bound on nothing need not be told.
+        let other_bound = turn.object.pinned_bytes_per_namespace != world.quota.pinned_bytes
+            && !wanted.is_empty();
+        if other_bound || !is_said(turn.object, &wanted) {
             plan.assign.push((Arc::clone(turn.name), wanted));
         }
     }

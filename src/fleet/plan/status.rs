@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::facts::{Preload, Seconds};
 use super::handout::{Counts, HandedOut, Problem};
-use crate::fleet::api::{ArtifactPreloadStatus, FailedNode};
+use crate::fleet::api::{ArtifactPreloadStatus, FailedNode, QUOTA_EXCEEDED};
 
 /// Bytes of a failed node's message.
 const MAXIMUM_MESSAGE: usize = 500;
@@ -114,7 +114,7 @@ fn is_there(preload: &Preload, handed: &HandedOut) -> Said {
     );
     match (preload.spec.paused, active + waiting) {
         (true, _) if waiting > 0 => ("False", "Paused", message),
-        (_, 0) => ("False", "NodesFailed", message),
+        (_, 0) => ("False", failed_reason(handed), message),
         _ => ("False", "Preloading", message),
     }
 }
@@ -133,10 +133,19 @@ fn stalled(handed: &HandedOut, done: bool) -> Said {
                 ),
                 None => String::new(),
             };
-            ("True", "NodesFailed", cut(&message, MAXIMUM_MESSAGE))
+            ("True", failed_reason(handed), cut(&message, MAXIMUM_MESSAGE))
         }
         _ => ("False", "Progressing", String::new()),
     }
+}
+
+/// The reason of a preload whose nodes are all done, some of them without success.
+fn failed_reason(handed: &HandedOut) -> &'static str {
+    let mut reasons = handed.failed.iter().map(|failed| &*failed.reason);
+    if !handed.failed.is_empty() && reasons.all(|reason| reason == QUOTA_EXCEEDED) {
+        return QUOTA_EXCEEDED;
+    }
+    "NodesFailed"
 }
 
 struct Conditions<'a> {

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference,
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
-use super::facts::{Access, Known, Meaning, Node, Refusal, World, turn};
+use super::facts::{Access, Known, Meaning, NamespaceQuota, Node, Refusal, World, turn};
 use super::{Plan, plan};
 use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
@@ -95,6 +95,7 @@ impl Cluster {
                 ArtifactPreload::new(name, serde_json::from_value(spec).expect("a spec"));
             object.metadata.namespace = Some("team".to_owned());
             object.metadata.uid = Some(format!("uid-{name}"));
+            object.metadata.creation_timestamp = Some(self.time());
             object
         });
         change(&mut object.spec);
@@ -163,7 +164,12 @@ impl Cluster {
                 }),
             });
             let artifacts: Vec<_> = artifacts.collect();
-            self.change_object(name, |object| object.spec.artifacts = artifacts);
+            let bound = self.world.quota.pinned_bytes;
+            let bound = bound.map(|bytes| i64::try_from(bytes).expect("a number"));
+            self.change_object(name, |object| {
+                object.spec.artifacts = artifacts;
+                object.spec.max_pinned_bytes_per_namespace = bound;
+            });
         }
         for change in &decided.report {
             let version = self.version();
@@ -210,6 +216,17 @@ impl Cluster {
 
     /// A node says how far one artifact is.
     fn says(&mut self, node: &str, wanted: &WantedArtifact, phase: Phase) {
+        let reason = if phase == Phase::Failed { "NoRoom" } else { "" };
+        self.says_with_reason(node, wanted, phase, reason);
+    }
+
+    fn says_with_reason(
+        &mut self,
+        node: &str,
+        wanted: &WantedArtifact,
+        phase: Phase,
+        reason: &str,
+    ) {
         let held = HeldArtifact {
             preload: wanted.preload.clone(),
             reference: wanted.reference.clone(),
@@ -217,7 +234,7 @@ impl Cluster {
             phase,
             percent: None,
             since: None,
-            reason: if phase == Phase::Failed { "NoRoom".into() } else { String::new() },
+            reason: reason.to_owned(),
             message: String::new(),
         };
         self.change_object(node, |object| {
@@ -296,6 +313,74 @@ fn nodes_take_turns_and_the_last_one_makes_it_ready() {
     assert_eq!(status.ready_reference, Some(format!("r.io/tool:v1@{digest}")));
     assert!(status.completion_time.is_some());
     assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
+}
+
+#[test]
+fn preloads_beyond_the_namespaces_number_hold_nothing_and_say_so() {
+    let mut cluster = cluster(3);
+    cluster.world.quota = NamespaceQuota { preloads: Some(2), ..NamespaceQuota::default() };
+    // Its name comes first, and it is younger.
+    for name in ["second", "a-third"] {
+        cluster.now += 1;
+        cluster.apply(name, |spec| spec.reference = format!("r.io/{name}:v1"));
+    }
+    assert_eq!(cluster.plan().look, [Arc::from("team/second")], "a registry is asked in vain");
+    cluster.resolve("second");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert_eq!(cluster.reason("second"), "Ready");
+    assert_eq!(cluster.reason("a-third"), "QuotaExceeded");
+    let status = cluster.status("a-third");
+    assert_eq!((status.desired, status.ready, status.active), (3, 0, 0));
+    let stalled = status.conditions.iter().find(|one| one.type_ == "Stalled").expect("Stalled");
+    assert_eq!((stalled.status.as_str(), stalled.reason.as_str()), ("True", "QuotaExceeded"));
+    assert!(stalled.message.contains("team has 3 preloads"), "{}", stalled.message);
+    assert_eq!(cluster.wants("node-0").len(), 2);
+
+    // One that goes makes room for the next.
+    cluster.world.preloads.remove("team/second");
+    cluster.preloads.remove("second");
+    cluster.settle();
+    cluster.resolve("a-third");
+    cluster.run_until_done();
+    assert_eq!(cluster.reason("a-third"), "Ready");
+
+    // A lower number takes back what was handed out.
+    cluster.world.quota.preloads = Some(1);
+    cluster.settle();
+    assert_eq!(cluster.reason("a-third"), "QuotaExceeded");
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert_eq!(cluster.wants("node-0").len(), 1);
+}
+
+#[test]
+fn nodes_are_told_how_much_a_namespace_may_pin() {
+    let mut cluster = cluster(2);
+    cluster.run_until_done();
+    let bounds = |cluster: &Cluster| -> Vec<_> {
+        cluster.objects.values().map(|one| one.spec.max_pinned_bytes_per_namespace).collect()
+    };
+    assert_eq!(bounds(&cluster), [None, None]);
+    cluster.world.quota.pinned_bytes = Some(1 << 30);
+    cluster.add_node("idle");
+    cluster.settle();
+    assert_eq!(bounds(&cluster), [None, Some(1 << 30), Some(1 << 30)], "idle, node-0, node-1");
+}
+
+#[test]
+fn a_preload_that_fails_for_its_namespaces_quota_alone_says_so() {
+    let mut cluster = cluster(2);
+    cluster.apply("tool", |spec| spec.backoff_limit = 0);
+    cluster.settle();
+    for (node, wanted) in cluster.open() {
+        cluster.says_with_reason(&node, &wanted, Phase::Failed, "QuotaExceeded");
+    }
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "QuotaExceeded");
+    let (node, wanted) = cluster.open().remove(0);
+    cluster.says(&node, &wanted, Phase::Failed);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "NodesFailed");
 }
 
 #[test]

@@ -78,7 +78,12 @@ impl Cluster {
     }
 
     pub fn controller(&self) -> Controller {
-        Controller::start(&self.kubeconfig, &self.sandbox.path().join("controller.log"))
+        self.controller_with(&[])
+    }
+
+    pub fn controller_with(&self, arguments: &[&str]) -> Controller {
+        let log = self.sandbox.path().join("controller.log");
+        Controller::start(&self.kubeconfig, &log, arguments)
     }
 
     pub fn preload(&self, name: &str, spec: Value) {
@@ -154,7 +159,7 @@ impl Cluster {
 pub struct Controller(Child, PathBuf);
 
 impl Controller {
-    fn start(kubeconfig: &Path, log: &Path) -> Self {
+    fn start(kubeconfig: &Path, log: &Path, arguments: &[&str]) -> Self {
         let file = fs::File::options().create(true).append(true).open(log).expect("a log");
         let mut command = ending_with_this_thread(env!("CARGO_BIN_EXE_csi-driver-oci"));
         clean_environment(&mut command);
@@ -162,6 +167,7 @@ impl Controller {
             .args(["controller", "--health-endpoint=", "--metrics-endpoint=", "--log-level=debug"])
             .arg(format!("--identity={}", unique("controller")))
             .arg("--namespace=csi-driver-oci")
+            .args(arguments)
             .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null())
             .stdout(file.try_clone().expect("the log twice"))
