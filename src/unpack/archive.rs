@@ -114,6 +114,12 @@ fn record_content(
             continue;
         };
         let metadata = metadata(&member, &path, permissions, limits)?;
+        // Marks have no inode, and hard links that of their target.
+        let has_inode = !matches!(member.kind, MemberKind::HardLink) && mark.is_none();
+        if has_inode && !metadata.permissions.has_owner() {
+            let Permissions { uid, gid, .. } = metadata.permissions;
+            return Err(UnpackError::Owner { path, uid, gid });
+        }
         let entry = match (mark, member.kind) {
             (Some(kind), _) => Entry { path, kind, metadata },
             (None, MemberKind::Directory) => Entry { path, kind: EntryKind::Directory, metadata },

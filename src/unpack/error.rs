@@ -182,6 +182,18 @@ pub enum UnpackError {
         /// The type, shown.
         kind: String,
     },
+    /// An owner or group that no file can have.
+    #[error(
+        "\"{path}\" has the owner {uid}:{gid}, and 4294967295 is no owner on Linux: make the artifact again with another, or mount it with permissions: Readable"
+    )]
+    Owner {
+        /// The entry, or the file of a layer.
+        path: RelativePath,
+        /// Its owner.
+        uid: u32,
+        /// Its group.
+        gid: u32,
+    },
     /// Extended attributes beyond a bound.
     #[error(
         "the extended attributes of \"{path}\" are over the limit of {limit} ({key}): make the archive again without them"
@@ -390,6 +402,7 @@ impl UnpackError {
             | Self::SpecialFile { .. }
             | Self::Sparse { .. }
             | Self::EntryType { .. }
+            | Self::Owner { .. }
             | Self::ExtendedAttributes { .. }
             | Self::HeaderTooLarge { .. }
             | Self::TooManyEntries { .. }

@@ -68,6 +68,15 @@ impl PermissionsRule {
     }
 }
 
+impl Permissions {
+    /// Whether a file can belong to this owner and group. The highest number of 32 bits stands for
+    /// "as it is" where the kernel is asked to change them.
+    #[must_use]
+    pub const fn has_owner(self) -> bool {
+        self.uid != u32::MAX && self.gid != u32::MAX
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
