@@ -154,6 +154,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     };
     let listening = listen(&csi_path, LOCK_PATIENCE, &shutdown).await?;
     let Some((csi_socket, listener)) = listening else { return Ok(()) };
+    let events = pod_events(&options, &tracker, &shutdown);
     let csi = Server::builder()
         .add_service(IdentityServer::new(IdentityService {
             driver_name: options.driver_name.clone(),
@@ -163,7 +164,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
             node,
             volumes: volumes.clone(),
             metrics: Arc::clone(&metrics),
-            events: pod_events(&options, &tracker, &shutdown),
+            events: events.clone(),
         }));
     let mut servers = JoinSet::new();
     servers.spawn(serve("CSI", csi, listener, shutdown.clone()));
@@ -173,6 +174,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         configuration,
         volumes,
         metrics: Arc::clone(&metrics),
+        events,
         content: content_sender,
         lock: Arc::clone(&lock),
         tracker: tracker.clone(),
@@ -338,6 +340,7 @@ async fn serve_admin(
         content: content.clone(),
         registered,
         warming: metrics.warming().clone(),
+        scrub: metrics.scrub().clone(),
         tracker: tracker.clone(),
     };
     let server = Server::builder().add_service(AdminServer::new(service));

@@ -21,7 +21,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::unistd::gettid;
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -30,6 +30,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::mount::syscalls::{self, ThreadClass};
 use turns::Turns;
+
+/// One step on a disk that hardly answers must not be followed by silence.
+const LONGEST_REST: Duration = Duration::from_secs(5);
 
 thread_local! {
     static HERE: RefCell<Option<Arc<Threads>>> = const { RefCell::new(None) };
@@ -79,6 +82,16 @@ pub fn give_way() {
     HERE.with_borrow(|here| {
         if let Some(threads) = here {
             threads.give_way();
+        }
+    });
+}
+
+/// Leaves the disk to others after a step that took so long: in the background, and while nobody
+/// waits for it, the calling thread sleeps for three times as long.
+pub fn rest(worked: Duration) {
+    HERE.with_borrow(|here| {
+        if let Some(threads) = here {
+            threads.rest((worked * 3).min(LONGEST_REST));
         }
     });
 }
@@ -269,6 +282,18 @@ impl Threads {
         }
     }
 
+    fn rest(&self, time: Duration) {
+        let until = Instant::now() + time;
+        let mut state = self.lock();
+        while state.hurries == 0
+            && let Some(left) = until.checked_duration_since(Instant::now())
+            && !left.is_zero()
+        {
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn hurry(&self) {
         let mut state = self.lock();
         state.hurries += 1;
@@ -426,6 +451,34 @@ mod tests {
         let classes = background.spawn(&tracker, work).await.expect("a task");
         assert_eq!(classes, (ThreadClass::Ordinary, idle));
         assert_eq!(as_ordinary(class), ThreadClass::Ordinary);
+    }
+
+    #[tokio::test]
+    async fn who_rests_is_woken_by_a_hurry() {
+        let _alone = ALONE.lock().await;
+        let background = Background::start().expect("threads");
+        let (ready, started) = tokio::sync::oneshot::channel();
+        let work = background.spawn(&TaskTracker::new(), async move {
+            let resting = tokio::task::spawn_blocking(move || {
+                let _ = ready.send(());
+                let since = Instant::now();
+                // Longer than a test may take.
+                while since.elapsed() < LONGEST_REST * 12 && !HERE.with_borrow(is_hurried) {
+                    rest(LONGEST_REST);
+                }
+                HERE.with_borrow(is_hurried)
+            });
+            resting.await.expect("blocking work")
+        });
+        started.await.expect("a thread that rests");
+        let _hurry = background.hurry();
+        assert!(work.await.expect("a task"));
+        // Nobody else rests.
+        rest(Duration::MAX / 4);
+    }
+
+    fn is_hurried(here: &Option<Arc<Threads>>) -> bool {
+        here.as_ref().is_some_and(|threads| threads.lock().hurries > 0)
     }
 
     #[tokio::test]

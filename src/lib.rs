@@ -8,6 +8,7 @@
 //! check   what a registry would serve, without a node
 //! policy  what the administrator lets be mounted, and under which demands
 //! warming artifacts that are fetched before a pod asks for them
+//! scrub   all content read back in the background
 //! volume  the use cases: publish, unpublish, stats, reconcile
 //! pull    resolve, proofs, flights, transfer
 //! oci     references, digests, manifests, platforms, credentials, the registry
@@ -44,6 +45,7 @@ pub mod process_group;
 pub mod proto;
 pub mod pull;
 pub mod reread;
+pub mod scrub;
 pub mod store;
 pub mod units;
 pub mod unpack;

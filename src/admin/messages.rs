@@ -3,6 +3,7 @@
 use super::operations::{Artifact, Inspected, Meaning, Removed};
 use crate::oci::Digest;
 use crate::proto::admin as wire;
+use crate::scrub::ScrubSnapshot;
 use crate::store::gc::{Collected, Victim};
 use crate::store::trees::View;
 use crate::store::verify::Finding;
@@ -72,6 +73,20 @@ pub(super) fn warm_reference(state: WarmState) -> wire::WarmReference {
         done_bytes: state.progress.map_or(0, |progress| progress.done),
         total_bytes: state.progress.map_or(0, |progress| progress.total),
         next_seconds: state.next_seconds,
+    }
+}
+
+pub(super) fn scrub(scrub: ScrubSnapshot) -> wire::ScrubStatus {
+    wire::ScrubStatus {
+        interval_seconds: scrub.interval.map_or(0, |interval| interval.as_secs()),
+        lag_seconds: scrub.lag.map(|lag| lag.as_secs()),
+        objects: scrub.verified.objects,
+        bytes: scrub.verified.bytes,
+        findings: scrub.findings,
+        repaired: scrub.repaired,
+        unrepaired: scrub.unrepaired,
+        reading: scrub.reading.unwrap_or_default(),
+        unread_objects: 0,
     }
 }
 

@@ -18,9 +18,11 @@ use tonic::Code;
 
 use super::families::Families;
 use super::lease_metrics::LeaseMetrics;
+use super::scrub_metrics::ScrubMetrics;
 use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
 use crate::pull::wire::Observer;
+use crate::scrub::ScrubState;
 use crate::store::Store;
 use crate::volume::publish::PublishPath;
 use crate::volume::reconcile::Reconciled;
@@ -73,6 +75,7 @@ pub struct Metrics {
     vanished: Counter,
     store: StoreMetrics,
     warming: WarmStates,
+    scrub: ScrubState,
     downloads: Gauge,
     downloaded_bytes: Counter,
     pulls: Family<PullLabels, Counter>,
@@ -133,6 +136,7 @@ impl Default for Metrics {
             ),
             store: looked_at(&mut families, |store| store),
             warming: looked_at(&mut families, WarmMetrics),
+            scrub: looked_at(&mut families, ScrubMetrics),
             families: Arc::new(families),
         }
     }
@@ -189,6 +193,11 @@ impl Metrics {
     /// How what the configuration keeps warm is: looked at with each scrape.
     pub fn warming(&self) -> &WarmStates {
         &self.warming
+    }
+
+    /// How far the scrub is: looked at with each scrape.
+    pub fn scrub(&self) -> &ScrubState {
+        &self.scrub
     }
 
     /// Records and mounts were brought together.

@@ -11,6 +11,7 @@ mod messages;
 pub mod metrics;
 pub mod operations;
 mod pieces;
+mod scrub_metrics;
 pub mod service;
 mod store_metrics;
 mod warm;

@@ -26,6 +26,7 @@ use crate::proto::admin::{
 };
 use crate::pull::import::ImportError;
 use crate::pull::self_check::Repaired;
+use crate::scrub::ScrubState;
 use crate::store::gc::{Now, Want};
 use crate::store::{Room, Store, StoreError};
 use crate::volume::{Content, ContentState};
@@ -49,6 +50,8 @@ pub struct AdminService {
     pub registered: Option<Arc<AtomicBool>>,
     /// How what the configuration keeps warm is.
     pub warming: WarmStates,
+    /// How far the scrub is.
+    pub scrub: ScrubState,
     /// What goes on when a caller leaves runs here.
     pub tracker: TaskTracker,
 }
@@ -71,6 +74,7 @@ impl Admin for AdminService {
             registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
             file_leases_enabled: file_leases::are_enabled(),
             warm: self.warming.list().into_iter().map(messages::warm_reference).collect(),
+            scrub: Some(messages::scrub(self.scrub.snapshot())),
             ..GetStatusResponse::default()
         };
         let state_dir = self.state_dir.clone();
@@ -248,12 +252,7 @@ async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<Veri
     let mut findings = 0;
     let (count, counted) = std::sync::mpsc::channel();
     let verified = content.puller.check_content(move |finding| {
-        tracing::warn!(
-            kind = finding.kind.name(),
-            path = %finding.path.display(),
-            detail = finding.detail,
-            "damaged content"
-        );
+        finding.log();
         let _ = count.send(());
         let event = verify_event::Event::Finding(messages::finding(finding));
         let _ = found.blocking_send(Ok(VerifyEvent { event: Some(event) }));
@@ -298,6 +297,9 @@ fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
         status.cache_bytes = facts.usage().bytes;
         status.cache_objects = facts.store.objects.len() as u64;
         status.pinned_bytes = facts.pinned().bytes;
+    }
+    if let (Some(scrub), Ok(unread)) = (&mut status.scrub, store.unread_objects()) {
+        scrub.unread_objects = unread.len() as u64;
     }
     status.floor_bytes = room.floor(store.cache_options()).bytes;
     let evictions = store.evictions();

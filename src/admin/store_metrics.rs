@@ -41,6 +41,10 @@ impl Collector for StoreMetrics {
                 ("tree", count(ObjectKind::Tree)),
             ])?;
         }
+        if let Ok(unread) = store.unread_objects() {
+            let help = "Objects of an earlier format that have not been read back yet";
+            writer.gauge("unread_objects", help, unread.len() as u64)?;
+        }
         if let Ok(records) = store.publications() {
             let help = "Volumes that are published now";
             writer.gauge("published_volumes", help, records.len() as u64)?;

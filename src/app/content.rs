@@ -15,12 +15,14 @@ use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::fleet::node::release_all;
+use crate::kubernetes::PodEvents;
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
 use crate::policy::PolicySource;
 use crate::pull::flights::Runway;
 use crate::pull::wire::Observer;
 use crate::pull::{Puller, Sources};
+use crate::scrub::{Scrub, system_clock};
 use crate::store::lock::Lock;
 use crate::store::own::require_mountpoint;
 use crate::store::{SecurityLabel, Store, StoreError, StoreOptions};
@@ -37,6 +39,7 @@ pub(super) struct Opening {
     pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
     pub(super) volumes: Volumes,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) events: Option<PodEvents>,
     pub(super) content: watch::Sender<ContentState>,
     /// None until a disk that failed at start has come back.
     pub(super) lock: Arc<Mutex<Option<Lock>>>,
@@ -86,6 +89,14 @@ impl Opening {
             }
         });
         self.release_preloads(&content);
+        let scrub = Scrub {
+            content: content.clone(),
+            interval: configuration.cache.scrub_interval(),
+            state: self.metrics.scrub().clone(),
+            events: self.events.clone(),
+            clock: system_clock,
+        };
+        self.tracker.spawn(scrub.run(self.shutdown.clone()));
         self.keep_warm(content);
         upkeep.run(wanted, self.shutdown.clone()).await;
     }

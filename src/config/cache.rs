@@ -1,10 +1,17 @@
-//! The `cache` section: how much of the disk content may take. Read at start.
+//! The `cache` section: how much of the disk content may take, and how often it is read back. Read at start.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::GoDuration;
 use super::quantity::Quantity;
 use crate::store::CacheOptions;
+
+/// Intervals in which content can be read back.
+const INTERVALS: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_hours(10 * 365 * 24);
 
 /// The `cache` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -26,9 +33,17 @@ pub struct CacheSection {
     pub minimum_age: GoDuration,
     /// Publishing is off until the state directory is a mount point.
     pub require_mountpoint: bool,
+    /// All content is read back within this time; 0 turns that off; a Go duration.
+    pub scrub_interval: GoDuration,
 }
 
 impl CacheSection {
+    /// Within which time all content is read back; none when it is not.
+    #[must_use]
+    pub fn scrub_interval(&self) -> Option<Duration> {
+        Some(self.scrub_interval.0).filter(|interval| !interval.is_zero())
+    }
+
     pub(super) fn check(&self) -> Result<(), String> {
         let percents = [
             ("highThresholdPercent", self.high_threshold_percent),
@@ -40,6 +55,9 @@ impl CacheSection {
             if value > 100 {
                 return Err(format!("cache.{name} must be from 0 to 100"));
             }
+        }
+        if self.scrub_interval().is_some_and(|interval| !INTERVALS.contains(&interval)) {
+            return Err("cache.scrubInterval must be 0, or from 1s to 87600h".to_owned());
         }
         if self.low_threshold_percent > self.high_threshold_percent {
             return Err(
@@ -83,6 +101,7 @@ impl Default for CacheSection {
             max_pinned_bytes: options.max_pinned_bytes.map(Quantity),
             minimum_age: GoDuration(options.minimum_age),
             require_mountpoint: options.require_mountpoint,
+            scrub_interval: GoDuration(Duration::from_hours(7 * 24)),
         }
     }
 }

@@ -184,6 +184,9 @@ mod tests {
         assert_eq!(parsed.limits.entries, 5);
         let parsed = parse("cache: {maxBytes: 1.5Gi, minimumAge: 0s}\n").expect("valid");
         assert_eq!(parsed.cache.options().max_bytes, Some(3 << 29));
+        assert_eq!(parsed.cache.scrub_interval(), Some(Duration::from_hours(168)));
+        let off = parse("cache: {scrubInterval: 0}\n").expect("valid");
+        assert_eq!(off.cache.scrub_interval(), None);
         assert_eq!(
             parse("cache: {maxBytes: 1000}\n").expect("valid").cache.max_bytes,
             Some(Quantity(1000))
@@ -198,6 +201,9 @@ mod tests {
             "cache: {lowThresholdPercent: 90}\n",
             "cache: {maxBytes: 1Gi, maxPinnedBytes: 2Gi}\n",
             "cache: {maxBytes: many}\n",
+            "cache: {scrubInterval: 10ms}\n",
+            "cache: {scrubInterval: 100000h}\n",
+            "cache: {scrubInterval: weekly}\n",
             "registries: {allowedAddresses: [here]}\n",
             "registries: {mirrorsWithCredentials: [\"http://mirror:5000\"]}\n",
             "registries: {credentialProviderConfig: /a}\n",

@@ -233,12 +233,25 @@ pub fn set_extended_attribute(file: BorrowedFd<'_>, name: &CStr, value: &[u8]) -
 
 /// `flistxattr`: the names of an open file's extended attributes; none where the filesystem has none.
 pub fn list_extended_attributes(file: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
+    list_names(|names| {
+        // SAFETY: the descriptor is open, and the kernel writes no more than the length that it is told.
+        unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) }
+    })
+}
+
+/// `llistxattr`: the names of the extended attributes of the file at a path, of a symbolic link itself:
+/// links cannot be opened for [`list_extended_attributes`].
+pub fn list_link_extended_attributes(path: &CStr) -> io::Result<Vec<CString>> {
+    list_names(|names| {
+        // SAFETY: the path ends in NUL, and the kernel writes no more than the length that it is told.
+        unsafe { libc::llistxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) }
+    })
+}
+
+fn list_names(list: impl FnOnce(&mut [u8]) -> isize) -> io::Result<Vec<CString>> {
     // What the kernel gives at most (XATTR_LIST_MAX).
     let mut names = vec![0_u8; 64 << 10];
-    // SAFETY: the descriptor is open, and the kernel writes no more than the length that it is told.
-    let length =
-        unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) };
-    let Ok(length) = usize::try_from(length) else {
+    let Ok(length) = usize::try_from(list(&mut names)) else {
         let error = io::Error::last_os_error();
         return if error.kind() == io::ErrorKind::Unsupported {
             Ok(Vec::new())

@@ -28,7 +28,7 @@ use crate::store::{FileKey, StoreError, Tree, TreeKey};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
 use crate::unpack::merge::{Merger, TreePlan};
 use crate::unpack::permissions::NodeType;
-use crate::unpack::{Entry, Permissions, PermissionsRule, Selection};
+use crate::unpack::{Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError};
 
 /// How many layers of one artifact are fetched at once; the node's limit holds besides.
 const LAYERS_AT_ONCE: usize = 4;
@@ -199,23 +199,26 @@ impl Shape {
             }
             let rule = match rule {
                 LayerRule::Skip => return None,
-                LayerRule::File(rule) => {
-                    let permissions = self.permissions_of(&rule);
-                    PartRule::File(rule, permissions)
-                }
+                LayerRule::File(rule) => match self.permissions_of(&rule) {
+                    Ok(permissions) => PartRule::File(rule, permissions),
+                    Err(error) => return Some(Err(error.into())),
+                },
                 LayerRule::Archive(rule) => PartRule::Archive(rule),
             };
-            Some(Part { layer, descriptor: descriptor.clone(), rule })
+            Some(Ok(Part { layer, descriptor: descriptor.clone(), rule }))
         });
-        Ok(parts.collect())
+        parts.collect()
     }
 
     /// What is recorded with the file wins over the attribute, which is for files without; else the content decides.
-    fn permissions_of(&self, rule: &FileRule) -> Option<Permissions> {
+    fn permissions_of(&self, rule: &FileRule) -> Result<Option<Permissions>, UnpackError> {
         let recorded = rule.recorded;
         let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
+        if let Some(Permissions { uid, gid, .. }) = recorded.filter(|owned| !owned.has_owner()) {
+            return Err(UnpackError::Owner { path: rule.path.clone(), uid, gid });
+        }
         let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });
-        recorded.or(asked)
+        Ok(recorded.or(asked))
     }
 }
 
@@ -326,7 +329,7 @@ impl Inner {
         let permit = self.unpackers.permit(progress).await?;
         let built = blocking(move || {
             let _permit = permit;
-            let (plan, objects) = inner.plan(objects, &shape)?;
+            let (plan, objects) = inner.plan(objects, &shape, &inner.limits)?;
             let record = TreeRecord {
                 manifest,
                 kind,
@@ -425,11 +428,12 @@ impl Inner {
         &self,
         mut parts: Vec<Object>,
         shape: &Shape,
+        limits: &Limits,
     ) -> Result<(TreePlan, Objects), PullError> {
         parts.sort_by_key(|part| match part {
             Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
         });
-        let mut merger = Merger::new(&self.limits);
+        let mut merger = Merger::new(limits);
         let mut objects = Objects::default();
         for part in parts {
             match part {

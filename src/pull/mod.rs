@@ -19,7 +19,8 @@
 //! room       how much of the disk an artifact will take, before its first byte
 //! sums       what its layers come to, while they come
 //! artifact   manifest -> tree
-//! self_check reads everything back, and makes anew what is damaged
+//! self_check reads content back: all of it, an item, or what an earlier format left before it is
+//!            shown; and makes anew what is damaged
 //! import     an OCI image layout in place of a registry
 //! ```
 //!
@@ -116,6 +117,7 @@ struct Inner {
     origins: Flights<(String, TreeKey), ()>,
     files: Flights<objects::FileWant, crate::store::files::StoredFile>,
     layers: Flights<LayerKey, objects::ReadyLayer>,
+    readings: Flights<self_check::Item, self_check::ReadBack>,
     blobs: objects::BlobLocks,
     sponsors: artifact::SponsorsByTree,
 }
@@ -191,6 +193,7 @@ impl Puller {
             origins: Flights::new(runway.clone(), LINGER),
             files: Flights::new(runway.clone(), now),
             layers: Flights::new(runway.clone(), now),
+            readings: Flights::new(runway.clone(), LINGER),
             blobs: objects::BlobLocks::default(),
             sponsors: artifact::SponsorsByTree::default(),
         }))
@@ -238,7 +241,13 @@ impl Puller {
     ) -> Result<Tree, Arc<PullError>> {
         self.check_size(want, resolved).await?;
         self.verify(want, resolved).await?;
-        let tree = self.tree(want, resolved, view).await?;
+        let tree = loop {
+            let tree = self.tree(want, resolved, view).await?;
+            // One that is damaged has been marked: the next look does not find it.
+            if self.is_sound(&tree, want.priority, view).await? {
+                break tree;
+            }
+        };
         want.check_bytes(tree.record.bytes).map_err(Arc::new)?;
         Ok(tree)
     }

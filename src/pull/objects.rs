@@ -166,6 +166,9 @@ impl Inner {
         progress: &Arc<Progress>,
     ) -> Result<StoredFile, PullError> {
         let guard = self.background.hurried(self.blobs.lock(want.digest)).await;
+        let (inner, digest) = (Arc::clone(&self), want.digest);
+        let unread = blocking(move || Ok(inner.store.unread_files(digest)?)).await?;
+        self.read_before_use(unread, progress).await?;
         let inner = Arc::clone(&self);
         let data = descriptor.data.clone();
         let (known, guard) = blocking(move || {
@@ -234,6 +237,9 @@ impl Inner {
         progress: &Arc<Progress>,
     ) -> Result<ReadyLayer, PullError> {
         let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
+        let inner = Arc::clone(&self);
+        let unread = blocking(move || Ok(inner.store.unread_layer(key)?)).await?;
+        self.read_before_use(unread, progress).await?;
         let inner = Arc::clone(&self);
         let (known, guard) = blocking(move || {
             let known = inner.store.layer(key)?.map(|layer| (layer.totals(), layer));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub struct Progress {
     raised: Notify,
     /// For people.
     name: OnceLock<String>,
+    /// Whether its bytes are read back from the disk, and not fetched.
+    reads_back: AtomicBool,
 }
 
 /// How urgent a flight is, and where it works.
@@ -54,6 +56,8 @@ pub struct Snapshot {
     pub rate: u64,
     /// At that rate; none while it is unknown.
     pub left: Option<Duration>,
+    /// Whether the bytes are read back from the node's disk, and not fetched.
+    pub reads_back: bool,
 }
 
 impl Default for Progress {
@@ -80,6 +84,7 @@ impl Progress {
             pace: Mutex::new(pace),
             raised: Notify::new(),
             name: OnceLock::new(),
+            reads_back: AtomicBool::new(false),
         }
     }
 
@@ -110,6 +115,11 @@ impl Progress {
     pub fn name(&self, name: String) {
         // A second name would be the same.
         let _ = self.name.set(name);
+    }
+
+    /// Says that its bytes are on the node already, and are read back.
+    pub fn reads_back(&self) {
+        self.reads_back.store(true, Ordering::Relaxed);
     }
 
     /// What it is, for people.
@@ -187,13 +197,20 @@ impl Progress {
         let milliseconds = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         let rate = fetched.saturating_mul(1000) / milliseconds.max(1);
         let left = (rate > 0).then(|| Duration::from_secs((total - done).div_ceil(rate)));
-        Snapshot { total, done, rate, left }
+        let reads_back = self.reads_back.load(Ordering::Relaxed);
+        Snapshot { total, done, rate, left, reads_back }
     }
 }
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { total, done, rate, left } = *self;
+        let Self { total, done, rate, left, reads_back } = *self;
+        if reads_back {
+            write!(formatter, "reading cached content back, ")?;
+        }
+        if reads_back && (total == 0 || done == total) {
+            return write!(formatter, "comparing {}", Bytes(total));
+        }
         if total == 0 {
             return write!(formatter, "asking the registry");
         }
@@ -244,5 +261,8 @@ mod tests {
         assert!(progress.snapshot().to_string().contains("time left unknown"));
         progress.arrived(3 << 30);
         assert_eq!(progress.snapshot().to_string(), "100% of 3.0 GiB fetched, unpacking");
+        progress.reads_back();
+        let text = progress.snapshot().to_string();
+        assert_eq!(text, "reading cached content back, comparing 3.0 GiB");
     }
 }

@@ -222,6 +222,13 @@ impl Catalog {
         }
     }
 
+    /// The names of all objects, each with whether it is damaged.
+    #[must_use]
+    pub fn names(&self) -> Vec<(ObjectName, bool)> {
+        let state = self.lock();
+        state.objects.iter().map(|(name, entry)| (name.clone(), entry.damaged)).collect()
+    }
+
     /// What all objects take together.
     #[must_use]
     pub fn usage(&self) -> Usage {

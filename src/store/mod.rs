@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! <state>/
-//!   format                        "csi-driver-oci 1": what the rest is to be read as
+//!   format                        "csi-driver-oci 2": what the rest is to be read as
 //!   lock                          flock of the one process that uses the folder, and its name
 //!   node-key                      32 random bytes: keys the HMAC of credentials in access/
 //!   blobs/<digest>                manifests, indexes, configurations, as the registry sent them
@@ -22,6 +22,8 @@
 //!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
 //!   publications/<hash>.json      which volume shows which tree at which target
 //!   empty/                        the second lower directory of overlays, see `mount::attach`
+//!   read-back/<name>              objects that need no reading any more, while others do (see `read_back`)
+//!   scrub.json                    how far the scrub has come (see `verify`)
 //!   mounts/                       where mounts are staged on kernels before 5.12
 //! ```
 //!
@@ -37,6 +39,10 @@
 //! is lost costs a request, an unreadable publication is ignored, and what is
 //! mounted is asked of the kernel. The last use of a tree is the modification
 //! time of its `tree.json`, unsynced: a power loss makes it look older.
+//!
+//! Content of format 1 is not trusted: its mounts could be written through. The folder `read-back`
+//! is durable before `format` says 2, and what it does not name is verified before it is used. What
+//! a power loss takes of the names in it costs another reading.
 //!
 //! # What is removed, and how
 //!
@@ -67,9 +73,11 @@ pub mod partial;
 pub mod pins;
 pub mod publications;
 pub mod ranges;
+mod read_back;
 pub mod records;
 pub mod resolutions;
 pub mod room;
+pub mod scrubbed;
 pub mod staging;
 pub mod sweep;
 mod tree_builder;
@@ -98,7 +106,9 @@ pub use trees::Tree;
 use crate::fault;
 
 /// The format that this version reads and writes.
-const FORMAT: &str = "csi-driver-oci 1\n";
+const FORMAT: &str = "csi-driver-oci 2\n";
+/// The format before it. The rest is the same, but pods could change content through their mounts.
+const EARLIER_FORMAT: &str = "csi-driver-oci 1\n";
 
 /// How a state directory is used.
 #[derive(Clone, Debug, Default)]
@@ -130,6 +140,17 @@ struct Inner {
     evictions: gc::Evictions,
     /// How often content was found damaged.
     damages: AtomicU64,
+    /// Trees that were found damaged and not reported yet.
+    damaged_trees: Mutex<Vec<ObjectName>>,
+    read_back: read_back::ReadBack,
+}
+
+/// What `format` says.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Current,
+    Earlier,
+    Nothing,
 }
 
 impl Store {
@@ -142,13 +163,14 @@ impl Store {
     /// [`StoreError::Foreign`] for one that holds something else in place of the driver's own.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         let format = root.join("format");
-        let known = match std::fs::read(&format) {
-            Ok(found) if found == FORMAT.as_bytes() => true,
+        let found = match std::fs::read(&format) {
+            Ok(found) if found == FORMAT.as_bytes() => Found::Current,
+            Ok(found) if found == EARLIER_FORMAT.as_bytes() => Found::Earlier,
             Ok(found) => {
                 let found = String::from_utf8_lossy(&found).trim().chars().take(80).collect();
                 return Err(StoreError::Format { path: root.to_owned(), found });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Found::Nothing,
             Err(error) => return Err(StoreError::io("read", &format, error)),
         };
         for folder in Self::FOLDERS {
@@ -158,9 +180,14 @@ impl Store {
         let staging = root.join("staging");
         staging::sweep(&staging)?;
         fault::point("recovery.swept").map_err(|error| StoreError::io("open", root, error))?;
-        if !known {
+        if found != Found::Current {
+            // Nothing says who has written content without a format.
+            if found == Found::Earlier || holds_content(root)? {
+                read_back::ReadBack::begin(root)?;
+            }
             durable::write(&staging, &format, FORMAT.as_bytes())?;
         }
+        let read_back = read_back::ReadBack::load(root)?;
         let node_key = node_key(&staging, &root.join("node-key"))?;
         let meter = Arc::new(room::Meter::new(root, options.cache));
         let store = Self(Arc::new(Inner {
@@ -176,6 +203,8 @@ impl Store {
             collecting: Mutex::default(),
             evictions: gc::Evictions::default(),
             damages: AtomicU64::default(),
+            damaged_trees: Mutex::default(),
+            read_back,
         }));
         store.load_publications()?;
         store.load_pins()?;
@@ -262,6 +291,15 @@ impl Store {
     fn barrier(&self) -> &durable::Barrier {
         &self.0.barrier
     }
+}
+
+fn holds_content(root: &Path) -> Result<bool, StoreError> {
+    for folder in ["files", "layers", "trees"] {
+        if !staging::names(&root.join(folder))?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn node_key(staging: &Path, path: &Path) -> Result<[u8; 32], StoreError> {

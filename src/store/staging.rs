@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use super::catalog::{Entry, Lease};
@@ -10,6 +11,9 @@ use super::error::StoreError;
 use super::{ObjectKind, ObjectName, Store};
 use crate::fault;
 use std::sync::atomic::Ordering;
+
+/// Damaged trees that wait to be reported; a node has fewer that are shown.
+const UNREPORTED: usize = 4096;
 
 /// A folder for one object on its way; dropping it abandons the object.
 #[derive(Debug)]
@@ -49,13 +53,14 @@ impl Store {
 
     /// Marks a generation of an object (`<key>/<n>`), and of every tree that links it: it is
     /// never published or linked again, the next one is made afresh, and whoever has it mounted
-    /// keeps it.
-    pub fn mark_damaged(&self, generation: &Path) -> Result<(), StoreError> {
+    /// keeps it. Returns the trees that were sound until now.
+    pub fn mark_damaged(&self, generation: &Path) -> Result<Vec<ObjectName>, StoreError> {
         self.mark(generation)?;
-        if let Some(name) = self.object_at(generation) {
-            self.mark_trees_of(&name)?;
+        let Some(name) = self.object_at(generation) else { return Ok(Vec::new()) };
+        if name.kind() == ObjectKind::Tree {
+            return Ok(vec![name]);
         }
-        Ok(())
+        self.mark_trees_of(&name)
     }
 
     /// Marks the trees that link a damaged object; says which were not marked before.
@@ -76,12 +81,24 @@ impl Store {
         self.0.damages.fetch_add(1, Ordering::Relaxed);
         if let Some(name) = self.object_at(generation) {
             self.catalog().damaged(&name);
+            let mut trees = self.0.damaged_trees.lock().unwrap_or_else(PoisonError::into_inner);
+            if name.kind() == ObjectKind::Tree && trees.len() < UNREPORTED {
+                trees.push(name);
+            }
         }
         Ok(())
     }
 
+    /// Takes the trees that were found damaged since the last call.
+    #[must_use]
+    pub fn take_damaged_trees(&self) -> Vec<ObjectName> {
+        let mut trees = self.0.damaged_trees.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut *trees)
+    }
+
     /// Whether a generation was marked.
-    pub(super) fn is_marked(&self, object: &ObjectName) -> bool {
+    #[must_use]
+    pub fn is_damaged(&self, object: &ObjectName) -> bool {
         mark_of(&self.root().join(object.as_str())).symlink_metadata().is_ok()
     }
 
@@ -124,7 +141,8 @@ impl Store {
         staging.committed = what == staging.path;
         // Others find it from here on, also if the name cannot be made durable: its content is,
         // so they may use it, and what they may use has to be known, to be counted and to go.
-        self.catalog().add(name, entry);
+        self.catalog().add(name.clone(), entry);
+        self.was_read(&name);
         durable::sync_name(&path)?;
         Ok((generation, lease))
     }

@@ -222,7 +222,7 @@ impl Store {
         let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
         // Whoever marks what it links looks for trees after that, and finds this one from here on.
-        if let Some(damaged) = links.iter().find(|link| self.is_marked(link)) {
+        if let Some(damaged) = links.iter().find(|link| self.is_damaged(link)) {
             self.mark_damaged(&path)?;
             let path = self.root().join(damaged.as_str());
             let what = "it was found damaged while a tree was made of it".to_owned();

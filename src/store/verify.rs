@@ -2,25 +2,25 @@
 //!
 //! ```text
 //! blobs     the bytes with the digest in the name
-//! files     the bytes with the digest in the name, mode and owner with the rest of it
-//! layers    the index with its own checksum, each file with size and checksum in the index
-//! trees     each name with what a fresh merge of its layers would make, each file by its inode
+//! files     the bytes with the digest in the name, mode and owner with the rest of it, no attributes
+//! layers    the index with its own checksum; each file with the size, checksum, mode, owner, time and
+//!           attributes in the index
+//! trees     each name with what a fresh merge of its layers would make: each file by its inode, each
+//!           folder with mode, owner, time and attributes, each link with target, owner and time; and
+//!           no names beside these
 //! ```
+//!
+//! So everything is noticed that a process can change which has a tree before it and may write, but
+//! for the access times, and the modification time of single files, which nothing else depends on.
 //!
 //! What is found damaged is marked before anything else happens: it is never
 //! shown anew, the next generation is made afresh, and whoever has it mounted keeps it.
 
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+mod inode;
+mod reader;
+mod tree;
 
-use nix::fcntl::PosixFadviseAdvice;
-use sha2::Digest as _;
+use std::path::{Path, PathBuf};
 
 use super::catalog::Lease;
 use super::error::StoreError;
@@ -31,10 +31,15 @@ use super::staging::names;
 use super::trees::{Objects, Tree};
 use super::{FileKey, Store};
 use crate::oci::Digest;
-use crate::unpack::checksum::{Checksum, Checksummer};
-use crate::unpack::entry::Metadata;
-use crate::unpack::merge::{PlannedKind, TreePlan};
+use crate::unpack::entry::ExtendedAttributes;
+use crate::unpack::merge::TreePlan;
 use crate::unpack::{EntryKind, Permissions};
+use inode::Rules;
+pub use reader::{ReadPace, Reader};
+use reader::{is_of_this_node, open, unreadable};
+
+/// Findings of one object that are kept; the rest is counted.
+const MOST_FINDINGS: usize = 1000;
 
 /// Something that is not as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +76,14 @@ pub struct Verified {
     pub bytes: u64,
 }
 
+impl Finding {
+    /// Writes it to the log.
+    pub fn log(&self) {
+        let (kind, path) = (self.kind.name(), self.path.display());
+        tracing::warn!(kind, %path, detail = self.detail, "damaged content");
+    }
+}
+
 impl FindingKind {
     /// For people and programs.
     #[must_use]
@@ -88,23 +101,26 @@ impl Store {
     /// Reads all blobs back; damaged ones are removed, to be fetched again.
     pub fn verify_blobs(
         &self,
-        verified: &mut Verified,
+        reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
         for name in names(&self.path("blobs"))? {
             let Some(digest) = Digest::from_hex(&name) else { continue };
-            verified.objects += 1;
-            let path = Path::new("blobs").join(&name);
-            let size = self.root().join(&path).metadata().map_or(0, |metadata| metadata.len());
-            verified.bytes += size;
-            let wrong = match hash(&self.root().join(&path)) {
+            let below = Path::new("blobs").join(&name);
+            let path = self.root().join(&below);
+            let failed = |error| StoreError::io("read back", &path, error);
+            let read = open(&path).and_then(|file| reader.hash(&file));
+            reader.verified.objects += 1;
+            let detail = match read {
                 Ok(got) if got == digest => continue,
                 Ok(got) => format!("its content has the digest {got}"),
-                Err(error) => format!("it cannot be read: {error}"),
+                // It led nowhere any more, and was swept.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => unreadable(error).map_err(failed)?,
             };
             // Reading it as any other reader does removes it.
             let _ = self.blob(digest);
-            found(Finding { kind: FindingKind::Blob, digest: Some(digest), path, detail: wrong });
+            found(Finding { kind: FindingKind::Blob, digest: Some(digest), path: below, detail });
         }
         Ok(())
     }
@@ -113,64 +129,107 @@ impl Store {
     /// link it.
     pub fn verify_objects(
         &self,
-        verified: &mut Verified,
+        reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
         self.load_catalog()?;
-        let mut objects: Vec<_> = self.catalog().snapshot().objects.into_iter().collect();
-        objects.sort_by(|one, two| one.0.cmp(&two.0));
-        for (name, entry) in objects {
-            if name.kind() == ObjectKind::Tree {
-                continue;
-            }
-            if entry.damaged {
-                // Somebody has come by it since, and may have ended before its trees were marked.
-                self.find_trees_of(&name, found)?;
-                continue;
-            }
-            let Some((_lease, path)) = self.hold(&name) else { continue };
-            verified.objects += 1;
-            let before = verified.bytes;
-            let mut damage = Vec::new();
-            match name.kind() {
-                ObjectKind::File => verify_file(&path, &name, verified, &mut damage),
-                ObjectKind::Layer => verify_layer(&path, verified, &mut damage),
-                ObjectKind::Tree => {}
-            }
-            tracing::debug!(object = %name, bytes = verified.bytes - before, "read back");
-            if damage.is_empty() {
-                continue;
-            }
-            self.mark_damaged(&path)?;
-            for (below, detail) in damage {
-                let digest = digest_of(&name, &path);
-                let path = Path::new(name.as_str()).join(below);
-                let kind = match name.kind() {
-                    ObjectKind::File => FindingKind::File,
-                    ObjectKind::Layer | ObjectKind::Tree => FindingKind::Layer,
-                };
-                found(Finding { kind, digest, path: trimmed(&path), detail });
-            }
+        let mut objects = self.catalog().names();
+        objects.sort();
+        for (name, _) in objects {
+            self.verify_object(&name, reader, found)?;
         }
         Ok(())
     }
 
-    /// Compares a tree with what its layers merge to.
+    /// Reads one file or layer back; marks it, and the trees that link it, if it is damaged.
+    /// Returns the trees that were sound until now.
+    pub fn verify_object(
+        &self,
+        name: &ObjectName,
+        reader: &mut Reader,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<Vec<ObjectName>, StoreError> {
+        if name.kind() == ObjectKind::Tree {
+            return Ok(Vec::new());
+        }
+        if self.is_damaged(name) {
+            // It was found since, and the process may have ended before its trees were marked.
+            return self.find_trees_of(name, found);
+        }
+        let Some((_lease, path)) = self.hold(name) else { return Ok(Vec::new()) };
+        let before = reader.verified.bytes;
+        let (rules, mut damage) = (self.rules(), Damage::default());
+        let read = match name.kind() {
+            ObjectKind::File => verify_file(&path, name, reader, rules, &mut damage),
+            ObjectKind::Layer | ObjectKind::Tree => verify_layer(&path, reader, rules, &mut damage),
+        };
+        read.map_err(|error| StoreError::io("read back", &path, error))?;
+        reader.verified.objects += 1;
+        tracing::debug!(object = %name, bytes = reader.verified.bytes - before, "read back");
+        if damage.is_empty() {
+            self.was_read(name);
+            return Ok(Vec::new());
+        }
+        let trees = self.mark_damaged(&path)?;
+        for (below, detail) in damage.into_list() {
+            let digest = digest_of(name, &path);
+            let path = Path::new(name.as_str()).join(below);
+            let kind = match name.kind() {
+                ObjectKind::File => FindingKind::File,
+                ObjectKind::Layer | ObjectKind::Tree => FindingKind::Layer,
+            };
+            found(Finding { kind, digest, path: trimmed(&path), detail });
+        }
+        Ok(trees)
+    }
+
+    /// Compares a tree with what its layers merge to. Returns whether they are the same.
     pub fn verify_tree(
         &self,
         tree: &Tree,
-        plan: &TreePlan,
-        objects: &Objects,
+        (plan, objects): (&TreePlan, &Objects),
+        reader: &mut Reader,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<bool, StoreError> {
+        let mut damage = Damage::default();
+        let root = tree.path().join("root");
+        tree::Comparison { plan, objects, rules: self.rules() }
+            .run(&root, reader, &mut damage)
+            .map_err(|error| StoreError::io("read back", &root, error))?;
+        reader.verified.objects += 1;
+        let name = ObjectName::tree(tree.key, tree.generation);
+        if damage.is_empty() {
+            // A tree is no better than what it links.
+            if !self.links(tree).iter().any(|link| self.is_unread(link)) {
+                self.was_read(&name);
+            }
+            return Ok(true);
+        }
+        self.condemn_tree(tree, damage, found)?;
+        Ok(false)
+    }
+
+    /// Marks a tree that cannot be compared with anything, and why.
+    pub fn refuse_tree(
+        &self,
+        tree: &Tree,
+        why: &str,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        let mut damage = Vec::new();
-        compare(&tree.path().join("root"), plan, objects, &mut damage);
-        if damage.is_empty() {
-            return Ok(());
-        }
+        let mut damage = Damage::default();
+        damage.push((PathBuf::new(), why.to_owned()));
+        self.condemn_tree(tree, damage, found)
+    }
+
+    fn condemn_tree(
+        &self,
+        tree: &Tree,
+        damage: Damage,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<(), StoreError> {
         self.mark_damaged(tree.path())?;
         let name = ObjectName::tree(tree.key, tree.generation);
-        for (below, detail) in damage {
+        for (below, detail) in damage.into_list() {
             let path = trimmed(&Path::new(name.as_str()).join("root").join(below));
             let digest = Some(tree.record.manifest);
             found(Finding { kind: FindingKind::Tree, digest, path, detail });
@@ -214,7 +273,7 @@ impl Store {
         if of_blob.len() > 1 {
             let by_content = |file: &StoredFile| {
                 let executable =
-                    File::open(&file.path).and_then(|mut file| is_executable(&mut file));
+                    std::fs::File::open(&file.path).and_then(|mut file| is_executable(&mut file));
                 let Permissions { mode, uid, gid } = file.key.permissions;
                 let is_plain = (uid, gid) == (0, 0);
                 executable.is_ok_and(|is| is_plain && mode == if is { 0o555 } else { 0o444 })
@@ -248,14 +307,19 @@ impl Store {
         &self,
         object: &ObjectName,
         found: &mut dyn FnMut(Finding),
-    ) -> Result<(), StoreError> {
-        for name in self.mark_trees_of(object)? {
-            let digest = self.named_tree(&name).map(|tree| tree.record.manifest);
+    ) -> Result<Vec<ObjectName>, StoreError> {
+        let trees = self.mark_trees_of(object)?;
+        for name in &trees {
+            let digest = self.named_tree(name).map(|tree| tree.record.manifest);
             let detail = format!("it shows {}, which is damaged", object.as_str());
             let path = PathBuf::from(name.as_str());
             found(Finding { kind: FindingKind::Tree, digest, path, detail });
         }
-        Ok(())
+        Ok(trees)
+    }
+
+    fn rules(&self) -> Rules {
+        Rules::of(&self.staging())
     }
 
     fn hold(&self, name: &ObjectName) -> Option<(Lease, PathBuf)> {
@@ -265,199 +329,117 @@ impl Store {
     }
 }
 
-/// Whether one inode has the content of another: a copy has many names, and is read once.
-type Compared = HashMap<(u64, u64), bool>;
+/// Where below the object, and what: the first ones of as many as there are.
+#[derive(Debug, Default)]
+struct Damage {
+    list: Vec<(PathBuf, String)>,
+    more: u64,
+}
 
-/// Where below the object, and what.
-type Damage = Vec<(PathBuf, String)>;
-
-fn verify_file(path: &Path, name: &ObjectName, verified: &mut Verified, damage: &mut Damage) {
-    let mut wrong = |detail: String| damage.push((PathBuf::new(), detail));
-    let parts: Vec<_> = name.as_str().split('/').collect();
-    let expected = parts.get(1).and_then(|digest| Digest::from_hex(digest));
-    let permissions = parts.get(2).and_then(|variant| super::files::permissions_of(variant));
-    match path.symlink_metadata() {
-        Ok(metadata) => {
-            verified.bytes += metadata.len();
-            if let Some(detail) =
-                permissions.and_then(|wanted| other_permissions(&metadata, wanted))
-            {
-                wrong(detail);
-            }
+impl Damage {
+    fn push(&mut self, damage: (PathBuf, String)) {
+        if self.list.len() < MOST_FINDINGS {
+            self.list.push(damage);
+        } else {
+            self.more += 1;
         }
-        Err(error) => return wrong(format!("it cannot be looked at: {error}")),
     }
-    match hash(path) {
-        Ok(got) if Some(got) == expected => {}
-        Ok(got) => wrong(format!("its content has the digest {got}")),
-        Err(error) => wrong(format!("it cannot be read: {error}")),
+
+    fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    fn into_list(mut self) -> Vec<(PathBuf, String)> {
+        if self.more > 0 {
+            self.list
+                .push((PathBuf::new(), format!("{} more of its files are damaged", self.more)));
+        }
+        self.list
     }
 }
 
-fn verify_layer(path: &Path, verified: &mut Verified, damage: &mut Damage) {
+fn verify_file(
+    path: &Path,
+    name: &ObjectName,
+    reader: &mut Reader,
+    rules: Rules,
+    damage: &mut Damage,
+) -> std::io::Result<()> {
+    let mut parts = name.as_str().split('/').skip(1);
+    let expected = parts.next().and_then(Digest::from_hex);
+    let permissions = parts.next().and_then(super::files::permissions_of);
+    let mut wrong = |detail: String| damage.push((PathBuf::new(), detail));
+    let mut look = || -> std::io::Result<()> {
+        let file = open(path)?;
+        let metadata = file.metadata()?;
+        let other = permissions.and_then(|wanted| inode::other_permissions(&metadata, wanted));
+        other.into_iter().for_each(&mut wrong);
+        rules
+            .other_attributes(&file, &ExtendedAttributes::default())?
+            .into_iter()
+            .for_each(&mut wrong);
+        let got = reader.hash(&file)?;
+        if Some(got) != expected {
+            wrong(format!("its content has the digest {got}"));
+        }
+        Ok(())
+    };
+    if let Err(error) = look() {
+        let detail = unreadable(error)?;
+        damage.push((PathBuf::new(), detail));
+    }
+    Ok(())
+}
+
+fn verify_layer(
+    path: &Path,
+    reader: &mut Reader,
+    rules: Rules,
+    damage: &mut Damage,
+) -> std::io::Result<()> {
+    let of_index = |error: StoreError| match error {
+        StoreError::Io { source, .. } if is_of_this_node(&source) => Err(source),
+        error => Ok((PathBuf::from("index"), error.to_string())),
+    };
     let Some(layer) = Layer::read(path) else {
-        return damage.push((PathBuf::new(), "it is not a layer".into()));
+        damage.push((PathBuf::new(), "it is not a layer".into()));
+        return Ok(());
     };
     let entries = match layer.view().entries() {
         Ok(entries) => entries,
-        Err(error) => return damage.push(("index".into(), error.to_string())),
+        Err(error) => {
+            damage.push(of_index(error)?);
+            return Ok(());
+        }
     };
     for entry in entries {
         let entry = match entry {
             Ok(entry) => entry,
-            Err(error) => return damage.push(("index".into(), error.to_string())),
+            Err(error) => {
+                damage.push(of_index(error)?);
+                return Ok(());
+            }
         };
-        let EntryKind::File { size, data, checksum } = entry.kind else { continue };
-        verified.bytes += size;
+        let EntryKind::File { data, checksum, .. } = entry.kind else { continue };
         let below = layers::data(data);
         let file = path.join(&below);
-        let shown = OsStr::from_bytes(entry.path.as_bytes()).to_string_lossy().into_owned();
-        match (checksum_of(&file, checksum), file.symlink_metadata()) {
-            (Ok(got), _) if got != checksum => {
-                damage.push((below, format!("{shown}: its content is not what was unpacked")));
+        let mut wrong = |detail: String| {
+            let shown = String::from_utf8_lossy(entry.path.as_bytes());
+            damage.push((below.clone(), format!("{shown}: {detail}")));
+        };
+        let mut look = || -> std::io::Result<()> {
+            let file = open(&file)?;
+            rules.other_metadata(&file, &entry.metadata)?.into_iter().for_each(&mut wrong);
+            if reader.checksum(&file, checksum)? != checksum {
+                wrong("its content is not what was unpacked".into());
             }
-            (Err(error), _) | (_, Err(error)) => {
-                damage.push((below, format!("{shown}: it cannot be read: {error}")));
-            }
-            (Ok(_), Ok(metadata)) => {
-                let wanted = entry.metadata.permissions;
-                if let Some(detail) = other_permissions(&metadata, wanted) {
-                    damage.push((below, format!("{shown}: {detail}")));
-                }
-            }
+            Ok(())
+        };
+        if let Err(error) = look() {
+            let detail = unreadable(error)?;
+            wrong(detail);
         }
     }
-}
-
-/// Compares a tree with a plan, name by name.
-fn compare(root: &Path, plan: &TreePlan, objects: &Objects, damage: &mut Damage) {
-    let mut paths: Vec<PathBuf> = Vec::with_capacity(plan.nodes.len());
-    let mut children = vec![BTreeSet::<&OsStr>::new(); plan.nodes.len() + 1];
-    let folder = |parent: Option<u32>| parent.map_or(0, |number| number as usize + 1);
-    let mut compared = Compared::default();
-    check_folder(root, Path::new(""), &plan.root, damage);
-    for node in &plan.nodes {
-        let name = OsStr::from_bytes(&node.name);
-        children[folder(node.parent)].insert(name);
-        let above = node.parent.map_or(Path::new(""), |number| paths[number as usize].as_path());
-        let below = above.join(name);
-        let path = root.join(&below);
-        match &node.kind {
-            PlannedKind::Directory(metadata) => check_folder(&path, &below, metadata, damage),
-            PlannedKind::File(file) => {
-                let planned = &plan.files[*file as usize];
-                let source = objects.path(planned.source);
-                check_file(&path, &below, source.as_deref(), &mut compared, damage);
-            }
-            PlannedKind::SymbolicLink { target, .. } => match std::fs::read_link(&path) {
-                Ok(found) if found.as_os_str().as_bytes() == &**target => {}
-                Ok(_) => damage.push((below.clone(), "the symbolic link leads elsewhere".into())),
-                Err(error) => damage.push((below.clone(), format!("no symbolic link: {error}"))),
-            },
-        }
-        paths.push(below);
-    }
-    let folders = plan.nodes.iter().zip(&paths).enumerate();
-    let folders = folders
-        .filter(|(_, (node, _))| matches!(node.kind, PlannedKind::Directory(_)))
-        .map(|(number, (_, path))| (number + 1, path.as_path()));
-    for (number, below) in std::iter::once((0, Path::new(""))).chain(folders) {
-        let Ok(entries) = std::fs::read_dir(root.join(below)) else { continue };
-        let strange = |name: &OsString| !children[number].contains(name.as_os_str());
-        for name in entries.flatten().map(|entry| entry.file_name()).filter(strange) {
-            damage.push((below.join(name), "it does not belong there".into()));
-        }
-    }
-}
-
-fn check_folder(path: &Path, below: &Path, wanted: &Metadata, damage: &mut Damage) {
-    match path.symlink_metadata() {
-        Ok(metadata) if metadata.is_dir() => {
-            if let Some(detail) = other_permissions(&metadata, wanted.permissions) {
-                damage.push((below.to_owned(), detail));
-            }
-        }
-        Ok(_) => damage.push((below.to_owned(), "it is not a folder".into())),
-        Err(error) => damage.push((below.to_owned(), format!("no folder: {error}"))),
-    }
-}
-
-/// A file of a tree is the inode that it was linked from, which was read back by itself; or,
-/// where that had all the names it can have, a copy.
-fn check_file(
-    path: &Path,
-    below: &Path,
-    source: Option<&Path>,
-    compared: &mut Compared,
-    damage: &mut Damage,
-) {
-    let mut wrong = |detail: String| damage.push((below.to_owned(), detail));
-    let Some(source) = source else { return wrong("nothing is known of its content".into()) };
-    let (found, wanted) = match (path.symlink_metadata(), source.symlink_metadata()) {
-        (Ok(found), Ok(wanted)) => (found, wanted),
-        (Err(error), _) => return wrong(format!("no file: {error}")),
-        (_, Err(error)) => return wrong(format!("what it was linked from is gone: {error}")),
-    };
-    if (found.dev(), found.ino()) == (wanted.dev(), wanted.ino()) {
-        return;
-    }
-    let alike = found.is_file()
-        && (found.mode(), found.uid(), found.gid()) == (wanted.mode(), wanted.uid(), wanted.gid());
-    let is_copy = || matches!((hash(path), hash(source)), (Ok(one), Ok(two)) if one == two);
-    if !alike || !*compared.entry((found.ino(), wanted.ino())).or_insert_with(is_copy) {
-        wrong("it is not the file that was linked there".into());
-    }
-}
-
-fn other_permissions(metadata: &std::fs::Metadata, wanted: Permissions) -> Option<String> {
-    let found = (metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
-    let wanted = (wanted.mode, wanted.uid, wanted.gid);
-    let text = |(mode, uid, gid): (u32, u32, u32)| format!("{mode:04o} {uid}:{gid}");
-    (found != wanted).then(|| format!("mode and owner are {}, not {}", text(found), text(wanted)))
-}
-
-fn hash(path: &Path) -> io::Result<Digest> {
-    let mut hasher = sha2::Sha256::new();
-    read_back(path, |piece| hasher.update(piece))?;
-    Ok(Digest::from_bytes(hasher.finalize().into()))
-}
-
-/// Of the same kind as the one that was recorded.
-fn checksum_of(path: &Path, recorded: Checksum) -> io::Result<Checksum> {
-    match recorded {
-        Checksum::Sha256(_) => hash(path).map(Checksum::Sha256),
-        Checksum::Xxh3(_) => {
-            let mut checksum = Checksummer::default();
-            read_back(path, |piece| checksum.update(piece))?;
-            Ok(checksum.finish())
-        }
-    }
-}
-
-/// Reads what is on the disk: pages that memory has are given back first.
-fn read_back(path: &Path, mut with: impl FnMut(&[u8])) -> io::Result<()> {
-    let flags = nix::fcntl::OFlag::O_RDONLY
-        | nix::fcntl::OFlag::O_NOFOLLOW
-        | nix::fcntl::OFlag::O_NONBLOCK
-        | nix::fcntl::OFlag::O_CLOEXEC;
-    let mut file = File::from(nix::fcntl::open(path, flags, nix::sys::stat::Mode::empty())?);
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a file"));
-    }
-    let drop_pages = |file: &File| {
-        // Advice: a kernel that does not take it reads from memory.
-        let _ =
-            nix::fcntl::posix_fadvise(file.as_fd(), 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
-    };
-    drop_pages(&file);
-    let mut buffer = vec![0; 256 * 1024];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            count => with(&buffer[..count]),
-        }
-    }
-    drop_pages(&file);
     Ok(())
 }
 

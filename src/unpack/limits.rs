@@ -97,6 +97,24 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// Limits that refuse nothing that any configuration accepts.
+    #[must_use]
+    pub fn largest() -> Self {
+        Self {
+            manifest_bytes: 1 << 30,
+            config_bytes: 1 << 30,
+            layers: 1 << 20,
+            blob_bytes: i64::MAX.unsigned_abs(),
+            entries: 1 << 30,
+            depth: 1024,
+            unpacked_bytes: i64::MAX.unsigned_abs(),
+            metadata_bytes: 1 << 40,
+            extended_attributes: usize::MAX,
+            extended_attribute_bytes: 1 << 20,
+            ..Self::default()
+        }
+    }
+
     /// The part that concerns manifests.
     #[must_use]
     pub fn manifest(&self) -> ManifestLimits {
@@ -139,6 +157,21 @@ mod tests {
     #[test]
     fn the_defaults_are_usable() {
         assert_eq!(Limits::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn the_largest_are_the_most_that_may_be_configured() {
+        let largest = Limits::largest();
+        assert_eq!(largest.check(), Ok(()));
+        for more in [
+            Limits { layers: largest.layers + 1, ..largest.clone() },
+            Limits { entries: largest.entries + 1, ..largest.clone() },
+            Limits { depth: largest.depth + 1, ..largest.clone() },
+            Limits { metadata_bytes: largest.metadata_bytes + 1, ..largest.clone() },
+            Limits { unpacked_bytes: largest.unpacked_bytes + 1, ..largest.clone() },
+        ] {
+            assert!(more.check().is_err(), "{more:?}");
+        }
     }
 
     #[test]

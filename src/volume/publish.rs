@@ -26,6 +26,7 @@ use crate::mount::{MountForm, Target, TargetState};
 use crate::oci::signature::SignatureMode;
 use crate::oci::{Digest, Reference};
 use crate::policy::{Demands, Facts};
+use crate::pull::Priority;
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
 use crate::store::publications::Publication;
@@ -55,7 +56,7 @@ pub enum PublishPath {
     AlreadyMounted,
     /// From the store, without the registry.
     Hit,
-    /// Something was fetched or unpacked.
+    /// Something was fetched, unpacked, or read back before it is shown.
     Miss,
 }
 
@@ -239,7 +240,9 @@ impl Volumes {
         let attributes = &request.attributes;
         let reference = attributes.reference.to_string();
         let demands = decide(content, request).await?;
-        if let Some(tree) = self.decided_before(content, request, &demands).await {
+        if let Some(tree) = self.decided_before(content, request, &demands).await
+            && is_sound(content, request, &tree).await?
+        {
             return Ok((tree, PublishPath::Hit));
         }
         let keyring = match &request.keyring {
@@ -415,6 +418,23 @@ async fn decide(content: &Content, request: &Arc<PublishRequest>) -> Result<Dema
             .map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
     };
     tokio::task::spawn_blocking(decide).await.unwrap_or(Err(VolumeError::Crashed))
+}
+
+/// Waits until a tree of an earlier format has been read back. Returns whether it is sound.
+async fn is_sound(
+    content: &Content,
+    request: &PublishRequest,
+    tree: &Tree,
+) -> Result<bool, VolumeError> {
+    let view = &request.progress;
+    let read = content.puller.is_sound(tree, Priority::Pod, view);
+    let reference = || request.attributes.reference.to_string();
+    match tokio::time::timeout_at(request.deadline, read).await {
+        Ok(read) => read.map_err(|source| VolumeError::Pull { reference: reference(), source }),
+        Err(_) => {
+            Err(VolumeError::StillPulling { reference: reference(), progress: view.snapshot() })
+        }
+    }
 }
 
 /// Whether what was decided before still fulfils what is demanded now.

@@ -66,7 +66,7 @@ impl Ledger {
         if happening.only_after_pulling && !self.0.contains_key(&pulling) {
             return None;
         }
-        if happening.reason != Reason::Pulling {
+        if matches!(happening.reason, Reason::Pulled | Reason::Failed) {
             // The next pull is another one.
             self.0.remove(&pulling);
         }
@@ -101,6 +101,7 @@ impl Ledger {
         match happening.reason {
             Reason::Pulling => format!("Pulling artifact \"{reference}\": {detail}"),
             Reason::Failed => format!("Failed to mount artifact \"{reference}\": {detail}"),
+            Reason::Damaged => format!("Mounted artifact \"{reference}\" is damaged: {detail}"),
             Reason::Pulled => {
                 // The kubelet asks again and again while a pull goes on: it began with the first call.
                 let pulling = self.0.get(&Key::of(happening, Reason::Pulling));

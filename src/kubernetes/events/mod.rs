@@ -38,6 +38,7 @@ pub(super) enum Reason {
     Pulling,
     Pulled,
     Failed,
+    Damaged,
 }
 
 /// Something that happened to a pod's volume.
@@ -99,6 +100,15 @@ impl PodEvents {
         self.tell(pod, reference, Reason::Failed, why, (Duration::ZERO, false));
     }
 
+    /// What the pod has mounted was found damaged on the node.
+    pub fn damaged(&self, pod: &PodReference, reference: &str) {
+        let what =
+            "the node has read it back, and it is not what was unpacked; new pods get it anew. \
+                    Delete this pod, so that its successor does"
+                .to_owned();
+        self.tell(pod, reference, Reason::Damaged, what, (Duration::ZERO, false));
+    }
+
     fn tell(
         &self,
         pod: &PodReference,
@@ -121,13 +131,14 @@ impl Reason {
             Self::Pulling => "Pulling",
             Self::Pulled => "Pulled",
             Self::Failed => "Failed",
+            Self::Damaged => "Damaged",
         }
     }
 
     fn kind(self) -> &'static str {
         match self {
             Self::Pulling | Self::Pulled => "Normal",
-            Self::Failed => "Warning",
+            Self::Failed | Self::Damaged => "Warning",
         }
     }
 }

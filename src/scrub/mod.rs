@@ -1,0 +1,225 @@
+//! Reads all content back in the background, and looks after what is damaged.
+//!
+//! ```text
+//! schedule   when which content is read: pure
+//! state      how far it is, for `status` and metrics
+//! ```
+//!
+//! What an earlier format has left is read first, without a pause between two items. Then each item
+//! has its turn once in `cache.scrubInterval`. Reading works on threads that stand back, pauses while
+//! pods start, passes the page cache, and uses the disk for at most a quarter of the time. It holds a
+//! lease on what it reads, and nothing that a publish waits for; a pod that needs the very content of
+//! an earlier format that is being read joins that reading, which hurries then.
+//!
+//! Trees that are found damaged, by whatever, are reported to the pods that show them. Those that the
+//! scrub has found are made anew where a registry has them.
+
+mod schedule;
+mod state;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::kubernetes::{PodEvents, PodReference};
+use crate::pull::self_check::{Damaged, Item, ReadBack, Repaired};
+use crate::store::publications::Publication;
+use crate::store::{ObjectName, Store, StoreError};
+use crate::volume::Content;
+use schedule::Schedule;
+pub use state::{ScrubSnapshot, ScrubState};
+
+/// Damage that others have found is reported after so long at most.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+/// How far the scrub is, is written so often at most.
+const SAVE_INTERVAL: Duration = Duration::from_secs(10);
+/// After a failure of the node, such as a disk that cannot be listed.
+const RETRY: Duration = Duration::from_mins(1);
+
+/// Reads one node's content back.
+pub struct Scrub {
+    /// What is read.
+    pub content: Content,
+    /// Everything is read within this time; none when only damage is reported.
+    pub interval: Option<Duration>,
+    /// Where progress is seen.
+    pub state: ScrubState,
+    /// Reports damage on pods; none where Events are off.
+    pub events: Option<PodEvents>,
+    /// The clock: milliseconds since 1970.
+    pub clock: fn() -> i64,
+}
+
+impl Scrub {
+    /// Works until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        self.state.begin(self.interval, self.clock);
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            () = self.work() => {}
+            () = self.report() => {}
+        }
+    }
+
+    async fn work(&self) {
+        let Some(interval) = self.interval else { return std::future::pending().await };
+        loop {
+            if let Err(error) = self.take_turns(interval).await {
+                tracing::warn!(error, "content cannot be read back");
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Ends with the first failure of the node itself.
+    async fn take_turns(&self, interval: Duration) -> Result<(), String> {
+        self.read_unread().await?;
+        let store = &self.content.store;
+        let schedule = Schedule::new(interval, store.node_key());
+        let known =
+            self.blocking(|store| Ok((store.scrubbed_through(), store.object_names()?))).await?;
+        let mut through = schedule.start(known.0, known.1.is_empty(), (self.clock)());
+        drop(known);
+        let mut saved = Instant::now();
+        loop {
+            let turns = self.blocking(move |store| {
+                let objects = store.object_names()?.into_iter().map(Item::Object);
+                Ok(schedule.turns(objects.chain([Item::Blobs]), through))
+            });
+            let turns = turns.await?;
+            let end = (turns.end, None);
+            let items = turns.items.into_iter().map(|(moment, item)| (moment, Some(item)));
+            for (moment, item) in items.chain([end]) {
+                // Nothing has its turn before it.
+                self.state.came_to(moment);
+                tokio::time::sleep(schedule.wait(through, moment, (self.clock)())).await;
+                if let Some(item) = item {
+                    self.read(item).await?;
+                }
+                through = moment;
+                if saved.elapsed() >= SAVE_INTERVAL {
+                    self.blocking(move |store| store.put_scrubbed_through(through)).await?;
+                    saved = Instant::now();
+                }
+            }
+        }
+    }
+
+    /// Reads what an earlier format has left.
+    async fn read_unread(&self) -> Result<(), String> {
+        loop {
+            let unread = self.blocking(|store| {
+                store.finish_reading_back()?;
+                store.unread_objects()
+            });
+            let mut unread = unread.await?;
+            if unread.is_empty() {
+                return Ok(());
+            }
+            tracing::info!(objects = unread.len(), "content of an earlier format is read back");
+            // What trees link comes before them.
+            unread.sort();
+            for name in unread {
+                self.read(Item::Object(name)).await?;
+            }
+        }
+    }
+
+    async fn read(&self, item: Item) -> Result<(), String> {
+        self.state.reads(Some(&item));
+        let read = self.content.puller.scrub(item).await;
+        self.state.reads(None);
+        let ReadBack { verified, findings, damaged } = read.map_err(|error| error.to_string())?;
+        self.state.has_read(verified, findings);
+        for tree in &damaged {
+            self.repair(tree).await;
+        }
+        Ok(())
+    }
+
+    async fn repair(&self, damaged: &Damaged) {
+        let manifest = damaged.manifest;
+        let repaired = self.content.puller.repair(damaged).await;
+        match repaired.unwrap_or_else(|error| Repaired::Later(error.to_string())) {
+            Repaired::Anew(reference) => {
+                self.state.repaired(true);
+                tracing::info!(%manifest, %reference, "damaged content was fetched again");
+            }
+            Repaired::Later(reason) => {
+                self.state.repaired(false);
+                tracing::warn!(%manifest, reason, "damaged content is not fetched again before a pod asks for it");
+            }
+        }
+    }
+
+    /// Tells pods of the damage that anybody finds.
+    async fn report(&self) {
+        loop {
+            tokio::time::sleep(REPORT_INTERVAL).await;
+            let Some(events) = &self.events else { return std::future::pending().await };
+            let trees = self.content.store.take_damaged_trees();
+            if trees.is_empty() {
+                continue;
+            }
+            match self.blocking(|store| store.publications()).await {
+                Ok(publications) => tell(events, &trees, &publications),
+                Err(error) => tracing::warn!(error, "pods are not told of damaged content"),
+            }
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, String> {
+        let store = self.content.store.clone();
+        let done = tokio::task::spawn_blocking(move || work(&store)).await;
+        done.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
+    }
+}
+
+fn tell(events: &PodEvents, trees: &[ObjectName], publications: &[Publication]) {
+    for publication in publications {
+        let tree = ObjectName::tree(publication.tree, publication.generation);
+        if trees.contains(&tree)
+            && let Some(pod) = pod(publication)
+        {
+            events.damaged(&pod, &publication.reference);
+        }
+    }
+}
+
+/// The pod that shows a volume. The kubelet's target paths hold its uid: `.../pods/<uid>/volumes/...`.
+fn pod(publication: &Publication) -> Option<PodReference> {
+    let (namespace, name) = publication.pod.as_deref()?.split_once('/')?;
+    let (namespace, name) = (namespace.to_owned(), name.to_owned());
+    let uid = uid(&publication.target)?.to_owned();
+    Some(PodReference { namespace, name, uid })
+}
+
+fn uid(target: &Path) -> Option<&str> {
+    let mut parts = target.iter().rev().map(|part| part.to_str());
+    parts.by_ref().find(|part| *part == Some("volumes"))?;
+    parts.next().flatten()
+}
+
+/// The time of day, as milliseconds since 1970.
+#[must_use]
+pub fn system_clock() -> i64 {
+    jiff::Timestamp::now().as_millisecond()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_path_names_its_pod() {
+        let path = "/var/lib/kubelet/pods/1b2c/volumes/kubernetes.io~csi/volumes/mount";
+        assert_eq!(uid(Path::new(path)), Some("kubernetes.io~csi"));
+        let path = "/var/lib/kubelet/pods/1b2c/volumes/kubernetes.io~csi/data/mount";
+        assert_eq!(uid(Path::new(path)), Some("1b2c"));
+        assert_eq!(uid(Path::new("/mnt/data")), None);
+    }
+}

@@ -1,0 +1,102 @@
+//! How far the scrub is.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::schedule::Schedule;
+use crate::pull::self_check::Item;
+use crate::store::verify::Verified;
+
+/// Shared by the scrub, `status` and metrics. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct ScrubState(Arc<Mutex<Inner>>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    interval: Option<Duration>,
+    clock: Option<fn() -> i64>,
+    through: Option<i64>,
+    reading: Option<Item>,
+    counts: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    verified: Verified,
+    findings: u64,
+    repaired: u64,
+    unrepaired: u64,
+}
+
+/// How far it is at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubSnapshot {
+    /// Everything is read within this time; none when the scrub is off.
+    pub interval: Option<Duration>,
+    /// How far it is behind its turns; none before the first one.
+    pub lag: Option<Duration>,
+    /// Objects and bytes read back since the start.
+    pub verified: Verified,
+    /// Damage that it has found since the start.
+    pub findings: u64,
+    /// Artifacts that it has fetched again since the start.
+    pub repaired: u64,
+    /// Artifacts that no registry gave again when it asked.
+    pub unrepaired: u64,
+    /// What is read now, below the state directory.
+    pub reading: Option<String>,
+}
+
+impl ScrubState {
+    /// How far it is.
+    #[must_use]
+    pub fn snapshot(&self) -> ScrubSnapshot {
+        let inner = self.lock();
+        let lag = inner.through.zip(inner.clock);
+        let Counts { verified, findings, repaired, unrepaired } = inner.counts;
+        ScrubSnapshot {
+            interval: inner.interval,
+            lag: lag.map(|(through, clock)| Schedule::lag(through, clock())),
+            verified,
+            findings,
+            repaired,
+            unrepaired,
+            reading: inner.reading.as_ref().map(|item| match item {
+                Item::Blobs => "blobs".to_owned(),
+                Item::Object(name) => name.to_string(),
+            }),
+        }
+    }
+
+    pub(super) fn begin(&self, interval: Option<Duration>, clock: fn() -> i64) {
+        let mut inner = self.lock();
+        (inner.interval, inner.clock) = (interval, Some(clock));
+    }
+
+    /// Everything was read whose turn came before this.
+    pub(super) fn came_to(&self, through: i64) {
+        self.lock().through = Some(through);
+    }
+
+    pub(super) fn reads(&self, item: Option<&Item>) {
+        self.lock().reading = item.cloned();
+    }
+
+    pub(super) fn has_read(&self, verified: Verified, findings: u64) {
+        let counts = &mut self.lock().counts;
+        counts.verified.objects += verified.objects;
+        counts.verified.bytes += verified.bytes;
+        counts.findings += findings;
+    }
+
+    pub(super) fn repaired(&self, is_repaired: bool) {
+        let counts = &mut self.lock().counts;
+        let count = if is_repaired { &mut counts.repaired } else { &mut counts.unrepaired };
+        *count += 1;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Numbers, which a panic elsewhere does not spoil.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

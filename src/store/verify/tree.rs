@@ -1,0 +1,259 @@
+//! Compares a tree with the plan of it, name by name.
+//!
+//! Folders are opened below one another, so that paths may be longer than the kernel takes in one
+//! call, and only those are held that lead to the name at hand.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
+use nix::sys::stat::{FileStat, Mode, fstatat};
+
+use super::Damage;
+use super::inode::{Rules, other_time};
+use super::reader::{Reader, open, unreadable};
+use crate::store::trees::Objects;
+use crate::unpack::entry::{ExtendedAttributes, Metadata};
+use crate::unpack::merge::{PlannedKind, PlannedNode, TreePlan};
+
+/// A tree is compared with this.
+pub(super) struct Comparison<'a> {
+    pub(super) plan: &'a TreePlan,
+    pub(super) objects: &'a Objects,
+    pub(super) rules: Rules,
+}
+
+/// A folder on the way to the name at hand.
+struct Level<'a> {
+    /// Its number in the plan; the root has none.
+    number: Option<u32>,
+    /// Its path below the root.
+    below: PathBuf,
+    /// None when it cannot be opened: then nothing in it can be compared.
+    folder: Option<File>,
+    /// Names that belong there.
+    names: HashSet<&'a [u8]>,
+}
+
+/// Whether one inode has the content of another: a copy has many names, and is read once.
+type Compared = HashMap<(u64, u64), bool>;
+
+const OPEN_FOLDER: OFlag =
+    OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+
+impl<'a> Comparison<'a> {
+    /// Compares what is at `root`.
+    pub(super) fn run(
+        &self,
+        root: &Path,
+        reader: &mut Reader,
+        damage: &mut Damage,
+    ) -> io::Result<()> {
+        let opened = nix::fcntl::open(root, OPEN_FOLDER, Mode::empty());
+        let folder = self.folder(opened, PathBuf::new(), &self.plan.root, damage)?;
+        let mut way =
+            vec![Level { number: None, below: PathBuf::new(), folder, names: HashSet::new() }];
+        let mut compared = Compared::default();
+        for (number, node) in (0..).zip(&self.plan.nodes) {
+            reader.step()?;
+            while way.len() > 1
+                && way.last().is_some_and(|level| level.number != node.parent)
+                && let Some(level) = way.pop()
+            {
+                level.close(damage)?;
+            }
+            let Some(level) = way.last_mut() else { break };
+            level.names.insert(&node.name);
+            let below = level.below.join(OsStr::from_bytes(&node.name));
+            let Some(folder) = &level.folder else {
+                way.extend(is_folder(node).then(|| Level::lost(number, below)));
+                continue;
+            };
+            let name = CString::new(&*node.name)?;
+            match &node.kind {
+                PlannedKind::Directory(metadata) => {
+                    let opened = openat(folder, name.as_c_str(), OPEN_FOLDER, Mode::empty());
+                    let folder = self.folder(opened, below.clone(), metadata, damage)?;
+                    let number = Some(number);
+                    way.push(Level { number, below, folder, names: HashSet::new() });
+                }
+                PlannedKind::File(file) => {
+                    let wrong = self.file(folder, &name, *file, reader, &mut compared)?;
+                    wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+                }
+                PlannedKind::SymbolicLink { target, metadata } => {
+                    let wrong = self.link(folder, &name, (target, metadata))?;
+                    wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+                }
+            }
+        }
+        while let Some(level) = way.pop() {
+            level.close(damage)?;
+        }
+        Ok(())
+    }
+
+    fn folder(
+        &self,
+        opened: nix::Result<std::os::fd::OwnedFd>,
+        below: PathBuf,
+        wanted: &Metadata,
+        damage: &mut Damage,
+    ) -> io::Result<Option<File>> {
+        let look = || -> io::Result<File> {
+            let folder = File::from(opened?);
+            let wrong = self.rules.other_metadata(&folder, wanted)?;
+            wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+            Ok(folder)
+        };
+        match look() {
+            Ok(folder) => Ok(Some(folder)),
+            Err(error) => {
+                let detail = unreadable(error)?;
+                damage.push((below, format!("no folder: {detail}")));
+                Ok(None)
+            }
+        }
+    }
+
+    /// A file of a tree is the inode that it was linked from, which was read back by itself; or,
+    /// where that had all the names it can have, a copy.
+    fn file(
+        &self,
+        folder: &File,
+        name: &CString,
+        file: u32,
+        reader: &mut Reader,
+        compared: &mut Compared,
+    ) -> io::Result<Option<String>> {
+        let source = self.plan.files[file as usize].source;
+        let Some((from, path)) = self.objects.locate(source) else {
+            return Ok(Some("nothing is known of its content".into()));
+        };
+        let wanted = match look_at(from, path.as_path()) {
+            Ok(wanted) => wanted,
+            Err(error) => {
+                let detail = unreadable(error)?;
+                return Ok(Some(format!("what it was linked from is gone: {detail}")));
+            }
+        };
+        let found = match look_at(folder, name.as_c_str()) {
+            Ok(found) => found,
+            Err(error) => return Ok(Some(format!("no file: {}", unreadable(error)?))),
+        };
+        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino) {
+            return Ok(None);
+        }
+        let of = |stat: &FileStat| {
+            (
+                stat.st_mode,
+                stat.st_uid,
+                stat.st_gid,
+                stat.st_size,
+                stat.st_mtime,
+                stat.st_mtime_nsec,
+            )
+        };
+        let is_copy = of(&found) == of(&wanted) && {
+            let inodes = (found.st_ino, wanted.st_ino);
+            if let Some(&known) = compared.get(&inodes) {
+                known
+            } else {
+                let path = self.objects.path(source).unwrap_or_default();
+                let known = self.is_copy(&way_to(folder, name), &path, reader)?;
+                compared.insert(inodes, known);
+                known
+            }
+        };
+        Ok((!is_copy).then(|| "it is not the file that was linked there".into()))
+    }
+
+    fn is_copy(&self, copy: &Path, source: &Path, reader: &mut Reader) -> io::Result<bool> {
+        let mut compare = || -> io::Result<bool> {
+            let (copy, source) = (open(copy)?, File::open(source)?);
+            let wanted = user_attributes(&source)?;
+            Ok(self.rules.other_attributes(&copy, &wanted)?.is_empty()
+                && reader.hash(&copy)? == reader.hash(&source)?)
+        };
+        compare().or_else(|error| unreadable(error).map(|_| false))
+    }
+
+    fn link(
+        &self,
+        folder: &File,
+        name: &CString,
+        (target, metadata): (&[u8], &Metadata),
+    ) -> io::Result<Vec<String>> {
+        let look = || -> io::Result<Vec<String>> {
+            let found = readlinkat(folder, name.as_c_str())?;
+            let stat = look_at(folder, name.as_c_str())?;
+            let mut wrong = Vec::new();
+            if found.as_bytes() != target {
+                wrong.push("the symbolic link leads elsewhere".to_owned());
+            }
+            let (owner, wanted) = ((stat.st_uid, stat.st_gid), metadata.permissions);
+            if owner != (wanted.uid, wanted.gid) {
+                let (uid, gid) = owner;
+                wrong.push(format!("its owner is {uid}:{gid}, not {}:{}", wanted.uid, wanted.gid));
+            }
+            wrong.extend(other_time((stat.st_mtime, stat.st_mtime_nsec), metadata.modified));
+            let path = CString::new(way_to(folder, name).as_os_str().as_bytes())?;
+            wrong.extend(self.rules.other_link_attributes(&path)?);
+            Ok(wrong)
+        };
+        look().or_else(|error| Ok(vec![format!("no symbolic link: {}", unreadable(error)?)]))
+    }
+}
+
+impl Level<'_> {
+    /// One that cannot be looked into, as the one above it cannot.
+    fn lost(number: u32, below: PathBuf) -> Self {
+        Self { number: Some(number), below, folder: None, names: HashSet::new() }
+    }
+
+    /// Looks for names that do not belong there, once all are known that do.
+    fn close(self, damage: &mut Damage) -> io::Result<()> {
+        let Self { below, folder: Some(folder), names, .. } = self else { return Ok(()) };
+        for entry in std::fs::read_dir(descriptor(&folder))? {
+            let name = entry?.file_name();
+            if !names.contains(name.as_bytes()) {
+                damage.push((below.join(name), "it does not belong there".into()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_folder(node: &PlannedNode) -> bool {
+    matches!(node.kind, PlannedKind::Directory(_))
+}
+
+fn look_at<P: nix::NixPath + ?Sized>(folder: impl AsFd, name: &P) -> io::Result<FileStat> {
+    Ok(fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?)
+}
+
+fn user_attributes(file: &File) -> io::Result<ExtendedAttributes> {
+    use crate::mount::syscalls::{extended_attribute, list_extended_attributes};
+    let names = list_extended_attributes(file.as_fd())?.into_iter();
+    names
+        .filter(|name| name.to_bytes().starts_with(b"user."))
+        .map(|name| {
+            let value = extended_attribute(file.as_fd(), &name)?;
+            Ok((name.to_bytes().into(), value.into()))
+        })
+        .collect::<io::Result<Vec<_>>>()
+        .map(|attributes| attributes.into_iter().collect())
+}
+
+fn descriptor(folder: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()))
+}
+
+fn way_to(folder: &File, name: &CString) -> PathBuf {
+    descriptor(folder).join(OsStr::from_bytes(name.as_bytes()))
+}

@@ -1,0 +1,418 @@
+//! Content is read back: what an earlier format has left before it is shown, all of it in turns, and what pods could
+//! have changed.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::{PermissionsExt as _, lchown, symlink},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::support::{
+    Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, Node, OCI_TAR, Proxy, Tar,
+    Volume, free_address, metrics, mounts_under, noise, registry, run, tool, unique, wait_until,
+};
+
+const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                     lowThresholdPercent: 100, minimumAge: 0s";
+
+/// A cache that only publishes read back.
+fn without_scrub() -> String {
+    format!("{ROOMY}, scrubInterval: 0}}\n")
+}
+
+/// A cache that is read back as often as can be.
+fn with_scrub() -> String {
+    format!("{ROOMY}, scrubInterval: 1s}}\n")
+}
+
+/// An artifact of a file, and of an archive with all that an archive can have.
+struct Artifact {
+    repository: String,
+    file: Vec<u8>,
+    member: Vec<u8>,
+}
+
+impl Artifact {
+    fn push() -> Self {
+        let repository = unique("read-back");
+        let (file, member) = (noise(20_000, 1), noise(30_000, 2));
+        let titled = Manifest::artifact([Layer::titled("model.bin", file.clone())]);
+        titled.push(registry(), &repository, "file");
+        let archive = Tar::new()
+            .folder("etc", 0o755)
+            .pax(&[("SCHILY.xattr.user.kept", "value")])
+            .file("etc/one", 0o644, member.clone())
+            .file("etc/two", 0o644, "two")
+            .symbolic_link("etc/link", "one")
+            .finish();
+        let image = Image::new().packed_layer(OCI_TAR, archive.clone(), &archive);
+        image.push(registry(), &repository, "image");
+        Self { repository, file, member }
+    }
+
+    fn reference(&self, proxy: &Proxy, tag: &str) -> String {
+        proxy.reference(&format!("{}:{tag}", self.repository))
+    }
+
+    /// What a volume shows of either, if it is what was pushed.
+    #[track_caller]
+    fn check(&self, volume: &Volume) {
+        let (name, content) = match volume.target().join("model.bin").exists() {
+            true => ("model.bin", &self.file),
+            false => ("etc/one", &self.member),
+        };
+        assert!(fs::read(volume.target().join(name)).expect("shown") == *content, "{name}");
+    }
+}
+
+/// The folder that a pod sees of the only image, or the only file, in the store.
+fn root(state: &Path, name: &str) -> PathBuf {
+    let trees = fs::read_dir(state.join("trees")).expect("trees").flatten();
+    let generations = trees.flat_map(|tree| {
+        let generations = fs::read_dir(tree.path()).expect("generations").flatten();
+        generations.map(|generation| generation.path()).collect::<Vec<_>>()
+    });
+    let mut sound = generations.filter(|path| {
+        !path.with_extension("damaged").exists() && path.join("root").join(name).exists()
+    });
+    sound.next().expect("a tree").join("root")
+}
+
+/// As a pod did through the mount of an earlier build.
+fn write_into(path: &Path) {
+    let mut content = fs::read(path).expect("content");
+    content[7] ^= 1;
+    fs::write(path, content).expect("changed");
+}
+
+fn earlier_format(state: &Path) {
+    fs::write(state.join("format"), "csi-driver-oci 1\n").expect("written");
+}
+
+/// A node whose store an earlier build has left: both artifacts are in it, and nothing is mounted.
+fn left_by_an_earlier_build(configuration: &str) -> (Node, Admin, Artifact) {
+    let (node, admin) = Admin::start(configuration);
+    let artifact = Artifact::push();
+    for tag in ["file", "image"] {
+        let (volume, _) = node.mount(&artifact.reference(&node.proxy, tag));
+        artifact.check(&volume);
+        node.kubelet.unpublish(&volume);
+    }
+    (node, admin, artifact)
+}
+
+fn restarted(node: Node, meanwhile: impl FnOnce(&Path)) -> Node {
+    let Node { driver, kubelet, proxy, sandbox } = node;
+    let options = driver.kill();
+    meanwhile(&options.state);
+    let driver = options.start();
+    Node { driver, kubelet, proxy, sandbox }
+}
+
+#[test]
+fn what_an_earlier_build_has_left_is_read_back_before_it_is_shown() {
+    let (node, admin, artifact) = left_by_an_earlier_build(&without_scrub());
+    let node = restarted(node, |state| {
+        earlier_format(state);
+        write_into(&root(state, "model.bin").join("model.bin"));
+    });
+    let format = fs::read_to_string(node.driver.state().join("format")).expect("the format");
+    assert_eq!(format, "csi-driver-oci 2\n");
+    assert_eq!(admin.json(&["status"])["scrub"]["unreadObjects"], 4);
+    node.proxy.go_down();
+    // What is sound is shown without the registry, and what a pod has changed is not.
+    let sound = node.kubelet.new_volume(&artifact.reference(&node.proxy, "image"));
+    node.kubelet.publish_well(&sound);
+    artifact.check(&sound);
+    let changed = node.kubelet.new_volume(&artifact.reference(&node.proxy, "file"));
+    node.kubelet.publish_badly(&changed, Code::Unavailable);
+    node.proxy.come_back();
+    node.kubelet.publish_well(&changed);
+    artifact.check(&changed);
+    assert_eq!(admin.json(&["status"])["scrub"]["unreadObjects"], 0);
+    // What was read back once is not read again.
+    let read = |driver: &Driver| driver.log().matches("read back").count();
+    let before = read(&node.driver);
+    let node = restarted(node, |_| ());
+    let again = node.kubelet.new_volume(&artifact.reference(&node.proxy, "image"));
+    node.kubelet.publish_well(&again);
+    artifact.check(&again);
+    assert_eq!(read(&node.driver), before);
+}
+
+#[test]
+fn whatever_a_pod_has_changed_of_an_earlier_build_s_content_is_not_shown() {
+    let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
+    let reference = artifact.reference(&node.proxy, "image");
+    let mut node = node;
+    for (what, change) in CHANGES {
+        node = restarted(node, |state| {
+            earlier_format(state);
+            change(&root(state, "etc"));
+        });
+        node.proxy.go_down();
+        let volume = node.kubelet.new_volume(&reference);
+        let shown = node.kubelet.publish(&volume);
+        assert_eq!(shown.map_err(|status| status.code()), Err(Code::Unavailable), "{what}");
+        node.proxy.come_back();
+        node.kubelet.publish_well(&volume);
+        artifact.check(&volume);
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+type Change = (&'static str, fn(&Path));
+
+/// What a process can do that has a tree before it and may write.
+const CHANGES: [Change; 16] = [
+    ("content", |root| write_into(&root.join("etc/one"))),
+    ("more content", |root| {
+        let mut content = fs::read(root.join("etc/two")).expect("content");
+        content.push(b'!');
+        fs::write(root.join("etc/two"), content).expect("changed");
+    }),
+    ("a file's mode", |root| set_mode(&root.join("etc/one"), 0o4755)),
+    ("a file's owner", |root| lchown(root.join("etc/one"), Some(7), None).expect("changed")),
+    ("a file's time", |root| set_time(&root.join("etc/two"))),
+    ("a new attribute", |root| set_attribute(&root.join("etc/two"), "user.new", "value")),
+    ("an attribute's value", |root| set_attribute(&root.join("etc/one"), "user.kept", "other")),
+    ("an attribute's end", |root| {
+        run(tool("setfattr").args(["-x", "user.kept"]).arg(root.join("etc/one")));
+    }),
+    ("an access control list", |root| {
+        run(tool("setfacl").args(["-m", "u:7:rwx"]).arg(root.join("etc/two")));
+    }),
+    ("what overlayfs would act on", |root| {
+        set_attribute(&root.join("etc"), "trusted.overlay.opaque", "y");
+    }),
+    ("a folder's mode", |root| set_mode(&root.join("etc"), 0o777)),
+    ("the root's attributes", |root| set_attribute(root, "user.new", "value")),
+    ("a new name", |root| fs::hard_link(root.join("etc/one"), root.join("three")).expect("linked")),
+    ("a name's end", |root| fs::remove_file(root.join("etc/two")).expect("removed")),
+    ("a link's target", |root| {
+        fs::remove_file(root.join("etc/link")).expect("removed");
+        symlink("two", root.join("etc/link")).expect("a link");
+        reset_time(&root.join("etc/link"));
+        reset_time(&root.join("etc"));
+    }),
+    ("a link's owner", |root| lchown(root.join("etc/link"), Some(7), Some(7)).expect("changed")),
+];
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("changed");
+}
+
+fn set_time(path: &Path) {
+    let file = File::open(path).expect("a file");
+    file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("changed");
+}
+
+/// As archives here have it.
+fn reset_time(path: &Path) {
+    run(tool("touch").args(["--no-dereference", "--date=@0"]).arg(path));
+}
+
+fn set_attribute(path: &Path, name: &str, value: &str) {
+    run(tool("setfattr").args(["-n", name, "-v", value]).arg(path));
+}
+
+#[test]
+fn verify_finds_whatever_a_process_can_change() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    for (what, change) in CHANGES {
+        let (volume, _) = node.mount(&reference);
+        artifact.check(&volume);
+        assert_eq!(admin.json(&["verify"])["findings"], json!([]), "before {what}");
+        change(&root(node.driver.state(), "etc"));
+        let told = admin.ask(&["verify", "--output", "json"]);
+        let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+        assert_ne!(found["findings"], json!([]), "{what}");
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn a_file_of_its_own_has_no_attributes_either() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let (_volume, _) = node.mount(&artifact.reference(&node.proxy, "file"));
+    let path = root(node.driver.state(), "model.bin").join("model.bin");
+    set_attribute(&path, "user.new", "value");
+    let told = admin.ask(&["verify", "--output", "json"]);
+    let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    assert_eq!(found["findings"][0]["kind"], "file", "{found}");
+}
+
+#[test]
+fn a_volume_whose_content_was_decided_before_gets_it_read_back_too() {
+    let (node, _) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let (volume, _) = node.mount(&artifact.reference(&node.proxy, "file"));
+    // As after a reboot: the record is there, and the mount is not.
+    let node = restarted(node, |state| {
+        nix::mount::umount(volume.target()).expect("unmounted");
+        earlier_format(state);
+        write_into(&root(state, "model.bin").join("model.bin"));
+    });
+    node.proxy.go_down();
+    node.kubelet.publish_badly(&volume, Code::Unavailable);
+    node.proxy.come_back();
+    node.kubelet.publish_well(&volume);
+    artifact.check(&volume);
+}
+
+#[test]
+fn a_layer_of_an_earlier_build_is_read_back_before_another_tree_links_it() {
+    let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
+    let node = restarted(node, |state| {
+        earlier_format(state);
+        write_into(&root(state, "etc").join("etc/one"));
+        write_into(&root(state, "model.bin").join("model.bin"));
+    });
+    for (tag, name, content) in
+        [("image", "etc/one", &artifact.member), ("file", "model.bin", &artifact.file)]
+    {
+        let volume = node.kubelet.new_volume(&artifact.reference(&node.proxy, tag));
+        // Another tree, of the same layer.
+        let volume = volume.attribute("include", name);
+        node.kubelet.publish_well(&volume);
+        assert!(fs::read(volume.target().join(name)).expect("shown") == *content, "{name}");
+    }
+}
+
+#[test]
+fn pods_that_want_the_same_wait_for_one_reading() {
+    let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
+    let node = restarted(node, earlier_format);
+    let reference = artifact.reference(&node.proxy, "file");
+    let volumes: Vec<_> = (0..6).map(|_| node.kubelet.new_volume(&reference)).collect();
+    std::thread::scope(|scope| {
+        for volume in &volumes {
+            scope.spawn(|| node.kubelet.publish_well(volume));
+        }
+    });
+    volumes.iter().for_each(|volume| artifact.check(volume));
+    let log = node.driver.log();
+    let of_files = log.lines().filter(|line| line.contains("read back") && line.contains("files/"));
+    assert_eq!(of_files.count(), 1, "{log}");
+}
+
+#[test]
+fn an_upgrade_that_is_cut_off_anywhere_begins_again() {
+    let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
+    let Node { driver, kubelet, proxy, sandbox } = node;
+    let options = driver.kill();
+    earlier_format(&options.state);
+    write_into(&root(&options.state, "model.bin").join("model.bin"));
+    let reference = artifact.reference(&proxy, "file");
+    for point in [
+        "folder.created",
+        "record.written",
+        "record.synced",
+        "rename.asked",
+        "rename.done",
+        "rename.durable",
+    ] {
+        for action in ["abort", "error:5"] {
+            let copy = sandbox.path().join(format!("{point}-{action}"));
+            run(tool("cp").arg("-a").arg(&options.state).arg(&copy));
+            let copied = options.clone().state(&copy);
+            cut_off(&copied.clone().environment("CSI_OCI_FAULT", &format!("{point}:{action}")));
+            assert_eq!(mounts_under(&copied.kubelet), []);
+            let driver = copied.start();
+            check_unread(&kubelet, &proxy, &reference, &artifact);
+            driver.kill();
+        }
+    }
+}
+
+/// A start that ends, or fails, at a point.
+fn cut_off(options: &DriverOptions) {
+    let mut driver = options.spawn();
+    wait_until("the start comes by the point", || {
+        !driver.is_running() || driver.log().contains("a fault, as the test has asked for")
+    });
+    if driver.is_running() {
+        driver.kill();
+    }
+}
+
+#[track_caller]
+fn check_unread(kubelet: &Kubelet, proxy: &Proxy, reference: &str, artifact: &Artifact) {
+    let volume = kubelet.new_volume(reference);
+    proxy.go_down();
+    kubelet.publish_badly(&volume, Code::Unavailable);
+    proxy.come_back();
+    kubelet.publish_well(&volume);
+    artifact.check(&volume);
+    kubelet.unpublish(&volume);
+}
+
+#[test]
+fn the_scrub_reads_first_what_an_earlier_build_has_left() {
+    let (node, admin, artifact) = left_by_an_earlier_build(&format!("{ROOMY}}}\n"));
+    let node = restarted(node, |state| {
+        earlier_format(state);
+        write_into(&root(state, "model.bin").join("model.bin"));
+    });
+    wait_until("all of it has been read back", || !node.driver.state().join("read-back").exists());
+    let status = admin.json(&["status"]);
+    assert_eq!(status["scrub"]["unreadObjects"], 0);
+    assert_eq!(status["scrub"]["findings"], 1, "{status}");
+    // It is there again before a pod asks for it.
+    wait_until("it was fetched again", || admin.json(&["status"])["scrub"]["repaired"] == 1);
+    node.proxy.go_down();
+    let (volume, _) = node.mount(&artifact.reference(&node.proxy, "file"));
+    artifact.check(&volume);
+}
+
+#[test]
+fn the_scrub_finds_damage_and_repairs_it() {
+    let address = free_address();
+    let mut endpoint = String::new();
+    let node = Node::start_with(|sandbox, options| {
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        options
+            .configuration(&with_scrub())
+            .argument(&format!("--metrics-endpoint={address}"))
+            .argument(&format!("--admin-endpoint={endpoint}"))
+    });
+    let admin = Admin::at(&endpoint);
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    let (mounted, _) = node.mount(&reference);
+    let scrub = || admin.json(&["status"])["scrub"].clone();
+    wait_until("it was read back", || scrub()["objects"].as_u64() >= Some(10));
+    assert_eq!(scrub()["findings"], 0);
+    assert_eq!(scrub()["intervalSeconds"], 1);
+    write_into(&root(node.driver.state(), "etc").join("etc/one"));
+    wait_until("it was found and fetched again", || scrub()["repaired"].as_u64() >= Some(1));
+    assert!(scrub()["findings"].as_u64() >= Some(1));
+    node.proxy.go_down();
+    let (volume, _) = node.mount(&reference);
+    artifact.check(&volume);
+    assert_ne!(fs::read(mounted.target().join("etc/one")).expect("shown"), artifact.member);
+    let served = metrics(address);
+    for line in [
+        "csi_oci_scrub_repairs_total{result=\"success\"} 1",
+        "csi_oci_unread_objects 0",
+        "csi_oci_scrub_lag_seconds 0",
+    ] {
+        assert!(served.contains(line), "no {line} in {served}");
+    }
+    assert!(!served.contains("csi_oci_scrub_read_bytes_total 0\n"), "{served}");
+}
+
+#[test]
+fn a_scrub_that_is_off_says_so() {
+    let (node, admin) = Admin::start(&without_scrub());
+    assert_eq!(admin.json(&["status"])["scrub"]["intervalSeconds"], 0);
+    assert!(admin.told(&["status"]).contains("off (cache.scrubInterval)"));
+    drop(node);
+}
