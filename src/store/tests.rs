@@ -8,7 +8,7 @@ use super::gc::Now;
 use super::partial::Purpose;
 use super::resolutions::Resolution;
 use super::trees::{Objects, TreeRecord, View};
-use super::verify::{FindingKind, Verified};
+use super::verify::{FindingKind, ReadPace, Reader};
 use super::*;
 use crate::oci::{Digest, Platform, Reference};
 use crate::unpack::entry::Metadata;
@@ -521,7 +521,7 @@ fn what_a_crash_left_unmarked_over_damaged_content_is_found_and_marked() {
     let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
     let mut found = Vec::new();
     store
-        .verify_objects(&mut Verified::default(), &mut |finding| found.push(finding))
+        .verify_objects(&mut Reader::new(ReadPace::Full), &mut |finding| found.push(finding))
         .expect("read");
     let [finding] = &found[..] else { panic!("{found:?}") };
     assert_eq!((finding.kind, finding.digest), (FindingKind::Tree, Some(shown.record.manifest)));
