@@ -763,3 +763,32 @@ fn broken_model_metadata_is_refused() {
         }
     }
 }
+
+#[test]
+fn an_owner_that_no_file_can_have_is_refused_where_owners_are_kept() {
+    let scene = Scene::new();
+    let nobody = u64::from(u32::MAX);
+    for owner in [(nobody, 0), (0, nobody)] {
+        let archive = Tar::new().owned_file("file", 0o644, owner, MARKER).finish();
+        let tag = unique("owner");
+        Image::new().layer(archive).push(&scene.fake, "hostile", &tag);
+        let preserve = |volume: Volume| volume.attribute("permissions", "Preserve");
+        let message = scene.refused_with(&tag, Code::FailedPrecondition, preserve);
+        assert!(message.contains("4294967295") && message.contains("Readable"), "{message}");
+    }
+    let (uid, gid) = (nobody, 0);
+    let layer = Layer::new("application/vnd.cncf.model.weight.v1.raw", MARKER)
+        .annotation("org.cncf.model.filepath", "file")
+        .annotation(
+            "org.cncf.model.file.metadata+json",
+            &json!({"mode": 420, "uid": uid, "gid": gid}).to_string(),
+        );
+    let tag = unique("owner");
+    Manifest::artifact([layer]).push(&scene.fake, "hostile", &tag);
+    let preserve = |volume: Volume| volume.attribute("permissions", "Preserve");
+    let message = scene.refused_with(&tag, Code::FailedPrecondition, preserve);
+    assert!(message.contains("4294967295"), "{message}");
+    // Where everything belongs to root, nobody asks whose it was.
+    let volume = scene.node.kubelet.new_volume(&scene.fake.reference(&tag));
+    scene.node.kubelet.publish_well(&volume);
+}

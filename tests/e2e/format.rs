@@ -78,6 +78,16 @@ impl ByHand {
             fs::hard_link(file, &path).expect("a link");
             bytes += file.metadata().expect("the file").len();
         }
+        // Folders that no archive has named are of 1970.
+        let root = self.0.join(format!("trees/{tree}/1/root"));
+        for (_, shown) in files {
+            for folder in root.join(shown).ancestors().skip(1) {
+                let folder = folder.starts_with(&root).then(|| fs::File::open(folder));
+                let Some(folder) = folder else { break };
+                let folder = folder.expect("a folder");
+                folder.set_modified(SystemTime::UNIX_EPOCH).expect("a time");
+            }
+        }
         let record = json!({
             "manifest": format!("sha256:{manifest}"),
             "kind": "by hand",
@@ -94,9 +104,9 @@ impl ByHand {
 }
 
 /// One artifact of a titled file, and one of an archive.
-fn write(state: &Path) {
+fn write(state: &Path, format: &str) {
     let state = ByHand(state.to_owned());
-    state.put("format", "csi-driver-oci 1\n");
+    state.put("format", format);
     let text = b"a file by hand\n";
     let artifact = Manifest::artifact([Layer::titled("notes/one.txt", text)]);
     let manifest = state.manifest("file", &artifact.json());
@@ -150,10 +160,20 @@ fn write(state: &Path) {
 
 #[test]
 fn a_state_directory_that_was_written_by_the_documents_word_is_served() {
+    serve("csi-driver-oci 2\n");
+}
+
+#[test]
+fn one_of_the_format_before_is_served_after_it_was_read_back() {
+    serve("csi-driver-oci 1\n");
+}
+
+#[track_caller]
+fn serve(format: &str) {
     let sandbox = Sandbox::new();
     let endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
     let options = DriverOptions::new(&sandbox).argument(&format!("--admin-endpoint={endpoint}"));
-    write(&options.state);
+    write(&options.state, format);
     let driver = options.start();
     let (kubelet, admin) = (driver.kubelet(), Admin::at(&endpoint));
     // Nobody answers at this registry: what is shown is what lies there.
@@ -182,7 +202,7 @@ fn a_format_of_another_version_stops_publishing_and_never_unpublishing() {
     let options = driver.kill();
     let format = options.state.join("format");
     let ours = fs::read(&format).expect("the format");
-    for unknown in [&b"csi-driver-oci 99\n"[..], b"", b"csi-driver-oci 1", b"\xff\xfe"] {
+    for unknown in [&b"csi-driver-oci 99\n"[..], b"", b"csi-driver-oci 2", b"\xff\xfe"] {
         fs::write(&format, unknown).expect("written");
         let driver = options.start();
         let message = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);

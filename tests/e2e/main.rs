@@ -49,6 +49,7 @@ mod registration;
 mod room;
 mod runtimes;
 mod sanity;
+mod scrub;
 mod secrets;
 mod signatures;
 mod stress;
