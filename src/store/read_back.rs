@@ -35,7 +35,17 @@ pub(super) struct ReadBack {
 impl ReadBack {
     /// Marks all content of a state directory as unread. Durable when it returns.
     pub(super) fn begin(root: &Path) -> Result<(), StoreError> {
-        durable::create_folder(&root.join(FOLDER))
+        let folder = root.join(FOLDER);
+        // What was sound before an earlier build came back to the store may have changed since.
+        let grave = root.join("staging").join(durable::temporary_name());
+        match fs::rename(&folder, &grave) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StoreError::io("rename", &folder, error));
+            }
+            // The next start sweeps what stays.
+            _ => drop(fs::remove_dir_all(&grave)),
+        }
+        durable::create_folder(&folder)
     }
 
     /// Reads how far an earlier process has come.
@@ -189,6 +199,11 @@ mod tests {
         let between = layer(root, "between");
         let store = open(root);
         assert!(store.is_unread(&old) && store.is_unread(&between));
+        // Also when it was brought back by hand, after some of it had been read.
+        store.was_read(&old);
+        drop(store);
+        fs::write(root.join("format"), EARLIER).expect("written");
+        assert!(open(root).is_unread(&old));
     }
 
     #[test]

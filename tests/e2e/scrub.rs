@@ -26,7 +26,7 @@ const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThr
 
 /// A cache that only publishes read back.
 fn without_scrub() -> String {
-    format!("{ROOMY}, scrubInterval: 0}}\n")
+    format!("{ROOMY}, scrubInterval: 0}}\npull: {{attempts: 1}}\n")
 }
 
 /// A cache that is read back as often as can be.
@@ -150,7 +150,7 @@ fn what_an_earlier_build_has_left_is_read_back_before_it_is_shown() {
 }
 
 #[test]
-fn whatever_a_pod_has_changed_of_an_earlier_build_s_content_is_not_shown() {
+fn what_a_pod_has_changed_through_an_earlier_build_is_not_shown() {
     let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
     let reference = artifact.reference(&node.proxy, "image");
     let mut node = node;
