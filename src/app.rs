@@ -199,8 +199,7 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     .await;
     let health = Health { content: content.clone(), registered }.router();
     serve_http(&options, health, &metrics, &tracker, &shutdown).await;
-    take_startup_taint(&options, &tracker, &shutdown);
-    take_part_in_the_fleet(&options, &content, &tracker, &shutdown);
+    take_part_in_the_cluster(&options, &content, &tracker, &shutdown);
     let mut registration_socket = None;
     if let Some((path, service)) = registration {
         // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
@@ -269,21 +268,18 @@ async fn drain(mut servers: JoinSet<AppError>, tracker: &TaskTracker) {
     }
 }
 
-/// Where nodes start with a taint, it goes once the kubelet has registered the driver.
-fn take_startup_taint(options: &NodeOptions, tracker: &TaskTracker, shutdown: &CancellationToken) {
-    if let Some(taint) = options.startup_taint.clone() {
-        let (node, driver) = (options.node_id.clone(), options.driver_name.clone());
-        tracker.spawn(take_taint(node, driver, taint, shutdown.clone()));
-    }
-}
-
-/// What preloads want of this node, beside everything else.
-fn take_part_in_the_fleet(
+/// Starts what asks the Kubernetes API, beside everything else: where nodes start with a taint, it goes once the kubelet has
+/// registered the driver; and what preloads want of this node is carried out.
+fn take_part_in_the_cluster(
     options: &NodeOptions,
     content: &watch::Receiver<ContentState>,
     tracker: &TaskTracker,
     shutdown: &CancellationToken,
 ) {
+    if let Some(taint) = options.startup_taint.clone() {
+        let (node, driver) = (options.node_id.clone(), options.driver_name.clone());
+        tracker.spawn(take_taint(node, driver, taint, shutdown.clone()));
+    }
     if options.fleet {
         let part = NodePart { node: options.node_id.clone(), content: content.clone() };
         tracker.spawn(part.run(shutdown.clone()));

@@ -463,10 +463,10 @@ mod tests {
                 let _ = ready.send(());
                 let since = Instant::now();
                 // Longer than a test may take.
-                while since.elapsed() < LONGEST_REST * 12 && !HERE.with_borrow(is_hurried) {
+                while since.elapsed() < LONGEST_REST * 12 && !is_hurried() {
                     rest(LONGEST_REST);
                 }
-                HERE.with_borrow(is_hurried)
+                is_hurried()
             });
             resting.await.expect("blocking work")
         });
@@ -477,8 +477,9 @@ mod tests {
         rest(Duration::MAX / 4);
     }
 
-    fn is_hurried(here: &Option<Arc<Threads>>) -> bool {
-        here.as_ref().is_some_and(|threads| threads.lock().hurries > 0)
+    fn is_hurried() -> bool {
+        let threads = HERE.with_borrow(Option::clone);
+        threads.is_some_and(|threads| threads.lock().hurries > 0)
     }
 
     #[tokio::test]

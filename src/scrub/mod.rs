@@ -162,7 +162,7 @@ impl Scrub {
             if trees.is_empty() {
                 continue;
             }
-            match self.blocking(|store| store.publications()).await {
+            match self.blocking(Store::publications).await {
                 Ok(publications) => tell(events, &trees, &publications),
                 Err(error) => tracing::warn!(error, "pods are not told of damaged content"),
             }

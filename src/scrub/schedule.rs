@@ -41,7 +41,7 @@ pub(super) struct Turns {
 impl Schedule {
     /// Everything is read within `interval`, on the node with this key.
     pub(super) fn new(interval: Duration, node_key: &[u8; 32]) -> Self {
-        let period = interval - interval / RESERVE;
+        let period = interval.saturating_sub(interval / RESERVE);
         let period = i64::try_from(period.as_millis()).unwrap_or(i64::MAX / 4).max(1);
         let shift = node_key.first_chunk().map_or(0, |bytes| u64::from_be_bytes(*bytes));
         Self { period, shift }

@@ -178,7 +178,7 @@ mod tests {
         drop(store);
         let store = open(root);
         assert!(!store.is_unread(&one), "a restart forgets nothing");
-        assert_eq!(store.unread_objects().expect("readable"), [two.clone()]);
+        assert_eq!(store.unread_objects().expect("readable"), std::slice::from_ref(&two));
         store.finish_reading_back().expect("not yet");
         assert!(store.is_unread(&two) && root.join(FOLDER).exists());
         store.was_read(&two);

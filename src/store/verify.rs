@@ -345,6 +345,12 @@ impl Damage {
         }
     }
 
+    fn extend(&mut self, below: &Path, details: impl IntoIterator<Item = String>) {
+        for detail in details {
+            self.push((below.to_owned(), detail));
+        }
+    }
+
     fn is_empty(&self) -> bool {
         self.list.is_empty()
     }

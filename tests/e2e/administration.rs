@@ -557,11 +557,13 @@ fn a_tree_that_somebody_changed_is_found() {
         .map(|finding| {
             assert_eq!(finding["kind"], "tree");
             let path = finding["path"].as_str().expect("text");
-            path.split_once("root/").expect("in the tree").1.to_owned()
+            path.split_once("/root").expect("in the tree").1.to_owned()
         })
         .collect();
     paths.sort();
-    assert_eq!(paths, ["etc", "etc/link", "strange"]);
+    paths.dedup();
+    // Folders have a time of their own, which new names and the end of old ones change.
+    assert_eq!(paths, ["", "/etc", "/etc/link", "/strange"]);
 }
 
 #[test]

@@ -191,7 +191,7 @@ mod tests {
     fn every_pace_reads_the_same() {
         let folder = tempfile::tempdir().expect("a folder");
         for size in [0, 1, ALIGNMENT, ALIGNMENT + 1, PIECE, PIECE + 4096, 2 * PIECE + 17] {
-            let content: Vec<u8> = (0..size).map(|byte| (byte % 251) as u8).collect();
+            let content: Vec<u8> = (0..=250).cycle().take(size).collect();
             let path = folder.path().join("file");
             std::fs::write(&path, &content).expect("written");
             for pace in [ReadPace::Urgent, ReadPace::Full, ReadPace::Gentle] {

@@ -46,7 +46,7 @@ type Compared = HashMap<(u64, u64), bool>;
 const OPEN_FOLDER: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
-impl<'a> Comparison<'a> {
+impl Comparison<'_> {
     /// Compares what is at `root`.
     pub(super) fn run(
         &self,
@@ -84,11 +84,11 @@ impl<'a> Comparison<'a> {
                 }
                 PlannedKind::File(file) => {
                     let wrong = self.file(folder, &name, *file, reader, &mut compared)?;
-                    wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+                    damage.extend(&below, wrong);
                 }
                 PlannedKind::SymbolicLink { target, metadata } => {
                     let wrong = self.link(folder, &name, (target, metadata))?;
-                    wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+                    damage.extend(&below, wrong);
                 }
             }
         }
@@ -108,7 +108,7 @@ impl<'a> Comparison<'a> {
         let look = || -> io::Result<File> {
             let folder = File::from(opened?);
             let wrong = self.rules.other_metadata(&folder, wanted)?;
-            wrong.into_iter().for_each(|detail| damage.push((below.clone(), detail)));
+            damage.extend(&below, wrong);
             Ok(folder)
         };
         match look() {

@@ -239,3 +239,35 @@ fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
     assert!(told() <= 2, "{}", log());
     assert!(!log().contains(TOKEN), "the token is in the log");
 }
+
+/// The one file that an artifact of a file has in the store.
+fn stored_file(folder: &Path) -> PathBuf {
+    let entry = fs::read_dir(folder).expect("a folder").flatten().next().expect("an entry").path();
+    if entry.is_dir() { stored_file(&entry) } else { entry }
+}
+
+#[test]
+fn pods_are_told_of_damage_in_what_they_show() {
+    let mut machine = Machine::new();
+    let server = ApiServer::start(json!({}));
+    machine.api = Some(server.access());
+    machine.mount_disk("/var/lib/csi-driver-oci");
+    let mut deployed = Deployed::start_on(machine, &rendered("chart")["events"]);
+    let registry = own_registry();
+    let proxy = Proxy::new(&registry);
+    let repository = unique("damaged");
+    Manifest::artifact([Layer::titled("file", "content")]).push(&registry, &repository, "v1");
+    let reference = proxy.reference(&format!("{repository}:v1"));
+    let pod = Pod::new();
+    deployed.publish(&deployed.kubelet().inline(&pod, "artifact", &reference));
+    // As an earlier build left it, whose pods could write.
+    let state = deployed.machine.path("/var/lib/csi-driver-oci");
+    fs::write(stored_file(&state.join("files")), "changed").expect("written");
+    fs::write(state.join("format"), "csi-driver-oci 1\n").expect("written");
+    deployed.restart();
+    wait_until("the pod is told", || {
+        events(&server, &pod.name)
+            .iter()
+            .any(|(reason, text, _)| reason == "Damaged" && text.contains(&reference))
+    });
+}
