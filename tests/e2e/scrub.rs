@@ -166,12 +166,12 @@ fn what_a_pod_has_changed_through_an_earlier_build_is_not_shown() {
         node.proxy.go_down();
         let volume = node.kubelet.new_volume(&reference);
         // A tree is linked again from sound layers; a layer takes the registry.
-        if let Err(status) = node.kubelet.publish(&volume) {
+        let shown = node.kubelet.publish(&volume);
+        node.proxy.come_back();
+        if let Err(status) = shown {
             assert_eq!(status.code(), Code::Unavailable, "{what}");
-            node.proxy.come_back();
             node.kubelet.publish_well(&volume);
         }
-        node.proxy.come_back();
         assert!(node.driver.log().matches("damaged content").count() > before, "{what}");
         assert_eq!(Tree::of(volume.target()), sound, "{what}");
         node.kubelet.unpublish(&volume);
