@@ -80,9 +80,9 @@ async fn serve_connections(listener: &TcpListener, router: &Router) {
 
 /// Answers the one request of a connection.
 async fn serve_one(stream: TcpStream, router: Router) {
-    let mut server = Builder::new(TokioExecutor::new()).http1_only();
-    server.http1().keep_alive(false);
-    let served = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().keep_alive(false);
+    let served = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
     // What a client does with its connection is not the node's failure.
     let _ = tokio::time::timeout(REQUEST_PATIENCE, served).await;
 }

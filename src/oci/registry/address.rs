@@ -144,10 +144,11 @@ fn carried_by_v6(address: Ipv6Addr) -> Vec<Ipv4Addr> {
     let at = |places: [usize; 4]| Ipv4Addr::from(places.map(|place| octets[place]));
     let last = at([12, 13, 14, 15]);
     match address.segments() {
-        // IPv4-compatible and IPv4-mapped (RFC 4291), and IPv4-translated (RFC 2765).
-        [0, 0, 0, 0, 0, 0 | 0xffff, ..] | [0, 0, 0, 0, 0xffff, 0, ..] => vec![last],
-        // NAT64 with the well-known prefix (RFC 6052).
-        [0x64, 0xff9b, 0, 0, 0, 0, ..] => vec![last],
+        // IPv4-compatible and IPv4-mapped (RFC 4291), IPv4-translated (RFC 2765), and NAT64 with the
+        // well-known prefix (RFC 6052).
+        [0, 0, 0, 0, 0, 0 | 0xffff, ..]
+        | [0, 0, 0, 0, 0xffff, 0, ..]
+        | [0x64, 0xff9b, 0, 0, 0, 0, ..] => vec![last],
         // NAT64 with a prefix for local use (RFC 8215), of 96, 64, 56 or 48 bits: only the network knows.
         [0x64, 0xff9b, 1, ..] => {
             let found = [last, at([9, 10, 11, 12]), at([7, 9, 10, 11]), at([6, 7, 9, 10])];
@@ -159,7 +160,7 @@ fn carried_by_v6(address: Ipv6Addr) -> Vec<Ipv4Addr> {
         // Teredo (RFC 4380): the server, and the client with inverted bits.
         [0x2001, 0, ..] => vec![at([4, 5, 6, 7]), Ipv4Addr::from(!u32::from(last))],
         // ISATAP (RFC 5214).
-        [_, _, _, _, 0 | 0x200, 0x5efe, ..] => vec![last],
+        [_, _, _, _, 0 | 0x200, 0x5efe, _, _] => Vec::from([last]),
         _ => Vec::new(),
     }
 }
