@@ -13,6 +13,9 @@ use crate::support::{
     run, tool, unique, wait_until,
 };
 
+/// What mount(2) gets where it needs no text.
+const NONE: Option<&str> = None;
+
 const EVICTS_AT_ONCE: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, \
                               highThresholdPercent: 100, lowThresholdPercent: 100, minimumAge: 0s}\n";
 
@@ -254,8 +257,7 @@ fn a_stack_of_both_forms_is_undone() {
     let (overlay, _) = node.mount(&reference);
     let (bind, _) = node.mount_with(&reference, read_only);
     for source in [&bind, &overlay, &bind] {
-        let none = None::<&str>;
-        mount(Some(source.target()), overlay.target(), none, MsFlags::MS_BIND, none)
+        mount(Some(source.target()), overlay.target(), NONE, MsFlags::MS_BIND, NONE)
             .expect("a bind");
     }
     assert_eq!(mounts_at(overlay.target()).len(), 4);
@@ -295,8 +297,7 @@ fn content_of_which_a_part_is_still_mounted_is_not_evicted() {
         let (node, admin) = Admin::start(EVICTS_AT_ONCE);
         let (volume, _) = node.mount_with(&node.proxy.reference(&artifact()), change);
         let part = node.sandbox.folder("subpath");
-        let none = None::<&str>;
-        mount(Some(&volume.target().join("d")), &part, none, MsFlags::MS_BIND, none)
+        mount(Some(&volume.target().join("d")), &part, NONE, MsFlags::MS_BIND, NONE)
             .expect("a bind");
         node.kubelet.unpublish(&volume);
         wait_until("it is unpublished", || admin.json(&["status"])["published"] == 0);
@@ -315,8 +316,7 @@ fn a_mounted_overlay_without_a_record_is_not_evicted() {
     let Node { driver, kubelet, proxy, sandbox } = node;
     // Where no kubelet asks for it again, nothing but the mount table knows of it.
     let elsewhere = sandbox.folder("elsewhere");
-    let none = None::<&str>;
-    mount(Some(volume.target()), &elsewhere, none, MsFlags::MS_BIND, none).expect("a bind");
+    mount(Some(volume.target()), &elsewhere, NONE, MsFlags::MS_BIND, NONE).expect("a bind");
     kubelet.unpublish(&volume);
     let driver = driver.restart();
     admin.told(&["gc", "--target", "0"]);
@@ -331,8 +331,7 @@ fn a_mount_of_another_program_inside_of_a_volume_is_not_lost() {
     for change in [std::convert::identity as fn(Volume) -> Volume, read_only] {
         let (volume, _) = node.mount_with(&node.proxy.reference(&artifact()), change);
         let inside = volume.target().join("d");
-        let none = None::<&str>;
-        mount(Some("other"), &inside, Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
+        mount(Some("other"), &inside, Some("tmpfs"), MsFlags::empty(), NONE).expect("a tmpfs");
         fs::write(inside.join("precious"), "data").expect("a file");
         let Volume { request, .. } = &volume;
         let refused = node

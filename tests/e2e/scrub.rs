@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::support::{
-    Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, Node, OCI_TAR, Proxy, Tar, Tree,
-    Volume, free_address, metrics, mounts_under, noise, registry, run, tool, unique, wait_until,
+    Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, Node, OCI_TAR, Port, Proxy, Tar,
+    Tree, Volume, metrics, mounts_under, noise, registry, run, tool, unique, wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -401,7 +401,8 @@ fn the_scrub_reads_first_what_an_earlier_build_has_left() {
 
 #[test]
 fn the_scrub_finds_damage_and_repairs_it() {
-    let address = free_address();
+    let port = Port::new();
+    let address = port.address();
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
         endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
