@@ -64,8 +64,6 @@ pub enum PublishPath {
 struct Shown {
     published: Published,
     form: MountForm,
-    /// None where the store is not open, or does not have it.
-    tree: Option<Tree>,
 }
 
 /// One call to publish a volume, as the tasks see it that work for it.
@@ -146,43 +144,17 @@ impl Volumes {
         }
     }
 
-    /// Looks for a mount of the volume that is there already, and mounts its tree again where
-    /// it has the other form.
+    /// Looks for a mount of the volume that is there already, in the form that is asked for.
     async fn look(&self, attempt: &Attempt) -> Result<Option<Published>, VolumeError> {
         let (volumes, attempt) = (self.clone(), attempt.clone());
         let held = attempt.interest.hold().await;
         let look = move || {
             let _held = held;
             let target = open(&attempt.request)?;
-            let Some(shown) = volumes.examine(&attempt.request, &target)? else { return Ok(None) };
-            if shown.form == attempt.form {
-                return Ok(Some(shown.published));
-            }
-            volumes.change_form(&attempt, &target, shown)
+            let shown = volumes.examine(&attempt.request, &target)?;
+            Ok(shown.filter(|shown| shown.form == attempt.form).map(|shown| shown.published))
         };
-        self.0.tracker.spawn_blocking(look).await.unwrap_or(Err(VolumeError::Crashed))
-    }
-
-    /// Puts a mount of the other form, of the same tree, in the place of one that is there.
-    /// None where the tree is not in the store any more: then the volume is published anew.
-    fn change_form(
-        &self,
-        attempt: &Attempt,
-        target: &Target,
-        shown: Shown,
-    ) -> Result<Option<Published>, VolumeError> {
-        let (request, form) = (&attempt.request, attempt.form);
-        attempt.check()?;
-        let content = self.content()?;
-        if unpublish::detach(&request.target)?.foreign {
-            let (target, what) = (request.target.full(), OTHER_MOUNT);
-            return Err(VolumeError::Occupied { target, what });
-        }
-        fault::point("publish.detached").map_err(|error| kernel("mount at", request, error))?;
-        let Some(tree) = shown.tree else { return Ok(None) };
-        self.mount(&content, attempt, &tree, target)?;
-        tracing::info!(?form, "mounted again, in the form that this publish asks for");
-        Ok(Some(shown.published))
+        tokio::task::spawn_blocking(look).await.unwrap_or(Err(VolumeError::Crashed))
     }
 
     /// Looks at the mount at the target, and decides whether it is this volume's. None where
@@ -229,7 +201,7 @@ impl Volumes {
             manifest: tree.as_ref().map(|tree| tree.record.manifest).or(recorded),
             bytes: tree.as_ref().map_or(0, |tree| tree.record.bytes),
         };
-        Ok(Some(Shown { published, form, tree }))
+        Ok(Some(Shown { published, form }))
     }
 
     async fn acquire(
@@ -289,22 +261,27 @@ impl Volumes {
         tokio::task::spawn_blocking(find).await.ok()?
     }
 
-    /// Attaches a tree for a volume that is not mounted yet. Blocking; under the guard.
+    /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under
+    /// the guard.
     fn attach(&self, content: &Content, attempt: &Attempt, tree: &Tree) -> Result<(), VolumeError> {
         attempt.check()?;
         let request = &attempt.request;
         let full = request.target.full();
         let target = open(request)?;
-        // Another publish of the same volume may have been faster.
+        let passed =
+            |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
+        // Another publish of the same volume may have been faster. A mount of the other form goes
+        // first: its record leads to the same tree, also if this ends here.
         if let Some(shown) = self.examine(request, &target)? {
             if shown.form == attempt.form {
                 return Ok(());
             }
-            // Its caller asked for the other form at the same time: the next try settles it.
-            return Err(VolumeError::Busy(full));
+            tracing::info!(form = ?attempt.form, "mounting again, in the form that is asked for");
+            if unpublish::detach(&request.target)?.foreign {
+                return Err(VolumeError::Occupied { target: full, what: OTHER_MOUNT });
+            }
+            passed("publish.detached")?;
         }
-        let passed =
-            |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
         passed("publish.acquired")?;
         let earlier = content.store.publication(&full);
         // What was decided for this volume before a reboot comes back if this fails: it stays till then.
