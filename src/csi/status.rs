@@ -58,7 +58,6 @@ pub fn code(error: &VolumeError) -> Code {
 fn pull(error: &PullError) -> Code {
     match error {
         PullError::NotCached => Code::NotFound,
-        PullError::NotProven => Code::PermissionDenied,
         PullError::Registry(error) => registry(error),
         PullError::Manifest(error) => manifest(error),
         PullError::Unpack(error) => match error.class() {

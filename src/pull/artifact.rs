@@ -1,6 +1,6 @@
 //! A manifest to the tree that a volume shows.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
@@ -15,10 +15,10 @@ use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
 use super::sums::Sums;
 use super::want::{Priority, PullPolicy, Want};
-use super::{Inner, ProgressView, Puller, transfer};
+use super::{Inner, ProgressView, Puller};
 use crate::background;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
-use crate::oci::registry::{ManifestName, RegistryError};
+use crate::oci::registry::ManifestName;
 use crate::oci::{Digest, Repository};
 use crate::store::files::StoredFile;
 use crate::store::layers::{Layer, LayerView};
@@ -33,9 +33,9 @@ use crate::unpack::{Entry, Limits, Permissions, PermissionsRule, Selection, Unpa
 /// How many layers of one artifact are fetched at once; the node's limit holds besides.
 const LAYERS_AT_ONCE: usize = 4;
 
-/// Who pays for which tree.
+/// Who pays for which tree of which repository.
 #[derive(Debug, Default)]
-pub struct SponsorsByTree(Mutex<HashMap<TreeKey, Weak<Sponsors>>>);
+pub struct SponsorsByTree(Mutex<HashMap<(Repository, TreeKey), Weak<Sponsors>>>);
 
 /// What shapes a tree beside its manifest.
 #[derive(Clone, Debug)]
@@ -75,13 +75,14 @@ impl Object {
 }
 
 impl SponsorsByTree {
-    fn of(&self, tree: TreeKey) -> Arc<Sponsors> {
+    fn of(&self, repository: &Repository, tree: TreeKey) -> Arc<Sponsors> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|_, sponsors| sponsors.strong_count() > 0);
-        let known = all.get(&tree).and_then(Weak::upgrade);
+        let key = (repository.clone(), tree);
+        let known = all.get(&key).and_then(Weak::upgrade);
         known.unwrap_or_else(|| {
-            let sponsors = Arc::new(Sponsors::default());
-            all.insert(tree, Arc::downgrade(&sponsors));
+            let sponsors = Arc::new(Sponsors::new(repository.clone()));
+            all.insert(key, Arc::downgrade(&sponsors));
             sponsors
         })
     }
@@ -111,23 +112,7 @@ impl Puller {
         }
         let credential = self.credential(resolved).await?;
         let source = Source { repository: repository.clone(), credential };
-        let tree = self.fly(key, manifest, &shape, (&source, want.priority), view).await?;
-        // Complete is one thing; that every blob of it may be had from this repository is another.
-        loop {
-            let mut started = false;
-            let (work_inner, shape, source) = (Arc::clone(inner), shape.clone(), source.clone());
-            let origin = (repository.to_string(), key);
-            let mut ticket = inner.origins.join(origin, want.priority, |progress| {
-                started = true;
-                async move { work_inner.prove_origin(manifest, shape, key, source, &progress).await }
-            });
-            view.show(ticket.progress());
-            match ticket.outcome().await {
-                // Somebody else's credential was of no use; ours may be.
-                Err(error) if !started && error.is_of_source() => {}
-                proven => return proven.map(|()| tree),
-            }
-        }
+        self.fly(key, manifest, &shape, (&source, want.priority), view).await
     }
 
     async fn fly(
@@ -138,15 +123,16 @@ impl Puller {
         (source, priority): (&Source, Priority),
         view: &ProgressView,
     ) -> Outcome<Tree> {
-        let sponsors = self.0.sponsors.of(key);
+        let repository = &source.repository;
+        let sponsors = self.0.sponsors.of(repository, key);
         let mut sponsorship = sponsors.offer(source.clone());
         loop {
             let mut started = false;
             let (inner, shape) = (Arc::clone(&self.0), shape.clone());
             let sponsors = Arc::clone(&sponsors);
-            let mut ticket = self.0.trees.join(key, priority, |progress| {
+            let mut ticket = self.0.trees.join((repository.clone(), key), priority, |progress| {
                 started = true;
-                progress.name(format!("{}@{manifest}", source.repository));
+                progress.name(format!("{repository}@{manifest}"));
                 async move {
                     let since = Instant::now();
                     let made = Arc::clone(&inner)
@@ -230,7 +216,8 @@ impl Inner {
     ) -> Outcome<Option<Tree>> {
         let (inner, repository) = (Arc::clone(self), repository.clone());
         let read = move || {
-            if !inner.store.tree_came_from(&repository, key) {
+            let mirrors = inner.mirrors(&repository);
+            if !inner.store.tree_came_from(&repository, key, &mirrors) {
                 return Ok(None);
             }
             Ok(inner.store.tree(key)?)
@@ -246,10 +233,6 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
-        let inner = Arc::clone(&self);
-        if let Some(tree) = blocking(move || Ok(inner.store.tree(key)?)).await? {
-            return Ok(tree);
-        }
         match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
             Err(error) if error.is_full() => {
@@ -281,7 +264,8 @@ impl Inner {
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
-        let reservation = self.reserve(&parts, shape.permissions).await?;
+        let reservation = self.reserve(&parts, shape.permissions, sponsors).await?;
+        let fetched = blobs_of_registry(&parts);
         let blobs = parts.iter().map(|part| part.descriptor.digest).collect();
         let mut waiting = parts.into_iter();
         let (mut under_way, mut unnamed) = (FuturesUnordered::new(), FuturesUnordered::new());
@@ -325,10 +309,15 @@ impl Inner {
         drop(under_way);
         let inner = Arc::clone(self);
         let kind = image.kind().to_owned();
+        // Those who show the same of another repository make the same tree.
+        let building = self.background.hurried(self.building.lock(key)).await;
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
         let permit = self.unpackers.permit(progress).await?;
         let built = blocking(move || {
             let _permit = permit;
+            if let Some(tree) = inner.store.tree(key)? {
+                return Ok(Err(tree));
+            }
             let (plan, objects) = inner.plan(objects, &shape, &inner.limits)?;
             let record = TreeRecord {
                 manifest,
@@ -346,7 +335,7 @@ impl Inner {
             // With locks that publishes wait for.
             let room = background::as_ordinary(reserve)?;
             let built = inner.store.build_tree(&plan, &objects)?;
-            Ok((built, record, objects, room))
+            Ok(Ok((built, record, objects, room)))
         })
         .await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
@@ -359,13 +348,20 @@ impl Inner {
             }
             reservation.done(blob);
         }
-        let inner = Arc::clone(self);
+        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
-            let (built, record, objects, _room) = built?;
-            let files: Vec<_> = objects.files.into_values().collect();
-            Ok(inner.store.commit_tree(key, record, built, (&layers, &files))?)
+            let tree = match built? {
+                Ok((built, record, objects, _room)) => {
+                    let files: Vec<_> = objects.files.into_values().collect();
+                    inner.store.commit_tree(key, record, built, (&layers, &files))?
+                }
+                Err(tree) => tree,
+            };
+            drop(building);
+            inner.remember_tree(&repository, key, &fetched)?;
+            Ok(tree)
         })
         .await
     }
@@ -469,60 +465,28 @@ impl Inner {
         done
     }
 
-    /// Sees to it that every blob of the tree may be had from this repository
-    /// (see [`crate::store::access`]), and remembers that.
-    async fn prove_origin(
-        self: Arc<Self>,
-        manifest: Digest,
-        shape: Shape,
+    /// Remembers that every blob of a tree has been had from the repository. Blocking.
+    fn remember_tree(
+        &self,
+        repository: &Repository,
         tree: TreeKey,
-        source: Source,
-        progress: &Arc<Progress>,
+        blobs: &[Digest],
     ) -> Result<(), PullError> {
-        let sponsors = Arc::new(Sponsors::default());
-        let _sponsorship = sponsors.offer(source.clone());
-        let image = self.image(manifest, &sponsors).await?;
-        for Part { descriptor, .. } in shape.parts(&image, &self.limits)? {
-            // Content that the manifest carries came with the manifest.
-            if descriptor.data.is_some() {
-                continue;
-            }
-            self.prove_blob_origin(&descriptor, &source, progress).await?;
+        let mirrors = self.mirrors(repository);
+        let sources =
+            blobs.iter().map(|&blob| self.store.blob_came_from(repository, blob, &mirrors));
+        // A mirror that has gone meanwhile proves nothing any more.
+        if let Some(sources) = sources.collect::<Option<BTreeSet<_>>>() {
+            self.store.put_tree_origin(repository, tree, &sources)?;
         }
-        blocking(move || Ok(self.store.put_tree_origin(&source.repository, tree)?)).await
+        Ok(())
     }
+}
 
-    async fn prove_blob_origin(
-        self: &Arc<Self>,
-        descriptor: &Descriptor,
-        source: &Source,
-        progress: &Arc<Progress>,
-    ) -> Result<(), PullError> {
-        let (digest, size) = (descriptor.digest, descriptor.size);
-        let (inner, repository) = (Arc::clone(self), source.repository.clone());
-        let (from_here, from_host) = blocking(move || {
-            let store = &inner.store;
-            let from_host = store.blob_came_from_host(repository.host(), digest);
-            Ok((store.blob_came_from(&repository, digest), from_host))
-        })
-        .await?;
-        if from_here {
-            return Ok(());
-        }
-        let Source { repository, credential } = source;
-        if from_host {
-            // The host has sent these bytes before; it knows best which of its repositories hold them.
-            if !self.registry.has_blob(repository, digest, credential).await? {
-                let what = format!("blob {digest} of {repository}");
-                return Err(RegistryError::NotFound { what }.into());
-            }
-        } else {
-            // Another host has to send the bytes themselves: naming a digest proves nothing.
-            transfer::prove(&self.wire, source, (digest, size), progress).await?;
-        }
-        let (inner, repository) = (Arc::clone(self), repository.clone());
-        blocking(move || Ok(inner.store.put_blob_origin(&repository, digest)?)).await
-    }
+/// The blobs of these parts that the manifest does not carry itself.
+fn blobs_of_registry(parts: &[Part]) -> Vec<Digest> {
+    let fetched = parts.iter().filter(|part| part.descriptor.data.is_none());
+    fetched.map(|part| part.descriptor.digest).collect()
 }
 
 /// Entries and bytes of a part.

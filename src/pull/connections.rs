@@ -7,6 +7,7 @@
 //! what the registry is trusted to serve at once. Only the last one's break is a try
 //! that failed: while others run, the transfer does.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 
 use super::error::PullError;
 use super::idle::Processors;
+use super::origins::content_source;
 use super::progress::Progress;
 use super::rate::Rate;
 use super::retry::{Break, Retries};
@@ -29,6 +31,7 @@ use super::sponsors::Source;
 use super::wire::{Observer, Wire};
 use crate::oci::Digest;
 use crate::oci::registry::{BlobBody, RegistryError};
+use crate::store::access::ProofSource;
 use crate::store::growth::Follower;
 
 /// How often it is looked whether another connection would help.
@@ -86,6 +89,8 @@ pub struct Connections<'a> {
     /// Nanoseconds for which the writer had something to do.
     busy: Arc<AtomicU64>,
     follow: &'a (dyn Fn(Follower) + Send + Sync),
+    /// Whether the head of an answer is all that is wanted.
+    only_answer: bool,
     state: Mutex<State>,
 }
 
@@ -99,8 +104,8 @@ struct State {
     wanted: usize,
     most: usize,
     ranges: Ranges,
-    /// Whether the registry has answered.
-    asked: bool,
+    /// Who has answered: the registry, or mirrors of it.
+    answered_by: BTreeSet<ProofSource>,
     /// Whether one of its mirrors has, since the download began or started over.
     mirrored: bool,
 }
@@ -138,27 +143,40 @@ impl<'a> Connections<'a> {
     ) -> Self {
         let most = wire.options.connections.max(1);
         let ranges = Ranges::Unknown;
-        let (rates, asked, mirrored) = (Vec::new(), false, false);
-        let state = State { spans, rates, wanted: 1, most, ranges, asked, mirrored };
+        let (rates, answered_by, mirrored) = (Vec::new(), BTreeSet::new(), false);
+        let state = State { spans, rates, wanted: 1, most, ranges, answered_by, mirrored };
         let state = Mutex::new(state);
-        Self { wire, source, digest, size, ask, place, progress, writes, busy, follow, state }
+        Self {
+            wire,
+            source,
+            digest,
+            size,
+            ask,
+            place,
+            progress,
+            writes,
+            busy,
+            follow,
+            only_answer: false,
+            state,
+        }
     }
 
-    /// Never several at once: for a writer that has to be given all bytes in order.
+    /// Asks as for the blob, with the same patience, and reads no more than the head of the answer.
     #[must_use]
-    pub fn one_after_the_other(self) -> Self {
+    pub fn only_answer(self) -> Self {
         self.state().most = 1;
-        self
+        Self { only_answer: true, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the registry has answered; and bytes that never came.
-    pub fn outcome(&self) -> (bool, u64) {
+    /// Who has answered, and bytes that never came.
+    pub fn outcome(&self) -> (BTreeSet<ProofSource>, u64) {
         let state = self.state();
-        (state.asked, state.spans.missing())
+        (state.answered_by.clone(), state.spans.missing())
     }
 
     /// Fetches what is missing, and has it verified.
@@ -169,6 +187,7 @@ impl<'a> Connections<'a> {
         let mut started_over = false;
         loop {
             let done = match self.bring(slot.take(), &mut retries).await {
+                Ok(()) if self.only_answer => Ok(()),
                 Ok(()) => self.verify().await,
                 failed => failed,
             };
@@ -335,6 +354,10 @@ impl<'a> Connections<'a> {
 
     async fn stream(&self, number: u32, slot: &Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
+        if self.only_answer {
+            self.state().spans.advance(number, self.size);
+            return Ok(());
+        }
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
         let mut ended = self.receive(number, slot, body).await;
         if let (Err(Stop::Broke(broken)), Some(mirror)) = (&mut ended, mirror) {
@@ -418,7 +441,11 @@ impl<'a> Connections<'a> {
             Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
         };
         let mut state = self.state();
-        state.asked = true;
+        if state.answered_by.is_empty() && !self.only_answer {
+            // Not before: what an earlier try left is no news for whom it is refused.
+            self.progress.resumed(self.size - state.spans.missing());
+        }
+        state.answered_by.insert(content_source(&body.answered_by));
         state.mirrored |= body.mirror.is_some();
         if body.offset != span.start || (span.end < self.size && !body.is_part) {
             return Err(Stop::NoRanges);

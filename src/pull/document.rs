@@ -9,7 +9,7 @@ use super::error::PullError;
 use super::rate::Rate;
 use super::wire::WireOptions;
 use crate::oci::credentials::Credential;
-use crate::oci::registry::{BlobBody, Held, Registry, RegistryError};
+use crate::oci::registry::{AnsweredBy, BlobBody, Held, Registry, RegistryError};
 use crate::oci::{Digest, Repository};
 
 /// Bytes a second that a document has time for, beside the time that any has. It takes room in memory
@@ -23,6 +23,8 @@ const ANY: Duration = Duration::from_secs(30);
 pub struct Document {
     /// Its bytes.
     pub bytes: Bytes,
+    /// Who sent them.
+    pub answered_by: AnsweredBy,
     _held: Option<Held>,
 }
 
@@ -64,16 +66,17 @@ pub async fn fetch(
     };
     // Marks wear off while the next host is tried; here none is asked a second time.
     let mut useless: Vec<Arc<str>> = Vec::new();
-    let bytes = loop {
+    let (bytes, answered_by) = loop {
         let mut mirror: Option<Arc<str>> = None;
         let tried = async {
             let body = registry.blob_without(&useless, repository, digest, credential).await?;
             mirror.clone_from(&body.mirror);
-            read(body).await
+            let answered_by = body.answered_by.clone();
+            Ok((read(body).await?, answered_by))
         };
         let tried = tokio::time::timeout(waited, tried).await;
         match (tried.unwrap_or_else(|_| Err(too_slow(waited))), mirror) {
-            (Ok(bytes), _) => break bytes,
+            (Ok(read), _) => break read,
             // Which ends with the registry itself.
             (Err(_), Some(mirror)) => {
                 registry.pass_by(repository, digest, &mirror);
@@ -82,7 +85,7 @@ pub async fn fetch(
             (Err(error), None) => return Err(error),
         }
     };
-    Ok(Document { bytes, _held: held })
+    Ok(Document { bytes, answered_by, _held: held })
 }
 
 #[cfg(test)]

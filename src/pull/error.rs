@@ -13,16 +13,12 @@ use crate::unpack::UnpackError;
 /// A pull that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// `pullPolicy: Never` and the reference has never been resolved here.
+    /// `pullPolicy: Never`, and it is not cached, or these credentials have not been proven to open
+    /// it. Which of both is not told: what others have cached is their own business.
     #[error(
-        "it is not cached on this node and pullPolicy is Never: warm the node or allow pulling"
+        "it is not cached on this node for these credentials and pullPolicy is Never: warm the node with them, or use IfNotPresent"
     )]
     NotCached,
-    /// `pullPolicy: Never` and nobody has proven that these credentials open the cached content.
-    #[error(
-        "it is cached, but these credentials have not been proven to open it and pullPolicy is Never: use IfNotPresent"
-    )]
-    NotProven,
     /// The registry, by its own error.
     #[error(transparent)]
     Registry(RegistryError),
@@ -125,7 +121,7 @@ impl PullError {
     #[must_use]
     pub fn outcome(&self) -> (&'static str, &'static str) {
         let reason = match self.root() {
-            Self::NotCached | Self::NotProven => "not_cached",
+            Self::NotCached => "not_cached",
             Self::Registry(error) => error.kind(),
             Self::Manifest(_) | Self::ConfigTooLarge { .. } => "manifest",
             Self::Unpack(_) => "content",

@@ -21,6 +21,7 @@ use super::{Inner, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
 use crate::oci::manifest::{Descriptor, ImageIndex, ImageManifest, Manifest, ManifestError};
 use crate::oci::{Digest, Platform, Reference};
+use crate::store::access::ProofSource;
 use crate::store::import::ImportedBlobs;
 use crate::store::resolutions::Resolution;
 use crate::store::{StoreError, Tree};
@@ -207,10 +208,13 @@ impl Inner {
                 layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
             }
             // Whoever may import may say where the content is from.
-            store.put_blob_origin(repository, digest).map_err(PullError::from)?;
+            let by = ProofSource::Registry;
+            store.put_blob_origin(repository, digest, &by).map_err(PullError::from)?;
         }
         for (digest, bytes) in &chosen.small {
             store.put_blob(*digest, bytes).map_err(PullError::from)?;
+            let by = ProofSource::Registry;
+            store.put_blob_origin(repository, *digest, &by).map_err(PullError::from)?;
         }
         Ok(Resolution {
             reference: reference.to_string(),

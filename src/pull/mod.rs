@@ -16,6 +16,7 @@
 //! wire       what all downloads share; slots: who may download; throttle: how fast
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
+//! origins    whether a repository gives a blob that the store has; locks: one at a time
 //! room       how much of the disk an artifact will take, before its first byte
 //! sums       what its layers come to, while they come
 //! artifact   manifest -> tree
@@ -35,7 +36,9 @@ pub mod error;
 pub mod flights;
 mod idle;
 pub mod import;
+mod locks;
 pub mod objects;
+mod origins;
 pub mod progress;
 pub mod rate;
 pub mod resolve;
@@ -64,10 +67,12 @@ pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 use crate::background::{Background, First};
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::Registry;
+use crate::oci::{Digest, Repository};
 use crate::store::resolutions::Resolution;
 use crate::store::{LayerKey, Store, Tree, TreeKey};
 use crate::unpack::Limits;
 use flights::{Flights, Runway};
+use locks::KeyedLocks;
 use progress::Progress;
 use resolve::{ResolveKey, Resolved};
 use unpacking::Unpackers;
@@ -113,12 +118,19 @@ struct Inner {
     unpackers: Unpackers,
     background: Background,
     resolving: Flights<ResolveKey, Resolved>,
-    trees: Flights<TreeKey, Tree>,
-    origins: Flights<(String, TreeKey), ()>,
-    files: Flights<objects::FileWant, crate::store::files::StoredFile>,
-    layers: Flights<LayerKey, objects::ReadyLayer>,
+    // Of one repository each: what fails for one is no news for another.
+    trees: Flights<(Repository, TreeKey), Tree>,
+    files: Flights<(Repository, objects::FileWant), crate::store::files::StoredFile>,
+    layers: Flights<(Repository, LayerKey), objects::ReadyLayer>,
     readings: Flights<self_check::Item, self_check::ReadBack>,
-    blobs: objects::BlobLocks,
+    /// Held while a blob is asked for, by its host and digest.
+    downloads: KeyedLocks<(String, Digest)>,
+    /// Held while it is proven that a repository gives a blob.
+    proving: KeyedLocks<(Repository, Digest)>,
+    /// Held while what was made of a blob gets its name.
+    blobs: KeyedLocks<Digest>,
+    /// Held while a tree is built.
+    building: KeyedLocks<TreeKey>,
     sponsors: artifact::SponsorsByTree,
 }
 
@@ -190,11 +202,13 @@ impl Puller {
             background: background.clone(),
             resolving: Flights::new(runway.clone(), now),
             trees: Flights::new(runway.clone(), LINGER),
-            origins: Flights::new(runway.clone(), LINGER),
             files: Flights::new(runway.clone(), now),
             layers: Flights::new(runway.clone(), now),
             readings: Flights::new(runway.clone(), LINGER),
-            blobs: objects::BlobLocks::default(),
+            downloads: KeyedLocks::default(),
+            proving: KeyedLocks::default(),
+            blobs: KeyedLocks::default(),
+            building: KeyedLocks::default(),
             sponsors: artifact::SponsorsByTree::default(),
         }))
     }

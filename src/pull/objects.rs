@@ -1,9 +1,9 @@
 //! Blobs to objects of the store: a file, or an unpacked layer.
 
-use std::collections::HashMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Cursor;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared};
@@ -11,6 +11,7 @@ use futures_util::future::{BoxFuture, Shared};
 use super::Inner;
 use super::error::PullError;
 use super::flights::Outcome;
+use super::origins::BlobOrigin;
 use super::progress::Progress;
 use super::resolve::blocking;
 use super::room::layer_key;
@@ -21,6 +22,7 @@ use crate::background::Background;
 use crate::fault;
 use crate::oci::manifest::Descriptor;
 use crate::oci::{Digest, Repository};
+use crate::store::access::ProofSource;
 use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::growth::Follower;
 use crate::store::layers::{Layer, LayerTotals, LayerView, UnpackedLayer};
@@ -59,31 +61,19 @@ pub struct ReadyLayer {
 /// Goes on whether anybody waits or not.
 type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
-/// Who may work on a blob: one flight at a time, whatever it makes of it.
-#[derive(Debug, Default)]
-pub struct BlobLocks(Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>);
+/// The right to work on a blob for one repository.
+struct Turn {
+    guard: BlobGuard,
+    origin: BlobOrigin,
+    /// Who has given it for the repository while others worked on it.
+    given_by: BTreeSet<ProofSource>,
+}
 
 impl ReadyLayer {
     /// Waits until it has its name.
     pub async fn named(&self, background: &Background) -> Outcome<Layer> {
         let named = self.named.clone();
         if self.behind { background.hurried(named).await } else { named.await }
-    }
-}
-
-impl BlobLocks {
-    async fn lock(&self, digest: Digest) -> BlobGuard {
-        let lock = {
-            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            locks.retain(|_, lock| lock.strong_count() > 0);
-            let known = locks.get(&digest).and_then(Weak::upgrade);
-            known.unwrap_or_else(|| {
-                let lock = Arc::new(tokio::sync::Mutex::new(()));
-                locks.insert(digest, Arc::downgrade(&lock));
-                lock
-            })
-        };
-        lock.lock_owned().await
     }
 }
 
@@ -99,7 +89,8 @@ impl Inner {
         let want = FileWant { digest: descriptor.digest, permissions };
         let file = loop {
             let mut started = false;
-            let mut ticket = self.files.join(want, progress.priority(), |own| {
+            let key = (sponsors.repository().clone(), want);
+            let mut ticket = self.files.join(key, progress.priority(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
@@ -139,7 +130,8 @@ impl Inner {
         let key = layer_key(descriptor.digest, rule, permissions);
         loop {
             let mut started = false;
-            let mut ticket = self.layers.join(key, progress.priority(), |own| {
+            let of = (sponsors.repository().clone(), key);
+            let mut ticket = self.layers.join(of, progress.priority(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
@@ -165,53 +157,70 @@ impl Inner {
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
     ) -> Result<StoredFile, PullError> {
-        let guard = self.background.hurried(self.blobs.lock(want.digest)).await;
-        let (inner, digest) = (Arc::clone(&self), want.digest);
-        let unread = blocking(move || Ok(inner.store.unread_files(digest)?)).await?;
-        self.read_before_use(unread, progress).await?;
-        let inner = Arc::clone(&self);
-        let data = descriptor.data.clone();
-        let (known, guard) = blocking(move || {
-            let known = inner.known_file(want, data.as_deref())?;
-            Ok((known, guard))
-        })
-        .await?;
-        if let Some(file) = known {
+        if let Some(data) = descriptor.data.clone() {
+            self.read_files_before_use(want.digest, progress).await?;
+            let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
             progress.resumed(descriptor.size);
-            return Ok(file);
+            let inner = Arc::clone(&self);
+            return blocking(move || inner.inline_file(want, &data)).await;
         }
-        let Download { partial, guard, repository, asked } =
-            self.download((descriptor, Purpose::Keep), sponsors, progress, &|_| (), guard).await?;
+        let work = (descriptor, Purpose::Keep, sponsors, progress);
+        let mut turn = self.turn(work).await?;
         let inner = Arc::clone(&self);
+        let held = blocking(move || Ok(inner.store.any_file_of(want.digest)?)).await?;
+        if held.is_some() {
+            let guard = self.prove(work, turn).await?;
+            self.read_files_before_use(want.digest, progress).await?;
+            let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
+            let inner = Arc::clone(&self);
+            let known = blocking(move || {
+                let known = inner.known_file(want)?;
+                drop(held);
+                Ok(known)
+            })
+            .await?;
+            if let Some(file) = known {
+                return Ok(file);
+            }
+            turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
+        }
+        let Download { partial, guard, given_by } = self.download(work, &|_| (), turn).await?;
+        let naming = self.background.hurried(self.blobs.lock(want.digest)).await;
+        let (inner, repository) = (Arc::clone(&self), sponsors.repository().clone());
         blocking(move || {
             verified(partial.path())?;
+            // Whether it gets its name or not.
+            inner.remember_origin(&repository, want.digest, &given_by)?;
             let key = file_key(want, &mut partial.reader()?)?;
-            let file = inner.store.commit_file(key, &partial)?;
-            inner.remember_origin(&repository, asked, want.digest)?;
-            drop(guard);
+            let file = match inner.store.file(key)? {
+                None => inner.store.commit_file(key, &partial)?,
+                // Another host has sent it meanwhile.
+                Some(file) => {
+                    partial.discard()?;
+                    file
+                }
+            };
+            drop((guard, naming));
             Ok(file)
         })
         .await
     }
 
-    /// What can be had without the registry: the file itself, a copy of the
-    /// same content with another mode, or content that the manifest carries.
-    fn known_file(
-        &self,
-        want: FileWant,
-        data: Option<&[u8]>,
-    ) -> Result<Option<StoredFile>, PullError> {
-        let key = |permissions| FileKey { digest: want.digest, permissions };
-        if let Some(data) = data {
-            let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
-            let key = key(want.permissions.unwrap_or(by_content));
-            return match self.store.file(key)? {
-                Some(file) => Ok(Some(file)),
-                None => Ok(Some(self.store.commit_inline_file(key, data)?)),
-            };
-        }
-        // Without a mode the content decides, and not what another volume has asked for.
+    /// Content that the manifest carries.
+    fn inline_file(&self, want: FileWant, data: &[u8]) -> Result<StoredFile, PullError> {
+        let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
+        let permissions = want.permissions.unwrap_or(by_content);
+        let key = FileKey { digest: want.digest, permissions };
+        Ok(match self.store.file(key)? {
+            Some(file) => file,
+            None => self.store.commit_inline_file(key, data)?,
+        })
+    }
+
+    /// What can be made of content that is here: the file itself, or a copy with another mode.
+    fn known_file(&self, want: FileWant) -> Result<Option<StoredFile>, PullError> {
         let Some(source) = self.store.any_file_of(want.digest)? else { return Ok(None) };
+        // Without a mode the content decides, and not what another volume has asked for.
         let key = key_of(want, &source)?;
         if let Some(file) = self.store.file(key)? {
             return Ok(Some(file));
@@ -236,41 +245,44 @@ impl Inner {
         sponsors: &Sponsors,
         progress: &Arc<Progress>,
     ) -> Result<ReadyLayer, PullError> {
-        let guard = self.background.hurried(self.blobs.lock(descriptor.digest)).await;
-        let inner = Arc::clone(&self);
-        let unread = blocking(move || Ok(inner.store.unread_layer(key)?)).await?;
-        self.read_before_use(unread, progress).await?;
-        let inner = Arc::clone(&self);
-        let (known, guard) = blocking(move || {
-            let known = inner.store.layer(key)?.map(|layer| (layer.totals(), layer));
-            Ok((known, guard))
-        })
-        .await?;
-        if let Some((totals, layer)) = known {
-            progress.resumed(descriptor.size);
-            let view = layer.view();
-            let named = std::future::ready(Ok(layer)).boxed().shared();
-            return Ok(ReadyLayer { view, totals, named, behind: false });
-        }
+        let digest = descriptor.digest;
         if let Some(data) = descriptor.data.clone() {
+            self.read_layer_before_use(key, progress).await?;
+            let naming = self.background.hurried(self.blobs.lock(digest)).await;
             progress.resumed(descriptor.size);
+            let inner = Arc::clone(&self);
+            if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
+                return ready(layer).await;
+            }
             let writer = job.finish(move || Ok(Cursor::new(data.clone()))).await?;
             let inner = Arc::clone(&self);
             let unpacked = blocking(move || Ok(inner.store.finish_layer(key, writer)?)).await?;
-            return self.name_layer(unpacked, guard, |_| Ok(()));
+            return self.name_layer(unpacked, naming, |_| Ok(()));
         }
-        if let Some((_, source)) = sponsors.current()
-            && let Some(refusal) = self.unpackers.refusal(&source.repository.to_string(), key)
-        {
+        let work = (descriptor, Purpose::Unpack, sponsors, progress);
+        let mut turn = self.turn(work).await?;
+        let inner = Arc::clone(&self);
+        let held = blocking(move || Ok(inner.store.layer(key)?)).await?;
+        if held.is_some() {
+            let guard = self.prove(work, turn).await?;
+            self.read_layer_before_use(key, progress).await?;
+            let inner = Arc::clone(&self);
+            if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
+                return ready(layer).await;
+            }
+            // It was found damaged, and is fetched as if it were not here.
+            turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
+        }
+        let repository = sponsors.repository().clone();
+        if let Some(refusal) = self.unpackers.refusal(&repository.to_string(), key) {
             return Err(PullError::Shared(refusal));
         }
         let follow = |follower| job.follow(follower);
-        let Download { partial, guard, repository, asked } = self
-            .download((descriptor, Purpose::Unpack), sponsors, progress, &follow, guard)
-            .await?;
+        let Download { partial, guard, given_by } = self.download(work, &follow, turn).await?;
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
+        let naming = self.background.hurried(self.blobs.lock(digest)).await;
         let (inner, from) = (Arc::clone(&self), repository.clone());
         let unpacked = blocking(move || {
             verified(partial.path())?;
@@ -294,10 +306,22 @@ impl Inner {
             }
         })
         .await;
-        let digest = descriptor.digest;
-        let named = move |inner: &Self| inner.remember_origin(&repository, asked, digest);
+        let named = move |inner: &Self| inner.remember_origin(&repository, digest, &given_by);
         match unpacked {
-            Ok(unpacked) => self.name_layer(unpacked, guard, named),
+            Ok(unpacked) => {
+                let inner = Arc::clone(&self);
+                let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? else {
+                    return self.name_layer(unpacked, (guard, naming), named);
+                };
+                // Another host has sent it meanwhile.
+                let inner = Arc::clone(&self);
+                blocking(move || {
+                    drop(unpacked);
+                    named(&inner)
+                })
+                .await?;
+                ready(layer).await
+            }
             Err(error) => {
                 // It did come from there.
                 let inner = Arc::clone(&self);
@@ -307,19 +331,43 @@ impl Inner {
         }
     }
 
+    /// What an earlier format has left of a file is read back once, before the first use.
+    async fn read_files_before_use(
+        self: &Arc<Self>,
+        blob: Digest,
+        progress: &Arc<Progress>,
+    ) -> Result<(), PullError> {
+        let inner = Arc::clone(self);
+        let unread = blocking(move || Ok(inner.store.unread_files(blob)?)).await?;
+        // One that is damaged has been marked: the next look does not find it.
+        self.read_before_use(unread, progress).await.map(|_| ())
+    }
+
+    /// As [`Self::read_files_before_use`], of a layer.
+    async fn read_layer_before_use(
+        self: &Arc<Self>,
+        key: LayerKey,
+        progress: &Arc<Progress>,
+    ) -> Result<(), PullError> {
+        let inner = Arc::clone(self);
+        let unread = blocking(move || Ok(inner.store.unread_layer(key)?)).await?;
+        // One that is damaged has been marked: the next look does not find it.
+        self.read_before_use(unread, progress).await.map(|_| ())
+    }
+
     /// Begins to sync and name a layer, and does not wait for it. The blob is free again when that
     /// has ended: whoever wants it then finds the layer.
     fn name_layer(
         self: &Arc<Self>,
         unpacked: UnpackedLayer,
-        guard: BlobGuard,
+        guards: impl Send + 'static,
         named: impl FnOnce(&Self) -> Result<(), PullError> + Send + 'static,
     ) -> Result<ReadyLayer, PullError> {
         let (view, totals, inner) = (unpacked.view()?, unpacked.totals(), Arc::clone(self));
         let naming = tokio::task::spawn_blocking(move || {
             let layer = inner.store.commit_layer(unpacked)?;
             named(&inner)?;
-            drop(guard);
+            drop(guards);
             Ok(layer)
         });
         let outcome = async move {
@@ -342,32 +390,110 @@ impl Inner {
         PullError::Shared(error)
     }
 
-    fn remember_origin(
-        &self,
-        repository: &Repository,
-        asked: bool,
-        digest: Digest,
-    ) -> Result<(), PullError> {
-        if asked {
-            self.store.put_blob_origin(repository, digest)?;
+    /// Waits for the right to work on a blob. While another flight of the same host has it, that is
+    /// waited for only when the registry has given the blob for this repository, too: one who may
+    /// not have it hears so at once, whether others have it or not.
+    async fn turn(self: &Arc<Self>, work: Work<'_>) -> Result<Turn, PullError> {
+        let (descriptor, _, sponsors, _) = work;
+        let (repository, digest) = (sponsors.repository(), descriptor.digest);
+        let key = || (repository.host().to_owned(), digest);
+        let mut given_by = BTreeSet::new();
+        let of_repository = self.proving.lock((repository.clone(), digest));
+        let of_repository = self.background.hurried(of_repository).await;
+        let of_host = if let Some(guard) = self.downloads.try_lock(key()) {
+            guard
         } else {
-            self.store.put_host_origin(repository.host(), digest)?;
+            if self.look_up_origin(repository, digest).await? != BlobOrigin::Repository {
+                given_by = self.ask_for(work).await?;
+            }
+            self.background.hurried(self.downloads.lock(key())).await
+        };
+        let origin = self.look_up_origin(repository, digest).await?;
+        let guard = BlobGuard { _repository: of_repository, _host: of_host };
+        Ok(Turn { guard, origin, given_by })
+    }
+
+    /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
+    /// and remembers who has given it.
+    async fn prove(self: &Arc<Self>, work: Work<'_>, turn: Turn) -> Result<BlobGuard, PullError> {
+        let (descriptor, _, sponsors, progress) = work;
+        let (guard, given_by) = match turn {
+            Turn { guard, origin: BlobOrigin::Repository, .. } => {
+                progress.resumed(descriptor.size);
+                return Ok(guard);
+            }
+            Turn { guard, origin: BlobOrigin::Host, given_by } => {
+                let is_given = !given_by.is_empty();
+                let given_by = if is_given { given_by } else { self.ask_for(work).await? };
+                progress.resumed(descriptor.size);
+                (guard, given_by)
+            }
+            // Another host has to send the bytes themselves: naming a digest proves nothing.
+            turn => {
+                let Download { partial, guard, given_by } =
+                    self.download(work, &|_| (), turn).await?;
+                blocking(move || Ok(partial.discard()?)).await?;
+                (guard, given_by)
+            }
+        };
+        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
+        let digest = descriptor.digest;
+        blocking(move || inner.remember_origin(&repository, digest, &given_by)).await?;
+        Ok(guard)
+    }
+
+    /// Asks the repository for a blob; says who has given it.
+    async fn ask_for(&self, work: Work<'_>) -> Result<BTreeSet<ProofSource>, PullError> {
+        let (descriptor, _, sponsors, progress) = work;
+        let blob = (descriptor.digest, descriptor.size);
+        let mut last = PullError::Unwanted;
+        while let Some((number, source)) = sponsors.current() {
+            let of = (blob, sponsors.number());
+            match transfer::ask(&self.wire, &source, of, progress).await {
+                Err(error) if error.is_of_source() => last = sponsors.refused(number, error),
+                done => return done,
+            }
         }
-        Ok(())
+        Err(last)
     }
 
     async fn download(
         &self,
-        (descriptor, purpose): (&Descriptor, Purpose),
-        sponsors: &Sponsors,
-        progress: &Arc<Progress>,
+        work: Work<'_>,
         follow: &(dyn Fn(Follower) + Send + Sync),
-        guard: BlobGuard,
+        turn: Turn,
     ) -> Result<Download, PullError> {
+        let (descriptor, purpose, sponsors, progress) = work;
+        let Turn { guard, origin, given_by } = turn;
         let blob = (descriptor.digest, descriptor.size);
         let order = Order { blob, purpose, sponsors, progress, follow };
-        transfer::fetch(&self.store, &self.wire, &order, guard).await
+        let mut download = transfer::fetch(&self.store, &self.wire, &order, guard).await?;
+        if download.given_by.is_empty() {
+            // All bytes were here from an earlier try, of whichever repository of the host.
+            download.given_by = match origin {
+                BlobOrigin::Repository => given_by,
+                _ if !given_by.is_empty() => given_by,
+                _ => self.ask_for(work).await?,
+            };
+            progress.resumed(descriptor.size);
+        }
+        Ok(download)
     }
+}
+
+/// A blob, what becomes of it, whose credentials pay, and how far it is.
+type Work<'a> = (&'a Descriptor, Purpose, &'a Sponsors, &'a Arc<Progress>);
+
+/// A layer that has its name.
+async fn ready(layer: Layer) -> Result<ReadyLayer, PullError> {
+    let (layer, totals) = blocking(move || {
+        let totals = layer.totals();
+        Ok((layer, totals))
+    })
+    .await?;
+    let view = layer.view();
+    let named = std::future::ready(Ok(layer)).boxed().shared();
+    Ok(ReadyLayer { view, totals, named, behind: false })
 }
 
 /// A download is complete, and its content about to get a name.

@@ -1,8 +1,10 @@
 //! What a reference means now, and whether this volume may see it.
 //!
-//! Access is proven per repository, manifest and principal: by having fetched
-//! the manifest with a credential, or by one cheap request for it. What anybody
-//! may read (proven anonymously) is open to everyone.
+//! Access is proven per repository, manifest and principal: by fetching with a
+//! credential what the reference names, as if nothing were here. What is here is
+//! told apart neither by the answer nor by its words. What anybody may read
+//! (proven anonymously) is open to everyone. What a mirror gives without having
+//! seen a credential proves nothing as long as the registry itself can be asked.
 
 use std::sync::Arc;
 
@@ -12,15 +14,16 @@ use super::candidates::{Candidate, Candidates};
 use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
+use super::origins::content_source;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
 use crate::oci::manifest::{
     Descriptor, ImageManifest, Manifest, ManifestError, check_config_platform,
 };
-use crate::oci::registry::{FetchedManifest, ManifestName, RegistryError};
+use crate::oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError};
 use crate::oci::{Digest, Platform, Reference, Repository};
-use crate::store::access::Principal;
+use crate::store::access::{Mirrors, Principal, ProofSource};
 use crate::store::resolutions::Resolution;
 
 /// A manifest that this volume may see.
@@ -74,6 +77,14 @@ enum Question {
     Access { top: Digest, manifest: Digest },
 }
 
+/// What a reference means by an answer just now.
+struct Meaning {
+    top: Digest,
+    manifest: Digest,
+    /// Who gave the answer.
+    answered_by: AnsweredBy,
+}
+
 /// What is known of a reference without asking anybody.
 #[derive(Debug)]
 struct Known {
@@ -111,21 +122,15 @@ impl Puller {
         let cached = proven.map(before);
         let question = match cached {
             Some(cached) if !must_ask => return Ok(cached),
-            None if want.policy == PullPolicy::Never => return Err(Arc::new(PullError::NotProven)),
+            // What is cached for others is not cached for this volume.
+            None if want.policy == PullPolicy::Never => return Err(Arc::new(PullError::NotCached)),
             // A digest means the same for ever; there is only access to be proven.
             _ if !must_ask || want.reference.digest().is_some() => {
                 Question::Access { top, manifest }
             }
             _ => Question::Meaning,
         };
-        let asked = match self.ask(want, &candidates, question).await {
-            // The registry has dropped what the tag meant here: it means something else now.
-            Err(error) if question != Question::Meaning && want.is_moved(&error) => {
-                self.ask(want, &candidates, Question::Meaning).await
-            }
-            asked => asked,
-        };
-        let error = match asked {
+        let error = match self.ask(want, &candidates, question).await {
             Err(error) if error.is_unavailable() => error,
             asked => return asked,
         };
@@ -188,41 +193,67 @@ impl Inner {
     /// What is known without asking anybody. Blocking.
     fn known(&self, want: &Want, candidates: &Candidates) -> Option<Known> {
         let (reference, platform) = (&want.reference, &want.platform);
+        let repository = reference.repository();
+        let mirrors = self.mirrors(repository);
         let recorded = self.store.resolution(reference, platform);
         let (top, manifest) = match (recorded, reference.digest()) {
             (Some(resolution), _) => (resolution.resolved, resolution.manifest),
-            // A kept manifest can be read itself, whatever repository it came from. One that
-            // cannot be used is asked for again: what is wrong with it, the registry may tell.
-            (None, Some(digest)) => match self.kept(digest, platform) {
+            // A manifest that the repository has sent can be read itself. One that cannot be used
+            // is asked for again: what is wrong with it, the registry may tell.
+            (None, Some(digest)) => match self.kept(digest, platform, &|blob| {
+                self.kept_blob(repository, blob, candidates, &mirrors)
+            }) {
                 Ok(Some(manifest)) => (digest, manifest),
                 Ok(None) | Err(_) => return None,
             },
             (None, None) => return None,
         };
-        let repository = reference.repository();
         let account = candidates.account(self.store.node_key());
         let account_is_proven = account.is_some_and(|account| {
             let age = self.verification.proof_ttl;
-            self.store.is_proven_for_account(repository, manifest, &account, age)
+            self.store.is_proven_for_account(repository, manifest, (&account, age), &mirrors)
         });
-        let proven = self.proven(reference, manifest, candidates);
+        let proven = self.proven(repository, manifest, candidates, &mirrors);
         Some(Known { top, manifest, proven, account_is_proven })
     }
 
+    /// A blob that is kept and that this repository has sent, or a manifest that the volume has been
+    /// proven to read there. What others have sent is not here.
+    fn kept_blob(
+        &self,
+        repository: &Repository,
+        blob: Digest,
+        candidates: &Candidates,
+        mirrors: &Mirrors,
+    ) -> Result<Option<Vec<u8>>, PullError> {
+        let anonymous = Principal::anonymous();
+        let is_proven = |who| self.store.is_proven(repository, blob, who, mirrors);
+        let is_of_repository = self.store.blob_came_from(repository, blob, mirrors).is_some()
+            || self.store.is_imported(repository, blob)
+            || is_proven(&anonymous)
+            || candidates.all().iter().any(|candidate| is_proven(&candidate.principal));
+        if is_of_repository { Ok(self.store.blob(blob)?) } else { Ok(None) }
+    }
+
     /// What a kept manifest or index means for a platform.
-    fn kept(&self, digest: Digest, platform: &Platform) -> Result<Option<Digest>, PullError> {
-        let Some(bytes) = self.store.blob(digest)? else { return Ok(None) };
+    fn kept(
+        &self,
+        digest: Digest,
+        platform: &Platform,
+        read: &dyn Fn(Digest) -> Result<Option<Vec<u8>>, PullError>,
+    ) -> Result<Option<Digest>, PullError> {
+        let Some(bytes) = read(digest)? else { return Ok(None) };
         let (manifest, bytes, named_by_index) =
             match Manifest::parse(&bytes, None, self.limits.manifest())? {
                 Manifest::Image(_) => (digest, Some(bytes), false),
                 Manifest::Index(index) => {
                     let chosen = index.choose(platform)?;
-                    let bytes = self.store.blob(chosen.digest)?;
+                    let bytes = read(chosen.digest)?;
                     (chosen.digest, bytes, chosen.platform.is_some())
                 }
             };
         let Some(bytes) = bytes else { return Ok(None) };
-        let fits = named_by_index || self.kept_config_fits(&bytes, platform)?;
+        let fits = named_by_index || self.kept_config_fits(&bytes, platform, read)?;
         Ok(fits.then_some(manifest))
     }
 
@@ -230,12 +261,12 @@ impl Inner {
     /// open to everyone, and so is what the node's rule asks no proof for.
     fn proven(
         &self,
-        reference: &Reference,
+        repository: &Repository,
         manifest: Digest,
         candidates: &Candidates,
+        mirrors: &Mirrors,
     ) -> Option<Candidate> {
-        let repository = reference.repository();
-        let proven = |principal| self.store.is_proven(repository, manifest, principal);
+        let proven = |principal| self.store.is_proven(repository, manifest, principal, mirrors);
         if let Some(candidate) =
             candidates.all().iter().find(|candidate| proven(&candidate.principal))
         {
@@ -298,28 +329,37 @@ impl Inner {
     /// Asks with one credential, and remembers what was proven with it.
     async fn fetch_with(
         self: &Arc<Self>,
-        question: Question,
+        mut question: Question,
         reference: &Reference,
         platform: &Platform,
-        (credential, principal): (&Credential, &Principal),
+        with: (&Credential, &Principal),
         candidates: &Candidates,
     ) -> Result<Resolved, PullError> {
-        let (top, manifest) = match question {
-            Question::Meaning | Question::MeaningUnremembered => {
-                self.fetch_manifest(reference, platform, credential).await?
-            }
+        let (credential, principal) = with;
+        let seen = match question {
             Question::Access { top, manifest } => {
-                self.see(reference.repository(), manifest, credential).await?;
-                (top, manifest)
+                let seen = self.see(reference, (top, manifest), with).await?;
+                seen.map(|answered_by| Meaning { top, manifest, answered_by })
             }
+            Question::Meaning | Question::MeaningUnremembered => None,
         };
+        let Meaning { top, manifest, answered_by } = if let Some(seen) = seen {
+            seen
+        } else {
+            if matches!(question, Question::Access { .. }) {
+                // The registry has dropped what the tag meant here: it means something else now.
+                question = Question::Meaning;
+            }
+            self.fetch_manifest(reference, platform, with).await?
+        };
+        let by = self.attest(reference, (top, manifest), credential, answered_by).await?;
         let (inner, reference, platform) = (Arc::clone(self), reference.clone(), platform.clone());
         let (principal, candidates) = (principal.clone(), candidates.clone());
         let remember = move || {
             let (store, repository) = (&inner.store, reference.repository());
-            store.put_proof(repository, manifest, &principal)?;
+            store.put_proof(repository, manifest, &principal, &by)?;
             if let Some(account) = candidates.account(store.node_key()) {
-                store.put_account_proof(repository, manifest, &account)?;
+                store.put_account_proof(repository, manifest, &account, &by)?;
             }
             if question == Question::Meaning {
                 let text = reference.to_string();
@@ -333,43 +373,163 @@ impl Inner {
         Ok(Resolved { top, manifest, access: Access::Proven(credential.clone()) })
     }
 
+    /// Fetches what the reference names, as if nothing of it were here; says who sent it. None when
+    /// the tag has moved and the registry no longer has what it means on this node. One who has
+    /// been proven before has seen it: for him a request without a body is enough.
+    async fn see(
+        self: &Arc<Self>,
+        reference: &Reference,
+        (top, manifest): (Digest, Digest),
+        (credential, principal): (&Credential, &Principal),
+    ) -> Result<Option<AnsweredBy>, PullError> {
+        let repository = reference.repository();
+        let (inner, of, who) = (Arc::clone(self), repository.clone(), principal.clone());
+        let is_proven = move || Ok(inner.store.is_proven(&of, manifest, &who, &inner.mirrors(&of)));
+        if blocking(is_proven).await? {
+            return Ok(Some(self.registry.probe(repository, manifest, credential).await?));
+        }
+        let name = name_of(reference);
+        let fetched = self.registry.manifest(repository, &name, credential).await?;
+        if fetched.digest == top {
+            self.keep(repository, top, fetched.bytes.clone(), &fetched.answered_by).await?;
+            return Ok(Some(fetched.answered_by));
+        }
+        let digest = ManifestName::Digest(manifest);
+        match self.registry.manifest(repository, &digest, credential).await {
+            Ok(fetched) => {
+                let FetchedManifest { bytes, answered_by, .. } = &fetched;
+                self.keep(repository, manifest, bytes.clone(), answered_by).await?;
+                Ok(Some(answered_by.clone()))
+            }
+            Err(RegistryError::NotFound { .. }) => Ok(None),
+            // The tag is what was asked for; what it means on this node is told to nobody else.
+            Err(error) => Err(error.about(&name.describe(repository)).into()),
+        }
+    }
+
+    /// Whose word it is that a credential opens a manifest.
+    ///
+    /// A mirror that was shown no credential gives to everyone what it has: the registry itself is
+    /// asked, and its refusal counts. Where it cannot be asked, or another host stands in its place,
+    /// the mirror's word counts for as long as it is configured, unless the registry is known to
+    /// refuse the repository to an anonymous request.
+    async fn attest(
+        self: &Arc<Self>,
+        reference: &Reference,
+        (top, manifest): (Digest, Digest),
+        credential: &Credential,
+        answered_by: AnsweredBy,
+    ) -> Result<ProofSource, PullError> {
+        let (address, is_anonymous) = match answered_by {
+            AnsweredBy::Registry => return Ok(ProofSource::Registry),
+            AnsweredBy::Mirror { address, with_credential } => (address, !with_credential),
+        };
+        let mirror = ProofSource::Mirror { address, is_anonymous };
+        if !is_anonymous {
+            return Ok(mirror);
+        }
+        let repository = reference.repository();
+        let word = self.registry.manifest_of_registry(repository, top, credential).await;
+        if credential.is_anonymous() {
+            self.remember_privacy(repository, word.as_ref().map(Option::is_some)).await?;
+        }
+        let error = match word {
+            Ok(None) => return Ok(mirror),
+            Ok(Some(_)) => {
+                self.learn_privacy(repository, (top, manifest), credential).await?;
+                return Ok(ProofSource::Registry);
+            }
+            Err(error) => error,
+        };
+        let (inner, of) = (Arc::clone(self), repository.clone());
+        if error.is_transient() && !blocking(move || Ok(inner.store.refuses_anonymous(&of))).await?
+        {
+            return Ok(mirror);
+        }
+        Err(error.about(&name_of(reference).describe(repository)).into())
+    }
+
+    /// Asks the registry itself once whether a repository that a credential has opened is open to
+    /// everyone, so that it is known while the registry cannot be asked.
+    async fn learn_privacy(
+        self: &Arc<Self>,
+        repository: &Repository,
+        (top, manifest): (Digest, Digest),
+        credential: &Credential,
+    ) -> Result<(), PullError> {
+        let (inner, of) = (Arc::clone(self), repository.clone());
+        let is_known = move || {
+            let anonymous = Principal::anonymous();
+            Ok(inner.store.refuses_anonymous(&of)
+                || inner.store.is_proven(&of, manifest, &anonymous, &inner.mirrors(&of)))
+        };
+        if credential.is_anonymous() || blocking(is_known).await? {
+            return Ok(());
+        }
+        let anonymous = Credential::Anonymous;
+        let word = self.registry.manifest_of_registry(repository, top, &anonymous).await;
+        if matches!(word, Ok(Some(_))) {
+            let (inner, of) = (Arc::clone(self), repository.clone());
+            let (who, by) = (Principal::anonymous(), ProofSource::Registry);
+            blocking(move || Ok(inner.store.put_proof(&of, manifest, &who, &by)?)).await?;
+        }
+        self.remember_privacy(repository, word.as_ref().map(Option::is_some)).await
+    }
+
+    /// Remembers what the registry itself answered to an anonymous request.
+    async fn remember_privacy(
+        self: &Arc<Self>,
+        repository: &Repository,
+        word: Result<bool, &RegistryError>,
+    ) -> Result<(), PullError> {
+        let refuses = match word {
+            Ok(true) => false,
+            Err(
+                RegistryError::Unauthorized { .. }
+                | RegistryError::Forbidden { .. }
+                | RegistryError::NotFound { .. },
+            ) => true,
+            Ok(false) | Err(_) => return Ok(()),
+        };
+        let (inner, of) = (Arc::clone(self), repository.clone());
+        blocking(move || Ok(inner.store.put_refuses_anonymous(&of, refuses)?)).await
+    }
+
     /// Fetches what is not here yet of: index, manifest, configuration.
     async fn fetch_manifest(
         self: &Arc<Self>,
         reference: &Reference,
         platform: &Platform,
-        credential: &Credential,
-    ) -> Result<(Digest, Digest), PullError> {
+        with: (&Credential, &Principal),
+    ) -> Result<Meaning, PullError> {
         let repository = reference.repository();
-        let name = match reference.digest() {
-            Some(digest) => ManifestName::Digest(digest),
-            None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
-        };
-        if let Some(known) = self.unchanged(reference, platform, &name, credential).await? {
+        let (name, (credential, _)) = (name_of(reference), with);
+        if let Some(known) = self.unchanged(reference, platform, &name, with).await? {
             return Ok(known);
         }
         let limits = self.limits.manifest();
         // Of each document what the next one is asked for with, and no more: its room is another's.
-        let (top, parsed) = {
+        let (top, answered_by, parsed) = {
             let top = self.registry.manifest(repository, &name, credential).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
-            self.keep(repository, top.digest, top.bytes.clone()).await?;
-            (top.digest, parsed)
+            self.keep(repository, top.digest, top.bytes.clone(), &top.answered_by).await?;
+            (top.digest, top.answered_by, parsed)
         };
         let chosen = match parsed {
             Manifest::Image(manifest) => {
                 let config = config_of_image(manifest);
                 self.check_platform(reference, platform, credential, config).await?;
-                return Ok((top, top));
+                return Ok(Meaning { top, manifest: top, answered_by });
             }
             Manifest::Index(index) => index.choose(platform)?.clone(),
         };
         let config = {
-            let (bytes, _held) = self.manifest_bytes(reference, &chosen, credential).await?;
+            let (bytes, fetched) = self.manifest_bytes(reference, &chosen, credential).await?;
+            let sent_by = fetched.as_ref().map_or(&answered_by, |fetched| &fetched.answered_by);
             match Manifest::parse(&bytes, Some(&chosen.media_type), limits)? {
                 Manifest::Index(_) => return Err(ManifestError::NestedIndex(chosen.digest).into()),
                 Manifest::Image(manifest) => {
-                    self.keep(repository, chosen.digest, bytes).await?;
+                    self.keep(repository, chosen.digest, bytes, sent_by).await?;
                     config_of_image(manifest)
                 }
             }
@@ -377,22 +537,29 @@ impl Inner {
         if chosen.platform.is_none() {
             self.check_platform(reference, platform, credential, config).await?;
         }
-        Ok((top, chosen.digest))
+        Ok(Meaning { top, manifest: chosen.digest, answered_by })
     }
 
-    /// A tag that still means what it meant: one request without a body tells.
+    /// A tag that still means what it meant: one request without a body tells. For one who has not
+    /// been proven to read it the same is asked as if nothing were here.
     async fn unchanged(
         self: &Arc<Self>,
         reference: &Reference,
         platform: &Platform,
         name: &ManifestName,
-        credential: &Credential,
-    ) -> Result<Option<(Digest, Digest)>, PullError> {
+        (credential, principal): (&Credential, &Principal),
+    ) -> Result<Option<Meaning>, PullError> {
         let ManifestName::Tag(tag) = name else { return Ok(None) };
         let (inner, asked, asked_for) = (Arc::clone(self), reference.clone(), platform.clone());
+        let who = principal.clone();
         let known = blocking(move || {
             let known = inner.store.resolution(&asked, &asked_for);
-            let kept = |known: &Resolution| matches!(inner.store.blob(known.manifest), Ok(Some(_)));
+            let kept = |known: &Resolution| {
+                let (repository, manifest) = (asked.repository(), known.manifest);
+                let mirrors = inner.mirrors(repository);
+                inner.store.is_proven(repository, manifest, &who, &mirrors)
+                    && matches!(inner.store.blob(manifest), Ok(Some(_)))
+            };
             Ok(known.filter(kept))
         });
         let Some(known) = known.await? else { return Ok(None) };
@@ -402,7 +569,9 @@ impl Inner {
             Err(RegistryError::NotFound { .. }) => None,
             current => current?,
         };
-        Ok((current == Some(known.resolved)).then_some((known.resolved, known.manifest)))
+        let Resolution { resolved: top, manifest, .. } = known;
+        let current = current.filter(|current| current.digest == top);
+        Ok(current.map(|current| Meaning { top, manifest, answered_by: current.answered_by }))
     }
 
     /// The manifest that an index points at.
@@ -444,21 +613,31 @@ impl Inner {
         if let Some(data) = &config.data {
             return Ok(check_config_platform(data, wanted)?);
         }
-        let inner = Arc::clone(self);
-        if let Some(kept) = blocking(move || Ok(inner.store.blob(digest)?)).await? {
+        let (inner, of) = (Arc::clone(self), reference.repository().clone());
+        let read = move || {
+            // Another's configuration is as if it were not here.
+            let is_ours = inner.store.blob_came_from(&of, digest, &inner.mirrors(&of)).is_some();
+            if is_ours { Ok(inner.store.blob(digest)?) } else { Ok(None) }
+        };
+        if let Some(kept) = blocking(read).await? {
             return Ok(check_config_platform(&kept, wanted)?);
         }
         let (repository, options) = (reference.repository(), &self.wire.options);
         let fetched =
             document::fetch(&self.registry, options, repository, (digest, size), credential);
         let fetched = fetched.await?;
-        self.keep(repository, digest, fetched.bytes.clone()).await?;
+        self.keep(repository, digest, fetched.bytes.clone(), &fetched.answered_by).await?;
         Ok(check_config_platform(&fetched.bytes, wanted)?)
     }
 
     /// As [`Inner::check_platform`], from what is kept; false when the
     /// configuration is not, and the registry has to be asked.
-    fn kept_config_fits(&self, manifest: &[u8], wanted: &Platform) -> Result<bool, PullError> {
+    fn kept_config_fits(
+        &self,
+        manifest: &[u8],
+        wanted: &Platform,
+        read: &dyn Fn(Digest) -> Result<Option<Vec<u8>>, PullError>,
+    ) -> Result<bool, PullError> {
         let Manifest::Image(manifest) = Manifest::parse(manifest, None, self.limits.manifest())?
         else {
             return Ok(false);
@@ -468,30 +647,11 @@ impl Inner {
         };
         let kept = match &config.data {
             Some(data) => Some(data.clone()),
-            None => self.store.blob(config.digest)?,
+            None => read(config.digest)?,
         };
         let Some(config) = kept else { return Ok(false) };
         check_config_platform(&config, wanted)?;
         Ok(true)
-    }
-
-    /// The cheapest request that proves access. A host that has sent the manifest
-    /// before need only say that it has it; another one has to send it: anybody
-    /// can say yes to a digest.
-    async fn see(
-        self: &Arc<Self>,
-        repository: &Repository,
-        manifest: Digest,
-        credential: &Credential,
-    ) -> Result<(), PullError> {
-        let (inner, host) = (Arc::clone(self), repository.host().to_owned());
-        let sent = move || Ok(inner.store.blob_came_from_host(&host, manifest));
-        if blocking(sent).await? {
-            return Ok(self.registry.probe(repository, manifest, credential).await?);
-        }
-        let name = ManifestName::Digest(manifest);
-        let fetched = self.registry.manifest(repository, &name, credential).await?;
-        self.keep(repository, manifest, fetched.bytes.clone()).await
     }
 
     async fn keep(
@@ -499,13 +659,23 @@ impl Inner {
         repository: &Repository,
         digest: Digest,
         bytes: Bytes,
+        sent_by: &AnsweredBy,
     ) -> Result<(), PullError> {
         let (inner, repository) = (Arc::clone(self), repository.clone());
+        let by = content_source(sent_by);
         blocking(move || {
             inner.store.put_blob(digest, &bytes)?;
-            Ok(inner.store.put_blob_origin(&repository, digest)?)
+            Ok(inner.store.put_blob_origin(&repository, digest, &by)?)
         })
         .await
+    }
+}
+
+/// As a registry is asked for what the reference names.
+fn name_of(reference: &Reference) -> ManifestName {
+    match reference.digest() {
+        Some(digest) => ManifestName::Digest(digest),
+        None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
     }
 }
 

@@ -1,15 +1,19 @@
 //! How much of the disk an artifact will take, claimed before its first byte.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::Inner;
 use super::artifact::{Part, PartRule};
 use super::error::PullError;
 use super::objects::{FileWant, key_of};
+use super::origins::{BlobOrigin, content_source};
 use super::resolve::blocking;
+use super::sponsors::{Source, Sponsors};
 use crate::background;
-use crate::oci::Digest;
+use crate::oci::{Digest, Repository};
 use crate::store::eviction::Goal;
 use crate::store::files::StoredFile;
 use crate::store::gc::Want;
@@ -24,6 +28,8 @@ use crate::unpack::layer_rule::ArchiveRule;
 const UNPACKED_PER_COMPRESSED: u64 = 2;
 /// Bytes of an archive for each of its files, as far as anybody can tell before.
 const ARCHIVE_BYTES_PER_INODE: u64 = 16 << 10;
+/// How many blobs a registry is asked for at once, before room is made for them.
+const PROBES_AT_ONCE: usize = 4;
 /// What is freed at least when the disk turns out full: many small writes have to fit.
 const LEAST_ROOM: u64 = 64 << 20;
 
@@ -31,6 +37,14 @@ const LEAST_ROOM: u64 = 64 << 20;
 pub(super) struct Reserved {
     reservation: Reservation,
     _here: Vec<Here>,
+}
+
+/// What an artifact's parts need.
+struct Needed {
+    claims: Vec<Claim>,
+    here: Vec<Here>,
+    /// Blobs that the repository has not been proven to hold.
+    unproven: Vec<Digest>,
 }
 
 /// Something that is in the store, held there.
@@ -52,21 +66,102 @@ impl Inner {
         self: &Arc<Self>,
         parts: &[Part],
         permissions: PermissionsRule,
+        sponsors: &Arc<Sponsors>,
     ) -> Result<Reserved, PullError> {
-        let (inner, parts) = (Arc::clone(self), parts.to_vec());
-        let reserve = move || {
-            let (mut claims, mut here) = (Vec::new(), Vec::new());
-            for part in &parts {
-                let (found, is_all) = find(&inner.store, part, permissions)?;
-                here.extend(found);
-                if !is_all {
-                    claims.push(claim(part));
-                }
-            }
-            Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here })
+        let repository = sponsors.repository();
+        let claim_all = || {
+            let (inner, parts, of) = (Arc::clone(self), parts.to_vec(), repository.clone());
+            blocking(move || inner.claims(&parts, permissions, &of))
         };
+        let mut needed = claim_all().await?;
+        if !needed.unproven.is_empty() {
+            let (inner, claims) = (Arc::clone(self), needed.claims.clone());
+            let sizes: HashMap<_, _> =
+                parts.iter().map(|part| (part.descriptor.digest, part.descriptor.size)).collect();
+            let bytes = sizes.into_values().fold(0, u64::saturating_add);
+            // What is larger than all that the node can hold is not here either.
+            let is_in_doubt = move || {
+                let store = &inner.store;
+                Ok(!store.has_room_for(&claims)? && bytes <= store.capacity()?)
+            };
+            if blocking(move || background::as_ordinary(is_in_doubt)).await? {
+                // Nothing goes for what the registry may not give, and what it gives and is here
+                // needs no room.
+                self.probe_all(&needed.unproven, sponsors).await?;
+                needed = claim_all().await?;
+            }
+        }
+        let (inner, Needed { claims, here, .. }) = (Arc::clone(self), needed);
+        let reserve =
+            move || Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here });
         // With locks that publishes wait for.
         blocking(move || background::as_ordinary(reserve)).await
+    }
+
+    /// What the parts of a repository's artifact need. What the repository has not been proven to
+    /// hold needs room as if it were not here. Blocking.
+    fn claims(
+        &self,
+        parts: &[Part],
+        permissions: PermissionsRule,
+        repository: &Repository,
+    ) -> Result<Needed, PullError> {
+        let mirrors = self.mirrors(repository);
+        let mut needed = Needed { claims: Vec::new(), here: Vec::new(), unproven: Vec::new() };
+        for part in parts {
+            let (found, is_all) = find(&self.store, part, permissions)?;
+            needed.here.extend(found);
+            let descriptor = &part.descriptor;
+            let is_proven = descriptor.data.is_some()
+                || self.blob_origin(repository, descriptor.digest, &mirrors)
+                    == BlobOrigin::Repository;
+            if !is_proven {
+                needed.unproven.push(descriptor.digest);
+            }
+            if !is_all || !is_proven {
+                needed.claims.push(claim(part));
+            }
+        }
+        Ok(needed)
+    }
+
+    /// Asks the registry for blobs before room is made for them, and remembers those that are known
+    /// to be its host's.
+    async fn probe_all(
+        self: &Arc<Self>,
+        blobs: &[Digest],
+        sponsors: &Arc<Sponsors>,
+    ) -> Result<(), PullError> {
+        let probe = |&blob| Arc::clone(self).probe(blob, Arc::clone(sponsors));
+        let probes: Vec<_> = blobs.iter().map(probe).collect();
+        stream::iter(probes).buffered(PROBES_AT_ONCE).try_collect().await
+    }
+
+    async fn probe(
+        self: Arc<Self>,
+        blob: Digest,
+        sponsors: Arc<Sponsors>,
+    ) -> Result<(), PullError> {
+        let mut last = PullError::Unwanted;
+        let answered_by = loop {
+            let Some((number, Source { repository, credential })) = sponsors.current() else {
+                return Err(last);
+            };
+            match self.registry.probe_blob(&repository, blob, &credential).await {
+                Ok(answered_by) => break answered_by,
+                Err(error) => last = sponsors.refused(number, error.into()),
+            }
+        };
+        let repository = sponsors.repository().clone();
+        blocking(move || {
+            let mirrors = self.mirrors(&repository);
+            if self.blob_origin(&repository, blob, &mirrors) == BlobOrigin::Host {
+                let by = content_source(&answered_by);
+                self.store.put_blob_origin(&repository, blob, &by)?;
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// After a write that found the disk full: whether there is more room now. What is here of

@@ -4,6 +4,7 @@
 //! writes and hashes them, and owns the download: a task that is dropped leaves no
 //! second writer behind. Who wants to unpack it meanwhile follows what is hashed.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -12,13 +13,15 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::connections::{Connections, Failure, Write};
 use super::error::PullError;
+use super::origins::content_sources;
 use super::progress::Progress;
 use super::slots::Ask;
 use super::spans::Spans;
 use super::sponsors::{Source, Sponsors};
 use super::wire::Wire;
 use crate::background::give_way;
-use crate::oci::{Digest, Repository};
+use crate::oci::Digest;
+use crate::store::access::ProofSource;
 use crate::store::growth::Follower;
 use crate::store::partial::{Partial, Purpose};
 use crate::store::{Store, StoreError};
@@ -27,8 +30,14 @@ use crate::store::{Store, StoreError};
 /// still in the processor's cache when they are hashed: one may have 400 KiB.
 const CHUNKS_IN_FLIGHT: usize = 4;
 
-/// Held while a blob is fetched or made an object: one download of a digest at a time.
-pub type BlobGuard = OwnedMutexGuard<()>;
+/// The right to work on a blob for one repository; released when dropped.
+#[derive(Debug)]
+pub struct BlobGuard {
+    /// Flights of one repository wait here for each other: the first one's proof counts for all.
+    pub(super) _repository: OwnedMutexGuard<()>,
+    /// Flights of one registry host share a download.
+    pub(super) _host: OwnedMutexGuard<()>,
+}
 
 /// A verified download and the right to its digest.
 #[derive(Debug)]
@@ -37,11 +46,9 @@ pub struct Download {
     pub partial: Partial,
     /// Released when the content has its name.
     pub guard: BlobGuard,
-    /// Where it came from.
-    pub repository: Repository,
-    /// Whether that repository was asked now; else all bytes were here from an
-    /// earlier try, and only their host is certain.
-    pub asked: bool,
+    /// Who has given it for the repository now; nobody when all bytes were here from an earlier
+    /// try, and only their host is certain.
+    pub given_by: BTreeSet<ProofSource>,
 }
 
 /// What is fetched, and for whom.
@@ -118,10 +125,9 @@ async fn fetch_from(
         let written = write(&mut partial, queue, &measured);
         (Some(partial), guard, written)
     });
-    let (moved, asked, missing) = match resumed.await {
+    let (moved, answered_by, missing) = match resumed.await {
         Ok((missing, follower)) => {
             let spans = Spans::new(missing);
-            order.progress.resumed(size - spans.missing());
             // Not before: what an earlier try left takes its time to be hashed, and no connection.
             let slot = wire.slots.acquire(ask.clone()).await;
             (order.follow)(follower);
@@ -130,11 +136,11 @@ async fn fetch_from(
             let connections =
                 Connections::new(wire, &source, order.blob, about, to, (spans, order.follow));
             let moved = connections.run(slot).await;
-            let (asked, missing) = connections.outcome();
-            (moved, asked, missing)
+            let (answered_by, missing) = connections.outcome();
+            (moved, answered_by, missing)
         }
         // The writer could not even open it, and says why below.
-        Err(_) => (Err(Failure::WriterGone), false, size),
+        Err(_) => (Err(Failure::WriterGone), BTreeSet::new(), size),
     };
     let ended = writing.await;
     drop(place);
@@ -143,8 +149,8 @@ async fn fetch_from(
     };
     let (partial, error) = match (partial, written, moved) {
         (Some(partial), Ok(()), Ok(())) => {
-            let repository = source.repository;
-            return Ok(Download { partial, guard, repository, asked });
+            let given_by = content_sources(&answered_by);
+            return Ok(Download { partial, guard, given_by });
         }
         (partial, Err(error), _) => (partial, PullError::Store(error)),
         (partial, Ok(()), Err(Failure::Failed(error) | Failure::Wrong(error))) => (partial, error),
@@ -172,65 +178,41 @@ async fn fetch_from(
     }
 }
 
-/// Fetches a blob only to see that the registry has it: its content is here
-/// already, but did not come from this registry. As any download it takes its turn and is
-/// continued where it broke.
-pub async fn prove(
+/// Asks a source for a blob as a download does, and reads no more than the head of its answer: for
+/// a blob that its host has sent before. Says who gave it.
+pub async fn ask(
     wire: &Wire,
     source: &Source,
-    blob: (Digest, u64),
+    (blob, artifact): ((Digest, u64), u64),
     progress: &Arc<Progress>,
-) -> Result<(), PullError> {
-    let ask = Ask {
-        urgency: Arc::clone(progress),
-        artifact: Sponsors::default().number(),
-        host: source.repository.host().to_owned(),
-    };
+) -> Result<BTreeSet<ProofSource>, PullError> {
+    let ask =
+        Ask { urgency: Arc::clone(progress), artifact, host: source.repository.host().to_owned() };
     let (_, size) = blob;
-    progress.expect(size);
-    let place = Arc::new(wire.places.acquire(ask.clone()).await);
-    let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
-    let threads = Arc::clone(&place);
-    let hashing = tokio::task::spawn_blocking(move || {
-        let _place = threads;
-        hash(queue);
-    });
+    let place = wire.places.acquire(ask.clone()).await;
     let slot = wire.slots.acquire(ask.clone()).await;
+    let (writes, mut queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let (spans, busy) = (Spans::whole(size), Arc::default());
-    let (about, to) = ((ask, &*place, &**progress), (writes, busy));
-    let moved = Connections::new(wire, source, blob, about, to, (spans, &|_| ()))
-        .one_after_the_other()
-        .run(slot)
-        .await;
-    if hashing.await.is_err() {
-        return Err(PullError::Crashed);
-    }
-    match moved {
-        Ok(()) => Ok(()),
-        Err(Failure::Failed(error) | Failure::Wrong(error)) => Err(error),
-        Err(Failure::WriterGone) => Err(PullError::Crashed),
-    }
-}
-
-/// The blocking side of a blob that is not kept. Its bytes come in order: one connection brings them.
-fn hash(mut queue: mpsc::Receiver<Write>) {
-    use sha2::Digest as _;
-    let mut hasher = sha2::Sha256::new();
-    while let Some(write) = queue.blocking_recv() {
-        give_way();
-        match write {
-            Write::Bytes { bytes, memory, .. } => {
-                hasher.update(&bytes);
-                drop((bytes, memory));
-            }
-            Write::Restart(begun) => {
-                hasher = sha2::Sha256::new();
+    let (about, to) = ((ask, &place, &**progress), (writes, busy));
+    let connections =
+        Connections::new(wire, source, blob, about, to, (spans, &|_| ())).only_answer();
+    // Nothing is written, but a source that contradicts itself is asked once more from the start.
+    let restarts = async {
+        while let Some(write) = queue.recv().await {
+            if let Write::Restart(begun) = write {
                 let _ = begun.send(None);
             }
-            Write::Verify(answer) => {
-                let _ = answer.send(Digest::from_bytes(hasher.clone().finalize().into()));
-            }
         }
+        std::future::pending::<()>().await;
+    };
+    let moved = tokio::select! {
+        moved = connections.run(slot) => moved,
+        () = restarts => Ok(()),
+    };
+    match moved {
+        Ok(()) => Ok(content_sources(&connections.outcome().0)),
+        Err(Failure::Failed(error) | Failure::Wrong(error)) => Err(error),
+        Err(Failure::WriterGone) => Err(PullError::Crashed),
     }
 }
 

@@ -4,7 +4,6 @@ use serde::{Deserialize, Serialize};
 
 use super::error::PullError;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
-use crate::oci::registry::RegistryError;
 use crate::oci::signature::SignatureDemand;
 use crate::oci::{Platform, Reference};
 use crate::unpack::{PermissionsRule, Selection};
@@ -76,11 +75,5 @@ impl Want {
             Some(limit) if bytes > limit => Err(PullError::TooManyBytes { bytes, limit }),
             _ => Ok(()),
         }
-    }
-
-    /// Whether the failure can mean that the tag stands for something else now.
-    pub(super) fn is_moved(&self, error: &PullError) -> bool {
-        let gone = matches!(error.root(), PullError::Registry(RegistryError::NotFound { .. }));
-        gone && self.reference.digest().is_none()
     }
 }

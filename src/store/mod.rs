@@ -129,6 +129,7 @@ struct Inner {
     options: StoreOptions,
     barrier: durable::Barrier,
     node_key: [u8; 32],
+    proofs: access::ProofLock,
     catalog: Arc<catalog::Catalog>,
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
@@ -195,6 +196,7 @@ impl Store {
             options,
             barrier: durable::Barrier::default(),
             node_key,
+            proofs: access::ProofLock::default(),
             catalog: Arc::default(),
             loaded: Mutex::default(),
             claims: room::Claims::default(),
@@ -278,6 +280,10 @@ impl Store {
 
     fn catalog(&self) -> &Arc<catalog::Catalog> {
         &self.0.catalog
+    }
+
+    fn proofs(&self) -> &access::ProofLock {
+        &self.0.proofs
     }
 
     fn claims(&self) -> &room::Claims {

@@ -232,6 +232,19 @@ impl Store {
         Ok(Reservation { store: self.clone(), blobs })
     }
 
+    /// Whether there is room for claims without evicting anything. Blocking.
+    pub fn has_room_for(&self, claims: &[Claim]) -> Result<bool, StoreError> {
+        let _turn = self.collecting();
+        Ok(self.shortage(claims, &HashSet::new())?.is_none())
+    }
+
+    /// How many bytes content can have here at most, if nothing else takes any.
+    pub fn capacity(&self) -> Result<u64, StoreError> {
+        let (room, options) = (self.room()?, self.cache_options());
+        let bytes = room.total_bytes.saturating_sub(room.floor(options).bytes);
+        Ok(options.max_bytes.map_or(bytes, |max| bytes.min(max)))
+    }
+
     /// Keeps a writer above the floor.
     #[must_use]
     pub fn meter(&self) -> Arc<Meter> {

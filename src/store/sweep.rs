@@ -46,9 +46,14 @@ impl Store {
                 swept += 1;
             }
         }
-        // A configuration is kept as long as the manifest that names it.
-        let kept: Vec<_> = kept_blobs.iter().copied().collect();
-        kept_blobs.extend(kept.into_iter().filter_map(|manifest| self.configuration_of(manifest)));
+        // A configuration is kept as long as the manifest that names it, and where blobs came from is
+        // known as long: a node without its registry shows them in another way, too.
+        let mut origins = kept_blobs.clone();
+        for manifest in kept_blobs.clone() {
+            let (configuration, layers) = self.named_by(manifest);
+            kept_blobs.extend(configuration);
+            origins.extend(configuration.into_iter().chain(layers));
+        }
         let blobs = self.path("blobs");
         for name in names(&blobs)? {
             let Some(digest) = Digest::from_hex(&name) else { continue };
@@ -58,7 +63,7 @@ impl Store {
                 swept += 1;
             }
         }
-        Ok(swept + self.sweep_access(&kept_blobs, &is_old)?)
+        Ok(swept + self.sweep_access((&kept_blobs, &origins), &is_old)?)
     }
 
     fn blob_is_young(&self, blob: Digest, is_old: &impl Fn(&Path) -> bool) -> bool {
@@ -66,11 +71,11 @@ impl Store {
         path.is_file() && !is_old(&path)
     }
 
-    /// Proofs of manifests and trees that are not here. Where a blob came from stays known
-    /// only while it is young: asking again costs one request.
+    /// Proofs of manifests and trees that are not here. Where a blob came from that no manifest names
+    /// stays known only while it is young: asking again costs one request.
     fn sweep_access(
         &self,
-        manifests: &HashSet<Digest>,
+        (manifests, origins): (&HashSet<Digest>, &HashSet<Digest>),
         is_old: &impl Fn(&Path) -> bool,
     ) -> Result<usize, StoreError> {
         let access = self.path("access");
@@ -81,31 +86,60 @@ impl Store {
             if place.is_symlink() {
                 continue;
             }
+            let mut is_used = false;
             for name in names(&place)? {
                 let key = |kind: &str| Some(name.strip_prefix(kind)?.get(..64)?.to_owned());
-                let of_manifest = ["m-", "a-", "i-", "v-"].into_iter().find_map(key);
-                let manifest = of_manifest.and_then(|text| Digest::from_hex(&text));
+                let digest = |kind: &str| Digest::from_hex(&key(kind)?);
+                let manifest = ["m-", "a-", "i-", "v-"].into_iter().find_map(digest);
                 let tree = key("t-").and_then(|text| TreeKey::from_hex(&text));
-                let needed = match (manifest, tree) {
-                    (Some(manifest), _) => manifests.contains(&manifest),
-                    (_, Some(tree)) => self.path("trees").join(tree.to_string()).exists(),
+                let needed = match (manifest, tree, digest("b-")) {
+                    (Some(manifest), ..) => manifests.contains(&manifest),
+                    (_, Some(tree), _) => self.path("trees").join(tree.to_string()).exists(),
+                    (.., Some(blob)) => origins.contains(&blob),
+                    // What is known of the repository itself goes with the last of the others.
+                    _ if name == "refuses-anonymous.json" => continue,
                     _ => !name.starts_with("b-"),
                 };
-                let path = place.join(&name);
-                if !needed && is_old(&path) {
-                    records::remove(&path)?;
+                if needed || !self.sweep_proof(&place.join(&name), is_old)? {
+                    is_used = true;
+                } else {
                     swept += 1;
                 }
             }
+            if !is_used {
+                swept +=
+                    usize::from(self.sweep_proof(&place.join("refuses-anonymous.json"), is_old)?);
+            }
+            let _turn = self.proofs().hold();
             // Empty ones go; the others refuse.
             let _ = fs::remove_dir(&place);
         }
         Ok(swept)
     }
 
-    fn configuration_of(&self, manifest: Digest) -> Option<Digest> {
-        let bytes = self.blob(manifest).ok()??;
-        let json: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
-        json.pointer("/config/digest")?.as_str()?.parse().ok()
+    /// Removes a record if it is old. One that is being renewed at this moment is not.
+    fn sweep_proof(
+        &self,
+        path: &Path,
+        is_old: &impl Fn(&Path) -> bool,
+    ) -> Result<bool, StoreError> {
+        let _turn = self.proofs().hold();
+        if !is_old(path) {
+            return Ok(false);
+        }
+        records::remove(path)?;
+        Ok(true)
+    }
+
+    /// The configuration and the layers that a manifest names, or the manifests of an index.
+    fn named_by(&self, manifest: Digest) -> (Option<Digest>, Vec<Digest>) {
+        let parse = || -> Option<serde_json::Value> {
+            serde_json::from_slice(&self.blob(manifest).ok()??).ok()
+        };
+        let Some(json) = parse() else { return (None, Vec::new()) };
+        let digest = |value: &serde_json::Value| value.get("digest")?.as_str()?.parse().ok();
+        let layers = json.get("layers").and_then(serde_json::Value::as_array);
+        let layers = layers.into_iter().flatten().filter_map(digest).collect();
+        (json.get("config").and_then(digest), layers)
     }
 }

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
-use super::access::Principal;
+use super::access::{Mirrors, Principal, ProofSource};
 use super::files::{StoredFile, starts_executable};
 use super::gc::Now;
 use super::partial::Purpose;
@@ -288,7 +288,8 @@ fn records_of(store: &Store, text: &str) -> (Digest, Reference) {
     };
     store.put_blob(manifest, text.as_bytes()).expect("a manifest");
     store.put_resolution(&reference, &Platform::of_this_node(), &resolution).expect("a resolution");
-    store.put_proof(reference.repository(), manifest, &Principal::anonymous()).expect("a proof");
+    let (who, by) = (Principal::anonymous(), ProofSource::Registry);
+    store.put_proof(reference.repository(), manifest, &who, &by).expect("a proof");
     (manifest, reference)
 }
 
@@ -337,9 +338,111 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
     assert!(store.sweep_records(later(48 * hours)).expect("swept") >= 3);
     for ((manifest, reference), stays) in [(shown, true), (pinned, true), (pulled, false)] {
         assert_eq!(store.blob(manifest).expect("readable").is_some(), stays, "{reference}");
-        let proven = store.is_proven(reference.repository(), manifest, &Principal::anonymous());
+        let (who, mirrors) = (Principal::anonymous(), Mirrors::new(Some(Vec::new()), false));
+        let proven = store.is_proven(reference.repository(), manifest, &who, &mirrors);
         assert_eq!(proven, stays, "{reference}");
     }
+}
+
+/// The last record of a repository goes while the next one is written: neither may lose the other's
+/// folder, and a proof that was just given is not swept for the age of the one before it.
+#[test]
+fn a_proof_that_is_being_written_is_not_swept_away() {
+    let (folder, store) = store();
+    let reference: Reference = "r.io/swept:v1".parse().expect("a reference");
+    let repository = reference.repository();
+    let (who, by) = (Principal::anonymous(), ProofSource::Registry);
+    let mirrors = Mirrors::new(Some(Vec::new()), false);
+    let now = Now::read();
+    let later = Now { unix_seconds: now.unix_seconds + 48 * 3600, ..now };
+    std::thread::scope(|scope| {
+        let sweeping = scope.spawn(|| {
+            for _ in 0..2000 {
+                store.sweep_records(later).expect("swept");
+            }
+        });
+        let mut number = 0_u64;
+        while !sweeping.is_finished() {
+            number += 1;
+            let manifest = Digest::of(&number.to_le_bytes());
+            store.put_proof(repository, manifest, &who, &by).expect("a proof is written");
+        }
+    });
+    let manifest = Digest::of(b"old");
+    store.put_proof(repository, manifest, &who, &by).expect("a proof");
+    for place in std::fs::read_dir(folder.path().join("access")).expect("a folder") {
+        for proof in std::fs::read_dir(place.expect("an entry").path()).expect("a folder") {
+            let path = proof.expect("an entry").path();
+            let text = format!("{{\"unix_seconds\":{}}}", now.unix_seconds - 500 * 3600);
+            std::fs::write(&path, text).expect("an old proof");
+            let old = std::time::SystemTime::now() - std::time::Duration::from_hours(500);
+            let file = std::fs::File::options().write(true).open(&path).expect("the proof");
+            file.set_modified(old).expect("a time");
+        }
+    }
+    store.put_proof(repository, manifest, &who, &by).expect("given again");
+    store.sweep_records(now).expect("swept");
+    assert!(store.is_proven(repository, manifest, &who, &mirrors), "it was given just now");
+}
+
+#[test]
+fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
+    let (folder, store) = store();
+    let reference: Reference = "r.io/mirrored:v1".parse().expect("a reference");
+    let repository = reference.repository();
+    let who = Principal::anonymous();
+    let address: std::sync::Arc<str> = "https://mirror.example/v2/".into();
+    let mirror = |is_anonymous| ProofSource::Mirror { address: address.clone(), is_anonymous };
+    let configured = |is_private| Mirrors::new(Some(vec![address.clone()]), is_private);
+    let (gone, unknown) = (Mirrors::new(Some(Vec::new()), false), Mirrors::new(None, false));
+    let manifest = |name: &str| Digest::of(name.as_bytes());
+    let put = |name: &str, by: &ProofSource| {
+        store.put_proof(repository, manifest(name), &who, by).expect("a proof");
+    };
+    let counts =
+        |name: &str, mirrors: &Mirrors| store.is_proven(repository, manifest(name), &who, mirrors);
+    // A mirror's counts with the mirror alone, and is forgotten without it.
+    put("mirror", &mirror(false));
+    assert!(counts("mirror", &configured(false)) && counts("mirror", &configured(true)));
+    assert!(counts("mirror", &unknown), "a file that cannot be read names no mirror that has gone");
+    assert!(!counts("mirror", &gone));
+    assert!(!counts("mirror", &configured(false)), "it is forgotten");
+    // What a mirror gives without a credential says nothing of what the registry refuses without.
+    put("anonymous", &mirror(true));
+    assert!(counts("anonymous", &configured(false)) && !counts("anonymous", &configured(true)));
+    // The registry's own is lost by no change of mirrors, whatever came first.
+    for order in [[ProofSource::Registry, mirror(false)], [mirror(true), ProofSource::Registry]] {
+        for by in &order {
+            put("both", by);
+        }
+        assert!(counts("both", &gone) && counts("both", &configured(true)));
+    }
+    // One that does not say who gave it counts as the registry's until it is renewed.
+    put("old", &ProofSource::Registry);
+    let name = format!("m-{}-anonymous.json", manifest("old").hex());
+    let write = || {
+        for place in std::fs::read_dir(folder.path().join("access")).expect("a folder") {
+            let path = place.expect("an entry").path().join(&name);
+            if path.exists() {
+                std::fs::write(path, "{\"unix_seconds\":1700000000}").expect("written");
+            }
+        }
+    };
+    write();
+    assert!(counts("old", &gone) && counts("old", &configured(true)));
+    put("old", &mirror(false));
+    assert!(counts("old", &configured(false)) && !counts("old", &gone), "it was the mirror's");
+    // A tree needs all that gave a part of it.
+    let tree = crate::store::TreeKey::new(manifest("tree"), "", "", "");
+    let put_tree = |by: &[ProofSource]| {
+        let by = by.iter().cloned().collect();
+        store.put_tree_origin(repository, tree, &by).expect("a proof");
+    };
+    put_tree(&[ProofSource::Registry, mirror(false)]);
+    assert!(store.tree_came_from(repository, tree, &configured(false)));
+    assert!(!store.tree_came_from(repository, tree, &gone));
+    put_tree(&[ProofSource::Registry]);
+    assert!(store.tree_came_from(repository, tree, &gone));
 }
 
 #[test]

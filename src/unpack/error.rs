@@ -83,7 +83,7 @@ pub enum UnpackError {
     },
     /// A layer of a kind that is not known.
     #[error(
-        "layer {layer} has the media type \"{media_type}\", which is not supported in an image: push it as tar, tar+gzip or tar+zstd"
+        "layer {layer} has the media type \"{media_type}\", which is not supported: push it unencrypted, as tar, tar+gzip or tar+zstd"
     )]
     MediaType {
         /// Which layer.

@@ -164,8 +164,8 @@ pub fn classify(manifest: &ImageManifest, limits: &Limits) -> Result<Vec<LayerRu
             LayerRule::Archive(ArchiveRule { whiteouts: true, ..ArchiveRule::plain() })
         } else if named || layer.media_type == media_type::OCI_EMPTY {
             LayerRule::Skip
-        } else if is_image {
-            // An image without one of its layers, an encrypted one perhaps, is another image.
+        } else if is_image || is_encrypted(&layer.media_type) {
+            // An image without one of its layers is another image, and ciphertext is no content.
             let media_type = shown(layer.media_type.as_bytes());
             return Err(UnpackError::MediaType { layer: number, media_type });
         } else if layer.media_type == FLUX_CONTENT {
@@ -255,6 +255,11 @@ fn is_image_layer(media_type: &str) -> bool {
         .iter()
         .filter_map(|prefix| media_type.strip_prefix(prefix))
         .any(|rest| COMPRESSIONS.contains(&rest))
+}
+
+/// Whether it is one of ocicrypt's types: without a key its content cannot be shown.
+fn is_encrypted(media_type: &str) -> bool {
+    media_type.ends_with("+encrypted")
 }
 
 /// Names of layers that nobody named.

@@ -300,7 +300,7 @@ fn imported_content_is_open_to_whom_the_policy_says() {
         if opens {
             node.kubelet.publish_well(&volume);
         } else {
-            node.kubelet.publish_badly(&volume, Code::PermissionDenied);
+            node.kubelet.publish_badly(&volume, Code::NotFound);
         }
     }
 }
@@ -333,7 +333,7 @@ fn what_was_warmed_is_open_to_the_credentials_that_warmed_it() {
     for stranger in [with("another"), node.kubelet.new_volume(&reference)] {
         node.kubelet.publish_badly(&stranger, Code::Unavailable);
         let never = stranger.attribute("pullPolicy", "Never");
-        node.kubelet.publish_badly(&never, Code::PermissionDenied);
+        node.kubelet.publish_badly(&never, Code::NotFound);
     }
 }
 

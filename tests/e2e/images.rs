@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
+use tonic::Code;
+
 use crate::support::{
     Containerd, Image, Kind, Node, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, Tree, copy_layout,
     gzip, registry, run, tool, umoci_unpack, unique, zstandard,
@@ -322,5 +324,25 @@ fn an_image_without_layers_is_refused_or_empty_but_harms_nobody() {
     if node.kubelet.publish(&volume).is_ok() {
         assert!(Tree::of(volume.target()).names().is_empty());
         node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn an_image_of_encrypted_layers_is_refused_and_not_shown_as_ciphertext() {
+    let node = Node::start();
+    let encrypted = format!("{OCI_TAR_GZIP}+encrypted");
+    let ciphertext = crate::support::noise(1000, 75);
+    for others in [0, 1] {
+        let repository = unique("encrypted");
+        let plain = Tar::new().file("plain", 0o644, "x").finish();
+        let mut image = Image::new().packed_layer(&encrypted, ciphertext.clone(), b"plain");
+        for _ in 0..others {
+            image = image.layer(plain.clone());
+        }
+        image.push(registry(), &repository, "v1");
+        let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+        let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+        assert!(message.contains("media type") && message.contains("encrypted"), "{message}");
+        volume.assert_nothing_left();
     }
 }

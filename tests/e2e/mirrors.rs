@@ -6,8 +6,8 @@ use axum::body::Bytes;
 use tonic::Code;
 
 use crate::support::{
-    Answer, AnswerBody, FakeRegistry, ForwardProxy, Layer, Manifest, Nginx, Node, Registry,
-    RegistryKind, digest, noise, registry, small_artifact, unique,
+    Answer, AnswerBody, FakeRegistry, ForwardProxy, Layer, Manifest, Nginx, Node, Proxy, Registry,
+    RegistryKind, Volume, digest, noise, private_registry, registry, small_artifact, unique,
 };
 
 /// A mirror, and a registry behind it that nobody can reach.
@@ -58,7 +58,7 @@ fn a_mirror_that_fails_in_any_way_is_passed_over() {
 }
 
 #[test]
-fn a_mirror_that_has_it_is_enough_and_the_registry_is_not_asked() {
+fn a_mirror_that_has_it_is_enough_and_the_registry_says_only_who_may_have_it() {
     let node = Node::start_with_hosts("");
     let artifact = small_artifact();
     let upstream = format!("http://{}", registry().host());
@@ -67,7 +67,165 @@ fn a_mirror_that_has_it_is_enough_and_the_registry_is_not_asked() {
     node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
     let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
     assert_eq!(volume.text("file.txt"), artifact.content);
-    assert_eq!(node.proxy.requests(), [], "the registry behind the mirror was asked");
+    let asked: Vec<_> = node.proxy.take_requests().into_iter().map(|one| one.path).collect();
+    let manifest = format!("/v2/{}/manifests/{}", artifact.repository, artifact.digest);
+    assert_eq!(asked, [manifest], "the registry behind the mirror was asked for more");
+    node.mount(&node.proxy.reference(&artifact.name));
+    assert_eq!(node.proxy.requests(), [], "proven once, nothing is asked again");
+    node.kubelet.unpublish(&volume);
+}
+
+/// A registry that wants a password, and a mirror that gives what it has to everyone, as Spegel does.
+struct OpenMirror {
+    mirror: FakeRegistry,
+    proxy: Proxy,
+    name: String,
+    _private: Registry,
+}
+
+const USER: &str = "owner";
+const PASSWORD: &str = "password-of-the-owner";
+
+impl OpenMirror {
+    fn new() -> Self {
+        let private = private_registry(USER, PASSWORD);
+        let (mirror, repository) = (FakeRegistry::new(), unique("private"));
+        let layer = Layer::titled("secret", format!("of {repository}"));
+        let manifest = Manifest::artifact([layer]);
+        manifest.push(&private.as_user(USER, PASSWORD), &repository, "v1");
+        manifest.push(&mirror, &repository, "v1");
+        let proxy = Proxy::new(&private);
+        Self { mirror, proxy, name: format!("{repository}:v1"), _private: private }
+    }
+
+    fn configure(&self, node: &Node) {
+        let address = format!("http://{}", self.mirror.host());
+        node.hosts_toml(&self.proxy.host(), &host(&address, ALL));
+    }
+
+    fn volume(&self, node: &Node, password: Option<&str>) -> Volume {
+        let volume = node.kubelet.new_volume(&self.proxy.reference(&self.name));
+        match password {
+            // An account of its own, which proves nothing for another's password.
+            Some(password) => volume
+                .secret("username", USER)
+                .secret("password", password)
+                .attribute("csi.storage.k8s.io/serviceAccount.name", password),
+            None => volume,
+        }
+    }
+}
+
+#[test]
+fn a_mirror_that_asks_for_no_credential_opens_nothing_that_the_registry_refuses() {
+    let node = Node::start_with_hosts("");
+    let open = OpenMirror::new();
+    open.configure(&node);
+    let refused = |code| {
+        for password in [None, Some("wrong")] {
+            for policy in ["IfNotPresent", "Always"] {
+                let volume = open.volume(&node, password).attribute("pullPolicy", policy);
+                node.kubelet.publish_badly(&volume, code);
+            }
+        }
+    };
+    refused(Code::Unauthenticated);
+    let owner = open.volume(&node, Some(PASSWORD));
+    node.kubelet.publish_well(&owner);
+    assert_eq!(open.proxy.fetches("/blobs/"), 0, "the mirror is good enough for content");
+    refused(Code::Unauthenticated);
+    // What was proven goes on while nobody can be asked, and nothing else is.
+    open.proxy.go_down();
+    node.kubelet.publish_well(&open.volume(&node, Some(PASSWORD)));
+    refused(Code::Unavailable);
+    node.kubelet.unpublish(&owner);
+}
+
+/// The registry was asked by its owner alone, before it went down.
+#[test]
+fn a_private_repository_is_known_as_private_while_its_registry_is_down() {
+    let node = Node::start_with_hosts("");
+    let open = OpenMirror::new();
+    open.configure(&node);
+    let owner = open.volume(&node, Some(PASSWORD));
+    node.kubelet.publish_well(&owner);
+    open.proxy.go_down();
+    for password in [None, Some("wrong")] {
+        node.kubelet.publish_badly(&open.volume(&node, password), Code::Unavailable);
+    }
+    node.kubelet.unpublish(&owner);
+}
+
+#[test]
+fn what_a_mirror_has_proven_is_forgotten_with_the_mirror() {
+    let node = Node::start_with_hosts("");
+    let mirror = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "of a mirror")]).push(&mirror, "any", "v1");
+    let (name, reference) = ("registry.invalid", "registry.invalid/team/any:v1");
+    let configure = || node.hosts_toml(name, &host(&format!("http://{}", mirror.host()), ALL));
+    configure();
+    // Nobody can ask the registry itself: the mirror's word counts.
+    let (first, _) = node.mount(reference);
+    let before = mirror.requests().len();
+    let (second, _) = node.mount(reference);
+    assert_eq!(mirror.requests().len(), before, "proven once, nothing is asked again");
+    let folder = configure();
+    fs::remove_file(folder.join("hosts.toml")).expect("no mirror any more");
+    let never = node.kubelet.new_volume(reference).attribute("pullPolicy", "Never");
+    node.kubelet.publish_badly(&never, Code::NotFound);
+    node.kubelet.publish_badly(&node.kubelet.new_volume(reference), Code::Unavailable);
+    // When it is back it has to say so again.
+    configure();
+    mirror.script(|_| Some(Answer::status(503)));
+    node.kubelet.publish_badly(&never, Code::NotFound);
+    mirror.script(|_| None);
+    let (third, _) = node.mount(reference);
+    for volume in [first, second, third] {
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn what_the_registry_itself_has_proven_is_lost_by_no_change_of_mirrors() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let upstream = format!("http://{}", registry().host());
+    let mirror =
+        Registry::start(&RegistryKind { mirror_of: Some(&upstream), ..RegistryKind::default() });
+    let mut volumes = vec![node.mount(&reference).0];
+    let mirrors = host(&format!("http://{}", mirror.host()), ALL);
+    let folder = node.hosts_toml(&node.proxy.host(), &mirrors);
+    volumes.push(node.mount_with(&reference, |one| one.attribute("pullPolicy", "Always")).0);
+    fs::remove_file(folder.join("hosts.toml")).expect("no mirror any more");
+    node.proxy.go_down();
+    volumes.push(node.mount(&reference).0);
+    for volume in &volumes {
+        node.kubelet.unpublish(volume);
+    }
+}
+
+/// Proofs of a version that did not say who gave them.
+#[test]
+fn proofs_of_an_earlier_version_count_as_the_registrys_own() {
+    let node = Node::start_with_hosts("");
+    let artifact = small_artifact();
+    let reference = node.proxy.reference(&artifact.name);
+    let mirror = FakeRegistry::new();
+    let mirrors = host(&format!("http://{}", mirror.host()), ALL);
+    let (volume, _) = node.mount(&reference);
+    for place in fs::read_dir(node.driver.state().join("access")).expect("proofs").flatten() {
+        for proof in fs::read_dir(place.path()).expect("proofs").flatten() {
+            fs::write(proof.path(), "{\"unix_seconds\":1700000000}").expect("an old proof");
+        }
+    }
+    node.proxy.go_down();
+    node.mount(&reference);
+    let folder = node.hosts_toml(&node.proxy.host(), &mirrors);
+    node.mount(&reference);
+    fs::remove_file(folder.join("hosts.toml")).expect("no mirror any more");
+    node.mount(&reference);
+    assert_eq!(mirror.requests().len(), 0);
     node.kubelet.unpublish(&volume);
 }
 

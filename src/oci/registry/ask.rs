@@ -41,7 +41,8 @@ impl Registry {
             self.session.eager(&self.transport, endpoint, repository, credential).await?;
         let mut attempt = 1;
         loop {
-            let answer = self.send(question, endpoint, &url, &proof).await?;
+            let mut answer = self.send(question, endpoint, &url, &proof).await?;
+            answer.with_credential = !credential.is_anonymous() && !matches!(proof, Proof::Nothing);
             let status = answer.status();
             let refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
             // What another host refuses is its own affair.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use reqwest::header::{CONTENT_RANGE, HeaderMap};
 use reqwest::{Response, StatusCode};
 
+use super::answered_by::AnsweredBy;
 use super::error::RegistryError;
 use super::transport::{self, Answer};
 
@@ -25,6 +26,8 @@ pub struct BlobBody {
     pub total: Option<u64>,
     /// The mirror that sends it, unless the registry itself does.
     pub mirror: Option<Arc<str>>,
+    /// Who sends it.
+    pub answered_by: AnsweredBy,
     source: Source,
     host: String,
     what: String,
@@ -43,7 +46,7 @@ impl BlobBody {
     /// where it starts, and where it ends unless that is the blob's end.
     pub(super) fn open(
         answer: Answer,
-        mirror: Option<Arc<str>>,
+        (mirror, answered_by): (Option<Arc<str>>, AnsweredBy),
         asked: Option<(u64, Option<u64>)>,
         what: String,
         stall_timeout: Duration,
@@ -75,7 +78,18 @@ impl BlobBody {
         };
         let Answer { response, host, .. } = answer;
         let source = Source::Open(response);
-        Ok(Self { offset, length, is_part, total, mirror, source, host, what, stall_timeout })
+        Ok(Self {
+            offset,
+            length,
+            is_part,
+            total,
+            mirror,
+            answered_by,
+            source,
+            host,
+            what,
+            stall_timeout,
+        })
     }
 
     /// The next bytes, or nothing at the end. Waits for the stall timeout at

@@ -72,6 +72,16 @@ impl Endpoint {
         rules.check_literal(&self.root).map_err(|error| refused(&error.to_string()))
     }
 
+    /// Whether it is the registry that references name, and no mirror of it.
+    pub(super) fn is_registry(&self) -> bool {
+        self.namespace.is_none()
+    }
+
+    /// Names a mirror in records: the root of its API.
+    pub(super) fn address(&self) -> Arc<str> {
+        self.root.as_str().into()
+    }
+
     /// `host[:port]`.
     pub(super) fn name(&self) -> Arc<str> {
         super::transport::authority(&self.root).into()

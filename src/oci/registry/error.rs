@@ -194,6 +194,28 @@ impl RegistryError {
         }
     }
 
+    /// The same failure, told of another thing: what one caller was told of a host says nothing of
+    /// what that caller asked for.
+    #[must_use]
+    pub fn about(mut self, thing: &str) -> Self {
+        match &mut self {
+            Self::NotFound { what }
+            | Self::Unauthorized { what, .. }
+            | Self::Forbidden { what, .. }
+            | Self::RateLimited { what, .. }
+            | Self::ServerError { what, .. }
+            | Self::Unreachable { what, .. }
+            | Self::Tls { what, .. }
+            | Self::Timeout { what, .. }
+            | Self::TooLarge { what, .. }
+            | Self::DigestMismatch { what, .. }
+            | Self::Storage { what, .. }
+            | Self::Protocol { what, .. } => thing.clone_into(what),
+            Self::Address { .. } | Self::Configuration { .. } | Self::Setup { .. } => {}
+        }
+        self
+    }
+
     /// Whether nobody was there to answer, or nobody with the time for it.
     pub(super) fn is_absence(&self) -> bool {
         match self {

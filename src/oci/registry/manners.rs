@@ -94,7 +94,8 @@ impl Manners {
         let Some(Remembered { error, until, .. }) = patience else { return Ok(()) };
         let left = until.duration_since(now);
         if left > WAITED {
-            return Err(with_patience(error, left));
+            // It may have been told to another caller, of another thing.
+            return Err(with_patience(error, left).about(&asker.what));
         }
         tokio::time::sleep(left).await;
         Ok(())
@@ -247,7 +248,8 @@ mod tests {
         let manners = Manners::new().unwrap();
         manners.after(&asker(&manners, "p", "blob 1"), &limited(Some(60)));
         let other = asker(&manners, "p", "blob 2");
-        assert_eq!(manners.before(&other).await, limited(Some(60)));
+        let told = limited(Some(60)).map_err(|error| error.about("blob 2"));
+        assert_eq!(manners.before(&other).await, told, "nothing is said of the first");
         assert_eq!(manners.before(&asker(&manners, "other", "blob 2")).await, Ok(()));
         tokio::time::advance(Duration::from_secs(57)).await;
         let started = Instant::now();
@@ -268,7 +270,8 @@ mod tests {
         let meanwhile = ours();
         manners.after(&ours(), &limited(None));
         manners.after(&meanwhile, &Ok(()));
-        assert_eq!(manners.before(&ours()).await, limited(Some(8)));
+        let told = limited(Some(8)).map_err(|error| error.about("blob"));
+        assert_eq!(manners.before(&ours()).await, told);
         tokio::time::advance(Duration::from_secs(8)).await;
         manners.after(&ours(), &Ok(()));
         manners.after(&ours(), &limited(None));

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mod        what may be had: manifests, tags, blobs
+//! answered_by  who answered: the registry itself or a mirror
 //! ask        authentication's three steps
 //! referrers  what refers to a digest, page by page
 //! passed_by  mirrors that were of no use for a blob
@@ -36,6 +37,7 @@
 //! - Addresses in descriptors (`urls`) are never fetched.
 
 mod address;
+mod answered_by;
 mod ask;
 mod blob;
 mod challenge;
@@ -58,15 +60,17 @@ mod transport;
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
+use tokio::time::Instant;
 
 pub use address::{AddressRules, Loopback};
+pub use answered_by::AnsweredBy;
 pub use blob::BlobBody;
 pub use documents::Held;
 pub use endpoint::other_spellings;
@@ -81,11 +85,18 @@ use self::hosts::Hosts;
 use self::manners::Manners;
 use self::passed_by::{PassedBy, Standing};
 use self::question::{Needs, Question, Turns};
+use self::recent::Recent;
 use self::session::Session;
 use self::time::ExchangeTime;
 use self::transport::{Answer, Transport};
 use super::credentials::Credential;
 use super::{Digest, Repository};
+
+/// Registries whose absence is remembered; forgetting one costs a connection's timeout.
+const MAXIMUM_ABSENCES: usize = 256;
+/// How long a registry that could not be reached is not asked again for its word on what a mirror
+/// gave: pods behind a mirror would each wait for a connection that is not made.
+const ABSENT: Duration = Duration::from_mins(1);
 
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
@@ -111,6 +122,9 @@ pub struct RegistryOptions {
     pub mirrors_with_credentials: Vec<Url>,
 }
 
+/// When a registry could not be reached, and why.
+type Absence = (Instant, RegistryError);
+
 /// A manifest as the registry sent it, hashed.
 #[derive(Clone, Debug)]
 pub struct FetchedManifest {
@@ -120,8 +134,19 @@ pub struct FetchedManifest {
     pub digest: Digest,
     /// The `Content-Type` as sent.
     pub content_type: Option<String>,
+    /// Who sent them.
+    pub answered_by: AnsweredBy,
     /// Who holds it asks for no other.
     _held: Option<Arc<Held>>,
+}
+
+/// What a tag stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedTag {
+    /// The digest that was announced.
+    pub digest: Digest,
+    /// Who announced it.
+    pub answered_by: AnsweredBy,
 }
 
 /// Speaks to all registries. Cheap to clone; clones share connections and tokens.
@@ -132,6 +157,7 @@ pub struct Registry {
     manners: Arc<Manners>,
     hosts: Hosts,
     passed_by: Arc<PassedBy>,
+    absent: Arc<Mutex<Recent<String, Absence>>>,
     documents: Arc<Documents>,
     options: Arc<RegistryOptions>,
 }
@@ -161,6 +187,7 @@ impl Registry {
             manners: Arc::new(Manners::new()?),
             hosts: Hosts::new(options.hosts_dirs.clone(), options.mirrors_with_credentials.clone()),
             passed_by: Arc::default(),
+            absent: Arc::new(Mutex::new(Recent::new(MAXIMUM_ABSENCES))),
             documents: Arc::default(),
             options: Arc::new(options),
         })
@@ -177,8 +204,8 @@ impl Registry {
         let question = &Question::manifest(repository, name, credential, Method::GET)?;
         if matches!(name, ManifestName::Tag(_)) && self.resolves_apart(repository).await? {
             // Who may say what a tag means may not send it: asked for by its digest, all may.
-            if let Some(digest) = self.resolve(repository, name, credential).await? {
-                let name = ManifestName::Digest(digest);
+            if let Some(tag) = self.resolve(repository, name, credential).await? {
+                let name = ManifestName::Digest(tag.digest);
                 return Box::pin(self.manifest(repository, &name, credential)).await;
             }
         }
@@ -190,6 +217,56 @@ impl Registry {
                 return done;
             }
         }
+    }
+
+    /// Fetches a manifest from the registry itself, past its mirrors: whether a mirror gives it to
+    /// everyone says nothing of who may have it. None where a `hosts.toml` has put another host in
+    /// the registry's place.
+    pub async fn manifest_of_registry(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        credential: &Credential,
+    ) -> Result<Option<FetchedManifest>, RegistryError> {
+        let host = repository.host();
+        let name = ManifestName::Digest(digest);
+        let question = &Question::manifest(repository, &name, credential, Method::GET)?;
+        let route = self.hosts.route(&self.transport, host).await;
+        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
+        let own = endpoints.iter().filter(|endpoint| endpoint.is_registry() && endpoint.pull);
+        let own: Vec<_> = own.cloned().collect();
+        let Some(mut turns) = Turns::new(own, |_| Standing::Trusted) else { return Ok(None) };
+        let absence = self.absent().get(&host.to_owned());
+        if let Some((_, error)) = absence.filter(|(since, _)| since.elapsed() < ABSENT) {
+            return Err(error.about(&question.what));
+        }
+        let fetched = loop {
+            let endpoint = turns.current();
+            let tried = Box::pin(self.fetch_manifest(question, endpoint, &name));
+            if let Some(done) = turns.judge(self.with_manners(question, endpoint, tried).await) {
+                break done;
+            }
+        };
+        if let Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Timeout { .. })) =
+            &fetched
+        {
+            self.absent().insert(host.to_owned(), (Instant::now(), error.clone()));
+        }
+        fetched.map(Some)
+    }
+
+    /// The addresses of a registry's mirrors, as configured now; none where its `hosts.toml` cannot
+    /// be used. Blocking.
+    #[must_use]
+    pub fn mirrors(&self, repository: &Repository) -> Option<Vec<Arc<str>>> {
+        let route = self.hosts.route_blocking(&self.transport, repository.host());
+        let endpoints = route.as_ref().as_ref().ok()?;
+        let mirrors = endpoints.iter().filter(|endpoint| !endpoint.is_registry());
+        Some(mirrors.map(|endpoint| endpoint.address()).collect())
+    }
+
+    fn absent(&self) -> std::sync::MutexGuard<'_, Recent<String, Absence>> {
+        self.absent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn fetch_manifest(
@@ -204,6 +281,7 @@ impl Registry {
         loop {
             let answer = time.of(self.expect_success(question, endpoint)).await?;
             answer.check_encoding(&question.what)?;
+            let answered_by = AnsweredBy::of(endpoint, &answer);
             let headers = answer.response.headers();
             let content_type =
                 headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -236,7 +314,13 @@ impl Registry {
                 }),
                 _ => {
                     let held = held.map(Arc::new);
-                    Ok(FetchedManifest { bytes, digest: got, content_type, _held: held })
+                    Ok(FetchedManifest {
+                        bytes,
+                        digest: got,
+                        content_type,
+                        answered_by,
+                        _held: held,
+                    })
                 }
             };
         }
@@ -248,7 +332,7 @@ impl Registry {
         repository: &Repository,
         digest: Digest,
         credential: &Credential,
-    ) -> Result<(), RegistryError> {
+    ) -> Result<AnsweredBy, RegistryError> {
         let name = ManifestName::Digest(digest);
         let head = &Question::manifest(repository, &name, credential, Method::HEAD)?;
         let get = &Question::manifest(repository, &name, credential, Method::GET)?;
@@ -258,13 +342,15 @@ impl Registry {
             let tried = async {
                 let answer = self.ask(head, endpoint).await?;
                 if answer.status().is_success() {
-                    return Ok(());
+                    return Ok(AnsweredBy::of(endpoint, &answer));
                 }
                 if !head_is_not_understood(&answer) {
                     return Err(answer.refusal(&head.what, head.is_anonymous_at(endpoint)));
                 }
-                self.expect_success(get, endpoint).await?.discard().await;
-                Ok(())
+                let answer = self.expect_success(get, endpoint).await?;
+                let answered_by = AnsweredBy::of(endpoint, &answer);
+                answer.discard().await;
+                Ok(answered_by)
             };
             if let Some(done) = turns.judge(self.in_time(head, endpoint, tried).await) {
                 return done;
@@ -279,7 +365,7 @@ impl Registry {
         repository: &Repository,
         tag: &str,
         credential: &Credential,
-    ) -> Result<Option<Digest>, RegistryError> {
+    ) -> Result<Option<ResolvedTag>, RegistryError> {
         self.resolve(repository, &ManifestName::Tag(tag.to_owned()), credential).await
     }
 
@@ -288,7 +374,7 @@ impl Registry {
         repository: &Repository,
         name: &ManifestName,
         credential: &Credential,
-    ) -> Result<Option<Digest>, RegistryError> {
+    ) -> Result<Option<ResolvedTag>, RegistryError> {
         let question = &Question::manifest(repository, name, credential, Method::HEAD)?;
         let mut turns = self.turns(question, name.needs()).await?;
         loop {
@@ -296,7 +382,9 @@ impl Registry {
             let tried = async {
                 let answer = self.ask(question, endpoint).await?;
                 if answer.status().is_success() {
-                    return Ok(announced_digest(answer.response.headers()));
+                    let digest = announced_digest(answer.response.headers());
+                    let answered_by = AnsweredBy::of(endpoint, &answer);
+                    return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
                 }
                 if head_is_not_understood(&answer) {
                     return Ok(None);
@@ -309,13 +397,13 @@ impl Registry {
         }
     }
 
-    /// Whether the registry has a blob.
-    pub async fn has_blob(
+    /// Proves with one cheap request that a credential opens a blob.
+    pub async fn probe_blob(
         &self,
         repository: &Repository,
         digest: Digest,
         credential: &Credential,
-    ) -> Result<bool, RegistryError> {
+    ) -> Result<AnsweredBy, RegistryError> {
         let head = &Question::blob(repository, digest, credential, Method::HEAD);
         let mut get = Question::blob(repository, digest, credential, Method::GET);
         get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
@@ -330,16 +418,14 @@ impl Registry {
                 }
                 match answer.refusal_or_success(head, endpoint) {
                     // An empty blob has no first byte; a server that says so has it.
-                    Some(_) if answer.status() == StatusCode::RANGE_NOT_SATISFIABLE => Ok(()),
-                    Some(refusal) => Err(refusal),
-                    None => Ok(()),
+                    Some(refusal) if answer.status() != StatusCode::RANGE_NOT_SATISFIABLE => {
+                        Err(refusal)
+                    }
+                    _ => Ok(AnsweredBy::of(endpoint, &answer)),
                 }
             };
             if let Some(done) = turns.judge(self.in_time(head, endpoint, tried).await) {
-                return match done {
-                    Err(RegistryError::NotFound { .. }) => Ok(false),
-                    done => done.map(|()| true),
-                };
+                return done;
             }
         }
     }
@@ -409,7 +495,9 @@ impl Registry {
                     return Err(refusal);
                 }
                 let (what, stall_timeout) = (whole.what.clone(), self.options.stall_timeout);
-                BlobBody::open(answer, turns.mirror(), asked, what, stall_timeout)
+                let answered_by = AnsweredBy::of(endpoint, &answer);
+                let by = (turns.mirror(), answered_by);
+                BlobBody::open(answer, by, asked, what, stall_timeout)
             };
             if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
                 return done;

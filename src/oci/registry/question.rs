@@ -68,6 +68,15 @@ impl Needs {
 }
 
 impl ManifestName {
+    /// Names the manifest in errors.
+    #[must_use]
+    pub fn describe(&self, repository: &Repository) -> String {
+        match self {
+            Self::Tag(tag) => error::describe(&format!("manifest {tag}"), repository),
+            Self::Digest(digest) => error::describe(&format!("manifest {digest}"), repository),
+        }
+    }
+
     pub(super) fn needs(&self) -> Needs {
         match self {
             Self::Tag(_) => Needs::Resolve,

@@ -434,7 +434,8 @@ async fn a_probe_is_a_head_and_a_get_where_there_is_none() {
             .await;
         let probed =
             registry().probe(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
-        assert_eq!((probed, server.seen().len()), (Ok(()), requests), "{code}");
+        let expected = (Ok(AnsweredBy::Registry), requests);
+        assert_eq!((probed, server.seen().len()), expected, "{code}");
     }
     let server = Server::start(|_, _| status(404)).await;
     let probed =
@@ -459,6 +460,8 @@ async fn a_tag_resolves_to_what_the_registry_says_or_to_nothing() {
         .await;
         let resolved =
             registry().resolve_tag(&server.repository(), "v1", &Credential::Anonymous).await;
+        let expected =
+            expected.map(|digest| ResolvedTag { digest, answered_by: AnsweredBy::Registry });
         assert_eq!(resolved, Ok(expected), "{code} {announced}");
     }
 }
@@ -473,9 +476,11 @@ async fn a_blob_is_there_or_not() {
     )
     .await;
     let (registry, repository) = (registry(), server.repository());
-    assert_eq!(registry.has_blob(&repository, here, &Credential::Anonymous).await, Ok(true));
+    let found = registry.probe_blob(&repository, here, &Credential::Anonymous).await;
+    assert_eq!(found, Ok(AnsweredBy::Registry));
     let other = Digest::of(b"gone");
-    assert_eq!(registry.has_blob(&repository, other, &Credential::Anonymous).await, Ok(false));
+    let found = registry.probe_blob(&repository, other, &Credential::Anonymous).await;
+    assert!(matches!(found, Err(RegistryError::NotFound { .. })));
 }
 
 #[tokio::test]
@@ -490,8 +495,8 @@ async fn storage_that_refuses_head_is_asked_with_get() {
     let location = format!("http://{}/blob?Signature={SIGNATURE}", storage.address);
     let server = Server::start(move |_, _| answer(307, &[("location", &location)], "")).await;
     let found =
-        registry().has_blob(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
-    assert_eq!(found, Ok(true));
+        registry().probe_blob(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+    assert_eq!(found, Ok(AnsweredBy::Registry));
     assert_eq!(storage.seen()[1].header("range"), Some("bytes=0-0"));
 }
 

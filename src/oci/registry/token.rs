@@ -119,8 +119,7 @@ impl Tokens {
         Principal(mac.finalize().into_bytes().into())
     }
 
-    /// A token from memory, or a new one. `what` names the token in errors,
-    /// which everybody who waited gets.
+    /// A token from memory, or a new one. `what` names the token in errors.
     pub(super) async fn get(
         &self,
         transport: &Transport,
@@ -139,7 +138,8 @@ impl Tokens {
             }
             // A refusal is shared by those who waited for it: asking again for
             // each of them is how a wrong password locks an account.
-            Some(Err(error)) if waited => return Err(error.clone()),
+            // Of what another caller wanted it for, nothing is said.
+            Some(Err(error)) if waited => return Err(error.clone().about(what)),
             _ => {}
         }
         *outcome = None;

@@ -71,6 +71,8 @@ pub(super) struct Answer {
     pub(super) host: String,
     /// Whether another host than the one that was asked had a part in it.
     pub(super) redirected: bool,
+    /// Whether it was given for a credential, or for a token that one was exchanged for.
+    pub(super) with_credential: bool,
 }
 
 impl fmt::Debug for Transport {
@@ -173,7 +175,7 @@ impl Transport {
             }
             let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
-                return Ok(Answer { response, host, redirected });
+                return Ok(Answer { response, host, redirected, with_credential: false });
             }
             let next = next_hop(&url, &response).map_err(|reason| RegistryError::Protocol {
                 host: host.clone(),

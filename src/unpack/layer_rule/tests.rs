@@ -101,6 +101,10 @@ fn an_image_is_whole_or_refused() {
     let encrypted = format!("{TAR_GZIP}+encrypted");
     let error = rules_of(None, IMAGE_CONFIG, &[untitled(TAR), untitled(&encrypted)]).unwrap_err();
     assert!(matches!(error, UnpackError::MediaType { layer: 1, .. }));
+    for config in [IMAGE_CONFIG, "application/x"] {
+        let error = rules_of(None, config, &[untitled(&encrypted), untitled(&encrypted)]);
+        assert!(matches!(error, Err(UnpackError::MediaType { layer: 0, .. })), "{config}");
+    }
 }
 
 #[test]

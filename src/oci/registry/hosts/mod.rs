@@ -64,6 +64,11 @@ impl Hosts {
             Arc::new(Err(RegistryError::Configuration { reason }))
         })
     }
+
+    /// As [`Self::route`], on a thread that may block.
+    pub(super) fn route_blocking(&self, transport: &Transport, host: &str) -> Arc<Route> {
+        self.0.route(transport, host)
+    }
 }
 
 impl Inner {
