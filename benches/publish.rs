@@ -76,12 +76,15 @@ fn unpublishes() {
     println!("\n{UNPUBLISHES} unpublishes after so many names were looked up, milliseconds:\n");
     println!("{:<24} {:<8} {:>10} {:>10}", "names", "form", "median", "longest");
     let largest = NAMES[NAMES.len() - 1];
-    let node = Node::start();
+    // The folders count, too.
+    let node = Node::start_configured(|_| {}, "limits: {entries: 2000000}\n");
     let reference = node.proxy.reference(&format!("{}:v1", push_files(largest)));
     // Fetched and unpacked once; a kubelet waits longer than one call for that.
     let first = node.kubelet.new_volume(&reference);
     node.kubelet.prepare(&first);
-    while node.kubelet.publish_request(first.request.clone()).is_err() {}
+    while let Err(status) = node.kubelet.publish_request(first.request.clone()) {
+        assert_eq!(status.code(), tonic::Code::Aborted, "{status}");
+    }
     for names in NAMES {
         for (form, readonly) in FORMS {
             let before = driver_times(&node.driver.log(), "unpublished").len();
