@@ -11,7 +11,7 @@ use crate::oci::credentials::Keyring;
 use crate::oci::{Platform, Reference};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use crate::pull::{ProgressView, PullPolicy, Want};
+use crate::pull::{ProgressView, PullPolicy, Tenant, Want};
 use crate::volume::Content;
 use crate::warming::{want, with_demands};
 
@@ -52,7 +52,7 @@ pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
             .parse()
             .map_err(|error: crate::oci::reference::ReferenceError| error.to_string())?;
         // A tag may have moved since: warming is for what it means now.
-        Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone()))
+        Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone(), Tenant::Admin))
     };
     Ok(Wants { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
 }

@@ -19,9 +19,9 @@ use crate::config::NodeConfiguration;
 use crate::mount::{AttachMethod, MountFlags};
 use crate::oci::credentials::Keyring;
 use crate::policy::Demands;
-use crate::pull::ProgressView;
 use crate::pull::flights::Runway;
 use crate::pull::wire::Unobserved;
+use crate::pull::{ProgressView, Tenant};
 use crate::store::lock::Lock;
 use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use crate::volume::attributes::VolumeAttributes;
@@ -203,7 +203,7 @@ async fn fetch(
     attributes: &VolumeAttributes,
     keyring: &Keyring,
 ) -> Result<(), Failure> {
-    let want = attributes.want(Demands::default(), keyring.clone(), None);
+    let want = attributes.want(Demands::default(), keyring.clone(), None, Tenant::Admin);
     let view = ProgressView::default();
     let acquire = content.puller.acquire(&want, &view);
     tokio::pin!(acquire);

@@ -14,7 +14,8 @@ use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::sponsors::{Source, Sponsors};
 use super::sums::Sums;
-use super::want::{Priority, PullPolicy, Want};
+use super::tenant::Caller;
+use super::want::{PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use crate::background;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
@@ -112,7 +113,7 @@ impl Puller {
         }
         let credential = self.credential(resolved).await?;
         let source = Source { repository: repository.clone(), credential };
-        self.fly(key, manifest, &shape, (&source, want.priority), view).await
+        self.fly(key, manifest, &shape, (&source, &want.caller()), view).await
     }
 
     async fn fly(
@@ -120,7 +121,7 @@ impl Puller {
         key: TreeKey,
         manifest: Digest,
         shape: &Shape,
-        (source, priority): (&Source, Priority),
+        (source, caller): (&Source, &Caller),
         view: &ProgressView,
     ) -> Outcome<Tree> {
         let repository = &source.repository;
@@ -130,7 +131,8 @@ impl Puller {
             let mut started = false;
             let (inner, shape) = (Arc::clone(&self.0), shape.clone());
             let sponsors = Arc::clone(&sponsors);
-            let mut ticket = self.0.trees.join((repository.clone(), key), priority, |progress| {
+            let flight = (repository.clone(), key);
+            let mut ticket = self.0.trees.join(flight, caller.clone(), |progress| {
                 started = true;
                 progress.name(format!("{repository}@{manifest}"));
                 async move {

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::error::PullError;
 use super::progress::Progress;
+use super::tenant::Caller;
 use super::want::Priority;
 use crate::background::Background;
 
@@ -54,6 +55,7 @@ struct Flight<T> {
 pub struct Ticket<T> {
     flight: Arc<Flight<T>>,
     outcome: watch::Receiver<Option<Outcome<T>>>,
+    caller: Caller,
 }
 
 impl<K, T> Flights<K, T>
@@ -73,11 +75,12 @@ where
         under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
     }
 
-    /// Joins the flight of this key, or starts it. It becomes as urgent as whoever joins.
+    /// Joins the flight of this key, or starts it. It becomes as urgent as the caller, and works in
+    /// the name of the caller's tenants, too.
     pub fn join<F>(
         &self,
         key: K,
-        priority: Priority,
+        caller: Caller,
         start: impl FnOnce(Arc<Progress>) -> F,
     ) -> Ticket<T>
     where
@@ -85,20 +88,18 @@ where
     {
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = under_way.get(&key) {
-            flight.progress.raise(priority);
-            return Ticket::new(Arc::clone(flight));
+            return Ticket::new(Arc::clone(flight), caller);
         }
         // What the background begins works there, however urgent it is: then it hurries by itself.
-        let place = if Background::is_here() { Priority::Warm } else { priority };
+        let place = if Background::is_here() { Priority::Warm } else { caller.priority };
         let progress = Arc::new(Progress::of(place, self.runway.background.clone()));
-        progress.raise(priority);
         let flight = Arc::new(Flight {
             outcome: watch::Sender::new(None),
             progress: Arc::clone(&progress),
             interest: watch::Sender::new(0),
         });
         under_way.insert(key.clone(), Arc::clone(&flight));
-        let ticket = Ticket::new(Arc::clone(&flight));
+        let ticket = Ticket::new(Arc::clone(&flight), caller);
         let work = start(progress);
         let Runway { tracker, shutdown, background } = &self.runway;
         let (map, shutdown, linger) = (Arc::clone(&self.under_way), shutdown.clone(), self.linger);
@@ -161,10 +162,11 @@ impl<K: Eq + Hash, T> Drop for Landing<K, T> {
 }
 
 impl<T: Clone> Ticket<T> {
-    fn new(flight: Arc<Flight<T>>) -> Self {
+    fn new(flight: Arc<Flight<T>>, caller: Caller) -> Self {
+        flight.progress.enter(&caller);
         flight.interest.send_modify(|count| *count += 1);
         let outcome = flight.outcome.subscribe();
-        Self { flight, outcome }
+        Self { flight, outcome, caller }
     }
 
     /// Waits for the end. Safe to cancel: the flight goes on.
@@ -187,6 +189,7 @@ impl<T: Clone> Ticket<T> {
 
 impl<T> Drop for Ticket<T> {
     fn drop(&mut self) {
+        self.flight.progress.leave(&self.caller);
         self.flight.interest.send_modify(|count| *count -= 1);
     }
 }
@@ -194,6 +197,11 @@ impl<T> Drop for Ticket<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pull::Tenant;
+
+    fn pod() -> Caller {
+        Caller::new(Priority::Pod, Tenant::Namespace("team".into()))
+    }
 
     fn flights(linger: u64) -> Flights<u8, u32> {
         let linger = Duration::from_secs(linger);
@@ -205,11 +213,11 @@ mod tests {
     async fn many_wait_for_one() {
         let flights = flights(60);
         let (go, wait) = tokio::sync::oneshot::channel::<()>();
-        let mut first = flights.join(1, Priority::Pod, |_| async move {
+        let mut first = flights.join(1, pod(), |_| async move {
             let _ = wait.await;
             Ok(7)
         });
-        let mut second = flights.join(1, Priority::Pod, |_| async { Ok(8) });
+        let mut second = flights.join(1, pod(), |_| async { Ok(8) });
         go.send(()).expect("a flight");
         assert_eq!(first.outcome().await.expect("landed"), 7);
         assert_eq!(second.outcome().await.expect("landed"), 7);
@@ -219,11 +227,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waiting_ends_it_after_a_while() {
         let flights = flights(60);
-        let first = flights.join(1, Priority::Pod, |_| std::future::pending());
+        let first = flights.join(1, pod(), |_| std::future::pending());
         tokio::task::yield_now().await;
         drop(first);
         tokio::time::sleep(Duration::from_secs(59)).await;
-        let mut back = flights.join(1, Priority::Pod, |_| async { Ok(8) });
+        let mut back = flights.join(1, pod(), |_| async { Ok(8) });
         let still = tokio::time::timeout(Duration::from_mins(5), back.outcome()).await;
         assert!(still.is_err(), "a flight that somebody waits for goes on");
         drop(back);
@@ -234,9 +242,9 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_an_outcome() {
         let flights = flights(60);
-        let mut ticket = flights.join(1, Priority::Pod, |_| async { panic!("a bug") });
+        let mut ticket = flights.join(1, pod(), |_| async { panic!("a bug") });
         assert!(matches!(*ticket.outcome().await.expect_err("crashed"), PullError::Crashed));
-        let mut next = flights.join(1, Priority::Pod, |_| async { Ok(8) });
+        let mut next = flights.join(1, pod(), |_| async { Ok(8) });
         assert_eq!(next.outcome().await.expect("a new flight"), 8);
     }
 }

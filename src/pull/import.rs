@@ -16,6 +16,7 @@ use std::sync::Arc;
 use super::candidates::Candidates;
 use super::error::PullError;
 use super::resolve::{Resolved, blocking};
+use super::tenant::Tenant;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
@@ -113,6 +114,7 @@ impl Puller {
             keyring: Keyring::default(),
             identity: None,
             priority: Priority::Warm,
+            tenant: Tenant::Admin,
             maximum_bytes: None,
             signature: None,
         };

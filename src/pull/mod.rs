@@ -7,6 +7,7 @@
 //! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
 //! flights    one piece of work at a time, however many wait
 //! sponsors   whose credentials pay for it
+//! tenant     in whose name it works: shares are fair between tenants
 //! signatures finding an artifact's signatures, and verifying them
 //! transfer   one blob to partial/, verified
 //! connections  the connections that bring it; spans: which brings which bytes; retry: after how long;
@@ -50,6 +51,7 @@ pub mod slots;
 pub mod spans;
 pub mod sponsors;
 mod sums;
+pub mod tenant;
 pub mod throttle;
 pub mod transfer;
 pub mod unpacking;
@@ -61,6 +63,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use error::PullError;
+pub use tenant::{Caller, Tenant};
 pub use verification::{CredentialsVerification, Verification};
 pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 
@@ -258,7 +261,7 @@ impl Puller {
         let tree = loop {
             let tree = self.tree(want, resolved, view).await?;
             // One that is damaged has been marked: the next look does not find it.
-            if self.is_sound(&tree, want.priority, view).await? {
+            if self.is_sound(&tree, want.caller(), view).await? {
                 break tree;
             }
         };

@@ -90,7 +90,7 @@ impl Inner {
         let file = loop {
             let mut started = false;
             let key = (sponsors.repository().clone(), want);
-            let mut ticket = self.files.join(key, progress.priority(), |own| {
+            let mut ticket = self.files.join(key, progress.caller(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
@@ -131,7 +131,7 @@ impl Inner {
         loop {
             let mut started = false;
             let of = (sponsors.repository().clone(), key);
-            let mut ticket = self.layers.join(of, progress.priority(), |own| {
+            let mut ticket = self.layers.join(of, progress.caller(), |own| {
                 started = true;
                 own.expect(descriptor.size);
                 let (inner, descriptor) = (Arc::clone(self), descriptor.clone());

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 
+use super::tenant::{Caller, Tenant, WaitingTenants};
 use super::want::Priority;
 use crate::background::{Background, Hurry};
 use crate::units::Bytes;
@@ -26,6 +27,7 @@ pub struct Progress {
     parts: Mutex<HashMap<usize, Arc<Progress>>>,
     /// Whether a pod waits for it, and what follows from that.
     pace: Mutex<Pace>,
+    tenants: Mutex<WaitingTenants>,
     /// Told when it becomes urgent.
     raised: Notify,
     /// For people.
@@ -82,6 +84,7 @@ impl Progress {
             resumed: AtomicU64::new(0),
             parts: Mutex::default(),
             pace: Mutex::new(pace),
+            tenants: Mutex::default(),
             raised: Notify::new(),
             name: OnceLock::new(),
             reads_back: AtomicBool::new(false),
@@ -132,8 +135,47 @@ impl Progress {
     pub fn wait_for(&self, number: usize, part: &Arc<Self>) {
         part.raise(self.priority());
         self.parts().insert(number, Arc::clone(part));
-        // Somebody may have come in between.
+        // Another caller may have come in between.
         part.raise(self.priority());
+        self.tenants().iter().for_each(|tenant| part.enter_parts(tenant));
+    }
+
+    /// Returns the priority and the tenants of the callers that wait for it.
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        Caller { priority: self.priority(), tenants: self.tenants() }
+    }
+
+    /// Returns the tenants that wait for it, or the one that waited last.
+    #[must_use]
+    pub fn tenants(&self) -> Vec<Tenant> {
+        self.waiting().all()
+    }
+
+    /// Adds the tenants of a caller, also to all that it waits for.
+    pub(super) fn enter(&self, caller: &Caller) {
+        for tenant in &caller.tenants {
+            self.waiting().enter(tenant);
+            self.parts().values().for_each(|part| part.enter_parts(tenant));
+        }
+        self.raise(caller.priority);
+    }
+
+    /// Removes the tenants of a caller. What it waits for keeps them until it ends.
+    pub(super) fn leave(&self, caller: &Caller) {
+        caller.tenants.iter().for_each(|tenant| self.waiting().leave(tenant));
+    }
+
+    /// Adds a tenant that waits for it through another flight.
+    fn enter_parts(&self, tenant: &Tenant) {
+        if !self.tenants().contains(tenant) {
+            self.waiting().enter(tenant);
+            self.parts().values().for_each(|part| part.enter_parts(tenant));
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, WaitingTenants> {
+        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How urgent it is: as much as the most urgent of those who wait for it.

@@ -15,6 +15,7 @@ use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::origins::content_source;
+use super::tenant::Caller;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
@@ -185,7 +186,8 @@ impl Puller {
         let (reference, platform) = (want.reference.clone(), want.platform.clone());
         let work = |_| inner.fetch(question, reference, platform, candidates);
         // A small question, for which credential plugins are run: never as idle processes.
-        self.0.resolving.join(key, Priority::Pod, work).outcome().await
+        let caller = Caller { priority: Priority::Pod, ..want.caller() };
+        self.0.resolving.join(key, caller, work).outcome().await
     }
 }
 

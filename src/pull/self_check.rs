@@ -11,6 +11,7 @@ use super::flights::{Outcome, Ticket};
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::room::layer_key;
+use super::tenant::{Caller, Tenant};
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
@@ -105,14 +106,14 @@ impl Puller {
     pub async fn is_sound(
         &self,
         tree: &Tree,
-        priority: Priority,
+        caller: Caller,
         view: &ProgressView,
     ) -> Outcome<bool> {
         let name = ObjectName::tree(tree.key, tree.generation);
         if !self.0.store.is_unread(&name) {
             return Ok(true);
         }
-        let mut ticket = self.0.read(Item::Object(name), priority);
+        let mut ticket = self.0.read(Item::Object(name), caller);
         view.show(ticket.progress());
         ticket.outcome().await.map(|read| read.is_sound())
     }
@@ -123,7 +124,7 @@ impl Puller {
     ///
     /// Those of the node itself: damage is no error.
     pub async fn scrub(&self, item: Item) -> Outcome<ReadBack> {
-        self.0.read(item, Priority::Warm).outcome().await
+        self.0.read(item, Caller::new(Priority::Warm, Tenant::Config)).outcome().await
     }
 
     /// Makes a damaged tree anew, from a registry that a reference of it names.
@@ -167,6 +168,7 @@ impl Damaged {
             keyring: Keyring::default(),
             identity: None,
             priority: Priority::Warm,
+            tenant: Tenant::Config,
             maximum_bytes: None,
             signature: None,
         })
@@ -207,7 +209,7 @@ impl Inner {
     ) -> Result<bool, PullError> {
         let mut are_sound = true;
         let mut tickets = objects.into_iter().enumerate().map(|(number, name)| {
-            let ticket = self.read(Item::Object(name), progress.priority());
+            let ticket = self.read(Item::Object(name), progress.caller());
             progress.wait_for(number, ticket.progress());
             ticket
         });
@@ -223,9 +225,9 @@ impl Inner {
     }
 
     /// Joins the reading of an item, or begins it.
-    fn read(self: &Arc<Self>, item: Item, priority: Priority) -> Ticket<ReadBack> {
+    fn read(self: &Arc<Self>, item: Item, caller: Caller) -> Ticket<ReadBack> {
         self.readings
-            .join(item.clone(), priority, |progress| Arc::clone(self).read_item(item, progress))
+            .join(item.clone(), caller, |progress| Arc::clone(self).read_item(item, progress))
     }
 
     async fn read_item(

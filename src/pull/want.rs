@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::PullError;
+use super::tenant::{Caller, Tenant};
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::signature::SignatureDemand;
 use crate::oci::{Platform, Reference};
@@ -66,9 +67,16 @@ pub struct Want {
     pub identity: Option<WorkloadIdentity>,
     /// How urgent it is.
     pub priority: Priority,
+    /// In whose name the node works.
+    pub tenant: Tenant,
 }
 
 impl Want {
+    /// Returns the caller that waits for it.
+    pub(super) fn caller(&self) -> Caller {
+        Caller::new(self.priority, self.tenant.clone())
+    }
+
     /// Compares a size with the volume's own bound.
     pub(super) fn check_bytes(&self, bytes: u64) -> Result<(), PullError> {
         match self.maximum_bytes {

@@ -12,7 +12,7 @@ use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::{Digest, Platform, Reference};
 use crate::policy::Demands;
-use crate::pull::{IfUnavailable, Priority, PullPolicy, Want};
+use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use crate::unpack::{PermissionsRule, Selection};
 
 /// Every key that a volume's author may set.
@@ -134,6 +134,7 @@ impl VolumeAttributes {
         demands: Demands,
         keyring: Keyring,
         identity: Option<WorkloadIdentity>,
+        tenant: Tenant,
     ) -> Want {
         Want {
             reference: self.reference.clone(),
@@ -148,6 +149,7 @@ impl VolumeAttributes {
             keyring,
             identity,
             priority: Priority::Pod,
+            tenant,
         }
     }
 

@@ -26,7 +26,6 @@ use crate::mount::{MountForm, Target, TargetState};
 use crate::oci::signature::SignatureMode;
 use crate::oci::{Digest, Reference};
 use crate::policy::{Demands, Facts};
-use crate::pull::Priority;
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
 use crate::store::publications::Publication;
@@ -221,7 +220,7 @@ impl Volumes {
             Ok(keyring) => keyring.clone(),
             Err(error) => return Err(VolumeError::Invalid(error.to_string())),
         };
-        let want = attributes.want(demands, keyring, request.identity.clone());
+        let want = attributes.want(demands, keyring, request.identity.clone(), request.tenant());
         let view = &request.progress;
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, view)).await {
             Ok(Ok(acquired)) if view.was_shown() => {
@@ -404,7 +403,7 @@ async fn is_sound(
     tree: &Tree,
 ) -> Result<bool, VolumeError> {
     let view = &request.progress;
-    let read = content.puller.is_sound(tree, Priority::Pod, view);
+    let read = content.puller.is_sound(tree, request.caller(), view);
     let reference = || request.attributes.reference.to_string();
     match tokio::time::timeout_at(request.deadline, read).await {
         Ok(read) => read.map_err(|source| VolumeError::Pull { reference: reference(), source }),

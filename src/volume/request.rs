@@ -6,7 +6,7 @@ use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, SecretError, WorkloadIdentity};
-use crate::pull::ProgressView;
+use crate::pull::{Caller, Priority, ProgressView, Tenant};
 
 /// A publish of one volume at one target.
 #[derive(Clone, Debug)]
@@ -32,6 +32,21 @@ pub struct PublishRequest {
     pub deadline: Instant,
     /// Where the caller sees how far a pull is, if there is one.
     pub progress: ProgressView,
+}
+
+impl PublishRequest {
+    /// Returns the tenant that a pull for this volume works for.
+    #[must_use]
+    pub fn tenant(&self) -> Tenant {
+        let uid = self.pod.uid.as_deref().or_else(|| self.target.pod_uid());
+        Tenant::of_pod(self.pod.namespace.as_deref(), uid)
+    }
+
+    /// Returns the caller that waits for such a pull.
+    #[must_use]
+    pub fn caller(&self) -> Caller {
+        Caller::new(Priority::Pod, self.tenant())
+    }
 }
 
 /// What the kubelet says of the pod; all of it may be missing.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::want::{want, with_demands};
 use crate::oci::credentials::Keyring;
 use crate::oci::{Digest, Platform, Reference};
-use crate::pull::{ProgressView, PullError, PullPolicy, Want};
+use crate::pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
 use crate::store::resolutions::Resolution;
 use crate::volume::Content;
 
@@ -104,7 +104,8 @@ async fn node_want(
     policy: PullPolicy,
 ) -> Want {
     // The node's docker configuration and its credential plugins are asked beside.
-    let wanted = want(reference.clone(), platform.clone(), policy, Keyring::empty());
+    let wanted =
+        want(reference.clone(), platform.clone(), policy, Keyring::empty(), Tenant::Config);
     with_demands(content, wanted).await
 }
 

@@ -4,7 +4,7 @@
 use crate::oci::credentials::Keyring;
 use crate::oci::{Platform, Reference};
 use crate::policy::Facts;
-use crate::pull::{IfUnavailable, Priority, PullPolicy, Want};
+use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use crate::unpack::{PermissionsRule, Selection};
 use crate::volume::Content;
 
@@ -15,6 +15,7 @@ pub fn want(
     platform: Platform,
     policy: PullPolicy,
     keyring: Keyring,
+    tenant: Tenant,
 ) -> Want {
     Want {
         reference,
@@ -27,6 +28,7 @@ pub fn want(
         keyring,
         identity: None,
         priority: Priority::Warm,
+        tenant,
         maximum_bytes: None,
         signature: None,
     }

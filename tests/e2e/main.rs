@@ -38,6 +38,7 @@ mod isolation;
 mod lifecycle;
 mod mirrors;
 mod mounts;
+mod neighbours;
 mod oracle;
 mod planted;
 mod policy;

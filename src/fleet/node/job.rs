@@ -19,7 +19,7 @@ use crate::oci::manifest::ManifestError;
 use crate::oci::registry::RegistryError;
 use crate::oci::{Platform, Reference};
 use crate::policy::{Demands, Facts};
-use crate::pull::{ProgressView, PullError, PullPolicy, Want};
+use crate::pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
 use crate::volume::Content;
 use crate::warming::want;
 
@@ -231,8 +231,9 @@ impl Running {
             self.tell(Phase::Pulling, "", String::new());
         }
         // A digest means the same for ever: only what is not here is asked for.
+        let platform = Platform::of_this_node();
         let wanted =
-            want(reference.clone(), Platform::of_this_node(), PullPolicy::IfNotPresent, keyring);
+            want(reference.clone(), platform, PullPolicy::IfNotPresent, keyring, self.tenant());
         let Demands { maximum_bytes, signature, .. } = demands;
         let wanted = Want { maximum_bytes, signature, ..wanted };
         let patience =
@@ -254,6 +255,12 @@ impl Running {
         }
         let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
         pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))
+    }
+
+    /// Returns the tenant of the preload, whose name is `namespace/name`.
+    fn tenant(&self) -> Tenant {
+        let namespace = self.wanted.preload.split_once('/').map(|(namespace, _)| namespace);
+        Tenant::of_pod(namespace, None)
     }
 
     /// What to show the registry: what came sealed, beside the node's own.
