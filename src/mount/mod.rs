@@ -13,4 +13,4 @@ pub mod target;
 
 pub use attach::{AttachMethod, MountContent, MountFlags, MountForm};
 pub use table::{MountEntry, MountOrigin, MountTable};
-pub use target::{Target, TargetState, UnmountError};
+pub use target::{DetachedFilesystem, Target, TargetState, UnmountError};

@@ -27,6 +27,10 @@ pub struct Target {
     name: CString,
 }
 
+/// A filesystem that is kept without being mounted anywhere. Dropping it may block.
+#[derive(Debug)]
+pub struct DetachedFilesystem(#[expect(dead_code, reason = "held until it is dropped")] OwnedFd);
+
 /// What is at a target now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetState {
@@ -131,11 +135,21 @@ impl Target {
         Ok(table.top_at(&self.path()?).map(|entry| entry.origin.clone()))
     }
 
+    /// Keeps the filesystem of the topmost mount until the answer is dropped, also when the mount
+    /// is taken away meanwhile. The mount itself stays free to be unmounted. None where the kernel
+    /// cannot do so (before Linux 5.2): then unmounting takes the time.
+    #[must_use]
+    pub fn hold_filesystem(&self) -> Option<DetachedFilesystem> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+        let root = openat(&self.folder, self.name.as_c_str(), flags, Mode::empty()).ok()?;
+        syscalls::clone_mount(root.as_fd()).ok().map(DetachedFilesystem)
+    }
+
     /// Takes the topmost mount away. One that is in use goes lazily: a process that
     /// still has files open keeps them, the path is free at once.
     ///
-    /// The kernel takes time with each name that was looked up in an overlay: call this on a
-    /// thread that may block.
+    /// The kernel takes time with each name that was looked up in an overlay, unless
+    /// [`Self::hold_filesystem`] puts that off: call this on a thread that may block.
     ///
     /// # Errors
     ///

@@ -98,11 +98,7 @@ impl Puller {
         view: &ProgressView,
     ) -> Outcome<Tree> {
         let inner = &self.0;
-        let shape = Shape {
-            selection: want.selection.clone(),
-            permissions: want.permissions,
-            file_mode: want.file_mode,
-        };
+        let shape = Shape::of(want);
         let (manifest, key) = (resolved.manifest, shape.key(resolved.manifest));
         let repository = want.reference.repository();
         if let Some(tree) = inner.cached_tree(repository, key).await? {
@@ -162,13 +158,22 @@ impl Puller {
 }
 
 impl Shape {
+    /// Returns what a volume asks for.
+    pub(super) fn of(want: &Want) -> Self {
+        Self {
+            selection: want.selection.clone(),
+            permissions: want.permissions,
+            file_mode: want.file_mode,
+        }
+    }
+
     /// As volume attributes say it, to be kept with the tree.
     fn view(&self) -> View {
         let (include, exclude) = self.selection.attributes();
         View { include, exclude, permissions: self.permissions, file_mode: self.file_mode }
     }
 
-    fn key(&self, manifest: Digest) -> TreeKey {
+    pub(super) fn key(&self, manifest: Digest) -> TreeKey {
         let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
         TreeKey::new(manifest, &self.selection.canonical(), self.permissions.name(), &file_mode)
     }

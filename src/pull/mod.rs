@@ -3,6 +3,7 @@
 //! ```text
 //! want       what a volume asks for, and with which credentials it may
 //! candidates the credentials that it may try, and whose right each stands for
+//! cached     the tree of a volume, where the node holds it and knows that it may be seen
 //! verification  when cached content needs no proof
 //! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
 //! flights    one piece of work at a time, however many wait
@@ -30,6 +31,7 @@
 //! waits for them and may be dropped at any time.
 
 pub mod artifact;
+mod cached;
 pub mod candidates;
 pub mod connections;
 pub mod document;

@@ -88,13 +88,11 @@ struct Meaning {
 
 /// What is known of a reference without asking anybody.
 #[derive(Debug)]
-struct Known {
+pub(super) struct Known {
     top: Digest,
-    manifest: Digest,
+    pub(super) manifest: Digest,
     /// One that needs no further proof.
-    proven: Option<Candidate>,
-    /// Whether somebody of the same account was proven not long ago.
-    account_is_proven: bool,
+    pub(super) proven: Option<Candidate>,
 }
 
 impl Puller {
@@ -103,7 +101,8 @@ impl Puller {
         let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
         let read = move || {
             let candidates = inner.candidates(&for_candidates);
-            let known = inner.known(&for_candidates, &candidates);
+            let mirrors = inner.mirrors(for_candidates.reference.repository());
+            let known = inner.known(&for_candidates, &candidates, &mirrors);
             Ok((candidates, known))
         };
         let (candidates, known) = blocking(read).await.map_err(Arc::new)?;
@@ -112,7 +111,7 @@ impl Puller {
             PullPolicy::Never | PullPolicy::IfNotPresent => false,
             PullPolicy::Always => true,
         };
-        let Some(Known { top, manifest, proven, account_is_proven }) = known else {
+        let Some(Known { top, manifest, proven }) = known else {
             return self.ask(want, &candidates, Question::Meaning).await;
         };
         let before = |candidate| Resolved {
@@ -137,15 +136,32 @@ impl Puller {
         };
         // The last answer, for those who have been proven to see it; credentials that rotate
         // are known by their account while nobody can be asked.
-        let by_account = || account_is_proven.then(|| before(candidates.first()));
         let is_known = question != Question::Meaning;
         match cached {
             Some(cached) if want.if_unavailable == IfUnavailable::UseCached => Ok(cached),
             None if is_known || want.if_unavailable == IfUnavailable::UseCached => {
-                by_account().ok_or(error)
+                let is_proven = self.account_is_proven(want, &candidates, manifest).await?;
+                is_proven.then(|| before(candidates.first())).ok_or(error)
             }
             _ => Err(error),
         }
+    }
+
+    /// Returns whether a caller of the same account was proven not long ago.
+    async fn account_is_proven(
+        &self,
+        want: &Want,
+        candidates: &Candidates,
+        manifest: Digest,
+    ) -> Outcome<bool> {
+        let Some(account) = candidates.account(self.0.store.node_key()) else { return Ok(false) };
+        let (inner, repository) = (Arc::clone(&self.0), want.reference.repository().clone());
+        let read = move || {
+            let (mirrors, age) = (inner.mirrors(&repository), inner.verification.proof_ttl);
+            let store = &inner.store;
+            Ok(store.is_proven_for_account(&repository, manifest, (&account, age), &mirrors))
+        };
+        blocking(read).await.map_err(Arc::new)
     }
 
     /// What the reference means at its registry now. What it means for `IfNotPresent` stays.
@@ -193,30 +209,29 @@ impl Puller {
 
 impl Inner {
     /// What is known without asking anybody. Blocking.
-    fn known(&self, want: &Want, candidates: &Candidates) -> Option<Known> {
+    pub(super) fn known(
+        &self,
+        want: &Want,
+        candidates: &Candidates,
+        mirrors: &Mirrors,
+    ) -> Option<Known> {
         let (reference, platform) = (&want.reference, &want.platform);
         let repository = reference.repository();
-        let mirrors = self.mirrors(repository);
         let recorded = self.store.resolution(reference, platform);
         let (top, manifest) = match (recorded, reference.digest()) {
             (Some(resolution), _) => (resolution.resolved, resolution.manifest),
             // A manifest that the repository has sent can be read itself. One that cannot be used
             // is asked for again: what is wrong with it, the registry may tell.
             (None, Some(digest)) => match self.kept(digest, platform, &|blob| {
-                self.kept_blob(repository, blob, candidates, &mirrors)
+                self.kept_blob(repository, blob, candidates, mirrors)
             }) {
                 Ok(Some(manifest)) => (digest, manifest),
                 Ok(None) | Err(_) => return None,
             },
             (None, None) => return None,
         };
-        let account = candidates.account(self.store.node_key());
-        let account_is_proven = account.is_some_and(|account| {
-            let age = self.verification.proof_ttl;
-            self.store.is_proven_for_account(repository, manifest, (&account, age), &mirrors)
-        });
-        let proven = self.proven(repository, manifest, candidates, &mirrors);
-        Some(Known { top, manifest, proven, account_is_proven })
+        let proven = self.proven(repository, manifest, candidates, mirrors);
+        Some(Known { top, manifest, proven })
     }
 
     /// A blob that is kept and that this repository has sent, or a manifest that the volume has been

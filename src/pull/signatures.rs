@@ -11,13 +11,13 @@
 
 use std::sync::Arc;
 
-use super::Puller;
 use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::resolve::{Resolved, blocking};
 use super::want::Want;
 use super::wire::WireOptions;
+use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits};
 use crate::oci::registry::{ManifestName, Registry, RegistryError};
@@ -38,14 +38,9 @@ impl Puller {
             return Ok(());
         }
         let (inner, manifest) = (Arc::clone(&self.0), resolved.manifest);
-        let read = move || Ok(inner.store.blob(manifest)?);
-        // One that was damaged is fetched again later, and its tree measured.
-        let Some(bytes) = blocking(read).await.map_err(Arc::new)? else { return Ok(()) };
-        let parsed = Manifest::parse(&bytes, None, self.0.limits.manifest());
-        let parsed = parsed.map_err(|error| Arc::new(error.into()))?;
-        let Manifest::Image(image) = parsed else { return Ok(()) };
-        let sizes = image.layers.iter().map(|layer| layer.size);
-        want.check_bytes(sizes.fold(0, u64::saturating_add)).map_err(Arc::new)
+        let want = want.clone();
+        let check = move || inner.check_manifest_bytes(&want, manifest);
+        blocking(check).await.map_err(Arc::new)
     }
 
     /// Sees to it that a manifest has the signature that the volume demands.
@@ -100,6 +95,26 @@ impl Puller {
         }
         let keys = demand.keys.iter().map(|named| named.name.as_str()).collect::<Vec<_>>();
         Err(Arc::new(PullError::Signature { flaw: worst, keys: keys.join(", ") }))
+    }
+}
+
+impl Inner {
+    /// Compares the sizes of all layers of a cached manifest with the volume's own bound. Blocking.
+    pub(super) fn check_manifest_bytes(
+        &self,
+        want: &Want,
+        manifest: Digest,
+    ) -> Result<(), PullError> {
+        if want.maximum_bytes.is_none() {
+            return Ok(());
+        }
+        // One that was damaged is fetched again later, and its tree measured.
+        let Some(bytes) = self.store.blob(manifest)? else { return Ok(()) };
+        let Manifest::Image(image) = Manifest::parse(&bytes, None, self.limits.manifest())? else {
+            return Ok(());
+        };
+        let sizes = image.layers.iter().map(|layer| layer.size);
+        want.check_bytes(sizes.fold(0, u64::saturating_add))
     }
 }
 

@@ -4,10 +4,13 @@
 //! form               bind or overlay, by `readOnly` and the node's configuration (see `form`)
 //! already mounted?   the kernel says so: nothing else is asked; in the other form it is mounted again
 //! decided before?    after a reboot or a crash the same volume gets the same content
-//! acquire            wait for the pull, holding nothing, until the caller's deadline
-//! attach             under the target's guard, in a task that outlives the caller:
-//!                    look again, record, make the folder, mount in one step
+//! cached?            the node holds the content and knows that this pod may see it
+//! attach             record, make the folder, mount in one step
 //! ```
+//!
+//! Up to here all is one job on one blocking thread, under the target's guard, which outlives the
+//! caller. Where the content has to be acquired, the call waits for the pull, holding nothing, until
+//! the caller's deadline; a second job looks at the target again and attaches.
 //!
 //! A final error leaves nothing at the target: the folder that the kubelet or an
 //! earlier boot left there is removed as well, if it is empty.
@@ -28,6 +31,7 @@ use crate::oci::{Digest, Reference};
 use crate::policy::{Demands, Facts};
 use crate::store::eviction::Goal;
 use crate::store::gc::Want;
+use crate::store::object::ObjectName;
 use crate::store::publications::Publication;
 use crate::store::{MountedTree, Store, StoreError, Tree};
 
@@ -59,10 +63,23 @@ pub enum PublishPath {
     Miss,
 }
 
+impl Published {
+    fn of(path: PublishPath, tree: &Tree) -> Self {
+        Self { path, manifest: Some(tree.record.manifest), bytes: tree.record.bytes }
+    }
+}
+
 /// A mount of a volume that was found at its target.
 struct Shown {
     published: Published,
     form: MountForm,
+}
+
+/// How far a publish came without waiting.
+enum Cached {
+    Published(Published),
+    /// The content has to be acquired. It must fulfil these demands of the node's policy.
+    Missing(Demands),
 }
 
 /// One call to publish a volume, as the tasks see it that work for it.
@@ -109,17 +126,24 @@ impl Volumes {
         };
         let _caller = Caller(Arc::clone(&attempt.is_abandoned));
         let request = Arc::clone(&attempt.request);
-        let Ok(looked) = tokio::time::timeout_at(request.deadline, self.look(&attempt)).await
-        else {
-            return Err(VolumeError::Busy(request.target.full()));
+        let busy = || VolumeError::Busy(request.target.full());
+        let held = tokio::time::timeout_at(request.deadline, attempt.interest.hold());
+        let held = held.await.map_err(|_| busy())?;
+        let (volumes, of_job) = (self.clone(), attempt.clone());
+        // A task of its own, since mounts change in it, whether the caller stays or not.
+        let cached = self.0.tracker.spawn_blocking(move || {
+            let _held = held;
+            volumes.publish_cached(&of_job)
+        });
+        let cached = tokio::time::timeout_at(request.deadline, cached).await.map_err(|_| busy())?;
+        let demands = match cached.unwrap_or(Err(VolumeError::Crashed))? {
+            Cached::Published(published) => return Ok(published),
+            Cached::Missing(demands) => demands,
         };
-        if let Some(published) = looked? {
-            return Ok(published);
-        }
         let content = self.content()?;
         let shutdown = self.0.shutdown.clone();
         let (tree, path) = tokio::select! {
-            acquired = self.acquire(&content, &request) => acquired?,
+            acquired = self.acquire(&content, &request, demands) => acquired?,
             () = shutdown.cancelled() => return Err(VolumeError::ShuttingDown),
         };
         // From here on mounts change: a task does it, whether its caller stays or not.
@@ -129,11 +153,7 @@ impl Volumes {
             let attach = move || {
                 let _held = held;
                 volumes.attach(&content, &attempt, &tree)?;
-                Ok(Published {
-                    path,
-                    manifest: Some(tree.record.manifest),
-                    bytes: tree.record.bytes,
-                })
+                Ok(Published::of(path, &tree))
             };
             tokio::task::spawn_blocking(attach).await.unwrap_or(Err(VolumeError::Crashed))
         });
@@ -143,17 +163,24 @@ impl Volumes {
         }
     }
 
-    /// Looks for a mount of the volume that is there already, in the form that is asked for.
-    async fn look(&self, attempt: &Attempt) -> Result<Option<Published>, VolumeError> {
-        let (volumes, attempt) = (self.clone(), attempt.clone());
-        let held = attempt.interest.hold().await;
-        let look = move || {
-            let _held = held;
-            let target = open(&attempt.request)?;
-            let shown = volumes.examine(&attempt.request, &target)?;
-            Ok(shown.filter(|shown| shown.form == attempt.form).map(|shown| shown.published))
+    /// Publishes a volume whose content is on the node, without waiting for anything: in most calls
+    /// all the work there is. Blocking; under the guard.
+    fn publish_cached(&self, attempt: &Attempt) -> Result<Cached, VolumeError> {
+        let request = &attempt.request;
+        let target = open(request)?;
+        let shown = self.examine(request, &target)?;
+        if let Some(Shown { published, form }) = &shown
+            && *form == attempt.form
+        {
+            return Ok(Cached::Published(published.clone()));
+        }
+        let content = self.content()?;
+        let demands = decide(&content, request)?;
+        let Some(tree) = cached_tree(&content, request, &demands) else {
+            return Ok(Cached::Missing(demands));
         };
-        tokio::task::spawn_blocking(look).await.unwrap_or(Err(VolumeError::Crashed))
+        self.attach_at(&content, attempt, &tree, (&target, shown))?;
+        Ok(Cached::Published(Published::of(PublishPath::Hit, &tree)))
     }
 
     /// Looks at the mount at the target, and decides whether it is this volume's. None where
@@ -207,11 +234,13 @@ impl Volumes {
         &self,
         content: &Content,
         request: &Arc<PublishRequest>,
+        demands: Demands,
     ) -> Result<(Tree, PublishPath), VolumeError> {
-        let attributes = &request.attributes;
-        let reference = attributes.reference.to_string();
-        let demands = decide(content, request).await?;
-        if let Some(tree) = self.decided_before(content, request, &demands).await
+        let reference = request.attributes.reference.to_string();
+        let (before, of_job, demanded) = (content.clone(), Arc::clone(request), demands.clone());
+        let before = move || decided_before(&before.store, &of_job, &demanded);
+        let before = tokio::task::spawn_blocking(before).await.ok().flatten();
+        if let Some(tree) = before
             && is_sound(content, request, &tree).await?
         {
             return Ok((tree, PublishPath::Hit));
@@ -220,7 +249,7 @@ impl Volumes {
             Ok(keyring) => keyring.clone(),
             Err(error) => return Err(VolumeError::Invalid(error.to_string())),
         };
-        let want = attributes.want(demands, keyring, request.identity.clone(), request.tenant());
+        let want = request.want(demands, keyring);
         let view = &request.progress;
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, view)).await {
             Ok(Ok(acquired)) if view.was_shown() => {
@@ -233,45 +262,31 @@ impl Volumes {
         }
     }
 
-    /// The same volume after a reboot, or after a crash between record and mount: its
-    /// mount is gone, its content decided, whatever the tag means by now.
-    async fn decided_before(
-        &self,
-        content: &Content,
-        request: &Arc<PublishRequest>,
-        demands: &Demands,
-    ) -> Option<Tree> {
-        let (store, request) = (content.store.clone(), Arc::clone(request));
-        let demands = demands.clone();
-        let find = move || {
-            let record = store.publication(&request.target.full())?;
-            let same = !record.rebuilt
-                && record.volume_id == request.volume_id
-                && record.fingerprint == request.attributes.fingerprint(request.flags);
-            if !same {
-                return None;
-            }
-            // A generation that was found damaged since is not shown again.
-            let tree = store.tree(record.tree).ok()??;
-            let whole = tree.generation >= record.generation;
-            let reference = &request.attributes.reference;
-            (whole && still_fulfils(&store, &tree, reference, &demands)).then_some(tree)
-        };
-        tokio::task::spawn_blocking(find).await.ok()?
-    }
-
     /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under
     /// the guard.
     fn attach(&self, content: &Content, attempt: &Attempt, tree: &Tree) -> Result<(), VolumeError> {
+        let target = open(&attempt.request)?;
+        // Another publish of the same volume may have been faster.
+        let shown = self.examine(&attempt.request, &target)?;
+        self.attach_at(content, attempt, tree, (&target, shown))
+    }
+
+    /// Attaches a tree at a target at which this is shown now. Blocking; under the guard.
+    fn attach_at(
+        &self,
+        content: &Content,
+        attempt: &Attempt,
+        tree: &Tree,
+        (target, shown): (&Target, Option<Shown>),
+    ) -> Result<(), VolumeError> {
         attempt.check()?;
         let request = &attempt.request;
         let full = request.target.full();
-        let target = open(request)?;
         let passed =
             |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
-        // Another publish of the same volume may have been faster. A mount of the other form goes
-        // first: its record leads to the same tree, also if this ends here.
-        if let Some(shown) = self.examine(request, &target)? {
+        // A mount of the other form goes first: its record leads to the same tree, also if this
+        // ends here.
+        if let Some(shown) = shown {
             if shown.form == attempt.form {
                 return Ok(());
             }
@@ -295,7 +310,7 @@ impl Volumes {
             passed("publish.recorded")?;
             target.create().map_err(|error| kernel("create", request, error))?;
             passed("publish.folder")?;
-            self.mount(content, attempt, tree, &target)
+            self.mount(content, attempt, tree, target)
         };
         let attached = attached();
         if attached.is_err() {
@@ -378,22 +393,44 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
     }
 }
 
-/// Whether the node's policy lets it be mounted, and what it demands.
-async fn decide(content: &Content, request: &Arc<PublishRequest>) -> Result<Demands, VolumeError> {
-    let (source, request) = (content.policy.clone(), Arc::clone(request));
-    let decide = move || {
-        let policy = source.current().map_err(VolumeError::NotReady)?;
-        let facts = Facts {
-            reference: &request.attributes.reference,
-            namespace: request.pod.namespace.as_deref(),
-            require_signature: request.attributes.require_signature,
-        };
-        let reference = || request.attributes.reference.to_string();
-        policy
-            .decide(facts)
-            .map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
+/// Returns what the node's policy demands of the artifact, if it lets it be mounted. Blocking.
+fn decide(content: &Content, request: &PublishRequest) -> Result<Demands, VolumeError> {
+    let policy = content.policy.current().map_err(VolumeError::NotReady)?;
+    let facts = Facts {
+        reference: &request.attributes.reference,
+        namespace: request.pod.namespace.as_deref(),
+        require_signature: request.attributes.require_signature,
     };
-    tokio::task::spawn_blocking(decide).await.unwrap_or(Err(VolumeError::Crashed))
+    let reference = || request.attributes.reference.to_string();
+    policy.decide(facts).map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
+}
+
+/// Returns the tree of a volume, where the node may show it without waiting. Blocking.
+fn cached_tree(content: &Content, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
+    if let Some(tree) = decided_before(&content.store, request, demands) {
+        let name = ObjectName::tree(tree.key, tree.generation);
+        return (!content.store.is_unread(&name)).then_some(tree);
+    }
+    // A keyring that is malformed matters only where something has to be fetched.
+    let keyring = request.keyring.as_ref().ok()?.clone();
+    content.puller.cached(&request.want(demands.clone(), keyring))
+}
+
+/// Returns the tree of the same volume after a reboot, or after a crash between record and mount:
+/// its mount is gone, its content decided, whatever the tag means by now. Blocking.
+fn decided_before(store: &Store, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
+    let record = store.publication(&request.target.full())?;
+    let same = !record.rebuilt
+        && record.volume_id == request.volume_id
+        && record.fingerprint == request.attributes.fingerprint(request.flags);
+    if !same {
+        return None;
+    }
+    // A generation that was found damaged since is not shown again.
+    let tree = store.tree(record.tree).ok()??;
+    let whole = tree.generation >= record.generation;
+    let reference = &request.attributes.reference;
+    (whole && still_fulfils(store, &tree, reference, demands)).then_some(tree)
 }
 
 /// Waits until a tree of an earlier format has been read back. Returns whether it is sound.

@@ -6,7 +6,8 @@ use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, SecretError, WorkloadIdentity};
-use crate::pull::{Caller, Priority, ProgressView, Tenant};
+use crate::policy::Demands;
+use crate::pull::{Caller, Priority, ProgressView, Tenant, Want};
 
 /// A publish of one volume at one target.
 #[derive(Clone, Debug)]
@@ -40,6 +41,12 @@ impl PublishRequest {
     pub fn tenant(&self) -> Tenant {
         let uid = self.pod.uid.as_deref().or_else(|| self.target.pod_uid());
         Tenant::of_pod(self.pod.namespace.as_deref(), uid)
+    }
+
+    /// Returns what is to be pulled for this volume, with these credentials.
+    #[must_use]
+    pub fn want(&self, demands: Demands, keyring: Keyring) -> Want {
+        self.attributes.want(demands, keyring, self.identity.clone(), self.tenant())
     }
 
     /// Returns the caller that waits for such a pull.

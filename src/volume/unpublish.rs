@@ -7,7 +7,7 @@ use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use crate::fault;
-use crate::mount::{Target, TargetState, UnmountError};
+use crate::mount::{DetachedFilesystem, MountForm, Target, TargetState, UnmountError};
 use crate::store::MountedTree;
 
 /// More mounts than anybody stacks; a bound on a loop that the kernel must end.
@@ -17,27 +17,26 @@ impl Volumes {
     /// Unpublishes whatever of ours is at the target. Anything else stays, and is no error.
     pub async fn unpublish(&self, target: TargetPath) -> Result<(), VolumeError> {
         let interest = self.0.guards.withdraw(&target.full());
+        let held = interest.hold().await;
+        let (answer, answered) = tokio::sync::oneshot::channel();
         let volumes = self.clone();
-        let work = self.0.tracker.spawn(async move {
-            let held = interest.hold().await;
-            tokio::task::spawn_blocking(move || {
-                let held = held;
-                let detached = detach(&target)?;
-                fault::point("unpublish.unmounted").map_err(failed(&target, "unmount"))?;
-                remove(&target, &detached)?;
-                fault::point("unpublish.removed").map_err(failed(&target, "remove"))?;
-                Ok((target, held))
-            })
-            .await
-            .unwrap_or(Err(VolumeError::Crashed))
-        });
-        let (target, held) = work.await.unwrap_or(Err(VolumeError::Crashed))?;
-        // The caller does not wait for the disk that holds the record; the next publish does.
+        // One job on one thread; the caller waits for the first part of it alone.
         self.0.tracker.spawn_blocking(move || {
-            let _held = held;
+            let detached = match take_away(&target) {
+                Ok(detached) => detached,
+                Err(error) => {
+                    let _ = answer.send(Err(error));
+                    return drop(held);
+                }
+            };
+            let _ = answer.send(Ok(()));
+            // The next publish waits for the disk that holds the record.
             volumes.forget(&target);
+            drop(held);
+            // What takes the kernel time holds up nothing.
+            drop(detached);
         });
-        Ok(())
+        answered.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
     /// The record goes last, and its loss harms nobody.
@@ -52,32 +51,51 @@ impl Volumes {
 }
 
 /// What was found at a target.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Detached {
     /// How many mounts of ours were taken away.
     pub unmounted: usize,
     /// Whether somebody else's mount stays.
     pub foreign: bool,
+    /// The filesystems of overlays that were taken away. The kernel forgets each name that was
+    /// looked up in them when they are dropped, which takes microseconds a name: drop them under
+    /// no lock.
+    filesystems: Vec<DetachedFilesystem>,
+}
+
+/// Unmounts our mounts at the target, and removes its folder.
+fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
+    let detached = detach(path)?;
+    fault::point("unpublish.unmounted").map_err(failed(path, "unmount"))?;
+    remove(path, &detached)?;
+    fault::point("unpublish.removed").map_err(failed(path, "remove"))?;
+    Ok(detached)
 }
 
 /// Unmounts our mounts at the target, the topmost first.
 pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
-    let Some(target) = open(path)? else { return Ok(Detached::default()) };
-    for unmounted in 0..MAXIMUM_STACK {
+    let mut detached = Detached::default();
+    let Some(target) = open(path)? else { return Ok(detached) };
+    while detached.unmounted < MAXIMUM_STACK {
         let TargetState::Mounted(top) = target.state().map_err(failed(path, "look at"))? else {
-            return Ok(Detached { unmounted, foreign: false });
+            return Ok(detached);
         };
-        if MountedTree::of(&top).is_none() {
+        let Some(tree) = MountedTree::of(&top) else {
             tracing::warn!(target = %path, root = %top.root.display(), filesystem = top.filesystem,
                 "a mount that is not this driver's stays");
-            return Ok(Detached { unmounted, foreign: true });
+            detached.foreign = true;
+            return Ok(detached);
+        };
+        if tree.form == MountForm::Overlay {
+            detached.filesystems.extend(target.hold_filesystem());
         }
         target.unmount_top().map_err(|error| match error {
             UnmountError::Nested(nested) => VolumeError::Nested { target: path.full(), nested },
             UnmountError::Kernel(source) => failed(path, "unmount")(source),
         })?;
+        detached.unmounted += 1;
     }
-    Ok(Detached { unmounted: MAXIMUM_STACK, foreign: false })
+    Ok(detached)
 }
 
 /// Removes the target's folder, if it is empty and nothing is mounted there.
