@@ -18,6 +18,7 @@
 //! mount   bind mounts, the mount table, the few raw system calls
 //! admin   health and metrics
 //! background  threads that stand back behind all others: warming works there
+//! printable  text of others, made safe for a terminal
 //! reread  files that change while the driver runs, for all rooms; so are duration, node_addresses and
 //!         process_group
 //! file_leases  the node's `fs.leases-enable` setting
@@ -41,6 +42,7 @@ pub mod mount;
 pub mod node_addresses;
 pub mod oci;
 pub mod policy;
+pub mod printable;
 pub mod process_group;
 pub mod proto;
 pub mod pull;

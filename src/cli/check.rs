@@ -1,6 +1,5 @@
 //! `check`: what a registry would serve, for a job before a rollout.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -68,7 +67,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
         report.map_err(|error| format!("{}: {error}", check.reference))
     })?;
     match arguments.output {
-        Output::Table => print(table(&report).trim_end()),
+        Output::Table => lines(&report).iter().for_each(|line| print(line)),
         Output::Json => {
             let text = serde_json::to_string(&report);
             print(&text.map_err(|error| format!("cannot be printed: {error}"))?);
@@ -91,11 +90,9 @@ fn required(text: &str) -> Required {
     Required { path: path.to_owned(), executable }
 }
 
-fn table(report: &Report) -> String {
-    let mut text = String::new();
+fn lines(report: &Report) -> Vec<String> {
     let what = if report.index { "index" } else { "manifest" };
-    // Writing into a text cannot fail.
-    let _ = writeln!(text, "{}  {what} {}", report.reference, report.digest);
+    let mut lines = vec![format!("{}  {what} {}", report.reference, report.digest)];
     for manifest in &report.manifests {
         let platform = manifest.platform.as_deref().unwrap_or("any platform");
         let signed = match manifest.signatures {
@@ -103,20 +100,19 @@ fn table(report: &Report) -> String {
             Signatures::Unverified(0) => "not signed".to_owned(),
             Signatures::Unverified(count) => format!("{count} signatures, not verified"),
         };
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "{platform}  {}  {}  {}  {signed}",
             manifest.digest,
             manifest.kind,
             Bytes(manifest.bytes)
-        );
+        ));
         for file in &manifest.files {
             let executable = if file.executable { "x" } else { "-" };
-            let _ = writeln!(text, "  {executable} {:>12}  {}", file.size, file.path);
+            lines.push(format!("  {executable} {:>12}  {}", file.size, file.path));
         }
         if !manifest.files_are_complete {
-            let _ = writeln!(text, "  archives are not looked into without --require-file");
+            lines.push("  archives are not looked into without --require-file".to_owned());
         }
     }
-    text
+    lines
 }

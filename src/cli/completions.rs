@@ -2,7 +2,7 @@
 
 use clap::{Args, CommandFactory as _, ValueEnum};
 
-use super::{Arguments, print};
+use super::{Arguments, print_text};
 
 /// Arguments of `completions`.
 #[derive(Debug, Args)]
@@ -30,5 +30,5 @@ pub(super) fn run(arguments: &CompletionsArguments) {
     };
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "csi-driver-oci", &mut script);
-    print(String::from_utf8_lossy(&script).trim_end());
+    print_text(String::from_utf8_lossy(&script).trim_end());
 }

@@ -1,10 +1,10 @@
 //! `crds`: the definitions of the kinds that the controller and the nodes work with.
 
-use super::{Failure, print};
+use super::{Failure, print_text};
 use crate::fleet::api::definitions;
 
 /// Prints both.
 pub(super) fn run() -> Result<(), Failure> {
-    print(definitions::yaml()?.trim_end());
+    print_text(definitions::yaml()?.trim_end());
     Ok(())
 }

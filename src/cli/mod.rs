@@ -29,6 +29,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::mount::syscalls;
+use crate::printable::printable;
 
 /// Threads of a pull come and go; with a pool for each of them, a third of the memory was what
 /// one had freed and no other could use.
@@ -148,15 +149,21 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A line on standard error. A terminal that has vanished, or a reader that has had enough, is no
-/// reason not to go on: the exit status says how it ended.
+/// Writes a line to standard error. A terminal that has vanished, or a reader that has had enough,
+/// is no reason not to go on: the exit status says how it ended. Names of artifacts and files come
+/// from their authors: what could change the terminal or begin another line is escaped.
 fn tell(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{}", printable(line));
 }
 
-/// A line on standard output, as [`tell`].
+/// Writes a line to standard output, as [`tell`].
 fn print(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
+    let _ = writeln!(std::io::stdout(), "{}", printable(line));
+}
+
+/// Writes text of this program's own to standard output, as it is.
+fn print_text(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 /// The async runtime of a command.

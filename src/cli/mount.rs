@@ -162,6 +162,11 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
 pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
     logging::start("warn", None)?;
     let target = target(&arguments.dir)?;
+    if target.is_kubelet_volume() {
+        return Err(format!(
+            "{target} is a pod's volume, which the node plugin unmounts: delete the pod"
+        ));
+    }
     match crate::volume::unpublish::detach(&target) {
         Ok(detached) if detached.unmounted == 0 => {
             Err(format!("nothing of csi-driver-oci is mounted at {target}"))

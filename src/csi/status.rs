@@ -46,9 +46,10 @@ pub fn code(error: &VolumeError) -> Code {
         VolumeError::Policy { .. } => Code::FailedPrecondition,
         VolumeError::Pull { source, .. } => pull(source.root()),
         // The kubelet comes back, and an unpublish follows when the pod goes.
-        VolumeError::StillPulling { .. } | VolumeError::Busy(_) | VolumeError::Nested { .. } => {
-            Code::Aborted
-        }
+        VolumeError::StillPulling { .. }
+        | VolumeError::Busy(_)
+        | VolumeError::Nested { .. }
+        | VolumeError::Covered(_) => Code::Aborted,
         VolumeError::NotReady(_) | VolumeError::ShuttingDown => Code::Unavailable,
         VolumeError::Store(error) => store(error),
         VolumeError::Kernel { .. } | VolumeError::Crashed => Code::Internal,

@@ -135,6 +135,14 @@ impl Target {
         Ok(table.top_at(&self.path()?).map(|entry| entry.origin.clone()))
     }
 
+    /// Returns the origins of all mounts at the target, the lowest first, from the whole table.
+    pub fn stack(&self) -> io::Result<Vec<MountOrigin>> {
+        let path = self.path()?;
+        let table = MountTable::read()?;
+        let stack = table.iter().filter(|entry| entry.mount_point == path);
+        Ok(stack.map(|entry| entry.origin.clone()).collect())
+    }
+
     /// Keeps the filesystem of the topmost mount until the answer is dropped, also when the mount
     /// is taken away meanwhile. The mount itself stays free to be unmounted. None where the kernel
     /// cannot do so (before Linux 5.2): then unmounting takes the time.

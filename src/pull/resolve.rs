@@ -135,11 +135,12 @@ impl Puller {
             asked => return asked,
         };
         // The last answer, for those who have been proven to see it; credentials that rotate
-        // are known by their account while nobody can be asked.
-        let is_known = question != Question::Meaning;
+        // are known by their account while nobody can be asked. A volume that asks every time
+        // fails without an answer, unless it says otherwise.
+        let uses_cached = !must_ask || want.if_unavailable == IfUnavailable::UseCached;
         match cached {
-            Some(cached) if want.if_unavailable == IfUnavailable::UseCached => Ok(cached),
-            None if is_known || want.if_unavailable == IfUnavailable::UseCached => {
+            Some(cached) if uses_cached => Ok(cached),
+            None if uses_cached => {
                 let is_proven = self.account_is_proven(want, &candidates, manifest).await?;
                 is_proven.then(|| before(candidates.first())).ok_or(error)
             }

@@ -5,6 +5,9 @@
 //! overlay    its source is `oci.custom.io/<key>/<n>` and its root is `/`
 //! ```
 //!
+//! A bind out of a state directory that lies on an overlay, such as a container's own filesystem,
+//! is an overlay with another source: it is recognised by its root.
+//!
 //! Lower directories are not looked at: how the mount table shows them depends on how the
 //! overlay was made.
 
@@ -32,19 +35,17 @@ impl MountedTree {
     #[must_use]
     pub fn of(origin: &MountOrigin) -> Option<Self> {
         let root = origin.root_as_mounted();
-        if origin.filesystem == "overlay" {
-            return Self::of_source(origin).filter(|_| root == Path::new("/"));
+        match Self::of_source(origin) {
+            Some(tree) => (root == Path::new("/")).then_some(tree),
+            None => Self::of_root(root),
         }
-        Self::of_root(root)
     }
 
     /// Recognises also a mount of a part of a tree, as the kubelet makes for `subPath`.
     #[must_use]
     pub fn containing(origin: &MountOrigin) -> Option<Self> {
-        if origin.filesystem == "overlay" {
-            return Self::of_source(origin);
-        }
-        origin.root_as_mounted().ancestors().find_map(Self::of_root)
+        let of_root = || origin.root_as_mounted().ancestors().find_map(Self::of_root);
+        Self::of_source(origin).or_else(of_root)
     }
 
     /// The source that an overlay of a tree gets.
@@ -54,6 +55,9 @@ impl MountedTree {
     }
 
     fn of_source(origin: &MountOrigin) -> Option<Self> {
+        if origin.filesystem != "overlay" {
+            return None;
+        }
         let name = origin.source.to_str()?.strip_prefix(SOURCE_PREFIX)?;
         let (key, generation) = name.split_once('/')?;
         let (key, generation) = (TreeKey::from_hex(key)?, generation.parse().ok()?);
@@ -120,13 +124,15 @@ mod tests {
         for (filesystem, source, root) in [
             ("overlay", source.as_str(), "/bin"),
             ("overlay", "overlay", "/"),
-            ("overlay", "overlay", tree.as_str()),
+            ("overlay", source.as_str(), tree.as_str()),
             ("overlay", "oci.custom.io/abc/3", "/"),
             ("tmpfs", source.as_str(), "/"),
         ] {
             let origin = origin(filesystem, source, root);
             assert_eq!(MountedTree::of(&origin), None, "{origin:?}");
         }
+        let bind = MountedTree { form: MountForm::Bind, ..expected };
+        assert_eq!(MountedTree::of(&origin("overlay", "overlay", &tree)), Some(bind));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::limits::Limits;
+use crate::printable::is_printable;
 
 /// A path below the root of a volume, or the root itself, as bytes.
 ///
@@ -205,9 +206,7 @@ impl fmt::Display for Shown<'_> {
 fn escaped(bytes: &[u8], formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
     for chunk in bytes.utf8_chunks() {
         for character in chunk.valid().chars() {
-            // Also what could reorder or hide text on a terminal: bidirectional marks and their kind.
-            let invisible = matches!(character, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-            if character.is_control() || invisible || matches!(character, '"' | '\\') {
+            if !is_printable(character) || matches!(character, '"' | '\\') {
                 write!(formatter, "{}", character.escape_default())?;
             } else {
                 write!(formatter, "{character}")?;

@@ -31,6 +31,9 @@ pub enum VolumeError {
         /// The path of the other mount.
         nested: PathBuf,
     },
+    /// A mount of another program lies on top of the volume's.
+    #[error("the volume at {} cannot be unmounted: another mount covers it: unmount that first", .0.display())]
+    Covered(PathBuf),
     /// Nothing of ours is there.
     #[error("no volume is published at {}", .0.display())]
     NotPublished(PathBuf),

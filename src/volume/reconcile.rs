@@ -15,7 +15,7 @@ use super::error::VolumeError;
 use super::target_path::TargetPath;
 use super::unpublish;
 use super::{Content, Volumes};
-use crate::mount::MountTable;
+use crate::mount::{MountTable, Target, TargetState};
 use crate::oci::Digest;
 use crate::store::publications::Publication;
 use crate::store::{MountedTree, Store, StoreError};
@@ -44,8 +44,6 @@ pub struct Reconciled {
 struct Mounted {
     /// As the kubelet names it.
     target: PathBuf,
-    /// As the kernel names it.
-    mount_point: PathBuf,
     tree: MountedTree,
     /// Whether the target has the form of a volume that the kubelet asks for.
     is_kubelets: bool,
@@ -102,24 +100,33 @@ impl Volumes {
             ..Reconciled::default()
         };
         for mount in decisions.record {
-            reconciled.recorded += usize::from(self.record_again(mount, &store).await?);
+            let target = TargetPath::parse(kubelet_dir, &mount.target.to_string_lossy())?;
+            reconciled.recorded += usize::from(self.record_again(mount, target, &store).await?);
         }
         for target in &decisions.unmount {
             let target = TargetPath::parse(kubelet_dir, &target.to_string_lossy())?;
-            reconciled.unmounted += usize::from(self.unpublish_forgotten(target, &store).await?);
+            match self.unpublish_forgotten(target, &store).await {
+                Ok(unmounted) => reconciled.unmounted += usize::from(unmounted),
+                // Another program's mount is in the way: the others still go.
+                Err(error) => tracing::warn!(%error, "a forgotten volume stays"),
+            }
         }
         Ok(reconciled)
     }
 
     /// Writes a lost record again; looks again when it is its turn.
-    async fn record_again(&self, mount: Mounted, store: &Store) -> Result<bool, VolumeError> {
+    async fn record_again(
+        &self,
+        mount: Mounted,
+        target: TargetPath,
+        store: &Store,
+    ) -> Result<bool, VolumeError> {
         let held = self.0.guards.interest(&mount.target).hold().await;
         let store = store.clone();
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
-            let table = mount_table()?;
-            let top = table.top_at(&mount.mount_point);
-            let shown = top.and_then(|top| MountedTree::of(&top.origin));
+            let shown = shown_at(&target)
+                .map_err(|error| StoreError::io("look at", &target.full(), error))?;
             let is_lost = shown == Some(mount.tree) && store.publication(&mount.target).is_none();
             if is_lost {
                 store.put_publication(&rebuilt(&store, &mount))?;
@@ -151,6 +158,14 @@ impl Volumes {
             Ok(true)
         });
         work.await.unwrap_or(Err(VolumeError::Crashed))
+    }
+}
+
+/// Returns the tree of ours that is mounted at a target. Asks the kernel for this mount alone.
+fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
+    match Target::open(target.base(), target.relative())?.state()? {
+        TargetState::Mounted(origin) => Ok(MountedTree::of(&origin)),
+        _ => Ok(None),
     }
 }
 
@@ -215,7 +230,6 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
             is_kubelets: below.is_some_and(is_kubelets),
             is_known_to_kubelet: is_known_to_kubelet(&target),
             target,
-            mount_point: entry.mount_point.clone(),
             tree,
         })
     });
@@ -272,8 +286,7 @@ mod tests {
     fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> Mounted {
         let key = TreeKey::new(Digest::of(b""), "", "Readable", "");
         let tree = MountedTree { key, generation: 1, form: MountForm::Bind };
-        let (target, mount_point) = (target.into(), target.into());
-        Mounted { target, mount_point, tree, is_kubelets, is_known_to_kubelet }
+        Mounted { target: target.into(), tree, is_kubelets, is_known_to_kubelet }
     }
 
     fn record(target: &str, was_known_to_kubelet: bool, has_folder: bool) -> Recorded {

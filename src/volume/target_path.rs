@@ -59,6 +59,19 @@ impl TargetPath {
         self.base.join(&self.relative)
     }
 
+    /// Returns whether the path ends as that of a volume that the kubelet asks for:
+    /// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
+    #[must_use]
+    pub fn is_kubelet_volume(&self) -> bool {
+        let full = self.full();
+        let mut parts = full.iter().rev().map(|part| part.to_str());
+        let last: [Option<&str>; 6] = std::array::from_fn(|_| parts.next().flatten());
+        matches!(
+            last,
+            [Some("mount"), _, Some("kubernetes.io~csi"), Some("volumes"), _, Some("pods")]
+        )
+    }
+
     /// The pod's uid, where the path has the kubelet's form: `pods/<uid>/...`.
     #[must_use]
     pub fn pod_uid(&self) -> Option<&str> {
@@ -92,6 +105,10 @@ mod tests {
         let target = parse(path).expect("a target");
         assert_eq!(target.pod_uid(), Some("uid-1"));
         assert_eq!(target.full(), Path::new(path));
+        assert!(target.is_kubelet_volume());
+        assert!(
+            !parse("/var/lib/kubelet/pods/u/volumes/mount").expect("a target").is_kubelet_volume()
+        );
         assert_eq!(parse("/var/lib/kubelet/x").expect("a target").pod_uid(), None);
     }
 

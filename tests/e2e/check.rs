@@ -68,6 +68,18 @@ fn files_sizes_and_modes_of_files_and_archives_are_told() {
 }
 
 #[test]
+fn names_of_an_author_cannot_change_the_terminal_or_forge_a_line() {
+    let repository = unique("checked");
+    let titled = [Layer::titled("tool\u{1b}[2J\nsigned by the given key", "#!/bin/sh\n")];
+    Manifest::artifact(titled).push(registry(), &repository, "v1");
+    let output = check(&[&format!("{}/{repository}:v1", registry().host())]);
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8(text).expect("text");
+    assert!(text.contains("tool\\u{1b}[2J\\nsigned"), "{text}");
+    assert!(!text.contains('\u{1b}'), "{text}");
+}
+
+#[test]
 fn platforms_are_told_and_demanded() {
     let repository = unique("platforms");
     let image = Image::new().layer(Tar::new().file("a", 0o644, "a").finish());

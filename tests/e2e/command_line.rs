@@ -151,6 +151,18 @@ fn a_state_folder_that_a_driver_uses_is_refused() {
 }
 
 #[test]
+fn unmount_leaves_the_volumes_of_pods_to_the_node_plugin() {
+    let node = crate::support::Node::start();
+    let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    let target = volume.target().to_str().expect("a path");
+    let output = Machine::new().command("unmount", &[target]);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.contains("delete the pod"), "{message}");
+    volume.assert_mounted();
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
 fn unmount_touches_nothing_that_is_not_ours() {
     let machine = Machine::new();
     let foreign = machine.sandbox.tmpfs("foreign", nix::mount::MsFlags::empty());

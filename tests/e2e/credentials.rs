@@ -29,10 +29,17 @@ impl Private {
 
     /// A reference to an artifact that nobody has pulled yet.
     fn artifact(&self) -> String {
+        self.artifact_and_digest().0
+    }
+
+    /// References to such an artifact, by tag and by digest.
+    fn artifact_and_digest(&self) -> (String, String) {
         let repository = unique("private");
         let layer = Layer::titled("secret.txt", format!("of {repository}"));
-        Manifest::artifact([layer]).push(&self.registry.as_user(USER, PASSWORD), &repository, "v1");
-        self.proxy.reference(&format!("{repository}:v1"))
+        let registry = self.registry.as_user(USER, PASSWORD);
+        let digest = Manifest::artifact([layer]).push(&registry, &repository, "v1");
+        let reference = |name: &str| self.proxy.reference(&format!("{repository}{name}"));
+        (reference(":v1"), reference(&format!("@{digest}")))
     }
 
     fn auths(&self) -> serde_json::Value {
@@ -330,7 +337,7 @@ fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down
     for (ttl, counts) in [("1h", true), ("0s", false)] {
         let private = Private::new();
         let node = Node::start_configured(|_| {}, &format!("registries:\n  proofTTL: {ttl}\n"));
-        let reference = private.artifact();
+        let (reference, by_digest) = private.artifact_and_digest();
         let of = |account, password| basic(volume_of(&node, &reference, account), password);
         let first = of(("team", "app"), PASSWORD);
         node.kubelet.publish_well(&first);
@@ -350,6 +357,10 @@ fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down
         // Nor one who shows nothing.
         let bare = volume_of(&node, &reference, ("team", "app"));
         node.kubelet.publish_badly(&bare, Code::Unavailable);
+        // One who asks every time has no answer, whatever the account.
+        let always =
+            volume_of(&node, &by_digest, ("team", "app")).attribute("pullPolicy", "Always");
+        node.kubelet.publish_badly(&basic(always, "rotated"), Code::Unavailable);
         // As soon as it can be asked, it is.
         private.proxy.come_back();
         node.kubelet.publish_badly(&of(("team", "app"), "wrong"), Code::Unauthenticated);

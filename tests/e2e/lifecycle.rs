@@ -88,6 +88,21 @@ fn a_foreign_mount_at_the_target_is_left_alone_by_unpublish() {
 }
 
 #[test]
+fn a_volume_that_a_foreign_mount_covers_is_not_called_unpublished() {
+    let node = Node::start();
+    let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    bind(&node.sandbox.folder("foreign"), volume.target());
+    let (id, target) = (&volume.request.volume_id, &volume.request.target_path);
+    let status = node.kubelet.unpublish_request(id, target).expect_err("a volume is still there");
+    assert_eq!(status.code(), Code::Aborted, "{status}");
+    assert!(status.message().contains("another mount covers it"), "{status}");
+    assert_eq!(mounts_at(volume.target()).len(), 2);
+    nix::mount::umount(volume.target()).expect("unmounted");
+    node.kubelet.unpublish(&volume);
+    volume.assert_nothing_left();
+}
+
+#[test]
 fn foreign_content_at_the_target_is_left_alone() {
     let node = Node::start();
     let volume = node.kubelet.new_volume(&node.proxy.reference(&node.small_artifact().name));

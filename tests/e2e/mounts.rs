@@ -47,13 +47,19 @@ fn works_with_state_at(place: impl FnOnce(&Node) -> std::path::PathBuf) {
     let (first, tree) = node.mount(&reference);
     assert_runs(&first);
     assert_read_only(fs::write(first.target().join("new"), "x"));
-    let (second, same) = node.mount(&reference);
+    let (second, same) = node.mount_with(&reference, |mut volume| {
+        volume.request.readonly = true;
+        volume
+    });
     assert_eq!(tree, same);
     node.driver = node.driver.restart();
-    node.kubelet.publish_well(&first);
+    for volume in [&first, &second] {
+        node.kubelet.publish_well(volume);
+    }
     node.kubelet.unpublish(&first);
     assert_runs(&second);
     node.kubelet.unpublish(&second);
+    second.assert_nothing_left();
 }
 
 #[test]
@@ -106,6 +112,23 @@ fn the_state_may_lie_on_xfs() {
 #[test]
 fn the_state_may_lie_on_btrfs() {
     works_with_state_at(|node| node.sandbox.filesystem("btrfs", "btrfs", "noatime"));
+}
+
+#[test]
+fn the_state_may_lie_on_an_overlay() {
+    works_with_state_at(|node| {
+        let disk = node.sandbox.tmpfs("disk", MsFlags::empty());
+        for name in ["lower", "upper", "work"] {
+            fs::create_dir(disk.join(name)).expect("a folder");
+        }
+        let root = node.sandbox.folder("container-root");
+        let disk = disk.display();
+        let options = format!("lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work");
+        let (none, kind) = (MsFlags::empty(), Some("overlay"));
+        nix::mount::mount(Some("overlay"), &root, kind, none, Some(options.as_str()))
+            .expect("an overlay");
+        root.join("state")
+    });
 }
 
 #[test]
