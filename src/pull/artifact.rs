@@ -173,6 +173,26 @@ impl Shape {
         View { include, exclude, permissions: self.permissions, file_mode: self.file_mode }
     }
 
+    /// Returns what is kept with a tree of this shape. Copies of files are counted when they are made.
+    pub(super) fn record(
+        &self,
+        manifest: Digest,
+        kind: String,
+        compressed_bytes: u64,
+        plan: &TreePlan,
+    ) -> TreeRecord {
+        TreeRecord {
+            manifest,
+            kind,
+            bytes: plan.totals.bytes,
+            inodes: plan.totals.inodes,
+            compressed_bytes,
+            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+            own_bytes: 0,
+            view: self.view(),
+        }
+    }
+
     pub(super) fn key(&self, manifest: Digest) -> TreeKey {
         let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
         TreeKey::new(manifest, &self.selection.canonical(), self.permissions.name(), &file_mode)
@@ -326,16 +346,7 @@ impl Inner {
                 return Ok(Err(tree));
             }
             let (plan, objects) = inner.plan(objects, &shape, &inner.limits)?;
-            let record = TreeRecord {
-                manifest,
-                kind,
-                bytes: plan.totals.bytes,
-                inodes: plan.totals.inodes,
-                compressed_bytes,
-                own_inodes: plan.totals.directories + plan.totals.symbolic_links,
-                own_bytes: 0,
-                view: shape.view(),
-            };
+            let record = shape.record(manifest, kind, compressed_bytes, &plan);
             // Folders and links of its own may be many, also of layers that are here.
             let claim = Claim::of_tree(key, &plan);
             let reserve = || inner.store.reserve_after(&[claim], &blobs);
@@ -355,10 +366,13 @@ impl Inner {
             }
             reservation.done(blob);
         }
+        // A tree is compared with its manifest for as long as it is kept. That of a long pull may have gone meanwhile.
+        let kept = self.manifest_bytes_kept(manifest, sponsors).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
+            drop(kept?);
             let tree = match built? {
                 Ok((built, record, objects, _room)) => {
                     let files: Vec<_> = objects.files.into_values().collect();
@@ -379,14 +393,28 @@ impl Inner {
         manifest: Digest,
         sponsors: &Sponsors,
     ) -> Result<ImageManifest, PullError> {
+        let bytes = self.manifest_bytes_kept(manifest, sponsors).await?;
+        match Manifest::parse(&bytes, None, self.limits.manifest())? {
+            Manifest::Image(image) => Ok(image),
+            Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
+        }
+    }
+
+    /// Returns the bytes of a manifest, which the store keeps for the next 24 hours at least; fetched where it does not
+    /// have them.
+    async fn manifest_bytes_kept(
+        self: &Arc<Self>,
+        manifest: Digest,
+        sponsors: &Sponsors,
+    ) -> Result<Vec<u8>, PullError> {
         let inner = Arc::clone(self);
         let kept = blocking(move || {
             inner.store.blob_is_used(manifest)?;
             Ok(inner.store.blob(manifest)?)
         });
-        let bytes = match (kept.await?, sponsors.current()) {
-            (Some(bytes), _) => bytes,
-            (None, None) => return Err(PullError::Unwanted),
+        match (kept.await?, sponsors.current()) {
+            (Some(bytes), _) => Ok(bytes),
+            (None, None) => Err(PullError::Unwanted),
             (None, Some((_, Source { repository, credential }))) => {
                 let name = ManifestName::Digest(manifest);
                 let fetched = self.registry.manifest(&repository, &name, &credential).await?;
@@ -395,12 +423,8 @@ impl Inner {
                     inner.store.put_blob(manifest, &bytes)?;
                     Ok(bytes)
                 })
-                .await?
+                .await
             }
-        };
-        match Manifest::parse(&bytes, None, self.limits.manifest())? {
-            Manifest::Image(image) => Ok(image),
-            Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
         }
     }
 

@@ -15,14 +15,13 @@ use super::tenant::{Caller, Tenant};
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
-use crate::oci::manifest::{ImageManifest, Manifest};
+use crate::oci::manifest::Manifest;
 use crate::oci::{Digest, Platform, Reference};
 use crate::store::resolutions::Resolution;
-use crate::store::trees::{Objects, View};
-use crate::store::verify::{Finding, ReadPace, Reader, Verified};
+use crate::store::trees::View;
+use crate::store::verify::{ExpectedTree, Finding, ReadPace, Reader, Verified};
 use crate::store::{ObjectKind, ObjectName, StoreError, Tree, TreeKey};
-use crate::unpack::merge::TreePlan;
-use crate::unpack::{Limits, Selection};
+use crate::unpack::{Limits, PermissionsRule, Selection};
 
 /// Files and layers of one tree that are read at once.
 const READS_AT_ONCE: usize = 4;
@@ -87,12 +86,19 @@ impl Puller {
             for tree in store.sound_trees()? {
                 inner.verify_tree(&tree, &mut reader, &mut found)?;
             }
+            let mut unknown = Vec::new();
+            for name in store.trees_without_record()? {
+                store.verify_tree_record(&name, &mut found)?;
+                unknown.extend(inner.recognise(&name)?);
+            }
             let sound = store.sound_trees()?;
             let sound: HashSet<_> = sound.iter().map(|tree| (tree.key, tree.generation)).collect();
             let damaged =
                 before.into_iter().filter(|tree| !sound.contains(&(tree.key, tree.generation)));
-            let damaged = damaged.map(Damaged::from);
-            Ok((reader.verified, damaged.collect()))
+            let damaged = damaged.map(|tree| inner.damaged(tree));
+            let mut damaged = damaged.collect::<Result<Vec<_>, _>>()?;
+            damaged.extend(unknown);
+            Ok((reader.verified, damaged))
         })
         .await
     }
@@ -137,6 +143,11 @@ impl Puller {
                 .filter_map(|Resolution { reference, .. }| reference.parse().ok())
                 .collect())
         });
+        if !damaged.says_what_it_is() {
+            return Ok(Repaired::Later(
+                "its tree.json does not say any more what it is".to_owned(),
+            ));
+        }
         let references: Vec<Reference> = references.await?;
         let mut last = "no reference leads to it any more".to_owned();
         for reference in references {
@@ -156,6 +167,11 @@ impl Puller {
 }
 
 impl Damaged {
+    /// Returns whether the tree's key is that of its manifest and its view.
+    fn says_what_it_is(&self) -> bool {
+        shape(&self.view).is_ok_and(|shape| shape.key(self.manifest) == self.key)
+    }
+
     fn want(&self, reference: &Reference) -> Result<Want, PullError> {
         Ok(Want {
             reference: reference.clone(),
@@ -172,13 +188,6 @@ impl Damaged {
             maximum_bytes: None,
             signature: None,
         })
-    }
-}
-
-impl From<Tree> for Damaged {
-    fn from(tree: Tree) -> Self {
-        let Tree { key, record, .. } = tree;
-        Self { key, manifest: record.manifest, view: record.view }
     }
 }
 
@@ -276,7 +285,11 @@ impl Inner {
         let (inner, name) = (Arc::clone(self), name.clone());
         blocking(move || {
             let Some(tree) = inner.store.named_tree(&name) else { return Ok(None) };
-            let mut links = inner.store.links(&tree);
+            let mut links = match inner.store.links(&tree) {
+                Err(error) if error.is_of_this_node() => return Err(error.into()),
+                // Said of the tree when it is compared.
+                links => links.unwrap_or_default(),
+            };
             links.retain(|link| inner.store.is_unread(link));
             Ok(Some((links, tree.record.bytes)))
         })
@@ -292,8 +305,13 @@ impl Inner {
         let store = &self.store;
         let trees = match item {
             Item::Blobs => {
-                store.verify_blobs(reader, &mut found)?;
-                Vec::new()
+                let mut damaged = HashSet::new();
+                store.verify_blobs(reader, &mut |finding| {
+                    damaged.extend(finding.digest);
+                    found(finding);
+                })?;
+                let of_them = |tree: &Tree| Ok(damaged.contains(&tree.record.manifest));
+                self.verify_trees_of(of_them, reader, &mut found)?
             }
             Item::Object(name) if name.kind() == ObjectKind::Tree => match store.named_tree(name) {
                 Some(tree) if !store.is_damaged(name) => {
@@ -302,12 +320,61 @@ impl Inner {
                 }
                 // Made anew still, where that was not possible when it was found.
                 Some(tree) if store.tree(tree.key)?.is_none() => vec![name.clone()],
+                None if !store.is_damaged(name) => {
+                    store.verify_tree_record(name, &mut found)?;
+                    if store.is_damaged(name) { vec![name.clone()] } else { Vec::new() }
+                }
                 _ => Vec::new(),
             },
-            Item::Object(name) => store.verify_object(name, reader, &mut found)?,
+            Item::Object(name) => {
+                let mut trees = store.verify_object(name, reader, &mut found)?;
+                if store.is_damaged(name) {
+                    // Those that link it, and do not say so.
+                    let of_it = |tree: &Tree| self.may_link(tree, name);
+                    trees.extend(self.verify_trees_of(of_it, reader, &mut found)?);
+                }
+                trees
+            }
         };
-        let damaged = trees.iter().filter_map(|name| store.named_tree(name)).map(Damaged::from);
-        Ok(ReadBack { verified: reader.verified, findings, damaged: damaged.collect() })
+        let mut damaged = Vec::new();
+        for name in trees {
+            damaged.extend(match store.named_tree(&name) {
+                Some(tree) => Some(self.damaged(tree)?),
+                None => self.recognise(&name)?,
+            });
+        }
+        Ok(ReadBack { verified: reader.verified, findings, damaged })
+    }
+
+    /// Returns what a damaged tree is to be made anew of.
+    fn damaged(&self, tree: Tree) -> Result<Damaged, PullError> {
+        let name = ObjectName::tree(tree.key, tree.generation);
+        let Tree { key, record, .. } = tree;
+        let known = Damaged { key, manifest: record.manifest, view: record.view };
+        if known.says_what_it_is() {
+            return Ok(known);
+        }
+        Ok(self.recognise(&name)?.unwrap_or(known))
+    }
+
+    /// Returns what a tree was made of whose record is lost, by its key: a manifest that a reference leads to, shown as
+    /// another tree of the node is, or as a volume without attributes is.
+    fn recognise(&self, name: &ObjectName) -> Result<Option<Damaged>, PullError> {
+        let Some(key) = name.as_str().split('/').nth(1).and_then(TreeKey::from_hex) else {
+            return Ok(None);
+        };
+        let mut views = vec![View::default()];
+        for tree in self.store.sound_trees()? {
+            if !views.contains(&tree.record.view) {
+                views.push(tree.record.view);
+            }
+        }
+        let resolutions = self.store.resolutions()?;
+        let known = resolutions.iter().flat_map(|Resolution { manifest, .. }| {
+            let of_view = |view: &View| Damaged { key, manifest: *manifest, view: view.clone() };
+            views.iter().map(of_view)
+        });
+        Ok(known.into_iter().find(Damaged::says_what_it_is))
     }
 
     fn verify_tree(
@@ -316,59 +383,91 @@ impl Inner {
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), PullError> {
-        match self.plan_of(tree) {
-            Ok(Some((plan, objects))) => {
-                self.store.verify_tree(tree, (&plan, &objects), reader, found)?;
+        match self.expected_tree(tree) {
+            Ok(expected) => {
+                self.store.verify_tree(tree, &expected, reader, found)?;
                 Ok(())
             }
-            Ok(None) => {
-                self.tree_is_unknown(tree, "its manifest, or what it links, is not here", found)
+            Err(Incomparable::Node(error)) => Err(error),
+            Err(Incomparable::Tree(why)) => {
+                let why = format!("it cannot be compared with its manifest: {why}");
+                Ok(self.store.refuse_tree(tree, why, found)?)
             }
-            Err(PullError::Store(error @ StoreError::Io { .. })) => Err(error.into()),
-            Err(error) => self.tree_is_unknown(tree, &error.to_string(), found),
         }
     }
 
-    /// A tree cannot be compared with its layers. Of the current format its files are known to be
-    /// good, and its names were when it was made.
-    fn tree_is_unknown(
+    /// Compares some of the trees that are not marked. Returns those that are marked now.
+    fn verify_trees_of(
         &self,
-        tree: &Tree,
-        why: &str,
+        is_meant: impl Fn(&Tree) -> Result<bool, PullError>,
+        reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
-    ) -> Result<(), PullError> {
-        if self.store.is_unread(&ObjectName::tree(tree.key, tree.generation)) {
-            return Ok(self.store.refuse_tree(tree, why, found)?);
+    ) -> Result<Vec<ObjectName>, PullError> {
+        let mut damaged = Vec::new();
+        for tree in self.store.sound_trees()? {
+            if is_meant(&tree)? {
+                self.verify_tree(&tree, reader, found)?;
+                let name = ObjectName::tree(tree.key, tree.generation);
+                damaged.extend(self.store.is_damaged(&name).then_some(name));
+            }
         }
-        tracing::warn!(tree = %tree.key, why, "a tree cannot be compared with its layers");
-        Ok(())
+        Ok(damaged)
     }
 
-    /// What a tree should be, by its manifest and what it links.
-    fn plan_of(&self, tree: &Tree) -> Result<Option<(TreePlan, Objects)>, PullError> {
-        let Some(bytes) = self.store.blob(tree.record.manifest)? else { return Ok(None) };
+    /// Returns whether a tree may link a file or a layer by what its manifest names, or by what cannot be read of it.
+    fn may_link(&self, tree: &Tree, object: &ObjectName) -> Result<bool, PullError> {
+        match self.parts_of(tree) {
+            Ok(PartsOfTree { parts, shape, .. }) => Ok(parts
+                .iter()
+                .any(|part| object.as_str().starts_with(&folder_of(part, shape.permissions)))),
+            Err(Incomparable::Node(error)) => Err(error),
+            Err(Incomparable::Tree(_)) => Ok(true),
+        }
+    }
+
+    /// Returns what a tree should be, by its manifest and the very objects that it says it links.
+    fn expected_tree(&self, tree: &Tree) -> Result<ExpectedTree, Incomparable> {
+        let PartsOfTree { kind, parts, shape, limits } = self.parts_of(tree)?;
+        let sizes = parts.iter().map(|part| part.descriptor.size);
+        let compressed_bytes = sizes.fold(0, u64::saturating_add);
+        let objects = self.linked_objects(tree, parts, &shape)?;
+        let (plan, objects) = self.plan(objects, &shape, &limits)?;
+        let record = shape.record(tree.record.manifest, kind, compressed_bytes, &plan);
+        Ok(ExpectedTree { plan, objects, record })
+    }
+
+    /// Returns the layers that a tree shows, as its manifest says it.
+    fn parts_of(&self, tree: &Tree) -> Result<PartsOfTree, Incomparable> {
+        let manifest = tree.record.manifest;
+        let shape = shape(&tree.record.view)?;
+        if shape.key(manifest) != tree.key {
+            return Err(Incomparable::Tree("its tree.json is that of another tree".to_owned()));
+        }
+        let Some(bytes) = self.store.blob(manifest)? else {
+            return Err(Incomparable::Tree(format!("{manifest} is not here")));
+        };
         // What was accepted once is compared whatever the limits are now.
         let limits = Limits::largest();
-        let Manifest::Image(image) = Manifest::parse(&bytes, None, limits.manifest())? else {
-            return Ok(None);
+        let parsed = Manifest::parse(&bytes, None, limits.manifest()).map_err(PullError::from)?;
+        let Manifest::Image(image) = parsed else {
+            return Err(Incomparable::Tree(format!("{manifest} is an index")));
         };
-        let shape = shape(&tree.record.view)?;
-        let Some(parts) = self.linked_parts(tree, (&image, &limits), &shape)? else {
-            return Ok(None);
-        };
-        self.plan(parts, &shape, &limits).map(Some)
+        let parts = shape.parts(&image, &limits)?;
+        Ok(PartsOfTree { kind: image.kind().to_owned(), parts, shape, limits })
     }
 
-    /// The very generations of files and layers that a tree was linked from.
-    fn linked_parts(
+    /// Returns the very generations of files and layers that a tree was linked from.
+    fn linked_objects(
         &self,
         tree: &Tree,
-        (image, limits): (&ImageManifest, &Limits),
+        parts: Vec<Part>,
         shape: &Shape,
-    ) -> Result<Option<Vec<Object>>, PullError> {
-        let links = self.store.links(tree);
+    ) -> Result<Vec<Object>, Incomparable> {
+        let links = self.store.links(tree)?;
         let mut objects = Vec::new();
-        for Part { layer, descriptor, rule } in shape.parts(image, limits)? {
+        for part in parts {
+            let folder = folder_of(&part, shape.permissions);
+            let Part { layer, descriptor, rule } = part;
             let digest = descriptor.digest;
             let object = match rule {
                 PartRule::File(rule, permissions) => self
@@ -376,17 +475,63 @@ impl Inner {
                     .linked_file(digest, permissions, &links)
                     .map(|file| Object::File(layer, rule, descriptor.size, file)),
                 PartRule::Archive(rule) => {
-                    let folder = format!("layers/{}/", layer_key(digest, &rule, shape.permissions));
                     let of_key = |name: &&ObjectName| name.as_str().starts_with(&folder);
                     let unpacked =
                         links.iter().find(of_key).and_then(|name| self.store.linked_layer(name));
                     unpacked.map(|unpacked| Object::Layer(layer, rule, unpacked.view()))
                 }
             };
-            let Some(object) = object else { return Ok(None) };
-            objects.push(object);
+            objects.push(object.ok_or_else(|| {
+                Incomparable::Tree(format!(
+                    "what it links of {digest} is not here, or objects.json does not name it"
+                ))
+            })?);
         }
-        Ok(Some(objects))
+        Ok(objects)
+    }
+}
+
+/// The layers that a tree shows.
+struct PartsOfTree {
+    kind: String,
+    parts: Vec<Part>,
+    shape: Shape,
+    limits: Limits,
+}
+
+/// Why a tree cannot be compared.
+enum Incomparable {
+    /// This node has too little of something now.
+    Node(PullError),
+    /// What is known of the tree is not enough, or cannot be read.
+    Tree(String),
+}
+
+impl From<PullError> for Incomparable {
+    fn from(error: PullError) -> Self {
+        match error {
+            PullError::Store(error) => error.into(),
+            error => Self::Tree(error.to_string()),
+        }
+    }
+}
+
+impl From<StoreError> for Incomparable {
+    fn from(error: StoreError) -> Self {
+        if error.is_of_this_node() {
+            Self::Node(error.into())
+        } else {
+            Self::Tree(error.to_string())
+        }
+    }
+}
+
+/// Returns where the store has the generations of a part.
+fn folder_of(part: &Part, permissions: PermissionsRule) -> String {
+    let digest = part.descriptor.digest;
+    match &part.rule {
+        PartRule::File(..) => format!("files/{}/", digest.hex()),
+        PartRule::Archive(rule) => format!("layers/{}/", layer_key(digest, rule, permissions)),
     }
 }
 

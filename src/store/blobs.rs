@@ -1,11 +1,11 @@
 //! Blobs that are kept as the registry sent them: manifests, indexes, configurations.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{MutexGuard, PoisonError};
 
-use super::Store;
-use super::durable;
 use super::error::StoreError;
+use super::{Store, durable, records};
 use crate::oci::Digest;
 
 impl Store {
@@ -17,7 +17,9 @@ impl Store {
     pub fn put_blob(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
         debug_assert_eq!(Digest::of(content), digest, "only verified content gets a name");
         let path = self.blob_path(digest);
-        if path.exists() {
+        // What is kept already is kept for as long as what is new; what has become damaged is replaced.
+        self.blob_is_used(digest)?;
+        if std::fs::read(&path).is_ok_and(|kept| kept == content) {
             return Ok(());
         }
         durable::write(&self.staging(), &path, content)
@@ -43,6 +45,7 @@ impl Store {
     /// tree yet, and would else be taken for what an evicted artifact has left.
     pub fn blob_is_used(&self, digest: Digest) -> Result<(), StoreError> {
         let path = self.blob_path(digest);
+        let _turn = self.blob_ages();
         let touched =
             File::open(&path).and_then(|file| file.set_modified(std::time::SystemTime::now()));
         match touched {
@@ -51,6 +54,24 @@ impl Store {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Removes a blob that was not used for a while. One that is being used again at this moment stays.
+    pub(super) fn remove_old_blob(
+        &self,
+        path: &Path,
+        is_old: &impl Fn(&Path) -> bool,
+    ) -> Result<bool, StoreError> {
+        let _turn = self.blob_ages();
+        if !is_old(path) {
+            return Ok(false);
+        }
+        records::remove(path)?;
+        Ok(true)
+    }
+
+    fn blob_ages(&self) -> MutexGuard<'_, ()> {
+        self.0.blob_ages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn blob_path(&self, digest: Digest) -> PathBuf {

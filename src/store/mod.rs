@@ -130,6 +130,8 @@ struct Inner {
     barrier: durable::Barrier,
     node_key: [u8; 32],
     proofs: access::ProofLock,
+    /// Held while a blob is made young, and while an old one goes.
+    blob_ages: Mutex<()>,
     catalog: Arc<catalog::Catalog>,
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
@@ -197,6 +199,7 @@ impl Store {
             barrier: durable::Barrier::default(),
             node_key,
             proofs: access::ProofLock::default(),
+            blob_ages: Mutex::default(),
             catalog: Arc::default(),
             loaded: Mutex::default(),
             claims: room::Claims::default(),

@@ -15,6 +15,17 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&bytes).ok()
 }
 
+/// Reads a record that must be there.
+///
+/// # Errors
+///
+/// [`StoreError::Damaged`] when it is not a record of this kind, [`StoreError::Io`] when it cannot be read.
+pub fn read_whole<T: DeserializeOwned>(path: &Path) -> Result<T, StoreError> {
+    let bytes = std::fs::read(path).map_err(|error| StoreError::io("read", path, error))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| StoreError::Damaged { path: path.to_owned(), what: error.to_string() })
+}
+
 /// Writes a record that must outlive a power loss.
 pub fn write_durable<T: Serialize>(
     staging: &Path,

@@ -58,8 +58,7 @@ impl Store {
         for name in names(&blobs)? {
             let Some(digest) = Digest::from_hex(&name) else { continue };
             let path = blobs.join(name);
-            if !kept_blobs.contains(&digest) && is_old(&path) {
-                records::remove(&path)?;
+            if !kept_blobs.contains(&digest) && self.remove_old_blob(&path, &is_old)? {
                 swept += 1;
             }
         }

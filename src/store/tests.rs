@@ -711,3 +711,21 @@ fn a_verified_download_that_gets_no_name_is_a_download_again() {
     assert_eq!(std::fs::read(&file.path).expect("readable"), b"content");
     assert_eq!(open().length(), 0, "it has gone to its name");
 }
+
+#[test]
+fn a_blob_that_is_kept_again_is_young_and_whole() {
+    let (_folder, store) = store();
+    let content = b"manifest";
+    let digest = Digest::of(content);
+    store.put_blob(digest, content).expect("kept");
+    let path = store.blob_path(digest);
+    let old = std::time::SystemTime::now() - std::time::Duration::from_hours(500);
+    std::fs::write(&path, "damaged!").expect("written");
+    std::fs::File::open(&path).expect("the blob").set_modified(old).expect("a time");
+    store.put_blob(digest, content).expect("kept again");
+    assert_eq!(std::fs::read(&path).expect("readable"), content);
+    std::fs::File::open(&path).expect("the blob").set_modified(old).expect("a time");
+    store.put_blob(digest, content).expect("kept once more");
+    store.sweep_records(Now::read()).expect("swept");
+    assert!(path.exists(), "a pull that is under way has kept it just now");
+}

@@ -7,8 +7,10 @@
 //!           attributes in the index
 //! trees     each name with what a fresh merge of its layers would make: each file by its inode, each
 //!           folder with mode, owner, time and attributes, each link with target, owner and time; and
-//!           no names beside these
+//!           no names beside these; tree.json and objects.json with what the manifest and the merge say
 //! ```
+//!
+//! A tree that cannot be compared, for want of its manifest, its records or what it links, is damaged.
 //!
 //! So everything is noticed that a process can change which has a tree before it and may write, but
 //! for the access times, and the modification time of single files, which nothing else depends on.
@@ -20,6 +22,7 @@ mod inode;
 mod reader;
 mod tree;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::catalog::Lease;
@@ -28,7 +31,7 @@ use super::files::{StoredFile, is_executable};
 use super::layers::{self, Layer, read_totals};
 use super::object::{ObjectKind, ObjectName};
 use super::staging::names;
-use super::trees::{Objects, Tree};
+use super::trees::{Objects, Tree, TreeRecord};
 use super::{FileKey, Store};
 use crate::oci::Digest;
 use crate::unpack::entry::ExtendedAttributes;
@@ -67,6 +70,17 @@ pub enum FindingKind {
     Tree,
 }
 
+/// A tree as its manifest says it is.
+#[derive(Debug)]
+pub struct ExpectedTree {
+    /// Names, modes, times and links.
+    pub plan: TreePlan,
+    /// The very generations of files and layers that it links.
+    pub objects: Objects,
+    /// What `tree.json` says, copies of files not counted.
+    pub record: TreeRecord,
+}
+
 /// What was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
@@ -81,6 +95,19 @@ impl Finding {
     pub fn log(&self) {
         let (kind, path) = (self.kind.name(), self.path.display());
         tracing::warn!(kind, %path, detail = self.detail, "damaged content");
+    }
+}
+
+impl StoreError {
+    /// Returns whether this node has too little of something, or stopped the reading: nothing is known of the content
+    /// then.
+    #[must_use]
+    pub fn is_of_this_node(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => is_of_this_node(source),
+            Self::Damaged { .. } => false,
+            _ => true,
+        }
     }
 }
 
@@ -118,8 +145,8 @@ impl Store {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => unreadable(error).map_err(failed)?,
             };
-            // Reading it as any other reader does removes it.
-            let _ = self.blob(digest);
+            // So that it is fetched again. One that stays is found again.
+            let _ = super::records::remove(&path);
             found(Finding { kind: FindingKind::Blob, digest: Some(digest), path: below, detail });
         }
         Ok(())
@@ -183,58 +210,95 @@ impl Store {
         Ok(trees)
     }
 
-    /// Compares a tree with what its layers merge to. Returns whether they are the same.
+    /// Compares a tree with what its manifest and its layers say it is. Returns whether they are the same.
     pub fn verify_tree(
         &self,
         tree: &Tree,
-        (plan, objects): (&TreePlan, &Objects),
+        expected: &ExpectedTree,
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<bool, StoreError> {
         let mut damage = Damage::default();
         let root = tree.path().join("root");
-        tree::Comparison { plan, objects, rules: self.rules() }
+        let ExpectedTree { plan, objects, record } = expected;
+        let copies = tree::Comparison { plan, objects, rules: self.rules() }
             .run(&root, reader, &mut damage)
             .map_err(|error| StoreError::io("read back", &root, error))?;
         reader.verified.objects += 1;
+        let mut damage = damage.below(Path::new("root"));
+        damage.extend(Path::new("tree.json"), tree::other_numbers(&tree.record, record, copies));
+        let linked: BTreeSet<_> = self.names_of_objects(objects);
+        match self.links(tree) {
+            Ok(links) if links.iter().cloned().collect::<BTreeSet<_>>() == linked => {}
+            Ok(_) => damage.push((
+                PathBuf::from("objects.json"),
+                "it does not name the files and layers that the tree links".to_owned(),
+            )),
+            Err(error) if error.is_of_this_node() => return Err(error),
+            Err(error) => damage.push((PathBuf::from("objects.json"), error.to_string())),
+        }
         let name = ObjectName::tree(tree.key, tree.generation);
         if damage.is_empty() {
             // A tree is no better than what it links.
-            if !self.links(tree).iter().any(|link| self.is_unread(link)) {
+            if !linked.iter().any(|link| self.is_unread(link)) {
                 self.was_read(&name);
             }
             return Ok(true);
         }
-        self.condemn_tree(tree, damage, found)?;
+        self.condemn_tree(&name, Some(tree.record.manifest), damage, found)?;
         Ok(false)
     }
 
-    /// Marks a tree that cannot be compared with anything, and why.
+    /// Marks a tree that cannot be compared with anything, and says why.
     pub fn refuse_tree(
         &self,
         tree: &Tree,
-        why: &str,
+        why: String,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
+        let name = ObjectName::tree(tree.key, tree.generation);
         let mut damage = Damage::default();
-        damage.push((PathBuf::new(), why.to_owned()));
-        self.condemn_tree(tree, damage, found)
+        damage.push((PathBuf::new(), why));
+        self.condemn_tree(&name, Some(tree.record.manifest), damage, found)
+    }
+
+    /// Marks a tree whose record cannot be read. Without it nothing says what the tree should be.
+    pub fn verify_tree_record(
+        &self,
+        name: &ObjectName,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<(), StoreError> {
+        let Some((_lease, path)) = self.hold(name) else { return Ok(()) };
+        match super::records::read_whole::<TreeRecord>(&path.join("tree.json")) {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_of_this_node() => Err(error),
+            Err(error) => {
+                let mut damage = Damage::default();
+                damage.push((PathBuf::from("tree.json"), error.to_string()));
+                self.condemn_tree(name, None, damage, found)
+            }
+        }
     }
 
     fn condemn_tree(
         &self,
-        tree: &Tree,
+        name: &ObjectName,
+        digest: Option<Digest>,
         damage: Damage,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        self.mark_damaged(tree.path())?;
-        let name = ObjectName::tree(tree.key, tree.generation);
+        self.mark_damaged(&self.root().join(name.as_str()))?;
         for (below, detail) in damage.into_list() {
-            let path = trimmed(&Path::new(name.as_str()).join("root").join(below));
-            let digest = Some(tree.record.manifest);
+            let path = trimmed(&Path::new(name.as_str()).join(below));
             found(Finding { kind: FindingKind::Tree, digest, path, detail });
         }
         Ok(())
+    }
+
+    fn names_of_objects(&self, objects: &Objects) -> BTreeSet<ObjectName> {
+        let layers = objects.layers.values().filter_map(|layer| self.object_at(layer.path()?));
+        let files = objects.files.values();
+        layers.chain(files.map(|file| ObjectName::file(file.key, file.generation))).collect()
     }
 
     /// A generation of a layer that a tree links, whether it is the current one or not.
@@ -295,11 +359,27 @@ impl Store {
         Ok(trees)
     }
 
-    /// The files and layers that a tree links.
-    #[must_use]
-    pub fn links(&self, tree: &Tree) -> Vec<ObjectName> {
-        let links: Option<Vec<String>> = super::records::read(&tree.path().join("objects.json"));
-        links.unwrap_or_default().iter().filter_map(|link| ObjectName::parse(link)).collect()
+    /// The names of trees that are not marked damaged and whose records cannot be read.
+    pub fn trees_without_record(&self) -> Result<Vec<ObjectName>, StoreError> {
+        self.load_catalog()?;
+        let mut names = self.catalog().names();
+        names.retain(|(name, damaged)| {
+            name.kind() == ObjectKind::Tree && !damaged && self.named_tree(name).is_none()
+        });
+        Ok(names.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// The files and layers that a tree links, as its `objects.json` says.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Damaged`] when it is not such a list.
+    pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
+        let path = tree.path().join("objects.json");
+        let links: Vec<String> = super::records::read_whole(&path)?;
+        let names: Option<Vec<_>> = links.iter().map(|link| ObjectName::parse(link)).collect();
+        let what = "it names something that is no file and no layer".to_owned();
+        names.ok_or(StoreError::Damaged { path, what })
     }
 
     /// Trees that still stand over an object which was found damaged before.
@@ -349,6 +429,14 @@ impl Damage {
         for detail in details {
             self.push((below.to_owned(), detail));
         }
+    }
+
+    /// The same, of a folder's content.
+    fn below(mut self, folder: &Path) -> Self {
+        for (path, _) in &mut self.list {
+            *path = folder.join(&path);
+        }
+        self
     }
 
     fn is_empty(&self) -> bool {

@@ -69,7 +69,14 @@ impl ByHand {
     }
 
     /// A tree of files, which are linked from an object.
-    fn tree(&self, manifest: &str, object: &str, files: &[(&Path, &str)], folders: usize) {
+    fn tree(
+        &self,
+        manifest: &str,
+        object: &str,
+        compressed: usize,
+        files: &[(&Path, &str)],
+        folders: usize,
+    ) {
         let tree = key(&["tree", "1", manifest, "", "Readable", ""]);
         let mut bytes = 0;
         for (file, shown) in files {
@@ -93,7 +100,7 @@ impl ByHand {
             "kind": "by hand",
             "bytes": bytes,
             "inodes": folders + files.len(),
-            "compressed_bytes": bytes,
+            "compressed_bytes": compressed,
             "own_inodes": folders,
             "view": {"permissions": "Readable"},
         });
@@ -112,7 +119,7 @@ fn write(state: &Path, format: &str) {
     let manifest = state.manifest("file", &artifact.json());
     let object = format!("files/{}/0444-0-0/1", hexadecimal_sha256(text));
     let file = state.content(&object, text);
-    state.tree(&manifest, &object, &[(&file, "notes/one.txt")], 2);
+    state.tree(&manifest, &object, text.len(), &[(&file, "notes/one.txt")], 2);
 
     let (text, other) = (b"of an archive by hand\n", b"with the newer checksum\n");
     let archive = Tar::new().file("two.txt", 0o444, text).file("three.txt", 0o444, other).finish();
@@ -155,7 +162,7 @@ fn write(state: &Path, format: &str) {
     let checksum = sha2::Sha256::digest(&index);
     index.extend(checksum);
     state.put(&format!("{object}/index"), index);
-    state.tree(&manifest, &object, &[(&two, "two.txt"), (&three, "three.txt")], 1);
+    state.tree(&manifest, &object, archive.len(), &[(&two, "two.txt"), (&three, "three.txt")], 1);
 }
 
 #[test]

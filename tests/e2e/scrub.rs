@@ -77,15 +77,20 @@ impl Artifact {
 
 /// The folder that a pod sees of the only image, or the only file, in the store.
 fn root(state: &Path, name: &str) -> PathBuf {
+    sound_root(state, name).expect("a tree")
+}
+
+/// The same, if there is one.
+fn sound_root(state: &Path, name: &str) -> Option<PathBuf> {
     let trees = fs::read_dir(state.join("trees")).expect("trees").flatten();
     let generations = trees.flat_map(|tree| {
-        let generations = fs::read_dir(tree.path()).expect("generations").flatten();
+        let generations = fs::read_dir(tree.path()).into_iter().flatten().flatten();
         generations.map(|generation| generation.path()).collect::<Vec<_>>()
     });
     let mut sound = generations.filter(|path| {
         !path.with_extension("damaged").exists() && path.join("root").join(name).exists()
     });
-    sound.next().expect("a tree").join("root")
+    Some(sound.next()?.join("root"))
 }
 
 /// As a pod did through the mount of an earlier build.
@@ -443,4 +448,210 @@ fn a_scrub_that_is_off_says_so() {
     assert_eq!(admin.json(&["status"])["scrub"]["intervalSeconds"], 0);
     assert!(admin.told(&["status"]).contains("off (cache.scrubInterval)"));
     drop(node);
+}
+
+/// Replaces a name of a tree by another file, and leaves nothing else changed: neither modes nor times.
+fn replace(tree: &Path) {
+    let folder = tree.join("root/etc");
+    let modified = fs::metadata(&folder).expect("a folder").modified().expect("a time");
+    let path = folder.join("two");
+    fs::remove_file(&path).expect("removed");
+    fs::write(&path, "bad").expect("written");
+    set_mode(&path, 0o444);
+    reset_time(&path);
+    File::open(&folder).expect("a folder").set_modified(modified).expect("the time");
+}
+
+/// The only folder, or file, in a folder of the store.
+fn only(folder: &Path) -> PathBuf {
+    let mut names =
+        fs::read_dir(folder).expect("a folder").map(|name| name.expect("a name").path());
+    names.find(|path| path.extension().is_none()).expect("something")
+}
+
+/// Changes a record of a tree.
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut record = serde_json::from_slice(&fs::read(path).expect("a record")).expect("JSON");
+    change(&mut record);
+    fs::write(path, record.to_string()).expect("written");
+}
+
+fn manifest_of(tree: &Path) -> PathBuf {
+    let record: Value =
+        serde_json::from_slice(&fs::read(tree.join("tree.json")).expect("a record")).expect("JSON");
+    let digest = record["manifest"].as_str().expect("a digest").replace("sha256:", "");
+    tree.ancestors().nth(3).expect("the state").join("blobs").join(digest)
+}
+
+fn change_a_digit(name: &mut Value) {
+    let text = name.as_str().expect("a name");
+    let other = if text.ends_with('1') { '2' } else { '1' };
+    *name = json!(format!("{}{other}", &text[..text.len() - 1]));
+}
+
+/// What takes a tree away what it is compared with.
+const LOSSES: [Change; 12] = [
+    ("a bit of its manifest", |tree| write_into(&manifest_of(tree))),
+    ("its manifest", |tree| fs::remove_file(manifest_of(tree)).expect("removed")),
+    ("what objects.json says", |tree| fs::write(tree.join("objects.json"), "").expect("written")),
+    ("all that objects.json names", |tree| edit(&tree.join("objects.json"), |it| *it = json!([]))),
+    ("objects.json", |tree| fs::remove_file(tree.join("objects.json")).expect("removed")),
+    ("the bytes of objects.json", |tree| {
+        let path = tree.join("objects.json");
+        let length = fs::metadata(&path).expect("a record").len();
+        fs::write(path, vec![0; usize::try_from(length).expect("few")]).expect("written");
+    }),
+    ("a digit of objects.json", |tree| {
+        edit(&tree.join("objects.json"), |it| change_a_digit(&mut it[0]));
+    }),
+    ("its layers", |tree| {
+        let layers = tree.ancestors().nth(3).expect("the state").join("layers");
+        fs::remove_dir_all(only(&layers)).expect("removed");
+    }),
+    ("the name of its manifest", |tree| {
+        edit(&tree.join("tree.json"), |it| {
+            it["manifest"] = json!(format!("sha256:{}", "0".repeat(64)));
+        });
+    }),
+    ("what it was selected by", |tree| {
+        edit(&tree.join("tree.json"), |it| it["view"]["include"] = json!("etc/one"));
+    }),
+    ("tree.json", |tree| fs::remove_file(tree.join("tree.json")).expect("removed")),
+    ("what tree.json says", |tree| fs::write(tree.join("tree.json"), "{").expect("written")),
+];
+
+#[test]
+fn verify_finds_a_tree_that_cannot_be_compared() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    let (volume, sound) = node.mount(&reference);
+    node.kubelet.unpublish(&volume);
+    let mut node = node;
+    for (what, lose) in LOSSES {
+        // Nothing of it is in memory either.
+        node = restarted(node, |state| {
+            let tree = root(state, "etc").parent().expect("a tree").to_owned();
+            replace(&tree);
+            lose(&tree);
+        });
+        let told = admin.ask(&["verify", "--output", "json"]);
+        let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+        assert_eq!(told.status.code(), Some(1), "{what}");
+        let findings = found["findings"].as_array().expect("a list");
+        assert!(findings.iter().any(|finding| finding["kind"] == "tree"), "{what}: {found}");
+        node.kubelet.publish_well(&volume);
+        assert_eq!(Tree::of(volume.target()), sound, "{what}");
+        assert!(manifest_of(root(node.driver.state(), "etc").parent().expect("a tree")).exists());
+        assert_eq!(admin.json(&["verify"])["findings"], json!([]), "after {what}");
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn verify_finds_numbers_of_a_tree_that_were_changed() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    for number in ["bytes", "inodes", "compressed_bytes", "own_inodes", "own_bytes"] {
+        let (volume, _) = node.mount(&reference);
+        assert_eq!(admin.json(&["verify"])["findings"], json!([]), "before {number}");
+        let tree = root(node.driver.state(), "etc").parent().expect("a tree").to_owned();
+        edit(&tree.join("tree.json"), |it| it[number] = json!(9));
+        let told = admin.ask(&["verify", "--output", "json"]);
+        let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+        let detail = found["findings"][0]["detail"].as_str().unwrap_or_default();
+        assert!(detail.contains(number), "{number}: {found}");
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn a_tree_that_cannot_be_compared_is_repaired() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    let (volume, sound) = node.mount(&reference);
+    for (what, lose) in &LOSSES {
+        let tree = root(node.driver.state(), "etc").parent().expect("a tree").to_owned();
+        replace(&tree);
+        lose(&tree);
+        let repaired = admin.json(&["verify", "--repair"]);
+        assert_eq!(repaired["unrepaired"], 0, "{what}: {repaired}");
+        assert_eq!(repaired["repairs"][0]["done"], true, "{what}: {repaired}");
+        node.proxy.go_down();
+        let (volume, shown) = node.mount(&reference);
+        assert_eq!(shown, sound, "{what}");
+        node.proxy.come_back();
+        assert_eq!(admin.json(&["verify"])["findings"], json!([]), "after {what}");
+        node.kubelet.unpublish(&volume);
+    }
+    node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn the_scrub_repairs_a_tree_that_cannot_be_compared() {
+    let (node, admin) = Admin::start(&with_scrub());
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "image");
+    let (volume, sound) = node.mount(&reference);
+    node.kubelet.unpublish(&volume);
+    let mut node = node;
+    for (what, lose) in [LOSSES[0], LOSSES[2], LOSSES[6]] {
+        node = restarted(node, |state| {
+            let tree = root(state, "etc").parent().expect("a tree").to_owned();
+            replace(&tree);
+            // The layer that the tree links is damaged, too.
+            write_into(&tree.join("root/etc/one"));
+            lose(&tree);
+        });
+        let repaired = || admin.json(&["status"])["scrub"]["repaired"].as_u64() >= Some(1);
+        wait_until("it was fetched again", repaired);
+        // The tree may have had its turn before its layer.
+        let holds = |root: &Path, name: &str, content: &[u8]| {
+            fs::read(root.join(name)).is_ok_and(|shown| shown == content)
+        };
+        wait_until("a sound tree is there", || {
+            sound_root(node.driver.state(), "etc").is_some_and(|root| {
+                holds(&root, "etc/one", &artifact.member) && holds(&root, "etc/two", b"two")
+            })
+        });
+        node.proxy.go_down();
+        node.kubelet.publish_well(&volume);
+        assert_eq!(Tree::of(volume.target()), sound, "{what}");
+        node.proxy.come_back();
+        node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn a_tree_that_took_long_to_make_has_its_manifest() {
+    let mut go = PathBuf::new();
+    let mut endpoint = String::new();
+    let node = Node::start_with(|sandbox, options| {
+        go = sandbox.path().join("go");
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        options
+            .configuration(&without_scrub())
+            .argument(&format!("--admin-endpoint={endpoint}"))
+            .environment("CSI_OCI_FAULT", &format!("layer.unpacked:pause:{}", go.display()))
+    });
+    let artifact = Artifact::push();
+    let volume = node.kubelet.new_volume(&artifact.reference(&node.proxy, "image"));
+    let blobs = node.driver.state().join("blobs");
+    let staged = || {
+        let layers = fs::read_dir(node.driver.state().join("staging")).expect("staging").flatten();
+        layers.into_iter().any(|layer| layer.path().join("index").exists())
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| node.kubelet.publish_well(&volume));
+        wait_until("the layer is unpacked", staged);
+        // As a sweep does with what is older than a day.
+        for blob in fs::read_dir(&blobs).expect("blobs").flatten() {
+            fs::remove_file(blob.path()).expect("removed");
+        }
+        fs::write(&go, "").expect("written");
+    });
+    artifact.check(&volume);
+    assert_eq!(Admin::at(&endpoint).json(&["verify"])["findings"], json!([]));
 }

@@ -17,7 +17,8 @@ use nix::sys::stat::{FileStat, Mode, fstatat};
 use super::Damage;
 use super::inode::{Rules, other_time};
 use super::reader::{Reader, open, unreadable};
-use crate::store::trees::Objects;
+use crate::store::eviction::Goal;
+use crate::store::trees::{Objects, TreeRecord};
 use crate::unpack::entry::{ExtendedAttributes, Metadata};
 use crate::unpack::merge::{PlannedKind, PlannedNode, TreePlan};
 
@@ -40,20 +41,20 @@ struct Level<'a> {
     names: HashSet<&'a [u8]>,
 }
 
-/// Whether one inode has the content of another: a copy has many names, and is read once.
-type Compared = HashMap<(u64, u64), bool>;
+/// The size of an inode that has the content of another, none when it has not: a copy has many names, and is read once.
+type Compared = HashMap<(u64, u64), Option<u64>>;
 
 const OPEN_FOLDER: OFlag =
     OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 impl Comparison<'_> {
-    /// Compares what is at `root`.
+    /// Compares what is at `root`. Returns what its copies of files take.
     pub(super) fn run(
         &self,
         root: &Path,
         reader: &mut Reader,
         damage: &mut Damage,
-    ) -> io::Result<()> {
+    ) -> io::Result<Goal> {
         let opened = nix::fcntl::open(root, OPEN_FOLDER, Mode::empty());
         let folder = self.folder(opened, PathBuf::new(), &self.plan.root, damage)?;
         let mut way =
@@ -95,7 +96,8 @@ impl Comparison<'_> {
         while let Some(level) = way.pop() {
             level.close(damage)?;
         }
-        Ok(())
+        let sizes = compared.into_values().flatten();
+        Ok(sizes.fold(Goal::default(), |sum, bytes| sum.plus(Goal { bytes, inodes: 1 })))
     }
 
     fn folder(
@@ -161,13 +163,14 @@ impl Comparison<'_> {
         };
         let is_copy = of(&found) == of(&wanted) && {
             let inodes = (found.st_ino, wanted.st_ino);
-            if let Some(&known) = compared.get(&inodes) {
-                known
+            if let Some(known) = compared.get(&inodes) {
+                known.is_some()
             } else {
                 let path = self.objects.path(source).unwrap_or_default();
-                let known = self.is_copy(&way_to(folder, name), &path, reader)?;
-                compared.insert(inodes, known);
-                known
+                let is_copy = self.is_copy(&way_to(folder, name), &path, reader)?;
+                let size = u64::try_from(found.st_size).unwrap_or_default();
+                compared.insert(inodes, is_copy.then_some(size));
+                is_copy
             }
         };
         Ok((!is_copy).then(|| "it is not the file that was linked there".into()))
@@ -208,6 +211,25 @@ impl Comparison<'_> {
         };
         look().or_else(|error| Ok(vec![format!("no symbolic link: {}", unreadable(error)?)]))
     }
+}
+
+/// Compares the numbers of a record with those that the plan and the copies of files give. Its `kind` is for people,
+/// and the rest is in the tree's key.
+pub(super) fn other_numbers(
+    found: &TreeRecord,
+    planned: &TreeRecord,
+    copies: Goal,
+) -> impl Iterator<Item = String> {
+    let own = Goal { bytes: planned.own_bytes, inodes: planned.own_inodes }.plus(copies);
+    let numbers = [
+        ("bytes", (found.bytes, planned.bytes)),
+        ("inodes", (found.inodes, planned.inodes)),
+        ("compressed_bytes", (found.compressed_bytes, planned.compressed_bytes)),
+        ("own_inodes", (found.own_inodes, own.inodes)),
+        ("own_bytes", (found.own_bytes, own.bytes)),
+    ];
+    let other = numbers.into_iter().filter(|(_, (found, expected))| found != expected);
+    other.map(|(name, (found, expected))| format!("{name} is {found}, not {expected}"))
 }
 
 impl Level<'_> {
