@@ -29,6 +29,7 @@ pub(super) struct VerifyArguments {
 pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
     let (repair, output) = (arguments.repair, arguments.ask.output);
     let (mut findings, mut repairs) = (Vec::new(), Vec::new());
+    let mut unread = 0;
     let summary = arguments.ask.ask(async |mut client| {
         unless_left(async {
             let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
@@ -36,9 +37,12 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
             while let Some(event) = events.message().await? {
                 match event.event {
                     Some(Event::Finding(finding)) => {
+                        let is_unread = finding.kind == "unread";
+                        unread += u64::from(is_unread);
                         if output == Output::Table {
                             let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
-                            print(&format!("damaged {kind}  {path}: {detail}"));
+                            let damaged = if is_unread { "" } else { "damaged " };
+                            print(&format!("{damaged}{kind}  {path}: {detail}"));
                         } else {
                             findings.push(serde_json::json!({
                                 "kind": finding.kind,
@@ -86,10 +90,13 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
         let read = Bytes(bytes);
         print(&format!("{objects} objects and {read} read back, {found} findings"));
     }
-    match (found, unrepaired) {
+    match (found.saturating_sub(unread), unrepaired) {
+        (_, 0) if unread > 0 => Err(format!(
+            "{unread} objects could not be read back: do what is said of them, and run `verify` again"
+        )),
         (0, _) => Ok(()),
         (_, 0) if repair => Ok(()),
-        (_, 0) => Err(format!("{found} findings; nothing that is shown links them any more")),
+        (found, 0) => Err(format!("{found} findings; nothing that is shown links them any more")),
         (_, artifacts) => Err(format!(
             "{artifacts} artifacts are damaged: run `verify --repair`, or let the next publish fetch them"
         )),

@@ -123,6 +123,8 @@ fn store(error: &StoreError) -> Code {
         StoreError::Locked { .. }
         | StoreError::Format { .. }
         | StoreError::NotMounted { .. }
+        // It is tried again, until the leases are gone.
+        | StoreError::Leased { .. }
         | StoreError::Foreign { .. } => Code::Unavailable,
     }
 }

@@ -117,6 +117,12 @@ impl PullError {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
     }
 
+    /// Whether content cannot be read back for leases that processes of the node hold.
+    #[must_use]
+    pub fn is_leased(&self) -> bool {
+        matches!(self.root(), Self::Store(StoreError::Leased { .. }))
+    }
+
     /// How a pull ended that ended so, in words that metrics count.
     #[must_use]
     pub fn outcome(&self) -> (&'static str, &'static str) {

@@ -84,7 +84,13 @@ impl Puller {
             store.verify_blobs(&mut reader, &mut found)?;
             store.verify_objects(&mut reader, &mut found)?;
             for tree in store.sound_trees()? {
-                inner.verify_tree(&tree, &mut reader, &mut found)?;
+                match inner.verify_tree(&tree, &mut reader, &mut found) {
+                    Err(PullError::Store(error @ StoreError::Leased { .. })) => {
+                        let name = ObjectName::tree(tree.key, tree.generation);
+                        found(Finding::of_unread(&name, &error));
+                    }
+                    read => read?,
+                }
             }
             let mut unknown = Vec::new();
             for name in store.trees_without_record()? {
@@ -255,7 +261,7 @@ impl Inner {
             }
         }
         // As few at once as layers are unpacked; what nobody waits for is one at a time.
-        let permit = match progress.priority() {
+        let mut permit = match progress.priority() {
             Priority::Pod => Some(self.unpackers.permit(&progress).await?),
             Priority::Warm => None,
         };
@@ -266,9 +272,13 @@ impl Inner {
             Priority::Warm => ReadPace::Gentle,
         };
         blocking(move || {
-            let _permit = permit;
-            let mut reader =
-                Reader::new(pace).stopped_by(stop).telling(move |bytes| progress.arrived(bytes));
+            // A tree needs its permit to the end: its plan is in memory.
+            let is_tree = matches!(&item, Item::Object(name) if name.kind() == ObjectKind::Tree);
+            let _permit = if is_tree { permit.take() } else { None };
+            let mut reader = Reader::new(pace)
+                .stopped_by(stop)
+                .telling(move |bytes| progress.arrived(bytes))
+                .before_waiting(move || drop(permit.take()));
             self.verify_item(&item, &mut reader)
         })
         .await
@@ -472,7 +482,7 @@ impl Inner {
             let object = match rule {
                 PartRule::File(rule, permissions) => self
                     .store
-                    .linked_file(digest, permissions, &links)
+                    .linked_file(digest, permissions, &links)?
                     .map(|file| Object::File(layer, rule, descriptor.size, file)),
                 PartRule::Archive(rule) => {
                     let of_key = |name: &&ObjectName| name.as_str().starts_with(&folder);

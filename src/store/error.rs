@@ -78,6 +78,12 @@ pub enum StoreError {
         /// What they may.
         max: u64,
     },
+    /// Content that a process of the node keeps from being read back.
+    #[error("{} cannot be read back now: a process on the node holds leases on its files (fcntl F_SETLEASE) and takes them again: find it by LEASE in /proc/locks, and set node.leases: Disable in the chart, or the sysctl fs.leases-enable=0", path.display())]
+    Leased {
+        /// Which object.
+        path: PathBuf,
+    },
     /// Content that was complete once and is not any more.
     #[error("{} is damaged ({what}): it will be fetched again", path.display())]
     Damaged {

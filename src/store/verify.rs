@@ -34,12 +34,15 @@ use super::staging::names;
 use super::trees::{Objects, Tree, TreeRecord};
 use super::{FileKey, Store};
 use crate::oci::Digest;
+use crate::unpack::checksum::Checksum;
 use crate::unpack::entry::ExtendedAttributes;
 use crate::unpack::merge::TreePlan;
-use crate::unpack::{EntryKind, Permissions};
+use crate::unpack::{Entry, EntryKind, Permissions};
 use inode::Rules;
+use reader::{
+    LEASED_AT_ONCE, is_leased, is_of_this_node, open, open_patiently, unreadable, was_leased,
+};
 pub use reader::{ReadPace, Reader};
-use reader::{is_of_this_node, open, unreadable};
 
 /// Findings of one object that are kept; the rest is counted.
 const MOST_FINDINGS: usize = 1000;
@@ -68,6 +71,8 @@ pub enum FindingKind {
     Layer,
     /// What a pod sees.
     Tree,
+    /// Content of any kind that could not be read: nothing is known of it.
+    Unread,
 }
 
 /// A tree as its manifest says it is.
@@ -91,10 +96,22 @@ pub struct Verified {
 }
 
 impl Finding {
+    /// Returns what to say of an object that could not be read back for a reason that is not its own.
+    #[must_use]
+    pub fn of_unread(name: &ObjectName, error: &StoreError) -> Self {
+        let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
+        Self { kind: FindingKind::Unread, digest: None, path, detail }
+    }
+
     /// Writes it to the log.
     pub fn log(&self) {
         let (kind, path) = (self.kind.name(), self.path.display());
-        tracing::warn!(kind, %path, detail = self.detail, "damaged content");
+        let detail = &self.detail;
+        if self.kind == FindingKind::Unread {
+            tracing::warn!(%path, detail, "content is not read back");
+        } else {
+            tracing::warn!(kind, %path, detail, "damaged content");
+        }
     }
 }
 
@@ -120,6 +137,7 @@ impl FindingKind {
             Self::File => "file",
             Self::Layer => "layer",
             Self::Tree => "tree",
+            Self::Unread => "unread",
         }
     }
 }
@@ -163,7 +181,11 @@ impl Store {
         let mut objects = self.catalog().names();
         objects.sort();
         for (name, _) in objects {
-            self.verify_object(&name, reader, found)?;
+            match self.verify_object(&name, reader, found) {
+                // What comes after it is read all the same.
+                Err(error @ StoreError::Leased { .. }) => found(Finding::of_unread(&name, &error)),
+                read => drop(read?),
+            }
         }
         Ok(())
     }
@@ -185,12 +207,17 @@ impl Store {
         }
         let Some((_lease, path)) = self.hold(name) else { return Ok(Vec::new()) };
         let before = reader.verified.bytes;
+        reader.begin();
         let (rules, mut damage) = (self.rules(), Damage::default());
         let read = match name.kind() {
             ObjectKind::File => verify_file(&path, name, reader, rules, &mut damage),
             ObjectKind::Layer | ObjectKind::Tree => verify_layer(&path, reader, rules, &mut damage),
         };
-        read.map_err(|error| StoreError::io("read back", &path, error))?;
+        match read {
+            // What was found before is true all the same.
+            Err(error) if was_leased(&error) && !damage.is_empty() => {}
+            read => read.map_err(|error| failed_to_read(&path, error))?,
+        }
         reader.verified.objects += 1;
         tracing::debug!(object = %name, bytes = reader.verified.bytes - before, "read back");
         if damage.is_empty() {
@@ -219,11 +246,12 @@ impl Store {
         found: &mut dyn FnMut(Finding),
     ) -> Result<bool, StoreError> {
         let mut damage = Damage::default();
+        reader.begin();
         let root = tree.path().join("root");
         let ExpectedTree { plan, objects, record } = expected;
         let copies = tree::Comparison { plan, objects, rules: self.rules() }
             .run(&root, reader, &mut damage)
-            .map_err(|error| StoreError::io("read back", &root, error))?;
+            .map_err(|error| failed_to_read(&root, error))?;
         reader.verified.objects += 1;
         let mut damage = damage.below(Path::new("root"));
         damage.extend(Path::new("tree.json"), tree::other_numbers(&tree.record, record, copies));
@@ -310,13 +338,12 @@ impl Store {
 
     /// The file of a blob that a tree links. Without permissions it is the one whose mode
     /// its content has decided.
-    #[must_use]
     pub fn linked_file(
         &self,
         digest: Digest,
         permissions: Option<Permissions>,
         links: &[ObjectName],
-    ) -> Option<StoredFile> {
+    ) -> Result<Option<StoredFile>, StoreError> {
         let folder = format!("files/{}/", digest.hex());
         let of_blob = links.iter().filter_map(|name| {
             let mut parts = name.as_str().strip_prefix(&folder)?.split('/');
@@ -332,19 +359,28 @@ impl Store {
         });
         let mut of_blob: Vec<_> = of_blob.collect();
         if let Some(wanted) = permissions {
-            return of_blob.into_iter().find(|file| file.key.permissions == wanted);
+            return Ok(of_blob.into_iter().find(|file| file.key.permissions == wanted));
         }
-        if of_blob.len() > 1 {
-            let by_content = |file: &StoredFile| {
-                let executable =
-                    std::fs::File::open(&file.path).and_then(|mut file| is_executable(&mut file));
-                let Permissions { mode, uid, gid } = file.key.permissions;
-                let is_plain = (uid, gid) == (0, 0);
-                executable.is_ok_and(|is| is_plain && mode == if is { 0o555 } else { 0o444 })
+        if of_blob.len() < 2 {
+            return Ok(of_blob.pop());
+        }
+        for file in of_blob {
+            let executable =
+                open_patiently(&file.path).and_then(|mut content| is_executable(&mut content));
+            let is_executable = match executable {
+                Err(error) if is_of_this_node(&error) => {
+                    return Err(failed_to_read(&file.path, error));
+                }
+                // One that cannot be read is not the one that the tree links.
+                Err(_) => continue,
+                Ok(is_executable) => is_executable,
             };
-            of_blob.retain(by_content);
+            let Permissions { mode, uid, gid } = file.key.permissions;
+            if (uid, gid) == (0, 0) && mode == if is_executable { 0o555 } else { 0o444 } {
+                return Ok(Some(file));
+            }
         }
-        of_blob.into_iter().next()
+        Ok(None)
     }
 
     /// Trees that are whole, and not marked damaged.
@@ -464,7 +500,7 @@ fn verify_file(
     let permissions = parts.next().and_then(super::files::permissions_of);
     let mut wrong = |detail: String| damage.push((PathBuf::new(), detail));
     let mut look = || -> std::io::Result<()> {
-        let file = open(path)?;
+        let file = reader.open(path)?;
         let metadata = file.metadata()?;
         let other = permissions.and_then(|wanted| inode::other_permissions(&metadata, wanted));
         other.into_iter().for_each(&mut wrong);
@@ -506,6 +542,7 @@ fn verify_layer(
             return Ok(());
         }
     };
+    let mut members = Members { path, rules, leased: Vec::new(), unread: None };
     for entry in entries {
         let entry = match entry {
             Ok(entry) => entry,
@@ -515,16 +552,49 @@ fn verify_layer(
             }
         };
         let EntryKind::File { data, checksum, .. } = entry.kind else { continue };
-        let below = layers::data(data);
-        let file = path.join(&below);
+        let member = Member { below: layers::data(data), entry, checksum };
+        match open(&path.join(&member.below)) {
+            Err(error) if is_leased(&error) => members.put_off(member, reader, damage)?,
+            opened => members.verify(&member, opened, reader, damage)?,
+        }
+    }
+    members.finish(reader, damage)
+}
+
+/// The regular files of a layer.
+struct Members<'a> {
+    path: &'a Path,
+    rules: Rules,
+    /// Those that others hold leases on. They are waited for together.
+    leased: Vec<Member>,
+    /// Why some of them cannot be read.
+    unread: Option<std::io::Error>,
+}
+
+/// A regular file of a layer.
+struct Member {
+    below: PathBuf,
+    entry: Entry,
+    checksum: Checksum,
+}
+
+impl Members<'_> {
+    fn verify(
+        &self,
+        member: &Member,
+        opened: std::io::Result<std::fs::File>,
+        reader: &mut Reader,
+        damage: &mut Damage,
+    ) -> std::io::Result<()> {
+        let Member { below, entry, checksum } = member;
         let mut wrong = |detail: String| {
             let shown = String::from_utf8_lossy(entry.path.as_bytes());
             damage.push((below.clone(), format!("{shown}: {detail}")));
         };
-        let mut look = || -> std::io::Result<()> {
-            let file = open(&file)?;
-            rules.other_metadata(&file, &entry.metadata)?.into_iter().for_each(&mut wrong);
-            if reader.checksum(&file, checksum)? != checksum {
+        let look = || -> std::io::Result<()> {
+            let file = opened?;
+            self.rules.other_metadata(&file, &entry.metadata)?.into_iter().for_each(&mut wrong);
+            if reader.checksum(&file, *checksum)? != *checksum {
                 wrong("its content is not what was unpacked".into());
             }
             Ok(())
@@ -533,8 +603,50 @@ fn verify_layer(
             let detail = unreadable(error)?;
             wrong(detail);
         }
+        Ok(())
     }
-    Ok(())
+
+    fn put_off(
+        &mut self,
+        member: Member,
+        reader: &mut Reader,
+        damage: &mut Damage,
+    ) -> std::io::Result<()> {
+        self.leased.push(member);
+        if self.leased.len() < LEASED_AT_ONCE { Ok(()) } else { self.wait(reader, damage) }
+    }
+
+    fn wait(&mut self, reader: &mut Reader, damage: &mut Damage) -> std::io::Result<()> {
+        let leased = std::mem::take(&mut self.leased);
+        let paths: Vec<_> = leased.iter().map(|member| self.path.join(&member.below)).collect();
+        match reader.open_leased(&paths) {
+            Ok(opened) => leased
+                .iter()
+                .zip(opened)
+                .try_for_each(|(member, opened)| self.verify(member, opened, reader, damage)),
+            // Those that nothing holds are read all the same.
+            Err(error) if was_leased(&error) => {
+                self.unread = Some(error);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn finish(mut self, reader: &mut Reader, damage: &mut Damage) -> std::io::Result<()> {
+        if !self.leased.is_empty() {
+            self.wait(reader, damage)?;
+        }
+        self.unread.map_or(Ok(()), Err)
+    }
+}
+
+fn failed_to_read(path: &Path, error: std::io::Error) -> StoreError {
+    if was_leased(&error) {
+        StoreError::Leased { path: path.to_owned() }
+    } else {
+        StoreError::io("read back", path, error)
+    }
 }
 
 fn digest_of(name: &ObjectName, path: &Path) -> Option<Digest> {

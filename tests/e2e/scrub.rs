@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use tonic::Code;
 
 use crate::support::{
-    Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, Node, OCI_TAR, Port, Proxy, Tar,
-    Tree, Volume, metrics, mounts_under, noise, registry, run, tool, unique, wait_until,
+    Admin, Driver, DriverOptions, HostileLeases, Image, Kubelet, Layer, Manifest, Node, OCI_TAR,
+    Port, Proxy, Tar, Tree, Volume, metrics, mounts_under, noise, registry, run, tool, unique,
+    wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -654,4 +655,66 @@ fn a_tree_that_took_long_to_make_has_its_manifest() {
     });
     artifact.check(&volume);
     assert_eq!(Admin::at(&endpoint).json(&["verify"])["findings"], json!([]));
+}
+
+/// Mounts an artifact for a pod that sees it through binds. Returns the files that it sees, too.
+fn mounted_by_binds(node: &Node, artifact: &Artifact) -> (Vec<Volume>, Vec<PathBuf>) {
+    let tags: [(&str, &[&str]); 2] = [("file", &["model.bin"]), ("image", &["etc/one", "etc/two"])];
+    let (mut volumes, mut paths) = (Vec::new(), Vec::new());
+    for (tag, names) in tags {
+        let (volume, _) = node.mount_with(&artifact.reference(&node.proxy, tag), |mut volume| {
+            volume.request.readonly = true;
+            volume
+        });
+        paths.extend(names.iter().map(|name| volume.target().join(name)));
+        volumes.push(volume);
+    }
+    (volumes, paths)
+}
+
+#[test]
+fn leases_keep_nothing_from_being_verified() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let artifact = Artifact::push();
+    let (_volumes, paths) = mounted_by_binds(&node, &artifact);
+    let other = node.small_artifact();
+    node.mount(&node.proxy.reference(&other.name));
+    let state = node.driver.state();
+    for name in ["file.txt", "etc/one", "model.bin"] {
+        write_into(&root(state, name).join(name));
+    }
+    let _leases = HostileLeases::on(&paths);
+    let told = admin.ask(&["verify", "--output", "json"]);
+    let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let findings = found["findings"].as_array().expect("a list");
+    let of = |kind: &str| findings.iter().filter(|finding| finding["kind"] == kind).count();
+    // Of the file in the layer both the content and the time are others.
+    assert_eq!((of("file"), of("layer"), of("unread")), (2, 2, 0), "{found}");
+}
+
+#[test]
+fn leases_keep_the_scrub_from_nothing() {
+    let (node, admin) = Admin::start(&with_scrub());
+    let artifact = Artifact::push();
+    let (_volumes, paths) = mounted_by_binds(&node, &artifact);
+    let _leases = HostileLeases::on(&paths);
+    let state = node.driver.state();
+    for name in ["etc/one", "model.bin"] {
+        write_into(&root(state, name).join(name));
+    }
+    let repaired = || admin.json(&["status"])["scrub"]["repaired"].as_u64() >= Some(2);
+    wait_until("both are found and fetched again", repaired);
+}
+
+#[test]
+fn leases_of_a_pod_of_an_earlier_build_keep_no_other_pod_from_its_content() {
+    let (node, _, artifact) = left_by_an_earlier_build(&without_scrub());
+    let (_volumes, paths) = mounted_by_binds(&node, &artifact);
+    let node = restarted(node, earlier_format);
+    let _leases = HostileLeases::on(&paths);
+    for tag in ["file", "image"] {
+        let volume = node.kubelet.new_volume(&artifact.reference(&node.proxy, tag));
+        node.kubelet.publish_well(&volume);
+        artifact.check(&volume);
+    }
 }

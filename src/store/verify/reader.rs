@@ -1,12 +1,18 @@
 //! Reads files to their end, at a pace, and hashes them.
+//!
+//! A pod's process may hold a write lease on a file that its volume shows (fcntl(2), `F_SETLEASE`). An open that does
+//! not wait then fails with EAGAIN, each time where the holder takes the lease anew in between. An open that waits gets
+//! the file after `fs.lease-break-time` at most: the kernel gives no write lease on a file that another process is about
+//! to read.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -23,6 +29,21 @@ use crate::unpack::checksum::{Checksum, Checksummer};
 const PIECE: usize = 1 << 20;
 /// What reads that pass the page cache are aligned to, on any disk.
 const ALIGNMENT: usize = 4096;
+
+/// So many leased files are waited for at once, each by a thread that does nothing else.
+pub(super) const LEASED_AT_ONCE: usize = 128;
+/// The stack of such a thread.
+const STACK: usize = 64 << 10;
+/// So often leases are waited for in one object which no pod waits for: of more files the next turn reads more.
+const WAITS: u32 = 8;
+/// A lease that its holder may keep for longer is not waited for. The kernel's default is 45 s, 0 is for ever.
+const LONGEST_BREAK: u64 = 120;
+const BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
+
+/// A file that cannot be read for the leases on it.
+#[derive(Debug, thiserror::Error)]
+#[error("a process holds a lease on it")]
+pub(super) struct Leased;
 
 /// How fast content is read back, and whether past the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +63,9 @@ pub struct Reader {
     pace: ReadPace,
     stop: Arc<AtomicBool>,
     arrived: Box<dyn Fn(u64) + Send>,
+    waits: Box<dyn FnMut() + Send>,
+    /// How often it may still wait for leases in this object.
+    waits_left: u32,
     buffer: Vec<u8>,
 }
 
@@ -61,6 +85,8 @@ impl Reader {
             pace,
             stop: Arc::default(),
             arrived: Box::new(|_| ()),
+            waits: Box::new(|| ()),
+            waits_left: WAITS,
             buffer: Vec::new(),
         }
     }
@@ -75,6 +101,62 @@ impl Reader {
     #[must_use]
     pub fn telling(self, arrived: impl Fn(u64) + Send + 'static) -> Self {
         Self { arrived: Box::new(arrived), ..self }
+    }
+
+    /// Calls `waits` before it waits for leases: what others need as well is to be given back.
+    #[must_use]
+    pub fn before_waiting(self, waits: impl FnMut() + Send + 'static) -> Self {
+        Self { waits: Box::new(waits), ..self }
+    }
+
+    /// Begins with another object.
+    pub(super) fn begin(&mut self) {
+        self.waits_left = WAITS;
+    }
+
+    /// Opens a file to be read back, and waits for leases on it.
+    pub(super) fn open(&mut self, path: &Path) -> io::Result<File> {
+        match open(path) {
+            Err(error) if is_leased(&error) => {
+                let opened = self.open_leased(&[path])?.pop();
+                opened.unwrap_or(Err(error))
+            }
+            opened => opened,
+        }
+    }
+
+    /// Opens files that others hold leases on. Waits for all of them together.
+    ///
+    /// # Errors
+    ///
+    /// [`Leased`] where it has waited often enough, or where leases last too long.
+    pub(super) fn open_leased<P: AsRef<Path> + Sync>(
+        &mut self,
+        paths: &[P],
+    ) -> io::Result<Vec<io::Result<File>>> {
+        let is_urgent = self.pace == ReadPace::Urgent;
+        if !is_urgent && self.waits_left == 0 || !do_leases_end() {
+            return Err(io::Error::other(Leased));
+        }
+        self.waits_left = self.waits_left.saturating_sub(1);
+        (self.waits)();
+        self.step()?;
+        Ok(thread::scope(|scope| {
+            let open = |path| {
+                let thread = thread::Builder::new().name("lease".to_owned()).stack_size(STACK);
+                // Without a thread it takes longer.
+                thread
+                    .spawn_scoped(scope, move || open_waiting(path))
+                    .map_err(|_| open_waiting(path))
+            };
+            let threads: Vec<_> = paths.iter().map(|path| open(path.as_ref())).collect();
+            let crashed = |_| Err(io::Error::other("a thread that opens a file has crashed"));
+            let opened = threads.into_iter().map(|thread| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(crashed),
+                Err(opened) => opened,
+            });
+            opened.collect()
+        }))
     }
 
     /// The digest of a file's content.
@@ -152,11 +234,51 @@ impl Reader {
     }
 }
 
-/// Opens a file to be read back; whatever else lies there is refused.
+/// Opens a file to be read back; whatever else lies there is refused. Fails with EAGAIN where another process holds a
+/// write lease on it.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
     let file = File::from(nix::fcntl::open(path, flags, Mode::empty())?);
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
+}
+
+/// Opens a file, and waits for a write lease on it to end. Nothing but regular files is opened: others may be waited for
+/// without an end.
+fn open_waiting(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let found = File::from(nix::fcntl::open(path, flags, Mode::empty())?);
+    if !found.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", found.as_raw_fd()));
+    Ok(File::from(nix::fcntl::open(&path, flags, Mode::empty())?))
+}
+
+/// Opens a file that is read at once, and waits for a lease on it.
+pub(super) fn open_patiently(path: &Path) -> io::Result<File> {
+    match open(path) {
+        Err(error) if is_leased(&error) && do_leases_end() => open_waiting(path),
+        Err(error) if is_leased(&error) => Err(io::Error::other(Leased)),
+        opened => opened,
+    }
+}
+
+/// Returns whether the kernel ends leases, and soon.
+fn do_leases_end() -> bool {
+    let text = std::fs::read_to_string(BREAK_TIME);
+    let seconds = text.ok().and_then(|text| text.trim().parse().ok());
+    seconds.is_some_and(|seconds: u64| (1..=LONGEST_BREAK).contains(&seconds))
+}
+
+/// Returns whether an open failed for a lease.
+pub(super) fn is_leased(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::EAGAIN as i32)
+}
+
+/// Returns whether a reading ended for leases that were waited for in vain.
+pub(super) fn was_leased(error: &io::Error) -> bool {
+    matches!(error.get_ref(), Some(error) if error.is::<Leased>())
 }
 
 /// What an error says of the content that was to be read; or the error, when it says nothing of it.
@@ -168,6 +290,7 @@ pub(super) fn unreadable(error: io::Error) -> io::Result<String> {
 pub(super) fn is_of_this_node(error: &io::Error) -> bool {
     let of_node = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS, Errno::EAGAIN];
     error.kind() == io::ErrorKind::Interrupted
+        || was_leased(error)
         || error.raw_os_error().is_some_and(|number| of_node.contains(&Errno::from_raw(number)))
 }
 
@@ -201,6 +324,37 @@ mod tests {
                 assert_eq!(reader.verified.bytes, size as u64);
             }
         }
+    }
+
+    #[test]
+    fn nothing_but_files_is_waited_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let [file, fifo, link] = ["file", "fifo", "link"].map(|name| folder.path().join(name));
+        std::fs::write(&file, "content").expect("written");
+        nix::unistd::mkfifo(&fifo, Mode::S_IRUSR).expect("a fifo");
+        std::os::unix::fs::symlink(&file, &link).expect("a link");
+        for path in [&fifo, &link, &folder.path().to_owned()] {
+            assert!(open_waiting(path).is_err(), "{}", path.display());
+        }
+        let mut reader = Reader::new(ReadPace::Full);
+        let read = reader.hash(&open_waiting(&file).expect("opened")).expect("read");
+        assert_eq!(read, Digest::of(b"content"));
+    }
+
+    #[test]
+    fn leases_are_waited_for_a_few_times_in_one_object() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        std::fs::write(&path, "content").expect("written");
+        let mut reader = Reader::new(ReadPace::Full);
+        for _ in 0..WAITS {
+            let opened = reader.open_leased(&[&path]).expect("waited for");
+            assert!(opened.iter().all(Result::is_ok));
+        }
+        let error = reader.open_leased(&[&path]).expect_err("no more");
+        assert!(was_leased(&error) && unreadable(error).is_err(), "it says nothing of the content");
+        reader.begin();
+        assert!(reader.open_leased(&[&path]).is_ok());
     }
 
     #[test]

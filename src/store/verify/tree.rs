@@ -16,7 +16,7 @@ use nix::sys::stat::{FileStat, Mode, fstatat};
 
 use super::Damage;
 use super::inode::{Rules, other_time};
-use super::reader::{Reader, open, unreadable};
+use super::reader::{Reader, unreadable};
 use crate::store::eviction::Goal;
 use crate::store::trees::{Objects, TreeRecord};
 use crate::unpack::entry::{ExtendedAttributes, Metadata};
@@ -178,7 +178,7 @@ impl Comparison<'_> {
 
     fn is_copy(&self, copy: &Path, source: &Path, reader: &mut Reader) -> io::Result<bool> {
         let mut compare = || -> io::Result<bool> {
-            let (copy, source) = (open(copy)?, File::open(source)?);
+            let (copy, source) = (reader.open(copy)?, reader.open(source)?);
             let wanted = user_attributes(&source)?;
             Ok(self.rules.other_attributes(&copy, &wanted)?.is_empty()
                 && reader.hash(&copy)? == reader.hash(&source)?)
