@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
@@ -19,8 +19,8 @@ use super::catalog::{Condemned, Usage};
 use super::durable;
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::{Facts, Goal, Plan, Reason};
+use super::ledger::IdleDownload;
 use super::object::ObjectName;
-use super::staging::names;
 use super::{MountedTree, Store};
 use crate::fault;
 use crate::mount::MountTable;
@@ -78,13 +78,6 @@ pub struct Victim {
 pub struct Evictions {
     counts: [AtomicU64; Reason::ALL.len()],
     bytes: AtomicU64,
-}
-
-/// A download that nobody goes on with.
-struct Partial {
-    blob: Digest,
-    path: PathBuf,
-    bytes: u64,
 }
 
 /// The right to decide what goes; there is one.
@@ -166,7 +159,7 @@ impl Store {
         let now = Now::read();
         let facts = self.facts(now)?;
         let goal = self.goal(want, now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), &HashSet::new(), now)?;
+        let partials = self.stale_partials(!goal.is_nothing(), &HashSet::new(), now);
         let plan = facts.plan(goal.less(Goal { bytes: total(&partials), inodes: 0 }));
         drop(turn);
         let mut collected = Collected::of_partials(&partials);
@@ -193,7 +186,13 @@ impl Store {
     /// What all content takes together.
     pub fn usage(&self) -> Result<Usage, StoreError> {
         self.load_catalog()?;
-        Ok(self.catalog().usage())
+        let Usage { bytes, inodes, objects } = self.catalog().usage();
+        let downloads = self.ledger().unclaimed();
+        Ok(Usage {
+            bytes: bytes.saturating_add(downloads.bytes),
+            inodes: inodes.saturating_add(downloads.inodes),
+            objects,
+        })
     }
 
     /// What has gone since the process began.
@@ -220,14 +219,15 @@ impl Store {
             return Ok(Collected::default());
         }
         let mut facts = self.facts(now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), own, now)?;
+        let partials = self.stale_partials(!goal.is_nothing(), own, now);
         let mut removed = Vec::new();
         for partial in partials {
-            let Partial { blob, path, .. } = &partial;
-            match self.downloads().remove(*blob, path) {
+            let IdleDownload { blob, registry, .. } = partial;
+            match self.ledger().remove(blob, registry) {
                 Ok(true) => removed.push(partial),
                 Ok(false) => {}
                 Err(error) => {
+                    let path = self.ledger().path(blob, registry);
                     tracing::warn!(path = %path.display(), %error, "a download cannot be removed");
                 }
             }
@@ -279,7 +279,7 @@ impl Store {
     ) -> Result<Shortage, StoreError> {
         let now = Now::read();
         let facts = self.facts(now)?;
-        let partials = Goal { bytes: total(&self.stale_partials(true, own, now)?), inodes: 0 };
+        let partials = Goal { bytes: total(&self.stale_partials(true, own, now)), inodes: 0 };
         let evictable = facts.plan(Goal::EVERYTHING).frees.plus(partials);
         let pinned = facts.pinned();
         let of = |goal: Goal| match shortage.kind {
@@ -352,42 +352,13 @@ impl Store {
     }
 
     /// Downloads that nobody works on: old ones, or all when room is wanted.
-    fn stale_partials(
-        &self,
-        wanted: bool,
-        own: &HashSet<Digest>,
-        now: Now,
-    ) -> Result<Vec<Partial>, StoreError> {
-        use std::os::unix::fs::MetadataExt as _;
-        let folder = self.path("partial");
-        let mut stale = Vec::new();
-        for name in names(&folder)? {
-            let Some(blob) = partial_blob(&name) else { continue };
-            let path = folder.join(&name);
-            let Ok(metadata) = path.symlink_metadata() else { continue };
-            let age = now.unix_seconds.saturating_sub(metadata.mtime());
-            if metadata.is_file()
-                && !self.claims().has(blob)
-                && !self.downloads().has(blob)
-                && !own.contains(&blob)
-                && (wanted || age > seconds(PARTIAL_AGE))
-            {
-                stale.push(Partial { blob, path, bytes: metadata.blocks() * 512 });
-            }
-        }
-        Ok(stale)
-    }
-
-    /// What downloads of a blob take on the disk by now.
-    pub(super) fn partial_bytes(&self, blob: Digest) -> u64 {
-        use std::os::unix::fs::MetadataExt as _;
-        let folder = self.path("partial");
-        let of_blob = |name: &String| partial_blob(name) == Some(blob);
-        let names = names(&folder).unwrap_or_default();
-        let sizes = names.iter().filter(|name| of_blob(name)).map(|name| {
-            folder.join(name).symlink_metadata().map_or(0, |metadata| metadata.blocks() * 512)
+    fn stale_partials(&self, wanted: bool, own: &HashSet<Digest>, now: Now) -> Vec<IdleDownload> {
+        let mut stale = self.ledger().idle();
+        stale.retain(|download| {
+            let age = now.unix_seconds.saturating_sub(download.last_used);
+            !own.contains(&download.blob) && (wanted || age > seconds(PARTIAL_AGE))
         });
-        sizes.sum()
+        stale
     }
 }
 
@@ -398,7 +369,7 @@ impl Collected {
         self.victims.is_empty() && self.partials == 0
     }
 
-    fn of_partials(partials: &[Partial]) -> Self {
+    fn of_partials(partials: &[IdleDownload]) -> Self {
         let bytes = total(partials);
         Self { victims: Vec::new(), partials: partials.len() as u64, bytes }
     }
@@ -416,17 +387,12 @@ impl Collected {
     }
 }
 
-fn total(partials: &[Partial]) -> u64 {
+fn total(partials: &[IdleDownload]) -> u64 {
     partials.iter().map(|partial| partial.bytes).sum()
 }
 
 fn seconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
-}
-
-/// A download's name begins with its blob's digest.
-fn partial_blob(name: &str) -> Option<Digest> {
-    Digest::from_hex(name.get(..64)?)
 }
 
 /// The trees that are mounted anywhere in sight, whatever the records say.

@@ -12,6 +12,7 @@ use sha2::Digest as _;
 
 use super::Store;
 use super::error::StoreError;
+use super::ledger::RegistryId;
 use super::room::{Claim, Reservation};
 use super::staging::Staging;
 use crate::oci::Digest;
@@ -96,11 +97,14 @@ impl ImportedBlobs {
 
     /// Makes a blob a download from `host` that has just ended.
     pub fn hand_on(&self, host: &str, digest: Digest) -> Result<(), StoreError> {
-        let to = self.store.partial_path(host, digest);
+        let registry = RegistryId::of(host);
+        let to = self.store.ledger().path(digest, registry);
         // What an earlier try has said of its ranges says nothing of this file.
         super::records::remove(&super::partial::record_of(&to))?;
         std::fs::rename(self.path(digest), &to)
-            .map_err(|error| StoreError::io("rename", &to, error))
+            .map_err(|error| StoreError::io("rename", &to, error))?;
+        self.store.ledger().added(digest, registry);
+        Ok(())
     }
 
     fn path(&self, digest: Digest) -> PathBuf {

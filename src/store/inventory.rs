@@ -32,6 +32,9 @@ impl Store {
             self.load(folder, depth)?;
         }
         *loaded = true;
+        drop(loaded);
+        // An earlier version had no bounds on them.
+        self.ledger().trim_all();
         Ok(())
     }
 

@@ -53,7 +53,6 @@ pub mod access;
 pub mod blobs;
 pub mod catalog;
 mod copies;
-mod downloads;
 pub mod durable;
 pub mod error;
 pub mod eviction;
@@ -65,6 +64,7 @@ mod inventory;
 pub mod keys;
 pub mod label;
 pub mod layers;
+mod ledger;
 pub mod lock;
 pub mod mounted_tree;
 pub mod object;
@@ -135,9 +135,8 @@ struct Inner {
     catalog: Arc<catalog::Catalog>,
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
-    claims: room::Claims,
+    ledger: Arc<ledger::Ledger>,
     meter: Arc<room::Meter>,
-    downloads: Arc<downloads::Downloads>,
     /// Held by whoever decides what goes.
     collecting: Mutex<()>,
     evictions: gc::Evictions,
@@ -193,6 +192,7 @@ impl Store {
         let read_back = read_back::ReadBack::load(root)?;
         let node_key = node_key(&staging, &root.join("node-key"))?;
         let meter = Arc::new(room::Meter::new(root, options.cache));
+        let ledger = Arc::new(ledger::Ledger::load(root.join("partial"), staging)?);
         let store = Self(Arc::new(Inner {
             root: root.to_owned(),
             options,
@@ -202,9 +202,8 @@ impl Store {
             blob_ages: Mutex::default(),
             catalog: Arc::default(),
             loaded: Mutex::default(),
-            claims: room::Claims::default(),
+            ledger,
             meter,
-            downloads: Arc::default(),
             collecting: Mutex::default(),
             evictions: gc::Evictions::default(),
             damages: AtomicU64::default(),
@@ -289,12 +288,8 @@ impl Store {
         &self.0.proofs
     }
 
-    fn claims(&self) -> &room::Claims {
-        &self.0.claims
-    }
-
-    fn downloads(&self) -> &Arc<downloads::Downloads> {
-        &self.0.downloads
+    fn ledger(&self) -> &Arc<ledger::Ledger> {
+        &self.0.ledger
     }
 
     fn barrier(&self) -> &durable::Barrier {

@@ -23,13 +23,13 @@ use std::sync::Arc;
 
 use sha2::Digest as _;
 
-use super::downloads::Open;
 use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::growth::{Follower, Growth};
+use super::ledger::{OpenDownload, RegistryId};
 use super::ranges::Ranges;
 use super::room::Meter;
-use super::{Store, keys, records};
+use super::{Store, records};
 use crate::mount::syscalls;
 use crate::oci::Digest;
 
@@ -70,7 +70,7 @@ pub struct Partial {
     unrecorded: u64,
     has_record: bool,
     /// It stays as long as this.
-    _open: Open,
+    open: OpenDownload,
 }
 
 impl Store {
@@ -93,8 +93,8 @@ impl Store {
         purpose: Purpose,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<Partial, StoreError> {
-        let path = self.partial_path(host, digest);
-        let open = self.downloads().open(digest);
+        let open = self.ledger().open(digest, RegistryId::of(host));
+        let path = open.path();
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -123,7 +123,7 @@ impl Store {
             unflushed: 0,
             unrecorded: 0,
             has_record,
-            _open: open,
+            open,
         };
         // Unreadable bytes are as good as none, and so is what is longer than the blob.
         if length > size {
@@ -139,14 +139,6 @@ impl Store {
             Err(_) => partial.restart()?,
         }
         Ok(partial)
-    }
-}
-
-impl Store {
-    /// Where a host's download of a blob lies.
-    pub(super) fn partial_path(&self, host: &str, digest: Digest) -> PathBuf {
-        let name = format!("{}-{}", digest.hex(), &keys::hash(&[host]).hex()[..16]);
-        self.path("partial").join(name)
     }
 }
 
@@ -185,6 +177,7 @@ impl Partial {
             }
         }
         self.written.insert(offset..end);
+        self.open.has(self.length());
         self.unflushed += bytes.len() as u64;
         self.unrecorded += bytes.len() as u64;
         if is_next {
@@ -231,6 +224,7 @@ impl Partial {
     pub fn restart(&mut self) -> Result<(), StoreError> {
         self.growth.restart();
         self.file.set_len(0).map_err(|error| StoreError::io("truncate", &self.path, error))?;
+        self.open.has(0);
         records::remove(&record_of(&self.path))?;
         self.has_record = false;
         self.written = Ranges::default();

@@ -16,6 +16,7 @@ use super::error::{Kind, Shortage, StoreError};
 use super::eviction::Goal;
 use super::gc::Want;
 use super::inventory::{BYTES_PER_INODE, RECORDS_OF_A_TREE};
+use super::ledger::{Ledger, State, Sums};
 use super::{Store, TreeKey};
 use crate::oci::Digest;
 use crate::unpack::merge::TreePlan;
@@ -73,22 +74,12 @@ pub struct Claim {
     pub inodes: u64,
 }
 
-/// All claims of this process.
-#[derive(Debug, Default)]
-pub(super) struct Claims(Mutex<HashMap<Digest, Claimed>>);
-
-#[derive(Clone, Copy, Debug)]
-struct Claimed {
-    bytes: u64,
-    inodes: u64,
-    holders: usize,
-}
-
 /// A promise of room; dropping it gives the rest back.
 #[derive(Debug)]
 pub struct Reservation {
-    store: Store,
-    blobs: Mutex<Vec<Digest>>,
+    ledger: Arc<Ledger>,
+    /// How often each blob is claimed.
+    claims: Mutex<HashMap<Digest, usize>>,
 }
 
 /// Keeps writers above the floor. All of a store share one: a thousand small objects are looked
@@ -204,38 +195,57 @@ impl Store {
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Reservation, StoreError> {
-        // Decisions over all claims are taken one at a time, and never beside an eviction.
-        let turn = self.collecting();
-        while let Some((shortage, goal)) = self.shortage(claims, written)? {
+        // Where there is room, nothing waits for the evictions of others.
+        if self.try_claim(claims, written)?.is_some() {
+            let turn = self.collecting();
             // What an earlier try has left of these blobs is no room for them.
             let own: HashSet<_> = claims.iter().map(|claim| claim.blob).collect();
-            let shortage = self.explain(shortage, &own, &turn)?;
-            // Nobody's content goes for an artifact that will not fit even so.
-            let collected = if shortage.is_hopeless() {
-                None
-            } else {
-                Some(self.collect_in_turn(&Want::Room(goal), &own, &turn)?)
-            };
-            if collected.is_none_or(|collected| collected.is_nothing()) {
-                return Err(StoreError::NoRoom(Box::new(shortage)));
+            while let Some((shortage, goal)) = self.try_claim(claims, written)? {
+                let shortage = self.explain(shortage, &own, &turn)?;
+                // Nobody's content goes for an artifact that will not fit even so.
+                let collected = if shortage.is_hopeless() {
+                    None
+                } else {
+                    Some(self.collect_in_turn(&Want::Room(goal), &own, &turn)?)
+                };
+                if collected.is_none_or(|collected| collected.is_nothing()) {
+                    return Err(StoreError::NoRoom(Box::new(shortage)));
+                }
             }
         }
-        let mut all = self.claims().lock();
+        let mut counts = HashMap::new();
         for claim in claims {
-            let claimed =
-                all.entry(claim.blob).or_insert(Claimed { bytes: 0, inodes: 0, holders: 0 });
-            claimed.bytes = claimed.bytes.max(claim.bytes);
-            claimed.inodes = claimed.inodes.max(claim.inodes);
-            claimed.holders += 1;
+            *counts.entry(claim.blob).or_default() += 1;
         }
-        let blobs = Mutex::new(claims.iter().map(|claim| claim.blob).collect());
-        Ok(Reservation { store: self.clone(), blobs })
+        Ok(Reservation { ledger: Arc::clone(self.ledger()), claims: Mutex::new(counts) })
     }
 
     /// Whether there is room for claims without evicting anything. Blocking.
     pub fn has_room_for(&self, claims: &[Claim]) -> Result<bool, StoreError> {
-        let _turn = self.collecting();
-        Ok(self.shortage(claims, &HashSet::new())?.is_none())
+        self.load_usage()?;
+        Ok(self.shortage(&self.ledger().lock(), claims, &HashSet::new())?.is_none())
+    }
+
+    /// Claims space if there is enough of it; returns what is missing otherwise. One decision over
+    /// all claims at a time.
+    fn try_claim(
+        &self,
+        claims: &[Claim],
+        written: &HashSet<Digest>,
+    ) -> Result<Option<(Shortage, Goal)>, StoreError> {
+        // Not under the lock: it takes long once.
+        self.load_usage()?;
+        let mut ledger = self.ledger().lock();
+        let shortage = self.shortage(&ledger, claims, written)?;
+        if shortage.is_none() {
+            ledger.claim(claims);
+        }
+        Ok(shortage)
+    }
+
+    /// Reads the sizes of all content where a quota is compared with them.
+    fn load_usage(&self) -> Result<(), StoreError> {
+        self.cache_options().max_bytes.map_or(Ok(()), |_| self.load_catalog())
     }
 
     /// How many bytes content can have here at most, if nothing else takes any.
@@ -254,11 +264,12 @@ impl Store {
     /// What is missing for these claims beside all others, and how much to free for them.
     fn shortage(
         &self,
+        ledger: &State,
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Option<(Shortage, Goal)>, StoreError> {
         let options = self.cache_options();
-        let Sums { needed, others, quota } = self.claims().sums(self, claims, written);
+        let Sums { needed, others, quota } = ledger.sums(claims, written);
         // Nothing to write asks for no room, however full the disk is.
         if needed.is_nothing() {
             return Ok(None);
@@ -287,79 +298,13 @@ impl Store {
             return Ok(Some((shortage, missing)));
         }
         let Some(max) = options.max_bytes else { return Ok(None) };
-        let used = self.usage()?.bytes;
+        let used = self.catalog().usage().bytes.saturating_add(ledger.unclaimed().bytes);
         let over = used.saturating_add(quota).saturating_sub(max);
         if over == 0 {
             return Ok(None);
         }
         let shortage = shortage(Kind::Quota, |goal| goal.bytes, over, max.saturating_sub(used));
         Ok(Some((shortage, Goal { bytes: over, inodes: 0 })))
-    }
-}
-
-/// What claims come to.
-struct Sums {
-    /// What is still to be written for those that ask now.
-    needed: Goal,
-    /// What is still to be written for all others.
-    others: Goal,
-    /// What all of them count against a quota: also what is half written.
-    quota: u64,
-}
-
-impl Claims {
-    /// What these claims add to those of this process.
-    fn sums(&self, store: &Store, claims: &[Claim], written: &HashSet<Digest>) -> Sums {
-        let all = self.lock();
-        let mut wanted = HashMap::<Digest, Goal>::new();
-        for claim in claims {
-            let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
-            let known = wanted.entry(claim.blob).or_default();
-            *known = known.max(goal);
-        }
-        let mut sums = Sums { needed: Goal::default(), others: Goal::default(), quota: 0 };
-        for (blob, goal) in wanted {
-            let promised = all.get(&blob).map_or(Goal::default(), Claimed::goal);
-            let added = goal.less(promised);
-            sums.quota = sums.quota.saturating_add(added.bytes);
-            // What an earlier try has left is on the disk already.
-            let here = if promised.is_nothing() { store.partial_bytes(blob) } else { 0 };
-            sums.needed = sums.needed.plus(added.less(Goal { bytes: here, inodes: 0 }));
-        }
-        for (blob, claimed) in all.iter() {
-            if written.contains(blob) {
-                continue;
-            }
-            sums.quota = sums.quota.saturating_add(claimed.bytes);
-            let here = Goal { bytes: store.partial_bytes(*blob), inodes: 0 };
-            sums.others = sums.others.plus(claimed.goal().less(here));
-        }
-        sums
-    }
-
-    /// Whether somebody works on the blob.
-    pub(super) fn has(&self, blob: Digest) -> bool {
-        self.lock().contains_key(&blob)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Claimed>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn release(&self, blob: Digest) {
-        let mut all = self.lock();
-        if let Some(claimed) = all.get_mut(&blob) {
-            claimed.holders -= 1;
-            if claimed.holders == 0 {
-                all.remove(&blob);
-            }
-        }
-    }
-}
-
-impl Claimed {
-    fn goal(&self) -> Goal {
-        Goal { bytes: self.bytes, inodes: self.inodes }
     }
 }
 
@@ -379,19 +324,22 @@ impl Claim {
 impl Reservation {
     /// A blob's content has its name: what it took shows on the disk itself now.
     pub fn done(&self, blob: Digest) {
-        let mut blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(place) = blobs.iter().position(|&claimed| claimed == blob) {
-            blobs.swap_remove(place);
-            self.store.claims().release(blob);
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(count) = claims.get_mut(&blob) else { return };
+        *count -= 1;
+        if *count == 0 {
+            claims.remove(&blob);
         }
+        drop(claims);
+        self.ledger.release(blob);
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let blobs = self.blobs.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for blob in blobs.drain(..) {
-            self.store.claims().release(blob);
+        let claims = self.claims.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (blob, count) in claims.drain() {
+            (0..count).for_each(|_| self.ledger.release(blob));
         }
     }
 }
