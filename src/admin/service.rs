@@ -293,9 +293,11 @@ async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<Veri
 
 fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
     status.published = store.publications().map_or(0, |list| list.len() as u64);
+    if let Ok(usage) = store.usage() {
+        status.cache_bytes = usage.bytes;
+        status.cache_objects = usage.objects;
+    }
     if let Ok(facts) = store.facts(Now::read()) {
-        status.cache_bytes = facts.usage().bytes;
-        status.cache_objects = facts.store.objects.len() as u64;
         status.pinned_bytes = facts.pinned().bytes;
     }
     if let (Some(scrub), Ok(unread)) = (&mut status.scrub, store.unread_objects()) {

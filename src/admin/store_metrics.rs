@@ -29,9 +29,11 @@ impl Collector for StoreMetrics {
         let Some(store) = self.0.get() else { return Ok(()) };
         let mut writer = Writer(&mut encoder);
         // A disk that cannot be looked at has no numbers; that it cannot, the log says.
+        if let Ok(usage) = store.usage() {
+            let help = "Disk space of all content and what is known of it, shared content once";
+            writer.bytes("cache", help, usage.bytes)?;
+        }
         if let Ok(facts) = store.facts(Now::read()) {
-            let usage = facts.usage();
-            writer.bytes("cache", "Disk space of all content, shared content once", usage.bytes)?;
             writer.bytes("pinned", "Disk space of what pins hold", facts.pinned().bytes)?;
             let count =
                 |kind| facts.store.objects.keys().filter(|name| name.kind() == kind).count();
@@ -39,6 +41,7 @@ impl Collector for StoreMetrics {
                 ("file", count(ObjectKind::File)),
                 ("layer", count(ObjectKind::Layer)),
                 ("tree", count(ObjectKind::Tree)),
+                ("document", count(ObjectKind::Document)),
             ])?;
         }
         if let Ok(unread) = store.unread_objects() {

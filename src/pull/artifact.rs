@@ -260,6 +260,9 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
+        // Until a tree needs it, nothing else keeps it from being evicted.
+        let (inner, of) = (Arc::clone(&self), manifest);
+        let _manifest = blocking(move || Ok(inner.store.hold_blob(of))).await?;
         match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
             Err(error) if error.is_full() => {

@@ -214,7 +214,7 @@ impl Inner {
             store.put_blob_origin(repository, digest, &by).map_err(PullError::from)?;
         }
         for (digest, bytes) in &chosen.small {
-            store.put_blob(*digest, bytes).map_err(PullError::from)?;
+            layout.blobs.keep(*digest, bytes).map_err(PullError::from)?;
             let by = ProofSource::Registry;
             store.put_blob_origin(repository, *digest, &by).map_err(PullError::from)?;
         }

@@ -226,7 +226,7 @@ fn find_file(store: &Store, want: FileWant) -> Result<(Option<StoredFile>, bool)
 fn claim(part: &Part) -> Claim {
     let (blob, size) = (part.descriptor.digest, part.descriptor.size);
     match &part.rule {
-        PartRule::File(..) => Claim { blob, bytes: size, inodes: 1 },
+        PartRule::File(..) => Claim::of_file(blob, size),
         PartRule::Archive(_) => {
             // Only a guess: what an archive really is, its first bytes say.
             let plain = part.descriptor.media_type.ends_with("tar");

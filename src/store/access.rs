@@ -29,6 +29,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
+use super::eviction::Goal;
 use super::{Store, TreeKey, keys, records};
 use crate::oci::{Digest, Repository};
 
@@ -270,7 +271,7 @@ impl Store {
             return self.put_access(&path);
         }
         let _turn = self.proofs().hold();
-        records::remove(&path)
+        self.remove_proof(&path).map(|_| ())
     }
 
     /// Whether the administrator has imported the manifest as one of the repository.
@@ -374,7 +375,7 @@ impl Store {
                 return Some(said);
             }
             // It is not believed either way; one that resists is looked at again.
-            if let Err(error) = records::remove(path) {
+            if let Err(error) = self.remove_proof(path) {
                 tracing::debug!(%error, "a proof that does not count stays");
             }
         }
@@ -398,11 +399,27 @@ impl Store {
 
     /// The caller holds the lock.
     fn write_proof(&self, path: &Path, proof: &Proof) -> Result<(), StoreError> {
-        if let Some(folder) = path.parent() {
-            super::durable::create_folder(folder)?;
+        if let Some(folder) = path.parent()
+            && super::durable::create_folder(folder)?
+        {
+            self.catalog().count_records(self.units().record(), Goal::default());
         }
+        let is_new = path.symlink_metadata().is_err();
         // Losing one in a power cut costs a request, so none of them is worth a sync.
-        records::write_hint(&self.staging(), path, proof)
+        records::write_hint(&self.staging(), path, proof)?;
+        if is_new {
+            self.catalog().count_records(self.units().record(), Goal::default());
+        }
+        Ok(())
+    }
+
+    /// Removes a proof. The caller holds the lock.
+    pub(super) fn remove_proof(&self, path: &Path) -> Result<bool, StoreError> {
+        let removed = records::remove_if_there(path)?;
+        if removed {
+            self.catalog().count_records(Goal::default(), self.units().record());
+        }
+        Ok(removed)
     }
 
     fn proof_path(&self, repository: &Repository, manifest: Digest, who: &Principal) -> PathBuf {

@@ -1,28 +1,90 @@
 //! Blobs that are kept as the registry sent them: manifests, indexes, configurations.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::{MutexGuard, PoisonError};
+use std::io::BufReader;
+use std::path::PathBuf;
 
+use serde::Deserialize;
+
+use super::catalog::Lease;
 use super::error::StoreError;
-use super::{Store, durable, records};
+use super::room::Claim;
+use super::{ObjectName, Store, durable};
 use crate::oci::Digest;
 
+/// What a manifest names.
+#[derive(Debug, Default)]
+pub(super) struct NamedBlobs {
+    pub(super) config: Option<Digest>,
+    pub(super) layers: Vec<Digest>,
+}
+
+/// The part of a manifest that names blobs.
+#[derive(Deserialize)]
+struct RawManifest {
+    #[serde(default)]
+    config: Option<RawBlob>,
+    #[serde(default)]
+    layers: Vec<RawBlob>,
+}
+
+#[derive(Deserialize)]
+struct RawBlob {
+    #[serde(default)]
+    digest: Option<String>,
+}
+
 impl Store {
-    /// Keeps a small blob.
+    /// Keeps a small blob; it stays as long as the lease, or as long as a tree needs it.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoRoom`] when there is no space for it, also not by evicting.
     ///
     /// # Panics
     ///
     /// Never with content that was verified: the name must be the content's digest.
-    pub fn put_blob(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
+    pub fn put_blob(&self, digest: Digest, content: &[u8]) -> Result<Lease, StoreError> {
         debug_assert_eq!(Digest::of(content), digest, "only verified content gets a name");
+        let lease = self.hold_blob(digest);
         let path = self.blob_path(digest);
-        // What is kept already is kept for as long as what is new; what has become damaged is replaced.
-        self.blob_is_used(digest)?;
+        // What has become damaged is replaced.
         if std::fs::read(&path).is_ok_and(|kept| kept == content) {
-            return Ok(());
+            self.blob_is_used(digest)?;
+            return Ok(lease);
         }
-        durable::write(&self.staging(), &path, content)
+        let entry = self.units().document(content.len() as u64);
+        let claim = Claim { blob: digest, bytes: entry.bytes, inodes: entry.inodes };
+        let _space = self.reserve(&[claim])?;
+        durable::write(&self.staging(), &path, content)?;
+        self.catalog().add(ObjectName::document(digest), entry);
+        Ok(lease)
+    }
+
+    /// Keeps a blob from being evicted, whether it is here by now or not.
+    #[must_use]
+    pub fn hold_blob(&self, digest: Digest) -> Lease {
+        self.catalog().lease(ObjectName::document(digest))
+    }
+
+    /// Returns the documents that a tree of a manifest needs: the manifest, and the configuration
+    /// that it names as far as it is kept.
+    pub(super) fn documents_of(&self, manifest: Digest) -> Vec<ObjectName> {
+        let config = self.named_by(manifest).config;
+        let config = config.filter(|&config| self.blob_path(config).exists());
+        [manifest].into_iter().chain(config).map(ObjectName::document).collect()
+    }
+
+    /// Returns the blobs that a kept manifest names. Nothing else of it is held in memory.
+    pub(super) fn named_by(&self, manifest: Digest) -> NamedBlobs {
+        let file = File::open(self.blob_path(manifest));
+        let read = file.map(|file| serde_json::from_reader(BufReader::new(file)));
+        let Ok(Ok(RawManifest { config, layers })) = read else { return NamedBlobs::default() };
+        let digest = |named: RawBlob| named.digest?.parse().ok();
+        NamedBlobs {
+            config: config.and_then(digest),
+            layers: layers.into_iter().filter_map(digest).collect(),
+        }
     }
 
     /// Reads a blob back and verifies it; none when it is not there or damaged.
@@ -34,6 +96,7 @@ impl Store {
                 tracing::warn!(%digest, "a kept manifest is damaged and will be fetched again");
                 std::fs::remove_file(&path)
                     .map_err(|error| StoreError::io("remove", &path, error))?;
+                self.catalog().vanished(&ObjectName::document(digest));
                 Ok(None)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -45,7 +108,8 @@ impl Store {
     /// tree yet, and would else be taken for what an evicted artifact has left.
     pub fn blob_is_used(&self, digest: Digest) -> Result<(), StoreError> {
         let path = self.blob_path(digest);
-        let _turn = self.blob_ages();
+        let now = jiff::Timestamp::now().as_second();
+        self.catalog().used(&ObjectName::document(digest), now);
         let touched =
             File::open(&path).and_then(|file| file.set_modified(std::time::SystemTime::now()));
         match touched {
@@ -54,24 +118,6 @@ impl Store {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Removes a blob that was not used for a while. One that is being used again at this moment stays.
-    pub(super) fn remove_old_blob(
-        &self,
-        path: &Path,
-        is_old: &impl Fn(&Path) -> bool,
-    ) -> Result<bool, StoreError> {
-        let _turn = self.blob_ages();
-        if !is_old(path) {
-            return Ok(false);
-        }
-        records::remove(path)?;
-        Ok(true)
-    }
-
-    fn blob_ages(&self) -> MutexGuard<'_, ()> {
-        self.0.blob_ages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn blob_path(&self, digest: Digest) -> PathBuf {

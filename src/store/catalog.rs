@@ -15,7 +15,8 @@ use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::object::ObjectName;
+use super::eviction::Goal;
+use super::object::{ObjectKind, ObjectName};
 use crate::oci::Digest;
 
 /// Shared by all clones of a store, and by leases.
@@ -28,8 +29,8 @@ pub struct Catalog {
 
 #[derive(Debug, Default)]
 struct State {
-    objects: HashMap<ObjectName, Entry>,
-    /// How many trees link a file or a layer.
+    objects: HashMap<ObjectName, Arc<Entry>>,
+    /// How many trees link a file, a layer or a document.
     links: Tally<ObjectName>,
     leases: Tally<ObjectName>,
     /// The trees that records say are shown, by target.
@@ -42,6 +43,14 @@ struct State {
     leaving: HashSet<ObjectName>,
     bytes: u64,
     inodes: u64,
+    /// Documents among the objects.
+    documents: u64,
+    /// How many trees were made from a manifest.
+    manifests: Tally<Digest>,
+    /// The manifests that were chosen from an index.
+    indexes: HashMap<Digest, HashSet<Digest>>,
+    /// Proofs and resolutions.
+    records: Goal,
 }
 
 /// What is known of an object.
@@ -57,7 +66,7 @@ pub struct Entry {
     pub damaged: bool,
     /// Of a tree: its manifest.
     pub manifest: Option<Digest>,
-    /// Of a tree: the files and layers that it links.
+    /// Of a tree: the files, layers and documents that it needs.
     pub links: Vec<ObjectName>,
 }
 
@@ -83,7 +92,9 @@ pub struct Condemned {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Everything that the store holds.
-    pub objects: HashMap<ObjectName, Entry>,
+    pub objects: HashMap<ObjectName, Arc<Entry>>,
+    /// Indexes from which the manifest of a tree was chosen.
+    pub indexes: HashSet<ObjectName>,
     /// Objects that somebody works with.
     pub leased: HashSet<ObjectName>,
     /// Trees that records say are shown.
@@ -95,7 +106,7 @@ pub struct Snapshot {
 /// How many objects there are, and what they take together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes, each object once.
+    /// Bytes, each object once, with documents, records and downloads.
     pub bytes: u64,
     /// Inodes.
     pub inodes: u64,
@@ -127,20 +138,62 @@ impl Catalog {
         for link in &entry.links {
             state.links.add(link.clone());
         }
-        state.objects.insert(name, entry);
+        if let Some(manifest) = entry.manifest {
+            state.manifests.add(manifest);
+        }
+        state.documents += u64::from(name.kind() == ObjectKind::Document);
+        state.objects.insert(name, Arc::new(entry));
+    }
+
+    /// Forgets a document whose file is gone, whoever works with it.
+    pub fn vanished(&self, name: &ObjectName) {
+        self.lock().forget(name);
+    }
+
+    /// Remembers that a manifest was chosen from an index: the index stays as long as a tree of the
+    /// manifest, unless space is needed.
+    pub fn chosen_from(&self, index: Digest, manifest: Digest) {
+        if index != manifest {
+            self.lock().indexes.entry(index).or_default().insert(manifest);
+        }
+    }
+
+    /// Returns whether there is a document that no tree needs.
+    #[must_use]
+    pub fn has_unlinked_documents(&self) -> bool {
+        let state = self.lock();
+        let mut documents = state.objects.keys().filter(|name| name.kind() == ObjectKind::Document);
+        documents.any(|name| !state.links.has(name))
+    }
+
+    /// Counts records that were added, and those that were removed.
+    pub fn count_records(&self, added: Goal, removed: Goal) {
+        let mut state = self.lock();
+        state.records = state.records.plus(added).less(removed);
+    }
+
+    /// Replaces the count of records by one that was made on the disk.
+    pub fn set_records(&self, records: Goal) {
+        self.lock().records = records;
+    }
+
+    /// Returns what proofs and resolutions take.
+    #[must_use]
+    pub fn records(&self) -> Goal {
+        self.lock().records
     }
 
     /// Remembers that a tree was published or unpublished.
     pub fn used(&self, name: &ObjectName, now: i64) {
         if let Some(entry) = self.lock().objects.get_mut(name) {
-            entry.last_used = now;
+            Arc::make_mut(entry).last_used = now;
         }
     }
 
     /// Remembers that an object is not shown anew.
     pub fn damaged(&self, name: &ObjectName) {
         if let Some(entry) = self.lock().objects.get_mut(name) {
-            entry.damaged = true;
+            Arc::make_mut(entry).damaged = true;
         }
     }
 
@@ -195,7 +248,8 @@ impl Catalog {
     pub fn condemn(self: &Arc<Self>, name: &ObjectName) -> Option<Condemned> {
         let mut state = self.lock();
         let entry = state.objects.get(name)?;
-        let pinned = entry.manifest.is_some_and(|manifest| state.pinned.has(&manifest));
+        let manifest = entry.manifest.or_else(|| name.document_digest());
+        let pinned = manifest.is_some_and(|manifest| state.pinned.has(&manifest));
         // A pin keeps content that can be shown; a damaged generation cannot.
         let pinned = pinned && !entry.damaged;
         let needed = pinned
@@ -214,7 +268,11 @@ impl Catalog {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
+        let indexes = state.indexes.iter().filter(|(_, manifests)| {
+            manifests.iter().any(|manifest| state.manifests.has(manifest))
+        });
         Snapshot {
+            indexes: indexes.map(|(&index, _)| ObjectName::document(index)).collect(),
             objects: state.objects.clone(),
             leased: state.leases.keys(),
             published: state.published.keys(),
@@ -222,19 +280,25 @@ impl Catalog {
         }
     }
 
-    /// The names of all objects, each with whether it is damaged.
+    /// The names of all objects but documents, each with whether it is damaged.
     #[must_use]
     pub fn names(&self) -> Vec<(ObjectName, bool)> {
         let state = self.lock();
-        state.objects.iter().map(|(name, entry)| (name.clone(), entry.damaged)).collect()
+        let objects = state.objects.iter().filter(|(name, _)| name.kind() != ObjectKind::Document);
+        objects.map(|(name, entry)| (name.clone(), entry.damaged)).collect()
     }
 
-    /// What all objects take together.
+    /// What all objects and records take together; a record takes so much.
     #[must_use]
-    pub fn usage(&self) -> Usage {
+    pub fn usage(&self, record: Goal) -> Usage {
         let state = self.lock();
-        let objects = state.objects.len() as u64;
-        Usage { bytes: state.bytes, inodes: state.inodes, objects }
+        let records = state.publications.len().saturating_add(state.pins.len()) as u64;
+        let records = state.records.plus(record.times(records));
+        Usage {
+            bytes: state.bytes.saturating_add(records.bytes),
+            inodes: state.inodes.saturating_add(records.inodes),
+            objects: (state.objects.len() as u64).saturating_sub(state.documents),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -243,17 +307,28 @@ impl Catalog {
     }
 }
 
+impl State {
+    fn forget(&mut self, name: &ObjectName) {
+        let Some(entry) = self.objects.remove(name) else { return };
+        self.bytes = self.bytes.saturating_sub(entry.bytes);
+        self.inodes = self.inodes.saturating_sub(entry.inodes);
+        for link in &entry.links {
+            self.links.remove(link);
+        }
+        if let Some(manifest) = &entry.manifest {
+            self.manifests.remove(manifest);
+        }
+        if let Some(digest) = name.document_digest() {
+            self.documents = self.documents.saturating_sub(1);
+            self.indexes.remove(&digest);
+        }
+    }
+}
+
 impl Condemned {
     /// The object has lost its name: what it linked is free of it.
     pub fn removed(self) {
-        let mut state = self.catalog.lock();
-        if let Some(entry) = state.objects.remove(&self.name) {
-            state.bytes = state.bytes.saturating_sub(entry.bytes);
-            state.inodes = state.inodes.saturating_sub(entry.inodes);
-            for link in &entry.links {
-                state.links.remove(link);
-            }
-        }
+        self.catalog.lock().forget(&self.name);
     }
 }
 
@@ -337,7 +412,7 @@ mod tests {
         let manifest = Digest::of(b"manifest");
         catalog.add(layer.clone(), entry(None, &[]));
         catalog.add(tree.clone(), entry(Some(manifest), &[&layer]));
-        assert_eq!(catalog.usage(), Usage { bytes: 20, inodes: 2, objects: 2 });
+        assert_eq!(catalog.usage(Goal::default()), Usage { bytes: 20, inodes: 2, objects: 2 });
 
         assert!(catalog.condemn(&layer).is_none(), "a tree links it");
         let lease = catalog.lease(tree.clone());
@@ -352,7 +427,7 @@ mod tests {
 
         catalog.condemn(&tree).expect("nobody needs it").removed();
         catalog.condemn(&layer).expect("nobody links it").removed();
-        assert_eq!(catalog.usage(), Usage::default());
+        assert_eq!(catalog.usage(Goal::default()), Usage::default());
     }
 
     #[test]

@@ -130,14 +130,16 @@ pub fn write_unsynced(staging: &Path, path: &Path, content: &[u8]) -> Result<(),
     })
 }
 
-/// Makes a folder, and its name durable, if it is not there.
-pub fn create_folder(path: &Path) -> Result<(), StoreError> {
+/// Makes a folder, and its name durable, if it is not there; returns whether it was not.
+pub fn create_folder(path: &Path) -> Result<bool, StoreError> {
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {
             sync_parent(path)?;
-            fault::point("folder.created").map_err(|error| StoreError::io("create", path, error))
+            fault::point("folder.created")
+                .map_err(|error| StoreError::io("create", path, error))?;
+            Ok(true)
         }
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
         Err(error) => Err(StoreError::io("create", path, error)),
     }
 }
@@ -149,9 +151,9 @@ pub fn create_folders(path: &Path) -> Result<(), StoreError> {
             if source.kind() == std::io::ErrorKind::NotFound =>
         {
             create_folders(parent)?;
-            create_folder(path)
+            create_folder(path).map(|_| ())
         }
-        (created, _) => created,
+        (created, _) => created.map(|_| ()),
     }
 }
 

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! first     what nobody will ask for: damaged generations, forgotten artifacts, old leftovers
-//! then      what a pull left behind, and files and layers that no tree links
-//! then      trees, least recently used first, each with what only it linked
+//! then      what a pull left behind, and files, layers and documents that no tree needs
+//! then      trees, least recently used first, each with what only it linked, and among them
+//!           the indexes that their manifests were chosen from
 //! never     what is shown, pinned, worked with, or younger than the minimum age
 //! ```
 //!
@@ -99,6 +100,13 @@ impl Goal {
         Self { bytes, inodes: self.inodes.saturating_add(other.inodes) }
     }
 
+    /// So many times as much.
+    #[must_use]
+    pub fn times(self, count: u64) -> Self {
+        let bytes = self.bytes.saturating_mul(count);
+        Self { bytes, inodes: self.inodes.saturating_mul(count) }
+    }
+
     /// What is left of it.
     #[must_use]
     pub fn less(self, other: Self) -> Self {
@@ -135,13 +143,18 @@ impl Facts {
             }
             None => true,
         });
-        let mut unlinked: Vec<_> = self
-            .store
-            .objects
-            .iter()
-            .filter(|(name, _)| name.kind() != ObjectKind::Tree && planner.is_free(name))
-            .map(|(name, entry)| (entry.last_used, name))
-            .collect();
+        let mut unlinked = Vec::new();
+        for (name, entry) in &self.store.objects {
+            if name.kind() == ObjectKind::Tree || !planner.is_free(name) {
+                continue;
+            }
+            // An index is worth a request to the registry, and no more: its turn comes by its age.
+            if self.store.indexes.contains(name) {
+                trees.push((name, entry.last_used));
+            } else {
+                unlinked.push((entry.last_used, name));
+            }
+        }
         unlinked.sort_unstable();
         for (last_used, name) in unlinked {
             let entry = &self.store.objects[name];
@@ -162,12 +175,6 @@ impl Facts {
             planner.take(name, Reason::LeastRecentlyUsed);
         }
         planner.plan
-    }
-
-    /// What everything takes together.
-    #[must_use]
-    pub fn usage(&self) -> Goal {
-        self.store.objects.values().fold(Goal::default(), |sum, entry| sum.plus(entry.takes()))
     }
 
     /// What all pinned content takes together.
@@ -244,9 +251,11 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// A file or layer that no tree links any more and nobody works with.
+    /// A file, layer or document that no tree links any more and nobody works with.
     fn is_free(&self, name: &ObjectName) -> bool {
+        let is_pinned = |digest| self.facts.store.pinned.contains(&digest);
         self.links.get(name).is_none_or(|&count| count == 0)
+            && !name.document_digest().is_some_and(is_pinned)
             && !self.facts.store.leased.contains(name)
             && !self.gone.contains(name)
     }

@@ -13,7 +13,6 @@ use sha2::Digest as _;
 
 use super::catalog::Lease;
 use super::error::StoreError;
-use super::inventory::file_entry;
 use super::partial::Partial;
 use super::room::Meter;
 use super::staging::{current_generation, names};
@@ -131,7 +130,7 @@ impl Store {
         if let Some(content) = folder.parent() {
             super::durable::create_folder(content)?;
         }
-        let (generation, lease) = self.commit(staging, path, &folder, file_entry(size))?;
+        let (generation, lease) = self.commit(staging, path, &folder, self.units().file(size))?;
         Ok(StoredFile { key, generation, path: folder.join(generation.to_string()), lease })
     }
 

@@ -20,7 +20,7 @@ use super::durable;
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::{Facts, Goal, Plan, Reason};
 use super::ledger::IdleDownload;
-use super::object::ObjectName;
+use super::object::{ObjectKind, ObjectName};
 use super::{MountedTree, Store};
 use crate::fault;
 use crate::mount::MountTable;
@@ -54,6 +54,8 @@ pub struct Collected {
     pub victims: Vec<Victim>,
     /// Downloads that were dropped.
     pub partials: u64,
+    /// Proofs and resolutions that led nowhere.
+    pub records: u64,
     /// Bytes of all that.
     pub bytes: u64,
 }
@@ -172,6 +174,7 @@ impl Store {
     /// What the catalog, the kernel and the clock say.
     pub fn facts(&self, now: Now) -> Result<Facts, StoreError> {
         self.load_catalog()?;
+        self.learn_indexes()?;
         // The mounts first: whatever is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
         Ok(Facts {
@@ -183,10 +186,25 @@ impl Store {
         })
     }
 
-    /// What all content takes together.
+    /// Learns from what earlier processes resolved which manifests were chosen from which index,
+    /// once, and not before there is a document that may be an index.
+    fn learn_indexes(&self) -> Result<(), StoreError> {
+        if self.0.indexes_are_known.load(Ordering::Relaxed)
+            || !self.catalog().has_unlinked_documents()
+        {
+            return Ok(());
+        }
+        for resolution in self.resolutions()? {
+            self.catalog().chosen_from(resolution.resolved, resolution.manifest);
+        }
+        self.0.indexes_are_known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What all content takes together, with documents, records and downloads.
     pub fn usage(&self) -> Result<Usage, StoreError> {
         self.load_catalog()?;
-        let Usage { bytes, inodes, objects } = self.catalog().usage();
+        let Usage { bytes, inodes, objects } = self.catalog().usage(self.units().record());
         let downloads = self.ledger().unclaimed();
         Ok(Usage {
             bytes: bytes.saturating_add(downloads.bytes),
@@ -236,6 +254,12 @@ impl Store {
         let failed = |error| StoreError::io("evict from", self.root(), error);
         fault::point("gc.planned").map_err(failed)?;
         let mut left = goal.less(Goal { bytes: collected.bytes, inodes: 0 });
+        if !left.is_nothing() {
+            let swept = self.sweep_under_pressure(&facts, now, false)?;
+            collected.records = swept.inodes;
+            collected.bytes = collected.bytes.saturating_add(swept.bytes);
+            left = left.less(swept);
+        }
         let mut resisting = 0;
         loop {
             let Plan { victims, .. } = facts.plan(left);
@@ -265,9 +289,16 @@ impl Store {
             }
             // What stayed frees nothing: something else may have to go for it.
             if !resisted {
-                return Ok(collected);
+                break;
             }
         }
+        if matches!(want, Want::AtMost(_)) {
+            // What has just gone leaves records, and an administrator has asked for all that can go.
+            let swept = self.sweep_under_pressure(&self.facts(now)?, now, true)?;
+            collected.records += swept.inodes;
+            collected.bytes = collected.bytes.saturating_add(swept.bytes);
+        }
+        Ok(collected)
     }
 
     /// Why a claim cannot be met, in numbers.
@@ -325,7 +356,10 @@ impl Store {
         }
         let grave = self.staging().join(durable::temporary_name());
         fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
-        match fs::rename(&path, &grave) {
+        // A single file goes in one step anyway.
+        let is_file = matches!(name.kind(), ObjectKind::File | ObjectKind::Document);
+        let removed = if is_file { fs::remove_file(&path) } else { fs::rename(&path, &grave) };
+        match removed {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(StoreError::io("remove", &path, error));
             }
@@ -334,7 +368,9 @@ impl Store {
         condemned.removed();
         fault::point("gc.renamed").map_err(|error| StoreError::io("remove", &path, error))?;
         // A mark without its generation marks nothing; the folders of a key go when they are empty.
-        let _ = fs::remove_file(path.with_extension("damaged"));
+        if name.kind() != ObjectKind::Document {
+            let _ = fs::remove_file(path.with_extension("damaged"));
+        }
         let keys = path.ancestors().skip(1).take(name.as_str().matches('/').count() - 1);
         for folder in keys {
             if fs::remove_dir(folder).is_err() {
@@ -342,8 +378,8 @@ impl Store {
             }
         }
         // What resists is swept at the next start.
-        let removed = fs::remove_dir_all(&grave).or_else(|_| fs::remove_file(&grave));
-        if let Err(error) = removed
+        if !is_file
+            && let Err(error) = fs::remove_dir_all(&grave)
             && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(path = %grave.display(), %error, "a removed object leaves something behind");
@@ -366,12 +402,12 @@ impl Collected {
     /// Whether nothing went.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
-        self.victims.is_empty() && self.partials == 0
+        self.victims.is_empty() && self.partials == 0 && self.records == 0
     }
 
     fn of_partials(partials: &[IdleDownload]) -> Self {
         let bytes = total(partials);
-        Self { victims: Vec::new(), partials: partials.len() as u64, bytes }
+        Self { partials: partials.len() as u64, bytes, ..Self::default() }
     }
 
     fn add(&mut self, facts: &Facts, name: &ObjectName, reason: Reason) {

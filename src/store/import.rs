@@ -7,10 +7,12 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use sha2::Digest as _;
 
 use super::Store;
+use super::catalog::Lease;
 use super::error::StoreError;
 use super::ledger::RegistryId;
 use super::room::{Claim, Reservation};
@@ -23,13 +25,20 @@ pub struct ImportedBlobs {
     store: Store,
     staging: Staging,
     reservations: Vec<Reservation>,
+    /// Of the documents that were kept.
+    leases: Mutex<Vec<Lease>>,
 }
 
 impl Store {
     /// Starts an import.
     pub fn import_blobs(&self) -> Result<ImportedBlobs, StoreError> {
         let staging = self.stage()?;
-        Ok(ImportedBlobs { store: self.clone(), staging, reservations: Vec::new() })
+        Ok(ImportedBlobs {
+            store: self.clone(),
+            staging,
+            reservations: Vec::new(),
+            leases: Mutex::default(),
+        })
     }
 }
 
@@ -87,6 +96,13 @@ impl ImportedBlobs {
         let read = file.take(limit).read_to_end(&mut content);
         read.map_err(|error| StoreError::io("read", &path, error))?;
         Ok(Some(content))
+    }
+
+    /// Keeps a manifest or a configuration; it stays as long as the import.
+    pub fn keep(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
+        let lease = self.store.put_blob(digest, content)?;
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
+        Ok(())
     }
 
     /// Whether it was brought along.

@@ -9,17 +9,35 @@ use std::sync::PoisonError;
 
 use super::catalog::Entry;
 use super::error::StoreError;
+use super::eviction::Goal;
 use super::layers;
 use super::object::{ObjectKind, ObjectName};
 use super::staging::names;
 use super::trees::TreeRecord;
 use super::{Store, records};
+use crate::oci::Digest;
 
-/// What a small file and an entry of a folder take on common filesystems.
+/// What a small file and a folder take at most on common filesystems: a block.
 pub(super) const BYTES_PER_INODE: u64 = 4096;
 
-/// The record, the list of objects and the folder around them.
-pub(super) const RECORDS_OF_A_TREE: u64 = 3;
+/// The record and the list of objects.
+const FILES_OF_A_TREE: u64 = 2;
+/// The folder around them, and the folder of its key.
+const FOLDERS_OF_A_TREE: u64 = 2;
+/// What a tree has beside what it shows.
+pub(super) const RECORDS_OF_A_TREE: u64 = FILES_OF_A_TREE + FOLDERS_OF_A_TREE;
+
+/// The folders of a file's blob and of its mode and owner.
+pub(super) const FOLDERS_OF_A_FILE: u64 = 2;
+
+/// What files and folders take on the state directory's filesystem.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DiskUnits {
+    /// Files take whole blocks.
+    block: u64,
+    /// An empty folder: nothing on a filesystem that keeps few names in the inode.
+    folder: u64,
+}
 
 impl Store {
     /// Reads the sizes of all objects, unless that is done already.
@@ -31,6 +49,8 @@ impl Store {
         for (folder, depth) in [("files", 2), ("layers", 1), ("trees", 1)] {
             self.load(folder, depth)?;
         }
+        self.load_documents()?;
+        self.count_records()?;
         *loaded = true;
         drop(loaded);
         // An earlier version had no bounds on them.
@@ -47,38 +67,101 @@ impl Store {
             }
             if depth > 1 {
                 self.load(&folder, depth - 1)?;
+                // Refused, unless a removal has ended in the middle.
+                let _ = fs::remove_dir(self.root().join(&folder));
                 continue;
             }
             // Whatever is not of the form of an object was not made here, and is left alone.
-            let objects = names(&self.root().join(&folder))?;
-            let objects =
-                objects.iter().filter_map(|name| ObjectName::parse(&format!("{folder}/{name}")));
-            for name in objects {
-                if let Some(entry) = self.read_entry(&name) {
+            let here = names(&self.root().join(&folder))?;
+            let mut is_used = false;
+            for generation in &here {
+                let Some(name) = ObjectName::parse(&format!("{folder}/{generation}")) else {
+                    continue;
+                };
+                let damaged = here.contains(&format!("{generation}.damaged"));
+                if let Some(entry) = self.read_entry(&name, damaged) {
                     self.catalog().add(name, entry);
+                    is_used = true;
                 }
+            }
+            if !is_used {
+                self.remove_empty_key(&self.root().join(&folder), &here);
             }
         }
         Ok(())
     }
 
-    fn read_entry(&self, name: &ObjectName) -> Option<Entry> {
+    /// Removes the folder of a key without generations, which a removal leaves that ends in the
+    /// middle. One in which an object is being named refuses, or is made again.
+    fn remove_empty_key(&self, folder: &Path, names: &[String]) {
+        for mark in names.iter().filter(|name| name.ends_with(".damaged")) {
+            let mark = folder.join(mark);
+            // A mark without its generation marks nothing.
+            if mark.with_extension("").symlink_metadata().is_err() {
+                let _ = fs::remove_file(mark);
+            }
+        }
+        let folders = folder
+            .ancestors()
+            .take_while(|above| above.parent().is_some_and(|parent| parent != self.root()));
+        for folder in folders {
+            if fs::remove_dir(folder).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn load_documents(&self) -> Result<(), StoreError> {
+        let folder = self.root().join("blobs");
+        for name in names(&folder)? {
+            let Some(digest) = Digest::from_hex(&name) else { continue };
+            let Ok(metadata) = folder.join(name).symlink_metadata() else { continue };
+            if metadata.is_file() {
+                let entry =
+                    Entry { last_used: metadata.mtime(), ..self.units().document(metadata.len()) };
+                self.catalog().add(ObjectName::document(digest), entry);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts proofs and resolutions on the disk.
+    pub(super) fn count_records(&self) -> Result<(), StoreError> {
+        let mut count = names(&self.root().join("resolutions"))?.len();
+        let access = self.root().join("access");
+        for place in names(&access)? {
+            let place = access.join(place);
+            if !place.is_symlink() {
+                count += 1 + names(&place)?.len();
+            }
+        }
+        self.catalog().set_records(self.units().record().times(count as u64));
+        Ok(())
+    }
+
+    fn read_entry(&self, name: &ObjectName, damaged: bool) -> Option<Entry> {
         let path = self.root().join(name.as_str());
         let metadata = path.symlink_metadata().ok()?;
-        let damaged = path.with_extension("damaged").exists();
         let mut entry = match name.kind() {
-            ObjectKind::File if metadata.is_file() => file_entry(metadata.len()),
+            ObjectKind::File if metadata.is_file() => self.units().file(metadata.len()),
             ObjectKind::Layer if metadata.is_dir() => {
                 // One whose totals cannot be read is counted as its index alone.
                 let totals = layers::read_totals(&path).unwrap_or_default();
-                layer_entry(&totals)
+                self.units().layer(&totals)
             }
             ObjectKind::Tree if metadata.is_dir() => {
                 let record: Option<TreeRecord> = records::read(&path.join("tree.json"));
                 let links: Vec<String> =
                     records::read(&path.join("objects.json")).unwrap_or_default();
-                let links = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
-                Entry { links, ..tree_entry(record.as_ref()) }
+                let mut links: Vec<_> =
+                    links.iter().filter_map(|link| ObjectName::parse(link)).collect();
+                if let Some(record) = &record
+                    && !links.contains(&ObjectName::document(record.manifest))
+                {
+                    // Made by a version that did not list documents.
+                    links.extend(self.documents_of(record.manifest));
+                }
+                Entry { links, ..self.units().tree(record.as_ref()) }
             }
             _ => return None,
         };
@@ -94,31 +177,75 @@ fn last_used(path: &Path, metadata: &fs::Metadata, kind: ObjectKind) -> i64 {
         ObjectKind::Tree => path.join("tree.json").metadata().map_or(0, |record| record.mtime()),
         // Content may have any modification time that its author chose.
         ObjectKind::File | ObjectKind::Layer => metadata.ctime(),
+        ObjectKind::Document => metadata.mtime(),
     }
 }
 
-pub(super) fn file_entry(size: u64) -> Entry {
+impl DiskUnits {
+    /// Learns them from an open state directory.
+    pub(super) fn of(root: &Path) -> Result<Self, StoreError> {
+        let empty = root.join("empty");
+        let failed = |error| StoreError::io("look at", &empty, error);
+        let status = nix::sys::statvfs::statvfs(&empty).map_err(|error| failed(error.into()))?;
+        let folder = empty.symlink_metadata().map_err(failed)?.blocks() * 512;
+        // Nobody knows what to make of other numbers.
+        let block = status.fragment_size().clamp(512, 1 << 16);
+        Ok(Self { block, folder: folder.min(1 << 16) })
+    }
+
+    /// Returns what a file of this size takes: whole blocks.
+    pub(super) const fn blocks(self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.block).saturating_mul(self.block)
+    }
+
+    /// Returns what names take in a folder beyond its first block.
+    pub(super) const fn more_names(self, bytes: u64) -> u64 {
+        self.blocks(bytes).saturating_sub(self.block)
+    }
+
+    /// Returns what a proof or another small record takes.
+    pub(super) const fn record(self) -> Goal {
+        Goal { bytes: self.block, inodes: 1 }
+    }
+
+    pub(super) fn document(self, size: u64) -> Entry {
+        entry(self.blocks(size), 1)
+    }
+
+    pub(super) fn file(self, size: u64) -> Entry {
+        let bytes = self.blocks(size).saturating_add(FOLDERS_OF_A_FILE * self.folder);
+        entry(bytes, 1 + FOLDERS_OF_A_FILE)
+    }
+
+    pub(super) fn layer(self, totals: &layers::LayerTotals) -> Entry {
+        // Those of its files, and those of its key, its generation and its data.
+        let folders = totals.files.div_ceil(layers::FILES_PER_FOLDER.into()).saturating_add(3);
+        // The index besides.
+        let inodes = totals.files.saturating_add(folders).saturating_add(1);
+        let content = match totals.disk_bytes {
+            // Written by a version that did not count blocks: one more for each file.
+            0 => totals.bytes.saturating_add((totals.files + 1).saturating_mul(self.block)),
+            counted => counted,
+        };
+        entry(content.saturating_add(folders.saturating_mul(self.folder)), inodes)
+    }
+
+    pub(super) fn tree(self, record: Option<&TreeRecord>) -> Entry {
+        let (own, more) = record.map_or((0, 0), |record| (record.own_inodes, record.own_bytes));
+        let folders = own.saturating_add(FOLDERS_OF_A_TREE).saturating_mul(self.folder);
+        let bytes = folders.saturating_add(FILES_OF_A_TREE * self.block).saturating_add(more);
+        let inodes = own.saturating_add(RECORDS_OF_A_TREE);
+        Entry { manifest: record.map(|record| record.manifest), ..entry(bytes, inodes) }
+    }
+}
+
+fn entry(bytes: u64, inodes: u64) -> Entry {
     Entry {
-        bytes: size.saturating_add(BYTES_PER_INODE),
-        inodes: 1,
+        bytes,
+        inodes,
         last_used: jiff::Timestamp::now().as_second(),
         damaged: false,
         manifest: None,
         links: Vec::new(),
     }
-}
-
-pub(super) fn layer_entry(totals: &layers::LayerTotals) -> Entry {
-    let folders = totals.files.div_ceil(layers::FILES_PER_FOLDER.into()).saturating_add(2);
-    // The index besides.
-    let inodes = totals.files.saturating_add(folders).saturating_add(1);
-    let bytes = totals.bytes.saturating_add(inodes.saturating_mul(BYTES_PER_INODE));
-    Entry { bytes, inodes, ..file_entry(0) }
-}
-
-pub(super) fn tree_entry(record: Option<&TreeRecord>) -> Entry {
-    let (own, copied) = record.map_or((0, 0), |record| (record.own_inodes, record.own_bytes));
-    let inodes = own.saturating_add(RECORDS_OF_A_TREE);
-    let bytes = inodes.saturating_mul(BYTES_PER_INODE).saturating_add(copied);
-    Entry { bytes, inodes, manifest: record.map(|record| record.manifest), ..file_entry(0) }
 }

@@ -30,7 +30,7 @@ use super::catalog::Lease;
 use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::files::set_owner_and_mode;
-use super::inventory::layer_entry;
+use super::inventory::DiskUnits;
 use super::room::{Meter, full};
 use super::staging::{Staging, current_generation};
 use super::{LayerKey, ObjectName, SecurityLabel, Store};
@@ -61,6 +61,9 @@ const LARGE: u64 = 1 << 20;
 /// A layer of so many bytes has filled all buffers on its way; below, giving them back costs more
 /// than it brings.
 const MUCH: u64 = 16 << 20;
+
+/// The totals and the checksum at the end of an index take about so much.
+const MOST_AFTER_ENTRIES: u64 = 256;
 
 /// A layer's own folder, its index, and the folder of its files.
 const INODES_OF_A_LAYER: u64 = 3;
@@ -110,6 +113,9 @@ pub struct LayerTotals {
     /// Regular files.
     #[serde(default)]
     pub files: u64,
+    /// Blocks of those files and of the index, in bytes.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// The blob that was unpacked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blob: Option<Digest>,
@@ -120,6 +126,8 @@ pub struct LayerTotals {
 pub struct LayerWriter {
     staging: Staging,
     index: BufWriter<File>,
+    index_bytes: u64,
+    units: DiskUnits,
     hasher: sha2::Sha256,
     totals: LayerTotals,
     meter: Arc<Meter>,
@@ -172,6 +180,8 @@ impl Store {
         let mut writer = LayerWriter {
             staging,
             index: BufWriter::with_capacity(64 * 1024, index),
+            index_bytes: 0,
+            units: self.units(),
             hasher: sha2::Sha256::new(),
             totals: LayerTotals { blob: Some(blob), ..LayerTotals::default() },
             meter: self.meter(),
@@ -190,9 +200,7 @@ impl Store {
         key: LayerKey,
         writer: LayerWriter,
     ) -> Result<UnpackedLayer, StoreError> {
-        let mut totals = writer.totals;
-        totals.files = writer.files.into();
-        let staging = writer.finish()?;
+        let (staging, totals) = writer.finish()?;
         if totals.bytes >= MUCH {
             // What decompressing took is not wanted again soon.
             syscalls::give_memory_back();
@@ -207,7 +215,7 @@ impl Store {
         let UnpackedLayer { key, totals, staging } = unpacked;
         let folder = self.path("layers").join(key.to_string());
         let path = staging.path().to_owned();
-        let entry = layer_entry(&totals);
+        let entry = self.units().layer(&totals);
         let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
         Ok(Layer { key, generation, path: folder.join(generation.to_string()), lease: Some(lease) })
     }
@@ -376,11 +384,13 @@ fn damaged(path: &Path, what: &str) -> StoreError {
 }
 
 impl LayerWriter {
-    fn finish(mut self) -> Result<Staging, StoreError> {
+    fn finish(mut self) -> Result<(Staging, LayerTotals), StoreError> {
         let path = self.staging.path().join("index");
         let mut finish = || -> std::io::Result<()> {
             self.totals.files = self.files.into();
             self.write(&[0])?;
+            let index = self.units.blocks(self.index_bytes + MOST_AFTER_ENTRIES);
+            self.totals.disk_bytes = self.totals.disk_bytes.saturating_add(index);
             let totals = serde_json::to_vec(&self.totals)?;
             self.write(&totals)?;
             let checksum: [u8; 32] = self.hasher.clone().finalize().into();
@@ -388,18 +398,19 @@ impl LayerWriter {
             self.index.flush()
         };
         finish().map_err(|error| StoreError::io("write", &path, error))?;
-        let Self { mut staging, index, .. } = self;
+        let Self { mut staging, index, totals, .. } = self;
         staging.staged.wrote(|| path);
         drop(index);
         let data = staging.path().join("data");
         staging.staged.wrote(|| data);
         let folder = staging.path().to_owned();
         staging.staged.wrote(|| folder);
-        Ok(staging)
+        Ok((staging, totals))
     }
 
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.hasher.update(bytes);
+        self.index_bytes += bytes.len() as u64;
         self.index.write_all(bytes)
     }
 
@@ -493,6 +504,7 @@ impl Sink for LayerWriter {
         file.set_times(std::fs::FileTimes::new().set_modified(system_time(*modified)))?;
         self.staging.staged.wrote(|| path.join(&name));
         self.totals.bytes += size;
+        self.totals.disk_bytes += self.units.blocks(size);
         Ok(StoredFile { data: number, checksum: checksum.finish() })
     }
 

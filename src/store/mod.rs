@@ -87,7 +87,7 @@ pub mod verify;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::dir::Dir;
@@ -130,11 +130,14 @@ struct Inner {
     barrier: durable::Barrier,
     node_key: [u8; 32],
     proofs: access::ProofLock,
-    /// Held while a blob is made young, and while an old one goes.
-    blob_ages: Mutex<()>,
     catalog: Arc<catalog::Catalog>,
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
+    /// Seconds since 1970 when records were last swept because space was needed.
+    swept: AtomicI64,
+    /// Whether the catalog knows which manifests were chosen from which index.
+    indexes_are_known: AtomicBool,
+    units: inventory::DiskUnits,
     ledger: Arc<ledger::Ledger>,
     meter: Arc<room::Meter>,
     /// Held by whoever decides what goes.
@@ -199,9 +202,11 @@ impl Store {
             barrier: durable::Barrier::default(),
             node_key,
             proofs: access::ProofLock::default(),
-            blob_ages: Mutex::default(),
             catalog: Arc::default(),
             loaded: Mutex::default(),
+            swept: AtomicI64::default(),
+            indexes_are_known: AtomicBool::default(),
+            units: inventory::DiskUnits::of(root)?,
             ledger,
             meter,
             collecting: Mutex::default(),
@@ -286,6 +291,10 @@ impl Store {
 
     fn proofs(&self) -> &access::ProofLock {
         &self.0.proofs
+    }
+
+    fn units(&self) -> inventory::DiskUnits {
+        self.0.units
     }
 
     fn ledger(&self) -> &Arc<ledger::Ledger> {

@@ -7,7 +7,7 @@ use super::{FileKey, LayerKey, TreeKey};
 use crate::oci::Digest;
 use crate::unpack::Permissions;
 
-/// One generation of a file, a layer or a tree: its path below the state directory.
+/// One generation of a file, a layer or a tree, or a document: its path below the state directory.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName(Arc<str>);
 
@@ -20,6 +20,8 @@ pub enum ObjectKind {
     Layer,
     /// What a pod sees.
     Tree,
+    /// A manifest, an index or a configuration, as the registry sent it.
+    Document,
 }
 
 impl ObjectName {
@@ -42,10 +44,25 @@ impl ObjectName {
         Self(format!("trees/{key}/{generation}").into())
     }
 
-    /// A name that a record holds. Anything that could lead out of the three
-    /// folders of objects is no name.
+    /// A document, which has no generations: its content never changes.
+    #[must_use]
+    pub fn document(digest: Digest) -> Self {
+        Self(format!("blobs/{}", digest.hex()).into())
+    }
+
+    /// Returns the digest of a document; none for other objects.
+    #[must_use]
+    pub fn document_digest(&self) -> Option<Digest> {
+        Digest::from_hex(self.0.strip_prefix("blobs/")?)
+    }
+
+    /// A name that a record holds. Anything that could lead out of the folders of
+    /// objects is no name.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
+        if let Some(hex) = text.strip_prefix("blobs/") {
+            return Digest::from_hex(hex).map(Self::document);
+        }
         let parts: Vec<_> = text.split('/').collect();
         let depth = match *parts.first()? {
             "files" => 4,
@@ -67,6 +84,7 @@ impl ObjectName {
         match self.0.as_bytes().first() {
             Some(b'f') => ObjectKind::File,
             Some(b'l') => ObjectKind::Layer,
+            Some(b'b') => ObjectKind::Document,
             _ => ObjectKind::Tree,
         }
     }
@@ -102,6 +120,7 @@ mod tests {
             (ObjectName::file(FileKey { digest, permissions }, 3), ObjectKind::File),
             (ObjectName::layer(LayerKey::new(digest, "tar ", "Readable"), 1), ObjectKind::Layer),
             (ObjectName::tree(TreeKey::new(digest, "", "Readable", ""), 12), ObjectKind::Tree),
+            (ObjectName::document(digest), ObjectKind::Document),
         ] {
             assert_eq!(name.kind(), kind);
             assert_eq!(ObjectName::parse(name.as_str()), Some(name));
@@ -119,6 +138,8 @@ mod tests {
             "/trees/KEY/1",
             "files/KEY/1",
             "blobs/KEY/1",
+            "blobs/../1",
+            "blobs/short",
             "trees/short/1",
             "files/KEY/../1",
             "trees/KEY/+1",

@@ -45,7 +45,7 @@ impl ReadBack {
             // The next start sweeps what stays.
             _ => drop(fs::remove_dir_all(&grave)),
         }
-        durable::create_folder(&folder)
+        durable::create_folder(&folder).map(|_| ())
     }
 
     /// Reads how far an earlier process has come.

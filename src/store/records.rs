@@ -42,11 +42,15 @@ pub fn write_hint<T: Serialize>(staging: &Path, path: &Path, record: &T) -> Resu
 
 /// Removes a record; one that is not there is removed already.
 pub fn remove(path: &Path) -> Result<(), StoreError> {
+    remove_if_there(path).map(|_| ())
+}
+
+/// Removes a record; returns whether it was there.
+pub fn remove_if_there(path: &Path) -> Result<bool, StoreError> {
     match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(StoreError::io("remove", path, error))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(StoreError::io("remove", path, error)),
     }
 }
 

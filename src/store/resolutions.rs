@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
+use super::eviction::Goal;
 use super::{Store, keys, records};
 use crate::oci::{Digest, Platform, Reference};
 
@@ -53,6 +54,7 @@ impl Store {
             let known = resolution.reference.parse();
             if known.is_ok_and(|known: Reference| name(&known) == wanted) {
                 records::remove(&path)?;
+                self.catalog().count_records(Goal::default(), self.units().record());
                 removed.push(resolution);
             }
         }
@@ -67,14 +69,17 @@ impl Store {
         resolution: &Resolution,
     ) -> Result<(), StoreError> {
         let resolution = &Resolution { platform: Some(platform.to_string()), ..resolution.clone() };
-        if self.resolution(reference, platform).as_ref() == Some(resolution) {
+        self.catalog().chosen_from(resolution.resolved, resolution.manifest);
+        let known = self.resolution(reference, platform);
+        if known.as_ref() == Some(resolution) {
             return Ok(());
         }
-        records::write_durable(
-            &self.staging(),
-            &self.resolution_path(reference, platform),
-            resolution,
-        )
+        let path = self.resolution_path(reference, platform);
+        records::write_durable(&self.staging(), &path, resolution)?;
+        if known.is_none() {
+            self.catalog().count_records(self.units().record(), Goal::default());
+        }
+        Ok(())
     }
 
     fn resolution_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {

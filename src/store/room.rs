@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::Goal;
 use super::gc::Want;
-use super::inventory::{BYTES_PER_INODE, RECORDS_OF_A_TREE};
+use super::inventory::{BYTES_PER_INODE, FOLDERS_OF_A_FILE, RECORDS_OF_A_TREE};
 use super::ledger::{Ledger, State, Sums};
 use super::{Store, TreeKey};
 use crate::oci::Digest;
@@ -298,7 +298,11 @@ impl Store {
             return Ok(Some((shortage, missing)));
         }
         let Some(max) = options.max_bytes else { return Ok(None) };
-        let used = self.catalog().usage().bytes.saturating_add(ledger.unclaimed().bytes);
+        let used = self
+            .catalog()
+            .usage(self.units().record())
+            .bytes
+            .saturating_add(ledger.unclaimed().bytes);
         let over = used.saturating_add(quota).saturating_sub(max);
         if over == 0 {
             return Ok(None);
@@ -309,6 +313,13 @@ impl Store {
 }
 
 impl Claim {
+    /// Of a single file, with the folders around it.
+    #[must_use]
+    pub fn of_file(blob: Digest, size: u64) -> Self {
+        let inodes = 1 + FOLDERS_OF_A_FILE;
+        Self { blob, bytes: size.saturating_add(inodes * BYTES_PER_INODE), inodes }
+    }
+
     /// Of a tree: its folders and symbolic links, the names in its folders, and its records. Its
     /// files are other objects'.
     #[must_use]

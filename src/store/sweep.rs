@@ -1,18 +1,22 @@
 //! Small records that nothing needs any more: what an evicted artifact leaves.
 //!
-//! Manifests, resolutions and proofs are small, but a node that lives for years
-//! sees many. They go when no tree, no pin and no reference leads to them, and
-//! not before they are old: a pull that is under way has written them just now.
+//! Resolutions and proofs are small, but a node that lives for years sees many, and one that is
+//! attacked sees many in an hour. They go when no tree, no pin and no pull that is under way leads
+//! to their manifest, and not before they are old. When space is needed, a minute is old. Of those
+//! that lead to one manifest, a bounded number stays, the newest.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Store;
 use super::error::StoreError;
+use super::eviction::{Facts, Goal};
 use super::gc::Now;
+use super::object::ObjectKind;
 use super::resolutions::Resolution;
 use super::staging::names;
 use super::{TreeKey, records};
@@ -20,49 +24,105 @@ use crate::oci::Digest;
 
 /// Longer than any pull that is still wanted goes on between two of its records.
 const AGE: Duration = Duration::from_hours(24);
+/// When space is needed: longer than a publish takes from its resolution to its pull.
+const AGE_UNDER_PRESSURE: Duration = Duration::from_mins(1);
+/// When space is needed, records are swept no more often than this.
+const PAUSE_SECONDS: i64 = 60;
+/// References that lead to one manifest.
+const RESOLUTIONS_OF_A_MANIFEST: usize = 64;
+/// Principals that were proven to open one manifest of one repository.
+const PROOFS_OF_A_MANIFEST: usize = 1024;
+/// Records of an artifact, by far: more than this for each tree lead nowhere, for the most part.
+const RECORDS_OF_AN_ARTIFACT: u64 = 32;
+
+/// What keeps records.
+struct Kept {
+    manifests: HashSet<Digest>,
+    /// Blobs of which it stays known where they came from.
+    origins: HashSet<Digest>,
+}
 
 impl Store {
     /// Removes records that lead nowhere; says how many. Blocking.
     pub fn sweep_records(&self, now: Now) -> Result<usize, StoreError> {
         let facts = self.facts(now)?;
-        let entries = facts.store.objects.values();
-        let mut manifests: HashSet<_> = entries.filter_map(|entry| entry.manifest).collect();
+        let swept = self.sweep_older(&facts, now, AGE)?;
+        // What was counted on the way may have drifted from what is there.
+        self.count_records()?;
+        Ok(swept)
+    }
+
+    /// Removes young records that lead nowhere as well, since space is needed; returns what that
+    /// frees. Does nothing where `is_asked` is false and there are no more records than content
+    /// explains.
+    pub(super) fn sweep_under_pressure(
+        &self,
+        facts: &Facts,
+        now: Now,
+        is_asked: bool,
+    ) -> Result<Goal, StoreError> {
+        let trees = facts.store.objects.keys().filter(|name| name.kind() == ObjectKind::Tree);
+        let explained = (trees.count() as u64 + 1).saturating_mul(RECORDS_OF_AN_ARTIFACT);
+        let before = self.0.swept.load(Ordering::Relaxed);
+        let is_due = !(0..PAUSE_SECONDS).contains(&now.unix_seconds.saturating_sub(before));
+        if !is_asked && (self.catalog().records().inodes <= explained || !is_due) {
+            return Ok(Goal::default());
+        }
+        self.0.swept.store(now.unix_seconds, Ordering::Relaxed);
+        let swept = self.sweep_older(facts, now, AGE_UNDER_PRESSURE)?;
+        Ok(self.units().record().times(swept as u64))
+    }
+
+    fn sweep_older(&self, facts: &Facts, now: Now, age: Duration) -> Result<usize, StoreError> {
+        let objects = facts.store.objects.iter();
+        let mut manifests: HashSet<_> = objects.filter_map(|(_, entry)| entry.manifest).collect();
         manifests.extend(&facts.store.pinned);
+        // Pulls that are under way.
+        manifests.extend(facts.store.leased.iter().filter_map(|name| name.document_digest()));
+        let limit = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let is_old = |path: &Path| {
             let age = |metadata: fs::Metadata| now.unix_seconds.saturating_sub(metadata.mtime());
-            let limit = i64::try_from(AGE.as_secs()).unwrap_or(i64::MAX);
             path.symlink_metadata().is_ok_and(|metadata| age(metadata) > limit)
         };
         let mut swept = 0;
-        let mut kept_blobs = manifests.clone();
+        let mut by_manifest = HashMap::<_, Vec<PathBuf>>::new();
         for (path, resolution) in records::list::<Resolution>(&self.path("resolutions"))? {
             let manifest = resolution.manifest;
             // A manifest that was used just now is one of a pull that is under way.
             let is_young = !is_old(&path) || self.blob_is_young(manifest, &is_old);
             if manifests.contains(&manifest) || is_young {
-                kept_blobs.extend([manifest, resolution.resolved]);
+                manifests.insert(manifest);
+                by_manifest.entry(manifest).or_default().push(path);
             } else {
-                records::remove(&path)?;
-                swept += 1;
+                swept += usize::from(self.remove_resolution(&path)?);
             }
         }
-        // A configuration is kept as long as the manifest that names it, and where blobs came from is
-        // known as long: a node without its registry shows them in another way, too.
-        let mut origins = kept_blobs.clone();
-        for manifest in kept_blobs.clone() {
-            let (configuration, layers) = self.named_by(manifest);
-            kept_blobs.extend(configuration);
-            origins.extend(configuration.into_iter().chain(layers));
-        }
-        let blobs = self.path("blobs");
-        for name in names(&blobs)? {
-            let Some(digest) = Digest::from_hex(&name) else { continue };
-            let path = blobs.join(name);
-            if !kept_blobs.contains(&digest) && self.remove_old_blob(&path, &is_old)? {
-                swept += 1;
+        for paths in by_manifest.into_values() {
+            for path in beyond(paths, RESOLUTIONS_OF_A_MANIFEST) {
+                if is_old(&path) {
+                    swept += usize::from(self.remove_resolution(&path)?);
+                }
             }
         }
-        Ok(swept + self.sweep_access((&kept_blobs, &origins), &is_old)?)
+        // Where blobs came from is known as long as the manifest that names them is kept: a node
+        // without its registry shows them in another way, too.
+        let mut origins = manifests.clone();
+        for &manifest in &manifests {
+            let named = self.named_by(manifest);
+            origins.extend(named.config.into_iter().chain(named.layers));
+        }
+        // Indexes that a kept manifest was chosen from.
+        let indexes = facts.store.indexes.iter().filter_map(|name| name.document_digest());
+        origins.extend(indexes);
+        Ok(swept + self.sweep_access(&Kept { manifests, origins }, &is_old)?)
+    }
+
+    fn remove_resolution(&self, path: &Path) -> Result<bool, StoreError> {
+        let removed = records::remove_if_there(path)?;
+        if removed {
+            self.catalog().count_records(Goal::default(), self.units().record());
+        }
+        Ok(removed)
     }
 
     fn blob_is_young(&self, blob: Digest, is_old: &impl Fn(&Path) -> bool) -> bool {
@@ -74,7 +134,7 @@ impl Store {
     /// stays known only while it is young: asking again costs one request.
     fn sweep_access(
         &self,
-        (manifests, origins): (&HashSet<Digest>, &HashSet<Digest>),
+        kept: &Kept,
         is_old: &impl Fn(&Path) -> bool,
     ) -> Result<usize, StoreError> {
         let access = self.path("access");
@@ -86,15 +146,19 @@ impl Store {
                 continue;
             }
             let mut is_used = false;
+            let mut by_manifest = HashMap::<_, Vec<PathBuf>>::new();
             for name in names(&place)? {
                 let key = |kind: &str| Some(name.strip_prefix(kind)?.get(..64)?.to_owned());
                 let digest = |kind: &str| Digest::from_hex(&key(kind)?);
                 let manifest = ["m-", "a-", "i-", "v-"].into_iter().find_map(digest);
                 let tree = key("t-").and_then(|text| TreeKey::from_hex(&text));
                 let needed = match (manifest, tree, digest("b-")) {
-                    (Some(manifest), ..) => manifests.contains(&manifest),
+                    (Some(manifest), ..) => {
+                        by_manifest.entry(manifest).or_default().push(place.join(&name));
+                        kept.manifests.contains(&manifest)
+                    }
                     (_, Some(tree), _) => self.path("trees").join(tree.to_string()).exists(),
-                    (.., Some(blob)) => origins.contains(&blob),
+                    (.., Some(blob)) => kept.origins.contains(&blob),
                     // What is known of the repository itself goes with the last of the others.
                     _ if name == "refuses-anonymous.json" => continue,
                     _ => !name.starts_with("b-"),
@@ -105,13 +169,21 @@ impl Store {
                     swept += 1;
                 }
             }
+            for proofs in by_manifest.into_values() {
+                for path in beyond(proofs, PROOFS_OF_A_MANIFEST) {
+                    swept += usize::from(self.sweep_proof(&path, is_old)?);
+                }
+            }
             if !is_used {
                 swept +=
                     usize::from(self.sweep_proof(&place.join("refuses-anonymous.json"), is_old)?);
             }
             let _turn = self.proofs().hold();
             // Empty ones go; the others refuse.
-            let _ = fs::remove_dir(&place);
+            if fs::remove_dir(&place).is_ok() {
+                self.catalog().count_records(Goal::default(), self.units().record());
+                swept += 1;
+            }
         }
         Ok(swept)
     }
@@ -126,19 +198,18 @@ impl Store {
         if !is_old(path) {
             return Ok(false);
         }
-        records::remove(path)?;
-        Ok(true)
+        self.remove_proof(path)
     }
+}
 
-    /// The configuration and the layers that a manifest names, or the manifests of an index.
-    fn named_by(&self, manifest: Digest) -> (Option<Digest>, Vec<Digest>) {
-        let parse = || -> Option<serde_json::Value> {
-            serde_json::from_slice(&self.blob(manifest).ok()??).ok()
-        };
-        let Some(json) = parse() else { return (None, Vec::new()) };
-        let digest = |value: &serde_json::Value| value.get("digest")?.as_str()?.parse().ok();
-        let layers = json.get("layers").and_then(serde_json::Value::as_array);
-        let layers = layers.into_iter().flatten().filter_map(digest).collect();
-        (json.get("config").and_then(digest), layers)
+/// Returns all but the newest `count` of some files.
+fn beyond(mut paths: Vec<PathBuf>, count: usize) -> Vec<PathBuf> {
+    if paths.len() <= count {
+        return Vec::new();
     }
+    paths.sort_by_cached_key(|path| {
+        let changed = path.symlink_metadata().map_or(0, |metadata| metadata.mtime());
+        std::cmp::Reverse(changed)
+    });
+    paths.split_off(count)
 }

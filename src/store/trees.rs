@@ -9,6 +9,7 @@
 //! How a tree is shown is behind [`Tree`]: whoever mounts asks it for an open
 //! root, so that another form (an EROFS image) can stand beside this one.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -26,11 +27,12 @@ use super::copies::Copies;
 use super::error::StoreError;
 use super::eviction::{FORGOTTEN, Goal};
 use super::files::StoredFile;
-use super::inventory::tree_entry;
+use super::inventory::DiskUnits;
 use super::layers::{Layer, LayerView};
+use super::room::bytes_of_a_name;
 use super::staging::{Staging, current_generation, names};
 use super::tree_builder::Builder;
-use super::{ObjectName, Store, TreeKey, records};
+use super::{ObjectKind, ObjectName, Store, TreeKey, records};
 use crate::fault;
 use crate::oci::Digest;
 use crate::unpack::PermissionsRule;
@@ -67,7 +69,7 @@ pub struct TreeRecord {
     /// it shares with no other tree.
     #[serde(default)]
     pub own_inodes: u64,
-    /// Bytes of those copies.
+    /// Bytes of those copies, and of names in folders that have more of them than fit into a block.
     #[serde(default, skip_serializing_if = "is_none")]
     pub own_bytes: u64,
     /// What shaped it beside the manifest, as a volume asked for it.
@@ -96,7 +98,8 @@ pub struct View {
 #[derive(Debug)]
 pub struct BuiltTree {
     staging: Staging,
-    copied: Goal,
+    /// What it takes beside a block for each of its folders and links.
+    own: Goal,
 }
 
 /// The objects that a plan's files come from.
@@ -185,7 +188,8 @@ impl Store {
         let own = copies.finish().map_err(|error| StoreError::io("finish", &root, error))?;
         let nodes = plan.nodes.len();
         tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
-        Ok(BuiltTree { staging, copied: own })
+        let own = own.plus(Goal { bytes: bytes_of_names(plan, self.units()), inodes: 0 });
+        Ok(BuiltTree { staging, own })
     }
 
     /// Gives a tree its name, after all that it links has one.
@@ -196,10 +200,12 @@ impl Store {
         built: BuiltTree,
         (layers, files): (&[Layer], &[StoredFile]),
     ) -> Result<Tree, StoreError> {
-        let BuiltTree { mut staging, copied } = built;
-        record.own_inodes = record.own_inodes.saturating_add(copied.inodes);
-        record.own_bytes = record.own_bytes.saturating_add(copied.bytes);
-        let links = names_of(layers, files);
+        let BuiltTree { mut staging, own: Goal { bytes, inodes } } = built;
+        record.own_inodes = record.own_inodes.saturating_add(inodes);
+        record.own_bytes = record.own_bytes.saturating_add(bytes);
+        let mut links = names_of(layers, files);
+        let documents = self.documents_of(record.manifest).into_iter();
+        links.extend(documents.map(|name| name.as_str().to_owned()));
         for (name, json) in [
             ("tree.json", serde_json::to_vec(&record)),
             ("objects.json", serde_json::to_vec(&links)),
@@ -218,11 +224,12 @@ impl Store {
         let folder = self.path("trees").join(key.to_string());
         fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
         let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
-        let entry = Entry { links: links.clone(), ..tree_entry(Some(&record)) };
+        let entry = Entry { links: links.clone(), ..self.units().tree(Some(&record)) };
         let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
         // Whoever marks what it links looks for trees after that, and finds this one from here on.
-        if let Some(damaged) = links.iter().find(|link| self.is_damaged(link)) {
+        let mut content = links.iter().filter(|link| link.kind() != ObjectKind::Document);
+        if let Some(damaged) = content.find(|link| self.is_damaged(link)) {
             self.mark_damaged(&path)?;
             let path = self.root().join(damaged.as_str());
             let what = "it was found damaged while a tree was made of it".to_owned();
@@ -235,6 +242,15 @@ impl Store {
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 const fn is_none(bytes: &u64) -> bool {
     *bytes == 0
+}
+
+/// Returns what names take in folders beyond the first block of each.
+fn bytes_of_names(plan: &TreePlan, units: DiskUnits) -> u64 {
+    let mut folders = HashMap::<_, u64>::new();
+    for node in &plan.nodes {
+        *folders.entry(node.parent).or_default() += bytes_of_a_name(&node.name);
+    }
+    folders.into_values().map(|names| units.more_names(names)).sum()
 }
 
 /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.

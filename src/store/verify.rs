@@ -198,7 +198,7 @@ impl Store {
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<Vec<ObjectName>, StoreError> {
-        if name.kind() == ObjectKind::Tree {
+        if matches!(name.kind(), ObjectKind::Tree | ObjectKind::Document) {
             return Ok(Vec::new());
         }
         if self.is_damaged(name) {
@@ -211,7 +211,7 @@ impl Store {
         let (rules, mut damage) = (self.rules(), Damage::default());
         let read = match name.kind() {
             ObjectKind::File => verify_file(&path, name, reader, rules, &mut damage),
-            ObjectKind::Layer | ObjectKind::Tree => verify_layer(&path, reader, rules, &mut damage),
+            _ => verify_layer(&path, reader, rules, &mut damage),
         };
         match read {
             // What was found before is true all the same.
@@ -230,7 +230,7 @@ impl Store {
             let path = Path::new(name.as_str()).join(below);
             let kind = match name.kind() {
                 ObjectKind::File => FindingKind::File,
-                ObjectKind::Layer | ObjectKind::Tree => FindingKind::Layer,
+                _ => FindingKind::Layer,
             };
             found(Finding { kind, digest, path: trimmed(&path), detail });
         }
@@ -414,8 +414,10 @@ impl Store {
         let path = tree.path().join("objects.json");
         let links: Vec<String> = super::records::read_whole(&path)?;
         let names: Option<Vec<_>> = links.iter().map(|link| ObjectName::parse(link)).collect();
-        let what = "it names something that is no file and no layer".to_owned();
-        names.ok_or(StoreError::Damaged { path, what })
+        let what = "it names something that is no object".to_owned();
+        let mut names = names.ok_or(StoreError::Damaged { path, what })?;
+        names.retain(|link| link.kind() != ObjectKind::Document);
+        Ok(names)
     }
 
     /// Trees that still stand over an object which was found damaged before.
@@ -653,7 +655,7 @@ fn digest_of(name: &ObjectName, path: &Path) -> Option<Digest> {
     match name.kind() {
         ObjectKind::File => Digest::from_hex(name.as_str().split('/').nth(1)?),
         ObjectKind::Layer => read_totals(path)?.blob,
-        ObjectKind::Tree => None,
+        ObjectKind::Tree | ObjectKind::Document => None,
     }
 }
 

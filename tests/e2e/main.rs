@@ -10,6 +10,7 @@
 
 mod support;
 
+mod accounting;
 mod addresses;
 mod admin;
 mod administration;

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::super::catalog::Entry;
@@ -22,8 +24,9 @@ fn manifest(number: usize) -> Digest {
     Digest::of(&number.to_le_bytes())
 }
 
-fn entry(bytes: u64, last_used: i64) -> Entry {
-    Entry { bytes, inodes: 1, last_used, damaged: false, manifest: None, links: Vec::new() }
+fn entry(bytes: u64, last_used: i64) -> Arc<Entry> {
+    let links = Vec::new();
+    Arc::new(Entry { bytes, inodes: 1, last_used, damaged: false, manifest: None, links })
 }
 
 /// Trees of 10 bytes with the given last uses; tree n links layer n, of 100 bytes, and layer "99".
@@ -33,10 +36,10 @@ fn facts(last_uses: &[i64]) -> Facts {
     objects.insert(layer(99), entry(1000, 0));
     for (number, &last_used) in last_uses.iter().enumerate() {
         objects.insert(layer(number), entry(100, last_used));
-        let mut tree_entry = entry(10, last_used);
+        let mut tree_entry = Entry::clone(&entry(10, last_used));
         tree_entry.manifest = Some(manifest(number));
         tree_entry.links = vec![layer(number), layer(99)];
-        objects.insert(tree(number), tree_entry);
+        objects.insert(tree(number), Arc::new(tree_entry));
     }
     facts
 }
@@ -83,7 +86,7 @@ fn what_is_needed_stays() {
 #[test]
 fn what_is_doomed_goes_without_need() {
     let mut facts = facts(&[NOW, FORGOTTEN, NOW]);
-    facts.store.objects.get_mut(&tree(0)).expect("a tree").damaged = true;
+    Arc::make_mut(facts.store.objects.get_mut(&tree(0)).expect("a tree")).damaged = true;
     // A pin is for content that can be shown.
     facts.store.pinned.insert(manifest(0));
     let old = layer(50);
@@ -109,6 +112,36 @@ fn a_clock_that_was_set_back_makes_nothing_immortal() {
     assert_eq!(victims(&facts.plan(bytes(1))).first(), Some(&&tree(0)));
 }
 
+/// A manifest of 5 bytes that is linked by a tree, an index that it was chosen from, and a document
+/// that leads nowhere.
+fn with_documents() -> (Facts, [ObjectName; 3]) {
+    let mut facts = facts(&[100]);
+    let documents = [1, 2, 3].map(|number| ObjectName::document(manifest(number)));
+    for document in &documents {
+        facts.store.objects.insert(document.clone(), entry(5, NOW - 1));
+    }
+    let tree = facts.store.objects.get_mut(&tree(0)).expect("a tree");
+    Arc::make_mut(tree).links.push(documents[0].clone());
+    facts.store.indexes.insert(documents[1].clone());
+    (facts, documents)
+}
+
+#[test]
+fn documents_go_with_what_needs_them_and_at_once_when_nothing_does() {
+    let (mut facts, [linked, index, stray]) = with_documents();
+    assert!(victims(&facts.plan(Goal::default())).is_empty(), "what is young may still be needed");
+    assert_eq!(victims(&facts.plan(bytes(5))), [&stray], "space is needed");
+    let plan = facts.plan(bytes(6));
+    let gone: HashSet<_> = victims(&plan).into_iter().collect();
+    assert!(gone.contains(&linked), "a manifest goes with its tree");
+    assert!(!gone.contains(&index), "an index has its turn by its age");
+    assert!(victims(&facts.plan(Goal::EVERYTHING)).contains(&&index));
+    facts.now += 1000;
+    assert_eq!(victims(&facts.plan(Goal::default())), [&stray], "it is old");
+    facts.store.pinned.insert(manifest(3));
+    assert!(victims(&facts.plan(Goal::default())).is_empty(), "a pin keeps its manifest");
+}
+
 proptest! {
     #[test]
     fn a_plan_never_takes_what_is_needed_and_counts_right(
@@ -126,11 +159,11 @@ proptest! {
         }
         for (number, (links, last_used, needs, bytes)) in trees.iter().enumerate() {
             let links: std::collections::BTreeSet<_> = links.iter().map(|&link| layer(link)).collect();
-            let mut made = entry(*bytes, *last_used);
+            let mut made = Entry::clone(&entry(*bytes, *last_used));
             made.manifest = Some(manifest(number));
             made.links = links.into_iter().collect();
             made.damaged = needs & 16 != 0;
-            facts.store.objects.insert(tree(number), made);
+            facts.store.objects.insert(tree(number), Arc::new(made));
             if needs & 1 != 0 { facts.store.published.insert(tree(number)); }
             if needs & 2 != 0 { facts.mounted.insert(tree(number)); }
             if needs & 4 != 0 { facts.store.leased.insert(tree(number)); }

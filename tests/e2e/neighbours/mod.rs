@@ -1,6 +1,8 @@
 //! Hostile neighbours: an attack goes on while an honest pod pulls a small artifact from a healthy
 //! registry, and another one publishes from the cache. Both finish before the attack ends.
 
+mod space;
+
 use crate::support::{Node, Pod, SmallArtifact, Volume, small_artifact};
 
 /// The pods of a namespace that has nothing to do with the attack.

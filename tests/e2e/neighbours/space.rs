@@ -1,0 +1,147 @@
+//! Attacks on the disk of a node, and on the decisions about it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use serde_json::{Value, json};
+
+use super::{HonestPods, hostile_volume};
+use crate::support::{
+    Admin, Answer, AnswerBody, FakeRegistry, Node, OCI_MANIFEST, digest, wait_until,
+};
+
+const TITLE: &str = "org.opencontainers.image.title";
+
+/// The most layers that an artifact has by default.
+const LAYERS: usize = 10_000;
+const BROKEN_DOWNLOADS: usize = 390;
+
+/// A manifest of so many files, which are announced and never sent.
+fn manifest_of_files(number: usize) -> Value {
+    let layer = |layer: usize| {
+        let content = format!("{number}-{layer}");
+        json!({
+            "mediaType": "application/vnd.test.file.v1",
+            "digest": digest(content.as_bytes()),
+            "size": 100,
+            "annotations": {TITLE: content},
+        })
+    };
+    manifest_of((0..LAYERS).map(layer).collect())
+}
+
+fn manifest_of(layers: Vec<Value>) -> Value {
+    json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": "application/vnd.test.artifact.v1",
+        "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
+        "layers": layers,
+    })
+}
+
+#[test]
+fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
+    let node = Node::start_with(|_, options| {
+        let partial = options.state.join("partial");
+        fs::create_dir(&partial).expect("a folder");
+        for number in 0..BROKEN_DOWNLOADS {
+            let name = digest(number.to_string().as_bytes()).replace("sha256:", "");
+            fs::write(partial.join(format!("{name}-0123456789abcdef")), "half").expect("a file");
+        }
+        options
+    });
+    let honest = HonestPods::new(&node);
+    let registry = FakeRegistry::new();
+    registry.script(|request| {
+        let body = AnswerBody::Stalled { announced: 100, bytes: "".into() };
+        request.path.contains("/blobs/").then(|| Answer::body(body))
+    });
+    for number in 0..4 {
+        registry.put_json(&format!("v{number}"), &manifest_of_files(number));
+    }
+    std::thread::scope(|scope| {
+        let attacks: Vec<_> = (0..4)
+            .map(|number| {
+                let volume = hostile_volume(&node, &registry.reference(&format!("v{number}")));
+                node.kubelet.prepare(&volume);
+                let kubelet = &node.kubelet;
+                scope.spawn(move || kubelet.publish_request(volume.request))
+            })
+            .collect();
+        wait_until("every manifest was asked for", || {
+            let requests = registry.requests();
+            let manifests = requests.iter().filter(|request| request.path.contains("/manifests/v"));
+            manifests.map(|request| &request.path).collect::<BTreeSet<_>>().len() == 4
+        });
+        honest.are_served_while(|| attacks.iter().all(|attack| !attack.is_finished()));
+        // Nothing is left that waits.
+        node.driver.terminate();
+    });
+}
+
+/// As large as a manifest may be by default.
+const DOCUMENT: usize = 4 << 20;
+
+/// Bytes of all files of a folder.
+fn bytes_in(folder: &Path) -> u64 {
+    let entries = fs::read_dir(folder).expect("a folder").flatten();
+    entries.map(|entry| entry.metadata().map_or(0, |metadata| metadata.len())).sum()
+}
+
+#[test]
+fn ever_new_documents_of_failing_publishes_fill_no_disk() {
+    const DISK: u64 = 300 << 20;
+    const QUOTA: u64 = 50 << 20;
+    let (mut endpoint, mut disk) = (String::new(), std::path::PathBuf::new());
+    let node = Node::start_with(|sandbox, options| {
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        disk = sandbox.filesystem_of(DISK, "ext4", "disk", "rw");
+        options
+            .state(&disk.join("state"))
+            .configuration("cache: {minFreePercent: 20, maxBytes: 50Mi, minimumAge: 0s}\n")
+            .argument(&format!("--admin-endpoint={endpoint}"))
+    });
+    let admin = Admin::at(&endpoint);
+    let honest = HonestPods::new(&node);
+    let registry = FakeRegistry::new();
+    let (published, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let attack = scope.spawn(|| {
+            // More of them than the disk has room for.
+            while published.load(Ordering::SeqCst) < 90 || !is_over.load(Ordering::SeqCst) {
+                let number = published.load(Ordering::SeqCst);
+                // Of a layer that its registry does not have.
+                let mut manifest = manifest_of(vec![json!({
+                    "mediaType": "application/vnd.test.file.v1",
+                    "digest": digest(number.to_string().as_bytes()),
+                    "size": 1000,
+                    "annotations": {TITLE: "file"},
+                })]);
+                manifest["padding"] = "x".repeat(DOCUMENT - 1000).into();
+                registry.put_json("v1", &manifest);
+                let volume = hostile_volume(&node, &registry.reference("v1"))
+                    .attribute("pullPolicy", "Always");
+                node.kubelet.publish(&volume).expect_err("it cannot be had");
+                published.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        wait_until("the disk would be full", || {
+            assert!(!attack.is_finished(), "the attack failed");
+            published.load(Ordering::SeqCst) >= 80
+        });
+        honest.are_served_while(|| !attack.is_finished());
+        is_over.store(true, Ordering::SeqCst);
+    });
+    let state = node.driver.state();
+    let status = nix::sys::statvfs::statvfs(&disk).expect("the disk");
+    let free = status.blocks_available() * status.fragment_size();
+    assert!(free > DISK / 5, "the floor is kept: {free}");
+    let documents = bytes_in(&state.join("blobs"));
+    assert!(documents <= QUOTA, "documents count in the quota: {documents}");
+    assert!(admin.json(&["status"])["cacheBytes"].as_u64() <= Some(QUOTA));
+    admin.told(&["gc", "--target", "0"]);
+    assert_eq!(bytes_in(&state.join("blobs")), 0, "nothing refers to them");
+}
