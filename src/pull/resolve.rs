@@ -26,6 +26,7 @@ use crate::oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryEr
 use crate::oci::{Digest, Platform, Reference, Repository};
 use crate::store::access::{Mirrors, Principal, ProofSource};
 use crate::store::resolutions::Resolution;
+use crate::unpack::layer_rule::classify;
 
 /// A manifest that this volume may see.
 #[derive(Clone, Debug)]
@@ -530,6 +531,13 @@ impl Inner {
         let (top, answered_by, parsed) = {
             let top = self.registry.manifest(repository, &name, credential).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
+            // What no volume could show is not kept.
+            match &parsed {
+                Manifest::Image(manifest) => drop(classify(manifest, &self.limits)?),
+                Manifest::Index(index) => {
+                    index.choose(platform)?;
+                }
+            }
             self.keep(repository, top.digest, top.bytes.clone(), &top.answered_by).await?;
             (top.digest, top.answered_by, parsed)
         };
@@ -547,6 +555,7 @@ impl Inner {
             match Manifest::parse(&bytes, Some(&chosen.media_type), limits)? {
                 Manifest::Index(_) => return Err(ManifestError::NestedIndex(chosen.digest).into()),
                 Manifest::Image(manifest) => {
+                    classify(&manifest, &self.limits)?;
                     self.keep(repository, chosen.digest, bytes, sent_by).await?;
                     config_of_image(manifest)
                 }
@@ -672,7 +681,8 @@ impl Inner {
         Ok(true)
     }
 
-    async fn keep(
+    /// Keeps a document that was checked, and where it came from.
+    pub(super) async fn keep(
         self: &Arc<Self>,
         repository: &Repository,
         digest: Digest,

@@ -15,7 +15,7 @@ use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
 use super::resolve::{Resolved, blocking};
-use super::want::Want;
+use super::want::{PullPolicy, Want};
 use super::wire::WireOptions;
 use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
@@ -38,9 +38,30 @@ impl Puller {
             return Ok(());
         }
         let (inner, manifest) = (Arc::clone(&self.0), resolved.manifest);
-        let want = want.clone();
+        let look = move || {
+            let lease = inner.store.hold_blob(manifest);
+            Ok((lease, inner.store.blob(manifest)?.is_some()))
+        };
+        let (_lease, is_kept) = blocking(look).await.map_err(Arc::new)?;
+        if !is_kept && want.policy != PullPolicy::Never {
+            // It was evicted or damaged since. Without it an artifact that is too large would be
+            // fetched only to be measured.
+            self.fetch_again(want, resolved).await?;
+        }
+        let (inner, want) = (Arc::clone(&self.0), want.clone());
         let check = move || inner.check_manifest_bytes(&want, manifest);
         blocking(check).await.map_err(Arc::new)
+    }
+
+    /// Fetches and keeps a manifest that this volume may see.
+    async fn fetch_again(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
+        let credential = self.credential(resolved).await?;
+        let (repository, digest) = (want.reference.repository(), resolved.manifest);
+        let name = ManifestName::Digest(digest);
+        let fetched = self.0.registry.manifest(repository, &name, &credential).await;
+        let fetched = fetched.map_err(|error| Arc::new(error.into()))?;
+        let kept = self.0.keep(repository, digest, fetched.bytes.clone(), &fetched.answered_by);
+        kept.await.map_err(Arc::new)
     }
 
     /// Sees to it that a manifest has the signature that the volume demands.

@@ -294,6 +294,7 @@ impl Store {
         }
         if matches!(want, Want::AtMost(_)) {
             // What has just gone leaves records, and an administrator has asked for all that can go.
+            let now = Now::read();
             let swept = self.sweep_under_pressure(&self.facts(now)?, now, true)?;
             collected.records += swept.inodes;
             collected.bytes = collected.bytes.saturating_add(swept.bytes);

@@ -58,17 +58,20 @@ impl Store {
         Ok(())
     }
 
-    fn load(&self, folder: &str, depth: usize) -> Result<(), StoreError> {
-        for name in names(&self.root().join(folder))? {
+    /// Reads the objects below a folder; returns how many names it has.
+    fn load(&self, folder: &str, depth: usize) -> Result<usize, StoreError> {
+        let names_here = names(&self.root().join(folder))?;
+        for name in &names_here {
             let folder = format!("{folder}/{name}");
             // A link leads out of the store: what is behind it is not ours to count or remove.
             if self.root().join(&folder).is_symlink() {
                 continue;
             }
             if depth > 1 {
-                self.load(&folder, depth - 1)?;
-                // Refused, unless a removal has ended in the middle.
-                let _ = fs::remove_dir(self.root().join(&folder));
+                if self.load(&folder, depth - 1)? == 0 && Digest::from_hex(name).is_some() {
+                    // A removal has ended in the middle. Refused where it is used by now.
+                    let _ = fs::remove_dir(self.root().join(&folder));
+                }
                 continue;
             }
             // Whatever is not of the form of an object was not made here, and is left alone.
@@ -84,21 +87,22 @@ impl Store {
                     is_used = true;
                 }
             }
-            if !is_used {
+            // Nothing is removed that has not the form of the driver's own.
+            if !is_used && ObjectName::parse(&format!("{folder}/1")).is_some() {
                 self.remove_empty_key(&self.root().join(&folder), &here);
             }
         }
-        Ok(())
+        Ok(names_here.len())
     }
 
     /// Removes the folder of a key without generations, which a removal leaves that ends in the
     /// middle. One in which an object is being named refuses, or is made again.
     fn remove_empty_key(&self, folder: &Path, names: &[String]) {
-        for mark in names.iter().filter(|name| name.ends_with(".damaged")) {
-            let mark = folder.join(mark);
+        for generation in names.iter().filter_map(|name| name.strip_suffix(".damaged")) {
             // A mark without its generation marks nothing.
-            if mark.with_extension("").symlink_metadata().is_err() {
-                let _ = fs::remove_file(mark);
+            let generation = folder.join(generation);
+            if generation.symlink_metadata().is_err() {
+                let _ = fs::remove_file(generation.with_extension("damaged"));
             }
         }
         let folders = folder

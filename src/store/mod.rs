@@ -47,7 +47,8 @@
 //! # What is removed, and how
 //!
 //! Only what [`catalog`] knows that nobody needs, and its name first: a rename
-//! into staging ([`gc`]). Nothing that is not of the form above is ever removed.
+//! into staging, or the removal of a single file ([`gc`]). Nothing that is not of
+//! the form above is ever removed.
 
 pub mod access;
 pub mod blobs;

@@ -24,7 +24,8 @@ use crate::oci::Digest;
 
 /// Longer than any pull that is still wanted goes on between two of its records.
 const AGE: Duration = Duration::from_hours(24);
-/// When space is needed: longer than a publish takes from its resolution to its pull.
+/// When space is needed: longer than a publish takes from its resolution to its pull, which holds
+/// its manifest.
 const AGE_UNDER_PRESSURE: Duration = Duration::from_mins(1);
 /// When space is needed, records are swept no more often than this.
 const PAUSE_SECONDS: i64 = 60;
@@ -53,8 +54,8 @@ impl Store {
     }
 
     /// Removes young records that lead nowhere as well, since space is needed; returns what that
-    /// frees. Does nothing where `is_asked` is false and there are no more records than content
-    /// explains.
+    /// frees. An administrator who asks for it has all of them removed; otherwise nothing is done
+    /// while there are no more records than content explains.
     pub(super) fn sweep_under_pressure(
         &self,
         facts: &Facts,
@@ -69,7 +70,8 @@ impl Store {
             return Ok(Goal::default());
         }
         self.0.swept.store(now.unix_seconds, Ordering::Relaxed);
-        let swept = self.sweep_older(facts, now, AGE_UNDER_PRESSURE)?;
+        let age = if is_asked { Duration::ZERO } else { AGE_UNDER_PRESSURE };
+        let swept = self.sweep_older(facts, now, age)?;
         Ok(self.units().record().times(swept as u64))
     }
 
@@ -82,7 +84,7 @@ impl Store {
         let limit = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let is_old = |path: &Path| {
             let age = |metadata: fs::Metadata| now.unix_seconds.saturating_sub(metadata.mtime());
-            path.symlink_metadata().is_ok_and(|metadata| age(metadata) > limit)
+            path.symlink_metadata().is_ok_and(|metadata| age(metadata) >= limit)
         };
         let mut swept = 0;
         let mut by_manifest = HashMap::<_, Vec<PathBuf>>::new();

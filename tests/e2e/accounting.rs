@@ -90,10 +90,11 @@ fn are_counted_and_leave_nothing_on(filesystem: &str) {
     // What the disk says to the next process.
     assert_agrees_with_du(&admin, &state);
     admin.told(&["gc", "--target", "0"]);
-    for folder in ["files", "layers", "trees", "blobs", "staging", "partial"] {
+    for folder in ["files", "layers", "trees", "blobs", "resolutions", "staging", "partial"] {
         assert_eq!(everything_in(&state.join(folder)), BTreeSet::new(), "{folder}");
     }
-    assert_eq!(admin.json(&["status"])["cacheObjects"], 0);
+    let status = admin.json(&["status"]);
+    assert_eq!((&status["cacheObjects"], &status["cacheBytes"]), (&0.into(), &0.into()));
     drop(node);
 }
 

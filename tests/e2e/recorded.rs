@@ -141,15 +141,22 @@ fn unpublish(node: &Node, transcript: &Transcript, volume: &Volume) {
     });
 }
 
+/// A node whose state lies on ext4, where files and folders take the same everywhere, and its admin socket.
+fn node_with(configuration: &str) -> (Node, String) {
+    let mut endpoint = String::new();
+    let node = Node::start_with(|sandbox, options| {
+        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
+        sandbox.filesystem_of(512 << 20, "ext4", "state", "rw");
+        options.configuration(configuration).argument(&format!("--admin-endpoint={endpoint}"))
+    });
+    (node, endpoint)
+}
+
 #[test]
 fn a_day_of_an_administrator() {
     let registry = own_registry();
     push(&registry);
-    let mut endpoint = String::new();
-    let node = Node::start_with(|sandbox, options| {
-        endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
-        options.configuration(ROOMY).argument(&format!("--admin-endpoint={endpoint}"))
-    });
+    let (node, endpoint) = node_with(ROOMY);
     let mut typed = Transcript::new(&endpoint, &node.sandbox, &registry);
     let of = |name: &str| format!("{}/{name}", registry.host());
     let (tool, image, missing) = (of("team/tool:v1"), of("team/image:v1"), of("team/none:v1"));
@@ -213,8 +220,8 @@ fn what_the_configuration_keeps() {
     let of = |name: &str| format!("{}/{name}", registry.host());
     let (tool, missing) = (of("team/tool:v1"), of("team/none:v1"));
     let list = format!("warm: {{references: [\"{tool}\", \"{missing}\"], spread: 0s}}\n");
-    let (node, admin) = Admin::start(&format!("{ROOMY}{list}"));
-    let endpoint = format!("unix://{}", node.sandbox.path().join("admin.sock").display());
+    let (node, endpoint) = node_with(&format!("{ROOMY}{list}"));
+    let admin = Admin::at(&endpoint);
     wait_until("both have been tried", || {
         let status = admin.json(&["status"]);
         status["warm"][0]["state"] == "failed" && status["warm"][1]["state"] == "present"
