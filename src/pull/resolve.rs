@@ -533,7 +533,9 @@ impl Inner {
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
             // What no volume could show is not kept.
             match &parsed {
-                Manifest::Image(manifest) => drop(classify(manifest, &self.limits)?),
+                Manifest::Image(manifest) => {
+                    classify(manifest, &self.limits)?;
+                }
                 Manifest::Index(index) => {
                     index.choose(platform)?;
                 }
