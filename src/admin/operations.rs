@@ -1,11 +1,12 @@
 //! What an administrator may do with a node's content.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::oci::manifest::{Descriptor, Manifest};
 use crate::oci::{Digest, Platform, Reference};
-use crate::store::eviction::Goal;
-use crate::store::gc::{Collected, Now, Want};
+use crate::store::catalog::Entry;
+use crate::store::gc::Collected;
 use crate::store::pins::Pin;
 use crate::store::resolutions::Resolution;
 use crate::store::{ObjectName, Store, StoreError, Tree};
@@ -94,11 +95,8 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
     }
     let manifests: BTreeSet<_> =
         inspected.meanings.iter().map(|meaning| meaning.resolution.manifest).collect();
-    inspected.artifacts = artifacts(store)?;
-    inspected.artifacts.retain(|artifact| {
-        let manifest = artifact.tree.record.manifest;
-        manifests.contains(&manifest) || reference.digest() == Some(manifest)
-    });
+    let manifests = manifests.into_iter().chain(reference.digest());
+    inspected.artifacts = artifacts_of(store, manifests.collect())?;
     if inspected.meanings.is_empty() && inspected.artifacts.is_empty() {
         return Err(OperationError::NotHere(reference.to_string()));
     }
@@ -107,38 +105,45 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
 
 /// All trees, in the order of their references.
 pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
-    let mut references = BTreeMap::<_, BTreeSet<String>>::new();
-    for resolution in store.resolutions()? {
-        references.entry(resolution.manifest).or_default().insert(resolution.reference);
+    describe(store, store.all_trees()?)
+}
+
+/// The trees of some manifests.
+fn artifacts_of(
+    store: &Store,
+    manifests: BTreeSet<Digest>,
+) -> Result<Vec<Artifact>, OperationError> {
+    let mut trees = Vec::new();
+    for manifest in manifests {
+        trees.extend(store.trees_of_manifest(manifest)?);
     }
-    let mut volumes = BTreeMap::<_, BTreeSet<String>>::new();
-    for publication in store.publications()? {
-        let tree = ObjectName::tree(publication.tree, publication.generation);
-        let name = publication.pod.unwrap_or(publication.volume_id);
-        volumes.entry(tree).or_default().insert(name);
+    describe(store, trees)
+}
+
+fn describe(
+    store: &Store,
+    trees: Vec<(ObjectName, Arc<Entry>)>,
+) -> Result<Vec<Artifact>, OperationError> {
+    let mut artifacts = Vec::new();
+    for (name, entry) in trees {
+        let Some(tree) = store.named_tree(&name) else { continue };
+        let manifest = tree.record.manifest;
+        let volumes: BTreeSet<_> = store
+            .publications_of(&name)
+            .into_iter()
+            .map(|publication| publication.pod.unwrap_or(publication.volume_id))
+            .collect();
+        let pins: BTreeSet<_> =
+            store.pins_of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
+        artifacts.push(Artifact {
+            references: store.references_of(manifest)?.into_iter().collect(),
+            volumes: volumes.into_iter().collect(),
+            pins: pins.into_iter().collect(),
+            last_used: entry.last_used,
+            damaged: entry.damaged,
+            tree,
+        });
     }
-    let mut pins = BTreeMap::<_, BTreeSet<String>>::new();
-    for pin in store.pins()? {
-        pins.entry(pin.manifest).or_default().insert(pin.owner);
-    }
-    let list =
-        |names: Option<&BTreeSet<String>>| names.into_iter().flatten().cloned().collect::<Vec<_>>();
-    let objects = store.facts(Now::read())?.store.objects;
-    let mut artifacts: Vec<_> = objects
-        .iter()
-        .filter_map(|(name, entry)| {
-            let tree = store.named_tree(name)?;
-            let manifest = tree.record.manifest;
-            Some(Artifact {
-                references: list(references.get(&manifest)),
-                volumes: list(volumes.get(name)),
-                pins: list(pins.get(&manifest)),
-                last_used: entry.last_used,
-                damaged: entry.damaged,
-                tree,
-            })
-        })
-        .collect();
     artifacts.sort_by(|one, two| {
         let key = |artifact: &Artifact| (artifact.tree.key, artifact.tree.generation);
         one.references.cmp(&two.references).then_with(|| key(one).cmp(&key(two)))
@@ -156,8 +161,7 @@ pub fn pin(
     let known = store.resolution(reference, platform);
     let not_here = || OperationError::NotHere(reference.to_string());
     let manifest = known.map(|known| known.manifest).ok_or_else(not_here)?;
-    let is_here = store.sound_trees()?.iter().any(|tree| tree.record.manifest == manifest);
-    if !is_here {
+    if !store.has_sound_tree(manifest)? {
         return Err(not_here());
     }
     Ok(store.pin(reference, platform, manifest, owner)?)
@@ -171,13 +175,13 @@ pub fn unpin(
     owner: &str,
 ) -> Result<(usize, Vec<String>), OperationError> {
     let unpinned = store.unpin(reference, platform, owner)?;
-    Ok((unpinned.len(), owners(store, reference)?))
+    Ok((unpinned.len(), owners(store, reference)))
 }
 
 /// Forgets a reference. Content that nothing else leads to goes, what is shown with its
 /// last unpublish.
 pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, OperationError> {
-    let owners = owners(store, reference)?;
+    let owners = owners(store, reference);
     if !owners.is_empty() {
         let owners = owners.join(", ");
         return Err(OperationError::Pinned { reference: reference.to_string(), owners });
@@ -188,13 +192,12 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
     manifests.extend(reference.digest());
     let mut removed = Removed::default();
     let mut was_here = !forgotten.is_empty();
-    for artifact in artifacts(store)? {
-        if !manifests.contains(&artifact.tree.record.manifest) {
-            continue;
-        }
+    let mut forgotten = Vec::new();
+    for artifact in artifacts_of(store, manifests)? {
         was_here = true;
         if artifact.references.is_empty() && artifact.pins.is_empty() {
             store.forget_tree(&artifact.tree)?;
+            forgotten.push(ObjectName::tree(artifact.tree.key, artifact.tree.generation));
             removed.volumes.extend(artifact.volumes);
         } else {
             removed.references.extend(artifact.references);
@@ -206,14 +209,12 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
     }
     removed.references.sort();
     removed.references.dedup();
-    // Nothing more is wanted than what is doomed.
-    removed.collected = store.collect(&Want::Room(Goal::default()))?;
+    removed.collected = store.collect_trees(&forgotten)?;
     Ok(removed)
 }
 
-fn owners(store: &Store, reference: &Reference) -> Result<Vec<String>, OperationError> {
-    let text = reference.to_string();
-    let pins = store.pins()?.into_iter().filter(|pin| pin.reference == text);
+fn owners(store: &Store, reference: &Reference) -> Vec<String> {
+    let pins = store.pins_of_reference(&reference.to_string()).into_iter();
     let owners: BTreeSet<_> = pins.map(|pin| pin.owner).collect();
-    Ok(owners.into_iter().collect())
+    owners.into_iter().collect()
 }

@@ -27,7 +27,7 @@ use crate::proto::admin::{
 use crate::pull::import::ImportError;
 use crate::pull::self_check::Repaired;
 use crate::scrub::ScrubState;
-use crate::store::gc::{Now, Want};
+use crate::store::gc::Want;
 use crate::store::{Room, Store, StoreError};
 use crate::volume::{Content, ContentState};
 use crate::warming::WarmStates;
@@ -292,13 +292,13 @@ async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<Veri
 }
 
 fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
-    status.published = store.publications().map_or(0, |list| list.len() as u64);
+    status.published = store.count_publications() as u64;
     if let Ok(usage) = store.usage() {
         status.cache_bytes = usage.bytes;
         status.cache_objects = usage.objects;
     }
-    if let Ok(facts) = store.facts(Now::read()) {
-        status.pinned_bytes = facts.pinned().bytes;
+    if let Ok(pinned) = store.pinned_takes() {
+        status.pinned_bytes = pinned.bytes;
     }
     if let (Some(scrub), Ok(unread)) = (&mut status.scrub, store.unread_objects()) {
         scrub.unread_objects = unread.len() as u64;

@@ -10,7 +10,6 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
 use crate::store::eviction::Reason;
-use crate::store::gc::Now;
 use crate::store::{ObjectKind, Store};
 
 /// Empty until the store is open.
@@ -33,10 +32,9 @@ impl Collector for StoreMetrics {
             let help = "Disk space of all content and what is known of it, shared content once";
             writer.bytes("cache", help, usage.bytes)?;
         }
-        if let Ok(facts) = store.facts(Now::read()) {
-            writer.bytes("pinned", "Disk space of what pins hold", facts.pinned().bytes)?;
-            let count =
-                |kind| facts.store.objects.keys().filter(|name| name.kind() == kind).count();
+        if let Ok(pinned) = store.pinned_takes() {
+            writer.bytes("pinned", "Disk space of what pins hold", pinned.bytes)?;
+            let count = |kind| store.count_objects(kind);
             writer.objects(&[
                 ("file", count(ObjectKind::File)),
                 ("layer", count(ObjectKind::Layer)),
@@ -48,10 +46,8 @@ impl Collector for StoreMetrics {
             let help = "Objects of an earlier format that have not been read back yet";
             writer.gauge("unread_objects", help, unread.len() as u64)?;
         }
-        if let Ok(records) = store.publications() {
-            let help = "Volumes that are published now";
-            writer.gauge("published_volumes", help, records.len() as u64)?;
-        }
+        let help = "Volumes that are published now";
+        writer.gauge("published_volumes", help, store.count_publications() as u64)?;
         if let Ok(room) = store.room() {
             let floor = room.floor(store.cache_options());
             let help = "Free space of the state directory's filesystem";
@@ -89,11 +85,11 @@ impl Writer<'_, '_> {
         counter.encode(self.0.encode_descriptor(name, help, unit, counter_type())?)
     }
 
-    fn objects(&mut self, counts: &[(&str, usize)]) -> fmt::Result {
+    fn objects(&mut self, counts: &[(&str, u64)]) -> fmt::Result {
         let help = "Objects in the cache";
         let mut family = self.0.encode_descriptor("cache_objects", help, None, gauge_type())?;
         for (kind, count) in counts {
-            let gauge = ConstGauge::new(*count as u64);
+            let gauge = ConstGauge::new(*count);
             gauge.encode(family.encode_family(&[("kind", *kind)])?)?;
         }
         Ok(())

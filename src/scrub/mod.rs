@@ -171,8 +171,11 @@ impl Scrub {
             if trees.is_empty() {
                 continue;
             }
-            match self.blocking(Store::publications).await {
-                Ok(publications) => tell(events, &trees, &publications),
+            let read = move |store: &Store| {
+                Ok(trees.iter().flat_map(|tree| store.publications_of(tree)).collect::<Vec<_>>())
+            };
+            match self.blocking(read).await {
+                Ok(publications) => tell(events, &publications),
                 Err(error) => tracing::warn!(error, "pods are not told of damaged content"),
             }
         }
@@ -188,12 +191,9 @@ impl Scrub {
     }
 }
 
-fn tell(events: &PodEvents, trees: &[ObjectName], publications: &[Publication]) {
+fn tell(events: &PodEvents, publications: &[Publication]) {
     for publication in publications {
-        let tree = ObjectName::tree(publication.tree, publication.generation);
-        if trees.contains(&tree)
-            && let Some(pod) = pod(publication)
-        {
+        if let Some(pod) = pod(publication) {
             events.damaged(&pod, &publication.reference);
         }
     }

@@ -34,8 +34,8 @@ struct State {
     links: Tally<ObjectName>,
     leases: Tally<ObjectName>,
     /// The trees that records say are shown, by target.
-    publications: HashMap<PathBuf, ObjectName>,
-    published: Tally<ObjectName>,
+    publications: HashMap<PathBuf, Shown>,
+    published: HashMap<ObjectName, HashSet<PathBuf>>,
     /// The manifests that pins hold, by the pin's file.
     pins: HashMap<PathBuf, Digest>,
     pinned: Tally<Digest>,
@@ -43,14 +43,23 @@ struct State {
     leaving: HashSet<ObjectName>,
     bytes: u64,
     inodes: u64,
-    /// Documents among the objects.
-    documents: u64,
-    /// How many trees were made from a manifest.
-    manifests: Tally<Digest>,
+    /// How many objects there are of each kind.
+    counts: [u64; ObjectKind::ALL.len()],
+    /// The trees that were made from a manifest.
+    manifests: HashMap<Digest, HashSet<ObjectName>>,
     /// The manifests that were chosen from an index.
     indexes: HashMap<Digest, HashSet<Digest>>,
     /// Proofs and resolutions.
     records: Goal,
+}
+
+/// What a target shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// The tree.
+    pub tree: ObjectName,
+    /// Whether the kubelet's own record lay beside the target at the publish.
+    pub kubelet_knew: bool,
 }
 
 /// What is known of an object.
@@ -139,9 +148,9 @@ impl Catalog {
             state.links.add(link.clone());
         }
         if let Some(manifest) = entry.manifest {
-            state.manifests.add(manifest);
+            state.manifests.entry(manifest).or_default().insert(name.clone());
         }
-        state.documents += u64::from(name.kind() == ObjectKind::Document);
+        state.counts[name.kind() as usize] += 1;
         state.objects.insert(name, Arc::new(entry));
     }
 
@@ -210,20 +219,86 @@ impl Catalog {
     }
 
     /// A target shows a tree from now on.
-    pub fn publish(&self, target: &Path, tree: ObjectName) {
+    pub fn publish(&self, target: &Path, shown: Shown) {
         let mut state = self.lock();
-        state.published.add(tree.clone());
-        if let Some(earlier) = state.publications.insert(target.to_owned(), tree) {
-            state.published.remove(&earlier);
-        }
+        state.unpublish(target);
+        state.published.entry(shown.tree.clone()).or_default().insert(target.to_owned());
+        state.publications.insert(target.to_owned(), shown);
     }
 
     /// A target shows nothing of ours any more; says what it has shown.
     pub fn unpublish(&self, target: &Path) -> Option<ObjectName> {
-        let mut state = self.lock();
-        let tree = state.publications.remove(target)?;
-        state.published.remove(&tree);
-        Some(tree)
+        self.lock().unpublish(target)
+    }
+
+    /// Returns all targets and what they show.
+    #[must_use]
+    pub fn publications(&self) -> Vec<(PathBuf, Shown)> {
+        let state = self.lock();
+        state.publications.iter().map(|(target, shown)| (target.clone(), shown.clone())).collect()
+    }
+
+    /// Returns what is known of an object.
+    #[must_use]
+    pub fn entry(&self, name: &ObjectName) -> Option<Arc<Entry>> {
+        self.lock().objects.get(name).cloned()
+    }
+
+    /// Returns how many objects of a kind there are.
+    #[must_use]
+    pub fn count(&self, kind: ObjectKind) -> u64 {
+        self.lock().counts[kind as usize]
+    }
+
+    /// Returns how many targets show something.
+    #[must_use]
+    pub fn count_publications(&self) -> usize {
+        self.lock().publications.len()
+    }
+
+    /// Returns the targets that show a tree.
+    #[must_use]
+    pub fn targets_of(&self, tree: &ObjectName) -> Vec<PathBuf> {
+        self.lock().published.get(tree).into_iter().flatten().cloned().collect()
+    }
+
+    /// Returns the trees of a manifest with what is known of them, those that are damaged included.
+    #[must_use]
+    pub fn trees_of(&self, manifest: Digest) -> Vec<(ObjectName, Arc<Entry>)> {
+        let state = self.lock();
+        let names = state.manifests.get(&manifest).into_iter().flatten();
+        names
+            .filter_map(|name| Some((name.clone(), Arc::clone(state.objects.get(name)?))))
+            .collect()
+    }
+
+    /// Returns all trees with what is known of them.
+    #[must_use]
+    pub fn trees(&self) -> Vec<(ObjectName, Arc<Entry>)> {
+        let state = self.lock();
+        let trees = state.objects.iter().filter(|(name, _)| name.kind() == ObjectKind::Tree);
+        trees.map(|(name, entry)| (name.clone(), Arc::clone(entry))).collect()
+    }
+
+    /// Returns the manifests that are pinned.
+    #[must_use]
+    pub fn pinned(&self) -> HashSet<Digest> {
+        self.lock().pinned.keys()
+    }
+
+    /// Returns what the trees of some manifests take together with what they link, each object
+    /// once.
+    #[must_use]
+    pub fn takes_of_manifests(&self, manifests: &HashSet<Digest>) -> Goal {
+        let trees: Vec<_> =
+            manifests.iter().flat_map(|&manifest| self.trees_of(manifest)).collect();
+        let names: HashSet<_> =
+            trees.iter().flat_map(|(name, entry)| entry.links.iter().chain([name])).collect();
+        let state = self.lock();
+        let entries = names.into_iter().filter_map(|name| state.objects.get(name));
+        entries.fold(Goal::default(), |sum, entry| {
+            sum.plus(Goal { bytes: entry.bytes, inodes: entry.inodes })
+        })
     }
 
     /// A pin holds a manifest from now on.
@@ -254,7 +329,7 @@ impl Catalog {
         let pinned = pinned && !entry.damaged;
         let needed = pinned
             || state.leases.has(name)
-            || state.published.has(name)
+            || state.published.contains_key(name)
             || state.links.has(name)
             || state.leaving.contains(name);
         if needed {
@@ -269,13 +344,13 @@ impl Catalog {
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         let indexes = state.indexes.iter().filter(|(_, manifests)| {
-            manifests.iter().any(|manifest| state.manifests.has(manifest))
+            manifests.iter().any(|manifest| state.manifests.contains_key(manifest))
         });
         Snapshot {
             indexes: indexes.map(|(&index, _)| ObjectName::document(index)).collect(),
             objects: state.objects.clone(),
             leased: state.leases.keys(),
-            published: state.published.keys(),
+            published: state.published.keys().cloned().collect(),
             pinned: state.pinned.keys(),
         }
     }
@@ -297,7 +372,8 @@ impl Catalog {
         Usage {
             bytes: state.bytes.saturating_add(records.bytes),
             inodes: state.inodes.saturating_add(records.inodes),
-            objects: (state.objects.len() as u64).saturating_sub(state.documents),
+            objects: (state.objects.len() as u64)
+                .saturating_sub(state.counts[ObjectKind::Document as usize]),
         }
     }
 
@@ -308,18 +384,35 @@ impl Catalog {
 }
 
 impl State {
+    fn unpublish(&mut self, target: &Path) -> Option<ObjectName> {
+        let Shown { tree, .. } = self.publications.remove(target)?;
+        if let Some(targets) = self.published.get_mut(&tree) {
+            targets.remove(target);
+            if targets.is_empty() {
+                self.published.remove(&tree);
+            }
+        }
+        Some(tree)
+    }
+
     fn forget(&mut self, name: &ObjectName) {
         let Some(entry) = self.objects.remove(name) else { return };
+        let count = &mut self.counts[name.kind() as usize];
+        *count = count.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(entry.bytes);
         self.inodes = self.inodes.saturating_sub(entry.inodes);
         for link in &entry.links {
             self.links.remove(link);
         }
-        if let Some(manifest) = &entry.manifest {
-            self.manifests.remove(manifest);
+        if let Some(manifest) = entry.manifest
+            && let Some(trees) = self.manifests.get_mut(&manifest)
+        {
+            trees.remove(name);
+            if trees.is_empty() {
+                self.manifests.remove(&manifest);
+            }
         }
         if let Some(digest) = name.document_digest() {
-            self.documents = self.documents.saturating_sub(1);
             self.indexes.remove(&digest);
         }
     }
@@ -400,6 +493,10 @@ mod tests {
         ObjectName::parse(&format!("{folder}/{key}/{generation}")).expect("a name")
     }
 
+    fn shown(tree: &ObjectName) -> Shown {
+        Shown { tree: tree.clone(), kubelet_knew: true }
+    }
+
     fn entry(manifest: Option<Digest>, links: &[&ObjectName]) -> Entry {
         let links = links.iter().map(|&link| link.clone()).collect();
         Entry { bytes: 10, inodes: 1, last_used: 0, damaged: false, manifest, links }
@@ -418,7 +515,7 @@ mod tests {
         let lease = catalog.lease(tree.clone());
         assert!(catalog.condemn(&tree).is_none(), "it is leased");
         drop(lease);
-        catalog.publish(Path::new("/target"), tree.clone());
+        catalog.publish(Path::new("/target"), shown(&tree));
         assert!(catalog.condemn(&tree).is_none(), "it is shown");
         assert_eq!(catalog.unpublish(Path::new("/target")), Some(tree.clone()));
         catalog.pin(Path::new("pin"), manifest);
@@ -454,9 +551,9 @@ mod tests {
         let (one, two) = (name("trees/a/1"), name("trees/a/2"));
         for tree in [&one, &two] {
             catalog.add(tree.clone(), entry(None, &[]));
-            catalog.publish(Path::new("/target"), tree.clone());
+            catalog.publish(Path::new("/target"), shown(&tree));
         }
-        catalog.publish(Path::new("/target"), two.clone());
+        catalog.publish(Path::new("/target"), shown(&two));
         assert!(catalog.condemn(&one).is_some());
         assert!(catalog.condemn(&two).is_none());
         catalog.unpublish(Path::new("/target"));

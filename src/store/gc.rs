@@ -171,6 +171,39 @@ impl Store {
         Ok(collected)
     }
 
+    /// Removes trees at once that are forgotten, and what only they have linked. Those that are in
+    /// use stay, and go with their last use. Blocking.
+    pub fn collect_trees(&self, trees: &[ObjectName]) -> Result<Collected, StoreError> {
+        let mut collected = Collected::default();
+        if trees.is_empty() {
+            return Ok(collected);
+        }
+        let _turn = self.collecting();
+        self.load_catalog()?;
+        // The mounts first: whatever is mounted later has a lease or a record in the catalog.
+        let mounted = mounted_trees()?;
+        let trees = trees.iter().filter(|tree| !mounted.contains(*tree));
+        let mut waiting: Vec<_> = trees.map(|tree| (tree.clone(), Reason::Forgotten)).collect();
+        while let Some((name, reason)) = waiting.pop() {
+            let Some(entry) = self.catalog().entry(&name) else { continue };
+            // What another tree links, or a caller works with, cannot be condemned.
+            let Some(condemned) = self.catalog().condemn(&name) else { continue };
+            self.remove(condemned, &name)?;
+            waiting.extend(entry.links.iter().map(|link| (link.clone(), Reason::Unlinked)));
+            let victim = Victim {
+                manifest: entry.manifest,
+                bytes: entry.bytes,
+                last_used: entry.last_used,
+                name,
+                reason,
+            };
+            self.evictions().add(&victim);
+            collected.bytes = collected.bytes.saturating_add(victim.bytes);
+            collected.victims.push(victim);
+        }
+        Ok(collected)
+    }
+
     /// What the catalog, the kernel and the clock say.
     pub fn facts(&self, now: Now) -> Result<Facts, StoreError> {
         self.load_catalog()?;
@@ -211,6 +244,12 @@ impl Store {
             inodes: inodes.saturating_add(downloads.inodes),
             objects,
         })
+    }
+
+    /// How many objects of a kind there are, as far as sizes were read.
+    #[must_use]
+    pub fn count_objects(&self, kind: ObjectKind) -> u64 {
+        self.catalog().count(kind)
     }
 
     /// What has gone since the process began.

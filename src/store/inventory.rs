@@ -50,6 +50,7 @@ impl Store {
             self.load(folder, depth)?;
         }
         self.load_documents()?;
+        self.index_resolutions()?;
         self.count_records()?;
         *loaded = true;
         drop(loaded);

@@ -75,6 +75,7 @@ pub mod pins;
 pub mod publications;
 pub mod ranges;
 mod read_back;
+mod record_index;
 pub mod records;
 pub mod resolutions;
 pub mod room;
@@ -138,6 +139,8 @@ struct Inner {
     swept: AtomicI64,
     /// Whether the catalog knows which manifests were chosen from which index.
     indexes_are_known: AtomicBool,
+    resolution_index: record_index::RecordIndex,
+    pin_index: record_index::RecordIndex,
     units: inventory::DiskUnits,
     ledger: Arc<ledger::Ledger>,
     meter: Arc<room::Meter>,
@@ -207,6 +210,8 @@ impl Store {
             loaded: Mutex::default(),
             swept: AtomicI64::default(),
             indexes_are_known: AtomicBool::default(),
+            resolution_index: record_index::RecordIndex::default(),
+            pin_index: record_index::RecordIndex::default(),
             units: inventory::DiskUnits::of(root)?,
             ledger,
             meter,
@@ -288,6 +293,14 @@ impl Store {
 
     fn catalog(&self) -> &Arc<catalog::Catalog> {
         &self.0.catalog
+    }
+
+    fn resolution_index(&self) -> &record_index::RecordIndex {
+        &self.0.resolution_index
+    }
+
+    fn pin_index(&self) -> &record_index::RecordIndex {
+        &self.0.pin_index
     }
 
     fn proofs(&self) -> &access::ProofLock {

@@ -24,6 +24,11 @@ pub enum ObjectKind {
     Document,
 }
 
+impl ObjectKind {
+    /// All kinds, in the order of their declaration.
+    pub const ALL: [Self; 4] = [Self::File, Self::Layer, Self::Tree, Self::Document];
+}
+
 impl ObjectName {
     /// A generation of a file.
     #[must_use]

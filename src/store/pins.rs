@@ -5,7 +5,7 @@
 //! another's pin. Pinned content is never evicted.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -74,15 +74,14 @@ impl Store {
         let _turn = self.collecting();
         let now = Now::read();
         let path = self.pin_path(&reference.to_string(), &platform.to_string(), owner);
-        let facts = self.facts(now)?;
+        self.load_catalog()?;
         // None where this one is pinned already: it takes nothing more.
-        let wanted_with = |pinned: &HashSet<Digest>| {
-            let Goal { bytes, .. } =
-                facts.of_manifests(|other| *other == manifest || pinned.contains(other));
-            (!pinned.contains(&manifest)).then_some(bytes)
+        let wanted_with = |mut pinned: HashSet<Digest>| {
+            let is_new = pinned.insert(manifest);
+            is_new.then(|| self.catalog().takes_of_manifests(&pinned).bytes)
         };
         let max = self.cache_options().pinned_bytes_limit(&self.room()?);
-        if let Some(wanted) = wanted_with(&facts.store.pinned)
+        if let Some(wanted) = wanted_with(self.catalog().pinned())
             && wanted > max
         {
             return Err(StoreError::TooMuchPinned { wanted, max });
@@ -90,7 +89,7 @@ impl Store {
         if let Some(PinShare { owner_prefix, owners, max_bytes: max }) = share {
             let pins = self.pins()?;
             let own = pins.iter().filter(|pin| pin.owner.starts_with(owner_prefix));
-            if let Some(wanted) = wanted_with(&own.map(|pin| pin.manifest).collect())
+            if let Some(wanted) = wanted_with(own.map(|pin| pin.manifest).collect())
                 && wanted > max
             {
                 return Err(StoreError::PinShareExceeded { owners: owners.into(), wanted, max });
@@ -104,7 +103,7 @@ impl Store {
             since: now.unix_seconds,
         };
         records::write_durable(&self.staging(), &path, &pin)?;
-        self.catalog().pin(&path, manifest);
+        self.index_pin(&path, &pin);
         Ok(pin)
     }
 
@@ -117,11 +116,10 @@ impl Store {
     ) -> Result<Vec<Pin>, StoreError> {
         let (reference, platform) = (reference.to_string(), platform.map(ToString::to_string));
         let matching = |pin: &Pin| {
-            pin.reference == reference
-                && pin.owner == owner
-                && platform.as_ref().is_none_or(|platform| *platform == pin.platform)
+            pin.owner == owner && platform.as_ref().is_none_or(|platform| *platform == pin.platform)
         };
-        let pins: Vec<_> = self.pins()?.into_iter().filter(matching).collect();
+        let pins: Vec<_> =
+            self.pins_of_reference(&reference).into_iter().filter(matching).collect();
         for pin in &pins {
             self.drop_pin(pin)?;
         }
@@ -133,7 +131,39 @@ impl Store {
         let path = self.pin_path(&pin.reference, &pin.platform, &pin.owner);
         records::remove(&path)?;
         self.catalog().unpin(&path);
+        self.pin_index().remove(&path);
         Ok(())
+    }
+
+    /// The pins of a reference as it was pinned, for every platform and owner.
+    #[must_use]
+    pub fn pins_of_reference(&self, reference: &str) -> Vec<Pin> {
+        let records = self.pin_index().of_reference(reference);
+        let pins = records.iter().filter_map(|record| records::read::<Pin>(record));
+        pins.filter(|pin| pin.reference == reference).collect()
+    }
+
+    /// The pins that hold a manifest.
+    #[must_use]
+    pub fn pins_of_manifest(&self, manifest: Digest) -> Vec<Pin> {
+        let records = self.pin_index().of_manifest(manifest);
+        let pins = records.iter().filter_map(|record| records::read::<Pin>(record));
+        pins.filter(|pin| pin.manifest == manifest).collect()
+    }
+
+    /// What all pinned content takes together.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the sizes, at the first call.
+    pub fn pinned_takes(&self) -> Result<Goal, StoreError> {
+        self.load_catalog()?;
+        Ok(self.catalog().takes_of_manifests(&self.catalog().pinned()))
+    }
+
+    fn index_pin(&self, path: &Path, pin: &Pin) {
+        self.catalog().pin(path, pin.manifest);
+        self.pin_index().insert(path, &pin.reference, pin.manifest);
     }
 
     /// An owner's pin of a reference for a platform.
@@ -150,7 +180,7 @@ impl Store {
     /// Tells the catalog what the records say.
     pub(super) fn load_pins(&self) -> Result<(), StoreError> {
         for (path, pin) in records::list::<Pin>(&self.path("pins"))? {
-            self.catalog().pin(&path, pin.manifest);
+            self.index_pin(&path, &pin);
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::catalog::Shown;
 use super::error::StoreError;
 use super::{ObjectName, Store, TreeKey, keys, records};
 use crate::oci::Digest;
@@ -43,6 +44,13 @@ pub struct Publication {
     pub rebuilt: bool,
 }
 
+impl Publication {
+    fn shown(&self) -> Shown {
+        let tree = ObjectName::tree(self.tree, self.generation);
+        Shown { tree, kubelet_knew: self.kubelet_knew }
+    }
+}
+
 impl Store {
     /// The record of a target: it shows one volume at most.
     #[must_use]
@@ -55,8 +63,7 @@ impl Store {
     pub fn put_publication(&self, publication: &Publication) -> Result<(), StoreError> {
         let path = self.publication_path(&publication.target);
         // Held before it is written: nothing may evict what is about to be shown.
-        let tree = ObjectName::tree(publication.tree, publication.generation);
-        self.catalog().publish(&publication.target, tree);
+        self.catalog().publish(&publication.target, publication.shown());
         records::write_hint(&self.staging(), &path, publication)
     }
 
@@ -71,17 +78,29 @@ impl Store {
 
     /// Tells the catalog what the records say.
     pub(super) fn load_publications(&self) -> Result<(), StoreError> {
-        for publication in self.publications()? {
-            let tree = ObjectName::tree(publication.tree, publication.generation);
-            self.catalog().publish(&publication.target, tree);
+        for (_, publication) in records::list::<Publication>(&self.path("publications"))? {
+            self.catalog().publish(&publication.target, publication.shown());
         }
         Ok(())
     }
 
-    /// All readable records.
-    pub fn publications(&self) -> Result<Vec<Publication>, StoreError> {
-        let records = records::list(&self.path("publications"))?;
-        Ok(records.into_iter().map(|(_, publication)| publication).collect())
+    /// All targets and what they show, from memory.
+    #[must_use]
+    pub fn shown_targets(&self) -> Vec<(PathBuf, Shown)> {
+        self.catalog().publications()
+    }
+
+    /// How many targets show something.
+    #[must_use]
+    pub fn count_publications(&self) -> usize {
+        self.catalog().count_publications()
+    }
+
+    /// The readable records of the targets that show a tree.
+    #[must_use]
+    pub fn publications_of(&self, tree: &ObjectName) -> Vec<Publication> {
+        let targets = self.catalog().targets_of(tree);
+        targets.iter().filter_map(|target| self.publication(target)).collect()
     }
 
     fn publication_path(&self, target: &Path) -> PathBuf {

@@ -1,6 +1,8 @@
 //! What references resolved to: so that `IfNotPresent` and `Never` need no registry.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -38,26 +40,65 @@ impl Store {
 
     /// What the reference last resolved to, for every platform.
     pub fn meanings(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
+        let records = self.resolution_records(reference)?;
+        Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
+    }
+
+    /// The references that last resolved to a manifest.
+    pub fn references_of(&self, manifest: Digest) -> Result<BTreeSet<String>, StoreError> {
+        self.index_resolutions()?;
+        let records = self.resolution_index().of_manifest(manifest);
+        let resolutions = records.iter().filter_map(|record| records::read::<Resolution>(record));
+        let leading = resolutions.filter(|resolution| resolution.manifest == manifest);
+        Ok(leading.map(|resolution| resolution.reference).collect())
+    }
+
+    /// Fills the index of resolutions, unless that is done already.
+    pub(super) fn index_resolutions(&self) -> Result<(), StoreError> {
+        self.resolution_index().load(|| {
+            let records = records::list::<Resolution>(&self.path("resolutions"))?.into_iter();
+            Ok(records
+                .filter_map(|(record, Resolution { reference, manifest, .. })| {
+                    Some((record, name(&reference.parse().ok()?), manifest))
+                })
+                .collect())
+        })
+    }
+
+    /// The records of a reference, for every platform.
+    fn resolution_records(
+        &self,
+        reference: &Reference,
+    ) -> Result<Vec<(Arc<Path>, Resolution)>, StoreError> {
+        self.index_resolutions()?;
         let wanted = name(reference);
-        let mut found = self.resolutions()?;
-        found.retain(|resolution| {
+        let is_wanted = |resolution: &Resolution| {
             resolution.reference.parse().is_ok_and(|known: Reference| name(&known) == wanted)
-        });
-        Ok(found)
+        };
+        let records = self.resolution_index().of_reference(&wanted).into_iter();
+        Ok(records
+            .filter_map(|record| records::read(&record).map(|resolution| (record, resolution)))
+            .filter(|(_, resolution)| is_wanted(resolution))
+            .collect())
     }
 
     /// Forgets what the reference resolved to, for every platform; says what that was.
     pub fn remove_resolutions(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
-        let wanted = name(reference);
         let mut removed = Vec::new();
-        for (path, resolution) in records::list::<Resolution>(&self.path("resolutions"))? {
-            let known = resolution.reference.parse();
-            if known.is_ok_and(|known: Reference| name(&known) == wanted) {
-                records::remove(&path)?;
-                self.catalog().count_records(Goal::default(), self.units().record());
-                removed.push(resolution);
-            }
+        for (path, resolution) in self.resolution_records(reference)? {
+            self.remove_resolution(&path)?;
+            removed.push(resolution);
         }
+        Ok(removed)
+    }
+
+    /// Removes one record. Returns whether it was there.
+    pub(super) fn remove_resolution(&self, path: &Path) -> Result<bool, StoreError> {
+        let removed = records::remove_if_there(path)?;
+        if removed {
+            self.catalog().count_records(Goal::default(), self.units().record());
+        }
+        self.resolution_index().remove(path);
         Ok(removed)
     }
 
@@ -76,6 +117,7 @@ impl Store {
         }
         let path = self.resolution_path(reference, platform);
         records::write_durable(&self.staging(), &path, resolution)?;
+        self.resolution_index().insert(&path, &name(reference), resolution.manifest);
         if known.is_none() {
             self.catalog().count_records(self.units().record(), Goal::default());
         }

@@ -119,14 +119,6 @@ impl Store {
         Ok(swept + self.sweep_access(&Kept { manifests, origins }, &is_old)?)
     }
 
-    fn remove_resolution(&self, path: &Path) -> Result<bool, StoreError> {
-        let removed = records::remove_if_there(path)?;
-        if removed {
-            self.catalog().count_records(Goal::default(), self.units().record());
-        }
-        Ok(removed)
-    }
-
     fn blob_is_young(&self, blob: Digest, is_old: &impl Fn(&Path) -> bool) -> bool {
         let path = self.blob_path(blob);
         path.is_file() && !is_old(&path)

@@ -15,6 +15,7 @@ use std::io::{self, Write as _};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
@@ -141,6 +142,42 @@ impl Store {
         let mut parts = name.as_str().strip_prefix("trees/")?.split('/');
         let key = TreeKey::from_hex(parts.next()?)?;
         self.tree_generation(key, parts.next()?.parse().ok()?)
+    }
+
+    /// All trees of the store, those that are damaged included.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the sizes, at the first call.
+    pub fn all_trees(&self) -> Result<Vec<(ObjectName, Arc<Entry>)>, StoreError> {
+        self.load_catalog()?;
+        Ok(self.catalog().trees())
+    }
+
+    /// The trees of a manifest, those that are damaged included.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the sizes, at the first call.
+    pub fn trees_of_manifest(
+        &self,
+        manifest: Digest,
+    ) -> Result<Vec<(ObjectName, Arc<Entry>)>, StoreError> {
+        self.load_catalog()?;
+        Ok(self.catalog().trees_of(manifest))
+    }
+
+    /// Whether a tree of a manifest can be shown.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the sizes, at the first call.
+    pub fn has_sound_tree(&self, manifest: Digest) -> Result<bool, StoreError> {
+        let trees = self.trees_of_manifest(manifest)?;
+        let is_sound = |(name, entry): &(ObjectName, Arc<Entry>)| {
+            !entry.damaged && self.named_tree(name).is_some()
+        };
+        Ok(trees.iter().any(is_sound))
     }
 
     /// Remembers a publish: for eviction, which takes what was used longest ago.

@@ -83,7 +83,7 @@ impl Volumes {
             // The mounts first: a record is written before its mount, so what is mounted in
             // between is not taken for a mount without one.
             let mounts = mounted(&kubelet)?;
-            let decisions = decide(&recorded(&look)?, &mounts);
+            let decisions = decide(&recorded(&look), &mounts);
             for target in &decisions.drop {
                 look.remove_publication(target)?;
             }
@@ -207,15 +207,15 @@ fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
     decisions
 }
 
-fn recorded(store: &Store) -> Result<Vec<Recorded>, StoreError> {
-    let records = store.publications()?.into_iter();
-    Ok(records
-        .map(|publication| Recorded {
-            was_known_to_kubelet: publication.kubelet_knew,
-            has_folder: publication.target.parent().is_some_and(|folder| !is_gone(folder)),
-            target: publication.target,
+fn recorded(store: &Store) -> Vec<Recorded> {
+    let records = store.shown_targets().into_iter();
+    records
+        .map(|(target, shown)| Recorded {
+            was_known_to_kubelet: shown.kubelet_knew,
+            has_folder: target.parent().is_some_and(|folder| !is_gone(folder)),
+            target,
         })
-        .collect())
+        .collect()
 }
 
 fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {

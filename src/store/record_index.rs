@@ -1,0 +1,150 @@
+//! Which records of a folder tell of which reference and of which manifest, in memory.
+//!
+//! A lookup reads the records that the index names, and not the whole folder. The records stay the
+//! truth: one that is gone, or says something else, is passed over.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::oci::Digest;
+
+/// The records of one folder.
+#[derive(Debug, Default)]
+pub(super) struct RecordIndex(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// Whether the records that were there before are known.
+    is_loaded: bool,
+    records: HashMap<Arc<Path>, Key>,
+    by_reference: HashMap<Arc<str>, HashSet<Arc<Path>>>,
+    by_manifest: HashMap<Digest, HashSet<Arc<Path>>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Key {
+    reference: Arc<str>,
+    manifest: Digest,
+}
+
+impl RecordIndex {
+    /// Adds a record, or what it says now.
+    pub(super) fn insert(&self, record: &Path, reference: &str, manifest: Digest) {
+        self.lock().insert(record, reference, manifest);
+    }
+
+    /// Forgets a record that was removed.
+    pub(super) fn remove(&self, record: &Path) {
+        self.lock().remove(record);
+    }
+
+    /// Adds the records that `list` finds on the disk, at the first call. Publishes go on
+    /// meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of `list`.
+    pub(super) fn load<E>(
+        &self,
+        list: impl FnOnce() -> Result<Vec<(PathBuf, String, Digest)>, E>,
+    ) -> Result<(), E> {
+        if self.lock().is_loaded {
+            return Ok(());
+        }
+        let found = list()?;
+        let mut state = self.lock();
+        for (record, reference, manifest) in found {
+            // One that was written meanwhile is newer than what was read.
+            if !state.records.contains_key(record.as_path()) {
+                state.insert(&record, &reference, manifest);
+            }
+        }
+        state.is_loaded = true;
+        Ok(())
+    }
+
+    /// Returns the records of a reference.
+    pub(super) fn of_reference(&self, reference: &str) -> Vec<Arc<Path>> {
+        self.lock().by_reference.get(reference).into_iter().flatten().cloned().collect()
+    }
+
+    /// Returns the records that lead to a manifest.
+    pub(super) fn of_manifest(&self, manifest: Digest) -> Vec<Arc<Path>> {
+        self.lock().by_manifest.get(&manifest).into_iter().flatten().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere spoils at most a hint.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn insert(&mut self, record: &Path, reference: &str, manifest: Digest) {
+        self.remove(record);
+        let record: Arc<Path> = record.into();
+        let known = self.by_reference.get_key_value(reference).map(|(known, _)| Arc::clone(known));
+        let reference = known.unwrap_or_else(|| reference.into());
+        self.by_reference.entry(Arc::clone(&reference)).or_default().insert(Arc::clone(&record));
+        self.by_manifest.entry(manifest).or_default().insert(Arc::clone(&record));
+        self.records.insert(record, Key { reference, manifest });
+    }
+
+    fn remove(&mut self, record: &Path) {
+        let Some(Key { reference, manifest }) = self.records.remove(record) else { return };
+        take(&mut self.by_reference, &reference, record);
+        take(&mut self.by_manifest, &manifest, record);
+    }
+}
+
+fn take<K: Eq + std::hash::Hash>(
+    index: &mut HashMap<K, HashSet<Arc<Path>>>,
+    key: &K,
+    record: &Path,
+) {
+    if let Some(records) = index.get_mut(key) {
+        records.remove(record);
+        if records.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(text: &str) -> Digest {
+        Digest::of(text.as_bytes())
+    }
+
+    #[test]
+    fn records_are_found_by_both_of_their_keys_until_they_are_removed() {
+        let index = RecordIndex::default();
+        let (one, two) = (Path::new("1"), Path::new("2"));
+        index.insert(one, "r.io/a:v1", digest("old"));
+        index.insert(two, "r.io/a:v1", digest("new"));
+        assert_eq!(index.of_reference("r.io/a:v1").len(), 2);
+        index.insert(one, "r.io/a:v1", digest("new"));
+        assert!(index.of_manifest(digest("old")).is_empty());
+        assert_eq!(index.of_manifest(digest("new")).len(), 2);
+        index.remove(one);
+        index.remove(two);
+        assert!(index.of_reference("r.io/a:v1").is_empty());
+        assert!(index.lock().by_manifest.is_empty());
+    }
+
+    #[test]
+    fn what_was_written_while_records_are_read_is_newer() {
+        let index = RecordIndex::default();
+        let record = PathBuf::from("1");
+        let loaded = index.load(|| {
+            index.insert(&record, "r.io/a:v1", digest("new"));
+            Ok::<_, ()>(vec![(record.clone(), "r.io/a:v1".to_owned(), digest("old"))])
+        });
+        assert!(loaded.is_ok());
+        assert_eq!(index.of_manifest(digest("new")).len(), 1);
+        assert!(index.load(|| Err(())).is_ok(), "they are read once");
+    }
+}
