@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::kubernetes::{PodEvents, PodReference};
 use crate::pull::self_check::{Damaged, Item, ReadBack, Repaired};
 use crate::store::publications::Publication;
-use crate::store::{ObjectName, Store, StoreError};
+use crate::store::{Store, StoreError};
 use crate::volume::Content;
 use schedule::Schedule;
 pub use state::{ScrubSnapshot, ScrubState};
