@@ -37,8 +37,11 @@ impl Registry {
         let repository = question.repository;
         let credential = question.credential_for(endpoint);
         let url = question.address(endpoint);
-        let mut proof =
-            self.session.eager(&self.transport, endpoint, repository, credential).await?;
+        // What the token endpoint and the API itself say of too many requests is said for the host.
+        let asker = self.asker(question, endpoint);
+        let of_host = |error: &RegistryError| self.manners.host_said(&asker, error);
+        let eager = self.session.eager(&self.transport, endpoint, repository, credential).await;
+        let mut proof = eager.inspect_err(of_host)?;
         let mut attempt = 1;
         loop {
             let mut answer = self.send(question, endpoint, &url, &proof).await?;
@@ -61,7 +64,8 @@ impl Registry {
                 if credential.is_anonymous() {
                     return Ok(answer);
                 }
-                challenges = self.challenges_of_api(question, endpoint).await?;
+                challenges =
+                    self.challenges_of_api(question, endpoint).await.inspect_err(of_host)?;
             }
             if attempt == MAXIMUM_ATTEMPTS {
                 return Ok(answer);
@@ -73,7 +77,8 @@ impl Registry {
             let next = self
                 .session
                 .answer(&self.transport, endpoint, repository, &challenges, credential, &proof)
-                .await?;
+                .await
+                .inspect_err(of_host)?;
             if proof.is_no_better(&next) {
                 return Ok(answer);
             }
@@ -97,6 +102,9 @@ impl Registry {
             what: &question.what,
         };
         let answer = self.transport.send(request).await?;
+        if matches!(answer.status().as_u16(), 429 | 503) && !answer.redirected {
+            return Err(answer.refusal(&question.what, question.is_anonymous_at(endpoint)));
+        }
         let asks = answer.status() == StatusCode::UNAUTHORIZED && !answer.redirected;
         let challenges = if asks { challenge::read(answer.response.headers()) } else { Vec::new() };
         answer.discard().await;

@@ -1,6 +1,11 @@
 //! How registries are spared: what one refused is not asked again at once, and one that
 //! asks for patience gets it, from all of this node that show the same credential.
 //!
+//! A rate limit (429, 503) holds for the repository that was asked for, as registries and the
+//! proxies before them count by repository, too. Requests to other repositories of the host with
+//! the same credential are trials meanwhile, [`TRIAL_INTERVAL`] apart, until each is answered. What
+//! the token endpoint or `/v2/` says holds for the whole host.
+//!
 //! The kubelet brings a pod that cannot start back for ever, and every pod of the same
 //! artifact with it. A refusal that keeps coming is remembered, for half a second at first,
 //! and for twice as long with each that follows: a late push is seen at once or soon, and
@@ -14,6 +19,7 @@ use tokio::time::Instant;
 
 use super::error::{self, RegistryError};
 use super::recent::Recent;
+use crate::oci::Repository;
 use crate::oci::credentials::Credential;
 
 /// Things that are remembered of each kind; forgetting one costs a request.
@@ -28,6 +34,9 @@ const REFUSED: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 const SPARED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
 /// Patience that is shorter is simply had; longer, the caller is told.
 const WAITED: Duration = Duration::from_secs(5);
+/// Time between two trials of a host that limits the rate of one of its repositories: a limit of
+/// the whole host costs it four requests a second, and each repository not more than one.
+const TRIAL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The memory of one process.
 #[derive(Debug)]
@@ -37,10 +46,29 @@ pub(super) struct Manners {
     state: Mutex<State>,
 }
 
+/// Names a host and a credential, or a repository of that host and a credential.
+type Key = [u8; 32];
+
 #[derive(Debug)]
 struct State {
-    refused: Recent<([u8; 32], String), Remembered>,
-    spared: Recent<[u8; 32], Remembered>,
+    refused: Recent<(Key, String), Remembered>,
+    /// Of hosts and of repositories.
+    spared: Recent<Key, Remembered>,
+    /// Of hosts that limit the rate of a repository.
+    trials: Recent<Key, Trials>,
+    /// When a repository of such a host was last answered without a limit.
+    answered: Recent<Key, Instant>,
+}
+
+/// How the other repositories of a host are asked while one is rate-limited.
+#[derive(Clone, Copy, Debug)]
+struct Trials {
+    /// A repository that was answered after this is not limited.
+    since: Instant,
+    /// The last limit ends then.
+    until: Instant,
+    /// When the next trial may be made.
+    next: Instant,
 }
 
 /// What a registry said, when, for how long that holds, and for the how manieth time in a row.
@@ -55,10 +83,22 @@ struct Remembered {
 /// Somebody who asks a registry for something.
 pub(super) struct Asker {
     /// Registry and credential.
-    who: [u8; 32],
+    who: Key,
+    /// The same, and the repository.
+    repository: Key,
+    host: String,
     /// What for, as errors name it.
     what: String,
     since: Instant,
+}
+
+/// What a request has to wait for.
+enum Patience {
+    Nothing,
+    /// The time that the registry asked for, and what it said.
+    Asked(Duration, RegistryError),
+    /// The turn of its trial.
+    Trial(Duration),
 }
 
 impl Manners {
@@ -66,47 +106,60 @@ impl Manners {
         let mut salt = [0; 32];
         getrandom::fill(&mut salt)
             .map_err(|error| RegistryError::Setup { reason: error::reason(&error.to_string()) })?;
-        let (refused, spared) = (Recent::new(MAXIMUM_REMEMBERED), Recent::new(MAXIMUM_REMEMBERED));
-        Ok(Self { salt, state: Mutex::new(State { refused, spared }) })
+        let state = State {
+            refused: Recent::new(MAXIMUM_REMEMBERED),
+            spared: Recent::new(MAXIMUM_REMEMBERED),
+            trials: Recent::new(MAXIMUM_REMEMBERED),
+            answered: Recent::new(MAXIMUM_REMEMBERED),
+        };
+        Ok(Self { salt, state: Mutex::new(state) })
     }
 
-    pub(super) fn asker(&self, host: &str, credential: &Credential, what: &str) -> Asker {
+    pub(super) fn asker(
+        &self,
+        host: &str,
+        repository: &Repository,
+        credential: &Credential,
+        what: &str,
+    ) -> Asker {
         let mut hasher = sha2::Sha256::new();
         hasher.update(self.salt);
         hasher.update(host);
         hasher.update([0]);
         hasher.update(credential.principal_material());
-        let (who, what) = (hasher.finalize().into(), what.to_owned());
-        Asker { who, what, since: Instant::now() }
+        let who: Key = hasher.finalize().into();
+        let mut hasher = sha2::Sha256::new();
+        hasher.update(who);
+        hasher.update(repository.to_string());
+        let (repository, host) = (hasher.finalize().into(), host.to_owned());
+        Asker { who, repository, host, what: what.to_owned(), since: Instant::now() }
     }
 
     /// Returns when it may be asked, or what it has said just now.
     pub(super) async fn before(&self, asker: &Asker) -> Result<(), RegistryError> {
-        let now = Instant::now();
-        let patience = {
-            let mut state = self.state();
-            let refused = state.refused.get(&(asker.who, asker.what.clone()));
-            if let Some(refused) = refused.filter(|refused| refused.until > now) {
-                return Err(refused.error);
+        let patience = self.state().patience(asker)?;
+        match patience {
+            Patience::Nothing => {}
+            Patience::Asked(left, error) if left > WAITED => {
+                // It may have been told to another caller, of another thing.
+                return Err(with_patience(error, left).about(&asker.what));
             }
-            state.spared.get(&asker.who).filter(|spared| spared.until > now)
-        };
-        let Some(Remembered { error, until, .. }) = patience else { return Ok(()) };
-        let left = until.duration_since(now);
-        if left > WAITED {
-            // It may have been told to another caller, of another thing.
-            return Err(with_patience(error, left).about(&asker.what));
+            Patience::Trial(left) if left > WAITED => {
+                let (host, what) = (asker.host.clone(), asker.what.clone());
+                return Err(RegistryError::RateLimited { host, what, retry_after: Some(left) });
+            }
+            Patience::Asked(left, _) | Patience::Trial(left) => tokio::time::sleep(left).await,
         }
-        tokio::time::sleep(left).await;
         Ok(())
     }
 
-    /// Remembers what it said.
+    /// Remembers what it said of a repository.
     pub(super) fn after<T>(&self, asker: &Asker, outcome: &Result<T, RegistryError>) {
         let mut state = self.state();
         let key = (asker.who, asker.what.clone());
         match outcome {
             Err(error) if is_refusal(error) => {
+                state.has_answered(asker);
                 let before = state.refused.get(&key);
                 if let Some(next) = next(before, asker, error, |count| {
                     doubled(REFUSED, count.checked_sub(FREE + 1))
@@ -115,27 +168,90 @@ impl Manners {
                 }
             }
             Err(error) if is_plea(error) => {
-                let (wish, before) = (asked_patience(error), state.spared.get(&asker.who));
-                let lasts =
-                    |count: u32| wish.unwrap_or_else(|| doubled(SPARED, count.checked_sub(1)));
-                if let Some(next) = next(before, asker, error, lasts) {
-                    state.spared.insert(asker.who, next);
+                if let Some(until) = state.spare(asker.repository, asker, error) {
+                    state.try_others_until(asker.who, until);
                 }
+                state.answered.remove(&asker.repository);
             }
             Err(_) => {}
             Ok(_) => {
                 state.refused.remove(&key);
-                // Whoever was asked before the plea proves nothing.
-                let spared = state.spared.get(&asker.who);
-                if spared.is_some_and(|spared| spared.since < asker.since) {
-                    state.spared.remove(&asker.who);
+                state.has_answered(asker);
+                for key in [asker.who, asker.repository] {
+                    // Whoever was asked before the plea proves nothing.
+                    let spared = state.spared.get(&key);
+                    if spared.is_some_and(|spared| spared.since < asker.since) {
+                        state.spared.remove(&key);
+                    }
                 }
             }
         }
     }
 
+    /// Remembers a rate limit of the token endpoint or of `/v2/`, which is one of the whole host.
+    pub(super) fn host_said(&self, asker: &Asker, error: &RegistryError) {
+        if is_plea(error) {
+            self.state().spare(asker.who, asker, error);
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What this request has to wait for. A trial has its turn from now on.
+    fn patience(&mut self, asker: &Asker) -> Result<Patience, RegistryError> {
+        let now = Instant::now();
+        let refused = self.refused.get(&(asker.who, asker.what.clone()));
+        if let Some(refused) = refused.filter(|refused| refused.until > now) {
+            return Err(refused.error);
+        }
+        let spared = [asker.who, asker.repository].map(|key| self.spared.get(&key));
+        let longest = spared.into_iter().flatten().max_by_key(|spared| spared.until);
+        if let Some(Remembered { error, until, .. }) = longest.filter(|spared| spared.until > now) {
+            return Ok(Patience::Asked(until.duration_since(now), error));
+        }
+        let Some(trials) = self.trials.get(&asker.who).filter(|trials| trials.until > now) else {
+            return Ok(Patience::Nothing);
+        };
+        if self.answered.get(&asker.repository).is_some_and(|answered| answered >= trials.since) {
+            return Ok(Patience::Nothing);
+        }
+        let turn = trials.next.max(now);
+        let left = turn.duration_since(now);
+        if left <= WAITED {
+            self.trials.insert(asker.who, Trials { next: turn + TRIAL_INTERVAL, ..trials });
+        }
+        Ok(Patience::Trial(left))
+    }
+
+    /// Leaves a host or repository alone as it asked for; returns until when, unless that was known.
+    fn spare(&mut self, key: Key, asker: &Asker, error: &RegistryError) -> Option<Instant> {
+        let (wish, before) = (asked_patience(error), self.spared.get(&key));
+        let lasts = |count: u32| wish.unwrap_or_else(|| doubled(SPARED, count.checked_sub(1)));
+        let next = next(before, asker, error, lasts)?;
+        let until = next.until;
+        self.spared.insert(key, next);
+        Some(until)
+    }
+
+    /// From now on other repositories of the host are asked by trials.
+    fn try_others_until(&mut self, host: Key, until: Instant) {
+        let now = Instant::now();
+        let begun = Trials { since: now, until, next: now };
+        let known = self.trials.get(&host).filter(|known| known.until > now);
+        let until = known.map_or(until, |known| known.until.max(until));
+        self.trials.insert(host, Trials { until, ..known.unwrap_or(begun) });
+    }
+
+    /// The repository is not limited. Of no interest while none of its host is.
+    fn has_answered(&mut self, asker: &Asker) {
+        let trials = self.trials.get(&asker.who);
+        if trials.is_some_and(|trials| trials.until > asker.since && trials.since <= asker.since) {
+            self.answered.insert(asker.repository, Instant::now());
+        }
     }
 }
 
@@ -202,7 +318,21 @@ mod tests {
     fn asker(manners: &Manners, password: &str, what: &str) -> Asker {
         let (username, password) = ("u".to_owned(), password.to_owned());
         let credential = Credential::Basic { username, password };
-        manners.asker("r.io", &credential, what)
+        manners.asker("r.io", &repository("a"), &credential, what)
+    }
+
+    fn repository(name: &str) -> Repository {
+        let reference: crate::oci::Reference = format!("r.io/{name}").parse().unwrap();
+        reference.repository().clone()
+    }
+
+    /// Asks with no credential for something of a repository, which is answered.
+    async fn succeeds(manners: &Manners, name: &str) -> Result<Duration, RegistryError> {
+        let (started, what) = (Instant::now(), format!("manifest of {name}"));
+        let asker = manners.asker("r.io", &repository(name), &Credential::Anonymous, &what);
+        manners.before(&asker).await?;
+        manners.after(&asker, &Ok(()));
+        Ok(started.elapsed())
     }
 
     fn gone() -> Result<(), RegistryError> {
@@ -244,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_plea_holds_for_everything_that_the_credential_asks_for() {
+    async fn a_plea_holds_for_everything_that_the_credential_asks_of_the_repository() {
         let manners = Manners::new().unwrap();
         manners.after(&asker(&manners, "p", "blob 1"), &limited(Some(60)));
         let other = asker(&manners, "p", "blob 2");
@@ -255,6 +385,49 @@ mod tests {
         let started = Instant::now();
         assert_eq!(manners.before(&other).await, Ok(()), "what is short is waited for");
         assert_eq!(started.elapsed(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_of_one_repository_leaves_the_others_to_trials() {
+        let manners = Manners::new().unwrap();
+        let limited_one =
+            manners.asker("r.io", &repository("a"), &Credential::Anonymous, "manifest of a");
+        manners.after(&limited_one, &limited(Some(600)));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        let told = manners.before(&limited_one).await.unwrap_err();
+        assert!(told.to_string().contains("manifest of a"), "{told}");
+        // All at once: one after the other, and no more than can be waited for.
+        let names: Vec<_> = (0..30).map(|number| format!("b{number}")).collect();
+        let all = futures_util::future::join_all(names.iter().map(|name| succeeds(&manners, name)));
+        let mut waits = Vec::new();
+        for (outcome, name) in all.await.into_iter().zip(&names) {
+            match outcome {
+                Ok(waited) => waits.push(waited),
+                Err(error) => assert!(error.to_string().contains(&format!("of {name}:"))),
+            }
+        }
+        let expected: Vec<_> = (0..=20).map(|turn| TRIAL_INTERVAL * turn).collect();
+        assert_eq!(waits, expected);
+        for _ in 0..100 {
+            assert_eq!(succeeds(&manners, "b0").await, Ok(Duration::ZERO), "it has been answered");
+        }
+        // A host whose limit is over is asked as ever.
+        tokio::time::advance(Duration::from_mins(10)).await;
+        assert_eq!(succeeds(&manners, "c").await, Ok(Duration::ZERO));
+        assert_eq!(succeeds(&manners, "d").await, Ok(Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_of_the_host_holds_for_all_its_repositories_and_names_none() {
+        let manners = Manners::new().unwrap();
+        let asker =
+            manners.asker("r.io", &repository("a"), &Credential::Anonymous, "manifest of a");
+        manners.host_said(&asker, &limited(Some(60)).unwrap_err());
+        let told = succeeds(&manners, "b").await.unwrap_err();
+        assert!(told.to_string().contains("manifest of b"), "{told}");
+        tokio::time::advance(Duration::from_secs(56)).await;
+        assert_eq!(succeeds(&manners, "b").await, Ok(Duration::from_secs(4)));
+        assert_eq!(succeeds(&manners, "c").await, Ok(Duration::ZERO));
     }
 
     #[tokio::test(start_paused = true)]

@@ -82,7 +82,7 @@ pub use referrers::Referrers;
 use self::documents::Documents;
 use self::endpoint::Endpoint;
 use self::hosts::Hosts;
-use self::manners::Manners;
+use self::manners::{Asker, Manners};
 use self::passed_by::{PassedBy, Standing};
 use self::question::{Needs, Question, Turns};
 use self::recent::Recent;
@@ -558,13 +558,18 @@ impl Registry {
         exchange: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {
         endpoint.check(self.transport.rules())?;
-        let host = transport::authority(&endpoint.root);
-        let credential = question.credential_for(endpoint);
-        let asker = self.manners.asker(&host, credential, &question.what);
+        let asker = self.asker(question, endpoint);
         self.manners.before(&asker).await?;
         let outcome = exchange.await;
         self.manners.after(&asker, &outcome);
         outcome
+    }
+
+    /// Whose patience counts at a host.
+    fn asker(&self, question: &Question<'_>, endpoint: &Endpoint) -> Asker {
+        let host = transport::authority(&endpoint.root);
+        let credential = question.credential_for(endpoint);
+        self.manners.asker(&host, question.repository, credential, &question.what)
     }
 
     /// The time that one exchange with one host has.

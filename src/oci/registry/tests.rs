@@ -342,6 +342,38 @@ async fn retry_after_is_passed_on() {
 }
 
 #[tokio::test]
+async fn a_rate_limit_is_of_one_repository_unless_the_token_endpoint_or_the_api_says_it() {
+    let limit = || answer(429, &[("retry-after", "60")], "");
+    // Who is asked for the first repository, and says so; whether the other one is asked then.
+    for (limited_path, is_asked) in [("/v2/a/", true), ("/token", false), ("/v2/", false)] {
+        let server = Server::start(move |seen, host| {
+            match (&*seen.path, limited_path) {
+                (path, "/v2/a/") if path.starts_with("/v2/a/") => limit(),
+                (path, limited) if path == limited => limit(),
+                // Hidden from who shows nothing: the API is asked how to show something.
+                (path, "/v2/") if path.starts_with("/v2/a/") => status(404),
+                (path, "/token") if path.starts_with("/v2/a/") => challenge_at(host),
+                _ => ok(MANIFEST),
+            }
+        })
+        .await;
+        let of = |name: &str| repository(&format!("{}/{name}", server.address));
+        let (registry, credential) = (registry(), basic_credential());
+        let (first, second) = (of("a/app"), of("b/app"));
+        let error = discreet(registry.manifest(&first, &tag(), &credential).await);
+        assert!(matches!(error, RegistryError::RateLimited { .. }), "{limited_path}: {error:?}");
+        let other = registry.manifest(&second, &tag(), &credential).await;
+        assert_eq!(other.is_ok(), is_asked, "{limited_path}: {other:?}");
+        if let Err(error) = other {
+            assert!(!error.to_string().contains("a/app"), "{error}");
+            assert!(!server.seen().iter().any(|seen| seen.path.starts_with("/v2/b/")));
+        }
+        let anonymous = registry.manifest(&second, &tag(), &Credential::Anonymous).await;
+        assert!(anonymous.is_ok(), "another credential has a limit of its own");
+    }
+}
+
+#[tokio::test]
 async fn what_storage_asks_for_is_no_word_of_the_registry() {
     for code in [429, 503] {
         let storage = Server::start(move |_, _| answer(code, &[("retry-after", "60")], "")).await;
