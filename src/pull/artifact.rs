@@ -342,7 +342,7 @@ impl Inner {
         // Those who show the same of another repository make the same tree.
         let building = self.background.hurried(self.building.lock(key)).await;
         // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
-        let permit = self.unpackers.permit(progress).await?;
+        let permit = self.unpackers.permit(progress).await;
         let built = blocking(move || {
             let _permit = permit;
             if let Some(tree) = inner.store.tree(key)? {

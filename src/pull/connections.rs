@@ -17,7 +17,7 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::error::PullError;
 use super::idle::Processors;
@@ -41,8 +41,12 @@ const LITTLE: u64 = 32 << 20;
 /// A mirror whose connection breaks before this is passed by, and at any place one that trickles or
 /// ends its answer too early: what it saves the registry is not worth what asking it costs.
 const WORTH_A_MIRROR: u64 = 1 << 20;
-/// A connection that others wait for is given up after this, where its rest can be had later.
+/// A connection that others wait for gives way after this.
 const TURN: Duration = Duration::from_secs(20);
+/// The same where its tenant holds more connections than the tenant that waits.
+const TENANT_TURN: Duration = Duration::from_secs(1);
+/// Time between two looks at who waits.
+const TURN_CHECK: Duration = Duration::from_millis(250);
 /// A blob whose next try is further away than this does not keep its place from those that wait for one.
 const SHORT: Duration = Duration::from_secs(5);
 /// How often it is looked whether somebody does.
@@ -210,7 +214,7 @@ impl<'a> Connections<'a> {
     async fn bring(&self, mut slot: Option<Slot>, retries: &mut Retries) -> Result<(), Failure> {
         let mut running = FuturesUnordered::new();
         let mut looks = tokio::time::interval(LOOK);
-        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pace = Pace::new(&self.busy, self.state().spans.missing());
         loop {
             while self.wants_more_than(running.len()) {
@@ -336,7 +340,7 @@ impl<'a> Connections<'a> {
     /// One connection, from its request to its end.
     async fn connection(&self, number: u32, slot: Slot) -> End {
         let _counted = Counted::new(&*self.wire.observer);
-        let end = self.stream(number, &slot).await;
+        let end = self.stream(number, slot).await;
         self.state().spans.finish(number);
         match end {
             Ok(()) => End::Done,
@@ -352,7 +356,7 @@ impl<'a> Connections<'a> {
         self.state().spans.of(number)
     }
 
-    async fn stream(&self, number: u32, slot: &Slot) -> Result<(), Stop> {
+    async fn stream(&self, number: u32, slot: Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
         if self.only_answer {
             self.state().spans.advance(number, self.size);
@@ -372,14 +376,33 @@ impl<'a> Connections<'a> {
         ended
     }
 
-    async fn receive(&self, number: u32, slot: &Slot, mut body: BlobBody) -> Result<(), Stop> {
+    async fn receive(&self, number: u32, mut slot: Slot, mut body: BlobBody) -> Result<(), Stop> {
         let rate = self.state().rates.pop().map(Rate::resumed);
         let mut rate = rate.unwrap_or_else(|| {
             Rate::new(self.wire.options.least_rate, self.wire.options.rate_window)
         });
-        let since = Instant::now();
+        let mut since = Instant::now();
+        let mut checks = tokio::time::interval_at(since + TENANT_TURN, TURN_CHECK);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let chunk = match body.chunk().await {
+            let Some(next) = self.next_chunk(&mut body, &slot, since, &mut checks).await else {
+                // It may be one that sends nothing in any of its turns.
+                if let Err(trickled) = rate.keeps(0) {
+                    return Err(Stop::Broke(Break { trickled, ..self.too_slow().into() }));
+                }
+                if self.state().ranges == Ranges::Sent {
+                    self.state().rates.push(rate.paused());
+                    return Ok(());
+                }
+                // What a source without ranges has begun cannot be continued by another connection:
+                // this one stays open, and no byte is read until it has a slot again.
+                rate = rate.paused();
+                drop(slot);
+                slot = self.wire.slots.acquire(self.ask.clone()).await;
+                (rate, since) = (rate.resumed(), Instant::now());
+                continue;
+            };
+            let chunk = match next {
                 Ok(Some(chunk)) => chunk,
                 // All that was wanted is here, however it ended.
                 _ if self.span(number).is_empty() => return Ok(()),
@@ -413,13 +436,31 @@ impl<'a> Connections<'a> {
             {
                 return Err(Stop::Broke(Break { trickled, ..self.too_slow().into() }));
             }
-            if step == Step::More
-                && self.state().ranges == Ranges::Sent
-                && since.elapsed() > TURN
-                && self.wire.slots.is_wanted(slot)
-            {
-                self.state().rates.push(rate.paused());
-                return Ok(());
+        }
+    }
+
+    /// Waits for the next bytes of a connection. None when it has to give way to others.
+    async fn next_chunk(
+        &self,
+        body: &mut BlobBody,
+        slot: &Slot,
+        since: Instant,
+        checks: &mut Interval,
+    ) -> Option<Result<Option<Bytes>, RegistryError>> {
+        let slots = &self.wire.slots;
+        // Kept over the checks: a source that is silent has the same time as without them.
+        let mut chunk = std::pin::pin!(body.chunk());
+        loop {
+            tokio::select! {
+                chunk = &mut chunk => return Some(chunk),
+                _ = checks.tick() => {
+                    let elapsed = since.elapsed();
+                    if elapsed > TURN && slots.is_wanted(slot)
+                        || elapsed >= TENANT_TURN && slots.is_owed(slot)
+                    {
+                        return None;
+                    }
+                }
             }
         }
     }

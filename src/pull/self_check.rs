@@ -262,7 +262,7 @@ impl Inner {
         }
         // As few at once as layers are unpacked; what nobody waits for is one at a time.
         let mut permit = match progress.priority() {
-            Priority::Pod => Some(self.unpackers.permit(&progress).await?),
+            Priority::Pod => Some(self.unpackers.permit(&progress).await),
             Priority::Warm => None,
         };
         let stop = Arc::new(AtomicBool::new(false));

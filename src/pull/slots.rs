@@ -2,9 +2,13 @@
 //! that is under way.
 //!
 //! Slots are given one at a time to whom [`choose`] picks: publishes before warming,
-//! then the artifact that has the fewest, then who came first; a host has no more
+//! then the tenant that has the fewest, then the artifact, then who came first; a host has no more
 //! than its share, so that one that trickles leaves room for the others. Warming has
 //! half of all at most: a pod does not wait until it lets go of one.
+//!
+//! A tenant holds at most [`HELD_FOR_EACH_FREE`] slots for each that is free. One alone leaves a
+//! quarter to others, two leave a seventh: however many there are, the next one seldom waits. If
+//! it does, [`Slots::is_owed`] tells those who have more than it to hand over what they hold.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -13,8 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 use super::progress::Progress;
+use super::tenant::Tenant;
 use super::want::Priority;
 use crate::background::Background;
+
+/// Slots that one tenant may hold for each slot that is free: alone it has three quarters of all,
+/// as much as the default for one registry.
+const HELD_FOR_EACH_FREE: usize = 3;
 
 /// All slots of a node.
 #[derive(Debug)]
@@ -27,6 +36,8 @@ pub struct Slots {
 struct Shared {
     total: usize,
     per_host: usize,
+    /// See [`HELD_FOR_EACH_FREE`].
+    held_for_each_free: usize,
     state: Mutex<State>,
 }
 
@@ -38,6 +49,7 @@ struct State {
     taken: usize,
     /// Of these, by warming.
     behind: usize,
+    by_tenant: HashMap<Tenant, usize>,
     by_artifact: HashMap<u64, usize>,
     by_host: HashMap<String, usize>,
 }
@@ -52,7 +64,7 @@ struct Waiting {
 /// Who asks.
 #[derive(Clone, Debug)]
 pub struct Ask {
-    /// Says how urgent it is, which may change while it waits.
+    /// Says how urgent it is and which tenants wait, which may change while it waits.
     pub urgency: Arc<Progress>,
     /// Which artifact it is for; any number that is the artifact's own.
     pub artifact: u64,
@@ -65,6 +77,7 @@ pub struct Ask {
 pub struct Slot {
     shared: Arc<Shared>,
     priority: Priority,
+    tenant: Tenant,
     artifact: u64,
     host: String,
 }
@@ -74,7 +87,16 @@ impl Slots {
     #[must_use]
     pub fn new(total: usize, per_host: usize, background: Background) -> Self {
         let state = Mutex::default();
-        let shared = Shared { total: total.max(1), per_host: per_host.max(1), state };
+        let (total, per_host) = (total.max(1), per_host.max(1));
+        let shared = Shared { total, per_host, held_for_each_free: HELD_FOR_EACH_FREE, state };
+        Self { shared: Arc::new(shared), background }
+    }
+
+    /// `total` slots, all of which one host or tenant may have while no other wants one.
+    #[must_use]
+    pub fn without_reserve(total: usize, background: Background) -> Self {
+        let (total, state) = (total.max(1), Mutex::default());
+        let shared = Shared { total, per_host: total, held_for_each_free: total, state };
         Self { shared: Arc::new(shared), background }
     }
 
@@ -126,19 +148,24 @@ impl Slots {
         (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
     }
 
-    /// Whether somebody waits who could use the slot of this host.
+    /// Whether somebody waits who could use this slot.
     #[must_use]
     pub fn is_wanted(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
-        let fits = |waiting: &Waiting| {
-            let Ask { urgency, host, .. } = &waiting.ask;
-            let of_host = *host == slot.host || state.has_room(host, self.shared.per_host);
-            let of_kind = urgency.priority() == Priority::Pod
-                || slot.priority == Priority::Warm
-                || state.behind < self.shared.most_behind();
-            of_host && of_kind
-        };
-        state.waiting.iter().any(fits)
+        state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
+    }
+
+    /// Whether a tenant waits that could use this slot and would still hold fewer than the tenant
+    /// of this one.
+    #[must_use]
+    pub fn is_owed(&self, slot: &Slot) -> bool {
+        let state = self.shared.lock();
+        let held = state.held_by(&slot.tenant);
+        state.waiting.iter().any(|Waiting { ask, .. }| {
+            ask.urgency.priority() <= slot.priority
+                && state.tenant_of(ask).1 + 1 < held
+                && self.shared.could_use(&state, ask, slot)
+        })
     }
 
     /// Slots in use.
@@ -162,16 +189,35 @@ impl Shared {
     fn may(&self, state: &State, ask: &Ask) -> bool {
         let stays_behind =
             ask.urgency.priority() == Priority::Pod || state.behind < self.most_behind();
-        stays_behind && state.has_room(&ask.host, self.per_host)
+        let free = self.total.saturating_sub(state.taken);
+        let (_, held) = state.tenant_of(ask);
+        stays_behind
+            && state.has_room(&ask.host, self.per_host)
+            && held < self.held_for_each_free * free
+    }
+
+    /// Whether who asks might have this slot, if it were free.
+    fn could_use(&self, state: &State, ask: &Ask, slot: &Slot) -> bool {
+        let of_host = ask.host == slot.host || state.has_room(&ask.host, self.per_host);
+        let of_kind = ask.urgency.priority() == Priority::Pod
+            || slot.priority == Priority::Warm
+            || state.behind < self.most_behind();
+        let (tenant, held) = state.tenant_of(ask);
+        let held = held - usize::from(tenant == slot.tenant);
+        let free = self.total + 1 - state.taken;
+        of_host && of_kind && held < self.held_for_each_free * free
     }
 
     fn take(self: &Arc<Self>, state: &mut State, ask: &Ask) -> Slot {
         let priority = ask.urgency.priority();
+        let (tenant, _) = state.tenant_of(ask);
         state.taken += 1;
         state.behind += usize::from(priority == Priority::Warm);
+        *state.by_tenant.entry(tenant.clone()).or_default() += 1;
         *state.by_artifact.entry(ask.artifact).or_default() += 1;
         *state.by_host.entry(ask.host.clone()).or_default() += 1;
-        Slot { shared: Arc::clone(self), priority, artifact: ask.artifact, host: ask.host.clone() }
+        let (artifact, host) = (ask.artifact, ask.host.clone());
+        Slot { shared: Arc::clone(self), priority, tenant, artifact, host }
     }
 
     /// Gives free slots to those who wait.
@@ -181,9 +227,7 @@ impl Shared {
         let mut refused = Vec::new();
         while state.taken < self.total {
             let asks = state.waiting.iter().map(|waiting| &waiting.ask);
-            let Some(chosen) = choose(asks, &state.by_artifact, |ask| self.may(&state, ask)) else {
-                break;
-            };
+            let Some(chosen) = choose(asks, &state, |ask| self.may(&state, ask)) else { break };
             let Waiting { ask, grant, .. } = state.waiting.remove(chosen);
             let slot = self.take(&mut state, &ask);
             if let Err(slot) = grant.send(slot) {
@@ -196,6 +240,22 @@ impl Shared {
 }
 
 impl State {
+    /// The tenant in whose name a slot is taken, and how many it holds: of those that wait for the
+    /// same, the one that holds the fewest.
+    fn tenant_of(&self, ask: &Ask) -> (Tenant, usize) {
+        let tenants = ask.urgency.tenants().into_iter();
+        let held = tenants.map(|tenant| {
+            let held = self.held_by(&tenant);
+            (tenant, held)
+        });
+        held.min_by_key(|(_, held)| *held)
+            .unwrap_or_else(|| (Tenant::Config, self.held_by(&Tenant::Config)))
+    }
+
+    fn held_by(&self, tenant: &Tenant) -> usize {
+        self.by_tenant.get(tenant).copied().unwrap_or_default()
+    }
+
     fn has_room(&self, host: &str, per_host: usize) -> bool {
         self.by_host.get(host).copied().unwrap_or_default() < per_host
     }
@@ -204,14 +264,17 @@ impl State {
 /// Which of those who wait is next.
 fn choose<'a>(
     waiting: impl Iterator<Item = &'a Ask>,
-    by_artifact: &HashMap<u64, usize>,
+    state: &State,
     may: impl Fn(&Ask) -> bool,
 ) -> Option<usize> {
-    let count = |artifact: &u64| by_artifact.get(artifact).copied().unwrap_or_default();
+    let held_by = |artifact: &u64| state.by_artifact.get(artifact).copied().unwrap_or_default();
     waiting
         .enumerate()
         .filter(|(_, ask)| may(ask))
-        .min_by_key(|(place, ask)| (ask.urgency.priority(), count(&ask.artifact), *place))
+        .min_by_key(|(place, ask)| {
+            let (_, of_tenant) = state.tenant_of(ask);
+            (ask.urgency.priority(), of_tenant, held_by(&ask.artifact), *place)
+        })
         .map(|(place, _)| place)
 }
 
@@ -231,6 +294,7 @@ impl Drop for Slot {
         let mut state = self.shared.lock();
         state.taken -= 1;
         state.behind -= usize::from(self.priority == Priority::Warm);
+        release(&mut state.by_tenant, &self.tenant);
         release(&mut state.by_artifact, &self.artifact);
         release(&mut state.by_host, &self.host);
         drop(state);
@@ -255,6 +319,14 @@ mod tests {
         let urgency = Arc::new(Progress::default());
         urgency.raise(priority);
         Ask { urgency, artifact, host: host.to_owned() }
+    }
+
+    /// Of a namespace, and from a registry of its own.
+    fn ask_of(namespace: &str, artifact: u64) -> Ask {
+        let ask = ask(Priority::Pod, artifact, &format!("registry-{artifact}"));
+        let tenant = Tenant::Namespace(namespace.into());
+        ask.urgency.enter(&super::super::Caller::new(Priority::Pod, tenant));
+        ask
     }
 
     fn slots(total: usize, per_host: usize) -> Slots {
@@ -303,6 +375,47 @@ mod tests {
         drop(many);
         assert!(futures_util::poll!(&mut second).is_pending(), "it has one already");
         assert!(futures_util::poll!(&mut few).is_ready());
+    }
+
+    #[tokio::test]
+    async fn a_tenant_of_many_registries_leaves_a_quarter_to_others() {
+        let slots = slots(16, 12);
+        let many: Vec<_> = (0..).map_while(|number| slots.spare(&ask_of("many", number))).collect();
+        assert_eq!(many.len(), 12);
+        let mut next = Box::pin(slots.acquire(ask_of("many", 99)));
+        assert!(futures_util::poll!(&mut next).is_pending());
+        assert!(!slots.is_owed(&many[0]), "its own tenant waits");
+        let few = slots.spare(&ask_of("few", 100)).expect("at once");
+        drop((few, many));
+        assert!(futures_util::poll!(&mut next).is_ready());
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_waits_is_owed_what_another_has_more() {
+        let slots = slots(2, 2);
+        let held = [slots.acquire(ask_of("many", 1)).await, slots.acquire(ask_of("many", 2)).await];
+        let mut same = Box::pin(slots.acquire(ask_of("many", 3)));
+        assert!(futures_util::poll!(&mut same).is_pending());
+        let mut few = Box::pin(slots.acquire(ask_of("few", 4)));
+        assert!(futures_util::poll!(&mut few).is_pending());
+        assert!(slots.is_owed(&held[0]));
+        let [first, second] = held;
+        drop(first);
+        assert!(futures_util::poll!(&mut same).is_pending(), "it came first, and has one");
+        assert!(futures_util::poll!(&mut few).is_ready());
+        assert!(!slots.is_owed(&second), "each has one");
+    }
+
+    #[tokio::test]
+    async fn what_two_tenants_wait_for_is_taken_in_the_name_of_the_one_with_fewer() {
+        let slots = slots(4, 4);
+        let many: Vec<_> = (0..).map_while(|number| slots.spare(&ask_of("many", number))).collect();
+        assert_eq!(many.len(), 3);
+        let shared = ask_of("many", 9);
+        assert!(slots.spare(&shared).is_none());
+        let tenant = Tenant::Namespace("few".into());
+        shared.urgency.enter(&super::super::Caller::new(Priority::Pod, tenant));
+        assert!(slots.spare(&shared).is_some());
     }
 
     #[tokio::test]

@@ -4,6 +4,9 @@
 //! whole blob is verified: until then nothing has a name, and a refusal may be the
 //! fault of bytes that are not the blob's. A layer that waits for a slow wire gives its
 //! turn to layers that are here, and is unpacked when it is here itself.
+//!
+//! Permits are shared by tenant. An unpacking whose tenant holds more than one that waits gives its
+//! permit back at the next read of its input, and goes on when it has one again.
 
 use std::collections::VecDeque;
 use std::io::Read;
@@ -11,12 +14,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::error::PullError;
 use super::progress::Progress;
-use super::want::Priority;
+use super::slots::{Ask, Slot, Slots};
 use crate::background::Background;
 use crate::oci::Digest;
 use crate::store::growth::Follower;
@@ -29,6 +33,8 @@ use crate::unpack::{Limits, PermissionsRule, archive};
 const PLAIN_WINDOW_LOG: u32 = 23;
 /// Who waited for more than half of at least this time gives way.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Time between two looks at whether an unpacking has to give way to another tenant.
+const TENANT_CHECK: Duration = Duration::from_millis(50);
 /// Verdicts that are remembered.
 const MAXIMUM_REFUSALS: usize = 1024;
 
@@ -39,15 +45,11 @@ pub struct Unpackers(Arc<Shared>);
 struct Shared {
     store: Store,
     limits: Limits,
-    permits: Arc<Semaphore>,
-    /// Warming needs one of these besides: half of them, so that a pod need not wait for it.
-    behind: Arc<Semaphore>,
-    most_behind: usize,
+    permits: Slots,
+    at_once: usize,
+    /// Unpackings that have given way to another tenant, and keep their windows meanwhile.
+    paused: AtomicUsize,
     background: Background,
-    /// Layers that are here and wait for a permit.
-    waiting: AtomicUsize,
-    /// The same of warming, which have no right to the others' half.
-    waiting_behind: AtomicUsize,
     /// For windows that take a lot of memory.
     wide: Semaphore,
     refusals: Mutex<Refusals>,
@@ -60,8 +62,17 @@ struct Refusals(VecDeque<(String, LayerKey, Arc<PullError>)>);
 
 /// The right to do work that takes memory and disk.
 pub struct Permit {
-    _one_of_all: OwnedSemaphorePermit,
-    one_behind: Option<OwnedSemaphorePermit>,
+    unpackers: Unpackers,
+    ask: Ask,
+    /// None while it has been given back.
+    slot: Mutex<Option<Slot>>,
+}
+
+/// Input of an unpacking, which gives way between two reads.
+struct GivingWay<R> {
+    input: R,
+    permit: Arc<Permit>,
+    checked: Instant,
 }
 
 /// A thread that unpacks what grows.
@@ -88,56 +99,31 @@ impl Unpackers {
         wide: usize,
         background: Background,
     ) -> Self {
-        let most_behind = (at_once / 2).max(1);
+        let at_once = at_once.max(1);
         Self(Arc::new(Shared {
             store,
             limits,
-            permits: Arc::new(Semaphore::new(at_once.max(1))),
-            behind: Arc::new(Semaphore::new(most_behind)),
-            most_behind,
+            permits: Slots::without_reserve(at_once, background.clone()),
+            at_once,
+            paused: AtomicUsize::new(0),
             background,
-            waiting: AtomicUsize::new(0),
-            waiting_behind: AtomicUsize::new(0),
             wide: Semaphore::new(wide.max(1)),
             refusals: Mutex::default(),
         }))
     }
 
-    /// Waits for the right to do work that takes memory and disk, for a flight of this urgency.
-    pub async fn permit(&self, urgency: &Progress) -> Result<Permit, PullError> {
-        let acquire = async |permits: &Arc<Semaphore>| {
-            let permit = Arc::clone(permits).acquire_owned().await;
-            permit.map_err(|_| PullError::Crashed)
-        };
-        let raised = urgency.raised();
-        let behind = if urgency.priority() == Priority::Warm {
-            let _waiting = WaitingForPermit::new(&self.0.waiting_behind);
-            tokio::select! {
-                permit = acquire(&self.0.behind) => Some(permit?),
-                () = raised => None,
-            }
-        } else {
-            None
-        };
-        let _waiting = WaitingForPermit::new(&self.0.waiting);
-        let waiting = acquire(&self.0.permits);
-        let permit = if self.0.behind.available_permits() == self.0.most_behind {
-            waiting.await
-        } else {
-            // What warming has it may hold on to while it gives way.
-            self.0.background.hurried(waiting).await
-        };
-        Ok(Permit { _one_of_all: permit?, one_behind: behind })
+    /// Waits for the right to do work that takes memory and disk, for the tenants of a flight.
+    pub async fn permit(&self, flight: &Arc<Progress>) -> Permit {
+        let ask = ask(flight);
+        let slot = self.0.permits.acquire(ask.clone()).await;
+        Permit { unpackers: self.clone(), ask, slot: Mutex::new(Some(slot)) }
     }
 
     /// The same, if it is to be had at once.
-    fn free_permit(&self, urgency: &Progress) -> Option<Permit> {
-        let acquire = |permits: &Arc<Semaphore>| Arc::clone(permits).try_acquire_owned().ok();
-        let behind = match urgency.priority() {
-            Priority::Warm => Some(acquire(&self.0.behind)?),
-            Priority::Pod => None,
-        };
-        Some(Permit { _one_of_all: acquire(&self.0.permits)?, one_behind: behind })
+    fn free_permit(&self, flight: &Arc<Progress>) -> Option<Permit> {
+        let ask = ask(flight);
+        let slot = self.0.permits.spare(&ask)?;
+        Some(Permit { unpackers: self.clone(), ask, slot: Mutex::new(Some(slot)) })
     }
 
     /// A layer of one's own to unpack.
@@ -176,20 +162,14 @@ impl Job {
     /// Begins to unpack what grows, if a permit is free. What was begun before is given up.
     pub fn follow(&self, mut follower: Follower) {
         let following = self.unpackers.free_permit(&self.urgency).map(|permit| {
-            let is_behind = permit.one_behind.is_some();
-            let (job, since) = (self.clone(), Instant::now());
+            let (permit, since) = (Arc::new(permit), Instant::now());
+            let held = Arc::clone(&permit);
             follower.gives_way_if(move |waited| {
                 let elapsed = since.elapsed();
-                let Shared { waiting, waiting_behind, .. } = &*job.unpackers.0;
-                let is_wanted = waiting.load(Ordering::Relaxed) > 0
-                    || is_behind && waiting_behind.load(Ordering::Relaxed) > 0;
-                is_wanted && elapsed > PATIENCE && waited * 2 > elapsed
+                held.is_wanted() && elapsed > PATIENCE && waited * 2 > elapsed
             });
             let job = self.clone();
-            tokio::task::spawn_blocking(move || {
-                let _permit = permit;
-                job.unpack(follower, PLAIN_WINDOW_LOG)
-            })
+            tokio::task::spawn_blocking(move || job.unpack(follower, PLAIN_WINDOW_LOG, permit))
         });
         *self.following.lock().unwrap_or_else(PoisonError::into_inner) = following;
     }
@@ -229,41 +209,110 @@ impl Job {
         open: &(impl Fn() -> Result<R, StoreError> + Clone + Send + 'static),
         window_log: u32,
     ) -> Result<LayerWriter, PullError> {
-        let permit = self.unpackers.permit(&self.urgency).await?;
+        let permit = Arc::new(self.unpackers.permit(&self.urgency).await);
         let (job, open) = (self.clone(), open.clone());
-        super::resolve::blocking(move || {
-            // Held until the work ends, also when nobody waits for it any more.
-            let _permit = permit;
-            job.unpack(open()?, window_log)
-        })
-        .await
+        super::resolve::blocking(move || job.unpack(open()?, window_log, permit)).await
     }
 
+    /// Holds the permit until the work ends, also when nobody waits for it any more.
     fn unpack(
         &self,
         blob: impl Read + Send + 'static,
         window_log: u32,
+        permit: Arc<Permit>,
     ) -> Result<LayerWriter, PullError> {
         let Shared { store, limits, .. } = &*self.unpackers.0;
         let zstd_window_log = limits.zstd_window_log.min(window_log);
         let limits = Limits { zstd_window_log, ..limits.clone() };
         let mut writer = store.write_layer(self.blob)?;
+        let blob = GivingWay { input: blob, permit, checked: Instant::now() };
         archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?;
         Ok(writer)
     }
 }
 
-struct WaitingForPermit<'a>(&'a AtomicUsize);
+/// Permits have no host, and those of a tenant go to who came first.
+fn ask(flight: &Arc<Progress>) -> Ask {
+    Ask { urgency: Arc::clone(flight), artifact: 0, host: String::new() }
+}
 
-impl<'a> WaitingForPermit<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
+impl Permit {
+    /// Whether anybody waits who could use it.
+    fn is_wanted(&self) -> bool {
+        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.as_ref().is_some_and(|slot| self.unpackers.0.permits.is_wanted(slot))
+    }
+
+    /// Gives way to a tenant that holds fewer, and waits for the next permit. Blocking.
+    fn give_way(&self) {
+        let Shared { permits, paused, at_once, .. } = &*self.unpackers.0;
+        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if !slot.as_ref().is_some_and(|slot| permits.is_owed(slot)) {
+            return;
+        }
+        // Its window stays in memory.
+        let one_more = |paused: usize| (paused < *at_once).then_some(paused + 1);
+        if paused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_err() {
+            return;
+        }
+        *slot = None;
+        *slot = Some(Handle::current().block_on(permits.acquire(self.ask.clone())));
+        paused.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Drop for WaitingForPermit<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+impl<R: Read> Read for GivingWay<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.checked.elapsed() >= TENANT_CHECK {
+            self.checked = Instant::now();
+            self.permit.give_way();
+        }
+        self.input.read(buffer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Caller, Priority, Tenant};
+    use super::*;
+    use crate::store::StoreOptions;
+
+    fn flight(namespace: &str) -> Arc<Progress> {
+        let flight = Arc::new(Progress::default());
+        flight.enter(&Caller::new(Priority::Pod, Tenant::Namespace(namespace.into())));
+        flight
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_unpacking_gives_way_to_another_tenant_and_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path(), StoreOptions::default()).unwrap();
+        let unpackers = Unpackers::new(store, Limits::default(), 2, 1, Background::none());
+        let many = flight("many");
+        let is_over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let mut unpackings = Vec::new();
+        for _ in 0..2 {
+            let permit = Arc::new(unpackers.permit(&many).await);
+            let is_over = Arc::clone(&is_over);
+            unpackings.push(tokio::task::spawn_blocking(move || {
+                let mut input =
+                    GivingWay { input: std::io::repeat(0), permit, checked: Instant::now() };
+                while !is_over.load(Ordering::Relaxed) {
+                    let _ = input.read(&mut [0; 1024]);
+                }
+            }));
+        }
+        let few = unpackers.permit(&flight("few")).await;
+        let mut same = Box::pin(unpackers.permit(&many));
+        assert!(futures_util::poll!(&mut same).is_pending(), "the other one has more");
+        assert_eq!(unpackers.0.paused.load(Ordering::Relaxed), 1);
+        drop(few);
+        is_over.store(true, Ordering::Relaxed);
+        for unpacking in unpackings {
+            unpacking.await.unwrap();
+        }
+        drop(same.await);
+        assert_eq!(unpackers.0.paused.load(Ordering::Relaxed), 0);
+        assert_eq!(unpackers.0.permits.taken(), 0);
     }
 }
