@@ -70,8 +70,8 @@ pub(super) fn warm_reference(state: WarmState) -> wire::WarmReference {
         manifest: shown(state.manifest).unwrap_or_default(),
         newer: shown(state.newer).unwrap_or_default(),
         reason: state.reason,
-        done_bytes: state.progress.map_or(0, |progress| progress.done),
-        total_bytes: state.progress.map_or(0, |progress| progress.total),
+        done_bytes: state.progress.as_ref().map_or(0, |progress| progress.done),
+        total_bytes: state.progress.as_ref().map_or(0, |progress| progress.total),
         next_seconds: state.next_seconds,
     }
 }

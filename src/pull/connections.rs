@@ -25,6 +25,7 @@ use super::origins::content_source;
 use super::progress::Progress;
 use super::rate::Rate;
 use super::retry::{Break, Retries};
+use super::shared_downloads::SharedDownload;
 use super::slots::{Ask, Slot};
 use super::spans::{Spans, Step};
 use super::sponsors::Source;
@@ -77,6 +78,9 @@ pub enum Failure {
     Failed(PullError),
     /// What the source sends is not the blob.
     Wrong(PullError),
+    /// The source cannot add to what others have sent: what there is of it all is not the blob, if
+    /// it is the digest that is wrong.
+    Alone(PullError),
 }
 
 /// One blob that is fetched from one source.
@@ -93,6 +97,8 @@ pub struct Connections<'a> {
     /// Nanoseconds for which the writer had something to do.
     busy: Arc<AtomicU64>,
     follow: &'a (dyn Fn(Follower) + Send + Sync),
+    /// Those that want the same download.
+    rivals: Option<Arc<SharedDownload>>,
     /// Whether the head of an answer is all that is wanted.
     only_answer: bool,
     state: Mutex<State>,
@@ -112,6 +118,8 @@ struct State {
     answered_by: BTreeSet<ProofSource>,
     /// Whether one of its mirrors has, since the download began or started over.
     mirrored: bool,
+    /// Whether there are bytes that came before this source was asked.
+    has_earlier: bool,
 }
 
 /// Whether the source sends parts.
@@ -148,7 +156,9 @@ impl<'a> Connections<'a> {
         let most = wire.options.connections.max(1);
         let ranges = Ranges::Unknown;
         let (rates, answered_by, mirrored) = (Vec::new(), BTreeSet::new(), false);
-        let state = State { spans, rates, wanted: 1, most, ranges, answered_by, mirrored };
+        let has_earlier = spans.missing() < size;
+        let state =
+            State { spans, rates, wanted: 1, most, ranges, answered_by, mirrored, has_earlier };
         let state = Mutex::new(state);
         Self {
             wire,
@@ -161,6 +171,7 @@ impl<'a> Connections<'a> {
             writes,
             busy,
             follow,
+            rivals: None,
             only_answer: false,
             state,
         }
@@ -171,6 +182,17 @@ impl<'a> Connections<'a> {
     pub fn only_answer(self) -> Self {
         self.state().most = 1;
         Self { only_answer: true, ..self }
+    }
+
+    /// Leaves to these what this source cannot continue.
+    #[must_use]
+    pub(super) fn beside(self, rivals: Option<Arc<SharedDownload>>) -> Self {
+        Self { rivals, ..self }
+    }
+
+    /// Whether starting over would throw away what others have sent and could go on with.
+    pub fn would_discard_others_bytes(&self) -> bool {
+        self.state().has_earlier && self.rivals.as_ref().is_some_and(|rivals| rivals.is_wanted())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -199,6 +221,9 @@ impl<'a> Connections<'a> {
             // What was here from an earlier try, or came from the registry, is no fault of theirs.
             if self.state().mirrored {
                 self.wire.registry.distrust_mirrors(&self.source.repository, self.digest);
+            }
+            if self.would_discard_others_bytes() {
+                return Err(Failure::Alone(error));
             }
             // A source may have changed under a download that was continued: once, from the start.
             if std::mem::replace(&mut started_over, true) {
@@ -248,6 +273,10 @@ impl<'a> Connections<'a> {
                 Some(End::NoRanges) => {
                     self.refuse_ranges();
                     if running.is_empty() {
+                        if self.would_discard_others_bytes() {
+                            let got = self.size - self.state().spans.missing();
+                            return Err(Failure::Alone(self.wrong_size(got)));
+                        }
                         self.restart(retries).await?;
                     }
                 }
@@ -273,8 +302,13 @@ impl<'a> Connections<'a> {
                     let wait = retries.next(&broken, missing);
                     self.state().wanted = 1;
                     match wait {
-                        Some(wait) if self.waits(wait).await => {}
-                        _ => return Err(Failure::Failed(broken.error)),
+                        Some(wait) => {
+                            self.progress.failed(&broken.error);
+                            if !self.waits(wait).await {
+                                return Err(Failure::Failed(broken.error));
+                            }
+                        }
+                        None => return Err(Failure::Failed(broken.error)),
                     }
                 }
             }
@@ -520,6 +554,7 @@ impl<'a> Connections<'a> {
             state.spans = Spans::whole(self.size);
             state.wanted = 1;
             state.mirrored = false;
+            state.has_earlier = false;
         }
         let (begun, begins) = oneshot::channel();
         self.send(Write::Restart(begun)).await?;

@@ -208,6 +208,7 @@ impl Inner {
             }
             if layout.blobs.has(digest) {
                 layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
+                self.downloads.share_again(repository.host(), digest);
             }
             // Whoever may import may say where the content is from.
             let by = ProofSource::Registry;

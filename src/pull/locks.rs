@@ -22,11 +22,6 @@ impl<K: Eq + Hash> KeyedLocks<K> {
         self.of(key).lock_owned().await
     }
 
-    /// Takes the lock of a key, if nobody has it.
-    pub(super) fn try_lock(&self, key: K) -> Option<OwnedMutexGuard<()>> {
-        self.of(key).try_lock_owned().ok()
-    }
-
     fn of(&self, key: K) -> Arc<tokio::sync::Mutex<()>> {
         let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         locks.retain(|_, lock| lock.strong_count() > 0);

@@ -15,6 +15,7 @@
 //!            rate: whether it is enough
 //! document   one small blob, whole in memory
 //! idle       whether the node's processors have time
+//! shared_downloads  which repository of a host brings a blob: a slow one loses it to a faster one
 //! wire       what all downloads share; slots: who may download; throttle: how fast
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
@@ -48,6 +49,7 @@ pub mod resolve;
 pub mod retry;
 mod room;
 pub mod self_check;
+mod shared_downloads;
 pub mod signatures;
 pub mod slots;
 pub mod spans;
@@ -80,6 +82,7 @@ use flights::{Flights, Runway};
 use locks::KeyedLocks;
 use progress::Progress;
 use resolve::{ResolveKey, Resolved};
+use shared_downloads::SharedDownloads;
 use unpacking::Unpackers;
 use wire::{Observer, Wire, WireOptions};
 
@@ -128,8 +131,8 @@ struct Inner {
     files: Flights<(Repository, objects::FileWant), crate::store::files::StoredFile>,
     layers: Flights<(Repository, LayerKey), objects::ReadyLayer>,
     readings: Flights<self_check::Item, self_check::ReadBack>,
-    /// Held while a blob is asked for, by its host and digest.
-    downloads: KeyedLocks<(String, Digest)>,
+    /// Downloads under way, by registry host and digest.
+    downloads: SharedDownloads,
     /// Held while it is proven that a repository gives a blob.
     proving: KeyedLocks<(Repository, Digest)>,
     /// Held while what was made of a blob gets its name.
@@ -210,7 +213,7 @@ impl Puller {
             files: Flights::new(runway.clone(), now),
             layers: Flights::new(runway.clone(), now),
             readings: Flights::new(runway.clone(), LINGER),
-            downloads: KeyedLocks::default(),
+            downloads: SharedDownloads::default(),
             proving: KeyedLocks::default(),
             blobs: KeyedLocks::default(),
             building: KeyedLocks::default(),

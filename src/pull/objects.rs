@@ -16,7 +16,7 @@ use super::progress::Progress;
 use super::resolve::blocking;
 use super::room::layer_key;
 use super::sponsors::Sponsors;
-use super::transfer::{self, BlobGuard, Download, Order};
+use super::transfer::{self, BlobGuard, Download, Fetched, Order};
 use super::unpacking::Job;
 use crate::background::Background;
 use crate::fault;
@@ -60,6 +60,17 @@ pub struct ReadyLayer {
 
 /// Goes on whether anybody waits or not.
 type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
+
+/// What comes of one try to have a blob.
+enum Attempt<T> {
+    Done(T),
+    /// Another source has taken the download over, or its bytes cannot be continued: the next try
+    /// finds the content here, or goes on with the download, or with one of its own.
+    Again {
+        /// Whether from now on the repository fetches by itself.
+        alone: bool,
+    },
+}
 
 /// The right to work on a blob for one repository.
 struct Turn {
@@ -165,14 +176,34 @@ impl Inner {
             return blocking(move || inner.inline_file(want, &data)).await;
         }
         let work = (descriptor, Purpose::Keep, sponsors, progress);
-        let mut turn = self.turn(work).await?;
-        let inner = Arc::clone(&self);
+        let mut is_alone = false;
+        loop {
+            match self.fetch_file(work, want, is_alone).await? {
+                Attempt::Done(file) => return Ok(file),
+                Attempt::Again { alone } => is_alone |= alone,
+            }
+        }
+    }
+
+    /// One try to have a file's blob from the repository.
+    async fn fetch_file(
+        self: &Arc<Self>,
+        work: Work<'_>,
+        want: FileWant,
+        alone: bool,
+    ) -> Result<Attempt<StoredFile>, PullError> {
+        let (_, _, sponsors, progress) = work;
+        let mut turn = self.turn(work, alone).await?;
+        let inner = Arc::clone(self);
         let held = blocking(move || Ok(inner.store.any_file_of(want.digest)?)).await?;
         if held.is_some() {
-            let guard = self.prove(work, turn).await?;
+            let guard = match self.prove(work, turn).await? {
+                Attempt::Done(guard) => guard,
+                Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
+            };
             self.read_files_before_use(want.digest, progress).await?;
             let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
-            let inner = Arc::clone(&self);
+            let inner = Arc::clone(self);
             let known = blocking(move || {
                 let known = inner.known_file(want)?;
                 drop(held);
@@ -180,14 +211,18 @@ impl Inner {
             })
             .await?;
             if let Some(file) = known {
-                return Ok(file);
+                return Ok(Attempt::Done(file));
             }
             turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
         }
-        let Download { partial, guard, given_by } = self.download(work, &|_| (), turn).await?;
+        let Download { partial, guard, given_by } = match self.download(work, &|_| (), turn).await?
+        {
+            Attempt::Done(download) => download,
+            Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
+        };
         let naming = self.background.hurried(self.blobs.lock(want.digest)).await;
-        let (inner, repository) = (Arc::clone(&self), sponsors.repository().clone());
-        blocking(move || {
+        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
+        let named = blocking(move || {
             verified(partial.path())?;
             // Whether it gets its name or not.
             inner.remember_origin(&repository, want.digest, &given_by)?;
@@ -202,8 +237,8 @@ impl Inner {
             };
             drop((guard, naming));
             Ok(file)
-        })
-        .await
+        });
+        named.await.map(Attempt::Done)
     }
 
     /// Content that the manifest carries.
@@ -260,15 +295,37 @@ impl Inner {
             return self.name_layer(unpacked, naming, |_| Ok(()));
         }
         let work = (descriptor, Purpose::Unpack, sponsors, progress);
-        let mut turn = self.turn(work).await?;
-        let inner = Arc::clone(&self);
+        let mut is_alone = false;
+        loop {
+            match self.fetch_layer(work, &job, key, is_alone).await? {
+                Attempt::Done(layer) => return Ok(layer),
+                Attempt::Again { alone } => is_alone |= alone,
+            }
+        }
+    }
+
+    /// One try to have a layer's blob from the repository, and to unpack it.
+    async fn fetch_layer(
+        self: &Arc<Self>,
+        work: Work<'_>,
+        job: &Job,
+        key: LayerKey,
+        alone: bool,
+    ) -> Result<Attempt<ReadyLayer>, PullError> {
+        let (descriptor, _, sponsors, progress) = work;
+        let digest = descriptor.digest;
+        let mut turn = self.turn(work, alone).await?;
+        let inner = Arc::clone(self);
         let held = blocking(move || Ok(inner.store.layer(key)?)).await?;
         if held.is_some() {
-            let guard = self.prove(work, turn).await?;
+            let guard = match self.prove(work, turn).await? {
+                Attempt::Done(guard) => guard,
+                Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
+            };
             self.read_layer_before_use(key, progress).await?;
-            let inner = Arc::clone(&self);
+            let inner = Arc::clone(self);
             if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
-                return ready(layer).await;
+                return ready(layer).await.map(Attempt::Done);
             }
             // It was found damaged, and is fetched as if it were not here.
             turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
@@ -278,12 +335,16 @@ impl Inner {
             return Err(PullError::Shared(refusal));
         }
         let follow = |follower| job.follow(follower);
-        let Download { partial, guard, given_by } = self.download(work, &follow, turn).await?;
+        let Download { partial, guard, given_by } = match self.download(work, &follow, turn).await?
+        {
+            Attempt::Done(download) => download,
+            Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
+        };
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
         let naming = self.background.hurried(self.blobs.lock(digest)).await;
-        let (inner, from) = (Arc::clone(&self), repository.clone());
+        let (inner, from) = (Arc::clone(self), repository.clone());
         let unpacked = blocking(move || {
             verified(partial.path())?;
             match unpacked {
@@ -309,22 +370,22 @@ impl Inner {
         let named = move |inner: &Self| inner.remember_origin(&repository, digest, &given_by);
         match unpacked {
             Ok(unpacked) => {
-                let inner = Arc::clone(&self);
+                let inner = Arc::clone(self);
                 let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? else {
-                    return self.name_layer(unpacked, (guard, naming), named);
+                    return self.name_layer(unpacked, (guard, naming), named).map(Attempt::Done);
                 };
                 // Another host has sent it meanwhile.
-                let inner = Arc::clone(&self);
+                let inner = Arc::clone(self);
                 blocking(move || {
                     drop(unpacked);
                     named(&inner)
                 })
                 .await?;
-                ready(layer).await
+                ready(layer).await.map(Attempt::Done)
             }
             Err(error) => {
                 // It did come from there.
-                let inner = Arc::clone(&self);
+                let inner = Arc::clone(self);
                 blocking(move || named(&inner)).await?;
                 Err(error)
             }
@@ -392,35 +453,46 @@ impl Inner {
 
     /// Waits for the right to work on a blob. While another flight of the same host has it, that is
     /// waited for only when the registry has given the blob for this repository, too: one who may
-    /// not have it hears so at once, whether others have it or not.
-    async fn turn(self: &Arc<Self>, work: Work<'_>) -> Result<Turn, PullError> {
-        let (descriptor, _, sponsors, _) = work;
+    /// not have it hears so at once, whether others have it or not. `alone` asks for a download of
+    /// the repository's own.
+    async fn turn(self: &Arc<Self>, work: Work<'_>, alone: bool) -> Result<Turn, PullError> {
+        let (descriptor, _, sponsors, progress) = work;
         let (repository, digest) = (sponsors.repository(), descriptor.digest);
-        let key = || (repository.host().to_owned(), digest);
+        let host = repository.host();
         let mut given_by = BTreeSet::new();
         let of_repository = self.proving.lock((repository.clone(), digest));
         let of_repository = self.background.hurried(of_repository).await;
-        let of_host = if let Some(guard) = self.downloads.try_lock(key()) {
-            guard
-        } else {
-            if self.look_up_origin(repository, digest).await? != BlobOrigin::Repository {
-                given_by = self.ask_for(work).await?;
+        let shared = self.downloads.of(host, digest);
+        let mut turn = None;
+        if !alone && !self.downloads.is_mixed_up(host, digest) {
+            turn = shared.try_take(progress);
+            if turn.is_none() {
+                if self.look_up_origin(repository, digest).await? != BlobOrigin::Repository {
+                    given_by = self.ask_for(work).await?;
+                }
+                let waits = shared.wait(repository, progress);
+                turn = Some(self.background.hurried(waits).await);
             }
-            self.background.hurried(self.downloads.lock(key())).await
-        };
+            // It may have been found out meanwhile.
+            turn = turn.filter(|_| !self.downloads.is_mixed_up(host, digest));
+        }
         let origin = self.look_up_origin(repository, digest).await?;
-        let guard = BlobGuard { _repository: of_repository, _host: of_host };
+        let guard = BlobGuard { _repository: of_repository, turn };
         Ok(Turn { guard, origin, given_by })
     }
 
     /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
     /// and remembers who has given it.
-    async fn prove(self: &Arc<Self>, work: Work<'_>, turn: Turn) -> Result<BlobGuard, PullError> {
+    async fn prove(
+        self: &Arc<Self>,
+        work: Work<'_>,
+        turn: Turn,
+    ) -> Result<Attempt<BlobGuard>, PullError> {
         let (descriptor, _, sponsors, progress) = work;
         let (guard, given_by) = match turn {
             Turn { guard, origin: BlobOrigin::Repository, .. } => {
                 progress.resumed(descriptor.size);
-                return Ok(guard);
+                return Ok(Attempt::Done(guard));
             }
             Turn { guard, origin: BlobOrigin::Host, given_by } => {
                 let is_given = !given_by.is_empty();
@@ -431,7 +503,10 @@ impl Inner {
             // Another host has to send the bytes themselves: naming a digest proves nothing.
             turn => {
                 let Download { partial, guard, given_by } =
-                    self.download(work, &|_| (), turn).await?;
+                    match self.download(work, &|_| (), turn).await? {
+                        Attempt::Done(download) => download,
+                        Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
+                    };
                 blocking(move || Ok(partial.discard()?)).await?;
                 (guard, given_by)
             }
@@ -439,7 +514,7 @@ impl Inner {
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         let digest = descriptor.digest;
         blocking(move || inner.remember_origin(&repository, digest, &given_by)).await?;
-        Ok(guard)
+        Ok(Attempt::Done(guard))
     }
 
     /// Asks the repository for a blob; says who has given it.
@@ -462,12 +537,22 @@ impl Inner {
         work: Work<'_>,
         follow: &(dyn Fn(Follower) + Send + Sync),
         turn: Turn,
-    ) -> Result<Download, PullError> {
+    ) -> Result<Attempt<Download>, PullError> {
         let (descriptor, purpose, sponsors, progress) = work;
         let Turn { guard, origin, given_by } = turn;
         let blob = (descriptor.digest, descriptor.size);
         let order = Order { blob, purpose, sponsors, progress, follow };
-        let mut download = transfer::fetch(&self.store, &self.wire, &order, guard).await?;
+        let fetched = transfer::fetch(&self.store, &self.wire, &order, guard).await?;
+        let mut download = match fetched {
+            Fetched::Whole(download) => *download,
+            Fetched::GaveWay => return Ok(Attempt::Again { alone: false }),
+            Fetched::Alone { is_wrong } => {
+                if is_wrong {
+                    self.downloads.mix_up(sponsors.repository().host(), descriptor.digest);
+                }
+                return Ok(Attempt::Again { alone: true });
+            }
+        };
         if download.given_by.is_empty() {
             // All bytes were here from an earlier try, of whichever repository of the host.
             download.given_by = match origin {
@@ -477,7 +562,7 @@ impl Inner {
             };
             progress.resumed(descriptor.size);
         }
-        Ok(download)
+        Ok(Attempt::Done(download))
     }
 }
 

@@ -34,6 +34,12 @@ pub struct Progress {
     name: OnceLock<String>,
     /// Whether its bytes are read back from the disk, and not fetched.
     reads_back: AtomicBool,
+    /// Whether bytes that were here before are being hashed, so that none can be fetched yet.
+    is_hashing: AtomicBool,
+    /// Why its last try failed, unless bytes have come since.
+    failure: Mutex<Option<Arc<str>>>,
+    /// Spares those who bring bytes the lock.
+    has_failed: AtomicBool,
 }
 
 /// How urgent a flight is, and where it works.
@@ -48,7 +54,7 @@ enum Pace {
 }
 
 /// Progress at one moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Bytes to fetch; 0 while the manifest is not known.
     pub total: u64,
@@ -60,6 +66,8 @@ pub struct Snapshot {
     pub left: Option<Duration>,
     /// Whether the bytes are read back from the node's disk, and not fetched.
     pub reads_back: bool,
+    /// Why the last try of something that is waited for failed, while it is waited for the next.
+    pub failure: Option<Arc<str>>,
 }
 
 impl Default for Progress {
@@ -88,6 +96,9 @@ impl Progress {
             raised: Notify::new(),
             name: OnceLock::new(),
             reads_back: AtomicBool::new(false),
+            is_hashing: AtomicBool::new(false),
+            failure: Mutex::default(),
+            has_failed: AtomicBool::new(false),
         }
     }
 
@@ -99,6 +110,47 @@ impl Progress {
     /// Bytes have arrived.
     pub fn arrived(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+        if self.has_failed.swap(false, Ordering::Relaxed) {
+            *self.failure() = None;
+        }
+    }
+
+    /// Records why a try failed that is followed by another one.
+    pub fn failed(&self, error: &dyn fmt::Display) {
+        *self.failure() = Some(error.to_string().into());
+        self.has_failed.store(true, Ordering::Relaxed);
+    }
+
+    fn failure(&self) -> MutexGuard<'_, Option<Arc<str>>> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns why the last try of it failed, or of what it waits for.
+    fn last_failure(&self) -> Option<Arc<str>> {
+        let own = self.failure().clone();
+        own.or_else(|| self.parts().values().find_map(|part| part.last_failure()))
+    }
+
+    /// Says whether bytes that were here before are being hashed.
+    pub(super) fn hashes(&self, is_hashing: bool) {
+        self.is_hashing.store(is_hashing, Ordering::Relaxed);
+    }
+
+    /// Whether bytes that were here before are being hashed, so that none can be fetched yet.
+    pub(super) fn is_hashing(&self) -> bool {
+        self.is_hashing.load(Ordering::Relaxed)
+    }
+
+    /// Returns the bytes of its own that have arrived, and were not here before.
+    pub(super) fn fetched(&self) -> u64 {
+        let done = self.done.load(Ordering::Relaxed);
+        done.saturating_sub(self.resumed.load(Ordering::Relaxed))
+    }
+
+    /// Returns the bytes of its own that are here, and those that are not.
+    pub(super) fn here_and_missing(&self) -> (u64, u64) {
+        let done = self.done.load(Ordering::Relaxed);
+        (done, self.total.load(Ordering::Relaxed).saturating_sub(done))
     }
 
     /// Bytes were there from an earlier try.
@@ -240,13 +292,14 @@ impl Progress {
         let rate = fetched.saturating_mul(1000) / milliseconds.max(1);
         let left = (rate > 0).then(|| Duration::from_secs((total - done).div_ceil(rate)));
         let reads_back = self.reads_back.load(Ordering::Relaxed);
-        Snapshot { total, done, rate, left, reads_back }
+        let failure = self.last_failure();
+        Snapshot { total, done, rate, left, reads_back, failure }
     }
 }
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { total, done, rate, left, reads_back } = *self;
+        let Self { total, done, rate, left, reads_back, ref failure } = *self;
         if reads_back {
             write!(formatter, "reading cached content back, ")?;
         }
@@ -262,8 +315,12 @@ impl fmt::Display for Snapshot {
         let percent = done.saturating_mul(100) / total;
         write!(formatter, "{percent}% ({} of {}), {}/s", Bytes(done), Bytes(total), Bytes(rate))?;
         match left {
-            Some(left) => write!(formatter, ", {} left", Left(left)),
-            None => write!(formatter, ", time left unknown"),
+            Some(left) => write!(formatter, ", {} left", Left(left))?,
+            None => write!(formatter, ", time left unknown")?,
+        }
+        match failure {
+            Some(failure) => write!(formatter, "; the last try failed: {failure}"),
+            None => Ok(()),
         }
     }
 }
@@ -301,7 +358,16 @@ mod tests {
         );
         progress.lost(3 << 29);
         assert!(progress.snapshot().to_string().contains("time left unknown"));
+        let tree = Progress::default();
+        tree.expect(3 << 30);
+        tree.wait_for(0, &Arc::new(Progress::default()));
+        let progress = Arc::new(progress);
+        tree.wait_for(1, &progress);
+        progress.failed(&"r.io answered 500");
+        let text = tree.snapshot().to_string();
+        assert!(text.ends_with("; the last try failed: r.io answered 500"), "{text}");
         progress.arrived(3 << 30);
+        assert_eq!(tree.snapshot().failure, None, "it is over");
         assert_eq!(progress.snapshot().to_string(), "100% of 3.0 GiB fetched, unpacking");
         progress.reads_back();
         let text = progress.snapshot().to_string();

@@ -15,6 +15,7 @@ use super::connections::{Connections, Failure, Write};
 use super::error::PullError;
 use super::origins::content_sources;
 use super::progress::Progress;
+use super::shared_downloads::DownloadTurn;
 use super::slots::Ask;
 use super::spans::Spans;
 use super::sponsors::{Source, Sponsors};
@@ -35,8 +36,23 @@ const CHUNKS_IN_FLIGHT: usize = 4;
 pub struct BlobGuard {
     /// Flights of one repository wait here for each other: the first one's proof counts for all.
     pub(super) _repository: OwnedMutexGuard<()>,
-    /// Flights of one registry host share a download.
-    pub(super) _host: OwnedMutexGuard<()>,
+    /// Flights of one registry host share a download. None for one of the repository's own.
+    pub(super) turn: Option<DownloadTurn>,
+}
+
+/// How a transfer ended that did not fail.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The blob is here, verified.
+    Whole(Box<Download>),
+    /// Another repository's source has taken over. It waits for its turn again.
+    GaveWay,
+    /// What is here of other sources cannot be continued with this one, or was not the blob and was
+    /// thrown away: it has to fetch the blob by itself.
+    Alone {
+        /// Whether it was not the blob.
+        is_wrong: bool,
+    },
 }
 
 /// A verified download and the right to its digest.
@@ -65,17 +81,41 @@ pub struct Order<'a> {
     pub follow: &'a (dyn Fn(Follower) + Send + Sync),
 }
 
-/// Fetches a blob, from one sponsor's source after the other.
+/// Fetches a blob, until that is done or another repository of the host is a faster source.
 pub async fn fetch(
     store: &Store,
     wire: &Wire,
     order: &Order<'_>,
+    guard: BlobGuard,
+) -> Result<Fetched, PullError> {
+    let Some(shared) = guard.turn.as_ref().map(DownloadTurn::download) else {
+        return fetch_by_turns(store, wire, order, guard).await;
+    };
+    let shared = Arc::clone(shared);
+    let repository = order.sponsors.repository();
+    tokio::select! {
+        fetched = fetch_by_turns(store, wire, order, guard) => fetched,
+        // The writer ends by itself, and gives the turn on then.
+        () = shared.is_lost(repository, order.progress) => {
+            let blob = order.blob.0;
+            tracing::info!(%repository, %blob, "another repository takes a slow download over");
+            order.progress.lost(u64::MAX);
+            Ok(Fetched::GaveWay)
+        }
+    }
+}
+
+/// Fetches a blob, from one sponsor's source after the other.
+async fn fetch_by_turns(
+    store: &Store,
+    wire: &Wire,
+    order: &Order<'_>,
     mut guard: BlobGuard,
-) -> Result<Download, PullError> {
+) -> Result<Fetched, PullError> {
     let mut last = None;
     while let Some((number, source)) = order.sponsors.current() {
         let (error, returned) = match fetch_from(store, wire, source, order, guard).await {
-            Ok(download) => return Ok(download),
+            Ok(fetched) => return Ok(fetched),
             Err(failed) => failed,
         };
         if !error.is_of_source() {
@@ -99,7 +139,7 @@ async fn fetch_from(
     source: Source,
     order: &Order<'_>,
     guard: BlobGuard,
-) -> Result<Download, (PullError, Option<BlobGuard>)> {
+) -> Result<Fetched, (PullError, Option<BlobGuard>)> {
     let (blob, purpose) = (order.blob, order.purpose);
     let (_, size) = blob;
     let host = source.repository.host().to_owned();
@@ -108,7 +148,14 @@ async fn fetch_from(
         artifact: order.sponsors.number(),
         host: host.clone(),
     };
+    let rivals = guard.turn.as_ref().map(|turn| Arc::clone(turn.download()));
+    // Only flights of one registry host, or of one repository, add to the same bytes.
+    let scope = match rivals {
+        Some(_) => host,
+        None => source.repository.to_string(),
+    };
     let place = Arc::new(wire.places.acquire(ask.clone()).await);
+    order.progress.hashes(true);
     let (opened, resumed) = oneshot::channel();
     let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
@@ -117,7 +164,7 @@ async fn fetch_from(
         // As long as there is the thread, also when nobody waits for it any more.
         let _place = threads;
         let is_wanted = || !opened.is_closed();
-        let mut partial = match store.partial_while(&host, blob, purpose, &is_wanted) {
+        let mut partial = match store.partial_while(&scope, blob, purpose, &is_wanted) {
             Ok(partial) => partial,
             Err(error) => return (None, guard, Err(error)),
         };
@@ -125,7 +172,9 @@ async fn fetch_from(
         let written = write(&mut partial, queue, &measured);
         (Some(partial), guard, written)
     });
-    let (moved, answered_by, missing) = match resumed.await {
+    let resumed = resumed.await;
+    order.progress.hashes(false);
+    let (moved, answered_by, missing, has_others_bytes) = match resumed {
         Ok((missing, follower)) => {
             let spans = Spans::new(missing);
             // Not before: what an earlier try left takes its time to be hashed, and no connection.
@@ -134,13 +183,14 @@ async fn fetch_from(
             let about = (ask, &*place, &**order.progress);
             let to = (writes, busy);
             let connections =
-                Connections::new(wire, &source, order.blob, about, to, (spans, order.follow));
+                Connections::new(wire, &source, order.blob, about, to, (spans, order.follow))
+                    .beside(rivals);
             let moved = connections.run(slot).await;
             let (answered_by, missing) = connections.outcome();
-            (moved, answered_by, missing)
+            (moved, answered_by, missing, connections.would_discard_others_bytes())
         }
         // The writer could not even open it, and says why below.
-        Err(_) => (Err(Failure::WriterGone), BTreeSet::new(), size),
+        Err(_) => (Err(Failure::WriterGone), BTreeSet::new(), size, false),
     };
     let ended = writing.await;
     drop(place);
@@ -150,17 +200,28 @@ async fn fetch_from(
     let (partial, error) = match (partial, written, moved) {
         (Some(partial), Ok(()), Ok(())) => {
             let given_by = content_sources(&answered_by);
-            return Ok(Download { partial, guard, given_by });
+            return Ok(Fetched::Whole(Box::new(Download { partial, guard, given_by })));
+        }
+        (Some(partial), Ok(()), Err(Failure::Alone(error))) => {
+            tracing::info!(%error, blob = %blob.0, "what several sources have sent does not fit");
+            order.progress.lost(u64::MAX);
+            return leave(partial, guard, &error).await.map_err(|error| (error, None));
         }
         (partial, Err(error), _) => (partial, PullError::Store(error)),
-        (partial, Ok(()), Err(Failure::Failed(error) | Failure::Wrong(error))) => (partial, error),
+        (
+            partial,
+            Ok(()),
+            Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::Alone(error)),
+        ) => (partial, error),
         (partial, Ok(()), _) => (partial, PullError::Crashed),
     };
     order.progress.lost(size - missing);
     // What can be continued stays. What was proven wrong goes, and on a full disk a half
     // download helps nobody: the room is worth more to the node.
     let worthless = match &error {
-        PullError::BlobSize { .. } | PullError::BlobDigest { .. } => true,
+        // How long one source's body is says nothing of what others have sent.
+        PullError::BlobSize { .. } => !has_others_bytes,
+        PullError::BlobDigest { .. } => true,
         PullError::Store(error) => {
             matches!(error, StoreError::NoSpace { .. } | StoreError::NoRoom(_))
         }
@@ -176,6 +237,23 @@ async fn fetch_from(
         Ok(guard) => Err((error, Some(guard))),
         Err(error) => Err((error, None)),
     }
+}
+
+/// Leaves a download to other sources. What has not the right digest is worth nothing to them.
+async fn leave(
+    partial: Partial,
+    guard: BlobGuard,
+    error: &PullError,
+) -> Result<Fetched, PullError> {
+    let is_wrong = matches!(error, PullError::BlobDigest { .. });
+    super::resolve::blocking(move || {
+        if is_wrong {
+            partial.discard()?;
+        }
+        drop(guard);
+        Ok(Fetched::Alone { is_wrong })
+    })
+    .await
 }
 
 /// Asks a source for a blob as a download does, and reads no more than the head of its answer: for
@@ -211,7 +289,7 @@ pub async fn ask(
     };
     match moved {
         Ok(()) => Ok(content_sources(&connections.outcome().0)),
-        Err(Failure::Failed(error) | Failure::Wrong(error)) => Err(error),
+        Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::Alone(error)) => Err(error),
         Err(Failure::WriterGone) => Err(PullError::Crashed),
     }
 }

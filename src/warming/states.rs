@@ -120,7 +120,7 @@ impl Shown {
     fn state(&self, reference: &str) -> WarmState {
         let progress = self.pulling.as_ref().map(ProgressView::snapshot);
         // What is looked after while it is here is here, and what failed has failed until bytes come.
-        let phase = match (self.manifest, progress, &self.reason) {
+        let phase = match (self.manifest, &progress, &self.reason) {
             (Some(_), _, _) => Phase::Present,
             (None, Some(Snapshot { total: 0, .. }) | None, Some(_)) => Phase::Failed,
             (None, Some(_), _) => Phase::Pulling,

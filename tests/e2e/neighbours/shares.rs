@@ -1,0 +1,255 @@
+//! Registries that are slow, ignore ranges or limit rates: each costs its own tenant, and no other.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use tonic::{Code, Status};
+
+use super::{HonestPods, hostile_volume};
+use crate::support::{
+    Answer, AnswerBody, FakeRegistry, Layer, Manifest, Node, Pod, Request, Volume, digest, noise,
+    wait_until,
+};
+
+/// A body at 2 KiB/s.
+fn trickle(bytes: impl Into<Bytes>) -> Answer {
+    let bytes = bytes.into();
+    let (piece, pause) = (1024, Duration::from_millis(500));
+    Answer::body(AnswerBody::Slow { announced: bytes.len() as u64, bytes, piece, pause })
+}
+
+/// Where the requested range of a blob starts.
+fn first_byte(request: &Request) -> Option<usize> {
+    request.header("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
+}
+
+/// The rest of a blob from the requested byte on, as a registry that knows ranges sends it.
+fn rest(request: &Request, content: &[u8]) -> Answer {
+    let Some(start) = first_byte(request) else { return Answer::bytes(content.to_vec()) };
+    let last = content.len() - 1;
+    Answer::bytes(content[start..].to_vec())
+        .with_status(206)
+        .with_header("content-range", &format!("bytes {start}-{last}/{}", content.len()))
+}
+
+/// Publishes each volume in a thread of its own.
+fn publish_all<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    node: &'scope Node,
+    volumes: Vec<Volume>,
+) -> Vec<ScopedJoinHandle<'scope, Result<(), Status>>> {
+    let publish = |volume: Volume| {
+        node.kubelet.prepare(&volume);
+        scope.spawn(move || node.kubelet.publish_request(volume.request))
+    };
+    volumes.into_iter().map(publish).collect()
+}
+
+fn go_on<T>(calls: &[ScopedJoinHandle<'_, T>]) -> bool {
+    calls.iter().all(|call| !call.is_finished())
+}
+
+/// A volume of a new pod of a namespace.
+fn volume_of(node: &Node, namespace: &str, reference: &str) -> Volume {
+    let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
+    node.kubelet.inline(&pod, "artifact", reference)
+}
+
+#[test]
+fn a_rate_limit_of_one_repository_stops_no_other_of_the_host() {
+    let node = Node::start();
+    let registry = FakeRegistry::new();
+    let manifest = Manifest::artifact([Layer::titled("file", "content")]);
+    manifest.push(&registry, "hostile", "v1");
+    registry.script(|request| {
+        let is_limited = request.path.starts_with("/v2/limited/");
+        is_limited.then(|| Answer::status(429).with_header("retry-after", "600"))
+    });
+    let limited = registry.reference("v1").replace("/hostile:", "/limited:");
+    let message = node.kubelet.publish_badly(&hostile_volume(&node, &limited), Code::Unavailable);
+    assert!(message.contains("429") && message.contains("limited"), "{message}");
+    let (honest, _) = node.mount(&registry.reference("v1"));
+    assert_eq!(honest.text("file"), "content");
+    // Still limited, and the other repository is not named.
+    let message = node.kubelet.publish_badly(&hostile_volume(&node, &limited), Code::Unavailable);
+    assert!(message.contains("429") && !message.contains("/hostile"), "{message}");
+    node.kubelet.unpublish(&honest);
+}
+
+/// Registries that ignore ranges and trickle hold connections that cannot be continued elsewhere.
+fn trickling_registries_leave_connections(namespaces: &[&str]) {
+    let node = Node::start();
+    let honest = HonestPods::new(&node);
+    let registries = [FakeRegistry::new(), FakeRegistry::new()];
+    let mut volumes = Vec::new();
+    for (number, registry) in registries.iter().enumerate() {
+        // Four layers of an artifact are fetched at once.
+        for part in 0..2 {
+            let tag = format!("v{part}");
+            let file = |layer: usize| {
+                let seed = (number * 2 + part) * 4 + layer;
+                Layer::titled(&format!("file{layer}"), noise(1 << 20, seed as u64))
+            };
+            Manifest::artifact((0..4).map(file)).push(registry, "hostile", &tag);
+            let namespace = namespaces[volumes.len() % namespaces.len()];
+            volumes.push(volume_of(&node, namespace, &registry.reference(&tag)));
+        }
+        let blobs: Vec<_> = (0..8)
+            .map(|layer| noise(1 << 20, (number * 8 + layer) as u64))
+            .map(|content| (digest(&content), content))
+            .collect();
+        registry.script(move |request| {
+            let (_, content) = blobs.iter().find(|(blob, _)| request.path.ends_with(blob))?;
+            Some(trickle(content.clone()))
+        });
+    }
+    let asked = || {
+        let requests = registries.iter().flat_map(FakeRegistry::requests);
+        requests.filter(|request| request.path.contains("/blobs/")).count()
+    };
+    std::thread::scope(|scope| {
+        let attacks = publish_all(scope, &node, volumes);
+        // All that one namespace may have, or nearly all that there are.
+        wait_until("the attack holds its connections", || asked() >= 12);
+        for _ in 0..3 {
+            honest.are_served_while(|| go_on(&attacks));
+        }
+        node.driver.terminate_hard();
+        for attack in attacks {
+            assert!(attack.join().expect("the call").is_err());
+        }
+    });
+}
+
+#[test]
+fn registries_that_ignore_ranges_and_trickle_leave_connections_to_other_namespaces() {
+    trickling_registries_leave_connections(&["hostile"]);
+}
+
+#[test]
+fn namespaces_that_hold_all_connections_give_way_to_another() {
+    trickling_registries_leave_connections(&["hostile", "second", "third", "fourth"]);
+}
+
+/// One blob in two repositories of a host; who asks for it in the repository `slow` gets it slowly.
+struct PublicBlob {
+    node: Node,
+    registry: FakeRegistry,
+    content: Vec<u8>,
+    /// Whether the slow repository breaks all of its connections.
+    is_over: Arc<AtomicBool>,
+}
+
+impl PublicBlob {
+    fn new(slow: impl Fn(&Request, &[u8]) -> Answer + Send + Sync + 'static) -> Self {
+        let (node, registry, content) = (Node::start(), FakeRegistry::new(), noise(4 << 20, 50));
+        Manifest::artifact([Layer::titled("file", content.clone())])
+            .push(&registry, "hostile", "v1");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (blob, served, over) = (digest(&content), content.clone(), Arc::clone(&is_over));
+        registry.script(move |request| {
+            if !request.path.ends_with(&blob) {
+                return None;
+            }
+            if !request.path.starts_with("/v2/slow/") {
+                return Some(rest(request, &served));
+            }
+            let is_over = over.load(Ordering::SeqCst);
+            Some(if is_over { Answer::status(500) } else { slow(request, &served) })
+        });
+        Self { node, registry, content, is_over }
+    }
+
+    fn slow_reference(&self) -> String {
+        self.registry.reference("v1").replace("/hostile:", "/slow:")
+    }
+
+    /// Requests for the blob at a repository.
+    fn asked(&self, repository: &str) -> Vec<Request> {
+        let path = format!("/v2/{repository}/blobs/{}", digest(&self.content));
+        self.registry.requests().into_iter().filter(|request| request.path == path).collect()
+    }
+
+    /// The pod of the healthy repository gets the blob while the slow one's still waits. Returns what
+    /// becomes of that.
+    fn is_had_elsewhere_while_one_waits(&self) -> Result<(), Status> {
+        std::thread::scope(|scope| {
+            let volume = hostile_volume(&self.node, &self.slow_reference());
+            let calls = publish_all(scope, &self.node, vec![volume]);
+            wait_until("the slow repository is asked first", || !self.asked("slow").is_empty());
+            let (honest, _) = self.node.mount(&self.registry.reference("v1"));
+            let file = std::fs::read(honest.target().join("file")).expect("the file");
+            assert!(file == self.content, "other content than was pushed");
+            self.node.kubelet.unpublish(&honest);
+            self.is_over.store(true, Ordering::SeqCst);
+            let slow = calls.into_iter().next().expect("a call");
+            slow.join().expect("the call")
+        })
+    }
+}
+
+#[test]
+fn a_slow_repository_loses_a_blob_to_a_faster_one_of_its_host() {
+    let slow = |request: &Request, content: &[u8]| {
+        let whole = rest(request, content);
+        let AnswerBody::Whole(bytes) = whole.body else { return whole };
+        let (announced, first) = (bytes.len() as u64, bytes.slice(..(1 << 20).min(bytes.len())));
+        // A megabyte at once, and then nothing.
+        Answer { body: AnswerBody::Stalled { announced, bytes: first }, ..whole }
+    };
+    let blob = PublicBlob::new(slow);
+    let _ = blob.is_had_elsewhere_while_one_waits();
+    let asked = blob.asked("hostile");
+    let ranges: Vec<_> = asked.iter().map(first_byte).collect();
+    assert!(
+        ranges.contains(&Some(1 << 20)),
+        "what the slow one has sent is not fetched again: {ranges:?}"
+    );
+}
+
+#[test]
+fn a_repository_that_trickles_keeps_a_public_blob_from_no_one() {
+    let blob = PublicBlob::new(|_, content| trickle(content.to_vec()));
+    let _ = blob.is_had_elsewhere_while_one_waits();
+    // Of another host, with a registry that knows nothing of the first.
+    let other = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", blob.content.clone())]).push(&other, "hostile", "v1");
+    let (elsewhere, _) = blob.node.mount(&other.reference("v1"));
+    blob.node.kubelet.unpublish(&elsewhere);
+}
+
+#[test]
+fn garbage_before_a_stall_is_no_failure_of_the_source_that_goes_on() {
+    let blob = PublicBlob::new(|_, content| {
+        let (announced, bytes) = (content.len() as u64, Bytes::from(noise(100_000, 51)));
+        Answer::body(AnswerBody::Stalled { announced, bytes })
+    });
+    let of_garbage = blob.is_had_elsewhere_while_one_waits();
+    let asked = blob.asked("hostile");
+    let ranges: Vec<_> = asked.iter().map(first_byte).collect();
+    let continued = ranges.iter().position(|range| *range == Some(100_000));
+    let continued = continued.expect("it goes on behind the garbage");
+    assert!(ranges[continued..].contains(&None), "and then fetches all by itself: {ranges:?}");
+    // Not all of the bytes that were wrong together were this one's.
+    let code = of_garbage.err().map(|status| status.code());
+    assert_ne!(code, Some(Code::Internal));
+}
+
+#[test]
+fn a_blob_that_always_answers_500_is_named_while_it_is_waited_for_and_at_the_end() {
+    let node = Node::start();
+    let registry = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "content")]).push(&registry, "hostile", "v1");
+    registry.script(|request| request.path.contains("/blobs/").then(|| Answer::status(500)));
+    let volume = node.kubelet.new_volume(&registry.reference("v1"));
+    // Five seconds before its end the caller is told how far it is.
+    let deadline = Duration::from_secs(7);
+    let told = node.kubelet.publish_within(&volume, deadline).expect_err("it always fails");
+    assert_eq!(told.code(), Code::Aborted, "{told}");
+    assert!(told.message().contains("answered 500"), "{told}");
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("answered 500"), "{message}");
+}
