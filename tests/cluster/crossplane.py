@@ -81,6 +81,62 @@ def crossplane_schema():
     )
 
 
+# What an observed object is like, what a function before has said, and whether function-auto-ready counts it as ready.
+# As its version 0.6.3 did on a cluster.
+CONDITION = {"type": "Ready", "status": "True", "observedGeneration": 1}
+ROLE = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {}}
+SET = {"apiVersion": "apps/v1", "kind": "StatefulSet", "spec": {"replicas": 1}}
+ALL_RUN = {"readyReplicas": 1, "currentReplicas": 1, "currentRevision": "a", "updateRevision": "a"}
+READINESS = [
+    (ROLE, None, None),
+    (ROLE, True, True),
+    (ROLE | {"status": {"conditions": [CONDITION]}}, None, True),
+    # It is about an earlier generation, which nobody compares.
+    ({"apiVersion": "oci.custom.io/v1alpha1", "kind": "ArtifactPreload", "metadata": {"generation": 2}, "status": {"conditions": [CONDITION]}}, None, True),
+    ({"apiVersion": "v1", "kind": "ConfigMap"}, None, True),
+    ({"apiVersion": "v1", "kind": "ConfigMap"}, False, False),
+    ({"apiVersion": "v1", "kind": "Service", "spec": {}}, None, True),
+    ({"apiVersion": "v1", "kind": "Service", "spec": {"type": "LoadBalancer"}}, None, None),
+    (SET, None, None),
+    (SET | {"status": ALL_RUN}, None, True),
+    (SET | {"status": ALL_RUN | {"updateRevision": "b"}}, None, None),
+    (SET | {"spec": {"replicas": 0}, "status": {"currentRevision": "a", "updateRevision": "a"}}, None, None),
+]
+# Checks of patch and transform, an observed object, and whether it is ready by them.
+CHECKED = [
+    ([], ROLE, None),
+    ([], ROLE | {"status": {"conditions": [CONDITION]}}, True),
+    ([{"type": "None"}], ROLE, True),
+    ([{"type": "None"}], None, None),
+    ([{"type": "NonEmpty", "fieldPath": "status.at"}], ROLE, None),
+    ([{"type": "MatchString", "fieldPath": "kind", "matchString": "Role"}], ROLE, True),
+    ([{"type": "None"}, {"type": "MatchString", "fieldPath": "kind", "matchString": "Job"}], ROLE, None),
+]
+
+
+def crossplane_functions():
+    """The evaluator counts as ready what the real functions and Crossplane did."""
+    for observed, said, expected in READINESS:
+        state = compose.State(desired={"it": {}}, ready={"it": said})
+        compose.auto_ready(None, {}, {"it": observed}, state)
+        if state.ready["it"] is not expected:
+            yield f"function-auto-ready: {observed} after {said}: {state.ready['it']}"
+    state = compose.State(desired={"it": {}}, ready={"it": None})
+    compose.auto_ready(None, {}, {}, state)
+    if state.ready["it"] is not None:
+        yield "function-auto-ready: what does not exist is ready"
+    for checks, observed, expected in CHECKED:
+        observed = observed and observed | {"metadata": {"name": "it", "namespace": "team"}}
+        resource = {"name": "it", "base": {}, "patches": [], "readinessChecks": checks}
+        state = compose.State()
+        step = {"patchSets": [], "resources": [resource]}
+        compose.patch_and_transform(step, {}, {"it": observed} if observed else {}, state)
+        if state.ready["it"] is not expected:
+            yield f"patch and transform: {checks}, {observed}: {state.ready['it']}"
+    if compose.names_of(["eel", "cow", "cat", "dog"]) != "cat, cow, dog, and 1 more":
+        yield "Crossplane names others than these"
+
+
 def crossplane_compositions():
     """Both Compositions make the same of an object but for how they name the artifact, and their parts fit together."""
     pinned = changed(digest=DIGEST, nodeSelector={"disk": "ssd"}, replicas=3)
@@ -278,6 +334,7 @@ def crossplane_rights():
 
 
 CHECKS = (
+    crossplane_functions,
     crossplane_schema,
     crossplane_compositions,
     crossplane_gate,

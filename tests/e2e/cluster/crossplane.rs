@@ -34,6 +34,11 @@ fn wrong_objects_are_refused_and_right_ones_get_defaults() {
 }
 
 #[test]
+fn the_evaluator_counts_as_ready_what_the_real_functions_do() {
+    check("crossplane_functions");
+}
+
+#[test]
 fn both_compositions_make_the_same() {
     check("crossplane_compositions");
 }
