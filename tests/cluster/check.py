@@ -20,6 +20,7 @@ import gitops
 import plain
 import render
 import startup_taint
+import story
 
 # The oldest that the chart is for, and the newest that there are schemas of.
 VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
@@ -210,6 +211,8 @@ CHECKS = {
         *fleet.CHECKS,
         *gitops.CHECKS,
         *startup_taint.CHECKS,
+        story.crossplane_ready,
+        story.crossplane_story,
     )
 }
 

@@ -472,6 +472,14 @@ def compose(name, xr, observed=None):
     return result.desired, result.status
 
 
+# What the controller says of a few reasons.
+MESSAGES = {
+    "Ready": "2 of 2 nodes hold it",
+    "Preloading": "0 of 2 nodes hold it, 2 fetch it, 0 wait, 0 failed",
+    "ReferenceNotFound": "the registry does not have it",
+}
+
+
 def preloaded(preload, digest, reason="Ready", before=None):
     """The ArtifactPreload as the controller has it: on all nodes, or not, for a reason, with what was on all before."""
     preload = copy.deepcopy(preload)
@@ -484,7 +492,7 @@ def preloaded(preload, digest, reason="Ready", before=None):
         "digest": digest,
         "conditions": [
             {"type": "Resolved", "status": "True", "reason": "Resolved", "message": "it is there"},
-            {"type": "Ready", "status": str(ready), "reason": reason, "message": "said by a test"},
+            {"type": "Ready", "status": str(ready), "reason": reason, "message": MESSAGES.get(reason, "why")},
         ],
     }
     last = f"{reference.partition('@')[0]}@{digest}" if ready else before

@@ -152,6 +152,8 @@ def crossplane_compositions():
                 if by_tag.pop("pullPolicy") != by_digest.pop("pullPolicy"):
                     yield "the Compositions differ in the pull policy"
                 by_tag.clear(), by_digest.clear()
+                # The digest of its specification, which is another one by that.
+                wanted["metadata"].pop("annotations"), found["metadata"].pop("annotations")
             if found != wanted:
                 yield f"the Compositions differ in {name}:\n{wanted}\n{found}"
         yield from parts(at_once, xr)
@@ -159,6 +161,9 @@ def crossplane_compositions():
             yield "the artifact is brought onto other nodes than Prometheus runs on"
         if held["artifact"]["spec"]["pullSecrets"] != [xr["spec"]["imagePullSecret"]]:
             yield "the artifact is fetched with other secrets than Prometheus has"
+    first, second = (compose.composition(name)["spec"]["pipeline"][1:] for name in (PLAIN, GATED))
+    if first != second:
+        yield "the Compositions differ in how they find out what is ready"
     digest = attributes(compose.compose(PLAIN, pinned)[0]["statefulset"]).get("digest")
     if digest != DIGEST:
         yield f"the digest of the volume is {digest}"
@@ -201,11 +206,21 @@ def parts(composed, xr):
         yield "something is made in another namespace"
 
 
+def started(statefulset):
+    """The StatefulSet with all of its pods ready."""
+    statefulset = copy.deepcopy(statefulset)
+    statefulset["metadata"]["generation"] = 1
+    replicas = statefulset["spec"]["replicas"]
+    counted = ("replicas", "readyReplicas", "updatedReplicas", "currentReplicas")
+    statefulset["status"] = {"observedGeneration": 1} | {field: replicas for field in counted}
+    return statefulset
+
+
 def crossplane_gate():
     """The gated Composition rolls only to what is on every node, and keeps what runs until then."""
 
     def compose_with(xr, artifact=None, running=None):
-        observed = {"artifact": artifact, "statefulset": running}
+        observed = {"artifact": artifact, "statefulset": running and started(running)}
         observed = {name: value for name, value in observed.items() if value}
         desired, status = compose.compose(GATED, xr, observed)
         used = desired.get("statefulset")
@@ -248,6 +263,18 @@ def crossplane_gate():
     if reference != two:
         yield f"not rolled though every node has it: {reference}"
 
+    # A status of an earlier generation, or of another reference, opens nothing and is not told as if it were about this.
+    for field, value in (("observedGeneration", 0), ("reference", f"{name}:v1")):
+        stale = copy.deepcopy(ready_second)
+        stale["status"][field] = value
+        if compose_with(second, stale, running)[2] != one:
+            yield f"rolled though the status has the {field} {value}"
+    stale = copy.deepcopy(ready_first)
+    stale["spec"], stale["metadata"]["generation"] = wanted_second["spec"], 2
+    _, _, _, status = compose_with(second, stale, running)
+    if "not looked at version v2" not in status["artifact"]:
+        yield f"what the nodes hold of v1 is told of v2: {status['artifact']}"
+
     # The way back, also from a version that becomes ready just when nobody wants it any more.
     held = compose.preloaded(wanted_first, DIGEST, "Preloading", before=two)
     for artifact in (ready_second, held):
@@ -287,7 +314,7 @@ def crossplane_gate():
         yield "not rolled to the digest that every node has"
     if compose_with(changed(version="v1", digest=other), ready_first, running)[2] != one:
         yield "rolled to another digest of the same tag"
-    _, status = compose.compose(PLAIN, second, {"statefulset": plain})
+    _, status = compose.compose(PLAIN, second, {"statefulset": started(plain)})
     if status["reference"] != one:
         yield f"{PLAIN}: the status has {status['reference']}"
 

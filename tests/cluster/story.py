@@ -6,7 +6,9 @@ every state between two steps is looked at, and each can be down.
 
 import copy
 import json
+import random
 
+import chart
 import compose
 import render
 
@@ -113,6 +115,20 @@ class Cluster:
         digest = PUSHED.get(version, "sha256:" + "0" * 64)
         self.objects["artifact"] = compose.preloaded(artifact, digest, reason, before)
 
+    def look(self):
+        """The controller of ArtifactPreloads is up, the nodes too: what exists is on all of them at once."""
+        if "artifact" in self.objects:
+            version = self.objects["artifact"]["spec"]["reference"].rpartition(":")[2]
+            self.preload("Ready" if version in PUSHED else "ReferenceNotFound")
+
+    @property
+    def preloaded(self):
+        """The reference that all nodes hold by the present ArtifactPreload, whatever its status says."""
+        artifact = self.objects.get("artifact", {"spec": {}})
+        ready = compose.condition_is_true(artifact, "Ready")
+        current = artifact.get("status", {}).get("reference") == artifact["spec"].get("reference")
+        return artifact["spec"].get("reference") if ready and current else None
+
     def revision(self):
         template = self.objects["statefulset"]["spec"]["template"]
         return json.dumps(template, sort_keys=True)
@@ -185,8 +201,7 @@ class Cluster:
             self.see()
             self.replace()
             self.start()
-            version = self.xr["spec"]["version"]
-            self.preload("Ready" if version in PUSHED else "ReferenceNotFound")
+            self.look()
             if before == (self.objects, self.pods, self.conditions, self.xr):
                 return
         raise AssertionError(f"{self.composition} never settles")
@@ -200,3 +215,162 @@ def never_ready():
         for condition, (status, message) in cluster.conditions.items():
             if not status:
                 yield f"{composition}: {condition} is False: {message}"
+
+
+# The life of an object: what happens, and then what is seen. Crossplane reconciles after each step. A step that is for
+# one Composition only says so; the other has nothing like it.
+
+STEPS = [
+    ("created", lambda it: None, None),
+    ("the nodes fetch v1", lambda it: it.preload("Preloading"), GATED),
+    ("all nodes hold v1", lambda it: it.preload("Ready"), GATED),
+    ("its pods are there", Cluster.see, None),
+    ("its pods are ready", Cluster.start, None),
+    ("version: v2", lambda it: it.change(version="v2"), None),
+    ("the nodes fetch v2", lambda it: it.preload("Preloading"), GATED),
+    ("all nodes hold v2", lambda it: it.preload("Ready"), GATED),
+    ("one pod is replaced", Cluster.replace, None),
+    ("it is ready, and the other is replaced", lambda it: (it.start(), it.replace()), None),
+    ("that is ready too", Cluster.start, None),
+    ("version: v4, which does not exist", lambda it: it.change(version="v4"), None),
+    ("the registry has no v4", lambda it: it.preload("ReferenceNotFound"), GATED),
+    ("one pod is replaced", lambda it: (it.replace(), it.start()), PLAIN),
+    ("version: v2", lambda it: it.change(version="v2"), None),
+    ("all nodes hold v2", lambda it: it.preload("Ready"), GATED),
+    ("the pod is replaced, and ready", lambda it: (it.replace(), it.start()), PLAIN),
+    ("version: v5, while the controller is down", lambda it: it.change(version="v5"), GATED),
+    ("version: v2", lambda it: it.change(version="v2"), GATED),
+    ("the controller is back", lambda it: it.preload("Ready"), GATED),
+    ("replicas: 0", lambda it: it.change(replicas=0), None),
+    ("its pods are gone", Cluster.see, None),
+    ("replicas: 5", lambda it: it.change(replicas=5), None),
+    ("five pods are there", Cluster.see, None),
+    ("they are ready", Cluster.start, None),
+    ("the ArtifactPreload is deleted by hand", lambda it: it.delete("artifact"), GATED),
+    ("the controller has looked at the new one", lambda it: it.preload("Ready"), GATED),
+    ("the StatefulSet is deleted by hand", lambda it: it.delete("statefulset"), None),
+    ("five pods are there and ready", lambda it: (it.see(), it.start()), None),
+]
+
+
+def short(reference, cluster):
+    """A reference without its repository, and a digest without most of its digits."""
+    text = reference.replace(cluster.repository + ":", "")
+    return text[: text.index("@sha256:") + 12] + "..." if "@" in text else text
+
+
+def rows(composition):
+    """What the story looks like: (step, SYNCED, READY, RUNNING, ARTIFACT) for each of its steps."""
+    cluster = Cluster(composition)
+    for step, act, only in STEPS:
+        if only not in (None, composition):
+            continue
+        act(cluster)
+        cluster.reconcile()
+        # Crossplane is called again by what it has changed, until that is nothing.
+        cluster.reconcile()
+        yield (
+            step,
+            str(cluster.synced),
+            str(cluster.ready),
+            short(cluster.running, cluster),
+            cluster.artifact,
+        )
+
+
+def runs_what_is_wanted(cluster):
+    """Whether READY should be True of what was there when Crossplane looked, found out without any status."""
+    replicas = cluster.xr["spec"]["replicas"]
+    wanted = cluster.wanted
+    memory = cluster.xr["spec"].get("resources", {}).get("memory", "2Gi")
+    pods = [
+        reference.partition("@")[0]
+        for reference, revision, ready in cluster.pods
+        if ready and f'"memory": "{memory}"' in revision
+    ]
+    if len(cluster.pods) != replicas or pods != [wanted] * replicas:
+        return False
+    if "statefulset" not in cluster.objects:
+        return False
+    return cluster.composition == PLAIN or cluster.preloaded == wanted
+
+
+def walk(composition, seed, steps):
+    """Things happen in any order; READY is never True but when what is wanted runs, and becomes so when all settles."""
+    chance = random.Random(seed)
+    cluster = Cluster(composition)
+    cluster.settle()
+    happened = []
+
+    def change(field, values):
+        cluster.change(**{field: chance.choice([each for each in values if each != cluster.xr["spec"].get(field)])})
+
+    events = {
+        "version": lambda: change("version", ["v1", "v2", "v4"]),
+        "replicas": lambda: change("replicas", [0, 1, 2, 5]),
+        "memory": lambda: change("resources", [{"memory": "1Gi"}, {"memory": "3Gi"}]),
+        "preload": cluster.look,
+        "see": cluster.see,
+        "replace": cluster.replace,
+        "start": cluster.start,
+        "lost": lambda: cluster.delete(chance.choice(["artifact", "statefulset", "role"])),
+    }
+    names = list(events)
+    weights = [4, 2, 2, 3, 3, 3, 3, 1]
+    for _ in range(steps):
+        (event,) = chance.choices(names, weights)
+        events[event]()
+        happened.append(event)
+        # What Crossplane has applied brings it back before others have looked.
+        for _ in range(2 if event in ("version", "replicas", "memory") else 1):
+            expected = runs_what_is_wanted(cluster)
+            ran = any(ready for _, _, ready in cluster.pods)
+            cluster.reconcile()
+            where = f"{composition}, seed {seed}, after {', '.join(happened)}"
+            if cluster.ready and not expected:
+                yield f"{where}: READY, and {cluster.wanted} does not run"
+                return
+            if cluster.running and not ran:
+                yield f"{where}: RUNNING is {cluster.running}, and no pod is ready"
+                return
+    cluster.settle()
+    exists = cluster.xr["spec"]["version"] in PUSHED
+    nothing = composition == PLAIN and not cluster.xr["spec"]["replicas"]
+    if cluster.ready != (exists or nothing):
+        yield f"{composition}, seed {seed}, after {', '.join(happened)}: settled, and READY is {cluster.ready}: {cluster.conditions}"
+    if exists and cluster.pods and cluster.running.partition("@")[0] != cluster.wanted:
+        yield f"{composition}, seed {seed}: settled, and RUNNING is {cluster.running}"
+
+
+def table(composition):
+    """The story as it stands in docs/how-to/prometheus-by-crossplane.md."""
+    head = ("step", "SYNCED", "READY", "RUNNING", "ARTIFACT")
+    lines = [head, ("---",) * len(head), *rows(composition)]
+    return "\n".join("| " + " | ".join(cell for cell in line) + " |" for line in lines) + "\n"
+
+
+HOW_TO = chart.ROOT / "docs/how-to/prometheus-by-crossplane.md"
+WALKS = 3
+STEPS_OF_A_WALK = 20
+
+
+def crossplane_ready():
+    """The object becomes READY when what is wanted runs, and only then, whatever happens before and in which order."""
+    yield from never_ready()
+    for composition in COMPOSITIONS:
+        for seed in range(WALKS):
+            yield from walk(composition, seed, STEPS_OF_A_WALK)
+
+
+def crossplane_story():
+    """What kubectl shows in each step of an object's life is what the documentation says."""
+    text = HOW_TO.read_text()
+    for composition in COMPOSITIONS:
+        if table(composition) not in text:
+            yield f"{HOW_TO.name} lacks the table of {composition}:\n{table(composition)}"
+
+
+if __name__ == "__main__":
+    # For the page, after a change.
+    for each in COMPOSITIONS:
+        print(f"{each}\n\n{table(each)}")

@@ -39,6 +39,16 @@ fn the_evaluator_counts_as_ready_what_the_real_functions_do() {
 }
 
 #[test]
+fn an_object_is_ready_when_and_only_when_what_is_wanted_runs() {
+    check("crossplane_ready");
+}
+
+#[test]
+fn the_documentation_shows_each_step_of_an_objects_life() {
+    check("crossplane_story");
+}
+
+#[test]
 fn both_compositions_make_the_same() {
     check("crossplane_compositions");
 }
@@ -245,9 +255,19 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
         // The gate opens, and names the artifact by its digest.
         let is = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": ""});
         let wanted = format!("{repository}:v2");
-        let status = json!({"reference": wanted, "readyReference": pinned, "conditions": [is]});
+        let status = json!({
+            "observedGeneration": 1,
+            "reference": wanted,
+            "readyReference": pinned,
+            "conditions": [is],
+        });
         let mut observed = composed.clone();
-        observed.insert("artifact".to_owned(), json!({"status": status}));
+        let preload = json!({
+            "metadata": {"generation": 1},
+            "spec": {"reference": wanted},
+            "status": status,
+        });
+        observed.insert("artifact".to_owned(), preload);
         let newer = compose("customprometheus-gated", specification("v2"), &observed);
         let newer = pod_of(&newer);
         drop(running);
