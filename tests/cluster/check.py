@@ -69,8 +69,11 @@ def notes():
     """NOTES say what to try after an install, and what an upgrade means after one."""
     for upgrade in (False, True):
         text = chart.texts({}, upgrade=upgrade)["NOTES.txt"]
-        if ("helm rollback" in text) != upgrade or "kubectl apply -f -" not in text:
+        if ("is as safe" in text) != upgrade or "kubectl apply -f -" not in text:
             yield f"the notes of an {'upgrade' if upgrade else 'install'} are:\n{text}"
+        # What keeps a release whose uninstall was refused, ready to be pasted.
+        if not re.search(rf"(?m)^  helm -n {chart.RELEASE} rollback {chart.RELEASE} \d+$", text):
+            yield f"the notes do not say how to keep a release that cannot be uninstalled:\n{text}"
         pod = text.partition("<<'END'\n")[2].partition("  END\n")[0]
         yield from invalid("NOTES", chart.documents(pod), VERSIONS[-1])
 

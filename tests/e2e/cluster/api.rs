@@ -118,6 +118,7 @@ fn an_uninstall_is_refused_while_pods_use_the_driver() {
     assert!(!checks());
     let log = machine.log(container);
     assert!(log.contains("2 pods") && log.contains("team/fifth, team/third"), "{log}");
+    assert!(log.contains("helm rollback NAME REVISION"), "{log}");
     assert!(!log.contains(TOKEN), "the token is in the log");
 
     server.change(|objects| {
