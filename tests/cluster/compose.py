@@ -157,9 +157,12 @@ def only(mapping, *known):
 
 
 def format_text(template, values):
-    if template.count("%s") != len(values):
+    parts = template.split("%s")
+    if len(parts) - 1 != len(values):
         raise ValueError(f"{template!r} wants another number of values than {len(values)}")
-    return template.replace("%s", "{}").format(*values)
+    if "%" in "".join(parts):
+        raise ValueError(f"{template!r} has a verb that has no evaluator")
+    return parts[0] + "".join(str(value) + part for value, part in zip(values, parts[1:]))
 
 
 def transformed(value, transforms):

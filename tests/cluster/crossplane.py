@@ -1,12 +1,19 @@
 """Checks of deploy/crossplane."""
 
 import copy
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
 
 import jsonschema
 import yaml
 
 import chart
 import compose
+import fleet
 import render
 
 PLAIN = "customprometheus"
@@ -178,7 +185,16 @@ def parts(composed, xr):
     selectors = [statefulset["selector"]["matchLabels"]] + [
         composed[service]["spec"]["selector"] for service in ("service", "service-headless")
     ]
+    # Replicas keep away from each other, on nodes and in zones.
+    (term,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    (spread,) = pod["topologySpreadConstraints"]
+    apart = [term["podAffinityTerm"], spread]
+    if [each["topologyKey"] for each in apart] != ["kubernetes.io/hostname", "topology.kubernetes.io/zone"]:
+        yield f"replicas keep away from each other by {apart}"
+    selectors += [each["labelSelector"]["matchLabels"] for each in apart]
     for selector in selectors:
+        if len(selector) != 2:
+            yield f"{selector} selects pods of other objects"
         if not selector.items() <= labels.items():
             yield f"{selector} does not select {labels}"
     if statefulset["serviceName"] != composed["service-headless"]["metadata"]["name"]:
@@ -214,6 +230,49 @@ def started(statefulset):
     counted = ("replicas", "readyReplicas", "updatedReplicas", "currentReplicas")
     statefulset["status"] = {"observedGeneration": 1} | {field: replicas for field in counted}
     return statefulset
+
+
+def promtool(*arguments):
+    tools = pathlib.Path(sys.executable).parents[2] / "bin"
+    program = shutil.which("promtool", path=f"{tools}:{os.environ['PATH']}")
+    return subprocess.run([program, *arguments], capture_output=True, text=True)
+
+
+# Labels of an object, and whether the definition takes them.
+LABELS = [
+    ({}, True),
+    ({"cluster": "west", "_team": "billing"}, True),
+    ({"replica": "a"}, False),
+    ({"prometheus": "a"}, False),
+]
+
+
+def crossplane_configuration():
+    """Prometheus takes what is composed, and every replica has labels of its own."""
+    labels = {"cluster": "west", "note": "a: 'b' #c"}
+    for name in (PLAIN, GATED):
+        desired, _ = compose.compose(name, changed(externalLabels=labels))
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in desired["config"]["data"].items():
+                path = pathlib.Path(folder) / file
+                path.write_text(text.replace("/etc/prometheus", folder))
+            checked = promtool("check", "config", f"{folder}/prometheus.yml")
+        if checked.returncode:
+            yield f"{name}: promtool: {checked.stdout}{checked.stderr}"
+        found = yaml.safe_load(desired["config"]["data"]["prometheus.yml"])
+        found = found["global"]["external_labels"]
+        if found != labels | {"prometheus": "${NAMESPACE}/${NAME}", "replica": "${POD_NAME}"}:
+            yield f"{name}: the external labels are {found}"
+        desired, _ = compose.compose(PLAIN, changed())
+        container = desired["statefulset"]["spec"]["template"]["spec"]["containers"][0]
+        variables = {each["name"]: each for each in container["env"]}
+        if variables["NAME"]["value"] != changed()["metadata"]["name"] or len(variables) != 3:
+            yield f"{name}: the variables are {variables}"
+    spec = compose.XRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    (rule,) = spec["properties"]["externalLabels"]["x-kubernetes-validations"]
+    for labels, allowed in LABELS:
+        if fleet.evaluate(rule["rule"], self=labels) != allowed:
+            yield f"external labels {labels} are {'refused' if allowed else 'accepted'}"
 
 
 def crossplane_gate():
@@ -364,6 +423,7 @@ CHECKS = (
     crossplane_functions,
     crossplane_schema,
     crossplane_compositions,
+    crossplane_configuration,
     crossplane_gate,
     crossplane_rights,
 )

@@ -54,6 +54,11 @@ fn both_compositions_make_the_same() {
 }
 
 #[test]
+fn prometheus_takes_the_configuration_and_replicas_have_labels_of_their_own() {
+    check("crossplane_configuration");
+}
+
+#[test]
 fn the_gated_composition_rolls_only_to_what_every_node_has() {
     check("crossplane_gate");
 }
