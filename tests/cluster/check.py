@@ -164,8 +164,10 @@ def schemas():
             yield from invalid(row, documents, version)
     groups = render.plain() | render.kustomizations() | render.composed()
     for where, documents in groups.items():
+        # Admission policies are older than their version v1.
+        oldest = 30 if where.startswith("deploy/crossplane") else 29
         for version in VERSIONS:
-            if float(version[2:]) >= 29:
+            if int(version[2:]) >= oldest:
                 yield from invalid(where, documents, version)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import celpy
 import jsonschema
 import yaml
 
@@ -275,6 +276,49 @@ def crossplane_configuration():
             yield f"external labels {labels} are {'refused' if allowed else 'accepted'}"
 
 
+def split(text, separator):
+    """Of Kubernetes' library for strings, which the evaluator of CEL lacks."""
+    parts = [celpy.celtypes.StringType(part) for part in str(text).split(str(separator))]
+    return celpy.celtypes.ListType(parts)
+
+
+OWN = "- job_name: a\n  kubernetes_sd_configs:\n    - role: pod\n      namespaces: {own_namespace: true}\n"
+ALL = "- job_name: b\n  kubernetes_sd_configs: [{role: endpoints}]\n"
+# Scrape configurations, and whether whoever applies one is warned.
+DISCOVERY = [
+    (OWN, False),
+    (OWN + OWN, False),
+    (ALL, True),
+    (OWN + ALL, True),
+    ("- job_name: c\n  static_configs: [{targets: [a:1]}]\n", False),
+    (render.example()["spec"]["scrapeConfig"], False),
+]
+
+
+def crossplane_warning():
+    """Service discovery beyond the own namespace is warned of when it is applied, and nothing is refused."""
+    policy, binding = chart.documents((compose.FOLDER / "warning.yaml").read_text())
+    if binding["spec"]["validationActions"] != ["Warn"]:
+        yield "it does more than to warn"
+    environment = celpy.Environment()
+
+    def evaluate(text, **context):
+        program = environment.program(environment.compile(text), functions={"split": split})
+        context = {name: celpy.json_to_cel(each) for name, each in context.items()}
+        return bool(program.evaluate(context))
+
+    (validation,) = policy["spec"]["validations"]
+    (condition,) = policy["spec"]["matchConditions"]
+    for text, warned in DISCOVERY:
+        xr = changed(scrapeConfig=text)
+        if evaluate(validation["expression"], object=xr) == warned:
+            yield f"{'no warning' if warned else 'a warning'} for {text}"
+    other = changed(scrapeConfig=ALL)
+    for before, asked in ((None, True), (render.example(), True), (other, False)):
+        if evaluate(condition["expression"], object=other, oldObject=before) != asked:
+            yield f"the warning after {before} is {'missing' if asked else 'given'}"
+
+
 def crossplane_gate():
     """The gated Composition rolls only to what is on every node, and keeps what runs until then."""
 
@@ -424,6 +468,7 @@ CHECKS = (
     crossplane_schema,
     crossplane_compositions,
     crossplane_configuration,
+    crossplane_warning,
     crossplane_gate,
     crossplane_rights,
 )

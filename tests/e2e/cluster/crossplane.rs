@@ -59,6 +59,11 @@ fn prometheus_takes_the_configuration_and_replicas_have_labels_of_their_own() {
 }
 
 #[test]
+fn service_discovery_beyond_the_own_namespace_is_warned_of() {
+    check("crossplane_warning");
+}
+
+#[test]
 fn the_gated_composition_rolls_only_to_what_every_node_has() {
     check("crossplane_gate");
 }
