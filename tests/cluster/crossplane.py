@@ -276,6 +276,43 @@ def crossplane_configuration():
             yield f"external labels {labels} are {'refused' if allowed else 'accepted'}"
 
 
+def crossplane_check():
+    """The jobs that check a configuration are valid, may be made, and nothing that serves selects their pods."""
+    import check
+    import story
+
+    cluster = story.Cluster(GATED)
+    cluster.settle()
+    cluster.promtool = False
+    cluster.change(scrapeConfig=story.SCRAPES[0])
+    cluster.reconcile()
+    cluster.check()
+    cluster.reconcile()
+    jobs = [each for each in cluster.objects.values() if each["kind"] == "Job"]
+    if len(jobs) != 2:
+        yield f"not promtool and then Prometheus itself: {jobs}"
+    bare = [{key: each[key] for key in ("apiVersion", "kind", "metadata", "spec")} for each in jobs]
+    for version in ("1.30", check.VERSIONS[-1]):
+        yield from check.invalid(GATED, copy.deepcopy(bare), version)
+    statefulset = cluster.objects["statefulset"]["spec"]
+    container = statefulset["template"]["spec"]["containers"][0]
+    folder = container["command"][0].rpartition("/")[0]
+    for job in jobs:
+        if len(job["metadata"]["name"]) > 63:
+            yield f"{job['metadata']['name']} is too long for a label of its pods"
+        template = job["spec"]["template"]
+        if statefulset["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items():
+            yield "a pod that checks is one of the StatefulSet"
+        (checks,) = template["spec"]["containers"]
+        if checks["command"][0].rpartition("/")[0] != folder:
+            yield f"{checks['command']} is not of the artifact"
+        if story.mounted(job) != story.mounted({"spec": statefulset}):
+            yield "another artifact checks than runs"
+    rules = yaml.safe_load((compose.FOLDER / "rbac.yaml").read_text())["rules"]
+    if not any("jobs" in rule["resources"] and WRITE <= set(rule["verbs"]) for rule in rules):
+        yield "Crossplane may not make jobs"
+
+
 def split(text, separator):
     """Of Kubernetes' library for strings, which the evaluator of CEL lacks."""
     parts = [celpy.celtypes.StringType(part) for part in str(text).split(str(separator))]
@@ -468,6 +505,7 @@ CHECKS = (
     crossplane_schema,
     crossplane_compositions,
     crossplane_configuration,
+    crossplane_check,
     crossplane_warning,
     crossplane_gate,
     crossplane_rights,

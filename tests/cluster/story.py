@@ -15,6 +15,9 @@ import render
 PLAIN = "customprometheus"
 GATED = "customprometheus-gated"
 COMPOSITIONS = (PLAIN, GATED)
+# What makes a scrape configuration wrong here.
+WRONG = "scrape_intervall"
+SCRAPES = ["- job_name: a\n", "- job_name: b\n", f"- job_name: a\n  {WRONG}: 1s\n"]
 # What the registry has: tag -> digest.
 PUSHED = {f"v{number}": "sha256:" + f"{number}" * 64 for number in range(1, 4)}
 
@@ -43,6 +46,8 @@ class Cluster:
         # Of each pod: the reference that it mounts, its revision, and whether it is ready.
         self.pods = []
         self.conditions = {}
+        # Whether the artifacts have a promtool.
+        self.promtool = True
 
     # What is asked for, and what is seen.
 
@@ -189,6 +194,36 @@ class Cluster:
         if "statefulset" in self.objects:
             self.tell()
 
+    def check(self):
+        """The jobs that check a configuration have run."""
+        for name, job in self.objects.items():
+            if job["kind"] != "Job":
+                continue
+            volumes = job["spec"]["template"]["spec"]["volumes"]
+            (volume,) = [each for each in volumes if each["name"] == "config"]
+            (config,) = [
+                each
+                for each in self.objects.values()
+                if each["metadata"]["name"] == volume["configMap"]["name"]
+            ]
+            wrong = WRONG in config["data"]["user-scrape.yml"]
+            job["status"] = self.outcome("check-promtool" in name, wrong)
+
+    def outcome(self, is_promtool, wrong):
+        failed = {"failed": 2, "ready": 0, "conditions": [{"type": "Failed", "status": "True"}]}
+        if wrong or (is_promtool and not self.promtool):
+            return failed
+        if is_promtool:
+            return {"succeeded": 1, "conditions": [{"type": "Complete", "status": "True"}]}
+        return {"active": 1, "ready": 1}
+
+    @property
+    def configured(self):
+        """Whether the pods have the scrape configuration that is asked for."""
+        scrape = "scrape_configs:\n" + self.xr["spec"]["scrapeConfig"]
+        config = self.objects.get("config", {"data": {}})["data"]
+        return config.get("user-scrape.yml") == scrape
+
     def exists(self, reference, digests):
         name, _, digest = reference.removeprefix(self.repository).partition("@")
         return digest in digests if digest else name.removeprefix(":") in PUSHED
@@ -202,6 +237,7 @@ class Cluster:
             self.replace()
             self.start()
             self.look()
+            self.check()
             if before == (self.objects, self.pods, self.conditions, self.xr):
                 return
         raise AssertionError(f"{self.composition} never settles")
@@ -246,6 +282,11 @@ STEPS = [
     ("replicas: 5", lambda it: it.change(replicas=5), None),
     ("five pods are there", Cluster.see, None),
     ("they are ready", Cluster.start, None),
+    ("scrapeConfig with a mistake", lambda it: it.change(scrapeConfig=SCRAPES[2]), GATED),
+    ("promtool refuses it", Cluster.check, GATED),
+    ("Prometheus does not load it either", Cluster.check, GATED),
+    ("the mistake is mended", lambda it: it.change(scrapeConfig=SCRAPES[0]), GATED),
+    ("promtool accepts it", Cluster.check, GATED),
     ("the ArtifactPreload is deleted by hand", lambda it: it.delete("artifact"), GATED),
     ("the controller has looked at the new one", lambda it: it.preload("Ready"), GATED),
     ("the StatefulSet is deleted by hand", lambda it: it.delete("statefulset"), None),
@@ -260,7 +301,7 @@ def short(reference, cluster):
 
 
 def rows(composition):
-    """What the story looks like: (step, SYNCED, READY, RUNNING, ARTIFACT) for each of its steps."""
+    """What the story looks like: (step, SYNCED, READY, RUNNING, ARTIFACT, CONFIG) for each of its steps."""
     cluster = Cluster(composition)
     for step, act, only in STEPS:
         if only not in (None, composition):
@@ -275,6 +316,7 @@ def rows(composition):
             str(cluster.ready),
             short(cluster.running, cluster),
             cluster.artifact,
+            cluster.xr["status"].get("config", ""),
         )
 
 
@@ -292,13 +334,14 @@ def runs_what_is_wanted(cluster):
         return False
     if "statefulset" not in cluster.objects:
         return False
-    return cluster.composition == PLAIN or cluster.preloaded == wanted
+    return cluster.composition == PLAIN or (cluster.configured and cluster.preloaded == wanted)
 
 
 def walk(composition, seed, steps):
     """Things happen in any order; READY is never True but when what is wanted runs, and becomes so when all settles."""
     chance = random.Random(seed)
     cluster = Cluster(composition)
+    cluster.promtool = seed % 2 == 0
     cluster.settle()
     happened = []
 
@@ -309,24 +352,32 @@ def walk(composition, seed, steps):
         "version": lambda: change("version", ["v1", "v2", "v4"]),
         "replicas": lambda: change("replicas", [0, 1, 2, 5]),
         "memory": lambda: change("resources", [{"memory": "1Gi"}, {"memory": "3Gi"}]),
+        "scrape": lambda: change("scrapeConfig", SCRAPES),
         "preload": cluster.look,
+        "check": cluster.check,
         "see": cluster.see,
         "replace": cluster.replace,
         "start": cluster.start,
         "lost": lambda: cluster.delete(chance.choice(["artifact", "statefulset", "role"])),
     }
     names = list(events)
-    weights = [4, 2, 2, 3, 3, 3, 3, 1]
+    weights = [4, 2, 2, 2, 3, 2, 3, 3, 3, 1]
     for _ in range(steps):
         (event,) = chance.choices(names, weights)
         events[event]()
         happened.append(event)
         # What Crossplane has applied brings it back before others have looked.
-        for _ in range(2 if event in ("version", "replicas", "memory") else 1):
+        for _ in range(2 if event in ("version", "replicas", "memory", "scrape") else 1):
             expected = runs_what_is_wanted(cluster)
             ran = any(ready for _, _, ready in cluster.pods)
+            # What runs already is not given a wrong configuration.
+            guarded = "statefulset" in cluster.objects and WRONG not in str(cluster.objects["config"])
+            guarded = guarded and composition == GATED
             cluster.reconcile()
             where = f"{composition}, seed {seed}, after {', '.join(happened)}"
+            if guarded and WRONG in str(cluster.objects["config"]):
+                yield f"{where}: the pods got a wrong configuration"
+                return
             if cluster.ready and not expected:
                 yield f"{where}: READY, and {cluster.wanted} does not run"
                 return
@@ -335,8 +386,11 @@ def walk(composition, seed, steps):
                 return
     cluster.settle()
     exists = cluster.xr["spec"]["version"] in PUSHED
+    wrong = composition == GATED and not cluster.configured
+    if wrong and "Refused: " not in cluster.xr["status"]["config"]:
+        yield f"{composition}, seed {seed}: settled, and the status says {cluster.xr['status']}"
     nothing = composition == PLAIN and not cluster.xr["spec"]["replicas"]
-    if cluster.ready != (exists or nothing):
+    if cluster.ready != ((exists or nothing) and not wrong):
         yield f"{composition}, seed {seed}, after {', '.join(happened)}: settled, and READY is {cluster.ready}: {cluster.conditions}"
     if exists and cluster.pods and cluster.running.partition("@")[0] != cluster.wanted:
         yield f"{composition}, seed {seed}: settled, and RUNNING is {cluster.running}"
@@ -344,8 +398,11 @@ def walk(composition, seed, steps):
 
 def table(composition):
     """The story as it stands in docs/how-to/prometheus-by-crossplane.md."""
-    head = ("step", "SYNCED", "READY", "RUNNING", "ARTIFACT")
-    lines = [head, ("---",) * len(head), *rows(composition)]
+    head = ("step", "SYNCED", "READY", "RUNNING", "ARTIFACT", "CONFIG")
+    if composition == PLAIN:
+        head = head[:-1]
+    told = [row[: len(head)] for row in rows(composition)]
+    lines = [head, ("---",) * len(head), *told]
     return "\n".join("| " + " | ".join(cell for cell in line) + " |" for line in lines) + "\n"
 
 

@@ -59,6 +59,11 @@ fn prometheus_takes_the_configuration_and_replicas_have_labels_of_their_own() {
 }
 
 #[test]
+fn a_changed_configuration_is_checked_by_the_artifact_that_runs() {
+    check("crossplane_check");
+}
+
+#[test]
 fn service_discovery_beyond_the_own_namespace_is_warned_of() {
     check("crossplane_warning");
 }
