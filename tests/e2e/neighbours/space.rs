@@ -82,6 +82,15 @@ fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
     });
 }
 
+/// Ends an attack, also when the test fails meanwhile.
+struct EndOfAttack<'a>(&'a AtomicBool);
+
+impl Drop for EndOfAttack<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// As large as a manifest may be by default.
 const DOCUMENT: usize = 4 << 20;
 
@@ -128,12 +137,12 @@ fn ever_new_documents_of_failing_publishes_fill_no_disk() {
                 published.fetch_add(1, Ordering::SeqCst);
             }
         });
+        let _end = EndOfAttack(&is_over);
         wait_until("the disk would be full", || {
             assert!(!attack.is_finished(), "the attack failed");
             published.load(Ordering::SeqCst) >= 80
         });
         honest.are_served_while(|| !attack.is_finished());
-        is_over.store(true, Ordering::SeqCst);
     });
     let state = node.driver.state();
     let status = nix::sys::statvfs::statvfs(&disk).expect("the disk");
