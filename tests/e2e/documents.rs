@@ -241,7 +241,9 @@ macro_rules! pages {
             }
         )+
 
-        const FOLLOWED: &[&str] = &[$($page),+, "how-to/private-registry.md"];
+        // The page on Crossplane is compared with what the evaluator of Compositions says, in `cluster::crossplane`.
+        const FOLLOWED: &[&str] =
+            &[$($page),+, "how-to/private-registry.md", "how-to/prometheus-by-crossplane.md"];
     };
 }
 
