@@ -84,7 +84,7 @@ impl Server {
         let (sender, receiver) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
             super::block_on(async {
-                let listener = tokio::net::TcpListener::bind(address).await.expect("a port");
+                let listener = listen(address).await;
                 let _ = sender.send(listener.local_addr().expect("an address"));
                 tokio::select! {
                     result = axum::serve(listener, router) => result.expect("the server"),
@@ -96,6 +96,20 @@ impl Server {
         let address = receiver.recv().expect("the server's address");
         (Self { stop, thread: Some(thread) }, address)
     }
+}
+
+/// Listens on an address. A process that another thread has just forked holds the listener of before
+/// until it executes its program.
+async fn listen(address: SocketAddr) -> tokio::net::TcpListener {
+    for _ in 0..1000 {
+        match tokio::net::TcpListener::bind(address).await {
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+            listener => return listener.expect("a port"),
+        }
+    }
+    panic!("the port of {address} stays in use");
 }
 
 impl Drop for Server {
