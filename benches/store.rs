@@ -26,12 +26,14 @@ use csi_driver_oci::store::{FileKey, Store, StoreOptions, TreeKey};
 use csi_driver_oci::unpack::layer_rule::FileRule;
 use csi_driver_oci::unpack::merge::Merger;
 use csi_driver_oci::unpack::{Limits, Permissions, RelativePath, Selection};
-use support::{Admin, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact};
+use support::{Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact};
 
 const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];
 const PUBLISHES: usize = 500;
 /// Each figure is the median of so many.
 const STARTS: usize = 5;
+/// Operations of each kind on references of their own.
+const OPERATIONS: u32 = 10;
 
 const CONFIGURATION: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                              lowThresholdPercent: 100, minimumAge: 0s}\n";
@@ -96,12 +98,13 @@ fn measure(artifacts: usize) {
         publishes.push(started.elapsed());
         kubelet.unpublish(&volume);
     }
+    let operations = cpu_of_operations(&driver, &admin);
     let started = Instant::now();
     let collected = admin.json(&["gc", "--target", "0"]);
     let evicted = started.elapsed();
     let trees = collected["victims"].as_array().expect("a list");
     let trees = trees.iter().filter(|victim| victim["manifest"] != "").count();
-    assert_eq!(trees, artifacts, "all but what is shown");
+    assert_eq!(trees + OPERATIONS as usize, artifacts, "all but what is shown, and was removed");
     println!(
         "{artifacts:>10} {:>14} {:>16} {:>16} {:>14}",
         milliseconds(median(&mut opens)),
@@ -109,7 +112,38 @@ fn measure(artifacts: usize) {
         milliseconds(median(&mut publishes)),
         milliseconds(evicted)
     );
+    for (operation, cpu) in operations {
+        println!("{:>10} {operation:>14} {:>16} of CPU", "", milliseconds(cpu));
+    }
     kubelet.unpublish(&first);
+}
+
+/// Returns the processor time that the driver takes for one operation on one reference, on average.
+fn cpu_of_operations(driver: &Driver, admin: &Admin) -> Vec<(&'static str, Duration)> {
+    let operations: [(&str, &[&str]); 4] =
+        [("inspect", &["inspect"]), ("pin", &["pin"]), ("unpin", &["unpin"]), ("rm", &["rm"])];
+    operations
+        .into_iter()
+        .map(|(name, command)| {
+            let before = cpu_time(driver.id());
+            for number in 0..OPERATIONS {
+                let reference = format!("r.io/artifact-{number}:v1");
+                admin.json(&[command, &[reference.as_str()]].concat());
+            }
+            (name, (cpu_time(driver.id()) - before) / OPERATIONS)
+        })
+        .collect()
+}
+
+/// Reads the processor time of all threads of a process.
+fn cpu_time(process: u32) -> Duration {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process");
+    let nanoseconds = tasks
+        .flatten()
+        .filter_map(|task| std::fs::read_to_string(task.path().join("schedstat")).ok())
+        .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    Duration::from_nanos(nanoseconds)
 }
 
 /// Artifacts of one file each, made by the store itself.
