@@ -16,7 +16,8 @@ const TITLE: &str = "org.opencontainers.image.title";
 
 /// The most layers that an artifact has by default.
 const LAYERS: usize = 10_000;
-const BROKEN_DOWNLOADS: usize = 390;
+/// Of several registries, so that no bound of one of them helps.
+const BROKEN_DOWNLOADS: usize = 3900;
 
 /// A manifest of so many files, which are announced and never sent.
 fn manifest_of_files(number: usize) -> Value {
@@ -49,7 +50,8 @@ fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
         fs::create_dir(&partial).expect("a folder");
         for number in 0..BROKEN_DOWNLOADS {
             let name = digest(number.to_string().as_bytes()).replace("sha256:", "");
-            fs::write(partial.join(format!("{name}-0123456789abcdef")), "half").expect("a file");
+            let registry = number % 20;
+            fs::write(partial.join(format!("{name}-{registry:016x}")), "half").expect("a file");
         }
         options
     });
@@ -76,7 +78,15 @@ fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
             let manifests = requests.iter().filter(|request| request.path.contains("/manifests/v"));
             manifests.map(|request| &request.path).collect::<BTreeSet<_>>().len() == 4
         });
-        honest.are_served_while(|| attacks.iter().all(|attack| !attack.is_finished()));
+        // While space is reserved for all of them, and after that.
+        let mut is_reserved = false;
+        while !is_reserved {
+            let requests = registry.requests();
+            let blobs = requests.iter().filter(|request| request.path.contains("/blobs/"));
+            // Four of each artifact are fetched at once, at most twelve of one registry.
+            is_reserved = blobs.map(|request| &request.path).collect::<BTreeSet<_>>().len() >= 12;
+            honest.are_served_while(|| attacks.iter().all(|attack| !attack.is_finished()));
+        }
         // Nothing is left that waits.
         node.driver.terminate();
     });
