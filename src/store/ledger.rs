@@ -26,7 +26,7 @@ const IDLE_PER_REGISTRY: usize = 256;
 /// Idle downloads of all registries.
 const IDLE: usize = 2048;
 
-/// A registry's host in the name of a download: the first half of the hash of it.
+/// A registry's host in the name of a download: the first eight bytes of its hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct RegistryId(u64);
 
@@ -105,8 +105,8 @@ pub(super) struct OpenDownload {
 
 impl RegistryId {
     pub(super) fn of(host: &str) -> Self {
-        let [a, b, c, d, e, f, g, h, ..] = *keys::hash(&[host]).as_bytes();
-        Self(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+        let hash = keys::hash(&[host]);
+        Self(u64::from_be_bytes(hash.as_bytes().first_chunk().copied().unwrap_or_default()))
     }
 
     fn of_name(text: &str) -> Option<Self> {

@@ -350,7 +350,9 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let claims = self.claims.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (blob, count) in claims.drain() {
-            (0..count).for_each(|_| self.ledger.release(blob));
+            for _ in 0..count {
+                self.ledger.release(blob);
+            }
         }
     }
 }

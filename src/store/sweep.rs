@@ -16,7 +16,7 @@ use super::Store;
 use super::error::StoreError;
 use super::eviction::{Facts, Goal};
 use super::gc::Now;
-use super::object::ObjectKind;
+use super::object::{ObjectKind, ObjectName};
 use super::resolutions::Resolution;
 use super::staging::names;
 use super::{TreeKey, records};
@@ -80,7 +80,7 @@ impl Store {
         let mut manifests: HashSet<_> = objects.filter_map(|(_, entry)| entry.manifest).collect();
         manifests.extend(&facts.store.pinned);
         // Pulls that are under way.
-        manifests.extend(facts.store.leased.iter().filter_map(|name| name.document_digest()));
+        manifests.extend(facts.store.leased.iter().filter_map(ObjectName::document_digest));
         let limit = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let is_old = |path: &Path| {
             let age = |metadata: fs::Metadata| now.unix_seconds.saturating_sub(metadata.mtime());
@@ -114,7 +114,7 @@ impl Store {
             origins.extend(named.config.into_iter().chain(named.layers));
         }
         // Indexes that a kept manifest was chosen from.
-        let indexes = facts.store.indexes.iter().filter_map(|name| name.document_digest());
+        let indexes = facts.store.indexes.iter().filter_map(ObjectName::document_digest);
         origins.extend(indexes);
         Ok(swept + self.sweep_access(&Kept { manifests, origins }, &is_old)?)
     }

@@ -81,7 +81,9 @@ proptest! {
             prop_assert_eq!(state.idle_count, idle);
         }
         drop(handles);
-        claimed.into_iter().for_each(|blob| ledger.release(blob));
+        for blob in claimed {
+            ledger.release(blob);
+        }
         let state = ledger.lock();
         prop_assert!(state.blobs.is_empty(), "nothing was written, and nothing is left");
         prop_assert_eq!(state.totals, Totals::default());
