@@ -164,7 +164,9 @@ impl Store {
                 Err(error) => unreadable(error).map_err(failed)?,
             };
             // So that it is fetched again. One that stays is found again.
-            let _ = super::records::remove(&path);
+            if super::records::remove(&path).is_ok() {
+                self.catalog().vanished(&ObjectName::document(digest));
+            }
             found(Finding { kind: FindingKind::Blob, digest: Some(digest), path: below, detail });
         }
         Ok(())
