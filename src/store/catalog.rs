@@ -551,7 +551,7 @@ mod tests {
         let (one, two) = (name("trees/a/1"), name("trees/a/2"));
         for tree in [&one, &two] {
             catalog.add(tree.clone(), entry(None, &[]));
-            catalog.publish(Path::new("/target"), shown(&tree));
+            catalog.publish(Path::new("/target"), shown(tree));
         }
         catalog.publish(Path::new("/target"), shown(&two));
         assert!(catalog.condemn(&one).is_some());
