@@ -155,11 +155,12 @@ fn fill(state: &Path, artifacts: usize) {
         let permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
         let key = FileKey { digest: Digest::of(content.as_bytes()), permissions };
         let file = store.commit_inline_file(key, content.as_bytes()).expect("a file");
-        let mut merger = Merger::new(&limits);
+        let everything = Selection::default();
+        let mut merger = Merger::new(&limits, &everything);
         let path = RelativePath::parse(b"file", &limits).expect("a path");
         let rule = FileRule { path, recorded: None };
         merger.file(0, &rule, key.digest, content.len() as u64, permissions).expect("a file");
-        let plan = merger.finish(&Selection::default()).expect("a plan");
+        let plan = merger.finish().expect("a plan");
         let mut objects = Objects::default();
         objects.files.insert(key, file.clone());
         let manifest_bytes = format!("{{\"manifest\": {number}}}").into_bytes();

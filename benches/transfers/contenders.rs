@@ -5,10 +5,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::cgroup::Confinement;
 use crate::contents::{Artifact, Case};
 use crate::meter::{self, Measured};
 use crate::scratch::Scratch;
 use crate::support::{Containerd, DriverOptions, Sandbox, tool};
+
+/// The memory that a confined driver may have.
+const CONFINED_BYTES: u64 = 128 << 20;
 
 /// Where it is fetched from.
 pub struct Source<'a> {
@@ -166,7 +170,7 @@ fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined:
     // Declared first, so that it goes last: a cgroup with a process in it cannot.
     let _confinement;
     let driver = options.start();
-    _confinement = confined.then(|| Confinement::of(driver.id()));
+    _confinement = confined.then(|| Confinement::of(driver.id(), CONFINED_BYTES));
     let kubelet = driver.kubelet();
     let volumes: Vec<_> = artifact
         .names
@@ -208,41 +212,4 @@ fn containerd(reference: &str, scratch: &Scratch) -> Measured {
     let cpu = pulled.cpu + meter::cpu(process).saturating_sub(before);
     let peak_bytes = meter::peak_bytes(process).max(pulled.peak_bytes);
     Measured { wall: pulled.wall, cpu, peak_bytes }
-}
-
-/// A memory cgroup that a process was put into; it goes with the value, after the process.
-struct Confinement(std::path::PathBuf);
-
-impl Confinement {
-    const BYTES: &str = "134217728";
-
-    #[track_caller]
-    fn of(process: u32) -> Self {
-        let first = std::path::Path::new("/sys/fs/cgroup/memory");
-        // The first version has a folder for each controller, the second one file for each limit.
-        let (root, limit) = if first.is_dir() {
-            (first, "memory.limit_in_bytes")
-        } else {
-            (std::path::Path::new("/sys/fs/cgroup"), "memory.max")
-        };
-        let folder = root.join(format!("bench-{process}"));
-        let write = |name: &str, text: &str| std::fs::write(folder.join(name), text);
-        std::fs::create_dir(&folder)
-            .and_then(|()| write(limit, Self::BYTES))
-            .and_then(|()| write("cgroup.procs", &process.to_string()))
-            .expect("a memory cgroup, which needs root");
-        Self(folder)
-    }
-}
-
-impl Drop for Confinement {
-    fn drop(&mut self) {
-        // A cgroup with a process in it stays until the machine's end, and costs nothing.
-        for _ in 0..100 {
-            if std::fs::remove_dir(&self.0).is_ok() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
 }

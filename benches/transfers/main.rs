@@ -27,6 +27,8 @@
     reason = "a bench prints, and support is linted with its tests"
 )]
 
+#[path = "../cgroup/mod.rs"]
+mod cgroup;
 mod contenders;
 mod contents;
 mod meter;

@@ -67,7 +67,8 @@ fuzz_target!(|input: &[u8]| {
         assert!(error.to_string().len() < 1024);
     }
     // Twice the same layer: now its own links are also those of a lower one.
-    let mut merger = Merger::new(&limits);
+    let everything = Selection::default();
+    let mut merger = Merger::new(&limits, &everything);
     for layer in 0..2 {
         merger.archive(layer, &rule);
         for entry in &entries.0 {
@@ -78,11 +79,12 @@ fuzz_target!(|input: &[u8]| {
             }
         }
     }
-    if let Ok(plan) = merger.finish(&Selection::default()) {
+    if let Ok(plan) = merger.finish() {
         for (index, node) in plan.nodes.iter().enumerate() {
             assert!(node.parent.is_none_or(|parent| (parent as usize) < index));
-            assert!(!node.name.is_empty() && *node.name != *b"." && *node.name != *b"..");
-            assert!(!node.name.contains(&b'/') && !node.name.contains(&0));
+            let name = plan.held_name(node);
+            assert!(!name.is_empty() && name != b"." && name != b"..");
+            assert!(!name.contains(&b'/') && !name.contains(&0));
         }
     }
 });

@@ -20,6 +20,7 @@ use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::registry::{Registry, RegistryOptions};
 use crate::policy::PolicySource;
 use crate::pull::flights::Runway;
+use crate::pull::memory::container_limit;
 use crate::pull::wire::Observer;
 use crate::pull::{Puller, Sources};
 use crate::scrub::{Scrub, system_clock};
@@ -192,6 +193,9 @@ pub fn content_of(
         node_credentials: NodeCredentials::new(configuration.registries.provider_files()),
         verification: configuration.registries.verification(),
     };
+    if let Err(reason) = configuration.check_memory(container_limit()) {
+        tracing::warn!(reason, "artifacts that the limits allow may be refused for memory");
+    }
     let puller = Puller::new(
         store.clone(),
         sources,

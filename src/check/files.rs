@@ -85,7 +85,8 @@ impl Checker {
         credential: &Credential,
         whole: bool,
     ) -> Result<(Vec<FileReport>, bool), CheckError> {
-        let mut merger = Merger::new(&self.limits);
+        let everything = Selection::default();
+        let mut merger = Merger::new(&self.limits, &everything);
         let mut modes = HashMap::new();
         let mut complete = true;
         let rules = classify(image, &self.limits)?;
@@ -115,7 +116,7 @@ impl Checker {
                 }
             }
         }
-        let plan = match merger.finish(&Selection::default()) {
+        let plan = match merger.finish() {
             // What there is may all lie in archives.
             Err(UnpackError::Empty) if !complete => return Ok((Vec::new(), false)),
             plan => plan?,
@@ -124,12 +125,12 @@ impl Checker {
         let mut files = Vec::new();
         for node in &plan.nodes {
             let above = node.parent.and_then(|parent| paths.get(parent as usize));
-            let name = String::from_utf8_lossy(&node.name);
+            let name = String::from_utf8_lossy(plan.held_name(node));
             let path = above.map_or_else(|| name.to_string(), |above| format!("{above}/{name}"));
             if let PlannedKind::File(number) = node.kind
                 && let Some(file) = plan.files.get(number as usize)
             {
-                let mode = match file.source {
+                let mode = match plan.source(number) {
                     Source::Blob { permissions, .. } => permissions.mode,
                     archive @ Source::Archive { .. } => modes.get(&archive).copied().unwrap_or(0),
                 };
@@ -138,6 +139,7 @@ impl Checker {
             }
             paths.push(path);
         }
+        files.sort_by(|one, other| one.path.split('/').cmp(other.path.split('/')));
         Ok((files, complete))
     }
 

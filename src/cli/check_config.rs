@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Failure, print};
-use crate::config::NodeConfiguration;
+use crate::config::{NodeConfiguration, Quantity};
+use crate::pull::memory::container_limit;
 use crate::reread::Seen;
 
 /// Arguments of `check-config`.
@@ -14,12 +15,17 @@ use crate::reread::Seen;
 pub(super) struct CheckConfigArguments {
     /// The configuration file.
     file: PathBuf,
+    /// The memory limit of the driver's container, as 512Mi; without it that of this process.
+    #[arg(long, value_name = "QUANTITY")]
+    memory: Option<Quantity>,
 }
 
 pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), Failure> {
     let read = NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
     // Keys are files of their own.
     read.policy.policy(&mut Seen::new())?;
+    let container = arguments.memory.map_or_else(container_limit, |limit| Some(limit.0));
+    read.check_memory(container)?;
     print(&format!("{} can be used", arguments.file.display()));
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! A section is a file; each says whether it is read again without a restart.
 
 mod cache;
+mod memory;
 pub mod policy;
 mod pull;
 mod quantity;

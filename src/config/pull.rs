@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::GoDuration;
+use super::{GoDuration, Quantity};
 use crate::pull::PullOptions;
+use crate::pull::memory::{MemoryPlan, container_limit};
 use crate::pull::retry::RetryPolicy;
 use crate::pull::wire::WireOptions;
 
@@ -27,6 +28,8 @@ pub struct PullSection {
     pub unpacks: usize,
     /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
     pub wide_unpacks: usize,
+    /// Memory that content of others may take; without it three eighths of the container's limit.
+    pub memory: Option<Quantity>,
     /// Tries in a row that bring no byte, before a transfer fails.
     pub attempts: u32,
     /// A connection that brings nothing for so long is given up; a Go duration.
@@ -34,6 +37,9 @@ pub struct PullSection {
     /// A connection that brings less than this a second, over `stallTimeout`, is given up.
     pub least_bytes_per_second: u64,
 }
+
+/// Less would not do for a few small artifacts.
+const LEAST_MEMORY: u64 = 16 << 20;
 
 impl PullSection {
     pub(super) fn check(&self) -> Result<(), String> {
@@ -46,6 +52,9 @@ impl PullSection {
         ];
         if let Some((name, _)) = counts.iter().find(|(_, count)| !(1..=1024).contains(count)) {
             return Err(format!("pull.{name} must be from 1 to 1024"));
+        }
+        if self.memory.is_some_and(|memory| memory.0 < LEAST_MEMORY) {
+            return Err("pull.memory must be at least 16Mi".to_owned());
         }
         if self.range_bytes < 1 << 20 {
             return Err("pull.rangeBytes must be at least 1048576".to_owned());
@@ -76,13 +85,19 @@ impl PullSection {
             },
             unpacks: self.unpacks,
             wide_unpacks: self.wide_unpacks,
+            memory_bytes: self.memory_bytes(container_limit()),
         }
+    }
+
+    /// Bytes of memory that content of others may take in a container of this limit.
+    pub(super) fn memory_bytes(&self, container: Option<u64>) -> u64 {
+        self.memory.map_or_else(|| MemoryPlan::default_bytes(container), |memory| memory.0)
     }
 }
 
 impl Default for PullSection {
     fn default() -> Self {
-        let PullOptions { wire, unpacks, wide_unpacks } = PullOptions::default();
+        let PullOptions { wire, unpacks, wide_unpacks, .. } = PullOptions::default();
         Self {
             downloads: wire.downloads,
             downloads_per_host: wire.downloads_per_host,
@@ -91,6 +106,7 @@ impl Default for PullSection {
             bytes_per_second: wire.bytes_per_second.unwrap_or_default(),
             unpacks,
             wide_unpacks,
+            memory: None,
             attempts: wire.retry.attempts,
             stall_timeout: GoDuration(wire.rate_window),
             least_bytes_per_second: wire.least_rate,

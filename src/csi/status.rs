@@ -66,6 +66,7 @@ fn pull(error: &PullError) -> Code {
             Class::Corrupt | Class::Io => Code::Internal,
         },
         PullError::ConfigTooLarge { .. }
+        | PullError::Memory(_)
         | PullError::Signature { .. }
         | PullError::TooManyBytes { .. } => Code::FailedPrecondition,
         PullError::BlobSize { .. } | PullError::BlobDigest { .. } | PullError::Crashed => {

@@ -1,14 +1,18 @@
 //! Manifests and indexes, as the OCI image specification and Docker's schema 2
 //! define them, read from bytes that somebody else wrote.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 
 use base64::Engine as _;
-use serde::Deserialize;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::digest::{Digest, DigestError};
 use super::media_type;
 use super::platform::Platform;
+use super::signature::simple::SIGNATURE_ANNOTATION;
 
 /// Points at content, with what the manifest says of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +23,8 @@ pub struct Descriptor {
     pub digest: Digest,
     /// The content's length in bytes.
     pub size: u64,
-    /// Titles, file metadata, and whatever else.
+    /// Those that the driver reads (see [`KNOWN_ANNOTATIONS`]); others may be of any number and
+    /// length, and are not kept.
     pub annotations: BTreeMap<String, String>,
     /// The content itself, where the manifest carries it inline.
     pub data: Option<Vec<u8>>,
@@ -55,6 +60,29 @@ pub struct ImageIndex {
     /// In the index's order.
     pub manifests: Vec<Descriptor>,
 }
+
+/// The keys of annotations that the driver reads.
+pub const KNOWN_ANNOTATIONS: [&str; 10] = [
+    // Titles of files (OCI), and names of manifests in a layout.
+    "org.opencontainers.image.title",
+    "org.opencontainers.image.ref.name",
+    // Folders of ORAS.
+    "io.deis.oras.content.unpack",
+    "io.deis.oras.content.digest",
+    // Files of ModelPack, by its older name, too.
+    "org.cncf.model.filepath",
+    "org.cnai.model.filepath",
+    "org.cncf.model.file.metadata+json",
+    "org.cnai.model.file.metadata+json",
+    // Marks entries of an index that are attestations.
+    "vnd.docker.reference.type",
+    SIGNATURE_ANNOTATION,
+];
+
+/// Bytes of one annotation: several times a path, a signature, or a record of a file.
+const ANNOTATION_BYTES: usize = 64 << 10;
+/// Characters of a type, which is shown and kept: several times what any has.
+const TYPE_CHARACTERS: usize = 256;
 
 /// Bounds on what a manifest may demand.
 #[derive(Clone, Copy, Debug)]
@@ -133,16 +161,49 @@ pub enum ManifestError {
     NestedIndex(Digest),
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+/// A manifest as it is written. Of what is not read nothing is kept, and of what is a list no more
+/// than the limit.
+#[derive(Default)]
 struct RawManifest {
     schema_version: Option<i64>,
     media_type: Option<String>,
     artifact_type: Option<String>,
     config: Option<RawDescriptor>,
-    layers: Option<Vec<RawDescriptor>>,
-    blobs: Option<Vec<RawDescriptor>>,
-    manifests: Option<Vec<RawDescriptor>>,
+    layers: Option<Listed>,
+    blobs: Option<Listed>,
+    manifests: Option<Listed>,
+}
+
+/// The first descriptors of a list, and how many there are.
+struct Listed {
+    first: Vec<RawDescriptor>,
+    count: usize,
+}
+
+/// Reads a manifest with at most so many descriptors in a list.
+#[derive(Clone, Copy)]
+struct ManifestReader {
+    most: usize,
+}
+
+/// Reads a list of at most so many descriptors, or nothing.
+#[derive(Clone, Copy)]
+struct ListReader {
+    most: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(field_identifier, rename_all = "camelCase")]
+enum Field {
+    SchemaVersion,
+    MediaType,
+    ArtifactType,
+    Config,
+    Layers,
+    Blobs,
+    Manifests,
+    #[serde(other)]
+    Other,
 }
 
 #[derive(Deserialize)]
@@ -151,11 +212,161 @@ struct RawDescriptor {
     media_type: String,
     digest: String,
     size: i64,
-    annotations: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    annotations: KnownAnnotations,
     data: Option<String>,
     platform: Option<RawPlatform>,
     artifact_type: Option<String>,
 }
+
+/// The annotations that are read.
+#[derive(Default)]
+struct KnownAnnotations(BTreeMap<String, String>);
+
+impl<'de> DeserializeSeed<'de> for ManifestReader {
+    type Value = RawManifest;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawManifest, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ManifestReader {
+    type Value = RawManifest;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a manifest")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawManifest, A::Error> {
+        fn once<T, E: serde::de::Error>(
+            place: &mut Option<T>,
+            value: Option<T>,
+            key: &'static str,
+        ) -> Result<(), E> {
+            if place.is_some() {
+                return Err(E::duplicate_field(key));
+            }
+            *place = value;
+            Ok(())
+        }
+        let mut raw = RawManifest::default();
+        let list = ListReader { most: self.most };
+        while let Some(field) = map.next_key()? {
+            match field {
+                Field::SchemaVersion => {
+                    once(&mut raw.schema_version, map.next_value()?, "schemaVersion")?;
+                }
+                Field::MediaType => once(&mut raw.media_type, map.next_value()?, "mediaType")?,
+                Field::ArtifactType => {
+                    once(&mut raw.artifact_type, map.next_value()?, "artifactType")?;
+                }
+                Field::Config => once(&mut raw.config, map.next_value()?, "config")?,
+                Field::Layers => once(&mut raw.layers, map.next_value_seed(list)?, "layers")?,
+                Field::Blobs => once(&mut raw.blobs, map.next_value_seed(list)?, "blobs")?,
+                Field::Manifests => {
+                    once(&mut raw.manifests, map.next_value_seed(list)?, "manifests")?;
+                }
+                Field::Other => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(raw)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for ListReader {
+    type Value = Option<Listed>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_option(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ListReader {
+    type Value = Option<Listed>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list of descriptors")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut listed = Listed { first: Vec::new(), count: 0 };
+        while listed.first.len() < self.most {
+            let Some(descriptor) = list.next_element()? else { break };
+            listed.first.push(descriptor);
+        }
+        listed.count = listed.first.len();
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            listed.count += 1;
+        }
+        Ok(Some(listed))
+    }
+}
+
+impl<'de> Deserialize<'de> for KnownAnnotations {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_option(AnnotationReader)
+    }
+}
+
+struct AnnotationReader;
+
+impl<'de> Visitor<'de> for AnnotationReader {
+    type Value = KnownAnnotations;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("annotations")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(KnownAnnotations::default())
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(KnownAnnotations::default())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut known = KnownAnnotations::default();
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            // All values are text, whether they are read or not.
+            let value = map.next_value::<Text<'_>>()?.0;
+            if !KNOWN_ANNOTATIONS.contains(&&*key) {
+                continue;
+            }
+            if value.len() > ANNOTATION_BYTES {
+                return Err(serde::de::Error::custom(format_args!(
+                    "the annotation {key} has {} bytes, the most is {ANNOTATION_BYTES}",
+                    value.len()
+                )));
+            }
+            known.0.insert(key.into_owned(), value.into_owned());
+        }
+        Ok(known)
+    }
+}
+
+/// A text that is borrowed from the document where it can be.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Deserialize)]
 struct RawPlatform {
@@ -178,8 +389,14 @@ impl Manifest {
         content_type: Option<&str>,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
-        let raw: RawManifest = serde_json::from_slice(bytes)
-            .map_err(|error| ManifestError::Undecodable(error.to_string()))?;
+        // It may quote any part of the document.
+        let undecodable = |error: serde_json::Error| {
+            ManifestError::Undecodable(error.to_string().chars().take(300).collect())
+        };
+        let mut document = serde_json::Deserializer::from_slice(bytes);
+        let reader = ManifestReader { most: limits.layers };
+        let raw = reader.deserialize(&mut document).map_err(undecodable)?;
+        document.end().map_err(undecodable)?;
         let declared = raw.media_type.as_deref().or(content_type).map(media_type::essence);
         let declared =
             declared.filter(|declared| media_type::MANIFESTS.contains(&declared.as_str()));
@@ -212,11 +429,11 @@ impl Manifest {
     fn image(
         artifact_type: Option<String>,
         config: Option<RawDescriptor>,
-        layers: Vec<RawDescriptor>,
+        layers: Listed,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
         Ok(Self::Image(ImageManifest {
-            artifact_type: artifact_type.filter(|kind| !kind.is_empty()),
+            artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(short),
             config: config.map(|config| descriptor(config, limits).map(Box::new)).transpose()?,
             layers: descriptors(layers, limits)?,
         }))
@@ -316,14 +533,11 @@ fn platform(raw: RawPlatform) -> Platform {
     }
 }
 
-fn descriptors(
-    raw: Vec<RawDescriptor>,
-    limits: ManifestLimits,
-) -> Result<Vec<Descriptor>, ManifestError> {
-    if raw.len() > limits.layers {
-        return Err(ManifestError::TooManyLayers { count: raw.len(), limit: limits.layers });
+fn descriptors(raw: Listed, limits: ManifestLimits) -> Result<Vec<Descriptor>, ManifestError> {
+    if raw.count > limits.layers {
+        return Err(ManifestError::TooManyLayers { count: raw.count, limit: limits.layers });
     }
-    raw.into_iter().map(|raw| descriptor(raw, limits)).collect()
+    raw.first.into_iter().map(|raw| descriptor(raw, limits)).collect()
 }
 
 fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
@@ -335,14 +549,22 @@ fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, 
     }
     let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
     Ok(Descriptor {
-        media_type: media_type::essence(&raw.media_type),
+        media_type: short(media_type::essence(&raw.media_type)),
         digest,
         size,
-        annotations: raw.annotations.unwrap_or_default(),
+        annotations: raw.annotations.0,
         data,
         platform: raw.platform.map(platform),
-        artifact_type: raw.artifact_type,
+        artifact_type: raw.artifact_type.map(short),
     })
+}
+
+/// A type, cut where it is longer than any that is known.
+fn short(text: String) -> String {
+    match text.char_indices().nth(TYPE_CHARACTERS) {
+        Some((end, _)) => text[..end].to_owned(),
+        None => text,
+    }
 }
 
 fn inline(data: &str, digest: Digest, size: u64) -> Result<Vec<u8>, ManifestError> {
@@ -422,6 +644,40 @@ mod tests {
         assert!(matches!(parse(helm), Err(ManifestError::MediaType(_))));
         let schema1 = r#"{"schemaVersion":1,"fsLayers":[]}"#;
         assert!(matches!(parse(schema1), Err(ManifestError::MediaType(_))));
+    }
+
+    #[test]
+    fn of_what_is_not_read_nothing_is_kept() {
+        let many: Vec<_> = (0..1000).map(|n| format!(r#""a{n}":"{n}","#)).collect();
+        let many = many.concat();
+        let annotations = format!(
+            r#","annotations":{{{many}"org.opencontainers.image.title":"t","escap\u0065d":"\u0041"}},"more":[[{{}}]]"#
+        );
+        let text = with_layers(&layer("2", &annotations));
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        let kept: Vec<_> = image.layers[0].annotations.iter().collect();
+        assert_eq!(kept, [(&KNOWN_ANNOTATIONS[0].to_owned(), &"t".to_owned())]);
+        let null = with_layers(&layer("2", r#","annotations":null"#));
+        assert!(parse(&null).is_ok());
+        for wrong in [r#","annotations":{"a":1}"#, r#","annotations":[]"#] {
+            let refused = parse(&with_layers(&layer("2", wrong)));
+            assert!(matches!(refused, Err(ManifestError::Undecodable(_))), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_is_read_is_bounded() {
+        let title = "t".repeat(ANNOTATION_BYTES + 1);
+        let title = format!(r#","annotations":{{"{}":"{title}"}}"#, KNOWN_ANNOTATIONS[0]);
+        let error = parse(&with_layers(&layer("2", &title))).expect_err("too long").to_string();
+        assert!(error.contains("has 65537 bytes") && error.len() < 300, "{error}");
+        let kind = "k".repeat(100_000);
+        let text = format!(r#"{{"schemaVersion":2,"artifactType":"{kind}","layers":[]}}"#);
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert_eq!(image.kind().len(), TYPE_CHARACTERS);
+        let twice = r#"{"schemaVersion":2,"layers":[],"layers":[]}"#;
+        assert!(matches!(parse(twice), Err(ManifestError::Undecodable(_))));
+        assert!(matches!(parse(r#"{"layers":[]} x"#), Err(ManifestError::Undecodable(_))));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! A manifest to the tree that a volume shows.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::sync::OwnedMutexGuard;
 
 use super::error::PullError;
 use super::flights::Outcome;
+use super::memory::{BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART};
 use super::objects::ReadyLayer;
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
@@ -16,16 +18,16 @@ use super::sponsors::{Source, Sponsors};
 use super::sums::Sums;
 use super::tenant::Caller;
 use super::want::{PullPolicy, Want};
-use super::{Inner, ProgressView, Puller};
+use super::{Inner, Memory, ProgressView, Puller};
 use crate::background;
 use crate::oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
 use crate::oci::registry::ManifestName;
 use crate::oci::{Digest, Repository};
 use crate::store::files::StoredFile;
 use crate::store::layers::{Layer, LayerView};
-use crate::store::room::Claim;
-use crate::store::trees::{Objects, TreeRecord, View};
-use crate::store::{FileKey, StoreError, Tree, TreeKey};
+use crate::store::room::{Claim, Reservation};
+use crate::store::trees::{BuiltTree, Objects, TreeRecord, View};
+use crate::store::{FileKey, StoreError, Tree, TreeKey, give_memory_back};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
 use crate::unpack::merge::{Merger, TreePlan};
 use crate::unpack::permissions::NodeType;
@@ -60,16 +62,59 @@ pub(super) enum PartRule {
     Archive(ArchiveRule),
 }
 
-/// A part that is in the store.
+/// A part that is in the store; of a layer how many entries it has.
 pub(super) enum Object {
     File(usize, FileRule, u64, StoredFile),
-    Layer(usize, ArchiveRule, LayerView),
+    Layer(usize, ArchiveRule, LayerView, u64),
 }
+
+/// All that a tree is made of, bottom first.
+pub(super) struct Sources {
+    parts: Vec<(usize, SourceRule)>,
+    objects: Objects,
+    /// Entries of all layers, and single files.
+    entries: u64,
+}
+
+enum SourceRule {
+    File(FileRule, u64, FileKey),
+    Archive(ArchiveRule),
+}
+
+/// The layers of an artifact that a tree needs, and the memory that their list takes.
+struct Listed {
+    kind: String,
+    parts: Vec<Part>,
+    _kept: Memory,
+}
+
+/// A tree that is to be built of layers and files that are in the store.
+struct TreeOrder {
+    key: TreeKey,
+    manifest: Digest,
+    kind: String,
+    compressed_bytes: u64,
+    shape: Shape,
+    /// All blobs that it needs, whose room is claimed.
+    blobs: HashSet<Digest>,
+}
+
+/// What came of one try to build a tree.
+enum Built {
+    /// It has been built meanwhile.
+    There(Tree),
+    New(Box<(BuiltTree, TreeRecord, Objects, Reservation)>),
+    /// Planning takes so much memory.
+    Short(Sources, u64),
+}
+
+/// A plan of so many bytes has used memory that is given back to the system after it.
+pub(super) const LARGE_PLAN: u64 = 8 << 20;
 
 impl Object {
     /// Found by its name from now on: of many layers not each is held open until the last one has come.
     fn take_name(&mut self, named: &Layer) {
-        if let Self::Layer(_, _, view) = self {
+        if let Self::Layer(_, _, view, _) = self {
             *view = named.view();
         }
     }
@@ -218,7 +263,10 @@ impl Shape {
                 },
                 LayerRule::Archive(rule) => PartRule::Archive(rule),
             };
-            Some(Ok(Part { layer, descriptor: descriptor.clone(), rule }))
+            // What the rule was made from is not needed any more.
+            let annotations = BTreeMap::new();
+            let descriptor = Descriptor { annotations, platform: None, ..descriptor.clone() };
+            Some(Ok(Part { layer, descriptor, rule }))
         });
         parts.collect()
     }
@@ -266,12 +314,11 @@ impl Inner {
         match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
             Err(error) if error.is_full() => {
-                let image = self.image(manifest, sponsors).await;
-                let own = image.map_or_else(
-                    |_| HashSet::new(),
-                    |image| image.layers.iter().map(|layer| layer.digest).collect(),
-                );
-                if !self.make_room(&error, own).await? {
+                let layers = |_: &Self, image: ImageManifest| {
+                    Ok(image.layers.into_iter().map(|layer| layer.digest).collect())
+                };
+                let own = self.image(manifest, sponsors, progress, layers).await;
+                if !self.make_room(&error, own.unwrap_or_default()).await? {
                     return Err(error);
                 }
                 tracing::info!(%manifest, "the disk was full and has room again: trying once more");
@@ -289,14 +336,13 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
-        let image = self.image(manifest, sponsors).await?;
-        let parts = shape.parts(&image, &self.limits)?;
+        let Listed { kind, parts, _kept } = self.list(manifest, &shape, sponsors, progress).await?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
         let reservation = self.reserve(&parts, shape.permissions, sponsors).await?;
         let fetched = blobs_of_registry(&parts);
-        let blobs = parts.iter().map(|part| part.descriptor.digest).collect();
+        let blobs: HashSet<_> = parts.iter().map(|part| part.descriptor.digest).collect();
         let mut waiting = parts.into_iter();
         let (mut under_way, mut unnamed) = (FuturesUnordered::new(), FuturesUnordered::new());
         let (mut objects, mut layers) = (Vec::new(), Vec::new());
@@ -337,28 +383,8 @@ impl Inner {
             }
         }
         drop(under_way);
-        let inner = Arc::clone(self);
-        let kind = image.kind().to_owned();
-        // Those who show the same of another repository make the same tree.
-        let building = self.background.hurried(self.building.lock(key)).await;
-        // Merging holds all names of an artifact in memory: as few at once as layers are unpacked.
-        let permit = self.unpackers.permit(progress).await;
-        let built = blocking(move || {
-            let _permit = permit;
-            if let Some(tree) = inner.store.tree(key)? {
-                return Ok(Err(tree));
-            }
-            let (plan, objects) = inner.plan(objects, &shape, &inner.limits)?;
-            let record = shape.record(manifest, kind, compressed_bytes, &plan);
-            // Folders and links of its own may be many, also of layers that are here.
-            let claim = Claim::of_tree(key, &plan);
-            let reserve = || inner.store.reserve_after(&[claim], &blobs);
-            // With locks that publishes wait for.
-            let room = background::as_ordinary(reserve)?;
-            let built = inner.store.build_tree(&plan, &objects)?;
-            Ok(Ok((built, record, objects, room)))
-        })
-        .await;
+        let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
+        let built = self.build_in_turn(order, Sources::new(objects), progress).await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
         let mut named = Ok(());
@@ -370,18 +396,21 @@ impl Inner {
             reservation.done(blob);
         }
         // A tree is compared with its manifest for as long as it is kept. That of a long pull may have gone meanwhile.
-        let kept = self.manifest_bytes_kept(manifest, sponsors).await;
+        let kept = self.keep_manifest(manifest, sponsors).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
-            drop(kept?);
-            let tree = match built? {
-                Ok((built, record, objects, _room)) => {
+            kept?;
+            let (built, building) = built?;
+            let tree = match built {
+                Built::New(new) => {
+                    let (built, record, objects, _room) = *new;
                     let files: Vec<_> = objects.files.into_values().collect();
                     inner.store.commit_tree(key, record, built, (&layers, &files))?
                 }
-                Err(tree) => tree,
+                Built::There(tree) => tree,
+                Built::Short(..) => return Err(PullError::Crashed),
             };
             drop(building);
             inner.remember_tree(&repository, key, &fetched)?;
@@ -390,41 +419,167 @@ impl Inner {
         .await
     }
 
-    /// The manifest, from the store; fetched again should it have been damaged there.
-    async fn image(
+    /// Builds a tree as soon as there is memory to plan it, unless it has been built meanwhile.
+    async fn build_in_turn(
         self: &Arc<Self>,
-        manifest: Digest,
-        sponsors: &Sponsors,
-    ) -> Result<ImageManifest, PullError> {
-        let bytes = self.manifest_bytes_kept(manifest, sponsors).await?;
-        match Manifest::parse(&bytes, None, self.limits.manifest())? {
-            Manifest::Image(image) => Ok(image),
-            Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
+        order: TreeOrder,
+        mut sources: Sources,
+        progress: &Arc<Progress>,
+    ) -> Result<(Built, OwnedMutexGuard<()>), PullError> {
+        let mut bytes = Merger::estimate(sources.entries, &order.shape.selection);
+        let order = Arc::new(order);
+        loop {
+            // First the memory: while it is waited for, nothing is held that others wait for.
+            let memory = self.compute_memory(bytes, progress).await?;
+            // Flights of other repositories that show the same make the same tree.
+            let building = self.background.hurried(self.building.lock(order.key)).await;
+            // Of trees as few are built at once as layers are unpacked.
+            let permit = self.unpackers.permit(progress).await;
+            let (inner, order) = (Arc::clone(self), Arc::clone(&order));
+            let build = move || {
+                let _permit = permit;
+                inner.build_within(&order, sources, memory)
+            };
+            match blocking(build).await? {
+                Built::Short(again, needs) => {
+                    let most = self.memory.most();
+                    // Half as much again at least, so that a few tries are enough.
+                    bytes = if bytes < most { needs.max(bytes / 2 * 3).min(most) } else { needs };
+                    sources = again;
+                }
+                done => return Ok((done, building)),
+            }
         }
     }
 
-    /// Returns the bytes of a manifest, which the store keeps for the next 24 hours at least; fetched where it does not
-    /// have them.
-    async fn manifest_bytes_kept(
+    /// Builds a tree with as much memory as is reserved for planning it. Blocking.
+    fn build_within(
+        &self,
+        order: &TreeOrder,
+        sources: Sources,
+        mut memory: Memory,
+    ) -> Result<Built, PullError> {
+        if let Some(tree) = self.store.tree(order.key)? {
+            return Ok(Built::There(tree));
+        }
+        let plan = self.plan(&sources, &order.shape, &self.limits, memory.bytes());
+        if let Err(error) = &plan
+            && let Some(needs) = sources.shortage(error)
+        {
+            return Ok(Built::Short(sources, needs));
+        }
+        let plan = plan?;
+        let takes = plan.memory_bytes();
+        memory.shrink(takes);
+        let (kind, compressed_bytes) = (order.kind.clone(), order.compressed_bytes);
+        let record = order.shape.record(order.manifest, kind, compressed_bytes, &plan);
+        // Folders and links of its own may be many, also of layers that are here.
+        let claim = Claim::of_tree(order.key, &plan);
+        let reserve = || self.store.reserve_after(&[claim], &order.blobs);
+        // With locks that publishes wait for.
+        let room = background::as_ordinary(reserve)?;
+        let built = self.store.build_tree(&plan, &sources.objects)?;
+        drop(plan);
+        if takes >= LARGE_PLAN {
+            give_memory_back();
+        }
+        Ok(Built::New(Box::new((built, record, sources.objects, room))))
+    }
+
+    /// Reserves memory for a computation of a flight.
+    pub(super) async fn compute_memory(
+        &self,
+        bytes: u64,
+        progress: &Progress,
+    ) -> Result<Memory, PullError> {
+        let waits = |wait| progress.waits_for_memory(wait);
+        let reserve = self.memory.compute(progress.tenant(), bytes, waits);
+        // What warming has it may hold on to while it gives way.
+        Ok(self.background.hurried(reserve).await?)
+    }
+
+    /// Lists the layers that a tree needs. The manifest is parsed twice, so that it is not in memory
+    /// while memory is waited for.
+    async fn list(
+        self: &Arc<Self>,
+        manifest: Digest,
+        shape: &Shape,
+        sponsors: &Sponsors,
+        progress: &Progress,
+    ) -> Result<Listed, PullError> {
+        let of = shape.clone();
+        let measure = move |inner: &Self, image: ImageManifest| {
+            Ok(memory_of(&of.parts(&image, &inner.limits)?))
+        };
+        let bytes = self.image(manifest, sponsors, progress, measure).await?;
+        let waits = |wait| progress.waits_for_memory(wait);
+        let keep = self.memory.keep(progress.tenant(), bytes, waits);
+        let kept = self.background.hurried(keep).await?;
+        let of = shape.clone();
+        let list = move |inner: &Self, image: ImageManifest| {
+            Ok((image.kind().to_owned(), of.parts(&image, &inner.limits)?))
+        };
+        let (kind, parts) = self.image(manifest, sponsors, progress, list).await?;
+        Ok(Listed { kind, parts, _kept: kept })
+    }
+
+    /// Reads the manifest from the store; it is fetched again should it have been damaged there.
+    async fn image<T: Send + 'static>(
         self: &Arc<Self>,
         manifest: Digest,
         sponsors: &Sponsors,
-    ) -> Result<Vec<u8>, PullError> {
+        progress: &Progress,
+        mut read: impl FnOnce(&Self, ImageManifest) -> Result<T, PullError> + Send + 'static,
+    ) -> Result<T, PullError> {
+        for _ in 0..2 {
+            let size = self.keep_manifest(manifest, sponsors).await?;
+            let memory = size.saturating_mul(BYTES_PER_MANIFEST_BYTE);
+            let memory = self.compute_memory(memory, progress).await?;
+            let inner = Arc::clone(self);
+            let done = blocking(move || {
+                let _memory = memory;
+                // A damaged one is removed, and fetched by the next try.
+                let Some(bytes) = inner.store.blob(manifest)? else { return Ok(Err(read)) };
+                match Manifest::parse(&bytes, None, inner.limits.manifest())? {
+                    Manifest::Image(image) => {
+                        drop(bytes);
+                        read(&inner, image).map(Ok)
+                    }
+                    Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
+                }
+            });
+            match done.await? {
+                Ok(done) => return Ok(done),
+                Err(again) => read = again,
+            }
+        }
+        let what = "it has become damaged again right after it was fetched".to_owned();
+        let path = format!("blobs/{}", manifest.hex()).into();
+        Err(StoreError::Damaged { path, what }.into())
+    }
+
+    /// Makes sure that the store keeps a manifest for the next 24 hours at least; it is fetched where the store does not
+    /// have it. Returns its size.
+    async fn keep_manifest(
+        self: &Arc<Self>,
+        manifest: Digest,
+        sponsors: &Sponsors,
+    ) -> Result<u64, PullError> {
         let inner = Arc::clone(self);
         let kept = blocking(move || {
             inner.store.blob_is_used(manifest)?;
-            Ok(inner.store.blob(manifest)?)
+            Ok(inner.store.blob_size(manifest)?)
         });
         match (kept.await?, sponsors.current()) {
-            (Some(bytes), _) => Ok(bytes),
+            (Some(size), _) => Ok(size),
             (None, None) => Err(PullError::Unwanted),
             (None, Some((_, Source { repository, credential }))) => {
                 let name = ManifestName::Digest(manifest);
                 let fetched = self.registry.manifest(&repository, &name, &credential).await?;
-                let (inner, bytes) = (Arc::clone(self), fetched.bytes.to_vec());
+                let inner = Arc::clone(self);
                 blocking(move || {
-                    inner.store.put_blob(manifest, &bytes)?;
-                    Ok(bytes)
+                    inner.store.put_blob(manifest, &fetched.bytes)?;
+                    Ok(fetched.bytes.len() as u64)
                 })
                 .await
             }
@@ -448,48 +603,55 @@ impl Inner {
                 let ready = self
                     .layer(&descriptor, &rule, permissions, sponsors, (progress, layer))
                     .await?;
-                (Object::Layer(layer, rule, ready.view.clone()), Some(ready))
+                let entries = ready.totals.entries;
+                (Object::Layer(layer, rule, ready.view.clone(), entries), Some(ready))
             }
         })
     }
 
-    /// What a volume of this shape shows of these parts.
+    /// What a volume of this shape shows of these parts. It takes no more than `allowance` bytes of
+    /// memory to plan. Blocking.
     pub(super) fn plan(
         &self,
-        mut parts: Vec<Object>,
+        sources: &Sources,
         shape: &Shape,
         limits: &Limits,
-    ) -> Result<(TreePlan, Objects), PullError> {
-        parts.sort_by_key(|part| match part {
-            Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
-        });
-        let mut merger = Merger::new(limits);
-        let mut objects = Objects::default();
-        for part in parts {
-            match part {
-                Object::File(layer, rule, size, file) => {
-                    let FileKey { digest, permissions } = file.key;
-                    merger.file(layer, &rule, digest, size, permissions)?;
-                    objects.files.insert(file.key, file);
+        allowance: u64,
+    ) -> Result<TreePlan, PullError> {
+        let mut records = sources.objects.records();
+        let merger = Merger::new(limits, &shape.selection);
+        let mut merger = merger.within(allowance).reading(&mut records);
+        for (layer, rule) in &sources.parts {
+            match rule {
+                SourceRule::File(rule, size, FileKey { digest, permissions }) => {
+                    merger.file(*layer, rule, *digest, *size, *permissions)?;
                 }
-                Object::Layer(layer, rule, unpacked) => {
-                    merger.archive(layer, &rule);
-                    self.each_entry(&unpacked, |entry| Ok(merger.entry(&entry)?))?;
-                    objects.layers.insert(u32::try_from(layer).unwrap_or(u32::MAX), unpacked);
+                SourceRule::Archive(rule) => {
+                    let Some(view) = sources.objects.layers.get(&layer_number(*layer)) else {
+                        return Err(PullError::Crashed);
+                    };
+                    merger.archive(*layer, rule);
+                    self.each_entry(view, |entry, offset| Ok(merger.recorded(&entry, offset)?))?;
                 }
             }
         }
-        Ok((merger.finish(&shape.selection)?, objects))
+        Ok(merger.finish()?)
     }
 
-    /// A layer's entries. A damaged index condemns the layer: the next try fetches it again.
+    /// A layer's entries, each with its offset in the index. A damaged index condemns the layer: the
+    /// next try fetches it again.
     fn each_entry(
         &self,
         layer: &LayerView,
-        mut visit: impl FnMut(Entry) -> Result<(), PullError>,
+        mut visit: impl FnMut(Entry, u64) -> Result<(), PullError>,
     ) -> Result<(), PullError> {
-        let mut read =
-            || -> Result<(), PullError> { layer.entries()?.try_for_each(|entry| visit(entry?)) };
+        let mut read = || -> Result<(), PullError> {
+            let mut entries = layer.entries()?;
+            while let Some(entry) = entries.next() {
+                visit(entry?, entries.offset())?;
+            }
+            Ok(())
+        };
         let done = read();
         if let Err(PullError::Store(StoreError::Damaged { .. })) = &done
             && let Some(path) = layer.path()
@@ -515,6 +677,66 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+impl Sources {
+    pub(super) fn new(mut from: Vec<Object>) -> Self {
+        from.sort_by_key(|part| match part {
+            Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
+        });
+        let mut sources =
+            Self { parts: Vec::with_capacity(from.len()), objects: Objects::default(), entries: 0 };
+        for part in from {
+            match part {
+                Object::File(layer, rule, size, file) => {
+                    sources.entries = sources.entries.saturating_add(1);
+                    sources.parts.push((layer, SourceRule::File(rule, size, file.key)));
+                    sources.objects.files.insert(file.key, file);
+                }
+                Object::Layer(layer, rule, view, entries) => {
+                    sources.entries = sources.entries.saturating_add(entries);
+                    sources.parts.push((layer, SourceRule::Archive(rule)));
+                    sources.objects.layers.insert(layer_number(layer), view);
+                }
+            }
+        }
+        sources
+    }
+
+    /// Returns the files and layers alone.
+    pub(super) fn into_objects(self) -> Objects {
+        self.objects
+    }
+
+    /// Bytes of memory that planning takes as far as can be told, where it was stopped for memory.
+    pub(super) fn shortage(&self, error: &PullError) -> Option<u64> {
+        let PullError::Unpack(UnpackError::Memory { bytes, entries }) = error.root() else {
+            return None;
+        };
+        // As if the rest were like what came before, and somewhat more.
+        let all = u128::from(*bytes) * u128::from(self.entries.max(*entries));
+        let all = u64::try_from(all / u128::from((*entries).max(1))).unwrap_or(u64::MAX);
+        Some(all.saturating_add(all / 8))
+    }
+}
+
+fn layer_number(layer: usize) -> u32 {
+    u32::try_from(layer).unwrap_or(u32::MAX)
+}
+
+/// Bytes of memory that a pull keeps for these while it waits for a registry.
+fn memory_of(parts: &[Part]) -> u64 {
+    let of_part = |part: &Part| {
+        let Part { descriptor, rule, .. } = part;
+        let path = match rule {
+            PartRule::File(rule, _) => Some(&rule.path),
+            PartRule::Archive(rule) => rule.within.as_ref(),
+        };
+        let path = path.map_or(0, |path| path.as_bytes().len());
+        let data = descriptor.data.as_ref().map_or(0, Vec::len);
+        BYTES_PER_PART + (2 * path + data + descriptor.media_type.len()) as u64
+    };
+    parts.iter().map(of_part).fold(0, u64::saturating_add)
 }
 
 /// The blobs of these parts that the manifest does not carry itself.

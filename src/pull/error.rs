@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::memory::NeverFits;
 use crate::oci::Digest;
 use crate::oci::credentials::providers::ProviderError;
 use crate::oci::manifest::ManifestError;
@@ -77,6 +78,9 @@ pub enum PullError {
         /// What came.
         got: Digest,
     },
+    /// More memory than the node has for one artifact.
+    #[error(transparent)]
+    Memory(NeverFits),
     /// The node's own disk.
     #[error(transparent)]
     Store(StoreError),
@@ -117,10 +121,11 @@ impl PullError {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
     }
 
-    /// Whether content cannot be read back for leases that processes of the node hold.
+    /// Returns whether content cannot be read back on this node now, and all other content can: for leases that
+    /// processes of the node hold, or as it takes more memory than the node may have.
     #[must_use]
-    pub fn is_leased(&self) -> bool {
-        matches!(self.root(), Self::Store(StoreError::Leased { .. }))
+    pub fn leaves_unread(&self) -> bool {
+        matches!(self.root(), Self::Store(StoreError::Leased { .. }) | Self::Memory(_))
     }
 
     /// How a pull ended that ended so, in words that metrics count.
@@ -131,6 +136,7 @@ impl PullError {
             Self::Registry(error) => error.kind(),
             Self::Manifest(_) | Self::ConfigTooLarge { .. } => "manifest",
             Self::Unpack(_) => "content",
+            Self::Memory(_) => "memory",
             Self::BlobSize { .. } | Self::BlobDigest { .. } => "wrong_content",
             Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)) => "no_space",
             Self::Store(_) => "disk",
@@ -163,6 +169,12 @@ fn found(flaw: Option<Flaw>) -> String {
 impl From<RegistryError> for PullError {
     fn from(error: RegistryError) -> Self {
         Self::Registry(error)
+    }
+}
+
+impl From<NeverFits> for PullError {
+    fn from(error: NeverFits) -> Self {
+        Self::Memory(error)
     }
 }
 

@@ -20,6 +20,7 @@
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
 //! origins    whether a repository gives a blob that the store has; locks: one at a time
+//! memory     how much of the node's memory content of others may take
 //! room       how much of the disk an artifact will take, before its first byte
 //! sums       what its layers come to, while they come
 //! artifact   manifest -> tree
@@ -41,6 +42,7 @@ pub mod flights;
 mod idle;
 pub mod import;
 mod locks;
+pub mod memory;
 pub mod objects;
 mod origins;
 pub mod progress;
@@ -80,6 +82,7 @@ use crate::store::{LayerKey, Store, Tree, TreeKey};
 use crate::unpack::Limits;
 use flights::{Flights, Runway};
 use locks::KeyedLocks;
+use memory::{MemoryBudget, MemoryPlan};
 use progress::Progress;
 use resolve::{ResolveKey, Resolved};
 use shared_downloads::SharedDownloads;
@@ -99,7 +102,12 @@ pub struct PullOptions {
     pub unpacks: usize,
     /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
     pub wide_unpacks: usize,
+    /// Bytes of memory that content of others may take.
+    pub memory_bytes: u64,
 }
+
+/// Memory that a pull has reserved.
+type Memory = memory::Reservation<Tenant>;
 
 /// Where content comes from, and who may see it.
 #[derive(Clone, Debug)]
@@ -124,6 +132,7 @@ struct Inner {
     limits: Limits,
     wire: Wire,
     unpackers: Unpackers,
+    memory: MemoryBudget<Tenant>,
     background: Background,
     resolving: Flights<ResolveKey, Resolved>,
     // Of one repository each: what fails for one is no news for another.
@@ -140,6 +149,8 @@ struct Inner {
     /// Held while a tree is built.
     building: KeyedLocks<TreeKey>,
     sponsors: artifact::SponsorsByTree,
+    /// Held while a large document of the store is parsed for a publish, which reserves no memory.
+    large_documents: Mutex<()>,
 }
 
 /// Where somebody who waits can see how far his pull is.
@@ -176,7 +187,12 @@ pub struct UnderWay {
 
 impl Default for PullOptions {
     fn default() -> Self {
-        Self { wire: WireOptions::default(), unpacks: 4, wide_unpacks: 1 }
+        Self {
+            wire: WireOptions::default(),
+            unpacks: 4,
+            wide_unpacks: 1,
+            memory_bytes: MemoryPlan::default_bytes(None),
+        }
     }
 }
 
@@ -193,6 +209,7 @@ impl Puller {
         // A tree lingers when nobody waits; what it waits for itself ends with it.
         let now = Duration::ZERO;
         let background = runway.background.clone();
+        let memory = MemoryBudget::new(MemoryPlan::new(options.memory_bytes, options.unpacks));
         Self(Arc::new(Inner {
             wire: Wire::new(sources.registry.clone(), options.wire, observer, background.clone()),
             unpackers: Unpackers::new(
@@ -200,6 +217,7 @@ impl Puller {
                 limits.clone(),
                 options.unpacks,
                 options.wide_unpacks,
+                memory.clone(),
                 background.clone(),
             ),
             store,
@@ -207,6 +225,7 @@ impl Puller {
             node_credentials: sources.node_credentials,
             verification: sources.verification,
             limits,
+            memory,
             background: background.clone(),
             resolving: Flights::new(runway.clone(), now),
             trees: Flights::new(runway.clone(), LINGER),
@@ -218,6 +237,7 @@ impl Puller {
             blobs: KeyedLocks::default(),
             building: KeyedLocks::default(),
             sponsors: artifact::SponsorsByTree::default(),
+            large_documents: Mutex::default(),
         }))
     }
 

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::time::Instant;
 
+use super::memory::MemoryWait;
 use super::tenant::{Caller, Tenant, WaitingTenants};
 use super::want::Priority;
 use crate::background::{Background, Hurry};
@@ -40,6 +41,8 @@ pub struct Progress {
     failure: Mutex<Option<Arc<str>>>,
     /// Spares those who bring bytes the lock.
     has_failed: AtomicBool,
+    /// The memory that it waits for.
+    memory: Mutex<Option<MemoryWait>>,
 }
 
 /// How urgent a flight is, and where it works.
@@ -68,6 +71,8 @@ pub struct Snapshot {
     pub reads_back: bool,
     /// Why the last try of something that is waited for failed, while it is waited for the next.
     pub failure: Option<Arc<str>>,
+    /// The memory that it waits for.
+    pub memory: Option<MemoryWait>,
 }
 
 impl Default for Progress {
@@ -99,6 +104,7 @@ impl Progress {
             is_hashing: AtomicBool::new(false),
             failure: Mutex::default(),
             has_failed: AtomicBool::new(false),
+            memory: Mutex::default(),
         }
     }
 
@@ -177,6 +183,17 @@ impl Progress {
         self.reads_back.store(true, Ordering::Relaxed);
     }
 
+    /// Says for what memory it waits, if for any.
+    pub(super) fn waits_for_memory(&self, wait: Option<MemoryWait>) {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = wait;
+    }
+
+    /// The memory that it waits for, or that a flight waits for that it waits for itself.
+    fn memory_wait(&self) -> Option<MemoryWait> {
+        let own = *self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        own.or_else(|| self.parts().values().find_map(|part| part.memory_wait()))
+    }
+
     /// What it is, for people.
     #[must_use]
     pub fn named(&self) -> Option<&str> {
@@ -202,6 +219,11 @@ impl Progress {
     #[must_use]
     pub fn tenants(&self) -> Vec<Tenant> {
         self.waiting().all()
+    }
+
+    /// Returns the tenant in whose name memory is taken: the one that came first.
+    pub(super) fn tenant(&self) -> Tenant {
+        self.tenants().into_iter().next().unwrap_or(Tenant::Config)
     }
 
     /// Adds the tenants of a caller, also to all that it waits for.
@@ -292,14 +314,17 @@ impl Progress {
         let rate = fetched.saturating_mul(1000) / milliseconds.max(1);
         let left = (rate > 0).then(|| Duration::from_secs((total - done).div_ceil(rate)));
         let reads_back = self.reads_back.load(Ordering::Relaxed);
-        let failure = self.last_failure();
-        Snapshot { total, done, rate, left, reads_back, failure }
+        let (failure, memory) = (self.last_failure(), self.memory_wait());
+        Snapshot { total, done, rate, left, reads_back, failure, memory }
     }
 }
 
 impl fmt::Display for Snapshot {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { total, done, rate, left, reads_back, ref failure } = *self;
+        let Self { total, done, rate, left, reads_back, ref failure, memory } = *self;
+        if let Some(memory) = memory {
+            return write!(formatter, "{memory}");
+        }
         if reads_back {
             write!(formatter, "reading cached content back, ")?;
         }

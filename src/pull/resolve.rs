@@ -6,7 +6,8 @@
 //! (proven anonymously) is open to everyone. What a mirror gives without having
 //! seen a credential proves nothing as long as the registry itself can be asked.
 
-use std::sync::Arc;
+use std::cell::Cell;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
@@ -27,6 +28,9 @@ use crate::oci::{Digest, Platform, Reference, Repository};
 use crate::store::access::{Mirrors, Principal, ProofSource};
 use crate::store::resolutions::Resolution;
 use crate::unpack::layer_rule::classify;
+
+/// Documents of the store up to this size are parsed by any number of publishes at once.
+const LARGE_DOCUMENT: u64 = 256 << 10;
 
 /// A manifest that this volume may see.
 #[derive(Clone, Debug)]
@@ -254,6 +258,17 @@ impl Inner {
         if is_of_repository { Ok(self.store.blob(blob)?) } else { Ok(None) }
     }
 
+    /// Waits for the turn to parse a kept document, if it is a large one. That takes milliseconds,
+    /// and many at once would take much memory.
+    pub(super) fn turn_of_large(
+        &self,
+        blob: Digest,
+    ) -> Result<Option<MutexGuard<'_, ()>>, PullError> {
+        let size = self.store.blob_size(blob)?.unwrap_or_default();
+        let turn = || self.large_documents.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok((size > LARGE_DOCUMENT).then(turn))
+    }
+
     /// What a kept manifest or index means for a platform.
     fn kept(
         &self,
@@ -261,6 +276,15 @@ impl Inner {
         platform: &Platform,
         read: &dyn Fn(Digest) -> Result<Option<Vec<u8>>, PullError>,
     ) -> Result<Option<Digest>, PullError> {
+        let turn = Cell::new(None);
+        let read = &|blob| {
+            if let Some(held) = turn.take() {
+                turn.set(Some(held));
+            } else {
+                turn.set(self.turn_of_large(blob)?);
+            }
+            read(blob)
+        };
         let Some(bytes) = read(digest)? else { return Ok(None) };
         let (manifest, bytes, named_by_index) =
             match Manifest::parse(&bytes, None, self.limits.manifest())? {

@@ -4,27 +4,31 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::artifact::{Object, Part, PartRule, Shape};
+use super::artifact::{LARGE_PLAN, Object, Part, PartRule, Shape, Sources};
 use super::candidates::Candidates;
 use super::error::PullError;
 use super::flights::{Outcome, Ticket};
+use super::memory::BYTES_PER_MANIFEST_BYTE;
 use super::progress::Progress;
 use super::resolve::{Resolved, blocking};
 use super::room::layer_key;
 use super::tenant::{Caller, Tenant};
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
-use super::{Inner, ProgressView, Puller};
+use super::{Inner, Memory, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
 use crate::oci::manifest::Manifest;
 use crate::oci::{Digest, Platform, Reference};
 use crate::store::resolutions::Resolution;
 use crate::store::trees::View;
-use crate::store::verify::{ExpectedTree, Finding, ReadPace, Reader, Verified};
-use crate::store::{ObjectKind, ObjectName, StoreError, Tree, TreeKey};
-use crate::unpack::{Limits, PermissionsRule, Selection};
+use crate::store::verify::{ExpectedTree, Finding, FindingKind, ReadPace, Reader, Verified};
+use crate::store::{ObjectKind, ObjectName, StoreError, Tree, TreeKey, give_memory_back};
+use crate::unpack::merge::{Merger, TreePlan};
+use crate::unpack::{Limits, PermissionsRule, Selection, UnpackError};
 
 /// Files and layers of one tree that are read at once.
 const READS_AT_ONCE: usize = 4;
+/// What comparing a tree takes beside its plan for each name in the folder at hand, and in those above it.
+const BYTES_PER_NAME: u64 = 18;
 
 /// A tree that was found damaged.
 #[derive(Clone, Debug)]
@@ -84,13 +88,7 @@ impl Puller {
             store.verify_blobs(&mut reader, &mut found)?;
             store.verify_objects(&mut reader, &mut found)?;
             for tree in store.sound_trees()? {
-                match inner.verify_tree(&tree, &mut reader, &mut found) {
-                    Err(PullError::Store(error @ StoreError::Leased { .. })) => {
-                        let name = ObjectName::tree(tree.key, tree.generation);
-                        found(Finding::of_unread(&name, &error));
-                    }
-                    read => read?,
-                }
+                inner.verify_tree_in_turn(&tree, &mut reader, &mut found)?;
             }
             let mut unknown = Vec::new();
             for name in store.trees_without_record()? {
@@ -260,28 +258,115 @@ impl Inner {
                 return Ok(ReadBack { findings: 1, ..ReadBack::default() });
             }
         }
-        // As few at once as layers are unpacked; what nobody waits for is one at a time.
-        let mut permit = match progress.priority() {
-            Priority::Pod => Some(self.unpackers.permit(&progress).await),
-            Priority::Warm => None,
+        let (inner, of) = (Arc::clone(&self), item.clone());
+        let mut bytes = blocking(move || inner.memory_of_item(&of)).await?;
+        loop {
+            let memory = match bytes {
+                Some(bytes) => Some(self.compute_memory(bytes, &progress).await?),
+                None => None,
+            };
+            // As few at once as layers are unpacked; what nobody waits for is one at a time.
+            let mut permit = match progress.priority() {
+                Priority::Pod => Some(self.unpackers.permit(&progress).await),
+                Priority::Warm => None,
+            };
+            let stop = Arc::new(AtomicBool::new(false));
+            let _stop = StopOnDrop(Arc::clone(&stop));
+            let pace = match progress.priority() {
+                Priority::Pod => ReadPace::Urgent,
+                Priority::Warm => ReadPace::Gentle,
+            };
+            let (inner, item, progress) = (Arc::clone(&self), item.clone(), Arc::clone(&progress));
+            let read = move || {
+                let mut reader = Reader::new(pace)
+                    .stopped_by(stop)
+                    .telling(move |bytes| progress.arrived(bytes))
+                    .before_waiting(move || drop(permit.take()));
+                inner.verify_item(&item, &mut reader, memory)
+            };
+            match blocking(read).await {
+                Err(error) if is_shortage(&error) => {
+                    bytes = Some(self.more_memory(bytes.unwrap_or_default()));
+                }
+                read => return read,
+            }
+        }
+    }
+
+    /// Returns how many bytes of memory reading an item back takes, beside buffers. Blocking.
+    fn memory_of_item(&self, item: &Item) -> Result<Option<u64>, PullError> {
+        match item {
+            Item::Object(name) if name.kind() == ObjectKind::Tree => {
+                let tree = self.store.named_tree(name);
+                tree.map(|tree| self.memory_of_tree(&tree)).transpose()
+            }
+            // Trees of what is damaged are compared in their turn.
+            Item::Blobs | Item::Object(_) => Ok(None),
+        }
+    }
+
+    /// Returns how many bytes of memory comparing a tree takes, unless it has very many folders. The numbers that it is
+    /// computed from may be damaged: so it is no more than can be had.
+    fn memory_of_tree(&self, tree: &Tree) -> Result<u64, PullError> {
+        let links = match self.store.links(tree) {
+            Err(error) if error.is_of_this_node() => return Err(error.into()),
+            links => links.unwrap_or_default(),
         };
-        let stop = Arc::new(AtomicBool::new(false));
-        let _stop = StopOnDrop(Arc::clone(&stop));
-        let pace = match progress.priority() {
-            Priority::Pod => ReadPace::Urgent,
-            Priority::Warm => ReadPace::Gentle,
+        let layers = links.iter().filter_map(|name| self.store.linked_layer(name));
+        let entries = layers.map(|layer| layer.totals().entries).fold(0, u64::saturating_add);
+        let names = entries.max(tree.record.inodes);
+        let bytes = Merger::estimate(names, &Selection::default())
+            .saturating_add(names.saturating_mul(BYTES_PER_NAME))
+            .saturating_add(self.memory_of_manifest(tree)?);
+        Ok(bytes.min(self.memory.most()))
+    }
+
+    fn memory_of_manifest(&self, tree: &Tree) -> Result<u64, PullError> {
+        let size = self.store.blob_size(tree.record.manifest)?.unwrap_or_default();
+        Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.memory.most()))
+    }
+
+    /// Returns what is tried after so many bytes of memory were not enough.
+    fn more_memory(&self, bytes: u64) -> u64 {
+        let most = self.memory.most();
+        let more = (bytes / 2).saturating_mul(3);
+        if bytes < most { more.min(most) } else { more }
+    }
+
+    /// Reserves memory while an item is read back. Blocking: the reader gives back first what those may wait for who
+    /// have memory.
+    fn memory_in_turn(&self, bytes: u64, reader: &mut Reader) -> Result<Memory, PullError> {
+        reader.is_about_to_wait();
+        let memory = self.memory.compute(Tenant::Config, bytes, |_| ());
+        let memory = self.background.hurried(memory);
+        Ok(tokio::runtime::Handle::current().block_on(memory)?)
+    }
+
+    /// Compares a tree as soon as there is memory for it. One that cannot be read on this node now is a finding of that
+    /// kind. Blocking.
+    fn verify_tree_in_turn(
+        &self,
+        tree: &Tree,
+        reader: &mut Reader,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<(), PullError> {
+        let mut verify = || {
+            let mut bytes = self.memory_of_tree(tree)?;
+            loop {
+                let memory = self.memory_in_turn(bytes, reader)?;
+                match self.verify_tree(tree, reader, found, memory) {
+                    Err(error) if is_shortage(&error) => bytes = self.more_memory(bytes),
+                    verified => return verified,
+                }
+            }
         };
-        blocking(move || {
-            // A tree needs its permit to the end: its plan is in memory.
-            let is_tree = matches!(&item, Item::Object(name) if name.kind() == ObjectKind::Tree);
-            let _permit = if is_tree { permit.take() } else { None };
-            let mut reader = Reader::new(pace)
-                .stopped_by(stop)
-                .telling(move |bytes| progress.arrived(bytes))
-                .before_waiting(move || drop(permit.take()));
-            self.verify_item(&item, &mut reader)
-        })
-        .await
+        match verify() {
+            Err(error) if error.leaves_unread() => {
+                found(Finding::of_unread(&ObjectName::tree(tree.key, tree.generation), &error));
+                Ok(())
+            }
+            verified => verified,
+        }
     }
 
     /// The unread files and layers of an unread tree, and what all that it links takes.
@@ -306,10 +391,15 @@ impl Inner {
         .await
     }
 
-    fn verify_item(&self, item: &Item, reader: &mut Reader) -> Result<ReadBack, PullError> {
+    fn verify_item(
+        &self,
+        item: &Item,
+        reader: &mut Reader,
+        memory: Option<Memory>,
+    ) -> Result<ReadBack, PullError> {
         let mut findings = 0;
         let mut found = |finding: Finding| {
-            findings += 1;
+            findings += u64::from(finding.kind != FindingKind::Unread);
             finding.log();
         };
         let store = &self.store;
@@ -320,12 +410,18 @@ impl Inner {
                     damaged.extend(finding.digest);
                     found(finding);
                 })?;
-                let of_them = |tree: &Tree| Ok(damaged.contains(&tree.record.manifest));
+                let of_them =
+                    |tree: &Tree, _: &mut Reader| Ok(damaged.contains(&tree.record.manifest));
                 self.verify_trees_of(of_them, reader, &mut found)?
             }
             Item::Object(name) if name.kind() == ObjectKind::Tree => match store.named_tree(name) {
                 Some(tree) if !store.is_damaged(name) => {
-                    self.verify_tree(&tree, reader, &mut found)?;
+                    let memory = match memory {
+                        Some(memory) => memory,
+                        // It has been made just now.
+                        None => self.memory_in_turn(self.memory_of_tree(&tree)?, reader)?,
+                    };
+                    self.verify_tree(&tree, reader, &mut found, memory)?;
                     if store.is_damaged(name) { vec![name.clone()] } else { Vec::new() }
                 }
                 // Made anew still, where that was not possible when it was found.
@@ -340,7 +436,8 @@ impl Inner {
                 let mut trees = store.verify_object(name, reader, &mut found)?;
                 if store.is_damaged(name) {
                     // Those that link it, and do not say so.
-                    let of_it = |tree: &Tree| self.may_link(tree, name);
+                    let of_it =
+                        |tree: &Tree, reader: &mut Reader| self.may_link(tree, name, reader);
                     trees.extend(self.verify_trees_of(of_it, reader, &mut found)?);
                 }
                 trees
@@ -387,15 +484,23 @@ impl Inner {
         Ok(known.into_iter().find(Damaged::says_what_it_is))
     }
 
+    /// Compares a tree with what it should be, within the memory that is reserved for it. Blocking.
     fn verify_tree(
         &self,
         tree: &Tree,
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
+        mut memory: Memory,
     ) -> Result<(), PullError> {
-        match self.expected_tree(tree) {
+        match self.expected_tree(tree, memory.bytes()) {
             Ok(expected) => {
+                let takes = memory_of_comparison(&expected.plan);
+                memory.shrink(takes);
                 self.store.verify_tree(tree, &expected, reader, found)?;
+                drop(expected);
+                if takes >= LARGE_PLAN {
+                    give_memory_back();
+                }
                 Ok(())
             }
             Err(Incomparable::Node(error)) => Err(error),
@@ -406,17 +511,18 @@ impl Inner {
         }
     }
 
-    /// Compares some of the trees that are not marked. Returns those that are marked now.
+    /// Compares some of the trees that are not marked, each as soon as there is memory for it. Returns those that are
+    /// marked now.
     fn verify_trees_of(
         &self,
-        is_meant: impl Fn(&Tree) -> Result<bool, PullError>,
+        is_meant: impl Fn(&Tree, &mut Reader) -> Result<bool, PullError>,
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<Vec<ObjectName>, PullError> {
         let mut damaged = Vec::new();
         for tree in self.store.sound_trees()? {
-            if is_meant(&tree)? {
-                self.verify_tree(&tree, reader, found)?;
+            if is_meant(&tree, reader)? {
+                self.verify_tree_in_turn(&tree, reader, found)?;
                 let name = ObjectName::tree(tree.key, tree.generation);
                 damaged.extend(self.store.is_damaged(&name).then_some(name));
             }
@@ -425,7 +531,13 @@ impl Inner {
     }
 
     /// Returns whether a tree may link a file or a layer by what its manifest names, or by what cannot be read of it.
-    fn may_link(&self, tree: &Tree, object: &ObjectName) -> Result<bool, PullError> {
+    fn may_link(
+        &self,
+        tree: &Tree,
+        object: &ObjectName,
+        reader: &mut Reader,
+    ) -> Result<bool, PullError> {
+        let _memory = self.memory_in_turn(self.memory_of_manifest(tree)?, reader)?;
         match self.parts_of(tree) {
             Ok(PartsOfTree { parts, shape, .. }) => Ok(parts
                 .iter()
@@ -435,15 +547,20 @@ impl Inner {
         }
     }
 
-    /// Returns what a tree should be, by its manifest and the very objects that it says it links.
-    fn expected_tree(&self, tree: &Tree) -> Result<ExpectedTree, Incomparable> {
+    /// Returns what a tree should be, by its manifest and the very objects that it says it links. It takes no more than
+    /// `allowance` bytes of memory.
+    fn expected_tree(&self, tree: &Tree, allowance: u64) -> Result<ExpectedTree, Incomparable> {
         let PartsOfTree { kind, parts, shape, limits } = self.parts_of(tree)?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
-        let objects = self.linked_objects(tree, parts, &shape)?;
-        let (plan, objects) = self.plan(objects, &shape, &limits)?;
+        let sources = Sources::new(self.linked_objects(tree, parts, &shape)?);
+        let plan = self.plan(&sources, &shape, &limits, allowance)?;
+        let (bytes, entries) = (memory_of_comparison(&plan), plan.nodes.len() as u64);
+        if bytes > allowance {
+            return Err(PullError::from(UnpackError::Memory { bytes, entries }).into());
+        }
         let record = shape.record(tree.record.manifest, kind, compressed_bytes, &plan);
-        Ok(ExpectedTree { plan, objects, record })
+        Ok(ExpectedTree { plan, objects: sources.into_objects(), record })
     }
 
     /// Returns the layers that a tree shows, as its manifest says it.
@@ -488,7 +605,10 @@ impl Inner {
                     let of_key = |name: &&ObjectName| name.as_str().starts_with(&folder);
                     let unpacked =
                         links.iter().find(of_key).and_then(|name| self.store.linked_layer(name));
-                    unpacked.map(|unpacked| Object::Layer(layer, rule, unpacked.view()))
+                    unpacked.map(|unpacked| {
+                        let entries = unpacked.totals().entries;
+                        Object::Layer(layer, rule, unpacked.view(), entries)
+                    })
                 }
             };
             objects.push(object.ok_or_else(|| {
@@ -521,6 +641,8 @@ impl From<PullError> for Incomparable {
     fn from(error: PullError) -> Self {
         match error {
             PullError::Store(error) => error.into(),
+            // Of a budget that is too small nothing follows for the tree.
+            error if is_shortage(&error) => Self::Node(error),
             error => Self::Tree(error.to_string()),
         }
     }
@@ -543,6 +665,16 @@ fn folder_of(part: &Part, permissions: PermissionsRule) -> String {
         PartRule::File(..) => format!("files/{}/", digest.hex()),
         PartRule::Archive(rule) => format!("layers/{}/", layer_key(digest, rule, permissions)),
     }
+}
+
+/// Returns how many bytes of memory comparing a tree with its plan takes.
+fn memory_of_comparison(plan: &TreePlan) -> u64 {
+    plan.memory_bytes().saturating_add(BYTES_PER_NAME.saturating_mul(plan.nodes.len() as u64))
+}
+
+/// Returns whether planning was stopped for memory.
+fn is_shortage(error: &PullError) -> bool {
+    matches!(error.root(), PullError::Unpack(UnpackError::Memory { .. }))
 }
 
 fn shape(view: &View) -> Result<Shape, PullError> {

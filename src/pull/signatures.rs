@@ -129,6 +129,7 @@ impl Inner {
         if want.maximum_bytes.is_none() {
             return Ok(());
         }
+        let _turn = self.turn_of_large(manifest)?;
         // One that was damaged is fetched again later, and its tree measured.
         let Some(bytes) = self.store.blob(manifest)? else { return Ok(()) };
         let Manifest::Image(image) = Manifest::parse(&bytes, None, self.limits.manifest())? else {

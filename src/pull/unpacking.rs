@@ -19,8 +19,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::error::PullError;
+use super::memory::{MemoryBudget, PLAIN_WINDOW};
 use super::progress::Progress;
 use super::slots::{Ask, Slot, Slots};
+use super::tenant::Tenant;
 use crate::background::Background;
 use crate::oci::Digest;
 use crate::store::growth::Follower;
@@ -52,6 +54,7 @@ struct Shared {
     background: Background,
     /// For windows that take a lot of memory.
     wide: Semaphore,
+    memory: MemoryBudget<Tenant>,
     refusals: Mutex<Refusals>,
 }
 
@@ -97,6 +100,7 @@ impl Unpackers {
         limits: Limits,
         at_once: usize,
         wide: usize,
+        memory: MemoryBudget<Tenant>,
         background: Background,
     ) -> Self {
         let at_once = at_once.max(1);
@@ -108,6 +112,7 @@ impl Unpackers {
             paused: AtomicUsize::new(0),
             background,
             wide: Semaphore::new(wide.max(1)),
+            memory,
             refusals: Mutex::default(),
         }))
     }
@@ -197,11 +202,18 @@ impl Job {
         if !needs_wide || self.unpackers.0.limits.zstd_window_log <= PLAIN_WINDOW_LOG {
             return outcome;
         }
-        let Shared { wide, background, .. } = &*self.unpackers.0;
+        let Shared { wide, background, memory, limits, .. } = &*self.unpackers.0;
+        // Before anything that others wait for, and beside what each layer that is unpacked has.
+        let window = (1_u64 << limits.zstd_window_log).saturating_sub(PLAIN_WINDOW);
+        let waits = |wait| self.urgency.waits_for_memory(wait);
+        let memory = memory.compute(self.urgency.tenant(), window, waits);
         // What warming has it may hold on to while it gives way.
+        let _memory = background.hurried(memory).await?;
         let wide = background.hurried(wide.acquire()).await;
         let _wide = wide.map_err(|_| PullError::Crashed)?;
-        self.start(&open, self.unpackers.0.limits.zstd_window_log).await
+        let unpacked = self.start(&open, limits.zstd_window_log).await;
+        crate::store::give_memory_back();
+        unpacked
     }
 
     async fn start<R: Read + Send + 'static>(
@@ -273,6 +285,7 @@ impl<R: Read> Read for GivingWay<R> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::MemoryPlan;
     use super::super::{Caller, Priority, Tenant};
     use super::*;
     use crate::store::StoreOptions;
@@ -287,7 +300,14 @@ mod tests {
     async fn an_unpacking_gives_way_to_another_tenant_and_goes_on() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path(), StoreOptions::default()).unwrap();
-        let unpackers = Unpackers::new(store, Limits::default(), 2, 1, Background::none());
+        let unpackers = Unpackers::new(
+            store,
+            Limits::default(),
+            2,
+            1,
+            MemoryBudget::new(MemoryPlan::new(192 << 20, 2)),
+            Background::none(),
+        );
         let many = flight("many");
         let is_over = Arc::new(std::sync::atomic::AtomicBool::new(false));
         let mut unpackings = Vec::new();

@@ -133,7 +133,7 @@ impl Scrub {
         let read = self.content.puller.scrub(item).await;
         self.state.reads(None);
         if let Err(error) = &read
-            && error.is_leased()
+            && error.leaves_unread()
         {
             // It has another turn; all others have theirs.
             tracing::warn!(%error, "content is not read back");

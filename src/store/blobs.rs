@@ -104,6 +104,16 @@ impl Store {
         }
     }
 
+    /// Bytes of a blob that is kept and not damaged; none when there is none.
+    pub fn blob_size(&self, digest: Digest) -> Result<Option<u64>, StoreError> {
+        let path = self.blob_path(digest);
+        match path.metadata() {
+            Ok(metadata) => Ok(Some(metadata.len())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(StoreError::io("look at", &path, error)),
+        }
+    }
+
     /// Says that somebody begins to work with a blob that is kept: what it stands for may have no
     /// tree yet, and would else be taken for what an evicted artifact has left.
     pub fn blob_is_used(&self, digest: Digest) -> Result<(), StoreError> {

@@ -203,7 +203,7 @@ impl Store {
         let (staging, totals) = writer.finish()?;
         if totals.bytes >= MUCH {
             // What decompressing took is not wanted again soon.
-            syscalls::give_memory_back();
+            super::give_memory_back();
         }
         let path = staging.path();
         fault::point("layer.unpacked").map_err(|error| StoreError::io("write", path, error))?;
@@ -332,7 +332,18 @@ impl LayerView {
         }
         // What was accepted once is read again whatever the limits are now: merging compares them.
         let limits = Limits { depth: 1024, ..Limits::default() };
-        Ok(Entries { path, reader, limits, record: Vec::new() })
+        let next = MAGIC.len() as u64;
+        Ok(Entries { path, reader, limits, record: Vec::new(), offset: 0, next })
+    }
+
+    /// Opens the index for reading single entries again.
+    pub(super) fn index(&self) -> Result<Index, StoreError> {
+        let (folder, path) = self.below(Path::new("index"));
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = nix::fcntl::openat(folder, &path, flags, Mode::empty());
+        let file = file.map_err(|error| StoreError::io("read", &path, error.into()))?;
+        let limits = Limits { depth: 1024, ..Limits::default() };
+        Ok(Index { file: file.into(), limits, start: 0, window: Vec::new() })
     }
 }
 
@@ -343,6 +354,72 @@ pub struct Entries {
     reader: BufReader<File>,
     limits: Limits,
     record: Vec<u8>,
+    /// Where the entry begins that was read last.
+    offset: u64,
+    /// Where the next one does.
+    next: u64,
+}
+
+/// The index of a layer, of which single entries are read again.
+#[derive(Debug)]
+pub(super) struct Index {
+    file: File,
+    limits: Limits,
+    /// Where the window begins.
+    start: u64,
+    /// What was read last. Entries are mostly read in their order.
+    window: Vec<u8>,
+}
+
+/// Bytes of an index that are read at once.
+const WINDOW: usize = 16 << 10;
+
+/// More than any entry has that was accepted: a path, a target, and extended attributes.
+const LARGEST_RECORD: usize = 4 << 20;
+
+impl Entries {
+    /// Where the entry that was read last begins in the index.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+impl Index {
+    /// Reads the entry that begins at an offset.
+    pub(super) fn read(&mut self, offset: u64) -> std::io::Result<Entry> {
+        use std::os::unix::fs::FileExt as _;
+        let mut size = WINDOW;
+        loop {
+            let skipped = offset.checked_sub(self.start).and_then(|n| usize::try_from(n).ok());
+            let record = skipped.and_then(|skipped| self.window.get(skipped..));
+            if let Some(record) = record.and_then(delimited) {
+                let record = wire::Entry::decode(record).ok();
+                let entry = record.and_then(|record| decode(record, &self.limits));
+                return entry.ok_or_else(|| std::io::ErrorKind::InvalidData.into());
+            }
+            if size > LARGEST_RECORD {
+                return Err(std::io::ErrorKind::InvalidData.into());
+            }
+            self.window.resize(size, 0);
+            let mut filled = 0;
+            while filled < size {
+                match self.file.read_at(&mut self.window[filled..], offset + filled as u64)? {
+                    0 => break,
+                    read => filled += read,
+                }
+            }
+            self.window.truncate(filled);
+            (self.start, size) = (offset, size * 8);
+        }
+    }
+}
+
+/// The record at the start of some bytes, if all of it is among them.
+fn delimited(bytes: &[u8]) -> Option<&[u8]> {
+    let mut rest = bytes;
+    let length = usize::try_from(read_varint(&mut rest)?).ok()?;
+    rest.get(..length)
 }
 
 impl Iterator for Entries {
@@ -356,6 +433,9 @@ impl Iterator for Entries {
             Some(length) => length,
             None => return Some(Err(failed())),
         };
+        let of_length = prost::length_delimiter_len(usize::try_from(length).unwrap_or(usize::MAX));
+        self.offset = self.next;
+        self.next = self.next.saturating_add(length).saturating_add(of_length as u64);
         self.record.clear();
         let read = (&mut self.reader).take(length).read_to_end(&mut self.record);
         let whole = read.is_ok_and(|count| count as u64 == length);
@@ -651,6 +731,44 @@ fn decode(record: wire::Entry, limits: &Limits) -> Option<Entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn entries_are_read_again_in_any_order() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path(), crate::store::StoreOptions::default());
+        let store = store.expect("a store");
+        let mut writer = store.write_layer(Digest::of(b"layer")).expect("a layer");
+        let path = |text: String| RelativePath::parse(text.as_bytes(), &Limits::default());
+        let entry = |number: usize| {
+            // From a few bytes to more than is read at once.
+            let value = vec![b'v'; (number % 7) * (WINDOW / 2)];
+            let attribute = ((*b"user.a").into(), value.into());
+            let metadata = Metadata {
+                extended_attributes: [attribute].into_iter().collect(),
+                ..Metadata::of_implied_folder()
+            };
+            let target = vec![b't'; 1 + number % 300].into();
+            let kind = EntryKind::SymbolicLink { target };
+            Entry { path: path(format!("folder/{number}")).expect("a path"), kind, metadata }
+        };
+        (0..200).for_each(|number| writer.entry(entry(number)).expect("an entry"));
+        let key = LayerKey::new(Digest::of(b"layer"), "tar", "Readable");
+        let view = store.finish_layer(key, writer).expect("a layer");
+        let view = view.view().expect("a view");
+        let mut entries = view.entries().expect("the index");
+        let mut offsets = Vec::new();
+        while let Some(read) = entries.next() {
+            assert_eq!(read.expect("an entry"), entry(offsets.len()));
+            offsets.push(entries.offset());
+        }
+        assert_eq!(offsets.len(), 200);
+        let mut index = view.index().expect("the index");
+        let there_and_back = (0..200).chain((0..200).rev()).chain((0..200).map(|n| n * 73 % 200));
+        for number in there_and_back {
+            assert_eq!(index.read(offsets[number]).expect("an entry"), entry(number));
+        }
+        assert!(index.read(u64::MAX / 2).is_err());
+    }
 
     #[test]
     fn a_number_tells_the_folder() {

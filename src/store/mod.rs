@@ -162,6 +162,11 @@ enum Found {
     Nothing,
 }
 
+/// Gives memory that was freed back to the system, after work that has taken much of it.
+pub fn give_memory_back() {
+    crate::mount::syscalls::give_memory_back();
+}
+
 impl Store {
     /// Opens the state directory, makes what is missing in it, and removes what
     /// an earlier process left in staging. The caller holds the [`lock::Lock`].

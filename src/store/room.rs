@@ -326,7 +326,7 @@ impl Claim {
     pub fn of_tree(tree: TreeKey, plan: &TreePlan) -> Self {
         let own = plan.totals.directories.saturating_add(plan.totals.symbolic_links);
         let inodes = own.saturating_add(RECORDS_OF_A_TREE);
-        let names: u64 = plan.nodes.iter().map(|node| bytes_of_a_name(&node.name)).sum();
+        let names: u64 = plan.nodes.iter().map(|node| bytes_of_a_name(node.name_bytes)).sum();
         let bytes = inodes.saturating_mul(BYTES_PER_INODE).saturating_add(names);
         Self { blob: tree.digest(), bytes, inodes }
     }
@@ -397,8 +397,8 @@ impl Meter {
 
 /// What one more name takes of its folder: ext4 has eight bytes with each, and leaves about half
 /// of a full folder's blocks empty.
-pub(super) const fn bytes_of_a_name(name: &[u8]) -> u64 {
-    2 * (name.len() as u64 + 8)
+pub(super) const fn bytes_of_a_name(length: u8) -> u64 {
+    2 * (length as u64 + 8)
 }
 
 /// What is below the floor is as full to a writer as what is full.

@@ -12,11 +12,9 @@ use super::verify::{FindingKind, ReadPace, Reader};
 use super::*;
 use crate::oci::{Digest, Platform, Reference};
 use crate::unpack::entry::Metadata;
-use crate::unpack::layer_rule::FileRule;
-use crate::unpack::merge::{
-    Merger, PlannedFile, PlannedKind, PlannedNode, Source, TreePlan, TreeTotals,
-};
-use crate::unpack::{Limits, Permissions, RelativePath, Selection};
+use crate::unpack::layer_rule::{ArchiveRule, FileRule};
+use crate::unpack::merge::{Merger, TreePlan};
+use crate::unpack::{Entry, EntryKind, Limits, Permissions, RelativePath, Selection};
 
 fn store() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().expect("a folder");
@@ -38,13 +36,14 @@ fn file(store: &Store, content: &[u8], mode: u32) -> (FileKey, StoredFile) {
 
 fn tree(store: &Store, name: &str, key: FileKey, file: &StoredFile) -> Tree {
     let limits = Limits::default();
-    let mut merger = Merger::new(&limits);
+    let everything = Selection::default();
+    let mut merger = Merger::new(&limits, &everything);
     let rule = FileRule {
         path: RelativePath::parse(name.as_bytes(), &limits).expect("a path"),
         recorded: None,
     };
     merger.file(0, &rule, key.digest, 1, key.permissions).expect("a file");
-    let plan = merger.finish(&Selection::default()).expect("a plan");
+    let plan = merger.finish().expect("a plan");
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
     let tree_key = TreeKey::new(key.digest, name, "Readable", "");
@@ -90,18 +89,14 @@ fn trees_share_the_inode_of_a_file() {
 
 /// A tree of one file with so many names.
 fn tree_of_names(key: FileKey, names: u32, size: u64) -> TreePlan {
-    let source = Source::Blob { digest: key.digest, permissions: key.permissions };
-    let node = |number: u32| PlannedNode {
-        parent: None,
-        name: number.to_string().into_bytes().into(),
-        kind: PlannedKind::File(0),
-    };
-    TreePlan {
-        root: Metadata::of_implied_folder(),
-        nodes: (0..names).map(node).collect(),
-        files: vec![PlannedFile { source, size, links: names }],
-        totals: TreeTotals::default(),
+    let (limits, everything) = (Limits::default(), Selection::default());
+    let mut merger = Merger::new(&limits, &everything);
+    for number in 0..names {
+        let path = RelativePath::parse(number.to_string().as_bytes(), &limits).expect("a path");
+        let rule = FileRule { path, recorded: None };
+        merger.file(0, &rule, key.digest, size, key.permissions).expect("a name");
     }
+    merger.finish().expect("a plan")
 }
 
 #[test]
@@ -138,7 +133,7 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     }
     assert_eq!(inodes.len(), 3);
     // And the names of a folder that has more of them than fit into a block.
-    let names = plan.nodes.iter().map(|node| room::bytes_of_a_name(&node.name));
+    let names = plan.nodes.iter().map(|node| room::bytes_of_a_name(node.name_bytes));
     let own_bytes = 14 + store.units().more_names(names.sum());
     assert_eq!((tree.record.own_inodes, tree.record.own_bytes), (3, own_bytes), "counted");
     assert!(!tree.path().join("copies").exists());
@@ -546,34 +541,19 @@ fn many_small_layers_stop_at_the_floor_like_a_large_one() {
 #[test]
 fn folders_and_symbolic_links_of_a_tree_stop_at_the_floor() {
     let (_folder, store) = below_the_floor();
-    let kinds: [fn() -> PlannedKind; 2] = [
-        || PlannedKind::Directory(Box::new(Metadata::of_implied_folder())),
-        || PlannedKind::SymbolicLink {
-            target: b"x".as_slice().into(),
-            metadata: Box::new(Metadata::of_implied_folder()),
-        },
-    ];
-    for kind in kinds {
-        let node = |number: u32| PlannedNode {
-            parent: None,
-            name: number.to_string().into_bytes().into(),
-            kind: kind(),
-        };
-        let mut plan = TreePlan {
-            root: Metadata::of_implied_folder(),
-            nodes: (0..1100).map(node).collect(),
-            files: Vec::new(),
-            totals: TreeTotals { directories: 1101, ..TreeTotals::default() },
-        };
-        let permissions = permissions(0o755);
-        plan.root.permissions = permissions;
-        for node in &mut plan.nodes {
-            if let PlannedKind::Directory(metadata) | PlannedKind::SymbolicLink { metadata, .. } =
-                &mut node.kind
-            {
-                metadata.permissions = permissions;
-            }
+    let target = b"x".as_slice().into();
+    for kind in [EntryKind::Directory, EntryKind::SymbolicLink { target }] {
+        let (limits, everything) = (Limits::default(), Selection::default());
+        let mut merger = Merger::new(&limits, &everything);
+        let rule = ArchiveRule { whiteouts: false, tar_digest: None, within: None };
+        merger.archive(0, &rule);
+        for number in 0..1100 {
+            let path = RelativePath::parse(number.to_string().as_bytes(), &limits);
+            let (path, kind) = (path.expect("a path"), kind.clone());
+            merger.entry(&Entry { path, kind, metadata: own_folder() }).expect("an entry");
         }
+        let mut plan = merger.finish().expect("a plan");
+        plan.root = own_folder();
         let stopped = store.build_tree(&plan, &Objects::default()).expect_err("stopped");
         assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
         // Before the first of them too.
@@ -653,7 +633,8 @@ fn what_a_crash_left_unmarked_over_damaged_content_is_found_and_marked() {
 fn no_tree_is_named_over_what_was_found_damaged_meanwhile() {
     let (_folder, store) = store();
     let (key, file) = file(&store, b"x", 0o444);
-    let plan = TreePlan { root: own_folder(), ..tree_of_names(key, 1, 1) };
+    let mut plan = tree_of_names(key, 1, 1);
+    plan.root = own_folder();
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
     let built = store.build_tree(&plan, &objects).expect("a tree");

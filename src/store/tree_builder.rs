@@ -23,7 +23,7 @@ use super::trees::Objects;
 use crate::background;
 use crate::mount::syscalls;
 use crate::unpack::entry::Metadata;
-use crate::unpack::merge::{PlannedKind, PlannedNode, TreePlan};
+use crate::unpack::merge::{Leaf, PlannedKind, PlannedNode, TreePlan};
 
 /// How many threads link files at most: names in different folders do not wait for each other
 /// in the kernel, but the journal is one.
@@ -58,15 +58,15 @@ impl Builder<'_> {
         let mut way = Way::from(root, self.plan)?;
         for (number, node) in self.folders() {
             self.meter.makes(1).map_err(full)?;
-            let name = CString::new(&*node.name)?;
+            let name = CString::new(self.plan.held_name(node))?;
             mkdirat(way.to(node.parent)?, name.as_c_str(), Mode::S_IRWXU)?;
             staging.staged.wrote(|| path_of(root, self.plan, number));
         }
         self.fill(root)?;
         // Making children changes a folder's time, and its mode may forbid making them: folders come last.
         for (number, node) in self.folders() {
-            if let PlannedKind::Directory(metadata) = &node.kind {
-                self.finish_folder(way.to(Some(number))?, metadata)?;
+            if let PlannedKind::Directory(folder) = node.kind {
+                self.finish_folder(way.to(Some(number))?, self.plan.folder(folder))?;
             }
         }
         self.finish_folder(way.to(None)?, &self.plan.root)?;
@@ -108,25 +108,28 @@ impl Builder<'_> {
 
     fn fill_part(self, root: &Path, nodes: &[PlannedNode]) -> io::Result<()> {
         let mut way = Way::from(root, self.plan)?;
+        let mut records = self.objects.records();
         for node in nodes {
             background::give_way();
-            self.meter.writes(bytes_of_a_name(&node.name)).map_err(full)?;
-            match &node.kind {
-                PlannedKind::Directory(_) => {}
-                PlannedKind::File(file) => {
-                    self.link(*file, way.to(node.parent)?, &CString::new(&*node.name)?)?;
+            self.meter.writes(bytes_of_a_name(node.name_bytes)).map_err(full)?;
+            if matches!(node.kind, PlannedKind::Directory(_)) {
+                continue;
+            }
+            let Leaf { name, link } = self.plan.leaf(node, &mut records)?;
+            let name = CString::new(&*name)?;
+            match (node.kind, link) {
+                (PlannedKind::File(file), _) => self.link(file, way.to(node.parent)?, &name)?,
+                (_, Some((target, metadata))) => {
+                    self.symbolic_link(&target, &metadata, way.to(node.parent)?, &name)?;
                 }
-                PlannedKind::SymbolicLink { target, metadata } => {
-                    let name = CString::new(&*node.name)?;
-                    self.symbolic_link(target, metadata, way.to(node.parent)?, &name)?;
-                }
+                (_, None) => {}
             }
         }
         Ok(())
     }
 
     fn link(self, file: u32, folder: &OwnedFd, name: &CString) -> io::Result<()> {
-        let source = self.plan.files[file as usize].source;
+        let source = self.plan.source(file);
         let (from, path) = self.objects.locate(source).ok_or(io::ErrorKind::NotFound)?;
         match linkat(from, &path, folder, name.as_c_str(), AtFlags::empty()) {
             Err(nix::errno::Errno::EMLINK) => {
@@ -196,7 +199,7 @@ impl<'a> Way<'a> {
         };
         self.folders.truncate(place + 1);
         for number in missing.into_iter().rev() {
-            let name = CString::new(&*self.plan.nodes[number as usize].name)?;
+            let name = CString::new(self.plan.held_name(&self.plan.nodes[number as usize]))?;
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let folder = openat(self.here()?, name.as_c_str(), flags, Mode::empty())?;
             self.folders.push((Some(number), folder));
@@ -221,7 +224,7 @@ fn path_of(root: &Path, plan: &TreePlan, number: u32) -> PathBuf {
     let mut next = Some(number);
     while let Some(number) = next {
         let node = &plan.nodes[number as usize];
-        names.push(std::ffi::OsStr::from_bytes(&node.name));
+        names.push(std::ffi::OsStr::from_bytes(plan.held_name(node)));
         next = node.parent;
     }
     let mut path = root.to_owned();

@@ -29,15 +29,16 @@ use super::error::StoreError;
 use super::eviction::{FORGOTTEN, Goal};
 use super::files::StoredFile;
 use super::inventory::DiskUnits;
-use super::layers::{Layer, LayerView};
+use super::layers::{Index, Layer, LayerView};
 use super::room::bytes_of_a_name;
 use super::staging::{Staging, current_generation, names};
 use super::tree_builder::Builder;
 use super::{ObjectKind, ObjectName, Store, TreeKey, records};
 use crate::fault;
 use crate::oci::Digest;
+use crate::unpack::Entry as LayerEntry;
 use crate::unpack::PermissionsRule;
-use crate::unpack::merge::{Source, TreePlan};
+use crate::unpack::merge::{Records, Source, TreePlan};
 
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -285,7 +286,7 @@ const fn is_none(bytes: &u64) -> bool {
 fn bytes_of_names(plan: &TreePlan, units: DiskUnits) -> u64 {
     let mut folders = HashMap::<_, u64>::new();
     for node in &plan.nodes {
-        *folders.entry(node.parent).or_default() += bytes_of_a_name(&node.name);
+        *folders.entry(node.parent).or_default() += bytes_of_a_name(node.name_bytes);
     }
     folders.into_values().map(|names| units.more_names(names)).sum()
 }
@@ -324,6 +325,12 @@ impl Tree {
 }
 
 impl Objects {
+    /// Reads entries of the layers again. The reader has a few files open.
+    #[must_use]
+    pub fn records(&self) -> impl Records {
+        IndexRecords { objects: self, open: Vec::new() }
+    }
+
     /// Where the content of a planned file lies: below a folder, or by itself.
     pub(super) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
         match source {
@@ -343,6 +350,38 @@ impl Objects {
         let (folder, path) = self.locate(source)?;
         // An absolute path stays what it is.
         Some(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(path))
+    }
+}
+
+/// How many indexes a reader has open.
+const OPEN_INDEXES: usize = 8;
+
+/// Reads entries again from the indexes of layers.
+struct IndexRecords<'a> {
+    objects: &'a Objects,
+    /// The one that was used last is the last one.
+    open: Vec<(u32, Index)>,
+}
+
+impl Records for IndexRecords<'_> {
+    fn read(&mut self, layer: u32, offset: u64) -> io::Result<LayerEntry> {
+        match self.open.iter().rposition(|(open, _)| *open == layer) {
+            Some(place) if place + 1 == self.open.len() => {}
+            Some(place) => {
+                let index = self.open.remove(place);
+                self.open.push(index);
+            }
+            None => {
+                let view = self.objects.layers.get(&layer).ok_or(io::ErrorKind::NotFound)?;
+                let index = view.index().map_err(io::Error::other)?;
+                if self.open.len() == OPEN_INDEXES {
+                    self.open.remove(0);
+                }
+                self.open.push((layer, index));
+            }
+        }
+        let (_, index) = self.open.last_mut().ok_or(io::ErrorKind::NotFound)?;
+        index.read(offset)
     }
 }
 

@@ -98,7 +98,7 @@ pub struct Verified {
 impl Finding {
     /// Returns what to say of an object that could not be read back for a reason that is not its own.
     #[must_use]
-    pub fn of_unread(name: &ObjectName, error: &StoreError) -> Self {
+    pub fn of_unread(name: &ObjectName, error: &impl std::fmt::Display) -> Self {
         let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
         Self { kind: FindingKind::Unread, digest: None, path, detail }
     }

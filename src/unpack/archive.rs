@@ -4,6 +4,8 @@
 //! replaces) is decided when layers are merged; here it is checked by itself.
 
 use std::collections::HashSet;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher as _;
 use std::io::{self, BufRead, Read};
 
 use super::checksum::Checksum;
@@ -167,21 +169,31 @@ fn record_content(
     }
 }
 
-/// Symbolic links of the archive so far. Merging would refuse what passes through
-/// them too, but then the layer would be in the store already.
+/// Symbolic links of the archive so far, by hashes of their paths that nobody can foresee. Merging
+/// would refuse what passes through them too, but then the layer would be in the store already:
+/// of an archive of very many links, only the first are looked at here.
 #[derive(Default)]
-struct OwnLinks(HashSet<RelativePath>);
+struct OwnLinks {
+    key: RandomState,
+    links: HashSet<u64>,
+}
+
+/// Half a megabyte of hashes.
+const OWN_LINKS: usize = 1 << 15;
 
 impl OwnLinks {
     fn check(&mut self, entry: &Entry) -> Result<(), UnpackError> {
-        if !self.0.is_empty() {
-            if let Some(link) = entry.path.ancestors().find(|folder| self.0.contains(folder)) {
+        let hash = |path: &RelativePath| self.key.hash_one(path);
+        if !self.links.is_empty() {
+            let is_link = |folder: &RelativePath| self.links.contains(&hash(folder));
+            if let Some(link) = entry.path.ancestors().find(is_link) {
                 return Err(UnpackError::ThroughOwnLink { path: entry.path.clone(), link });
             }
-            self.0.remove(&entry.path);
+            self.links.remove(&hash(&entry.path));
         }
-        if matches!(entry.kind, EntryKind::SymbolicLink { .. }) {
-            self.0.insert(entry.path.clone());
+        let is_link = matches!(entry.kind, EntryKind::SymbolicLink { .. });
+        if is_link && self.links.len() < OWN_LINKS {
+            self.links.insert(hash(&entry.path));
         }
         Ok(())
     }

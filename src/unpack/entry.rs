@@ -123,7 +123,7 @@ impl ExtendedAttributes {
     }
 
     /// Bytes of memory that they take.
-    fn memory(&self) -> usize {
+    pub(super) fn memory(&self) -> usize {
         self.0.as_ref().map_or(0, |packed| packed.len() + PIECE_BYTES)
     }
 

@@ -248,6 +248,14 @@ pub enum UnpackError {
         /// The bound.
         limit: u64,
     },
+    /// More memory than merging was allowed to take.
+    #[error("merging the first {entries} entries takes {bytes} bytes of memory (pull.memory)")]
+    Memory {
+        /// Bytes so far.
+        bytes: u64,
+        /// Entries so far.
+        entries: u64,
+    },
     /// An entry whose folder is a symbolic link of its own layer, or of any layer
     /// where links are not followed.
     #[error(
@@ -409,6 +417,7 @@ impl UnpackError {
             | Self::TooManyBytes { .. }
             | Self::Ratio { .. }
             | Self::TooMuchMetadata { .. }
+            | Self::Memory { .. }
             | Self::ThroughLink { .. }
             | Self::ThroughOwnLink { .. }
             | Self::LeavesRoot { .. }

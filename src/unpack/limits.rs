@@ -26,8 +26,8 @@ pub struct Limits {
     /// or an attack; the room on disk is the real bound.
     pub blob_bytes: u64,
     /// Entries of one artifact, folders that only a path implies included:
-    /// 1,000,000. Each costs about 200 bytes of memory while a tree is merged,
-    /// and an inode; what one costs beyond that `metadataBytes` bounds.
+    /// 1,000,000. Each costs about 120 bytes of memory while a tree is merged,
+    /// and an inode.
     pub entries: u64,
     /// Bytes of one name: 255, the bound of ext4, xfs and btrfs.
     pub name_bytes: usize,
@@ -48,7 +48,7 @@ pub struct Limits {
     pub header_bytes: u64,
     /// Bytes of names, link targets and extended attributes of one artifact, and of what
     /// each folder (320) and attribute (8) takes beside them, all entries together: 128 MiB.
-    /// Held in memory while a tree is merged.
+    /// Of it only folders and extended attributes are held in memory while a tree is merged.
     pub metadata_bytes: u64,
     /// Extended attributes of one entry: 128.
     pub extended_attributes: usize,

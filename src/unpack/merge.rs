@@ -17,8 +17,10 @@
 //! file's title never replaces anything and is never replaced.
 
 mod finish;
+mod names;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::entry::{Entry, EntryKind, FOLDER_BYTES, Metadata};
 use super::error::{UnpackError, shown};
@@ -26,9 +28,13 @@ use super::layer_rule::{ArchiveRule, FileRule};
 use super::limits::Limits;
 use super::path::{PathError, RelativePath};
 use super::permissions::Permissions;
-pub use super::plan::{PlannedFile, PlannedKind, PlannedNode, Source, TreePlan, TreeTotals};
-use super::selection::Selection;
+pub use super::plan::{
+    Leaf, NoRecords, PlannedFile, PlannedKind, PlannedNode, Records, Source, TreePlan, TreeTotals,
+};
+use super::plan::{LinkSource, NameRef, OF_A_BLOB};
+use super::selection::{Match, Selection};
 use crate::oci::Digest;
+use names::{NameHash, NameTable};
 
 /// Symbolic links on one path, as the kernel bounds them.
 const LINKS_ON_A_PATH: usize = 40;
@@ -36,24 +42,50 @@ const LINKS_ON_A_PATH: usize = 40;
 /// merged: images need two or three where they need any. Without it, long targets
 /// that many entries pass through would take hours.
 const LINK_STEPS_PER_ENTRY: u64 = 16;
+/// Targets that are kept of the links that were followed last: nearly all entries of an image that
+/// pass through links pass through the same few.
+const TARGETS_KEPT: usize = 32;
 
 const ROOT: u32 = 0;
+/// The end of a list of nodes.
+const NONE: u32 = u32::MAX;
 
 /// Merges layers in the manifest's order, lowest first.
 ///
 /// For each layer: [`Merger::file`] once, or [`Merger::archive`] and then
-/// [`Merger::entry`] for each entry in the order in which it was recorded.
+/// [`Merger::entry`] or [`Merger::recorded`] for each entry in the order in which it was recorded.
+///
+/// What is selected is decided for each name when it comes. Of what is not selected only that is
+/// kept which later entries may replace, hide or link to.
 pub struct Merger<'a> {
     limits: &'a Limits,
+    selection: &'a Selection,
+    is_everything: bool,
+    /// Bytes of memory that merging and planning may take.
+    allowance: u64,
+    records: Option<&'a mut dyn Records>,
     /// Numbered by position; what was removed from the tree stays until the end.
     nodes: Vec<Node>,
+    folders: Vec<Folder>,
+    table: NameTable,
     inodes: Vec<PlannedFile>,
+    links: Vec<LinkSource>,
+    /// Names that no record has, each after its length.
+    names: Vec<u8>,
     /// One inode for all titles of one blob.
-    blobs: HashMap<Source, u32>,
+    blobs: HashMap<(Digest, Permissions), u32>,
+    /// Of the links that were followed last, by layer and place in its index.
+    targets: Vec<(LinkPlace, Arc<[u8]>)>,
+    /// The folder whose path was needed last, and that path.
+    last_path: (u32, Vec<u8>),
     input: Input,
     entries: u64,
     metadata_bytes: u64,
     link_steps: u64,
+    /// Bytes that nodes and folders hold beside themselves.
+    held_bytes: u64,
+    /// Names that will be planned, or may be.
+    shown: u64,
 }
 
 /// The layer that entries come from.
@@ -63,35 +95,62 @@ struct Input {
     within: Option<RelativePath>,
 }
 
+/// A name in the tree.
 struct Node {
-    /// The layer that made it what it is.
+    hash: NameHash,
+    name: NameRef,
+    /// The folder that it is in, by its number in [`Merger::folders`].
+    parent: u32,
+    /// The next one in that folder.
+    next: u32,
+    kind: NodeKind,
+    /// The layer that made it what it is; of a file or link the one whose record has its name.
     layer: u32,
+    name_bytes: u8,
     /// Whether it is a blob with a title.
     is_title: bool,
-    kind: NodeKind,
+    /// Whether it is selected. Of a folder its own record says so.
+    is_shown: bool,
+    /// Whether it is in the list of its folder.
+    is_listed: bool,
 }
 
-/// Boxed, so that a million files stay small.
+#[derive(Clone, Copy)]
 enum NodeKind {
-    Directory(Box<Folder>),
+    /// Hidden by a higher layer.
+    Removed,
+    /// By its number in [`Merger::folders`]: a folder that takes the place of another is a new one.
+    Directory(u32),
+    /// By its inode.
     File(u32),
-    SymbolicLink(Box<SymbolicLink>),
+    /// As the record describes it that has its name.
+    OwnLink,
+    /// By its number in [`Merger::links`].
+    Link(u32),
 }
 
-/// Nodes by name.
-type Children = BTreeMap<Box<[u8]>, u32>;
+/// What comes to a name.
+enum Incoming {
+    Directory(Metadata),
+    File(u32),
+    OwnLink,
+    Link(u32),
+}
 
 struct Folder {
     metadata: Metadata,
-    children: Children,
+    /// The node that has its name.
+    node: u32,
+    first: u32,
+    last: u32,
+    /// How many of its nodes are not removed.
+    live: u32,
     /// The last layer that has hidden all that lower layers have here.
     swept: Option<u32>,
-}
-
-#[derive(Clone)]
-struct SymbolicLink {
-    target: Box<[u8]>,
-    metadata: Metadata,
+    /// Whether it is selected, or a folder above it is.
+    is_selected: bool,
+    /// Whether it is excluded, or a folder above it is.
+    is_excluded: bool,
 }
 
 /// A node in the tree, and where it is.
@@ -102,26 +161,74 @@ struct Place {
     path_bytes: usize,
 }
 
+/// The layer of a symbolic link's record, and its offset in the layer's index.
+type LinkPlace = (u32, u64);
+
 /// Names of a path that nothing is at, outermost first.
 type MissingNames = Vec<Box<[u8]>>;
 
 impl<'a> Merger<'a> {
-    /// An empty tree.
+    /// An empty tree, of which a volume with this selection shows a part.
     #[must_use]
-    pub fn new(limits: &'a Limits) -> Self {
-        let input = Input { layer: 0, follow_links: false, within: None };
-        let kind = NodeKind::Directory(Box::new(Folder::implied()));
-        let nodes = vec![Node { layer: 0, is_title: false, kind }];
+    pub fn new(limits: &'a Limits, selection: &'a Selection) -> Self {
+        let root = Node {
+            hash: NameHash::default(),
+            name: NameRef::held_at(0),
+            parent: NONE,
+            next: NONE,
+            kind: NodeKind::Directory(ROOT),
+            layer: 0,
+            name_bytes: 0,
+            is_title: false,
+            is_shown: true,
+            is_listed: false,
+        };
         Self {
             limits,
-            nodes,
+            selection,
+            is_everything: selection.is_everything(),
+            allowance: u64::MAX,
+            records: None,
+            nodes: vec![root],
+            folders: vec![Folder::implied(ROOT)],
+            table: NameTable::default(),
             inodes: Vec::new(),
+            links: Vec::new(),
+            names: vec![0],
             blobs: HashMap::new(),
-            input,
+            targets: Vec::new(),
+            last_path: (ROOT, Vec::new()),
+            input: Input { layer: 0, follow_links: false, within: None },
             entries: 0,
             metadata_bytes: 0,
             link_steps: 0,
+            held_bytes: 0,
+            shown: 0,
         }
+    }
+
+    /// Refuses what would take more bytes of memory, by [`UnpackError::Memory`].
+    #[must_use]
+    pub fn within(self, allowance: u64) -> Self {
+        Self { allowance, ..self }
+    }
+
+    /// Where recorded entries are read again.
+    #[must_use]
+    pub fn reading(self, records: &'a mut dyn Records) -> Self {
+        Self { records: Some(records), ..self }
+    }
+
+    /// Bytes of memory that a tree of so many entries takes while it is merged, if it has few
+    /// folders.
+    #[must_use]
+    pub fn estimate(entries: u64, selection: &Selection) -> u64 {
+        /// Room for a few folders.
+        const LEAST: u64 = 64 << 10;
+        let of_name = size_of::<Node>() + 3 * size_of::<u32>();
+        let of_file = size_of::<PlannedFile>() + size_of::<u32>();
+        let of_shown = if selection.is_everything() { size_of::<PlannedNode>() } else { 0 };
+        entries.saturating_mul((of_name + of_file + of_shown) as u64).saturating_add(LEAST)
     }
 
     /// Adds a blob that is a file, with the mode and owner that it is to be shown with.
@@ -147,13 +254,14 @@ impl<'a> Merger<'a> {
                 other: self.nodes[existing as usize].layer as usize,
             });
         }
-        let source = Source::Blob { digest, permissions };
-        let inodes = &mut self.inodes;
-        let inode = *self.blobs.entry(source).or_insert_with(|| {
-            inodes.push(PlannedFile { source, size, links: 0 });
+        let (inodes, blob) = (&mut self.inodes, number(self.blobs.len()));
+        let inode = *self.blobs.entry((digest, permissions)).or_insert_with(|| {
+            inodes.push(PlannedFile { size, links: 0, layer: OF_A_BLOB, data: blob });
             number(inodes.len() - 1)
         });
-        self.insert(path, place, name, NodeKind::File(inode), true)
+        let name = Name { text: name, record: None, is_title: true };
+        self.insert(path, place, &name, Incoming::File(inode))?;
+        self.check_memory()
     }
 
     /// Starts an archive, above everything before it.
@@ -163,15 +271,26 @@ impl<'a> Merger<'a> {
 
     /// Adds an entry of the archive that was started last.
     pub fn entry(&mut self, entry: &Entry) -> Result<(), UnpackError> {
+        self.add(entry, None)
+    }
+
+    /// Adds an entry of the archive that was started last, which can be read again at this offset
+    /// of its layer's index: then neither its name nor a link's target is held in memory.
+    pub fn recorded(&mut self, entry: &Entry, offset: u64) -> Result<(), UnpackError> {
+        self.add(entry, Some(offset))
+    }
+
+    fn add(&mut self, entry: &Entry, record: Option<u64>) -> Result<(), UnpackError> {
         self.count()?;
-        self.count_memory(entry.metadata_bytes())?;
+        self.count_metadata(entry.metadata_bytes())?;
         let path = &entry.path;
         let layer = self.input.layer;
         self.check_within_title(entry)?;
-        let metadata = || entry.metadata.clone();
         let Some((folder, name)) = path.split() else {
             match entry.kind {
-                EntryKind::Directory => self.folder_mut(ROOT).metadata = metadata(),
+                EntryKind::Directory => {
+                    self.folders[ROOT as usize].metadata = entry.metadata.clone();
+                }
                 EntryKind::Opaque => self.sweep(ROOT),
                 EntryKind::File { .. }
                 | EntryKind::SymbolicLink { .. }
@@ -184,41 +303,44 @@ impl<'a> Merger<'a> {
         };
         if matches!(entry.kind, EntryKind::Opaque) {
             let place = self.make_folder(path, path)?;
-            self.sweep(place.node);
-            return Ok(());
+            if let NodeKind::Directory(folder) = self.nodes[place.node as usize].kind {
+                self.sweep(folder);
+            }
+            return self.check_memory();
         }
         let place = self.make_folder(path, &folder)?;
-        let kind = match &entry.kind {
-            EntryKind::Directory => {
-                let folder = Folder { metadata: metadata(), ..Folder::implied() };
-                NodeKind::Directory(Box::new(folder))
-            }
+        let name = Name { text: name, record, is_title: false };
+        let incoming = match &entry.kind {
+            EntryKind::Directory => Incoming::Directory(entry.metadata.clone()),
             &EntryKind::File { size, data, checksum: _ } => {
-                let source = Source::Archive { layer, data };
-                self.inodes.push(PlannedFile { source, size, links: 0 });
-                NodeKind::File(number(self.inodes.len() - 1))
+                self.inodes.push(PlannedFile { size, links: 0, layer, data });
+                Incoming::File(number(self.inodes.len() - 1))
             }
+            EntryKind::SymbolicLink { .. } if record.is_some() => Incoming::OwnLink,
             EntryKind::SymbolicLink { target } => {
-                let (target, metadata) = (target.clone(), metadata());
-                NodeKind::SymbolicLink(Box::new(SymbolicLink { target, metadata }))
+                self.held_bytes += (target.len() + size_of::<(Box<[u8]>, Metadata)>()) as u64;
+                let link = LinkSource::Held(Box::new((target.clone(), entry.metadata.clone())));
+                self.links.push(link);
+                Incoming::Link(number(self.links.len() - 1))
             }
             EntryKind::HardLink { target } => self.linked(path, target)?,
             EntryKind::Whiteout => {
-                if let Some(hidden) = self.child(place, name)
+                if let Some(hidden) = self.child(place, name.text)
                     && !self.outlasts_hiding(hidden)
                 {
-                    self.folder_mut(place.node).children.remove(name);
+                    self.remove(hidden);
                 }
-                return Ok(());
+                return self.check_memory();
             }
             EntryKind::Opaque => return Ok(()),
         };
-        self.insert(path, place, name, kind, false)
+        self.insert(path, place, &name, incoming)?;
+        self.check_memory()
     }
 
     /// The plan of what is selected.
-    pub fn finish(self, selection: &Selection) -> Result<TreePlan, UnpackError> {
-        finish::plan(self, selection)
+    pub fn finish(self) -> Result<TreePlan, UnpackError> {
+        finish::plan(self)
     }
 
     fn start(&mut self, layer: usize, follow_links: bool, within: Option<RelativePath>) {
@@ -232,7 +354,7 @@ impl<'a> Merger<'a> {
         if self.entries > limit { Err(UnpackError::TooManyEntries { limit }) } else { Ok(()) }
     }
 
-    fn count_memory(&mut self, bytes: u64) -> Result<(), UnpackError> {
+    fn count_metadata(&mut self, bytes: u64) -> Result<(), UnpackError> {
         self.metadata_bytes = self.metadata_bytes.saturating_add(bytes);
         let limit = self.limits.metadata_bytes;
         if self.metadata_bytes > limit {
@@ -259,37 +381,177 @@ impl<'a> Merger<'a> {
         Err(UnpackError::OutsideTitle { path, layer: self.input.layer as usize, title })
     }
 
-    /// Puts a node at a name, where an earlier one may be.
+    fn check_memory(&self) -> Result<(), UnpackError> {
+        let bytes = self.memory_bytes();
+        if bytes > self.allowance {
+            return Err(UnpackError::Memory { bytes, entries: self.entries });
+        }
+        Ok(())
+    }
+
+    /// Bytes of memory that merging so far and a plan of it take.
+    fn memory_bytes(&self) -> u64 {
+        let of = |count: usize, size: usize| count as u64 * size as u64;
+        of(self.nodes.len(), size_of::<Node>())
+            + of(self.inodes.len(), size_of::<PlannedFile>() + size_of::<u32>())
+            + of(self.folders.len(), size_of::<Folder>() + size_of::<Metadata>())
+            + of(self.links.len(), size_of::<LinkSource>())
+            + of(self.blobs.len(), 2 * size_of::<(Digest, Permissions, u32)>())
+            + self.shown * size_of::<PlannedNode>() as u64
+            + self.table.memory_bytes()
+            + self.names.len() as u64
+            + self.held_bytes
+    }
+
+    /// Puts something at a name, where something else may be. Returns its node.
     fn insert(
         &mut self,
         path: &RelativePath,
         place: Place,
-        name: &[u8],
-        kind: NodeKind,
-        is_title: bool,
-    ) -> Result<(), UnpackError> {
-        self.check_place(path, place, name)?;
-        let layer = self.input.layer;
-        let Some(existing) = self.child(place, name) else {
-            self.nodes.push(Node { layer, is_title, kind });
-            let new = number(self.nodes.len() - 1);
-            self.folder_mut(place.node).children.insert(name.into(), new);
-            return Ok(());
+        name: &Name<'_>,
+        incoming: Incoming,
+    ) -> Result<u32, UnpackError> {
+        self.check_place(path, place, name.text)?;
+        let NodeKind::Directory(parent) = self.nodes[place.node as usize].kind else {
+            return Err(self.not_a_folder(path, place, path));
         };
-        let node = &mut self.nodes[existing as usize];
-        if node.is_title {
+        let layer = self.input.layer;
+        let hash = self.table.hash(parent, name.text);
+        let existing = self.table.find(&self.nodes, hash);
+        if let Some(existing) = existing
+            && let node = &self.nodes[existing as usize]
+            && node.is_title
+            && !matches!(node.kind, NodeKind::Removed)
+        {
             return Err(UnpackError::TitleCollides {
                 layer: node.layer as usize,
                 title: path.clone(),
                 other: layer as usize,
             });
         }
-        node.layer = layer;
-        match (&mut node.kind, kind) {
-            (NodeKind::Directory(old), NodeKind::Directory(new)) => old.metadata = new.metadata,
-            (old, new) => *old = new,
+        let is_folder = matches!(incoming, Incoming::Directory(_));
+        let found = self.selected(parent, name.text);
+        let index = existing.unwrap_or(number(self.nodes.len()));
+        let old = existing.map_or(NodeKind::Removed, |old| self.nodes[old as usize].kind);
+        let kind = match (old, incoming) {
+            (NodeKind::Directory(folder), Incoming::Directory(metadata)) => {
+                self.held_bytes += metadata.extended_attributes.memory() as u64;
+                self.folders[folder as usize].metadata = metadata;
+                self.nodes[index as usize].layer = layer;
+                return Ok(index);
+            }
+            (_, Incoming::Directory(metadata)) => {
+                self.held_bytes += metadata.extended_attributes.memory() as u64;
+                let folder = Folder {
+                    metadata,
+                    is_selected: found.included,
+                    is_excluded: found.excluded,
+                    ..Folder::implied(index)
+                };
+                self.folders.push(folder);
+                NodeKind::Directory(number(self.folders.len() - 1))
+            }
+            (_, Incoming::File(inode)) => NodeKind::File(inode),
+            (_, Incoming::OwnLink) => NodeKind::OwnLink,
+            (_, Incoming::Link(link)) => NodeKind::Link(link),
+        };
+        let is_shown = !found.excluded && (found.included || is_folder);
+        self.shown += u64::from(is_shown);
+        let reference = match name.record.filter(|_| !is_folder) {
+            Some(offset) => NameRef::recorded_at(offset),
+            // What is not planned needs no name: its hash tells it from others.
+            None if !is_shown => NameRef::held_at(0),
+            None => self.hold_name(name.text)?,
+        };
+        let node = Node {
+            hash,
+            name: reference,
+            parent,
+            next: NONE,
+            kind,
+            layer,
+            name_bytes: u8::try_from(name.text.len()).unwrap_or(u8::MAX),
+            is_title: name.is_title,
+            is_shown,
+            is_listed: true,
+        };
+        let (was_removed, was_listed) = if existing.is_some() {
+            let old = &mut self.nodes[index as usize];
+            let was = (matches!(old.kind, NodeKind::Removed), old.is_listed);
+            *old = Node { next: old.next, ..node };
+            was
+        } else {
+            self.nodes.push(node);
+            self.table.insert(&self.nodes, index);
+            (true, false)
+        };
+        self.folders[parent as usize].live += u32::from(was_removed);
+        if !was_listed {
+            self.append(parent, index);
         }
-        Ok(())
+        Ok(index)
+    }
+
+    /// Keeps a name in memory.
+    fn hold_name(&mut self, name: &[u8]) -> Result<NameRef, UnpackError> {
+        let too_long = || UnpackError::TooMuchMetadata { limit: self.limits.metadata_bytes };
+        let length = u8::try_from(name.len()).map_err(|_| too_long())?;
+        let reference = NameRef::held_at(self.names.len());
+        self.names.push(length);
+        self.names.extend_from_slice(name);
+        Ok(reference)
+    }
+
+    /// Lists a node as the last one of its folder.
+    fn append(&mut self, folder: u32, node: u32) {
+        let folder = &mut self.folders[folder as usize];
+        self.nodes[node as usize].next = NONE;
+        match folder.last {
+            NONE => folder.first = node,
+            last => self.nodes[last as usize].next = node,
+        }
+        folder.last = node;
+    }
+
+    /// Hides a node; it stays in its folder's list.
+    fn remove(&mut self, node: u32) {
+        let node = &mut self.nodes[node as usize];
+        node.kind = NodeKind::Removed;
+        self.folders[node.parent as usize].live -= 1;
+    }
+
+    /// Whether a name in a folder is selected, by itself or by a folder above it.
+    fn selected(&mut self, folder: u32, name: &[u8]) -> Match {
+        if self.is_everything {
+            return Match { included: true, excluded: false };
+        }
+        let Folder { is_selected, is_excluded, .. } = self.folders[folder as usize];
+        if is_excluded {
+            return Match { included: is_selected, excluded: true };
+        }
+        if self.last_path.0 != folder {
+            self.last_path = (folder, self.path_of(folder));
+        }
+        let path = &mut self.last_path.1;
+        let length = path.len();
+        if length > 0 {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name);
+        let found = self.selection.matches(path);
+        path.truncate(length);
+        Match { included: is_selected || found.included, ..found }
+    }
+
+    fn path_of(&self, folder: u32) -> Vec<u8> {
+        let (mut names, mut folder) = (Vec::new(), folder);
+        while folder != ROOT {
+            let node = &self.nodes[self.folders[folder as usize].node as usize];
+            names.push(node.name.held(&self.names).unwrap_or_default());
+            folder = node.parent;
+        }
+        names.reverse();
+        names.join(&b'/')
     }
 
     /// What a hard link becomes: another name of a file, or a symbolic link like its target.
@@ -297,7 +559,7 @@ impl<'a> Merger<'a> {
         &mut self,
         path: &RelativePath,
         target: &RelativePath,
-    ) -> Result<NodeKind, UnpackError> {
+    ) -> Result<Incoming, UnpackError> {
         let layer = self.input.layer as usize;
         let found = match target.split() {
             Some((folder, name)) => {
@@ -307,13 +569,22 @@ impl<'a> Merger<'a> {
             None => None,
         };
         let (path, target) = (path.clone(), target.clone());
-        match found.map(|node| &self.nodes[node as usize].kind) {
-            None => Err(UnpackError::HardLinkMissing { path, layer, target }),
-            Some(NodeKind::Directory(_)) => {
+        let Some(found) = found.map(|node| &self.nodes[node as usize]) else {
+            return Err(UnpackError::HardLinkMissing { path, layer, target });
+        };
+        match (found.kind, found.name.record()) {
+            (NodeKind::Directory(_), _) => {
                 Err(UnpackError::HardLinkToFolder { path, layer, target })
             }
-            Some(&NodeKind::File(inode)) => Ok(NodeKind::File(inode)),
-            Some(NodeKind::SymbolicLink(link)) => Ok(NodeKind::SymbolicLink(link.clone())),
+            (NodeKind::File(inode), _) => Ok(Incoming::File(inode)),
+            (NodeKind::Link(link), _) => Ok(Incoming::Link(link)),
+            (NodeKind::OwnLink, Some(offset)) => {
+                self.links.push(LinkSource::Recorded { layer: found.layer, offset });
+                Ok(Incoming::Link(number(self.links.len() - 1)))
+            }
+            (NodeKind::OwnLink | NodeKind::Removed, _) => {
+                Err(UnpackError::HardLinkMissing { path, layer, target })
+            }
         }
     }
 
@@ -329,16 +600,14 @@ impl<'a> Merger<'a> {
                 return Err(self.not_a_folder(entry, place, folder));
             }
             self.count()?;
-            self.count_memory(FOLDER_BYTES.saturating_add(name.len() as u64))?;
-            let kind = NodeKind::Directory(Box::new(Folder::implied()));
-            self.insert(entry, place, &name, kind, false)?;
-            place = place.below(number(self.nodes.len() - 1), &name);
+            self.count_metadata(FOLDER_BYTES.saturating_add(name.len() as u64))?;
+            let made = Name { text: &name, record: None, is_title: false };
+            let implied = Incoming::Directory(Metadata::of_implied_folder());
+            place = place.below(self.insert(entry, place, &made, implied)?, &name);
         }
         match self.nodes[place.node as usize].kind {
             NodeKind::Directory(_) => Ok(place),
-            NodeKind::File(_) | NodeKind::SymbolicLink(_) => {
-                Err(self.not_a_folder(entry, place, folder))
-            }
+            _ => Err(self.not_a_folder(entry, place, folder)),
         }
     }
 
@@ -382,20 +651,21 @@ impl<'a> Merger<'a> {
                 continue;
             };
             let node = &self.nodes[next as usize];
-            let NodeKind::SymbolicLink(link) = &node.kind else {
+            if !matches!(node.kind, NodeKind::OwnLink | NodeKind::Link(_)) {
                 way.push(here.below(next, name));
                 continue;
-            };
+            }
             let (path, layer) = (entry.clone(), self.input.layer as usize);
             last_link = shown(name);
             if !self.input.follow_links || node.layer == self.input.layer {
                 return Err(UnpackError::ThroughLink { path, layer, link: last_link });
             }
             let before = link_names.len();
-            let target = link.target.split(|&byte| byte == b'/').rev();
+            let target = self.target(next)?;
+            let names_of_target = target.split(|&byte| byte == b'/').rev();
             let is_name = |name: &&[u8]| !name.is_empty() && *name != b".";
-            link_names.extend(target.filter(is_name).map(Box::from));
-            if link.target.starts_with(b"/") {
+            link_names.extend(names_of_target.filter(is_name).map(Box::from));
+            if target.starts_with(b"/") {
                 way.truncate(1);
             }
             links += 1;
@@ -405,6 +675,35 @@ impl<'a> Merger<'a> {
                 return Err(UnpackError::TooManyLinks { path, layer });
             }
         }
+    }
+
+    /// The target of a symbolic link, from its record where that has it.
+    fn target(&mut self, node: u32) -> Result<Arc<[u8]>, UnpackError> {
+        let node = &self.nodes[node as usize];
+        let link = match node.kind {
+            NodeKind::Link(link) => Some(&self.links[link as usize]),
+            _ => None,
+        };
+        let (layer, offset) = match (link, node.name.record()) {
+            (Some(LinkSource::Held(link)), _) => return Ok(Arc::from(&*link.0)),
+            (Some(&LinkSource::Recorded { layer, offset }), _) => (layer, offset),
+            (None, Some(offset)) => (node.layer, offset),
+            (None, None) => return Err(UnpackError::Read(std::io::ErrorKind::NotFound.into())),
+        };
+        if let Some((_, target)) = self.targets.iter().find(|(of, _)| *of == (layer, offset)) {
+            return Ok(Arc::clone(target));
+        }
+        let records = self.records.as_mut();
+        let read = records.map(|records| records.read(layer, offset)).transpose();
+        let target: Arc<[u8]> = match read.map_err(UnpackError::Read)?.map(|entry| entry.kind) {
+            Some(EntryKind::SymbolicLink { target }) => target.into(),
+            _ => return Err(UnpackError::Read(std::io::ErrorKind::InvalidData.into())),
+        };
+        if self.targets.len() == TARGETS_KEPT {
+            self.targets.remove(0);
+        }
+        self.targets.push(((layer, offset), Arc::clone(&target)));
+        Ok(target)
     }
 
     /// Following links may lead deeper than any entry's own path.
@@ -448,29 +747,43 @@ impl<'a> Merger<'a> {
     /// Hides what lower layers have in a folder.
     fn sweep(&mut self, folder: u32) {
         let layer = self.input.layer;
-        let this = self.folder_mut(folder);
+        let this = &mut self.folders[folder as usize];
         // Everything that came after is of this layer, however often it is marked.
         if this.swept.replace(layer) == Some(layer) {
             return;
         }
-        let mut children = std::mem::take(&mut this.children);
-        children.retain(|_, child| self.outlasts_hiding(*child));
-        self.folder_mut(folder).children = children;
+        let mut next = std::mem::replace(&mut this.first, NONE);
+        this.last = NONE;
+        while next != NONE {
+            let child = next;
+            let Node { next: after, kind, .. } = self.nodes[child as usize];
+            next = after;
+            self.nodes[child as usize].is_listed = false;
+            if matches!(kind, NodeKind::Removed) {
+                continue;
+            }
+            if self.outlasts_hiding(child) {
+                self.nodes[child as usize].is_listed = true;
+                self.append(folder, child);
+            } else {
+                self.remove(child);
+            }
+        }
     }
 
     /// Hides what lower layers have at a node; whether something of this layer remains.
     fn outlasts_hiding(&mut self, node: u32) -> bool {
         let layer = self.input.layer;
         let is_own = self.nodes[node as usize].layer == layer;
-        if !matches!(self.nodes[node as usize].kind, NodeKind::Directory(_)) {
+        let NodeKind::Directory(folder) = self.nodes[node as usize].kind else {
             return is_own;
-        }
-        self.sweep(node);
+        };
+        self.sweep(folder);
         if is_own {
             return true;
         }
-        let folder = self.folder_mut(node);
-        if folder.children.is_empty() {
+        let folder = &mut self.folders[folder as usize];
+        if folder.live == 0 {
             return false;
         }
         folder.metadata = Metadata::of_implied_folder();
@@ -479,18 +792,21 @@ impl<'a> Merger<'a> {
     }
 
     fn child(&self, place: Place, name: &[u8]) -> Option<u32> {
-        match &self.nodes[place.node as usize].kind {
-            NodeKind::Directory(folder) => folder.children.get(name).copied(),
-            NodeKind::File(_) | NodeKind::SymbolicLink(_) => None,
-        }
+        let NodeKind::Directory(folder) = self.nodes[place.node as usize].kind else {
+            return None;
+        };
+        let child = self.table.find(&self.nodes, self.table.hash(folder, name))?;
+        let is_there = !matches!(self.nodes[child as usize].kind, NodeKind::Removed);
+        is_there.then_some(child)
     }
+}
 
-    fn folder_mut(&mut self, node: u32) -> &mut Folder {
-        match &mut self.nodes[node as usize].kind {
-            NodeKind::Directory(folder) => folder,
-            NodeKind::File(_) | NodeKind::SymbolicLink(_) => unreachable!("places are folders"),
-        }
-    }
+/// A name that something comes to.
+struct Name<'a> {
+    text: &'a [u8],
+    /// The offset of the record that has it.
+    record: Option<u64>,
+    is_title: bool,
 }
 
 impl Place {
@@ -501,9 +817,17 @@ impl Place {
 }
 
 impl Folder {
-    fn implied() -> Self {
-        let metadata = Metadata::of_implied_folder();
-        Self { metadata, children: BTreeMap::new(), swept: None }
+    fn implied(node: u32) -> Self {
+        Self {
+            metadata: Metadata::of_implied_folder(),
+            node,
+            first: NONE,
+            last: NONE,
+            live: 0,
+            swept: None,
+            is_selected: false,
+            is_excluded: false,
+        }
     }
 }
 

@@ -1,6 +1,13 @@
 //! A tree as a list of what to make, complete and in order.
+//!
+//! A plan of a million names fits into a hundred mebibytes: the names of files and symbolic links,
+//! and all that is shown of a symbolic link, stay in the indexes of the layers, and are read
+//! there again when the tree is made ([`Records`]).
 
-use super::entry::Metadata;
+use std::borrow::Cow;
+use std::io;
+
+use super::entry::{Entry, EntryKind, Metadata};
 use super::permissions::Permissions;
 use crate::oci::Digest;
 
@@ -9,51 +16,85 @@ use crate::oci::Digest;
 pub struct TreePlan {
     /// The root folder.
     pub root: Metadata,
-    /// Everything else, parents before children, siblings by name: one order for one tree.
+    /// Everything else, parents before children, all of a folder together.
     pub nodes: Vec<PlannedNode>,
-    /// What [`PlannedKind::File`] points at, in the order of first appearance in `nodes`.
+    /// What [`PlannedKind::File`] points at.
     pub files: Vec<PlannedFile>,
     /// Sums.
     pub totals: TreeTotals,
+    /// Folders below the root, in their order in `nodes`.
+    pub(super) folders: Vec<Metadata>,
+    /// Symbolic links that are not shown as their own record has them.
+    pub(super) links: Vec<LinkSource>,
+    /// Blobs that are files.
+    pub(super) blobs: Vec<(Digest, Permissions)>,
+    /// Names that no record has, each after its length.
+    pub(super) names: Vec<u8>,
 }
 
 /// One name in the tree.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannedNode {
     /// The folder's index in [`TreePlan::nodes`]; none is the root.
     pub parent: Option<u32>,
-    /// Neither empty nor with a `/`, neither `.` nor `..`.
-    pub name: Box<[u8]>,
     /// What it is.
     pub kind: PlannedKind,
+    /// Bytes of its name.
+    pub name_bytes: u8,
+    /// The layer whose record has its name.
+    pub(super) layer: u32,
+    pub(super) name: NameRef,
 }
 
-/// What a name in the tree is. Boxed, since most nodes are files.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a name in the tree is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlannedKind {
     /// A folder.
-    Directory(Box<Metadata>),
+    Directory(FolderNumber),
     /// A regular file, by its index in [`TreePlan::files`]; hard links share one.
     File(u32),
     /// A symbolic link.
-    SymbolicLink {
-        /// As written.
-        target: Box<[u8]>,
-        /// Of the link itself.
-        metadata: Box<Metadata>,
-    },
+    SymbolicLink(LinkNumber),
+}
+
+/// A folder of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FolderNumber(pub(super) u32);
+
+/// A symbolic link of a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkNumber(pub(super) u32);
+
+/// The link that the node's own record describes.
+pub(super) const OWN_RECORD: u32 = u32::MAX;
+
+/// Where a name is kept: at an offset of the plan's own names, or in a record at an offset of a
+/// layer's index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NameRef(u64);
+
+/// Where a symbolic link is described.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum LinkSource {
+    Held(Box<(Box<[u8]>, Metadata)>),
+    Recorded { layer: u32, offset: u64 },
 }
 
 /// One inode of a regular file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannedFile {
-    /// Where its content is.
-    pub source: Source,
     /// Bytes.
     pub size: u64,
     /// Its names in the tree.
     pub links: u32,
+    /// The layer's number in the manifest; [`OF_A_BLOB`] for a file that is a blob.
+    pub(super) layer: u32,
+    /// What the sink called it, or the blob's number in the plan.
+    pub(super) data: u32,
 }
+
+/// Stands for the layer of a file that is a blob.
+pub(super) const OF_A_BLOB: u32 = u32::MAX;
 
 /// Where a file's content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,4 +128,143 @@ pub struct TreeTotals {
     pub directories: u64,
     /// Symbolic links.
     pub symbolic_links: u64,
+}
+
+/// Reads entries of layers again that were merged before.
+pub trait Records {
+    /// The entry at an offset of a layer's index.
+    fn read(&mut self, layer: u32, offset: u64) -> io::Result<Entry>;
+}
+
+/// The records of a plan that holds all names itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoRecords;
+
+/// A file or symbolic link of a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaf<'a> {
+    /// Neither empty nor with a `/`, neither `.` nor `..`.
+    pub name: Cow<'a, [u8]>,
+    /// Target and metadata of a symbolic link.
+    pub link: Option<(Cow<'a, [u8]>, Cow<'a, Metadata>)>,
+}
+
+impl Records for NoRecords {
+    fn read(&mut self, _: u32, _: u64) -> io::Result<Entry> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+}
+
+impl TreePlan {
+    /// The metadata of a folder.
+    #[must_use]
+    pub fn folder(&self, number: FolderNumber) -> &Metadata {
+        &self.folders[number.0 as usize]
+    }
+
+    /// The name of a folder; of a leaf only where the plan holds it.
+    #[must_use]
+    pub fn held_name(&self, node: &PlannedNode) -> &[u8] {
+        node.name.held(&self.names).unwrap_or_default()
+    }
+
+    /// Where the content of a file is.
+    #[must_use]
+    pub fn source(&self, file: u32) -> Source {
+        let PlannedFile { layer, data, .. } = self.files[file as usize];
+        if layer != OF_A_BLOB {
+            return Source::Archive { layer, data };
+        }
+        let (digest, permissions) = self.blobs[data as usize];
+        Source::Blob { digest, permissions }
+    }
+
+    /// Bytes of memory that it takes.
+    #[must_use]
+    pub fn memory_bytes(&self) -> u64 {
+        let of_links: usize = self
+            .links
+            .iter()
+            .map(|link| match link {
+                LinkSource::Held(link) => link.0.len() + size_of::<(Box<[u8]>, Metadata)>(),
+                LinkSource::Recorded { .. } => 0,
+            })
+            .sum();
+        let of_folders: usize =
+            self.folders.iter().map(|folder| folder.extended_attributes.memory()).sum();
+        let bytes = self.nodes.len() * size_of::<PlannedNode>()
+            + self.files.len() * size_of::<PlannedFile>()
+            + self.folders.len() * size_of::<Metadata>()
+            + self.links.len() * size_of::<LinkSource>()
+            + self.blobs.len() * size_of::<(Digest, Permissions)>();
+        (bytes + self.names.len() + of_links + of_folders) as u64
+    }
+
+    /// The name of a file or symbolic link, and what the link shows. Their records are read again.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading; [`io::ErrorKind::InvalidData`] where a record is not what was planned.
+    pub fn leaf(&self, node: &PlannedNode, records: &mut dyn Records) -> io::Result<Leaf<'_>> {
+        let (name, own) = match node.name.0 {
+            recorded if recorded & NameRef::RECORDED != 0 => {
+                let entry = records.read(node.layer, recorded & !NameRef::RECORDED)?;
+                let (_, name) = entry.path.split().ok_or(io::ErrorKind::InvalidData)?;
+                if name.len() != usize::from(node.name_bytes) {
+                    return Err(io::ErrorKind::InvalidData.into());
+                }
+                (Cow::Owned(name.to_vec()), Some(entry))
+            }
+            _ => (Cow::Borrowed(self.held_name(node)), None),
+        };
+        let link = match node.kind {
+            PlannedKind::Directory(_) | PlannedKind::File(_) => None,
+            PlannedKind::SymbolicLink(LinkNumber(OWN_RECORD)) => {
+                Some(link_of(own.ok_or(io::ErrorKind::InvalidData)?)?)
+            }
+            PlannedKind::SymbolicLink(LinkNumber(number)) => {
+                Some(match &self.links[number as usize] {
+                    LinkSource::Held(link) => (Cow::Borrowed(&*link.0), Cow::Borrowed(&link.1)),
+                    &LinkSource::Recorded { layer, offset } => {
+                        link_of(records.read(layer, offset)?)?
+                    }
+                })
+            }
+        };
+        Ok(Leaf { name, link })
+    }
+}
+
+fn link_of(entry: Entry) -> io::Result<(Cow<'static, [u8]>, Cow<'static, Metadata>)> {
+    let EntryKind::SymbolicLink { target } = entry.kind else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    Ok((Cow::Owned(target.into_vec()), Cow::Owned(entry.metadata)))
+}
+
+impl NameRef {
+    const RECORDED: u64 = 1 << 63;
+
+    pub(super) fn held_at(offset: usize) -> Self {
+        Self(offset as u64)
+    }
+
+    pub(super) fn recorded_at(offset: u64) -> Self {
+        Self(offset | Self::RECORDED)
+    }
+
+    /// The offset of the record that has it.
+    pub(super) fn record(self) -> Option<u64> {
+        (self.0 & Self::RECORDED != 0).then_some(self.0 & !Self::RECORDED)
+    }
+
+    /// The name, where it is among these.
+    pub(super) fn held(self, names: &[u8]) -> Option<&[u8]> {
+        if self.record().is_some() {
+            return None;
+        }
+        let start = usize::try_from(self.0).ok()?;
+        let (&length, rest) = names.get(start..)?.split_first()?;
+        rest.get(..usize::from(length))
+    }
 }

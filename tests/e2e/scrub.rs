@@ -25,6 +25,8 @@ use crate::support::{
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                      lowThresholdPercent: 100, minimumAge: 0s";
 
+const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+
 /// A cache that only publishes read back.
 fn without_scrub() -> String {
     format!("{ROOMY}, scrubInterval: 0}}\npull: {{attempts: 1}}\n")
@@ -717,4 +719,35 @@ fn leases_of_a_pod_of_an_earlier_build_keep_no_other_pod_from_its_content() {
         node.kubelet.publish_well(&volume);
         artifact.check(&volume);
     }
+}
+
+#[test]
+fn a_tree_that_the_node_has_no_memory_for_is_unread_and_not_damaged() {
+    let (node, admin) = Admin::start(&without_scrub());
+    let repository = unique("large");
+    let archive = (0..60_000).fold(Tar::new(), |tar, n| tar.file(&format!("f/{n}"), 0o644, ""));
+    let archive = archive.finish();
+    Image::new().packed_layer(OCI_TAR, archive.clone(), &archive).push(
+        registry(),
+        &repository,
+        "image",
+    );
+    let reference = node.proxy.reference(&format!("{repository}:image"));
+    node.mount(&reference);
+    let small = without_scrub().replace("attempts: 1", "attempts: 1, memory: 16Mi, unpacks: 1");
+    let configuration = format!("{HEAD}{small}");
+    let node = restarted(node, |state| {
+        fs::write(state.with_file_name("node.yaml"), configuration).expect("written");
+    });
+    let told = admin.ask(&["verify", "--output", "json"]);
+    assert_eq!(told.status.code(), Some(1));
+    let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let [finding] = found["findings"].as_array().expect("a list").as_slice() else {
+        panic!("{found}")
+    };
+    assert_eq!(finding["kind"], "unread", "{found}");
+    assert!(finding["detail"].as_str().expect("text").contains("pull.memory"), "{found}");
+    // It is shown as before.
+    node.proxy.go_down();
+    node.kubelet.publish_well(&node.kubelet.new_volume(&reference));
 }

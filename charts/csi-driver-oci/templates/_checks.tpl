@@ -19,6 +19,37 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.dockerConfigSecret (dig "registries" "dockerConfig" "" .Values.config) }}
 {{- fail "dockerConfigSecret and config.registries.dockerConfig are two sources of the same file: set one" }}
 {{- end }}
+{{- $limit := dig "limits" "memory" "" .Values.resources }}
+{{- if and $limit (not .Values.existingConfigMap) }}
+{{- $limit = include "csi-driver-oci.bytes" $limit | int64 }}
+{{- $memory := div $limit 8 | mul 3 | int64 }}
+{{- with dig "pull" "memory" "" .Values.config }}
+{{- $memory = include "csi-driver-oci.bytes" . | int64 }}
+{{- end }}
+{{- if gt (add $memory 67108864) $limit }}
+{{- fail (printf "config.pull.memory is %d MiB, and beside it the driver takes up to 64 MiB, which is more than the %d MiB of resources.limits.memory: lower one or raise the other" (div $memory 1048576) (div $limit 1048576)) }}
+{{- end }}
+{{- $unpacks := dig "pull" "unpacks" 4 .Values.config | int64 }}
+{{- $fixed := mul $unpacks 9437184 | add 3145728 }}
+{{- if gt (mul $fixed 2) $memory }}
+{{- fail (printf "config.pull.unpacks: %d layers at once take %d MiB, more than half of the %d MiB of pull.memory (by default three eighths of resources.limits.memory): lower it, or raise the memory" $unpacks (div $fixed 1048576) (div $memory 1048576)) }}
+{{- end }}
+{{- $large := sub (sub (sub $memory $fixed) (div $memory 8)) (div $memory 48) }}
+{{- $limits := dig "limits" dict .Values.config }}
+{{- $needs := dict "entries" (dig "entries" 1000000 $limits | int64 | mul 120) "manifestBytes" (dig "manifestBytes" 4194304 $limits | int64 | mul 4) }}
+{{- $windows := dict "27" 125829120 "28" 260046848 "29" 528482304 "30" 1065353216 "31" 2139095040 }}
+{{- with get $windows (dig "zstdWindowLog" 27 $limits | int | toString) }}
+{{- $_ := set $needs "zstdWindowLog" . }}
+{{- end }}
+{{- range $key, $bytes := $needs }}
+{{- if gt ($bytes | int64) $large }}
+{{- fail (printf "config.limits.%s: one artifact may take %d MiB of memory, and of the %d MiB of pull.memory (by default three eighths of resources.limits.memory) it can have %d MiB: lower it, or raise the memory" $key (div ($bytes | int64) 1048576) (div $memory 1048576) (div $large 1048576)) }}
+{{- end }}
+{{- end }}
+{{- if gt (dig "layers" 10000 $limits | int64 | mul 1024) (div $memory 16) }}
+{{- fail (printf "config.limits.layers: the list of one artifact's layers may take a sixteenth of the %d MiB of pull.memory: lower it, or raise the memory" (div $memory 1048576)) }}
+{{- end }}
+{{- end }}
 {{- $kubelet := .Values.kubeletDir | trimSuffix "/" }}
 {{- range $own := list "pods" "plugins" "plugins_registry" }}
 {{- $own = printf "%s/%s" $kubelet $own }}

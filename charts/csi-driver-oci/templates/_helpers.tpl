@@ -40,6 +40,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
+{{/* A quantity of Kubernetes as a whole number of bytes. YAML calls some of them numbers. */}}
+{{- define "csi-driver-oci.bytes" -}}
+{{- $text := ternary (printf "%.0f" .) (toString .) (kindIs "float64" .) }}
+{{- $units := dict "" 1.0 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "k" 1000.0 "M" 1000000.0 "G" 1000000000.0 "T" 1000000000000.0 }}
+{{- $unit := regexFind "(Ki|Mi|Gi|Ti|k|M|G|T)$" $text }}
+{{- mulf (trimSuffix $unit $text | float64) (get $units $unit) | printf "%.0f" }}
+{{- end }}
+
 {{/* Where probes go: with the host's network only to the loopback, where no other machine can ask. */}}
 {{- define "csi-driver-oci.healthAddress" -}}
 {{ if .Values.hostNetwork }}127.0.0.1{{ else }}[::]{{ end }}:{{ .Values.health.port }}

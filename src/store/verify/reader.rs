@@ -103,10 +103,15 @@ impl Reader {
         Self { arrived: Box::new(arrived), ..self }
     }
 
-    /// Calls `waits` before it waits for leases: what others need as well is to be given back.
+    /// Calls `waits` before it waits for leases or memory: what others need as well is to be given back.
     #[must_use]
     pub fn before_waiting(self, waits: impl FnMut() + Send + 'static) -> Self {
         Self { waits: Box::new(waits), ..self }
+    }
+
+    /// Says that the reading is about to wait.
+    pub fn is_about_to_wait(&mut self) {
+        (self.waits)();
     }
 
     /// Begins with another object.
@@ -139,7 +144,7 @@ impl Reader {
             return Err(io::Error::other(Leased));
         }
         self.waits_left = self.waits_left.saturating_sub(1);
-        (self.waits)();
+        self.is_about_to_wait();
         self.step()?;
         Ok(thread::scope(|scope| {
             let open = |path| {

@@ -3,9 +3,12 @@
 //! Folders are opened below one another, so that paths may be longer than the kernel takes in one
 //! call, and only those are held that lead to the name at hand.
 
+use std::borrow::Cow;
+use std::collections::hash_map::RandomState;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
+use std::hash::BuildHasher as _;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
@@ -19,7 +22,7 @@ use super::inode::{Rules, other_time};
 use super::reader::{Reader, unreadable};
 use crate::store::trees::{Objects, TreeRecord};
 use crate::unpack::entry::{ExtendedAttributes, Metadata};
-use crate::unpack::merge::{PlannedKind, PlannedNode, TreePlan};
+use crate::unpack::merge::{Leaf, PlannedKind, PlannedNode, TreePlan};
 
 /// A tree is compared with this.
 pub(super) struct Comparison<'a> {
@@ -29,15 +32,15 @@ pub(super) struct Comparison<'a> {
 }
 
 /// A folder on the way to the name at hand.
-struct Level<'a> {
+struct Level {
     /// Its number in the plan; the root has none.
     number: Option<u32>,
     /// Its path below the root.
     below: PathBuf,
     /// None when it cannot be opened: then nothing in it can be compared.
     folder: Option<File>,
-    /// Names that belong there.
-    names: HashSet<&'a [u8]>,
+    /// Names that belong there, by hashes that cannot be foreseen: a folder may have a million.
+    names: HashSet<u64>,
 }
 
 /// Whether an inode has the content of another: a copy has many names, and is read once.
@@ -59,41 +62,61 @@ impl Comparison<'_> {
         let mut way =
             vec![Level { number: None, below: PathBuf::new(), folder, names: HashSet::new() }];
         let mut compared = Compared::default();
+        let mut records = self.objects.records();
+        let keys = RandomState::new();
+        let hash = |name: &[u8]| keys.hash_one(name);
         for (number, node) in (0..).zip(&self.plan.nodes) {
             reader.step()?;
             while way.len() > 1
                 && way.last().is_some_and(|level| level.number != node.parent)
                 && let Some(level) = way.pop()
             {
-                level.close(damage)?;
+                level.close(damage, hash)?;
             }
             let Some(level) = way.last_mut() else { break };
-            level.names.insert(&node.name);
-            let below = level.below.join(OsStr::from_bytes(&node.name));
+            let Leaf { name: text, link } = match node.kind {
+                PlannedKind::Directory(_) => {
+                    Leaf { name: Cow::Borrowed(self.plan.held_name(node)), link: None }
+                }
+                _ => match self.plan.leaf(node, &mut records) {
+                    Ok(leaf) => leaf,
+                    Err(error) => {
+                        let detail = unreadable(error)?;
+                        let detail = format!("the index of its layer has changed: {detail}");
+                        damage.push((level.below.clone(), detail));
+                        continue;
+                    }
+                },
+            };
+            let below = level.below.join(OsStr::from_bytes(&text));
+            let name = CString::new(&*text)?;
+            level.names.insert(hash(&text));
             let Some(folder) = &level.folder else {
                 way.extend(is_folder(node).then(|| Level::lost(number, below)));
                 continue;
             };
-            let name = CString::new(&*node.name)?;
-            match &node.kind {
-                PlannedKind::Directory(metadata) => {
+            match node.kind {
+                PlannedKind::Directory(number_of_folder) => {
+                    let metadata = self.plan.folder(number_of_folder);
                     let opened = openat(folder, name.as_c_str(), OPEN_FOLDER, Mode::empty());
                     let folder = self.folder(opened, below.clone(), metadata, damage)?;
                     let number = Some(number);
                     way.push(Level { number, below, folder, names: HashSet::new() });
                 }
                 PlannedKind::File(file) => {
-                    let wrong = self.file(folder, &name, *file, reader, &mut compared)?;
+                    let wrong = self.file(folder, &name, file, reader, &mut compared)?;
                     damage.extend(&below, wrong);
                 }
-                PlannedKind::SymbolicLink { target, metadata } => {
-                    let wrong = self.link(folder, &name, (target, metadata))?;
-                    damage.extend(&below, wrong);
+                PlannedKind::SymbolicLink(_) => {
+                    if let Some((target, metadata)) = link {
+                        let wrong = self.link(folder, &name, (&target, &metadata))?;
+                        damage.extend(&below, wrong);
+                    }
                 }
             }
         }
         while let Some(level) = way.pop() {
-            level.close(damage)?;
+            level.close(damage, hash)?;
         }
         Ok(())
     }
@@ -131,7 +154,7 @@ impl Comparison<'_> {
         reader: &mut Reader,
         compared: &mut Compared,
     ) -> io::Result<Option<String>> {
-        let source = self.plan.files[file as usize].source;
+        let source = self.plan.source(file);
         let Some((from, path)) = self.objects.locate(source) else {
             return Ok(Some("nothing is known of its content".into()));
         };
@@ -225,18 +248,18 @@ pub(super) fn other_numbers(
     other.map(|(name, (found, expected))| format!("{name} is {found}, not {expected}"))
 }
 
-impl Level<'_> {
+impl Level {
     /// One that cannot be looked into, as the one above it cannot.
     fn lost(number: u32, below: PathBuf) -> Self {
         Self { number: Some(number), below, folder: None, names: HashSet::new() }
     }
 
     /// Looks for names that do not belong there, once all are known that do.
-    fn close(self, damage: &mut Damage) -> io::Result<()> {
+    fn close(self, damage: &mut Damage, hash: impl Fn(&[u8]) -> u64) -> io::Result<()> {
         let Self { below, folder: Some(folder), names, .. } = self else { return Ok(()) };
         for entry in std::fs::read_dir(descriptor(&folder))? {
             let name = entry?.file_name();
-            if !names.contains(name.as_bytes()) {
+            if !names.contains(&hash(name.as_bytes())) {
                 damage.push((below.join(name), "it does not belong there".into()));
             }
         }

@@ -569,7 +569,8 @@ fn metadata_beyond_the_limit_is_refused_for_the_layer_and_for_the_artifact() {
     assert!(matches!(error, Err(UnpackError::TooMuchMetadata { limit: 8192 })));
     let (whole, memory) = unpack_all(&archive(60), &IMAGE, &limits);
     whole.expect("below the limit");
-    let mut merger = crate::unpack::merge::Merger::new(&limits);
+    let everything = crate::unpack::Selection::default();
+    let mut merger = crate::unpack::merge::Merger::new(&limits, &everything);
     let mut outcome = Ok(());
     for layer in 0..2 {
         merger.archive(layer, &IMAGE);

@@ -1,115 +1,122 @@
 //! The last step of a merge: what is selected of the tree, in order.
 
-use super::{Children, Folder, Merger, NodeKind, ROOT, SymbolicLink, number};
+use super::{Folder, Merger, NONE, Node, NodeKind, ROOT, number};
+use crate::oci::Digest;
+use crate::unpack::entry::Metadata;
 use crate::unpack::error::UnpackError;
 use crate::unpack::limits::Limits;
-use crate::unpack::plan::{PlannedFile, PlannedKind, PlannedNode, TreePlan, TreeTotals};
-use crate::unpack::selection::{Match, Selection};
+use crate::unpack::permissions::Permissions;
+use crate::unpack::plan::{
+    FolderNumber, LinkNumber, OWN_RECORD, PlannedFile, PlannedKind, PlannedNode, TreePlan,
+    TreeTotals,
+};
 
-/// Marks a file that no selected name has led to yet.
-const UNPLANNED: u32 = u32::MAX;
-
-struct Planner<'a> {
-    nodes: Vec<super::Node>,
-    inodes: Vec<PlannedFile>,
-    /// The number in the plan, by inode.
-    planned: Vec<u32>,
-    selection: &'a Selection,
-    is_everything: bool,
-    /// The folder that is planned, for matching.
-    path: Vec<u8>,
+struct Planner {
+    nodes: Vec<Node>,
+    folders: Vec<Folder>,
     plan: TreePlan,
 }
 
-pub(super) fn plan(merger: Merger<'_>, selection: &Selection) -> Result<TreePlan, UnpackError> {
-    let Merger { limits, mut nodes, inodes, .. } = merger;
-    let NodeKind::Directory(root) = taken(&mut nodes[ROOT as usize].kind) else {
-        unreachable!("nothing replaces the root");
-    };
-    let Folder { metadata, children, .. } = *root;
+pub(super) fn plan(merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
+    let Merger { limits, is_everything, nodes, mut folders, inodes, .. } = merger;
+    let Merger { links, names, blobs, shown, table, .. } = merger;
+    drop(table);
+    let root =
+        std::mem::replace(&mut folders[ROOT as usize].metadata, Metadata::of_implied_folder());
+    let mut numbered: Vec<_> = blobs.into_iter().collect();
+    numbered.sort_unstable_by_key(|&(_, inode)| inodes[inode as usize].data);
+    let blobs: Vec<(Digest, Permissions)> = numbered.into_iter().map(|(blob, _)| blob).collect();
     let plan = TreePlan {
-        root: metadata,
-        nodes: Vec::with_capacity(nodes.len()),
-        files: Vec::with_capacity(inodes.len()),
+        root,
+        nodes: Vec::with_capacity(usize::try_from(shown).unwrap_or_default().min(nodes.len())),
+        files: inodes,
         totals: TreeTotals::default(),
+        folders: Vec::new(),
+        links,
+        blobs,
+        names,
     };
-    let mut planner = Planner {
-        planned: vec![UNPLANNED; inodes.len()],
-        nodes,
-        inodes,
-        selection,
-        is_everything: selection.is_everything(),
-        path: Vec::new(),
-        plan,
-    };
-    planner.folder(children, None, false);
+    let mut planner = Planner { nodes, folders, plan };
+    planner.folder(ROOT, None);
     let mut plan = planner.plan;
     if plan.nodes.is_empty() {
-        let is_everything = selection.is_everything();
         return Err(if is_everything { UnpackError::Empty } else { UnpackError::NothingSelected });
     }
+    drop_unlinked(&mut plan);
     plan.totals = totals(&plan, limits)?;
     Ok(plan)
 }
 
-impl Planner<'_> {
-    /// Plans what is in a folder. `selected` says that the folder itself, or one above
-    /// it, is selected, and all that is in it with it.
-    fn folder(&mut self, children: Children, parent: Option<u32>, selected: bool) {
-        for (name, child) in children {
-            let length = self.path.len();
-            if length > 0 {
-                self.path.push(b'/');
-            }
-            self.path.extend_from_slice(&name);
-            let found = if self.is_everything {
-                Match { included: true, excluded: false }
-            } else {
-                self.selection.matches(&self.path)
+impl Planner {
+    /// Plans what is in a folder.
+    fn folder(&mut self, folder: u32, parent: Option<u32>) {
+        let mut next = self.folders[folder as usize].first;
+        while next != NONE {
+            let node = &self.nodes[next as usize];
+            let Node { name, layer, name_bytes, is_shown, kind, .. } = *node;
+            next = node.next;
+            let planned = |kind| PlannedNode { parent, kind, name_bytes, layer, name };
+            let kind = match kind {
+                NodeKind::Directory(number) => {
+                    self.node_of_folder(number, planned);
+                    continue;
+                }
+                NodeKind::Removed => continue,
+                _ if !is_shown => continue,
+                NodeKind::File(inode) => {
+                    self.plan.files[inode as usize].links += 1;
+                    PlannedKind::File(inode)
+                }
+                NodeKind::OwnLink => PlannedKind::SymbolicLink(LinkNumber(OWN_RECORD)),
+                NodeKind::Link(link) => PlannedKind::SymbolicLink(LinkNumber(link)),
             };
-            if !found.excluded {
-                self.node(name, child, parent, selected || found.included);
-            }
-            self.path.truncate(length);
+            self.plan.nodes.push(planned(kind));
         }
     }
 
-    fn node(&mut self, name: Box<[u8]>, node: u32, parent: Option<u32>, selected: bool) {
-        let kind = match taken(&mut self.nodes[node as usize].kind) {
-            NodeKind::Directory(folder) => {
-                let Folder { metadata, children, .. } = *folder;
-                let kind = PlannedKind::Directory(Box::new(metadata));
-                let index = self.plan.nodes.len();
-                self.plan.nodes.push(PlannedNode { parent, name, kind });
-                self.folder(children, Some(number(index)), selected);
-                // A folder that nothing selects is there for what is in it.
-                if !selected && self.plan.nodes.len() == index + 1 {
-                    self.plan.nodes.pop();
-                }
-                return;
-            }
-            _ if !selected => return,
-            NodeKind::File(inode) => {
-                let planned = &mut self.planned[inode as usize];
-                if *planned == UNPLANNED {
-                    *planned = number(self.plan.files.len());
-                    self.plan.files.push(self.inodes[inode as usize]);
-                }
-                self.plan.files[*planned as usize].links += 1;
-                PlannedKind::File(*planned)
-            }
-            NodeKind::SymbolicLink(link) => {
-                let SymbolicLink { target, metadata } = *link;
-                PlannedKind::SymbolicLink { target, metadata: Box::new(metadata) }
-            }
-        };
-        self.plan.nodes.push(PlannedNode { parent, name, kind });
+    /// Plans a folder and what is in it.
+    fn node_of_folder(&mut self, folder: u32, planned: impl Fn(PlannedKind) -> PlannedNode) {
+        let this = &mut self.folders[folder as usize];
+        if this.is_excluded {
+            return;
+        }
+        let is_selected = this.is_selected;
+        let metadata = std::mem::replace(&mut this.metadata, Metadata::of_implied_folder());
+        let (index, of_folder) = (self.plan.nodes.len(), self.plan.folders.len());
+        self.plan.folders.push(metadata);
+        let kind = PlannedKind::Directory(FolderNumber(number(of_folder)));
+        self.plan.nodes.push(planned(kind));
+        self.folder(folder, Some(number(index)));
+        // A folder that nothing selects is there for what is in it.
+        if !is_selected && self.plan.nodes.len() == index + 1 {
+            self.plan.nodes.pop();
+            self.plan.folders.pop();
+        }
     }
 }
 
-/// A node has one name, and goes into the plan with it: what it holds is not there twice.
-fn taken(kind: &mut NodeKind) -> NodeKind {
-    std::mem::replace(kind, NodeKind::File(UNPLANNED))
+/// Leaves only files that a selected name leads to.
+fn drop_unlinked(plan: &mut TreePlan) {
+    if plan.files.iter().all(|file| file.links > 0) {
+        return;
+    }
+    let mut kept = 0;
+    let numbers: Vec<u32> = plan
+        .files
+        .iter()
+        .map(|file: &PlannedFile| {
+            let number = kept;
+            kept += u32::from(file.links > 0);
+            number
+        })
+        .collect();
+    plan.files.retain(|file| file.links > 0);
+    plan.files.shrink_to_fit();
+    for node in &mut plan.nodes {
+        if let PlannedKind::File(file) = &mut node.kind {
+            *file = numbers[*file as usize];
+        }
+    }
 }
 
 fn totals(plan: &TreePlan, limits: &Limits) -> Result<TreeTotals, UnpackError> {
@@ -117,7 +124,7 @@ fn totals(plan: &TreePlan, limits: &Limits) -> Result<TreeTotals, UnpackError> {
     for node in &plan.nodes {
         match node.kind {
             PlannedKind::Directory(_) => totals.directories += 1,
-            PlannedKind::SymbolicLink { .. } => totals.symbolic_links += 1,
+            PlannedKind::SymbolicLink(_) => totals.symbolic_links += 1,
             PlannedKind::File(_) => {}
         }
     }

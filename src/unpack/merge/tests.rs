@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use super::super::checksum::Checksum;
 use super::super::error::Class;
 use super::super::testing::{ARTIFACT, IMAGE, Tar};
 use super::*;
@@ -17,14 +18,38 @@ fn plan_under(
     layers: &[Tar],
     selection: &Selection,
 ) -> Result<TreePlan, UnpackError> {
-    let mut merger = Merger::new(limits);
+    let mut merger = Merger::new(limits, selection);
     for (layer, tar) in layers.iter().enumerate() {
         merger.archive(layer, &IMAGE);
         for entry in tar.clone().entries() {
             merger.entry(&entry)?;
         }
     }
-    merger.finish(selection)
+    merger.finish()
+}
+
+static EVERYTHING: std::sync::LazyLock<Selection> = std::sync::LazyLock::new(Selection::default);
+
+/// Entries of layers that are read again, as from their indexes.
+struct Recorded<'a>(&'a [Vec<Entry>]);
+
+impl Records for Recorded<'_> {
+    fn read(&mut self, layer: u32, offset: u64) -> std::io::Result<Entry> {
+        Ok(self.0[layer as usize][usize::try_from(offset).expect("small")].clone())
+    }
+}
+
+/// Merges layers whose entries can be read again.
+fn plan_recorded(layers: &[Vec<Entry>], selection: &Selection) -> Result<TreePlan, UnpackError> {
+    let (limits, mut records) = (Limits::default(), Recorded(layers));
+    let mut merger = Merger::new(&limits, selection).reading(&mut records);
+    for (layer, entries) in layers.iter().enumerate() {
+        merger.archive(layer, &IMAGE);
+        for (offset, entry) in (0..).zip(entries) {
+            merger.recorded(entry, offset)?;
+        }
+    }
+    merger.finish()
 }
 
 fn plan(layers: &[Tar]) -> Result<TreePlan, UnpackError> {
@@ -38,29 +63,38 @@ fn refusal(layers: &[Tar]) -> UnpackError {
     error
 }
 
-/// Paths with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links.
+/// Paths with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links, in order.
 pub(super) fn lines(plan: &TreePlan) -> Vec<String> {
-    let mut paths: Vec<String> = Vec::new();
+    lines_from(plan, &mut NoRecords)
+}
+
+fn lines_from(plan: &TreePlan, records: &mut dyn Records) -> Vec<String> {
+    let mut paths: Vec<Vec<String>> = Vec::new();
     let mut lines = Vec::new();
     for node in &plan.nodes {
-        let name = String::from_utf8_lossy(&node.name);
-        let path = match node.parent {
-            Some(parent) => format!("{}/{name}", paths[parent as usize]),
-            None => name.into_owned(),
+        let leaf = match node.kind {
+            PlannedKind::Directory(_) => Leaf { name: plan.held_name(node).into(), link: None },
+            _ => plan.leaf(node, records).expect("a leaf"),
         };
-        lines.push(match &node.kind {
-            PlannedKind::Directory(_) => format!("{path}/"),
-            PlannedKind::File(file) => match plan.files[*file as usize].source {
-                Source::Archive { layer, data } => format!("{path}={layer}.{data}"),
-                Source::Blob { digest, .. } => format!("{path}={}", &digest.hex()[..4]),
+        let mut path = node.parent.map(|parent| paths[parent as usize].clone()).unwrap_or_default();
+        path.push(String::from_utf8_lossy(&leaf.name).into_owned());
+        let text = path.join("/");
+        let line = match (node.kind, leaf.link) {
+            (PlannedKind::Directory(_), _) => format!("{text}/"),
+            (PlannedKind::File(file), _) => match plan.source(file) {
+                Source::Archive { layer, data } => format!("{text}={layer}.{data}"),
+                Source::Blob { digest, .. } => format!("{text}={}", &digest.hex()[..4]),
             },
-            PlannedKind::SymbolicLink { target, .. } => {
-                format!("{path}->{}", String::from_utf8_lossy(target))
+            (PlannedKind::SymbolicLink(_), link) => {
+                let (target, _) = link.expect("a link");
+                format!("{text}->{}", String::from_utf8_lossy(&target))
             }
-        });
+        };
+        lines.push((path.clone(), line));
         paths.push(path);
     }
-    lines
+    lines.sort();
+    lines.into_iter().map(|(_, line)| line).collect()
 }
 
 fn merged(layers: &[Tar]) -> Vec<String> {
@@ -112,8 +146,8 @@ fn a_folder_that_hiding_leaves_is_an_implied_one() {
     let lower = Tar::new().folder("d/", 0o777).file("d/x", "");
     let upper = Tar::new().file("d/y", "").file(".wh.d", "");
     let plan = plan(&[lower, upper]).unwrap();
-    let PlannedKind::Directory(metadata) = &plan.nodes[0].kind else { panic!("{plan:?}") };
-    assert_eq!(**metadata, Metadata::of_implied_folder());
+    let PlannedKind::Directory(folder) = plan.nodes[0].kind else { panic!("{plan:?}") };
+    assert_eq!(*plan.folder(folder), Metadata::of_implied_folder());
 }
 
 #[test]
@@ -226,7 +260,7 @@ fn hard_links_share_what_their_target_is() {
     let plan = plan(&[lower, upper, last]).unwrap();
     assert_eq!(lines(&plan), ["a=1.0", "b=0.0", "d->e", "e/", "e/c=0.0", "s->a", "t->a"]);
     let links: Vec<_> = plan.files.iter().map(|file| (file.size, file.links)).collect();
-    assert_eq!(links, [(3, 1), (1, 2)]);
+    assert_eq!(links, [(1, 2), (3, 1)]);
     assert_eq!((plan.totals.bytes, plan.totals.files, plan.totals.inodes), (4, 2, 7));
 }
 
@@ -250,7 +284,7 @@ fn the_root_has_metadata_and_stays_a_folder() {
     assert_eq!(plan.root.permissions.mode, 0o755);
     assert_eq!(plan.root.modified.seconds, 1000);
     let limits = Limits::default();
-    let mut merger = Merger::new(&limits);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
     let kind = EntryKind::SymbolicLink { target: (*b"x").into() };
     let metadata = Metadata::of_implied_folder();
     let link = Entry { path: RelativePath::root(), kind, metadata };
@@ -314,26 +348,26 @@ fn folder(merger: &mut Merger<'_>, layer: usize, title: &str, tar: Tar) -> Resul
 #[test]
 fn titles_of_one_blob_are_one_inode() {
     let limits = Limits::default();
-    let mut merger = Merger::new(&limits);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
     title(&mut merger, 0, "a").unwrap();
     title(&mut merger, 1, "d/b").unwrap();
-    let plan = merger.finish(&Selection::default()).unwrap();
+    let plan = merger.finish().unwrap();
     assert_eq!((plan.totals.bytes, plan.totals.files), (4, 1));
     assert_eq!(plan.files[0].links, 2);
     let source = Source::Blob { digest: Digest::of(b"blob"), permissions: READABLE };
-    assert_eq!(plan.files[0].source, source);
+    assert_eq!(plan.source(0), source);
 }
 
 #[test]
 fn titles_never_replace_and_are_never_replaced() {
     let limits = Limits::default();
     for (first, second) in [("a", "a"), ("a/b", "a")] {
-        let mut merger = Merger::new(&limits);
+        let mut merger = Merger::new(&limits, &EVERYTHING);
         title(&mut merger, 0, first).unwrap();
         let error = title(&mut merger, 1, second).unwrap_err();
         assert!(matches!(error, UnpackError::TitleCollides { layer: 1, other: 0, .. }));
     }
-    let mut merger = Merger::new(&limits);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
     title(&mut merger, 0, "d/f").unwrap();
     for tar in [Tar::new().file("d/f", ""), Tar::new().folder("d/f/", 0o755)] {
         let error = folder(&mut merger, 1, "d", tar).unwrap_err();
@@ -341,7 +375,7 @@ fn titles_never_replace_and_are_never_replaced() {
     }
     let error = folder(&mut merger, 1, "d", Tar::new().file("d/f/x", "")).unwrap_err();
     assert!(matches!(error, UnpackError::NotAFolder { .. }));
-    let mut merger = Merger::new(&limits);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
     folder(&mut merger, 0, "d", Tar::new().file("d/f/x", "")).unwrap();
     let error = title(&mut merger, 1, "d/f").unwrap_err();
     assert!(matches!(error, UnpackError::TitleCollides { layer: 1, other: 0, .. }));
@@ -351,7 +385,7 @@ fn titles_never_replace_and_are_never_replaced() {
 #[test]
 fn entries_outside_the_title_of_their_folder_are_refused() {
     let limits = Limits::default();
-    let outcome = |tar: Tar| folder(&mut Merger::new(&limits), 0, "d/e", tar);
+    let outcome = |tar: Tar| folder(&mut Merger::new(&limits, &EVERYTHING), 0, "d/e", tar);
     outcome(Tar::new().folder("./", 0o755).folder("d/", 0o755).file("d/e/x", "")).unwrap();
     for tar in [
         Tar::new().file("x", ""),
@@ -369,7 +403,7 @@ fn entries_outside_the_title_of_their_folder_are_refused() {
 #[test]
 fn artifacts_that_are_no_images_follow_no_links() {
     let limits = Limits::default();
-    let mut merger = Merger::new(&limits);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
     merger.archive(0, &ARTIFACT);
     for entry in Tar::new().folder("d/", 0o755).link(b'2', "l", "d").entries() {
         merger.entry(&entry).unwrap();
@@ -421,12 +455,13 @@ proptest! {
             _ => prop_assert!(false, "{:?} is not {:?}", found, expected),
         }
         if let Ok(plan) = found {
-            // Parents come first, names are in order, and every file is used as often as it says.
+            // Parents come first, and every file is used as often as it says.
             let mut seen = BTreeSet::new();
             let mut links = vec![0; plan.files.len()];
             for (index, node) in plan.nodes.iter().enumerate() {
                 prop_assert!(node.parent.is_none_or(|parent| (parent as usize) < index));
-                prop_assert!(seen.insert((node.parent, node.name.clone())));
+                let name = plan.held_name(node).to_vec();
+                prop_assert!(!name.is_empty() && seen.insert((node.parent, name)));
                 if let PlannedKind::File(file) = node.kind {
                     links[file as usize] += 1;
                 }
@@ -438,10 +473,9 @@ proptest! {
 
 #[test]
 fn folders_count_as_what_they_take_of_memory() {
-    // A folder of one entry, with the map that this is in, is what no entry of its own pays for.
-    const NAMES_OF_A_LEAF: usize = 11;
-    let leaf = NAMES_OF_A_LEAF * size_of::<(Box<[u8]>, u32)>();
-    assert!((size_of::<Folder>() + leaf) as u64 <= FOLDER_BYTES + 32);
+    assert!(
+        (size_of::<Folder>() + size_of::<Metadata>() + size_of::<Node>()) as u64 <= FOLDER_BYTES
+    );
     // Few bytes of names, and a folder for each.
     let tar = |name: fn(u32) -> String| (0..300).fold(Tar::new(), |tar, n| tar.file(&name(n), ""));
     let limits = Limits { metadata_bytes: 64 << 10, ..Limits::default() };
@@ -452,4 +486,98 @@ fn folders_count_as_what_they_take_of_memory() {
         let refused = plan_under(&limits, &[layer], &Selection::default());
         assert!(matches!(refused, Err(UnpackError::TooMuchMetadata { .. })), "{refused:?}");
     }
+}
+
+/// What a plan of everything has of a selection: the paths that are selected, and the folders to
+/// them.
+fn selected_lines(whole: &[String], selection: &Selection) -> Vec<String> {
+    let path_of = |line: &str| {
+        let end = line.find(['=', '>']).map_or(line.len(), |end| end);
+        path(line[..end].trim_end_matches(['-', '/']))
+    };
+    let shown: Vec<_> = whole.iter().filter(|line| selection.selects(&path_of(line))).collect();
+    let leads = |line: &&String| {
+        line.ends_with('/') && shown.iter().any(|shown| path_of(shown).is_within(&path_of(line)))
+    };
+    whole.iter().filter(|line| shown.contains(line) || leads(line)).cloned().collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    /// Whether names are held or read again, and whatever is selected: the tree is a part of the
+    /// tree that shows everything, and what is refused does not depend on the selection.
+    #[test]
+    fn what_is_read_again_and_selected_is_a_part_of_the_whole(
+        layers in prop::collection::vec(entries(), 1..5),
+        include in prop::option::of("[abc*](/[abc*]){0,2}"),
+        exclude in prop::option::of("[abc](/[abc*]){0,2}"),
+    ) {
+        let tars: Vec<_> = layers.iter().map(|entries| tar_of(entries)).collect();
+        let layers: Vec<_> = tars.iter().map(|tar| tar.clone().entries()).collect();
+        let (include, exclude) = (include.unwrap_or_default(), exclude.unwrap_or_default());
+        let selection = Selection::parse(&include, &exclude).expect("patterns");
+        let whole = plan(&tars);
+        let everything = plan_recorded(&layers, &EVERYTHING);
+        let selected = plan_recorded(&layers, &selection);
+        let lines_of = |plan: &TreePlan| lines_from(plan, &mut Recorded(&layers));
+        match whole {
+            Ok(whole) => {
+                let whole = lines(&whole);
+                prop_assert_eq!(&lines_of(&everything.expect("the same")), &whole);
+                let expected = selected_lines(&whole, &selection);
+                match selected {
+                    Ok(plan) => {
+                        prop_assert_eq!(lines_of(&plan), expected);
+                        prop_assert!(plan.files.iter().all(|file| file.links > 0));
+                    }
+                    Err(UnpackError::NothingSelected | UnpackError::Empty) => prop_assert!(expected.is_empty()),
+                    Err(error) => prop_assert!(false, "{:?}", error),
+                }
+            }
+            Err(UnpackError::Empty) => prop_assert!(selected.is_err()),
+            Err(error) => {
+                let class = |error: &UnpackError| std::mem::discriminant(error);
+                prop_assert_eq!(class(&error), class(&everything.expect_err("refused")));
+                prop_assert_eq!(class(&error), class(&selected.expect_err("refused")));
+            }
+        }
+    }
+}
+
+/// Entries of files with long names, none of which is made before it is asked for.
+fn long_names(count: u32) -> impl Iterator<Item = Entry> {
+    (0..count).map(|number| {
+        let kind = EntryKind::File { size: 0, data: number, checksum: Checksum::Xxh3(0) };
+        let path = RelativePath::parse(format!("{number:0100}").as_bytes(), &Limits::default());
+        Entry { path: path.expect("a path"), kind, metadata: Metadata::of_implied_folder() }
+    })
+}
+
+#[test]
+fn a_million_entries_fit_the_default_budget() {
+    let limits = Limits::default();
+    let of_few = 20_000;
+    let mut merger = Merger::new(&limits, &EVERYTHING);
+    merger.archive(0, &IMAGE);
+    (0..).zip(long_names(of_few)).try_for_each(|(at, entry)| merger.recorded(&entry, at)).unwrap();
+    let of_each = merger.memory_bytes() / u64::from(of_few);
+    assert!(of_each * 1_000_000 < 125 << 20, "{of_each} bytes for each");
+    assert!(merger.memory_bytes() <= Merger::estimate(of_few.into(), &EVERYTHING));
+    // What is not selected costs no name and no place in the plan.
+    let nothing = Selection::parse("other", "").unwrap();
+    let mut merger = Merger::new(&limits, &nothing);
+    merger.archive(0, &IMAGE);
+    long_names(of_few).try_for_each(|entry| merger.entry(&entry)).unwrap();
+    assert!(merger.memory_bytes() / u64::from(of_few) < 100, "{}", merger.memory_bytes());
+}
+
+#[test]
+fn more_memory_than_allowed_is_said_before_it_is_taken() {
+    let limits = Limits::default();
+    let mut merger = Merger::new(&limits, &EVERYTHING).within(64 << 10);
+    merger.archive(0, &IMAGE);
+    let stopped = long_names(20_000).try_for_each(|entry| merger.entry(&entry)).unwrap_err();
+    let UnpackError::Memory { bytes, entries } = stopped else { panic!("{stopped:?}") };
+    assert!(bytes < 80 << 10 && entries < 1000, "{bytes} bytes, {entries} entries");
 }

@@ -1,6 +1,7 @@
 //! Hostile neighbours: an attack goes on while an honest pod pulls a small artifact from a healthy
 //! registry, and another one publishes from the cache. Both finish before the attack ends.
 
+mod memory;
 mod shares;
 mod space;
 

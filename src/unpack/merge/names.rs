@@ -1,0 +1,72 @@
+//! Which node has a name in a folder: a table of numbers, and hashes in place of names.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher as _;
+
+use super::{Node, number};
+
+/// Stands for a name in a folder: of 128 bits that nobody can foresee, so that no two names that
+/// come together in a tree have the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct NameHash([u64; 2]);
+
+/// Nodes by the hash of their name.
+#[derive(Debug, Default)]
+pub(super) struct NameTable {
+    keys: [RandomState; 2],
+    /// Numbers of nodes, each at its hash or the next free place after it; the root stands for
+    /// none. As many as a power of two, or none.
+    slots: Vec<u32>,
+}
+
+/// Not a node's number: the root has no name.
+const FREE: u32 = super::ROOT;
+
+impl NameTable {
+    pub(super) fn hash(&self, folder: u32, name: &[u8]) -> NameHash {
+        NameHash(self.keys.each_ref().map(|key| key.hash_one((folder, name))))
+    }
+
+    /// The node with this name, removed or not.
+    pub(super) fn find(&self, nodes: &[Node], hash: NameHash) -> Option<u32> {
+        if self.slots.is_empty() {
+            return None;
+        }
+        self.places(hash)
+            .map(|place| self.slots[place])
+            .take_while(|&node| node != FREE)
+            .find(|&node| nodes[node as usize].hash == hash)
+    }
+
+    /// Adds the node of this number, whose name no other has.
+    pub(super) fn insert(&mut self, nodes: &[Node], node: u32) {
+        // Two thirds are in use at most: places are found after a few looks.
+        if nodes.len() * 3 > self.slots.len() * 2 {
+            let larger = (nodes.len() * 2).next_power_of_two().max(64);
+            self.slots = Vec::new();
+            self.slots.resize(larger, FREE);
+            (1..number(nodes.len())).for_each(|node| self.place(nodes, node));
+        } else {
+            self.place(nodes, node);
+        }
+    }
+
+    fn place(&mut self, nodes: &[Node], node: u32) {
+        let mut places = self.places(nodes[node as usize].hash);
+        if let Some(free) = places.find(|&place| self.slots[place] == FREE) {
+            self.slots[free] = node;
+        }
+    }
+
+    /// All places, the one of the hash first.
+    fn places(&self, hash: NameHash) -> impl Iterator<Item = usize> + use<> {
+        let mask = self.slots.len() - 1;
+        #[expect(clippy::cast_possible_truncation, reason = "its lowest bits are wanted")]
+        let start = hash.0[0] as usize;
+        (0..=mask).map(move |step| start.wrapping_add(step) & mask)
+    }
+
+    pub(super) fn memory_bytes(&self) -> u64 {
+        (self.slots.len() * size_of::<u32>()) as u64
+    }
+}
