@@ -1,28 +1,15 @@
-//! How long an unpublish and a start take on a node with many mounts, and an unpublish after a
-//! container has looked up many names in the volume: the kernel forgets each of them, behind the
-//! driver's answer. The driver's own time of an unpublish is read from its log; a start lasts until
-//! the driver offers itself to the kubelet.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    dead_code,
-    unused_imports,
-    reason = "the tests' support, used in part"
-)]
-#![allow(
-    clippy::pedantic,
-    clippy::print_stdout,
-    reason = "a bench prints, and support is linted with its tests"
-)]
+//! Measures an unpublish and a start on nodes with many mounts, and an unpublish after a container
+//! has looked up many names in the volume: the kernel forgets each of them after the driver's answer.
+//! The driver's own time of an unpublish is read from its log. A start lasts until the driver offers
+//! itself to the kubelet.
+#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
 
-mod figures;
-#[path = "../tests/e2e/support/mod.rs"]
-mod support;
+mod common;
 
 use std::time::Instant;
 
-use figures::{driver_times, milliseconds, quantile};
-use support::{Image, Node, Tar, Volume, registry, unique};
+use common::figures::{driver_times, milliseconds, quantile};
+use common::support::{Image, Node, Tar, Volume, registry, unique};
 
 /// Volumes that are mounted on the node.
 const MOUNTS: [usize; 3] = [100, 1_000, 5_000];

@@ -2,27 +2,14 @@
 //! files, in both forms of the mount. The driver's own time is read from its log, one line a call;
 //! the kubelet's is that of the call with its new connection. How often a publish hands over
 //! between the driver's threads shows in how often those wait.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    dead_code,
-    unused_imports,
-    reason = "the tests' support, used in part"
-)]
-#![allow(
-    clippy::pedantic,
-    clippy::print_stdout,
-    reason = "a bench prints, and support is linted with its tests"
-)]
+#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
 
-mod figures;
-#[path = "../tests/e2e/support/mod.rs"]
-mod support;
+mod common;
 
 use std::time::Instant;
 
-use figures::{driver_times, milliseconds, quantile};
-use support::{Image, Layer, Manifest, Node, Tar, registry, unique};
+use common::figures::{driver_times, milliseconds, quantile};
+use common::support::{Image, Layer, Manifest, Node, Tar, registry, unique};
 
 const PUBLISHES: usize = 2000;
 const FILES: usize = 20_000;

@@ -1,24 +1,15 @@
 //! A store of 10, 1,000 and 10,000 artifacts: how long it takes to open, to publish from, and to evict all of.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    dead_code,
-    unused_imports,
-    reason = "the tests' support, used in part"
-)]
-#![allow(
-    clippy::pedantic,
-    clippy::print_stdout,
-    reason = "a bench prints, and support is linted with its tests"
-)]
+#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
 
-mod disk;
-#[path = "../tests/e2e/support/mod.rs"]
-mod support;
+mod common;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use common::figures::{milliseconds, quantile};
+use common::support::{
+    Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact,
+};
 use csi_driver_oci::oci::{Digest, Platform, Reference};
 use csi_driver_oci::store::resolutions::Resolution;
 use csi_driver_oci::store::trees::{Objects, TreeRecord, View};
@@ -26,7 +17,6 @@ use csi_driver_oci::store::{FileKey, Store, StoreOptions, TreeKey};
 use csi_driver_oci::unpack::layer_rule::FileRule;
 use csi_driver_oci::unpack::merge::Merger;
 use csi_driver_oci::unpack::{Limits, Permissions, RelativePath, Selection};
-use support::{Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact};
 
 const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];
 const PUBLISHES: usize = 500;
@@ -54,7 +44,7 @@ fn main() {
 fn measure(artifacts: usize) {
     let sandbox = Sandbox::new();
     // An inode for every 4 KiB: small artifacts are all inodes.
-    let disk = disk::ext4_in_memory(&sandbox, 2 << 30, &["-i", "4096"]);
+    let disk = common::disk::ext4_in_memory(&sandbox, 2 << 30, &["-i", "4096"]);
     let state = disk.join("state");
     std::fs::create_dir(&state).expect("a folder");
     fill(&state, artifacts);
@@ -107,9 +97,9 @@ fn measure(artifacts: usize) {
     assert_eq!(trees + OPERATIONS as usize, artifacts, "all but what is shown, and was removed");
     println!(
         "{artifacts:>10} {:>14} {:>16} {:>16} {:>14}",
-        milliseconds(median(&mut opens)),
-        milliseconds(median(&mut starts)),
-        milliseconds(median(&mut publishes)),
+        milliseconds(quantile(&mut opens, 0.5)),
+        milliseconds(quantile(&mut starts, 0.5)),
+        milliseconds(quantile(&mut publishes, 0.5)),
         milliseconds(evicted)
     );
     for (operation, cpu) in operations {
@@ -188,13 +178,4 @@ fn fill(state: &Path, artifacts: usize) {
         let built = store.build_tree(&plan, &objects).expect("a tree");
         store.commit_tree(tree, record, built, (&[], &[file])).expect("a tree");
     }
-}
-
-fn milliseconds(time: Duration) -> String {
-    format!("{:.2}", time.as_secs_f64() * 1000.0)
-}
-
-fn median(times: &mut [Duration]) -> Duration {
-    times.sort_unstable();
-    times[times.len() / 2]
 }

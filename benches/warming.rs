@@ -3,22 +3,9 @@
 //!
 //! State lies on an ext4 in memory, and what is warmed comes from a registry of its own, whose threads stand back as
 //! the driver's do: it would be another machine.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    dead_code,
-    unused_imports,
-    reason = "the tests' support, used in part"
-)]
-#![allow(
-    clippy::pedantic,
-    clippy::print_stdout,
-    reason = "a bench prints, and support is linted with its tests"
-)]
+#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
 
-mod disk;
-#[path = "../tests/e2e/support/mod.rs"]
-mod support;
+mod common;
 
 use std::{
     process::{Child, Command, Stdio},
@@ -26,7 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{
+use common::figures::{milliseconds, quantile};
+use common::support::{
     Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Registry, Tar, gzip, noise, own_registry,
     registry, run, tool, unique,
 };
@@ -52,8 +40,11 @@ struct Times {
 fn main() {
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
-        let disk =
-            disk::ext4_in_memory(sandbox, DISK_BYTES, &["-E", "lazy_itable_init=1,nodiscard"]);
+        let disk = common::disk::ext4_in_memory(
+            sandbox,
+            DISK_BYTES,
+            &["-E", "lazy_itable_init=1,nodiscard"],
+        );
         endpoint = format!("unix://{}", sandbox.path().join("admin.sock").display());
         let state = disk.join("state");
         std::fs::create_dir(&state).expect("a folder");
@@ -102,7 +93,6 @@ fn main() {
         let (quiet, beside) = (quantile(&mut times.quiet, 0.5), quantile(&mut times.beside, 0.5));
         let (quiet_tail, tail) =
             (quantile(&mut times.quiet, 0.99), quantile(&mut times.beside, 0.99));
-        let milliseconds = |time: Duration| format!("{:.2}", time.as_secs_f64() * 1000.0);
         println!(
             "{what:<24} {:>12} {:>12} {:>12} {:>12} {:>8.2}",
             milliseconds(quiet),
@@ -200,10 +190,4 @@ fn warm(admin: &Admin, list: &[String]) -> Child {
     let words: Vec<_> = std::iter::once("warm").chain(list.iter().map(String::as_str)).collect();
     let mut command = admin.command(&words);
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary")
-}
-
-fn quantile(times: &mut [Duration], part: f64) -> Duration {
-    times.sort_unstable();
-    let last = times.len().saturating_sub(1);
-    times.get(((last as f64) * part).round() as usize).copied().unwrap_or_default()
 }

@@ -2,7 +2,9 @@
 
 use std::io::Write as _;
 
-use crate::support::{Image, Layer, Manifest, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, registry};
+use crate::common::support::{
+    Image, Layer, Manifest, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, registry,
+};
 
 /// The cases that are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +164,7 @@ impl Artifact {
                 _ => (OCI_TAR_GZIP, gzip(&archive)),
             };
             packed += bytes.len();
-            blobs.push(crate::support::digest(&bytes));
+            blobs.push(crate::common::support::digest(&bytes));
             image = image.packed_layer(media_type, bytes, &archive);
         }
         image.push(registry(), &repository, "v1");

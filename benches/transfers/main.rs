@@ -16,29 +16,23 @@
 #![allow(
     missing_docs,
     unreachable_pub,
-    dead_code,
-    unused_imports,
-    reason = "the tests' support, used in part"
-)]
-#![allow(
     clippy::pedantic,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a bench prints, and support is linted with its tests"
+    reason = "a bench prints figures for people, and has no readers of its interface"
 )]
 
-#[path = "../cgroup/mod.rs"]
-mod cgroup;
+#[path = "../common/mod.rs"]
+mod common;
 mod contenders;
 mod contents;
 mod meter;
 mod nginx;
 mod scratch;
-#[path = "../../tests/e2e/support/mod.rs"]
-mod support;
 
 use std::time::Duration;
 
+use common::support;
 use contenders::{Contender, Source, contenders};
 use contents::{Artifact, Case};
 use meter::Measured;

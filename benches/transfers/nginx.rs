@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use crate::support::{Authority, Port, Registry, ending_with_this_thread, wait_until};
+use crate::common::support::{Authority, Port, Registry, ending_with_this_thread, wait_until};
 
 /// What real registries give one connection, within an order of magnitude.
 pub const LIMIT_MEBIBYTES: u64 = 40;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::support::{Sandbox, run, tool};
+use crate::common::support::{Sandbox, run, tool};
 
 /// Room for the largest case with what it unpacks to.
 const BYTES: u64 = 6 << 30;

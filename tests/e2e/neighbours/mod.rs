@@ -5,7 +5,14 @@ mod memory;
 mod shares;
 mod space;
 
-use crate::support::{Node, Pod, SmallArtifact, Volume, small_artifact};
+use std::thread::{Scope, ScopedJoinHandle};
+
+use axum::body::Bytes;
+use tonic::Status;
+
+use crate::support::{
+    Answer, AnswerBody, FakeRegistry, Node, Pod, SmallArtifact, Volume, small_artifact, wait_until,
+};
 
 /// The pods of a namespace that has nothing to do with the attack.
 pub struct HonestPods<'a> {
@@ -47,41 +54,52 @@ impl<'a> HonestPods<'a> {
 /// A volume of a new pod of the attacker's namespace.
 #[track_caller]
 pub fn hostile_volume(node: &Node, reference: &str) -> Volume {
-    let pod = Pod { namespace: "hostile".to_owned(), ..Pod::new() };
+    volume_of(node, "hostile", reference)
+}
+
+/// A volume of a new pod of a namespace.
+#[track_caller]
+pub fn volume_of(node: &Node, namespace: &str, reference: &str) -> Volume {
+    let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
     node.kubelet.inline(&pod, "artifact", reference)
+}
+
+/// One call of the kubelet.
+pub type Call<'scope> = ScopedJoinHandle<'scope, Result<(), Status>>;
+
+/// Publishes each volume in a thread of its own, in one call.
+pub fn publish_each<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    node: &'scope Node,
+    volumes: &[Volume],
+) -> Vec<Call<'scope>> {
+    let publish = |volume: &Volume| {
+        node.kubelet.prepare(volume);
+        let request = volume.request.clone();
+        scope.spawn(move || node.kubelet.publish_request(request))
+    };
+    volumes.iter().map(publish).collect()
+}
+
+/// Returns whether none of the calls has ended.
+pub fn all_go_on(calls: &[Call<'_>]) -> bool {
+    calls.iter().all(|call| !call.is_finished())
 }
 
 #[test]
 fn a_registry_that_never_answers_holds_up_its_own_pods_alone() {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
     let node = Node::start();
     let honest = HonestPods::new(&node);
-    let registry = crate::support::FakeRegistry::new();
-    let is_over = Arc::new(AtomicBool::new(false));
-    let (over, asked) = (Arc::clone(&is_over), Arc::new(AtomicBool::new(false)));
-    let was_asked = Arc::clone(&asked);
-    registry.script(move |_| {
-        was_asked.store(true, Ordering::SeqCst);
-        while !over.load(Ordering::SeqCst) {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        None
+    let registry = FakeRegistry::new();
+    registry.script(|_| {
+        Some(Answer::body(AnswerBody::Stalled { announced: 100, bytes: Bytes::new() }))
     });
     std::thread::scope(|scope| {
-        let attacks: Vec<_> = (0..8)
-            .map(|_| {
-                let volume = hostile_volume(&node, &registry.reference("v1"));
-                node.kubelet.prepare(&volume);
-                let kubelet = &node.kubelet;
-                scope.spawn(move || kubelet.publish_request(volume.request))
-            })
-            .collect();
-        crate::support::wait_until("the attacker's registry is asked", || {
-            asked.load(Ordering::SeqCst)
-        });
-        honest.are_served_while(|| attacks.iter().all(|attack| !attack.is_finished()));
-        is_over.store(true, Ordering::SeqCst);
+        let volumes: Vec<_> =
+            (0..8).map(|_| hostile_volume(&node, &registry.reference("v1"))).collect();
+        let attack = publish_each(scope, &node, &volumes);
+        wait_until("the attacker's registry is asked", || !registry.requests().is_empty());
+        honest.are_served_while(|| all_go_on(&attack));
+        node.driver.terminate_hard();
     });
 }

@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use axum::body::Bytes;
 use tonic::{Code, Status};
 
-use super::{HonestPods, hostile_volume};
+use super::{HonestPods, all_go_on, hostile_volume, publish_each, volume_of};
 use crate::support::{
-    Answer, AnswerBody, FakeRegistry, Layer, Manifest, Node, Pod, Request, Volume, digest, noise,
-    wait_until,
+    Answer, AnswerBody, FakeRegistry, Layer, Manifest, Node, Request, digest, noise, wait_until,
 };
 
 /// A body at 2 KiB/s.
@@ -33,29 +31,6 @@ fn rest(request: &Request, content: &[u8]) -> Answer {
     Answer::bytes(content[start..].to_vec())
         .with_status(206)
         .with_header("content-range", &format!("bytes {start}-{last}/{}", content.len()))
-}
-
-/// Publishes each volume in a thread of its own.
-fn publish_all<'scope>(
-    scope: &'scope std::thread::Scope<'scope, '_>,
-    node: &'scope Node,
-    volumes: Vec<Volume>,
-) -> Vec<ScopedJoinHandle<'scope, Result<(), Status>>> {
-    let publish = |volume: Volume| {
-        node.kubelet.prepare(&volume);
-        scope.spawn(move || node.kubelet.publish_request(volume.request))
-    };
-    volumes.into_iter().map(publish).collect()
-}
-
-fn go_on<T>(calls: &[ScopedJoinHandle<'_, T>]) -> bool {
-    calls.iter().all(|call| !call.is_finished())
-}
-
-/// A volume of a new pod of a namespace.
-fn volume_of(node: &Node, namespace: &str, reference: &str) -> Volume {
-    let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
-    node.kubelet.inline(&pod, "artifact", reference)
 }
 
 #[test]
@@ -111,11 +86,11 @@ fn trickling_registries_leave_connections(namespaces: &[&str]) {
         requests.filter(|request| request.path.contains("/blobs/")).count()
     };
     std::thread::scope(|scope| {
-        let attacks = publish_all(scope, &node, volumes);
+        let attacks = publish_each(scope, &node, &volumes);
         // All that one namespace may have, or nearly all that there are.
         wait_until("the attack holds its connections", || asked() >= 12);
         for _ in 0..3 {
-            honest.are_served_while(|| go_on(&attacks));
+            honest.are_served_while(|| all_go_on(&attacks));
         }
         node.driver.terminate_hard();
         for attack in attacks {
@@ -178,7 +153,7 @@ impl PublicBlob {
     fn is_had_elsewhere_while_one_waits(&self) -> Result<(), Status> {
         std::thread::scope(|scope| {
             let volume = hostile_volume(&self.node, &self.slow_reference());
-            let calls = publish_all(scope, &self.node, vec![volume]);
+            let calls = publish_each(scope, &self.node, &[volume]);
             wait_until("the slow repository is asked first", || !self.asked("slow").is_empty());
             let (honest, _) = self.node.mount(&self.registry.reference("v1"));
             let file = std::fs::read(honest.target().join("file")).expect("the file");

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
 
-use super::{HonestPods, hostile_volume};
+use super::{HonestPods, all_go_on, hostile_volume, publish_each};
 use crate::support::{
     Admin, Answer, AnswerBody, FakeRegistry, Node, OCI_MANIFEST, digest, wait_until,
 };
@@ -65,27 +65,23 @@ fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
         registry.put_json(&format!("v{number}"), &manifest_of_files(number));
     }
     std::thread::scope(|scope| {
-        let attacks: Vec<_> = (0..4)
-            .map(|number| {
-                let volume = hostile_volume(&node, &registry.reference(&format!("v{number}")));
-                node.kubelet.prepare(&volume);
-                let kubelet = &node.kubelet;
-                scope.spawn(move || kubelet.publish_request(volume.request))
-            })
+        let volumes: Vec<_> = (0..4)
+            .map(|number| hostile_volume(&node, &registry.reference(&format!("v{number}"))))
             .collect();
+        let attacks = publish_each(scope, &node, &volumes);
         wait_until("every manifest was asked for", || {
             let requests = registry.requests();
             let manifests = requests.iter().filter(|request| request.path.contains("/manifests/v"));
             manifests.map(|request| &request.path).collect::<BTreeSet<_>>().len() == 4
         });
-        // While space is reserved for all of them, and after that.
+        // While space is reserved, and after that.
         let mut is_reserved = false;
         while !is_reserved {
             let requests = registry.requests();
             let blobs = requests.iter().filter(|request| request.path.contains("/blobs/"));
-            // Four of each artifact are fetched at once, at most twelve of one registry.
-            is_reserved = blobs.map(|request| &request.path).collect::<BTreeSet<_>>().len() >= 12;
-            honest.are_served_while(|| attacks.iter().all(|attack| !attack.is_finished()));
+            // Four of one artifact are fetched at once. The lists of the others wait for the namespace's share of memory.
+            is_reserved = blobs.map(|request| &request.path).collect::<BTreeSet<_>>().len() >= 4;
+            honest.are_served_while(|| all_go_on(&attacks));
         }
         // Nothing is left that waits.
         node.driver.terminate();

@@ -16,7 +16,7 @@ use axum::{
 };
 use futures_util::{StreamExt as _, stream};
 
-use super::{digest, proxy::Server};
+use super::{Gate, digest, proxy::Server};
 
 /// What to answer.
 #[derive(Clone)]
@@ -46,6 +46,11 @@ pub enum AnswerBody {
     Stalled {
         announced: u64,
         bytes: Bytes,
+    },
+    /// Half of it, and the rest once the gate opens.
+    Gated {
+        bytes: Bytes,
+        gate: Arc<Gate>,
     },
     /// All of it, without an announced length.
     Unannounced(Bytes),
@@ -254,6 +259,15 @@ fn response(answer: Answer, head: bool) -> Response {
             Body::from_stream(
                 stream::iter([Ok::<_, std::io::Error>(bytes)]).chain(stream::pending()),
             )
+        }
+        AnswerBody::Gated { mut bytes, gate } => {
+            response = response.header(header::CONTENT_LENGTH, bytes.len());
+            let first = bytes.split_to(bytes.len() / 2);
+            let rest = stream::once(async move {
+                gate.pass().await;
+                Ok(bytes)
+            });
+            Body::from_stream(stream::iter([Ok::<_, std::io::Error>(first)]).chain(rest))
         }
         AnswerBody::Unannounced(bytes) => {
             Body::from_stream(stream::iter([Ok::<_, std::io::Error>(bytes)]))

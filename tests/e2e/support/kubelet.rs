@@ -235,6 +235,19 @@ impl Kubelet {
         result
     }
 
+    /// Asks for a volume, again and again, until its pull says how much of its bytes it has. The pull goes on.
+    #[track_caller]
+    pub fn publish_until_bytes_are_awaited(&self, volume: &Volume) {
+        loop {
+            // Five seconds before its end a call tells how far the pull is.
+            let status = self.publish_within(volume, Duration::from_secs(6)).expect_err("it waits");
+            assert_eq!(status.code(), Code::Aborted, "{status}");
+            if status.message().contains("% (") {
+                return;
+            }
+        }
+    }
+
     /// The call alone.
     pub fn publish_request(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
         self.publish_request_within(request, CALL_DEADLINE)

@@ -13,11 +13,13 @@ mod driver;
 mod fake_registry;
 pub mod fleet;
 mod forward_proxy;
+pub mod hostile;
 mod kubelet;
 mod leases;
 mod nginx;
 mod node;
 mod port;
+mod process_memory;
 mod proxy;
 mod push;
 mod registry;
@@ -42,6 +44,7 @@ pub use leases::HostileLeases;
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
 pub use port::Port;
+pub use process_memory::{PeakMemory, anonymous_bytes};
 pub use proxy::{Gate, Passed, Proxy};
 pub use push::{
     Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,

@@ -50,7 +50,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    fn new() -> Arc<Self> {
+    pub fn new() -> Arc<Self> {
         Arc::new(Self { open: watch::Sender::new(false), waiting: AtomicUsize::new(0) })
     }
 
@@ -64,7 +64,7 @@ impl Gate {
         self.open.send_replace(true);
     }
 
-    async fn pass(&self) {
+    pub(super) async fn pass(&self) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         // The sender lives as long as the gate.
         let _ = self.open.subscribe().wait_for(|open| *open).await;

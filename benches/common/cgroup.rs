@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// A memory cgroup that a process was put into; it goes with the value, after the process.
+/// A memory cgroup with one process. Dropping this removes the cgroup, once the process has ended.
 pub struct Confinement {
     folder: PathBuf,
     is_first_version: bool,
@@ -29,7 +29,7 @@ impl Confinement {
         Self { folder, is_first_version }
     }
 
-    /// How many processes the kernel has killed in it for want of memory.
+    /// Counts the processes that the kernel has killed in the cgroup because of its limit.
     pub fn kills(&self) -> u64 {
         let file = if self.is_first_version { "memory.oom_control" } else { "memory.events" };
         let text = std::fs::read_to_string(self.folder.join(file)).unwrap_or_default();
@@ -40,7 +40,7 @@ impl Confinement {
 
 impl Drop for Confinement {
     fn drop(&mut self) {
-        // A cgroup with a process in it stays until the machine's end, and costs nothing.
+        // The kernel refuses while the process still exits.
         for _ in 0..100 {
             if std::fs::remove_dir(&self.folder).is_ok() {
                 return;

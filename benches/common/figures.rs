@@ -13,11 +13,11 @@ pub fn driver_times(log: &str, message: &str) -> Vec<Duration> {
         .collect()
 }
 
-/// Returns the time that this part of all times, from 0 to 1, does not exceed.
+/// Returns the time that this part of all times, from 0 to 1, does not exceed; zero where there are none.
 pub fn quantile(times: &mut [Duration], part: f64) -> Duration {
     times.sort_unstable();
     let last = times.len().saturating_sub(1);
-    times[((last as f64) * part).round() as usize]
+    times.get(((last as f64) * part).round() as usize).copied().unwrap_or_default()
 }
 
 /// Formats a time as milliseconds, with two digits.

@@ -1,0 +1,30 @@
+//! An ext4 in memory, so that the machine's disk does not decide how long things take.
+
+use std::path::{Path, PathBuf};
+
+use nix::mount::MsFlags;
+
+use super::support::{Sandbox, run, tool};
+
+/// Mounts one that ends with the sandbox; the arguments are for `mkfs.ext4`.
+pub fn ext4_in_memory(sandbox: &Sandbox, bytes: u64, arguments: &[&str]) -> PathBuf {
+    ext4_in(sandbox, arguments, |image| {
+        run(tool("truncate").args(["-s", &bytes.to_string()]).arg(image));
+    })
+}
+
+/// The same with all of its memory allocated before, so that none of it is charged to the process that writes.
+pub fn allocated_ext4_in_memory(sandbox: &Sandbox, bytes: u64, arguments: &[&str]) -> PathBuf {
+    ext4_in(sandbox, arguments, |image| {
+        run(tool("fallocate").args(["-l", &bytes.to_string()]).arg(image));
+    })
+}
+
+fn ext4_in(sandbox: &Sandbox, arguments: &[&str], make_image: impl FnOnce(&Path)) -> PathBuf {
+    let image = sandbox.tmpfs("memory", MsFlags::empty()).join("ext4");
+    make_image(&image);
+    run(tool("mkfs.ext4").arg("-q").args(arguments).arg(&image));
+    let path = sandbox.folder("disk");
+    run(tool("mount").args(["-o", "loop,noatime"]).arg(&image).arg(&path));
+    path
+}
