@@ -9,7 +9,7 @@ SHELL := /bin/bash
 SECONDS_PER_TARGET ?= 10
 # For the long crash test: make crash ROUNDS=1000
 ROUNDS ?= 200
-# Arguments for `cargo test`: make test ARGUMENTS='--test e2e registration'
+# Arguments for `cargo test` and the benches: make test ARGUMENTS='--test e2e registration'
 ARGUMENTS ?=
 TOOLS := $(abspath $(or $(CARGO_TARGET_DIR),target))/tools
 
@@ -40,9 +40,9 @@ crash: tools
 	CRASH_ROUNDS=$(ROUNDS) scripts/in-mount-namespace cargo test --locked --features fault-points \
 	    --test e2e -- crash::kills
 
-# Times, side by side, printed as a table.
+# Times, side by side, printed as tables: all of them, or make bench ARGUMENTS='publish memory'
 bench: tools
-	scripts/in-mount-namespace cargo bench --locked --bench '*'
+	scripts/in-mount-namespace cargo bench --locked --bench side-by-side -- $(ARGUMENTS)
 
 lint:
 	cargo fmt --check

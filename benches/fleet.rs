@@ -1,35 +1,12 @@
 //! A fleet on one machine: the real controller, in a process of its own, against an API server and a registry that
 //! behave, and nodes that do what they are told.
 //!
-//!     cargo bench --bench fleet                    sizes that double, side by side
-//!     cargo bench --bench fleet -- 5000 200        so many nodes and preloads
+//! Sizes double, side by side. `BENCH_FLEET=5000,200` takes so many nodes and preloads instead.
 //!
 //! What is counted is what a cluster pays: writes of the controller and of all nodes, their bytes, what watches are
 //! sent, the largest object, memory and processor time of the controller's process, and the time until all preloads are
 //! Ready. What is divided by nodes, or by pairs of node and preload, shows whether it grows with them; of
 //! memory that is what came after the controller knew all nodes.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    dead_code,
-    reason = "a bench has no readers of its interface"
-)]
-#![allow(
-    clippy::cast_precision_loss,
-    clippy::print_stdout,
-    reason = "it prints figures for people"
-)]
-#![allow(
-    clippy::new_without_default,
-    clippy::missing_panics_doc,
-    clippy::needless_pass_by_value,
-    reason = "shared with the tests"
-)]
-
-#[path = "../tests/e2e/support/api_server/mod.rs"]
-mod api_server;
-#[path = "../tests/e2e/support/port.rs"]
-mod port;
 
 use std::{
     fs,
@@ -40,13 +17,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use api_server::{ApiServer, Kind};
 use axum::{
     Router,
     http::{Uri, header::CONTENT_TYPE},
 };
-use port::Port;
 use serde_json::{Value, json};
+
+use crate::common::support::Port;
+use crate::common::support::api_server::{ApiServer, Kind};
 
 /// What a node takes for one artifact.
 const PULL: Duration = Duration::from_millis(300);
@@ -59,9 +37,11 @@ const TICKS: f64 = 100.0;
 /// What a node has room for.
 const CAPACITY: u64 = 1 << 40;
 
-fn main() {
-    let mut numbers = std::env::args().skip(1).filter_map(|argument| argument.parse().ok());
-    let chosen = numbers.next().zip(numbers.next());
+pub fn fleet() {
+    let chosen = std::env::var("BENCH_FLEET").ok().map(|size| {
+        let (nodes, preloads) = size.split_once(',').expect("nodes,preloads");
+        (nodes.parse().expect("a number of nodes"), preloads.parse().expect("a number of preloads"))
+    });
     let sizes = chosen.map_or_else(|| SIZES.to_vec(), |size| vec![size]);
     let columns = [
         "nodes",
@@ -81,11 +61,11 @@ fn main() {
     println!("| {} |", columns.join(" | "));
     println!("|{}", " --- |".repeat(columns.len()));
     for (nodes, preloads) in sizes {
-        run(nodes, preloads);
+        measure(nodes, preloads);
     }
 }
 
-fn run(nodes: usize, preloads: usize) {
+fn measure(nodes: usize, preloads: usize) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     let (api, registry) = (ApiServer::new(), runtime.block_on(registry()));

@@ -1,18 +1,15 @@
 //! Measures three artifacts that are small on the wire and large in memory, in a cgroup of 512 MiB: the driver's peak of
 //! anonymous memory while many volumes of each are published, and its `RssAnon` ten seconds after the last unpublish.
-#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
-
-mod common;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::cgroup::Confinement;
-use common::disk;
-use common::support::hostile::{empty_files, put_annotated, with_long_links};
-use common::support::{
-    Answer, AnswerBody, DriverOptions, FakeRegistry, Gate, Image, Kubelet, PeakMemory, Sandbox,
-    Tar, Volume, anonymous_bytes,
+use crate::common::cgroup::Confinement;
+use crate::common::disk;
+use crate::common::support::hostile::{empty_files, put_annotated_and_held_back, with_long_links};
+use crate::common::support::{
+    DriverOptions, FakeRegistry, Gate, Image, Kubelet, PeakMemory, Sandbox, Tar, Volume,
+    anonymous_bytes,
 };
 use nix::mount::{MntFlags, umount2};
 
@@ -39,7 +36,9 @@ const CASES: [Case; 3] = [
         volumes: 16,
         attribute: "exclude",
         patterns: |number| format!("other{number}"),
-        put: put_annotated_and_held_back,
+        put: |registry| {
+            Some(put_annotated_and_held_back(registry, "v1", b"a layer that comes late"))
+        },
     },
     Case {
         name: "990,000 empty files, different include",
@@ -57,7 +56,7 @@ const CASES: [Case; 3] = [
     },
 ];
 
-fn main() {
+pub fn memory() {
     println!("MiB of anonymous memory in a cgroup of 512 MiB; state on ext4 in memory\n");
     println!(
         "{:<48} {:>8} {:>7} {:>13} {:>7} {:>6}",
@@ -133,18 +132,6 @@ fn publish(kubelet: &Kubelet, volume: &Volume) {
     while let Err(status) = kubelet.publish_request(volume.request.clone()) {
         assert_eq!(status.code(), tonic::Code::Aborted, "{status}");
     }
-}
-
-fn put_annotated_and_held_back(registry: &FakeRegistry) -> Option<Arc<Gate>> {
-    let layer = b"a layer that comes late";
-    let blob = put_annotated(registry, "v1", layer);
-    let gate = Gate::new();
-    let held = Arc::clone(&gate);
-    registry.script(move |request| {
-        let body = AnswerBody::Gated { bytes: layer.as_slice().into(), gate: Arc::clone(&held) };
-        request.path.contains(&blob).then(|| Answer::body(body))
-    });
-    Some(gate)
 }
 
 fn put_image(registry: &FakeRegistry, archive: Tar) -> Option<Arc<Gate>> {

@@ -2,14 +2,12 @@
 //! has looked up many names in the volume: the kernel forgets each of them after the driver's answer.
 //! The driver's own time of an unpublish is read from its log. A start lasts until the driver offers
 //! itself to the kubelet.
-#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
-
-mod common;
 
 use std::time::Instant;
 
-use common::figures::{driver_times, milliseconds, quantile};
-use common::support::{Image, Node, Tar, Volume, registry, unique};
+use crate::common::disk::node_in_memory;
+use crate::common::figures::{driver_times, milliseconds, quantile};
+use crate::common::support::{Image, Node, Tar, Volume, registry, unique};
 
 /// Volumes that are mounted on the node.
 const MOUNTS: [usize; 3] = [100, 1_000, 5_000];
@@ -21,7 +19,7 @@ const CALLS: usize = 20;
 const CALLS_AFTER_LOOKUPS: usize = 5;
 const FORMS: [(&str, bool); 2] = [("bind", true), ("overlay", false)];
 
-fn main() {
+pub fn mounts() {
     by_mounts();
     by_names();
 }
@@ -34,7 +32,7 @@ fn by_mounts() {
     );
     for mounts in MOUNTS {
         for (form, readonly) in FORMS {
-            let node = Node::start();
+            let node = node_in_memory(|options| options);
             let reference = node.proxy.reference(&node.small_artifact().name);
             let volumes: Vec<_> =
                 (0..mounts).map(|_| publish(&node, &reference, readonly)).collect();
@@ -69,7 +67,7 @@ fn by_names() {
     println!("{:<10} {:<8} {:>10} {:>10}", "names", "form", "median", "longest");
     let largest = NAMES[NAMES.len() - 1];
     // The folders count, too.
-    let node = Node::start_configured(|_| {}, "limits: {entries: 2000000}\n");
+    let node = node_in_memory(|options| options.configuration("limits: {entries: 2000000}\n"));
     let reference = node.proxy.reference(&format!("{}:v1", push_files(largest)));
     // Fetched and unpacked once; a kubelet waits longer than one call for that.
     let first = node.kubelet.new_volume(&reference);

@@ -2,14 +2,12 @@
 //! files, in both forms of the mount. The driver's own time is read from its log, one line a call;
 //! the kubelet's is that of the call with its new connection. How often a publish hands over
 //! between the driver's threads shows in how often those wait.
-#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
-
-mod common;
 
 use std::time::Instant;
 
-use common::figures::{driver_times, milliseconds, quantile};
-use common::support::{Image, Layer, Manifest, Node, Tar, registry, unique};
+use crate::common::disk::node_in_memory;
+use crate::common::figures::{driver_times, milliseconds, quantile};
+use crate::common::support::{Image, Layer, Manifest, Node, Tar, registry, unique};
 
 const PUBLISHES: usize = 2000;
 const FILES: usize = 20_000;
@@ -17,7 +15,7 @@ const FILES: usize = 20_000;
 const WAITS: usize = 200;
 const FORMS: [(&str, bool); 2] = [("bind", true), ("overlay", false)];
 
-fn main() {
+pub fn publish() {
     let small = unique("small");
     Manifest::artifact([Layer::titled("file", "content")]).push(registry(), &small, "v1");
     let large = push_files(FILES);
@@ -28,7 +26,7 @@ fn main() {
     );
     for (what, repository) in [("one file", small), ("an image of 20,000 files", large)] {
         for (form, readonly) in FORMS {
-            let node = Node::start();
+            let node = node_in_memory(|options| options);
             let reference = node.proxy.reference(&format!("{repository}:v1"));
             let (first, _) = node.mount(&reference);
             let mut calls = Vec::with_capacity(PUBLISHES);

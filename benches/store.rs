@@ -1,13 +1,10 @@
 //! A store of 10, 1,000 and 10,000 artifacts: how long it takes to open, to publish from, and to evict all of.
-#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
-
-mod common;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::figures::{milliseconds, quantile};
-use common::support::{
+use crate::common::figures::{milliseconds, quantile};
+use crate::common::support::{
     Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact,
 };
 use csi_driver_oci::oci::{Digest, Platform, Reference};
@@ -28,7 +25,7 @@ const OPERATIONS: u32 = 10;
 const CONFIGURATION: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                              lowThresholdPercent: 100, minimumAge: 0s}\n";
 
-fn main() {
+pub fn store() {
     println!(
         "milliseconds; state on ext4 in memory, medians of {STARTS} starts and {PUBLISHES} publishes\n"
     );
@@ -44,7 +41,7 @@ fn main() {
 fn measure(artifacts: usize) {
     let sandbox = Sandbox::new();
     // An inode for every 4 KiB: small artifacts are all inodes.
-    let disk = common::disk::ext4_in_memory(&sandbox, 2 << 30, &["-i", "4096"]);
+    let disk = crate::common::disk::ext4_in_memory(&sandbox, 2 << 30, &["-i", "4096"]);
     let state = disk.join("state");
     std::fs::create_dir(&state).expect("a folder");
     fill(&state, artifacts);

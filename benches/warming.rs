@@ -3,9 +3,6 @@
 //!
 //! State lies on an ext4 in memory, and what is warmed comes from a registry of its own, whose threads stand back as
 //! the driver's do: it would be another machine.
-#![allow(clippy::pedantic, clippy::print_stdout, reason = "a bench prints figures for people")]
-
-mod common;
 
 use std::{
     process::{Child, Command, Stdio},
@@ -13,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::figures::{milliseconds, quantile};
-use common::support::{
+use crate::common::figures::{milliseconds, quantile};
+use crate::common::support::{
     Admin, Image, Layer, Manifest, Node, OCI_TAR_GZIP, Registry, Tar, gzip, noise, own_registry,
     registry, run, tool, unique,
 };
@@ -37,10 +34,10 @@ struct Times {
     beside: Vec<Duration>,
 }
 
-fn main() {
+pub fn warming() {
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
-        let disk = common::disk::ext4_in_memory(
+        let disk = crate::common::disk::ext4_in_memory(
             sandbox,
             DISK_BYTES,
             &["-E", "lazy_itable_init=1,nodiscard"],

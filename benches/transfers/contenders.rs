@@ -5,11 +5,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::contents::{Artifact, Case};
+use super::meter::{self, Measured};
+use super::scratch::Scratch;
 use crate::common::cgroup::Confinement;
 use crate::common::support::{Containerd, DriverOptions, Sandbox, tool};
-use crate::contents::{Artifact, Case};
-use crate::meter::{self, Measured};
-use crate::scratch::Scratch;
 
 /// The memory that a confined driver may have.
 const CONFINED_BYTES: u64 = 128 << 20;

@@ -80,7 +80,7 @@ impl Artifact {
                 Self::files(case, what, &[("file".to_owned(), noise(mebibytes(1024), 1))])
             }
             Case::Limited => {
-                let limit = crate::nginx::LIMIT_MEBIBYTES;
+                let limit = super::nginx::LIMIT_MEBIBYTES;
                 let what = format!("one file through nginx with limit_rate {limit}m");
                 Self::files(case, &what, &[("file".to_owned(), noise(mebibytes(1024), 1))])
             }

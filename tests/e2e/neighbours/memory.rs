@@ -1,14 +1,11 @@
 //! Artifacts that are small on the wire and large in memory.
 
-use std::sync::Arc;
-
 use tonic::Code;
 
 use super::{HonestPods, all_go_on, hostile_volume, publish_each};
-use crate::support::hostile::{empty_files, put_annotated, with_long_links};
+use crate::support::hostile::{empty_files, put_annotated_and_held_back, with_long_links};
 use crate::support::{
-    Answer, AnswerBody, FakeRegistry, Gate, Image, Node, PeakMemory, Tar, Volume, anonymous_bytes,
-    wait_until,
+    FakeRegistry, Image, Node, PeakMemory, Tar, Volume, anonymous_bytes, wait_until,
 };
 
 /// The anonymous memory that the driver may have: half of the chart's limit.
@@ -41,14 +38,7 @@ fn a_manifest_of_annotations_takes_no_memory_while_its_layer_trickles() {
     let node = Node::start();
     let honest = HonestPods::new(&node);
     let registry = FakeRegistry::new();
-    let layer = b"a layer that comes late";
-    let blob = put_annotated(&registry, "v1", layer);
-    let gate = Gate::new();
-    let held = Arc::clone(&gate);
-    registry.script(move |request| {
-        let body = AnswerBody::Gated { bytes: layer.as_slice().into(), gate: Arc::clone(&held) };
-        request.path.contains(&blob).then(|| Answer::body(body))
-    });
+    let gate = put_annotated_and_held_back(&registry, "v1", b"a layer that comes late");
     let peak = PeakMemory::reset(node.driver.id());
     let volumes: Vec<_> = (0..VOLUMES)
         .map(|number| {

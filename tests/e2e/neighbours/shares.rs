@@ -8,16 +8,10 @@ use axum::body::Bytes;
 use tonic::{Code, Status};
 
 use super::{HonestPods, all_go_on, hostile_volume, publish_each, volume_of};
+use crate::support::hostile::{put_trickling, trickle};
 use crate::support::{
     Answer, AnswerBody, FakeRegistry, Layer, Manifest, Node, Request, digest, noise, wait_until,
 };
-
-/// A body at 2 KiB/s.
-fn trickle(bytes: impl Into<Bytes>) -> Answer {
-    let bytes = bytes.into();
-    let (piece, pause) = (1024, Duration::from_millis(500));
-    Answer::body(AnswerBody::Slow { announced: bytes.len() as u64, bytes, piece, pause })
-}
 
 /// Where the requested range of a blob starts.
 fn first_byte(request: &Request) -> Option<usize> {
@@ -61,25 +55,11 @@ fn trickling_registries_leave_connections(namespaces: &[&str]) {
     let registries = [FakeRegistry::new(), FakeRegistry::new()];
     let mut volumes = Vec::new();
     for (number, registry) in registries.iter().enumerate() {
-        // Four layers of an artifact are fetched at once.
+        put_trickling(registry, number as u64);
         for part in 0..2 {
-            let tag = format!("v{part}");
-            let file = |layer: usize| {
-                let seed = (number * 2 + part) * 4 + layer;
-                Layer::titled(&format!("file{layer}"), noise(1 << 20, seed as u64))
-            };
-            Manifest::artifact((0..4).map(file)).push(registry, "hostile", &tag);
             let namespace = namespaces[volumes.len() % namespaces.len()];
-            volumes.push(volume_of(&node, namespace, &registry.reference(&tag)));
+            volumes.push(volume_of(&node, namespace, &registry.reference(&format!("v{part}"))));
         }
-        let blobs: Vec<_> = (0..8)
-            .map(|layer| noise(1 << 20, (number * 8 + layer) as u64))
-            .map(|content| (digest(&content), content))
-            .collect();
-        registry.script(move |request| {
-            let (_, content) = blobs.iter().find(|(blob, _)| request.path.ends_with(blob))?;
-            Some(trickle(content.clone()))
-        });
     }
     let asked = || {
         let requests = registries.iter().flat_map(FakeRegistry::requests);

@@ -5,65 +5,21 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use serde_json::{Value, json};
-
 use super::{HonestPods, all_go_on, hostile_volume, publish_each};
-use crate::support::{
-    Admin, Answer, AnswerBody, FakeRegistry, Node, OCI_MANIFEST, digest, wait_until,
+use crate::support::hostile::{
+    leave_broken_downloads, put_files_never_sent, put_large_manifest_without_layer,
 };
-
-const TITLE: &str = "org.opencontainers.image.title";
-
-/// The most layers that an artifact has by default.
-const LAYERS: usize = 10_000;
-/// Of several registries, so that no bound of one of them helps.
-const BROKEN_DOWNLOADS: usize = 3900;
-
-/// A manifest of so many files, which are announced and never sent.
-fn manifest_of_files(number: usize) -> Value {
-    let layer = |layer: usize| {
-        let content = format!("{number}-{layer}");
-        json!({
-            "mediaType": "application/vnd.test.file.v1",
-            "digest": digest(content.as_bytes()),
-            "size": 100,
-            "annotations": {TITLE: content},
-        })
-    };
-    manifest_of((0..LAYERS).map(layer).collect())
-}
-
-fn manifest_of(layers: Vec<Value>) -> Value {
-    json!({
-        "schemaVersion": 2,
-        "mediaType": OCI_MANIFEST,
-        "artifactType": "application/vnd.test.artifact.v1",
-        "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
-        "layers": layers,
-    })
-}
+use crate::support::{Admin, FakeRegistry, Node, wait_until};
 
 #[test]
 fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
     let node = Node::start_with(|_, options| {
-        let partial = options.state.join("partial");
-        fs::create_dir(&partial).expect("a folder");
-        for number in 0..BROKEN_DOWNLOADS {
-            let name = digest(number.to_string().as_bytes()).replace("sha256:", "");
-            let registry = number % 20;
-            fs::write(partial.join(format!("{name}-{registry:016x}")), "half").expect("a file");
-        }
+        leave_broken_downloads(&options.state);
         options
     });
     let honest = HonestPods::new(&node);
     let registry = FakeRegistry::new();
-    registry.script(|request| {
-        let body = AnswerBody::Stalled { announced: 100, bytes: "".into() };
-        request.path.contains("/blobs/").then(|| Answer::body(body))
-    });
-    for number in 0..4 {
-        registry.put_json(&format!("v{number}"), &manifest_of_files(number));
-    }
+    put_files_never_sent(&registry, 4);
     std::thread::scope(|scope| {
         let volumes: Vec<_> = (0..4)
             .map(|number| hostile_volume(&node, &registry.reference(&format!("v{number}"))))
@@ -97,9 +53,6 @@ impl Drop for EndOfAttack<'_> {
     }
 }
 
-/// As large as a manifest may be by default.
-const DOCUMENT: usize = 4 << 20;
-
 /// Bytes of all files of a folder.
 fn bytes_in(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).expect("a folder").flatten();
@@ -128,15 +81,7 @@ fn ever_new_documents_of_failing_publishes_fill_no_disk() {
             // More of them than the disk has room for.
             while published.load(Ordering::SeqCst) < 90 || !is_over.load(Ordering::SeqCst) {
                 let number = published.load(Ordering::SeqCst);
-                // Of a layer that its registry does not have.
-                let mut manifest = manifest_of(vec![json!({
-                    "mediaType": "application/vnd.test.file.v1",
-                    "digest": digest(number.to_string().as_bytes()),
-                    "size": 1000,
-                    "annotations": {TITLE: "file"},
-                })]);
-                manifest["padding"] = "x".repeat(DOCUMENT - 1000).into();
-                registry.put_json("v1", &manifest);
+                put_large_manifest_without_layer(&registry, "v1", &number.to_string());
                 let volume = hostile_volume(&node, &registry.reference("v1"))
                     .attribute("pullPolicy", "Always");
                 node.kubelet.publish(&volume).expect_err("it cannot be had");

@@ -1,7 +1,7 @@
 //! Cold publishes beside the tools that people know, and beside what the machine can do at all.
 //!
 //! ```text
-//! main        the cases, the rounds, the table
+//! mod         the cases, the rounds, the table
 //! contents    what is fetched: files and images, made the same at every run
 //! contenders  who fetches it, each with a command as a person would type it
 //! meter       wall time, CPU time and peak memory of a process and its children
@@ -13,17 +13,7 @@
 //! the machine hits them alike; medians are over the rounds. `BENCH_ROUNDS` (5), `BENCH_CASES` (all; a list like
 //! `file,gzip`), `BENCH_WHO` (all; parts of their names, like `publish,oras`) and `BENCH_SCALE` (100:
 //! per cent of the sizes) make a quick run.
-#![allow(
-    missing_docs,
-    unreachable_pub,
-    clippy::pedantic,
-    clippy::print_stdout,
-    clippy::unwrap_used,
-    reason = "a bench prints figures for people, and has no readers of its interface"
-)]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod contenders;
 mod contents;
 mod meter;
@@ -32,14 +22,15 @@ mod scratch;
 
 use std::time::Duration;
 
-use common::support;
 use contenders::{Contender, Source, contenders};
 use contents::{Artifact, Case};
 use meter::Measured;
 use nginx::Nginx;
 use scratch::Scratch;
 
-fn main() {
+use crate::common::support;
+
+pub fn transfers() {
     let rounds = number("BENCH_ROUNDS", 5);
     let scale = number("BENCH_SCALE", 100);
     let wanted = std::env::var("BENCH_CASES").unwrap_or_default();
@@ -48,12 +39,12 @@ fn main() {
     println!("medians of {rounds} rounds; sizes at {scale} %\n");
     for case in Case::ALL {
         if wanted.is_empty() || wanted.contains(&case.name()) {
-            run(case, rounds, scale);
+            run_case(case, rounds, scale);
         }
     }
 }
 
-fn run(case: Case, rounds: usize, scale: usize) {
+fn run_case(case: Case, rounds: usize, scale: usize) {
     let artifact = Artifact::push(case, scale);
     let front = match case {
         Case::Limited => Some(Nginx::limiting(support::registry())),
