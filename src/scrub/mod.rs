@@ -106,7 +106,7 @@ impl Scrub {
         }
     }
 
-    /// Reads what an earlier format has left. What cannot be read now is left to its turn.
+    /// Reads back the content of an earlier format. Content that cannot be read now is read in its turn.
     async fn read_unread(&self) -> Result<(), String> {
         let mut before = usize::MAX;
         loop {
@@ -135,7 +135,7 @@ impl Scrub {
         if let Err(error) = &read
             && error.leaves_unread()
         {
-            // It has another turn; all others have theirs.
+            // It is read again in its next turn, and other objects are not kept waiting.
             tracing::warn!(%error, "content is not read back");
             return Ok(());
         }

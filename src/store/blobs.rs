@@ -12,7 +12,7 @@ use super::room::Claim;
 use super::{ObjectName, Store, durable};
 use crate::oci::Digest;
 
-/// What a manifest names.
+/// The blobs that a manifest names.
 #[derive(Debug, Default)]
 pub(super) struct NamedBlobs {
     pub(super) config: Option<Digest>,
@@ -35,11 +35,11 @@ struct RawBlob {
 }
 
 impl Store {
-    /// Keeps a small blob; it stays as long as the lease, or as long as a tree needs it.
+    /// Stores a document. It stays as long as the returned lease, or as long as a tree needs it.
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoRoom`] when there is no space for it, also not by evicting.
+    /// [`StoreError::NoRoom`] when there is no space for it even after evicting.
     ///
     /// # Panics
     ///
@@ -48,7 +48,7 @@ impl Store {
         debug_assert_eq!(Digest::of(content), digest, "only verified content gets a name");
         let lease = self.hold_blob(digest);
         let path = self.blob_path(digest);
-        // What has become damaged is replaced.
+        // A damaged document is replaced.
         if std::fs::read(&path).is_ok_and(|kept| kept == content) {
             self.blob_is_used(digest)?;
             return Ok(lease);
@@ -61,21 +61,21 @@ impl Store {
         Ok(lease)
     }
 
-    /// Keeps a blob from being evicted, whether it is here by now or not.
+    /// Leases a document, which need not be stored yet, so that it is not evicted.
     #[must_use]
     pub fn hold_blob(&self, digest: Digest) -> Lease {
         self.catalog().lease(ObjectName::document(digest))
     }
 
-    /// Returns the documents that a tree of a manifest needs: the manifest, and the configuration
-    /// that it names as far as it is kept.
+    /// Returns the documents that a tree of a manifest needs: the manifest, and its configuration
+    /// where that is stored.
     pub(super) fn documents_of(&self, manifest: Digest) -> Vec<ObjectName> {
         let config = self.named_by(manifest).config;
         let config = config.filter(|&config| self.blob_path(config).exists());
         [manifest].into_iter().chain(config).map(ObjectName::document).collect()
     }
 
-    /// Returns the blobs that a kept manifest names. Nothing else of it is held in memory.
+    /// Returns the blobs that a stored manifest names. Only their digests are held in memory.
     pub(super) fn named_by(&self, manifest: Digest) -> NamedBlobs {
         let file = File::open(self.blob_path(manifest));
         let read = file.map(|file| serde_json::from_reader(BufReader::new(file)));
@@ -96,7 +96,7 @@ impl Store {
                 tracing::warn!(%digest, "a kept manifest is damaged and will be fetched again");
                 std::fs::remove_file(&path)
                     .map_err(|error| StoreError::io("remove", &path, error))?;
-                self.catalog().vanished(&ObjectName::document(digest));
+                self.catalog().remove_document(&ObjectName::document(digest));
                 Ok(None)
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -104,7 +104,7 @@ impl Store {
         }
     }
 
-    /// Bytes of a blob that is kept and not damaged; none when there is none.
+    /// Returns the size of a stored document in bytes; none where it is not stored.
     pub fn blob_size(&self, digest: Digest) -> Result<Option<u64>, StoreError> {
         let path = self.blob_path(digest);
         match path.metadata() {

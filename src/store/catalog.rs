@@ -30,11 +30,11 @@ pub struct Catalog {
 #[derive(Debug, Default)]
 struct State {
     objects: HashMap<ObjectName, Arc<Entry>>,
-    /// How many trees link a file, a layer or a document.
+    /// Numbers of trees that link a file, a layer or a document.
     links: Tally<ObjectName>,
     leases: Tally<ObjectName>,
     /// The trees that records say are shown, by target.
-    publications: HashMap<PathBuf, Shown>,
+    publications: HashMap<PathBuf, PublishedTree>,
     published: HashMap<ObjectName, HashSet<PathBuf>>,
     /// The manifests that pins hold, by the pin's file.
     pins: HashMap<PathBuf, Digest>,
@@ -43,22 +43,22 @@ struct State {
     leaving: HashSet<ObjectName>,
     bytes: u64,
     inodes: u64,
-    /// How many objects there are of each kind.
+    /// Numbers of objects of each kind.
     counts: [u64; ObjectKind::ALL.len()],
-    /// The trees that were made from a manifest.
+    /// Trees by the manifest that they were made from.
     manifests: HashMap<Digest, HashSet<ObjectName>>,
     /// The manifests that were chosen from an index.
     indexes: HashMap<Digest, HashSet<Digest>>,
-    /// Proofs and resolutions.
+    /// Disk space of proofs and resolutions.
     records: Goal,
 }
 
-/// What a target shows.
+/// A tree at a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shown {
-    /// The tree.
+pub struct PublishedTree {
+    /// The generation of the tree.
     pub tree: ObjectName,
-    /// Whether the kubelet's own record lay beside the target at the publish.
+    /// True if the kubelet's own record was beside the target at the publish.
     pub kubelet_knew: bool,
 }
 
@@ -75,7 +75,7 @@ pub struct Entry {
     pub damaged: bool,
     /// Of a tree: its manifest.
     pub manifest: Option<Digest>,
-    /// Of a tree: the files, layers and documents that it needs.
+    /// The files, layers and documents that a tree needs; empty for other objects.
     pub links: Vec<ObjectName>,
 }
 
@@ -102,7 +102,7 @@ pub struct Condemned {
 pub struct Snapshot {
     /// Everything that the store holds.
     pub objects: HashMap<ObjectName, Arc<Entry>>,
-    /// Indexes from which the manifest of a tree was chosen.
+    /// Indexes that the manifest of a tree was chosen from.
     pub indexes: HashSet<ObjectName>,
     /// Objects that somebody works with.
     pub leased: HashSet<ObjectName>,
@@ -115,7 +115,7 @@ pub struct Snapshot {
 /// How many objects there are, and what they take together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes, each object once, with documents, records and downloads.
+    /// Bytes of objects, documents, records and downloads, each object once.
     pub bytes: u64,
     /// Inodes.
     pub inodes: u64,
@@ -154,8 +154,8 @@ impl Catalog {
         state.objects.insert(name, Arc::new(entry));
     }
 
-    /// Forgets a document whose file is gone, whoever works with it.
-    pub fn vanished(&self, name: &ObjectName) {
+    /// Removes a document whose file is gone, even if it is leased.
+    pub fn remove_document(&self, name: &ObjectName) {
         self.lock().forget(name);
     }
 
@@ -175,18 +175,18 @@ impl Catalog {
         documents.any(|name| !state.links.has(name))
     }
 
-    /// Counts records that were added, and those that were removed.
+    /// Adds and subtracts disk space of proofs and resolutions.
     pub fn count_records(&self, added: Goal, removed: Goal) {
         let mut state = self.lock();
         state.records = state.records.plus(added).less(removed);
     }
 
-    /// Replaces the count of records by one that was made on the disk.
+    /// Sets the disk space of proofs and resolutions, as it was counted on the disk.
     pub fn set_records(&self, records: Goal) {
         self.lock().records = records;
     }
 
-    /// Returns what proofs and resolutions take.
+    /// Returns the disk space of proofs and resolutions.
     #[must_use]
     pub fn records(&self) -> Goal {
         self.lock().records
@@ -219,7 +219,7 @@ impl Catalog {
     }
 
     /// A target shows a tree from now on.
-    pub fn publish(&self, target: &Path, shown: Shown) {
+    pub fn publish(&self, target: &Path, shown: PublishedTree) {
         let mut state = self.lock();
         state.unpublish(target);
         state.published.entry(shown.tree.clone()).or_default().insert(target.to_owned());
@@ -231,26 +231,26 @@ impl Catalog {
         self.lock().unpublish(target)
     }
 
-    /// Returns all targets and what they show.
+    /// Returns all targets with the trees that they show.
     #[must_use]
-    pub fn publications(&self) -> Vec<(PathBuf, Shown)> {
+    pub fn publications(&self) -> Vec<(PathBuf, PublishedTree)> {
         let state = self.lock();
         state.publications.iter().map(|(target, shown)| (target.clone(), shown.clone())).collect()
     }
 
-    /// Returns what is known of an object.
+    /// Returns the entry of an object; none where it is not in the store.
     #[must_use]
     pub fn entry(&self, name: &ObjectName) -> Option<Arc<Entry>> {
         self.lock().objects.get(name).cloned()
     }
 
-    /// Returns how many objects of a kind there are.
+    /// Returns the number of objects of a kind.
     #[must_use]
     pub fn count(&self, kind: ObjectKind) -> u64 {
         self.lock().counts[kind as usize]
     }
 
-    /// Returns how many targets show something.
+    /// Returns the number of targets that show a tree.
     #[must_use]
     pub fn count_publications(&self) -> usize {
         self.lock().publications.len()
@@ -262,7 +262,7 @@ impl Catalog {
         self.lock().published.get(tree).into_iter().flatten().cloned().collect()
     }
 
-    /// Returns the trees of a manifest with what is known of them, those that are damaged included.
+    /// Returns the trees of a manifest with their entries, damaged ones included.
     #[must_use]
     pub fn trees_of(&self, manifest: Digest) -> Vec<(ObjectName, Arc<Entry>)> {
         let state = self.lock();
@@ -272,7 +272,7 @@ impl Catalog {
             .collect()
     }
 
-    /// Returns all trees with what is known of them.
+    /// Returns all trees with their entries, damaged ones included.
     #[must_use]
     pub fn trees(&self) -> Vec<(ObjectName, Arc<Entry>)> {
         let state = self.lock();
@@ -286,10 +286,10 @@ impl Catalog {
         self.lock().pinned.keys()
     }
 
-    /// Returns what the trees of some manifests take together with what they link, each object
-    /// once.
+    /// Returns the disk space of the trees of some manifests and of the objects that they link, each
+    /// object once.
     #[must_use]
-    pub fn takes_of_manifests(&self, manifests: &HashSet<Digest>) -> Goal {
+    pub fn space_of_manifests(&self, manifests: &HashSet<Digest>) -> Goal {
         let trees: Vec<_> =
             manifests.iter().flat_map(|&manifest| self.trees_of(manifest)).collect();
         let names: HashSet<_> =
@@ -355,7 +355,7 @@ impl Catalog {
         }
     }
 
-    /// The names of all objects but documents, each with whether it is damaged.
+    /// Returns the names of all objects but documents, each with a flag that is set if it is damaged.
     #[must_use]
     pub fn names(&self) -> Vec<(ObjectName, bool)> {
         let state = self.lock();
@@ -363,7 +363,7 @@ impl Catalog {
         objects.map(|(name, entry)| (name.clone(), entry.damaged)).collect()
     }
 
-    /// What all objects and records take together; a record takes so much.
+    /// Returns the disk space of all objects and records, of which each takes `record`.
     #[must_use]
     pub fn usage(&self, record: Goal) -> Usage {
         let state = self.lock();
@@ -385,7 +385,7 @@ impl Catalog {
 
 impl State {
     fn unpublish(&mut self, target: &Path) -> Option<ObjectName> {
-        let Shown { tree, .. } = self.publications.remove(target)?;
+        let PublishedTree { tree, .. } = self.publications.remove(target)?;
         if let Some(targets) = self.published.get_mut(&tree) {
             targets.remove(target);
             if targets.is_empty() {
@@ -493,8 +493,8 @@ mod tests {
         ObjectName::parse(&format!("{folder}/{key}/{generation}")).expect("a name")
     }
 
-    fn shown(tree: &ObjectName) -> Shown {
-        Shown { tree: tree.clone(), kubelet_knew: true }
+    fn shown(tree: &ObjectName) -> PublishedTree {
+        PublishedTree { tree: tree.clone(), kubelet_knew: true }
     }
 
     fn entry(manifest: Option<Digest>, links: &[&ObjectName]) -> Entry {

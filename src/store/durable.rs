@@ -130,7 +130,7 @@ pub fn write_unsynced(staging: &Path, path: &Path, content: &[u8]) -> Result<(),
     })
 }
 
-/// Makes a folder, and its name durable, if it is not there; returns whether it was not.
+/// Makes a folder and its name durable. Returns true if the folder was not there before.
 pub fn create_folder(path: &Path) -> Result<bool, StoreError> {
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {

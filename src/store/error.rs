@@ -78,10 +78,10 @@ pub enum StoreError {
         /// What they may.
         max: u64,
     },
-    /// Content that a process of the node keeps from being read back.
+    /// Content that cannot be read back because another process holds leases on its files.
     #[error("{} cannot be read back now: a process on the node holds leases on its files (fcntl F_SETLEASE) and takes them again: find it by LEASE in /proc/locks, and set node.leases: Disable in the chart, or the sysctl fs.leases-enable=0", path.display())]
     Leased {
-        /// Which object.
+        /// Path of the object.
         path: PathBuf,
     },
     /// Content that was complete once and is not any more.

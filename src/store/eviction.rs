@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! first     what nobody will ask for: damaged generations, forgotten artifacts, old leftovers
-//! then      what a pull left behind, and files, layers and documents that no tree needs
+//! then      files, layers and documents that no tree needs, such as those of a broken pull
 //! then      trees, least recently used first, each with what only it linked, and among them
 //!           the indexes that their manifests were chosen from
 //! never     what is shown, pinned, worked with, or younger than the minimum age
@@ -100,7 +100,7 @@ impl Goal {
         Self { bytes, inodes: self.inodes.saturating_add(other.inodes) }
     }
 
-    /// So many times as much.
+    /// Multiplies both numbers.
     #[must_use]
     pub fn times(self, count: u64) -> Self {
         let bytes = self.bytes.saturating_mul(count);
@@ -148,7 +148,7 @@ impl Facts {
             if name.kind() == ObjectKind::Tree || !planner.is_free(name) {
                 continue;
             }
-            // An index is worth a request to the registry, and no more: its turn comes by its age.
+            // A lost index costs one request to the registry, so it is evicted by its last use.
             if self.store.indexes.contains(name) {
                 trees.push((name, entry.last_used));
             } else {
@@ -251,7 +251,7 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    /// A file, layer or document that no tree links any more and nobody works with.
+    /// Returns whether a file, layer or document is neither linked by a tree, nor leased, nor pinned.
     fn is_free(&self, name: &ObjectName) -> bool {
         let is_pinned = |digest| self.facts.store.pinned.contains(&digest);
         self.links.get(name).is_none_or(|&count| count == 0)

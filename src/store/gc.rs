@@ -54,7 +54,7 @@ pub struct Collected {
     pub victims: Vec<Victim>,
     /// Downloads that were dropped.
     pub partials: u64,
-    /// Proofs and resolutions that led nowhere.
+    /// Proofs and resolutions that were removed because nothing referred to their manifest.
     pub records: u64,
     /// Bytes of all that.
     pub bytes: u64,
@@ -171,8 +171,8 @@ impl Store {
         Ok(collected)
     }
 
-    /// Removes trees at once that are forgotten, and what only they have linked. Those that are in
-    /// use stay, and go with their last use. Blocking.
+    /// Removes forgotten trees at once, and the objects that only they have linked. Trees in use
+    /// stay, and are removed after their last unpublish. Blocking.
     pub fn collect_trees(&self, trees: &[ObjectName]) -> Result<Collected, StoreError> {
         let mut collected = Collected::default();
         if trees.is_empty() {
@@ -186,7 +186,6 @@ impl Store {
         let mut waiting: Vec<_> = trees.map(|tree| (tree.clone(), Reason::Forgotten)).collect();
         while let Some((name, reason)) = waiting.pop() {
             let Some(entry) = self.catalog().entry(&name) else { continue };
-            // What another tree links, or a caller works with, cannot be condemned.
             let Some(condemned) = self.catalog().condemn(&name) else { continue };
             self.remove(condemned, &name)?;
             waiting.extend(entry.links.iter().map(|link| (link.clone(), Reason::Unlinked)));
@@ -234,7 +233,7 @@ impl Store {
         Ok(())
     }
 
-    /// What all content takes together, with documents, records and downloads.
+    /// Returns the disk space of all content, documents, records and downloads.
     pub fn usage(&self) -> Result<Usage, StoreError> {
         self.load_catalog()?;
         let Usage { bytes, inodes, objects } = self.catalog().usage(self.units().record());
@@ -246,7 +245,7 @@ impl Store {
         })
     }
 
-    /// How many objects of a kind there are, as far as sizes were read.
+    /// Returns the number of objects of a kind; 0 before their sizes were read.
     #[must_use]
     pub fn count_objects(&self, kind: ObjectKind) -> u64 {
         self.catalog().count(kind)
@@ -332,7 +331,7 @@ impl Store {
             }
         }
         if matches!(want, Want::AtMost(_)) {
-            // What has just gone leaves records, and an administrator has asked for all that can go.
+            // Evicted content leaves records, and the administrator asked for all that can be removed.
             let now = Now::read();
             let swept = self.sweep_under_pressure(&self.facts(now)?, now, true)?;
             collected.records += swept.inodes;
@@ -396,7 +395,7 @@ impl Store {
         }
         let grave = self.staging().join(durable::temporary_name());
         fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
-        // A single file goes in one step anyway.
+        // The removal of a single file is atomic, so that it needs no rename.
         let is_file = matches!(name.kind(), ObjectKind::File | ObjectKind::Document);
         let removed = if is_file { fs::remove_file(&path) } else { fs::rename(&path, &grave) };
         match removed {

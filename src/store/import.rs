@@ -25,7 +25,7 @@ pub struct ImportedBlobs {
     store: Store,
     staging: Staging,
     reservations: Vec<Reservation>,
-    /// Of the documents that were kept.
+    /// Leases of the stored documents.
     leases: Mutex<Vec<Lease>>,
 }
 
@@ -98,7 +98,7 @@ impl ImportedBlobs {
         Ok(Some(content))
     }
 
-    /// Keeps a manifest or a configuration; it stays as long as the import.
+    /// Stores a manifest or a configuration, which stays as long as the import.
     pub fn keep(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
         let lease = self.store.put_blob(digest, content)?;
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
@@ -119,7 +119,7 @@ impl ImportedBlobs {
         super::records::remove(&super::partial::record_of(&to))?;
         std::fs::rename(self.path(digest), &to)
             .map_err(|error| StoreError::io("rename", &to, error))?;
-        self.store.ledger().added(digest, registry);
+        self.store.ledger().refresh(digest, registry);
         Ok(())
     }
 

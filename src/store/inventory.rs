@@ -17,25 +17,25 @@ use super::trees::TreeRecord;
 use super::{Store, records};
 use crate::oci::Digest;
 
-/// What a small file and a folder take at most on common filesystems: a block.
+/// Bytes of a small file or folder on common filesystems, at most: one block.
 pub(super) const BYTES_PER_INODE: u64 = 4096;
 
-/// The record and the list of objects.
+/// Files of a tree's generation: `tree.json` and `objects.json`.
 const FILES_OF_A_TREE: u64 = 2;
-/// The folder around them, and the folder of its key.
+/// Folders around them: of the generation and of the key.
 const FOLDERS_OF_A_TREE: u64 = 2;
-/// What a tree has beside what it shows.
+/// Inodes of a tree beside those that it shows.
 pub(super) const RECORDS_OF_A_TREE: u64 = FILES_OF_A_TREE + FOLDERS_OF_A_TREE;
 
-/// The folders of a file's blob and of its mode and owner.
+/// Folders around a file: of its blob, and of its mode and owner.
 pub(super) const FOLDERS_OF_A_FILE: u64 = 2;
 
-/// What files and folders take on the state directory's filesystem.
+/// Disk space of files and folders on the state directory's filesystem.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DiskUnits {
-    /// Files take whole blocks.
+    /// Bytes of a block: files take whole ones.
     block: u64,
-    /// An empty folder: nothing on a filesystem that keeps few names in the inode.
+    /// Bytes of an empty folder: 0 on a filesystem that keeps few names in the inode.
     folder: u64,
 }
 
@@ -54,12 +54,12 @@ impl Store {
         self.count_records()?;
         *loaded = true;
         drop(loaded);
-        // An earlier version had no bounds on them.
+        // Earlier versions had no bounds on idle downloads.
         self.ledger().trim_all();
         Ok(())
     }
 
-    /// Reads the objects below a folder; returns how many names it has.
+    /// Adds the objects below a folder to the catalog. Returns how many names the folder has.
     fn load(&self, folder: &str, depth: usize) -> Result<usize, StoreError> {
         let names_here = names(&self.root().join(folder))?;
         for name in &names_here {
@@ -70,7 +70,7 @@ impl Store {
             }
             if depth > 1 {
                 if self.load(&folder, depth - 1)? == 0 && Digest::from_hex(name).is_some() {
-                    // A removal has ended in the middle. Refused where it is used by now.
+                    // Left by an interrupted removal. A folder that is in use again is not empty.
                     let _ = fs::remove_dir(self.root().join(&folder));
                 }
                 continue;
@@ -88,7 +88,7 @@ impl Store {
                     is_used = true;
                 }
             }
-            // Nothing is removed that has not the form of the driver's own.
+            // Only folders named like the driver's own are removed.
             if !is_used && ObjectName::parse(&format!("{folder}/1")).is_some() {
                 self.remove_empty_key(&self.root().join(&folder), &here);
             }
@@ -96,11 +96,11 @@ impl Store {
         Ok(names_here.len())
     }
 
-    /// Removes the folder of a key without generations, which a removal leaves that ends in the
-    /// middle. One in which an object is being named refuses, or is made again.
+    /// Removes the folder of a key without generations, left by an interrupted removal. A commit that
+    /// needs the folder at the same time makes it again.
     fn remove_empty_key(&self, folder: &Path, names: &[String]) {
         for generation in names.iter().filter_map(|name| name.strip_suffix(".damaged")) {
-            // A mark without its generation marks nothing.
+            // A mark has no meaning without its generation.
             let generation = folder.join(generation);
             if generation.symlink_metadata().is_err() {
                 let _ = fs::remove_file(generation.with_extension("damaged"));
@@ -130,7 +130,7 @@ impl Store {
         Ok(())
     }
 
-    /// Counts proofs and resolutions on the disk.
+    /// Counts the proofs and resolutions on the disk.
     pub(super) fn count_records(&self) -> Result<(), StoreError> {
         let mut count = names(&self.root().join("resolutions"))?.len();
         let access = self.root().join("access");
@@ -163,7 +163,7 @@ impl Store {
                 if let Some(record) = &record
                     && !links.contains(&ObjectName::document(record.manifest))
                 {
-                    // Made by a version that did not list documents.
+                    // Earlier versions did not list documents.
                     links.extend(self.documents_of(record.manifest));
                 }
                 Entry { links, ..self.units().tree(record.as_ref()) }
@@ -187,28 +187,28 @@ fn last_used(path: &Path, metadata: &fs::Metadata, kind: ObjectKind) -> i64 {
 }
 
 impl DiskUnits {
-    /// Learns them from an open state directory.
+    /// Reads them from the filesystem of a state directory.
     pub(super) fn of(root: &Path) -> Result<Self, StoreError> {
         let empty = root.join("empty");
         let failed = |error| StoreError::io("look at", &empty, error);
         let status = nix::sys::statvfs::statvfs(&empty).map_err(|error| failed(error.into()))?;
         let folder = empty.symlink_metadata().map_err(failed)?.blocks() * 512;
-        // Nobody knows what to make of other numbers.
+        // Other numbers are implausible.
         let block = status.fragment_size().clamp(512, 1 << 16);
         Ok(Self { block, folder: folder.min(1 << 16) })
     }
 
-    /// Returns what a file of this size takes: whole blocks.
+    /// Returns the disk space of a file of this size: whole blocks.
     pub(super) const fn blocks(self, bytes: u64) -> u64 {
         bytes.div_ceil(self.block).saturating_mul(self.block)
     }
 
-    /// Returns what names take in a folder beyond its first block.
+    /// Returns the disk space of names in a folder beyond its first block.
     pub(super) const fn more_names(self, bytes: u64) -> u64 {
         self.blocks(bytes).saturating_sub(self.block)
     }
 
-    /// Returns what a proof or another small record takes.
+    /// Returns the disk space of a proof or another small record.
     pub(super) const fn record(self) -> Goal {
         Goal { bytes: self.block, inodes: 1 }
     }
@@ -223,12 +223,12 @@ impl DiskUnits {
     }
 
     pub(super) fn layer(self, totals: &layers::LayerTotals) -> Entry {
-        // Those of its files, and those of its key, its generation and its data.
+        // Folders of its files, and the three of its key, its generation and its data.
         let folders = totals.files.div_ceil(layers::FILES_PER_FOLDER.into()).saturating_add(3);
-        // The index besides.
+        // One more inode for the index.
         let inodes = totals.files.saturating_add(folders).saturating_add(1);
         let content = match totals.disk_bytes {
-            // Written by a version that did not count blocks: one more for each file.
+            // Earlier versions did not count blocks: one more is assumed for each file.
             0 => totals.bytes.saturating_add((totals.files + 1).saturating_mul(self.block)),
             counted => counted,
         };

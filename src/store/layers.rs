@@ -62,7 +62,7 @@ const LARGE: u64 = 1 << 20;
 /// than it brings.
 const MUCH: u64 = 16 << 20;
 
-/// The totals and the checksum at the end of an index take about so much.
+/// Bytes of the totals and the checksum at the end of an index, about.
 const MOST_AFTER_ENTRIES: u64 = 256;
 
 /// A layer's own folder, its index, and the folder of its files.
@@ -113,7 +113,7 @@ pub struct LayerTotals {
     /// Regular files.
     #[serde(default)]
     pub files: u64,
-    /// Blocks of those files and of the index, in bytes.
+    /// Bytes of the blocks of those files and of the index; 0 where they were not counted.
     #[serde(default)]
     pub disk_bytes: u64,
     /// The blob that was unpacked.
@@ -336,14 +336,14 @@ impl LayerView {
         Ok(Entries { path, reader, limits, record: Vec::new(), offset: 0, next })
     }
 
-    /// Opens the index for reading single entries again.
-    pub(super) fn index(&self) -> Result<Index, StoreError> {
+    /// Opens the index for reading single entries.
+    pub(super) fn index(&self) -> Result<IndexReader, StoreError> {
         let (folder, path) = self.below(Path::new("index"));
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = nix::fcntl::openat(folder, &path, flags, Mode::empty());
         let file = file.map_err(|error| StoreError::io("read", &path, error.into()))?;
         let limits = Limits { depth: 1024, ..Limits::default() };
-        Ok(Index { file: file.into(), limits, start: 0, window: Vec::new() })
+        Ok(IndexReader { file: file.into(), limits, start: 0, window: Vec::new() })
     }
 }
 
@@ -354,46 +354,46 @@ pub struct Entries {
     reader: BufReader<File>,
     limits: Limits,
     record: Vec<u8>,
-    /// Where the entry begins that was read last.
+    /// Offset of the entry that was read last.
     offset: u64,
-    /// Where the next one does.
+    /// Offset of the next entry.
     next: u64,
 }
 
-/// The index of a layer, of which single entries are read again.
+/// Reads single entries of a layer's index.
 #[derive(Debug)]
-pub(super) struct Index {
+pub(super) struct IndexReader {
     file: File,
     limits: Limits,
-    /// Where the window begins.
+    /// Offset of the window.
     start: u64,
-    /// What was read last. Entries are mostly read in their order.
+    /// The bytes that were read last, since entries are mostly read in their order.
     window: Vec<u8>,
 }
 
-/// Bytes of an index that are read at once.
+/// Bytes of an index that are read at once, where no larger entry asks for more.
 const WINDOW: usize = 16 << 10;
 
-/// More than any entry has that was accepted: a path, a target, and extended attributes.
+/// Bytes of an entry with its path, target and extended attributes, at most, as `limits` bounds them.
 const LARGEST_RECORD: usize = 4 << 20;
 
 impl Entries {
-    /// Where the entry that was read last begins in the index.
+    /// Returns the offset in the index of the entry that was read last.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }
 }
 
-impl Index {
-    /// Reads the entry that begins at an offset.
+impl IndexReader {
+    /// Reads the entry at an offset.
     pub(super) fn read(&mut self, offset: u64) -> std::io::Result<Entry> {
         use std::os::unix::fs::FileExt as _;
         let mut size = WINDOW;
         loop {
             let skipped = offset.checked_sub(self.start).and_then(|n| usize::try_from(n).ok());
             let record = skipped.and_then(|skipped| self.window.get(skipped..));
-            if let Some(record) = record.and_then(delimited) {
+            if let Some(record) = record.and_then(delimited_record) {
                 let record = wire::Entry::decode(record).ok();
                 let entry = record.and_then(|record| decode(record, &self.limits));
                 return entry.ok_or_else(|| std::io::ErrorKind::InvalidData.into());
@@ -415,8 +415,8 @@ impl Index {
     }
 }
 
-/// The record at the start of some bytes, if all of it is among them.
-fn delimited(bytes: &[u8]) -> Option<&[u8]> {
+/// Returns the record at the start of some bytes; none where they end before it does.
+fn delimited_record(bytes: &[u8]) -> Option<&[u8]> {
     let mut rest = bytes;
     let length = usize::try_from(read_varint(&mut rest)?).ok()?;
     rest.get(..length)

@@ -1,11 +1,12 @@
 //! Claimed disk space and downloads in `partial/`, as running totals in memory.
 //!
-//! A reservation compares its own claims with these totals: it costs the same however many others
-//! there are, and nothing lists `partial/` after the store was opened. A claim shrinks while its
-//! blob is downloaded, since what is written shows on the filesystem itself.
+//! A reservation compares its own claims with these totals. Its cost does not depend on the number
+//! of other claims, and `partial/` is listed only when the store is opened. A claim shrinks while its
+//! blob is downloaded, because written bytes reduce the free space of the filesystem.
 //!
-//! A download without a claim and without an open handle is idle. It stays for whoever continues it,
-//! within a bound per registry and one for the node; the oldest goes first.
+//! A download without a claim and without an open handle is idle. Idle downloads are kept so that a
+//! later pull can continue them, within a bound per registry and one for the node. The oldest ones
+//! are removed first.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
@@ -20,10 +21,9 @@ use super::staging::names;
 use super::{durable, keys};
 use crate::oci::Digest;
 
-/// Idle downloads of one registry. A pull leaves at most four; more than this many broken pulls of
-/// one registry are rather fetched again than kept.
+/// Idle downloads of one registry, at most. A broken pull leaves up to four of them.
 const IDLE_PER_REGISTRY: usize = 256;
-/// Idle downloads of all registries.
+/// Idle downloads of all registries, at most.
 const IDLE: usize = 2048;
 
 /// A registry's host in the name of a download: the first eight bytes of its hash.
@@ -35,54 +35,54 @@ pub(super) struct RegistryId(u64);
 pub(super) struct Ledger {
     partial: PathBuf,
     staging: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<LedgerState>,
 }
 
-/// The totals at one moment; nothing changes while it is held.
+/// The locked state of a ledger.
 #[derive(Debug, Default)]
-pub(super) struct State {
-    blobs: HashMap<Digest, Blob>,
-    totals: Totals,
-    /// By last use, the oldest first.
+pub(super) struct LedgerState {
+    blobs: HashMap<Digest, BlobSpace>,
+    totals: SpaceTotals,
+    /// Idle downloads by their last use, the oldest first.
     idle: HashMap<RegistryId, BTreeSet<(i64, Digest)>>,
     idle_count: usize,
 }
 
 #[derive(Debug, Default)]
-struct Blob {
+struct BlobSpace {
     claimed: Goal,
     claims: usize,
     handles: usize,
-    downloads: Vec<Download>,
+    downloads: Vec<PartialDownload>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Download {
+struct PartialDownload {
     registry: RegistryId,
     bytes: u64,
     /// Seconds since 1970.
     last_used: i64,
 }
 
-/// What a blob, or all of them, adds up to.
+/// Disk space of the claims and downloads of one blob or of all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Totals {
-    /// Claimed and not written yet.
+struct SpaceTotals {
+    /// Claimed space that is not written yet.
     outstanding: Goal,
-    /// Claimed, written or not.
+    /// Bytes of all claims, written or not.
     claimed: u64,
-    /// Downloads without a claim.
+    /// Space of downloads without a claim.
     unclaimed: Goal,
 }
 
-/// What claims come to beside all others.
+/// Disk space that new claims and all others demand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sums {
-    /// Still to be written for these.
+pub(super) struct SpaceDemand {
+    /// Space still to be written for the new claims.
     pub(super) needed: Goal,
-    /// Still to be written for all others.
+    /// Space still to be written for all others.
     pub(super) others: Goal,
-    /// Bytes that all of them add to what a quota counts already.
+    /// Bytes that all of them add to the usage that a quota is compared with.
     pub(super) quota: u64,
 }
 
@@ -95,7 +95,7 @@ pub(super) struct IdleDownload {
     pub(super) last_used: i64,
 }
 
-/// An open download: it stays until this is dropped.
+/// A handle that keeps a download from being removed until it is dropped.
 #[derive(Debug)]
 pub(super) struct OpenDownload {
     ledger: Arc<Ledger>,
@@ -115,7 +115,7 @@ impl RegistryId {
     }
 }
 
-impl Totals {
+impl SpaceTotals {
     fn plus(self, other: Self) -> Self {
         Self {
             outstanding: self.outstanding.plus(other.outstanding),
@@ -133,20 +133,24 @@ impl Totals {
     }
 }
 
-impl Blob {
+impl BlobSpace {
     fn written(&self) -> Goal {
-        let sum = |sum: u64, download: &Download| sum.saturating_add(download.bytes);
+        let sum = |sum: u64, download: &PartialDownload| sum.saturating_add(download.bytes);
         Goal { bytes: self.downloads.iter().fold(0, sum), inodes: 0 }
     }
 
-    fn totals(&self) -> Totals {
+    fn totals(&self) -> SpaceTotals {
         let written = self.written();
         if self.claims > 0 {
             let outstanding = self.claimed.less(written);
-            return Totals { outstanding, claimed: self.claimed.bytes, ..Totals::default() };
+            return SpaceTotals {
+                outstanding,
+                claimed: self.claimed.bytes,
+                ..SpaceTotals::default()
+            };
         }
         let inodes = self.downloads.len() as u64;
-        Totals { unclaimed: Goal { inodes, ..written }, ..Totals::default() }
+        SpaceTotals { unclaimed: Goal { inodes, ..written }, ..SpaceTotals::default() }
     }
 
     fn is_idle(&self) -> bool {
@@ -158,9 +162,9 @@ impl Blob {
     }
 }
 
-impl State {
-    /// Changes what is known of a blob, and the totals with it.
-    fn change(&mut self, blob: Digest, change: impl FnOnce(&mut Blob)) {
+impl LedgerState {
+    /// Updates a blob, and the totals with it.
+    fn update(&mut self, blob: Digest, change: impl FnOnce(&mut BlobSpace)) {
         let known = self.blobs.entry(blob).or_default();
         let before = known.totals();
         if known.is_idle() {
@@ -186,9 +190,9 @@ impl State {
         }
     }
 
-    /// Returns what claims add to those of this process. `written` are blobs whose claimed space is
-    /// written in full.
-    pub(super) fn sums(&self, claims: &[Claim], written: &HashSet<Digest>) -> Sums {
+    /// Returns the disk space that new claims demand beside those of this process. Blobs in `written`
+    /// have their claimed space written in full.
+    pub(super) fn demand(&self, claims: &[Claim], written: &HashSet<Digest>) -> SpaceDemand {
         let mut wanted = HashMap::<Digest, Goal>::new();
         for claim in claims {
             let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
@@ -197,44 +201,44 @@ impl State {
         }
         let mut others = self.totals;
         for blob in written.iter().filter_map(|blob| self.blobs.get(blob)) {
-            others = others.less(Totals { unclaimed: Goal::default(), ..blob.totals() });
+            others = others.less(SpaceTotals { unclaimed: Goal::default(), ..blob.totals() });
         }
         let (mut needed, mut quota) = (Goal::default(), others.claimed);
         for (blob, goal) in wanted {
             let known = self.blobs.get(&blob);
             let promised = known.filter(|known| known.claims > 0).map(|known| known.claimed);
-            // What an earlier try has left is on the disk, and counted, already.
+            // Bytes of an earlier try are on the disk, and counted, already.
             let here = match promised {
                 Some(promised) => promised,
-                None => known.map(Blob::written).unwrap_or_default(),
+                None => known.map(BlobSpace::written).unwrap_or_default(),
             };
             let added = goal.less(here);
             needed = needed.plus(added);
             quota = quota.saturating_add(added.bytes);
         }
-        Sums { needed, others: others.outstanding, quota }
+        SpaceDemand { needed, others: others.outstanding, quota }
     }
 
-    /// Returns what downloads without a claim take on the disk.
+    /// Returns the disk space of downloads without a claim.
     pub(super) fn unclaimed(&self) -> Goal {
         self.totals.unclaimed
     }
 
-    /// Adds claims.
+    /// Adds claims, of which each is released once.
     pub(super) fn claim(&mut self, claims: &[Claim]) {
         for claim in claims {
             let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
-            self.change(claim.blob, |blob| {
+            self.update(claim.blob, |blob| {
                 blob.claimed = blob.claimed.max(goal);
                 blob.claims += 1;
             });
         }
     }
 
-    /// Gives one claim back; returns the registries whose downloads of the blob may be idle now.
+    /// Releases one claim. Returns the registries whose downloads of the blob may be idle now.
     fn release(&mut self, blob: Digest) -> Vec<RegistryId> {
         let mut registries = Vec::new();
-        self.change(blob, |blob| {
+        self.update(blob, |blob| {
             blob.claims = blob.claims.saturating_sub(1);
             if blob.claims == 0 {
                 blob.claimed = Goal::default();
@@ -244,9 +248,9 @@ impl State {
         registries
     }
 
-    /// Returns the oldest idle download of one of these registries, or of the registry that has
-    /// most, when there are more than the bounds allow.
-    fn surplus(&self, registries: &[RegistryId]) -> Option<(Digest, RegistryId)> {
+    /// Returns an idle download beyond the bounds: the oldest of one of these registries, or of the
+    /// registry with the most.
+    fn excess_download(&self, registries: &[RegistryId]) -> Option<(Digest, RegistryId)> {
         let idle = |registry: &RegistryId| self.idle.get(registry).map_or(0, BTreeSet::len);
         let of = registries.iter().copied().find(|registry| idle(registry) > IDLE_PER_REGISTRY);
         let most = || self.idle.keys().copied().max_by_key(idle);
@@ -256,51 +260,51 @@ impl State {
 }
 
 impl Ledger {
-    /// Learns what an earlier process has left in `partial/`.
+    /// Reads the downloads of an earlier process from `partial/`.
     pub(super) fn load(partial: PathBuf, staging: PathBuf) -> Result<Self, StoreError> {
-        let mut state = State::default();
+        let mut state = LedgerState::default();
         let names: HashSet<_> = names(&partial)?.into_iter().collect();
         for name in &names {
             if let Some(of) = name.strip_suffix(".ranges")
                 && parse(of).is_some()
                 && !names.contains(of)
             {
-                // Without its download it says nothing; one that resists is tried again at the next start.
+                // A record of ranges has no use without its download. A failure is tried again at the next start.
                 let _ = std::fs::remove_file(partial.join(name));
             }
             let Some((blob, registry)) = parse(name) else { continue };
-            if let Some(download) = look(&partial.join(name), registry) {
-                state.change(blob, |blob| blob.downloads.push(download));
+            if let Some(download) = read_download(&partial.join(name), registry) {
+                state.update(blob, |blob| blob.downloads.push(download));
             }
         }
         Ok(Self { partial, staging, state: Mutex::new(state) })
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change leaves the totals true: a panic elsewhere spoils nothing.
+    pub(super) fn lock(&self) -> MutexGuard<'_, LedgerState> {
+        // The totals are consistent after every update, so a panic elsewhere breaks nothing.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns where the download of a blob from a registry lies.
+    /// Returns the path of the download of a blob from a registry.
     pub(super) fn path(&self, blob: Digest, registry: RegistryId) -> PathBuf {
         self.partial.join(format!("{}-{:016x}", blob.hex(), registry.0))
     }
 
-    /// Announces that a download is about to be opened.
+    /// Registers a download that is about to be opened.
     pub(super) fn open(self: &Arc<Self>, blob: Digest, registry: RegistryId) -> OpenDownload {
-        self.lock().change(blob, |known| known.handles += 1);
+        self.lock().update(blob, |known| known.handles += 1);
         let opened = OpenDownload { ledger: Arc::clone(self), blob, registry };
-        opened.look();
+        opened.refresh();
         opened
     }
 
-    /// Takes note of a download that was put at its place.
-    pub(super) fn added(&self, blob: Digest, registry: RegistryId) {
-        let found = look(&self.path(blob, registry), registry);
-        self.lock().change(blob, |blob| blob.set(registry, found));
+    /// Reads the size of a download again, which was moved to its path.
+    pub(super) fn refresh(&self, blob: Digest, registry: RegistryId) {
+        let found = read_download(&self.path(blob, registry), registry);
+        self.lock().update(blob, |blob| blob.set(registry, found));
     }
 
-    /// Gives one claim on a blob back.
+    /// Releases one claim on a blob.
     pub(super) fn release(&self, blob: Digest) {
         let registries = self.lock().release(blob);
         self.trim(&registries);
@@ -313,7 +317,7 @@ impl Ledger {
         let blobs: BTreeSet<_> = blobs.collect();
         let of_blob = |blob: Digest| {
             let downloads = state.blobs.get(&blob).into_iter().flat_map(|known| &known.downloads);
-            downloads.map(move |&Download { registry, bytes, last_used }| IdleDownload {
+            downloads.map(move |&PartialDownload { registry, bytes, last_used }| IdleDownload {
                 blob,
                 registry,
                 bytes,
@@ -323,7 +327,7 @@ impl Ledger {
         blobs.into_iter().flat_map(of_blob).collect()
     }
 
-    /// Returns what downloads without a claim take on the disk.
+    /// Returns the disk space of downloads without a claim.
     pub(super) fn unclaimed(&self) -> Goal {
         self.lock().unclaimed()
     }
@@ -340,7 +344,7 @@ impl Ledger {
         let renamed = std::fs::rename(&path, &grave);
         match &renamed {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {}
-            _ => state.change(blob, |blob| blob.set(registry, None)),
+            _ => state.update(blob, |blob| blob.set(registry, None)),
         }
         drop(state);
         let is_here = match renamed {
@@ -363,7 +367,7 @@ impl Ledger {
 
     fn trim(&self, registries: &[RegistryId]) {
         loop {
-            let Some((blob, registry)) = self.lock().surplus(registries) else { return };
+            let Some((blob, registry)) = self.lock().excess_download(registries) else { return };
             match self.remove(blob, registry) {
                 Ok(_) => {}
                 Err(error) => {
@@ -376,36 +380,36 @@ impl Ledger {
     }
 }
 
-impl Blob {
-    fn set(&mut self, registry: RegistryId, found: Option<Download>) {
+impl BlobSpace {
+    fn set(&mut self, registry: RegistryId, found: Option<PartialDownload>) {
         self.downloads.retain(|download| download.registry != registry);
         self.downloads.extend(found);
     }
 }
 
 impl OpenDownload {
-    /// Where it lies.
+    /// Returns the path of the download.
     pub(super) fn path(&self) -> PathBuf {
         self.ledger.path(self.blob, self.registry)
     }
 
-    /// Takes note of how many bytes of it are there.
-    pub(super) fn has(&self, bytes: u64) {
+    /// Records how many bytes of the download are there.
+    pub(super) fn set_bytes(&self, bytes: u64) {
         let (registry, last_used) = (self.registry, now());
-        let download = Download { registry, bytes, last_used };
-        self.ledger.lock().change(self.blob, |blob| blob.set(registry, Some(download)));
+        let download = PartialDownload { registry, bytes, last_used };
+        self.ledger.lock().update(self.blob, |blob| blob.set(registry, Some(download)));
     }
 
-    /// Takes note of what is on the disk.
-    pub(super) fn look(&self) {
-        self.ledger.added(self.blob, self.registry);
+    /// Reads the size of the download from the disk again.
+    pub(super) fn refresh(&self) {
+        self.ledger.refresh(self.blob, self.registry);
     }
 }
 
 impl Drop for OpenDownload {
     fn drop(&mut self) {
-        let found = look(&self.path(), self.registry);
-        self.ledger.lock().change(self.blob, |blob| {
+        let found = read_download(&self.path(), self.registry);
+        self.ledger.lock().update(self.blob, |blob| {
             blob.set(self.registry, found);
             blob.handles -= 1;
         });
@@ -413,13 +417,13 @@ impl Drop for OpenDownload {
     }
 }
 
-/// Reads what a download takes on the disk; none where there is none.
-fn look(path: &Path, registry: RegistryId) -> Option<Download> {
+/// Reads the size of a download from the disk; none where there is none.
+fn read_download(path: &Path, registry: RegistryId) -> Option<PartialDownload> {
     let metadata = path.symlink_metadata().ok().filter(std::fs::Metadata::is_file)?;
-    Some(Download { registry, bytes: metadata.blocks() * 512, last_used: metadata.mtime() })
+    Some(PartialDownload { registry, bytes: metadata.blocks() * 512, last_used: metadata.mtime() })
 }
 
-/// Parses `<digest>-<registry>`.
+/// Parses the file name `<digest>-<registry>` of a download.
 fn parse(name: &str) -> Option<(Digest, RegistryId)> {
     let (digest, registry) = name.split_once('-')?;
     Some((Digest::from_hex(digest)?, RegistryId::of_name(registry)?))

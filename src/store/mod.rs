@@ -47,7 +47,7 @@
 //! # What is removed, and how
 //!
 //! Only what [`catalog`] knows that nobody needs, and its name first: a rename
-//! into staging, or the removal of a single file ([`gc`]). Nothing that is not of
+//! into staging, or the removal of a single file ([`gc`]). Nothing that has not
 //! the form above is ever removed.
 
 pub mod access;
@@ -135,7 +135,7 @@ struct Inner {
     catalog: Arc<catalog::Catalog>,
     /// Whether the catalog knows what was here before this process.
     loaded: Mutex<bool>,
-    /// Seconds since 1970 when records were last swept because space was needed.
+    /// Time of the last sweep of records for want of space, in seconds since 1970.
     swept: AtomicI64,
     /// Whether the catalog knows which manifests were chosen from which index.
     indexes_are_known: AtomicBool,
@@ -162,7 +162,7 @@ enum Found {
     Nothing,
 }
 
-/// Gives memory that was freed back to the system, after work that has taken much of it.
+/// Returns freed memory to the system, after work that has taken much of it.
 pub fn give_memory_back() {
     crate::mount::syscalls::give_memory_back();
 }

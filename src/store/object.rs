@@ -7,7 +7,7 @@ use super::{FileKey, LayerKey, TreeKey};
 use crate::oci::Digest;
 use crate::unpack::Permissions;
 
-/// One generation of a file, a layer or a tree, or a document: its path below the state directory.
+/// The path below the state directory of a document, or of one generation of a file, layer or tree.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName(Arc<str>);
 
@@ -49,7 +49,7 @@ impl ObjectName {
         Self(format!("trees/{key}/{generation}").into())
     }
 
-    /// A document, which has no generations: its content never changes.
+    /// Names a document, which has no generations because its content never changes.
     #[must_use]
     pub fn document(digest: Digest) -> Self {
         Self(format!("blobs/{}", digest.hex()).into())
@@ -61,8 +61,8 @@ impl ObjectName {
         Digest::from_hex(self.0.strip_prefix("blobs/")?)
     }
 
-    /// A name that a record holds. Anything that could lead out of the folders of
-    /// objects is no name.
+    /// Parses a name from a record. Paths that could lead out of the folders of objects are
+    /// refused.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         if let Some(hex) = text.strip_prefix("blobs/") {

@@ -177,7 +177,7 @@ impl Partial {
             }
         }
         self.written.insert(offset..end);
-        self.open.has(self.length());
+        self.open.set_bytes(self.length());
         self.unflushed += bytes.len() as u64;
         self.unrecorded += bytes.len() as u64;
         if is_next {
@@ -224,7 +224,7 @@ impl Partial {
     pub fn restart(&mut self) -> Result<(), StoreError> {
         self.growth.restart();
         self.file.set_len(0).map_err(|error| StoreError::io("truncate", &self.path, error))?;
-        self.open.has(0);
+        self.open.set_bytes(0);
         records::remove(&record_of(&self.path))?;
         self.has_record = false;
         self.written = Ranges::default();

@@ -78,7 +78,7 @@ impl Store {
         // None where this one is pinned already: it takes nothing more.
         let wanted_with = |mut pinned: HashSet<Digest>| {
             let is_new = pinned.insert(manifest);
-            is_new.then(|| self.catalog().takes_of_manifests(&pinned).bytes)
+            is_new.then(|| self.catalog().space_of_manifests(&pinned).bytes)
         };
         let max = self.cache_options().pinned_bytes_limit(&self.room()?);
         if let Some(wanted) = wanted_with(self.catalog().pinned())
@@ -135,7 +135,7 @@ impl Store {
         Ok(())
     }
 
-    /// The pins of a reference as it was pinned, for every platform and owner.
+    /// Returns the pins of a reference as it was pinned, for every platform and owner.
     #[must_use]
     pub fn pins_of_reference(&self, reference: &str) -> Vec<Pin> {
         let records = self.pin_index().of_reference(reference);
@@ -143,7 +143,7 @@ impl Store {
         pins.filter(|pin| pin.reference == reference).collect()
     }
 
-    /// The pins that hold a manifest.
+    /// Returns the pins that hold a manifest.
     #[must_use]
     pub fn pins_of_manifest(&self, manifest: Digest) -> Vec<Pin> {
         let records = self.pin_index().of_manifest(manifest);
@@ -151,14 +151,14 @@ impl Store {
         pins.filter(|pin| pin.manifest == manifest).collect()
     }
 
-    /// What all pinned content takes together.
+    /// Returns the disk space of all pinned content.
     ///
     /// # Errors
     ///
     /// Those of reading the sizes, at the first call.
     pub fn pinned_takes(&self) -> Result<Goal, StoreError> {
         self.load_catalog()?;
-        Ok(self.catalog().takes_of_manifests(&self.catalog().pinned()))
+        Ok(self.catalog().space_of_manifests(&self.catalog().pinned()))
     }
 
     fn index_pin(&self, path: &Path, pin: &Pin) {

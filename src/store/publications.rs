@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::catalog::Shown;
+use super::catalog::PublishedTree;
 use super::error::StoreError;
 use super::{ObjectName, Store, TreeKey, keys, records};
 use crate::oci::Digest;
@@ -45,9 +45,9 @@ pub struct Publication {
 }
 
 impl Publication {
-    fn shown(&self) -> Shown {
+    fn shown(&self) -> PublishedTree {
         let tree = ObjectName::tree(self.tree, self.generation);
-        Shown { tree, kubelet_knew: self.kubelet_knew }
+        PublishedTree { tree, kubelet_knew: self.kubelet_knew }
     }
 }
 
@@ -84,19 +84,19 @@ impl Store {
         Ok(())
     }
 
-    /// All targets and what they show, from memory.
+    /// Returns all targets with the trees that they show, from memory.
     #[must_use]
-    pub fn shown_targets(&self) -> Vec<(PathBuf, Shown)> {
+    pub fn shown_targets(&self) -> Vec<(PathBuf, PublishedTree)> {
         self.catalog().publications()
     }
 
-    /// How many targets show something.
+    /// Returns the number of targets that show a tree.
     #[must_use]
     pub fn count_publications(&self) -> usize {
         self.catalog().count_publications()
     }
 
-    /// The readable records of the targets that show a tree.
+    /// Returns the readable records of the targets that show a tree.
     #[must_use]
     pub fn publications_of(&self, tree: &ObjectName) -> Vec<Publication> {
         let targets = self.catalog().targets_of(tree);

@@ -1,7 +1,7 @@
-//! Which records of a folder tell of which reference and of which manifest, in memory.
+//! An index of the records in a folder by reference and by manifest, in memory.
 //!
-//! A lookup reads the records that the index names, and not the whole folder. The records stay the
-//! truth: one that is gone, or says something else, is passed over.
+//! A lookup reads the records that the index names instead of the whole folder. The records on disk
+//! are authoritative: one that is gone, or has another reference or manifest by now, is skipped.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -9,38 +9,38 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::oci::Digest;
 
-/// The records of one folder.
+/// An index of the records in one folder.
 #[derive(Debug, Default)]
-pub(super) struct RecordIndex(Mutex<State>);
+pub(super) struct RecordIndex(Mutex<IndexState>);
 
 #[derive(Debug, Default)]
-struct State {
-    /// Whether the records that were there before are known.
+struct IndexState {
+    /// True once the records of earlier processes are indexed.
     is_loaded: bool,
-    records: HashMap<Arc<Path>, Key>,
+    records: HashMap<Arc<Path>, RecordKey>,
     by_reference: HashMap<Arc<str>, HashSet<Arc<Path>>>,
     by_manifest: HashMap<Digest, HashSet<Arc<Path>>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Key {
+struct RecordKey {
     reference: Arc<str>,
     manifest: Digest,
 }
 
 impl RecordIndex {
-    /// Adds a record, or what it says now.
+    /// Adds a record, or replaces what was known of it.
     pub(super) fn insert(&self, record: &Path, reference: &str, manifest: Digest) {
         self.lock().insert(record, reference, manifest);
     }
 
-    /// Forgets a record that was removed.
+    /// Removes a record from the index.
     pub(super) fn remove(&self, record: &Path) {
         self.lock().remove(record);
     }
 
-    /// Adds the records that `list` finds on the disk, at the first call. Publishes go on
-    /// meanwhile.
+    /// Adds the records that `list` finds on the disk, at the first call. The index stays unlocked
+    /// meanwhile, so that publishes go on.
     ///
     /// # Errors
     ///
@@ -55,7 +55,7 @@ impl RecordIndex {
         let found = list()?;
         let mut state = self.lock();
         for (record, reference, manifest) in found {
-            // One that was written meanwhile is newer than what was read.
+            // A record that was written meanwhile is newer.
             if !state.records.contains_key(record.as_path()) {
                 state.insert(&record, &reference, manifest);
             }
@@ -74,13 +74,13 @@ impl RecordIndex {
         self.lock().by_manifest.get(&manifest).into_iter().flatten().cloned().collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere spoils at most a hint.
+    fn lock(&self) -> MutexGuard<'_, IndexState> {
+        // The index is a hint, which a panic elsewhere may leave incomplete.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl IndexState {
     fn insert(&mut self, record: &Path, reference: &str, manifest: Digest) {
         self.remove(record);
         let record: Arc<Path> = record.into();
@@ -88,11 +88,11 @@ impl State {
         let reference = known.unwrap_or_else(|| reference.into());
         self.by_reference.entry(Arc::clone(&reference)).or_default().insert(Arc::clone(&record));
         self.by_manifest.entry(manifest).or_default().insert(Arc::clone(&record));
-        self.records.insert(record, Key { reference, manifest });
+        self.records.insert(record, RecordKey { reference, manifest });
     }
 
     fn remove(&mut self, record: &Path) {
-        let Some(Key { reference, manifest }) = self.records.remove(record) else { return };
+        let Some(RecordKey { reference, manifest }) = self.records.remove(record) else { return };
         take(&mut self.by_reference, &reference, record);
         take(&mut self.by_manifest, &manifest, record);
     }

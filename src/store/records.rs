@@ -45,7 +45,7 @@ pub fn remove(path: &Path) -> Result<(), StoreError> {
     remove_if_there(path).map(|_| ())
 }
 
-/// Removes a record; returns whether it was there.
+/// Removes a record. Returns whether it was there.
 pub fn remove_if_there(path: &Path) -> Result<bool, StoreError> {
     match std::fs::remove_file(path) {
         Ok(()) => Ok(true),

@@ -44,7 +44,7 @@ impl Store {
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
     }
 
-    /// The references that last resolved to a manifest.
+    /// Returns the references that last resolved to a manifest.
     pub fn references_of(&self, manifest: Digest) -> Result<BTreeSet<String>, StoreError> {
         self.index_resolutions()?;
         let records = self.resolution_index().of_manifest(manifest);
@@ -53,7 +53,7 @@ impl Store {
         Ok(leading.map(|resolution| resolution.reference).collect())
     }
 
-    /// Fills the index of resolutions, unless that is done already.
+    /// Fills the index of resolutions at the first call.
     pub(super) fn index_resolutions(&self) -> Result<(), StoreError> {
         self.resolution_index().load(|| {
             let records = records::list::<Resolution>(&self.path("resolutions"))?.into_iter();
@@ -65,7 +65,7 @@ impl Store {
         })
     }
 
-    /// The records of a reference, for every platform.
+    /// Returns the records of a reference, for every platform.
     fn resolution_records(
         &self,
         reference: &Reference,

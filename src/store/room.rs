@@ -16,7 +16,7 @@ use super::error::{Kind, Shortage, StoreError};
 use super::eviction::Goal;
 use super::gc::Want;
 use super::inventory::{BYTES_PER_INODE, FOLDERS_OF_A_FILE, RECORDS_OF_A_TREE};
-use super::ledger::{Ledger, State, Sums};
+use super::ledger::{Ledger, LedgerState, SpaceDemand};
 use super::{Store, TreeKey};
 use crate::oci::Digest;
 use crate::unpack::merge::TreePlan;
@@ -78,7 +78,7 @@ pub struct Claim {
 #[derive(Debug)]
 pub struct Reservation {
     ledger: Arc<Ledger>,
-    /// How often each blob is claimed.
+    /// Number of claims on each blob.
     claims: Mutex<HashMap<Digest, usize>>,
 }
 
@@ -195,14 +195,14 @@ impl Store {
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Reservation, StoreError> {
-        // Where there is room, nothing waits for the evictions of others.
+        // Where there is space, the caller does not wait for the evictions of others.
         if self.try_claim(claims, written)?.is_some() {
             let turn = self.collecting();
             // What an earlier try has left of these blobs is no room for them.
             let own: HashSet<_> = claims.iter().map(|claim| claim.blob).collect();
             while let Some((shortage, goal)) = self.try_claim(claims, written)? {
                 let shortage = self.explain(shortage, &own, &turn)?;
-                // Nobody's content goes for an artifact that will not fit even so.
+                // Nothing is evicted for an artifact that will not fit even so.
                 let collected = if shortage.is_hopeless() {
                     None
                 } else {
@@ -226,14 +226,14 @@ impl Store {
         Ok(self.shortage(&self.ledger().lock(), claims, &HashSet::new())?.is_none())
     }
 
-    /// Claims space if there is enough of it; returns what is missing otherwise. One decision over
-    /// all claims at a time.
+    /// Claims space if there is enough of it; returns what is missing otherwise. Decisions are made
+    /// one at a time, over all claims.
     fn try_claim(
         &self,
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Option<(Shortage, Goal)>, StoreError> {
-        // Not under the lock: it takes long once.
+        // Not under the lock, since the first call takes long.
         self.load_usage()?;
         let mut ledger = self.ledger().lock();
         let shortage = self.shortage(&ledger, claims, written)?;
@@ -243,7 +243,7 @@ impl Store {
         Ok(shortage)
     }
 
-    /// Reads the sizes of all content where a quota is compared with them.
+    /// Reads the sizes of all content where there is a quota.
     fn load_usage(&self) -> Result<(), StoreError> {
         self.cache_options().max_bytes.map_or(Ok(()), |_| self.load_catalog())
     }
@@ -264,12 +264,12 @@ impl Store {
     /// What is missing for these claims beside all others, and how much to free for them.
     fn shortage(
         &self,
-        ledger: &State,
+        ledger: &LedgerState,
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Option<(Shortage, Goal)>, StoreError> {
         let options = self.cache_options();
-        let Sums { needed, others, quota } = ledger.sums(claims, written);
+        let SpaceDemand { needed, others, quota } = ledger.demand(claims, written);
         // Nothing to write asks for no room, however full the disk is.
         if needed.is_nothing() {
             return Ok(None);
@@ -313,7 +313,7 @@ impl Store {
 }
 
 impl Claim {
-    /// Of a single file, with the folders around it.
+    /// Returns the claim of a single file with the folders around it.
     #[must_use]
     pub fn of_file(blob: Digest, size: u64) -> Self {
         let inodes = 1 + FOLDERS_OF_A_FILE;

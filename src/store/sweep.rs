@@ -1,9 +1,9 @@
 //! Small records that nothing needs any more: what an evicted artifact leaves.
 //!
 //! Resolutions and proofs are small, but a node that lives for years sees many, and one that is
-//! attacked sees many in an hour. They go when no tree, no pin and no pull that is under way leads
-//! to their manifest, and not before they are old. When space is needed, a minute is old. Of those
-//! that lead to one manifest, a bounded number stays, the newest.
+//! attacked sees many in an hour. Old ones are removed when no tree, no pin and no running pull uses
+//! their manifest. When space is needed, a minute is old. For one manifest only the newest ones are
+//! kept, up to a bound.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -24,22 +24,22 @@ use crate::oci::Digest;
 
 /// Longer than any pull that is still wanted goes on between two of its records.
 const AGE: Duration = Duration::from_hours(24);
-/// When space is needed: longer than a publish takes from its resolution to its pull, which holds
-/// its manifest.
+/// Age of a record that is removed when space is needed. It is longer than a publish takes from
+/// resolving its reference to pulling, which leases the manifest.
 const AGE_UNDER_PRESSURE: Duration = Duration::from_mins(1);
-/// When space is needed, records are swept no more often than this.
+/// Least time between two sweeps for want of space.
 const PAUSE_SECONDS: i64 = 60;
-/// References that lead to one manifest.
+/// Resolutions that are kept for one manifest, at most.
 const RESOLUTIONS_OF_A_MANIFEST: usize = 64;
-/// Principals that were proven to open one manifest of one repository.
+/// Proofs that are kept for one manifest of one repository, at most.
 const PROOFS_OF_A_MANIFEST: usize = 1024;
-/// Records of an artifact, by far: more than this for each tree lead nowhere, for the most part.
+/// Records of a tree in normal use, at most. Where there are more, most belong to no tree.
 const RECORDS_OF_AN_ARTIFACT: u64 = 32;
 
-/// What keeps records.
-struct Kept {
+/// Content whose records are kept.
+struct KeptContent {
     manifests: HashSet<Digest>,
-    /// Blobs of which it stays known where they came from.
+    /// Blobs whose origins stay recorded.
     origins: HashSet<Digest>,
 }
 
@@ -48,14 +48,14 @@ impl Store {
     pub fn sweep_records(&self, now: Now) -> Result<usize, StoreError> {
         let facts = self.facts(now)?;
         let swept = self.sweep_older(&facts, now, AGE)?;
-        // What was counted on the way may have drifted from what is there.
+        // The running count may have drifted from the number of files.
         self.count_records()?;
         Ok(swept)
     }
 
-    /// Removes young records that lead nowhere as well, since space is needed; returns what that
-    /// frees. An administrator who asks for it has all of them removed; otherwise nothing is done
-    /// while there are no more records than content explains.
+    /// Removes unused records, young ones included, since space is needed. Returns the space that is
+    /// freed. Does nothing while the number of trees explains the number of records, unless an
+    /// administrator has asked (`is_asked`).
     pub(super) fn sweep_under_pressure(
         &self,
         facts: &Facts,
@@ -79,7 +79,7 @@ impl Store {
         let objects = facts.store.objects.iter();
         let mut manifests: HashSet<_> = objects.filter_map(|(_, entry)| entry.manifest).collect();
         manifests.extend(&facts.store.pinned);
-        // Pulls that are under way.
+        // Manifests of running pulls.
         manifests.extend(facts.store.leased.iter().filter_map(ObjectName::document_digest));
         let limit = i64::try_from(age.as_secs()).unwrap_or(i64::MAX);
         let is_old = |path: &Path| {
@@ -100,23 +100,23 @@ impl Store {
             }
         }
         for paths in by_manifest.into_values() {
-            for path in beyond(paths, RESOLUTIONS_OF_A_MANIFEST) {
+            for path in all_but_newest(paths, RESOLUTIONS_OF_A_MANIFEST) {
                 if is_old(&path) {
                     swept += usize::from(self.remove_resolution(&path)?);
                 }
             }
         }
-        // Where blobs came from is known as long as the manifest that names them is kept: a node
-        // without its registry shows them in another way, too.
+        // The origins of blobs stay recorded as long as a manifest that names them is kept, so that a
+        // node without its registry can make other trees of it.
         let mut origins = manifests.clone();
         for &manifest in &manifests {
             let named = self.named_by(manifest);
             origins.extend(named.config.into_iter().chain(named.layers));
         }
-        // Indexes that a kept manifest was chosen from.
+        // The same is true of the indexes that a kept manifest was chosen from.
         let indexes = facts.store.indexes.iter().filter_map(ObjectName::document_digest);
         origins.extend(indexes);
-        Ok(swept + self.sweep_access(&Kept { manifests, origins }, &is_old)?)
+        Ok(swept + self.sweep_access(&KeptContent { manifests, origins }, &is_old)?)
     }
 
     fn blob_is_young(&self, blob: Digest, is_old: &impl Fn(&Path) -> bool) -> bool {
@@ -128,7 +128,7 @@ impl Store {
     /// stays known only while it is young: asking again costs one request.
     fn sweep_access(
         &self,
-        kept: &Kept,
+        kept: &KeptContent,
         is_old: &impl Fn(&Path) -> bool,
     ) -> Result<usize, StoreError> {
         let access = self.path("access");
@@ -164,7 +164,7 @@ impl Store {
                 }
             }
             for proofs in by_manifest.into_values() {
-                for path in beyond(proofs, PROOFS_OF_A_MANIFEST) {
+                for path in all_but_newest(proofs, PROOFS_OF_A_MANIFEST) {
                     swept += usize::from(self.sweep_proof(&path, is_old)?);
                 }
             }
@@ -197,7 +197,7 @@ impl Store {
 }
 
 /// Returns all but the newest `count` of some files.
-fn beyond(mut paths: Vec<PathBuf>, count: usize) -> Vec<PathBuf> {
+fn all_but_newest(mut paths: Vec<PathBuf>, count: usize) -> Vec<PathBuf> {
     if paths.len() <= count {
         return Vec::new();
     }

@@ -23,7 +23,7 @@ use super::trees::Objects;
 use crate::background;
 use crate::mount::syscalls;
 use crate::unpack::entry::Metadata;
-use crate::unpack::merge::{Leaf, PlannedKind, PlannedNode, TreePlan};
+use crate::unpack::merge::{PlannedKind, PlannedLeaf, PlannedNode, TreePlan};
 
 /// How many threads link files at most: names in different folders do not wait for each other
 /// in the kernel, but the journal is one.
@@ -115,7 +115,7 @@ impl Builder<'_> {
             if matches!(node.kind, PlannedKind::Directory(_)) {
                 continue;
             }
-            let Leaf { name, link } = self.plan.leaf(node, &mut records)?;
+            let PlannedLeaf { name, link } = self.plan.leaf(node, &mut records)?;
             let name = CString::new(&*name)?;
             match (node.kind, link) {
                 (PlannedKind::File(file), _) => self.link(file, way.to(node.parent)?, &name)?,

@@ -29,7 +29,7 @@ use super::error::StoreError;
 use super::eviction::{FORGOTTEN, Goal};
 use super::files::StoredFile;
 use super::inventory::DiskUnits;
-use super::layers::{Index, Layer, LayerView};
+use super::layers::{IndexReader, Layer, LayerView};
 use super::room::bytes_of_a_name;
 use super::staging::{Staging, current_generation, names};
 use super::tree_builder::Builder;
@@ -38,7 +38,7 @@ use crate::fault;
 use crate::oci::Digest;
 use crate::unpack::Entry as LayerEntry;
 use crate::unpack::PermissionsRule;
-use crate::unpack::merge::{Records, Source, TreePlan};
+use crate::unpack::merge::{EntryReader, Source, TreePlan};
 
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub struct TreeRecord {
     /// it shares with no other tree.
     #[serde(default)]
     pub own_inodes: u64,
-    /// Bytes of those copies, and of names in folders that have more of them than fit into a block.
+    /// Bytes of those copies, and of names beyond the first block of each folder.
     #[serde(default, skip_serializing_if = "is_none")]
     pub own_bytes: u64,
     /// What shaped it beside the manifest, as a volume asked for it.
@@ -100,7 +100,7 @@ pub struct View {
 #[derive(Debug)]
 pub struct BuiltTree {
     staging: Staging,
-    /// What it takes beside a block for each of its folders and links.
+    /// Disk space beside one block for each folder and link.
     own: Goal,
 }
 
@@ -145,7 +145,7 @@ impl Store {
         self.tree_generation(key, parts.next()?.parse().ok()?)
     }
 
-    /// All trees of the store, those that are damaged included.
+    /// Returns all trees of the store with their entries, damaged ones included.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl Store {
         Ok(self.catalog().trees())
     }
 
-    /// The trees of a manifest, those that are damaged included.
+    /// Returns the trees of a manifest with their entries, damaged ones included.
     ///
     /// # Errors
     ///
@@ -168,7 +168,7 @@ impl Store {
         Ok(self.catalog().trees_of(manifest))
     }
 
-    /// Whether a tree of a manifest can be shown.
+    /// Returns whether a tree of a manifest can be shown.
     ///
     /// # Errors
     ///
@@ -282,7 +282,7 @@ const fn is_none(bytes: &u64) -> bool {
     *bytes == 0
 }
 
-/// Returns what names take in folders beyond the first block of each.
+/// Returns the disk space of names beyond the first block of each folder.
 fn bytes_of_names(plan: &TreePlan, units: DiskUnits) -> u64 {
     let mut folders = HashMap::<_, u64>::new();
     for node in &plan.nodes {
@@ -325,10 +325,10 @@ impl Tree {
 }
 
 impl Objects {
-    /// Reads entries of the layers again. The reader has a few files open.
+    /// Returns a reader of single entries of the layers, which keeps a few indexes open.
     #[must_use]
-    pub fn records(&self) -> impl Records {
-        IndexRecords { objects: self, open: Vec::new() }
+    pub fn records(&self) -> impl EntryReader {
+        IndexEntryReader { objects: self, open: Vec::new() }
     }
 
     /// Where the content of a planned file lies: below a folder, or by itself.
@@ -353,17 +353,17 @@ impl Objects {
     }
 }
 
-/// How many indexes a reader has open.
+/// Indexes that a reader keeps open, at most.
 const OPEN_INDEXES: usize = 8;
 
-/// Reads entries again from the indexes of layers.
-struct IndexRecords<'a> {
+/// Reads single entries from the indexes of layers.
+struct IndexEntryReader<'a> {
     objects: &'a Objects,
-    /// The one that was used last is the last one.
-    open: Vec<(u32, Index)>,
+    /// Open indexes by layer, the most recently used one last.
+    open: Vec<(u32, IndexReader)>,
 }
 
-impl Records for IndexRecords<'_> {
+impl EntryReader for IndexEntryReader<'_> {
     fn read(&mut self, layer: u32, offset: u64) -> io::Result<LayerEntry> {
         match self.open.iter().rposition(|(open, _)| *open == layer) {
             Some(place) if place + 1 == self.open.len() => {}

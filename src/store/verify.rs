@@ -7,10 +7,10 @@
 //!           attributes in the index
 //! trees     each name with what a fresh merge of its layers would make: each file by its inode, each
 //!           folder with mode, owner, time and attributes, each link with target, owner and time; and
-//!           no names beside these; tree.json and objects.json with what the manifest and the merge say
+//!           no names beside these; tree.json and objects.json with the manifest and the merge
 //! ```
 //!
-//! A tree that cannot be compared, for want of its manifest, its records or what it links, is damaged.
+//! A tree without its manifest, its records or the objects that it links is damaged.
 //!
 //! So everything is noticed that a process can change which has a tree before it and may write, but
 //! for the access times, and the modification time of single files, which nothing else depends on.
@@ -71,18 +71,18 @@ pub enum FindingKind {
     Layer,
     /// What a pod sees.
     Tree,
-    /// Content of any kind that could not be read: nothing is known of it.
+    /// Content of any kind that could not be read, so that its state is unknown.
     Unread,
 }
 
-/// A tree as its manifest says it is.
+/// The expected state of a tree, from its manifest.
 #[derive(Debug)]
 pub struct ExpectedTree {
     /// Names, modes, times and links.
     pub plan: TreePlan,
-    /// The very generations of files and layers that it links.
+    /// The generations of files and layers that it links.
     pub objects: Objects,
-    /// What `tree.json` says.
+    /// The expected content of `tree.json`.
     pub record: TreeRecord,
 }
 
@@ -96,7 +96,7 @@ pub struct Verified {
 }
 
 impl Finding {
-    /// Returns what to say of an object that could not be read back for a reason that is not its own.
+    /// Returns the finding for an object that could not be read back for a reason outside of it.
     #[must_use]
     pub fn of_unread(name: &ObjectName, error: &impl std::fmt::Display) -> Self {
         let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
@@ -116,8 +116,7 @@ impl Finding {
 }
 
 impl StoreError {
-    /// Returns whether this node has too little of something, or stopped the reading: nothing is known of the content
-    /// then.
+    /// Returns whether the error is the node's, such as too few file descriptors, and not the content's.
     #[must_use]
     pub fn is_of_this_node(&self) -> bool {
         match self {
@@ -163,9 +162,9 @@ impl Store {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => unreadable(error).map_err(failed)?,
             };
-            // So that it is fetched again. One that stays is found again.
+            // A removed document is fetched again. A failed removal is tried at the next reading.
             if super::records::remove(&path).is_ok() {
-                self.catalog().vanished(&ObjectName::document(digest));
+                self.catalog().remove_document(&ObjectName::document(digest));
             }
             found(Finding { kind: FindingKind::Blob, digest: Some(digest), path: below, detail });
         }
@@ -184,7 +183,7 @@ impl Store {
         objects.sort();
         for (name, _) in objects {
             match self.verify_object(&name, reader, found) {
-                // What comes after it is read all the same.
+                // The remaining objects are still read.
                 Err(error @ StoreError::Leased { .. }) => found(Finding::of_unread(&name, &error)),
                 read => drop(read?),
             }
@@ -216,7 +215,7 @@ impl Store {
             _ => verify_layer(&path, reader, rules, &mut damage),
         };
         match read {
-            // What was found before is true all the same.
+            // Findings from before the lease are still valid.
             Err(error) if was_leased(&error) && !damage.is_empty() => {}
             read => read.map_err(|error| failed_to_read(&path, error))?,
         }
@@ -279,7 +278,7 @@ impl Store {
         Ok(false)
     }
 
-    /// Marks a tree that cannot be compared with anything, and says why.
+    /// Marks a tree as damaged that cannot be compared, and reports the reason.
     pub fn refuse_tree(
         &self,
         tree: &Tree,
@@ -292,7 +291,7 @@ impl Store {
         self.condemn_tree(&name, Some(tree.record.manifest), damage, found)
     }
 
-    /// Marks a tree whose record cannot be read. Without it nothing says what the tree should be.
+    /// Marks a tree as damaged whose record cannot be read, since it has no expected state.
     pub fn verify_tree_record(
         &self,
         name: &ObjectName,
@@ -373,7 +372,7 @@ impl Store {
                 Err(error) if is_of_this_node(&error) => {
                     return Err(failed_to_read(&file.path, error));
                 }
-                // One that cannot be read is not the one that the tree links.
+                // The tree links a readable file.
                 Err(_) => continue,
                 Ok(is_executable) => is_executable,
             };
@@ -397,7 +396,7 @@ impl Store {
         Ok(trees)
     }
 
-    /// The names of trees that are not marked damaged and whose records cannot be read.
+    /// Returns the names of trees that are not marked as damaged and whose records cannot be read.
     pub fn trees_without_record(&self) -> Result<Vec<ObjectName>, StoreError> {
         self.load_catalog()?;
         let mut names = self.catalog().names();
@@ -407,11 +406,11 @@ impl Store {
         Ok(names.into_iter().map(|(name, _)| name).collect())
     }
 
-    /// The files and layers that a tree links, as its `objects.json` says.
+    /// Returns the files and layers that a tree links, from its `objects.json`.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Damaged`] when it is not such a list.
+    /// [`StoreError::Damaged`] when that is not a list of object names.
     pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
         let path = tree.path().join("objects.json");
         let links: Vec<String> = super::records::read_whole(&path)?;
@@ -471,7 +470,7 @@ impl Damage {
         }
     }
 
-    /// The same, of a folder's content.
+    /// Prefixes all paths with a folder.
     fn below(mut self, folder: &Path) -> Self {
         for (path, _) in &mut self.list {
             *path = folder.join(&path);
@@ -546,7 +545,7 @@ fn verify_layer(
             return Ok(());
         }
     };
-    let mut members = Members { path, rules, leased: Vec::new(), unread: None };
+    let mut members = LayerFiles { path, rules, leased: Vec::new(), unread: None };
     for entry in entries {
         let entry = match entry {
             Ok(entry) => entry,
@@ -556,9 +555,9 @@ fn verify_layer(
             }
         };
         let EntryKind::File { data, checksum, .. } = entry.kind else { continue };
-        let member = Member { below: layers::data(data), entry, checksum };
+        let member = LayerFile { below: layers::data(data), entry, checksum };
         match open(&path.join(&member.below)) {
-            Err(error) if is_leased(&error) => members.put_off(member, reader, damage)?,
+            Err(error) if is_leased(&error) => members.defer(member, reader, damage)?,
             opened => members.verify(&member, opened, reader, damage)?,
         }
     }
@@ -566,31 +565,31 @@ fn verify_layer(
 }
 
 /// The regular files of a layer.
-struct Members<'a> {
+struct LayerFiles<'a> {
     path: &'a Path,
     rules: Rules,
-    /// Those that others hold leases on. They are waited for together.
-    leased: Vec<Member>,
-    /// Why some of them cannot be read.
+    /// Files that other processes hold leases on, which are waited for together.
+    leased: Vec<LayerFile>,
+    /// The error of files that cannot be read.
     unread: Option<std::io::Error>,
 }
 
 /// A regular file of a layer.
-struct Member {
+struct LayerFile {
     below: PathBuf,
     entry: Entry,
     checksum: Checksum,
 }
 
-impl Members<'_> {
+impl LayerFiles<'_> {
     fn verify(
         &self,
-        member: &Member,
+        member: &LayerFile,
         opened: std::io::Result<std::fs::File>,
         reader: &mut Reader,
         damage: &mut Damage,
     ) -> std::io::Result<()> {
-        let Member { below, entry, checksum } = member;
+        let LayerFile { below, entry, checksum } = member;
         let mut wrong = |detail: String| {
             let shown = String::from_utf8_lossy(entry.path.as_bytes());
             damage.push((below.clone(), format!("{shown}: {detail}")));
@@ -610,9 +609,9 @@ impl Members<'_> {
         Ok(())
     }
 
-    fn put_off(
+    fn defer(
         &mut self,
-        member: Member,
+        member: LayerFile,
         reader: &mut Reader,
         damage: &mut Damage,
     ) -> std::io::Result<()> {
@@ -628,7 +627,7 @@ impl Members<'_> {
                 .iter()
                 .zip(opened)
                 .try_for_each(|(member, opened)| self.verify(member, opened, reader, damage)),
-            // Those that nothing holds are read all the same.
+            // Files without leases are still read.
             Err(error) if was_leased(&error) => {
                 self.unread = Some(error);
                 Ok(())

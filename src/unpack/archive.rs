@@ -169,16 +169,16 @@ fn record_content(
     }
 }
 
-/// Symbolic links of the archive so far, by hashes of their paths that nobody can foresee. Merging
-/// would refuse what passes through them too, but then the layer would be in the store already:
-/// of an archive of very many links, only the first are looked at here.
+/// Symbolic links of the archive so far, by keyed hashes of their paths. Merging would refuse entries
+/// that pass through them too, but then the layer would be in the store already. Only the first links
+/// of an archive with very many are checked here.
 #[derive(Default)]
 struct OwnLinks {
     key: RandomState,
     links: HashSet<u64>,
 }
 
-/// Half a megabyte of hashes.
+/// Symbolic links that are checked, at most: half a megabyte of hashes.
 const OWN_LINKS: usize = 1 << 15;
 
 impl OwnLinks {

@@ -248,12 +248,12 @@ pub enum UnpackError {
         /// The bound.
         limit: u64,
     },
-    /// More memory than merging was allowed to take.
+    /// Merging needs more memory than it is allowed to take.
     #[error("merging the first {entries} entries takes {bytes} bytes of memory (pull.memory)")]
     Memory {
-        /// Bytes so far.
+        /// Bytes that were needed so far.
         bytes: u64,
-        /// Entries so far.
+        /// Entries that were merged so far.
         entries: u64,
     },
     /// An entry whose folder is a symbolic link of its own layer, or of any layer

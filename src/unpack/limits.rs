@@ -48,7 +48,7 @@ pub struct Limits {
     pub header_bytes: u64,
     /// Bytes of names, link targets and extended attributes of one artifact, and of what
     /// each folder (320) and attribute (8) takes beside them, all entries together: 128 MiB.
-    /// Of it only folders and extended attributes are held in memory while a tree is merged.
+    /// Only folders and extended attributes are held in memory while a tree is merged.
     pub metadata_bytes: u64,
     /// Extended attributes of one entry: 128.
     pub extended_attributes: usize,

@@ -29,7 +29,8 @@ use super::limits::Limits;
 use super::path::{PathError, RelativePath};
 use super::permissions::Permissions;
 pub use super::plan::{
-    Leaf, NoRecords, PlannedFile, PlannedKind, PlannedNode, Records, Source, TreePlan, TreeTotals,
+    EntryReader, NoEntries, PlannedFile, PlannedKind, PlannedLeaf, PlannedNode, Source, TreePlan,
+    TreeTotals,
 };
 use super::plan::{LinkSource, NameRef, OF_A_BLOB};
 use super::selection::{Match, Selection};
@@ -42,8 +43,8 @@ const LINKS_ON_A_PATH: usize = 40;
 /// merged: images need two or three where they need any. Without it, long targets
 /// that many entries pass through would take hours.
 const LINK_STEPS_PER_ENTRY: u64 = 16;
-/// Targets that are kept of the links that were followed last: nearly all entries of an image that
-/// pass through links pass through the same few.
+/// Targets of links that are cached: nearly all entries of an image that pass through links pass
+/// through the same few.
 const TARGETS_KEPT: usize = 32;
 
 const ROOT: u32 = 0;
@@ -55,36 +56,36 @@ const NONE: u32 = u32::MAX;
 /// For each layer: [`Merger::file`] once, or [`Merger::archive`] and then
 /// [`Merger::entry`] or [`Merger::recorded`] for each entry in the order in which it was recorded.
 ///
-/// What is selected is decided for each name when it comes. Of what is not selected only that is
-/// kept which later entries may replace, hide or link to.
+/// Each name is matched with the selection when it is added. Names that are not selected are kept
+/// only so that later entries can replace, hide or link to them.
 pub struct Merger<'a> {
     limits: &'a Limits,
     selection: &'a Selection,
     is_everything: bool,
     /// Bytes of memory that merging and planning may take.
     allowance: u64,
-    records: Option<&'a mut dyn Records>,
+    records: Option<&'a mut dyn EntryReader>,
     /// Numbered by position; what was removed from the tree stays until the end.
     nodes: Vec<Node>,
     folders: Vec<Folder>,
     table: NameTable,
     inodes: Vec<PlannedFile>,
     links: Vec<LinkSource>,
-    /// Names that no record has, each after its length.
+    /// Names that are not in a record, each after its length.
     names: Vec<u8>,
     /// One inode for all titles of one blob.
     blobs: HashMap<(Digest, Permissions), u32>,
-    /// Of the links that were followed last, by layer and place in its index.
+    /// A cache of the targets of links that were followed.
     targets: Vec<(LinkPlace, Arc<[u8]>)>,
-    /// The folder whose path was needed last, and that path.
+    /// The folder whose path was computed last, with that path.
     last_path: (u32, Vec<u8>),
     input: Input,
     entries: u64,
     metadata_bytes: u64,
     link_steps: u64,
-    /// Bytes that nodes and folders hold beside themselves.
+    /// Bytes on the heap that nodes and folders own.
     held_bytes: u64,
-    /// Names that will be planned, or may be.
+    /// Names that may be part of the plan.
     shown: u64,
 }
 
@@ -99,38 +100,38 @@ struct Input {
 struct Node {
     hash: NameHash,
     name: NameRef,
-    /// The folder that it is in, by its number in [`Merger::folders`].
+    /// Its folder, by the number in [`Merger::folders`].
     parent: u32,
-    /// The next one in that folder.
+    /// The next node of that folder.
     next: u32,
     kind: NodeKind,
-    /// The layer that made it what it is; of a file or link the one whose record has its name.
+    /// The layer that made or changed it. For a file or link, the record with its name is there.
     layer: u32,
     name_bytes: u8,
     /// Whether it is a blob with a title.
     is_title: bool,
-    /// Whether it is selected. Of a folder its own record says so.
+    /// True if it is selected; meaningless for a folder, see [`Folder`].
     is_shown: bool,
-    /// Whether it is in the list of its folder.
+    /// True if it is in the list of its folder.
     is_listed: bool,
 }
 
 #[derive(Clone, Copy)]
 enum NodeKind {
-    /// Hidden by a higher layer.
+    /// Hidden or removed by a higher layer.
     Removed,
-    /// By its number in [`Merger::folders`]: a folder that takes the place of another is a new one.
+    /// A folder, by its number in [`Merger::folders`], which is never reused.
     Directory(u32),
-    /// By its inode.
+    /// A file, by its number in [`Merger::inodes`].
     File(u32),
-    /// As the record describes it that has its name.
+    /// A symbolic link that the record with its name describes.
     OwnLink,
-    /// By its number in [`Merger::links`].
+    /// A symbolic link, by its number in [`Merger::links`].
     Link(u32),
 }
 
-/// What comes to a name.
-enum Incoming {
+/// A node that is about to be inserted.
+enum NewNode {
     Directory(Metadata),
     File(u32),
     OwnLink,
@@ -139,17 +140,17 @@ enum Incoming {
 
 struct Folder {
     metadata: Metadata,
-    /// The node that has its name.
+    /// The node of the folder.
     node: u32,
     first: u32,
     last: u32,
-    /// How many of its nodes are not removed.
+    /// Number of its nodes that are not removed.
     live: u32,
     /// The last layer that has hidden all that lower layers have here.
     swept: Option<u32>,
-    /// Whether it is selected, or a folder above it is.
+    /// True if it or a folder above it is selected.
     is_selected: bool,
-    /// Whether it is excluded, or a folder above it is.
+    /// True if it or a folder above it is excluded.
     is_excluded: bool,
 }
 
@@ -161,14 +162,14 @@ struct Place {
     path_bytes: usize,
 }
 
-/// The layer of a symbolic link's record, and its offset in the layer's index.
+/// The place of a symbolic link's record: the layer, and the offset in its index.
 type LinkPlace = (u32, u64);
 
 /// Names of a path that nothing is at, outermost first.
 type MissingNames = Vec<Box<[u8]>>;
 
 impl<'a> Merger<'a> {
-    /// An empty tree, of which a volume with this selection shows a part.
+    /// Creates an empty tree, of which the plan will have the selected part.
     #[must_use]
     pub fn new(limits: &'a Limits, selection: &'a Selection) -> Self {
         let root = Node {
@@ -207,23 +208,23 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Refuses what would take more bytes of memory, by [`UnpackError::Memory`].
+    /// Sets the bytes of memory after which merging fails with [`UnpackError::Memory`].
     #[must_use]
     pub fn within(self, allowance: u64) -> Self {
         Self { allowance, ..self }
     }
 
-    /// Where recorded entries are read again.
+    /// Sets the reader of recorded entries.
     #[must_use]
-    pub fn reading(self, records: &'a mut dyn Records) -> Self {
+    pub fn reading(self, records: &'a mut dyn EntryReader) -> Self {
         Self { records: Some(records), ..self }
     }
 
-    /// Bytes of memory that a tree of so many entries takes while it is merged, if it has few
+    /// Returns the bytes of memory that merging a tree of so many entries takes, if it has few
     /// folders.
     #[must_use]
     pub fn estimate(entries: u64, selection: &Selection) -> u64 {
-        /// Room for a few folders.
+        /// Bytes for a few folders.
         const LEAST: u64 = 64 << 10;
         let of_name = size_of::<Node>() + 3 * size_of::<u32>();
         let of_file = size_of::<PlannedFile>() + size_of::<u32>();
@@ -259,8 +260,8 @@ impl<'a> Merger<'a> {
             inodes.push(PlannedFile { size, links: 0, layer: OF_A_BLOB, data: blob });
             number(inodes.len() - 1)
         });
-        let name = Name { text: name, record: None, is_title: true };
-        self.insert(path, place, &name, Incoming::File(inode))?;
+        let name = NodeName { text: name, record: None, is_title: true };
+        self.insert(path, place, &name, NewNode::File(inode))?;
         self.check_memory()
     }
 
@@ -274,8 +275,8 @@ impl<'a> Merger<'a> {
         self.add(entry, None)
     }
 
-    /// Adds an entry of the archive that was started last, which can be read again at this offset
-    /// of its layer's index: then neither its name nor a link's target is held in memory.
+    /// Adds an entry of the archive that was started last, which has a record at this offset of its
+    /// layer's index. Neither its name nor a link's target is held in memory.
     pub fn recorded(&mut self, entry: &Entry, offset: u64) -> Result<(), UnpackError> {
         self.add(entry, Some(offset))
     }
@@ -309,19 +310,19 @@ impl<'a> Merger<'a> {
             return self.check_memory();
         }
         let place = self.make_folder(path, &folder)?;
-        let name = Name { text: name, record, is_title: false };
+        let name = NodeName { text: name, record, is_title: false };
         let incoming = match &entry.kind {
-            EntryKind::Directory => Incoming::Directory(entry.metadata.clone()),
+            EntryKind::Directory => NewNode::Directory(entry.metadata.clone()),
             &EntryKind::File { size, data, checksum: _ } => {
                 self.inodes.push(PlannedFile { size, links: 0, layer, data });
-                Incoming::File(number(self.inodes.len() - 1))
+                NewNode::File(number(self.inodes.len() - 1))
             }
-            EntryKind::SymbolicLink { .. } if record.is_some() => Incoming::OwnLink,
+            EntryKind::SymbolicLink { .. } if record.is_some() => NewNode::OwnLink,
             EntryKind::SymbolicLink { target } => {
                 self.held_bytes += (target.len() + size_of::<(Box<[u8]>, Metadata)>()) as u64;
                 let link = LinkSource::Held(Box::new((target.clone(), entry.metadata.clone())));
                 self.links.push(link);
-                Incoming::Link(number(self.links.len() - 1))
+                NewNode::Link(number(self.links.len() - 1))
             }
             EntryKind::HardLink { target } => self.linked(path, target)?,
             EntryKind::Whiteout => {
@@ -389,7 +390,7 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// Bytes of memory that merging so far and a plan of it take.
+    /// Returns the bytes of memory that merging so far and a plan of it take.
     fn memory_bytes(&self) -> u64 {
         let of = |count: usize, size: usize| count as u64 * size as u64;
         of(self.nodes.len(), size_of::<Node>())
@@ -403,13 +404,13 @@ impl<'a> Merger<'a> {
             + self.held_bytes
     }
 
-    /// Puts something at a name, where something else may be. Returns its node.
+    /// Inserts a node, or replaces the one that has the name. Returns its number.
     fn insert(
         &mut self,
         path: &RelativePath,
         place: Place,
-        name: &Name<'_>,
-        incoming: Incoming,
+        name: &NodeName<'_>,
+        incoming: NewNode,
     ) -> Result<u32, UnpackError> {
         self.check_place(path, place, name.text)?;
         let NodeKind::Directory(parent) = self.nodes[place.node as usize].kind else {
@@ -429,18 +430,18 @@ impl<'a> Merger<'a> {
                 other: layer as usize,
             });
         }
-        let is_folder = matches!(incoming, Incoming::Directory(_));
+        let is_folder = matches!(incoming, NewNode::Directory(_));
         let found = self.selected(parent, name.text);
         let index = existing.unwrap_or(number(self.nodes.len()));
         let old = existing.map_or(NodeKind::Removed, |old| self.nodes[old as usize].kind);
         let kind = match (old, incoming) {
-            (NodeKind::Directory(folder), Incoming::Directory(metadata)) => {
+            (NodeKind::Directory(folder), NewNode::Directory(metadata)) => {
                 self.held_bytes += metadata.extended_attributes.memory() as u64;
                 self.folders[folder as usize].metadata = metadata;
                 self.nodes[index as usize].layer = layer;
                 return Ok(index);
             }
-            (_, Incoming::Directory(metadata)) => {
+            (_, NewNode::Directory(metadata)) => {
                 self.held_bytes += metadata.extended_attributes.memory() as u64;
                 let folder = Folder {
                     metadata,
@@ -451,15 +452,15 @@ impl<'a> Merger<'a> {
                 self.folders.push(folder);
                 NodeKind::Directory(number(self.folders.len() - 1))
             }
-            (_, Incoming::File(inode)) => NodeKind::File(inode),
-            (_, Incoming::OwnLink) => NodeKind::OwnLink,
-            (_, Incoming::Link(link)) => NodeKind::Link(link),
+            (_, NewNode::File(inode)) => NodeKind::File(inode),
+            (_, NewNode::OwnLink) => NodeKind::OwnLink,
+            (_, NewNode::Link(link)) => NodeKind::Link(link),
         };
         let is_shown = !found.excluded && (found.included || is_folder);
         self.shown += u64::from(is_shown);
         let reference = match name.record.filter(|_| !is_folder) {
             Some(offset) => NameRef::recorded_at(offset),
-            // What is not planned needs no name: its hash tells it from others.
+            // A name that is never shown is not held: its hash identifies it.
             None if !is_shown => NameRef::held_at(0),
             None => self.hold_name(name.text)?,
         };
@@ -492,7 +493,7 @@ impl<'a> Merger<'a> {
         Ok(index)
     }
 
-    /// Keeps a name in memory.
+    /// Copies a name into memory.
     fn hold_name(&mut self, name: &[u8]) -> Result<NameRef, UnpackError> {
         let too_long = || UnpackError::TooMuchMetadata { limit: self.limits.metadata_bytes };
         let length = u8::try_from(name.len()).map_err(|_| too_long())?;
@@ -502,7 +503,7 @@ impl<'a> Merger<'a> {
         Ok(reference)
     }
 
-    /// Lists a node as the last one of its folder.
+    /// Appends a node to the list of its folder.
     fn append(&mut self, folder: u32, node: u32) {
         let folder = &mut self.folders[folder as usize];
         self.nodes[node as usize].next = NONE;
@@ -513,14 +514,14 @@ impl<'a> Merger<'a> {
         folder.last = node;
     }
 
-    /// Hides a node; it stays in its folder's list.
+    /// Hides a node, which stays in the list of its folder.
     fn remove(&mut self, node: u32) {
         let node = &mut self.nodes[node as usize];
         node.kind = NodeKind::Removed;
         self.folders[node.parent as usize].live -= 1;
     }
 
-    /// Whether a name in a folder is selected, by itself or by a folder above it.
+    /// Matches a name in a folder with the selection, and with what is known of the folder.
     fn selected(&mut self, folder: u32, name: &[u8]) -> Match {
         if self.is_everything {
             return Match { included: true, excluded: false };
@@ -559,7 +560,7 @@ impl<'a> Merger<'a> {
         &mut self,
         path: &RelativePath,
         target: &RelativePath,
-    ) -> Result<Incoming, UnpackError> {
+    ) -> Result<NewNode, UnpackError> {
         let layer = self.input.layer as usize;
         let found = match target.split() {
             Some((folder, name)) => {
@@ -576,11 +577,11 @@ impl<'a> Merger<'a> {
             (NodeKind::Directory(_), _) => {
                 Err(UnpackError::HardLinkToFolder { path, layer, target })
             }
-            (NodeKind::File(inode), _) => Ok(Incoming::File(inode)),
-            (NodeKind::Link(link), _) => Ok(Incoming::Link(link)),
+            (NodeKind::File(inode), _) => Ok(NewNode::File(inode)),
+            (NodeKind::Link(link), _) => Ok(NewNode::Link(link)),
             (NodeKind::OwnLink, Some(offset)) => {
                 self.links.push(LinkSource::Recorded { layer: found.layer, offset });
-                Ok(Incoming::Link(number(self.links.len() - 1)))
+                Ok(NewNode::Link(number(self.links.len() - 1)))
             }
             (NodeKind::OwnLink | NodeKind::Removed, _) => {
                 Err(UnpackError::HardLinkMissing { path, layer, target })
@@ -601,8 +602,8 @@ impl<'a> Merger<'a> {
             }
             self.count()?;
             self.count_metadata(FOLDER_BYTES.saturating_add(name.len() as u64))?;
-            let made = Name { text: &name, record: None, is_title: false };
-            let implied = Incoming::Directory(Metadata::of_implied_folder());
+            let made = NodeName { text: &name, record: None, is_title: false };
+            let implied = NewNode::Directory(Metadata::of_implied_folder());
             place = place.below(self.insert(entry, place, &made, implied)?, &name);
         }
         match self.nodes[place.node as usize].kind {
@@ -677,7 +678,7 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// The target of a symbolic link, from its record where that has it.
+    /// Returns the target of a symbolic link, which is read from its record if it is not held.
     fn target(&mut self, node: u32) -> Result<Arc<[u8]>, UnpackError> {
         let node = &self.nodes[node as usize];
         let link = match node.kind {
@@ -801,10 +802,10 @@ impl<'a> Merger<'a> {
     }
 }
 
-/// A name that something comes to.
-struct Name<'a> {
+/// The name of a node that is about to be inserted.
+struct NodeName<'a> {
     text: &'a [u8],
-    /// The offset of the record that has it.
+    /// The offset of the record that has the name.
     record: Option<u64>,
     is_title: bool,
 }

@@ -1,8 +1,8 @@
 //! A tree as a list of what to make, complete and in order.
 //!
-//! A plan of a million names fits into a hundred mebibytes: the names of files and symbolic links,
-//! and all that is shown of a symbolic link, stay in the indexes of the layers, and are read
-//! there again when the tree is made ([`Records`]).
+//! A plan of a million names fits into a hundred mebibytes. The names of files and symbolic links, and
+//! the targets and metadata of links, stay in the indexes of the layers. They are read there again
+//! when the tree is made ([`EntryReader`]).
 
 use std::borrow::Cow;
 use std::io;
@@ -16,19 +16,19 @@ use crate::oci::Digest;
 pub struct TreePlan {
     /// The root folder.
     pub root: Metadata,
-    /// Everything else, parents before children, all of a folder together.
+    /// All other names, parents before children, those of a folder in a row.
     pub nodes: Vec<PlannedNode>,
-    /// What [`PlannedKind::File`] points at.
+    /// Files that [`PlannedKind::File`] points at.
     pub files: Vec<PlannedFile>,
     /// Sums.
     pub totals: TreeTotals,
     /// Folders below the root, in their order in `nodes`.
     pub(super) folders: Vec<Metadata>,
-    /// Symbolic links that are not shown as their own record has them.
+    /// Symbolic links that the node's own record does not describe.
     pub(super) links: Vec<LinkSource>,
     /// Blobs that are files.
     pub(super) blobs: Vec<(Digest, Permissions)>,
-    /// Names that no record has, each after its length.
+    /// Names that are not in a record, each after its length.
     pub(super) names: Vec<u8>,
 }
 
@@ -39,14 +39,14 @@ pub struct PlannedNode {
     pub parent: Option<u32>,
     /// What it is.
     pub kind: PlannedKind,
-    /// Bytes of its name.
+    /// Length of its name in bytes.
     pub name_bytes: u8,
-    /// The layer whose record has its name.
+    /// The layer of the record that has its name.
     pub(super) layer: u32,
     pub(super) name: NameRef,
 }
 
-/// What a name in the tree is.
+/// The type of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlannedKind {
     /// A folder.
@@ -65,15 +65,14 @@ pub struct FolderNumber(pub(super) u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkNumber(pub(super) u32);
 
-/// The link that the node's own record describes.
+/// Stands for the link that the node's own record describes.
 pub(super) const OWN_RECORD: u32 = u32::MAX;
 
-/// Where a name is kept: at an offset of the plan's own names, or in a record at an offset of a
-/// layer's index.
+/// The place of a name: an offset in the plan's own names, or that of a record in a layer's index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NameRef(u64);
 
-/// Where a symbolic link is described.
+/// The target and metadata of a symbolic link, or the place of the record that has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum LinkSource {
     Held(Box<(Box<[u8]>, Metadata)>),
@@ -89,7 +88,7 @@ pub struct PlannedFile {
     pub links: u32,
     /// The layer's number in the manifest; [`OF_A_BLOB`] for a file that is a blob.
     pub(super) layer: u32,
-    /// What the sink called it, or the blob's number in the plan.
+    /// The sink's number of the file, or the blob's number in the plan.
     pub(super) data: u32,
 }
 
@@ -131,44 +130,44 @@ pub struct TreeTotals {
 }
 
 /// Reads entries of layers again that were merged before.
-pub trait Records {
-    /// The entry at an offset of a layer's index.
+pub trait EntryReader {
+    /// Reads the entry at an offset of a layer's index.
     fn read(&mut self, layer: u32, offset: u64) -> io::Result<Entry>;
 }
 
 /// The records of a plan that holds all names itself.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct NoRecords;
+pub struct NoEntries;
 
 /// A file or symbolic link of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Leaf<'a> {
-    /// Neither empty nor with a `/`, neither `.` nor `..`.
+pub struct PlannedLeaf<'a> {
+    /// A name that is not empty, has no `/`, and is neither `.` nor `..`.
     pub name: Cow<'a, [u8]>,
-    /// Target and metadata of a symbolic link.
+    /// Target and metadata of a symbolic link; none for a file.
     pub link: Option<(Cow<'a, [u8]>, Cow<'a, Metadata>)>,
 }
 
-impl Records for NoRecords {
+impl EntryReader for NoEntries {
     fn read(&mut self, _: u32, _: u64) -> io::Result<Entry> {
         Err(io::ErrorKind::NotFound.into())
     }
 }
 
 impl TreePlan {
-    /// The metadata of a folder.
+    /// Returns the metadata of a folder.
     #[must_use]
     pub fn folder(&self, number: FolderNumber) -> &Metadata {
         &self.folders[number.0 as usize]
     }
 
-    /// The name of a folder; of a leaf only where the plan holds it.
+    /// Returns the name of a folder, or of a leaf whose name is not in a record.
     #[must_use]
     pub fn held_name(&self, node: &PlannedNode) -> &[u8] {
         node.name.held(&self.names).unwrap_or_default()
     }
 
-    /// Where the content of a file is.
+    /// Returns the place of a file's content.
     #[must_use]
     pub fn source(&self, file: u32) -> Source {
         let PlannedFile { layer, data, .. } = self.files[file as usize];
@@ -179,7 +178,7 @@ impl TreePlan {
         Source::Blob { digest, permissions }
     }
 
-    /// Bytes of memory that it takes.
+    /// Returns the bytes of memory that the plan takes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         let of_links: usize = self
@@ -200,12 +199,16 @@ impl TreePlan {
         (bytes + self.names.len() + of_links + of_folders) as u64
     }
 
-    /// The name of a file or symbolic link, and what the link shows. Their records are read again.
+    /// Reads the name of a file or symbolic link, and the link's target and metadata, from its record.
     ///
     /// # Errors
     ///
     /// Those of reading; [`io::ErrorKind::InvalidData`] where a record is not what was planned.
-    pub fn leaf(&self, node: &PlannedNode, records: &mut dyn Records) -> io::Result<Leaf<'_>> {
+    pub fn leaf(
+        &self,
+        node: &PlannedNode,
+        records: &mut dyn EntryReader,
+    ) -> io::Result<PlannedLeaf<'_>> {
         let (name, own) = match node.name.0 {
             recorded if recorded & NameRef::RECORDED != 0 => {
                 let entry = records.read(node.layer, recorded & !NameRef::RECORDED)?;
@@ -231,7 +234,7 @@ impl TreePlan {
                 })
             }
         };
-        Ok(Leaf { name, link })
+        Ok(PlannedLeaf { name, link })
     }
 }
 
@@ -253,12 +256,12 @@ impl NameRef {
         Self(offset | Self::RECORDED)
     }
 
-    /// The offset of the record that has it.
+    /// Returns the offset of the record that has the name.
     pub(super) fn record(self) -> Option<u64> {
         (self.0 & Self::RECORDED != 0).then_some(self.0 & !Self::RECORDED)
     }
 
-    /// The name, where it is among these.
+    /// Returns the name if it is one of these.
     pub(super) fn held(self, names: &[u8]) -> Option<&[u8]> {
         if self.record().is_some() {
             return None;

@@ -112,8 +112,8 @@ fn a_clock_that_was_set_back_makes_nothing_immortal() {
     assert_eq!(victims(&facts.plan(bytes(1))).first(), Some(&&tree(0)));
 }
 
-/// A manifest of 5 bytes that is linked by a tree, an index that it was chosen from, and a document
-/// that leads nowhere.
+/// Three documents of 5 bytes: a manifest that a tree links, the index that it was chosen from, and
+/// one that nothing refers to.
 fn with_documents() -> (Facts, [ObjectName; 3]) {
     let mut facts = facts(&[100]);
     let documents = [1, 2, 3].map(|number| ObjectName::document(manifest(number)));

@@ -67,7 +67,7 @@ proptest! {
                     handles.push(ledger.open(digest(blob), RegistryId(host.into())));
                 }
                 Step::Write(which, bytes) if !handles.is_empty() => {
-                    handles[which % handles.len()].has(bytes);
+                    handles[which % handles.len()].set_bytes(bytes);
                 }
                 Step::Close(which) if !handles.is_empty() => {
                     handles.swap_remove(which % handles.len());
@@ -75,7 +75,7 @@ proptest! {
                 Step::Release(_) | Step::Write(..) | Step::Close(_) => {}
             }
             let state = ledger.lock();
-            let sum = state.blobs.values().fold(Totals::default(), |sum, blob| sum.plus(blob.totals()));
+            let sum = state.blobs.values().fold(SpaceTotals::default(), |sum, blob| sum.plus(blob.totals()));
             prop_assert_eq!(state.totals, sum);
             let idle: usize = state.idle.values().map(BTreeSet::len).sum();
             prop_assert_eq!(state.idle_count, idle);
@@ -86,7 +86,7 @@ proptest! {
         }
         let state = ledger.lock();
         prop_assert!(state.blobs.is_empty(), "nothing was written, and nothing is left");
-        prop_assert_eq!(state.totals, Totals::default());
+        prop_assert_eq!(state.totals, SpaceTotals::default());
     }
 }
 
@@ -97,17 +97,17 @@ fn what_is_downloaded_of_a_claim_is_outstanding_no_more() {
     let claim = |blob| Claim { blob, bytes: 1000, inodes: 3 };
     ledger.lock().claim(&[claim(other)]);
     let open = ledger.open(other, RegistryId::of("r.io"));
-    open.has(400);
+    open.set_bytes(400);
     let nothing = HashSet::new();
-    let sums = ledger.lock().sums(&[claim(mine), claim(mine)], &nothing);
+    let sums = ledger.lock().demand(&[claim(mine), claim(mine)], &nothing);
     assert_eq!(sums.needed, Goal { bytes: 1000, inodes: 3 }, "a blob counts once");
     assert_eq!(sums.others, Goal { bytes: 600, inodes: 3 });
     assert_eq!(sums.quota, 2000);
     // Joining what is claimed needs nothing more.
-    let sums = ledger.lock().sums(&[claim(other)], &nothing);
+    let sums = ledger.lock().demand(&[claim(other)], &nothing);
     assert!(sums.needed.is_nothing());
     // What is written in full was part of the quota before.
-    let sums = ledger.lock().sums(&[claim(mine)], &HashSet::from([other]));
+    let sums = ledger.lock().demand(&[claim(mine)], &HashSet::from([other]));
     assert!(sums.others.is_nothing());
     assert_eq!(sums.quota, 1000);
 }
@@ -120,7 +120,7 @@ fn the_oldest_idle_downloads_of_a_registry_go_beyond_its_bound() {
     let in_use = put(&ledger, digest(0), "r.io", b"in use");
     let open = ledger.open(digest(0), RegistryId::of("r.io"));
     let other = put(&ledger, digest(1), "other.io", b"of another registry");
-    ledger.added(digest(1), RegistryId::of("other.io"));
+    ledger.refresh(digest(1), RegistryId::of("other.io"));
     let mut paths = Vec::new();
     for (number, blob) in blobs.iter().enumerate() {
         let path = put(&ledger, *blob, "r.io", b"broken off");

@@ -1,9 +1,8 @@
 //! Reads files to their end, at a pace, and hashes them.
 //!
 //! A pod's process may hold a write lease on a file that its volume shows (fcntl(2), `F_SETLEASE`). An open that does
-//! not wait then fails with EAGAIN, each time where the holder takes the lease anew in between. An open that waits gets
-//! the file after `fs.lease-break-time` at most: the kernel gives no write lease on a file that another process is about
-//! to read.
+//! not wait then fails with EAGAIN, also later if the holder takes the lease again. An open that waits gets the file after
+//! `fs.lease-break-time` at most: the kernel grants no write lease on a file that another process is about to read.
 
 use std::fmt;
 use std::fs::File;
@@ -30,20 +29,20 @@ const PIECE: usize = 1 << 20;
 /// What reads that pass the page cache are aligned to, on any disk.
 const ALIGNMENT: usize = 4096;
 
-/// So many leased files are waited for at once, each by a thread that does nothing else.
+/// FileLeased files that are waited for at once, each by a thread of its own.
 pub(super) const LEASED_AT_ONCE: usize = 128;
-/// The stack of such a thread.
+/// Stack size of such a thread in bytes.
 const STACK: usize = 64 << 10;
-/// So often leases are waited for in one object which no pod waits for: of more files the next turn reads more.
+/// Waits for leases in one object that no pod waits for. Its remaining files are read in the next turn.
 const WAITS: u32 = 8;
-/// A lease that its holder may keep for longer is not waited for. The kernel's default is 45 s, 0 is for ever.
+/// Seconds of the longest lease break time that is waited for. The kernel's default is 45; 0 means no end.
 const LONGEST_BREAK: u64 = 120;
 const BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
 
-/// A file that cannot be read for the leases on it.
+/// The error of a file that cannot be read because of leases on it.
 #[derive(Debug, thiserror::Error)]
 #[error("a process holds a lease on it")]
-pub(super) struct Leased;
+pub(super) struct FileLeased;
 
 /// How fast content is read back, and whether past the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +63,7 @@ pub struct Reader {
     stop: Arc<AtomicBool>,
     arrived: Box<dyn Fn(u64) + Send>,
     waits: Box<dyn FnMut() + Send>,
-    /// How often it may still wait for leases in this object.
+    /// Number of further waits for leases in this object.
     waits_left: u32,
     buffer: Vec<u8>,
 }
@@ -103,23 +102,23 @@ impl Reader {
         Self { arrived: Box::new(arrived), ..self }
     }
 
-    /// Calls `waits` before it waits for leases or memory: what others need as well is to be given back.
+    /// Calls `waits` before waiting for leases or memory, so that shared resources can be released first.
     #[must_use]
     pub fn before_waiting(self, waits: impl FnMut() + Send + 'static) -> Self {
         Self { waits: Box::new(waits), ..self }
     }
 
-    /// Says that the reading is about to wait.
+    /// Announces that the reading is about to wait.
     pub fn is_about_to_wait(&mut self) {
         (self.waits)();
     }
 
-    /// Begins with another object.
+    /// Resets the number of waits for the next object.
     pub(super) fn begin(&mut self) {
         self.waits_left = WAITS;
     }
 
-    /// Opens a file to be read back, and waits for leases on it.
+    /// Opens a file to be read back. Waits for leases on it.
     pub(super) fn open(&mut self, path: &Path) -> io::Result<File> {
         match open(path) {
             Err(error) if is_leased(&error) => {
@@ -134,14 +133,14 @@ impl Reader {
     ///
     /// # Errors
     ///
-    /// [`Leased`] where it has waited often enough, or where leases last too long.
+    /// [`FileLeased`] after too many waits, or where leases last too long.
     pub(super) fn open_leased<P: AsRef<Path> + Sync>(
         &mut self,
         paths: &[P],
     ) -> io::Result<Vec<io::Result<File>>> {
         let is_urgent = self.pace == ReadPace::Urgent;
         if !is_urgent && self.waits_left == 0 || !do_leases_end() {
-            return Err(io::Error::other(Leased));
+            return Err(io::Error::other(FileLeased));
         }
         self.waits_left = self.waits_left.saturating_sub(1);
         self.is_about_to_wait();
@@ -149,7 +148,7 @@ impl Reader {
         Ok(thread::scope(|scope| {
             let open = |path| {
                 let thread = thread::Builder::new().name("lease".to_owned()).stack_size(STACK);
-                // Without a thread it takes longer.
+                // Where no thread can be started, files are waited for one after the other.
                 thread
                     .spawn_scoped(scope, move || open_waiting(path))
                     .map_err(|_| open_waiting(path))
@@ -239,7 +238,7 @@ impl Reader {
     }
 }
 
-/// Opens a file to be read back; whatever else lies there is refused. Fails with EAGAIN where another process holds a
+/// Opens a regular file to be read back; anything else is refused. Fails with EAGAIN where another process holds a
 /// write lease on it.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -247,8 +246,7 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
     if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("it is not a file")) }
 }
 
-/// Opens a file, and waits for a write lease on it to end. Nothing but regular files is opened: others may be waited for
-/// without an end.
+/// Opens a regular file, and waits for a write lease on it to end. Anything else is refused: the wait might never end.
 fn open_waiting(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let found = File::from(nix::fcntl::open(path, flags, Mode::empty())?);
@@ -260,16 +258,16 @@ fn open_waiting(path: &Path) -> io::Result<File> {
     Ok(File::from(nix::fcntl::open(&path, flags, Mode::empty())?))
 }
 
-/// Opens a file that is read at once, and waits for a lease on it.
+/// Opens a file outside of a reader's count of waits. Waits for a lease on it.
 pub(super) fn open_patiently(path: &Path) -> io::Result<File> {
     match open(path) {
         Err(error) if is_leased(&error) && do_leases_end() => open_waiting(path),
-        Err(error) if is_leased(&error) => Err(io::Error::other(Leased)),
+        Err(error) if is_leased(&error) => Err(io::Error::other(FileLeased)),
         opened => opened,
     }
 }
 
-/// Returns whether the kernel ends leases, and soon.
+/// Returns whether the kernel ends leases within [`LONGEST_BREAK`].
 fn do_leases_end() -> bool {
     let text = std::fs::read_to_string(BREAK_TIME);
     let seconds = text.ok().and_then(|text| text.trim().parse().ok());
@@ -281,9 +279,9 @@ pub(super) fn is_leased(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::EAGAIN as i32)
 }
 
-/// Returns whether a reading ended for leases that were waited for in vain.
+/// Returns whether a reading ended because of leases that did not end.
 pub(super) fn was_leased(error: &io::Error) -> bool {
-    matches!(error.get_ref(), Some(error) if error.is::<Leased>())
+    matches!(error.get_ref(), Some(error) if error.is::<FileLeased>())
 }
 
 /// What an error says of the content that was to be read; or the error, when it says nothing of it.

@@ -22,7 +22,7 @@ use super::inode::{Rules, other_time};
 use super::reader::{Reader, unreadable};
 use crate::store::trees::{Objects, TreeRecord};
 use crate::unpack::entry::{ExtendedAttributes, Metadata};
-use crate::unpack::merge::{Leaf, PlannedKind, PlannedNode, TreePlan};
+use crate::unpack::merge::{PlannedKind, PlannedLeaf, PlannedNode, TreePlan};
 
 /// A tree is compared with this.
 pub(super) struct Comparison<'a> {
@@ -32,18 +32,18 @@ pub(super) struct Comparison<'a> {
 }
 
 /// A folder on the way to the name at hand.
-struct Level {
+struct OpenFolder {
     /// Its number in the plan; the root has none.
     number: Option<u32>,
     /// Its path below the root.
     below: PathBuf,
     /// None when it cannot be opened: then nothing in it can be compared.
     folder: Option<File>,
-    /// Names that belong there, by hashes that cannot be foreseen: a folder may have a million.
+    /// Expected names, as keyed hashes to save memory: a folder may have a million.
     names: HashSet<u64>,
 }
 
-/// Whether an inode has the content of another: a copy has many names, and is read once.
+/// Results of comparisons by the two inodes, since a copy has many names and is read once.
 type Compared = HashMap<(u64, u64), bool>;
 
 const OPEN_FOLDER: OFlag =
@@ -60,7 +60,7 @@ impl Comparison<'_> {
         let opened = nix::fcntl::open(root, OPEN_FOLDER, Mode::empty());
         let folder = self.folder(opened, PathBuf::new(), &self.plan.root, damage)?;
         let mut way =
-            vec![Level { number: None, below: PathBuf::new(), folder, names: HashSet::new() }];
+            vec![OpenFolder { number: None, below: PathBuf::new(), folder, names: HashSet::new() }];
         let mut compared = Compared::default();
         let mut records = self.objects.records();
         let keys = RandomState::new();
@@ -74,9 +74,9 @@ impl Comparison<'_> {
                 level.close(damage, hash)?;
             }
             let Some(level) = way.last_mut() else { break };
-            let Leaf { name: text, link } = match node.kind {
+            let PlannedLeaf { name: text, link } = match node.kind {
                 PlannedKind::Directory(_) => {
-                    Leaf { name: Cow::Borrowed(self.plan.held_name(node)), link: None }
+                    PlannedLeaf { name: Cow::Borrowed(self.plan.held_name(node)), link: None }
                 }
                 _ => match self.plan.leaf(node, &mut records) {
                     Ok(leaf) => leaf,
@@ -92,7 +92,7 @@ impl Comparison<'_> {
             let name = CString::new(&*text)?;
             level.names.insert(hash(&text));
             let Some(folder) = &level.folder else {
-                way.extend(is_folder(node).then(|| Level::lost(number, below)));
+                way.extend(is_folder(node).then(|| OpenFolder::lost(number, below)));
                 continue;
             };
             match node.kind {
@@ -101,7 +101,7 @@ impl Comparison<'_> {
                     let opened = openat(folder, name.as_c_str(), OPEN_FOLDER, Mode::empty());
                     let folder = self.folder(opened, below.clone(), metadata, damage)?;
                     let number = Some(number);
-                    way.push(Level { number, below, folder, names: HashSet::new() });
+                    way.push(OpenFolder { number, below, folder, names: HashSet::new() });
                 }
                 PlannedKind::File(file) => {
                     let wrong = self.file(folder, &name, file, reader, &mut compared)?;
@@ -233,8 +233,8 @@ impl Comparison<'_> {
     }
 }
 
-/// Compares the numbers of a record that people and volume statistics see with those of the plan.
-/// What the tree takes by itself is an estimate, which versions make in different ways.
+/// Compares the numbers of a record that users and volume statistics see with those of the plan. The
+/// disk space of the tree itself is an estimate that differs between versions.
 pub(super) fn other_numbers(
     found: &TreeRecord,
     planned: &TreeRecord,
@@ -248,7 +248,7 @@ pub(super) fn other_numbers(
     other.map(|(name, (found, expected))| format!("{name} is {found}, not {expected}"))
 }
 
-impl Level {
+impl OpenFolder {
     /// One that cannot be looked into, as the one above it cannot.
     fn lost(number: u32, below: PathBuf) -> Self {
         Self { number: Some(number), below, folder: None, names: HashSet::new() }

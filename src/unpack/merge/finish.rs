@@ -11,7 +11,7 @@ use crate::unpack::plan::{
     TreeTotals,
 };
 
-struct Planner {
+struct PlanBuilder {
     nodes: Vec<Node>,
     folders: Vec<Folder>,
     plan: TreePlan,
@@ -36,7 +36,7 @@ pub(super) fn plan(merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
         blobs,
         names,
     };
-    let mut planner = Planner { nodes, folders, plan };
+    let mut planner = PlanBuilder { nodes, folders, plan };
     planner.folder(ROOT, None);
     let mut plan = planner.plan;
     if plan.nodes.is_empty() {
@@ -47,8 +47,8 @@ pub(super) fn plan(merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
     Ok(plan)
 }
 
-impl Planner {
-    /// Plans what is in a folder.
+impl PlanBuilder {
+    /// Plans the content of a folder.
     fn folder(&mut self, folder: u32, parent: Option<u32>) {
         let mut next = self.folders[folder as usize].first;
         while next != NONE {
@@ -74,7 +74,7 @@ impl Planner {
         }
     }
 
-    /// Plans a folder and what is in it.
+    /// Plans a folder and its content.
     fn node_of_folder(&mut self, folder: u32, planned: impl Fn(PlannedKind) -> PlannedNode) {
         let this = &mut self.folders[folder as usize];
         if this.is_excluded {
@@ -87,7 +87,7 @@ impl Planner {
         let kind = PlannedKind::Directory(FolderNumber(number(of_folder)));
         self.plan.nodes.push(planned(kind));
         self.folder(folder, Some(number(index)));
-        // A folder that nothing selects is there for what is in it.
+        // A folder that is not selected itself is shown only for its content.
         if !is_selected && self.plan.nodes.len() == index + 1 {
             self.plan.nodes.pop();
             self.plan.folders.pop();
@@ -95,7 +95,7 @@ impl Planner {
     }
 }
 
-/// Leaves only files that a selected name leads to.
+/// Drops files without a selected name.
 fn drop_unlinked(plan: &mut TreePlan) {
     if plan.files.iter().all(|file| file.links > 0) {
         return;

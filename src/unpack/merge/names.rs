@@ -1,12 +1,11 @@
-//! Which node has a name in a folder: a table of numbers, and hashes in place of names.
+//! A hash table of nodes by folder and name, which holds hashes in place of names.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 
 use super::{Node, number};
 
-/// Stands for a name in a folder: of 128 bits that nobody can foresee, so that no two names that
-/// come together in a tree have the same.
+/// A keyed hash of a folder and a name. It has 128 bits, so that two names of a tree never collide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct NameHash([u64; 2]);
 
@@ -14,12 +13,12 @@ pub(super) struct NameHash([u64; 2]);
 #[derive(Debug, Default)]
 pub(super) struct NameTable {
     keys: [RandomState; 2],
-    /// Numbers of nodes, each at its hash or the next free place after it; the root stands for
-    /// none. As many as a power of two, or none.
+    /// Numbers of nodes, each at its hash or the next free slot after it. Their count is a power of
+    /// two, or zero.
     slots: Vec<u32>,
 }
 
-/// Not a node's number: the root has no name.
+/// An empty slot: the root, which has no name, is never in the table.
 const FREE: u32 = super::ROOT;
 
 impl NameTable {
@@ -27,7 +26,7 @@ impl NameTable {
         NameHash(self.keys.each_ref().map(|key| key.hash_one((folder, name))))
     }
 
-    /// The node with this name, removed or not.
+    /// Returns the node with this name, removed or not.
     pub(super) fn find(&self, nodes: &[Node], hash: NameHash) -> Option<u32> {
         if self.slots.is_empty() {
             return None;
@@ -38,9 +37,9 @@ impl NameTable {
             .find(|&node| nodes[node as usize].hash == hash)
     }
 
-    /// Adds the node of this number, whose name no other has.
+    /// Adds a node whose name is not in the table.
     pub(super) fn insert(&mut self, nodes: &[Node], node: u32) {
-        // Two thirds are in use at most: places are found after a few looks.
+        // At most two thirds of the slots are in use, so that probing is short.
         if nodes.len() * 3 > self.slots.len() * 2 {
             let larger = (nodes.len() * 2).next_power_of_two().max(64);
             self.slots = Vec::new();
@@ -58,7 +57,7 @@ impl NameTable {
         }
     }
 
-    /// All places, the one of the hash first.
+    /// Returns all slots in probing order.
     fn places(&self, hash: NameHash) -> impl Iterator<Item = usize> + use<> {
         let mask = self.slots.len() - 1;
         #[expect(clippy::cast_possible_truncation, reason = "its lowest bits are wanted")]

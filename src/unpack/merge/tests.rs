@@ -33,7 +33,7 @@ static EVERYTHING: std::sync::LazyLock<Selection> = std::sync::LazyLock::new(Sel
 /// Entries of layers that are read again, as from their indexes.
 struct Recorded<'a>(&'a [Vec<Entry>]);
 
-impl Records for Recorded<'_> {
+impl EntryReader for Recorded<'_> {
     fn read(&mut self, layer: u32, offset: u64) -> std::io::Result<Entry> {
         Ok(self.0[layer as usize][usize::try_from(offset).expect("small")].clone())
     }
@@ -65,15 +65,17 @@ fn refusal(layers: &[Tar]) -> UnpackError {
 
 /// Paths with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links, in order.
 pub(super) fn lines(plan: &TreePlan) -> Vec<String> {
-    lines_from(plan, &mut NoRecords)
+    lines_from(plan, &mut NoEntries)
 }
 
-fn lines_from(plan: &TreePlan, records: &mut dyn Records) -> Vec<String> {
+fn lines_from(plan: &TreePlan, records: &mut dyn EntryReader) -> Vec<String> {
     let mut paths: Vec<Vec<String>> = Vec::new();
     let mut lines = Vec::new();
     for node in &plan.nodes {
         let leaf = match node.kind {
-            PlannedKind::Directory(_) => Leaf { name: plan.held_name(node).into(), link: None },
+            PlannedKind::Directory(_) => {
+                PlannedLeaf { name: plan.held_name(node).into(), link: None }
+            }
             _ => plan.leaf(node, records).expect("a leaf"),
         };
         let mut path = node.parent.map(|parent| paths[parent as usize].clone()).unwrap_or_default();
