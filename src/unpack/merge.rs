@@ -43,6 +43,9 @@ const LINKS_ON_A_PATH: usize = 40;
 /// merged: images need two or three where they need any. Without it, long targets
 /// that many entries pass through would take hours.
 const LINK_STEPS_PER_ENTRY: u64 = 16;
+/// Steps that reading a target from its record counts as: it takes microseconds, and a hostile
+/// archive may defeat the cache of targets.
+const LINK_STEPS_PER_READ: u64 = 16;
 /// Targets of links that are cached: nearly all entries of an image that pass through links pass
 /// through the same few.
 const TARGETS_KEPT: usize = 32;
@@ -670,7 +673,8 @@ impl<'a> Merger<'a> {
                 way.truncate(1);
             }
             links += 1;
-            self.link_steps += (link_names.len() - before) as u64;
+            // A link to its own folder or to the root has no names, and still takes a step.
+            self.link_steps += 1 + (link_names.len() - before) as u64;
             let most = self.limits.entries.saturating_mul(LINK_STEPS_PER_ENTRY);
             if links > LINKS_ON_A_PATH || self.link_steps > most {
                 return Err(UnpackError::TooManyLinks { path, layer });
@@ -694,6 +698,7 @@ impl<'a> Merger<'a> {
         if let Some((_, target)) = self.targets.iter().find(|(of, _)| *of == (layer, offset)) {
             return Ok(Arc::clone(target));
         }
+        self.link_steps += LINK_STEPS_PER_READ;
         let records = self.records.as_mut();
         let read = records.map(|records| records.read(layer, offset)).transpose();
         let target: Arc<[u8]> = match read.map_err(UnpackError::Read)?.map(|entry| entry.kind) {

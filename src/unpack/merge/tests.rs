@@ -583,3 +583,46 @@ fn more_memory_than_allowed_is_said_before_it_is_taken() {
     let UnpackError::Memory { bytes, entries } = stopped else { panic!("{stopped:?}") };
     assert!(bytes < 80 << 10 && entries < 1000, "{bytes} bytes, {entries} entries");
 }
+
+/// Counts the entries that are read again.
+struct CountingReader<'a>(Recorded<'a>, u64);
+
+impl EntryReader for CountingReader<'_> {
+    fn read(&mut self, layer: u32, offset: u64) -> std::io::Result<Entry> {
+        self.1 += 1;
+        self.0.read(layer, offset)
+    }
+}
+
+#[test]
+fn targets_are_read_no_more_often_than_there_may_be_entries() {
+    let entry = |text: &str, kind| {
+        let metadata = Metadata::of_implied_folder();
+        Entry { path: path(text), kind, metadata }
+    };
+    // More links than are cached, each of which leads to the folder that it is in.
+    let names: Vec<_> = (0..LINKS_ON_A_PATH).map(|number| format!("l{number}")).collect();
+    let link = |name: &String| entry(name, EntryKind::SymbolicLink { target: (*b".").into() });
+    let through = names.join("/");
+    let file = |data| {
+        let kind = EntryKind::File { size: 0, data, checksum: Checksum::Xxh3(0) };
+        entry(&format!("{through}/f{data}"), kind)
+    };
+    let layers = [names.iter().map(link).collect(), (0..1000).map(file).collect::<Vec<_>>()];
+    let limits = Limits { entries: 2000, ..Limits::default() };
+    let everything = Selection::default();
+    let mut reader = CountingReader(Recorded(&layers), 0);
+    let mut merger = Merger::new(&limits, &everything).reading(&mut reader);
+    let mut merge = || -> Result<(), UnpackError> {
+        for (layer, entries) in layers.iter().enumerate() {
+            merger.archive(layer, &IMAGE);
+            for (offset, entry) in (0..).zip(entries) {
+                merger.recorded(entry, offset)?;
+            }
+        }
+        Ok(())
+    };
+    let result = merge();
+    assert!(matches!(result, Err(UnpackError::TooManyLinks { .. })), "{result:?}");
+    assert!(reader.1 <= limits.entries, "{} reads", reader.1);
+}
