@@ -1,6 +1,7 @@
 //! The last step of a merge: what is selected of the tree, in order.
 
-use super::{Folder, Merger, NONE, Node, NodeKind, ROOT, number};
+use super::nodes::{Folder, NONE, Node, NodeKind, ROOT};
+use super::{Merger, number};
 use crate::oci::Digest;
 use crate::unpack::entry::Metadata;
 use crate::unpack::error::UnpackError;

@@ -3,7 +3,8 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 
-use super::{Node, number};
+use super::nodes::{Node, ROOT};
+use super::number;
 
 /// A keyed hash of a folder and a name. It has 128 bits, so that two names of a tree never collide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub(super) struct NameTable {
 }
 
 /// An empty slot: the root, which has no name, is never in the table.
-const FREE: u32 = super::ROOT;
+const FREE: u32 = ROOT;
 
 impl NameTable {
     pub(super) fn hash(&self, folder: u32, name: &[u8]) -> NameHash {

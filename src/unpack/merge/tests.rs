@@ -3,8 +3,11 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::super::checksum::Checksum;
+use super::super::entry::FOLDER_BYTES;
 use super::super::error::Class;
+use super::super::path::PathError;
 use super::super::testing::{ARTIFACT, IMAGE, Tar};
+use super::walk::LINKS_ON_A_PATH;
 use super::*;
 
 mod oracle;
@@ -490,8 +493,7 @@ fn folders_count_as_what_they_take_of_memory() {
     }
 }
 
-/// What a plan of everything has of a selection: the paths that are selected, and the folders to
-/// them.
+/// Returns the selected lines of a plan of everything, and those of the folders that lead to them.
 fn selected_lines(whole: &[String], selection: &Selection) -> Vec<String> {
     let path_of = |line: &str| {
         let end = line.find(['=', '>']).map_or(line.len(), |end| end);
@@ -507,8 +509,8 @@ fn selected_lines(whole: &[String], selection: &Selection) -> Vec<String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whether names are held or read again, and whatever is selected: the tree is a part of the
-    /// tree that shows everything, and what is refused does not depend on the selection.
+    /// A selected tree is a part of the whole one, also where its names are read again. Refusals do not
+    /// depend on the selection.
     #[test]
     fn what_is_read_again_and_selected_is_a_part_of_the_whole(
         layers in prop::collection::vec(entries(), 1..5),
