@@ -302,11 +302,8 @@ impl LayerView {
     ///
     /// [`StoreError::Damaged`] when it is not what was written.
     pub fn entries(&self) -> Result<Entries, StoreError> {
-        let (folder, path) = self.below(Path::new("index"));
+        let (mut file, path) = self.open_index()?;
         let failed = |error| StoreError::io("read", &path, error);
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = nix::fcntl::openat(folder, &path, flags, Mode::empty());
-        let mut file = File::from(file.map_err(|error| failed(error.into()))?);
         let length = file.metadata().map_err(failed)?.len();
         let body = length.checked_sub(32).ok_or_else(|| damaged(&path, "it is cut short"))?;
         let mut hasher = sha2::Sha256::new();
@@ -338,12 +335,18 @@ impl LayerView {
 
     /// Opens the index for reading single entries.
     pub(super) fn index(&self) -> Result<IndexReader, StoreError> {
+        let (file, _) = self.open_index()?;
+        let limits = Limits { depth: 1024, ..Limits::default() };
+        Ok(IndexReader { file, limits, start: 0, window: Vec::new() })
+    }
+
+    fn open_index(&self) -> Result<(File, PathBuf), StoreError> {
         let (folder, path) = self.below(Path::new("index"));
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = nix::fcntl::openat(folder, &path, flags, Mode::empty());
-        let file = file.map_err(|error| StoreError::io("read", &path, error.into()))?;
-        let limits = Limits { depth: 1024, ..Limits::default() };
-        Ok(IndexReader { file: file.into(), limits, start: 0, window: Vec::new() })
+        match nix::fcntl::openat(folder, &path, flags, Mode::empty()) {
+            Ok(file) => Ok((file.into(), path)),
+            Err(error) => Err(StoreError::io("read", &path, error.into())),
+        }
     }
 }
 
@@ -398,9 +401,6 @@ impl IndexReader {
                 let entry = record.and_then(|record| decode(record, &self.limits));
                 return entry.ok_or_else(|| std::io::ErrorKind::InvalidData.into());
             }
-            if size > LARGEST_RECORD {
-                return Err(std::io::ErrorKind::InvalidData.into());
-            }
             self.window.resize(size, 0);
             let mut filled = 0;
             while filled < size {
@@ -410,7 +410,12 @@ impl IndexReader {
                 }
             }
             self.window.truncate(filled);
-            (self.start, size) = (offset, size * 8);
+            self.start = offset;
+            let is_all = filled < size || size == LARGEST_RECORD;
+            if is_all && delimited_record(&self.window).is_none() {
+                return Err(std::io::ErrorKind::InvalidData.into());
+            }
+            size = (size * 8).min(LARGEST_RECORD);
         }
     }
 }
@@ -768,6 +773,34 @@ mod tests {
             assert_eq!(index.read(offsets[number]).expect("an entry"), entry(number));
         }
         assert!(index.read(u64::MAX / 2).is_err());
+    }
+
+    #[test]
+    fn an_entry_of_the_largest_size_is_read_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path(), crate::store::StoreOptions::default());
+        let store = store.expect("a store");
+        let mut writer = store.write_layer(Digest::of(b"layer")).expect("a layer");
+        let limits = Limits::largest();
+        let attribute = |number: u32| {
+            let name = format!("user.{number:0250}").into_bytes();
+            (name.into(), vec![b'v'; limits.extended_attribute_bytes / 16 - 255].into())
+        };
+        let metadata = Metadata {
+            extended_attributes: (0..16).map(attribute).collect(),
+            ..Metadata::of_implied_folder()
+        };
+        let target = vec![b't'; limits.link_target_bytes].into();
+        let path = RelativePath::parse(b"link", &limits).expect("a path");
+        let entry = Entry { path, kind: EntryKind::SymbolicLink { target }, metadata };
+        writer.entry(entry.clone()).expect("an entry");
+        let key = LayerKey::new(Digest::of(b"layer"), "tar", "Readable");
+        let view = store.finish_layer(key, writer).expect("a layer");
+        let view = view.view().expect("a view");
+        let mut entries = view.entries().expect("the index");
+        assert_eq!(entries.next().expect("an entry").expect("readable"), entry);
+        let mut index = view.index().expect("the index");
+        assert_eq!(index.read(entries.offset()).expect("an entry"), entry);
     }
 
     #[test]
