@@ -332,8 +332,9 @@ impl Ledger {
         self.lock().unclaimed()
     }
 
-    /// Removes a download, unless it is claimed or open; says whether it did. Its name goes under
-    /// the lock, so that it is opened either before or not at all; its content after that.
+    /// Removes a download, unless it is claimed or open. Returns whether it was removed. The names of
+    /// the download and of its record are removed under the lock, so that they cannot be those of the
+    /// next download; the content is removed after that.
     pub(super) fn remove(&self, blob: Digest, registry: RegistryId) -> std::io::Result<bool> {
         let path = self.path(blob, registry);
         let grave = self.staging.join(durable::temporary_name());
@@ -341,18 +342,14 @@ impl Ledger {
         if state.blobs.get(&blob).is_none_or(|known| !known.is_idle()) {
             return Ok(false);
         }
-        let renamed = std::fs::rename(&path, &grave);
-        match &renamed {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {}
-            _ => state.update(blob, |blob| blob.set(registry, None)),
-        }
-        drop(state);
-        let is_here = match renamed {
+        let is_here = match std::fs::rename(&path, &grave) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
             renamed => renamed.map(|()| true)?,
         };
-        // Without its download it says nothing. What stays in staging the next start sweeps.
+        // A record without its download is removed at the next start.
         let _ = std::fs::remove_file(record_of(&path));
+        state.update(blob, |blob| blob.set(registry, None));
+        drop(state);
         if is_here {
             std::fs::remove_file(&grave)?;
         }

@@ -158,3 +158,34 @@ fn what_is_claimed_or_open_is_not_removed() {
     assert!(!path.exists());
     assert_eq!(ledger.unclaimed(), Goal::default());
 }
+
+#[test]
+fn a_removal_leaves_the_record_of_the_next_download() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let (_root, ledger) = ledger();
+    let (blob, registry) = (digest(1), RegistryId::of("r.io"));
+    let path = ledger.path(blob, registry);
+    let (ended, mut lost) = (AtomicBool::new(false), 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                let _ = ledger.remove(blob, registry);
+            }
+        });
+        for _ in 0..500 {
+            let open = ledger.open(blob, registry);
+            fs::write(&path, "content").expect("a download");
+            fs::write(record_of(&path), "[]").expect("a record");
+            for _ in 0..20 {
+                std::thread::yield_now();
+            }
+            lost += u32::from(!record_of(&path).exists());
+            drop(open);
+            while path.exists() {
+                std::hint::spin_loop();
+            }
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(lost, 0, "an open download has its record");
+}
