@@ -48,16 +48,20 @@ impl Store {
         debug_assert_eq!(Digest::of(content), digest, "only verified content gets a name");
         let lease = self.hold_blob(digest);
         let path = self.blob_path(digest);
-        // A damaged document is replaced.
+        let (name, entry) =
+            (ObjectName::document(digest), self.units().document(content.len() as u64));
         if std::fs::read(&path).is_ok_and(|kept| kept == content) {
+            // An earlier call may have failed between the rename and here.
+            self.catalog().add(name, entry);
             self.blob_is_used(digest)?;
             return Ok(lease);
         }
-        let entry = self.units().document(content.len() as u64);
         let claim = Claim { blob: digest, bytes: entry.bytes, inodes: entry.inodes };
         let _space = self.reserve(&[claim])?;
         durable::write(&self.staging(), &path, content)?;
-        self.catalog().add(ObjectName::document(digest), entry);
+        // A damaged document, which this one replaces, may have had another size.
+        self.catalog().remove_document(&name);
+        self.catalog().add(name, entry);
         Ok(lease)
     }
 

@@ -727,3 +727,34 @@ fn a_blob_that_is_kept_again_is_young_and_whole() {
     store.sweep_records(Now::read()).expect("swept");
     assert!(path.exists(), "a pull that is under way has kept it just now");
 }
+
+#[test]
+fn a_document_whose_name_is_older_than_its_entry_is_counted_and_evicted() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
+    let store = Store::open(folder.path(), options).expect("a store");
+    let before = store.usage().expect("known");
+    let content = vec![b'm'; 100_000];
+    let digest = Digest::of(&content);
+    // Its folder could not be synced after the rename, so that it was not added.
+    std::fs::write(store.blob_path(digest), &content).expect("written");
+    drop(store.put_blob(digest, &content).expect("kept"));
+    assert!(store.usage().expect("known").bytes >= before.bytes + 100_000);
+    store.collect(&gc::Want::AtMost(0)).expect("collected");
+    assert!(!store.blob_path(digest).exists());
+}
+
+#[test]
+fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
+    let (folder, store) = store();
+    let content = vec![b'm'; 100_000];
+    let digest = Digest::of(&content);
+    drop(store.put_blob(digest, &content).expect("kept"));
+    let whole = store.usage().expect("known");
+    std::fs::write(store.blob_path(digest), "").expect("truncated");
+    drop(store);
+    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    assert!(store.usage().expect("known").bytes < whole.bytes);
+    drop(store.put_blob(digest, &content).expect("kept"));
+    assert_eq!(store.usage().expect("known"), whole);
+}
