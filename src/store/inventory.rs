@@ -99,11 +99,13 @@ impl Store {
     /// Removes the folder of a key without generations, left by an interrupted removal. A commit that
     /// needs the folder at the same time makes it again.
     fn remove_empty_key(&self, folder: &Path, names: &[String]) {
-        for generation in names.iter().filter_map(|name| name.strip_suffix(".damaged")) {
+        for name in names {
             // A mark has no meaning without its generation.
-            let generation = folder.join(generation);
-            if generation.symlink_metadata().is_err() {
-                let _ = fs::remove_file(generation.with_extension("damaged"));
+            if let Some(generation) = name.strip_suffix(".damaged")
+                && generation.parse::<u32>().is_ok()
+                && folder.join(generation).symlink_metadata().is_err()
+            {
+                let _ = fs::remove_file(folder.join(name));
             }
         }
         let folders = folder

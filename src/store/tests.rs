@@ -758,3 +758,18 @@ fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
     drop(store.put_blob(digest, &content).expect("kept"));
     assert_eq!(store.usage().expect("known"), whole);
 }
+
+#[test]
+fn only_marks_of_generations_are_removed_with_the_folder_of_a_key() {
+    let (folder, store) = store();
+    drop(store);
+    let key = folder.path().join("layers").join(Digest::of(b"key").hex());
+    std::fs::create_dir(&key).expect("a folder");
+    for name in ["1", "1.damaged", "1.x.damaged", "2.damaged"] {
+        std::fs::write(key.join(name), "").expect("written");
+    }
+    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    store.load_catalog().expect("loaded");
+    assert!(key.join("1.damaged").exists() && key.join("1.x.damaged").exists());
+    assert!(!key.join("2.damaged").exists());
+}
