@@ -760,6 +760,25 @@ fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
 }
 
 #[test]
+fn names_of_a_later_version_in_objects_json_are_ignored() {
+    let (folder, store) = store();
+    let (key, stored) = file(&store, b"content", 0o444);
+    let tree = tree(&store, "file", key, &stored);
+    let links = store.links(&tree).expect("links");
+    assert_eq!(links.len(), 1);
+    let path = tree.path().join("objects.json");
+    let mut names: Vec<String> = records::read(&path).expect("names");
+    names.push("images/of-a-later-version".to_owned());
+    std::fs::write(&path, serde_json::to_vec(&names).expect("JSON")).expect("written");
+    assert_eq!(store.links(&tree).expect("links"), links);
+    // The same is true of the catalog.
+    drop((tree, stored, store));
+    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    let [(_, entry)] = &store.all_trees().expect("trees")[..] else { panic!("one tree") };
+    assert!(entry.links.contains(&links[0]));
+}
+
+#[test]
 fn only_marks_of_generations_are_removed_with_the_folder_of_a_key() {
     let (folder, store) = store();
     drop(store);

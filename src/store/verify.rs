@@ -386,11 +386,7 @@ impl Store {
 
     /// Trees that are whole, and not marked damaged.
     pub fn sound_trees(&self) -> Result<Vec<Tree>, StoreError> {
-        self.load_catalog()?;
-        let entries = self.catalog().snapshot().objects;
-        let trees = entries
-            .into_iter()
-            .filter(|(name, entry)| name.kind() == ObjectKind::Tree && !entry.damaged);
+        let trees = self.all_trees()?.into_iter().filter(|(_, entry)| !entry.damaged);
         let mut trees: Vec<_> = trees.filter_map(|(name, _)| self.named_tree(&name)).collect();
         trees.sort_by_key(|tree| (tree.key, tree.generation));
         Ok(trees)
@@ -398,27 +394,21 @@ impl Store {
 
     /// Returns the names of trees that are not marked as damaged and whose records cannot be read.
     pub fn trees_without_record(&self) -> Result<Vec<ObjectName>, StoreError> {
-        self.load_catalog()?;
-        let mut names = self.catalog().names();
-        names.retain(|(name, damaged)| {
-            name.kind() == ObjectKind::Tree && !damaged && self.named_tree(name).is_none()
-        });
-        Ok(names.into_iter().map(|(name, _)| name).collect())
+        let mut trees = self.all_trees()?;
+        trees.retain(|(name, entry)| !entry.damaged && self.named_tree(name).is_none());
+        Ok(trees.into_iter().map(|(name, _)| name).collect())
     }
 
-    /// Returns the files and layers that a tree links, from its `objects.json`.
+    /// Returns the files and layers that a tree links, from its `objects.json`. Other names in it,
+    /// such as those of a later version, are ignored.
     ///
     /// # Errors
     ///
-    /// [`StoreError::Damaged`] when that is not a list of object names.
+    /// [`StoreError::Damaged`] when that is not a list of names.
     pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
-        let path = tree.path().join("objects.json");
-        let links: Vec<String> = super::records::read_whole(&path)?;
-        let names: Option<Vec<_>> = links.iter().map(|link| ObjectName::parse(link)).collect();
-        let what = "it names something that is no object".to_owned();
-        let mut names = names.ok_or(StoreError::Damaged { path, what })?;
-        names.retain(|link| link.kind() != ObjectKind::Document);
-        Ok(names)
+        let links: Vec<String> = super::records::read_whole(&tree.path().join("objects.json"))?;
+        let names = links.iter().filter_map(|link| ObjectName::parse(link));
+        Ok(names.filter(|link| link.kind() != ObjectKind::Document).collect())
     }
 
     /// Trees that still stand over an object which was found damaged before.

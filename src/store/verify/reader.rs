@@ -29,7 +29,7 @@ const PIECE: usize = 1 << 20;
 /// What reads that pass the page cache are aligned to, on any disk.
 const ALIGNMENT: usize = 4096;
 
-/// FileLeased files that are waited for at once, each by a thread of its own.
+/// Leased files that are waited for at once, each by a thread of its own.
 pub(super) const LEASED_AT_ONCE: usize = 128;
 /// Stack size of such a thread in bytes.
 const STACK: usize = 64 << 10;
