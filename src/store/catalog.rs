@@ -47,8 +47,6 @@ struct State {
     counts: [u64; ObjectKind::ALL.len()],
     /// Trees by the manifest that they were made from.
     manifests: HashMap<Digest, HashSet<ObjectName>>,
-    /// The manifests that were chosen from an index.
-    indexes: HashMap<Digest, HashSet<Digest>>,
     /// Disk space of proofs and resolutions.
     records: Goal,
 }
@@ -102,8 +100,6 @@ pub struct Condemned {
 pub struct Snapshot {
     /// Everything that the store holds.
     pub objects: HashMap<ObjectName, Arc<Entry>>,
-    /// Indexes that the manifest of a tree was chosen from.
-    pub indexes: HashSet<ObjectName>,
     /// Objects that somebody works with.
     pub leased: HashSet<ObjectName>,
     /// Trees that records say are shown.
@@ -157,22 +153,6 @@ impl Catalog {
     /// Removes a document whose file is gone, even if it is leased.
     pub fn remove_document(&self, name: &ObjectName) {
         self.lock().forget(name);
-    }
-
-    /// Remembers that a manifest was chosen from an index: the index stays as long as a tree of the
-    /// manifest, unless space is needed.
-    pub fn chosen_from(&self, index: Digest, manifest: Digest) {
-        if index != manifest {
-            self.lock().indexes.entry(index).or_default().insert(manifest);
-        }
-    }
-
-    /// Returns whether there is a document that no tree needs.
-    #[must_use]
-    pub fn has_unlinked_documents(&self) -> bool {
-        let state = self.lock();
-        let mut documents = state.objects.keys().filter(|name| name.kind() == ObjectKind::Document);
-        documents.any(|name| !state.links.has(name))
     }
 
     /// Adds and subtracts disk space of proofs and resolutions.
@@ -290,15 +270,22 @@ impl Catalog {
     /// object once.
     #[must_use]
     pub fn space_of_manifests(&self, manifests: &HashSet<Digest>) -> Goal {
-        let trees: Vec<_> =
-            manifests.iter().flat_map(|&manifest| self.trees_of(manifest)).collect();
-        let names: HashSet<_> =
-            trees.iter().flat_map(|(name, entry)| entry.links.iter().chain([name])).collect();
-        let state = self.lock();
-        let entries = names.into_iter().filter_map(|name| state.objects.get(name));
-        entries.fold(Goal::default(), |sum, entry| {
-            sum.plus(Goal { bytes: entry.bytes, inodes: entry.inodes })
-        })
+        let (mut counted, mut space) = (HashSet::new(), Goal::default());
+        for manifest in manifests {
+            // Locked for each manifest alone, so that publishes do not wait for all of them.
+            let state = self.lock();
+            let trees = state.manifests.get(manifest).into_iter().flatten();
+            for (name, tree) in trees.filter_map(|tree| state.objects.get_key_value(tree)) {
+                for object in tree.links.iter().chain([name]) {
+                    if counted.insert(object.clone())
+                        && let Some(entry) = state.objects.get(object)
+                    {
+                        space = space.plus(entry.space());
+                    }
+                }
+            }
+        }
+        space
     }
 
     /// A pin holds a manifest from now on.
@@ -343,11 +330,7 @@ impl Catalog {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
-        let indexes = state.indexes.iter().filter(|(_, manifests)| {
-            manifests.iter().any(|manifest| state.manifests.contains_key(manifest))
-        });
         Snapshot {
-            indexes: indexes.map(|(&index, _)| ObjectName::document(index)).collect(),
             objects: state.objects.clone(),
             leased: state.leases.keys(),
             published: state.published.keys().cloned().collect(),
@@ -411,9 +394,6 @@ impl State {
             if trees.is_empty() {
                 self.manifests.remove(&manifest);
             }
-        }
-        if let Some(digest) = name.document_digest() {
-            self.indexes.remove(&digest);
         }
     }
 }
@@ -543,6 +523,22 @@ mod tests {
         condemned.removed();
         let _lease = looking.join().expect("a lease");
         assert!(catalog.condemn(&tree).is_none(), "it is gone");
+    }
+
+    #[test]
+    fn what_manifests_take_together_counts_once() {
+        let catalog = Arc::new(Catalog::default());
+        let manifests = [b"one", b"two", b"six"].map(|text| Digest::of(text));
+        let layer = name("layers/shared/1");
+        catalog.add(layer.clone(), entry(None, &[]));
+        for (number, &manifest) in (1..).zip(&manifests) {
+            let tree = name(&format!("trees/{number}/1"));
+            catalog.add(tree, entry(Some(manifest), &[&layer]));
+        }
+        let space =
+            |manifests: &[Digest]| catalog.space_of_manifests(&manifests.iter().copied().collect());
+        assert_eq!(space(&manifests[..2]), Goal { bytes: 30, inodes: 3 });
+        assert_eq!(space(&[Digest::of(b"other")]), Goal::default());
     }
 
     #[test]

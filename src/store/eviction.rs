@@ -14,7 +14,6 @@ use std::collections::{HashMap, HashSet};
 
 use super::catalog::{Entry, Snapshot};
 use super::object::{ObjectKind, ObjectName};
-use crate::oci::Digest;
 
 /// The last use of a tree that an administrator has removed while it was shown.
 /// Publishing it again sets a real one.
@@ -55,6 +54,8 @@ impl Reason {
 pub struct Facts {
     /// The catalog at one moment.
     pub store: Snapshot,
+    /// Indexes that the manifest of a tree was chosen from.
+    pub indexes: HashSet<ObjectName>,
     /// Trees that the kernel says are mounted, whatever the records say.
     pub mounted: HashSet<ObjectName>,
     /// Seconds since 1970.
@@ -149,7 +150,7 @@ impl Facts {
                 continue;
             }
             // A lost index costs one request to the registry, so it is evicted by its last use.
-            if self.store.indexes.contains(name) {
+            if self.indexes.contains(name) {
                 trees.push((name, entry.last_used));
             } else {
                 unlinked.push((entry.last_used, name));
@@ -175,24 +176,6 @@ impl Facts {
             planner.take(name, Reason::LeastRecentlyUsed);
         }
         planner.plan
-    }
-
-    /// What all pinned content takes together.
-    #[must_use]
-    pub fn pinned(&self) -> Goal {
-        let is_pinned = |manifest: &Digest| self.store.pinned.contains(manifest);
-        self.of_manifests(is_pinned)
-    }
-
-    /// What the trees of some manifests take together with what they link, each object once.
-    #[must_use]
-    pub fn of_manifests(&self, wanted: impl Fn(&Digest) -> bool) -> Goal {
-        let entries = self.store.objects.iter();
-        let trees = entries.filter(|(_, entry)| entry.manifest.as_ref().is_some_and(&wanted));
-        let names: HashSet<_> =
-            trees.flat_map(|(name, entry)| entry.links.iter().chain([name])).collect();
-        let entries = names.into_iter().filter_map(|name| self.store.objects.get(name));
-        entries.fold(Goal::default(), |sum, entry| sum.plus(entry.takes()))
     }
 
     /// Trees that may go, with their last use.
@@ -238,7 +221,8 @@ impl Facts {
 }
 
 impl Entry {
-    fn takes(&self) -> Goal {
+    /// Returns the disk space of the object by itself.
+    pub(super) fn space(&self) -> Goal {
         Goal { bytes: self.bytes, inodes: self.inodes }
     }
 }
@@ -263,7 +247,7 @@ impl<'a> Planner<'a> {
     fn take(&mut self, name: &'a ObjectName, reason: Reason) {
         let Some(entry) = self.facts.store.objects.get(name) else { return };
         self.gone.insert(name);
-        self.plan.frees = self.plan.frees.plus(entry.takes());
+        self.plan.frees = self.plan.frees.plus(entry.space());
         self.plan.victims.push((name.clone(), reason));
         for link in &entry.links {
             if let Some(count) = self.links.get_mut(link) {

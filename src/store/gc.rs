@@ -12,10 +12,10 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::catalog::{Condemned, Usage};
+use super::catalog::{Condemned, Entry, Usage};
 use super::durable;
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::{Facts, Goal, Plan, Reason};
@@ -130,6 +130,13 @@ impl Evictions {
     }
 }
 
+impl Victim {
+    fn new(name: &ObjectName, entry: &Entry, reason: Reason) -> Self {
+        let &Entry { manifest, bytes, last_used, .. } = entry;
+        Self { name: name.clone(), manifest, bytes, reason, last_used }
+    }
+}
+
 impl Now {
     /// What the kernel says.
     #[must_use]
@@ -166,7 +173,9 @@ impl Store {
         drop(turn);
         let mut collected = Collected::of_partials(&partials);
         for (name, reason) in &plan.victims {
-            collected.add(&facts, name, *reason);
+            if let Some(entry) = facts.store.objects.get(name) {
+                collected.add(Victim::new(name, entry, *reason));
+            }
         }
         Ok(collected)
     }
@@ -180,57 +189,58 @@ impl Store {
         }
         let _turn = self.collecting();
         self.load_catalog()?;
-        // The mounts first: whatever is mounted later has a lease or a record in the catalog.
+        // The mounts first: a tree that is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
         let trees = trees.iter().filter(|tree| !mounted.contains(*tree));
         let mut waiting: Vec<_> = trees.map(|tree| (tree.clone(), Reason::Forgotten)).collect();
+        let mut resisted = None;
         while let Some((name, reason)) = waiting.pop() {
-            let Some(entry) = self.catalog().entry(&name) else { continue };
-            let Some(condemned) = self.catalog().condemn(&name) else { continue };
-            self.remove(condemned, &name)?;
-            waiting.extend(entry.links.iter().map(|link| (link.clone(), Reason::Unlinked)));
-            let victim = Victim {
-                manifest: entry.manifest,
-                bytes: entry.bytes,
-                last_used: entry.last_used,
-                name,
-                reason,
-            };
-            self.evictions().add(&victim);
-            collected.bytes = collected.bytes.saturating_add(victim.bytes);
-            collected.victims.push(victim);
+            match self.evict(&name, reason) {
+                Ok(Some((victim, entry))) => {
+                    collected.add(victim);
+                    waiting.extend(entry.links.iter().map(|link| (link.clone(), Reason::Unlinked)));
+                }
+                Ok(None) => {}
+                Err(error) => resisted = Some(error),
+            }
         }
-        Ok(collected)
+        match resisted {
+            Some(error) if collected.is_nothing() => Err(error),
+            _ => Ok(collected),
+        }
     }
 
-    /// What the catalog, the kernel and the clock say.
+    /// Removes an object unless something needs it. Returns it with its entry if it was removed.
+    fn evict(
+        &self,
+        name: &ObjectName,
+        reason: Reason,
+    ) -> Result<Option<(Victim, Arc<Entry>)>, StoreError> {
+        let Some(entry) = self.catalog().entry(name) else { return Ok(None) };
+        let Some(condemned) = self.catalog().condemn(name) else { return Ok(None) };
+        self.remove(condemned, name).inspect_err(|error| {
+            tracing::warn!(object = %name, %error, "it cannot be removed, and stays");
+        })?;
+        let victim = Victim::new(name, &entry, reason);
+        self.evictions().add(&victim);
+        Ok(Some((victim, entry)))
+    }
+
+    /// Returns what the catalog, the kernel and the clock say.
     pub fn facts(&self, now: Now) -> Result<Facts, StoreError> {
         self.load_catalog()?;
-        self.learn_indexes()?;
-        // The mounts first: whatever is mounted later has a lease or a record in the catalog.
+        // The mounts first: a tree that is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
+        let store = self.catalog().snapshot();
+        let manifests = store.objects.values().filter_map(|entry| entry.manifest).collect();
         Ok(Facts {
-            store: self.catalog().snapshot(),
+            store,
+            indexes: self.resolution_index().indexes_of(&manifests),
             mounted,
             now: now.unix_seconds,
             minimum_age: seconds(self.cache_options().minimum_age),
             unlinked_age: seconds(UNLINKED_AGE),
         })
-    }
-
-    /// Learns from what earlier processes resolved which manifests were chosen from which index,
-    /// once, and not before there is a document that may be an index.
-    fn learn_indexes(&self) -> Result<(), StoreError> {
-        if self.0.indexes_are_known.load(Ordering::Relaxed)
-            || !self.catalog().has_unlinked_documents()
-        {
-            return Ok(());
-        }
-        for resolution in self.resolutions()? {
-            self.catalog().chosen_from(resolution.resolved, resolution.manifest);
-        }
-        self.0.indexes_are_known.store(true, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Returns the disk space of all content, documents, records and downloads.
@@ -303,26 +313,24 @@ impl Store {
             let Plan { victims, .. } = facts.plan(left);
             let mut resisted = false;
             for (name, reason) in victims {
-                // Somebody may have come for it since the plan was made.
-                let Some(condemned) = self.catalog().condemn(&name) else { continue };
-                if let Err(error) = self.remove(condemned, &name) {
-                    // It must not keep all others from going, now and at each later try.
-                    tracing::warn!(object = %name, %error, "it cannot be removed, and stays");
-                    facts.store.leased.insert(name);
-                    resisted = true;
-                    resisting += 1;
-                    if resisting == MANY_THAT_RESIST {
-                        // It is not these objects, it is the disk.
-                        return if collected.is_nothing() { Err(error) } else { Ok(collected) };
+                match self.evict(&name, reason) {
+                    Ok(Some((victim, entry))) => {
+                        collected.add(victim);
+                        facts.store.objects.remove(&name);
+                        left = left.less(entry.space());
                     }
-                    continue;
-                }
-                collected.add(&facts, &name, reason);
-                if let Some(victim) = collected.victims.last() {
-                    self.evictions().add(victim);
-                }
-                if let Some(entry) = facts.store.objects.remove(&name) {
-                    left = left.less(Goal { bytes: entry.bytes, inodes: entry.inodes });
+                    // It was leased or published since the plan was made.
+                    Ok(None) => {}
+                    Err(error) => {
+                        // An object that cannot be removed must not stop the eviction of others.
+                        facts.store.leased.insert(name);
+                        resisted = true;
+                        resisting += 1;
+                        if resisting == MANY_THAT_RESIST {
+                            // So many failures are the disk's and not those of single objects.
+                            return if collected.is_nothing() { Err(error) } else { Ok(collected) };
+                        }
+                    }
                 }
             }
             // What stayed frees nothing: something else may have to go for it.
@@ -340,7 +348,7 @@ impl Store {
         Ok(collected)
     }
 
-    /// Why a claim cannot be met, in numbers.
+    /// Explains in numbers why a claim cannot be met.
     pub(super) fn explain(
         &self,
         shortage: Shortage,
@@ -351,7 +359,7 @@ impl Store {
         let facts = self.facts(now)?;
         let partials = Goal { bytes: total(&self.stale_partials(true, own, now)), inodes: 0 };
         let evictable = facts.plan(Goal::EVERYTHING).frees.plus(partials);
-        let pinned = facts.pinned();
+        let pinned = self.pinned_takes()?;
         let of = |goal: Goal| match shortage.kind {
             Kind::Inodes => goal.inodes,
             Kind::Bytes | Kind::Quota => goal.bytes,
@@ -449,16 +457,9 @@ impl Collected {
         Self { partials: partials.len() as u64, bytes, ..Self::default() }
     }
 
-    fn add(&mut self, facts: &Facts, name: &ObjectName, reason: Reason) {
-        let Some(entry) = facts.store.objects.get(name) else { return };
-        self.bytes = self.bytes.saturating_add(entry.bytes);
-        self.victims.push(Victim {
-            name: name.clone(),
-            manifest: entry.manifest,
-            bytes: entry.bytes,
-            reason,
-            last_used: entry.last_used,
-        });
+    fn add(&mut self, victim: Victim) {
+        self.bytes = self.bytes.saturating_add(victim.bytes);
+        self.victims.push(victim);
     }
 }
 

@@ -89,7 +89,7 @@ pub mod verify;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nix::dir::Dir;
@@ -137,8 +137,6 @@ struct Inner {
     loaded: Mutex<bool>,
     /// Time of the last sweep of records for want of space, in seconds since 1970.
     swept: AtomicI64,
-    /// Whether the catalog knows which manifests were chosen from which index.
-    indexes_are_known: AtomicBool,
     resolution_index: record_index::RecordIndex,
     pin_index: record_index::RecordIndex,
     units: inventory::DiskUnits,
@@ -214,7 +212,6 @@ impl Store {
             catalog: Arc::default(),
             loaded: Mutex::default(),
             swept: AtomicI64::default(),
-            indexes_are_known: AtomicBool::default(),
             resolution_index: record_index::RecordIndex::default(),
             pin_index: record_index::RecordIndex::default(),
             units: inventory::DiskUnits::of(root)?,

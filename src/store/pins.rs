@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::error::StoreError;
 use super::eviction::Goal;
 use super::gc::Now;
+use super::record_index::RecordTarget;
 use super::{Store, keys, records};
 use crate::oci::{Digest, Platform, Reference};
 
@@ -163,7 +164,8 @@ impl Store {
 
     fn index_pin(&self, path: &Path, pin: &Pin) {
         self.catalog().pin(path, pin.manifest);
-        self.pin_index().insert(path, &pin.reference, pin.manifest);
+        let target = RecordTarget { manifest: pin.manifest, index: None };
+        self.pin_index().insert(path, &pin.reference, target);
     }
 
     /// An owner's pin of a reference for a platform.

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::object::ObjectName;
 use crate::oci::Digest;
 
 /// An index of the records in one folder.
@@ -25,13 +26,29 @@ struct IndexState {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct RecordKey {
     reference: Arc<str>,
-    manifest: Digest,
+    target: RecordTarget,
+}
+
+/// The manifest that a record leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RecordTarget {
+    pub(super) manifest: Digest,
+    /// The index that the manifest was chosen from, where there is one.
+    pub(super) index: Option<Digest>,
+}
+
+/// A record on the disk.
+#[derive(Debug)]
+pub(super) struct FoundRecord {
+    pub(super) path: PathBuf,
+    pub(super) reference: String,
+    pub(super) target: RecordTarget,
 }
 
 impl RecordIndex {
     /// Adds a record, or replaces what was known of it.
-    pub(super) fn insert(&self, record: &Path, reference: &str, manifest: Digest) {
-        self.lock().insert(record, reference, manifest);
+    pub(super) fn insert(&self, record: &Path, reference: &str, target: RecordTarget) {
+        self.lock().insert(record, reference, target);
     }
 
     /// Removes a record from the index.
@@ -47,17 +64,17 @@ impl RecordIndex {
     /// Those of `list`.
     pub(super) fn load<E>(
         &self,
-        list: impl FnOnce() -> Result<Vec<(PathBuf, String, Digest)>, E>,
+        list: impl FnOnce() -> Result<Vec<FoundRecord>, E>,
     ) -> Result<(), E> {
         if self.lock().is_loaded {
             return Ok(());
         }
         let found = list()?;
         let mut state = self.lock();
-        for (record, reference, manifest) in found {
+        for FoundRecord { path, reference, target } in found {
             // A record that was written meanwhile is newer.
-            if !state.records.contains_key(record.as_path()) {
-                state.insert(&record, &reference, manifest);
+            if !state.records.contains_key(path.as_path()) {
+                state.insert(&path, &reference, target);
             }
         }
         state.is_loaded = true;
@@ -74,6 +91,14 @@ impl RecordIndex {
         self.lock().by_manifest.get(&manifest).into_iter().flatten().cloned().collect()
     }
 
+    /// Returns the indexes that some manifests were chosen from.
+    pub(super) fn indexes_of(&self, manifests: &HashSet<Digest>) -> HashSet<ObjectName> {
+        let state = self.lock();
+        let targets = state.records.values().map(|record| record.target);
+        let wanted = targets.filter(|target| manifests.contains(&target.manifest));
+        wanted.filter_map(|target| target.index).map(ObjectName::document).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, IndexState> {
         // The index is a hint, which a panic elsewhere may leave incomplete.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -81,20 +106,20 @@ impl RecordIndex {
 }
 
 impl IndexState {
-    fn insert(&mut self, record: &Path, reference: &str, manifest: Digest) {
+    fn insert(&mut self, record: &Path, reference: &str, target: RecordTarget) {
         self.remove(record);
         let record: Arc<Path> = record.into();
         let known = self.by_reference.get_key_value(reference).map(|(known, _)| Arc::clone(known));
         let reference = known.unwrap_or_else(|| reference.into());
         self.by_reference.entry(Arc::clone(&reference)).or_default().insert(Arc::clone(&record));
-        self.by_manifest.entry(manifest).or_default().insert(Arc::clone(&record));
-        self.records.insert(record, RecordKey { reference, manifest });
+        self.by_manifest.entry(target.manifest).or_default().insert(Arc::clone(&record));
+        self.records.insert(record, RecordKey { reference, target });
     }
 
     fn remove(&mut self, record: &Path) {
-        let Some(RecordKey { reference, manifest }) = self.records.remove(record) else { return };
+        let Some(RecordKey { reference, target }) = self.records.remove(record) else { return };
         take(&mut self.by_reference, &reference, record);
-        take(&mut self.by_manifest, &manifest, record);
+        take(&mut self.by_manifest, &target.manifest, record);
     }
 }
 
@@ -119,15 +144,21 @@ mod tests {
         Digest::of(text.as_bytes())
     }
 
+    fn target(manifest: &str) -> RecordTarget {
+        RecordTarget { manifest: digest(manifest), index: Some(digest("index")) }
+    }
+
     #[test]
     fn records_are_found_by_both_of_their_keys_until_they_are_removed() {
         let index = RecordIndex::default();
         let (one, two) = (Path::new("1"), Path::new("2"));
-        index.insert(one, "r.io/a:v1", digest("old"));
-        index.insert(two, "r.io/a:v1", digest("new"));
+        index.insert(one, "r.io/a:v1", target("old"));
+        index.insert(two, "r.io/a:v1", target("new"));
         assert_eq!(index.of_reference("r.io/a:v1").len(), 2);
-        index.insert(one, "r.io/a:v1", digest("new"));
-        assert!(index.of_manifest(digest("old")).is_empty());
+        let indexes_of = |manifest| index.indexes_of(&HashSet::from([digest(manifest)]));
+        assert_eq!(indexes_of("old"), HashSet::from([ObjectName::document(digest("index"))]));
+        index.insert(one, "r.io/a:v1", target("new"));
+        assert!(index.of_manifest(digest("old")).is_empty() && indexes_of("old").is_empty());
         assert_eq!(index.of_manifest(digest("new")).len(), 2);
         index.remove(one);
         index.remove(two);
@@ -140,8 +171,9 @@ mod tests {
         let index = RecordIndex::default();
         let record = PathBuf::from("1");
         let loaded = index.load(|| {
-            index.insert(&record, "r.io/a:v1", digest("new"));
-            Ok::<_, ()>(vec![(record.clone(), "r.io/a:v1".to_owned(), digest("old"))])
+            index.insert(&record, "r.io/a:v1", target("new"));
+            let (path, reference) = (record.clone(), "r.io/a:v1".to_owned());
+            Ok::<_, ()>(vec![FoundRecord { path, reference, target: target("old") }])
         });
         assert!(loaded.is_ok());
         assert_eq!(index.of_manifest(digest("new")).len(), 1);

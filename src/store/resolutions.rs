@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
 use super::eviction::Goal;
+use super::record_index::{FoundRecord, RecordTarget};
 use super::{Store, keys, records};
 use crate::oci::{Digest, Platform, Reference};
 
@@ -23,6 +24,13 @@ pub struct Resolution {
     /// The platform; none in records of before it was kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
+}
+
+impl Resolution {
+    fn target(&self) -> RecordTarget {
+        let &Self { resolved, manifest, .. } = self;
+        RecordTarget { manifest, index: (resolved != manifest).then_some(resolved) }
+    }
 }
 
 impl Store {
@@ -58,8 +66,9 @@ impl Store {
         self.resolution_index().load(|| {
             let records = records::list::<Resolution>(&self.path("resolutions"))?.into_iter();
             Ok(records
-                .filter_map(|(record, Resolution { reference, manifest, .. })| {
-                    Some((record, name(&reference.parse().ok()?), manifest))
+                .filter_map(|(path, resolution)| {
+                    let reference = name(&resolution.reference.parse().ok()?);
+                    Some(FoundRecord { path, reference, target: resolution.target() })
                 })
                 .collect())
         })
@@ -110,14 +119,13 @@ impl Store {
         resolution: &Resolution,
     ) -> Result<(), StoreError> {
         let resolution = &Resolution { platform: Some(platform.to_string()), ..resolution.clone() };
-        self.catalog().chosen_from(resolution.resolved, resolution.manifest);
         let known = self.resolution(reference, platform);
         if known.as_ref() == Some(resolution) {
             return Ok(());
         }
         let path = self.resolution_path(reference, platform);
         records::write_durable(&self.staging(), &path, resolution)?;
-        self.resolution_index().insert(&path, &name(reference), resolution.manifest);
+        self.resolution_index().insert(&path, &name(reference), resolution.target());
         if known.is_none() {
             self.catalog().count_records(self.units().record(), Goal::default());
         }

@@ -114,7 +114,7 @@ impl Store {
             origins.extend(named.config.into_iter().chain(named.layers));
         }
         // The same is true of the indexes that a kept manifest was chosen from.
-        let indexes = facts.store.indexes.iter().filter_map(ObjectName::document_digest);
+        let indexes = facts.indexes.iter().filter_map(ObjectName::document_digest);
         origins.extend(indexes);
         Ok(swept + self.sweep_access(&KeptContent { manifests, origins }, &is_old)?)
     }

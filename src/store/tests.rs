@@ -760,6 +760,27 @@ fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
 }
 
 #[test]
+fn a_forgotten_tree_that_cannot_be_removed_keeps_no_other_from_going() {
+    let (folder, store) = store();
+    let (key, stored) = file(&store, b"content", 0o444);
+    let trees = ["one", "two"].map(|name| tree(&store, name, key, &stored));
+    drop(stored);
+    let names = trees.each_ref().map(|tree| ObjectName::tree(tree.key, tree.generation));
+    for tree in &trees {
+        store.forget_tree(tree).expect("forgotten");
+    }
+    drop(trees);
+    // Nothing is removed behind a link. The last one is tried first.
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let resisting = folder.path().join(names[1].as_str()).parent().expect("a folder").to_owned();
+    std::fs::rename(&resisting, elsewhere.path().join("moved")).expect("moved");
+    std::os::unix::fs::symlink(elsewhere.path().join("moved"), &resisting).expect("a link");
+    let collected = store.collect_trees(&names).expect("collected");
+    let gone: Vec<_> = collected.victims.iter().map(|victim| &victim.name).collect();
+    assert_eq!(gone, [&names[0]]);
+}
+
+#[test]
 fn names_of_a_later_version_in_objects_json_are_ignored() {
     let (folder, store) = store();
     let (key, stored) = file(&store, b"content", 0o444);
