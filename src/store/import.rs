@@ -153,7 +153,10 @@ mod tests {
         assert_eq!(blobs.read(digest, 3).expect("readable").as_deref(), Some(&b"rig"[..]));
         blobs.hand_on("r.io", digest).expect("handed on");
         assert!(
-            store.partial("r.io", (digest, 5), Purpose::Keep).expect("a download").is_verified()
+            store
+                .partial_while("r.io", (digest, 5), Purpose::Keep, &|| true)
+                .expect("a download")
+                .is_verified()
         );
         drop(blobs);
         assert_eq!(std::fs::read_dir(folder.path().join("staging")).expect("a folder").count(), 0);

@@ -74,18 +74,9 @@ pub struct Partial {
 }
 
 impl Store {
-    /// Opens the download of a blob of `size` bytes, hashing the prefix that an earlier one left.
-    pub fn partial(
-        &self,
-        host: &str,
-        blob: (Digest, u64),
-        purpose: Purpose,
-    ) -> Result<Partial, StoreError> {
-        self.partial_while(host, blob, purpose, &|| true)
-    }
-
-    /// The same, for as long as somebody wants it: a large prefix takes its time to be hashed.
-    /// What is there stays.
+    /// Opens the download of a blob of `size` bytes, and hashes the prefix that an earlier one left.
+    /// Ends early once the download is not wanted any more, since a large prefix takes long to hash;
+    /// the prefix stays.
     pub fn partial_while(
         &self,
         host: &str,

@@ -255,9 +255,8 @@ impl Store {
         Ok(options.max_bytes.map_or(bytes, |max| bytes.min(max)))
     }
 
-    /// Keeps a writer above the floor.
-    #[must_use]
-    pub fn meter(&self) -> Arc<Meter> {
+    /// Returns the meter that keeps all writers above the floor.
+    pub(super) fn meter(&self) -> Arc<Meter> {
         Arc::clone(&self.0.meter)
     }
 

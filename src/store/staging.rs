@@ -27,8 +27,8 @@ pub struct Staging {
 }
 
 impl Store {
-    /// A new, empty folder for an object.
-    pub fn stage(&self) -> Result<Staging, StoreError> {
+    /// Makes a new, empty folder for an object.
+    pub(super) fn stage(&self) -> Result<Staging, StoreError> {
         let path = self.staging().join(durable::temporary_name());
         std::fs::create_dir(&path).map_err(|error| StoreError::io("create", &path, error))?;
         let staged = Staged::begin(&path)?;

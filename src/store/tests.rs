@@ -187,27 +187,29 @@ fn a_damaged_generation_is_never_current_again() {
     assert!(path.path.exists(), "whoever has it mounted keeps it");
 }
 
+/// Opens a download of a file of the store.
+fn download(store: &Store, host: &str, blob: (Digest, u64)) -> partial::Partial {
+    store.partial_while(host, blob, Purpose::Keep, &|| true).expect("a download")
+}
+
 #[test]
 fn a_download_counts_only_what_is_hashed_again() {
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
+    let mut partial = download(&store, "r.io", (digest, 10));
     partial.write(0, b"01234").expect("written");
     drop(partial);
     // Whom nobody waits for reads nothing back, and leaves what is there.
     let unwanted = store.partial_while("r.io", (digest, 10), Purpose::Keep, &|| false);
     unwanted.expect_err("given up");
-    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
+    let mut partial = download(&store, "r.io", (digest, 10));
     assert_eq!(partial.length(), 5);
     partial.write(5, b"56789").expect("written");
     assert!(partial.is_verified());
     // Another host's download of the same blob starts for itself.
-    assert_eq!(
-        store.partial("evil.io", (digest, 10), Purpose::Keep).expect("a download").length(),
-        0
-    );
+    assert_eq!(download(&store, "evil.io", (digest, 10)).length(), 0);
     // More than the blob has is no prefix of it.
-    assert_eq!(store.partial("r.io", (digest, 9), Purpose::Keep).expect("a download").length(), 0);
+    assert_eq!(download(&store, "r.io", (digest, 9)).length(), 0);
 }
 
 #[test]
@@ -215,7 +217,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     use std::io::Read as _;
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
+    let mut partial = download(&store, "r.io", (digest, 10));
     let mut follower = partial.follow();
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
@@ -226,7 +228,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     assert_eq!(partial.missing(), [2..6, 8..10]);
     drop(partial);
     assert!(reader.join().expect("a reader").is_err(), "nobody adds anything any more");
-    let mut partial = store.partial("r.io", (digest, 10), Purpose::Keep).expect("a download");
+    let mut partial = download(&store, "r.io", (digest, 10));
     assert_eq!(partial.missing(), [2..6, 8..10], "a hole is no content");
     let mut old = partial.follow();
     partial.restart().expect("empty");
@@ -502,13 +504,11 @@ fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
     drop(path);
     let [own, other] = [b"own", b"oth"].map(|name| {
         let blob = Digest::of(name);
-        let mut partial =
-            store.partial("r.io", (blob, 1 << 20), Purpose::Keep).expect("a download");
+        let mut partial = download(&store, "r.io", (blob, 1 << 20));
         partial.write(0, &vec![1; 100_000]).expect("written");
         blob
     });
-    let length =
-        |blob| store.partial("r.io", (blob, 1 << 20), Purpose::Keep).expect("a download").length();
+    let length = |blob| download(&store, "r.io", (blob, 1 << 20)).length();
     let claim = |bytes| room::Claim { blob: own, bytes, inodes: 1 };
     let refused = store.reserve(&[claim(2 << 20)]).expect_err("more than the quota");
     let StoreError::NoRoom(shortage) = refused else { panic!("{refused}") };
@@ -676,7 +676,7 @@ fn downloads_and_copies_stop_at_the_floor() {
     let (_folder, store) = below_the_floor();
     let content = vec![1; 5 << 20];
     let digest = Digest::of(&content);
-    let mut partial = store.partial("r.io", (digest, 5 << 20), Purpose::Keep).expect("a download");
+    let mut partial = download(&store, "r.io", (digest, 5 << 20));
     let stopped = content
         .chunks(1 << 20)
         .zip(0..)
@@ -693,7 +693,7 @@ fn downloads_and_copies_stop_at_the_floor() {
 fn a_verified_download_that_gets_no_name_is_a_download_again() {
     let (folder, store) = store();
     let digest = Digest::of(b"content");
-    let open = || store.partial("r.io", (digest, 7), Purpose::Keep).expect("a download");
+    let open = || download(&store, "r.io", (digest, 7));
     let mut partial = open();
     partial.write(0, b"content").expect("written");
     let key = FileKey { digest, permissions: permissions(0o444) };

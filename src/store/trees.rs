@@ -31,7 +31,7 @@ use super::files::StoredFile;
 use super::inventory::DiskUnits;
 use super::layers::{IndexReader, Layer, LayerView};
 use super::room::bytes_of_a_name;
-use super::staging::{Staging, current_generation, names};
+use super::staging::{Staging, current_generation};
 use super::tree_builder::Builder;
 use super::{ObjectKind, ObjectName, Store, TreeKey, records};
 use crate::fault;
@@ -120,13 +120,6 @@ impl Store {
             Some(generation) => Ok(self.tree_generation(key, generation)),
             None => Ok(None),
         }
-    }
-
-    /// All current trees.
-    pub fn trees(&self) -> Result<Vec<Tree>, StoreError> {
-        let keys = names(&self.path("trees"))?.into_iter();
-        let trees = keys.filter_map(|name| self.tree(TreeKey::from_hex(&name)?).transpose());
-        trees.collect()
     }
 
     /// One generation of a tree; none when its record cannot be read.
