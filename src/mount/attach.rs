@@ -197,6 +197,8 @@ fn staged(
             MountContent::Bind { tree } => {
                 let source = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
                 mount(Some(&source), &place, none, MsFlags::MS_BIND, none)?;
+                // A copy of a shared mount shares what is mounted inside of it with all other copies.
+                mount(none, &place, none, MsFlags::MS_PRIVATE, none)?;
                 let remount = set | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
                 mount(none, &place, none, remount, none)?;
             }

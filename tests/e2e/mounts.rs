@@ -215,6 +215,48 @@ fn pods_that_share_content_do_not_share_their_mount() {
     assert_eq!(mounts_at(other.target()), []);
 }
 
+/// Mounts something inside of a volume, with the state on a shared mount.
+#[track_caller]
+fn shares_no_mounts_with_others(argument: &[&str]) {
+    let mut node = Node::start_with(|_, options| {
+        argument.iter().fold(options, |options, argument| options.argument(argument))
+    });
+    let options = node.driver.kill();
+    let state = node.sandbox.tmpfs("shared", MsFlags::empty());
+    let nothing = None::<&str>;
+    nix::mount::mount(nothing, &state, nothing, MsFlags::MS_SHARED, nothing)
+        .expect("make it shared");
+    node.driver = options.state(&state).start();
+    let reference = node.proxy.reference(&program());
+    let [one, other] = [(); 2].map(|()| {
+        let read_only = |mut volume: Volume| {
+            volume.request.readonly = true;
+            volume
+        };
+        node.mount_with(&reference, read_only).0
+    });
+    let inside = one.target().join("d");
+    nix::mount::mount(Some("inside"), &inside, Some("tmpfs"), MsFlags::empty(), nothing)
+        .expect("a mount inside of the volume");
+    assert_eq!(mounts_under(other.target()).len(), 1, "the other volume shows it");
+    assert_runs(&other);
+    nix::mount::umount(&inside).expect("unmount");
+    for volume in [&one, &other] {
+        node.kubelet.unpublish(volume);
+        volume.assert_nothing_left();
+    }
+}
+
+#[test]
+fn volumes_share_no_mounts_that_are_made_inside_of_them() {
+    shares_no_mounts_with_others(&[]);
+}
+
+#[test]
+fn volumes_share_no_mounts_on_kernels_without_detached_mounts() {
+    shares_no_mounts_with_others(&["--staged-mounts"]);
+}
+
 #[test]
 fn files_of_one_artifact_are_stored_once() {
     use std::os::unix::fs::MetadataExt as _;
