@@ -27,7 +27,7 @@ pub struct Target {
     name: CString,
 }
 
-/// A filesystem that is kept without being mounted anywhere. Dropping it may block.
+/// A filesystem that is held without being mounted anywhere. Dropping it may block.
 #[derive(Debug)]
 pub struct DetachedFilesystem(#[expect(dead_code, reason = "held until it is dropped")] OwnedFd);
 
@@ -143,9 +143,8 @@ impl Target {
         Ok(stack.map(|entry| entry.origin.clone()).collect())
     }
 
-    /// Keeps the filesystem of the topmost mount until the answer is dropped, also when the mount
-    /// is taken away meanwhile. The mount itself stays free to be unmounted. None where the kernel
-    /// cannot do so (before Linux 5.2): then unmounting takes the time.
+    /// Holds the filesystem of the topmost mount, which can be unmounted meanwhile. Returns none where
+    /// the kernel cannot do so (before Linux 5.2): unmounting frees the filesystem then.
     #[must_use]
     pub fn hold_filesystem(&self) -> Option<DetachedFilesystem> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
@@ -156,8 +155,8 @@ impl Target {
     /// Takes the topmost mount away. One that is in use goes lazily: a process that
     /// still has files open keeps them, the path is free at once.
     ///
-    /// The kernel takes time with each name that was looked up in an overlay, unless
-    /// [`Self::hold_filesystem`] puts that off: call this on a thread that may block.
+    /// May block while the kernel frees each name that was looked up in an overlay, unless
+    /// [`Self::hold_filesystem`] holds the filesystem.
     ///
     /// # Errors
     ///

@@ -75,10 +75,10 @@ struct Shown {
     form: MountForm,
 }
 
-/// How far a publish came without waiting.
-enum Cached {
+/// The outcome of a publish without a pull.
+enum CachedPublish {
     Published(Published),
-    /// The content has to be acquired. It must fulfil these demands of the node's policy.
+    /// The content has to be acquired, and to fulfil these demands of the node's policy.
     Missing(Demands),
 }
 
@@ -130,15 +130,15 @@ impl Volumes {
         let held = tokio::time::timeout_at(request.deadline, attempt.interest.hold());
         let held = held.await.map_err(|_| busy())?;
         let (volumes, of_job) = (self.clone(), attempt.clone());
-        // A task of its own, since mounts change in it, whether the caller stays or not.
+        // A task of its own: mounts change in it, also when the caller has gone.
         let cached = self.0.tracker.spawn_blocking(move || {
             let _held = held;
             volumes.publish_cached(&of_job)
         });
         let cached = tokio::time::timeout_at(request.deadline, cached).await.map_err(|_| busy())?;
         let demands = match cached.unwrap_or(Err(VolumeError::Crashed))? {
-            Cached::Published(published) => return Ok(published),
-            Cached::Missing(demands) => demands,
+            CachedPublish::Published(published) => return Ok(published),
+            CachedPublish::Missing(demands) => demands,
         };
         let content = self.content()?;
         let shutdown = self.0.shutdown.clone();
@@ -163,24 +163,24 @@ impl Volumes {
         }
     }
 
-    /// Publishes a volume whose content is on the node, without waiting for anything: in most calls
-    /// all the work there is. Blocking; under the guard.
-    fn publish_cached(&self, attempt: &Attempt) -> Result<Cached, VolumeError> {
+    /// Publishes a volume whose content is on the node, which is all that most calls need. Waits for
+    /// no pull. Blocking; under the guard.
+    fn publish_cached(&self, attempt: &Attempt) -> Result<CachedPublish, VolumeError> {
         let request = &attempt.request;
         let target = open(request)?;
         let shown = self.examine(request, &target)?;
         if let Some(Shown { published, form }) = &shown
             && *form == attempt.form
         {
-            return Ok(Cached::Published(published.clone()));
+            return Ok(CachedPublish::Published(published.clone()));
         }
         let content = self.content()?;
         let demands = decide(&content, request)?;
         let Some(tree) = cached_tree(&content, request, &demands) else {
-            return Ok(Cached::Missing(demands));
+            return Ok(CachedPublish::Missing(demands));
         };
-        self.attach_at(&content, attempt, &tree, (&target, shown))?;
-        Ok(Cached::Published(Published::of(PublishPath::Hit, &tree)))
+        self.attach_at(&content, attempt, &tree, &target, shown)?;
+        Ok(CachedPublish::Published(Published::of(PublishPath::Hit, &tree)))
     }
 
     /// Looks at the mount at the target, and decides whether it is this volume's. None where
@@ -268,24 +268,25 @@ impl Volumes {
         let target = open(&attempt.request)?;
         // Another publish of the same volume may have been faster.
         let shown = self.examine(&attempt.request, &target)?;
-        self.attach_at(content, attempt, tree, (&target, shown))
+        self.attach_at(content, attempt, tree, &target, shown)
     }
 
-    /// Attaches a tree at a target at which this is shown now. Blocking; under the guard.
+    /// Attaches a tree at a target that shows `shown` now. Blocking; under the guard.
     fn attach_at(
         &self,
         content: &Content,
         attempt: &Attempt,
         tree: &Tree,
-        (target, shown): (&Target, Option<Shown>),
+        target: &Target,
+        shown: Option<Shown>,
     ) -> Result<(), VolumeError> {
         attempt.check()?;
         let request = &attempt.request;
         let full = request.target.full();
         let passed =
             |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
-        // A mount of the other form goes first: its record leads to the same tree, also if this
-        // ends here.
+        // A mount of the other form is removed first. Its record leads to the same tree, so that a
+        // crash in between loses nothing.
         if let Some(shown) = shown {
             if shown.form == attempt.form {
                 return Ok(());
@@ -393,7 +394,7 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
     }
 }
 
-/// Returns what the node's policy demands of the artifact, if it lets it be mounted. Blocking.
+/// Returns the demands of the node's policy on an artifact that it allows. Blocking.
 fn decide(content: &Content, request: &PublishRequest) -> Result<Demands, VolumeError> {
     let policy = content.policy.current().map_err(VolumeError::NotReady)?;
     let facts = Facts {
@@ -405,7 +406,7 @@ fn decide(content: &Content, request: &PublishRequest) -> Result<Demands, Volume
     policy.decide(facts).map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
 }
 
-/// Returns the tree of a volume, where the node may show it without waiting. Blocking.
+/// Returns the tree of a volume if the node may show it without waiting. Blocking.
 fn cached_tree(content: &Content, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
     if let Some(tree) = decided_before(&content.store, request, demands) {
         let name = ObjectName::tree(tree.key, tree.generation);
@@ -416,8 +417,8 @@ fn cached_tree(content: &Content, request: &PublishRequest, demands: &Demands) -
     content.puller.cached(&request.want(demands.clone(), keyring))
 }
 
-/// Returns the tree of the same volume after a reboot, or after a crash between record and mount:
-/// its mount is gone, its content decided, whatever the tag means by now. Blocking.
+/// Returns the tree that was recorded for the same volume before a reboot, or before a crash between
+/// record and mount. The volume keeps its content, also when its tag has moved. Blocking.
 fn decided_before(store: &Store, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
     let record = store.publication(&request.target.full())?;
     let same = !record.rebuilt

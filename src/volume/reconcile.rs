@@ -107,7 +107,7 @@ impl Volumes {
             let target = TargetPath::parse(kubelet_dir, &target.to_string_lossy())?;
             match self.unpublish_forgotten(target, &store).await {
                 Ok(unmounted) => reconciled.unmounted += usize::from(unmounted),
-                // Another program's mount is in the way: the others still go.
+                // A mount of another program may cover it. The others are still unmounted.
                 Err(error) => tracing::warn!(%error, "a forgotten volume stays"),
             }
         }
@@ -161,7 +161,7 @@ impl Volumes {
     }
 }
 
-/// Returns the tree of ours that is mounted at a target. Asks the kernel for this mount alone.
+/// Returns the tree that is mounted at a target. Reads the state of this mount alone.
 fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
     match Target::open(target.base(), target.relative())?.state()? {
         TargetState::Mounted(origin) => Ok(MountedTree::of(&origin)),

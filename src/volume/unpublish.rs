@@ -20,7 +20,7 @@ impl Volumes {
         let held = interest.hold().await;
         let (answer, answered) = tokio::sync::oneshot::channel();
         let volumes = self.clone();
-        // One job on one thread; the caller waits for the first part of it alone.
+        // One job on one thread. The caller waits only until the volume is unmounted.
         self.0.tracker.spawn_blocking(move || {
             let detached = match take_away(&target) {
                 Ok(detached) => detached,
@@ -33,7 +33,7 @@ impl Volumes {
             // The next publish waits for the disk that holds the record.
             volumes.forget(&target);
             drop(held);
-            // What takes the kernel time holds up nothing.
+            // The kernel may take long to free a filesystem, so the guard is released before.
             drop(detached);
         });
         answered.await.unwrap_or(Err(VolumeError::Crashed))
@@ -57,13 +57,12 @@ pub struct Detached {
     pub unmounted: usize,
     /// Whether somebody else's mount stays.
     pub foreign: bool,
-    /// The filesystems of overlays that were taken away. The kernel forgets each name that was
-    /// looked up in them when they are dropped, which takes microseconds a name: drop them under
-    /// no lock.
+    /// Filesystems of the overlays that were unmounted. Dropping them takes the kernel microseconds
+    /// for each name that was looked up in them, so they are dropped under no lock.
     filesystems: Vec<DetachedFilesystem>,
 }
 
-/// Unmounts our mounts at the target, and removes its folder.
+/// Unmounts the driver's mounts at the target, and removes its folder.
 fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
     let detached = detach(path)?;
     fault::point("unpublish.unmounted").map_err(failed(path, "unmount"))?;
