@@ -1,14 +1,15 @@
 //! Signatures by a real cosign, in both its formats, and everything that is none.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 
 use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node, OCI_INDEX,
-    OCI_MANIFEST, Port, Tar, configuration_head, digest, node_architecture, push_index, registry,
-    run, small_artifact, tool, unique,
+    Admin, Answer, Contents as _, Cosign, FakeRegistry, Format, Image, Layer, Manifest, Node,
+    OCI_INDEX, OCI_MANIFEST, Port, Tar, configuration_head, digest, node_architecture, push_index,
+    registry, run, small_artifact, tool, unique,
 };
 
 /// A node that demands this key's signature.
@@ -102,6 +103,26 @@ fn what_is_not_signed_as_demanded_is_refused_before_anything_is_fetched() {
     refused(&other.name, "format");
     let contents = [&unsigned.content, &other.content, &whole.content];
     assert!(contents.iter().all(|content| !node.store_holds(content.as_bytes())));
+}
+
+#[test]
+fn the_manifest_of_a_refused_artifact_is_counted_and_evicted() {
+    let folder = folder();
+    let signer = Cosign::new(folder.path(), "release");
+    let (node, admin) = Admin::start(&policy_with(("release", &signer), ""));
+    let cache_bytes = || admin.json(&["status"])["cacheBytes"].as_u64().expect("a number");
+    let before = cache_bytes();
+    let unsigned = small_artifact();
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&unsigned.name));
+    node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+    let hex = unsigned.digest.strip_prefix("sha256:").expect("a digest");
+    let manifest = node.driver.state().join("blobs").join(hex);
+    assert!(manifest.exists());
+    let takes = fs::metadata(&manifest).expect("metadata").blocks() * 512;
+    assert!(cache_bytes() >= before + takes);
+    admin.told(&["gc", "--target", "0"]);
+    assert!(!manifest.exists());
+    assert_eq!(cache_bytes(), before);
 }
 
 #[test]
