@@ -20,6 +20,9 @@ use crate::common::support::{
 
 const PULLS: usize = 20;
 const PUBLISHES: usize = 200;
+/// The time between two honest calls. All of them together last longer than what an attack does before it unpacks.
+const PULL_PAUSE: Duration = Duration::from_millis(200);
+const PUBLISH_PAUSE: Duration = Duration::from_millis(20);
 
 /// One attack on a node.
 struct Attack {
@@ -180,10 +183,13 @@ fn measure(attack: &Attack) {
 /// Returns the median of pulls and the 95th percentile of publishes from the cache.
 fn honest_times(node: &Node, cached: &SmallArtifact) -> [String; 2] {
     let artifacts: Vec<_> = (0..PULLS).map(|_| small_artifact()).collect();
-    let time =
-        |artifact: &SmallArtifact| publish(&node.kubelet, &node.proxy.reference(&artifact.name));
-    let mut pulls: Vec<_> = artifacts.iter().map(time).collect();
-    let mut publishes: Vec<_> = (0..PUBLISHES).map(|_| time(cached)).collect();
+    let time_after = |pause: Duration, artifact: &SmallArtifact| {
+        std::thread::sleep(pause);
+        publish(&node.kubelet, &node.proxy.reference(&artifact.name))
+    };
+    let mut pulls: Vec<_> =
+        artifacts.iter().map(|artifact| time_after(PULL_PAUSE, artifact)).collect();
+    let mut publishes: Vec<_> = (0..PUBLISHES).map(|_| time_after(PUBLISH_PAUSE, cached)).collect();
     [milliseconds(quantile(&mut pulls, 0.5)), milliseconds(quantile(&mut publishes, 0.95))]
 }
 
