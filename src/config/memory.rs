@@ -1,29 +1,30 @@
-//! Whether limits fit into the memory that they are given.
+//! The check that limits fit into the memory of the container.
 
 use super::NodeConfiguration;
 use crate::pull::memory::{
-    BYTES_BESIDE, BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART, MemoryPlan, PLAIN_WINDOW,
+    BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART, MemoryPlan, PLAIN_WINDOW, bytes_beside,
 };
 use crate::units::Bytes;
 use crate::unpack::Selection;
 use crate::unpack::merge::Merger;
 
 impl NodeConfiguration {
-    /// Compares `pull.memory` with the container's limit, and what one artifact within the limits
-    /// may take with `pull.memory`.
+    /// Compares `pull.memory` with the container's limit, and the needs of one artifact within the
+    /// limits with `pull.memory`.
     ///
     /// # Errors
     ///
-    /// The first key that does not fit, with the numbers and what to change.
+    /// Names the first key that does not fit, with the numbers and what to change.
     pub fn check_memory(&self, container: Option<u64>) -> Result<(), String> {
         let total = self.pull.memory_bytes(container);
+        let beside = bytes_beside(self.pull.unpacks);
         if let Some(limit) = container
-            && total.saturating_add(BYTES_BESIDE) > limit
+            && total.saturating_add(beside) > limit
         {
             return Err(format!(
                 "pull.memory is {}, and beside it the driver takes up to {}, which is more than the container's limit of {}: lower pull.memory or raise the container's limit",
                 Bytes(total),
-                Bytes(BYTES_BESIDE),
+                Bytes(beside),
                 Bytes(limit)
             ));
         }
@@ -79,8 +80,12 @@ mod tests {
             text.starts_with("pull.memory is 500.0 MiB") && text.contains("512.0 MiB"),
             "{text}"
         );
-        let text = refused("", 128);
+        let text = refused("", 160);
         assert!(text.starts_with("pull.unpacks: 4 layers at once take 39.0 MiB"), "{text}");
+        // The windows of paused unpackings count, too.
+        let text = refused("pull: {memory: 192Mi}\n", 256);
+        assert!(text.contains("beside it the driver takes up to 100.0 MiB"), "{text}");
+        assert_eq!(check("pull: {memory: 192Mi, unpacks: 2}\n", 274), Ok(()));
         for (key, text) in [
             ("entries", "limits: {entries: 5000000}\n"),
             ("manifestBytes", "limits: {manifestBytes: 104857600}\n"),

@@ -175,7 +175,7 @@ mod tests {
             VolumeError::NotReady(String::new()),
             VolumeError::StillPulling {
                 reference: String::new(),
-                progress: crate::pull::ProgressView::default().snapshot(),
+                progress: Box::new(crate::pull::ProgressView::default().snapshot()),
             },
         ] {
             assert!(!is_final(code(&error)), "{error}");

@@ -23,8 +23,8 @@ pub struct Descriptor {
     pub digest: Digest,
     /// The content's length in bytes.
     pub size: u64,
-    /// Those that the driver reads (see [`KNOWN_ANNOTATIONS`]); others may be of any number and
-    /// length, and are not kept.
+    /// The annotations of [`KNOWN_ANNOTATIONS`]. Others are not kept, as their number and length have
+    /// no limit.
     pub annotations: BTreeMap<String, String>,
     /// The content itself, where the manifest carries it inline.
     pub data: Option<Vec<u8>>,
@@ -79,9 +79,11 @@ pub const KNOWN_ANNOTATIONS: [&str; 10] = [
     SIGNATURE_ANNOTATION,
 ];
 
-/// Bytes of one annotation: several times a path, a signature, or a record of a file.
+/// The maximum length of an annotation in bytes, several times that of a path, a signature or a
+/// record of a file.
 const ANNOTATION_BYTES: usize = 64 << 10;
-/// Characters of a type, which is shown and kept: several times what any has.
+/// The maximum length of a media type or an artifact type in characters, several times that of any
+/// registered one.
 const TYPE_CHARACTERS: usize = 256;
 
 /// Bounds on what a manifest may demand.
@@ -161,40 +163,40 @@ pub enum ManifestError {
     NestedIndex(Digest),
 }
 
-/// A manifest as it is written. Of what is not read nothing is kept, and of what is a list no more
-/// than the limit.
+/// A manifest or an index before it is checked. Unknown fields are not kept, and of each list only
+/// as many descriptors as the limit allows.
 #[derive(Default)]
 struct RawManifest {
     schema_version: Option<i64>,
     media_type: Option<String>,
     artifact_type: Option<String>,
     config: Option<RawDescriptor>,
-    layers: Option<Listed>,
-    blobs: Option<Listed>,
-    manifests: Option<Listed>,
+    layers: Option<DescriptorList>,
+    blobs: Option<DescriptorList>,
+    manifests: Option<DescriptorList>,
 }
 
-/// The first descriptors of a list, and how many there are.
-struct Listed {
+/// The first descriptors of a list, and the length of the list.
+struct DescriptorList {
     first: Vec<RawDescriptor>,
     count: usize,
 }
 
-/// Reads a manifest with at most so many descriptors in a list.
+/// Reads a manifest, and keeps at most `most` descriptors of each list.
 #[derive(Clone, Copy)]
 struct ManifestReader {
     most: usize,
 }
 
-/// Reads a list of at most so many descriptors, or nothing.
+/// Reads a list of descriptors or null, and keeps at most `most` of them.
 #[derive(Clone, Copy)]
-struct ListReader {
+struct DescriptorListReader {
     most: usize,
 }
 
 #[derive(Deserialize)]
 #[serde(field_identifier, rename_all = "camelCase")]
-enum Field {
+enum ManifestField {
     SchemaVersion,
     MediaType,
     ArtifactType,
@@ -219,7 +221,7 @@ struct RawDescriptor {
     artifact_type: Option<String>,
 }
 
-/// The annotations that are read.
+/// The annotations of [`KNOWN_ANNOTATIONS`] that a descriptor has.
 #[derive(Default)]
 struct KnownAnnotations(BTreeMap<String, String>);
 
@@ -251,23 +253,27 @@ impl<'de> Visitor<'de> for ManifestReader {
             Ok(())
         }
         let mut raw = RawManifest::default();
-        let list = ListReader { most: self.most };
+        let list = DescriptorListReader { most: self.most };
         while let Some(field) = map.next_key()? {
             match field {
-                Field::SchemaVersion => {
+                ManifestField::SchemaVersion => {
                     once(&mut raw.schema_version, map.next_value()?, "schemaVersion")?;
                 }
-                Field::MediaType => once(&mut raw.media_type, map.next_value()?, "mediaType")?,
-                Field::ArtifactType => {
+                ManifestField::MediaType => {
+                    once(&mut raw.media_type, map.next_value()?, "mediaType")?;
+                }
+                ManifestField::ArtifactType => {
                     once(&mut raw.artifact_type, map.next_value()?, "artifactType")?;
                 }
-                Field::Config => once(&mut raw.config, map.next_value()?, "config")?,
-                Field::Layers => once(&mut raw.layers, map.next_value_seed(list)?, "layers")?,
-                Field::Blobs => once(&mut raw.blobs, map.next_value_seed(list)?, "blobs")?,
-                Field::Manifests => {
+                ManifestField::Config => once(&mut raw.config, map.next_value()?, "config")?,
+                ManifestField::Layers => {
+                    once(&mut raw.layers, map.next_value_seed(list)?, "layers")?;
+                }
+                ManifestField::Blobs => once(&mut raw.blobs, map.next_value_seed(list)?, "blobs")?,
+                ManifestField::Manifests => {
                     once(&mut raw.manifests, map.next_value_seed(list)?, "manifests")?;
                 }
-                Field::Other => {
+                ManifestField::Other => {
                     map.next_value::<IgnoredAny>()?;
                 }
             }
@@ -276,16 +282,16 @@ impl<'de> Visitor<'de> for ManifestReader {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for ListReader {
-    type Value = Option<Listed>;
+impl<'de> DeserializeSeed<'de> for DescriptorListReader {
+    type Value = Option<DescriptorList>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_option(self)
     }
 }
 
-impl<'de> Visitor<'de> for ListReader {
-    type Value = Option<Listed>;
+impl<'de> Visitor<'de> for DescriptorListReader {
+    type Value = Option<DescriptorList>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("a list of descriptors")
@@ -304,7 +310,7 @@ impl<'de> Visitor<'de> for ListReader {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let mut listed = Listed { first: Vec::new(), count: 0 };
+        let mut listed = DescriptorList { first: Vec::new(), count: 0 };
         while listed.first.len() < self.most {
             let Some(descriptor) = list.next_element()? else { break };
             listed.first.push(descriptor);
@@ -347,8 +353,8 @@ impl<'de> Visitor<'de> for AnnotationReader {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut known = KnownAnnotations::default();
         while let Some(key) = map.next_key::<Cow<'_, str>>()? {
-            // All values are text, whether they are read or not.
-            let value = map.next_value::<Text<'_>>()?.0;
+            // A value that is no text is an error for unknown annotations, too.
+            let value = map.next_value::<BorrowedText<'_>>()?.0;
             if !KNOWN_ANNOTATIONS.contains(&&*key) {
                 continue;
             }
@@ -364,9 +370,9 @@ impl<'de> Visitor<'de> for AnnotationReader {
     }
 }
 
-/// A text that is borrowed from the document where it can be.
+/// A text that borrows from the document unless it has escape sequences.
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Deserialize)]
 struct RawPlatform {
@@ -389,7 +395,7 @@ impl Manifest {
         content_type: Option<&str>,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
-        // It may quote any part of the document.
+        // The error may quote any part of the document.
         let undecodable = |error: serde_json::Error| {
             ManifestError::Undecodable(error.to_string().chars().take(300).collect())
         };
@@ -429,11 +435,11 @@ impl Manifest {
     fn image(
         artifact_type: Option<String>,
         config: Option<RawDescriptor>,
-        layers: Listed,
+        layers: DescriptorList,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
         Ok(Self::Image(ImageManifest {
-            artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(short),
+            artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(truncated),
             config: config.map(|config| descriptor(config, limits).map(Box::new)).transpose()?,
             layers: descriptors(layers, limits)?,
         }))
@@ -527,13 +533,16 @@ fn platform(raw: RawPlatform) -> Platform {
     // Shown in messages, so bounded here.
     let short = |text: String| text.chars().take(64).collect::<String>();
     Platform {
-        os: short(raw.os),
-        architecture: short(raw.architecture),
+        os: truncated(raw.os),
+        architecture: truncated(raw.architecture),
         variant: raw.variant.filter(|variant| !variant.is_empty()).map(short),
     }
 }
 
-fn descriptors(raw: Listed, limits: ManifestLimits) -> Result<Vec<Descriptor>, ManifestError> {
+fn descriptors(
+    raw: DescriptorList,
+    limits: ManifestLimits,
+) -> Result<Vec<Descriptor>, ManifestError> {
     if raw.count > limits.layers {
         return Err(ManifestError::TooManyLayers { count: raw.count, limit: limits.layers });
     }
@@ -549,18 +558,18 @@ fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, 
     }
     let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
     Ok(Descriptor {
-        media_type: short(media_type::essence(&raw.media_type)),
+        media_type: truncated(media_type::essence(&raw.media_type)),
         digest,
         size,
         annotations: raw.annotations.0,
         data,
         platform: raw.platform.map(platform),
-        artifact_type: raw.artifact_type.map(short),
+        artifact_type: raw.artifact_type.map(truncated),
     })
 }
 
-/// A type, cut where it is longer than any that is known.
-fn short(text: String) -> String {
+/// Returns a type, truncated to [`TYPE_CHARACTERS`].
+fn truncated(text: String) -> String {
     match text.char_indices().nth(TYPE_CHARACTERS) {
         Some((end, _)) => text[..end].to_owned(),
         None => text,
@@ -647,7 +656,7 @@ mod tests {
     }
 
     #[test]
-    fn of_what_is_not_read_nothing_is_kept() {
+    fn unknown_fields_and_annotations_are_not_kept() {
         let many: Vec<_> = (0..1000).map(|n| format!(r#""a{n}":"{n}","#)).collect();
         let many = many.concat();
         let annotations = format!(
@@ -666,7 +675,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_bounded() {
+    fn annotations_and_types_have_a_maximum_length() {
         let title = "t".repeat(ANNOTATION_BYTES + 1);
         let title = format!(r#","annotations":{{"{}":"{title}"}}"#, KNOWN_ANNOTATIONS[0]);
         let error = parse(&with_layers(&layer("2", &title))).expect_err("too long").to_string();

@@ -62,17 +62,17 @@ pub(super) enum PartRule {
     Archive(ArchiveRule),
 }
 
-/// A part that is in the store; of a layer how many entries it has.
+/// A part that is in the store. Of a layer, the last field is its number of entries.
 pub(super) enum Object {
     File(usize, FileRule, u64, StoredFile),
     Layer(usize, ArchiveRule, LayerView, u64),
 }
 
-/// All that a tree is made of, bottom first.
-pub(super) struct Sources {
+/// The parts that a tree is made of, bottom first.
+pub(super) struct TreeSources {
     parts: Vec<(usize, SourceRule)>,
     objects: Objects,
-    /// Entries of all layers, and single files.
+    /// The number of entries of all layers and of single files.
     entries: u64,
 }
 
@@ -82,33 +82,33 @@ enum SourceRule {
 }
 
 /// The layers of an artifact that a tree needs, and the memory that their list takes.
-struct Listed {
+struct LayerList {
     kind: String,
     parts: Vec<Part>,
     _kept: Memory,
 }
 
-/// A tree that is to be built of layers and files that are in the store.
+/// The order to build a tree of layers and files that are in the store.
 struct TreeOrder {
     key: TreeKey,
     manifest: Digest,
     kind: String,
     compressed_bytes: u64,
     shape: Shape,
-    /// All blobs that it needs, whose room is claimed.
+    /// The blobs that the tree needs, for which disk space is reserved.
     blobs: HashSet<Digest>,
 }
 
-/// What came of one try to build a tree.
-enum Built {
-    /// It has been built meanwhile.
+/// The outcome of one attempt to build a tree.
+enum BuildOutcome {
+    /// Another flight has built the tree meanwhile.
     There(Tree),
     New(Box<(BuiltTree, TreeRecord, Objects, Reservation)>),
-    /// Planning takes so much memory.
-    Short(Sources, u64),
+    /// The reserved memory does not suffice. The number is the need in bytes as far as known.
+    Short(TreeSources, u64),
 }
 
-/// A plan of so many bytes has used memory that is given back to the system after it.
+/// The size in bytes of a plan from which its memory is returned to the system afterwards.
 pub(super) const LARGE_PLAN: u64 = 8 << 20;
 
 impl Object {
@@ -203,7 +203,7 @@ impl Puller {
 }
 
 impl Shape {
-    /// Returns what a volume asks for.
+    /// Returns the shape that a volume asks for.
     pub(super) fn of(want: &Want) -> Self {
         Self {
             selection: want.selection.clone(),
@@ -218,7 +218,7 @@ impl Shape {
         View { include, exclude, permissions: self.permissions, file_mode: self.file_mode }
     }
 
-    /// Returns what is kept with a tree of this shape. Copies of files are counted when they are made.
+    /// Returns the record of a tree of this shape. Copies of files are counted when they are made.
     pub(super) fn record(
         &self,
         manifest: Digest,
@@ -263,7 +263,7 @@ impl Shape {
                 },
                 LayerRule::Archive(rule) => PartRule::Archive(rule),
             };
-            // What the rule was made from is not needed any more.
+            // The rule has been made from these annotations, which are not needed any more.
             let annotations = BTreeMap::new();
             let descriptor = Descriptor { annotations, platform: None, ..descriptor.clone() };
             Some(Ok(Part { layer, descriptor, rule }))
@@ -308,7 +308,7 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
-        // Until a tree needs it, nothing else keeps it from being evicted.
+        // No tree needs the manifest yet, so that only this lease keeps it from being evicted.
         let (inner, of) = (Arc::clone(&self), manifest);
         let _manifest = blocking(move || Ok(inner.store.hold_blob(of))).await?;
         match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
@@ -336,7 +336,8 @@ impl Inner {
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
-        let Listed { kind, parts, _kept } = self.list(manifest, &shape, sponsors, progress).await?;
+        let LayerList { kind, parts, _kept } =
+            self.list(manifest, &shape, sponsors, progress).await?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
@@ -384,7 +385,7 @@ impl Inner {
         }
         drop(under_way);
         let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
-        let built = self.build_in_turn(order, Sources::new(objects), progress).await;
+        let built = self.build_in_turn(order, TreeSources::new(objects), progress).await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
         let mut named = Ok(());
@@ -395,7 +396,7 @@ impl Inner {
             }
             reservation.done(blob);
         }
-        // A tree is compared with its manifest for as long as it is kept. That of a long pull may have gone meanwhile.
+        // The tree will be compared with its manifest, which may have been removed during a long pull.
         let kept = self.keep_manifest(manifest, sponsors).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         blocking(move || {
@@ -404,13 +405,13 @@ impl Inner {
             kept?;
             let (built, building) = built?;
             let tree = match built {
-                Built::New(new) => {
+                BuildOutcome::New(new) => {
                     let (built, record, objects, _room) = *new;
                     let files: Vec<_> = objects.files.into_values().collect();
                     inner.store.commit_tree(key, record, built, (&layers, &files))?
                 }
-                Built::There(tree) => tree,
-                Built::Short(..) => return Err(PullError::Crashed),
+                BuildOutcome::There(tree) => tree,
+                BuildOutcome::Short(..) => return Err(PullError::Crashed),
             };
             drop(building);
             inner.remember_tree(&repository, key, &fetched)?;
@@ -423,28 +424,25 @@ impl Inner {
     async fn build_in_turn(
         self: &Arc<Self>,
         order: TreeOrder,
-        mut sources: Sources,
+        mut sources: TreeSources,
         progress: &Arc<Progress>,
-    ) -> Result<(Built, OwnedMutexGuard<()>), PullError> {
+    ) -> Result<(BuildOutcome, OwnedMutexGuard<()>), PullError> {
         let mut bytes = Merger::estimate(sources.entries, &order.shape.selection);
         let order = Arc::new(order);
         loop {
-            // First the memory: while it is waited for, nothing is held that others wait for.
+            // Before the lock and the permit, so that no flight waits for a flight that waits for memory.
             let memory = self.compute_memory(bytes, progress).await?;
-            // Flights of other repositories that show the same make the same tree.
+            // Flights of other repositories may build the same tree.
             let building = self.background.hurried(self.building.lock(order.key)).await;
-            // Of trees as few are built at once as layers are unpacked.
-            let permit = self.unpackers.permit(progress).await;
+            let permit = self.unpackers.compute_permit(progress).await;
             let (inner, order) = (Arc::clone(self), Arc::clone(&order));
             let build = move || {
                 let _permit = permit;
                 inner.build_within(&order, sources, memory)
             };
             match blocking(build).await? {
-                Built::Short(again, needs) => {
-                    let most = self.memory.most();
-                    // Half as much again at least, so that a few tries are enough.
-                    bytes = if bytes < most { needs.max(bytes / 2 * 3).min(most) } else { needs };
+                BuildOutcome::Short(again, needs) => {
+                    bytes = self.memory.bytes_of_next_try(bytes, needs);
                     sources = again;
                 }
                 done => return Ok((done, building)),
@@ -452,41 +450,41 @@ impl Inner {
         }
     }
 
-    /// Builds a tree with as much memory as is reserved for planning it. Blocking.
+    /// Builds a tree within the memory that is reserved for its plan. Blocking.
     fn build_within(
         &self,
         order: &TreeOrder,
-        sources: Sources,
+        sources: TreeSources,
         mut memory: Memory,
-    ) -> Result<Built, PullError> {
+    ) -> Result<BuildOutcome, PullError> {
         if let Some(tree) = self.store.tree(order.key)? {
-            return Ok(Built::There(tree));
+            return Ok(BuildOutcome::There(tree));
         }
         let plan = self.plan(&sources, &order.shape, &self.limits, memory.bytes());
         if let Err(error) = &plan
             && let Some(needs) = sources.shortage(error)
         {
-            return Ok(Built::Short(sources, needs));
+            return Ok(BuildOutcome::Short(sources, needs));
         }
         let plan = plan?;
         let takes = plan.memory_bytes();
         memory.shrink(takes);
         let (kind, compressed_bytes) = (order.kind.clone(), order.compressed_bytes);
         let record = order.shape.record(order.manifest, kind, compressed_bytes, &plan);
-        // Folders and links of its own may be many, also of layers that are here.
+        // Directories and symbolic links of the tree itself take disk space, too.
         let claim = Claim::of_tree(order.key, &plan);
         let reserve = || self.store.reserve_after(&[claim], &order.blobs);
-        // With locks that publishes wait for.
+        // Publishes wait for the locks that this takes.
         let room = background::as_ordinary(reserve)?;
         let built = self.store.build_tree(&plan, &sources.objects)?;
         drop(plan);
         if takes >= LARGE_PLAN {
             give_memory_back();
         }
-        Ok(Built::New(Box::new((built, record, sources.objects, room))))
+        Ok(BuildOutcome::New(Box::new((built, record, sources.objects, room))))
     }
 
-    /// Reserves memory for a computation of a flight.
+    /// Waits for the memory of a computation of a flight.
     pub(super) async fn compute_memory(
         &self,
         bytes: u64,
@@ -494,36 +492,42 @@ impl Inner {
     ) -> Result<Memory, PullError> {
         let waits = |wait| progress.waits_for_memory(wait);
         let reserve = self.memory.compute(progress.tenant(), bytes, waits);
-        // What warming has it may hold on to while it gives way.
+        // Warming may hold the memory while it stands back.
         Ok(self.background.hurried(reserve).await?)
     }
 
-    /// Lists the layers that a tree needs. The manifest is parsed twice, so that it is not in memory
-    /// while memory is waited for.
+    /// Lists the layers that a tree needs. The manifest is not in memory while memory for the list is
+    /// waited for: then it is parsed a second time.
     async fn list(
         self: &Arc<Self>,
         manifest: Digest,
         shape: &Shape,
         sponsors: &Sponsors,
         progress: &Progress,
-    ) -> Result<Listed, PullError> {
-        let of = shape.clone();
-        let measure = move |inner: &Self, image: ImageManifest| {
-            Ok(memory_of(&of.parts(&image, &inner.limits)?))
-        };
-        let bytes = self.image(manifest, sponsors, progress, measure).await?;
-        let waits = |wait| progress.waits_for_memory(wait);
-        let keep = self.memory.keep(progress.tenant(), bytes, waits);
-        let kept = self.background.hurried(keep).await?;
-        let of = shape.clone();
-        let list = move |inner: &Self, image: ImageManifest| {
-            Ok((image.kind().to_owned(), of.parts(&image, &inner.limits)?))
-        };
-        let (kind, parts) = self.image(manifest, sponsors, progress, list).await?;
-        Ok(Listed { kind, parts, _kept: kept })
+    ) -> Result<LayerList, PullError> {
+        let mut reserved = None;
+        loop {
+            let (shape, tenant, reserved_before) =
+                (shape.clone(), progress.tenant(), reserved.take());
+            let list = move |inner: &Self, image: ImageManifest| {
+                let parts = shape.parts(&image, &inner.limits)?;
+                let bytes = memory_of(&parts);
+                let kept = reserved_before.or_else(|| inner.memory.try_keep(tenant, bytes));
+                let list = |kept| LayerList { kind: image.kind().to_owned(), parts, _kept: kept };
+                Ok(kept.map(list).ok_or(bytes))
+            };
+            match self.image(manifest, sponsors, progress, list).await? {
+                Ok(list) => return Ok(list),
+                Err(bytes) => {
+                    let waits = |wait| progress.waits_for_memory(wait);
+                    let keep = self.memory.keep(progress.tenant(), bytes, waits);
+                    reserved = Some(self.background.hurried(keep).await?);
+                }
+            }
+        }
     }
 
-    /// Reads the manifest from the store; it is fetched again should it have been damaged there.
+    /// Parses the manifest from the store. A damaged one is fetched again.
     async fn image<T: Send + 'static>(
         self: &Arc<Self>,
         manifest: Digest,
@@ -538,7 +542,7 @@ impl Inner {
             let inner = Arc::clone(self);
             let done = blocking(move || {
                 let _memory = memory;
-                // A damaged one is removed, and fetched by the next try.
+                // The store has removed a damaged manifest, which the next try fetches.
                 let Some(bytes) = inner.store.blob(manifest)? else { return Ok(Err(read)) };
                 match Manifest::parse(&bytes, None, inner.limits.manifest())? {
                     Manifest::Image(image) => {
@@ -558,8 +562,8 @@ impl Inner {
         Err(StoreError::Damaged { path, what }.into())
     }
 
-    /// Makes sure that the store keeps a manifest for the next 24 hours at least; it is fetched where the store does not
-    /// have it. Returns its size.
+    /// Makes sure that the store keeps a manifest for at least 24 hours, and fetches it if it is not
+    /// there. Returns its size.
     async fn keep_manifest(
         self: &Arc<Self>,
         manifest: Digest,
@@ -609,11 +613,10 @@ impl Inner {
         })
     }
 
-    /// What a volume of this shape shows of these parts. It takes no more than `allowance` bytes of
-    /// memory to plan. Blocking.
+    /// Plans the tree of these parts in this shape, within `allowance` bytes of memory. Blocking.
     pub(super) fn plan(
         &self,
-        sources: &Sources,
+        sources: &TreeSources,
         shape: &Shape,
         limits: &Limits,
         allowance: u64,
@@ -638,8 +641,8 @@ impl Inner {
         Ok(merger.finish()?)
     }
 
-    /// A layer's entries, each with its offset in the index. A damaged index condemns the layer: the
-    /// next try fetches it again.
+    /// Visits the entries of a layer, each with its offset in the index. A layer with a damaged index
+    /// is marked as damaged, so that the next try fetches it again.
     fn each_entry(
         &self,
         layer: &LayerView,
@@ -679,7 +682,7 @@ impl Inner {
     }
 }
 
-impl Sources {
+impl TreeSources {
     pub(super) fn new(mut from: Vec<Object>) -> Self {
         from.sort_by_key(|part| match part {
             Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
@@ -703,17 +706,17 @@ impl Sources {
         sources
     }
 
-    /// Returns the files and layers alone.
+    /// Returns the files and layers.
     pub(super) fn into_objects(self) -> Objects {
         self.objects
     }
 
-    /// Bytes of memory that planning takes as far as can be told, where it was stopped for memory.
+    /// Returns the estimated bytes of memory for the whole plan, if it was stopped for memory.
     pub(super) fn shortage(&self, error: &PullError) -> Option<u64> {
         let PullError::Unpack(UnpackError::Memory { bytes, entries }) = error.root() else {
             return None;
         };
-        // As if the rest were like what came before, and somewhat more.
+        // Assumes that the rest of the entries is like the first ones, and adds an eighth.
         let all = u128::from(*bytes) * u128::from(self.entries.max(*entries));
         let all = u64::try_from(all / u128::from((*entries).max(1))).unwrap_or(u64::MAX);
         Some(all.saturating_add(all / 8))
@@ -724,7 +727,7 @@ fn layer_number(layer: usize) -> u32 {
     u32::try_from(layer).unwrap_or(u32::MAX)
 }
 
-/// Bytes of memory that a pull keeps for these while it waits for a registry.
+/// Returns the bytes of memory that a pull keeps for a list of parts.
 fn memory_of(parts: &[Part]) -> u64 {
     let of_part = |part: &Part| {
         let Part { descriptor, rule, .. } = part;

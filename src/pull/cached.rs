@@ -1,8 +1,7 @@
-//! The tree of a volume, from what the node holds and knows alone.
+//! The fast path of a publish: a tree that is in the store and proven for its caller.
 //!
-//! This is the path of nearly every publish: it runs on one blocking thread, asks no registry, and
-//! waits for nothing. What it cannot decide is left to [`Puller::acquire`], which also says why a
-//! volume cannot have its content.
+//! Nearly every publish takes this path. It runs on one blocking thread and waits for no registry and
+//! no flight. Everything else is left to [`Puller::acquire`], including the reason of a failure.
 
 use super::Puller;
 use super::artifact::Shape;
@@ -11,8 +10,8 @@ use crate::store::Tree;
 use crate::store::object::ObjectName;
 
 impl Puller {
-    /// Returns the tree that is wanted, where the node holds it, has read it back, and knows that
-    /// this caller may see it. None where it is to be acquired. Blocking.
+    /// Returns the wanted tree if it is in the store, has been read back, and is proven for this
+    /// caller. None means that it has to be acquired. Blocking.
     #[must_use]
     pub fn cached(&self, want: &Want) -> Option<Tree> {
         if want.policy == PullPolicy::Always {

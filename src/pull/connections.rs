@@ -42,11 +42,11 @@ const LITTLE: u64 = 32 << 20;
 /// A mirror whose connection breaks before this is passed by, and at any place one that trickles or
 /// ends its answer too early: what it saves the registry is not worth what asking it costs.
 const WORTH_A_MIRROR: u64 = 1 << 20;
-/// A connection that others wait for gives way after this.
+/// Time after which a connection returns its slot to other artifacts that wait.
 const TURN: Duration = Duration::from_secs(20);
-/// The same where its tenant holds more connections than the tenant that waits.
+/// Time after which a connection returns its slot to a tenant that holds fewer.
 const TENANT_TURN: Duration = Duration::from_secs(1);
-/// Time between two looks at who waits.
+/// Interval at which a connection checks whether it has to return its slot.
 const TURN_CHECK: Duration = Duration::from_millis(250);
 /// A blob whose next try is further away than this does not keep its place from those that wait for one.
 const SHORT: Duration = Duration::from_secs(5);
@@ -78,9 +78,9 @@ pub enum Failure {
     Failed(PullError),
     /// What the source sends is not the blob.
     Wrong(PullError),
-    /// The source cannot add to what others have sent: what there is of it all is not the blob, if
-    /// it is the digest that is wrong.
-    Alone(PullError),
+    /// The source cannot continue the bytes of other sources. With [`PullError::BlobDigest`] all bytes
+    /// are there, and are not the blob.
+    CannotContinue(PullError),
 }
 
 /// One blob that is fetched from one source.
@@ -97,8 +97,8 @@ pub struct Connections<'a> {
     /// Nanoseconds for which the writer had something to do.
     busy: Arc<AtomicU64>,
     follow: &'a (dyn Fn(Follower) + Send + Sync),
-    /// Those that want the same download.
-    rivals: Option<Arc<SharedDownload>>,
+    /// The download that other repositories share.
+    shared: Option<Arc<SharedDownload>>,
     /// Whether the head of an answer is all that is wanted.
     only_answer: bool,
     state: Mutex<State>,
@@ -118,8 +118,8 @@ struct State {
     answered_by: BTreeSet<ProofSource>,
     /// Whether one of its mirrors has, since the download began or started over.
     mirrored: bool,
-    /// Whether there are bytes that came before this source was asked.
-    has_earlier: bool,
+    /// Bytes were on the disk before this source was asked.
+    has_earlier_bytes: bool,
 }
 
 /// Whether the source sends parts.
@@ -156,9 +156,17 @@ impl<'a> Connections<'a> {
         let most = wire.options.connections.max(1);
         let ranges = Ranges::Unknown;
         let (rates, answered_by, mirrored) = (Vec::new(), BTreeSet::new(), false);
-        let has_earlier = spans.missing() < size;
-        let state =
-            State { spans, rates, wanted: 1, most, ranges, answered_by, mirrored, has_earlier };
+        let has_earlier_bytes = spans.missing() < size;
+        let state = State {
+            spans,
+            rates,
+            wanted: 1,
+            most,
+            ranges,
+            answered_by,
+            mirrored,
+            has_earlier_bytes,
+        };
         let state = Mutex::new(state);
         Self {
             wire,
@@ -171,7 +179,7 @@ impl<'a> Connections<'a> {
             writes,
             busy,
             follow,
-            rivals: None,
+            shared: None,
             only_answer: false,
             state,
         }
@@ -184,15 +192,16 @@ impl<'a> Connections<'a> {
         Self { only_answer: true, ..self }
     }
 
-    /// Leaves to these what this source cannot continue.
+    /// Keeps bytes that this source cannot continue for the waiters of a shared download.
     #[must_use]
-    pub(super) fn beside(self, rivals: Option<Arc<SharedDownload>>) -> Self {
-        Self { rivals, ..self }
+    pub(super) fn sharing(self, shared: Option<Arc<SharedDownload>>) -> Self {
+        Self { shared, ..self }
     }
 
-    /// Whether starting over would throw away what others have sent and could go on with.
+    /// Returns whether starting over would discard bytes that a waiting source could continue.
     pub fn would_discard_others_bytes(&self) -> bool {
-        self.state().has_earlier && self.rivals.as_ref().is_some_and(|rivals| rivals.is_wanted())
+        self.state().has_earlier_bytes
+            && self.shared.as_ref().is_some_and(|shared| shared.has_waiters())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -223,7 +232,7 @@ impl<'a> Connections<'a> {
                 self.wire.registry.distrust_mirrors(&self.source.repository, self.digest);
             }
             if self.would_discard_others_bytes() {
-                return Err(Failure::Alone(error));
+                return Err(Failure::CannotContinue(error));
             }
             // A source may have changed under a download that was continued: once, from the start.
             if std::mem::replace(&mut started_over, true) {
@@ -275,7 +284,7 @@ impl<'a> Connections<'a> {
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
                             let got = self.size - self.state().spans.missing();
-                            return Err(Failure::Alone(self.wrong_size(got)));
+                            return Err(Failure::CannotContinue(self.wrong_size(got)));
                         }
                         self.restart(retries).await?;
                     }
@@ -420,16 +429,14 @@ impl<'a> Connections<'a> {
         checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let Some(next) = self.next_chunk(&mut body, &slot, since, &mut checks).await else {
-                // It may be one that sends nothing in any of its turns.
-                if let Err(trickled) = rate.keeps(0) {
-                    return Err(Stop::Broke(Break { trickled, ..self.too_slow().into() }));
-                }
+                // The source may send nothing in any of its turns.
+                rate.keeps(0).map_err(|trickled| self.trickles(trickled))?;
                 if self.state().ranges == Ranges::Sent {
                     self.state().rates.push(rate.paused());
                     return Ok(());
                 }
-                // What a source without ranges has begun cannot be continued by another connection:
-                // this one stays open, and no byte is read until it has a slot again.
+                // Another connection cannot continue a source without ranges. This one stays open,
+                // and is not read until it has a slot again.
                 rate = rate.paused();
                 drop(slot);
                 slot = self.wire.slots.acquire(self.ask.clone()).await;
@@ -465,15 +472,18 @@ impl<'a> Connections<'a> {
                 return Ok(());
             }
             let is_kept = rate.keeps(length);
-            if step == Step::More
-                && let Err(trickled) = is_kept
-            {
-                return Err(Stop::Broke(Break { trickled, ..self.too_slow().into() }));
+            if step == Step::More {
+                is_kept.map_err(|trickled| self.trickles(trickled))?;
             }
         }
     }
 
-    /// Waits for the next bytes of a connection. None when it has to give way to others.
+    /// Returns the failure of a source that sends too little.
+    fn trickles(&self, trickled: u64) -> Stop {
+        Stop::Broke(Break { trickled, ..self.too_slow().into() })
+    }
+
+    /// Waits for the next bytes of a connection. None when it has to return its slot.
     async fn next_chunk(
         &self,
         body: &mut BlobBody,
@@ -482,7 +492,7 @@ impl<'a> Connections<'a> {
         checks: &mut Interval,
     ) -> Option<Result<Option<Bytes>, RegistryError>> {
         let slots = &self.wire.slots;
-        // Kept over the checks: a source that is silent has the same time as without them.
+        // One future for all checks, so that they do not restart the timeout of a silent source.
         let mut chunk = std::pin::pin!(body.chunk());
         loop {
             tokio::select! {
@@ -490,7 +500,7 @@ impl<'a> Connections<'a> {
                 _ = checks.tick() => {
                     let elapsed = since.elapsed();
                     if elapsed > TURN && slots.is_wanted(slot)
-                        || elapsed >= TENANT_TURN && slots.is_owed(slot)
+                        || elapsed >= TENANT_TURN && slots.is_owed_to_other_tenant(slot)
                     {
                         return None;
                     }
@@ -554,7 +564,7 @@ impl<'a> Connections<'a> {
             state.spans = Spans::whole(self.size);
             state.wanted = 1;
             state.mirrored = false;
-            state.has_earlier = false;
+            state.has_earlier_bytes = false;
         }
         let (begun, begins) = oneshot::channel();
         self.send(Write::Restart(begun)).await?;

@@ -78,7 +78,7 @@ pub enum PullError {
         /// What came.
         got: Digest,
     },
-    /// More memory than the node has for one artifact.
+    /// The artifact needs more memory than the node has for one.
     #[error(transparent)]
     Memory(NeverFits),
     /// The node's own disk.
@@ -121,8 +121,8 @@ impl PullError {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
     }
 
-    /// Returns whether content cannot be read back on this node now, and all other content can: for leases that
-    /// processes of the node hold, or as it takes more memory than the node may have.
+    /// Returns whether this content cannot be read back on this node now, while other content can. Either a process
+    /// holds a lease on it, or comparing it takes more memory than the node may have.
     #[must_use]
     pub fn leaves_unread(&self) -> bool {
         matches!(self.root(), Self::Store(StoreError::Leased { .. }) | Self::Memory(_))

@@ -75,8 +75,8 @@ where
         under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
     }
 
-    /// Joins the flight of this key, or starts it. It becomes as urgent as the caller, and works in
-    /// the name of the caller's tenants, too.
+    /// Joins the flight of this key, or starts it. The flight gets the priority of the caller if that
+    /// is higher, and the caller's tenants.
     pub fn join<F>(
         &self,
         key: K,

@@ -3,24 +3,24 @@
 //! ```text
 //! want       what a volume asks for, and with which credentials it may
 //! candidates the credentials that it may try, and whose right each stands for
-//! cached     the tree of a volume, where the node holds it and knows that it may be seen
+//! cached     the fast path: a tree that is in the store and proven for its caller
 //! verification  when cached content needs no proof
 //! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
 //! flights    one piece of work at a time, however many wait
 //! sponsors   whose credentials pay for it
-//! tenant     in whose name it works: shares are fair between tenants
+//! tenant     the namespace that it is charged to: shares are fair between tenants
 //! signatures finding an artifact's signatures, and verifying them
 //! transfer   one blob to partial/, verified
 //! connections  the connections that bring it; spans: which brings which bytes; retry: after how long;
 //!            rate: whether it is enough
 //! document   one small blob, whole in memory
 //! idle       whether the node's processors have time
-//! shared_downloads  which repository of a host brings a blob: a slow one loses it to a faster one
-//! wire       what all downloads share; slots: who may download; throttle: how fast
+//! shared_downloads  one download for all repositories of a host: a slow source loses it to a faster one
+//! wire       what all downloads share; slots: fair shares of connections; throttle: how fast
 //! unpacking  a layer, unpacked while it comes
 //! objects    blobs -> files and layers of the store
 //! origins    whether a repository gives a blob that the store has; locks: one at a time
-//! memory     how much of the node's memory content of others may take
+//! memory     one budget for the memory of all pulls
 //! room       how much of the disk an artifact will take, before its first byte
 //! sums       what its layers come to, while they come
 //! artifact   manifest -> tree
@@ -102,12 +102,12 @@ pub struct PullOptions {
     pub unpacks: usize,
     /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
     pub wide_unpacks: usize,
-    /// Bytes of memory that content of others may take.
+    /// The memory budget of all pulls in bytes.
     pub memory_bytes: u64,
 }
 
-/// Memory that a pull has reserved.
-type Memory = memory::Reservation<Tenant>;
+/// A reservation of memory by a pull.
+type Memory = memory::MemoryReservation<Tenant>;
 
 /// Where content comes from, and who may see it.
 #[derive(Clone, Debug)]
@@ -140,7 +140,7 @@ struct Inner {
     files: Flights<(Repository, objects::FileWant), crate::store::files::StoredFile>,
     layers: Flights<(Repository, LayerKey), objects::ReadyLayer>,
     readings: Flights<self_check::Item, self_check::ReadBack>,
-    /// Downloads under way, by registry host and digest.
+    /// The downloads that repositories of a host share, by host and digest.
     downloads: SharedDownloads,
     /// Held while it is proven that a repository gives a blob.
     proving: KeyedLocks<(Repository, Digest)>,
@@ -149,7 +149,7 @@ struct Inner {
     /// Held while a tree is built.
     building: KeyedLocks<TreeKey>,
     sponsors: artifact::SponsorsByTree,
-    /// Held while a large document of the store is parsed for a publish, which reserves no memory.
+    /// Held while a large cached document is parsed for a publish, which reserves no memory.
     large_documents: Mutex<()>,
 }
 

@@ -16,7 +16,7 @@ use super::progress::Progress;
 use super::resolve::blocking;
 use super::room::layer_key;
 use super::sponsors::Sponsors;
-use super::transfer::{self, BlobGuard, Download, Fetched, Order};
+use super::transfer::{self, BlobGuard, Download, Order, TransferOutcome};
 use super::unpacking::Job;
 use crate::background::Background;
 use crate::fault;
@@ -61,15 +61,18 @@ pub struct ReadyLayer {
 /// Goes on whether anybody waits or not.
 type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
-/// What comes of one try to have a blob.
-enum Attempt<T> {
-    Done(T),
-    /// Another source has taken the download over, or its bytes cannot be continued: the next try
-    /// finds the content here, or goes on with the download, or with one of its own.
-    Again {
-        /// Whether from now on the repository fetches by itself.
-        alone: bool,
+/// The outcome of one attempt to get a blob.
+type Attempt<T> = Result<T, AttemptEnd>;
+
+/// The reason why an attempt ended without the blob.
+enum AttemptEnd {
+    /// Another repository is the source now, or this one cannot continue the bytes of others. The
+    /// next attempt finds the content in the store, or continues a download.
+    Retry {
+        /// The repository has to download the blob by itself from now on.
+        isolated: bool,
     },
+    Failed(PullError),
 }
 
 /// The right to work on a blob for one repository.
@@ -78,6 +81,28 @@ struct Turn {
     origin: BlobOrigin,
     /// Who has given it for the repository while others worked on it.
     given_by: BTreeSet<ProofSource>,
+}
+
+impl From<PullError> for AttemptEnd {
+    fn from(error: PullError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Repeats an attempt until it has the blob or fails. The attempt is told whether the repository has
+/// to download the blob by itself.
+async fn retry<T, F>(attempt: impl Fn(bool) -> F) -> Result<T, PullError>
+where
+    F: Future<Output = Attempt<T>>,
+{
+    let mut is_isolated = false;
+    loop {
+        match attempt(is_isolated).await {
+            Ok(done) => return Ok(done),
+            Err(AttemptEnd::Retry { isolated }) => is_isolated |= isolated,
+            Err(AttemptEnd::Failed(error)) => return Err(error),
+        }
+    }
 }
 
 impl ReadyLayer {
@@ -176,31 +201,22 @@ impl Inner {
             return blocking(move || inner.inline_file(want, &data)).await;
         }
         let work = (descriptor, Purpose::Keep, sponsors, progress);
-        let mut is_alone = false;
-        loop {
-            match self.fetch_file(work, want, is_alone).await? {
-                Attempt::Done(file) => return Ok(file),
-                Attempt::Again { alone } => is_alone |= alone,
-            }
-        }
+        retry(|isolated| self.fetch_file(work, want, isolated)).await
     }
 
-    /// One try to have a file's blob from the repository.
+    /// Gets the blob of a file from the repository, in one attempt.
     async fn fetch_file(
         self: &Arc<Self>,
         work: Work<'_>,
         want: FileWant,
-        alone: bool,
-    ) -> Result<Attempt<StoredFile>, PullError> {
+        isolated: bool,
+    ) -> Attempt<StoredFile> {
         let (_, _, sponsors, progress) = work;
-        let mut turn = self.turn(work, alone).await?;
+        let mut turn = self.turn(work, isolated).await?;
         let inner = Arc::clone(self);
         let held = blocking(move || Ok(inner.store.any_file_of(want.digest)?)).await?;
         if held.is_some() {
-            let guard = match self.prove(work, turn).await? {
-                Attempt::Done(guard) => guard,
-                Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
-            };
+            let guard = self.prove(work, turn).await?;
             self.read_files_before_use(want.digest, progress).await?;
             let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
             let inner = Arc::clone(self);
@@ -211,15 +227,11 @@ impl Inner {
             })
             .await?;
             if let Some(file) = known {
-                return Ok(Attempt::Done(file));
+                return Ok(file);
             }
             turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
         }
-        let Download { partial, guard, given_by } = match self.download(work, &|_| (), turn).await?
-        {
-            Attempt::Done(download) => download,
-            Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
-        };
+        let Download { partial, guard, given_by } = self.download(work, &|_| (), turn).await?;
         let naming = self.background.hurried(self.blobs.lock(want.digest)).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         let named = blocking(move || {
@@ -238,7 +250,7 @@ impl Inner {
             drop((guard, naming));
             Ok(file)
         });
-        named.await.map(Attempt::Done)
+        Ok(named.await?)
     }
 
     /// Content that the manifest carries.
@@ -295,51 +307,50 @@ impl Inner {
             return self.name_layer(unpacked, naming, |_| Ok(()));
         }
         let work = (descriptor, Purpose::Unpack, sponsors, progress);
-        let mut is_alone = false;
-        loop {
-            match self.fetch_layer(work, &job, key, is_alone).await? {
-                Attempt::Done(layer) => return Ok(layer),
-                Attempt::Again { alone } => is_alone |= alone,
-            }
-        }
+        retry(|isolated| self.fetch_layer(work, &job, key, isolated)).await
     }
 
-    /// One try to have a layer's blob from the repository, and to unpack it.
+    /// Gets the blob of a layer from the repository and unpacks it, in one attempt.
     async fn fetch_layer(
         self: &Arc<Self>,
         work: Work<'_>,
         job: &Job,
         key: LayerKey,
-        alone: bool,
-    ) -> Result<Attempt<ReadyLayer>, PullError> {
-        let (descriptor, _, sponsors, progress) = work;
-        let digest = descriptor.digest;
-        let mut turn = self.turn(work, alone).await?;
+        isolated: bool,
+    ) -> Attempt<ReadyLayer> {
+        let (_, _, sponsors, progress) = work;
+        let mut turn = self.turn(work, isolated).await?;
         let inner = Arc::clone(self);
         let held = blocking(move || Ok(inner.store.layer(key)?)).await?;
         if held.is_some() {
-            let guard = match self.prove(work, turn).await? {
-                Attempt::Done(guard) => guard,
-                Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
-            };
+            let guard = self.prove(work, turn).await?;
             self.read_layer_before_use(key, progress).await?;
             let inner = Arc::clone(self);
             if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
-                return ready(layer).await.map(Attempt::Done);
+                return Ok(ready(layer).await?);
             }
             // It was found damaged, and is fetched as if it were not here.
             turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
         }
-        let repository = sponsors.repository().clone();
+        let repository = sponsors.repository();
         if let Some(refusal) = self.unpackers.refusal(&repository.to_string(), key) {
-            return Err(PullError::Shared(refusal));
+            return Err(PullError::Shared(refusal).into());
         }
         let follow = |follower| job.follow(follower);
-        let Download { partial, guard, given_by } = match self.download(work, &follow, turn).await?
-        {
-            Attempt::Done(download) => download,
-            Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
-        };
+        let download = self.download(work, &follow, turn).await?;
+        Ok(self.unpack(download, job, key, repository).await?)
+    }
+
+    /// Unpacks a verified download, and begins to name the layer.
+    async fn unpack(
+        self: &Arc<Self>,
+        download: Download,
+        job: &Job,
+        key: LayerKey,
+        repository: &Repository,
+    ) -> Result<ReadyLayer, PullError> {
+        let Download { partial, guard, given_by } = download;
+        let (repository, digest) = (repository.clone(), job.blob());
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
@@ -372,7 +383,7 @@ impl Inner {
             Ok(unpacked) => {
                 let inner = Arc::clone(self);
                 let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? else {
-                    return self.name_layer(unpacked, (guard, naming), named).map(Attempt::Done);
+                    return self.name_layer(unpacked, (guard, naming), named);
                 };
                 // Another host has sent it meanwhile.
                 let inner = Arc::clone(self);
@@ -381,7 +392,7 @@ impl Inner {
                     named(&inner)
                 })
                 .await?;
-                ready(layer).await.map(Attempt::Done)
+                ready(layer).await
             }
             Err(error) => {
                 // It did come from there.
@@ -451,11 +462,11 @@ impl Inner {
         PullError::Shared(error)
     }
 
-    /// Waits for the right to work on a blob. While another flight of the same host has it, that is
-    /// waited for only when the registry has given the blob for this repository, too: one who may
-    /// not have it hears so at once, whether others have it or not. `alone` asks for a download of
-    /// the repository's own.
-    async fn turn(self: &Arc<Self>, work: Work<'_>, alone: bool) -> Result<Turn, PullError> {
+    /// Waits for the right to work on a blob. While a flight of another repository of the host has
+    /// it, waits only after this repository has given the blob, too. So a caller without access is
+    /// refused at once, whether the blob is under way or not. With `isolated` the download is the
+    /// repository's own.
+    async fn turn(self: &Arc<Self>, work: Work<'_>, isolated: bool) -> Result<Turn, PullError> {
         let (descriptor, _, sponsors, progress) = work;
         let (repository, digest) = (sponsors.repository(), descriptor.digest);
         let host = repository.host();
@@ -464,7 +475,7 @@ impl Inner {
         let of_repository = self.background.hurried(of_repository).await;
         let shared = self.downloads.of(host, digest);
         let mut turn = None;
-        if !alone && !self.downloads.is_mixed_up(host, digest) {
+        if !isolated && !self.downloads.is_isolated(host, digest) {
             turn = shared.try_take(progress);
             if turn.is_none() {
                 if self.look_up_origin(repository, digest).await? != BlobOrigin::Repository {
@@ -473,8 +484,8 @@ impl Inner {
                 let waits = shared.wait(repository, progress);
                 turn = Some(self.background.hurried(waits).await);
             }
-            // It may have been found out meanwhile.
-            turn = turn.filter(|_| !self.downloads.is_mixed_up(host, digest));
+            // The sources may have been isolated meanwhile.
+            turn = turn.filter(|_| !self.downloads.is_isolated(host, digest));
         }
         let origin = self.look_up_origin(repository, digest).await?;
         let guard = BlobGuard { _repository: of_repository, turn };
@@ -483,16 +494,12 @@ impl Inner {
 
     /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
     /// and remembers who has given it.
-    async fn prove(
-        self: &Arc<Self>,
-        work: Work<'_>,
-        turn: Turn,
-    ) -> Result<Attempt<BlobGuard>, PullError> {
+    async fn prove(self: &Arc<Self>, work: Work<'_>, turn: Turn) -> Attempt<BlobGuard> {
         let (descriptor, _, sponsors, progress) = work;
         let (guard, given_by) = match turn {
             Turn { guard, origin: BlobOrigin::Repository, .. } => {
                 progress.resumed(descriptor.size);
-                return Ok(Attempt::Done(guard));
+                return Ok(guard);
             }
             Turn { guard, origin: BlobOrigin::Host, given_by } => {
                 let is_given = !given_by.is_empty();
@@ -502,11 +509,8 @@ impl Inner {
             }
             // Another host has to send the bytes themselves: naming a digest proves nothing.
             turn => {
-                let Download { partial, guard, given_by } =
-                    match self.download(work, &|_| (), turn).await? {
-                        Attempt::Done(download) => download,
-                        Attempt::Again { alone } => return Ok(Attempt::Again { alone }),
-                    };
+                let download = self.download(work, &|_| (), turn).await?;
+                let Download { partial, guard, given_by } = download;
                 blocking(move || Ok(partial.discard()?)).await?;
                 (guard, given_by)
             }
@@ -514,7 +518,7 @@ impl Inner {
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         let digest = descriptor.digest;
         blocking(move || inner.remember_origin(&repository, digest, &given_by)).await?;
-        Ok(Attempt::Done(guard))
+        Ok(guard)
     }
 
     /// Asks the repository for a blob; says who has given it.
@@ -537,20 +541,19 @@ impl Inner {
         work: Work<'_>,
         follow: &(dyn Fn(Follower) + Send + Sync),
         turn: Turn,
-    ) -> Result<Attempt<Download>, PullError> {
+    ) -> Attempt<Download> {
         let (descriptor, purpose, sponsors, progress) = work;
         let Turn { guard, origin, given_by } = turn;
         let blob = (descriptor.digest, descriptor.size);
         let order = Order { blob, purpose, sponsors, progress, follow };
-        let fetched = transfer::fetch(&self.store, &self.wire, &order, guard).await?;
-        let mut download = match fetched {
-            Fetched::Whole(download) => *download,
-            Fetched::GaveWay => return Ok(Attempt::Again { alone: false }),
-            Fetched::Alone { is_wrong } => {
+        let mut download = match transfer::fetch(&self.store, &self.wire, &order, guard).await? {
+            TransferOutcome::Complete(download) => *download,
+            TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),
+            TransferOutcome::Isolated { is_wrong } => {
                 if is_wrong {
-                    self.downloads.mix_up(sponsors.repository().host(), descriptor.digest);
+                    self.downloads.isolate(sponsors.repository().host(), descriptor.digest);
                 }
-                return Ok(Attempt::Again { alone: true });
+                return Err(AttemptEnd::Retry { isolated: true });
             }
         };
         if download.given_by.is_empty() {
@@ -562,7 +565,7 @@ impl Inner {
             };
             progress.resumed(descriptor.size);
         }
-        Ok(Attempt::Done(download))
+        Ok(download)
     }
 }
 

@@ -29,19 +29,19 @@ pub struct Progress {
     /// Whether a pod waits for it, and what follows from that.
     pace: Mutex<Pace>,
     tenants: Mutex<WaitingTenants>,
-    /// Told when it becomes urgent.
-    raised: Notify,
+    /// Notified when its priority or its tenants change.
+    changed: Notify,
     /// For people.
     name: OnceLock<String>,
     /// Whether its bytes are read back from the disk, and not fetched.
     reads_back: AtomicBool,
-    /// Whether bytes that were here before are being hashed, so that none can be fetched yet.
+    /// Bytes from an earlier try are being hashed, before which none can be fetched.
     is_hashing: AtomicBool,
-    /// Why its last try failed, unless bytes have come since.
+    /// The failure of its last try, unless bytes have come since.
     failure: Mutex<Option<Arc<str>>>,
-    /// Spares those who bring bytes the lock.
+    /// There may be a failure. Saves taking its lock for each chunk.
     has_failed: AtomicBool,
-    /// The memory that it waits for.
+    /// The state of its request for memory while that waits.
     memory: Mutex<Option<MemoryWait>>,
 }
 
@@ -69,9 +69,9 @@ pub struct Snapshot {
     pub left: Option<Duration>,
     /// Whether the bytes are read back from the node's disk, and not fetched.
     pub reads_back: bool,
-    /// Why the last try of something that is waited for failed, while it is waited for the next.
+    /// The failure of the last try, while the next one is waited for.
     pub failure: Option<Arc<str>>,
-    /// The memory that it waits for.
+    /// The state of its request for memory while that waits.
     pub memory: Option<MemoryWait>,
 }
 
@@ -98,7 +98,7 @@ impl Progress {
             parts: Mutex::default(),
             pace: Mutex::new(pace),
             tenants: Mutex::default(),
-            raised: Notify::new(),
+            changed: Notify::new(),
             name: OnceLock::new(),
             reads_back: AtomicBool::new(false),
             is_hashing: AtomicBool::new(false),
@@ -121,7 +121,7 @@ impl Progress {
         }
     }
 
-    /// Records why a try failed that is followed by another one.
+    /// Records the failure of a try that is followed by another one.
     pub fn failed(&self, error: &dyn fmt::Display) {
         *self.failure() = Some(error.to_string().into());
         self.has_failed.store(true, Ordering::Relaxed);
@@ -131,29 +131,29 @@ impl Progress {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns why the last try of it failed, or of what it waits for.
+    /// Returns the failure of the last try, its own or of a flight that it waits for.
     fn last_failure(&self) -> Option<Arc<str>> {
         let own = self.failure().clone();
         own.or_else(|| self.parts().values().find_map(|part| part.last_failure()))
     }
 
-    /// Says whether bytes that were here before are being hashed.
+    /// Records whether bytes from an earlier try are being hashed.
     pub(super) fn hashes(&self, is_hashing: bool) {
         self.is_hashing.store(is_hashing, Ordering::Relaxed);
     }
 
-    /// Whether bytes that were here before are being hashed, so that none can be fetched yet.
+    /// Returns whether bytes from an earlier try are being hashed, before which none can be fetched.
     pub(super) fn is_hashing(&self) -> bool {
         self.is_hashing.load(Ordering::Relaxed)
     }
 
-    /// Returns the bytes of its own that have arrived, and were not here before.
+    /// Returns the bytes that this flight itself has fetched.
     pub(super) fn fetched(&self) -> u64 {
         let done = self.done.load(Ordering::Relaxed);
         done.saturating_sub(self.resumed.load(Ordering::Relaxed))
     }
 
-    /// Returns the bytes of its own that are here, and those that are not.
+    /// Returns the bytes of this flight itself that are on the disk, and those that are missing.
     pub(super) fn here_and_missing(&self) -> (u64, u64) {
         let done = self.done.load(Ordering::Relaxed);
         (done, self.total.load(Ordering::Relaxed).saturating_sub(done))
@@ -183,12 +183,12 @@ impl Progress {
         self.reads_back.store(true, Ordering::Relaxed);
     }
 
-    /// Says for what memory it waits, if for any.
+    /// Records the state of a request for memory, or that none waits any more.
     pub(super) fn waits_for_memory(&self, wait: Option<MemoryWait>) {
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = wait;
     }
 
-    /// The memory that it waits for, or that a flight waits for that it waits for itself.
+    /// Returns the state of a request for memory, its own or of a flight that it waits for.
     fn memory_wait(&self) -> Option<MemoryWait> {
         let own = *self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         own.or_else(|| self.parts().values().find_map(|part| part.memory_wait()))
@@ -204,7 +204,7 @@ impl Progress {
     pub fn wait_for(&self, number: usize, part: &Arc<Self>) {
         part.raise(self.priority());
         self.parts().insert(number, Arc::clone(part));
-        // Another caller may have come in between.
+        // Another caller may have joined since its priority was read.
         part.raise(self.priority());
         self.tenants().iter().for_each(|tenant| part.enter_parts(tenant));
     }
@@ -221,29 +221,31 @@ impl Progress {
         self.waiting().all()
     }
 
-    /// Returns the tenant in whose name memory is taken: the one that came first.
+    /// Returns the tenant that memory is charged to: the first one that waits.
     pub(super) fn tenant(&self) -> Tenant {
         self.tenants().into_iter().next().unwrap_or(Tenant::Config)
     }
 
-    /// Adds the tenants of a caller, also to all that it waits for.
+    /// Adds the tenants of a caller to this flight and to all flights that it waits for.
     pub(super) fn enter(&self, caller: &Caller) {
         for tenant in &caller.tenants {
             self.waiting().enter(tenant);
             self.parts().values().for_each(|part| part.enter_parts(tenant));
         }
+        self.changed.notify_waiters();
         self.raise(caller.priority);
     }
 
-    /// Removes the tenants of a caller. What it waits for keeps them until it ends.
+    /// Removes the tenants of a caller. Flights that this one waits for keep them until they end.
     pub(super) fn leave(&self, caller: &Caller) {
         caller.tenants.iter().for_each(|tenant| self.waiting().leave(tenant));
     }
 
-    /// Adds a tenant that waits for it through another flight.
+    /// Adds a tenant that waits through another flight.
     fn enter_parts(&self, tenant: &Tenant) {
         if !self.tenants().contains(tenant) {
             self.waiting().enter(tenant);
+            self.changed.notify_waiters();
             self.parts().values().for_each(|part| part.enter_parts(tenant));
         }
     }
@@ -270,14 +272,14 @@ impl Progress {
         if let Pace::Behind(background) = &*pace {
             *pace = Pace::Hurrying { _until_dropped: background.hurry() };
             drop(pace);
-            self.raised.notify_waiters();
+            self.changed.notify_waiters();
             self.parts().values().for_each(|part| part.raise(priority));
         }
     }
 
-    /// Ends when it becomes urgent after this call.
-    pub(super) fn raised(&self) -> Notified<'_> {
-        self.raised.notified()
+    /// Ends when its priority or its tenants change after this call.
+    pub(super) fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
     }
 
     /// The flight has ended: nobody hurries for it any more.

@@ -29,7 +29,7 @@ use crate::store::access::{Mirrors, Principal, ProofSource};
 use crate::store::resolutions::Resolution;
 use crate::unpack::layer_rule::classify;
 
-/// Documents of the store up to this size are parsed by any number of publishes at once.
+/// The size up to which any number of publishes parse documents of the store at once.
 const LARGE_DOCUMENT: u64 = 256 << 10;
 
 /// A manifest that this volume may see.
@@ -140,8 +140,8 @@ impl Puller {
             asked => return asked,
         };
         // The last answer, for those who have been proven to see it; credentials that rotate
-        // are known by their account while nobody can be asked. A volume that asks every time
-        // fails without an answer, unless it says otherwise.
+        // are known by their account while no registry can be asked. A volume that asks every
+        // time fails without an answer, unless its attributes say otherwise.
         let uses_cached = !must_ask || want.if_unavailable == IfUnavailable::UseCached;
         match cached {
             Some(cached) if uses_cached => Ok(cached),
@@ -258,8 +258,8 @@ impl Inner {
         if is_of_repository { Ok(self.store.blob(blob)?) } else { Ok(None) }
     }
 
-    /// Waits for the turn to parse a kept document, if it is a large one. That takes milliseconds,
-    /// and many at once would take much memory.
+    /// Waits for the turn to parse a document of the store, if it is a large one. Parsing takes
+    /// milliseconds, and doing it for many at once would take much memory. Blocking.
     pub(super) fn turn_of_large(
         &self,
         blob: Digest,
@@ -555,7 +555,7 @@ impl Inner {
         let (top, answered_by, parsed) = {
             let top = self.registry.manifest(repository, &name, credential).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
-            // What no volume could show is not kept.
+            // A manifest that no volume can show is not kept.
             match &parsed {
                 Manifest::Image(manifest) => {
                     classify(manifest, &self.limits)?;
@@ -707,7 +707,7 @@ impl Inner {
         Ok(true)
     }
 
-    /// Keeps a document that was checked, and where it came from.
+    /// Stores a document that was checked, and the source that it came from.
     pub(super) async fn keep(
         self: &Arc<Self>,
         repository: &Repository,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::artifact::{LARGE_PLAN, Object, Part, PartRule, Shape, Sources};
+use super::artifact::{LARGE_PLAN, Object, Part, PartRule, Shape, TreeSources};
 use super::candidates::Candidates;
 use super::error::PullError;
 use super::flights::{Outcome, Ticket};
@@ -27,7 +27,7 @@ use crate::unpack::{Limits, PermissionsRule, Selection, UnpackError};
 
 /// Files and layers of one tree that are read at once.
 const READS_AT_ONCE: usize = 4;
-/// What comparing a tree takes beside its plan for each name in the folder at hand, and in those above it.
+/// Memory in bytes for each name of the directories that are open while a tree is compared.
 const BYTES_PER_NAME: u64 = 18;
 
 /// A tree that was found damaged.
@@ -265,9 +265,9 @@ impl Inner {
                 Some(bytes) => Some(self.compute_memory(bytes, &progress).await?),
                 None => None,
             };
-            // As few at once as layers are unpacked; what nobody waits for is one at a time.
+            // The scrub reads one item at a time, and needs no permit.
             let mut permit = match progress.priority() {
-                Priority::Pod => Some(self.unpackers.permit(&progress).await),
+                Priority::Pod => Some(self.unpackers.compute_permit(&progress).await),
                 Priority::Warm => None,
             };
             let stop = Arc::new(AtomicBool::new(false));
@@ -286,27 +286,27 @@ impl Inner {
             };
             match blocking(read).await {
                 Err(error) if is_shortage(&error) => {
-                    bytes = Some(self.more_memory(bytes.unwrap_or_default()));
+                    bytes = Some(self.memory.bytes_of_next_try(bytes.unwrap_or_default(), 0));
                 }
                 read => return read,
             }
         }
     }
 
-    /// Returns how many bytes of memory reading an item back takes, beside buffers. Blocking.
+    /// Returns the bytes of memory that reading an item back takes, beside buffers. Blocking.
     fn memory_of_item(&self, item: &Item) -> Result<Option<u64>, PullError> {
         match item {
             Item::Object(name) if name.kind() == ObjectKind::Tree => {
                 let tree = self.store.named_tree(name);
                 tree.map(|tree| self.memory_of_tree(&tree)).transpose()
             }
-            // Trees of what is damaged are compared in their turn.
+            // Trees of damaged content reserve memory when they are compared.
             Item::Blobs | Item::Object(_) => Ok(None),
         }
     }
 
-    /// Returns how many bytes of memory comparing a tree takes, unless it has very many folders. The numbers that it is
-    /// computed from may be damaged: so it is no more than can be had.
+    /// Returns the bytes of memory that comparing a tree takes, unless it has very many directories. The numbers that it
+    /// is computed from may be damaged, so that it is at most what can be reserved.
     fn memory_of_tree(&self, tree: &Tree) -> Result<u64, PullError> {
         let links = match self.store.links(tree) {
             Err(error) if error.is_of_this_node() => return Err(error.into()),
@@ -326,15 +326,8 @@ impl Inner {
         Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.memory.most()))
     }
 
-    /// Returns what is tried after so many bytes of memory were not enough.
-    fn more_memory(&self, bytes: u64) -> u64 {
-        let most = self.memory.most();
-        let more = (bytes / 2).saturating_mul(3);
-        if bytes < most { more.min(most) } else { more }
-    }
-
-    /// Reserves memory while an item is read back. Blocking: the reader gives back first what those may wait for who
-    /// have memory.
+    /// Waits for memory while an item is read back. The reader first returns its permit, which holders of memory may
+    /// wait for. Blocking.
     fn memory_in_turn(&self, bytes: u64, reader: &mut Reader) -> Result<Memory, PullError> {
         reader.is_about_to_wait();
         let memory = self.memory.compute(Tenant::Config, bytes, |_| ());
@@ -342,8 +335,8 @@ impl Inner {
         Ok(tokio::runtime::Handle::current().block_on(memory)?)
     }
 
-    /// Compares a tree as soon as there is memory for it. One that cannot be read on this node now is a finding of that
-    /// kind. Blocking.
+    /// Compares a tree once there is memory for it. A tree that cannot be read on this node now is a finding of the kind
+    /// `Unread`. Blocking.
     fn verify_tree_in_turn(
         &self,
         tree: &Tree,
@@ -355,7 +348,9 @@ impl Inner {
             loop {
                 let memory = self.memory_in_turn(bytes, reader)?;
                 match self.verify_tree(tree, reader, found, memory) {
-                    Err(error) if is_shortage(&error) => bytes = self.more_memory(bytes),
+                    Err(error) if is_shortage(&error) => {
+                        bytes = self.memory.bytes_of_next_try(bytes, 0);
+                    }
                     verified => return verified,
                 }
             }
@@ -382,7 +377,7 @@ impl Inner {
             let Some(tree) = inner.store.named_tree(&name) else { return Ok(None) };
             let mut links = match inner.store.links(&tree) {
                 Err(error) if error.is_of_this_node() => return Err(error.into()),
-                // Said of the tree when it is compared.
+                // Comparing the tree reports this.
                 links => links.unwrap_or_default(),
             };
             links.retain(|link| inner.store.is_unread(link));
@@ -418,7 +413,7 @@ impl Inner {
                 Some(tree) if !store.is_damaged(name) => {
                     let memory = match memory {
                         Some(memory) => memory,
-                        // It has been made just now.
+                        // The tree was built after its memory was estimated.
                         None => self.memory_in_turn(self.memory_of_tree(&tree)?, reader)?,
                     };
                     self.verify_tree(&tree, reader, &mut found, memory)?;
@@ -435,7 +430,7 @@ impl Inner {
             Item::Object(name) => {
                 let mut trees = store.verify_object(name, reader, &mut found)?;
                 if store.is_damaged(name) {
-                    // Those that link it, and do not say so.
+                    // Trees that link it without naming it in their record.
                     let of_it =
                         |tree: &Tree, reader: &mut Reader| self.may_link(tree, name, reader);
                     trees.extend(self.verify_trees_of(of_it, reader, &mut found)?);
@@ -453,7 +448,7 @@ impl Inner {
         Ok(ReadBack { verified: reader.verified, findings, damaged })
     }
 
-    /// Returns what a damaged tree is to be made anew of.
+    /// Returns the manifest and the view from which a damaged tree is to be built again.
     fn damaged(&self, tree: Tree) -> Result<Damaged, PullError> {
         let name = ObjectName::tree(tree.key, tree.generation);
         let Tree { key, record, .. } = tree;
@@ -464,8 +459,8 @@ impl Inner {
         Ok(self.recognise(&name)?.unwrap_or(known))
     }
 
-    /// Returns what a tree was made of whose record is lost, by its key: a manifest that a reference leads to, shown as
-    /// another tree of the node is, or as a volume without attributes is.
+    /// Finds the manifest and the view of a tree whose record is lost, by its key. Tries the manifests of all references
+    /// with the views of all other trees, and with the default view.
     fn recognise(&self, name: &ObjectName) -> Result<Option<Damaged>, PullError> {
         let Some(key) = name.as_str().split('/').nth(1).and_then(TreeKey::from_hex) else {
             return Ok(None);
@@ -484,7 +479,7 @@ impl Inner {
         Ok(known.into_iter().find(Damaged::says_what_it_is))
     }
 
-    /// Compares a tree with what it should be, within the memory that is reserved for it. Blocking.
+    /// Compares a tree with its manifest, within the memory that is reserved for it. Blocking.
     fn verify_tree(
         &self,
         tree: &Tree,
@@ -503,16 +498,16 @@ impl Inner {
                 }
                 Ok(())
             }
-            Err(Incomparable::Node(error)) => Err(error),
-            Err(Incomparable::Tree(why)) => {
+            Err(ComparisonError::Node(error)) => Err(error),
+            Err(ComparisonError::Tree(why)) => {
                 let why = format!("it cannot be compared with its manifest: {why}");
                 Ok(self.store.refuse_tree(tree, why, found)?)
             }
         }
     }
 
-    /// Compares some of the trees that are not marked, each as soon as there is memory for it. Returns those that are
-    /// marked now.
+    /// Compares some of the trees that are not marked as damaged, each once there is memory for it. Returns those that
+    /// are marked now.
     fn verify_trees_of(
         &self,
         is_meant: impl Fn(&Tree, &mut Reader) -> Result<bool, PullError>,
@@ -530,7 +525,7 @@ impl Inner {
         Ok(damaged)
     }
 
-    /// Returns whether a tree may link a file or a layer by what its manifest names, or by what cannot be read of it.
+    /// Returns whether a tree may link a file or a layer: its manifest names it or cannot be read.
     fn may_link(
         &self,
         tree: &Tree,
@@ -542,18 +537,17 @@ impl Inner {
             Ok(PartsOfTree { parts, shape, .. }) => Ok(parts
                 .iter()
                 .any(|part| object.as_str().starts_with(&folder_of(part, shape.permissions)))),
-            Err(Incomparable::Node(error)) => Err(error),
-            Err(Incomparable::Tree(_)) => Ok(true),
+            Err(ComparisonError::Node(error)) => Err(error),
+            Err(ComparisonError::Tree(_)) => Ok(true),
         }
     }
 
-    /// Returns what a tree should be, by its manifest and the very objects that it says it links. It takes no more than
-    /// `allowance` bytes of memory.
-    fn expected_tree(&self, tree: &Tree, allowance: u64) -> Result<ExpectedTree, Incomparable> {
+    /// Plans a tree from its manifest and the objects that its record links, within `allowance` bytes of memory.
+    fn expected_tree(&self, tree: &Tree, allowance: u64) -> Result<ExpectedTree, ComparisonError> {
         let PartsOfTree { kind, parts, shape, limits } = self.parts_of(tree)?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
-        let sources = Sources::new(self.linked_objects(tree, parts, &shape)?);
+        let sources = TreeSources::new(self.linked_objects(tree, parts, &shape)?);
         let plan = self.plan(&sources, &shape, &limits, allowance)?;
         let (bytes, entries) = (memory_of_comparison(&plan), plan.nodes.len() as u64);
         if bytes > allowance {
@@ -563,33 +557,33 @@ impl Inner {
         Ok(ExpectedTree { plan, objects: sources.into_objects(), record })
     }
 
-    /// Returns the layers that a tree shows, as its manifest says it.
-    fn parts_of(&self, tree: &Tree) -> Result<PartsOfTree, Incomparable> {
+    /// Returns the layers that a tree shows, from its manifest.
+    fn parts_of(&self, tree: &Tree) -> Result<PartsOfTree, ComparisonError> {
         let manifest = tree.record.manifest;
         let shape = shape(&tree.record.view)?;
         if shape.key(manifest) != tree.key {
-            return Err(Incomparable::Tree("its tree.json is that of another tree".to_owned()));
+            return Err(ComparisonError::Tree("its tree.json is that of another tree".to_owned()));
         }
         let Some(bytes) = self.store.blob(manifest)? else {
-            return Err(Incomparable::Tree(format!("{manifest} is not here")));
+            return Err(ComparisonError::Tree(format!("{manifest} is not here")));
         };
         // What was accepted once is compared whatever the limits are now.
         let limits = Limits::largest();
         let parsed = Manifest::parse(&bytes, None, limits.manifest()).map_err(PullError::from)?;
         let Manifest::Image(image) = parsed else {
-            return Err(Incomparable::Tree(format!("{manifest} is an index")));
+            return Err(ComparisonError::Tree(format!("{manifest} is an index")));
         };
         let parts = shape.parts(&image, &limits)?;
         Ok(PartsOfTree { kind: image.kind().to_owned(), parts, shape, limits })
     }
 
-    /// Returns the very generations of files and layers that a tree was linked from.
+    /// Returns the files and layers that a tree was linked from, in the same generations.
     fn linked_objects(
         &self,
         tree: &Tree,
         parts: Vec<Part>,
         shape: &Shape,
-    ) -> Result<Vec<Object>, Incomparable> {
+    ) -> Result<Vec<Object>, ComparisonError> {
         let links = self.store.links(tree)?;
         let mut objects = Vec::new();
         for part in parts {
@@ -612,7 +606,7 @@ impl Inner {
                 }
             };
             objects.push(object.ok_or_else(|| {
-                Incomparable::Tree(format!(
+                ComparisonError::Tree(format!(
                     "what it links of {digest} is not here, or objects.json does not name it"
                 ))
             })?);
@@ -629,26 +623,26 @@ struct PartsOfTree {
     limits: Limits,
 }
 
-/// Why a tree cannot be compared.
-enum Incomparable {
-    /// This node has too little of something now.
+/// The reason why a tree cannot be compared.
+enum ComparisonError {
+    /// The node lacks memory or another resource now.
     Node(PullError),
-    /// What is known of the tree is not enough, or cannot be read.
+    /// The record or the content of the tree is incomplete or damaged.
     Tree(String),
 }
 
-impl From<PullError> for Incomparable {
+impl From<PullError> for ComparisonError {
     fn from(error: PullError) -> Self {
         match error {
             PullError::Store(error) => error.into(),
-            // Of a budget that is too small nothing follows for the tree.
+            // Too small a budget does not mean that the tree is damaged.
             error if is_shortage(&error) => Self::Node(error),
             error => Self::Tree(error.to_string()),
         }
     }
 }
 
-impl From<StoreError> for Incomparable {
+impl From<StoreError> for ComparisonError {
     fn from(error: StoreError) -> Self {
         if error.is_of_this_node() {
             Self::Node(error.into())
@@ -658,7 +652,7 @@ impl From<StoreError> for Incomparable {
     }
 }
 
-/// Returns where the store has the generations of a part.
+/// Returns the directory of the store with the generations of a part.
 fn folder_of(part: &Part, permissions: PermissionsRule) -> String {
     let digest = part.descriptor.digest;
     match &part.rule {
@@ -667,7 +661,7 @@ fn folder_of(part: &Part, permissions: PermissionsRule) -> String {
     }
 }
 
-/// Returns how many bytes of memory comparing a tree with its plan takes.
+/// Returns the bytes of memory that comparing a tree with its plan takes.
 fn memory_of_comparison(plan: &TreePlan) -> u64 {
     plan.memory_bytes().saturating_add(BYTES_PER_NAME.saturating_mul(plan.nodes.len() as u64))
 }

@@ -44,8 +44,8 @@ impl Puller {
         };
         let (_lease, is_kept) = blocking(look).await.map_err(Arc::new)?;
         if !is_kept && want.policy != PullPolicy::Never {
-            // It was evicted or damaged since. Without it an artifact that is too large would be
-            // fetched only to be measured.
+            // The manifest was evicted or damaged meanwhile. Without it, too large an artifact would
+            // be downloaded before it is refused.
             self.fetch_again(want, resolved).await?;
         }
         let (inner, want) = (Arc::clone(&self.0), want.clone());
@@ -120,7 +120,7 @@ impl Puller {
 }
 
 impl Inner {
-    /// Compares the sizes of all layers of a cached manifest with the volume's own bound. Blocking.
+    /// Compares the sizes of all layers of a cached manifest with the limit of the volume. Blocking.
     pub(super) fn check_manifest_bytes(
         &self,
         want: &Want,
@@ -130,7 +130,7 @@ impl Inner {
             return Ok(());
         }
         let _turn = self.turn_of_large(manifest)?;
-        // One that was damaged is fetched again later, and its tree measured.
+        // A damaged manifest is fetched again later, and then the size of its tree is compared.
         let Some(bytes) = self.store.blob(manifest)? else { return Ok(()) };
         let Manifest::Image(image) = Manifest::parse(&bytes, None, self.limits.manifest())? else {
             return Ok(());

@@ -2,13 +2,13 @@
 //! that is under way.
 //!
 //! Slots are given one at a time to whom [`choose`] picks: publishes before warming,
-//! then the tenant that has the fewest, then the artifact, then who came first; a host has no more
+//! then the tenant that has the fewest, then the artifact, then the order of arrival; a host has no more
 //! than its share, so that one that trickles leaves room for the others. Warming has
 //! half of all at most: a pod does not wait until it lets go of one.
 //!
-//! A tenant holds at most [`HELD_FOR_EACH_FREE`] slots for each that is free. One alone leaves a
-//! quarter to others, two leave a seventh: however many there are, the next one seldom waits. If
-//! it does, [`Slots::is_owed`] tells those who have more than it to hand over what they hold.
+//! A tenant holds at most [`HELD_FOR_EACH_FREE`] slots for each slot that is free. One tenant alone
+//! leaves a quarter of all slots free, and two leave a seventh, so that the next tenant seldom waits.
+//! If it does, [`Slots::is_owed_to_other_tenant`] tells tenants with more slots to return theirs.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -21,8 +21,8 @@ use super::tenant::Tenant;
 use super::want::Priority;
 use crate::background::Background;
 
-/// Slots that one tenant may hold for each slot that is free: alone it has three quarters of all,
-/// as much as the default for one registry.
+/// Slots that one tenant may hold for each slot that is free. A tenant alone gets three quarters of
+/// all slots, as many as one registry by default.
 const HELD_FOR_EACH_FREE: usize = 3;
 
 /// All slots of a node.
@@ -36,7 +36,7 @@ pub struct Slots {
 struct Shared {
     total: usize,
     per_host: usize,
-    /// See [`HELD_FOR_EACH_FREE`].
+    /// Slots that a tenant may hold for each free one, usually [`HELD_FOR_EACH_FREE`].
     held_for_each_free: usize,
     state: Mutex<State>,
 }
@@ -64,12 +64,14 @@ struct Waiting {
 /// Who asks.
 #[derive(Clone, Debug)]
 pub struct Ask {
-    /// Says how urgent it is and which tenants wait, which may change while it waits.
+    /// The flight, with its priority and tenants, which may change while it waits.
     pub urgency: Arc<Progress>,
     /// Which artifact it is for; any number that is the artifact's own.
     pub artifact: u64,
     /// From which registry.
     pub host: String,
+    /// It goes before other requests of its tenant, since it holds what other tenants wait for.
+    pub is_first: bool,
 }
 
 /// The right to one connection or blob. Dropping it gives it to the next.
@@ -92,7 +94,7 @@ impl Slots {
         Self { shared: Arc::new(shared), background }
     }
 
-    /// `total` slots, all of which one host or tenant may have while no other wants one.
+    /// Creates `total` slots without shares: one host or tenant may hold all while no other waits.
     #[must_use]
     pub fn without_reserve(total: usize, background: Background) -> Self {
         let (total, state) = (total.max(1), Mutex::default());
@@ -102,7 +104,7 @@ impl Slots {
 
     /// Waits for a slot. Safe to cancel.
     pub async fn acquire(&self, ask: Ask) -> Slot {
-        if self.shared.lock().behind == 0 {
+        if ask.urgency.priority() == Priority::Warm || self.shared.lock().behind == 0 {
             return self.wait(ask).await;
         }
         // What warming has it may hold on to while it gives way.
@@ -111,8 +113,6 @@ impl Slots {
 
     async fn wait(&self, ask: Ask) -> Slot {
         loop {
-            // Before its priority is looked at: warming waits also where slots are free.
-            let raised = ask.urgency.raised();
             let (grant, mut granted) = oneshot::channel();
             let number = {
                 let mut state = self.shared.lock();
@@ -122,13 +122,14 @@ impl Slots {
                 number
             };
             let _leaving = Leaving { shared: &self.shared, number };
-            self.shared.give();
-            let granted = tokio::select! {
-                biased;
-                slot = &mut granted => slot,
-                () = raised => {
-                    self.shared.give();
-                    granted.await
+            let granted = loop {
+                // A pod or a tenant that joins the flight may have what the others may not.
+                let changed = ask.urgency.changed();
+                self.shared.give();
+                tokio::select! {
+                    biased;
+                    slot = &mut granted => break slot,
+                    () = changed => {}
                 }
             };
             // A sender is dropped only with its slot in it; then the next turn is ours.
@@ -148,17 +149,17 @@ impl Slots {
         (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
     }
 
-    /// Whether somebody waits who could use this slot.
+    /// Returns whether a request waits that could use this slot.
     #[must_use]
     pub fn is_wanted(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
     }
 
-    /// Whether a tenant waits that could use this slot and would still hold fewer than the tenant
-    /// of this one.
+    /// Returns whether another tenant waits that could use this slot, and that would hold fewer slots
+    /// than the tenant of this one even then.
     #[must_use]
-    pub fn is_owed(&self, slot: &Slot) -> bool {
+    pub fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         let held = state.held_by(&slot.tenant);
         state.waiting.iter().any(|Waiting { ask, .. }| {
@@ -196,7 +197,7 @@ impl Shared {
             && held < self.held_for_each_free * free
     }
 
-    /// Whether who asks might have this slot, if it were free.
+    /// Returns whether a request could have this slot if the slot were free.
     fn could_use(&self, state: &State, ask: &Ask, slot: &Slot) -> bool {
         let of_host = ask.host == slot.host || state.has_room(&ask.host, self.per_host);
         let of_kind = ask.urgency.priority() == Priority::Pod
@@ -240,8 +241,8 @@ impl Shared {
 }
 
 impl State {
-    /// The tenant in whose name a slot is taken, and how many it holds: of those that wait for the
-    /// same, the one that holds the fewest.
+    /// Returns the tenant that a slot is charged to, and the number of slots that it holds. Of several
+    /// tenants that wait for the same flight it is the one with the fewest.
     fn tenant_of(&self, ask: &Ask) -> (Tenant, usize) {
         let tenants = ask.urgency.tenants().into_iter();
         let held = tenants.map(|tenant| {
@@ -273,7 +274,7 @@ fn choose<'a>(
         .filter(|(_, ask)| may(ask))
         .min_by_key(|(place, ask)| {
             let (_, of_tenant) = state.tenant_of(ask);
-            (ask.urgency.priority(), of_tenant, held_by(&ask.artifact), *place)
+            (ask.urgency.priority(), of_tenant, !ask.is_first, held_by(&ask.artifact), *place)
         })
         .map(|(place, _)| place)
 }
@@ -318,10 +319,10 @@ mod tests {
     fn ask(priority: Priority, artifact: u64, host: &str) -> Ask {
         let urgency = Arc::new(Progress::default());
         urgency.raise(priority);
-        Ask { urgency, artifact, host: host.to_owned() }
+        Ask { urgency, artifact, host: host.to_owned(), is_first: false }
     }
 
-    /// Of a namespace, and from a registry of its own.
+    /// Returns a request of a namespace for a registry of its own.
     fn ask_of(namespace: &str, artifact: u64) -> Ask {
         let ask = ask(Priority::Pod, artifact, &format!("registry-{artifact}"));
         let tenant = Tenant::Namespace(namespace.into());
@@ -384,30 +385,30 @@ mod tests {
         assert_eq!(many.len(), 12);
         let mut next = Box::pin(slots.acquire(ask_of("many", 99)));
         assert!(futures_util::poll!(&mut next).is_pending());
-        assert!(!slots.is_owed(&many[0]), "its own tenant waits");
+        assert!(!slots.is_owed_to_other_tenant(&many[0]), "its own tenant waits");
         let few = slots.spare(&ask_of("few", 100)).expect("at once");
         drop((few, many));
         assert!(futures_util::poll!(&mut next).is_ready());
     }
 
     #[tokio::test]
-    async fn a_tenant_that_waits_is_owed_what_another_has_more() {
+    async fn a_waiting_tenant_is_owed_the_slots_that_another_has_more() {
         let slots = slots(2, 2);
         let held = [slots.acquire(ask_of("many", 1)).await, slots.acquire(ask_of("many", 2)).await];
         let mut same = Box::pin(slots.acquire(ask_of("many", 3)));
         assert!(futures_util::poll!(&mut same).is_pending());
         let mut few = Box::pin(slots.acquire(ask_of("few", 4)));
         assert!(futures_util::poll!(&mut few).is_pending());
-        assert!(slots.is_owed(&held[0]));
+        assert!(slots.is_owed_to_other_tenant(&held[0]));
         let [first, second] = held;
         drop(first);
         assert!(futures_util::poll!(&mut same).is_pending(), "it came first, and has one");
         assert!(futures_util::poll!(&mut few).is_ready());
-        assert!(!slots.is_owed(&second), "each has one");
+        assert!(!slots.is_owed_to_other_tenant(&second), "each has one");
     }
 
     #[tokio::test]
-    async fn what_two_tenants_wait_for_is_taken_in_the_name_of_the_one_with_fewer() {
+    async fn a_slot_for_two_tenants_is_charged_to_the_one_with_fewer() {
         let slots = slots(4, 4);
         let many: Vec<_> = (0..).map_while(|number| slots.spare(&ask_of("many", number))).collect();
         assert_eq!(many.len(), 3);
@@ -438,6 +439,19 @@ mod tests {
         assert!(futures_util::poll!(&mut third).is_pending());
         drop(held);
         assert!(futures_util::poll!(&mut third).is_ready());
+    }
+
+    #[tokio::test]
+    async fn a_tenant_that_joins_a_waiting_flight_takes_what_is_free() {
+        let slots = slots(4, 4);
+        let held: Vec<_> = (0..).map_while(|number| slots.spare(&ask_of("many", number))).collect();
+        assert_eq!(held.len(), 3);
+        let shared = ask_of("many", 99);
+        let mut next = Box::pin(slots.acquire(shared.clone()));
+        assert!(futures_util::poll!(&mut next).is_pending(), "its tenant has its share");
+        let few = Tenant::Namespace("few".into());
+        shared.urgency.enter(&super::super::Caller::new(Priority::Pod, few));
+        assert!(futures_util::poll!(&mut next).is_ready(), "the other tenant has none");
     }
 
     #[tokio::test]

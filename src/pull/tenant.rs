@@ -1,7 +1,7 @@
-//! The tenant of a pull: in whose name the node spends connections, memory and processor time.
+//! The tenant of a pull, to which connections, memory and processor time are charged.
 //!
-//! Shares are fair between tenants first, so that a namespace gains nothing by more pods, more
-//! artifacts or more registries.
+//! Shares are fair between tenants first, so that a namespace gains nothing by more pods, artifacts
+//! or registries.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,26 +21,26 @@ pub enum Tenant {
     Config,
 }
 
-/// The callers that wait for a flight, as the flight sees them.
+/// A caller of a flight: a volume, or another flight with all its tenants.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// The priority of the most urgent one.
+    /// The highest priority of those that wait.
     pub priority: Priority,
-    /// The tenants that wait. The first one came first.
+    /// The tenants that wait, in the order of their arrival.
     pub tenants: Vec<Tenant>,
 }
 
-/// The tenants that wait for one flight, each with how many of its callers do.
+/// The tenants that wait for one flight, each with the number of its callers.
 #[derive(Debug, Default)]
 pub(super) struct WaitingTenants {
-    /// In the order in which they came.
+    /// Tenants in the order of their arrival.
     waiting: Vec<(Tenant, usize)>,
-    /// The tenant that left last: a flight without a caller goes on in its name.
+    /// The tenant that left last, which a flight without callers is charged to.
     last: Option<Tenant>,
 }
 
 impl Tenant {
-    /// Returns the tenant of a pod: its namespace, or else its uid.
+    /// Returns the tenant of a pod: its namespace, or its uid where the namespace is not known.
     #[must_use]
     pub fn of_pod(namespace: Option<&str>, uid: Option<&str>) -> Self {
         match (namespace, uid) {
@@ -63,7 +63,7 @@ impl fmt::Display for Tenant {
 }
 
 impl Caller {
-    /// Describes a caller of one tenant.
+    /// Returns a caller of one tenant.
     #[must_use]
     pub fn new(priority: Priority, tenant: Tenant) -> Self {
         Self { priority, tenants: vec![tenant] }
@@ -122,6 +122,6 @@ mod tests {
         tenants.leave(&first);
         assert_eq!(tenants.all(), std::slice::from_ref(&second));
         tenants.leave(&second);
-        assert_eq!(tenants.all(), [second], "the flight goes on in the name of the last one");
+        assert_eq!(tenants.all(), [second], "the flight is charged to the last one");
     }
 }

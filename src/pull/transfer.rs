@@ -36,21 +36,21 @@ const CHUNKS_IN_FLIGHT: usize = 4;
 pub struct BlobGuard {
     /// Flights of one repository wait here for each other: the first one's proof counts for all.
     pub(super) _repository: OwnedMutexGuard<()>,
-    /// Flights of one registry host share a download. None for one of the repository's own.
+    /// The turn at the download that all repositories of the host share. None for a download of the
+    /// repository's own.
     pub(super) turn: Option<DownloadTurn>,
 }
 
-/// How a transfer ended that did not fail.
+/// The outcome of a transfer that did not fail.
 #[derive(Debug)]
-pub enum Fetched {
-    /// The blob is here, verified.
-    Whole(Box<Download>),
-    /// Another repository's source has taken over. It waits for its turn again.
-    GaveWay,
-    /// What is here of other sources cannot be continued with this one, or was not the blob and was
-    /// thrown away: it has to fetch the blob by itself.
-    Alone {
-        /// Whether it was not the blob.
+pub enum TransferOutcome {
+    /// The blob is on the disk, verified.
+    Complete(Box<Download>),
+    /// Another repository is the source now.
+    TurnLost,
+    /// The source cannot continue the bytes of other sources. It has to download the blob by itself.
+    Isolated {
+        /// The bytes did not have the digest, and were thrown away.
         is_wrong: bool,
     },
 }
@@ -81,37 +81,37 @@ pub struct Order<'a> {
     pub follow: &'a (dyn Fn(Follower) + Send + Sync),
 }
 
-/// Fetches a blob, until that is done or another repository of the host is a faster source.
+/// Downloads a blob until it is complete, or until the turn goes to another repository of the host.
 pub async fn fetch(
     store: &Store,
     wire: &Wire,
     order: &Order<'_>,
     guard: BlobGuard,
-) -> Result<Fetched, PullError> {
+) -> Result<TransferOutcome, PullError> {
     let Some(shared) = guard.turn.as_ref().map(DownloadTurn::download) else {
-        return fetch_by_turns(store, wire, order, guard).await;
+        return fetch_from_offers(store, wire, order, guard).await;
     };
     let shared = Arc::clone(shared);
     let repository = order.sponsors.repository();
     tokio::select! {
-        fetched = fetch_by_turns(store, wire, order, guard) => fetched,
-        // The writer ends by itself, and gives the turn on then.
-        () = shared.is_lost(repository, order.progress) => {
+        fetched = fetch_from_offers(store, wire, order, guard) => fetched,
+        // The writer ends by itself, which passes the turn on.
+        () = shared.until_lost(repository, order.progress) => {
             let blob = order.blob.0;
             tracing::info!(%repository, %blob, "another repository takes a slow download over");
             order.progress.lost(u64::MAX);
-            Ok(Fetched::GaveWay)
+            Ok(TransferOutcome::TurnLost)
         }
     }
 }
 
-/// Fetches a blob, from one sponsor's source after the other.
-async fn fetch_by_turns(
+/// Downloads a blob from the current credential offer, and from the next one if that is refused.
+async fn fetch_from_offers(
     store: &Store,
     wire: &Wire,
     order: &Order<'_>,
     mut guard: BlobGuard,
-) -> Result<Fetched, PullError> {
+) -> Result<TransferOutcome, PullError> {
     let mut last = None;
     while let Some((number, source)) = order.sponsors.current() {
         let (error, returned) = match fetch_from(store, wire, source, order, guard).await {
@@ -139,7 +139,7 @@ async fn fetch_from(
     source: Source,
     order: &Order<'_>,
     guard: BlobGuard,
-) -> Result<Fetched, (PullError, Option<BlobGuard>)> {
+) -> Result<TransferOutcome, (PullError, Option<BlobGuard>)> {
     let (blob, purpose) = (order.blob, order.purpose);
     let (_, size) = blob;
     let host = source.repository.host().to_owned();
@@ -147,10 +147,11 @@ async fn fetch_from(
         urgency: Arc::clone(order.progress),
         artifact: order.sponsors.number(),
         host: host.clone(),
+        is_first: false,
     };
-    let rivals = guard.turn.as_ref().map(|turn| Arc::clone(turn.download()));
-    // Only flights of one registry host, or of one repository, add to the same bytes.
-    let scope = match rivals {
+    let shared = guard.turn.as_ref().map(|turn| Arc::clone(turn.download()));
+    // A file is shared by the flights of one registry host, or of one repository.
+    let scope = match shared {
         Some(_) => host,
         None => source.repository.to_string(),
     };
@@ -184,7 +185,7 @@ async fn fetch_from(
             let to = (writes, busy);
             let connections =
                 Connections::new(wire, &source, order.blob, about, to, (spans, order.follow))
-                    .beside(rivals);
+                    .sharing(shared);
             let moved = connections.run(slot).await;
             let (answered_by, missing) = connections.outcome();
             (moved, answered_by, missing, connections.would_discard_others_bytes())
@@ -200,18 +201,18 @@ async fn fetch_from(
     let (partial, error) = match (partial, written, moved) {
         (Some(partial), Ok(()), Ok(())) => {
             let given_by = content_sources(&answered_by);
-            return Ok(Fetched::Whole(Box::new(Download { partial, guard, given_by })));
+            return Ok(TransferOutcome::Complete(Box::new(Download { partial, guard, given_by })));
         }
-        (Some(partial), Ok(()), Err(Failure::Alone(error))) => {
+        (Some(partial), Ok(()), Err(Failure::CannotContinue(error))) => {
             tracing::info!(%error, blob = %blob.0, "what several sources have sent does not fit");
             order.progress.lost(u64::MAX);
-            return leave(partial, guard, &error).await.map_err(|error| (error, None));
+            return leave_to_others(partial, guard, &error).await.map_err(|error| (error, None));
         }
         (partial, Err(error), _) => (partial, PullError::Store(error)),
         (
             partial,
             Ok(()),
-            Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::Alone(error)),
+            Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::CannotContinue(error)),
         ) => (partial, error),
         (partial, Ok(()), _) => (partial, PullError::Crashed),
     };
@@ -219,7 +220,7 @@ async fn fetch_from(
     // What can be continued stays. What was proven wrong goes, and on a full disk a half
     // download helps nobody: the room is worth more to the node.
     let worthless = match &error {
-        // How long one source's body is says nothing of what others have sent.
+        // The length of one source's body does not invalidate the bytes of others.
         PullError::BlobSize { .. } => !has_others_bytes,
         PullError::BlobDigest { .. } => true,
         PullError::Store(error) => {
@@ -239,19 +240,19 @@ async fn fetch_from(
     }
 }
 
-/// Leaves a download to other sources. What has not the right digest is worth nothing to them.
-async fn leave(
+/// Leaves a download to other sources, and discards it if it does not have the right digest.
+async fn leave_to_others(
     partial: Partial,
     guard: BlobGuard,
     error: &PullError,
-) -> Result<Fetched, PullError> {
+) -> Result<TransferOutcome, PullError> {
     let is_wrong = matches!(error, PullError::BlobDigest { .. });
     super::resolve::blocking(move || {
         if is_wrong {
             partial.discard()?;
         }
         drop(guard);
-        Ok(Fetched::Alone { is_wrong })
+        Ok(TransferOutcome::Isolated { is_wrong })
     })
     .await
 }
@@ -264,8 +265,8 @@ pub async fn ask(
     (blob, artifact): ((Digest, u64), u64),
     progress: &Arc<Progress>,
 ) -> Result<BTreeSet<ProofSource>, PullError> {
-    let ask =
-        Ask { urgency: Arc::clone(progress), artifact, host: source.repository.host().to_owned() };
+    let (urgency, host) = (Arc::clone(progress), source.repository.host().to_owned());
+    let ask = Ask { urgency, artifact, host, is_first: false };
     let (_, size) = blob;
     let place = wire.places.acquire(ask.clone()).await;
     let slot = wire.slots.acquire(ask.clone()).await;
@@ -289,7 +290,9 @@ pub async fn ask(
     };
     match moved {
         Ok(()) => Ok(content_sources(&connections.outcome().0)),
-        Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::Alone(error)) => Err(error),
+        Err(Failure::Failed(error) | Failure::Wrong(error) | Failure::CannotContinue(error)) => {
+            Err(error)
+        }
         Err(Failure::WriterGone) => Err(PullError::Crashed),
     }
 }

@@ -67,12 +67,12 @@ pub struct Want {
     pub identity: Option<WorkloadIdentity>,
     /// How urgent it is.
     pub priority: Priority,
-    /// In whose name the node works.
+    /// The tenant that the work is charged to.
     pub tenant: Tenant,
 }
 
 impl Want {
-    /// Returns the caller that waits for it.
+    /// Returns the caller of the flights that this volume waits for.
     pub(super) fn caller(&self) -> Caller {
         Caller::new(self.priority, self.tenant.clone())
     }

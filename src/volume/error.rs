@@ -59,7 +59,7 @@ pub enum VolumeError {
         /// The artifact.
         reference: String,
         /// How far it is.
-        progress: Snapshot,
+        progress: Box<Snapshot>,
     },
     /// Another call for this target is at work, or has overtaken this one.
     #[error("another call for the target {} is at work: try again", .0.display())]

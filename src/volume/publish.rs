@@ -258,7 +258,9 @@ impl Volumes {
             }
             Ok(Ok(acquired)) => Ok((acquired, PublishPath::Hit)),
             Ok(Err(source)) => Err(VolumeError::Pull { reference, source }),
-            Err(_) => Err(VolumeError::StillPulling { reference, progress: view.snapshot() }),
+            Err(_) => {
+                Err(VolumeError::StillPulling { reference, progress: Box::new(view.snapshot()) })
+            }
         }
     }
 
@@ -445,9 +447,10 @@ async fn is_sound(
     let reference = || request.attributes.reference.to_string();
     match tokio::time::timeout_at(request.deadline, read).await {
         Ok(read) => read.map_err(|source| VolumeError::Pull { reference: reference(), source }),
-        Err(_) => {
-            Err(VolumeError::StillPulling { reference: reference(), progress: view.snapshot() })
-        }
+        Err(_) => Err(VolumeError::StillPulling {
+            reference: reference(),
+            progress: Box::new(view.snapshot()),
+        }),
     }
 }
 

@@ -26,10 +26,11 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- with dig "pull" "memory" "" .Values.config }}
 {{- $memory = include "csi-driver-oci.bytes" . | int64 }}
 {{- end }}
-{{- if gt (add $memory 67108864) $limit }}
-{{- fail (printf "config.pull.memory is %d MiB, and beside it the driver takes up to 64 MiB, which is more than the %d MiB of resources.limits.memory: lower one or raise the other" (div $memory 1048576) (div $limit 1048576)) }}
-{{- end }}
 {{- $unpacks := dig "pull" "unpacks" 4 .Values.config | int64 }}
+{{- $beside := mul $unpacks 9437184 | add 67108864 }}
+{{- if gt (add $memory $beside) $limit }}
+{{- fail (printf "config.pull.memory is %d MiB, and beside it the driver takes up to %d MiB, which is more than the %d MiB of resources.limits.memory: lower one or raise the other" (div $memory 1048576) (div $beside 1048576) (div $limit 1048576)) }}
+{{- end }}
 {{- $fixed := mul $unpacks 9437184 | add 3145728 }}
 {{- if gt (mul $fixed 2) $memory }}
 {{- fail (printf "config.pull.unpacks: %d layers at once take %d MiB, more than half of the %d MiB of pull.memory (by default three eighths of resources.limits.memory): lower it, or raise the memory" $unpacks (div $fixed 1048576) (div $memory 1048576)) }}

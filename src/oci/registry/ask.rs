@@ -37,9 +37,9 @@ impl Registry {
         let repository = question.repository;
         let credential = question.credential_for(endpoint);
         let url = question.address(endpoint);
-        // What the token endpoint and the API itself say of too many requests is said for the host.
+        // The token endpoint and the API root limit the rate of the whole host.
         let asker = self.asker(question, endpoint);
-        let of_host = |error: &RegistryError| self.manners.host_said(&asker, error);
+        let of_host = |error: &RegistryError| self.manners.record_host_failure(&asker, error);
         let eager = self.session.eager(&self.transport, endpoint, repository, credential).await;
         let mut proof = eager.inspect_err(of_host)?;
         let mut attempt = 1;

@@ -1,10 +1,11 @@
 //! How registries are spared: what one refused is not asked again at once, and one that
 //! asks for patience gets it, from all of this node that show the same credential.
 //!
-//! A rate limit (429, 503) holds for the repository that was asked for, as registries and the
-//! proxies before them count by repository, too. Requests to other repositories of the host with
-//! the same credential are trials meanwhile, [`TRIAL_INTERVAL`] apart, until each is answered. What
-//! the token endpoint or `/v2/` says holds for the whole host.
+//! A rate limit (429, 503) holds for one repository and credential, since registries and the proxies
+//! before them count by repository, too. Meanwhile the first request to each other repository of the
+//! host with that credential is a probe request. Probe requests are [`PROBE_INTERVAL`] apart. A
+//! repository that answers one is asked without delay. A rate limit of the token endpoint or of
+//! `/v2/` holds for the whole host. All of this state is bounded, and ends with the rate limit.
 //!
 //! The kubelet brings a pod that cannot start back for ever, and every pod of the same
 //! artifact with it. A refusal that keeps coming is remembered, for half a second at first,
@@ -34,9 +35,9 @@ const REFUSED: (Duration, Duration) = (Duration::from_millis(500), Duration::fro
 const SPARED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
 /// Patience that is shorter is simply had; longer, the caller is told.
 const WAITED: Duration = Duration::from_secs(5);
-/// Time between two trials of a host that limits the rate of one of its repositories: a limit of
-/// the whole host costs it four requests a second, and each repository not more than one.
-const TRIAL_INTERVAL: Duration = Duration::from_millis(250);
+/// Time between two probe requests to a host that limits the rate of one of its repositories. A host
+/// that limits all of them gets four requests a second, and each repository gets one.
+const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The memory of one process.
 #[derive(Debug)]
@@ -46,28 +47,28 @@ pub(super) struct Manners {
     state: Mutex<State>,
 }
 
-/// Names a host and a credential, or a repository of that host and a credential.
+/// A salted hash of a host and a credential, or of a repository and a credential.
 type Key = [u8; 32];
 
 #[derive(Debug)]
 struct State {
     refused: Recent<(Key, String), Remembered>,
-    /// Of hosts and of repositories.
+    /// The backoff of rate-limited hosts and repositories.
     spared: Recent<Key, Remembered>,
-    /// Of hosts that limit the rate of a repository.
-    trials: Recent<Key, Trials>,
-    /// When a repository of such a host was last answered without a limit.
-    answered: Recent<Key, Instant>,
+    /// The probe schedules of hosts that limit the rate of a repository.
+    probes: Recent<Key, ProbeSchedule>,
+    /// Repositories of such hosts, with the time of the last answer without a rate limit.
+    unlimited: Recent<Key, Instant>,
 }
 
-/// How the other repositories of a host are asked while one is rate-limited.
+/// The schedule of probe requests to a host while one of its repositories is rate-limited.
 #[derive(Clone, Copy, Debug)]
-struct Trials {
-    /// A repository that was answered after this is not limited.
+struct ProbeSchedule {
+    /// The time of the first rate limit. A repository that was answered later is not limited.
     since: Instant,
-    /// The last limit ends then.
+    /// The time at which the last rate limit ends.
     until: Instant,
-    /// When the next trial may be made.
+    /// The earliest time of the next probe request.
     next: Instant,
 }
 
@@ -84,7 +85,7 @@ struct Remembered {
 pub(super) struct Asker {
     /// Registry and credential.
     who: Key,
-    /// The same, and the repository.
+    /// Repository and credential.
     repository: Key,
     host: String,
     /// What for, as errors name it.
@@ -92,13 +93,13 @@ pub(super) struct Asker {
     since: Instant,
 }
 
-/// What a request has to wait for.
-enum Patience {
-    Nothing,
-    /// The time that the registry asked for, and what it said.
-    Asked(Duration, RegistryError),
-    /// The turn of its trial.
-    Trial(Duration),
+/// The delay of one request.
+enum RequestDelay {
+    None,
+    /// The rest of a backoff, and the rate limit that began it.
+    Backoff(Duration, RegistryError),
+    /// The time until the request may be sent as a probe request.
+    Probe(Duration),
 }
 
 impl Manners {
@@ -109,8 +110,8 @@ impl Manners {
         let state = State {
             refused: Recent::new(MAXIMUM_REMEMBERED),
             spared: Recent::new(MAXIMUM_REMEMBERED),
-            trials: Recent::new(MAXIMUM_REMEMBERED),
-            answered: Recent::new(MAXIMUM_REMEMBERED),
+            probes: Recent::new(MAXIMUM_REMEMBERED),
+            unlimited: Recent::new(MAXIMUM_REMEMBERED),
         };
         Ok(Self { salt, state: Mutex::new(state) })
     }
@@ -137,29 +138,31 @@ impl Manners {
 
     /// Returns when it may be asked, or what it has said just now.
     pub(super) async fn before(&self, asker: &Asker) -> Result<(), RegistryError> {
-        let patience = self.state().patience(asker)?;
-        match patience {
-            Patience::Nothing => {}
-            Patience::Asked(left, error) if left > WAITED => {
-                // It may have been told to another caller, of another thing.
+        let delay = self.state().delay(asker)?;
+        match delay {
+            RequestDelay::None => {}
+            RequestDelay::Backoff(left, error) if left > WAITED => {
+                // The rate limit may have been the answer to a request for something else.
                 return Err(with_patience(error, left).about(&asker.what));
             }
-            Patience::Trial(left) if left > WAITED => {
+            RequestDelay::Probe(left) if left > WAITED => {
                 let (host, what) = (asker.host.clone(), asker.what.clone());
                 return Err(RegistryError::RateLimited { host, what, retry_after: Some(left) });
             }
-            Patience::Asked(left, _) | Patience::Trial(left) => tokio::time::sleep(left).await,
+            RequestDelay::Backoff(left, _) | RequestDelay::Probe(left) => {
+                tokio::time::sleep(left).await;
+            }
         }
         Ok(())
     }
 
-    /// Remembers what it said of a repository.
+    /// Records the outcome of a request to a repository.
     pub(super) fn after<T>(&self, asker: &Asker, outcome: &Result<T, RegistryError>) {
         let mut state = self.state();
         let key = (asker.who, asker.what.clone());
         match outcome {
             Err(error) if is_refusal(error) => {
-                state.has_answered(asker);
+                state.record_unlimited(asker);
                 let before = state.refused.get(&key);
                 if let Some(next) = next(before, asker, error, |count| {
                     doubled(REFUSED, count.checked_sub(FREE + 1))
@@ -168,17 +171,17 @@ impl Manners {
                 }
             }
             Err(error) if is_plea(error) => {
-                if let Some(until) = state.spare(asker.repository, asker, error) {
-                    state.try_others_until(asker.who, until);
+                if let Some(until) = state.back_off(asker.repository, asker, error) {
+                    state.probe_host_until(asker.who, until);
                 }
-                state.answered.remove(&asker.repository);
+                state.unlimited.remove(&asker.repository);
             }
             Err(_) => {}
             Ok(_) => {
                 state.refused.remove(&key);
-                state.has_answered(asker);
+                state.record_unlimited(asker);
                 for key in [asker.who, asker.repository] {
-                    // Whoever was asked before the plea proves nothing.
+                    // An answer to a request that was sent before the rate limit does not end it.
                     let spared = state.spared.get(&key);
                     if spared.is_some_and(|spared| spared.since < asker.since) {
                         state.spared.remove(&key);
@@ -188,10 +191,10 @@ impl Manners {
         }
     }
 
-    /// Remembers a rate limit of the token endpoint or of `/v2/`, which is one of the whole host.
-    pub(super) fn host_said(&self, asker: &Asker, error: &RegistryError) {
+    /// Records a failure of the token endpoint or of `/v2/`. A rate limit holds for the whole host.
+    pub(super) fn record_host_failure(&self, asker: &Asker, error: &RegistryError) {
         if is_plea(error) {
-            self.state().spare(asker.who, asker, error);
+            self.state().back_off(asker.who, asker, error);
         }
     }
 
@@ -201,8 +204,9 @@ impl Manners {
 }
 
 impl State {
-    /// What this request has to wait for. A trial has its turn from now on.
-    fn patience(&mut self, asker: &Asker) -> Result<Patience, RegistryError> {
+    /// Returns the delay of a request, and reserves its place among the probe requests if it is one.
+    /// Fails with a refusal that is still remembered.
+    fn delay(&mut self, asker: &Asker) -> Result<RequestDelay, RegistryError> {
         let now = Instant::now();
         let refused = self.refused.get(&(asker.who, asker.what.clone()));
         if let Some(refused) = refused.filter(|refused| refused.until > now) {
@@ -211,24 +215,26 @@ impl State {
         let spared = [asker.who, asker.repository].map(|key| self.spared.get(&key));
         let longest = spared.into_iter().flatten().max_by_key(|spared| spared.until);
         if let Some(Remembered { error, until, .. }) = longest.filter(|spared| spared.until > now) {
-            return Ok(Patience::Asked(until.duration_since(now), error));
+            return Ok(RequestDelay::Backoff(until.duration_since(now), error));
         }
-        let Some(trials) = self.trials.get(&asker.who).filter(|trials| trials.until > now) else {
-            return Ok(Patience::Nothing);
+        let Some(probes) = self.probes.get(&asker.who).filter(|probes| probes.until > now) else {
+            return Ok(RequestDelay::None);
         };
-        if self.answered.get(&asker.repository).is_some_and(|answered| answered >= trials.since) {
-            return Ok(Patience::Nothing);
+        if self.unlimited.get(&asker.repository).is_some_and(|time| time >= probes.since) {
+            return Ok(RequestDelay::None);
         }
-        let turn = trials.next.max(now);
-        let left = turn.duration_since(now);
+        let time = probes.next.max(now);
+        let left = time.duration_since(now);
         if left <= WAITED {
-            self.trials.insert(asker.who, Trials { next: turn + TRIAL_INTERVAL, ..trials });
+            let next = time + PROBE_INTERVAL;
+            self.probes.insert(asker.who, ProbeSchedule { next, ..probes });
         }
-        Ok(Patience::Trial(left))
+        Ok(RequestDelay::Probe(left))
     }
 
-    /// Leaves a host or repository alone as it asked for; returns until when, unless that was known.
-    fn spare(&mut self, key: Key, asker: &Asker, error: &RegistryError) -> Option<Instant> {
+    /// Begins or extends the backoff of a host or a repository. Returns its end, unless a later
+    /// request has recorded one already.
+    fn back_off(&mut self, key: Key, asker: &Asker, error: &RegistryError) -> Option<Instant> {
         let (wish, before) = (asked_patience(error), self.spared.get(&key));
         let lasts = |count: u32| wish.unwrap_or_else(|| doubled(SPARED, count.checked_sub(1)));
         let next = next(before, asker, error, lasts)?;
@@ -237,20 +243,20 @@ impl State {
         Some(until)
     }
 
-    /// From now on other repositories of the host are asked by trials.
-    fn try_others_until(&mut self, host: Key, until: Instant) {
+    /// Makes requests to the other repositories of a host probe requests until then.
+    fn probe_host_until(&mut self, host: Key, until: Instant) {
         let now = Instant::now();
-        let begun = Trials { since: now, until, next: now };
-        let known = self.trials.get(&host).filter(|known| known.until > now);
+        let begun = ProbeSchedule { since: now, until, next: now };
+        let known = self.probes.get(&host).filter(|known| known.until > now);
         let until = known.map_or(until, |known| known.until.max(until));
-        self.trials.insert(host, Trials { until, ..known.unwrap_or(begun) });
+        self.probes.insert(host, ProbeSchedule { until, ..known.unwrap_or(begun) });
     }
 
-    /// The repository is not limited. Of no interest while none of its host is.
-    fn has_answered(&mut self, asker: &Asker) {
-        let trials = self.trials.get(&asker.who);
-        if trials.is_some_and(|trials| trials.until > asker.since && trials.since <= asker.since) {
-            self.answered.insert(asker.repository, Instant::now());
+    /// Records that a repository was answered without a rate limit, while its host is probed.
+    fn record_unlimited(&mut self, asker: &Asker) {
+        let probes = self.probes.get(&asker.who);
+        if probes.is_some_and(|probes| probes.until > asker.since && probes.since <= asker.since) {
+            self.unlimited.insert(asker.repository, Instant::now());
         }
     }
 }
@@ -326,7 +332,7 @@ mod tests {
         reference.repository().clone()
     }
 
-    /// Asks with no credential for something of a repository, which is answered.
+    /// Sends an anonymous request to a repository, which is answered. Returns its delay.
     async fn succeeds(manners: &Manners, name: &str) -> Result<Duration, RegistryError> {
         let (started, what) = (Instant::now(), format!("manifest of {name}"));
         let asker = manners.asker("r.io", &repository(name), &Credential::Anonymous, &what);
@@ -374,7 +380,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_plea_holds_for_everything_that_the_credential_asks_of_the_repository() {
+    async fn a_rate_limit_holds_for_everything_that_the_credential_asks_of_the_repository() {
         let manners = Manners::new().unwrap();
         manners.after(&asker(&manners, "p", "blob 1"), &limited(Some(60)));
         let other = asker(&manners, "p", "blob 2");
@@ -388,7 +394,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_of_one_repository_leaves_the_others_to_trials() {
+    async fn other_repositories_of_a_rate_limited_host_are_probed() {
         let manners = Manners::new().unwrap();
         let limited_one =
             manners.asker("r.io", &repository("a"), &Credential::Anonymous, "manifest of a");
@@ -396,7 +402,7 @@ mod tests {
         tokio::time::advance(Duration::from_millis(1)).await;
         let told = manners.before(&limited_one).await.unwrap_err();
         assert!(told.to_string().contains("manifest of a"), "{told}");
-        // All at once: one after the other, and no more than can be waited for.
+        // All at once: they are sent one after the other, and no more than can be waited for.
         let names: Vec<_> = (0..30).map(|number| format!("b{number}")).collect();
         let all = futures_util::future::join_all(names.iter().map(|name| succeeds(&manners, name)));
         let mut waits = Vec::new();
@@ -406,12 +412,12 @@ mod tests {
                 Err(error) => assert!(error.to_string().contains(&format!("of {name}:"))),
             }
         }
-        let expected: Vec<_> = (0..=20).map(|turn| TRIAL_INTERVAL * turn).collect();
+        let expected: Vec<_> = (0..=20).map(|turn| PROBE_INTERVAL * turn).collect();
         assert_eq!(waits, expected);
         for _ in 0..100 {
             assert_eq!(succeeds(&manners, "b0").await, Ok(Duration::ZERO), "it has been answered");
         }
-        // A host whose limit is over is asked as ever.
+        // After the rate limit has ended no request is delayed.
         tokio::time::advance(Duration::from_mins(10)).await;
         assert_eq!(succeeds(&manners, "c").await, Ok(Duration::ZERO));
         assert_eq!(succeeds(&manners, "d").await, Ok(Duration::ZERO));
@@ -422,7 +428,7 @@ mod tests {
         let manners = Manners::new().unwrap();
         let asker =
             manners.asker("r.io", &repository("a"), &Credential::Anonymous, "manifest of a");
-        manners.host_said(&asker, &limited(Some(60)).unwrap_err());
+        manners.record_host_failure(&asker, &limited(Some(60)).unwrap_err());
         let told = succeeds(&manners, "b").await.unwrap_err();
         assert!(told.to_string().contains("manifest of b"), "{told}");
         tokio::time::advance(Duration::from_secs(56)).await;

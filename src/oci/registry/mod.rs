@@ -565,7 +565,7 @@ impl Registry {
         outcome
     }
 
-    /// Whose patience counts at a host.
+    /// Returns the key of a request for the backoff of a host.
     fn asker(&self, question: &Question<'_>, endpoint: &Endpoint) -> Asker {
         let host = transport::authority(&endpoint.root);
         let credential = question.credential_for(endpoint);

@@ -344,13 +344,13 @@ async fn retry_after_is_passed_on() {
 #[tokio::test]
 async fn a_rate_limit_is_of_one_repository_unless_the_token_endpoint_or_the_api_says_it() {
     let limit = || answer(429, &[("retry-after", "60")], "");
-    // Who is asked for the first repository, and says so; whether the other one is asked then.
+    // The path that answers 429, and whether the other repository is still asked.
     for (limited_path, is_asked) in [("/v2/a/", true), ("/token", false), ("/v2/", false)] {
         let server = Server::start(move |seen, host| {
             match (&*seen.path, limited_path) {
                 (path, "/v2/a/") if path.starts_with("/v2/a/") => limit(),
                 (path, limited) if path == limited => limit(),
-                // Hidden from who shows nothing: the API is asked how to show something.
+                // An anonymous request gets 404, so that the API root is asked for a challenge.
                 (path, "/v2/") if path.starts_with("/v2/a/") => status(404),
                 (path, "/token") if path.starts_with("/v2/a/") => challenge_at(host),
                 _ => ok(MANIFEST),

@@ -1,18 +1,18 @@
-//! The memory that this process's container may have.
+//! The memory limit of this process's container.
 
 use std::path::Path;
 
-/// Returns the memory limit of the container, in bytes; none where it has none.
+/// Returns the memory limit of the container in bytes, if it has one.
 #[must_use]
 pub fn container_limit() -> Option<u64> {
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     limit_below(Path::new("/sys/fs/cgroup"), &own)
 }
 
-/// The lowest limit from the control group `own` (as `/proc/self/cgroup` has it) up to the root.
+/// Returns the lowest limit of a control group and its ancestors. `own` is `/proc/self/cgroup`.
 ///
-/// In a container the root of the mounted hierarchy mostly is the container's own group, and the
-/// path in `own` may lead nowhere: each level that can be read counts.
+/// In a container the root of the mounted hierarchy usually is the container's own group, and the
+/// path in `own` may not exist. Each level that can be read counts.
 fn limit_below(root: &Path, own: &str) -> Option<u64> {
     let mut least = None;
     for line in own.lines().chain(["0::/", "0:memory:/"]) {
@@ -27,7 +27,7 @@ fn limit_below(root: &Path, own: &str) -> Option<u64> {
         };
         let group = root.join(path.trim_start_matches('/'));
         for level in group.ancestors().take_while(|level| level.starts_with(&root)) {
-            // "max" is no number. The first version says "none" by a number near the largest.
+            // Without a limit, version 2 has "max", and version 1 a number near the largest.
             let text = std::fs::read_to_string(level.join(file)).unwrap_or_default();
             let limit = text.trim().parse().ok().filter(|&limit: &u64| limit < 1 << 60);
             least = [least, limit].into_iter().flatten().min();
@@ -53,7 +53,7 @@ mod tests {
         write("pod/container/memory.max", "max\n");
         write("pod/memory.max", "536870912\n");
         assert_eq!(limit("0::/pod/container\n"), Some(512 << 20));
-        // The path is the node's, and the hierarchy the container's.
+        // The path is that of the node, in the hierarchy of the container.
         write("memory.max", "1073741824\n");
         assert_eq!(limit("0::/../../kubepods/gone\n"), Some(1 << 30));
     }

@@ -1,55 +1,57 @@
-//! Who gets memory next: the pure part of the budget.
+//! The bookkeeping of one memory pool, without locks and wakers.
 //!
-//! A [`Ledger`] knows how many bytes there are, who holds how many, and who waits. It grants
-//! requests one at a time, in turns between tenants, and never lets a later request overtake the
-//! one whose turn it is: a large request waits for those that hold memory now, and for no others.
+//! A [`MemoryLedger`] counts the bytes that each tenant holds, and queues the requests that wait. It
+//! grants one request at a time, in rotation between tenants. A request that is next in turn is never
+//! overtaken, so that a large one waits only for the memory that is held now.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 
-/// How much one tenant may hold.
+use super::MemoryWait;
+
+/// The rule that limits the bytes of one tenant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Share {
-    /// For memory that is held while something is computed, which ends by itself: half of it while
-    /// other tenants wait. A tenant that holds nothing may have any amount that fits.
+pub(super) enum TenantShare {
+    /// Half of the capacity while other tenants wait, or one request of any size. It suits memory
+    /// that is held by computations, which end by themselves.
     HalfWhileOthersWait,
-    /// For memory that is held while a registry sends bytes, which may take hours: half of what
-    /// other tenants leave, so that there is always some for the next one.
+    /// Half of what other tenants leave, so that the next one always finds some. It suits memory
+    /// that is held while a registry sends bytes, which may take hours.
     HalfOfTheRest,
 }
 
 /// The identity of a request that waits.
 pub(super) type RequestId = u64;
 
-/// The bytes of one pool of memory.
+/// The capacity, the holders and the queue of one memory pool.
 #[derive(Debug)]
-pub(super) struct Ledger<T> {
+pub(super) struct MemoryLedger<T> {
     capacity: u64,
-    share: Share,
+    share: TenantShare,
     held: u64,
     held_by: HashMap<T, u64>,
-    /// Tenants that wait, the next one first. Each has at least one request.
+    /// The tenants that wait, in the order of their turns. Each has at least one request.
     rotation: VecDeque<T>,
-    waiting: HashMap<T, VecDeque<Request>>,
+    waiting: HashMap<T, VecDeque<MemoryRequest>>,
     next_id: RequestId,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Request {
+struct MemoryRequest {
     id: RequestId,
     bytes: u64,
 }
 
-/// A request that was granted: its bytes are held from now on.
+/// A granted request, whose bytes count as held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Grant<T> {
+pub(super) struct MemoryGrant<T> {
     pub(super) id: RequestId,
     pub(super) tenant: T,
     pub(super) bytes: u64,
 }
 
-impl<T: Clone + Eq + Hash> Ledger<T> {
-    pub(super) fn new(capacity: u64, share: Share) -> Self {
+impl<T: Clone + Eq + Hash> MemoryLedger<T> {
+    pub(super) fn new(capacity: u64, share: TenantShare) -> Self {
         Self {
             capacity,
             share,
@@ -61,35 +63,41 @@ impl<T: Clone + Eq + Hash> Ledger<T> {
         }
     }
 
-    /// The most that one request can get, when nobody else holds anything.
-    pub(super) fn most(&self) -> u64 {
+    /// Returns the size of the largest request that can be granted when no other bytes are held.
+    pub(super) fn largest_request(&self) -> u64 {
         match self.share {
-            Share::HalfWhileOthersWait => self.capacity,
-            Share::HalfOfTheRest => self.capacity / 2,
+            TenantShare::HalfWhileOthersWait => self.capacity,
+            TenantShare::HalfOfTheRest => self.capacity / 2,
         }
     }
 
-    /// Bytes that nobody holds.
+    /// Returns the bytes that are not held.
     pub(super) fn free(&self) -> u64 {
         self.capacity.saturating_sub(self.held)
     }
 
-    /// Whether nothing is held and nobody waits.
+    /// Returns the state of a request of a tenant.
+    pub(super) fn state_of(&self, tenant: &T, bytes: u64) -> MemoryWait {
+        let (held, share) = (self.held_by(tenant), self.share_of(tenant));
+        MemoryWait { needs: bytes, free: self.free(), capacity: self.capacity, held, share }
+    }
+
+    /// Returns whether no bytes are held and no request waits.
     #[cfg(test)]
-    pub(super) fn is_untouched(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.held == 0 && self.held_by.is_empty() && self.waiting.is_empty()
     }
 
-    /// Queues a request of at most [`Ledger::most`] bytes.
+    /// Queues a request of at most [`MemoryLedger::largest_request`] bytes.
     pub(super) fn request(&mut self, tenant: T, bytes: u64) -> RequestId {
-        debug_assert!(bytes <= self.most(), "it would wait for ever");
+        debug_assert!(bytes <= self.largest_request(), "it would wait for ever");
         let id = self.next_id;
         self.next_id += 1;
         let queue = self.waiting.entry(tenant.clone()).or_default();
         if queue.is_empty() {
             self.rotation.push_back(tenant);
         }
-        queue.push_back(Request { id, bytes });
+        queue.push_back(MemoryRequest { id, bytes });
         id
     }
 
@@ -104,7 +112,7 @@ impl<T: Clone + Eq + Hash> Ledger<T> {
         }
     }
 
-    /// Gives bytes back.
+    /// Returns bytes of a tenant to the pool.
     pub(super) fn release(&mut self, tenant: &T, bytes: u64) {
         self.held = self.held.saturating_sub(bytes);
         if let Some(held) = self.held_by.get_mut(tenant) {
@@ -115,14 +123,15 @@ impl<T: Clone + Eq + Hash> Ledger<T> {
         }
     }
 
-    /// Grants the next request, if it may have its bytes now.
-    pub(super) fn grant(&mut self) -> Option<Grant<T>> {
+    /// Grants the next request in turn. None if it does not fit yet or no tenant may hold more.
+    pub(super) fn grant(&mut self) -> Option<MemoryGrant<T>> {
         let turn = self.rotation.iter().position(|tenant| self.is_within_share(tenant))?;
         let tenant = self.rotation.get(turn)?.clone();
+        let free = self.free();
         let queue = self.waiting.get_mut(&tenant)?;
-        let Request { id, bytes } = *queue.front()?;
-        // Nobody else goes first meanwhile: the request would never fit.
-        if bytes > self.capacity.saturating_sub(self.held) {
+        let MemoryRequest { id, bytes } = *queue.front()?;
+        // A later request is not granted first: this one might never fit then.
+        if bytes > free {
             return None;
         }
         queue.pop_front();
@@ -135,20 +144,30 @@ impl<T: Clone + Eq + Hash> Ledger<T> {
         }
         self.held += bytes;
         *self.held_by.entry(tenant.clone()).or_default() += bytes;
-        Some(Grant { id, tenant, bytes })
+        Some(MemoryGrant { id, tenant, bytes })
     }
 
-    /// Whether the tenant's next request stays within its share.
+    /// Returns whether the next request of a tenant stays within its share.
     fn is_within_share(&self, tenant: &T) -> bool {
-        let own = self.held_by.get(tenant).copied().unwrap_or_default();
         let next = self.waiting.get(tenant).and_then(VecDeque::front);
-        let then = own.saturating_add(next.map_or(0, |next| next.bytes));
+        let bytes = next.map_or(0, |next| next.bytes);
+        self.held_by(tenant).saturating_add(bytes) <= self.share_of(tenant)
+    }
+
+    /// Returns the most bytes that a tenant may hold now.
+    fn share_of(&self, tenant: &T) -> u64 {
+        let own = self.held_by(tenant);
         match self.share {
-            Share::HalfWhileOthersWait => {
-                own == 0 || then <= self.capacity / 2 || self.rotation.len() == 1
+            TenantShare::HalfOfTheRest => self.capacity.saturating_sub(self.held - own) / 2,
+            TenantShare::HalfWhileOthersWait => {
+                let others_wait = self.rotation.iter().any(|waiting| waiting != tenant);
+                if own > 0 && others_wait { self.capacity / 2 } else { self.capacity }
             }
-            Share::HalfOfTheRest => then <= self.capacity.saturating_sub(self.held - own) / 2,
         }
+    }
+
+    fn held_by(&self, tenant: &T) -> u64 {
+        self.held_by.get(tenant).copied().unwrap_or_default()
     }
 }
 
@@ -160,17 +179,17 @@ mod tests {
 
     const CAPACITY: u64 = 100;
 
-    fn grants(ledger: &mut Ledger<u8>) -> Vec<(u8, u64)> {
+    fn grants(ledger: &mut MemoryLedger<u8>) -> Vec<(u8, u64)> {
         std::iter::from_fn(|| ledger.grant()).map(|grant| (grant.tenant, grant.bytes)).collect()
     }
 
-    fn ledger(share: Share) -> Ledger<u8> {
-        Ledger::new(CAPACITY, share)
+    fn ledger(share: TenantShare) -> MemoryLedger<u8> {
+        MemoryLedger::new(CAPACITY, share)
     }
 
     #[test]
     fn tenants_take_turns() {
-        let mut ledger = ledger(Share::HalfWhileOthersWait);
+        let mut ledger = ledger(TenantShare::HalfWhileOthersWait);
         ledger.request(0, 100);
         assert_eq!(grants(&mut ledger), [(0, 100)]);
         for tenant in [1, 1, 1, 2, 3] {
@@ -183,22 +202,22 @@ mod tests {
 
     #[test]
     fn a_tenant_has_half_while_others_wait_and_all_when_none_does() {
-        let mut ledger = ledger(Share::HalfWhileOthersWait);
+        let mut ledger = ledger(TenantShare::HalfWhileOthersWait);
         ledger.request(1, 40);
         ledger.request(1, 40);
         assert_eq!(grants(&mut ledger), [(1, 40), (1, 40)]);
         ledger.release(&1, 40);
         ledger.request(1, 20);
         ledger.request(2, 70);
-        // The second tenant is next, and what it waits for is not taken away from it.
+        // The second tenant is next in turn, and is not overtaken.
         assert_eq!(grants(&mut ledger), []);
         ledger.release(&1, 40);
         assert_eq!(grants(&mut ledger), [(1, 20), (2, 70)]);
     }
 
     #[test]
-    fn memory_that_is_held_for_long_leaves_half_to_the_next_tenant() {
-        let mut ledger = ledger(Share::HalfOfTheRest);
+    fn a_tenant_that_comes_late_finds_half_of_the_rest() {
+        let mut ledger = ledger(TenantShare::HalfOfTheRest);
         for tenant in [1, 2, 3] {
             (0..20).for_each(|_| {
                 ledger.request(tenant, 5);
@@ -213,8 +232,8 @@ mod tests {
     }
 
     #[test]
-    fn a_withdrawn_request_blocks_nobody() {
-        let mut ledger = ledger(Share::HalfWhileOthersWait);
+    fn a_withdrawn_request_blocks_no_other() {
+        let mut ledger = ledger(TenantShare::HalfWhileOthersWait);
         ledger.request(1, 90);
         assert_eq!(grants(&mut ledger), [(1, 90)]);
         let large = ledger.request(2, 100);
@@ -225,23 +244,23 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for in whatever order: the capacity and the shares hold at every step,
-        /// and as soon as holders give back, everything that waits is granted.
+        /// Checks that the capacity and the shares hold at every step, for requests in any order, and
+        /// that every request is granted once the holders return their bytes.
         #[test]
         fn nothing_waits_for_ever(
             requests in prop::collection::vec((0..5_u8, 1..=CAPACITY), 1..40),
             releases in prop::collection::vec(any::<prop::sample::Index>(), 0..40),
             lasting in any::<bool>(),
         ) {
-            let share = if lasting { Share::HalfOfTheRest } else { Share::HalfWhileOthersWait };
+            let share = if lasting { TenantShare::HalfOfTheRest } else { TenantShare::HalfWhileOthersWait };
             let mut ledger = ledger(share);
-            let mut held: Vec<Grant<u8>> = Vec::new();
+            let mut held: Vec<MemoryGrant<u8>> = Vec::new();
             let (mut granted, wanted) = (0, requests.len());
             let mut releases = releases.into_iter();
             let mut requests = requests.into_iter();
             loop {
                 if let Some((tenant, bytes)) = requests.next() {
-                    ledger.request(tenant, bytes.min(ledger.most()));
+                    ledger.request(tenant, bytes.min(ledger.largest_request()));
                 }
                 while let Some(grant) = ledger.grant() {
                     granted += 1;
@@ -258,12 +277,12 @@ mod tests {
                 if requests.len() == 0 && held.is_empty() {
                     break;
                 }
-                // A holder never waits for memory, so that each gives back in the end.
+                // A holder never waits for memory, so that each returns its bytes in the end.
                 let place = releases.next().map(|place| place.index(held.len().max(1)));
                 if requests.len() == 0 || place.is_some() {
                     let place = place.unwrap_or_default();
                     if place < held.len() {
-                        let Grant { tenant, bytes, .. } = held.swap_remove(place);
+                        let MemoryGrant { tenant, bytes, .. } = held.swap_remove(place);
                         ledger.release(&tenant, bytes);
                     }
                 }

@@ -1,25 +1,29 @@
-//! The memory that content of others may take on this node: one budget for all pulls.
+//! The memory budget of all pulls of this node.
 //!
 //! ```text
-//! ledger     who gets memory next; pure
-//! container  the limit of the container, from which the budget's default follows
+//! ledger     the bookkeeping of one pool: turns and shares of tenants
+//! container  the memory limit of the container, from which the default budget follows
 //! ```
 //!
-//! The budget is divided by how long memory is held, so that no stage of a pull waits for one that
-//! may itself wait:
+//! The budget is divided by how long memory is held, so that no stage of a pull waits for a stage
+//! that may itself wait:
 //!
 //! | part | held | by |
 //! | --- | --- | --- |
-//! | fixed | always | buffers of downloads, windows and buffers of layers that are unpacked |
-//! | kept | while a registry sends bytes | the list of an artifact's layers |
-//! | small | while something is computed | manifests that are parsed, plans of small trees |
-//! | large | while something is computed | plans of large trees, windows above 8 MiB |
+//! | fixed | always | buffers of downloads, windows and buffers of [`MemoryPlan::new`]'s unpackings |
+//! | kept | while a registry sends bytes | lists of layers |
+//! | small | during a computation | parsed manifests, plans of small trees |
+//! | large | during a computation | plans of large trees, windows above 8 MiB |
 //!
-//! A stage reserves all that it needs at once, before it takes a permit or a lock, and never a
-//! second time. Who holds `kept` may wait for `small` or `large`; who holds one of these waits for
-//! no memory. So each wait ends when computations end. Small needs never wait for large ones.
+//! A stage reserves all its memory at once, before it takes a permit or a lock. A holder of `kept`
+//! may wait for `small` or `large`. A holder of `small` or `large` waits for no memory, and for no
+//! permit whose holder waits for a registry. So each wait ends when computations end. Small requests
+//! never wait for large ones.
 //!
-//! Publishes of cached trees and unpublishes reserve nothing.
+//! An unpacking that is paused for another tenant keeps its window beside the budget. As many are
+//! paused as may run at once, which [`bytes_beside`] counts.
+//!
+//! Publishes of cached trees and unpublishes reserve no memory.
 
 mod container;
 mod ledger;
@@ -28,68 +32,78 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 pub use container::container_limit;
-use ledger::{Ledger, RequestId, Share};
+use ledger::{MemoryGrant, MemoryLedger, RequestId, TenantShare};
 
 use crate::units::Bytes;
 
-/// The budget without a limit of the container: three eighths of 512 MiB, which the chart sets.
+/// The default budget without a container limit: three eighths of the chart's 512 MiB.
 const DEFAULT_BYTES: u64 = 192 << 20;
 
-/// Layers that are unpacked: a zstd window of 8 MiB, what zstd keeps beside it, and the buffers
-/// between its threads.
+/// Memory of one unpacking: a zstd window of 8 MiB, the state of the decoder, and the buffers between
+/// its threads.
 const BYTES_PER_UNPACK: u64 = 9 << 20;
 
-/// Buffers between network and disk, of pods and of warming (see [`super::wire`]).
+/// Memory of all buffers between network and disk (see [`super::wire`]).
 const DOWNLOAD_BYTES: u64 = 3 << 20;
 
-/// What a process takes beside the budget: itself, its threads, its connections, and documents that
-/// registries send, which have a bound of their own of 32 MiB.
-pub const BYTES_BESIDE: u64 = 64 << 20;
+/// Memory that the process takes beside the budget: the process itself, its threads and connections,
+/// and documents from registries, which are limited to 32 MiB.
+const PROCESS_BYTES: u64 = 64 << 20;
 
-/// What a pull keeps for each layer while it waits for a registry: the descriptor, the rule, the
-/// flight, and what is held in the store.
+/// Memory that a pull keeps for each layer while it waits for a registry: the descriptor, the rule,
+/// the flight, and the state in the store.
 pub const BYTES_PER_PART: u64 = 1024;
 
-/// What a manifest takes while it is parsed: itself, and for each of its shortest possible layers
-/// three times as much.
+/// Memory for each byte of a manifest while it is parsed: the byte itself, and three times as much for
+/// a descriptor of the shortest possible layer.
 pub const BYTES_PER_MANIFEST_BYTE: u64 = 4;
 
-/// The largest zstd window that needs no reservation of its own: what the format asks every decoder
-/// to take.
+/// The largest zstd window without a reservation. The format asks every decoder to support it.
 pub const PLAIN_WINDOW: u64 = 8 << 20;
 
-/// The budget of a node, shared fairly between tenants. Cheap to clone.
+/// The least growth between two tries of a computation.
+const SMALLEST_STEP: u64 = 64 << 10;
+
+/// Interval at which a request that waits reports its state again.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The memory budget of a node, shared fairly between tenants. Cheap to clone.
 #[derive(Debug)]
 pub struct MemoryBudget<T: Clone + Eq + Hash> {
-    kept: Arc<Pool<T>>,
-    small: Arc<Pool<T>>,
-    large: Arc<Pool<T>>,
+    kept: Arc<MemoryPool<T>>,
+    small: Arc<MemoryPool<T>>,
+    large: Arc<MemoryPool<T>>,
 }
 
-/// Bytes that are reserved until this is dropped.
+/// A number of bytes that are reserved until this is dropped.
 #[derive(Debug)]
-pub struct Reservation<T: Clone + Eq + Hash> {
-    pool: Arc<Pool<T>>,
+pub struct MemoryReservation<T: Clone + Eq + Hash> {
+    pool: Arc<MemoryPool<T>>,
     tenant: T,
     bytes: u64,
 }
 
-/// Why a stage does not go on: what it needs, and what there is.
+/// The state of a request that waits for memory, as users see it. All numbers are bytes of one pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryWait {
-    /// Bytes that it needs.
+    /// The requested bytes.
     pub needs: u64,
-    /// Bytes that nobody holds, of those that it may get.
+    /// The bytes that are not held.
     pub free: u64,
-    /// The most that it could get.
-    pub most: u64,
+    /// The size of the pool.
+    pub capacity: u64,
+    /// The bytes that the tenant of the request holds.
+    pub held: u64,
+    /// The most bytes that this tenant may hold now.
+    pub share: u64,
 }
 
-/// More than the budget has.
+/// A request for more memory than the budget can ever give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "it needs {} of memory, and the node has at most {} for one artifact (pull.memory): select less of it with include or exclude, push it with fewer entries or layers, or raise pull.memory",
@@ -97,51 +111,58 @@ pub struct MemoryWait {
     Bytes(self.most)
 )]
 pub struct NeverFits {
-    /// Bytes that it needs.
+    /// The requested bytes.
     pub needs: u64,
-    /// The most that it could get.
+    /// The size of the largest possible request.
     pub most: u64,
 }
 
-/// How a budget is divided.
+/// The division of a budget, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryPlan {
-    /// All of it.
+    /// The whole budget.
     pub total: u64,
-    /// What is always taken.
+    /// The part that counts as always taken.
     pub fixed: u64,
-    /// What all pulls may keep while they wait for a registry.
+    /// The part for memory that pulls keep while they wait for a registry.
     pub kept: u64,
-    /// What small computations share.
+    /// The part that small computations share.
     pub small: u64,
-    /// What large computations share.
+    /// The part that large computations share.
     pub large: u64,
 }
 
 #[derive(Debug)]
-struct Pool<T: Clone + Eq + Hash> {
-    state: Mutex<State<T>>,
+struct MemoryPool<T: Clone + Eq + Hash> {
+    state: Mutex<PoolState<T>>,
     most: u64,
 }
 
 #[derive(Debug)]
-struct State<T: Clone + Eq + Hash> {
-    ledger: Ledger<T>,
-    waiting: HashMap<RequestId, oneshot::Sender<Reservation<T>>>,
+struct PoolState<T: Clone + Eq + Hash> {
+    ledger: MemoryLedger<T>,
+    waiting: HashMap<RequestId, oneshot::Sender<MemoryReservation<T>>>,
+}
+
+/// Returns the most bytes that the process takes beside the budget of a node that unpacks `unpacks`
+/// layers at once: the process itself, and the windows of as many unpackings that are paused.
+#[must_use]
+pub fn bytes_beside(unpacks: usize) -> u64 {
+    BYTES_PER_UNPACK.saturating_mul(unpacks as u64).saturating_add(PROCESS_BYTES)
 }
 
 impl MemoryPlan {
-    /// Divides `total` bytes on a node that unpacks so many layers at once.
+    /// Divides `total` bytes for a node that unpacks `unpacks` layers at once.
     #[must_use]
     pub fn new(total: u64, unpacks: usize) -> Self {
         let fixed = BYTES_PER_UNPACK.saturating_mul(unpacks as u64).saturating_add(DOWNLOAD_BYTES);
         let (kept, small) = (total / 8, total / 48);
-        // Windows of 8 MiB are rare; a small node is not to refuse all else for them.
+        // Windows of 8 MiB are rare. A small node keeps half for everything else.
         let taken = fixed.min(total / 2).saturating_add(kept).saturating_add(small);
         Self { total, fixed, kept, small, large: total.saturating_sub(taken) }
     }
 
-    /// The budget where nothing is configured: three eighths of the container's limit.
+    /// Returns the default budget: three eighths of the container's limit.
     #[must_use]
     pub fn default_bytes(container_limit: Option<u64>) -> u64 {
         container_limit.map_or(DEFAULT_BYTES, |limit| limit / 8 * 3)
@@ -149,19 +170,19 @@ impl MemoryPlan {
 }
 
 impl<T: Clone + Eq + Hash> MemoryBudget<T> {
-    /// A budget of which nothing is reserved.
+    /// Returns a budget without reservations.
     #[must_use]
     pub fn new(plan: MemoryPlan) -> Self {
-        let pool = |bytes, share| Arc::new(Pool::new(bytes, share));
+        let pool = |bytes, share| Arc::new(MemoryPool::new(bytes, share));
         Self {
-            kept: pool(plan.kept, Share::HalfOfTheRest),
-            small: pool(plan.small, Share::HalfWhileOthersWait),
-            large: pool(plan.large, Share::HalfWhileOthersWait),
+            kept: pool(plan.kept, TenantShare::HalfOfTheRest),
+            small: pool(plan.small, TenantShare::HalfWhileOthersWait),
+            large: pool(plan.large, TenantShare::HalfWhileOthersWait),
         }
     }
 
-    /// Reserves what a pull keeps while it waits for a registry. `waits` is told what it waits for,
-    /// and nothing once it goes on. Safe to cancel.
+    /// Waits for memory that a pull keeps while it waits for a registry. `waits` is called with the
+    /// state of the request when it has to wait, and with none at the end. Safe to cancel.
     ///
     /// # Errors
     ///
@@ -171,12 +192,18 @@ impl<T: Clone + Eq + Hash> MemoryBudget<T> {
         tenant: T,
         bytes: u64,
         waits: impl Fn(Option<MemoryWait>),
-    ) -> Result<Reservation<T>, NeverFits> {
+    ) -> Result<MemoryReservation<T>, NeverFits> {
         self.kept.reserve(tenant, bytes, waits).await
     }
 
-    /// Reserves what a computation takes. A task that holds such a reservation must not wait for
-    /// another. Safe to cancel.
+    /// Reserves memory that a pull keeps, as [`Self::keep`] does. None if it would have to wait.
+    #[must_use]
+    pub fn try_keep(&self, tenant: T, bytes: u64) -> Option<MemoryReservation<T>> {
+        self.kept.try_reserve(tenant, bytes)
+    }
+
+    /// Waits for the memory of a computation, as [`Self::keep`] does. A task that holds such a
+    /// reservation must not wait for another one. Safe to cancel.
     ///
     /// # Errors
     ///
@@ -186,15 +213,24 @@ impl<T: Clone + Eq + Hash> MemoryBudget<T> {
         tenant: T,
         bytes: u64,
         waits: impl Fn(Option<MemoryWait>),
-    ) -> Result<Reservation<T>, NeverFits> {
+    ) -> Result<MemoryReservation<T>, NeverFits> {
         let pool = if bytes <= self.small.most { &self.small } else { &self.large };
         pool.reserve(tenant, bytes, waits).await
     }
 
-    /// The most that one computation can get.
+    /// Returns the most bytes that one computation can reserve.
     #[must_use]
     pub fn most(&self) -> u64 {
         self.large.most.max(self.small.most)
+    }
+
+    /// Returns the bytes to reserve after a computation has stopped because `bytes` were too few, and
+    /// it needs `needs` as far as known. They grow by half at least, so that a few tries are enough.
+    /// After a try with [`Self::most`] bytes they never fit.
+    #[must_use]
+    pub fn bytes_of_next_try(&self, bytes: u64, needs: u64) -> u64 {
+        let more = bytes.saturating_add((bytes / 2).max(SMALLEST_STEP)).max(needs);
+        if bytes < self.most() { more.min(self.most()) } else { more }
     }
 }
 
@@ -205,14 +241,14 @@ impl<T: Clone + Eq + Hash> Clone for MemoryBudget<T> {
     }
 }
 
-impl<T: Clone + Eq + Hash> Pool<T> {
-    fn new(capacity: u64, share: Share) -> Self {
-        let ledger = Ledger::new(capacity, share);
-        let most = ledger.most();
-        Self { state: Mutex::new(State { ledger, waiting: HashMap::new() }), most }
+impl<T: Clone + Eq + Hash> MemoryPool<T> {
+    fn new(capacity: u64, share: TenantShare) -> Self {
+        let ledger = MemoryLedger::new(capacity, share);
+        let most = ledger.largest_request();
+        Self { state: Mutex::new(PoolState { ledger, waiting: HashMap::new() }), most }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
+    fn lock(&self) -> MutexGuard<'_, PoolState<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -221,41 +257,57 @@ impl<T: Clone + Eq + Hash> Pool<T> {
         tenant: T,
         bytes: u64,
         waits: impl Fn(Option<MemoryWait>),
-    ) -> Result<Reservation<T>, NeverFits> {
+    ) -> Result<MemoryReservation<T>, NeverFits> {
         if bytes > self.most {
             return Err(NeverFits { needs: bytes, most: self.most });
         }
         loop {
-            let (grant, mut granted) = oneshot::channel();
-            let id = {
-                let mut state = self.lock();
-                let id = state.ledger.request(tenant.clone(), bytes);
-                state.waiting.insert(id, grant);
-                id
-            };
-            let _withdrawing = Withdrawing { pool: self, tenant: &tenant, id };
-            self.distribute();
-            if let Ok(reservation) = granted.try_recv() {
+            let mut request = self.request(tenant.clone(), bytes);
+            if let Ok(reservation) = request.granted.try_recv() {
                 return Ok(reservation);
             }
-            let free = self.lock().ledger.free();
-            waits(Some(MemoryWait { needs: bytes, free, most: self.most }));
-            let granted = granted.await;
+            let granted = loop {
+                waits(Some(self.lock().ledger.state_of(&tenant, bytes)));
+                let granted = tokio::time::timeout(REPORT_INTERVAL, &mut request.granted);
+                if let Ok(granted) = granted.await {
+                    break granted;
+                }
+            };
             waits(None);
-            // A sender goes only with its reservation in it.
+            // Fails only if the reservation was dropped with the channel; then it is requested again.
             if let Ok(reservation) = granted {
                 return Ok(reservation);
             }
         }
     }
 
-    /// Grants what can be granted.
+    fn try_reserve(self: &Arc<Self>, tenant: T, bytes: u64) -> Option<MemoryReservation<T>> {
+        if bytes > self.most {
+            return None;
+        }
+        self.request(tenant, bytes).granted.try_recv().ok()
+    }
+
+    /// Queues a request of at most `most` bytes, and grants what can be granted now.
+    fn request(self: &Arc<Self>, tenant: T, bytes: u64) -> PendingRequest<'_, T> {
+        let (grant, granted) = oneshot::channel();
+        let id = {
+            let mut state = self.lock();
+            let id = state.ledger.request(tenant.clone(), bytes);
+            state.waiting.insert(id, grant);
+            id
+        };
+        self.distribute();
+        PendingRequest { pool: self, tenant, id, granted }
+    }
+
+    /// Grants the requests that can be granted now.
     fn distribute(self: &Arc<Self>) {
         let mut state = self.lock();
-        // Outlives the lock: dropping a reservation takes it.
+        // Dropped after the lock is released, which dropping a reservation takes.
         let mut left = Vec::new();
-        while let Some(ledger::Grant { id, tenant, bytes }) = state.ledger.grant() {
-            let reservation = Reservation { pool: Arc::clone(self), tenant, bytes };
+        while let Some(MemoryGrant { id, tenant, bytes }) = state.ledger.grant() {
+            let reservation = MemoryReservation { pool: Arc::clone(self), tenant, bytes };
             match state.waiting.remove(&id) {
                 Some(grant) => left.extend(grant.send(reservation).err()),
                 None => left.push(reservation),
@@ -265,27 +317,28 @@ impl<T: Clone + Eq + Hash> Pool<T> {
     }
 }
 
-/// Withdraws a request when its caller goes away.
-struct Withdrawing<'a, T: Clone + Eq + Hash> {
-    pool: &'a Arc<Pool<T>>,
-    tenant: &'a T,
+/// A request that may have been granted. Dropping it withdraws the request or returns the bytes.
+struct PendingRequest<'a, T: Clone + Eq + Hash> {
+    pool: &'a Arc<MemoryPool<T>>,
+    tenant: T,
     id: RequestId,
+    granted: oneshot::Receiver<MemoryReservation<T>>,
 }
 
-impl<T: Clone + Eq + Hash> Drop for Withdrawing<'_, T> {
+impl<T: Clone + Eq + Hash> Drop for PendingRequest<'_, T> {
     fn drop(&mut self) {
         let mut state = self.pool.lock();
         if state.waiting.remove(&self.id).is_some() {
-            state.ledger.withdraw(self.tenant, self.id);
+            state.ledger.withdraw(&self.tenant, self.id);
             drop(state);
-            // It may have been the one that others had to wait for.
+            // Other requests may have waited for this one.
             self.pool.distribute();
         }
     }
 }
 
-impl<T: Clone + Eq + Hash> Reservation<T> {
-    /// Gives back all but so many bytes.
+impl<T: Clone + Eq + Hash> MemoryReservation<T> {
+    /// Reduces the reservation to `bytes`.
     pub fn shrink(&mut self, bytes: u64) {
         let surplus = self.bytes.saturating_sub(bytes);
         if surplus > 0 {
@@ -295,14 +348,14 @@ impl<T: Clone + Eq + Hash> Reservation<T> {
         }
     }
 
-    /// Bytes that are reserved.
+    /// Returns the number of reserved bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-impl<T: Clone + Eq + Hash> Drop for Reservation<T> {
+impl<T: Clone + Eq + Hash> Drop for MemoryReservation<T> {
     fn drop(&mut self) {
         self.pool.lock().ledger.release(&self.tenant, self.bytes);
         self.pool.distribute();
@@ -311,9 +364,16 @@ impl<T: Clone + Eq + Hash> Drop for Reservation<T> {
 
 impl fmt::Display for MemoryWait {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { needs, free, most } = *self;
-        let (needs, free, most) = (Bytes(needs), Bytes(free), Bytes(most));
-        write!(formatter, "waits for memory: needs {needs} of {most}, {free} free (pull.memory)")
+        let Self { needs, free, capacity, held, share } = *self;
+        write!(
+            formatter,
+            "waits for memory (pull.memory): needs {}, {} of {} are free, and its namespace holds {} of at most {}",
+            Bytes(needs),
+            Bytes(free),
+            Bytes(capacity),
+            Bytes(held),
+            Bytes(share)
+        )
     }
 }
 

@@ -16,17 +16,17 @@ fn budget() -> MemoryBudget<u8> {
 fn silent(_: Option<MemoryWait>) {}
 
 #[test]
-fn the_parts_come_to_the_whole() {
+fn the_parts_add_up_to_the_budget() {
     let MemoryPlan { total, fixed, kept, small, large } = MemoryPlan::new(TOTAL, 4);
     assert_eq!(total, fixed + kept + small + large);
-    // A window of 128 MiB, the default limit, in place of one of 8 MiB.
+    // A window of 128 MiB, the default limit, takes 120 MiB more than one of 8 MiB.
     assert!(large >= 120 << 20, "{}", Bytes(large));
     assert_eq!(MemoryPlan::default_bytes(Some(512 << 20)), TOTAL);
     assert_eq!(MemoryPlan::default_bytes(None), TOTAL);
 }
 
 #[tokio::test]
-async fn what_never_fits_is_refused_with_its_numbers() {
+async fn a_request_that_never_fits_is_refused_with_its_numbers() {
     let refused = budget().compute(1, 300 << 20, silent).await.expect_err("refused").to_string();
     assert!(
         refused.starts_with("it needs 300.0 MiB of memory, and the node has at most 125.0 MiB"),
@@ -36,7 +36,7 @@ async fn what_never_fits_is_refused_with_its_numbers() {
 }
 
 #[tokio::test]
-async fn who_waits_says_so_and_a_small_need_does_not_wait_for_large_ones() {
+async fn a_request_says_that_it_waits_and_a_small_one_waits_for_no_large_one() {
     let budget = budget();
     let mut held = budget.compute(1, budget.most(), silent).await.expect("all of it");
     let said = Mutex::new(Vec::new());
@@ -49,8 +49,50 @@ async fn who_waits_says_so_and_a_small_need_does_not_wait_for_large_ones() {
     held.shrink(1 << 20);
     let large = large.await.expect("enough is free");
     assert_eq!((large.bytes(), small.bytes(), held.bytes()), (64 << 20, 1 << 20, 1 << 20));
-    let first = "waits for memory: needs 64.0 MiB of 125.0 MiB, 0 B free (pull.memory)".to_owned();
+    let first = "waits for memory (pull.memory): needs 64.0 MiB, 0 B of 125.0 MiB are free, and its namespace holds 0 B of at most 125.0 MiB".to_owned();
     assert_eq!(*said.lock().expect("unpoisoned"), [Some(first), None]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_names_the_share_that_it_waits_for_and_repeats_its_numbers() {
+    let budget = budget();
+    let said = Mutex::new(Vec::new());
+    let tell = |wait: Option<MemoryWait>| said.lock().expect("unpoisoned").extend(wait);
+    let own = budget.keep(1, 10 << 20, silent).await.expect("it fits");
+    assert!(budget.try_keep(1, 10 << 20).is_none(), "it has its share");
+    let mut second = Box::pin(budget.keep(1, 10 << 20, tell));
+    assert!(poll!(&mut second).is_pending());
+    let other = budget.try_keep(2, 2 << 20).expect("half of the rest");
+    // Paused time advances while the request waits, which reports its numbers again.
+    assert!(tokio::time::timeout(REPORT_INTERVAL * 2, &mut second).await.is_err());
+    drop(own);
+    drop((second.await.expect("it is its turn"), other));
+    let said = said.into_inner().expect("unpoisoned");
+    let state = |free: u64, share: u64| MemoryWait {
+        needs: 10 << 20,
+        free: free << 20,
+        capacity: 24 << 20,
+        held: 10 << 20,
+        share: share << 20,
+    };
+    assert_eq!((said[0], said[1]), (state(14, 12), state(12, 11)));
+    let text = said[0].to_string();
+    assert!(text.ends_with("and its namespace holds 10.0 MiB of at most 12.0 MiB"), "{text}");
+    assert_eq!(budget.kept.lock().ledger.free(), 24 << 20);
+    assert!(budget.kept.lock().ledger.is_idle());
+}
+
+#[test]
+fn each_try_of_a_computation_has_more_memory_until_it_never_fits() {
+    let budget = budget();
+    let (mut bytes, mut tries) = (0, 0);
+    while bytes <= budget.most() {
+        bytes = budget.bytes_of_next_try(bytes, 0);
+        tries += 1;
+        assert!(tries < 32, "{bytes} bytes are tried again and again");
+    }
+    assert_eq!(budget.bytes_of_next_try(1, 10 << 20), 10 << 20);
+    assert_eq!(budget.bytes_of_next_try(budget.most() - 1, u64::MAX), budget.most());
 }
 
 #[tokio::test]
@@ -62,22 +104,22 @@ async fn a_caller_that_goes_away_leaves_nothing_behind() {
     assert!(poll!(&mut first).is_pending() && poll!(&mut granted).is_pending());
     drop(first);
     drop(held);
-    // Granted, and never looked at.
+    // The grant is dropped with the channel.
     drop(granted);
     assert_eq!(budget.large.lock().ledger.free(), budget.most());
     assert!(budget.large.lock().waiting.is_empty());
 }
 
-/// What a pull does, one stage after the other.
+/// A stage of a pull.
 #[derive(Clone, Debug)]
 enum Stage {
     /// Parses a manifest, or plans a tree.
     Compute { bytes: u64 },
     /// Waits for a registry.
     Wire,
-    /// Plans a tree with a permit to unpack, which layers of slow registries hold, too.
+    /// Plans a tree with a permit to compute.
     ComputeWithPermit { bytes: u64 },
-    /// Unpacks what a registry sends, with a permit.
+    /// Unpacks a layer with a permit to unpack while a registry sends it.
     WireWithPermit,
 }
 
@@ -95,8 +137,8 @@ fn stage() -> impl Strategy<Value = Stage> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Pulls of several tenants, with any stages in any order, some of which are given up: all
-    /// others end, and nothing stays reserved.
+    /// Checks that all pulls of several tenants end, with stages in any order, while some are
+    /// cancelled. No memory stays reserved.
     #[test]
     fn no_order_of_stages_blocks(
         pulls in prop::collection::vec(
@@ -108,13 +150,19 @@ proptest! {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_time().start_paused(true).build().expect("a runtime");
         runtime.block_on(async {
-            let (budget, permits) = (budget(), Arc::new(Semaphore::new(2)));
+            let budget = budget();
+            let [compute_permits, unpack_permits] = [(); 2].map(|()| Arc::new(Semaphore::new(2)));
             let mut running = JoinSet::new();
             for (tenant, kept, stages, gives_up) in pulls {
-                let (budget, permits) = (budget.clone(), Arc::clone(&permits));
+                let budget = budget.clone();
+                let compute_permits = Arc::clone(&compute_permits);
+                let unpack_permits = Arc::clone(&unpack_permits);
                 let pull = async move {
                     let _kept = budget.keep(tenant, kept, silent).await.expect("it fits");
                     for stage in stages {
+                        // The clock is paused: it advances to the end of the next sleep as soon as
+                        // every task waits. So a step takes no real time, and steps of several
+                        // pulls overlap with each other and with cancellations in a fixed order.
                         let step = || tokio::time::sleep(Duration::from_millis(7));
                         match stage {
                             Stage::Compute { bytes } => {
@@ -126,11 +174,11 @@ proptest! {
                             Stage::ComputeWithPermit { bytes } => {
                                 let _memory =
                                     budget.compute(tenant, bytes, silent).await.expect("it fits");
-                                let _permit = permits.acquire().await.expect("open");
+                                let _permit = compute_permits.acquire().await.expect("open");
                                 step().await;
                             }
                             Stage::WireWithPermit => {
-                                let _permit = permits.acquire().await.expect("open");
+                                let _permit = unpack_permits.acquire().await.expect("open");
                                 step().await;
                             }
                         }
@@ -146,11 +194,12 @@ proptest! {
                 });
             }
             let all = async { while running.join_next().await.is_some() {} };
+            // An hour of the paused clock. Tasks that block each other let it pass at once.
             tokio::time::timeout(Duration::from_hours(1), all).await.expect("nothing blocks");
             for pool in [&budget.kept, &budget.small, &budget.large] {
                 let state = pool.lock();
                 assert!(state.waiting.is_empty());
-                assert!(state.ledger.is_untouched());
+                assert!(state.ledger.is_idle());
             }
         });
     }
