@@ -223,7 +223,7 @@ impl Inner {
     ) -> Option<Known> {
         let (reference, platform) = (&want.reference, &want.platform);
         let repository = reference.repository();
-        let recorded = self.store.resolution(reference, platform);
+        let recorded = self.store.resolution_for(want.tenant.namespace(), reference, platform);
         let (top, manifest) = match (recorded, reference.digest()) {
             (Some(resolution), _) => (resolution.resolved, resolution.manifest),
             // A manifest that the repository has sent can be read itself. One that cannot be used

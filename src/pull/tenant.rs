@@ -51,6 +51,17 @@ impl Tenant {
     }
 }
 
+impl Tenant {
+    /// Returns the Kubernetes namespace, where it is known.
+    #[must_use]
+    pub fn namespace(&self) -> Option<&str> {
+        match self {
+            Self::Namespace(name) => Some(name),
+            Self::Pod(_) | Self::Admin | Self::Config => None,
+        }
+    }
+}
+
 impl fmt::Display for Tenant {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -68,6 +68,7 @@ pub mod layers;
 mod ledger;
 pub mod lock;
 pub mod mounted_tree;
+pub mod namespace_resolutions;
 pub mod object;
 pub mod own;
 pub mod partial;

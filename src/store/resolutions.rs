@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
 use super::eviction::Goal;
+use super::namespace_resolutions::renew;
 use super::record_index::{FoundRecord, RecordTarget};
 use super::{Store, keys, records};
 use crate::oci::{Digest, Platform, Reference};
@@ -27,7 +28,7 @@ pub struct Resolution {
 }
 
 impl Resolution {
-    fn target(&self) -> RecordTarget {
+    pub(super) fn target(&self) -> RecordTarget {
         let &Self { resolved, manifest, .. } = self;
         RecordTarget { manifest, index: (resolved != manifest).then_some(resolved) }
     }
@@ -75,7 +76,7 @@ impl Store {
     }
 
     /// Returns the records of a reference, for every platform.
-    fn resolution_records(
+    pub(super) fn resolution_records(
         &self,
         reference: &Reference,
     ) -> Result<Vec<(Arc<Path>, Resolution)>, StoreError> {
@@ -119,27 +120,28 @@ impl Store {
         resolution: &Resolution,
     ) -> Result<(), StoreError> {
         let resolution = &Resolution { platform: Some(platform.to_string()), ..resolution.clone() };
+        let path = self.resolution_path(reference, platform);
         let known = self.resolution(reference, platform);
         if known.as_ref() == Some(resolution) {
-            return Ok(());
+            renew(&path);
+            return self.supersede_namespaces(reference, platform);
         }
-        let path = self.resolution_path(reference, platform);
         records::write_durable(&self.staging(), &path, resolution)?;
         self.resolution_index().insert(&path, &name(reference), resolution.target());
         if known.is_none() {
             self.catalog().count_records(self.units().record(), Goal::default());
         }
-        Ok(())
+        self.supersede_namespaces(reference, platform)
     }
 
-    fn resolution_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
+    pub(super) fn resolution_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
         let key = keys::hash(&[&name(reference), &platform.to_string()]);
         self.path("resolutions").join(records::name(key))
     }
 }
 
 /// With a digest the tag only informs.
-fn name(reference: &Reference) -> String {
+pub(super) fn name(reference: &Reference) -> String {
     match reference.digest() {
         Some(digest) => format!("{}@{digest}", reference.repository()),
         None => format!("{}:{}", reference.repository(), reference.tag_or_latest()),
