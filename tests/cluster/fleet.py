@@ -125,6 +125,7 @@ def rights():
     wanted = {
         "csi-driver-oci-fleet": {
             ("", "nodes", "list watch"),
+            ("", "events", "create"),
             ("", "secrets", "get"),
             ("oci.custom.io", "artifactpreloads", "list watch delete"),
             ("oci.custom.io", "artifactpreloads/status", "patch"),

@@ -15,6 +15,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::events;
 use super::look::{Found, Question};
 use super::pace::Bucket;
 use super::watch::{Gathering, Told, Watching, watch};
@@ -39,6 +40,8 @@ const REFUSED_AGAIN: Duration = Duration::from_secs(30);
 const OUTDATED_AGAIN: Duration = Duration::from_millis(500);
 /// Events that are taken before it is planned, so that a list does not starve it.
 const EVENTS_AT_ONCE: usize = 1024;
+/// Preloads whose events are written at once; those of others are not written then.
+const EVENT_WRITES: usize = 64;
 /// Texts that nobody has any more are looked for after so many plans.
 const FORGET_AFTER: u32 = 500;
 
@@ -82,6 +85,9 @@ pub struct Fleet {
     asked: HashMap<Arc<str>, Instant>,
     writes: JoinSet<(Target, Result<Written, Trouble>)>,
     writing: HashSet<Target>,
+    /// The statuses that writes under way replace.
+    replaced: HashMap<Arc<str>, ArtifactPreloadStatus>,
+    event_writes: JoinSet<()>,
     /// What has failed, and when it may be tried again.
     resting: HashMap<Target, Instant>,
     queue: VecDeque<Decision>,
@@ -150,6 +156,8 @@ impl Fleet {
             asked: HashMap::new(),
             writes: JoinSet::new(),
             writing: HashSet::new(),
+            replaced: HashMap::new(),
+            event_writes: JoinSet::new(),
             resting: HashMap::new(),
             queue: VecDeque::new(),
             counted: HashMap::new(),
@@ -346,6 +354,9 @@ impl Fleet {
             }
             Decision::Report { preload, version, status } => {
                 self.counted.insert(Arc::clone(&preload), Instant::now());
+                if let Some(known) = self.world.preloads.get(&preload) {
+                    self.replaced.insert(Arc::clone(&preload), known.status.clone());
+                }
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let place = split(&preload);
@@ -398,15 +409,18 @@ impl Fleet {
     /// Takes in what came of a write; whether it matters.
     fn written(&mut self, target: Target, written: Result<Written, Trouble>) -> bool {
         self.writing.remove(&target);
-        let kind = match target {
-            Target::Node(_) => "node",
-            Target::Preload(_) => "preload",
+        let (kind, replaced) = match &target {
+            Target::Node(_) => ("node", None),
+            Target::Preload(preload) => ("preload", self.replaced.remove(preload)),
         };
         let now = Instant::now();
         match written {
             Ok(written) => {
                 self.metrics.wrote(kind, "success");
                 self.bucket.answered();
+                if let (Written::Preload(object), Some(before)) = (&written, replaced) {
+                    self.tell(object, &before);
+                }
                 self.learn(written);
             }
             Err(trouble) => {
@@ -432,6 +446,17 @@ impl Fleet {
             }
         }
         true
+    }
+
+    /// Writes events for what a new status says beyond the one before.
+    fn tell(&mut self, preload: &ArtifactPreload, before: &ArtifactPreloadStatus) {
+        let turns = preload.status.as_ref().map(|after| events::turns(before, after));
+        let turns = turns.filter(|turns| !turns.is_empty());
+        if let Some(turns) = turns
+            && self.event_writes.len() < EVENT_WRITES
+        {
+            self.event_writes.spawn(events::write(self.client.clone(), preload.clone(), turns));
+        }
     }
 
     /// Takes in what was written, unless the watch has told meanwhile that it is gone: it would never go again.

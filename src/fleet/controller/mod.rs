@@ -6,6 +6,7 @@
 //! look     what a reference means, and what the secrets have for its registry
 //! fleet    facts -> plan -> writes, again and again
 //! write    one write, and what its failure means
+//! events   what people are told of a preload, once each
 //! pace     how fast may be written
 //! metrics  what it counts
 //! ```
@@ -13,6 +14,7 @@
 //! All that it knows is read from the API server and the registries; killed at any point, it goes on from there.
 //! Writes carry the version of what they change, so that one who leads no more changes nothing.
 
+mod events;
 pub mod fleet;
 pub mod lease;
 pub mod look;

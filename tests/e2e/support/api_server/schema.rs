@@ -26,7 +26,9 @@ impl Schemas {
         let definition = match kind {
             Kind::Preload => &mut self.preload,
             Kind::NodeArtifacts => &mut self.node,
-            Kind::Node | Kind::Secret | Kind::Lease => panic!("{kind:?} has no definition"),
+            Kind::Node | Kind::Secret | Kind::Lease | Kind::Event => {
+                panic!("{kind:?} has no definition")
+            }
         };
         let status = &mut definition["properties"]["status"];
         let (schema, name) = match field.split_once('.') {
@@ -42,7 +44,7 @@ impl Schemas {
         match kind {
             Kind::Preload => Some(&self.preload),
             Kind::NodeArtifacts => Some(&self.node),
-            Kind::Node | Kind::Secret | Kind::Lease => None,
+            Kind::Node | Kind::Secret | Kind::Lease | Kind::Event => None,
         }
     }
 

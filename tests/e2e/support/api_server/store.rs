@@ -21,17 +21,19 @@ pub enum Kind {
     Lease,
     Preload,
     NodeArtifacts,
+    Event,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] =
-        [Self::Node, Self::Secret, Self::Lease, Self::Preload, Self::NodeArtifacts];
+    pub const ALL: [Self; 6] =
+        [Self::Node, Self::Secret, Self::Lease, Self::Preload, Self::NodeArtifacts, Self::Event];
 
     /// Group and version, plural, name of the kind, whether it has namespaces.
     pub fn about(self) -> (&'static str, &'static str, &'static str, bool) {
         match self {
             Self::Node => ("v1", "nodes", "Node", false),
             Self::Secret => ("v1", "secrets", "Secret", true),
+            Self::Event => ("v1", "events", "Event", true),
             Self::Lease => ("coordination.k8s.io/v1", "leases", "Lease", true),
             Self::Preload => {
                 ("oci.custom.io/v1alpha1", "artifactpreloads", "ArtifactPreload", true)
