@@ -480,10 +480,17 @@ MESSAGES = {
     "Ready": "2 of 2 nodes hold it",
     "Preloading": "0 of 2 nodes hold it, 2 fetch it, 0 wait, 0 failed",
     "ReferenceNotFound": "the registry does not have it",
+    "RegistryUnavailable": "the registry cannot be reached",
 }
 
 
-def preloaded(preload, digest, reason="Ready", before=None):
+# What it adds while the registry is down, to an answer of before.
+EARLIER = (
+    "; the registry has not answered since 2026-11-29T10:00:00Z, this is its answer of 2026-11-28T10:00:00Z"
+)
+
+
+def preloaded(preload, digest, reason="Ready", before=None, earlier=False):
     """The ArtifactPreload as the controller has it: on all nodes, or not, for a reason, with what was on all before."""
     preload = copy.deepcopy(preload)
     reference = preload["spec"]["reference"]
@@ -495,7 +502,7 @@ def preloaded(preload, digest, reason="Ready", before=None):
         "digest": digest,
         "conditions": [
             {"type": "Resolved", "status": "True", "reason": "Resolved", "message": "it is there"},
-            {"type": "Ready", "status": str(ready), "reason": reason, "message": MESSAGES.get(reason, "why")},
+            {"type": "Ready", "status": str(ready), "reason": reason, "message": MESSAGES.get(reason, "why") + (EARLIER if earlier else "")},
         ],
     }
     last = f"{reference.partition('@')[0]}@{digest}" if ready else before

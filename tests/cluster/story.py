@@ -35,6 +35,11 @@ def mounted(statefulset):
     return f"{source['repository']}:{source['tag']}{digest}"
 
 
+def version_of(reference):
+    """The tag of a reference, which may have a digest too."""
+    return reference.partition("@")[0].rpartition(":")[2]
+
+
 class Cluster:
     """The namespace of one object; `objects` has what is composed, by name, as the API server has it."""
 
@@ -52,7 +57,9 @@ class Cluster:
     # What is asked for, and what is seen.
 
     def change(self, **spec):
-        self.xr["spec"] |= spec
+        """Changes fields of the specification; one that is None is removed."""
+        spec = self.xr["spec"] | spec
+        self.xr["spec"] = {field: value for field, value in spec.items() if value is not None}
 
     @property
     def repository(self):
@@ -60,7 +67,9 @@ class Cluster:
 
     @property
     def wanted(self):
-        return f"{self.repository}:{self.xr['spec']['version']}"
+        spec = self.xr["spec"]
+        digest = f"@{spec['digest']}" if "digest" in spec else ""
+        return f"{self.repository}:{spec['version']}{digest}"
 
     @property
     def synced(self):
@@ -110,20 +119,20 @@ class Cluster:
         if name == "statefulset":
             self.pods = []
 
-    def preload(self, reason):
-        """The controller of ArtifactPreloads has looked, and this is what it says."""
+    def preload(self, reason, earlier=False):
+        """The controller of ArtifactPreloads has looked, and this is what it says; `earlier` while the registry is down."""
         artifact = self.objects.get("artifact")
         if not artifact:
             return
         before = artifact.get("status", {}).get("readyReference")
-        version = artifact["spec"]["reference"].rpartition(":")[2]
+        version = version_of(artifact["spec"]["reference"])
         digest = PUSHED.get(version, "sha256:" + "0" * 64)
-        self.objects["artifact"] = compose.preloaded(artifact, digest, reason, before)
+        self.objects["artifact"] = compose.preloaded(artifact, digest, reason, before, earlier)
 
     def look(self):
         """The controller of ArtifactPreloads is up, the nodes too: what exists is on all of them at once."""
         if "artifact" in self.objects:
-            version = self.objects["artifact"]["spec"]["reference"].rpartition(":")[2]
+            version = version_of(self.objects["artifact"]["spec"]["reference"])
             self.preload("Ready" if version in PUSHED else "ReferenceNotFound")
 
     @property
@@ -277,6 +286,17 @@ STEPS = [
     ("version: v5, while the controller is down", lambda it: it.change(version="v5"), GATED),
     ("version: v2", lambda it: it.change(version="v2"), GATED),
     ("the controller is back", lambda it: it.preload("Ready"), GATED),
+    ("digest: that of v1, version: v1, while the registry is down", lambda it: it.change(version="v1", digest=PUSHED["v1"]), None),
+    ("the controller hands out its earlier answer", lambda it: it.preload("Ready", earlier=True), GATED),
+    ("one pod is replaced", lambda it: (it.replace(), it.start()), None),
+    ("the other too, and both are ready", lambda it: (it.replace(), it.start()), None),
+    ("version: v2, without a digest, while the registry is down", lambda it: it.change(version="v2", digest=None), None),
+    ("the controller hands out its earlier answer", lambda it: it.preload("Ready", earlier=True), GATED),
+    ("both pods are replaced, and ready", lambda it: (it.replace(), it.start(), it.replace(), it.start()), None),
+    ("version: v3, which it never had, while the registry is down", lambda it: it.change(version="v3"), GATED),
+    ("the registry cannot be asked", lambda it: it.preload("RegistryUnavailable"), GATED),
+    ("version: v2", lambda it: it.change(version="v2"), GATED),
+    ("the registry is back", lambda it: it.preload("Ready"), GATED),
     ("replicas: 0", lambda it: it.change(replicas=0), None),
     ("its pods are gone", Cluster.see, None),
     ("replicas: 5", lambda it: it.change(replicas=5), None),
@@ -318,6 +338,8 @@ def rows(composition):
             cluster.artifact,
             cluster.xr["status"].get("config", ""),
         )
+    # Kubernetes deletes what is composed with the object.
+    yield ("kubectl delete: it is gone, with all that is composed", "", "", "", "", "")
 
 
 def runs_what_is_wanted(cluster):

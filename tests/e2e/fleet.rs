@@ -1,5 +1,6 @@
 //! Preloads: the real controller and real node plugins, an API server that behaves, and a real registry.
 
+mod rollback;
 mod turns;
 
 use std::fs;
@@ -44,8 +45,15 @@ fn nodes_get_what_is_applied_and_what_is_rolled_and_let_go_of_what_is_deleted() 
     cluster.wait_for("tool", "Ready");
     let next = format!("{second}@{second_digest}");
     assert_eq!(cluster.status("tool")["readyReference"], next.as_str());
-    let pinned = ("preload/team/tool".to_owned(), next.clone());
-    wait_until("the old one is let go", || cluster.pins("two") == [pinned.clone()]);
+    let pin = |reference: &str| ("preload/team/tool".to_owned(), reference.to_owned());
+    assert_eq!(cluster.pins("two"), [pin(&ready), pin(&next)], "it is kept for the way back");
+    let (third, third_digest) = cluster.push(&repository, "v3");
+    cluster.preload("tool", json!({"reference": third}));
+    cluster.wait_for("tool", "Ready");
+    let (previous, next) = (next, format!("{third}@{third_digest}"));
+    let kept = [pin(&previous), pin(&next)];
+    wait_until("the old one is let go", || cluster.pins("two") == kept);
+    let pinned = pin(&next);
 
     // A node that joins, and one that leaves.
     cluster.join("three");

@@ -24,4 +24,5 @@ pub use node::{
 };
 pub use preload::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, FailedNode, NodeSelector,
+    ResolvedReference,
 };

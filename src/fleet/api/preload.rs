@@ -14,6 +14,8 @@ use super::schema;
 
 /// Failed nodes that a status names; its `failed` counts them all.
 pub const MAXIMUM_FAILED_NODES: usize = 20;
+/// Answers of the registry that a status keeps.
+pub const MAXIMUM_HISTORY: usize = 10;
 
 /// An artifact that is to be on nodes before a pod asks for it.
 #[derive(Clone, Debug, PartialEq, CustomResource, Serialize, Deserialize, JsonSchema)]
@@ -131,6 +133,19 @@ pub struct ArtifactPreloadStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub ready_reference: Option<String>,
+    /// `repository:tag@digest` that was on all selected nodes before `readyReference`. Nodes that hold it keep it, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 700))]
+    pub previous_reference: Option<String>,
+    /// Since when the registry does not answer, where `digest` is one of its earlier answers to this object. Empty: it
+    /// has answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::time")]
+    pub registry_unavailable_since: Option<Time>,
+    /// The last answers of registries to this object, the newest one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
+    pub history: Vec<ResolvedReference>,
     /// Nodes that are selected and have the driver, or are so new to the controller that they may have it.
     #[serde(default)]
     #[schemars(range(min = 0))]
@@ -163,6 +178,33 @@ pub struct ArtifactPreloadStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
+}
+
+/// An answer of a registry: what a reference meant at that time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ResolvedReference {
+    /// `spec.reference` at that time.
+    #[schemars(length(max = 512))]
+    pub reference: String,
+    /// The manifest or index that it meant.
+    #[schemars(length(max = 128))]
+    pub digest: String,
+    /// Platforms of the index; empty where it is no index.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::platforms")]
+    pub platforms: Vec<String>,
+    /// Bytes of its layers, as in `bytes` of the status.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub bytes: Option<i64>,
+    /// When the registry was asked.
+    #[schemars(schema_with = "schema::required_time")]
+    pub resolved_at: Time,
+    /// Names of the secrets that it was asked with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::secrets")]
+    pub pull_secrets: Vec<String>,
 }
 
 /// A node that has failed, and why.

@@ -498,7 +498,7 @@ impl Fleet {
             reference: parsed.reference.clone(),
             written: known.spec.reference.clone(),
             pull_secrets: known.spec.pull_secrets.clone(),
-            meaning: !matches!(known.meaning, Meaning::Known(_)),
+            meaning: !known.meaning.is_answer(),
         };
         self.looking.insert(Arc::clone(preload));
         self.asked.insert(Arc::clone(preload), Instant::now());
@@ -526,6 +526,9 @@ impl Fleet {
         if now != *asked {
             return;
         }
+        if let (None, Access::Refused(refusal)) = (&found.meaning, &found.access) {
+            known.lose_secrets(refusal);
+        }
         let repository = known.parsed.as_ref().map(|parsed| parsed.reference.repository().clone());
         match (found.access, found.plain, &mut known.access) {
             // What cannot be read at the moment is as it was, and is read again.
@@ -544,10 +547,8 @@ impl Fleet {
             }
         }
         // What is known stays known: the secrets alone were read.
-        if let Some(meaning) = found.meaning
-            && !matches!(known.meaning, Meaning::Known(_))
-        {
-            known.meaning = meaning;
+        if let Some(meaning) = found.meaning {
+            known.learn(meaning, Timestamp::now().as_second());
         }
     }
 }

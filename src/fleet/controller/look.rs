@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client};
 
-use crate::fleet::plan::facts::{Access, Known, Meaning, Refusal, Seconds};
+use crate::fleet::plan::facts::{Access, Known, Meaning, Origin, Refusal, Seconds};
 use crate::fleet::seal::Plain;
 use crate::oci::credentials::providers::NodeCredentials;
 use crate::oci::credentials::{Credential, Keyring};
@@ -223,7 +223,10 @@ impl Looker {
                 Err(refusal) if refusal.may_depend_on_credential() => {
                     failed.get_or_insert(refusal);
                 }
-                Err(error) => return Err(error.refusal()),
+                Err(error) => {
+                    let unanswered = failed.is_none() && error.is_unanswered();
+                    return Err(Refusal { unanswered, ..error.refusal() });
+                }
             }
         }
         let nobody = || soon("RegistryUnavailable", "nobody was asked");
@@ -268,7 +271,7 @@ impl Looker {
         credential: &Credential,
         maximum_bytes: Option<u64>,
     ) -> Result<Known, LookError> {
-        let reference = &question.reference;
+        let (reference, asked_at) = (&question.reference, now());
         let name = match reference.digest() {
             Some(digest) => ManifestName::Digest(digest),
             None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
@@ -301,7 +304,9 @@ impl Looker {
             }
         };
         let reference = question.written.clone();
-        Ok(Known { reference, digest, platforms, bytes })
+        let pull_secrets = question.pull_secrets.clone();
+        let origin = Origin { resolved_at: Some(asked_at), pull_secrets, unavailable: None };
+        Ok(Known { reference, digest, platforms, bytes, origin })
     }
 
     /// Of the artifact for one platform; none where its manifest is not understood.
@@ -370,14 +375,17 @@ impl LookError {
         )
     }
 
+    /// Returns whether the registry has said nothing: neither yes nor no.
+    fn is_unanswered(&self) -> bool {
+        matches!(self, Self::Registry(error) if error.is_transient())
+    }
+
     fn refusal(&self) -> Refusal {
         let reason = match self {
             Self::Registry(RegistryError::NotFound { .. }) => "ReferenceNotFound",
             Self::Registry(RegistryError::Unauthorized { .. }) => "Unauthorized",
             Self::Registry(RegistryError::Forbidden { .. }) => "Forbidden",
-            Self::Registry(error) if error.is_transient() => {
-                return soon("RegistryUnavailable", self);
-            }
+            Self::Registry(_) if self.is_unanswered() => return soon("RegistryUnavailable", self),
             Self::Registry(_) => "RegistryRefused",
             Self::Content(_) => "UnusableManifest",
             Self::TooLarge { .. } => "PolicyDenied",
@@ -392,11 +400,20 @@ fn now() -> Seconds {
 }
 
 fn soon(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
-    Refusal { reason, message: message.to_string(), transient: true, retry_at: now() + SOON }
+    refusal(reason, message, true, now() + SOON)
 }
 
 fn later(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
-    Refusal { reason, message: message.to_string(), transient: false, retry_at: now() + LATER }
+    refusal(reason, message, false, now() + LATER)
+}
+
+fn refusal(
+    reason: &'static str,
+    message: &(impl std::fmt::Display + ?Sized),
+    transient: bool,
+    retry_at: Seconds,
+) -> Refusal {
+    Refusal { reason, message: message.to_string(), transient, unanswered: false, retry_at }
 }
 
 fn refused(refusal: Refusal) -> Found {

@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::duration::GoDuration;
 use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, NodeArtifacts, Phase,
+    ResolvedReference,
 };
 use crate::oci::{Digest, Platform, Reference};
 
@@ -118,6 +119,28 @@ pub struct Known {
     pub platforms: Vec<Platform>,
     /// Of its layers in the registry; of an index, for the platform with the fewest.
     pub bytes: Option<u64>,
+    /// Where the answer comes from.
+    pub origin: Origin,
+}
+
+/// Where an answer comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// When the registry was asked; none where that is not known.
+    pub resolved_at: Option<Seconds>,
+    /// Names of the secrets that it was asked with.
+    pub pull_secrets: Vec<String>,
+    /// Present where the registry did not answer, and this is an answer that it gave to the preload before.
+    pub unavailable: Option<Unavailable>,
+}
+
+/// A registry that does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unavailable {
+    /// Since when.
+    pub since: Seconds,
+    /// When it is asked again.
+    pub retry_at: Seconds,
 }
 
 /// With what an artifact may be fetched.
@@ -148,6 +171,8 @@ pub struct Refusal {
     pub message: String,
     /// Whether it may pass by itself.
     pub transient: bool,
+    /// Whether the registry gave no answer at all, to none of the credentials.
+    pub unanswered: bool,
     /// When it is tried again.
     pub retry_at: Seconds,
 }
@@ -304,9 +329,8 @@ impl World {
                 if other_reference || other_secrets {
                     known.access = Access::Unknown;
                 }
-                // What was refused may be given to others.
-                let is_known = matches!(known.meaning, Meaning::Known(_));
-                if other_reference || (other_secrets && !is_known) {
+                // What was refused may be given to others, and an earlier answer is for secrets of the same names.
+                if other_reference || (other_secrets && !known.meaning.is_answer()) {
                     known.meaning = Meaning::Unknown;
                 }
                 known.parsed = parse(&object.spec);
@@ -405,7 +429,88 @@ impl World {
     }
 }
 
+impl Meaning {
+    /// Returns whether the registry has said so since it was last asked.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Self::Known(Known { origin: Origin { unavailable: None, .. }, .. }))
+    }
+}
+
 impl Preload {
+    /// Takes in what came of asking the registry. A registry that does not answer leaves what it has answered before to
+    /// this very object; one that refuses does not.
+    pub fn learn(&mut self, found: Meaning, now: Seconds) {
+        if self.meaning.is_answer() {
+            return;
+        }
+        let before = match &self.meaning {
+            Meaning::Known(known) => known.origin.unavailable,
+            Meaning::Unknown | Meaning::Refused(_) => None,
+        };
+        self.meaning = match found {
+            Meaning::Refused(refusal) if refusal.unanswered => {
+                let since = before.map_or(now, |before| before.since);
+                let unavailable = Unavailable { since, retry_at: refusal.retry_at };
+                self.earlier_answer(unavailable).map_or(Meaning::Refused(refusal), Meaning::Known)
+            }
+            found => found,
+        };
+    }
+
+    /// Takes in that the secrets could not be read: an earlier answer is for secrets that are there.
+    pub fn lose_secrets(&mut self, refusal: &Refusal) {
+        let Meaning::Known(known) = &mut self.meaning else { return };
+        match &mut known.origin.unavailable {
+            Some(unavailable) if refusal.transient => unavailable.retry_at = refusal.retry_at,
+            Some(_) => self.meaning = Meaning::Unknown,
+            None => {}
+        }
+    }
+
+    /// Returns what the registry last answered to this object about its reference, with secrets of the same names. Of a
+    /// digest, it is enough that any tag of the repository has meant it.
+    fn earlier_answer(&self, unavailable: Unavailable) -> Option<Known> {
+        let wanted = &self.parsed.as_ref().ok()?.reference;
+        let is_wanted = |answer: &&ResolvedReference| {
+            let Ok(reference) = answer.reference.parse::<Reference>() else { return false };
+            let same_tag = || reference.tag_or_latest() == wanted.tag_or_latest();
+            reference.repository() == wanted.repository()
+                && match wanted.digest() {
+                    Some(digest) => answer.digest == digest.to_string(),
+                    None => reference.digest().is_none() && same_tag(),
+                }
+        };
+        let mut names = self.spec.pull_secrets.clone();
+        names.sort();
+        let has_names = |answer: &&ResolvedReference| {
+            let mut asked_with = answer.pull_secrets.clone();
+            asked_with.sort();
+            asked_with == names
+        };
+        let mut answers = self.status.history.iter().filter(is_wanted);
+        let answer = match wanted.digest() {
+            Some(_) => answers.find(has_names),
+            // An older answer about a tag is no answer.
+            None => answers.next().filter(has_names),
+        };
+        self.known(answer?, Some(unavailable))
+    }
+
+    fn known(&self, answer: &ResolvedReference, unavailable: Option<Unavailable>) -> Option<Known> {
+        Some(Known {
+            reference: self.spec.reference.clone(),
+            digest: answer.digest.parse().ok()?,
+            platforms: answer.platforms.iter().filter_map(|text| text.parse().ok()).collect(),
+            bytes: answer.bytes.and_then(|bytes| u64::try_from(bytes).ok()),
+            origin: Origin {
+                resolved_at: Some(answer.resolved_at.0.as_second()),
+                pull_secrets: answer.pull_secrets.clone(),
+                unavailable,
+            },
+        })
+    }
+
     /// What is known without asking: nothing is to be read, or its status says what was found out before.
     fn recall(&mut self) {
         if self.spec.pull_secrets.is_empty() {
@@ -416,12 +521,26 @@ impl Preload {
         if known || status.reference.as_deref() != Some(self.spec.reference.as_str()) {
             return;
         }
-        if let Some(digest) = status.digest.as_deref().and_then(|digest| digest.parse().ok()) {
+        if let Some(since) = &status.registry_unavailable_since {
+            let since = since.0.as_second();
+            let earlier = self.earlier_answer(Unavailable { since, retry_at: since });
+            self.meaning = earlier.map_or(Meaning::Unknown, Meaning::Known);
+            return;
+        }
+        let is_current = |answer: &&ResolvedReference| {
+            (Some(&answer.reference), Some(&answer.digest))
+                == (status.reference.as_ref(), status.digest.as_ref())
+        };
+        let answer = status.history.iter().find(is_current);
+        if let Some(known) = answer.and_then(|answer| self.known(answer, None)) {
+            self.meaning = Meaning::Known(known);
+        } else if let Some(digest) = status.digest.as_deref().and_then(|text| text.parse().ok()) {
             self.meaning = Meaning::Known(Known {
                 reference: self.spec.reference.clone(),
                 digest,
                 platforms: status.platforms.iter().filter_map(|text| text.parse().ok()).collect(),
                 bytes: status.bytes.and_then(|bytes| u64::try_from(bytes).ok()),
+                origin: Origin::default(),
             });
         }
     }

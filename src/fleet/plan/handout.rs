@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::facts::{
-    Access, Held, Known, Meaning, Node, Object, Parsed, Preload, PreloadId, Refusal, Report,
-    Sealed, Seconds, Wanted, mix,
+    Access, Held, Known, Meaning, Node, Object, Origin, Parsed, Preload, PreloadId, Refusal,
+    Report, Sealed, Seconds, Wanted, mix,
 };
 use super::{Wishes, earlier};
 use crate::fleet::api::preload::MAXIMUM_FAILED_NODES;
@@ -158,8 +158,9 @@ pub(super) fn hand_out(
     } else {
         work.slots = slots;
     }
+    let (ready, previous) = versions_before(preload, parsed, &handed);
     // Pods still use the one before: nodes keep it until the new one is everywhere, and those that join get it.
-    if let Some(previous) = previous(preload, parsed, &handed) {
+    if let Some(previous) = ready {
         let mut ignored = HandedOut::default();
         let (busy, candidates) = work.keep(&selected, &previous, &mut ignored, false);
         work.slots = work.slots.saturating_sub(busy);
@@ -168,6 +169,9 @@ pub(super) fn hand_out(
             work.begin_some(candidates, &previous, &mut ignored, false);
         }
         handed.wake = earlier(handed.wake, ignored.wake);
+    }
+    if let Some(previous) = previous.filter(|_| preload.spec.pin) {
+        work.retain(&selected, &previous);
     }
     handed.look |= needs_secrets && handed.counts.ready < handed.counts.desired;
     handed.failed.sort_by(|one, two| one.node.cmp(&two.node));
@@ -222,6 +226,10 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
         Meaning::Refused(refusal) => refused(refusal, handed),
         Meaning::Known(known) => match pinned(&parsed.reference, known) {
             Ok(reference) => {
+                if let Some(unavailable) = known.origin.unavailable {
+                    handed.look |= unavailable.retry_at <= now;
+                    handed.wake = earlier(handed.wake, Some(unavailable.retry_at.max(now + 1)));
+                }
                 handed.current = Some(Current { known: known.clone(), reference, own: true });
             }
             Err(error) => handed.problem = Some(Problem::new("InvalidSpec", &error)),
@@ -268,18 +276,33 @@ fn pinned(reference: &Reference, known: &Known) -> Result<Arc<str>, String> {
     pinned.map(|pinned| Arc::from(pinned.to_string())).map_err(|error| error.to_string())
 }
 
-/// The artifact that was last everywhere, where it is another one.
-fn previous(preload: &Preload, parsed: &Parsed, handed: &HandedOut) -> Option<Current> {
-    let text = preload.status.ready_reference.as_deref()?;
-    let is_current = handed.current.as_ref().is_some_and(|current| &*current.reference == text);
-    if is_current {
-        return None;
-    }
-    let reference: Reference = text.parse().ok()?;
-    let own = reference.repository() == parsed.reference.repository();
-    let digest = reference.digest()?;
-    let known = Known { reference: String::new(), digest, platforms: Vec::new(), bytes: None };
-    Some(Current { known, reference: Arc::from(text), own })
+/// Returns the artifact that was last everywhere, where it is another one than the current one, and the one before that.
+/// With the current one they are two at most, so that a preload never takes more of a node than during a roll.
+fn versions_before(
+    preload: &Preload,
+    parsed: &Parsed,
+    handed: &HandedOut,
+) -> (Option<Current>, Option<Current>) {
+    let current = handed.current.as_ref();
+    let version = |text: &Option<String>| {
+        let text = text.as_deref()?;
+        if current.is_some_and(|current| &*current.reference == text) {
+            return None;
+        }
+        let reference: Reference = text.parse().ok()?;
+        let own = reference.repository() == parsed.reference.repository();
+        let known = Known {
+            reference: String::new(),
+            digest: reference.digest()?,
+            platforms: Vec::new(),
+            bytes: None,
+            origin: Origin::default(),
+        };
+        Some(Current { known, reference: Arc::from(text), own })
+    };
+    let ready = version(&preload.status.ready_reference);
+    let has_room = current.is_none() || ready.is_none();
+    (ready, version(&preload.status.previous_reference).filter(|_| has_room))
 }
 
 fn is_of_this_generation(preload: &Preload) -> bool {
@@ -358,6 +381,21 @@ impl Work<'_, '_> {
             }
         }
         (busy, candidates)
+    }
+
+    /// Lets nodes keep what they hold, for the way back. No node fetches it, and it yields where a node is told much.
+    fn retain(&mut self, selected: &[usize], version: &Current) {
+        let digest = version.known.digest.to_string();
+        for &at in selected {
+            let object = self.turns[at].object;
+            let wanted = find_wanted(object, self.preload.id, &version.reference);
+            let held = find_held(object, self.preload.id, &version.reference, &digest);
+            if let (Some(wanted), Some(Held { phase: Phase::Ready, .. })) = (wanted, held)
+                && self.wishes[at].is_half_empty()
+            {
+                self.wish(at, version, wanted.since, Some(wanted), true);
+            }
+        }
     }
 
     /// Asks as many as may begin, in turn.

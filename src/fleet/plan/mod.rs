@@ -114,6 +114,12 @@ impl Wishes {
             && self.bytes + self.reserved_bytes + size_of(reference, sealed) <= MAXIMUM_BYTES
     }
 
+    /// Returns whether what is told, and was told before, takes half of the room at most.
+    fn is_half_empty(&self) -> bool {
+        (self.all.len() + self.reserved) * 2 <= MAXIMUM_ARTIFACTS
+            && (self.bytes + self.reserved_bytes) * 2 <= MAXIMUM_BYTES
+    }
+
     /// What was told before is told again.
     fn release(&mut self, before: &Wanted) {
         self.reserved -= 1;

@@ -3,9 +3,10 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::facts::{Preload, Seconds};
+use super::facts::{Known, Origin, Preload, Seconds, Unavailable};
 use super::handout::{Counts, HandedOut, Problem};
-use crate::fleet::api::{ArtifactPreloadStatus, FailedNode, QUOTA_EXCEEDED};
+use crate::fleet::api::preload::MAXIMUM_HISTORY;
+use crate::fleet::api::{ArtifactPreloadStatus, FailedNode, QUOTA_EXCEEDED, ResolvedReference};
 
 /// Bytes of a failed node's message.
 const MAXIMUM_MESSAGE: usize = 500;
@@ -45,6 +46,11 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
         Some(current) if handed.reached => Some(current.reference.to_string()),
         _ => before.ready_reference.clone(),
     };
+    let previous_reference = match &before.ready_reference {
+        Some(previous) if ready_reference.as_ref() != Some(previous) => Some(previous.clone()),
+        _ => before.previous_reference.clone(),
+    };
+    let unavailable = known.and_then(|known| known.origin.unavailable);
     let failed_nodes = handed.failed.iter().map(|failed| FailedNode {
         node: failed.node.to_string(),
         reason: cut(&failed.reason, 64),
@@ -52,7 +58,9 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     });
     let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
     conditions.add("Resolved", resolved(handed));
-    conditions.add("Ready", is_there(preload, handed));
+    let (ready_status, reason, message) = is_there(preload, handed);
+    let why = earlier_answer(handed).unwrap_or_default();
+    conditions.add("Ready", (ready_status, reason, message + &why));
     conditions.add("Stalled", stalled(handed, done));
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
     let status = ArtifactPreloadStatus {
@@ -62,6 +70,9 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
         platforms: platforms.into_iter().flatten().collect(),
         bytes: known.and_then(|known| known.bytes).and_then(|bytes| i64::try_from(bytes).ok()),
         ready_reference,
+        previous_reference,
+        registry_unavailable_since: unavailable.and_then(|unavailable| time(unavailable.since)),
+        history: history(&before.history, known),
         desired: number(desired),
         ready: number(ready),
         active: number(active),
@@ -74,12 +85,59 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     Written { status, end }
 }
 
+/// Returns the last answers of registries, with the one that is in use.
+fn history(before: &[ResolvedReference], known: Option<&Known>) -> Vec<ResolvedReference> {
+    let mut history = before.to_vec();
+    if let Some(answer) = known.and_then(answer)
+        && !history.contains(&answer)
+    {
+        let same = |kept: &ResolvedReference| {
+            (&kept.reference, &kept.digest) == (&answer.reference, &answer.digest)
+        };
+        history.retain(|kept| !same(kept));
+        history.insert(0, answer);
+        history.truncate(MAXIMUM_HISTORY);
+    }
+    history
+}
+
+/// Returns what is kept of an answer; none where it is one that was kept.
+fn answer(known: &Known) -> Option<ResolvedReference> {
+    let Origin { resolved_at: Some(resolved_at), pull_secrets, unavailable: None } = &known.origin
+    else {
+        return None;
+    };
+    Some(ResolvedReference {
+        reference: known.reference.clone(),
+        digest: known.digest.to_string(),
+        platforms: known.platforms.iter().take(16).map(ToString::to_string).collect(),
+        bytes: known.bytes.and_then(|bytes| i64::try_from(bytes).ok()),
+        resolved_at: Time(Timestamp::from_second(*resolved_at).ok()?),
+        pull_secrets: pull_secrets.clone(),
+    })
+}
+
+/// Returns why an answer is an earlier one, as the end of a sentence.
+fn earlier_answer(handed: &HandedOut) -> Option<String> {
+    let origin = &handed.current.as_ref()?.known.origin;
+    let Unavailable { since, .. } = origin.unavailable?;
+    let shown = |seconds| Timestamp::from_second(seconds).unwrap_or_default();
+    let (since, then) = (shown(since), shown(origin.resolved_at?));
+    Some(format!("; the registry has not answered since {since}, this is its answer of {then}"))
+}
+
 /// Status, reason and message of a condition.
 type Said = (&'static str, &'static str, String);
 
 fn resolved(handed: &HandedOut) -> Said {
     match (&handed.current, &handed.problem) {
-        (Some(current), _) => ("True", "Resolved", format!("it is {}", current.reference)),
+        (Some(current), _) => {
+            let message = format!("it is {}", current.reference);
+            match earlier_answer(handed) {
+                Some(why) => ("True", "EarlierAnswer", message + &why),
+                None => ("True", "Resolved", message),
+            }
+        }
         (None, Some(Problem { reason, message, .. })) => ("False", reason, message.clone()),
         (None, None) => ("Unknown", "Resolving", "the registry is being asked".to_owned()),
     }

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference,
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
-use super::facts::{Access, Known, Meaning, NamespaceQuota, Node, Refusal, World, turn};
+use super::facts::{Access, Known, Meaning, NamespaceQuota, Node, Origin, Refusal, World, turn};
 use super::{Plan, plan};
 use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
@@ -114,9 +114,37 @@ impl Cluster {
     fn resolve(&mut self, preload: &str) -> String {
         let reference = self.preloads[preload].spec.reference.clone();
         let digest = Digest::of(reference.as_bytes());
-        let known = Known { reference, digest, platforms: Vec::new(), bytes: Some(5 << 30) };
+        let origin = Origin {
+            resolved_at: Some(self.now),
+            pull_secrets: self.preloads[preload].spec.pull_secrets.clone(),
+            unavailable: None,
+        };
+        let known =
+            Known { reference, digest, platforms: Vec::new(), bytes: Some(5 << 30), origin };
         self.answer(preload, Meaning::Known(known));
         digest.to_string()
+    }
+
+    /// The registry does not answer.
+    fn silence(&mut self, preload: &str) {
+        let refusal = Refusal {
+            reason: "RegistryUnavailable",
+            message: "it cannot be reached".to_owned(),
+            transient: true,
+            unanswered: true,
+            retry_at: self.now + 20,
+        };
+        let (key, now) = (format!("team/{preload}"), self.now);
+        let known = self.world.preloads.get_mut(key.as_str()).expect("a preload");
+        known.learn(Meaning::Refused(refusal), now);
+    }
+
+    /// Rolls to a reference that the registry knows, until all nodes hold it; returns it with its digest.
+    fn roll(&mut self, preload: &str, reference: &str) -> String {
+        self.apply(preload, |spec| spec.reference = reference.to_owned());
+        self.resolve(preload);
+        self.run_until_done();
+        self.status(preload).ready_reference.expect("ready")
     }
 
     fn status(&self, preload: &str) -> ArtifactPreloadStatus {
@@ -471,7 +499,22 @@ fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
     cluster.run_until_done();
     let second = cluster.status("tool").ready_reference.expect("ready");
     assert_ne!(first, second);
-    assert!(cluster.objects.keys().all(|node| cluster.wants(node) == [second.clone()]));
+    // For the way back, nodes keep what they hold of the one before, and no older one.
+    let both = [first.clone(), second.clone()];
+    assert!((0..4).all(|node| cluster.wants(&format!("node-{node}")) == both));
+    cluster.add_node("last");
+    cluster.settle();
+    cluster.start_plugin("last");
+    cluster.run_until_done();
+    assert_eq!(
+        cluster.wants("last"),
+        std::slice::from_ref(&second),
+        "it fetches what is not in use"
+    );
+    let third = cluster.roll("tool", "r.io/tool:v3");
+    assert!(
+        cluster.objects.keys().all(|node| cluster.wants(node) == [second.clone(), third.clone()])
+    );
 }
 
 #[test]
@@ -487,6 +530,7 @@ fn a_reference_that_is_wrong_leaves_everything_as_it_was() {
                 reason: "ReferenceNotFound",
                 message: "there is none".to_owned(),
                 transient: false,
+                unanswered: false,
                 retry_at: BEGIN + 60,
             })),
             "ReferenceNotFound",
@@ -586,7 +630,8 @@ fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
     let mut cluster = cluster(2);
     let reference = "r.io/tool:v1".to_owned();
     let platforms = vec!["linux/arm64".parse().expect("a platform")];
-    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None };
+    let origin = Origin::default();
+    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None, origin };
     cluster.answer("tool", Meaning::Known(known));
     cluster.settle();
     assert_eq!(cluster.status("tool").failed_nodes[0].reason, "PlatformMissing");
@@ -644,6 +689,7 @@ fn what_was_found_out_is_read_from_the_status_by_the_next_leader() {
         digest: Digest::of(b"r.io/tool:v1"),
         platforms: Vec::new(),
         bytes: Some(5 << 30),
+        origin: Origin { resolved_at: Some(BEGIN), ..Origin::default() },
     };
     assert_eq!(world.preloads["team/tool"].meaning, Meaning::Known(known));
 }
@@ -885,8 +931,13 @@ fn the_same_content_under_another_name_is_another_artifact() {
     for reference in ["r.io/production/tool:v1", "r.io/production/tool:v2"] {
         let before = cluster.status("tool").ready_reference.expect("ready");
         cluster.apply("tool", |spec| spec.reference = reference.to_owned());
-        let known =
-            Known { reference: reference.to_owned(), digest, platforms: Vec::new(), bytes: None };
+        let known = Known {
+            reference: reference.to_owned(),
+            digest,
+            platforms: Vec::new(),
+            bytes: None,
+            origin: Origin::default(),
+        };
         cluster.answer("tool", Meaning::Known(known));
         cluster.settle();
         assert_eq!(cluster.reason("tool"), "Preloading", "no node has said that it may have it");
@@ -898,7 +949,7 @@ fn the_same_content_under_another_name_is_another_artifact() {
         }
         cluster.run_until_done();
         assert_eq!(cluster.reason("tool"), "Ready");
-        assert_eq!(cluster.wants("node-0"), [format!("{reference}@{digest}")]);
+        assert!(cluster.wants("node-0").contains(&both[0]));
     }
     assert_ne!(cluster.status("tool").ready_reference, Some(first));
 }
@@ -941,7 +992,180 @@ fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
     );
     assert_eq!(cluster.reason("tool"), "Ready");
     cluster.settle();
-    assert_eq!(cluster.wants("node-0").len(), 1);
+    assert_eq!(cluster.wants("node-0").len(), 2, "it is kept for the way back");
+}
+
+#[test]
+fn the_version_before_yields_where_a_node_is_told_much() {
+    let mut cluster = cluster(1);
+    for index in 1..128 {
+        let name = format!("tool-{index}");
+        cluster.apply(&name, |spec| spec.reference = format!("r.io/tool:{index}"));
+        cluster.resolve(&name);
+    }
+    cluster.run_until_done();
+    let second = cluster.roll("tool", "r.io/tool:v2");
+    let wants = cluster.wants("node-0");
+    assert_eq!(wants.len(), 128);
+    assert!(wants.contains(&second) && !wants.contains(&"r.io/tool:v1".to_owned()));
+}
+
+#[test]
+fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
+    let mut cluster = cluster(2);
+    cluster.run_until_done();
+    let first = cluster.status("tool").ready_reference.expect("ready");
+    let second = cluster.roll("tool", "r.io/tool:v2");
+    cluster.now += 100;
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v1".to_owned());
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Resolving");
+    cluster.silence("tool");
+    cluster.run_until_done();
+    let status = cluster.status("tool");
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert_eq!(
+        (status.ready_reference, status.previous_reference),
+        (Some(first.clone()), Some(second.clone()))
+    );
+    assert_eq!(status.registry_unavailable_since.expect("since").0.as_second(), BEGIN + 100);
+    let resolved = status.conditions.iter().find(|one| one.type_ == "Resolved").expect("one");
+    assert_eq!((&*resolved.status, &*resolved.reason), ("True", "EarlierAnswer"));
+    for condition in status.conditions.iter().filter(|one| one.type_ != "Stalled") {
+        assert!(
+            condition.message.contains("has not answered since 2027-01-15T08:01:40Z"),
+            "{condition:?}"
+        );
+    }
+    assert_eq!(status.history.len(), 2, "{:?}", status.history);
+
+    // It is asked again, by the next leader too, and what it says then counts.
+    assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
+    cluster.now += 21;
+    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    begin_anew(&mut cluster);
+    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    cluster.silence("tool");
+    cluster.settle();
+    let since = cluster.status("tool").registry_unavailable_since.expect("since");
+    assert_eq!(since.0.as_second(), BEGIN + 100, "it was away all the while");
+    cluster.resolve("tool");
+    cluster.settle();
+    let status = cluster.status("tool");
+    assert_eq!(
+        (status.registry_unavailable_since, cluster.reason("tool").as_str()),
+        (None, "Ready")
+    );
+    assert_eq!(status.history[0].resolved_at.0.as_second(), cluster.now);
+
+    // A digest, however it is written.
+    let digest = second.split_once('@').expect("a digest").1;
+    for reference in [second.clone(), format!("r.io/tool@{digest}")] {
+        cluster.apply("tool", |spec| spec.reference = reference.clone());
+        cluster.silence("tool");
+        cluster.run_until_done();
+        assert_eq!(cluster.status("tool").ready_reference, Some(reference));
+    }
+    // What this object never had, under this name or at all.
+    let unknown = Digest::of(b"unknown");
+    let before = cluster.wants("node-0");
+    for reference in
+        ["r.io/tool:v3".to_owned(), format!("r.io/tool@{unknown}"), format!("r.io/other@{digest}")]
+    {
+        cluster.apply("tool", |spec| spec.reference = reference);
+        cluster.silence("tool");
+        cluster.settle();
+        assert_eq!(cluster.reason("tool"), "RegistryUnavailable");
+        assert_eq!(cluster.wants("node-0"), before);
+    }
+    cluster.apply("other", |_| {});
+    cluster.silence("other");
+    cluster.settle();
+    assert_eq!(cluster.reason("other"), "RegistryUnavailable");
+}
+
+#[test]
+fn an_earlier_answer_is_for_secrets_of_the_same_names_that_are_there() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into(), "other".into()]);
+    cluster.resolve("tool");
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.run_until_done();
+    cluster.roll("tool", "r.io/tool:v2");
+    for (secrets, reason) in [
+        (vec!["robot"], "RegistryUnavailable"),
+        (vec![], "RegistryUnavailable"),
+        (vec!["other", "robot"], "Ready"),
+    ] {
+        cluster.apply("tool", |spec| {
+            spec.reference = "r.io/tool:v1".to_owned();
+            spec.pull_secrets = secrets.into_iter().map(str::to_owned).collect();
+        });
+        read_secrets(&mut cluster, "tool", "1");
+        cluster.silence("tool");
+        cluster.run_until_done();
+        assert_eq!(cluster.reason("tool"), reason);
+    }
+    let preload = cluster.world.preloads.get_mut("team/tool").expect("a preload");
+    let refusal = |transient| Refusal {
+        reason: "SecretMissing",
+        message: String::new(),
+        transient,
+        unanswered: false,
+        retry_at: BEGIN + 1000,
+    };
+    preload.lose_secrets(&refusal(true));
+    assert!(matches!(preload.meaning, Meaning::Known(_)));
+    preload.lose_secrets(&refusal(false));
+    assert_eq!(preload.meaning, Meaning::Unknown);
+}
+
+#[test]
+fn a_tag_that_has_moved_is_not_taken_back_to_an_older_answer() {
+    let mut cluster = cluster(1);
+    cluster.run_until_done();
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.resolve("tool");
+    cluster.settle();
+    // By other secrets, the tag means something else.
+    cluster.apply("tool", |spec| {
+        spec.reference = "r.io/tool:v1".to_owned();
+        spec.pull_secrets = vec!["robot".into()];
+    });
+    read_secrets(&mut cluster, "tool", "1");
+    let digest = Digest::of(b"moved");
+    let origin = Origin {
+        resolved_at: Some(cluster.now),
+        pull_secrets: vec!["robot".into()],
+        unavailable: None,
+    };
+    let reference = "r.io/tool:v1".to_owned();
+    let known = Known { reference, digest, platforms: Vec::new(), bytes: None, origin };
+    cluster.answer("tool", Meaning::Known(known));
+    cluster.settle();
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.settle();
+    cluster.apply("tool", |spec| {
+        spec.reference = "r.io/tool:v1".to_owned();
+        spec.pull_secrets = Vec::new();
+    });
+    cluster.silence("tool");
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "RegistryUnavailable");
+}
+
+#[test]
+fn the_history_is_bounded() {
+    let mut cluster = cluster(1);
+    for version in 0..15 {
+        cluster.now += 1;
+        cluster.roll("tool", &format!("r.io/tool:v{version}"));
+    }
+    let history = cluster.status("tool").history;
+    assert_eq!(history.len(), 10);
+    assert_eq!((&*history[0].reference, &*history[9].reference), ("r.io/tool:v14", "r.io/tool:v5"));
+}
+
 }
 
 #[test]
@@ -949,7 +1173,8 @@ fn an_index_that_lacks_a_platform_is_not_ready_though_all_nodes_hold_it() {
     let mut cluster = cluster(1);
     let reference = "r.io/tool:v1".to_owned();
     let platforms = vec!["linux/amd64".parse().expect("a platform")];
-    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None };
+    let origin = Origin::default();
+    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None, origin };
     cluster.answer("tool", Meaning::Known(known));
     cluster.run_until_done();
     assert_eq!(cluster.reason("tool"), "Ready");

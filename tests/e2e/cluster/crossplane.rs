@@ -22,10 +22,10 @@ use super::{
     python, rendered, said,
 };
 use crate::support::{
-    Registry, Volume,
+    Driver, Proxy, Registry, Volume,
     api_server::Kind,
     fleet::{Cluster, NAMESPACE},
-    own_registry, run, tool, unique, wait_until,
+    own_registry, registry, run, tool, unique, wait_until,
 };
 
 #[test]
@@ -315,13 +315,20 @@ impl Gated<'_> {
     /// Applies what is composed of what is there; returns the attributes of the pod's artifact, once it may run.
     #[track_caller]
     fn reconcile(&mut self, version: &str) -> Option<Value> {
+        self.reconcile_with(json!({"version": version}))
+    }
+
+    /// As [`Self::reconcile`], with these fields of the specification.
+    #[track_caller]
+    fn reconcile_with(&mut self, fields: Value) -> Option<Value> {
         let preload = self.cluster.api.get(Kind::Preload, NAMESPACE, "billing");
         let observed = [("artifact", Some(preload)), ("statefulset", self.statefulset.clone())];
         let observed = observed.into_iter().filter_map(|(name, object)| {
             Some((name.to_owned(), object.filter(|object| !object.is_null())?))
         });
-        let specification =
-            json!({"ociRegistry": self.repository, "version": version, "scrapeConfig": "[]"});
+        let mut specification = json!({"ociRegistry": self.repository, "scrapeConfig": "[]"});
+        let fields = fields.as_object().expect("fields").clone();
+        specification.as_object_mut().expect("an object").extend(fields);
         let mut composed = compose("customprometheus-gated", specification, &observed.collect());
         let mut preload = composed.remove("artifact").expect("a preload");
         preload["metadata"]["namespace"] = NAMESPACE.into();
@@ -374,4 +381,58 @@ fn the_gate_opens_when_the_controller_has_the_artifact_on_every_node() {
     cluster.wait_for("billing", "Ready");
     assert_eq!(gated.reconcile("v1"), Some(used));
     kubelet.unpublish(&volume);
+}
+
+#[test]
+fn the_gate_opens_for_the_way_back_while_the_registry_is_down() {
+    let proxy = Proxy::new(registry());
+    let mut cluster = Cluster::new(&["one", "two"]);
+    let mut controller = cluster.controller();
+    cluster.start_node("one");
+    cluster.start_node("two");
+    let name = unique("gated");
+    let repository = proxy.reference(&name);
+    let mut pinned = Vec::new();
+    for tag in ["v1", "v2"] {
+        let (_, digest) = cluster.push(&name, tag);
+        pinned.push((format!("{repository}:{tag}@{digest}"), digest));
+    }
+    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset: None };
+    for (tag, (reference, _)) in ["v1", "v2"].into_iter().zip(&pinned) {
+        gated.reconcile(tag);
+        cluster.wait_for("billing", "Ready");
+        assert_eq!(gated.reconcile(tag).expect("a StatefulSet")["reference"], reference.as_str());
+    }
+    let statefulset = gated.statefulset.take();
+    proxy.go_down();
+    controller.end();
+    let drivers = std::mem::take(&mut cluster.drivers);
+    cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
+    let _controller = cluster.controller();
+
+    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset };
+    let by_digest = json!({"version": "v1", "digest": pinned[0].1});
+    for (fields, wanted) in [
+        (json!({"version": "v1"}), &pinned[0].0),
+        (json!({"version": "v2"}), &pinned[1].0),
+        (by_digest, &pinned[0].0),
+    ] {
+        let running = gated.reconcile_with(fields.clone()).expect("a StatefulSet");
+        assert_ne!(
+            running["reference"],
+            wanted.as_str(),
+            "rolled before the controller has looked"
+        );
+        cluster.wait_for("billing", "Ready");
+        let running = gated.reconcile_with(fields).expect("a StatefulSet");
+        assert_eq!(running["reference"], wanted.as_str());
+        for driver in &cluster.drivers {
+            let volume = driver.kubelet().new_volume(wanted);
+            driver.kubelet().publish_well(&volume);
+            driver.kubelet().unpublish(&volume);
+        }
+    }
+    let held = gated.reconcile("v3").expect("a StatefulSet");
+    cluster.wait_for("billing", "RegistryUnavailable");
+    assert_eq!(gated.reconcile("v3"), Some(held), "rolled to what it never had");
 }

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::fleet::api::NodeArtifactsSpec;
-use crate::fleet::plan::facts::{Known, Node, Refusal};
+use crate::fleet::plan::facts::{Known, Node, Origin, Refusal};
 use crate::oci::Digest;
 
 /// A registry that has `good`, and nothing else for as long as one asks.
@@ -20,7 +20,8 @@ impl Look for Registry {
             assert_ne!(path, "team/poison", "a registry's answer that nobody has thought of");
             let meaning = if path == "team/good" {
                 let (reference, digest) = (question.written, Digest::of(b"good"));
-                Meaning::Known(Known { reference, digest, platforms: Vec::new(), bytes: None })
+                let (platforms, origin) = (Vec::new(), Origin::default());
+                Meaning::Known(Known { reference, digest, platforms, bytes: None, origin })
             } else {
                 Meaning::Refused(refusal(0))
             };
@@ -32,7 +33,8 @@ impl Look for Registry {
 
 fn refusal(retry_at: i64) -> Refusal {
     let message = "it did not answer in time".to_owned();
-    Refusal { reason: "RegistryUnavailable", message, transient: true, retry_at }
+    let (transient, unanswered) = (true, false);
+    Refusal { reason: "RegistryUnavailable", message, transient, unanswered, retry_at }
 }
 
 fn fleet() -> Fleet {

@@ -1,0 +1,210 @@
+//! What preloads and pods get while the registry is down.
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use super::{DOCKER, secret};
+use crate::support::{
+    Driver, Layer, Manifest, Pod, Proxy, Registry, Volume,
+    api_server::Kind,
+    fleet::{Cluster, Controller, NAMESPACE},
+    private_registry, registry, unique, wait_until,
+};
+
+const USER: &str = "robot";
+const PASSWORD: &str = "password-of-the-robot";
+
+/// Two nodes and a controller before a registry that can go down.
+struct Fleet {
+    proxy: Proxy,
+    cluster: Cluster,
+    controller: Controller,
+    repository: String,
+    /// References by tag, each with its digest.
+    versions: Vec<(String, String)>,
+    is_private: bool,
+}
+
+impl Fleet {
+    #[track_caller]
+    fn start(registry: &Registry, is_private: bool) -> Self {
+        let (proxy, repository) = (Proxy::new(registry), unique("rollback"));
+        let mut cluster = Cluster::before(registry, &["one", "two"]);
+        let controller = cluster.controller();
+        cluster.start_node("one");
+        cluster.start_node("two");
+        let mut versions = Vec::new();
+        for tag in ["v0", "v1", "v2"] {
+            let layer = Layer::titled("version", format!("{tag} of {repository}"));
+            let artifact = Manifest::artifact([layer]);
+            let digest = if is_private {
+                artifact.push(&registry.as_user(USER, PASSWORD), &repository, tag)
+            } else {
+                artifact.push(registry, &repository, tag)
+            };
+            versions.push((proxy.reference(&format!("{repository}:{tag}")), digest));
+        }
+        let fleet = Self { proxy, cluster, controller, repository, versions, is_private };
+        fleet.make_secret(PASSWORD);
+        fleet
+    }
+
+    fn make_secret(&self, password: &str) {
+        if self.is_private {
+            secret(&self.cluster.api, "robot", DOCKER, &self.proxy.host(), USER, password);
+        }
+    }
+
+    fn spec(&self, reference: &str) -> Value {
+        let secrets: &[&str] = if self.is_private { &["robot"] } else { &[] };
+        json!({"reference": reference, "pullSecrets": secrets, "backoffLimit": 0})
+    }
+
+    fn tag(&self, version: usize) -> &str {
+        &self.versions[version].0
+    }
+
+    fn pinned(&self, version: usize) -> String {
+        let (tag, digest) = &self.versions[version];
+        format!("{tag}@{digest}")
+    }
+
+    #[track_caller]
+    fn roll(&self, name: &str, reference: &str, reason: &str) {
+        self.cluster.preload(name, self.spec(reference));
+        self.cluster.wait_for(name, reason);
+    }
+
+    /// The controller and both nodes begin anew.
+    #[track_caller]
+    fn restart(&mut self) {
+        self.controller.end();
+        let drivers = std::mem::take(&mut self.cluster.drivers);
+        self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
+        self.controller = self.cluster.controller();
+    }
+
+    /// A volume of a pod of a namespace; private artifacts with the secret.
+    fn volume(&self, node: usize, namespace: &str, reference: &str) -> Volume {
+        let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
+        let volume = self.cluster.drivers[node].kubelet().inline(&pod, "artifact", reference);
+        if !self.is_private {
+            return volume;
+        }
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{PASSWORD}"));
+        let config = json!({"auths": {self.proxy.host(): {"auth": login}}}).to_string();
+        volume.secret(".dockerconfigjson", &config)
+    }
+
+    /// Pods of both nodes show this version.
+    #[track_caller]
+    fn shows(&self, namespace: &str, reference: &str, version: usize) {
+        for node in 0..2 {
+            let kubelet = self.cluster.drivers[node].kubelet();
+            let volume = self.volume(node, namespace, reference);
+            kubelet.publish_well(&volume);
+            assert_eq!(volume.text("version"), format!("v{version} of {}", self.repository));
+            kubelet.unpublish(&volume);
+        }
+    }
+
+    fn events(&self, name: &str) -> Vec<String> {
+        let of = |event: &Value| {
+            event["involvedObject"]["name"] == name && event["metadata"]["namespace"] == NAMESPACE
+        };
+        let events = self.cluster.api.list(Kind::Event);
+        let told = events.iter().filter(|event| of(event));
+        told.map(|event| event["reason"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+}
+
+#[track_caller]
+fn roll_back(registry: &Registry, is_private: bool) {
+    let mut fleet = Fleet::start(registry, is_private);
+    for version in 0..3 {
+        fleet.roll("tool", fleet.tag(version), "Ready");
+    }
+    fleet.proxy.go_down();
+    fleet.restart();
+
+    // By the tag: the version before, which nodes keep, and an older one, which the cache has.
+    for version in [1, 0] {
+        fleet.roll("tool", fleet.tag(version), "Ready");
+        let status = fleet.cluster.status("tool");
+        assert_eq!(status["readyReference"], fleet.pinned(version).as_str());
+        assert!(status["registryUnavailableSince"].is_string(), "{status}");
+        let resolved = fleet.cluster.condition("tool", "Resolved");
+        assert_eq!(resolved["reason"], "EarlierAnswer");
+        let ready = fleet.cluster.condition("tool", "Ready");
+        let message = ready["message"].as_str().expect("a message");
+        assert!(message.contains("the registry has not answered since"), "{message}");
+        fleet.shows(NAMESPACE, &fleet.pinned(version), version);
+        let wanted = fleet.cluster.wanted("one");
+        assert!(wanted.iter().all(|wanted| wanted["resolvedAt"].is_null()), "{wanted:?}");
+    }
+    // By the digest, with the tag and without.
+    let digest = &fleet.versions[1].1;
+    let bare = fleet.proxy.reference(&format!("{}@{digest}", fleet.repository));
+    for (reference, version) in [(fleet.pinned(2), 2), (bare, 1)] {
+        fleet.roll("tool", &reference, "Ready");
+        assert_eq!(fleet.cluster.status("tool")["readyReference"], reference.as_str());
+        fleet.shows(NAMESPACE, &reference, version);
+    }
+
+    // A digest that it never had, another preload, and one of another namespace.
+    let unknown = format!("{}@sha256:{}", fleet.tag(1), "0".repeat(64));
+    fleet.roll("tool", &unknown, "RegistryUnavailable");
+    fleet.roll("other", fleet.tag(1), "RegistryUnavailable");
+    wait_until("it is told once", || fleet.events("other") == ["Held"]);
+    fleet.roll("other", &fleet.pinned(1), "RegistryUnavailable");
+    let strange = json!({
+        "kind": "ArtifactPreload",
+        "metadata": {"namespace": "strangers", "name": "tool"},
+        "spec": {"reference": fleet.tag(1)},
+    });
+    fleet.cluster.api.apply(strange);
+    wait_until("the preload of the other namespace is held", || {
+        let preload = fleet.cluster.api.get(Kind::Preload, "strangers", "tool");
+        let conditions = preload["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        conditions
+            .iter()
+            .any(|one| one["type"] == "Ready" && one["reason"] == "RegistryUnavailable")
+    });
+
+    if is_private {
+        // The secret is withdrawn, is no longer named, or is another one: nodes have proofs of one alone.
+        fleet.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
+        fleet.roll("tool", fleet.tag(0), "SecretMissing");
+        fleet.cluster.preload("tool", json!({"reference": fleet.tag(0)}));
+        fleet.cluster.wait_for("tool", "RegistryUnavailable");
+        fleet.make_secret("another-password");
+        fleet.roll("tool", fleet.tag(0), "NodesFailed");
+        let failed = fleet.cluster.status("tool")["failedNodes"].clone();
+        assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
+        fleet.make_secret(PASSWORD);
+        // Another version is asked for, so that the secret is read anew at once.
+        fleet.roll("tool", fleet.tag(2), "Ready");
+    }
+    fleet.roll("tool", fleet.tag(0), "Ready");
+    fleet.proxy.come_back();
+    wait_until("the registry is asked again", || {
+        fleet.cluster.status("tool")["registryUnavailableSince"].is_null()
+    });
+    fleet.cluster.wait_for("tool", "Ready");
+    assert_eq!(fleet.cluster.condition("tool", "Resolved")["reason"], "Resolved");
+    assert_eq!(fleet.cluster.status("tool")["history"].as_array().map(Vec::len), Some(3));
+    let events = fleet.events("tool");
+    assert!(events.starts_with(&["Resolved", "Ready"].map(str::to_owned)), "{events:?}");
+}
+
+#[test]
+fn a_rollback_of_a_public_artifact_needs_no_registry() {
+    roll_back(registry(), false);
+}
+
+#[test]
+fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
+    roll_back(&private_registry(USER, PASSWORD), true);
+}
+
