@@ -67,6 +67,11 @@ pub struct WantedArtifact {
     /// Since when it is wanted.
     #[schemars(schema_with = "schema::required_time")]
     pub since: Time,
+    /// When the registry said that the tag means this digest. Pods of the preload's namespace that name the tag get it,
+    /// where the node has no later answer. Empty: the preload names a digest, or the registry did not answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::time")]
+    pub resolved_at: Option<Time>,
     /// What to show the registry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<SealedCredentials>,

@@ -153,6 +153,9 @@ pub(super) fn wanted(
         timeout_seconds: wanted.timeout,
         backoff_limit: wanted.backoff,
         since: Time(Timestamp::from_second(wanted.since).unwrap_or_default()),
+        resolved_at: wanted
+            .resolved_at
+            .and_then(|seconds| Timestamp::from_second(seconds).ok().map(Time)),
         credentials,
     }
 }

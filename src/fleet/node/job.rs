@@ -17,9 +17,11 @@ use crate::fleet::seal::Place;
 use crate::oci::credentials::Keyring;
 use crate::oci::manifest::ManifestError;
 use crate::oci::registry::RegistryError;
-use crate::oci::{Platform, Reference};
+use crate::oci::{Digest, Platform, Reference};
 use crate::policy::{Demands, Facts};
 use crate::pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
+use crate::store::namespace_resolutions::NamespaceResolution;
+use crate::store::resolutions::Resolution;
 use crate::volume::Content;
 use crate::warming::want;
 
@@ -95,7 +97,9 @@ impl Job {
             |wanted: &WantedArtifact| (wanted.pin, wanted.timeout_seconds, wanted.backoff_limit);
         let ready = self.phase() == Phase::Ready;
         let others = version(wanted) != version(&self.wanted);
-        how(wanted) != how(&self.wanted) || (others && !ready)
+        let has_answer =
+            wanted.resolved_at.is_some() && wanted.resolved_at != self.wanted.resolved_at;
+        how(wanted) != how(&self.wanted) || (others && !ready) || has_answer
     }
 
     pub(super) fn note(&mut self, told: Told) {
@@ -177,7 +181,11 @@ impl Running {
         };
         let mut failures = 0;
         loop {
-            if self.wanted.pin && self.begin.pins.holds(&self.wanted.preload, &reference).await {
+            if self.wanted.pin
+                && let Some(manifest) =
+                    self.begin.pins.holds(&self.wanted.preload, &reference).await
+                && self.record_tag(&reference, manifest).await.is_ok()
+            {
                 failures = 0;
                 self.tell(Phase::Ready, "", String::new());
                 tokio::time::sleep(LOOK_INTERVAL).await;
@@ -250,11 +258,38 @@ impl Running {
                 return Err(Failure::new("TimedOut", &message));
             }
         };
-        if !self.wanted.pin {
-            return Ok(());
+        if self.wanted.pin {
+            let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
+            pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))?;
         }
-        let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
-        pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))
+        self.record_tag(reference, tree.record.manifest).await
+    }
+
+    /// Records what the registry said of the tag, for pods of the preload's namespace.
+    async fn record_tag(&self, reference: &Reference, manifest: Digest) -> Result<(), Failure> {
+        let (Some(resolved_at), Some(resolved), Some((namespace, _))) =
+            (&self.wanted.resolved_at, reference.digest(), self.wanted.preload.split_once('/'))
+        else {
+            return Ok(());
+        };
+        let (reference, platform) = (reference.floating(), Platform::of_this_node());
+        let answer = NamespaceResolution {
+            resolution: Resolution {
+                reference: reference.to_string(),
+                resolved,
+                manifest,
+                platform: Some(platform.to_string()),
+            },
+            namespace: namespace.to_owned(),
+            resolved_at: resolved_at.0.as_second(),
+        };
+        let store = self.begin.content.store.clone();
+        let record = move || store.put_namespace_resolution(&reference, &platform, &answer);
+        match tokio::task::spawn_blocking(record).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Failure::new("NotRecorded", &error)),
+            Err(_) => Err(Failure::new("NotRecorded", "recording the tag failed internally")),
+        }
     }
 
     /// Returns the tenant of the preload, whose name is `namespace/name`.

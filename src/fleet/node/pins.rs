@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use crate::fleet::api::{QUOTA_EXCEEDED, WantedArtifact};
-use crate::oci::{Platform, Reference};
+use crate::oci::{Digest, Platform, Reference};
 use crate::store::{PinShare, Store, StoreError, Tree};
 
 /// In front of `namespace/name` of the preload that owns a pin.
@@ -116,8 +116,8 @@ impl Pins {
         }
     }
 
-    /// Whether it is pinned for this preload, and there.
-    pub(super) async fn holds(&self, preload: &str, reference: &Reference) -> bool {
+    /// Returns the manifest that is pinned for this preload, where it is here.
+    pub(super) async fn holds(&self, preload: &str, reference: &Reference) -> Option<Digest> {
         let (store, owner, reference) = (self.store.clone(), owner(preload), reference.clone());
         let look = move || {
             let pin = store.pin_of(&reference, &Platform::of_this_node(), &owner)?;
@@ -129,9 +129,9 @@ impl Pins {
                     && view.include.is_empty()
                     && view.exclude.is_empty()
             };
-            trees.iter().any(whole).then_some(())
+            trees.iter().any(whole).then_some(pin.manifest)
         };
-        tokio::task::spawn_blocking(look).await.ok().flatten().is_some()
+        tokio::task::spawn_blocking(look).await.ok().flatten()
     }
 }
 

@@ -225,6 +225,8 @@ pub struct Wanted {
     pub backoff: i32,
     /// Since when.
     pub since: Seconds,
+    /// When the registry said that the tag means it, where the node may serve pods by the tag.
+    pub resolved_at: Option<Seconds>,
     /// Credentials that are there.
     pub sealed: Option<Sealed>,
 }
@@ -380,6 +382,7 @@ impl World {
                 timeout: artifact.timeout_seconds,
                 backoff: artifact.backoff_limit,
                 since: artifact.since.0.as_second(),
+                resolved_at: artifact.resolved_at.as_ref().map(|time| time.0.as_second()),
                 sealed,
             });
         }

@@ -57,6 +57,14 @@ pub(super) struct Current {
     own: bool,
 }
 
+impl Current {
+    /// Returns when the registry said what the tag means; none of an earlier answer, and where no tag was asked for.
+    fn tag_resolved_at(&self) -> Option<Seconds> {
+        let Origin { resolved_at, unavailable, .. } = &self.known.origin;
+        resolved_at.filter(|_| unavailable.is_none() && !self.known.reference.contains('@'))
+    }
+}
+
 /// Why nothing is handed out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Problem {
@@ -529,6 +537,7 @@ impl Work<'_, '_> {
             timeout: spec.timeout_seconds,
             backoff: spec.backoff_limit,
             since,
+            resolved_at: current.tag_resolved_at(),
             sealed,
         });
     }

@@ -241,6 +241,7 @@ fn is_said(object: &Object, wanted: &[Wanted]) -> bool {
     let same = |one: &Wanted, two: &Wanted| {
         let sealed = two.sealed.is_none() || one.sealed == two.sealed;
         sealed
+            && one.resolved_at == two.resolved_at
             && (one.preload, &one.reference, one.pin, one.timeout, one.backoff, one.since)
                 == (two.preload, &two.reference, two.pin, two.timeout, two.backoff, two.since)
     };

@@ -185,6 +185,9 @@ impl Cluster {
                 timeout_seconds: wanted.timeout,
                 backoff_limit: wanted.backoff,
                 since: Time(jiff::Timestamp::from_second(wanted.since).expect("a time")),
+                resolved_at: wanted
+                    .resolved_at
+                    .map(|seconds| Time(jiff::Timestamp::from_second(seconds).expect("a time"))),
                 credentials: wanted.sealed.as_ref().map(|sealed| SealedCredentials {
                     key: sealed.key.to_string(),
                     version: sealed.version.to_string(),
@@ -1038,6 +1041,8 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
         );
     }
     assert_eq!(status.history.len(), 2, "{:?}", status.history);
+    let objects = &cluster.objects["node-0"].spec.artifacts;
+    assert!(objects.iter().all(|wanted| wanted.resolved_at.is_none()), "{objects:?}");
 
     // It is asked again, by the next leader too, and what it says then counts.
     assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
@@ -1164,6 +1169,25 @@ fn the_history_is_bounded() {
     let history = cluster.status("tool").history;
     assert_eq!(history.len(), 10);
     assert_eq!((&*history[0].reference, &*history[9].reference), ("r.io/tool:v14", "r.io/tool:v5"));
+}
+
+#[test]
+fn nodes_are_told_when_the_registry_said_what_a_tag_means() {
+    let mut cluster = cluster(1);
+    cluster.settle();
+    let told = |cluster: &Cluster| {
+        let wanted = &cluster.objects["node-0"].spec.artifacts;
+        let told =
+            wanted.iter().map(|wanted| wanted.resolved_at.as_ref().map(|time| time.0.as_second()));
+        told.collect::<Vec<_>>()
+    };
+    assert_eq!(told(&cluster), [Some(BEGIN)]);
+    cluster.run_until_done();
+    cluster.now += 50;
+    let second = cluster.roll("tool", "r.io/tool:v2");
+    assert_eq!(told(&cluster), [None, Some(BEGIN + 50)], "what a tag meant is not said again");
+    cluster.roll("tool", &second);
+    assert_eq!(told(&cluster).last(), Some(&None), "a digest says nothing of a tag");
 }
 
 }

@@ -208,3 +208,37 @@ fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
     roll_back(&private_registry(USER, PASSWORD), true);
 }
 
+#[test]
+fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
+    let private = private_registry(USER, PASSWORD);
+    let mut fleet = Fleet::start(&private, true);
+    fleet.roll("tool", fleet.tag(1), "Ready");
+    fleet.proxy.go_down();
+    fleet.restart();
+    fleet.shows(NAMESPACE, fleet.tag(1), 1);
+    let kubelet = fleet.cluster.drivers[0].kubelet();
+    kubelet.publish_badly(&fleet.volume(0, "strangers", fleet.tag(1)), Code::Unavailable);
+    // Without the secret it is as if nothing were here.
+    let mut stranger = fleet.volume(0, NAMESPACE, fleet.tag(1));
+    stranger.request.secrets.clear();
+    kubelet.publish_badly(&stranger, Code::Unavailable);
+
+    // The tag moves, and a pod has the registry asked on one node: that is later, for all.
+    fleet.proxy.come_back();
+    let repository = fleet.repository.clone();
+    let layer = Layer::titled("version", format!("v2 of {repository}"));
+    Manifest::artifact([layer]).push(&private.as_user(USER, PASSWORD), &repository, "v1");
+    let asks = fleet.volume(0, "strangers", fleet.tag(1)).attribute("pullPolicy", "Always");
+    kubelet.publish_well(&asks);
+    assert_eq!(asks.text("version"), format!("v2 of {repository}"));
+    fleet.proxy.go_down();
+    for (node, version) in [(0, 2), (1, 1)] {
+        let kubelet = fleet.cluster.drivers[node].kubelet();
+        let volume = fleet.volume(node, NAMESPACE, fleet.tag(1));
+        kubelet.publish_well(&volume);
+        assert_eq!(volume.text("version"), format!("v{version} of {repository}"));
+        kubelet.unpublish(&volume);
+    }
+    kubelet.unpublish(&asks);
+}
+
