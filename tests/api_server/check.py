@@ -68,6 +68,8 @@ REFUSED = [
     ({"parallelism": 10001}, "spec.parallelism in body should be less than or equal to 10000"),
     ({"parallelism": "101%"}, "spec.parallelism in body should match"),
     ({"parallelism": True}, "spec.parallelism in body must be of type integer,string"),
+    ({"toleratedNodes": -1}, "spec.toleratedNodes in body should be greater than or equal to 0"),
+    ({"toleratedNodes": "101%"}, "spec.toleratedNodes in body should match"),
     ({"platforms": ["linux"]}, "spec.platforms[0] in body should match"),
     ({"platforms": ["linux/amd64"] * 2}, 'spec.platforms[1]: Duplicate value: "linux/amd64"'),
     ({"platforms": [f"linux/{n}" for n in range(17)]}, "spec.platforms: Too many: 17: must have at most 16"),

@@ -44,6 +44,9 @@ WRONG = [
     ({"pullPolicy": "Sometimes"}, "spec.pullPolicy"),
     ({"scrapeConfig": ""}, "spec.scrapeConfig"),
     ({"repository": "registry.example.com/a"}, "repository"),
+    ({"toleratedNodes": -1}, "spec.toleratedNodes"),
+    ({"toleratedNodes": "half"}, "spec.toleratedNodes"),
+    ({"toleratedNodes": "101%"}, "spec.toleratedNodes"),
 ]
 
 
@@ -147,7 +150,7 @@ def crossplane_functions():
 
 def crossplane_compositions():
     """Both Compositions make the same of an object but for how they name the artifact, and their parts fit together."""
-    pinned = changed(digest=DIGEST, nodeSelector={"disk": "ssd"}, replicas=3)
+    pinned = changed(digest=DIGEST, nodeSelector={"disk": "ssd"}, replicas=3, toleratedNodes="10%")
     for xr in (render.example(), pinned):
         at_once, _ = compose.compose(PLAIN, xr)
         held, _ = compose.compose(GATED, xr)
@@ -167,6 +170,9 @@ def crossplane_compositions():
         yield from parts(at_once, xr)
         if held["artifact"]["spec"]["selector"]["matchLabels"] != xr["spec"].get("nodeSelector", {}):
             yield "the artifact is brought onto other nodes than Prometheus runs on"
+        tolerated = xr["spec"].get("toleratedNodes", 1)
+        if held["artifact"]["spec"]["toleratedNodes"] != tolerated:
+            yield f"{tolerated} nodes may stay away, but not for the artifact"
         if held["artifact"]["spec"]["pullSecrets"] != [xr["spec"]["imagePullSecret"]]:
             yield "the artifact is fetched with other secrets than Prometheus has"
     first, second = (compose.composition(name)["spec"]["pipeline"][1:] for name in (PLAIN, GATED))

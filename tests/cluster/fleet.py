@@ -92,6 +92,17 @@ VALUES = {
         ("101%", False),
         ("ten", False),
     ],
+    "toleratedNodes": [
+        (0, True),
+        (10000, True),
+        ("0%", True),
+        ("100%", True),
+        (-1, False),
+        (10001, False),
+        ("101%", False),
+        ("05%", False),
+        ("one", False),
+    ],
 }
 
 
@@ -124,7 +135,7 @@ def rights():
     """Nobody has more rights than are listed here."""
     wanted = {
         "csi-driver-oci-fleet": {
-            ("", "nodes", "list watch"),
+            ("", "nodes", "get list watch"),
             ("", "events", "create"),
             ("", "secrets", "get"),
             ("oci.custom.io", "artifactpreloads", "list watch delete"),

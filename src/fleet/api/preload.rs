@@ -67,6 +67,11 @@ pub struct ArtifactPreloadSpec {
     #[serde(default = "default_parallelism")]
     #[schemars(schema_with = "schema::parallelism")]
     pub parallelism: IntOrString,
+    /// How many nodes may stay away, because they are not Ready or their plugins do not answer, while it counts as ready on
+    /// all nodes: a number, or a percentage of the selected ones, rounded down. They fetch it when they are back.
+    #[serde(default = "default_tolerated_nodes")]
+    #[schemars(schema_with = "schema::tolerated_nodes")]
+    pub tolerated_nodes: IntOrString,
     /// Nodes begin over so long a time, each at a moment of its own, as `10m`. Empty: at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::spread")]
@@ -162,7 +167,11 @@ pub struct ArtifactPreloadStatus {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub failed: i32,
-    /// The first of those, by name.
+    /// Nodes that stay away: they do not hold it, and are not Ready or do not answer.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub away: i32,
+    /// The first failed ones, by name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub failed_nodes: Vec<FailedNode>,
@@ -225,6 +234,10 @@ pub struct FailedNode {
 
 fn default_parallelism() -> IntOrString {
     IntOrString::Int(10)
+}
+
+fn default_tolerated_nodes() -> IntOrString {
+    IntOrString::Int(0)
 }
 
 fn default_timeout_seconds() -> i32 {

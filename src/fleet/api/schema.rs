@@ -43,6 +43,19 @@ pub(super) fn parallelism(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// A number of nodes, or a part of them, that may be none.
+pub(super) fn tolerated_nodes(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "x-kubernetes-int-or-string": true,
+        "nullable": false,
+        "minimum": 0,
+        "maximum": 10000,
+        "maxLength": 4,
+        "pattern": "^([0-9]|[1-9][0-9]|100)%$",
+        "default": 0,
+    })
+}
+
 /// Names of secrets, each once.
 pub(super) fn secrets(_: &mut SchemaGenerator) -> Schema {
     json_schema!({

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
-use kube::Client;
+use k8s_openapi::api::core::v1::Node as ApiNode;
+use kube::{Api, Client};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -25,13 +26,21 @@ use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, NodeArtifactsSpec, SealedCredentials,
     WantedArtifact,
 };
-use crate::fleet::plan::facts::{Access, Meaning, NamespaceQuota, Sealed, Wanted, World, key_of};
+use crate::fleet::plan::facts::{
+    Access, Meaning, NamespaceQuota, Readiness, Sealed, Seconds, Wanted, World, key_of,
+};
 use crate::fleet::plan::{Plan, StatusChange, plan};
 use crate::fleet::seal::{Place, Plain};
 use crate::oci::{Reference, Repository};
 
 /// Questions that are asked at once.
 const LOOKS_AT_ONCE: usize = 8;
+/// Nodes that are asked at once whether they are Ready.
+const CHECKS_AT_ONCE: usize = 8;
+/// What the API server says of a node counts for so long.
+const CHECK_COUNTS: Seconds = 20;
+/// A node whose condition cannot be read counts as one that is Ready.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 /// In any case after so long: clocks jump, and a wake that was missed must not be for ever.
 const LONGEST_SLEEP: Duration = Duration::from_mins(1);
 /// What is not wanted by the API server is offered again after so long.
@@ -81,6 +90,9 @@ pub struct Fleet {
     readable: HashMap<Arc<str>, Readable>,
     looks: JoinSet<(Arc<str>, Asked, Found)>,
     looking: HashSet<Arc<str>>,
+    /// Nodes, by name and uid, and whether they are Ready.
+    checks: JoinSet<(Arc<str>, String, bool)>,
+    checking: HashSet<Arc<str>>,
     /// When each was asked last: whoever waits longest is next, so that registries that hang hold up nobody else's.
     asked: HashMap<Arc<str>, Instant>,
     writes: JoinSet<(Target, Result<Written, Trouble>)>,
@@ -153,6 +165,8 @@ impl Fleet {
             readable: HashMap::new(),
             looks: JoinSet::new(),
             looking: HashSet::new(),
+            checks: JoinSet::new(),
+            checking: HashSet::new(),
             asked: HashMap::new(),
             writes: JoinSet::new(),
             writing: HashSet::new(),
@@ -195,6 +209,14 @@ impl Fleet {
                     let (target, written) = whole(done);
                     dirty |= self.written(target, written);
                     wake = wake.min(self.write_on());
+                }
+                Some(done) = self.checks.join_next(), if !self.checks.is_empty() => {
+                    let (node, uid, is_ready) = whole(done);
+                    self.checked(&node, &uid, is_ready);
+                    dirty = true;
+                }
+                Some(done) = self.event_writes.join_next(), if !self.event_writes.is_empty() => {
+                    whole(done);
                 }
                 Some(done) = self.looks.join_next(), if !self.looks.is_empty() => {
                     let (preload, asked, found) = whole(done);
@@ -252,6 +274,9 @@ impl Fleet {
         planned.look.sort_by_key(|preload| self.asked.get(preload).copied());
         for preload in &planned.look {
             self.ask(preload);
+        }
+        for node in &planned.check {
+            self.check(node);
         }
         wake = wake.min(self.decide(planned));
         wake.min(self.write_on())
@@ -511,6 +536,38 @@ impl Fleet {
         });
     }
 
+    /// Asks whether a node is Ready, unless that is being asked already.
+    fn check(&mut self, node: &Arc<str>) {
+        if self.checks.len() >= CHECKS_AT_ONCE || self.checking.contains(node) {
+            return;
+        }
+        let Some(known) = self.world.nodes.get(node) else { return };
+        let (name, uid) = (Arc::clone(node), known.uid.clone());
+        let api: Api<ApiNode> = Api::all(self.client.clone());
+        self.checking.insert(Arc::clone(node));
+        self.checks.spawn(async move {
+            let read = tokio::time::timeout(CHECK_TIMEOUT, api.get(&name)).await;
+            let is_ready = match read {
+                Ok(Ok(node)) => is_ready(&node),
+                Ok(Err(error)) => {
+                    tracing::warn!(node = &*name, %error, "a node's condition cannot be read");
+                    true
+                }
+                Err(_) => true,
+            };
+            (name, uid, is_ready)
+        });
+    }
+
+    /// Takes in whether a node is Ready.
+    fn checked(&mut self, node: &Arc<str>, uid: &str, is_ready: bool) {
+        self.checking.remove(node);
+        let until = Timestamp::now().as_second() + CHECK_COUNTS;
+        if let Some(known) = self.world.nodes.get_mut(node).filter(|known| known.uid == uid) {
+            known.readiness = Some(Readiness { is_ready, until });
+        }
+    }
+
     /// Takes in what was found out, if it is still asked for.
     fn found(&mut self, preload: &Arc<str>, asked: &Asked, found: Found) {
         self.looking.remove(preload);
@@ -562,6 +619,13 @@ impl Decision {
             }
         }
     }
+}
+
+/// Whether a node's kubelet says that it is Ready, or nothing is said of that.
+fn is_ready(node: &ApiNode) -> bool {
+    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let mut ready = conditions.filter(|condition| condition.type_ == "Ready");
+    ready.all(|condition| condition.status == "True")
 }
 
 /// What a task has come to. One that has panicked has left behind what nobody knows: the process ends, and the next one

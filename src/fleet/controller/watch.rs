@@ -193,7 +193,9 @@ impl Kind<NodeMetadata> for Nodes {
     fn put(&self, world: &mut World, object: &NodeMetadata) -> bool {
         let metadata = &object.metadata;
         let (Some(name), Some(uid)) = (&metadata.name, &metadata.uid) else { return false };
+        let known = world.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
         let node = Node {
+            readiness: known.and_then(|known| known.readiness),
             uid: uid.clone(),
             labels: metadata.labels.clone().unwrap_or_default(),
             created: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),

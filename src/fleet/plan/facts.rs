@@ -82,14 +82,16 @@ pub struct Parsed {
     /// Of the artifact.
     pub platforms: Vec<Platform>,
     /// How many at once.
-    pub parallelism: Parallelism,
+    pub parallelism: NodeCount,
+    /// How many may stay away.
+    pub tolerated: NodeCount,
     /// Over how long.
     pub spread: Duration,
 }
 
-/// How many nodes at once.
+/// A number of nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Parallelism {
+pub enum NodeCount {
     /// So many.
     Nodes(usize),
     /// So many in a hundred of those that are selected.
@@ -189,6 +191,17 @@ pub struct Node {
     /// Where it stands when nodes take turns: the same for all preloads, so that what is new for a node comes in one
     /// write.
     pub turn: u64,
+    /// Whether the API server says that it is Ready, where it was asked.
+    pub readiness: Option<Readiness>,
+}
+
+/// What the API server has said of a node's condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readiness {
+    /// Whether the node is Ready.
+    pub is_ready: bool,
+    /// Until when that counts.
+    pub until: Seconds,
 }
 
 /// What is written about a node.
@@ -579,31 +592,48 @@ fn parse(spec: &ArtifactPreloadSpec) -> Result<Parsed, String> {
             spread.map_err(|error| format!("spec.spread: {error}"))?.0
         }
     };
-    let wrong = || {
-        "spec.parallelism: write a number of nodes of at least 1, or a percentage as 25%".to_owned()
+    let count = |field: &str, value: &IntOrString, least: usize| {
+        NodeCount::parse(value, least).ok_or_else(|| {
+            format!(
+                "spec.{field}: write a number of nodes of at least {least}, or a percentage as 25%"
+            )
+        })
     };
-    let parallelism = match &spec.parallelism {
-        IntOrString::Int(nodes) => {
-            let nodes = usize::try_from(*nodes).ok().filter(|nodes| *nodes > 0);
-            Parallelism::Nodes(nodes.ok_or_else(wrong)?)
-        }
-        IntOrString::String(text) => {
-            let percent = text.strip_suffix('%').and_then(|number| number.parse().ok());
-            let percent = percent.filter(|percent| (1..=100).contains(percent));
-            Parallelism::Percent(percent.ok_or_else(wrong)?)
-        }
-    };
+    let parallelism = count("parallelism", &spec.parallelism, 1)?;
+    let tolerated = count("toleratedNodes", &spec.tolerated_nodes, 0)?;
     let platforms = spec.platforms.iter().map(platform).collect::<Result<_, _>>()?;
-    Ok(Parsed { reference, platforms, parallelism, spread })
+    Ok(Parsed { reference, platforms, parallelism, tolerated, spread })
 }
 
-impl Parallelism {
-    /// Of so many selected nodes.
+impl NodeCount {
+    fn parse(value: &IntOrString, least: usize) -> Option<Self> {
+        match value {
+            IntOrString::Int(nodes) => {
+                let nodes = usize::try_from(*nodes).ok().filter(|nodes| *nodes >= least);
+                nodes.map(Self::Nodes)
+            }
+            IntOrString::String(text) => {
+                let percent = text.strip_suffix('%').and_then(|number| number.parse().ok());
+                percent.filter(|percent| (least..=100).contains(percent)).map(Self::Percent)
+            }
+        }
+    }
+
+    /// Of so many selected nodes, at least one.
     #[must_use]
     pub fn of(self, selected: usize) -> usize {
         match self {
             Self::Nodes(nodes) => nodes,
             Self::Percent(percent) => (selected * percent).div_ceil(100).max(1),
+        }
+    }
+
+    /// Of so many selected nodes, rounded down.
+    #[must_use]
+    pub fn at_most(self, selected: usize) -> usize {
+        match self {
+            Self::Nodes(nodes) => nodes,
+            Self::Percent(percent) => selected * percent / 100,
         }
     }
 }

@@ -14,6 +14,8 @@ use crate::units::Bytes;
 
 /// A node plugin says what it is, and takes a wish up, within seconds; one that has not after so long is not there.
 pub(super) const PATIENCE: Seconds = 120;
+/// Reasons of a node that does not answer.
+const SILENCE: [&str; 2] = ["NoAnswer", "Overdue"];
 /// What a node waits between two tries, at most.
 const LONGEST_PAUSE: Seconds = 300;
 
@@ -41,6 +43,10 @@ pub(super) struct HandedOut {
     pub(super) failed: Vec<Failed>,
     /// Whether all selected nodes held it at once in this generation, now or before.
     pub(super) reached: bool,
+    /// How many nodes may stay away.
+    pub(super) tolerated: usize,
+    /// Nodes that do not hold it, though they may be well: whether they are Ready has to be asked.
+    pub(super) doubtful: Vec<Arc<str>>,
     /// Whether the registry or the secrets have to be asked.
     pub(super) look: bool,
     /// When to look again.
@@ -81,9 +87,16 @@ pub(super) struct Counts {
     pub(super) ready: usize,
     pub(super) active: usize,
     pub(super) failed: usize,
+    /// Of those that do not hold it: not Ready, or without an answer.
+    pub(super) away: usize,
 }
 
 impl Counts {
+    /// Whether all nodes hold it but those that may stay away. One at least has to.
+    pub(super) fn is_everywhere(self, tolerated: usize) -> bool {
+        self.ready > 0 && self.ready + self.away.min(tolerated) >= self.desired
+    }
+
     /// Those whose turn has not come.
     pub(super) fn waiting(self) -> usize {
         self.desired.saturating_sub(self.ready + self.active + self.failed)
@@ -149,6 +162,7 @@ pub(super) fn hand_out(
         handed.current.as_ref().and_then(|current| missing_platform(parsed, &current.known));
     let is_short = missing.is_some();
     handed.problem = missing.or(handed.problem.take());
+    handed.tolerated = parsed.tolerated.at_most(selected.len());
     let mut slots = parsed.parallelism.of(selected.len());
     if preload.spec.paused || handed.problem.is_some() {
         slots = 0;
@@ -158,9 +172,14 @@ pub(super) fn hand_out(
     let mut work = Work { preload, parsed, turns, wishes, now, begin, slots: 0 };
     if let Some(current) = handed.current.clone() {
         let (busy, candidates) = work.keep(&selected, &current, &mut handed, true);
-        let Counts { desired, ready, .. } = handed.counts;
         // An artifact that is not what the spec asks for is not ready, wherever it is.
-        handed.reached = was_reached || (!is_short && desired > 0 && ready == desired);
+        handed.reached =
+            was_reached || (!is_short && handed.counts.is_everywhere(handed.tolerated));
+        let missing = handed.counts.desired - handed.counts.ready;
+        if handed.reached || missing > handed.tolerated {
+            // Whether they are Ready would change nothing.
+            handed.doubtful.clear();
+        }
         work.slots = slots.saturating_sub(busy);
         work.begin_some(candidates, &current, &mut handed, true);
     } else {
@@ -374,6 +393,9 @@ impl Work<'_, '_> {
                 let ready = matches!(state, State::Ready);
                 self.wish(at, current, wanted.since, Some(wanted), ready);
             }
+            if counted && !matches!(state, State::Ready) {
+                self.count_away(turn, &state, handed);
+            }
             match state {
                 State::Unasked => candidates.push(at),
                 State::Active => {
@@ -388,7 +410,29 @@ impl Work<'_, '_> {
                 State::Failed(..) => {}
             }
         }
+        // A node that is known to be away would take a place for two minutes.
+        candidates.sort_by_key(|&at| self.readiness(self.turns[at]) == Some(false));
         (busy, candidates)
+    }
+
+    /// Counts a node that does not hold it, if it is away, or notes that this has to be found out.
+    fn count_away(&self, turn: Turn<'_>, state: &State, handed: &mut HandedOut) {
+        let is_silent = matches!(state, State::Failed(reason, _) if SILENCE.contains(&&**reason));
+        let readiness = self.readiness(turn);
+        if is_silent || readiness == Some(false) {
+            handed.counts.away += 1;
+        }
+        match (turn.node.readiness, readiness) {
+            (Some(known), Some(_)) => handed.wake = earlier(handed.wake, Some(known.until + 1)),
+            _ if is_silent => {}
+            _ => handed.doubtful.push(Arc::clone(turn.name)),
+        }
+    }
+
+    /// Whether a node is Ready, where that is known.
+    fn readiness(&self, turn: Turn<'_>) -> Option<bool> {
+        let readiness = turn.node.readiness.filter(|readiness| readiness.until >= self.now);
+        readiness.map(|readiness| readiness.is_ready)
     }
 
     /// Lets nodes keep what they hold, for the way back. No node fetches it, and it yields where a node is told much.

@@ -19,7 +19,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use crate::fleet::api::ArtifactPreloadStatus;
@@ -45,6 +45,8 @@ pub struct Plan {
     pub report: Vec<StatusChange>,
     /// Preloads whose reference or secrets have to be looked at.
     pub look: Vec<Arc<str>>,
+    /// Nodes of which has to be asked whether they are Ready.
+    pub check: BTreeSet<Arc<str>>,
     /// Preloads whose time is over.
     pub delete: Vec<Arc<str>>,
     /// How many preloads and nodes are how far.
@@ -182,6 +184,7 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
             None => handout::hand_out(preload, &turns, &awaited, &mut wishes, now),
         };
         plan.wake = earlier(plan.wake, handed.wake);
+        plan.check.extend(handed.doubtful.iter().cloned());
         if handed.look {
             plan.look.push(Arc::clone(key));
         }

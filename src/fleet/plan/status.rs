@@ -24,7 +24,7 @@ pub(super) struct Written {
 pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Written {
     let before = &preload.status;
     let same_generation = before.observed_generation == Some(preload.generation);
-    let Counts { desired, ready, active, failed } = handed.counts;
+    let Counts { desired, ready, active, failed, away } = handed.counts;
     let time = |seconds| Timestamp::from_second(seconds).ok().map(Time);
     let kept = |time: &Option<Time>| time.clone().filter(|_| same_generation);
     let start_time = kept(&before.start_time).or_else(|| time(now));
@@ -77,6 +77,7 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
         ready: number(ready),
         active: number(active),
         failed: number(failed),
+        away: number(away),
         failed_nodes: failed_nodes.collect(),
         start_time,
         completion_time,
@@ -145,10 +146,14 @@ fn resolved(handed: &HandedOut) -> Said {
 
 fn is_there(preload: &Preload, handed: &HandedOut) -> Said {
     let counts = handed.counts;
-    let Counts { desired, ready, active, failed } = counts;
+    let Counts { desired, ready, active, failed, away } = counts;
     let waiting = counts.waiting();
     if handed.reached && handed.current.is_some() {
-        let message = if ready < desired {
+        let message = if ready < desired && counts.is_everywhere(handed.tolerated) {
+            format!(
+                "{ready} of {desired} nodes hold it; spec.toleratedNodes allows for {away} that are not Ready or do not answer"
+            )
+        } else if ready < desired {
             format!(
                 "{ready} of {desired} nodes hold it; it was on all of them before: {active} fetch it, {waiting} wait, {failed} failed"
             )

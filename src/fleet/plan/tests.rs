@@ -7,7 +7,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference,
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
-use super::facts::{Access, Known, Meaning, NamespaceQuota, Node, Origin, Refusal, World, turn};
+use super::facts::{
+    Access, Known, Meaning, NamespaceQuota, Node, Origin, Readiness, Refusal, World, turn,
+};
 use super::{Plan, plan};
 use crate::fleet::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
@@ -57,6 +59,7 @@ impl Cluster {
             labels: BTreeMap::from([("zone".to_owned(), zone.to_owned())]),
             created: self.now,
             turn: turn(name),
+            readiness: None,
         };
         let name = self.world.text(name);
         self.world.nodes.insert(name, node);
@@ -145,6 +148,13 @@ impl Cluster {
         self.resolve(preload);
         self.run_until_done();
         self.status(preload).ready_reference.expect("ready")
+    }
+
+    /// The API server has said whether a node is Ready.
+    fn is_ready(&mut self, node: &str, is_ready: bool) {
+        let readiness = Readiness { is_ready, until: self.now + 20 };
+        let node = self.world.nodes.get_mut(node).expect("a node");
+        node.readiness = Some(readiness);
     }
 
     fn status(&self, preload: &str) -> ArtifactPreloadStatus {
@@ -1190,6 +1200,90 @@ fn nodes_are_told_when_the_registry_said_what_a_tag_means() {
     assert_eq!(told(&cluster).last(), Some(&None), "a digest says nothing of a tag");
 }
 
+#[test]
+fn nodes_that_stay_away_are_tolerated_up_to_a_number() {
+    let mut cluster = cluster(4);
+    cluster.apply("tool", |spec| {
+        spec.parallelism = IntOrString::Int(10);
+        spec.tolerated_nodes = IntOrString::Int(1);
+    });
+    let check = |cluster: &Cluster| {
+        cluster.plan().check.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let most_work = |cluster: &mut Cluster, away: &[&str]| {
+        cluster.settle();
+        for (node, wanted) in cluster.open() {
+            if !away.contains(&node.as_str()) {
+                cluster.says(&node, &wanted, Phase::Ready);
+            }
+        }
+        cluster.settle();
+    };
+    most_work(&mut cluster, &["node-2", "node-3"]);
+    assert_eq!(check(&cluster), [] as [&str; 0], "two are more than may stay away");
+    most_work(&mut cluster, &["node-3"]);
+    assert_eq!(
+        (check(&cluster), cluster.reason("tool")),
+        (vec!["node-3".to_owned()], "Preloading".to_owned())
+    );
+    cluster.is_ready("node-3", true);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Preloading", "it is well, and only slow");
+    cluster.now += 30;
+    assert_eq!(check(&cluster), ["node-3"], "it may not be well any more");
+    cluster.is_ready("node-3", false);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    let status = cluster.status("tool");
+    assert_eq!((status.desired, status.ready, status.away), (4, 3, 1));
+    let ready = status.conditions.iter().find(|one| one.type_ == "Ready").expect("one");
+    assert!(
+        ready.message.contains("3 of 4 nodes hold it; spec.toleratedNodes allows for 1"),
+        "{}",
+        ready.message
+    );
+    assert!(check(&cluster).is_empty());
+
+    // One whose plugin does not answer stays away, whatever its condition is; others have failed.
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.resolve("tool");
+    cluster.now += 30;
+    most_work(&mut cluster, &["node-3"]);
+    assert_eq!(cluster.reason("tool"), "Preloading");
+    cluster.now += 130;
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v3".to_owned());
+    cluster.resolve("tool");
+    most_work(&mut cluster, &["node-3"]);
+    let is_new = |(_, wanted): &(String, WantedArtifact)| wanted.reference.contains(":v3@");
+    let (node, wanted) = cluster.open().into_iter().find(is_new).expect("it is asked for");
+    cluster.says(&node, &wanted, Phase::Failed);
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "NodesFailed");
+
+    // Of four nodes, 24 in a hundred are none; and one node at least has to hold it.
+    cluster.says(&node, &wanted, Phase::Waiting);
+    for (tolerated, away, reason) in [
+        (IntOrString::String("24%".to_owned()), vec!["node-3"], "Preloading"),
+        (IntOrString::String("25%".to_owned()), vec!["node-3"], "Ready"),
+        (
+            IntOrString::String("100%".to_owned()),
+            vec!["node-0", "node-1", "node-2", "node-3"],
+            "Preloading",
+        ),
+    ] {
+        cluster.apply("tool", |spec| {
+            spec.reference = format!("r.io/tool:v{}", spec.reference.len() + away.len());
+            spec.tolerated_nodes = tolerated;
+        });
+        cluster.resolve("tool");
+        for node in &away {
+            cluster.is_ready(node, false);
+        }
+        most_work(&mut cluster, &away);
+        assert_eq!(cluster.reason("tool"), reason, "{away:?}");
+    }
 }
 
 #[test]

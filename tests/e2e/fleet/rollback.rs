@@ -242,3 +242,32 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     kubelet.unpublish(&asks);
 }
 
+#[test]
+fn a_node_that_is_not_ready_does_not_hold_up_a_preload_that_tolerates_it() {
+    let mut fleet = Fleet::start(registry(), false);
+    let spec = |version: usize| {
+        let mut spec = fleet.spec(fleet.tag(version));
+        spec["toleratedNodes"] = json!("50%");
+        spec
+    };
+    let (first, second) = (spec(0), spec(1));
+    fleet.cluster.preload("tool", first);
+    fleet.cluster.wait_for("tool", "Ready");
+    let node = fleet.cluster.drivers.remove(1).kill();
+    fleet.cluster.api.set_node_ready("two", true);
+    fleet.cluster.preload("tool", second);
+    wait_until("one node holds it", || fleet.cluster.status("tool")["ready"] == 1);
+    assert_eq!(
+        fleet.cluster.condition("tool", "Ready")["status"],
+        "False",
+        "the other may be well"
+    );
+    fleet.cluster.api.set_node_ready("two", false);
+    fleet.cluster.wait_for("tool", "Ready");
+    assert_eq!(fleet.cluster.status("tool")["readyReference"], fleet.pinned(1).as_str());
+    assert_eq!(fleet.cluster.status("tool")["away"], 1);
+    fleet.cluster.drivers.push(node.start());
+    fleet.cluster.api.set_node_ready("two", true);
+    wait_until("the node has it when it is back", || fleet.cluster.status("tool")["ready"] == 2);
+    wait_until("none is away", || fleet.cluster.status("tool")["away"] == 0);
+}

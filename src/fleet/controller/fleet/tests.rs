@@ -125,7 +125,8 @@ async fn an_answer_that_comes_late_brings_back_nothing() {
     let node = || Target::Node(Arc::from("one"));
     fleet.written(node(), Ok(object("first")));
     assert!(fleet.world.objects.is_empty(), "the node has gone, and its object with it");
-    let known = Node { uid: "second".to_owned(), labels: BTreeMap::new(), created: 0, turn: 0 };
+    let labels = BTreeMap::new();
+    let known = Node { uid: "second".to_owned(), labels, created: 0, turn: 0, readiness: None };
     fleet.world.nodes.insert(Arc::from("one"), known);
     fleet.written(node(), Ok(object("first")));
     assert!(fleet.world.objects.is_empty(), "another node has its name now");

@@ -85,6 +85,15 @@ impl ApiServer {
         self.store().list(kind)
     }
 
+    /// What the kubelet, or the controller that misses it, says of a node.
+    #[track_caller]
+    pub fn set_node_ready(&self, name: &str, is_ready: bool) {
+        let mut node = self.get(Kind::Node, "", name);
+        let status = if is_ready { "True" } else { "Unknown" };
+        node["status"] = serde_json::json!({"conditions": [{"type": "Ready", "status": status}]});
+        self.store().replace(Kind::Node, "", name, node).expect("a node");
+    }
+
     /// All watches end, as when the server is restarted.
     pub fn break_watches(&self) {
         self.store().break_watches();
