@@ -1,6 +1,9 @@
 //! Certificates: private authorities, clients' certificates, and certificates that do not fit.
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use tonic::Code;
 
@@ -9,10 +12,7 @@ use crate::support::{
 };
 
 /// The shared registry's content behind TLS.
-fn with_tls(
-    (certificate, key): &(std::path::PathBuf, std::path::PathBuf),
-    clients: Option<&std::path::Path>,
-) -> Registry {
+fn with_tls((certificate, key): &(PathBuf, PathBuf), clients: Option<&Path>) -> Registry {
     Registry::start(&RegistryKind {
         tls: Some((certificate, key, clients)),
         content_of: Some(registry()),
@@ -71,6 +71,59 @@ fn a_certificate_for_another_name_or_time_is_refused_and_the_clock_is_named() {
         let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), artifact.name));
         let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
         assert!(message.contains(named), "{message}");
+    }
+}
+
+/// What `openssl req -x509` makes: a certificate and its key.
+fn self_signed(folder: &Path, options: &[&str]) -> (PathBuf, PathBuf) {
+    let (certificate, key) = (folder.join("own.crt"), folder.join("own.key"));
+    run(tool("openssl")
+        .args(["req", "-x509", "-nodes", "-subj", "/CN=registry", "-keyout"])
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .args(options));
+    (certificate, key)
+}
+
+#[test]
+fn the_self_signed_certificate_of_openssl_is_accepted_where_exactly_it_is_configured() {
+    let node = Node::start_with_hosts("");
+    let san = "subjectAltName=IP:127.0.0.1";
+    let ec = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-addext", san];
+    let elsewhere = "subjectAltName=DNS:elsewhere.example,IP:127.0.0.2";
+    for (number, (options, refused)) in [
+        (vec!["-newkey", "rsa:2048", "-days", "30", "-addext", san], None),
+        ([&ec[..], &["-days", "30"]].concat(), None),
+        ([&ec[..], &["-days", "30", "-addext", "basicConstraints=CA:FALSE"]].concat(), None),
+        ([&ec[..4], &["-addext", elsewhere]].concat(), Some("not valid for")),
+        // Without alternative names no client of Go accepts it either.
+        (ec[..4].to_vec(), Some("not valid for")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = node.sandbox.folder(&format!("own-{number}"));
+        let pair = self_signed(&folder, &options);
+        let registry = with_tls(&pair, None);
+        let volume = |reference: String| node.kubelet.new_volume(&reference);
+        let volume = volume(format!("{}/{}", registry.host(), small_artifact().name));
+        let server = format!("server = \"https://{}\"\n", registry.host());
+        // Another one of the same kind is not enough.
+        let other = self_signed(&node.sandbox.folder(&format!("other-{number}")), &options).0;
+        for text in [server.clone(), format!("{server}ca = \"{}\"\n", other.display())] {
+            node.hosts_toml(&registry.host(), &text);
+            let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+            assert!(message.contains("no trusted TLS connection"), "{options:?}: {message}");
+        }
+        node.hosts_toml(&registry.host(), &format!("{server}ca = \"{}\"\n", pair.0.display()));
+        if let Some(named) = refused {
+            let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+            assert!(message.contains(named), "{options:?}: {message}");
+            continue;
+        }
+        node.kubelet.publish_well(&volume);
+        node.kubelet.unpublish(&volume);
     }
 }
 

@@ -24,7 +24,7 @@ use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
 use super::hosts::HostEntry;
 use super::redirect;
-use super::tls::{self, TlsMaterial};
+use super::tls::{self, TlsMaterial, TrustedCertificates};
 
 /// A server that asks for more patience gets asked again after this anyway.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
@@ -41,7 +41,7 @@ struct Inner {
     /// For hosts that nothing is configured for.
     default: Connection,
     /// The system's certificate authorities.
-    system: rustls::RootCertStore,
+    system: TrustedCertificates,
     connect_timeout: Duration,
     rules: AddressRules,
     /// The environment's proxies.
@@ -84,7 +84,7 @@ impl fmt::Debug for Transport {
 impl Transport {
     pub(super) fn new(options: &RegistryOptions) -> Result<Self, RegistryError> {
         let setup = |reason: String| RegistryError::Setup { reason: error::reason(&reason) };
-        let system = tls::system_roots(&options.extra_roots).map_err(setup)?;
+        let system = TrustedCertificates::of_system(&options.extra_roots).map_err(setup)?;
         let tls = TlsMaterial::default().configuration(&system).map_err(setup)?;
         let (connect_timeout, rules) = (options.connect_timeout, options.addresses.clone());
         let settings = ConnectionSettings { tls, connect_timeout, proxy: None, rules: &rules };
@@ -288,14 +288,7 @@ pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> Registry
     }
     let reason = error::reason(&root_cause(&error));
     if let Some(tls) = causes(&error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
-        let reason = if is_not_yet_valid(tls) {
-            let now = jiff::Timestamp::now();
-            format!(
-                "its certificate is not valid yet by this node's clock, which says {now:.0}: check the clock"
-            )
-        } else {
-            reason
-        };
+        let reason = tls_reason(tls).unwrap_or(reason);
         return RegistryError::Tls { host, what, reason };
     }
     if error.is_timeout() {
@@ -354,10 +347,22 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Erro
     })
 }
 
-fn is_not_yet_valid(error: &rustls::Error) -> bool {
+/// Explains those errors of TLS whose own text does not say what to change.
+fn tls_reason(error: &rustls::Error) -> Option<String> {
     use rustls::CertificateError::{NotValidYet, NotValidYetContext};
-    use rustls::Error::InvalidCertificate;
-    matches!(error, InvalidCertificate(NotValidYet | NotValidYetContext { .. }))
+    let rustls::Error::InvalidCertificate(invalid) = error else { return None };
+    match invalid {
+        NotValidYet | NotValidYetContext { .. } => {
+            let now = jiff::Timestamp::now();
+            Some(format!(
+                "its certificate is not valid yet by this node's clock, which says {now:.0}: check the clock"
+            ))
+        }
+        invalid if tls::is_of_authority(invalid) => Some(
+            "its certificate is an authority's (CA:TRUE): name exactly this one as ca in hosts.toml, or issue one without CA:TRUE".to_owned(),
+        ),
+        _ => None,
+    }
 }
 
 fn root_cause(error: &reqwest::Error) -> String {
