@@ -6,6 +6,7 @@
 
 use tonic::{Code, Status};
 
+use crate::oci::digest::DigestError;
 use crate::oci::manifest::ManifestError;
 use crate::oci::registry::RegistryError;
 use crate::pull::PullError;
@@ -43,7 +44,7 @@ pub fn code(error: &VolumeError) -> Code {
         VolumeError::Invalid(_) => Code::InvalidArgument,
         VolumeError::Occupied { .. } => Code::AlreadyExists,
         VolumeError::NotPublished(_) => Code::NotFound,
-        VolumeError::Policy { .. } => Code::FailedPrecondition,
+        VolumeError::Policy { .. } | VolumeError::Unsupported(_) => Code::FailedPrecondition,
         VolumeError::Pull { source, .. } => pull(source.root()),
         // The kubelet comes back, and an unpublish follows when the pod goes.
         VolumeError::StillPulling { .. }
@@ -85,7 +86,9 @@ fn registry(error: &RegistryError) -> Code {
     match error {
         RegistryError::NotFound { .. } => Code::NotFound,
         RegistryError::Unauthorized { .. } => Code::Unauthenticated,
-        RegistryError::Forbidden { .. } => Code::PermissionDenied,
+        RegistryError::Forbidden { .. } | RegistryError::PolicyRefused { .. } => {
+            Code::PermissionDenied
+        }
         RegistryError::RateLimited { .. }
         | RegistryError::ServerError { .. }
         | RegistryError::Unreachable { .. }
@@ -102,10 +105,11 @@ fn registry(error: &RegistryError) -> Code {
 fn manifest(error: &ManifestError) -> Code {
     match error {
         ManifestError::Undecodable(_)
-        | ManifestError::Digest(_)
+        | ManifestError::Digest(DigestError::Malformed(_))
         | ManifestError::NegativeSize { .. }
         | ManifestError::Data(_) => Code::Internal,
-        ManifestError::MediaType(_)
+        ManifestError::Digest(DigestError::Algorithm(_))
+        | ManifestError::MediaType(_)
         | ManifestError::TooManyLayers { .. }
         | ManifestError::BlobTooLarge { .. }
         | ManifestError::NoPlatform { .. }

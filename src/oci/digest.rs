@@ -19,7 +19,7 @@ pub enum DigestError {
     /// Neither `sha256:` nor anything that could be an algorithm.
     #[error("\"{0}\" is not a digest: write sha256:<64 lower-case hexadecimal digits>")]
     Malformed(String),
-    /// A registered algorithm, but not the one that is supported.
+    /// Well-formed, but of another algorithm than the supported one.
     #[error("digest algorithm \"{0}\" is not supported: use the content's sha256 digest")]
     Algorithm(String),
 }
@@ -97,11 +97,26 @@ impl FromStr for Digest {
         if algorithm == "sha256" {
             return Self::from_hex(hex).ok_or_else(|| DigestError::Malformed(shown()));
         }
-        if ["sha384", "sha512", "blake3"].contains(&algorithm) {
-            return Err(DigestError::Algorithm(algorithm.to_owned()));
+        if is_algorithm(algorithm) && is_encoded(hex) {
+            return Err(DigestError::Algorithm(algorithm.chars().take(100).collect()));
         }
         Err(DigestError::Malformed(shown()))
     }
+}
+
+/// The grammar of algorithms in the OCI image specification: `sha512`, `sha256+b64u`.
+fn is_algorithm(text: &str) -> bool {
+    let is_component = |component: &str| {
+        !component.is_empty()
+            && component.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit())
+    };
+    text.split(['+', '.', '_', '-']).all(is_component)
+}
+
+/// The grammar of what follows the algorithm.
+fn is_encoded(text: &str) -> bool {
+    let is_encoded = |byte: u8| byte.is_ascii_alphanumeric() || b"=_-".contains(&byte);
+    !text.is_empty() && text.bytes().all(is_encoded)
 }
 
 impl Serialize for Digest {
@@ -137,6 +152,17 @@ mod tests {
         }
         let upper = Digest::of(b"").to_string().to_uppercase();
         assert!(upper.parse::<Digest>().is_err());
-        assert_eq!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm("sha512".into())));
+    }
+
+    #[test]
+    fn other_algorithms_are_told_from_nonsense() {
+        for algorithm in ["sha512", "sha384", "blake3", "md5", "sha256+b64u", "multihash.x_y-z"] {
+            let parsed = format!("{algorithm}:LCa0a2j_xo=").parse::<Digest>();
+            assert_eq!(parsed, Err(DigestError::Algorithm(algorithm.into())));
+        }
+        for text in ["sha512:", ":00", "SHA512:00", "sha512:a/b", "sha+:00", "sha 512:00", "r.io/a"]
+        {
+            assert!(matches!(text.parse::<Digest>(), Err(DigestError::Malformed(_))), "{text}");
+        }
     }
 }

@@ -10,6 +10,8 @@ use serde::Serialize;
 use super::error::VolumeError;
 use crate::mount::MountFlags;
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
+use crate::oci::digest::DigestError;
+use crate::oci::reference::ReferenceError;
 use crate::oci::{Digest, Platform, Reference};
 use crate::policy::Demands;
 use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
@@ -189,19 +191,23 @@ impl VolumeAttributes {
 
 fn reference<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Result<Reference, VolumeError> {
     let parts = [get("repository"), get("tag"), get("digest")];
-    let malformed =
-        |error| VolumeError::Invalid(format!("the volume attribute \"reference\": {error}"));
+    let refused = |attributes: &str, error: ReferenceError| {
+        let text = format!("the volume {attributes}: {error}");
+        match error {
+            ReferenceError::Digest(DigestError::Algorithm(_)) => VolumeError::Unsupported(text),
+            _ => VolumeError::Invalid(text),
+        }
+    };
     match (get("reference"), parts) {
-        (Some(reference), [None, None, None]) => reference.parse().map_err(malformed),
+        (Some(reference), [None, None, None]) => {
+            reference.parse().map_err(|error| refused("attribute \"reference\"", error))
+        }
         (Some(_), _) => Err(VolumeError::Invalid(
             "the volume attributes name the artifact twice: use either \"reference\" or \"repository\" with \"tag\" and \"digest\"".into(),
         )),
         (None, [Some(repository), tag, digest]) => {
-            Reference::from_parts(repository, tag, digest).map_err(|error| {
-                VolumeError::Invalid(format!(
-                    "the volume attributes \"repository\", \"tag\" and \"digest\": {error}"
-                ))
-            })
+            let attributes = "attributes \"repository\", \"tag\" and \"digest\"";
+            Reference::from_parts(repository, tag, digest).map_err(|error| refused(attributes, error))
         }
         (None, [None, ..]) => Err(VolumeError::Invalid(
             "the volume attribute \"reference\" is missing: set it to host[:port]/repository[:tag][@digest]".into(),

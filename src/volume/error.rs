@@ -15,6 +15,9 @@ pub enum VolumeError {
     /// The request, an attribute, a secret or a reference is malformed.
     #[error("{0}")]
     Invalid(String),
+    /// A well-formed reference that names what the driver does not support.
+    #[error("{0}")]
+    Unsupported(String),
     /// Something else is at the target.
     #[error("the target {} {what}", target.display())]
     Occupied {

@@ -58,14 +58,17 @@ impl Registry {
             } else if !matches!(proof, Proof::Nothing) {
                 return Ok(answer);
             }
-            if status != StatusCode::UNAUTHORIZED && matches!(proof, Proof::Nothing) {
-                // Registries that let anybody in hide from anybody what only some may
-                // see. The API itself says how to ask.
-                if credential.is_anonymous() {
+            if matches!(proof, Proof::Nothing) {
+                // Registries that let anybody in hide from anybody what only some may see.
+                let is_hidden = status != StatusCode::UNAUTHORIZED;
+                if is_hidden && credential.is_anonymous() {
                     return Ok(answer);
                 }
-                challenges =
-                    self.challenges_of_api(question, endpoint).await.inspect_err(of_host)?;
+                // The API itself says how to ask.
+                if is_hidden || challenges.is_empty() {
+                    challenges =
+                        self.challenges_of_api(question, endpoint).await.inspect_err(of_host)?;
+                }
             }
             if attempt == MAXIMUM_ATTEMPTS {
                 return Ok(answer);

@@ -46,6 +46,16 @@ pub enum RegistryError {
         /// Whether no credential was there to send.
         anonymous: bool,
     },
+    /// 402, 412, 423 or 451, whatever the credential.
+    #[error("{host} does not give {what}, the registry's policy refuses it ({status}): {}", look_at(*.status))]
+    PolicyRefused {
+        /// Who answered.
+        host: String,
+        /// The thing asked for.
+        what: String,
+        /// The status.
+        status: u16,
+    },
     /// 429.
     #[error("{host} limits the rate of requests (429) for {what}: it is asked again later")]
     RateLimited {
@@ -185,6 +195,7 @@ impl RegistryError {
             Self::NotFound { .. }
             | Self::Unauthorized { .. }
             | Self::Forbidden { .. }
+            | Self::PolicyRefused { .. }
             | Self::TooLarge { .. }
             | Self::DigestMismatch { .. }
             | Self::Address { .. }
@@ -202,6 +213,7 @@ impl RegistryError {
             Self::NotFound { what }
             | Self::Unauthorized { what, .. }
             | Self::Forbidden { what, .. }
+            | Self::PolicyRefused { what, .. }
             | Self::RateLimited { what, .. }
             | Self::ServerError { what, .. }
             | Self::Unreachable { what, .. }
@@ -238,6 +250,7 @@ impl RegistryError {
             Self::NotFound { .. } => "not_found",
             Self::Unauthorized { .. } => "unauthorized",
             Self::Forbidden { .. } => "forbidden",
+            Self::PolicyRefused { .. } => "policy_refused",
             Self::RateLimited { .. } => "rate_limited",
             Self::ServerError { .. } => "server_error",
             Self::Unreachable { .. } => "unreachable",
@@ -303,6 +316,16 @@ fn advice(anonymous: bool) -> &'static str {
     }
 }
 
+/// Where in the registry the reason stands.
+fn look_at(status: u16) -> &'static str {
+    match status {
+        402 => "look at the registry's quota and subscription",
+        412 => "look at the artifact's scan, signature and the project's rules in the registry",
+        423 => "look at whether the repository or the artifact is locked in the registry",
+        _ => "it may not be given for legal reasons, ask the registry's administrator",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,6 +347,7 @@ mod tests {
             RegistryError::NotFound { what: what.clone() },
             RegistryError::Unauthorized { host: host.clone(), what: what.clone(), anonymous },
             RegistryError::Forbidden { host: host.clone(), what: what.clone(), anonymous },
+            RegistryError::PolicyRefused { host: host.clone(), what: what.clone(), status: 412 },
             RegistryError::RateLimited {
                 host: host.clone(),
                 what: what.clone(),

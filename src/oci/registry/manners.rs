@@ -267,6 +267,7 @@ fn is_refusal(error: &RegistryError) -> bool {
         RegistryError::NotFound { .. }
             | RegistryError::Unauthorized { .. }
             | RegistryError::Forbidden { .. }
+            | RegistryError::PolicyRefused { .. }
     )
 }
 

@@ -376,14 +376,21 @@ impl Registry {
         credential: &Credential,
     ) -> Result<Option<ResolvedTag>, RegistryError> {
         let question = &Question::manifest(repository, name, credential, Method::HEAD)?;
+        let get = &Question::manifest(repository, name, credential, Method::GET)?;
         let mut turns = self.turns(question, name.needs()).await?;
         loop {
             let endpoint = turns.current();
             let tried = async {
-                let answer = self.ask(question, endpoint).await?;
+                let mut answer = self.ask(question, endpoint).await?;
+                // The method may be what is refused, and not the credential.
+                if answer.status() == StatusCode::FORBIDDEN && !answer.redirected {
+                    answer.discard().await;
+                    answer = self.expect_success(get, endpoint).await?;
+                }
                 if answer.status().is_success() {
                     let digest = announced_digest(answer.response.headers());
                     let answered_by = AnsweredBy::of(endpoint, &answer);
+                    answer.discard().await;
                     return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
                 }
                 if head_is_not_understood(&answer) {
@@ -597,11 +604,11 @@ impl Answer {
     }
 }
 
-/// Answers to `HEAD` that say nothing about the thing: registries without it,
-/// and storage whose presigned addresses are for `GET` alone.
+/// Answers to `HEAD` that say nothing about the thing: registries and gateways that refuse the
+/// method, and storage whose presigned addresses are for `GET` alone.
 fn head_is_not_understood(answer: &Answer) -> bool {
     let status = answer.status();
-    matches!(status.as_u16(), 400 | 405 | 501)
+    matches!(status.as_u16(), 400 | 403 | 405 | 501)
         || (answer.redirected && status.is_client_error() && status.as_u16() != 429)
 }
 

@@ -308,9 +308,13 @@ async fn a_tag_cannot_become_a_path() {
 #[tokio::test]
 async fn every_status_has_its_error() {
     type Check = fn(&RegistryError) -> bool;
-    let cases: [(u16, Check, bool, bool); 12] = [
+    let cases: [(u16, Check, bool, bool); 16] = [
         (401, |e| matches!(e, RegistryError::Unauthorized { anonymous: true, .. }), false, true),
         (403, |e| matches!(e, RegistryError::Forbidden { anonymous: true, .. }), false, true),
+        (402, |e| matches!(e, RegistryError::PolicyRefused { status: 402, .. }), false, false),
+        (412, |e| matches!(e, RegistryError::PolicyRefused { status: 412, .. }), false, false),
+        (423, |e| matches!(e, RegistryError::PolicyRefused { status: 423, .. }), false, false),
+        (451, |e| matches!(e, RegistryError::PolicyRefused { status: 451, .. }), false, false),
         (404, |e| matches!(e, RegistryError::NotFound { .. }), false, false),
         (410, |e| matches!(e, RegistryError::NotFound { .. }), false, false),
         (429, |e| matches!(e, RegistryError::RateLimited { .. }), true, false),
@@ -456,7 +460,7 @@ async fn a_large_manifest_waits_for_room_as_long_as_it_takes() {
 
 #[tokio::test]
 async fn a_probe_is_a_head_and_a_get_where_there_is_none() {
-    for (code, requests) in [(200, 1), (405, 2), (501, 2), (400, 2)] {
+    for (code, requests) in [(200, 1), (403, 2), (405, 2), (501, 2), (400, 2)] {
         let server =
             Server::start(
                 move |seen, _| {
@@ -496,6 +500,35 @@ async fn a_tag_resolves_to_what_the_registry_says_or_to_nothing() {
             expected.map(|digest| ResolvedTag { digest, answered_by: AnsweredBy::Registry });
         assert_eq!(resolved, Ok(expected), "{code} {announced}");
     }
+}
+
+#[tokio::test]
+async fn a_head_that_is_forbidden_is_followed_by_a_get_before_the_credential_is_blamed() {
+    let digest = Digest::of(MANIFEST).to_string();
+    for announced in [Some(digest.clone()), None] {
+        let header = announced.clone();
+        let server = Server::start(move |seen, _| {
+            let headers: Vec<_> =
+                header.iter().map(|digest| ("docker-content-digest", digest.as_str())).collect();
+            if seen.method == "HEAD" { status(403) } else { answer(200, &headers, MANIFEST) }
+        })
+        .await;
+        let (registry, repository) = (registry(), server.repository());
+        let resolved = registry.resolve_tag(&repository, "v1", &Credential::Anonymous).await;
+        let found = resolved.unwrap().map(|resolved| resolved.digest.to_string());
+        assert_eq!(found, announced);
+        let (manifest, anonymous) = (Digest::of(MANIFEST), Credential::Anonymous);
+        assert!(registry.probe(&repository, manifest, &anonymous).await.is_ok());
+        assert!(registry.probe_blob(&repository, manifest, &anonymous).await.is_ok());
+    }
+    let server = Server::start(|_, _| status(403)).await;
+    let (registry, repository) = (registry(), server.repository());
+    // A refusal of both is remembered as one, so that it is not asked for again and again.
+    for _ in 0..20 {
+        let resolved = registry.resolve_tag(&repository, "v1", &Credential::Anonymous).await;
+        assert!(matches!(discreet(resolved), RegistryError::Forbidden { .. }));
+    }
+    assert!(server.seen().len() < 40, "{}", server.seen().len());
 }
 
 #[tokio::test]
@@ -860,6 +893,32 @@ async fn a_registry_that_hides_what_only_some_may_see_is_asked_how() {
         assert_eq!(server.seen().len(), 1);
         registry.manifest(&repository, &tag(), &basic_credential()).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_401_that_says_not_how_to_ask_is_explained_by_the_api() {
+    for header in [None, Some("Negotiate"), Some("Bearer")] {
+        let server = Server::start(move |seen, host| match seen.authorization() {
+            _ if seen.is_token_request() => ok(r#"{"token": "t"}"#),
+            Some("Bearer t") => ok(MANIFEST),
+            _ if seen.path == "/v2/" => challenge_at(host),
+            _ => {
+                let headers: Vec<_> =
+                    header.iter().map(|&value| ("www-authenticate", value)).collect();
+                answer(401, &headers, "")
+            }
+        })
+        .await;
+        for credential in [Credential::Anonymous, basic_credential()] {
+            registry().manifest(&server.repository(), &tag(), &credential).await.unwrap();
+        }
+    }
+    // Nothing is said anywhere: asked once each, and no credential is shown.
+    let server = Server::start(|_, _| status(401)).await;
+    let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
+    assert_eq!(server.seen().len(), 2);
+    assert!(server.seen().iter().all(|seen| seen.authorization().is_none()));
 }
 
 // --- redirects ---

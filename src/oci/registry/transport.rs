@@ -225,6 +225,7 @@ impl Answer {
             408 | 425 | 500..=599 => RegistryError::ServerError { host, what, status, retry_after },
             401 => RegistryError::Unauthorized { host, what, anonymous },
             403 => RegistryError::Forbidden { host, what, anonymous },
+            402 | 412 | 423 | 451 => RegistryError::PolicyRefused { host, what, status },
             404 | 410 => RegistryError::NotFound { what },
             _ => self.protocol(&what, format!("the status {status}")),
         }
