@@ -18,7 +18,9 @@ pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut Seen) -> Option<Pat
     if host.is_empty() || host.contains('/') || host.starts_with('.') || host.starts_with('_') {
         return None;
     }
-    let underlined = host.rsplit_once(':').map(|(name, port)| format!("{name}_{port}_"));
+    // An IPv6 address without a port ends in a bracket.
+    let with_port = host.rsplit_once(':').filter(|_| !host.ends_with(']'));
+    let underlined = with_port.map(|(name, port)| format!("{name}_{port}_"));
     for root in roots {
         for name in underlined.iter().map(String::as_str).chain([host, "_default"]) {
             let folder = root.join(name);
@@ -114,6 +116,10 @@ mod tests {
         assert_eq!(found("r.io:5000").as_deref(), Some("one/r.io:5000"));
         make("one/r.io_5000_");
         assert_eq!(found("r.io:5000").as_deref(), Some("one/r.io_5000_"));
+        make("one/[::1]_5000_");
+        assert_eq!(found("[::1]:5000").as_deref(), Some("one/[::1]_5000_"));
+        make("one/[::1]");
+        assert_eq!(found("[::1]").as_deref(), Some("one/[::1]"));
         for odd in ["..", "_default", "", "a/b"] {
             assert_eq!(found(odd), None, "{odd}");
         }
