@@ -32,8 +32,7 @@ pub(super) fn read(headers: &HeaderMap) -> Vec<Challenge> {
     headers
         .get_all(WWW_AUTHENTICATE)
         .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(parse)
+        .flat_map(|value| parse(&String::from_utf8_lossy(value.as_bytes())))
         .filter_map(known)
         .collect()
 }
@@ -74,7 +73,7 @@ fn known(mut raw: Raw) -> Option<Challenge> {
 /// challenge before it, any other word starts a challenge.
 pub(super) fn parse(header: &str) -> Vec<Raw> {
     let mut challenges: Vec<Raw> = Vec::new();
-    let mut cursor = Cursor { rest: header.get(..MAXIMUM_HEADER_BYTES).unwrap_or(header) };
+    let mut cursor = Cursor { rest: &header[..header.floor_char_boundary(MAXIMUM_HEADER_BYTES)] };
     while !cursor.rest.is_empty() {
         let word = cursor.word();
         if word.is_empty() {
@@ -198,6 +197,14 @@ mod tests {
             of(&[r#"Bearer realm="https://a",service="a \"b\" \\""#]),
             [bearer("https://a", Some(r#"a "b" \"#), &[])]
         );
+    }
+
+    #[test]
+    fn a_service_may_have_a_name_beyond_ascii() {
+        let value = "Bearer realm=\"https://a/t\",service=\"Größe\"".as_bytes();
+        let headers =
+            HeaderMap::from_iter([(WWW_AUTHENTICATE, HeaderValue::from_bytes(value).unwrap())]);
+        assert_eq!(read(&headers), [bearer("https://a/t", Some("Größe"), &[])]);
     }
 
     #[test]

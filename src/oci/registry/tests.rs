@@ -998,6 +998,29 @@ async fn what_storage_refuses_is_no_verdict() {
 }
 
 #[tokio::test]
+async fn a_redirect_may_have_bytes_beyond_ascii() {
+    for (location, path, query) in [
+        ("/b/Größe.bin?name=é", "/b/Gr%C3%B6%C3%9Fe.bin", "name=%C3%A9"),
+        ("/b/a b", "/b/a%20b", ""),
+    ] {
+        let location = HeaderValue::from_bytes(location.as_bytes()).unwrap();
+        let server = Server::start(move |seen, _| {
+            if seen.path.starts_with("/b/") {
+                return ok("x");
+            }
+            let mut moved = answer(307, &[], "");
+            moved.headers_mut().insert("location", location.clone());
+            moved
+        })
+        .await;
+        let (repository, anonymous) = (server.repository(), Credential::Anonymous);
+        registry().blob(&repository, Digest::of(b""), 0, &anonymous).await.unwrap();
+        let followed = &server.seen()[1];
+        assert_eq!((followed.path.as_str(), followed.query.as_str()), (path, query));
+    }
+}
+
+#[tokio::test]
 async fn bad_redirects_are_not_followed() {
     let cases = [
         "http://storage.example/x",

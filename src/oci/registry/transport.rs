@@ -5,7 +5,7 @@
 //! `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
 
 use std::error::Error as _;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -304,8 +304,7 @@ fn next_hop(from: &Url, response: &Response) -> Result<Url, &'static str> {
         return Err("a redirect of a kind that has no meaning here");
     }
     let location = response.headers().get(LOCATION).ok_or("a redirect to nowhere")?;
-    let location = location.to_str().map_err(|_| "a redirect to an unreadable address")?;
-    let mut to = from.join(location).map_err(|_| "a redirect to an unreadable address")?;
+    let mut to = from.join(&ascii(location)).map_err(|_| "a redirect to an unreadable address")?;
     to.set_fragment(None);
     redirect::check(from, &to).map_err(|reason| match reason {
         "an address without TLS" => "a redirect to an address without TLS",
@@ -313,6 +312,19 @@ fn next_hop(from: &Url, response: &Response) -> Result<Url, &'static str> {
         _ => "a redirect to an address that is not followed",
     })?;
     Ok(to)
+}
+
+/// An address in a header, whose bytes beyond ASCII are percent-encoded: storage puts names of files
+/// into its addresses as they are.
+fn ascii(address: &HeaderValue) -> String {
+    address.as_bytes().iter().fold(String::new(), |mut text, &byte| {
+        if byte.is_ascii() {
+            text.push(char::from(byte));
+        } else {
+            let _ = write!(text, "%{byte:02X}");
+        }
+        text
+    })
 }
 
 async fn drain(mut response: Response) {
