@@ -42,7 +42,8 @@ enum Source {
 }
 
 impl BlobBody {
-    /// Takes over an answer of 200 or 206. `asked` is the part that was asked for, if it was one:
+    /// Takes over an answer of 200 or 206. A `Content-Encoding` says nothing: storage announces how
+    /// an upload was encoded, and the digest decides what the bytes are. `asked` is the part that was asked for, if it was one:
     /// where it starts, and where it ends unless that is the blob's end.
     pub(super) fn open(
         answer: Answer,
@@ -51,7 +52,6 @@ impl BlobBody {
         what: String,
         stall_timeout: Duration,
     ) -> Result<Self, RegistryError> {
-        answer.check_encoding(&what)?;
         let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
         let (offset, length, total) = match answer.status() {
             StatusCode::OK => {

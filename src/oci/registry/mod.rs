@@ -280,7 +280,6 @@ impl Registry {
         let (mut held, mut most) = (None, documents::SMALL.min(limit));
         loop {
             let answer = time.of(self.expect_success(question, endpoint)).await?;
-            answer.check_encoding(&question.what)?;
             let answered_by = AnsweredBy::of(endpoint, &answer);
             let headers = answer.response.headers();
             let content_type =
@@ -290,11 +289,12 @@ impl Registry {
                 ManifestName::Tag(_) => announced_digest(headers),
             };
             if held.is_none() {
-                let announced = answer.response.content_length();
+                // How large it is when it is decoded is not said.
+                let announced = answer.response.content_length().filter(|_| !answer.is_encoded());
                 most = if announced.is_some() { limit } else { most };
                 held = self.hold(question.repository, announced.unwrap_or(most).min(limit)).await;
             }
-            let bytes = match time.of(answer.body(&question.what, most)).await {
+            let bytes = match time.of(answer.document(&question.what, most)).await {
                 Ok(bytes) => bytes,
                 // Larger than most are. Who waits for more room gives back what he has, with all
                 // that was read, and asks again when he has it.

@@ -95,15 +95,15 @@ impl Registry {
         let mut answer = time.of(self.expect_success(question, endpoint)).await?;
         let mut next = next_page(&answer, question, endpoint);
         if held.is_none() {
-            let announced = answer.response.content_length().filter(|_| next.is_none());
+            let is_whole = next.is_none() && !answer.is_encoded();
+            let announced = answer.response.content_length().filter(|_| is_whole);
             left = if announced.is_some() { limit } else { left };
             *held = self.hold(question.repository, announced.unwrap_or(left).min(limit)).await;
         }
         let may_have_more = left < limit;
         let mut pages = Vec::new();
         loop {
-            answer.check_encoding(&question.what)?;
-            match time.of(answer.body(&question.what, left)).await {
+            match time.of(answer.document(&question.what, left)).await {
                 Ok(page) => {
                     left -= page.len() as u64;
                     pages.push(page);

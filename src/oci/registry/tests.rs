@@ -285,13 +285,82 @@ async fn a_manifest_over_the_limit_is_not_read_whether_announced_or_not() {
     assert!(registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await.is_ok());
 }
 
+fn gzip(content: &[u8]) -> Vec<u8> {
+    use std::io::Write as _;
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(content).unwrap();
+    encoder.finish().unwrap()
+}
+
 #[tokio::test]
-async fn encoded_bodies_are_refused() {
-    let handler = |_: &Seen, _: &str| answer(200, &[("content-encoding", "gzip")], MANIFEST);
-    let error = manifest_error(handler).await;
+async fn a_manifest_that_is_gzipped_on_the_way_is_decoded_within_the_limit() {
+    let digest = Digest::of(MANIFEST).to_string();
+    let options = RegistryOptions { manifest_bytes_limit: 1 << 20, ..Default::default() };
+    let registry = Registry::new(options).unwrap();
+    for (encoding, body) in
+        [("gzip", gzip(MANIFEST)), ("x-gzip", gzip(MANIFEST)), ("gzip", MANIFEST.to_vec())]
+    {
+        let digest = digest.clone();
+        let server = Server::start(move |_, _| {
+            let headers = [("content-encoding", encoding), ("docker-content-digest", &digest)];
+            answer(200, &headers, body.clone())
+        })
+        .await;
+        for name in [tag(), ManifestName::Digest(Digest::of(MANIFEST))] {
+            let fetched =
+                registry.manifest(&server.repository(), &name, &Credential::Anonymous).await;
+            assert_eq!(fetched.unwrap().bytes, MANIFEST, "{encoding}");
+        }
+    }
+    // Larger than most are, and larger than any may be.
+    for (size, fits) in [(1 << 20, true), ((1 << 20) + 1, false), (100 << 20, false)] {
+        let body = gzip(&vec![b' '; size]);
+        let server =
+            Server::start(move |_, _| answer(200, &[("content-encoding", "gzip")], body.clone()))
+                .await;
+        let fetched = registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+        match fetched {
+            Ok(fetched) => assert!(fits && fetched.bytes.len() == size),
+            Err(error) => {
+                let is_too_large =
+                    matches!(error, RegistryError::TooLarge { limit, .. } if limit == 1 << 20);
+                assert!(!fits && is_too_large, "{size}: {error:?}");
+            }
+        }
+    }
+    let error = manifest_error(|_, _| {
+        answer(200, &[("content-encoding", "br")], &b"\x8b\x02\x80not JSON"[..])
+    })
+    .await;
     assert!(matches!(error, RegistryError::Protocol { .. }), "{error}");
-    let error = blob_error(handler).await;
-    assert!(matches!(error, RegistryError::Protocol { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_blobs_encoding_says_nothing() {
+    let blob = gzip(b"a layer");
+    for encoding in ["gzip", "x-gzip", "aws-chunked", "", "aws-chunked,gzip", "zstd", "identity"] {
+        let body = blob.clone();
+        let server =
+            Server::start(move |_, _| answer(200, &[("content-encoding", encoding)], body.clone()))
+                .await;
+        let (repository, digest) = (server.repository(), Digest::of(&blob));
+        let mut body =
+            registry().blob(&repository, digest, 0, &Credential::Anonymous).await.unwrap();
+        assert_eq!(read(&mut body).await.unwrap(), blob, "{encoding}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_may_come_gzipped() {
+    let server = Server::start(|seen, host| match seen.authorization() {
+        _ if seen.is_token_request() => {
+            answer(200, &[("content-encoding", "gzip")], gzip(br#"{"token": "t"}"#))
+        }
+        Some("Bearer t") => ok(MANIFEST),
+        _ => challenge_at(host),
+    })
+    .await;
+    registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
 }
 
 #[tokio::test]
@@ -1169,9 +1238,12 @@ async fn a_next_page_elsewhere_or_of_something_else_is_not_followed() {
 }
 
 #[tokio::test]
-async fn a_list_that_would_have_to_be_decoded_is_none() {
-    let server = Server::start(|_, _| answer(200, &[("content-encoding", "gzip")], LIST)).await;
-    assert_eq!(pages_of(&server).await, Ok(0));
+async fn a_list_may_come_gzipped() {
+    let encoded = |body: Vec<u8>| answer(200, &[("content-encoding", "gzip")], body);
+    let server = Server::start(move |_, _| encoded(LIST.into())).await;
+    assert_eq!(pages_of(&server).await, Ok(1));
+    let server = Server::start(move |_, _| encoded(gzip(LIST.as_bytes()))).await;
+    assert_eq!(pages_of(&server).await, Ok(1));
 }
 
 #[tokio::test]

@@ -210,14 +210,13 @@ async fn fetch(
             _ => answer.refusal(what, anonymous),
         });
     }
-    answer.check_encoding(what)?;
     let host = answer.host.clone();
     let unusable = |reason: &str| RegistryError::Protocol {
         host: host.clone(),
         what: what.to_owned(),
         reason: reason.to_owned(),
     };
-    let body = answer.body(what, MAXIMUM_ANSWER_BYTES).await?;
+    let body = answer.document(what, MAXIMUM_ANSWER_BYTES).await?;
     let answer: TokenAnswer =
         serde_json::from_slice(&body).map_err(|_| unusable("it is not the JSON of a token"))?;
     let token = [answer.token, answer.access_token]

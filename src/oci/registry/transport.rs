@@ -6,6 +6,7 @@
 
 use std::error::Error as _;
 use std::fmt::{self, Write as _};
+use std::io::Read as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -231,22 +232,26 @@ impl Answer {
         }
     }
 
-    /// Refuses a body that would have to be decoded before its digest means anything.
-    pub(super) fn check_encoding(&self, what: &str) -> Result<(), RegistryError> {
-        let encoded = self
-            .response
-            .headers()
-            .get_all(CONTENT_ENCODING)
-            .iter()
-            .any(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity"));
-        if encoded {
-            return Err(self.protocol(what, "a Content-Encoding that was not asked for"));
-        }
-        Ok(())
+    /// Whether the body may be encoded beyond what its content is.
+    pub(super) fn is_encoded(&self) -> bool {
+        content_encodings(self.response.headers()).next().is_some()
     }
 
-    /// Reads the whole body, `limit` bytes at most. The caller bounds the time.
-    pub(super) async fn body(mut self, what: &str, limit: u64) -> Result<Bytes, RegistryError> {
+    /// Reads a JSON document, `limit` bytes at most, which is decoded where it really is compressed.
+    /// The caller bounds the time.
+    pub(super) async fn document(self, what: &str, limit: u64) -> Result<Bytes, RegistryError> {
+        let encodings: Vec<_> = content_encodings(self.response.headers()).collect();
+        let host = self.host.clone();
+        let body = self.body(what, limit).await?;
+        decode(body, &encodings, limit).map_err(|error| match error {
+            DecodeError::TooLarge => RegistryError::TooLarge { what: what.to_owned(), limit },
+            DecodeError::Unusable(reason) => {
+                RegistryError::Protocol { host, what: what.to_owned(), reason: reason.to_owned() }
+            }
+        })
+    }
+
+    async fn body(mut self, what: &str, limit: u64) -> Result<Bytes, RegistryError> {
         let too_large = || RegistryError::TooLarge { what: what.to_owned(), limit };
         if self.response.content_length().is_some_and(|length| length > limit) {
             return Err(too_large());
@@ -268,6 +273,43 @@ impl Answer {
     pub(super) async fn discard(self) {
         drain(self.response).await;
     }
+}
+
+enum DecodeError {
+    TooLarge,
+    Unusable(&'static str),
+}
+
+/// The content codings of an answer in lower case, in the order in which they were applied, without
+/// those that change nothing: S3 keeps `aws-chunked` of an upload, whose chunks are gone.
+fn content_encodings(headers: &HeaderMap) -> impl Iterator<Item = String> {
+    let values = headers.get_all(CONTENT_ENCODING).iter();
+    let words = values.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    words
+        .map(|word| String::from_utf8_lossy(word.trim_ascii()).to_ascii_lowercase())
+        .filter(|word| !matches!(word.as_str(), "" | "identity" | "aws-chunked"))
+}
+
+/// Undoes the codings of a JSON document. Storage often announces one that it has not applied, so
+/// the bytes decide: no JSON starts as gzip does.
+fn decode(body: Bytes, encodings: &[String], limit: u64) -> Result<Bytes, DecodeError> {
+    const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
+    let is_json = body.trim_ascii_start().first().is_some_and(|&first| b"{[".contains(&first));
+    if encodings.is_empty() || is_json {
+        return Ok(body);
+    }
+    let [encoding] = encodings else {
+        return Err(DecodeError::Unusable("several Content-Encodings that were not asked for"));
+    };
+    if !matches!(encoding.as_str(), "gzip" | "x-gzip") || !body.starts_with(&GZIP_MAGIC) {
+        return Err(DecodeError::Unusable("a Content-Encoding that was not asked for"));
+    }
+    let mut decoded = Vec::new();
+    flate2::read::MultiGzDecoder::new(&body[..])
+        .take(limit.saturating_add(1))
+        .read_to_end(&mut decoded)
+        .map_err(|_| DecodeError::Unusable("a gzip encoding that cannot be undone"))?;
+    if decoded.len() as u64 > limit { Err(DecodeError::TooLarge) } else { Ok(decoded.into()) }
 }
 
 /// `host[:port]` of an address: all of it that may be shown.
@@ -384,7 +426,55 @@ fn root_cause(error: &reqwest::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
+
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn decoded(body: &[u8], header: &str, limit: u64) -> Option<Vec<u8>> {
+        let value = HeaderValue::from_str(header).unwrap();
+        let encodings: Vec<_> =
+            content_encodings(&HeaderMap::from_iter([(CONTENT_ENCODING, value)])).collect();
+        decode(Bytes::copy_from_slice(body), &encodings, limit).ok().map(|body| body.to_vec())
+    }
+
+    #[test]
+    fn a_document_is_decoded_only_where_it_is_encoded() {
+        const PLAIN: &[u8] = b" {\"schemaVersion\": 2}";
+        let encoded = gzip(PLAIN);
+        for header in ["gzip", "x-gzip", "GZIP", "aws-chunked,gzip", "gzip, identity", " gzip ,"] {
+            assert_eq!(decoded(&encoded, header, 100).as_deref(), Some(PLAIN), "{header}");
+            assert_eq!(decoded(PLAIN, header, 100).as_deref(), Some(PLAIN), "{header}");
+        }
+        for header in ["", "identity", "aws-chunked", "br", "zstd", "deflate", "gzip, gzip"] {
+            assert_eq!(decoded(PLAIN, header, 100).as_deref(), Some(PLAIN), "{header}");
+        }
+        for (body, header) in [
+            (&encoded[..], "br"),
+            (&encoded, "gzip, gzip"),
+            (&encoded[..encoded.len() - 9], "gzip"),
+            (b"\x1f\x8b", "gzip"),
+            (b"nonsense", "gzip"),
+        ] {
+            assert_eq!(decoded(body, header, 100), None, "{header}");
+        }
+        let limit = PLAIN.len() as u64;
+        assert_eq!(decoded(&encoded, "gzip", limit).as_deref(), Some(PLAIN));
+        assert_eq!(decoded(&encoded, "gzip", limit - 1), None);
+        assert_eq!(decoded(&gzip(&vec![b' '; 10 << 20]), "gzip", 1 << 20), None);
+    }
+
+    #[test]
+    fn addresses_may_have_bytes_beyond_ascii() {
+        let of = |bytes: &[u8]| ascii(&HeaderValue::from_bytes(bytes).unwrap());
+        assert_eq!(of("/b/Größe?x=é".as_bytes()), "/b/Gr%C3%B6%C3%9Fe?x=%C3%A9");
+        assert_eq!(of(b"/b/\xe9%20a"), "/b/%E9%20a");
+    }
 
     #[test]
     fn retry_after_is_seconds_or_a_date() {
