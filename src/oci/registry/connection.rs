@@ -18,6 +18,7 @@ use std::time::Duration;
 use reqwest::{Client, Url};
 
 use super::address::{AddressRules, GuardedResolver};
+use super::proxy::Proxies;
 use crate::background::Background;
 
 /// Cheap to clone; clones share connections.
@@ -42,6 +43,7 @@ pub(super) struct ConnectionSettings<'a> {
     pub(super) connect_timeout: Duration,
     /// For this host alone; else the environment's.
     pub(super) proxy: Option<&'a Url>,
+    pub(super) proxies: &'a Proxies,
     pub(super) rules: &'a AddressRules,
 }
 
@@ -75,10 +77,18 @@ impl Clients {
                 .tcp_keepalive(Duration::from_secs(30))
         };
         let resolver = Arc::new(GuardedResolver(settings.rules.clone()));
-        let proxied = match settings.proxy {
-            Some(proxy) => builder().proxy(reqwest::Proxy::all(proxy.as_str())?),
-            None => builder(),
-        };
+        // Which addresses a proxy is for is decided before: the library reads NO_PROXY otherwise.
+        let mut proxied = builder().no_proxy();
+        if let Some(proxy) = settings.proxy {
+            proxied = proxied.proxy(reqwest::Proxy::all(proxy.as_str())?);
+        } else {
+            if let Some(proxy) = &settings.proxies.http {
+                proxied = proxied.proxy(reqwest::Proxy::http(proxy.as_str())?);
+            }
+            if let Some(proxy) = &settings.proxies.https {
+                proxied = proxied.proxy(reqwest::Proxy::https(proxy.as_str())?);
+            }
+        }
         Ok(Self {
             guarded: builder().no_proxy().dns_resolver(resolver).build()?,
             free: builder().no_proxy().build()?,

@@ -48,6 +48,7 @@ mod error;
 pub mod hosts;
 mod manners;
 mod passed_by;
+mod proxy;
 mod question;
 mod recent;
 mod redirect;

@@ -2,7 +2,7 @@
 //!
 //! A transport of our own, as `oci-client`'s has neither redirect rules nor
 //! bounds. Loopback is never reached through a proxy; everything else follows
-//! `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY`.
+//! the environment, see [`proxy`](super::proxy).
 
 use std::error::Error as _;
 use std::fmt::{self, Write as _};
@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper_util::client::proxy::matcher::Matcher;
 use reqwest::header::{
     ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue,
     LOCATION, RETRY_AFTER,
@@ -24,6 +23,7 @@ use super::connection::{Connection, ConnectionSettings};
 use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
 use super::hosts::HostEntry;
+use super::proxy::Proxies;
 use super::redirect;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
 
@@ -46,7 +46,7 @@ struct Inner {
     connect_timeout: Duration,
     rules: AddressRules,
     /// The environment's proxies.
-    proxies: Matcher,
+    proxies: Proxies,
 }
 
 /// A request and whom it is for.
@@ -88,10 +88,16 @@ impl Transport {
         let system = TrustedCertificates::of_system(&options.extra_roots).map_err(setup)?;
         let tls = TlsMaterial::default().configuration(&system).map_err(setup)?;
         let (connect_timeout, rules) = (options.connect_timeout, options.addresses.clone());
-        let settings = ConnectionSettings { tls, connect_timeout, proxy: None, rules: &rules };
+        let proxies = Proxies::from_environment().map_err(setup)?;
+        let settings = ConnectionSettings {
+            tls,
+            connect_timeout,
+            proxy: None,
+            proxies: &proxies,
+            rules: &rules,
+        };
         let default =
             Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
-        let proxies = Matcher::from_env();
         Ok(Self(Arc::new(Inner { default, system, connect_timeout, rules, proxies })))
     }
 
@@ -113,6 +119,7 @@ impl Transport {
             tls: material.configuration(&self.0.system)?,
             connect_timeout: entry.dial_timeout.unwrap_or(self.0.connect_timeout),
             proxy: entry.proxy.as_ref(),
+            proxies: &self.0.proxies,
             rules: &self.0.rules,
         };
         Connection::new(&settings).map_err(|error| root_cause(&error.without_url()))
@@ -136,11 +143,7 @@ impl Transport {
         if !configured {
             self.0.rules.check_literal(url)?;
         }
-        let proxied = url
-            .as_str()
-            .parse()
-            .is_ok_and(|address: http::Uri| self.0.proxies.intercept(&address).is_some());
-        Ok(match (proxied, configured) {
+        Ok(match (self.0.proxies.intercept(url), configured) {
             (true, _) => &clients.proxied,
             (false, true) => &clients.free,
             (false, false) => &clients.guarded,

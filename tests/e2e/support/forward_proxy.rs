@@ -1,4 +1,4 @@
-//! A proxy for HTTP as companies have them: forwards, makes tunnels, and remembers for whom.
+//! Proxies as companies have them, for HTTP and SOCKS: forward, make tunnels, and remember for whom.
 
 use std::{
     collections::BTreeMap,
@@ -14,6 +14,9 @@ use std::{
 /// Larger than any head of a request here.
 const MAXIMUM_HEAD: usize = 64 << 10;
 
+/// Serves one client: where names really are, and what was asked for so far.
+type Serve = fn(TcpStream, &BTreeMap<String, SocketAddr>, &Mutex<Vec<String>>) -> io::Result<()>;
+
 /// Listens on the loopback until it is dropped.
 pub struct ForwardProxy {
     address: SocketAddr,
@@ -24,6 +27,15 @@ pub struct ForwardProxy {
 impl ForwardProxy {
     /// Knows where these names, written with a port, really are; others it refuses.
     pub fn start<const N: usize>(names: [(&str, SocketAddr); N]) -> Self {
+        Self::start_serving(names, serve)
+    }
+
+    /// The same with SOCKS 5, which makes tunnels for everything.
+    pub fn start_socks<const N: usize>(names: [(&str, SocketAddr); N]) -> Self {
+        Self::start_serving(names, serve_socks)
+    }
+
+    fn start_serving<const N: usize>(names: [(&str, SocketAddr); N], serve: Serve) -> Self {
         let names: Arc<BTreeMap<String, SocketAddr>> =
             Arc::new(names.into_iter().map(|(name, to)| (name.to_owned(), to)).collect());
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -45,6 +57,11 @@ impl ForwardProxy {
 
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// Its address as one of a proxy that speaks SOCKS 5.
+    pub fn socks_url(&self) -> String {
+        format!("socks5://{}", self.address)
     }
 
     /// Method and `host:port` of every request so far.
@@ -90,6 +107,45 @@ fn serve(
         let head = format!("{method} /{path} HTTP/1.1\r\nConnection: close\r\n{rest}");
         upstream.write_all(head.as_bytes())?;
     }
+    pass_on(client, upstream)
+}
+
+/// SOCKS 5 (RFC 1928) without authentication, for names alone.
+fn serve_socks(
+    mut client: TcpStream,
+    names: &BTreeMap<String, SocketAddr>,
+    asked: &Mutex<Vec<String>>,
+) -> io::Result<()> {
+    let mut read = |length: usize| {
+        let mut bytes = vec![0; length];
+        client.read_exact(&mut bytes).map(|()| bytes)
+    };
+    let methods = read(2)?[1];
+    read(methods.into())?;
+    client.write_all(&[5, 0])?;
+    let mut read = |length: usize| {
+        let mut bytes = vec![0; length];
+        client.read_exact(&mut bytes).map(|()| bytes)
+    };
+    let kind = read(4)?[3];
+    let host = if kind == 3 {
+        let length = read(1)?[0];
+        String::from_utf8_lossy(&read(length.into())?).into_owned()
+    } else {
+        "an address".to_owned()
+    };
+    let port = if kind == 3 { read(2)? } else { vec![0, 0] };
+    let host = format!("{host}:{}", u16::from_be_bytes([port[0], port[1]]));
+    asked.lock().expect("the requests").push(format!("SOCKS {host}"));
+    let Some(upstream) = names.get(&host) else {
+        return client.write_all(&[5, 4, 0, 1, 0, 0, 0, 0, 0, 0]);
+    };
+    let upstream = TcpStream::connect(upstream)?;
+    client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0])?;
+    pass_on(client, upstream)
+}
+
+fn pass_on(mut client: TcpStream, mut upstream: TcpStream) -> io::Result<()> {
     let (mut from, mut to) = (client.try_clone()?, upstream.try_clone()?);
     let upwards = thread::spawn(move || {
         let _ = io::copy(&mut from, &mut to);

@@ -12,6 +12,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use toml::{Table, Value};
 
 use crate::duration::GoDuration;
+use crate::oci::registry::proxy;
 
 /// More than any registry has; each costs a request before the last one is asked.
 const MAXIMUM_HOSTS: usize = 64;
@@ -136,10 +137,8 @@ fn entry(
             }
             ("header", Value::Table(headers)) => entry.headers = header_map(headers, place)?,
             ("proxy", Value::String(text)) => {
-                let proxy = Url::parse(text).ok();
-                let proxy = proxy.filter(|proxy| matches!(proxy.scheme(), "http" | "https"));
-                entry.proxy =
-                    Some(proxy.ok_or_else(|| wrong(key, "an address with http or https"))?);
+                let wrong = |_| wrong(key, "an address with http, https or socks5");
+                entry.proxy = Some(proxy::parse(text).map_err(wrong)?);
             }
             ("dial_timeout" | "proxy", _) => return Err(wrong(key, "a text")),
             ("header", _) => return Err(wrong(key, "a table")),
@@ -307,6 +306,7 @@ mod tests {
             ("[host.\"https://m\"]\nclient = [[\"a\"]]", "client"),
             ("[host.\"https://m\"]\nskip_verify = \"yes\"", "skip_verify"),
             ("[host.\"https://m\"]\ndial_timeout = \"soon\"", "dial_timeout"),
+            ("[host.\"https://m\"]\nproxy = \"ftp://p\"", "proxy"),
             ("[host.\"https://\"]", "address"),
             ("[host.\"httpx://m\"]", "address"),
             ("[host.\"https://u:p@m\"]", "address"),
