@@ -57,6 +57,9 @@ pub struct RegistriesSection {
     pub proof_ttl: GoDuration,
     /// Mirrors (`https://host[:port]`) that the registries' credentials may be sent to.
     pub mirrors_with_credentials: Vec<String>,
+    /// Hosts (`http://host[:port]`) that registries may redirect to without TLS.
+    #[serde(rename = "plainHTTPRedirects")]
+    pub plain_http_redirects: Vec<String>,
     /// Whether a reference may be written as loopback.
     pub loopback: Loopback,
     /// Networks that references may aim at whatever they are, as `10.0.0.1/32`.
@@ -76,6 +79,7 @@ impl Default for RegistriesSection {
             preloaded_images_verification_allowlist: Vec::new(),
             proof_ttl: GoDuration(DEFAULT_PROOF_TTL),
             mirrors_with_credentials: Vec::new(),
+            plain_http_redirects: Vec::new(),
             loopback: Loopback::default(),
             allowed_addresses: Vec::new(),
         }
@@ -123,6 +127,14 @@ impl RegistriesSection {
                 .map_err(|reason| format!("registries.mirrorsWithCredentials: {reason}"))?;
             options.mirrors_with_credentials.push(mirror);
         }
+        options.plain_http_redirects = self
+            .plain_http_redirects
+            .iter()
+            .map(|text| {
+                crate::oci::registry::plain_http_address(text)
+                    .map_err(|reason| format!("registries.plainHTTPRedirects: {reason}"))
+            })
+            .collect::<Result<_, _>>()?;
         Ok(())
     }
 

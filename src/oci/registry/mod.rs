@@ -16,6 +16,8 @@
 //! connection with which client, tls  with which certificates
 //! address    which addresses a pod's author may aim this node at
 //! redirect   which addresses a registry may send this node to
+//! plain_http where the administrator lets it do so without TLS
+//! proxy      which proxy of the environment an address is reached through
 //! blob       a blob while it arrives
 //! documents  how many bytes of what is read whole are in memory at once
 //! time       how long one exchange may take
@@ -48,6 +50,7 @@ mod error;
 pub mod hosts;
 mod manners;
 mod passed_by;
+mod plain_http;
 mod proxy;
 mod question;
 mod recent;
@@ -77,6 +80,7 @@ pub use documents::Held;
 pub use endpoint::other_spellings;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
+pub use plain_http::plain_http_address;
 pub use question::ManifestName;
 pub use referrers::Referrers;
 
@@ -121,6 +125,8 @@ pub struct RegistryOptions {
     pub hosts_dirs: Vec<PathBuf>,
     /// Mirrors that the registries' credentials may be sent to.
     pub mirrors_with_credentials: Vec<Url>,
+    /// Hosts without TLS that registries may redirect to.
+    pub plain_http_redirects: Vec<Url>,
 }
 
 /// When a registry could not be reached, and why.
@@ -174,6 +180,7 @@ impl Default for RegistryOptions {
             addresses: AddressRules::default(),
             hosts_dirs: Vec::new(),
             mirrors_with_credentials: Vec::new(),
+            plain_http_redirects: Vec::new(),
         }
     }
 }

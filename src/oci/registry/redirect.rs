@@ -3,10 +3,11 @@
 //! A registry is untrusted input with an address in it: a redirect or a token
 //! server could aim requests, and credentials, somewhere else. The rules:
 //!
-//! - `https` anywhere but this node itself; plain `http` only from loopback to
-//!   loopback. Nothing goes from `https` to `http`, so no credential and no
-//!   presigned address crosses a network in the clear, and the metadata services
-//!   of clouds, which speak `http`, are out of reach.
+//! - `https` anywhere but this node itself; plain `http` from loopback to loopback,
+//!   and where the administrator allows it, see [`plain_http`](super::plain_http). So
+//!   no credential and no presigned address crosses a network in the clear that was
+//!   not meant to, and the metadata services of clouds, which speak `http`, are out
+//!   of reach.
 //! - Nobody but a registry on loopback leads to loopback.
 //! - No names and passwords in addresses.
 //! - `Authorization` goes to the scheme, host and port that it was made for, and
@@ -29,16 +30,23 @@ pub(super) fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// Whether what came from `from` may lead to `to`; if not, why not.
-pub(super) fn check(from: &Url, to: &Url) -> Result<(), &'static str> {
+/// Whether what came from `from` may lead to `to`; if not, why not. `plain_http` says whether the
+/// administrator allows `to` to be without TLS.
+pub(super) fn check(from: &Url, to: &Url, plain_http: bool) -> Result<(), &'static str> {
     if !to.username().is_empty() || to.password().is_some() {
         return Err("an address with a user name in it");
+    }
+    // Whoever has answered may answer again.
+    if to.origin().is_tuple() && to.origin() == from.origin() {
+        return Ok(());
     }
     let (from_here, to_here) = (is_loopback(from), is_loopback(to) || is_this_node(to));
     match to.scheme() {
         "https" if to_here && !from_here => Err("an address on the node's own loopback"),
         "https" => Ok(()),
         "http" if is_loopback(to) && from_here && from.scheme() == "http" => Ok(()),
+        "http" if to_here && plain_http => Err("an address on the node's own loopback"),
+        "http" if plain_http => Ok(()),
         "http" => Err("an address without TLS"),
         _ => Err("an address that is not https"),
     }
@@ -63,7 +71,26 @@ mod tests {
     use super::*;
 
     fn allowed(from: &str, to: &str) -> bool {
-        check(&from.parse().unwrap(), &to.parse().unwrap()).is_ok()
+        check(&from.parse().unwrap(), &to.parse().unwrap(), false).is_ok()
+    }
+
+    fn allowed_plain(from: &str, to: &str) -> bool {
+        check(&from.parse().unwrap(), &to.parse().unwrap(), true).is_ok()
+    }
+
+    #[test]
+    fn plain_http_is_for_where_it_is_allowed_and_never_for_loopback() {
+        for from in ["http://r.io/", "https://r.io/", "http://127.0.0.1:5000/"] {
+            assert!(allowed_plain(from, "http://storage.example:9000/b"), "{from}");
+            assert!(!allowed(from, "http://storage.example:9000/b"), "{from}");
+        }
+        for to in ["http://127.0.0.1/", "http://a.localhost/", "http://[::ffff:127.0.0.1]/"] {
+            assert!(!allowed_plain("http://r.io/", to), "{to}");
+        }
+        assert!(!allowed_plain("http://r.io/", "http://user:word@storage.example/"));
+        assert!(!allowed_plain("http://r.io/", "ftp://storage.example/"));
+        assert!(allowed("http://a.localhost:5000/", "http://a.localhost:5000/token"));
+        assert!(!allowed("http://a.localhost:5000/", "http://a.localhost:5001/token"));
     }
 
     #[test]

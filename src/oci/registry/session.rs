@@ -119,7 +119,7 @@ impl Session {
         let mut refused = None;
         for challenge in challenges {
             let Challenge::Bearer { realm, service, scopes } = challenge else { continue };
-            let realm = match token::realm(&endpoint.root, realm) {
+            let realm = match token::realm(transport, endpoint, realm).await {
                 Ok(realm) => realm,
                 Err(reason) => {
                     refused = Some(reason);

@@ -317,12 +317,19 @@ pub(super) fn basic(credential: &Credential) -> Option<HeaderValue> {
     Some(header)
 }
 
-/// Whether a token server may be asked; if so, its address.
-pub(super) fn realm(registry: &Url, realm: &str) -> Result<Url, &'static str> {
+/// Reads a token server's address, and checks that it may be asked. Without TLS, it may be only for
+/// a registry that is without TLS itself.
+pub(super) async fn realm(
+    transport: &Transport,
+    endpoint: &Endpoint,
+    realm: &str,
+) -> Result<Url, &'static str> {
     let mut realm = Url::parse(realm).map_err(|_| "the token server's address is unreadable")?;
     realm.set_fragment(None);
-    redirect::check(registry, &realm).map_err(|_| {
-        "the token server's address must be https, without a user name, and not this node's own"
+    let is_plain = endpoint.root.scheme() == "http";
+    let plain_http = is_plain && transport.plain_http().allows(endpoint, &realm).await;
+    redirect::check(&endpoint.root, &realm, plain_http).map_err(|_| {
+        "the token server's address must be https (or one that a hosts.toml names as http), without a user name, and not this node's own"
     })?;
     Ok(realm)
 }
@@ -351,6 +358,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::oci::registry::RegistryOptions;
 
     #[test]
     fn a_lifetime_is_a_minute_unless_said_and_has_a_bound() {
@@ -381,17 +389,49 @@ mod tests {
         assert!(!short.is_fresh(now + Duration::from_secs(4)));
     }
 
-    #[test]
-    fn a_realm_is_https_or_beside_a_registry_on_loopback() {
-        let remote = "https://r.io/".parse().unwrap();
-        let local = "http://127.0.0.1:5000/".parse().unwrap();
-        assert!(realm(&remote, "https://auth.other/token").is_ok());
-        assert!(realm(&remote, "http://r.io/token").is_err());
-        assert!(realm(&remote, "https://127.0.0.1/token").is_err());
-        assert!(realm(&remote, "https://me:word@auth.other/token").is_err());
-        assert!(realm(&remote, "/token").is_err());
-        assert!(realm(&local, "http://127.0.0.1:5001/token").is_ok());
-        assert!(realm(&local, "http://auth.other/token").is_err());
+    #[tokio::test]
+    async fn a_realm_is_https_or_beside_a_registry_that_is_not() {
+        let named = "http://named.example:5001".parse().unwrap();
+        let options = RegistryOptions { plain_http_redirects: vec![named], ..Default::default() };
+        let transport = Transport::new(&options).unwrap();
+        let made = |root: &str, configured: bool| Endpoint {
+            root: root.parse().unwrap(),
+            configured,
+            ..Endpoint::of_registry("r.io", transport.default_connection()).unwrap()
+        };
+        let remote = made("https://r.io/v2/", true);
+        let local = made("http://127.0.0.1:5000/v2/", false);
+        let plain = made("http://r.io:5000/v2/", true);
+        let is_asked = async |endpoint, text| realm(&transport, endpoint, text).await.is_ok();
+        for (endpoint, text) in [
+            (&remote, "https://auth.other/token"),
+            (&local, "http://127.0.0.1:5001/token"),
+            (&plain, "http://r.io:5000/token"),
+            (&plain, "http://r.io/token"),
+            (&plain, "http://R.io:5001/token"),
+            (&plain, "http://named.example:5001/token"),
+            (&plain, "https://auth.other/token"),
+        ] {
+            assert!(is_asked(endpoint, text).await, "{text}");
+        }
+        for (endpoint, text) in [
+            (&remote, "http://r.io/token"),
+            (&remote, "http://named.example:5001/token"),
+            (&remote, "https://127.0.0.1/token"),
+            (&remote, "https://me:word@auth.other/token"),
+            (&remote, "/token"),
+            (&local, "http://auth.other/token"),
+            (&plain, "http://auth.other/token"),
+            (&plain, "http://named.example/token"),
+            (&plain, "http://r.io.evil.example/token"),
+            (&plain, "http://r.io@evil.example/token"),
+            (&plain, "http://127.0.0.1:5000/token"),
+        ] {
+            assert!(!is_asked(endpoint, text).await, "{text}");
+        }
+        // What nobody has configured is no more than a guess.
+        let guessed = made("http://r.io:5000/v2/", false);
+        assert!(!is_asked(&guessed, "http://r.io:5001/token").await);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use super::connection::{Connection, ConnectionSettings};
 use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
 use super::hosts::HostEntry;
+use super::plain_http::PlainHttp;
 use super::proxy::Proxies;
 use super::redirect;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
@@ -45,7 +46,8 @@ struct Inner {
     system: TrustedCertificates,
     connect_timeout: Duration,
     rules: AddressRules,
-    /// The environment's proxies.
+    plain_http: PlainHttp,
+    /// The environment's.
     proxies: Proxies,
 }
 
@@ -98,7 +100,8 @@ impl Transport {
         };
         let default =
             Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
-        Ok(Self(Arc::new(Inner { default, system, connect_timeout, rules, proxies })))
+        let plain_http = PlainHttp::new(&options.hosts_dirs, &options.plain_http_redirects);
+        Ok(Self(Arc::new(Inner { default, system, connect_timeout, rules, plain_http, proxies })))
     }
 
     /// Connections to hosts that nothing is configured for.
@@ -129,17 +132,27 @@ impl Transport {
         &self.0.rules
     }
 
+    pub(super) fn plain_http(&self) -> &PlainHttp {
+        &self.0.plain_http
+    }
+
     /// The client that reaches an address by the rules, if they let it be reached.
-    fn client<'a>(&self, endpoint: &'a Endpoint, url: &Url) -> Result<&'a Client, AddressRefused> {
+    async fn client<'a>(
+        &self,
+        endpoint: &'a Endpoint,
+        url: &Url,
+    ) -> Result<&'a Client, AddressRefused> {
         let clients = endpoint.connection.clients();
-        let configured = endpoint.configured && url.origin() == endpoint.root.origin();
-        if configured && endpoint.connection.has_own_proxy {
+        let is_endpoint = endpoint.configured && url.origin() == endpoint.root.origin();
+        if is_endpoint && endpoint.connection.has_own_proxy {
             return Ok(&clients.proxied);
         }
         // Who may lead to loopback was decided before: `Endpoint::check`, `redirect::check`.
         if redirect::is_loopback(url) {
             return Ok(&clients.free);
         }
+        let configured = endpoint.is_configured_host(url)
+            || (url.scheme() == "http" && self.0.plain_http.names(url).await);
         if !configured {
             self.0.rules.check_literal(url)?;
         }
@@ -160,9 +173,8 @@ impl Transport {
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         for _ in 0..=redirect::MAXIMUM_HOPS {
             let host = authority(&url);
-            let client = self.client(endpoint, &url).map_err(|error| RegistryError::Address {
-                host: host.clone(),
-                what: error.to_string(),
+            let client = self.client(endpoint, &url).await.map_err(|error| {
+                RegistryError::Address { host: host.clone(), what: error.to_string() }
             })?;
             let mut headers = headers.clone();
             if url.origin() == endpoint.root.origin() {
@@ -181,10 +193,9 @@ impl Transport {
             if !response.status().is_redirection() || form.is_some() {
                 return Ok(Answer { response, host, redirected, with_credential: false });
             }
-            let next = next_hop(&url, &response).map_err(|reason| RegistryError::Protocol {
-                host: host.clone(),
-                what: what.to_owned(),
-                reason: reason.to_owned(),
+            let next = self.next_hop(endpoint, &url, &response).await.map_err(|reason| {
+                let (host, what) = (host.clone(), what.to_owned());
+                RegistryError::Protocol { host, what, reason: reason.to_owned() }
             })?;
             drain(response).await;
             if next.origin() != origin {
@@ -199,6 +210,31 @@ impl Transport {
             what: what.to_owned(),
             reason: format!("more than {} redirects", redirect::MAXIMUM_HOPS),
         })
+    }
+
+    /// Where a redirect leads, if that may be followed.
+    async fn next_hop(
+        &self,
+        endpoint: &Endpoint,
+        from: &Url,
+        response: &Response,
+    ) -> Result<Url, &'static str> {
+        if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+            return Err("a redirect of a kind that has no meaning here");
+        }
+        let location = response.headers().get(LOCATION).ok_or("a redirect to nowhere")?;
+        let mut to =
+            from.join(&ascii(location)).map_err(|_| "a redirect to an unreadable address")?;
+        to.set_fragment(None);
+        let plain_http = self.0.plain_http.allows(endpoint, &to).await;
+        redirect::check(from, &to, plain_http).map_err(|reason| match reason {
+            "an address without TLS" => {
+                "a redirect to an address without TLS, which neither a hosts.toml nor registries.plainHTTPRedirects names"
+            }
+            "an address on the node's own loopback" => "a redirect to the node's own loopback",
+            _ => "a redirect to an address that is not followed",
+        })?;
+        Ok(to)
     }
 }
 
@@ -342,21 +378,6 @@ pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> Registry
         return RegistryError::Unreachable { host, what, reason };
     }
     RegistryError::Unreachable { host, what, reason }
-}
-
-fn next_hop(from: &Url, response: &Response) -> Result<Url, &'static str> {
-    if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-        return Err("a redirect of a kind that has no meaning here");
-    }
-    let location = response.headers().get(LOCATION).ok_or("a redirect to nowhere")?;
-    let mut to = from.join(&ascii(location)).map_err(|_| "a redirect to an unreadable address")?;
-    to.set_fragment(None);
-    redirect::check(from, &to).map_err(|reason| match reason {
-        "an address without TLS" => "a redirect to an address without TLS",
-        "an address on the node's own loopback" => "a redirect to the node's own loopback",
-        _ => "a redirect to an address that is not followed",
-    })?;
-    Ok(to)
 }
 
 /// An address in a header, whose bytes beyond ASCII are percent-encoded: storage puts names of files

@@ -135,6 +135,22 @@ impl Inner {
     }
 }
 
+/// Whether the `hosts.toml` of an address's host names it with `http://`. Blocking.
+pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
+    let without = (url.port().is_none()).then_some(host);
+    [Some(with_port.as_str()), without].into_iter().flatten().any(|host| {
+        let mut seen = Seen::new();
+        let file = folder::find(roots, host, &mut seen)
+            .and_then(|found| folder::load(&found, &mut seen).ok());
+        file.is_some_and(|file| {
+            let roots = file.hosts.iter().filter_map(|entry| entry.root.as_ref());
+            roots.into_iter().any(|root| root.origin() == url.origin())
+        })
+    })
+}
+
 /// The address of a mirror that may be sent credentials: over TLS, or on this node.
 ///
 /// # Errors
@@ -162,6 +178,47 @@ fn is_same_host(root: &Url, host: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_http_is_what_a_hosts_file_says_of_its_own_host() {
+        let roots = [tempfile::tempdir().expect("a folder")];
+        for (folder, text) in [
+            ("plain.example", "server = \"http://plain.example\"\n"),
+            ("plain.example_9000_", "[host.\"http://plain.example:9000/v2\"]\n"),
+            ("tls.example", "server = \"https://tls.example\"\n"),
+            ("silent.example", ""),
+            ("broken.example", "server = \"http://broken.example\"\n="),
+            ("moved.example", "server = \"http://plain.example\"\n"),
+            ("_default", "[host.\"http://mirror.example:5000\"]\n"),
+        ] {
+            let folder = roots[0].path().join(folder);
+            std::fs::create_dir(&folder).expect("a folder");
+            std::fs::write(folder.join("hosts.toml"), text).expect("a file");
+        }
+        let roots = [roots[0].path().to_owned()];
+        let named = |url: &str| name_plain_http(&roots, &url.parse().expect("an address"));
+        for url in [
+            "http://plain.example/x",
+            "http://plain.example:80/x",
+            "http://plain.example:9000/x",
+            "http://mirror.example:5000/x",
+        ] {
+            assert!(named(url), "{url}");
+        }
+        for url in [
+            "http://plain.example:9001/",
+            "https://plain.example/",
+            "http://tls.example/",
+            "http://silent.example/",
+            "http://broken.example/",
+            "http://moved.example/",
+            "http://other.example/",
+            "http://mirror.example/",
+        ] {
+            assert!(!named(url), "{url}");
+        }
+        assert!(!name_plain_http(&[], &"http://plain.example/".parse().expect("an address")));
+    }
 
     #[test]
     fn a_registry_is_told_from_its_mirrors() {
