@@ -2,15 +2,16 @@
 
 use std::net::IpAddr;
 
-/// Where kube-proxy in IPVS mode puts the addresses of all Services: they are the cluster's.
-const OF_SERVICES: &str = "kube-ipvs0";
+/// Interfaces that hold addresses of the cluster's Services and not of the node: of kube-proxy in IPVS
+/// mode, of kube-router, and of the DNS cache on each node, which shares the address of the cluster's DNS.
+const OF_SERVICES: [&str; 3] = ["kube-ipvs0", "kube-dummy-if", "nodelocaldns"];
 
-/// All addresses of all interfaces; empty when the kernel does not say.
+/// Returns all addresses of all interfaces of this node; none when the kernel does not say.
 #[must_use]
 pub fn own() -> Vec<IpAddr> {
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
     interfaces
-        .filter(|interface| interface.interface_name != OF_SERVICES)
+        .filter(|interface| is_of_node(&interface.interface_name))
         .filter_map(|interface| {
             let address = interface.address?;
             let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
@@ -19,10 +20,27 @@ pub fn own() -> Vec<IpAddr> {
         .collect()
 }
 
+/// Whether an interface's addresses are the node's. The kernel lists further addresses of an interface
+/// under labels, `<interface>:<label>`.
+fn is_of_node(interface: &str) -> bool {
+    let name = interface.split(':').next().unwrap_or(interface);
+    !OF_SERVICES.contains(&name)
+}
+
 #[cfg(test)]
 mod tests {
     #[test]
     fn loopback_is_among_them() {
         assert!(super::own().iter().any(std::net::IpAddr::is_loopback));
+    }
+
+    #[test]
+    fn interfaces_of_services_do_not_count() {
+        for name in ["kube-ipvs0", "kube-dummy-if", "nodelocaldns", "kube-ipvs0:1"] {
+            assert!(!super::is_of_node(name), "{name}");
+        }
+        for name in ["lo", "eth0", "eth0:vip", "kube-bridge", "kube-ipvs01", "cni0", "dummy0"] {
+            assert!(super::is_of_node(name), "{name}");
+        }
     }
 }

@@ -6,7 +6,8 @@ use nix::mount::{MsFlags, mount};
 use tonic::Code;
 
 use crate::support::{
-    Answer, FakeRegistry, Layer, Manifest, Node, Sandbox, registry, small_artifact,
+    Answer, FakeRegistry, Layer, Manifest, Node, Sandbox, enter_network_namespace, registry, run,
+    small_artifact, tool,
 };
 
 /// This machine's address on a network.
@@ -43,6 +44,24 @@ fn the_node_and_its_links_are_not_asked() {
         let volume = node.kubelet.new_volume(&format!("{own}:1/team/app:v1"));
         node.kubelet.publish_badly(&volume, Code::Unavailable);
     }
+}
+
+#[test]
+fn addresses_of_the_clusters_services_are_not_the_nodes() {
+    // The registry that all tests share stays in their common network.
+    registry();
+    enter_network_namespace();
+    let bridges = ["kube-ipvs0", "kube-dummy-if", "nodelocaldns", "kube-bridge"];
+    for (number, bridge) in bridges.iter().enumerate() {
+        run(tool("ip").args(["link", "add", bridge, "type", "bridge"]));
+        run(tool("ip").args(["address", "add", &format!("10.96.0.{number}/32"), "dev", bridge]));
+    }
+    let node = Node::start_with(|_, options| options);
+    for number in 0..3 {
+        let volume = node.kubelet.new_volume(&format!("10.96.0.{number}:1/team/app:v1"));
+        node.kubelet.publish_badly(&volume, Code::Unavailable);
+    }
+    assert_refused(&node, "10.96.0.3:1/team/app:v1", "the node itself");
 }
 
 #[test]
