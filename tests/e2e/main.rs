@@ -49,6 +49,7 @@ mod pull_policy;
 mod recorded;
 mod recovery;
 mod registration;
+mod registry_variants;
 mod room;
 mod runtimes;
 mod sanity;

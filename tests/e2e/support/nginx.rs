@@ -22,6 +22,12 @@ impl Nginx {
         Self::start_server(folder, "", answer)
     }
 
+    /// The same on the loopback of IPv6 too, with the same port.
+    #[track_caller]
+    pub fn start_with_ipv6(folder: &Path, answer: &str) -> Self {
+        Self::start_server(folder, "; listen [::1]:{port}", answer)
+    }
+
     /// The same by TLS, with this certificate and key.
     #[track_caller]
     pub fn start_with_tls(folder: &Path, (certificate, key): (&Path, &Path), answer: &str) -> Self {
@@ -49,6 +55,7 @@ impl Nginx {
     fn start_server(folder: &Path, listens: &str, answer: &str) -> Self {
         let port = Port::new();
         let address = port.address();
+        let listens = listens.replace("{port}", &address.port().to_string());
         let folder = folder.join(format!("nginx-{}", address.port()));
         fs::create_dir_all(&folder).expect("nginx's folder");
         let own = folder.display();
