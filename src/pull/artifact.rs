@@ -250,9 +250,11 @@ impl Shape {
         limits: &crate::unpack::Limits,
     ) -> Result<Vec<Part>, PullError> {
         let rules = classify(manifest, limits)?;
+        // Its patterns are compiled for this list alone.
+        let selection = self.selection.clone();
         let layers = manifest.layers.iter().zip(rules).enumerate();
         let parts = layers.filter_map(|(layer, (descriptor, rule))| {
-            if !rule.is_needed(&self.selection) {
+            if !rule.is_needed(&selection) {
                 return None;
             }
             let rule = match rule {
@@ -317,7 +319,7 @@ impl Inner {
                 let layers = |_: &Self, image: ImageManifest| {
                     Ok(image.layers.into_iter().map(|layer| layer.digest).collect())
                 };
-                let own = self.image(manifest, sponsors, progress, layers).await;
+                let own = self.image(manifest, 0, sponsors, progress, layers).await;
                 if !self.make_room(&error, own.unwrap_or_default()).await? {
                     return Err(error);
                 }
@@ -506,6 +508,7 @@ impl Inner {
         progress: &Progress,
     ) -> Result<LayerList, PullError> {
         let mut reserved = None;
+        let patterns = shape.selection.compiled_bytes();
         loop {
             let (shape, tenant, reserved_before) =
                 (shape.clone(), progress.tenant(), reserved.take());
@@ -516,7 +519,7 @@ impl Inner {
                 let list = |kept| LayerList { kind: image.kind().to_owned(), parts, _kept: kept };
                 Ok(kept.map(list).ok_or(bytes))
             };
-            match self.image(manifest, sponsors, progress, list).await? {
+            match self.image(manifest, patterns, sponsors, progress, list).await? {
                 Ok(list) => return Ok(list),
                 Err(bytes) => {
                     let waits = |wait| progress.waits_for_memory(wait);
@@ -527,17 +530,18 @@ impl Inner {
         }
     }
 
-    /// Parses the manifest from the store. A damaged one is fetched again.
+    /// Parses the manifest from the store, within memory for it and `more` bytes. A damaged one is fetched again.
     async fn image<T: Send + 'static>(
         self: &Arc<Self>,
         manifest: Digest,
+        more: u64,
         sponsors: &Sponsors,
         progress: &Progress,
         mut read: impl FnOnce(&Self, ImageManifest) -> Result<T, PullError> + Send + 'static,
     ) -> Result<T, PullError> {
         for _ in 0..2 {
             let size = self.keep_manifest(manifest, sponsors).await?;
-            let memory = size.saturating_mul(BYTES_PER_MANIFEST_BYTE);
+            let memory = size.saturating_mul(BYTES_PER_MANIFEST_BYTE).saturating_add(more);
             let memory = self.compute_memory(memory, progress).await?;
             let inner = Arc::clone(self);
             let done = blocking(move || {
@@ -622,7 +626,9 @@ impl Inner {
         allowance: u64,
     ) -> Result<TreePlan, PullError> {
         let mut records = sources.objects.records();
-        let merger = Merger::new(limits, &shape.selection);
+        // Its patterns are compiled for this plan alone.
+        let selection = shape.selection.clone();
+        let merger = Merger::new(limits, &selection);
         let mut merger = merger.within(allowance).reading(&mut records);
         for (layer, rule) in &sources.parts {
             match rule {

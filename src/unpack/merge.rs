@@ -127,7 +127,7 @@ impl<'a> Merger<'a> {
     }
 
     /// Returns the bytes of memory that merging a tree of so many entries takes, if it has few
-    /// folders.
+    /// folders. The compiled selection counts.
     #[must_use]
     pub fn estimate(entries: u64, selection: &Selection) -> u64 {
         /// Bytes for a few folders.
@@ -135,7 +135,8 @@ impl<'a> Merger<'a> {
         let of_name = size_of::<Node>() + 3 * size_of::<u32>();
         let of_file = size_of::<PlannedFile>() + size_of::<u32>();
         let of_shown = if selection.is_everything() { size_of::<PlannedNode>() } else { 0 };
-        entries.saturating_mul((of_name + of_file + of_shown) as u64).saturating_add(LEAST)
+        let of_entries = entries.saturating_mul((of_name + of_file + of_shown) as u64);
+        of_entries.saturating_add(LEAST).saturating_add(selection.compiled_bytes())
     }
 
     /// Adds a blob that is a file, with the mode and owner that it is to be shown with.

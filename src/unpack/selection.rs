@@ -8,17 +8,24 @@
 //! includes it.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
-use globset::{Candidate, Glob, GlobBuilder, GlobMatcher, GlobSet, GlobSetBuilder};
+use globset::{Candidate, Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 
 use super::path::{RelativePath, Shown};
 
-/// Patterns of one attribute: what one volume needs, and what compiles in milliseconds.
+/// The maximum number of patterns in one attribute.
 const PATTERNS: usize = 256;
-/// Bytes of one pattern.
-const PATTERN_BYTES: usize = 4096;
+/// The maximum length of all patterns of one attribute in bytes. It bounds the memory and the time of their compilation:
+/// 20 ms on one core in November 2026.
+const PATTERN_BYTES: usize = 16 << 10;
+/// The memory of compiled patterns for each byte of text: the most that was measured in November 2026, of names of `?`.
+const COMPILED_BYTES: u64 = 600;
 
 /// Which paths of an artifact a volume shows.
+///
+/// Patterns are compiled when the first path is matched, and a clone is not compiled. Match paths with a clone on a thread
+/// that may block, and drop it afterwards. So a pull holds only texts while it waits.
 #[derive(Clone, Debug)]
 pub struct Selection {
     include: Option<Patterns>,
@@ -48,26 +55,16 @@ pub enum SelectionError {
     Parent(String),
     /// Beyond the bounds of this program.
     #[error(
-        "there are more than {PATTERNS} patterns, or one of more than {PATTERN_BYTES} bytes: select folders instead of files"
+        "there are more than {PATTERNS} patterns, or they have more than {PATTERN_BYTES} bytes in all: select folders instead of files"
     )]
     TooLong,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Patterns {
     /// Sorted and without doubles.
     texts: Vec<String>,
-    set: GlobSet,
-    steps: Vec<Vec<Step>>,
-}
-
-/// What one name in a pattern asks of one name in a path.
-#[derive(Clone, Debug)]
-enum Step {
-    /// To match.
-    Name(GlobMatcher),
-    /// It cannot be told by this name alone.
-    Anything,
+    compiled: OnceLock<GlobSet>,
 }
 
 /// What the patterns say of one path, regardless of the folders above it.
@@ -146,16 +143,24 @@ impl Selection {
     /// False only where no path at or below `folder` can be selected.
     #[must_use]
     pub fn may_select_below(&self, folder: &RelativePath) -> bool {
-        let is_excluded =
-            folder.ancestors().chain((!folder.is_root()).then(|| folder.clone())).any(|path| {
-                self.exclude.set.is_match_candidate(&Candidate::from_bytes(path.as_bytes()))
-            });
+        let is_excluded = folder
+            .ancestors()
+            .chain((!folder.is_root()).then(|| folder.clone()))
+            .any(|path| self.exclude.is_match(&Candidate::from_bytes(path.as_bytes())));
         !is_excluded && self.include.as_ref().is_none_or(|include| include.may_match_below(folder))
+    }
+
+    /// Returns the bytes of memory that the compiled patterns take at most.
+    #[must_use]
+    pub fn compiled_bytes(&self) -> u64 {
+        let patterns = self.include.iter().chain([&self.exclude]);
+        let bytes: usize = patterns.flat_map(|patterns| &patterns.texts).map(String::len).sum();
+        (bytes as u64).saturating_mul(COMPILED_BYTES)
     }
 
     pub(super) fn matches(&self, path: &[u8]) -> Match {
         let candidate = Candidate::from_bytes(path);
-        let matches = |patterns: &Patterns| patterns.set.is_match_candidate(&candidate);
+        let matches = |patterns: &Patterns| patterns.is_match(&candidate);
         Match {
             included: self.include.as_ref().is_none_or(matches),
             excluded: matches(&self.exclude),
@@ -163,47 +168,62 @@ impl Selection {
     }
 }
 
+impl Clone for Patterns {
+    fn clone(&self) -> Self {
+        Self { texts: self.texts.clone(), compiled: OnceLock::new() }
+    }
+}
+
 impl Patterns {
     fn none() -> Self {
-        Self { texts: Vec::new(), set: GlobSet::empty(), steps: Vec::new() }
+        Self { texts: Vec::new(), compiled: OnceLock::new() }
     }
 
     fn parse(list: &str) -> Result<Self, SelectionError> {
         let mut texts = BTreeSet::new();
+        let mut bytes = 0;
         for pattern in split(list) {
             let pattern = normalised(pattern.trim())?;
+            bytes += pattern.len();
             if !pattern.is_empty() {
                 texts.insert(pattern);
             }
-            if texts.len() > PATTERNS {
+            if texts.len() > PATTERNS || bytes > PATTERN_BYTES {
                 return Err(SelectionError::TooLong);
             }
         }
-        let mut set = GlobSetBuilder::new();
-        let mut steps = Vec::new();
         for text in &texts {
-            set.add(glob(text)?);
-            steps.push(text.split('/').map(Step::of).collect());
+            glob(text)?;
         }
-        let set = set.build().map_err(|error| SelectionError::Glob {
-            pattern: Shown(list.as_bytes()).to_string(),
-            reason: error.kind().to_string(),
-        })?;
-        Ok(Self { texts: texts.into_iter().collect(), set, steps })
+        Ok(Self { texts: texts.into_iter().collect(), compiled: OnceLock::new() })
+    }
+
+    fn is_match(&self, path: &Candidate<'_>) -> bool {
+        !self.texts.is_empty()
+            && self.compiled.get_or_init(|| self.compile()).is_match_candidate(path)
+    }
+
+    fn compile(&self) -> GlobSet {
+        let globs = self.texts.iter().map(|text| glob(text));
+        let set = globs.collect::<Result<Vec<_>, _>>().and_then(|globs| {
+            let set =
+                globs.into_iter().fold(&mut GlobSetBuilder::new(), GlobSetBuilder::add).build();
+            set.map_err(|error| refusal(&self.texts.join(","), &error))
+        });
+        set.expect("globs that were parsed compile within their bound")
     }
 
     /// Whether a pattern may match a path at or below a folder, or a folder above it.
     fn may_match_below(&self, folder: &RelativePath) -> bool {
-        self.steps.iter().any(|steps| {
+        self.texts.iter().any(|text| {
             // Where either ends first, the rest of the other may still match, or need not.
-            for (step, name) in steps.iter().zip(folder.components()) {
-                match step {
-                    Step::Anything => return true,
-                    Step::Name(glob) => {
-                        if !glob.is_match_candidate(&Candidate::from_bytes(name)) {
-                            return false;
-                        }
-                    }
+            for (pattern, name) in text.split('/').zip(folder.components()) {
+                // Classes and alternatives may hold a slash, so that what looks like one name is none.
+                if pattern.contains("**") || pattern.contains(['[', ']', '{', '}', '\\']) {
+                    return true;
+                }
+                if !may_match_name(pattern.as_bytes(), name) {
+                    return false;
                 }
             }
             true
@@ -211,23 +231,26 @@ impl Patterns {
     }
 }
 
-impl Step {
-    fn of(name: &str) -> Self {
-        // Classes and alternatives may hold a slash, so that what looks like one name is none.
-        if name.contains("**") || name.contains(['[', ']', '{', '}', '\\']) {
-            return Self::Anything;
-        }
-        glob(name).map_or(Self::Anything, |glob| Self::Name(glob.compile_matcher()))
-    }
+/// Compares a name with what is before the first and after the last wildcard of a pattern.
+fn may_match_name(pattern: &[u8], name: &[u8]) -> bool {
+    let is_wildcard = |byte: &u8| matches!(byte, b'*' | b'?');
+    let Some(first) = pattern.iter().position(is_wildcard) else { return pattern == name };
+    let last = pattern.iter().rposition(is_wildcard).unwrap_or(first);
+    let (start, end) = (&pattern[..first], &pattern[last + 1..]);
+    name.len() >= start.len() + end.len() && name.starts_with(start) && name.ends_with(end)
 }
 
 fn glob(pattern: &str) -> Result<Glob, SelectionError> {
-    GlobBuilder::new(pattern).literal_separator(true).backslash_escape(true).build().map_err(
-        |error| SelectionError::Glob {
-            pattern: Shown(pattern.as_bytes()).to_string(),
-            reason: error.kind().to_string(),
-        },
-    )
+    let mut builder = GlobBuilder::new(pattern);
+    let glob = builder.literal_separator(true).backslash_escape(true).build();
+    glob.map_err(|error| refusal(pattern, &error))
+}
+
+fn refusal(pattern: &str, error: &globset::Error) -> SelectionError {
+    SelectionError::Glob {
+        pattern: Shown(pattern.as_bytes()).to_string(),
+        reason: error.kind().to_string(),
+    }
 }
 
 /// Splits at commas; `\,` becomes a comma, and any other escape stays for the glob.
@@ -250,9 +273,6 @@ fn split(list: &str) -> Vec<String> {
 }
 
 fn normalised(pattern: &str) -> Result<String, SelectionError> {
-    if pattern.len() > PATTERN_BYTES {
-        return Err(SelectionError::TooLong);
-    }
     let shown = || Shown(pattern.as_bytes()).to_string();
     if pattern.starts_with('/') {
         return Err(SelectionError::Absolute(shown()));

@@ -11,13 +11,15 @@
 //! loopback (`localhost:5000`) is a rule of its own, see [`Loopback`].
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use serde::Deserialize;
+
+use super::lookup::Lookups;
 
 /// Metadata and credential services outside the link-local range, by cloud.
 const METADATA: [&str; 10] = [
@@ -187,21 +189,22 @@ fn class(address: IpAddr, own: &[IpAddr]) -> Option<&'static str> {
 }
 
 /// The system's resolver, with the rules behind it.
-pub(super) struct GuardedResolver(pub(super) AddressRules);
+pub(super) struct GuardedResolver {
+    pub(super) rules: AddressRules,
+    pub(super) lookups: Lookups,
+}
 
 impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let rules = self.0.clone();
+        let (rules, lookups) = (self.rules.clone(), self.lookups.clone());
         Box::pin(async move {
-            // Port 0 stands for the address's own.
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-            let found: Vec<SocketAddr> = found.collect();
+            let found = lookups.addresses(name.as_str()).await?;
             let own = (rules.own)();
-            for address in &found {
+            for address in found.iter() {
                 // One bad address among good ones is how a name is made to slip through.
                 rules.check(address.ip(), &own)?;
             }
-            Ok(Box::new(found.into_iter()) as Addrs)
+            Ok(Box::new(found.to_vec().into_iter()) as Addrs)
         })
     }
 }
@@ -308,11 +311,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_resolves_to_the_node_is_refused() {
-        let resolver = GuardedResolver(rules(&[]));
-        let error = resolver.resolve("localhost".parse().expect("a name")).await.err();
+        let resolver = |rules| GuardedResolver { rules, lookups: Lookups::default() };
+        let guarded = resolver(rules(&[]));
+        let error = guarded.resolve("localhost".parse().expect("a name")).await.err();
         let error = error.expect("refused");
         assert!(error.downcast_ref::<AddressRefused>().is_some(), "{error}");
-        let resolver = GuardedResolver(rules(&["127.0.0.0/8", "::1/128"]));
-        assert!(resolver.resolve("localhost".parse().expect("a name")).await.is_ok());
+        let allowing = resolver(rules(&["127.0.0.0/8", "::1/128"]));
+        assert!(allowing.resolve("localhost".parse().expect("a name")).await.is_ok());
     }
 }

@@ -18,6 +18,7 @@ use std::time::Duration;
 use reqwest::{Client, Url};
 
 use super::address::{AddressRules, GuardedResolver};
+use super::lookup::Lookups;
 use super::proxy::Proxies;
 use crate::background::Background;
 
@@ -45,6 +46,7 @@ pub(super) struct ConnectionSettings<'a> {
     pub(super) proxy: Option<&'a Url>,
     pub(super) proxies: &'a Proxies,
     pub(super) rules: &'a AddressRules,
+    pub(super) lookups: &'a Lookups,
 }
 
 impl Connection {
@@ -76,7 +78,10 @@ impl Clients {
                 .pool_max_idle_per_host(8)
                 .tcp_keepalive(Duration::from_secs(30))
         };
-        let resolver = Arc::new(GuardedResolver(settings.rules.clone()));
+        let resolver = Arc::new(GuardedResolver {
+            rules: settings.rules.clone(),
+            lookups: settings.lookups.clone(),
+        });
         // Which addresses a proxy is for is decided before: the library reads NO_PROXY otherwise.
         let mut proxied = builder().no_proxy();
         if let Some(proxy) = settings.proxy {

@@ -14,6 +14,7 @@
 //! endpoint   one of them: where it answers, and what it may be asked and told
 //! transport  one exchange over HTTP: redirects, bounded bodies
 //! connection with which client, tls  with which certificates
+//! lookup     how many names are looked up at once
 //! address    which addresses a pod's author may aim this node at
 //! redirect   which addresses a registry may send this node to
 //! plain_http where the administrator lets it do so without TLS
@@ -48,6 +49,7 @@ mod documents;
 mod endpoint;
 mod error;
 pub mod hosts;
+mod lookup;
 mod manners;
 mod passed_by;
 mod plain_http;

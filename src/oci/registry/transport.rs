@@ -23,6 +23,7 @@ use super::connection::{Connection, ConnectionSettings};
 use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
 use super::hosts::HostEntry;
+use super::lookup::Lookups;
 use super::plain_http::PlainHttp;
 use super::proxy::Proxies;
 use super::redirect;
@@ -46,6 +47,7 @@ struct Inner {
     system: TrustedCertificates,
     connect_timeout: Duration,
     rules: AddressRules,
+    lookups: Lookups,
     plain_http: PlainHttp,
     /// The environment's.
     proxies: Proxies,
@@ -91,17 +93,27 @@ impl Transport {
         let tls = TlsMaterial::default().configuration(&system).map_err(setup)?;
         let (connect_timeout, rules) = (options.connect_timeout, options.addresses.clone());
         let proxies = Proxies::from_environment().map_err(setup)?;
+        let lookups = Lookups::default();
         let settings = ConnectionSettings {
             tls,
             connect_timeout,
             proxy: None,
             proxies: &proxies,
             rules: &rules,
+            lookups: &lookups,
         };
         let default =
             Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
         let plain_http = PlainHttp::new(&options.hosts_dirs, &options.plain_http_redirects);
-        Ok(Self(Arc::new(Inner { default, system, connect_timeout, rules, plain_http, proxies })))
+        Ok(Self(Arc::new(Inner {
+            default,
+            system,
+            connect_timeout,
+            rules,
+            lookups,
+            plain_http,
+            proxies,
+        })))
     }
 
     /// Connections to hosts that nothing is configured for.
@@ -124,6 +136,7 @@ impl Transport {
             proxy: entry.proxy.as_ref(),
             proxies: &self.0.proxies,
             rules: &self.0.rules,
+            lookups: &self.0.lookups,
         };
         Connection::new(&settings).map_err(|error| root_cause(&error.without_url()))
     }

@@ -60,7 +60,7 @@ fn patterns_that_can_match_nothing_are_refused() {
     assert!(matches!(refusal("a/../b"), SelectionError::Parent(_)));
     assert!(matches!(refusal("a[b"), SelectionError::Glob { .. }));
     assert!(matches!(refusal("{a,b}"), SelectionError::Glob { .. }));
-    assert_eq!(refusal(&"x".repeat(5000)), SelectionError::TooLong);
+    assert_eq!(refusal(&"x".repeat(PATTERN_BYTES + 1)), SelectionError::TooLong);
     let many: Vec<_> = (0..300).map(|number| number.to_string()).collect();
     assert_eq!(refusal(&many.join(",")), SelectionError::TooLong);
 }
@@ -76,6 +76,28 @@ fn folders_that_nothing_can_be_selected_of() {
     assert!(!may("", "bin", "bin") && !may("", "bin", "bin/x") && !may("bin/x", "b*", "bin"));
     assert!(may("", "bin/*", "bin"));
     assert!(may("[b]in", "", "lib"), "what cannot be told by names is not told");
+}
+
+/// What is slow to compile, as long as an attribute may be.
+fn costly() -> Vec<String> {
+    let fill = |part: &str| {
+        let part = part.replace(',', "\\,");
+        let pattern = |number: usize| format!("{}x{number}", part.repeat(1000 / part.len()));
+        (0..16).map(pattern).collect::<Vec<_>>().join(",")
+    };
+    ["?/", "?", "**/a/", "*a", "[!a-c]", "[!é-ü]", "{a,b*,?}"].map(fill).into()
+}
+
+#[test]
+fn patterns_are_compiled_when_a_path_is_matched_and_not_kept_by_clones() {
+    for patterns in costly() {
+        let selection = Selection::parse(&patterns, &patterns).unwrap();
+        let is_compiled = |selection: &Selection| selection.exclude.compiled.get().is_some();
+        assert!(!is_compiled(&selection));
+        assert!(!selection.selects(&path("b")));
+        assert!(is_compiled(&selection) && !is_compiled(&selection.clone()));
+        assert!(selection.compiled_bytes() > 2 * 500 * 10_000, "{}", selection.compiled_bytes());
+    }
 }
 
 /// The meaning of a glob, by trying everything: names, `*` and `?` within them, `**` across.

@@ -67,6 +67,40 @@ fn a_manifest_of_annotations_takes_no_memory_while_its_layer_trickles() {
 }
 
 #[test]
+fn patterns_that_are_costly_to_compile_take_no_memory_while_a_layer_trickles() {
+    let node = Node::start();
+    let honest = HonestPods::new(&node);
+    let registry = FakeRegistry::new();
+    let gate = put_annotated_and_held_back(&registry, "v1", b"a layer that comes late");
+    let peak = PeakMemory::reset(node.driver.id());
+    let volumes: Vec<_> = (0..16)
+        .map(|number| {
+            let patterns: Vec<_> =
+                (0..60).map(|pattern| format!("{}x{number}-{pattern}", "?/".repeat(125))).collect();
+            hostile_volume(&node, &registry.reference("v1"))
+                .attribute("exclude", &patterns.join(","))
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        for volume in &volumes {
+            scope.spawn(|| node.kubelet.publish_until_bytes_are_awaited(volume));
+        }
+    });
+    std::thread::scope(|scope| {
+        let attack = publish_each(scope, &node, &volumes);
+        honest.are_served_while(|| all_go_on(&attack));
+        gate.open();
+        for call in attack {
+            call.join().expect("a call").expect("published");
+        }
+    });
+    assert!(peak.anonymous_bytes() < MOST, "{} MiB", peak.anonymous_bytes() >> 20);
+    for volume in &volumes {
+        node.kubelet.unpublish(volume);
+    }
+}
+
+#[test]
 fn long_targets_of_symbolic_links_are_not_held_in_memory() {
     const LINKS: usize = 30_000;
     let node = Node::start();

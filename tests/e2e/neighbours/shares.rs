@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::Bytes;
+use nix::mount::{MsFlags, mount};
 use tonic::{Code, Status};
 
 use super::{HonestPods, all_go_on, hostile_volume, publish_each, volume_of};
@@ -207,4 +208,33 @@ fn a_blob_that_always_answers_500_is_named_while_it_is_waited_for_and_at_the_end
     assert!(told.message().contains("answered 500"), "{told}");
     let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
     assert!(message.contains("answered 500"), "{message}");
+}
+
+#[test]
+fn names_that_nobody_answers_for_take_no_threads_from_others() {
+    const NAMES: usize = 300;
+    // Queries are received and never answered.
+    let _name_server =
+        std::net::UdpSocket::bind("127.0.0.153:53").expect("a port of a name server");
+    let node = Node::start_with(|sandbox, options| {
+        let file = sandbox.path().join("resolv.conf");
+        std::fs::write(&file, "nameserver 127.0.0.153\n").expect("a file");
+        let none = None::<&str>;
+        mount(Some(&file), "/etc/resolv.conf", none, MsFlags::MS_BIND, none).expect("a resolver");
+        options
+    });
+    let honest = HonestPods::new(&node);
+    let before = node.driver.threads();
+    std::thread::scope(|scope| {
+        let name = |number| format!("h{number}.silent.example/x:v1");
+        let volumes: Vec<_> =
+            (0..NAMES).map(|number| hostile_volume(&node, &name(number))).collect();
+        let attacks = publish_each(scope, &node, &volumes);
+        wait_until("names are looked up", || node.driver.threads() >= before + 30);
+        for _ in 0..3 {
+            honest.are_served_while(|| attacks.iter().any(|attack| !attack.is_finished()));
+            assert!(node.driver.threads() < before + 150, "{}", node.driver.threads());
+        }
+        node.driver.terminate_hard();
+    });
 }
