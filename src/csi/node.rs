@@ -24,6 +24,7 @@ use crate::proto::csi::v1::{
     NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
 };
 use crate::volume::publish::PublishPath;
+use crate::volume::stats::Usage;
 use crate::volume::{VolumeError, Volumes};
 
 /// Answers the kubelet.
@@ -126,10 +127,12 @@ impl node_server::Node for NodeService {
             Err(error) => Err(error),
         };
         let stats = stats.map_err(|error| status::status(&error))?;
-        // What is read-only is full: all that there is, is used.
-        let usage = |unit: Unit, count: u64| {
-            let used = i64::try_from(count).unwrap_or(i64::MAX);
-            VolumeUsage { available: 0, total: used, used, unit: unit.into() }
+        let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        let usage = |unit: Unit, usage: Usage| VolumeUsage {
+            available: count(usage.available),
+            total: count(usage.total),
+            used: count(usage.used),
+            unit: unit.into(),
         };
         let usage = vec![usage(Unit::Bytes, stats.bytes), usage(Unit::Inodes, stats.inodes)];
         Ok(Response::new(NodeGetVolumeStatsResponse { usage }))

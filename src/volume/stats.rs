@@ -1,18 +1,37 @@
-//! Sizes of a published volume: numbers kept with its tree, in constant time.
+//! Sizes of a published volume: numbers kept with its tree, and those of the filesystem below, in constant time.
 
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use crate::mount::{Target, TargetState};
-use crate::store::{MountedTree, Tree};
+use crate::store::{MountedTree, Room, Tree};
 
-/// What a volume holds; it is full by nature.
+/// Statistics of a volume, as the kubelet has them of its own local volumes: what the volume uses itself, and what its
+/// filesystem has in all. A volume that is "full by nature" would trip every alert about volumes that fill up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VolumeStats {
     /// Bytes of its files.
-    pub bytes: u64,
+    pub bytes: Usage,
     /// Its inodes.
-    pub inodes: u64,
+    pub inodes: Usage,
+}
+
+/// How much a volume uses of something that its filesystem has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// What the volume uses.
+    pub used: u64,
+    /// What the filesystem has left.
+    pub available: u64,
+    /// What the filesystem has in all; at least the other two together.
+    pub total: u64,
+}
+
+impl Usage {
+    /// Filesystems that make inodes as they need them, such as btrfs, have a total of 0.
+    fn new(used: u64, available: u64, total: u64) -> Self {
+        Self { used, available, total: total.max(used.saturating_add(available)) }
+    }
 }
 
 impl Volumes {
@@ -35,6 +54,10 @@ impl Volumes {
         let MountedTree { key, generation, .. } = MountedTree::of(&origin).ok_or_else(unknown)?;
         // Its record alone is read: statistics need no open store.
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
-        Ok(VolumeStats { bytes: tree.record.bytes, inodes: tree.record.inodes })
+        let room = Room::of(&self.0.state_dir)?;
+        Ok(VolumeStats {
+            bytes: Usage::new(tree.record.bytes, room.free_bytes, room.total_bytes),
+            inodes: Usage::new(tree.record.inodes, room.free_inodes, room.total_inodes),
+        })
     }
 }

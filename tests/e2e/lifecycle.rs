@@ -244,9 +244,10 @@ fn stats_tell_what_the_volume_holds() {
         stats(&node, &volume.request.volume_id, &volume.request.target_path).expect("stats");
     assert!(answer.usage.iter().any(|usage| usage.unit() == Unit::Bytes && usage.used >= 150_000));
     assert!(answer.usage.iter().any(|usage| usage.unit() == Unit::Inodes && usage.used >= 3));
+    // Alerts about volumes that fill up compare these two: they are the filesystem's.
     for usage in &answer.usage {
-        assert_eq!(usage.total, usage.used);
-        assert_eq!(usage.available, 0);
+        assert!(usage.available > 0, "{usage:?}");
+        assert!(usage.total >= usage.used + usage.available, "{usage:?}");
     }
     assert_eq!(answer.usage.len(), 2);
     node.kubelet.unpublish(&volume);
