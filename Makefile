@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-api-server crash bench lint validate render fuzz tools
+.PHONY: build demo test test-cluster test-cluster-long cluster crash bench lint validate render fuzz tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -30,10 +30,20 @@ test: tools
 	fi
 	scripts/in-mount-namespace cargo test --locked --features fault-points $(ARGUMENTS)
 
-# Definitions, policies, chart and controller before an API server of Kubernetes' own libraries. No part of `make test`:
-# the libraries are packages of Debian's unstable, which move.
-test-api-server: tools
-	scripts/test-api-server
+# A Kubernetes of two nodes with the driver, and a shell in it. Built from pinned Go modules the first time.
+cluster:
+	scripts/cluster
+
+# The tests on such a cluster: make test-cluster ARGUMENTS='volumes::'
+test-cluster: tools
+	cargo test --locked --features fault-points --test cluster --no-run
+	scripts/cluster cargo test --locked --offline --features fault-points --test cluster -- $(ARGUMENTS)
+
+# What takes minutes there, and a cluster that is killed at random moments.
+test-cluster-long: tools
+	$(MAKE) test-cluster ARGUMENTS=--ignored
+	eval "$$(scripts/install-test-tools --env)"; \
+	    python3 tests/cluster/leftovers.py "$(dir $(TOOLS))debug/csi-driver-oci"
 
 # The driver is killed at random moments under load, so many times.
 crash: tools
