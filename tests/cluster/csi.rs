@@ -1,0 +1,30 @@
+//! The conformance suite of CSI against the socket that the kubelet calls.
+
+use crate::support::{Artifact, TestNamespace, on_node};
+
+#[test]
+fn csi_sanity_passes() {
+    let _namespace = TestNamespace::new("sanity");
+    let artifact = Artifact::push("tests/sanity", &[("file", "sane\n")]);
+    let plugin = "/var/lib/kubelet/plugins/oci.custom.io/csi.sock";
+    // Below the folder of pods, which is the part of the node that the driver sees.
+    let script = format!(
+        r#"
+mkdir -p /var/lib/kubelet/pods/sanity
+cd /var/lib/kubelet/pods/sanity
+echo 'reference: "{}"' > parameters.yaml
+csi-test-controller /run/csi-test.sock >/dev/null 2>&1 </dev/null &
+controller=$!
+trap 'kill $controller; rm -rf /var/lib/kubelet/pods/sanity /run/csi-test.sock' EXIT
+csi-sanity --csi.endpoint=unix://{plugin} --csi.controllerendpoint=unix:///run/csi-test.sock \
+    --csi.mountdir="$PWD/mount" --csi.stagingdir="$PWD/staging" \
+    --csi.testvolumeparameters="$PWD/parameters.yaml" --ginkgo.no-color --ginkgo.skip='\[Controller Server\]'
+"#,
+        artifact.reference()
+    );
+    let said =
+        on_node("node-1", &["sh", "-euc", &script]).unwrap_or_else(|error| panic!("{error}"));
+    let summary = said.lines().find(|line| line.starts_with("Ran ")).unwrap_or_default();
+    eprintln!("{summary}");
+    assert!(said.contains("SUCCESS!") && said.contains("15 Passed | 0 Failed"), "{said}");
+}

@@ -1,0 +1,83 @@
+//! What people see: events, statistics, descriptions, notes.
+
+use crate::support::{
+    Artifact, DRIVER_NAMESPACE, Pod, TestNamespace, kubectl, object, run, wait_until,
+};
+
+#[test]
+fn a_first_start_gives_no_warning() {
+    let _namespace = TestNamespace::new("first");
+    let events = kubectl(&[
+        "--namespace",
+        DRIVER_NAMESPACE,
+        "get",
+        "events",
+        "--field-selector=type=Warning",
+        "--output=jsonpath={range .items[*]}{.involvedObject.name} {.reason}: {.message}{\"\\n\"}{end}",
+    ]);
+    assert_eq!(events, "", "warnings of the driver's first start");
+}
+
+#[test]
+fn a_pod_is_told_what_is_pulled() {
+    let namespace = TestNamespace::new("events");
+    let artifact = Artifact::push_large("tests/events", 1 << 20);
+    namespace.output(&Pod::new("reader", &artifact.reference(), "wc -c /artifact/large"));
+    namespace.wait_for_event("reader", "Pulled");
+    let described = namespace.kubectl(&["describe", "pod", "reader"]);
+    assert!(
+        described.contains("oci.custom.io") && described.contains(&artifact.reference()),
+        "{described}"
+    );
+}
+
+#[test]
+fn the_kubelet_counts_what_a_volume_holds_and_no_alert_of_full_volumes_fires() {
+    let namespace = TestNamespace::new("statistics");
+    let artifact = Artifact::push_large("tests/statistics", 3 << 20);
+    let pod = Pod::holding("reader", &artifact.reference()).on("node-1");
+    namespace.run(&pod);
+    namespace.wait_for_phase("reader", "Running");
+    let mut volume = serde_json::Value::Null;
+    wait_until("statistics of the volume", || {
+        let text = kubectl(&["get", "--raw", "/api/v1/nodes/node-1/proxy/stats/summary"]);
+        let summary: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let pods = summary["pods"].as_array().cloned().unwrap_or_default();
+        let pod = pods.iter().find(|pod| pod["podRef"]["namespace"] == namespace.name.as_str());
+        let volumes = pod.and_then(|pod| pod["volume"].as_array().cloned()).unwrap_or_default();
+        volume =
+            volumes.into_iter().find(|volume| volume["name"] == "artifact").unwrap_or_default();
+        !volume.is_null()
+    });
+    let bytes = |name: &str| volume[name].as_u64().unwrap_or_else(|| panic!("{name} of {volume}"));
+    assert!(bytes("usedBytes") >= 3 << 20, "{volume}");
+    // What common alerts compare: less than 15 percent available.
+    assert!(bytes("availableBytes") * 100 > bytes("capacityBytes") * 15, "{volume}");
+    assert!(bytes("inodesFree") * 100 > bytes("inodes") * 15, "{volume}");
+}
+
+#[test]
+fn the_notes_of_the_chart_work_as_they_are_written() {
+    let namespace = TestNamespace::new("notes");
+    let notes =
+        run("helm", &["--namespace", DRIVER_NAMESPACE, "get", "notes", "csi-driver-oci"], "")
+            .expect("the notes");
+    let pod = notes
+        .split("<<'END'\n")
+        .nth(1)
+        .and_then(|rest| rest.split("  END\n").next())
+        .expect("a pod");
+    namespace.apply(pod);
+    namespace.wait_for_phase("artifact-inline", "Succeeded");
+    assert!(namespace.logs("artifact-inline").contains("/artifact/bin/busybox"));
+    for command in notes
+        .lines()
+        .filter_map(|line| line.strip_prefix("  kubectl "))
+        .filter(|line| !line.starts_with("apply") && !line.starts_with("logs artifact"))
+    {
+        let script = format!("kubectl {command}");
+        run("sh", &["-euc", &script], "").unwrap_or_else(|error| panic!("{script}: {error}"));
+    }
+    let drivers = object(&["get", "csinodes"]);
+    assert_eq!(drivers["items"].as_array().map(Vec::len), Some(2));
+}

@@ -1,0 +1,322 @@
+//! Restarts, crashes, upgrades, and what happens in the middle of a pull.
+
+use std::time::Duration;
+
+use crate::support::{
+    Artifact, DRIVER_NAMESPACE, NODES, Pod, TestNamespace, driver_pod, in_driver, kubectl, node,
+    on_node, release, restart_driver, run, try_kubectl, wait_until,
+};
+
+/// Lines of a reader that reads all the time: anything but `ok` is a failed read.
+const READER: &str = "trap exit TERM; n=0; while :; do if cat /artifact/file > /dev/null; then n=$((n + 1)); else echo failed; fi; echo $n > /tmp/reads; sleep 0.1; done";
+
+/// A pod that reads a volume until it is deleted.
+struct Reader<'a> {
+    namespace: &'a TestNamespace,
+    name: String,
+}
+
+impl<'a> Reader<'a> {
+    fn start(namespace: &'a TestNamespace, name: &str, reference: &str, on: &'static str) -> Self {
+        let mut pod = Pod::new(name, reference, READER).on(on);
+        pod.spec = String::new();
+        namespace.run(&pod);
+        namespace.wait_for_phase(name, "Running");
+        Self { namespace, name: name.into() }
+    }
+
+    fn reads(&self) -> u64 {
+        let arguments = ["exec", &self.name, "--", "cat", "/tmp/reads"];
+        let said = self.namespace.try_kubectl(&arguments, "").unwrap_or_default();
+        said.trim().parse().unwrap_or(0)
+    }
+
+    /// Waits for reads that began after this call; none has failed.
+    #[track_caller]
+    fn still_reads(&self) {
+        let before = self.reads();
+        wait_until("further reads", || self.reads() > before + 2);
+        assert_eq!(self.namespace.logs(&self.name), "", "failed reads of {}", self.name);
+    }
+}
+
+/// Kills the driver's process on a node, as the kernel would when memory is short.
+fn kill_driver(name: &str) {
+    let script = r#"for process in /proc/[0-9]*; do
+        if tr '\0' ' ' < "$process/cmdline" | grep -q '^/usr/local/bin/csi-driver-oci node '; then
+            kill -KILL "${process#/proc/}"
+        fi
+    done"#;
+    on_node(name, &["sh", "-c", script]).expect("a killed driver");
+}
+
+#[test]
+fn a_pod_that_is_deleted_during_its_pull_is_gone_and_its_pull_goes_on() {
+    let namespace = TestNamespace::new("deleted");
+    let artifact = Artifact::push_large("tests/deleted", 8 << 20);
+    let pod = Pod::holding("first", &artifact.slow()).on("node-1");
+    namespace.run(&pod);
+    wait_until("the pull", || {
+        crate::support::driver_log("node-1").is_ok_and(|log| log.contains("tests/deleted"))
+            || namespace.events("first").contains("Pulling")
+    });
+    namespace.delete_pod("first");
+    assert_eq!(
+        namespace
+            .output(&Pod::new("second", &artifact.slow(), "wc -c < /artifact/large").on("node-1"))
+            .trim(),
+        (8 << 20).to_string()
+    );
+}
+
+#[test]
+fn a_pod_that_is_deleted_by_force_leaves_no_mount() {
+    let namespace = TestNamespace::new("forced");
+    let artifact = Artifact::push("tests/forced", &[("file", "x\n")]);
+    let pod = Pod::holding("pod", &artifact.reference()).on("node-1");
+    namespace.run(&pod);
+    namespace.wait_for_phase("pod", "Running");
+    let uid = namespace.field("pod", "pod", "{.metadata.uid}");
+    namespace.kubectl(&["delete", "pod", "pod", "--force", "--grace-period=0"]);
+    let mounts = || on_node("node-1", &["cat", "/proc/self/mountinfo"]).expect("mounts");
+    wait_until("no mount of the pod", || !mounts().contains(&uid));
+    wait_until("no folder of the pod", || {
+        on_node("node-1", &["test", "!", "-e", &format!("/var/lib/kubelet/pods/{uid}")]).is_ok()
+    });
+}
+
+#[test]
+fn a_drain_moves_pods_with_volumes_to_another_node() {
+    let namespace = TestNamespace::alone("drain");
+    let artifact = Artifact::push("tests/drain", &[("file", "x\n")]);
+    namespace.apply(&format!(
+        r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: moving}}
+spec:
+  replicas: 2
+  selector: {{matchLabels: {{app: moving}}}}
+  template:
+    metadata: {{labels: {{app: moving}}}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+        - name: main
+          image: docker.io/library/busybox:1.37
+          command: ["sh", "-c", "cat /artifact/file; trap exit TERM; while :; do sleep 3600 & wait $!; done"]
+          volumeMounts: [{{name: artifact, mountPath: /artifact}}]
+      volumes:
+        - name: artifact
+          csi: {{driver: oci.custom.io, readOnly: true, volumeAttributes: {{reference: "{}"}}}}
+"#,
+        artifact.reference()
+    ));
+    namespace.kubectl(&["rollout", "status", "deployment/moving", "--timeout=120s"]);
+    kubectl(&[
+        "drain",
+        "node-1",
+        "--ignore-daemonsets",
+        "--delete-emptydir-data",
+        "--timeout=120s",
+        "--pod-selector=app=moving",
+    ]);
+    namespace.kubectl(&["rollout", "status", "deployment/moving", "--timeout=120s"]);
+    let nodes = namespace.kubectl(&[
+        "get",
+        "pods",
+        "--selector=app=moving",
+        "--output=jsonpath={.items[*].spec.nodeName}",
+    ]);
+    kubectl(&["uncordon", "node-1"]);
+    assert!(!nodes.contains("node-1"), "{nodes}");
+}
+
+#[test]
+fn volumes_outlive_restarts_of_kubelet_and_containerd() {
+    let namespace = TestNamespace::alone("restarts");
+    let artifact = Artifact::push("tests/restarts", &[("file", "x\n")]);
+    let reader = Reader::start(&namespace, "reader", &artifact.reference(), "node-1");
+    for program in ["kubelet", "containerd"] {
+        node(&["restart", "node-1", program]);
+        let name = format!("after-{program}");
+        assert_eq!(
+            namespace
+                .output(&Pod::new(&name, &artifact.reference(), "cat /artifact/file").on("node-1")),
+            "x\n"
+        );
+        reader.still_reads();
+    }
+    namespace.delete_pod("reader");
+}
+
+#[test]
+fn twenty_pods_start_while_the_driver_is_killed_again_and_again() {
+    let namespace = TestNamespace::alone("killed");
+    let artifact = Artifact::push_large("tests/killed", 1 << 20);
+    let reader_artifact = Artifact::push("tests/killed-reader", &[("file", "x\n")]);
+    let reader = Reader::start(&namespace, "reader", &reader_artifact.reference(), "node-1");
+    let names: Vec<_> = (0..20).map(|number| format!("pod-{number}")).collect();
+    for name in &names {
+        namespace
+            .run(&Pod::new(name, &artifact.reference(), "wc -c < /artifact/large").on("node-1"));
+    }
+    for _ in 0..3 {
+        kill_driver("node-1");
+        wait_until("the driver to be back", || in_driver("node-1", &["status"]).is_ok());
+    }
+    for name in &names {
+        namespace.wait_for_phase(name, "Succeeded");
+        assert_eq!(namespace.logs(name).trim(), (1 << 20).to_string());
+    }
+    reader.still_reads();
+    namespace.delete_pod("reader");
+}
+
+#[test]
+fn fifty_pods_start_while_the_driver_is_rolled() {
+    let namespace = TestNamespace::alone("rolled");
+    let artifact = Artifact::push_large("tests/rolled", 1 << 20);
+    let names: Vec<_> = (0..50).map(|number| format!("pod-{number}")).collect();
+    let mut all = String::new();
+    for name in &names {
+        all.push_str("---");
+        all.push_str(&Pod::new(name, &artifact.reference(), "wc -c < /artifact/large").yaml());
+    }
+    namespace.apply(&all);
+    restart_driver();
+    for name in &names {
+        namespace.wait_for_phase(name, "Succeeded");
+    }
+}
+
+#[test]
+fn cached_content_starts_pods_while_the_registry_is_down() {
+    let namespace = TestNamespace::alone("down");
+    let artifact = Artifact::push("tests/down", &[("file", "x\n")]);
+    let other = Artifact::push("tests/down-other", &[("file", "y\n")]);
+    namespace.output(&Pod::new("before", &artifact.slow(), "cat /artifact/file").on("node-1"));
+    let address = |verb: &str| {
+        run("ip", &["address", verb, "198.51.100.4/24", "dev", "cluster0"], "")
+            .expect("the address")
+    };
+    address("del");
+    let during = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        assert_eq!(
+            namespace
+                .output(&Pod::new("during", &artifact.slow(), "cat /artifact/file").on("node-1")),
+            "x\n"
+        );
+        namespace.run(&Pod::new("waiting", &other.slow(), "cat /artifact/file").on("node-1"));
+        namespace.wait_for_event("waiting", "cannot be reached");
+    }));
+    address("add");
+    if let Err(failed) = during {
+        std::panic::resume_unwind(failed);
+    }
+    namespace.wait_for_phase("waiting", "Succeeded");
+}
+
+#[test]
+fn a_node_that_loses_power_comes_back_with_its_volumes() {
+    let namespace = TestNamespace::alone("power");
+    let artifact = Artifact::push("tests/power", &[("file", "x\n")]);
+    let mut pod = Pod::new(
+        "reader",
+        &artifact.slow(),
+        "cat /artifact/file; trap exit TERM; while :; do sleep 3600 & wait $!; done",
+    )
+    .on("node-2");
+    pod.spec = String::new();
+    let yaml = pod.yaml().replace("restartPolicy: Never", "restartPolicy: Always");
+    namespace.apply(&yaml);
+    namespace.wait_for_phase("reader", "Running");
+    let uid = namespace.field("pod", "reader", "{.metadata.uid}");
+    node(&["crash", "node-2"]);
+    node(&["start", "node-2"]);
+    wait_until("the container's restart", || {
+        namespace
+            .field("pod", "reader", "{.status.containerStatuses[0].restartCount}")
+            .parse()
+            .unwrap_or(0)
+            > 0
+    });
+    namespace.wait_for_ready("reader");
+    assert_eq!(namespace.field("pod", "reader", "{.metadata.uid}"), uid, "the same pod");
+    assert!(namespace.logs("reader").contains('x'));
+    wait_until("the driver", || {
+        in_driver("node-2", &["status"]).is_ok_and(|said| said.contains("ready"))
+    });
+    namespace.delete_pod("reader");
+    wait_until("no mount of the pod", || {
+        !on_node("node-2", &["cat", "/proc/self/mountinfo"]).expect("mounts").contains(&uid)
+    });
+}
+
+#[test]
+fn helm_upgrades_refuses_uninstalls_and_installs_again() {
+    let namespace = TestNamespace::alone("helm");
+    let artifact = Artifact::push("tests/helm", &[("file", "x\n")]);
+    let helm = |arguments: &[&str]| {
+        run("helm", &[arguments, &["--namespace", DRIVER_NAMESPACE]].concat(), "")
+    };
+    let [chart, values] = release();
+    let reader = Reader::start(&namespace, "reader", &artifact.reference(), "node-1");
+    let before = driver_pod("node-1").expect("the driver");
+    helm(&[
+        "upgrade",
+        "csi-driver-oci",
+        &chart,
+        &values,
+        "--set=podAnnotations.upgraded=yes",
+        "--wait",
+        "--timeout=3m",
+    ])
+    .expect("an upgrade");
+    assert_ne!(driver_pod("node-1").expect("the driver"), before, "its pod is replaced");
+    reader.still_reads();
+    let refused = helm(&["uninstall", "csi-driver-oci", "--wait", "--timeout=2m"])
+        .expect_err("a pod has a volume");
+    assert!(refused.contains("uninstall"), "{refused}");
+    let log =
+        try_kubectl(&["--namespace", DRIVER_NAMESPACE, "logs", "job/csi-driver-oci-uninstall"], "")
+            .expect("the job's log");
+    assert!(log.contains(&format!("{}/reader", namespace.name)), "{log}");
+    reader.still_reads();
+    namespace.delete_pod("reader");
+    helm(&["uninstall", "csi-driver-oci", "--wait", "--timeout=2m"]).expect("no pod has a volume");
+    wait_until("no driver", || {
+        kubectl(&["--namespace", DRIVER_NAMESPACE, "get", "pods", "--output=name"]).is_empty()
+    });
+    helm(&["install", "csi-driver-oci", &chart, &values, "--wait", "--timeout=3m"])
+        .expect("an installation");
+    for name in NODES {
+        wait_until("the driver", || in_driver(name, &["status"]).is_ok());
+    }
+    // The content has stayed.
+    assert_eq!(
+        namespace
+            .output(&Pod::new("again", &artifact.reference(), "cat /artifact/file").on("node-1")),
+        "x\n"
+    );
+}
+
+#[test]
+#[ignore = "takes minutes: make test-cluster-long"]
+fn a_pull_longer_than_the_kubelets_call_tells_how_far_it_is() {
+    let namespace = TestNamespace::alone("long");
+    let artifact = Artifact::push_large("tests/long", 64 << 20);
+    let rate = std::env::var("SLOW_RATE_FILE").expect("the cluster's folder");
+    std::fs::write(&rate, "20000").expect("a slower line");
+    namespace.run(&Pod::new("reader", &artifact.slow(), "wc -c < /artifact/large"));
+    let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        // The kubelet's call ends after two minutes.
+        namespace.wait_for_event_within("reader", "the pull goes on", Duration::from_mins(3));
+    }));
+    std::fs::write(&rate, (100 << 20).to_string()).expect("a faster line");
+    let finished = waited.map(|()| namespace.wait_for_phase("reader", "Succeeded"));
+    std::fs::write(&rate, (1 << 20).to_string()).expect("the line as it was");
+    if let Err(failed) = finished {
+        std::panic::resume_unwind(failed);
+    }
+}

@@ -1,0 +1,361 @@
+//! Volumes in pods: what is in them, and that no pod can change them for the next.
+
+use std::{fs, path::Path};
+
+use crate::support::{Artifact, NODES, Pod, TestNamespace, in_driver, object, run, upgrade};
+
+const FILES: [(&str, &str); 3] =
+    [("bin/tool", "#!/bin/sh\necho it runs\n"), ("etc/settings", "a=1\n"), ("data/a/b", "deep\n")];
+
+/// What a hostile pod does to a file and its folder. Each may fail, and most do.
+const ATTACK: &str = r"
+cd /artifact
+try() { if $@ 2>/dev/null; then echo done: $@; fi; }
+try mount -o remount,rw /artifact
+try mount -o remount,bind,rw /artifact
+attack() {
+    (echo evil >> bin/tool) 2>/dev/null && echo done: append
+    (echo evil > etc/settings) 2>/dev/null && echo done: truncate
+    (echo evil > new) 2>/dev/null && echo done: create
+    try chmod 777 bin/tool
+    try chown 1234 etc/settings
+    try touch -d 2001-01-01 data/a/b
+    try ln bin/tool hard
+    try ln -s /etc/passwd soft
+    try mv data/a data/c
+    try mkdir folder
+    try mknod device c 1 3
+    try chattr +i bin/tool
+    try chattr -i bin/tool
+    try rm -rf etc bin data
+}
+attack
+mkdir -p /tmp/other
+if mount --bind /artifact /tmp/other 2>/dev/null; then
+    mount -o remount,bind,rw /tmp/other 2>/dev/null
+    cd /tmp/other
+    attack
+fi
+echo the attack is over
+";
+
+const READ: &str = "cd /artifact && find . -type f | sort | xargs sha256sum && find . | sort | xargs stat -c '%n %a %u %g'";
+
+const SECURITIES: [(&str, &str); 3] = [
+    ("plain", "{runAsUser: 0}"),
+    ("capable", "{runAsUser: 0, capabilities: {add: [ALL]}}"),
+    ("privileged", "{runAsUser: 0, privileged: true}"),
+];
+
+/// Runs a hostile pod for each combination of rights and `readOnly` that is asked for, and compares what the next pod
+/// sees with what the one before saw.
+#[track_caller]
+fn attack(
+    namespace: &TestNamespace,
+    artifact: &Artifact,
+    is_asked: impl Fn(&str, Option<bool>) -> bool,
+) {
+    let read =
+        |name: &str| namespace.output(&Pod::new(name, &artifact.reference(), READ).on("node-1"));
+    let before = read("before");
+    assert_eq!(before.matches("bin/tool").count(), 2, "{before}");
+    let choices = [None, Some(false), Some(true)];
+    let letter = |value: Option<bool>| value.map_or("none", |is| if is { "yes" } else { "no" });
+    let mut names = Vec::new();
+    for (name, security) in SECURITIES {
+        for (volume, mount) in
+            choices.into_iter().flat_map(|volume| choices.map(|mount| (volume, mount)))
+        {
+            if is_asked(name, volume) {
+                let name = format!("{name}-{}-{}", letter(volume), letter(mount));
+                let mut pod = Pod::new(&name, &artifact.reference(), ATTACK).on("node-1");
+                (pod.security, pod.volume_read_only, pod.mount_read_only) =
+                    (security, volume, mount);
+                namespace.run(&pod);
+                names.push(name);
+            }
+        }
+    }
+    for name in &names {
+        namespace.wait_for_phase(name, "Succeeded");
+        let log = namespace.logs(name);
+        let is_change = |line: &&str| line.starts_with("done:") && !line.contains("mount");
+        let changes: Vec<_> = log.lines().filter(is_change).collect();
+        assert!(log.contains("the attack is over") && changes.is_empty(), "{name}: {log}");
+    }
+    assert_eq!(read("after"), before, "what the pods left");
+    let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
+    assert!(verified.contains(", 0 findings"), "{verified}");
+}
+
+#[test]
+fn a_pod_that_writes_changes_nothing_for_the_next_one() {
+    let namespace = TestNamespace::new("writing-pods");
+    let artifact = Artifact::push("tests/writing", &FILES);
+    // With `readOnly: true` it is a bind, whose flag CAP_SYS_ADMIN can clear: see docs/security.md.
+    attack(&namespace, &artifact, |security, volume| security == "plain" || volume != Some(true));
+}
+
+#[test]
+fn with_overlays_no_capability_helps_a_pod_to_write() {
+    let namespace = TestNamespace::alone("overlays");
+    let artifact = Artifact::push("tests/overlays", &FILES);
+    upgrade(&["--set=config.volumes.mount=Overlay"], || {
+        attack(&namespace, &artifact, |_, volume| volume == Some(true));
+    });
+}
+
+#[test]
+fn every_example_runs_as_it_is() {
+    let namespace = TestNamespace::new("examples");
+    let tool = Artifact::push("team/tool", &FILES);
+    Artifact::push_tag(
+        "models/example",
+        "q4",
+        &[("model.gguf", "GGUF"), ("tokenizer.json", "{}"), ("README.md", "no")],
+    );
+    Artifact::push("filters/headers", &[("filter.wasm", "\0asm")]);
+    namespace.kubectl(&[
+        "create",
+        "secret",
+        "docker-registry",
+        "registry-credentials",
+        "--docker-server=registry.example.com",
+        "--docker-username=robot",
+        "--docker-password=any",
+    ]);
+    let nobody = format!("sha256:{}", "0".repeat(64));
+    let example = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name);
+        // The one part that a reader has to fill in.
+        fs::read_to_string(path).expect("an example").replace(&nobody, &tool.digest)
+    };
+    for (file, pod, says) in [
+        ("pod-inline.yaml", "artifact-inline", "/artifact/bin/busybox"),
+        ("pinned-digest.yaml", "artifact-pinned", "/artifact/bin/tool"),
+        ("private-registry.yaml", "artifact-private", "/artifact/etc/settings"),
+        ("user-namespace.yaml", "artifact-user-namespace", " 0        0 "),
+    ] {
+        namespace.apply(&example(file));
+        namespace.wait_for_phase(pod, "Succeeded");
+        let log = namespace.logs(pod);
+        assert!(log.contains(says), "{file}: {log}");
+    }
+    for (file, object) in
+        [("model.yaml", "deployment/inference"), ("warm-daemonset.yaml", "daemonset/artifact-warm")]
+    {
+        namespace.apply(&example(file));
+        namespace.kubectl(&["rollout", "status", object, "--timeout=120s"]);
+    }
+    namespace.apply(&example("wasm.yaml"));
+    namespace.wait_for_ready("wasm-proxy");
+    namespace.kubectl(&["label", "--overwrite", "nodes", "node-1", "pool=tools"]);
+    namespace.apply(&example("preload.yaml"));
+    namespace.kubectl(&["wait", "artifactpreload/tool", "--for=condition=Ready", "--timeout=120s"]);
+    assert_eq!(namespace.field("artifactpreload", "tool", "{.status.ready}"), "1");
+    namespace.kubectl(&["label", "nodes", "node-1", "pool-"]);
+    let tested = [
+        "pod-inline",
+        "pinned-digest",
+        "private-registry",
+        "user-namespace",
+        "model",
+        "warm-daemonset",
+        "wasm",
+        "preload",
+        "pv-pvc",
+    ];
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    for entry in fs::read_dir(folder).expect("the examples") {
+        let path = entry.expect("an example").path();
+        let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+        let is_tested = tested.contains(&name.as_str());
+        assert!(
+            path.extension().is_none_or(|end| end != "yaml") || is_tested,
+            "{name} is run by no test"
+        );
+    }
+}
+
+#[test]
+fn prometheus_runs_from_a_persistent_volume() {
+    let namespace = TestNamespace::new("persistent");
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let script = format!(
+        r#"
+cd '{}'
+program="$(command -v prometheus)"
+real="$(sed -n 's/.* exec \(.*\) "$@"$/\1/p' "$program" | head -n 1)"
+mkdir -p artifact/bin artifact/config image
+cp "${{real:-$program}}" artifact/bin/prometheus
+echo 'global: {{}}' > artifact/config/prometheus.yml
+ldd artifact/bin/prometheus | grep -o '/[^ ]*' | xargs -I '{{}}' cp --dereference --parents '{{}}' image
+tar -C image -cf image.tar .
+crane append --oci-empty-base --new_layer image.tar --new_tag gcr.io/distroless/static-debian12:nonroot
+crane mutate gcr.io/distroless/static-debian12:nonroot --user 65532:65532 --tag gcr.io/distroless/static-debian12:nonroot
+"#,
+        folder.path().display()
+    );
+    run("bash", &["-euc", &script], "").expect("an image with the libraries of Prometheus");
+    Artifact::push_folder(
+        "prometheus-custom",
+        "v1",
+        &folder.path().join("artifact"),
+        &["bin", "config"],
+    );
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/pv-pvc.yaml");
+    let text = fs::read_to_string(example).expect("the example");
+    // The namespace of the test in place of `default`.
+    let text = text.replace("namespace: default", &format!("namespace: {}", namespace.name));
+    namespace.apply(&text);
+    namespace.wait_for_ready("prometheus");
+    let mounts =
+        namespace.kubectl(&["exec", "prometheus", "--", "/artifact/bin/prometheus", "--version"]);
+    assert!(mounts.contains("prometheus, version"), "{mounts}");
+    namespace.delete_pod("prometheus");
+    namespace.kubectl(&["delete", "pvc", "prometheus-artifact"]);
+    namespace.kubectl(&["delete", "pv", "prometheus-artifact"]);
+}
+
+#[test]
+fn several_containers_see_parts_of_one_volume() {
+    let namespace = TestNamespace::new("parts");
+    let artifact = Artifact::push("tests/parts", &FILES);
+    namespace.apply(&format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: parts}}
+spec:
+  restartPolicy: Never
+  initContainers:
+    - name: init
+      image: docker.io/library/busybox:1.37
+      command: ["sh", "-c", "/artifact/bin/tool > /shared/init"]
+      volumeMounts:
+        - {{name: artifact, mountPath: /artifact, readOnly: true}}
+        - {{name: shared, mountPath: /shared}}
+  containers:
+    - name: part
+      image: docker.io/library/busybox:1.37
+      command: ["sh", "-c", "cat /settings /deep/b /shared/init"]
+      env: [{{name: FOLDER, value: data/a}}]
+      volumeMounts:
+        - {{name: artifact, mountPath: /settings, subPath: etc/settings, readOnly: true}}
+        - {{name: artifact, mountPath: /deep, subPathExpr: $(FOLDER), readOnly: true}}
+        - {{name: shared, mountPath: /shared}}
+    - name: whole
+      image: docker.io/library/busybox:1.37
+      command: ["/artifact/bin/tool"]
+      volumeMounts:
+        - {{name: artifact, mountPath: /artifact}}
+  volumes:
+    - name: shared
+      emptyDir: {{}}
+    - name: artifact
+      csi: {{driver: oci.custom.io, readOnly: true, volumeAttributes: {{reference: "{}"}}}}
+"#,
+        artifact.reference()
+    ));
+    namespace.wait_for_phase("parts", "Succeeded");
+    assert_eq!(namespace.kubectl(&["logs", "parts", "--container=part"]), "a=1\ndeep\nit runs\n");
+    assert_eq!(namespace.kubectl(&["logs", "parts", "--container=whole"]), "it runs\n");
+}
+
+#[test]
+fn a_pod_without_root_reads_and_executes() {
+    let namespace = TestNamespace::new("users");
+    let artifact = Artifact::push("tests/users", &FILES);
+    let mut pod = Pod::new(
+        "user",
+        &artifact.reference(),
+        "id -u; /artifact/bin/tool; touch /x || echo a read-only root",
+    );
+    pod.security = "{runAsUser: 1234, runAsGroup: 1234, readOnlyRootFilesystem: true, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}";
+    pod.spec = "securityContext: {fsGroup: 4321}".into();
+    assert_eq!(
+        namespace
+            .output(&pod)
+            .lines()
+            .filter(|line| !line.starts_with("touch"))
+            .collect::<Vec<_>>(),
+        ["1234", "it runs", "a read-only root"]
+    );
+}
+
+#[test]
+fn jobs_sets_and_deployments_roll() {
+    let namespace = TestNamespace::new("workloads");
+    let first = Artifact::push("tests/rolling", &[("version", "one\n")]);
+    Artifact::push_tag("tests/rolling", "v2", &[("version", "two\n")]);
+    let template = |restart: &str, command: &str, tag: &str| {
+        format!(
+            r#"
+    metadata: {{labels: {{app: rolling}}}}
+    spec:
+      restartPolicy: {restart}
+      terminationGracePeriodSeconds: 1
+      containers:
+        - name: main
+          image: docker.io/library/busybox:1.37
+          command: ["sh", "-c", "{command}"]
+          volumeMounts: [{{name: artifact, mountPath: /artifact, readOnly: true}}]
+      volumes:
+        - name: artifact
+          csi: {{driver: oci.custom.io, readOnly: true, volumeAttributes: {{reference: "registry.example.com/{}:{tag}"}}}}
+"#,
+            first.repository
+        )
+    };
+    let stay = "cat /artifact/version; trap exit TERM; while :; do sleep 3600 & wait $!; done";
+    let workload = |kind: &str, more: &str, tag: &str| {
+        format!(
+            "apiVersion: apps/v1\nkind: {kind}\nmetadata: {{name: rolling}}\nspec:\n  replicas: 3\n  {more}\n  selector: {{matchLabels: {{app: rolling}}}}\n  template:{}",
+            template("Always", stay, tag)
+        )
+    };
+    namespace.apply(&format!(
+        "apiVersion: batch/v1\nkind: Job\nmetadata: {{name: once}}\nspec:\n  completions: 4\n  parallelism: 2\n  template:{}",
+        template("Never", "cat /artifact/version", "v1").replace("app: rolling", "app: once")
+    ));
+    namespace.kubectl(&["wait", "job/once", "--for=condition=Complete", "--timeout=120s"]);
+    for (kind, more) in
+        [("Deployment", "strategy: {type: RollingUpdate}"), ("StatefulSet", "serviceName: rolling")]
+    {
+        for (tag, says) in [("v1", "one"), ("v2", "two")] {
+            namespace.apply(&workload(kind, more, tag));
+            namespace.kubectl(&["rollout", "status", &format!("{kind}/rolling"), "--timeout=120s"]);
+            let selected =
+                object(&["--namespace", &namespace.name, "get", "pods", "--selector=app=rolling"]);
+            let running: Vec<_> = selected["items"]
+                .as_array()
+                .expect("pods")
+                .iter()
+                .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
+                .map(|pod| pod["metadata"]["name"].as_str().expect("a name").to_owned())
+                .collect();
+            assert_eq!(running.len(), 3, "{running:?}");
+            for pod in running {
+                assert_eq!(namespace.logs(&pod).trim(), says, "{kind} {pod}");
+            }
+        }
+        namespace.kubectl(&["delete", kind, "rolling", "--cascade=foreground", "--timeout=120s"]);
+    }
+}
+
+#[test]
+fn a_volume_is_gone_from_the_node_with_its_pod() {
+    let namespace = TestNamespace::new("unmounted");
+    let artifact = Artifact::push("tests/unmounted", &FILES);
+    for name in NODES {
+        let pod = Pod::holding(&format!("on-{name}"), &artifact.reference()).on(name);
+        namespace.run(&pod);
+        namespace.wait_for_phase(&pod.name, "Running");
+        let uid = namespace.field("pod", &pod.name, "{.metadata.uid}");
+        let mounts =
+            || crate::support::on_node(name, &["cat", "/proc/self/mountinfo"]).expect("mounts");
+        assert!(mounts().contains(&uid), "the volume is mounted on {name}");
+        namespace.delete_pod(&pod.name);
+        crate::support::wait_until("the volume's unmount", || !mounts().contains(&uid));
+    }
+}
