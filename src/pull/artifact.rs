@@ -278,6 +278,7 @@ impl Shape {
         let recorded = rule.recorded;
         let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
         if let Some(Permissions { uid, gid, .. }) = recorded.filter(|owned| !owned.has_owner()) {
+            let (uid, gid) = (uid.into(), gid.into());
             return Err(UnpackError::Owner { path: rule.path.clone(), uid, gid });
         }
         let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });

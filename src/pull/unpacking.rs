@@ -265,16 +265,20 @@ impl Job {
         let Shared { store, limits, .. } = &*self.unpackers.0;
         let mut limits = limits.clone();
         let mut writer = store.write_layer(self.blob)?;
-        match window {
+        let totals = match window {
             Window::Plain => {
                 limits.zstd_window_log = limits.zstd_window_log.min(PLAIN_WINDOW_LOG);
                 let blob = PausableReader { input: blob, permit, checked: Instant::now() };
-                archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?;
+                archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?
             }
             Window::Large => {
                 let _permit = permit;
-                archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?;
+                archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?
             }
+        };
+        if totals.special_files > 0 {
+            let (layer, special_files) = (self.blob, totals.special_files);
+            tracing::info!(%layer, special_files, "device nodes and fifos of a layer are not shown");
         }
         Ok(writer)
     }

@@ -688,6 +688,7 @@ fn encode(entry: Entry) -> wire::Entry {
         }
         EntryKind::Whiteout => Kind::Whiteout,
         EntryKind::Opaque => Kind::Opaque,
+        EntryKind::Special => Kind::Special,
     };
     record.kind = kind.into();
     record
@@ -715,6 +716,7 @@ fn decode(record: wire::Entry, limits: &Limits) -> Option<Entry> {
         Kind::HardLink => EntryKind::HardLink { target: path(&record.link)? },
         Kind::Whiteout => EntryKind::Whiteout,
         Kind::Opaque => EntryKind::Opaque,
+        Kind::Special => EntryKind::Special,
     };
     let attributes = record.extended_attributes.into_iter();
     Some(Entry {

@@ -15,7 +15,7 @@ use super::error::{UnpackError, shown};
 use super::layer_rule::ArchiveRule;
 use super::limits::Limits;
 use super::path::{PathError, RelativePath};
-use super::permissions::{NodeType, Permissions, PermissionsRule};
+use super::permissions::{NodeType, Owner, Permissions, PermissionsRule};
 use super::tape::{Member, MemberKind, Tape};
 use crate::oci::Digest;
 
@@ -65,6 +65,8 @@ pub struct Totals {
     pub files: u64,
     /// Bytes of the regular files' contents.
     pub bytes: u64,
+    /// Device nodes and fifos, which no volume shows, and hard links to them.
+    pub special_files: u64,
     /// Bytes of the uncompressed archive.
     pub tar_bytes: u64,
     /// The digest of the uncompressed archive, of all its bytes, where the rule names one.
@@ -79,8 +81,9 @@ pub fn unpack(
     limits: &Limits,
     sink: &mut impl Sink,
 ) -> Result<Totals, UnpackError> {
-    let mut own_links = OwnLinks::default();
-    record(input, rule, permissions, limits, sink, |entry| own_links.check(entry))
+    let mut own_links = (!rule.whiteouts).then(OwnLinks::default);
+    let check = |entry: &Entry| own_links.as_mut().map_or(Ok(()), |links| links.check(entry));
+    record(input, rule, permissions, limits, sink, check)
 }
 
 /// Reads an archive, with a last word on each entry.
@@ -106,7 +109,7 @@ fn record_content(
     mut check: impl FnMut(&Entry) -> Result<(), UnpackError>,
 ) -> Result<Totals, UnpackError> {
     let (mut entries, mut files, mut bytes) = (0, 0, 0_u64);
-    let (mut members, mut metadata_bytes) = (0, 0);
+    let (mut members, mut special_files, mut metadata_bytes) = (0, 0, 0);
     while let Some(member) = tape.next()? {
         members += 1;
         if members > limits.entries {
@@ -115,25 +118,25 @@ fn record_content(
         let Some((path, mark)) = place(&member.name, rule, limits)? else {
             continue;
         };
+        let is_special = member.kind == MemberKind::Special && mark.is_none();
+        special_files += u64::from(is_special);
+        if is_special && !rule.whiteouts {
+            continue;
+        }
         let metadata = metadata(&member, &path, permissions, limits)?;
-        // Marks have no inode, and hard links that of their target.
-        let has_inode = !matches!(member.kind, MemberKind::HardLink) && mark.is_none();
+        // Marks and special files have no inode, and hard links that of their target.
+        let has_inode = !is_special && member.kind != MemberKind::HardLink && mark.is_none();
         if has_inode && !metadata.permissions.has_owner() {
-            let Permissions { uid, gid, .. } = metadata.permissions;
-            return Err(UnpackError::Owner { path, uid, gid });
+            return Err(UnpackError::Owner { path, uid: member.uid, gid: member.gid });
         }
         let entry = match (mark, member.kind) {
             (Some(kind), _) => Entry { path, kind, metadata },
             (None, MemberKind::Directory) => Entry { path, kind: EntryKind::Directory, metadata },
-            (None, MemberKind::Special(kind)) => {
-                return Err(UnpackError::SpecialFile { path, kind });
-            }
-            (None, MemberKind::File | MemberKind::HardLink | MemberKind::SymbolicLink)
-                if path.is_root() =>
-            {
+            (None, _) if path.is_root() => {
                 let (name, reason) = (shown(&member.name), PathError::Root);
                 return Err(UnpackError::Name { name, reason });
             }
+            (None, MemberKind::Special) => Entry { path, kind: EntryKind::Special, metadata },
             (None, MemberKind::HardLink) => {
                 let kind = hard_link(&member.link, &path, limits)?;
                 Entry { path, kind, metadata }
@@ -165,13 +168,13 @@ fn record_content(
         (Some(expected), Some(found)) if expected != found => {
             Err(UnpackError::TarDigest { expected, found })
         }
-        _ => Ok(Totals { entries, files, bytes, tar_bytes, tar_digest }),
+        _ => Ok(Totals { entries, files, bytes, special_files, tar_bytes, tar_digest }),
     }
 }
 
-/// Symbolic links of the archive so far, by keyed hashes of their paths. Merging would refuse entries
-/// that pass through them too, but then the layer would be in the store already. Only the first links
-/// of an archive with very many are checked here.
+/// Symbolic links of the archive so far, by keyed hashes of their paths, where no entry may pass
+/// through one. Merging would refuse such entries too, but then the layer would be in the store already.
+/// Only the first links of an archive with very many are checked here.
 #[derive(Default)]
 struct OwnLinks {
     key: RandomState,
@@ -207,7 +210,10 @@ fn place(
     limits: &Limits,
 ) -> Result<Option<(RelativePath, Option<EntryKind>)>, UnpackError> {
     let refused = |reason| UnpackError::Name { name: shown(name), reason };
-    let path = RelativePath::parse(name, limits).map_err(refused)?;
+    // A folder of ORAS has relative names, as `oras pull` demands it.
+    let parse =
+        if rule.within.is_some() { RelativePath::parse } else { RelativePath::parse_rooted };
+    let path = parse(name, limits).map_err(refused)?;
     if !rule.whiteouts {
         return Ok(Some((path, None)));
     }
@@ -255,7 +261,7 @@ fn store(
 fn hard_link(link: &[u8], path: &RelativePath, limits: &Limits) -> Result<EntryKind, UnpackError> {
     let refused =
         |reason| UnpackError::HardLinkName { path: path.clone(), target: shown(link), reason };
-    let target = RelativePath::parse_name(link, limits).map_err(refused)?;
+    let target = RelativePath::parse_rooted_name(link, limits).map_err(refused)?;
     Ok(EntryKind::HardLink { target })
 }
 
@@ -285,9 +291,10 @@ fn metadata(
     let node = match member.kind {
         MemberKind::Directory => NodeType::Directory,
         MemberKind::SymbolicLink => NodeType::SymbolicLink,
-        MemberKind::File | MemberKind::HardLink | MemberKind::Special(_) => NodeType::File,
+        MemberKind::File | MemberKind::HardLink | MemberKind::Special => NodeType::File,
     };
-    let Member { mode, uid, gid, modified, .. } = *member;
+    let Member { mode, modified, .. } = *member;
+    let [uid, gid] = [&member.uid, &member.gid].map(Owner::number);
     let permissions = rule.apply(node, Permissions { mode, uid, gid });
     let extended_attributes = match node {
         // The kernel has no user attributes on symbolic links.

@@ -25,6 +25,7 @@ pub(super) struct Content {
     /// What was used of the buffer.
     used: usize,
     position: u64,
+    packed: u64,
     end: Option<Summary>,
 }
 
@@ -37,7 +38,8 @@ pub(super) struct Summary {
 }
 
 enum Message {
-    Bytes(Vec<u8>),
+    /// Bytes, and how many packed ones were read for all so far.
+    Bytes(Vec<u8>, u64),
     End(Summary),
     Failed(UnpackError),
 }
@@ -58,7 +60,7 @@ pub(super) fn decompress<R: Read + Send, T, E: From<UnpackError>>(
             .spawn_scoped(scope, move || produce(input, limits, digested, &full, &empty))
             .map_err(UnpackError::Store)?;
         let buffer = Vec::new();
-        with(Content { filled, emptied, buffer, used: 0, position: 0, end: None })
+        with(Content { filled, emptied, buffer, used: 0, position: 0, packed: 0, end: None })
     })
 }
 
@@ -83,7 +85,7 @@ fn produce<R: Read>(
             }
             buffer.truncate(length);
             let is_last = length < BUFFER;
-            if full.send(Message::Bytes(buffer)).is_err() {
+            if full.send(Message::Bytes(buffer, content.packed())).is_err() {
                 return Ok(None);
             }
             if is_last {
@@ -105,11 +107,17 @@ impl Content {
         self.position
     }
 
+    /// Returns the number of packed bytes that were read for the bytes so far.
+    pub(super) fn packed(&self) -> u64 {
+        self.packed
+    }
+
     /// The next bytes; none at the end of the content, and only there.
     pub(super) fn fill(&mut self) -> Result<&[u8], UnpackError> {
         while self.used == self.buffer.len() && self.end.is_none() {
             match self.filled.recv() {
-                Ok(Message::Bytes(bytes)) => {
+                Ok(Message::Bytes(bytes, packed)) => {
+                    self.packed = packed;
                     let emptied = std::mem::replace(&mut self.buffer, bytes);
                     self.used = 0;
                     // The other side may be done already.

@@ -107,7 +107,7 @@ impl<'a, R: Read> Decompressed<'a, R> {
         if self.position > limits.unpacked_bytes {
             return Err(UnpackError::TooManyBytes { limit: limits.unpacked_bytes });
         }
-        let packed = self.source().count;
+        let packed = self.packed();
         if self.position > limits.decompression_ratio_floor
             && self.position > packed.saturating_mul(limits.decompression_ratio)
         {
@@ -120,6 +120,11 @@ impl<'a, R: Read> Decompressed<'a, R> {
     pub(super) fn finish(self) -> Summary {
         let digest = self.hash.map(|hash| Digest::from_bytes(hash.finalize().into()));
         Summary { bytes: self.position, digest }
+    }
+
+    /// Returns the number of packed bytes that were read so far.
+    pub(super) fn packed(&mut self) -> u64 {
+        self.source().count
     }
 
     fn source(&mut self) -> &mut Source<R> {

@@ -43,6 +43,8 @@ pub enum EntryKind {
         /// Its first name.
         target: RelativePath,
     },
+    /// A device node or fifo of an image, which no volume shows. It replaces what was at its path.
+    Special,
     /// Hides what lower layers have at this path.
     Whiteout,
     /// Hides what lower layers have in this folder.
@@ -90,7 +92,10 @@ impl Entry {
             EntryKind::Directory => FOLDER_BYTES,
             EntryKind::SymbolicLink { target } => target.len() as u64,
             EntryKind::HardLink { target } => target.as_bytes().len() as u64,
-            EntryKind::File { .. } | EntryKind::Whiteout | EntryKind::Opaque => 0,
+            EntryKind::File { .. }
+            | EntryKind::Special
+            | EntryKind::Whiteout
+            | EntryKind::Opaque => 0,
         };
         let rest = self.path.as_bytes().len() + self.metadata.extended_attributes.memory();
         kind.saturating_add(rest as u64)

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::path::{PathError, RelativePath, Shown};
+use super::permissions::Owner;
 use crate::oci::Digest;
 
 /// What kind of failure it is, for the one place that chooses a status.
@@ -154,19 +155,9 @@ pub enum UnpackError {
         /// What is wrong with the target.
         reason: &'static str,
     },
-    /// A device, a fifo or something else that is not content.
+    /// A sparse file in a form that is not read.
     #[error(
-        "the archive's entry \"{path}\" is a {kind}, only files, folders and links are supported: make the archive again without it"
-    )]
-    SpecialFile {
-        /// The entry.
-        path: RelativePath,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// A sparse file, whose archive form is not read.
-    #[error(
-        "the archive's entry \"{name}\" is a sparse file: make the archive again without --sparse"
+        "the archive's entry \"{name}\" is a sparse file of an unknown form: make the archive again with GNU tar or bsdtar, or without --sparse"
     )]
     Sparse {
         /// The entry, shown.
@@ -184,15 +175,15 @@ pub enum UnpackError {
     },
     /// An owner or group that no file can have.
     #[error(
-        "\"{path}\" has the owner {uid}:{gid}, and 4294967295 is no owner on Linux: make the artifact again with another, or mount it with permissions: Readable"
+        "\"{path}\" has the owner {uid}:{gid}, and Linux has those from 0 to 4294967294: make the artifact again with another, or mount it with permissions: Readable"
     )]
     Owner {
         /// The entry, or the file of a layer.
         path: RelativePath,
         /// Its owner.
-        uid: u32,
+        uid: Owner,
         /// Its group.
-        gid: u32,
+        gid: Owner,
     },
     /// Extended attributes beyond a bound.
     #[error(
@@ -278,18 +269,6 @@ pub enum UnpackError {
         path: RelativePath,
         /// The link.
         link: RelativePath,
-    },
-    /// An entry whose way leaves the tree.
-    #[error(
-        "the entry \"{path}\" of layer {layer} leaves the volume through the symbolic link \"{link}\" of a lower layer: build the image again without it"
-    )]
-    LeavesRoot {
-        /// The entry.
-        path: RelativePath,
-        /// Its layer.
-        layer: usize,
-        /// The name of the link, shown.
-        link: String,
     },
     /// Symbolic links without end.
     #[error(
@@ -407,7 +386,6 @@ impl UnpackError {
             | Self::Whiteout { .. }
             | Self::HardLinkName { .. }
             | Self::SymbolicLinkTarget { .. }
-            | Self::SpecialFile { .. }
             | Self::Sparse { .. }
             | Self::EntryType { .. }
             | Self::Owner { .. }
@@ -420,7 +398,6 @@ impl UnpackError {
             | Self::Memory { .. }
             | Self::ThroughLink { .. }
             | Self::ThroughOwnLink { .. }
-            | Self::LeavesRoot { .. }
             | Self::TooManyLinks { .. }
             | Self::Place { .. }
             | Self::NotAFolder { .. }

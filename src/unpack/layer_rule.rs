@@ -20,7 +20,7 @@ use serde::Deserialize;
 use super::error::{UnpackError, shown};
 use super::limits::Limits;
 use super::path::{PathError, RelativePath};
-use super::permissions::Permissions;
+use super::permissions::{Owner, Permissions};
 use super::selection::Selection;
 use crate::oci::Digest;
 use crate::oci::manifest::{Descriptor, ImageManifest};
@@ -143,9 +143,9 @@ impl ArchiveRule {
 struct FileMetadata {
     mode: Option<u32>,
     #[serde(default)]
-    uid: u32,
+    uid: i64,
     #[serde(default)]
-    gid: u32,
+    gid: i64,
 }
 
 /// One rule for each layer, in the manifest's order.
@@ -247,6 +247,7 @@ fn recorded(number: usize, layer: &Descriptor) -> Result<Option<Permissions>, Un
         let reason = shown(error.to_string().as_bytes());
         UnpackError::Annotation { layer: number, annotation, reason }
     })?;
+    let [uid, gid] = [uid, gid].map(|number| Owner::Number(number).number());
     Ok(mode.map(|mode| Permissions { mode, uid, gid }))
 }
 

@@ -2,15 +2,15 @@
 //!
 //! The rules are those of containerd's apply, where an image's layers are concerned:
 //!
-//! - An entry goes where its folder's path leads in the tree so far. A symbolic link
-//!   on the way is followed, inside the root, if a lower layer made it; a link of the
-//!   entry's own layer, or one that leads above the root, is refused. (Absolute targets
-//!   start at the root, as they do for whoever runs in the image.)
+//! - An entry goes where its folder's path leads in the tree so far. Symbolic links on
+//!   the way are followed, whichever layer made them, and never leave the root: absolute
+//!   targets start there, and `..` stays there, as in a container of the image.
 //! - Folders that only a path names are made, see [`Metadata::of_implied_folder`].
 //! - A folder over a folder changes its metadata; anything else replaces what was there.
 //! - Whiteouts and opaque marks hide what lower layers have, wherever they stand in
 //!   their own layer; a folder that its own layer still needs stays, as an implied one.
 //! - Hard links share the inode of what their target is at that moment.
+//! - Device nodes and fifos replace what was there, and are not shown.
 //!
 //! Artifacts that are not images are stricter, as `oras pull` is: nothing passes
 //! through a symbolic link, the entries of an ORAS folder lie within its title, and a
@@ -203,6 +203,7 @@ impl<'a> Merger<'a> {
                 EntryKind::File { .. }
                 | EntryKind::SymbolicLink { .. }
                 | EntryKind::HardLink { .. }
+                | EntryKind::Special
                 | EntryKind::Whiteout => {
                     return Err(UnpackError::RootReplaced { layer: layer as usize });
                 }
@@ -232,6 +233,7 @@ impl<'a> Merger<'a> {
                 NewNode::Link(number(self.links.len() - 1))
             }
             EntryKind::HardLink { target } => self.linked(path, target)?,
+            EntryKind::Special => NewNode::Special,
             EntryKind::Whiteout => {
                 if let Some(hidden) = self.child(place, name.text)
                     && !self.outlasts_hiding(hidden)

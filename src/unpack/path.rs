@@ -98,9 +98,19 @@ impl RelativePath {
         Ok(Self(normal.into()))
     }
 
-    /// As [`RelativePath::parse`], for what cannot be the root.
-    pub fn parse_name(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
-        let path = Self::parse(bytes, limits)?;
+    /// Parses a path of an archive, whose root is the root of the volume: `/a` is `a`, and `/` the
+    /// root. A `..` is refused all the same.
+    pub fn parse_rooted(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
+        match bytes.iter().position(|&byte| byte != b'/') {
+            Some(start) => Self::parse(&bytes[start..], limits),
+            None if bytes.is_empty() => Err(PathError::Empty),
+            None => Ok(Self::root()),
+        }
+    }
+
+    /// Parses as [`RelativePath::parse_rooted`] does, and refuses the root.
+    pub fn parse_rooted_name(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
+        let path = Self::parse_rooted(bytes, limits)?;
         if path.is_root() { Err(PathError::Root) } else { Ok(path) }
     }
 
@@ -251,9 +261,26 @@ mod tests {
         assert_eq!(parse("a/../b"), Err(PathError::Parent));
         assert_eq!(parse(".."), Err(PathError::Parent));
         assert_eq!(parse("a\0b"), Err(PathError::Nul));
-        assert_eq!(RelativePath::parse_name(b"./", &Limits::default()), Err(PathError::Root));
+        assert_eq!(
+            RelativePath::parse_rooted_name(b"./", &Limits::default()),
+            Err(PathError::Root)
+        );
         assert!(parse("...").is_ok());
         assert!(parse("a..").is_ok());
+    }
+
+    #[test]
+    fn a_rooted_path_starts_at_the_root() {
+        let rooted = |text: &str| RelativePath::parse_rooted(text.as_bytes(), &Limits::default());
+        for text in ["/a/b", "//a//b/", "/./a/b", "a/b"] {
+            assert_eq!(rooted(text), Ok(path("a/b")), "{text}");
+        }
+        for text in ["/", "//", "/.", "/./"] {
+            assert_eq!(rooted(text), Ok(RelativePath::root()), "{text}");
+        }
+        assert_eq!(rooted(""), Err(PathError::Empty));
+        assert_eq!(rooted("/../a"), Err(PathError::Parent));
+        assert_eq!(rooted("/a/.."), Err(PathError::Parent));
     }
 
     #[test]

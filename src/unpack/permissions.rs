@@ -1,5 +1,7 @@
 //! The attribute `permissions`: which mode and owner content gets on the node.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Modes keep nothing else: neither setuid, setgid nor sticky.
@@ -26,6 +28,15 @@ pub enum NodeType {
     File,
     /// A symbolic link; its mode means nothing.
     SymbolicLink,
+}
+
+/// The number of an owner or a group as it is recorded: any number, or text that is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Most of them no file can have.
+    Number(i64),
+    /// Not a number.
+    Unreadable,
 }
 
 /// Mode and owner.
@@ -64,6 +75,33 @@ impl PermissionsRule {
         match self {
             Self::Readable => Permissions { mode, uid: 0, gid: 0 },
             Self::Preserve => Permissions { mode, uid: recorded.uid, gid: recorded.gid },
+        }
+    }
+}
+
+impl Owner {
+    /// Returns the number that the kernel takes; the highest one, which no file can have, for all that
+    /// it does not take.
+    #[must_use]
+    pub fn number(&self) -> u32 {
+        match self {
+            Self::Number(number) => u32::try_from(*number).unwrap_or(u32::MAX),
+            Self::Unreadable => u32::MAX,
+        }
+    }
+}
+
+impl From<u32> for Owner {
+    fn from(number: u32) -> Self {
+        Self::Number(number.into())
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(formatter),
+            Self::Unreadable => formatter.write_str("?"),
         }
     }
 }

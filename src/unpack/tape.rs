@@ -1,7 +1,7 @@
 //! The tar format: blocks to members, with their extended headers applied.
 //!
 //! Reads what Go's `archive/tar` reads, since Go's programs write nearly all
-//! layers and unpack them elsewhere: v7, ustar, pax and GNU, but no sparse files.
+//! layers and unpack them elsewhere: v7, ustar, pax and GNU, with their sparse files.
 //! The `tar` crate is not used: it holds extended headers of any size in memory,
 //! splits pax values at newlines (values of extended attributes are binary),
 //! takes the type of v7's files and folders for that of later files, and drops
@@ -16,6 +16,11 @@ use super::content::Content;
 use super::entry::Timestamp;
 use super::error::{UnpackError, shown};
 use super::limits::Limits;
+use super::permissions::Owner;
+
+mod sparse;
+
+use sparse::{Extent, SparseForm, SparseParts};
 
 const BLOCK: usize = 512;
 
@@ -26,6 +31,10 @@ pub(super) struct Tape<'a> {
     /// Bytes of the current member that were not read yet, and the padding after them.
     remaining: u64,
     padding: u64,
+    /// The parts of the current member that were not read yet, if it is a sparse file.
+    sparse: Option<SparseParts>,
+    /// Bytes of holes that were read so far.
+    expanded: u64,
     /// What went wrong while somebody else was reading a member.
     failure: Option<UnpackError>,
 }
@@ -38,8 +47,8 @@ pub(super) struct Member {
     pub(super) kind: MemberKind,
     pub(super) size: u64,
     pub(super) mode: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+    pub(super) uid: Owner,
+    pub(super) gid: Owner,
     pub(super) modified: Timestamp,
     /// Names without their pax prefix; all namespaces.
     pub(super) extended_attributes: PaxRecords,
@@ -51,8 +60,8 @@ pub(super) enum MemberKind {
     Directory,
     HardLink,
     SymbolicLink,
-    /// Something that is no content, by its name for people.
-    Special(&'static str),
+    /// A device node or a fifo.
+    Special,
 }
 
 /// The block that describes a member, as it is written.
@@ -72,7 +81,7 @@ struct Extensions {
 
 impl<'a> Tape<'a> {
     pub(super) fn new(content: Content, limits: &'a Limits) -> Self {
-        Self { content, limits, remaining: 0, padding: 0, failure: None }
+        Self { content, limits, remaining: 0, padding: 0, sparse: None, expanded: 0, failure: None }
     }
 
     /// The next member; what was not read of the one before is skipped.
@@ -133,38 +142,39 @@ impl<'a> Tape<'a> {
         let mut link = text(header.link()).to_vec();
         let mut size = size;
         let mode = self.number(header.mode(), "a mode is not a number")?;
-        let mut uid = self.number(header.uid(), "an owner is not a number")?;
-        let mut gid = self.number(header.gid(), "a group is not a number")?;
+        let owner = |number: Option<i64>| number.map_or(Owner::Unreadable, Owner::Number);
+        let mut uid = owner(number(header.uid()));
+        let mut gid = owner(number(header.gid()));
         let seconds = self.number(header.modified(), "a time is not a number")?;
         let mut modified = Timestamp { seconds, nanoseconds: 0 };
         let mut extended_attributes = PaxRecords::new();
-        let mut is_sparse = header.kind() == b'S';
-        for (key, value) in extensions.pax.into_iter().flatten() {
-            if value.is_empty() {
-                continue;
-            }
+        let form = match header.kind() {
+            b'S' => Some(SparseForm::OldGnu),
+            _ => extensions.pax.as_ref().and_then(SparseForm::of),
+        };
+        let records = extensions.pax.unwrap_or_default();
+        for (key, value) in records.iter().filter(|(_, value)| !value.is_empty()) {
             if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                extended_attributes.insert(name.into(), value);
+                extended_attributes.insert(name.into(), value.clone());
                 continue;
             }
-            let number = || decimal(&value).ok_or("a number in a pax header is malformed");
-            match &*key {
-                b"path" => name = value.into(),
-                b"linkpath" => link = value.into(),
-                b"size" => size = number().map_err(|reason| self.broken(reason))?.unsigned_abs(),
-                b"uid" => uid = number().map_err(|reason| self.broken(reason))?,
-                b"gid" => gid = number().map_err(|reason| self.broken(reason))?,
+            match &**key {
+                b"path" => name = value.to_vec(),
+                b"linkpath" => link = value.to_vec(),
+                b"size" => size = self.pax_number(value)?,
+                b"uid" => uid = owner(signed_decimal(value)),
+                b"gid" => gid = owner(signed_decimal(value)),
                 b"mtime" => {
-                    modified = pax_time(&value)
+                    modified = pax_time(value)
                         .ok_or_else(|| self.broken("a time in a pax header is malformed"))?;
                 }
-                _ => is_sparse |= key.starts_with(b"GNU.sparse."),
+                _ => {}
             }
         }
         name = extensions.long_name.unwrap_or(name);
         link = extensions.long_link.unwrap_or(link);
-        if is_sparse {
-            return Err(UnpackError::Sparse { name: shown(&name) });
+        if form.is_some() {
+            name = records.get(&b"GNU.sparse.name"[..]).map_or(name, |name| name.to_vec());
         }
         let kind = match header.kind() {
             // Before ustar, folders were files with a slash at the end.
@@ -175,24 +185,24 @@ impl<'a> Tape<'a> {
             b'0' | b'7' if name.ends_with(b"/") => {
                 return Err(self.broken("the name of a file ends in a slash"));
             }
-            0 | b'0' | b'7' => MemberKind::File,
+            0 | b'0' | b'7' | b'S' => MemberKind::File,
             b'1' => MemberKind::HardLink,
             b'2' => MemberKind::SymbolicLink,
-            b'3' => MemberKind::Special("character device"),
-            b'4' => MemberKind::Special("block device"),
+            b'3' | b'4' | b'6' => MemberKind::Special,
             b'5' => MemberKind::Directory,
-            b'6' => MemberKind::Special("fifo"),
             other => {
                 return Err(UnpackError::EntryType { name: shown(&name), kind: shown(&[other]) });
             }
         };
         // Whatever their size says, other kinds have no content; so Go's reader.
-        if kind == MemberKind::File {
-            self.starts(size);
-        } else {
-            size = 0;
+        match (kind, form) {
+            (MemberKind::File, None) => self.starts(size),
+            (MemberKind::File, Some(form)) => {
+                size = self.start_sparse(form, header, size, &name, &records)?;
+            }
+            (_, None) => size = 0,
+            (_, Some(_)) => return Err(self.broken("something else than a file is sparse")),
         }
-        let narrow = |number: i64, reason| u32::try_from(number).map_err(|_| self.broken(reason));
         Ok(Member {
             name,
             link,
@@ -200,8 +210,8 @@ impl<'a> Tape<'a> {
             size,
             // Only the permission bits are ever used.
             mode: u32::try_from(mode & 0o7777).unwrap_or_default(),
-            uid: narrow(uid, "an owner is out of range")?,
-            gid: narrow(gid, "a group is out of range")?,
+            uid,
+            gid,
             modified,
             extended_attributes,
         })
@@ -268,11 +278,22 @@ impl<'a> Tape<'a> {
     fn starts(&mut self, size: u64) {
         self.remaining = size;
         self.padding = size.wrapping_neg() % BLOCK as u64;
+        self.sparse = None;
     }
 
     /// The next bytes of the current member; none at its end.
     fn fill_member(&mut self) -> Result<&[u8], UnpackError> {
-        if self.remaining == 0 {
+        let most = match &mut self.sparse {
+            None => self.remaining,
+            Some(parts) => match parts.next() {
+                Extent::Hole(length) => {
+                    self.check_ratio()?;
+                    return Ok(sparse::zeros(length));
+                }
+                Extent::Data(length) => length,
+            },
+        };
+        if most == 0 {
             return Ok(&[]);
         }
         let position = self.content.position();
@@ -281,16 +302,35 @@ impl<'a> Tape<'a> {
             let reason = "it ends in the middle of an entry";
             return Err(UnpackError::Archive { reason, position });
         }
-        let length = usize::try_from(self.remaining).unwrap_or(usize::MAX).min(bytes.len());
+        let length = usize::try_from(most).unwrap_or(usize::MAX).min(bytes.len());
         Ok(&bytes[..length])
     }
 
     fn consume_member(&mut self, bytes: usize) {
+        if let Some(parts) = &mut self.sparse
+            && parts.consume(bytes as u64)
+        {
+            self.expanded = self.expanded.saturating_add(bytes as u64);
+            return;
+        }
         self.content.consume(bytes);
         self.remaining = self.remaining.saturating_sub(bytes as u64);
     }
 
+    /// Bounds what holes add, as decompressing bounds the zeros that they stand for.
+    fn check_ratio(&self) -> Result<(), UnpackError> {
+        let unpacked = self.content.position().saturating_add(self.expanded);
+        let limit = self.limits.decompression_ratio;
+        let is_much = unpacked > self.limits.decompression_ratio_floor;
+        if is_much && unpacked > self.content.packed().saturating_mul(limit) {
+            return Err(UnpackError::Ratio { limit });
+        }
+        Ok(())
+    }
+
     fn skip_member(&mut self) -> Result<(), UnpackError> {
+        // Holes have nothing to skip.
+        self.sparse = None;
         loop {
             let length = self.fill_member()?.len();
             if length == 0 {
@@ -306,6 +346,11 @@ impl<'a> Tape<'a> {
             self.padding -= skipped;
         }
         Ok(())
+    }
+
+    fn pax_number(&self, value: &[u8]) -> Result<u64, UnpackError> {
+        let number = decimal(value).map(i64::unsigned_abs);
+        number.ok_or_else(|| self.broken("a number in a pax header is malformed"))
     }
 
     fn number(&self, field: &[u8], reason: &'static str) -> Result<i64, UnpackError> {
@@ -451,6 +496,11 @@ fn decimal(digits: &[u8]) -> Option<i64> {
     })
 }
 
+/// A pax number that may be negative.
+fn signed_decimal(text: &[u8]) -> Option<i64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 /// A pax time: seconds since 1970 with an optional sign and fraction.
 fn pax_time(value: &[u8]) -> Option<Timestamp> {
     const NANOSECONDS: u32 = 1_000_000_000;
@@ -477,8 +527,12 @@ fn pax_time(value: &[u8]) -> Option<Timestamp> {
 }
 
 /// Records `<length> <key>=<value>\n`, where the length counts all of it.
+///
+/// The first form of sparse files repeats two keys for each extent; they become one record, as in the
+/// form after it.
 fn pax_records(mut bytes: &[u8]) -> Option<PaxRecords> {
     let mut records = PaxRecords::new();
+    let mut sparse_map: Vec<&[u8]> = Vec::new();
     while !bytes.is_empty() {
         let space = bytes.iter().take(20).position(|&byte| byte == b' ')?;
         let length = usize::try_from(decimal(&bytes[..space])?).ok()?;
@@ -487,8 +541,23 @@ fn pax_records(mut bytes: &[u8]) -> Option<PaxRecords> {
         if equals == 0 {
             return None;
         }
-        records.insert(record[..equals].into(), record[equals + 1..].into());
+        let (key, value) = (&record[..equals], &record[equals + 1..]);
+        match key {
+            b"GNU.sparse.offset" | b"GNU.sparse.numbytes" => {
+                let is_in_turn = sparse_map.len() % 2 == usize::from(key != b"GNU.sparse.offset");
+                if !is_in_turn || value.contains(&b',') {
+                    return None;
+                }
+                sparse_map.push(value);
+            }
+            _ => {
+                records.insert(key.into(), value.into());
+            }
+        }
         bytes = &bytes[length..];
+    }
+    if !sparse_map.is_empty() {
+        records.insert((*b"GNU.sparse.map").into(), sparse_map.join(&b',').into());
     }
     Some(records)
 }

@@ -160,6 +160,7 @@ impl Memory {
                     format!("{path}->{}", String::from_utf8_lossy(target))
                 }
                 EntryKind::HardLink { target } => format!("{path}=>{target}"),
+                EntryKind::Special => format!("{path}!"),
                 EntryKind::Whiteout => format!("-{path}"),
                 EntryKind::Opaque => format!("-{path}/*"),
             }

@@ -62,7 +62,7 @@ impl PlanBuilder {
                     self.node_of_folder(number, planned);
                     continue;
                 }
-                NodeKind::Removed => continue,
+                NodeKind::Removed | NodeKind::Special => continue,
                 _ if !is_shown => continue,
                 NodeKind::File(inode) => {
                     self.plan.files[inode as usize].links += 1;

@@ -47,6 +47,8 @@ pub(super) enum NodeKind {
     OwnLink,
     /// A symbolic link, by its number in [`Merger::links`].
     Link(u32),
+    /// A device node or fifo, which is in no plan.
+    Special,
 }
 
 /// A node that is about to be inserted.
@@ -55,6 +57,7 @@ pub(super) enum NewNode {
     File(u32),
     OwnLink,
     Link(u32),
+    Special,
 }
 
 /// A folder with the list of its nodes.
@@ -166,6 +169,7 @@ impl Merger<'_> {
             (_, NewNode::File(inode)) => NodeKind::File(inode),
             (_, NewNode::OwnLink) => NodeKind::OwnLink,
             (_, NewNode::Link(link)) => NodeKind::Link(link),
+            (_, NewNode::Special) => NodeKind::Special,
         };
         let is_shown = !found.excluded && (found.included || is_folder);
         self.shown += u64::from(is_shown);

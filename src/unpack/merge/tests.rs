@@ -177,29 +177,58 @@ fn links_of_lower_layers_are_followed_inside_the_root() {
 }
 
 #[test]
-fn an_entry_through_a_link_of_its_own_layer_is_refused() {
+fn links_of_the_same_layer_are_followed_inside_the_root() {
     let file = Tar::new().link(b'2', "l", "/etc").file("l/passwd", "");
+    assert_eq!(merged(&[file]), ["etc/", "etc/passwd=0.0", "l->/etc"]);
     let hard = Tar::new().file("d/x", "").link(b'2', "l", "d").link(b'1', "h", "l/x");
-    let folder = Tar::new().link(b'2', "l", "/etc").folder("l/d/", 0o755);
-    let whiteout = Tar::new().link(b'2', "l", "/etc").file("l/.wh.x", "");
-    let again =
-        [Tar::new().link(b'2', "l", "/etc"), Tar::new().link(b'2', "l", "/etc").file("l/x", "")];
-    for layers in [vec![file], vec![hard], vec![folder], vec![whiteout], again.to_vec()] {
-        let error = refusal(&layers);
-        assert!(
-            matches!(&error, UnpackError::ThroughLink { link, .. } if link == "l"),
-            "{error:?}"
-        );
-    }
+    assert_eq!(merged(&[hard]), ["d/", "d/x=0.0", "h=0.0", "l->d"]);
+    let folder = Tar::new().link(b'2', "l", "m").link(b'2', "m", "n/o").folder("l/d/", 0o755);
+    assert_eq!(merged(&[folder]), ["l->m", "m->n/o", "n/", "n/o/", "n/o/d/"]);
+    let again = [
+        Tar::new().link(b'2', "l", "a"),
+        Tar::new().link(b'2', "l", "b").file("l/x", "").link(b'2', "l", "c").file("l/y", ""),
+    ];
+    assert_eq!(merged(&again), ["b/", "b/x=1.0", "c/", "c/y=1.1", "l->c"]);
 }
 
 #[test]
-fn an_entry_that_leaves_the_root_through_a_link_is_refused() {
-    for target in ["..", "../x", "/../x", "d/../../x"] {
-        let lower = Tar::new().folder("d/", 0o755).link(b'2', "l", target);
-        let error = refusal(&[lower, Tar::new().file("l/x", "")]);
-        assert!(matches!(error, UnpackError::LeavesRoot { .. }), "{target}: {error:?}");
+fn marks_below_a_link_of_the_same_layer_hide_lower_layers_only() {
+    let lower = Tar::new().file("d/old", "").file("d/x", "");
+    let link = || Tar::new().link(b'2', "l", "d").file("l/new", "");
+    let whiteout = link().file("l/.wh.old", "").file("l/.wh.new", "");
+    assert_eq!(merged(&[lower.clone(), whiteout]), ["d/", "d/new=1.0", "d/x=0.1", "l->d"]);
+    let opaque = link().file("l/.wh..wh..opq", "");
+    assert_eq!(merged(&[lower, opaque]), ["d/", "d/new=1.0", "l->d"]);
+}
+
+#[test]
+fn the_folder_above_the_root_is_the_root() {
+    for target in ["../x", "/../x", "d/../../x", "../../../x", "no/../../x"] {
+        let links = Tar::new().folder("d/", 0o755).link(b'2', "l", target);
+        for layers in [vec![links.clone(), Tar::new().file("l/f", "")], vec![links.file("l/f", "")]]
+        {
+            let lines = merged(&layers);
+            assert!(lines.iter().any(|line| line.starts_with("x/f=")), "{target}: {lines:?}");
+        }
     }
+    let to_root = Tar::new().link(b'2', "l", "..").file("l/f", "");
+    assert_eq!(merged(&[to_root]), ["f=0.0", "l->.."]);
+}
+
+#[test]
+fn special_files_replace_what_was_there_and_are_not_shown() {
+    let special = |tar: Tar, name: &str| tar.link(b'6', name, "");
+    let lower = special(Tar::new().file("a", "").file("d/b/x", ""), "dev/console");
+    let upper = special(special(Tar::new(), "a"), "d/b").file("dev/null", "");
+    assert_eq!(merged(&[lower.clone(), upper]), ["d/", "dev/", "dev/null=1.0"]);
+    // Of the same layer, and as the target of hard links.
+    let same = special(Tar::new().file("a", ""), "a").link(b'1', "e", "a").file("f", "");
+    assert_eq!(merged(&[lower.clone(), same]), ["d/", "d/b/", "d/b/x=0.1", "dev/", "f=1.1"]);
+    // What they replace, may replace and hide them.
+    let over = Tar::new().file("dev/console", "").file(".wh.d", "");
+    assert_eq!(merged(&[lower.clone(), over]), ["a=0.0", "dev/", "dev/console=1.0"]);
+    let below = refusal(&[lower, Tar::new().file("dev/console/x", "")]);
+    assert!(matches!(below, UnpackError::NotAFolder { .. }), "{below:?}");
 }
 
 #[test]
@@ -210,8 +239,17 @@ fn a_link_that_leaves_the_root_is_only_text() {
 
 #[test]
 fn links_without_end_are_refused() {
-    let lower = Tar::new().link(b'2', "a", "b").link(b'2', "b", "a");
-    let error = refusal(&[lower, Tar::new().file("a/x", "")]);
+    let links = Tar::new().link(b'2', "a", "b").link(b'2', "b", "a");
+    for layers in [vec![links.clone(), Tar::new().file("a/x", "")], vec![links.file("a/x", "")]] {
+        assert!(matches!(refusal(&layers), UnpackError::TooManyLinks { .. }));
+    }
+    // As many links as a path may have, and one more.
+    let chain = |links: usize| {
+        let link = |tar: Tar, n| tar.link(b'2', &format!("l{n}"), &format!("l{}", n + 1));
+        (0..links).fold(Tar::new(), link).file("l0/x", "")
+    };
+    assert_eq!(merged(&[chain(LINKS_ON_A_PATH)]).len(), LINKS_ON_A_PATH + 2);
+    let error = refusal(&[chain(LINKS_ON_A_PATH + 1)]);
     assert!(matches!(error, UnpackError::TooManyLinks { .. }));
     // Long ways through links are bounded over a whole merge.
     let limits = Limits { entries: 40, ..Limits::default() };
@@ -439,7 +477,8 @@ fn tar_of(entries: &[(u8, String, String)]) -> Tar {
             4..=5 => tar.folder(&format!("{path}/"), 0o755),
             6..=7 => tar.link(b'2', path, target),
             8 => tar.link(b'1', path, target.rsplit("../").next().unwrap().trim_start_matches('/')),
-            9..=10 => tar.file(&format!("{folder}/.wh.{name}"), ""),
+            9 => tar.link(b'6', path, ""),
+            10 => tar.file(&format!("{folder}/.wh.{name}"), ""),
             _ => tar.file(&format!("{path}/.wh..wh..opq"), ""),
         }
     })

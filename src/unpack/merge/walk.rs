@@ -1,4 +1,4 @@
-//! Paths in the tree, through symbolic links of lower layers and inside the root.
+//! Paths in the tree, through symbolic links and inside the root.
 
 use std::sync::Arc;
 
@@ -68,6 +68,7 @@ impl Merger<'_> {
             }
             (NodeKind::File(inode), _) => Ok(NewNode::File(inode)),
             (NodeKind::Link(link), _) => Ok(NewNode::Link(link)),
+            (NodeKind::Special, _) => Ok(NewNode::Special),
             (NodeKind::OwnLink, Some(offset)) => {
                 self.links.push(LinkSource::Recorded { layer: found.layer, offset });
                 Ok(NewNode::Link(number(self.links.len() - 1)))
@@ -115,22 +116,15 @@ impl Merger<'_> {
         // Names of links' targets, the next one last: they come before the rest of the path.
         let mut link_names: Vec<Box<[u8]>> = Vec::new();
         let mut links = 0;
-        let mut last_link = String::new();
         loop {
             let from_link = link_names.pop();
             let Some(name) = from_link.as_deref().or_else(|| names.next()) else {
                 return Ok((*way.last().unwrap_or(&root), missing));
             };
             if name == b".." {
-                if missing.pop().is_none() {
+                // The folder above the root is the root.
+                if missing.pop().is_none() && way.len() > 1 {
                     way.pop();
-                }
-                if way.is_empty() {
-                    return Err(UnpackError::LeavesRoot {
-                        path: entry.clone(),
-                        layer: self.input.layer as usize,
-                        link: last_link,
-                    });
                 }
                 continue;
             }
@@ -146,9 +140,8 @@ impl Merger<'_> {
                 continue;
             }
             let (path, layer) = (entry.clone(), self.input.layer as usize);
-            last_link = shown(name);
-            if !self.input.follow_links || node.layer == self.input.layer {
-                return Err(UnpackError::ThroughLink { path, layer, link: last_link });
+            if !self.input.follow_links {
+                return Err(UnpackError::ThroughLink { path, layer, link: shown(name) });
             }
             let before = link_names.len();
             let target = self.target(next)?;

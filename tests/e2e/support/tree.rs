@@ -94,6 +94,13 @@ impl Tree {
         }
     }
 
+    /// Without device nodes and fifos, which no volume shows.
+    #[must_use]
+    pub fn without_special_files(mut self) -> Self {
+        self.entries.retain(|_, entry| entry.kind != Kind::Other);
+        self
+    }
+
     pub fn names(&self) -> Vec<&str> {
         self.entries.keys().map(String::as_str).collect()
     }

@@ -10,6 +10,7 @@ enum What {
     Folder,
     File(String),
     Link(String),
+    Special,
 }
 
 type Path = Vec<String>;
@@ -25,35 +26,37 @@ pub(super) fn apply(layers: &[Vec<Entry>]) -> Option<Vec<String>> {
     }
     let line = |(path, (_, what)): (&Path, &(usize, What))| {
         let path = path.join("/");
-        match what {
+        Some(match what {
             What::Folder => format!("{path}/"),
             What::File(file) => format!("{path}={file}"),
             What::Link(target) => format!("{path}->{target}"),
-        }
+            What::Special => return None,
+        })
     };
-    Some(tree.iter().map(line).collect())
+    Some(tree.iter().filter_map(line).collect())
 }
 
 fn step(tree: &mut Tree, layer: usize, entry: &Entry) -> Option<()> {
     let mut path = names(entry.path.as_bytes());
     if entry.kind == EntryKind::Opaque {
-        let folder = real(tree, layer, &path)?;
+        let folder = real(tree, &path)?;
         make(tree, layer, &folder)?;
         hide(tree, layer, |path| path.starts_with(&folder) && path.len() > folder.len());
         return Some(());
     }
     let name = path.pop()?;
-    let mut path = real(tree, layer, &path)?;
+    let mut path = real(tree, &path)?;
     make(tree, layer, &path)?;
     path.push(name);
     let what = match &entry.kind {
         EntryKind::Directory => What::Folder,
         EntryKind::File { data, .. } => What::File(format!("{layer}.{data}")),
         EntryKind::SymbolicLink { target } => What::Link(text(target)),
+        EntryKind::Special => What::Special,
         EntryKind::HardLink { target } => {
             let mut target = names(target.as_bytes());
             let name = target.pop()?;
-            let mut target = real(tree, layer, &target)?;
+            let mut target = real(tree, &target)?;
             target.push(name);
             let (_, what) = tree.get(&target)?;
             if *what == What::Folder {
@@ -86,32 +89,25 @@ fn hide(tree: &mut Tree, layer: usize, is_hidden: impl Fn(&Path) -> bool) {
 }
 
 /// Where a folder's path leads, one link after the other.
-fn real(tree: &Tree, layer: usize, path: &[String]) -> Option<Path> {
+fn real(tree: &Tree, path: &[String]) -> Option<Path> {
     let mut path = path.to_vec();
     for _ in 0..41 {
         // The first `..` or link decides how the path goes on.
         let mut index = 0;
-        let next = loop {
+        let target = loop {
             if index == path.len() {
                 return Some(path);
             }
             if path[index] == ".." {
-                if index == 0 {
-                    return None;
-                }
-                path.drain(index - 1..=index);
-                index -= 1;
+                path.drain(index.saturating_sub(1)..=index);
+                index = index.saturating_sub(1);
                 continue;
             }
-            if let Some((made_by, What::Link(target))) = tree.get(&path[..=index]) {
-                break (*made_by, target);
+            if let Some((_, What::Link(target))) = tree.get(&path[..=index]) {
+                break target;
             }
             index += 1;
         };
-        let (made_by, target) = next;
-        if made_by == layer {
-            return None;
-        }
         let start = if target.starts_with('/') { 0 } else { index };
         let mut followed = path[..start].to_vec();
         followed.extend(names(target.as_bytes()));
