@@ -213,12 +213,12 @@ impl Checker {
         let index = match parsed {
             Manifest::Image(image) => {
                 let mut platform = None;
-                if let Some(config) = image.config.as_ref().filter(|_| image.has_image_config()) {
+                if let Some(config) = image.config.as_ref().filter(|_| image.is_image()) {
                     let bytes = self.blob(repository, config, credential).await?;
                     for wanted in &check.platforms {
                         check_config_platform(&bytes, wanted)?;
                     }
-                    platform = config_platform(&bytes);
+                    platform = config_platform(&bytes)?;
                 }
                 return Ok(vec![Chosen { platform, digest, image }]);
             }

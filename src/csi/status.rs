@@ -107,6 +107,7 @@ fn manifest(error: &ManifestError) -> Code {
         ManifestError::Undecodable(_)
         | ManifestError::Digest(DigestError::Malformed(_))
         | ManifestError::NegativeSize { .. }
+        | ManifestError::Config(_)
         | ManifestError::Data(_) => Code::Internal,
         ManifestError::Digest(DigestError::Algorithm(_))
         | ManifestError::MediaType(_)

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::digest::{Digest, DigestError};
 use super::media_type;
-use super::platform::Platform;
+use super::platform::{Platform, PlatformOrder};
 use super::signature::simple::SIGNATURE_ANNOTATION;
 
 /// Points at content, with what the manifest says of it.
@@ -112,6 +112,9 @@ pub enum ManifestError {
         /// What it says.
         size: i64,
     },
+    /// The configuration of an image.
+    #[error("the image's configuration cannot be decoded ({0}): push the image again")]
+    Config(String),
     /// Inline data that is not base64, or not what the descriptor says.
     #[error("the inline data of {0} does not match its descriptor")]
     Data(Digest),
@@ -211,9 +214,9 @@ enum ManifestField {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDescriptor {
-    media_type: String,
+    media_type: Option<String>,
     digest: String,
-    size: i64,
+    size: Option<i64>,
     #[serde(default)]
     annotations: KnownAnnotations,
     data: Option<String>,
@@ -354,7 +357,7 @@ impl<'de> Visitor<'de> for AnnotationReader {
         let mut known = KnownAnnotations::default();
         while let Some(key) = map.next_key::<Cow<'_, str>>()? {
             // A value that is no text is an error for unknown annotations, too.
-            let value = map.next_value::<BorrowedText<'_>>()?.0;
+            let Some(BorrowedText(value)) = map.next_value()? else { continue };
             if !KNOWN_ANNOTATIONS.contains(&&*key) {
                 continue;
             }
@@ -376,10 +379,8 @@ struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[derive(Deserialize)]
 struct RawPlatform {
-    #[serde(default)]
-    os: String,
-    #[serde(default)]
-    architecture: String,
+    os: Option<String>,
+    architecture: Option<String>,
     variant: Option<String>,
 }
 
@@ -426,6 +427,16 @@ impl Manifest {
                 Ok(Self::Index(ImageIndex { manifests }))
             }
             (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
+            // Both may be left out where there are none.
+            (None, None, None) if raw.media_type.is_some() || raw.config.is_some() => {
+                let none = DescriptorList { first: Vec::new(), count: 0 };
+                match declared.as_deref() {
+                    Some(media_type::OCI_INDEX | media_type::DOCKER_INDEX) => {
+                        Ok(Self::Index(ImageIndex { manifests: Vec::new() }))
+                    }
+                    _ => Self::image(raw.artifact_type, raw.config, none, limits),
+                }
+            }
             (None, None, None) => Err(ManifestError::Undecodable(
                 "it has neither \"layers\" nor \"manifests\"".into(),
             )),
@@ -440,7 +451,7 @@ impl Manifest {
     ) -> Result<Self, ManifestError> {
         Ok(Self::Image(ImageManifest {
             artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(truncated),
-            config: config.map(|config| descriptor(config, limits).map(Box::new)).transpose()?,
+            config: config.map(|config| config_descriptor(config, limits)).transpose()?,
             layers: descriptors(layers, limits)?,
         }))
     }
@@ -454,17 +465,17 @@ impl ImageManifest {
         self.artifact_type.as_deref().or(config).unwrap_or("unknown")
     }
 
-    /// Whether this is an ordinary runnable image. An `artifactType` says no even
-    /// when the configuration's type says yes: `oras push --artifact-platform`
-    /// writes such a pair.
+    /// Whether this is an ordinary runnable image, whose configuration names a platform. An
+    /// `artifactType` says no even when the configuration's type says yes, as `oras push
+    /// --artifact-platform` writes it; so do layers of which none is an image's, as in models.
     #[must_use]
     pub fn is_image(&self) -> bool {
-        self.artifact_type.is_none() && self.has_image_config()
+        self.artifact_type.is_none()
+            && self.has_image_config()
+            && self.layers.iter().any(|layer| media_type::is_image_layer(&layer.media_type))
     }
 
-    /// Whether the configuration is an image's, and so may name a platform.
-    #[must_use]
-    pub fn has_image_config(&self) -> bool {
+    fn has_image_config(&self) -> bool {
         self.config.as_ref().is_some_and(|config| {
             [media_type::OCI_IMAGE_CONFIG, media_type::DOCKER_IMAGE_CONFIG]
                 .contains(&config.media_type.as_str())
@@ -473,23 +484,45 @@ impl ImageManifest {
 }
 
 impl ImageIndex {
-    /// Chooses the entry for a platform: the first that is accepted, else, when no
-    /// entry names a platform, the only one. Attestations (`unknown/unknown`) never count.
+    /// Chooses the entry for a platform on this node: the best that its processor runs, else the only
+    /// one that names no platform. Attestations (`unknown/unknown`) never count.
     ///
     /// # Errors
     ///
     /// [`ManifestError::NoPlatform`] with what there is.
     pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
+        self.choose_by(wanted, &wanted.order_on_this_node())
+    }
+
+    /// Chooses the entry for a platform on any node, as [`ImageIndex::choose`] does on this one.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose_for_any_node(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
+        self.choose_by(wanted, &wanted.order())
+    }
+
+    fn choose_by(
+        &self,
+        wanted: &Platform,
+        order: &PlatformOrder,
+    ) -> Result<&Descriptor, ManifestError> {
         let is_attestation = |entry: &&Descriptor| {
-            entry.platform.as_ref().is_some_and(|platform| platform.os == "unknown")
+            let is_unknown = |platform: &Platform| {
+                platform.os == "unknown" || platform.architecture == "unknown"
+            };
+            entry.platform.as_ref().is_some_and(is_unknown)
                 || entry.annotations.contains_key("vnd.docker.reference.type")
         };
         let candidates: Vec<_> =
             self.manifests.iter().filter(|entry| !is_attestation(entry)).collect();
-        let fits = |entry: &&&Descriptor| {
-            entry.platform.as_ref().is_some_and(|platform| wanted.accepts(platform))
-        };
-        if let Some(entry) = candidates.iter().find(fits) {
+        let ranked = candidates.iter().filter_map(|entry| {
+            let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
+            Some((rank, *entry))
+        });
+        // Of equal ones the first.
+        if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
             return Ok(entry);
         }
         // Artifact indexes often name no platforms; then there is no choice to get wrong only with one entry.
@@ -507,36 +540,47 @@ impl ImageIndex {
     }
 }
 
-/// Compares the platform that an image configuration names, if the bytes are one
-/// and name any, with the one that is wanted.
+/// Compares the platform that an image's configuration names, if it names any, with the one that is
+/// wanted on this node.
 ///
 /// # Errors
 ///
-/// [`ManifestError::OtherPlatform`].
+/// [`ManifestError::OtherPlatform`], and [`ManifestError::Config`] for a configuration that is none.
 pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), ManifestError> {
-    let Some(found) = config_platform(config) else { return Ok(()) };
-    if wanted.accepts(&found) {
+    let Some(found) = config_platform(config)? else { return Ok(()) };
+    if wanted.order_on_this_node().rank(&found).is_some() {
         return Ok(());
     }
     let (wanted, found) = (wanted.to_string(), found.to_string());
     Err(ManifestError::OtherPlatform { wanted, found })
 }
 
-/// What an image's configuration says that it is for; none where it does not say.
-#[must_use]
-pub fn config_platform(config: &[u8]) -> Option<Platform> {
-    let raw: RawPlatform = serde_json::from_slice(config).ok()?;
-    (!raw.os.is_empty() && !raw.architecture.is_empty()).then(|| platform(raw))
+/// Returns the platform that an image's configuration names; none where it names none.
+///
+/// # Errors
+///
+/// [`ManifestError::Config`].
+pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError> {
+    // The text of the error could quote the configuration.
+    let undecodable = |error: serde_json::Error| {
+        let (line, column) = (error.line(), error.column());
+        let what = if error.is_data() { "a value of another type" } else { "no JSON" };
+        ManifestError::Config(format!("{what} at line {line}, column {column}"))
+    };
+    Ok(platform(serde_json::from_slice(config).map_err(undecodable)?))
 }
 
-fn platform(raw: RawPlatform) -> Platform {
+/// Returns none where no architecture is named.
+fn platform(raw: RawPlatform) -> Option<Platform> {
     // Shown in messages, so bounded here.
-    let short = |text: String| text.chars().take(64).collect::<String>();
-    Platform {
-        os: truncated(raw.os),
-        architecture: truncated(raw.architecture),
-        variant: raw.variant.filter(|variant| !variant.is_empty()).map(short),
-    }
+    let named = |text: Option<String>| {
+        text.filter(|text| !text.is_empty()).map(|text| text.chars().take(64).collect::<String>())
+    };
+    Some(Platform {
+        architecture: named(raw.architecture)?,
+        os: named(raw.os).unwrap_or_else(|| "linux".to_owned()),
+        variant: named(raw.variant),
+    })
 }
 
 fn descriptors(
@@ -550,22 +594,35 @@ fn descriptors(
 }
 
 fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
+    let missing = |what| ManifestError::Undecodable(format!("a descriptor has no \"{what}\""));
     let digest: Digest = raw.digest.parse().map_err(ManifestError::Digest)?;
-    let size = u64::try_from(raw.size)
-        .map_err(|_| ManifestError::NegativeSize { digest, size: raw.size })?;
+    let media_type = raw.media_type.ok_or_else(|| missing("mediaType"))?;
+    let size = raw.size.ok_or_else(|| missing("size"))?;
+    let size = u64::try_from(size).map_err(|_| ManifestError::NegativeSize { digest, size })?;
     if size > limits.blob_bytes {
         return Err(ManifestError::BlobTooLarge { digest, size, limit: limits.blob_bytes });
     }
     let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
     Ok(Descriptor {
-        media_type: truncated(media_type::essence(&raw.media_type)),
+        media_type: truncated(media_type::essence(&media_type)),
         digest,
         size,
         annotations: raw.annotations.0,
         data,
-        platform: raw.platform.map(platform),
+        platform: raw.platform.and_then(platform),
         artifact_type: raw.artifact_type.map(truncated),
     })
+}
+
+/// Reads the descriptor of a configuration, of which few artifacts need more than the digest: without
+/// a type it has none, and without a size it has 0 bytes.
+fn config_descriptor(
+    raw: RawDescriptor,
+    limits: ManifestLimits,
+) -> Result<Box<Descriptor>, ManifestError> {
+    let media_type = Some(raw.media_type.unwrap_or_default());
+    let size = Some(raw.size.unwrap_or_default());
+    descriptor(RawDescriptor { media_type, size, ..raw }, limits).map(Box::new)
 }
 
 /// Returns a type, truncated to [`TYPE_CHARACTERS`].
@@ -687,6 +744,85 @@ mod tests {
         let twice = r#"{"schemaVersion":2,"layers":[],"layers":[]}"#;
         assert!(matches!(parse(twice), Err(ManifestError::Undecodable(_))));
         assert!(matches!(parse(r#"{"layers":[]} x"#), Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn what_holds_nothing_may_leave_its_lists_out() {
+        let config = layer("2", "");
+        for list in ["", r#","layers":null"#, r#","layers":[]"#] {
+            let text = format!(r#"{{"schemaVersion":2,"config":{config}{list}}}"#);
+            let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+            assert!(image.layers.is_empty());
+        }
+        for list in ["", r#","manifests":null"#] {
+            let kind = media_type::OCI_INDEX;
+            let text = format!(r#"{{"schemaVersion":2,"mediaType":"{kind}"{list}}}"#);
+            assert_eq!(parse(&text), Ok(Manifest::Index(ImageIndex { manifests: Vec::new() })));
+        }
+        assert!(matches!(parse(r#"{"schemaVersion":2}"#), Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn a_configuration_may_lack_its_size_and_an_annotation_its_value() {
+        for size in ["", r#","size":null"#] {
+            let config = format!(r#"{{"mediaType":"a/b","digest":"{EMPTY}"{size}}}"#);
+            let text = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[]}}"#);
+            assert!(parse(&text).is_ok(), "{:?}", parse(&text));
+            let as_layer = with_layers(&config);
+            assert!(matches!(parse(&as_layer), Err(ManifestError::Undecodable(_))));
+        }
+        let title = KNOWN_ANNOTATIONS[0];
+        let text =
+            with_layers(&layer("2", &format!(r#","annotations":{{"{title}":null,"a":null}}"#)));
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert!(image.layers[0].annotations.is_empty());
+    }
+
+    #[test]
+    fn only_images_are_for_a_platform() {
+        let image = |config: &str, kind: &str, more: &str| {
+            let descriptor =
+                |kind: &str| format!(r#"{{"mediaType":"{kind}","digest":"{EMPTY}","size":2}}"#);
+            let (config, layer) = (descriptor(config), descriptor(kind));
+            let text =
+                format!(r#"{{"schemaVersion":2{more},"config":{config},"layers":[{layer}]}}"#);
+            let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+            image.is_image()
+        };
+        let docker = media_type::DOCKER_IMAGE_CONFIG;
+        assert!(image(docker, "application/vnd.docker.image.rootfs.diff.tar.gzip", ""));
+        assert!(!image(docker, "application/vnd.ollama.image.model", ""));
+        let layer = "application/vnd.oci.image.layer.v1.tar+gzip";
+        assert!(image(media_type::OCI_IMAGE_CONFIG, layer, ""));
+        assert!(!image(media_type::OCI_IMAGE_CONFIG, layer, r#","artifactType":"a/b""#));
+        assert!(!image("a/b", layer, ""));
+    }
+
+    #[test]
+    fn a_configuration_that_is_none_is_told_without_quoting_it() {
+        let platform: Platform = "linux/amd64".parse().expect("a platform");
+        for config in ["secret", r#"{"os":["secret"]}"#, "{\"os\":\"secret", ""] {
+            let error = check_config_platform(config.as_bytes(), &platform).expect_err("none");
+            assert!(matches!(error, ManifestError::Config(_)), "{error:?}");
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+        for config in ["{}", r#"{"os":null,"architecture":""}"#, r#"{"architecture":"amd64"}"#] {
+            assert_eq!(check_config_platform(config.as_bytes(), &platform), Ok(()), "{config}");
+        }
+        let other = check_config_platform(br#"{"architecture":"s390x"}"#, &platform);
+        assert!(matches!(other, Err(ManifestError::OtherPlatform { .. })));
+    }
+
+    #[test]
+    fn an_empty_platform_is_none() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let empty = |platform: &str| layer("2", &format!(r#","platform":{platform}"#));
+        for platform in ["{}", r#"{"os":"","architecture":""}"#, r#"{"os":"linux"}"#, "null"] {
+            assert!(index(&[empty(platform)]).choose(&node).is_ok(), "{platform}");
+            assert!(index(&[empty(platform), entry("unknown", "unknown")]).choose(&node).is_ok());
+            assert!(index(&[empty(platform), empty(platform)]).choose(&node).is_err());
+        }
+        assert!(index(&[empty(r#"{"architecture":"amd64"}"#)]).choose(&node).is_ok());
     }
 
     #[test]

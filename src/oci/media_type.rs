@@ -24,6 +24,22 @@ pub const DOCKER_IMAGE_CONFIG: &str = known::IMAGE_DOCKER_CONFIG_MEDIA_TYPE;
 /// The configuration of an artifact that has none.
 pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
+/// Types of the layers of images, but for their compression.
+const IMAGE_LAYERS: [&str; 4] = [
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+];
+const COMPRESSIONS: [&str; 5] = ["", "+gzip", ".gzip", "+zstd", ".zstd"];
+
+/// Whether it is the type of an image's layer.
+#[must_use]
+pub fn is_image_layer(media_type: &str) -> bool {
+    let mut rests = IMAGE_LAYERS.iter().filter_map(|prefix| media_type.strip_prefix(prefix));
+    rests.any(|rest| COMPRESSIONS.contains(&rest))
+}
+
 /// Takes parameters off and folds case: `Type/Sub; charset=x` is `type/sub`.
 #[must_use]
 pub fn essence(media_type: &str) -> String {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +35,33 @@ impl Platform {
         Self { os: "linux".into(), architecture: architecture.into(), variant: None }
     }
 
+    /// Returns the platforms whose content runs where this one is asked for, on this node: a platform
+    /// of its architecture without a variant has that of its processor.
+    #[must_use]
+    pub fn order_on_this_node(&self) -> PlatformOrder {
+        static VARIANT: OnceLock<Option<String>> = OnceLock::new();
+        let node = Self::of_this_node().normalised();
+        let variant = VARIANT.get_or_init(|| {
+            let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            variant_of(&node.architecture, &cpuinfo)
+        });
+        self.order_on(&Self { variant: variant.clone(), ..node })
+    }
+
+    /// Returns the platforms whose content runs on every node that this one is asked for on.
+    #[must_use]
+    pub fn order(&self) -> PlatformOrder {
+        PlatformOrder::of(self.normalised(), self.variant.is_none())
+    }
+
+    /// As [`Platform::order_on_this_node`], on another.
+    fn order_on(&self, node: &Self) -> PlatformOrder {
+        let is_of_node = self.variant.is_none()
+            && (&self.normalised().os, &self.normalised().architecture)
+                == (&node.os, &node.architecture);
+        if is_of_node { PlatformOrder::of(node.normalised(), false) } else { self.order() }
+    }
+
     /// Whether content for `offered` may be shown where `self` is asked for.
     ///
     /// Names are normalised (`x86_64` is `amd64`, `aarch64` is `arm64`, an
@@ -47,18 +75,139 @@ impl Platform {
             && (self.variant.is_none() || wanted.variant == offered.variant)
     }
 
+    /// Returns the names that containerd and Go use.
     fn normalised(&self) -> Self {
-        let architecture = match self.architecture.to_ascii_lowercase().as_str() {
-            "x86_64" | "x86-64" => "amd64".to_owned(),
-            "aarch64" => "arm64".to_owned(),
-            other => other.to_owned(),
+        let variant = self.variant.as_deref().unwrap_or_default().to_ascii_lowercase();
+        let (architecture, variant) = match self.architecture.to_ascii_lowercase().as_str() {
+            "i386" => ("386".to_owned(), String::new()),
+            "x86_64" | "x86-64" | "amd64" if variant == "v1" => ("amd64".to_owned(), String::new()),
+            "x86_64" | "x86-64" => ("amd64".to_owned(), variant),
+            "armhf" => ("arm".to_owned(), "v7".to_owned()),
+            "armel" => ("arm".to_owned(), "v6".to_owned()),
+            architecture @ ("aarch64" | "arm64" | "arm") => {
+                let is_64_bit = architecture != "arm";
+                let variant = match variant.as_str() {
+                    "" | "8" | "v8" | "v8.0" if is_64_bit => "v8".to_owned(),
+                    "9" | "9.0" | "v9.0" if is_64_bit => "v9".to_owned(),
+                    "" => "v7".to_owned(),
+                    "5" | "6" | "7" | "8" => format!("v{variant}"),
+                    _ => variant,
+                };
+                (if is_64_bit { "arm64" } else { "arm" }.to_owned(), variant)
+            }
+            architecture => (architecture.to_owned(), variant),
         };
-        let variant = match (architecture.as_str(), self.variant.as_deref()) {
-            ("arm64", None | Some("8" | "")) => Some("v8".to_owned()),
-            (_, None | Some("")) => None,
-            (_, Some(variant)) => Some(variant.to_ascii_lowercase()),
+        let os = match self.os.to_ascii_lowercase().as_str() {
+            "" => "linux".to_owned(),
+            "macos" => "darwin".to_owned(),
+            os => os.to_owned(),
         };
-        Self { os: self.os.to_ascii_lowercase(), architecture, variant }
+        Self { os, architecture, variant: Some(variant).filter(|variant| !variant.is_empty()) }
+    }
+}
+
+/// Platforms whose content runs in one place, the best first, as containerd orders them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlatformOrder {
+    /// Normalised.
+    platforms: Vec<Platform>,
+    /// True if any variant of the first one's architecture will do: of architectures whose variants
+    /// have no known order.
+    takes_any_variant: bool,
+}
+
+impl PlatformOrder {
+    fn of(first: Platform, takes_any_variant: bool) -> Self {
+        let of = |architecture: &str, variant: Option<String>| Platform {
+            os: first.os.clone(),
+            architecture: architecture.to_owned(),
+            variant,
+        };
+        let numbers = |variant: &str| -> Option<(u32, u32)> {
+            let (major, minor) = variant
+                .strip_prefix('v')
+                .map(|text| text.split_once('.').unwrap_or((text, "0")))?;
+            Some((major.parse().ok()?, minor.parse().ok()?))
+        };
+        let variant = first.variant.as_deref().and_then(numbers);
+        let of_arm = |most: u32| (5..=most).rev().map(move |number| format!("v{number}"));
+        let (known, lower): (bool, Vec<Platform>) = match (first.architecture.as_str(), variant) {
+            ("amd64", Some((level @ 2..=4, 0))) => {
+                let levels = (2..level).rev().map(|level| of("amd64", Some(format!("v{level}"))));
+                (true, levels.chain([of("amd64", None), of("386", None)]).collect())
+            }
+            ("amd64", _) => (true, vec![of("386", None)]),
+            ("arm", Some((version @ 6..=8, 0))) => {
+                (true, of_arm(version - 1).map(|variant| of("arm", Some(variant))).collect())
+            }
+            ("arm64", Some((major @ 8..=9, minor))) => {
+                let versions = |major: u32, most: u32| {
+                    (0..=most).rev().map(move |minor| match minor {
+                        0 => format!("v{major}"),
+                        minor => format!("v{major}.{minor}"),
+                    })
+                };
+                // Each version of 9 has what the version of 8 that is five later has.
+                let of_8 = if major == 9 { minor.saturating_add(5).min(9) } else { minor.min(9) };
+                let of_9 = (major == 9).then(|| versions(9, minor.min(7))).into_iter().flatten();
+                let of_64_bits =
+                    of_9.chain(versions(8, of_8)).map(|variant| of("arm64", Some(variant)));
+                let of_32_bits = of_arm(8).map(|variant| of("arm", Some(variant)));
+                (true, of_64_bits.chain(of_32_bits).collect())
+            }
+            ("arm" | "arm64", _) => (true, Vec::new()),
+            _ => (false, Vec::new()),
+        };
+        let mut platforms = vec![first];
+        platforms
+            .extend(lower.into_iter().filter(|lower| *lower != platforms[0]).collect::<Vec<_>>());
+        Self { platforms, takes_any_variant: takes_any_variant && !known }
+    }
+
+    /// Returns how good content for a platform is here: the lower the better, none where it does not
+    /// run.
+    #[must_use]
+    pub fn rank(&self, offered: &Platform) -> Option<usize> {
+        let offered = offered.normalised();
+        let position = self.platforms.iter().position(|platform| *platform == offered);
+        let first = &self.platforms[0];
+        let is_of_first = (&first.os, &first.architecture) == (&offered.os, &offered.architecture);
+        position.or_else(|| (self.takes_any_variant && is_of_first).then_some(usize::MAX))
+    }
+}
+
+/// Returns the variant of an architecture that a processor is, by the kernel's description of it.
+fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
+    /// What each level of amd64 needs, from the second on, by the kernel's names.
+    const LEVELS: [&[&str]; 3] = [
+        &["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"],
+        &["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"],
+        &["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"],
+    ];
+    let field = |name: &str| {
+        let fields = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+        let mut named = fields.filter(|(field, _)| field.trim().eq_ignore_ascii_case(name));
+        named.next().map(|(_, value)| value.trim().to_ascii_lowercase())
+    };
+    match architecture {
+        "amd64" => {
+            let flags = field("flags")?;
+            let has = |flag: &&str| flags.split_whitespace().any(|known| known == *flag);
+            let levels =
+                LEVELS.iter().take_while(|level| level.iter().all(|flag| has(flag))).count();
+            (levels > 0).then(|| format!("v{}", levels + 1))
+        }
+        "arm" => {
+            let version = field("CPU architecture")?;
+            let version = match version.as_str() {
+                "aarch64" => '8',
+                // The kernel says of some processors of version 6 that they are of version 7.
+                _ if field("model name").is_some_and(|name| name.starts_with("armv6")) => '6',
+                other => other.chars().next()?,
+            };
+            ('5'..='8').contains(&version).then(|| format!("v{version}"))
+        }
+        _ => None,
     }
 }
 
@@ -105,6 +254,91 @@ mod tests {
         assert!(platform("linux/arm").accepts(&platform("linux/arm/v7")));
         assert!(!platform("linux/arm/v6").accepts(&platform("linux/arm/v7")));
         assert!(!platform("linux/amd64").accepts(&platform("linux/arm64")));
+    }
+
+    /// The best of what is offered on a node.
+    fn best<'a>(node: &str, wanted: &str, offered: &[&'a str]) -> Option<&'a str> {
+        let order = platform(wanted).order_on(&platform(node).normalised());
+        let ranked = offered.iter().filter_map(|text| Some((order.rank(&platform(text))?, *text)));
+        ranked.min_by_key(|(rank, _)| *rank).map(|(_, text)| text)
+    }
+
+    #[test]
+    fn the_best_that_the_processor_runs_is_chosen() {
+        let amd64 =
+            ["linux/amd64/v4", "linux/386", "linux/amd64/v2", "linux/amd64", "linux/amd64/v3"];
+        for (node, expected) in [
+            ("linux/amd64", "linux/amd64"),
+            ("linux/amd64/v2", "linux/amd64/v2"),
+            ("linux/amd64/v3", "linux/amd64/v3"),
+            ("linux/amd64/v4", "linux/amd64/v4"),
+        ] {
+            assert_eq!(best(node, "linux/amd64", &amd64), Some(expected), "{node}");
+        }
+        let (node, wanted) = ("linux/amd64/v2", "linux/amd64");
+        assert_eq!(best(node, wanted, &["linux/amd64/v3", "linux/arm64"]), None);
+        assert_eq!(best(node, wanted, &["linux/amd64/v3", "linux/i386"]), Some("linux/i386"));
+        assert_eq!(best("linux/amd64/v4", wanted, &["linux/x86_64/v1"]), Some("linux/x86_64/v1"));
+        // A variant that is asked for is one, whatever the node runs.
+        assert_eq!(best(node, "linux/amd64/v3", &amd64), Some("linux/amd64/v3"));
+        assert_eq!(
+            best(node, "linux/amd64/v3", &["linux/amd64/v4", "linux/amd64"]),
+            Some("linux/amd64")
+        );
+        // So is one that another node is asked for.
+        assert_eq!(best("linux/arm64", wanted, &amd64), Some("linux/amd64"));
+    }
+
+    #[test]
+    fn arm_runs_what_is_older() {
+        let arm = ["linux/arm/v8", "linux/arm/v5", "linux/arm/v7", "linux/arm/v6"];
+        for (node, expected) in [
+            ("linux/arm/v6", "linux/arm/v6"),
+            ("linux/arm/v7", "linux/arm/v7"),
+            ("linux/arm/v8", "linux/arm/v8"),
+        ] {
+            assert_eq!(best(node, "linux/arm", &arm), Some(expected), "{node}");
+        }
+        assert_eq!(best("linux/arm/v6", "linux/arm", &["linux/arm/v7", "linux/armhf"]), None);
+        assert_eq!(best("linux/arm/v6", "linux/arm", &["linux/armel"]), Some("linux/armel"));
+        let on_arm64 = |offered| best("linux/arm64", "linux/arm64", offered);
+        assert_eq!(on_arm64(&arm), Some("linux/arm/v8"));
+        let mixed = ["linux/arm/v7", "linux/arm64/v8.2", "linux/arm64"];
+        assert_eq!(on_arm64(&mixed), Some("linux/arm64"));
+        assert_eq!(on_arm64(&["linux/arm64/v9", "linux/arm64/v8.1", "linux/amd64"]), None);
+        assert_eq!(best("linux/amd64", "linux/arm64/v9.1", &mixed), Some("linux/arm64/v8.2"));
+    }
+
+    #[test]
+    fn variants_without_an_order_do_not_exclude() {
+        let (node, offered) = ("linux/amd64", ["linux/riscv64/rva22", "linux/riscv64/rva20"]);
+        assert_eq!(best(node, "linux/riscv64", &offered), Some("linux/riscv64/rva22"));
+        assert_eq!(best(node, "linux/riscv64/rva20", &offered), Some("linux/riscv64/rva20"));
+        assert_eq!(best(node, "linux/riscv64/rva23", &offered), None);
+    }
+
+    #[test]
+    fn the_kernel_says_what_a_processor_is() {
+        let v2 = "fpu sse2 cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3";
+        let v3 = format!("{v2} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave");
+        let v4 = format!("{v3} avx512f avx512bw avx512cd avx512dq avx512vl");
+        let amd64 = |flags: &str| {
+            variant_of("amd64", &format!("processor\t: 0\nflags\t\t: {flags}\n\nflags: other\n"))
+        };
+        assert_eq!(amd64("fpu sse2 avx2"), None);
+        assert_eq!(amd64(v2).as_deref(), Some("v2"));
+        assert_eq!(amd64(&v3).as_deref(), Some("v3"));
+        assert_eq!(amd64(&v4).as_deref(), Some("v4"));
+        assert_eq!(amd64(&v4.replace("avx512vl", "")).as_deref(), Some("v3"));
+        assert_eq!(amd64(&v4.replace("movbe", "")).as_deref(), Some("v2"));
+        let arm = |text: &str| variant_of("arm", text);
+        assert_eq!(arm("CPU architecture: 7\n").as_deref(), Some("v7"));
+        assert_eq!(arm("CPU architecture: AArch64\n").as_deref(), Some("v8"));
+        let model = "model name\t: ARMv6-compatible processor\nCPU architecture: 7\n";
+        assert_eq!(arm(model).as_deref(), Some("v6"));
+        assert_eq!(arm("CPU architecture: 5TEJ\n").as_deref(), Some("v5"));
+        assert_eq!(arm("nothing\n"), None);
+        assert_eq!(variant_of("arm64", "CPU architecture: 8\n"), None);
     }
 
     #[test]

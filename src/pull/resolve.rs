@@ -695,11 +695,9 @@ impl Inner {
         else {
             return Ok(false);
         };
-        let Some(config) = manifest.config.as_ref().filter(|_| manifest.has_image_config()) else {
-            return Ok(true);
-        };
-        let kept = match &config.data {
-            Some(data) => Some(data.clone()),
+        let Some(config) = config_of_image(manifest) else { return Ok(true) };
+        let kept = match config.data {
+            Some(data) => Some(data),
             None => read(config.digest)?,
         };
         let Some(config) = kept else { return Ok(false) };
@@ -735,8 +733,8 @@ fn name_of(reference: &Reference) -> ManifestName {
 
 /// What may say for which platform an image is.
 fn config_of_image(manifest: ImageManifest) -> Option<Descriptor> {
-    let says_it = manifest.has_image_config();
-    manifest.config.filter(|_| says_it).map(|config| *config)
+    let says_it = manifest.is_image();
+    manifest.config.map(|config| *config).filter(|config| says_it && config.size > 0)
 }
 
 /// Whether the next credential of the keyring may fare better. Registries that

@@ -24,7 +24,7 @@ use super::permissions::{Owner, Permissions};
 use super::selection::Selection;
 use crate::oci::Digest;
 use crate::oci::manifest::{Descriptor, ImageManifest};
-use crate::oci::media_type;
+use crate::oci::media_type::{self, is_image_layer};
 
 const TITLE: &str = "org.opencontainers.image.title";
 const ORAS_UNPACK: &str = "io.deis.oras.content.unpack";
@@ -34,14 +34,6 @@ const FILE_PATHS: [&str; 2] = ["org.cncf.model.filepath", "org.cnai.model.filepa
 const FILE_METADATA: [&str; 2] =
     ["org.cncf.model.file.metadata+json", "org.cnai.model.file.metadata+json"];
 const MODEL_TYPES: [&str; 2] = ["application/vnd.cncf.model.", "application/vnd.cnai.model."];
-
-const IMAGE_LAYERS: [&str; 4] = [
-    "application/vnd.oci.image.layer.v1.tar",
-    "application/vnd.oci.image.layer.nondistributable.v1.tar",
-    "application/vnd.docker.image.rootfs.diff.tar",
-    "application/vnd.docker.image.rootfs.foreign.diff.tar",
-];
-const COMPRESSIONS: [&str; 5] = ["", "+gzip", ".gzip", "+zstd", ".zstd"];
 
 const FLUX_CONTENT: &str = "application/vnd.cncf.flux.content.v1.tar+gzip";
 const HELM_CONFIG: &str = "application/vnd.cncf.helm.config.v1+json";
@@ -152,8 +144,7 @@ struct FileMetadata {
 pub fn classify(manifest: &ImageManifest, limits: &Limits) -> Result<Vec<LayerRule>, UnpackError> {
     let layers = || manifest.layers.iter().enumerate();
     let named = layers().any(|(_, layer)| name_of(layer).is_some());
-    let is_image =
-        manifest.is_image() && layers().any(|(_, layer)| is_image_layer(&layer.media_type));
+    let is_image = manifest.is_image();
     let is_helm = manifest.config.as_ref().is_some_and(|config| config.media_type == HELM_CONFIG);
     let mut fallbacks = Fallbacks { is_helm, taken: BTreeMap::new() };
     let mut rules = Vec::with_capacity(manifest.layers.len());
@@ -249,13 +240,6 @@ fn recorded(number: usize, layer: &Descriptor) -> Result<Option<Permissions>, Un
     })?;
     let [uid, gid] = [uid, gid].map(|number| Owner::Number(number).number());
     Ok(mode.map(|mode| Permissions { mode, uid, gid }))
-}
-
-fn is_image_layer(media_type: &str) -> bool {
-    IMAGE_LAYERS
-        .iter()
-        .filter_map(|prefix| media_type.strip_prefix(prefix))
-        .any(|rest| COMPRESSIONS.contains(&rest))
 }
 
 /// Whether it is one of ocicrypt's types: without a key its content cannot be shown.

@@ -339,7 +339,7 @@ fn entries(index: &ImageIndex) -> BTreeMap<String, Digest> {
     for platform in named.take(MAXIMUM_PLATFORMS) {
         let text = platform.to_string();
         let can_be_told = text.len() <= MAXIMUM_PLATFORM && text.parse::<Platform>().is_ok();
-        if let (true, Ok(entry)) = (can_be_told, index.choose(&platform)) {
+        if let (true, Ok(entry)) = (can_be_told, index.choose_for_any_node(&platform)) {
             entries.insert(text, entry.digest);
         }
     }
