@@ -4,14 +4,14 @@
 
 use csi_driver_oci::oci::Platform;
 use csi_driver_oci::oci::manifest::Manifest;
-use csi_driver_oci::unpack::layer_rule::{LayerRule, classify};
+use csi_driver_oci::unpack::layer_rule::{LayerRule, UnpackMode, classify};
 use csi_driver_oci::unpack::Limits;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let limits = Limits { layers: 100, ..Limits::default() };
     match Manifest::parse(bytes, None, limits.manifest()) {
-        Ok(Manifest::Image(manifest)) => match classify(&manifest, &limits) {
+        Ok(Manifest::Image(manifest)) => match classify(&manifest, UnpackMode::Auto, &limits) {
             Ok(rules) => {
                 assert_eq!(rules.len(), manifest.layers.len());
                 for rule in rules {

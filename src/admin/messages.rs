@@ -130,5 +130,6 @@ fn view(view: View) -> wire::View {
         exclude: view.exclude,
         permissions: view.permissions.name().to_owned(),
         file_mode: view.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default(),
+        unpack: if view.unpack.is_auto() { "" } else { view.unpack.name() }.to_owned(),
     }
 }

@@ -19,7 +19,7 @@ use crate::unpack::layer_rule::{ArchiveRule, LayerRule, classify};
 use crate::unpack::merge::Merger;
 use crate::unpack::plan::{PlannedKind, Source};
 use crate::unpack::{
-    Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError,
+    Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode,
 };
 
 /// Pieces of a blob between the network and the archive's reader.
@@ -89,7 +89,7 @@ impl Checker {
         let mut merger = Merger::new(&self.limits, &everything);
         let mut modes = HashMap::new();
         let mut complete = true;
-        let rules = classify(image, &self.limits)?;
+        let rules = classify(image, UnpackMode::Auto, &self.limits)?;
         for (layer, (descriptor, rule)) in image.layers.iter().zip(rules).enumerate() {
             match rule {
                 LayerRule::Skip => {}

@@ -18,11 +18,12 @@ pub use files::FileReport;
 
 use crate::oci::credentials::{Credential, Keyring};
 use crate::oci::manifest::{
-    ImageManifest, Manifest, ManifestError, check_config_platform, config_platform,
+    Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError,
+    check_config_platform, config_platform,
 };
 use crate::oci::registry::{ManifestName, Registry, RegistryError};
 use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use crate::oci::{Digest, Platform, Reference};
+use crate::oci::{Digest, Platform, Reference, Repository};
 use crate::pull::PullError;
 use crate::pull::signatures::Finder;
 use crate::pull::wire::WireOptions;
@@ -228,14 +229,17 @@ impl Checker {
         if check.platforms.is_empty() {
             let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
             for platform in known.filter(|platform| platform.os != "unknown") {
-                entries.push((Some(platform.clone()), index.choose(&platform)?.clone()));
+                entries
+                    .push((Some(platform.clone()), index.choose_for_any_node(&platform)?.clone()));
             }
             if entries.is_empty() {
-                entries.push((None, index.choose(&Platform::of_this_node())?.clone()));
+                let node = Platform::of_this_node();
+                entries.push((None, self.entry(repository, index, &node, credential).await?));
             }
         } else {
             for wanted in &check.platforms {
-                entries.push((Some(wanted.clone()), index.choose(wanted)?.clone()));
+                let entry = self.entry(repository, index.clone(), wanted, credential).await?;
+                entries.push((Some(wanted.clone()), entry));
             }
         }
         let mut chosen = Vec::new();
@@ -251,6 +255,25 @@ impl Checker {
             }
         }
         Ok(chosen)
+    }
+
+    /// Chooses an entry of an index, through the indexes in it.
+    async fn entry(
+        &self,
+        repository: &Repository,
+        index: ImageIndex,
+        wanted: &Platform,
+        credential: &Credential,
+    ) -> Result<Descriptor, CheckError> {
+        let limits = self.limits.manifest();
+        let mut choice = IndexChoice::new(index, wanted, limits)?;
+        while let Some(nested) = choice.next_index() {
+            let name = ManifestName::Digest(nested.digest);
+            let fetched = self.registry.manifest(repository, &name, credential).await?;
+            let document = Manifest::parse(&fetched.bytes, Some(&nested.media_type), limits)?;
+            choice.insert(nested, document)?;
+        }
+        Ok(choice.choose()?.clone())
     }
 
     async fn look(

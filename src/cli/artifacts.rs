@@ -70,6 +70,7 @@ fn json(artifact: &Artifact) -> serde_json::Value {
         "exclude": view.exclude,
         "permissions": view.permissions,
         "fileMode": view.file_mode,
+        "unpack": view.unpack,
     })
 }
 
@@ -143,6 +144,7 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
             attribute("exclude", &view.exclude),
             attribute("permissions", &view.permissions),
             attribute("fileMode", &view.file_mode),
+            attribute("unpack", &view.unpack),
         ];
         [
             table::short(&artifact.manifest),

@@ -62,6 +62,9 @@ pub(super) struct MountArguments {
     /// Octal mode of single-file layers.
     #[arg(long)]
     file_mode: Option<String>,
+    /// Auto, Always or Never: which layers of an artifact are unpacked.
+    #[arg(long)]
+    unpack: Option<String>,
     /// Always, `IfNotPresent` or Never.
     #[arg(long)]
     pull_policy: Option<String>,
@@ -244,6 +247,7 @@ fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, Failure> {
         ("exclude", arguments.exclude.as_ref()),
         ("permissions", arguments.permissions.as_ref()),
         ("fileMode", arguments.file_mode.as_ref()),
+        ("unpack", arguments.unpack.as_ref()),
         ("pullPolicy", arguments.pull_policy.as_ref()),
     ];
     let context: HashMap<_, _> = given

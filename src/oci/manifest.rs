@@ -2,7 +2,7 @@
 //! define them, read from bytes that somebody else wrote.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
 use base64::Engine as _;
@@ -86,6 +86,11 @@ const ANNOTATION_BYTES: usize = 64 << 10;
 /// registered one.
 const TYPE_CHARACTERS: usize = 256;
 
+/// Indexes below the one that is referenced, each in the one before.
+const INDEX_DEPTH: usize = 4;
+/// Indexes in the one that is referenced, all together: each takes a request.
+const MOST_INDEXES: usize = 32;
+
 /// Bounds on what a manifest may demand.
 #[derive(Clone, Copy, Debug)]
 pub struct ManifestLimits {
@@ -161,8 +166,10 @@ pub enum ManifestError {
         /// What the configuration says.
         found: String,
     },
-    /// An index inside an index.
-    #[error("the index's entry {0} is an index again: reference that index by its own digest")]
+    /// An index inside an index, beyond the bounds.
+    #[error(
+        "the index's entry {0} is one index too many, since {INDEX_DEPTH} may lie below each other and {MOST_INDEXES} in one: reference that index by its own digest"
+    )]
     NestedIndex(Digest),
 }
 
@@ -508,15 +515,8 @@ impl ImageIndex {
         wanted: &Platform,
         order: &PlatformOrder,
     ) -> Result<&Descriptor, ManifestError> {
-        let is_attestation = |entry: &&Descriptor| {
-            let is_unknown = |platform: &Platform| {
-                platform.os == "unknown" || platform.architecture == "unknown"
-            };
-            entry.platform.as_ref().is_some_and(is_unknown)
-                || entry.annotations.contains_key("vnd.docker.reference.type")
-        };
         let candidates: Vec<_> =
-            self.manifests.iter().filter(|entry| !is_attestation(entry)).collect();
+            self.manifests.iter().filter(|entry| !entry.is_attestation()).collect();
         let ranked = candidates.iter().filter_map(|entry| {
             let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
             Some((rank, *entry))
@@ -537,6 +537,119 @@ impl ImageIndex {
             .collect();
         let offered = if offered.is_empty() { "no manifests".into() } else { offered.join(", ") };
         Err(ManifestError::NoPlatform { wanted: wanted.to_string(), offered })
+    }
+}
+
+/// The choice among the entries of an index, and of the indexes in it as if their entries stood in
+/// their place.
+#[derive(Debug)]
+pub struct IndexChoice {
+    wanted: Platform,
+    order: PlatformOrder,
+    most: usize,
+    entries: ImageIndex,
+    /// Indexes that were not read yet, with their depth.
+    nested: VecDeque<(Descriptor, usize)>,
+    /// Indexes that were found.
+    found: usize,
+    /// The depth of the index that is read now.
+    depth: usize,
+}
+
+impl IndexChoice {
+    /// Starts with the index that is referenced, for a platform on this node.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] where no index has to be read to know it, and those of
+    /// [`IndexChoice::insert`].
+    pub fn new(
+        index: ImageIndex,
+        wanted: &Platform,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        let mut choice = Self {
+            order: wanted.order_on_this_node(),
+            wanted: wanted.clone(),
+            most: limits.layers,
+            entries: ImageIndex { manifests: Vec::new() },
+            nested: VecDeque::new(),
+            found: 0,
+            depth: 0,
+        };
+        choice.add(index, None)?;
+        if choice.nested.is_empty() {
+            choice.choose()?;
+        }
+        Ok(choice)
+    }
+
+    /// Returns the next index that has to be read, and then inserted.
+    pub fn next_index(&mut self) -> Option<Descriptor> {
+        let (index, depth) = self.nested.pop_front()?;
+        self.depth = depth;
+        Some(index)
+    }
+
+    /// Inserts what was read for the last [`IndexChoice::next_index`].
+    ///
+    /// # Errors
+    ///
+    /// More indexes or entries than the bounds.
+    pub fn insert(&mut self, of: Descriptor, document: Manifest) -> Result<(), ManifestError> {
+        match document {
+            Manifest::Image(_) => self.entries.manifests.push(of),
+            Manifest::Index(index) => self.add(index, of.platform.as_ref())?,
+        }
+        Ok(())
+    }
+
+    /// Chooses among all entries that were inserted, see [`ImageIndex::choose`].
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose(&self) -> Result<&Descriptor, ManifestError> {
+        self.entries.choose_by(&self.wanted, &self.order)
+    }
+
+    fn add(&mut self, index: ImageIndex, of: Option<&Platform>) -> Result<(), ManifestError> {
+        for mut entry in index.manifests.into_iter().filter(|entry| !entry.is_attestation()) {
+            entry.platform = entry.platform.or_else(|| of.cloned());
+            // Of many indexes in memory the entries are as small as they can be.
+            entry.annotations.clear();
+            entry.data = entry.data.filter(|_| self.depth == 0);
+            let ranks = |platform: &Platform| self.order.rank(platform).is_some();
+            let may_fit = entry.platform.as_ref().is_none_or(ranks);
+            if !entry.is_index() || !may_fit {
+                self.entries.manifests.push(entry);
+                continue;
+            }
+            self.found += 1;
+            if self.depth == INDEX_DEPTH || self.found > MOST_INDEXES {
+                return Err(ManifestError::NestedIndex(entry.digest));
+            }
+            self.nested.push_back((entry, self.depth + 1));
+        }
+        let count = self.entries.manifests.len();
+        if count > self.most {
+            return Err(ManifestError::TooManyLayers { count, limit: self.most });
+        }
+        Ok(())
+    }
+}
+
+impl Descriptor {
+    fn is_index(&self) -> bool {
+        [media_type::OCI_INDEX, media_type::DOCKER_INDEX].contains(&self.media_type.as_str())
+    }
+
+    /// Whether an entry of an index describes another one, and is nothing to choose.
+    fn is_attestation(&self) -> bool {
+        let is_unknown =
+            |platform: &Platform| platform.os == "unknown" || platform.architecture == "unknown";
+        self.platform.as_ref().is_some_and(is_unknown)
+            || self.annotations.contains_key("vnd.docker.reference.type")
     }
 }
 
@@ -811,6 +924,74 @@ mod tests {
         }
         let other = check_config_platform(br#"{"architecture":"s390x"}"#, &platform);
         assert!(matches!(other, Err(ManifestError::OtherPlatform { .. })));
+    }
+
+    /// An entry that is an index, with a number in its digest.
+    fn nested(number: usize, platform: &str) -> String {
+        let (kind, digest) = (media_type::OCI_INDEX, Digest::of(number.to_string().as_bytes()));
+        format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":2{platform}}}"#)
+    }
+
+    /// Chooses through indexes, of which each has what the function says.
+    fn choose_through(
+        top: &[String],
+        of: impl Fn(&Descriptor) -> Vec<String>,
+    ) -> Result<Descriptor, ManifestError> {
+        let wanted: Platform = "linux/s390x".parse().expect("a platform");
+        let limits = ManifestLimits { layers: 100, ..LIMITS };
+        let with = |entries: &[String]| {
+            let text = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","));
+            Manifest::parse(text.as_bytes(), None, limits)
+        };
+        let Manifest::Index(index) = with(top)? else { panic!("no index") };
+        let mut choice = IndexChoice::new(index, &wanted, limits)?;
+        while let Some(nested) = choice.next_index() {
+            let document = with(&of(&nested))?;
+            choice.insert(nested, document)?;
+        }
+        choice.choose().cloned()
+    }
+
+    #[test]
+    fn the_best_entry_of_all_nested_indexes_is_chosen() {
+        let s390x = entry("linux", "s390x");
+        let other = [entry("linux", "amd64")];
+        let chosen = choose_through(&[nested(0, ""), other[0].clone()], |_| vec![s390x.clone()]);
+        assert_eq!(
+            chosen.expect("an entry").platform.map(|p| p.architecture),
+            Some("s390x".into())
+        );
+        let refused = choose_through(&[nested(0, "")], |_| other.to_vec());
+        assert!(matches!(refused, Err(ManifestError::NoPlatform { .. })), "{refused:?}");
+        // What its index is for, an entry without a platform is for.
+        let arm = nested(1, r#","platform":{"os":"linux","architecture":"arm64"}"#);
+        let ours = nested(2, r#","platform":{"os":"linux","architecture":"s390x"}"#);
+        let two = choose_through(&[arm, ours, layer("2", "")], |of| {
+            assert_eq!(of.digest, Digest::of(b"2"), "others are not read");
+            vec![layer("2", "")]
+        });
+        assert!(two.expect("an entry").platform.is_some());
+    }
+
+    #[test]
+    fn nested_indexes_are_bounded() {
+        let depth = std::cell::Cell::new(0);
+        let chain = |most: usize| {
+            depth.set(0);
+            choose_through(&[nested(0, "")], |_| {
+                depth.set(depth.get() + 1);
+                let last = depth.get() == most;
+                vec![if last { entry("linux", "s390x") } else { nested(depth.get(), "") }]
+            })
+        };
+        assert!(chain(INDEX_DEPTH).is_ok());
+        assert!(matches!(chain(INDEX_DEPTH + 1), Err(ManifestError::NestedIndex(_))));
+        let many = |count| (0..count).map(|number| nested(number, "")).collect::<Vec<_>>();
+        assert!(choose_through(&many(MOST_INDEXES), |_| vec![entry("linux", "s390x")]).is_ok());
+        let refused = choose_through(&many(MOST_INDEXES + 1), |_| Vec::new());
+        assert!(matches!(refused, Err(ManifestError::NestedIndex(_))), "{refused:?}");
+        let refused = choose_through(&many(10), |_| vec![layer("2", ""); 11]);
+        assert!(matches!(refused, Err(ManifestError::TooManyLayers { .. })), "{refused:?}");
     }
 
     #[test]

@@ -193,8 +193,7 @@ fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
         "amd64" => {
             let flags = field("flags")?;
             let has = |flag: &&str| flags.split_whitespace().any(|known| known == *flag);
-            let levels =
-                LEVELS.iter().take_while(|level| level.iter().all(|flag| has(flag))).count();
+            let levels = LEVELS.iter().take_while(|level| level.iter().all(has)).count();
             (levels > 0).then(|| format!("v{}", levels + 1))
         }
         "arm" => {

@@ -31,7 +31,9 @@ use crate::store::{FileKey, StoreError, Tree, TreeKey, give_memory_back};
 use crate::unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
 use crate::unpack::merge::{Merger, TreePlan};
 use crate::unpack::permissions::NodeType;
-use crate::unpack::{Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError};
+use crate::unpack::{
+    Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode,
+};
 
 /// How many layers of one artifact are fetched at once; the node's limit holds besides.
 const LAYERS_AT_ONCE: usize = 4;
@@ -46,6 +48,7 @@ pub(super) struct Shape {
     pub(super) selection: Selection,
     pub(super) permissions: PermissionsRule,
     pub(super) file_mode: Option<u32>,
+    pub(super) unpack: UnpackMode,
 }
 
 /// A layer that is shown.
@@ -209,13 +212,15 @@ impl Shape {
             selection: want.selection.clone(),
             permissions: want.permissions,
             file_mode: want.file_mode,
+            unpack: want.unpack,
         }
     }
 
     /// As volume attributes say it, to be kept with the tree.
     fn view(&self) -> View {
         let (include, exclude) = self.selection.attributes();
-        View { include, exclude, permissions: self.permissions, file_mode: self.file_mode }
+        let Self { permissions, file_mode, unpack, .. } = *self;
+        View { include, exclude, permissions, file_mode, unpack }
     }
 
     /// Returns the record of a tree of this shape. Copies of files are counted when they are made.
@@ -240,7 +245,9 @@ impl Shape {
 
     pub(super) fn key(&self, manifest: Digest) -> TreeKey {
         let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
-        TreeKey::new(manifest, &self.selection.canonical(), self.permissions.name(), &file_mode)
+        let (selection, permissions) = (self.selection.canonical(), self.permissions.name());
+        let key = TreeKey::new(manifest, &selection, permissions, &file_mode);
+        if self.unpack.is_auto() { key } else { key.with_unpack(self.unpack.name()) }
     }
 
     /// The layers that are shown, or may be: a title can prove that a layer is not.
@@ -249,7 +256,7 @@ impl Shape {
         manifest: &ImageManifest,
         limits: &crate::unpack::Limits,
     ) -> Result<Vec<Part>, PullError> {
-        let rules = classify(manifest, limits)?;
+        let rules = classify(manifest, self.unpack, limits)?;
         // Its patterns are compiled for this list alone.
         let selection = self.selection.clone();
         let layers = manifest.layers.iter().zip(rules).enumerate();

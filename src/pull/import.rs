@@ -20,12 +20,15 @@ use super::tenant::Tenant;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use crate::oci::credentials::Keyring;
-use crate::oci::manifest::{Descriptor, ImageIndex, ImageManifest, Manifest, ManifestError};
+use crate::oci::manifest::{
+    Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError,
+};
 use crate::oci::{Digest, Platform, Reference};
 use crate::store::access::ProofSource;
 use crate::store::import::ImportedBlobs;
 use crate::store::resolutions::Resolution;
 use crate::store::{StoreError, Tree};
+use crate::unpack::layer_rule::UnpackMode;
 use crate::unpack::members::read_members;
 use crate::unpack::{PermissionsRule, Selection, UnpackError};
 
@@ -48,6 +51,11 @@ pub enum ImportError {
     /// No layout.
     #[error("it is no OCI image layout: {0}")]
     NotALayout(String),
+    /// An archive of `docker save` without a layout in it.
+    #[error(
+        "it is an archive of `docker save` before version 25, which has no OCI image layout: convert it with `skopeo copy docker-archive:FILE oci-archive:NEW`, and import NEW"
+    )]
+    DockerArchive,
     /// Several artifacts, and none with the reference's name.
     #[error(
         "the layout has {0} manifests and none is called \"{1}\": name one of them in the reference, or ask for a platform that only one is for"
@@ -111,6 +119,7 @@ impl Puller {
             selection: Selection::default(),
             permissions: PermissionsRule::default(),
             file_mode: None,
+            unpack: UnpackMode::Auto,
             keyring: Keyring::default(),
             identity: None,
             priority: Priority::Warm,
@@ -145,10 +154,11 @@ impl Inner {
     fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
         let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
         let mut index = None;
-        let mut strange = 0;
+        let (mut strange, mut is_docker_archive) = (0, false);
         read_members(layout, &self.limits, |member, content| {
             let size = member.size;
-            match place(Path::new(OsStr::from_bytes(&member.name))) {
+            let place = place(Path::new(OsStr::from_bytes(&member.name)));
+            match place {
                 Place::Blob(digest) if member.is_file => {
                     if size > self.limits.blob_bytes {
                         let what = format!(
@@ -165,7 +175,8 @@ impl Inner {
                 Place::Index if member.is_file => {
                     index = Some(self.small(content, "index.json")?);
                 }
-                Place::Index | Place::Strange => {
+                Place::Index | Place::Strange | Place::DockerManifest => {
+                    is_docker_archive |= matches!(place, Place::DockerManifest);
                     strange += 1;
                     if strange > STRANGE_FILES {
                         let what = format!("it has more than {STRANGE_FILES} other files");
@@ -175,7 +186,13 @@ impl Inner {
             }
             Ok(())
         })?;
-        let index = index.ok_or_else(|| ImportError::NotALayout("it has no index.json".into()))?;
+        let Some(index) = index else {
+            return Err(if is_docker_archive {
+                ImportError::DockerArchive
+            } else {
+                ImportError::NotALayout("it has no index.json".into())
+            });
+        };
         Ok(Layout { index, blobs })
     }
 
@@ -239,7 +256,13 @@ impl Inner {
         let (manifest, image) = match self.manifest(&layout.blobs, &entry, &mut small)? {
             Manifest::Image(image) => (top, image),
             Manifest::Index(index) => {
-                let chosen = index.choose(platform).map_err(PullError::from)?;
+                let choice = IndexChoice::new(index, platform, self.limits.manifest());
+                let mut choice = choice.map_err(PullError::from)?;
+                while let Some(nested) = choice.next_index() {
+                    let document = self.manifest(&layout.blobs, &nested, &mut small)?;
+                    choice.insert(nested, document).map_err(PullError::from)?;
+                }
+                let chosen = choice.choose().map_err(PullError::from)?;
                 match self.manifest(&layout.blobs, chosen, &mut small)? {
                     Manifest::Image(image) => (chosen.digest, image),
                     Manifest::Index(_) => {
@@ -274,7 +297,13 @@ impl Inner {
 
     fn parse_index(&self, bytes: &[u8]) -> Result<ImageIndex, ImportError> {
         let parsed = Manifest::parse(bytes, None, self.limits.manifest());
-        match parsed.map_err(PullError::from)? {
+        match parsed.map_err(|error| match error {
+            // The reason may quote the file.
+            ManifestError::Undecodable(_) | ManifestError::MediaType(_) => {
+                ImportError::NotALayout("index.json cannot be decoded".into())
+            }
+            error => PullError::from(error).into(),
+        })? {
             Manifest::Index(index) => Ok(index),
             Manifest::Image(_) => Err(ImportError::NotALayout("index.json is no index".into())),
         }
@@ -308,6 +337,8 @@ impl Inner {
 enum Place {
     Blob(Digest),
     Index,
+    /// The list of images of `docker save`.
+    DockerManifest,
     Strange,
 }
 
@@ -321,6 +352,7 @@ fn place(path: &Path) -> Place {
         .collect();
     match names.as_deref() {
         Some(["index.json"]) => Place::Index,
+        Some(["manifest.json"]) => Place::DockerManifest,
         Some(["blobs", "sha256", hex]) => Digest::from_hex(hex).map_or(Place::Strange, Place::Blob),
         _ => Place::Strange,
     }

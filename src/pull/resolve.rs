@@ -21,13 +21,13 @@ use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, Puller};
 use crate::oci::credentials::Credential;
 use crate::oci::manifest::{
-    Descriptor, ImageManifest, Manifest, ManifestError, check_config_platform,
+    Descriptor, ImageManifest, IndexChoice, Manifest, ManifestError, check_config_platform,
 };
 use crate::oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError};
 use crate::oci::{Digest, Platform, Reference, Repository};
 use crate::store::access::{Mirrors, Principal, ProofSource};
 use crate::store::resolutions::Resolution;
-use crate::unpack::layer_rule::classify;
+use crate::unpack::layer_rule::{UnpackMode, classify};
 
 /// The size up to which any number of publishes parse documents of the store at once.
 const LARGE_DOCUMENT: u64 = 256 << 10;
@@ -290,7 +290,14 @@ impl Inner {
             match Manifest::parse(&bytes, None, self.limits.manifest())? {
                 Manifest::Image(_) => (digest, Some(bytes), false),
                 Manifest::Index(index) => {
-                    let chosen = index.choose(platform)?;
+                    let mut choice = IndexChoice::new(index, platform, self.limits.manifest())?;
+                    drop(bytes);
+                    while let Some(nested) = choice.next_index() {
+                        let Some(bytes) = read(nested.digest)? else { return Ok(None) };
+                        let document = Manifest::parse(&bytes, None, self.limits.manifest())?;
+                        choice.insert(nested, document)?;
+                    }
+                    let chosen = choice.choose()?;
                     let bytes = read(chosen.digest)?;
                     (chosen.digest, bytes, chosen.platform.is_some())
                 }
@@ -552,36 +559,41 @@ impl Inner {
         }
         let limits = self.limits.manifest();
         // Of each document what the next one is asked for with, and no more: its room is another's.
-        let (top, answered_by, parsed) = {
+        let (top, answered_by, choice, config) = {
             let top = self.registry.manifest(repository, &name, credential).await?;
-            let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
             // A manifest that no volume can show is not kept.
-            match &parsed {
-                Manifest::Image(manifest) => {
-                    classify(manifest, &self.limits)?;
-                }
-                Manifest::Index(index) => {
-                    index.choose(platform)?;
-                }
-            }
+            let (choice, config) =
+                match Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)? {
+                    Manifest::Image(manifest) => {
+                        classify(&manifest, UnpackMode::Auto, &self.limits)?;
+                        (None, config_of_image(manifest))
+                    }
+                    Manifest::Index(index) => {
+                        (Some(IndexChoice::new(index, platform, limits)?), None)
+                    }
+                };
             self.keep(repository, top.digest, top.bytes.clone(), &top.answered_by).await?;
-            (top.digest, top.answered_by, parsed)
+            (top.digest, top.answered_by, choice, config)
         };
-        let chosen = match parsed {
-            Manifest::Image(manifest) => {
-                let config = config_of_image(manifest);
-                self.check_platform(reference, platform, credential, config).await?;
-                return Ok(Meaning { top, manifest: top, answered_by });
-            }
-            Manifest::Index(index) => index.choose(platform)?.clone(),
+        let Some(mut choice) = choice else {
+            self.check_platform(reference, platform, credential, config).await?;
+            return Ok(Meaning { top, manifest: top, answered_by });
         };
+        while let Some(nested) = choice.next_index() {
+            let (bytes, fetched) = self.manifest_bytes(reference, &nested, credential).await?;
+            let sent_by = fetched.as_ref().map_or(&answered_by, |fetched| &fetched.answered_by);
+            let document = Manifest::parse(&bytes, Some(&nested.media_type), limits)?;
+            self.keep(repository, nested.digest, bytes, sent_by).await?;
+            choice.insert(nested, document)?;
+        }
+        let chosen = choice.choose()?.clone();
         let config = {
             let (bytes, fetched) = self.manifest_bytes(reference, &chosen, credential).await?;
             let sent_by = fetched.as_ref().map_or(&answered_by, |fetched| &fetched.answered_by);
             match Manifest::parse(&bytes, Some(&chosen.media_type), limits)? {
                 Manifest::Index(_) => return Err(ManifestError::NestedIndex(chosen.digest).into()),
                 Manifest::Image(manifest) => {
-                    classify(&manifest, &self.limits)?;
+                    classify(&manifest, UnpackMode::Auto, &self.limits)?;
                     self.keep(repository, chosen.digest, bytes, sent_by).await?;
                     config_of_image(manifest)
                 }

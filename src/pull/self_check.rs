@@ -185,6 +185,7 @@ impl Damaged {
             selection: shape(&self.view)?.selection,
             permissions: self.view.permissions,
             file_mode: self.view.file_mode,
+            unpack: self.view.unpack,
             keyring: Keyring::default(),
             identity: None,
             priority: Priority::Warm,
@@ -679,5 +680,6 @@ fn shape(view: &View) -> Result<Shape, PullError> {
         let what = error.to_string();
         StoreError::Damaged { path: "tree.json".into(), what }
     })?;
-    Ok(Shape { selection, permissions: view.permissions, file_mode: view.file_mode })
+    let View { permissions, file_mode, unpack, .. } = *view;
+    Ok(Shape { selection, permissions, file_mode, unpack })
 }

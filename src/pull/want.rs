@@ -7,7 +7,7 @@ use super::tenant::{Caller, Tenant};
 use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::oci::signature::SignatureDemand;
 use crate::oci::{Platform, Reference};
-use crate::unpack::{PermissionsRule, Selection};
+use crate::unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// When the registry is asked: the kubelet's words with the kubelet's meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +57,8 @@ pub struct Want {
     pub permissions: PermissionsRule,
     /// Mode of single-file layers; none means by content.
     pub file_mode: Option<u32>,
+    /// Which layers of an artifact are unpacked.
+    pub unpack: UnpackMode,
     /// The volume's own credentials.
     pub keyring: Keyring,
     /// Bytes of all blobs, and of the unpacked tree, that it may have.

@@ -57,6 +57,12 @@ impl TreeKey {
         Self(hash(&["tree", &rules, &manifest.hex(), selection, permissions, file_mode]))
     }
 
+    /// Returns the key of the same tree with another value of `unpack` than the default.
+    #[must_use]
+    pub fn with_unpack(self, unpack: &str) -> Self {
+        Self(hash(&["unpack", &self.0.hex(), unpack]))
+    }
+
     /// The inverse of the key's text.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {

@@ -37,8 +37,8 @@ use super::{ObjectKind, ObjectName, Store, TreeKey, records};
 use crate::fault;
 use crate::oci::Digest;
 use crate::unpack::Entry as LayerEntry;
-use crate::unpack::PermissionsRule;
 use crate::unpack::merge::{EntryReader, Source, TreePlan};
+use crate::unpack::{PermissionsRule, UnpackMode};
 
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +94,9 @@ pub struct View {
     /// Mode of single-file layers that carry none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file_mode: Option<u32>,
+    /// Which layers are unpacked.
+    #[serde(skip_serializing_if = "UnpackMode::is_auto")]
+    pub unpack: UnpackMode,
 }
 
 /// A tree that is complete but for its records and its name.

@@ -3,7 +3,7 @@
 //! Decided from the manifest alone, in this order:
 //!
 //! 1. `io.deis.oras.content.unpack` is `"true"`: a folder that ORAS packed.
-//! 2. A `ModelPack` media type: `raw` is a file, `tar` is unpacked.
+//! 2. A tar by the media types of `ModelPack`, `KitOps` or Docker's models: unpacked. (`raw` is a file.)
 //! 3. A title: a file of that name, whatever the media type says (ORAS gives files
 //!    the type of an image layer by default).
 //! 4. An image layer in an image: unpacked, with whiteouts.
@@ -12,10 +12,12 @@
 //!    files: `chart.tgz` and `chart.tgz.prov` (Helm), `module.wasm`, else
 //!    `layer-<number in the manifest, from 0>` with an extension that the media type
 //!    suggests. A second chart or module has its number too: `module-1.wasm`.
+//!
+//! A volume may ask otherwise, but for images: see [`UnpackMode`].
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::error::{UnpackError, shown};
 use super::limits::Limits;
@@ -34,6 +36,22 @@ const FILE_PATHS: [&str; 2] = ["org.cncf.model.filepath", "org.cnai.model.filepa
 const FILE_METADATA: [&str; 2] =
     ["org.cncf.model.file.metadata+json", "org.cnai.model.file.metadata+json"];
 const MODEL_TYPES: [&str; 2] = ["application/vnd.cncf.model.", "application/vnd.cnai.model."];
+/// Beginnings of the types of models' layers, of which those that end as a tar's are unpacked: `KitOps`, its
+/// older name, and Docker.
+const MODEL_ARCHIVES: [&str; 3] = [
+    "application/vnd.kitops.modelkit.",
+    "application/vnd.jozu.model.",
+    "application/vnd.docker.ai.",
+];
+
+/// Endings of the media types of tars.
+const TAR_TYPES: [&str; 12] = [
+    "tar", "tar+gzip", "tar.gzip", "tar+gz", "tar.gz", "tar+zstd", "tar.zstd", "tgz", "x-tar",
+    "x-tgz", "x-gtar", "x-ustar",
+];
+/// Endings of the names of tars.
+const TAR_NAMES: [&str; 7] =
+    [".tar", ".tar.gz", ".tgz", ".tar.gzip", ".tar.zst", ".tar.zstd", ".tzst"];
 
 const FLUX_CONTENT: &str = "application/vnd.cncf.flux.content.v1.tar+gzip";
 const HELM_CONFIG: &str = "application/vnd.cncf.helm.config.v1+json";
@@ -67,6 +85,37 @@ const EXTENSIONS: [(&str, &str); 17] = [
     ("text/plain", ".txt"),
     ("pdf", ".pdf"),
 ];
+
+/// The attribute `unpack`: which layers of an artifact are unpacked. Those of an image always are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum UnpackMode {
+    /// Those that ORAS has packed, and those of known media types.
+    #[default]
+    Auto,
+    /// Every tar as well, by its title or media type; a layer with neither a title nor a type of
+    /// something else is taken for one.
+    Always,
+    /// None: each is a file.
+    Never,
+}
+
+impl UnpackMode {
+    /// The name as users write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "Auto",
+            Self::Always => "Always",
+            Self::Never => "Never",
+        }
+    }
+
+    /// Whether this is the default, which no key and no record names.
+    #[must_use]
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
 
 /// What to do with a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,15 +190,20 @@ struct FileMetadata {
 }
 
 /// One rule for each layer, in the manifest's order.
-pub fn classify(manifest: &ImageManifest, limits: &Limits) -> Result<Vec<LayerRule>, UnpackError> {
+pub fn classify(
+    manifest: &ImageManifest,
+    unpack: UnpackMode,
+    limits: &Limits,
+) -> Result<Vec<LayerRule>, UnpackError> {
     let layers = || manifest.layers.iter().enumerate();
     let named = layers().any(|(_, layer)| name_of(layer).is_some());
     let is_image = manifest.is_image();
+    let unpack = if is_image { UnpackMode::Auto } else { unpack };
     let is_helm = manifest.config.as_ref().is_some_and(|config| config.media_type == HELM_CONFIG);
     let mut fallbacks = Fallbacks { is_helm, taken: BTreeMap::new() };
     let mut rules = Vec::with_capacity(manifest.layers.len());
     for (number, layer) in layers() {
-        let rule = if let Some(rule) = annotated(number, layer, limits)? {
+        let rule = if let Some(rule) = annotated(number, layer, unpack, limits)? {
             rule
         } else if is_image && is_image_layer(&layer.media_type) {
             LayerRule::Archive(ArchiveRule { whiteouts: true, ..ArchiveRule::plain() })
@@ -159,7 +213,7 @@ pub fn classify(manifest: &ImageManifest, limits: &Limits) -> Result<Vec<LayerRu
             // An image without one of its layers is another image, and ciphertext is no content.
             let media_type = shown(layer.media_type.as_bytes());
             return Err(UnpackError::MediaType { layer: number, media_type });
-        } else if layer.media_type == FLUX_CONTENT {
+        } else if layer.media_type == FLUX_CONTENT && unpack != UnpackMode::Never {
             LayerRule::Archive(ArchiveRule::plain())
         } else {
             let name = fallbacks.name(number, layer);
@@ -177,10 +231,12 @@ pub fn classify(manifest: &ImageManifest, limits: &Limits) -> Result<Vec<LayerRu
 fn annotated(
     number: usize,
     layer: &Descriptor,
+    unpack: UnpackMode,
     limits: &Limits,
 ) -> Result<Option<LayerRule>, UnpackError> {
     let path = name_of(layer).map(|name| title(number, name, limits)).transpose()?;
-    if layer.annotations.get(ORAS_UNPACK).is_some_and(|value| value == "true") {
+    let is_folder = layer.annotations.get(ORAS_UNPACK).is_some_and(|value| value == "true");
+    if is_folder && unpack != UnpackMode::Never {
         let tar_digest = match layer.annotations.get(ORAS_DIGEST) {
             Some(text) if !text.is_empty() => Some(text.parse().map_err(|error| {
                 let reason = format!("{error}");
@@ -191,7 +247,12 @@ fn annotated(
         let rule = ArchiveRule { whiteouts: false, tar_digest, within: path };
         return Ok(Some(LayerRule::Archive(rule)));
     }
-    if model_suffix(&layer.media_type).is_some_and(|suffix| suffix.starts_with("tar")) {
+    let is_archive = match unpack {
+        UnpackMode::Auto => is_model_archive(&layer.media_type),
+        UnpackMode::Always => is_model_archive(&layer.media_type) || is_archive(layer),
+        UnpackMode::Never => false,
+    };
+    if is_archive {
         return Ok(Some(LayerRule::Archive(ArchiveRule::plain())));
     }
     let Some(path) = path else {
@@ -226,6 +287,43 @@ fn model_suffix(media_type: &str) -> Option<&str> {
     let kind = MODEL_TYPES.iter().find_map(|prefix| media_type.strip_prefix(prefix))?;
     let (_, suffix) = kind.rsplit_once(".v1.")?;
     ["raw", "tar", "tar+gzip", "tar+zstd"].contains(&suffix).then_some(suffix)
+}
+
+/// Whether it is a tar by the media types of models.
+fn is_model_archive(media_type: &str) -> bool {
+    let is_of_vendor = MODEL_ARCHIVES.iter().any(|prefix| media_type.starts_with(prefix));
+    model_suffix(media_type).is_some_and(|suffix| suffix.starts_with("tar"))
+        || is_of_vendor && ends_as(media_type, &TAR_TYPES)
+}
+
+/// Whether it is a tar by all that the manifest says.
+fn is_archive(layer: &Descriptor) -> bool {
+    let media_type = layer.media_type.as_str();
+    if is_encrypted(media_type) || media_type == media_type::OCI_EMPTY {
+        return false;
+    }
+    let is_tar = ends_as(media_type, &TAR_TYPES);
+    match name_of(layer) {
+        // ORAS gives files the type of an image's layer.
+        Some(name) => {
+            let name = name.to_ascii_lowercase();
+            TAR_NAMES.iter().any(|ending| name.ends_with(ending))
+                || is_tar && !is_image_layer(media_type)
+        }
+        None => is_tar || matches!(extension(media_type), "" | ".gz" | ".zst"),
+    }
+}
+
+/// Whether a media type ends in one of these words.
+fn ends_as(media_type: &str, endings: &[&str]) -> bool {
+    let is_word = |rest: &str| rest.is_empty() || rest.ends_with(['.', '+', '/', '-']);
+    endings.iter().any(|ending| media_type.strip_suffix(ending).is_some_and(is_word))
+}
+
+/// Returns the extension that a file of a media type has, with its dot.
+fn extension(media_type: &str) -> &'static str {
+    let known = EXTENSIONS.iter().find(|(ending, _)| ends_as(media_type, &[*ending]));
+    known.map_or("", |(_, extension)| extension)
 }
 
 fn recorded(number: usize, layer: &Descriptor) -> Result<Option<Permissions>, UnpackError> {
@@ -274,14 +372,7 @@ impl Fallbacks {
                 _ => format!("{stem}-{number}{extension}"),
             };
         }
-        let is_ending = |ending: &str| {
-            media_type
-                .strip_suffix(ending)
-                .is_some_and(|rest| rest.is_empty() || rest.ends_with(['.', '+', '/', '-']))
-        };
-        let extension =
-            EXTENSIONS.iter().find(|(ending, _)| is_ending(ending)).map_or("", |found| found.1);
-        format!("layer-{number}{extension}")
+        format!("layer-{number}{}", extension(media_type))
     }
 }
 

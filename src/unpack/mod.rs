@@ -34,6 +34,7 @@ pub(crate) mod testing;
 pub use checksum::Checksum;
 pub use entry::{Entry, EntryKind, Metadata};
 pub use error::{Class, UnpackError};
+pub use layer_rule::UnpackMode;
 pub use limits::Limits;
 pub use path::RelativePath;
 pub use permissions::{Permissions, PermissionsRule};

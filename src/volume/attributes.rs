@@ -15,10 +15,10 @@ use crate::oci::reference::ReferenceError;
 use crate::oci::{Digest, Platform, Reference};
 use crate::policy::Demands;
 use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
-use crate::unpack::{PermissionsRule, Selection};
+use crate::unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// Every key that a volume's author may set.
-pub const KEYS: [&str; 12] = [
+pub const KEYS: [&str; 13] = [
     "reference",
     "repository",
     "tag",
@@ -30,6 +30,7 @@ pub const KEYS: [&str; 12] = [
     "exclude",
     "permissions",
     "fileMode",
+    "unpack",
     "requireSignature",
 ];
 
@@ -56,6 +57,8 @@ pub struct VolumeAttributes {
     pub permissions: PermissionsRule,
     /// Mode of single-file layers; none means by content.
     pub file_mode: Option<u32>,
+    /// Which layers of an artifact are unpacked.
+    pub unpack: UnpackMode,
     /// Refuse what no configured key has signed.
     pub require_signature: bool,
 }
@@ -99,6 +102,12 @@ impl VolumeAttributes {
             Some("Preserve") => PermissionsRule::Preserve,
             Some(other) => return Err(choice("permissions", other, "Readable or Preserve")),
         };
+        let unpack = match get("unpack") {
+            None | Some("Auto") => UnpackMode::Auto,
+            Some("Always") => UnpackMode::Always,
+            Some("Never") => UnpackMode::Never,
+            Some(other) => return Err(choice("unpack", other, "Auto, Always or Never")),
+        };
         let require_signature = match get("requireSignature") {
             None | Some("false") => false,
             Some("true") => true,
@@ -125,6 +134,7 @@ impl VolumeAttributes {
             selection,
             permissions,
             file_mode,
+            unpack,
             require_signature,
         })
     }
@@ -146,6 +156,7 @@ impl VolumeAttributes {
             selection: self.selection.clone(),
             permissions: self.permissions,
             file_mode: self.file_mode,
+            unpack: self.unpack,
             maximum_bytes: demands.maximum_bytes,
             signature: demands.signature,
             keyring,
@@ -168,6 +179,9 @@ impl VolumeAttributes {
             selection: String,
             permissions: PermissionsRule,
             file_mode: Option<u32>,
+            /// Left out where it is the default: records of earlier builds do not have it.
+            #[serde(skip_serializing_if = "UnpackMode::is_auto")]
+            unpack: UnpackMode,
             require_signature: bool,
             noexec: bool,
             noatime: bool,
@@ -180,6 +194,7 @@ impl VolumeAttributes {
             selection: self.selection.canonical(),
             permissions: self.permissions,
             file_mode: self.file_mode,
+            unpack: self.unpack,
             require_signature: self.require_signature,
             noexec: flags.noexec,
             noatime: flags.noatime,
@@ -309,6 +324,8 @@ mod tests {
             ("fileMode", "888"),
             ("fileMode", "4755"),
             ("fileMode", "+55"),
+            ("unpack", "auto"),
+            ("unpack", "true"),
             ("requireSignature", "TRUE"),
         ] {
             let text = refused(&[REFERENCE, (key, value)]);
@@ -323,6 +340,8 @@ mod tests {
         let plain = print(&[REFERENCE]);
         assert_eq!(plain, print(&[REFERENCE, ("permissions", "Readable"), ("include", "")]));
         assert_eq!(plain, print(&[("repository", "r.io/app"), ("tag", "v1")]));
+        assert_eq!(plain, print(&[REFERENCE, ("unpack", "Auto")]));
+        assert_ne!(plain, print(&[REFERENCE, ("unpack", "Never")]));
         assert_ne!(plain, print(&[REFERENCE, ("fileMode", "0555")]));
         assert_ne!(plain, print(&[("reference", "r.io/app:v2")]));
     }

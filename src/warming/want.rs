@@ -5,7 +5,7 @@ use crate::oci::credentials::Keyring;
 use crate::oci::{Platform, Reference};
 use crate::policy::Facts;
 use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
-use crate::unpack::{PermissionsRule, Selection};
+use crate::unpack::{PermissionsRule, Selection, UnpackMode};
 use crate::volume::Content;
 
 /// The want of nobody's volume.
@@ -25,6 +25,7 @@ pub fn want(
         selection: Selection::default(),
         permissions: PermissionsRule::default(),
         file_mode: None,
+        unpack: UnpackMode::Auto,
         keyring,
         identity: None,
         priority: Priority::Warm,

@@ -357,6 +357,39 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
 }
 
 #[test]
+fn archives_of_docker_are_named_and_no_file_is_quoted() {
+    let (node, admin) = Admin::start(ROOMY);
+    let import = |content: &[u8]| {
+        let archive = node.sandbox.path().join("archive.tar");
+        fs::write(&archive, content).expect("written");
+        let told = admin.refused(&[
+            "import",
+            archive.to_str().expect("a path"),
+            "--as",
+            "bad.invalid/a:v1",
+        ]);
+        assert!(!told.contains("secret"), "{told}");
+        told
+    };
+    // As `docker save` wrote it before it wrote layouts, plain and compressed.
+    let docker = Tar::new()
+        .file("0123.json", 0o644, "{}")
+        .file("4567/layer.tar", 0o644, "layer")
+        .file("manifest.json", 0o644, r#"[{"Config":"0123.json","Layers":["4567/layer.tar"]}]"#)
+        .finish();
+    for archive in [gzip(&docker), docker] {
+        let told = import(&archive);
+        assert!(told.contains("docker save") && told.contains("docker-archive:"), "{told}");
+    }
+    let index = |text: &str| Tar::new().file("index.json", 0o644, text).finish();
+    for text in ["secret", r#"{"secret": 1, "mediaType": "secret"}"#, r#"{"manifests": "secret"}"#]
+    {
+        import(&index(text));
+    }
+    import(b"secret words that are no archive");
+}
+
+#[test]
 fn a_layout_whose_names_would_fill_the_memory_is_refused() {
     let (node, admin) = Admin::start(ROOMY);
     let folder = layout(&node, &image(&node));

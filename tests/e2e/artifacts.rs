@@ -380,6 +380,97 @@ fn a_single_manifest_for_another_platform_is_refused_when_a_platform_is_asked_fo
 }
 
 #[test]
+fn a_fifo_in_a_pushed_folder_is_left_out_as_oras_does() {
+    let node = Node::start();
+    let name = format!("{}:v1", unique("fifo"));
+    let oras = Oras::new().file("app/run", 0o755, "#!/bin/sh\n");
+    crate::support::run(Command::new("mkfifo").arg(oras.path().join("app/pipe")));
+    push(&oras, &name, &["app"]);
+    let (_, tree) = node.mount(&node.proxy.reference(&name));
+    assert_eq!(tree.names(), ["app", "app/run"]);
+    assert_eq!(tree.names(), pulled(&name, &[]).names());
+}
+
+#[test]
+fn null_annotations_and_a_configuration_without_size_are_taken_as_oras_takes_them() {
+    let node = Node::start();
+    let repository = unique("null");
+    let manifest = Manifest::artifact([Layer::titled("file", "content")]);
+    manifest.push_blobs(registry(), &repository);
+    let mut json = manifest.json();
+    json["layers"][0]["annotations"]["vnd.test.null"] = json!(null);
+    json["annotations"] = json!({"vnd.test.null": null});
+    // A registry that checks sizes would refuse the other one.
+    crate::support::put_json(registry(), &repository, "v1", &json);
+    let (_, tree) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert_eq!(tree.names(), pulled(&format!("{repository}:v1"), &[]).names());
+    let fake = crate::support::FakeRegistry::new();
+    manifest.push_blobs(&fake, "null");
+    json["config"].as_object_mut().expect("an object").remove("size");
+    crate::support::put_json(&fake, "null", "v1", &json);
+    let (_, tree) = node.mount(&fake.reference("v1"));
+    assert_eq!(tree.names(), ["file"]);
+}
+
+#[test]
+fn modelkits_and_dockers_models_are_unpacked_as_they_are_pushed() {
+    let node = Node::start();
+    let archive = |name: &str| Tar::new().file(name, 0o644, format!("content of {name}")).finish();
+    let repository = unique("kitops");
+    let kind = |kind: &str| format!("application/vnd.kitops.modelkit.{kind}");
+    let layers = [
+        Layer::new(&kind("model.v1.tar"), archive("model/weights.bin")),
+        Layer::new(&kind("dataset.v1.tar+gzip"), gzip(&archive("data/train.csv"))),
+        Layer::new(&kind("docs.v1.tar+zstd"), zstandard(&archive("README.md"))),
+    ];
+    let config =
+        Layer::new(&kind("config.v1+json"), json!({"manifestVersion": "1.0.0"}).to_string());
+    let mut manifest = Manifest::with_config(config, layers);
+    manifest.artifact_type = Some(kind("manifest.v1+json"));
+    manifest.push(registry(), &repository, "v1");
+    let reference = node.proxy.reference(&format!("{repository}:v1"));
+    let (_, tree) = node.mount(&reference);
+    assert_eq!(tree.files(), ["README.md", "data/train.csv", "model/weights.bin"]);
+    let (_, tree) = node.mount_with(&reference, |volume| volume.attribute("unpack", "Never"));
+    assert_eq!(tree.files(), ["layer-0.tar", "layer-1.tar.gz", "layer-2.tar.zst"]);
+
+    let repository = unique("docker-model");
+    let layers = [
+        Layer::new("application/vnd.docker.ai.safetensors", "weights"),
+        Layer::new("application/vnd.docker.ai.vllm.config.tar", archive("config.json")),
+        Layer::new("application/vnd.docker.ai.dir.tar", archive("vae/config.json")),
+    ];
+    let config = Layer::new("application/vnd.docker.ai.model.config.v0.1+json", "{}");
+    Manifest::with_config(config, layers).push(registry(), &repository, "v1");
+    let (_, tree) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert_eq!(tree.files(), ["config.json", "layer-0.safetensors", "vae/config.json"]);
+}
+
+#[test]
+fn a_volume_says_whether_other_tars_are_unpacked() {
+    let node = Node::start();
+    let repository = unique("unpack");
+    let archive = Tar::new().file("etc/settings", 0o644, "x").file("/rooted", 0o644, "y").finish();
+    let layer = Layer::new("application/vnd.acme.bundle.v1.tar+gzip", gzip(&archive));
+    Manifest::artifact([layer]).push(registry(), &repository, "v1");
+    let reference = node.proxy.reference(&format!("{repository}:v1"));
+    // One after the other: each is a tree of its own.
+    for (unpack, expected) in [
+        ("", &["layer-0.tar.gz"][..]),
+        ("Always", &["etc/settings", "rooted"][..]),
+        ("Never", &["layer-0.tar.gz"][..]),
+        ("Auto", &["layer-0.tar.gz"][..]),
+        ("Always", &["etc/settings", "rooted"][..]),
+    ] {
+        let (_, tree) = node.mount_with(&reference, |volume| volume.attribute("unpack", unpack));
+        assert_eq!(tree.files(), expected, "{unpack}");
+    }
+    let volume = node.kubelet.new_volume(&reference).attribute("unpack", "always");
+    let message = node.kubelet.publish_badly(&volume, Code::InvalidArgument);
+    assert!(message.contains("Auto, Always or Never"), "{message}");
+}
+
+#[test]
 fn models_of_both_names_show_their_files_under_their_paths() {
     let node = Node::start();
     for (vendor, prefix) in [("cncf", "org.cncf.model"), ("cnai", "org.cnai.model")] {

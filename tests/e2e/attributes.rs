@@ -99,6 +99,7 @@ fn an_empty_value_means_absent() {
             "exclude",
             "permissions",
             "fileMode",
+            "unpack",
             "requireSignature",
         ] {
             volume = volume.attribute(key, "");
@@ -151,6 +152,7 @@ fn malformed_values_are_refused_by_name() {
         ("include", "["),
         ("permissions", "Open"),
         ("fileMode", "rwx"),
+        ("unpack", "yes"),
         ("fileMode", "0999"),
         ("fileMode", "7777777"),
         ("requireSignature", "yes"),

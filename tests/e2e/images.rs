@@ -1,12 +1,18 @@
 //! Ordinary images, compared with what umoci and containerd unpack of them.
 
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{
+    fs,
+    os::unix::fs::{FileExt as _, PermissionsExt as _},
+    path::Path,
+};
 
+use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Containerd, Image, Kind, Node, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, Tree, copy_layout,
-    gzip, registry, run, tool, umoci_unpack, unique, zstandard,
+    Containerd, FakeRegistry, Image, Kind, Layer, Manifest, Node, OCI_INDEX, OCI_MANIFEST, OCI_TAR,
+    OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, Tree, Volume, copy_layout, gzip, node_architecture,
+    push_index, put_json, registry, run, tool, umoci_unpack, unique, zstandard,
 };
 
 /// Mounts the image and compares all of it, links and times included, with the unpacking of umoci and
@@ -38,12 +44,12 @@ fn same_as_others(node: &Node, name: &str) -> Tree {
     };
     assert_eq!(
         times(preserved),
-        times(without_special_bits(expected.clone())),
+        times(without_special_bits(expected.clone().without_special_files())),
         "with permissions: Preserve"
     );
     assert_eq!(
         times(readable.clone()),
-        times(expected.clone().readable()),
+        times(expected.clone().without_special_files().readable()),
         "with permissions: Readable"
     );
     let (root, run) = (node.sandbox.folder("containerd"), node.sandbox.folder("run"));
@@ -130,6 +136,145 @@ fn upper_layers_remove_replace_and_pass_through_links_as_umoci_does() {
     let tree = same_as_others(&node, &format!("{repository}:v1"));
     assert!(tree.names().contains(&"usr/lib/through"));
     assert_eq!(tree.entry("linked").same_file_as.as_deref(), Some("hard"));
+}
+
+/// Archives a folder's content with GNU tar.
+#[track_caller]
+fn tar_of(folder: &Path, arguments: &[&str]) -> Vec<u8> {
+    let archive = folder.with_extension("tar");
+    run(tool("tar").arg("-C").arg(folder).arg("-cf").arg(&archive).args(arguments));
+    fs::read(&archive).expect("the archive")
+}
+
+#[test]
+fn absolute_names_are_rooted_as_others_do_it() {
+    let node = Node::start();
+    let folder = node.sandbox.folder("source");
+    fs::create_dir_all(folder.join("app/lib")).expect("folders");
+    for (name, text) in [("app/run", "run"), ("app/lib/a", "a"), ("app/old", "old")] {
+        fs::write(folder.join(name), text).expect("a file");
+    }
+    fs::hard_link(folder.join("app/lib/a"), folder.join("app/z")).expect("a link");
+    // The flag leaves the targets of symbolic links as they are; those of hard links are rooted, too.
+    let rooted = ["-P", "--transform", "s,^,/,S", "app"];
+    let lower = tar_of(&folder, &rooted);
+    let upper = Tar::new()
+        .folder("/", 0o755)
+        .folder("/usr", 0o755)
+        .folder("//usr//bin", 0o755)
+        .file("/usr/bin/x", 0o644, "x")
+        .hard_link("/usr/bin/y", "/usr/bin/x")
+        .symbolic_link("/bin", "/usr/bin")
+        .file("/bin/through", 0o644, "through")
+        .file("/app/.wh.old", 0o000, "");
+    let name = format!("{}:v1", unique("absolute"));
+    let (repository, _) = name.split_once(':').expect("a tag");
+    Image::new().layer(lower).layer(upper.finish()).push(registry(), repository, "v1");
+    let tree = same_as_others(&node, &name);
+    let expected =
+        ["app/lib/a", "app/run", "app/z", "bin", "usr/bin/through", "usr/bin/x", "usr/bin/y"];
+    assert_eq!(tree.files(), expected);
+}
+
+#[test]
+fn links_of_the_same_layer_are_followed_as_others_do_it() {
+    let node = Node::start();
+    let name = format!("{}:v1", unique("own-links"));
+    let (repository, _) = name.split_once(':').expect("a tag");
+    let lower = Tar::new()
+        .folder("usr", 0o755)
+        .folder("usr/lib", 0o755)
+        .file("usr/lib/old", 0o644, "old")
+        .file("usr/lib/gone", 0o644, "gone")
+        .folder("usr/opaque", 0o755)
+        .file("usr/opaque/old", 0o644, "old")
+        .symbolic_link("up", "../../../usr/lib");
+    let upper = Tar::new()
+        .symbolic_link("lib", "usr/lib")
+        .symbolic_link("lib64", "lib")
+        .symbolic_link("opt", "/usr/opaque")
+        .symbolic_link("new", "made/by/link")
+        .file("lib/a", 0o644, "a")
+        .folder("lib64/sub", 0o711)
+        .file("lib64/sub/b", 0o644, "b")
+        .hard_link("c", "lib64/sub/b")
+        .file("new/d", 0o644, "d")
+        .file("up/e", 0o644, "e")
+        .file("lib/.wh.gone", 0o000, "")
+        .file("opt/.wh..wh..opq", 0o000, "")
+        .file("opt/f", 0o644, "f");
+    Image::new().layer(lower.finish()).layer(upper.finish()).push(registry(), repository, "v1");
+    let tree = same_as_others(&node, &name);
+    let in_lib = ["usr/lib/a", "usr/lib/e", "usr/lib/old", "usr/lib/sub/b"];
+    assert!(in_lib.iter().all(|name| tree.names().contains(name)), "{:?}", tree.names());
+    assert!(!tree.names().contains(&"usr/lib/gone") && !tree.names().contains(&"usr/opaque/old"));
+}
+
+#[test]
+fn device_nodes_and_fifos_are_left_out_of_what_others_unpack() {
+    let node = Node::start();
+    let name = format!("{}:v1", unique("special"));
+    let (repository, _) = name.split_once(':').expect("a tag");
+    let folder = node.sandbox.folder("source");
+    fs::create_dir(folder.join("dev")).expect("a folder");
+    for (name, arguments) in
+        [("dev/console", &["c", "5", "1"][..]), ("dev/loop", &["b", "7", "0"][..])]
+    {
+        run(tool("mknod").arg(folder.join(name)).args(arguments));
+    }
+    run(tool("mkfifo").arg(folder.join("pipe")));
+    fs::write(folder.join("file"), "file").expect("a file");
+    let lower = Tar::new().file("pipe", 0o644, "becomes a fifo").file("kept", 0o644, "kept");
+    let upper = tar_of(&folder, &["dev", "pipe", "file"]);
+    let last = Tar::new().file("dev/loop", 0o644, "a file now");
+    let image = Image::new().layer(lower.finish()).layer(upper).layer(last.finish());
+    image.push(registry(), repository, "v1");
+    let tree = same_as_others(&node, &name);
+    assert_eq!(tree.names(), ["dev", "dev/loop", "file", "kept"]);
+    assert!(node.driver.log().contains("\"special_files\":3"), "{}", node.driver.log());
+}
+
+#[test]
+fn sparse_files_of_every_form_are_expanded_as_others_do_it() {
+    let node = Node::start();
+    let folder = node.sandbox.folder("source");
+    let sparse = |name: &str, size: u64, data: &[u64]| {
+        let file = fs::File::create(folder.join(name)).expect("a file");
+        file.set_len(size).expect("a size");
+        for offset in data {
+            file.write_all_at(format!("data at {offset}").as_bytes(), *offset).expect("data");
+        }
+    };
+    sparse("holes", 1 << 20, &[]);
+    sparse("end", 3 << 20, &[(3 << 20) - 20]);
+    sparse("start", 2 << 20, &[0]);
+    // More extents than a header and one block after it hold.
+    sparse("many", 8 << 20, &(0..60).map(|number| number * (128 << 10) + 5).collect::<Vec<_>>());
+    fs::write(folder.join("dense"), "dense").expect("a file");
+    for form in [
+        &["--format=gnu"][..],
+        &["--format=oldgnu"],
+        &["--format=pax", "--sparse-version=0.0"],
+        &["--format=pax", "--sparse-version=0.1"],
+        &["--format=pax", "--sparse-version=1.0"],
+    ] {
+        let archive = tar_of(&folder, &[form, &["-S", "."]].concat());
+        assert!(archive.len() < 4 << 20, "{form:?}: no sparse archive");
+        let name = format!("{}:v1", unique("sparse"));
+        let (repository, _) = name.split_once(':').expect("a tag");
+        Image::new().layer(archive).push(registry(), repository, "v1");
+        // Neither umoci nor containerd takes the type of the old form, which Go's reader expands.
+        let tree = if form[0].contains("pax") {
+            same_as_others(&node, &name)
+        } else {
+            node.mount(&node.proxy.reference(&name)).1
+        };
+        let content = |tree: &Tree, name: &str| tree.entry(name).kind.clone();
+        assert_eq!(tree.files(), ["dense", "end", "holes", "many", "start"], "{form:?}");
+        for name in tree.files() {
+            assert_eq!(content(&tree, name), content(&Tree::of(&folder), name), "{form:?}: {name}");
+        }
+    }
 }
 
 #[test]
@@ -316,15 +461,145 @@ fn names_may_start_at_the_current_folder() {
 }
 
 #[test]
-fn an_image_without_layers_is_refused_or_empty_but_harms_nobody() {
+fn an_image_without_layers_holds_no_files() {
     let node = Node::start();
-    let repository = unique("none");
-    Image::new().push(registry(), &repository, "v1");
-    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
-    if node.kubelet.publish(&volume).is_ok() {
-        assert!(Tree::of(volume.target()).names().is_empty());
-        node.kubelet.unpublish(&volume);
+    let fake = FakeRegistry::new();
+    let manifest = Image::new().manifest();
+    manifest.push_blobs(&fake, "none");
+    for layers in [Some(json!([])), Some(json!(null)), None] {
+        let mut manifest = manifest.json();
+        match layers {
+            Some(layers) => manifest["layers"] = layers,
+            None => drop(manifest.as_object_mut().expect("an object").remove("layers")),
+        }
+        let tag = unique("none");
+        put_json(&fake, "none", &tag, &manifest);
+        let volume = node.kubelet.new_volume(&fake.reference(&tag));
+        let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+        assert!(message.contains("holds no files"), "{message}");
     }
+}
+
+#[test]
+fn an_images_configuration_that_is_no_json_is_internal_and_tells_why() {
+    let node = Node::start();
+    let mut manifest = Image::new().layer(Tar::new().file("f", 0o644, "x").finish()).manifest();
+    manifest.config.bytes = b"secret words".to_vec();
+    let repository = unique("no-json");
+    manifest.push(registry(), &repository, "v1");
+    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    let message = node.kubelet.publish_badly(&volume, Code::Internal);
+    assert!(message.contains("configuration") && message.contains("JSON"), "{message}");
+    assert!(!message.contains("secret"), "{message}");
+}
+
+/// The level of amd64 that this machine has, as `ld.so` would take it.
+fn level() -> usize {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").expect("the processor");
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let levels = [&["sse4_2", "popcnt"][..], &["avx2", "bmi2", "fma"], &["avx512f", "avx512vl"]];
+    let has = |flag: &&str| flags.split_whitespace().any(|known| known == *flag);
+    1 + levels.iter().take_while(|level| level.iter().all(has)).count()
+}
+
+#[test]
+fn the_best_variant_that_this_processor_runs_is_chosen_whatever_the_order() {
+    if node_architecture() != "amd64" {
+        return;
+    }
+    let node = Node::start();
+    let repository = unique("variants");
+    let entry = |architecture: &str, variant: Option<&str>| {
+        let text = variant.unwrap_or(architecture);
+        let image = Image::new().layer(Tar::new().file("is", 0o644, text).finish());
+        let digest = image.push(registry(), &repository, &unique("part"));
+        let size = image.manifest().json().to_string().len();
+        let mut platform = json!({"os": "linux", "architecture": architecture});
+        if let Some(variant) = variant {
+            platform["variant"] = json!(variant);
+        }
+        json!({"mediaType": OCI_MANIFEST, "digest": digest, "size": size, "platform": platform})
+    };
+    let [v4, v3, v2] = ["v4", "v3", "v2"].map(|level| entry("amd64", Some(level)));
+    let (plain, old) = (entry("amd64", None), entry("386", None));
+    let level = level();
+    let best = |levels: &[usize]| match levels.iter().find(|offered| **offered <= level) {
+        None | Some(1) => "amd64".to_owned(),
+        Some(level) => format!("v{level}"),
+    };
+    for (tag, entries, expected) in [
+        ("three", vec![&v4, &v2, &plain], best(&[4, 2, 1])),
+        ("all", vec![&old, &v2, &plain, &v3, &v4], best(&[4, 3, 2, 1])),
+        ("old", vec![&plain, &v3], best(&[3, 1])),
+    ] {
+        let entries: Vec<_> = entries.into_iter().cloned().collect();
+        push_index(registry(), &repository, tag, &entries);
+        let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:{tag}")));
+        let is = fs::read_to_string(volume.target().join("is")).expect("the file");
+        assert_eq!(is, expected, "{tag} on level {level}");
+    }
+}
+
+#[test]
+fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
+    let node = Node::start();
+    let repository = unique("nested");
+    let image = Image::new().layer(Tar::new().file("inside", 0o644, "x").finish());
+    let digest = image.push(registry(), &repository, "image");
+    let platform = json!({"os": "linux", "architecture": node_architecture()});
+    let mut inner = json!({
+        "mediaType": OCI_MANIFEST, "digest": digest, "platform": platform,
+        "size": image.manifest().json().to_string().len(),
+    });
+    let other = json!({
+        "mediaType": OCI_INDEX, "digest": digest, "size": 5,
+        "platform": {"os": "linux", "architecture": "s390x"},
+    });
+    for depth in 1..=4 {
+        let index =
+            json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [other, inner]});
+        let size = index.to_string().len();
+        let tag = format!("depth{depth}");
+        let digest = put_json(registry(), &repository, &tag, &index);
+        inner = json!({"mediaType": OCI_INDEX, "digest": digest, "size": size});
+        let by_digest = node.proxy.reference(&format!("{repository}@{digest}"));
+        let (_, tree) = node.mount(&by_digest);
+        assert_eq!(tree.names(), ["inside"], "{depth}");
+        let never = |volume: Volume| volume.attribute("pullPolicy", "Never");
+        let (_, tree) = node.mount_with(&by_digest, never);
+        assert_eq!(tree.names(), ["inside"], "{depth}");
+        node.mount(&node.proxy.reference(&format!("{repository}:{tag}")));
+    }
+}
+
+#[test]
+fn a_models_docker_configuration_is_for_no_platform() {
+    let node = Node::start();
+    let repository = unique("ollama");
+    let architecture = if node_architecture() == "amd64" { "arm64" } else { "amd64" };
+    let config = json!({"model_format": "gguf", "os": "linux", "architecture": architecture,
+        "rootfs": {"type": "layers", "diff_ids": []}});
+    let manifest = Manifest::with_config(
+        Layer::new("application/vnd.docker.container.image.v1+json", config.to_string()),
+        [Layer::new("application/vnd.ollama.image.model", "weights")],
+    );
+    manifest.push(registry(), &repository, "v1");
+    let (_, tree) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
+    assert_eq!(tree.names(), ["layer-0"]);
+}
+
+#[test]
+fn owners_that_linux_does_not_have_matter_only_where_owners_are_kept() {
+    let node = Node::start();
+    let repository = unique("owners");
+    let archive = Tar::new().pax(&[("uid", "9999999999"), ("gid", "-1")]).file("f", 0o644, "x");
+    Image::new().layer(archive.finish()).push(registry(), &repository, "v1");
+    let reference = node.proxy.reference(&format!("{repository}:v1"));
+    let (_, tree) = node.mount(&reference);
+    assert_eq!(tree.entry("f").owner, (0, 0));
+    let preserve = node.kubelet.new_volume(&reference).attribute("permissions", "Preserve");
+    let message = node.kubelet.publish_badly(&preserve, Code::FailedPrecondition);
+    assert!(message.contains("9999999999:-1") && message.contains("Readable"), "{message}");
 }
 
 #[test]

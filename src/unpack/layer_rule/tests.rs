@@ -27,18 +27,36 @@ fn rules_of(
     config: &str,
     layers: &[Value],
 ) -> Result<Vec<LayerRule>, UnpackError> {
+    rules_with(UnpackMode::Auto, artifact_type, config, layers)
+}
+
+fn rules_with(
+    unpack: UnpackMode,
+    artifact_type: Option<&str>,
+    config: &str,
+    layers: &[Value],
+) -> Result<Vec<LayerRule>, UnpackError> {
     let config = layer(config, &json!({}));
     let manifest = json!({"schemaVersion": 2, "artifactType": artifact_type, "config": config, "layers": layers});
     let limits = Limits::default();
     let bytes = manifest.to_string();
     match Manifest::parse(bytes.as_bytes(), None, limits.manifest()).unwrap() {
-        Manifest::Image(manifest) => classify(&manifest, &limits),
+        Manifest::Image(manifest) => classify(&manifest, unpack, &limits),
         Manifest::Index(_) => panic!("an index"),
     }
 }
 
 /// `file PATH`, `tar`, `image`, `skip`.
 fn summary(artifact_type: Option<&str>, config: &str, layers: &[Value]) -> Vec<String> {
+    summary_with(UnpackMode::Auto, artifact_type, config, layers)
+}
+
+fn summary_with(
+    unpack: UnpackMode,
+    artifact_type: Option<&str>,
+    config: &str,
+    layers: &[Value],
+) -> Vec<String> {
     let text = |rule: &LayerRule| match rule {
         LayerRule::File(rule) => format!("file {}", rule.path),
         LayerRule::Archive(rule) if rule.whiteouts => "image".into(),
@@ -46,7 +64,8 @@ fn summary(artifact_type: Option<&str>, config: &str, layers: &[Value]) -> Vec<S
         LayerRule::Archive(_) => "tar".into(),
         LayerRule::Skip => "skip".into(),
     };
-    rules_of(artifact_type, config, layers).unwrap().iter().map(text).collect()
+    let rules = rules_with(unpack, artifact_type, config, layers);
+    rules.unwrap().iter().map(text).collect()
 }
 
 fn artifact(layers: &[Value]) -> Vec<String> {
@@ -130,6 +149,78 @@ fn model_pack_in_both_spellings() {
     assert_eq!(artifact(&[layer("application/vnd.cncf.model.doc.v1.raw", &both)]), ["file title"]);
     let unnamed = untitled("application/vnd.cncf.model.doc.v1.raw");
     assert_eq!(artifact(&[unnamed]), ["file layer-0"]);
+}
+
+#[test]
+fn tars_of_kitops_and_of_dockers_models_are_unpacked_whatever_their_paths() {
+    let at = |kind: &str| layer(kind, &json!({"org.cncf.model.filepath": "model.onnx"}));
+    let kitops = "application/vnd.kitops.modelkit.model.v1.tar";
+    let layers = [
+        untitled(kitops),
+        at(kitops),
+        untitled("application/vnd.kitops.modelkit.dataset.v1.tar+gzip"),
+        untitled("application/vnd.kitops.modelkit.code.v1.tar+zstd"),
+        at("application/vnd.kitops.modelkit.model.v1.raw"),
+        untitled("application/vnd.docker.ai.vllm.config.tar"),
+        untitled("application/vnd.docker.ai.dir.tar"),
+        untitled("application/vnd.docker.ai.gguf.v3"),
+    ];
+    let expected = ["tar", "tar", "tar", "tar", "file model.onnx", "tar", "tar", "skip"];
+    assert_eq!(artifact(&layers), expected);
+    let config = "application/vnd.docker.ai.model.config.v0.1+json";
+    let untitled = [untitled("application/vnd.docker.ai.gguf.v3"), layers[5].clone()];
+    assert_eq!(summary(None, config, &untitled), ["file layer-0.gguf", "tar"]);
+}
+
+#[test]
+fn a_volume_may_ask_for_every_tar_or_for_none_to_be_unpacked() {
+    let folder = layer(TAR_GZIP, &json!({TITLE: "d", ORAS_UNPACK: "true"}));
+    let layers = [
+        untitled(TAR_GZIP),
+        untitled("application/x-tar"),
+        untitled("application/vnd.acme.bundle"),
+        untitled("application/vnd.acme.settings+json"),
+        untitled(FLUX_CONTENT),
+        untitled(HELM_CHART),
+        untitled("application/vnd.kitops.modelkit.model.v1.tar"),
+        untitled(media_type::OCI_EMPTY),
+    ];
+    let with = |unpack, layers: &[Value]| {
+        summary_with(unpack, Some("application/x"), media_type::OCI_EMPTY, layers)
+    };
+    let always = ["tar", "tar", "tar", "file layer-3.json", "tar", "tar", "tar", "skip"];
+    assert_eq!(with(UnpackMode::Always, &layers), always);
+    let never = [
+        "file layer-0.tar.gz",
+        "file layer-1.tar",
+        "file layer-2",
+        "file layer-3.json",
+        "file layer-4.tar.gz",
+        "file chart.tgz",
+        "file layer-6.tar",
+        "skip",
+    ];
+    assert_eq!(with(UnpackMode::Never, &layers), never);
+    let titled = [
+        folder,
+        titled(TAR, "notes.txt"),
+        titled(TAR_GZIP, "a.TAR.gz"),
+        titled("application/x", "b.tgz"),
+        titled("application/vnd.acme.v1.tar+zstd", "c"),
+        untitled("application/x-tar"),
+        untitled("text/plain"),
+    ];
+    let always = ["tar in d", "file notes.txt", "tar", "tar", "tar", "tar", "skip"];
+    assert_eq!(with(UnpackMode::Always, &titled), always);
+    let never =
+        ["file d", "file notes.txt", "file a.TAR.gz", "file b.tgz", "file c", "skip", "skip"];
+    assert_eq!(with(UnpackMode::Never, &titled), never);
+    for unpack in [UnpackMode::Always, UnpackMode::Never] {
+        assert_eq!(summary_with(unpack, None, IMAGE_CONFIG, &[untitled(TAR)]), ["image"]);
+        let encrypted = [untitled(&format!("{TAR_GZIP}+encrypted"))];
+        let refused = rules_with(unpack, Some("application/x"), "application/x", &encrypted);
+        assert!(matches!(refused, Err(UnpackError::MediaType { .. })), "{refused:?}");
+    }
 }
 
 #[test]

@@ -207,8 +207,8 @@ fn the_folder_above_the_root_is_the_root() {
         let links = Tar::new().folder("d/", 0o755).link(b'2', "l", target);
         for layers in [vec![links.clone(), Tar::new().file("l/f", "")], vec![links.file("l/f", "")]]
         {
-            let lines = merged(&layers);
-            assert!(lines.iter().any(|line| line.starts_with("x/f=")), "{target}: {lines:?}");
+            let tree = merged(&layers);
+            assert!(tree.iter().any(|line| line.starts_with("x/f=")), "{target}: {tree:?}");
         }
     }
     let to_root = Tar::new().link(b'2', "l", "..").file("l/f", "");

@@ -184,7 +184,7 @@ impl Tape<'_> {
                 }
                 self.consume_member(length);
             }
-            lines += text[start..].iter().filter(|&&byte| byte == b'\n').count();
+            lines += text[start..].split(|&byte| byte == b'\n').count() - 1;
             if expected == 1 && lines > 0 {
                 let count = text.split(|&byte| byte == b'\n').next().unwrap_or_default();
                 let lines = usize::try_from(self.pax_number(count)?).ok();
