@@ -204,7 +204,8 @@ impl Resolve for GuardedResolver {
                 // One bad address among good ones is how a name is made to slip through.
                 rules.check(address.ip(), &own)?;
             }
-            Ok(Box::new(found.to_vec().into_iter()) as Addrs)
+            let found = Vec::from(&*found);
+            Ok(Box::new(found.into_iter()) as Addrs)
         })
     }
 }

@@ -109,12 +109,11 @@ impl Lookups {
             Arc::clone(if is_known { &self.0.of_known } else { &self.0.of_new })
         };
         let running = self.0.state().running.get(&name).cloned();
-        let lookup = match running {
-            Some(lookup) => lookup,
-            None => {
-                let permit = permits.acquire_owned().await.map_err(io::Error::other)?;
-                self.begin(name, permit)
-            }
+        let lookup = if let Some(lookup) = running {
+            lookup
+        } else {
+            let permit = permits.acquire_owned().await.map_err(io::Error::other)?;
+            self.begin(name, permit)
         };
         lookup.await.map_err(|reason| io::Error::other(reason.to_string()))
     }
