@@ -5,7 +5,7 @@
 
 #![no_main]
 
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead};
 
 use csi_driver_oci::unpack::Checksum;
 use csi_driver_oci::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
