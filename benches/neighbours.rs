@@ -33,7 +33,7 @@ struct Attack {
     begin: for<'scope> fn(&'scope Scope<'scope, '_>, &'scope Attacker<'_>),
 }
 
-/// What the threads of an attack share.
+/// The state that the threads of an attack share.
 struct Attacker<'a> {
     node: &'a Node,
     metrics: &'a Port,

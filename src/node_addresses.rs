@@ -20,7 +20,7 @@ pub fn own() -> Vec<IpAddr> {
         .collect()
 }
 
-/// Whether an interface's addresses are the node's. The kernel lists further addresses of an interface
+/// Returns whether an interface's addresses are the node's. The kernel lists further addresses of an interface
 /// under labels, `<interface>:<label>`.
 fn is_of_node(interface: &str) -> bool {
     let name = interface.split(':').next().unwrap_or(interface);

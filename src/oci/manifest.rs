@@ -472,7 +472,7 @@ impl ImageManifest {
         self.artifact_type.as_deref().or(config).unwrap_or("unknown")
     }
 
-    /// Whether this is an ordinary runnable image, whose configuration names a platform. An
+    /// Returns whether this is an ordinary runnable image, whose configuration names a platform. An
     /// `artifactType` says no even when the configuration's type says yes, as `oras push
     /// --artifact-platform` writes it; so do layers of which none is an image's, as in models.
     #[must_use]
@@ -521,7 +521,7 @@ impl ImageIndex {
             let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
             Some((rank, *entry))
         });
-        // Of equal ones the first.
+        // The first of equal entries.
         if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
             return Ok(entry);
         }
@@ -616,7 +616,7 @@ impl IndexChoice {
     fn add(&mut self, index: ImageIndex, of: Option<&Platform>) -> Result<(), ManifestError> {
         for mut entry in index.manifests.into_iter().filter(|entry| !entry.is_attestation()) {
             entry.platform = entry.platform.or_else(|| of.cloned());
-            // Of many indexes in memory the entries are as small as they can be.
+            // Several indexes are in memory at once, so that their entries keep the fields of the choice alone.
             entry.annotations.clear();
             entry.data = entry.data.filter(|_| self.depth == 0);
             let ranks = |platform: &Platform| self.order.rank(platform).is_some();
@@ -644,7 +644,7 @@ impl Descriptor {
         [media_type::OCI_INDEX, media_type::DOCKER_INDEX].contains(&self.media_type.as_str())
     }
 
-    /// Whether an entry of an index describes another one, and is nothing to choose.
+    /// Returns whether an entry is an attestation of another entry, which cannot be chosen.
     fn is_attestation(&self) -> bool {
         let is_unknown =
             |platform: &Platform| platform.os == "unknown" || platform.architecture == "unknown";
@@ -963,7 +963,7 @@ mod tests {
         );
         let refused = choose_through(&[nested(0, "")], |_| other.to_vec());
         assert!(matches!(refused, Err(ManifestError::NoPlatform { .. })), "{refused:?}");
-        // What its index is for, an entry without a platform is for.
+        // An entry without a platform has that of its index.
         let arm = nested(1, r#","platform":{"os":"linux","architecture":"arm64"}"#);
         let ours = nested(2, r#","platform":{"os":"linux","architecture":"s390x"}"#);
         let two = choose_through(&[arm, ours, layer("2", "")], |of| {

@@ -33,7 +33,7 @@ const IMAGE_LAYERS: [&str; 4] = [
 ];
 const COMPRESSIONS: [&str; 5] = ["", "+gzip", ".gzip", "+zstd", ".zstd"];
 
-/// Whether it is the type of an image's layer.
+/// Returns whether a media type is that of an image's layer.
 #[must_use]
 pub fn is_image_layer(media_type: &str) -> bool {
     let mut rests = IMAGE_LAYERS.iter().filter_map(|prefix| media_type.strip_prefix(prefix));

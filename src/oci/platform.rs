@@ -178,7 +178,7 @@ impl PlatformOrder {
 
 /// Returns the variant of an architecture that a processor is, by the kernel's description of it.
 fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
-    /// What each level of amd64 needs, from the second on, by the kernel's names.
+    /// The processor flags of each level of amd64 from the second on, by the kernel's names.
     const LEVELS: [&[&str]; 3] = [
         &["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"],
         &["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"],

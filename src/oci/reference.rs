@@ -44,7 +44,7 @@ pub enum ReferenceError {
     Correctable {
         /// The text, shortened, without user names and passwords.
         text: String,
-        /// What is wrong with it.
+        /// The rule that the text breaks.
         reason: &'static str,
         /// The reference that is meant.
         corrected: String,
@@ -154,7 +154,7 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         parse(text).map_err(|error| match (correction(text), text.split_once("://")) {
             (Some(corrected), _) => corrected,
-            // What stands before an "@" may be a password.
+            // The text before an "@" may be a password.
             (None, Some((_, rest))) if rest.contains('@') => {
                 malformed("…", "it starts with a scheme")
             }

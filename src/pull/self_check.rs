@@ -316,7 +316,7 @@ impl Inner {
         let layers = links.iter().filter_map(|name| self.store.linked_layer(name));
         let entries = layers.map(|layer| layer.totals().entries).fold(0, u64::saturating_add);
         let names = entries.max(tree.record.inodes);
-        // What cannot be read is found when the tree is compared.
+        // A view that cannot be read is reported when the tree is compared.
         let patterns = shape(&tree.record.view).map_or(0, |shape| shape.selection.compiled_bytes());
         let bytes = Merger::estimate(names, &Selection::default())
             .saturating_add(patterns)

@@ -57,7 +57,7 @@ pub struct Want {
     pub permissions: PermissionsRule,
     /// Mode of single-file layers; none means by content.
     pub file_mode: Option<u32>,
-    /// Which layers of an artifact are unpacked.
+    /// The choice of layers that are unpacked.
     pub unpack: UnpackMode,
     /// The volume's own credentials.
     pub keyring: Keyring,

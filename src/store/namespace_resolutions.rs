@@ -1,4 +1,4 @@
-//! What tags mean for the pods of one namespace, as the registry has said to a preload of that namespace.
+//! Resolutions of tags for the pods of one namespace, as the registry gave them to a preload of that namespace.
 //!
 //! Such a record lies beside those that hold for all pods. It goes as soon as this node asks the registry itself, for
 //! any pod: a preload neither decides what a tag means for other namespaces nor takes it back to an older version.
@@ -17,15 +17,15 @@ use crate::oci::{Platform, Reference};
 /// The time of a record is renewed when it is older than this.
 const RENEWAL: Duration = Duration::from_mins(1);
 
-/// What a tag meant for a platform when the registry was asked for a preload.
+/// The resolution of a tag for a platform, as the registry gave it to a preload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamespaceResolution {
-    /// What it meant.
+    /// The digests of the tag at that time.
     #[serde(flatten)]
     pub resolution: Resolution,
     /// The namespace whose pods get it.
     pub namespace: String,
-    /// When the registry was asked, in seconds since 1970.
+    /// The time of the registry's answer, in seconds since 1970.
     pub resolved_at: i64,
 }
 

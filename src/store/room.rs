@@ -195,7 +195,7 @@ impl Store {
         claims: &[Claim],
         written: &HashSet<Digest>,
     ) -> Result<Reservation, StoreError> {
-        // Where there is space, the caller does not wait for the evictions of others.
+        // A claim that fits does not wait for the evictions of others.
         if self.try_claim(claims, written)?.is_some() {
             let turn = self.collecting();
             // What an earlier try has left of these blobs is no room for them.

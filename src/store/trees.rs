@@ -94,7 +94,7 @@ pub struct View {
     /// Mode of single-file layers that carry none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file_mode: Option<u32>,
-    /// Which layers are unpacked.
+    /// The choice of layers that are unpacked.
     #[serde(skip_serializing_if = "UnpackMode::is_auto")]
     pub unpack: UnpackMode,
 }

@@ -110,7 +110,7 @@ impl UnpackMode {
         }
     }
 
-    /// Whether this is the default, which no key and no record names.
+    /// Returns whether this is the default, which no key and no record names.
     #[must_use]
     pub fn is_auto(&self) -> bool {
         *self == Self::Auto
@@ -289,14 +289,14 @@ fn model_suffix(media_type: &str) -> Option<&str> {
     ["raw", "tar", "tar+gzip", "tar+zstd"].contains(&suffix).then_some(suffix)
 }
 
-/// Whether it is a tar by the media types of models.
+/// Returns whether a media type is that of a model's archive.
 fn is_model_archive(media_type: &str) -> bool {
     let is_of_vendor = MODEL_ARCHIVES.iter().any(|prefix| media_type.starts_with(prefix));
     model_suffix(media_type).is_some_and(|suffix| suffix.starts_with("tar"))
         || is_of_vendor && ends_as(media_type, &TAR_TYPES)
 }
 
-/// Whether it is a tar by all that the manifest says.
+/// Returns whether the descriptor of a layer says that the layer is a tar.
 fn is_archive(layer: &Descriptor) -> bool {
     let media_type = layer.media_type.as_str();
     if is_encrypted(media_type) || media_type == media_type::OCI_EMPTY {
@@ -314,7 +314,7 @@ fn is_archive(layer: &Descriptor) -> bool {
     }
 }
 
-/// Whether a media type ends in one of these words.
+/// Returns whether a media type ends in one of these words.
 fn ends_as(media_type: &str, endings: &[&str]) -> bool {
     let is_word = |rest: &str| rest.is_empty() || rest.ends_with(['.', '+', '/', '-']);
     endings.iter().any(|ending| media_type.strip_suffix(ending).is_some_and(is_word))

@@ -57,7 +57,7 @@ pub struct VolumeAttributes {
     pub permissions: PermissionsRule,
     /// Mode of single-file layers; none means by content.
     pub file_mode: Option<u32>,
-    /// Which layers of an artifact are unpacked.
+    /// The choice of layers that are unpacked.
     pub unpack: UnpackMode,
     /// Refuse what no configured key has signed.
     pub require_signature: bool,

@@ -16,14 +16,14 @@ pub struct VolumeStats {
     pub inodes: Usage,
 }
 
-/// How much a volume uses of something that its filesystem has.
+/// The use of bytes or inodes by a volume, and the capacity of its filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// What the volume uses.
+    /// The number that the volume uses.
     pub used: u64,
-    /// What the filesystem has left.
+    /// The number that the filesystem has left.
     pub available: u64,
-    /// What the filesystem has in all; at least the other two together.
+    /// The capacity of the filesystem, at least the sum of the other two.
     pub total: u64,
 }
 

@@ -1,4 +1,4 @@
-//! Who may have what: credentials, cached content, admission, and what a node's own token may do.
+//! Access: credentials, cached content, admission, and the rights of a node's own token.
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, NODES, Pod, TestNamespace, driver_pod, object, on_node,

@@ -1,4 +1,4 @@
-//! What the API server makes of definitions, policies, the chart and the manifests.
+//! Definitions, policies, the chart and the manifests before a real API server.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What people see: events, statistics, descriptions, notes.
+//! Texts and numbers for users: events, statistics, descriptions, notes.
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, Pod, TestNamespace, kubectl, object, run, wait_until,
@@ -51,7 +51,7 @@ fn the_kubelet_counts_what_a_volume_holds_and_no_alert_of_full_volumes_fires() {
     });
     let bytes = |name: &str| volume[name].as_u64().unwrap_or_else(|| panic!("{name} of {volume}"));
     assert!(bytes("usedBytes") >= 3 << 20, "{volume}");
-    // What common alerts compare: less than 15 percent available.
+    // Common alerts fire below 15 percent available.
     assert!(bytes("availableBytes") * 100 > bytes("capacityBytes") * 15, "{volume}");
     assert!(bytes("inodesFree") * 100 > bytes("inodes") * 15, "{volume}");
 }

@@ -7,7 +7,7 @@ use crate::support::{Artifact, NODES, Pod, TestNamespace, in_driver, object, run
 const FILES: [(&str, &str); 3] =
     [("bin/tool", "#!/bin/sh\necho it runs\n"), ("etc/settings", "a=1\n"), ("data/a/b", "deep\n")];
 
-/// What a hostile pod does to a file and its folder. Each may fail, and most do.
+/// The commands of a hostile pod on a file and its folder. Each may fail, and most do.
 const ATTACK: &str = r"
 cd /artifact
 try() { if $@ 2>/dev/null; then echo done: $@; fi; }

@@ -148,7 +148,7 @@ fn a_proxy_may_speak_socks_and_resolves_names_itself() {
     assert_eq!(volume.text("file.txt"), artifact.content);
     node.kubelet.unpublish(&volume);
     assert!(proxy.asked().iter().all(|asked| asked == "SOCKS secure.example:443"));
-    // For one host alone, and no proxy in the environment.
+    // A proxy for one host alone, and none in the environment.
     let node = Node::start_with_hosts("");
     let text = format!("server = \"http://plain.example\"\nproxy = \"{url}\"\n");
     node.hosts_toml("plain.example", &text);

@@ -1,4 +1,4 @@
-//! What registries, gateways and storage really send, beyond the specification's examples.
+//! Answers of real registries, gateways and storage, beyond the specification's examples.
 
 use std::fs;
 
@@ -260,7 +260,7 @@ fn plain_http_is_followed_where_the_administrator_says_so_and_nowhere_else() {
     let with_secret =
         |volume: Volume| volume.secret("username", "robot").secret("password", "planted");
     node.hosts_toml(&host, &format!("server = \"http://{host}\"\n"));
-    // The token server is on the registry's own host; the storage is not, and nobody has named it.
+    // The token server is on the registry's own host. The storage is not, and is not configured.
     let volume = with_secret(node.kubelet.new_volume(&plain.reference()));
     let message = node.kubelet.publish_badly(&volume, Code::Internal);
     assert!(message.contains("a redirect to an address without TLS"), "{message}");

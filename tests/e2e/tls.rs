@@ -74,7 +74,7 @@ fn a_certificate_for_another_name_or_time_is_refused_and_the_clock_is_named() {
     }
 }
 
-/// What `openssl req -x509` makes: a certificate and its key.
+/// Makes a certificate and its key with `openssl req -x509`.
 fn self_signed(folder: &Path, options: &[&str]) -> (PathBuf, PathBuf) {
     let (certificate, key) = (folder.join("own.crt"), folder.join("own.key"));
     run(tool("openssl")

@@ -67,7 +67,7 @@ pub struct ArtifactPreloadSpec {
     #[serde(default = "default_parallelism")]
     #[schemars(schema_with = "schema::parallelism")]
     pub parallelism: IntOrString,
-    /// How many nodes may stay away, because they are not Ready or their plugins do not answer, while it counts as ready on
+    /// The number of nodes that may stay away, because they are not Ready or their plugins do not answer, while it counts as ready on
     /// all nodes: a number, or a percentage of the selected ones, rounded down. They fetch it when they are back.
     #[serde(default = "default_tolerated_nodes")]
     #[schemars(schema_with = "schema::tolerated_nodes")]
@@ -142,8 +142,8 @@ pub struct ArtifactPreloadStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub previous_reference: Option<String>,
-    /// Since when the registry does not answer, where `digest` is one of its earlier answers to this object. Empty: it
-    /// has answered.
+    /// The time since which the registry does not answer, where `digest` is one of its earlier answers to this object.
+    /// Empty: it has answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::time")]
     pub registry_unavailable_since: Option<Time>,

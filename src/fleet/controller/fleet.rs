@@ -35,9 +35,9 @@ use crate::oci::{Reference, Repository};
 
 /// Questions that are asked at once.
 const LOOKS_AT_ONCE: usize = 8;
-/// Nodes that are asked at once whether they are Ready.
+/// The maximum number of Node objects that are read at once.
 const CHECKS_AT_ONCE: usize = 8;
-/// What the API server says of a node counts for so long.
+/// The lifetime of a node's condition that was read from the API server, in seconds.
 const CHECK_COUNTS: Seconds = 20;
 /// A node whose condition cannot be read counts as one that is Ready.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -621,7 +621,7 @@ impl Decision {
     }
 }
 
-/// Whether a node's kubelet says that it is Ready, or nothing is said of that.
+/// Returns the node's condition Ready. A node without that condition counts as ready.
 fn is_ready(node: &ApiNode) -> bool {
     let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let mut ready = conditions.filter(|condition| condition.type_ == "Ready");

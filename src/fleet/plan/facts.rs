@@ -83,7 +83,7 @@ pub struct Parsed {
     pub platforms: Vec<Platform>,
     /// How many at once.
     pub parallelism: NodeCount,
-    /// How many may stay away.
+    /// The number of selected nodes that may stay away while the preload counts as ready.
     pub tolerated: NodeCount,
     /// Over how long.
     pub spread: Duration,
@@ -121,11 +121,11 @@ pub struct Known {
     pub platforms: Vec<Platform>,
     /// Of its layers in the registry; of an index, for the platform with the fewest.
     pub bytes: Option<u64>,
-    /// Where the answer comes from.
+    /// The origin of the answer: the registry, or an earlier answer.
     pub origin: Origin,
 }
 
-/// Where an answer comes from.
+/// The origin of an answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Origin {
     /// When the registry was asked; none where that is not known.
@@ -139,9 +139,9 @@ pub struct Origin {
 /// A registry that does not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unavailable {
-    /// Since when.
+    /// The time of the first request without an answer, in seconds since 1970.
     pub since: Seconds,
-    /// When it is asked again.
+    /// The time of the next request, in seconds since 1970.
     pub retry_at: Seconds,
 }
 
@@ -173,7 +173,7 @@ pub struct Refusal {
     pub message: String,
     /// Whether it may pass by itself.
     pub transient: bool,
-    /// Whether the registry gave no answer at all, to none of the credentials.
+    /// True if the registry answered no request, whatever the credential. 429 and 5xx are no answers.
     pub unanswered: bool,
     /// When it is tried again.
     pub retry_at: Seconds,
@@ -191,16 +191,16 @@ pub struct Node {
     /// Where it stands when nodes take turns: the same for all preloads, so that what is new for a node comes in one
     /// write.
     pub turn: u64,
-    /// Whether the API server says that it is Ready, where it was asked.
+    /// The node's condition Ready, where it was read from the API server.
     pub readiness: Option<Readiness>,
 }
 
-/// What the API server has said of a node's condition.
+/// A node's condition Ready, as it was read from the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Readiness {
-    /// Whether the node is Ready.
+    /// True unless the condition is False or Unknown.
     pub is_ready: bool,
-    /// Until when that counts.
+    /// The time until which it counts, in seconds since 1970.
     pub until: Seconds,
 }
 
@@ -344,7 +344,7 @@ impl World {
                 if other_reference || other_secrets {
                     known.access = Access::Unknown;
                 }
-                // What was refused may be given to others, and an earlier answer is for secrets of the same names.
+                // A refusal may not hold for other secrets, and an earlier answer holds for secrets of the same names alone.
                 if other_reference || (other_secrets && !known.meaning.is_answer()) {
                     known.meaning = Meaning::Unknown;
                 }
@@ -619,7 +619,7 @@ impl NodeCount {
         }
     }
 
-    /// Of so many selected nodes, at least one.
+    /// Returns the number for `selected` nodes: a percentage is rounded up, and is one at least.
     #[must_use]
     pub fn of(self, selected: usize) -> usize {
         match self {
@@ -628,7 +628,7 @@ impl NodeCount {
         }
     }
 
-    /// Of so many selected nodes, rounded down.
+    /// Returns the number for `selected` nodes: a percentage is rounded down.
     #[must_use]
     pub fn at_most(self, selected: usize) -> usize {
         match self {

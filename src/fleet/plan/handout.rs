@@ -43,9 +43,9 @@ pub(super) struct HandedOut {
     pub(super) failed: Vec<Failed>,
     /// Whether all selected nodes held it at once in this generation, now or before.
     pub(super) reached: bool,
-    /// How many nodes may stay away.
+    /// The number of nodes that may stay away.
     pub(super) tolerated: usize,
-    /// Nodes that do not hold it, though they may be well: whether they are Ready has to be asked.
+    /// Nodes without the artifact whose condition Ready has to be read.
     pub(super) doubtful: Vec<Arc<str>>,
     /// Whether the registry or the secrets have to be asked.
     pub(super) look: bool,
@@ -87,12 +87,12 @@ pub(super) struct Counts {
     pub(super) ready: usize,
     pub(super) active: usize,
     pub(super) failed: usize,
-    /// Of those that do not hold it: not Ready, or without an answer.
+    /// Nodes without the artifact that are not Ready, or whose plugin does not answer.
     pub(super) away: usize,
 }
 
 impl Counts {
-    /// Whether all nodes hold it but those that may stay away. One at least has to.
+    /// Returns whether every node holds the artifact, except for those that may stay away. At least one node must hold it.
     pub(super) fn is_everywhere(self, tolerated: usize) -> bool {
         self.ready > 0 && self.ready + self.away.min(tolerated) >= self.desired
     }
@@ -177,7 +177,7 @@ pub(super) fn hand_out(
             was_reached || (!is_short && handed.counts.is_everywhere(handed.tolerated));
         let missing = handed.counts.desired - handed.counts.ready;
         if handed.reached || missing > handed.tolerated {
-            // Whether they are Ready would change nothing.
+            // Their condition Ready would change nothing.
             handed.doubtful.clear();
         }
         work.slots = slots.saturating_sub(busy);
@@ -429,7 +429,7 @@ impl Work<'_, '_> {
         }
     }
 
-    /// Whether a node is Ready, where that is known.
+    /// Returns a node's condition Ready, if it was read lately.
     fn readiness(&self, turn: Turn<'_>) -> Option<bool> {
         let readiness = turn.node.readiness.filter(|readiness| readiness.until >= self.now);
         readiness.map(|readiness| readiness.is_ready)

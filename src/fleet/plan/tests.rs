@@ -512,7 +512,7 @@ fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
     cluster.run_until_done();
     let second = cluster.status("tool").ready_reference.expect("ready");
     assert_ne!(first, second);
-    // For the way back, nodes keep what they hold of the one before, and no older one.
+    // Nodes keep the version before for a rollback, and no older one.
     let both = [first.clone(), second.clone()];
     assert!((0..4).all(|node| cluster.wants(&format!("node-{node}")) == both));
     cluster.add_node("last");
@@ -1081,7 +1081,7 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
         cluster.run_until_done();
         assert_eq!(cluster.status("tool").ready_reference, Some(reference));
     }
-    // What this object never had, under this name or at all.
+    // A digest that this object never had, under this reference or at all.
     let unknown = Digest::of(b"unknown");
     let before = cluster.wants("node-0");
     for reference in
@@ -1262,7 +1262,7 @@ fn nodes_that_stay_away_are_tolerated_up_to_a_number() {
     cluster.settle();
     assert_eq!(cluster.reason("tool"), "NodesFailed");
 
-    // Of four nodes, 24 in a hundred are none; and one node at least has to hold it.
+    // 24 % of four nodes are rounded down to none. At least one node has to hold the artifact.
     cluster.says(&node, &wanted, Phase::Waiting);
     for (tolerated, away, reason) in [
         (IntOrString::String("24%".to_owned()), vec!["node-3"], "Preloading"),

@@ -59,7 +59,7 @@ impl Registry {
                 return Ok(answer);
             }
             if matches!(proof, Proof::Nothing) {
-                // Registries that let anybody in hide from anybody what only some may see.
+                // A registry that allows anonymous requests may answer them with 404 for a private repository.
                 let is_hidden = status != StatusCode::UNAUTHORIZED;
                 if is_hidden && credential.is_anonymous() {
                     return Ok(answer);

@@ -82,7 +82,7 @@ impl Clients {
             rules: settings.rules.clone(),
             lookups: settings.lookups.clone(),
         });
-        // Which addresses a proxy is for is decided before: the library reads NO_PROXY otherwise.
+        // `Proxies::intercept` has decided already: the library reads NO_PROXY in another way than Go.
         let mut proxied = builder().no_proxy();
         if let Some(proxy) = settings.proxy {
             proxied = proxied.proxy(reqwest::Proxy::all(proxy.as_str())?);

@@ -72,12 +72,12 @@ impl Endpoint {
         rules.check_literal(&self.root).map_err(|error| refused(&error.to_string()))
     }
 
-    /// Whether an address is on the host that the administrator named.
+    /// Returns whether an address is on the host that the administrator named.
     pub(super) fn is_configured_host(&self, url: &Url) -> bool {
         self.configured && url.host() == self.root.host()
     }
 
-    /// Whether an address is on this host, and the administrator named it with `http://`.
+    /// Returns whether an address is on this host, and the administrator named it with `http://`.
     pub(super) fn allows_plain_http(&self, url: &Url) -> bool {
         self.root.scheme() == "http" && self.is_configured_host(url)
     }

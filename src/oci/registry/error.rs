@@ -49,7 +49,7 @@ pub enum RegistryError {
     /// 402, 412, 423 or 451, whatever the credential.
     #[error("{host} does not give {what}, the registry's policy refuses it ({status}): {}", look_at(*.status))]
     PolicyRefused {
-        /// Who answered.
+        /// The host that answered.
         host: String,
         /// The thing asked for.
         what: String,
@@ -316,7 +316,7 @@ fn advice(anonymous: bool) -> &'static str {
     }
 }
 
-/// Where in the registry the reason stands.
+/// Returns the place in the registry's settings that shows the reason of a refusal.
 fn look_at(status: u16) -> &'static str {
     match status {
         402 => "look at the registry's quota and subscription",

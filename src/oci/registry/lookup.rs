@@ -196,7 +196,7 @@ mod tests {
         (lookups, asked, most)
     }
 
-    /// Requests this name for a second.
+    /// Requests this name for a second. The clock of these tests is paused, so that no sleep takes real time.
     async fn request(lookups: &Lookups, name: String) -> bool {
         let addresses = lookups.addresses(&name);
         tokio::time::timeout(Duration::from_secs(1), addresses)

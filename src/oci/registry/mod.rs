@@ -299,7 +299,7 @@ impl Registry {
                 ManifestName::Tag(_) => announced_digest(headers),
             };
             if held.is_none() {
-                // How large it is when it is decoded is not said.
+                // The header has the encoded length, which says nothing of the decoded one.
                 let announced = answer.response.content_length().filter(|_| !answer.is_encoded());
                 most = if announced.is_some() { limit } else { most };
                 held = self.hold(question.repository, announced.unwrap_or(most).min(limit)).await;

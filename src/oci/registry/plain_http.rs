@@ -1,4 +1,4 @@
-//! Where the administrator lets a registry lead this node to an address without TLS.
+//! Permissions of the administrator to follow a registry to an address without TLS.
 //!
 //! Nothing else makes plain HTTP possible but loopback, see [`redirect`](super::redirect):
 //!
@@ -14,7 +14,7 @@ use reqwest::Url;
 use super::endpoint::Endpoint;
 use super::hosts;
 
-/// The administrator's word on plain HTTP. Cheap to clone.
+/// The administrator's permissions of plain HTTP. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct PlainHttp {
     hosts_dirs: Arc<[PathBuf]>,
@@ -26,12 +26,12 @@ impl PlainHttp {
         Self { hosts_dirs: Arc::from(hosts_dirs), redirects: Arc::from(redirects) }
     }
 
-    /// Whether what `endpoint` answers may lead to `url` without TLS.
+    /// Returns whether an answer of `endpoint` may lead to `url` without TLS.
     pub(super) async fn allows(&self, endpoint: &Endpoint, url: &Url) -> bool {
         url.scheme() == "http" && (endpoint.allows_plain_http(url) || self.names(url).await)
     }
 
-    /// Whether the administrator has named the address itself.
+    /// Returns whether the administrator has named the address itself.
     pub(super) async fn names(&self, url: &Url) -> bool {
         if self.redirects.iter().any(|redirect| redirect.origin() == url.origin()) {
             return true;
@@ -49,7 +49,7 @@ impl PlainHttp {
 ///
 /// # Errors
 ///
-/// What to write instead.
+/// Says what to write instead.
 pub fn plain_http_address(text: &str) -> Result<Url, String> {
     let parsed = Url::parse(text).ok().filter(|url| {
         let is_origin = url.path() == "/" && url.query().is_none() && url.fragment().is_none();

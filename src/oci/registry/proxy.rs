@@ -64,7 +64,7 @@ impl Proxies {
         Ok(Self { http: proxy("HTTP_PROXY")?, https: proxy("HTTPS_PROXY")?, exceptions })
     }
 
-    /// Whether an address is reached through a proxy.
+    /// Returns whether an address is reached through a proxy.
     pub(super) fn intercept(&self, url: &Url) -> bool {
         let proxy = match url.scheme() {
             "http" => &self.http,

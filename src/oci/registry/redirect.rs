@@ -30,13 +30,13 @@ pub(super) fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// Whether what came from `from` may lead to `to`; if not, why not. `plain_http` says whether the
+/// Checks that an answer of `from` may lead to `to`. The error says why not. `plain_http` is true if the
 /// administrator allows `to` to be without TLS.
 pub(super) fn check(from: &Url, to: &Url, plain_http: bool) -> Result<(), &'static str> {
     if !to.username().is_empty() || to.password().is_some() {
         return Err("an address with a user name in it");
     }
-    // Whoever has answered may answer again.
+    // A host may lead to itself.
     if to.origin().is_tuple() && to.origin() == from.origin() {
         return Ok(());
     }

@@ -135,7 +135,7 @@ impl TrustedCertificates {
         Ok(())
     }
 
-    /// Verifies who has issued a server's certificate, its dates and its purpose; not its name.
+    /// Verifies the issuer of a server's certificate, its dates and its purpose, but not its name.
     fn verify_issuer(
         &self,
         certificate: &CertificateDer<'_>,
@@ -166,7 +166,7 @@ impl TrustedCertificates {
     }
 }
 
-/// Whether nothing is wrong with a certificate but that no authority vouches for it as a server's.
+/// Returns whether the missing issuer is the only fault of a server's certificate.
 fn lacks_only_an_issuer(error: &CertificateError) -> bool {
     match error {
         CertificateError::UnknownIssuer
@@ -177,7 +177,7 @@ fn lacks_only_an_issuer(error: &CertificateError) -> bool {
     }
 }
 
-/// Whether a server has shown a certificate that says of itself that it is an authority's.
+/// Returns whether a certificate was refused because it is an authority's (CA:TRUE).
 pub(super) fn is_of_authority(error: &CertificateError) -> bool {
     let CertificateError::Other(other) = error else { return false };
     other.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity)
@@ -206,7 +206,7 @@ impl ResolvesClientCert for ClientPairs {
 #[derive(Debug)]
 struct Verifier {
     provider: Arc<CryptoProvider>,
-    /// None for `skip_verify`: any certificate will do. Signatures are still checked, so that at
+    /// None for `skip_verify`, which accepts any certificate. Signatures are still checked, so that at
     /// least the certificate that was shown is the peer's own.
     trusted: Option<TrustedCertificates>,
 }

@@ -429,7 +429,7 @@ mod tests {
         ] {
             assert!(!is_asked(endpoint, text).await, "{text}");
         }
-        // What nobody has configured is no more than a guess.
+        // The scheme of a host that is not configured is a guess.
         let guessed = made("http://r.io:5000/v2/", false);
         assert!(!is_asked(&guessed, "http://r.io:5001/token").await);
     }

@@ -225,7 +225,7 @@ impl Transport {
         })
     }
 
-    /// Where a redirect leads, if that may be followed.
+    /// Returns the address of a redirect, if it may be followed.
     async fn next_hop(
         &self,
         endpoint: &Endpoint,
@@ -284,7 +284,7 @@ impl Answer {
         }
     }
 
-    /// Whether the body may be encoded beyond what its content is.
+    /// Returns whether the body has a `Content-Encoding`.
     pub(super) fn is_encoded(&self) -> bool {
         content_encodings(self.response.headers()).next().is_some()
     }

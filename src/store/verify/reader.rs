@@ -148,7 +148,7 @@ impl Reader {
         Ok(thread::scope(|scope| {
             let open = |path| {
                 let thread = thread::Builder::new().name("lease".to_owned()).stack_size(STACK);
-                // Where no thread can be started, files are waited for one after the other.
+                // If no thread can be started, files are waited for one after the other.
                 thread
                     .spawn_scoped(scope, move || open_waiting(path))
                     .map_err(|_| open_waiting(path))

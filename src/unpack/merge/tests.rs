@@ -221,10 +221,10 @@ fn special_files_replace_what_was_there_and_are_not_shown() {
     let lower = special(Tar::new().file("a", "").file("d/b/x", ""), "dev/console");
     let upper = special(special(Tar::new(), "a"), "d/b").file("dev/null", "");
     assert_eq!(merged(&[lower.clone(), upper]), ["d/", "dev/", "dev/null=1.0"]);
-    // Of the same layer, and as the target of hard links.
+    // A special file that replaces one of its own layer, and the target of a hard link.
     let same = special(Tar::new().file("a", ""), "a").link(b'1', "e", "a").file("f", "");
     assert_eq!(merged(&[lower.clone(), same]), ["d/", "d/b/", "d/b/x=0.1", "dev/", "f=1.1"]);
-    // What they replace, may replace and hide them.
+    // A file and a whiteout of a higher layer replace and hide them.
     let over = Tar::new().file("dev/console", "").file(".wh.d", "");
     assert_eq!(merged(&[lower.clone(), over]), ["a=0.0", "dev/", "dev/console=1.0"]);
     let below = refusal(&[lower, Tar::new().file("dev/console/x", "")]);
@@ -607,7 +607,7 @@ fn a_million_entries_fit_the_default_budget() {
     let of_each = merger.memory_bytes() / u64::from(of_few);
     assert!(of_each * 1_000_000 < 125 << 20, "{of_each} bytes for each");
     assert!(merger.memory_bytes() <= Merger::estimate(of_few.into(), &EVERYTHING));
-    // What is not selected costs no name and no place in the plan.
+    // Names that are not selected are neither kept nor planned.
     let nothing = Selection::parse("other", "").unwrap();
     let mut merger = Merger::new(&limits, &nothing);
     merger.archive(0, &IMAGE);

@@ -220,7 +220,7 @@ impl Merger<'_> {
         place: Place,
         folder: &RelativePath,
     ) -> UnpackError {
-        // Where no link was followed, the file is one of the path's own names.
+        // Without a link, the file is one of the path's own names.
         let names: Vec<_> = folder.components().take(place.depth).collect();
         UnpackError::NotAFolder {
             path: entry.clone(),

@@ -78,7 +78,7 @@ fn folders_that_nothing_can_be_selected_of() {
     assert!(may("[b]in", "", "lib"), "what cannot be told by names is not told");
 }
 
-/// What is slow to compile, as long as an attribute may be.
+/// Returns patterns that are slow to compile, nearly as long as an attribute may be.
 fn costly() -> Vec<String> {
     let fill = |part: &str| {
         let part = part.replace(',', "\\,");

@@ -189,7 +189,7 @@ impl Tape<'_> {
                 let count = text.split(|&byte| byte == b'\n').next().unwrap_or_default();
                 let lines = usize::try_from(self.pax_number(count)?).ok();
                 let lines = lines.and_then(|count| count.checked_mul(2)?.checked_add(1));
-                // What no header may hold is refused by its next block.
+                // The next block refuses a number that no header may hold.
                 expected = lines.unwrap_or(usize::MAX);
             }
         }

@@ -53,7 +53,7 @@ impl Artifact {
         Self { repository: repository.to_owned(), digest }
     }
 
-    /// Its reference in the registry that anybody may read.
+    /// Returns its reference in the registry that allows anonymous reads.
     pub fn reference(&self) -> String {
         format!("registry.example.com/{}:v1", self.repository)
     }

@@ -23,7 +23,7 @@ pub use nodes::{
     restart_driver, upgrade,
 };
 
-/// How long a test waits for Kubernetes; two cores run the whole cluster.
+/// The longest wait for a state of Kubernetes. Two cores run the whole cluster.
 pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Held shared by tests that leave nodes and driver alone, and alone by the others.
@@ -36,7 +36,7 @@ enum Use {
     Alone {
         _guard: RwLockWriteGuard<'static, ()>,
     },
-    /// Of the test's first namespace.
+    /// The use is that of the test's first namespace.
     OfAnother,
 }
 

@@ -6,7 +6,7 @@ use super::{kubectl, run, try_kubectl, wait_until};
 
 /// The nodes that the cluster starts with.
 pub const NODES: [&str; 2] = ["node-1", "node-2"];
-/// Where the chart is installed.
+/// The namespace of the chart's release.
 pub const DRIVER_NAMESPACE: &str = "csi-driver-oci";
 
 /// Runs the harness' command `node`: `add`, `crash`, `start`, `remove`, `restart`.
@@ -41,7 +41,7 @@ pub fn driver_pod(node: &str) -> Result<String, String> {
     Ok(name)
 }
 
-/// What the driver on a node has logged.
+/// Returns the log of the driver on a node.
 pub fn driver_log(node: &str) -> Result<String, String> {
     try_kubectl(
         &[

@@ -1,4 +1,4 @@
-//! What preloads and pods get while the registry is down.
+//! Preloads and pods while the registry is down.
 
 use base64::Engine as _;
 use serde_json::{Value, json};

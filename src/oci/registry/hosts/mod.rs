@@ -135,7 +135,7 @@ impl Inner {
     }
 }
 
-/// Whether the `hosts.toml` of an address's host names it with `http://`. Blocking.
+/// Returns whether the `hosts.toml` of an address's host names it with `http://`. Blocking.
 pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());

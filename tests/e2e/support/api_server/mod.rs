@@ -85,7 +85,7 @@ impl ApiServer {
         self.store().list(kind)
     }
 
-    /// What the kubelet, or the controller that misses it, says of a node.
+    /// Sets a node's condition Ready, as the kubelet does, or the controller that misses it.
     #[track_caller]
     pub fn set_node_ready(&self, name: &str, is_ready: bool) {
         let mut node = self.get(Kind::Node, "", name);
