@@ -19,6 +19,8 @@ const PATTERNS: usize = 256;
 /// The maximum length of all patterns of one attribute in bytes. It bounds the memory and the time of their compilation:
 /// 20 ms on one core in November 2026.
 const PATTERN_BYTES: usize = 16 << 10;
+/// The maximum depth of alternatives within alternatives. Parsing them recurses, and from 250 on they do not compile.
+const NESTED_ALTERNATIVES: usize = 32;
 /// The memory of compiled patterns for each byte of text: the most that was measured in November 2026, of names of `?`.
 const COMPILED_BYTES: u64 = 600;
 
@@ -210,7 +212,8 @@ impl Patterns {
                 globs.into_iter().fold(&mut GlobSetBuilder::new(), GlobSetBuilder::add).build();
             set.map_err(|error| refusal(&self.texts.join(","), &error))
         });
-        set.expect("globs that were parsed compile within their bound")
+        // The compiler refuses four times as many bytes, and eight times as many levels, in November 2026.
+        set.expect("globs that were parsed compile within their bounds")
     }
 
     /// Whether a pattern may match a path at or below a folder, or a folder above it.
@@ -241,9 +244,31 @@ fn may_match_name(pattern: &[u8], name: &[u8]) -> bool {
 }
 
 fn glob(pattern: &str) -> Result<Glob, SelectionError> {
+    if nested_alternatives(pattern) > NESTED_ALTERNATIVES {
+        return Err(SelectionError::Glob {
+            pattern: Shown(pattern.as_bytes()).to_string(),
+            reason: format!("more than {NESTED_ALTERNATIVES} alternatives within each other"),
+        });
+    }
     let mut builder = GlobBuilder::new(pattern);
     let glob = builder.literal_separator(true).backslash_escape(true).build();
     glob.map_err(|error| refusal(pattern, &error))
+}
+
+/// Returns the depth of alternatives within alternatives. A brace in a class counts, too.
+fn nested_alternatives(pattern: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let mut characters = pattern.chars();
+    while let Some(character) = characters.next() {
+        match character {
+            '\\' => drop(characters.next()),
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
 }
 
 fn refusal(pattern: &str, error: &globset::Error) -> SelectionError {

@@ -61,6 +61,11 @@ fn patterns_that_can_match_nothing_are_refused() {
     assert!(matches!(refusal("a[b"), SelectionError::Glob { .. }));
     assert!(matches!(refusal("{a,b}"), SelectionError::Glob { .. }));
     assert_eq!(refusal(&"x".repeat(PATTERN_BYTES + 1)), SelectionError::TooLong);
+    let nested = |depth: usize| format!("{}a{}", "{".repeat(depth), "}".repeat(depth));
+    for depth in [NESTED_ALTERNATIVES + 1, 300, 8000] {
+        assert!(matches!(refusal(&nested(depth)), SelectionError::Glob { .. }), "{depth}");
+    }
+    assert!(selects(&nested(NESTED_ALTERNATIVES), "", "a"));
     let many: Vec<_> = (0..300).map(|number| number.to_string()).collect();
     assert_eq!(refusal(&many.join(",")), SelectionError::TooLong);
 }
@@ -85,7 +90,9 @@ fn costly() -> Vec<String> {
         let pattern = |number: usize| format!("{}x{number}", part.repeat(1000 / part.len()));
         (0..16).map(pattern).collect::<Vec<_>>().join(",")
     };
-    ["?/", "?", "**/a/", "*a", "[!a-c]", "[!é-ü]", "{a,b*,?}"].map(fill).into()
+    ["?/", "?", "*?", "**/a/", "*a", "[!a-c]", "[!é-ü]", "[é-\u{10ffff}]", "{a,b*,?}"]
+        .map(fill)
+        .into()
 }
 
 #[test]
