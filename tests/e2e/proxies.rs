@@ -10,16 +10,22 @@ use crate::support::{
     small_artifact,
 };
 
-#[test]
-fn the_environments_proxies_are_used_and_no_proxy_is_obeyed() {
-    let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
-    let authority = Authority::new(folder.path());
+/// Starts `secure.example` with the content of the shared registry.
+fn registry_with_tls(folder: &Path) -> (Authority, Registry) {
+    let authority = Authority::new(folder);
     let (certificate, key) = authority.issue("registry", &["secure.example"]);
     let secure = Registry::start(&RegistryKind {
         tls: Some((&certificate, &key, None)),
         content_of: Some(registry()),
         ..RegistryKind::default()
     });
+    (authority, secure)
+}
+
+#[test]
+fn the_environments_proxies_are_used_and_no_proxy_is_obeyed() {
+    let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
+    let (authority, secure) = registry_with_tls(folder.path());
     let (for_http, for_https) = (
         ForwardProxy::start([("plain.example:80", registry().address())]),
         ForwardProxy::start([("secure.example:443", secure.address())]),
@@ -128,13 +134,7 @@ fn no_proxy_is_read_as_by_go_and_an_empty_variable_is_an_unset_one() {
 #[test]
 fn a_proxy_may_speak_socks_and_resolves_names_itself() {
     let folder = tempfile::tempdir_in("/var/tmp").expect("a folder");
-    let authority = Authority::new(folder.path());
-    let (certificate, key) = authority.issue("registry", &["secure.example"]);
-    let secure = Registry::start(&RegistryKind {
-        tls: Some((&certificate, &key, None)),
-        content_of: Some(registry()),
-        ..RegistryKind::default()
-    });
+    let (authority, secure) = registry_with_tls(folder.path());
     let proxy = ForwardProxy::start_socks([
         ("secure.example:443", secure.address()),
         ("plain.example:80", registry().address()),

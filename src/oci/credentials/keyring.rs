@@ -23,6 +23,10 @@ use crate::oci::reference::DOCKER_HUB;
 /// The key that docker's clients write for Docker Hub.
 const DOCKER_HUB_KEY: &str = "index.docker.io";
 
+/// The maximum number of credentials that are tried for one repository. A pod's author writes the secret, and a registry
+/// may block the address of a node with many failed logins.
+const ATTEMPTS: usize = 16;
+
 /// Credentials, each with the repositories that it is for.
 #[derive(Clone, Default, Debug)]
 pub struct Keyring {
@@ -83,9 +87,9 @@ impl Keyring {
         self.entries.is_empty()
     }
 
-    /// What to try for a repository, in this order, until one works. Without
-    /// any, the request is anonymous; when all of them fail, it is not tried
-    /// anonymously.
+    /// Returns the credentials to try for a repository, in this order, until one works: [`ATTEMPTS`] at most,
+    /// those of the most specific keys. Without any, the request is anonymous. If all of them fail, no
+    /// anonymous request is made.
     #[must_use]
     pub fn matching(&self, repository: &Repository) -> Vec<Credential> {
         let fitting = self.credentials(|entry| entry.pattern.matches(repository));
@@ -98,6 +102,9 @@ impl Keyring {
     fn credentials(&self, mut chosen: impl FnMut(&Entry) -> bool) -> Vec<Credential> {
         let mut credentials: Vec<Credential> = Vec::new();
         for entry in &self.entries {
+            if credentials.len() == ATTEMPTS {
+                break;
+            }
             // The same credential under two spellings of one host is one attempt.
             if chosen(entry) && !credentials.contains(&entry.credential) {
                 credentials.push(entry.credential.clone());

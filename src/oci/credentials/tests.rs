@@ -156,6 +156,15 @@ fn longer_paths_come_before_shorter_ones_and_all_are_tried() {
 }
 
 #[test]
+fn the_most_specific_keys_are_tried_and_no_others() {
+    let path = "a".repeat(40);
+    let keys: Vec<_> = (0..=path.len()).map(|length| format!("r.io/{}", &path[..length])).collect();
+    let keys: Vec<_> = keys.iter().map(String::as_str).collect();
+    let expected: Vec<_> = (25..=40).rev().map(|number: u32| number.to_string()).collect();
+    assert_eq!(matching(&keys, &format!("r.io/{path}/app")), expected);
+}
+
+#[test]
 fn two_spellings_of_one_host_are_two_attempts_unless_equal() {
     assert_eq!(matching(&["https://r.io/v1/", "r.io"], "r.io/app"), ["0", "1"]);
     let json = format!(
