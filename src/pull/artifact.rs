@@ -612,7 +612,7 @@ impl Inner {
         let Part { layer, descriptor, rule } = part;
         Ok(match rule {
             PartRule::File(rule, mode) => {
-                let file = self.file(&descriptor, mode, sponsors, (progress, layer)).await?;
+                let file = self.file(&descriptor, mode, sponsors, progress, layer).await?;
                 (Object::File(layer, rule, descriptor.size, file), None)
             }
             PartRule::Archive(rule) => {

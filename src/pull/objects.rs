@@ -27,7 +27,7 @@ use crate::store::files::{StoredFile, is_executable, starts_executable};
 use crate::store::growth::Follower;
 use crate::store::layers::{Layer, LayerTotals, LayerView, UnpackedLayer};
 use crate::store::partial::Purpose;
-use crate::store::{FileKey, LayerKey, StoreError};
+use crate::store::{FileKey, LayerKey, ObjectName, StoreError};
 use crate::unpack::layer_rule::ArchiveRule;
 use crate::unpack::{Permissions, PermissionsRule};
 
@@ -114,14 +114,43 @@ impl ReadyLayer {
 }
 
 impl Inner {
-    /// The file's key and inode, from the store or the registry.
+    /// Returns a file of the store, which it fetches if needed. A stored file that has another size than the manifest
+    /// says is read back: if it is damaged, it is fetched again.
     pub(super) async fn file(
         self: &Arc<Self>,
         descriptor: &Descriptor,
         permissions: Option<Permissions>,
         sponsors: &Arc<Sponsors>,
-        (progress, number): (&Progress, usize),
+        progress: &Progress,
+        number: usize,
     ) -> Result<StoredFile, Arc<PullError>> {
+        let (digest, expected) = (descriptor.digest, descriptor.size);
+        let mut was_damaged = false;
+        loop {
+            let (got, file) =
+                self.file_and_size(descriptor, permissions, sponsors, progress, number).await?;
+            if got == expected {
+                return Ok(file);
+            }
+            // A warm node must not believe what a cold one would refuse.
+            let name = ObjectName::file(file.key, file.generation);
+            drop(file);
+            if was_damaged || self.read_before_use([name], progress).await.map_err(Arc::new)? {
+                return Err(PullError::BlobSize { digest, expected, got }.into());
+            }
+            was_damaged = true;
+        }
+    }
+
+    /// Returns a file of the store and its size.
+    async fn file_and_size(
+        self: &Arc<Self>,
+        descriptor: &Descriptor,
+        permissions: Option<Permissions>,
+        sponsors: &Arc<Sponsors>,
+        progress: &Progress,
+        number: usize,
+    ) -> Result<(u64, StoredFile), Arc<PullError>> {
         let want = FileWant { digest: descriptor.digest, permissions };
         let file = loop {
             let mut started = false;
@@ -140,16 +169,11 @@ impl Inner {
                 outcome => break outcome?,
             }
         };
-        let (digest, expected) = (descriptor.digest, descriptor.size);
         let look = move || {
             let path = &file.path;
             let metadata =
                 path.metadata().map_err(|error| StoreError::io("look at", path, error))?;
-            // A warm node must not believe what a cold one would refuse.
-            match metadata.len() {
-                got if got != expected => Err(PullError::BlobSize { digest, expected, got }),
-                _ => Ok(file),
-            }
+            Ok((metadata.len(), file))
         };
         blocking(look).await.map_err(Arc::new)
     }

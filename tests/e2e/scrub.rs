@@ -389,6 +389,25 @@ fn check_unread(kubelet: &Kubelet, proxy: &Proxy, reference: &str, artifact: &Ar
     kubelet.unpublish(&volume);
 }
 
+/// A process that writes through a read-only bind, as `CAP_SYS_ADMIN` allows it, leaves a file that the registry did not
+/// send. The registry is not blamed for it.
+#[test]
+fn a_cached_file_of_another_length_is_fetched_again() {
+    use std::io::Write as _;
+    let node = Node::start_with(|_, options| options.configuration(&without_scrub()));
+    let artifact = Artifact::push();
+    let reference = artifact.reference(&node.proxy, "file");
+    let (first, _) = node.mount(&reference);
+    let stored = only(&only(&only(&node.driver.state().join("files"))));
+    let mut file = File::options().append(true).open(stored).expect("the file of the store");
+    file.write_all(b"written by a pod").expect("written");
+    let (another, _) = node.mount_with(&reference, |volume| volume.attribute("exclude", "other"));
+    artifact.check(&another);
+    for volume in [first, another] {
+        node.kubelet.unpublish(&volume);
+    }
+}
+
 #[test]
 fn the_scrub_reads_first_what_an_earlier_build_has_left() {
     let (node, admin, artifact) = left_by_an_earlier_build(&format!("{ROOMY}}}\n"));

@@ -136,7 +136,14 @@ impl Lookups {
             drop(permit);
             found.map(Arc::from).map_err(|error| Arc::from(error.to_string()))
         });
-        let lookup = task.map(|ended| ended.unwrap_or_else(|error| Err(error.to_string().into())));
+        let (inner, wanted) = (Arc::clone(&self.0), name.clone());
+        let lookup = task.map(move |ended| {
+            ended.unwrap_or_else(|error| {
+                // A task that was ended has recorded nothing.
+                inner.state().running.remove(&wanted);
+                Err(error.to_string().into())
+            })
+        });
         let lookup = lookup.boxed().shared();
         state.running.insert(name, lookup.clone());
         lookup
