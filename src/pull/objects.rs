@@ -165,6 +165,7 @@ impl Inner {
             progress.wait_for(number, ticket.progress());
             match ticket.outcome().await {
                 // Somebody else's source was of no use; ours may be.
+                // The source of a flight that had begun before failed. That of this call may not.
                 Err(error) if !started && error.is_of_source() => {}
                 outcome => break outcome?,
             }
