@@ -27,6 +27,7 @@ pub use selinux::SelinuxSection;
 pub use volumes::VolumesSection;
 pub use warm::WarmSection;
 
+use crate::printable::printable;
 use crate::reread::Seen;
 use crate::unpack::Limits;
 
@@ -117,8 +118,12 @@ impl NodeConfiguration {
         Self::parse(&text).map_err(|reason| wrong(&reason))
     }
 
-    /// Parses a document; the error names key and line.
+    /// Parses a document; the error is one line that names key and line.
     pub fn parse(text: &str) -> Result<Self, String> {
+        Self::parse_and_check(text).map_err(|reason| printable(&reason).into_owned())
+    }
+
+    fn parse_and_check(text: &str) -> Result<Self, String> {
         let configuration: Self = serde_saphyr::from_str(text).map_err(|error| one_line(&error))?;
         if configuration.api_version != API_VERSION || configuration.kind != KIND {
             return Err(format!(
@@ -154,6 +159,17 @@ mod tests {
     use super::*;
 
     const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
+
+    #[test]
+    fn line_breaks_in_values_are_escaped_in_errors() {
+        for text in [
+            "apiVersion: \"v1\\nv2\"\nkind: NodeConfiguration\n".to_owned(),
+            format!("{HEAD}policy: {{keys: [{{name: \"a\\nb\"}}]}}\n"),
+        ] {
+            let error = NodeConfiguration::parse(&text).expect_err("wrong");
+            assert!(error.contains("\\n") && !error.contains('\n'), "{error:?}");
+        }
+    }
 
     #[test]
     fn a_document_without_sections_is_the_default() {
