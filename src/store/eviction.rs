@@ -94,6 +94,12 @@ impl Goal {
         Self { bytes: self.bytes.max(other.bytes), inodes: self.inodes.max(other.inodes) }
     }
 
+    /// The smaller of each.
+    #[must_use]
+    pub fn min(self, other: Self) -> Self {
+        Self { bytes: self.bytes.min(other.bytes), inodes: self.inodes.min(other.inodes) }
+    }
+
     /// The sum of both.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {
@@ -121,7 +127,7 @@ impl Goal {
         self == Self::default()
     }
 
-    fn is_met_by(self, freed: Self) -> bool {
+    pub(super) fn is_met_by(self, freed: Self) -> bool {
         freed.bytes >= self.bytes && freed.inodes >= self.inodes
     }
 }

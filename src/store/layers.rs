@@ -504,6 +504,7 @@ impl LayerWriter {
         let number = number_of(self.files).ok_or(std::io::ErrorKind::FileTooLarge)?;
         let path = self.staging.path().join("data").join(folder_of(number).to_string());
         if self.files.is_multiple_of(FILES_PER_FOLDER) {
+            self.meter.makes(1).map_err(full)?;
             std::fs::create_dir(&path)?;
             self.folder = Some(File::open(&path)?);
             self.staging.staged.wrote(|| path.clone());

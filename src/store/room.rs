@@ -9,7 +9,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::error::{Kind, Shortage, StoreError};
@@ -21,11 +20,8 @@ use super::{Store, TreeKey};
 use crate::oci::Digest;
 use crate::unpack::merge::TreePlan;
 
-/// Writers look at the filesystem after so many bytes: often enough that all of
-/// a node's writers together overshoot the floor by little.
-const METER_BYTES: u64 = 4 << 20;
-/// ... or after so many inodes.
-const METER_INODES: u64 = 1024;
+/// The most that writers take between two looks at the filesystem, which other programs write to.
+const MOST_UNSEEN: Goal = Goal { bytes: 4 << 20, inodes: 1024 };
 
 /// How much of the filesystem the cache may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,15 +78,14 @@ pub struct Reservation {
     claims: Mutex<HashMap<Digest, usize>>,
 }
 
-/// Keeps writers above the floor. All of a store share one: a thousand small objects are looked
-/// at as often as a large one.
+/// Keeps writers above the floor. All writers of a store share one meter, so that together they
+/// never take more than what was free above the floor when the meter last looked.
 #[derive(Debug)]
 pub struct Meter {
     root: PathBuf,
     options: CacheOptions,
-    /// What was written since somebody looked.
-    bytes: AtomicU64,
-    inodes: AtomicU64,
+    /// Bytes and inodes that may be taken before the next look at the filesystem.
+    left: Mutex<Goal>,
 }
 
 impl Default for CacheOptions {
@@ -156,6 +151,15 @@ impl Room {
             _ => wanted.inodes.saturating_sub(self.free_inodes),
         };
         Goal { bytes: wanted.bytes.saturating_sub(self.free_bytes), inodes }
+    }
+
+    /// Returns how much more is free than this.
+    fn above(&self, kept: Goal) -> Goal {
+        let inodes = match self.total_inodes {
+            0 => u64::MAX,
+            _ => self.free_inodes,
+        };
+        Goal { bytes: self.free_bytes, inodes }.less(kept)
     }
 
     /// How much is to be freed once the high threshold is passed: down to the low one.
@@ -358,39 +362,39 @@ impl Drop for Reservation {
 
 impl Meter {
     pub(super) fn new(root: &Path, options: CacheOptions) -> Self {
-        let (bytes, inodes) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { root: root.to_owned(), options, bytes, inodes }
+        Self { root: root.to_owned(), options, left: Mutex::default() }
     }
 
-    /// Bytes are about to be written.
+    /// Takes bytes that are about to be written.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`] when that would go below the floor.
     pub fn writes(&self, bytes: u64) -> Result<(), StoreError> {
-        let written = self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if written < METER_BYTES { Ok(()) } else { self.look() }
+        self.take(Goal { bytes, inodes: 0 })
     }
 
-    /// Files, folders or links are about to be made.
+    /// Takes inodes for files, directories or links that are about to be made.
     ///
     /// # Errors
     ///
     /// [`StoreError::NoSpace`] when that would go below the floor.
     pub fn makes(&self, inodes: u64) -> Result<(), StoreError> {
-        let made = self.inodes.fetch_add(inodes, Ordering::Relaxed).saturating_add(inodes);
-        if made < METER_INODES { Ok(()) } else { self.look() }
+        self.take(Goal { bytes: 0, inodes })
     }
 
-    fn look(&self) -> Result<(), StoreError> {
-        let room = Room::of(&self.root)?;
-        if room.missing_until(room.floor(&self.options)).is_nothing() {
-            self.bytes.store(0, Ordering::Relaxed);
-            self.inodes.store(0, Ordering::Relaxed);
-            return Ok(());
+    fn take(&self, wanted: Goal) -> Result<(), StoreError> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wanted.is_met_by(*left) {
+            let room = Room::of(&self.root)?;
+            let floor = room.floor(&self.options);
+            if !room.missing_until(floor.plus(wanted)).is_nothing() {
+                return Err(StoreError::NoSpace { action: "write below", path: self.root.clone() });
+            }
+            *left = MOST_UNSEEN.min(room.above(floor)).max(wanted);
         }
-        // Below the floor the counts stay: whoever comes next looks too, and stops as well.
-        Err(StoreError::NoSpace { action: "write below", path: self.root.clone() })
+        *left = left.less(wanted);
+        Ok(())
     }
 }
 

@@ -200,6 +200,42 @@ fn nothing_is_written_below_the_floor() {
 }
 
 #[test]
+fn unpacking_never_takes_inodes_below_the_floor() {
+    let (node, _admin, disk) = on_a_small_disk("cache: {minFreePercent: 0, minimumAge: 0s}\n");
+    let free = || nix::sys::statvfs::statvfs(&disk).expect("the disk").files_available();
+    let floor = nix::sys::statvfs::statvfs(&disk).expect("the disk").files() / 10;
+    let fillers = disk.join("fillers");
+    fs::create_dir(&fillers).expect("a directory");
+    for number in 0..free().saturating_sub(floor + 1200) {
+        fs::File::create(fillers.join(number.to_string())).expect("a file");
+    }
+    let mut layer = Tar::new();
+    for number in 0..5000 {
+        layer = layer.file(&format!("{number}"), 0o644, b"a few bytes");
+    }
+    let repository = unique("inodes");
+    Image::new().layer(layer.finish()).push(registry(), &repository, "v1");
+    let wanted = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let least = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| {
+            let mut least = free();
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                least = least.min(free());
+            }
+            least
+        });
+        node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        watcher.join().expect("the least number of free inodes")
+    });
+    // Records of the pull are not metered.
+    assert!(least + 16 > floor, "{least} of {floor} inodes were left free");
+    fs::remove_dir_all(&fillers).expect("free inodes");
+    node.kubelet.publish_well(&wanted);
+}
+
+#[test]
 fn the_threshold_is_kept_without_being_asked() {
     let configuration = "cache: {highThresholdPercent: 50, lowThresholdPercent: 30, minFreePercent: 5, minimumAge: 0s}\n";
     let (node, admin, disk) = on_a_small_disk(configuration);
