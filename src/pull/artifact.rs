@@ -394,6 +394,9 @@ impl Inner {
             }
         }
         drop(under_way);
+        // The tree will be compared with its manifest, which may have been removed during a long pull. It is fetched
+        // before the tree is built, since another flight may wait for the lock under which that is done.
+        let kept = self.keep_manifest(manifest, sponsors).await;
         let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
         let built = self.build_in_turn(order, TreeSources::new(objects), progress).await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
@@ -406,14 +409,15 @@ impl Inner {
             }
             reservation.done(blob);
         }
-        // The tree will be compared with its manifest, which may have been removed during a long pull.
-        let kept = self.keep_manifest(manifest, sponsors).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
             kept?;
             let (built, building) = built?;
+            if inner.store.blob_size(manifest)?.is_none() {
+                return Err(damaged_again(manifest));
+            }
             let tree = match built {
                 BuildOutcome::New(new) => {
                     let (built, record, objects, _room) = *new;
@@ -569,9 +573,7 @@ impl Inner {
                 Err(again) => read = again,
             }
         }
-        let what = "it has become damaged again right after it was fetched".to_owned();
-        let path = format!("blobs/{}", manifest.hex()).into();
-        Err(StoreError::Damaged { path, what }.into())
+        Err(damaged_again(manifest))
     }
 
     /// Makes sure that the store keeps a manifest for at least 24 hours, and fetches it if it is not
@@ -769,6 +771,12 @@ fn amount(object: &Object, ready: Option<&ReadyLayer>) -> (u64, u64) {
         (Object::Layer(..), Some(ready)) => (ready.totals.entries, ready.totals.bytes),
         (Object::Layer(..), None) => (0, 0),
     }
+}
+
+fn damaged_again(manifest: Digest) -> PullError {
+    let what = "it has become damaged again right after it was fetched".to_owned();
+    let path = format!("blobs/{}", manifest.hex()).into();
+    StoreError::Damaged { path, what }.into()
 }
 
 /// A failure that other flights may share becomes this flight's own.
