@@ -7,6 +7,9 @@ import yaml
 from helm_python import HelmError, _native
 from helm_python.chart import Chart, lint
 
+# The parser in C, ten times as fast as the one that safe_load takes by itself.
+yaml.SafeLoader = yaml.CSafeLoader
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts/csi-driver-oci"
 RELEASE = "csi-driver-oci"

@@ -4,7 +4,9 @@
     check.py all       all of them
 """
 
+import functools
 import json
+import multiprocessing
 import re
 import sys
 import tomllib
@@ -21,6 +23,9 @@ import plain
 import render
 import startup_taint
 import story
+
+# It reads all definitions of a version anew for each object.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 # The oldest that the chart is for, and the newest that there are schemas of.
 VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
@@ -45,12 +50,18 @@ def name_of(document):
     return f"{document['kind']} {document['metadata'].get('name')}"
 
 
+# Objects that are valid, with the version: most rows have most of them in common.
+VALID = set()
+
+
 def invalid(where, documents, version):
     for document in documents:
-        if is_foreign(document):
+        text = json.dumps(document, sort_keys=True), version
+        if is_foreign(document) or text in VALID:
             continue
         try:
             kubernetes_validate.validate(document, version, strict=True)
+            VALID.add(text)
         except kubernetes_validate.ValidationError as error:
             path = "/".join(str(part) for part in error.path)
             yield f"{where}: {name_of(document)} on {version}: {path}: {error.message}"
@@ -203,26 +214,38 @@ def by_name(documents):
 CHECKS = {
     check.__name__: check
     for check in (
+        # The longest first: they take as long as all others.
+        story.crossplane_ready,
+        story.crossplane_story,
+        schemas,
         lint,
         notes,
         refused,
         commented,
         documented,
         versions,
-        schemas,
         deploy,
         admission.admission,
         *crossplane.CHECKS,
         *fleet.CHECKS,
         *gitops.CHECKS,
         *startup_taint.CHECKS,
-        story.crossplane_ready,
-        story.crossplane_story,
     )
 }
 
+
+def run(name):
+    return list(CHECKS[name]())
+
+
 if __name__ == "__main__":
     names = list(CHECKS) if sys.argv[1:] == ["all"] else sys.argv[1:]
-    problems = [problem for name in names for problem in CHECKS[name]()]
+    if len(names) > 1:
+        # New processes: Helm's engine has threads, which a fork loses.
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            found = list(pool.imap(run, names))
+    else:
+        found = [run(name) for name in names]
+    problems = [problem for each in found for problem in each]
     print("\n".join(problems))
     raise SystemExit(1 if problems or not names else 0)
