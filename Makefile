@@ -3,12 +3,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long cluster crash bench lint validate render fuzz tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench lint validate render fuzz tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
 # For the long crash test: make crash ROUNDS=1000
 ROUNDS ?= 200
+# What `make test-cluster-long` upgrades from: the last release, or the commit before.
+EARLIER_COMMIT ?= $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD^)
 # Arguments for `cargo test` and the benches: make test ARGUMENTS='--test e2e registration'
 ARGUMENTS ?=
 TOOLS := $(abspath $(or $(CARGO_TARGET_DIR),target))/tools
@@ -35,15 +37,19 @@ cluster:
 	scripts/cluster
 
 # The tests on such a cluster: make test-cluster ARGUMENTS='volumes::'
+# Of other versions: make test-cluster KUBERNETES=v1.36.3 CONTAINERD=v2.1.9 RUNTIME=v1.4.4, or RUNTIME=crun
 test-cluster: tools
-	cargo test --locked --features fault-points --test cluster --no-run
 	scripts/cluster cargo test --locked --offline --features fault-points --test cluster -- $(ARGUMENTS)
 
-# What takes minutes there, and a cluster that is killed at random moments.
+# What takes minutes there, an upgrade from an earlier commit, and a cluster that is killed at random moments.
 test-cluster-long: tools
-	$(MAKE) test-cluster ARGUMENTS=--ignored
+	EARLIER_COMMIT=$(EARLIER_COMMIT) $(MAKE) test-cluster ARGUMENTS=--ignored
 	eval "$$(scripts/install-test-tools --env)"; \
 	    python3 tests/cluster/leftovers.py "$(dir $(TOOLS))debug/csi-driver-oci"
+
+# The same tests on other versions: hours. ROWS='crun' selects rows of scripts/cluster-matrix.
+test-cluster-matrix: tools
+	scripts/cluster-matrix "$(ROWS)"
 
 # The driver is killed at random moments under load, so many times.
 crash: tools

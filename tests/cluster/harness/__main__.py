@@ -1,6 +1,7 @@
 """A Kubernetes cluster of two nodes in namespaces, for trying things by hand and for tests.
 
     harness PROGRAM [COMMAND...]   starts it with this program as the driver, runs the command (a shell), and ends it
+    harness --api-server COMMAND...   starts an API server only, without nodes and controllers
     harness node VERB NAME ...     what `node` does in that shell
 """
 
@@ -112,16 +113,10 @@ def init(program, command):
     isolation.mount_cgroups()
     isolation.leave_root_cgroup()
     control_plane.make_network()
-    with ThreadPoolExecutor() as threads:
-        plane = threads.submit(control_plane.start, spawn)
-        registries.start(spawn)
-        images = threads.submit(push_images, pathlib.Path(program))
-        plane.result()
-        for name in NODES:
-            nodes.add(name)
-        images.result()
-    notes = driver.install()
-    wait_for_nodes(NODES)
+    if program == "--api-server":
+        control_plane.start_api_server(spawn)
+    else:
+        start_cluster(pathlib.Path(program))
     print(f"ready after {time.monotonic() - began:.0f} s; logs are in {LOGS}", file=sys.stderr)
     if not command:
         print(HELP, file=sys.stderr)
@@ -133,6 +128,22 @@ def init(program, command):
         if ended == process.pid:
             code = os.waitstatus_to_exitcode(status)
             sys.exit(code if code >= 0 else 128 - code)
+
+
+def start_cluster(program):
+    """Starts all of a cluster with this program as the driver."""
+    with ThreadPoolExecutor() as threads:
+        plane = threads.submit(control_plane.start, spawn)
+        registries.start(spawn)
+        images = threads.submit(push_images, program)
+        plane.result()
+        for name in NODES:
+            nodes.add(name)
+        images.result()
+    # Until then they have a taint, of which the scheduler warns.
+    wait_until("ready nodes", are_ready)
+    driver.install()
+    wait_for_nodes(NODES)
 
 
 HELP = """A cluster with node-1 and node-2, and the driver from the chart.
@@ -176,6 +187,15 @@ def push_images(program):
     wait = "trap exit INT TERM; while :; do sleep 3600 & wait $!; done"
     registries.push_image("registry.k8s.io/pause:3.10", busybox, ["sh", "-c", wait])
     driver.push(program)
+    driver.push_earlier()
+
+
+def are_ready():
+    try:
+        run("kubectl", "wait", "nodes", *NODES, "--for=condition=Ready", "--timeout=5s")
+        return True
+    except RuntimeError:
+        return False
 
 
 def wait_for_nodes(names):

@@ -56,8 +56,8 @@ def is_ready():
         return False
 
 
-def start(spawn):
-    """Starts all of it and waits until the API server is ready."""
+def start_api_server(spawn):
+    """Starts etcd and the API server, and waits until it is ready."""
     FOLDER.mkdir()
     run("openssl", "genrsa", "-out", FOLDER / "service-accounts.key", "2048")
     tokens = [
@@ -68,8 +68,6 @@ def start(spawn):
     tokens += [f'node-{number}-token,system:node:node-{number},node-{number},"system:nodes"' for number in range(1, 10)]
     (FOLDER / "tokens.csv").write_text("\n".join(tokens) + "\n")
     KUBECONFIG.write_text(kubeconfig(ADMINISTRATOR))
-    for component in ("controller-manager", "scheduler"):
-        (FOLDER / component).write_text(kubeconfig(f"{component}-token"))
 
     spawn("etcd", [
         PROGRAMS / "etcd", f"--data-dir={FOLDER}/etcd", f"--listen-client-urls={ETCD}",
@@ -90,6 +88,13 @@ def start(spawn):
     # The certificate is made at the first start.
     wait_until("the API server", lambda: CERTIFICATE.exists() and is_ready(), 120)
     AUTHORITY.write_text("-----BEGIN" + CERTIFICATE.read_text().rpartition("-----BEGIN")[2])
+
+
+def start(spawn):
+    """Starts all of it and waits until the API server is ready."""
+    start_api_server(spawn)
+    for component in ("controller-manager", "scheduler"):
+        (FOLDER / component).write_text(kubeconfig(f"{component}-token"))
     spawn("kube-controller-manager", [
         PROGRAMS / "kube-controller-manager", f"--kubeconfig={FOLDER}/controller-manager",
         f"--service-account-private-key-file={FOLDER}/service-accounts.key", f"--root-ca-file={AUTHORITY}",

@@ -1,20 +1,21 @@
 """The driver: its image, and its chart installed by Helm."""
 
+import os
 import re
 import shlex
 import shutil
 
 from isolation import run, wait_until
-from layout import AUTHORITY, PROGRAMS, REPOSITORY, RUN
+from layout import AUTHORITY, EARLIER, PROGRAMS, REPOSITORY, RUN
 from registries import push_image
 
 IMAGE = "registry.example.com/csi-driver-oci:test"
 NAME = "csi-driver-oci"
 
 
-def push(program):
+def push(program, tree=REPOSITORY, reference=IMAGE):
     """Pushes an image of what the Dockerfile's last step in `builder` puts into /image, with its metadata."""
-    dockerfile = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", "")
+    dockerfile = (tree / "Dockerfile").read_text().replace("\\\n", "")
     script = re.search(r"^RUN (mkdir -p /image.*)$", dockerfile, re.MULTILINE).group(1)
     image = RUN / "image"
     script = re.sub(r"target/release/csi-driver-oci", shlex.quote(str(program)), script)
@@ -23,8 +24,18 @@ def push(program):
     entrypoint = re.search(r'^ENTRYPOINT \["(.*)"\]$', dockerfile, re.MULTILINE).group(1)
     command = re.search(r'^CMD \["(.*)"\]$', dockerfile, re.MULTILINE).group(1)
     user = re.search(r"^USER (\S+)$", dockerfile, re.MULTILINE).group(1)
-    push_image(IMAGE, image, [entrypoint], [command], user)
+    push_image(reference, image, [entrypoint], [command], user)
     shutil.rmtree(image)
+
+
+def push_earlier():
+    """Pushes the image and packages the chart of an earlier commit, if scripts/cluster has made them."""
+    if "EARLIER_COMMIT" not in os.environ:
+        return
+    push(EARLIER / "csi-driver-oci", EARLIER / "tree", f"{IMAGE.rpartition(':')[0]}:earlier")
+    chart = EARLIER / "tree/charts" / NAME
+    package = run(PROGRAMS / "helm", "package", chart, "--destination", RUN / "earlier")
+    os.environ["EARLIER_CHART"] = package.strip().rpartition(": ")[2]
 
 
 def values():

@@ -9,6 +9,8 @@ BASE = (REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target")).resolve() / "
 PROGRAMS = BASE / "bin"
 # Debian's packages, unpacked.
 PACKAGES = BASE / "root"
+# The driver and the tree of an earlier commit, for upgrades.
+EARLIER = BASE / "earlier"
 # What one run makes; removed when it ends.
 RUN = BASE / "run"
 # Logs of the last run, which stay.

@@ -72,7 +72,7 @@ conf_dir = "/etc/cni/net.d"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
-BinaryName = "{PROGRAMS}/runc"
+BinaryName = "{PROGRAMS}/oci-runtime"
 SystemdCgroup = false
 """
 
