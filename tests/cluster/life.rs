@@ -18,11 +18,13 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn start(namespace: &'a TestNamespace, name: &str, reference: &str, on: &'static str) -> Self {
-        let mut pod = Pod::new(name, reference, READER).on(on);
-        pod.spec = String::new();
-        namespace.run(&pod);
-        namespace.wait_for_phase(name, "Running");
-        Self { namespace, name: name.into() }
+        Self::start_pod(namespace, &Pod::new(name, reference, READER).on(on))
+    }
+
+    fn start_pod(namespace: &'a TestNamespace, pod: &Pod) -> Self {
+        namespace.run(pod);
+        namespace.wait_for_phase(&pod.name, "Running");
+        Self { namespace, name: pod.name.clone() }
     }
 
     fn reads(&self) -> u64 {
@@ -38,6 +40,18 @@ impl<'a> Reader<'a> {
         wait_until("further reads", || self.reads() > before + 2);
         assert_eq!(self.namespace.logs(&self.name), "", "failed reads of {}", self.name);
     }
+}
+
+fn helm(arguments: &[&str]) -> Result<String, String> {
+    run("helm", &[arguments, &["--namespace", DRIVER_NAMESPACE]].concat(), "")
+}
+
+#[track_caller]
+fn uninstall() {
+    helm(&["uninstall", "csi-driver-oci", "--wait", "--timeout=2m"]).expect("no pod has a volume");
+    wait_until("no driver", || {
+        kubectl(&["--namespace", DRIVER_NAMESPACE, "get", "pods", "--output=name"]).is_empty()
+    });
 }
 
 /// Kills the driver's process on a node, as the kernel would when memory is short.
@@ -61,6 +75,10 @@ fn a_pod_that_is_deleted_during_its_pull_is_gone_and_its_pull_goes_on() {
             || namespace.events("first").contains("Pulling")
     });
     namespace.delete_pod("first");
+    wait_until("the end of the pull, which no pod waits for", || {
+        let listed = in_driver("node-1", &["ls", "--output", "json"]);
+        listed.is_ok_and(|list| list.contains(&artifact.digest))
+    });
     assert_eq!(
         namespace
             .output(&Pod::new("second", &artifact.slow(), "wc -c < /artifact/large").on("node-1"))
@@ -257,9 +275,6 @@ fn a_node_that_loses_power_comes_back_with_its_volumes() {
 fn helm_upgrades_refuses_uninstalls_and_installs_again() {
     let namespace = TestNamespace::alone("helm");
     let artifact = Artifact::push("tests/helm", &[("file", "x\n")]);
-    let helm = |arguments: &[&str]| {
-        run("helm", &[arguments, &["--namespace", DRIVER_NAMESPACE]].concat(), "")
-    };
     let [chart, values] = release();
     let reader = Reader::start(&namespace, "reader", &artifact.reference(), "node-1");
     let before = driver_pod("node-1").expect("the driver");
@@ -284,10 +299,7 @@ fn helm_upgrades_refuses_uninstalls_and_installs_again() {
     assert!(log.contains(&format!("{}/reader", namespace.name)), "{log}");
     reader.still_reads();
     namespace.delete_pod("reader");
-    helm(&["uninstall", "csi-driver-oci", "--wait", "--timeout=2m"]).expect("no pod has a volume");
-    wait_until("no driver", || {
-        kubectl(&["--namespace", DRIVER_NAMESPACE, "get", "pods", "--output=name"]).is_empty()
-    });
+    uninstall();
     helm(&["install", "csi-driver-oci", &chart, &values, "--wait", "--timeout=3m"])
         .expect("an installation");
     for name in NODES {
@@ -299,6 +311,119 @@ fn helm_upgrades_refuses_uninstalls_and_installs_again() {
             .output(&Pod::new("again", &artifact.reference(), "cat /artifact/file").on("node-1")),
         "x\n"
     );
+}
+
+#[test]
+#[ignore = "needs a build of an earlier commit: make test-cluster-long"]
+fn an_upgrade_from_an_earlier_commit_and_its_rollback_interrupt_no_reader() {
+    let namespace = TestNamespace::alone("upgraded");
+    let artifact = Artifact::push("tests/upgraded", &[("file", "x\n"), ("other", "y\n")]);
+    let [chart, values] = release();
+    let earlier = std::env::var("EARLIER_CHART").expect("an earlier chart: make test-cluster-long");
+    uninstall();
+    for name in NODES {
+        let script = "rm -rf /var/lib/csi-driver-oci";
+        on_node(name, &["sh", "-c", script]).expect("a node without content");
+    }
+    let image = "--set=image.tag=earlier";
+    let wait = ["--wait", "--timeout=3m"];
+    let install = ["install", "csi-driver-oci", &earlier, &values, image];
+    helm(&[&install[..], &wait].concat()).expect("an earlier version");
+    let bind = Reader::start(&namespace, "bind", &artifact.reference(), "node-1");
+    let mut pod = Pod::new("overlay", &artifact.reference(), READER).on("node-1");
+    (pod.volume_read_only, pod.mount_read_only) = (None, None);
+    let overlay = Reader::start_pod(&namespace, &pod);
+    let uids =
+        [&bind, &overlay].map(|reader| namespace.field("pod", &reader.name, "{.metadata.uid}"));
+    let upgrade = ["upgrade", "csi-driver-oci", &chart, &values];
+    let steps = [
+        ("upgraded", &upgrade[..]),
+        ("back", &["rollback", "csi-driver-oci", "1"]),
+        ("forth", &upgrade),
+    ];
+    for (step, command) in steps {
+        let before = driver_pod("node-1").expect("the driver");
+        helm(&[command, &wait].concat()).unwrap_or_else(|error| panic!("{step}: {error}"));
+        assert_ne!(driver_pod("node-1").expect("the driver"), before, "{step}");
+        bind.still_reads();
+        overlay.still_reads();
+        let mut pod = Pod::new(step, &artifact.reference(), "cat /artifact/file").on("node-1");
+        pod.attributes.push(("exclude", if step == "back" { "none" } else { "other" }.into()));
+        assert_eq!(namespace.output(&pod), "x\n", "{step}");
+    }
+    namespace.delete_pod("bind");
+    namespace.delete_pod("overlay");
+    let mounts = || on_node("node-1", &["cat", "/proc/self/mountinfo"]).expect("mounts");
+    wait_until("no mount of the readers", || !uids.iter().any(|uid| mounts().contains(uid)));
+    let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
+    assert!(verified.contains(", 0 findings"), "{verified}");
+}
+
+#[test]
+fn a_node_is_purged_once_no_pod_and_no_driver_needs_its_content() {
+    let namespace = TestNamespace::alone("purge");
+    let artifact = Artifact::push("tests/purge", &[("file", "x\n")]);
+    let reader = Reader::start(&namespace, "reader", &artifact.reference(), "node-2");
+    let [chart, values] = release();
+    let purge = |ends: &str| {
+        let manifest = run(
+            "helm",
+            &[
+                "template",
+                "csi-driver-oci",
+                &chart,
+                &values,
+                "--namespace",
+                DRIVER_NAMESPACE,
+                "--set=purge.nodes={node-2}",
+                "--show-only=templates/purge.yaml",
+            ],
+            "",
+        )
+        .expect("a job");
+        let namespace = ["--namespace", DRIVER_NAMESPACE];
+        try_kubectl(&[&namespace[..], &["apply", "--filename=-"]].concat(), &manifest)
+            .expect("an applied job");
+        let selected = "--selector=app.kubernetes.io/name=csi-driver-oci-purge";
+        let ended = format!("--for=condition={ends}");
+        let job = kubectl(&[&namespace[..], &["get", "jobs", "--output=name"]].concat());
+        let job = job.lines().find(|name| name.contains("purge")).expect("the job");
+        kubectl(&[&namespace[..], &["wait", job, &ended, "--timeout=120s"]].concat());
+        let log = kubectl(&[&namespace[..], &["logs", selected, "--tail=-1"]].concat());
+        kubectl(&[&namespace[..], &["delete", job, "--cascade=foreground"]].concat());
+        log
+    };
+    let refused = purge("Failed");
+    assert!(refused.contains("move the pods away first"), "{refused}");
+    reader.still_reads();
+    namespace.delete_pod("reader");
+    let refused = purge("Failed");
+    assert!(refused.contains("the driver runs on this node"), "{refused}");
+    // What the chart's affinity leaves out.
+    kubectl(&["label", "node", "node-2", "type=virtual-kubelet"]);
+    let without = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let on_node_2 = [
+            "--namespace",
+            DRIVER_NAMESPACE,
+            "get",
+            "pods",
+            "--field-selector=spec.nodeName=node-2",
+            "--selector=app.kubernetes.io/name=csi-driver-oci",
+            "--output=name",
+        ];
+        wait_until("no driver on node-2", || kubectl(&on_node_2).is_empty());
+        let purged = purge("Complete");
+        assert!(purged.contains("The content is deleted."), "{purged}");
+        let left = on_node("node-2", &["ls", "-A", "/var/lib/csi-driver-oci"]).expect("the folder");
+        assert_eq!(left.trim(), "lock");
+    }));
+    kubectl(&["label", "node", "node-2", "type-"]);
+    if let Err(failed) = without {
+        std::panic::resume_unwind(failed);
+    }
+    wait_until("the driver", || in_driver("node-2", &["status"]).is_ok());
+    let pod = Pod::new("again", &artifact.reference(), "cat /artifact/file").on("node-2");
+    assert_eq!(namespace.output(&pod), "x\n");
 }
 
 #[test]

@@ -2,15 +2,28 @@
 
 use std::{fs, path::Path};
 
-use crate::support::{Artifact, NODES, Pod, TestNamespace, in_driver, object, run, upgrade};
+use crate::support::{
+    Artifact, NODES, Pod, TestNamespace, in_driver, object, on_node, push_perl, run, upgrade,
+    wait_until,
+};
 
 const FILES: [(&str, &str); 3] =
     [("bin/tool", "#!/bin/sh\necho it runs\n"), ("etc/settings", "a=1\n"), ("data/a/b", "deep\n")];
 
 /// The commands of a hostile pod on a file and its folder. Each may fail, and most do.
-const ATTACK: &str = r"
+const ATTACK: &str = r#"
 cd /artifact
 try() { if $@ 2>/dev/null; then echo done: $@; fi; }
+# setxattr(2), whose strings have to be variables.
+attribute() {
+    perl -e '
+        $call = `uname -m` =~ /x86_64/ ? 188 : 5;
+        ($path, $value, @names) = ($ARGV[0], "evil", "user.evil", "trusted.evil", "security.evil");
+        for (@names) {
+            print "done: $_\n" if syscall($call, $path, $_, $value, 4, 0) == 0;
+        }
+    ' $1
+}
 try mount -o remount,rw /artifact
 try mount -o remount,bind,rw /artifact
 attack() {
@@ -27,6 +40,8 @@ attack() {
     try mknod device c 1 3
     try chattr +i bin/tool
     try chattr -i bin/tool
+    attribute bin/tool
+    attribute data
     try rm -rf etc bin data
 }
 attack
@@ -37,7 +52,19 @@ if mount --bind /artifact /tmp/other 2>/dev/null; then
     attack
 fi
 echo the attack is over
-";
+"#;
+
+/// Takes a write lease on each file that is named, and keeps it when another process comes, until the kernel ends it.
+const LEASES: &str = r#"
+$SIG{IO} = "IGNORE";
+for (@ARGV) {
+    open($file, "<", $_) or die "$_: $!";
+    push @files, $file;
+    # F_SETLEASE, F_WRLCK
+    print fcntl($file, 1024, 1) ? "leased $_\n" : "refused $_\n";
+}
+sleep 1 while 1;
+"#;
 
 const READ: &str = "cd /artifact && find . -type f | sort | xargs sha256sum && find . | sort | xargs stat -c '%n %a %u %g'";
 
@@ -61,7 +88,7 @@ fn attack(
     assert_eq!(before.matches("bin/tool").count(), 2, "{before}");
     let choices = [None, Some(false), Some(true)];
     let letter = |value: Option<bool>| value.map_or("none", |is| if is { "yes" } else { "no" });
-    let mut names = Vec::new();
+    let (image, mut names) = (push_perl(), Vec::new());
     for (name, security) in SECURITIES {
         for (volume, mount) in
             choices.into_iter().flat_map(|volume| choices.map(|mount| (volume, mount)))
@@ -69,6 +96,7 @@ fn attack(
             if is_asked(name, volume) {
                 let name = format!("{name}-{}-{}", letter(volume), letter(mount));
                 let mut pod = Pod::new(&name, &artifact.reference(), ATTACK).on("node-1");
+                pod.image.clone_from(&image);
                 (pod.security, pod.volume_read_only, pod.mount_read_only) =
                     (security, volume, mount);
                 namespace.run(&pod);
@@ -103,6 +131,60 @@ fn with_overlays_no_capability_helps_a_pod_to_write() {
     upgrade(&["--set=config.volumes.mount=Overlay"], || {
         attack(&namespace, &artifact, |_, volume| volume == Some(true));
     });
+}
+
+#[test]
+fn a_file_that_a_pod_wrote_through_its_read_only_bind_is_fetched_again() {
+    let namespace = TestNamespace::alone("rewritten");
+    let artifact = Artifact::push("tests/rewritten", &FILES);
+    let script =
+        "mount -o remount,bind,rw /artifact && echo evil >> /artifact/bin/tool && echo written";
+    let mut writer = Pod::new("writer", &artifact.reference(), script).on("node-1");
+    writer.security = SECURITIES[1].1;
+    assert_eq!(namespace.output(&writer), "written\n", "what docs/security.md says is possible");
+    // Another tree of the same files.
+    let mut reader =
+        Pod::new("reader", &artifact.reference(), "cat /artifact/bin/tool").on("node-1");
+    reader.attributes.push(("exclude", "data/**".into()));
+    assert_eq!(namespace.output(&reader), FILES[0].1);
+    // The first tree has the damaged file still, until it is found and repaired.
+    let _ = in_driver("node-1", &["verify"]);
+    let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
+    assert!(verified.contains(", 0 findings"), "{verified}");
+    let again = Pod::new("again", &artifact.reference(), "cat /artifact/bin/tool").on("node-1");
+    assert_eq!(namespace.output(&again), FILES[0].1);
+}
+
+#[test]
+#[ignore = "takes minutes: make test-cluster-long"]
+fn leases_of_a_pod_delay_the_next_one_at_most_and_the_charts_default_refuses_them() {
+    let namespace = TestNamespace::alone("leases");
+    let artifact = Artifact::push("tests/leases", &FILES[..1]);
+    let script = format!("exec perl -e '$| = 1; {LEASES}' /artifact/bin/tool");
+    let image = push_perl();
+    let lease = |name: &str, expected: &str| {
+        let mut holder = Pod::new(name, &artifact.reference(), &script).on("node-1");
+        holder.image.clone_from(&image);
+        holder.security = SECURITIES[0].1;
+        namespace.run(&holder);
+        wait_until("an answer to the lease", || namespace.logs(name).contains("bin/tool\n"));
+        assert_eq!(namespace.logs(name), expected);
+    };
+    lease("holder", "leased /artifact/bin/tool\n");
+    let reader = Pod::new("reader", &artifact.reference(), "cat /artifact/bin/tool").on("node-1");
+    assert_eq!(namespace.output(&reader), FILES[0].1);
+    lease("again", "leased /artifact/bin/tool\n");
+    let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
+    assert!(verified.contains(", 0 findings"), "{verified}");
+
+    let setting = "/proc/sys/fs/leases-enable";
+    let before = on_node("node-1", &["cat", setting]).expect("the setting");
+    upgrade(&["--set=node.leases=Disable"], || {
+        lease("refused", "refused /artifact/bin/tool\n");
+    });
+    // The machine's own.
+    let script = format!("echo {} > {setting}", before.trim());
+    on_node("node-1", &["sh", "-c", &script]).expect("the setting as it was");
 }
 
 #[test]
@@ -352,10 +434,9 @@ fn a_volume_is_gone_from_the_node_with_its_pod() {
         namespace.run(&pod);
         namespace.wait_for_phase(&pod.name, "Running");
         let uid = namespace.field("pod", &pod.name, "{.metadata.uid}");
-        let mounts =
-            || crate::support::on_node(name, &["cat", "/proc/self/mountinfo"]).expect("mounts");
+        let mounts = || on_node(name, &["cat", "/proc/self/mountinfo"]).expect("mounts");
         assert!(mounts().contains(&uid), "the volume is mounted on {name}");
         namespace.delete_pod(&pod.name);
-        crate::support::wait_until("the volume's unmount", || !mounts().contains(&uid));
+        wait_until("the volume's unmount", || !mounts().contains(&uid));
     }
 }

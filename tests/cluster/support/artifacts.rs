@@ -97,3 +97,24 @@ pub fn push_standard_images() {
         "test -s /filters/filter.wasm; test -s /etc/envoy/envoy.yaml; trap exit TERM; while :; do sleep 3600 & wait $!; done",
     );
 }
+
+/// Pushes busybox' image with the system's Perl, which makes system calls that busybox has no command for. Returns its
+/// reference.
+#[track_caller]
+pub fn push_perl() -> String {
+    let folder = TempDir::new().expect("a folder");
+    let reference = "registry.example.com/tests/perl:v1";
+    let script = format!(
+        r#"
+cd '{}'
+mkdir -p image/usr/bin
+cp --dereference "$(command -v perl)" image/usr/bin/perl
+ldd image/usr/bin/perl | grep -o '/[^ ]*' | xargs -I '{{}}' cp --dereference --parents '{{}}' image
+tar -C image -cf image.tar .
+crane append --base docker.io/library/busybox:1.37 --new_layer image.tar --new_tag {reference}
+"#,
+        folder.path().display()
+    );
+    run("bash", &["-euc", &script], "").unwrap_or_else(|error| panic!("{reference}: {error}"));
+    reference.to_owned()
+}

@@ -17,7 +17,7 @@ use std::{
 
 use serde_json::Value;
 
-pub use artifacts::{Artifact, push_standard_images};
+pub use artifacts::{Artifact, push_perl, push_standard_images};
 pub use nodes::{
     DRIVER_NAMESPACE, NODES, driver_log, driver_pod, in_driver, node, on_node, release,
     restart_driver, upgrade,
@@ -257,6 +257,7 @@ impl Drop for TestNamespace {
 pub struct Pod {
     pub name: String,
     pub reference: String,
+    pub image: String,
     pub script: String,
     /// Further attributes of the volume.
     pub attributes: Vec<(&'static str, String)>,
@@ -278,6 +279,7 @@ impl Pod {
         Self {
             name: name.into(),
             reference: reference.into(),
+            image: "docker.io/library/busybox:1.37".into(),
             script: script.into(),
             attributes: Vec::new(),
             volume_read_only: Some(true),
@@ -332,7 +334,7 @@ spec:
   {spec}
   containers:
     - name: main
-      image: docker.io/library/busybox:1.37
+      image: {image}
       command: ["sh", "-c", {script}]
       securityContext: {security}
       volumeMounts:
@@ -342,6 +344,7 @@ spec:
       csi: {{driver: oci.custom.io{volume}{secret}, volumeAttributes: {{{attributes}}}}}
 "#,
             name = self.name,
+            image = self.image,
             spec = self.spec,
             script = serde_json::to_string(&self.script).expect("a string"),
             security = self.security,
