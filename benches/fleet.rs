@@ -7,6 +7,10 @@
 //! sent, the largest object, memory and processor time of the controller's process, and the time until all preloads are
 //! Ready. What is divided by nodes, or by pairs of node and preload, shows whether it grows with them; of
 //! memory that is what came after the controller knew all nodes.
+//!
+//! `api_server` has the same simulation on a real API server.
+
+pub mod api_server;
 
 use std::{
     fs,
@@ -38,11 +42,7 @@ const TICKS: f64 = 100.0;
 const CAPACITY: u64 = 1 << 40;
 
 pub fn fleet() {
-    let chosen = std::env::var("BENCH_FLEET").ok().map(|size| {
-        let (nodes, preloads) = size.split_once(',').expect("nodes,preloads");
-        (nodes.parse().expect("a number of nodes"), preloads.parse().expect("a number of preloads"))
-    });
-    let sizes = chosen.map_or_else(|| SIZES.to_vec(), |size| vec![size]);
+    let sizes = size().map_or_else(|| SIZES.to_vec(), |size| vec![size]);
     let columns = [
         "nodes",
         "preloads",
@@ -63,6 +63,16 @@ pub fn fleet() {
     for (nodes, preloads) in sizes {
         measure(nodes, preloads);
     }
+}
+
+/// The nodes and preloads that the caller chose.
+fn size() -> Option<(usize, usize)> {
+    let size = std::env::var("BENCH_FLEET").ok()?;
+    let (nodes, preloads) = size.split_once(',').expect("nodes,preloads");
+    Some((
+        nodes.parse().expect("a number of nodes"),
+        preloads.parse().expect("a number of preloads"),
+    ))
 }
 
 fn measure(nodes: usize, preloads: usize) {
@@ -86,7 +96,9 @@ fn measure(nodes: usize, preloads: usize) {
         }));
     }
     runtime.spawn(plugins(api.clone()));
-    let mut controller = Controller::start(&kubeconfig, "first");
+    let pace = format!("--writes-per-second={WRITES_PER_SECOND}");
+    let fast = [pace.as_str()];
+    let mut controller = Controller::start(&kubeconfig, "first", &fast);
     wait(|| {
         let told = |object: &&Value| !object["status"].is_null();
         api.list(Kind::NodeArtifacts).iter().filter(told).count() == nodes
@@ -112,7 +124,7 @@ fn measure(nodes: usize, preloads: usize) {
     controller.end();
     let quiet = api.counts().writes;
     let restarted = Instant::now();
-    let again = Controller::start(&kubeconfig, "second");
+    let again = Controller::start(&kubeconfig, "second", &fast);
     let knows_all = format!("csi_oci_preloads{{state=\"ready\"}} {preloads}\n");
     wait(|| again.metrics().contains(&knows_all));
     let (restart, extra) = (restarted.elapsed().as_secs_f64(), api.counts().writes - quiet);
@@ -142,36 +154,31 @@ struct Controller {
 }
 
 impl Controller {
-    fn start(kubeconfig: &Path, identity: &str) -> Self {
+    fn start(kubeconfig: &Path, identity: &str, arguments: &[&str]) -> Self {
         let metrics = Port::new();
         let process = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci"))
             .args(["controller", "--namespace=csi-driver-oci", "--health-endpoint="])
             .arg(format!("--identity={identity}"))
             .arg(format!("--metrics-endpoint={}", metrics.address()))
-            .arg(format!("--writes-per-second={WRITES_PER_SECOND}"))
             .arg("--log-level=error")
+            .args(arguments)
             .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null())
             .spawn();
         Self { process: process.expect("the controller"), metrics }
     }
 
-    fn file(&self, name: &str) -> String {
-        let path = PathBuf::from(format!("/proc/{}", self.process.id())).join(name);
-        fs::read_to_string(path).expect("what the kernel says of the controller")
+    fn folder(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.process.id()))
     }
 
-    /// Bytes that it had at most.
     fn memory(&self) -> u64 {
-        let status = self.file("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
-        number.and_then(|number| number.trim().parse::<u64>().ok()).expect("its memory") * 1024
+        most_memory(&self.folder())
     }
 
     /// Seconds that processors worked for it.
     fn processor(&self) -> f64 {
-        let stat = self.file("stat");
+        let stat = fs::read_to_string(self.folder().join("stat")).expect("its times");
         // Behind the name, which may have blanks: the state, and eleven numbers before these two.
         let (_, fields) = stat.rsplit_once(')').expect("a name");
         let times = fields.split_whitespace().skip(11).take(2);
@@ -202,6 +209,14 @@ impl Drop for Controller {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Bytes that the process of a folder of /proc had at most.
+fn most_memory(process: &Path) -> u64 {
+    let status = fs::read_to_string(process.join("status")).expect("what the kernel says of it");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let number = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    number.and_then(|number| number.trim().parse::<u64>().ok()).expect("its memory") * 1024
 }
 
 fn write_kubeconfig(path: &Path, address: SocketAddr) {

@@ -10,6 +10,7 @@
 //! warming      times of publishes beside warming
 //! transfers    cold publishes beside curl, oras, skopeo and containerd
 //! fleet        the preload controller with thousands of nodes
+//! fleet-api-server   the same with a real API server
 //! common       shared by them
 //! ```
 //!
@@ -34,7 +35,7 @@ mod store;
 mod transfers;
 mod warming;
 
-const BENCHES: [(&str, fn()); 8] = [
+const BENCHES: [(&str, fn()); 9] = [
     ("publish", publish::publish),
     ("mounts", mounts::mounts),
     ("store", store::store),
@@ -43,6 +44,7 @@ const BENCHES: [(&str, fn()); 8] = [
     ("warming", warming::warming),
     ("transfers", transfers::transfers),
     ("fleet", fleet::fleet),
+    ("fleet-api-server", fleet::api_server::fleet),
 ];
 
 fn main() {
