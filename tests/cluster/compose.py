@@ -475,12 +475,12 @@ def compose(name, xr, observed=None):
     return result.desired, result.status
 
 
-# What the controller says of a few reasons.
+# What the controller says of a few reasons, about {what} of a registry.
 MESSAGES = {
     "Ready": "2 of 2 nodes hold it",
-    "Preloading": "0 of 2 nodes hold it, 2 fetch it, 0 wait, 0 failed",
-    "ReferenceNotFound": "the registry does not have it",
-    "RegistryUnavailable": "the registry cannot be reached",
+    "Preloading": "0 of 2 nodes hold it, 1 fetch it, 1 wait, 0 failed",
+    "ReferenceNotFound": "the registry has no {what}: check the reference and that it was pushed",
+    "RegistryUnavailable": "{host} cannot be reached for {what} (Connection refused (os error 111)): check the network, DNS and proxy",
 }
 
 
@@ -496,13 +496,16 @@ def preloaded(preload, digest, reason="Ready", before=None, earlier=False):
     reference = preload["spec"]["reference"]
     ready = reason == "Ready"
     generation = preload["metadata"].setdefault("generation", 1)
+    repository, _, version = reference.partition("@")[0].rpartition(":")
+    what = f"manifest {version} of {repository}"
+    message = MESSAGES.get(reason, "why").format(what=what, host=repository.partition("/")[0])
     preload["status"] = {
         "observedGeneration": generation,
         "reference": reference,
         "digest": digest,
         "conditions": [
             {"type": "Resolved", "status": "True", "reason": "Resolved", "message": "it is there"},
-            {"type": "Ready", "status": str(ready), "reason": reason, "message": MESSAGES.get(reason, "why") + (EARLIER if earlier else "")},
+            {"type": "Ready", "status": str(ready), "reason": reason, "message": message + (EARLIER if earlier else "")},
         ],
     }
     last = f"{reference.partition('@')[0]}@{digest}" if ready else before
