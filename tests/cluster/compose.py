@@ -6,7 +6,8 @@ inside of Helm, which has the same library of functions; and what function-auto-
 
     compose.py COMPOSITION XR.json [OBSERVED.json]
 
-prints what the Composition makes of the object and of what is composed already: name -> desired object.
+prints what the Composition makes of the object and of what is composed already: `desired` has name -> object, `status` the
+object's, and `conditions` the status and message of each.
 
     compose.py
 
@@ -521,8 +522,8 @@ def main(arguments):
 
         raise SystemExit("\n".join(story.never_ready()) or 0)
     name, *files = arguments
-    desired, _ = compose(name, *(json.loads(pathlib.Path(file).read_text()) for file in files))
-    print(json.dumps(desired))
+    result = reconcile(name, *(json.loads(pathlib.Path(file).read_text()) for file in files))
+    print(json.dumps(dataclasses.asdict(result)))
 
 
 if __name__ == "__main__":

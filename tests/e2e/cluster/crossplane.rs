@@ -79,20 +79,29 @@ fn crossplane_may_make_what_is_composed() {
 }
 
 /// What a Composition makes: name -> object.
-type Composed = BTreeMap<String, Value>;
+pub(super) type Composed = BTreeMap<String, Value>;
 
 /// What the Composition makes of a `CustomPrometheus` that has these objects already.
 #[track_caller]
 fn compose(composition: &str, specification: Value, observed: &Composed) -> Composed {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (file, others) = (folder.path().join("xr.json"), folder.path().join("observed.json"));
-    fs::write(&others, json!(observed).to_string()).expect("the objects");
     let object = json!({
         "apiVersion": "custom.prometheus.io/v1alpha1",
         "kind": "CustomPrometheus",
         "metadata": {"name": "billing", "namespace": "billing-services"},
         "spec": specification,
     });
+    let mut result = reconcile(composition, &object, observed);
+    assert_eq!(result["conditions"]["Synced"][0], true, "{result}");
+    serde_json::from_value(result["desired"].take()).expect("objects")
+}
+
+/// One reconciliation of an object that has these objects already: `desired`, `status`, and `conditions`, each with its
+/// status and message.
+#[track_caller]
+pub(super) fn reconcile(composition: &str, object: &Value, observed: &Composed) -> Value {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, others) = (folder.path().join("xr.json"), folder.path().join("observed.json"));
+    fs::write(&others, json!(observed).to_string()).expect("the objects");
     fs::write(&file, object.to_string()).expect("the object");
     let mut script = python("compose.py");
     let output = script.arg(composition).args([&file, &others]).output().expect("python");

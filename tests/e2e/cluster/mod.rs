@@ -12,6 +12,7 @@ mod crossplane;
 mod daemonset;
 mod deployed;
 mod publish;
+mod story;
 
 use std::{
     collections::BTreeMap,

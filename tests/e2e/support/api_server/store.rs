@@ -160,7 +160,9 @@ impl Store {
                     match key.as_str() {
                         "status" => {}
                         "metadata" => {
-                            known[key]["labels"] = value["labels"].clone();
+                            for part in ["labels", "annotations"] {
+                                known[key][part] = value[part].clone();
+                            }
                         }
                         _ => known[key] = value.clone(),
                     }
