@@ -14,6 +14,7 @@ FROM ${RUST_IMAGE} AS builder
 WORKDIR /build
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY proto proto
+COPY crates crates
 COPY src src
 # The manifest names them; they are not built.
 COPY benches benches

@@ -27,10 +27,10 @@ test: tools
 	@if [ "$$(id -u)" -ne 0 ]; then \
 	    echo 'The tests mount ext4, xfs and btrfs and give files to several users, for which they need root:' >&2; \
 	    echo '  sudo env PATH="$$PATH" make test' >&2; \
-	    echo 'Without root: cargo test --lib' >&2; \
+	    echo 'Without root: cargo test --workspace --lib' >&2; \
 	    exit 1; \
 	fi
-	scripts/in-mount-namespace cargo test --locked --features fault-points $(ARGUMENTS)
+	scripts/in-mount-namespace cargo test --workspace --locked --features fault-points $(ARGUMENTS)
 
 # A Kubernetes of two nodes with the driver, and a shell in it. Built from pinned Go modules the first time.
 cluster:
@@ -67,8 +67,8 @@ bench-fleet: tools
 	scripts/cluster --api-server cargo bench --locked --offline --bench side-by-side -- fleet-api-server
 
 lint:
-	cargo fmt --check
-	cargo clippy --locked --all-targets --features fault-points -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --workspace --locked --all-targets --features fault-points -- -D warnings
 
 # Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
 validate: tools

@@ -2,12 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let protos = [
-        "proto/csi.proto",
-        "proto/pluginregistration.proto",
-        "proto/layer_index.proto",
-        "proto/admin.proto",
-    ];
+    let protos = ["proto/csi.proto", "proto/pluginregistration.proto", "proto/admin.proto"];
     let descriptors = protox::compile(protos, ["proto"])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())

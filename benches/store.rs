@@ -7,13 +7,13 @@ use crate::common::figures::{milliseconds, quantile};
 use crate::common::support::{
     Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact,
 };
-use csi_driver_oci::oci::{Digest, Platform, Reference};
-use csi_driver_oci::store::resolutions::Resolution;
-use csi_driver_oci::store::trees::{Objects, TreeRecord, View};
-use csi_driver_oci::store::{FileKey, Store, StoreOptions, TreeKey};
-use csi_driver_oci::unpack::layer_rule::FileRule;
-use csi_driver_oci::unpack::merge::Merger;
-use csi_driver_oci::unpack::{Limits, Permissions, RelativePath, Selection};
+use oci::{Digest, Platform, Reference};
+use store::resolutions::Resolution;
+use store::trees::{Objects, TreeRecord, View};
+use store::{FileKey, Store, StoreOptions, TreeKey};
+use unpack::layer_rule::FileRule;
+use unpack::merge::Merger;
+use unpack::{Limits, Permissions, RelativePath, Selection};
 
 const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];
 const PUBLISHES: usize = 500;

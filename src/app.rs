@@ -28,7 +28,6 @@ use tonic::transport::server::Router;
 pub use content::content_of;
 
 use crate::admin::health::Health;
-use crate::admin::http;
 use crate::admin::metrics::Metrics;
 use crate::admin::service::AdminService;
 use crate::config::NodeConfiguration;
@@ -39,18 +38,19 @@ use crate::csi::registration::RegistrationService;
 use crate::csi::request::Node;
 use crate::csi::socket::Socket;
 use crate::file_leases::LeasePolicy;
-use crate::fleet::node::NodePart;
 use crate::kubernetes::{PodEvents, take_taint};
-use crate::mount::AttachMethod;
+use crate::node_artifacts::NodePart;
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
 use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
-use crate::store::lock::Lock;
-use crate::store::{SecurityLabel, StoreError};
 use crate::volume::form::MountMode;
 use crate::volume::{ContentState, Mounter, Volumes};
 use content::Opening;
+use store::lock::Lock;
+use store::{SecurityLabel, StoreError};
+use sys::mount::AttachMethod;
+use telemetry::http;
 
 /// How long a new process waits for the old one to go.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);

@@ -19,8 +19,3 @@ pub mod pluginregistration {
 pub mod admin {
     tonic::include_proto!("csi_driver_oci.admin.v1");
 }
-
-/// The index of an unpacked layer.
-pub mod layer_index {
-    tonic::include_proto!("csi_driver_oci.store.v1");
-}

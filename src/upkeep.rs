@@ -14,9 +14,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::metrics::Metrics;
-use crate::store::gc::{Now, Want};
-use crate::store::{Store, StoreError};
 use crate::volume::{Content, Volumes};
+use store::gc::{Now, Want};
+use store::{Store, StoreError};
 
 /// In any case after so long.
 const INTERVAL: Duration = Duration::from_mins(1);

@@ -1,149 +1,41 @@
-//! Keeps the walls between the rooms up: which crate and which room may be named where.
+//! Keeps what the compiler cannot see: which module of a crate names which crate or module, and where `unsafe` is.
 
 use std::path::{Path, PathBuf};
 
-/// A room, what it must not name, and why.
-const WALLS: [(&str, &[&str], &str); 12] = [
+/// A folder, what must not be named in it, and why.
+const WALLS: [(&str, &[&str], &str); 7] = [
     (
-        "volume",
-        &["tonic::", "prost::", "reqwest::", "oci_client::", "crate::csi", "crate::admin"],
+        "src/volume",
+        &["tonic::", "prost::", "reqwest::", "crate::csi", "crate::admin"],
         "use cases know neither gRPC nor HTTP",
     ),
+    ("src/csi", &["reqwest::", "nix::", "store::Store"], "the gRPC edge does no work of its own"),
     (
-        "pull",
-        &[
-            "tonic::",
-            "prost::",
-            "reqwest::",
-            "oci_client::",
-            "nix::",
-            "crate::csi",
-            "crate::volume",
-            "crate::mount",
-        ],
-        "pulling needs no mount privilege",
-    ),
-    (
-        "oci",
+        "src/kubernetes",
         &[
             "tonic::",
             "prost::",
             "nix::",
-            "crate::store",
-            "crate::pull",
-            "crate::mount",
-            "crate::unpack",
-            "crate::volume",
-        ],
-        "the specifications stand alone",
-    ),
-    (
-        "unpack",
-        &[
-            "tonic::",
-            "prost::",
-            "reqwest::",
-            "oci_client::",
-            "tokio::",
-            "nix::",
-            "crate::store",
-            "crate::pull",
-            "crate::mount",
-            "crate::volume",
-        ],
-        "unpacking is pure",
-    ),
-    (
-        "store",
-        &[
-            "tonic::",
-            "reqwest::",
-            "oci_client::",
-            "tokio::",
-            "crate::pull",
+            "store::",
+            "pull::",
+            "oci::",
             "crate::volume",
             "crate::csi",
-        ],
-        "the store is synchronous and knows no network",
-    ),
-    (
-        "mount",
-        &[
-            "tonic::",
-            "prost::",
-            "reqwest::",
-            "oci_client::",
-            "tokio::",
-            "crate::store",
-            "crate::oci",
-            "crate::pull",
-            "crate::volume",
-        ],
-        "mounting knows only the kernel",
-    ),
-    (
-        "csi",
-        &["reqwest::", "oci_client::", "nix::", "crate::store::Store"],
-        "the edge does no work of its own",
-    ),
-    (
-        "kubernetes",
-        &[
-            "tonic::",
-            "prost::",
-            "oci_client::",
-            "nix::",
-            "crate::store",
-            "crate::pull",
-            "crate::volume",
-            "crate::csi",
-            "crate::oci",
         ],
         "what talks to the API server has no part in a publish",
     ),
     (
-        "warming",
-        &[
-            "tonic::",
-            "prost::",
-            "reqwest::",
-            "oci_client::",
-            "nix::",
-            "crate::csi",
-            "crate::admin",
-            "crate::mount",
-        ],
+        "src/warming",
+        &["tonic::", "prost::", "reqwest::", "nix::", "sys::mount", "crate::csi", "crate::admin"],
         "warming asks as a volume would",
     ),
+    ("src/admin", &["reqwest::", "nix::"], "the admin socket changes no mount"),
+    ("crates/pull", &["sys::mount"], "pulling needs no mount privilege"),
     (
-        "fleet/plan",
-        &[
-            "kube::",
-            "tokio::",
-            "reqwest::",
-            "crate::store",
-            "crate::pull",
-            "crate::volume",
-            "crate::fleet::controller",
-            "crate::fleet::node",
-        ],
+        "crates/preload/src/plan",
+        &["kube::", "tokio::", "crate::controller"],
         "planning is facts in, decisions out",
     ),
-    (
-        "fleet/controller",
-        &[
-            "tonic::",
-            "reqwest::",
-            "nix::",
-            "crate::store",
-            "crate::pull",
-            "crate::volume",
-            "crate::mount",
-            "crate::fleet::node",
-        ],
-        "the controller is on no node",
-    ),
-    ("admin", &["reqwest::", "oci_client::", "nix::"], "who looks on touches nothing"),
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
@@ -159,8 +51,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// The code without its comments, which may name anything.
@@ -179,10 +71,10 @@ fn names_it(code: &str, name: &str) -> bool {
 }
 
 #[test]
-fn rooms_name_only_what_lies_below_them() {
-    for (room, banned, why) in WALLS {
-        let files = sources(&source().join(room));
-        assert!(!files.is_empty(), "the room {room} is gone: mend this test");
+fn modules_name_only_what_lies_below_them() {
+    for (folder, banned, why) in WALLS {
+        let files = sources(&root().join(folder));
+        assert!(!files.is_empty(), "{folder} is gone: mend this test");
         for file in files {
             let code = code(&file);
             for name in banned {
@@ -195,6 +87,7 @@ fn rooms_name_only_what_lies_below_them() {
 #[test]
 fn unsafe_stands_in_one_file() {
     let with_unsafe = |path: &PathBuf| code(path).contains("unsafe {");
-    let files: Vec<_> = sources(&source()).into_iter().filter(with_unsafe).collect();
-    assert_eq!(files, [source().join("mount/syscalls.rs")]);
+    let all = ["src", "crates"].into_iter().flat_map(|folder| sources(&root().join(folder)));
+    let files: Vec<_> = all.filter(with_unsafe).collect();
+    assert_eq!(files, [root().join("crates/sys/src/mount/syscalls.rs")]);
 }

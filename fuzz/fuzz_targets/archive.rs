@@ -7,11 +7,11 @@
 
 use std::io::{self, BufRead};
 
-use csi_driver_oci::unpack::Checksum;
-use csi_driver_oci::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
-use csi_driver_oci::unpack::layer_rule::ArchiveRule;
-use csi_driver_oci::unpack::merge::Merger;
-use csi_driver_oci::unpack::{Entry, Limits, PermissionsRule, Selection};
+use unpack::Checksum;
+use unpack::archive::{FileHeader, Sink, StoredFile, unpack};
+use unpack::layer_rule::ArchiveRule;
+use unpack::merge::Merger;
+use unpack::{Entry, Limits, PermissionsRule, Selection};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Default)]

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use csi_driver_oci::mount::MountFlags;
+use sys::mount::MountFlags;
 use csi_driver_oci::volume::attributes::VolumeAttributes;
 use libfuzzer_sys::fuzz_target;
 

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use csi_driver_oci::oci::registry::hosts::HostsFile;
+use oci::registry::hosts::HostsFile;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

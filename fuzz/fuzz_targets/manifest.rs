@@ -2,10 +2,10 @@
 
 #![no_main]
 
-use csi_driver_oci::oci::Platform;
-use csi_driver_oci::oci::manifest::Manifest;
-use csi_driver_oci::unpack::layer_rule::{LayerRule, UnpackMode, classify};
-use csi_driver_oci::unpack::Limits;
+use oci::Platform;
+use oci::manifest::Manifest;
+use unpack::layer_rule::{LayerRule, UnpackMode, classify};
+use unpack::Limits;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

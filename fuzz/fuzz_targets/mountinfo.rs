@@ -2,8 +2,8 @@
 
 #![no_main]
 
-use csi_driver_oci::mount::MountTable;
-use csi_driver_oci::store::MountedTree;
+use sys::mount::MountTable;
+use store::MountedTree;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &[u8]| {

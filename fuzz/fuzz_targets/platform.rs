@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use csi_driver_oci::oci::Platform;
+use oci::Platform;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -3,8 +3,8 @@
 
 #![no_main]
 
-use csi_driver_oci::oci::Reference;
-use csi_driver_oci::oci::credentials::providers::{config, protocol};
+use oci::Reference;
+use oci::credentials::providers::{config, protocol};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use csi_driver_oci::oci::Reference;
+use oci::Reference;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -4,8 +4,8 @@
 
 use std::collections::HashMap;
 
-use csi_driver_oci::oci::Reference;
-use csi_driver_oci::oci::credentials::Keyring;
+use oci::Reference;
+use oci::credentials::Keyring;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

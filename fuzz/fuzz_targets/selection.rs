@@ -3,7 +3,7 @@
 
 #![no_main]
 
-use csi_driver_oci::unpack::{Limits, RelativePath, Selection};
+use unpack::{Limits, RelativePath, Selection};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

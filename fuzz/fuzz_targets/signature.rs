@@ -2,8 +2,8 @@
 
 #![no_main]
 
-use csi_driver_oci::oci::Digest;
-use csi_driver_oci::oci::signature::{
+use oci::Digest;
+use oci::signature::{
     Found, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
 };
 use libfuzzer_sys::fuzz_target;

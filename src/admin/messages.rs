@@ -1,13 +1,13 @@
 //! What operations say, as messages of the admin interface.
 
 use super::operations::{Artifact, Inspected, Meaning, Removed};
-use crate::oci::Digest;
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
-use crate::store::gc::{Collected, Victim};
-use crate::store::trees::View;
-use crate::store::verify::Finding;
 use crate::warming::{Phase, WarmState};
+use oci::Digest;
+use store::gc::{Collected, Victim};
+use store::trees::View;
+use store::verify::Finding;
 
 pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
     let record = artifact.tree.record;

@@ -16,17 +16,17 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 use tonic::Code;
 
-use super::families::Families;
 use super::lease_metrics::LeaseMetrics;
 use super::scrub_metrics::ScrubMetrics;
 use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
-use crate::pull::wire::Observer;
 use crate::scrub::ScrubState;
-use crate::store::Store;
 use crate::volume::publish::PublishPath;
 use crate::volume::reconcile::Reconciled;
 use crate::warming::WarmStates;
+use pull::wire::Observer;
+use store::Store;
+use telemetry::families::Families;
 
 /// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
 const SECONDS: [f64; 16] = [

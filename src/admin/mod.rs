@@ -2,10 +2,7 @@
 //! command line's questions over the admin socket.
 
 pub mod client;
-mod exposition;
-pub mod families;
 pub mod health;
-pub mod http;
 mod lease_metrics;
 mod messages;
 pub mod metrics;

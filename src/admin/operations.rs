@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use crate::oci::manifest::{Descriptor, Manifest};
-use crate::oci::{Digest, Platform, Reference};
-use crate::store::catalog::Entry;
-use crate::store::gc::Collected;
-use crate::store::pins::Pin;
-use crate::store::resolutions::Resolution;
-use crate::store::{ObjectName, Store, StoreError, Tree};
-use crate::unpack::Limits;
+use oci::manifest::{Descriptor, Manifest};
+use oci::{Digest, Platform, Reference};
+use store::catalog::Entry;
+use store::gc::Collected;
+use store::pins::Pin;
+use store::resolutions::Resolution;
+use store::{ObjectName, Store, StoreError, Tree};
+use unpack::Limits;
 
 /// The owner of pins that the command line makes.
 pub const ADMIN: &str = "admin";

@@ -15,7 +15,6 @@ use super::operations::{self, ADMIN, Inspected, OperationError};
 use super::pieces::Pieces;
 use super::{messages, warm};
 use crate::file_leases;
-use crate::oci::{Platform, Reference};
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
     CollectRequest, CollectResponse, GetStatusRequest, GetStatusResponse, ImportRequest,
@@ -24,13 +23,14 @@ use crate::proto::admin::{
     UnpinRequest, UnpinResponse, VerifyEvent, VerifyRequest, VerifySummary, WarmEvent, WarmRequest,
     import_request, verify_event,
 };
-use crate::pull::import::ImportError;
-use crate::pull::self_check::Repaired;
 use crate::scrub::ScrubState;
-use crate::store::gc::Want;
-use crate::store::{Room, Store, StoreError};
 use crate::volume::{Content, ContentState};
 use crate::warming::WarmStates;
+use oci::{Platform, Reference};
+use pull::import::ImportError;
+use pull::self_check::Repaired;
+use store::gc::Want;
+use store::{Room, Store, StoreError};
 
 /// Findings and progress that wait for a slow reader.
 const EVENTS: usize = 64;
@@ -310,7 +310,7 @@ fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
 }
 
 fn parse_reference(text: &str) -> Result<Reference, Status> {
-    text.parse().map_err(|error: crate::oci::reference::ReferenceError| {
+    text.parse().map_err(|error: oci::reference::ReferenceError| {
         Status::invalid_argument(error.to_string())
     })
 }

@@ -9,8 +9,8 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
-use crate::store::eviction::Reason;
-use crate::store::{ObjectKind, Store};
+use store::eviction::Reason;
+use store::{ObjectKind, Store};
 
 /// Empty until the store is open.
 #[derive(Clone, Debug, Default)]

@@ -7,13 +7,13 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 
 use super::operations::{self, ADMIN};
-use crate::oci::credentials::Keyring;
-use crate::oci::{Platform, Reference};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use crate::pull::{ProgressView, PullPolicy, Tenant, Want};
 use crate::volume::Content;
 use crate::warming::{want, with_demands};
+use oci::credentials::Keyring;
+use oci::{Platform, Reference};
+use pull::{ProgressView, PullPolicy, Tenant, Want};
 
 /// References in one request.
 const REFERENCES: usize = 10_000;
@@ -39,18 +39,15 @@ pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
     }
     let platform: Platform = match platform.as_str() {
         "" => Platform::of_this_node(),
-        text => {
-            text.parse().map_err(|error: crate::oci::platform::PlatformError| error.to_string())?
-        }
+        text => text.parse().map_err(|error: oci::platform::PlatformError| error.to_string())?,
     };
     let keyring = match docker_config.as_slice() {
         [] => Keyring::empty(),
         bytes => Keyring::from_docker_config(bytes).map_err(|error| error.to_string())?,
     };
     let wanted = |reference: &String| {
-        let reference: Reference = reference
-            .parse()
-            .map_err(|error: crate::oci::reference::ReferenceError| error.to_string())?;
+        let reference: Reference =
+            reference.parse().map_err(|error: oci::reference::ReferenceError| error.to_string())?;
         // A tag may have moved since: warming is for what it means now.
         Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone(), Tenant::Admin))
     };

@@ -10,26 +10,25 @@ use tokio_util::task::TaskTracker;
 
 use super::NodeOptions;
 use crate::admin::metrics::Metrics;
-use crate::background::Background;
 use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
-use crate::fleet::node::release_all;
 use crate::kubernetes::PodEvents;
-use crate::oci::credentials::providers::NodeCredentials;
-use crate::oci::registry::{Registry, RegistryOptions};
-use crate::policy::PolicySource;
-use crate::pull::flights::Runway;
-use crate::pull::memory::container_limit;
-use crate::pull::wire::Observer;
-use crate::pull::{Puller, Sources};
+use crate::node_artifacts::release_all;
 use crate::scrub::{Scrub, system_clock};
-use crate::store::lock::Lock;
-use crate::store::own::require_mountpoint;
-use crate::store::{SecurityLabel, Store, StoreError, StoreOptions};
 use crate::upkeep::Upkeep;
 use crate::volume::{Content, ContentState, Volumes};
 use crate::warming::WarmKeeper;
+use oci::credentials::providers::NodeCredentials;
+use oci::registry::{Registry, RegistryOptions};
+use pull::flights::Runway;
+use pull::memory::container_limit;
+use pull::wire::Observer;
+use pull::{Puller, Sources};
+use store::lock::Lock;
+use store::own::require_mountpoint;
+use store::{SecurityLabel, Store, StoreError, StoreOptions};
+use sys::background::Background;
 
 /// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
 const STORE_RETRY: Duration = Duration::from_secs(10);
@@ -203,6 +202,6 @@ pub fn content_of(
         (configuration.pull.options(), observer),
         runway,
     );
-    let policy = PolicySource::permissive();
+    let policy = policy::permissive();
     Ok(Content { policy, store, puller, upkeep: Arc::default() })
 }

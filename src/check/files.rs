@@ -9,16 +9,16 @@ use sha2::Digest as _;
 use tokio::sync::mpsc;
 
 use super::{CheckError, Checker};
-use crate::oci::credentials::Credential;
-use crate::oci::manifest::{Descriptor, ImageManifest};
-use crate::oci::{Digest, Repository};
-use crate::pull::PullError;
-use crate::store::files::starts_executable;
-use crate::unpack::archive::{FileHeader, Sink, StoredFile, unpack};
-use crate::unpack::layer_rule::{ArchiveRule, LayerRule, classify};
-use crate::unpack::merge::Merger;
-use crate::unpack::plan::{PlannedKind, Source};
-use crate::unpack::{
+use oci::credentials::Credential;
+use oci::manifest::{Descriptor, ImageManifest};
+use oci::{Digest, Repository};
+use pull::PullError;
+use store::files::starts_executable;
+use unpack::archive::{FileHeader, Sink, StoredFile, unpack};
+use unpack::layer_rule::{ArchiveRule, LayerRule, classify};
+use unpack::merge::Merger;
+use unpack::plan::{PlannedKind, Source};
+use unpack::{
     Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode,
 };
 

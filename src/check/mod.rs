@@ -16,18 +16,18 @@ use serde::Serialize;
 
 pub use files::FileReport;
 
-use crate::oci::credentials::{Credential, Keyring};
-use crate::oci::manifest::{
+use oci::credentials::{Credential, Keyring};
+use oci::manifest::{
     Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError,
     check_config_platform, config_platform,
 };
-use crate::oci::registry::{ManifestName, Registry, RegistryError};
-use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use crate::oci::{Digest, Platform, Reference, Repository};
-use crate::pull::PullError;
-use crate::pull::signatures::Finder;
-use crate::pull::wire::WireOptions;
-use crate::unpack::{Limits, UnpackError};
+use oci::registry::{ManifestName, Registry, RegistryError};
+use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
+use oci::{Digest, Platform, Reference, Repository};
+use pull::PullError;
+use pull::signatures::Finder;
+use pull::wire::WireOptions;
+use unpack::{Limits, UnpackError};
 
 /// What is asked.
 #[derive(Clone, Debug)]

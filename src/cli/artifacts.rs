@@ -7,7 +7,7 @@ use super::{Failure, Output, print, table, warm_list};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
 };
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]

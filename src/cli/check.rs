@@ -8,10 +8,10 @@ use super::mount::keyring;
 use super::{Failure, Output, logging, print, runtime};
 use crate::check::{Check, Checker, Report, Required, Signatures};
 use crate::config::NodeConfiguration;
-use crate::oci::registry::{Registry, RegistryOptions};
-use crate::oci::signature::PublicKey;
-use crate::oci::{Platform, Reference};
-use crate::units::Bytes;
+use oci::registry::{Registry, RegistryOptions};
+use oci::signature::PublicKey;
+use oci::{Platform, Reference};
+use text::units::Bytes;
 
 /// Arguments of `check`.
 #[derive(Debug, Args)]

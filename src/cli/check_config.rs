@@ -6,8 +6,8 @@ use clap::Args;
 
 use super::{Failure, print};
 use crate::config::{NodeConfiguration, Quantity};
-use crate::pull::memory::container_limit;
-use crate::reread::Seen;
+use pull::memory::container_limit;
+use sys::reread::Seen;
 
 /// Arguments of `check-config`.
 #[derive(Debug, Args)]

@@ -11,10 +11,10 @@ use super::node::until_told;
 use super::{Failure, runtime};
 use crate::config::policy::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
-use crate::fleet::controller::look::LookerClient;
-use crate::fleet::controller::{self, ControllerOptions, Looker, NamespaceQuota, Pace};
-use crate::oci::credentials::providers::NodeCredentials;
-use crate::oci::registry::{Registry, RegistryOptions};
+use oci::credentials::providers::NodeCredentials;
+use oci::registry::{Registry, RegistryOptions};
+use preload::controller::look::LookerClient;
+use preload::controller::{self, ControllerOptions, Looker, NamespaceQuota, Pace};
 
 /// Arguments of `controller`; each may be given in the environment too.
 #[derive(Debug, Args)]

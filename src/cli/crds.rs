@@ -1,7 +1,7 @@
 //! `crds`: the definitions of the kinds that the controller and the nodes work with.
 
 use super::{Failure, print_text};
-use crate::fleet::api::definitions;
+use preload::api::definitions;
 
 /// Prints both.
 pub(super) fn run() -> Result<(), Failure> {

@@ -6,7 +6,7 @@ use super::ask::AskArguments;
 use super::{Failure, Output, print, table};
 use crate::config::Quantity;
 use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// Arguments of `gc`.
 #[derive(Debug, Args)]

@@ -11,7 +11,7 @@ use super::ask::AskArguments;
 use super::{Failure, Output, layout_tar, print};
 use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// Bytes of one message; gRPC takes 4 MiB.
 const PIECE: usize = 1 << 20;

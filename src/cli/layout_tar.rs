@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Write};
 use std::path::Path;
 
-use crate::oci::Digest;
+use oci::Digest;
 
 const BLOCK: usize = 512;
 /// Digits of the largest size that a ustar header takes in octal.

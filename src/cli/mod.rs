@@ -28,8 +28,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::mount::syscalls;
-use crate::printable::printable;
+use sys::mount::syscalls;
+use text::printable::printable;
 
 /// Threads of a pull come and go; with a pool for each of them, a third of the memory was what
 /// one had freed and no other could use.

@@ -14,19 +14,19 @@ use tokio_util::task::TaskTracker;
 
 use super::{Failure, Output, logging, print, runtime};
 use crate::app::content_of;
-use crate::background::Background;
 use crate::config::NodeConfiguration;
-use crate::mount::{AttachMethod, MountFlags};
-use crate::oci::credentials::Keyring;
-use crate::policy::Demands;
-use crate::pull::flights::Runway;
-use crate::pull::wire::Unobserved;
-use crate::pull::{ProgressView, Tenant};
-use crate::store::lock::Lock;
-use crate::store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use crate::volume::attributes::VolumeAttributes;
 use crate::volume::form::MountMode;
 use crate::volume::{Content, Mounter, PodInfo, PublishRequest, TargetPath, Volumes};
+use oci::credentials::Keyring;
+use policy::Demands;
+use pull::flights::Runway;
+use pull::wire::Unobserved;
+use pull::{ProgressView, Tenant};
+use store::lock::Lock;
+use store::{CacheOptions, SecurityLabel, Store, StoreOptions};
+use sys::background::Background;
+use sys::mount::{AttachMethod, MountFlags};
 
 /// Whoever types a command waits for its end.
 const PATIENCE: Duration = Duration::from_hours(365 * 24);
@@ -146,7 +146,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             Output::Table => print(&format!(
                 "{reference} ({}, {}) is mounted at {target}",
                 digest.as_deref().unwrap_or("digest unknown"),
-                crate::units::Bytes(published.bytes),
+                text::units::Bytes(published.bytes),
             )),
             Output::Json => print(
                 &serde_json::json!({

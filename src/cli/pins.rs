@@ -5,7 +5,7 @@ use clap::Args;
 use super::ask::AskArguments;
 use super::{Failure, Output, print};
 use crate::proto::admin::{PinRequest, RemoveRequest, UnpinRequest};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// Arguments of `pin` and `unpin`.
 #[derive(Debug, Args)]

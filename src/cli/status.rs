@@ -3,7 +3,7 @@
 use super::ask::AskArguments;
 use super::{Failure, Output, print, warm_list};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 pub(super) fn run(arguments: &AskArguments) -> Result<(), Failure> {
     let status = arguments.ask(async |mut client| {

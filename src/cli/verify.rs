@@ -6,7 +6,7 @@ use super::ask::{AskArguments, unless_left};
 use super::{Failure, Output, print};
 use crate::proto::admin::verify_event::Event;
 use crate::proto::admin::{VerifyRequest, VerifySummary};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// Arguments of `verify`.
 #[derive(Debug, Args)]

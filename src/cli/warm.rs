@@ -12,7 +12,7 @@ use super::ask::{AskArguments, unless_left};
 use super::{Failure, Output, print, table, tell};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use crate::units::Bytes;
+use text::units::Bytes;
 
 /// How often a line tells how far an artifact is, where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -111,7 +111,7 @@ impl WarmArguments {
             if line.is_empty() {
                 continue;
             }
-            match line.parse::<crate::oci::Reference>() {
+            match line.parse::<oci::Reference>() {
                 Ok(_) => references.push(line.to_owned()),
                 Err(error) => wrong.push(WarmEvent {
                     reference: format!("line {} of {shown}", number + 1),

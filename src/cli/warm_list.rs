@@ -3,7 +3,7 @@
 use super::table;
 use crate::proto::admin::WarmReference;
 use crate::proto::admin::warm_reference::State;
-use crate::units::Bytes;
+use text::units::Bytes;
 
 pub(super) fn json(warm: &WarmReference) -> serde_json::Value {
     serde_json::json!({

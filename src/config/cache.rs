@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::GoDuration;
 use super::quantity::Quantity;
-use crate::store::CacheOptions;
+use store::CacheOptions;
 
 /// Intervals in which content can be read back.
 const INTERVALS: RangeInclusive<Duration> =

@@ -1,12 +1,12 @@
 //! The check that limits fit into the memory of the container.
 
 use super::NodeConfiguration;
-use crate::pull::memory::{
+use pull::memory::{
     BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART, MemoryPlan, PLAIN_WINDOW, bytes_beside,
 };
-use crate::units::Bytes;
-use crate::unpack::Selection;
-use crate::unpack::merge::Merger;
+use text::units::Bytes;
+use unpack::Selection;
+use unpack::merge::Merger;
 
 impl NodeConfiguration {
     /// Compares `pull.memory` with the container's limit, and the needs of one artifact within the

@@ -17,19 +17,19 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-pub use crate::duration::GoDuration;
 pub use cache::CacheSection;
 pub use policy::PolicySection;
 pub use pull::PullSection;
 pub use quantity::Quantity;
 pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
+pub use text::duration::GoDuration;
 pub use volumes::VolumesSection;
 pub use warm::WarmSection;
 
-use crate::printable::printable;
-use crate::reread::Seen;
-use crate::unpack::Limits;
+use sys::reread::Seen;
+use text::printable::printable;
+use unpack::Limits;
 
 /// As large as a `ConfigMap` can be.
 const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;

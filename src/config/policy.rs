@@ -7,9 +7,9 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::{NodeConfiguration, Quantity};
-use crate::oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use crate::policy::{Action, Demands, Pattern, Policy, PolicySource, Rule};
-use crate::reread::Seen;
+use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
+use policy::{Action, Demands, Pattern, Policy, PolicySource, Rule};
+use sys::reread::Seen;
 
 /// RSA of 8192 bits has 1.5 KiB.
 const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
@@ -153,7 +153,7 @@ pub fn policy_source(
     path: Option<PathBuf>,
     tell: impl Fn(bool) + Send + Sync + 'static,
 ) -> PolicySource {
-    let Some(path) = path else { return PolicySource::permissive() };
+    let Some(path) = path else { return policy::permissive() };
     let read =
         move |seen: &mut Seen| NodeConfiguration::read_again(&path, seen)?.policy.policy(seen);
     PolicySource::new("the policy", read, tell)

@@ -5,10 +5,10 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{GoDuration, Quantity};
-use crate::pull::PullOptions;
-use crate::pull::memory::{MemoryPlan, container_limit};
-use crate::pull::retry::RetryPolicy;
-use crate::pull::wire::WireOptions;
+use pull::PullOptions;
+use pull::memory::{MemoryPlan, container_limit};
+use pull::retry::RetryPolicy;
+use pull::wire::WireOptions;
 
 /// The `pull` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

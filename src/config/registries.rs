@@ -9,9 +9,9 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::GoDuration;
-use crate::oci::credentials::providers::{AccountAnnotations, ProviderFiles};
-use crate::oci::registry::{AddressRules, Loopback, RegistryOptions};
-use crate::pull::{CredentialsVerification, Verification};
+use oci::credentials::providers::{AccountAnnotations, ProviderFiles};
+use oci::registry::{AddressRules, Loopback, RegistryOptions};
+use pull::{CredentialsVerification, Verification};
 
 /// A day: longer than credentials that rotate live, and shorter than one notices that a right is gone.
 const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
@@ -123,7 +123,7 @@ impl RegistriesSection {
         options.hosts_dirs = roots.filter(|root| !root.is_empty()).map(PathBuf::from).collect();
         options.mirrors_with_credentials.clear();
         for text in &self.mirrors_with_credentials {
-            let mirror = crate::oci::registry::mirror_address(text)
+            let mirror = oci::registry::mirror_address(text)
                 .map_err(|reason| format!("registries.mirrorsWithCredentials: {reason}"))?;
             options.mirrors_with_credentials.push(mirror);
         }
@@ -131,7 +131,7 @@ impl RegistriesSection {
             .plain_http_redirects
             .iter()
             .map(|text| {
-                crate::oci::registry::plain_http_address(text)
+                oci::registry::plain_http_address(text)
                     .map_err(|reason| format!("registries.plainHTTPRedirects: {reason}"))
             })
             .collect::<Result<_, _>>()?;

@@ -7,9 +7,9 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::{GoDuration, NodeConfiguration};
-use crate::oci::Reference;
-use crate::reread::{LastGood, Seen};
 use crate::warming::WarmList;
+use oci::Reference;
+use sys::reread::{LastGood, Seen};
 
 /// References of one list: more than a node holds artifacts.
 const MAXIMUM_REFERENCES: usize = 1000;

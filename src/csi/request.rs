@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 
-use crate::mount::MountFlags;
-use crate::oci::credentials::{Keyring, WorkloadIdentity};
 use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
-use crate::pull::ProgressView;
 use crate::volume::attributes::{KUBELET_PREFIX, VolumeAttributes};
 use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
+use oci::credentials::{Keyring, WorkloadIdentity};
+use pull::ProgressView;
+use sys::mount::MountFlags;
 
 /// A call without a deadline gets the time that the kubelet would give it.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(115);

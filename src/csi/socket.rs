@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{UnixListener, UnixSocket, UnixStream};
 
-use crate::fault;
+use sys::fault;
 
 /// Connections that wait to be accepted.
 const BACKLOG: u32 = 1024;

@@ -6,13 +6,13 @@
 
 use tonic::{Code, Status};
 
-use crate::oci::digest::DigestError;
-use crate::oci::manifest::ManifestError;
-use crate::oci::registry::RegistryError;
-use crate::pull::PullError;
-use crate::store::StoreError;
-use crate::unpack::Class;
 use crate::volume::VolumeError;
+use oci::digest::DigestError;
+use oci::manifest::ManifestError;
+use oci::registry::RegistryError;
+use pull::PullError;
+use store::StoreError;
+use unpack::Class;
 
 /// Events are cut at 1,024 characters, and the kubelet puts text of its own in front.
 const MAXIMUM_BYTES: usize = 900;
@@ -180,7 +180,7 @@ mod tests {
             VolumeError::NotReady(String::new()),
             VolumeError::StillPulling {
                 reference: String::new(),
-                progress: Box::new(crate::pull::ProgressView::default().snapshot()),
+                progress: Box::new(pull::ProgressView::default().snapshot()),
             },
         ] {
             assert!(!is_final(code(&error)), "{error}");

@@ -7,10 +7,10 @@ use tokio::time::Instant;
 
 use super::status;
 use crate::kubernetes::{PodEvents, PodReference};
-use crate::pull::ProgressView;
-use crate::units::Bytes;
 use crate::volume::publish::{PublishPath, Published};
 use crate::volume::{PublishRequest, VolumeError};
+use pull::ProgressView;
+use text::units::Bytes;
 
 /// What ends within this was not worth waiting for: only its end is told.
 const AT_FIRST: Duration = Duration::from_millis(250);

@@ -23,12 +23,12 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::kubernetes::{PodEvents, PodReference};
-use crate::pull::self_check::{Damaged, Item, ReadBack, Repaired};
-use crate::store::publications::Publication;
-use crate::store::{Store, StoreError};
 use crate::volume::Content;
+use pull::self_check::{Damaged, Item, ReadBack, Repaired};
 use schedule::Schedule;
 pub use state::{ScrubSnapshot, ScrubState};
+use store::publications::Publication;
+use store::{Store, StoreError};
 
 /// Damage that others have found is reported after so long at most.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use crate::pull::self_check::Item;
+use pull::self_check::Item;
 
 /// Turns that were missed come so many times faster than others.
 const CATCH_UP: i64 = 8;
@@ -105,8 +105,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::oci::Digest;
-    use crate::store::{LayerKey, ObjectName};
+    use oci::Digest;
+    use store::{LayerKey, ObjectName};
 
     const HOUR: i64 = 3_600_000;
     const WEEK: Duration = Duration::from_hours(168);

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::schedule::Schedule;
-use crate::pull::self_check::Item;
-use crate::store::verify::Verified;
+use pull::self_check::Item;
+use store::verify::Verified;
 
 /// Shared by the scrub, `status` and metrics. Cheap to clone.
 #[derive(Clone, Debug, Default)]

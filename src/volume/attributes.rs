@@ -8,14 +8,14 @@ use std::collections::HashMap;
 use serde::Serialize;
 
 use super::error::VolumeError;
-use crate::mount::MountFlags;
-use crate::oci::credentials::{Keyring, WorkloadIdentity};
-use crate::oci::digest::DigestError;
-use crate::oci::reference::ReferenceError;
-use crate::oci::{Digest, Platform, Reference};
-use crate::policy::Demands;
-use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
-use crate::unpack::{PermissionsRule, Selection, UnpackMode};
+use oci::credentials::{Keyring, WorkloadIdentity};
+use oci::digest::DigestError;
+use oci::reference::ReferenceError;
+use oci::{Digest, Platform, Reference};
+use policy::Demands;
+use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
+use sys::mount::MountFlags;
+use unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// Every key that a volume's author may set.
 pub const KEYS: [&str; 13] = [

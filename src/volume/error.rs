@@ -4,10 +4,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::policy::Refusal;
-use crate::pull::PullError;
-use crate::pull::progress::Snapshot;
-use crate::store::StoreError;
+use policy::Refusal;
+use pull::PullError;
+use pull::progress::Snapshot;
+use store::StoreError;
 
 /// A use case that failed.
 #[derive(Debug, thiserror::Error)]

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use serde::Deserialize;
 
 use super::error::VolumeError;
-use crate::mount::{AttachMethod, MountContent, MountFlags, MountForm, Target};
-use crate::store::{MountedTree, Store, StoreError, Tree};
+use store::{MountedTree, Store, StoreError, Tree};
+use sys::mount::{AttachMethod, MountContent, MountFlags, MountForm, Target};
 
 /// The setting `volumes.mount`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -34,9 +34,9 @@ pub use form::Mounter;
 pub use request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
 
-use crate::policy::PolicySource;
-use crate::pull::Puller;
-use crate::store::Store;
+use policy::PolicySource;
+use pull::Puller;
+use store::Store;
 
 /// What publishing needs beside the kernel. It may come late (recovery) or not
 /// at all (a bad configuration, a broken disk); unpublishing never asks for it.
@@ -81,7 +81,7 @@ impl Volumes {
         tracker: TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
-        let boot_id = crate::store::publications::boot_id();
+        let boot_id = store::publications::boot_id();
         let guards = guard::Guards::default();
         Self(Arc::new(Inner { state_dir, mounter, content, guards, boot_id, tracker, shutdown }))
     }

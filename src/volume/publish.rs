@@ -24,16 +24,16 @@ use super::guard::Interest;
 use super::reconcile::is_known_to_kubelet;
 use super::request::PublishRequest;
 use super::{Content, TargetPath, Volumes, unpublish};
-use crate::fault;
-use crate::mount::{MountForm, Target, TargetState};
-use crate::oci::signature::SignatureMode;
-use crate::oci::{Digest, Reference};
-use crate::policy::{Demands, Facts};
-use crate::store::eviction::Goal;
-use crate::store::gc::Want;
-use crate::store::object::ObjectName;
-use crate::store::publications::Publication;
-use crate::store::{MountedTree, Store, StoreError, Tree};
+use oci::signature::SignatureMode;
+use oci::{Digest, Reference};
+use policy::{Demands, Facts};
+use store::eviction::Goal;
+use store::gc::Want;
+use store::object::ObjectName;
+use store::publications::Publication;
+use store::{MountedTree, Store, StoreError, Tree};
+use sys::fault;
+use sys::mount::{MountForm, Target, TargetState};
 
 /// What is freed for a record on a full disk: several times what one takes.
 const RECORD_ROOM: u64 = 64 << 10;

@@ -15,10 +15,10 @@ use super::error::VolumeError;
 use super::target_path::TargetPath;
 use super::unpublish;
 use super::{Content, Volumes};
-use crate::mount::{MountTable, Target, TargetState};
-use crate::oci::Digest;
-use crate::store::publications::Publication;
-use crate::store::{MountedTree, Store, StoreError};
+use oci::Digest;
+use store::publications::Publication;
+use store::{MountedTree, Store, StoreError};
+use sys::mount::{MountTable, Target, TargetState};
 
 /// What the kubelet writes beside a target before it asks for the volume, and
 /// removes after it has had it unpublished.
@@ -263,7 +263,7 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
     Publication {
         volume_id: data.map(|data| data.volume_handle).unwrap_or_default(),
         target: mount.target.clone(),
-        boot_id: crate::store::publications::boot_id(),
+        boot_id: store::publications::boot_id(),
         fingerprint: unknown,
         reference: String::new(),
         manifest: tree.map_or(unknown, |tree| tree.record.manifest),
@@ -278,8 +278,8 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mount::MountForm;
-    use crate::store::TreeKey;
+    use store::TreeKey;
+    use sys::mount::MountForm;
 
     const KUBELETS: &str = "/kubelet/pods/u/volumes/kubernetes.io~csi/v/mount";
 

@@ -4,10 +4,10 @@ use tokio::time::Instant;
 
 use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
-use crate::mount::MountFlags;
-use crate::oci::credentials::{Keyring, SecretError, WorkloadIdentity};
-use crate::policy::Demands;
-use crate::pull::{Caller, Priority, ProgressView, Tenant, Want};
+use oci::credentials::{Keyring, SecretError, WorkloadIdentity};
+use policy::Demands;
+use pull::{Caller, Priority, ProgressView, Tenant, Want};
+use sys::mount::MountFlags;
 
 /// A publish of one volume at one target.
 #[derive(Clone, Debug)]

@@ -3,8 +3,8 @@
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use crate::mount::{Target, TargetState};
-use crate::store::{MountedTree, Room, Tree};
+use store::{MountedTree, Room, Tree};
+use sys::mount::{Target, TargetState};
 
 /// Statistics of a volume, as the kubelet has them of its own local volumes: what the volume uses itself, and what its
 /// filesystem has in all. A volume that is "full by nature" would trip every alert about volumes that fill up.

@@ -6,9 +6,9 @@
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use crate::fault;
-use crate::mount::{DetachedFilesystem, MountForm, Target, TargetState, UnmountError};
-use crate::store::MountedTree;
+use store::MountedTree;
+use sys::fault;
+use sys::mount::{DetachedFilesystem, MountForm, Target, TargetState, UnmountError};
 
 /// More mounts than anybody stacks; a bound on a loop that the kernel must end.
 const MAXIMUM_STACK: usize = 1024;

@@ -9,11 +9,11 @@
 use std::sync::Arc;
 
 use super::want::{want, with_demands};
-use crate::oci::credentials::Keyring;
-use crate::oci::{Digest, Platform, Reference};
-use crate::pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
-use crate::store::resolutions::Resolution;
 use crate::volume::Content;
+use oci::credentials::Keyring;
+use oci::{Digest, Platform, Reference};
+use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
+use store::resolutions::Resolution;
 
 /// What one try has found out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

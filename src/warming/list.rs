@@ -17,12 +17,12 @@ use tokio_util::sync::CancellationToken;
 use super::bring::{Brought, bring, look};
 use super::schedule::{next_look, retry, share_of_spread};
 use super::states::WarmStates;
-use crate::oci::{Digest, Platform, Reference};
-use crate::pull::ProgressView;
-use crate::reread::LastGood;
-use crate::store::pins::Pin;
-use crate::store::{Store, StoreError};
 use crate::volume::Content;
+use oci::{Digest, Platform, Reference};
+use pull::ProgressView;
+use store::pins::Pin;
+use store::{Store, StoreError};
+use sys::reread::LastGood;
 
 /// The owner of the pins that the list makes.
 pub const OWNER: &str = "config";

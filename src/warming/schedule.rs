@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::oci::Digest;
-use crate::pull::retry::jittered;
+use oci::Digest;
+use pull::retry::jittered;
 
 /// After a first failure; doubles with each.
 const FIRST_RETRY: Duration = Duration::from_secs(5);

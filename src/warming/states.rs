@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
 
-use crate::oci::Digest;
-use crate::pull::ProgressView;
-use crate::pull::progress::Snapshot;
+use oci::Digest;
+use pull::ProgressView;
+use pull::progress::Snapshot;
 
 /// All of them. Cheap to clone; clones show the same.
 #[derive(Clone, Debug, Default)]

@@ -1,12 +1,12 @@
 //! What warming asks for: the artifact as a volume without attributes shows it. Volumes with
 //! others share its blobs and layers.
 
-use crate::oci::credentials::Keyring;
-use crate::oci::{Platform, Reference};
-use crate::policy::Facts;
-use crate::pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
-use crate::unpack::{PermissionsRule, Selection, UnpackMode};
 use crate::volume::Content;
+use oci::credentials::Keyring;
+use oci::{Platform, Reference};
+use policy::Facts;
+use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
+use unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// The want of nobody's volume.
 #[must_use]

@@ -7,8 +7,8 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use csi_driver_oci::fault::POINTS;
 use serde_json::json;
+use sys::fault::POINTS;
 
 use crate::support::{
     Admin, Driver, DriverOptions, Image, Kubelet, Layer, Manifest, OCI_TAR_GZIP, Proxy, Sandbox,

@@ -7,10 +7,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use csi_driver_oci::proto::layer_index::{Entry, entry::Kind};
 use prost::Message as _;
 use serde_json::{Value, json};
 use sha2::Digest as _;
+use store::layer_index::{Entry, entry::Kind};
 use tonic::Code;
 
 use crate::support::{

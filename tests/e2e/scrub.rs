@@ -12,8 +12,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use csi_driver_oci::mount::syscalls::set_extended_attribute;
 use serde_json::{Value, json};
+use sys::mount::syscalls::set_extended_attribute;
 use tonic::Code;
 
 use crate::support::{

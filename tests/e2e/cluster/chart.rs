@@ -7,7 +7,8 @@ use std::{
     path::Path,
 };
 
-use csi_driver_oci::{fleet::api::ArtifactPreload, volume::attributes::VolumeAttributes};
+use csi_driver_oci::volume::attributes::VolumeAttributes;
+use preload::api::ArtifactPreload;
 
 use k8s_openapi::api::{
     admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use csi_driver_oci::fleet::plan::facts::mix;
 use jiff::Timestamp;
+use preload::plan::facts::mix;
 use serde_json::{Value, json};
 
 use super::{DOCKER, index_of_another_platform, secret};

@@ -1,7 +1,7 @@
 //! What the definitions let pass: fields that are not in the schema are dropped, defaults are filled in, and what has
 //! the wrong type, is out of bounds or too long is refused. Patterns and rules are checked elsewhere.
 
-use csi_driver_oci::fleet::api::definitions::definitions;
+use preload::api::definitions::definitions;
 use serde_json::Value;
 
 use super::store::Kind;

@@ -1,0 +1,1029 @@
+//! Manifests and indexes, as the OCI image specification and Docker's schema 2
+//! define them, read from bytes that somebody else wrote.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+use base64::Engine as _;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use super::digest::{Digest, DigestError};
+use super::media_type;
+use super::platform::{Platform, PlatformOrder};
+
+/// Points at content, with what the manifest says of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// As written, without parameters, in lower case.
+    pub media_type: String,
+    /// The content's name.
+    pub digest: Digest,
+    /// The content's length in bytes.
+    pub size: u64,
+    /// The annotations of [`KNOWN_ANNOTATIONS`]. Others are not kept, as their number and length have
+    /// no limit.
+    pub annotations: BTreeMap<String, String>,
+    /// The content itself, where the manifest carries it inline.
+    pub data: Option<Vec<u8>>,
+    /// What an index says an entry was built for.
+    pub platform: Option<Platform>,
+    /// What an index says an entry is.
+    pub artifact_type: Option<String>,
+}
+
+/// What a reference can resolve to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Manifest {
+    /// One image or artifact.
+    Image(ImageManifest),
+    /// A choice of manifests by platform.
+    Index(ImageIndex),
+}
+
+/// One image or artifact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageManifest {
+    /// `artifactType` as written; see [`ImageManifest::kind`].
+    pub artifact_type: Option<String>,
+    /// None in the old artifact manifest.
+    pub config: Option<Box<Descriptor>>,
+    /// The content, lowest layer first.
+    pub layers: Vec<Descriptor>,
+}
+
+/// A choice of manifests by platform.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageIndex {
+    /// In the index's order.
+    pub manifests: Vec<Descriptor>,
+}
+
+/// The keys of annotations that the driver reads.
+pub const KNOWN_ANNOTATIONS: [&str; 10] = [
+    // Titles of files (OCI), and names of manifests in a layout.
+    "org.opencontainers.image.title",
+    "org.opencontainers.image.ref.name",
+    // Folders of ORAS.
+    "io.deis.oras.content.unpack",
+    "io.deis.oras.content.digest",
+    // Files of ModelPack, by its older name, too.
+    "org.cncf.model.filepath",
+    "org.cnai.model.filepath",
+    "org.cncf.model.file.metadata+json",
+    "org.cnai.model.file.metadata+json",
+    // Marks entries of an index that are attestations.
+    "vnd.docker.reference.type",
+    SIGNATURE_ANNOTATION,
+];
+
+/// The annotation in which the descriptor of a simple signature's layer carries the signature.
+pub const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
+/// The maximum length of an annotation in bytes, several times that of a path, a signature or a
+/// record of a file.
+const ANNOTATION_BYTES: usize = 64 << 10;
+/// The maximum length of a media type or an artifact type in characters, several times that of any
+/// registered one.
+const TYPE_CHARACTERS: usize = 256;
+
+/// Indexes below the one that is referenced, each in the one before.
+const INDEX_DEPTH: usize = 4;
+/// Indexes in the one that is referenced, all together: each takes a request.
+const MOST_INDEXES: usize = 32;
+
+/// Bounds on what a manifest may demand.
+#[derive(Clone, Copy, Debug)]
+pub struct ManifestLimits {
+    /// Layers of one manifest, and entries of one index.
+    pub layers: usize,
+    /// Bytes of one blob as its descriptor announces it.
+    pub blob_bytes: u64,
+}
+
+/// Why bytes are not a manifest that can be used.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ManifestError {
+    /// Not JSON, or not of a manifest's shape.
+    #[error("the manifest cannot be decoded: {0}")]
+    Undecodable(String),
+    /// A digest in it.
+    #[error("a descriptor of the manifest: {0}")]
+    Digest(DigestError),
+    /// A size below zero.
+    #[error("the manifest gives {digest} a size of {size} bytes")]
+    NegativeSize {
+        /// Whose size.
+        digest: Digest,
+        /// What it says.
+        size: i64,
+    },
+    /// The configuration of an image.
+    #[error("the image's configuration cannot be decoded ({0}): push the image again")]
+    Config(String),
+    /// Inline data that is not base64, or not what the descriptor says.
+    #[error("the inline data of {0} does not match its descriptor")]
+    Data(Digest),
+    /// A manifest of a kind that holds nothing to mount.
+    #[error("manifests of type \"{0}\" are not supported: push an OCI image manifest or index")]
+    MediaType(String),
+    /// More layers or entries than the limit.
+    #[error("the manifest has {count} layers or entries, the limit is {limit} (limits.layers)")]
+    TooManyLayers {
+        /// How many.
+        count: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// A descriptor that announces more than the limit.
+    #[error(
+        "the manifest announces {size} bytes for {digest}, the limit is {limit} (limits.blobBytes)"
+    )]
+    BlobTooLarge {
+        /// Which blob.
+        digest: Digest,
+        /// What it announces.
+        size: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// No entry of an index fits.
+    #[error(
+        "the index has nothing for {wanted}; it has {offered}: set the attribute \"platform\" or push that platform"
+    )]
+    NoPlatform {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        offered: String,
+    },
+    /// A single manifest whose configuration names another platform.
+    #[error(
+        "the artifact is for {found}, not for {wanted}: set the attribute \"platform\" to mount it all the same"
+    )]
+    OtherPlatform {
+        /// What was asked for.
+        wanted: String,
+        /// What the configuration says.
+        found: String,
+    },
+    /// An index inside an index, beyond the bounds.
+    #[error(
+        "the index's entry {0} is one index too many, since {INDEX_DEPTH} may lie below each other and {MOST_INDEXES} in one: reference that index by its own digest"
+    )]
+    NestedIndex(Digest),
+}
+
+/// A manifest or an index before it is checked. Unknown fields are not kept, and of each list only
+/// as many descriptors as the limit allows.
+#[derive(Default)]
+struct RawManifest {
+    schema_version: Option<i64>,
+    media_type: Option<String>,
+    artifact_type: Option<String>,
+    config: Option<RawDescriptor>,
+    layers: Option<DescriptorList>,
+    blobs: Option<DescriptorList>,
+    manifests: Option<DescriptorList>,
+}
+
+/// The first descriptors of a list, and the length of the list.
+struct DescriptorList {
+    first: Vec<RawDescriptor>,
+    count: usize,
+}
+
+/// Reads a manifest, and keeps at most `most` descriptors of each list.
+#[derive(Clone, Copy)]
+struct ManifestReader {
+    most: usize,
+}
+
+/// Reads a list of descriptors or null, and keeps at most `most` of them.
+#[derive(Clone, Copy)]
+struct DescriptorListReader {
+    most: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(field_identifier, rename_all = "camelCase")]
+enum ManifestField {
+    SchemaVersion,
+    MediaType,
+    ArtifactType,
+    Config,
+    Layers,
+    Blobs,
+    Manifests,
+    #[serde(other)]
+    Other,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawDescriptor {
+    media_type: Option<String>,
+    digest: String,
+    size: Option<i64>,
+    #[serde(default)]
+    annotations: KnownAnnotations,
+    data: Option<String>,
+    platform: Option<RawPlatform>,
+    artifact_type: Option<String>,
+}
+
+/// The annotations of [`KNOWN_ANNOTATIONS`] that a descriptor has.
+#[derive(Default)]
+struct KnownAnnotations(BTreeMap<String, String>);
+
+impl<'de> DeserializeSeed<'de> for ManifestReader {
+    type Value = RawManifest;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawManifest, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ManifestReader {
+    type Value = RawManifest;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a manifest")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawManifest, A::Error> {
+        fn once<T, E: serde::de::Error>(
+            place: &mut Option<T>,
+            value: Option<T>,
+            key: &'static str,
+        ) -> Result<(), E> {
+            if place.is_some() {
+                return Err(E::duplicate_field(key));
+            }
+            *place = value;
+            Ok(())
+        }
+        let mut raw = RawManifest::default();
+        let list = DescriptorListReader { most: self.most };
+        while let Some(field) = map.next_key()? {
+            match field {
+                ManifestField::SchemaVersion => {
+                    once(&mut raw.schema_version, map.next_value()?, "schemaVersion")?;
+                }
+                ManifestField::MediaType => {
+                    once(&mut raw.media_type, map.next_value()?, "mediaType")?;
+                }
+                ManifestField::ArtifactType => {
+                    once(&mut raw.artifact_type, map.next_value()?, "artifactType")?;
+                }
+                ManifestField::Config => once(&mut raw.config, map.next_value()?, "config")?,
+                ManifestField::Layers => {
+                    once(&mut raw.layers, map.next_value_seed(list)?, "layers")?;
+                }
+                ManifestField::Blobs => once(&mut raw.blobs, map.next_value_seed(list)?, "blobs")?,
+                ManifestField::Manifests => {
+                    once(&mut raw.manifests, map.next_value_seed(list)?, "manifests")?;
+                }
+                ManifestField::Other => {
+                    map.next_value::<IgnoredAny>()?;
+                }
+            }
+        }
+        Ok(raw)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for DescriptorListReader {
+    type Value = Option<DescriptorList>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_option(self)
+    }
+}
+
+impl<'de> Visitor<'de> for DescriptorListReader {
+    type Value = Option<DescriptorList>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list of descriptors")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut listed = DescriptorList { first: Vec::new(), count: 0 };
+        while listed.first.len() < self.most {
+            let Some(descriptor) = list.next_element()? else { break };
+            listed.first.push(descriptor);
+        }
+        listed.count = listed.first.len();
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            listed.count += 1;
+        }
+        Ok(Some(listed))
+    }
+}
+
+impl<'de> Deserialize<'de> for KnownAnnotations {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_option(AnnotationReader)
+    }
+}
+
+struct AnnotationReader;
+
+impl<'de> Visitor<'de> for AnnotationReader {
+    type Value = KnownAnnotations;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("annotations")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(KnownAnnotations::default())
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(KnownAnnotations::default())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut known = KnownAnnotations::default();
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            // A value that is no text is an error for unknown annotations, too.
+            let Some(BorrowedText(value)) = map.next_value()? else { continue };
+            if !KNOWN_ANNOTATIONS.contains(&&*key) {
+                continue;
+            }
+            if value.len() > ANNOTATION_BYTES {
+                return Err(serde::de::Error::custom(format_args!(
+                    "the annotation {key} has {} bytes, the most is {ANNOTATION_BYTES}",
+                    value.len()
+                )));
+            }
+            known.0.insert(key.into_owned(), value.into_owned());
+        }
+        Ok(known)
+    }
+}
+
+/// A text that borrows from the document unless it has escape sequences.
+#[derive(Deserialize)]
+struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
+
+#[derive(Deserialize)]
+struct RawPlatform {
+    os: Option<String>,
+    architecture: Option<String>,
+    variant: Option<String>,
+}
+
+impl Manifest {
+    /// Reads a manifest. `content_type` is what the registry's header said; the
+    /// document's own `mediaType` wins, and its shape decides when neither helps.
+    ///
+    /// # Errors
+    ///
+    /// See [`ManifestError`]; nothing of the input is trusted before it is checked.
+    pub fn parse(
+        bytes: &[u8],
+        content_type: Option<&str>,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        // The error may quote any part of the document.
+        let undecodable = |error: serde_json::Error| {
+            ManifestError::Undecodable(error.to_string().chars().take(300).collect())
+        };
+        let mut document = serde_json::Deserializer::from_slice(bytes);
+        let reader = ManifestReader { most: limits.layers };
+        let raw = reader.deserialize(&mut document).map_err(undecodable)?;
+        document.end().map_err(undecodable)?;
+        let declared = raw.media_type.as_deref().or(content_type).map(media_type::essence);
+        let declared =
+            declared.filter(|declared| media_type::MANIFESTS.contains(&declared.as_str()));
+        // A document that is not a manifest at all (an error page, Docker's schema 1) is told from a broken one.
+        if declared.is_none() {
+            if let Some(other) = raw.media_type.as_deref() {
+                return Err(ManifestError::MediaType(other.chars().take(200).collect()));
+            }
+            if raw.schema_version == Some(1) {
+                return Err(ManifestError::MediaType("Docker schema 1".into()));
+            }
+        }
+        // Hosts differ in what they call a document, so the shape decides, once the type is known to be one of ours.
+        match (raw.layers, raw.manifests, raw.blobs) {
+            (Some(_), Some(_), _) => {
+                Err(ManifestError::Undecodable("it has both \"layers\" and \"manifests\"".into()))
+            }
+            (Some(layers), None, _) => Self::image(raw.artifact_type, raw.config, layers, limits),
+            (None, Some(manifests), _) => {
+                let manifests = descriptors(manifests, limits)?;
+                Ok(Self::Index(ImageIndex { manifests }))
+            }
+            (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
+            // Both may be left out where there are none.
+            (None, None, None) if raw.media_type.is_some() || raw.config.is_some() => {
+                let none = DescriptorList { first: Vec::new(), count: 0 };
+                match declared.as_deref() {
+                    Some(media_type::OCI_INDEX | media_type::DOCKER_INDEX) => {
+                        Ok(Self::Index(ImageIndex { manifests: Vec::new() }))
+                    }
+                    _ => Self::image(raw.artifact_type, raw.config, none, limits),
+                }
+            }
+            (None, None, None) => Err(ManifestError::Undecodable(
+                "it has neither \"layers\" nor \"manifests\"".into(),
+            )),
+        }
+    }
+
+    fn image(
+        artifact_type: Option<String>,
+        config: Option<RawDescriptor>,
+        layers: DescriptorList,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        Ok(Self::Image(ImageManifest {
+            artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(truncated),
+            config: config.map(|config| config_descriptor(config, limits)).transpose()?,
+            layers: descriptors(layers, limits)?,
+        }))
+    }
+}
+
+impl ImageManifest {
+    /// What the artifact is, for people: `artifactType`, else the configuration's media type.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        let config = self.config.as_ref().map(|config| config.media_type.as_str());
+        self.artifact_type.as_deref().or(config).unwrap_or("unknown")
+    }
+
+    /// Returns whether this is an ordinary runnable image, whose configuration names a platform. An
+    /// `artifactType` says no even when the configuration's type says yes, as `oras push
+    /// --artifact-platform` writes it; so do layers of which none is an image's, as in models.
+    #[must_use]
+    pub fn is_image(&self) -> bool {
+        self.artifact_type.is_none()
+            && self.has_image_config()
+            && self.layers.iter().any(|layer| media_type::is_image_layer(&layer.media_type))
+    }
+
+    fn has_image_config(&self) -> bool {
+        self.config.as_ref().is_some_and(|config| {
+            [media_type::OCI_IMAGE_CONFIG, media_type::DOCKER_IMAGE_CONFIG]
+                .contains(&config.media_type.as_str())
+        })
+    }
+}
+
+impl ImageIndex {
+    /// Chooses the entry for a platform on this node: the best that its processor runs, else the only
+    /// one that names no platform. Attestations (`unknown/unknown`) never count.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
+        self.choose_by(wanted, &wanted.order_on_this_node())
+    }
+
+    /// Chooses the entry for a platform on any node, as [`ImageIndex::choose`] does on this one.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose_for_any_node(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
+        self.choose_by(wanted, &wanted.order())
+    }
+
+    fn choose_by(
+        &self,
+        wanted: &Platform,
+        order: &PlatformOrder,
+    ) -> Result<&Descriptor, ManifestError> {
+        let candidates: Vec<_> =
+            self.manifests.iter().filter(|entry| !entry.is_attestation()).collect();
+        let ranked = candidates.iter().filter_map(|entry| {
+            let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
+            Some((rank, *entry))
+        });
+        // The first of equal entries.
+        if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
+            return Ok(entry);
+        }
+        // Artifact indexes often name no platforms; then there is no choice to get wrong only with one entry.
+        let mut without = candidates.iter().filter(|entry| entry.platform.is_none());
+        if let (Some(entry), None) = (without.next(), without.next()) {
+            return Ok(entry);
+        }
+        let offered: Vec<_> = candidates
+            .iter()
+            .take(20)
+            .map(|entry| entry.platform.as_ref().map_or("no platform".into(), Platform::to_string))
+            .collect();
+        let offered = if offered.is_empty() { "no manifests".into() } else { offered.join(", ") };
+        Err(ManifestError::NoPlatform { wanted: wanted.to_string(), offered })
+    }
+}
+
+/// The choice among the entries of an index, and of the indexes in it as if their entries stood in
+/// their place.
+#[derive(Debug)]
+pub struct IndexChoice {
+    wanted: Platform,
+    order: PlatformOrder,
+    most: usize,
+    entries: ImageIndex,
+    /// Indexes that were not read yet, with their depth.
+    nested: VecDeque<(Descriptor, usize)>,
+    /// Indexes that were found.
+    found: usize,
+    /// The depth of the index that is read now.
+    depth: usize,
+}
+
+impl IndexChoice {
+    /// Starts with the index that is referenced, for a platform on this node.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] where no index has to be read to know it, and those of
+    /// [`IndexChoice::insert`].
+    pub fn new(
+        index: ImageIndex,
+        wanted: &Platform,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        let mut choice = Self {
+            order: wanted.order_on_this_node(),
+            wanted: wanted.clone(),
+            most: limits.layers,
+            entries: ImageIndex { manifests: Vec::new() },
+            nested: VecDeque::new(),
+            found: 0,
+            depth: 0,
+        };
+        choice.add(index, None)?;
+        if choice.nested.is_empty() {
+            choice.choose()?;
+        }
+        Ok(choice)
+    }
+
+    /// Returns the next index that has to be read, and then inserted.
+    pub fn next_index(&mut self) -> Option<Descriptor> {
+        let (index, depth) = self.nested.pop_front()?;
+        self.depth = depth;
+        Some(index)
+    }
+
+    /// Inserts what was read for the last [`IndexChoice::next_index`].
+    ///
+    /// # Errors
+    ///
+    /// More indexes or entries than the bounds.
+    pub fn insert(&mut self, of: Descriptor, document: Manifest) -> Result<(), ManifestError> {
+        match document {
+            Manifest::Image(_) => self.entries.manifests.push(of),
+            Manifest::Index(index) => self.add(index, of.platform.as_ref())?,
+        }
+        Ok(())
+    }
+
+    /// Chooses among all entries that were inserted, see [`ImageIndex::choose`].
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] with what there is.
+    pub fn choose(&self) -> Result<&Descriptor, ManifestError> {
+        self.entries.choose_by(&self.wanted, &self.order)
+    }
+
+    fn add(&mut self, index: ImageIndex, of: Option<&Platform>) -> Result<(), ManifestError> {
+        for mut entry in index.manifests.into_iter().filter(|entry| !entry.is_attestation()) {
+            entry.platform = entry.platform.or_else(|| of.cloned());
+            // Several indexes are in memory at once, so that their entries keep the fields of the choice alone.
+            entry.annotations.clear();
+            entry.data = entry.data.filter(|_| self.depth == 0);
+            let ranks = |platform: &Platform| self.order.rank(platform).is_some();
+            let may_fit = entry.platform.as_ref().is_none_or(ranks);
+            if !entry.is_index() || !may_fit {
+                self.entries.manifests.push(entry);
+                continue;
+            }
+            self.found += 1;
+            if self.depth == INDEX_DEPTH || self.found > MOST_INDEXES {
+                return Err(ManifestError::NestedIndex(entry.digest));
+            }
+            self.nested.push_back((entry, self.depth + 1));
+        }
+        let count = self.entries.manifests.len();
+        if count > self.most {
+            return Err(ManifestError::TooManyLayers { count, limit: self.most });
+        }
+        Ok(())
+    }
+}
+
+impl Descriptor {
+    fn is_index(&self) -> bool {
+        [media_type::OCI_INDEX, media_type::DOCKER_INDEX].contains(&self.media_type.as_str())
+    }
+
+    /// Returns whether an entry is an attestation of another entry, which cannot be chosen.
+    fn is_attestation(&self) -> bool {
+        let is_unknown =
+            |platform: &Platform| platform.os == "unknown" || platform.architecture == "unknown";
+        self.platform.as_ref().is_some_and(is_unknown)
+            || self.annotations.contains_key("vnd.docker.reference.type")
+    }
+}
+
+/// Compares the platform that an image's configuration names, if it names any, with the one that is
+/// wanted on this node.
+///
+/// # Errors
+///
+/// [`ManifestError::OtherPlatform`], and [`ManifestError::Config`] for a configuration that is none.
+pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), ManifestError> {
+    let Some(found) = config_platform(config)? else { return Ok(()) };
+    if wanted.order_on_this_node().rank(&found).is_some() {
+        return Ok(());
+    }
+    let (wanted, found) = (wanted.to_string(), found.to_string());
+    Err(ManifestError::OtherPlatform { wanted, found })
+}
+
+/// Returns the platform that an image's configuration names; none where it names none.
+///
+/// # Errors
+///
+/// [`ManifestError::Config`].
+pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError> {
+    // The text of the error could quote the configuration.
+    let undecodable = |error: serde_json::Error| {
+        let (line, column) = (error.line(), error.column());
+        let what = if error.is_data() { "a value of another type" } else { "no JSON" };
+        ManifestError::Config(format!("{what} at line {line}, column {column}"))
+    };
+    Ok(platform(serde_json::from_slice(config).map_err(undecodable)?))
+}
+
+/// Returns none where no architecture is named.
+fn platform(raw: RawPlatform) -> Option<Platform> {
+    // Shown in messages, so bounded here.
+    let named = |text: Option<String>| {
+        text.filter(|text| !text.is_empty()).map(|text| text.chars().take(64).collect::<String>())
+    };
+    Some(Platform {
+        architecture: named(raw.architecture)?,
+        os: named(raw.os).unwrap_or_else(|| "linux".to_owned()),
+        variant: named(raw.variant),
+    })
+}
+
+fn descriptors(
+    raw: DescriptorList,
+    limits: ManifestLimits,
+) -> Result<Vec<Descriptor>, ManifestError> {
+    if raw.count > limits.layers {
+        return Err(ManifestError::TooManyLayers { count: raw.count, limit: limits.layers });
+    }
+    raw.first.into_iter().map(|raw| descriptor(raw, limits)).collect()
+}
+
+fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
+    let missing = |what| ManifestError::Undecodable(format!("a descriptor has no \"{what}\""));
+    let digest: Digest = raw.digest.parse().map_err(ManifestError::Digest)?;
+    let media_type = raw.media_type.ok_or_else(|| missing("mediaType"))?;
+    let size = raw.size.ok_or_else(|| missing("size"))?;
+    let size = u64::try_from(size).map_err(|_| ManifestError::NegativeSize { digest, size })?;
+    if size > limits.blob_bytes {
+        return Err(ManifestError::BlobTooLarge { digest, size, limit: limits.blob_bytes });
+    }
+    let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
+    Ok(Descriptor {
+        media_type: truncated(media_type::essence(&media_type)),
+        digest,
+        size,
+        annotations: raw.annotations.0,
+        data,
+        platform: raw.platform.and_then(platform),
+        artifact_type: raw.artifact_type.map(truncated),
+    })
+}
+
+/// Reads the descriptor of a configuration, of which few artifacts need more than the digest: without
+/// a type it has none, and without a size it has 0 bytes.
+fn config_descriptor(
+    raw: RawDescriptor,
+    limits: ManifestLimits,
+) -> Result<Box<Descriptor>, ManifestError> {
+    let media_type = Some(raw.media_type.unwrap_or_default());
+    let size = Some(raw.size.unwrap_or_default());
+    descriptor(RawDescriptor { media_type, size, ..raw }, limits).map(Box::new)
+}
+
+/// Returns a type, truncated to [`TYPE_CHARACTERS`].
+fn truncated(text: String) -> String {
+    match text.char_indices().nth(TYPE_CHARACTERS) {
+        Some((end, _)) => text[..end].to_owned(),
+        None => text,
+    }
+}
+
+fn inline(data: &str, digest: Digest, size: u64) -> Result<Vec<u8>, ManifestError> {
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(data)
+        .map_err(|_| ManifestError::Data(digest))?;
+    let matches = bytes.len() as u64 == size && Digest::of(&bytes) == digest;
+    matches.then_some(bytes).ok_or(ManifestError::Data(digest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: ManifestLimits = ManifestLimits { layers: 3, blob_bytes: 1 << 40 };
+    const EMPTY: &str = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+
+    fn parse(text: &str) -> Result<Manifest, ManifestError> {
+        Manifest::parse(text.as_bytes(), None, LIMITS)
+    }
+
+    fn layer(size: &str, more: &str) -> String {
+        format!(r#"{{"mediaType":"a/b","digest":"{EMPTY}","size":{size}{more}}}"#)
+    }
+
+    fn with_layers(layers: &str) -> String {
+        format!(
+            r#"{{"schemaVersion":2,"mediaType":"{}","layers":[{layers}]}}"#,
+            media_type::OCI_MANIFEST
+        )
+    }
+
+    fn entry(os: &str, architecture: &str) -> String {
+        layer("2", &format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"}}"#))
+    }
+
+    fn index(entries: &[String]) -> ImageIndex {
+        match parse(&format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","))) {
+            Ok(Manifest::Index(index)) => index,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn inline_data_is_checked() {
+        assert!(parse(&with_layers(&layer("2", r#","data":"e30=""#))).is_ok());
+        for data in ["e30", "W10=", "%%%"] {
+            let text = with_layers(&layer("2", &format!(r#","data":"{data}""#)));
+            assert!(matches!(parse(&text), Err(ManifestError::Data(_))), "{data}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_checked() {
+        let negative = parse(&with_layers(&layer("-1", "")));
+        assert!(matches!(negative, Err(ManifestError::NegativeSize { .. })));
+        let absurd = parse(&with_layers(&layer("9223372036854775807", "")));
+        assert!(matches!(absurd, Err(ManifestError::BlobTooLarge { .. })));
+        let huge = parse(&with_layers(&layer("99999999999999999999", "")));
+        assert!(matches!(huge, Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn too_many_layers_are_refused() {
+        let layers = vec![layer("2", ""); 4].join(",");
+        assert_eq!(
+            parse(&with_layers(&layers)),
+            Err(ManifestError::TooManyLayers { count: 4, limit: 3 })
+        );
+    }
+
+    #[test]
+    fn what_is_no_manifest_is_named() {
+        assert!(matches!(parse("<html>"), Err(ManifestError::Undecodable(_))));
+        assert!(matches!(parse("{}"), Err(ManifestError::Undecodable(_))));
+        let helm = r#"{"schemaVersion":2,"mediaType":"application/x","layers":[]}"#;
+        assert!(matches!(parse(helm), Err(ManifestError::MediaType(_))));
+        let schema1 = r#"{"schemaVersion":1,"fsLayers":[]}"#;
+        assert!(matches!(parse(schema1), Err(ManifestError::MediaType(_))));
+    }
+
+    #[test]
+    fn unknown_fields_and_annotations_are_not_kept() {
+        let many: Vec<_> = (0..1000).map(|n| format!(r#""a{n}":"{n}","#)).collect();
+        let many = many.concat();
+        let annotations = format!(
+            r#","annotations":{{{many}"org.opencontainers.image.title":"t","escap\u0065d":"\u0041"}},"more":[[{{}}]]"#
+        );
+        let text = with_layers(&layer("2", &annotations));
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        let kept: Vec<_> = image.layers[0].annotations.iter().collect();
+        assert_eq!(kept, [(&KNOWN_ANNOTATIONS[0].to_owned(), &"t".to_owned())]);
+        let null = with_layers(&layer("2", r#","annotations":null"#));
+        assert!(parse(&null).is_ok());
+        for wrong in [r#","annotations":{"a":1}"#, r#","annotations":[]"#] {
+            let refused = parse(&with_layers(&layer("2", wrong)));
+            assert!(matches!(refused, Err(ManifestError::Undecodable(_))), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn annotations_and_types_have_a_maximum_length() {
+        let title = "t".repeat(ANNOTATION_BYTES + 1);
+        let title = format!(r#","annotations":{{"{}":"{title}"}}"#, KNOWN_ANNOTATIONS[0]);
+        let error = parse(&with_layers(&layer("2", &title))).expect_err("too long").to_string();
+        assert!(error.contains("has 65537 bytes") && error.len() < 300, "{error}");
+        let kind = "k".repeat(100_000);
+        let text = format!(r#"{{"schemaVersion":2,"artifactType":"{kind}","layers":[]}}"#);
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert_eq!(image.kind().len(), TYPE_CHARACTERS);
+        let twice = r#"{"schemaVersion":2,"layers":[],"layers":[]}"#;
+        assert!(matches!(parse(twice), Err(ManifestError::Undecodable(_))));
+        assert!(matches!(parse(r#"{"layers":[]} x"#), Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn what_holds_nothing_may_leave_its_lists_out() {
+        let config = layer("2", "");
+        for list in ["", r#","layers":null"#, r#","layers":[]"#] {
+            let text = format!(r#"{{"schemaVersion":2,"config":{config}{list}}}"#);
+            let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+            assert!(image.layers.is_empty());
+        }
+        for list in ["", r#","manifests":null"#] {
+            let kind = media_type::OCI_INDEX;
+            let text = format!(r#"{{"schemaVersion":2,"mediaType":"{kind}"{list}}}"#);
+            assert_eq!(parse(&text), Ok(Manifest::Index(ImageIndex { manifests: Vec::new() })));
+        }
+        assert!(matches!(parse(r#"{"schemaVersion":2}"#), Err(ManifestError::Undecodable(_))));
+    }
+
+    #[test]
+    fn a_configuration_may_lack_its_size_and_an_annotation_its_value() {
+        for size in ["", r#","size":null"#] {
+            let config = format!(r#"{{"mediaType":"a/b","digest":"{EMPTY}"{size}}}"#);
+            let text = format!(r#"{{"schemaVersion":2,"config":{config},"layers":[]}}"#);
+            assert!(parse(&text).is_ok(), "{:?}", parse(&text));
+            let as_layer = with_layers(&config);
+            assert!(matches!(parse(&as_layer), Err(ManifestError::Undecodable(_))));
+        }
+        let title = KNOWN_ANNOTATIONS[0];
+        let text =
+            with_layers(&layer("2", &format!(r#","annotations":{{"{title}":null,"a":null}}"#)));
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert!(image.layers[0].annotations.is_empty());
+    }
+
+    #[test]
+    fn only_images_are_for_a_platform() {
+        let image = |config: &str, kind: &str, more: &str| {
+            let descriptor =
+                |kind: &str| format!(r#"{{"mediaType":"{kind}","digest":"{EMPTY}","size":2}}"#);
+            let (config, layer) = (descriptor(config), descriptor(kind));
+            let text =
+                format!(r#"{{"schemaVersion":2{more},"config":{config},"layers":[{layer}]}}"#);
+            let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+            image.is_image()
+        };
+        let docker = media_type::DOCKER_IMAGE_CONFIG;
+        assert!(image(docker, "application/vnd.docker.image.rootfs.diff.tar.gzip", ""));
+        assert!(!image(docker, "application/vnd.ollama.image.model", ""));
+        let layer = "application/vnd.oci.image.layer.v1.tar+gzip";
+        assert!(image(media_type::OCI_IMAGE_CONFIG, layer, ""));
+        assert!(!image(media_type::OCI_IMAGE_CONFIG, layer, r#","artifactType":"a/b""#));
+        assert!(!image("a/b", layer, ""));
+    }
+
+    #[test]
+    fn a_configuration_that_is_none_is_told_without_quoting_it() {
+        let platform: Platform = "linux/amd64".parse().expect("a platform");
+        for config in ["secret", r#"{"os":["secret"]}"#, "{\"os\":\"secret", ""] {
+            let error = check_config_platform(config.as_bytes(), &platform).expect_err("none");
+            assert!(matches!(error, ManifestError::Config(_)), "{error:?}");
+            assert!(!error.to_string().contains("secret"), "{error}");
+        }
+        for config in ["{}", r#"{"os":null,"architecture":""}"#, r#"{"architecture":"amd64"}"#] {
+            assert_eq!(check_config_platform(config.as_bytes(), &platform), Ok(()), "{config}");
+        }
+        let other = check_config_platform(br#"{"architecture":"s390x"}"#, &platform);
+        assert!(matches!(other, Err(ManifestError::OtherPlatform { .. })));
+    }
+
+    /// An entry that is an index, with a number in its digest.
+    fn nested(number: usize, platform: &str) -> String {
+        let (kind, digest) = (media_type::OCI_INDEX, Digest::of(number.to_string().as_bytes()));
+        format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":2{platform}}}"#)
+    }
+
+    /// Chooses through indexes, of which each has what the function says.
+    fn choose_through(
+        top: &[String],
+        of: impl Fn(&Descriptor) -> Vec<String>,
+    ) -> Result<Descriptor, ManifestError> {
+        let wanted: Platform = "linux/s390x".parse().expect("a platform");
+        let limits = ManifestLimits { layers: 100, ..LIMITS };
+        let with = |entries: &[String]| {
+            let text = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","));
+            Manifest::parse(text.as_bytes(), None, limits)
+        };
+        let Manifest::Index(index) = with(top)? else { panic!("no index") };
+        let mut choice = IndexChoice::new(index, &wanted, limits)?;
+        while let Some(nested) = choice.next_index() {
+            let document = with(&of(&nested))?;
+            choice.insert(nested, document)?;
+        }
+        choice.choose().cloned()
+    }
+
+    #[test]
+    fn the_best_entry_of_all_nested_indexes_is_chosen() {
+        let s390x = entry("linux", "s390x");
+        let other = [entry("linux", "amd64")];
+        let chosen = choose_through(&[nested(0, ""), other[0].clone()], |_| vec![s390x.clone()]);
+        assert_eq!(
+            chosen.expect("an entry").platform.map(|p| p.architecture),
+            Some("s390x".into())
+        );
+        let refused = choose_through(&[nested(0, "")], |_| other.to_vec());
+        assert!(matches!(refused, Err(ManifestError::NoPlatform { .. })), "{refused:?}");
+        // An entry without a platform has that of its index.
+        let arm = nested(1, r#","platform":{"os":"linux","architecture":"arm64"}"#);
+        let ours = nested(2, r#","platform":{"os":"linux","architecture":"s390x"}"#);
+        let two = choose_through(&[arm, ours, layer("2", "")], |of| {
+            assert_eq!(of.digest, Digest::of(b"2"), "others are not read");
+            vec![layer("2", "")]
+        });
+        assert!(two.expect("an entry").platform.is_some());
+    }
+
+    #[test]
+    fn nested_indexes_are_bounded() {
+        let depth = std::cell::Cell::new(0);
+        let chain = |most: usize| {
+            depth.set(0);
+            choose_through(&[nested(0, "")], |_| {
+                depth.set(depth.get() + 1);
+                let last = depth.get() == most;
+                vec![if last { entry("linux", "s390x") } else { nested(depth.get(), "") }]
+            })
+        };
+        assert!(chain(INDEX_DEPTH).is_ok());
+        assert!(matches!(chain(INDEX_DEPTH + 1), Err(ManifestError::NestedIndex(_))));
+        let many = |count| (0..count).map(|number| nested(number, "")).collect::<Vec<_>>();
+        assert!(choose_through(&many(MOST_INDEXES), |_| vec![entry("linux", "s390x")]).is_ok());
+        let refused = choose_through(&many(MOST_INDEXES + 1), |_| Vec::new());
+        assert!(matches!(refused, Err(ManifestError::NestedIndex(_))), "{refused:?}");
+        let refused = choose_through(&many(10), |_| vec![layer("2", ""); 11]);
+        assert!(matches!(refused, Err(ManifestError::TooManyLayers { .. })), "{refused:?}");
+    }
+
+    #[test]
+    fn an_empty_platform_is_none() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let empty = |platform: &str| layer("2", &format!(r#","platform":{platform}"#));
+        for platform in ["{}", r#"{"os":"","architecture":""}"#, r#"{"os":"linux"}"#, "null"] {
+            assert!(index(&[empty(platform)]).choose(&node).is_ok(), "{platform}");
+            assert!(index(&[empty(platform), entry("unknown", "unknown")]).choose(&node).is_ok());
+            assert!(index(&[empty(platform), empty(platform)]).choose(&node).is_err());
+        }
+        assert!(index(&[empty(r#"{"architecture":"amd64"}"#)]).choose(&node).is_ok());
+    }
+
+    #[test]
+    fn attestations_are_never_chosen() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let choice = index(&[entry("unknown", "unknown"), entry("linux", "amd64")]);
+        let chosen = choice.choose(&node).expect("an entry");
+        assert_eq!(chosen.platform.as_ref().map(|p| p.os.as_str()), Some("linux"));
+        let refused =
+            index(&[entry("unknown", "unknown"), entry("linux", "arm64")]).choose(&node).cloned();
+        assert!(
+            matches!(refused, Err(ManifestError::NoPlatform { offered, .. }) if offered == "linux/arm64")
+        );
+    }
+
+    #[test]
+    fn an_entry_without_platform_is_the_fallback() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        assert!(index(&[layer("2", "")]).choose(&node).is_ok());
+        assert!(index(&[layer("2", ""), layer("2", "")]).choose(&node).is_err());
+    }
+}

@@ -1,0 +1,304 @@
+//! Which credentials fit which repository: the kubelet's rules, as they are.
+//!
+//! From `pkg/credentialprovider/keyring.go`: a key is `host[:port][/path]`, its
+//! scheme and a leading `/v1/` or `/v2/` dropped. It fits a repository when the
+//! ports are equal as texts (none equals none), the hosts have the same number
+//! of dot-separated parts and each part matches as a glob, and the key's path is
+//! a plain prefix of the repository's. Keys are tried in reverse lexical order,
+//! so that longer paths come first. When none fits a repository of Docker Hub,
+//! the key `index.docker.io` does.
+//!
+//! A key is parsed as an address before it is a glob, by the kubelet and here:
+//! `?` starts a query, and a key with `\` or `^` in its host is no address.
+//! What is left of globs is `*` and `[a-z]`.
+//!
+//! A plain prefix means that `r.io/team` also fits `r.io/team-b/app`. It stays so
+//! because a secret that works for `imagePullSecrets` must work here.
+
+use super::Credential;
+use super::docker_config::Entries;
+use crate::Repository;
+use crate::reference::DOCKER_HUB;
+
+/// The key that docker's clients write for Docker Hub.
+const DOCKER_HUB_KEY: &str = "index.docker.io";
+
+/// The maximum number of credentials that are tried for one repository. A pod's author writes the secret, and a registry
+/// may block the address of a node with many failed logins.
+const ATTEMPTS: usize = 16;
+
+/// Credentials, each with the repositories that it is for.
+#[derive(Clone, Default, Debug)]
+pub struct Keyring {
+    /// In the order in which they are tried.
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    /// `host[:port][/path]`.
+    key: String,
+    pattern: Pattern,
+    credential: Credential,
+}
+
+#[derive(Clone, Debug)]
+enum Pattern {
+    /// This `host[:port]` and nothing else.
+    Host(String),
+    Url {
+        parts: Vec<Glob>,
+        port: String,
+        path: String,
+    },
+}
+
+/// One part of a host name, as Go's `filepath.Match` reads it.
+#[derive(Clone, Debug)]
+struct Glob(Vec<GlobItem>);
+
+#[derive(Clone, Debug)]
+enum GlobItem {
+    Literal(char),
+    Star,
+    Class(Vec<(char, char)>),
+}
+
+impl Keyring {
+    /// Fits nothing.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// Credentials for one registry (`host[:port]`), to be tried in this order.
+    #[must_use]
+    pub fn of_host(host: &str, credentials: Vec<Credential>) -> Self {
+        let mut keyring = Self::empty();
+        for credential in credentials {
+            keyring.add_for_host(host, credential);
+        }
+        keyring
+    }
+
+    /// Whether there is no credential in it at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Returns the credentials to try for a repository, in this order, until one works: [`ATTEMPTS`] at most,
+    /// those of the most specific keys. Without any, the request is anonymous. If all of them fail, no
+    /// anonymous request is made.
+    #[must_use]
+    pub fn matching(&self, repository: &Repository) -> Vec<Credential> {
+        let fitting = self.credentials(|entry| entry.pattern.matches(repository));
+        if fitting.is_empty() && repository.host() == DOCKER_HUB {
+            return self.credentials(|entry| entry.key == DOCKER_HUB_KEY);
+        }
+        fitting
+    }
+
+    fn credentials(&self, mut chosen: impl FnMut(&Entry) -> bool) -> Vec<Credential> {
+        let mut credentials: Vec<Credential> = Vec::new();
+        for entry in &self.entries {
+            if credentials.len() == ATTEMPTS {
+                break;
+            }
+            // The same credential under two spellings of one host is one attempt.
+            if chosen(entry) && !credentials.contains(&entry.credential) {
+                credentials.push(entry.credential.clone());
+            }
+        }
+        credentials
+    }
+
+    pub(super) fn add_entries(&mut self, entries: Entries) {
+        for (name, credential) in entries {
+            // The kubelet ignores keys that it cannot parse, and so do we: they name nobody.
+            if let Some((key, pattern)) = parse_key(&name) {
+                self.entries.push(Entry { key, pattern, credential });
+            }
+        }
+        self.sort();
+    }
+
+    pub(super) fn add_for_host(&mut self, host: &str, credential: Credential) {
+        let host = if host == DOCKER_HUB_KEY { DOCKER_HUB } else { host };
+        self.entries.push(Entry {
+            key: host.to_owned(),
+            pattern: Pattern::Host(host.to_owned()),
+            credential,
+        });
+        self.sort();
+    }
+
+    fn sort(&mut self) {
+        // Stable: credentials of one key keep the order in which they came.
+        self.entries.sort_by(|left, right| right.key.cmp(&left.key));
+    }
+}
+
+/// A pattern of `matchImages`: the rules of a key, for plugins.
+#[derive(Clone, Debug)]
+pub(super) struct ImagePattern(Pattern);
+
+impl ImagePattern {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        parse_key(text).map(|(_, pattern)| Self(pattern))
+    }
+
+    pub(super) fn matches(&self, repository: &Repository) -> bool {
+        self.0.matches(repository)
+    }
+}
+
+impl Pattern {
+    fn matches(&self, repository: &Repository) -> bool {
+        match self {
+            Self::Host(host) => host == repository.host(),
+            Self::Url { parts, port, path } => {
+                let (host, repository_port) = split_port(repository.host());
+                port == repository_port
+                    && path.strip_prefix('/').is_none_or(|path| repository.path().starts_with(path))
+                    && parts.len() == host.split('.').count()
+                    && parts.iter().zip(host.split('.')).all(|(glob, part)| glob.matches(part))
+            }
+        }
+    }
+}
+
+/// Normalises a configuration's key; none when it names no host.
+fn parse_key(name: &str) -> Option<(String, Pattern)> {
+    let url =
+        name.strip_prefix("https://").or_else(|| name.strip_prefix("http://")).unwrap_or(name);
+    if url.chars().any(char::is_control) {
+        return None;
+    }
+    // A query or fragment is no part of the path.
+    let url = url.split(['?', '#']).next().unwrap_or_default();
+    let (authority, path) = match url.find('/') {
+        Some(slash) => url.split_at(slash),
+        None => (url, ""),
+    };
+    // What stands before an "@" is a user's name, not the host.
+    let authority = authority.rsplit('@').next().unwrap_or_default();
+    let path = match path {
+        versioned if versioned.starts_with("/v1/") || versioned.starts_with("/v2/") => {
+            &versioned["/v1".len()..]
+        }
+        path => path,
+    };
+    let path = if path == "/" { "" } else { path };
+    let (host, port) = split_port(authority);
+    if host.is_empty()
+        || !host.bytes().all(is_host_byte)
+        || !port.bytes().all(|byte| byte.is_ascii_digit())
+    {
+        return None;
+    }
+    let parts = host.split('.').map(Glob::parse).collect::<Option<_>>()?;
+    Some((
+        format!("{authority}{path}"),
+        Pattern::Url { parts, port: port.to_owned(), path: path.to_owned() },
+    ))
+}
+
+/// What Go's `url.Parse` lets pass in a host.
+fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"-_.~!$&'()*+,;=:[]<>\"".contains(&byte)
+}
+
+/// Splits `host[:port]`; an IPv6 address keeps its brackets.
+fn split_port(authority: &str) -> (&str, &str) {
+    match authority.rsplit_once(':') {
+        Some((host, port))
+            if !port.contains(']') && (!host.contains(':') || host.ends_with(']')) =>
+        {
+            (host, port)
+        }
+        _ => (authority, ""),
+    }
+}
+
+impl Glob {
+    /// None when the pattern is malformed: such a key fits nothing.
+    fn parse(pattern: &str) -> Option<Self> {
+        let mut items = Vec::new();
+        let mut rest = pattern.chars().peekable();
+        while let Some(character) = rest.next() {
+            items.push(match character {
+                '*' => GlobItem::Star,
+                '[' => {
+                    let mut ranges = Vec::new();
+                    loop {
+                        let low = match rest.next()? {
+                            ']' if ranges.is_empty() => return None,
+                            ']' => break,
+                            '-' => return None,
+                            low => low,
+                        };
+                        let high = if rest.next_if_eq(&'-').is_some() {
+                            match rest.next()? {
+                                '-' | ']' => return None,
+                                high => high,
+                            }
+                        } else {
+                            low
+                        };
+                        ranges.push((low, high));
+                    }
+                    GlobItem::Class(ranges)
+                }
+                literal => GlobItem::Literal(literal),
+            });
+        }
+        Some(Self(items))
+    }
+
+    /// Goes back to the last star only: linear in the pattern times the text, whatever they are.
+    fn matches(&self, text: &str) -> bool {
+        let text: Vec<char> = text.chars().collect();
+        let (mut item, mut position) = (0, 0);
+        let mut retry: Option<(usize, usize)> = None;
+        loop {
+            match self.0.get(item) {
+                Some(GlobItem::Star) => {
+                    retry = Some((item + 1, position));
+                    item += 1;
+                    continue;
+                }
+                Some(glob) => {
+                    if let Some(&character) = text.get(position)
+                        && glob.matches(character)
+                    {
+                        item += 1;
+                        position += 1;
+                        continue;
+                    }
+                }
+                None if position == text.len() => return true,
+                None => {}
+            }
+            match retry {
+                Some((after_star, start)) if start < text.len() => {
+                    retry = Some((after_star, start + 1));
+                    (item, position) = (after_star, start + 1);
+                }
+                _ => return false,
+            }
+        }
+    }
+}
+
+impl GlobItem {
+    fn matches(&self, character: char) -> bool {
+        match self {
+            Self::Literal(literal) => *literal == character,
+            Self::Star => false,
+            Self::Class(ranges) => {
+                ranges.iter().any(|&(low, high)| (low..=high).contains(&character))
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! One run of a plugin: a program of the administrator's that may hang, crash or babble.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+
+use super::ProviderError;
+use super::config::Provider;
+use sys::process_group::ProcessGroup;
+
+/// Tokens of the clouds have a few KiB; a plugin that prints more has something else to say.
+const MAXIMUM_OUTPUT: u64 = 256 * 1024;
+
+/// Runs a plugin with `request` on its standard input, and returns what it printed. It is
+/// killed with all that it has started when the time is up, or when nobody waits any more. What it says on standard
+/// error goes nowhere: it may be a secret.
+pub(super) async fn run(
+    provider: &Provider,
+    folder: &Path,
+    request: &[u8],
+    timeout: Duration,
+) -> Result<Vec<u8>, ProviderError> {
+    let name = || provider.name.clone();
+    let program = folder.join(&provider.name);
+    let mut child = Command::new(&program)
+        .args(&provider.args)
+        .envs(provider.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .process_group(0)
+        // Waited for by the runtime, should it be dropped before its end.
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| ProviderError::Start {
+            plugin: name(),
+            path: program.clone(),
+            reason: error.to_string(),
+        })?;
+    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
+    let mut child = ProcessGroup::led_by(child);
+    let talk = async {
+        let tell = async {
+            if let Some(mut stdin) = stdin {
+                // A plugin that does not listen may still know the answer.
+                let _ = stdin.write_all(request).await;
+            }
+        };
+        let listen = async {
+            let mut output = Vec::new();
+            if let Some(stdout) = stdout {
+                stdout.take(MAXIMUM_OUTPUT + 1).read_to_end(&mut output).await?;
+            }
+            Ok::<_, std::io::Error>(output)
+        };
+        let ((), output) = tokio::join!(tell, listen);
+        let output = output.map_err(|error| error.to_string())?;
+        if output.len() as u64 > MAXIMUM_OUTPUT {
+            return Err(format!("it printed more than {MAXIMUM_OUTPUT} bytes"));
+        }
+        let status = child.wait().await.map_err(|error| error.to_string())?;
+        if !status.success() {
+            return Err(format!("it ended with {status}"));
+        }
+        Ok(output)
+    };
+    match tokio::time::timeout(timeout, talk).await {
+        Ok(Ok(output)) => Ok(output),
+        Ok(Err(reason)) => Err(ProviderError::Failed { plugin: name(), reason }),
+        Err(_) => {
+            let reason = format!("it did not answer within {} seconds", timeout.as_secs());
+            Err(ProviderError::Failed { plugin: name(), reason })
+        }
+    }
+}

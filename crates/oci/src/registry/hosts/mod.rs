@@ -1,0 +1,237 @@
+//! Who answers for a registry: containerd's `hosts.toml`, one folder a registry.
+//!
+//! ```text
+//! text     the text of a hosts.toml -> hosts in order
+//! folder   where a registry's folder is, and the files in it
+//! ```
+//!
+//! Files are looked at at every use and read again when they have changed. A
+//! broken file stops the pulls from its registry, with a message that names it;
+//! other registries go on. (containerd logs it and asks the registry itself,
+//! which would pass by a mirror that is there to forbid just that.)
+
+mod folder;
+mod text;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use reqwest::Url;
+
+pub use text::{HostEntry, HostsFile};
+
+use super::endpoint::{self, Endpoint};
+use super::error::{self, RegistryError};
+use super::recent::Recent;
+use super::redirect;
+use super::transport::Transport;
+use sys::reread::{Reread, Seen};
+
+/// Registries whose endpoints are kept; forgetting one costs reading its files.
+const MAXIMUM_ROUTES: usize = 256;
+
+/// Who answers for a registry, in the order in which they are asked.
+pub(super) type Route = Result<Vec<Arc<Endpoint>>, RegistryError>;
+
+/// All routes. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Hosts(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    roots: Vec<PathBuf>,
+    /// Mirrors that the registry's credentials may be sent to.
+    with_credentials: Vec<Url>,
+    routes: Mutex<Recent<String, Arc<Reread<Route>>>>,
+}
+
+impl Hosts {
+    pub(super) fn new(roots: Vec<PathBuf>, with_credentials: Vec<Url>) -> Self {
+        let routes = Mutex::new(Recent::new(MAXIMUM_ROUTES));
+        Self(Arc::new(Inner { roots, with_credentials, routes }))
+    }
+
+    /// Who answers for a registry now.
+    pub(super) async fn route(&self, transport: &Transport, host: &str) -> Arc<Route> {
+        let (hosts, transport, host) = (self.clone(), transport.clone(), host.to_owned());
+        let look = move || hosts.0.route(&transport, &host);
+        // Without folders nothing is read from a disk.
+        if self.0.roots.is_empty() {
+            return look();
+        }
+        tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| {
+            let reason = "the reader of hosts.toml failed".to_owned();
+            Arc::new(Err(RegistryError::Configuration { reason }))
+        })
+    }
+
+    /// As [`Self::route`], on a thread that may block.
+    pub(super) fn route_blocking(&self, transport: &Transport, host: &str) -> Arc<Route> {
+        self.0.route(transport, host)
+    }
+}
+
+impl Inner {
+    fn route(&self, transport: &Transport, host: &str) -> Arc<Route> {
+        let route = {
+            let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = routes.get(&host.to_owned());
+            known.unwrap_or_else(|| {
+                let route = Arc::default();
+                routes.insert(host.to_owned(), Arc::clone(&route));
+                route
+            })
+        };
+        route.get(|seen| self.read(transport, host, seen))
+    }
+
+    fn read(&self, transport: &Transport, host: &str, seen: &mut Seen) -> Route {
+        let Some(found) = folder::find(&self.roots, host, seen) else {
+            let connection = transport.default_connection();
+            return Ok(vec![Arc::new(Endpoint::of_registry(host, connection)?)]);
+        };
+        let broken = |reason: String| {
+            tracing::error!(registry = host, reason, "nothing is pulled from this registry");
+            RegistryError::Configuration { reason: error::long_reason(&reason) }
+        };
+        let file = folder::load(&found, seen).map_err(broken)?;
+        for key in &file.unknown {
+            tracing::warn!(folder = %found.display(), key, "hosts.toml has a key that means nothing here");
+        }
+        // A folder of its own makes the registry one that the administrator named.
+        let named = found.file_name().is_none_or(|name| name != "_default");
+        let mut endpoints = Vec::new();
+        for entry in &file.hosts {
+            let is_registry = entry.root.is_none();
+            let root = match &entry.root {
+                Some(root) => root.clone(),
+                None => endpoint::registry_root(host)?,
+            };
+            let material = folder::material(entry, seen).map_err(broken)?;
+            let connection = transport.connection(entry, material).map_err(broken)?;
+            let namespace = (!is_same_host(&root, host)).then(|| host.to_owned());
+            let marked = self.with_credentials.iter().any(|url| url.origin() == root.origin());
+            let endpoint = Endpoint {
+                takes_credentials: namespace.is_none() || marked,
+                namespace,
+                pull: entry.pull,
+                resolve: entry.resolve,
+                configured: named || !is_registry,
+                headers: entry.headers.clone(),
+                connection,
+                root,
+            };
+            // containerd: TLS settings on plain http, where no port says what is meant, mean TLS first.
+            if entry.has_tls() && endpoint.root.scheme() == "http" && endpoint.root.port().is_some()
+            {
+                let mut with_tls = endpoint.clone();
+                if with_tls.root.set_scheme("https").is_ok() {
+                    endpoints.push(Arc::new(with_tls));
+                }
+            }
+            endpoints.push(Arc::new(endpoint));
+        }
+        Ok(endpoints)
+    }
+}
+
+/// Returns whether the `hosts.toml` of an address's host names it with `http://`. Blocking.
+pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
+    let without = (url.port().is_none()).then_some(host);
+    [Some(with_port.as_str()), without].into_iter().flatten().any(|host| {
+        let mut seen = Seen::new();
+        let file = folder::find(roots, host, &mut seen)
+            .and_then(|found| folder::load(&found, &mut seen).ok());
+        file.is_some_and(|file| {
+            let roots = file.hosts.iter().filter_map(|entry| entry.root.as_ref());
+            roots.into_iter().any(|root| root.origin() == url.origin())
+        })
+    })
+}
+
+/// The address of a mirror that may be sent credentials: over TLS, or on this node.
+///
+/// # Errors
+///
+/// What to write instead.
+pub fn mirror_address(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok().filter(|url| url.host_str().is_some());
+    let url = url.ok_or_else(|| format!("\"{text}\" is no address: write https://host[:port]"))?;
+    match url.scheme() {
+        "https" => Ok(url),
+        "http" if redirect::is_loopback(&url) => Ok(url),
+        _ => Err(format!(
+            "\"{text}\" would get credentials without TLS: use https, or a mirror on loopback"
+        )),
+    }
+}
+
+/// Whether an address is the registry that a reference names, and no mirror of it.
+fn is_same_host(root: &Url, host: &str) -> bool {
+    endpoint::registry_root(host).is_ok_and(|registry| {
+        registry.host_str() == root.host_str() && registry.port() == root.port()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_http_is_what_a_hosts_file_says_of_its_own_host() {
+        let roots = [tempfile::tempdir().expect("a folder")];
+        for (folder, text) in [
+            ("plain.example", "server = \"http://plain.example\"\n"),
+            ("plain.example_9000_", "[host.\"http://plain.example:9000/v2\"]\n"),
+            ("tls.example", "server = \"https://tls.example\"\n"),
+            ("silent.example", ""),
+            ("broken.example", "server = \"http://broken.example\"\n="),
+            ("moved.example", "server = \"http://plain.example\"\n"),
+            ("_default", "[host.\"http://mirror.example:5000\"]\n"),
+        ] {
+            let folder = roots[0].path().join(folder);
+            std::fs::create_dir(&folder).expect("a folder");
+            std::fs::write(folder.join("hosts.toml"), text).expect("a file");
+        }
+        let roots = [roots[0].path().to_owned()];
+        let named = |url: &str| name_plain_http(&roots, &url.parse().expect("an address"));
+        for url in [
+            "http://plain.example/x",
+            "http://plain.example:80/x",
+            "http://plain.example:9000/x",
+            "http://mirror.example:5000/x",
+        ] {
+            assert!(named(url), "{url}");
+        }
+        for url in [
+            "http://plain.example:9001/",
+            "https://plain.example/",
+            "http://tls.example/",
+            "http://silent.example/",
+            "http://broken.example/",
+            "http://moved.example/",
+            "http://other.example/",
+            "http://mirror.example/",
+        ] {
+            assert!(!named(url), "{url}");
+        }
+        assert!(!name_plain_http(&[], &"http://plain.example/".parse().expect("an address")));
+    }
+
+    #[test]
+    fn a_registry_is_told_from_its_mirrors() {
+        let same = |root: &str, host: &str| is_same_host(&root.parse().expect("an address"), host);
+        assert!(same("https://r.io/v2/", "r.io") && same("https://r.io/v2/", "r.io:443"));
+        assert!(same("http://r.io:5000/v2/", "r.io:5000") && same("http://r.io/v2/", "r.io"));
+        assert!(same("https://registry-1.docker.io/v2/", "docker.io"));
+        for (root, host) in [
+            ("https://r.io:5000/v2/", "r.io"),
+            ("https://mirror.r.io/v2/", "r.io"),
+            ("https://docker.io/v2/", "docker.io"),
+        ] {
+            assert!(!same(root, host), "{root}");
+        }
+    }
+}

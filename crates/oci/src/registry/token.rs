@@ -1,0 +1,450 @@
+//! Tokens of token servers: fetched once for all who ask at the same time, kept
+//! until shortly before they expire, never shared between credentials.
+//!
+//! The distribution specification's two flows: a `GET` with the credential as
+//! `Basic` (or with nothing), and for identity tokens the `OAuth2` `POST`, which
+//! falls back to the `GET` where a server does not know it.
+//!
+//! The credential goes to the realm that the registry names, which may be
+//! another host. That is no wider than sending it to the registry: who owns the
+//! registry may read it anyway. What must not happen is that the network reads
+//! it, or that a registry makes this node talk to itself: [`redirect::check`].
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use base64::Engine as _;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+use reqwest::{Method, Url};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::endpoint::Endpoint;
+use super::error::RegistryError;
+use super::recent::Recent;
+use super::redirect;
+use super::transport::{Answer, Request, Transport};
+use crate::credentials::Credential;
+
+/// Tokens kept: pods with distinct credentials and repositories in use at a time.
+const MAXIMUM_TOKENS: usize = 1024;
+/// Tokens of Azure and Google have a few KiB.
+const MAXIMUM_ANSWER_BYTES: u64 = 128 * 1024;
+/// What the specification says when a server does not.
+const DEFAULT_LIFETIME: Duration = Duration::from_mins(1);
+/// A token is asked for again after this even if it lives longer: that is how
+/// long a withdrawn right may still seem to work.
+const MAXIMUM_LIFETIME: Duration = Duration::from_mins(15);
+/// Renewed so long before it expires: the request that carries it has to arrive.
+const RENEWAL_MARGIN: Duration = Duration::from_secs(10);
+
+/// What a token is for. Two requests with equal keys may use one token.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct TokenKey {
+    realm: Url,
+    service: Option<String>,
+    scopes: Vec<String>,
+    principal: Principal,
+}
+
+/// A credential's name in memory: says nothing about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Principal([u8; 32]);
+
+/// A token, ready to be sent.
+#[derive(Clone, Debug)]
+pub(super) struct Token {
+    pub(super) header: HeaderValue,
+    renew_at: Instant,
+    /// Which of its key's tokens this is.
+    serial: u64,
+}
+
+/// A token and where it came from.
+#[derive(Clone, Debug)]
+pub(super) struct Handed {
+    pub(super) key: TokenKey,
+    pub(super) token: Token,
+    /// Whether it was fetched before this request began, so that its refusal
+    /// may only mean that it is stale.
+    pub(super) cached: bool,
+}
+
+/// All tokens in use.
+pub(super) struct Tokens {
+    slots: Mutex<Recent<TokenKey, Arc<Slot>>>,
+    principal_key: [u8; 64],
+}
+
+/// The place of one token. Whoever holds the lock fetches it, the others wait;
+/// when a fetcher is dropped, the next one fetches.
+#[derive(Default)]
+struct Slot {
+    outcome: tokio::sync::Mutex<Option<Result<Token, RegistryError>>>,
+    /// How many fetches have ended.
+    fetches: AtomicU64,
+}
+
+impl fmt::Debug for Tokens {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Tokens").finish_non_exhaustive()
+    }
+}
+
+impl Tokens {
+    pub(super) fn new() -> Result<Self, RegistryError> {
+        let mut principal_key = [0; 64];
+        getrandom::fill(&mut principal_key)
+            .map_err(|_| RegistryError::Setup { reason: "the kernel has no randomness".into() })?;
+        Ok(Self { slots: Mutex::new(Recent::new(MAXIMUM_TOKENS)), principal_key })
+    }
+
+    pub(super) fn key(
+        &self,
+        realm: Url,
+        service: Option<String>,
+        scopes: Vec<String>,
+        credential: &Credential,
+    ) -> TokenKey {
+        TokenKey { realm, service, scopes, principal: self.principal(credential) }
+    }
+
+    fn principal(&self, credential: &Credential) -> Principal {
+        // Keyed, so that a memory dump does not help to guess a weak password.
+        let mut mac = Hmac::<sha2::Sha256>::new(&self.principal_key.into());
+        mac.update(&credential.principal_material());
+        Principal(mac.finalize().into_bytes().into())
+    }
+
+    /// A token from memory, or a new one. `what` names the token in errors.
+    pub(super) async fn get(
+        &self,
+        transport: &Transport,
+        endpoint: &Endpoint,
+        key: TokenKey,
+        credential: &Credential,
+        what: &str,
+    ) -> Result<Handed, RegistryError> {
+        let slot = self.slot(&key);
+        let before = slot.fetches.load(Ordering::Acquire);
+        let mut outcome = slot.outcome.lock().await;
+        let waited = slot.fetches.load(Ordering::Acquire) != before;
+        match &*outcome {
+            Some(Ok(token)) if token.is_fresh(Instant::now()) => {
+                return Ok(Handed { key, token: token.clone(), cached: !waited });
+            }
+            // A refusal is shared by those who waited for it: asking again for
+            // each of them is how a wrong password locks an account.
+            // Of what another caller wanted it for, nothing is said.
+            Some(Err(error)) if waited => return Err(error.clone().about(what)),
+            _ => {}
+        }
+        *outcome = None;
+        let serial = slot.fetches.load(Ordering::Acquire).wrapping_add(1);
+        let fetched = fetch((transport, endpoint), &key, credential, what, serial).await;
+        *outcome = Some(fetched.clone());
+        slot.fetches.fetch_add(1, Ordering::Release);
+        Ok(Handed { key, token: fetched?, cached: false })
+    }
+
+    /// Drops a token that was refused, unless another has taken its place.
+    pub(super) async fn forget(&self, handed: &Handed) {
+        let slot = self.slot(&handed.key);
+        let mut outcome = slot.outcome.lock().await;
+        if matches!(&*outcome, Some(Ok(token)) if token.serial == handed.token.serial) {
+            *outcome = None;
+        }
+    }
+
+    fn slot(&self, key: &TokenKey) -> Arc<Slot> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = slots.get(key) {
+            return slot;
+        }
+        let slot = Arc::new(Slot::default());
+        slots.insert(key.clone(), slot.clone());
+        slot
+    }
+}
+
+impl Token {
+    fn is_fresh(&self, now: Instant) -> bool {
+        now < self.renew_at
+    }
+}
+
+/// A token server's answer. Everything else in it is of no use here.
+#[derive(Deserialize)]
+struct TokenAnswer {
+    token: Option<String>,
+    access_token: Option<String>,
+    /// A number, but seen as a text.
+    expires_in: Option<serde_json::Value>,
+}
+
+async fn fetch(
+    asking: (&Transport, &Endpoint),
+    key: &TokenKey,
+    credential: &Credential,
+    what: &str,
+    serial: u64,
+) -> Result<Token, RegistryError> {
+    // The lifetime counts from before the server made the token.
+    let asked_at = Instant::now();
+    let answer = ask(asking, key, credential, what).await?;
+    let status = answer.status();
+    if !status.is_success() {
+        let anonymous = credential.is_anonymous();
+        let host = answer.host.clone();
+        return Err(match status.as_u16() {
+            // Some servers say so of a password that is wrong.
+            400 if !anonymous => {
+                RegistryError::Unauthorized { host, what: what.to_owned(), anonymous }
+            }
+            404 | 410 => {
+                answer.protocol(what, format!("the status {status}", status = status.as_u16()))
+            }
+            _ => answer.refusal(what, anonymous),
+        });
+    }
+    let host = answer.host.clone();
+    let unusable = |reason: &str| RegistryError::Protocol {
+        host: host.clone(),
+        what: what.to_owned(),
+        reason: reason.to_owned(),
+    };
+    let body = answer.document(what, MAXIMUM_ANSWER_BYTES).await?;
+    let answer: TokenAnswer =
+        serde_json::from_slice(&body).map_err(|_| unusable("it is not the JSON of a token"))?;
+    let token = [answer.token, answer.access_token]
+        .into_iter()
+        .flatten()
+        .find(|token| !token.is_empty())
+        .ok_or_else(|| unusable("there is no token in it"))?;
+    let header = bearer(&token).ok_or_else(|| unusable("its token fits in no header"))?;
+    let lifetime = lifetime(answer.expires_in.as_ref());
+    Ok(Token { header, renew_at: asked_at + lifetime - margin(lifetime), serial })
+}
+
+/// Sends the request, or for an identity token up to two.
+async fn ask(
+    (transport, endpoint): (&Transport, &Endpoint),
+    key: &TokenKey,
+    credential: &Credential,
+    what: &str,
+) -> Result<Answer, RegistryError> {
+    let mut headers = HeaderMap::new();
+    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    if let Credential::IdentityToken { token, .. } = credential {
+        let answer = transport
+            .send(Request {
+                endpoint,
+                method: Method::POST,
+                url: key.realm.clone(),
+                headers: headers.clone(),
+                authorization: None,
+                form: Some(form(key, token)),
+                what,
+            })
+            .await?;
+        // Servers without this flow answer 404 or 405, others 400 or 401: seen
+        // at Google, Artifactory and Azure.
+        if !matches!(answer.status().as_u16(), 300..=399 | 400 | 401 | 404 | 405) {
+            return Ok(answer);
+        }
+        answer.discard().await;
+    }
+    let mut url = key.realm.clone();
+    {
+        let mut query = url.query_pairs_mut();
+        if let Some(service) = &key.service {
+            query.append_pair("service", service);
+        }
+        for scope in &key.scopes {
+            query.append_pair("scope", scope);
+        }
+    }
+    let authorization = basic(credential);
+    let request = Request {
+        endpoint,
+        method: Method::GET,
+        url,
+        headers,
+        authorization: authorization.as_ref(),
+        form: None,
+        what,
+    };
+    transport.send(request).await
+}
+
+fn form(key: &TokenKey, refresh_token: &str) -> String {
+    // An address's query is encoded as a form is.
+    let mut form = key.realm.clone();
+    form.set_query(None);
+    {
+        let mut pairs = form.query_pairs_mut();
+        pairs.append_pair("grant_type", "refresh_token");
+        pairs.append_pair("refresh_token", refresh_token);
+        pairs.append_pair("client_id", "csi-driver-oci");
+        if let Some(service) = &key.service {
+            pairs.append_pair("service", service);
+        }
+        pairs.append_pair("scope", &key.scopes.join(" "));
+    }
+    form.query().unwrap_or_default().to_owned()
+}
+
+/// A `Bearer` header, marked so that no log shows it.
+pub(super) fn bearer(token: &str) -> Option<HeaderValue> {
+    let mut header = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
+    header.set_sensitive(true);
+    Some(header)
+}
+
+/// A `Basic` header, of the credentials that have a name and something secret.
+pub(super) fn basic(credential: &Credential) -> Option<HeaderValue> {
+    let (username, password) = match credential {
+        Credential::Basic { username, password } => (username, password),
+        Credential::IdentityToken { username, token } => (username, token),
+        Credential::Anonymous | Credential::RegistryToken { .. } => return None,
+    };
+    let pair = base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}"));
+    let mut header = HeaderValue::from_str(&format!("Basic {pair}")).ok()?;
+    header.set_sensitive(true);
+    Some(header)
+}
+
+/// Reads a token server's address, and checks that it may be asked. Without TLS, it may be only for
+/// a registry that is without TLS itself.
+pub(super) async fn realm(
+    transport: &Transport,
+    endpoint: &Endpoint,
+    realm: &str,
+) -> Result<Url, &'static str> {
+    let mut realm = Url::parse(realm).map_err(|_| "the token server's address is unreadable")?;
+    realm.set_fragment(None);
+    let is_plain = endpoint.root.scheme() == "http";
+    let plain_http = is_plain && transport.plain_http().allows(endpoint, &realm).await;
+    redirect::check(&endpoint.root, &realm, plain_http).map_err(|_| {
+        "the token server's address must be https (or one that a hosts.toml names as http), without a user name, and not this node's own"
+    })?;
+    Ok(realm)
+}
+
+fn lifetime(expires_in: Option<&serde_json::Value>) -> Duration {
+    let seconds = match expires_in {
+        Some(serde_json::Value::Number(number)) => number.as_f64(),
+        Some(serde_json::Value::String(text)) => text.parse().ok(),
+        _ => None,
+    };
+    seconds
+        .filter(|&seconds| seconds > 0.0)
+        .map_or(DEFAULT_LIFETIME, |seconds: f64| {
+            Duration::try_from_secs_f64(seconds).unwrap_or(MAXIMUM_LIFETIME)
+        })
+        .min(MAXIMUM_LIFETIME)
+}
+
+/// Less for tokens that hardly live longer than the margin.
+fn margin(lifetime: Duration) -> Duration {
+    RENEWAL_MARGIN.min(lifetime / 5)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::registry::RegistryOptions;
+
+    #[test]
+    fn a_lifetime_is_a_minute_unless_said_and_has_a_bound() {
+        let of = |value: serde_json::Value| lifetime(Some(&value)).as_secs();
+        assert_eq!(lifetime(None), DEFAULT_LIFETIME);
+        assert_eq!(of(json!(300)), 300);
+        assert_eq!(of(json!("300")), 300);
+        assert_eq!(of(json!(1.5e300)), 900);
+        assert_eq!(of(json!(43200)), 900);
+        for nonsense in [json!(0), json!(-5), json!("NaN"), json!(null), json!([])] {
+            assert_eq!(of(nonsense.clone()), 60, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_renewed_before_it_expires() {
+        let now = Instant::now();
+        let made = |lifetime: Duration| Token {
+            header: HeaderValue::from_static("x"),
+            renew_at: now + lifetime - margin(lifetime),
+            serial: 1,
+        };
+        let token = made(Duration::from_mins(1));
+        assert!(token.is_fresh(now + Duration::from_secs(49)));
+        assert!(!token.is_fresh(now + Duration::from_secs(51)));
+        let short = made(Duration::from_secs(5));
+        assert!(short.is_fresh(now + Duration::from_secs(3)));
+        assert!(!short.is_fresh(now + Duration::from_secs(4)));
+    }
+
+    #[tokio::test]
+    async fn a_realm_is_https_or_beside_a_registry_that_is_not() {
+        let named = "http://named.example:5001".parse().unwrap();
+        let options = RegistryOptions { plain_http_redirects: vec![named], ..Default::default() };
+        let transport = Transport::new(&options).unwrap();
+        let made = |root: &str, configured: bool| Endpoint {
+            root: root.parse().unwrap(),
+            configured,
+            ..Endpoint::of_registry("r.io", transport.default_connection()).unwrap()
+        };
+        let remote = made("https://r.io/v2/", true);
+        let local = made("http://127.0.0.1:5000/v2/", false);
+        let plain = made("http://r.io:5000/v2/", true);
+        let is_asked = async |endpoint, text| realm(&transport, endpoint, text).await.is_ok();
+        for (endpoint, text) in [
+            (&remote, "https://auth.other/token"),
+            (&local, "http://127.0.0.1:5001/token"),
+            (&plain, "http://r.io:5000/token"),
+            (&plain, "http://r.io/token"),
+            (&plain, "http://R.io:5001/token"),
+            (&plain, "http://named.example:5001/token"),
+            (&plain, "https://auth.other/token"),
+        ] {
+            assert!(is_asked(endpoint, text).await, "{text}");
+        }
+        for (endpoint, text) in [
+            (&remote, "http://r.io/token"),
+            (&remote, "http://named.example:5001/token"),
+            (&remote, "https://127.0.0.1/token"),
+            (&remote, "https://me:word@auth.other/token"),
+            (&remote, "/token"),
+            (&local, "http://auth.other/token"),
+            (&plain, "http://auth.other/token"),
+            (&plain, "http://named.example/token"),
+            (&plain, "http://r.io.evil.example/token"),
+            (&plain, "http://r.io@evil.example/token"),
+            (&plain, "http://127.0.0.1:5000/token"),
+        ] {
+            assert!(!is_asked(endpoint, text).await, "{text}");
+        }
+        // The scheme of a host that is not configured is a guess.
+        let guessed = made("http://r.io:5000/v2/", false);
+        assert!(!is_asked(&guessed, "http://r.io:5001/token").await);
+    }
+
+    #[test]
+    fn equal_credentials_are_one_principal_and_others_are_not() {
+        let tokens = Tokens::new().unwrap();
+        let basic = |username: &str, password: &str| {
+            tokens.principal(&Credential::Basic {
+                username: username.into(),
+                password: password.into(),
+            })
+        };
+        assert_eq!(basic("ab", "c"), basic("ab", "c"));
+        assert_ne!(basic("ab", "c"), basic("a", "bc"));
+        assert_ne!(basic("", ""), tokens.principal(&Credential::Anonymous));
+    }
+}

@@ -1,0 +1,153 @@
+//! What the controller counts. No label has values that users multiply: preloads are counted, not named.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use axum::Router;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Unit;
+
+use crate::plan::Totals;
+use telemetry::families::Families;
+
+/// From a small cluster to the largest.
+const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabels {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WriteLabels {
+    kind: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResultLabels {
+    result: &'static str,
+}
+
+/// Counts what the controller does.
+#[derive(Debug)]
+pub struct FleetMetrics {
+    families: Arc<Families>,
+    leader: Gauge<u64, AtomicU64>,
+    preloads: Family<StateLabels, Gauge>,
+    nodes: Family<StateLabels, Gauge>,
+    writes: Family<WriteLabels, Counter>,
+    watch_errors: Counter,
+    looks: Family<ResultLabels, Counter>,
+    plans: Histogram,
+}
+
+impl Default for FleetMetrics {
+    fn default() -> Self {
+        let mut families = Families::new("controller_build", "The controller that answers");
+        let metrics = Self {
+            leader: families.add("controller_leader", "1 while this process leads"),
+            preloads: families.add("preloads", "Preloads that are ready, under way, or stalled"),
+            nodes: families.add("preload_nodes", "Pairs of preload and node, by how far they are"),
+            writes: families
+                .add("controller_writes", "Writes to the API server, by what and how they ended"),
+            watch_errors: families
+                .add("controller_watch_errors", "Watches that broke; they are begun again"),
+            looks: families.add(
+                "preload_resolutions",
+                "References and secrets that were looked at, by how that ended",
+            ),
+            plans: families.add_measured(
+                "controller_plan_duration",
+                "Time to plan",
+                Unit::Seconds,
+                Histogram::new(PLAN_SECONDS),
+            ),
+            families: Arc::new(families),
+        };
+        // There from the start, so that an alert that looks for them finds them.
+        metrics.count(Totals::default());
+        for kind in ["node", "preload"] {
+            for result in ["success", "conflict", "busy", "refused"] {
+                metrics.writes.get_or_create(&WriteLabels { kind, result }).inc_by(0);
+            }
+        }
+        metrics
+    }
+}
+
+impl FleetMetrics {
+    /// Whether this process leads.
+    pub(super) fn leads(&self, leads: bool) {
+        self.leader.set(u64::from(leads));
+        if !leads {
+            // Whoever leads now counts them.
+            self.count(Totals::default());
+        }
+    }
+
+    pub(super) fn planned(&self, totals: Totals, took: Duration) {
+        self.plans.observe(took.as_secs_f64());
+        self.count(totals);
+    }
+
+    fn count(&self, totals: Totals) {
+        let preloads =
+            [("ready", totals.ready), ("stalled", totals.stalled), ("under_way", totals.under_way)];
+        let nodes = [
+            ("ready", totals.nodes_ready),
+            ("active", totals.nodes_active),
+            ("failed", totals.nodes_failed),
+            ("waiting", totals.nodes_waiting),
+        ];
+        for (family, values) in [(&self.preloads, &preloads[..]), (&self.nodes, &nodes[..])] {
+            for &(state, count) in values {
+                let count = i64::try_from(count).unwrap_or(i64::MAX);
+                family.get_or_create(&StateLabels { state }).set(count);
+            }
+        }
+    }
+
+    pub(super) fn wrote(&self, kind: &'static str, result: &'static str) {
+        self.writes.get_or_create(&WriteLabels { kind, result }).inc();
+    }
+
+    pub(super) fn watch_broke(&self) {
+        self.watch_errors.inc();
+    }
+
+    pub(super) fn looked(&self, result: &'static str) {
+        self.looks.get_or_create(&ResultLabels { result }).inc();
+    }
+
+    /// The route.
+    pub fn router(&self) -> Router {
+        self.families.router()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn the_charts_alerts_ask_for_what_is_counted() {
+        let metrics = FleetMetrics::default();
+        let text = metrics.families.open_metrics();
+        let alerts = include_str!("../../../../charts/csi-driver-oci/files/controller-alerts.yaml");
+        let words = alerts.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let names: BTreeSet<_> = words.filter(|word| word.starts_with("csi_oci_")).collect();
+        assert!(names.len() > 2, "{names:?}");
+        for name in names {
+            let served = text.lines().any(|line| line.starts_with(name));
+            assert!(served, "{name} is not served:\n{text}");
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! The fast path of a publish: a tree that is in the store and proven for its caller.
+//!
+//! Nearly every publish takes this path. It runs on one blocking thread and waits for no registry and
+//! no flight. Everything else is left to [`Puller::acquire`], including the reason of a failure.
+
+use super::Puller;
+use super::artifact::Shape;
+use super::want::{PullPolicy, Want};
+use store::Tree;
+use store::object::ObjectName;
+
+impl Puller {
+    /// Returns the wanted tree if it is in the store, has been read back, and is proven for this
+    /// caller. None means that it has to be acquired. Blocking.
+    #[must_use]
+    pub fn cached(&self, want: &Want) -> Option<Tree> {
+        if want.policy == PullPolicy::Always {
+            return None;
+        }
+        let inner = &self.0;
+        let repository = want.reference.repository();
+        let mirrors = inner.mirrors(repository);
+        let candidates = inner.candidates(want);
+        let known = inner.known(want, &candidates, &mirrors)?;
+        known.proven?;
+        let key = Shape::of(want).key(known.manifest);
+        if !inner.store.tree_came_from(repository, key, &mirrors) {
+            return None;
+        }
+        let tree = inner.store.tree(key).ok()??;
+        let is_read = !inner.store.is_unread(&ObjectName::tree(tree.key, tree.generation));
+        let is_verified = want
+            .signature
+            .as_ref()
+            .is_none_or(|demand| inner.store.is_verified(repository, known.manifest, demand.id()));
+        let fits = want.check_bytes(tree.record.bytes).is_ok()
+            && inner.check_manifest_bytes(want, known.manifest).is_ok();
+        (is_read && is_verified && fits).then_some(tree)
+    }
+}

@@ -1,0 +1,97 @@
+//! The credentials that a volume may try, and whose right each of them stands for.
+//!
+//! In this order: the volume's own secret, the kubelet's plugins, the node's docker
+//! configuration. Without any, and only then, the request is anonymous.
+
+use super::Inner;
+use super::error::PullError;
+use super::want::Want;
+use oci::Repository;
+use oci::credentials::providers::{NodeCredentials, Owner, Source};
+use oci::credentials::{Credential, WorkloadIdentity};
+use store::access::Principal;
+
+/// One credential, or what may give some.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// Whom a proof with it is for.
+    pub principal: Principal,
+    source: Source,
+}
+
+/// What a volume may try, in turn.
+#[derive(Clone, Debug)]
+pub struct Candidates {
+    repository: Repository,
+    identity: Option<WorkloadIdentity>,
+    all: Vec<Candidate>,
+}
+
+impl Inner {
+    /// Reads files of the node; asks nobody and runs nothing. Blocking.
+    pub(super) fn candidates(&self, want: &Want) -> Candidates {
+        let repository = want.reference.repository();
+        let node_key = self.store.node_key();
+        let mut all = Vec::new();
+        for credential in want.keyring.matching(repository) {
+            let material = credential.principal_material();
+            let principal = Principal::credential(node_key, repository.host(), &material);
+            all.push(Candidate { principal, source: Source::Ready(credential) });
+        }
+        for offer in self.node_credentials.offers(repository) {
+            let principal = match (offer.owner, &want.identity) {
+                (
+                    Owner::ServiceAccount,
+                    Some(WorkloadIdentity { namespace, service_account, .. }),
+                ) => Principal::service_account(node_key, namespace, service_account),
+                // Without an identity a plugin gets no token: what it gives, it gives to any pod.
+                (Owner::Node | Owner::ServiceAccount, _) => Principal::node(),
+            };
+            all.push(Candidate { principal, source: offer.source });
+        }
+        Candidates { repository: repository.clone(), identity: want.identity.clone(), all }
+    }
+}
+
+impl Candidates {
+    /// In turn.
+    pub fn all(&self) -> &[Candidate] {
+        &self.all
+    }
+
+    /// Whose rights they stand for.
+    pub fn principals(&self) -> Vec<Principal> {
+        self.all.iter().map(|candidate| candidate.principal.clone()).collect()
+    }
+
+    /// The first to try; as anybody, when there is none.
+    pub fn first(&self) -> Candidate {
+        self.all.first().cloned().unwrap_or_else(Self::anonymous)
+    }
+
+    /// The credentials of one of them; a plugin may know none.
+    pub(super) async fn redeem(
+        &self,
+        candidate: &Candidate,
+        node: &NodeCredentials,
+    ) -> Result<Vec<Credential>, PullError> {
+        let redeemed = node.redeem(&candidate.source, &self.repository, self.identity.as_ref());
+        redeemed.await.map_err(PullError::Provider)
+    }
+
+    /// Anybody's, for those who have been proven as anybody.
+    pub(super) fn anonymous() -> Candidate {
+        Candidate {
+            principal: Principal::anonymous(),
+            source: Source::Ready(Credential::Anonymous),
+        }
+    }
+
+    /// The account that it is for, where the kubelet says it and there is a credential: that
+    /// it may have rotated is no reason to believe who shows none.
+    pub(super) fn account(&self, node_key: &[u8; 32]) -> Option<Principal> {
+        let identity = self.identity.as_ref().filter(|_| !self.all.is_empty())?;
+        let (namespace, name) = (&identity.namespace, &identity.service_account);
+        Some(Principal::service_account(node_key, namespace, name))
+    }
+}

@@ -1,0 +1,203 @@
+//! Why content did not get onto the node.
+
+use std::sync::Arc;
+
+use super::memory::NeverFits;
+use oci::Digest;
+use oci::credentials::providers::ProviderError;
+use oci::manifest::ManifestError;
+use oci::registry::RegistryError;
+use oci::signature::Flaw;
+use store::StoreError;
+use unpack::UnpackError;
+
+/// A pull that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// `pullPolicy: Never`, and it is not cached, or these credentials have not been proven to open
+    /// it. Which of both is not told: what others have cached is their own business.
+    #[error(
+        "it is not cached on this node for these credentials and pullPolicy is Never: warm the node with them, or use IfNotPresent"
+    )]
+    NotCached,
+    /// The registry, by its own error.
+    #[error(transparent)]
+    Registry(RegistryError),
+    /// No signature that the policy demands.
+    #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
+    Signature {
+        /// What comes closest; none means that there is no signature.
+        flaw: Option<Flaw>,
+        /// Names of the keys that would do.
+        keys: String,
+    },
+    /// More than the policy allows.
+    #[error("it has {bytes} bytes, the node's policy allows {limit} (maxArtifactBytes)")]
+    TooManyBytes {
+        /// Bytes of its blobs, or of its unpacked tree.
+        bytes: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// A source of the node's own credentials, and nothing else opened it.
+    #[error(transparent)]
+    Provider(ProviderError),
+    /// The manifest or index.
+    #[error(transparent)]
+    Manifest(ManifestError),
+    /// A layer or what it unpacks to.
+    #[error(transparent)]
+    Unpack(UnpackError),
+    /// A configuration beyond the limit.
+    #[error("its configuration has {size} bytes, the limit is {limit} (limits.configBytes)")]
+    ConfigTooLarge {
+        /// What the manifest announces.
+        size: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// The registry sent more or fewer bytes than the manifest says, again and again.
+    #[error(
+        "the registry sent {got} bytes of {digest}, its manifest says {expected}: push the artifact again"
+    )]
+    BlobSize {
+        /// Which blob.
+        digest: Digest,
+        /// Bytes by the manifest.
+        expected: u64,
+        /// Bytes that came; one more stands for any more.
+        got: u64,
+    },
+    /// The registry sent other content than the manifest names, twice.
+    #[error(
+        "the registry sent content with the digest {got} for {expected}: push the artifact again"
+    )]
+    BlobDigest {
+        /// Which blob.
+        expected: Digest,
+        /// What came.
+        got: Digest,
+    },
+    /// The artifact needs more memory than the node has for one.
+    #[error(transparent)]
+    Memory(NeverFits),
+    /// The node's own disk.
+    #[error(transparent)]
+    Store(StoreError),
+    /// Nobody waited for it any more.
+    #[error("nobody waited for it any more")]
+    Unwanted,
+    /// The driver is stopping.
+    #[error("the driver is shutting down: it goes on where it stopped after the restart")]
+    ShuttingDown,
+    /// The failure of a flight that others wait for too.
+    #[error(transparent)]
+    Shared(Arc<PullError>),
+    /// A bug.
+    #[error("the driver failed internally: please report it with the driver's log")]
+    Crashed,
+}
+
+impl PullError {
+    /// The failure itself, however many share it.
+    #[must_use]
+    pub fn root(&self) -> &Self {
+        match self {
+            Self::Shared(error) => error.root(),
+            error => error,
+        }
+    }
+
+    /// Whether it is the fault of where the content was to come from: somewhere
+    /// else the same content may be had.
+    #[must_use]
+    pub fn is_of_source(&self) -> bool {
+        matches!(self.root(), Self::Registry(_) | Self::BlobSize { .. } | Self::BlobDigest { .. })
+    }
+
+    /// Whether the node's disk is full.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
+    }
+
+    /// Returns whether this content cannot be read back on this node now, while other content can. Either a process
+    /// holds a lease on it, or comparing it takes more memory than the node may have.
+    #[must_use]
+    pub fn leaves_unread(&self) -> bool {
+        matches!(self.root(), Self::Store(StoreError::Leased { .. }) | Self::Memory(_))
+    }
+
+    /// How a pull ended that ended so, in words that metrics count.
+    #[must_use]
+    pub fn outcome(&self) -> (&'static str, &'static str) {
+        let reason = match self.root() {
+            Self::NotCached => "not_cached",
+            Self::Registry(error) => error.kind(),
+            Self::Manifest(_) | Self::ConfigTooLarge { .. } => "manifest",
+            Self::Unpack(_) => "content",
+            Self::Memory(_) => "memory",
+            Self::BlobSize { .. } | Self::BlobDigest { .. } => "wrong_content",
+            Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)) => "no_space",
+            Self::Store(_) => "disk",
+            Self::Unwanted | Self::ShuttingDown => return ("cancelled", "unwanted"),
+            Self::Provider(_) => "credential_provider",
+            Self::Signature { .. } | Self::TooManyBytes { .. } => "policy",
+            Self::Shared(_) | Self::Crashed => "internal",
+        };
+        ("failure", reason)
+    }
+
+    /// Whether the registry could not be asked at all.
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        match self.root() {
+            Self::Registry(error) => error.is_transient(),
+            Self::Provider(_) => true,
+            _ => false,
+        }
+    }
+}
+
+fn found(flaw: Option<Flaw>) -> String {
+    match flaw {
+        Some(flaw) => format!("it is not signed as the node's policy demands: {flaw}"),
+        None => "it is not signed, and the node's policy demands a signature".to_owned(),
+    }
+}
+
+impl From<RegistryError> for PullError {
+    fn from(error: RegistryError) -> Self {
+        Self::Registry(error)
+    }
+}
+
+impl From<NeverFits> for PullError {
+    fn from(error: NeverFits) -> Self {
+        Self::Memory(error)
+    }
+}
+
+impl From<ManifestError> for PullError {
+    fn from(error: ManifestError) -> Self {
+        Self::Manifest(error)
+    }
+}
+
+impl From<UnpackError> for PullError {
+    fn from(error: UnpackError) -> Self {
+        let staging = std::path::Path::new("the unpacked layer");
+        match error {
+            // The archive is innocent of what the disk does.
+            UnpackError::Store(source) => StoreError::io("write", staging, source).into(),
+            UnpackError::Read(source) => StoreError::io("read", staging, source).into(),
+            error => Self::Unpack(error),
+        }
+    }
+}
+
+impl From<StoreError> for PullError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}

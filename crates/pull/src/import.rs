@@ -1,0 +1,399 @@
+//! An OCI image layout in place of a registry, for nodes without one.
+//!
+//! The layout comes as a tar, in any order. Its blobs are hashed as they arrive
+//! and become complete downloads; from there on the artifact goes the way of any
+//! other: the same checks, the same limits, the same commit. The reference it is
+//! imported as means this artifact from then on, and who may see it is decided
+//! as for preloaded images.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use super::candidates::Candidates;
+use super::error::PullError;
+use super::resolve::{Resolved, blocking};
+use super::tenant::Tenant;
+use super::want::{IfUnavailable, Priority, PullPolicy, Want};
+use super::{Inner, ProgressView, Puller};
+use oci::credentials::Keyring;
+use oci::manifest::{Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError};
+use oci::{Digest, Platform, Reference};
+use store::access::ProofSource;
+use store::import::ImportedBlobs;
+use store::resolutions::Resolution;
+use store::{StoreError, Tree};
+use unpack::layer_rule::UnpackMode;
+use unpack::members::read_members;
+use unpack::{PermissionsRule, Selection, UnpackError};
+
+/// Files of a layout beside its blobs; ours are two, and other tools add a few.
+const STRANGE_FILES: usize = 1000;
+/// Which reference a layout calls a manifest by.
+const NAME: &str = "org.opencontainers.image.ref.name";
+
+/// An import that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The tar.
+    #[error(
+        "the layout cannot be read: {0}: send a tar of an OCI image layout, as `oras copy --to-oci-layout` or `skopeo copy ... oci-archive:` make it"
+    )]
+    Read(String),
+    /// A tar beyond a limit, or with members that are not read.
+    #[error("the layout is refused: {0}")]
+    Refused(UnpackError),
+    /// No layout.
+    #[error("it is no OCI image layout: {0}")]
+    NotALayout(String),
+    /// An archive of `docker save` without a layout in it.
+    #[error(
+        "it is an archive of `docker save` before version 25, which has no OCI image layout: convert it with `skopeo copy docker-archive:FILE oci-archive:NEW`, and import NEW"
+    )]
+    DockerArchive,
+    /// Several artifacts, and none with the reference's name.
+    #[error(
+        "the layout has {0} manifests and none is called \"{1}\": name one of them in the reference, or ask for a platform that only one is for"
+    )]
+    Ambiguous(usize, String),
+    /// A digest that is not the reference's.
+    #[error("the layout holds {found}, and the reference names {wanted}")]
+    OtherDigest {
+        /// What is there.
+        found: Digest,
+        /// What the reference says.
+        wanted: Digest,
+    },
+    /// A blob that the manifest names.
+    #[error("the layout lacks the blob {0}: export it again, complete")]
+    Missing(Digest),
+    /// Anything that can happen to a pull.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// The same, shared.
+    #[error(transparent)]
+    Shared(#[from] Arc<PullError>),
+}
+
+/// What was read of a layout.
+struct Layout {
+    index: Vec<u8>,
+    blobs: ImportedBlobs,
+}
+
+/// What a layout means for a reference and a platform.
+struct Chosen {
+    top: Digest,
+    manifest: Digest,
+    image: ImageManifest,
+    /// Manifests and the configuration, to be kept.
+    small: BTreeMap<Digest, Vec<u8>>,
+}
+
+impl Puller {
+    /// Takes an artifact from a layout.
+    pub async fn import(
+        &self,
+        layout: impl Read + Send + 'static,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Tree, ImportError> {
+        let (inner, named, wanted) = (Arc::clone(&self.0), reference.clone(), platform.clone());
+        let taken = tokio::task::spawn_blocking(move || {
+            let layout = inner.read_layout(layout)?;
+            let resolution = inner.take(&layout, &named, &wanted)?;
+            Ok::<_, ImportError>((resolution, layout.blobs))
+        });
+        let (resolution, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
+        let manifest = resolution.manifest;
+        let want = Want {
+            reference: reference.clone(),
+            platform: platform.clone(),
+            policy: PullPolicy::IfNotPresent,
+            if_unavailable: IfUnavailable::Fail,
+            selection: Selection::default(),
+            permissions: PermissionsRule::default(),
+            file_mode: None,
+            unpack: UnpackMode::Auto,
+            keyring: Keyring::default(),
+            identity: None,
+            priority: Priority::Warm,
+            tenant: Tenant::Admin,
+            maximum_bytes: None,
+            signature: None,
+        };
+        let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
+        let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await?;
+        let anonymous = Candidates::anonymous();
+        let resolved = Resolved::for_the_node(manifest, candidates, anonymous);
+        let tree = self.tree(&want, &resolved, &ProgressView::default()).await;
+        let (inner, reference, platform) =
+            (Arc::clone(&self.0), reference.clone(), platform.clone());
+        let is_here = tree.is_ok();
+        blocking(move || {
+            // Not before: what they claim keeps others from taking their room, and them, away.
+            drop(blobs);
+            if is_here {
+                inner.store.put_imported(reference.repository(), manifest)?;
+                // Last: what the reference meant before is better than what did not become a tree.
+                inner.store.put_resolution(&reference, &platform, &resolution)?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(tree?)
+    }
+}
+
+impl Inner {
+    fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
+        let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
+        let mut index = None;
+        let (mut strange, mut is_docker_archive) = (0, false);
+        read_members(layout, &self.limits, |member, content| {
+            let size = member.size;
+            let place = place(Path::new(OsStr::from_bytes(&member.name)));
+            match place {
+                Place::Blob(digest) if member.is_file => {
+                    if size > self.limits.blob_bytes {
+                        let what = format!(
+                            "{digest} has {size} bytes, the limit is {} (limits.blobBytes)",
+                            self.limits.blob_bytes
+                        );
+                        return Err(ImportError::NotALayout(what));
+                    }
+                    blobs.add(digest, size, content).map_err(PullError::from)?;
+                }
+                Place::Blob(digest) => {
+                    return Err(ImportError::NotALayout(format!("{digest} is no file")));
+                }
+                Place::Index if member.is_file => {
+                    index = Some(self.small(content, "index.json")?);
+                }
+                Place::Index | Place::Strange | Place::DockerManifest => {
+                    is_docker_archive |= matches!(place, Place::DockerManifest);
+                    strange += 1;
+                    if strange > STRANGE_FILES {
+                        let what = format!("it has more than {STRANGE_FILES} other files");
+                        return Err(ImportError::NotALayout(what));
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        let Some(index) = index else {
+            return Err(if is_docker_archive {
+                ImportError::DockerArchive
+            } else {
+                ImportError::NotALayout("it has no index.json".into())
+            });
+        };
+        Ok(Layout { index, blobs })
+    }
+
+    fn small(&self, content: &mut dyn Read, what: &str) -> Result<Vec<u8>, ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let mut bytes = Vec::new();
+        let read = content.take(limit + 1).read_to_end(&mut bytes);
+        read.map_err(|error| ImportError::Read(error.to_string()))?;
+        if bytes.len() as u64 > limit {
+            let what = format!("{what} has more than {limit} bytes (limits.manifestBytes)");
+            return Err(ImportError::NotALayout(what));
+        }
+        Ok(bytes)
+    }
+
+    /// Makes the chosen artifact's blobs complete downloads; says what the reference will mean.
+    fn take(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Resolution, ImportError> {
+        let chosen = self.choose(layout, reference, platform)?;
+        let store = &self.store;
+        let repository = reference.repository();
+        for descriptor in &chosen.image.layers {
+            let digest = descriptor.digest;
+            if descriptor.data.is_some() {
+                continue;
+            }
+            if layout.blobs.has(digest) {
+                layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
+                self.downloads.share_again(repository.host(), digest);
+            }
+            // Whoever may import may say where the content is from.
+            let by = ProofSource::Registry;
+            store.put_blob_origin(repository, digest, &by).map_err(PullError::from)?;
+        }
+        for (digest, bytes) in &chosen.small {
+            layout.blobs.keep(*digest, bytes).map_err(PullError::from)?;
+            let by = ProofSource::Registry;
+            store.put_blob_origin(repository, *digest, &by).map_err(PullError::from)?;
+        }
+        Ok(Resolution {
+            reference: reference.to_string(),
+            resolved: chosen.top,
+            manifest: chosen.manifest,
+            platform: None,
+        })
+    }
+
+    fn choose(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Chosen, ImportError> {
+        let entry = named(&self.parse_index(&layout.index)?, reference, platform)?;
+        let mut small = BTreeMap::new();
+        let top = entry.digest;
+        let (manifest, image) = match self.manifest(&layout.blobs, &entry, &mut small)? {
+            Manifest::Image(image) => (top, image),
+            Manifest::Index(index) => {
+                let choice = IndexChoice::new(index, platform, self.limits.manifest());
+                let mut choice = choice.map_err(PullError::from)?;
+                while let Some(nested) = choice.next_index() {
+                    let document = self.manifest(&layout.blobs, &nested, &mut small)?;
+                    choice.insert(nested, document).map_err(PullError::from)?;
+                }
+                let chosen = choice.choose().map_err(PullError::from)?;
+                match self.manifest(&layout.blobs, chosen, &mut small)? {
+                    Manifest::Image(image) => (chosen.digest, image),
+                    Manifest::Index(_) => {
+                        let nested = ManifestError::NestedIndex(chosen.digest);
+                        return Err(PullError::from(nested).into());
+                    }
+                }
+            }
+        };
+        if let Some(wanted) = reference.digest()
+            && wanted != top
+            && wanted != manifest
+        {
+            return Err(ImportError::OtherDigest { found: top, wanted });
+        }
+        if let Some(config) = image.config.as_deref().filter(|config| config.data.is_none()) {
+            let limit = self.limits.config_bytes;
+            let found = layout.blobs.read(config.digest, limit).map_err(PullError::from)?;
+            if let Some(bytes) = found.filter(|bytes| bytes.len() as u64 == config.size) {
+                small.insert(config.digest, bytes);
+            }
+        }
+        for layer in image.layers.iter().filter(|layer| layer.data.is_none()) {
+            let here = layout.blobs.has(layer.digest)
+                || self.store.any_file_of(layer.digest).map_err(PullError::from)?.is_some();
+            if !here {
+                return Err(ImportError::Missing(layer.digest));
+            }
+        }
+        Ok(Chosen { top, manifest, image, small })
+    }
+
+    fn parse_index(&self, bytes: &[u8]) -> Result<ImageIndex, ImportError> {
+        let parsed = Manifest::parse(bytes, None, self.limits.manifest());
+        match parsed.map_err(|error| match error {
+            // The reason may quote the file.
+            ManifestError::Undecodable(_) | ManifestError::MediaType(_) => {
+                ImportError::NotALayout("index.json cannot be decoded".into())
+            }
+            error => PullError::from(error).into(),
+        })? {
+            Manifest::Index(index) => Ok(index),
+            Manifest::Image(_) => Err(ImportError::NotALayout("index.json is no index".into())),
+        }
+    }
+
+    fn manifest(
+        &self,
+        blobs: &ImportedBlobs,
+        entry: &Descriptor,
+        small: &mut BTreeMap<Digest, Vec<u8>>,
+    ) -> Result<Manifest, ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let bytes = match &entry.data {
+            Some(data) => Some(data.clone()),
+            None => blobs.read(entry.digest, limit + 1).map_err(PullError::from)?,
+        };
+        let bytes = bytes.ok_or(ImportError::Missing(entry.digest))?;
+        if bytes.len() as u64 > limit {
+            let what =
+                format!("{} has more than {limit} bytes (limits.manifestBytes)", entry.digest);
+            return Err(ImportError::NotALayout(what));
+        }
+        let media_type = Some(entry.media_type.as_str());
+        let parsed = Manifest::parse(&bytes, media_type, self.limits.manifest());
+        small.insert(entry.digest, bytes);
+        Ok(parsed.map_err(PullError::from)?)
+    }
+}
+
+/// What a file of a layout is.
+enum Place {
+    Blob(Digest),
+    Index,
+    /// The list of images of `docker save`.
+    DockerManifest,
+    Strange,
+}
+
+fn place(path: &Path) -> Place {
+    let names = path.components().filter(|part| *part != Component::CurDir);
+    let names: Option<Vec<_>> = names
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names.as_deref() {
+        Some(["index.json"]) => Place::Index,
+        Some(["manifest.json"]) => Place::DockerManifest,
+        Some(["blobs", "sha256", hex]) => Digest::from_hex(hex).map_or(Place::Strange, Place::Blob),
+        _ => Place::Strange,
+    }
+}
+
+/// The entry that a layout calls by the reference's name, the only one, or the one for the platform.
+fn named(
+    index: &ImageIndex,
+    reference: &Reference,
+    platform: &Platform,
+) -> Result<Descriptor, ImportError> {
+    let (whole, tag) = (reference.to_string(), reference.tag_or_latest());
+    let is_named = |entry: &&Descriptor| {
+        entry.annotations.get(NAME).is_some_and(|name| *name == whole || name == tag)
+    };
+    let is_meant = |entry: &&Descriptor| reference.digest() == Some(entry.digest);
+    let mut entries = index.manifests.iter();
+    if let Some(entry) = entries.clone().find(is_meant).or_else(|| entries.clone().find(is_named)) {
+        return Ok(entry.clone());
+    }
+    if let (Some(entry), None) = (entries.next(), entries.next()) {
+        return Ok(entry.clone());
+    }
+    let ambiguous = |_| ImportError::Ambiguous(index.manifests.len(), tag.to_owned());
+    index.choose(platform).cloned().map_err(ambiguous)
+}
+
+impl From<UnpackError> for ImportError {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Read(error) | UnpackError::Decompress(error) => {
+                Self::Read(error.to_string())
+            }
+            UnpackError::Archive { reason, position } => {
+                Self::Read(format!("{reason}, near byte {position}"))
+            }
+            refused => Self::Refused(refused),
+        }
+    }
+}
+
+impl From<StoreError> for ImportError {
+    fn from(error: StoreError) -> Self {
+        PullError::from(error).into()
+    }
+}

@@ -1,0 +1,97 @@
+//! Whether a repository gives a blob, which has to be known before a blob of the store takes part
+//! in anything for it.
+//!
+//! What a repository has not been proven to hold is to its readers as if it were not in the store:
+//! the same room is claimed, the same requests are made, in the same order, and a refusal of the
+//! registry has the same words. Only where the registry host has sent the blob before does the
+//! head of its answer decide; from another host all bytes come again, are hashed, and dropped.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::Inner;
+use super::error::PullError;
+use super::resolve::blocking;
+use oci::registry::AnsweredBy;
+use oci::{Digest, Repository};
+use store::access::{Mirrors, ProofSource};
+
+/// What is known of where a blob came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BlobOrigin {
+    /// The repository has given it.
+    Repository,
+    /// Another repository of the same host has.
+    Host,
+    /// Another host has, or none.
+    Elsewhere,
+}
+
+impl Inner {
+    /// The mirrors whose proofs count for a repository now. Blocking.
+    pub(super) fn mirrors(&self, repository: &Repository) -> Mirrors {
+        let is_private = self.store.refuses_anonymous(repository);
+        Mirrors::new(self.registry.mirrors(repository), is_private)
+    }
+
+    /// Where a blob came from. Blocking.
+    pub(super) fn blob_origin(
+        &self,
+        repository: &Repository,
+        blob: Digest,
+        mirrors: &Mirrors,
+    ) -> BlobOrigin {
+        if self.store.blob_came_from(repository, blob, mirrors).is_some() {
+            return BlobOrigin::Repository;
+        }
+        if self.store.blob_came_from_host(repository.host(), blob, mirrors) {
+            return BlobOrigin::Host;
+        }
+        BlobOrigin::Elsewhere
+    }
+
+    /// The same, off the async threads.
+    pub(super) async fn look_up_origin(
+        self: &Arc<Self>,
+        repository: &Repository,
+        blob: Digest,
+    ) -> Result<BlobOrigin, PullError> {
+        let (inner, repository) = (Arc::clone(self), repository.clone());
+        blocking(move || {
+            let mirrors = inner.mirrors(&repository);
+            Ok(inner.blob_origin(&repository, blob, &mirrors))
+        })
+        .await
+    }
+
+    /// Remembers who has given a blob for a repository. Blocking.
+    pub(super) fn remember_origin(
+        &self,
+        repository: &Repository,
+        blob: Digest,
+        given_by: &BTreeSet<ProofSource>,
+    ) -> Result<(), PullError> {
+        for source in given_by {
+            self.store.put_blob_origin(repository, blob, source)?;
+        }
+        Ok(())
+    }
+}
+
+/// Who gave content: what a mirror sends is content whether it was shown a credential or not.
+pub(super) fn content_source(answered_by: &AnsweredBy) -> ProofSource {
+    match answered_by {
+        AnsweredBy::Registry => ProofSource::Registry,
+        AnsweredBy::Mirror { address, .. } => {
+            ProofSource::Mirror { address: Arc::clone(address), is_anonymous: false }
+        }
+    }
+}
+
+/// Who gave a blob. Where mirrors had a part in it the registry's own part proves nothing: it may
+/// have sent what it does not know.
+pub(super) fn content_sources(answered_by: &BTreeSet<ProofSource>) -> BTreeSet<ProofSource> {
+    let mirrors: BTreeSet<_> =
+        answered_by.iter().filter(|source| **source != ProofSource::Registry).cloned().collect();
+    if mirrors.is_empty() { answered_by.clone() } else { mirrors }
+}

@@ -1,0 +1,132 @@
+//! Whose credentials pay for a flight.
+//!
+//! Everybody who waits for a tree of a repository offers the credential that
+//! has been proven for him there. The flight uses one; when the registry refuses
+//! it, only its owner fails, and the next one's is used. Those of another
+//! repository wait for a flight of their own: neither its failures nor how far it
+//! is are any of their business.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+
+use super::error::PullError;
+use oci::Repository;
+use oci::credentials::Credential;
+
+/// Where to fetch from, and with what.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The repository.
+    pub repository: Repository,
+    /// Proven to open the manifest there.
+    pub credential: Credential,
+}
+
+/// All who wait for one piece of work of a repository.
+#[derive(Debug)]
+pub struct Sponsors {
+    repository: Repository,
+    list: Mutex<List>,
+    number: u64,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    next: u64,
+    sponsors: Vec<Sponsor>,
+}
+
+#[derive(Debug)]
+struct Sponsor {
+    number: u64,
+    source: Source,
+    refused: oneshot::Sender<Arc<PullError>>,
+}
+
+/// One who waits. Dropping it withdraws the credential.
+#[derive(Debug)]
+pub struct Sponsorship {
+    sponsors: Arc<Sponsors>,
+    number: u64,
+    refused: oneshot::Receiver<Arc<PullError>>,
+}
+
+impl Sponsors {
+    /// Nobody waits yet.
+    #[must_use]
+    pub fn new(repository: Repository) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        Self { repository, list: Mutex::default(), number }
+    }
+
+    /// Where all of them fetch from.
+    #[must_use]
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// Tells this piece of work from all others of the process.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Offers a source.
+    pub fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = list.next;
+        list.next += 1;
+        let (sender, refused) = oneshot::channel();
+        list.sponsors.push(Sponsor { number, source, refused: sender });
+        Sponsorship { sponsors: Arc::clone(self), number, refused }
+    }
+
+    /// The source to use now; none when all have left or were refused.
+    pub fn current(&self) -> Option<(u64, Source)> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.sponsors.first().map(|sponsor| (sponsor.number, sponsor.source.clone()))
+    }
+
+    /// This one's registry was of no use: its owner fails, the next is current.
+    pub fn refuse(&self, number: u64, error: &Arc<PullError>) {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = list.sponsors.iter().position(|sponsor| sponsor.number == number) {
+            let sponsor = list.sponsors.remove(place);
+            // An owner who has left does not mind.
+            let _ = sponsor.refused.send(Arc::clone(error));
+        }
+    }
+}
+
+impl Sponsors {
+    /// As [`Self::refuse`]; returns the error for the work that ends with the last of them.
+    pub fn refused(&self, number: u64, error: PullError) -> PullError {
+        let error = Arc::new(error);
+        self.refuse(number, &error);
+        PullError::Shared(error)
+    }
+}
+
+impl Sponsorship {
+    /// Returns when this one's registry was of no use.
+    pub async fn refused(&mut self) -> Arc<PullError> {
+        match (&mut self.refused).await {
+            Ok(error) => error,
+            // Withdrawn in no other way than by dropping self.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Sponsorship {
+    fn drop(&mut self) {
+        let mut list = self.sponsors.list.lock().unwrap_or_else(PoisonError::into_inner);
+        // The last one stays: the flight lingers, and whoever comes back may find it far ahead.
+        if list.sponsors.len() > 1 {
+            list.sponsors.retain(|sponsor| sponsor.number != self.number);
+        }
+    }
+}

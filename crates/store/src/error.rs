@@ -1,0 +1,170 @@
+//! What can go wrong on the node's own disk.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use text::units::Bytes;
+
+/// A failure of the store.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The filesystem or a quota on it is full.
+    #[error("no room on the node to {action} {}: free space on the state directory's filesystem", path.display())]
+    NoSpace {
+        /// What was being done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+    },
+    /// The room that is wanted cannot be had, also not by evicting.
+    #[error("no room on the node: {0}")]
+    NoRoom(Box<Shortage>),
+    /// The kernel refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Another process uses the state directory.
+    #[error("the state directory {} is in use by {holder}: stop that process or choose another --state-dir", path.display())]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+        /// What the other process wrote of itself.
+        holder: String,
+    },
+    /// Written by a version that this one does not know.
+    #[error("the state directory {} has the format \"{found}\", which this version does not know: install the newer version again, or empty the directory", path.display())]
+    Format {
+        /// The directory.
+        path: PathBuf,
+        /// What it says of itself.
+        found: String,
+    },
+    /// The disk that should hold the state directory is not there.
+    #[error("the state directory {} is not a mount point, and cache.requireMountpoint asks for one: mount its disk", path.display())]
+    NotMounted {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// Something in the state directory that this driver did not make.
+    #[error("{} {what}: the state directory must belong to the driver alone; move away what is not its own", path.display())]
+    Foreign {
+        /// What.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// Pins may not hold so much.
+    #[error("pinning it would hold {} of at most {}: unpin something, or raise cache.maxPinnedBytes", Bytes(*wanted), Bytes(*max))]
+    TooMuchPinned {
+        /// What pins would hold.
+        wanted: u64,
+        /// What they may.
+        max: u64,
+    },
+    /// Pins of some owners may not hold so much together.
+    #[error("pinning it would hold {} for {owners}, and at most {} are allowed", Bytes(*wanted), Bytes(*max))]
+    PinShareExceeded {
+        /// Whose pins, for people.
+        owners: String,
+        /// What their pins would hold.
+        wanted: u64,
+        /// What they may.
+        max: u64,
+    },
+    /// Content that cannot be read back because another process holds leases on its files.
+    #[error("{} cannot be read back now: a process on the node holds leases on its files (fcntl F_SETLEASE) and takes them again: find it by LEASE in /proc/locks, and set node.leases: Disable in the chart, or the sysctl fs.leases-enable=0", path.display())]
+    Leased {
+        /// Path of the object.
+        path: PathBuf,
+    },
+    /// Content that was complete once and is not any more.
+    #[error("{} is damaged ({what}): it will be fetched again", path.display())]
+    Damaged {
+        /// Which object.
+        path: PathBuf,
+        /// What does not fit.
+        what: String,
+    },
+}
+
+/// What there is too little of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes of the filesystem.
+    Bytes,
+    /// Inodes of the filesystem.
+    Inodes,
+    /// Bytes by `cache.maxBytes`.
+    Quota,
+}
+
+/// Room that cannot be had, in numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shortage {
+    /// Of what.
+    pub kind: Kind,
+    /// What is still to be written.
+    pub needed: u64,
+    /// What others were promised before.
+    pub promised: u64,
+    /// What is missing of all that.
+    pub missing: u64,
+    /// What is left.
+    pub free: u64,
+    /// What stays free.
+    pub floor: u64,
+    /// What could be evicted.
+    pub evictable: u64,
+    /// What pins hold.
+    pub pinned: u64,
+}
+
+impl Shortage {
+    /// Whether evicting everything would not be enough.
+    #[must_use]
+    pub fn is_hopeless(&self) -> bool {
+        self.evictable < self.missing
+    }
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, needed, promised, free, floor, evictable, pinned, .. } = *self;
+        let amount = |number: u64| match kind {
+            Kind::Inodes => format!("{number} inodes"),
+            Kind::Bytes | Kind::Quota => Bytes(number).to_string(),
+        };
+        let [needed, promised, free, floor, evictable, pinned] =
+            [needed, promised, free, floor, evictable, pinned].map(amount);
+        let (limit, remedy) = match kind {
+            Kind::Bytes => (format!(" of which {floor} stay free"), "cache.minFreePercent"),
+            Kind::Inodes => (format!(" of which {floor} stay free"), "cache.minFreeInodesPercent"),
+            Kind::Quota => (" by cache.maxBytes".to_owned(), "cache.maxBytes"),
+        };
+        write!(
+            formatter,
+            "needed {needed} beside {promised} promised to other pulls; free {free}{limit}; evictable \
+             {evictable}; pinned {pinned}: remove or unpin artifacts, enlarge the disk, or change {remedy}"
+        )
+    }
+}
+
+impl StoreError {
+    /// Tells a full disk from everything else.
+    pub fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::NoSpace { action, path }
+            }
+            _ => Self::Io { action, path, source },
+        }
+    }
+}

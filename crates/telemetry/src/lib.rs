@@ -1,0 +1,5 @@
+//! Health and metrics over HTTP.
+
+mod exposition;
+pub mod families;
+pub mod http;

@@ -1,0 +1,228 @@
+//! A layer's bytes, decompressed, counted, and hashed where somebody asks, as they pass.
+//!
+//! The compression is read from the content's first bytes, never from the media
+//! type: types lie (an ORAS folder is tar+gzip under any type), and a decoder that
+//! depends on the bytes alone lets one blob have one form in the store. Nothing
+//! that is not compressed can start like gzip or zstd and still be a tar archive
+//! that somebody made in good faith.
+
+use std::io::{self, BufRead, BufReader, Chain, Cursor, Read};
+
+use flate2::bufread::GzDecoder;
+use sha2::{Digest as _, Sha256};
+
+use super::content::Summary;
+use super::error::UnpackError;
+use super::limits::Limits;
+use oci_types::Digest;
+
+const GZIP: [u8; 2] = [0x1f, 0x8b];
+const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// A zstd stream may start with a frame to skip: `0x184D2A50` to `0x184D2A5F`, little-endian.
+const ZSTD_SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
+const MAGIC_LENGTH: u64 = 4;
+/// As much as one read of a file or a channel usually brings.
+const INPUT_BUFFER: usize = 64 << 10;
+
+/// The decompressed content.
+pub(super) struct Decompressed<'a, R: Read> {
+    decoder: Decoder<Input<R>>,
+    limits: &'a Limits,
+    hash: Option<Sha256>,
+    position: u64,
+}
+
+/// The compressed content: what was looked at to tell its form, then the rest.
+type Input<R> = Chain<Cursor<Vec<u8>>, BufReader<Source<R>>>;
+
+enum Decoder<I: BufRead> {
+    Stored(I),
+    Gzip(Gzip<I>),
+    Zstd(zstd::stream::read::Decoder<'static, I>),
+}
+
+/// The reader that the caller gave. It keeps its errors, since decoders only pass
+/// on what looks like one of their own.
+struct Source<R> {
+    reader: R,
+    count: u64,
+    failure: Option<io::Error>,
+}
+
+/// Members of a gzip stream one after the other, and the zeros that tapes and
+/// some writers leave after the last. Anything else after it is refused.
+enum Gzip<I: BufRead> {
+    Member(Box<GzDecoder<I>>),
+    Between(I),
+    Ended(I),
+    /// Only while one state becomes another.
+    Taken,
+}
+
+impl<'a, R: Read> Decompressed<'a, R> {
+    pub(super) fn new(reader: R, limits: &'a Limits, digested: bool) -> Result<Self, UnpackError> {
+        let source = Source { reader, count: 0, failure: None };
+        let mut input = BufReader::with_capacity(INPUT_BUFFER, source);
+        let mut start = Vec::new();
+        if let Err(error) = input.by_ref().take(MAGIC_LENGTH).read_to_end(&mut start) {
+            return Err(UnpackError::Read(input.get_mut().failure.take().unwrap_or(error)));
+        }
+        let is_gzip = start.starts_with(&GZIP);
+        let is_zstd = start == ZSTD
+            || (start.ends_with(&ZSTD_SKIPPABLE) && start.first().is_some_and(|b| b >> 4 == 5));
+        let input = Cursor::new(start).chain(input);
+        let decoder = if is_gzip {
+            Decoder::Gzip(Gzip::Between(input))
+        } else if is_zstd {
+            let mut decoder =
+                zstd::stream::read::Decoder::with_buffer(input).map_err(UnpackError::Decompress)?;
+            decoder.window_log_max(limits.zstd_window_log).map_err(UnpackError::Decompress)?;
+            Decoder::Zstd(decoder)
+        } else {
+            Decoder::Stored(input)
+        };
+        let hash = digested.then(Sha256::new);
+        Ok(Self { decoder, limits, hash, position: 0 })
+    }
+
+    /// Reads some bytes; none at the end of the content, and only there.
+    pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
+        let read = loop {
+            match self.decoder.read(buffer) {
+                Ok(read) => break read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return Err(match self.source().failure.take() {
+                        Some(failure) => UnpackError::Read(failure),
+                        None => UnpackError::Decompress(error),
+                    });
+                }
+            }
+        };
+        if let Some(hash) = &mut self.hash {
+            hash.update(&buffer[..read]);
+        }
+        self.position += read as u64;
+        let limits = self.limits;
+        if self.position > limits.unpacked_bytes {
+            return Err(UnpackError::TooManyBytes { limit: limits.unpacked_bytes });
+        }
+        let packed = self.packed();
+        if self.position > limits.decompression_ratio_floor
+            && self.position > packed.saturating_mul(limits.decompression_ratio)
+        {
+            return Err(UnpackError::Ratio { limit: limits.decompression_ratio });
+        }
+        Ok(read)
+    }
+
+    /// What is known of what was read.
+    pub(super) fn finish(self) -> Summary {
+        let digest = self.hash.map(|hash| Digest::from_bytes(hash.finalize().into()));
+        Summary { bytes: self.position, digest }
+    }
+
+    /// Returns the number of packed bytes that were read so far.
+    pub(super) fn packed(&mut self) -> u64 {
+        self.source().count
+    }
+
+    fn source(&mut self) -> &mut Source<R> {
+        self.decoder.input().get_mut().1.get_mut()
+    }
+}
+
+impl<I: BufRead> Decoder<I> {
+    fn input(&mut self) -> &mut I {
+        match self {
+            Self::Stored(input) | Self::Gzip(Gzip::Between(input) | Gzip::Ended(input)) => input,
+            Self::Zstd(decoder) => decoder.get_mut(),
+            Self::Gzip(Gzip::Member(decoder)) => decoder.get_mut(),
+            Self::Gzip(Gzip::Taken) => unreachable!("no state is left taken"),
+        }
+    }
+}
+
+impl<I: BufRead> Read for Decoder<I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Stored(input) => input.read(buffer),
+            Self::Gzip(gzip) => gzip.read(buffer),
+            Self::Zstd(decoder) => decoder.read(buffer),
+        }
+    }
+}
+
+impl<R: Read> Read for Source<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.reader.read(buffer) {
+            Ok(read) => {
+                self.count += read as u64;
+                Ok(read)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                let passed_on = io::Error::from(error.kind());
+                self.failure = Some(error);
+                Err(passed_on)
+            }
+        }
+    }
+}
+
+impl<I: BufRead> Read for Gzip<I> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self {
+                Self::Member(decoder) => {
+                    let read = decoder.read(buffer)?;
+                    if read > 0 || buffer.is_empty() {
+                        return Ok(read);
+                    }
+                    // The member's checksum was right, else the decoder had failed.
+                    if let Self::Member(decoder) = std::mem::replace(self, Self::Taken) {
+                        *self = Self::Between(decoder.into_inner());
+                    }
+                }
+                Self::Between(input) => {
+                    let next = input.fill_buf()?.first().copied();
+                    let zeros_end_it = match next {
+                        None => true,
+                        Some(0) => {
+                            skip_zeros(input)?;
+                            true
+                        }
+                        Some(_) => false,
+                    };
+                    if let Self::Between(input) = std::mem::replace(self, Self::Taken) {
+                        *self = if zeros_end_it {
+                            Self::Ended(input)
+                        } else {
+                            Self::Member(Box::new(GzDecoder::new(input)))
+                        };
+                    }
+                }
+                Self::Ended(_) => return Ok(0),
+                Self::Taken => unreachable!("no state is left taken"),
+            }
+        }
+    }
+}
+
+/// To the end of the input, which must be nothing but zeros.
+fn skip_zeros(input: &mut impl BufRead) -> io::Result<()> {
+    loop {
+        let bytes = input.fill_buf()?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if bytes.iter().any(|&byte| byte != 0) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "something else follows the end of the gzip stream",
+            ));
+        }
+        let length = bytes.len();
+        input.consume(length);
+    }
+}

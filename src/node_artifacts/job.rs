@@ -1,0 +1,380 @@
+//! One artifact: fetched, pinned, tried again.
+//!
+//! A job goes on until it is stopped: what is pinned is looked at from time to time, what has failed is tried again at
+//! long intervals. It only waits for the pull, which belongs to the node and may be shared with pods.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::pins::Pins;
+use super::{JobKey, NodeKey};
+use crate::volume::Content;
+use crate::warming::want;
+use oci::credentials::Keyring;
+use oci::manifest::ManifestError;
+use oci::registry::RegistryError;
+use oci::{Digest, Platform, Reference};
+use policy::{Demands, Facts};
+use preload::api::{Phase, WantedArtifact};
+use preload::seal::Place;
+use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
+use store::namespace_resolutions::NamespaceResolution;
+use store::resolutions::Resolution;
+
+/// The pause after the first failure; doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+/// The longest before it counts as failed.
+const LONGEST_PAUSE: Duration = Duration::from_mins(4);
+/// What has failed is tried again after so long: a disk gets room, a registry comes back.
+const FAILED_AGAIN: Duration = Duration::from_mins(10);
+/// What is kept is looked at so often: damage may have been found.
+const LOOK_INTERVAL: Duration = Duration::from_mins(10);
+/// What came sealed was sealed to another key: that of the process before.
+const NO_CREDENTIALS: &str = "WaitingForCredentials";
+/// Steps in which progress is told.
+const STEP: u64 = 25;
+
+/// An artifact that is looked after.
+pub(super) struct Job {
+    /// What is wanted.
+    pub(super) wanted: WantedArtifact,
+    state: Option<State>,
+    since: Timestamp,
+    view: ProgressView,
+    run: u64,
+    stop: CancellationToken,
+}
+
+/// How far it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct State {
+    phase: Phase,
+    reason: &'static str,
+    message: String,
+}
+
+/// A job has come to a new state.
+pub(super) struct Told {
+    pub(super) key: JobKey,
+    /// Which job of this key: an older one that ends late says nothing.
+    run: u64,
+    state: State,
+}
+
+/// What jobs need.
+pub(super) struct Begin {
+    pub(super) node: String,
+    pub(super) content: Content,
+    pub(super) key: Arc<NodeKey>,
+    pub(super) pins: Pins,
+    pub(super) permits: Arc<Semaphore>,
+    pub(super) told: mpsc::UnboundedSender<Told>,
+}
+
+/// A try that failed.
+struct Failure {
+    reason: &'static str,
+    message: String,
+}
+
+impl Job {
+    /// Ends it; what it waits for may go on for others.
+    pub(super) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Whether a wish that has changed needs another job.
+    pub(super) fn must_begin_anew(&self, wanted: &WantedArtifact) -> bool {
+        let version = |wanted: &WantedArtifact| {
+            let credentials = wanted.credentials.as_ref();
+            credentials.map(|credentials| (credentials.key.clone(), credentials.version.clone()))
+        };
+        let how =
+            |wanted: &WantedArtifact| (wanted.pin, wanted.timeout_seconds, wanted.backoff_limit);
+        let ready = self.phase() == Phase::Ready;
+        let others = version(wanted) != version(&self.wanted);
+        let has_answer =
+            wanted.resolved_at.is_some() && wanted.resolved_at != self.wanted.resolved_at;
+        how(wanted) != how(&self.wanted) || (others && !ready) || has_answer
+    }
+
+    pub(super) fn note(&mut self, told: Told) {
+        if told.run == self.run {
+            if self.phase() == Phase::Ready && told.state.phase != Phase::Ready {
+                self.since = this_second();
+            }
+            self.state = Some(told.state);
+        }
+    }
+
+    /// When it began to be fetched, the last time.
+    pub(super) fn since(&self) -> Timestamp {
+        self.since
+    }
+
+    /// Whether it has said anything yet.
+    pub(super) fn is_known(&self) -> bool {
+        self.state.is_some()
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.state.as_ref().map_or(Phase::Waiting, |state| state.phase)
+    }
+
+    pub(super) fn reason(&self) -> &str {
+        self.state.as_ref().map_or("", |state| state.reason)
+    }
+
+    pub(super) fn message(&self) -> &str {
+        self.state.as_ref().map_or("", |state| &state.message)
+    }
+
+    /// Of the download, in coarse steps; none when nothing is being fetched.
+    pub(super) fn percent(&self) -> Option<i32> {
+        if self.phase() != Phase::Pulling {
+            return None;
+        }
+        let snapshot = self.view.snapshot();
+        let percent = (snapshot.done * 100).checked_div(snapshot.total)?.min(100);
+        i32::try_from(percent / STEP * STEP).ok()
+    }
+}
+
+impl Begin {
+    /// Begins a job.
+    pub(super) fn begin(self, wanted: WantedArtifact) -> Job {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        static RUNS: AtomicU64 = AtomicU64::new(0);
+        let run = RUNS.fetch_add(1, Ordering::Relaxed);
+        let (stop, view) = (CancellationToken::new(), ProgressView::default());
+        let running = Running { begin: self, wanted: wanted.clone(), view: view.clone(), run };
+        let stopped = stop.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = running.run() => {}
+                () = stopped.cancelled() => {}
+            }
+        });
+        Job { wanted, state: None, since: this_second(), view, run, stop }
+    }
+}
+
+struct Running {
+    begin: Begin,
+    wanted: WantedArtifact,
+    view: ProgressView,
+    run: u64,
+}
+
+impl Running {
+    async fn run(self) {
+        let reference: Reference = match self.wanted.reference.parse() {
+            Ok(reference) => reference,
+            Err(error) => {
+                let error: oci::reference::ReferenceError = error;
+                return self.tell(Phase::Failed, "InvalidReference", error.to_string());
+            }
+        };
+        let mut failures = 0;
+        loop {
+            if self.wanted.pin
+                && let Some(manifest) =
+                    self.begin.pins.holds(&self.wanted.preload, &reference).await
+                && self.record_tag(&reference, manifest).await.is_ok()
+            {
+                failures = 0;
+                self.tell(Phase::Ready, "", String::new());
+                tokio::time::sleep(LOOK_INTERVAL).await;
+                continue;
+            }
+            if failures == 0 {
+                self.tell(Phase::Waiting, "", String::new());
+            }
+            // A try after a failure that was told does not take that back before it has come to something.
+            let tells = failures <= self.wanted.backoff_limit;
+            match self.attempt(&reference, tells).await {
+                Ok(()) => {
+                    self.begin.content.upkeep.notify_one();
+                    self.tell(Phase::Ready, "", String::new());
+                    failures = 0;
+                    if !self.wanted.pin {
+                        // It was here; that it stays is not asked for.
+                        return;
+                    }
+                    tokio::time::sleep(LOOK_INTERVAL).await;
+                }
+                Err(Failure { reason: reason @ NO_CREDENTIALS, message }) => {
+                    // Nothing was tried: the controller seals them anew, and then another job begins.
+                    self.tell(Phase::Waiting, reason, message);
+                    tokio::time::sleep(FAILED_AGAIN).await;
+                }
+                Err(Failure { reason, message }) => {
+                    failures += 1;
+                    let limit = self.wanted.backoff_limit;
+                    let pause = if failures > limit {
+                        self.tell(Phase::Failed, reason, message);
+                        FAILED_AGAIN
+                    } else {
+                        self.tell(Phase::Waiting, reason, message);
+                        let doublings = u32::try_from(failures - 1).unwrap_or(0).min(6);
+                        FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE)
+                    };
+                    tokio::time::sleep(pause.mul_f64(between(0.8, 1.2))).await;
+                }
+            }
+        }
+    }
+
+    /// One try; whether it tells that it fetches.
+    async fn attempt(&self, reference: &Reference, tells: bool) -> Result<(), Failure> {
+        let keyring = self.keyring(reference)?;
+        let demands = self.demands(reference).await?;
+        let permit = Arc::clone(&self.begin.permits).acquire_owned().await;
+        let _permit = permit.map_err(|_| Failure::new("Stopping", "the driver is stopping"))?;
+        if tells {
+            self.tell(Phase::Pulling, "", String::new());
+        }
+        // A digest means the same for ever: only what is not here is asked for.
+        let platform = Platform::of_this_node();
+        let wanted =
+            want(reference.clone(), platform, PullPolicy::IfNotPresent, keyring, self.tenant());
+        let Demands { maximum_bytes, signature, .. } = demands;
+        let wanted = Want { maximum_bytes, signature, ..wanted };
+        let patience =
+            Duration::from_secs(u64::try_from(self.wanted.timeout_seconds).unwrap_or(1).max(1));
+        let acquire = self.begin.content.puller.acquire(&wanted, &self.view);
+        let tree = match tokio::time::timeout(patience, acquire).await {
+            Ok(Ok(tree)) => tree,
+            Ok(Err(error)) => return Err(Failure::new(reason(&error), &error)),
+            Err(_) => {
+                let message = format!(
+                    "it took longer than {} s; what has come stays for the next try, see spec.timeoutSeconds",
+                    patience.as_secs()
+                );
+                return Err(Failure::new("TimedOut", &message));
+            }
+        };
+        if self.wanted.pin {
+            let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
+            pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))?;
+        }
+        self.record_tag(reference, tree.record.manifest).await
+    }
+
+    /// Records what the registry said of the tag, for pods of the preload's namespace.
+    async fn record_tag(&self, reference: &Reference, manifest: Digest) -> Result<(), Failure> {
+        let (Some(resolved_at), Some(resolved), Some((namespace, _))) =
+            (&self.wanted.resolved_at, reference.digest(), self.wanted.preload.split_once('/'))
+        else {
+            return Ok(());
+        };
+        let (reference, platform) = (reference.floating(), Platform::of_this_node());
+        let answer = NamespaceResolution {
+            resolution: Resolution {
+                reference: reference.to_string(),
+                resolved,
+                manifest,
+                platform: Some(platform.to_string()),
+            },
+            namespace: namespace.to_owned(),
+            resolved_at: resolved_at.0.as_second(),
+        };
+        let store = self.begin.content.store.clone();
+        let record = move || store.put_namespace_resolution(&reference, &platform, &answer);
+        match tokio::task::spawn_blocking(record).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Failure::new("NotRecorded", &error)),
+            Err(_) => Err(Failure::new("NotRecorded", "recording the tag failed internally")),
+        }
+    }
+
+    /// Returns the tenant of the preload, whose name is `namespace/name`.
+    fn tenant(&self) -> Tenant {
+        let namespace = self.wanted.preload.split_once('/').map(|(namespace, _)| namespace);
+        Tenant::of_pod(namespace, None)
+    }
+
+    /// What to show the registry: what came sealed, beside the node's own.
+    fn keyring(&self, reference: &Reference) -> Result<Keyring, Failure> {
+        let Some(sealed) = &self.wanted.credentials else { return Ok(Keyring::empty()) };
+        let place = Place {
+            node: &self.begin.node,
+            preload: &self.wanted.preload,
+            reference: &self.wanted.reference,
+        };
+        match self.begin.key.open(&sealed.data, place) {
+            Ok(credentials) => Ok(Keyring::of_host(reference.repository().host(), credentials)),
+            Err(error) => Err(Failure::new(NO_CREDENTIALS, &error)),
+        }
+    }
+
+    /// What the node's policy demands, or why it does not let the preload's namespace have it.
+    async fn demands(&self, reference: &Reference) -> Result<Demands, Failure> {
+        let (source, reference) = (self.begin.content.policy.clone(), reference.clone());
+        let namespace = self.wanted.preload.split('/').next().unwrap_or_default().to_owned();
+        let decide = move || {
+            let policy = source.current()?;
+            let facts = Facts {
+                reference: &reference,
+                namespace: Some(&namespace),
+                require_signature: false,
+            };
+            Ok(policy.decide(facts))
+        };
+        let decided: Result<_, String> = match tokio::task::spawn_blocking(decide).await {
+            Ok(decided) => decided,
+            Err(error) => Err(error.to_string()),
+        };
+        match decided {
+            Ok(Ok(demands)) => Ok(demands),
+            Ok(Err(refusal)) => Err(Failure::new("PolicyDenied", &refusal)),
+            Err(error) => Err(Failure::new("PolicyUnreadable", &error)),
+        }
+    }
+
+    fn tell(&self, phase: Phase, reason: &'static str, message: String) {
+        let key = (self.wanted.preload.clone(), self.wanted.reference.clone());
+        let state = State { phase, reason, message };
+        // Nobody listens any more at shutdown.
+        let _ = self.begin.told.send(Told { key, run: self.run, state });
+    }
+}
+
+impl Failure {
+    fn new(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Self {
+        Self { reason, message: message.to_string() }
+    }
+}
+
+/// Why a pull failed, in one word.
+fn reason(error: &PullError) -> &'static str {
+    match error.root() {
+        PullError::Registry(RegistryError::NotFound { .. }) => "NotFound",
+        PullError::Registry(RegistryError::Unauthorized { .. }) => "Unauthorized",
+        PullError::Registry(RegistryError::Forbidden { .. }) => "Forbidden",
+        PullError::Registry(error) if error.is_transient() => "RegistryUnavailable",
+        PullError::Registry(_) => "RegistryRefused",
+        PullError::Manifest(ManifestError::NoPlatform { .. }) => "PlatformMissing",
+        PullError::Signature { .. } | PullError::TooManyBytes { .. } => "PolicyDenied",
+        PullError::Provider(_) => "CredentialProvider",
+        error if error.is_full() => "NoRoom",
+        _ => "PullFailed",
+    }
+}
+
+/// As the API server keeps it.
+fn this_second() -> Timestamp {
+    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
+}
+
+/// A number drawn by chance.
+pub(super) fn between(low: f64, high: f64) -> f64 {
+    let mut bytes = [0; 4];
+    // Without chance everybody waits as long, which is no harm.
+    let _ = getrandom::fill(&mut bytes);
+    low + (high - low) * f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
+}

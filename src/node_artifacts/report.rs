@@ -1,0 +1,69 @@
+//! How far all artifacts are, as the status says it.
+
+use super::job::Job;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use oci::{Platform, Reference};
+use preload::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
+use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase};
+
+/// The whole status.
+pub(super) fn status<'a>(
+    jobs: impl Iterator<Item = &'a Job>,
+    public_key: &str,
+    capacity: Option<u64>,
+) -> NodeArtifactsStatus {
+    let mut status = NodeArtifactsStatus {
+        platform: Platform::of_this_node().to_string(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        public_key: public_key.to_owned(),
+        capacity_bytes: capacity.and_then(|bytes| i64::try_from(bytes).ok()),
+        ..NodeArtifactsStatus::default()
+    };
+    for job in jobs.take(MAXIMUM_ARTIFACTS) {
+        match job.phase() {
+            Phase::Ready => status.ready += 1,
+            Phase::Waiting | Phase::Pulling => status.active += 1,
+            Phase::Failed => status.failed += 1,
+        }
+        status.artifacts.push(artifact(job));
+    }
+    status
+}
+
+fn artifact(job: &Job) -> HeldArtifact {
+    let digest = job.wanted.reference.parse::<Reference>().ok();
+    let digest = digest.and_then(|reference| reference.digest());
+    let is_over = matches!(job.phase(), Phase::Ready);
+    HeldArtifact {
+        preload: job.wanted.preload.clone(),
+        reference: job.wanted.reference.clone(),
+        digest: digest.map(|digest| digest.to_string()).unwrap_or_default(),
+        phase: job.phase(),
+        percent: job.percent(),
+        since: (!is_over).then(|| Time(job.since())),
+        reason: if is_over { String::new() } else { job.reason().to_owned() },
+        message: if is_over { String::new() } else { cut(job.message()) },
+    }
+}
+
+/// Whether nothing has changed but how far a download is.
+pub(super) fn differs_in_progress_only(
+    one: &NodeArtifactsStatus,
+    two: &NodeArtifactsStatus,
+) -> bool {
+    let without = |status: &NodeArtifactsStatus| {
+        let mut status = status.clone();
+        status.artifacts.iter_mut().for_each(|artifact| artifact.percent = None);
+        status
+    };
+    without(one) == without(two)
+}
+
+/// At most so many bytes, whole characters.
+fn cut(text: &str) -> String {
+    let mut end = text.len().min(MAXIMUM_MESSAGE);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end].to_owned()
+}
