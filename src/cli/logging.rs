@@ -14,11 +14,28 @@ pub(super) enum LogFormat {
     Text,
 }
 
-/// Starts logging. `level` is a level, or directives as `info,csi_driver_oci=debug`.
+/// The crates of this project, whose messages below "info" a bare level turns on.
+const CRATES: [&str; 11] = [
+    "csi_driver_oci",
+    "oci",
+    "oci_types",
+    "policy",
+    "preload",
+    "pull",
+    "store",
+    "sys",
+    "telemetry",
+    "text",
+    "unpack",
+];
+
+/// Starts logging. `level` is a level, or directives as `info,store=debug`.
 pub(super) fn start(level: &str, format: Option<LogFormat>) -> Result<(), String> {
     // A bare level is for this program; what its libraries say below "info" is for their authors.
     let directives = match level {
-        "debug" | "trace" => format!("info,csi_driver_oci={level}"),
+        "debug" | "trace" => {
+            format!("info,{}", CRATES.map(|name| format!("{name}={level}")).join(","))
+        }
         other => other.to_owned(),
     };
     let filter = EnvFilter::try_new(directives).map_err(|error| {
@@ -32,4 +49,22 @@ pub(super) fn start(level: &str, format: Option<LogFormat>) -> Result<(), String
         LogFormat::Text => subscriber.with_ansi(terminal).init(),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bare_level_counts_for_every_crate_of_the_project() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/crates");
+        let entries = std::fs::read_dir(folder).expect("the crates");
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.expect("a crate").file_name().to_string_lossy().replace('-', "_")
+        };
+        let mut names: Vec<_> = entries.map(name).collect();
+        names.push("csi_driver_oci".to_owned());
+        names.sort();
+        assert_eq!(names, CRATES);
+    }
 }

@@ -146,7 +146,7 @@ def documented():
 
 def versions():
     """The image that the manifests name is the version that Cargo builds."""
-    built = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["package"]["version"]
+    built = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
     about = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
     named = {
         "Chart.yaml": about["appVersion"],
