@@ -6,14 +6,14 @@
 
 use std::{fs, path::PathBuf, time::Instant};
 
-use csi_driver_oci::fleet::api::definitions::definitions;
-use csi_driver_oci::fleet::api::{ArtifactPreload, ArtifactPreloadSpec, NodeArtifacts};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
+use preload::api::definitions::definitions;
+use preload::api::{ArtifactPreload, ArtifactPreloadSpec, NodeArtifacts};
 use serde_json::json;
 
 use super::{CAPACITY, Controller, PULL, is_ready, mebibytes, registry, size, wait};

@@ -1,6 +1,6 @@
 //! The tables of `docs/how-to/prometheus-by-crossplane.md`, step by step, with the real controller and node plugins.
 //!
-//! The test plays Crossplane, the controller of StatefulSets, and the kubelet, whose calls are real.
+//! The test plays Crossplane, the controller of `StatefulSets`, and the kubelet, whose calls are real.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -53,7 +53,7 @@ fn documented_rows(composition: &str) -> Vec<Row> {
     rows.collect()
 }
 
-/// A pod of the StatefulSet on one of the nodes.
+/// A pod of the `StatefulSet` on one of the nodes.
 struct MountedPod {
     node: usize,
     /// The template that it was made from.
@@ -72,7 +72,7 @@ struct Story {
     blobs: Option<std::sync::Arc<Gate>>,
     cluster: Cluster,
     object: Value,
-    /// What is composed, by name; the ArtifactPreload is with the API server.
+    /// What is composed, by name; the `ArtifactPreload` is with the API server.
     observed: Composed,
     conditions: Value,
     pods: Vec<MountedPod>,
@@ -82,7 +82,9 @@ impl Story {
     fn start(composition: &'static str) -> Self {
         let (proxy, repository) = (Proxy::new(registry()), unique("story"));
         let mut cluster = Cluster::new(&NODES);
-        NODES.iter().for_each(|node| cluster.start_node(node));
+        for node in NODES {
+            cluster.start_node(node);
+        }
         let mut digests = BTreeMap::new();
         for version in ["v1", "v2", "v3"] {
             let layer = Layer::titled("version", format!("{version} of {repository}"));
@@ -246,7 +248,7 @@ impl Story {
         self.observed.insert(name, object);
     }
 
-    /// The template of the StatefulSet.
+    /// The template of the `StatefulSet`.
     fn template(&self) -> &Value {
         &self.observed["statefulset"]["spec"]["template"]
     }
@@ -269,7 +271,7 @@ impl Story {
         }
     }
 
-    /// The controller of StatefulSets makes and deletes pods.
+    /// The controller of `StatefulSets` makes and deletes pods.
     fn scale(&mut self) {
         let replicas = self.observed["statefulset"]["spec"]["replicas"].as_u64();
         let replicas = replicas.and_then(|number| usize::try_from(number).ok()).expect("a number");
@@ -283,7 +285,7 @@ impl Story {
         self.count_pods();
     }
 
-    /// The controller of StatefulSets counts them.
+    /// The controller of `StatefulSets` counts them.
     fn count_pods(&mut self) {
         let template = self.template();
         let count =
@@ -297,7 +299,7 @@ impl Story {
         self.observed.get_mut("statefulset").expect("a StatefulSet")["status"] = status;
     }
 
-    /// The controller of StatefulSets replaces the last pod of an earlier template.
+    /// The controller of `StatefulSets` replaces the last pod of an earlier template.
     #[track_caller]
     fn replace_pod(&mut self) {
         let template = self.template();
