@@ -1,8 +1,9 @@
 //! Proxies that the environment names, read as clients written in Go read them: the container runtime
 //! of the same node is configured with the same lines.
 //!
-//! `HTTP_PROXY` is for plain HTTP, `HTTPS_PROXY` for TLS, `ALL_PROXY` for both where these are not set;
-//! each also in lower case. An empty variable is an unset one. `NO_PROXY` is a list of exceptions with
+//! `HTTP_PROXY` is for plain HTTP, `HTTPS_PROXY` for TLS; each also in lower case. `ALL_PROXY` is for
+//! both where these are not set, as most clients have it, though Go has not: nothing sets it for the
+//! driver alone by accident. An empty variable is an unset one. `NO_PROXY` is a list of exceptions with
 //! commas between them:
 //!
 //! ```text
@@ -13,6 +14,8 @@
 //! corp.example:5000     one port only, as are 10.1.2.3:5000 and [fd00::1]:5000
 //! *                     everything
 //! ```
+//!
+//! Names are compared as text, also with addresses: `2.3` excepts `10.1.2.3`.
 
 use std::net::IpAddr;
 
@@ -32,8 +35,16 @@ pub(super) struct Proxies {
 enum Exception {
     All,
     Network(IpNet),
-    Address { address: IpAddr, port: String },
-    Domain { name: String, includes_itself: bool, port: String },
+    Address {
+        address: IpAddr,
+        port: String,
+    },
+    /// Hosts that end in this, which starts with a dot.
+    Domain {
+        suffix: String,
+        includes_itself: bool,
+        port: String,
+    },
 }
 
 impl Proxies {
@@ -89,12 +100,12 @@ impl Exception {
             return Some(Self::Address { address: address.to_canonical(), port: port.to_owned() });
         }
         let host = host.strip_prefix('*').filter(|rest| rest.starts_with('.')).unwrap_or(host);
-        let name = host.strip_prefix('.').unwrap_or(host);
-        (!name.is_empty()).then(|| Self::Domain {
-            name: to_ascii(name),
-            includes_itself: !host.starts_with('.'),
-            port: port.to_owned(),
-        })
+        let (name, includes_itself) = match host.strip_prefix('.') {
+            Some(name) => (name, false),
+            None => (host, true),
+        };
+        let suffix = format!(".{}", to_ascii(name));
+        (!host.is_empty()).then(|| Self::Domain { suffix, includes_itself, port: port.to_owned() })
     }
 
     fn matches(&self, url: &Url) -> bool {
@@ -109,13 +120,11 @@ impl Exception {
             Self::Address { address: excepted, port } => {
                 address == Some(*excepted) && is_port(port)
             }
-            Self::Domain { name, includes_itself, port } => {
-                let host = url.host_str().unwrap_or_default();
-                let is_below =
-                    || host.strip_suffix(name.as_str()).is_some_and(|above| above.ends_with('.'));
-                address.is_none()
-                    && ((*includes_itself && host == name) || is_below())
-                    && is_port(port)
+            Self::Domain { suffix, includes_itself, port } => {
+                // Go compares an IPv6 address without its brackets.
+                let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+                let is_itself = *includes_itself && host == &suffix[1..];
+                (is_itself || host.ends_with(suffix.as_str())) && is_port(port)
             }
         }
     }
@@ -143,10 +152,10 @@ fn exceptions(list: &str) -> Vec<Exception> {
     list.split(',').filter_map(Exception::parse).collect()
 }
 
-/// Splits `host[:port]`, and takes the brackets off an IPv6 address. One without brackets has no port.
+/// Splits `host:port` and `[address]:port`; anything else is a host without a port.
 fn split_port(entry: &str) -> (&str, &str) {
-    if let Some((address, rest)) = entry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        return (address, rest.strip_prefix(':').unwrap_or(rest));
+    if let Some((address, port)) = entry.strip_prefix('[').and_then(|rest| rest.split_once("]:")) {
+        return (address, port);
     }
     match entry.split_once(':') {
         Some((host, port)) if !port.contains(':') => (host, port),
@@ -214,11 +223,13 @@ mod tests {
             ("fd00::1", "https://[fd00::1]:5000/", true),
             ("[fd00::1]:5000", "https://[fd00::1]:5000/", true),
             ("[fd00::1]:5000", "https://[fd00::1]/", false),
-            ("[FD00::1]", "https://[fd00:0::1]/", true),
+            ("[FD00::1]:443", "https://[fd00:0::1]/", true),
+            ("[fd00::1]", "https://[fd00::1]/", false),
             ("fd00::/8", "https://[fd12::1]/", true),
             ("10.1.2.3", "https://[::ffff:10.1.2.3]/", true),
-            ("1.2.3", "https://10.1.2.3/", false),
-            (".2.3", "https://10.1.2.3/", false),
+            ("1.2.3", "https://10.1.2.3/", true),
+            (".2.3", "https://10.1.2.3/", true),
+            ("0.1.2.3", "https://10.1.2.3/", false),
             ("*", "https://anything/", true),
             ("a,*", "https://10.1.2.3/", true),
             ("bücher.example", "https://r.bücher.example/", true),
