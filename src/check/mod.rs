@@ -18,7 +18,7 @@ pub use files::FileReport;
 
 use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
-    Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError,
+    Descriptor, ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError,
     check_config_platform, config_platform,
 };
 use oci::registry::{ManifestName, Registry, RegistryError};
@@ -266,14 +266,14 @@ impl Checker {
         credential: &Credential,
     ) -> Result<Descriptor, CheckError> {
         let limits = self.limits.manifest();
-        let mut choice = IndexChoice::new(index, wanted, limits)?;
-        while let Some(nested) = choice.next_index() {
+        let mut entries = IndexEntries::for_this_node(index, wanted, limits)?;
+        while let Some(nested) = entries.next_index() {
             let name = ManifestName::Digest(nested.digest);
             let fetched = self.registry.manifest(repository, &name, credential).await?;
             let document = Manifest::parse(&fetched.bytes, Some(&nested.media_type), limits)?;
-            choice.insert(nested, document)?;
+            entries.insert(nested, document)?;
         }
-        Ok(choice.choose()?.clone())
+        Ok(entries.index().choose(wanted)?.clone())
     }
 
     async fn look(

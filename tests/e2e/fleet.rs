@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use crate::support::{
-    Image, Layer, Manifest, OCI_MANIFEST, Proxy, Tar,
+    Image, Layer, Manifest, OCI_INDEX, OCI_MANIFEST, Proxy, Tar,
     api_server::{ApiServer, Fault, Kind},
     descriptor,
     fleet::{Cluster, NAMESPACE},
@@ -350,6 +350,37 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
     assert_eq!(cluster.pins("one").len(), 1, "the last good one stays");
     cluster.preload("good", json!({"reference": good}));
     cluster.wait_for("good", "Ready");
+}
+
+#[test]
+fn an_index_in_an_index_is_preloaded_for_its_platforms() {
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let repository = unique("nested");
+    let image = Image::new().layer(Tar::new().file("file", 0o644, "content").finish());
+    image.push(registry(), &repository, "single");
+    let mut inner = descriptor(OCI_MANIFEST, image.manifest().json().to_string().as_bytes());
+    let architecture = format!("linux/{}", node_architecture());
+    inner["platform"] = json!({"os": "linux", "architecture": node_architecture()});
+    // As `crane index append --flatten=false` makes it, and one that says what the inner one is for.
+    for (tag, named) in [("unnamed", false), ("named", true)] {
+        let bytes = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [inner]});
+        push_index(registry(), &repository, "inner", std::slice::from_ref(&inner));
+        let mut entry = descriptor(OCI_INDEX, bytes.to_string().as_bytes());
+        if named {
+            entry["platform"] = json!({"os": "linux", "architecture": node_architecture()});
+        }
+        push_index(registry(), &repository, tag, &[entry]);
+        let reference = cluster.reference(&format!("{repository}:{tag}"));
+        cluster.preload(tag, json!({"reference": reference, "platforms": [architecture]}));
+        cluster.wait_for(tag, "Ready");
+        assert!(cluster.status(tag)["bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{tag}");
+        assert_eq!(cluster.status(tag)["platforms"], json!([architecture]), "{tag}");
+        let missing = format!("missing-{tag}");
+        cluster.preload(&missing, json!({"reference": reference, "platforms": ["linux/s390x"]}));
+        cluster.wait_for(&missing, "PlatformMissing");
+    }
 }
 
 /// An index that has nothing for the nodes of this machine.

@@ -541,12 +541,11 @@ impl ImageIndex {
     }
 }
 
-/// The choice among the entries of an index, and of the indexes in it as if their entries stood in
-/// their place.
+/// The entries of an index, and of the indexes in it as if their entries stood in their place.
 #[derive(Debug)]
-pub struct IndexChoice {
-    wanted: Platform,
-    order: PlatformOrder,
+pub struct IndexEntries {
+    /// Indexes for platforms that are not in it are not read.
+    order: Option<PlatformOrder>,
     most: usize,
     entries: ImageIndex,
     /// Indexes that were not read yet, with their depth.
@@ -557,32 +556,52 @@ pub struct IndexChoice {
     depth: usize,
 }
 
-impl IndexChoice {
-    /// Starts with the index that is referenced, for a platform on this node.
+impl IndexEntries {
+    /// Starts with the index that is referenced, for a choice of a platform on this node.
     ///
     /// # Errors
     ///
     /// [`ManifestError::NoPlatform`] where no index has to be read to know it, and those of
-    /// [`IndexChoice::insert`].
-    pub fn new(
+    /// [`IndexEntries::insert`].
+    pub fn for_this_node(
         index: ImageIndex,
         wanted: &Platform,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
-        let mut choice = Self {
-            order: wanted.order_on_this_node(),
-            wanted: wanted.clone(),
+        let entries = Self::new(index, Some(wanted.order_on_this_node()), limits)?;
+        if entries.nested.is_empty() {
+            entries.entries.choose(wanted)?;
+        }
+        Ok(entries)
+    }
+
+    /// Starts with the index that is referenced, for all its platforms.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`IndexEntries::insert`].
+    pub fn for_all_platforms(
+        index: ImageIndex,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        Self::new(index, None, limits)
+    }
+
+    fn new(
+        index: ImageIndex,
+        order: Option<PlatformOrder>,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        let mut this = Self {
+            order,
             most: limits.layers,
             entries: ImageIndex { manifests: Vec::new() },
             nested: VecDeque::new(),
             found: 0,
             depth: 0,
         };
-        choice.add(index, None)?;
-        if choice.nested.is_empty() {
-            choice.choose()?;
-        }
-        Ok(choice)
+        this.add(index, None)?;
+        Ok(this)
     }
 
     /// Returns the next index that has to be read, and then inserted.
@@ -592,7 +611,7 @@ impl IndexChoice {
         Some(index)
     }
 
-    /// Inserts what was read for the last [`IndexChoice::next_index`].
+    /// Inserts what was read for the last [`IndexEntries::next_index`].
     ///
     /// # Errors
     ///
@@ -605,13 +624,9 @@ impl IndexChoice {
         Ok(())
     }
 
-    /// Chooses among all entries that were inserted, see [`ImageIndex::choose`].
-    ///
-    /// # Errors
-    ///
-    /// [`ManifestError::NoPlatform`] with what there is.
-    pub fn choose(&self) -> Result<&Descriptor, ManifestError> {
-        self.entries.choose_by(&self.wanted, &self.order)
+    /// Returns all entries that were inserted, as an index without indexes.
+    pub const fn index(&self) -> &ImageIndex {
+        &self.entries
     }
 
     fn add(&mut self, index: ImageIndex, of: Option<&Platform>) -> Result<(), ManifestError> {
@@ -620,8 +635,10 @@ impl IndexChoice {
             // Several indexes are in memory at once, so that their entries keep the fields of the choice alone.
             entry.annotations.clear();
             entry.data = entry.data.filter(|_| self.depth == 0);
-            let ranks = |platform: &Platform| self.order.rank(platform).is_some();
-            let may_fit = entry.platform.as_ref().is_none_or(ranks);
+            let may_fit = match (&self.order, &entry.platform) {
+                (Some(order), Some(platform)) => order.rank(platform).is_some(),
+                _ => true,
+            };
             if !entry.is_index() || !may_fit {
                 self.entries.manifests.push(entry);
                 continue;
@@ -945,12 +962,12 @@ mod tests {
             Manifest::parse(text.as_bytes(), None, limits)
         };
         let Manifest::Index(index) = with(top)? else { panic!("no index") };
-        let mut choice = IndexChoice::new(index, &wanted, limits)?;
-        while let Some(nested) = choice.next_index() {
+        let mut entries = IndexEntries::for_this_node(index, &wanted, limits)?;
+        while let Some(nested) = entries.next_index() {
             let document = with(&of(&nested))?;
-            choice.insert(nested, document)?;
+            entries.insert(nested, document)?;
         }
-        choice.choose().cloned()
+        entries.index().choose(&wanted).cloned()
     }
 
     #[test]

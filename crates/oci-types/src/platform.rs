@@ -75,6 +75,13 @@ impl Platform {
             && (self.variant.is_none() || wanted.variant == offered.variant)
     }
 
+    /// Returns whether content for `offered` may run on a node of this platform, whose processor is
+    /// not known here: any variant of its architecture, and what such processors run of others.
+    #[must_use]
+    pub fn may_run(&self, offered: &Self) -> bool {
+        self.accepts(offered) || self.order().rank(offered).is_some()
+    }
+
     /// Returns the names that containerd and Go use.
     fn normalised(&self) -> Self {
         let variant = self.variant.as_deref().unwrap_or_default().to_ascii_lowercase();
@@ -244,6 +251,21 @@ mod tests {
 
     fn platform(text: &str) -> Platform {
         text.parse().expect("a platform")
+    }
+
+    #[test]
+    fn a_node_may_run_any_variant_and_what_such_processors_run_of_others() {
+        for (node, offered, may) in [
+            ("linux/amd64", "linux/amd64/v3", true),
+            ("linux/amd64", "linux/386", true),
+            ("linux/arm64", "linux/arm/v7", true),
+            ("linux/arm64", "linux/amd64", false),
+            ("linux/386", "linux/amd64", false),
+            ("linux/arm/v6", "linux/arm/v7", false),
+        ] {
+            let [node, of_index] = [node, offered].map(|text| text.parse::<Platform>().unwrap());
+            assert_eq!(node.may_run(&of_index), may, "{node}: {offered}");
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::tenant::Tenant;
 use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, ProgressView, Puller};
 use oci::credentials::Keyring;
-use oci::manifest::{Descriptor, ImageIndex, ImageManifest, IndexChoice, Manifest, ManifestError};
+use oci::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError};
 use oci::{Digest, Platform, Reference};
 use store::access::ProofSource;
 use store::import::ImportedBlobs;
@@ -254,13 +254,14 @@ impl Inner {
         let (manifest, image) = match self.manifest(&layout.blobs, &entry, &mut small)? {
             Manifest::Image(image) => (top, image),
             Manifest::Index(index) => {
-                let choice = IndexChoice::new(index, platform, self.limits.manifest());
-                let mut choice = choice.map_err(PullError::from)?;
-                while let Some(nested) = choice.next_index() {
+                let limits = self.limits.manifest();
+                let entries = IndexEntries::for_this_node(index, platform, limits);
+                let mut entries = entries.map_err(PullError::from)?;
+                while let Some(nested) = entries.next_index() {
                     let document = self.manifest(&layout.blobs, &nested, &mut small)?;
-                    choice.insert(nested, document).map_err(PullError::from)?;
+                    entries.insert(nested, document).map_err(PullError::from)?;
                 }
-                let chosen = choice.choose().map_err(PullError::from)?;
+                let chosen = entries.index().choose(platform).map_err(PullError::from)?;
                 match self.manifest(&layout.blobs, chosen, &mut small)? {
                     Manifest::Image(image) => (chosen.digest, image),
                     Manifest::Index(_) => {

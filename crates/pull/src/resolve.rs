@@ -21,7 +21,7 @@ use super::want::{IfUnavailable, Priority, PullPolicy, Want};
 use super::{Inner, Puller};
 use oci::credentials::Credential;
 use oci::manifest::{
-    Descriptor, ImageManifest, IndexChoice, Manifest, ManifestError, check_config_platform,
+    Descriptor, ImageManifest, IndexEntries, Manifest, ManifestError, check_config_platform,
 };
 use oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError};
 use oci::{Digest, Platform, Reference, Repository};
@@ -290,14 +290,14 @@ impl Inner {
             match Manifest::parse(&bytes, None, self.limits.manifest())? {
                 Manifest::Image(_) => (digest, Some(bytes), false),
                 Manifest::Index(index) => {
-                    let mut choice = IndexChoice::new(index, platform, self.limits.manifest())?;
+                    let limits = self.limits.manifest();
+                    let mut entries = IndexEntries::for_this_node(index, platform, limits)?;
                     drop(bytes);
-                    while let Some(nested) = choice.next_index() {
+                    while let Some(nested) = entries.next_index() {
                         let Some(bytes) = read(nested.digest)? else { return Ok(None) };
-                        let document = Manifest::parse(&bytes, None, self.limits.manifest())?;
-                        choice.insert(nested, document)?;
+                        entries.insert(nested, Manifest::parse(&bytes, None, limits)?)?;
                     }
-                    let chosen = choice.choose()?;
+                    let chosen = entries.index().choose(platform)?;
                     let bytes = read(chosen.digest)?;
                     (chosen.digest, bytes, chosen.platform.is_some())
                 }
@@ -559,34 +559,34 @@ impl Inner {
         }
         let limits = self.limits.manifest();
         // Of each document what the next one is asked for with, and no more: its room is another's.
-        let (top, answered_by, choice, config) = {
+        let (top, answered_by, entries, config) = {
             let top = self.registry.manifest(repository, &name, credential).await?;
             // A manifest that no volume can show is not kept.
-            let (choice, config) =
+            let (entries, config) =
                 match Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)? {
                     Manifest::Image(manifest) => {
                         classify(&manifest, UnpackMode::Auto, &self.limits)?;
                         (None, config_of_image(manifest))
                     }
                     Manifest::Index(index) => {
-                        (Some(IndexChoice::new(index, platform, limits)?), None)
+                        (Some(IndexEntries::for_this_node(index, platform, limits)?), None)
                     }
                 };
             self.keep(repository, top.digest, top.bytes.clone(), &top.answered_by).await?;
-            (top.digest, top.answered_by, choice, config)
+            (top.digest, top.answered_by, entries, config)
         };
-        let Some(mut choice) = choice else {
+        let Some(mut entries) = entries else {
             self.check_platform(reference, platform, credential, config).await?;
             return Ok(Meaning { top, manifest: top, answered_by });
         };
-        while let Some(nested) = choice.next_index() {
+        while let Some(nested) = entries.next_index() {
             let (bytes, fetched) = self.manifest_bytes(reference, &nested, credential).await?;
             let sent_by = fetched.as_ref().map_or(&answered_by, |fetched| &fetched.answered_by);
             let document = Manifest::parse(&bytes, Some(&nested.media_type), limits)?;
             self.keep(repository, nested.digest, bytes, sent_by).await?;
-            choice.insert(nested, document)?;
+            entries.insert(nested, document)?;
         }
-        let chosen = choice.choose()?.clone();
+        let chosen = entries.index().choose(platform)?.clone();
         let config = {
             let (bytes, fetched) = self.manifest_bytes(reference, &chosen, credential).await?;
             let sent_by = fetched.as_ref().map_or(&answered_by, |fetched| &fetched.answered_by);

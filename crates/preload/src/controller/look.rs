@@ -17,7 +17,9 @@ use crate::plan::facts::{Access, Known, Meaning, Origin, Refusal, Seconds};
 use crate::seal::Plain;
 use oci::credentials::providers::NodeCredentials;
 use oci::credentials::{Credential, Keyring};
-use oci::manifest::{ImageIndex, ImageManifest, Manifest, ManifestLimits};
+use oci::manifest::{
+    ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError, ManifestLimits,
+};
 use oci::registry::{ManifestName, Registry, RegistryError};
 use oci::{Digest, Platform, Reference};
 use policy::{Facts, PolicySource};
@@ -285,12 +287,13 @@ impl Looker {
             Some(limit) if bytes > limit => Err(LookError::TooLarge { bytes, limit }),
             _ => Ok(bytes),
         };
-        let (platforms, bytes) = match &parsed {
-            Manifest::Image(image) => (Vec::new(), Some(allowed(bytes_of(image))?)),
+        let (platforms, bytes) = match parsed {
+            Manifest::Image(image) => (Vec::new(), Some(allowed(bytes_of(&image))?)),
             Manifest::Index(index) => {
-                let entries = entries(index);
+                let index = self.with_nested(reference, index, credential).await?;
+                let (entries, is_for_any) = entries(index.index());
                 let mut sizes = Vec::with_capacity(entries.len());
-                for digest in entries.values() {
+                for digest in entries.values().chain(&is_for_any) {
                     match self.bytes(reference, *digest, credential).await {
                         Ok(bytes) => sizes.push(bytes.map(allowed).transpose()?),
                         // Nodes may well get what they need of it; then only its size is not known.
@@ -300,6 +303,8 @@ impl Looker {
                 }
                 let fewest = sizes.into_iter().collect::<Option<Vec<u64>>>();
                 let platforms = entries.into_keys().filter_map(|text| text.parse().ok());
+                // Platforms that are listed exclude others.
+                let platforms = platforms.filter(|_| is_for_any.is_none());
                 (platforms.collect(), fewest.and_then(|sizes| sizes.into_iter().min()))
             }
         };
@@ -307,6 +312,24 @@ impl Looker {
         let pull_secrets = question.pull_secrets.clone();
         let origin = Origin { resolved_at: Some(asked_at), pull_secrets, unavailable: None };
         Ok(Known { reference, digest, platforms, bytes, origin })
+    }
+
+    /// Reads the indexes in an index.
+    async fn with_nested(
+        &self,
+        reference: &Reference,
+        index: ImageIndex,
+        credential: &Credential,
+    ) -> Result<IndexEntries, LookError> {
+        let unusable = |error: ManifestError| LookError::Content(error.to_string());
+        let mut entries = IndexEntries::for_all_platforms(index, self.limits).map_err(unusable)?;
+        while let Some(nested) = entries.next_index() {
+            let name = ManifestName::Digest(nested.digest);
+            let read = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let document = Manifest::parse(&read.bytes, Some(&nested.media_type), self.limits);
+            entries.insert(nested, document.map_err(unusable)?).map_err(unusable)?;
+        }
+        Ok(entries)
     }
 
     /// Of the artifact for one platform; none where its manifest is not understood.
@@ -331,19 +354,27 @@ struct Secrets {
     version: Arc<str>,
 }
 
-/// Platforms that can be asked for, each with the manifest that it gets.
-fn entries(index: &ImageIndex) -> BTreeMap<String, Digest> {
-    let named = index.manifests.iter().filter_map(|entry| entry.platform.clone());
-    let named = named.filter(|platform| platform.os != "unknown");
+/// Returns the platforms that can be asked for, each with the manifest that it gets, and the manifest
+/// that every other platform gets: the only one without a platform.
+fn entries(index: &ImageIndex) -> (BTreeMap<String, Digest>, Option<Digest>) {
+    let named = index.manifests.iter().filter_map(|entry| entry.platform.as_ref());
     let mut entries = BTreeMap::new();
-    for platform in named.take(MAXIMUM_PLATFORMS) {
+    for platform in named.filter(|platform| platform.os != "unknown") {
         let text = platform.to_string();
         let can_be_told = text.len() <= MAXIMUM_PLATFORM && text.parse::<Platform>().is_ok();
-        if let (true, Ok(entry)) = (can_be_told, index.choose_for_any_node(&platform)) {
+        if !can_be_told || entries.contains_key(&text) || entries.len() == MAXIMUM_PLATFORMS {
+            continue;
+        }
+        if let Ok(entry) = index.choose_for_any_node(platform) {
             entries.insert(text, entry.digest);
         }
     }
-    entries
+    let mut unnamed = index.manifests.iter().filter(|entry| entry.platform.is_none());
+    let is_for_any = match (unnamed.next(), unnamed.next()) {
+        (Some(entry), None) => Some(entry.digest),
+        _ => None,
+    };
+    (entries, is_for_any)
 }
 
 /// Of all layers, as the registry has them.
@@ -422,4 +453,43 @@ fn refused(refusal: Refusal) -> Found {
 
 fn shown(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(80).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Entries of these platforms in an index; an empty one is none.
+    fn index(platforms: &[&str]) -> ImageIndex {
+        let entry = |(number, platform): (usize, &&str)| {
+            let digest = Digest::of(number.to_string().as_bytes());
+            let platform = platform.split_once('/').map_or(String::new(), |(os, architecture)| {
+                format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"}}"#)
+            });
+            let kind = oci::media_type::OCI_MANIFEST;
+            format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":2{platform}}}"#)
+        };
+        let entries: Vec<_> = platforms.iter().enumerate().map(entry).collect();
+        let text = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","));
+        let limits = ManifestLimits { layers: 100, blob_bytes: 1 << 40 };
+        match Manifest::parse(text.as_bytes(), None, limits).unwrap() {
+            Manifest::Index(index) => index,
+            Manifest::Image(_) => panic!("no index"),
+        }
+    }
+
+    #[test]
+    fn platforms_are_listed_once_and_the_only_other_entry_is_for_all_others() {
+        let of = |platforms: &[&str]| {
+            let (entries, is_for_any) = entries(&index(platforms));
+            (entries.into_keys().collect::<Vec<_>>(), is_for_any.is_some())
+        };
+        let listed = |platforms: &[&str]| platforms.iter().map(|&text| text.to_owned()).collect();
+        let mut many = vec!["linux/amd64"; 40];
+        many.push("linux/s390x");
+        assert_eq!(of(&many), (listed(&["linux/amd64", "linux/s390x"]), false));
+        assert_eq!(of(&["linux/amd64", "unknown/unknown"]), (listed(&["linux/amd64"]), false));
+        assert_eq!(of(&["linux/amd64", ""]), (listed(&["linux/amd64"]), true));
+        assert_eq!(of(&["", ""]), (listed(&[]), false));
+    }
 }

@@ -281,7 +281,7 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
 /// What the index has not, though the spec asks for it.
 fn missing_platform(parsed: &Parsed, known: &Known) -> Option<Problem> {
     let platforms = &known.platforms;
-    let lacks = |wanted: &&Platform| !platforms.iter().any(|offered| wanted.accepts(offered));
+    let lacks = |wanted: &&Platform| !platforms.iter().any(|offered| wanted.may_run(offered));
     let missing = parsed.platforms.iter().filter(|_| !platforms.is_empty()).find(lacks)?;
     let offered: Vec<_> = platforms.iter().map(ToString::to_string).collect();
     let message = format!(
@@ -509,7 +509,7 @@ impl Work<'_, '_> {
         let platforms = &current.known.platforms;
         if let Some(Report { platform: Some(platform), .. }) = &turn.object.report
             && !platforms.is_empty()
-            && !platforms.iter().any(|offered| platform.accepts(offered))
+            && !platforms.iter().any(|offered| platform.may_run(offered))
         {
             let message = format!(
                 "the index is not for {platform}: push one that is, or leave such nodes out with spec.platforms or spec.selector"
