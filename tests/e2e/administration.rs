@@ -351,8 +351,14 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
     let packed = node.sandbox.path().join("layout.tar.gz");
     fs::write(&packed, gzip(&fs::read(&archive).expect("the tar"))).expect("written");
     admin.told(&["import", packed.to_str().expect("a path"), "--as", "three.invalid/app:v1"]);
-    for name in ["one.invalid/app:v1", "two.invalid/app:v1", "three.invalid/app:v1"] {
-        node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
+    let of_skopeo = node.sandbox.path().join("skopeo.tar");
+    run(tool("skopeo")
+        .args(["--insecure-policy", "--tmpdir", "/var/tmp", "copy", "--quiet"])
+        .args(["--src-tls-verify=false", &format!("docker://{reference}")])
+        .arg(format!("oci-archive:{}", of_skopeo.display())));
+    admin.told(&["import", of_skopeo.to_str().expect("a path"), "--as", "four.invalid/app:v1"]);
+    for name in ["one", "two", "three", "four"].map(|host| format!("{host}.invalid/app:v1")) {
+        node.mount_with(&name, |volume| volume.attribute("pullPolicy", "Never"));
     }
 }
 
@@ -377,7 +383,14 @@ fn archives_of_docker_are_named_and_no_file_is_quoted() {
         .file("4567/layer.tar", 0o644, "layer")
         .file("manifest.json", 0o644, r#"[{"Config":"0123.json","Layers":["4567/layer.tar"]}]"#)
         .finish();
-    for archive in [gzip(&docker), docker] {
+    let of_skopeo = node.sandbox.path().join("docker.tar");
+    let source = image(&node);
+    run(tool("skopeo")
+        .args(["--insecure-policy", "--tmpdir", "/var/tmp", "copy", "--quiet"])
+        .args(["--src-tls-verify=false", &format!("docker://{source}")])
+        .arg(format!("docker-archive:{}:secret:v1", of_skopeo.display())));
+    let of_skopeo = fs::read(&of_skopeo).expect("skopeo's archive");
+    for archive in [gzip(&docker), docker, gzip(&of_skopeo), of_skopeo] {
         let told = import(&archive);
         assert!(told.contains("docker save") && told.contains("docker-archive:"), "{told}");
     }

@@ -141,8 +141,14 @@ fn upper_layers_remove_replace_and_pass_through_links_as_umoci_does() {
 /// Archives a folder's content with GNU tar.
 #[track_caller]
 fn tar_of(folder: &Path, arguments: &[&str]) -> Vec<u8> {
+    tar_by("tar", folder, arguments)
+}
+
+/// Archives a folder's content with this program.
+#[track_caller]
+fn tar_by(program: &str, folder: &Path, arguments: &[&str]) -> Vec<u8> {
     let archive = folder.with_extension("tar");
-    run(tool("tar").arg("-C").arg(folder).arg("-cf").arg(&archive).args(arguments));
+    run(tool(program).arg("-C").arg(folder).arg("-cf").arg(&archive).args(arguments));
     fs::read(&archive).expect("the archive")
 }
 
@@ -174,6 +180,42 @@ fn absolute_names_are_rooted_as_others_do_it() {
     let expected =
         ["app/lib/a", "app/run", "app/z", "bin", "usr/bin/through", "usr/bin/x", "usr/bin/y"];
     assert_eq!(tree.files(), expected);
+}
+
+#[test]
+fn every_format_of_gnu_tar_and_bsdtar_is_unpacked_as_others_do_it() {
+    let node = Node::start();
+    let folder = node.sandbox.folder("source");
+    let deep = format!("{}/{}", "d".repeat(90), "e".repeat(60));
+    fs::create_dir_all(folder.join(&deep)).expect("folders");
+    let long = format!("{deep}/{}", "f".repeat(99));
+    for name in ["plain", "ünïcode", "with space\nand line", &long] {
+        fs::write(folder.join(name), name).expect("a file");
+    }
+    fs::write(folder.join("setuid"), "x").expect("a file");
+    fs::set_permissions(folder.join("setuid"), fs::Permissions::from_mode(0o4711)).expect("a mode");
+    std::os::unix::fs::chown(folder.join("plain"), Some(3_000_000), Some(4_000_000_000))
+        .expect("an owner");
+    fs::hard_link(folder.join("plain"), folder.join("z-hard")).expect("a link");
+    std::os::unix::fs::symlink("t".repeat(150), folder.join("long-link")).expect("a link");
+    run(tool("setfattr").args(["-n", "user.comment", "-v", "kept"]).arg(folder.join("setuid")));
+    for (program, format) in [
+        ("tar", "--format=gnu"),
+        ("tar", "--format=pax"),
+        ("bsdtar", "--format=pax"),
+        ("bsdtar", "--format=gnutar"),
+    ] {
+        let arguments: &[&str] = match (program, format) {
+            ("tar", "--format=pax") => &[format, "--xattrs", "."],
+            _ => &[format, "."],
+        };
+        let name = format!("{}:v1", unique("formats"));
+        let (repository, _) = name.split_once(':').expect("a tag");
+        let archive = tar_by(program, &folder, arguments);
+        Image::new().layer(archive).push(registry(), repository, "v1");
+        let tree = same_as_others(&node, &name);
+        assert!(tree.names().contains(&long.as_str()), "{program} {format}: {:?}", tree.names());
+    }
 }
 
 #[test]
@@ -251,20 +293,22 @@ fn sparse_files_of_every_form_are_expanded_as_others_do_it() {
     // More extents than a header and one block after it hold.
     sparse("many", 8 << 20, &(0..60).map(|number| number * (128 << 10) + 5).collect::<Vec<_>>());
     fs::write(folder.join("dense"), "dense").expect("a file");
-    for form in [
-        &["--format=gnu"][..],
-        &["--format=oldgnu"],
-        &["--format=pax", "--sparse-version=0.0"],
-        &["--format=pax", "--sparse-version=0.1"],
-        &["--format=pax", "--sparse-version=1.0"],
+    for (program, form) in [
+        ("tar", &["-S", "--format=gnu"][..]),
+        ("tar", &["-S", "--format=oldgnu"]),
+        ("tar", &["-S", "--format=pax", "--sparse-version=0.0"]),
+        ("tar", &["-S", "--format=pax", "--sparse-version=0.1"]),
+        ("tar", &["-S", "--format=pax", "--sparse-version=1.0"]),
+        ("bsdtar", &["--format=pax"]),
+        ("bsdtar", &[]),
     ] {
-        let archive = tar_of(&folder, &[form, &["-S", "."]].concat());
-        assert!(archive.len() < 4 << 20, "{form:?}: no sparse archive");
+        let archive = tar_by(program, &folder, &[form, &["."]].concat());
+        assert!(archive.len() < 4 << 20, "{program} {form:?}: no sparse archive");
         let name = format!("{}:v1", unique("sparse"));
         let (repository, _) = name.split_once(':').expect("a tag");
         Image::new().layer(archive).push(registry(), repository, "v1");
         // Neither umoci nor containerd takes the type of the old form, which Go's reader expands.
-        let tree = if form[0].contains("pax") {
+        let tree = if program == "bsdtar" || form[1].contains("pax") {
             same_as_others(&node, &name)
         } else {
             node.mount(&node.proxy.reference(&name)).1
@@ -555,7 +599,8 @@ fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
         "mediaType": OCI_INDEX, "digest": digest, "size": 5,
         "platform": {"os": "linux", "architecture": "s390x"},
     });
-    for depth in 1..=4 {
+    // The first has no index in it, and the last of these four below each other.
+    for depth in 0..=5 {
         let index =
             json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [other, inner]});
         let size = index.to_string().len();
@@ -563,6 +608,12 @@ fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
         let digest = put_json(registry(), &repository, &tag, &index);
         inner = json!({"mediaType": OCI_INDEX, "digest": digest, "size": size});
         let by_digest = node.proxy.reference(&format!("{repository}@{digest}"));
+        if depth == 5 {
+            let volume = node.kubelet.new_volume(&by_digest);
+            let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+            assert!(message.contains("one index too many"), "{message}");
+            continue;
+        }
         let (_, tree) = node.mount(&by_digest);
         assert_eq!(tree.names(), ["inside"], "{depth}");
         let never = |volume: Volume| volume.attribute("pullPolicy", "Never");

@@ -36,6 +36,7 @@ mod format;
 mod identity;
 mod images;
 mod isolation;
+mod layered_images;
 mod lifecycle;
 mod mirrors;
 mod mounts;

@@ -96,6 +96,10 @@ fn the_self_signed_certificate_of_openssl_is_accepted_where_exactly_it_is_config
         (vec!["-newkey", "rsa:2048", "-days", "30", "-addext", san], None),
         ([&ec[..], &["-days", "30"]].concat(), None),
         ([&ec[..], &["-days", "30", "-addext", "basicConstraints=CA:FALSE"]].concat(), None),
+        (
+            vec!["-newkey", "ed25519", "-addext", san, "-addext", "keyUsage=critical,keyCertSign"],
+            None,
+        ),
         ([&ec[..4], &["-addext", elsewhere]].concat(), Some("not valid for")),
         // Without alternative names no client of Go accepts it either.
         (ec[..4].to_vec(), Some("not valid for")),

@@ -29,8 +29,13 @@ impl Tar {
 
     #[must_use]
     pub fn folder(self, name: &str, mode: u32) -> Self {
+        self.owned_folder(name, mode, (0, 0))
+    }
+
+    #[must_use]
+    pub fn owned_folder(self, name: &str, mode: u32, owner: (u64, u64)) -> Self {
         self.entry(
-            Header { name: name.as_bytes(), mode, owner: (0, 0), size: 0, kind: b'5', link: b"" },
+            Header { name: name.as_bytes(), mode, owner, size: 0, kind: b'5', link: b"" },
             &[],
         )
     }

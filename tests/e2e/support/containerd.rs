@@ -6,7 +6,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use super::{ending_with_this_thread, run, tool, wait_until};
+use super::{ending_with_this_thread, tool, wait_until};
 
 /// What serves the kubelet, in 1.x and in 2.x.
 const KUBELETS: [&str; 3] =
@@ -55,9 +55,23 @@ impl Containerd {
     /// What a container of the image would see, as a copy that needs no overlay.
     #[track_caller]
     pub fn mount(&self, reference: &str, target: &Path) {
+        self.try_mount(reference, target).expect("an image that containerd unpacks");
+    }
+
+    /// Returns what `ctr` says where the image cannot be unpacked.
+    #[track_caller]
+    pub fn try_mount(&self, reference: &str, target: &Path) -> Result<(), String> {
         let copied = ["--snapshotter", "native", reference];
-        run(self.ctr().args(["images", "pull", "--plain-http", "--local"]).args(copied));
-        run(self.ctr().args(["images", "mount"]).args(copied).arg(target));
+        let (mut pull, mut mount) = (self.ctr(), self.ctr());
+        pull.args(["images", "pull", "--plain-http", "--local"]).args(copied);
+        mount.args(["images", "mount"]).args(copied).arg(target);
+        for command in [&mut pull, &mut mount] {
+            let output = command.output().expect("ctr, which `make tools` installs");
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+            }
+        }
+        Ok(())
     }
 }
 

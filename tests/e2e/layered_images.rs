@@ -1,0 +1,342 @@
+//! Layers made at random, with all that archives may say, compared with containerd's unpacking.
+//!
+//! `LAYERED_IMAGES=1000 make test ARGUMENTS='--test e2e -- layered_images::'` compares so many, and
+//! `LAYERED_IMAGES_SEED` others.
+
+use std::{cell::Cell, fmt};
+
+use proptest::{
+    collection::vec,
+    option::weighted,
+    prelude::*,
+    sample::{Index, select},
+    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
+};
+
+use crate::support::{Containerd, Image, Kind, Node, Tar, Tree, registry, unique};
+
+/// Images that every run compares: about half a minute.
+const IMAGES: u32 = 60;
+
+/// One entry of a layer.
+#[derive(Clone)]
+struct Entry {
+    /// As it is written.
+    name: String,
+    what: What,
+    /// Extended headers that change how the entry is written, and not what it means.
+    style: Style,
+}
+
+#[derive(Clone, Debug)]
+enum What {
+    Folder {
+        mode: u32,
+        owner: u64,
+    },
+    File {
+        mode: u32,
+        owner: u64,
+        text: &'static str,
+    },
+    SymbolicLink {
+        target: String,
+    },
+    /// To one of the files before it, if there is one, else to this.
+    HardLink {
+        earlier: Option<Index>,
+        target: String,
+    },
+    Special {
+        kind: u8,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Plain,
+    PaxName,
+    LongName,
+    Attributes,
+}
+
+/// Marks come first, as in the layers of every known builder: containerd lets a later one hide the
+/// layer's own entries, which the specification forbids.
+#[derive(Clone, Debug)]
+struct RandomLayer {
+    marks: Vec<Entry>,
+    entries: Vec<Entry>,
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} {:?} {:?}", self.name, self.what, self.style)
+    }
+}
+
+/// Ways to write one name.
+fn spelled(name: impl Strategy<Value = String>) -> impl Strategy<Value = String> {
+    let prefix = select(vec!["", "", "", "./", "/", "//", "././/"]);
+    (prefix, name, any::<u8>()).prop_map(|(prefix, name, odd)| {
+        let name = if odd < 20 { name.replace('/', "//") } else { name };
+        let name = if (20..40).contains(&odd) { name.replace('/', "/./") } else { name };
+        format!("{prefix}{name}")
+    })
+}
+
+/// Most names of folders have folders or links to folders, so that most images can be unpacked.
+fn folder() -> impl Strategy<Value = String> {
+    let names = vec![
+        "d",
+        "e",
+        "d/e",
+        "d",
+        "e",
+        "l",
+        "l/d",
+        "m",
+        "d/l",
+        "d/l/e",
+        "m/l",
+        "n",
+        "d/f",
+        "e/deep/er",
+    ];
+    select(names).prop_map(str::to_owned)
+}
+
+fn below(names: Vec<&'static str>) -> impl Strategy<Value = String> {
+    (prop_oneof![2 => Just(None), 5 => folder().prop_map(Some)], select(names)).prop_map(
+        |(folder, name)| match folder {
+            None => name.to_owned(),
+            Some(folder) => format!("{folder}/{name}"),
+        },
+    )
+}
+
+fn mode() -> impl Strategy<Value = u32> {
+    select(vec![0o644, 0o755, 0o600, 0o700, 0o4755, 0o4711, 0o1777, 0o444, 0])
+}
+
+fn owner() -> impl Strategy<Value = u64> {
+    select(vec![0, 0, 1000, 65_534, 0o7_777_777, 0o10_000_000, 4_000_000_000])
+}
+
+fn entry() -> impl Strategy<Value = Entry> {
+    let any_name = || below(vec!["f", "g", "d", "e", "l", "m", "n"]);
+    let files = || below(vec!["f", "f", "g", "h", "d"]);
+    let links = || below(vec!["l", "m", "n", "l", "m", "n", "d", "f"]);
+    let texts = select(vec!["", "one", "another"]);
+    let targets = select(vec![
+        "d",
+        "e",
+        "/d",
+        "/d/e",
+        "../d",
+        "../e",
+        ".",
+        "/",
+        "..",
+        "../../..",
+        "l",
+        "m",
+        "/l",
+        "d/l",
+        "nowhere",
+        "no/where",
+        "/e/deep",
+        "f",
+        "./d//e/",
+        "../../d/e",
+        "n",
+    ]);
+    let style = select(vec![
+        Style::Plain,
+        Style::Plain,
+        Style::Plain,
+        Style::PaxName,
+        Style::LongName,
+        Style::Attributes,
+    ]);
+    let named = prop_oneof![
+        6 => (spelled(prop_oneof![folder(), below(vec!["d", "e", "l"])]), any::<bool>(), mode(), owner())
+            .prop_map(|(name, slash, mode, owner)| {
+                let name = if slash { format!("{name}/") } else { name };
+                (name, What::Folder { mode, owner })
+            }),
+        8 => (spelled(files()), mode(), owner(), texts)
+            .prop_map(|(name, mode, owner, text)| (name, What::File { mode, owner, text })),
+        5 => (spelled(links()), targets)
+            .prop_map(|(name, target)| (name, What::SymbolicLink { target: target.to_owned() })),
+        2 => (spelled(any_name()), weighted(0.9, any::<Index>()), spelled(files()))
+            .prop_map(|(name, earlier, target)| (name, What::HardLink { earlier, target })),
+        1 => (spelled(any_name()), select(vec![b'3', b'4', b'6']))
+            .prop_map(|(name, kind)| (name, What::Special { kind })),
+        1 => (select(vec![".", "./", "/", "//", "./."]), mode())
+            .prop_map(|(name, mode)| (name.to_owned(), What::Folder { mode, owner: 0 })),
+    ];
+    (named, style).prop_map(|((name, what), style)| Entry { name, what, style })
+}
+
+fn mark() -> impl Strategy<Value = Entry> {
+    let marks = vec![".wh.f", ".wh.d", ".wh.e", ".wh.l", ".wh.m", ".wh.g", ".wh..wh..opq"];
+    let what = What::File { mode: 0o644, owner: 0, text: "" };
+    spelled(below(marks)).prop_map(move |name| Entry {
+        name,
+        what: what.clone(),
+        style: Style::Plain,
+    })
+}
+
+fn image() -> impl Strategy<Value = Vec<RandomLayer>> {
+    let bottom = vec(entry(), 3..12).prop_map(|entries| RandomLayer { marks: Vec::new(), entries });
+    let upper = (vec(mark(), 0..4), vec(entry(), 0..8)).prop_map(|(mut marks, entries)| {
+        // Nothing is marked in a folder that a later mark hides.
+        marks.sort_by_key(|mark| {
+            mark.name.split('/').filter(|name| !["", "."].contains(name)).count()
+        });
+        RandomLayer { marks, entries }
+    });
+    (bottom, vec(upper, 0..4)).prop_map(|(bottom, mut layers)| {
+        layers.insert(0, bottom);
+        aim_hard_links(&mut layers);
+        layers
+    })
+}
+
+/// Nearly all images would be refused if hard links led anywhere.
+fn aim_hard_links(layers: &mut [RandomLayer]) {
+    let mut files: Vec<String> = Vec::new();
+    for Entry { name, what, .. } in layers.iter_mut().flat_map(|layer| &mut layer.entries) {
+        match what {
+            What::File { .. } => files.push(name.clone()),
+            What::HardLink { earlier: Some(earlier), target } if !files.is_empty() => {
+                target.clone_from(earlier.get(&files));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl RandomLayer {
+    fn archive(&self) -> Vec<u8> {
+        let entries = self.marks.iter().chain(&self.entries);
+        entries.fold(Tar::new(), |tar, entry| entry.append(tar)).finish()
+    }
+}
+
+impl Entry {
+    fn append(&self, tar: Tar) -> Tar {
+        // Longer than the field of a header, and the same name.
+        let name = match self.style {
+            Style::LongName => format!("{}{}", "./".repeat(60), self.name.trim_start_matches('/')),
+            _ => self.name.clone(),
+        };
+        let (tar, name) = match self.style {
+            Style::PaxName => {
+                (tar.pax(&[("path", &name), ("mtime", "1000000000.25")]), "x".to_owned())
+            }
+            Style::Attributes => (tar.pax(&[("SCHILY.xattr.user.a", "b"), ("comment", "c")]), name),
+            Style::Plain | Style::LongName => (tar, name),
+        };
+        match &self.what {
+            What::Folder { mode, owner } => tar.owned_folder(&name, *mode, (*owner, *owner)),
+            What::File { mode, owner, text } => {
+                tar.owned_file(&name, *mode, (*owner, *owner), text)
+            }
+            What::SymbolicLink { target } => tar.symbolic_link(&name, target),
+            What::HardLink { target, .. } => tar.hard_link(&name, target),
+            What::Special { kind } => tar.special(&name, *kind, ""),
+        }
+    }
+}
+
+/// Whether containerd may refuse what the driver takes: it removes what a hard link replaces before it looks
+/// for the link's target, and sets times of a layer's folders after all entries, where others have
+/// replaced them.
+fn is_only_containerds(error: &str, layers: &[RandomLayer]) -> bool {
+    let names = |entry: &Entry| -> Vec<String> {
+        let names = entry.name.split('/').filter(|name| !["", "."].contains(name));
+        names.map(str::to_owned).collect()
+    };
+    let is_folder = |entry: &Entry| matches!(entry.what, What::Folder { .. });
+    let replaces_a_folder = |layer: &RandomLayer| {
+        layer.entries.iter().enumerate().any(|(index, entry)| {
+            let later = layer.entries[index..].iter().filter(|later| !is_folder(later));
+            let mut last_names = later.filter_map(|later| names(later).pop());
+            is_folder(entry) && last_names.any(|name| names(entry).contains(&name))
+        })
+    };
+    error.contains(": link ") || layers.iter().any(replaces_a_folder)
+}
+
+/// What a volume promises of an image that containerd unpacks to this.
+fn promised(mut tree: Tree, layers: &[RandomLayer]) -> Tree {
+    let mut entries = layers.iter().flat_map(|layer| &layer.entries);
+    // containerd gives a file the mode of its last link, the driver that of the file's own entry.
+    let has_links = entries.any(|entry| matches!(entry.what, What::HardLink { .. }));
+    for entry in tree.entries.values_mut() {
+        entry.mode &= 0o777;
+        match entry.kind {
+            // Those that no entry names have the time when they were made.
+            Kind::Folder => entry.modified = 0,
+            _ if has_links => (entry.mode, entry.owner, entry.modified) = (0, (0, 0), 0),
+            _ => {}
+        }
+    }
+    tree
+}
+
+#[test]
+fn random_layers_are_unpacked_as_containerd_does_it() {
+    let number = |name: &str, default| {
+        std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
+    };
+    let node = Node::start();
+    let (root, run) = (node.sandbox.folder("containerd"), node.sandbox.folder("run"));
+    let containerd = Containerd::start(&root, &run);
+    let config = Config {
+        cases: number("LAYERED_IMAGES", IMAGES),
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..Config::default()
+    };
+    let mut seed = [0; 32];
+    seed[..4].copy_from_slice(&number("LAYERED_IMAGES_SEED", 1).to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let [unpacked, refused] = [0, 0].map(Cell::new);
+    let compared = TestRunner::new_with_rng(config, rng).run(&image(), |layers| {
+        let name = format!("{}:v1", unique("random"));
+        let (repository, _) = name.split_once(':').expect("a tag");
+        let image = layers.iter().fold(Image::new(), |image, layer| image.layer(layer.archive()));
+        image.push(registry(), repository, "v1");
+        let target = node.sandbox.folder(repository);
+        let mounted = containerd.try_mount(&format!("{}/{name}", registry().host()), &target);
+        let by_containerd = mounted.map(|()| Tree::of(&target));
+        let _ = nix::mount::umount(&target);
+        let volume = node.kubelet.new_volume(&node.proxy.reference(&name));
+        let volume = volume.attribute("permissions", "Preserve");
+        let published = node.kubelet.publish(&volume);
+        let by_driver = published.map(|()| Tree::of(volume.target()));
+        node.kubelet.unpublish(&volume);
+        match (by_driver, by_containerd) {
+            (Ok(tree), Ok(expected)) => {
+                let (tree, expected) = [tree, expected].map(|tree| promised(tree, &layers)).into();
+                unpacked.set(unpacked.get() + 1);
+                prop_assert_eq!(tree, expected.without_special_files());
+            }
+            (Err(status), Ok(expected)) => {
+                let is_empty = expected.without_special_files().entries.is_empty();
+                prop_assert!(is_empty && status.message().contains("no files"), "{}", status);
+            }
+            (Ok(_), Err(error)) if is_only_containerds(&error, &layers) => {}
+            (Ok(tree), Err(error)) => prop_assert!(false, "{tree:?}\ncontainerd: {error}"),
+            (Err(_), Err(_)) => refused.set(refused.get() + 1),
+        }
+        Ok(())
+    });
+    let [unpacked, refused] = [unpacked, refused].map(Cell::into_inner);
+    println!("{unpacked} images are the same, {refused} are refused by both");
+    compared.unwrap_or_else(|error| panic!("{error}"));
+    assert!(unpacked > refused / 2, "{unpacked} and {refused}");
+}
