@@ -6,20 +6,20 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
-/// The SHA-256 of some content, the name it goes by everywhere.
+/// The SHA-256 hash of some content, and its name everywhere.
 ///
-/// Only `sha256` is accepted: it is what registries and clients produce, and a
-/// second algorithm would give one content two names in the store.
+/// Only `sha256` is accepted: registries and clients produce it, and a second
+/// algorithm would give the same content two names in the store.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// Why a text is not a digest.
+/// The reason that a text is not a digest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DigestError {
-    /// Neither `sha256:` nor anything that could be an algorithm.
+    /// The text is no digest of any algorithm.
     #[error("\"{0}\" is not a digest: write sha256:<64 lower-case hexadecimal digits>")]
     Malformed(String),
-    /// Well-formed, but of another algorithm than the supported one.
+    /// The text is a digest of an algorithm that is not supported.
     #[error("digest algorithm \"{0}\" is not supported: use the content's sha256 digest")]
     Algorithm(String),
 }
@@ -37,13 +37,13 @@ impl Digest {
         Self(sha2::Sha256::digest(content).into())
     }
 
-    /// The raw hash.
+    /// Returns the bytes of the hash.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// 64 lower-case hexadecimal digits, without the algorithm: safe as a file name.
+    /// Returns 64 lower-case hexadecimal digits, without the algorithm: safe as a file name.
     #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
@@ -53,7 +53,7 @@ impl Digest {
         })
     }
 
-    /// The inverse of [`Digest::hex`].
+    /// Parses the output of [`Digest::hex`].
     #[must_use]
     pub fn from_hex(hex: &str) -> Option<Self> {
         let digits = hex.as_bytes();
@@ -89,7 +89,7 @@ impl FromStr for Digest {
     type Err = DigestError;
 
     fn from_str(text: &str) -> Result<Self, DigestError> {
-        // What is echoed is bounded: an attribute may be as long as a pod's specification.
+        // The quoted text is bounded: an attribute may be as long as a pod's specification.
         let shown = || text.chars().take(100).collect::<String>();
         let Some((algorithm, hex)) = text.split_once(':') else {
             return Err(DigestError::Malformed(shown()));
@@ -104,7 +104,7 @@ impl FromStr for Digest {
     }
 }
 
-/// The grammar of algorithms in the OCI image specification: `sha512`, `sha256+b64u`.
+/// Checks the grammar of algorithms in the OCI image specification: `sha512`, `sha256+b64u`.
 fn is_algorithm(text: &str) -> bool {
     let is_component = |component: &str| {
         !component.is_empty()
@@ -113,7 +113,7 @@ fn is_algorithm(text: &str) -> bool {
     text.split(['+', '.', '_', '-']).all(is_component)
 }
 
-/// The grammar of what follows the algorithm.
+/// Checks the grammar of the encoded hash that follows the algorithm.
 fn is_encoded(text: &str) -> bool {
     let is_encoded = |byte: u8| byte.is_ascii_alphanumeric() || b"=_-".contains(&byte);
     !text.is_empty() && text.bytes().all(is_encoded)
@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_back() {
+    fn a_digest_survives_its_text_form() {
         let digest = Digest::of(b"{}");
         assert_eq!(
             digest.to_string(),
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn malformed_digests_are_refused() {
         for text in ["", "sha256:", "sha256:zz", "44136fa3", "sha256:../../../etc/passwd"] {
             assert!(matches!(text.parse::<Digest>(), Err(DigestError::Malformed(_))), "{text}");
         }
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn other_algorithms_are_told_from_nonsense() {
+    fn other_algorithms_are_distinguished_from_malformed_digests() {
         for algorithm in ["sha512", "sha384", "blake3", "md5", "sha256+b64u", "multihash.x_y-z"] {
             let parsed = format!("{algorithm}:LCa0a2j_xo=").parse::<Digest>();
             assert_eq!(parsed, Err(DigestError::Algorithm(algorithm.into())));

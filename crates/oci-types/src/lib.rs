@@ -1,6 +1,6 @@
 //! Digests, references, platforms and manifests of the OCI specifications, without a network.
 //!
-//! No type holds a malformed value: what a pod's attributes or a registry say is parsed here.
+//! Attributes of pods and responses of registries are parsed here: no type holds a malformed value.
 
 pub mod digest;
 pub mod manifest;

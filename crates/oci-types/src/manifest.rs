@@ -1,5 +1,5 @@
 //! Manifests and indexes, as the OCI image specification and Docker's schema 2
-//! define them, read from bytes that somebody else wrote.
+//! define them, parsed from untrusted bytes.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
@@ -13,67 +13,67 @@ use super::digest::{Digest, DigestError};
 use super::media_type;
 use super::platform::{Platform, PlatformOrder};
 
-/// Points at content, with what the manifest says of it.
+/// A reference to content, with the metadata that the manifest gives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// As written, without parameters, in lower case.
+    /// The content's media type, without parameters, in lower case.
     pub media_type: String,
-    /// The content's name.
+    /// The digest of the content.
     pub digest: Digest,
-    /// The content's length in bytes.
+    /// The length of the content in bytes.
     pub size: u64,
-    /// The annotations of [`KNOWN_ANNOTATIONS`]. Others are not kept, as their number and length have
-    /// no limit.
+    /// The annotations of [`KNOWN_ANNOTATIONS`]. Other annotations are not kept, since their number and
+    /// length have no limit.
     pub annotations: BTreeMap<String, String>,
-    /// The content itself, where the manifest carries it inline.
+    /// The content itself, if the manifest has it inline.
     pub data: Option<Vec<u8>>,
-    /// What an index says an entry was built for.
+    /// The platform of an index's entry.
     pub platform: Option<Platform>,
-    /// What an index says an entry is.
+    /// The artifact type of an index's entry.
     pub artifact_type: Option<String>,
 }
 
-/// What a reference can resolve to.
+/// A document that a reference can resolve to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Manifest {
-    /// One image or artifact.
+    /// The manifest of one image or artifact.
     Image(ImageManifest),
-    /// A choice of manifests by platform.
+    /// An index of manifests for several platforms.
     Index(ImageIndex),
 }
 
-/// One image or artifact.
+/// The manifest of one image or artifact.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageManifest {
     /// `artifactType` as written; see [`ImageManifest::kind`].
     pub artifact_type: Option<String>,
-    /// None in the old artifact manifest.
+    /// The configuration, which the old artifact manifest does not have.
     pub config: Option<Box<Descriptor>>,
-    /// The content, lowest layer first.
+    /// The layers, the lowest first.
     pub layers: Vec<Descriptor>,
 }
 
-/// A choice of manifests by platform.
+/// An index of manifests for several platforms.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageIndex {
-    /// In the index's order.
+    /// The entries in the order of the index.
     pub manifests: Vec<Descriptor>,
 }
 
-/// The keys of annotations that the driver reads.
+/// The annotations that the driver reads.
 pub const KNOWN_ANNOTATIONS: [&str; 10] = [
-    // Titles of files (OCI), and names of manifests in a layout.
+    // Titles of files, and names of manifests in an image layout.
     "org.opencontainers.image.title",
     "org.opencontainers.image.ref.name",
-    // Folders of ORAS.
+    // Folders that ORAS packs.
     "io.deis.oras.content.unpack",
     "io.deis.oras.content.digest",
-    // Files of ModelPack, by its older name, too.
+    // Files of ModelPack, with its older name as well.
     "org.cncf.model.filepath",
     "org.cnai.model.filepath",
     "org.cncf.model.file.metadata+json",
     "org.cnai.model.file.metadata+json",
-    // Marks entries of an index that are attestations.
+    // The mark of an index's entries that are attestations.
     "vnd.docker.reference.type",
     SIGNATURE_ANNOTATION,
 ];
@@ -87,95 +87,95 @@ const ANNOTATION_BYTES: usize = 64 << 10;
 /// registered one.
 const TYPE_CHARACTERS: usize = 256;
 
-/// Indexes below the one that is referenced, each in the one before.
+/// The maximum depth of nested indexes below the referenced one.
 const INDEX_DEPTH: usize = 4;
-/// Indexes in the one that is referenced, all together: each takes a request.
+/// The maximum number of indexes below the referenced one. Each takes a request.
 const MOST_INDEXES: usize = 32;
 
-/// Bounds on what a manifest may demand.
+/// The bounds of a manifest.
 #[derive(Clone, Copy, Debug)]
 pub struct ManifestLimits {
-    /// Layers of one manifest, and entries of one index.
+    /// The maximum number of layers of a manifest, and of entries of an index.
     pub layers: usize,
-    /// Bytes of one blob as its descriptor announces it.
+    /// The maximum size in bytes that a descriptor may announce.
     pub blob_bytes: u64,
 }
 
-/// Why bytes are not a manifest that can be used.
+/// The reason that bytes are not a usable manifest.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ManifestError {
-    /// Not JSON, or not of a manifest's shape.
+    /// The bytes are not JSON, or not of a manifest's structure.
     #[error("the manifest cannot be decoded: {0}")]
     Undecodable(String),
-    /// A digest in it.
+    /// A descriptor has a malformed or unsupported digest.
     #[error("a descriptor of the manifest: {0}")]
     Digest(DigestError),
-    /// A size below zero.
+    /// A descriptor has a size below zero.
     #[error("the manifest gives {digest} a size of {size} bytes")]
     NegativeSize {
-        /// Whose size.
+        /// The digest of the descriptor.
         digest: Digest,
-        /// What it says.
+        /// The size in the descriptor.
         size: i64,
     },
-    /// The configuration of an image.
+    /// The configuration of an image cannot be decoded.
     #[error("the image's configuration cannot be decoded ({0}): push the image again")]
     Config(String),
-    /// Inline data that is not base64, or not what the descriptor says.
+    /// Inline data is not base64, or does not match its descriptor.
     #[error("the inline data of {0} does not match its descriptor")]
     Data(Digest),
-    /// A manifest of a kind that holds nothing to mount.
+    /// The document has a media type that holds nothing to mount.
     #[error("manifests of type \"{0}\" are not supported: push an OCI image manifest or index")]
     MediaType(String),
-    /// More layers or entries than the limit.
+    /// The document has more layers or entries than the limit.
     #[error("the manifest has {count} layers or entries, the limit is {limit} (limits.layers)")]
     TooManyLayers {
-        /// How many.
+        /// The number of layers or entries.
         count: usize,
-        /// The bound.
+        /// The maximum number.
         limit: usize,
     },
-    /// A descriptor that announces more than the limit.
+    /// A descriptor announces more bytes than the limit.
     #[error(
         "the manifest announces {size} bytes for {digest}, the limit is {limit} (limits.blobBytes)"
     )]
     BlobTooLarge {
-        /// Which blob.
+        /// The digest of the blob.
         digest: Digest,
-        /// What it announces.
+        /// The announced size in bytes.
         size: u64,
-        /// The bound.
+        /// The maximum size in bytes.
         limit: u64,
     },
-    /// No entry of an index fits.
+    /// No entry of an index is for the requested platform.
     #[error(
         "the index has nothing for {wanted}; it has {offered}: set the attribute \"platform\" or push that platform"
     )]
     NoPlatform {
-        /// What was asked for.
+        /// The requested platform.
         wanted: String,
-        /// What there is.
+        /// The platforms of the entries.
         offered: String,
     },
-    /// A single manifest whose configuration names another platform.
+    /// The configuration of a single manifest names another platform.
     #[error(
         "the artifact is for {found}, not for {wanted}: set the attribute \"platform\" to mount it all the same"
     )]
     OtherPlatform {
-        /// What was asked for.
+        /// The requested platform.
         wanted: String,
-        /// What the configuration says.
+        /// The platform of the configuration.
         found: String,
     },
-    /// An index inside an index, beyond the bounds.
+    /// Nested indexes exceed the bounds.
     #[error(
         "the index's entry {0} is one index too many, since {INDEX_DEPTH} may lie below each other and {MOST_INDEXES} in one: reference that index by its own digest"
     )]
     NestedIndex(Digest),
 }
 
-/// A manifest or an index before it is checked. Unknown fields are not kept, and of each list only
-/// as many descriptors as the limit allows.
+/// A manifest or an index before it is checked, without unknown fields. Its lists hold no more
+/// descriptors than the limit allows.
 #[derive(Default)]
 struct RawManifest {
     schema_version: Option<i64>,
@@ -193,13 +193,13 @@ struct DescriptorList {
     count: usize,
 }
 
-/// Reads a manifest, and keeps at most `most` descriptors of each list.
+/// Deserializes a manifest, and keeps at most `most` descriptors of each list.
 #[derive(Clone, Copy)]
 struct ManifestReader {
     most: usize,
 }
 
-/// Reads a list of descriptors or null, and keeps at most `most` of them.
+/// Deserializes a list of descriptors or null, and keeps at most `most` of them.
 #[derive(Clone, Copy)]
 struct DescriptorListReader {
     most: usize,
@@ -364,7 +364,7 @@ impl<'de> Visitor<'de> for AnnotationReader {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut known = KnownAnnotations::default();
         while let Some(key) = map.next_key::<Cow<'_, str>>()? {
-            // A value that is no text is an error for unknown annotations, too.
+            // A value that is not a string is an error for unknown annotations as well.
             let Some(BorrowedText(value)) = map.next_value()? else { continue };
             if !KNOWN_ANNOTATIONS.contains(&&*key) {
                 continue;
@@ -381,7 +381,7 @@ impl<'de> Visitor<'de> for AnnotationReader {
     }
 }
 
-/// A text that borrows from the document unless it has escape sequences.
+/// A string that borrows from the document unless it has escape sequences.
 #[derive(Deserialize)]
 struct BorrowedText<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -393,12 +393,12 @@ struct RawPlatform {
 }
 
 impl Manifest {
-    /// Reads a manifest. `content_type` is what the registry's header said; the
-    /// document's own `mediaType` wins, and its shape decides when neither helps.
+    /// Parses a manifest. `content_type` is the registry's header. The document's
+    /// own `mediaType` takes precedence, and its fields decide if neither is known.
     ///
     /// # Errors
     ///
-    /// See [`ManifestError`]; nothing of the input is trusted before it is checked.
+    /// See [`ManifestError`]. No input is trusted before it is checked.
     pub fn parse(
         bytes: &[u8],
         content_type: Option<&str>,
@@ -415,7 +415,7 @@ impl Manifest {
         let declared = raw.media_type.as_deref().or(content_type).map(media_type::essence);
         let declared =
             declared.filter(|declared| media_type::MANIFESTS.contains(&declared.as_str()));
-        // A document that is not a manifest at all (an error page, Docker's schema 1) is told from a broken one.
+        // An error page or Docker's schema 1 gets another error than a broken manifest.
         if declared.is_none() {
             if let Some(other) = raw.media_type.as_deref() {
                 return Err(ManifestError::MediaType(other.chars().take(200).collect()));
@@ -424,7 +424,7 @@ impl Manifest {
                 return Err(ManifestError::MediaType("Docker schema 1".into()));
             }
         }
-        // Hosts differ in what they call a document, so the shape decides, once the type is known to be one of ours.
+        // Registries differ in the types of the same document, so its fields decide once the type is supported.
         match (raw.layers, raw.manifests, raw.blobs) {
             (Some(_), Some(_), _) => {
                 Err(ManifestError::Undecodable("it has both \"layers\" and \"manifests\"".into()))
@@ -435,7 +435,7 @@ impl Manifest {
                 Ok(Self::Index(ImageIndex { manifests }))
             }
             (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
-            // Both may be left out where there are none.
+            // An empty manifest or index may leave both out.
             (None, None, None) if raw.media_type.is_some() || raw.config.is_some() => {
                 let none = DescriptorList { first: Vec::new(), count: 0 };
                 match declared.as_deref() {
@@ -466,16 +466,16 @@ impl Manifest {
 }
 
 impl ImageManifest {
-    /// What the artifact is, for people: `artifactType`, else the configuration's media type.
+    /// Returns the artifact's type for display: `artifactType`, else the configuration's media type.
     #[must_use]
     pub fn kind(&self) -> &str {
         let config = self.config.as_ref().map(|config| config.media_type.as_str());
         self.artifact_type.as_deref().or(config).unwrap_or("unknown")
     }
 
-    /// Returns whether this is an ordinary runnable image, whose configuration names a platform. An
-    /// `artifactType` says no even when the configuration's type says yes, as `oras push
-    /// --artifact-platform` writes it; so do layers of which none is an image's, as in models.
+    /// Returns whether this is an ordinary runnable image, whose configuration names a platform. It is
+    /// none if it has an `artifactType`, even beside an image's configuration, as `oras push
+    /// --artifact-platform` writes it. Nor is it one if no layer is an image's, as in models.
     #[must_use]
     pub fn is_image(&self) -> bool {
         self.artifact_type.is_none()
@@ -493,11 +493,11 @@ impl ImageManifest {
 
 impl ImageIndex {
     /// Chooses the entry for a platform on this node: the best that its processor runs, else the only
-    /// one that names no platform. Attestations (`unknown/unknown`) never count.
+    /// entry without a platform. Attestations (`unknown/unknown`) are never chosen.
     ///
     /// # Errors
     ///
-    /// [`ManifestError::NoPlatform`] with what there is.
+    /// [`ManifestError::NoPlatform`], with the platforms of the entries.
     pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
         self.choose_by(wanted, &wanted.order_on_this_node())
     }
@@ -506,7 +506,7 @@ impl ImageIndex {
     ///
     /// # Errors
     ///
-    /// [`ManifestError::NoPlatform`] with what there is.
+    /// [`ManifestError::NoPlatform`], with the platforms of the entries.
     pub fn choose_for_any_node(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
         self.choose_by(wanted, &wanted.order())
     }
@@ -522,11 +522,11 @@ impl ImageIndex {
             let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
             Some((rank, *entry))
         });
-        // The first of equal entries.
+        // `min_by_key` returns the first of equal entries.
         if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
             return Ok(entry);
         }
-        // Artifact indexes often name no platforms; then there is no choice to get wrong only with one entry.
+        // Artifact indexes often name no platforms. Then only a single entry leaves no wrong choice.
         let mut without = candidates.iter().filter(|entry| entry.platform.is_none());
         if let (Some(entry), None) = (without.next(), without.next()) {
             return Ok(entry);
@@ -671,12 +671,12 @@ impl Descriptor {
     }
 }
 
-/// Compares the platform that an image's configuration names, if it names any, with the one that is
-/// wanted on this node.
+/// Checks that an image's configuration names no platform, or one that can serve a request for
+/// `wanted` on this node.
 ///
 /// # Errors
 ///
-/// [`ManifestError::OtherPlatform`], and [`ManifestError::Config`] for a configuration that is none.
+/// [`ManifestError::OtherPlatform`], and [`ManifestError::Config`] for a malformed configuration.
 pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), ManifestError> {
     let Some(found) = config_platform(config)? else { return Ok(()) };
     if wanted.order_on_this_node().rank(&found).is_some() {
@@ -686,13 +686,13 @@ pub fn check_config_platform(config: &[u8], wanted: &Platform) -> Result<(), Man
     Err(ManifestError::OtherPlatform { wanted, found })
 }
 
-/// Returns the platform that an image's configuration names; none where it names none.
+/// Returns the platform that an image's configuration names, if it names any.
 ///
 /// # Errors
 ///
-/// [`ManifestError::Config`].
+/// [`ManifestError::Config`] for a malformed configuration.
 pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError> {
-    // The text of the error could quote the configuration.
+    // The message of `serde_json` could quote the configuration, which may be secret.
     let undecodable = |error: serde_json::Error| {
         let (line, column) = (error.line(), error.column());
         let what = if error.is_data() { "a value of another type" } else { "no JSON" };
@@ -701,9 +701,9 @@ pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError>
     Ok(platform(serde_json::from_slice(config).map_err(undecodable)?))
 }
 
-/// Returns none where no architecture is named.
+/// Returns a platform with a bounded length, or none without an architecture.
 fn platform(raw: RawPlatform) -> Option<Platform> {
-    // Shown in messages, so bounded here.
+    // Messages show the parts, so their length is bounded here.
     let named = |text: Option<String>| {
         text.filter(|text| !text.is_empty()).map(|text| text.chars().take(64).collect::<String>())
     };
@@ -745,8 +745,8 @@ fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, 
     })
 }
 
-/// Reads the descriptor of a configuration, of which few artifacts need more than the digest: without
-/// a type it has none, and without a size it has 0 bytes.
+/// Converts the descriptor of a configuration. Few artifacts need more of it than the digest, so a
+/// missing media type becomes empty, and a missing size 0 bytes.
 fn config_descriptor(
     raw: RawDescriptor,
     limits: ManifestLimits,
@@ -756,7 +756,7 @@ fn config_descriptor(
     descriptor(RawDescriptor { media_type, size, ..raw }, limits).map(Box::new)
 }
 
-/// Returns a type, truncated to [`TYPE_CHARACTERS`].
+/// Truncates a type to [`TYPE_CHARACTERS`].
 fn truncated(text: String) -> String {
     match text.char_indices().nth(TYPE_CHARACTERS) {
         Some((end, _)) => text[..end].to_owned(),
@@ -834,7 +834,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_manifest_is_named() {
+    fn documents_that_are_no_manifests_are_named() {
         assert!(matches!(parse("<html>"), Err(ManifestError::Undecodable(_))));
         assert!(matches!(parse("{}"), Err(ManifestError::Undecodable(_))));
         let helm = r#"{"schemaVersion":2,"mediaType":"application/x","layers":[]}"#;
@@ -878,7 +878,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_nothing_may_leave_its_lists_out() {
+    fn empty_documents_may_leave_their_lists_out() {
         let config = layer("2", "");
         for list in ["", r#","layers":null"#, r#","layers":[]"#] {
             let text = format!(r#"{{"schemaVersion":2,"config":{config}{list}}}"#);
@@ -910,7 +910,7 @@ mod tests {
     }
 
     #[test]
-    fn only_images_are_for_a_platform() {
+    fn only_images_have_a_platform() {
         let image = |config: &str, kind: &str, more: &str| {
             let descriptor =
                 |kind: &str| format!(r#"{{"mediaType":"{kind}","digest":"{EMPTY}","size":2}}"#);
@@ -930,7 +930,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_that_is_none_is_told_without_quoting_it() {
+    fn a_malformed_configuration_is_not_quoted() {
         let platform: Platform = "linux/amd64".parse().expect("a platform");
         for config in ["secret", r#"{"os":["secret"]}"#, "{\"os\":\"secret", ""] {
             let error = check_config_platform(config.as_bytes(), &platform).expect_err("none");
@@ -944,13 +944,13 @@ mod tests {
         assert!(matches!(other, Err(ManifestError::OtherPlatform { .. })));
     }
 
-    /// An entry that is an index, with a number in its digest.
+    /// Returns an entry that is an index, with a number in its digest.
     fn nested(number: usize, platform: &str) -> String {
         let (kind, digest) = (media_type::OCI_INDEX, Digest::of(number.to_string().as_bytes()));
         format!(r#"{{"mediaType":"{kind}","digest":"{digest}","size":2{platform}}}"#)
     }
 
-    /// Chooses through indexes, of which each has what the function says.
+    /// Chooses through nested indexes, whose entries the function returns.
     fn choose_through(
         top: &[String],
         of: impl Fn(&Descriptor) -> Vec<String>,
@@ -981,7 +981,7 @@ mod tests {
         );
         let refused = choose_through(&[nested(0, "")], |_| other.to_vec());
         assert!(matches!(refused, Err(ManifestError::NoPlatform { .. })), "{refused:?}");
-        // An entry without a platform has that of its index.
+        // An entry without a platform inherits its index's platform.
         let arm = nested(1, r#","platform":{"os":"linux","architecture":"arm64"}"#);
         let ours = nested(2, r#","platform":{"os":"linux","architecture":"s390x"}"#);
         let two = choose_through(&[arm, ours, layer("2", "")], |of| {

@@ -1,6 +1,6 @@
-//! Media types of manifests and of what registries hold.
+//! Media types of manifests, configurations and layers.
 
-/// An OCI image manifest: images and artifacts alike.
+/// The manifest of OCI images and artifacts.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Docker's image manifest, schema 2.
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -11,7 +11,7 @@ pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// Docker's manifest list.
 pub const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
-/// Everything that a manifest request accepts, preferred first.
+/// All media types that a manifest request accepts, the preferred one first.
 pub const MANIFESTS: [&str; 5] =
     [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX, OCI_ARTIFACT_MANIFEST];
 
@@ -19,10 +19,10 @@ pub const MANIFESTS: [&str; 5] =
 pub const OCI_IMAGE_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// The configuration of a runnable Docker image.
 pub const DOCKER_IMAGE_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-/// The configuration of an artifact that has none.
+/// The placeholder of artifacts that have no configuration.
 pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
-/// Types of the layers of images, but for their compression.
+/// The media types of images' layers, without the suffix of their compression.
 const IMAGE_LAYERS: [&str; 4] = [
     "application/vnd.oci.image.layer.v1.tar",
     "application/vnd.oci.image.layer.nondistributable.v1.tar",
@@ -38,7 +38,7 @@ pub fn is_image_layer(media_type: &str) -> bool {
     rests.any(|rest| COMPRESSIONS.contains(&rest))
 }
 
-/// Takes parameters off and folds case: `Type/Sub; charset=x` is `type/sub`.
+/// Removes parameters and folds case: `Type/Sub; charset=x` becomes `type/sub`.
 #[must_use]
 pub fn essence(media_type: &str) -> String {
     media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()

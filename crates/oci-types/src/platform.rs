@@ -6,25 +6,25 @@ use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
-/// What an artifact was built for.
+/// The operating system and processor that an artifact was built for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Platform {
-    /// `linux`.
+    /// The operating system, such as `linux`.
     pub os: String,
-    /// `amd64`, `arm64`.
+    /// The processor's architecture, such as `amd64` or `arm64`.
     pub architecture: String,
-    /// `v7`, `v8`; none matches any.
+    /// The architecture's variant, such as `v8`. A request without one matches any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
 }
 
-/// Why a text is not a platform.
+/// The error of a text that is not a platform, with its start.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("\"{0}\" is not a platform: write os/architecture[/variant], as linux/arm64")]
 pub struct PlatformError(String);
 
 impl Platform {
-    /// The platform this program was built for.
+    /// Returns the platform that this program was built for.
     #[must_use]
     pub fn of_this_node() -> Self {
         let architecture = match std::env::consts::ARCH {
@@ -35,8 +35,8 @@ impl Platform {
         Self { os: "linux".into(), architecture: architecture.into(), variant: None }
     }
 
-    /// Returns the platforms whose content runs where this one is asked for, on this node: a platform
-    /// of its architecture without a variant has that of its processor.
+    /// Returns the platforms whose content can serve a request for this one on this node. If the request
+    /// has the node's architecture and no variant, the processor's variant counts.
     #[must_use]
     pub fn order_on_this_node(&self) -> PlatformOrder {
         static VARIANT: OnceLock<Option<String>> = OnceLock::new();
@@ -48,13 +48,13 @@ impl Platform {
         self.order_on(&Self { variant: variant.clone(), ..node })
     }
 
-    /// Returns the platforms whose content runs on every node that this one is asked for on.
+    /// Returns the platforms whose content can serve a request for this one on every node.
     #[must_use]
     pub fn order(&self) -> PlatformOrder {
         PlatformOrder::of(self.normalised(), self.variant.is_none())
     }
 
-    /// As [`Platform::order_on_this_node`], on another.
+    /// Does as [`Platform::order_on_this_node`] for another node.
     fn order_on(&self, node: &Self) -> PlatformOrder {
         let is_of_node = self.variant.is_none()
             && (&self.normalised().os, &self.normalised().architecture)
@@ -62,11 +62,11 @@ impl Platform {
         if is_of_node { PlatformOrder::of(node.normalised(), false) } else { self.order() }
     }
 
-    /// Whether content for `offered` may be shown where `self` is asked for.
+    /// Returns whether content for `offered` can serve a request for `self`.
     ///
     /// Names are normalised (`x86_64` is `amd64`, `aarch64` is `arm64`, an
-    /// `arm64` without a variant is `v8`); a variant that was not asked for
-    /// does not exclude.
+    /// `arm64` without a variant is `v8`). A request without a variant accepts
+    /// any variant.
     #[must_use]
     pub fn accepts(&self, offered: &Self) -> bool {
         let (wanted, offered) = (self.normalised(), offered.normalised());
@@ -82,7 +82,7 @@ impl Platform {
         self.accepts(offered) || self.order().rank(offered).is_some()
     }
 
-    /// Returns the names that containerd and Go use.
+    /// Returns the platform with the names that containerd and Go use.
     fn normalised(&self) -> Self {
         let variant = self.variant.as_deref().unwrap_or_default().to_ascii_lowercase();
         let (architecture, variant) = match self.architecture.to_ascii_lowercase().as_str() {
@@ -113,13 +113,13 @@ impl Platform {
     }
 }
 
-/// Platforms whose content runs in one place, the best first, as containerd orders them.
+/// Platforms whose content can serve a request, the best first, in the order of containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlatformOrder {
-    /// Normalised.
+    /// The normalised platforms, the best first.
     platforms: Vec<Platform>,
-    /// True if any variant of the first one's architecture will do: of architectures whose variants
-    /// have no known order.
+    /// True if any variant of the first platform's architecture can serve. So it is for architectures
+    /// whose variants have no known order.
     takes_any_variant: bool,
 }
 
@@ -154,7 +154,7 @@ impl PlatformOrder {
                         minor => format!("v{major}.{minor}"),
                     })
                 };
-                // Each version of 9 has what the version of 8 that is five later has.
+                // Version 9.x includes the features of version 8.(x + 5).
                 let of_8 = if major == 9 { minor.saturating_add(5).min(9) } else { minor.min(9) };
                 let of_9 = (major == 9).then(|| versions(9, minor.min(7))).into_iter().flatten();
                 let of_64_bits =
@@ -171,8 +171,8 @@ impl PlatformOrder {
         Self { platforms, takes_any_variant: takes_any_variant && !known }
     }
 
-    /// Returns how good content for a platform is here: the lower the better, none where it does not
-    /// run.
+    /// Returns the rank of content for a platform, the lowest being the best. Content without a rank does
+    /// not run here.
     #[must_use]
     pub fn rank(&self, offered: &Platform) -> Option<usize> {
         let offered = offered.normalised();
@@ -183,9 +183,9 @@ impl PlatformOrder {
     }
 }
 
-/// Returns the variant of an architecture that a processor is, by the kernel's description of it.
+/// Returns the variant of a processor of this architecture, from the text of `/proc/cpuinfo`.
 fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
-    /// The processor flags of each level of amd64 from the second on, by the kernel's names.
+    /// The processor flags of each level of amd64 from the second on, with the kernel's names.
     const LEVELS: [&[&str]; 3] = [
         &["cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3"],
         &["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"],
@@ -207,7 +207,7 @@ fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
             let version = field("CPU architecture")?;
             let version = match version.as_str() {
                 "aarch64" => '8',
-                // The kernel says of some processors of version 6 that they are of version 7.
+                // The kernel reports version 7 for some processors of version 6.
                 _ if field("model name").is_some_and(|name| name.starts_with("armv6")) => '6',
                 other => other.chars().next()?,
             };
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn variants() {
+    fn variants_are_compared_after_normalisation() {
         assert!(platform("linux/arm64").accepts(&platform("linux/arm64/v8")));
         assert!(platform("linux/arm64/v8").accepts(&platform("linux/aarch64")));
         assert!(platform("linux/arm").accepts(&platform("linux/arm/v7")));
@@ -277,7 +277,7 @@ mod tests {
         assert!(!platform("linux/amd64").accepts(&platform("linux/arm64")));
     }
 
-    /// The best of what is offered on a node.
+    /// Returns the best offered platform for a request on a node.
     fn best<'a>(node: &str, wanted: &str, offered: &[&'a str]) -> Option<&'a str> {
         let order = platform(wanted).order_on(&platform(node).normalised());
         let ranked = offered.iter().filter_map(|text| Some((order.rank(&platform(text))?, *text)));
@@ -300,18 +300,18 @@ mod tests {
         assert_eq!(best(node, wanted, &["linux/amd64/v3", "linux/arm64"]), None);
         assert_eq!(best(node, wanted, &["linux/amd64/v3", "linux/i386"]), Some("linux/i386"));
         assert_eq!(best("linux/amd64/v4", wanted, &["linux/x86_64/v1"]), Some("linux/x86_64/v1"));
-        // A variant that is asked for is one, whatever the node runs.
+        // A requested variant counts, even if the node runs another.
         assert_eq!(best(node, "linux/amd64/v3", &amd64), Some("linux/amd64/v3"));
         assert_eq!(
             best(node, "linux/amd64/v3", &["linux/amd64/v4", "linux/amd64"]),
             Some("linux/amd64")
         );
-        // So is one that another node is asked for.
+        // The node's variant does not count for another architecture.
         assert_eq!(best("linux/arm64", wanted, &amd64), Some("linux/amd64"));
     }
 
     #[test]
-    fn arm_runs_what_is_older() {
+    fn arm_processors_run_older_versions() {
         let arm = ["linux/arm/v8", "linux/arm/v5", "linux/arm/v7", "linux/arm/v6"];
         for (node, expected) in [
             ("linux/arm/v6", "linux/arm/v6"),
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_says_what_a_processor_is() {
+    fn the_processors_variant_is_read_from_cpuinfo() {
         let v2 = "fpu sse2 cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3";
         let v3 = format!("{v2} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave");
         let v4 = format!("{v3} avx512f avx512bw avx512cd avx512dq avx512vl");
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn malformed_platforms_are_refused() {
         for text in ["", "linux", "linux/", "/amd64", "linux/a/b/c", "linux/am d64"] {
             assert!(text.parse::<Platform>().is_err(), "{text}");
         }

@@ -1,4 +1,4 @@
-//! References: `host[:port]/repository[:tag][@digest]`.
+//! References to artifacts in registries: `host[:port]/repository[:tag][@digest]`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,10 +7,10 @@ use std::str::FromStr;
 
 use super::digest::{Digest, DigestError};
 
-/// Docker Hub's name in references; its registry answers elsewhere.
+/// The host of Docker Hub in references. Its registry has another address.
 pub const DOCKER_HUB: &str = "docker.io";
 
-/// A repository on a registry, normalised as Docker's clients do: no host means
+/// A repository in a registry, normalised as by Docker's clients: no host means
 /// Docker Hub, and a single name there means `library/<name>`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Repository {
@@ -18,7 +18,7 @@ pub struct Repository {
     path: String,
 }
 
-/// What a volume names.
+/// A repository with a tag, a digest, both or neither, which means the tag `latest`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Reference {
     repository: Repository,
@@ -26,42 +26,42 @@ pub struct Reference {
     digest: Option<Digest>,
 }
 
-/// Why a text is not a reference.
+/// The reason that a text is not a reference.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReferenceError {
-    /// The grammar of the distribution specification is not met.
+    /// The text does not follow the grammar of the distribution specification.
     #[error(
         "\"{text}\" is not a reference ({reason}): write host[:port]/repository[:tag][@sha256:<digest>]"
     )]
     Malformed {
         /// The text, shortened.
         text: String,
-        /// What the parser says.
+        /// The message of the parser.
         reason: String,
     },
-    /// A slip whose correction is known.
+    /// The text has a common mistake with a known correction.
     #[error("\"{text}\" is not a reference ({reason}): write \"{corrected}\"")]
     Correctable {
         /// The text, shortened, without user names and passwords.
         text: String,
         /// The rule that the text breaks.
         reason: &'static str,
-        /// The reference that is meant.
+        /// The reference to write instead.
         corrected: String,
     },
-    /// The part after `@`.
+    /// The part after `@` is not a digest.
     #[error("the reference's digest: {0}")]
     Digest(DigestError),
 }
 
 impl Repository {
-    /// The registry's `host[:port]` as written, `docker.io` for Docker Hub.
+    /// Returns the registry's `host[:port]` as written, `docker.io` for Docker Hub.
     #[must_use]
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// The repository's path on that host.
+    /// Returns the repository's path on its host.
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
@@ -75,48 +75,48 @@ impl fmt::Display for Repository {
 }
 
 impl Reference {
-    /// The repository.
+    /// Returns the repository of the artifact.
     #[must_use]
     pub fn repository(&self) -> &Repository {
         &self.repository
     }
 
-    /// The tag as written; with a digest it only informs.
+    /// Returns the tag as written. Beside a digest, it only informs.
     #[must_use]
     pub fn tag(&self) -> Option<&str> {
         self.tag.as_deref()
     }
 
-    /// The digest, which decides.
+    /// Returns the digest, which takes precedence over the tag.
     #[must_use]
     pub fn digest(&self) -> Option<Digest> {
         self.digest
     }
 
-    /// The tag to ask the registry for when there is no digest.
+    /// Returns the tag to request from the registry if there is no digest.
     #[must_use]
     pub fn tag_or_latest(&self) -> &str {
         self.tag.as_deref().unwrap_or("latest")
     }
 
-    /// The same, meaning this digest whatever its tag means.
+    /// Returns the same reference with this digest.
     #[must_use]
     pub fn at(&self, digest: Digest) -> Self {
         Self { digest: Some(digest), ..self.clone() }
     }
 
-    /// The same, meaning whatever its tag means.
+    /// Returns the same reference without a digest.
     #[must_use]
     pub fn floating(&self) -> Self {
         Self { digest: None, ..self.clone() }
     }
 
-    /// Joins parts that a template patched one by one; they must form a
-    /// reference together.
+    /// Joins parts that a template filled in one by one. Together they must
+    /// form a reference.
     ///
     /// # Errors
     ///
-    /// As [`Reference::from_str`].
+    /// Those of [`Reference::from_str`].
     pub fn from_parts(
         repository: &str,
         tag: Option<&str>,
@@ -137,7 +137,7 @@ impl Reference {
             text = format!("{text}@{digest}");
         }
         let joined: Self = text.parse()?;
-        // A tag of "1@sha256:..." or "8/x" must not turn into something else.
+        // A tag such as "1@sha256:..." or "8/x" must not change the other parts.
         if joined.repository != whole.repository
             || joined.tag.as_deref() != tag
             || joined.digest.is_some() != digest.is_some()
@@ -164,7 +164,7 @@ impl FromStr for Reference {
 }
 
 fn parse(text: &str) -> Result<Reference, ReferenceError> {
-    // The digest is taken off first: oci-spec's own digest accepts more than is supported here.
+    // The digest is parsed here, since oci-spec accepts digests that are not supported.
     let (name, digest) = match text.split_once('@') {
         Some((name, digest)) => (name, Some(digest.parse().map_err(ReferenceError::Digest)?)),
         None => (text, None),
@@ -174,7 +174,7 @@ fn parse(text: &str) -> Result<Reference, ReferenceError> {
     })?;
     let parsed: oci_spec::distribution::Reference =
         name.parse().map_err(|error| malformed(text, &format!("{error}")))?;
-    // The library looks for upper case before it fills in the registry, and so misses some.
+    // The library checks for upper case before it adds the registry, and so misses some.
     if parsed.repository().bytes().any(|byte| byte.is_ascii_uppercase()) {
         return Err(malformed(text, "a repository is written in lower case"));
     }
@@ -182,7 +182,7 @@ fn parse(text: &str) -> Result<Reference, ReferenceError> {
         "index.docker.io" => DOCKER_HUB,
         host => literal.unwrap_or(host),
     };
-    // The library writes a missing tag as "latest"; whether one was written matters here.
+    // The library replaces a missing tag by "latest", but this type keeps the difference.
     let tag_is_written = name.rsplit('/').next().is_some_and(|last| last.contains(':'));
     Ok(Reference {
         repository: Repository { host: host.to_owned(), path: parsed.repository().to_owned() },
@@ -191,8 +191,8 @@ fn parse(text: &str) -> Result<Reference, ReferenceError> {
     })
 }
 
-/// Takes an IPv6 address with its port off the name, and puts in its place a host that oci-client
-/// can parse. None where what stands in brackets is no such address.
+/// Splits off an IPv6 address with its port, and replaces it by a host that the library can parse.
+/// Returns none if the brackets do not hold such an address.
 fn split_ipv6_host(name: &str) -> Option<(Option<&str>, Cow<'_, str>)> {
     if !name.starts_with('[') {
         return Some((None, name.into()));
@@ -205,21 +205,21 @@ fn split_ipv6_host(name: &str) -> Option<(Option<&str>, Cow<'_, str>)> {
     is_host.then(|| (Some(host), format!("localhost/{path}").into()))
 }
 
-/// The reference that is meant by a text which is none: with a scheme in front, in upper case, with
-/// an IPv6 address without brackets, or with blanks and slashes at its ends.
+/// Corrects a text that is almost a reference: with a scheme in front, in upper case, with an IPv6
+/// address without brackets, or with blanks and slashes at its ends.
 fn correction(text: &str) -> Option<ReferenceError> {
     let trimmed = text.trim();
     let (scheme, rest) = trimmed.split_once("://").unwrap_or(("", trimmed));
     let rest = rest.trim_matches('/');
     let (authority, path) = rest.split_once('/').unwrap_or(("", rest));
-    // A user's name and password belong into a secret, and into no message.
+    // User names and passwords belong in a Secret, and in no message.
     let (user, host) = authority.rsplit_once('@').unwrap_or(("", authority));
     let is_ipv6 = host.parse::<Ipv6Addr>().is_ok();
     let host = if is_ipv6 { format!("[{host}]") } else { host.to_owned() };
-    // Without a dot or a port, it is the first part of a name on Docker Hub.
+    // A part without dot and port is the first component of a path on Docker Hub.
     let is_host = host.contains(['.', ':']) || host == "localhost";
     let host = if is_host { host } else { host.to_ascii_lowercase() };
-    // The tag alone may have upper case.
+    // Only the tag may have upper case.
     let (name, digest) = path.split_once('@').map_or((path, None), |(n, d)| (n, Some(d)));
     let tag_at = name.rfind(':').filter(|&colon| !name[colon..].contains('/'));
     let (repository, tag) = name.split_at(tag_at.unwrap_or(name.len()));
@@ -227,7 +227,7 @@ fn correction(text: &str) -> Option<ReferenceError> {
     if !host.is_empty() {
         corrected = format!("{host}/{corrected}");
     } else if repository.contains('.') {
-        // A host alone is no name on Docker Hub.
+        // A host alone is no repository on Docker Hub.
         return None;
     }
     if let Some(digest) = digest {
@@ -283,7 +283,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_said_to_be_meant_is_a_reference(
+        fn corrections_are_references(
             text in "(https?://|oci://|)(u:p@|)(R\\.io|\\[::1\\]|::1|Hub)(:[0-9]{1,5}|)/[A-Za-z./_:@-]{0,20}"
         ) {
             if let Err(ReferenceError::Correctable { corrected, .. }) = text.parse::<Reference>() {
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_told_apart() {
+    fn references_are_split_into_parts() {
         let reference = parse(&format!("127.0.0.1:5000/team/app:v1@sha256:{HEX}"));
         assert_eq!(reference.repository().host(), "127.0.0.1:5000");
         assert_eq!(reference.repository().path(), "team/app");
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn malformed_references_are_refused() {
         for text in [
             "",
             " ",
@@ -370,10 +370,10 @@ mod tests {
     }
 
     #[test]
-    fn slips_are_refused_with_what_is_meant() {
+    fn common_mistakes_are_refused_with_a_correction() {
         let digest = format!("sha256:{HEX}");
         let upper = digest.to_uppercase();
-        for (text, meant) in [
+        for (text, correction) in [
             ("https://r.io/team/app:v1", "r.io/team/app:v1"),
             ("http://127.0.0.1:5000/x:v1", "127.0.0.1:5000/x:v1"),
             ("oci://r.io/app:V1", "r.io/app:V1"),
@@ -394,8 +394,8 @@ mod tests {
             let ReferenceError::Correctable { corrected, .. } = &error else {
                 panic!("{text}: {error}")
             };
-            assert_eq!(corrected, meant, "{text}");
-            assert!(error.to_string().contains(&format!("write \"{meant}\"")), "{error}");
+            assert_eq!(corrected, correction, "{text}");
+            assert!(error.to_string().contains(&format!("write \"{correction}\"")), "{error}");
         }
         let error =
             "https://me:hunter2@r.io/app:v1".parse::<Reference>().expect_err("no reference");
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unsupported_algorithm_is_told_from_a_malformed_reference() {
+    fn an_unsupported_algorithm_is_distinguished_from_a_malformed_reference() {
         for digest in [&format!("sha512:{HEX}{HEX}"), "blake3:00", "sha1:00"] {
             let error = format!("r.io/app@{digest}").parse::<Reference>().expect_err(digest);
             let algorithm = matches!(error, ReferenceError::Digest(DigestError::Algorithm(_)));
@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_would_form_something_else_are_refused() {
+    fn parts_that_would_form_another_reference_are_refused() {
         let digest = format!("sha256:{HEX}");
         assert!(Reference::from_parts("r.io/app", Some("v1"), Some(&digest)).is_ok());
         assert!(Reference::from_parts("r.io/app:v1", Some("v2"), None).is_err());
