@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gos_spellings_are_read() {
+    fn durations_of_go_are_parsed() {
         let parse = |text: &str| GoDuration::try_from(text.to_owned()).map(|duration| duration.0);
         assert_eq!(parse("1h30m"), Ok(Duration::from_mins(90)));
         assert_eq!(parse("6h0m0s"), Ok(Duration::from_hours(6)));

@@ -1,4 +1,4 @@
-//! Durations, sizes and foreign text as people read and write them.
+//! Durations, sizes and foreign text, in the form that people read and write.
 
 pub mod duration;
 pub mod printable;

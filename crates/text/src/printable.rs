@@ -1,9 +1,9 @@
-//! Text that others wrote, made safe for a terminal and for a line of its own.
+//! Foreign text, made safe for a terminal and for a line of its own.
 
 use std::borrow::Cow;
 
-/// Returns whether a character shows as itself: no control character, and none that reorders or
-/// hides text on a terminal, such as bidirectional marks.
+/// Returns whether a terminal shows a character as itself. Control characters are not printable, nor
+/// are characters that reorder or hide text, such as bidirectional marks.
 #[must_use]
 pub fn is_printable(character: char) -> bool {
     let is_invisible = matches!(
@@ -18,7 +18,7 @@ pub fn is_printable(character: char) -> bool {
     !character.is_control() && !is_invisible
 }
 
-/// Escapes what is not printable, line breaks included, as Rust writes it in a string.
+/// Escapes the characters that are not printable, line breaks included, as a Rust string does.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_of_others_stays_on_its_line() {
+    fn foreign_text_stays_on_its_line() {
         assert_eq!(printable("bin/größe"), "bin/größe");
         assert_eq!(printable("a\x1b[2J\nFAKE\u{9b}"), "a\\u{1b}[2J\\nFAKE\\u{9b}");
         assert_eq!(printable("a\u{202e}b"), "a\\u{202e}b");

@@ -1,8 +1,8 @@
-//! Numbers as people read them.
+//! Numbers with units, in the form that people read.
 
 use std::fmt;
 
-/// Bytes for people: `1.2 GiB`.
+/// A number of bytes, displayed as `1.2 GiB`. Fractions are rounded down.
 #[derive(Clone, Copy, Debug)]
 pub struct Bytes(pub u64);
 
