@@ -26,7 +26,7 @@ use crate::volume::reconcile::Reconciled;
 use crate::warming::WarmStates;
 use pull::wire::Observer;
 use store::Store;
-use telemetry::families::Families;
+use telemetry::metric_families::MetricFamilies;
 
 /// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
 const SECONDS: [f64; 16] = [
@@ -63,7 +63,7 @@ struct EndpointLabels {
 /// Counts what happens on the node.
 #[derive(Debug)]
 pub struct Metrics {
-    families: Arc<Families>,
+    families: Arc<MetricFamilies>,
     publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
     hits: Counter,
     misses: Counter,
@@ -85,10 +85,10 @@ pub struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut families = Families::new("build", "The version that runs");
+        let mut families = MetricFamilies::new("build", "The version that runs");
         families.add_collector(LeaseMetrics);
         Self {
-            publish: families.add_measured(
+            publish: families.add_with_unit(
                 "publish_duration",
                 "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
                 Unit::Seconds,
@@ -106,7 +106,7 @@ impl Default for Metrics {
                 .add("endpoint_errors", "Endpoints that could not be listened on"),
             downloads: families
                 .add("downloads_in_flight", "Connections that download a blob now"),
-            downloaded_bytes: families.add_measured(
+            downloaded_bytes: families.add_with_unit(
                 "downloaded",
                 "Bytes of blobs that registries have sent",
                 Unit::Bytes,
@@ -116,7 +116,7 @@ impl Default for Metrics {
                 "pulls",
                 "Pulls that have ended, by result and by the reason of a failure",
             ),
-            pull_durations: families.add_measured(
+            pull_durations: families.add_with_unit(
                 "pull_duration",
                 "Time of a pull from its first request to content with a name",
                 Unit::Seconds,
@@ -144,7 +144,7 @@ impl Default for Metrics {
 
 /// Something that is looked at with each scrape.
 fn looked_at<T: Default + Clone, C: Collector>(
-    families: &mut Families,
+    families: &mut MetricFamilies,
     collector: fn(T) -> C,
 ) -> T {
     let what = T::default();

@@ -1,10 +1,10 @@
-//! A small HTTP server for each endpoint; one that cannot listen is logged and
+//! A small HTTP server for each endpoint. One that cannot listen is logged and
 //! counted, and takes nothing else down.
 //!
-//! The metrics port is open to every pod of a node with host network. So connections are bounded, and
-//! cannot be kept: each is for one request, for which its client has a short time. Where there are as
-//! many as are served, the oldest is closed for a new one: a client that asks and reads is faster than
-//! one that waits.
+//! The metrics port is open to every pod of a node with host network. So connections are bounded and
+//! short: each serves one request, and its client has little time for it. At the maximum number of
+//! connections, a new one closes the oldest: a client that sends and reads is faster than one that
+//! waits.
 
 use std::collections::VecDeque;
 use std::io;
@@ -20,19 +20,20 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Open connections of one endpoint: more than there are scrapers and probes.
+/// The maximum number of open connections of one endpoint, more than scrapers and probes open.
 const CONNECTIONS: usize = 64;
-/// From the start of a connection to the end of its response: three times as long as Prometheus waits
-/// for a scrape.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
-/// Where connections cannot be accepted, as when no more files can be opened.
+/// The maximum time from the start of a connection to the end of its response: three times as long as
+/// Prometheus waits for a scrape.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// The delay after a connection could not be accepted, as when no more files can be opened.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 
-/// Serves until shutdown.
+/// Listens on an address, and serves in the background until shutdown. Returns the address with its
+/// port.
 ///
 /// # Errors
 ///
-/// The kernel's, when the address cannot be listened on.
+/// The kernel's, if it refuses to listen on the address.
 pub async fn serve(
     address: &str,
     router: Router,
@@ -50,10 +51,10 @@ pub async fn serve(
     Ok(local)
 }
 
-/// Accepts connections without an end; all of them end with the future.
+/// Accepts connections for ever. Dropping the future closes all of them.
 async fn serve_connections(listener: &TcpListener, router: &Router) {
     let mut tasks = JoinSet::new();
-    // The oldest first.
+    // The oldest comes first.
     let mut open: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
@@ -83,8 +84,8 @@ async fn serve_one(stream: TcpStream, router: Router) {
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().keep_alive(false);
     let served = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    // What a client does with its connection is not the node's failure.
-    let _ = tokio::time::timeout(REQUEST_PATIENCE, served).await;
+    // A connection that its client breaks is no failure of the node.
+    let _ = tokio::time::timeout(REQUEST_TIMEOUT, served).await;
 }
 
 #[cfg(test)]
@@ -111,45 +112,45 @@ mod tests {
         stream
     }
 
-    async fn rest(mut stream: TcpStream) -> Vec<u8> {
+    async fn read_to_end(mut stream: TcpStream) -> Vec<u8> {
         let mut bytes = Vec::new();
-        // A reset ends a connection as well.
+        // A reset ends the connection as well.
         let _ = stream.read_to_end(&mut bytes).await;
         bytes
     }
 
     #[tokio::test]
-    async fn a_connection_is_for_one_request() {
+    async fn a_connection_serves_one_request() {
         let (address, ..) = start().await;
         let request = "GET /healthz HTTP/1.1\r\nhost: node\r\n\r\n";
-        let answer = rest(send(address, &request.repeat(2)).await).await;
+        let answer = read_to_end(send(address, &request.repeat(2)).await).await;
         let answer = String::from_utf8(answer).expect("text").to_lowercase();
         assert_eq!(answer.matches("200 ok").count(), 1, "{answer}");
         assert!(answer.contains("connection: close"), "{answer}");
     }
 
     #[tokio::test]
-    async fn clients_that_wait_keep_no_other_from_being_served() {
+    async fn clients_that_wait_do_not_block_others() {
         let (address, ..) = start().await;
         let mut waiting = Vec::new();
         for number in 0..3 * CONNECTIONS {
             let sent = ["", "GET ", "GET /large HTTP/1.1\r\nhost: node\r\n\r\n"][number % 3];
             waiting.push(send(address, sent).await);
         }
-        let served = rest(send(address, "GET /healthz HTTP/1.0\r\n\r\n").await).await;
+        let served = read_to_end(send(address, "GET /healthz HTTP/1.0\r\n\r\n").await).await;
         assert!(served.ends_with(b"ok\n"), "{}", String::from_utf8_lossy(&served));
-        assert_eq!(rest(waiting.swap_remove(0)).await, b"", "the oldest is closed");
+        assert_eq!(read_to_end(waiting.swap_remove(0)).await, b"", "the oldest is closed");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_sends_or_reads_too_slowly_is_closed() {
         let (address, ..) = start().await;
         for sent in ["", "GET ", "GET /healthz HTTP/1.1\r\nhost: "] {
-            assert_eq!(rest(send(address, sent).await).await, b"", "{sent:?}");
+            assert_eq!(read_to_end(send(address, sent).await).await, b"", "{sent:?}");
         }
         let slow = send(address, "GET /large HTTP/1.1\r\nhost: node\r\n\r\n").await;
-        tokio::time::sleep(2 * REQUEST_PATIENCE).await;
-        assert!(rest(slow).await.len() < LARGE);
+        tokio::time::sleep(2 * REQUEST_TIMEOUT).await;
+        assert!(read_to_end(slow).await.len() < LARGE);
     }
 
     #[tokio::test]
@@ -159,6 +160,6 @@ mod tests {
         shutdown.cancel();
         tracker.close();
         tracker.wait().await;
-        assert_eq!(rest(waiting).await, b"");
+        assert_eq!(read_to_end(waiting).await, b"");
     }
 }

@@ -1,5 +1,11 @@
 //! Health and metrics over HTTP.
+//!
+//! ```text
+//! http             a server that clients cannot exhaust
+//! metric_families  metrics, registered as they are made
+//! exposition       the two text formats of metrics
+//! ```
 
 mod exposition;
-pub mod families;
 pub mod http;
+pub mod metric_families;

@@ -13,7 +13,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 
 use crate::plan::Totals;
-use telemetry::families::Families;
+use telemetry::metric_families::MetricFamilies;
 
 /// From a small cluster to the largest.
 const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
@@ -37,7 +37,7 @@ struct ResultLabels {
 /// Counts what the controller does.
 #[derive(Debug)]
 pub struct FleetMetrics {
-    families: Arc<Families>,
+    families: Arc<MetricFamilies>,
     leader: Gauge<u64, AtomicU64>,
     preloads: Family<StateLabels, Gauge>,
     nodes: Family<StateLabels, Gauge>,
@@ -49,7 +49,7 @@ pub struct FleetMetrics {
 
 impl Default for FleetMetrics {
     fn default() -> Self {
-        let mut families = Families::new("controller_build", "The controller that answers");
+        let mut families = MetricFamilies::new("controller_build", "The controller that answers");
         let metrics = Self {
             leader: families.add("controller_leader", "1 while this process leads"),
             preloads: families.add("preloads", "Preloads that are ready, under way, or stalled"),
@@ -62,7 +62,7 @@ impl Default for FleetMetrics {
                 "preload_resolutions",
                 "References and secrets that were looked at, by how that ended",
             ),
-            plans: families.add_measured(
+            plans: families.add_with_unit(
                 "controller_plan_duration",
                 "Time to plan",
                 Unit::Seconds,

@@ -1,4 +1,4 @@
-//! Metrics that are registered as they are made, and served in the form that is asked for.
+//! Metrics that are registered as they are made, and served in the format that a scrape accepts.
 
 use std::sync::Arc;
 
@@ -14,15 +14,16 @@ use tokio::sync::Semaphore;
 
 use super::exposition;
 
-/// Scrapes that are answered at once: clients that come and go must not fill the blocking threads.
+/// The maximum number of concurrent scrapes: clients that come and go must not occupy all blocking
+/// threads.
 const SCRAPES: usize = 2;
 
-/// What one process counts, under the driver's prefix.
+/// All metrics of one process, under the driver's prefix.
 #[derive(Debug)]
-pub struct Families(Registry);
+pub struct MetricFamilies(Registry);
 
-impl Families {
-    /// With the version that runs, as the first family.
+impl MetricFamilies {
+    /// Registers the running version as the first family.
     #[must_use]
     pub fn new(build: &str, help: &str) -> Self {
         let mut registry = Registry::with_prefix("csi_oci");
@@ -30,15 +31,15 @@ impl Families {
         Self(registry)
     }
 
-    /// A new metric.
+    /// Registers a new metric and returns it.
     pub fn add<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
         let metric = M::default();
         self.0.register(name, help, metric.clone());
         metric
     }
 
-    /// This metric, whose name ends with its unit.
-    pub fn add_measured<M: Metric + Clone>(
+    /// Registers this metric, and appends its unit to its name.
+    pub fn add_with_unit<M: Metric + Clone>(
         &mut self,
         name: &str,
         help: &str,
@@ -49,12 +50,12 @@ impl Families {
         metric
     }
 
-    /// Metrics that are looked at with each scrape.
+    /// Registers metrics that are collected at each scrape.
     pub fn add_collector(&mut self, collector: impl Collector) {
         self.0.register_collector(Box::new(collector));
     }
 
-    /// All of them, as the library writes them.
+    /// Encodes all metrics as OpenMetrics.
     #[must_use]
     pub fn open_metrics(&self) -> String {
         let mut text = String::new();
@@ -63,15 +64,16 @@ impl Families {
         text
     }
 
-    /// The route.
+    /// Returns the route `/metrics`.
     pub fn router(self: &Arc<Self>) -> Router {
         let families = Arc::clone(self);
         let scrapes = Arc::new(Semaphore::new(SCRAPES));
         let serve = async move |headers: HeaderMap| {
             let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
-            let open = exposition::is_open_metrics(accept.unwrap_or_default());
+            let open = exposition::accepts_open_metrics(accept.unwrap_or_default());
             let permit = scrapes.acquire_owned().await;
-            // Collectors look at the filesystem, which may take its time, also when the client has gone.
+            // Collectors read the filesystem, which may be slow. The permit is held until they are done, even
+            // if the client has gone.
             let encode = move || {
                 let _permit = permit;
                 families.open_metrics()
@@ -80,7 +82,7 @@ impl Families {
             if open {
                 ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text)
             } else {
-                ([(CONTENT_TYPE, exposition::TEXT)], exposition::text(&text))
+                ([(CONTENT_TYPE, exposition::TEXT)], exposition::to_prometheus_text(&text))
             }
         };
         Router::new().route("/metrics", get(serve))
