@@ -7,7 +7,7 @@ use clap::Args;
 use super::{Failure, print};
 use crate::config::{NodeConfiguration, Quantity};
 use pull::memory::container_limit;
-use sys::reread::Seen;
+use sys::reload::FileVersions;
 
 /// Arguments of `check-config`.
 #[derive(Debug, Args)]
@@ -23,7 +23,7 @@ pub(super) struct CheckConfigArguments {
 pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), Failure> {
     let read = NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
     // Keys are files of their own.
-    read.policy.policy(&mut Seen::new())?;
+    read.policy.policy(&mut FileVersions::new())?;
     let container = arguments.memory.map_or_else(container_limit, |limit| Some(limit.0));
     read.check_memory(container)?;
     print(&format!("{} can be used", arguments.file.display()));

@@ -170,7 +170,7 @@ fn print_text(text: &str) {
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     // TLS needs a provider before the first connection; a second call of this would only repeat it.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    syscalls::share_memory_pools(MEMORY_POOLS, LARGE_BLOCK);
+    syscalls::limit_malloc_arenas(MEMORY_POOLS, LARGE_BLOCK);
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

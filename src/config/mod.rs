@@ -27,7 +27,7 @@ pub use text::duration::GoDuration;
 pub use volumes::VolumesSection;
 pub use warm::WarmSection;
 
-use sys::reread::Seen;
+use sys::reload::FileVersions;
 use text::printable::printable;
 use unpack::Limits;
 
@@ -109,7 +109,7 @@ impl NodeConfiguration {
     }
 
     /// Reads a file for a part of it that may change while the driver runs.
-    pub fn read_again(path: &Path, seen: &mut Seen) -> Result<Self, String> {
+    pub fn read_again(path: &Path, seen: &mut FileVersions) -> Result<Self, String> {
         let wrong = |reason: &dyn std::fmt::Display| {
             format!("the configuration file {} is wrong: {reason}", path.display())
         };

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{NodeConfiguration, Quantity};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use policy::{Action, Demands, Pattern, Policy, PolicySource, Rule};
-use sys::reread::Seen;
+use sys::reload::FileVersions;
 
 /// RSA of 8192 bits has 1.5 KiB.
 const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
@@ -102,7 +102,7 @@ impl PolicySection {
     }
 
     /// The policy, with its keys.
-    pub fn policy(&self, seen: &mut Seen) -> Result<Policy, String> {
+    pub fn policy(&self, seen: &mut FileVersions) -> Result<Policy, String> {
         let keys = self.keys.iter().map(|entry| {
             let pem = match (&entry.file, &entry.data) {
                 (Some(path), _) => seen.read(path, MAXIMUM_KEY_BYTES).map_err(|error| {
@@ -154,8 +154,9 @@ pub fn policy_source(
     tell: impl Fn(bool) + Send + Sync + 'static,
 ) -> PolicySource {
     let Some(path) = path else { return policy::permissive() };
-    let read =
-        move |seen: &mut Seen| NodeConfiguration::read_again(&path, seen)?.policy.policy(seen);
+    let read = move |seen: &mut FileVersions| {
+        NodeConfiguration::read_again(&path, seen)?.policy.policy(seen)
+    };
     PolicySource::new("the policy", read, tell)
 }
 
@@ -168,7 +169,7 @@ mod tests {
     fn parse(lines: &str) -> Result<Policy, String> {
         NodeConfiguration::parse(&format!("{HEAD}policy:\n{lines}"))?
             .policy
-            .policy(&mut Seen::new())
+            .policy(&mut FileVersions::new())
     }
 
     #[test]

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{GoDuration, NodeConfiguration};
 use crate::warming::WarmList;
 use oci::Reference;
-use sys::reread::{LastGood, Seen};
+use sys::reload::{FileVersions, Reloadable};
 
 /// References of one list: more than a node holds artifacts.
 const MAXIMUM_REFERENCES: usize = 1000;
@@ -85,10 +85,10 @@ impl Default for WarmSection {
 pub fn warm_source(
     path: Option<PathBuf>,
     tell: impl Fn(bool) + Send + Sync + 'static,
-) -> LastGood<WarmList> {
-    let read = move |seen: &mut Seen| match &path {
+) -> Reloadable<WarmList> {
+    let read = move |seen: &mut FileVersions| match &path {
         Some(path) => Ok(NodeConfiguration::read_again(path, seen)?.warm.list()),
         None => Ok(WarmList::default()),
     };
-    LastGood::new("the list of what is kept warm", read, tell)
+    Reloadable::new("the list of what is kept warm", read, tell)
 }

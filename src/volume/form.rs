@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::error::VolumeError;
 use store::{MountedTree, Store, StoreError, Tree};
-use sys::mount::{AttachMethod, MountContent, MountFlags, MountForm, Target};
+use sys::mount::{AttachMethod, MountContent, MountFlags, MountForm, MountTarget};
 
 /// The setting `volumes.mount`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -76,7 +76,7 @@ impl Mounter {
         form: MountForm,
         store: &Store,
         tree: &Tree,
-        target: &Target,
+        target: &MountTarget,
         flags: MountFlags,
     ) -> Result<(), AttachError> {
         let root = tree.open()?;

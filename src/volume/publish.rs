@@ -33,7 +33,7 @@ use store::object::ObjectName;
 use store::publications::Publication;
 use store::{MountedTree, Store, StoreError, Tree};
 use sys::fault;
-use sys::mount::{MountForm, Target, TargetState};
+use sys::mount::{MountForm, MountTarget, TargetState};
 
 /// What is freed for a record on a full disk: several times what one takes.
 const RECORD_ROOM: u64 = 64 << 10;
@@ -188,7 +188,7 @@ impl Volumes {
     fn examine(
         &self,
         request: &PublishRequest,
-        target: &Target,
+        target: &MountTarget,
     ) -> Result<Option<Shown>, VolumeError> {
         let occupied = |what| VolumeError::Occupied { target: request.target.full(), what };
         let origin = match target.state().map_err(|error| kernel("look at", request, error))? {
@@ -279,7 +279,7 @@ impl Volumes {
         content: &Content,
         attempt: &Attempt,
         tree: &Tree,
-        target: &Target,
+        target: &MountTarget,
         shown: Option<Shown>,
     ) -> Result<(), VolumeError> {
         attempt.check()?;
@@ -335,7 +335,7 @@ impl Volumes {
         content: &Content,
         attempt: &Attempt,
         tree: &Tree,
-        target: &Target,
+        target: &MountTarget,
     ) -> Result<(), VolumeError> {
         let Attempt { request, form, .. } = attempt;
         let mounted = self.0.mounter.attach(*form, &content.store, tree, target, request.flags);
@@ -355,7 +355,7 @@ impl Volumes {
             let held = interest.hold().await;
             tokio::task::spawn_blocking(move || {
                 let _held = held;
-                let target = Target::open(target.base(), target.relative())?;
+                let target = MountTarget::open(target.base(), target.relative())?;
                 target.remove_if_empty()?;
                 Ok::<_, std::io::Error>(matches!(target.state()?, TargetState::Mounted(_)))
             })
@@ -464,15 +464,15 @@ fn still_fulfils(store: &Store, tree: &Tree, reference: &Reference, demands: &De
     fits && signed
 }
 
-fn open(request: &PublishRequest) -> Result<Target, VolumeError> {
-    Target::open(request.target.base(), request.target.relative()).map_err(|error| {
-        match error.kind() {
-            std::io::ErrorKind::NotFound => VolumeError::Invalid(format!(
-                "the folder above the target path {} does not exist: the kubelet makes it",
-                request.target
-            )),
-            _ => kernel("open the folder of", request, error),
-        }
+fn open(request: &PublishRequest) -> Result<MountTarget, VolumeError> {
+    MountTarget::open(request.target.base(), request.target.relative()).map_err(|error| match error
+        .kind()
+    {
+        std::io::ErrorKind::NotFound => VolumeError::Invalid(format!(
+            "the folder above the target path {} does not exist: the kubelet makes it",
+            request.target
+        )),
+        _ => kernel("open the folder of", request, error),
     })
 }
 

@@ -18,7 +18,7 @@ use super::{Content, Volumes};
 use oci::Digest;
 use store::publications::Publication;
 use store::{MountedTree, Store, StoreError};
-use sys::mount::{MountTable, Target, TargetState};
+use sys::mount::{MountTable, MountTarget, TargetState};
 
 /// What the kubelet writes beside a target before it asks for the volume, and
 /// removes after it has had it unpublished.
@@ -163,7 +163,7 @@ impl Volumes {
 
 /// Returns the tree that is mounted at a target. Reads the state of this mount alone.
 fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
-    match Target::open(target.base(), target.relative())?.state()? {
+    match MountTarget::open(target.base(), target.relative())?.state()? {
         TargetState::Mounted(origin) => Ok(MountedTree::of(&origin)),
         _ => Ok(None),
     }

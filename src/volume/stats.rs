@@ -4,7 +4,7 @@ use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use store::{MountedTree, Room, Tree};
-use sys::mount::{Target, TargetState};
+use sys::mount::{MountTarget, TargetState};
 
 /// Statistics of a volume, as the kubelet has them of its own local volumes: what the volume uses itself, and what its
 /// filesystem has in all. A volume that is "full by nature" would trip every alert about volumes that fill up.
@@ -47,7 +47,7 @@ impl Volumes {
         let unknown = || VolumeError::NotPublished(full.clone());
         let failed =
             |source| VolumeError::Kernel { action: "look at", target: full.clone(), source };
-        let target = Target::open(path.base(), path.relative()).map_err(|_| unknown())?;
+        let target = MountTarget::open(path.base(), path.relative()).map_err(|_| unknown())?;
         let TargetState::Mounted(origin) = target.state().map_err(failed)? else {
             return Err(unknown());
         };

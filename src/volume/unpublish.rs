@@ -8,7 +8,7 @@ use super::error::VolumeError;
 use super::target_path::TargetPath;
 use store::MountedTree;
 use sys::fault;
-use sys::mount::{DetachedFilesystem, MountForm, Target, TargetState, UnmountError};
+use sys::mount::{DetachedFilesystem, MountForm, MountTarget, TargetState, UnmountError};
 
 /// More mounts than anybody stacks; a bound on a loop that the kernel must end.
 const MAXIMUM_STACK: usize = 1024;
@@ -114,8 +114,8 @@ pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), Volum
 }
 
 /// None when the pod's folder is gone, and a mount with it.
-fn open(path: &TargetPath) -> Result<Option<Target>, VolumeError> {
-    match Target::open(path.base(), path.relative()) {
+fn open(path: &TargetPath) -> Result<Option<MountTarget>, VolumeError> {
+    match MountTarget::open(path.base(), path.relative()) {
         Err(error) if is_not_there(&error) => Ok(None),
         target => target.map(Some).map_err(failed(path, "open the folder of")),
     }

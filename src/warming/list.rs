@@ -22,7 +22,7 @@ use oci::{Digest, Platform, Reference};
 use pull::ProgressView;
 use store::pins::Pin;
 use store::{Store, StoreError};
-use sys::reread::LastGood;
+use sys::reload::Reloadable;
 
 /// The owner of the pins that the list makes.
 pub const OWNER: &str = "config";
@@ -62,7 +62,7 @@ pub struct WarmKeeper {
     /// Where content comes from.
     pub content: Content,
     /// The list of now.
-    pub source: LastGood<WarmList>,
+    pub source: Reloadable<WarmList>,
     /// Where it is told.
     pub states: WarmStates,
     /// The Node object's name.

@@ -11,15 +11,15 @@ use globset::{GlobBuilder, GlobMatcher};
 use oci::Reference;
 use oci::registry::other_spellings;
 use oci::signature::{NamedKey, SignatureDemand, SignatureFormat, SignatureMode};
-use sys::reread::LastGood;
+use sys::reload::Reloadable;
 
 /// The policy of now, read again when the configuration or a key's file changes. Cheap to clone.
-pub type PolicySource = LastGood<Policy>;
+pub type PolicySource = Reloadable<Policy>;
 
 /// Returns a source of the policy that allows everything.
 #[must_use]
 pub fn permissive() -> PolicySource {
-    LastGood::new("the policy", |_| Ok(Policy::default()), |_| {})
+    Reloadable::new("the policy", |_| Ok(Policy::default()), |_| {})
 }
 
 /// The node's rules. The default lets everything pass.

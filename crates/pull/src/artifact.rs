@@ -445,7 +445,7 @@ impl Inner {
             // Before the lock and the permit, so that no flight waits for a flight that waits for memory.
             let memory = self.compute_memory(bytes, progress).await?;
             // Flights of other repositories may build the same tree.
-            let building = self.background.hurried(self.building.lock(order.key)).await;
+            let building = self.background.boost_while(self.building.lock(order.key)).await;
             let permit = self.unpackers.compute_permit(progress).await;
             let (inner, order) = (Arc::clone(self), Arc::clone(&order));
             let build = move || {
@@ -487,7 +487,7 @@ impl Inner {
         let claim = Claim::of_tree(order.key, &plan);
         let reserve = || self.store.reserve_after(&[claim], &order.blobs);
         // Publishes wait for the locks that this takes.
-        let room = background::as_ordinary(reserve)?;
+        let room = background::at_normal_priority(reserve)?;
         let built = self.store.build_tree(&plan, &sources.objects)?;
         drop(plan);
         if takes >= LARGE_PLAN {
@@ -505,7 +505,7 @@ impl Inner {
         let waits = |wait| progress.waits_for_memory(wait);
         let reserve = self.memory.compute(progress.tenant(), bytes, waits);
         // Warming may hold the memory while it stands back.
-        Ok(self.background.hurried(reserve).await?)
+        Ok(self.background.boost_while(reserve).await?)
     }
 
     /// Lists the layers that a tree needs. The manifest is not in memory while memory for the list is
@@ -534,7 +534,7 @@ impl Inner {
                 Err(bytes) => {
                     let waits = |wait| progress.waits_for_memory(wait);
                     let keep = self.memory.keep(progress.tenant(), bytes, waits);
-                    reserved = Some(self.background.hurried(keep).await?);
+                    reserved = Some(self.background.boost_while(keep).await?);
                 }
             }
         }

@@ -84,7 +84,7 @@ use resolve::{ResolveKey, Resolved};
 use shared_downloads::SharedDownloads;
 use store::resolutions::Resolution;
 use store::{LayerKey, Store, Tree, TreeKey};
-use sys::background::{Background, First};
+use sys::background::{Background, PodStartGuard};
 use unpack::Limits;
 use unpacking::Unpackers;
 use wire::{Observer, Wire, WireOptions};
@@ -307,8 +307,8 @@ impl Puller {
 
     /// Until the answer is dropped, what no pod waits for pauses, unless it is its turn.
     #[must_use]
-    pub fn goes_first(&self) -> First {
-        self.0.background.go_first()
+    pub fn goes_first(&self) -> PodStartGuard {
+        self.0.background.begin_pod_start()
     }
 
     /// Connections that download now.

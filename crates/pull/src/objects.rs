@@ -109,7 +109,7 @@ impl ReadyLayer {
     /// Waits until it has its name.
     pub async fn named(&self, background: &Background) -> Outcome<Layer> {
         let named = self.named.clone();
-        if self.behind { background.hurried(named).await } else { named.await }
+        if self.behind { background.boost_while(named).await } else { named.await }
     }
 }
 
@@ -220,7 +220,7 @@ impl Inner {
     ) -> Result<StoredFile, PullError> {
         if let Some(data) = descriptor.data.clone() {
             self.read_files_before_use(want.digest, progress).await?;
-            let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
+            let _naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
             progress.resumed(descriptor.size);
             let inner = Arc::clone(&self);
             return blocking(move || inner.inline_file(want, &data)).await;
@@ -243,7 +243,7 @@ impl Inner {
         if held.is_some() {
             let guard = self.prove(work, turn).await?;
             self.read_files_before_use(want.digest, progress).await?;
-            let _naming = self.background.hurried(self.blobs.lock(want.digest)).await;
+            let _naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
             let inner = Arc::clone(self);
             let known = blocking(move || {
                 let known = inner.known_file(want)?;
@@ -257,7 +257,7 @@ impl Inner {
             turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
         }
         let Download { partial, guard, given_by } = self.download(work, &|_| (), turn).await?;
-        let naming = self.background.hurried(self.blobs.lock(want.digest)).await;
+        let naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
         let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
         let named = blocking(move || {
             verified(partial.path())?;
@@ -320,7 +320,7 @@ impl Inner {
         let digest = descriptor.digest;
         if let Some(data) = descriptor.data.clone() {
             self.read_layer_before_use(key, progress).await?;
-            let naming = self.background.hurried(self.blobs.lock(digest)).await;
+            let naming = self.background.boost_while(self.blobs.lock(digest)).await;
             progress.resumed(descriptor.size);
             let inner = Arc::clone(&self);
             if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
@@ -379,7 +379,7 @@ impl Inner {
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
-        let naming = self.background.hurried(self.blobs.lock(digest)).await;
+        let naming = self.background.boost_while(self.blobs.lock(digest)).await;
         let (inner, from) = (Arc::clone(self), repository.clone());
         let unpacked = blocking(move || {
             verified(partial.path())?;
@@ -497,7 +497,7 @@ impl Inner {
         let host = repository.host();
         let mut given_by = BTreeSet::new();
         let of_repository = self.proving.lock((repository.clone(), digest));
-        let of_repository = self.background.hurried(of_repository).await;
+        let of_repository = self.background.boost_while(of_repository).await;
         let shared = self.downloads.of(host, digest);
         let mut turn = None;
         if !isolated && !self.downloads.is_isolated(host, digest) {
@@ -507,7 +507,7 @@ impl Inner {
                     given_by = self.ask_for(work).await?;
                 }
                 let waits = shared.wait(repository, progress);
-                turn = Some(self.background.hurried(waits).await);
+                turn = Some(self.background.boost_while(waits).await);
             }
             // The sources may have been isolated meanwhile.
             turn = turn.filter(|_| !self.downloads.is_isolated(host, digest));

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::memory::MemoryWait;
 use super::tenant::{Caller, Tenant, WaitingTenants};
 use super::want::Priority;
-use sys::background::{Background, Hurry};
+use sys::background::{Background, BoostGuard};
 use text::units::Bytes;
 
 /// Bytes of a flight, counted as they arrive: its own, and those of the flights that it waits for.
@@ -51,7 +51,7 @@ enum Pace {
     /// Nobody waits; it stands back.
     Behind(Background),
     /// Nobody waited when it began, and now a pod does.
-    Hurrying { _until_dropped: Hurry },
+    Hurrying { _until_dropped: BoostGuard },
     /// A pod waits, or has waited.
     Urgent,
 }
@@ -270,7 +270,7 @@ impl Progress {
         }
         let mut pace = self.pace();
         if let Pace::Behind(background) = &*pace {
-            *pace = Pace::Hurrying { _until_dropped: background.hurry() };
+            *pace = Pace::Hurrying { _until_dropped: background.boost() };
             drop(pace);
             self.changed.notify_waiters();
             self.parts().values().for_each(|part| part.raise(priority));

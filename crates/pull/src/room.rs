@@ -84,7 +84,7 @@ impl Inner {
                 let store = &inner.store;
                 Ok(!store.has_room_for(&claims)? && bytes <= store.capacity()?)
             };
-            if blocking(move || background::as_ordinary(is_in_doubt)).await? {
+            if blocking(move || background::at_normal_priority(is_in_doubt)).await? {
                 // Nothing goes for what the registry may not give, and what it gives and is here
                 // needs no room.
                 self.probe_all(&needed.unproven, sponsors).await?;
@@ -95,7 +95,7 @@ impl Inner {
         let reserve =
             move || Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here });
         // With locks that publishes wait for.
-        blocking(move || background::as_ordinary(reserve)).await
+        blocking(move || background::at_normal_priority(reserve)).await
     }
 
     /// What the parts of a repository's artifact need. What the repository has not been proven to
@@ -184,7 +184,7 @@ impl Inner {
             let freed = inner.store.collect_for(&Want::Room(goal), &own)?;
             Ok(!freed.is_nothing())
         };
-        blocking(move || background::as_ordinary(make)).await
+        blocking(move || background::at_normal_priority(make)).await
     }
 }
 

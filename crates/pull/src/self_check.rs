@@ -335,7 +335,7 @@ impl Inner {
     fn memory_in_turn(&self, bytes: u64, reader: &mut Reader) -> Result<Memory, PullError> {
         reader.is_about_to_wait();
         let memory = self.memory.compute(Tenant::Config, bytes, |_| ());
-        let memory = self.background.hurried(memory);
+        let memory = self.background.boost_while(memory);
         Ok(tokio::runtime::Handle::current().block_on(memory)?)
     }
 

@@ -108,7 +108,7 @@ impl Slots {
             return self.wait(ask).await;
         }
         // What warming has it may hold on to while it gives way.
-        self.background.hurried(self.wait(ask)).await
+        self.background.boost_while(self.wait(ask)).await
     }
 
     async fn wait(&self, ask: Ask) -> Slot {

@@ -25,7 +25,7 @@ use store::access::ProofSource;
 use store::growth::Follower;
 use store::partial::{Partial, Purpose};
 use store::{Store, StoreError};
-use sys::background::give_way;
+use sys::background::yield_to_pods;
 
 /// Chunks between network and disk; [`Wire::memory`] bounds their bytes. Few, so that they are
 /// still in the processor's cache when they are hashed: one may have 400 KiB.
@@ -305,7 +305,7 @@ fn write(
 ) -> Result<(), StoreError> {
     while let Some(write) = queue.blocking_recv() {
         let since = Instant::now();
-        give_way();
+        yield_to_pods();
         match write {
             Write::Bytes { offset, bytes, memory } => {
                 partial.write(offset, &bytes)?;

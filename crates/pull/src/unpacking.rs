@@ -237,8 +237,8 @@ impl Job {
         let waits = |wait| self.urgency.waits_for_memory(wait);
         let memory = memory.compute(self.urgency.tenant(), window, waits);
         // Warming may hold the memory while it stands back.
-        let _memory = background.hurried(memory).await?;
-        let wide = background.hurried(wide.acquire()).await;
+        let _memory = background.boost_while(memory).await?;
+        let wide = background.boost_while(wide.acquire()).await;
         let _wide = wide.map_err(|_| PullError::Crashed)?;
         let unpacked = self.start(&open, Window::Large).await;
         store::give_memory_back();

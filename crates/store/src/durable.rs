@@ -64,14 +64,14 @@ impl Staged {
 impl Barrier {
     /// Returns when everything noted is on the disk.
     pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
-        background::give_way();
+        background::yield_to_pods();
         if let Some(few) = &staged.few {
             return few.iter().try_for_each(|(path, file)| {
                 file.sync_all().map_err(|error| StoreError::io("sync", path, error))
             });
         }
         // Whoever else has something to sync waits for this one.
-        background::as_ordinary(|| {
+        background::at_normal_priority(|| {
             let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             nix::unistd::syncfs(&staged.filesystem)
                 .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))

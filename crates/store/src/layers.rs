@@ -36,7 +36,7 @@ use super::staging::{Staging, current_generation};
 use super::{LayerKey, ObjectName, SecurityLabel, Store};
 use crate::layer_index as wire;
 use oci_types::Digest;
-use sys::background::give_way;
+use sys::background::yield_to_pods;
 use sys::fault;
 use sys::mount::syscalls;
 use unpack::archive::{FileHeader, Sink, StoredFile};
@@ -431,7 +431,7 @@ impl Iterator for Entries {
     type Item = Result<Entry, StoreError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        give_way();
+        yield_to_pods();
         let failed = || damaged(&self.path, "a record cannot be decoded");
         let length = match read_varint(&mut self.reader) {
             Some(0) => return None,
@@ -540,7 +540,7 @@ impl Sink for LayerWriter {
         header: &FileHeader,
         content: &mut dyn BufRead,
     ) -> std::io::Result<StoredFile> {
-        give_way();
+        yield_to_pods();
         self.meter.makes(1).map_err(full)?;
         let (number, path) = self.next_place()?;
         let Some(folder) = &self.folder else {
@@ -559,7 +559,7 @@ impl Sink for LayerWriter {
             if bytes.is_empty() {
                 break;
             }
-            give_way();
+            yield_to_pods();
             checksum.update(bytes);
             self.meter.writes(bytes.len() as u64).map_err(full)?;
             for piece in bytes.chunks(WRITE_BYTES) {

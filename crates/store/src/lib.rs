@@ -170,7 +170,7 @@ enum Found {
 
 /// Returns freed memory to the system, after work that has taken much of it.
 pub fn give_memory_back() {
-    sys::mount::syscalls::give_memory_back();
+    sys::mount::syscalls::trim_heap();
 }
 
 impl Store {

@@ -110,7 +110,7 @@ impl Builder<'_> {
         let mut way = Way::from(root, self.plan)?;
         let mut records = self.objects.records();
         for node in nodes {
-            background::give_way();
+            background::yield_to_pods();
             self.meter.writes(bytes_of_a_name(node.name_bytes)).map_err(full)?;
             if matches!(node.kind, PlannedKind::Directory(_)) {
                 continue;

@@ -1,19 +1,21 @@
-//! Work that no pod waits for, on threads of its own: the kernel runs them when no other thread
-//! of this driver wants the processor.
+//! Work that no pod waits for, on its own threads: the kernel runs them when no other thread of this
+//! driver wants the processor.
 //!
 //! Linux calls the class of such threads `SCHED_IDLE` (sched(7)). A container is a control group of
-//! its own, so they stand back behind the driver's other threads only: against other containers the
-//! driver as a whole has its share. A thread that such a thread starts is one too.
+//! its own, so these threads yield to the driver's other threads only: against other containers the
+//! driver as a whole has its share. A thread that such a thread starts inherits the class.
 //!
-//! A processor is not all that there is to be had: caches, the journal of the filesystem and the disk's
-//! queue know no classes. So work in the background pauses [between its steps](give_way) while pods
-//! start, and takes turns with them when that goes on for long ([`turns`]).
+//! The processor is not the only shared resource: caches, the journal of the filesystem and the
+//! disk's queue know no classes. So work in the background pauses [between its
+//! steps](yield_to_pods) while pods start, and alternates with them when that goes on for long
+//! ([`pause_schedule`]).
 //!
-//! Who is waited for after all [hurries](Background::hurry): as long as anybody does, nobody pauses and
-//! all are ordinary threads. That takes `CAP_SYS_NICE`. Without it threads keep their class: work that a
-//! pod has come to wait for would go on behind everything else, for good.
+//! A pod that comes to wait for background work [boosts](Background::boost) it: until the boost
+//! ends, no thread pauses and all have normal priority. Returning to normal priority takes
+//! `CAP_SYS_NICE`. Without it threads keep their class from the start: boosted work would otherwise
+//! stay behind everything else, for good.
 
-mod turns;
+mod pause_schedule;
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -29,122 +31,122 @@ use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
 use crate::mount::syscalls::{self, ThreadClass};
-use turns::Turns;
+use pause_schedule::PauseSchedule;
 
-/// One step on a disk that hardly answers must not be followed by silence.
-const LONGEST_REST: Duration = Duration::from_secs(5);
+/// The longest pause of [`throttle`]: one step on a disk that hardly answers must not be followed by
+/// silence.
+const LONGEST_THROTTLE: Duration = Duration::from_secs(5);
 
 thread_local! {
-    static HERE: RefCell<Option<Arc<Threads>>> = const { RefCell::new(None) };
+    static CURRENT: RefCell<Option<Arc<BackgroundThreads>>> = const { RefCell::new(None) };
 }
 
-/// Where work is done in the background. Cheap to clone.
+/// The threads for background work, or none. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Background(Option<Arc<Inner>>);
+pub struct Background(Option<Arc<BackgroundRuntime>>);
 
-/// Somebody waits for work in the background; dropping it says that he has what he wanted.
+/// Background work has normal priority and does not pause until this is dropped.
 #[derive(Debug)]
-pub struct Hurry(Option<Arc<Inner>>);
+pub struct BoostGuard(Option<Arc<BackgroundRuntime>>);
 
 #[derive(Debug)]
-struct Inner {
+struct BackgroundRuntime {
     handle: Handle,
-    /// None at its end.
+    /// Taken when the runtime shuts down.
     runtime: Option<Runtime>,
-    threads: Arc<Threads>,
+    threads: Arc<BackgroundThreads>,
 }
 
-/// Somebody goes first; dropping it says that he is done.
+/// A pod starts; dropping this ends its start.
 #[derive(Debug)]
-pub struct First(Option<Arc<Threads>>);
+pub struct PodStartGuard(Option<Arc<BackgroundThreads>>);
 
 #[derive(Debug)]
-struct Threads {
-    stand_back: bool,
-    state: Mutex<State>,
-    /// Whether there is a reason to pause: what every step looks at.
-    pauses: AtomicBool,
+struct BackgroundThreads {
+    can_change_class: bool,
+    state: Mutex<ThreadsState>,
+    /// True if a step may have to pause. Lets the other steps do without the lock.
+    may_pause: AtomicBool,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ThreadsState {
     threads: HashSet<i32>,
-    hurries: usize,
-    turns: Turns,
+    boosts: usize,
+    schedule: PauseSchedule,
     /// Threads that pause now.
     pausing: usize,
 }
 
-/// Ends a step of whatever the calling thread does. In the background it pauses here while somebody
-/// goes first.
-pub fn give_way() {
-    HERE.with_borrow(|here| {
-        if let Some(threads) = here {
-            threads.give_way();
+/// Ends a step of the calling thread. A background thread pauses here while pods start.
+pub fn yield_to_pods() {
+    CURRENT.with_borrow(|current| {
+        if let Some(threads) = current {
+            threads.yield_to_pods();
         }
     });
 }
 
-/// Leaves the disk to others after a step that took so long: in the background, and while nobody
-/// waits for it, the calling thread sleeps for three times as long.
-pub fn rest(worked: Duration) {
-    HERE.with_borrow(|here| {
-        if let Some(threads) = here {
-            threads.rest((worked * 3).min(LONGEST_REST));
+/// Leaves the disk to other work after a step that took `worked`: a background thread sleeps for
+/// three times as long, unless it is boosted.
+pub fn throttle(worked: Duration) {
+    CURRENT.with_borrow(|current| {
+        if let Some(threads) = current {
+            threads.throttle((worked * 3).min(LONGEST_THROTTLE));
         }
     });
 }
 
-/// Does what holds something that others wait for: in the background as an ordinary thread, which
-/// is not kept from ending it.
-pub fn as_ordinary<T>(work: impl FnOnce() -> T) -> T {
-    struct Back(Arc<Threads>);
-    impl Drop for Back {
+/// Does work that holds a lock which publishes take. A background thread has normal priority
+/// meanwhile, so that other threads cannot keep it from releasing the lock.
+pub fn at_normal_priority<T>(work: impl FnOnce() -> T) -> T {
+    struct RestoreClass(Arc<BackgroundThreads>);
+    impl Drop for RestoreClass {
         fn drop(&mut self) {
-            self.0.take_place(&self.0.lock());
+            self.0.set_own_class(&self.0.lock());
         }
     }
-    let threads = HERE.with_borrow(Option::clone);
-    let _back = threads.map(|threads| {
-        threads.set(gettid().as_raw(), ThreadClass::Ordinary);
-        Back(threads)
+    let threads = CURRENT.with_borrow(Option::clone);
+    let _restore = threads.map(|threads| {
+        threads.set_class(gettid().as_raw(), ThreadClass::Normal);
+        RestoreClass(threads)
     });
     work()
 }
 
-/// Starts to work for another thread: `inherit` is what [`current`] was there.
-pub fn inherit(current: Option<Current>) {
-    HERE.set(current.map(|current| current.0));
+/// Makes the calling thread work for another thread, whose [`current`] is passed.
+pub fn inherit(current: Option<BackgroundContext>) {
+    CURRENT.set(current.map(|current| current.0));
 }
 
-/// What a thread that is started now is to [`inherit`].
+/// Returns the context that a thread started by this one has to [`inherit`].
 #[must_use]
-pub fn current() -> Option<Current> {
-    HERE.with_borrow(|here| here.clone().map(Current))
+pub fn current() -> Option<BackgroundContext> {
+    CURRENT.with_borrow(|current| current.clone().map(BackgroundContext))
 }
 
 /// The background that a thread works in.
 #[derive(Debug)]
-pub struct Current(Arc<Threads>);
+pub struct BackgroundContext(Arc<BackgroundThreads>);
 
 impl Background {
-    /// Starts its threads.
+    /// Starts the background's threads.
     ///
     /// # Errors
     ///
-    /// The kernel's, when it has no thread to give.
+    /// The kernel's, when it refuses another thread.
     pub fn start() -> io::Result<Self> {
-        let stand_back = std::thread::spawn(can_come_back).join().unwrap_or(false);
-        if !stand_back {
+        let can_change_class = std::thread::spawn(can_restore_class).join().unwrap_or(false);
+        if !can_change_class {
             tracing::info!(
                 "warming has no lower priority for the processor: that takes CAP_SYS_NICE"
             );
         }
-        let threads = Arc::new(Threads {
-            stand_back,
+        let threads = Arc::new(BackgroundThreads {
+            can_change_class,
             state: Mutex::default(),
-            pauses: AtomicBool::new(false),
+            may_pause: AtomicBool::new(false),
             changed: Condvar::new(),
         });
         let (started, stopped) = (Arc::clone(&threads), Arc::clone(&threads));
@@ -152,140 +154,142 @@ impl Background {
             .worker_threads(1)
             .thread_name("background")
             .on_thread_start(move || {
-                HERE.set(Some(Arc::clone(&started)));
+                CURRENT.set(Some(Arc::clone(&started)));
                 started.add();
             })
             .on_thread_stop(move || stopped.remove())
             .enable_all()
             .build()?;
         let handle = runtime.handle().clone();
-        Ok(Self(Some(Arc::new(Inner { handle, runtime: Some(runtime), threads }))))
+        Ok(Self(Some(Arc::new(BackgroundRuntime { handle, runtime: Some(runtime), threads }))))
     }
 
-    /// No threads of its own: background work is done as all other.
+    /// Returns a background without threads: its work runs as all other work does.
     #[must_use]
     pub fn none() -> Self {
         Self(None)
     }
 
-    /// Whether the calling thread works in the background.
+    /// Returns whether the calling thread works in the background.
     #[must_use]
     pub fn is_here() -> bool {
-        HERE.with_borrow(Option::is_some)
+        CURRENT.with_borrow(Option::is_some)
     }
 
-    /// Has a task done in the background, with all tasks and blocking work that it begins itself.
+    /// Spawns a task in the background, with all tasks and blocking work that it starts itself.
     pub fn spawn<F>(&self, tracker: &TaskTracker, task: F) -> JoinHandle<F::Output>
     where
         F: Future<Output: Send + 'static> + Send + 'static,
     {
         match &self.0 {
-            Some(inner) => tracker.spawn_on(task, &inner.handle),
+            Some(runtime) => tracker.spawn_on(task, &runtime.handle),
             None => tracker.spawn(task),
         }
     }
 
-    /// Until the answer is dropped a pod starts: the background pauses, unless it is its turn.
+    /// Announces that a pod starts. The background pauses until the guard is dropped, except for its
+    /// own turns of [`pause_schedule`].
     #[must_use]
-    pub fn go_first(&self) -> First {
-        First(self.0.as_ref().map(|inner| {
-            let threads = Arc::clone(&inner.threads);
-            threads.lock().turns.begin(Instant::now());
-            threads.pauses.store(true, Ordering::Relaxed);
+    pub fn begin_pod_start(&self) -> PodStartGuard {
+        PodStartGuard(self.0.as_ref().map(|runtime| {
+            let threads = Arc::clone(&runtime.threads);
+            threads.lock().schedule.begin(Instant::now());
+            threads.may_pause.store(true, Ordering::Relaxed);
             threads
         }))
     }
 
-    /// Waits for something that the background may hold; it hurries meanwhile.
-    pub async fn hurried<F: Future>(&self, waiting: F) -> F::Output {
+    /// Waits for something that the background may hold, and boosts it meanwhile. A background thread
+    /// waits without a boost.
+    pub async fn boost_while<F: Future>(&self, waiting: F) -> F::Output {
         let mut waiting = std::pin::pin!(waiting);
         if let Poll::Ready(done) = futures_util::poll!(&mut waiting) {
             return done;
         }
-        let _hurry = (!Self::is_here()).then(|| self.hurry());
+        let _boost = (!Self::is_here()).then(|| self.boost());
         waiting.await
     }
 
-    /// Until the answer is dropped, background work is done as all other: somebody waits for a
-    /// part of it, and the parts share their threads.
+    /// Boosts all background work until the guard is dropped: one part of it is waited for, and the
+    /// parts share their threads.
     #[must_use]
-    pub fn hurry(&self) -> Hurry {
-        if let Some(inner) = &self.0 {
-            inner.threads.hurry();
+    pub fn boost(&self) -> BoostGuard {
+        if let Some(runtime) = &self.0 {
+            runtime.threads.begin_boost();
         }
-        Hurry(self.0.clone())
+        BoostGuard(self.0.clone())
     }
 }
 
-impl Drop for Hurry {
+impl Drop for BoostGuard {
     fn drop(&mut self) {
-        if let Some(inner) = &self.0 {
-            inner.threads.relax();
+        if let Some(runtime) = &self.0 {
+            runtime.threads.end_boost();
         }
     }
 }
 
-impl Drop for First {
+impl Drop for PodStartGuard {
     fn drop(&mut self) {
         if let Some(threads) = &self.0 {
-            threads.lock().turns.end(Instant::now());
+            threads.lock().schedule.end(Instant::now());
             threads.changed.notify_all();
         }
     }
 }
 
-impl Drop for Inner {
+impl Drop for BackgroundRuntime {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // Whoever drops it may be a task, which must not wait.
+            // The last owner may be a task, which must not block.
             runtime.shutdown_background();
         }
     }
 }
 
-impl Threads {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl BackgroundThreads {
+    fn lock(&self) -> MutexGuard<'_, ThreadsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn add(&self) {
         let mut state = self.lock();
         state.threads.insert(gettid().as_raw());
-        self.take_place(&state);
+        self.set_own_class(&state);
     }
 
-    /// Gives the calling thread the class that all have now.
-    fn take_place(&self, state: &State) {
-        let class = if state.hurries == 0 { ThreadClass::Idle } else { ThreadClass::Ordinary };
-        self.set(gettid().as_raw(), class);
+    /// Gives the calling thread the class that all background threads have now.
+    fn set_own_class(&self, state: &ThreadsState) {
+        let class = if state.boosts == 0 { ThreadClass::Idle } else { ThreadClass::Normal };
+        self.set_class(gettid().as_raw(), class);
     }
 
     fn remove(&self) {
         self.lock().threads.remove(&gettid().as_raw());
     }
 
-    fn give_way(&self) {
-        if !self.pauses.load(Ordering::Relaxed) {
+    fn yield_to_pods(&self) {
+        if !self.may_pause.load(Ordering::Relaxed) {
             return;
         }
         let mut state = self.lock();
         state.pausing += 1;
-        while state.hurries == 0
-            && let Some(wait) = state.turns.wait(Instant::now())
+        while state.boosts == 0
+            && let Some(pause) = state.schedule.pause(Instant::now())
         {
-            let waited = self.changed.wait_timeout(state, wait);
+            let waited = self.changed.wait_timeout(state, pause);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         state.pausing -= 1;
-        if state.turns.is_over() {
-            self.pauses.store(false, Ordering::Relaxed);
+        if state.schedule.is_over() {
+            self.may_pause.store(false, Ordering::Relaxed);
         }
     }
 
-    fn rest(&self, time: Duration) {
+    fn throttle(&self, time: Duration) {
         let until = Instant::now() + time;
         let mut state = self.lock();
-        while state.hurries == 0
+        while state.boosts == 0
             && let Some(left) = until.checked_duration_since(Instant::now())
             && !left.is_zero()
         {
@@ -294,42 +298,42 @@ impl Threads {
         }
     }
 
-    fn hurry(&self) {
+    fn begin_boost(&self) {
         let mut state = self.lock();
-        state.hurries += 1;
+        state.boosts += 1;
         self.changed.notify_all();
-        if self.stand_back {
-            // Those that they have started, too.
+        if self.can_change_class {
+            // Background threads may have started further threads, which `state` does not list.
             for thread in threads_of_this_process() {
                 if syscalls::thread_class(thread).is_ok_and(|class| class == ThreadClass::Idle) {
-                    self.set(thread, ThreadClass::Ordinary);
+                    self.set_class(thread, ThreadClass::Normal);
                 }
             }
         }
     }
 
-    fn relax(&self) {
+    fn end_boost(&self) {
         let mut state = self.lock();
-        state.hurries -= 1;
-        if state.hurries == 0 {
-            // Those that they have started end with what they do.
-            state.threads.iter().for_each(|&thread| self.set(thread, ThreadClass::Idle));
+        state.boosts -= 1;
+        if state.boosts == 0 {
+            // Further threads that they started keep their class: these end with their work.
+            state.threads.iter().for_each(|&thread| self.set_class(thread, ThreadClass::Idle));
         }
     }
 
-    fn set(&self, thread: i32, class: ThreadClass) {
-        if self.stand_back {
+    fn set_class(&self, thread: i32, class: ThreadClass) {
+        if self.can_change_class {
             // A thread that has ended since needs no class.
             let _ = syscalls::set_thread_class(thread, class);
         }
     }
 }
 
-/// Tries it on the calling thread.
-fn can_come_back() -> bool {
+/// Tries on the calling thread whether a thread can leave the idle class again.
+fn can_restore_class() -> bool {
     let own = gettid().as_raw();
-    let there = syscalls::set_thread_class(own, ThreadClass::Idle);
-    there.and_then(|()| syscalls::set_thread_class(own, ThreadClass::Ordinary)).is_ok()
+    let lowered = syscalls::set_thread_class(own, ThreadClass::Idle);
+    lowered.and_then(|()| syscalls::set_thread_class(own, ThreadClass::Normal)).is_ok()
 }
 
 fn threads_of_this_process() -> Vec<i32> {
@@ -348,11 +352,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_stands_back_with_all_it_starts_until_somebody_waits() {
+    async fn background_work_is_idle_with_all_its_threads_until_boosted() {
         let _alone = ALONE.lock().await;
         let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
-        // Without the right to come back nobody stands back.
-        let idle = if can_come_back() { ThreadClass::Idle } else { ThreadClass::Ordinary };
+        // Without the right to restore the class, threads keep it.
+        let idle = if can_restore_class() { ThreadClass::Idle } else { ThreadClass::Normal };
         let classes = || async {
             let blocking = tokio::task::spawn_blocking(|| {
                 let started = std::thread::spawn(class).join().expect("a thread");
@@ -360,23 +364,23 @@ mod tests {
             });
             (Background::is_here(), class(), blocking.await.expect("blocking work"))
         };
-        let stood_back = background.spawn(&tracker, classes()).await.expect("a task");
-        assert_eq!(stood_back, (true, idle, (true, idle, idle)));
-        let hurry = background.hurry();
-        let second = background.hurry();
+        let lowered = background.spawn(&tracker, classes()).await.expect("a task");
+        assert_eq!(lowered, (true, idle, (true, idle, idle)));
+        let boost = background.boost();
+        let second = background.boost();
         drop(second);
-        let hurried = background.spawn(&tracker, classes()).await.expect("a task");
-        let ordinary = ThreadClass::Ordinary;
-        assert_eq!(hurried, (true, ordinary, (true, ordinary, ordinary)));
-        drop(hurry);
+        let boosted = background.spawn(&tracker, classes()).await.expect("a task");
+        let normal = ThreadClass::Normal;
+        assert_eq!(boosted, (true, normal, (true, normal, normal)));
+        drop(boost);
         let again = background.spawn(&tracker, classes()).await.expect("a task");
         assert_eq!(again, (true, idle, (true, idle, idle)));
         assert!(!Background::is_here());
-        assert_eq!(class(), ordinary, "others stay as they are");
+        assert_eq!(class(), normal, "other threads keep their class");
     }
 
     #[tokio::test]
-    async fn what_runs_already_hurries_too() {
+    async fn a_boost_reaches_threads_that_already_run() {
         let _alone = ALONE.lock().await;
         let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
         let (go, wait) = std::sync::mpsc::channel::<()>();
@@ -394,10 +398,10 @@ mod tests {
             });
             blocking.await.expect("blocking work")
         });
-        started.await.expect("a thread that waits");
-        let _hurry = background.hurry();
-        go.send(()).expect("a thread that waits");
-        assert_eq!(work.await.expect("a task"), ThreadClass::Ordinary);
+        started.await.expect("a waiting thread");
+        let _boost = background.boost();
+        go.send(()).expect("a waiting thread");
+        assert_eq!(work.await.expect("a task"), ThreadClass::Normal);
     }
 
     /// Ends a step in the background, on a thread that a background thread has started.
@@ -408,7 +412,7 @@ mod tests {
                 let current = current();
                 let own = std::thread::spawn(move || {
                     inherit(current);
-                    give_way();
+                    yield_to_pods();
                 });
                 own.join().expect("a thread");
                 let _ = sender.send(());
@@ -426,72 +430,72 @@ mod tests {
         }
     }
 
-    /// Hurrying is the affair of the whole process.
+    /// Makes the tests run one at a time: a boost concerns all threads of the process.
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
     #[tokio::test]
-    async fn a_step_waits_for_who_goes_first() {
+    async fn a_step_pauses_while_a_pod_starts() {
         let _alone = ALONE.lock().await;
         let background = Background::start().expect("threads");
-        let first = background.go_first();
+        let pod_start = background.begin_pod_start();
         let done = step(&background);
         wait_until_it_pauses(&background);
-        // Nobody else does.
-        give_way();
-        drop(first);
+        // Other threads do not pause.
+        yield_to_pods();
+        drop(pod_start);
         done.await.expect("it went on");
     }
 
     #[tokio::test]
-    async fn what_holds_a_lock_is_done_as_by_an_ordinary_thread() {
+    async fn work_under_a_lock_has_normal_priority() {
         let _alone = ALONE.lock().await;
         let (background, tracker) = (Background::start().expect("threads"), TaskTracker::new());
-        let idle = if can_come_back() { ThreadClass::Idle } else { ThreadClass::Ordinary };
-        let work = async { (as_ordinary(class), class()) };
+        let idle = if can_restore_class() { ThreadClass::Idle } else { ThreadClass::Normal };
+        let work = async { (at_normal_priority(class), class()) };
         let classes = background.spawn(&tracker, work).await.expect("a task");
-        assert_eq!(classes, (ThreadClass::Ordinary, idle));
-        assert_eq!(as_ordinary(class), ThreadClass::Ordinary);
+        assert_eq!(classes, (ThreadClass::Normal, idle));
+        assert_eq!(at_normal_priority(class), ThreadClass::Normal);
     }
 
     #[tokio::test]
-    async fn who_rests_is_woken_by_a_hurry() {
+    async fn a_boost_ends_throttling() {
         let _alone = ALONE.lock().await;
         let background = Background::start().expect("threads");
         let (ready, started) = tokio::sync::oneshot::channel();
         let work = background.spawn(&TaskTracker::new(), async move {
-            let resting = tokio::task::spawn_blocking(move || {
+            let throttled = tokio::task::spawn_blocking(move || {
                 let _ = ready.send(());
                 let since = Instant::now();
                 // Longer than a test may take.
-                while since.elapsed() < LONGEST_REST * 12 && !is_hurried() {
-                    rest(LONGEST_REST);
+                while since.elapsed() < LONGEST_THROTTLE * 12 && !is_boosted() {
+                    throttle(LONGEST_THROTTLE);
                 }
-                is_hurried()
+                is_boosted()
             });
-            resting.await.expect("blocking work")
+            throttled.await.expect("blocking work")
         });
-        started.await.expect("a thread that rests");
-        let _hurry = background.hurry();
+        started.await.expect("a throttled thread");
+        let _boost = background.boost();
         assert!(work.await.expect("a task"));
-        // Nobody else rests.
-        rest(Duration::MAX / 4);
+        // Other threads are not throttled.
+        throttle(Duration::MAX / 4);
     }
 
-    fn is_hurried() -> bool {
-        let threads = HERE.with_borrow(Option::clone);
-        threads.is_some_and(|threads| threads.lock().hurries > 0)
+    fn is_boosted() -> bool {
+        let threads = CURRENT.with_borrow(Option::clone);
+        threads.is_some_and(|threads| threads.lock().boosts > 0)
     }
 
     #[tokio::test]
-    async fn who_hurries_waits_for_nobody() {
+    async fn boosted_work_does_not_pause() {
         let _alone = ALONE.lock().await;
         let background = Background::start().expect("threads");
-        let _first = background.go_first();
+        let _pod_start = background.begin_pod_start();
         let done = step(&background);
         wait_until_it_pauses(&background);
-        let hurry = background.hurry();
+        let boost = background.boost();
         done.await.expect("it went on");
         step(&background).await.expect("it went on");
-        drop(hurry);
+        drop(boost);
     }
 }

@@ -1,7 +1,7 @@
-//! Named places where a test stops, fails or holds the driver.
+//! Named points where a test stops, fails or holds the driver.
 //!
 //! They stand along every path on which names and mounts are made and undone.
-//! Without the feature `fault-points`, which no release has, they are nothing.
+//! Without the feature `fault-points`, which no release has, they compile to nothing.
 //! With it, `CSI_OCI_FAULT=<point>:<action>` chooses one:
 //!
 //! ```text
@@ -12,7 +12,7 @@
 
 use std::io;
 
-/// All points, in the order in which a start, a first publish, an unpublish and an eviction come by.
+/// All points, in the order in which a start, a first publish, an unpublish and an eviction pass them.
 pub const POINTS: [&str; 28] = [
     "socket.bound",
     "record.written",
@@ -44,22 +44,22 @@ pub const POINTS: [&str; 28] = [
     "recovery.swept",
 ];
 
-/// Passes a point.
+/// Passes a fault point, which does nothing in a release.
 ///
 /// # Errors
 ///
-/// The error that a test has asked for.
+/// None without the feature `fault-points`.
 #[cfg(not(feature = "fault-points"))]
 #[inline]
 pub const fn point(_: &'static str) -> io::Result<()> {
     Ok(())
 }
 
-/// Passes a point.
+/// Passes a fault point, and does there what `CSI_OCI_FAULT` asks for.
 ///
 /// # Errors
 ///
-/// The error that a test has asked for.
+/// The error that `CSI_OCI_FAULT` names for this point.
 #[cfg(feature = "fault-points")]
 pub fn point(name: &'static str) -> io::Result<()> {
     use std::sync::LazyLock;

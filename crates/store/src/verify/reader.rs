@@ -21,7 +21,7 @@ use sha2::Digest as _;
 
 use super::Verified;
 use oci_types::Digest;
-use sys::background::{give_way, rest};
+use sys::background::{throttle, yield_to_pods};
 use unpack::checksum::{Checksum, Checksummer};
 
 /// What is read at once. Reads that pass the page cache have no read-ahead, so they are large.
@@ -184,7 +184,7 @@ impl Reader {
 
     /// Ends a step: lets pods go first, and ends with an error when it was stopped.
     pub(super) fn step(&self) -> io::Result<()> {
-        give_way();
+        yield_to_pods();
         if self.stop.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::Interrupted.into());
         }
@@ -228,7 +228,7 @@ impl Reader {
                 is_direct = false;
             }
             if self.pace == ReadPace::Gentle {
-                rest(since.elapsed());
+                throttle(since.elapsed());
             }
         }
         if is_cached {

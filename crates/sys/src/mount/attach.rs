@@ -13,8 +13,8 @@
 //!
 //! overlayfs refuses a single lower directory, so an empty directory is the second one. Both are
 //! named through open descriptors (`/proc/self/fd/N`): the kernel takes 255 bytes for all lower
-//! directories, and the path of a state directory may be longer. The mount's *source* names the
-//! tree, as what the mount table shows of lower directories says nothing then.
+//! directories, and the path of a state directory may be longer. The mount table then shows lower
+//! directories that identify nothing, so the mount's *source* names the tree.
 
 use std::ffi::CString;
 use std::io;
@@ -26,61 +26,61 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::syscalls::{self, FilesystemContext};
-use super::target::Target;
+use super::target::MountTarget;
 
-/// Flags that a PersistentVolume's `mountOptions` can add; `ro`, `nosuid` and `nodev` are always on.
+/// Flags that a PersistentVolume's `mountOptions` can add; `ro`, `nosuid` and `nodev` are always set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MountFlags {
-    /// Nothing in the volume can be executed.
+    /// Forbids to execute files of the volume.
     pub noexec: bool,
-    /// Access times are not looked at; on a read-only mount they never change anyway.
+    /// Ignores access times, which never change on a read-only mount anyway.
     pub noatime: bool,
 }
 
-/// The two ways in which a tree is mounted.
+/// The two forms of a volume's mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MountForm {
-    /// A read-only bind of the tree.
+    /// A read-only bind mount of the tree.
     Bind,
     /// An overlay with a read-only superblock.
     Overlay,
 }
 
-/// The directories that a mount is made of, open.
+/// The open directories that a mount consists of.
 #[derive(Clone, Copy, Debug)]
 pub enum MountContent<'a> {
-    /// For [`MountForm::Bind`].
+    /// The content of a [`MountForm::Bind`].
     Bind {
         /// The tree's root.
         tree: BorrowedFd<'a>,
     },
-    /// For [`MountForm::Overlay`].
+    /// The content of a [`MountForm::Overlay`].
     Overlay {
         /// The tree's root.
         tree: BorrowedFd<'a>,
         /// An empty directory of the same filesystem.
         empty: BorrowedFd<'a>,
-        /// The source of the mount, which the mount table shows: at most 255 bytes.
+        /// The mount's source in the mount table, at most 255 bytes.
         source: &'a str,
     },
 }
 
-/// How mounts are made.
+/// The system calls that make mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AttachMethod {
     /// `open_tree`, `mount_setattr`, `move_mount`.
     Detached,
-    /// Bind and remount in this folder first; for kernels before 5.12.
+    /// `mount` on this staging folder, then a bind to the target; for kernels before 5.12.
     Staged(PathBuf),
 }
 
 impl AttachMethod {
-    /// The best that this kernel has.
+    /// Detects the best method of this kernel.
     #[must_use]
     pub fn detect(staging: &Path) -> Self {
         let probe = std::fs::File::open("/")
             .and_then(|root| syscalls::set_mount_attributes(root.as_fd(), 0, u64::MAX));
-        // A kernel that knows the call refuses the impossible attribute with EINVAL (or EPERM without the right).
+        // A kernel with this call refuses the impossible attribute with EINVAL, or EPERM without the privilege.
         match probe {
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
                 Self::Staged(staging.to_owned())
@@ -89,27 +89,27 @@ impl AttachMethod {
         }
     }
 
-    /// Whether this kernel has overlayfs; asking for it loads its module.
+    /// Returns whether this kernel has overlayfs. The question loads the module of overlayfs.
     #[must_use]
     pub fn has_overlay(&self) -> bool {
         let Err(error) = FilesystemContext::open(OVERLAY) else { return true };
         if error.raw_os_error() != Some(libc::ENOSYS) {
             return error.raw_os_error() != Some(libc::ENODEV);
         }
-        // Before Linux 5.2: a mount without lower directories is refused, but the type is looked up first.
+        // Before Linux 5.2, a mount without lower directories fails, but only after the type was found.
         let none = None::<&str>;
         mount(none, "/", Some("overlay"), MsFlags::MS_RDONLY, none) != Err(Errno::ENODEV)
     }
 
-    /// Makes content appear read-only at the target, whose folder exists and is empty.
+    /// Mounts content read-only at the target, whose folder exists and is empty.
     ///
     /// # Errors
     ///
-    /// The kernel's; nothing is mounted then.
+    /// The kernel's. Nothing is mounted then.
     pub fn attach(
         &self,
         content: MountContent<'_>,
-        target: &Target,
+        target: &MountTarget,
         flags: MountFlags,
     ) -> io::Result<()> {
         match self {
@@ -122,14 +122,14 @@ impl AttachMethod {
                 }?;
                 syscalls::move_mount(mount.as_fd(), target.folder(), target.name())
             }
-            Self::Staged(staging) => staged(content, target, flags, staging),
+            Self::Staged(staging) => attach_staged(content, target, flags, staging),
         }
     }
 }
 
 const OVERLAY: &std::ffi::CStr = c"overlay";
 
-/// `MOUNT_ATTR_*` of every volume's mount.
+/// Returns the `MOUNT_ATTR_*` flags of a volume's mount.
 fn attributes(flags: MountFlags) -> u64 {
     let mut set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
     if flags.noexec {
@@ -172,23 +172,23 @@ fn lower_directories(tree: BorrowedFd<'_>, empty: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}:/proc/self/fd/{}", tree.as_raw_fd(), empty.as_raw_fd())
 }
 
-fn staged(
+fn attach_staged(
     content: MountContent<'_>,
-    target: &Target,
+    target: &MountTarget,
     flags: MountFlags,
     staging: &Path,
 ) -> io::Result<()> {
-    // One private mount holds all staging folders, so that nothing staged spreads to other
-    // namespaces; it comes and goes with each attach, so they take turns.
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    // One private mount holds all staging folders, so that no staged mount propagates to other
+    // namespaces. Each attach mounts and unmounts it, so only one runs at a time.
+    static STAGING: Mutex<()> = Mutex::new(());
+    let _exclusive = STAGING.lock().unwrap_or_else(PoisonError::into_inner);
     let none = None::<&str>;
     std::fs::create_dir_all(staging)?;
     let place = staging.join(std::process::id().to_string());
     mount(Some(staging), staging, none, MsFlags::MS_BIND, none)?;
     let result = (|| -> io::Result<()> {
         mount(none, staging, none, MsFlags::MS_PRIVATE, none)?;
-        // It is there when a process with the same number was killed between two steps.
+        // The folder exists if a process with the same number was killed between two steps.
         std::fs::create_dir_all(&place)?;
         let mut set = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         set.set(MsFlags::MS_NOEXEC, flags.noexec);
@@ -197,7 +197,7 @@ fn staged(
             MountContent::Bind { tree } => {
                 let source = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
                 mount(Some(&source), &place, none, MsFlags::MS_BIND, none)?;
-                // A copy of a shared mount shares what is mounted inside of it with all other copies.
+                // A copy of a shared mount would propagate mounts inside of it to all other copies.
                 mount(none, &place, none, MsFlags::MS_PRIVATE, none)?;
                 let remount = set | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
                 mount(none, &place, none, remount, none)?;

@@ -1,9 +1,9 @@
-//! What the kernel mounts: read-only binds and overlays of one directory tree, and the mount table.
+//! Mounts of one directory tree, as read-only binds and overlays, and the mount table.
 //!
 //! A mount is made detached, given its flags, and only then attached, in one
 //! step ([`attach`]); nothing is ever visible at a target that is writable or
-//! half made. What is mounted where is asked of the kernel alone ([`table`]).
-//! System calls that nix does not know are in [`syscalls`], the only place of
+//! half made. Only the kernel knows which mounts exist and where ([`table`]).
+//! System calls that nix does not offer are in [`syscalls`], the only place of
 //! the project with `unsafe`.
 
 pub mod attach;
@@ -13,4 +13,4 @@ pub mod target;
 
 pub use attach::{AttachMethod, MountContent, MountFlags, MountForm};
 pub use table::{MountEntry, MountOrigin, MountTable};
-pub use target::{DetachedFilesystem, Target, TargetState, UnmountError};
+pub use target::{DetachedFilesystem, MountTarget, TargetState, UnmountError};

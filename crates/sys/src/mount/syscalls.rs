@@ -1,30 +1,30 @@
 //! The few system calls that nix lacks, behind safe names.
 //!
-//! Every function takes borrowed file descriptors and owned C strings, so that
-//! nothing a caller passes can be dangling; what each guarantees is said there.
+//! Every function takes borrowed file descriptors and C strings, so that no
+//! argument can be dangling. Each function documents its guarantees.
 #![allow(unsafe_code, reason = "the one place where system calls are made by hand")]
 
 use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// What [`statx`] tells of a file.
+/// The result of [`statx`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStatus {
     /// File type and permission bits.
     pub mode: u16,
-    /// Whether a mount is rooted here; none when the kernel (before 5.8) cannot say.
+    /// True if the file is the root of a mount. Unknown to kernels before 5.8.
     pub is_mount_root: Option<bool>,
-    /// The mount that the file is seen through; none before Linux 6.8.
+    /// The mount that the file was found through. Unknown to kernels before 6.8.
     pub mount: Option<UniqueMountId>,
 }
 
-/// A mount's number that no other mount gets until the next boot.
+/// A mount's number, which no other mount gets until the next boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UniqueMountId(u64);
 
-/// `statx` of `name` below `folder`, of the folder itself when the name is
-/// empty. A symbolic link is not followed, an automount not triggered.
+/// Calls `statx` on `name` below `folder`, or on the folder itself if the name is
+/// empty. Follows no symbolic link and triggers no automount.
 pub fn statx(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<FileStatus> {
     let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT | libc::AT_EMPTY_PATH;
     let mask = libc::STATX_TYPE | libc::STATX_MODE | STATX_MNT_ID_UNIQUE;
@@ -46,27 +46,28 @@ pub fn statx(folder: BorrowedFd<'_>, name: &CStr) -> io::Result<FileStatus> {
     })
 }
 
-/// Asks [`statx`] for the mount's unique number; the C library's headers lag behind the kernel's.
+/// The flag of [`statx`] for the mount's unique number. It is defined here because the C library's
+/// headers lag behind the kernel's.
 const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
 
-/// The strings of [`statmount`]; none where the kernel does not give one.
+/// The strings of [`statmount`], as far as the kernel returns them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MountStrings {
-    /// The filesystem's type.
+    /// The filesystem's type, such as `ext4`.
     pub filesystem: Option<Vec<u8>>,
-    /// The directory of the filesystem that the mount shows.
+    /// The directory of the filesystem that is mounted.
     pub root: Option<Vec<u8>>,
-    /// The filesystem's source; from Linux 6.13.
+    /// The filesystem's source, from Linux 6.13 on.
     pub source: Option<Vec<u8>>,
 }
 
-/// `statmount` of one mount (Linux 6.8): its filesystem's type and source, and its root.
+/// Calls `statmount` (Linux 6.8) for a mount's root and its filesystem's type and source.
 ///
 /// # Errors
 ///
 /// `ENOSYS` before Linux 6.8, `ENOENT` for a mount that is gone, `EOVERFLOW` for strings of more than 16 KiB.
 pub fn statmount(mount: UniqueMountId) -> io::Result<MountStrings> {
-    // Where the kernel's `struct statmount` keeps what is read here; strings are offsets from its end.
+    // Offsets of fields in the kernel's `struct statmount`. Strings are given as offsets from its end.
     const MASK: usize = 8;
     const FILESYSTEM: usize = 36;
     const ROOT: usize = 104;
@@ -89,7 +90,7 @@ pub fn statmount(mount: UniqueMountId) -> io::Result<MountStrings> {
     let request = MountIdRequest { size, spare: 0, mount: mount.0, parameter: wanted };
     let mut answer = vec![0_u8; STRINGS + (16 << 10)];
     let (buffer, length) = (answer.as_mut_ptr(), answer.len());
-    // SAFETY: the request is of the size that it names, and the kernel writes no more than the length that it is told.
+    // SAFETY: the request is of the size that it names, and the kernel writes no more than the passed length.
     let done = unsafe { libc::syscall(SYS_STATMOUNT, &raw const request, buffer, length, 0_u32) };
     if done != 0 {
         return Err(io::Error::last_os_error());
@@ -113,7 +114,7 @@ pub fn statmount(mount: UniqueMountId) -> io::Result<MountStrings> {
 pub struct FilesystemContext(OwnedFd);
 
 impl FilesystemContext {
-    /// `fsopen`: begins to configure a filesystem of this type.
+    /// Calls `fsopen`, which begins to configure a filesystem of this type.
     ///
     /// # Errors
     ///
@@ -125,18 +126,18 @@ impl FilesystemContext {
         owned(fd).map(Self)
     }
 
-    /// `fsconfig(FSCONFIG_SET_STRING)`. The kernel takes values of at most 255 bytes.
+    /// Calls `fsconfig(FSCONFIG_SET_STRING)`. The kernel takes values of at most 255 bytes.
     pub fn set_string(&self, key: &CStr, value: &CStr) -> io::Result<()> {
         self.configure(1, key.as_ptr(), value.as_ptr())
     }
 
-    /// `fsconfig(FSCONFIG_SET_FLAG)`, such as `ro` for a read-only superblock.
+    /// Calls `fsconfig(FSCONFIG_SET_FLAG)`, with `ro` for a read-only superblock.
     pub fn set_flag(&self, key: &CStr) -> io::Result<()> {
         self.configure(0, key.as_ptr(), std::ptr::null())
     }
 
-    /// `fsconfig(FSCONFIG_CMD_CREATE)` and `fsmount`: a detached mount with these
-    /// `MOUNT_ATTR_*`. It is invisible before [`move_mount`]; dropping it unmounts it.
+    /// Calls `fsconfig(FSCONFIG_CMD_CREATE)` and `fsmount`, and returns a detached mount with these
+    /// `MOUNT_ATTR_*` flags. It is invisible before [`move_mount`]. Dropping it unmounts it.
     pub fn mount(&self, attributes: u64) -> io::Result<OwnedFd> {
         const FSMOUNT_CLOEXEC: u32 = 1;
         self.configure(6, std::ptr::null(), std::ptr::null())?;
@@ -147,7 +148,7 @@ impl FilesystemContext {
         owned(fd)
     }
 
-    /// `key` and `value` end in NUL or are null, as the command asks.
+    /// Calls `fsconfig` with a key and a value that end in NUL or are null, as the command demands.
     fn configure(
         &self,
         command: u32,
@@ -162,7 +163,7 @@ impl FilesystemContext {
     }
 }
 
-/// Takes a descriptor that the kernel has just returned, or the error in its place.
+/// Takes ownership of a descriptor that the kernel has just returned, or returns its error.
 fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     match i32::try_from(fd) {
         // SAFETY: the kernel has just made this descriptor and nothing else owns it.
@@ -171,8 +172,8 @@ fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     }
 }
 
-/// `open_tree(OPEN_TREE_CLONE)`: a detached copy of the mount that `directory`
-/// is on, rooted at it. Nobody sees it before [`move_mount`]; dropping it unmounts it.
+/// Calls `open_tree(OPEN_TREE_CLONE)`, and returns a detached copy of the mount that `directory`
+/// lies on, rooted at it. It is invisible before [`move_mount`]. Dropping it unmounts it.
 pub fn clone_mount(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags =
         libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
@@ -182,8 +183,8 @@ pub fn clone_mount(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     owned(fd)
 }
 
-/// `mount_setattr` on the mount that `mount` is the root of: sets and clears
-/// `MOUNT_ATTR_*` in one step and makes its propagation private.
+/// Calls `mount_setattr` on the mount that `mount` is the root of: sets and clears
+/// `MOUNT_ATTR_*` flags in one step, and makes its propagation private.
 pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: set,
@@ -205,8 +206,8 @@ pub fn set_mount_attributes(mount: BorrowedFd<'_>, set: u64, clear: u64) -> io::
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `move_mount`: attaches a detached mount at `name` below `folder`. A symbolic
-/// link at the name is not followed.
+/// Calls `move_mount`, which attaches a detached mount at `name` below `folder`. Follows no symbolic
+/// link at the name.
 pub fn move_mount(mount: BorrowedFd<'_>, folder: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     // SAFETY: both descriptors are open and both paths end in NUL.
     let done = unsafe {
@@ -222,7 +223,7 @@ pub fn move_mount(mount: BorrowedFd<'_>, folder: BorrowedFd<'_>, name: &CStr) ->
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `fsetxattr`: sets an extended attribute of an open file.
+/// Calls `fsetxattr`, which sets an extended attribute of an open file.
 pub fn set_extended_attribute(file: BorrowedFd<'_>, name: &CStr, value: &[u8]) -> io::Result<()> {
     // SAFETY: the descriptor is open, the name ends in NUL, and the length is the slice's.
     let done = unsafe {
@@ -231,25 +232,26 @@ pub fn set_extended_attribute(file: BorrowedFd<'_>, name: &CStr, value: &[u8]) -
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `flistxattr`: the names of an open file's extended attributes; none where the filesystem has none.
+/// Calls `flistxattr`, and returns the names of an open file's extended attributes. Returns none on a
+/// filesystem without extended attributes.
 pub fn list_extended_attributes(file: BorrowedFd<'_>) -> io::Result<Vec<CString>> {
     list_names(|names| {
-        // SAFETY: the descriptor is open, and the kernel writes no more than the length that it is told.
+        // SAFETY: the descriptor is open, and the kernel writes no more than the passed length.
         unsafe { libc::flistxattr(file.as_raw_fd(), names.as_mut_ptr().cast(), names.len()) }
     })
 }
 
-/// `llistxattr`: the names of the extended attributes of the file at a path, of a symbolic link itself:
-/// links cannot be opened for [`list_extended_attributes`].
+/// Calls `llistxattr`, and returns the names of the extended attributes of the file at a path. Follows
+/// no symbolic link: links cannot be opened for [`list_extended_attributes`].
 pub fn list_link_extended_attributes(path: &CStr) -> io::Result<Vec<CString>> {
     list_names(|names| {
-        // SAFETY: the path ends in NUL, and the kernel writes no more than the length that it is told.
+        // SAFETY: the path ends in NUL, and the kernel writes no more than the passed length.
         unsafe { libc::llistxattr(path.as_ptr(), names.as_mut_ptr().cast(), names.len()) }
     })
 }
 
 fn list_names(list: impl FnOnce(&mut [u8]) -> isize) -> io::Result<Vec<CString>> {
-    // What the kernel gives at most (XATTR_LIST_MAX).
+    // The kernel returns no more (XATTR_LIST_MAX).
     let mut names = vec![0_u8; 64 << 10];
     let Ok(length) = usize::try_from(list(&mut names)) else {
         let error = io::Error::last_os_error();
@@ -263,20 +265,20 @@ fn list_names(list: impl FnOnce(&mut [u8]) -> isize) -> io::Result<Vec<CString>>
     Ok(names.filter_map(|name| CStr::from_bytes_with_nul(name).ok().map(CStr::to_owned)).collect())
 }
 
-/// `fgetxattr`: the value of an open file's extended attribute.
+/// Calls `fgetxattr`, and returns the value of an open file's extended attribute.
 pub fn extended_attribute(file: BorrowedFd<'_>, name: &CStr) -> io::Result<Vec<u8>> {
-    // What the kernel takes at most (XATTR_SIZE_MAX).
+    // The kernel stores no more (XATTR_SIZE_MAX).
     let mut value = vec![0_u8; 64 << 10];
     let (buffer, size) = (value.as_mut_ptr().cast(), value.len());
-    // SAFETY: the descriptor is open, the name ends in NUL, and the kernel writes no more than the length that it is told.
+    // SAFETY: the descriptor is open, the name ends in NUL, and the kernel writes no more than the passed length.
     let length = unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), buffer, size) };
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     value.truncate(length);
     Ok(value)
 }
 
-/// `lsetxattr`: sets an extended attribute of the file at a path, of a symbolic
-/// link itself: links cannot be opened for [`set_extended_attribute`].
+/// Calls `lsetxattr`, which sets an extended attribute of the file at a path. Follows no symbolic
+/// link: links cannot be opened for [`set_extended_attribute`].
 pub fn set_link_extended_attribute(path: &CStr, name: &CStr, value: &[u8]) -> io::Result<()> {
     // SAFETY: both texts end in NUL, and the length is the slice's.
     let done = unsafe {
@@ -285,8 +287,8 @@ pub fn set_link_extended_attribute(path: &CStr, name: &CStr, value: &[u8]) -> io
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `sync_file_range(SYNC_FILE_RANGE_WRITE)` over a whole file: the kernel starts to
-/// write what is dirty and is not waited for. Promises nothing about durability.
+/// Calls `sync_file_range(SYNC_FILE_RANGE_WRITE)` on a whole file: the kernel starts to write dirty
+/// pages, and the call does not wait for it. Promises nothing about durability.
 pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the descriptor is open and the other arguments are numbers.
     let done =
@@ -294,19 +296,19 @@ pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// How the kernel chooses between a thread and others that want the processor (sched(7)).
+/// The kernel's scheduling class of a thread (sched(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadClass {
-    /// By its share: `SCHED_OTHER`, or whatever the process was given in its place.
-    Ordinary,
-    /// After all others: `SCHED_IDLE`.
+    /// A fair share of the processor: `SCHED_OTHER`, or another policy that the process has in its place.
+    Normal,
+    /// The processor when no other thread wants it: `SCHED_IDLE`.
     Idle,
 }
 
-/// `sched_setscheduler` of a thread by its number. Coming back from idle takes `CAP_SYS_NICE`.
+/// Calls `sched_setscheduler` for a thread by its number. Leaving the idle class takes `CAP_SYS_NICE`.
 pub fn set_thread_class(thread: i32, class: ThreadClass) -> io::Result<()> {
     let policy = match class {
-        ThreadClass::Ordinary => libc::SCHED_OTHER,
+        ThreadClass::Normal => libc::SCHED_OTHER,
         ThreadClass::Idle => libc::SCHED_IDLE,
     };
     // SAFETY: an all-zero parameter is a valid value of a structure of integers.
@@ -316,42 +318,42 @@ pub fn set_thread_class(thread: i32, class: ThreadClass) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `sched_getscheduler` of a thread by its number.
+/// Calls `sched_getscheduler` for a thread by its number.
 pub fn thread_class(thread: i32) -> io::Result<ThreadClass> {
     // SAFETY: the call takes a number.
     let policy = unsafe { libc::sched_getscheduler(thread) };
     match policy {
         -1 => Err(io::Error::last_os_error()),
-        // A thread keeps a flag beside the policy that says what its children get.
+        // A flag beside the policy tells whether child threads inherit it.
         policy if policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_IDLE => Ok(ThreadClass::Idle),
-        _ => Ok(ThreadClass::Ordinary),
+        _ => Ok(ThreadClass::Normal),
     }
 }
 
-/// `mallopt`: all threads share so many pools of memory, and whatever has at least `large` bytes
-/// goes back to the system when it is freed. The C library gives each thread a pool of its own
-/// else, where what one has freed no other uses, and keeps larger and larger blocks.
+/// Calls `mallopt`: all threads share `arenas` arenas, and blocks of at least `large` bytes go back to
+/// the system when they are freed. By default the C library gives each thread an arena, whose freed
+/// memory no other thread uses, and keeps larger and larger blocks.
 #[cfg(target_env = "gnu")]
-pub fn share_memory_pools(pools: i32, large: i32) {
+pub fn limit_malloc_arenas(arenas: i32, large: i32) {
     // SAFETY: mallopt takes two numbers; it is called before there are other threads.
     unsafe {
-        let _ = libc::mallopt(libc::M_ARENA_MAX, pools);
+        let _ = libc::mallopt(libc::M_ARENA_MAX, arenas);
         let _ = libc::mallopt(libc::M_MMAP_THRESHOLD, large);
     }
 }
 
-/// Other C libraries share one pool anyway.
+/// Does nothing: other C libraries share one arena anyway.
 #[cfg(not(target_env = "gnu"))]
-pub fn share_memory_pools(_: i32, _: i32) {}
+pub fn limit_malloc_arenas(_: i32, _: i32) {}
 
-/// `malloc_trim`: memory that was freed goes back to the system, rather than stay for whoever
-/// wants as much again.
+/// Calls `malloc_trim`, which returns freed memory to the system rather than keep it for later
+/// allocations.
 #[cfg(target_env = "gnu")]
-pub fn give_memory_back() {
+pub fn trim_heap() {
     // SAFETY: malloc_trim takes a number, and may be called by any thread.
     let _ = unsafe { libc::malloc_trim(0) };
 }
 
-/// Other C libraries do so by themselves.
+/// Does nothing: other C libraries return freed memory by themselves.
 #[cfg(not(target_env = "gnu"))]
-pub fn give_memory_back() {}
+pub fn trim_heap() {}

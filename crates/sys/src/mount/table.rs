@@ -10,22 +10,23 @@ use std::path::{Path, PathBuf};
 pub struct MountEntry {
     /// The mount's number.
     pub id: u32,
-    /// The number of the mount it is mounted on.
+    /// The number of the mount below it.
     pub parent: u32,
-    /// The path at which it is mounted, seen from this process's root.
+    /// The mount's path, seen from this process's root.
     pub mount_point: PathBuf,
-    /// The content that it shows.
+    /// The content of the mount.
     pub origin: MountOrigin,
 }
 
-/// The content that a mount shows, as the kernel names it.
+/// The content of a mount, as the kernel names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOrigin {
-    /// The filesystem's type.
+    /// The filesystem's type, such as `ext4`.
     pub filesystem: String,
     /// The filesystem's source: a device, or the text that the filesystem was mounted with.
     pub source: OsString,
-    /// The directory of the filesystem that is shown. `//deleted` at the end is the kernel's mark.
+    /// The directory of the filesystem that the mount shows. The kernel appends `//deleted` to the
+    /// name of a directory that was removed since.
     pub root: PathBuf,
 }
 
@@ -34,7 +35,7 @@ pub struct MountOrigin {
 pub struct MountTable(Vec<MountEntry>);
 
 impl MountOrigin {
-    /// The root without the kernel's mark for directories that were removed since.
+    /// Returns the root without the kernel's mark of removed directories.
     #[must_use]
     pub fn root_as_mounted(&self) -> &Path {
         let root = self.root.as_os_str().as_bytes();
@@ -48,18 +49,18 @@ impl MountTable {
         std::fs::read("/proc/self/mountinfo").map(|text| Self::parse(&text))
     }
 
-    /// Reads a table's text. A line that is not of the documented form is passed over.
+    /// Parses a table's text. Skips lines that are not of the documented form.
     #[must_use]
     pub fn parse(text: &[u8]) -> Self {
-        Self(text.split(|&byte| byte == b'\n').filter_map(entry).collect())
+        Self(text.split(|&byte| byte == b'\n').filter_map(parse_entry).collect())
     }
 
-    /// All mounts.
+    /// Iterates over all mounts, in the kernel's order.
     pub fn iter(&self) -> impl Iterator<Item = &MountEntry> {
         self.0.iter()
     }
 
-    /// The mount that is seen at exactly this path: the topmost of a stack.
+    /// Returns the mount that is visible at exactly this path: the topmost of a stack.
     #[must_use]
     pub fn top_at(&self, path: &Path) -> Option<&MountEntry> {
         let here: Vec<_> = self.0.iter().filter(|entry| entry.mount_point == path).collect();
@@ -67,30 +68,30 @@ impl MountTable {
         here.iter().copied().find(|entry| here.iter().all(|other| other.parent != entry.id))
     }
 
-    /// A mount that is attached somewhere inside of the topmost mount at this path.
+    /// Returns a mount that lies somewhere inside of the topmost mount at this path.
     #[must_use]
     pub fn nested_in(&self, path: &Path) -> Option<&MountEntry> {
         let top = self.top_at(path)?;
         self.0.iter().find(|entry| entry.parent == top.id)
     }
 
-    /// The mount that a path lies on.
+    /// Returns the mount that a path lies on.
     #[must_use]
     pub fn containing(&self, path: &Path) -> Option<&MountEntry> {
         path.ancestors().find_map(|ancestor| self.top_at(ancestor))
     }
 }
 
-/// `36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/root rw,errors=continue`
-fn entry(line: &[u8]) -> Option<MountEntry> {
+/// Parses a line: `36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/root rw,errors=continue`.
+fn parse_entry(line: &[u8]) -> Option<MountEntry> {
     let mut fields = line.split(|&byte| byte == b' ');
     let mut number = || std::str::from_utf8(fields.next()?).ok()?.parse().ok();
     let (id, parent) = (number()?, number()?);
-    // The device's numbers.
+    // The device's numbers are not kept.
     std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
     let root = unescape(fields.next()?);
     let mount_point = unescape(fields.next()?);
-    // Optional fields, as many as there are, end with a hyphen.
+    // A hyphen ends the optional fields.
     fields.by_ref().find(|&field| field == b"-")?;
     let filesystem = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?).into_os_string();
@@ -98,7 +99,7 @@ fn entry(line: &[u8]) -> Option<MountEntry> {
     Some(MountEntry { id, parent, mount_point, origin })
 }
 
-/// Space, tab, newline and backslash are written as `\040` and the like.
+/// Decodes space, tab, newline and backslash, which the kernel writes as `\040` and the like.
 fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -179,7 +180,7 @@ broken line
     }
 
     #[test]
-    fn malformed_lines_are_passed_over() {
+    fn malformed_lines_are_skipped() {
         assert_eq!(MountTable::parse(TABLE).iter().count(), 6);
         assert_eq!(unescape(b"a\\04"), PathBuf::from("a\\04"));
         assert_eq!(unescape(b"\\777\\134"), PathBuf::from("\\777\\"));

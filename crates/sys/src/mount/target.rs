@@ -1,9 +1,9 @@
-//! A place where a volume appears: a name below a folder that is held open.
+//! The target of a volume's mount: a name below a folder that is held open.
 //!
-//! The folder is reached component by component without following symbolic
-//! links below the base (the kubelet's folder), and everything is done relative
-//! to the open folder, so that nobody can swap the path between two steps.
-//! Nothing here removes anything but one empty folder.
+//! The folder is opened component by component without following symbolic
+//! links below the base (the kubelet's folder). All calls are relative to the
+//! open folder, so that no process can swap the path between two steps.
+//! The only thing that this module removes is one empty folder.
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
@@ -20,31 +20,31 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use super::syscalls::{self, FileStatus, MountStrings};
 use super::table::{MountOrigin, MountTable};
 
-/// A place where a volume appears.
+/// A name below an open folder, where a volume is mounted.
 #[derive(Debug)]
-pub struct Target {
+pub struct MountTarget {
     folder: OwnedFd,
     name: CString,
 }
 
-/// A filesystem that is held without being mounted anywhere. Dropping it may block.
+/// A filesystem that is kept without being mounted anywhere. Dropping it may block.
 #[derive(Debug)]
 pub struct DetachedFilesystem(#[expect(dead_code, reason = "held until it is dropped")] OwnedFd);
 
-/// What is at a target now.
+/// The state of a target now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetState {
-    /// Nothing.
+    /// No file has the target's name.
     Missing,
-    /// An empty folder, as after a reboot.
+    /// An empty folder without a mount, as after a reboot.
     EmptyFolder,
-    /// The root of a mount, the topmost of a stack: this driver's or another.
+    /// The root of a mount, the topmost of a stack, whether this driver made it or not.
     Mounted(MountOrigin),
-    /// A file, a link, or a folder with something in it.
+    /// A file, a link, or a folder that is not empty.
     Occupied,
 }
 
-/// Why a mount cannot be taken away.
+/// The reason that a mount cannot be unmounted.
 #[derive(Debug, thiserror::Error)]
 pub enum UnmountError {
     /// Another mount lies inside, at this path.
@@ -55,7 +55,7 @@ pub enum UnmountError {
     Kernel(#[from] io::Error),
 }
 
-impl Target {
+impl MountTarget {
     /// Opens the folder that holds the target. `relative` has at least one
     /// component and neither `.` nor `..`.
     ///
@@ -80,7 +80,7 @@ impl Target {
         Ok(Self { folder, name })
     }
 
-    /// Looks at the target without following a link.
+    /// Reads the state of the target, without following a link.
     pub fn state(&self) -> io::Result<TargetState> {
         let status = match syscalls::statx(self.folder.as_fd(), &self.name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -98,9 +98,9 @@ impl Target {
         Ok(TargetState::Occupied)
     }
 
-    /// Makes the target's folder; `false` when it was there.
+    /// Creates the target's folder. Returns `false` if it existed.
     pub fn create(&self) -> io::Result<bool> {
-        // As the kubelet makes the folder above it.
+        // The kubelet gives the folder above it the same mode.
         match mkdirat(&self.folder, self.name.as_c_str(), Mode::from_bits_truncate(0o750)) {
             Ok(()) => Ok(true),
             Err(Errno::EEXIST) => Ok(false),
@@ -108,7 +108,7 @@ impl Target {
         }
     }
 
-    /// Removes the target if it is an empty folder without a mount; anything else stays.
+    /// Removes the target if it is an empty folder without a mount. Leaves anything else.
     pub fn remove_if_empty(&self) -> io::Result<()> {
         match unlinkat(&self.folder, self.name.as_c_str(), UnlinkatFlags::RemoveDir) {
             Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY | Errno::EBUSY | Errno::ENOTDIR) => {
@@ -118,8 +118,8 @@ impl Target {
         }
     }
 
-    /// The mount whose root has this status, if it is one. Asks the kernel about this
-    /// mount alone (Linux 6.13); older kernels have only the whole table.
+    /// Returns the origin of the mount whose root has this status, if it is the root of a mount. Asks
+    /// the kernel about this mount alone (Linux 6.13), and reads the whole table on older kernels.
     fn mount_of(&self, status: &FileStatus) -> io::Result<Option<MountOrigin>> {
         if status.is_mount_root == Some(false) {
             return Ok(None);
@@ -143,8 +143,8 @@ impl Target {
         Ok(stack.map(|entry| entry.origin.clone()).collect())
     }
 
-    /// Holds the filesystem of the topmost mount, which can be unmounted meanwhile. Returns none where
-    /// the kernel cannot do so (before Linux 5.2): unmounting frees the filesystem then.
+    /// Keeps the filesystem of the topmost mount while the mount is unmounted. Returns none where the
+    /// kernel has no such call (before Linux 5.2): unmounting frees the filesystem then.
     #[must_use]
     pub fn hold_filesystem(&self) -> Option<DetachedFilesystem> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
@@ -152,15 +152,15 @@ impl Target {
         syscalls::clone_mount(root.as_fd()).ok().map(DetachedFilesystem)
     }
 
-    /// Takes the topmost mount away. One that is in use goes lazily: a process that
-    /// still has files open keeps them, the path is free at once.
+    /// Unmounts the topmost mount. One that is in use is unmounted lazily: a process with open files
+    /// keeps them, and the path is free at once.
     ///
     /// May block while the kernel frees each name that was looked up in an overlay, unless
-    /// [`Self::hold_filesystem`] holds the filesystem.
+    /// [`Self::hold_filesystem`] keeps the filesystem.
     ///
     /// # Errors
     ///
-    /// [`UnmountError::Nested`] where another mount lies inside: a lazy unmount would take it along.
+    /// [`UnmountError::Nested`] if another mount lies inside: a lazy unmount would remove it as well.
     pub fn unmount_top(&self) -> Result<(), UnmountError> {
         let path = self.kernel_path();
         if umount2(&path, MntFlags::UMOUNT_NOFOLLOW).is_ok() {
@@ -173,7 +173,7 @@ impl Target {
             .map_err(io::Error::from)?)
     }
 
-    /// The target's path without symbolic links, as the mount table names it.
+    /// Returns the target's path without symbolic links, as the mount table shows it.
     fn path(&self) -> io::Result<PathBuf> {
         let folder = std::fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))?;
         Ok(folder.join(OsStr::from_bytes(self.name.as_bytes())))
@@ -187,14 +187,14 @@ impl Target {
         &self.name
     }
 
-    /// A path for calls that take no descriptor, through the open folder.
+    /// Returns a path through the open folder, for calls that take no descriptor.
     pub(super) fn kernel_path(&self) -> PathBuf {
         let folder = PathBuf::from(format!("/proc/self/fd/{}", self.folder.as_raw_fd()));
         folder.join(OsStr::from_bytes(self.name.as_bytes()))
     }
 }
 
-/// None where the kernel left a string out.
+/// Returns the origin of a mount, unless the kernel left a string out.
 fn origin(strings: MountStrings) -> Option<MountOrigin> {
     Some(MountOrigin {
         filesystem: String::from_utf8(strings.filesystem?).ok()?,

@@ -29,7 +29,7 @@ use self::config::TokenCacheType;
 use super::identity::{ServiceAccountToken, WorkloadIdentity};
 use super::{Credential, Keyring};
 use crate::Repository;
-use sys::reread::Reread;
+use sys::reload::FileBacked;
 
 /// The kubelet's own files are a few KiB; a docker configuration may name many registries.
 const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
@@ -69,8 +69,8 @@ pub struct NodeCredentials(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     files: ProviderFiles,
-    docker_config: Reread<Result<Keyring, ProviderError>>,
-    providers: Reread<Result<Vec<Arc<Provider>>, ProviderError>>,
+    docker_config: FileBacked<Result<Keyring, ProviderError>>,
+    providers: FileBacked<Result<Vec<Arc<Provider>>, ProviderError>>,
     runs: Semaphore,
     answers: Mutex<HashMap<String, (Instant, Keyring)>>,
 }
@@ -169,8 +169,8 @@ impl NodeCredentials {
     pub fn new(files: ProviderFiles) -> Self {
         Self(Arc::new(Inner {
             files,
-            docker_config: Reread::default(),
-            providers: Reread::default(),
+            docker_config: FileBacked::default(),
+            providers: FileBacked::default(),
             runs: Semaphore::new(MAXIMUM_RUNS),
             answers: Mutex::default(),
         }))

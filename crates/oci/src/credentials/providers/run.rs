@@ -41,7 +41,7 @@ pub(super) async fn run(
             reason: error.to_string(),
         })?;
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let mut child = ProcessGroup::led_by(child);
+    let mut child = ProcessGroup::new(child);
     let talk = async {
         let tell = async {
             if let Some(mut stdin) = stdin {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::tls::TlsMaterial;
 use super::text::{HostEntry, HostsFile};
-use sys::reread::Seen;
+use sys::reload::FileVersions;
 
 /// A `hosts.toml` has a few lines for each mirror.
 const MAXIMUM_HOSTS_BYTES: u64 = 256 * 1024;
@@ -13,7 +13,7 @@ const MAXIMUM_PEM_BYTES: u64 = 4 * 1024 * 1024;
 
 /// The folder of a host (`host[:port]`), by containerd's order: `host_port_`, `host:port`,
 /// `_default`; the first root that has any of them.
-pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut Seen) -> Option<PathBuf> {
+pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut FileVersions) -> Option<PathBuf> {
     // Hosts come from references; none of them may become a path.
     if host.is_empty() || host.contains('/') || host.starts_with('.') || host.starts_with('_') {
         return None;
@@ -24,7 +24,7 @@ pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut Seen) -> Option<Pat
     for root in roots {
         for name in underlined.iter().map(String::as_str).chain([host, "_default"]) {
             let folder = root.join(name);
-            seen.look(&folder);
+            seen.record(&folder);
             if folder.exists() {
                 return Some(folder);
             }
@@ -35,7 +35,7 @@ pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut Seen) -> Option<Pat
 
 /// The hosts of a folder. Without a `hosts.toml`, the registry itself with the
 /// certificates that lie there, as Docker names them.
-pub(super) fn load(folder: &Path, seen: &mut Seen) -> Result<HostsFile, String> {
+pub(super) fn load(folder: &Path, seen: &mut FileVersions) -> Result<HostsFile, String> {
     let path = folder.join("hosts.toml");
     let bytes = match seen.read(&path, MAXIMUM_HOSTS_BYTES) {
         Ok(bytes) => bytes,
@@ -72,7 +72,7 @@ fn certificates(folder: &Path) -> Result<HostEntry, String> {
 }
 
 /// What an entry's files hold.
-pub(super) fn material(entry: &HostEntry, seen: &mut Seen) -> Result<TlsMaterial, String> {
+pub(super) fn material(entry: &HostEntry, seen: &mut FileVersions) -> Result<TlsMaterial, String> {
     let mut read = |path: &Path| {
         seen.read(path, MAXIMUM_PEM_BYTES)
             .map_err(|error| format!("{} cannot be read: {error}", path.display()))
@@ -103,7 +103,7 @@ mod tests {
         let root = tempfile::tempdir().expect("a folder");
         let roots = [root.path().join("one"), root.path().join("two")];
         let found = |host: &str| {
-            let folder = find(&roots, host, &mut Seen::new())?;
+            let folder = find(&roots, host, &mut FileVersions::new())?;
             Some(folder.strip_prefix(root.path()).expect("below").display().to_string())
         };
         let make = |name: &str| std::fs::create_dir_all(root.path().join(name)).expect("made");

@@ -25,7 +25,7 @@ use super::error::{self, RegistryError};
 use super::recent::Recent;
 use super::redirect;
 use super::transport::Transport;
-use sys::reread::{Reread, Seen};
+use sys::reload::{FileBacked, FileVersions};
 
 /// Registries whose endpoints are kept; forgetting one costs reading its files.
 const MAXIMUM_ROUTES: usize = 256;
@@ -42,7 +42,7 @@ struct Inner {
     roots: Vec<PathBuf>,
     /// Mirrors that the registry's credentials may be sent to.
     with_credentials: Vec<Url>,
-    routes: Mutex<Recent<String, Arc<Reread<Route>>>>,
+    routes: Mutex<Recent<String, Arc<FileBacked<Route>>>>,
 }
 
 impl Hosts {
@@ -85,7 +85,7 @@ impl Inner {
         route.get(|seen| self.read(transport, host, seen))
     }
 
-    fn read(&self, transport: &Transport, host: &str, seen: &mut Seen) -> Route {
+    fn read(&self, transport: &Transport, host: &str, seen: &mut FileVersions) -> Route {
         let Some(found) = folder::find(&self.roots, host, seen) else {
             let connection = transport.default_connection();
             return Ok(vec![Arc::new(Endpoint::of_registry(host, connection)?)]);
@@ -141,7 +141,7 @@ pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
     let with_port = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
     let without = (url.port().is_none()).then_some(host);
     [Some(with_port.as_str()), without].into_iter().flatten().any(|host| {
-        let mut seen = Seen::new();
+        let mut seen = FileVersions::new();
         let file = folder::find(roots, host, &mut seen)
             .and_then(|found| folder::load(&found, &mut seen).ok());
         file.is_some_and(|file| {

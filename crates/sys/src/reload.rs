@@ -1,8 +1,8 @@
-//! Files that others change while the driver runs: looked at when they are used.
+//! Values made from files that change while the driver runs.
 //!
-//! A look is a `stat` per file: inode, size and times say whether it is the file
-//! that was read before. The kubelet swaps a link when a `ConfigMap` or a Secret
-//! changes, so links are followed; a file that was missing counts as seen missing.
+//! Each use of a value checks its files with one `stat` per file: inode, size and times tell whether
+//! it is the file that was read before. The kubelet swaps a link when a `ConfigMap` or a Secret
+//! changes, so links are followed. A missing file is recorded as missing.
 
 use std::fmt;
 use std::io::Read as _;
@@ -10,13 +10,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The files that a value was read from, as they were then.
+/// The files that a value was made from, with the version of each that was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen(Vec<(PathBuf, Option<Stamp>)>);
+pub struct FileVersions(Vec<(PathBuf, Option<FileVersion>)>);
 
-/// What changes when a file does.
+/// The metadata that changes with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+struct FileVersion {
     device: u64,
     inode: u64,
     size: u64,
@@ -24,31 +24,32 @@ struct Stamp {
     changed: (i64, i64),
 }
 
-impl Seen {
-    /// Nothing looked at yet.
+impl FileVersions {
+    /// Starts without files.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Looks at a path, before it is read: what changes in between is noticed at the next use.
-    pub fn look(&mut self, path: &Path) {
-        self.0.push((path.to_owned(), Stamp::of(path)));
+    /// Records the version of a file before it is read: a change in between is noticed at the next
+    /// use.
+    pub fn record(&mut self, path: &Path) {
+        self.0.push((path.to_owned(), FileVersion::of(path)));
     }
 
-    /// Whether all of it is as it was.
+    /// Returns whether all files still have the recorded versions.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        self.0.iter().all(|(path, stamp)| Stamp::of(path) == *stamp)
+        self.0.iter().all(|(path, version)| FileVersion::of(path) == *version)
     }
 
-    /// Looks at a file and reads it, `limit` bytes at most.
+    /// Records the version of a file and reads the file, up to `limit` bytes.
     ///
     /// # Errors
     ///
     /// The kernel's, or `FileTooLarge`.
     pub fn read(&mut self, path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-        self.look(path);
+        self.record(path);
         let mut bytes = Vec::new();
         std::fs::File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > limit {
@@ -58,7 +59,7 @@ impl Seen {
     }
 }
 
-impl Stamp {
+impl FileVersion {
     fn of(path: &Path) -> Option<Self> {
         let metadata = std::fs::metadata(path).ok()?;
         Some(Self {
@@ -73,108 +74,108 @@ impl Stamp {
 
 /// A value that is made from files, and made again when one of them has changed.
 #[derive(Debug)]
-pub struct Reread<T>(Mutex<Option<(Seen, Arc<T>)>>);
+pub struct FileBacked<T>(Mutex<Option<(FileVersions, Arc<T>)>>);
 
-impl<T> Default for Reread<T> {
+impl<T> Default for FileBacked<T> {
     fn default() -> Self {
         Self(Mutex::new(None))
     }
 }
 
-impl<T> Reread<T> {
-    /// The value of now. `make` tells every file that it reads to [`Seen`]. Blocking.
-    pub fn get(&self, make: impl FnOnce(&mut Seen) -> T) -> Arc<T> {
+impl<T> FileBacked<T> {
+    /// Returns the value for the present files. `make` records each file that it reads. Blocks.
+    pub fn get(&self, make: impl FnOnce(&mut FileVersions) -> T) -> Arc<T> {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((seen, value)) = held.as_ref()
-            && seen.is_current()
+        if let Some((versions, value)) = held.as_ref()
+            && versions.is_current()
         {
             return Arc::clone(value);
         }
-        let mut seen = Seen::new();
-        let value = Arc::new(make(&mut seen));
-        *held = Some((seen, Arc::clone(&value)));
+        let mut versions = FileVersions::new();
+        let value = Arc::new(make(&mut versions));
+        *held = Some((versions, Arc::clone(&value)));
         value
     }
 }
 
-/// Makes a value from files, and tells [`Seen`] which.
-type Make<T> = dyn Fn(&mut Seen) -> Result<T, String> + Send + Sync;
-/// Is told whether the last reading failed.
-type Tell = dyn Fn(bool) + Send + Sync;
+/// Makes a value from files, and records which.
+type MakeValue<T> = dyn Fn(&mut FileVersions) -> Result<T, String> + Send + Sync;
+/// Receives whether the latest reading failed.
+type ReportFailure = dyn Fn(bool) + Send + Sync;
 
 /// A part of the configuration that is read again when its files change. Cheap to clone.
 ///
-/// At first one that cannot be read has no value. Later the last good one stays in force,
-/// and the failure is told.
-pub struct LastGood<T>(Arc<Inner<T>>);
+/// There is no value before files could be read for the first time. After that, a failure to read
+/// changed files is reported, and the last good value stays in force.
+pub struct Reloadable<T>(Arc<ReloadableInner<T>>);
 
-struct Inner<T> {
-    what: &'static str,
-    make: Box<Make<T>>,
-    tell: Box<Tell>,
-    state: Mutex<Option<Made<T>>>,
+struct ReloadableInner<T> {
+    name: &'static str,
+    make: Box<MakeValue<T>>,
+    report: Box<ReportFailure>,
+    state: Mutex<Option<LoadedValue<T>>>,
 }
 
-struct Made<T> {
-    seen: Seen,
+struct LoadedValue<T> {
+    versions: FileVersions,
     value: Result<Arc<T>, String>,
 }
 
-impl<T> Clone for LastGood<T> {
+impl<T> Clone for Reloadable<T> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
     }
 }
 
-impl<T> fmt::Debug for LastGood<T> {
+impl<T> fmt::Debug for Reloadable<T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_tuple("LastGood").field(&self.0.what).finish()
+        formatter.debug_tuple("Reloadable").field(&self.0.name).finish()
     }
 }
 
-impl<T> LastGood<T> {
-    /// Reads nothing yet. `what` is for the log; `tell` is told after each reading whether it
-    /// failed.
+impl<T> Reloadable<T> {
+    /// Reads no file before the first [`Self::current`]. The log calls the value `name`. After each
+    /// reading, `report` receives whether it failed.
     pub fn new(
-        what: &'static str,
-        make: impl Fn(&mut Seen) -> Result<T, String> + Send + Sync + 'static,
-        tell: impl Fn(bool) + Send + Sync + 'static,
+        name: &'static str,
+        make: impl Fn(&mut FileVersions) -> Result<T, String> + Send + Sync + 'static,
+        report: impl Fn(bool) + Send + Sync + 'static,
     ) -> Self {
-        let (make, tell) = (Box::new(make), Box::new(tell));
-        Self(Arc::new(Inner { what, make, tell, state: Mutex::new(None) }))
+        let (make, report) = (Box::new(make), Box::new(report));
+        Self(Arc::new(ReloadableInner { name, make, report, state: Mutex::new(None) }))
     }
 
-    /// What is in force. Blocking.
+    /// Returns the value in force, and reads changed files first. Blocks.
     ///
     /// # Errors
     ///
-    /// Why there is none.
+    /// The reason that no file contents were ever valid.
     pub fn current(&self) -> Result<Arc<T>, String> {
-        let what = self.0.what;
+        let what = self.0.name;
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Made { seen, value }) = state.as_ref()
-            && seen.is_current()
+        if let Some(LoadedValue { versions, value }) = state.as_ref()
+            && versions.is_current()
         {
             return value.clone();
         }
-        let mut seen = Seen::new();
-        let value = match ((self.0.make)(&mut seen), state.take()) {
+        let mut versions = FileVersions::new();
+        let value = match ((self.0.make)(&mut versions), state.take()) {
             (Ok(value), _) => {
-                (self.0.tell)(false);
+                (self.0.report)(false);
                 Ok(Arc::new(value))
             }
-            (Err(error), Some(Made { value: Ok(last), .. })) => {
+            (Err(error), Some(LoadedValue { value: Ok(last), .. })) => {
                 tracing::error!(what, error, "it cannot be read again: the last good one stays");
-                (self.0.tell)(true);
+                (self.0.report)(true);
                 Ok(last)
             }
             (Err(error), _) => {
                 tracing::error!(what, error, "it cannot be read: there is none until it can");
-                (self.0.tell)(true);
+                (self.0.report)(true);
                 Err(error)
             }
         };
-        *state = Some(Made { seen, value: value.clone() });
+        *state = Some(LoadedValue { versions, value: value.clone() });
         value
     }
 }
@@ -188,9 +189,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("file");
         let at = path.clone();
-        let source = LastGood::new(
+        let source = Reloadable::new(
             "a number",
-            move |seen| match seen.read(&at, 10) {
+            move |versions| match versions.read(&at, 10) {
                 Ok(bytes) => {
                     String::from_utf8_lossy(&bytes).parse::<u8>().map_err(|e| e.to_string())
                 }
@@ -212,12 +213,12 @@ mod tests {
     fn a_changed_file_is_read_again_and_an_unchanged_one_is_not() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("file");
-        let reread = Reread::default();
+        let backed = FileBacked::default();
         let mut reads = 0;
         let mut get = || {
-            let value = reread.get(|seen| {
+            let value = backed.get(|versions| {
                 reads += 1;
-                seen.read(&path, 100).ok()
+                versions.read(&path, 100).ok()
             });
             (value, reads)
         };
@@ -229,21 +230,21 @@ mod tests {
     }
 
     #[test]
-    fn the_kubelets_swap_of_a_link_is_noticed() {
+    fn a_swapped_link_of_the_kubelet_is_noticed() {
         let folder = tempfile::tempdir().expect("a folder");
-        let of = |name: &str| folder.path().join(name);
+        let path = |name: &str| folder.path().join(name);
         for version in ["1", "2"] {
-            std::fs::create_dir(of(version)).expect("a version");
-            std::fs::write(of(version).join("file"), version).expect("its file");
+            std::fs::create_dir(path(version)).expect("a version");
+            std::fs::write(path(version).join("file"), version).expect("its file");
         }
         let link = |to: &str| {
-            std::os::unix::fs::symlink(to, of("next")).expect("a link");
-            std::fs::rename(of("next"), of("..data")).expect("swapped");
+            std::os::unix::fs::symlink(to, path("next")).expect("a link");
+            std::fs::rename(path("next"), path("..data")).expect("swapped");
         };
         link("1");
-        std::os::unix::fs::symlink("..data/file", of("file")).expect("a link");
-        let reread = Reread::default();
-        let get = || reread.get(|seen| seen.read(&of("file"), 10).expect("read"));
+        std::os::unix::fs::symlink("..data/file", path("file")).expect("a link");
+        let value = FileBacked::default();
+        let get = || value.get(|versions| versions.read(&path("file"), 10).expect("read"));
         assert_eq!(*get(), b"1");
         link("2");
         assert_eq!(*get(), b"2");
@@ -254,7 +255,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("file");
         std::fs::write(&path, "12345").expect("written");
-        assert!(Seen::new().read(&path, 4).is_err());
-        assert_eq!(Seen::new().read(&path, 5).expect("read"), b"12345");
+        assert!(FileVersions::new().read(&path, 4).is_err());
+        assert_eq!(FileVersions::new().read(&path, 5).expect("read"), b"12345");
     }
 }
