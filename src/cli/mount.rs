@@ -19,7 +19,7 @@ use crate::volume::attributes::VolumeAttributes;
 use crate::volume::form::MountMode;
 use crate::volume::{Content, Mounter, PodInfo, PublishRequest, TargetPath, Volumes};
 use oci::credentials::Keyring;
-use policy::Demands;
+use policy::PolicyDemands;
 use pull::flights::Runway;
 use pull::wire::Unobserved;
 use pull::{ProgressView, Tenant};
@@ -211,7 +211,7 @@ async fn fetch(
     attributes: &VolumeAttributes,
     keyring: &Keyring,
 ) -> Result<(), Failure> {
-    let want = attributes.want(Demands::default(), keyring.clone(), None, Tenant::Admin);
+    let want = attributes.want(PolicyDemands::default(), keyring.clone(), None, Tenant::Admin);
     let view = ProgressView::default();
     let acquire = content.puller.acquire(&want, &view);
     tokio::pin!(acquire);

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{NodeConfiguration, Quantity};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use policy::{Action, Demands, Pattern, Policy, PolicySource, Rule};
+use policy::{GlobPattern, Policy, PolicyAction, PolicyDemands, PolicyRule, PolicySource};
 use sys::reload::FileVersions;
 
 /// RSA of 8192 bits has 1.5 KiB.
@@ -21,7 +21,7 @@ pub struct PolicySection {
     /// Public keys, for rules and for `requireSignature`.
     pub keys: Vec<KeyEntry>,
     /// What no rule matches.
-    pub default: Action,
+    pub default: PolicyAction,
     /// In order; the first that matches counts.
     pub rules: Vec<RuleEntry>,
 }
@@ -47,7 +47,7 @@ pub struct RuleEntry {
     /// Globs of namespaces; all without.
     pub namespaces: Vec<String>,
     /// `Allow` or `Deny`.
-    pub action: Action,
+    pub action: PolicyAction,
     /// Whether the reference must name a digest.
     pub require_digest: bool,
     /// Bytes of all blobs, and of the unpacked tree.
@@ -88,7 +88,7 @@ impl PolicySection {
         for (number, rule) in self.rules.iter().enumerate() {
             let place = |reason: String| format!("policy.rules: rule {}: {reason}", number + 1);
             for text in rule.references.iter().chain(&rule.namespaces) {
-                Pattern::parse(text).map_err(place)?;
+                GlobPattern::parse(text).map_err(place)?;
             }
             let Some(signatures) = &rule.signatures else { continue };
             if signatures.keys.is_empty() {
@@ -117,8 +117,8 @@ impl PolicySection {
             key(&entry.name, &pem)
         });
         let keys: Arc<[NamedKey]> = keys.collect::<Result<_, _>>()?;
-        let patterns = |texts: &[String]| -> Result<Vec<Pattern>, String> {
-            texts.iter().map(|text| Pattern::parse(text)).collect()
+        let patterns = |texts: &[String]| -> Result<Vec<GlobPattern>, String> {
+            texts.iter().map(|text| GlobPattern::parse(text)).collect()
         };
         let rules = self.rules.iter().map(|rule| {
             let signature = rule.signatures.as_ref().map(|entry| SignatureDemand {
@@ -126,11 +126,11 @@ impl PolicySection {
                 format: entry.format,
                 keys: keys.iter().filter(|key| entry.keys.contains(&key.name)).cloned().collect(),
             });
-            Ok(Rule {
+            Ok(PolicyRule {
                 references: patterns(&rule.references)?,
                 namespaces: patterns(&rule.namespaces)?,
                 action: rule.action,
-                demands: Demands {
+                demands: PolicyDemands {
                     digest: rule.require_digest,
                     maximum_bytes: rule.max_artifact_bytes.map(|quantity| quantity.0),
                     signature,
@@ -186,7 +186,10 @@ mod tests {
         assert_eq!(rule.demands.maximum_bytes, Some(10 << 30));
         let signature = rule.demands.signature.as_ref().expect("a demand");
         assert_eq!((signature.mode, signature.keys.len()), (SignatureMode::Warn, 1));
-        assert_eq!((policy.default, policy.rules[1].action), (Action::Deny, Action::Deny));
+        assert_eq!(
+            (policy.default, policy.rules[1].action),
+            (PolicyAction::Deny, PolicyAction::Deny)
+        );
     }
 
     #[test]

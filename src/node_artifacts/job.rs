@@ -18,7 +18,7 @@ use oci::credentials::Keyring;
 use oci::manifest::ManifestError;
 use oci::registry::RegistryError;
 use oci::{Digest, Platform, Reference};
-use policy::{Demands, Facts};
+use policy::{PolicyDemands, PolicyRequest};
 use preload::api::{Phase, WantedArtifact};
 use preload::seal::Place;
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
@@ -242,7 +242,7 @@ impl Running {
         let platform = Platform::of_this_node();
         let wanted =
             want(reference.clone(), platform, PullPolicy::IfNotPresent, keyring, self.tenant());
-        let Demands { maximum_bytes, signature, .. } = demands;
+        let PolicyDemands { maximum_bytes, signature, .. } = demands;
         let wanted = Want { maximum_bytes, signature, ..wanted };
         let patience =
             Duration::from_secs(u64::try_from(self.wanted.timeout_seconds).unwrap_or(1).max(1));
@@ -313,12 +313,12 @@ impl Running {
     }
 
     /// What the node's policy demands, or why it does not let the preload's namespace have it.
-    async fn demands(&self, reference: &Reference) -> Result<Demands, Failure> {
+    async fn demands(&self, reference: &Reference) -> Result<PolicyDemands, Failure> {
         let (source, reference) = (self.begin.content.policy.clone(), reference.clone());
         let namespace = self.wanted.preload.split('/').next().unwrap_or_default().to_owned();
         let decide = move || {
             let policy = source.current()?;
-            let facts = Facts {
+            let facts = PolicyRequest {
                 reference: &reference,
                 namespace: Some(&namespace),
                 require_signature: false,

@@ -12,7 +12,7 @@ use oci::credentials::{Keyring, WorkloadIdentity};
 use oci::digest::DigestError;
 use oci::reference::ReferenceError;
 use oci::{Digest, Platform, Reference};
-use policy::Demands;
+use policy::PolicyDemands;
 use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use sys::mount::MountFlags;
 use unpack::{PermissionsRule, Selection, UnpackMode};
@@ -143,7 +143,7 @@ impl VolumeAttributes {
     #[must_use]
     pub fn want(
         &self,
-        demands: Demands,
+        demands: PolicyDemands,
         keyring: Keyring,
         identity: Option<WorkloadIdentity>,
         tenant: Tenant,

@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use policy::Refusal;
+use policy::PolicyError;
 use pull::PullError;
 use pull::progress::Snapshot;
 use store::StoreError;
@@ -46,7 +46,7 @@ pub enum VolumeError {
         /// The artifact.
         reference: String,
         /// Why.
-        refusal: Refusal,
+        refusal: PolicyError,
     },
     /// The artifact did not get onto the node.
     #[error("{reference}: {source}")]

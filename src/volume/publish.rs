@@ -26,7 +26,7 @@ use super::request::PublishRequest;
 use super::{Content, TargetPath, Volumes, unpublish};
 use oci::signature::SignatureMode;
 use oci::{Digest, Reference};
-use policy::{Demands, Facts};
+use policy::{PolicyDemands, PolicyRequest};
 use store::eviction::Goal;
 use store::gc::Want;
 use store::object::ObjectName;
@@ -79,7 +79,7 @@ struct Shown {
 enum CachedPublish {
     Published(Published),
     /// The content has to be acquired, and to fulfil these demands of the node's policy.
-    Missing(Demands),
+    Missing(PolicyDemands),
 }
 
 /// One call to publish a volume, as the tasks see it that work for it.
@@ -234,7 +234,7 @@ impl Volumes {
         &self,
         content: &Content,
         request: &Arc<PublishRequest>,
-        demands: Demands,
+        demands: PolicyDemands,
     ) -> Result<(Tree, PublishPath), VolumeError> {
         let reference = request.attributes.reference.to_string();
         let (before, of_job, demanded) = (content.clone(), Arc::clone(request), demands.clone());
@@ -397,9 +397,9 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
 }
 
 /// Returns the demands of the node's policy on an artifact that it allows. Blocking.
-fn decide(content: &Content, request: &PublishRequest) -> Result<Demands, VolumeError> {
+fn decide(content: &Content, request: &PublishRequest) -> Result<PolicyDemands, VolumeError> {
     let policy = content.policy.current().map_err(VolumeError::NotReady)?;
-    let facts = Facts {
+    let facts = PolicyRequest {
         reference: &request.attributes.reference,
         namespace: request.pod.namespace.as_deref(),
         require_signature: request.attributes.require_signature,
@@ -409,7 +409,11 @@ fn decide(content: &Content, request: &PublishRequest) -> Result<Demands, Volume
 }
 
 /// Returns the tree of a volume if the node may show it without waiting. Blocking.
-fn cached_tree(content: &Content, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
+fn cached_tree(
+    content: &Content,
+    request: &PublishRequest,
+    demands: &PolicyDemands,
+) -> Option<Tree> {
     if let Some(tree) = decided_before(&content.store, request, demands) {
         let name = ObjectName::tree(tree.key, tree.generation);
         return (!content.store.is_unread(&name)).then_some(tree);
@@ -421,7 +425,11 @@ fn cached_tree(content: &Content, request: &PublishRequest, demands: &Demands) -
 
 /// Returns the tree that was recorded for the same volume before a reboot, or before a crash between
 /// record and mount. The volume keeps its content, also when its tag has moved. Blocking.
-fn decided_before(store: &Store, request: &PublishRequest, demands: &Demands) -> Option<Tree> {
+fn decided_before(
+    store: &Store,
+    request: &PublishRequest,
+    demands: &PolicyDemands,
+) -> Option<Tree> {
     let record = store.publication(&request.target.full())?;
     let same = !record.rebuilt
         && record.volume_id == request.volume_id
@@ -455,7 +463,12 @@ async fn is_sound(
 }
 
 /// Whether what was decided before still fulfils what is demanded now.
-fn still_fulfils(store: &Store, tree: &Tree, reference: &Reference, demands: &Demands) -> bool {
+fn still_fulfils(
+    store: &Store,
+    tree: &Tree,
+    reference: &Reference,
+    demands: &PolicyDemands,
+) -> bool {
     let fits = demands.maximum_bytes.is_none_or(|limit| tree.record.bytes <= limit);
     let signed = demands.signature.as_ref().is_none_or(|demand| {
         demand.mode == SignatureMode::Warn

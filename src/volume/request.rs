@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::attributes::VolumeAttributes;
 use super::target_path::TargetPath;
 use oci::credentials::{Keyring, SecretError, WorkloadIdentity};
-use policy::Demands;
+use policy::PolicyDemands;
 use pull::{Caller, Priority, ProgressView, Tenant, Want};
 use sys::mount::MountFlags;
 
@@ -45,7 +45,7 @@ impl PublishRequest {
 
     /// Returns what is to be pulled for this volume, with these credentials.
     #[must_use]
-    pub fn want(&self, demands: Demands, keyring: Keyring) -> Want {
+    pub fn want(&self, demands: PolicyDemands, keyring: Keyring) -> Want {
         self.attributes.want(demands, keyring, self.identity.clone(), self.tenant())
     }
 

@@ -4,7 +4,7 @@
 use crate::volume::Content;
 use oci::credentials::Keyring;
 use oci::{Platform, Reference};
-use policy::Facts;
+use policy::PolicyRequest;
 use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use unpack::{PermissionsRule, Selection, UnpackMode};
 
@@ -40,7 +40,8 @@ pub fn want(
 pub async fn with_demands(content: &Content, want: Want) -> Want {
     let (source, reference) = (content.policy.clone(), want.reference.clone());
     let decide = move || {
-        let facts = Facts { reference: &reference, namespace: None, require_signature: false };
+        let facts =
+            PolicyRequest { reference: &reference, namespace: None, require_signature: false };
         source.current().ok().and_then(|policy| policy.decide(facts).ok())
     };
     let decided = tokio::task::spawn_blocking(decide).await;

@@ -1,6 +1,6 @@
-//! What the node's administrator lets be mounted, by whom, and under which demands.
+//! The policy of a node's administrator: which pods may mount which artifacts, and under which demands.
 //!
-//! Facts in, decision out: the first rule that matches counts.
+//! A decision is a pure function of the request and the policy. The first rule that matches counts.
 //!
 //! An attribute of a volume can add a demand and never removes one.
 
@@ -13,7 +13,7 @@ use oci::registry::other_spellings;
 use oci::signature::{NamedKey, SignatureDemand, SignatureFormat, SignatureMode};
 use sys::reload::Reloadable;
 
-/// The policy of now, read again when the configuration or a key's file changes. Cheap to clone.
+/// The policy in force, read again when the configuration or a key's file changes. Cheap to clone.
 pub type PolicySource = Reloadable<Policy>;
 
 /// Returns a source of the policy that allows everything.
@@ -22,85 +22,85 @@ pub fn permissive() -> PolicySource {
     Reloadable::new("the policy", |_| Ok(Policy::default()), |_| {})
 }
 
-/// The node's rules. The default lets everything pass.
+/// The rules of a node. The default policy allows everything.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// In order; the first that matches counts.
-    pub rules: Vec<Rule>,
-    /// What no rule matches.
-    pub default: Action,
-    /// All keys, for volumes that demand a signature where no rule does.
+    /// The rules in order. The first that matches counts.
+    pub rules: Vec<PolicyRule>,
+    /// The action for artifacts that no rule matches.
+    pub default: PolicyAction,
+    /// All keys, for volumes that demand a signature when no rule does.
     pub keys: Arc<[NamedKey]>,
 }
 
-/// Whether something may be mounted at all.
+/// The effect of a rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-pub enum Action {
-    /// It may.
+pub enum PolicyAction {
+    /// The artifact may be mounted if it meets the rule's demands.
     #[default]
     Allow,
-    /// It may not.
+    /// The artifact may not be mounted.
     Deny,
 }
 
-/// One rule.
+/// An action for some references and namespaces.
 #[derive(Clone, Debug)]
-pub struct Rule {
-    /// `host/path` of the repository; none means any.
-    pub references: Vec<Pattern>,
-    /// Namespaces of pods; none means any.
-    pub namespaces: Vec<Pattern>,
-    /// What then.
-    pub action: Action,
-    /// What is demanded besides.
-    pub demands: Demands,
+pub struct PolicyRule {
+    /// Patterns of the repository's `host/path`. An empty list matches any repository.
+    pub references: Vec<GlobPattern>,
+    /// Patterns of pods' namespaces. An empty list matches any pod.
+    pub namespaces: Vec<GlobPattern>,
+    /// The action for a mount that matches.
+    pub action: PolicyAction,
+    /// The demands on a mount that is allowed.
+    pub demands: PolicyDemands,
 }
 
-/// What an artifact must be, beyond being allowed.
+/// The demands on an artifact whose mount is allowed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Demands {
-    /// The reference must name a digest.
+pub struct PolicyDemands {
+    /// True if the reference must have a digest.
     pub digest: bool,
-    /// Bytes of all blobs, and of the unpacked tree.
+    /// The maximum size in bytes of all blobs, and of the unpacked tree.
     pub maximum_bytes: Option<u64>,
-    /// Whose signature it must have.
+    /// The signature that the artifact must have.
     pub signature: Option<SignatureDemand>,
 }
 
-/// A glob: `*` within a part, `**` across parts.
+/// A glob: `*` matches within a path component, `**` across components.
 #[derive(Clone, Debug)]
-pub struct Pattern(GlobMatcher);
+pub struct GlobPattern(GlobMatcher);
 
-/// What is known before anything is asked.
+/// A mount that the policy decides on, before the registry is contacted.
 #[derive(Clone, Copy, Debug)]
-pub struct Facts<'a> {
-    /// What is to be mounted.
+pub struct PolicyRequest<'a> {
+    /// The artifact to mount.
     pub reference: &'a Reference,
-    /// The pod's namespace, where the kubelet says it.
+    /// The pod's namespace, if the kubelet passes it.
     pub namespace: Option<&'a str>,
-    /// Whether the volume demands a signature.
+    /// True if the volume demands a signature.
     pub require_signature: bool,
 }
 
-/// Why something may not be mounted.
+/// The reason that the policy refuses a mount.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// By a rule, or by the default.
+pub enum PolicyError {
+    /// A rule or the default denies the artifact.
     #[error("the node's policy does not allow it ({}){}: ask the node's administrator",
-        place(*.rule), of_namespace(.namespace.as_ref()))]
+        rule_name(*.rule), namespace_clause(.namespace.as_ref()))]
     Denied {
-        /// The rule, counted from 1; none is the default.
+        /// The rule, counted from 1. Without a rule, the default denies.
         rule: Option<usize>,
         /// The pod's namespace.
         namespace: Option<String>,
     },
-    /// `requireDigest`.
-    #[error("the node's policy ({}) wants a digest: write the reference as name@sha256:...", place(*.rule))]
+    /// A rule has `requireDigest`, and the reference has no digest.
+    #[error("the node's policy ({}) wants a digest: write the reference as name@sha256:...", rule_name(*.rule))]
     NoDigest {
         /// The rule, counted from 1.
         rule: Option<usize>,
     },
-    /// `requireSignature`, and no key that could have signed.
+    /// The volume has `requireSignature`, and no key could verify a signature.
     #[error(
         "requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy.keys), or remove the attribute"
     )]
@@ -109,19 +109,19 @@ pub enum Refusal {
 
 impl Default for Policy {
     fn default() -> Self {
-        Self { rules: Vec::new(), default: Action::Allow, keys: Arc::new([]) }
+        Self { rules: Vec::new(), default: PolicyAction::Allow, keys: Arc::new([]) }
     }
 }
 
-impl Pattern {
+impl GlobPattern {
     /// Parses a glob.
     ///
     /// # Errors
     ///
-    /// What is wrong with it.
+    /// A message for an empty or malformed glob.
     pub fn parse(text: &str) -> Result<Self, String> {
         let shown: String = text.chars().filter(|c| !c.is_control()).take(80).collect();
-        // Hosts are the same in upper case; all else that is matched has none.
+        // The case of hosts does not matter, and paths and namespaces have no upper case.
         let glob = GlobBuilder::new(text)
             .literal_separator(true)
             .backslash_escape(false)
@@ -140,26 +140,26 @@ impl Pattern {
 }
 
 impl Policy {
-    /// What the facts lead to.
+    /// Decides on a mount, and returns the demands on its artifact.
     ///
     /// # Errors
     ///
-    /// Why it may not be mounted.
-    pub fn decide(&self, facts: Facts<'_>) -> Result<Demands, Refusal> {
-        let found = self.rules.iter().enumerate().find(|(_, rule)| rule.matches(facts));
+    /// The reason that the mount is refused.
+    pub fn decide(&self, request: PolicyRequest<'_>) -> Result<PolicyDemands, PolicyError> {
+        let found = self.rules.iter().enumerate().find(|(_, rule)| rule.matches(request));
         let number = found.map(|(index, _)| index + 1);
         let (action, mut demands) = match found {
             Some((_, rule)) => (rule.action, rule.demands.clone()),
-            None => (self.default, Demands::default()),
+            None => (self.default, PolicyDemands::default()),
         };
-        if action == Action::Deny {
-            let namespace = facts.namespace.map(str::to_owned);
-            return Err(Refusal::Denied { rule: number, namespace });
+        if action == PolicyAction::Deny {
+            let namespace = request.namespace.map(str::to_owned);
+            return Err(PolicyError::Denied { rule: number, namespace });
         }
-        if demands.digest && facts.reference.digest().is_none() {
-            return Err(Refusal::NoDigest { rule: number });
+        if demands.digest && request.reference.digest().is_none() {
+            return Err(PolicyError::NoDigest { rule: number });
         }
-        if facts.require_signature {
+        if request.require_signature {
             let demand = demands.signature.get_or_insert_with(|| SignatureDemand {
                 mode: SignatureMode::Enforce,
                 format: SignatureFormat::Any,
@@ -167,37 +167,38 @@ impl Policy {
             });
             demand.mode = SignatureMode::Enforce;
             if demand.keys.is_empty() {
-                return Err(Refusal::NoKeys);
+                return Err(PolicyError::NoKeys);
             }
         }
         Ok(demands)
     }
 }
 
-impl Rule {
-    fn matches(&self, facts: Facts<'_>) -> bool {
-        let repository = facts.reference.repository();
-        // Whoever writes a host in another way reaches the same registry, and must meet the same rule.
+impl PolicyRule {
+    fn matches(&self, request: PolicyRequest<'_>) -> bool {
+        let repository = request.reference.repository();
+        // Another spelling of a host reaches the same registry, and must meet the same rule.
         let spellings = other_spellings(repository.host()).into_iter();
         let mut names = spellings.map(|host| format!("{host}/{}", repository.path()));
-        let any = |patterns: &[Pattern], text: &str| {
+        let any = |patterns: &[GlobPattern], text: &str| {
             patterns.is_empty() || patterns.iter().any(|pattern| pattern.matches(text))
         };
-        // Who does not say where he is from is from nowhere that a rule could name.
-        let from = match facts.namespace {
+        // A request without a namespace matches only rules for all namespaces.
+        let matches_namespace = match request.namespace {
             Some(namespace) => any(&self.namespaces, namespace),
             None => self.namespaces.is_empty(),
         };
-        let reference = |name: &str| any(&self.references, name);
-        from && (reference(&repository.to_string()) || names.any(|name| reference(&name)))
+        let matches_name = |name: &str| any(&self.references, name);
+        matches_namespace
+            && (matches_name(&repository.to_string()) || names.any(|name| matches_name(&name)))
     }
 }
 
-fn place(rule: Option<usize>) -> String {
+fn rule_name(rule: Option<usize>) -> String {
     rule.map_or("its default".to_owned(), |number| format!("rule {number}"))
 }
 
-fn of_namespace(namespace: Option<&String>) -> String {
+fn namespace_clause(namespace: Option<&String>) -> String {
     namespace.map(|name| format!(" for the namespace {name}")).unwrap_or_default()
 }
 

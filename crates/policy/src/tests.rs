@@ -8,13 +8,13 @@ MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
 -----END PUBLIC KEY-----
 ";
 
-fn patterns(texts: &[&str]) -> Vec<Pattern> {
-    texts.iter().map(|text| Pattern::parse(text).expect("a pattern")).collect()
+fn patterns(texts: &[&str]) -> Vec<GlobPattern> {
+    texts.iter().map(|text| GlobPattern::parse(text).expect("a pattern")).collect()
 }
 
-fn rule(references: &[&str], namespaces: &[&str], action: Action) -> Rule {
+fn rule(references: &[&str], namespaces: &[&str], action: PolicyAction) -> PolicyRule {
     let (references, namespaces) = (patterns(references), patterns(namespaces));
-    Rule { references, namespaces, action, demands: Demands::default() }
+    PolicyRule { references, namespaces, action, demands: PolicyDemands::default() }
 }
 
 fn key() -> NamedKey {
@@ -22,20 +22,24 @@ fn key() -> NamedKey {
     NamedKey { name: "release".to_owned(), key }
 }
 
-fn decide(policy: &Policy, reference: &str, namespace: Option<&str>) -> Result<Demands, Refusal> {
+fn decide(
+    policy: &Policy,
+    reference: &str,
+    namespace: Option<&str>,
+) -> Result<PolicyDemands, PolicyError> {
     let reference = reference.parse().expect("a reference");
-    policy.decide(Facts { reference: &reference, namespace, require_signature: false })
+    policy.decide(PolicyRequest { reference: &reference, namespace, require_signature: false })
 }
 
 #[test]
 fn the_first_rule_that_matches_counts() {
     let policy = Policy {
         rules: vec![
-            rule(&["r.io/team/**"], &["team", "team-*"], Action::Allow),
-            rule(&["r.io/team/**"], &[], Action::Deny),
-            rule(&["docker.io/library/*", "r.io/*"], &[], Action::Allow),
+            rule(&["r.io/team/**"], &["team", "team-*"], PolicyAction::Allow),
+            rule(&["r.io/team/**"], &[], PolicyAction::Deny),
+            rule(&["docker.io/library/*", "r.io/*"], &[], PolicyAction::Allow),
         ],
-        default: Action::Deny,
+        default: PolicyAction::Deny,
         ..Policy::default()
     };
     for (reference, namespace, rule) in [
@@ -48,8 +52,8 @@ fn the_first_rule_that_matches_counts() {
         ("busybox", Some("other"), Ok(())),
         ("r.io.evil/team/app", Some("team"), Err(None)),
     ] {
-        let expected =
-            rule.map_err(|rule| Refusal::Denied { rule, namespace: namespace.map(str::to_owned) });
+        let expected = rule
+            .map_err(|rule| PolicyError::Denied { rule, namespace: namespace.map(str::to_owned) });
         assert_eq!(decide(&policy, reference, namespace).map(drop), expected, "{reference}");
     }
 }
@@ -65,11 +69,11 @@ fn another_spelling_of_a_registry_meets_the_same_rule() {
         ("r.io:5000/**", &["r.io:5000/a", "R.IO:05000/a"]),
         ("docker.io/library/**", &["busybox", "registry-1.docker.io/library/a"]),
     ] {
-        let rules = vec![rule(&[pattern], &[], Action::Deny)];
+        let rules = vec![rule(&[pattern], &[], PolicyAction::Deny)];
         let policy = Policy { rules, ..Policy::default() };
         for reference in references {
             let refused = decide(&policy, reference, None).map(drop);
-            let denied = Refusal::Denied { rule: Some(1), namespace: None };
+            let denied = PolicyError::Denied { rule: Some(1), namespace: None };
             assert_eq!(refused, Err(denied), "{reference} and {pattern}");
         }
         for other in ["r.io:5001/team/a", "r.io.evil/team/a", "localhost:443/team/a"] {
@@ -80,16 +84,19 @@ fn another_spelling_of_a_registry_meets_the_same_rule() {
 
 #[test]
 fn a_demand_of_the_volume_adds_and_never_removes() {
-    let facts =
-        |reference, require_signature| Facts { reference, namespace: None, require_signature };
+    let request = |reference, require_signature| PolicyRequest {
+        reference,
+        namespace: None,
+        require_signature,
+    };
     let reference: Reference = "r.io/app:v1".parse().expect("a reference");
     let with = |keys: Vec<NamedKey>, signature| {
-        let demands = Demands { signature, ..Demands::default() };
-        let rule = Rule { demands, ..rule(&[], &[], Action::Allow) };
+        let demands = PolicyDemands { signature, ..PolicyDemands::default() };
+        let rule = PolicyRule { demands, ..rule(&[], &[], PolicyAction::Allow) };
         Policy { rules: vec![rule], keys: keys.into(), ..Policy::default() }
     };
-    assert_eq!(with(vec![], None).decide(facts(&reference, true)), Err(Refusal::NoKeys));
-    let demands = with(vec![key()], None).decide(facts(&reference, true)).expect("allowed");
+    assert_eq!(with(vec![], None).decide(request(&reference, true)), Err(PolicyError::NoKeys));
+    let demands = with(vec![key()], None).decide(request(&reference, true)).expect("allowed");
     assert_eq!(demands.signature.expect("a demand").keys.len(), 1);
     let warn = SignatureDemand {
         mode: SignatureMode::Warn,
@@ -98,33 +105,33 @@ fn a_demand_of_the_volume_adds_and_never_removes() {
     };
     let policy = with(vec![key()], Some(warn));
     for (asked, mode) in [(true, SignatureMode::Enforce), (false, SignatureMode::Warn)] {
-        let demand = policy.decide(facts(&reference, asked)).expect("allowed").signature;
+        let demand = policy.decide(request(&reference, asked)).expect("allowed").signature;
         let demand = demand.expect("a demand");
         assert_eq!((demand.mode, demand.format), (mode, SignatureFormat::Legacy));
     }
 }
 
 #[test]
-fn a_digest_can_be_demanded() {
-    let demands = Demands { digest: true, ..Demands::default() };
+fn a_rule_can_demand_a_digest() {
+    let demands = PolicyDemands { digest: true, ..PolicyDemands::default() };
     let policy = Policy {
-        rules: vec![Rule { demands, ..rule(&[], &[], Action::Allow) }],
+        rules: vec![PolicyRule { demands, ..rule(&[], &[], PolicyAction::Allow) }],
         ..Policy::default()
     };
     let digest = format!("r.io/app@sha256:{}", "a".repeat(64));
     assert!(decide(&policy, &digest, None).is_ok());
-    assert_eq!(decide(&policy, "r.io/app:v1", None), Err(Refusal::NoDigest { rule: Some(1) }));
+    assert_eq!(decide(&policy, "r.io/app:v1", None), Err(PolicyError::NoDigest { rule: Some(1) }));
 }
 
 #[test]
-fn patterns_that_cannot_be_read_are_refused() {
+fn malformed_patterns_are_refused() {
     for text in ["", "r.io/[", "r.io/{a"] {
-        assert!(Pattern::parse(text).is_err(), "{text}");
+        assert!(GlobPattern::parse(text).is_err(), "{text}");
     }
 }
 
 proptest! {
-    /// Whatever the rules are: what `requireSignature` adds is only ever a refusal or a demand.
+    /// Whatever the rules are, `requireSignature` only ever adds a refusal or a demand.
     #[test]
     fn asking_for_a_signature_never_allows_more(
         rules in proptest::collection::vec((0..3_usize, 0..3_usize, any::<bool>(), any::<bool>()), 0..6),
@@ -134,29 +141,29 @@ proptest! {
     ) {
         const REFERENCES: [&[&str]; 3] = [&[], &["a.io/**"], &["*/x", "b.io/*"]];
         const NAMESPACES: [&[&str]; 3] = [&[], &["one"], &["t*"]];
-        let rules = rules.into_iter().map(|(references, namespaces, deny, digest)| Rule {
-            demands: Demands { digest, ..Demands::default() },
+        let rules = rules.into_iter().map(|(references, namespaces, deny, digest)| PolicyRule {
+            demands: PolicyDemands { digest, ..PolicyDemands::default() },
             ..rule(
                 REFERENCES[references],
                 NAMESPACES[namespaces],
-                if deny { Action::Deny } else { Action::Allow },
+                if deny { PolicyAction::Deny } else { PolicyAction::Allow },
             )
         });
         let keys: Vec<_> = keyed.then(key).into_iter().collect();
-        let default = if deny { Action::Deny } else { Action::Allow };
+        let default = if deny { PolicyAction::Deny } else { PolicyAction::Allow };
         let policy = Policy { rules: rules.collect(), default, keys: keys.into() };
         let reference: Reference = ["a.io/x", "b.io/y", "c.io/x/y"][host].parse().expect("a reference");
         let namespace = [None, Some("one"), Some("two"), Some("three")][namespace];
         let decide = |require_signature| {
-            policy.decide(Facts { reference: &reference, namespace, require_signature })
+            policy.decide(PolicyRequest { reference: &reference, namespace, require_signature })
         };
         match (decide(false), decide(true)) {
             (Err(without), Err(with)) => prop_assert_eq!(without, with),
             (Err(_), Ok(_)) => prop_assert!(false, "a demand opened what was refused"),
-            (Ok(_), Err(with)) => prop_assert_eq!(with, Refusal::NoKeys),
+            (Ok(_), Err(with)) => prop_assert_eq!(with, PolicyError::NoKeys),
             (Ok(without), Ok(with)) => {
                 prop_assert!(with.signature.is_some());
-                prop_assert_eq!(without, Demands { signature: None, ..with });
+                prop_assert_eq!(without, PolicyDemands { signature: None, ..with });
             }
         }
     }

@@ -22,7 +22,7 @@ use oci::manifest::{
 };
 use oci::registry::{ManifestName, Registry, RegistryError};
 use oci::{Digest, Platform, Reference};
-use policy::{Facts, PolicySource};
+use policy::{PolicyRequest, PolicySource};
 
 /// Secrets are read again after so long, while nodes still need them.
 const SECRETS_LAST: Seconds = 120;
@@ -248,7 +248,7 @@ impl Looker {
         let nodes_see = nodes_see.unwrap_or_else(|_| reference.clone());
         let decide = move || {
             let policy = source.current()?;
-            let facts = Facts {
+            let facts = PolicyRequest {
                 reference: &nodes_see,
                 namespace: Some(&namespace),
                 require_signature: false,
