@@ -13,6 +13,7 @@ use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
 use oci::credentials::{Keyring, WorkloadIdentity};
 use pull::ProgressView;
 use sys::mount::MountFlags;
+use text::printable::excerpt;
 
 /// A call without a deadline gets the time that the kubelet would give it.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(115);
@@ -121,7 +122,7 @@ fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, Volume
     if !mount.fs_type.is_empty() {
         return Err(VolumeError::Invalid(format!(
             "the fsType \"{}\" means nothing for an artifact: remove it",
-            mount.fs_type.chars().take(100).collect::<String>()
+            excerpt(&mount.fs_type, 100)
         )));
     }
     let mut flags = MountFlags::default();
@@ -134,7 +135,7 @@ fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, Volume
             other => {
                 return Err(VolumeError::Invalid(format!(
                     "the mount option \"{}\" cannot be honoured: use noexec, noatime or ro",
-                    other.chars().take(100).collect::<String>()
+                    excerpt(other, 100)
                 )));
             }
         }
@@ -172,7 +173,7 @@ fn verified_pod_info(
     match &pod.uid {
         Some(uid) if target.pod_uid() != Some(uid) => Err(VolumeError::Invalid(format!(
             "the target path {target} is not of the pod with the uid {}",
-            uid.chars().take(100).collect::<String>()
+            excerpt(uid, 100)
         ))),
         Some(_) if get("ephemeral").is_some() => Ok(pod),
         _ => Err(VolumeError::Invalid(format!(

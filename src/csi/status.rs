@@ -12,6 +12,7 @@ use oci::manifest::ManifestError;
 use oci::registry::RegistryError;
 use pull::PullError;
 use store::StoreError;
+use text::printable::shorten;
 use unpack::Class;
 
 /// Events are cut at 1,024 characters, and the kubelet puts text of its own in front.
@@ -148,17 +149,7 @@ fn message(error: &VolumeError) -> String {
         }
         cause = error.source();
     }
-    let mut line: String =
-        text.chars().map(|char| if char.is_control() { ' ' } else { char }).collect();
-    if line.len() > MAXIMUM_BYTES {
-        let mut end = MAXIMUM_BYTES;
-        while !line.is_char_boundary(end) {
-            end -= 1;
-        }
-        line.truncate(end);
-        line.push('…');
-    }
-    line
+    shorten(&text.replace(char::is_control, " "), MAXIMUM_BYTES)
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ fn artifact(job: &Job) -> HeldArtifact {
     let digest = job.wanted.reference.parse::<Reference>().ok();
     let digest = digest.and_then(|reference| reference.digest());
     let is_over = matches!(job.phase(), Phase::Ready);
+    let message = job.message();
     HeldArtifact {
         preload: job.wanted.preload.clone(),
         reference: job.wanted.reference.clone(),
@@ -42,7 +43,11 @@ fn artifact(job: &Job) -> HeldArtifact {
         percent: job.percent(),
         since: (!is_over).then(|| Time(job.since())),
         reason: if is_over { String::new() } else { job.reason().to_owned() },
-        message: if is_over { String::new() } else { cut(job.message()) },
+        message: if is_over {
+            String::new()
+        } else {
+            message[..message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned()
+        },
     }
 }
 
@@ -57,13 +62,4 @@ pub(super) fn differs_in_progress_only(
         status
     };
     without(one) == without(two)
-}
-
-/// At most so many bytes, whole characters.
-fn cut(text: &str) -> String {
-    let mut end = text.len().min(MAXIMUM_MESSAGE);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text[..end].to_owned()
 }

@@ -15,6 +15,7 @@ use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
 use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use sys::mount::MountFlags;
+use text::printable::excerpt;
 use unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// Every key that a volume's author may set.
@@ -71,7 +72,7 @@ impl VolumeAttributes {
         if let Some(key) = context.keys().filter(unknown).min() {
             return Err(VolumeError::Invalid(format!(
                 "the volume attribute \"{}\" is not known: use {}",
-                shown(key),
+                excerpt(key, 100),
                 KEYS.join(", ")
             )));
         }
@@ -250,15 +251,11 @@ fn file_mode(text: &str) -> Result<u32, VolumeError> {
 }
 
 fn choice(key: &str, value: &str, known: &str) -> VolumeError {
-    invalid(key, &format!("is \"{}\": use {known}", shown(value)))
+    invalid(key, &format!("is \"{}\": use {known}", excerpt(value, 100)))
 }
 
 fn invalid(key: &str, what: &str) -> VolumeError {
     VolumeError::Invalid(format!("the volume attribute \"{key}\" {what}"))
-}
-
-fn shown(text: &str) -> String {
-    text.chars().take(100).collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
 use super::error::VolumeError;
+use text::printable::excerpt;
 
 /// A path below the kubelet's folder: absolute, and without `.` and `..`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -16,8 +17,7 @@ impl TargetPath {
     /// Checks the form alone; what is there is not looked at.
     pub fn parse(kubelet_dir: &Path, text: &str) -> Result<Self, VolumeError> {
         let refuse = |why: &str| {
-            let shown: String = text.chars().take(300).collect();
-            VolumeError::Invalid(format!("the target path \"{shown}\" {why}"))
+            VolumeError::Invalid(format!("the target path \"{}\" {why}", excerpt(text, 300)))
         };
         if text.is_empty() {
             return Err(VolumeError::Invalid("the target path is missing".into()));

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
+use text::printable::excerpt;
 
 /// The SHA-256 hash of some content, and its name everywhere.
 ///
@@ -90,7 +91,7 @@ impl FromStr for Digest {
 
     fn from_str(text: &str) -> Result<Self, DigestError> {
         // The quoted text is bounded: an attribute may be as long as a pod's specification.
-        let shown = || text.chars().take(100).collect::<String>();
+        let shown = || excerpt(text, 100);
         let Some((algorithm, hex)) = text.split_once(':') else {
             return Err(DigestError::Malformed(shown()));
         };
@@ -98,7 +99,7 @@ impl FromStr for Digest {
             return Self::from_hex(hex).ok_or_else(|| DigestError::Malformed(shown()));
         }
         if is_algorithm(algorithm) && is_encoded(hex) {
-            return Err(DigestError::Algorithm(algorithm.chars().take(100).collect()));
+            return Err(DigestError::Algorithm(excerpt(algorithm, 100)));
         }
         Err(DigestError::Malformed(shown()))
     }

@@ -8,6 +8,7 @@ use std::fmt;
 use base64::Engine as _;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use text::printable::excerpt;
 
 use super::digest::{Digest, DigestError};
 use super::media_type;
@@ -405,9 +406,8 @@ impl Manifest {
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
         // The error may quote any part of the document.
-        let undecodable = |error: serde_json::Error| {
-            ManifestError::Undecodable(error.to_string().chars().take(300).collect())
-        };
+        let undecodable =
+            |error: serde_json::Error| ManifestError::Undecodable(excerpt(&error.to_string(), 300));
         let mut document = serde_json::Deserializer::from_slice(bytes);
         let reader = ManifestReader { most: limits.layers };
         let raw = reader.deserialize(&mut document).map_err(undecodable)?;
@@ -418,7 +418,7 @@ impl Manifest {
         // An error page or Docker's schema 1 gets another error than a broken manifest.
         if declared.is_none() {
             if let Some(other) = raw.media_type.as_deref() {
-                return Err(ManifestError::MediaType(other.chars().take(200).collect()));
+                return Err(ManifestError::MediaType(excerpt(other, 200)));
             }
             if raw.schema_version == Some(1) {
                 return Err(ManifestError::MediaType("Docker schema 1".into()));

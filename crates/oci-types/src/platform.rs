@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
+use text::printable::excerpt;
 
 /// The operating system and processor that an artifact was built for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -235,7 +236,7 @@ impl FromStr for Platform {
                 && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
         };
         if !(2..=3).contains(&parts.len()) || !parts.iter().all(word) {
-            return Err(PlatformError(text.chars().take(100).collect()));
+            return Err(PlatformError(excerpt(text, 100)));
         }
         Ok(Self {
             os: parts[0].to_owned(),

@@ -5,6 +5,8 @@ use std::fmt;
 use std::net::Ipv6Addr;
 use std::str::FromStr;
 
+use text::printable::excerpt;
+
 use super::digest::{Digest, DigestError};
 
 /// The host of Docker Hub in references. Its registry has another address.
@@ -245,7 +247,8 @@ fn correction(text: &str) -> Option<ReferenceError> {
     } else {
         "repository and digest are written in lower case"
     };
-    let shown = if user.is_empty() { shorten(text) } else { format!("{scheme}://…@{host}/…") };
+    let shown =
+        if user.is_empty() { excerpt(text, 200) } else { format!("{scheme}://…@{host}/…") };
     Some(ReferenceError::Correctable { text: shown, reason, corrected })
 }
 
@@ -262,11 +265,7 @@ impl fmt::Display for Reference {
 }
 
 fn malformed(text: &str, reason: &str) -> ReferenceError {
-    ReferenceError::Malformed { text: shorten(text), reason: reason.to_owned() }
-}
-
-fn shorten(text: &str) -> String {
-    text.chars().take(200).collect()
+    ReferenceError::Malformed { text: excerpt(text, 200), reason: reason.to_owned() }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use oci::Reference;
 use oci::registry::other_spellings;
 use oci::signature::{NamedKey, SignatureDemand, SignatureFormat, SignatureMode};
 use sys::reload::Reloadable;
+use text::printable::excerpt;
 
 /// The policy in force, read again when the configuration or a key's file changes. Cheap to clone.
 pub type PolicySource = Reloadable<Policy>;
@@ -120,7 +121,6 @@ impl GlobPattern {
     ///
     /// A message for an empty or malformed glob.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let shown: String = text.chars().filter(|c| !c.is_control()).take(80).collect();
         // The case of hosts does not matter, and paths and namespaces have no upper case.
         let glob = GlobBuilder::new(text)
             .literal_separator(true)
@@ -130,7 +130,7 @@ impl GlobPattern {
         match glob {
             Ok(glob) if !text.is_empty() => Ok(Self(glob.compile_matcher())),
             Ok(_) => Err("a pattern is empty".to_owned()),
-            Err(error) => Err(format!("\"{shown}\" is no pattern: {}", error.kind())),
+            Err(error) => Err(format!("\"{}\" is no pattern: {}", excerpt(text, 80), error.kind())),
         }
     }
 

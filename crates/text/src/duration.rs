@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::printable::excerpt;
+
 /// A duration as Go writes it: `1h30m`, `1.5h`, `500ms`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -14,8 +16,7 @@ impl TryFrom<String> for GoDuration {
 
     fn try_from(text: String) -> Result<Self, String> {
         let wrong = || {
-            let shown: String = text.chars().filter(|c| !c.is_control()).take(40).collect();
-            format!("\"{shown}\" is not a duration: write it as 30s, 5m or 1h30m")
+            format!("\"{}\" is not a duration: write it as 30s, 5m or 1h30m", excerpt(&text, 40))
         };
         if text == "0" {
             return Ok(Self(Duration::ZERO));

@@ -35,9 +35,38 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
+/// Returns the first characters of foreign text for a message, without control characters.
+#[must_use]
+pub fn excerpt(text: &str, maximum_characters: usize) -> String {
+    text.chars().filter(|character| !character.is_control()).take(maximum_characters).collect()
+}
+
+/// Returns foreign text for a message, without control characters. What is longer than so many
+/// bytes ends in `…`, which does not count.
+#[must_use]
+pub fn shorten(text: &str, maximum_bytes: usize) -> String {
+    let mut kept = String::new();
+    for character in text.chars().filter(|character| !character.is_control()) {
+        if kept.len() + character.len_utf8() > maximum_bytes {
+            kept.push('…');
+            break;
+        }
+        kept.push(character);
+    }
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_hold_a_bounded_part_on_one_line() {
+        assert_eq!(excerpt("a\n\u{1b}größe", 4), "agrö");
+        assert_eq!(excerpt("größe", 5), "größe");
+        assert_eq!(shorten("a\ngrößer", 7), "agröß…");
+        assert_eq!(shorten("größe", 7), "größe");
+    }
 
     #[test]
     fn foreign_text_stays_on_its_line() {

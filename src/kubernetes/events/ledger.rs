@@ -140,7 +140,7 @@ impl Entry {
 /// As the kubelet names its Events: the pod's name and a time, within the 253 characters of a name.
 fn name(pod: &str, clock: Timestamp) -> String {
     let time = format!("{:x}", clock.as_nanosecond());
-    let pod: String = pod.chars().take(252 - time.len()).collect();
+    let pod = &pod[..pod.floor_char_boundary(252 - time.len())];
     format!("{}.{time}", pod.trim_end_matches(['.', '-']))
 }
 

@@ -15,6 +15,7 @@ use serde::Deserialize;
 
 use super::secret::MAXIMUM_BYTES;
 use super::{Credential, SecretError};
+use text::printable::excerpt;
 
 /// More registries than anybody has; a keyring is searched linearly at every publish.
 const MAXIMUM_ENTRIES: usize = 4096;
@@ -94,13 +95,13 @@ fn credential(
     if let Some(auth) = given(entry.auth) {
         (username, password) = decode_auth(&auth).map_err(|reason| SecretError::Auth {
             key,
-            entry: shorten(name),
+            entry: excerpt(name, 100),
             reason,
         })?;
     }
     let token = |field: &'static str, value: Option<String>| match given(value) {
         Some(text) if !text.bytes().all(|byte| byte.is_ascii_graphic()) => {
-            Err(SecretError::Token { key, field, entry: shorten(name) })
+            Err(SecretError::Token { key, field, entry: excerpt(name, 100) })
         }
         value => Ok(value),
     };
@@ -137,9 +138,4 @@ fn shape(key: &'static str, error: &serde_json::Error) -> SecretError {
         key,
         reason: format!("{what} at line {} column {}", error.line(), error.column()),
     }
-}
-
-/// Registry names are no secrets, but may be as long as the secret.
-fn shorten(name: &str) -> String {
-    name.chars().filter(|c| !c.is_control()).take(100).collect()
 }

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::{Digest, Repository};
+use text::printable::shorten;
 
 /// The longest name of a thing in a message: a repository may have 255 characters.
 const MAXIMUM_WHAT: usize = 200;
@@ -276,7 +277,7 @@ pub(super) fn describe(object: &str, repository: &Repository) -> String {
     shorten(&format!("{object} of {repository}"), MAXIMUM_WHAT)
 }
 
-/// Bounds what a lower layer says.
+/// Bounds what a lower layer says. Bytes count, not characters: a status message has 1 KiB for everything.
 pub(super) fn reason(text: &str) -> String {
     shorten(text, MAXIMUM_REASON)
 }
@@ -289,19 +290,6 @@ pub(super) fn long_reason(text: &str) -> String {
 /// Bounds a host's name.
 pub(super) fn host(text: &str) -> String {
     shorten(text, MAXIMUM_HOST)
-}
-
-/// Bytes count, not characters: a status message has 1 KiB for everything.
-fn shorten(text: &str, limit: usize) -> String {
-    let mut kept = String::new();
-    for character in text.chars().filter(|character| !character.is_control()) {
-        if kept.len() + character.len_utf8() > limit {
-            kept.push('…');
-            break;
-        }
-        kept.push(character);
-    }
-    kept
 }
 
 fn shown(anonymous: bool) -> &'static str {

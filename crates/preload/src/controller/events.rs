@@ -84,7 +84,7 @@ fn event(preload: &ArtifactPreload, turn: Turn, now: Timestamp) -> Event {
     let text = |text: &str| Some(text.to_owned());
     let name = preload.metadata.name.clone().unwrap_or_default();
     let time = format!("{:x}", now.as_nanosecond());
-    let short: String = name.chars().take(252 - time.len()).collect();
+    let short = &name[..name.floor_char_boundary(252 - time.len())];
     let kind = if matches!(turn.reason, "Resolved" | "Ready") { "Normal" } else { "Warning" };
     let mut message = turn.message;
     message.truncate(message.floor_char_boundary(MAXIMUM_MESSAGE));

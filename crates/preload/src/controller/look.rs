@@ -23,6 +23,7 @@ use oci::manifest::{
 use oci::registry::{ManifestName, Registry, RegistryError};
 use oci::{Digest, Platform, Reference};
 use policy::{PolicyRequest, PolicySource};
+use text::printable::excerpt;
 
 /// Secrets are read again after so long, while nodes still need them.
 const SECRETS_LAST: Seconds = 120;
@@ -176,7 +177,7 @@ impl Looker {
             let Some((_, key)) = TYPES.iter().find(|(kind, _)| *kind == found) else {
                 let what = format!(
                     "it is of the type {}, which does not say whom it is for; make one with kubectl create secret docker-registry",
-                    shown(&found)
+                    excerpt(&found, 80)
                 );
                 return Err(unusable(&what));
             };
@@ -449,10 +450,6 @@ fn refusal(
 
 fn refused(refusal: Refusal) -> Found {
     Found { meaning: None, access: Access::Refused(refusal), plain: None }
-}
-
-fn shown(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(80).collect()
 }
 
 #[cfg(test)]

@@ -53,8 +53,8 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     let unavailable = known.and_then(|known| known.origin.unavailable);
     let failed_nodes = handed.failed.iter().map(|failed| FailedNode {
         node: failed.node.to_string(),
-        reason: cut(&failed.reason, 64),
-        message: cut(&failed.message, MAXIMUM_MESSAGE),
+        reason: failed.reason[..failed.reason.floor_char_boundary(64)].to_owned(),
+        message: failed.message[..failed.message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned(),
     });
     let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
     conditions.add("Resolved", resolved(handed));
@@ -196,7 +196,11 @@ fn stalled(handed: &HandedOut, done: bool) -> Said {
                 ),
                 None => String::new(),
             };
-            ("True", failed_reason(handed), cut(&message, MAXIMUM_MESSAGE))
+            (
+                "True",
+                failed_reason(handed),
+                message[..message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned(),
+            )
         }
         _ => ("False", "Progressing", String::new()),
     }
@@ -261,13 +265,4 @@ pub(super) fn says_something_new(
         (status.observed_generation, known, conditions, status.failed_nodes.len())
     };
     gist(before) != gist(after)
-}
-
-/// At most so many bytes, whole characters.
-fn cut(text: &str, limit: usize) -> String {
-    let mut end = text.len().min(limit);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text[..end].to_owned()
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use crate::Repository;
 use crate::credentials::keyring::ImagePattern;
 use text::duration::GoDuration;
+use text::printable::excerpt;
 
 const CONFIG_VERSIONS: [&str; 3] =
     ["kubelet.config.k8s.io/v1", "kubelet.config.k8s.io/v1beta1", "kubelet.config.k8s.io/v1alpha1"];
@@ -107,8 +108,8 @@ pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
     {
         return Err(format!(
             "it is {} {}: write apiVersion: {} and kind: CredentialProviderConfig",
-            shown(&document.api_version),
-            shown(&document.kind),
+            excerpt(&document.api_version, 80),
+            excerpt(&document.kind, 80),
             CONFIG_VERSIONS[0]
         ));
     }
@@ -118,7 +119,7 @@ pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
     let mut names = BTreeSet::new();
     let mut providers = Vec::new();
     for entry in document.providers {
-        let name = shown(&entry.name);
+        let name = excerpt(&entry.name, 80);
         let provider =
             provider(entry).map_err(|reason| format!("the provider \"{name}\": {reason}"))?;
         if !names.insert(provider.name.clone()) {
@@ -143,7 +144,7 @@ fn provider(entry: Entry) -> Result<Provider, String> {
     }
     let patterns = entry.match_images.iter().map(|text| {
         ImagePattern::parse(text)
-            .ok_or_else(|| format!("matchImages: \"{}\" is no pattern", shown(text)))
+            .ok_or_else(|| format!("matchImages: \"{}\" is no pattern", excerpt(text, 80)))
     });
     let patterns = patterns.collect::<Result<_, _>>()?;
     let default = entry.default_cache_duration.ok_or("it has no defaultCacheDuration")?;
@@ -179,10 +180,6 @@ impl Provider {
     pub fn matches(&self, repository: &Repository) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(repository))
     }
-}
-
-fn shown(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(80).collect()
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use toml::{Table, Value};
 
 use crate::registry::proxy;
 use text::duration::GoDuration;
+use text::printable::excerpt;
 
 /// More than any registry has; each costs a request before the last one is asked.
 const MAXIMUM_HOSTS: usize = 64;
@@ -72,7 +73,7 @@ impl HostsFile {
             return Err(format!("it names more than {MAXIMUM_HOSTS} hosts"));
         }
         for (address, table) in tables {
-            let place = format!("host.\"{}\"", shown(address));
+            let place = format!("host.\"{}\"", excerpt(address, 80));
             let Value::Table(table) = table else { return Err(format!("{place} is no table")) };
             hosts.push(entry(Some(address), table, folder, &place, &mut unknown)?);
         }
@@ -113,7 +114,7 @@ fn entry(
                         _ => {
                             return Err(format!(
                                 "unknown capability \"{}\" of {place}: use pull, resolve or push",
-                                shown(&word)
+                                excerpt(&word, 80)
                             ));
                         }
                     }
@@ -142,7 +143,7 @@ fn entry(
             }
             ("dial_timeout" | "proxy", _) => return Err(wrong(key, "a text")),
             ("header", _) => return Err(wrong(key, "a table")),
-            _ => unknown.push(format!("{} of {place}", shown(key))),
+            _ => unknown.push(format!("{} of {place}", excerpt(key, 80))),
         }
     }
     entry.root = address.map(|address| root(address, override_path, place)).transpose()?;
@@ -222,7 +223,7 @@ fn client(value: &Value, folder: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)
 fn header_map(table: &Table, place: &str) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for (name, value) in table {
-        let wrong = |what: &str| format!("the header \"{}\" of {place} {what}", shown(name));
+        let wrong = |what: &str| format!("the header \"{}\" of {place} {what}", excerpt(name, 80));
         let parsed =
             HeaderName::try_from(name.as_str()).map_err(|_| wrong("has no possible name"))?;
         let values = texts(value).ok_or_else(|| wrong("must be a text or a list of texts"))?;
@@ -234,10 +235,6 @@ fn header_map(table: &Table, place: &str) -> Result<HeaderMap, String> {
         }
     }
     Ok(headers)
-}
-
-fn shown(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(80).collect()
 }
 
 #[cfg(test)]
