@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{Failure, Output, print, runtime};
-use crate::kubernetes::{Client, pods_that_use};
+use crate::kubernetes::{KubernetesClient, pods_that_use};
 
 /// Pods that the one line of a failure names.
 const NAMED: usize = 10;
@@ -26,9 +26,11 @@ pub(super) struct CheckUninstallArguments {
 }
 
 pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), Failure> {
-    let pods = runtime()?
-        .block_on(async { pods_that_use(&Client::in_cluster()?, &arguments.driver_name).await })
-        .map_err(|error| error.to_string())?;
+    let find = async {
+        let client = KubernetesClient::in_cluster()?;
+        pods_that_use(&client, &arguments.driver_name).await
+    };
+    let pods = runtime()?.block_on(find).map_err(|error| error.to_string())?;
     match arguments.output {
         Output::Table => pods.iter().for_each(|pod| print(pod)),
         Output::Json => print(&serde_json::json!(pods).to_string()),

@@ -1,13 +1,18 @@
 //! Requests to the API server with the service account of the pod that this process is in.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Duration;
 
-use reqwest::{Method, RequestBuilder, StatusCode};
+use http::header::CONTENT_TYPE;
+use http::{Method, Request, StatusCode};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use kube::Config;
+use kube::client::{Body, ConfigExt as _};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::Value;
+use tower::{BoxError, ServiceBuilder};
 
 /// Where the kubelet puts what a pod needs.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -15,8 +20,6 @@ const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Objects of one page of a list: what kubectl asks for.
 const PAGE: usize = 500;
-/// Bytes of one answer, held in memory: a page of pods takes a few.
-const MAXIMUM_ANSWER: usize = 64 << 20;
 
 /// Why the API did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -68,16 +71,15 @@ fn hint(status: StatusCode) -> &'static str {
     }
 }
 
-/// A client of the API server.
-#[derive(Debug, Clone)]
-pub struct Client {
-    http: reqwest::Client,
+/// A client of the API server for one task of seconds: it reads the service account's files once.
+#[derive(Clone)]
+pub struct KubernetesClient {
+    kube: kube::Client,
     server: String,
-    token: PathBuf,
 }
 
-impl Client {
-    /// With what the kubelet has put into this pod.
+impl KubernetesClient {
+    /// Returns a client with what the kubelet has put into this pod.
     pub fn in_cluster() -> Result<Self, KubernetesError> {
         let missing = |what: String| KubernetesError::NoAccess { what };
         let variable = |name: &str| {
@@ -86,45 +88,45 @@ impl Client {
         let (host, port) =
             (variable("KUBERNETES_SERVICE_HOST")?, variable("KUBERNETES_SERVICE_PORT")?);
         let host = if host.contains(':') { format!("[{host}]") } else { host };
+        let server = format!("https://{host}:{port}");
+        let unreadable = |path: &Path, error: &dyn std::fmt::Display| {
+            missing(format!("{}: {error}", path.display()))
+        };
         let folder = Path::new(SERVICE_ACCOUNT);
-        let authority = folder.join("ca.crt");
-        let mut roots = rustls::RootCertStore::empty();
+        let (authority, token) = (folder.join("ca.crt"), folder.join("token"));
         let certificates = CertificateDer::pem_file_iter(&authority)
-            .map_err(|error| missing(format!("{}: {error}", authority.display())))?;
-        roots.add_parsable_certificates(certificates.flatten());
-        let tls = rustls::ClientConfig::builder_with_provider(Arc::new(
-            rustls::crypto::ring::default_provider(),
-        ))
-        .with_safe_default_protocol_versions()
-        .map_err(|error| missing(error.to_string()))?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-        let http = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
-            .timeout(TIMEOUT)
-            // The API server is never behind a proxy that is meant for registries, and never elsewhere.
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .build()
-            .map_err(|error| missing(error.to_string()))?;
-        Ok(Self { http, server: format!("https://{host}:{port}"), token: folder.join("token") })
+            .map_err(|error| unreadable(&authority, &error))?;
+        let token = std::fs::read_to_string(&token).map_err(|error| unreadable(&token, &error))?;
+        let unusable = |error: kube::Error| missing(root_cause(&error));
+        let url = server.parse().map_err(|error: http::uri::InvalidUri| missing(error.to_string()));
+        let mut config = Config::new(url?);
+        config.root_cert = Some(certificates.flatten().map(|found| found.to_vec()).collect());
+        config.auth_info.token = Some(token.trim().to_owned().into());
+        let connector = config.rustls_https_connector().map_err(unusable)?;
+        // Without kube's layers that try again and log each failure: both are the caller's to decide.
+        let service = ServiceBuilder::new()
+            .layer(config.base_uri_layer())
+            .option_layer(config.auth_layer().map_err(unusable)?)
+            .map_err(BoxError::from)
+            .service(Client::builder(TokioExecutor::new()).build(connector));
+        Ok(Self { kube: kube::Client::new(service, config.default_namespace), server })
     }
 
-    /// One object, or none where there is none of this name.
+    /// Returns one object, or none where there is none of this name.
     pub async fn get(&self, path: &str) -> Result<Option<Value>, KubernetesError> {
-        match self.ask(Method::GET, path, self.request(Method::GET, path)).await {
+        match self.ask(Method::GET, path, "", Body::empty()).await {
             Err(KubernetesError::Refused { status: StatusCode::NOT_FOUND, .. }) => Ok(None),
             answer => answer.map(Some),
         }
     }
 
-    /// All objects of a list, page by page.
+    /// Returns all objects of a list, page by page.
     pub async fn list(&self, path: &str) -> Result<Vec<Value>, KubernetesError> {
         let mut items = Vec::new();
         let mut next = String::new();
         loop {
-            let url = format!("{path}?limit={PAGE}&continue={next}");
-            let mut page = self.ask(Method::GET, path, self.request(Method::GET, &url)).await?;
+            let query = format!("?limit={PAGE}&continue={next}");
+            let mut page = self.ask(Method::GET, path, &query, Body::empty()).await?;
             match page["items"].take() {
                 Value::Array(found) => items.extend(found),
                 _ => return Err(KubernetesError::Garbled { path: path.to_owned() }),
@@ -139,43 +141,36 @@ impl Client {
 
     /// Changes an object by a JSON patch.
     pub async fn patch(&self, path: &str, change: &Value) -> Result<(), KubernetesError> {
-        let request = self
-            .request(Method::PATCH, path)
-            .header("content-type", "application/json-patch+json")
-            .body(change.to_string());
-        self.ask(Method::PATCH, path, request).await.map(|_| ())
-    }
-
-    fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.server))
+        let change = Body::from(change.to_string().into_bytes());
+        self.ask(Method::PATCH, path, "", change).await.map(|_| ())
     }
 
     async fn ask(
         &self,
         method: Method,
         path: &str,
-        request: RequestBuilder,
+        query: &str,
+        body: Body,
     ) -> Result<Value, KubernetesError> {
-        let unreachable = |error: reqwest::Error| KubernetesError::Unreachable {
-            server: self.server.clone(),
-            path: path.to_owned(),
-            reason: root_cause(&error),
+        let unreachable = |reason: String| {
+            let (server, path) = (self.server.clone(), path.to_owned());
+            KubernetesError::Unreachable { server, path, reason }
         };
-        // The kubelet replaces the token long before it ends.
-        let token = std::fs::read_to_string(&self.token).map_err(|error| {
-            KubernetesError::NoAccess { what: format!("{}: {error}", self.token.display()) }
-        })?;
-        let mut answer = request.bearer_auth(token.trim()).send().await.map_err(unreachable)?;
-        let status = answer.status();
+        let mut request = Request::builder().method(&method).uri(format!("{path}{query}"));
+        if method == Method::PATCH {
+            request = request.header(CONTENT_TYPE, "application/json-patch+json");
+        }
+        let request = request.body(body).map_err(|error| unreachable(error.to_string()))?;
+        let answered = async {
+            let answer = self.kube.send(request).await?;
+            Ok((answer.status(), answer.into_body().collect_bytes().await?))
+        };
+        let answered = tokio::time::timeout(TIMEOUT, answered).await;
+        let (status, body) = answered
+            .map_err(|_| unreachable("operation timed out".to_owned()))?
+            .map_err(|error: kube::Error| unreachable(root_cause(&error)))?;
         if !status.is_success() {
             return Err(KubernetesError::Refused { method, path: path.to_owned(), status });
-        }
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
-            body.extend_from_slice(&chunk);
-            if body.len() > MAXIMUM_ANSWER {
-                return Err(KubernetesError::Garbled { path: path.to_owned() });
-            }
         }
         serde_json::from_slice(&body)
             .map_err(|_| KubernetesError::Garbled { path: path.to_owned() })
@@ -191,7 +186,7 @@ fn escaped(text: &str) -> String {
     text.bytes().map(escape).collect()
 }
 
-fn root_cause(error: &reqwest::Error) -> String {
+fn root_cause(error: &kube::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;

@@ -8,7 +8,7 @@ mod events;
 mod taint;
 mod users;
 
-pub use client::{Client, KubernetesError};
+pub use client::{KubernetesClient, KubernetesError};
 pub use events::{PodEvents, PodReference};
 pub use taint::take_taint;
 pub use users::pods_that_use;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Client, KubernetesError};
+use super::{KubernetesClient, KubernetesError};
 
 /// Between two looks at what the kubelet has written.
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -42,7 +42,7 @@ pub async fn take_taint(
 
 /// One try; whether the driver is registered and the node has no such taint.
 async fn untaint(node: &str, driver_name: &str, taint: &str) -> Result<bool, KubernetesError> {
-    let client = Client::in_cluster()?;
+    let client = KubernetesClient::in_cluster()?;
     let registered = client.get(&format!("/apis/storage.k8s.io/v1/csinodes/{node}")).await?;
     if !registered.is_some_and(|csi_node| lists(&csi_node, driver_name)) {
         return Ok(false);

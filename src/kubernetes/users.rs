@@ -4,13 +4,13 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::{Client, KubernetesError};
+use super::{KubernetesClient, KubernetesError};
 
 /// Namespace and name of every pod that has a volume of the driver, in order.
 ///
 /// Pods that have ended do not count: the kubelet has unmounted their volumes.
 pub async fn pods_that_use(
-    client: &Client,
+    client: &KubernetesClient,
     driver_name: &str,
 ) -> Result<Vec<String>, KubernetesError> {
     let volumes = client.list("/api/v1/persistentvolumes").await?;
