@@ -30,7 +30,7 @@ pub use content::content_of;
 use crate::admin::health::Health;
 use crate::admin::metrics::Metrics;
 use crate::admin::service::AdminService;
-use crate::config::NodeConfiguration;
+use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::csi::Endpoint;
 use crate::csi::identity::IdentityService;
 use crate::csi::node::NodeService;
@@ -125,108 +125,254 @@ pub enum AppError {
 /// Runs the node plugin until `shutdown`.
 pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Result<(), AppError> {
     let csi_path = options.endpoint.path().ok_or(AppError::NoEndpoint)?.to_owned();
-    let metrics = Arc::new(Metrics::default());
     let configuration = match &options.config {
         Some(path) => NodeConfiguration::read(path),
         None => Ok(NodeConfiguration::without_file()),
     };
     let must_be_mounted =
         configuration.as_ref().is_ok_and(|configuration| configuration.cache.require_mountpoint);
-    let lock = lock(&options.state_dir, must_be_mounted, &shutdown).await?;
-    let Some(lock) = lock else { return Ok(()) };
+    let lock = match lock(&options.state_dir, must_be_mounted, &shutdown).await? {
+        StateLock::Held(lock) => Some(lock),
+        StateLock::Unavailable => None,
+        StateLock::Stopped => return Ok(()),
+    };
+    // Dropped last, as the sockets below are before it.
     let lock = Arc::new(Mutex::new(lock));
     // Before the first volume is published.
     options.leases.apply();
-    let tracker = TaskTracker::new();
     let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
     // Without a configuration nothing is published.
     let mode = configuration.as_ref().map(|found| found.volumes.mount).unwrap_or_default();
-    let volumes = Volumes::new(
-        options.state_dir.clone(),
-        mounter(&options, mode),
-        content.clone(),
-        tracker.clone(),
-        shutdown.clone(),
-    );
-    let node = Node {
-        kubelet_dir: options.kubelet_dir.clone(),
-        selinux: SecurityLabel::is_used_on_this_node(),
-    };
-    let listening = listen(&csi_path, LOCK_PATIENCE, &shutdown).await?;
-    let Some((csi_socket, listener)) = listening else { return Ok(()) };
-    let events = pod_events(&options, &tracker, &shutdown);
-    let csi = Server::builder()
-        .add_service(IdentityServer::new(IdentityService {
-            driver_name: options.driver_name.clone(),
-        }))
-        .add_service(NodeServer::new(NodeService {
-            node_id: options.node_id.clone(),
-            node,
-            volumes: volumes.clone(),
-            metrics: Arc::clone(&metrics),
-            events: events.clone(),
-        }));
-    let mut servers = JoinSet::new();
-    servers.spawn(serve("CSI", csi, listener, shutdown.clone()));
+    let mut plugin = NodePlugin::new(options, mode, content, shutdown);
+    let Some(_csi_socket) = plugin.serve_csi(&csi_path).await? else { return Ok(()) };
     // The store may take its time: unpublishing works from here on.
-    let opening = Opening {
-        options: options.clone(),
-        configuration,
-        volumes,
-        metrics: Arc::clone(&metrics),
-        events,
-        content: content_sender,
-        lock: Arc::clone(&lock),
-        tracker: tracker.clone(),
-        shutdown: shutdown.clone(),
-    };
-    tracker.spawn(opening.run());
-    let registration = options.registration_dir.as_ref().map(|folder| {
-        let (name, endpoint) = (options.driver_name.clone(), options.kubelet_endpoint.clone());
-        let path = folder.join(RegistrationService::socket_name(&name));
-        (path, RegistrationService::new(name, endpoint))
-    });
-    let registered = registration.as_ref().map(|(_, service)| service.registered());
-    let admin_socket = serve_admin(
-        &options,
-        &content,
-        registered.clone(),
-        &metrics,
-        &tracker,
-        &mut servers,
-        &shutdown,
-    )
-    .await;
-    let health = Health { content: content.clone(), registered }.router();
-    serve_http(&options, health, &metrics, &tracker, &shutdown).await;
-    take_part_in_the_cluster(&options, &content, &tracker, &shutdown);
-    let mut registration_socket = None;
-    if let Some((path, service)) = registration {
-        // A kubelet that registers us calls us at once, and every pod of the node follows: content first.
-        wait_for_content(content, &shutdown).await;
-        if let Some((socket, listener)) = listen(&path, LOCK_PATIENCE, &shutdown).await? {
-            let server = Server::builder().add_service(RegistrationServer::new(service));
-            servers.spawn(serve("registration", server, listener, shutdown.clone()));
-            registration_socket = Some(socket);
-        }
-    }
-    let ended = tokio::select! {
-        // Told to stop, the servers end as well: that is no failure.
-        biased;
-        () = shutdown.cancelled() => Ok(()),
-        // A server that ends while nobody asked leaves a driver that looks alive and is not.
-        Some(ended) = servers.join_next() => Err(ended
-            .unwrap_or_else(|error| AppError::Server("CSI", error.to_string()))),
-    };
+    plugin.open_content(configuration, content_sender, Arc::clone(&lock));
+    let _admin_socket = plugin.serve_admin().await;
+    plugin.serve_http().await;
+    plugin.join_cluster();
+    let registration_socket = plugin.serve_registration().await?;
+    let ended = plugin.wait().await;
     tracing::info!("stopping: mounts stay, downloads go on after the restart");
     // The kubelet is told first: it stops sending pods that would only wait.
     drop(registration_socket);
-    shutdown.cancel();
-    drain(servers, &tracker).await;
-    drop(admin_socket);
-    drop(csi_socket);
-    drop(lock);
+    plugin.drain().await;
     ended
+}
+
+/// The parts of a node plugin that starts, runs and ends.
+struct NodePlugin {
+    options: NodeOptions,
+    metrics: Arc<Metrics>,
+    content: watch::Receiver<ContentState>,
+    volumes: Volumes,
+    /// None where pods are not told of their pulls.
+    events: Option<PodEvents>,
+    /// None where the driver does not register itself.
+    registration: Option<RegistrationService>,
+    /// Critical servers: the end of one is the end of all.
+    servers: JoinSet<AppError>,
+    /// Everything else that is under way.
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+impl NodePlugin {
+    fn new(
+        options: NodeOptions,
+        mode: MountMode,
+        content: watch::Receiver<ContentState>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let tracker = TaskTracker::new();
+        let volumes = Volumes::new(
+            options.state_dir.clone(),
+            mounter(&options, mode),
+            content.clone(),
+            tracker.clone(),
+            shutdown.clone(),
+        );
+        let (driver, node) = (&options.driver_name, &options.node_id);
+        let events = options.events.then(|| PodEvents::start(driver, node, &tracker, &shutdown));
+        let registration = options
+            .registration_dir
+            .as_ref()
+            .map(|_| RegistrationService::new(driver.clone(), options.kubelet_endpoint.clone()));
+        let (metrics, servers) = (Arc::default(), JoinSet::new());
+        Self {
+            options,
+            metrics,
+            content,
+            volumes,
+            events,
+            registration,
+            servers,
+            tracker,
+            shutdown,
+        }
+    }
+
+    /// Serves CSI; none when told to stop before the socket is free.
+    async fn serve_csi(&mut self, path: &Path) -> Result<Option<Socket>, AppError> {
+        let Some((socket, listener)) = listen(path, LOCK_PATIENCE, &self.shutdown).await? else {
+            return Ok(None);
+        };
+        let identity = IdentityService { driver_name: self.options.driver_name.clone() };
+        let node = NodeService {
+            node_id: self.options.node_id.clone(),
+            node: Node {
+                kubelet_dir: self.options.kubelet_dir.clone(),
+                selinux: SecurityLabel::is_used_on_this_node(),
+            },
+            volumes: self.volumes.clone(),
+            metrics: Arc::clone(&self.metrics),
+            events: self.events.clone(),
+        };
+        let services = Server::builder()
+            .add_service(IdentityServer::new(identity))
+            .add_service(NodeServer::new(node));
+        self.serve("CSI", services, listener);
+        Ok(Some(socket))
+    }
+
+    fn serve(&mut self, name: &'static str, services: Router, listener: UnixListener) {
+        let shutdown = self.shutdown.clone().cancelled_owned();
+        self.servers.spawn(async move {
+            let incoming = UnixListenerStream::new(listener);
+            let ended = services.serve_with_incoming_shutdown(incoming, shutdown).await;
+            let why = ended.map_or_else(|error| error.to_string(), |()| "it was stopped".into());
+            AppError::Server(name, why)
+        });
+    }
+
+    /// Opens the store, and looks after it, beside the sockets.
+    fn open_content(
+        &self,
+        configuration: Result<NodeConfiguration, ConfigurationError>,
+        content: watch::Sender<ContentState>,
+        lock: Arc<Mutex<Option<Lock>>>,
+    ) {
+        let opening = Opening {
+            options: self.options.clone(),
+            configuration,
+            volumes: self.volumes.clone(),
+            metrics: Arc::clone(&self.metrics),
+            events: self.events.clone(),
+            content,
+            lock,
+            tracker: self.tracker.clone(),
+            shutdown: self.shutdown.clone(),
+        };
+        self.tracker.spawn(opening.run());
+    }
+
+    /// Serves commands. The socket is a convenience: the node goes on without it.
+    async fn serve_admin(&mut self) -> Option<Socket> {
+        let path = self.options.admin_endpoint.path()?;
+        let (socket, listener) = match listen(path, ADMIN_PATIENCE, &self.shutdown).await {
+            Ok(listening) => listening?,
+            Err(error) => {
+                self.metrics.endpoint_error("admin");
+                tracing::error!(endpoint = "admin", %error, "this endpoint stays off");
+                return None;
+            }
+        };
+        let service = AdminService {
+            node_id: self.options.node_id.clone(),
+            driver_name: self.options.driver_name.clone(),
+            state_dir: self.options.state_dir.clone(),
+            content: self.content.clone(),
+            registered: self.registered(),
+            warming: self.metrics.warming().clone(),
+            scrub: self.metrics.scrub().clone(),
+            tracker: self.tracker.clone(),
+        };
+        let services = Server::builder().add_service(AdminServer::new(service));
+        self.serve("admin", services, listener);
+        Some(socket)
+    }
+
+    /// Returns whether the kubelet has registered the driver, if the driver registers itself.
+    fn registered(&self) -> Option<Arc<AtomicBool>> {
+        self.registration.as_ref().map(RegistrationService::registered)
+    }
+
+    /// Serves health and metrics; one that cannot be listened on is logged and counted.
+    async fn serve_http(&self) {
+        let health = Health { content: self.content.clone(), registered: self.registered() };
+        let endpoints = [
+            ("health", &self.options.health_endpoint, health.router()),
+            ("metrics", &self.options.metrics_endpoint, self.metrics.router()),
+        ];
+        for (name, address, router) in endpoints {
+            let Some(address) = address else { continue };
+            match http::serve(address, router, &self.tracker, self.shutdown.clone()).await {
+                Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
+                Err(error) => {
+                    self.metrics.endpoint_error(name);
+                    tracing::error!(endpoint = name, address, %error, "cannot listen: this endpoint stays off");
+                }
+            }
+        }
+    }
+
+    /// Starts what asks the Kubernetes API, beside everything else: where nodes start with a taint, it goes once the
+    /// kubelet has registered the driver; and what preloads want of this node is carried out.
+    fn join_cluster(&self) {
+        let (node, shutdown) = (&self.options.node_id, &self.shutdown);
+        if let Some(taint) = self.options.startup_taint.clone() {
+            let driver = self.options.driver_name.clone();
+            self.tracker.spawn(take_taint(node.clone(), driver, taint, shutdown.clone()));
+        }
+        if self.options.fleet {
+            let part = NodePart { node: node.clone(), content: self.content.clone() };
+            self.tracker.spawn(part.run(shutdown.clone()));
+        }
+    }
+
+    /// Registers the driver with the kubelet, once there is content: a kubelet that registers us calls us at once, and
+    /// every pod of the node follows.
+    async fn serve_registration(&mut self) -> Result<Option<Socket>, AppError> {
+        let (Some(folder), Some(service)) =
+            (&self.options.registration_dir, self.registration.take())
+        else {
+            return Ok(None);
+        };
+        let path = folder.join(RegistrationService::socket_name(&self.options.driver_name));
+        wait_for_content(self.content.clone(), &self.shutdown).await;
+        let Some((socket, listener)) = listen(&path, LOCK_PATIENCE, &self.shutdown).await? else {
+            return Ok(None);
+        };
+        let services = Server::builder().add_service(RegistrationServer::new(service));
+        self.serve("registration", services, listener);
+        Ok(Some(socket))
+    }
+
+    /// Waits for `shutdown`, or for the end of a critical server, which is a failure.
+    async fn wait(&mut self) -> Result<(), AppError> {
+        tokio::select! {
+            // Told to stop, the servers end as well: that is no failure.
+            biased;
+            () = self.shutdown.cancelled() => Ok(()),
+            // A server that ends while nobody asked leaves a driver that looks alive and is not.
+            Some(ended) = self.servers.join_next() => Err(ended
+                .unwrap_or_else(|error| AppError::Server("CSI", error.to_string()))),
+        }
+    }
+
+    /// Waits for calls and work to end, but not for ever.
+    async fn drain(mut self) {
+        self.shutdown.cancel();
+        let drained = async {
+            while self.servers.join_next().await.is_some() {}
+            self.tracker.close();
+            self.tracker.wait().await;
+        };
+        if tokio::time::timeout(SHUTDOWN_PATIENCE, drained).await.is_err() {
+            tracing::warn!(
+                "some work did not end in time and is cut off; nothing of it has a name yet"
+            );
+        }
+    }
 }
 
 /// Chooses how this node's kernel makes mounts.
@@ -244,117 +390,26 @@ fn mounter(options: &NodeOptions, mode: MountMode) -> Mounter {
     mounter
 }
 
-/// Where pods are told of their pulls, what tells them.
-fn pod_events(
-    options: &NodeOptions,
-    tracker: &TaskTracker,
-    shutdown: &CancellationToken,
-) -> Option<PodEvents> {
-    let (driver, node) = (&options.driver_name, &options.node_id);
-    options.events.then(|| PodEvents::start(driver, node, tracker, shutdown))
+/// The state directory's lock at the start.
+enum StateLock {
+    Held(Lock),
+    /// The disk fails: what needs no store is served without it.
+    Unavailable,
+    /// Told to stop meanwhile.
+    Stopped,
 }
 
-/// Waits for calls and work to end, but not for ever.
-async fn drain(mut servers: JoinSet<AppError>, tracker: &TaskTracker) {
-    let drained = async {
-        while servers.join_next().await.is_some() {}
-        tracker.close();
-        tracker.wait().await;
-    };
-    if tokio::time::timeout(SHUTDOWN_PATIENCE, drained).await.is_err() {
-        tracing::warn!(
-            "some work did not end in time and is cut off; nothing of it has a name yet"
-        );
-    }
-}
-
-/// Starts what asks the Kubernetes API, beside everything else: where nodes start with a taint, it goes once the kubelet has
-/// registered the driver; and what preloads want of this node is carried out.
-fn take_part_in_the_cluster(
-    options: &NodeOptions,
-    content: &watch::Receiver<ContentState>,
-    tracker: &TaskTracker,
-    shutdown: &CancellationToken,
-) {
-    if let Some(taint) = options.startup_taint.clone() {
-        let (node, driver) = (options.node_id.clone(), options.driver_name.clone());
-        tracker.spawn(take_taint(node, driver, taint, shutdown.clone()));
-    }
-    if options.fleet {
-        let part = NodePart { node: options.node_id.clone(), content: content.clone() };
-        tracker.spawn(part.run(shutdown.clone()));
-    }
-}
-
-/// Health and metrics; one that cannot be listened on is logged and counted.
-async fn serve_http(
-    options: &NodeOptions,
-    health: axum::Router,
-    metrics: &Arc<Metrics>,
-    tracker: &TaskTracker,
-    shutdown: &CancellationToken,
-) {
-    let endpoints = [
-        ("health", &options.health_endpoint, health),
-        ("metrics", &options.metrics_endpoint, metrics.router()),
-    ];
-    for (name, address, router) in endpoints {
-        let Some(address) = address else { continue };
-        match http::serve(address, router, tracker, shutdown.clone()).await {
-            Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
-            Err(error) => {
-                metrics.endpoint_error(name);
-                tracing::error!(endpoint = name, address, %error, "cannot listen: this endpoint stays off");
-            }
-        }
-    }
-}
-
-/// The admin socket is a convenience: the node goes on without it.
-async fn serve_admin(
-    options: &NodeOptions,
-    content: &watch::Receiver<ContentState>,
-    registered: Option<Arc<AtomicBool>>,
-    metrics: &Metrics,
-    tracker: &TaskTracker,
-    servers: &mut JoinSet<AppError>,
-    shutdown: &CancellationToken,
-) -> Option<Socket> {
-    let path = options.admin_endpoint.path()?;
-    let (socket, listener) = match listen(path, ADMIN_PATIENCE, shutdown).await {
-        Ok(listening) => listening?,
-        Err(error) => {
-            metrics.endpoint_error("admin");
-            tracing::error!(endpoint = "admin", %error, "this endpoint stays off");
-            return None;
-        }
-    };
-    let service = AdminService {
-        node_id: options.node_id.clone(),
-        driver_name: options.driver_name.clone(),
-        state_dir: options.state_dir.clone(),
-        content: content.clone(),
-        registered,
-        warming: metrics.warming().clone(),
-        scrub: metrics.scrub().clone(),
-        tracker: tracker.clone(),
-    };
-    let server = Server::builder().add_service(AdminServer::new(service));
-    servers.spawn(serve("admin", server, listener, shutdown.clone()));
-    Some(socket)
-}
-
-/// Waits for the state directory; none when told to stop meanwhile.
+/// Waits for the state directory.
 async fn lock(
     root: &Path,
     must_be_mounted: bool,
     shutdown: &CancellationToken,
-) -> Result<Option<Option<Lock>>, AppError> {
+) -> Result<StateLock, AppError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     let mut told = false;
     loop {
         match content::acquire(root, must_be_mounted) {
-            Ok(lock) => return Ok(Some(Some(lock))),
+            Ok(lock) => return Ok(StateLock::Held(lock)),
             Err(error @ StoreError::Locked { .. }) => {
                 if Instant::now() >= deadline {
                     return Err(error.into());
@@ -366,12 +421,12 @@ async fn lock(
             Err(error) => {
                 // A broken disk must not keep pods in Terminating: serve what needs no store.
                 tracing::error!(%error, "the state directory cannot be locked");
-                return Ok(Some(None));
+                return Ok(StateLock::Unavailable);
             }
         }
         tokio::select! {
             () = tokio::time::sleep(LOCK_INTERVAL) => {}
-            () = shutdown.cancelled() => return Ok(None),
+            () = shutdown.cancelled() => return Ok(StateLock::Stopped),
         }
     }
 }
@@ -400,20 +455,6 @@ async fn listen(
         }
     }
     Ok(None)
-}
-
-async fn serve(
-    name: &'static str,
-    server: Router,
-    listener: UnixListener,
-    shutdown: CancellationToken,
-) -> AppError {
-    let incoming = UnixListenerStream::new(listener);
-    let ended = server.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await;
-    AppError::Server(
-        name,
-        ended.map_or_else(|error| error.to_string(), |()| "it was stopped".into()),
-    )
 }
 
 /// Returns when content is there, when it is known not to come soon, or at shutdown.
