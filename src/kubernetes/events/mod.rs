@@ -82,22 +82,23 @@ impl PodEvents {
 
     /// A pull is under way, and how far it is.
     pub fn pulling(&self, pod: &PodReference, reference: &str, progress: String) {
-        self.tell(pod, reference, Reason::Pulling, progress, (Duration::ZERO, false));
+        self.tell(Happening::new(pod, reference, Reason::Pulling, progress));
     }
 
     /// It has ended well; `took` is what the last call for it took.
     pub fn pulled(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
-        self.tell(pod, reference, Reason::Pulled, what, (took, false));
+        self.tell(Happening { took, ..Happening::new(pod, reference, Reason::Pulled, what) });
     }
 
     /// The content was here. That ends a pull that was told, and is no news otherwise.
     pub fn found(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
-        self.tell(pod, reference, Reason::Pulled, what, (took, true));
+        let pulled = Happening::new(pod, reference, Reason::Pulled, what);
+        self.tell(Happening { took, only_after_pulling: true, ..pulled });
     }
 
     /// The volume is not there, and why.
     pub fn failed(&self, pod: &PodReference, reference: &str, why: String) {
-        self.tell(pod, reference, Reason::Failed, why, (Duration::ZERO, false));
+        self.tell(Happening::new(pod, reference, Reason::Failed, why));
     }
 
     /// What the pod has mounted was found damaged on the node.
@@ -106,22 +107,20 @@ impl PodEvents {
             "the node has read it back, and it is not what was unpacked; new pods get it anew. \
                     Delete this pod, so that its successor does"
                 .to_owned();
-        self.tell(pod, reference, Reason::Damaged, what, (Duration::ZERO, false));
+        self.tell(Happening::new(pod, reference, Reason::Damaged, what));
     }
 
-    fn tell(
-        &self,
-        pod: &PodReference,
-        reference: &str,
-        reason: Reason,
-        detail: String,
-        (took, only_after_pulling): (Duration, bool),
-    ) {
-        let (pod, reference) = (pod.clone(), reference.to_owned());
-        let happening = Happening { pod, reference, reason, detail, took, only_after_pulling };
+    fn tell(&self, happening: Happening) {
         if self.0.try_send(happening).is_err() {
             tracing::debug!("an event is not told: too many wait for the Kubernetes API");
         }
+    }
+}
+
+impl Happening {
+    fn new(pod: &PodReference, reference: &str, reason: Reason, detail: String) -> Self {
+        let (pod, reference) = (pod.clone(), reference.to_owned());
+        Self { pod, reference, reason, detail, took: Duration::ZERO, only_after_pulling: false }
     }
 }
 

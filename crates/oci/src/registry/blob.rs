@@ -41,17 +41,31 @@ enum Source {
     Failed(RegistryError),
 }
 
-impl BlobBody {
-    /// Takes over an answer of 200 or 206. A `Content-Encoding` says nothing: storage announces how
-    /// an upload was encoded, and the digest decides what the bytes are. `asked` is the part that was asked for, if it was one:
-    /// where it starts, and where it ends unless that is the blob's end.
-    pub(super) fn open(
-        answer: Answer,
-        (mirror, answered_by): (Option<Arc<str>>, AnsweredBy),
-        asked: Option<(u64, Option<u64>)>,
-        what: String,
-        stall_timeout: Duration,
-    ) -> Result<Self, RegistryError> {
+/// The part of a blob that is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlobPart {
+    pub(super) start: u64,
+    /// The position after the last byte; none where the part ends with the blob.
+    pub(super) end: Option<u64>,
+}
+
+/// A successful answer to the request for a blob.
+pub(super) struct BlobAnswer {
+    pub(super) answer: Answer,
+    pub(super) mirror: Option<Arc<str>>,
+    pub(super) answered_by: AnsweredBy,
+    /// The part that was asked for; none for the whole blob.
+    pub(super) asked: Option<BlobPart>,
+    /// Names the blob in errors.
+    pub(super) what: String,
+    pub(super) stall_timeout: Duration,
+}
+
+impl BlobAnswer {
+    /// Returns the body of an answer of 200 or 206. A `Content-Encoding` says nothing: storage announces how
+    /// an upload was encoded, and the digest decides what the bytes are.
+    pub(super) fn body(self) -> Result<BlobBody, RegistryError> {
+        let Self { answer, mirror, answered_by, asked, what, stall_timeout } = self;
         let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
         let (offset, length, total) = match answer.status() {
             StatusCode::OK => {
@@ -59,7 +73,7 @@ impl BlobBody {
                 (0, length, length)
             }
             status @ StatusCode::PARTIAL_CONTENT => {
-                let Some((start, end)) = asked else {
+                let Some(BlobPart { start, end }) = asked else {
                     return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
                 };
                 let range = content_range(answer.response.headers()).ok_or_else(|| {
@@ -78,7 +92,7 @@ impl BlobBody {
         };
         let Answer { response, host, .. } = answer;
         let source = Source::Open(response);
-        Ok(Self {
+        Ok(BlobBody {
             offset,
             length,
             is_part,
@@ -91,7 +105,9 @@ impl BlobBody {
             stall_timeout,
         })
     }
+}
 
+impl BlobBody {
     /// The next bytes, or nothing at the end. Waits for the stall timeout at
     /// most. After an error, the same error comes again.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, RegistryError> {

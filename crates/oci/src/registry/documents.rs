@@ -15,10 +15,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(super) const SMALL: u64 = 256 << 10;
 /// Of all small ones, and of those of one registry: thousands of ordinary documents. To take all of
 /// it, eight registries must each trickle four of the largest at once, which have half a minute.
-const SMALL_BYTES: (u32, u32) = (8 << 20, 1 << 20);
+const SMALL_POOL: PoolBytes = PoolBytes { all: 8 << 20, of_host: 1 << 20 };
 /// Of all large ones, and of those of one registry: one configuration of the largest size with two
 /// manifests of the largest beside it.
-const LARGE_BYTES: (u32, u32) = (24 << 20, 16 << 20);
+const LARGE_POOL: PoolBytes = PoolBytes { all: 24 << 20, of_host: 16 << 20 };
+
+/// How much a pool has.
+#[derive(Clone, Copy)]
+struct PoolBytes {
+    all: u32,
+    /// The part of it that one registry may have.
+    of_host: u32,
+}
 
 /// The room of one process.
 #[derive(Debug)]
@@ -43,7 +51,7 @@ pub struct Held {
 
 impl Default for Documents {
     fn default() -> Self {
-        Self { small: Pool::new(SMALL_BYTES), large: Pool::new(LARGE_BYTES) }
+        Self { small: Pool::new(SMALL_POOL), large: Pool::new(LARGE_POOL) }
     }
 }
 
@@ -57,9 +65,9 @@ impl Documents {
 }
 
 impl Pool {
-    fn new((bytes, bytes_of_host): (u32, u32)) -> Self {
-        let all = Arc::new(Semaphore::new(bytes as usize));
-        Self { all, bytes_of_host, hosts: Mutex::default() }
+    fn new(bytes: PoolBytes) -> Self {
+        let all = Arc::new(Semaphore::new(bytes.all as usize));
+        Self { all, bytes_of_host: bytes.of_host, hosts: Mutex::default() }
     }
 
     async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
@@ -89,9 +97,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_registry_leaves_room_for_others_and_all_have_one_bound() {
-        for (pool, part) in
-            [(Pool::new(SMALL_BYTES), SMALL_BYTES.1), (Pool::new(LARGE_BYTES), LARGE_BYTES.1)]
-        {
+        for (pool, part) in [
+            (Pool::new(SMALL_POOL), SMALL_POOL.of_host),
+            (Pool::new(LARGE_POOL), LARGE_POOL.of_host),
+        ] {
             let all = pool.all.available_permits();
             let large = pool.hold("slow", u64::MAX).await.expect("room");
             let mut second = Box::pin(pool.hold("slow", 1));

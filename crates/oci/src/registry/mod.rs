@@ -86,6 +86,7 @@ pub use plain_http::plain_http_address;
 pub use question::ManifestName;
 pub use referrers::Referrers;
 
+use self::blob::{BlobAnswer, BlobPart};
 use self::documents::Documents;
 use self::endpoint::Endpoint;
 use self::hosts::Hosts;
@@ -456,7 +457,7 @@ impl Registry {
         offset: u64,
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
-        let asked = (offset > 0).then_some((offset, None));
+        let asked = (offset > 0).then_some(BlobPart { start: offset, end: None });
         let whole = Question::blob(repository, digest, credential, Method::GET);
         self.blob_part(whole, digest, asked).await
     }
@@ -482,7 +483,7 @@ impl Registry {
         range: Range<u64>,
         credential: &Credential,
     ) -> Result<BlobBody, RegistryError> {
-        let asked = Some((range.start, Some(range.end)));
+        let asked = Some(BlobPart { start: range.start, end: Some(range.end) });
         let whole = Question::blob(repository, digest, credential, Method::GET);
         self.blob_part(whole, digest, asked).await
     }
@@ -491,11 +492,11 @@ impl Registry {
         &self,
         whole: Question<'_>,
         digest: Digest,
-        asked: Option<(u64, Option<u64>)>,
+        asked: Option<BlobPart>,
     ) -> Result<BlobBody, RegistryError> {
         let whole = &whole;
         let mut part = Question::blob(whole.repository, digest, whole.credential, Method::GET);
-        if let Some((start, end)) = asked {
+        if let Some(BlobPart { start, end }) = asked {
             part.headers.insert(RANGE, range_of(start, end));
         }
         let part = &part;
@@ -511,10 +512,15 @@ impl Registry {
                 if let Some(refusal) = answer.refusal_or_success(whole, endpoint) {
                     return Err(refusal);
                 }
-                let (what, stall_timeout) = (whole.what.clone(), self.options.stall_timeout);
-                let answered_by = AnsweredBy::of(endpoint, &answer);
-                let by = (turns.mirror(), answered_by);
-                BlobBody::open(answer, by, asked, what, stall_timeout)
+                let answer = BlobAnswer {
+                    mirror: turns.mirror(),
+                    answered_by: AnsweredBy::of(endpoint, &answer),
+                    answer,
+                    asked,
+                    what: whole.what.clone(),
+                    stall_timeout: self.options.stall_timeout,
+                };
+                answer.body()
             };
             if let Some(done) = turns.judge(self.in_time(whole, endpoint, tried).await) {
                 return done;

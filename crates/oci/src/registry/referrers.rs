@@ -72,7 +72,7 @@ impl Registry {
         let mut time = self.time(question, endpoint);
         let (mut held, mut most) = (None, SMALL.min(limit));
         loop {
-            let fetched = self.pages(question, endpoint, &mut time, (&mut held, most)).await?;
+            let fetched = self.pages(question, endpoint, &mut time, &mut held, most).await?;
             if let Some(pages) = fetched {
                 return Ok(Referrers { pages, _held: held });
             }
@@ -89,7 +89,8 @@ impl Registry {
         question: &Question<'_>,
         endpoint: &Endpoint,
         time: &mut ExchangeTime<'_>,
-        (held, mut left): (&mut Option<Held>, u64),
+        held: &mut Option<Held>,
+        mut left: u64,
     ) -> Result<Option<Vec<Bytes>>, RegistryError> {
         let limit = self.options.manifest_bytes_limit;
         let mut answer = time.of(self.expect_success(question, endpoint)).await?;

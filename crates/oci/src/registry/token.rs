@@ -144,7 +144,8 @@ impl Tokens {
         }
         *outcome = None;
         let serial = slot.fetches.load(Ordering::Acquire).wrapping_add(1);
-        let fetched = fetch((transport, endpoint), &key, credential, what, serial).await;
+        let request = TokenRequest { transport, endpoint, key: &key, credential, what };
+        let fetched = request.fetch(serial).await;
         *outcome = Some(fetched.clone());
         slot.fetches.fetch_add(1, Ordering::Release);
         Ok(Handed { key, token: fetched?, cached: false })
@@ -185,99 +186,102 @@ struct TokenAnswer {
     expires_in: Option<serde_json::Value>,
 }
 
-async fn fetch(
-    asking: (&Transport, &Endpoint),
-    key: &TokenKey,
-    credential: &Credential,
-    what: &str,
-    serial: u64,
-) -> Result<Token, RegistryError> {
-    // The lifetime counts from before the server made the token.
-    let asked_at = Instant::now();
-    let answer = ask(asking, key, credential, what).await?;
-    let status = answer.status();
-    if !status.is_success() {
-        let anonymous = credential.is_anonymous();
-        let host = answer.host.clone();
-        return Err(match status.as_u16() {
-            // Some servers say so of a password that is wrong.
-            400 if !anonymous => {
-                RegistryError::Unauthorized { host, what: what.to_owned(), anonymous }
-            }
-            404 | 410 => {
-                answer.protocol(what, format!("the status {status}", status = status.as_u16()))
-            }
-            _ => answer.refusal(what, anonymous),
-        });
-    }
-    let host = answer.host.clone();
-    let unusable = |reason: &str| RegistryError::Protocol {
-        host: host.clone(),
-        what: what.to_owned(),
-        reason: reason.to_owned(),
-    };
-    let body = answer.document(what, MAXIMUM_ANSWER_BYTES).await?;
-    let answer: TokenAnswer =
-        serde_json::from_slice(&body).map_err(|_| unusable("it is not the JSON of a token"))?;
-    let token = [answer.token, answer.access_token]
-        .into_iter()
-        .flatten()
-        .find(|token| !token.is_empty())
-        .ok_or_else(|| unusable("there is no token in it"))?;
-    let header = bearer(&token).ok_or_else(|| unusable("its token fits in no header"))?;
-    let lifetime = lifetime(answer.expires_in.as_ref());
-    Ok(Token { header, renew_at: asked_at + lifetime - margin(lifetime), serial })
+/// A request for a new token.
+struct TokenRequest<'a> {
+    transport: &'a Transport,
+    endpoint: &'a Endpoint,
+    key: &'a TokenKey,
+    credential: &'a Credential,
+    /// Names the token in errors.
+    what: &'a str,
 }
 
-/// Sends the request, or for an identity token up to two.
-async fn ask(
-    (transport, endpoint): (&Transport, &Endpoint),
-    key: &TokenKey,
-    credential: &Credential,
-    what: &str,
-) -> Result<Answer, RegistryError> {
-    let mut headers = HeaderMap::new();
-    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
-    if let Credential::IdentityToken { token, .. } = credential {
-        let answer = transport
-            .send(Request {
-                endpoint,
-                method: Method::POST,
-                url: key.realm.clone(),
-                headers: headers.clone(),
-                authorization: None,
-                form: Some(form(key, token)),
-                what,
-            })
-            .await?;
-        // Servers without this flow answer 404 or 405, others 400 or 401: seen
-        // at Google, Artifactory and Azure.
-        if !matches!(answer.status().as_u16(), 300..=399 | 400 | 401 | 404 | 405) {
-            return Ok(answer);
+impl TokenRequest<'_> {
+    async fn fetch(&self, serial: u64) -> Result<Token, RegistryError> {
+        let what = self.what;
+        // The lifetime counts from before the server made the token.
+        let asked_at = Instant::now();
+        let answer = self.ask().await?;
+        let status = answer.status();
+        if !status.is_success() {
+            let anonymous = self.credential.is_anonymous();
+            let host = answer.host.clone();
+            return Err(match status.as_u16() {
+                // Some servers say so of a password that is wrong.
+                400 if !anonymous => {
+                    RegistryError::Unauthorized { host, what: what.to_owned(), anonymous }
+                }
+                404 | 410 => {
+                    answer.protocol(what, format!("the status {status}", status = status.as_u16()))
+                }
+                _ => answer.refusal(what, anonymous),
+            });
         }
-        answer.discard().await;
+        let host = answer.host.clone();
+        let unusable = |reason: &str| RegistryError::Protocol {
+            host: host.clone(),
+            what: what.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let body = answer.document(what, MAXIMUM_ANSWER_BYTES).await?;
+        let answer: TokenAnswer =
+            serde_json::from_slice(&body).map_err(|_| unusable("it is not the JSON of a token"))?;
+        let token = [answer.token, answer.access_token]
+            .into_iter()
+            .flatten()
+            .find(|token| !token.is_empty())
+            .ok_or_else(|| unusable("there is no token in it"))?;
+        let header = bearer(&token).ok_or_else(|| unusable("its token fits in no header"))?;
+        let lifetime = lifetime(answer.expires_in.as_ref());
+        Ok(Token { header, renew_at: asked_at + lifetime - margin(lifetime), serial })
     }
-    let mut url = key.realm.clone();
-    {
-        let mut query = url.query_pairs_mut();
-        if let Some(service) = &key.service {
-            query.append_pair("service", service);
+
+    /// Sends the request, or for an identity token up to two.
+    async fn ask(&self) -> Result<Answer, RegistryError> {
+        let Self { transport, endpoint, key, credential, what } = *self;
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        if let Credential::IdentityToken { token, .. } = credential {
+            let answer = transport
+                .send(Request {
+                    endpoint,
+                    method: Method::POST,
+                    url: key.realm.clone(),
+                    headers: headers.clone(),
+                    authorization: None,
+                    form: Some(form(key, token)),
+                    what,
+                })
+                .await?;
+            // Servers without this flow answer 404 or 405, others 400 or 401: seen
+            // at Google, Artifactory and Azure.
+            if !matches!(answer.status().as_u16(), 300..=399 | 400 | 401 | 404 | 405) {
+                return Ok(answer);
+            }
+            answer.discard().await;
         }
-        for scope in &key.scopes {
-            query.append_pair("scope", scope);
+        let mut url = key.realm.clone();
+        {
+            let mut query = url.query_pairs_mut();
+            if let Some(service) = &key.service {
+                query.append_pair("service", service);
+            }
+            for scope in &key.scopes {
+                query.append_pair("scope", scope);
+            }
         }
+        let authorization = basic(credential);
+        let request = Request {
+            endpoint,
+            method: Method::GET,
+            url,
+            headers,
+            authorization: authorization.as_ref(),
+            form: None,
+            what,
+        };
+        transport.send(request).await
     }
-    let authorization = basic(credential);
-    let request = Request {
-        endpoint,
-        method: Method::GET,
-        url,
-        headers,
-        authorization: authorization.as_ref(),
-        form: None,
-        what,
-    };
-    transport.send(request).await
 }
 
 fn form(key: &TokenKey, refresh_token: &str) -> String {

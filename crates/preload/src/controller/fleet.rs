@@ -384,15 +384,14 @@ impl Fleet {
                 }
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let place = split(&preload);
-                    let written = write::report(client, place, &version, &status).await;
+                    let written = write::report(client, &preload, &version, &status).await;
                     (target, written.map(|object| Written::Preload(Box::new(object))))
                 });
             }
             Decision::Delete { preload, uid, version } => {
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let gone = write::delete(client, split(&preload), &uid, &version).await;
+                    let gone = write::delete(client, &preload, &uid, &version).await;
                     (target, gone.map(|()| Written::Deleted))
                 });
             }
@@ -519,7 +518,7 @@ impl Fleet {
             pull_secrets: known.spec.pull_secrets.clone(),
         };
         let question = Question {
-            namespace: split(preload).0.to_owned(),
+            namespace: write::split(preload).0.to_owned(),
             reference: parsed.reference.clone(),
             written: known.spec.reference.clone(),
             pull_secrets: known.spec.pull_secrets.clone(),
@@ -632,11 +631,6 @@ fn is_ready(node: &ApiNode) -> bool {
 /// reads anew what there is.
 fn whole<T>(ended: Result<T, JoinError>) -> T {
     ended.unwrap_or_else(|error| resume_unwind(error.into_panic()))
-}
-
-/// Namespace and name.
-fn split(preload: &str) -> (&str, &str) {
-    preload.split_once('/').unwrap_or(("", preload))
 }
 
 #[cfg(test)]

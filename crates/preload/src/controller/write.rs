@@ -112,7 +112,7 @@ pub(super) async fn assign(
 /// Says how far a preload is.
 pub(super) async fn report(
     client: Client,
-    (namespace, name): (&str, &str),
+    preload: &str,
     version: &str,
     status: &ArtifactPreloadStatus,
 ) -> Result<ArtifactPreload, Trouble> {
@@ -120,6 +120,7 @@ pub(super) async fn report(
         "metadata": {"resourceVersion": version},
         "status": whole(status),
     });
+    let (namespace, name) = split(preload);
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
     let mut object = in_time(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await?;
     object.status = Some(status.clone());
@@ -129,15 +130,21 @@ pub(super) async fn report(
 /// Deletes a preload whose time is over, if it is still the same.
 pub(super) async fn delete(
     client: Client,
-    (namespace, name): (&str, &str),
+    preload: &str,
     uid: &str,
     version: &str,
 ) -> Result<(), Trouble> {
     let only =
         Preconditions { uid: Some(uid.to_owned()), resource_version: Some(version.to_owned()) };
     let parameters = DeleteParams::default().preconditions(only);
+    let (namespace, name) = split(preload);
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
     in_time(api.delete(name, &parameters)).await.map(|_| ())
+}
+
+/// Splits `namespace/name` of a preload.
+pub(super) fn split(preload: &str) -> (&str, &str) {
+    preload.split_once('/').unwrap_or(("", preload))
 }
 
 /// A wish as the node reads it.

@@ -58,9 +58,9 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     });
     let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
     conditions.add("Resolved", resolved(handed));
-    let (ready_status, reason, message) = is_there(preload, handed);
-    let why = earlier_answer(handed).unwrap_or_default();
-    conditions.add("Ready", (ready_status, reason, message + &why));
+    let mut there = is_there(preload, handed);
+    there.message.extend(earlier_answer(handed));
+    conditions.add("Ready", there);
     conditions.add("Stalled", stalled(handed, done));
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
     let status = ArtifactPreloadStatus {
@@ -127,24 +127,32 @@ fn earlier_answer(handed: &HandedOut) -> Option<String> {
     Some(format!("; the registry has not answered since {since}, this is its answer of {then}"))
 }
 
-/// Status, reason and message of a condition.
-type Said = (&'static str, &'static str, String);
+/// What a condition says.
+struct ConditionState {
+    status: &'static str,
+    reason: &'static str,
+    message: String,
+}
 
-fn resolved(handed: &HandedOut) -> Said {
+fn state(status: &'static str, reason: &'static str, message: String) -> ConditionState {
+    ConditionState { status, reason, message }
+}
+
+fn resolved(handed: &HandedOut) -> ConditionState {
     match (&handed.current, &handed.problem) {
         (Some(current), _) => {
             let message = format!("it is {}", current.reference);
             match earlier_answer(handed) {
-                Some(why) => ("True", "EarlierAnswer", message + &why),
-                None => ("True", "Resolved", message),
+                Some(why) => state("True", "EarlierAnswer", message + &why),
+                None => state("True", "Resolved", message),
             }
         }
-        (None, Some(Problem { reason, message, .. })) => ("False", reason, message.clone()),
-        (None, None) => ("Unknown", "Resolving", "the registry is being asked".to_owned()),
+        (None, Some(Problem { reason, message, .. })) => state("False", reason, message.clone()),
+        (None, None) => state("Unknown", "Resolving", "the registry is being asked".to_owned()),
     }
 }
 
-fn is_there(preload: &Preload, handed: &HandedOut) -> Said {
+fn is_there(preload: &Preload, handed: &HandedOut) -> ConditionState {
     let counts = handed.counts;
     let Counts { desired, ready, active, failed, away } = counts;
     let waiting = counts.waiting();
@@ -160,33 +168,33 @@ fn is_there(preload: &Preload, handed: &HandedOut) -> Said {
         } else {
             format!("{ready} of {desired} nodes hold it")
         };
-        return ("True", "Ready", message);
+        return state("True", "Ready", message);
     }
     if let Some(Problem { reason, message, .. }) = &handed.problem {
-        return ("False", reason, message.clone());
+        return state("False", reason, message.clone());
     }
     if handed.current.is_none() {
-        return ("False", "Resolving", "the registry is being asked".to_owned());
+        return state("False", "Resolving", "the registry is being asked".to_owned());
     }
     if desired == 0 {
         let message = "no node with the driver is selected: look at spec.selector, spec.platforms and kubectl get nodeartifacts";
-        return ("False", "NoNodes", message.to_owned());
+        return state("False", "NoNodes", message.to_owned());
     }
     let message = format!(
         "{ready} of {desired} nodes hold it, {active} fetch it, {waiting} wait, {failed} failed"
     );
     match (preload.spec.paused, active + waiting) {
-        (true, _) if waiting > 0 => ("False", "Paused", message),
-        (_, 0) => ("False", failed_reason(handed), message),
-        _ => ("False", "Preloading", message),
+        (true, _) if waiting > 0 => state("False", "Paused", message),
+        (_, 0) => state("False", failed_reason(handed), message),
+        _ => state("False", "Preloading", message),
     }
 }
 
 /// Whether nothing but a change will help: then tools that wait need not wait on.
-fn stalled(handed: &HandedOut, done: bool) -> Said {
+fn stalled(handed: &HandedOut, done: bool) -> ConditionState {
     match &handed.problem {
         Some(Problem { transient: false, reason, message }) if !handed.reached => {
-            ("True", reason, message.clone())
+            state("True", reason, message.clone())
         }
         None if done && !handed.reached => {
             let message = match handed.failed.first() {
@@ -196,13 +204,13 @@ fn stalled(handed: &HandedOut, done: bool) -> Said {
                 ),
                 None => String::new(),
             };
-            (
+            state(
                 "True",
                 failed_reason(handed),
                 message[..message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned(),
             )
         }
-        _ => ("False", "Progressing", String::new()),
+        _ => state("False", "Progressing", String::new()),
     }
 }
 
@@ -223,7 +231,8 @@ struct Conditions<'a> {
 }
 
 impl Conditions<'_> {
-    fn add(&mut self, kind: &str, (status, reason, message): Said) {
+    fn add(&mut self, kind: &str, state: ConditionState) {
+        let ConditionState { status, reason, message } = state;
         let before = self.before.iter().find(|condition| condition.type_ == kind);
         let unchanged = before.filter(|before| before.status == status);
         let since = unchanged.map(|before| before.last_transition_time.clone());
