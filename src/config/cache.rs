@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::GoDuration;
-use super::quantity::Quantity;
+use super::{GoDuration, Quantity};
 use store::CacheOptions;
 
 /// Intervals in which content can be read back.

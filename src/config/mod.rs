@@ -7,7 +7,6 @@ mod cache;
 mod memory;
 pub mod policy;
 mod pull;
-mod quantity;
 mod registries;
 mod selinux;
 mod volumes;
@@ -20,13 +19,13 @@ use serde::Deserialize;
 pub use cache::CacheSection;
 pub use policy::PolicySection;
 pub use pull::PullSection;
-pub use quantity::Quantity;
 pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
 pub use text::duration::GoDuration;
+pub use text::quantity::Quantity;
 pub use volumes::VolumesSection;
-pub use warm::WarmSection;
 
+use crate::warming::WarmList;
 use sys::reload::FileVersions;
 use text::printable::printable;
 use unpack::Limits;
@@ -63,7 +62,7 @@ pub struct NodeConfiguration {
     pub limits: Limits,
     /// What is kept on the node before anybody asks.
     #[serde(default)]
-    pub warm: WarmSection,
+    pub warm: WarmList,
     /// How volumes are mounted.
     #[serde(default)]
     pub volumes: VolumesSection,

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::bring::{Brought, bring, look};
+use super::options::WarmList;
 use super::schedule::{next_look, retry, share_of_spread};
 use super::states::WarmStates;
 use crate::volume::Content;
@@ -31,31 +32,6 @@ pub const OWNER: &str = "config";
 const LOOK: Duration = Duration::from_secs(2);
 /// References that are fetched at once; the node's own limits hold besides.
 const AT_ONCE: usize = 2;
-
-/// What the configuration says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WarmList {
-    /// What is kept present and pinned.
-    pub references: Vec<Reference>,
-    /// Over how long nodes begin.
-    pub spread: Duration,
-    /// How often a registry is asked what a tag means.
-    pub interval: Duration,
-    /// Whether pods with `IfNotPresent` get what a tag means by then.
-    pub follow_tag: bool,
-}
-
-impl Default for WarmList {
-    fn default() -> Self {
-        Self {
-            references: Vec::new(),
-            // A thousand nodes, each with a gigabyte, are 30 Gbit/s for that long.
-            spread: Duration::from_mins(5),
-            interval: Duration::from_hours(1),
-            follow_tag: false,
-        }
-    }
-}
 
 /// Keeps the list.
 pub struct WarmKeeper {

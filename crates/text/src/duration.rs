@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::printable::excerpt;
 
@@ -54,6 +54,11 @@ impl TryFrom<String> for GoDuration {
         }
         Ok(Self(total))
     }
+}
+
+/// Deserializes a duration as Go writes it, for `deserialize_with`.
+pub fn go_duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    Ok(GoDuration::deserialize(from)?.0)
 }
 
 #[cfg(test)]

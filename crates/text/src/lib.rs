@@ -2,4 +2,5 @@
 
 pub mod duration;
 pub mod printable;
+pub mod quantity;
 pub mod units;

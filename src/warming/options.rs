@@ -1,0 +1,79 @@
+//! The `warm` section of the configuration: what is kept on the node before a pod asks.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use oci::Reference;
+use text::duration::go_duration;
+
+/// References of one list: more than a node holds artifacts.
+const MAXIMUM_REFERENCES: usize = 1000;
+
+/// The `warm` section.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct WarmList {
+    /// What is kept present and pinned.
+    #[serde(deserialize_with = "references")]
+    pub references: Vec<Reference>,
+    /// Over how long nodes begin: each waits a part of it that its name decides.
+    #[serde(deserialize_with = "go_duration")]
+    pub spread: Duration,
+    /// How often a registry is asked what a tag means.
+    #[serde(deserialize_with = "go_duration")]
+    pub interval: Duration,
+    /// Whether pods with `IfNotPresent` get what a tag means by then.
+    pub follow_tag: bool,
+}
+
+impl Default for WarmList {
+    fn default() -> Self {
+        Self {
+            references: Vec::new(),
+            // A thousand nodes, each with a gigabyte, are 30 Gbit/s for that long.
+            spread: Duration::from_mins(5),
+            interval: Duration::from_hours(1),
+            follow_tag: false,
+        }
+    }
+}
+
+impl WarmList {
+    /// Checks what is true of the list as a whole.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.references.len() > MAXIMUM_REFERENCES {
+            return Err(format!("warm.references: there are more than {MAXIMUM_REFERENCES}"));
+        }
+        let mut names = BTreeSet::new();
+        for reference in &self.references {
+            if !names.insert(reference.to_string()) {
+                return Err(format!("warm.references: {reference} is there twice"));
+            }
+        }
+        if self.interval < Duration::from_secs(1) {
+            return Err("warm.interval must be at least 1s".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// A reference of the list, so that an error has its line.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct Listed(Reference);
+
+impl TryFrom<String> for Listed {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let parsed = text.parse::<Reference>();
+        parsed.map(Self).map_err(|error| format!("warm.references: {error}"))
+    }
+}
+
+fn references<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Reference>, D::Error> {
+    let listed = Vec::<Listed>::deserialize(from)?;
+    Ok(listed.into_iter().map(|Listed(reference)| reference).collect())
+}
