@@ -1,7 +1,6 @@
 //! The `registries` section. Read at start; the files that it names are read
 //! again when they change.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::GoDuration;
-use oci::credentials::providers::{AccountAnnotations, ProviderFiles};
+use oci::credentials::providers::{ProviderFiles, ServiceAccountAnnotations};
 use oci::registry::{AddressRules, Loopback, RegistryOptions};
 use pull::{CredentialsVerification, Verification};
 
@@ -18,18 +17,6 @@ const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
 
 /// The kubelet's.
 const DEFAULT_PLUGIN_TIMEOUT: Duration = Duration::from_mins(1);
-
-/// Annotations of service accounts, for plugins that want them.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct ServiceAccountAnnotations {
-    /// The namespace.
-    pub namespace: String,
-    /// The service account; all of the namespace without.
-    pub service_account: Option<String>,
-    /// The annotations.
-    pub annotations: BTreeMap<String, String>,
-}
 
 /// The `registries` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -142,18 +129,11 @@ impl RegistriesSection {
     #[must_use]
     pub fn provider_files(&self) -> ProviderFiles {
         let config = self.credential_provider_config.clone();
-        let annotations = self.service_account_annotations.iter().cloned();
         ProviderFiles {
             docker_config: self.docker_config.clone(),
             plugins: config.zip(self.credential_provider_bin_dir.clone()),
             timeout: self.credential_provider_timeout.0,
-            annotations: annotations
-                .map(|of| AccountAnnotations {
-                    namespace: of.namespace,
-                    service_account: of.service_account,
-                    annotations: of.annotations,
-                })
-                .collect(),
+            annotations: self.service_account_annotations.clone(),
         }
     }
 

@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -48,12 +49,13 @@ pub struct ProviderFiles {
     /// How long a plugin may take.
     pub timeout: Duration,
     /// What plugins would read from `ServiceAccount` objects.
-    pub annotations: Vec<AccountAnnotations>,
+    pub annotations: Vec<ServiceAccountAnnotations>,
 }
 
 /// Annotations of service accounts, which only the Kubernetes API could give otherwise.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AccountAnnotations {
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceAccountAnnotations {
     /// The namespace.
     pub namespace: String,
     /// The service account; none means all of the namespace.
