@@ -13,12 +13,12 @@ use tokio_util::sync::CancellationToken;
 use super::pins::Pins;
 use super::{JobKey, NodeKey};
 use crate::volume::Content;
-use crate::warming::want;
+use crate::warming::{DemandsError, demands, want};
 use oci::credentials::Keyring;
 use oci::manifest::ManifestError;
 use oci::registry::RegistryError;
 use oci::{Digest, Platform, Reference};
-use policy::{PolicyDemands, PolicyRequest};
+use policy::PolicyDemands;
 use preload::api::{Phase, WantedArtifact};
 use preload::seal::Place;
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
@@ -312,28 +312,14 @@ impl Running {
         }
     }
 
-    /// What the node's policy demands, or why it does not let the preload's namespace have it.
+    /// Returns what the node's policy demands, or why it does not let the preload's namespace have it.
     async fn demands(&self, reference: &Reference) -> Result<PolicyDemands, Failure> {
-        let (source, reference) = (self.begin.content.policy.clone(), reference.clone());
-        let namespace = self.wanted.preload.split('/').next().unwrap_or_default().to_owned();
-        let decide = move || {
-            let policy = source.current()?;
-            let facts = PolicyRequest {
-                reference: &reference,
-                namespace: Some(&namespace),
-                require_signature: false,
-            };
-            Ok(policy.decide(facts))
-        };
-        let decided: Result<_, String> = match tokio::task::spawn_blocking(decide).await {
-            Ok(decided) => decided,
-            Err(error) => Err(error.to_string()),
-        };
-        match decided {
-            Ok(Ok(demands)) => Ok(demands),
-            Ok(Err(refusal)) => Err(Failure::new("PolicyDenied", &refusal)),
-            Err(error) => Err(Failure::new("PolicyUnreadable", &error)),
-        }
+        let namespace = self.wanted.preload.split('/').next();
+        let decided = demands(&self.begin.content, reference, namespace).await;
+        decided.map_err(|error| match error {
+            DemandsError::Refused(refusal) => Failure::new("PolicyDenied", &refusal),
+            DemandsError::Unreadable(reason) => Failure::new("PolicyUnreadable", &reason),
+        })
     }
 
     fn tell(&self, phase: Phase, reason: &'static str, message: String) {

@@ -23,4 +23,4 @@ pub use list::{OWNER, WarmKeeper};
 pub use options::WarmList;
 pub use schedule::share_of_spread;
 pub use states::{Phase, WarmState, WarmStates};
-pub use want::{want, with_demands};
+pub use want::{DemandsError, demands, want, with_demands};
