@@ -14,8 +14,6 @@
 //! corp.example:5000     one port only, as are 10.1.2.3:5000 and [fd00::1]:5000
 //! *                     everything
 //! ```
-//!
-//! Names are compared as text, also with addresses: `2.3` excepts `10.1.2.3`.
 
 use std::net::IpAddr;
 
@@ -92,7 +90,7 @@ impl Exception {
         if entry == "*" {
             return Some(Self::All);
         }
-        if let Ok(network) = entry.parse() {
+        if let Some(network) = network(&entry) {
             return Some(Self::Network(network));
         }
         let (host, port) = split_port(&entry);
@@ -121,10 +119,10 @@ impl Exception {
                 address == Some(*excepted) && is_port(port)
             }
             Self::Domain { suffix, includes_itself, port } => {
-                // Go compares an IPv6 address without its brackets.
-                let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+                let host = url.host_str().unwrap_or_default();
                 let is_itself = *includes_itself && host == &suffix[1..];
-                (is_itself || host.ends_with(suffix.as_str())) && is_port(port)
+                let is_within = is_itself || host.ends_with(suffix.as_str());
+                address.is_none() && is_within && is_port(port)
             }
         }
     }
@@ -152,6 +150,18 @@ fn exceptions(list: &str) -> Vec<Exception> {
     list.split(',').filter_map(Exception::parse).collect()
 }
 
+/// Reads `address/length` as Go does: no number of IPv4 starts with a zero, and a network of mapped
+/// addresses is one of IPv4.
+fn network(entry: &str) -> Option<IpNet> {
+    let (address, length) = entry.split_once('/')?;
+    let (address, length): (IpAddr, u8) = (address.parse().ok()?, length.parse().ok()?);
+    let is_mapped = address.is_ipv6() && address.to_canonical().is_ipv4();
+    match length.checked_sub(96) {
+        Some(length) if is_mapped => IpNet::new(address.to_canonical(), length).ok(),
+        _ => IpNet::new(address, length).ok(),
+    }
+}
+
 /// Splits `host:port` and `[address]:port`; anything else is a host without a port.
 fn split_port(entry: &str) -> (&str, &str) {
     if let Some((address, port)) = entry.strip_prefix('[').and_then(|rest| rest.split_once("]:")) {
@@ -165,7 +175,8 @@ fn split_port(entry: &str) -> (&str, &str) {
 
 /// A name as it stands in addresses: in punycode.
 fn to_ascii(name: &str) -> String {
-    let parsed = (!name.is_ascii()).then(|| Url::parse(&format!("http://{name}/")).ok()).flatten();
+    let is_name = !name.is_ascii() && !name.contains(['/', '?', '#', '@', ':', '\\']);
+    let parsed = is_name.then(|| Url::parse(&format!("http://{name}/")).ok()).flatten();
     let host = parsed.as_ref().and_then(Url::host_str);
     host.unwrap_or(name).to_owned()
 }
@@ -227,9 +238,12 @@ mod tests {
             ("[fd00::1]", "https://[fd00::1]/", false),
             ("fd00::/8", "https://[fd12::1]/", true),
             ("10.1.2.3", "https://[::ffff:10.1.2.3]/", true),
-            ("1.2.3", "https://10.1.2.3/", true),
-            (".2.3", "https://10.1.2.3/", true),
-            ("0.1.2.3", "https://10.1.2.3/", false),
+            ("1.2.3", "https://10.1.2.3/", false),
+            (".2.3", "https://10.1.2.3/", false),
+            ("10.1.2.03/8", "https://10.1.2.3/", false),
+            ("::ffff:10.0.0.0/104", "https://10.1.2.3/", true),
+            ("::ffff:10.0.0.0/0", "https://[fd00::1]/", true),
+            ("bücher.example/24", "https://bücher.example/", false),
             ("*", "https://anything/", true),
             ("a,*", "https://10.1.2.3/", true),
             ("bücher.example", "https://r.bücher.example/", true),
