@@ -392,11 +392,15 @@ impl Inner {
             }
         }
         drop(under_way);
-        // The tree will be compared with its manifest, which may have been removed during a long pull. It is fetched
-        // before the tree is built, since another flight may wait for the lock under which that is done.
-        let kept = self.keep_manifest(manifest, sponsors).await;
-        let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
-        let built = self.build_in_turn(order, TreeSources::new(objects), progress).await;
+        // Verification compares a tree with its manifest, which may have been removed during a long pull. It is fetched
+        // again before the lock is taken under which the tree is built: other flights wait for that lock.
+        let built = match self.keep_manifest(manifest, sponsors).await {
+            Ok(_) => {
+                let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
+                self.build_in_turn(order, TreeSources::new(objects), progress).await
+            }
+            Err(error) => Err(error),
+        };
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
         let mut named = Ok(());
@@ -411,10 +415,9 @@ impl Inner {
         blocking(move || {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
-            kept?;
             let (built, building) = built?;
             if inner.store.blob_size(manifest)?.is_none() {
-                return Err(damaged_again(manifest));
+                return Err(removed_while_in_use(manifest));
             }
             let tree = match built {
                 BuildOutcome::New(new) => {
@@ -571,7 +574,7 @@ impl Inner {
                 Err(again) => read = again,
             }
         }
-        Err(damaged_again(manifest))
+        Err(removed_while_in_use(manifest))
     }
 
     /// Makes sure that the store keeps a manifest for at least 24 hours, and fetches it if it is not
@@ -771,8 +774,8 @@ fn amount(object: &Object, ready: Option<&ReadyLayer>) -> (u64, u64) {
     }
 }
 
-fn damaged_again(manifest: Digest) -> PullError {
-    let what = "it has become damaged again right after it was fetched".to_owned();
+fn removed_while_in_use(manifest: Digest) -> PullError {
+    let what = "it was removed as damaged while a pull used it; the next try fetches it".to_owned();
     let path = format!("blobs/{}", manifest.hex()).into();
     StoreError::Damaged { path, what }.into()
 }

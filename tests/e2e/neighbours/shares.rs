@@ -11,7 +11,8 @@ use tonic::{Code, Status};
 use super::{HonestPods, all_go_on, hostile_volume, publish_each, volume_of};
 use crate::support::hostile::{put_trickling, trickle};
 use crate::support::{
-    Answer, AnswerBody, FakeRegistry, Layer, Manifest, Node, Request, digest, noise, wait_until,
+    Answer, AnswerBody, FakeRegistry, Gate, Layer, Manifest, Node, OCI_MANIFEST, Request, digest,
+    noise, wait_until,
 };
 
 /// Where the requested range of a blob starts.
@@ -192,6 +193,58 @@ fn garbage_before_a_stall_is_no_failure_of_the_source_that_goes_on() {
     // Not all of the bytes that were wrong together were this one's.
     let code = of_garbage.err().map(|status| status.code());
     assert_ne!(code, Some(Code::Internal));
+}
+
+#[test]
+fn a_registry_that_is_asked_again_for_a_manifest_keeps_no_other_from_the_same_tree() {
+    let node = Node::start();
+    let [hostile, honest] = [FakeRegistry::new(), FakeRegistry::new()];
+    let layer = Layer::titled("file", "content");
+    let manifest = Manifest::artifact([layer.clone()]);
+    let pushed = [&hostile, &honest].map(|registry| manifest.push(registry, "hostile", "v1"));
+    let (_, hex) = pushed[0].split_once(':').expect("a digest");
+    let document = node.driver.state().join("blobs").join(hex);
+    let (blob, again) = (Gate::new(), Gate::new());
+    let is_removed = Arc::new(AtomicBool::new(false));
+    hostile.script({
+        let (blob, again, is_removed) = (blob.clone(), again.clone(), is_removed.clone());
+        let bytes = Bytes::from(layer.bytes.clone());
+        move |request| {
+            if request.path.contains("/blobs/") && request.method == "GET" {
+                return Some(Answer::body(AnswerBody::Gated {
+                    bytes: bytes.clone(),
+                    gate: blob.clone(),
+                }));
+            }
+            let is_again = request.path.contains("/manifests/sha256:") && request.method == "GET";
+            (is_again && is_removed.load(Ordering::SeqCst)).then(|| {
+                let bytes = Bytes::from(manifest.json().to_string());
+                Answer::body(AnswerBody::Gated { bytes, gate: again.clone() })
+                    .with_header("content-type", OCI_MANIFEST)
+            })
+        }
+    });
+    std::thread::scope(|scope| {
+        let volume = hostile_volume(&node, &hostile.reference("v1"));
+        let publishing = scope.spawn({
+            let (node, volume) = (&node, volume.clone());
+            move || node.kubelet.publish_well(&volume)
+        });
+        wait_until("half of the blob", || blob.waiting() > 0);
+        // As the removal of a damaged manifest does it.
+        std::fs::remove_file(&document).expect("the manifest");
+        is_removed.store(true, Ordering::SeqCst);
+        blob.open();
+        wait_until("a second request for the manifest", || again.waiting() > 0);
+        let (mounted, _) = node.mount(&honest.reference("v1"));
+        assert_eq!(mounted.text("file"), "content");
+        again.open();
+        publishing.join().expect("published");
+        assert_eq!(volume.text("file"), "content");
+        for volume in [&volume, &mounted] {
+            node.kubelet.unpublish(volume);
+        }
+    });
 }
 
 #[test]
