@@ -20,6 +20,8 @@ const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// Objects of one page of a list: what kubectl asks for.
 const PAGE: usize = 500;
+/// The maximum size of one answer in bytes. A page of pods takes a few MiB; their authors decide how many.
+const MAXIMUM_ANSWER: usize = 64 << 20;
 
 /// Why the API did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -163,12 +165,13 @@ impl KubernetesClient {
         let request = request.body(body).map_err(|error| unreachable(error.to_string()))?;
         let answered = async {
             let answer = self.kube.send(request).await?;
-            Ok((answer.status(), answer.into_body().collect_bytes().await?))
+            let (status, body) = (answer.status(), axum::body::Body::new(answer.into_body()));
+            Ok::<_, BoxError>((status, axum::body::to_bytes(body, MAXIMUM_ANSWER).await?))
         };
         let answered = tokio::time::timeout(TIMEOUT, answered).await;
         let (status, body) = answered
             .map_err(|_| unreachable("operation timed out".to_owned()))?
-            .map_err(|error: kube::Error| unreachable(root_cause(&error)))?;
+            .map_err(|error| unreachable(root_cause(error.as_ref())))?;
         if !status.is_success() {
             return Err(KubernetesError::Refused { method, path: path.to_owned(), status });
         }
@@ -186,10 +189,31 @@ fn escaped(text: &str) -> String {
     text.bytes().map(escape).collect()
 }
 
-fn root_cause(error: &kube::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;
     }
     cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_beyond_the_bound_is_not_read_into_memory() {
+        let answer = |bytes: usize| {
+            let service = tower::service_fn(move |_: Request<Body>| async move {
+                let text = format!("\"{}\"", "x".repeat(bytes - 2));
+                Ok::<_, BoxError>(http::Response::new(Body::from(text.into_bytes())))
+            });
+            let server = "https://server".to_owned();
+            let client = KubernetesClient { kube: kube::Client::new(service, "team"), server };
+            async move { client.get("/api/v1/pods").await }
+        };
+        assert!(answer(MAXIMUM_ANSWER).await.is_ok());
+        let error = answer(MAXIMUM_ANSWER + 1).await.expect_err("too long").to_string();
+        assert!(error.contains("length limit exceeded"), "{error}");
+    }
 }
