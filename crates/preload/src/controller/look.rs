@@ -358,18 +358,25 @@ struct Secrets {
 /// Returns the platforms that can be asked for, each with the manifest that it gets, and the manifest
 /// that every other platform gets: the only one without a platform.
 fn entries(index: &ImageIndex) -> (BTreeMap<String, Digest>, Option<Digest>) {
-    let named = index.manifests.iter().filter_map(|entry| entry.platform.as_ref());
-    let mut entries = BTreeMap::new();
-    for platform in named.filter(|platform| platform.os != "unknown") {
+    let mut platforms = BTreeMap::new();
+    for platform in index.manifests.iter().filter_map(|entry| entry.platform.as_ref()) {
         let text = platform.to_string();
-        let can_be_told = text.len() <= MAXIMUM_PLATFORM && text.parse::<Platform>().is_ok();
-        if !can_be_told || entries.contains_key(&text) || entries.len() == MAXIMUM_PLATFORMS {
-            continue;
+        if platform.os != "unknown"
+            && text.len() <= MAXIMUM_PLATFORM
+            && text.parse::<Platform>().is_ok()
+        {
+            platforms.entry(text).or_insert(platform);
         }
-        if let Ok(entry) = index.choose_for_any_node(platform) {
-            entries.insert(text, entry.digest);
+        // Each choice looks at the whole index.
+        if platforms.len() == MAXIMUM_PLATFORMS {
+            break;
         }
     }
+    let chosen = platforms.into_iter().filter_map(|(text, platform)| {
+        let entry = index.choose_for_any_node(platform).ok()?;
+        Some((text, entry.digest))
+    });
+    let entries = chosen.collect();
     let mut unnamed = index.manifests.iter().filter(|entry| entry.platform.is_none());
     let is_for_any = match (unnamed.next(), unnamed.next()) {
         (Some(entry), None) => Some(entry.digest),
