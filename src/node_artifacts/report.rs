@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use oci::{Platform, Reference};
 use preload::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
 use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase};
+use text::printable::truncated;
 
 /// The whole status.
 pub(super) fn status<'a>(
@@ -46,7 +47,7 @@ fn artifact(job: &Job) -> HeldArtifact {
         message: if is_over {
             String::new()
         } else {
-            message[..message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned()
+            truncated(message, MAXIMUM_MESSAGE).to_owned()
         },
     }
 }

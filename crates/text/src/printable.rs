@@ -56,6 +56,12 @@ pub fn shorten(text: &str, maximum_bytes: usize) -> String {
     kept
 }
 
+/// Returns the start of a text within so many bytes, cut between two characters.
+#[must_use]
+pub fn truncated(text: &str, maximum_bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(maximum_bytes)]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

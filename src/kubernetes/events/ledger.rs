@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::time::Duration;
+use text::printable::truncated;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -140,7 +141,7 @@ impl Entry {
 /// As the kubelet names its Events: the pod's name and a time, within the 253 characters of a name.
 fn name(pod: &str, clock: Timestamp) -> String {
     let time = format!("{:x}", clock.as_nanosecond());
-    let pod = &pod[..pod.floor_char_boundary(252 - time.len())];
+    let pod = truncated(pod, 252 - time.len());
     format!("{}.{time}", pod.trim_end_matches(['.', '-']))
 }
 

@@ -5,6 +5,7 @@
 //! nobody here speaks. Whatever cannot be read is left out, never an error.
 
 use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
+use text::printable::truncated;
 
 /// More than any registry sends; the rest is not read.
 const MAXIMUM_HEADER_BYTES: usize = 16 * 1024;
@@ -73,7 +74,7 @@ fn known(mut raw: Raw) -> Option<Challenge> {
 /// challenge before it, any other word starts a challenge.
 pub(super) fn parse(header: &str) -> Vec<Raw> {
     let mut challenges: Vec<Raw> = Vec::new();
-    let mut cursor = Cursor { rest: &header[..header.floor_char_boundary(MAXIMUM_HEADER_BYTES)] };
+    let mut cursor = Cursor { rest: truncated(header, MAXIMUM_HEADER_BYTES) };
     while !cursor.rest.is_empty() {
         let word = cursor.word();
         if word.is_empty() {

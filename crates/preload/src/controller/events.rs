@@ -1,6 +1,7 @@
 //! Events on preloads: each turn of one, once, whatever the number of nodes.
 
 use std::time::Duration;
+use text::printable::truncated;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
@@ -84,7 +85,7 @@ fn event(preload: &ArtifactPreload, turn: Turn, now: Timestamp) -> Event {
     let text = |text: &str| Some(text.to_owned());
     let name = preload.metadata.name.clone().unwrap_or_default();
     let time = format!("{:x}", now.as_nanosecond());
-    let short = &name[..name.floor_char_boundary(252 - time.len())];
+    let short = truncated(&name, 252 - time.len());
     let kind = if matches!(turn.reason, "Resolved" | "Ready") { "Normal" } else { "Warning" };
     let mut message = turn.message;
     message.truncate(message.floor_char_boundary(MAXIMUM_MESSAGE));

@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use text::printable::truncated;
 
 use super::facts::{Known, Origin, Preload, Seconds, Unavailable};
 use super::handout::{Counts, HandedOut, Problem};
@@ -53,8 +54,8 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     let unavailable = known.and_then(|known| known.origin.unavailable);
     let failed_nodes = handed.failed.iter().map(|failed| FailedNode {
         node: failed.node.to_string(),
-        reason: failed.reason[..failed.reason.floor_char_boundary(64)].to_owned(),
-        message: failed.message[..failed.message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned(),
+        reason: truncated(&failed.reason, 64).to_owned(),
+        message: truncated(&failed.message, MAXIMUM_MESSAGE).to_owned(),
     });
     let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
     conditions.add("Resolved", resolved(handed));
@@ -127,7 +128,7 @@ fn earlier_answer(handed: &HandedOut) -> Option<String> {
     Some(format!("; the registry has not answered since {since}, this is its answer of {then}"))
 }
 
-/// What a condition says.
+/// The status, reason and message of a condition.
 struct ConditionState {
     status: &'static str,
     reason: &'static str,
@@ -204,11 +205,7 @@ fn stalled(handed: &HandedOut, done: bool) -> ConditionState {
                 ),
                 None => String::new(),
             };
-            state(
-                "True",
-                failed_reason(handed),
-                message[..message.floor_char_boundary(MAXIMUM_MESSAGE)].to_owned(),
-            )
+            state("True", failed_reason(handed), truncated(&message, MAXIMUM_MESSAGE).to_owned())
         }
         _ => state("False", "Progressing", String::new()),
     }
