@@ -65,7 +65,7 @@ pub fn fleet() {
     }
 }
 
-/// The nodes and preloads that the caller chose.
+/// Returns the numbers of nodes and preloads from `BENCH_FLEET`.
 fn size() -> Option<(usize, usize)> {
     let size = std::env::var("BENCH_FLEET").ok()?;
     let (nodes, preloads) = size.split_once(',').expect("nodes,preloads");
@@ -211,7 +211,7 @@ impl Drop for Controller {
     }
 }
 
-/// Bytes that the process of a folder of /proc had at most.
+/// Returns the peak memory in bytes of the process of a directory below `/proc`.
 fn most_memory(process: &Path) -> u64 {
     let status = fs::read_to_string(process.join("status")).expect("what the kernel says of it");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

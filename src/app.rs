@@ -353,7 +353,7 @@ impl NodePlugin {
             // Told to stop, the servers end as well: that is no failure.
             biased;
             () = self.shutdown.cancelled() => Ok(()),
-            // A server that ends while nobody asked leaves a driver that looks alive and is not.
+            // Without one of its servers the process would run and serve no pod.
             Some(ended) = self.servers.join_next() => Err(ended
                 .unwrap_or_else(|error| AppError::Server("CSI", error.to_string()))),
         }

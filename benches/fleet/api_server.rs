@@ -1,8 +1,8 @@
-//! The controller against a real API server, which `make bench-fleet` starts, and nodes that do what they are told, each
-//! with a watch of its own.
+//! The controller against a real API server, which `make bench-fleet` starts, and simulated nodes that report every wanted
+//! artifact as ready, each with a watch of its own.
 //!
-//! 1,000 nodes and 50 preloads, or `BENCH_FLEET=nodes,preloads`, at the pace that the chart ships. What is counted is
-//! what the API server's own metrics say, from the first preload until all are Ready.
+//! 1,000 nodes and 50 preloads, or `BENCH_FLEET=nodes,preloads`, at the rate of writes that the chart sets. The figures
+//! come from the API server's own metrics, from the first preload until all are Ready.
 
 use std::{fs, path::PathBuf, time::Instant};
 
@@ -77,7 +77,7 @@ pub fn fleet() {
     runtime.shutdown_background();
 }
 
-/// Definitions, a namespace, and nodes that no kubelet stands behind.
+/// Creates the definitions, the namespaces, and nodes without a kubelet.
 async fn prepare(client: &Client, nodes: usize) {
     let apply = PatchParams::apply("bench").force();
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
@@ -133,7 +133,7 @@ async fn create_preloads(client: &Client, preloads: usize, registry: &str) {
     }
 }
 
-/// All node plugins: each says that it has what it is to have.
+/// Starts the simulated node plugins.
 async fn start_nodes(nodes: usize) {
     let mut client = None;
     for index in 0..nodes {
@@ -178,7 +178,7 @@ async fn run_node(api: Api<NodeArtifacts>, name: String) {
     }
 }
 
-/// What the API server counts of the two kinds of objects.
+/// Counters of the API server for `ArtifactPreload` and `NodeArtifacts` objects.
 struct Metrics {
     requests: f64,
     /// Bytes of requests' bodies.
@@ -210,7 +210,7 @@ impl Metrics {
     }
 }
 
-/// Bytes that the program of this name had at most.
+/// Returns the peak memory of the program of this name in bytes.
 fn memory(program: &str) -> u64 {
     for entry in fs::read_dir("/proc").expect("processes").flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The `warm` section of the configuration: what is kept on the node before a pod asks.
+//! The `warm` section of the configuration: references that stay on the node, whether a pod uses them or not.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,23 +8,23 @@ use serde::{Deserialize, Deserializer};
 use oci::Reference;
 use text::duration::go_duration;
 
-/// References of one list: more than a node holds artifacts.
+/// The maximum number of references, more than a node holds artifacts.
 const MAXIMUM_REFERENCES: usize = 1000;
 
 /// The `warm` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct WarmList {
-    /// What is kept present and pinned.
+    /// References that stay present and pinned on the node.
     #[serde(deserialize_with = "references")]
     pub references: Vec<Reference>,
-    /// Over how long nodes begin: each waits a part of it that its name decides.
+    /// The time over which nodes start to fetch: each waits for a part of it that its name decides.
     #[serde(deserialize_with = "go_duration")]
     pub spread: Duration,
-    /// How often a registry is asked what a tag means.
+    /// The time between two requests for the digest of a tag.
     #[serde(deserialize_with = "go_duration")]
     pub interval: Duration,
-    /// Whether pods with `IfNotPresent` get what a tag means by then.
+    /// Serve pods with `IfNotPresent` the digest that the tag had at the last request.
     pub follow_tag: bool,
 }
 
@@ -41,7 +41,7 @@ impl Default for WarmList {
 }
 
 impl WarmList {
-    /// Checks what is true of the list as a whole.
+    /// Checks the number of references, duplicates and the interval.
     pub(crate) fn check(&self) -> Result<(), String> {
         if self.references.len() > MAXIMUM_REFERENCES {
             return Err(format!("warm.references: there are more than {MAXIMUM_REFERENCES}"));
@@ -59,7 +59,7 @@ impl WarmList {
     }
 }
 
-/// A reference of the list, so that an error has its line.
+/// A reference of the list, parsed one by one so that an error names its line.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct Listed(Reference);

@@ -399,7 +399,7 @@ fn a_node_is_purged_once_no_pod_and_no_driver_needs_its_content() {
     namespace.delete_pod("reader");
     let refused = purge("Failed");
     assert!(refused.contains("the driver runs on this node"), "{refused}");
-    // What the chart's affinity leaves out.
+    // The chart's affinity excludes nodes with this label.
     kubectl(&["label", "node", "node-2", "type=virtual-kubelet"]);
     let without = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let on_node_2 = [

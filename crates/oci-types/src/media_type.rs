@@ -19,7 +19,7 @@ pub const MANIFESTS: [&str; 5] =
 pub const OCI_IMAGE_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 /// The configuration of a runnable Docker image.
 pub const DOCKER_IMAGE_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-/// The placeholder of artifacts that have no configuration.
+/// The empty JSON object that artifacts without a configuration point to.
 pub const OCI_EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
 /// The media types of images' layers, without the suffix of their compression.

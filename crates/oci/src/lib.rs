@@ -1,6 +1,6 @@
 //! Credentials, signatures and the client of OCI registries, with the types of the specifications.
 //!
-//! What a secret or a registry says is parsed at this edge; no type holds a malformed value.
+//! Secrets and answers of registries are parsed here, so that no type holds a malformed value.
 
 pub mod credentials;
 pub mod registry;

@@ -72,7 +72,7 @@ struct Story {
     blobs: Option<std::sync::Arc<Gate>>,
     cluster: Cluster,
     object: Value,
-    /// What is composed, by name; the `ArtifactPreload` is with the API server.
+    /// Composed objects by name, without the `ArtifactPreload`, which the API server holds.
     observed: Composed,
     conditions: Value,
     pods: Vec<MountedPod>,

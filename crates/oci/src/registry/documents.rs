@@ -20,7 +20,7 @@ const SMALL_POOL: PoolBytes = PoolBytes { all: 8 << 20, of_host: 1 << 20 };
 /// manifests of the largest beside it.
 const LARGE_POOL: PoolBytes = PoolBytes { all: 24 << 20, of_host: 16 << 20 };
 
-/// How much a pool has.
+/// The capacity of a pool in bytes.
 #[derive(Clone, Copy)]
 struct PoolBytes {
     all: u32,
