@@ -57,8 +57,6 @@ struct Recorded {
     target: PathBuf,
     /// Whether the kubelet's file was beside the target at the publish.
     was_known_to_kubelet: bool,
-    /// Whether the folder above the target exists, or may: only one that is certainly gone counts.
-    has_folder: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,7 +81,7 @@ impl Volumes {
             // The mounts first: a record is written before its mount, so what is mounted in
             // between is not taken for a mount without one.
             let mounts = mounted(&kubelet)?;
-            let decisions = decide(&recorded(&look), &mounts);
+            let decisions = decide(&recorded(&look), &mounts, has_folder);
             for target in &decisions.drop {
                 look.remove_publication(target)?;
             }
@@ -180,14 +178,25 @@ fn is_gone(path: &Path) -> bool {
     path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
-fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
+/// Whether the folder above a target exists, or may: only one that is certainly gone counts.
+fn has_folder(target: &Path) -> bool {
+    target.parent().is_some_and(|folder| !is_gone(folder))
+}
+
+/// Compares records with mounts. Asks for the folder of a target only where nothing is mounted: on a node with
+/// thousands of volumes each question counts.
+fn decide(
+    records: &[Recorded],
+    mounts: &[Mounted],
+    has_folder: impl Fn(&Path) -> bool,
+) -> Decisions {
     let mut decisions = Decisions::default();
     let mounted: HashSet<_> = mounts.iter().map(|mount| &mount.target).collect();
     let recorded: HashMap<_, _> = records.iter().map(|record| (&record.target, record)).collect();
     for record in records {
         let is_mounted = mounted.contains(&record.target);
         // The kubelet removes the folder above the target with the volume, also after a reboot.
-        if is_mounted || record.has_folder {
+        if is_mounted || has_folder(&record.target) {
             decisions.keep += 1;
         } else {
             decisions.drop.push(record.target.clone());
@@ -210,11 +219,7 @@ fn decide(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
 fn recorded(store: &Store) -> Vec<Recorded> {
     let records = store.shown_targets().into_iter();
     records
-        .map(|(target, shown)| Recorded {
-            was_known_to_kubelet: shown.kubelet_knew,
-            has_folder: target.parent().is_some_and(|folder| !is_gone(folder)),
-            target,
-        })
+        .map(|(target, shown)| Recorded { was_known_to_kubelet: shown.kubelet_knew, target })
         .collect()
 }
 
@@ -289,33 +294,37 @@ mod tests {
         Mounted { target: target.into(), tree, is_kubelets, is_known_to_kubelet }
     }
 
-    fn record(target: &str, was_known_to_kubelet: bool, has_folder: bool) -> Recorded {
-        Recorded { target: target.into(), was_known_to_kubelet, has_folder }
+    fn record(target: &str, was_known_to_kubelet: bool) -> Recorded {
+        Recorded { target: target.into(), was_known_to_kubelet }
+    }
+
+    fn decide_with_folders(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
+        decide(records, mounts, |_| true)
     }
 
     #[test]
     fn records_without_mounts_stay_as_long_as_their_pod() {
-        let records = [record("/a", true, true), record("/b", true, false)];
-        let decisions = decide(&records, &[]);
+        let records = [record("/a", true), record("/b", true)];
+        let decisions = decide(&records, &[], |target| target == Path::new("/a"));
         assert_eq!((decisions.keep, decisions.drop), (1, vec!["/b".into()]));
     }
 
     #[test]
     fn what_the_kubelet_has_forgotten_is_unmounted() {
-        let known = [record(KUBELETS, true, true)];
+        let known = [record(KUBELETS, true)];
         let forgotten = [mount(KUBELETS, true, false)];
-        assert_eq!(decide(&known, &forgotten).unmount, [PathBuf::from(KUBELETS)]);
-        assert_eq!(decide(&[], &forgotten).unmount, [PathBuf::from(KUBELETS)]);
-        assert!(decide(&known, &[mount(KUBELETS, true, true)]).unmount.is_empty());
+        assert_eq!(decide_with_folders(&known, &forgotten).unmount, [PathBuf::from(KUBELETS)]);
+        assert_eq!(decide_with_folders(&[], &forgotten).unmount, [PathBuf::from(KUBELETS)]);
+        assert!(decide_with_folders(&known, &[mount(KUBELETS, true, true)]).unmount.is_empty());
         // Whoever published it has never written the kubelet's file.
-        let others = [record(KUBELETS, false, true)];
-        assert!(decide(&others, &forgotten).unmount.is_empty());
+        let others = [record(KUBELETS, false)];
+        assert!(decide_with_folders(&others, &forgotten).unmount.is_empty());
     }
 
     #[test]
     fn lost_records_are_rebuilt_and_strange_mounts_counted() {
         let (ours, strange) = (mount(KUBELETS, true, true), mount("/mnt/x", false, false));
-        let decisions = decide(&[], &[ours.clone(), strange]);
+        let decisions = decide_with_folders(&[], &[ours.clone(), strange]);
         assert_eq!((decisions.record, decisions.unknown), (vec![ours], 1));
         assert!(decisions.unmount.is_empty());
     }
