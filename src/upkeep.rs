@@ -1,8 +1,8 @@
-//! What the node does by itself, beside what it is asked: records and mounts are
-//! brought together, and room is kept free.
+//! Work that the node does by itself: it compares records with mounts, and keeps room free.
 //!
-//! Once before content is served, then after each pull and unpublish, and in any
-//! case every minute. It works on blocking threads and holds nothing that a
+//! Records and mounts are compared once before content is served, then every minute. Room is kept free after
+//! each pull and unpublish, and every minute. Both read the whole mount table, which an unmount waits for, so
+//! this work takes at most a twentieth of the time. It runs on blocking threads and holds nothing that a
 //! publish or an unpublish waits for longer than one rename.
 
 use std::path::PathBuf;
@@ -18,10 +18,12 @@ use crate::volume::{Content, Volumes};
 use store::gc::{Now, Want};
 use store::{Store, StoreError};
 
-/// In any case after so long.
+/// The time between two comparisons of records with mounts.
 const INTERVAL: Duration = Duration::from_mins(1);
-/// Many pulls and unpublishes in a row are looked after together.
+/// The minimum time from a pull or an unpublish to the collection that follows it, which serves all of them.
 const SETTLE: Duration = Duration::from_secs(1);
+/// The pause after a collection, as a multiple of the time that it took.
+const PAUSE: u32 = 19;
 /// Small records are swept rarely: they are small.
 const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
 
@@ -61,13 +63,19 @@ impl Upkeep {
     /// Goes on until `shutdown`.
     pub async fn run(self, wanted: Arc<Notify>, shutdown: CancellationToken) {
         let mut swept = Instant::now();
+        let mut compared = Instant::now();
+        let mut pause = SETTLE;
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = tokio::time::sleep(INTERVAL) => {}
-                () = wanted.notified() => tokio::time::sleep(SETTLE).await,
+                () = tokio::time::sleep_until(compared + INTERVAL) => {}
+                () = async { wanted.notified().await; tokio::time::sleep(pause).await } => {}
             }
-            self.reconcile().await;
+            let begun = Instant::now();
+            if compared.elapsed() >= INTERVAL {
+                self.reconcile().await;
+                compared = begun;
+            }
             let sweep = swept.elapsed() >= SWEEP_INTERVAL;
             if sweep {
                 swept = Instant::now();
@@ -79,6 +87,7 @@ impl Upkeep {
                 Ok(Err(error)) => tracing::warn!(%error, "room cannot be kept free"),
                 Err(error) => tracing::error!(%error, "keeping room free failed internally"),
             }
+            pause = SETTLE.max(begun.elapsed() * PAUSE);
         }
     }
 }
