@@ -1,9 +1,7 @@
-//! What the node does by itself, beside what it is asked: records and mounts are
-//! brought together, and room is kept free.
+//! Brings records and mounts together, and keeps disk space free, without a request.
 //!
-//! Once before content is served, then after each pull and unpublish, and in any
-//! case every minute. It works on blocking threads and holds nothing that a
-//! publish or an unpublish waits for longer than one rename.
+//! Runs once before content is served, then after each pull and unpublish, and at least every minute. It works on
+//! blocking threads. Publishes and unpublishes wait for it no longer than for one rename.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,27 +16,27 @@ use crate::volume::{Content, Volumes};
 use store::gc::{Now, Want};
 use store::{Store, StoreError};
 
-/// In any case after so long.
+/// The longest time between two runs.
 const INTERVAL: Duration = Duration::from_mins(1);
-/// Many pulls and unpublishes in a row are looked after together.
+/// The delay after a request, so that one run serves many pulls and unpublishes in a row.
 const SETTLE: Duration = Duration::from_secs(1);
-/// Small records are swept rarely: they are small.
+/// The interval between two sweeps of records. Rare, because records are small.
 const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
 
-/// Looks after one node's content.
+/// The task that maintains one node's content.
 pub struct Upkeep {
-    /// Takes away what the kubelet has forgotten.
+    /// Unmounts volumes that the kubelet has forgotten.
     pub volumes: Volumes,
-    /// What is looked after.
+    /// The content to maintain.
     pub content: Content,
-    /// Where the kubelet's volumes are.
+    /// The kubelet's root directory.
     pub kubelet_dir: PathBuf,
-    /// Counts what is done.
+    /// Counts the results.
     pub metrics: Arc<Metrics>,
 }
 
 impl Upkeep {
-    /// Records and mounts.
+    /// Brings records and mounts together.
     pub async fn reconcile(&self) {
         match self.volumes.reconcile(&self.content, &self.kubelet_dir).await {
             Ok(reconciled) => {
@@ -58,7 +56,7 @@ impl Upkeep {
         }
     }
 
-    /// Goes on until `shutdown`.
+    /// Runs until `shutdown`.
     pub async fn run(self, wanted: Arc<Notify>, shutdown: CancellationToken) {
         let mut swept = Instant::now();
         loop {
