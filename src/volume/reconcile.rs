@@ -175,13 +175,13 @@ fn is_gone(path: &Path) -> bool {
     path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
-/// Whether the folder above a target exists, or may: only one that is certainly gone counts.
+/// Returns whether the directory above a target exists, or may: only one that is certainly gone counts.
 fn has_folder(target: &Path) -> bool {
     target.parent().is_some_and(|folder| !is_gone(folder))
 }
 
-/// Compares records with mounts. Asks for the folder of a target only where nothing is mounted: on a node with
-/// thousands of volumes each question counts.
+/// Compares records with mounts. Looks up the directory of a target only if nothing is mounted there: on a node with
+/// thousands of volumes each system call counts.
 fn decide(
     records: &[Recorded],
     mounts: &[Mounted],
