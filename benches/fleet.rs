@@ -1,12 +1,12 @@
-//! A fleet on one machine: the real controller, in a process of its own, against an API server and a registry that
-//! behave, and nodes that do what they are told.
+//! The preload controller at scale on one machine: the real controller, in a process of its own, against a simulated
+//! API server, a registry, and nodes that carry out their assignments.
 //!
-//! Sizes double, side by side. `BENCH_FLEET=5000,200` takes so many nodes and preloads instead.
+//! Sizes double. `BENCH_FLEET=5000,200` sets the numbers of nodes and preloads instead.
 //!
-//! What is counted is what a cluster pays: writes of the controller and of all nodes, their bytes, what watches are
-//! sent, the largest object, memory and processor time of the controller's process, and the time until all preloads are
-//! Ready. What is divided by nodes, or by pairs of node and preload, shows whether it grows with them; of
-//! memory that is what came after the controller knew all nodes.
+//! The figures are the costs for a cluster: writes of the controller and of all nodes, their bytes, the bytes sent to
+//! watches, the largest object, memory and processor time of the controller's process, and the time until all preloads
+//! are Ready. Figures divided by nodes, or by pairs of node and preload, show whether they grow with them. The memory
+//! is the growth after the controller knew all nodes.
 //!
 //! `api_server` has the same simulation on a real API server.
 
@@ -30,15 +30,15 @@ use serde_json::{Value, json};
 use crate::common::support::Port;
 use crate::common::support::api_server::{ApiServer, Kind};
 
-/// What a node takes for one artifact.
+/// The time that a node takes for one artifact.
 const PULL: Duration = Duration::from_millis(300);
-/// Faster than as shipped, so that what is measured is the work and not the pace.
+/// Faster than the default, so that the bench measures the work and not the rate limit.
 const WRITES_PER_SECOND: u32 = 2000;
-/// Nodes and preloads: first nodes that double, then preloads.
+/// The numbers of nodes and preloads: first the nodes double, then the preloads.
 const SIZES: [(usize, usize); 5] = [(1250, 50), (2500, 50), (5000, 50), (5000, 100), (5000, 200)];
-/// Ticks of processor time in a second, as every Linux counts them for programs.
+/// Ticks of processor time in a second, the unit of `/proc` on Linux.
 const TICKS: f64 = 100.0;
-/// What a node has room for.
+/// The capacity of a node in bytes.
 const CAPACITY: u64 = 1 << 40;
 
 pub fn fleet() {
@@ -147,7 +147,7 @@ fn measure(nodes: usize, preloads: usize) {
     runtime.shutdown_background();
 }
 
-/// The controller, as the chart's Deployment runs it.
+/// The controller, with the arguments of the chart's Deployment.
 struct Controller {
     process: Child,
     metrics: Port,
@@ -176,16 +176,16 @@ impl Controller {
         most_memory(&self.folder())
     }
 
-    /// Seconds that processors worked for it.
+    /// Returns the processor time of the process in seconds.
     fn processor(&self) -> f64 {
         let stat = fs::read_to_string(self.folder().join("stat")).expect("its times");
-        // Behind the name, which may have blanks: the state, and eleven numbers before these two.
+        // The name may contain blanks. Behind it are the state and ten numbers before these two.
         let (_, fields) = stat.rsplit_once(')').expect("a name");
         let times = fields.split_whitespace().skip(11).take(2);
         times.map(|ticks| ticks.parse::<f64>().expect("ticks")).sum::<f64>() / TICKS
     }
 
-    /// What it counts; nothing where it does not answer yet.
+    /// Returns the metrics; empty while the controller does not respond.
     fn metrics(&self) -> String {
         let mut answer = String::new();
         let asked = TcpStream::connect(self.metrics.address()).and_then(|mut stream| {
@@ -195,7 +195,7 @@ impl Controller {
         asked.map_or_else(|_| String::new(), |_| answer)
     }
 
-    /// In good order, so that the next one leads at once.
+    /// Ends the process in good order, so that the next one leads at once.
     fn end(&mut self) {
         let process = i32::try_from(self.process.id()).expect("a process");
         let process = nix::unistd::Pid::from_raw(process);
@@ -231,7 +231,7 @@ fn write_kubeconfig(path: &Path, address: SocketAddr) {
     fs::write(path, text.to_string()).expect("a kubeconfig");
 }
 
-/// A registry that has everything, each under a digest of its own.
+/// Starts a registry that has every artifact, each with a digest of its own.
 async fn registry() -> SocketAddr {
     let answer = async |asked: Uri| {
         let layer = json!({
@@ -260,7 +260,7 @@ async fn registry() -> SocketAddr {
     address
 }
 
-/// All node plugins: each tells who it is, and that it has what it is to have.
+/// Simulates all node plugins: each reports its node, and all of its assignments as ready.
 async fn plugins(api: ApiServer) {
     let mut changes = api.changes(Kind::NodeArtifacts);
     while let Some(object) = changes.recv().await {

@@ -26,7 +26,7 @@ struct Case {
     /// The attribute that makes each volume a tree of its own.
     attribute: &'static str,
     patterns: fn(usize) -> String,
-    /// Puts it into the registry as `v1`. Returns the gate of a layer that is held back, if one is.
+    /// Puts the artifact into the registry as `v1`. Returns the gate of a layer that is held back, if there is one.
     put: fn(&FakeRegistry) -> Option<Arc<Gate>>,
 }
 
@@ -118,7 +118,7 @@ fn measure(case: &Case) {
     let _ = umount2(&disk, MntFlags::MNT_DETACH);
 }
 
-/// Works on all volumes at once.
+/// Runs `work` for all volumes at once.
 fn for_each(volumes: &[Volume], work: impl Fn(&Volume) + Sync) {
     std::thread::scope(|scope| {
         for volume in volumes {

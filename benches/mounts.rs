@@ -1,7 +1,7 @@
-//! Measures an unpublish and a start on nodes with many mounts, and an unpublish after a container
-//! has looked up many names in the volume: the kernel forgets each of them after the driver's answer.
-//! The driver's own time of an unpublish is read from its log. A start lasts until the driver offers
-//! itself to the kubelet.
+//! Measures an unpublish and a start on nodes with many mounts, and an unpublish after a container has looked up many
+//! names in the volume: the kernel frees each of them after the driver's response.
+//!
+//! The time of an unpublish is read from the driver's log. A start lasts until the driver registers with the kubelet.
 
 use std::time::Instant;
 
@@ -66,10 +66,10 @@ fn by_names() {
     );
     println!("{:<10} {:<8} {:>10} {:>10}", "names", "form", "median", "longest");
     let largest = NAMES[NAMES.len() - 1];
-    // The folders count, too.
+    // Directories count as entries as well.
     let node = node_in_memory(|options| options.configuration("limits: {entries: 2000000}\n"));
     let reference = node.proxy.reference(&format!("{}:v1", push_files(largest)));
-    // Fetched and unpacked once; a kubelet waits longer than one call for that.
+    // Fetched and unpacked once. A kubelet waits longer than one call for that.
     let first = node.kubelet.new_volume(&reference);
     node.kubelet.prepare(&first);
     while let Err(status) = node.kubelet.publish_request(first.request.clone()) {
@@ -103,7 +103,7 @@ fn publish(node: &Node, reference: &str, readonly: bool) -> Volume {
     volume
 }
 
-/// Pushes an image of so many small files, and returns its repository.
+/// Pushes an image of this many small files. Returns its repository.
 fn push_files(files: usize) -> String {
     let repository = unique("files");
     let archive = (0..files)

@@ -1,5 +1,7 @@
-//! Times of honest pods beside each hostile neighbour: pulls of a small artifact from a healthy registry, and publishes
-//! from the cache, alone on the node and while the attack goes on. `tests/e2e/neighbours` asserts what each attack leaves.
+//! Measures honest pods while hostile pods attack the node: pulls of a small artifact from a healthy registry, and
+//! publishes from the cache, alone on the node and during each attack.
+//!
+//! `tests/e2e/neighbours` asserts the effects of each attack.
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -20,7 +22,7 @@ use crate::common::support::{
 
 const PULLS: usize = 20;
 const PUBLISHES: usize = 200;
-/// The time between two honest calls. All of them together last longer than what an attack does before it unpacks.
+/// The time between two honest calls. All of them together take longer than an attack needs before it unpacks.
 const PULL_PAUSE: Duration = Duration::from_millis(200);
 const PUBLISH_PAUSE: Duration = Duration::from_millis(20);
 
@@ -29,7 +31,7 @@ struct Attack {
     name: &'static str,
     /// Prepares the state directory before the driver starts.
     prepare: fn(&Path),
-    /// Starts the attack's threads, and returns once it is under way.
+    /// Starts the attack's threads. Returns once the attack is running.
     begin: for<'scope> fn(&'scope Scope<'scope, '_>, &'scope Attacker<'_>),
 }
 
@@ -39,7 +41,7 @@ struct Attacker<'a> {
     metrics: &'a Port,
     registries: [FakeRegistry; 2],
     is_over: AtomicBool,
-    /// Calls of the kubelet that the attack has made, or connections.
+    /// The number of calls of the kubelet, or of connections, that the attack has made.
     calls: AtomicUsize,
 }
 
@@ -122,7 +124,7 @@ const ATTACKS: [Attack; 7] = [
             for _ in 0..64 {
                 scope.spawn(move || {
                     while !attacker.is_over.load(Ordering::SeqCst) {
-                        // Answered by a closed connection, and made again.
+                        // The server closes the connection, and the attack makes it again.
                         let Ok(mut connection) = TcpStream::connect(attacker.metrics.address())
                         else {
                             continue;

@@ -1,7 +1,8 @@
-//! How long a publish takes when the node has the content: one small file, and an image of many
-//! files, in both forms of the mount. The driver's own time is read from its log, one line a call;
-//! the kubelet's is that of the call with its new connection. How often a publish hands over
-//! between the driver's threads shows in how often those wait.
+//! Measures publishes of content that is on the node: one small file, and an image of many files, in both forms of the
+//! mount.
+//!
+//! The driver's own time is read from its log, one line for each call. The kubelet's time is that of the call with its
+//! new connection. Waits count how often the driver's threads hand over to each other.
 
 use std::time::Instant;
 
@@ -11,7 +12,7 @@ use crate::common::support::{Image, Layer, Manifest, Node, Tar, registry, unique
 
 const PUBLISHES: usize = 2000;
 const FILES: usize = 20_000;
-/// Publishes whose waits are counted.
+/// The number of publishes whose waits are counted.
 const WAITS: usize = 200;
 const FORMS: [(&str, bool); 2] = [("bind", true), ("overlay", false)];
 
@@ -53,7 +54,7 @@ pub fn publish() {
     }
 }
 
-/// Returns how often threads of the driver waited, on average, during one publish.
+/// Returns the average number of waits of the driver's threads during one publish.
 fn waits_of_publishes(node: &Node, reference: &str, readonly: bool) -> f64 {
     let volumes: Vec<_> = (0..WAITS)
         .map(|_| {
@@ -72,7 +73,7 @@ fn waits_of_publishes(node: &Node, reference: &str, readonly: bool) -> f64 {
     waited as f64 / WAITS as f64
 }
 
-/// Reads how often all threads of a process have waited.
+/// Returns the number of waits of all threads of a process.
 fn waits(process: u32) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process");
     tasks
@@ -86,7 +87,7 @@ fn waits(process: u32) -> u64 {
         .sum()
 }
 
-/// Pushes an image of so many small files, and returns its repository.
+/// Pushes an image of this many small files. Returns its repository.
 fn push_files(files: usize) -> String {
     let repository = unique("files");
     let archive = (0..files)

@@ -1,4 +1,4 @@
-//! A store of 10, 1,000 and 10,000 artifacts: how long it takes to open, to publish from, and to evict all of.
+//! Measures a store of 10, 1,000 and 10,000 artifacts: opening it, publishing from it, and evicting everything.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,9 +17,9 @@ use unpack::{Limits, Permissions, RelativePath, Selection};
 
 const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];
 const PUBLISHES: usize = 500;
-/// Each figure is the median of so many.
+/// The number of runs; each figure is their median.
 const STARTS: usize = 5;
-/// Operations of each kind on references of their own.
+/// The number of operations of each kind, on references of their own.
 const OPERATIONS: u32 = 10;
 
 const CONFIGURATION: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -55,7 +55,7 @@ fn measure(artifacts: usize) {
     let mut opens = Vec::new();
     let mut starts = Vec::new();
     for _ in 0..STARTS {
-        // As after a boot: nothing of the disk is in memory.
+        // Simulates a boot: nothing of the disk is in memory.
         std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
         let started = Instant::now();
         let store = Store::open(&state, StoreOptions::default()).expect("a store");
@@ -74,7 +74,7 @@ fn measure(artifacts: usize) {
     let reference = proxy.reference(&small_artifact().name);
     let first = kubelet.new_volume(&reference);
     kubelet.publish_well(&first);
-    // Sizes are read in the background after the start; what is asked here waits for them.
+    // Sizes are read in the background after the start. This command waits for them.
     admin.json(&["status"]);
     let mut publishes = Vec::new();
     for _ in 0..PUBLISHES {
@@ -105,7 +105,7 @@ fn measure(artifacts: usize) {
     kubelet.unpublish(&first);
 }
 
-/// Returns the processor time that the driver takes for one operation on one reference, on average.
+/// Returns the driver's average processor time for one operation on one reference.
 fn cpu_of_operations(driver: &Driver, admin: &Admin) -> Vec<(&'static str, Duration)> {
     let operations: [(&str, &[&str]); 4] =
         [("inspect", &["inspect"]), ("pin", &["pin"]), ("unpin", &["unpin"]), ("rm", &["rm"])];
@@ -122,7 +122,7 @@ fn cpu_of_operations(driver: &Driver, admin: &Admin) -> Vec<(&'static str, Durat
         .collect()
 }
 
-/// Reads the processor time of all threads of a process.
+/// Returns the processor time of all threads of a process.
 fn cpu_time(process: u32) -> Duration {
     let tasks = std::fs::read_dir(format!("/proc/{process}/task")).expect("a process");
     let nanoseconds = tasks
@@ -133,7 +133,7 @@ fn cpu_time(process: u32) -> Duration {
     Duration::from_nanos(nanoseconds)
 }
 
-/// Artifacts of one file each, made by the store itself.
+/// Creates artifacts of one file each in the store itself.
 fn fill(state: &Path, artifacts: usize) {
     let store = Store::open(state, StoreOptions::default()).expect("a store");
     let (limits, platform) = (Limits::default(), Platform::of_this_node());

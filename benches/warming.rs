@@ -1,8 +1,8 @@
-//! What warming costs the pods that start meanwhile: publishes from the cache and of small new artifacts, while the
-//! node does nothing else and while it warms 20 artifacts. Rounds take turns, so that what else the machine does meets both.
+//! Measures the effect of warming on pods that start meanwhile: publishes from the cache and of small new artifacts, on
+//! an idle node and while it warms 20 artifacts. Rounds alternate, so that other load on the machine affects both.
 //!
-//! State lies on an ext4 in memory, and what is warmed comes from a registry of its own, whose threads stand back as
-//! the driver's do: it would be another machine.
+//! The state is on an ext4 in memory. Warming uses a registry of its own, whose threads have low priority like the
+//! driver's: in reality it would be another machine.
 
 use std::{
     process::{Child, Command, Stdio},
@@ -23,11 +23,11 @@ const ROUNDS: usize = 10;
 const WARMED: usize = 20;
 const FILE_BYTES: usize = 64 << 20;
 const FILES: usize = 2000;
-/// Of each round, as far as warming lasts.
+/// The number of publishes of each round, while warming lasts.
 const HITS: usize = 120;
 const MISSES: usize = 24;
 
-/// Times of one kind of publish, without and with warming beside.
+/// The times of one kind of publish, without and with warming.
 #[derive(Default)]
 struct Times {
     quiet: Vec<Duration>,
@@ -101,13 +101,12 @@ pub fn warming() {
     }
 }
 
-/// What was written before is on the disk: it is not to be paid for by what is measured next.
+/// Syncs earlier writes, so that the next measurement does not pay for them.
 fn settle(node: &Node) {
     run(tool("sync").arg("-f").arg(&node.driver.options.state));
 }
 
-/// Has something started that the kernel runs when nothing else wants the processor: it is beside
-/// the node only because there is one machine.
+/// Starts something that the kernel runs only on an idle processor: it would run on another machine.
 fn standing_back<T>(start: impl FnOnce() -> T) -> T {
     let thread = nix::unistd::gettid().to_string();
     let class = |class| run(Command::new("chrt").args([class, "--pid", "0", &thread]));
@@ -117,7 +116,7 @@ fn standing_back<T>(start: impl FnOnce() -> T) -> T {
     started
 }
 
-/// Publishes as long as it is wanted; says how many there were.
+/// Publishes until `stop`. Returns the number of publishes.
 fn publishes(
     node: &Node,
     cached: &str,
@@ -150,7 +149,7 @@ fn publish(node: &Node, name: &str) -> Duration {
     took
 }
 
-/// New content each time.
+/// Returns new content each time.
 fn small() -> String {
     static NUMBER: AtomicU64 = AtomicU64::new(1);
     let repository = unique("small");
@@ -159,7 +158,7 @@ fn small() -> String {
     format!("{repository}:v1")
 }
 
-/// Half of them a large file, half many small ones.
+/// Pushes artifacts: half of them a large file, half many small ones.
 fn artifacts(registry: &Registry) -> Vec<String> {
     let of = |number: usize| {
         let (repository, seed) = (unique("warmed"), number as u64 + 1000);

@@ -1,9 +1,9 @@
-//! Builds every part once, and owns what ends them all.
+//! Builds every part once, and owns the lock, the cancellation token and the task tracker.
 //!
 //! ```text
-//! lock       the state directory's, waited for before any socket is touched
+//! lock       the state directory's lock is acquired before any socket is touched
 //! sockets    CSI first, then health and metrics, the registration last
-//! content    opened beside: the CSI socket answers while the store recovers
+//! content    opened beside the sockets: CSI is served while the store recovers
 //! shutdown   stop accepting; waiting calls get UNAVAILABLE; mounts stay; exit within 10 s
 //! ```
 
@@ -52,18 +52,19 @@ use store::{SecurityLabel, StoreError};
 use sys::mount::AttachMethod;
 use telemetry::http;
 
-/// How long a new process waits for the old one to go.
+/// The time that a new process waits for the old one to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// How often the lock, or a socket, is tried meanwhile.
+/// The interval between two attempts to take the lock or a socket.
 const LOCK_INTERVAL: Duration = Duration::from_millis(100);
-/// How long the admin socket may delay the start: the process that holds it may be ending.
+/// The time that the admin socket may delay the start: the process that holds it may be about to end.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(2);
-/// The kubelet sends no unpublish to a driver that is not registered.
+/// The time that registration waits for content. Then it goes on without, because the kubelet sends no unpublish to a
+/// driver that is not registered.
 const REGISTRATION_PATIENCE: Duration = Duration::from_secs(10);
-/// Calls and disk work get this long to end; the promise is to be gone within ten seconds.
+/// The time that calls and disk work get to end. The whole shutdown takes at most ten seconds.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(8);
 
-/// How the node plugin runs.
+/// The command-line options of the node plugin.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
     /// The CSI socket.
@@ -72,46 +73,46 @@ pub struct NodeOptions {
     pub node_id: String,
     /// The CSI driver's name.
     pub driver_name: String,
-    /// Where content lies.
+    /// The state directory, which holds all content.
     pub state_dir: PathBuf,
-    /// The kubelet's folder.
+    /// The kubelet's root directory.
     pub kubelet_dir: PathBuf,
-    /// The kubelet's plugin registry; none turns self-registration off.
+    /// The kubelet's plugin registry directory; `None` turns self-registration off.
     pub registration_dir: Option<PathBuf>,
     /// The CSI socket's path as the kubelet sees it.
     pub kubelet_endpoint: String,
-    /// Where commands reach the node plugin.
+    /// The socket on which the node plugin serves commands.
     pub admin_endpoint: Endpoint,
-    /// Where health is served; none turns it off.
+    /// The address that serves health; `None` turns it off.
     pub health_endpoint: Option<String>,
-    /// Where metrics are served; none turns it off.
+    /// The address that serves metrics; `None` turns it off.
     pub metrics_endpoint: Option<String>,
     /// The configuration file.
     pub config: Option<PathBuf>,
-    /// The key of a taint that this node starts with; none where nodes have no such taint.
+    /// The key of the taint that nodes start with; `None` if nodes have no such taint.
     pub startup_taint: Option<String>,
-    /// Whether preloads are carried out on this node.
+    /// Carries out preloads on this node.
     pub fleet: bool,
-    /// Whether pods are told of their pulls by Events.
+    /// Reports pulls as Events of their pods.
     pub events: bool,
-    /// What is done with file leases on the node.
+    /// The node's setting of file leases.
     pub leases: LeasePolicy,
     /// Forces the mounts of old kernels, for tests.
     pub staged_mounts: bool,
 }
 
-/// Why the node plugin ended.
+/// An error that ends the node plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// The state directory is in use.
+    /// The state directory is in use, or fails.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A socket that the driver is nothing without.
+    /// A socket that the driver cannot do without.
     #[error("cannot listen at {}: {source}", path.display())]
     Listen {
-        /// Which.
+        /// The socket's path.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The CSI endpoint is off.
@@ -136,16 +137,16 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
         StateLock::Unavailable => None,
         StateLock::Stopped => return Ok(()),
     };
-    // Dropped last, as the sockets below are before it.
+    // Dropped last: the sockets below are dropped before it.
     let lock = Arc::new(Mutex::new(lock));
-    // Before the first volume is published.
+    // Leases must be off before the first volume is published.
     options.leases.apply();
     let (content_sender, content) = watch::channel(Err("it is still starting".to_owned()));
-    // Without a configuration nothing is published.
+    // Nothing is published without a configuration, so the default is never used.
     let mode = configuration.as_ref().map(|found| found.volumes.mount).unwrap_or_default();
     let mut plugin = NodePlugin::new(options, mode, content, shutdown);
     let Some(_csi_socket) = plugin.serve_csi(&csi_path).await? else { return Ok(()) };
-    // The store may take its time: unpublishing works from here on.
+    // The store may take long to open. Unpublishing works from here on.
     plugin.open_content(configuration, content_sender, Arc::clone(&lock));
     let _admin_socket = plugin.serve_admin().await;
     plugin.serve_http().await;
@@ -153,25 +154,25 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
     let registration_socket = plugin.serve_registration().await?;
     let ended = plugin.wait().await;
     tracing::info!("stopping: mounts stay, downloads go on after the restart");
-    // The kubelet is told first: it stops sending pods that would only wait.
+    // The kubelet learns it first, and stops sending pods that would only wait.
     drop(registration_socket);
     plugin.drain().await;
     ended
 }
 
-/// The parts of a node plugin that starts, runs and ends.
+/// The parts of a running node plugin.
 struct NodePlugin {
     options: NodeOptions,
     metrics: Arc<Metrics>,
     content: watch::Receiver<ContentState>,
     volumes: Volumes,
-    /// None where pods are not told of their pulls.
+    /// `None` if pulls are not reported as Events.
     events: Option<PodEvents>,
-    /// None where the driver does not register itself.
+    /// `None` if the driver does not register itself.
     registration: Option<RegistrationService>,
-    /// Critical servers: the end of one is the end of all.
+    /// Critical servers: if one ends, the process ends.
     servers: JoinSet<AppError>,
-    /// Everything else that is under way.
+    /// All other tasks.
     tracker: TaskTracker,
     shutdown: CancellationToken,
 }
@@ -211,7 +212,7 @@ impl NodePlugin {
         }
     }
 
-    /// Serves CSI; none when told to stop before the socket is free.
+    /// Serves CSI. Returns `None` if `shutdown` comes before the socket is free.
     async fn serve_csi(&mut self, path: &Path) -> Result<Option<Socket>, AppError> {
         let Some((socket, listener)) = listen(path, LOCK_PATIENCE, &self.shutdown).await? else {
             return Ok(None);
@@ -244,7 +245,7 @@ impl NodePlugin {
         });
     }
 
-    /// Opens the store, and looks after it, beside the sockets.
+    /// Opens and maintains the store in a task of its own, while the sockets are served.
     fn open_content(
         &self,
         configuration: Result<NodeConfiguration, ConfigurationError>,
@@ -265,7 +266,7 @@ impl NodePlugin {
         self.tracker.spawn(opening.run());
     }
 
-    /// Serves commands. The socket is a convenience: the node goes on without it.
+    /// Serves commands. A failure leaves this endpoint off, and the node plugin goes on.
     async fn serve_admin(&mut self) -> Option<Socket> {
         let path = self.options.admin_endpoint.path()?;
         let (socket, listener) = match listen(path, ADMIN_PATIENCE, &self.shutdown).await {
@@ -296,7 +297,7 @@ impl NodePlugin {
         self.registration.as_ref().map(RegistrationService::registered)
     }
 
-    /// Serves health and metrics; one that cannot be listened on is logged and counted.
+    /// Serves health and metrics. Logs and counts an endpoint that cannot be listened on.
     async fn serve_http(&self) {
         let health = Health { content: self.content.clone(), registered: self.registered() };
         let endpoints = [
@@ -315,8 +316,8 @@ impl NodePlugin {
         }
     }
 
-    /// Starts what asks the Kubernetes API, beside everything else: where nodes start with a taint, it goes once the
-    /// kubelet has registered the driver; and what preloads want of this node is carried out.
+    /// Starts the tasks that need the Kubernetes API: removing the startup taint once the kubelet has registered the
+    /// driver, and carrying out preloads.
     fn join_cluster(&self) {
         let (node, shutdown) = (&self.options.node_id, &self.shutdown);
         if let Some(taint) = self.options.startup_taint.clone() {
@@ -329,8 +330,8 @@ impl NodePlugin {
         }
     }
 
-    /// Registers the driver with the kubelet, once there is content: a kubelet that registers us calls us at once, and
-    /// every pod of the node follows.
+    /// Registers the driver with the kubelet once content is available: the kubelet sends calls at once after
+    /// registration, for every pod of the node.
     async fn serve_registration(&mut self) -> Result<Option<Socket>, AppError> {
         let (Some(folder), Some(service)) =
             (&self.options.registration_dir, self.registration.take())
@@ -350,7 +351,7 @@ impl NodePlugin {
     /// Waits for `shutdown`, or for the end of a critical server, which is a failure.
     async fn wait(&mut self) -> Result<(), AppError> {
         tokio::select! {
-            // Told to stop, the servers end as well: that is no failure.
+            // After `shutdown` the servers end as well, which is no failure.
             biased;
             () = self.shutdown.cancelled() => Ok(()),
             // Without one of its servers the process would run and serve no pod.
@@ -359,7 +360,7 @@ impl NodePlugin {
         }
     }
 
-    /// Waits for calls and work to end, but not for ever.
+    /// Waits for calls and work to end, at most [`SHUTDOWN_PATIENCE`].
     async fn drain(mut self) {
         self.shutdown.cancel();
         let drained = async {
@@ -375,7 +376,7 @@ impl NodePlugin {
     }
 }
 
-/// Chooses how this node's kernel makes mounts.
+/// Chooses the mount method for this node's kernel.
 fn mounter(options: &NodeOptions, mode: MountMode) -> Mounter {
     let staging = options.state_dir.join("mounts");
     let method = if options.staged_mounts {
@@ -390,16 +391,16 @@ fn mounter(options: &NodeOptions, mode: MountMode) -> Mounter {
     mounter
 }
 
-/// The state directory's lock at the start.
+/// The outcome of taking the state directory's lock at the start.
 enum StateLock {
     Held(Lock),
-    /// The disk fails: what needs no store is served without it.
+    /// The disk fails. Calls that need no store are served without it.
     Unavailable,
-    /// Told to stop meanwhile.
+    /// `shutdown` came first.
     Stopped,
 }
 
-/// Waits for the state directory.
+/// Waits for the lock of the state directory.
 async fn lock(
     root: &Path,
     must_be_mounted: bool,
@@ -419,7 +420,7 @@ async fn lock(
                 }
             }
             Err(error) => {
-                // A broken disk must not keep pods in Terminating: serve what needs no store.
+                // A broken disk must not keep pods in Terminating: calls that need no store are served.
                 tracing::error!(%error, "the state directory cannot be locked");
                 return Ok(StateLock::Unavailable);
             }
@@ -431,7 +432,7 @@ async fn lock(
     }
 }
 
-/// Listens on a socket, once no other process does; none when told to stop meanwhile.
+/// Listens on a socket, once no other process does. Returns `None` if `shutdown` comes first.
 async fn listen(
     path: &Path,
     patience: Duration,
@@ -457,14 +458,14 @@ async fn listen(
     Ok(None)
 }
 
-/// Returns when content is there, when it is known not to come soon, or at shutdown.
+/// Returns when content is available, when it is known not to come soon, or at shutdown.
 async fn wait_for_content(
     mut content: watch::Receiver<ContentState>,
     shutdown: &CancellationToken,
 ) {
     tokio::select! {
-        // Any first word will do, and none for long as well: a driver that cannot publish must
-        // still be there to unpublish.
+        // Any first state ends the wait, and so does the time: a driver that cannot publish must still be there to
+        // unpublish.
         _ = content.changed() => {}
         () = tokio::time::sleep(REGISTRATION_PATIENCE) => {}
         () = shutdown.cancelled() => {}

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 /// The kernel's file of the setting: `0` or `1`.
 const SETTING: &str = "/proc/sys/fs/leases-enable";
 
-/// What the node plugin does with the setting when it starts.
+/// The action on the setting when the node plugin starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LeasePolicy {
     /// Disable file leases on the node.
@@ -25,7 +25,7 @@ pub enum LeasePolicy {
 }
 
 impl LeasePolicy {
-    /// Applies the policy. A failure is logged and reported by `status` and the metric, and is no reason not to start.
+    /// Applies the policy. A failure is logged, and reported by `status` and the metric. The node plugin starts anyway.
     pub fn apply(self) {
         match self {
             Self::Keep => {}
@@ -43,19 +43,19 @@ impl LeasePolicy {
     }
 }
 
-/// Returns whether leases are enabled on the node now; none where the kernel does not say.
+/// Returns whether leases are enabled on the node now, or `None` if the kernel does not say.
 #[must_use]
 pub fn are_enabled() -> Option<bool> {
     read(Path::new(SETTING)).ok()
 }
 
-/// Disables leases; says whether they were enabled before.
+/// Disables leases. Returns whether they were enabled before.
 fn disable(setting: &Path) -> io::Result<bool> {
     if !read(setting)? {
         return Ok(false);
     }
     std::fs::write(setting, "0\n")?;
-    // A container runtime may show a file of its own in the kernel's place.
+    // A container runtime may show a file of its own in place of the kernel's.
     if read(setting)? {
         return Err(io::Error::other("the kernel still allows them"));
     }

@@ -1,17 +1,17 @@
 //! csi-driver-oci serves OCI artifacts as read-only Kubernetes pod volumes.
 //!
-//! The driver's own modules; what they build on are the crates under `crates/`, whose dependencies point one way:
+//! This crate has the driver's own modules. They build on the crates under `crates/`, whose dependencies point one way:
 //!
 //! ```text
 //! main -> cli -> app -> config
 //! csi             the gRPC edge: sockets, requests, statuses, self-registration
 //! volume          the use cases: publish, unpublish, stats, reconcile
-//! warming         artifacts that are fetched before a pod asks for them
-//! node_artifacts  the node's part of preloads: does what its `NodeArtifacts` object says
-//! scrub           all content read back in the background
-//! upkeep          records and mounts brought together, disk space kept free
-//! admin           health and metrics, and the admin socket
-//! kubernetes      the API server, for what no call of the kubelet carries
+//! warming         fetches artifacts before a pod needs them
+//! node_artifacts  the node's part of preloads: carries out the assignments in its `NodeArtifacts` object
+//! scrub           reads all content back in the background
+//! upkeep          brings records and mounts together, keeps disk space free
+//! admin           health, metrics and the admin socket
+//! kubernetes      requests to the API server, for data that no call of the kubelet carries
 //! check           what a registry would serve, without a node
 //! file_leases     the node's `fs.leases-enable` setting
 //! node_addresses  which addresses belong to the node
@@ -20,7 +20,7 @@
 //! preload -> policy -> oci      pull -> oci, store      store -> unpack, sys      unpack, oci -> oci-types
 //! ```
 //!
-//! `tests/walls.rs` checks what the compiler cannot see.
+//! `tests/walls.rs` checks the rules that the compiler cannot see.
 
 pub mod admin;
 pub mod app;

@@ -1,12 +1,12 @@
-//! The addresses of this node, as the kernel knows them.
+//! The addresses of this node, from the kernel's list of interfaces.
 
 use std::net::IpAddr;
 
-/// Interfaces that hold addresses of the cluster's Services and not of the node: of kube-proxy in IPVS
-/// mode, of kube-router, and of the DNS cache on each node, which shares the address of the cluster's DNS.
+/// Interfaces that hold addresses of the cluster's Services and not of the node: kube-proxy's in IPVS mode,
+/// kube-router's, and that of the DNS cache on each node, which shares the address of the cluster's DNS.
 const OF_SERVICES: [&str; 3] = ["kube-ipvs0", "kube-dummy-if", "nodelocaldns"];
 
-/// Returns all addresses of all interfaces of this node; none when the kernel does not say.
+/// Returns all addresses of all interfaces of this node. Empty if the kernel does not list them.
 #[must_use]
 pub fn own() -> Vec<IpAddr> {
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
@@ -20,8 +20,8 @@ pub fn own() -> Vec<IpAddr> {
         .collect()
 }
 
-/// Returns whether an interface's addresses are the node's. The kernel lists further addresses of an interface
-/// under labels, `<interface>:<label>`.
+/// Returns whether an interface's addresses are the node's. The kernel lists further addresses of an interface under
+/// labels, `<interface>:<label>`.
 fn is_of_node(interface: &str) -> bool {
     let name = interface.split(':').next().unwrap_or(interface);
     !OF_SERVICES.contains(&name)

@@ -1,4 +1,4 @@
-//! What the build makes of `proto/`.
+//! Messages and services that the build generates from `proto/`.
 #![allow(missing_docs, reason = "the protos carry the documentation")]
 #![allow(clippy::all, clippy::pedantic, reason = "generated code")]
 #![allow(clippy::allow_attributes_without_reason, unreachable_pub, reason = "generated code")]

@@ -24,23 +24,23 @@ const INTERVAL: Duration = Duration::from_mins(1);
 const SETTLE: Duration = Duration::from_secs(1);
 /// The pause after a collection, as a multiple of the time that it took.
 const PAUSE: u32 = 19;
-/// Small records are swept rarely: they are small.
+/// The interval between two sweeps of records. Rare, because records are small.
 const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
 
-/// Looks after one node's content.
+/// The task that maintains one node's content.
 pub struct Upkeep {
-    /// Takes away what the kubelet has forgotten.
+    /// Unmounts volumes that the kubelet has forgotten.
     pub volumes: Volumes,
-    /// What is looked after.
+    /// The content to maintain.
     pub content: Content,
-    /// Where the kubelet's volumes are.
+    /// The kubelet's root directory.
     pub kubelet_dir: PathBuf,
-    /// Counts what is done.
+    /// Counts the results.
     pub metrics: Arc<Metrics>,
 }
 
 impl Upkeep {
-    /// Records and mounts.
+    /// Brings records and mounts together.
     pub async fn reconcile(&self) {
         match self.volumes.reconcile(&self.content, &self.kubelet_dir).await {
             Ok(reconciled) => {
@@ -60,7 +60,7 @@ impl Upkeep {
         }
     }
 
-    /// Goes on until `shutdown`.
+    /// Runs until `shutdown`.
     pub async fn run(self, wanted: Arc<Notify>, shutdown: CancellationToken) {
         let mut swept = Instant::now();
         let mut compared = Instant::now();

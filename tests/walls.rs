@@ -1,8 +1,8 @@
-//! Keeps what the compiler cannot see: which module of a crate names which crate or module, and where `unsafe` is.
+//! Checks rules that the compiler does not: which module of a crate names which crate or module, and where `unsafe` is.
 
 use std::path::{Path, PathBuf};
 
-/// A folder, what must not be named in it, and why.
+/// A directory, the names that must not be used in it, and the reason.
 const WALLS: [(&str, &[&str], &str); 7] = [
     (
         "src/volume",
@@ -55,13 +55,13 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The code without its comments, which may name anything.
+/// Returns the code without its comments, which may name anything.
 fn code(path: &Path) -> String {
     let text = std::fs::read_to_string(path).expect("a source");
     text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
-/// Whether a path is named as a whole: `unix::` does not name `nix::`.
+/// Returns whether a path is named as a whole: `unix::` does not name `nix::`.
 fn names_it(code: &str, name: &str) -> bool {
     let of_a_word = |char: char| char.is_alphanumeric() || char == '_';
     code.match_indices(name).any(|(at, _)| {

@@ -9,11 +9,11 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// Moves a process into a group of its own that may have so many bytes.
+    /// Moves a process into a cgroup of its own with this memory limit.
     #[track_caller]
     pub fn of(process: u32, bytes: u64) -> Self {
         let first = Path::new("/sys/fs/cgroup/memory");
-        // The first version has a folder for each controller, the second one file for each limit.
+        // Version 1 has a directory for each controller, version 2 has one file for each limit.
         let is_first_version = first.is_dir();
         let (root, limit) = if is_first_version {
             (first, "memory.limit_in_bytes")
@@ -29,7 +29,7 @@ impl Confinement {
         Self { folder, is_first_version }
     }
 
-    /// Counts the processes that the kernel has killed in the cgroup because of its limit.
+    /// Returns the number of processes that the kernel has killed in the cgroup because of its limit.
     pub fn kills(&self) -> u64 {
         let file = if self.is_first_version { "memory.oom_control" } else { "memory.events" };
         let text = std::fs::read_to_string(self.folder.join(file)).unwrap_or_default();

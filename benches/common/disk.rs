@@ -1,4 +1,4 @@
-//! An ext4 in memory, so that the machine's disk does not decide how long things take.
+//! An ext4 in memory, so that the machine's disk does not affect the times.
 
 use std::path::{Path, PathBuf};
 
@@ -6,8 +6,8 @@ use nix::mount::MsFlags;
 
 use super::support::{DriverOptions, Node, Sandbox, run, tool};
 
-/// Starts a node whose folders, the kubelet's among them, are on an ext4 in memory. A filesystem that has just lost many
-/// files, as a bench leaves it, is slow to make new ones where it has no journal.
+/// Starts a node with all directories, including the kubelet's, on an ext4 in memory. Without a journal, a filesystem
+/// that has just lost many files, as after a bench, is slow to create new ones.
 pub fn node_in_memory(options: impl FnOnce(DriverOptions) -> DriverOptions) -> Node {
     Node::start_with(|sandbox, defaults| {
         let disk = ext4_in_memory(sandbox, 8 << 30, &["-i", "2048", "-E", "nodiscard"]);
@@ -15,14 +15,14 @@ pub fn node_in_memory(options: impl FnOnce(DriverOptions) -> DriverOptions) -> N
     })
 }
 
-/// Mounts one that ends with the sandbox; the arguments are for `mkfs.ext4`.
+/// Mounts an ext4 that ends with the sandbox. The arguments are for `mkfs.ext4`.
 pub fn ext4_in_memory(sandbox: &Sandbox, bytes: u64, arguments: &[&str]) -> PathBuf {
     ext4_in(sandbox, arguments, |image| {
         run(tool("truncate").args(["-s", &bytes.to_string()]).arg(image));
     })
 }
 
-/// The same with all of its memory allocated before, so that none of it is charged to the process that writes.
+/// Mounts an ext4 with all of its memory allocated before, so that none of it is charged to the process that writes.
 pub fn allocated_ext4_in_memory(sandbox: &Sandbox, bytes: u64, arguments: &[&str]) -> PathBuf {
     ext4_in(sandbox, arguments, |image| {
         run(tool("fallocate").args(["-l", &bytes.to_string()]).arg(image));

@@ -1,9 +1,8 @@
-//! Times of the driver's own log, and how benches print them.
+//! Reads times from the driver's log, and prints them.
 
 use std::time::Duration;
 
-/// Returns the driver's own times of calls that ended with this message: of publishes, those from
-/// the cache.
+/// Returns the driver's own times of calls that ended with this message: of publishes, those from the cache.
 pub fn driver_times(log: &str, message: &str) -> Vec<Duration> {
     log.lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
@@ -13,7 +12,7 @@ pub fn driver_times(log: &str, message: &str) -> Vec<Duration> {
         .collect()
 }
 
-/// Returns the time that this part of all times, from 0 to 1, does not exceed; zero where there are none.
+/// Returns the quantile of the times at `part`, from 0 to 1; zero if there are none.
 pub fn quantile(times: &mut [Duration], part: f64) -> Duration {
     times.sort_unstable();
     let last = times.len().saturating_sub(1);

@@ -18,7 +18,7 @@ use serde_json::json;
 
 use super::{CAPACITY, Controller, PULL, is_ready, mebibytes, registry, size, wait};
 
-/// The API server allows so many requests on one connection, and watches are requests.
+/// The number of nodes for each connection: the API server limits requests on one connection, and watches are requests.
 const NODES_PER_CLIENT: usize = 100;
 
 pub fn fleet() {
@@ -181,7 +181,7 @@ async fn run_node(api: Api<NodeArtifacts>, name: String) {
 /// Counters of the API server for `ArtifactPreload` and `NodeArtifacts` objects.
 struct Metrics {
     requests: f64,
-    /// Bytes of requests' bodies.
+    /// Bytes of the requests' bodies.
     received: f64,
     /// Bytes of events to watches.
     sent: f64,

@@ -1,4 +1,4 @@
-//! Who fetches: the driver, the tools, and the floor that no tool can be under.
+//! The contenders of the transfers: the driver, other tools, and lower bounds for any tool.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -11,26 +11,26 @@ use super::scratch::Scratch;
 use crate::common::cgroup::Confinement;
 use crate::common::support::{Containerd, DriverOptions, Sandbox, tool};
 
-/// The memory that a confined driver may have.
+/// The memory limit of a confined driver.
 const CONFINED_BYTES: u64 = 128 << 20;
 
-/// Where it is fetched from.
+/// The registry to fetch from.
 pub struct Source<'a> {
     pub host: String,
-    /// Whose word the host's certificate is; none where it speaks no TLS.
+    /// The certificate authority of the host; `None` without TLS.
     pub authority: Option<&'a Path>,
 }
 
-/// One who fetches an artifact to the scratch filesystem.
+/// A program that fetches an artifact to the scratch filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// A publish by a driver whose state is empty; its content is on the disk when it answers.
+    /// A publish by a driver with an empty state; its content is synced when it responds.
     Driver,
     /// `oras pull`, which leaves syncing to the kernel.
     OrasPull,
     /// `skopeo copy` to an OCI layout.
     SkopeoCopy,
-    /// `ctr images pull` by a containerd whose root is empty, unpacked, which leaves syncing to the kernel.
+    /// `ctr images pull` by a containerd with an empty root, unpacked, which leaves syncing to the kernel.
     Containerd,
     /// `curl` of all blobs at once, then `sync -f`.
     Curl,
@@ -150,7 +150,7 @@ fn shell(script: &str, scratch: &Scratch) -> Command {
     command
 }
 
-/// All artifacts at once, from the calls to their answers.
+/// Publishes all artifacts at once. Measures from the calls to their responses.
 fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined: bool) -> Measured {
     let sandbox = Sandbox::new();
     let state = scratch.path().join("state");
@@ -167,7 +167,7 @@ fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined:
         }
         None => options,
     };
-    // Declared first, so that it goes last: a cgroup with a process in it cannot.
+    // Declared first, so that it is dropped last: a cgroup with a process cannot be removed.
     let _confinement;
     let driver = options.start();
     _confinement = confined.then(|| Confinement::of(driver.id(), CONFINED_BYTES));
@@ -186,7 +186,7 @@ fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined:
     std::thread::scope(|scope| {
         for volume in &volumes {
             scope.spawn(|| {
-                // A call may run into the kubelet's deadline; it asks again, and so do we.
+                // A call may reach the kubelet's deadline. The kubelet repeats it.
                 while let Err(status) = kubelet.publish_request(volume.request.clone()) {
                     assert_eq!(status.code(), tonic::Code::Aborted, "{status}");
                 }
@@ -202,7 +202,7 @@ fn driver(artifact: &Artifact, source: &Source<'_>, scratch: &Scratch, confined:
     Measured { wall, cpu, peak_bytes }
 }
 
-/// One pull, from the command to its end; the server's costs count as the command's.
+/// Runs one pull. The server's costs count as the command's.
 fn containerd(reference: &str, scratch: &Scratch) -> Measured {
     let sandbox = Sandbox::new();
     let server = Containerd::start(&scratch.path().join("root"), sandbox.path());

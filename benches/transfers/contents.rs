@@ -1,4 +1,4 @@
-//! What is fetched, made the same at every run.
+//! The artifacts of the transfers, the same in every run.
 
 use std::io::Write as _;
 
@@ -6,14 +6,14 @@ use crate::common::support::{
     Image, Layer, Manifest, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, registry,
 };
 
-/// The cases that are measured.
+/// The measured cases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Case {
     /// One large file.
     File,
-    /// The same by TLS.
+    /// The large file, with TLS.
     Tls,
-    /// The same, where each connection is limited.
+    /// The large file, with a limit on each connection.
     Limited,
     /// Several files.
     Files,
@@ -21,15 +21,15 @@ pub enum Case {
     Original,
     /// An image of many files, layers compressed with gzip.
     Gzip,
-    /// The same with zstd.
+    /// The image of many files, layers compressed with zstd.
     Zstd,
-    /// Ten artifacts at once, for their memory.
+    /// Ten artifacts at once, to measure memory.
     Ten,
-    /// The large file and the image of many files, by a driver that has 128 MiB, page cache included.
+    /// The large file and the image of many files, by a driver with 128 MiB, page cache included.
     Confined,
 }
 
-/// What lies in the registry.
+/// A pushed artifact.
 pub struct Artifact {
     pub description: String,
     /// `repository:tag`, one for each artifact.
@@ -138,7 +138,7 @@ impl Artifact {
         Self { description, names: vec![format!("{repository}:v1")], repository, blobs }
     }
 
-    /// 60,000 files in four layers, 860 MB; their sizes spread as those of system images do.
+    /// Creates 60,000 files in four layers, 860 MB. Their sizes are distributed as in system images.
     fn image(case: Case, scale: usize) -> Self {
         const LAYERS: usize = 4;
         let files = (60_000 * scale / 100).max(LAYERS);
@@ -177,7 +177,7 @@ impl Artifact {
     }
 }
 
-/// Half of the files below 4 KiB, a few of them large, 14 KiB in the mean.
+/// Returns a file size: half of them below 4 KiB, a few large, 14 KiB on average.
 fn size_of_file(seed: usize) -> usize {
     let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
     match random % 100 {
@@ -188,7 +188,7 @@ fn size_of_file(seed: usize) -> usize {
     }
 }
 
-/// Packs to about a third, as programs and texts do.
+/// Returns text that compresses to about a third, like programs and texts.
 fn text() -> Vec<u8> {
     let words = noise(6 * 4096, 7);
     let mut choices = noise(4 * (2 << 20), 8).into_iter();
@@ -205,7 +205,7 @@ fn text() -> Vec<u8> {
     text
 }
 
-/// As fast writers pack, at the level that most tools use.
+/// Compresses with a fast writer, at the level that most tools use.
 fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(bytes).and_then(|()| encoder.finish()).expect("gzip")

@@ -3,16 +3,16 @@
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// What one run cost.
+/// The costs of one run.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
     pub wall: Duration,
     pub cpu: Duration,
-    /// Of the largest process; none where it says nothing.
+    /// The peak memory of the largest process; `None` if the process does not report it.
     pub peak_bytes: Option<u64>,
 }
 
-/// Runs a command to its end, which must be a good one, with all that it starts and waits for.
+/// Runs a command successfully to its end, with all of its children.
 #[track_caller]
 #[allow(unsafe_code, reason = "only wait4 tells the cost of one child")]
 pub fn command(command: &mut Command) -> Measured {
@@ -39,23 +39,23 @@ pub fn command(command: &mut Command) -> Measured {
     Measured { wall, cpu, peak_bytes: Some(usage.ru_maxrss as u64 * 1024) }
 }
 
-/// The CPU time of a running process so far.
+/// Returns the CPU time of a running process so far.
 pub fn cpu(process: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).expect("a process");
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split(' ').collect();
     let ticks = |index: usize| fields[index].parse::<u64>().expect("ticks");
-    // utime and stime, of which the kernel counts a hundred a second.
+    // utime and stime, in hundredths of a second.
     Duration::from_millis((ticks(12) + ticks(13)) * 10)
 }
 
-/// The peak resident memory of a running process (`VmHWM`).
+/// Returns the peak resident memory of a running process (`VmHWM`).
 pub fn peak_bytes(process: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The machine, in one line.
+/// Describes the machine in one line.
 pub fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let value = |text: &str, key: &str| {

@@ -64,7 +64,7 @@ fn run_case(case: Case, rounds: usize, scale: usize) {
     let mut results: Vec<Vec<Measured>> = contenders.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {
         for turn in 0..contenders.len() {
-            // Who comes first finds memory that the machine may have to get back from its host.
+            // The first contender finds memory that the machine may have to get back from its host.
             let number = (round + turn) % contenders.len();
             let scratch = Scratch::new(case == Case::Confined);
             let confined = case == Case::Confined;
@@ -74,7 +74,7 @@ fn run_case(case: Case, rounds: usize, scale: usize) {
     print(&contenders, &results);
 }
 
-/// The driver comes first, and everybody's time is divided by its own.
+/// Prints the table. The driver comes first, and the others' times are divided by its time.
 fn print(contenders: &[Contender], results: &[Vec<Measured>]) {
     println!(
         "| {:<52} | {:>8} | {:>8} | {:>9} | {:>14} |",

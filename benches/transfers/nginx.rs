@@ -1,4 +1,4 @@
-//! nginx before a registry: with TLS, as real registries are reached, or giving each connection its share and no more.
+//! nginx in front of a registry: with TLS, or with a limited rate for each connection.
 
 use std::fs;
 use std::net::TcpStream;
@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 
 use crate::common::support::{Authority, Port, Registry, ending_with_this_thread, wait_until};
 
-/// What real registries give one connection, within an order of magnitude.
+/// The rate of one connection to real registries, within an order of magnitude.
 pub const LIMIT_MEBIBYTES: u64 = 40;
 
 pub struct Nginx {
@@ -22,7 +22,7 @@ impl Nginx {
         Self::start(registry, folder(), None, &format!("limit_rate {LIMIT_MEBIBYTES}m;"))
     }
 
-    /// HTTP/2 for whoever asks for it, and HTTP/1.1.
+    /// Serves with TLS, HTTP/1.1 and HTTP/2.
     pub fn with_tls(registry: &Registry) -> Self {
         let folder = folder();
         let authority = Authority::new(&folder.path().join("authority"));
@@ -73,7 +73,7 @@ impl Nginx {
         self.port.address().to_string()
     }
 
-    /// Whose word its certificate is; none where it speaks no TLS.
+    /// Returns the certificate authority; `None` without TLS.
     pub fn authority(&self) -> Option<&Path> {
         self.authority.as_deref()
     }

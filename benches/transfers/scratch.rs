@@ -7,9 +7,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::common::support::{Sandbox, run, tool};
 
-/// Room for the largest case with what it unpacks to.
+/// The size for the largest case with its unpacked content.
 const BYTES: u64 = 6 << 30;
-/// Room for the confined case, whose every page is there before.
+/// The size for the confined case, whose pages are all allocated before.
 const ALLOCATED_BYTES: u64 = 4 << 30;
 
 /// An ext4 on a loop device over a file in memory; both end with the value.
@@ -20,8 +20,8 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// The memory under the filesystem belongs to who touches it first: allocated beforehand, it is
-    /// not the driver's.
+    /// Mounts a filesystem. Its memory belongs to the process that touches it first: allocated beforehand, it is not
+    /// charged to the driver.
     pub fn new(allocated: bool) -> Self {
         let sandbox = Sandbox::new();
         let memory = sandbox.folder("memory");
@@ -47,7 +47,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Lazily: a driver that was just killed may still be ending.
+        // Lazily, because a killed driver may still be ending.
         let _ = umount2(&self.mounted, MntFlags::MNT_DETACH);
         let _ = umount2(&self.memory, MntFlags::MNT_DETACH);
     }

@@ -1,4 +1,4 @@
-//! The command line's side of the admin socket.
+//! The client of the admin socket, for the command line.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,33 +9,33 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::admin::admin_client::AdminClient;
 
-/// Why the node plugin cannot be asked.
+/// A failure to connect to the node plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// There is no socket.
+    /// The socket does not exist.
     #[error(
         "no node plugin runs on this node: there is no {}; start it, or give its socket with --admin-endpoint",
         .0.display()
     )]
     NoSocket(PathBuf),
-    /// The socket is left over.
+    /// The socket exists, and no process listens on it.
     #[error("no node plugin runs on this node: nobody listens at {}; look at its log", .0.display())]
     NobodyListens(PathBuf),
-    /// Only root may.
+    /// The caller is not root.
     #[error("{} may only be opened by root: run the command as root", .0.display())]
     NotAllowed(PathBuf),
-    /// Something else.
+    /// Any other error.
     #[error("the node plugin cannot be reached at {}: {reason}", path.display())]
     Other {
-        /// Where.
+        /// The socket's path.
         path: PathBuf,
-        /// Why.
+        /// The deepest cause.
         reason: String,
     },
 }
 
 impl ConnectError {
-    /// The transport's own text says nothing; its last cause does.
+    /// Maps the deepest cause, since the transport's own text does not say why.
     fn new(path: &Path, error: &(dyn std::error::Error + 'static)) -> Self {
         let mut cause = error;
         while let Some(deeper) = cause.source() {
@@ -53,7 +53,7 @@ impl ConnectError {
 
 /// Connects to a running node plugin.
 pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, ConnectError> {
-    // The address is only a name here: the connector knows the socket.
+    // Never resolved: the connector uses the socket.
     let endpoint = Endpoint::from_static("http://localhost");
     let socket = path.to_owned();
     let connector = tower::service_fn(move |_| {

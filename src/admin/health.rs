@@ -1,6 +1,6 @@
-//! `/healthz` says whether a restart would help: that it answers is the answer.
-//! `/readyz` says whether this node can serve pods: registered with the kubelet,
-//! recovery has ended, and the state directory can be written.
+//! `/healthz` reports whether the process responds: if it does, a restart would not help. `/readyz` reports whether
+//! this node can serve pods: the driver is registered with the kubelet, recovery has ended, and the state directory can
+//! be written.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,22 +13,22 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::volume::ContentState;
 
-/// Less than a probe of the kubelet waits when it is told nothing.
+/// The limit on a write to the disk. Less than a probe's default `timeoutSeconds` of 1.
 const DISK_PATIENCE: Duration = Duration::from_millis(800);
 
-/// What readiness depends on.
+/// The state that readiness depends on.
 #[derive(Clone)]
 pub struct Health {
-    /// Whether content can be served.
+    /// The content, or the reason why it cannot be served.
     pub content: watch::Receiver<ContentState>,
-    /// Set by the kubelet; none when somebody else registers the driver.
+    /// Set by the kubelet; `None` if another program registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
 }
 
 impl Health {
-    /// The routes.
+    /// Returns the routes of both probes.
     pub fn router(self) -> Router {
-        // One at a time: each that is left behind by a disk that hangs would keep a blocking thread.
+        // One write at a time: each that hangs with its disk keeps a blocking thread.
         let probing = Arc::new(Semaphore::new(1));
         let ready = move || {
             let (health, probing) = (self.clone(), Arc::clone(&probing));
@@ -50,7 +50,7 @@ impl Health {
             }
             _ => {}
         }
-        // A disk that hangs must not hang the answer.
+        // A response must come also if the disk hangs.
         let probe = async {
             let permit = probing.acquire_owned().await;
             let probe = move || {

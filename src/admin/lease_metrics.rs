@@ -1,4 +1,4 @@
-//! The node's setting of file leases as a metric, read with each scrape: others may change it.
+//! The node's setting of file leases as a metric. Read with each scrape, since other programs may change it.
 
 use std::fmt;
 

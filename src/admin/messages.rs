@@ -1,4 +1,4 @@
-//! What operations say, as messages of the admin interface.
+//! Converts results of operations into messages of the admin interface.
 
 use super::operations::{Artifact, Inspected, Meaning, Removed};
 use crate::proto::admin as wire;

@@ -1,5 +1,4 @@
-//! Metrics in Prometheus' text format: base units, and no label whose values
-//! users can multiply.
+//! Metrics in the Prometheus text format: base units, and no label whose values users can multiply.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
@@ -28,13 +27,13 @@ use pull::wire::Observer;
 use store::Store;
 use telemetry::metric_families::MetricFamilies;
 
-/// From a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet asks again.
+/// Buckets from a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet calls again.
 const SECONDS: [f64; 16] = [
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 30.0,
     60.0, 120.0,
 ];
 
-/// From what fits one round trip to an hour, which a model on a slow line takes.
+/// Buckets from one round trip to an hour, the time of a model on a slow line.
 const PULL_SECONDS: [f64; 12] =
     [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
 
@@ -60,7 +59,7 @@ struct EndpointLabels {
     endpoint: &'static str,
 }
 
-/// Counts what happens on the node.
+/// The node plugin's metrics.
 #[derive(Debug)]
 pub struct Metrics {
     families: Arc<MetricFamilies>,
@@ -142,7 +141,7 @@ impl Default for Metrics {
     }
 }
 
-/// Something that is looked at with each scrape.
+/// Adds a collector that reads a shared value at each scrape. Returns the value.
 fn looked_at<T: Default + Clone, C: Collector>(
     families: &mut MetricFamilies,
     collector: fn(T) -> C,
@@ -153,7 +152,7 @@ fn looked_at<T: Default + Clone, C: Collector>(
 }
 
 impl Metrics {
-    /// A volume was published.
+    /// Counts a volume that was published.
     pub fn published(&self, path: PublishPath, duration: Duration) {
         let cache = match path {
             PublishPath::AlreadyMounted => "mounted",
@@ -169,17 +168,17 @@ impl Metrics {
         self.observe("OK", cache, duration);
     }
 
-    /// A publish failed.
+    /// Counts a publish that failed.
     pub fn publish_failed(&self, code: Code, duration: Duration) {
         self.observe(code_name(code), "none", duration);
     }
 
-    /// A volume was unpublished.
+    /// Counts a volume that was unpublished.
     pub fn unpublished(&self) {
         self.unpublished.inc();
     }
 
-    /// Whether a part of the configuration cannot be used.
+    /// Sets whether a part of the configuration is unusable. The metric is 1 while any part is.
     pub fn configuration_error(&self, part: &'static str, is_wrong: bool) {
         let mut wrong = self.wrong_parts.lock().unwrap_or_else(PoisonError::into_inner);
         if is_wrong {
@@ -190,33 +189,33 @@ impl Metrics {
         self.configuration_errors.set((!wrong.is_empty()).into());
     }
 
-    /// How what the configuration keeps warm is: looked at with each scrape.
+    /// Returns the states of the configuration's references, which each scrape reads.
     pub fn warming(&self) -> &WarmStates {
         &self.warming
     }
 
-    /// How far the scrub is: looked at with each scrape.
+    /// Returns the progress of the scrub, which each scrape reads.
     pub fn scrub(&self) -> &ScrubState {
         &self.scrub
     }
 
-    /// Records and mounts were brought together.
+    /// Counts the results of bringing records and mounts together.
     pub fn reconciled(&self, reconciled: &Reconciled) {
         self.unknown_mounts.set(reconciled.unknown as u64);
         self.vanished.inc_by(reconciled.unmounted as u64);
     }
 
-    /// The store is open: what it holds is looked at with each scrape.
+    /// Sets the open store, which each scrape reads.
     pub fn observe_store(&self, store: &Store) {
         self.store.observe(store.clone());
     }
 
-    /// An endpoint could not be listened on.
+    /// Counts an endpoint that could not be listened on.
     pub fn endpoint_error(&self, endpoint: &'static str) {
         self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
     }
 
-    /// The route.
+    /// Returns the route of the metrics.
     pub fn router(&self) -> Router {
         self.families.router()
     }
@@ -247,7 +246,7 @@ impl Observer for Metrics {
     }
 }
 
-/// As the specification writes codes.
+/// Returns a code's name in the spelling of the gRPC specification.
 fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",

@@ -1,5 +1,4 @@
-//! For the people who run the node: health and metrics over HTTP, and the
-//! command line's questions over the admin socket.
+//! The interfaces for administrators of the node: health and metrics over HTTP, and commands over the admin socket.
 
 pub mod client;
 pub mod health;

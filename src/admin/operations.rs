@@ -1,4 +1,4 @@
-//! What an administrator may do with a node's content.
+//! Operations of an administrator on a node's content.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,77 +15,77 @@ use unpack::Limits;
 /// The owner of pins that the command line makes.
 pub const ADMIN: &str = "admin";
 
-/// An operation that failed.
+/// A failed operation of an administrator.
 #[derive(Debug, thiserror::Error)]
 pub enum OperationError {
-    /// Not on this node.
+    /// The artifact is not on this node.
     #[error("{0} is not on this node: warm it first, or look at `ls`")]
     NotHere(String),
-    /// It is to stay.
+    /// The reference is pinned.
     #[error("{reference} is pinned by {owners}: unpin it first")]
     Pinned {
-        /// What.
+        /// The pinned reference.
         reference: String,
-        /// Who wants it.
+        /// The owners of its pins, separated by commas.
         owners: String,
     },
-    /// The store.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// A tree with all that is known of it.
+/// A tree, with its references, volumes and pins.
 #[derive(Clone, Debug)]
 pub struct Artifact {
-    /// The tree.
+    /// The tree of one of its forms.
     pub tree: Tree,
-    /// What last resolved to it.
+    /// The references that last resolved to its manifest.
     pub references: Vec<String>,
-    /// Who shows it.
+    /// The volumes that show it: `namespace/pod`, or the volume id.
     pub volumes: Vec<String>,
-    /// Who keeps it.
+    /// The owners of its pins.
     pub pins: Vec<String>,
-    /// Seconds since 1970; 0 once it was removed.
+    /// Seconds since 1970; 0 after a removal.
     pub last_used: i64,
-    /// It is not shown anew.
+    /// Damage was found. No further volume shows it.
     pub damaged: bool,
 }
 
-/// What became of a reference that was removed.
+/// The outcome of removing a reference.
 #[derive(Clone, Debug, Default)]
 pub struct Removed {
-    /// What went at once.
+    /// Content that was deleted at once.
     pub collected: Collected,
-    /// Who still shows it.
+    /// Volumes that still show the content.
     pub volumes: Vec<String>,
-    /// What else leads to the same content.
+    /// Other references and pins that lead to the same content.
     pub references: Vec<String>,
 }
 
-/// What a reference means on this node, and what is here of it.
+/// The resolutions of a reference on this node, and their artifacts.
 #[derive(Clone, Debug, Default)]
 pub struct Inspected {
-    /// By platform.
+    /// The resolutions, one for each platform.
     pub meanings: Vec<Meaning>,
-    /// The trees of those manifests.
+    /// The trees of these manifests.
     pub artifacts: Vec<Artifact>,
 }
 
-/// What a reference means for one platform.
+/// The resolution of a reference for one platform.
 #[derive(Clone, Debug)]
 pub struct Meaning {
-    /// As it was recorded.
+    /// The record of the resolution.
     pub resolution: Resolution,
-    /// The layers of the manifest, as far as it is kept.
+    /// The layers of the manifest; empty if the store has no copy of the manifest.
     pub layers: Vec<Descriptor>,
 }
 
-/// All that is known of one reference.
+/// Returns the resolutions and artifacts of one reference.
 pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, OperationError> {
     let mut inspected = Inspected::default();
     for resolution in store.meanings(reference)? {
         let bytes = store.blob(resolution.manifest)?.unwrap_or_default();
-        // It was accepted once: what it holds is shown whatever the limits are now.
+        // Accepted at its pull: shown whatever the limits are now.
         let parsed = Manifest::parse(&bytes, None, Limits::default().manifest());
         let layers = match parsed {
             Ok(Manifest::Image(image)) => image.layers,
@@ -103,12 +103,11 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
     Ok(inspected)
 }
 
-/// All trees, in the order of their references.
+/// Returns all trees, ordered by their references.
 pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
     describe(store, store.all_trees()?)
 }
 
-/// The trees of some manifests.
 fn artifacts_of(
     store: &Store,
     manifests: BTreeSet<Digest>,
@@ -151,7 +150,7 @@ fn describe(
     Ok(artifacts)
 }
 
-/// Keeps what the reference means for the platform now.
+/// Pins the manifest that the reference resolves to for the platform now.
 pub fn pin(
     store: &Store,
     reference: &Reference,
@@ -167,7 +166,7 @@ pub fn pin(
     Ok(store.pin(reference, platform, manifest, owner)?)
 }
 
-/// Takes an owner's pins of a reference away; says how many, and whose stay.
+/// Removes an owner's pins of a reference. Returns their number, and the owners of the remaining pins.
 pub fn unpin(
     store: &Store,
     reference: &Reference,
@@ -178,8 +177,7 @@ pub fn unpin(
     Ok((unpinned.len(), owners(store, reference)))
 }
 
-/// Forgets a reference. Content that nothing else leads to goes, what is shown with its
-/// last unpublish.
+/// Removes a reference. Content without another reference or pin is deleted: at once, or after the last unpublish.
 pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, OperationError> {
     let owners = owners(store, reference);
     if !owners.is_empty() {

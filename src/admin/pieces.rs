@@ -1,17 +1,17 @@
-//! A stream of messages as a reader, for code that reads on a blocking thread.
+//! Adapts a stream of messages to a blocking reader.
 
 use std::io::{self, Read};
 
 use tokio::sync::mpsc;
 
-/// Pieces on their way; a message of gRPC has at most 4 MiB.
+/// The capacity of the channel. A gRPC message has at most 4 MiB.
 const PIECES: usize = 4;
 
-/// Where pieces go in.
+/// The sending half.
 #[derive(Debug)]
 pub(super) struct Pieces(mpsc::Sender<io::Result<Vec<u8>>>);
 
-/// Where they come out, one after the other. Blocking.
+/// The reading half. Blocking.
 #[derive(Debug)]
 pub(super) struct PieceReader {
     pieces: mpsc::Receiver<io::Result<Vec<u8>>>,
@@ -24,12 +24,12 @@ impl Pieces {
         (Self(sender), PieceReader { pieces, piece: io::Cursor::default() })
     }
 
-    /// Whether anybody still reads.
+    /// Sends one chunk. Returns false if the reader is gone.
     pub(super) async fn send(&self, piece: Vec<u8>) -> bool {
         self.0.send(Ok(piece)).await.is_ok()
     }
 
-    /// What came is not all there is: the end must not look like one.
+    /// Ends the reader with an error, so that an incomplete stream is not taken for a complete one.
     pub(super) async fn fail(&self, error: &tonic::Status) {
         let error = io::Error::new(io::ErrorKind::UnexpectedEof, error.message().to_owned());
         let _ = self.0.send(Err(error)).await;

@@ -1,4 +1,4 @@
-//! How far the scrub is, as metrics: looked at when somebody scrapes.
+//! The progress of the scrub as metrics, read at each scrape.
 
 use std::fmt;
 
@@ -33,7 +33,7 @@ impl Collector for ScrubMetrics {
             let counter = ConstCounter::new(count);
             counter.encode(family.encode_family(&[("result", result)])?)?;
         }
-        // A scrub that is off is not behind.
+        // A scrub that is off has no lag.
         if let Some(lag) = scrub.lag {
             let gauge = ConstGauge::new(lag.as_secs());
             let (help, unit) = ("How far the scrub is behind its turns", Some(&Unit::Seconds));

@@ -1,4 +1,4 @@
-//! The admin interface on the wire: requests to operations, and what they say to messages.
+//! The gRPC service of the admin socket: parses requests, runs operations and converts their results.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -32,27 +32,27 @@ use pull::self_check::Repaired;
 use store::gc::Want;
 use store::{Room, Store, StoreError};
 
-/// Findings and progress that wait for a slow reader.
+/// The capacity of a channel to a slow reader.
 const EVENTS: usize = 64;
 
-/// Answers the command line.
+/// The service of the admin socket.
 #[derive(Clone)]
 pub struct AdminService {
     /// The Node object's name.
     pub node_id: String,
     /// The CSI driver's name.
     pub driver_name: String,
-    /// Where content lies.
+    /// The state directory.
     pub state_dir: PathBuf,
-    /// Whether content can be served.
+    /// The content, or the reason why it cannot be served.
     pub content: watch::Receiver<ContentState>,
-    /// Set by the kubelet; none when somebody else registers the driver.
+    /// Set by the kubelet; `None` if another program registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
-    /// How what the configuration keeps warm is.
+    /// The states of the references of the configuration's list.
     pub warming: WarmStates,
-    /// How far the scrub is.
+    /// The progress of the scrub.
     pub scrub: ScrubState,
-    /// What goes on when a caller leaves runs here.
+    /// Runs work that continues after its caller has gone.
     pub tracker: TaskTracker,
 }
 
@@ -106,7 +106,7 @@ impl Admin for AdminService {
         let warm = self.warming.get(&reference.to_string());
         let is_listed = warm.is_some();
         let inspect = move |store: Store| match operations::inspect(&store, &reference) {
-            // That it is to be here is known, and why it is not.
+            // Listed in the configuration and not fetched yet. Its state says why.
             Err(OperationError::NotHere(_)) if is_listed => Ok(Inspected::default()),
             inspected => inspected,
         };
@@ -123,7 +123,7 @@ impl Admin for AdminService {
         let content = self.content()?;
         let wants = warm::wants(request.into_inner()).map_err(Status::invalid_argument)?;
         let (events, receiver) = mpsc::channel(EVENTS);
-        // The node's work goes on when the caller leaves.
+        // The pull continues if the caller goes.
         self.tracker.spawn(warm::run(content, wants, events));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
     }
@@ -246,7 +246,7 @@ impl AdminService {
     }
 }
 
-/// Damage is found, told and repaired whether or not somebody listens.
+/// Verifies all content. Damage is logged and repaired also if the caller has gone.
 async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<VerifyEvent, Status>>) {
     let found = events.clone();
     let mut findings = 0;
@@ -315,7 +315,7 @@ fn parse_reference(text: &str) -> Result<Reference, Status> {
     })
 }
 
-/// None where nothing is said.
+/// Parses an optional platform. An empty text is `None`.
 fn parse_platform(text: &str) -> Result<Option<Platform>, Status> {
     if text.is_empty() {
         return Ok(None);
@@ -342,7 +342,7 @@ fn store_code(error: &StoreError) -> Code {
     }
 }
 
-/// What is wrong with a layout is the caller's to change.
+/// Chooses a code that tells the caller to change the layout, unless the disk is full.
 fn import_status(error: &ImportError) -> Status {
     let code = match error {
         ImportError::Pull(error) if error.is_full() => Code::ResourceExhausted,

@@ -1,4 +1,4 @@
-//! What the store holds, as metrics: looked at when somebody scrapes.
+//! The store's contents as metrics, read at each scrape.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -12,12 +12,12 @@ use prometheus_client::registry::Unit;
 use store::eviction::Reason;
 use store::{ObjectKind, Store};
 
-/// Empty until the store is open.
+/// The metrics of the store. Empty until it is open.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StoreMetrics(Arc<OnceLock<Store>>);
 
 impl StoreMetrics {
-    /// The store is open. It is opened once.
+    /// Sets the store, which is opened once.
     pub(super) fn observe(&self, store: Store) {
         let _ = self.0.set(store);
     }
@@ -27,7 +27,7 @@ impl Collector for StoreMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let Some(store) = self.0.get() else { return Ok(()) };
         let mut writer = Writer(&mut encoder);
-        // A disk that cannot be looked at has no numbers; that it cannot, the log says.
+        // A disk that cannot be read has no values. The log has the error.
         if let Ok(usage) = store.usage() {
             let help = "Disk space of all content and what is known of it, shared content once";
             writer.bytes("cache", help, usage.bytes)?;

@@ -1,4 +1,4 @@
-//! Warming: fetching artifacts before a pod asks for them.
+//! The `warm` command: fetches artifacts before a pod needs them.
 
 use std::time::Duration;
 
@@ -15,23 +15,23 @@ use oci::credentials::Keyring;
 use oci::{Platform, Reference};
 use pull::{ProgressView, PullPolicy, Tenant, Want};
 
-/// References in one request.
+/// The most references in one request.
 const REFERENCES: usize = 10_000;
-/// How many are asked for at once; the node's own limits hold besides.
+/// The most references that one request pulls at once. The node's own limits hold as well.
 const AT_ONCE: usize = 4;
-/// So long an end waits for room in the stream.
+/// The time that the last event of a reference waits for space in the stream.
 const READER_PATIENCE: Duration = Duration::from_secs(10);
-/// How often progress is told.
+/// The interval between two events of progress.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// What is to be warmed.
+/// A parsed request: the artifacts to fetch, and whether to pin them.
 #[derive(Debug)]
 pub(super) struct Wants {
     wants: Vec<Want>,
     pin: bool,
 }
 
-/// Reads a request; the error says what is wrong with it.
+/// Parses a request. The error says what is wrong with it.
 pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
     let WarmRequest { references, platform, pin, docker_config } = request;
     if references.is_empty() || references.len() > REFERENCES {
@@ -48,13 +48,13 @@ pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
     let wanted = |reference: &String| {
         let reference: Reference =
             reference.parse().map_err(|error: oci::reference::ReferenceError| error.to_string())?;
-        // A tag may have moved since: warming is for what it means now.
+        // The tag may have moved since its last resolution.
         Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone(), Tenant::Admin))
     };
     Ok(Wants { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
 }
 
-/// Warms one after the other, a few at once; goes on when nobody listens any more.
+/// Fetches the artifacts, a few at once. Continues if the caller goes.
 pub(super) async fn run(content: Content, wants: Wants, events: mpsc::Sender<WarmEvent>) {
     let Wants { wants, pin } = wants;
     let mut waiting = wants.into_iter();
@@ -93,7 +93,7 @@ async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<Wa
         tokio::select! {
             acquired = &mut acquire => break acquired,
             () = tokio::time::sleep(INTERVAL) => {
-                // Whoever reads slowly sees fewer steps, never a slower pull.
+                // A slow reader sees fewer steps. It never slows the pull.
                 let _ = events.try_send(event(State::Pulling));
             }
         }
@@ -110,7 +110,7 @@ async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<Wa
         },
         Err(error) => WarmEvent { reason: error.to_string(), ..event(State::Failed) },
     };
-    // A reader that stands still must not hold up the node's work; its stream ends without this one.
+    // A reader that has stopped must not hold up the pulls. Its stream ends without this event.
     let _ = events.send_timeout(last, READER_PATIENCE).await;
 }
 

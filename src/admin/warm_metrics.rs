@@ -1,4 +1,4 @@
-//! What the list of the configuration keeps warm, as metrics: looked at when somebody scrapes.
+//! The references of the configuration's list as metrics, read at each scrape.
 
 use std::fmt;
 

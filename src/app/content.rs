@@ -1,4 +1,4 @@
-//! Opens the store beside the sockets, and makes content available.
+//! Opens the store while the sockets are served, and makes content available.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,10 +30,10 @@ use store::own::require_mountpoint;
 use store::{SecurityLabel, Store, StoreError, StoreOptions};
 use sys::background::Background;
 
-/// After a failure of the store: the disk may be mounted, repaired or emptied meanwhile.
+/// The interval between two attempts to open the store: the disk may be mounted, repaired or emptied meanwhile.
 const STORE_RETRY: Duration = Duration::from_secs(10);
 
-/// What it takes to open a node's store.
+/// The parts that the task needs to open a node's store.
 pub(super) struct Opening {
     pub(super) options: NodeOptions,
     pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
@@ -41,15 +41,14 @@ pub(super) struct Opening {
     pub(super) metrics: Arc<Metrics>,
     pub(super) events: Option<PodEvents>,
     pub(super) content: watch::Sender<ContentState>,
-    /// None until a disk that failed at start has come back.
+    /// `None` until a disk that failed at start has come back.
     pub(super) lock: Arc<Mutex<Option<Lock>>>,
     pub(super) tracker: TaskTracker,
     pub(super) shutdown: CancellationToken,
 }
 
 impl Opening {
-    /// Opens the store, again and again until it opens, makes content available, and looks
-    /// after it until the end.
+    /// Opens the store, retrying until it opens; makes content available, and maintains it until `shutdown`.
     pub(super) async fn run(self) {
         let configuration = match &self.configuration {
             Ok(configuration) => configuration,
@@ -78,7 +77,7 @@ impl Opening {
             kubelet_dir: self.options.kubelet_dir.clone(),
             metrics: Arc::clone(&self.metrics),
         };
-        // Before anything is published: what was shown is known, and stays.
+        // Mounts of an earlier process must have records before anything new is published.
         upkeep.reconcile().await;
         self.metrics.observe_store(&content.store);
         let (store, wanted) = (content.store.clone(), Arc::clone(&content.upkeep));
@@ -101,7 +100,7 @@ impl Opening {
         upkeep.run(wanted, self.shutdown.clone()).await;
     }
 
-    /// Where preloads are not carried out any more, nobody else would let go of what they have pinned.
+    /// Removes the pins of preloads where preloads are off: nothing else on this node would remove them.
     fn release_preloads(&self, content: &Content) {
         if self.options.fleet {
             return;
@@ -114,7 +113,7 @@ impl Opening {
         });
     }
 
-    /// What the configuration wants on this node before anybody asks.
+    /// Starts fetching and pinning the references of the configuration.
     fn keep_warm(&self, content: Content) {
         let metrics = Arc::clone(&self.metrics);
         let tell = move |failed| metrics.configuration_error("warm", failed);
@@ -152,7 +151,7 @@ fn open_store(
     configuration: &NodeConfiguration,
     lock: &Mutex<Option<Lock>>,
 ) -> Result<Store, StoreError> {
-    // A disk that failed at start may have come back: never without the lock.
+    // A disk that failed at start may have come back. The store is never opened without the lock.
     let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
     if lock.is_none() {
         *lock = Some(acquire(root, configuration.cache.require_mountpoint)?);
@@ -166,7 +165,7 @@ fn open_store(
     Ok(store)
 }
 
-/// The lock, and nothing else is written before it, nor to a disk that is not the right one.
+/// Takes the lock. It is the first write, and goes only to the right disk.
 pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreError> {
     if must_be_mounted {
         require_mountpoint(root)?;
@@ -174,7 +173,7 @@ pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreE
     Lock::try_acquire(root)
 }
 
-/// What serves content, over an open store.
+/// Builds the policy source, the puller and their registry client over an open store.
 pub fn content_of(
     store: Store,
     configuration: &NodeConfiguration,

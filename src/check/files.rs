@@ -1,4 +1,4 @@
-//! Which files a volume would show: by their titles, or by reading the archives once.
+//! Finds the files that a volume would show: by their titles, or by reading the archives once.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, Read};
@@ -22,21 +22,21 @@ use unpack::{
     Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode,
 };
 
-/// Pieces of a blob between the network and the archive's reader.
+/// The capacity of the queue between the network and the archive's reader, in chunks.
 const QUEUE: usize = 16;
 
 /// A file of the volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FileReport {
-    /// Its path in the volume.
+    /// The path in the volume.
     pub path: String,
-    /// Its bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// Whether it can be run.
+    /// The file is executable.
     pub executable: bool,
 }
 
-/// Records names and modes; contents are passed over.
+/// A sink that records names and modes, and skips contents.
 #[derive(Default)]
 struct Names {
     entries: Vec<Entry>,
@@ -56,7 +56,7 @@ impl Sink for Names {
     }
 }
 
-/// A blob while it arrives, for code that reads.
+/// A reader of a blob while it arrives.
 struct Arriving {
     pieces: mpsc::Receiver<Bytes>,
     rest: Bytes,
@@ -77,7 +77,7 @@ impl Read for Arriving {
 }
 
 impl Checker {
-    /// The files of a volume, and whether these are all: archives are read only for `whole`.
+    /// Returns the files of a volume, and whether the list is complete: archives are read only for `whole`.
     pub(super) async fn files(
         &self,
         repository: &Repository,
@@ -117,7 +117,7 @@ impl Checker {
             }
         }
         let plan = match merger.finish() {
-            // What there is may all lie in archives.
+            // All files may be in archives.
             Err(UnpackError::Empty) if !complete => return Ok((Vec::new(), false)),
             plan => plan?,
         };
@@ -143,7 +143,7 @@ impl Checker {
         Ok((files, complete))
     }
 
-    /// A small blob, whole and verified.
+    /// Fetches a small blob, whole and verified.
     pub(super) async fn blob(
         &self,
         repository: &Repository,
@@ -167,7 +167,7 @@ impl Checker {
         fetched.map(|()| bytes)
     }
 
-    /// Passes a blob on while it arrives, and says at its end whether it is what its digest says.
+    /// Forwards a blob while it arrives, and verifies its digest at the end.
     async fn fetch(
         &self,
         repository: &Repository,
@@ -190,7 +190,7 @@ impl Checker {
                     break;
                 }
                 hasher.update(&piece);
-                // One who takes no more has failed, and says why.
+                // The receiver has failed, and reports the reason itself.
                 if pieces.send(piece).await.is_err() {
                     return Ok(());
                 }

@@ -1,12 +1,11 @@
-//! What a registry would serve, asked before anybody mounts it; nothing is stored.
+//! Checks what a registry would serve, before a pod mounts it. Stores nothing.
 //!
 //! ```text
-//! mod      the artifact: what it is, for which platforms, how large, signed by whom
-//! files    which files a volume of it would show
+//! mod      the artifact: its kind, platforms, size and signatures
+//! files    the files that a volume of it would show
 //! ```
 //!
-//! The same code as on a node decides: credentials, mirrors, manifests, titles,
-//! archives, limits, signatures.
+//! The code of the node plugin decides: credentials, mirrors, manifests, titles, archives, limits, signatures.
 
 mod files;
 
@@ -29,92 +28,92 @@ use pull::signatures::Finder;
 use pull::wire::WireOptions;
 use unpack::{Limits, UnpackError};
 
-/// What is asked.
+/// A request to check an artifact.
 #[derive(Clone, Debug)]
 pub struct Check {
-    /// The artifact.
+    /// The artifact's reference.
     pub reference: Reference,
-    /// For these; without any, for all that it is for.
+    /// The platforms to check; all of the artifact's if empty.
     pub platforms: Vec<Platform>,
-    /// It must be signed with this key.
+    /// The key that must have signed it.
     pub key: Option<PublicKey>,
-    /// It must have these files.
+    /// The files that it must have.
     pub required: Vec<Required>,
-    /// What to show the registry.
+    /// The credentials for the registry.
     pub keyring: Keyring,
 }
 
-/// A file that must be there.
+/// A file that an artifact must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Required {
-    /// Its path in the volume.
+    /// The path in the volume.
     pub path: String,
-    /// Whether it must be executable.
+    /// The file must be executable.
     pub executable: bool,
 }
 
-/// What was found.
+/// The result of a check.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// As it was asked for.
+    /// The checked reference.
     pub reference: String,
-    /// What it stands for: a manifest, or an index.
+    /// The digest that it resolves to: of a manifest or an index.
     pub digest: Digest,
-    /// Whether that is an index.
+    /// The digest is that of an index.
     pub index: bool,
-    /// What is mounted, by platform.
+    /// The manifests that nodes would mount, one for each platform.
     pub manifests: Vec<ManifestReport>,
 }
 
-/// One manifest.
+/// The result for one manifest.
 #[derive(Clone, Debug, Serialize)]
 pub struct ManifestReport {
-    /// `os/arch[/variant]`; none where nothing says it.
+    /// The platform as `os/arch[/variant]`; `None` if neither index nor config name it.
     pub platform: Option<String>,
-    /// The manifest.
+    /// The digest of the manifest.
     pub digest: Digest,
-    /// What kind of artifact it is.
+    /// The artifact's kind.
     pub kind: String,
-    /// Bytes of all its blobs.
+    /// The total size of the blobs in bytes.
     pub bytes: u64,
-    /// How many signatures there are, or whose.
+    /// The signatures of the manifest.
     pub signatures: Signatures,
-    /// The files that titles name; with required files, all of the volume.
+    /// The files that titles name; with required files, all files of the volume.
     pub files: Vec<FileReport>,
-    /// Whether these are all.
+    /// The list of files is complete.
     pub files_are_complete: bool,
 }
 
-/// Who has signed it.
+/// The signatures of a manifest.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Signatures {
-    /// The given key.
+    /// The given key has signed it.
     Verified,
-    /// So many are there; nobody said by which key they should be.
+    /// The number of signatures, without a key to verify them.
     Unverified(usize),
 }
 
-/// Why a check failed.
+/// A failed check.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    /// Getting it.
+    /// The artifact could not be fetched.
     #[error(transparent)]
     Pull(#[from] PullError),
-    /// A file that is not there.
+    /// A required file is missing.
     #[error("{platform}: the file {path} is not in it")]
     NoFile {
-        /// For which platform.
+        /// The platform without it.
         platform: String,
-        /// Which.
+        /// The path of the file.
         path: String,
     },
-    /// A file that cannot be run.
+    /// A required file is not executable.
     #[error("{platform}: the file {path} is not executable")]
     NotExecutable {
-        /// For which platform.
+        /// The platform without it.
         platform: String,
-        /// Which.
+        /// The path of the file.
         path: String,
     },
 }
@@ -137,16 +136,16 @@ impl From<UnpackError> for CheckError {
     }
 }
 
-/// Asks.
+/// Checks artifacts with the code of the node plugin.
 #[derive(Clone, Debug)]
 pub struct Checker {
-    /// Speaks to registries.
+    /// The registry client.
     pub registry: Registry,
-    /// The node's.
+    /// The limits on untrusted input.
     pub limits: Limits,
 }
 
-/// A manifest that is to be looked at.
+/// A manifest to check.
 struct Chosen {
     platform: Option<Platform>,
     digest: Digest,
@@ -154,7 +153,7 @@ struct Chosen {
 }
 
 impl Checker {
-    /// Looks at an artifact.
+    /// Checks an artifact with each credential that applies, until one is accepted.
     pub async fn check(&self, check: &Check) -> Result<Report, CheckError> {
         let repository = check.reference.repository();
         let mut credentials = check.keyring.matching(repository);
@@ -164,7 +163,7 @@ impl Checker {
         let mut refused = None;
         for credential in credentials {
             match self.check_with(check, &credential).await {
-                // Registries that hide what they have answer 404.
+                // Registries that hide repositories respond with 404.
                 Err(CheckError::Pull(PullError::Registry(error)))
                     if error.is_refused_credential()
                         || matches!(error, RegistryError::NotFound { .. }) =>
@@ -187,7 +186,7 @@ impl Checker {
             Some(digest) => ManifestName::Digest(digest),
             None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
         };
-        // Of the document what the next ones are asked for with, and no more: its room is theirs.
+        // Keeps only what the next requests need: the memory of the document is theirs.
         let (top, parsed) = {
             let top = self.registry.manifest(reference.repository(), &name, credential).await?;
             let kind = top.content_type.as_deref();
@@ -202,7 +201,7 @@ impl Checker {
         Ok(Report { reference: reference.to_string(), digest: top, index, manifests })
     }
 
-    /// The manifests that are asked about.
+    /// Returns the manifests to check.
     async fn choose(
         &self,
         check: &Check,
@@ -257,7 +256,7 @@ impl Checker {
         Ok(chosen)
     }
 
-    /// Chooses an entry of an index, through the indexes in it.
+    /// Chooses an entry of an index, through nested indexes.
     async fn entry(
         &self,
         repository: &Repository,

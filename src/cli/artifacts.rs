@@ -1,4 +1,4 @@
-//! `ls` and `inspect`: what this node holds.
+//! `ls` and `inspect`: the artifacts on this node.
 
 use clap::Args;
 
@@ -12,7 +12,7 @@ use text::units::Bytes;
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(super) struct InspectArguments {
-    /// The reference, as pods name it.
+    /// The reference, as pods write it.
     reference: String,
     #[command(flatten)]
     ask: AskArguments,

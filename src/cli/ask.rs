@@ -1,4 +1,4 @@
-//! How commands reach the running node plugin.
+//! Connects commands to the running node plugin.
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
@@ -9,19 +9,19 @@ use crate::admin::client::connect;
 use crate::csi::Endpoint;
 use crate::proto::admin::admin_client::AdminClient;
 
-/// Arguments of commands that ask the node plugin.
+/// Arguments of commands that call the node plugin.
 #[derive(Debug, Args)]
 pub(super) struct AskArguments {
-    /// Where the node plugin is reached.
+    /// The socket of the node plugin.
     #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
     admin_endpoint: Endpoint,
-    /// How the answer is printed.
+    /// The output format.
     #[arg(long, value_enum, default_value_t)]
     pub(super) output: Output,
 }
 
 impl AskArguments {
-    /// Asks the node plugin; a refusal is its message.
+    /// Calls the node plugin. An error is the message of its status.
     pub(super) fn ask<T>(
         &self,
         question: impl AsyncFnOnce(AdminClient<Channel>) -> Result<T, tonic::Status>,
@@ -37,7 +37,7 @@ impl AskArguments {
     }
 }
 
-/// What a status says; without a message, its code.
+/// Returns the message of a status, or its code if there is no message.
 pub(super) fn told(status: &tonic::Status) -> Failure {
     match status.message() {
         "" => format!("the node plugin answered {:?}", status.code()),
@@ -45,8 +45,8 @@ pub(super) fn told(status: &tonic::Status) -> Failure {
     }
 }
 
-/// Waits for what the node does; whoever leaves before its end, by Ctrl-C or as his terminal goes, is told
-/// that the node goes on.
+/// Waits for a call. If the command is interrupted (SIGINT, SIGTERM or SIGHUP), fails with a note that the node plugin
+/// continues.
 pub(super) async fn unless_left<T>(
     work: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {

@@ -1,4 +1,4 @@
-//! `check`: what a registry would serve, for a job before a rollout.
+//! `check`: checks what a registry would serve, for a job before a rollout.
 
 use std::path::PathBuf;
 
@@ -20,24 +20,24 @@ use text::units::Bytes;
   csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
   csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml --output json")]
 pub(super) struct CheckArguments {
-    /// host[:port]/repository[:tag][@digest].
+    /// The artifact: host[:port]/repository[:tag][@digest].
     reference: Reference,
-    /// os/architecture[/variant] that it must be for [default: all that it is for].
+    /// A platform that the artifact must have, as os/architecture[/variant] [default: all of its platforms].
     #[arg(long = "platform")]
     platforms: Vec<Platform>,
-    /// It must be signed with this public key: a PEM file, as cosign writes it.
+    /// The public key that must have signed the artifact: a PEM file, as cosign writes it.
     #[arg(long, value_name = "PUB")]
     key: Option<PathBuf>,
-    /// It must have this file; with :exec, one that can be run.
+    /// A file that the artifact must have; with :exec, it must be executable.
     #[arg(long = "require-file", value_name = "PATH[:exec]")]
     required: Vec<String>,
-    /// Credentials [default: as docker finds them].
+    /// The docker config.json with credentials [default: the one that docker uses].
     #[arg(long)]
     docker_config: Option<PathBuf>,
-    /// A node's configuration file: its mirrors, certificates and limits count.
+    /// The configuration file of a node, for its mirrors, certificates and limits.
     #[arg(long)]
     config: Option<PathBuf>,
-    /// How the result is printed.
+    /// The output format.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
 }

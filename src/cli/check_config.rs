@@ -1,4 +1,4 @@
-//! `check-config`: what `node` would say about a configuration file.
+//! `check-config`: validates a configuration file as `node` does at its start.
 
 use std::path::PathBuf;
 
@@ -15,14 +15,14 @@ use sys::reload::FileVersions;
 pub(super) struct CheckConfigArguments {
     /// The configuration file.
     file: PathBuf,
-    /// The memory limit of the driver's container, as 512Mi; without it that of this process.
+    /// The memory limit of the driver's container, such as 512Mi [default: the limit of this process].
     #[arg(long, value_name = "QUANTITY")]
     memory: Option<Quantity>,
 }
 
 pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), Failure> {
     let read = NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
-    // Keys are files of their own.
+    // The keys are files of their own.
     read.policy.policy(&mut FileVersions::new())?;
     let container = arguments.memory.map_or_else(container_limit, |limit| Some(limit.0));
     read.check_memory(container)?;

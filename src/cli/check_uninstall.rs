@@ -1,11 +1,11 @@
-//! `check-uninstall`: whether the driver can be removed from a cluster.
+//! `check-uninstall`: checks whether the driver can be removed from a cluster.
 
 use clap::Args;
 
 use super::{Failure, Output, print, runtime};
 use crate::kubernetes::{KubernetesClient, pods_that_use};
 
-/// Pods that the one line of a failure names.
+/// The most pods that a failure lists.
 const NAMED: usize = 10;
 
 /// Arguments of `check-uninstall`.
@@ -20,7 +20,7 @@ pub(super) struct CheckUninstallArguments {
     /// The CSI driver's name.
     #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io")]
     driver_name: String,
-    /// How the pods are printed.
+    /// The output format.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
 }

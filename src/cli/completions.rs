@@ -1,4 +1,4 @@
-//! `completions`: what makes a shell complete commands and flags.
+//! `completions`: prints scripts that make a shell complete commands and flags.
 
 use clap::{Args, CommandFactory as _, ValueEnum};
 
@@ -11,7 +11,7 @@ use super::{Arguments, print_text};
   csi-driver-oci completions zsh > ~/.zfunc/_csi-driver-oci
   csi-driver-oci completions fish > ~/.config/fish/completions/csi-driver-oci.fish")]
 pub(super) struct CompletionsArguments {
-    /// For which shell.
+    /// The shell that reads the script.
     shell: Shell,
 }
 

@@ -1,4 +1,4 @@
-//! `controller`: what the chart's `Deployment` runs, to warm a fleet.
+//! `controller`: the controller of ArtifactPreloads, which the chart runs as a Deployment.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,48 +16,49 @@ use oci::registry::{Registry, RegistryOptions};
 use preload::controller::look::LookerClient;
 use preload::controller::{self, ControllerOptions, Looker, NamespaceQuota, Pace};
 
-/// Arguments of `controller`; each may be given in the environment too.
+/// Arguments of `controller`. Each can be set in the environment as well.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   csi-driver-oci controller --identity $(hostname) --namespace csi-driver-oci
   KUBECONFIG=~/.kube/config csi-driver-oci controller --identity me --namespace default
 
-It talks to the Kubernetes API with its pod's service account, or with the kubeconfig that KUBECONFIG names.
-An empty endpoint turns it off.")]
+Uses the service account of its pod for the Kubernetes API, or the kubeconfig that KUBECONFIG names.
+An empty endpoint turns the feature off.")]
 pub(super) struct ControllerArguments {
-    /// A name of this process that no other one has: the pod's.
+    /// A unique name of this process, such as the name of its pod.
     #[arg(long, env = "POD_NAME")]
     identity: String,
     /// The namespace of the lease.
     #[arg(long, env = "POD_NAMESPACE")]
     namespace: String,
-    /// The lease's name; whoever holds it leads.
+    /// The name of the lease. Its holder is the leader.
     #[arg(long, env = "LEASE_NAME", default_value = "csi-driver-oci-controller")]
     lease_name: String,
-    /// Where `/healthz` and `/readyz` are served.
+    /// The address that serves `/healthz` and `/readyz`.
     #[arg(long, env = "HEALTH_ENDPOINT", default_value = "[::]:19818")]
     health_endpoint: String,
-    /// Where `/metrics` is served.
+    /// The address that serves `/metrics`.
     #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19819")]
     metrics_endpoint: String,
-    /// Writes to the API server in a second, over time: how fast nodes of a large fleet are told.
+    /// The average number of writes to the API server in a second. In a large cluster it decides how fast nodes get
+    /// their assignments.
     #[arg(long, env = "WRITES_PER_SECOND", default_value_t = Pace::default().writes_per_second,
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
     writes_per_second: u32,
-    /// Preloads that one namespace may have; the oldest count. 0 bounds nothing.
+    /// The most preloads of one namespace; the oldest count. 0 means no limit.
     #[arg(long, env = "MAX_PRELOADS_PER_NAMESPACE", default_value_t = 100)]
     max_preloads_per_namespace: usize,
-    /// Bytes that the pins of one namespace's preloads may hold together on each node, as `100Gi`. 0 bounds nothing;
-    /// `cache.maxPinnedBytes` of each node bounds all pins in any case.
+    /// The most bytes that the pins of one namespace's preloads hold together on each node, such as `100Gi`. 0 means no
+    /// limit. `cache.maxPinnedBytes` of each node limits all pins as well.
     #[arg(long, env = "MAX_PINNED_BYTES_PER_NAMESPACE", default_value = "100Gi")]
     max_pinned_bytes_per_namespace: Quantity,
-    /// A YAML file of kind NodeConfiguration, as the nodes have it: registries, policy and limits count.
+    /// A YAML file of kind NodeConfiguration, as on the nodes, for its registries, policy and limits.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
-    /// error, warn, info, debug or trace.
+    /// The log level: error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
-    /// How log lines are written [default: json, text on a terminal].
+    /// The format of log lines [default: json, text on a terminal].
     #[arg(long, env = "LOG_FORMAT")]
     log_format: Option<LogFormat>,
 }

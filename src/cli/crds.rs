@@ -1,9 +1,9 @@
-//! `crds`: the definitions of the kinds that the controller and the nodes work with.
+//! `crds`: prints the CustomResourceDefinitions of the controller and the nodes.
 
 use super::{Failure, print_text};
 use preload::api::definitions;
 
-/// Prints both.
+/// Prints both definitions.
 pub(super) fn run() -> Result<(), Failure> {
     print_text(definitions::yaml()?.trim_end());
     Ok(())

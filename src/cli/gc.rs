@@ -1,4 +1,4 @@
-//! `gc`: freeing room.
+//! `gc`: frees disk space.
 
 use clap::Args;
 
@@ -11,9 +11,9 @@ use text::units::Bytes;
 /// Arguments of `gc`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Without --target it does what the node plugin does by itself: it removes what nobody
-will ask for, and evicts as the thresholds, the floor and the quota of the configuration ask.
-What is mounted, pinned, in use or younger than cache.minimumAge never goes.
+    after_help = "Without --target it runs the node plugin's own collection: it removes content that nothing refers to, and
+evicts by the thresholds, the floor and the quota of the configuration. Content that is mounted, pinned, in use
+or younger than cache.minimumAge is never removed.
 
 Examples:
   csi-driver-oci gc --dry-run
@@ -21,10 +21,10 @@ Examples:
   csi-driver-oci gc --target 0"
 )]
 pub(super) struct CollectArguments {
-    /// Says what would go, and removes nothing.
+    /// Print what would be removed, and remove nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Evict until all content takes at most so much, as 20Gi.
+    /// Evict until all content takes at most this size, such as 20Gi.
     #[arg(long, value_name = "SIZE")]
     target: Option<Quantity>,
     #[command(flatten)]

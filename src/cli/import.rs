@@ -1,4 +1,4 @@
-//! `import`: an OCI image layout in place of a registry.
+//! `import`: imports an OCI image layout in place of a pull.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,9 +13,9 @@ use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
 use text::units::Bytes;
 
-/// Bytes of one message; gRPC takes 4 MiB.
+/// The bytes of one message. gRPC accepts 4 MiB.
 const PIECE: usize = 1 << 20;
-/// Messages on their way.
+/// The capacity of the queue of messages.
 const PIECES: usize = 4;
 
 /// Arguments of `import`.
@@ -27,12 +27,12 @@ const PIECES: usize = 4;
   csi-driver-oci import app.tar --as registry.example.com/app:v2
   kubectl exec -i -n csi-driver-oci POD -- csi-driver-oci import - --as registry.example.com/app:v2 < app.tar")]
 pub(super) struct ImportArguments {
-    /// A folder with an OCI image layout, a tar of one (plain, gzip or zstd), or `-` for a tar on standard input.
+    /// A directory with an OCI image layout, a tar of one (plain, gzip or zstd), or `-` for a tar on standard input.
     layout: PathBuf,
-    /// The reference that pods name it by.
+    /// The reference that pods use for the artifact.
     #[arg(long = "as", value_name = "REF")]
     reference: String,
-    /// The platform to take of an index, as `linux/arm64`; the node's where none is given.
+    /// The platform to choose from an index, such as `linux/arm64` [default: the node's].
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
@@ -40,7 +40,7 @@ pub(super) struct ImportArguments {
 }
 
 pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
-    // What the command names is read here: the node plugin sees other files.
+    // The layout is read by this process: the node plugin sees another file system.
     let layout = arguments.layout.clone();
     let shown = layout.display().to_string();
     if layout != Path::new("-") {
@@ -56,7 +56,7 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
         let answer = client.import(ReceiverStream::new(receiver)).await;
         let sent = sending.await.map_err(|error| tonic::Status::internal(error.to_string()))?;
         match (answer, sent) {
-            // What could not be read here is the cause of whatever the node plugin says.
+            // A layout that could not be read is the cause of any error of the node plugin.
             (_, Err(error)) => {
                 Err(tonic::Status::invalid_argument(format!("{shown} cannot be read: {error}")))
             }
@@ -104,7 +104,7 @@ fn send(
     io::Write::flush(&mut pieces)
 }
 
-/// Cuts what is written into messages.
+/// A writer that splits its input into messages.
 struct Sender<'a> {
     requests: &'a mpsc::Sender<ImportRequest>,
     piece: Vec<u8>,
@@ -125,7 +125,7 @@ impl io::Write for Sender<'_> {
             return Ok(());
         }
         let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
-        // A node plugin that no longer reads has given its reason in its answer.
+        // A node plugin that no longer reads has sent the reason in its response.
         let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(piece)) });
         Ok(())
     }

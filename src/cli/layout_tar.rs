@@ -1,4 +1,4 @@
-//! Writes the folder of an OCI image layout as a tar, for `import`.
+//! Writes the directory of an OCI image layout as a tar, for `import`.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
@@ -7,11 +7,10 @@ use std::path::Path;
 use oci::Digest;
 
 const BLOCK: usize = 512;
-/// Digits of the largest size that a ustar header takes in octal.
+/// The octal digits of the largest size in a ustar header.
 const SIZE_DIGITS: usize = 11;
 
-/// Writes the files that the node plugin reads of a layout, whatever else lies beside them. Symbolic
-/// links are followed.
+/// Writes the files of a layout that the node plugin reads, and no others. Symbolic links are followed.
 pub(super) fn write(layout: &Path, to: &mut impl Write) -> io::Result<()> {
     for name in ["oci-layout", "index.json"] {
         append(layout, name, to)?;
@@ -25,7 +24,7 @@ pub(super) fn write(layout: &Path, to: &mut impl Write) -> io::Result<()> {
                 }
             }
         }
-        // All content may stand in the descriptors.
+        // The descriptors may contain all content.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(named("blobs/sha256", &error)),
     }
@@ -53,7 +52,7 @@ fn named(name: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{name}: {error}"))
 }
 
-/// The header of a regular file, in the ustar format. Sizes from 8 GiB on are binary, as GNU tar writes them.
+/// Returns the header of a regular file in the ustar format. Sizes from 8 GiB on are binary, as GNU tar writes them.
 fn header(name: &str, size: u64) -> [u8; BLOCK] {
     let mut header = [0; BLOCK];
     let mut put = |at: usize, text: &[u8]| header[at..at + text.len()].copy_from_slice(text);

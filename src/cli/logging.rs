@@ -5,16 +5,16 @@ use std::io::IsTerminal as _;
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
-/// How log lines are written.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum LogFormat {
-    /// One JSON object a line.
+    /// One JSON object for each line.
     Json,
-    /// For people.
+    /// Text for people.
     Text,
 }
 
-/// The crates of this project, whose messages below "info" a bare level turns on.
+/// The crates of this project. A bare level such as `debug` applies to them only.
 const CRATES: [&str; 11] = [
     "csi_driver_oci",
     "oci",
@@ -29,9 +29,9 @@ const CRATES: [&str; 11] = [
     "unpack",
 ];
 
-/// Starts logging. `level` is a level, or directives as `info,store=debug`.
+/// Starts logging. `level` is a level, or directives such as `info,store=debug`.
 pub(super) fn start(level: &str, format: Option<LogFormat>) -> Result<(), String> {
-    // A bare level is for this program; what its libraries say below "info" is for their authors.
+    // A bare level applies to this program. The libraries' messages below "info" are for their authors.
     let directives = match level {
         "debug" | "trace" => {
             format!("info,{}", CRATES.map(|name| format!("{name}={level}")).join(","))

@@ -1,4 +1,4 @@
-//! The command line: what may be typed, and how failures are told.
+//! The command line: arguments, output and failures.
 //!
 //! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
 
@@ -31,11 +31,11 @@ use clap::{Parser, Subcommand, ValueEnum};
 use sys::mount::syscalls;
 use text::printable::printable;
 
-/// Threads of a pull come and go; with a pool for each of them, a third of the memory was what
-/// one had freed and no other could use.
+/// The number of malloc arenas. Threads of a pull start and end; with an arena for each, a third of the memory was
+/// freed by one thread and usable by no other.
 const MEMORY_POOLS: i32 = 2;
-/// Bytes of a block that is not kept for others: the windows of decompressors, and no buffer
-/// that is wanted again and again.
+/// The size from which a freed block returns to the kernel: that of the windows of decompressors, and of no buffer that
+/// is allocated again and again.
 const LARGE_BLOCK: i32 = 1 << 20;
 
 /// Serves OCI artifacts as read-only Kubernetes pod volumes.
@@ -48,64 +48,64 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the node plugin: what the `DaemonSet` runs on every node.
+    /// Run the node plugin, as the DaemonSet does on every node.
     Node(node::NodeArguments),
-    /// Run the controller that warms a fleet: what the chart's `Deployment` runs.
+    /// Run the controller of ArtifactPreloads, as the chart's Deployment does.
     Controller(controller::ControllerArguments),
-    /// Mount an artifact at a folder, without a kubelet.
+    /// Mount an artifact at a directory, without a kubelet.
     Mount(mount::MountArguments),
-    /// Take away what `mount` has mounted.
+    /// Unmount what `mount` has mounted.
     Unmount(mount::UnmountArguments),
-    /// Say how the node plugin on this node is.
+    /// Print the status of the node plugin on this node.
     #[command(
         after_help = "Examples:\n  csi-driver-oci status\n  csi-driver-oci status --output json"
     )]
     Status(ask::AskArguments),
-    /// List what this node holds and who shows it.
+    /// List the artifacts on this node and the volumes that show them.
     #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls --output json")]
     Ls(ask::AskArguments),
-    /// Ask a registry what it would serve: for which platforms, which files, signed by whom.
+    /// Check what a registry would serve: platforms, files and signatures.
     Check(check::CheckArguments),
-    /// Say all that this node knows of a reference.
+    /// Print everything that this node knows about a reference.
     #[command(after_help = "Example:\n  csi-driver-oci inspect registry.example.com/app:v2")]
     Inspect(artifacts::InspectArguments),
-    /// Fetch artifacts before a pod asks for them.
+    /// Fetch artifacts before a pod needs them.
     Warm(warm::WarmArguments),
-    /// Take an artifact from an OCI image layout, without a registry.
+    /// Import an artifact from an OCI image layout, without a registry.
     Import(import::ImportArguments),
-    /// Keep an artifact on this node.
+    /// Pin an artifact on this node, so that it is not evicted.
     #[command(
         after_help = "Examples:\n  csi-driver-oci pin registry.example.com/app:v2\n  csi-driver-oci pin registry.example.com/app:v2 --platform linux/arm64"
     )]
     Pin(pins::PinArguments),
-    /// Let a pinned artifact be evicted again.
+    /// Unpin an artifact, so that it can be evicted.
     #[command(after_help = "Example:\n  csi-driver-oci unpin registry.example.com/app:v2")]
     Unpin(pins::PinArguments),
-    /// Forget a reference; what is mounted stays until its last unpublish.
+    /// Remove a reference. Mounted content stays until its last unpublish.
     #[command(after_help = "Example:\n  csi-driver-oci rm registry.example.com/app:v1")]
     Rm(pins::RemoveArguments),
-    /// Free room.
+    /// Free disk space.
     Gc(gc::CollectArguments),
-    /// Read everything back, and find what the disk has changed.
+    /// Read all content back, and find damage.
     Verify(verify::VerifyArguments),
-    /// Say what `node` would say about a configuration file.
+    /// Validate a configuration file as `node` does at its start.
     CheckConfig(check_config::CheckConfigArguments),
-    /// Say whether pods of the cluster still use the driver.
+    /// Check whether pods of the cluster still use the driver.
     CheckUninstall(check_uninstall::CheckUninstallArguments),
     /// Print the `CustomResourceDefinition` objects, for `kubectl apply --server-side -f -`.
     #[command(after_help = "Example:\n  csi-driver-oci crds | kubectl apply --server-side -f -")]
     Crds,
-    /// Print what makes a shell complete commands and flags.
+    /// Print a script that makes a shell complete commands and flags.
     Completions(completions::CompletionsArguments),
 }
 
-/// How data is printed.
+/// The output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people.
+    /// Text for people.
     #[default]
     Table,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
@@ -149,26 +149,26 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Writes a line to standard error. A terminal that has vanished, or a reader that has had enough,
-/// is no reason not to go on: the exit status says how it ended. Names of artifacts and files come
-/// from their authors: what could change the terminal or begin another line is escaped.
+/// Writes a line to standard error. A failure is ignored: a terminal that has gone, or a reader that has stopped, does
+/// not end the command, whose exit status reports the result. Names of artifacts and files are untrusted: characters
+/// that could change the terminal or begin another line are escaped.
 fn tell(line: &str) {
     let _ = writeln!(std::io::stderr(), "{}", printable(line));
 }
 
-/// Writes a line to standard output, as [`tell`].
+/// Writes a line to standard output, in the way of [`tell`].
 fn print(line: &str) {
     let _ = writeln!(std::io::stdout(), "{}", printable(line));
 }
 
-/// Writes text of this program's own to standard output, as it is.
+/// Writes text of this program to standard output, without escapes.
 fn print_text(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
-/// The async runtime of a command.
+/// Builds the async runtime of a command.
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    // TLS needs a provider before the first connection; a second call of this would only repeat it.
+    // TLS needs a provider before the first connection. A second call would only repeat this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     syscalls::limit_malloc_arenas(MEMORY_POOLS, LARGE_BLOCK);
     tokio::runtime::Builder::new_multi_thread()

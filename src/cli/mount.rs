@@ -1,4 +1,4 @@
-//! `mount` and `unmount`: the driver's main work without a kubelet.
+//! `mount` and `unmount`: publish and unpublish without a kubelet.
 
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
@@ -28,13 +28,13 @@ use store::{CacheOptions, SecurityLabel, Store, StoreOptions};
 use sys::background::Background;
 use sys::mount::{AttachMethod, MountFlags};
 
-/// Whoever types a command waits for its end.
+/// The deadline of the command: it waits for the end of the pull.
 const PATIENCE: Duration = Duration::from_hours(365 * 24);
 
 const STOPPED: &str =
     "stopped before the end: what was fetched is kept, and the next try goes on there";
 
-/// How often progress is shown.
+/// The interval of updates of the progress.
 const REFRESH: Duration = Duration::from_millis(200);
 
 /// Arguments of `mount`.
@@ -43,37 +43,37 @@ const REFRESH: Duration = Duration::from_millis(200);
   csi-driver-oci mount ghcr.io/team/tool:v1 /mnt/tool
   csi-driver-oci mount --include 'bin/**' localhost:5000/tool@sha256:... ./tool")]
 pub(super) struct MountArguments {
-    /// host[:port]/repository[:tag][@digest].
+    /// The artifact: host[:port]/repository[:tag][@digest].
     reference: String,
-    /// Where; made if it does not exist.
+    /// The target directory; created if it does not exist.
     dir: PathBuf,
-    /// os/architecture[/variant], chosen from an index.
+    /// The platform to choose from an index, as os/architecture[/variant].
     #[arg(long)]
     platform: Option<String>,
-    /// Comma-separated globs of what is shown.
+    /// Comma-separated patterns of files to show.
     #[arg(long)]
     include: Option<String>,
-    /// Comma-separated globs of what is not.
+    /// Comma-separated patterns of files to hide.
     #[arg(long)]
     exclude: Option<String>,
-    /// Readable or Preserve.
+    /// The modes and owners of files: Readable or Preserve.
     #[arg(long)]
     permissions: Option<String>,
-    /// Octal mode of single-file layers.
+    /// The octal mode of single-file layers.
     #[arg(long)]
     file_mode: Option<String>,
-    /// Auto, Always or Never: which layers of an artifact are unpacked.
+    /// The layers to unpack: Auto, Always or Never.
     #[arg(long)]
     unpack: Option<String>,
-    /// Always, `IfNotPresent` or Never.
+    /// When to use the registry: Always, `IfNotPresent` or Never.
     #[arg(long)]
     pull_policy: Option<String>,
-    /// Credentials [default: as docker finds them].
+    /// The docker config.json with credentials [default: the one that docker uses].
     #[arg(long)]
     docker_config: Option<PathBuf>,
     #[command(flatten)]
     state: StateArguments,
-    /// How the result is printed.
+    /// The output format.
     #[arg(long, value_enum, default_value_t)]
     output: Output,
 }
@@ -82,7 +82,7 @@ pub(super) struct MountArguments {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  csi-driver-oci unmount /mnt/tool")]
 pub(super) struct UnmountArguments {
-    /// What was mounted; the folder stays.
+    /// The target directory of `mount`, which stays.
     dir: PathBuf,
     #[command(flatten)]
     state: StateArguments,
@@ -90,8 +90,7 @@ pub(super) struct UnmountArguments {
 
 #[derive(Debug, Args)]
 struct StateArguments {
-    /// Where content is kept [default: /var/lib/csi-driver-oci-cli for root, else the user's state
-    /// folder].
+    /// The directory of the content [default: /var/lib/csi-driver-oci-cli for root, else the user's state directory].
     #[arg(long, env = "STATE_DIR")]
     state_dir: Option<PathBuf>,
 }
@@ -125,7 +124,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
         let (_sender, receiver) = watch::channel(Ok(content));
         let attach = AttachMethod::detect(&state_dir.join("mounts"));
         let mounter = Mounter::new(attach, MountMode::Auto);
-        // No container runtime copies this mount: without overlayfs a read-only bind is as good.
+        // No container runtime copies this mount, so a read-only bind is safe if there is no overlayfs.
         let readonly = !mounter.has_overlay();
         let volumes = Volumes::new(state_dir.clone(), mounter, receiver, tracker, shutdown);
         let request = PublishRequest {
@@ -182,7 +181,8 @@ pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
     }
 }
 
-/// A developer's disk is often fuller than a node may be, and no kubelet evicts there.
+/// Returns limits for a developer's machine: its disk is often fuller than a node's may be, and no kubelet evicts
+/// there.
 fn developers_disk() -> CacheOptions {
     CacheOptions {
         min_free_percent: 2,
@@ -193,7 +193,8 @@ fn developers_disk() -> CacheOptions {
     }
 }
 
-/// The record is a hint: whoever has the state directory now drops it at its next start.
+/// Removes the record. It is a hint: if another process has the state directory, that process drops the record at its
+/// next start.
 fn forget(arguments: &UnmountArguments, target: &TargetPath) {
     let Ok(state_dir) = arguments.state.folder() else { return };
     if !state_dir.join("format").exists() {
@@ -205,7 +206,7 @@ fn forget(arguments: &UnmountArguments, target: &TargetPath) {
     }
 }
 
-/// The pull with its progress; attaching afterwards finds everything here.
+/// Pulls the artifact and shows the progress. The publish afterwards finds all content in the store.
 async fn fetch(
     content: &Content,
     attributes: &VolumeAttributes,
@@ -275,7 +276,7 @@ pub(super) fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
         .map_err(|error| format!("the credentials {}: {error}", path.display()))
 }
 
-/// The folder's path without symbolic links above it.
+/// Returns the target's absolute path, without symbolic links in its parent.
 fn target(dir: &Path) -> Result<TargetPath, Failure> {
     let shown = dir.display();
     let absolute = std::path::absolute(dir).map_err(|error| format!("{shown}: {error}"))?;

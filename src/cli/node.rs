@@ -12,16 +12,16 @@ use crate::app::{self, NodeOptions};
 use crate::csi::Endpoint;
 use crate::file_leases::LeasePolicy;
 
-/// The longest name that CSI allows.
+/// The maximum length of a driver's name in CSI.
 const MAXIMUM_DRIVER_NAME: usize = 63;
 
-/// Arguments of `node`; each may be given in the environment too.
+/// Arguments of `node`. Each can be set in the environment as well.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   csi-driver-oci node --node-id worker-1
   csi-driver-oci node --node-id worker-1 --endpoint unix:///tmp/csi.sock --registration-dir ''
 
-An empty endpoint or folder turns it off.")]
+An empty endpoint or directory turns the feature off.")]
 pub(super) struct NodeArguments {
     /// The CSI socket.
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
@@ -32,56 +32,56 @@ pub(super) struct NodeArguments {
     /// The CSI driver's name, as in the CSIDriver object.
     #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io", value_parser = driver_name)]
     driver_name: String,
-    /// Where content lies; one process at a time.
+    /// The directory of all content. Only one process uses it at a time.
     #[arg(long, env = "STATE_DIR", default_value = "/var/lib/csi-driver-oci")]
     state_dir: PathBuf,
-    /// The kubelet's folder; volumes are published below it.
+    /// The kubelet's root directory, which contains the volumes of pods.
     #[arg(long, env = "KUBELET_DIR", default_value = "/var/lib/kubelet")]
     kubelet_dir: PathBuf,
-    /// Where the driver registers itself with the kubelet [default: <kubelet-dir>/plugins_registry];
-    /// empty for users of the node-driver-registrar sidecar.
+    /// The kubelet's plugin registry [default: <kubelet-dir>/plugins_registry]. Empty if the node-driver-registrar
+    /// sidecar registers the driver.
     #[arg(long, env = "REGISTRATION_DIR")]
     registration_dir: Option<String>,
     /// The CSI socket's path as the kubelet sees it
     /// [default: <kubelet-dir>/plugins/<driver-name>/csi.sock].
     #[arg(long, env = "KUBELET_ENDPOINT")]
     kubelet_endpoint: Option<String>,
-    /// Where commands that talk to a running node plugin reach it.
+    /// The socket for commands that call the node plugin.
     #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
     admin_endpoint: Endpoint,
-    /// Where `/healthz` and `/readyz` are served.
+    /// The address that serves `/healthz` and `/readyz`.
     #[arg(long, env = "HEALTH_ENDPOINT", default_value = "127.0.0.1:19808")]
     health_endpoint: String,
-    /// Where `/metrics` is served.
+    /// The address that serves `/metrics`.
     #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19809")]
     metrics_endpoint: String,
     /// A YAML file of kind NodeConfiguration.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
-    /// The key of a taint that nodes start with, taken away once the kubelet has registered the driver.
-    /// Needs a service account that may get `csinodes` and get and patch `nodes`.
+    /// The key of a taint that nodes start with. It is removed once the kubelet has registered the driver. Needs a
+    /// service account that may get `csinodes` and get and patch `nodes`.
     #[arg(long, env = "STARTUP_TAINT")]
     startup_taint: Option<String>,
     /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may list and watch
     /// `nodeartifacts`, and patch their status.
     #[arg(long, env = "FLEET")]
     fleet: bool,
-    /// Tell pods by Events how far their pulls are, and how they ended. Needs a service account that may
-    /// create and patch `events`.
+    /// Report the progress and the end of pulls as Events on pods. Needs a service account that may create and patch
+    /// `events`.
     #[arg(long, env = "EVENTS")]
     events: bool,
-    /// What to do with file leases on this node at the start: `Disable` sets the sysctl `fs.leases-enable` to 0, so
-    /// that no pod can delay opens of files that it shares with others; NFS servers of the kernel and Samba lose
-    /// delegations and oplocks.
+    /// The setting of file leases on this node at the start. `Disable` sets the sysctl `fs.leases-enable` to 0, so that
+    /// no pod can delay opens of files that it shares with others; NFS servers of the kernel and Samba lose delegations
+    /// and oplocks.
     #[arg(long, env = "LEASES", default_value = "Keep", ignore_case = true)]
     leases: LeasePolicy,
-    /// error, warn, info, debug or trace.
+    /// The log level: error, warn, info, debug or trace.
     #[arg(long, env = "LOG_LEVEL", default_value = "info")]
     log_level: String,
-    /// How log lines are written [default: json, text on a terminal].
+    /// The format of log lines [default: json, text on a terminal].
     #[arg(long, env = "LOG_FORMAT")]
     log_format: Option<LogFormat>,
-    /// Mount as on kernels before 5.12, which is found out by itself; for tests.
+    /// Mount as on kernels before 5.12, which are detected automatically; for tests.
     #[arg(long, env = "STAGED_MOUNTS", hide = true)]
     staged_mounts: bool,
 }
@@ -100,7 +100,7 @@ pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
     done
 }
 
-/// A token that is cancelled when the process is told to end.
+/// Returns a token that SIGTERM and SIGINT cancel.
 pub(super) fn until_told() -> Result<CancellationToken, Failure> {
     let failed = |error| format!("cannot listen for signals: {error}");
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
@@ -117,8 +117,8 @@ pub(super) fn until_told() -> Result<CancellationToken, Failure> {
     Ok(shutdown)
 }
 
-/// Runtimes start containers with 1,024 open files, for programs that use select(2).
-/// A node with many volumes and downloads must not run out of them.
+/// Raises the limit on open files. Runtimes start containers with 1,024, for programs that use select(2). A node with
+/// many volumes and downloads must not run out of them.
 fn raise_open_files() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
@@ -151,7 +151,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
         endpoint: arguments.endpoint,
         node_id: arguments.node_id,
         driver_name: arguments.driver_name,
-        // Mounts are compared with where the store really lies.
+        // Mounts are compared with the real path of the store.
         state_dir: std::path::absolute(&arguments.state_dir)
             .map_err(|error| format!("--state-dir: {error}"))?,
         kubelet_dir: arguments.kubelet_dir,
@@ -169,7 +169,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
     })
 }
 
-/// A DNS-1123 subdomain, as CSI and Kubernetes demand.
+/// Parses a driver name: a DNS-1123 subdomain, as CSI and Kubernetes demand.
 fn driver_name(text: &str) -> Result<String, String> {
     let label = |label: &str| {
         let edge = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());

@@ -1,4 +1,4 @@
-//! `pin`, `unpin` and `rm`: what stays on this node.
+//! `pin`, `unpin` and `rm`: decide which artifacts stay on this node.
 
 use clap::Args;
 
@@ -10,10 +10,9 @@ use text::units::Bytes;
 /// Arguments of `pin` and `unpin`.
 #[derive(Debug, Args)]
 pub(super) struct PinArguments {
-    /// The reference, as pods name it.
+    /// The reference, as pods write it.
     reference: String,
-    /// The platform that it was resolved for, as `linux/arm64`: `pin` takes the node's where none
-    /// is given, `unpin` all.
+    /// The platform of the resolution, such as `linux/arm64` [default: the node's for `pin`, all for `unpin`].
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
@@ -23,7 +22,7 @@ pub(super) struct PinArguments {
 /// Arguments of `rm`.
 #[derive(Debug, Args)]
 pub(super) struct RemoveArguments {
-    /// The reference, as pods name it.
+    /// The reference, as pods write it.
     reference: String,
     #[command(flatten)]
     ask: AskArguments,

@@ -1,4 +1,4 @@
-//! `status`: how the node plugin is.
+//! `status`: the state of the node plugin.
 
 use super::ask::AskArguments;
 use super::{Failure, Output, print, warm_list};
@@ -53,7 +53,7 @@ fn scrub_json(scrub: &ScrubStatus) -> serde_json::Value {
     })
 }
 
-/// `3.4 GiB in 12 objects since the start, 0 damaged; within 168h, 5h behind`.
+/// Returns a summary such as `3.4 GiB in 12 objects since the start, 0 damaged; 5 h behind`.
 fn scrub_summary(scrub: &ScrubStatus) -> String {
     if scrub.interval_seconds == 0 {
         return "off (cache.scrubInterval)".to_owned();

@@ -1,9 +1,9 @@
-//! Tables and times for people.
+//! Formats tables and times.
 
-/// Digits of a digest that tell artifacts apart.
+/// The length of a digest that is unique enough to tell artifacts apart.
 const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
-/// Lines with columns as wide as their widest cell.
+/// Returns lines with columns as wide as their widest cell.
 pub(super) fn lines<const N: usize>(heads: [&str; N], rows: &[[String; N]]) -> Vec<String> {
     let heads = heads.map(str::to_owned);
     let rows: Vec<_> = std::iter::once(&heads).chain(rows).collect();
@@ -17,12 +17,12 @@ pub(super) fn lines<const N: usize>(heads: [&str; N], rows: &[[String; N]]) -> V
         .collect()
 }
 
-/// Enough of a digest.
+/// Shortens a digest.
 pub(super) fn short(digest: &str) -> String {
     digest.get(..SHORT_DIGEST).unwrap_or(digest).to_owned()
 }
 
-/// What an artifact is, in a word where there is one.
+/// Returns one word for the kind of an artifact, if there is one.
 pub(super) fn kind(kind: &str) -> &str {
     match kind {
         "application/vnd.oci.image.config.v1+json"
@@ -39,12 +39,12 @@ pub(super) fn kind(kind: &str) -> &str {
     }
 }
 
-/// A list in a cell.
+/// Formats a list as one cell.
 pub(super) fn list(names: &[String]) -> String {
     if names.is_empty() { "-".to_owned() } else { names.join(",") }
 }
 
-/// How long ago, as kubectl says it; `-` for never.
+/// Formats the time since a moment as kubectl does; `-` for never.
 pub(super) fn age(unix_seconds: i64) -> String {
     if unix_seconds == 0 {
         return "-".to_owned();

@@ -1,4 +1,4 @@
-//! `verify`: reading everything back.
+//! `verify`: reads all content back.
 
 use clap::Args;
 
@@ -11,15 +11,15 @@ use text::units::Bytes;
 /// Arguments of `verify`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "What is found damaged is never shown anew; what has it mounted keeps it. The exit status is 1
-as long as something damaged was not made anew.
+    after_help = "No further volume shows damaged content; volumes that have it mounted keep it. The exit status is 1 while
+damaged content has not been fetched again.
 
 Examples:
   csi-driver-oci verify
   csi-driver-oci verify --repair --output json"
 )]
 pub(super) struct VerifyArguments {
-    /// Fetches what is damaged again, into a new generation.
+    /// Fetch damaged content again, into a new generation.
     #[arg(long)]
     repair: bool,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! `warm`: fetching artifacts before a pod asks for them.
+//! `warm`: fetches artifacts before a pod needs them.
 
 use std::collections::HashMap;
 use std::io::IsTerminal as _;
@@ -14,7 +14,7 @@ use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use text::units::Bytes;
 
-/// How often a line tells how far an artifact is, where there is no terminal.
+/// The interval of lines with the progress of an artifact, without a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Arguments of `warm`.
@@ -26,19 +26,19 @@ Examples:
   csi-driver-oci warm --file references.txt
   csi-driver-oci warm --docker-config ~/.docker/config.json registry.example.com/private/app:v2")]
 pub(super) struct WarmArguments {
-    /// What to fetch.
+    /// The references to fetch.
     #[arg(required_unless_present = "file")]
     references: Vec<String>,
-    /// A list of references, one a line; empty lines and what follows a # mean nothing.
+    /// A file with one reference a line. Empty lines and comments after # are ignored.
     #[arg(long, value_name = "LIST")]
     file: Option<PathBuf>,
-    /// Keeps each on this node until `unpin`.
+    /// Pin each artifact on this node until `unpin`.
     #[arg(long)]
     pin: bool,
-    /// Credentials for the registries: a docker config.json.
+    /// The docker config.json with credentials for the registries.
     #[arg(long, value_name = "FILE")]
     docker_config: Option<PathBuf>,
-    /// The platform to take of an index, as `linux/arm64`; the node's where none is given.
+    /// The platform to choose from an index, such as `linux/arm64` [default: the node's].
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
@@ -99,7 +99,8 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
 }
 
 impl WarmArguments {
-    /// From the command line and the list, and the lines that are none: they have failed, and the rest goes on.
+    /// Returns the references of the command line and the file, and the lines of the file that are invalid: they count
+    /// as failed, and the others are fetched.
     fn references(&self) -> Result<(Vec<String>, Vec<WarmEvent>), Failure> {
         let (mut references, mut wrong) = (self.references.clone(), Vec::new());
         let Some(file) = &self.file else { return Ok((references, wrong)) };
@@ -128,7 +129,7 @@ impl WarmArguments {
     }
 }
 
-/// Bars on a terminal; otherwise a line for each end, and now and then one for what takes long.
+/// The display of progress: bars on a terminal; otherwise a line for each end, and rarely one for a long pull.
 struct Shown {
     output: Output,
     bars: Option<MultiProgress>,
@@ -143,10 +144,10 @@ impl Shown {
         Self { output, bars, by_reference: HashMap::new(), told: HashMap::new() }
     }
 
-    /// Nothing moves any more.
+    /// Removes the bars.
     fn end(&self) {
         if let Some(bars) = &self.bars {
-            // A terminal that has gone shows nothing anyway.
+            // A terminal that has gone needs no update.
             let _ = bars.clear();
         }
     }
@@ -201,7 +202,7 @@ impl Shown {
     }
 }
 
-/// `pulling REF  1.2 GiB of 2.7 GiB  12.0 MiB/s`.
+/// Returns a line such as `pulling REF  1.2 GiB of 2.7 GiB  12.0 MiB/s`.
 fn line(event: &WarmEvent) -> String {
     let (done, total) = (Bytes(event.done_bytes), Bytes(event.total_bytes));
     format!("pulling {}  {done} of {total}  {}/s", event.reference, Bytes(event.bytes_per_second))

@@ -1,4 +1,4 @@
-//! What the configuration keeps warm, as `status` and `inspect` say it.
+//! Formats the references of the configuration's list, for `status` and `inspect`.
 
 use super::table;
 use crate::proto::admin::WarmReference;
@@ -18,7 +18,7 @@ pub(super) fn json(warm: &WarmReference) -> serde_json::Value {
     })
 }
 
-/// `3 of 5 references present, 1 failed`.
+/// Returns a summary such as `3 of 5 references present, 1 failed`.
 pub(super) fn summary(all: &[WarmReference]) -> String {
     let count = |state| all.iter().filter(|warm| warm.state() == state).count();
     let mut text = format!("{} of {} references present", count(State::Present), all.len());
@@ -31,12 +31,12 @@ pub(super) fn summary(all: &[WarmReference]) -> String {
     text
 }
 
-/// A line for each, where there is more to say than that it is here.
+/// Returns a line for each reference that needs one: those that are present without more to say have none.
 pub(super) fn lines(all: &[WarmReference]) -> impl Iterator<Item = String> {
     all.iter().filter_map(|warm| Some(format!("            {}: {}", warm.reference, told(warm)?)))
 }
 
-/// How one is; none where there is nothing to say.
+/// Describes the state of a reference, or returns `None` if it is present without more to say.
 pub(super) fn told(warm: &WarmReference) -> Option<String> {
     let next = warm.next_seconds.map_or(" now".to_owned(), |seconds| format!(" in {seconds}s"));
     match (warm.state(), warm.reason.as_str(), warm.newer.as_str()) {

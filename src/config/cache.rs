@@ -1,4 +1,4 @@
-//! The `cache` section: how much of the disk content may take, and how often it is read back. Read at start.
+//! The `cache` section: the disk space of content, and the interval of the scrub. Read at the start.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::{GoDuration, Quantity};
 use store::CacheOptions;
 
-/// Intervals in which content can be read back.
+/// The intervals in which content can be read back.
 const INTERVALS: RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_hours(10 * 365 * 24);
 
@@ -16,28 +16,28 @@ const INTERVALS: RangeInclusive<Duration> =
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct CacheSection {
-    /// Bytes of all content.
+    /// The most bytes of all content.
     pub max_bytes: Option<Quantity>,
-    /// Above this part of the filesystem in use, by whomever, content is evicted ...
+    /// The use of the filesystem, by any program, above which content is evicted ...
     pub high_threshold_percent: u8,
-    /// ... until no more than this part is.
+    /// ... until the use is at most this.
     pub low_threshold_percent: u8,
-    /// This part of the filesystem stays free.
+    /// The part of the filesystem that is kept free.
     pub min_free_percent: u8,
-    /// ... and this part of its inodes.
+    /// The part of the filesystem's inodes that is kept free.
     pub min_free_inodes_percent: u8,
-    /// Bytes that pins may hold together; half of what content may take unless it is given.
+    /// The most bytes that pins may hold together. The default is half of the space for content.
     pub max_pinned_bytes: Option<Quantity>,
-    /// How long content stays after its last publish or unpublish; a Go duration.
+    /// The time that content stays after its last publish or unpublish; a Go duration.
     pub minimum_age: GoDuration,
-    /// Publishing is off until the state directory is a mount point.
+    /// Refuse to publish until the state directory is a mount point.
     pub require_mountpoint: bool,
-    /// All content is read back within this time; 0 turns that off; a Go duration.
+    /// The time within which all content is read back; 0 turns that off; a Go duration.
     pub scrub_interval: GoDuration,
 }
 
 impl CacheSection {
-    /// Within which time all content is read back; none when it is not.
+    /// Returns the time within which all content is read back, or `None` if the scrub is off.
     #[must_use]
     pub fn scrub_interval(&self) -> Option<Duration> {
         Some(self.scrub_interval.0).filter(|interval| !interval.is_zero())
@@ -72,7 +72,7 @@ impl CacheSection {
         Ok(())
     }
 
-    /// What the store is opened with.
+    /// Returns the options of the store.
     #[must_use]
     pub fn options(&self) -> CacheOptions {
         CacheOptions {

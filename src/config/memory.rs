@@ -1,4 +1,4 @@
-//! The check that limits fit into the memory of the container.
+//! Checks that the limits fit into the memory of the container.
 
 use super::NodeConfiguration;
 use pull::memory::{
@@ -82,7 +82,7 @@ mod tests {
         );
         let text = refused("", 160);
         assert!(text.starts_with("pull.unpacks: 4 layers at once take 39.0 MiB"), "{text}");
-        // The windows of paused unpackings count, too.
+        // The windows of paused unpackings count as well.
         let text = refused("pull: {memory: 192Mi}\n", 256);
         assert!(text.contains("beside it the driver takes up to 100.0 MiB"), "{text}");
         assert_eq!(check("pull: {memory: 192Mi, unpacks: 2}\n", 274), Ok(()));

@@ -1,7 +1,7 @@
-//! The configuration file: what it may say, and where it is wrong.
+//! The configuration file: its schema and its checks.
 //!
-//! Unknown keys are errors, so that a misspelt limit is not silently no limit.
-//! A section is a file; each says whether it is read again without a restart.
+//! Unknown keys are errors, so that a misspelt limit is not silently ignored. Each section has a file of its own, which
+//! says whether the section is read again without a restart.
 
 mod cache;
 mod memory;
@@ -30,7 +30,7 @@ use sys::reload::FileVersions;
 use text::printable::printable;
 use unpack::Limits;
 
-/// As large as a `ConfigMap` can be.
+/// The maximum size of the file: that of a `ConfigMap`.
 const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
 
 /// The document's `apiVersion`.
@@ -45,55 +45,55 @@ pub struct NodeConfiguration {
     #[serde(rename = "apiVersion")]
     api_version: String,
     kind: String,
-    /// How much of the disk content may take.
+    /// The disk space of content.
     #[serde(default)]
     pub cache: CacheSection,
-    /// How much is pulled at once, and how patiently.
+    /// The concurrency, memory and timeouts of pulls.
     #[serde(default)]
     pub pull: PullSection,
-    /// Mirrors, credentials, and which addresses are asked.
+    /// Mirrors, credentials and permitted addresses of registries.
     #[serde(default)]
     pub registries: RegistriesSection,
-    /// What may be mounted, by whom, and under which demands.
+    /// The rules on artifacts, namespaces and signatures.
     #[serde(default)]
     pub policy: PolicySection,
-    /// Every bound on untrusted input.
+    /// The limits on untrusted input.
     #[serde(default)]
     pub limits: Limits,
-    /// What is kept on the node before anybody asks.
+    /// The references that stay on the node.
     #[serde(default)]
     pub warm: WarmList,
-    /// How volumes are mounted.
+    /// The form of mounts.
     #[serde(default)]
     pub volumes: VolumesSection,
-    /// For nodes with SELinux.
+    /// The label of content on nodes with SELinux.
     #[serde(default)]
     pub selinux: SelinuxSection,
 }
 
-/// Why a configuration cannot be used.
+/// An error of the configuration file.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigurationError {
-    /// The file.
+    /// The file cannot be read.
     #[error("the configuration file {} cannot be read: {source}", path.display())]
     Read {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: std::io::Error,
     },
-    /// Its content.
+    /// The content of the file is invalid.
     #[error("the configuration file {} is wrong: {reason}", path.display())]
     Wrong {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
-        /// Where and why.
+        /// The place and the reason.
         reason: String,
     },
 }
 
 impl NodeConfiguration {
-    /// What holds without a file.
+    /// Returns the configuration of a node without a file.
     #[must_use]
     pub fn without_file() -> Self {
         Self { api_version: API_VERSION.to_owned(), kind: KIND.to_owned(), ..Self::default() }
@@ -107,7 +107,7 @@ impl NodeConfiguration {
             .map_err(|reason| ConfigurationError::Wrong { path: path.to_owned(), reason })
     }
 
-    /// Reads a file for a part of it that may change while the driver runs.
+    /// Reads a file again, for a part that may change while the driver runs.
     pub fn read_again(path: &Path, seen: &mut FileVersions) -> Result<Self, String> {
         let wrong = |reason: &dyn std::fmt::Display| {
             format!("the configuration file {} is wrong: {reason}", path.display())
@@ -117,7 +117,7 @@ impl NodeConfiguration {
         Self::parse(&text).map_err(|reason| wrong(&reason))
     }
 
-    /// Parses a document; the error is one line that names key and line.
+    /// Parses a document. An error is one line that names the key and the line.
     pub fn parse(text: &str) -> Result<Self, String> {
         Self::parse_and_check(text).map_err(|reason| printable(&reason).into_owned())
     }
@@ -140,13 +140,13 @@ impl NodeConfiguration {
     }
 }
 
-/// The parser draws the place with several lines; a status and a log have one.
+/// Returns a parser error as one line, for a status and a log. The parser itself draws several lines.
 fn one_line(error: &serde_saphyr::Error) -> String {
     let place =
         error.location().map(|place| format!("line {}: ", place.line())).unwrap_or_default();
     let text = error.without_snippet().to_string();
     let first = text.lines().next().unwrap_or_default().trim();
-    // Some say the place again, at the end.
+    // Some errors repeat the place at the end.
     let said = first.rsplit_once(" at line ").filter(|_| !place.is_empty());
     format!("{place}{}", said.map_or(first, |(said, _)| said))
 }

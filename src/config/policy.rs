@@ -1,4 +1,4 @@
-//! The `policy` section. Read again when the file or a key's file changes.
+//! The `policy` section. Read again when the file or the file of a key changes.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, Sign
 use policy::{GlobPattern, Policy, PolicyAction, PolicyDemands, PolicyRule, PolicySource};
 use sys::reload::FileVersions;
 
-/// RSA of 8192 bits has 1.5 KiB.
+/// The maximum size of a key's file. An RSA key of 8192 bits has 1.5 KiB.
 const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
 
 /// The `policy` section.
@@ -20,43 +20,43 @@ const MAXIMUM_KEY_BYTES: u64 = 64 * 1024;
 pub struct PolicySection {
     /// Public keys, for rules and for `requireSignature`.
     pub keys: Vec<KeyEntry>,
-    /// What no rule matches.
+    /// The action if no rule matches.
     pub default: PolicyAction,
-    /// In order; the first that matches counts.
+    /// The rules in order. The first match decides.
     pub rules: Vec<RuleEntry>,
 }
 
-/// A key: in a file, or as it is.
+/// A public key, in a file or inline.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KeyEntry {
-    /// What rules and messages call it.
+    /// The name of the key, for rules and messages.
     pub name: String,
-    /// A PEM file.
+    /// The path of a PEM file.
     pub file: Option<PathBuf>,
-    /// The PEM itself.
+    /// The PEM text.
     pub data: Option<String>,
 }
 
-/// A rule.
+/// A rule of the policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct RuleEntry {
-    /// Globs of `host/path`; all without.
+    /// Patterns of `host/path`; all match if empty.
     pub references: Vec<String>,
-    /// Globs of namespaces; all without.
+    /// Patterns of namespaces; all match if empty.
     pub namespaces: Vec<String>,
     /// `Allow` or `Deny`.
     pub action: PolicyAction,
-    /// Whether the reference must name a digest.
+    /// The reference must have a digest.
     pub require_digest: bool,
-    /// Bytes of all blobs, and of the unpacked tree.
+    /// The most bytes of all blobs, and of the unpacked tree.
     pub max_artifact_bytes: Option<Quantity>,
-    /// Whose signature it must have.
+    /// The signature that the artifact must have.
     pub signatures: Option<SignatureEntry>,
 }
 
-/// Whose signature an artifact must have.
+/// A demand for a signature.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SignatureEntry {
@@ -66,12 +66,12 @@ pub struct SignatureEntry {
     /// `Any`, `Legacy` or `Bundle`.
     #[serde(default)]
     pub format: SignatureFormat,
-    /// Names of keys; any one suffices.
+    /// The names of keys. A signature of any one suffices.
     pub keys: Vec<String>,
 }
 
 impl PolicySection {
-    /// What can be checked without the keys' files.
+    /// Checks everything that needs no file of a key.
     pub(super) fn check(&self) -> Result<(), String> {
         let mut names = BTreeSet::new();
         for KeyEntry { name, file, data } in &self.keys {
@@ -101,7 +101,7 @@ impl PolicySection {
         Ok(())
     }
 
-    /// The policy, with its keys.
+    /// Returns the policy with its keys.
     pub fn policy(&self, seen: &mut FileVersions) -> Result<Policy, String> {
         let keys = self.keys.iter().map(|entry| {
             let pem = match (&entry.file, &entry.data) {
@@ -148,7 +148,7 @@ fn key(name: &str, pem: &[u8]) -> Result<NamedKey, String> {
     Ok(NamedKey { name: name.to_owned(), key })
 }
 
-/// The policy of a node's configuration file; without one, everything is allowed.
+/// Returns the policy source of a configuration file. Without a file everything is allowed.
 pub fn policy_source(
     path: Option<PathBuf>,
     tell: impl Fn(bool) + Send + Sync + 'static,

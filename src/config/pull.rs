@@ -1,4 +1,4 @@
-//! The `pull` section: how much at once, and how patiently. Read at start.
+//! The `pull` section: concurrency, memory and timeouts of pulls. Read at the start.
 
 use std::time::Duration;
 
@@ -14,31 +14,31 @@ use pull::wire::WireOptions;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct PullSection {
-    /// Connections that download at once on this node.
+    /// The most connections that download at once on this node.
     pub downloads: usize,
-    /// Of these, to one registry.
+    /// The most of these connections to one registry.
     pub downloads_per_host: usize,
-    /// Of these, for one blob, where the registry answers range requests.
+    /// The most of these connections for one blob, if the registry supports range requests.
     pub ranges: usize,
-    /// What each of several connections for one blob asks for at once.
+    /// The bytes of one range request, if a blob has several connections.
     pub range_bytes: u64,
-    /// All downloads together; 0 means no limit.
+    /// The limit on all downloads together; 0 means no limit.
     pub bytes_per_second: u64,
-    /// Layers that are unpacked at once on this node.
+    /// The most layers that are unpacked at once on this node.
     pub unpacks: usize,
-    /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
+    /// The most layers with zstd windows above 8 MiB that are unpacked at once on this node.
     pub wide_unpacks: usize,
-    /// Memory that content of others may take; without it three eighths of the container's limit.
+    /// The memory for untrusted content; the default is three eighths of the container's limit.
     pub memory: Option<Quantity>,
-    /// Tries in a row that bring no byte, before a transfer fails.
+    /// The attempts in a row without a byte before a transfer fails.
     pub attempts: u32,
-    /// A connection that brings nothing for so long is given up; a Go duration.
+    /// The time without a byte after which a connection is closed; a Go duration.
     pub stall_timeout: GoDuration,
-    /// A connection that brings less than this a second, over `stallTimeout`, is given up.
+    /// The least average rate of a connection over `stallTimeout`. A slower connection is closed.
     pub least_bytes_per_second: u64,
 }
 
-/// Less would not do for a few small artifacts.
+/// The least memory in which a few small artifacts can be pulled.
 const LEAST_MEMORY: u64 = 16 << 20;
 
 impl PullSection {
@@ -68,7 +68,7 @@ impl PullSection {
         Ok(())
     }
 
-    /// What pulling is built with.
+    /// Returns the options of the puller.
     #[must_use]
     pub fn options(&self) -> PullOptions {
         let defaults = WireOptions::default();
@@ -89,7 +89,7 @@ impl PullSection {
         }
     }
 
-    /// Bytes of memory that content of others may take in a container of this limit.
+    /// Returns the memory for untrusted content in a container with this limit.
     pub(super) fn memory_bytes(&self, container: Option<u64>) -> u64 {
         self.memory.map_or_else(|| MemoryPlan::default_bytes(container), |memory| memory.0)
     }

@@ -1,5 +1,4 @@
-//! The `registries` section. Read at start; the files that it names are read
-//! again when they change.
+//! The `registries` section. Read at the start. The files that it names are read again when they change.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,34 +11,33 @@ use oci::credentials::providers::{ProviderFiles, ServiceAccountAnnotations};
 use oci::registry::{AddressRules, Loopback, RegistryOptions};
 use pull::{CredentialsVerification, Verification};
 
-/// A day: longer than credentials that rotate live, and shorter than one notices that a right is gone.
+/// One day: longer than the life of rotating credentials, and short enough for a withdrawn right to take effect.
 const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
 
-/// The kubelet's.
+/// The default of the kubelet.
 const DEFAULT_PLUGIN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The `registries` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct RegistriesSection {
-    /// containerd's `config_path`: folders of `hosts.toml`, separated by colons.
+    /// containerd's `config_path`: directories of `hosts.toml` files, separated by colons.
     pub hosts_dir: Option<String>,
-    /// A docker `config.json` of the node: credentials that any pod may use.
+    /// A docker `config.json` of the node, with credentials that any pod may use.
     pub docker_config: Option<PathBuf>,
     /// The kubelet's `CredentialProviderConfig`.
     pub credential_provider_config: Option<PathBuf>,
-    /// Where its plugins lie.
+    /// The directory of the plugins.
     pub credential_provider_bin_dir: Option<PathBuf>,
-    /// How long a plugin may take.
+    /// The timeout of a plugin.
     pub credential_provider_timeout: GoDuration,
-    /// What plugins would read from `ServiceAccount` objects.
+    /// Annotations that plugins would read from `ServiceAccount` objects.
     pub service_account_annotations: Vec<ServiceAccountAnnotations>,
-    /// When cached content needs no proof.
+    /// The rule when cached content needs no proof.
     pub credentials_verification: CredentialsVerification,
-    /// Repositories for `NeverVerifyAllowlistedImages`, as the kubelet writes them: `host/path`
-    /// or `host/path/*`.
+    /// Repositories for `NeverVerifyAllowlistedImages`, in the kubelet's form: `host/path` or `host/path/*`.
     pub preloaded_images_verification_allowlist: Vec<String>,
-    /// How long a proof of the same service account counts while the registry cannot be reached.
+    /// The time that a proof of the same service account counts while the registry cannot be reached.
     #[serde(rename = "proofTTL")]
     pub proof_ttl: GoDuration,
     /// Mirrors (`https://host[:port]`) that the registries' credentials may be sent to.
@@ -47,9 +45,9 @@ pub struct RegistriesSection {
     /// Hosts (`http://host[:port]`) that registries may redirect to without TLS.
     #[serde(rename = "plainHTTPRedirects")]
     pub plain_http_redirects: Vec<String>,
-    /// Whether a reference may be written as loopback.
+    /// The rule for references with a loopback host.
     pub loopback: Loopback,
-    /// Networks that references may aim at whatever they are, as `10.0.0.1/32`.
+    /// Networks that references may use whatever they are, such as `10.0.0.1/32`.
     pub allowed_addresses: Vec<String>,
 }
 
@@ -81,7 +79,7 @@ impl RegistriesSection {
             return Err("registries.credentialProviderConfig and registries.credentialProviderBinDir go together: set both".to_owned());
         }
         for pattern in &self.preloaded_images_verification_allowlist {
-            // The kubelet's rule: a star stands at the end, as a whole part.
+            // The kubelet's rule: a star stands at the end, as a whole path component.
             let path = pattern.strip_suffix("/*").unwrap_or(pattern);
             if path.is_empty() || path.contains('*') {
                 return Err(format!(
@@ -92,7 +90,7 @@ impl RegistriesSection {
         Ok(())
     }
 
-    /// What the registry client is built with.
+    /// Adds the section to the options of the registry client.
     pub fn apply(&self, options: &mut RegistryOptions) -> Result<(), String> {
         let networks = self.allowed_addresses.iter().map(|text| {
             let single = || text.parse::<std::net::IpAddr>().map(ipnet::IpNet::from).ok();
@@ -125,7 +123,7 @@ impl RegistriesSection {
         Ok(())
     }
 
-    /// The node's own credentials.
+    /// Returns the sources of the node's own credentials.
     #[must_use]
     pub fn provider_files(&self) -> ProviderFiles {
         let config = self.credential_provider_config.clone();
@@ -137,7 +135,7 @@ impl RegistriesSection {
         }
     }
 
-    /// When cached content is shown to whom.
+    /// Returns the rules for access to cached content.
     #[must_use]
     pub fn verification(&self) -> Verification {
         Verification {

@@ -2,14 +2,14 @@
 
 use serde::Deserialize;
 
-/// The label that containers may read, where nothing else is configured.
+/// The default label of content, which containers may read.
 const DEFAULT_FILE_LABEL: &str = "system_u:object_r:container_file_t:s0";
 
 /// The `selinux` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct SelinuxSection {
-    /// The label of content; used where SELinux is on.
+    /// The label of content on nodes with SELinux.
     pub file_label: String,
 }
 

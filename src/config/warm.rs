@@ -1,4 +1,4 @@
-//! The list of what is kept warm. Read again when the file changes.
+//! The `warm` section. Read again when the file changes.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use super::NodeConfiguration;
 use crate::warming::WarmList;
 use sys::reload::{FileVersions, Reloadable};
 
-/// The list of a node's configuration file; without a file, nothing is kept.
+/// Returns the source of a configuration file's list. Without a file the list is empty.
 pub fn warm_source(
     path: Option<PathBuf>,
     tell: impl Fn(bool) + Send + Sync + 'static,

@@ -1,19 +1,19 @@
-//! Endpoints as users write them: `unix:///csi/csi.sock`.
+//! Endpoints of unix sockets in options, such as `unix:///csi/csi.sock`.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// A unix socket's path; an empty text is an endpoint that is off.
+/// The path of a unix socket. An empty text turns the endpoint off.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint(Option<PathBuf>);
 
-/// Why a text is not an endpoint.
+/// An error for a text that is no endpoint.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("\"{0}\" is not an endpoint: write unix:///path/to/name.sock, or nothing to turn it off")]
 pub struct EndpointError(String);
 
 impl Endpoint {
-    /// The socket, unless the endpoint is off.
+    /// Returns the socket's path, or `None` if the endpoint is off.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.0.as_deref()

@@ -1,4 +1,4 @@
-//! The Identity service: who we are, and whether a restart would help.
+//! The Identity service of CSI.
 
 use tonic::{Request, Response, Status};
 
@@ -8,7 +8,7 @@ use crate::proto::csi::v1::{
     GetPluginInfoResponse, ProbeRequest, ProbeResponse,
 };
 
-/// Answers for the driver of this name.
+/// The Identity service of a driver with this name.
 #[derive(Clone, Debug)]
 pub struct IdentityService {
     /// The CSI driver's name.
@@ -28,7 +28,7 @@ impl Identity for IdentityService {
         }))
     }
 
-    /// None: there is no controller, and every node can reach every registry alike.
+    /// Returns no capabilities: there is no CSI controller, and every node reaches every registry alike.
     async fn get_plugin_capabilities(
         &self,
         _: Request<GetPluginCapabilitiesRequest>,
@@ -36,9 +36,8 @@ impl Identity for IdentityService {
         Ok(Response::new(GetPluginCapabilitiesResponse::default()))
     }
 
-    /// That this is answered is the answer: a full disk or a dead registry must
-    /// not get the one process killed that can unmount. "Not ready" is never
-    /// said, since livenessprobe takes it for dead.
+    /// Always returns ready. livenessprobe takes "not ready" for dead, and a full disk or an unreachable registry must
+    /// not end the only process that can unmount.
     async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeResponse>, Status> {
         Ok(Response::new(ProbeResponse { ready: Some(true) }))
     }

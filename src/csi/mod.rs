@@ -1,7 +1,6 @@
 //! The gRPC edge: sockets, requests, statuses, and the kubelet's plugin registration.
 //!
-//! tonic and prost stop here: a request is parsed into the types of `volume`,
-//! an error becomes a status, and in between there is nothing.
+//! tonic and prost stop here. A request is parsed into the types of `volume`, and an error becomes a status.
 
 pub mod endpoint;
 pub mod identity;

@@ -1,4 +1,4 @@
-//! The Node service: one log line a decision, one status a failure.
+//! The Node service of CSI. Each call writes one log line and returns one status.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,18 +27,18 @@ use crate::volume::publish::PublishPath;
 use crate::volume::stats::Usage;
 use crate::volume::{VolumeError, Volumes};
 
-/// Answers the kubelet.
+/// The Node service.
 #[derive(Clone)]
 pub struct NodeService {
     /// The Node object's name.
     pub node_id: String,
-    /// What requests are checked against.
+    /// The facts of the node that requests are checked against.
     pub node: Node,
-    /// Does the work.
+    /// Runs the use cases.
     pub volumes: Volumes,
-    /// Counts it.
+    /// Counts their results.
     pub metrics: Arc<Metrics>,
-    /// Tells pods of their pulls, where that is on.
+    /// Reports pulls as Events; `None` if they are off.
     pub events: Option<PodEvents>,
 }
 
@@ -50,7 +50,7 @@ impl node_server::Node for NodeService {
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let started = Instant::now();
         let (metadata, _, message) = request.into_parts();
-        // Neither secrets nor the volume context, which may hold tokens, ever reach the log.
+        // Neither secrets nor the volume context, which may hold tokens, reach the log.
         let span = tracing::info_span!(
             "publish",
             request = next_request(),
@@ -188,7 +188,7 @@ impl NodeService {
         let request = match self.node.publish(metadata, message) {
             Ok(request) => request,
             Err(error) => {
-                // What is malformed may still name the folder that must not be left behind.
+                // A malformed request may still name the directory that must not be left behind.
                 if let Ok(Some(target)) = self.node.unpublish(&volume_id, &target_path) {
                     self.volumes.clear(target).await;
                 }
@@ -200,7 +200,7 @@ impl NodeService {
         span.record("reference", request.attributes.reference.to_string());
         let target = request.target.clone();
         let told = Told::new(self.events.as_ref(), &request);
-        // Large, and held by several who wait for it.
+        // The future is large, and several layers of callers hold it.
         let publish = Box::pin(self.volumes.publish(request));
         let published = match told {
             Some(told) => told.all_of(publish).await,
@@ -209,8 +209,8 @@ impl NodeService {
         match published {
             Err(error) if status::is_final(status::code(&error)) => {
                 let mounted = self.volumes.clear(target.clone()).await;
-                // What is mounted there was this error's reason, or another call was faster:
-                // then the volume is not finally failed.
+                // If something is mounted there, the error is about that mount, or another call has mounted it: then
+                // the volume has not finally failed.
                 match error {
                     VolumeError::Occupied { .. } => Err(error),
                     _ if mounted => Err(VolumeError::Busy(target.full())),
@@ -222,7 +222,7 @@ impl NodeService {
     }
 }
 
-/// Tells the lines of one call from those of another, also of the same volume.
+/// Numbers calls, so that log lines of two calls for one volume can be told apart.
 fn next_request() -> u64 {
     static REQUESTS: AtomicU64 = AtomicU64::new(0);
     REQUESTS.fetch_add(1, Ordering::Relaxed) + 1

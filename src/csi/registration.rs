@@ -1,9 +1,8 @@
-//! The kubelet's plugin registration, without the sidecar.
+//! The kubelet's plugin registration, without the node-driver-registrar sidecar.
 //!
-//! The socket's name holds an `@`: the kubelet's gRPC client sends the socket's
-//! percent-encoded path as the authority, which is a valid one only when
-//! everything before an `@` can be taken for user information. Without it every
-//! call fails with a protocol error, for ever.
+//! The socket's name holds an `@`. The kubelet's gRPC client sends the percent-encoded path of the socket as the
+//! authority, which is valid only if everything before an `@` can be taken for user information. Without it every call
+//! fails with a protocol error.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +14,7 @@ use crate::proto::pluginregistration::{
     InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
 };
 
-/// Answers the kubelet's plugin watcher.
+/// The service that the kubelet's plugin watcher calls.
 #[derive(Clone, Debug)]
 pub struct RegistrationService {
     driver_name: String,
@@ -24,19 +23,19 @@ pub struct RegistrationService {
 }
 
 impl RegistrationService {
-    /// `endpoint` is the CSI socket's path as the kubelet sees it.
+    /// Creates the service. `endpoint` is the CSI socket's path as the kubelet sees it.
     #[must_use]
     pub fn new(driver_name: String, endpoint: String) -> Self {
         Self { driver_name, endpoint, registered: Arc::default() }
     }
 
-    /// The name of the socket in the kubelet's plugin registry.
+    /// Returns the name of the socket in the kubelet's plugin registry.
     #[must_use]
     pub fn socket_name(driver_name: &str) -> String {
         format!("{driver_name}@reg.sock")
     }
 
-    /// Whether the kubelet has said that it took the driver.
+    /// Returns the flag that is set while the kubelet has the driver registered.
     #[must_use]
     pub fn registered(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.registered)
@@ -64,7 +63,7 @@ impl Registration for RegistrationService {
         if plugin_registered {
             tracing::info!(driver = self.driver_name, "registered with the kubelet");
         } else {
-            // It tries again by itself; exiting would only take the CSI socket away.
+            // The kubelet retries by itself. To exit would only take the CSI socket away.
             tracing::error!(driver = self.driver_name, error, "the kubelet refused the driver");
         }
         Ok(Response::new(RegistrationStatusResponse {}))

@@ -1,4 +1,4 @@
-//! The wire's messages to the use cases' requests.
+//! Parses the messages of CSI into the requests of the use cases.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,28 +15,28 @@ use pull::ProgressView;
 use sys::mount::MountFlags;
 use text::printable::excerpt;
 
-/// A call without a deadline gets the time that the kubelet would give it.
+/// The timeout of a call without a deadline: the one that the kubelet uses.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(115);
 
-/// The answer leaves this long before the deadline: an answer in time says how
-/// far the pull is, a deadline says nothing.
+/// The response leaves this long before the deadline. A response in time reports the progress of the pull; an exceeded
+/// deadline reports nothing.
 const MARGIN: Duration = Duration::from_secs(5);
 
-/// The CSI specification's bound on strings is 128 bytes; handles of
-/// PersistentVolumes may be longer, and are no path here.
+/// The CSI specification limits strings to 128 bytes. Handles of PersistentVolumes may be longer, and are never used as
+/// paths here.
 const MAXIMUM_VOLUME_ID: usize = 4096;
 
-/// What a node knows that a request is checked against.
+/// The facts of a node that requests are checked against.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// Targets lie below.
+    /// The kubelet's root directory, which contains all targets.
     pub kubelet_dir: std::path::PathBuf,
-    /// SELinux is on: a read-write volume would be relabelled, which fails.
+    /// SELinux is enabled. The container runtime would relabel a read-write volume, which fails on a read-only mount.
     pub selinux: bool,
 }
 
 impl Node {
-    /// Parses a publish.
+    /// Parses a publish request.
     pub fn publish(
         &self,
         metadata: &MetadataMap,
@@ -75,7 +75,7 @@ impl Node {
         })
     }
 
-    /// Parses an unpublish; none for a target that cannot be ours.
+    /// Parses an unpublish request. Returns `None` for a target that cannot be the driver's.
     pub fn unpublish(&self, id: &str, target: &str) -> Result<Option<TargetPath>, VolumeError> {
         volume_id(id)?;
         if target.is_empty() {
@@ -84,13 +84,13 @@ impl Node {
         Ok(TargetPath::parse(&self.kubelet_dir, target).ok())
     }
 
-    /// Parses a question for statistics.
+    /// Parses a request for statistics.
     pub fn stats(&self, id: &str, path: &str) -> Result<TargetPath, VolumeError> {
         volume_id(id)?;
         if path.is_empty() {
             return Err(VolumeError::Invalid("the volume path is missing".into()));
         }
-        // Any other path is a volume that is not here.
+        // Any other path is a volume that is not on this node.
         TargetPath::parse(&self.kubelet_dir, path)
             .map_err(|_| VolumeError::NotPublished(Path::new(path).into()))
     }
@@ -130,7 +130,7 @@ fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, Volume
         match flag.trim() {
             "noexec" => flags.noexec = true,
             "noatime" => flags.noatime = true,
-            // It always is.
+            // Every mount of the driver is read-only.
             "ro" | "" => {}
             other => {
                 return Err(VolumeError::Invalid(format!(
@@ -182,7 +182,7 @@ fn verified_pod_info(
     }
 }
 
-/// `grpc-timeout`: up to eight digits and a unit.
+/// Parses the `grpc-timeout` header: up to eight digits and a unit.
 fn grpc_timeout(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;

@@ -12,10 +12,10 @@ use tokio::net::{UnixListener, UnixSocket, UnixStream};
 
 use sys::fault;
 
-/// Connections that wait to be accepted.
+/// The length of the queue of connections that wait to be accepted.
 const BACKLOG: u32 = 1024;
 
-/// A listening socket; dropping it removes its name, if that is still this socket's.
+/// A listening socket. Dropping it removes its name, if the name is still this socket's.
 #[derive(Debug)]
 pub struct Socket {
     path: PathBuf,
@@ -25,9 +25,9 @@ pub struct Socket {
 impl Socket {
     /// Listens at `path` with mode 0600.
     ///
-    /// The socket is made under a hidden name, gets its mode before it accepts connections, and is
-    /// renamed over what an ended process left: there is no moment without a socket and none with an
-    /// open one. The name goes through an open folder, since a socket's address is limited to 107 bytes.
+    /// Creates the socket under a hidden name, sets its mode before it accepts connections, and renames it over a
+    /// leftover of an ended process. So there is no moment without a socket, and none with a socket that others can
+    /// open. The name goes through an open directory, since the address of a socket is limited to 107 bytes.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl Socket {
         Ok((Self { path: path.to_owned(), inode }, listener))
     }
 
-    /// Whether the name is still this socket's.
+    /// Returns whether the name is still this socket's.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
         self.path
@@ -82,20 +82,20 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // A newer process may have put its own in place.
+        // A newer process may have put its own socket in place.
         if self.is_in_place() {
             let _ = std::fs::remove_file(&self.path);
         }
     }
 }
 
-/// Returns whether any process listens on this socket, of whatever program.
+/// Returns whether a process of any program listens on this socket.
 async fn is_served(socket: &Path) -> io::Result<bool> {
     match UnixStream::connect(socket).await {
         Ok(_) => Ok(true),
         Err(error) => match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(false),
-            // A process that does not accept what has connected is alive as well.
+            // A process that does not accept connections is alive as well.
             io::ErrorKind::WouldBlock => Ok(true),
             _ => Err(error),
         },

@@ -1,8 +1,7 @@
 //! The one place that chooses gRPC codes.
 //!
-//! What the kubelet does with them: ABORTED, UNAVAILABLE and `RESOURCE_EXHAUSTED`
-//! leave the volume "uncertain" and are tried again; every other code is final
-//! for this try, and promises that nothing is left at the target.
+//! The kubelet retries after any code. After ABORTED, UNAVAILABLE and `RESOURCE_EXHAUSTED` it takes the volume for
+//! "uncertain". Every other code is final for this call, and promises that nothing is left at the target.
 
 use tonic::{Code, Status};
 
@@ -15,16 +14,16 @@ use store::StoreError;
 use text::printable::shorten;
 use unpack::Class;
 
-/// Events are cut at 1,024 characters, and the kubelet puts text of its own in front.
+/// The most bytes of a message. Events are cut at 1,024 characters, and the kubelet puts text of its own in front.
 const MAXIMUM_BYTES: usize = 900;
 
-/// The status of a failed call: the code by cause, the whole chain as one text.
+/// Returns the status of a failed call: the code by cause, the whole chain of causes as one text.
 #[must_use]
 pub fn status(error: &VolumeError) -> Status {
     Status::new(code(error), message(error))
 }
 
-/// Whether the kubelet takes the code for the end of this try.
+/// Returns whether the kubelet takes the code for the end of this call.
 #[must_use]
 pub fn is_final(code: Code) -> bool {
     !matches!(
@@ -37,7 +36,7 @@ pub fn is_final(code: Code) -> bool {
     )
 }
 
-/// The code by cause.
+/// Returns the code by cause.
 #[must_use]
 pub fn code(error: &VolumeError) -> Code {
     match error {
@@ -47,7 +46,7 @@ pub fn code(error: &VolumeError) -> Code {
         VolumeError::NotPublished(_) => Code::NotFound,
         VolumeError::Policy { .. } | VolumeError::Unsupported(_) => Code::FailedPrecondition,
         VolumeError::Pull { source, .. } => pull(source.root()),
-        // The kubelet comes back, and an unpublish follows when the pod goes.
+        // The kubelet calls again. An unpublish follows when the pod is deleted.
         VolumeError::StillPulling { .. }
         | VolumeError::Busy(_)
         | VolumeError::Nested { .. }
@@ -75,9 +74,9 @@ fn pull(error: &PullError) -> Code {
             Code::Internal
         }
         PullError::Store(error) => store(error),
-        // The node's own credentials are mended on the node, without a change of the pod.
+        // The node's own credentials are repaired on the node, without a change of the pod.
         PullError::Provider(_) | PullError::ShuttingDown => Code::Unavailable,
-        // Only who no longer waits can see it, or who came in the moment of the end.
+        // Only a caller that no longer waits, or that joined at the moment of the end, can see this.
         PullError::Unwanted => Code::Aborted,
         PullError::Shared(error) => pull(error),
     }
@@ -130,16 +129,17 @@ fn store(error: &StoreError) -> Code {
         StoreError::Locked { .. }
         | StoreError::Format { .. }
         | StoreError::NotMounted { .. }
-        // It is tried again, until the leases are gone.
+        // Retried until the leases are gone.
         | StoreError::Leased { .. }
         | StoreError::Foreign { .. } => Code::Unavailable,
     }
 }
 
-/// One line, below the limit. Control characters of somebody's input end here.
+/// Formats the chain of causes as one line within the limit, without control characters, which may come from untrusted
+/// input.
 fn message(error: &VolumeError) -> String {
     let mut text = error.to_string();
-    // The chain is printed once, here; a message that quotes its cause is not quoted again.
+    // A cause that the message quotes already is not repeated.
     let mut cause = std::error::Error::source(error);
     while let Some(error) = cause {
         let because = error.to_string();

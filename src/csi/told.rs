@@ -1,4 +1,4 @@
-//! What a pod is told of its volume while the kubelet waits, where Events are on.
+//! Reports the progress and the end of a publish as Events of its pod, if they are on.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -12,12 +12,12 @@ use crate::volume::{PublishRequest, VolumeError};
 use pull::ProgressView;
 use text::units::Bytes;
 
-/// What ends within this was not worth waiting for: only its end is told.
+/// The delay before the first report. A publish that ends earlier reports only its end.
 const AT_FIRST: Duration = Duration::from_millis(250);
-/// Between two looks at how far it is.
+/// The interval between two reports of progress.
 const INTERVAL: Duration = Duration::from_secs(30);
 
-/// Tells one publish.
+/// The reporter of one publish.
 pub(super) struct Told<'a> {
     events: &'a PodEvents,
     pod: PodReference,
@@ -27,7 +27,7 @@ pub(super) struct Told<'a> {
 }
 
 impl<'a> Told<'a> {
-    /// None where the kubelet has not said which pod it is.
+    /// Returns `None` if the request does not identify the pod.
     pub(super) fn new(events: Option<&'a PodEvents>, request: &PublishRequest) -> Option<Self> {
         let (pod, events) = (&request.pod, events?);
         let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
@@ -37,7 +37,7 @@ impl<'a> Told<'a> {
         Some(Self { events, pod, reference, progress, since })
     }
 
-    /// Tells how far the pull is until `publish` ends, and then how it ended.
+    /// Reports the progress of the pull until `publish` ends, and then its end.
     pub(super) async fn all_of(
         self,
         mut publish: Pin<Box<impl Future<Output = Result<Published, VolumeError>>>>,
@@ -75,7 +75,7 @@ impl<'a> Told<'a> {
             }
             Err(error) => {
                 let status = status::status(error);
-                // The pull goes on, or another call is at work.
+                // The pull continues, or another call works on the volume.
                 if status.code() != tonic::Code::Aborted {
                     self.events.failed(pod, reference, status.message().to_owned());
                 }

@@ -1,4 +1,4 @@
-//! Requests to the API server with the service account of the pod that this process is in.
+//! Requests to the API server with the service account of this process's pod.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,16 +14,16 @@ use rustls::pki_types::pem::PemObject as _;
 use serde_json::Value;
 use tower::{BoxError, ServiceBuilder};
 
-/// Where the kubelet puts what a pod needs.
+/// The directory in which the kubelet mounts the credentials of the pod's service account.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-/// A request that takes longer is given up; the caller decides whether to ask again.
+/// The timeout of one request. The caller decides about retries.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Objects of one page of a list: what kubectl asks for.
+/// The objects of one page of a list: the number that kubectl requests.
 const PAGE: usize = 500;
-/// The maximum size of one answer in bytes. A page of pods takes a few MiB; their authors decide how many.
+/// The maximum size of a response in bytes. A page of pods takes a few MiB, which their authors control.
 const MAXIMUM_ANSWER: usize = 64 << 20;
 
-/// Why the API did not do what was asked.
+/// An error of a request to the API server.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
     /// This process is in no pod, or in one without a token.
@@ -31,38 +31,38 @@ pub enum KubernetesError {
         "there is no access to the Kubernetes API ({what}): run this in a pod with a service account's token"
     )]
     NoAccess {
-        /// What is missing.
+        /// The missing part.
         what: String,
     },
     /// The server cannot be reached, or breaks off.
     #[error("the Kubernetes API at {server} cannot be asked for {path}: {reason}")]
     Unreachable {
-        /// Which server.
+        /// The server's URL.
         server: String,
-        /// For what.
+        /// The path of the request.
         path: String,
-        /// Why.
+        /// The root cause.
         reason: String,
     },
-    /// The server refuses.
+    /// The server refuses the request.
     #[error("the Kubernetes API answers {method} {path} with {status}{}", hint(*status))]
     Refused {
-        /// What was tried.
+        /// The method of the request.
         method: Method,
-        /// On what.
+        /// The path of the request.
         path: String,
-        /// The answer.
+        /// The status of the response.
         status: StatusCode,
     },
-    /// The answer is none.
+    /// The response is not the expected JSON.
     #[error("the Kubernetes API's answer to {path} is not understood")]
     Garbled {
-        /// To what.
+        /// The path of the request.
         path: String,
     },
 }
 
-/// What a reader can change.
+/// Returns the advice for a refused request.
 fn hint(status: StatusCode) -> &'static str {
     match status {
         StatusCode::FORBIDDEN => {
@@ -73,7 +73,7 @@ fn hint(status: StatusCode) -> &'static str {
     }
 }
 
-/// A client of the API server for one task of seconds: it reads the service account's files once.
+/// A client of the API server for a task of seconds: it reads the service account's files once.
 #[derive(Clone)]
 pub struct KubernetesClient {
     kube: kube::Client,
@@ -81,7 +81,7 @@ pub struct KubernetesClient {
 }
 
 impl KubernetesClient {
-    /// Returns a client with what the kubelet has put into this pod.
+    /// Creates a client with the credentials that the kubelet has mounted in this pod.
     pub fn in_cluster() -> Result<Self, KubernetesError> {
         let missing = |what: String| KubernetesError::NoAccess { what };
         let variable = |name: &str| {
@@ -105,7 +105,7 @@ impl KubernetesClient {
         config.root_cert = Some(certificates.flatten().map(|found| found.to_vec()).collect());
         config.auth_info.token = Some(token.trim().to_owned().into());
         let connector = config.rustls_https_connector().map_err(unusable)?;
-        // Without kube's layers that try again and log each failure: both are the caller's to decide.
+        // Without kube's layers for retries and logs of failures: both are decisions of the caller.
         let service = ServiceBuilder::new()
             .layer(config.base_uri_layer())
             .option_layer(config.auth_layer().map_err(unusable)?)
@@ -114,7 +114,7 @@ impl KubernetesClient {
         Ok(Self { kube: kube::Client::new(service, config.default_namespace), server })
     }
 
-    /// Returns one object, or none where there is none of this name.
+    /// Returns an object, or `None` if it does not exist.
     pub async fn get(&self, path: &str) -> Result<Option<Value>, KubernetesError> {
         match self.ask(Method::GET, path, "", Body::empty()).await {
             Err(KubernetesError::Refused { status: StatusCode::NOT_FOUND, .. }) => Ok(None),
@@ -135,7 +135,7 @@ impl KubernetesClient {
             }
             match page["metadata"]["continue"].as_str() {
                 None | Some("") => return Ok(items),
-                // The server makes it of characters that need no escape, or of some that do.
+                // The token may contain characters that a query must escape.
                 Some(token) => next = escaped(token),
             }
         }
@@ -180,7 +180,7 @@ impl KubernetesClient {
     }
 }
 
-/// For a query: everything but letters and digits.
+/// Percent-encodes all characters but letters and digits, for a query.
 fn escaped(text: &str) -> String {
     let escape = |byte: u8| match byte {
         b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => char::from(byte).to_string(),

@@ -1,7 +1,7 @@
-//! The Kubernetes API, for the few things that no call of the kubelet carries.
+//! The Kubernetes API, for the few tasks that the kubelet's calls do not cover.
 //!
-//! Nothing of it is on the way of a publish: a node plugin without a token, or with an API server that is down,
-//! serves its pods all the same. What is here is off unless it is asked for.
+//! No publish needs it: a node plugin without a token, or with an API server that is down, serves its pods all the
+//! same. All of it is off by default.
 
 mod client;
 mod events;

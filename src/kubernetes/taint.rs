@@ -1,5 +1,5 @@
-//! The startup taint: a node that joins a cluster with it gets no pods before the driver is registered there, and loses
-//! it then. Whoever makes nodes sets the taint; this only takes it away.
+//! The startup taint. A node that joins a cluster with it gets no pods until the driver is registered there and has
+//! removed the taint. The taint is set by the component that creates nodes; the driver only removes it.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{KubernetesClient, KubernetesError};
 
-/// Between two looks at what the kubelet has written.
+/// The interval of requests for the node's `CSINode`.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// Waits until the node's `CSINode` lists the driver, and takes the taint away.
+/// Waits until the node's `CSINode` lists the driver, and removes the taint.
 ///
-/// It goes on through failures: a node that keeps the taint is of no use, and one that has lost it may be asked again.
+/// Continues after failures: a node that keeps the taint is of no use.
 pub async fn take_taint(
     node: String,
     driver_name: String,
@@ -40,7 +40,7 @@ pub async fn take_taint(
     }
 }
 
-/// One try; whether the driver is registered and the node has no such taint.
+/// Runs one attempt. Returns whether the driver is registered and the node is free of the taint.
 async fn untaint(node: &str, driver_name: &str, taint: &str) -> Result<bool, KubernetesError> {
     let client = KubernetesClient::in_cluster()?;
     let registered = client.get(&format!("/apis/storage.k8s.io/v1/csinodes/{node}")).await?;
@@ -61,9 +61,9 @@ fn lists(csi_node: &Value, driver_name: &str) -> bool {
     drivers.is_some_and(|drivers| drivers.iter().any(|driver| driver["name"] == driver_name))
 }
 
-/// The change that takes the taint away and nothing else; none where it is not there.
+/// Returns the patch that removes only this taint, or `None` if the node does not have it.
 ///
-/// It tests that the taints are as they were read: another's change in between is not undone.
+/// The patch tests that the taints are as they were read, so that it never undoes another client's change.
 fn patch(taints: &Value, taint: &str) -> Option<Value> {
     let all = taints.as_array()?;
     let kept: Vec<&Value> = all.iter().filter(|each| each["key"] != taint).collect();

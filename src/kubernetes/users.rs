@@ -1,4 +1,4 @@
-//! Which pods of a cluster have volumes of the driver: whoever removes the driver under them leaves them in Terminating.
+//! Finds the pods of a cluster with volumes of the driver. Removing the driver first would leave them in Terminating.
 
 use std::collections::HashSet;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{KubernetesClient, KubernetesError};
 
-/// Namespace and name of every pod that has a volume of the driver, in order.
+/// Returns the namespace and name of every pod with a volume of the driver, sorted.
 ///
 /// Pods that have ended do not count: the kubelet has unmounted their volumes.
 pub async fn pods_that_use(

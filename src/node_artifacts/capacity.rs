@@ -1,15 +1,16 @@
-//! How much the node has room for, as its status says it.
+//! The node's capacity for artifacts, as its status reports it.
 //!
-//! It is what artifacts could take if nothing else of them were there: what is free now and what they take now, less
-//! what stays free. So it does not change with what is fetched, but with the disk and with what others have on it.
+//! It is the space that artifacts could take if they were alone: the free space and the space of current artifacts,
+//! less the space that is kept free. So it does not change with fetched artifacts, but with the disk and with other
+//! files on it.
 
 use store::{Store, StoreError};
 
-/// Bytes that there is room for. Blocking.
+/// Returns the capacity in bytes. Blocking.
 ///
 /// # Errors
 ///
-/// The filesystem's.
+/// Errors of the filesystem.
 pub(super) fn capacity(store: &Store) -> Result<u64, StoreError> {
     let (room, options) = (store.room()?, store.cache_options());
     let ours = room.free_bytes.saturating_add(store.usage()?.bytes);
@@ -17,8 +18,8 @@ pub(super) fn capacity(store: &Store) -> Result<u64, StoreError> {
     Ok(options.max_bytes.map_or(allowed, |max| allowed.min(max)))
 }
 
-/// What is told of a capacity: rounded up to a quarter of a power of two, so that nothing that fits is ever refused, and
-/// the same as before as long as that is not much too high.
+/// Returns the capacity to report. It is rounded up to a quarter of a power of two, so that no artifact that fits is
+/// refused. The value before is kept unless it is much too high.
 pub(super) fn told(capacity: u64, before: Option<u64>) -> u64 {
     match before {
         Some(before) if capacity <= before && capacity >= before - before / 4 => before,

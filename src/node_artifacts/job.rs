@@ -1,7 +1,7 @@
-//! One artifact: fetched, pinned, tried again.
+//! Fetches, pins and retries one artifact of a preload.
 //!
-//! A job goes on until it is stopped: what is pinned is looked at from time to time, what has failed is tried again at
-//! long intervals. It only waits for the pull, which belongs to the node and may be shared with pods.
+//! A job runs until it is stopped: it checks what is pinned from time to time, and retries failures at long intervals.
+//! It only waits for the pull, which belongs to the node and may be shared with pods.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,22 +25,22 @@ use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
 use store::namespace_resolutions::NamespaceResolution;
 use store::resolutions::Resolution;
 
-/// The pause after the first failure; doubled each time.
+/// The delay after a first failure; doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
-/// The longest before it counts as failed.
+/// The longest delay until the artifact counts as failed.
 const LONGEST_PAUSE: Duration = Duration::from_mins(4);
-/// What has failed is tried again after so long: a disk gets room, a registry comes back.
+/// The interval of retries of a failed artifact: disk space may be freed, a registry may come back.
 const FAILED_AGAIN: Duration = Duration::from_mins(10);
-/// What is kept is looked at so often: damage may have been found.
+/// The interval of checks of a pinned artifact: damage may have been found.
 const LOOK_INTERVAL: Duration = Duration::from_mins(10);
-/// What came sealed was sealed to another key: that of the process before.
+/// The reason of a failure to open sealed credentials: they were sealed to the key of an earlier process.
 const NO_CREDENTIALS: &str = "WaitingForCredentials";
-/// Steps in which progress is told.
+/// The granularity of reported progress, in per cent.
 const STEP: u64 = 25;
 
-/// An artifact that is looked after.
+/// A job, as its owner sees it.
 pub(super) struct Job {
-    /// What is wanted.
+    /// The assignment of the artifact.
     pub(super) wanted: WantedArtifact,
     state: Option<State>,
     since: Timestamp,
@@ -49,7 +49,7 @@ pub(super) struct Job {
     stop: CancellationToken,
 }
 
-/// How far it is.
+/// The last reported state of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct State {
     phase: Phase,
@@ -57,15 +57,15 @@ struct State {
     message: String,
 }
 
-/// A job has come to a new state.
+/// A report of a new state.
 pub(super) struct Told {
     pub(super) key: JobKey,
-    /// Which job of this key: an older one that ends late says nothing.
+    /// The number of the job, to ignore a late report of an earlier job with this key.
     run: u64,
     state: State,
 }
 
-/// What jobs need.
+/// The parts that a job needs.
 pub(super) struct Begin {
     pub(super) node: String,
     pub(super) content: Content,
@@ -75,19 +75,19 @@ pub(super) struct Begin {
     pub(super) told: mpsc::UnboundedSender<Told>,
 }
 
-/// A try that failed.
+/// A failed attempt.
 struct Failure {
     reason: &'static str,
     message: String,
 }
 
 impl Job {
-    /// Ends it; what it waits for may go on for others.
+    /// Stops the job. A pull that it waits for may continue for other callers.
     pub(super) fn stop(&self) {
         self.stop.cancel();
     }
 
-    /// Whether a wish that has changed needs another job.
+    /// Returns whether a changed assignment needs a new job.
     pub(super) fn must_begin_anew(&self, wanted: &WantedArtifact) -> bool {
         let version = |wanted: &WantedArtifact| {
             let credentials = wanted.credentials.as_ref();
@@ -111,12 +111,12 @@ impl Job {
         }
     }
 
-    /// When it began to be fetched, the last time.
+    /// Returns the time of the last start of fetching.
     pub(super) fn since(&self) -> Timestamp {
         self.since
     }
 
-    /// Whether it has said anything yet.
+    /// Returns whether the job has reported a state.
     pub(super) fn is_known(&self) -> bool {
         self.state.is_some()
     }
@@ -133,7 +133,7 @@ impl Job {
         self.state.as_ref().map_or("", |state| &state.message)
     }
 
-    /// Of the download, in coarse steps; none when nothing is being fetched.
+    /// Returns the progress of the download, rounded down; `None` if nothing is being fetched.
     pub(super) fn percent(&self) -> Option<i32> {
         if self.phase() != Phase::Pulling {
             return None;
@@ -145,7 +145,7 @@ impl Job {
 }
 
 impl Begin {
-    /// Begins a job.
+    /// Starts a job.
     pub(super) fn begin(self, wanted: WantedArtifact) -> Job {
         use std::sync::atomic::{AtomicU64, Ordering};
         static RUNS: AtomicU64 = AtomicU64::new(0);
@@ -194,7 +194,7 @@ impl Running {
             if failures == 0 {
                 self.tell(Phase::Waiting, "", String::new());
             }
-            // A try after a failure that was told does not take that back before it has come to something.
+            // After a reported failure, an attempt reports nothing before its end.
             let tells = failures <= self.wanted.backoff_limit;
             match self.attempt(&reference, tells).await {
                 Ok(()) => {
@@ -202,13 +202,13 @@ impl Running {
                     self.tell(Phase::Ready, "", String::new());
                     failures = 0;
                     if !self.wanted.pin {
-                        // It was here; that it stays is not asked for.
+                        // It was fetched. Without a pin it may be evicted again.
                         return;
                     }
                     tokio::time::sleep(LOOK_INTERVAL).await;
                 }
                 Err(Failure { reason: reason @ NO_CREDENTIALS, message }) => {
-                    // Nothing was tried: the controller seals them anew, and then another job begins.
+                    // Nothing was tried. The controller seals the credentials again, and another job begins.
                     self.tell(Phase::Waiting, reason, message);
                     tokio::time::sleep(FAILED_AGAIN).await;
                 }
@@ -229,7 +229,7 @@ impl Running {
         }
     }
 
-    /// One try; whether it tells that it fetches.
+    /// Runs one attempt. `tells` decides whether it reports the start of the pull.
     async fn attempt(&self, reference: &Reference, tells: bool) -> Result<(), Failure> {
         let keyring = self.keyring(reference)?;
         let demands = self.demands(reference).await?;
@@ -238,7 +238,7 @@ impl Running {
         if tells {
             self.tell(Phase::Pulling, "", String::new());
         }
-        // A digest means the same for ever: only what is not here is asked for.
+        // The reference has a digest, so the registry is only asked for missing content.
         let platform = Platform::of_this_node();
         let wanted =
             want(reference.clone(), platform, PullPolicy::IfNotPresent, keyring, self.tenant());
@@ -265,7 +265,7 @@ impl Running {
         self.record_tag(reference, tree.record.manifest).await
     }
 
-    /// Records what the registry said of the tag, for pods of the preload's namespace.
+    /// Records the registry's resolution of the tag, for pods of the preload's namespace.
     async fn record_tag(&self, reference: &Reference, manifest: Digest) -> Result<(), Failure> {
         let (Some(resolved_at), Some(resolved), Some((namespace, _))) =
             (&self.wanted.resolved_at, reference.digest(), self.wanted.preload.split_once('/'))
@@ -298,7 +298,7 @@ impl Running {
         Tenant::of_pod(namespace, None)
     }
 
-    /// What to show the registry: what came sealed, beside the node's own.
+    /// Returns the credentials of the assignment. The puller adds the node's own.
     fn keyring(&self, reference: &Reference) -> Result<Keyring, Failure> {
         let Some(sealed) = &self.wanted.credentials else { return Ok(Keyring::empty()) };
         let place = Place {
@@ -312,7 +312,7 @@ impl Running {
         }
     }
 
-    /// Returns what the node's policy demands, or why it does not let the preload's namespace have it.
+    /// Returns the demands of the node's policy, or why it does not allow the artifact in the preload's namespace.
     async fn demands(&self, reference: &Reference) -> Result<PolicyDemands, Failure> {
         let namespace = self.wanted.preload.split('/').next();
         let decided = demands(&self.begin.content, reference, namespace).await;
@@ -325,7 +325,7 @@ impl Running {
     fn tell(&self, phase: Phase, reason: &'static str, message: String) {
         let key = (self.wanted.preload.clone(), self.wanted.reference.clone());
         let state = State { phase, reason, message };
-        // Nobody listens any more at shutdown.
+        // The receiver is gone at shutdown.
         let _ = self.begin.told.send(Told { key, run: self.run, state });
     }
 }
@@ -336,7 +336,7 @@ impl Failure {
     }
 }
 
-/// Why a pull failed, in one word.
+/// Returns the reason of a failed pull as one word.
 fn reason(error: &PullError) -> &'static str {
     match error.root() {
         PullError::Registry(RegistryError::NotFound { .. }) => "NotFound",
@@ -352,15 +352,15 @@ fn reason(error: &PullError) -> &'static str {
     }
 }
 
-/// As the API server keeps it.
+/// Returns the current time with the resolution that the API server keeps.
 fn this_second() -> Timestamp {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
 }
 
-/// A number drawn by chance.
+/// Returns a random number.
 pub(super) fn between(low: f64, high: f64) -> f64 {
     let mut bytes = [0; 4];
-    // Without chance everybody waits as long, which is no harm.
+    // Without randomness all nodes wait for the same time, which does no harm.
     let _ = getrandom::fill(&mut bytes);
     low + (high - low) * f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX)
 }

@@ -1,15 +1,15 @@
-//! The node plugin's part: does what its node's object says, and says how far it is.
+//! Carries out the assignments in the node's `NodeArtifacts` object, and reports their progress in its status.
 //!
 //! ```text
-//! mod       watches the object; begins and ends jobs; writes the status
-//! job       one artifact: fetched, pinned, tried again
-//! pins      what is kept for preloads, and what is not any more
-//! capacity  how much there is room for
-//! report    how far all are, as the status says it
+//! mod       watches the object; starts and stops jobs; writes the status
+//! job       fetches, pins and retries one artifact
+//! pins      adds and removes the pins of preloads
+//! capacity  the space that the node has for artifacts
+//! report    builds the status
 //! ```
 //!
-//! It is a part of its own, off unless it is asked for: whatever becomes of it or of the API server, pods are served as
-//! before. It writes nothing but its own object's status, only when that changes, and progress in coarse steps.
+//! Off by default, and independent of the rest: pods are served whatever happens here or to the API server. It writes
+//! nothing but the status of its own object, only when that changes, and progress in coarse steps.
 
 mod capacity;
 mod job;
@@ -37,39 +37,39 @@ pub use pins::release_all;
 use preload::api::{NodeArtifacts, NodeArtifactsStatus, WantedArtifact};
 use preload::seal::NodeKey;
 
-/// Who the API server says has written.
+/// The field manager of its writes.
 const MANAGER: &str = "csi-driver-oci-node";
-/// Artifacts that are fetched at once; the node's own limits hold besides.
+/// The most artifacts that are fetched at once. The node's own limits hold as well.
 const AT_ONCE: usize = 4;
-/// What happens within so long is told together.
+/// The shortest time between two writes of the status.
 const SETTLE: Duration = Duration::from_millis(500);
-/// Progress alone is told so rarely.
+/// The shortest time between two writes that report progress only.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
-/// So long it is waited for what is on the disk before it is told.
+/// The longest time that the first status waits for the check of the disk.
 const FIRST_LOOK: Duration = Duration::from_secs(20);
-/// After a write that failed; doubled each time.
+/// The delay after a first failed write; doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest.
+/// The longest delay after a failed write.
 const LONGEST_PAUSE: Duration = Duration::from_mins(1);
-/// A write that takes longer has failed.
+/// The longest time of one write.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How much there is room for is looked at so often.
+/// The interval of measurements of the capacity.
 const CAPACITY_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two tries to reach an API server at all.
+/// The interval of attempts to create a client for the API server.
 const CLIENT_RETRY: Duration = Duration::from_secs(30);
 
-/// What it takes.
+/// The node's part of preloads.
 pub struct NodePart {
     /// The node's name.
     pub node: String,
-    /// When there is content, and which.
+    /// The content, or the reason why it cannot be served.
     pub content: watch::Receiver<ContentState>,
 }
 
-/// Which artifact for whom.
+/// The preload, as `namespace/name`, and the reference of one artifact.
 pub(super) type JobKey = (String, String);
 
-/// What stands in the object's status.
+/// The object's last known status.
 struct Written {
     status: Option<NodeArtifactsStatus>,
 }
@@ -83,9 +83,9 @@ struct Working {
     permits: Arc<Semaphore>,
     jobs: BTreeMap<JobKey, Job>,
     told: mpsc::UnboundedSender<Told>,
-    /// None while there is no object.
+    /// `None` while the object does not exist.
     written: Option<Written>,
-    /// Bytes that there is room for, as they are told.
+    /// The reported capacity in bytes.
     capacity: Option<u64>,
     begun: Instant,
     may_write: Instant,
@@ -93,7 +93,7 @@ struct Working {
 }
 
 impl NodePart {
-    /// Works until shutdown.
+    /// Runs until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let ready = async {
             let content = loop {
@@ -160,7 +160,7 @@ impl Working {
             let next = working.next_write();
             tokio::select! {
                 () = shutdown.cancelled() => break,
-                // The first look comes before the first status.
+                // The first tick comes before the first status is written.
                 _ = rooms.tick() => working.look_at_room().await,
                 object = objects.next() => match object {
                     Some(Ok(object)) => {
@@ -195,7 +195,7 @@ impl Working {
         let looked = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
         match looked {
             Ok(Ok(bytes)) => self.capacity = Some(capacity::told(bytes, self.capacity)),
-            // A disk that cannot be looked at is said where something is to be written to it.
+            // An unreadable disk is reported by the next write to it.
             failed => {
                 tracing::debug!(?failed, "how much there is room for is not known");
                 self.capacity = None;
@@ -203,10 +203,10 @@ impl Working {
         }
     }
 
-    /// Takes in what is wanted now.
+    /// Applies the current assignments.
     async fn take(&mut self, object: Option<NodeArtifacts>) {
         let Some(object) = object else {
-            // Nothing is said about this node: what it has stays, until something is.
+            // There are no instructions for this node. Its pins and jobs stay until there are.
             self.written = None;
             return;
         };
@@ -229,8 +229,8 @@ impl Working {
         self.pins.keep(wanted.values(), bound).await;
         for (key, wanted) in wanted {
             match self.jobs.get_mut(&key) {
-                // What it works with stays noted: a job that is ready begins anew with other credentials when it has
-                // to fetch again.
+                // The job keeps its assignment, so that a ready job begins again with new credentials when it has to
+                // fetch again.
                 Some(job) if !job.must_begin_anew(&wanted) => {}
                 known => {
                     if let Some(job) = known {
@@ -261,11 +261,11 @@ impl Working {
         }
     }
 
-    /// When the status is to be written next, if it has to be.
+    /// Returns the time of the next write of the status.
     fn next_write(&self) -> Instant {
         let now = Instant::now();
         let Some(Written { status: written }) = &self.written else { return now + LONGEST_PAUSE };
-        // What is on the disk is looked at first: a restart must not look like a loss.
+        // The disk is checked first, so that a restart is not reported as a loss.
         let unknown = self.jobs.values().any(|job| !job.is_known());
         if unknown && self.begun.elapsed() < FIRST_LOOK {
             return (self.begun + FIRST_LOOK).max(self.may_write);
@@ -300,13 +300,13 @@ impl Working {
         match written {
             Ok(Ok(_)) => {
                 self.failures = 0;
-                // Not what is answered: a definition that is older than this program drops fields, and they would be
-                // sent again and again.
+                // Not the object of the response: a CustomResourceDefinition that is older than this program drops
+                // fields, which would be written again and again.
                 self.written = Some(Written { status: Some(status) });
                 self.may_write = now + SETTLE;
             }
             Ok(Err(kube::Error::Api(answer))) if answer.code == 404 => {
-                // It has gone; the watch tells when there is another one.
+                // The object is deleted. The watch reports when there is another one.
                 self.may_write = now + FIRST_PAUSE;
             }
             failed => {
@@ -320,7 +320,7 @@ impl Working {
                     tracing::warn!(reason, "this node's status cannot be written: trying again");
                 }
                 self.failures += 1;
-                // Thousands of nodes must not come back at the same moment.
+                // Jitter, so that thousands of nodes do not return at the same moment.
                 self.may_write = now + pause.mul_f64(job::between(0.5, 1.5));
             }
         }

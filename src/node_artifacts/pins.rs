@@ -1,4 +1,4 @@
-//! What is kept on the node for preloads, and what is not any more.
+//! The pins of preloads on this node.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,31 +9,31 @@ use oci::{Digest, Platform, Reference};
 use preload::api::{QUOTA_EXCEEDED, WantedArtifact};
 use store::{PinShare, Store, StoreError, Tree};
 
-/// In front of `namespace/name` of the preload that owns a pin.
+/// The prefix of a pin's owner, before the preload's `namespace/name`.
 const OWNER: &str = "preload/";
 
-/// The pins of preloads. Clones share what is wanted.
+/// The pins of preloads. Clones share the wanted pins.
 #[derive(Clone)]
 pub(super) struct Pins {
     store: Store,
-    /// Held while pins are made and taken away, so that a pull that ends late pins nothing that is not wanted any more.
+    /// Held while pins are added and removed, so that a late pull pins nothing that is no longer wanted.
     wanted: Arc<Mutex<WantedPins>>,
 }
 
-/// What is to be kept.
+/// The pins that the assignments ask for.
 #[derive(Default)]
 struct WantedPins {
-    /// Owner and reference of each.
+    /// The owner and reference of each pin.
     pins: HashSet<(String, String)>,
-    /// Bytes that pins of one namespace may hold together.
+    /// The most bytes that the pins of one namespace may hold together.
     bytes_per_namespace: Option<u64>,
 }
 
-/// Why something is not pinned.
+/// A failure to pin.
 pub(super) struct PinFailure {
-    /// In one word.
+    /// The reason, as one word.
     pub(super) reason: &'static str,
-    /// For people.
+    /// The message for users.
     pub(super) message: String,
 }
 
@@ -48,7 +48,7 @@ impl Pins {
         Self { store, wanted: Arc::default() }
     }
 
-    /// Takes away what is not among these, and bounds what pins of one namespace may hold from now on.
+    /// Sets the wanted pins and the limit for each namespace, and removes the pins that are no longer wanted.
     pub(super) async fn keep(
         &self,
         wanted: impl Iterator<Item = &WantedArtifact>,
@@ -75,7 +75,7 @@ impl Pins {
         }
     }
 
-    /// Pins what a reference has led to, if it is still wanted.
+    /// Pins the tree of a reference, if the pin is still wanted.
     pub(super) async fn pin(
         &self,
         preload: &str,
@@ -102,7 +102,7 @@ impl Pins {
             let platform = Platform::of_this_node();
             store.pin_within(&reference, &platform, manifest, &owner, share).map(|_| ())
         };
-        // The guard is held until it is written.
+        // The lock is held until the pin is written.
         match tokio::task::spawn_blocking(pin).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error @ StoreError::PinShareExceeded { .. })) => {
@@ -116,13 +116,13 @@ impl Pins {
         }
     }
 
-    /// Returns the manifest that is pinned for this preload, where it is here.
+    /// Returns the manifest that is pinned for this preload, if the node has its whole tree.
     pub(super) async fn holds(&self, preload: &str, reference: &Reference) -> Option<Digest> {
         let (store, owner, reference) = (self.store.clone(), owner(preload), reference.clone());
         let look = move || {
             let pin = store.pin_of(&reference, &Platform::of_this_node(), &owner)?;
             let trees = store.sound_trees().ok()?;
-            // A pod's part of it is not all of it.
+            // A tree with patterns has only a part of the artifact.
             let whole = |tree: &Tree| {
                 let view = &tree.record.view;
                 tree.record.manifest == pin.manifest
@@ -139,16 +139,16 @@ fn owner(preload: &str) -> String {
     format!("{OWNER}{preload}")
 }
 
-/// Takes away the pins of all preloads: nobody looks after them any more on this node.
+/// Removes the pins of all preloads, for a node where preloads are off. Blocking.
 ///
 /// # Errors
 ///
-/// The store's. Blocking.
+/// Errors of the store.
 pub fn release_all(store: &Store) -> Result<usize, StoreError> {
     take_away(store, |_, _| true)
 }
 
-/// Takes away those pins of preloads whose owner and reference are over.
+/// Removes the pins of preloads whose owner and reference are over. Returns their number.
 fn take_away(store: &Store, is_over: impl Fn(&str, &str) -> bool) -> Result<usize, StoreError> {
     let mut count = 0;
     for pin in store.pins()? {

@@ -1,4 +1,4 @@
-//! How far all artifacts are, as the status says it.
+//! Builds the status of the node's artifacts.
 
 use super::job::Job;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -7,7 +7,7 @@ use preload::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
 use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase};
 use text::printable::truncated;
 
-/// The whole status.
+/// Returns the whole status.
 pub(super) fn status<'a>(
     jobs: impl Iterator<Item = &'a Job>,
     public_key: &str,
@@ -52,7 +52,7 @@ fn artifact(job: &Job) -> HeldArtifact {
     }
 }
 
-/// Whether nothing has changed but how far a download is.
+/// Returns whether two statuses differ in nothing but the progress of downloads.
 pub(super) fn differs_in_progress_only(
     one: &NodeArtifactsStatus,
     two: &NodeArtifactsStatus,

@@ -1,18 +1,18 @@
-//! Reads all content back in the background, and looks after what is damaged.
+//! Reads all content back in the background, and repairs damage.
 //!
 //! ```text
-//! schedule   when which content is read: pure
-//! state      how far it is, for `status` and metrics
+//! schedule   computes when each item is read: pure
+//! state      the progress, for `status` and metrics
 //! ```
 //!
-//! What an earlier format has left is read first, without a pause between two items. Then each item
-//! has its turn once in `cache.scrubInterval`. Reading works on threads that stand back, pauses while
-//! pods start, passes the page cache, and uses the disk for at most a quarter of the time. It holds a
-//! lease on what it reads, and nothing that a publish waits for; a pod that needs the very content of
-//! an earlier format that is being read joins that reading, which hurries then.
+//! Content of an earlier format is read first, without a pause between two items. Then each item has its turn once in
+//! `cache.scrubInterval`. Reading uses threads of low priority, pauses while pods start, bypasses the page cache, and
+//! uses the disk for at most a quarter of the time. It holds a lease on the item, and nothing that a publish waits for.
+//! A pod that needs an item of an earlier format while it is being read joins that reading, which then runs at full
+//! speed.
 //!
-//! Trees that are found damaged, by whatever, are reported to the pods that show them. Those that the
-//! scrub has found are made anew where a registry has them.
+//! Damaged trees are reported to the pods that have them mounted, whichever component found the damage. Trees that the
+//! scrub found are fetched again if a registry has them.
 
 mod schedule;
 mod state;
@@ -30,29 +30,29 @@ pub use state::{ScrubSnapshot, ScrubState};
 use store::publications::Publication;
 use store::{Store, StoreError};
 
-/// Damage that others have found is reported after so long at most.
+/// The longest time until damage is reported that another component found.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
-/// How far the scrub is, is written so often at most.
+/// The shortest time between two writes of the progress.
 const SAVE_INTERVAL: Duration = Duration::from_secs(10);
-/// After a failure of the node, such as a disk that cannot be listed.
+/// The delay after a failure of the node, such as a disk that cannot be listed.
 const RETRY: Duration = Duration::from_mins(1);
 
-/// Reads one node's content back.
+/// The task that reads one node's content back.
 pub struct Scrub {
-    /// What is read.
+    /// The content to read.
     pub content: Content,
-    /// Everything is read within this time; none when only damage is reported.
+    /// The time within which everything is read; `None` only reports damage.
     pub interval: Option<Duration>,
-    /// Where progress is seen.
+    /// Receives the progress.
     pub state: ScrubState,
-    /// Reports damage on pods; none where Events are off.
+    /// Reports damage on pods; `None` if Events are off.
     pub events: Option<PodEvents>,
-    /// The clock: milliseconds since 1970.
+    /// Returns the time in milliseconds since 1970.
     pub clock: fn() -> i64,
 }
 
 impl Scrub {
-    /// Works until `shutdown`.
+    /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         self.state.begin(self.interval, self.clock);
         tokio::select! {
@@ -72,7 +72,7 @@ impl Scrub {
         }
     }
 
-    /// Ends with the first failure of the node itself.
+    /// Takes turns until the node itself fails.
     async fn take_turns(&self, interval: Duration) -> Result<(), String> {
         let store = &self.content.store;
         let schedule = Schedule::new(interval, store.node_key());
@@ -91,7 +91,7 @@ impl Scrub {
             let end = (turns.end, None);
             let items = turns.items.into_iter().map(|(moment, item)| (moment, Some(item)));
             for (moment, item) in items.chain([end]) {
-                // Nothing has its turn before it.
+                // No item has a turn before this moment.
                 self.state.came_to(moment);
                 tokio::time::sleep(schedule.wait(through, moment, (self.clock)())).await;
                 if let Some(item) = item {
@@ -106,7 +106,7 @@ impl Scrub {
         }
     }
 
-    /// Reads back the content of an earlier format. Content that cannot be read now is read in its turn.
+    /// Reads back content of an earlier format. Content that cannot be read now is read in its turn.
     async fn read_unread(&self) -> Result<(), String> {
         let mut before = usize::MAX;
         loop {
@@ -120,7 +120,7 @@ impl Scrub {
             }
             before = unread.len();
             tracing::info!(objects = unread.len(), "content of an earlier format is read back");
-            // What trees link comes before them.
+            // Sorted, so that files and layers come before the trees that link them.
             unread.sort();
             for name in unread {
                 self.read(Item::Object(name)).await?;
@@ -135,7 +135,7 @@ impl Scrub {
         if let Err(error) = &read
             && error.leaves_unread()
         {
-            // It is read again in its next turn, and other objects are not kept waiting.
+            // Read again at its next turn. Other items need not wait.
             tracing::warn!(%error, "content is not read back");
             return Ok(());
         }
@@ -162,7 +162,7 @@ impl Scrub {
         }
     }
 
-    /// Tells pods of the damage that anybody finds.
+    /// Reports damage on the pods that have it mounted, whichever component found it.
     async fn report(&self) {
         loop {
             tokio::time::sleep(REPORT_INTERVAL).await;
@@ -199,7 +199,7 @@ fn tell(events: &PodEvents, publications: &[Publication]) {
     }
 }
 
-/// The pod that shows a volume. The kubelet's target paths hold its uid: `.../pods/<uid>/volumes/...`.
+/// Returns the pod that mounts a volume. The kubelet's target paths hold its uid: `.../pods/<uid>/volumes/...`.
 fn pod(publication: &Publication) -> Option<PodReference> {
     let (namespace, name) = publication.pod.as_deref()?.split_once('/')?;
     let (namespace, name) = (namespace.to_owned(), name.to_owned());
@@ -213,7 +213,7 @@ fn uid(target: &Path) -> Option<&str> {
     parts.next().flatten()
 }
 
-/// The time of day, as milliseconds since 1970.
+/// Returns the time of day in milliseconds since 1970.
 #[must_use]
 pub fn system_clock() -> i64 {
     jiff::Timestamp::now().as_millisecond()

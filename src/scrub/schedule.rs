@@ -1,25 +1,23 @@
-//! When which content is read back: pure.
+//! Computes when each item is read back. Pure.
 //!
-//! Each item has its turn once in a period, at a moment of its own that follows from its name. Names
-//! hold digests, so the moments are spread evenly over the period, whenever the content came, and a
-//! node's key shifts them, so that nodes with the same content and one storage do not read it at the
-//! same time. What is read next is what was read longest ago, and one time says how far all of it is.
+//! Each item has its turn once in a period, at a moment that follows from its name. Names hold digests, so the moments
+//! are spread evenly over the period, whenever the content arrived. A node's key shifts them, so that nodes with the
+//! same content and one storage do not read it at the same time. The next item is the one that was read longest ago, so
+//! one time stores the progress of all of them.
 //!
-//! After a downtime, or at the first start, the turns that were missed are taken in their order, at a
-//! limited pace: eight times the usual one.
+//! After a downtime, or at the first start, the missed turns are taken in their order, at eight times the usual pace.
 
 use std::time::Duration;
 
 use pull::self_check::Item;
 
-/// Turns that were missed come so many times faster than others.
+/// The factor by which missed turns are faster than others.
 const CATCH_UP: i64 = 8;
-/// So much of the interval is left for reading itself, for pods that start, and for restarts: a
-/// sixteenth part.
+/// The part of the interval that is left for reading itself, for pods that start, and for restarts: one sixteenth.
 const RESERVE: u32 = 16;
-/// The names of all objects are looked at so often in a period.
+/// The number of times in a period that the names of all objects are listed.
 const LOOKS: i64 = 64;
-/// ... and not more often than this, in milliseconds.
+/// The shortest time between two listings, in milliseconds.
 const SHORTEST_LOOK: i64 = 1000;
 
 /// The turns of one node. Times are milliseconds since 1970.
@@ -29,17 +27,17 @@ pub(super) struct Schedule {
     shift: u64,
 }
 
-/// Turns between two moments, in their order.
+/// The turns between two moments, in their order.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Turns {
-    /// Each with its moment.
+    /// The items, each with its moment.
     pub(super) items: Vec<(i64, Item)>,
-    /// All turns before this are among them.
+    /// The end of the range: all turns before it are included.
     pub(super) end: i64,
 }
 
 impl Schedule {
-    /// Everything is read within `interval`, on the node with this key.
+    /// Creates the schedule of the node with this key, which reads everything within `interval`.
     pub(super) fn new(interval: Duration, node_key: &[u8; 32]) -> Self {
         let period = interval.saturating_sub(interval / RESERVE);
         let period = i64::try_from(period.as_millis()).unwrap_or(i64::MAX / 4).max(1);
@@ -47,8 +45,8 @@ impl Schedule {
         Self { period, shift }
     }
 
-    /// Where to go on: `through` is how far an earlier process came. Nothing is known of content that
-    /// is older than a period, or was read by a clock that was ahead.
+    /// Returns the moment to continue from. `through` is the progress of an earlier process. If it is older than a
+    /// period, or in the future because a clock was ahead, everything is read.
     pub(super) fn start(&self, through: Option<i64>, is_empty: bool, now: i64) -> i64 {
         let oldest = now - self.period;
         match through {
@@ -58,7 +56,7 @@ impl Schedule {
         }
     }
 
-    /// The next turns after `through`, of these items.
+    /// Returns the next turns of these items after `through`.
     pub(super) fn turns(&self, items: impl IntoIterator<Item = Item>, through: i64) -> Turns {
         let end = through + (self.period / LOOKS).max(SHORTEST_LOOK);
         let with_moment = items.into_iter().map(|item| (self.next(&item, through), item));
@@ -67,25 +65,25 @@ impl Schedule {
         Turns { items, end }
     }
 
-    /// How long to wait at `through` before the turns until `moment` are taken.
+    /// Returns the time to wait at `through` before the turns until `moment` are taken.
     pub(super) fn wait(&self, through: i64, moment: i64, now: i64) -> Duration {
         let caught_up = (moment - through) / CATCH_UP;
         let wait = caught_up.max(moment - now).clamp(0, self.period);
         Duration::from_millis(wait.unsigned_abs())
     }
 
-    /// How far a scrub that has come to `through` is behind its turns.
+    /// Returns the delay of a scrub that has read everything up to `through`.
     pub(super) fn lag(through: i64, now: i64) -> Duration {
         Duration::from_millis(now.saturating_sub(through).max(0).unsigned_abs())
     }
 
-    /// The first moment of an item after a time.
+    /// Returns the first moment of an item after a time.
     fn next(&self, item: &Item, after: i64) -> i64 {
         let within = (after - self.offset(item)).rem_euclid(self.period);
         after + self.period - within
     }
 
-    /// An item's place in the period.
+    /// Returns the offset of an item in the period.
     fn offset(&self, item: &Item) -> i64 {
         let hash = match item {
             Item::Blobs => 0,
@@ -124,7 +122,7 @@ mod tests {
         Schedule::new(interval, &[7; 32])
     }
 
-    /// Takes turns with a clock of its own; returns when which item was read.
+    /// Takes turns with a clock of its own. Returns the time of each read.
     fn run(
         schedule: Schedule,
         items: &[Item],
@@ -163,7 +161,7 @@ mod tests {
             let count = count.count();
             assert!((100..210).contains(&count), "{count} on day {day}");
         }
-        // In the order of the last time: what is read next was read longest ago.
+        // The second period has the order of the first: the next item is the one that was read longest ago.
         let twice = run(schedule, &items, (NOW, NOW), NOW + 2 * schedule.period);
         let (first, second) = twice.split_at(items.len());
         let names =
@@ -189,7 +187,7 @@ mod tests {
         assert_eq!(schedule.start(Some(NOW - HOUR), false, NOW), NOW - HOUR);
         assert_eq!(schedule.start(None, true, NOW), NOW, "nothing is there to be read");
         assert_eq!(schedule.start(None, false, NOW), NOW - schedule.period);
-        // A clock that was ahead has said nothing.
+        // A clock that was ahead proves nothing.
         assert_eq!(schedule.start(Some(NOW + HOUR), false, NOW), NOW - schedule.period);
         assert_eq!(Schedule::lag(NOW - 5000, NOW), Duration::from_secs(5));
         assert_eq!(Schedule::lag(NOW + 5000, NOW), Duration::ZERO);

@@ -1,4 +1,4 @@
-//! How far the scrub is.
+//! The progress of the scrub.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::schedule::Schedule;
 use pull::self_check::Item;
 use store::verify::Verified;
 
-/// Shared by the scrub, `status` and metrics. Cheap to clone.
+/// The progress, shared by the scrub, `status` and metrics. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct ScrubState(Arc<Mutex<Inner>>);
 
@@ -28,27 +28,27 @@ struct Counts {
     unrepaired: u64,
 }
 
-/// How far it is at one moment.
+/// A snapshot of the progress.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScrubSnapshot {
-    /// Everything is read within this time; none when the scrub is off.
+    /// The time within which everything is read; `None` if the scrub is off.
     pub interval: Option<Duration>,
-    /// How far it is behind its turns; none before the first one.
+    /// The delay behind the schedule; `None` before the first turn.
     pub lag: Option<Duration>,
     /// Objects and bytes read back since the start.
     pub verified: Verified,
-    /// Damage that it has found since the start.
+    /// The number of damages that the scrub found since the start.
     pub findings: u64,
-    /// Artifacts that it has fetched again since the start.
+    /// The number of artifacts that it fetched again since the start.
     pub repaired: u64,
-    /// Artifacts that no registry gave again when it asked.
+    /// The number of artifacts that no registry served again when it asked.
     pub unrepaired: u64,
-    /// What is read now, below the state directory.
+    /// The item that is being read, as a path below the state directory.
     pub reading: Option<String>,
 }
 
 impl ScrubState {
-    /// How far it is.
+    /// Returns a snapshot.
     #[must_use]
     pub fn snapshot(&self) -> ScrubSnapshot {
         let inner = self.lock();
@@ -73,7 +73,7 @@ impl ScrubState {
         (inner.interval, inner.clock) = (interval, Some(clock));
     }
 
-    /// Everything was read whose turn came before this.
+    /// Sets the moment up to which everything has been read.
     pub(super) fn came_to(&self, through: i64) {
         self.lock().through = Some(through);
     }
@@ -96,7 +96,7 @@ impl ScrubState {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Numbers, which a panic elsewhere does not spoil.
+        // Numbers remain valid after a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

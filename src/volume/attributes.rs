@@ -1,7 +1,7 @@
-//! What a volume's author may say: `volumeAttributes`, parsed once.
+//! Parses `volumeAttributes`, the settings of a volume's author.
 //!
-//! One table ([`KEYS`]) is the schema and what errors list. Attributes come from
-//! whoever may create a pod, so nothing here is an administrator's power.
+//! [`KEYS`] is the schema, and the list that errors print. Every user who may create a pod sets attributes, so none of
+//! them has an administrator's power.
 
 use std::collections::HashMap;
 
@@ -35,37 +35,37 @@ pub const KEYS: [&str; 13] = [
     "requireSignature",
 ];
 
-/// Keys that the kubelet adds begin so; unknown ones of them are ignored.
+/// The prefix of the keys that the kubelet adds. Unknown keys with it are ignored.
 pub const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
 
-/// Longer values are refused before they are looked at: a pod's whole specification may be 1.5 MiB.
+/// The most bytes of a value, checked before parsing: a pod's whole specification may have 1.5 MiB.
 const MAXIMUM_BYTES: usize = 64 * 1024;
 
-/// What a volume's author said.
+/// The parsed attributes of a volume.
 #[derive(Clone, Debug)]
 pub struct VolumeAttributes {
-    /// The artifact.
+    /// The artifact's reference.
     pub reference: Reference,
-    /// Whether the registry is asked.
+    /// When to use the registry.
     pub pull_policy: PullPolicy,
-    /// What `Always` does without an answer.
+    /// The behaviour of `Always` without a response of the registry.
     pub if_unavailable: IfUnavailable,
-    /// None means the node's.
+    /// The platform; `None` selects the node's.
     pub platform: Option<Platform>,
-    /// `include` and `exclude`.
+    /// The `include` and `exclude` patterns.
     pub selection: Selection,
-    /// Modes and owners.
+    /// The rule for modes and owners of files.
     pub permissions: PermissionsRule,
-    /// Mode of single-file layers; none means by content.
+    /// The mode of single-file layers; `None` chooses it by content.
     pub file_mode: Option<u32>,
     /// The choice of layers that are unpacked.
     pub unpack: UnpackMode,
-    /// Refuse what no configured key has signed.
+    /// Refuse an artifact without a signature of a configured key.
     pub require_signature: bool,
 }
 
 impl VolumeAttributes {
-    /// Parses the map without the kubelet's keys. An empty value is an absent one.
+    /// Parses the volume context without the kubelet's keys. An empty value counts as absent.
     pub fn parse(context: &HashMap<String, String>) -> Result<Self, VolumeError> {
         let unknown =
             |key: &&String| !key.starts_with(KUBELET_PREFIX) && !KEYS.contains(&key.as_str());
@@ -140,7 +140,7 @@ impl VolumeAttributes {
         })
     }
 
-    /// What is to be pulled for it, and with which credentials.
+    /// Returns the pull that this volume needs.
     #[must_use]
     pub fn want(
         &self,
@@ -167,8 +167,8 @@ impl VolumeAttributes {
         }
     }
 
-    /// Equal for volumes that show the same: what decides whether a repeated
-    /// publish is compatible.
+    /// Returns a digest that is equal for volumes that show the same. It decides whether a repeated publish is
+    /// compatible.
     #[must_use]
     pub fn fingerprint(&self, flags: MountFlags) -> Digest {
         #[derive(Serialize)]
@@ -180,7 +180,7 @@ impl VolumeAttributes {
             selection: String,
             permissions: PermissionsRule,
             file_mode: Option<u32>,
-            /// Left out where it is the default: records of earlier builds do not have it.
+            /// Absent if it is the default: records of earlier versions do not have it.
             #[serde(skip_serializing_if = "UnpackMode::is_auto")]
             unpack: UnpackMode,
             require_signature: bool,
@@ -231,7 +231,7 @@ fn reference<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Result<Reference, Vol
     }
 }
 
-/// The kubelet's default: `:latest`, or neither tag nor digest, may change at any time.
+/// Returns the kubelet's default: `:latest`, or a reference with neither tag nor digest, may change at any time.
 fn default_pull_policy(reference: &Reference) -> PullPolicy {
     if reference.digest().is_none() && reference.tag_or_latest() == "latest" {
         PullPolicy::Always

@@ -1,4 +1,4 @@
-//! Why a use case failed. `csi::status` chooses the codes.
+//! The errors of the use cases. `csi::status` chooses their gRPC codes.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,24 +9,24 @@ use pull::PullError;
 use pull::progress::Snapshot;
 use store::StoreError;
 
-/// A use case that failed.
+/// A failed use case.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// The request, an attribute, a secret or a reference is malformed.
     #[error("{0}")]
     Invalid(String),
-    /// A well-formed reference that names what the driver does not support.
+    /// A well-formed reference that names something that the driver does not support.
     #[error("{0}")]
     Unsupported(String),
-    /// Something else is at the target.
+    /// The target has another mount, or other content.
     #[error("the target {} {what}", target.display())]
     Occupied {
-        /// Where.
+        /// The target.
         target: PathBuf,
-        /// What is there, and what to do.
+        /// The other content, and the way to resolve it.
         what: &'static str,
     },
-    /// A mount of another program lies inside of the volume, and would be lost with it.
+    /// A mount of another program lies inside the volume, and would be lost with it.
     #[error("the volume at {} cannot be unmounted: another mount lies inside at {}: unmount that first", target.display(), nested.display())]
     Nested {
         /// The volume's target.
@@ -37,56 +37,56 @@ pub enum VolumeError {
     /// A mount of another program lies on top of the volume's.
     #[error("the volume at {} cannot be unmounted: another mount covers it: unmount that first", .0.display())]
     Covered(PathBuf),
-    /// Nothing of ours is there.
+    /// The target has no mount of the driver.
     #[error("no volume is published at {}", .0.display())]
     NotPublished(PathBuf),
-    /// The node's policy.
+    /// The node's policy refuses the artifact.
     #[error("{reference}: {refusal}")]
     Policy {
-        /// The artifact.
+        /// The artifact's reference.
         reference: String,
-        /// Why.
+        /// The rule that refuses it.
         refusal: PolicyError,
     },
-    /// The artifact did not get onto the node.
+    /// The pull failed.
     #[error("{reference}: {source}")]
     Pull {
-        /// The artifact.
+        /// The artifact's reference.
         reference: String,
-        /// Why.
+        /// The failure, which all callers of the pull share.
         source: Arc<PullError>,
     },
-    /// The caller's time is up; the pull goes on.
+    /// The caller's deadline comes before the end of the pull, which continues.
     #[error("pulling {reference}: {progress}; the pull goes on, the next try joins it")]
     StillPulling {
-        /// The artifact.
+        /// The artifact's reference.
         reference: String,
-        /// How far it is.
+        /// The progress of the pull.
         progress: Box<Snapshot>,
     },
-    /// Another call for this target is at work, or has overtaken this one.
+    /// Another call for this target is running, or has overtaken this one.
     #[error("another call for the target {} is at work: try again", .0.display())]
     Busy(PathBuf),
-    /// Not now: still starting, stopping, or something must be repaired first.
+    /// The driver is starting, or something must be repaired first.
     #[error("the driver cannot publish now: {0}")]
     NotReady(String),
     /// The driver is stopping.
     #[error("the driver is shutting down; the kubelet tries again when it is back")]
     ShuttingDown,
-    /// The node's disk.
+    /// The state directory failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The kernel refused.
+    /// A system call failed.
     #[error("cannot {action} {}: {source}", target.display())]
     Kernel {
-        /// What was being done.
+        /// The attempted action, as an infinitive.
         action: &'static str,
-        /// To what.
+        /// The target.
         target: PathBuf,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// A bug.
+    /// A panic in the driver.
     #[error("the driver failed internally: please report it with the driver's log")]
     Crashed,
 }

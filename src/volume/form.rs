@@ -1,8 +1,8 @@
-//! The form in which a volume is mounted: what the node's configuration and the publish decide.
+//! Chooses the form of a volume's mount from the node's configuration and the publish.
 //!
-//! A container runtime gives a container its own copy of the volume's mount, and clears the
-//! read-only flag of that copy unless the pod asks for a read-only volume. A bind is safe only
-//! where the pod asks; an overlay is safe always.
+//! A container runtime gives a container its own copy of the volume's mount, and clears the read-only flag of that copy
+//! unless the pod asks for a read-only volume. So a bind is safe only if the pod asks for it, and an overlay is always
+//! safe.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -24,7 +24,7 @@ pub enum MountMode {
     Bind,
 }
 
-/// Makes mounts of trees on this node. Cheap to clone.
+/// Mounts trees on this node. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Mounter {
     method: AttachMethod,
@@ -33,14 +33,14 @@ pub struct Mounter {
 }
 
 impl Mounter {
-    /// Asks the kernel once whether it has overlayfs.
+    /// Creates a mounter. Asks the kernel once whether it has overlayfs.
     #[must_use]
     pub fn new(method: AttachMethod, mode: MountMode) -> Self {
         let has_overlay = method.has_overlay();
         Self { method, mode, has_overlay }
     }
 
-    /// Whether this kernel has overlayfs.
+    /// Returns whether this kernel has overlayfs.
     #[must_use]
     pub const fn has_overlay(&self) -> bool {
         self.has_overlay
@@ -50,8 +50,8 @@ impl Mounter {
     ///
     /// # Errors
     ///
-    /// [`VolumeError::Invalid`] where the volume would be writable for its pod, and
-    /// [`VolumeError::NotReady`] where the configuration asks for what the kernel lacks.
+    /// [`VolumeError::Invalid`] if the volume would be writable for its pod, and [`VolumeError::NotReady`] if the
+    /// configuration needs a feature that the kernel lacks.
     pub fn form(&self, readonly: bool) -> Result<MountForm, VolumeError> {
         match (self.mode, readonly, self.has_overlay) {
             (MountMode::Overlay, _, true) | (MountMode::Auto, false, true) => {
@@ -70,7 +70,7 @@ impl Mounter {
         }
     }
 
-    /// Makes a tree appear at a target, whose folder exists and is empty. Blocking.
+    /// Mounts a tree at a target, whose directory exists and is empty. Blocking.
     pub(super) fn attach(
         &self,
         form: MountForm,
@@ -93,13 +93,13 @@ impl Mounter {
     }
 }
 
-/// Why a tree cannot be mounted.
+/// A failure to mount a tree.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AttachError {
-    /// The state directory.
+    /// The state directory failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The kernel.
+    /// A system call failed.
     #[error(transparent)]
     Kernel(#[from] std::io::Error),
 }

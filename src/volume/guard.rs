@@ -1,8 +1,7 @@
-//! One attach or detach at a target at a time; nothing slow happens under it.
+//! Allows one attach or detach at a target at a time. Nothing slow happens under this lock.
 //!
-//! A publish that waits for a pull holds nothing. It only remembers which turn
-//! of its target it belongs to: an unpublish begins a new turn, and a publish of
-//! an earlier one no longer attaches.
+//! A publish that waits for a pull holds no lock. It only remembers the turn of its target at its start: an unpublish
+//! begins a new turn, and a publish of an earlier turn no longer attaches.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::OwnedMutexGuard;
 
-/// All targets that somebody is busy with.
+/// The targets of all running calls.
 #[derive(Debug, Default)]
 pub struct Guards(Mutex<HashMap<PathBuf, Weak<Guard>>>);
 
@@ -21,28 +20,28 @@ struct Guard {
     turn: AtomicU64,
 }
 
-/// A caller's interest in a target.
+/// A call's interest in a target, from its start to its end.
 #[derive(Clone, Debug)]
 pub struct Interest {
     guard: Arc<Guard>,
     turn: u64,
 }
 
-/// The right to attach or detach; released when dropped.
+/// The right to attach or detach at a target. Released when dropped.
 #[derive(Debug)]
 pub struct Held {
     _lock: OwnedMutexGuard<()>,
 }
 
 impl Guards {
-    /// A publish begins.
+    /// Registers a publish that begins.
     pub fn interest(&self, target: &Path) -> Interest {
         let guard = self.guard(target);
         let turn = guard.turn.load(Ordering::SeqCst);
         Interest { guard, turn }
     }
 
-    /// An unpublish begins: publishes that have begun before will not attach.
+    /// Registers an unpublish that begins: publishes that began before no longer attach.
     pub fn withdraw(&self, target: &Path) -> Interest {
         let guard = self.guard(target);
         let turn = guard.turn.fetch_add(1, Ordering::SeqCst) + 1;
@@ -62,12 +61,12 @@ impl Guards {
 }
 
 impl Interest {
-    /// Waits for its turn at the target.
+    /// Waits for the right to attach or detach.
     pub async fn hold(&self) -> Held {
         Held { _lock: Arc::clone(&self.guard.busy).lock_owned().await }
     }
 
-    /// Whether no unpublish has begun since.
+    /// Returns whether no unpublish has begun since.
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.guard.turn.load(Ordering::SeqCst) == self.turn

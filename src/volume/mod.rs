@@ -1,13 +1,13 @@
-//! The use cases: what the kubelet wants done with volumes.
+//! The use cases: operations of the kubelet on volumes.
 //!
 //! ```text
-//! request      a publish, parsed: nothing of the wire comes further than the edge
-//! attributes   what a volume's author may say
-//! form         bind or overlay: how a volume is mounted
-//! publish      attach a tree at a target
-//! unpublish    take it away; needs nothing but the mount table
+//! request      a parsed publish: no message of CSI comes further than the edge
+//! attributes   the settings of a volume's author
+//! form         bind or overlay: the form of a volume's mount
+//! publish      attaches a tree at a target
+//! unpublish    detaches it; needs nothing but the mount table
 //! stats        sizes, from numbers kept with the tree
-//! reconcile    at start: records and reality
+//! reconcile    brings records and mounts together
 //! guard        one attach or detach at a target at a time
 //! ```
 
@@ -38,41 +38,41 @@ use policy::PolicySource;
 use pull::Puller;
 use store::Store;
 
-/// What publishing needs beside the kernel. It may come late (recovery) or not
-/// at all (a bad configuration, a broken disk); unpublishing never asks for it.
+/// The parts that publishing needs besides the kernel. They may come late (recovery) or never (an invalid
+/// configuration, a broken disk). Unpublishing never needs them.
 #[derive(Clone)]
 pub struct Content {
-    /// What may be mounted.
+    /// The node's policy.
     pub policy: PolicySource,
-    /// The node's content.
+    /// The content on this node.
     pub store: Store,
-    /// Gets more of it.
+    /// Pulls further content.
     pub puller: Puller,
-    /// Woken when there may be something to look after: a pull or an unpublish has ended.
+    /// Wakes maintenance after a pull or an unpublish.
     pub upkeep: Arc<Notify>,
 }
 
-/// Whether content can be served now, and why not.
+/// The content, or the reason why it cannot be served.
 pub type ContentState = Result<Content, String>;
 
-/// What does the kubelet's bidding. Cheap to clone.
+/// Runs the use cases. Cheap to clone.
 #[derive(Clone)]
 pub struct Volumes(Arc<Inner>);
 
 struct Inner {
-    /// Where content lies, open or not.
+    /// The state directory, also while the store is not open.
     state_dir: PathBuf,
     mounter: Mounter,
     content: watch::Receiver<ContentState>,
     guards: guard::Guards,
     boot_id: String,
-    /// Work that changes mounts runs here, so that no lost caller interrupts it.
+    /// Runs work that changes mounts, so that no caller that goes can interrupt it.
     tracker: TaskTracker,
     shutdown: CancellationToken,
 }
 
 impl Volumes {
-    /// Content may arrive later.
+    /// Creates the use cases. `content` may arrive later.
     #[must_use]
     pub fn new(
         state_dir: PathBuf,

@@ -1,19 +1,19 @@
-//! Attach a tree at a target.
+//! Attaches a tree at a target.
 //!
 //! ```text
 //! form               bind or overlay, by `readOnly` and the node's configuration (see `form`)
-//! already mounted?   the kernel says so: nothing else is asked; in the other form it is mounted again
+//! already mounted?   the kernel's mount table decides; a mount of the other form is mounted again
 //! decided before?    after a reboot or a crash the same volume gets the same content
-//! cached?            the node holds the content and knows that this pod may see it
-//! attach             record, make the folder, mount in one step
+//! cached?            the node holds the content and has proof that this pod may see it
+//! attach             record, create the directory, mount in one step
 //! ```
 //!
-//! Up to here all is one job on one blocking thread, under the target's guard, which outlives the
-//! caller. Where the content has to be acquired, the call waits for the pull, holding nothing, until
-//! the caller's deadline; a second job looks at the target again and attaches.
+//! Up to here all is one job on one blocking thread, under the target's guard, which outlives the caller. If the
+//! content has to be acquired, the call waits for the pull until its deadline, holding no lock. Then a second job
+//! examines the target again and attaches.
 //!
-//! A final error leaves nothing at the target: the folder that the kubelet or an
-//! earlier boot left there is removed as well, if it is empty.
+//! A final error leaves nothing at the target: the directory that the kubelet or an earlier boot left there is removed
+//! as well, if it is empty.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,31 +35,31 @@ use store::{MountedTree, Store, StoreError, Tree};
 use sys::fault;
 use sys::mount::{MountForm, MountTarget, TargetState};
 
-/// What is freed for a record on a full disk: several times what one takes.
+/// The space that is freed for a record on a full disk: several times the size of one.
 const RECORD_ROOM: u64 = 64 << 10;
 
-/// Said of a target with a mount that is not this driver's.
+/// The reason for an occupied target with a mount that is not this driver's.
 const OTHER_MOUNT: &str = "has a mount that is not this driver's: unmount it";
 
-/// What a publish did, for the log and the metrics.
+/// The result of a publish, for the log and the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
-    /// Where the content came from.
+    /// The source of the content.
     pub path: PublishPath,
-    /// What is shown; none when a mount was found whose tree the store cannot name.
+    /// The manifest of the tree; `None` for an existing mount whose tree the store does not know.
     pub manifest: Option<Digest>,
-    /// Its bytes.
+    /// The bytes of the tree.
     pub bytes: u64,
 }
 
-/// Where the content came from.
+/// The source of a published volume's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PublishPath {
-    /// It was mounted already.
+    /// The mount existed.
     AlreadyMounted,
-    /// From the store, without the registry.
+    /// The store had it. The registry was not needed.
     Hit,
-    /// Something was fetched, unpacked, or read back before it is shown.
+    /// It was fetched, unpacked, or read back before the mount.
     Miss,
 }
 
@@ -69,7 +69,7 @@ impl Published {
     }
 }
 
-/// A mount of a volume that was found at its target.
+/// A mount of the volume that exists at its target.
 struct Shown {
     published: Published,
     form: MountForm,
@@ -78,21 +78,21 @@ struct Shown {
 /// The outcome of a publish without a pull.
 enum CachedPublish {
     Published(Published),
-    /// The content has to be acquired, and to fulfil these demands of the node's policy.
+    /// The content has to be acquired, within these demands of the node's policy.
     Missing(PolicyDemands),
 }
 
-/// One call to publish a volume, as the tasks see it that work for it.
+/// One publish, as its tasks see it.
 #[derive(Clone)]
 struct Attempt {
     request: Arc<PublishRequest>,
     form: MountForm,
     interest: Interest,
-    /// Whether the caller has gone.
+    /// Set when the caller has gone.
     is_abandoned: Arc<AtomicBool>,
 }
 
-/// Tells an attempt that its caller has gone, when dropped.
+/// Marks an attempt as abandoned when dropped.
 struct Caller(Arc<AtomicBool>);
 
 impl Drop for Caller {
@@ -102,8 +102,7 @@ impl Drop for Caller {
 }
 
 impl Attempt {
-    /// Fails where mounts must not change for this call any more: its caller has gone, or an
-    /// unpublish has begun since.
+    /// Fails if mounts must not change for this call any more: its caller has gone, or an unpublish has begun since.
     fn check(&self) -> Result<(), VolumeError> {
         if !self.interest.is_current() || self.is_abandoned.load(Ordering::SeqCst) {
             return Err(VolumeError::Busy(self.request.target.full()));
@@ -130,7 +129,7 @@ impl Volumes {
         let held = tokio::time::timeout_at(request.deadline, attempt.interest.hold());
         let held = held.await.map_err(|_| busy())?;
         let (volumes, of_job) = (self.clone(), attempt.clone());
-        // A task of its own: mounts change in it, also when the caller has gone.
+        // A task of its own: it changes mounts also if the caller has gone.
         let cached = self.0.tracker.spawn_blocking(move || {
             let _held = held;
             volumes.publish_cached(&of_job)
@@ -146,7 +145,7 @@ impl Volumes {
             acquired = self.acquire(&content, &request, demands) => acquired?,
             () = shutdown.cancelled() => return Err(VolumeError::ShuttingDown),
         };
-        // From here on mounts change: a task does it, whether its caller stays or not.
+        // Mounts change from here on. A task does it, also if the caller has gone.
         let volumes = self.clone();
         let attach = self.0.tracker.spawn(async move {
             let held = attempt.interest.hold().await;
@@ -163,8 +162,8 @@ impl Volumes {
         }
     }
 
-    /// Publishes a volume whose content is on the node, which is all that most calls need. Waits for
-    /// no pull. Blocking; under the guard.
+    /// Publishes a volume whose content is on the node: the case of most calls. Waits for no pull. Blocking; under the
+    /// guard.
     fn publish_cached(&self, attempt: &Attempt) -> Result<CachedPublish, VolumeError> {
         let request = &attempt.request;
         let target = open(request)?;
@@ -183,8 +182,7 @@ impl Volumes {
         Ok(CachedPublish::Published(Published::of(PublishPath::Hit, &tree)))
     }
 
-    /// Looks at the mount at the target, and decides whether it is this volume's. None where
-    /// nothing is mounted.
+    /// Examines the mount at the target, and decides whether it is this volume's. Returns `None` if nothing is mounted.
     fn examine(
         &self,
         request: &PublishRequest,
@@ -201,7 +199,7 @@ impl Volumes {
         let Some(MountedTree { key, generation, form }) = MountedTree::of(&origin) else {
             return Err(occupied(OTHER_MOUNT));
         };
-        // Without a store there are no records, and the mount itself has to be enough.
+        // Without a store there are no records, and the mount itself has to suffice.
         let store = self.content().ok().map(|content| content.store);
         let full = request.target.full();
         let record = store.as_ref().and_then(|store| store.publication(&full)).filter(|record| {
@@ -218,7 +216,7 @@ impl Volumes {
             && let (Some(store), Some(tree)) = (&store, &tree)
             && let Err(error) = store.put_publication(&self.record(request, tree))
         {
-            // A mount whose record is lost is adopted; it stays one without a record.
+            // A mount whose record is lost is adopted. Here it stays without a record.
             tracing::warn!(%error, "the record of a mounted volume is still lost");
         }
         let recorded = record.map(|record| record.manifest);
@@ -264,8 +262,7 @@ impl Volumes {
         }
     }
 
-    /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under
-    /// the guard.
+    /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under the guard.
     fn attach(&self, content: &Content, attempt: &Attempt, tree: &Tree) -> Result<(), VolumeError> {
         let target = open(&attempt.request)?;
         // Another publish of the same volume may have been faster.
@@ -273,7 +270,7 @@ impl Volumes {
         self.attach_at(content, attempt, tree, &target, shown)
     }
 
-    /// Attaches a tree at a target that shows `shown` now. Blocking; under the guard.
+    /// Attaches a tree at a target with the mount `shown`. Blocking; under the guard.
     fn attach_at(
         &self,
         content: &Content,
@@ -287,8 +284,8 @@ impl Volumes {
         let full = request.target.full();
         let passed =
             |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
-        // A mount of the other form is removed first. Its record leads to the same tree, so that a
-        // crash in between loses nothing.
+        // A mount of the other form is removed first. Its record leads to the same tree, so a crash in between loses
+        // nothing.
         if let Some(shown) = shown {
             if shown.form == attempt.form {
                 return Ok(());
@@ -301,12 +298,12 @@ impl Volumes {
         }
         passed("publish.acquired")?;
         let earlier = content.store.publication(&full);
-        // What was decided for this volume before a reboot comes back if this fails: it stays till then.
+        // The earlier record is restored if this fails. Its tree is held until then.
         let _earlier_tree = earlier
             .as_ref()
             .and_then(|earlier| content.store.tree_generation(earlier.tree, earlier.generation));
         if let Err(error) = put_record(&content.store, &self.record(request, tree)) {
-            // A record is a hint: content that is here is shown also while the disk takes nothing.
+            // A record is a hint: content on the node is mounted also while the disk accepts no writes.
             tracing::warn!(%error, "the record of this volume cannot be written");
         }
         let attached = || -> Result<(), VolumeError> {
@@ -317,19 +314,19 @@ impl Volumes {
         };
         let attached = attached();
         if attached.is_err() {
-            // The caller removes the folder.
+            // The caller removes the directory.
             let _ = match earlier {
                 Some(earlier) => content.store.put_publication(&earlier),
                 None => content.store.remove_publication(&full),
             };
         }
         attached?;
-        // It is mounted: whatever fails from here on is found at the next call.
+        // Mounted. The next call handles any failure from here on.
         let _ = fault::point("publish.mounted");
         Ok(())
     }
 
-    /// Makes the mount of a volume: the only place that does. Blocking; under the guard.
+    /// Mounts a volume: the only place that does. Blocking; under the guard.
     fn mount(
         &self,
         content: &Content,
@@ -347,8 +344,8 @@ impl Volumes {
         Ok(())
     }
 
-    /// After a final error nothing is left at the target: an empty folder goes,
-    /// what is mounted or in use stays. Says whether something is mounted there.
+    /// Removes an empty directory at the target after a final error. A mount, or a directory in use, stays. Returns
+    /// whether something is mounted there.
     pub async fn clear(&self, target: TargetPath) -> bool {
         let interest = self.0.guards.interest(&target.full());
         let clear = self.0.tracker.spawn(async move {
@@ -361,7 +358,7 @@ impl Volumes {
             })
             .await
         });
-        // It goes on without us, should the caller be gone.
+        // The task continues if the caller goes.
         matches!(clear.await, Ok(Ok(Ok(true))))
     }
 
@@ -382,7 +379,7 @@ impl Volumes {
     }
 }
 
-/// Writes a record; on a full disk once more after making room.
+/// Writes a record. If the disk is full, frees space and tries once more.
 fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
     match store.put_publication(record) {
         Err(error @ StoreError::NoSpace { .. }) => {
@@ -418,13 +415,13 @@ fn cached_tree(
         let name = ObjectName::tree(tree.key, tree.generation);
         return (!content.store.is_unread(&name)).then_some(tree);
     }
-    // A keyring that is malformed matters only where something has to be fetched.
+    // A malformed keyring matters only if something has to be fetched.
     let keyring = request.keyring.as_ref().ok()?.clone();
     content.puller.cached(&request.want(demands.clone(), keyring))
 }
 
-/// Returns the tree that was recorded for the same volume before a reboot, or before a crash between
-/// record and mount. The volume keeps its content, also when its tag has moved. Blocking.
+/// Returns the tree that was recorded for the same volume before a reboot, or before a crash between record and mount.
+/// The volume keeps its content, also if its tag has moved. Blocking.
 fn decided_before(
     store: &Store,
     request: &PublishRequest,
@@ -437,14 +434,14 @@ fn decided_before(
     if !same {
         return None;
     }
-    // A generation that was found damaged since is not shown again.
+    // A generation with damage found since is not shown again.
     let tree = store.tree(record.tree).ok()??;
     let whole = tree.generation >= record.generation;
     let reference = &request.attributes.reference;
     (whole && still_fulfils(store, &tree, reference, demands)).then_some(tree)
 }
 
-/// Waits until a tree of an earlier format has been read back. Returns whether it is sound.
+/// Waits until a tree of an earlier format has been read back. Returns whether it is intact.
 async fn is_sound(
     content: &Content,
     request: &PublishRequest,
@@ -462,7 +459,7 @@ async fn is_sound(
     }
 }
 
-/// Whether what was decided before still fulfils what is demanded now.
+/// Returns whether a recorded tree still fulfils the current demands of the policy.
 fn still_fulfils(
     store: &Store,
     tree: &Tree,

@@ -1,11 +1,11 @@
-//! Records and reality, brought together: at start, and again from time to time.
+//! Brings records and mounts together: at the start, and regularly afterwards.
 //!
 //! ```text
-//! record, nothing mounted, pod's folder there    kept: the same volume gets the same content
-//! record, nothing mounted, pod's folder gone     dropped: also what came from another machine
-//! mount, no record                               recorded again, so that nobody evicts it
-//! mount, the kubelet's vol_data.json gone        the kubelet will not ask for it any more: unmounted
-//! mount anywhere else                            counted only: nobody knows whose it is
+//! record, nothing mounted, pod's directory exists   kept: the same volume gets the same content
+//! record, nothing mounted, pod's directory gone     dropped: also records from another machine
+//! mount, no record                                  recorded again, so that it is not evicted
+//! mount, the kubelet's vol_data.json gone           the kubelet will not unpublish it any more: unmounted
+//! mount anywhere else                               counted only: its owner is unknown
 //! ```
 
 use std::collections::{HashMap, HashSet};
@@ -20,11 +20,10 @@ use store::publications::Publication;
 use store::{MountedTree, Store, StoreError};
 use sys::mount::{MountTable, MountTarget, TargetState};
 
-/// What the kubelet writes beside a target before it asks for the volume, and
-/// removes after it has had it unpublished.
+/// The file that the kubelet writes beside a target before it publishes the volume, and removes after the unpublish.
 const KUBELETS_FILE: &str = "vol_data.json";
 
-/// What the records and the mounts came to.
+/// The counts of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reconciled {
     /// Records of targets that are mounted or may be published again.
@@ -33,29 +32,27 @@ pub struct Reconciled {
     pub dropped: usize,
     /// Mounts whose record was lost.
     pub recorded: usize,
-    /// Mounts that the kubelet has forgotten, taken away.
+    /// Mounts that the kubelet had forgotten, and that were unmounted.
     pub unmounted: usize,
-    /// Mounts of ours of which nobody knows whose they are.
+    /// Mounts of the driver whose owner is unknown.
     pub unknown: usize,
 }
 
-/// One of our mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mounted {
-    /// As the kubelet names it.
+    /// The target's path, spelled as the kubelet spells it.
     target: PathBuf,
     tree: MountedTree,
-    /// Whether the target has the form of a volume that the kubelet asks for.
+    /// The target has the form of a volume of the kubelet.
     is_kubelets: bool,
-    /// Whether the kubelet's file is beside it, or may be: only a file that is certainly gone counts.
+    /// The kubelet's file is beside the target, or may be: only a file that is certainly gone counts.
     is_known_to_kubelet: bool,
 }
 
-/// One record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Recorded {
     target: PathBuf,
-    /// Whether the kubelet's file was beside the target at the publish.
+    /// The kubelet's file was beside the target at the publish.
     was_known_to_kubelet: bool,
 }
 
@@ -69,7 +66,7 @@ struct Decisions {
 }
 
 impl Volumes {
-    /// Brings records and mounts together.
+    /// Compares records and mounts, and carries out the decisions.
     pub async fn reconcile(
         &self,
         content: &Content,
@@ -78,8 +75,8 @@ impl Volumes {
         let store = content.store.clone();
         let (look, kubelet) = (store.clone(), kubelet_dir.to_owned());
         let decided = tokio::task::spawn_blocking(move || {
-            // The mounts first: a record is written before its mount, so what is mounted in
-            // between is not taken for a mount without one.
+            // Reads the mounts first. A record is written before its mount, so a mount that appears in between is not
+            // taken for one without a record.
             let mounts = mounted(&kubelet)?;
             let decisions = decide(&recorded(&look), &mounts, has_folder);
             for target in &decisions.drop {
@@ -112,7 +109,7 @@ impl Volumes {
         Ok(reconciled)
     }
 
-    /// Writes a lost record again; looks again when it is its turn.
+    /// Writes a lost record again, after another check under the guard.
     async fn record_again(
         &self,
         mount: Mounted,
@@ -134,7 +131,7 @@ impl Volumes {
         work.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
-    /// Unpublishes what the kubelet has forgotten; looks again when it is its turn.
+    /// Unpublishes a volume that the kubelet has forgotten, after another check under the guard.
     async fn unpublish_forgotten(
         &self,
         target: TargetPath,
@@ -167,24 +164,24 @@ fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
     }
 }
 
-/// Whether the kubelet's file is beside a target. A disk that cannot be read proves nothing: the
-/// volume may be in use.
+/// Returns whether the kubelet's file is beside a target. A disk that cannot be read proves nothing: the volume may be
+/// in use.
 pub(super) fn is_known_to_kubelet(target: &Path) -> bool {
     !is_gone(&target.with_file_name(KUBELETS_FILE))
 }
 
-/// Whether nothing is at a path, by the kernel's own word.
+/// Returns whether the kernel reports that a path does not exist.
 fn is_gone(path: &Path) -> bool {
     path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
-/// Whether the folder above a target exists, or may: only one that is certainly gone counts.
+/// Returns whether the directory above a target exists, or may: only one that is certainly gone counts.
 fn has_folder(target: &Path) -> bool {
     target.parent().is_some_and(|folder| !is_gone(folder))
 }
 
-/// Compares records with mounts. Asks for the folder of a target only where nothing is mounted: on a node with
-/// thousands of volumes each question counts.
+/// Compares records with mounts. Looks up the directory of a target only if nothing is mounted there: on a node with
+/// thousands of volumes each system call counts.
 fn decide(
     records: &[Recorded],
     mounts: &[Mounted],
@@ -195,7 +192,7 @@ fn decide(
     let recorded: HashMap<_, _> = records.iter().map(|record| (&record.target, record)).collect();
     for record in records {
         let is_mounted = mounted.contains(&record.target);
-        // The kubelet removes the folder above the target with the volume, also after a reboot.
+        // The kubelet removes the directory above the target with the volume, also after a reboot.
         if is_mounted || has_folder(&record.target) {
             decisions.keep += 1;
         } else {
@@ -204,7 +201,7 @@ fn decide(
     }
     for mount in mounts {
         let record = recorded.get(&mount.target);
-        // A caller that is no kubelet has never written that file, and nothing has gone.
+        // A caller other than the kubelet never writes that file, so its absence means nothing.
         let was_known = record.is_none_or(|record| record.was_known_to_kubelet);
         match (mount.is_kubelets, mount.is_known_to_kubelet) {
             (true, false) if was_known => decisions.unmount.push(mount.target.clone()),
@@ -225,7 +222,7 @@ fn recorded(store: &Store) -> Vec<Recorded> {
 
 fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
     let table = mount_table()?;
-    // The table has no symbolic links; targets are named as the kubelet names its folder.
+    // The table has no symbolic links. Targets are spelled with the kubelet's name for its directory.
     let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
     let ours = table.iter().filter_map(|entry| {
         let tree = MountedTree::of(&entry.origin)?;
@@ -246,14 +243,14 @@ fn mount_table() -> Result<MountTable, StoreError> {
     MountTable::read().map_err(failed)
 }
 
-/// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`
+/// Returns whether a path has the form `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
 fn is_kubelets(path: &Path) -> bool {
     let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
     let parts: Vec<_> = parts.iter().map(AsRef::as_ref).collect();
     matches!(parts[..], ["pods", _, "volumes", "kubernetes.io~csi", _, "mount"])
 }
 
-/// All that can be known without the record; the next publish of the volume completes it.
+/// Returns a record of what is known without the lost one. The next publish of the volume completes it.
 fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
@@ -316,7 +313,7 @@ mod tests {
         assert_eq!(decide_with_folders(&known, &forgotten).unmount, [PathBuf::from(KUBELETS)]);
         assert_eq!(decide_with_folders(&[], &forgotten).unmount, [PathBuf::from(KUBELETS)]);
         assert!(decide_with_folders(&known, &[mount(KUBELETS, true, true)]).unmount.is_empty());
-        // Whoever published it has never written the kubelet's file.
+        // Published by another caller, which never writes the kubelet's file.
         let others = [record(KUBELETS, false)];
         assert!(decide_with_folders(&others, &forgotten).unmount.is_empty());
     }

@@ -1,4 +1,4 @@
-//! A publish, parsed: nothing of the wire comes further than the edge.
+//! A parsed publish. No message of CSI comes further than the edge.
 
 use tokio::time::Instant;
 
@@ -14,49 +14,49 @@ use sys::mount::MountFlags;
 pub struct PublishRequest {
     /// The CSI volume id.
     pub volume_id: String,
-    /// Where.
+    /// The target of the mount.
     pub target: TargetPath,
-    /// What.
+    /// The attributes of the volume.
     pub attributes: VolumeAttributes,
-    /// Whether the container runtime is told to make the container's mount read-only. Decides
-    /// the form of the mount; the volume is the same.
+    /// Set if the container runtime makes the container's mount read-only. Decides the form of the mount; the volume is
+    /// the same.
     pub readonly: bool,
     /// The mount options of a PersistentVolume.
     pub flags: MountFlags,
-    /// For whom.
+    /// The pod that mounts the volume.
     pub pod: PodInfo,
-    /// With what; a malformed secret matters only when something has to be fetched.
+    /// The pod's credentials. A malformed secret matters only if something has to be fetched.
     pub keyring: Result<Keyring, SecretError>,
     /// The pod's service account with its tokens, for credential plugins.
     pub identity: Option<WorkloadIdentity>,
-    /// When the caller must have an answer.
+    /// The time when the caller must have a response.
     pub deadline: Instant,
-    /// Where the caller sees how far a pull is, if there is one.
+    /// The progress of a pull, if there is one, for the caller.
     pub progress: ProgressView,
 }
 
 impl PublishRequest {
-    /// Returns the tenant that a pull for this volume works for.
+    /// Returns the tenant that a pull for this volume counts for.
     #[must_use]
     pub fn tenant(&self) -> Tenant {
         let uid = self.pod.uid.as_deref().or_else(|| self.target.pod_uid());
         Tenant::of_pod(self.pod.namespace.as_deref(), uid)
     }
 
-    /// Returns what is to be pulled for this volume, with these credentials.
+    /// Returns the pull that this volume needs, with these credentials.
     #[must_use]
     pub fn want(&self, demands: PolicyDemands, keyring: Keyring) -> Want {
         self.attributes.want(demands, keyring, self.identity.clone(), self.tenant())
     }
 
-    /// Returns the caller that waits for such a pull.
+    /// Returns the caller of such a pull.
     #[must_use]
     pub fn caller(&self) -> Caller {
         Caller::new(Priority::Pod, self.tenant())
     }
 }
 
-/// What the kubelet says of the pod; all of it may be missing.
+/// The kubelet's information about the pod. All of it may be missing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodInfo {
     /// The pod's name.
@@ -70,7 +70,7 @@ pub struct PodInfo {
 }
 
 impl PodInfo {
-    /// `namespace/name`, where both are known.
+    /// Returns `namespace/name` if both are known.
     #[must_use]
     pub fn full_name(&self) -> Option<String> {
         Some(format!("{}/{}", self.namespace.as_ref()?, self.name.as_ref()?))

@@ -1,4 +1,4 @@
-//! Sizes of a published volume: numbers kept with its tree, and those of the filesystem below, in constant time.
+//! Sizes of a published volume: numbers kept with its tree, and those of its filesystem, in constant time.
 
 use super::Volumes;
 use super::error::VolumeError;
@@ -6,13 +6,13 @@ use super::target_path::TargetPath;
 use store::{MountedTree, Room, Tree};
 use sys::mount::{MountTarget, TargetState};
 
-/// Statistics of a volume, as the kubelet has them of its own local volumes: what the volume uses itself, and what its
-/// filesystem has in all. A volume that is "full by nature" would trip every alert about volumes that fill up.
+/// Statistics of a volume, defined as the kubelet defines them for local volumes: the use of the volume itself, and the
+/// capacity of its filesystem. A volume that is always full would trip every alert on volumes that fill up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VolumeStats {
-    /// Bytes of its files.
+    /// Bytes of the volume's files.
     pub bytes: Usage,
-    /// Its inodes.
+    /// Inodes of the volume.
     pub inodes: Usage,
 }
 
@@ -28,14 +28,14 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Filesystems that make inodes as they need them, such as btrfs, have a total of 0.
+    /// Returns the usage. A filesystem that creates inodes on demand, such as btrfs, reports a total of 0.
     fn new(used: u64, available: u64, total: u64) -> Self {
         Self { used, available, total: total.max(used.saturating_add(available)) }
     }
 }
 
 impl Volumes {
-    /// Sizes of the volume at a path.
+    /// Returns the sizes of the volume at a path.
     pub async fn stats(&self, path: TargetPath) -> Result<VolumeStats, VolumeError> {
         let volumes = self.clone();
         let look = move || volumes.measure(&path);
@@ -52,7 +52,7 @@ impl Volumes {
             return Err(unknown());
         };
         let MountedTree { key, generation, .. } = MountedTree::of(&origin).ok_or_else(unknown)?;
-        // Its record alone is read: statistics need no open store.
+        // Reads the tree's record alone: statistics need no open store.
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
         let room = Room::of(&self.0.state_dir)?;
         Ok(VolumeStats {

@@ -1,4 +1,4 @@
-//! Where a volume is to appear, as the kubelet names it.
+//! The target path of a volume, as the kubelet sends it.
 
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use super::error::VolumeError;
 use text::printable::excerpt;
 
-/// A path below the kubelet's folder: absolute, and without `.` and `..`.
+/// A path below the kubelet's root directory: absolute, and without `.` and `..`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TargetPath {
     base: PathBuf,
@@ -14,7 +14,7 @@ pub struct TargetPath {
 }
 
 impl TargetPath {
-    /// Checks the form alone; what is there is not looked at.
+    /// Checks the form of the path only. The file system is not read.
     pub fn parse(kubelet_dir: &Path, text: &str) -> Result<Self, VolumeError> {
         let refuse = |why: &str| {
             VolumeError::Invalid(format!("the target path \"{}\" {why}", excerpt(text, 300)))
@@ -25,7 +25,7 @@ impl TargetPath {
         if !text.starts_with('/') {
             return Err(refuse("is not absolute"));
         }
-        // Component by component as written: Path would silently drop "." and double slashes.
+        // Compares the components as they are written: `Path` silently drops "." and double slashes.
         if text.split('/').any(|part| part == "." || part == "..") || text.contains('\0') {
             return Err(refuse("must not contain \".\" or \"..\""));
         }
@@ -41,25 +41,25 @@ impl TargetPath {
         Ok(Self { base: kubelet_dir.to_owned(), relative: relative.to_owned() })
     }
 
-    /// The kubelet's folder.
+    /// Returns the kubelet's root directory.
     #[must_use]
     pub fn base(&self) -> &Path {
         &self.base
     }
 
-    /// The rest.
+    /// Returns the path below the kubelet's root directory.
     #[must_use]
     pub fn relative(&self) -> &Path {
         &self.relative
     }
 
-    /// The whole path.
+    /// Returns the absolute path.
     #[must_use]
     pub fn full(&self) -> PathBuf {
         self.base.join(&self.relative)
     }
 
-    /// Returns whether the path ends as that of a volume that the kubelet asks for:
+    /// Returns whether the path ends like that of a volume of the kubelet:
     /// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
     #[must_use]
     pub fn is_kubelet_volume(&self) -> bool {
@@ -72,7 +72,7 @@ impl TargetPath {
         )
     }
 
-    /// The pod's uid, where the path has the kubelet's form: `pods/<uid>/...`.
+    /// Returns the pod's uid if the path has the kubelet's form: `pods/<uid>/...`.
     #[must_use]
     pub fn pod_uid(&self) -> Option<&str> {
         let mut parts = self.relative.components();

@@ -1,7 +1,7 @@
-//! Take a volume away from its target.
+//! Detaches a volume from its target.
 //!
-//! Needs nothing but the mount table: not the store, not the configuration, not
-//! the record. A pod must never hang in Terminating because of this driver.
+//! Needs nothing but the mount table: no store, no configuration and no record. A pod must never hang in Terminating
+//! because of this driver.
 
 use super::Volumes;
 use super::error::VolumeError;
@@ -10,11 +10,11 @@ use store::MountedTree;
 use sys::fault;
 use sys::mount::{DetachedFilesystem, MountForm, MountTarget, TargetState, UnmountError};
 
-/// More mounts than anybody stacks; a bound on a loop that the kernel must end.
+/// The most mounts on one target. No caller stacks so many; it bounds a loop that only the kernel ends.
 const MAXIMUM_STACK: usize = 1024;
 
 impl Volumes {
-    /// Unpublishes whatever of ours is at the target. Anything else stays, and is no error.
+    /// Unpublishes any mounts of the driver at the target. Other mounts stay, and are no error.
     pub async fn unpublish(&self, target: TargetPath) -> Result<(), VolumeError> {
         let interest = self.0.guards.withdraw(&target.full());
         let held = interest.hold().await;
@@ -39,7 +39,7 @@ impl Volumes {
         answered.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
-    /// The record goes last, and its loss harms nobody.
+    /// Removes the record last. A record that stays harms nothing.
     fn forget(&self, target: &TargetPath) {
         let Ok(content) = self.content() else { return };
         if let Err(error) = content.store.remove_publication(&target.full()) {
@@ -50,19 +50,19 @@ impl Volumes {
     }
 }
 
-/// What was found at a target.
+/// The result of detaching a target.
 #[derive(Debug, Default)]
 pub struct Detached {
-    /// How many mounts of ours were taken away.
+    /// The number of unmounted mounts.
     pub unmounted: usize,
-    /// Whether somebody else's mount stays.
+    /// A mount of another program stays.
     pub foreign: bool,
-    /// Filesystems of the overlays that were unmounted. Dropping them takes the kernel microseconds
-    /// for each name that was looked up in them, so they are dropped under no lock.
+    /// Filesystems of the overlays that were unmounted. Dropping them takes the kernel microseconds for each name that
+    /// was looked up in them, so they are dropped under no lock.
     filesystems: Vec<DetachedFilesystem>,
 }
 
-/// Unmounts the driver's mounts at the target, and removes its folder.
+/// Unmounts the driver's mounts at the target, and removes its directory.
 fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
     let detached = detach(path)?;
     fault::point("unpublish.unmounted").map_err(failed(path, "unmount"))?;
@@ -71,7 +71,7 @@ fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
     Ok(detached)
 }
 
-/// Unmounts our mounts at the target, the topmost first.
+/// Unmounts the driver's mounts at the target, the topmost first.
 pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
     let mut detached = Detached::default();
     let Some(target) = open(path)? else { return Ok(detached) };
@@ -101,11 +101,11 @@ pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
     Ok(detached)
 }
 
-/// Removes the target's folder, if it is empty and nothing is mounted there.
+/// Removes the target's directory, if it is empty and nothing is mounted there.
 pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), VolumeError> {
     let Some(target) = open(path)? else { return Ok(()) };
     target.remove_if_empty().map_err(failed(path, "remove"))?;
-    // "OK" for what is still mounted would leave the pod in Terminating for ever.
+    // "OK" for a volume that is still mounted would leave the pod in Terminating for ever.
     let state = target.state().map_err(failed(path, "look at"))?;
     if !detached.foreign && matches!(state, TargetState::Mounted(_)) {
         return Err(VolumeError::Busy(path.full()));
@@ -113,7 +113,7 @@ pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), Volum
     Ok(())
 }
 
-/// None when the pod's folder is gone, and a mount with it.
+/// Opens the target. Returns `None` if the pod's directory is gone, and a mount with it.
 fn open(path: &TargetPath) -> Result<Option<MountTarget>, VolumeError> {
     match MountTarget::open(path.base(), path.relative()) {
         Err(error) if is_not_there(&error) => Ok(None),
@@ -121,7 +121,7 @@ fn open(path: &TargetPath) -> Result<Option<MountTarget>, VolumeError> {
     }
 }
 
-/// Something else than a folder on the way cannot lead to a mount of ours either.
+/// Returns whether a path component is missing, or is no directory: no mount of the driver can be there.
 fn is_not_there(error: &std::io::Error) -> bool {
     matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory)
 }

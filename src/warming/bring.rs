@@ -1,9 +1,9 @@
-//! One reference of the list, once: what is here, what the tag means now, and what is to be kept.
+//! Refreshes one reference of the list: what is on the node, what the tag resolves to now, and what to keep.
 //!
 //! ```text
-//! what IfNotPresent means   is made present first: a registry that is down costs nothing that is here
-//! what the tag means now    is asked for and fetched beside it, so that pods with Always find it
-//! followTag                 the first becomes the second, once that is complete
+//! resolution of IfNotPresent   fetched first: it stays available while the registry is down
+//! resolution of the tag now    requested and fetched in addition, for pods with Always
+//! followTag                    the second replaces the first, once it is complete
 //! ```
 
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use oci::{Digest, Platform, Reference};
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
 use store::resolutions::Resolution;
 
-/// What one try has found out.
+/// The result of one refresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Brought {
-    /// What pods with `IfNotPresent` get, complete on this node.
+    /// The manifest for pods with `IfNotPresent`, complete on this node.
     pub(super) manifest: Option<Digest>,
-    /// What the tag means now, complete on this node, where that is something else.
+    /// The manifest that the tag resolves to now, complete on this node; `None` if it is the same.
     pub(super) newer: Option<Digest>,
-    /// What `IfNotPresent` is to mean from now on.
+    /// The resolution to record for `IfNotPresent`.
     pub(super) remember: Option<Resolution>,
-    /// Why not all of it succeeded.
+    /// The first failure.
     pub(super) failure: Option<String>,
 }
 
-/// What is there without asking anybody.
+/// Returns what is on the node, without a request to the registry.
 pub(super) async fn look(content: &Content, reference: &Reference, platform: &Platform) -> Brought {
     let view = ProgressView::default();
     let wanted = node_want(content, reference, platform, PullPolicy::Never).await;
@@ -36,7 +36,7 @@ pub(super) async fn look(content: &Content, reference: &Reference, platform: &Pl
     Brought { manifest: tree.ok().map(|tree| tree.record.manifest), ..Brought::default() }
 }
 
-/// Asks the registry, and fetches what is missing.
+/// Asks the registry for the current manifest, and fetches what is missing.
 pub(super) async fn bring(
     content: &Content,
     reference: &Reference,
@@ -47,7 +47,7 @@ pub(super) async fn bring(
     let recorded = recorded(content, reference, platform).await;
     let mut brought = Brought::default();
     if reference.digest().is_some() || recorded.is_some() {
-        // What is about to be replaced is not fetched once more.
+        // With `follow_tag`, the recorded manifest is about to be replaced and not fetched once more.
         let fetches = reference.digest().is_some() || !follow_tag;
         let policy = if fetches { PullPolicy::IfNotPresent } else { PullPolicy::Never };
         let wanted = node_want(content, reference, platform, policy).await;
@@ -73,7 +73,7 @@ pub(super) async fn bring(
 }
 
 impl Brought {
-    /// The tag means this now, and it is here.
+    /// Adds the manifest that the tag resolves to now, which is complete on this node.
     fn met(
         &mut self,
         recorded: Option<Digest>,
@@ -89,7 +89,7 @@ impl Brought {
         }
     }
 
-    /// What is to be pinned for the reference.
+    /// Returns the pins that the reference needs.
     pub(super) fn pins(&self, reference: &Reference) -> Vec<(Reference, Digest)> {
         let meant = self.manifest.map(|manifest| (reference.clone(), manifest));
         let newer = self.newer.map(|manifest| (reference.at(manifest), manifest));
@@ -103,7 +103,7 @@ async fn node_want(
     platform: &Platform,
     policy: PullPolicy,
 ) -> Want {
-    // The node's docker configuration and its credential plugins are asked beside.
+    // The puller adds the node's docker configuration and credential plugins.
     let wanted =
         want(reference.clone(), platform.clone(), policy, Keyring::empty(), Tenant::Config);
     with_demands(content, wanted).await

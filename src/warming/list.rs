@@ -1,8 +1,8 @@
-//! The configuration's list: each reference present, pinned and looked after.
+//! Keeps each reference of the configuration's list present and pinned.
 //!
-//! One task looks at the file every few seconds, starts what is due, and writes down what was brought:
-//! it alone makes and takes away the pins of its owner, so that a reference which leaves the list
-//! while it is fetched leaves no pin behind.
+//! One task checks the file every few seconds, starts the refreshes that are due, and records their results. It alone
+//! adds and removes the pins of its owner, so that a reference which leaves the list while it is fetched leaves no pin
+//! behind.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -25,21 +25,21 @@ use store::pins::Pin;
 use store::{Store, StoreError};
 use sys::reload::Reloadable;
 
-/// The owner of the pins that the list makes.
+/// The owner of the list's pins.
 pub const OWNER: &str = "config";
 
-/// How often the file is looked at; a look is one `stat`.
+/// The interval between two checks of the file. A check is one `stat`.
 const LOOK: Duration = Duration::from_secs(2);
-/// References that are fetched at once; the node's own limits hold besides.
+/// The most refreshes at once. The node's own limits hold as well.
 const AT_ONCE: usize = 2;
 
-/// Keeps the list.
+/// The task that keeps the list.
 pub struct WarmKeeper {
-    /// Where content comes from.
+    /// The content to keep.
     pub content: Content,
-    /// The list of now.
+    /// The current list.
     pub source: Reloadable<WarmList>,
-    /// Where it is told.
+    /// The states of the references, for the status and metrics.
     pub states: WarmStates,
     /// The Node object's name.
     pub node_id: String,
@@ -50,9 +50,9 @@ struct Item {
     reference: Reference,
     due: Instant,
     failures: u32,
-    /// What its tag means by now, pinned beside what pods with `IfNotPresent` get.
+    /// The manifest that its tag resolves to now, pinned in addition to the one for pods with `IfNotPresent`.
     newer: Option<Digest>,
-    /// Ends the try that is under way.
+    /// Ends the running refresh.
     trying: Option<CancellationToken>,
 }
 
@@ -61,13 +61,13 @@ type Tries = FuturesUnordered<BoxFuture<'static, Option<(String, Brought)>>>;
 struct Keeping {
     keeper: WarmKeeper,
     platform: Platform,
-    /// None until it has been read once.
+    /// `None` until the file has been read once.
     list: Option<Arc<WarmList>>,
     items: BTreeMap<String, Item>,
 }
 
 impl WarmKeeper {
-    /// Goes on until `shutdown`.
+    /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut keeping = Keeping {
             keeper: self,
@@ -93,11 +93,11 @@ impl WarmKeeper {
 }
 
 impl Keeping {
-    /// Takes what the file says now.
+    /// Applies the current list.
     async fn reread(&mut self) {
         let source = self.keeper.source.clone();
         let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await else {
-            // There was no good one yet, and why is in the log.
+            // There was no valid list yet. The reason is in the log.
             return;
         };
         let before = self.list.replace(Arc::clone(&list));
@@ -108,7 +108,7 @@ impl Keeping {
         let soon = Instant::now() + delay;
         let gone = self.drop_all_but(&list.references);
         let (mut new, mut pinned) = (0_usize, self.sweep().await);
-        // A shorter interval, or followTag, counts from now on.
+        // A shorter interval, or `followTag`, takes effect now.
         let is_anew = before.is_some_and(|before| {
             (before.interval, before.follow_tag) != (list.interval, list.follow_tag)
         });
@@ -136,7 +136,7 @@ impl Keeping {
         }
     }
 
-    /// Ends what is under way for references that are no longer listed; says how many.
+    /// Cancels the refreshes of references that are no longer listed. Returns their number.
     fn drop_all_but(&mut self, references: &[Reference]) -> usize {
         let wanted: HashSet<_> = references.iter().collect();
         let states = &self.keeper.states;
@@ -152,7 +152,7 @@ impl Keeping {
         before - self.items.len()
     }
 
-    /// Starts what is due, a few at once.
+    /// Starts the refreshes that are due, at most [`AT_ONCE`].
     fn start_due(&mut self, tries: &mut Tries) {
         let (now, follow_tag) = (Instant::now(), self.follows_tags());
         let due = |item: &&mut Item| item.trying.is_none() && item.due <= now;
@@ -171,7 +171,7 @@ impl Keeping {
         }
     }
 
-    /// Writes down what a try has brought, and when the next one is.
+    /// Records the result of a refresh, and schedules the next one.
     async fn settle(&mut self, name: &str, brought: Brought) {
         let interval = self.list.as_ref().map_or_else(Duration::default, |list| list.interval);
         let Some(item) = self.items.get_mut(name) else { return };
@@ -191,7 +191,7 @@ impl Keeping {
             let (digest, newer) = (shown(brought.manifest), shown(brought.newer));
             tracing::info!(reference = name, digest, newer, "kept warm");
         }
-        // A registry that did not answer has not said that the tag means something else.
+        // A registry that did not respond has not said that the tag resolves to another manifest.
         let stale = item.newer.filter(|_| brought.failure.is_none());
         let stale = stale.filter(|stale| Some(*stale) != brought.newer);
         item.newer = brought.newer.or(item.newer.filter(|_| stale.is_none()));
@@ -200,11 +200,11 @@ impl Keeping {
         if let Some(stale) = stale {
             self.unpin(stale).await;
         }
-        // A pull may have taken room.
+        // A pull may have used disk space.
         self.keeper.content.upkeep.notify_one();
     }
 
-    /// Remembers and pins what is here, and tells.
+    /// Records the resolution, pins the manifests, and updates the reference's state.
     async fn keep(&self, name: &str, brought: &Brought) {
         let Some(item) = self.items.get(name) else { return };
         let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
@@ -234,8 +234,8 @@ impl Keeping {
         });
     }
 
-    /// Takes pins of the owner away that nothing on the list asks for. Those that an earlier process
-    /// made of what a listed tag meant meanwhile are told.
+    /// Removes pins of the list that no reference needs. Returns those that an earlier process made of newer manifests
+    /// of listed tags.
     async fn sweep(&self) -> HashMap<Reference, Digest> {
         let references = self.list.iter().flat_map(|list| list.references.iter().cloned());
         let listed: HashSet<_> = references.collect();
@@ -263,7 +263,7 @@ impl Keeping {
         })
     }
 
-    /// What a tag meant for a while, and no longer does.
+    /// Removes the pin of a manifest that the tag no longer resolves to.
     async fn unpin(&self, reference: Reference) {
         let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
         let unpinned = blocking(move || match store.pin_of(&reference, &platform, OWNER) {
@@ -286,7 +286,7 @@ fn drop_pin(store: &Store, pin: &Pin) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Pinned already, it costs no write.
+/// Pins a manifest. Writes nothing if it is pinned already.
 fn pin(
     store: &Store,
     reference: &Reference,

@@ -1,16 +1,16 @@
-//! Warming: artifacts that are fetched before a pod asks for them.
+//! Warming: fetches artifacts before a pod needs them.
 //!
 //! ```text
-//! want      what is fetched: the artifact as a volume without attributes shows it
-//! options   what the configuration says
-//! list      the configuration's list: each reference present, pinned and looked after
-//! bring     one reference, once: what is here, what the tag means now, what is to be kept
-//! schedule  when: a delay of this node's own, an interval, a longer wait after each failure
-//! states    how each reference is, for people and metrics
+//! want      the pull of an artifact, in the form of a volume without attributes
+//! options   the section of the configuration
+//! list      the configuration's list: each reference present, pinned and refreshed
+//! bring     refreshes one reference once
+//! schedule  the times: a delay of this node's own, an interval, a backoff after each failure
+//! states    the state of each reference, for the status and metrics
 //! ```
 //!
-//! Warming goes after pods wherever they want the same: connections are given to pods first,
-//! and a pod that comes for what is being warmed makes it urgent.
+//! Pods come before warming wherever they need the same: connections go to pods first, and a pod that joins a pull of
+//! warming makes it urgent.
 
 mod bring;
 mod list;

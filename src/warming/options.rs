@@ -32,7 +32,7 @@ impl Default for WarmList {
     fn default() -> Self {
         Self {
             references: Vec::new(),
-            // A thousand nodes, each with a gigabyte, are 30 Gbit/s for that long.
+            // A thousand nodes with a gigabyte each need 30 Gbit/s for this time.
             spread: Duration::from_mins(5),
             interval: Duration::from_hours(1),
             follow_tag: false,

@@ -1,17 +1,17 @@
-//! When a reference is looked after: pure but for its randomness.
+//! Computes when a reference is refreshed. Pure except for its jitter.
 
 use std::time::Duration;
 
 use oci::Digest;
 use pull::retry::jittered;
 
-/// After a first failure; doubles with each.
+/// The delay after a first failure; doubles with each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(5);
-/// A registry that comes back is noticed within this.
+/// The longest delay after a failure, so the longest until a registry that is back is noticed.
 const LONGEST_RETRY: Duration = Duration::from_mins(10);
 
-/// The part of `spread` that a node waits before it asks for what is new: its name decides, so that
-/// it is the same at every start, and that a fleet's nodes come one after the other.
+/// Returns the part of `spread` that a node waits before its first refresh. It follows from the node's name, so it is
+/// the same at every start, and the nodes of a cluster start one after the other.
 #[must_use]
 pub fn share_of_spread(node_id: &str, spread: Duration) -> Duration {
     let digest = Digest::of(node_id.as_bytes()).hex();
@@ -19,14 +19,14 @@ pub fn share_of_spread(node_id: &str, spread: Duration) -> Duration {
     spread.mul_f64(f64::from(part) / f64::from(u32::MAX))
 }
 
-/// Until a tag is resolved again: a tenth less or more, so that references and nodes that were looked
-/// after together do not stay together.
+/// Returns the delay until a tag is resolved again: the interval with a tenth of jitter either way, so that references
+/// and nodes that were refreshed together do not stay together.
 pub(super) fn next_look(interval: Duration) -> Duration {
     let fifth = interval / 5;
     interval.saturating_sub(fifth / 2) + (jittered(fifth) * 2).saturating_sub(fifth)
 }
 
-/// Until the next try after so many failures in a row.
+/// Returns the delay until the next refresh after this many failures in a row.
 pub(super) fn retry(failures: u32, interval: Duration) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(10));
     jittered(doubled.min(LONGEST_RETRY).min(interval.max(FIRST_RETRY)))

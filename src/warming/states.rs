@@ -1,4 +1,4 @@
-//! How each reference of the list is, for people and metrics.
+//! The state of each reference of the list, for the status and metrics.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use oci::Digest;
 use pull::ProgressView;
 use pull::progress::Snapshot;
 
-/// All of them. Cheap to clone; clones show the same.
+/// The states of all references. Cheap to clone; clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct WarmStates(Arc<Inner>);
 
@@ -20,24 +20,24 @@ struct Inner {
     failures: AtomicU64,
 }
 
-/// Where a reference is on its way.
+/// The phase of a reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Its time has not come.
+    /// Its first refresh is not due yet.
     Waiting,
-    /// It is being fetched.
+    /// Its content is being fetched.
     Pulling,
-    /// It is here and pinned.
+    /// Its content is on the node and pinned.
     Present,
-    /// It is not here; it is tried again.
+    /// The refresh failed and will be retried.
     Failed,
 }
 
 impl Phase {
-    /// All of them.
+    /// All phases, in the order of the metric's labels.
     pub const ALL: [Self; 4] = [Self::Waiting, Self::Pulling, Self::Present, Self::Failed];
 
-    /// For metrics and people.
+    /// Returns the name for metrics and the status.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,51 +49,51 @@ impl Phase {
     }
 }
 
-/// How one reference is at one moment.
+/// A snapshot of one reference's state.
 #[derive(Clone, Debug)]
 pub struct WarmState {
-    /// The reference.
+    /// The reference, as the list has it.
     pub reference: String,
-    /// Where it is on its way.
+    /// The phase of its refresh.
     pub phase: Phase,
-    /// What is pinned for it.
+    /// The pinned manifest.
     pub manifest: Option<Digest>,
-    /// What its tag means by now, where pods with `IfNotPresent` still get the other one.
+    /// The manifest that its tag resolves to now, if pods with `IfNotPresent` still get the other one.
     pub newer: Option<Digest>,
-    /// Why the last try failed, also where something is here.
+    /// The failure of the last refresh, also if content is on the node.
     pub reason: String,
-    /// How far a pull is.
+    /// The progress of a pull.
     pub progress: Option<Snapshot>,
-    /// Seconds until it is looked after again; none while it is.
+    /// Seconds until the next refresh; `None` during one.
     pub next_seconds: Option<u64>,
 }
 
-/// What the list knows of a reference.
+/// The state of a reference, kept by the list.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Shown {
     pub(super) manifest: Option<Digest>,
     pub(super) newer: Option<Digest>,
     pub(super) reason: Option<String>,
-    /// While a try is under way.
+    /// Set while a refresh runs.
     pub(super) pulling: Option<ProgressView>,
     pub(super) next: Option<Instant>,
 }
 
 impl WarmStates {
-    /// How all of them are, in the order of their names.
+    /// Returns the states of all references, ordered by name.
     #[must_use]
     pub fn list(&self) -> Vec<WarmState> {
         let by_reference = self.lock();
         by_reference.iter().map(|(reference, shown)| shown.state(reference)).collect()
     }
 
-    /// How one of them is.
+    /// Returns the state of a reference.
     #[must_use]
     pub fn get(&self, reference: &str) -> Option<WarmState> {
         self.lock().get(reference).map(|shown| shown.state(reference))
     }
 
-    /// Tries that have failed since the start.
+    /// Returns the number of failed refreshes since the start.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.0.failures.load(Ordering::Relaxed)
@@ -119,7 +119,7 @@ impl WarmStates {
 impl Shown {
     fn state(&self, reference: &str) -> WarmState {
         let progress = self.pulling.as_ref().map(ProgressView::snapshot);
-        // What is looked after while it is here is here, and what failed has failed until bytes come.
+        // Content on the node counts as present also during a refresh. A failure counts until bytes arrive.
         let phase = match (self.manifest, &progress, &self.reason) {
             (Some(_), _, _) => Phase::Present,
             (None, Some(Snapshot { total: 0, .. }) | None, Some(_)) => Phase::Failed,

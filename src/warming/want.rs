@@ -1,5 +1,5 @@
-//! What warming asks for: the artifact as a volume without attributes shows it. Volumes with
-//! others share its blobs and layers.
+//! The pull that warming makes: the artifact in the form of a volume without attributes. Volumes with attributes share
+//! its blobs and layers.
 
 use crate::volume::Content;
 use oci::credentials::Keyring;
@@ -8,7 +8,7 @@ use policy::{PolicyDemands, PolicyError, PolicyRequest};
 use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
 use unpack::{PermissionsRule, Selection, UnpackMode};
 
-/// The want of nobody's volume.
+/// Returns the pull of an artifact that belongs to no volume.
 #[must_use]
 pub fn want(
     reference: Reference,
@@ -35,15 +35,16 @@ pub fn want(
     }
 }
 
-/// Why there is no decision on an artifact.
+/// A failure to decide on an artifact.
 pub enum DemandsError {
     /// The policy does not allow it.
     Refused(PolicyError),
-    /// There is no policy that can be read.
+    /// The policy cannot be read.
     Unreadable(String),
 }
 
-/// Returns what the node's policy demands of an artifact, of one namespace or, without one, of whichever will mount it.
+/// Returns the demands of the node's policy on an artifact, for one namespace or, without one, for any that may mount
+/// it.
 pub async fn demands(
     content: &Content,
     reference: &Reference,
@@ -61,8 +62,8 @@ pub async fn demands(
     decided.unwrap_or_else(|error| Err(DemandsError::Unreadable(error.to_string())))
 }
 
-/// Adds what the node's policy demands, so that a pod finds its verdict. Whether a pod may mount it at all is decided
-/// when it asks.
+/// Adds the demands of the node's policy to a pull, so that its checks are done before a pod needs them. Whether a pod
+/// may mount the artifact is decided at its publish.
 pub async fn with_demands(content: &Content, want: Want) -> Want {
     let demands = demands(content, &want.reference, None).await.unwrap_or_default();
     Want { maximum_bytes: demands.maximum_bytes, signature: demands.signature, ..want }

@@ -109,7 +109,7 @@ fn a_nodes_token_removes_the_startup_taint_of_its_own_node_only() {
 fn a_credential_plugin_gets_the_pods_own_token() {
     let namespace = TestNamespace::alone("plugin");
     let artifact = Artifact::push("tests/plugin", &[("file", "private\n")]);
-    // The driver's image has no shell: the plugin brings its own, which lies beside it.
+    // The driver's image has no shell: the plugin brings its own, beside it.
     let script = r#"
 bin=/var/lib/credential-providers/bin
 mkdir -p $bin

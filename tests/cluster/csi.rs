@@ -7,8 +7,8 @@ fn csi_sanity_passes() {
     let namespace = TestNamespace::new("sanity");
     let artifact = Artifact::push("tests/sanity", &[("file", "sane\n")]);
     let plugin = "/var/lib/kubelet/plugins/oci.custom.io/csi.sock";
-    // Below the folder of pods, which is the part of the node that the driver sees, and in that of a pod: the kubelet
-    // removes others.
+    // The socket must be below the directory of pods, the part of the node that the driver sees, and in that of an
+    // existing pod: the kubelet removes others.
     let pod = Pod::holding("holder", &artifact.reference()).on("node-1");
     namespace.run(&pod);
     namespace.wait_for_phase("holder", "Running");

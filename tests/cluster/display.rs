@@ -1,4 +1,4 @@
-//! Texts and numbers for users: events, statistics, descriptions, notes.
+//! Checks texts and numbers for users: events, statistics, descriptions, notes.
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, Pod, TestNamespace, kubectl, object, run, wait_until,

@@ -1,4 +1,4 @@
-//! Restarts, crashes, upgrades, and what happens in the middle of a pull.
+//! Restarts, crashes and upgrades, also during a pull.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use crate::support::{
     on_node, release, restart_driver, run, try_kubectl, wait_until,
 };
 
-/// Lines of a reader that reads all the time: anything but `ok` is a failed read.
+/// A script that reads all the time and prints `ok`; any other line is a failed read.
 const READER: &str = "trap exit TERM; n=0; while :; do if cat /artifact/file > /dev/null; then n=$((n + 1)); else echo failed; fi; echo $n > /tmp/reads; sleep 0.1; done";
 
 /// A pod that reads a volume until it is deleted.
@@ -33,7 +33,7 @@ impl<'a> Reader<'a> {
         said.trim().parse().unwrap_or(0)
     }
 
-    /// Waits for reads that began after this call; none has failed.
+    /// Waits for reads that began after this call, and asserts that none has failed.
     #[track_caller]
     fn still_reads(&self) {
         let before = self.reads();
@@ -54,7 +54,7 @@ fn uninstall() {
     });
 }
 
-/// Kills the driver's process on a node, as the kernel would when memory is short.
+/// Kills the driver's process on a node, like the kernel when memory is short.
 fn kill_driver(name: &str) {
     let script = r#"for process in /proc/[0-9]*; do
         if tr '\0' ' ' < "$process/cmdline" | grep -q '^/usr/local/bin/csi-driver-oci node '; then

@@ -1,8 +1,8 @@
-//! The driver on a Kubernetes of real programs, installed from the chart: what a user would see.
+//! Tests the driver on a Kubernetes of real programs, installed from the chart, from a user's view.
 //!
 //! `make test-cluster` starts the cluster (see `tests/cluster/harness`) and runs these tests in its namespaces, so that
-//! commands and addresses are the cluster's. A check that changes a node or the driver for others has the cluster for
-//! itself; all others run side by side, each in a namespace of its own.
+//! commands and addresses are the cluster's. A test that changes a node or the driver has the cluster for itself. All
+//! others run in parallel, each in a namespace of its own.
 #![allow(missing_docs, unreachable_pub, reason = "a test binary has no readers of its interface")]
 #![allow(clippy::unused_self, reason = "a second namespace needs the first one to exist")]
 

@@ -46,7 +46,7 @@ fn a_preload_is_ready_when_all_nodes_have_it_and_is_let_go_when_it_is_deleted() 
     for name in NODES {
         assert!(is_pinned(name), "{name}: {}", kept(name));
     }
-    // A pod that shows its right to it finds the content.
+    // A pod with the right credentials finds the content.
     let pod = Pod::new("reader", &artifact.private(), "cat /artifact/file")
         .with_secret("credentials")
         .on("node-2");
@@ -145,7 +145,7 @@ fn a_namespace_has_so_many_preloads_and_no_more() {
     let namespace = TestNamespace::new("quota");
     let artifact = Artifact::push("tests/quota", &[("file", "one\n")]);
     let mut all = String::new();
-    // The harness' values allow eight.
+    // The values of the harness allow eight.
     for number in 0..9 {
         let _ = write!(all, "{}", preload(&format!("tool-{number}"), &artifact.reference(), ""));
     }

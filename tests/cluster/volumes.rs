@@ -1,4 +1,4 @@
-//! Volumes in pods: what is in them, and that no pod can change them for the next.
+//! Volumes in pods: their content, and that no pod can change it for another.
 
 use std::{fs, path::Path};
 
@@ -54,7 +54,7 @@ fi
 echo the attack is over
 "#;
 
-/// Takes a write lease on each file that is named, and keeps it when another process comes, until the kernel ends it.
+/// Takes a write lease on each named file, and keeps it when another process opens the file, until the kernel ends it.
 const LEASES: &str = r#"
 $SIG{IO} = "IGNORE";
 for (@ARGV) {
@@ -74,8 +74,8 @@ const SECURITIES: [(&str, &str); 3] = [
     ("privileged", "{runAsUser: 0, privileged: true}"),
 ];
 
-/// Runs a hostile pod for each combination of rights and `readOnly` that is asked for, and compares what the next pod
-/// sees with what the one before saw.
+/// Runs a hostile pod for each selected combination of rights and `readOnly`, and compares the volume of the next pod
+/// with that of the pod before.
 #[track_caller]
 fn attack(
     namespace: &TestNamespace,
@@ -147,7 +147,7 @@ fn a_file_that_a_pod_wrote_through_its_read_only_bind_is_fetched_again() {
         Pod::new("reader", &artifact.reference(), "cat /artifact/bin/tool").on("node-1");
     reader.attributes.push(("exclude", "data/**".into()));
     assert_eq!(namespace.output(&reader), FILES[0].1);
-    // The first tree has the damaged file still, until it is found and repaired.
+    // The first tree keeps the damaged file until it is found and repaired.
     let _ = in_driver("node-1", &["verify"]);
     let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
     assert!(verified.contains(", 0 findings"), "{verified}");
@@ -182,7 +182,7 @@ fn leases_of_a_pod_delay_the_next_one_at_most_and_the_charts_default_refuses_the
     upgrade(&["--set=node.leases=Disable"], || {
         lease("refused", "refused /artifact/bin/tool\n");
     });
-    // The machine's own.
+    // The setting of this machine.
     let script = format!("echo {} > {setting}", before.trim());
     on_node("node-1", &["sh", "-c", &script]).expect("the setting as it was");
 }
@@ -209,7 +209,7 @@ fn every_example_runs_as_it_is() {
     let nobody = format!("sha256:{}", "0".repeat(64));
     let example = |name: &str| {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name);
-        // The one part that a reader has to fill in.
+        // The one part that users have to fill in.
         fs::read_to_string(path).expect("an example").replace(&nobody, &tool.digest)
     };
     for (file, pod, says) in [

@@ -1,4 +1,4 @@
-//! What the cache counts, and what is left of it when everything goes.
+//! Tests the sizes that the cache reports, and that nothing remains when everything is removed.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
@@ -11,13 +11,13 @@ use crate::support::{
     Tar, run, tool, unique, wait_until,
 };
 
-/// Nothing but an administrator makes anything go.
+/// A configuration in which only an administrator removes content.
 const QUIET: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                      lowThresholdPercent: 100, minimumAge: 0s}\n";
 
 const ARTIFACTS: usize = 400;
 
-/// What `du` says of a folder, in bytes.
+/// Returns the size of a directory as `du` reports it, in bytes.
 fn disk_usage(folder: &Path) -> u64 {
     let told = run(tool("du").args(["--summarize", "--block-size=1"]).arg(folder));
     let bytes = told.split_whitespace().next().expect("a number");
@@ -34,7 +34,7 @@ fn assert_agrees_with_du(admin: &Admin, state: &Path) {
     assert!(counted.abs_diff(taken) * 20 <= taken, "{counted} counted, {taken} by du");
 }
 
-/// All that is in a folder of the state, at any depth.
+/// Returns all names in a directory of the state, at any depth.
 fn everything_in(folder: &Path) -> BTreeSet<String> {
     let found = run(tool("find").arg(folder).args(["-mindepth", "1"]));
     found.lines().map(str::to_owned).collect()
@@ -42,7 +42,7 @@ fn everything_in(folder: &Path) -> BTreeSet<String> {
 
 #[test]
 fn four_hundred_artifacts_of_a_few_bytes_are_counted_as_du_counts_them_and_leave_nothing() {
-    // The second one keeps small folders in their inodes.
+    // The second filesystem keeps small directories in their inodes.
     for filesystem in ["ext4", "xfs"] {
         are_counted_and_leave_nothing_on(filesystem);
     }
@@ -87,7 +87,7 @@ fn are_counted_and_leave_nothing_on(filesystem: &str) {
     assert_agrees_with_du(&admin, &state);
     let Node { driver, kubelet, proxy, sandbox } = node;
     let node = Node { driver: driver.restart(), kubelet, proxy, sandbox };
-    // What the disk says to the next process.
+    // The values of the next process, from the disk.
     assert_agrees_with_du(&admin, &state);
     admin.told(&["gc", "--target", "0"]);
     for folder in ["files", "layers", "trees", "blobs", "resolutions", "staging", "partial"] {
@@ -98,14 +98,14 @@ fn are_counted_and_leave_nothing_on(filesystem: &str) {
     drop(node);
 }
 
-/// A node that was killed at a system call of a removal, and what it left.
+/// A node that was killed at a system call of a removal, and its leftovers.
 struct Killed {
     options: DriverOptions,
     admin: Admin,
     _sandbox: Sandbox,
 }
 
-/// Lets the kernel end the driver at its `count`th call of this name.
+/// Makes the kernel end the driver at its `count`th call of this name.
 #[track_caller]
 fn kill_at(driver: &Driver, call: &str, count: usize) -> Child {
     let inject = format!("inject={call}:signal=KILL:when={count}");
@@ -118,13 +118,13 @@ fn kill_at(driver: &Driver, call: &str, count: usize) -> Child {
     let mut told = BufReader::new(strace.stderr.take().expect("a pipe")).lines();
     let attached = told.by_ref().map_while(Result::ok).find(|line| line.contains("attached"));
     attached.expect("strace attaches");
-    // It tells of each new thread, and ends when nobody listens.
+    // strace prints a line for each new thread, and ends if its output is not read.
     std::thread::spawn(move || told.map_while(Result::ok).for_each(drop));
     strace
 }
 
 impl Killed {
-    /// A store of a file and an image, which nobody uses, and a collection that ends at this call.
+    /// Creates a store with an unused file and image, and ends a collection at this call.
     #[track_caller]
     fn at(call: &str, count: usize) -> Self {
         let sandbox = Sandbox::new();

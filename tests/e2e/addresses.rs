@@ -1,4 +1,4 @@
-//! Which addresses a pod's author, and a registry, can aim the node at.
+//! Tests which addresses a pod's author, and a registry, can make the node call.
 
 use std::{fs, net::IpAddr};
 

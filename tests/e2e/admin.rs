@@ -1,4 +1,4 @@
-//! What the command line asks a running node plugin.
+//! Tests commands that call a running node plugin.
 
 use std::process::{Command, Output};
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support::{Node, clean_environment, tool, wait_until};
 
-/// A node with an admin socket, and its endpoint.
+/// Starts a node with an admin socket. Returns its endpoint.
 fn node() -> (Node, String) {
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {

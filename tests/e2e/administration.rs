@@ -1,4 +1,4 @@
-//! What an administrator does with a node's content: pin, remove, inspect, import, verify, repair, warm.
+//! Tests an administrator's operations on a node's content: pin, remove, inspect, import, verify, repair, warm.
 
 use std::{
     fs,
@@ -145,7 +145,7 @@ fn warm_fetches_pins_and_names_what_failed() {
     node.proxy.take_requests();
     node.mount(&good);
     assert_eq!(node.proxy.requests().len(), 0, "a warm node asks nobody");
-    // A line that is none is named, and the rest goes on.
+    // An invalid line is reported, and the others are fetched.
     let other = node.proxy.reference(&node.small_artifact().name);
     fs::write(&list, format!("{other}\nnot a reference\n")).expect("a list");
     let told = admin.refused(&["warm", "--file", list.to_str().expect("a path")]);
@@ -155,7 +155,7 @@ fn warm_fetches_pins_and_names_what_failed() {
     assert_eq!(node.proxy.requests().len(), 0, "it was warmed");
 }
 
-/// Something large that stops half way until its gate opens.
+/// Puts a large artifact whose download stops half way until its gate opens.
 fn held_back(node: &Node) -> (String, std::sync::Arc<crate::support::Gate>) {
     let repository = unique("held");
     let content = noise(8 << 20, 9);
@@ -183,7 +183,7 @@ fn whoever_leaves_a_warming_leaves_the_node_at_work() {
     }
 }
 
-/// How the kernel schedules the driver's background threads (proc(5), `stat`, field 41).
+/// Returns the scheduling policies of the driver's background threads (proc(5), `stat`, field 41).
 fn background_policies(node: &Node) -> Vec<String> {
     let threads = fs::read_dir(format!("/proc/{}/task", node.driver.id())).expect("a process");
     let policy = |thread: std::io::Result<fs::DirEntry>| {
@@ -227,7 +227,7 @@ fn warming_stands_back_until_a_pod_waits_for_it() {
 fn a_terminal_that_vanishes_leaves_the_node_at_work() {
     let (node, admin) = Admin::start(ROOMY);
     let (reference, gate) = held_back(&node);
-    // `script` is the terminal; killed, it takes it away.
+    // `script` is the terminal: when it is killed, the terminal goes.
     let command = admin.command(&["warm", &reference]);
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let line = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
@@ -249,7 +249,7 @@ fn a_terminal_that_vanishes_leaves_the_node_at_work() {
     wait_until("the node has it", || admin.holds(&reference));
 }
 
-/// An OCI image layout of what the registry has.
+/// Creates an OCI image layout of a reference in the registry.
 fn layout(node: &Node, reference: &str) -> PathBuf {
     let folder = node.sandbox.path().join("layout");
     let name = reference.split_once('/').expect("a host").1;
@@ -270,7 +270,7 @@ fn a_layout_is_imported_without_a_registry() {
     assert_eq!(imported["inodes"], 5);
     let (_, tree) = node.mount_with(name, |volume| volume.attribute("pullPolicy", "Never"));
     assert_eq!(tree.names(), ["etc", "etc/link", "etc/one", "etc/two"]);
-    // Also for pods with credentials of their own, as a preloaded image.
+    // Also for pods with credentials of their own, like a preloaded image.
     node.mount_with(name, |volume| {
         let config = json!({"auths": {"registry.invalid": {"username": "u", "password": "p"}}});
         volume.secret(".dockerconfigjson", &config.to_string())
@@ -377,7 +377,7 @@ fn archives_of_docker_are_named_and_no_file_is_quoted() {
         assert!(!told.contains("secret"), "{told}");
         told
     };
-    // As `docker save` wrote it before it wrote layouts, plain and compressed.
+    // The format of `docker save` before it wrote layouts, plain and compressed.
     let docker = Tar::new()
         .file("0123.json", 0o644, "{}")
         .file("4567/layer.tar", 0o644, "layer")
@@ -451,7 +451,7 @@ fn an_import_makes_room_and_not_out_of_itself() {
     let old = node.proxy.reference(&format!("{repository}:v1"));
     let (volume, _) = node.mount(&old);
     unpublish(&node, &admin, &volume);
-    // Its blob fits beside the old artifact; what it may unpack to does not.
+    // Its blob fits beside the old artifact; its possible unpacked size does not.
     let (archive, repository) =
         (Tar::new().file("one", 0o644, noise(5 << 20, 9)).finish(), unique("new"));
     Image::new().packed_layer(OCI_TAR_GZIP, gzip(&archive), &archive).push(
@@ -474,7 +474,7 @@ fn a_bad_layout_is_refused_and_leaves_nothing() {
         admin.refused(&["import", folder.to_str().expect("a path"), "--as", "bad.invalid/app:v1"])
     };
     assert!(import(Path::new("/nonexistent")).contains("cannot be read"));
-    // Standard input may be anything.
+    // Standard input may contain anything.
     let mut command = admin.command(&["import", "-", "--as", "bad.invalid/app:v1"]);
     let output = command.stdin(Stdio::null()).output().expect("the binary");
     assert!(String::from_utf8_lossy(&output.stderr).contains("no index.json"));
@@ -482,7 +482,7 @@ fn a_bad_layout_is_refused_and_leaves_nothing() {
     let path = folder.to_str().expect("a path");
     let told = admin.refused(&["import", path, "--as", &format!("bad.invalid/app@{other}")]);
     assert!(told.contains(&other), "{told}");
-    // Every blob is content by its digest.
+    // Every blob is identified by its digest.
     let blobs = folder.join("blobs/sha256");
     let largest = fs::read_dir(&blobs)
         .expect("blobs")
@@ -503,7 +503,7 @@ fn a_bad_layout_is_refused_and_leaves_nothing() {
     node.kubelet.publish_badly(&volume, Code::NotFound);
 }
 
-/// The first file of the store with this content.
+/// Returns the first file of the store with this content.
 fn find(folder: &Path, content: &[u8]) -> Option<PathBuf> {
     for entry in fs::read_dir(folder).ok()?.flatten() {
         let path = entry.path();
@@ -518,7 +518,7 @@ fn find(folder: &Path, content: &[u8]) -> Option<PathBuf> {
     None
 }
 
-/// As a disk does: without a trace in times or sizes.
+/// Changes content as a bad disk does: without a trace in times or sizes.
 fn flip(path: &Path) {
     let metadata = fs::metadata(path).expect("a file");
     let mut content = fs::read(path).expect("a file");
@@ -548,7 +548,7 @@ fn a_single_flipped_byte_in_a_layer_is_found_and_repaired() {
     assert!(finding["detail"].as_str().expect("text").starts_with("etc/two"), "{finding}");
     assert!(path.ends_with(finding["path"].as_str().expect("text")), "{finding}");
     assert!(finding["digest"].as_str().expect("text").starts_with("sha256:"), "{finding}");
-    // Damage is never published anew: the registry is asked, and down it is.
+    // Damage is never published again: the registry is needed, and it is down.
     node.proxy.go_down();
     let volume = node.kubelet.new_volume(&reference);
     node.kubelet.publish_badly(&volume, Code::Unavailable);
@@ -608,7 +608,7 @@ fn a_tree_that_somebody_changed_is_found() {
         .collect();
     paths.sort();
     paths.dedup();
-    // Folders have a time of their own, which new names and the end of old ones change.
+    // Directories have a time of their own, which adding and removing names change.
     assert_eq!(paths, ["", "/etc", "/etc/link", "/strange"]);
 }
 

@@ -1,4 +1,4 @@
-//! Artifacts of every kind, pushed by the clients that users have where one makes the shape.
+//! Artifacts of every kind, pushed by the clients of users if one makes the shape.
 
 use std::{fs, os::unix::fs::symlink, process::Command};
 
@@ -13,7 +13,7 @@ use crate::support::{
 const UNPACK: &str = "io.deis.oras.content.unpack";
 const UNPACKED_DIGEST: &str = "io.deis.oras.content.digest";
 
-/// What `oras pull` writes, with the modes that single files get from the contract.
+/// Returns the tree that `oras pull` writes, with the modes that the contract gives to single files.
 #[track_caller]
 fn pulled(name: &str, arguments: &[&str]) -> Tree {
     let folder = Oras::pull(&format!("{}/{name}", registry().host()), arguments);
@@ -96,7 +96,7 @@ fn an_oras_folder_is_unpacked_with_its_modes_and_links() {
     let mut source = Tree::of(oras.path()).readable();
     source = source.without_times().without_sharing();
     assert_eq!(tree.clone().without_times().without_sharing(), source);
-    // The same as its own client gives, as far as that keeps anything.
+    // The same result as the kind's own client, as far as that keeps metadata.
     assert_eq!(tree.names(), pulled(&name, &[]).names());
     let output =
         Command::new(volume.target().join("app/latest")).output().expect("the linked program runs");
@@ -110,7 +110,7 @@ fn the_original_flows_push_script_is_no_image_though_its_configuration_is_typed_
     let reference = format!("{}/{repository}", registry().host());
     let mut entries = Vec::new();
     for architecture in ["amd64", "arm64"] {
-        // The configuration that `oras push --artifact-platform` of newer versions makes.
+        // The configuration that `oras push --artifact-platform` of newer versions creates.
         let config = json!({"architecture": architecture, "os": "linux"}).to_string();
         let oras = Oras::new()
             .file("bin/prometheus", 0o755, format!("#!/bin/sh\necho {architecture}\n"))
@@ -181,7 +181,7 @@ fn an_unpacked_folder_that_is_not_what_its_annotation_says_is_refused() {
             node.kubelet.publish_well(&volume);
             assert_eq!(Tree::of(volume.target()).names(), ["d", "d/marker"]);
         } else {
-            // With other content, so that the store knows nothing of it.
+            // Other content, so that the store has nothing of it.
             node.kubelet.publish_badly(&volume, Code::Internal);
         }
     }
@@ -214,7 +214,7 @@ fn inline_content_is_taken_from_the_manifest() {
     let mut manifest =
         Manifest::artifact([Layer::titled("inline.txt", "in the manifest").inline()]);
     manifest.config = manifest.config.inline();
-    // A real registry wants the blobs all the same; the driver must not ask for them.
+    // A real registry requires the blobs; the driver must not fetch them.
     let mut kept = manifest.clone();
     kept.layers[0].inline = false;
     kept.config.inline = false;
@@ -597,7 +597,7 @@ fn a_wasm_module_is_one_wasm_file() {
 
 #[test]
 fn a_link_in_the_artifact_can_not_be_used_to_read_the_node() {
-    // Links may point anywhere; the pod resolves them in its own root. What the driver reads never follows one.
+    // Links may point anywhere, and the pod resolves them in its own root. The driver's own reads never follow one.
     let node = Node::start();
     let name = format!("{}:v1", unique("links"));
     let oras = Oras::new().file("d/file", 0o644, "x");

@@ -21,7 +21,7 @@ fn refusal(attributes: Attributes) -> String {
     message
 }
 
-/// What `attributes` select of an artifact of several titled files.
+/// Returns the files that `attributes` select of an artifact of several titled files.
 #[track_caller]
 fn selected(node: &Node, reference: &str, attributes: Attributes) -> Vec<String> {
     let (_, tree) = node.mount_with(reference, |mut volume| {
@@ -36,7 +36,7 @@ fn selected(node: &Node, reference: &str, attributes: Attributes) -> Vec<String>
 const TITLES: [&str; 6] =
     ["README.md", "bin/tool", "bin/x/deep", "config/a.yml", "config/b.yml", "odd,name"];
 
-/// An artifact of six files, each of its own content.
+/// Pushes an artifact of six files with different content.
 fn several_files(repository: &str) {
     Manifest::artifact(TITLES.map(|title| Layer::titled(title, format!("{repository}: {title}"))))
         .push(registry(), repository, "v1");
@@ -228,7 +228,7 @@ fn only_selected_files_are_fetched() {
             "{title}"
         );
     }
-    // What is selected later is fetched then, and nothing twice.
+    // A file that is selected later is fetched then, and none twice.
     selected(&node, &reference, &[]);
     for title in TITLES {
         assert_eq!(

@@ -1,4 +1,4 @@
-//! What keeps working while the registry or the driver is gone, or its state.
+//! Tests what keeps working without the registry, the driver, or its state.
 
 use std::{fs, time::Duration};
 
@@ -48,7 +48,7 @@ fn a_mounted_volume_is_published_again_without_registry_secret_or_tag() {
     let mut again = volume.clone();
     again.request.secrets.clear();
     node.kubelet.publish_well(&again);
-    // As the kubelet does for every running pod after its own restart.
+    // The kubelet does this for every running pod after its own restart.
     node.driver = node.driver.restart();
     node.kubelet.publish_well(&again);
     assert_eq!(mounts_at(volume.target()), mount);
@@ -85,10 +85,10 @@ fn unpublish_needs_no_state() {
     let reference = node.proxy.reference(&node.small_artifact().name);
     let (first, _) = node.mount(&reference);
     let (second, _) = node.mount(&reference);
-    // Under the running driver,
+    // While the driver runs,
     empty(node.driver.state());
     node.kubelet.unpublish(&first);
-    // and by one that starts with nothing.
+    // and before another one starts.
     let options = node.driver.kill();
     empty(&options.state);
     node.driver = options.start();
@@ -140,7 +140,7 @@ fn sigterm_answers_waiting_calls_leaves_mounts_and_ends() {
     assert_eq!(status.expect_err("the driver ends").code(), Code::Unavailable);
     let started = std::time::Instant::now();
     let options = node.driver.wait();
-    // The contract's promise, and the grace that Kubernetes gives is not much longer.
+    // The contract's promise; the grace period of Kubernetes is not much longer.
     assert!(started.elapsed() < Duration::from_secs(10));
     assert_eq!(Tree::of(mounted.target()), tree);
     gate.open();
@@ -210,7 +210,7 @@ fn a_download_that_broke_off_goes_on_where_it_stopped() {
     assert!(!blob.is_empty() && blob.iter().all(|request| request.ranged), "{blob:?}");
 }
 
-/// How many bytes lie in half downloads.
+/// Returns the number of bytes in partial downloads.
 fn partial_bytes(state: &std::path::Path) -> u64 {
     fn sum(folder: &std::path::Path, inside: bool) -> u64 {
         fs::read_dir(folder).into_iter().flatten().flatten().fold(0, |total, entry| {
@@ -218,7 +218,7 @@ fn partial_bytes(state: &std::path::Path) -> u64 {
             if metadata.is_dir() {
                 total + sum(&entry.path(), inside || entry.file_name() == "partial")
             } else if inside {
-                // A download in parts has holes, which its length counts.
+                // A download in parts has holes, which its length includes.
                 total + std::os::unix::fs::MetadataExt::blocks(&metadata) * 512
             } else {
                 total
@@ -228,7 +228,7 @@ fn partial_bytes(state: &std::path::Path) -> u64 {
     sum(state, false)
 }
 
-/// Everything in it goes, as when someone frees a disk by hand.
+/// Deletes the contents of the state directory, as when an administrator frees a disk.
 fn empty(state: &std::path::Path) {
     for entry in fs::read_dir(state).expect("the state").flatten() {
         let path = entry.path();
@@ -238,7 +238,7 @@ fn empty(state: &std::path::Path) {
     }
 }
 
-/// As a power loss leaves files that were never synced.
+/// Overwrites small files, as a power failure leaves files that were never synced.
 fn overwrite_small_files(folder: &std::path::Path) {
     for entry in fs::read_dir(folder).expect("the state").flatten() {
         let path = entry.path();

@@ -1,4 +1,5 @@
-//! Registries and artifacts that lie, break, or want too much: the right code, nothing left, nobody else harmed.
+//! Tests registries and artifacts that lie, break, or demand too much: the right code, nothing left behind, and no
+//! effect on others.
 
 use std::sync::{
     Arc,
@@ -13,10 +14,10 @@ use crate::support::{
     OCI_TAR_GZIP, Tar, Tree, Volume, digest, gzip, unique,
 };
 
-/// Stands in everything that must never reach the store.
+/// The text in everything that must never reach the store.
 const MARKER: &str = "marker-of-a-bad-artifact";
 
-/// A node with a good volume on it, and a registry that is up to something.
+/// A node with a good volume, and a hostile registry.
 struct Scene {
     node: Node,
     fake: FakeRegistry,
@@ -33,7 +34,7 @@ impl Scene {
         Self { node, fake: FakeRegistry::new(), good, good_tree, good_reference }
     }
 
-    /// Publishes `hostile:tag` and expects this refusal; returns its message.
+    /// Publishes `hostile:tag` and expects this refusal. Returns its message.
     #[track_caller]
     fn refused(&self, tag: &str, code: Code) -> String {
         self.refused_with(tag, code, |volume| volume)
@@ -42,7 +43,7 @@ impl Scene {
     #[track_caller]
     fn refused_with(&self, tag: &str, code: Code, change: impl FnOnce(Volume) -> Volume) -> String {
         let volume = change(self.node.kubelet.new_volume(&self.fake.reference(tag)));
-        // Slow machines need more than one try for what is large; the kubelet tries again, too.
+        // Slow machines need more than one call for large content, as with the kubelet.
         let mut answer = self.node.kubelet.publish(&volume);
         for _ in 0..4 {
             if answer.as_ref().is_err_and(|status| status.code() == Code::Aborted) {
@@ -61,7 +62,7 @@ impl Scene {
         message
     }
 
-    /// Serves this manifest, as it is, under a tag of its own, and expects this refusal.
+    /// Serves this manifest unchanged under a tag of its own, and expects this refusal.
     #[track_caller]
     fn manifest_refused(&self, manifest: &Value, code: Code) -> String {
         let tag = unique("tag");
@@ -95,7 +96,7 @@ impl Scene {
     }
 }
 
-/// A manifest of one titled file, with its blob in the registry.
+/// Returns a manifest of one titled file, with its blob in the registry.
 fn one_file(fake: &FakeRegistry, content: &str) -> Manifest {
     let manifest = Manifest::artifact([Layer::titled("file", content)]);
     manifest.push_blobs(fake, "hostile");
@@ -165,7 +166,7 @@ fn a_manifest_that_is_too_large_is_refused_without_reading_it_all() {
     let mut manifest = one_file(&scene.fake, "x").json();
     manifest["annotations"] = json!({"padding": "p".repeat(5 << 20)});
     scene.manifest_refused(&manifest, Code::FailedPrecondition);
-    // Also when nobody says how large it is.
+    // Also if its size is not announced.
     scene.fake.script(|request| {
         request
             .path
@@ -501,7 +502,7 @@ fn names_through_a_link_of_their_own_layer_stay_inside() {
 #[test]
 fn names_through_links_without_end_are_refused() {
     let scene = Scene::new();
-    // Each layer by itself is whole, and may stay in the store until it is evicted.
+    // Each layer is valid by itself, and may stay in the store until it is evicted.
     let circle = Tar::new().symbolic_link("a", "b").symbolic_link("b", "a");
     scene.archive_refused(circle.file("a/x", 0o644, "x").finish(), Code::FailedPrecondition);
     let link = |tar: Tar, n| tar.symbolic_link(&format!("l{n}"), &format!("l{}", n + 1));
@@ -530,7 +531,7 @@ fn names_through_a_lower_layers_link_stay_inside() {
         image.push(&scene.fake, "hostile", &tag);
         let volume = scene.node.kubelet.new_volume(&scene.fake.reference(&tag));
         match scene.node.kubelet.publish(&volume) {
-            // As containerd does: the link is followed inside the root.
+            // Like containerd: the link is followed inside the root.
             Ok(()) => assert!(volume.target().join("etc/through-lower").exists()),
             Err(status) => panic!("{target}: {}", status.message()),
         }
@@ -678,7 +679,7 @@ fn bombs_are_refused() {
 #[test]
 fn too_many_entries_are_refused() {
     let scene = Scene::new();
-    // Not compressed, so that it is not refused as a bomb; of one name, so that it costs no million inodes.
+    // Not compressed, so that it is not refused as a bomb; with one name, so that it needs no million inodes.
     let archive = Tar::new().file("x", 0o644, "").unfinished().repeat(1_000_001);
     let image = Image::new().packed_layer(OCI_TAR, archive.clone(), &archive);
     scene.image_refused(&image, Code::FailedPrecondition);
@@ -823,7 +824,7 @@ fn an_owner_that_no_file_can_have_is_refused_where_owners_are_kept() {
     let preserve = |volume: Volume| volume.attribute("permissions", "Preserve");
     let message = scene.refused_with(&tag, Code::FailedPrecondition, preserve);
     assert!(message.contains("4294967295"), "{message}");
-    // Where everything belongs to root, nobody asks whose it was.
+    // If everything belongs to root, ownership is not demanded.
     let volume = scene.node.kubelet.new_volume(&scene.fake.reference(&tag));
     scene.node.kubelet.publish_well(&volume);
 }

@@ -1,4 +1,4 @@
-//! Requests that no kubelet should send.
+//! Tests requests that no kubelet should send.
 
 use std::{fs, os::unix::fs::symlink};
 
@@ -98,7 +98,7 @@ fn a_target_outside_the_kubelets_folder_is_refused() {
         request.target_path =
             node.sandbox.path().join("elsewhere/mount").to_string_lossy().into_owned();
     });
-    // The kubelet's folder is no prefix of the text, but a folder.
+    // The kubelet's directory is compared by path component, not as a text prefix.
     refusal(|node, request| {
         request.target_path = format!("{}-other/pods/mount", node.kubelet.directory().display());
     });
@@ -139,7 +139,7 @@ fn a_pod_uid_that_is_not_the_targets_is_refused() {
     });
 }
 
-/// With `podInfoOnMount: false` the kubelet adds nothing to the attributes that the pod's author wrote.
+/// With `podInfoOnMount: false` the kubelet adds nothing to the attributes of the pod's author.
 #[test]
 fn pod_information_of_the_pods_author_is_refused() {
     let written: [&[(&str, &str)]; 3] = [

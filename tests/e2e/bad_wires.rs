@@ -1,4 +1,5 @@
-//! Wires and registries that break, stall, trickle or turn away: right content or the contract's code, in bounded time.
+//! Tests connections and registries that break, stall, trickle or refuse: right content or the contract's code, in
+//! bounded time.
 
 use std::{
     fs,
@@ -17,12 +18,12 @@ use crate::support::{
     digest, noise, small_artifact,
 };
 
-/// Short times and small parts, so that a test sees in seconds what takes minutes elsewhere.
+/// Short timeouts and small parts, so that a test takes seconds instead of minutes.
 const IMPATIENT: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
     cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n\
     pull: {stallTimeout: 1s, attempts: 3, rangeBytes: 1048576, ranges: 4, leastBytesPerSecond: 20000}\n";
 
-/// A node with a registry before it that does what a test says.
+/// A node with a scripted registry.
 struct Wire {
     node: Node,
     fake: FakeRegistry,
@@ -30,7 +31,7 @@ struct Wire {
 }
 
 impl Wire {
-    /// An artifact of one file of so many bytes.
+    /// Puts an artifact of one file of this size.
     fn new(size: usize) -> Self {
         Self::with(IMPATIENT, size)
     }
@@ -50,7 +51,7 @@ impl Wire {
         self.node.kubelet.new_volume(&self.fake.reference("v1"))
     }
 
-    /// Publishes, and has the right content.
+    /// Publishes, and asserts the right content.
     #[track_caller]
     fn comes(&self) {
         self.comes_to(&self.volume());
@@ -64,14 +65,14 @@ impl Wire {
         self.node.kubelet.unpublish(volume);
     }
 
-    /// What was asked for of the file, in order: first and last byte.
+    /// Returns the requested ranges of the file, in order: first and last byte.
     fn ranges(&self) -> Vec<Option<(u64, Option<u64>)>> {
         let blob = digest(&self.content);
         let requests = self.fake.requests();
         requests.iter().filter(|request| request.path.ends_with(&blob)).map(range).collect()
     }
 
-    /// Answers the n-th request for the file, from 0, with what this returns.
+    /// Answers the n-th request for the file, from 0, with the result of `answer`.
     fn nth(
         &self,
         answer: impl Fn(usize, &Request, &[u8]) -> Option<Answer> + Send + Sync + 'static,
@@ -92,7 +93,7 @@ fn range(request: &Request) -> Option<(u64, Option<u64>)> {
     Some((start.parse().ok()?, end.parse().ok()))
 }
 
-/// As a server that knows ranges answers.
+/// Returns the answer of a server that supports ranges.
 fn part(request: &Request, content: &[u8]) -> Answer {
     let Some((start, end)) = range(request) else { return Answer::bytes(content.to_vec()) };
     let start = usize::try_from(start).expect("an offset");
@@ -103,7 +104,7 @@ fn part(request: &Request, content: &[u8]) -> Answer {
         .with_header("content-range", &format!("bytes {start}-{end}/{}", content.len()))
 }
 
-/// The same answer, a piece every now and then.
+/// Returns the same answer in small pieces with pauses.
 fn slowly(answer: Answer) -> Answer {
     let AnswerBody::Whole(bytes) = answer.body else { return answer };
     let (piece, pause) = (64 << 10, Duration::from_millis(20));
@@ -113,7 +114,7 @@ fn slowly(answer: Answer) -> Answer {
     }
 }
 
-/// So many bytes of the answer, and then nothing, or the connection's end.
+/// Returns this many bytes of the answer, and then stalls or ends the connection.
 fn cut(answer: Answer, length: usize, stalls: bool) -> Answer {
     let AnswerBody::Whole(bytes) = answer.body else { return answer };
     let (announced, bytes) = (bytes.len() as u64, bytes.slice(..length.min(bytes.len())));
@@ -204,7 +205,7 @@ fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
-/// The two take turns that are shorter than the window of their rate.
+/// The two blobs alternate in turns that are shorter than the window of their rate.
 #[test]
 fn blobs_that_trickle_in_turns_are_found_out() {
     let turns = IMPATIENT
@@ -218,7 +219,7 @@ fn blobs_that_trickle_in_turns_are_found_out() {
     wire.fake.script(move |request| {
         let (_, content) = files.iter().find(|(blob, _)| request.path.ends_with(blob))?;
         let answer = part(request, content);
-        // Only who has sent a part is known to have the rest later.
+        // Only a host that has sent a part is known to have the rest later.
         if range(request).is_none() {
             return Some(cut(answer, 100_000, false));
         }
@@ -231,7 +232,7 @@ fn blobs_that_trickle_in_turns_are_found_out() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
-/// As a server answers that has only so much of it.
+/// Returns the answer of a server that has only a part of the content.
 fn part_of_less(request: &Request, content: &[u8]) -> Answer {
     match range(request) {
         Some((start, _)) if start >= content.len() as u64 => {
@@ -246,7 +247,7 @@ fn a_blob_shorter_than_its_manifest_says_is_found_out_after_a_few_requests() {
     type Send = fn(Answer) -> Answer;
     let ways: [(Send, usize); 2] = [
         (|answer| answer, 2),
-        // Nothing but its end says how long it is.
+        // Its length is known only from its end.
         (
             |answer| {
                 let AnswerBody::Whole(bytes) = answer.body else { return answer };
@@ -267,7 +268,7 @@ fn a_blob_shorter_than_its_manifest_says_is_found_out_after_a_few_requests() {
 fn a_registry_without_ranges_whose_connections_are_cut_is_given_up() {
     let wire = Wire::new(300_000);
     wire.nth(|number, _, content| {
-        // A little more each time: the bytes that come again are no progress.
+        // A little more each time: the repeated bytes are no progress.
         Some(cut(Answer::bytes(content.to_vec()), 100_000 + number, false))
     });
     wire.node.kubelet.publish_badly(&wire.volume(), Code::Unavailable);
@@ -278,7 +279,7 @@ fn a_registry_without_ranges_whose_connections_are_cut_is_given_up() {
 fn one_connection_of_several_that_is_refused_does_not_end_the_others() {
     let wire = Wire::new(12 << 20);
     wire.nth(|number, request, content| {
-        // Longer than patience is had for: all that is asked meanwhile is refused unasked.
+        // Longer than the driver waits: requests meanwhile are refused without a call to the registry.
         let refused = || Answer::status(429).with_header("retry-after", "6");
         Some(if number == 3 { refused() } else { slowly(part(request, content)) })
     });
@@ -323,7 +324,7 @@ fn a_configuration_that_trickles_is_given_up_as_a_blob_is() {
     wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
-/// Content that is here from another registry has to be sent by this one too, which takes as long.
+/// Content that came from another registry has to be sent by this one too, which takes as long.
 #[test]
 fn a_proof_of_content_goes_on_where_its_connection_broke() {
     let wire = Wire::new(300_000);
@@ -362,7 +363,7 @@ fn a_presigned_address_that_expires_in_the_middle_is_asked_for_again() {
     let (content, served) = (wire.content.clone(), AtomicUsize::new(0));
     storage.script(move |request| {
         let signature: usize = request.query.strip_prefix("signature=")?.parse().ok()?;
-        // Each address is good for one request, which breaks off; the third one's is good.
+        // Each address is good for one request, which breaks off; the request to the third succeeds.
         Some(match served.fetch_add(1, Ordering::Relaxed) {
             0 | 2 => cut(part(request, &content), 100_000, false),
             1 | 3 => Answer::status(403),
@@ -462,7 +463,7 @@ fn a_layer_that_was_refused_is_not_fetched_again_to_be_refused_again() {
     assert_eq!(requests.iter().filter(|request| request.path.ends_with(&blob)).count(), 1);
 }
 
-/// Each of them has a thread that waits for bytes, and there are not so many.
+/// Each connection has a thread that waits for bytes, and their number is limited.
 #[test]
 fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
     let wire = Wire::new(1000);
@@ -479,7 +480,7 @@ fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
         .collect();
     wire.fake.script(|request| {
         let is_blob = request.path.contains("/blobs/");
-        // Patience that is had with this blob, and no reason to leave the registry alone.
+        // The registry asks for patience with this blob; it is not avoided for others.
         is_blob.then(|| Answer::status(500).with_header("retry-after", "200"))
     });
     std::thread::scope(|scope| {
@@ -490,7 +491,7 @@ fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
         crate::support::wait_until("many blobs wait", || wire.node.driver.threads() > 90);
         let (other, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
         kubelet.unpublish(&other);
-        // Those that had nothing to do for ten seconds end: what is left belongs to the blobs.
+        // Threads that are idle for ten seconds end: the remaining ones belong to the blobs.
         crate::support::wait_until("few threads wait", || wire.node.driver.threads() < 200);
         wire.node.driver.terminate_hard();
         for call in calls {
@@ -499,7 +500,7 @@ fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
     });
 }
 
-/// Two registries have all places together, and want to be asked again in minutes.
+/// Two registries use all connections together, and ask to be called again in minutes.
 #[test]
 fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
     let few = IMPATIENT.replace("attempts: 3", "attempts: 3, downloads: 1");
@@ -534,7 +535,7 @@ fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
         let publish = |volume: &Volume| kubelet.publish_request(volume.request.clone());
         let calls: Vec<_> =
             volumes.iter().map(|volume| scope.spawn(move || publish(volume))).collect();
-        // Who waits for one of the eight places gets it, and all have been asked for once.
+        // A blob that waits for one of the eight connections gets it, and all have been requested once.
         crate::support::wait_until("all blobs have had a place", || asked() == volumes.len());
         let (quick, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
         kubelet.unpublish(&quick);

@@ -1,4 +1,4 @@
-//! `csi-driver-oci check`, for a job before a rollout.
+//! Tests `csi-driver-oci check`, for a job before a rollout.
 
 use std::process::{Command, Output};
 
@@ -96,7 +96,7 @@ fn platforms_are_told_and_demanded() {
     assert_eq!(passes(&[&reference])["manifests"][0]["platform"], platform);
     passes(&[&reference, "--platform", &platform]);
     fails(&[&reference, "--platform", "linux/s390x"], "linux/s390x");
-    // A manifest by itself says it in its configuration.
+    // A single manifest names its platform in its configuration.
     let own = format!("{}/{repository}:own", registry().host());
     assert_eq!(passes(&[&own])["manifests"][0]["platform"], platform);
     fails(&[&own, "--platform", "linux/s390x"], "linux/s390x");
@@ -141,7 +141,7 @@ fn credentials_are_those_of_a_docker_configuration() {
 fn a_credential_that_sees_nothing_is_not_the_last_one() {
     let hiding = FakeRegistry::new();
     Manifest::artifact([Layer::titled("file", "x")]).push(&hiding, "hostile", "v1");
-    // What is hidden from somebody is not there.
+    // A hidden repository looks like a missing one.
     hiding.script(|request| match request.header("authorization") {
         None => Some(Answer::status(401).with_header("www-authenticate", "Basic realm=\"hiding\"")),
         Some(shown) if shown.contains("c29tZW9uZTpyaWdodA==") => None,

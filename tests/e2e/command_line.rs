@@ -1,4 +1,4 @@
-//! `csi-driver-oci mount` and `unmount`, for a developer's machine.
+//! Tests `csi-driver-oci mount` and `unmount`, on a developer's machine.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use crate::support::{
     small_artifact, tool,
 };
 
-/// A developer's machine: a sandbox, a state folder, a registry.
+/// A developer's machine: a sandbox, a state directory, a registry.
 struct Machine {
     proxy: Proxy,
     artifact: SmallArtifact,
@@ -58,7 +58,7 @@ fn mount_shows_the_artifact_and_unmount_takes_it_away() {
     assert!(fs::write(machine.folder.join("new"), "x").is_err());
     assert_done(&machine.command("unmount", &[machine.folder()]));
     assert_eq!(mounts_at(&machine.folder), []);
-    // The second time comes from the cache.
+    // The second mount uses the cache.
     machine.proxy.go_down();
     assert_done(&machine.command("mount", &[&machine.reference(), machine.folder()]));
     assert_done(&machine.command("unmount", &[machine.folder()]));

@@ -1,4 +1,4 @@
-//! The order of system calls on the way to a name: nothing is renamed before it is synced.
+//! Tests the order of system calls before a name: nothing is renamed before it is synced.
 
 use std::{
     collections::BTreeSet,
@@ -14,10 +14,10 @@ use crate::support::{
     Image, Layer, Manifest, Node, OCI_TAR_GZIP, Tar, gzip, noise, registry, tool, unique,
 };
 
-/// Folders in which a name means durable content.
+/// The directories in which a name means durable content.
 const DURABLE: [&str; 5] = ["blobs", "files", "layers", "trees", "resolutions"];
 
-/// Every call of a process that writes, syncs or names.
+/// A trace of all calls of a process that write, sync or name.
 struct Trace {
     strace: Child,
     output: PathBuf,
@@ -39,12 +39,12 @@ impl Trace {
         let mut told = BufReader::new(strace.stderr.take().expect("a pipe")).lines();
         let attached = told.by_ref().map_while(Result::ok).find(|line| line.contains("attached"));
         attached.expect("strace attaches");
-        // It tells of each new thread, and ends when nobody listens.
+        // strace prints a line for each new thread, and ends if its output is not read.
         std::thread::spawn(move || told.map_while(Result::ok).for_each(drop));
         Self { strace, output }
     }
 
-    /// Ends, and gives back whole calls in their order.
+    /// Ends the trace. Returns the complete calls in their order.
     fn calls(mut self) -> Vec<Call> {
         let process = i32::try_from(self.strace.id()).expect("a process id");
         kill(nix::unistd::Pid::from_raw(process), Signal::SIGINT).expect("strace is told to end");
@@ -70,7 +70,7 @@ impl Trace {
     }
 }
 
-/// One call that worked.
+/// A successful call.
 struct Call {
     name: String,
     arguments: String,
@@ -87,13 +87,13 @@ impl Call {
         Some(Self { name: name.to_owned(), arguments: arguments.to_owned() })
     }
 
-    /// Where its first descriptor leads.
+    /// Returns the path of its first descriptor.
     fn descriptor(&self) -> Option<PathBuf> {
         let (_, rest) = self.arguments.split_once('<')?;
         Some(PathBuf::from(rest.split_once('>')?.0))
     }
 
-    /// All paths, those relative to a descriptor below it.
+    /// Returns all paths; those relative to a descriptor are below its path.
     fn paths(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut folder = PathBuf::from("/");
@@ -113,7 +113,7 @@ impl Call {
     }
 }
 
-/// Walks the calls; returns the names that were made.
+/// Checks the calls. Returns the names that were created.
 fn check(calls: &[Call], state: &Path) -> Vec<PathBuf> {
     let mut dirty = BTreeSet::<PathBuf>::new();
     let mut named = Vec::new();

@@ -1,4 +1,5 @@
-//! Many callers at once: each blob once, one mount a volume, nobody waits for another's trouble.
+//! Tests concurrent callers: each blob is fetched once, each volume has one mount, and no call waits for another's
+//! failure.
 
 use tonic::Code;
 
@@ -104,7 +105,7 @@ fn an_unpublish_does_not_wait_for_a_pull_and_the_pull_attaches_nothing_afterward
         gate.open();
         let _ = call.join().expect("the call");
     });
-    // Another volume of the same artifact waits until the pull is done with.
+    // Another volume of the same artifact waits until the pull has ended.
     node.mount(&reference);
     node.kubelet.unpublish(&volume);
 }

@@ -1,4 +1,4 @@
-//! The real driver, stopped at every named point of every path on which names and mounts are made and undone.
+//! Tests the real driver, stopped at every named point at which names and mounts are created or removed.
 
 use std::{
     collections::BTreeSet,
@@ -29,7 +29,7 @@ struct Mortal {
     _sandbox: Sandbox,
 }
 
-/// What is published, and what it must show.
+/// A published artifact, and its expected content.
 struct Artifact {
     reference: String,
     files: Vec<(&'static str, Vec<u8>)>,
@@ -51,7 +51,7 @@ impl Mortal {
         Self { options, admin, kubelet, artifacts, _proxy: proxy, _sandbox: sandbox }
     }
 
-    /// Waits for a driver that may end at once instead.
+    /// Starts a driver that may end at once. Returns `None` if it does.
     fn spawn(&self, fault: Option<&str>) -> Option<Driver> {
         let options = match fault {
             Some(fault) => self.options.clone().environment("CSI_OCI_FAULT", fault),
@@ -70,7 +70,7 @@ impl Mortal {
         }
     }
 
-    /// Everything that a node does, as far as it gets.
+    /// Runs every operation of a node, until the driver ends.
     fn live(&self) -> Vec<Volume> {
         let volumes: Vec<_> = self
             .artifacts
@@ -81,7 +81,7 @@ impl Mortal {
             self.kubelet.prepare(volume);
             let _ = self.kubelet.publish_request(volume.request.clone());
         }
-        // The same volume again, whose mount is to have the other form now.
+        // The same volume again, with the other form of the mount.
         let mut other_form = volumes[2].request.clone();
         other_form.readonly = true;
         let _ = self.kubelet.publish_request(other_form);
@@ -94,7 +94,7 @@ impl Mortal {
         volumes
     }
 
-    /// What must hold after whatever happened.
+    /// Checks the invariants after any failure.
     #[track_caller]
     fn check(&self, driver: &Driver, volumes: &[Volume]) {
         let state = driver.state();
@@ -107,7 +107,7 @@ impl Mortal {
             }
             artifact.check(volume.target());
         }
-        // Again, and all of it.
+        // All operations again, which now succeed.
         for (volume, artifact) in volumes.iter().zip(self.artifacts.iter().cycle()) {
             self.kubelet.publish_well(volume);
             artifact.check(volume.target());
@@ -119,7 +119,7 @@ impl Mortal {
         });
         let _ = self.admin.ask(&["unpin", &self.artifacts[1].reference]);
         for folder in ["files", "layers", "trees", "staging", "partial"] {
-            // Who has used something last may let go of it a moment after his answer.
+            // A reader may release its lease a moment after its response.
             crate::support::wait_until(&format!("nothing is left in {folder}"), || {
                 self.admin.told(&["gc", "--target", "0"]);
                 entries(&state.join(folder)).is_empty()
@@ -138,7 +138,7 @@ impl Artifact {
     }
 }
 
-/// A file, an image, and one more file for which something has to go.
+/// Pushes a file, an image, and one more file that needs an eviction.
 fn artifacts(proxy: &Proxy) -> Vec<Artifact> {
     let file = |seed: u64| {
         let repository = unique("file");
@@ -174,7 +174,7 @@ fn entries(folder: &Path) -> BTreeSet<PathBuf> {
     fs::read_dir(folder).expect("a folder").flatten().map(|entry| entry.path()).collect()
 }
 
-/// Every point of this test's share, with this fault.
+/// Tests every point of this test's share, with this fault.
 #[track_caller]
 fn at_each_point(share: usize, of: usize, action: &str) {
     for point in POINTS.iter().skip(share).step_by(of) {
@@ -183,7 +183,7 @@ fn at_each_point(share: usize, of: usize, action: &str) {
         if let Some(mut driver) = mortal.spawn(Some(&format!("{point}:{action}"))) {
             volumes = mortal.live();
             if action == "abort" {
-                // Whoever has called it may know before the kernel has taken the process away.
+                // The caller may see the failure before the kernel has removed the process.
                 let ended = format!("the driver comes by {point} and ends");
                 crate::support::wait_until(&ended, || !driver.is_running());
             }
@@ -220,7 +220,7 @@ shares! {
 }
 
 impl Mortal {
-    /// A driver that waits at a point, and the file that lets it go on.
+    /// Starts a driver that pauses at a point. Returns it, and the file that resumes it.
     #[track_caller]
     fn paused_at(&self, point: &str) -> (Driver, PathBuf) {
         let go = self.options.state.with_file_name("go");
@@ -236,8 +236,8 @@ fn wait_for_the_point(driver: &Driver, point: &str) {
     crate::support::wait_until("the driver comes by the point", || driver.log().contains(&told));
 }
 
-/// Publishes the image by a driver that waits at a point. Meanwhile there is a look at the state, and all goes that
-/// may: what is on its way may not.
+/// Publishes the image by a driver that pauses at a point. Meanwhile runs `look` on the state, and removes all that may
+/// be removed: the publish's content may not.
 #[track_caller]
 fn publish_meanwhile(mortal: &Mortal, point: &str, look: impl FnOnce(&Path)) {
     let artifact = &mortal.artifacts[1];
@@ -278,7 +278,7 @@ fn who_asks_for_what_is_being_evicted_gets_all_of_it() {
             let collect = scope.spawn(|| mortal.admin.told(&["gc", "--target", "0"]));
             wait_for_the_point(&driver, point);
             let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
-            // Whether the publish waits by now or comes too late to have to: it gets all of it.
+            // Whether the publish waits by now or comes too late for that, it gets all of its content.
             fs::write(&go, "").expect("written");
             collect.join().expect("collected");
             publish.join().expect("published");
@@ -302,7 +302,7 @@ fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
     });
 }
 
-/// `make crash ROUNDS=200` for the long run.
+/// `make crash ROUNDS=200` runs longer.
 #[test]
 fn kills_at_random_moments_under_load_spoil_nothing() {
     let rounds = std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
@@ -316,7 +316,7 @@ fn kills_at_random_moments_under_load_spoil_nothing() {
             let (mortal, stop) = (&mortal, &stop);
             let workers: Vec<_> =
                 (0..3).map(|worker| scope.spawn(move || load(mortal, stop, worker))).collect();
-            // The moment is the test's point: no state can be waited for.
+            // The random moment is the test's point: no state can be waited for.
             std::thread::sleep(std::time::Duration::from_millis(u64::from(wait) * 2));
             driver.terminate_hard();
             stop.store(true, Ordering::SeqCst);
@@ -345,7 +345,7 @@ fn kills_at_random_moments_under_load_spoil_nothing() {
     }
 }
 
-/// Publishes and unpublishes until the driver is gone; gives back what it has not taken away.
+/// Publishes and unpublishes until the driver is gone. Returns the volumes that it has not unpublished.
 fn load(mortal: &Mortal, stop: &AtomicBool, worker: usize) -> Vec<Volume> {
     let mut left = Vec::new();
     for number in worker.. {

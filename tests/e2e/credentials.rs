@@ -1,4 +1,4 @@
-//! The node's own credentials: a docker configuration, and the kubelet's credential plugins.
+//! Tests the node's own credentials: a docker configuration, and the kubelet's credential plugins.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -15,7 +15,7 @@ const USER: &str = "robot";
 const PASSWORD: &str = "planted-password-of-the-node";
 const TOKEN: &str = "planted-service-account-token";
 
-/// A registry that wants a password, with artifacts, and the proxy in front of it.
+/// A registry that requires a password, with artifacts, and the proxy in front of it.
 struct Private {
     proxy: Proxy,
     registry: Registry,
@@ -27,12 +27,12 @@ impl Private {
         Self { proxy: Proxy::new(&registry), registry }
     }
 
-    /// A reference to an artifact that nobody has pulled yet.
+    /// Returns a reference to an artifact that has not been pulled yet.
     fn artifact(&self) -> String {
         self.artifact_and_digest().0
     }
 
-    /// References to such an artifact, by tag and by digest.
+    /// Returns references to such an artifact, by tag and by digest.
     fn artifact_and_digest(&self) -> (String, String) {
         let repository = unique("private");
         let layer = Layer::titled("secret.txt", format!("of {repository}"));
@@ -57,7 +57,7 @@ const LINES: &str = "registries:
   credentialProviderTimeout: 2s
 ";
 
-/// A plugin that counts its runs, keeps what it was told, and does this.
+/// Installs a plugin that counts its runs, keeps its input, and runs these commands.
 fn plugin(sandbox: &Path, commands: &str) {
     let folder = sandbox.join("plugins");
     fs::create_dir_all(&folder).expect("the plugins' folder");
@@ -71,7 +71,7 @@ fn plugin(sandbox: &Path, commands: &str) {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
 }
 
-/// Prints this answer.
+/// Returns a command that prints this response.
 fn answers(auths: &serde_json::Value, kind: &str, duration: &str) -> String {
     let response = json!({
         "kind": "CredentialProviderResponse",
@@ -105,7 +105,7 @@ fn with_plugin(private: &Private, commands: &str, rest: &str, lines: &str) -> No
     Node::start_configured(prepare, &format!("{LINES}{lines}"))
 }
 
-/// Of this account, with a token where the kubelet would have got one.
+/// Returns a volume of this account, with a token if the kubelet would have requested one.
 fn volume_of(node: &Node, reference: &str, (namespace, account): (&str, &str)) -> Volume {
     let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
     node.kubelet
@@ -146,7 +146,7 @@ fn the_nodes_docker_configuration_opens_a_registry_for_every_pod_and_is_read_aga
     fs::write(&next, docker_config(&private.auths())).expect("written");
     fs::rename(next, node.sandbox.path().join("docker.json")).expect("swapped");
     node.kubelet.publish_well(&volume);
-    // What any pod could use, any pod has been proven to open.
+    // Credentials that any pod can use have proven access for any pod.
     private.proxy.take_requests();
     let (other, _) = node.mount(&reference);
     assert_eq!(private.proxy.requests(), []);
@@ -231,7 +231,7 @@ fn a_plugin_that_fails_in_any_way_is_named_and_the_kubelet_tries_again() {
     );
 }
 
-/// Processes of this machine that were started with this word.
+/// Returns the number of processes of this machine that were started with this word.
 fn processes_with(word: &str) -> usize {
     let all = fs::read_dir("/proc").expect("processes").flatten();
     let has_word = |path: &Path| {
@@ -244,7 +244,7 @@ fn processes_with(word: &str) -> usize {
 #[test]
 fn a_plugin_that_hangs_ends_with_all_that_it_has_started() {
     let private = Private::new();
-    // A number of seconds that nobody else sleeps.
+    // A number of seconds that no other process sleeps.
     let word = format!("{}.5", 100_000 + std::process::id());
     let node = with_plugin(&private, &format!("sleep {word} & sleep {word}"), "", "");
     let volume = node.kubelet.new_volume(&private.artifact());
@@ -287,7 +287,7 @@ fn a_service_accounts_token_goes_to_the_plugin_and_opens_for_this_account_alone(
     let reference = private.artifact();
     let mine = with_token(volume_of(&node, &reference, ("team", "app")), TOKEN);
     node.kubelet.publish_well(&mine);
-    // In the volume context, as before Kubernetes 1.35, and with another token: the account is what is proven.
+    // In the volume context, as before Kubernetes 1.35, and with another token: the proof belongs to the account.
     private.proxy.take_requests();
     let tokens = json!({"sts": {"token": "another"}}).to_string();
     let again = volume_of(&node, &reference, ("team", "app"))
@@ -341,7 +341,7 @@ fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down
         let of = |account, password| basic(volume_of(&node, &reference, account), password);
         let first = of(("team", "app"), PASSWORD);
         node.kubelet.publish_well(&first);
-        // A proof is as old as it is: with no time to live, it is too old in the next second.
+        // With no time to live, a proof is too old in the next second.
         std::thread::sleep(std::time::Duration::from_millis(1100));
         private.proxy.go_down();
         let rotated = of(("team", "app"), "rotated");
@@ -354,14 +354,14 @@ fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down
         for other in [("team", "other"), ("other", "app")] {
             node.kubelet.publish_badly(&of(other, "rotated"), Code::Unavailable);
         }
-        // Nor one who shows nothing.
+        // A pod without credentials has no access either.
         let bare = volume_of(&node, &reference, ("team", "app"));
         node.kubelet.publish_badly(&bare, Code::Unavailable);
-        // One who asks every time has no answer, whatever the account.
+        // A pod that asks every time gets no response, whatever the account.
         let always =
             volume_of(&node, &by_digest, ("team", "app")).attribute("pullPolicy", "Always");
         node.kubelet.publish_badly(&basic(always, "rotated"), Code::Unavailable);
-        // As soon as it can be asked, it is.
+        // The registry is asked as soon as it responds.
         private.proxy.come_back();
         node.kubelet.publish_badly(&of(("team", "app"), "wrong"), Code::Unauthenticated);
         node.kubelet.unpublish(&first);

@@ -1,4 +1,4 @@
-//! A disk that is full, read-only or broken: clean codes, nothing half done, and all is well when the trouble is over.
+//! Tests a disk that is full, read-only or broken: clean codes, nothing half done, and a full recovery afterwards.
 
 use std::{fs, path::PathBuf};
 
@@ -34,7 +34,7 @@ fn a_full_disk_is_told_and_forgotten() {
     let reference = node.proxy.reference(&node.small_artifact().name);
     let (volume, _) = node.mount(&reference);
     let filler = disk.join("filler");
-    // Everything, also what is kept for root.
+    // Fills the disk, including the space that is reserved for root.
     let file = fs::File::create(&filler).expect("a file");
     let mut size = 64i64 << 20;
     let mut offset = 0;
@@ -54,7 +54,7 @@ fn a_full_disk_is_told_and_forgotten() {
     let wanted = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
     node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
     staging_is_empty(&node);
-    // What is mounted is found, and taken away, without a byte.
+    // A mounted volume is found and unpublished without a byte.
     node.kubelet.publish_well(&volume);
     node.kubelet.unpublish(&volume);
     drop(file);
@@ -73,7 +73,7 @@ fn a_disk_that_turns_read_only_serves_what_is_mounted_and_comes_back() {
             .expect("remounted");
     };
     remount(MsFlags::MS_RDONLY);
-    // What is cached is shown: its record is a hint, and nothing else has to be written.
+    // Cached content is mounted: its record is a hint, and nothing else has to be written.
     let (wanted, _) = node.mount(&reference);
     let unknown = node.kubelet.new_volume(&node.proxy.reference(&node.small_artifact().name));
     node.kubelet.publish_badly(&unknown, Code::Internal);
@@ -93,13 +93,13 @@ fn a_disk_with_errors_harms_only_what_lies_on_it() {
     let reference = node.proxy.reference(&artifact.name);
     let (volume, _) = node.mount(&reference);
     let (gone, _) = node.mount(&reference);
-    // From here on every access to the disk fails, as when its cable is pulled.
+    // From here on every access to the disk fails, as if its cable were pulled.
     run(tool("xfs_io").args(["-x", "-c", "shutdown"]).arg(&disk));
     let wanted = node.kubelet.new_volume(&node.proxy.reference(&node.small_artifact().name));
     for volume in [&wanted, &node.kubelet.new_volume(&reference)] {
         node.kubelet.publish_badly(volume, Code::Internal);
     }
-    // What is mounted is still mounted, and goes when it is asked to.
+    // A mounted volume stays mounted, and its unpublish succeeds.
     node.kubelet.publish_well(&volume);
     node.kubelet.unpublish(&volume);
     node.kubelet.unpublish(&gone);
@@ -115,7 +115,7 @@ fn a_disk_with_errors_harms_only_what_lies_on_it() {
     assert_eq!(content, artifact.content);
 }
 
-/// A node that fails at a point, and its options without that.
+/// Starts a node that fails at a point. Returns its options without the fault.
 fn node_with_fault(fault: &str) -> (Node, DriverOptions) {
     let mut sound = None;
     let node = Node::start_with(|_, options| {
@@ -125,8 +125,8 @@ fn node_with_fault(fault: &str) -> (Node, DriverOptions) {
     (node, sound.expect("options"))
 }
 
-/// Publishes an artifact of a `file` on a disk that fails at a point, then on a sound one; says how often its blob was
-/// fetched.
+/// Publishes an artifact of a `file` on a disk that fails at a point, then on a healthy one. Returns the number of
+/// fetches of its blob.
 #[track_caller]
 fn fetches_with_fault(manifest: &Manifest, blob: &[u8], content: &[u8], point: &str) -> usize {
     let (node, sound) = node_with_fault(point);
@@ -172,19 +172,19 @@ fn a_name_that_could_not_be_made_durable_is_counted_and_goes() {
     let (volume, _) = node.mount(&reference);
     let Node { driver, kubelet, proxy: _proxy, sandbox: _sandbox } = node;
     let options = driver.kill();
-    // Everything of it is here; a tree of another shape is the only thing that gets a name.
+    // All of its content is in the store; only a tree of another shape is named.
     let driver = options.environment("CSI_OCI_FAULT", "rename.done:error:5").start();
     admin.json(&["status"]);
     let other = kubelet.new_volume(&reference).attribute("include", "file.txt");
     kubelet.publish_badly(&other, Code::Internal);
-    // Its content is durable: it serves, and nothing is made for it again.
+    // Its content is durable: it serves, and is not created again.
     kubelet.publish_well(&other);
     for volume in [&volume, &other] {
         kubelet.unpublish(volume);
     }
     wait_until("no record is left", || admin.json(&["status"])["published"] == 0);
     for folder in ["trees", "files", "staging"] {
-        // Who has used something last may let go of it a moment after his answer.
+        // A reader may release its lease a moment after its response.
         wait_until(&format!("nothing is left in {folder}"), || {
             admin.told(&["gc", "--target", "0"]);
             fs::read_dir(driver.state().join(folder)).expect("a folder").count() == 0

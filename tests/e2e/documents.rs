@@ -1,4 +1,4 @@
-//! The site: its links lead somewhere, its pages are all in it, its commands work, and its metrics exist.
+//! Tests the site: its links lead somewhere, its pages are all in it, its commands work, and its metrics exist.
 
 use std::{
     collections::BTreeSet,
@@ -32,7 +32,7 @@ fn pages(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// What `[...](...)` names, outside of code.
+/// Returns the targets of `[...](...)`, outside of code.
 fn links(text: &str) -> Vec<String> {
     let mut code = false;
     let mut found = Vec::new();
@@ -48,7 +48,7 @@ fn links(text: &str) -> Vec<String> {
     found
 }
 
-/// The names that headings have in the site and on GitHub.
+/// Returns the names that headings have in the site and on GitHub.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.lines().filter(|line| line.starts_with('#'));
     let name = |heading: &str| -> String {
@@ -114,13 +114,13 @@ fn the_page_of_metrics_has_all_of_them_and_no_other() {
     assert_eq!(told, served);
 }
 
-/// A command of a page, and the lines that it is to print.
+/// A command of a page, and its expected output.
 struct Step {
     command: String,
     expected: Vec<String>,
 }
 
-/// The commands of a page's `console` blocks.
+/// Returns the commands of a page's `console` blocks.
 fn steps(text: &str) -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     let mut inside = false;
@@ -139,7 +139,7 @@ fn steps(text: &str) -> Vec<Step> {
     steps
 }
 
-/// Whether a line is as it is shown, where `...` stands for anything.
+/// Returns whether a line matches its expected form, in which `...` stands for anything.
 fn fits(line: &str, shown: &str) -> bool {
     let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
     let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -154,7 +154,7 @@ fn fits(line: &str, shown: &str) -> bool {
     shown.ends_with("...") || rest.is_empty()
 }
 
-/// Everything that a reader has at hand: the binary, its tools, a node, a folder.
+/// The environment of a reader: the binary, its tools, a node, a directory.
 struct Reader {
     node: Node,
     endpoint: String,
@@ -169,7 +169,7 @@ impl Reader {
         let folder = node.sandbox.folder("reader");
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         std::os::unix::fs::symlink(root.join("deploy"), folder.join("deploy")).expect("a link");
-        // The registry of the tests has no TLS, which readers' have.
+        // The registry of the tests has no TLS, which readers' registries have.
         let programs = node.sandbox.folder("programs");
         let path = run_path();
         let oras = format!(
@@ -184,7 +184,7 @@ impl Reader {
         Self { node, endpoint, folder, registry }
     }
 
-    /// Runs the page's commands in one shell after the other, as a reader does in one window.
+    /// Runs the page's commands in one shell, as a reader does in one window.
     #[track_caller]
     fn follows(&self, page: &str) {
         let text = fs::read_to_string(docs().join(page)).expect("a page");
@@ -225,7 +225,7 @@ impl Reader {
     }
 }
 
-/// PATH with the test tools in front.
+/// Returns PATH with the test tools in front.
 fn run_path() -> String {
     let tool = tool("true");
     let path = tool.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
@@ -241,7 +241,7 @@ macro_rules! pages {
             }
         )+
 
-        // The page on Crossplane is compared with what the evaluator of Compositions says, in `cluster::crossplane`.
+        // The page on Crossplane is compared with the output of the evaluator of Compositions in `cluster::crossplane`.
         const FOLLOWED: &[&str] =
             &[$($page),+, "how-to/private-registry.md", "how-to/prometheus-by-crossplane.md"];
     };

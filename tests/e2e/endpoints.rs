@@ -1,4 +1,4 @@
-//! Health, metrics and configuration, as an operator meets them.
+//! Tests health, metrics and configuration from an operator's view.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ fn health_and_readiness_answer_over_http() {
         DriverOptions::new(&sandbox).argument(&format!("--health-endpoint={address}")).start();
     let is_well = |path| get(address, path).is_some_and(|(status, _)| status == 200);
     wait_until("the driver is healthy", || is_well("/healthz"));
-    // Ready to serve pods is who the kubelet has taken.
+    // Readiness requires registration with the kubelet.
     let registered = RegistrationStatus { plugin_registered: true, error: String::new() };
     driver
         .kubelet()
@@ -54,13 +54,13 @@ fn a_disk_that_cannot_be_written_is_not_ready_and_no_reason_to_restart() {
     let remount = |flags: MsFlags| {
         mount(None::<&str>, &disk, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>)
     };
-    // Nothing may be open for writing at that moment.
+    // No file may be open for writing at that moment.
     wait_until("the disk is read-only", || remount(MsFlags::MS_RDONLY).is_ok());
     let (code, said) = get(address, "/readyz").expect("an answer");
     assert_eq!(code, 503, "{said}");
     assert!(said.contains("Read-only"), "{said}");
     assert_eq!(status("/healthz"), Some(200));
-    // A registry that is down is nobody's fault here either, and unpublishing works.
+    // An unreachable registry does not affect readiness, and unpublishing works.
     node.proxy.go_down();
     assert_eq!(status("/healthz"), Some(200));
     node.kubelet.unpublish(&volume);
@@ -120,7 +120,7 @@ fn metrics_have_the_prefix_and_no_secret() {
     assert!(!text.contains("metrics-secret"));
 }
 
-/// A connection whose client waits after what it has sent. A read that takes a minute fails.
+/// Opens a connection whose client sends this and then waits. A read that takes a minute fails.
 fn waiting(address: SocketAddr, sent: &str) -> TcpStream {
     let mut stream = TcpStream::connect(address).expect("a connection");
     stream.set_read_timeout(Some(Duration::from_mins(1))).expect("an option");
@@ -137,14 +137,14 @@ fn clients_that_wait_keep_no_other_from_health_and_metrics() {
             .argument(&format!("--metrics-endpoint={}", metrics.address()))
     });
     for (address, path) in [(health.address(), "/healthz"), (metrics.address(), "/metrics")] {
-        // As many as are served at once, and more.
+        // As many connections as are served at once, and more.
         let mut clients: Vec<_> = (0..64).map(|_| waiting(address, "GET ")).collect();
         clients.extend((0..64).map(|_| waiting(address, "")));
         let request = format!("GET {path} HTTP/1.0\r\n\r\n");
         let mut answer = String::new();
         let read = waiting(address, &request).read_to_string(&mut answer);
         assert!(read.is_ok() && answer.contains("200 OK"), "{path}: {read:?}: {answer}");
-        // The oldest made room.
+        // The oldest was closed.
         let closed = clients[0].read(&mut [0; 16]);
         let is_reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
         assert!(

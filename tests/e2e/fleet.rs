@@ -1,4 +1,4 @@
-//! Preloads: the real controller and real node plugins, an API server that behaves, and a real registry.
+//! Tests preloads: the real controller and real node plugins, a simulated API server, and a real registry.
 
 mod rollback;
 mod turns;
@@ -35,7 +35,7 @@ fn nodes_get_what_is_applied_and_what_is_rolled_and_let_go_of_what_is_deleted() 
     let pinned = ("preload/team/tool".to_owned(), ready.clone());
     assert_eq!(cluster.pins("one"), [pinned]);
 
-    // The tag moves: nothing happens, until the reference is changed.
+    // The tag moves: nothing happens until the reference is changed.
     cluster.push(&repository, "v1");
     let (second, second_digest) = cluster.push(&repository, "v2");
     cluster.preload("tool", json!({"reference": first, "parallelism": 1}));
@@ -63,7 +63,7 @@ fn nodes_get_what_is_applied_and_what_is_rolled_and_let_go_of_what_is_deleted() 
     cluster.api.delete(Kind::Node, "", "three");
     wait_until("the node is forgotten", || cluster.status("tool")["desired"] == 2);
 
-    // Another preload of the same artifact stands for itself.
+    // Another preload of the same artifact is independent.
     cluster.preload("twin", json!({"reference": next}));
     cluster.wait_for("twin", "Ready");
     cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
@@ -83,7 +83,7 @@ fn whoever_is_killed_goes_on() {
     cluster.wait_for("tool", "Ready");
     let before = cluster.wanted("one");
     controller.kill();
-    // Nobody leads, and things happen.
+    // There is no leader, and events happen.
     let (second, digest) = cluster.artifact("v2");
     cluster.preload("tool", json!({"reference": second}));
     cluster.join("two");
@@ -94,7 +94,7 @@ fn whoever_is_killed_goes_on() {
     wait_until("both have it", || cluster.status("tool")["ready"] == 2);
     assert_eq!(cluster.status("tool")["readyReference"], format!("{second}@{digest}").as_str());
 
-    // A node plugin is killed in the middle: its next process tells what is there, and fetches the rest.
+    // A node plugin is killed during a pull: its next process reports the content on the node, and fetches the rest.
     let node = cluster.drivers.remove(0).kill();
     let (third, _) = cluster.artifact("v3");
     cluster.preload("tool", json!({"reference": third}));
@@ -164,7 +164,7 @@ fn definitions_that_are_older_than_the_programs_cost_no_writes() {
     let (begun, written) = (renewed(), cluster.api.counts().writes);
     wait_until("the lease was renewed for a while", || renewed() >= begun + 12);
     let writes = cluster.api.counts().writes - written;
-    // A leader that had to begin anew writes once more; without end would be two a second.
+    // A leader that had to start again writes once more; an endless loop would be two writes a second.
     assert!(writes <= 10, "{writes} writes though nothing happens");
 }
 
@@ -320,14 +320,14 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
     assert_eq!(failed[0]["node"], "one");
     assert_eq!(failed[0]["reason"], "PlatformMissing");
 
-    // What is ready stays so when a node without a driver joins.
+    // A ready preload stays ready when a node without a driver joins.
     cluster.join("two");
     wait_until("it has its object", || {
         cluster.api.get(Kind::NodeArtifacts, "", "two")["metadata"].is_object()
     });
     assert_eq!(cluster.status("good")["desired"], 1);
     cluster.api.delete(Kind::Node, "", "two");
-    // What the schema does not let pass.
+    // Objects that the schema refuses.
     for spec in [
         json!({}),
         json!({"reference": ""}),
@@ -341,7 +341,7 @@ fn what_is_wrong_is_said_and_the_rest_goes_on() {
         let object = json!({"kind": "ArtifactPreload", "metadata": metadata, "spec": spec});
         assert!(cluster.api.try_apply(object).is_err(), "{spec}");
     }
-    // Deleted in the middle, or mended.
+    // Deleted during the pull, or corrected.
     for name in ["gone", "nonsense", "unreachable", "nowhere", "index", "platform"] {
         cluster.api.delete(Kind::Preload, NAMESPACE, name);
     }
@@ -363,7 +363,7 @@ fn an_index_in_an_index_is_preloaded_for_its_platforms() {
     let mut inner = descriptor(OCI_MANIFEST, image.manifest().json().to_string().as_bytes());
     let architecture = format!("linux/{}", node_architecture());
     inner["platform"] = json!({"os": "linux", "architecture": node_architecture()});
-    // As `crane index append --flatten=false` makes it, and one that says what the inner one is for.
+    // An index as `crane index append --flatten=false` creates it, and one that names the platform of the inner one.
     for (tag, named) in [("unnamed", false), ("named", true)] {
         let bytes = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [inner]});
         push_index(registry(), &repository, "inner", std::slice::from_ref(&inner));
@@ -383,7 +383,7 @@ fn an_index_in_an_index_is_preloaded_for_its_platforms() {
     }
 }
 
-/// An index that has nothing for the nodes of this machine.
+/// Pushes an index without an entry for the nodes of this machine.
 fn index_of_another_platform(cluster: &Cluster) -> String {
     let repository = unique("index");
     let other = if node_architecture() == "amd64" { "arm64" } else { "amd64" };
@@ -398,7 +398,7 @@ fn index_of_another_platform(cluster: &Cluster) -> String {
     cluster.reference(&format!("{repository}:v1"))
 }
 
-/// An artifact of one file of so many MiB that do not get fewer.
+/// Pushes an artifact of one file of this many MiB that do not compress.
 fn large(cluster: &Cluster, mebibytes: usize) -> String {
     let repository = unique("large");
     let layer = Layer::titled("file", noise(mebibytes << 20, mebibytes as u64));
@@ -421,7 +421,7 @@ fn a_node_whose_disk_is_too_small_is_not_asked_and_goes_on_by_itself_when_it_gro
     cluster.drivers.push(full.start());
     cluster.start_node("roomy");
     let reference = large(&cluster, 30);
-    // With one place, which the node that can never hold it does not take.
+    // With a parallelism of one, which the node that can never hold it does not use up.
     cluster.preload("large", json!({"reference": reference, "parallelism": 1}));
     cluster.wait_for("large", "NodesFailed");
     let status = cluster.status("large");
@@ -460,7 +460,7 @@ fn a_namespace_holds_no_more_than_its_quota_and_is_told_so() {
     assert!(message.contains("the namespace team") && message.contains("4.0 MiB"), "{message}");
     assert_eq!(cluster.condition("second", "Stalled")["status"], "True");
     assert_eq!(cluster.pins("one").len(), 1);
-    // Without a pin it is cached content as any other.
+    // Without a pin it is cached content like any other.
     cluster.preload("second", json!({"reference": second, "pin": false}));
     cluster.wait_for("second", "Ready");
 
@@ -484,7 +484,7 @@ fn a_node_that_is_full_is_named_and_pods_are_served_without_an_api_server() {
     );
     cluster.drivers.push(full.start());
     cluster.start_node("roomy");
-    // Each would fit, and both do not.
+    // Each would fit alone, but not both.
     let (first, second) = (large(&cluster, 3), large(&cluster, 2));
     cluster.preload("first", json!({"reference": first}));
     cluster.wait_for("first", "Ready");

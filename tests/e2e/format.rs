@@ -1,4 +1,4 @@
-//! The format on disk, as `docs/on-disk-format.md` describes it, written by hand and served by the driver.
+//! Tests the format on disk, as `docs/on-disk-format.md` describes it, written by hand and served by the driver.
 
 use std::{
     fs,
@@ -20,13 +20,13 @@ use crate::support::{
 
 const REPOSITORY: &str = "registry.invalid/team/by-hand";
 
-/// A list of texts, each with its length before it.
+/// Returns the key of a list of texts, each preceded by its length.
 fn key(parts: &[&str]) -> String {
     let parts: Vec<_> = parts.iter().map(|part| format!("{}:{part},", part.len())).collect();
     hexadecimal_sha256(parts.concat().as_bytes())
 }
 
-/// A state directory that no driver has written.
+/// A state directory that was written without a driver.
 struct ByHand(PathBuf);
 
 impl ByHand {
@@ -37,7 +37,7 @@ impl ByHand {
         path
     }
 
-    /// Read-only for everybody, as content is; its time is 1970.
+    /// Writes read-only content; its time is 1970.
     fn content(&self, path: &str, content: &[u8]) -> PathBuf {
         let path = self.put(path, content);
         let file = fs::File::open(&path).expect("a file");
@@ -46,7 +46,7 @@ impl ByHand {
         path
     }
 
-    /// A manifest, what the tag means, and that anybody may read it.
+    /// Writes a manifest, the resolution of the tag, and the proof of anonymous access.
     fn manifest(&self, tag: &str, manifest: &Value) -> String {
         let bytes = manifest.to_string();
         let digest = hexadecimal_sha256(bytes.as_bytes());
@@ -68,7 +68,7 @@ impl ByHand {
         self.put(&format!("access/{}/{name}.json", key(&[REPOSITORY])), proof.to_string());
     }
 
-    /// A tree of files, which are linked from an object.
+    /// Writes a tree of files, which are linked from an object.
     fn tree(
         &self,
         manifest: &str,
@@ -85,7 +85,7 @@ impl ByHand {
             fs::hard_link(file, &path).expect("a link");
             bytes += file.metadata().expect("the file").len();
         }
-        // Folders that no archive has named are of 1970.
+        // The directories that no archive has named have a time of 1970.
         let root = self.0.join(format!("trees/{tree}/1/root"));
         for (_, shown) in files {
             for folder in root.join(shown).ancestors().skip(1) {
@@ -110,7 +110,7 @@ impl ByHand {
     }
 }
 
-/// One artifact of a titled file, and one of an archive.
+/// Writes one artifact of a titled file, and one of an archive.
 fn write(state: &Path, format: &str) {
     let state = ByHand(state.to_owned());
     state.put("format", format);
@@ -139,7 +139,7 @@ fn write(state: &Path, format: &str) {
         data,
         ..Entry::default()
     };
-    // As version 0.1 began, and as it goes on.
+    // The format of version 0.1 at its start, and the current one.
     let entries = [
         Entry { sha256: sha2::Sha256::digest(text).to_vec(), ..entry("two.txt", text, 0) },
         Entry {
@@ -183,7 +183,7 @@ fn serve(format: &str) {
     write(&options.state, format);
     let driver = options.start();
     let (kubelet, admin) = (driver.kubelet(), Admin::at(&endpoint));
-    // Nobody answers at this registry: what is shown is what lies there.
+    // The registry does not respond: the content comes from the store.
     for (tag, name, content) in [
         ("file", "notes/one.txt", "a file by hand\n"),
         ("archive", "two.txt", "of an archive by hand\n"),
@@ -214,7 +214,7 @@ fn a_format_of_another_version_stops_publishing_and_never_unpublishing() {
         let driver = options.start();
         let message = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);
         assert!(message.contains("format"), "{message}");
-        // What is mounted stays, is found again, and goes when it is asked to.
+        // A mounted volume stays, is found again, and its unpublish succeeds.
         kubelet.publish_well(&volume);
         kubelet.unpublish(&kubelet.new_volume(&reference));
         assert_eq!(fs::read(&format).expect("the format"), unknown, "it is left as it is");

@@ -1,4 +1,4 @@
-//! The identity service, and what the node service says of itself.
+//! Tests the identity service, and the capabilities of the node service.
 
 use csi_driver_oci::proto::csi::v1::{
     GetPluginCapabilitiesRequest, GetPluginInfoRequest, NodeExpandVolumeRequest,

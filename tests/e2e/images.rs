@@ -1,4 +1,4 @@
-//! Ordinary images, compared with what umoci and containerd unpack of them.
+//! Compares ordinary images with the unpacking of umoci and containerd.
 
 use std::{
     fs,
@@ -15,8 +15,7 @@ use crate::support::{
     push_index, put_json, registry, run, tool, umoci_unpack, unique, zstandard,
 };
 
-/// Mounts the image and compares all of it, links and times included, with the unpacking of umoci and
-/// of containerd.
+/// Mounts the image and compares all of it, links and times included, with the unpacking of umoci and of containerd.
 #[track_caller]
 fn same_as_others(node: &Node, name: &str) -> Tree {
     let at_registry = format!("{}/{name}", registry().host());
@@ -33,7 +32,7 @@ fn same_as_others(node: &Node, name: &str) -> Tree {
         }
         tree
     };
-    // Folders that a layer only passes through have whatever time they were made at.
+    // Directories that a layer only passes through have the time of their creation.
     let times = |mut tree: Tree| {
         for entry in tree.entries.values_mut() {
             if entry.kind == Kind::Folder {
@@ -138,13 +137,13 @@ fn upper_layers_remove_replace_and_pass_through_links_as_umoci_does() {
     assert_eq!(tree.entry("linked").same_file_as.as_deref(), Some("hard"));
 }
 
-/// Archives a folder's content with GNU tar.
+/// Archives a directory's content with GNU tar.
 #[track_caller]
 fn tar_of(folder: &Path, arguments: &[&str]) -> Vec<u8> {
     tar_by("tar", folder, arguments)
 }
 
-/// Archives a folder's content with this program.
+/// Archives a directory's content with this program.
 #[track_caller]
 fn tar_by(program: &str, folder: &Path, arguments: &[&str]) -> Vec<u8> {
     let archive = folder.with_extension("tar");
@@ -161,7 +160,7 @@ fn absolute_names_are_rooted_as_others_do_it() {
         fs::write(folder.join(name), text).expect("a file");
     }
     fs::hard_link(folder.join("app/lib/a"), folder.join("app/z")).expect("a link");
-    // The flag leaves the targets of symbolic links as they are; those of hard links are rooted, too.
+    // The flag leaves the targets of symbolic links as they are; those of hard links are rooted as well.
     let rooted = ["-P", "--transform", "s,^,/,S", "app"];
     let lower = tar_of(&folder, &rooted);
     let upper = Tar::new()
@@ -307,7 +306,7 @@ fn sparse_files_of_every_form_are_expanded_as_others_do_it() {
         let name = format!("{}:v1", unique("sparse"));
         let (repository, _) = name.split_once(':').expect("a tag");
         Image::new().layer(archive).push(registry(), repository, "v1");
-        // Neither umoci nor containerd takes the type of the old form, which Go's reader expands.
+        // Neither umoci nor containerd reads the old form, which Go's reader expands.
         let tree = if program == "bsdtar" || form[1].contains("pax") {
             same_as_others(&node, &name)
         } else {
@@ -326,7 +325,7 @@ fn a_whiteout_hides_lower_layers_only() {
     let node = Node::start();
     let repository = unique("whiteout");
     let lower = Tar::new().folder("d", 0o755).file("d/f", 0o644, "lower");
-    // In either order within one layer, what the layer itself brings stays.
+    // In either order within one layer, the layer's own entries stay.
     let upper =
         Tar::new().folder("d", 0o755).file("d/f", 0o644, "upper").file("d/.wh..wh..opq", 0o000, "");
     Image::new().layer(lower.finish()).layer(upper.finish()).push(registry(), &repository, "v1");
@@ -427,7 +426,7 @@ fn a_private_file_is_readable_by_a_pod_that_is_not_root_unless_preserved() {
     let (readable, _) = node.mount(&reference);
     let (preserved, _) =
         node.mount_with(&reference, |volume| volume.attribute("permissions", "Preserve"));
-    // Another user's view, through a mount of its own, as a container has it.
+    // The view of another user, through a mount of its own, as in a container.
     let read = |target: &std::path::Path| {
         let own = node.sandbox.folder("container");
         let bound = nix::mount::MsFlags::MS_BIND;
@@ -446,7 +445,7 @@ fn a_private_file_is_readable_by_a_pod_that_is_not_root_unless_preserved() {
     assert!(!read(preserved.target()).status.success());
 }
 
-/// Lets other users pass through the sandbox's own folder.
+/// Lets other users traverse the sandbox's directory.
 fn open_the_way(folder: &std::path::Path) {
     fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("the sandbox's mode");
 }
@@ -491,7 +490,7 @@ fn long_names_and_pax_names_are_whole() {
 fn names_may_start_at_the_current_folder() {
     let node = Node::start();
     let repository = unique("dot");
-    // As `tar -c .` writes them, the root's own entry included.
+    // As written by `tar -c .`, the root's own entry included.
     let archive = Tar::new()
         .folder("./", 0o700)
         .folder("./d", 0o755)
@@ -537,7 +536,7 @@ fn an_images_configuration_that_is_no_json_is_internal_and_tells_why() {
     assert!(!message.contains("secret"), "{message}");
 }
 
-/// The level of amd64 that this machine has, as `ld.so` would take it.
+/// Returns the level of amd64 that this machine has, as `ld.so` determines it.
 fn level() -> usize {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").expect("the processor");
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
@@ -599,7 +598,7 @@ fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
         "mediaType": OCI_INDEX, "digest": digest, "size": 5,
         "platform": {"os": "linux", "architecture": "s390x"},
     });
-    // The first has no index in it, and the last of these four below each other.
+    // The first contains no index, and the last four nested ones.
     for depth in 0..=5 {
         let index =
             json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [other, inner]});

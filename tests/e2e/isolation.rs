@@ -1,4 +1,4 @@
-//! What one has, another does not get by knowing its digest.
+//! Tests that knowing a digest gives no access to content of others.
 
 use std::fs;
 
@@ -15,13 +15,13 @@ fn naming_anothers_blob_in_a_manifest_of_ones_own_gets_nothing() {
     let manifest = Manifest::artifact([Layer::titled("secret", SECRET)]);
     manifest.push(registry(), &repository, "v1");
     let (owner, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
-    // The same manifest on a registry of the attacker's, who knows the digest and not the content.
+    // The same manifest on a registry of the attacker, which knows the digest and not the content.
     let attacker = FakeRegistry::new();
     attacker.put_json("v1", &manifest.json());
     let volume = node.kubelet.new_volume(&attacker.reference("v1"));
     node.kubelet.publish_badly(&volume, Code::NotFound);
     volume.assert_nothing_left();
-    // Nor with a promise that it has it.
+    // Nor with a promise to have it.
     let blob = format!("/blobs/{}", digest(SECRET));
     attacker.put_lying_blob(&digest(SECRET), vec![b'x'; SECRET.len()]);
     node.kubelet.publish_badly(&volume, Code::Internal);
@@ -36,7 +36,7 @@ fn naming_a_blob_of_another_repository_of_the_same_registry_gets_nothing() {
     let registry = FakeRegistry::new();
     let manifest = Manifest::artifact([Layer::titled("secret", SECRET)]);
     manifest.push(&registry, "owner", "v1");
-    // A registry answers per repository; this one has the blob in one of them alone.
+    // A registry decides for each repository; this one has the blob in one of them alone.
     let of_owner = registry.reference("v1").replace("/hostile:", "/owner:");
     let (owner, _) = node.mount(&of_owner);
     let blob = digest(SECRET);
@@ -102,7 +102,7 @@ fn a_yes_to_a_digest_does_not_open_what_another_registry_sent_inline() {
     let manifest = Manifest::artifact([Layer::titled("secret", SECRET).inline()]);
     let pinned = manifest.push(&first, "hostile", "v1");
     let (owner, _) = node.mount(&first.reference("v1"));
-    // Says yes to every HEAD, and has nothing to send.
+    // Confirms every HEAD request, and has nothing to send.
     let attacker = FakeRegistry::new();
     attacker
         .script(|request| (request.method == "HEAD").then(|| crate::support::Answer::status(200)));
@@ -125,7 +125,7 @@ fn a_registry_that_lies_fails_its_own_pods_and_no_others() {
     let honest = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
     let lied_to: Vec<_> = (0..4).map(|_| node.kubelet.new_volume(&liar.reference("v1"))).collect();
     std::thread::scope(|scope| {
-        // They want the same content at once, from both registries, whoever comes first.
+        // They need the same content at once, from both registries, in any order.
         for volume in &lied_to {
             scope.spawn(|| node.kubelet.publish_badly(volume, Code::Internal));
         }

@@ -1,7 +1,7 @@
-//! Random layers with every kind of archive entry, compared with the result of containerd.
+//! Compares random layers with every kind of archive entry with the result of containerd.
 //!
-//! `LAYERED_IMAGES=1000 make test ARGUMENTS='--test e2e -- layered_images::'` compares so many, and
-//! `LAYERED_IMAGES_SEED` others.
+//! `LAYERED_IMAGES=1000 make test ARGUMENTS='--test e2e -- layered_images::'` sets their number, and
+//! `LAYERED_IMAGES_SEED` the seed.
 
 use std::{cell::Cell, fmt};
 
@@ -15,16 +15,16 @@ use proptest::{
 
 use crate::support::{Containerd, Image, Kind, Node, Tar, Tree, registry, unique};
 
-/// Images that every run compares: about half a minute.
+/// The number of images that every run compares: about half a minute.
 const IMAGES: u32 = 60;
 
 /// One entry of a layer.
 #[derive(Clone)]
 struct Entry {
-    /// As it is written.
+    /// The name as it is written.
     name: String,
     what: What,
-    /// Extended headers that change how the entry is written, and not what it means.
+    /// Extended headers that change the form of the entry, and not its meaning.
     style: Style,
 }
 
@@ -42,7 +42,7 @@ enum What {
     SymbolicLink {
         target: String,
     },
-    /// A link to one of the files before it, or to `target` where there is none.
+    /// A link to one of the files before it, or to `target` if there is none.
     HardLink {
         earlier: Option<Index>,
         target: String,
@@ -74,7 +74,7 @@ impl fmt::Debug for Entry {
     }
 }
 
-/// Ways to write one name.
+/// Generates spellings of one name.
 fn spelled(name: impl Strategy<Value = String>) -> impl Strategy<Value = String> {
     let prefix = select(vec!["", "", "", "./", "/", "//", "././/"]);
     (prefix, name, any::<u8>()).prop_map(|(prefix, name, odd)| {
@@ -84,7 +84,7 @@ fn spelled(name: impl Strategy<Value = String>) -> impl Strategy<Value = String>
     })
 }
 
-/// Most names of folders have folders or links to folders, so that most images can be unpacked.
+/// Generates names of directories. Most have directories or links to directories, so that most images can be unpacked.
 fn folder() -> impl Strategy<Value = String> {
     let names = vec![
         "d",
@@ -191,7 +191,7 @@ fn mark() -> impl Strategy<Value = Entry> {
 fn image() -> impl Strategy<Value = Vec<RandomLayer>> {
     let bottom = vec(entry(), 3..12).prop_map(|entries| RandomLayer { marks: Vec::new(), entries });
     let upper = (vec(mark(), 0..4), vec(entry(), 0..8)).prop_map(|(mut marks, entries)| {
-        // Nothing is marked in a folder that a later mark hides.
+        // No mark is in a directory that a later mark hides.
         marks.sort_by_key(|mark| {
             mark.name.split('/').filter(|name| !["", "."].contains(name)).count()
         });
@@ -270,7 +270,7 @@ fn may_only_containerd_refuse(error: &str, layers: &[RandomLayer]) -> bool {
     error.contains(": link ") || layers.iter().any(replaces_a_folder)
 }
 
-/// Returns what a volume shows of an image that containerd unpacks to this tree.
+/// Returns the content that a volume shows of an image that containerd unpacks to this tree.
 fn promised(mut tree: Tree, layers: &[RandomLayer]) -> Tree {
     let mut entries = layers.iter().flat_map(|layer| &layer.entries);
     // containerd gives a file the mode of its last link, the driver that of the file's own entry.
@@ -278,7 +278,7 @@ fn promised(mut tree: Tree, layers: &[RandomLayer]) -> Tree {
     for entry in tree.entries.values_mut() {
         entry.mode &= 0o777;
         match entry.kind {
-            // Those that no entry names have the time when they were made.
+            // Directories without an entry have the time of their creation.
             Kind::Folder => entry.modified = 0,
             _ if has_links => (entry.mode, entry.owner, entry.modified) = (0, (0, 0), 0),
             _ => {}

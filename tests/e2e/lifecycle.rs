@@ -1,4 +1,4 @@
-//! Publish, unpublish and stats of good volumes, in every order and at every point of failure.
+//! Tests publish, unpublish and stats of good volumes, in every order and at every point of failure.
 
 use std::{fs, os::unix::fs::symlink, path::Path};
 
@@ -149,7 +149,7 @@ fn a_symbolic_link_at_the_target_is_never_followed() {
     let published = node.kubelet.publish_request(volume.request.clone());
     assert!(published.is_err());
     assert_eq!(mounts_at(&elsewhere), []);
-    // It is not ours to remove either, but an unpublish must not hang the pod.
+    // The driver must not remove it, but an unpublish must not hang the pod.
     let _ = node.kubelet.unpublish_request(&volume.request.volume_id, &volume.request.target_path);
     assert!(elsewhere.exists());
 }
@@ -158,7 +158,7 @@ fn a_symbolic_link_at_the_target_is_never_followed() {
 fn mounts_of_ours_on_top_of_each_other_are_all_undone() {
     let node = Node::start();
     let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
-    // As an older driver, or a lost mount table entry, could leave it.
+    // A state that an older driver, or a lost mount table entry, could leave.
     for _ in 0..3 {
         bind(volume.target(), volume.target());
     }
@@ -244,7 +244,7 @@ fn stats_tell_what_the_volume_holds() {
         stats(&node, &volume.request.volume_id, &volume.request.target_path).expect("stats");
     assert!(answer.usage.iter().any(|usage| usage.unit() == Unit::Bytes && usage.used >= 150_000));
     assert!(answer.usage.iter().any(|usage| usage.unit() == Unit::Inodes && usage.used >= 3));
-    // Alerts about volumes that fill up compare these two: they are the filesystem's.
+    // Alerts about volumes that fill up compare these two values: they are the filesystem's.
     for usage in &answer.usage {
         assert!(usage.available > 0, "{usage:?}");
         assert!(usage.total >= usage.used + usage.available, "{usage:?}");

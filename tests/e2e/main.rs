@@ -1,4 +1,4 @@
-//! The driver as users meet it: the real binary, a real registry, real mounts, and a kubelet's calls.
+//! Tests the driver from a user's view: the real binary, a real registry, real mounts, and a kubelet's calls.
 #![allow(missing_docs, unreachable_pub, reason = "a test binary has no readers of its interface")]
 #![allow(
     clippy::missing_panics_doc,

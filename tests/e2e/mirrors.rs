@@ -1,4 +1,4 @@
-//! Mirrors by containerd's `hosts.toml`: who is asked, in which order, with what.
+//! Tests mirrors by containerd's `hosts.toml`: which hosts are asked, in which order, with which requests.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use crate::support::{
     RegistryKind, Volume, digest, noise, private_registry, registry, small_artifact, unique,
 };
 
-/// A mirror, and a registry behind it that nobody can reach.
+/// Configures a mirror of a registry that is unreachable.
 fn only_mirror(node: &Node, mirror: &str) -> &'static str {
     let text = format!("server = \"{mirror}\"\n");
     node.hosts_toml("registry.invalid", &text);
@@ -35,7 +35,7 @@ fn a_mirror_that_fails_in_any_way_is_passed_over() {
         "return 401;",
         "return 403;",
         "return 400;",
-        // The connection is closed without an answer.
+        // The connection is closed without a response.
         "return 444;",
         "return 200 'not what was asked for';",
         "return 302 http://169.254.169.254/latest;",
@@ -50,7 +50,7 @@ fn a_mirror_that_fails_in_any_way_is_passed_over() {
         assert_eq!(volume.text("file.txt"), artifact.content, "{answer}");
         node.kubelet.unpublish(&volume);
     }
-    // Nobody listens.
+    // No process listens there.
     let artifact = small_artifact();
     node.hosts_toml(&node.proxy.host(), &host("http://127.0.0.1:1", ALL));
     let (volume, _) = node.mount(&node.proxy.reference(&artifact.name));
@@ -75,7 +75,7 @@ fn a_mirror_that_has_it_is_enough_and_the_registry_says_only_who_may_have_it() {
     node.kubelet.unpublish(&volume);
 }
 
-/// A registry that wants a password, and a mirror that gives what it has to everyone, as Spegel does.
+/// A registry that requires a password, and a mirror that serves its content to every client, like Spegel.
 struct OpenMirror {
     mirror: FakeRegistry,
     proxy: Proxy,
@@ -134,14 +134,14 @@ fn a_mirror_that_asks_for_no_credential_opens_nothing_that_the_registry_refuses(
     node.kubelet.publish_well(&owner);
     assert_eq!(open.proxy.fetches("/blobs/"), 0, "the mirror is good enough for content");
     refused(Code::Unauthenticated);
-    // What was proven goes on while nobody can be asked, and nothing else is.
+    // Proven access remains while no host can be asked, and nothing else does.
     open.proxy.go_down();
     node.kubelet.publish_well(&open.volume(&node, Some(PASSWORD)));
     refused(Code::Unavailable);
     node.kubelet.unpublish(&owner);
 }
 
-/// The registry was asked by its owner alone, before it went down.
+/// Only the repository's owner used the registry before it went down.
 #[test]
 fn a_private_repository_is_known_as_private_while_its_registry_is_down() {
     let node = Node::start_with_hosts("");
@@ -164,7 +164,7 @@ fn what_a_mirror_has_proven_is_forgotten_with_the_mirror() {
     let (name, reference) = ("registry.invalid", "registry.invalid/team/any:v1");
     let configure = || node.hosts_toml(name, &host(&format!("http://{}", mirror.host()), ALL));
     configure();
-    // Nobody can ask the registry itself: the mirror's word counts.
+    // The registry itself is unreachable: the mirror's response counts.
     let (first, _) = node.mount(reference);
     let before = mirror.requests().len();
     let (second, _) = node.mount(reference);
@@ -174,7 +174,7 @@ fn what_a_mirror_has_proven_is_forgotten_with_the_mirror() {
     let never = node.kubelet.new_volume(reference).attribute("pullPolicy", "Never");
     node.kubelet.publish_badly(&never, Code::NotFound);
     node.kubelet.publish_badly(&node.kubelet.new_volume(reference), Code::Unavailable);
-    // When it is back it has to say so again.
+    // When it is back it has to confirm access again.
     configure();
     mirror.script(|_| Some(Answer::status(503)));
     node.kubelet.publish_badly(&never, Code::NotFound);
@@ -205,7 +205,7 @@ fn what_the_registry_itself_has_proven_is_lost_by_no_change_of_mirrors() {
     }
 }
 
-/// Proofs of a version that did not say who gave them.
+/// Proofs of a version that did not record the host of the proof.
 #[test]
 fn proofs_of_an_earlier_version_count_as_the_registrys_own() {
     let node = Node::start_with_hosts("");
@@ -266,7 +266,7 @@ fn capabilities_order_and_default_folder_are_containerds() {
     node.kubelet.unpublish(&volume);
 }
 
-/// Spegel: plain http on the node, `?ns=` with every request, tags and digests, no credentials.
+/// Spegel: plain HTTP on the node, `?ns=` with every request, tags and digests, no credentials.
 #[test]
 fn spegel_is_asked_as_it_wants_to_be_asked() {
     let node = Node::start_with_hosts("");
@@ -404,7 +404,7 @@ fn a_mirror_that_breaks_off_is_passed_by() {
     }
 }
 
-/// Both have the same part of it, and no way to be asked for the rest.
+/// Both have the same part of it, and do not support requests for the rest.
 #[test]
 fn mirrors_that_have_a_part_of_a_blob_keep_nobody_from_the_registry() {
     let node = Node::start_with_hosts("");
@@ -435,7 +435,7 @@ fn mirrors_that_have_a_part_of_a_blob_keep_nobody_from_the_registry() {
     node.kubelet.unpublish(&volume);
 }
 
-/// What somebody's own registry sends of a well-known blob is no word about the mirrors of another.
+/// Bytes of a well-known blob from an author's own registry prove nothing about the mirrors of another.
 #[test]
 fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
     let node = Node::start_with_hosts("");
@@ -458,7 +458,7 @@ fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
 #[test]
 fn a_mirror_that_never_connects_is_given_up_after_its_dial_timeout() {
     let node = Node::start_with_hosts("");
-    // Takes connections and never says a word: a handshake without an end.
+    // Accepts connections and never sends a byte: a handshake without an end.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = silent.local_addr().expect("an address");
     let artifact = small_artifact();
@@ -480,7 +480,7 @@ fn a_hosts_own_proxy_is_used_for_it_alone() {
     let text = format!("server = \"http://behind.example\"\nproxy = \"{}\"\n", proxy.url());
     node.hosts_toml("behind.example", &text);
     let artifact = small_artifact();
-    // Nobody but the proxy knows this name.
+    // Only the proxy knows this name.
     let (volume, _) = node.mount(&format!("behind.example/{}", artifact.name));
     assert_eq!(volume.text("file.txt"), artifact.content);
     node.kubelet.unpublish(&volume);

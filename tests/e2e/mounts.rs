@@ -1,4 +1,4 @@
-//! What a pod can and cannot do in its volume, on every filesystem of the node.
+//! Tests what a pod can and cannot do in its volume, on every filesystem of the node.
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
@@ -36,7 +36,7 @@ fn assert_read_only<T>(result: io::Result<T>) {
     assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{error}");
 }
 
-/// Mounts, runs, unmounts: with the state at this place.
+/// Mounts, runs and unmounts with the state at this place.
 #[track_caller]
 fn works_with_state_at(place: impl FnOnce(&Node) -> std::path::PathBuf) {
     let mut node = Node::start();
@@ -175,7 +175,7 @@ fn the_kubelets_folder_may_be_another_filesystem_that_is_shared() {
     node.kubelet.unpublish(&volume);
 }
 
-/// What a killed driver left in a folder that is about to be covered.
+/// Removes the sockets of a killed driver from a directory that is about to be covered.
 fn remove_sockets(options: &DriverOptions) {
     let _ = fs::remove_file(&options.socket);
     let _ = fs::remove_file(options.registration_socket());
@@ -188,7 +188,7 @@ fn a_pod_in_a_user_namespace_can_have_the_volume_idmapped() {
         volume.request.readonly = true;
         volume
     });
-    // As the container runtime does for `hostUsers: false`: a copy of the mount with shifted owners.
+    // The container runtime does this for `hostUsers: false`: a copy of the mount with shifted owners.
     let mapped = node.sandbox.folder("mapped");
     mount_with_shifted_owners(volume.target(), &mapped, 100_000);
     let owner = |path: &Path| {
@@ -215,7 +215,7 @@ fn pods_that_share_content_do_not_share_their_mount() {
     assert_eq!(mounts_at(other.target()), []);
 }
 
-/// Mounts something inside of a volume, with the state on a shared mount.
+/// Mounts something inside a volume, with the state on a shared mount.
 #[track_caller]
 fn shares_no_mounts_with_others(argument: &[&str]) {
     let mut node = Node::start_with(|_, options| {
@@ -284,7 +284,7 @@ fn kernels_without_detached_mounts_get_the_same_volume() {
     for option in ["ro", "nosuid", "nodev"] {
         assert!(table[0].options.iter().any(|found| found == option), "{option}");
     }
-    // At once, since they take turns at one staging folder.
+    // At once, since they use one staging directory in turns.
     let volumes: Vec<_> = (0..8).map(|_| node.kubelet.new_volume(&reference)).collect();
     std::thread::scope(|scope| {
         for volume in &volumes {

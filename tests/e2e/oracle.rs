@@ -1,4 +1,4 @@
-//! What a pod may learn about content of others: nothing, whether it is cached or not.
+//! Tests that a pod learns nothing about content of others, whether it is cached or not.
 
 use serde_json::{Value, json};
 use tonic::Code;
@@ -10,7 +10,7 @@ use crate::support::{
 
 const SECRET: &[u8] = b"what only its owner's repository holds";
 
-/// What a pod sees and what its registry sees, without what differs between any two of them.
+/// The observations of a pod and of its registry, without the parts that differ between any two of them.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     code: Option<Code>,
@@ -18,7 +18,7 @@ struct Seen {
     requests: Vec<String>,
 }
 
-/// Publishes and tells what is seen of it; `names` stand for the same thing in what is compared.
+/// Publishes and returns the observations. `names` are replaced by one name for the comparison.
 fn seen(node: &Node, volume: &Volume, registry: Option<&FakeRegistry>, names: &[&str]) -> Seen {
     let answer = node.kubelet.publish(volume);
     let plain = |text: &str| {
@@ -34,7 +34,7 @@ fn seen(node: &Node, volume: &Volume, registry: Option<&FakeRegistry>, names: &[
             plain(&format!("{} {} {range}", request.method, request.path))
         })
         .collect();
-    // Of the attacker's own layers it is a matter of time whether they are asked for before the first refusal.
+    // Timing decides whether the attacker's own layers are requested before the first refusal.
     requests.retain(|request| request.contains('<') || request.contains("/manifests/"));
     requests.sort();
     let (code, message) = match answer {
@@ -44,11 +44,11 @@ fn seen(node: &Node, volume: &Volume, registry: Option<&FakeRegistry>, names: &[
     Seen { code, message, requests }
 }
 
-/// An attacker's manifest, made of the digest and the size of a layer that he does not have.
+/// A manifest of an attacker, with the digest and the size of a layer that the attacker does not have.
 type Forged = fn(&FakeRegistry, &str, usize) -> Value;
 
 fn image(registry: &FakeRegistry, layers: &[Value]) -> Value {
-    // A configuration that is the attacker's own.
+    // A configuration of the attacker.
     let mut manifest = Image::new().manifest().json();
     registry.put_blob(Image::new().manifest().config.bytes);
     manifest["layers"] = json!(layers);
@@ -74,7 +74,7 @@ fn titled(digest: &str, size: usize) -> Value {
     manifest
 }
 
-/// All ways to name it, with the `include` of the volume.
+/// All ways to name the layer, with the `include` of the volume.
 const FORGED: [(&str, Forged, &str); 11] = [
     ("right size", |registry, digest, size| image(registry, &[layer(digest, size)]), ""),
     ("too long", |registry, digest, size| image(registry, &[layer(digest, size + 1)]), ""),
@@ -137,7 +137,7 @@ impl Victim {
         push: impl Fn(&Manifest, &str) -> String,
     ) -> Self {
         let archive = Tar::new().folder("dir", 0o755).file("dir/secret", 0o644, SECRET).finish();
-        // Of another platform, which its reader says, so that its configuration says something.
+        // Of another platform, which its reader reports, so that its configuration has content.
         let image = Image::new().platform("linux", "s390x").layer(archive).manifest();
         let file = Manifest::artifact([Layer::titled("secret", noise(5000, 71))]);
         let (image_name, file_name) = (unique("victim"), unique("victim"));
@@ -202,7 +202,7 @@ fn whether_another_repositorys_layer_is_cached_cannot_be_told_at_the_same_regist
         |name| of(&format!("owner:{name}")),
         |manifest, name| manifest.push(&shared, "owner", name),
     );
-    // A registry answers per repository.
+    // A registry decides for each repository.
     let private = [&victim.layer.0, &victim.file.0, &victim.config.0].map(Clone::clone);
     shared.script(move |request| {
         let is_private = private.iter().any(|blob| request.path.ends_with(blob));
@@ -224,7 +224,7 @@ fn whether_another_repositorys_layer_is_cached_cannot_be_told_at_the_same_regist
     }
 }
 
-/// The tree is there, made of the very same manifest.
+/// The store has a tree of the very same manifest.
 #[test]
 fn a_tree_of_the_same_manifest_needs_the_proof_too() {
     let node = Node::start();
@@ -249,7 +249,7 @@ fn a_tree_of_the_same_manifest_needs_the_proof_too() {
             manifest["config"]["size"] = json!(config.len());
             attacker.put_blob(config);
         } else {
-            // He knows all but the layer.
+            // The attacker knows all but the layer.
             let archive =
                 Tar::new().folder("dir", 0o755).file("dir/secret", 0o644, SECRET).finish();
             let image = Image::new().platform("linux", "s390x").layer(archive).manifest();
@@ -266,7 +266,7 @@ fn a_tree_of_the_same_manifest_needs_the_proof_too() {
     assert_eq!(told, expected);
 }
 
-/// Nor does the node tell which manifest an index of others means.
+/// The node does not disclose either which manifest an index of others resolves to.
 #[test]
 fn a_kept_manifest_of_others_is_asked_for_as_if_it_were_not_here() {
     let node = Node::start();
@@ -298,8 +298,7 @@ fn a_kept_manifest_of_others_is_asked_for_as_if_it_were_not_here() {
     }
 }
 
-/// A pod that shows no credential, or a wrong one, learns neither that the tag is cached nor what it
-/// means.
+/// A pod with no credential, or a wrong one, learns neither that the tag is cached nor its digest.
 #[test]
 fn a_private_reference_of_others_is_refused_in_the_same_words_whether_it_is_cached_or_not() {
     const USER: &str = "owner";
@@ -346,7 +345,7 @@ fn a_private_reference_of_others_is_refused_in_the_same_words_whether_it_is_cach
     assert_eq!(told, expected);
 }
 
-/// How much room a manifest needs is told, and not what of it is here.
+/// The message has the space that a manifest needs, and not which parts of it are cached.
 #[test]
 fn room_that_is_missing_tells_nothing_of_what_is_cached() {
     let lines = "cache: {maxBytes: 10Mi, minFreePercent: 0, minFreeInodesPercent: 0, \
@@ -357,7 +356,7 @@ fn room_that_is_missing_tells_nothing_of_what_is_cached() {
     let manifest = Manifest::artifact([Layer::titled("secret", content.clone())]);
     manifest.push(registry(), &repository, "v1");
     node.mount(&node.proxy.reference(&format!("{repository}:v1")));
-    // Beside what is cached it does not fit; the first can never fit.
+    // Beside the cached content it does not fit; the first can never fit.
     for (size, answers, code) in [
         (20 << 20, false, Code::ResourceExhausted),
         ((9 << 20) - 8192, false, Code::NotFound),
@@ -370,7 +369,7 @@ fn room_that_is_missing_tells_nothing_of_what_is_cached() {
             manifest["layers"].as_array_mut().expect("layers").push(large);
             manifest["layers"][1]["annotations"]["org.opencontainers.image.title"] = json!("large");
             attacker.put_json("v1", &manifest);
-            // He may say yes to whatever he is asked for.
+            // The attacker may confirm every request.
             attacker.script(move |request| {
                 (answers && request.path.contains("/blobs/")).then(|| Answer::status(200))
             });
@@ -378,12 +377,12 @@ fn room_that_is_missing_tells_nothing_of_what_is_cached() {
             let large = digest(b"large");
             let mut seen =
                 seen(&node, &volume, Some(&attacker), &[&blob, &large, &attacker.host()]);
-            // Which of two refusals comes first is a matter of time.
+            // Timing decides which of two refusals comes first.
             seen.message = seen.message.replace("<1>", "<0>");
             seen
         };
         let blobs = [digest(&content), digest(b"no one has it")];
-        // The first time the attacker's own manifests take room.
+        // The first time the attacker's own manifests take space.
         let _ = blobs.clone().map(ask);
         let [told, expected] = blobs.map(ask);
         assert_eq!(told.code, Some(code), "{told:?}");
@@ -391,7 +390,7 @@ fn room_that_is_missing_tells_nothing_of_what_is_cached() {
     }
 }
 
-/// The victim's pull of the same manifest is under way: one who may not have it hears so at once.
+/// The victim's pull of the same manifest is running: a pod without access is refused at once.
 #[test]
 fn a_pull_that_is_under_way_is_no_news_for_another_repository() {
     let node = Node::start();
@@ -413,7 +412,7 @@ fn a_pull_that_is_under_way_is_no_news_for_another_repository() {
     node.kubelet.unpublish(&victim);
 }
 
-/// What is wrong with the content of one is told to those of its repository alone.
+/// The failure of a repository's content is reported to pods of that repository alone.
 #[test]
 fn the_failure_of_one_repository_is_not_told_to_another() {
     let node = Node::start();
@@ -428,7 +427,7 @@ fn the_failure_of_one_repository_is_not_told_to_another() {
     attacker.put_blob(manifest.config.bytes.clone());
     let blob = digest(&manifest.layers[0].bytes);
     let asked = || attacker.requests().iter().any(|request| request.path.ends_with(&blob));
-    // He says nothing until the victim has failed.
+    // The registry sends nothing until the victim has failed.
     let (suffix, answer) =
         (blob.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
     let may_answer = std::sync::Arc::clone(&answer);

@@ -1,4 +1,4 @@
-//! Secrets that were planted everywhere come out nowhere.
+//! Tests that secrets, planted in every input, appear in no output.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -19,7 +19,7 @@ const OF_A_PLUGIN: &str = "planted-plugin-password-42bb";
 const OF_A_HEADER: &str = "planted-header-8d8d";
 const IN_A_BODY: &str = "planted-in-a-body-9e9e";
 
-/// All of them, as they are and as `Basic` carries them.
+/// Returns all secrets, in plain form and in that of `Basic` authentication.
 fn planted() -> Vec<String> {
     let encoded = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
     [
@@ -37,7 +37,7 @@ fn planted() -> Vec<String> {
     .collect()
 }
 
-/// A registry with a token server that opens for anything; with `closed`, for nothing.
+/// Starts a registry with a token server that accepts everything; with `closed`, nothing.
 fn registry(closed: bool) -> FakeRegistry {
     let registry = FakeRegistry::new();
     Manifest::artifact([Layer::titled("file", "content")]).push(&registry, "hostile", "v1");
@@ -136,7 +136,7 @@ fn planted_secrets_come_out_nowhere() {
     let broken = broken.secret(".dockerconfigjson", &format!("{{\"auths\": \"{PASSWORD}\"}}"));
     let broken = broken.attribute("pullPolicy", "Always");
     messages.push(node.kubelet.publish_badly(&broken, Code::InvalidArgument));
-    // They were sent where they belong, or this test would prove nothing.
+    // They were sent to their hosts, or this test would prove nothing.
     let sent = |secret: &str| {
         let encoded = base64::engine::general_purpose::STANDARD.encode(format!("someone:{secret}"));
         [&open, &closed].iter().any(|registry| {

@@ -1,4 +1,4 @@
-//! What the administrator lets be mounted, by whom, and how large.
+//! Tests the administrator's rules on artifacts, namespaces and sizes.
 
 use std::fs;
 
@@ -39,7 +39,7 @@ fn rules_say_which_namespaces_may_mount_which_references() {
         let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
         assert!(message.contains("policy") && message.contains(namespace), "{message}");
     }
-    // The registry was not even asked for what is refused.
+    // A refused artifact causes no request to the registry.
     assert_eq!(node.proxy.fetches(&format!("{}/", small_artifact().repository)), 0);
     node.kubelet.unpublish(&allowed);
 }
@@ -63,7 +63,7 @@ fn a_digest_and_a_size_can_be_demanded() {
         node.kubelet.publish_badly(&node.kubelet.new_volume(&too_large), Code::FailedPrecondition);
     assert!(message.contains("maxArtifactBytes"), "{message}");
     assert_eq!(node.proxy.fetches("/blobs/"), 1, "nothing of the large one was fetched");
-    // Cached content is measured by the rule of now.
+    // Cached content is checked by the current rule.
     configure(&node, "policy:\n  rules: []\n");
     let (volume, _) = node.mount(&too_large);
     configure(&node, lines);
@@ -100,7 +100,7 @@ fn a_changed_policy_counts_at_the_next_publish() {
     let (mounted, _) = node.mount(&reference);
     configure(&node, "policy:\n  default: Deny\n");
     node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::FailedPrecondition);
-    // What is mounted stays, also when the kubelet asks again.
+    // A mounted volume stays, also when the kubelet publishes it again.
     node.kubelet.publish_well(&mounted);
     node.kubelet.unpublish(&mounted);
 }

@@ -1,4 +1,4 @@
-//! What a user sees while a pull takes longer than the kubelet waits.
+//! Tests the messages for a user while a pull takes longer than the kubelet waits.
 
 use std::{fs, time::Duration};
 
@@ -8,7 +8,7 @@ use crate::support::{
     Kubelet, Layer, Manifest, Node, Volume, digest, mounts_at, noise, registry, unique,
 };
 
-/// Shorter than a pull that is held back, longer than the driver needs to answer before it.
+/// Shorter than a pull that is held back, longer than the driver needs to respond before it.
 const SHORT_DEADLINE: Duration = Duration::from_secs(8);
 
 #[test]
@@ -57,7 +57,7 @@ fn a_pull_goes_on_when_its_caller_hangs_up() {
     assert_eq!(node.proxy.fetches(&digest(&content)), 1);
 }
 
-/// Calls, waits for the state, and goes away without an answer.
+/// Calls, waits for the state, and hangs up without a response.
 fn hang_up_once(kubelet: &Kubelet, volume: &Volume, mut reached: impl FnMut() -> bool) {
     let request = volume.request.clone();
     let answered = kubelet.node(async |mut client| {

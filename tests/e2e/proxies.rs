@@ -1,4 +1,4 @@
-//! Proxies that the environment names.
+//! Tests proxies of the environment.
 
 use std::{fs, path::Path};
 
@@ -42,7 +42,7 @@ fn the_environments_proxies_are_used_and_no_proxy_is_obeyed() {
             let text = format!("server = \"http://{server}\"\n");
             fs::write(folder.join("hosts.toml"), text).expect("hosts.toml");
         }
-        // Of all these names, only the one that no proxy is for is known here.
+        // Of all these names, only the one without a proxy is known here.
         let (names, none) = (sandbox.path().join("hosts"), None::<&str>);
         fs::write(&names, "127.0.0.1 localhost direct.example\n").expect("the names");
         mount(Some(&names), "/etc/hosts", none, MsFlags::MS_BIND, none).expect("names of its own");
@@ -76,13 +76,13 @@ fn the_environments_proxies_are_used_and_no_proxy_is_obeyed() {
     assert!(!tunnels.is_empty());
     assert!(tunnels.iter().all(|asked| asked == "CONNECT secure.example:443"), "{tunnels:?}");
     assert_eq!(for_http.asked(), asked);
-    // A proxy that cannot go on is not gone around.
+    // A proxy that fails is not bypassed.
     let volume = node.kubelet.new_volume("nowhere.example/team/app:v1");
     node.kubelet.publish_badly(&volume, Code::Unavailable);
     assert!(for_http.asked().iter().any(|asked| asked.ends_with(" nowhere.example:80")));
 }
 
-/// A node with these variables, which knows two names of itself and speaks to them without TLS.
+/// Starts a node with these variables, which knows two names as its own and uses them without TLS.
 fn node_behind(names: &Path, variables: &[(&str, &str)]) -> Node {
     Node::start_with(|sandbox, options| {
         let own = sandbox.path().display();
@@ -104,7 +104,7 @@ fn node_behind(names: &Path, variables: &[(&str, &str)]) -> Node {
 
 #[test]
 fn no_proxy_is_read_as_by_go_and_an_empty_variable_is_an_unset_one() {
-    // Outlives the nodes: what is mounted once more must still be there.
+    // Outlives the nodes, since a later mount still needs it.
     let names = tempfile::NamedTempFile::new_in("/var/tmp").expect("a file");
     let port = registry().address().port();
     for (no_proxy, of_lower, of_upper) in [

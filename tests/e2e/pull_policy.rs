@@ -1,4 +1,4 @@
-//! When the registry is asked, and when it is not.
+//! Tests when the registry is asked, and when it is not.
 
 use tonic::Code;
 
@@ -61,7 +61,7 @@ fn always_follows_a_tag_that_moved() {
         ["first"],
         "a mounted volume never changes"
     );
-    // What Always resolved is what IfNotPresent finds afterwards.
+    // IfNotPresent finds what Always resolved.
     assert_eq!(node.mount(&reference).1.names(), ["second"]);
 }
 
@@ -152,7 +152,7 @@ fn use_cached_is_no_answer_to_a_registry_that_says_no() {
         .attribute("pullPolicy", "Always")
         .attribute("ifUnavailable", "UseCached");
     node.kubelet.publish_badly(&volume, Code::NotFound);
-    // Without asking, the cached content still serves.
+    // Without a request, the cached content still serves.
     node.mount(&reference);
 }
 

@@ -1,7 +1,7 @@
-//! What people see: every command through the real binary, compared with what was recorded.
+//! Tests the output of every command of the real binary against recordings.
 //!
-//! What differs from run to run is made the same: ports, ages, times, digests, and the room on the disk. After a
-//! change that is meant: `INSTA_UPDATE=always make test ARGUMENTS='--test e2e recorded::'`.
+//! Values that differ from run to run are normalised: ports, ages, times, digests, and the space on the disk. To record
+//! an intended change: `INSTA_UPDATE=always make test ARGUMENTS='--test e2e recorded::'`.
 
 use std::{
     collections::HashMap,
@@ -21,7 +21,7 @@ use crate::support::{
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                      lowThresholdPercent: 100, minimumAge: 0s}\n";
 
-/// Commands as they are typed, and all that they say.
+/// Commands as they are typed, and their output.
 struct Transcript {
     endpoint: String,
     text: String,
@@ -50,13 +50,13 @@ impl Transcript {
         command
     }
 
-    /// Runs one, and writes down what was typed and what was said.
+    /// Runs a command, and records it with its output.
     fn run(&mut self, arguments: &[&str]) {
         let output = self.command(arguments).output().expect("the binary");
         self.write(arguments, &output);
     }
 
-    /// The same for one whose lines come in any order.
+    /// Runs a command whose lines have no fixed order, and records it.
     fn run_sorted(&mut self, arguments: &[&str]) {
         let mut output = self.command(arguments).output().expect("the binary");
         let text = String::from_utf8(output.stdout).expect("text");
@@ -85,7 +85,7 @@ impl Transcript {
         text.push('\n');
     }
 
-    /// Without what differs from run to run; widths of columns stay.
+    /// Normalises the values that differ from run to run, and keeps the widths of columns.
     fn normal(&self) -> String {
         let text =
             self.text.replace(&self.sandbox, "/node").replace(&self.registry, "127.0.0.1:00000");
@@ -94,7 +94,7 @@ impl Transcript {
             (r"linux/(amd64|arm64)", "linux/ARCH"),
             (r"\(.* of .* free, .* stay free\)", "(ROOM)"),
             (r#""(freeBytes|totalBytes|floorBytes)":\d+"#, r#""$1":0"#),
-            // This machine's own.
+            // The setting of this machine.
             (r"(?m)^(file leases ).*", "${1}(SETTING)"),
             (r#""fileLeasesEnabled":\w+"#, r#""fileLeasesEnabled":false"#),
             (r#""(lastUsed)":\d{10}"#, r#""$1":0"#),
@@ -105,7 +105,7 @@ impl Transcript {
         ] {
             text = Regex::new(pattern).expect("a pattern").replace_all(&text, to).into_owned();
         }
-        // The same digest is the same number, in the order in which they come.
+        // Digests become numbers, in the order of their first appearance.
         let mut seen = HashMap::new();
         let digests = Regex::new("([0-9a-f]{12})([0-9a-f]{52})?").expect("a pattern");
         let numbered = digests.replace_all(&text, |found: &Captures<'_>| {
@@ -118,7 +118,7 @@ impl Transcript {
     }
 }
 
-/// Three artifacts of different kinds, and one of ten whose tag does not exist.
+/// Pushes three artifacts of different kinds, and one of ten whose tag does not exist.
 fn push(registry: &Registry) {
     let file =
         [Layer::titled("tool", "#!/bin/sh\necho tool\n"), Layer::titled("notes.txt", "words\n")];
@@ -141,7 +141,8 @@ fn unpublish(node: &Node, transcript: &Transcript, volume: &Volume) {
     });
 }
 
-/// A node whose state lies on ext4, where files and folders take the same everywhere, and its admin socket.
+/// Starts a node whose state is on ext4, where files and directories take the same space everywhere. Returns its admin
+/// socket.
 fn node_with(configuration: &str) -> (Node, String) {
     let mut endpoint = String::new();
     let node = Node::start_with(|sandbox, options| {
@@ -302,7 +303,7 @@ fn what_goes_wrong_is_one_line() {
     typed.run(&["ls"]);
     typed.endpoint = endpoint("admin.sock");
     let path = |name: &str| node.sandbox.path().join(name).display().to_string();
-    // A user who is not root: the binary, too, lies where he can read it.
+    // A user who is not root. The binary must be readable for that user.
     let binary = node.sandbox.path().join("csi-driver-oci");
     fs::copy(env!("CARGO_BIN_EXE_csi-driver-oci"), &binary).expect("the binary");
     fs::set_permissions(node.sandbox.path(), fs::Permissions::from_mode(0o755)).expect("a mode");

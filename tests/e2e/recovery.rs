@@ -1,4 +1,4 @@
-//! What a new process makes of what it finds.
+//! Tests the state that a new process finds, and its reaction.
 
 use std::{
     fs,
@@ -65,7 +65,7 @@ fn a_lost_record_is_written_again_and_keeps_its_content() {
         fs::read_to_string(volume.target().join("file.txt")).expect("shown"),
         artifact.content
     );
-    // Whoever mounted it publishes it again, and finds it.
+    // The kubelet that mounted it publishes it again, and finds it.
     kubelet.publish_well(&volume);
     kubelet.unpublish(&volume);
     wait_until("it goes", || admin.json(&["status"])["cacheObjects"] == 0);
@@ -161,7 +161,7 @@ fn a_folder_of_another_user_or_filesystem_is_named_and_left_alone() {
     assert!(told.contains("blobs") && told.contains("another user"), "{told}");
     options = driver.kill();
     std::os::unix::fs::chown(&blobs, Some(0), None).expect("the owner again");
-    // Whoever owns what is above can put anything in its place.
+    // The owner of the parent directory can put anything in its place.
     std::os::unix::fs::chown(&options.state, Some(1234), None).expect("another owner");
     let driver = options.start();
     let told = kubelet.publish_badly(&kubelet.new_volume(&reference), Code::Unavailable);

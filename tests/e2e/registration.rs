@@ -1,4 +1,4 @@
-//! What the kubelet's plugin watcher sees.
+//! Tests the view of the kubelet's plugin watcher.
 
 use std::{
     fs,
@@ -32,7 +32,7 @@ fn the_plugin_watcher_learns_type_name_versions_and_endpoint() {
     assert_eq!(info.r#type, "CSIPlugin");
     assert_eq!(info.name, "oci.custom.io");
     assert_eq!(info.supported_versions, ["1.0.0"]);
-    // Where the kubelet finds the socket: not the driver's own view of it.
+    // The socket's path for the kubelet, not the driver's own view of it.
     let endpoint = driver.options.kubelet.join("plugins/oci.custom.io/csi.sock");
     assert_eq!(info.endpoint, endpoint.to_string_lossy());
 }
@@ -71,7 +71,7 @@ fn the_csi_socket_serves_before_the_registration_socket_appears() {
     let options = DriverOptions::new(&sandbox);
     let driver = options.spawn();
     let socket = options.registration_socket();
-    // The first sight of the one must find the other serving.
+    // Once the registration socket is visible, CSI must be served.
     wait_until("the registration socket appears", || socket.exists());
     let probe = driver.kubelet().identity(async |mut client| client.probe(ProbeRequest {}).await);
     assert_ne!(probe.expect("Probe").ready, Some(false));

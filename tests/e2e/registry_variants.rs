@@ -1,4 +1,4 @@
-//! Answers of real registries, gateways and storage, beyond the specification's examples.
+//! Tests responses of real registries, gateways and storage, beyond the specification's examples.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use crate::support::{
     registry, small_artifact,
 };
 
-/// Mounts an artifact of the shared registry through an nginx that answers so.
+/// Mounts an artifact of the shared registry through an nginx with this behaviour.
 #[track_caller]
 fn comes_through(node: &Node, name: &str, answer: &str) {
     let answer = format!(
@@ -193,7 +193,7 @@ fn a_slip_in_a_reference_is_answered_with_the_reference_that_is_meant() {
     }
 }
 
-/// A node that knows these names as itself, and has the administrator's word that it may.
+/// Starts a node that resolves these names to itself, with the administrator's permission to use them.
 fn node_with_names(names: &str, lines: &str) -> Node {
     Node::start_with(|sandbox: &Sandbox, options| {
         let (hosts, none) = (sandbox.path().join("hosts"), None::<&str>);
@@ -208,7 +208,7 @@ fn node_with_names(names: &str, lines: &str) -> Node {
     })
 }
 
-/// A registry without TLS that wants a token, and keeps its blobs at a storage without TLS.
+/// A registry without TLS that requires a token, and keeps its blobs on a storage without TLS.
 struct Plain {
     registry: FakeRegistry,
     storage: FakeRegistry,
@@ -237,7 +237,7 @@ impl Plain {
         Self { registry, storage }
     }
 
-    /// Its name with its port.
+    /// Returns its name with its port.
     fn host(&self, name: &str) -> String {
         self.registry.host().replace("127.0.0.1", name)
     }
@@ -280,7 +280,7 @@ fn plain_http_is_followed_where_the_administrator_says_so_and_nowhere_else() {
     let asked = plain.storage.requests();
     assert!(!asked.is_empty());
     assert!(asked.iter().all(|request| request.header("authorization").is_none()));
-    // A token server without TLS on another host is not asked, and is told nothing.
+    // A token server without TLS on another host gets no request and no secret.
     let other = Plain::new("elsewhere.example");
     let host = other.host("plain.example");
     node.hosts_toml(&host, &format!("server = \"http://{host}\"\n"));

@@ -1,4 +1,4 @@
-//! Room on the node's disk: promised before the first byte, made by evicting, never taken from who needs it.
+//! Tests the node's disk space: reserved before the first byte, freed by eviction, never taken from content in use.
 
 use std::{fs, path::Path};
 
@@ -9,7 +9,7 @@ use crate::support::{
     gzip, noise, registry, unique, wait_until,
 };
 
-/// Nothing but the quota decides.
+/// Returns a configuration in which only the quota decides.
 fn quota(bytes: &str, more: &str) -> String {
     format!(
         "cache: {{maxBytes: {bytes}, minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -17,7 +17,7 @@ fn quota(bytes: &str, more: &str) -> String {
     )
 }
 
-/// An artifact of one file of so many MiB.
+/// Pushes an artifact of one file of this many MiB.
 fn artifact(node: &Node, mebibytes: usize) -> String {
     let repository = unique("room");
     let seed = u64::from(repository.bytes().map(u32::from).sum::<u32>());
@@ -32,7 +32,7 @@ fn publish(node: &Node, reference: &str) -> Volume {
     volume
 }
 
-/// Publishes and unpublishes, so that it is in the cache and nobody needs it.
+/// Publishes and unpublishes, so that the artifact is cached and unused.
 fn cache(node: &Node, admin: &Admin, reference: &str) {
     let volume = publish(node, reference);
     node.kubelet.unpublish(&volume);
@@ -49,7 +49,7 @@ fn the_least_recently_used_goes_for_what_is_new() {
     let node = used(node, &admin, &three);
     assert!(admin.holds(&one) && admin.holds(&three), "what was used lately stays");
     assert!(!admin.holds(&two), "what was used longest ago goes");
-    // What went is pulled again.
+    // An evicted artifact is pulled again.
     let volume = publish(&node, &two);
     assert_eq!(fs::metadata(volume.target().join("file")).expect("the file").len(), 10 << 20);
     let status = admin.json(&["status"]);
@@ -62,7 +62,7 @@ fn used(node: Node, admin: &Admin, reference: &str) -> Node {
     node
 }
 
-/// Everything in the cache was used so many seconds earlier.
+/// Makes the last use of everything in the cache this many seconds earlier.
 fn older(node: Node, seconds: u64) -> Node {
     let Node { driver, kubelet, proxy, sandbox } = node;
     let options = driver.kill();
@@ -156,7 +156,7 @@ fn content_that_is_shared_is_counted_once_and_goes_with_the_last() {
     assert_eq!(admin.json(&["status"])["cacheObjects"], 0);
 }
 
-/// A node whose state lies on a small disk of its own.
+/// Starts a node whose state is on a small disk of its own.
 fn on_a_small_disk(configuration: &str) -> (Node, Admin, std::path::PathBuf) {
     let mut endpoint = String::new();
     let mut disk = std::path::PathBuf::new();
@@ -171,7 +171,7 @@ fn on_a_small_disk(configuration: &str) -> (Node, Admin, std::path::PathBuf) {
     (node, Admin::at(&endpoint), disk)
 }
 
-/// Fills a disk until so many MiB are left.
+/// Fills a disk until this many MiB are left.
 fn fill(disk: &Path, left: u64) -> std::path::PathBuf {
     let status = nix::sys::statvfs::statvfs(disk).expect("the disk");
     let free = status.blocks_available() * status.fragment_size();
@@ -191,7 +191,7 @@ fn nothing_is_written_below_the_floor() {
     let wanted = node.kubelet.new_volume(&artifact(&node, 5));
     let told = node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
     assert!(told.contains("stay free") && told.contains("cache.minFreePercent"), "{told}");
-    // What is here needs no room.
+    // Cached content needs no space.
     node.kubelet.publish_well(&volume);
     publish(&node, &small);
     fs::remove_file(filler).expect("room again");
@@ -243,7 +243,7 @@ fn the_threshold_is_kept_without_being_asked() {
     cache(&node, &admin, &one);
     assert!(admin.holds(&one));
     let _filler = fill(&disk, 30);
-    // Any publish or unpublish wakes the node's upkeep.
+    // Any publish or unpublish wakes the node's maintenance.
     let two = artifact(&node, 1);
     let _shown = publish(&node, &two);
     wait_until("what nobody needs is evicted", || !admin.holds(&one));
@@ -255,7 +255,7 @@ fn an_archive_that_unpacks_to_more_than_was_thought_ends_at_the_floor() {
     let (node, admin, disk) = on_a_small_disk("cache: {minFreePercent: 40, minimumAge: 0s}\n");
     let old = artifact(&node, 5);
     cache(&node, &admin, &old);
-    // One part noise, thirty parts nothing.
+    // One part noise, thirty parts zeros.
     let mut content = noise(90 << 20, 9);
     content.chunks_mut(4096).for_each(|chunk| chunk[128..].fill(0));
     let bomb = Tar::new().file("mostly-zeros", 0o644, content).finish();
@@ -280,9 +280,9 @@ fn what_is_under_way_has_its_room_and_others_are_told_of_it() {
         let call = scope.spawn(|| node.kubelet.publish_well(&slow));
         wait_until("the download waits", || gate.waiting() == 1);
         let told = node.kubelet.publish_badly(&refused, Code::ResourceExhausted);
-        // Half of the first one is here by now, and no promise any more.
+        // Half of the first one has arrived, and is no longer reserved.
         assert!(told.contains("needed 10.0 MiB beside 5.0 MiB promised"), "{told}");
-        // Whoever wants what is under way needs nothing more.
+        // A call that joins a running pull needs no further space.
         let joined = scope.spawn(|| node.kubelet.publish_well(&same));
         gate.open();
         call.join().expect("the first call");
@@ -293,7 +293,7 @@ fn what_is_under_way_has_its_room_and_others_are_told_of_it() {
 
 #[test]
 fn inodes_are_kept_free_as_bytes_are() {
-    // Nearly all of them: what is left above the floor is one in a hundred.
+    // Nearly all of them: one in a hundred is left above the floor.
     let configuration = "cache: {minFreePercent: 0, minFreeInodesPercent: 99, highThresholdPercent: 100, \
                          lowThresholdPercent: 100, minimumAge: 0s}\n";
     let (node, admin, disk) = on_a_small_disk(configuration);
@@ -301,7 +301,7 @@ fn inodes_are_kept_free_as_bytes_are() {
     let small = artifact(&node, 1);
     cache(&node, &admin, &small);
     let before = free_inodes();
-    // An archive whose size alone says that it has more files than may be made.
+    // An archive whose size alone implies more files than are allowed.
     let large = Tar::new().file("one", 0o644, noise(12 << 20, 31)).finish();
     let repository = unique("large");
     Image::new().layer(large).push(registry(), &repository, "v1");
@@ -309,7 +309,7 @@ fn inodes_are_kept_free_as_bytes_are() {
     let told = node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
     assert!(told.contains("inodes") && told.contains("cache.minFreeInodesPercent"), "{told}");
     assert!(admin.holds(&small), "nobody's content goes for what will not fit even so");
-    // One whose size does not say so ends at the floor, and leaves nothing.
+    // An archive whose size does not imply that ends at the floor, and leaves nothing.
     let many = (0..4000).fold(Tar::new(), |tar, file| tar.file(&format!("f/{file}"), 0o644, ""));
     let (many, repository) = (many.finish(), unique("many"));
     Image::new().packed_layer(OCI_TAR_GZIP, gzip(&many), &many).push(registry(), &repository, "v1");

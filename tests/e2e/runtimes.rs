@@ -1,7 +1,7 @@
-//! What a container runtime does with a volume, and what a process in the container can do then.
+//! Tests how a container runtime uses a volume, and what a process in the container can do then.
 //!
-//! runc 1.2 and later bind a volume into the container and clear the read-only flag of that copy,
-//! unless the pod asks for a read-only volume. These tests do the same, as root.
+//! runc 1.2 and later bind a volume into the container and clear the read-only flag of that copy, unless the pod asks
+//! for a read-only volume. These tests do the same, as root.
 
 use std::{fs, path::Path, process::Command};
 
@@ -13,13 +13,13 @@ use crate::support::{
     run, tool, unique, wait_until,
 };
 
-/// What mount(2) gets where it needs no text.
+/// The argument of mount(2) where it needs no text.
 const NONE: Option<&str> = None;
 
 const EVICTS_AT_ONCE: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, \
                               highThresholdPercent: 100, lowThresholdPercent: 100, minimumAge: 0s}\n";
 
-/// An artifact with a program and folders, as reference below a registry.
+/// Pushes an artifact with a program and directories. Returns its reference below a registry.
 fn artifact() -> String {
     let repository = unique("runtime");
     let archive = Tar::new()
@@ -31,7 +31,7 @@ fn artifact() -> String {
     format!("{repository}:v1")
 }
 
-/// Every way to change a volume, a line each: the name of the way, and what the kernel answered.
+/// Every way to change a volume, a line each: the name of the way, and the kernel's answer.
 const ATTACKS: &str = r#"
 mount --rbind "$1" "$2"
 mount -o remount,bind,rw "$2"
@@ -111,7 +111,7 @@ fn a_part_of_a_volume_cannot_be_written_either() {
         .file("part/data", 0o644, "content");
     Image::new().layer(archive.finish()).push(registry(), &repository, "v1");
     let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
-    // As the kubelet does for a subPath.
+    // The kubelet does this for a subPath.
     let part = node.sandbox.folder("subpath");
     mount(Some(&volume.target().join("part")), &part, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .expect("a bind");
@@ -186,7 +186,7 @@ fn the_cache_is_safe_on_btrfs() {
     is_safe_with_state_at(&[], |node| node.sandbox.filesystem("btrfs", "btrfs", "rw"));
 }
 
-/// Longer than the kernel takes for all lower directories of an overlay together.
+/// Returns a path that is longer than the kernel's limit on all lower directories of an overlay together.
 fn long_path(node: &Node) -> std::path::PathBuf {
     let path = node.sandbox.folder("long").join("a".repeat(200)).join("b".repeat(200));
     fs::create_dir_all(&path).expect("folders");
@@ -212,7 +212,7 @@ fn read_only_decides_the_form_of_the_mount() {
     assert_eq!(filesystem(&overlay), "overlay");
     assert_ne!(filesystem(&bind), "overlay");
     assert_eq!(tree, same);
-    // What a pod with a user namespace gets: a copy of the mount with shifted owners.
+    // A pod with a user namespace gets this: a copy of the mount with shifted owners.
     let mapped = node.sandbox.folder("mapped");
     mount_with_shifted_owners(bind.target(), &mapped, 100_000);
     umount2(&mapped, MntFlags::empty()).expect("unmounted");
@@ -314,7 +314,7 @@ fn a_mounted_overlay_without_a_record_is_not_evicted() {
     let (node, admin) = Admin::start(EVICTS_AT_ONCE);
     let (volume, tree) = node.mount(&node.proxy.reference(&artifact()));
     let Node { driver, kubelet, proxy, sandbox } = node;
-    // Where no kubelet asks for it again, nothing but the mount table knows of it.
+    // A mount that no kubelet publishes again is known to the mount table only.
     let elsewhere = sandbox.folder("elsewhere");
     mount(Some(volume.target()), &elsewhere, NONE, MsFlags::MS_BIND, NONE).expect("a bind");
     kubelet.unpublish(&volume);
@@ -342,7 +342,7 @@ fn a_mount_of_another_program_inside_of_a_volume_is_not_lost() {
         assert!(refused.message().contains("unmount that first"), "{refused}");
         assert_eq!(fs::read_to_string(inside.join("precious")).expect("kept"), "data");
         umount2(&inside, MntFlags::empty()).expect("unmounted");
-        // One that is in use goes all the same, lazily.
+        // One that is in use is unmounted all the same, lazily.
         let file = fs::File::open(volume.target().join("data")).expect("open");
         node.kubelet.unpublish(&volume);
         drop(file);
@@ -367,9 +367,11 @@ struct Lease(fs::File);
 
 #[allow(unsafe_code, reason = "nix has no wrapper")]
 impl Lease {
+    /// Takes the lease.
+    ///
     /// # Errors
     ///
-    /// The kernel's, which has no leases where `fs.leases-enable` is 0.
+    /// Errors of the kernel, which has no leases if `fs.leases-enable` is 0.
     fn take(path: &Path) -> std::io::Result<Self> {
         use std::os::fd::AsRawFd as _;
         let file = fs::File::open(path)?;
@@ -380,7 +382,7 @@ impl Lease {
         }
     }
 
-    /// Whether no other process has come for the file since.
+    /// Returns whether no other process has opened the file since.
     fn is_undisturbed(&self) -> bool {
         use std::os::fd::AsRawFd as _;
         // SAFETY: the descriptor is open and the other argument is a number.
@@ -389,7 +391,7 @@ impl Lease {
     }
 }
 
-/// Opens and reads a file as another process; an open that waits for a lease ends with the lease.
+/// Opens and reads a file in another process. An open that waits for a lease ends with the lease.
 #[track_caller]
 fn read_as_another_process(path: &Path) {
     run(tool("cat").arg(path));
@@ -397,7 +399,7 @@ fn read_as_another_process(path: &Path) {
 
 #[test]
 fn a_lease_taken_through_an_overlay_stops_no_other_pod() {
-    // SIGIO tells the holder of a lease that another process comes; nothing of it is needed here.
+    // SIGIO tells the holder of a lease that another process opens the file. It is not needed here.
     let ignored = nix::sys::signal::SigHandler::SigIgn;
     #[allow(unsafe_code, reason = "the signal is ignored, nothing is run")]
     // SAFETY: ignoring a signal runs no code.
@@ -406,7 +408,7 @@ fn a_lease_taken_through_an_overlay_stops_no_other_pod() {
         // By default the attacker chooses the form by `readOnly`.
         ("", false, true),
         ("", false, false),
-        // Where all are overlays, it cannot.
+        // If all are overlays, it cannot.
         ("volumes: {mount: Overlay}\n", true, true),
         ("volumes: {mount: Overlay}\n", true, false),
     ] {

@@ -1,5 +1,6 @@
-//! What the csi-sanity suite asks of a node plugin without a controller: its calls, in its way, with the answers that it
-//! wants. Its volumes are of no pod; what a controller would return as volume context is given here.
+//! Tests the calls that the csi-sanity suite makes to a node plugin without a controller, with its expected responses.
+//!
+//! Its volumes belong to no pod. The volume context, which a controller would return, is given here.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -117,7 +118,7 @@ fn a_volume_lives_as_csi_sanity_lets_it_live() {
     let target = node.sandbox.folder("kubelet/csi-sanity").join("target");
     let path = target.to_str().expect("a path");
     let reference = node.proxy.reference(&node.small_artifact().name);
-    // It asks for the same ten times.
+    // The suite repeats the same call ten times.
     for _ in 0..10 {
         let mount = Some(capability(Mode::SingleNodeWriter));
         node.kubelet.publish_request(request(VOLUME, path, mount, &reference)).expect("published");

@@ -1,5 +1,5 @@
-//! Content is read back: what an earlier format has left before it is shown, all of it in turns, and what pods could
-//! have changed.
+//! Tests reading content back: that of an earlier format before it is shown, all of it in turns, and content that pods
+//! could have changed.
 
 use std::{
     ffi::CStr,
@@ -27,17 +27,17 @@ const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThr
 
 const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
 
-/// A cache that only publishes read back.
+/// Returns a configuration in which only publishes read content back.
 fn without_scrub() -> String {
     format!("{ROOMY}, scrubInterval: 0}}\npull: {{attempts: 1}}\n")
 }
 
-/// A cache that is read back as often as can be.
+/// Returns a configuration in which content is read back as often as possible.
 fn with_scrub() -> String {
     format!("{ROOMY}, scrubInterval: 1s}}\n")
 }
 
-/// An artifact of a file, and of an archive with all that an archive can have.
+/// An artifact of a file, and of an archive with every kind of entry.
 struct Artifact {
     repository: String,
     file: Vec<u8>,
@@ -66,7 +66,7 @@ impl Artifact {
         proxy.reference(&format!("{}:{tag}", self.repository))
     }
 
-    /// What a volume shows of either, if it is what was pushed.
+    /// Checks that a volume shows the pushed content.
     #[track_caller]
     fn check(&self, volume: &Volume) {
         let (name, content) = if volume.target().join("model.bin").exists() {
@@ -78,12 +78,12 @@ impl Artifact {
     }
 }
 
-/// The folder that a pod sees of the only image, or the only file, in the store.
+/// Returns the directory that a pod sees of the only image, or the only file, in the store.
 fn root(state: &Path, name: &str) -> PathBuf {
     sound_root(state, name).expect("a tree")
 }
 
-/// The same, if there is one.
+/// Returns the same directory if there is one.
 fn sound_root(state: &Path, name: &str) -> Option<PathBuf> {
     let trees = fs::read_dir(state.join("trees")).expect("trees").flatten();
     let generations = trees.flat_map(|tree| {
@@ -96,7 +96,7 @@ fn sound_root(state: &Path, name: &str) -> Option<PathBuf> {
     Some(sound.next()?.join("root"))
 }
 
-/// As a pod did through the mount of an earlier build.
+/// Writes as a pod did through the mount of an earlier version.
 fn write_into(path: &Path) {
     let mut content = fs::read(path).expect("content");
     content[7] ^= 1;
@@ -107,7 +107,7 @@ fn earlier_format(state: &Path) {
     fs::write(state.join("format"), "csi-driver-oci 1\n").expect("written");
 }
 
-/// A node whose store an earlier build has left: both artifacts are in it, and nothing is mounted.
+/// Starts a node whose store is of an earlier version: it has both artifacts, and nothing is mounted.
 fn left_by_an_earlier_build(configuration: &str) -> (Node, Admin, Artifact) {
     let (node, admin) = Admin::start(configuration);
     let artifact = Artifact::push();
@@ -138,7 +138,7 @@ fn what_an_earlier_build_has_left_is_read_back_before_it_is_shown() {
     assert_eq!(format, "csi-driver-oci 2\n");
     assert_eq!(admin.json(&["status"])["scrub"]["unreadObjects"], 4);
     node.proxy.go_down();
-    // What is sound is shown without the registry, and what a pod has changed is not.
+    // Intact content is shown without the registry, and content that a pod has changed is not.
     let sound = node.kubelet.new_volume(&artifact.reference(&node.proxy, "image"));
     node.kubelet.publish_well(&sound);
     artifact.check(&sound);
@@ -148,7 +148,7 @@ fn what_an_earlier_build_has_left_is_read_back_before_it_is_shown() {
     node.kubelet.publish_well(&changed);
     artifact.check(&changed);
     assert_eq!(admin.json(&["status"])["scrub"]["unreadObjects"], 0);
-    // What was read back once is not read again.
+    // Content is read back only once.
     let read = |driver: &Driver| driver.log().matches("read back").count();
     let before = read(&node.driver);
     let node = restarted(node, |_| ());
@@ -173,7 +173,7 @@ fn what_a_pod_has_changed_through_an_earlier_build_is_not_shown() {
         let before = node.driver.log().matches("damaged content").count();
         node.proxy.go_down();
         let volume = node.kubelet.new_volume(&reference);
-        // A tree is linked again from sound layers; a layer takes the registry.
+        // A tree is linked again from intact layers; a layer needs the registry.
         let shown = node.kubelet.publish(&volume);
         node.proxy.come_back();
         if let Err(status) = shown {
@@ -188,7 +188,7 @@ fn what_a_pod_has_changed_through_an_earlier_build_is_not_shown() {
 
 type Change = (&'static str, fn(&Path));
 
-/// What a process can do that has a tree before it and may write.
+/// Changes by a process that sees a tree and may write.
 const CHANGES: [Change; 15] = [
     ("content", |root| write_into(&root.join("etc/one"))),
     ("more content", |root| {
@@ -229,7 +229,7 @@ fn set_time(path: &Path) {
     file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("changed");
 }
 
-/// As archives here have it.
+/// Resets a time to that of archives here.
 fn reset_time(path: &Path) {
     run(tool("touch").args(["--no-dereference", "--date=@0"]).arg(path));
 }
@@ -239,7 +239,7 @@ fn set_attribute(path: &Path, name: &CStr, value: &[u8]) {
     set_extended_attribute(file.as_fd(), name, value).expect("set");
 }
 
-/// Lets user 7 write, where a mask hides that from the mode: acl(5), as the kernel takes it.
+/// Returns an access list that lets user 7 write, hidden from the mode by a mask: acl(5), as the kernel takes it.
 fn access_list() -> Vec<u8> {
     let nobody = u32::MAX;
     let entries: [(u16, u16, u32); 5] =
@@ -287,7 +287,7 @@ fn a_volume_whose_content_was_decided_before_gets_it_read_back_too() {
     let (node, _) = Admin::start(&without_scrub());
     let artifact = Artifact::push();
     let (volume, _) = node.mount(&artifact.reference(&node.proxy, "file"));
-    // As after a reboot: the record is there, and the mount is not.
+    // Simulates a reboot: the record exists, and the mount does not.
     let node = restarted(node, |state| {
         nix::mount::umount(volume.target()).expect("unmounted");
         earlier_format(state);
@@ -312,7 +312,7 @@ fn a_layer_of_an_earlier_build_is_read_back_before_another_tree_links_it() {
         [("image", "etc/one", &artifact.member), ("file", "model.bin", &artifact.file)]
     {
         let volume = node.kubelet.new_volume(&artifact.reference(&node.proxy, tag));
-        // Another tree, of the same layer.
+        // Another tree of the same layer.
         let volume = volume.attribute("include", name);
         node.kubelet.publish_well(&volume);
         assert!(fs::read(volume.target().join(name)).expect("shown") == *content, "{name}");
@@ -367,7 +367,7 @@ fn an_upgrade_that_is_cut_off_anywhere_begins_again() {
     }
 }
 
-/// A start that ends, or fails, at a point.
+/// Starts the driver with a fault, so that it ends or fails at a point.
 fn cut_off(options: &DriverOptions) {
     let mut driver = options.spawn();
     wait_until("the start comes by the point", || {
@@ -389,8 +389,8 @@ fn check_unread(kubelet: &Kubelet, proxy: &Proxy, reference: &str, artifact: &Ar
     kubelet.unpublish(&volume);
 }
 
-/// A process that writes through a read-only bind, as `CAP_SYS_ADMIN` allows it, leaves a file that the registry did not
-/// send. The registry is not blamed for it.
+/// A process that writes through a read-only bind, as `CAP_SYS_ADMIN` allows it, leaves a file that the registry did
+/// not send. The registry is not blamed for it.
 #[test]
 fn a_cached_file_of_another_length_is_fetched_again() {
     use std::io::Write as _;
@@ -419,7 +419,7 @@ fn the_scrub_reads_first_what_an_earlier_build_has_left() {
     let status = admin.json(&["status"]);
     assert_eq!(status["scrub"]["unreadObjects"], 0);
     assert_eq!(status["scrub"]["findings"], 1, "{status}");
-    // It is there again before a pod asks for it.
+    // It is fetched again before a pod needs it.
     wait_until("it was fetched again", || admin.json(&["status"])["scrub"]["repaired"] == 1);
     node.proxy.go_down();
     let (volume, _) = node.mount(&artifact.reference(&node.proxy, "file"));
@@ -453,7 +453,7 @@ fn the_scrub_finds_damage_and_repairs_it() {
     let (volume, _) = node.mount(&reference);
     artifact.check(&volume);
     assert_ne!(fs::read(mounted.target().join("etc/one")).expect("shown"), artifact.member);
-    // Nothing is overdue, once a turn has ended in time.
+    // Nothing is overdue once a turn has ended in time.
     for line in [
         "csi_oci_scrub_repairs_total{result=\"success\"} 1",
         "csi_oci_unread_objects 0",
@@ -472,7 +472,7 @@ fn a_scrub_that_is_off_says_so() {
     drop(node);
 }
 
-/// Replaces a name of a tree by another file, and leaves nothing else changed: neither modes nor times.
+/// Replaces a name of a tree by another file, and leaves everything else unchanged: also modes and times.
 fn replace(tree: &Path) {
     let folder = tree.join("root/etc");
     let modified = fs::metadata(&folder).expect("a folder").modified().expect("a time");
@@ -484,7 +484,7 @@ fn replace(tree: &Path) {
     File::open(&folder).expect("a folder").set_modified(modified).expect("the time");
 }
 
-/// The only folder, or file, in a folder of the store.
+/// Returns the only entry of a directory of the store.
 fn only(folder: &Path) -> PathBuf {
     let mut names =
         fs::read_dir(folder).expect("a folder").map(|name| name.expect("a name").path());
@@ -511,7 +511,7 @@ fn change_a_digit(name: &mut Value) {
     *name = json!(format!("{}{other}", &text[..text.len() - 1]));
 }
 
-/// What takes a tree away what it is compared with.
+/// Removals of the records that a tree is compared with.
 const LOSSES: [Change; 12] = [
     ("a bit of its manifest", |tree| write_into(&manifest_of(tree))),
     ("its manifest", |tree| fs::remove_file(manifest_of(tree)).expect("removed")),
@@ -623,7 +623,7 @@ fn the_scrub_repairs_a_tree_that_cannot_be_compared() {
         node = restarted(node, |state| {
             let tree = root(state, "etc").parent().expect("a tree").to_owned();
             replace(&tree);
-            // The layer that the tree links is damaged, too.
+            // The layer that the tree links is damaged as well.
             write_into(&tree.join("root/etc/one"));
             lose(&tree);
         });
@@ -668,7 +668,7 @@ fn a_tree_that_took_long_to_make_has_its_manifest() {
     std::thread::scope(|scope| {
         scope.spawn(|| node.kubelet.publish_well(&volume));
         wait_until("the layer is unpacked", staged);
-        // As a sweep does with what is older than a day.
+        // A sweep does this to blobs older than a day.
         for blob in fs::read_dir(&blobs).expect("blobs").flatten() {
             fs::remove_file(blob.path()).expect("removed");
         }
@@ -678,7 +678,7 @@ fn a_tree_that_took_long_to_make_has_its_manifest() {
     assert_eq!(Admin::at(&endpoint).json(&["verify"])["findings"], json!([]));
 }
 
-/// Mounts an artifact for a pod that sees it through binds. Returns the files that it sees, too.
+/// Mounts an artifact for a pod that sees it through binds. Returns the volumes and the files that it sees.
 fn mounted_by_binds(node: &Node, artifact: &Artifact) -> (Vec<Volume>, Vec<PathBuf>) {
     let tags: [(&str, &[&str]); 2] = [("file", &["model.bin"]), ("image", &["etc/one", "etc/two"])];
     let (mut volumes, mut paths) = (Vec::new(), Vec::new());
@@ -709,7 +709,7 @@ fn leases_keep_nothing_from_being_verified() {
     let found: Value = serde_json::from_slice(&told.stdout).expect("JSON");
     let findings = found["findings"].as_array().expect("a list");
     let of = |kind: &str| findings.iter().filter(|finding| finding["kind"] == kind).count();
-    // Of the file in the layer both the content and the time are others.
+    // Both the content and the time of the file in the layer differ.
     assert_eq!((of("file"), of("layer"), of("unread")), (2, 2, 0), "{found}");
 }
 
@@ -744,7 +744,7 @@ fn leases_of_a_pod_of_an_earlier_build_keep_no_other_pod_from_its_content() {
 fn a_tree_that_the_node_has_no_memory_for_is_unread_and_not_damaged() {
     let (node, admin) = Admin::start(&without_scrub());
     let repository = unique("large");
-    // 80,000 folders that only paths imply. The volume shows none of them, and merging holds all.
+    // 80,000 directories that only paths imply. The volume shows none of them, and merging holds all.
     let deep = "d/".repeat(200);
     let archive = Tar::new().file("shown", 0o644, "shown");
     let archive = (0..400).fold(archive, |tar, n| tar.file(&format!("{n}/{deep}f"), 0o644, ""));

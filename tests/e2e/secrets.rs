@@ -1,4 +1,4 @@
-//! Credentials of pods: what opens a registry, and what keeps others from what it opened.
+//! Tests credentials of pods: which ones open a registry, and that others do not see the content.
 
 use base64::Engine as _;
 use serde_json::json;
@@ -12,7 +12,7 @@ use crate::support::{
 const USER: &str = "someone";
 const PASSWORD: &str = "correct-horse-battery";
 
-/// A registry that wants a password, with one artifact, and the proxy in front of it.
+/// A registry that requires a password, with one artifact, and the proxy in front of it.
 struct Private {
     proxy: Proxy,
     name: String,
@@ -52,7 +52,7 @@ fn basic(volume: Volume, user: &str, password: &str) -> Volume {
     volume.secret("username", user).secret("password", password)
 }
 
-/// Of several credentials the registry knows one, and says to that one what is wrong.
+/// Of several credentials the registry knows one, and tells that one what is wrong.
 #[test]
 fn a_credential_that_is_unknown_does_not_hide_what_another_is_told() {
     let node = Node::start();
@@ -127,7 +127,7 @@ fn of_two_credentials_the_one_that_works_is_used() {
     let private = Private::new();
     let host = private.proxy.host();
     let repository = private.name.split(':').next().expect("a repository");
-    // The kubelet's keyring tries the longest match first and goes on with the others.
+    // The kubelet's keyring tries the longest match first and continues with the others.
     let both = json!({"auths": {
         &host: {"auth": encoded(USER, PASSWORD)},
         format!("{host}/{repository}"): {"auth": encoded(USER, "outdated")},
@@ -251,7 +251,7 @@ fn no_password_is_written_anywhere() {
     }
 }
 
-/// A registry with the token flow: the registry names a realm, the realm gives a token for credentials.
+/// Starts a registry with the token flow: it names a realm, and the realm issues a token for credentials.
 fn token_registry() -> (FakeRegistry, String) {
     let fake = FakeRegistry::new();
     Manifest::artifact([Layer::titled("file", "behind a token")]).push(&fake, "hostile", "v1");

@@ -1,4 +1,4 @@
-//! Signatures by a real cosign, in both its formats, and everything that is none.
+//! Tests signatures by a real cosign, in both its formats, and invalid ones.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -12,7 +12,7 @@ use crate::support::{
     registry, run, small_artifact, tool, unique,
 };
 
-/// A node that demands this key's signature.
+/// Starts a node that demands this key's signature.
 fn node_with(key: (&str, &Cosign), rest: &str) -> Node {
     Node::start_configured(|_| {}, &policy_with(key, rest))
 }
@@ -67,7 +67,7 @@ fn what_is_not_signed_as_demanded_is_refused_before_anything_is_fetched() {
         stranger.sign(format, registry(), &strange.repository, &strange.digest);
         refused(&strange.name, "by none of the demanded keys");
     }
-    // A signature of another artifact, put where this one's would be.
+    // A signature of another artifact in place of this one's.
     let (whole, other) = (small_artifact(), small_artifact());
     signer.sign(Format::Legacy, registry(), &whole.repository, &whole.digest);
     let tag = |digest: &str| format!("{}.sig", digest.replace(':', "-"));
@@ -89,7 +89,7 @@ fn what_is_not_signed_as_demanded_is_refused_before_anything_is_fetched() {
     };
     put_manifest(&parsed);
     refused(&other.name, "for another digest");
-    // The same with the payload made to fit, under the old signature.
+    // The same with a fitting payload under the old signature.
     let swapped = payload.replace(&whole.digest, &other.digest);
     put(swapped.as_bytes());
     let mut forged = parsed.clone();
@@ -149,14 +149,14 @@ fn an_index_or_its_manifest_may_be_signed() {
     }
 }
 
-/// What curl gets of the shared registry.
+/// Returns what curl downloads from the shared registry.
 fn fetched(repository: &str, path: &str) -> String {
     let url = format!("http://{}/v2/{repository}/{path}", registry().host());
     let accept = format!("accept: {OCI_MANIFEST}, {OCI_INDEX}");
     run(tool("curl").args(["-sf", "-H", &accept, &url]))
 }
 
-/// Copies a manifest and its blobs, under this tag too.
+/// Copies a manifest and its blobs, also under this tag.
 fn copied(repository: &str, name: &str, tag: &str, to: &FakeRegistry) {
     let manifest = fetched(repository, &format!("manifests/{name}"));
     let parsed: serde_json::Value = serde_json::from_str(&manifest).expect("a manifest");
@@ -175,7 +175,7 @@ fn a_bundle_is_found_by_its_referrers_also_behind_a_mirror_that_knows_none() {
     for (mirrored, forgets_kinds) in [(false, false), (false, true), (true, false)] {
         let artifact = small_artifact();
         signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
-        // The shared registry knows no referrers, so cosign has put them under a tag.
+        // The shared registry does not support referrers, so cosign has pushed them under a tag.
         let tag = artifact.digest.replace(':', "-");
         let referrers = fetched(&artifact.repository, &format!("manifests/{tag}"));
         let mut referrers: serde_json::Value = serde_json::from_str(&referrers).expect("an index");
@@ -227,7 +227,7 @@ fn a_verdict_is_kept_with_the_content_and_belongs_to_its_policy() {
     node.proxy.go_down();
     let (again, _) = node.mount(&reference);
     node.kubelet.unpublish(&again);
-    // Another key in the same file is another policy: verified anew, and nobody is there to ask.
+    // Another key in the same file is another policy: verified again, while the registry is unreachable.
     fs::copy(second.public_key(), folder.path().join("swap")).expect("copied");
     fs::rename(folder.path().join("swap"), first.public_key()).expect("swapped");
     node.kubelet.publish_badly(&node.kubelet.new_volume(&reference), Code::Unavailable);

@@ -1,4 +1,4 @@
-//! Pods, pulls and evictions at once, on a node that has room for a part of it all.
+//! Tests pods, pulls and evictions at once, on a node that has space for a part of the artifacts.
 
 use std::{
     fs,
@@ -14,15 +14,15 @@ use crate::support::{
     wait_until,
 };
 
-/// Room for about half of the artifacts.
+/// A quota for about half of the artifacts.
 const TIGHT: &str = "cache: {maxBytes: 8Mi, minFreePercent: 0, minFreeInodesPercent: 0, \
                      highThresholdPercent: 100, lowThresholdPercent: 100, minimumAge: 0s}\n";
 const WORKERS: usize = 4;
-/// Volumes that each worker shows at a time.
+/// The number of volumes that each worker has mounted at a time.
 const SHOWN: usize = 3;
 const ROUNDS: usize = 60;
 
-/// What is published, and what it must show for as long as it is shown.
+/// An artifact, and the content that it must show as long as it is mounted.
 struct Artifact {
     reference: String,
     files: Vec<(String, Vec<u8>)>,
@@ -39,7 +39,7 @@ impl Artifact {
     }
 }
 
-/// Files that share a layer two by two, and images that share one too.
+/// Pushes pairs of files that share a layer, and images that share one as well.
 fn artifacts(node: &Node) -> Vec<Artifact> {
     let mut artifacts = Vec::new();
     for pair in 0..3u64 {
@@ -76,7 +76,7 @@ fn artifacts(node: &Node) -> Vec<Artifact> {
     artifacts
 }
 
-/// Publishes, looks at what it shows, and takes the oldest away; says how many were published.
+/// Publishes, checks the content, and unpublishes the oldest. Returns the number of publishes.
 fn work(node: &Node, artifacts: &[Artifact], worker: usize) -> usize {
     let mut shown: Vec<(Volume, &Artifact)> = Vec::new();
     let mut published = 0;
@@ -89,7 +89,7 @@ fn work(node: &Node, artifacts: &[Artifact], worker: usize) -> usize {
                 shown.push((volume, artifact));
             }
             Err(status) => {
-                // Everything is shown, leased or promised at that moment: the kubelet comes back.
+                // All content is mounted, leased or reserved at that moment: the kubelet calls again.
                 let code = status.code();
                 assert_eq!(code, Code::ResourceExhausted, "{}", status.message());
                 node.kubelet.unpublish(&volume);
@@ -118,7 +118,7 @@ fn what_is_shown_stays_while_everything_else_comes_and_goes() {
     let published: usize = std::thread::scope(|scope| {
         let (node, admin, artifacts) = (&node, &admin, &artifacts);
         let (ended, collected) = (&ended, &collected);
-        // Evicts all that nobody needs, all the time.
+        // Evicts all unused content, all the time.
         let collector = scope.spawn(move || {
             while !ended.load(Ordering::SeqCst) {
                 admin.told(&["gc", "--target", "0"]);

@@ -1,4 +1,4 @@
-//! Certificates: private authorities, clients' certificates, and certificates that do not fit.
+//! Tests certificates: private authorities, clients' certificates, and certificates that do not fit.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use crate::support::{
     Authority, Nginx, Node, Registry, RegistryKind, registry, run, small_artifact, tool, wait_until,
 };
 
-/// The shared registry's content behind TLS.
+/// Serves the shared registry's content with TLS.
 fn with_tls((certificate, key): &(PathBuf, PathBuf), clients: Option<&Path>) -> Registry {
     Registry::start(&RegistryKind {
         tls: Some((certificate, key, clients)),
@@ -32,7 +32,7 @@ fn a_private_authority_is_trusted_where_it_is_configured() {
     let server = format!("server = \"https://{}\"\n", registry.host());
     let ca =
         |authority: &Authority| format!("{server}ca = \"{}\"\n", authority.certificate().display());
-    // Without it, and with another one.
+    // Without a certificate authority, and with another one.
     for text in [server.clone(), ca(&other)] {
         node.hosts_toml(&registry.host(), &text);
         let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
@@ -41,7 +41,7 @@ fn a_private_authority_is_trusted_where_it_is_configured() {
     node.hosts_toml(&registry.host(), &ca(&authority));
     node.kubelet.publish_well(&volume);
     node.kubelet.unpublish(&volume);
-    // The same through skip_verify, and with the files as Docker lays them.
+    // The same with skip_verify, and with the files in Docker's layout.
     let artifact = small_artifact();
     let folder = node.hosts_toml(&registry.host(), &format!("{server}skip_verify = true\n"));
     let (volume, _) = node.mount(&format!("{}/{}", registry.host(), artifact.name));
@@ -50,7 +50,7 @@ fn a_private_authority_is_trusted_where_it_is_configured() {
     fs::copy(authority.certificate(), folder.join("ca.crt")).expect("copied");
     let artifact = small_artifact();
     let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), artifact.name));
-    // Loopback without a hosts.toml is spoken to without TLS; with certificates, TLS comes first.
+    // Loopback without a hosts.toml is used without TLS; with certificates, TLS comes first.
     node.kubelet.publish_well(&volume);
     node.kubelet.unpublish(&volume);
 }
@@ -74,7 +74,7 @@ fn a_certificate_for_another_name_or_time_is_refused_and_the_clock_is_named() {
     }
 }
 
-/// Makes a certificate and its key with `openssl req -x509`.
+/// Creates a certificate and its key with `openssl req -x509`.
 fn self_signed(folder: &Path, options: &[&str]) -> (PathBuf, PathBuf) {
     let (certificate, key) = (folder.join("own.crt"), folder.join("own.key"));
     run(tool("openssl")
@@ -101,7 +101,7 @@ fn the_self_signed_certificate_of_openssl_is_accepted_where_exactly_it_is_config
             None,
         ),
         ([&ec[..4], &["-addext", elsewhere]].concat(), Some("not valid for")),
-        // Without alternative names no client of Go accepts it either.
+        // Go's clients refuse a certificate without alternative names as well.
         (ec[..4].to_vec(), Some("not valid for")),
     ]
     .into_iter()
@@ -113,7 +113,7 @@ fn the_self_signed_certificate_of_openssl_is_accepted_where_exactly_it_is_config
         let volume = |reference: String| node.kubelet.new_volume(&reference);
         let volume = volume(format!("{}/{}", registry.host(), small_artifact().name));
         let server = format!("server = \"https://{}\"\n", registry.host());
-        // Another one of the same kind is not enough.
+        // Another certificate of the same kind is not enough.
         let other = self_signed(&node.sandbox.folder(&format!("other-{number}")), &options).0;
         for text in [server.clone(), format!("{server}ca = \"{}\"\n", other.display())] {
             node.hosts_toml(&registry.host(), &text);

@@ -1,4 +1,4 @@
-//! A token server that takes its rules seriously, and a registry that believes only its tokens.
+//! Tests a strict token server, and a registry that accepts only its tokens.
 
 use std::{
     sync::{
@@ -23,7 +23,7 @@ const SERVICE: &str = "strict service, with = and &";
 const SCOPE: &str = "repository:hostile:pull";
 const CONTENT: &[u8] = b"behind strict tokens";
 
-/// For how long, and for how many requests, a token opens anything.
+/// The time, and the number of requests, for which a token is valid.
 #[derive(Clone, Copy)]
 struct Life {
     time: Duration,
@@ -47,7 +47,7 @@ struct Strict {
 }
 
 impl Strict {
-    /// The registry asks for a token of this service with this scope.
+    /// Starts a registry that demands a token of this service with this scope.
     fn new(life: Life, service: &'static str, scope: &'static str) -> Self {
         let (registry, server, storage) =
             (FakeRegistry::new(), FakeRegistry::new(), FakeRegistry::new());
@@ -98,7 +98,7 @@ impl Strict {
         self.server.requests().len()
     }
 
-    /// Each secret was seen by the one host that it is for.
+    /// Asserts that each secret was sent only to its host.
     #[track_caller]
     fn assert_nothing_went_astray(&self) {
         let holds = |request: &Request, secret: &str| {
@@ -135,7 +135,7 @@ fn pairs(encoded: &str) -> Vec<(String, String)> {
     url.query_pairs().into_owned().collect()
 }
 
-/// A token, for who asks exactly as the specification says.
+/// Issues a token for a request that follows the specification exactly.
 fn issue(request: &Request, life: Life, issued: &Mutex<Vec<Issued>>) -> Answer {
     let of = |pairs: &[(String, String)], name: &str| {
         let values =
@@ -221,7 +221,7 @@ fn a_token_for_another_service_or_scope_is_not_given_and_not_insisted_on() {
 #[test]
 fn a_token_that_expires_early_is_renewed_once_in_the_middle_of_a_pull() {
     let node = Node::start();
-    // Said to live for minutes, but each opens one request only.
+    // Announced as valid for minutes, but each opens one request only.
     let strict = Strict::new(Life { requests: 1, ..LONG }, SERVICE, SCOPE);
     let volume = strict.volume(&node, with_password());
     node.kubelet.publish_well(&volume);
@@ -231,7 +231,7 @@ fn a_token_that_expires_early_is_renewed_once_in_the_middle_of_a_pull() {
     let renewed = strict.token_requests() as u64 - 1;
     assert!(renewed <= expired, "{renewed} renewals for {expired} refusals");
     strict.assert_nothing_went_astray();
-    // Tokens that open nothing at all: asked for once more, then it is over.
+    // Tokens that open nothing at all: requested once more, then the pull fails.
     let never = Strict::new(Life { requests: 0, ..LONG }, SERVICE, SCOPE);
     node.kubelet.publish_badly(&never.volume(&node, with_password()), Code::Unauthenticated);
     assert!(never.token_requests() <= 2, "{} tokens", never.token_requests());

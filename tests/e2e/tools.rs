@@ -1,4 +1,4 @@
-//! The tools that the other tests lean on, tried without the driver.
+//! Tests the tools of the other tests, without the driver.
 
 use std::{
     fs,
@@ -74,7 +74,7 @@ fn a_gate_holds_blobs_until_it_opens_and_a_proxy_can_be_down() {
 #[test]
 fn a_held_port_is_given_to_no_other_and_refuses_connections() {
     enter_network_namespace();
-    // So few ports that each is soon tried.
+    // A range so small that each port is soon tried.
     let range = "/proc/sys/net/ipv4/ip_local_port_range";
     fs::write(range, "40000 40003").expect("a range of the thread's own network");
     let port = Port::new();

@@ -1,4 +1,4 @@
-//! What the configuration keeps on a node before anybody asks.
+//! Tests the configuration's list of references to keep on a node.
 
 use std::fs;
 
@@ -12,12 +12,12 @@ use crate::support::{
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
                      lowThresholdPercent: 100, minimumAge: 0s}\n";
 
-/// A node that keeps nothing yet, and looks after what it keeps as soon as it can.
+/// Starts a node with an empty list, which it checks as often as it can.
 fn node() -> (Node, Admin) {
     Admin::start(ROOMY)
 }
 
-/// Changes the list as an editor or the kubelet would: the file is another one.
+/// Replaces the list's file, as an editor or the kubelet would.
 fn keep(node: &Node, references: &[&str], more: &str) {
     let head = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
     let warm = format!("warm: {{references: {}, {more}}}\n", json!(references));
@@ -39,7 +39,7 @@ fn wait_for(admin: &Admin, reference: &str, phase: &str) -> Value {
     state(admin, reference)
 }
 
-/// Moves a tag to other content; returns its digest.
+/// Moves a tag to other content. Returns its digest.
 fn move_tag(artifact: &SmallArtifact) -> String {
     let content = unique("moved");
     Manifest::artifact([Layer::titled("file.txt", content)]).push(
@@ -101,7 +101,7 @@ fn what_leaves_the_list_loses_its_own_pin_and_nobody_elses() {
         !admin.holds(&two)
     });
     assert!(admin.holds(&one) && admin.holds(&three));
-    // A restart keeps what is listed, and takes away what is not listed any more.
+    // A restart keeps listed references, and removes those that are no longer listed.
     node.driver.terminate();
     let Node { driver, sandbox, .. } = node;
     let options = driver.wait();
@@ -128,7 +128,7 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
     assert_eq!(state(&admin, &reference)["manifest"], artifact.digest.as_str());
     let told = admin.told(&["status"]);
     assert!(told.contains("its tag means") && told.contains("IfNotPresent"), "{told}");
-    // Both stay, and each pod gets what its policy means.
+    // Both stay, and each pod gets the digest of its policy.
     admin.told(&["gc", "--target", "0"]);
     let content = |policy: &str| {
         let (volume, _) = node.mount_with(&reference, |v| v.attribute("pullPolicy", policy));
@@ -141,7 +141,7 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
     assert_eq!(node.proxy.fetches("/blobs/"), 0);
     assert_ne!(content("Always"), artifact.content);
     assert_eq!(node.proxy.fetches("/blobs/"), 0, "what Always means was here too");
-    // A pod that asked has moved it for the others: the old one is let go.
+    // A pod's pull has moved it for the others: the old pin is removed.
     wait_until("the old one is let go", || {
         let known = state(&admin, &reference);
         known["manifest"] == moved.as_str() && known["newer"] == ""
@@ -206,7 +206,7 @@ fn a_node_waits_its_part_of_the_spread_and_a_pod_does_not() {
     assert!(waiting["nextSeconds"].as_u64() > Some(60), "{waiting}");
     assert_eq!(node.proxy.requests().len(), 0, "nobody was asked");
     node.mount(&reference);
-    // Another list: what is here already is pinned at once.
+    // Another list: content on the node is pinned at once.
     let other = node.proxy.reference(&node.small_artifact().name);
     keep(&node, &[&other], "spread: 100h");
     wait_for(&admin, &other, "waiting");
@@ -239,7 +239,7 @@ fn a_bad_change_keeps_the_last_good_list() {
     assert_eq!(state(&admin, &reference)["state"], "present");
     keep(&node, &[&reference], "spread: 0s");
     wait_until("the mistake is gone", || has("csi_oci_configuration_error 0"));
-    // At a start there is no last good one.
+    // At a start there is no last good list.
     keep(&node, &["r.io/NOT a reference"], "spread: 0s");
     let driver = node.driver.restart();
     let volume = driver.kubelet().new_volume(&reference);

@@ -1,7 +1,7 @@
-//! Whether a new Event is made, an old one is changed, or nothing is said: pure.
+//! Decides whether to create an Event, to change an existing one, or to write nothing. Pure.
 //!
-//! One Event for each pod, reference and reason: what happens again raises its count and changes its text. While a pull
-//! goes on, and while the same failure comes again, that is said every half minute at most.
+//! There is one Event for each pod, reference and reason: a repetition raises its count and changes its text. The
+//! progress of a pull, and a repeated failure, are written every half minute at most.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -12,14 +12,14 @@ use tokio::time::Instant;
 
 use super::{Happening, Reason};
 
-/// How often an Event is changed that says nothing new.
+/// The shortest time between two writes of an Event with no news.
 const INTERVAL: Duration = Duration::from_secs(30);
-/// API servers forget Events after an hour: what comes later is a new one.
+/// The time after which an Event counts as expired. API servers delete Events after an hour.
 const LIFE: Duration = Duration::from_mins(50);
-/// Events that are known; of a node's pods only the last ones matter.
+/// The most Events to remember. Only the latest matter.
 const KNOWN: usize = 1024;
 
-/// What has been written.
+/// The written Events.
 #[derive(Debug, Default)]
 pub(super) struct Ledger(HashMap<Key, Entry>);
 
@@ -40,12 +40,12 @@ struct Entry {
     written: Instant,
 }
 
-/// What is to be written.
+/// A write of an Event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Writing {
     /// The Event's name.
     pub(super) name: String,
-    /// Whether it is a new one.
+    /// Set if the Event is to be created.
     pub(super) is_new: bool,
     pub(super) message: String,
     pub(super) count: i32,
@@ -54,7 +54,7 @@ pub(super) struct Writing {
 }
 
 impl Ledger {
-    /// Takes note of what happened; says what is to be written.
+    /// Records an occurrence. Returns the write that it needs.
     pub(super) fn note(
         &mut self,
         happening: &Happening,
@@ -68,7 +68,7 @@ impl Ledger {
             return None;
         }
         if matches!(happening.reason, Reason::Pulled | Reason::Failed) {
-            // The next pull is another one.
+            // The next pull gets an Event of its own.
             self.0.remove(&pulling);
         }
         let key = Key::of(happening, happening.reason);
@@ -92,7 +92,7 @@ impl Ledger {
         Some(entry.writing(false, clock))
     }
 
-    /// The API server knows it no longer.
+    /// Forgets an Event that the API server no longer has.
     pub(super) fn forget(&mut self, name: &str) {
         self.0.retain(|_, entry| entry.name != name);
     }
@@ -104,7 +104,7 @@ impl Ledger {
             Reason::Failed => format!("Failed to mount artifact \"{reference}\": {detail}"),
             Reason::Damaged => format!("Mounted artifact \"{reference}\" is damaged: {detail}"),
             Reason::Pulled => {
-                // The kubelet asks again and again while a pull goes on: it began with the first call.
+                // The kubelet repeats its call while a pull runs. The pull began with the first call.
                 let pulling = self.0.get(&Key::of(happening, Reason::Pulling));
                 let since = pulling.map(|entry| now.duration_since(entry.began));
                 let seconds = since.unwrap_or_default().max(*took).as_secs_f64();
@@ -138,7 +138,7 @@ impl Entry {
     }
 }
 
-/// As the kubelet names its Events: the pod's name and a time, within the 253 characters of a name.
+/// Names an Event as the kubelet does: the pod's name and a time, within the 253 characters of a name.
 fn name(pod: &str, clock: Timestamp) -> String {
     let time = format!("{:x}", clock.as_nanosecond());
     let pod = truncated(pod, 252 - time.len());
@@ -162,7 +162,7 @@ mod tests {
         }
     }
 
-    /// A ledger and its clock.
+    /// A ledger with a clock.
     struct Noted {
         ledger: Ledger,
         start: Instant,
@@ -196,13 +196,14 @@ mod tests {
         assert!(pulled.is_new && pulled.message.contains("in 125.0s: sha256:1"), "{pulled:?}");
         // Another pull of the same pod is another event.
         assert!(noted.at(130, &pulling("1%")).expect("a new one").is_new);
-        // One that ended between two calls of the kubelet is found, and what was never pulled is not.
+        // A pull that ended between two calls of the kubelet is reported at the second; content that was never pulled
+        // is not.
         let found =
             |uid| Happening { only_after_pulling: true, ..happening(uid, Reason::Pulled, "x") };
         assert!(noted.at(140, &found("1")).expect("the end").message.contains("in 10.0s"));
         assert_eq!(noted.at(141, &found("1")), None);
         assert_eq!(noted.at(141, &found("3")), None);
-        // One that was over at once has the call's own time.
+        // A pull that ended at once is reported with the call's own time.
         let quick = noted.at(142, &happening("2", Reason::Pulled, "x")).expect("the end");
         assert!(quick.message.contains("in 2.0s"), "{quick:?}");
     }
@@ -219,7 +220,7 @@ mod tests {
         assert_eq!((again.is_new, again.count), (false, 6));
         let other = noted.at(32, &failed("forbidden")).expect("news");
         assert_eq!((other.is_new, other.count), (false, 7));
-        // An API server that has forgotten it gets a new one.
+        // An event that the API server has forgotten is created again.
         noted.ledger.forget(&other.name);
         assert!(noted.at(33, &failed("forbidden")).expect("a new one").is_new);
         assert!(noted.at(33 + 3600, &failed("forbidden")).expect("a new one").is_new);

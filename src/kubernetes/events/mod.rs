@@ -1,13 +1,13 @@
-//! Events on pods: what a user sees of a pull before the kubelet's own call has ended.
+//! Events on pods, which show the progress of a pull before the kubelet's call ends.
 //!
 //! ```text
-//! handle    says what happened; never waits, and is dropped when the queue is full
-//! ledger    whether a new Event is made, an old one is changed, or nothing is said: pure
-//! writer    the task that asks the API server; a failure is logged, and nothing else
+//! PodEvents  queues occurrences; never waits, and drops them if the queue is full
+//! ledger     decides whether to create an Event, to change an existing one, or to write nothing: pure
+//! writer     the task that writes to the API server; failures are only logged
 //! ```
 //!
-//! They are core/v1 Events, as the kubelet's own: those of `events.k8s.io` cannot change their text, and
-//! progress would be a new object each time.
+//! They are core/v1 Events, like the kubelet's: those of `events.k8s.io` cannot change their text, and progress would
+//! be a new object each time.
 
 mod ledger;
 mod writer;
@@ -18,21 +18,21 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// What waits to be written; beyond it, what happens is not told.
+/// The capacity of the queue. Further occurrences are dropped.
 const QUEUE: usize = 256;
 
 /// The pod that an Event is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PodReference {
-    /// Its namespace.
+    /// The pod's namespace.
     pub namespace: String,
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its uid.
+    /// The pod's uid.
     pub uid: String,
 }
 
-/// What happened, in the word that `kubectl describe pod` shows.
+/// The reason of an Event, as `kubectl describe pod` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Reason {
     Pulling,
@@ -41,21 +41,21 @@ pub(super) enum Reason {
     Damaged,
 }
 
-/// Something that happened to a pod's volume.
+/// An occurrence on a pod's volume.
 #[derive(Clone, Debug)]
 pub(super) struct Happening {
     pod: PodReference,
     reference: String,
     reason: Reason,
-    /// What follows the reference.
+    /// The end of the message, after the reference.
     detail: String,
-    /// How long the last call for it took, for what ended.
+    /// The time that the last call took, for a pull that has ended.
     took: Duration,
-    /// Said only where a pull was told before: nothing else is news.
+    /// Written only if the pull had an Event before.
     only_after_pulling: bool,
 }
 
-/// Says what happens. Cheap to clone.
+/// Queues occurrences for the writer. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct PodEvents(mpsc::Sender<Happening>);
 
@@ -80,28 +80,28 @@ impl PodEvents {
         Self(sender)
     }
 
-    /// A pull is under way, and how far it is.
+    /// Reports the progress of a running pull.
     pub fn pulling(&self, pod: &PodReference, reference: &str, progress: String) {
         self.tell(Happening::new(pod, reference, Reason::Pulling, progress));
     }
 
-    /// It has ended well; `took` is what the last call for it took.
+    /// Reports the end of a successful pull; `took` is the time of its last call.
     pub fn pulled(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
         self.tell(Happening { took, ..Happening::new(pod, reference, Reason::Pulled, what) });
     }
 
-    /// The content was here. That ends a pull that was told, and is no news otherwise.
+    /// Reports content that was on the node. Only ends a pull that had an Event.
     pub fn found(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
         let pulled = Happening::new(pod, reference, Reason::Pulled, what);
         self.tell(Happening { took, only_after_pulling: true, ..pulled });
     }
 
-    /// The volume is not there, and why.
+    /// Reports a volume that failed to mount.
     pub fn failed(&self, pod: &PodReference, reference: &str, why: String) {
         self.tell(Happening::new(pod, reference, Reason::Failed, why));
     }
 
-    /// What the pod has mounted was found damaged on the node.
+    /// Reports damage of content that the pod has mounted.
     pub fn damaged(&self, pod: &PodReference, reference: &str) {
         let what =
             "the node has read it back, and it is not what was unpacked; new pods get it anew. \

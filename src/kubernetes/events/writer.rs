@@ -1,4 +1,4 @@
-//! The task that writes Events. Whatever the API server does, it costs nobody else anything.
+//! The task that writes Events. Pods and publishes never depend on the API server.
 
 use std::time::Duration;
 
@@ -14,19 +14,19 @@ use tokio::time::Instant;
 use super::Happening;
 use super::ledger::{Ledger, Writing};
 
-/// One request; what waits behind it is told late, or not at all.
+/// The timeout of one request. Occurrences in the queue are delayed or dropped meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why an Event is not written.
+/// A failure to write an Event.
 #[derive(Debug, thiserror::Error)]
 enum WriteError {
     /// This process is in no pod, or in one without a token.
     #[error("there is no access to the Kubernetes API: {0}")]
     NoAccess(String),
-    /// The server refuses, or is not there.
+    /// The server refuses the request, or cannot be reached.
     #[error("the Kubernetes API: {0}")]
     Refused(#[from] kube::Error),
-    /// The server does not answer.
+    /// The server does not respond.
     #[error("the Kubernetes API does not answer within {} s", TIMEOUT.as_secs())]
     Timeout,
 }
@@ -35,7 +35,7 @@ pub(super) struct Writer {
     driver_name: String,
     node_id: String,
     ledger: Ledger,
-    /// None until there is something to write.
+    /// `None` until the first write.
     client: Option<Client>,
     /// The last failure, which is not logged again.
     told: String,
@@ -47,7 +47,7 @@ impl Writer {
         Self { driver_name, node_id, ledger, client, told }
     }
 
-    /// Until nobody can say anything any more.
+    /// Runs until all senders are dropped.
     pub(super) async fn run(mut self, mut happenings: mpsc::Receiver<Happening>) {
         while let Some(happening) = happenings.recv().await {
             let noted = self.ledger.note(&happening, Instant::now(), Timestamp::now());
@@ -56,7 +56,7 @@ impl Writer {
             match written.unwrap_or(Err(WriteError::Timeout)) {
                 Ok(()) => self.told.clear(),
                 Err(error) => {
-                    // What was not made cannot be changed later.
+                    // An Event that was not created cannot be changed later.
                     self.ledger.forget(&writing.name);
                     let error = error.to_string();
                     if error != self.told {

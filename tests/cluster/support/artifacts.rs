@@ -8,7 +8,7 @@ use super::run;
 
 /// An artifact of files, pushed with oras as users do.
 pub struct Artifact {
-    /// Its path in every registry of the cluster.
+    /// The repository in every registry of the cluster.
     pub repository: String,
     pub digest: String,
 }
@@ -30,7 +30,7 @@ impl Artifact {
         Self::push_folder(repository, tag, folder.path(), &names)
     }
 
-    /// Pushes a file of so many bytes that do not compress.
+    /// Pushes a file of this many bytes that do not compress.
     #[track_caller]
     pub fn push_large(repository: &str, bytes: usize) -> Self {
         let folder = TempDir::new().expect("a folder");
@@ -40,7 +40,7 @@ impl Artifact {
         Self::push_folder(repository, "v1", folder.path(), &["large"])
     }
 
-    /// Pushes some files and folders of a folder.
+    /// Pushes some files and directories of a directory.
     #[track_caller]
     pub fn push_folder(repository: &str, tag: &str, folder: &Path, names: &[&str]) -> Self {
         let reference = format!("registry.example.com/{repository}:{tag}");
@@ -58,12 +58,12 @@ impl Artifact {
         format!("registry.example.com/{}:v1", self.repository)
     }
 
-    /// Its reference in the registry that wants credentials.
+    /// Returns its reference in the registry that requires credentials.
     pub fn private(&self) -> String {
         format!("private.example.com/{}:v1", self.repository)
     }
 
-    /// Its reference in the registry that sends slowly.
+    /// Returns its reference in the registry that sends slowly.
     pub fn slow(&self) -> String {
         format!("slow.example.com/{}:v1", self.repository)
     }
@@ -85,7 +85,7 @@ fn push_image(reference: &str, script: &str) {
     run("crane", &arguments, "").unwrap_or_else(|error| panic!("{reference}: {error}"));
 }
 
-/// Pushes what the examples' images stand for: programs that do with the volume what the real ones do first.
+/// Pushes stand-ins for the examples' images: programs that use the volume as the real ones do at their start.
 pub fn push_standard_images() {
     // A server that is healthy once it has its model.
     push_image(

@@ -1,4 +1,4 @@
-//! Namespaces of tests, commands, and waiting for what Kubernetes does.
+//! Namespaces of tests, commands, and waiting for states of Kubernetes.
 
 mod artifacts;
 mod nodes;
@@ -26,7 +26,7 @@ pub use nodes::{
 /// The longest wait for a state of Kubernetes. Two cores run the whole cluster.
 pub const PATIENCE: Duration = Duration::from_mins(2);
 
-/// Held shared by tests that leave nodes and driver alone, and alone by the others.
+/// Held shared by tests that leave nodes and driver alone, and exclusively by the others.
 static CLUSTER: RwLock<()> = RwLock::new(());
 
 enum Use {
@@ -36,31 +36,31 @@ enum Use {
     Alone {
         _guard: RwLockWriteGuard<'static, ()>,
     },
-    /// The use is that of the test's first namespace.
+    /// The test's first namespace holds the lock.
     OfAnother,
 }
 
-/// A namespace of one test, deleted with all that is in it when the test ends. When the test fails, it prints what
-/// Kubernetes and the nodes say first.
+/// A namespace of one test, deleted with its contents when the test ends. When the test fails, it prints the state of
+/// Kubernetes and the nodes first.
 pub struct TestNamespace {
     pub name: String,
     _use: Use,
 }
 
 impl TestNamespace {
-    /// A namespace beside other tests.
+    /// Creates a namespace of a test that runs beside others.
     pub fn new(name: &str) -> Self {
         let guard = CLUSTER.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         Self::create(name, Use::Shared { _guard: guard })
     }
 
-    /// A namespace while no other test runs.
+    /// Creates a namespace of a test that runs alone.
     pub fn alone(name: &str) -> Self {
         let guard = CLUSTER.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         Self::create(name, Use::Alone { _guard: guard })
     }
 
-    /// A second namespace of the same test; it ends before the first one.
+    /// Creates a second namespace of the same test, which ends before the first one.
     pub fn another(&self, name: &str) -> Self {
         Self::create(name, Use::OfAnother)
     }
@@ -78,7 +78,7 @@ impl TestNamespace {
         });
         let name = format!("{name}-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         kubectl(&["create", "namespace", &name]);
-        // Pods are refused until their namespace has the one, and warned about without the other.
+        // Pods are refused until their namespace has the first, and warned about without the second.
         for object in ["serviceaccount/default", "configmap/kube-root-ca.crt"] {
             wait_until(object, || try_kubectl(&["--namespace", &name, "get", object], "").is_ok());
         }
@@ -91,7 +91,7 @@ impl TestNamespace {
         kubectl(&self.within(arguments))
     }
 
-    /// Runs kubectl in this namespace, where it may fail.
+    /// Runs kubectl in this namespace. The command may fail.
     pub fn try_kubectl(&self, arguments: &[&str], input: &str) -> Result<String, String> {
         try_kubectl(&self.within(arguments), input)
     }
@@ -106,7 +106,7 @@ impl TestNamespace {
         self.try_apply(yaml).unwrap_or_else(|error| panic!("{error}\n{yaml}"));
     }
 
-    /// Applies objects, or returns what the API server says.
+    /// Applies objects. Returns the API server's error.
     pub fn try_apply(&self, yaml: &str) -> Result<String, String> {
         let arguments =
             ["apply", "--server-side", "--validate=strict", "--warnings-as-errors", "--filename=-"];
@@ -127,7 +127,7 @@ impl TestNamespace {
         self.logs(&pod.name)
     }
 
-    /// Waits until a pod has this phase; fails at once when it has ended with another one.
+    /// Waits until a pod has this phase. Fails at once if it has ended with another one.
     #[track_caller]
     pub fn wait_for_phase(&self, pod: &str, phase: &str) {
         let mut seen = String::new();
@@ -172,7 +172,7 @@ impl TestNamespace {
         last
     }
 
-    /// Reason and message of each event of an object.
+    /// Returns reason and message of each event of an object.
     pub fn events(&self, object: &str) -> String {
         let selector = format!("--field-selector=involvedObject.name={object}");
         let format =
@@ -180,7 +180,7 @@ impl TestNamespace {
         self.try_kubectl(&["get", "events", &selector, format], "").unwrap_or_default()
     }
 
-    /// A field of an object, empty where there is none.
+    /// Returns a field of an object; empty if there is none.
     pub fn field(&self, kind: &str, name: &str, path: &str) -> String {
         let format = format!("--output=jsonpath={path}");
         self.try_kubectl(&["get", kind, name, &format], "").unwrap_or_default()
@@ -196,7 +196,7 @@ impl TestNamespace {
         self.kubectl(&["delete", "pod", pod, "--timeout=120s"]);
     }
 
-    /// Makes a secret for `private.example.com`.
+    /// Creates a secret for `private.example.com`.
     #[track_caller]
     pub fn pull_secret(&self, name: &str, password: &str) {
         let arguments = [
@@ -244,7 +244,7 @@ impl Drop for TestNamespace {
         if panicking() {
             self.report();
         }
-        // Others wait for the cluster: what belongs to this test goes before.
+        // Other tests wait for the cluster: the namespace is deleted before.
         let deleted = try_kubectl(&["delete", "namespace", &self.name, "--timeout=120s"], "");
         if let (Err(error), false) = (deleted, panicking()) {
             self.report();
@@ -261,15 +261,15 @@ pub struct Pod {
     pub script: String,
     /// Further attributes of the volume.
     pub attributes: Vec<(&'static str, String)>,
-    /// `readOnly` of the volume.
+    /// The `readOnly` field of the volume.
     pub volume_read_only: Option<bool>,
-    /// `readOnly` of the mount.
+    /// The `readOnly` field of the mount.
     pub mount_read_only: Option<bool>,
     /// The container's security context, in YAML's flow style.
     pub security: &'static str,
     /// Further fields of the pod's spec, each a line of YAML.
     pub spec: String,
-    /// The secret that the driver gets.
+    /// The secret for the driver.
     pub secret: Option<&'static str>,
     pub node: Option<&'static str>,
 }
@@ -291,7 +291,7 @@ impl Pod {
         }
     }
 
-    /// A pod that has the artifact mounted until it is deleted.
+    /// Creates a pod that has the artifact mounted until it is deleted.
     pub fn holding(name: &str, reference: &str) -> Self {
         Self::new(name, reference, "trap exit TERM; while :; do sleep 3600 & wait $!; done")
     }
@@ -363,14 +363,14 @@ pub fn try_kubectl(arguments: &[&str], input: &str) -> Result<String, String> {
     run("kubectl", arguments, input)
 }
 
-/// An object as JSON.
+/// Returns an object as JSON.
 #[track_caller]
 pub fn object(arguments: &[&str]) -> Value {
     let text = kubectl(&[arguments, &["--output=json"]].concat());
     serde_json::from_str(&text).expect("JSON of kubectl")
 }
 
-/// Runs a program to its end; what it printed is the result, or the error.
+/// Runs a program to its end. Returns its output or its error.
 pub fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, String> {
     let mut child = Command::new(program)
         .args(arguments)
@@ -395,7 +395,7 @@ pub fn wait_until(what: &str, is_true: impl FnMut() -> bool) {
     wait_until_with(is_true, || what.to_owned());
 }
 
-/// Asks until the answer is true, and names what it waited for when there is none.
+/// Waits until the condition is true. Fails with a description of it.
 #[track_caller]
 pub fn wait_until_with(is_true: impl FnMut() -> bool, what: impl Fn() -> String) {
     wait_until_within(PATIENCE, is_true, what);

@@ -20,7 +20,7 @@ pub fn on_node(name: &str, command: &[&str]) -> Result<String, String> {
     run("node", &[&["enter", name], command].concat(), "")
 }
 
-/// The name of the driver's running pod on a node.
+/// Returns the name of the driver's running pod on a node.
 pub fn driver_pod(node: &str) -> Result<String, String> {
     let selector = format!("--field-selector=spec.nodeName={node},status.phase=Running");
     let name = try_kubectl(
@@ -84,13 +84,13 @@ pub fn restart_driver() {
     }
 }
 
-/// The chart's package and the values that the cluster was installed with, for helm.
+/// Returns the chart's package and the values of the installation, for helm.
 pub fn release() -> [String; 2] {
     let folder = std::env::var("CLUSTER_RUN").expect("the cluster's folder");
     [format!("{folder}/csi-driver-oci-0.1.0.tgz"), format!("--values={folder}/values.yaml")]
 }
 
-/// Upgrades the release with more values for as long as something runs, and puts it back.
+/// Upgrades the release with more values, runs `during`, and restores the release.
 #[track_caller]
 pub fn upgrade(values: &[&str], during: impl FnOnce()) {
     let [chart, given] = release();

@@ -1,4 +1,5 @@
-//! What asks the Kubernetes API: the job before an uninstall, and the driver on a node that starts with a taint.
+//! Tests the requests to the Kubernetes API: the job before an uninstall, and the driver on a node that starts with a
+//! taint.
 
 use std::{
     fs,
@@ -20,7 +21,7 @@ use crate::support::{
     wait_until,
 };
 
-/// An API server with a few objects, and what a pod needs to reach it.
+/// An API server with a few objects, and the files that a pod needs to reach it.
 struct ApiServer {
     folder: tempfile::TempDir,
     port: u16,
@@ -52,7 +53,7 @@ impl ApiServer {
         Self { folder, port, process }
     }
 
-    /// What a machine needs so that its pods reach it.
+    /// Returns the files and the port that a machine needs so that its pods reach the server.
     fn access(&self) -> (PathBuf, u16) {
         (self.folder.path().join("account"), self.port)
     }
@@ -155,7 +156,7 @@ fn a_node_loses_its_startup_taint_once_the_driver_is_registered() {
     });
 }
 
-/// The Events of a pod, as the API server has them: reason, text, count.
+/// Returns the Events of a pod on the API server: reason, text, count.
 fn events(server: &ApiServer, pod: &str) -> Vec<(String, String, i64)> {
     let objects = server.objects();
     let events = objects.as_object().expect("objects").iter().filter(|(path, event)| {
@@ -208,10 +209,10 @@ fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
                 && text.contains("4.0 MiB")
         })
     });
-    // From the cache there is nothing to tell.
+    // A publish from the cache makes no Event.
     deployed.publish(&of(&reference, "again"));
 
-    // The same failure again and again is one event.
+    // A repeated failure is one event.
     let missing = of(&proxy.reference("there/is/none:v1"), "missing");
     for _ in 0..5 {
         deployed.try_publish(&missing).expect_err("nothing of this name");
@@ -224,7 +225,7 @@ fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
     assert!(failed(&server)[0].1.contains("no manifest v1"), "{:?}", failed(&server));
     assert_eq!(events(&server, &pod.name).len(), 3, "{:?}", events(&server, &pod.name));
 
-    // Without an API server everything else goes on.
+    // Without an API server everything else continues.
     server.process.kill().expect("killed");
     server.process.wait().expect("its end");
     Manifest::artifact([Layer::titled("small", "x")]).push(&registry, &repository, "v2");
@@ -236,12 +237,12 @@ fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
         let reference = proxy.reference(&format!("{repository}:v2"));
         deployed.publish(&of(&reference, &format!("without-{number}")));
     }
-    // Once for each reason: a request that was cut off, and a server that is not there.
+    // Once for each reason: a request that was cut off, and a server that does not exist.
     assert!(told() <= 2, "{}", log());
     assert!(!log().contains(TOKEN), "the token is in the log");
 }
 
-/// The one file that an artifact of a file has in the store.
+/// Returns the one file that an artifact of a file has in the store.
 fn stored_file(folder: &Path) -> PathBuf {
     let entry = fs::read_dir(folder).expect("a folder").flatten().next().expect("an entry").path();
     if entry.is_dir() { stored_file(&entry) } else { entry }
@@ -261,7 +262,7 @@ fn pods_are_told_of_damage_in_what_they_show() {
     let reference = proxy.reference(&format!("{repository}:v1"));
     let pod = Pod::new();
     deployed.publish(&deployed.kubelet().inline(&pod, "artifact", &reference));
-    // As an earlier build left it, whose pods could write.
+    // The state of an earlier version, whose pods could write.
     let state = deployed.machine.path("/var/lib/csi-driver-oci");
     fs::write(stored_file(&state.join("files")), "changed").expect("written");
     fs::write(state.join("format"), "csi-driver-oci 1\n").expect("written");

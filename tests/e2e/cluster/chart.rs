@@ -1,4 +1,5 @@
-//! Manifests as data: what Helm, Kubernetes' schemas and its types say, and what the binary says of its configuration.
+//! Tests manifests as data against Helm, Kubernetes' schemas and types, and the binary's own check of its
+//! configuration.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -114,7 +115,7 @@ fn the_driver_knows_the_attributes_of_every_volume() {
     let mut seen = 0;
     for group in ["chart", "plain", "composed"] {
         for (name, objects) in rendered(group) {
-            // What Flux substitutes and Crossplane patches is not there yet.
+            // The substitutions of Flux and the patches of Crossplane are missing.
             if !name.contains("flux") && !name.contains("crossplane__composition") {
                 for attributes in objects.iter().flat_map(volume_attributes) {
                     let parsed = VolumeAttributes::parse(&attributes);
@@ -127,7 +128,7 @@ fn the_driver_knows_the_attributes_of_every_volume() {
     assert!(seen >= 10, "only {seen} volumes were looked at");
 }
 
-/// The attributes of every volume of the driver in an object.
+/// Returns the attributes of every volume of the driver in an object.
 fn volume_attributes(value: &Value) -> Vec<HashMap<String, String>> {
     if value["driver"] == "oci.custom.io" {
         let attributes = value["volumeAttributes"].clone();
@@ -140,7 +141,7 @@ fn volume_attributes(value: &Value) -> Vec<HashMap<String, String>> {
     }
 }
 
-/// Names, types, units and helps, as promtool wants them.
+/// Checks names, types, units and help texts as promtool does.
 #[track_caller]
 pub fn lint_metrics(served: &str) {
     let (_, text) = served.split_once("\r\n\r\n").expect("a body");
@@ -166,7 +167,7 @@ fn each_alert_fires_when_it_should_and_not_otherwise() {
 
 #[test]
 fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
-    // A port that is taken is counted.
+    // A port that is in use is counted.
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let health = taken.local_addr().expect("its address");
     let node = Node::start_with(|_, options| {
@@ -207,7 +208,7 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
         .collect();
     assert!(names.len() > 5, "{names:?}");
     for name in names {
-        // A histogram's description has its name without what its samples add.
+        // The description of a histogram has its name without the suffixes of its samples.
         let family = ["_bucket", "_count", "_sum"]
             .iter()
             .find_map(|suffix| name.strip_suffix(suffix))
@@ -229,7 +230,7 @@ fn all_manifests_survive_kubernetes_own_types() {
     assert!(seen > 50, "only {seen} objects were looked at");
 }
 
-/// Whether the object is one of Kubernetes' own; if so, a misspelt or mistyped field is a failure.
+/// Returns whether the object is one of Kubernetes' own. If so, a misspelt or mistyped field is a failure.
 #[track_caller]
 pub fn round_trip(name: &str, object: &Value) -> bool {
     let kind = object["kind"].as_str().expect("a kind");
@@ -257,7 +258,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "StatefulSet" => same::<StatefulSet>,
         "ValidatingAdmissionPolicy" => same::<ValidatingAdmissionPolicy>,
         "ValidatingAdmissionPolicyBinding" => same::<ValidatingAdmissionPolicyBinding>,
-        // Made of the types that it defines; a test beside them compares the files.
+        // Generated from the types that it defines; a test beside them compares the files.
         "CustomResourceDefinition" => return false,
         _ => {
             let version = object["apiVersion"].as_str().expect("an apiVersion");
@@ -281,7 +282,7 @@ fn same<T: DeserializeOwned + Serialize>(name: &str, object: &Value) {
     assert!(lost.is_empty(), "{name}: {}: {lost:?}", object["kind"]);
 }
 
-/// Fields that are not in the other value, or not the same there. Types add fields of their own, and keep no empty
+/// Collects fields that are missing or different in the other value. Types add fields of their own, and keep no empty
 /// ones.
 fn what_is_lost(path: &str, value: &Value, again: &Value, lost: &mut Vec<String>) {
     match value {
@@ -308,7 +309,7 @@ fn the_binary_takes_every_configuration_that_the_chart_writes() {
     let mut seen = 0;
     for (row, objects) in rendered("chart") {
         for map in objects.iter().filter(|object| object["data"]["config.yaml"].is_string()) {
-            // Files lie beside the configuration, at another place than in the container.
+            // Files are beside the configuration here, and elsewhere in the container.
             for (name, text) in map["data"].as_object().expect("files") {
                 let here = format!("{}/", folder.path().display());
                 let text = text.as_str().expect("text").replace("/etc/csi-driver-oci/", &here);

@@ -1,5 +1,5 @@
-//! A node that is a folder, and a container runtime for it that does what a pod says: mounts, environment, arguments,
-//! user and read-only root filesystem.
+//! A node that is a directory, and a container runtime for it that applies a pod's mounts, environment, arguments, user
+//! and read-only root filesystem.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use crate::support::{
     Authority, Sandbox, ending_with_this_thread, enter_network_namespace, run, tool,
 };
 
-/// What the downward API says of pods here.
+/// The node name that the downward API returns.
 pub const NODE_NAME: &str = "worker-1";
 pub const POD_NAME: &str = "pod-of-a-test";
 pub const NAMESPACE: &str = "csi-driver-oci";
@@ -25,22 +25,22 @@ pub const NAMESPACE: &str = "csi-driver-oci";
 /// The token of every pod's service account.
 pub const TOKEN: &str = "the-token-of-the-service-account";
 
-/// The kernel's setting of file leases, of which each node here has one of its own.
+/// The kernel's setting of file leases. Each node here has one of its own.
 const LEASES: &str = "leases-enable";
 
 /// Where the kubelet mounts a pod's token.
 const SERVICE_ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
 
-/// A node: the folder that is its root, shared with containers as a real one's is.
+/// A node: the directory that is its root, shared with containers like that of a real node.
 ///
 /// The calling thread gets a network of its own, with a loopback only, so that every node has the same ports.
 pub struct Machine {
     pub root: PathBuf,
-    /// Files of configuration maps and secrets, by their volumes' names, which are a node's own here and not a pod's.
+    /// Files of config maps and secrets by volume name. They belong to the node here, and not to a pod.
     pub files: BTreeMap<String, BTreeMap<String, String>>,
-    /// Where volumes of CSI drivers are published, by their names.
+    /// The paths of published CSI volumes, by name.
     pub published: BTreeMap<String, PathBuf>,
-    /// What pods with a token find: a folder with it, and the API server's port on the loopback.
+    /// The directory with the service account's token for pods, and the API server's port on the loopback.
     pub api: Option<(PathBuf, u16)>,
     sandbox: Sandbox,
 }
@@ -50,7 +50,7 @@ impl Machine {
     pub fn new() -> Self {
         let sandbox = Sandbox::new();
         enter_network_namespace();
-        // Short: paths of sockets have 107 bytes.
+        // Short, because the path of a socket is limited to 107 bytes.
         let root = sandbox.folder("n");
         let none: Option<&str> = None;
         mount(Some(&root), &root, none, MsFlags::MS_BIND, none).expect("bind the node's root");
@@ -59,19 +59,19 @@ impl Machine {
         Self { root, files: BTreeMap::new(), published: BTreeMap::new(), api: None, sandbox }
     }
 
-    /// A path of the node, as this process sees it.
+    /// Returns a path of the node as this process sees it.
     pub fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
-    /// Mounts a disk at a path of the node, which its containers see as their propagation says.
+    /// Mounts a disk at a path of the node. Containers see it according to their propagation.
     #[track_caller]
     pub fn mount_disk(&self, path: &str) {
         fs::create_dir_all(self.path(path)).expect("a mount point");
         self.sandbox.filesystem("ext4", &format!("n{path}"), "rw");
     }
 
-    /// Starts a container of a pod, with an image that holds these programs and what they are linked to.
+    /// Starts a container of a pod, with an image of these programs and their libraries.
     #[track_caller]
     pub fn start(&self, pod: &PodSpec, container: &Container, image: &Image) -> Child {
         let log = fs::File::options()
@@ -89,7 +89,7 @@ impl Machine {
             .expect("a container")
     }
 
-    /// The node's `fs.leases-enable`.
+    /// Returns the path of the node's `fs.leases-enable`.
     pub fn leases_setting(&self) -> PathBuf {
         self.sandbox.path().join(LEASES)
     }
@@ -98,7 +98,7 @@ impl Machine {
         fs::read_to_string(self.log_path(container)).unwrap_or_default()
     }
 
-    /// Where a volume of a pod is found, whatever it is made of.
+    /// Returns the path of a pod's volume, whatever its source.
     pub fn volume(&self, name: &str) -> PathBuf {
         self.sandbox.folder(&format!("volumes/{name}"))
     }
@@ -107,7 +107,7 @@ impl Machine {
         self.sandbox.path().join(format!("{}.log", container.name))
     }
 
-    /// What the runtime does before the container's program starts.
+    /// Returns the script that prepares the container before its program starts.
     fn script(&self, pod: &PodSpec, container: &Container, image: &Image) -> String {
         let root = self.sandbox.folder(&format!("containers/{}", container.name));
         let mut script = format!("mount -t tmpfs -o mode=0755 image {}\n", root.display());
@@ -118,7 +118,7 @@ impl Machine {
             let target = root.join(folder);
             let _ = writeln!(script, "mkdir {0}; mount {kind} /{folder} {0}", target.display());
         }
-        // This machine's own setting stays as it is.
+        // The setting of this machine stays as it is.
         let proc = root.join("proc");
         let _ = writeln!(script, "mount --make-rprivate {}", proc.display());
         bind(&mut script, &self.leases_setting(), &proc.join("sys/fs/leases-enable"), false);
@@ -174,7 +174,7 @@ impl Machine {
         let _ = writeln!(script, "mount {propagation} {}", target.display());
     }
 
-    /// What the kubelet makes of a volume before it is mounted.
+    /// Returns the source of a volume before it is mounted.
     fn source(&self, volume: &Volume) -> PathBuf {
         if let Some(host) = &volume.host_path {
             let path = self.path(&host.path);
@@ -203,14 +203,14 @@ impl Machine {
     }
 }
 
-/// What an image holds: paths in it, and where they are here.
+/// The contents of an image: paths in it, and their paths on this machine.
 pub struct Image {
     files: BTreeMap<String, PathBuf>,
     entrypoint: String,
 }
 
 impl Image {
-    /// The driver's image, as the Dockerfile makes it: the binary and the libraries that it is linked to.
+    /// Returns the driver's image, as the Dockerfile builds it: the binary and its libraries.
     pub fn of_the_driver() -> Self {
         let binary = Path::new(env!("CARGO_BIN_EXE_csi-driver-oci"));
         let mut image = Self::of_libraries(&[binary]);
@@ -219,7 +219,7 @@ impl Image {
         image
     }
 
-    /// What these programs are linked to, and nothing else of them.
+    /// Returns an image with the libraries of these programs, without the programs.
     pub fn of_libraries(programs: &[&Path]) -> Self {
         let mut files = BTreeMap::new();
         for program in programs {
@@ -233,14 +233,14 @@ impl Image {
         Self { files, entrypoint: String::new() }
     }
 
-    /// With one more file, at this path.
+    /// Adds a file at this path.
     #[must_use]
     pub fn with_file(mut self, inside: &str, outside: &Path) -> Self {
         self.files.insert(inside.to_owned(), outside.to_owned());
         self
     }
 
-    /// With programs of this system at their own places.
+    /// Adds programs of this system at their own paths.
     #[must_use]
     pub fn with_programs(mut self, programs: &[&str]) -> Self {
         let paths: Vec<PathBuf> = programs
@@ -257,7 +257,7 @@ impl Image {
     }
 }
 
-/// What pods with a token find below `folder`: it, and the authority of the API server.
+/// Creates the service account's files for pods below `folder`: a token, and the authority of the API server.
 #[track_caller]
 pub fn service_account(folder: &Path, authority: &Authority) -> PathBuf {
     let account = folder.join("account");
@@ -279,7 +279,7 @@ fn bind(script: &mut String, source: &Path, target: &Path, read_only: bool) {
     }
 }
 
-/// What a variable is in a container on this node.
+/// Returns the value of a variable in a container on this node.
 fn value(variable: &EnvVar) -> String {
     let field = variable.value_from.as_ref().and_then(|source| source.field_ref.as_ref());
     match field.map(|field| field.field_path.as_str()) {

@@ -1,5 +1,5 @@
-//! The rendered `Deployment` of the controller in a container: its own command line, environment and user start the
-//! binary, its probes are answered, and it leads.
+//! Tests the rendered `Deployment` of the controller in a container: its command line, environment and user start the
+//! binary, its probes succeed, and it becomes the leader.
 
 use std::{fs, process::Child};
 
@@ -25,7 +25,7 @@ use crate::support::{
     wait_until,
 };
 
-/// The controller of one rendered `Deployment`, and an API server that its pod reaches as pods do.
+/// The controller of one rendered `Deployment`, and an API server that its pod reaches as in a cluster.
 struct Controller {
     machine: Machine,
     pod: PodSpec,
@@ -44,7 +44,7 @@ impl Controller {
         let pod = deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
         let container = pod.containers[0].clone();
         let api = ApiServer::new();
-        // By TLS, with a certificate of the cluster's authority, and for who has the pod's token.
+        // With TLS, a certificate of the cluster's authority, and the pod's token.
         let folder = machine.path("/api");
         let authority = Authority::new(&folder);
         let (certificate, key) = authority.issue("server", &["127.0.0.1"]);
@@ -60,7 +60,7 @@ impl Controller {
         Self { machine, pod, container, process, api, _entrance: entrance }
     }
 
-    /// A line of what the kernel says of the process.
+    /// Returns a line of the kernel's status of the process.
     fn kernel(&self, name: &str) -> String {
         let path = format!("/proc/{}/status", self.process.id());
         let status = fs::read_to_string(path).expect("its status");
@@ -93,7 +93,7 @@ fn leads(objects: &[Value]) {
     });
     assert!(ask(liveness, &container).contains("200"));
 
-    // With the rights of nobody, which the pod says and the machine has done.
+    // The pod runs as a user without rights, and the machine has applied that.
     let security = container.security_context.as_ref().expect("a security context");
     assert_eq!(security.read_only_root_filesystem, Some(true));
     assert_eq!(security.allow_privilege_escalation, Some(false));
@@ -107,7 +107,7 @@ fn leads(objects: &[Value]) {
         assert_eq!(controller.kernel(kind).trim_start_matches('0'), "", "it has {kind}");
     }
 
-    // It leads, and works: a preload is answered for.
+    // It leads and works: a preload gets a status.
     let lease = flag(&container, "lease-name");
     let holder =
         || controller.api.get(Kind::Lease, NAMESPACE, &lease)["spec"]["holderIdentity"].clone();
@@ -128,7 +128,7 @@ fn leads(objects: &[Value]) {
     assert!(served.contains("csi_oci_controller_leader 1"), "{served}");
     lint_metrics(&served);
 
-    // Of what it may take of memory, it has taken little.
+    // Its use of memory is far below its limit.
     let limits = container.resources.as_ref().and_then(|resources| resources.limits.clone());
     if let Some(limit) = limits.unwrap_or_default().get("memory") {
         let limit = limit.0.strip_suffix("Gi").expect("a limit in Gi");
@@ -138,7 +138,7 @@ fn leads(objects: &[Value]) {
         assert!(taken < limit / 4, "{taken} of {limit} KiB with nothing to do");
     }
 
-    // A pod that is deleted ends in time, and gives back what it holds.
+    // A deleted pod ends in time, and releases its lease.
     let process = i32::try_from(controller.process.id()).expect("a process");
     kill(Pid::from_raw(process), Signal::SIGTERM).expect("a signal");
     let ended = controller.process.wait().expect("its end");

@@ -1,5 +1,5 @@
-//! A `CustomPrometheus` from its artifact to its running process: pushed by our script, composed, published by the
-//! deployed driver, and rolled forth and back.
+//! Tests a `CustomPrometheus` from its artifact to its running process: pushed by the script, composed, published by
+//! the deployed driver, and rolled forth and back.
 
 use std::{
     collections::BTreeMap,
@@ -78,10 +78,10 @@ fn crossplane_may_make_what_is_composed() {
     check("crossplane_rights");
 }
 
-/// What a Composition makes: name -> object.
+/// The objects of a Composition by name.
 pub(super) type Composed = BTreeMap<String, Value>;
 
-/// What the Composition makes of a `CustomPrometheus` that has these objects already.
+/// Returns the objects that the Composition creates for a `CustomPrometheus` with these existing objects.
 #[track_caller]
 fn compose(composition: &str, specification: Value, observed: &Composed) -> Composed {
     let object = json!({
@@ -95,8 +95,8 @@ fn compose(composition: &str, specification: Value, observed: &Composed) -> Comp
     serde_json::from_value(result["desired"].take()).expect("objects")
 }
 
-/// One reconciliation of an object that has these objects already: `desired`, `status`, and `conditions`, each with its
-/// status and message.
+/// Runs one reconciliation of an object with these existing objects. Returns `desired`, `status`, and `conditions`,
+/// each with its status and message.
 #[track_caller]
 pub(super) fn reconcile(composition: &str, object: &Value, observed: &Composed) -> Value {
     let folder = tempfile::tempdir().expect("a folder");
@@ -109,7 +109,7 @@ pub(super) fn reconcile(composition: &str, object: &Value, observed: &Composed) 
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// Debian's Prometheus: the program itself, not the wrapper that finds its libraries.
+/// Returns Debian's Prometheus: the program itself, not the wrapper that finds its libraries.
 fn program(name: &str) -> PathBuf {
     let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools");
     let unpacked = tools.join("root/usr/bin").join(name);
@@ -119,7 +119,7 @@ fn program(name: &str) -> PathBuf {
     run(tool("sh").args(["-c", &format!("command -v {name}")])).trim().into()
 }
 
-/// Pushes this folder for this machine's platform; returns what the script prints.
+/// Pushes this directory for this machine's platform. Returns the script's output.
 #[track_caller]
 fn push(registry: &Registry, tag: &str, build: &Path) -> String {
     let reference = format!("{}/team/prometheus:{tag}", registry.host());
@@ -128,14 +128,14 @@ fn push(registry: &Registry, tag: &str, build: &Path) -> String {
     run(super::publish::push(&reference, build).arg(pair)).trim().to_owned()
 }
 
-/// The pod of the `StatefulSet`, as its controller and the kubelet make it.
+/// Returns the pod of the `StatefulSet`, as its controller and the kubelet create it.
 fn pod_of(composed: &Composed) -> PodSpec {
     let statefulset: StatefulSet =
         serde_json::from_value(composed["statefulset"].clone()).expect("a StatefulSet");
     let specification = statefulset.spec.expect("a specification");
     let mut pod = specification.template.spec.expect("a pod");
     for claim in specification.volume_claim_templates.iter().flatten() {
-        // What the claim is bound to does not matter here.
+        // The claim's volume does not matter here.
         let name = claim.metadata.name.clone().expect("a name");
         let volume = json!({"name": name, "emptyDir": {}});
         pod.volumes.get_or_insert_default().push(serde_json::from_value(volume).expect("a volume"));
@@ -143,7 +143,7 @@ fn pod_of(composed: &Composed) -> PodSpec {
     pod
 }
 
-/// Publishes the pod's artifact through the driver, with the attributes that the pod has.
+/// Publishes the pod's artifact through the driver, with the attributes of the pod.
 #[track_caller]
 fn publish(deployed: &mut Deployed, pod: &PodSpec) -> Volume {
     let source =
@@ -183,7 +183,7 @@ impl<'a> Running<'a> {
         running
     }
 
-    /// Waits until it scrapes this job, in whichever file that is configured.
+    /// Waits until it scrapes this job, whichever file configures it.
     #[track_caller]
     fn wait_until_it_scrapes(&self, job: &str) {
         wait_until("Prometheus scrapes the job", || {
@@ -203,7 +203,7 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Ends the reader, also when the test fails before it would.
+/// Ends the reader, also if the test fails early.
 struct Done<'a>(&'a AtomicBool);
 
 impl Drop for Done<'_> {
@@ -264,11 +264,11 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
     assert!(reloaded.starts_with("HTTP/1.1 200"), "{reloaded}");
     running.wait_until_it_scrapes("changed");
 
-    // Forth, and back while the registry is down: whoever reads the first version all the while does not notice.
+    // Forth, and back while the registry is down: a reader of the first version does not notice.
     let (reads, done) = (AtomicU64::new(0), AtomicBool::new(false));
     let file = first.target().join("config/version");
     std::thread::scope(|scope| {
-        // The thread is in this thread's mount namespace, being started by it.
+        // The thread is in this thread's mount namespace, which started it.
         let reader = scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 assert_eq!(fs::read_to_string(&file).expect("the file"), "v1");
@@ -313,7 +313,7 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
     assert!(reads.into_inner() > 0);
 }
 
-/// A `CustomPrometheus` with a gate, reconciled as Crossplane does.
+/// A `CustomPrometheus` with a gate, reconciled as by Crossplane.
 struct Gated<'a> {
     cluster: &'a Cluster,
     repository: &'a str,
@@ -321,13 +321,14 @@ struct Gated<'a> {
 }
 
 impl Gated<'_> {
-    /// Applies what is composed of what is there; returns the attributes of the pod's artifact, once it may run.
+    /// Applies the objects that are composed of the existing ones. Returns the attributes of the pod's artifact, once
+    /// it may run.
     #[track_caller]
     fn reconcile(&mut self, version: &str) -> Option<Value> {
         self.reconcile_with(json!({"version": version}))
     }
 
-    /// As [`Self::reconcile`], with these fields of the specification.
+    /// Reconciles like [`Self::reconcile`], with these fields of the specification.
     #[track_caller]
     fn reconcile_with(&mut self, fields: Value) -> Option<Value> {
         let preload = self.cluster.api.get(Kind::Preload, NAMESPACE, "billing");
@@ -364,13 +365,13 @@ fn the_gate_opens_when_the_controller_has_the_artifact_on_every_node() {
     cluster.wait_for("billing", "Ready");
     let used = gated.reconcile("v1").expect("a StatefulSet");
     assert_eq!(used["reference"], format!("{first}@{first_digest}").as_str());
-    // What the pod asks for is what the nodes hold.
+    // The pod uses the artifact that the nodes hold.
     let kubelet = cluster.drivers[1].kubelet();
     let reference = used["reference"].as_str().expect("a reference");
     let volume = kubelet.new_volume(reference).attribute("pullPolicy", "Never");
     kubelet.publish_well(&volume);
 
-    // A version that nobody has, and one that comes: what runs stays until the nodes have another one.
+    // A version that does not exist, and one that does: the running version stays until the nodes have another one.
     assert_eq!(gated.reconcile("gone").as_ref(), Some(&used), "rolled on an old status");
     cluster.wait_for("billing", "ReferenceNotFound");
     assert_eq!(gated.reconcile("gone").as_ref(), Some(&used), "rolled to what does not exist");
@@ -380,12 +381,12 @@ fn the_gate_opens_when_the_controller_has_the_artifact_on_every_node() {
     let newer = gated.reconcile("v2").expect("a StatefulSet");
     assert_eq!(newer["reference"], format!("{second}@{second_digest}").as_str());
 
-    // Somebody deletes the preload: nothing rolls, and it is made again.
+    // The preload is deleted: nothing rolls, and it is created again.
     cluster.api.delete(Kind::Preload, NAMESPACE, "billing");
     assert_eq!(gated.reconcile("v2").as_ref(), Some(&newer), "rolled for want of a preload");
     cluster.wait_for("billing", "Ready");
 
-    // Back.
+    // The rollback.
     assert_eq!(gated.reconcile("v1").as_ref(), Some(&newer), "rolled back too early");
     cluster.wait_for("billing", "Ready");
     assert_eq!(gated.reconcile("v1"), Some(used));

@@ -1,4 +1,4 @@
-//! The rendered `DaemonSet` on a node: its own command line, mounts and environment start the binary, and a pod's
+//! Tests the rendered `DaemonSet` on a node: its command line, mounts and environment start the binary, and a pod's
 //! volume is published through it.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
@@ -18,7 +18,7 @@ use crate::support::{
     run, small_artifact, tool, wait_until,
 };
 
-/// Registration, probes, a volume that outlives the driver, and its end.
+/// Checks registration, probes, a volume that outlives the driver, and its end.
 #[track_caller]
 fn serves(objects: &[Value]) {
     let mut deployed = Deployed::start(objects);
@@ -42,7 +42,7 @@ fn serves(objects: &[Value]) {
             answer = ask(liveness, &deployed.container);
             answer.contains("200")
         });
-        // Ready is more: the kubelet has to say that it has registered the driver.
+        // Readiness needs more: the kubelet must have registered the driver.
         let readiness = deployed.container.readiness_probe.as_ref().expect("a readiness probe");
         assert!(
             ask(readiness, &deployed.container).contains("503"),
@@ -51,7 +51,7 @@ fn serves(objects: &[Value]) {
         );
     }
 
-    // As `kubectl exec` runs it in the container.
+    // The command in the container, as `kubectl exec` runs it.
     let inside =
         format!("unix:///proc/{}/root/run/csi-driver-oci/admin.sock", deployed.process.id());
     let mut status = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
@@ -90,7 +90,7 @@ fn serves(objects: &[Value]) {
     assert!(!volume.target().exists());
 }
 
-/// A test for each row, so that rows run side by side and each failure has its row's name.
+/// One test for each row, so that rows run in parallel and each failure has its row's name.
 macro_rules! rows {
     ($group:literal: $($test:ident $row:literal),+ $(,)?) => {
         $(
@@ -111,7 +111,7 @@ rows! { "chart":
     registries_of_every_kind_serve "registries",
     a_docker_configuration_of_the_node_serves "node-docker-config",
     a_policy_with_its_key_serves "policy",
-    // Without an API server in reach, which is no matter of a pod's.
+    // The API server is unreachable, which does not matter for pods.
     a_node_that_preloads_serves "fleet-default",
     a_node_that_preloads_beside_a_policy_serves "fleet",
 }
@@ -148,7 +148,7 @@ fn every_row_is_started_by_a_test() {
 
 #[test]
 fn a_private_registry_is_reached_with_what_the_chart_mounts() {
-    // In the registry that all tests share, which this test's network no longer reaches.
+    // The artifact is in the registry that all tests share, which this test's network does not reach later.
     let artifact = small_artifact();
     let machine = Machine::new();
     let authority = Authority::new(&machine.path("/root/authority"));
@@ -159,7 +159,7 @@ fn a_private_registry_is_reached_with_what_the_chart_mounts() {
         content_of: Some(registry()),
         ..RegistryKind::default()
     });
-    // The node's containerd reaches it by TLS; so does the driver, with the authority that the values have.
+    // The node's containerd uses TLS, and so does the driver, with the authority of the values.
     let hosts = machine.path("/etc/containerd/certs.d").join(registry.host());
     fs::create_dir_all(&hosts).expect("the node's registries");
     let server = format!("server = \"https://{}\"\n", registry.host());
@@ -174,7 +174,7 @@ fn a_private_registry_is_reached_with_what_the_chart_mounts() {
     let volume = deployed.kubelet().new_volume(&format!("{}/{}", registry.host(), artifact.name));
     let refused = deployed.try_publish(&volume).expect_err("the secret has no credentials yet");
     assert_eq!(refused.code(), Code::Unauthenticated, "{}", refused.message());
-    // A secret that changes is followed.
+    // A changed secret takes effect.
     let auths = json!({"auths": {registry.host(): {"username": "robot", "password": "password"}}});
     let secret = deployed.machine.volume("docker-config-secret").join("config.json");
     fs::write(secret, auths.to_string()).expect("the secret");

@@ -22,7 +22,7 @@ use tonic::Status;
 use super::container::{Image, Machine};
 use crate::support::{Kubelet, Volume, accepts, wait_until};
 
-/// What the chart mounts of a node: certificates, credentials and plugins for them.
+/// The node's files that the chart mounts: certificates, credentials and plugins for them.
 const FILES_OF_THE_NODE: [(&str, &str); 4] = [
     ("/etc/ssl/certs/ca-certificates.crt", ""),
     ("/var/lib/kubelet/config.json", r#"{"auths": {}}"#),
@@ -54,12 +54,12 @@ impl Deployed {
     #[track_caller]
     pub fn start(objects: &[Value]) -> Self {
         let machine = Machine::new();
-        // Of its own, as this machine's may be too full for a node's floor of free space.
+        // A disk of its own, since this machine's may be too full for a node's floor of free space.
         machine.mount_disk(&flag(&driver_of(objects).1, "state-dir"));
         Self::start_on(machine, objects)
     }
 
-    /// On a node that has something already.
+    /// Starts it on an existing node.
     #[track_caller]
     pub fn start_on(mut machine: Machine, objects: &[Value]) -> Self {
         let (pod, container) = driver_of(objects);
@@ -87,7 +87,7 @@ impl Deployed {
         self.wait_until_ready();
     }
 
-    /// Until its own probe says what the kubelet wants to hear, or, without registration, until it serves.
+    /// Waits until the readiness probe succeeds or, without registration, until CSI is served.
     fn wait_until_ready(&mut self) {
         let sidecar = self.pod.containers.len() > 1;
         let socket = if sidecar { self.socket() } else { self.registration_socket() };
@@ -98,7 +98,7 @@ impl Deployed {
         });
     }
 
-    /// Paths that the kubelet knows, as this process sees them.
+    /// Returns the socket's path as this process sees it.
     pub fn socket(&self) -> PathBuf {
         let folder = format!("{}/plugins/{}/csi.sock", self.kubelet_dir, self.driver_name);
         self.machine.path(&folder)
@@ -109,7 +109,7 @@ impl Deployed {
         self.machine.path(&folder)
     }
 
-    /// Where its metrics are scraped, if they are.
+    /// Returns the port of the metrics, if they are on.
     pub fn metrics_port(&self) -> Option<i32> {
         let endpoint = flag(&self.container, "metrics-endpoint");
         endpoint
@@ -132,7 +132,7 @@ impl Deployed {
         volume.assert_mounted();
     }
 
-    /// Publishes at the path that the kubelet has on the node, which this process sees below the node's folder.
+    /// Publishes at the kubelet's path on the node, which this process sees below the node's directory.
     pub fn try_publish(&self, volume: &Volume) -> Result<(), Status> {
         self.kubelet().prepare(volume);
         let mut request = volume.request.clone();
@@ -156,7 +156,7 @@ impl Drop for Deployed {
     }
 }
 
-/// The pod of the rendered `DaemonSet`, and the driver's container in it.
+/// Returns the pod of the rendered `DaemonSet`, and the driver's container in it.
 fn driver_of(objects: &[Value]) -> (PodSpec, Container) {
     let name = "/spec/template/spec/containers/0/name";
     let is_the_drivers = |object: &&Value| {
@@ -170,7 +170,7 @@ fn driver_of(objects: &[Value]) -> (PodSpec, Container) {
     (pod, container)
 }
 
-/// The value of a flag on the container's command line.
+/// Returns the value of a flag on the container's command line.
 pub fn flag(container: &Container, name: &str) -> String {
     let prefix = format!("--{name}=");
     let mut arguments = container.args.iter().flatten();
@@ -178,7 +178,7 @@ pub fn flag(container: &Container, name: &str) -> String {
     value.unwrap_or_else(|| panic!("no --{name}")).to_owned()
 }
 
-/// What the API server would give the kubelet for the pod's configuration maps and secrets.
+/// Returns the files that the kubelet gets from the API server for the pod's config maps and secrets.
 pub fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<String, String>> {
     let mut files = BTreeMap::new();
     for volume in pod.volumes.iter().flatten() {
@@ -187,7 +187,7 @@ pub fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<Stri
                 object["kind"] == "ConfigMap" && object["metadata"]["name"] == source.name
             });
             let data = map.map_or_else(
-                // Somebody else's.
+                // An object of another author.
                 || serde_json::json!({"config.yaml": "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n"}),
                 |map| map["data"].clone(),
             );
@@ -202,7 +202,7 @@ pub fn files(pod: &PodSpec, objects: &[Value]) -> BTreeMap<String, BTreeMap<Stri
     files
 }
 
-/// Asks what the kubelet would ask, from the node: the answer's status line, or why there is none.
+/// Runs a probe from the node as the kubelet does. Returns the status line, or the error.
 pub fn ask(probe: &Probe, container: &Container) -> String {
     let http = probe.http_get.as_ref().expect("an HTTP probe");
     let port = match &http.port {
@@ -213,13 +213,13 @@ pub fn ask(probe: &Probe, container: &Container) -> String {
             port.unwrap_or_else(|| panic!("no port {name}")).container_port
         }
     };
-    // Without a host the kubelet asks the pod's address, where the loopback stands for it.
+    // Without a host the kubelet calls the pod's address, which is the loopback here.
     let host = http.host.as_deref().unwrap_or("127.0.0.1");
     let answer = request("GET", host, port, http.path.as_deref().unwrap_or("/"));
     answer.lines().next().unwrap_or_default().to_owned()
 }
 
-/// A whole answer, or why there is none.
+/// Returns a whole response, or the error.
 pub fn request(method: &str, host: &str, port: i32, path: &str) -> String {
     let port = u16::try_from(port).expect("a port");
     let mut answer = String::new();

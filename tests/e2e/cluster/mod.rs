@@ -1,8 +1,8 @@
-//! What users apply: the chart, the manifests and the examples, held against Kubernetes' own types and against the
+//! Tests the objects that users apply: the chart, the manifests and the examples, against Kubernetes' own types and the
 //! binary.
 //!
-//! Python renders them, since Helm's engine comes as a Python package (`tests/cluster`); what they say is then done
-//! here: their containers run, rooted in a folder that plays the node.
+//! Python renders them, since Helm's engine is available as a Python package (`tests/cluster`). Then their containers
+//! run here, rooted in a directory that plays the node.
 
 mod api;
 mod chart;
@@ -26,10 +26,10 @@ use serde_json::Value;
 
 use crate::support::tool;
 
-/// What `tests/cluster/render.py` wrote: group and name -> objects.
+/// The output of `tests/cluster/render.py`: objects by group and name.
 pub type Rendered = BTreeMap<String, Vec<Value>>;
 
-/// Everything, rendered once.
+/// Returns a group of objects. Everything is rendered once.
 pub fn rendered(group: &str) -> Rendered {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
@@ -50,7 +50,7 @@ pub fn rendered(group: &str) -> Rendered {
     entries.map(|entry| read(entry.expect("an entry").path())).collect()
 }
 
-/// The one object of this kind.
+/// Returns the one object of this kind.
 #[track_caller]
 pub fn only<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
     let mut found = objects.iter().filter(|object| object["kind"] == kind);
@@ -59,7 +59,7 @@ pub fn only<'a>(objects: &'a [Value], kind: &str) -> &'a Value {
     first
 }
 
-/// Runs a check of `tests/cluster/check.py`; what it prints is what is wrong.
+/// Runs a check of `tests/cluster/check.py`, which prints the errors.
 #[track_caller]
 fn check(name: &str) {
     let output = python("check.py").arg(name).output().expect("python");
@@ -69,7 +69,7 @@ fn check(name: &str) {
 fn python(script: &str) -> Command {
     let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools");
     let mut command = tool(&tools.join("python/bin/python").to_string_lossy());
-    // Written beside the scripts it would be found by the next `git status`.
+    // Bytecode beside the scripts would appear in `git status`.
     command.env("PYTHONDONTWRITEBYTECODE", "1");
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster").join(script));
     command

@@ -1,4 +1,4 @@
-//! `deploy/publish/push`: what it pushes with the real oras is what the driver shows.
+//! Tests `deploy/publish/push`: the driver shows what it pushes with the real oras.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
@@ -9,7 +9,7 @@ use tonic::Code;
 use super::{container::Image, deployed::Deployed, only, rendered};
 use crate::support::{Node, Oras, own_registry, registry, run, tool, unique};
 
-/// The script, for a registry without TLS.
+/// Returns the script, for a registry without TLS.
 pub fn push(reference: &str, home: &Path) -> Command {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/publish/push");
     let mut command = tool(&script.to_string_lossy());
@@ -48,7 +48,7 @@ fn a_pushed_folder_keeps_names_modes_and_platforms_and_its_digest() {
     let pinned = run(push(&reference, room.path()).args(&pairs));
     let pinned = pinned.trim();
     assert!(pinned.starts_with(&format!("{reference}@sha256:")), "{pinned}");
-    // Another time of the files, and of the push, is the same artifact.
+    // The times of the files and of the push do not change the artifact.
     run(tool("touch").arg(room.path().join("linux/amd64/bin/tool")));
     assert_eq!(run(push(&reference, room.path()).args(&pairs)).trim(), pinned);
 
@@ -74,7 +74,7 @@ fn a_pushed_folder_keeps_names_modes_and_platforms_and_its_digest() {
     }
 }
 
-/// A key pair as `openssl` makes it: `key.pem` and `key.pub`.
+/// Creates a key pair with `openssl`: `key.pem` and `key.pub`.
 fn make_keys(folder: &Path) {
     let keys = "openssl ecparam -genkey -name prime256v1 -noout -out key.pem
         openssl ec -in key.pem -pubout -out key.pub";
@@ -116,7 +116,7 @@ fn what_is_signed_passes_the_job_before_a_rollout_and_the_policy_on_the_node() {
         for EnvVar { name, value, .. } in container.env.iter_mut().flatten() {
             *value = Some(if name == "VERSION" { version.to_owned() } else { repository.clone() });
         }
-        // Kubernetes expands what the arguments name of the environment.
+        // Kubernetes expands variables of the environment in the arguments.
         let expanded = |argument: &String| {
             argument.replace("$(REPOSITORY)", &repository).replace("$(VERSION)", version)
         };

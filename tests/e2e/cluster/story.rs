@@ -1,4 +1,5 @@
-//! The tables of `docs/how-to/prometheus-by-crossplane.md`, step by step, with the real controller and node plugins.
+//! Tests the tables of `docs/how-to/prometheus-by-crossplane.md`, step by step, with the real controller and node
+//! plugins.
 //!
 //! The test plays Crossplane, the controller of `StatefulSets`, and the kubelet, whose calls are real.
 
@@ -16,12 +17,12 @@ use crate::support::{
 
 const NAME: &str = "billing";
 const GATED: &str = "customprometheus-gated";
-/// The repository that the tables have for that of the test.
+/// The repository in the tables, in place of that of the test.
 const REPOSITORY: &str = "registry.example.com/internal-tools/prometheus-custom";
 const NODES: [&str; 2] = ["one", "two"];
-/// Times that the tables have for those of the controller.
+/// The times in the tables, in place of those of the controller.
 const TIMES: [&str; 2] = ["2026-11-29T10:00:00Z", "2026-11-28T10:00:00Z"];
-/// Steps of the jobs that check a configuration. Only the evaluator of Compositions walks through these.
+/// Steps of the jobs that check a configuration. Only the evaluator of Compositions runs these.
 const EVALUATED: [&str; 5] = [
     "scrapeConfig with a mistake",
     "promtool refuses it",
@@ -30,7 +31,7 @@ const EVALUATED: [&str; 5] = [
     "promtool accepts it",
 ];
 
-/// A row of a table: the step, and what `kubectl get -o wide` shows after it.
+/// A row of a table: the step, and the output of `kubectl get -o wide` after it.
 #[derive(Debug, PartialEq, Eq)]
 struct Row {
     step: String,
@@ -56,7 +57,7 @@ fn documented_rows(composition: &str) -> Vec<Row> {
 /// A pod of the `StatefulSet` on one of the nodes.
 struct MountedPod {
     node: usize,
-    /// The template that it was made from.
+    /// The template of the pod.
     template: Value,
     volume: Volume,
     is_ready: bool,
@@ -66,13 +67,13 @@ struct MountedPod {
 struct Story {
     composition: &'static str,
     repository: String,
-    /// Digests by version.
+    /// The digests by version.
     digests: BTreeMap<String, String>,
     proxy: Proxy,
     blobs: Option<std::sync::Arc<Gate>>,
     cluster: Cluster,
     object: Value,
-    /// Composed objects by name, without the `ArtifactPreload`, which the API server holds.
+    /// The composed objects by name, without the `ArtifactPreload`, which the API server holds.
     observed: Composed,
     conditions: Value,
     pods: Vec<MountedPod>,
@@ -112,7 +113,7 @@ impl Story {
         }
     }
 
-    /// Does what a step of the tables says.
+    /// Carries out a step of the tables.
     #[track_caller]
     fn act(&mut self, step: &str, artifact: &str) {
         match step {
@@ -163,7 +164,7 @@ impl Story {
         }
     }
 
-    /// Changes the specification as a step says that begins with fields: `version: v2, which has ...`.
+    /// Changes the specification by a step that begins with fields: `version: v2, which has ...`.
     #[track_caller]
     fn change(&mut self, step: &str) {
         let spec = &mut self.object["spec"];
@@ -186,14 +187,14 @@ impl Story {
             spec.as_object_mut().expect("fields").remove("digest");
         }
         if step.starts_with("digest: ") {
-            // The controller begins anew in each step anyway.
+            // The controller starts again in each step anyway.
             self.proxy.go_down();
             let drivers = std::mem::take(&mut self.cluster.drivers);
             self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
         }
     }
 
-    /// The controller works until this is true of the story.
+    /// Runs the controller until the condition is true.
     #[track_caller]
     fn control(&self, what: &str, is_done: impl Fn(&Self) -> bool) {
         let mut controller = self.cluster.controller();
@@ -214,7 +215,7 @@ impl Story {
         self.shorten(&format!("{}: {}", text("reason"), text("message")))
     }
 
-    /// Crossplane composes and applies.
+    /// Composes and applies, like Crossplane.
     #[track_caller]
     fn reconcile(&mut self) {
         let preload = self.cluster.api.get(Kind::Preload, NAMESPACE, NAME);
@@ -248,7 +249,7 @@ impl Story {
         self.observed.insert(name, object);
     }
 
-    /// The template of the `StatefulSet`.
+    /// Returns the template of the `StatefulSet`.
     fn template(&self) -> &Value {
         &self.observed["statefulset"]["spec"]["template"]
     }
@@ -271,7 +272,7 @@ impl Story {
         }
     }
 
-    /// The controller of `StatefulSets` makes and deletes pods.
+    /// Creates and deletes pods, like the controller of `StatefulSets`.
     fn scale(&mut self) {
         let replicas = self.observed["statefulset"]["spec"]["replicas"].as_u64();
         let replicas = replicas.and_then(|number| usize::try_from(number).ok()).expect("a number");
@@ -285,7 +286,7 @@ impl Story {
         self.count_pods();
     }
 
-    /// The controller of `StatefulSets` counts them.
+    /// Counts the pods, like the controller of `StatefulSets`.
     fn count_pods(&mut self) {
         let template = self.template();
         let count =
@@ -299,7 +300,7 @@ impl Story {
         self.observed.get_mut("statefulset").expect("a StatefulSet")["status"] = status;
     }
 
-    /// The controller of `StatefulSets` replaces the last pod of an earlier template.
+    /// Replaces the last pod of an earlier template, like the controller of `StatefulSets`.
     #[track_caller]
     fn replace_pod(&mut self) {
         let template = self.template();
@@ -310,7 +311,7 @@ impl Story {
         self.count_pods();
     }
 
-    /// The kubelets publish the volumes of pods that are not ready.
+    /// Publishes the volumes of pods that are not ready, like the kubelets.
     #[track_caller]
     fn start_pods(&mut self) {
         let repository = self.repository.split_once('/').expect("a repository").1.to_owned();
@@ -340,7 +341,7 @@ impl Story {
         }
     }
 
-    /// Kubernetes deletes what is composed, and nodes are rid of it.
+    /// Deletes the composed objects, like Kubernetes, and waits until nodes have removed the artifact.
     #[track_caller]
     fn delete(&mut self) {
         self.delete_statefulset();
@@ -373,7 +374,7 @@ impl Story {
         [condition("Synced"), condition("Ready"), running, text(&status["artifact"])]
     }
 
-    /// Writes references, digests and times as the tables have them.
+    /// Replaces references, digests and times by those of the tables.
     fn shorten(&self, text: &str) -> String {
         let mut text = text
             .replace(&format!("{}: ", self.repository), &format!("{REPOSITORY}: "))
@@ -395,7 +396,7 @@ impl Story {
     }
 }
 
-/// Walks through the table of a Composition; returns the steps that it took.
+/// Runs the table of a Composition. Returns the number of its steps.
 #[track_caller]
 fn walk(composition: &'static str) -> usize {
     let mut story = Story::start(composition);
@@ -406,7 +407,7 @@ fn walk(composition: &'static str) -> usize {
         story.act(&row.step, &row.columns[3]);
         if !story.conditions.is_null() || steps == 0 {
             story.reconcile();
-            // It is called again by what it has changed.
+            // Its own changes trigger it again.
             story.reconcile();
         }
         assert_eq!(story.columns(), row.columns, "{composition}, step {}: {}", steps + 1, row.step);

@@ -1,4 +1,4 @@
-//! Preloads and pods while the registry is down.
+//! Tests preloads and pods while the registry is down.
 
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use crate::support::{
 const USER: &str = "robot";
 const PASSWORD: &str = "password-of-the-robot";
 
-/// Two nodes and a controller before a registry that can go down.
+/// Two nodes and a controller with a registry that can go down.
 struct Fleet {
     proxy: Proxy,
     cluster: Cluster,
@@ -76,7 +76,7 @@ impl Fleet {
         self.cluster.wait_for(name, reason);
     }
 
-    /// The controller and both nodes begin anew.
+    /// Restarts the controller and both nodes.
     #[track_caller]
     fn restart(&mut self) {
         self.controller.end();
@@ -85,7 +85,7 @@ impl Fleet {
         self.controller = self.cluster.controller();
     }
 
-    /// A volume of a pod of a namespace; private artifacts with the secret.
+    /// Returns a volume of a pod of a namespace. Private artifacts have the secret.
     fn volume(&self, node: usize, namespace: &str, reference: &str) -> Volume {
         let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };
         let volume = self.cluster.drivers[node].kubelet().inline(&pod, "artifact", reference);
@@ -97,7 +97,7 @@ impl Fleet {
         volume.secret(".dockerconfigjson", &config)
     }
 
-    /// Pods of both nodes show this version.
+    /// Asserts that pods of both nodes show this version.
     #[track_caller]
     fn shows(&self, namespace: &str, reference: &str, version: usize) {
         for node in 0..2 {
@@ -128,7 +128,7 @@ fn roll_back(registry: &Registry, is_private: bool) {
     fleet.proxy.go_down();
     fleet.restart();
 
-    // By the tag: the version before, which nodes keep, and an older one, which the cache has.
+    // By the tag: the previous version, which nodes keep, and an older one, which is cached.
     for version in [1, 0] {
         fleet.roll("tool", fleet.tag(version), "Ready");
         let status = fleet.cluster.status("tool");
@@ -152,7 +152,7 @@ fn roll_back(registry: &Registry, is_private: bool) {
         fleet.shows(NAMESPACE, &reference, version);
     }
 
-    // A digest that it never had, another preload, and one of another namespace.
+    // A digest that was never there, another preload, and one of another namespace.
     let unknown = format!("{}@sha256:{}", fleet.tag(1), "0".repeat(64));
     fleet.roll("tool", &unknown, "RegistryUnavailable");
     fleet.roll("other", fleet.tag(1), "RegistryUnavailable");
@@ -173,7 +173,7 @@ fn roll_back(registry: &Registry, is_private: bool) {
     });
 
     if is_private {
-        // The secret is withdrawn, is no longer named, or is another one: nodes have proofs of one alone.
+        // The secret is deleted, is no longer named, or is another one: nodes have proofs of one alone.
         fleet.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
         fleet.roll("tool", fleet.tag(0), "SecretMissing");
         fleet.cluster.preload("tool", json!({"reference": fleet.tag(0)}));
@@ -183,7 +183,7 @@ fn roll_back(registry: &Registry, is_private: bool) {
         let failed = fleet.cluster.status("tool")["failedNodes"].clone();
         assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
         fleet.make_secret(PASSWORD);
-        // Another version is asked for, so that the secret is read anew at once.
+        // Another version is requested, so that the secret is read again at once.
         fleet.roll("tool", fleet.tag(2), "Ready");
     }
     fleet.roll("tool", fleet.tag(0), "Ready");
@@ -218,12 +218,12 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     fleet.shows(NAMESPACE, fleet.tag(1), 1);
     let kubelet = fleet.cluster.drivers[0].kubelet();
     kubelet.publish_badly(&fleet.volume(0, "strangers", fleet.tag(1)), Code::Unavailable);
-    // Without the secret it is as if nothing were here.
+    // Without the secret the content is treated as absent.
     let mut stranger = fleet.volume(0, NAMESPACE, fleet.tag(1));
     stranger.request.secrets.clear();
     kubelet.publish_badly(&stranger, Code::Unavailable);
 
-    // The tag moves, and a pod has the registry asked on one node: that is later, for all.
+    // The tag moves, and a pod resolves it on one node: the later resolution counts for all.
     fleet.proxy.come_back();
     let repository = fleet.repository.clone();
     let layer = Layer::titled("version", format!("v2 of {repository}"));

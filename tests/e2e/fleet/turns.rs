@@ -1,4 +1,4 @@
-//! When nodes begin, and what happens to a preload in the middle.
+//! Tests when nodes start to fetch, and changes of a preload meanwhile.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::support::{
     private_registry, registry, unique, wait_at_most, wait_until,
 };
 
-/// Nodes whose plugins have told who they are, and a registry that can hold artifacts back.
+/// Nodes whose plugins have reported, and a registry that can hold artifacts back.
 struct Fleet {
     cluster: Cluster,
     controller: Controller,
@@ -39,14 +39,14 @@ impl Fleet {
         Self { cluster, controller, registry: Proxy::new(registry()), nodes }
     }
 
-    /// Reference, as the proxy has it, and digest of a new artifact.
+    /// Returns the reference at the proxy, and the digest, of a new artifact.
     fn artifact(&self) -> (String, String) {
         let repository = unique("turns");
         let (_, digest) = self.cluster.push(&repository, "v1");
         (self.registry.reference(&format!("{repository}:v1")), digest)
     }
 
-    /// Nodes that are to hold something.
+    /// Returns the nodes that have an assignment.
     fn asked(&self) -> Vec<&str> {
         let asked = self.nodes.iter().filter(|node| !self.cluster.wanted(node).is_empty());
         asked.map(String::as_str).collect()
@@ -130,7 +130,7 @@ fn what_is_finished_goes_after_its_time_well_or_not() {
             fleet.cluster.api.get(Kind::Preload, NAMESPACE, name).is_null()
         });
     }
-    // Of what went, nothing is left on the nodes; what others have of the same artifact stays.
+    // Nothing of the deleted preload remains on the nodes; the artifact stays for others.
     let stays = ("preload/team/stays".to_owned(), format!("{reference}@{digest}"));
     wait_until("its pins are gone", || fleet.pins() == [stays.clone(), stays.clone()]);
     fleet.cluster.wait_for("stays", "Ready");
@@ -147,7 +147,7 @@ fn a_tag_that_moves_in_the_middle_is_still_what_it_was_on_every_node() {
     let (repository, tag) = name.split_once(':').expect("a tag");
     let (_, moved) = fleet.cluster.push(repository, tag);
     assert_ne!(moved, digest);
-    // The next leader does not ask again either.
+    // The next leader does not resolve it again either.
     fleet.controller.kill();
     fleet.controller = fleet.cluster.controller();
     gate.open();
@@ -194,7 +194,7 @@ fn an_object_edited_to_nonsense_changes_nothing_on_any_node() {
     fleet.cluster.preload("tool", json!({"reference": reference}));
     fleet.cluster.wait_for("tool", "Ready");
 
-    // What is the controller's to write is written again.
+    // Fields of the controller are written again.
     let wanted = fleet.cluster.wanted("one");
     for artifacts in [
         json!([]),

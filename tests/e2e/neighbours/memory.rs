@@ -1,4 +1,4 @@
-//! Artifacts that are small on the wire and large in memory.
+//! Tests artifacts that are small on the wire and large in memory.
 
 use tonic::Code;
 
@@ -8,7 +8,7 @@ use crate::support::{
     FakeRegistry, Image, Node, PeakMemory, Tar, Volume, anonymous_bytes, wait_until,
 };
 
-/// The anonymous memory that the driver may have: half of the chart's limit.
+/// The limit on the driver's anonymous memory: half of the chart's limit.
 const MOST: u64 = 256 << 20;
 
 /// Publishes all at once, each again after ABORTED as the kubelet does. Returns the outcomes.

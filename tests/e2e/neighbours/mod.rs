@@ -1,5 +1,5 @@
-//! Hostile neighbours: an attack goes on while an honest pod pulls a small artifact from a healthy
-//! registry, and another one publishes from the cache. Both finish before the attack ends.
+//! Tests hostile neighbours: during an attack an honest pod pulls a small artifact from a healthy registry, and another
+//! one publishes from the cache. Both finish before the attack ends.
 
 mod memory;
 mod shares;
@@ -14,14 +14,14 @@ use crate::support::{
     Answer, AnswerBody, FakeRegistry, Node, Pod, SmallArtifact, Volume, small_artifact, wait_until,
 };
 
-/// The pods of a namespace that has nothing to do with the attack.
+/// The pods of a namespace that is not part of the attack.
 pub struct HonestPods<'a> {
     node: &'a Node,
     cached: SmallArtifact,
 }
 
 impl<'a> HonestPods<'a> {
-    /// Has the node cache an artifact. To be called before the attack begins.
+    /// Makes the node cache an artifact. Called before the attack begins.
     #[track_caller]
     pub fn new(node: &'a Node) -> Self {
         let honest = Self { node, cached: small_artifact() };
@@ -29,8 +29,8 @@ impl<'a> HonestPods<'a> {
         honest
     }
 
-    /// Pulls a new artifact, and publishes the cached one, each in one call of the kubelet, while
-    /// `goes_on` says that the attack does.
+    /// Pulls a new artifact and publishes the cached one, each in one call of the kubelet, while `goes_on` reports the
+    /// attack as running.
     #[track_caller]
     pub fn are_served_while(&self, goes_on: impl Fn() -> bool) {
         assert!(goes_on(), "the attack has not begun");
@@ -51,13 +51,13 @@ impl<'a> HonestPods<'a> {
     }
 }
 
-/// A volume of a new pod of the attacker's namespace.
+/// Returns a volume of a new pod of the attacker's namespace.
 #[track_caller]
 pub fn hostile_volume(node: &Node, reference: &str) -> Volume {
     volume_of(node, "hostile", reference)
 }
 
-/// A volume of a new pod of a namespace.
+/// Returns a volume of a new pod of a namespace.
 #[track_caller]
 pub fn volume_of(node: &Node, namespace: &str, reference: &str) -> Volume {
     let pod = Pod { namespace: namespace.to_owned(), ..Pod::new() };

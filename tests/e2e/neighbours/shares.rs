@@ -1,4 +1,4 @@
-//! Registries that are slow, ignore ranges or limit rates: each costs its own tenant, and no other.
+//! Tests registries that are slow, ignore ranges or limit rates: each affects its own tenant only.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,12 +15,12 @@ use crate::support::{
     noise, wait_until,
 };
 
-/// Where the requested range of a blob starts.
+/// Returns the start of the requested range of a blob.
 fn first_byte(request: &Request) -> Option<usize> {
     request.header("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
 }
 
-/// The rest of a blob from the requested byte on, as a registry that knows ranges sends it.
+/// Returns the rest of a blob from the requested byte on, as a registry that supports ranges sends it.
 fn rest(request: &Request, content: &[u8]) -> Answer {
     let Some(start) = first_byte(request) else { return Answer::bytes(content.to_vec()) };
     let last = content.len() - 1;
@@ -44,7 +44,7 @@ fn a_rate_limit_of_one_repository_stops_no_other_of_the_host() {
     assert!(message.contains("429") && message.contains("limited"), "{message}");
     let (honest, _) = node.mount(&registry.reference("v1"));
     assert_eq!(honest.text("file"), "content");
-    // Still limited, and the other repository is not named.
+    // Still rate-limited, and the message does not name the other repository.
     let message = node.kubelet.publish_badly(&hostile_volume(&node, &limited), Code::Unavailable);
     assert!(message.contains("429") && !message.contains("/hostile"), "{message}");
     node.kubelet.unpublish(&honest);
@@ -69,7 +69,7 @@ fn trickling_registries_leave_connections(namespaces: &[&str]) {
     };
     std::thread::scope(|scope| {
         let attacks = publish_each(scope, &node, &volumes);
-        // All that one namespace may have, or nearly all that there are.
+        // All connections that one namespace may have, or nearly all that there are.
         wait_until("the attack holds its connections", || asked() >= 12);
         for _ in 0..3 {
             honest.are_served_while(|| all_go_on(&attacks));
@@ -91,12 +91,12 @@ fn namespaces_that_hold_all_connections_give_way_to_another() {
     trickling_registries_leave_connections(&["hostile", "second", "third", "fourth"]);
 }
 
-/// One blob in two repositories of a host; who asks for it in the repository `slow` gets it slowly.
+/// One blob in two repositories of a host; requests in the repository `slow` get it slowly.
 struct PublicBlob {
     node: Node,
     registry: FakeRegistry,
     content: Vec<u8>,
-    /// Whether the slow repository breaks all of its connections.
+    /// Set once the slow repository breaks all of its connections.
     is_over: Arc<AtomicBool>,
 }
 
@@ -124,14 +124,14 @@ impl PublicBlob {
         self.registry.reference("v1").replace("/hostile:", "/slow:")
     }
 
-    /// Requests for the blob at a repository.
+    /// Returns the requests for the blob in a repository.
     fn asked(&self, repository: &str) -> Vec<Request> {
         let path = format!("/v2/{repository}/blobs/{}", digest(&self.content));
         self.registry.requests().into_iter().filter(|request| request.path == path).collect()
     }
 
-    /// The pod of the healthy repository gets the blob while the slow one's still waits. Returns what
-    /// becomes of that.
+    /// The pod of the healthy repository gets the blob while the other pod still waits. Returns the other pod's
+    /// outcome.
     fn is_had_elsewhere_while_one_waits(&self) -> Result<(), Status> {
         std::thread::scope(|scope| {
             let volume = hostile_volume(&self.node, &self.slow_reference());
@@ -171,7 +171,7 @@ fn a_slow_repository_loses_a_blob_to_a_faster_one_of_its_host() {
 fn a_repository_that_trickles_keeps_a_public_blob_from_no_one() {
     let blob = PublicBlob::new(|_, content| trickle(content.to_vec()));
     let _ = blob.is_had_elsewhere_while_one_waits();
-    // Of another host, with a registry that knows nothing of the first.
+    // A registry on another host that knows nothing of the first.
     let other = FakeRegistry::new();
     Manifest::artifact([Layer::titled("file", blob.content.clone())]).push(&other, "hostile", "v1");
     let (elsewhere, _) = blob.node.mount(&other.reference("v1"));
@@ -190,7 +190,7 @@ fn garbage_before_a_stall_is_no_failure_of_the_source_that_goes_on() {
     let continued = ranges.iter().position(|range| *range == Some(100_000));
     let continued = continued.expect("it goes on behind the garbage");
     assert!(ranges[continued..].contains(&None), "and then fetches all by itself: {ranges:?}");
-    // Not all of the bytes that were wrong together were this one's.
+    // Not all of the wrong bytes came from this registry.
     let code = of_garbage.err().map(|status| status.code());
     assert_ne!(code, Some(Code::Internal));
 }
@@ -231,7 +231,7 @@ fn a_registry_that_is_asked_again_for_a_manifest_keeps_no_other_from_the_same_tr
             move || node.kubelet.publish_well(&volume)
         });
         wait_until("half of the blob", || blob.waiting() > 0);
-        // As the removal of a damaged manifest does it.
+        // The removal of a damaged manifest does this.
         std::fs::remove_file(&document).expect("the manifest");
         is_removed.store(true, Ordering::SeqCst);
         blob.open();
@@ -254,7 +254,7 @@ fn a_blob_that_always_answers_500_is_named_while_it_is_waited_for_and_at_the_end
     Manifest::artifact([Layer::titled("file", "content")]).push(&registry, "hostile", "v1");
     registry.script(|request| request.path.contains("/blobs/").then(|| Answer::status(500)));
     let volume = node.kubelet.new_volume(&registry.reference("v1"));
-    // Five seconds before its end the caller is told how far it is.
+    // Five seconds before its deadline the caller gets the progress.
     let deadline = Duration::from_secs(7);
     let told = node.kubelet.publish_within(&volume, deadline).expect_err("it always fails");
     assert_eq!(told.code(), Code::Aborted, "{told}");

@@ -1,4 +1,4 @@
-//! Attacks on the disk of a node, and on the decisions about it.
+//! Tests attacks on the disk of a node, and on the decisions about it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -30,21 +30,22 @@ fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
             let manifests = requests.iter().filter(|request| request.path.contains("/manifests/v"));
             manifests.map(|request| &request.path).collect::<BTreeSet<_>>().len() == 4
         });
-        // While space is reserved, and after that.
+        // While space is reserved, and afterwards.
         let mut is_reserved = false;
         while !is_reserved {
             let requests = registry.requests();
             let blobs = requests.iter().filter(|request| request.path.contains("/blobs/"));
-            // Four of one artifact are fetched at once. The lists of the others wait for the namespace's share of memory.
+            // Four layers of one artifact are fetched at once. The lists of the others wait for the namespace's share
+            // of memory.
             is_reserved = blobs.map(|request| &request.path).collect::<BTreeSet<_>>().len() >= 4;
             honest.are_served_while(|| all_go_on(&attacks));
         }
-        // Nothing is left that waits.
+        // No waiting task is left.
         node.driver.terminate();
     });
 }
 
-/// Ends an attack, also when the test fails meanwhile.
+/// Ends an attack, also if the test fails.
 struct EndOfAttack<'a>(&'a AtomicBool);
 
 impl Drop for EndOfAttack<'_> {
@@ -53,7 +54,7 @@ impl Drop for EndOfAttack<'_> {
     }
 }
 
-/// Bytes of all files of a folder.
+/// Returns the size of all files of a directory in bytes.
 fn bytes_in(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).expect("a folder").flatten();
     entries.map(|entry| entry.metadata().map_or(0, |metadata| metadata.len())).sum()
@@ -78,7 +79,7 @@ fn ever_new_documents_of_failing_publishes_fill_no_disk() {
     let (published, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let attack = scope.spawn(|| {
-            // More of them than the disk has room for.
+            // More of them than the disk has space for.
             while published.load(Ordering::SeqCst) < 90 || !is_over.load(Ordering::SeqCst) {
                 let number = published.load(Ordering::SeqCst);
                 put_large_manifest_without_layer(&registry, "v1", &number.to_string());

@@ -1,4 +1,4 @@
-//! The command line that asks a running node plugin.
+//! Runs commands that call a running node plugin.
 
 use std::process::{Command, Output};
 
@@ -12,7 +12,7 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// A node with this configuration and an admin socket.
+    /// Starts a node with this configuration and an admin socket.
     #[track_caller]
     pub fn start(configuration: &str) -> (Node, Self) {
         let mut endpoint = String::new();
@@ -23,7 +23,7 @@ impl Admin {
         (node, Self { endpoint })
     }
 
-    /// At a socket of the test's own.
+    /// Uses a socket of the test's own.
     pub fn at(endpoint: &str) -> Self {
         Self { endpoint: endpoint.to_owned() }
     }
@@ -39,7 +39,7 @@ impl Admin {
         self.command(arguments).output().expect("the binary")
     }
 
-    /// What the command prints for people.
+    /// Returns the command's text output.
     #[track_caller]
     pub fn told(&self, arguments: &[&str]) -> String {
         let output = self.ask(arguments);
@@ -47,14 +47,14 @@ impl Admin {
         String::from_utf8(output.stdout).expect("text")
     }
 
-    /// What the command prints for programs.
+    /// Returns the command's JSON output.
     #[track_caller]
     pub fn json(&self, arguments: &[&str]) -> Value {
         let told = self.told(&[arguments, &["--output", "json"]].concat());
         serde_json::from_str(&told).expect("JSON")
     }
 
-    /// The one line of a command that fails.
+    /// Returns the one line of a command that fails.
     #[track_caller]
     pub fn refused(&self, arguments: &[&str]) -> String {
         let output = self.ask(arguments);
@@ -64,7 +64,7 @@ impl Admin {
         told
     }
 
-    /// Whether any artifact of this reference is in the cache.
+    /// Returns whether the cache has an artifact of this reference.
     #[track_caller]
     pub fn holds(&self, reference: &str) -> bool {
         let list = self.json(&["ls"]);

@@ -2,13 +2,13 @@
 
 use std::io::Write as _;
 
-/// A tar in the making, header by header.
+/// A tar that is built header by header.
 #[derive(Default)]
 pub struct Tar {
     bytes: Vec<u8>,
 }
 
-/// What one header says.
+/// The fields of one header.
 #[derive(Clone, Copy)]
 struct Header<'a> {
     name: &'a [u8],
@@ -71,7 +71,7 @@ impl Tar {
         self.special(name, b'1', target)
     }
 
-    /// An entry of any type: `3` and `4` are devices, `6` is a fifo.
+    /// Adds an entry of any type: `3` and `4` are devices, `6` is a FIFO.
     #[must_use]
     pub fn special(self, name: &str, kind: u8, link: &str) -> Self {
         let header = Header {
@@ -85,7 +85,7 @@ impl Tar {
         self.entry(header, &[])
     }
 
-    /// A file whose header promises another size than what follows.
+    /// Adds a file whose header announces another size than its content has.
     #[must_use]
     pub fn lying_file(self, name: &str, size: u64, content: &[u8]) -> Self {
         self.entry(
@@ -101,7 +101,7 @@ impl Tar {
         )
     }
 
-    /// Extended attributes and other pax records for the entry that follows.
+    /// Adds extended attributes and other pax records for the next entry.
     #[must_use]
     pub fn pax(self, records: &[(&str, &str)]) -> Self {
         let mut body = Vec::new();
@@ -115,20 +115,20 @@ impl Tar {
         )
     }
 
-    /// The whole archive, with its end.
+    /// Returns the whole archive, with its end.
     pub fn finish(self) -> Vec<u8> {
         let mut bytes = self.bytes;
         bytes.extend_from_slice(&[0; 1024]);
         bytes
     }
 
-    /// The archive without its end, as a truncated download leaves it.
+    /// Returns the archive without its end, like a truncated download.
     pub fn unfinished(self) -> Vec<u8> {
         self.bytes
     }
 
     fn entry(mut self, header: Header<'_>, content: &[u8]) -> Self {
-        // GNU's way for names that do not fit: an entry of their own in front.
+        // GNU's form for long names: an entry of their own in front.
         if header.name.len() > 100 {
             self = self.long_field(b'L', header.name);
         }
@@ -183,7 +183,7 @@ fn octal(field: &mut [u8], value: u64) {
     if text.len() == field.len() {
         field.copy_from_slice(text.as_bytes());
     } else {
-        // GNU's base-256 form, for what has too many digits.
+        // GNU's base-256 form, for numbers with too many digits.
         field.fill(0);
         let length = field.len();
         field[length - 8..].copy_from_slice(&value.to_be_bytes());

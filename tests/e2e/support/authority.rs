@@ -1,4 +1,4 @@
-//! A certificate authority of a test's own.
+//! A certificate authority of a test.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, date_time_ymd,
 };
 
-/// Certificates and keys, as files in a folder.
+/// Certificates and keys, as files in a directory.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: PathBuf,
@@ -29,17 +29,17 @@ impl Authority {
         Self { issuer, folder: folder.to_owned() }
     }
 
-    /// The authority's own certificate.
+    /// Returns the path of the authority's own certificate.
     pub fn certificate(&self) -> PathBuf {
         self.folder.join("ca.pem")
     }
 
-    /// A certificate for these names, and its key.
+    /// Issues a certificate for these names. Returns the paths of it and its key.
     pub fn issue(&self, file: &str, names: &[&str]) -> (PathBuf, PathBuf) {
         self.issue_with(file, names, |_| {})
     }
 
-    /// One that will be valid in a far future only.
+    /// Issues a certificate that becomes valid in the far future.
     pub fn issue_for_the_future(&self, file: &str, names: &[&str]) -> (PathBuf, PathBuf) {
         self.issue_with(file, names, |parameters| {
             parameters.not_before = date_time_ymd(2999, 1, 1);

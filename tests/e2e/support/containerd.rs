@@ -1,4 +1,4 @@
-//! Debian's containerd, without its part for the kubelet.
+//! Debian's containerd, without its plugins for the kubelet.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
 
 use super::{ending_with_this_thread, tool, wait_until};
 
-/// What serves the kubelet, in 1.x and in 2.x.
+/// The plugins that serve the kubelet, in 1.x and in 2.x.
 const KUBELETS: [&str; 3] =
     ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
 
@@ -19,7 +19,7 @@ pub struct Containerd {
 }
 
 impl Containerd {
-    /// Images go below `root`, everything else below `run`.
+    /// Starts containerd. Images are stored below `root`, everything else below `run`.
     #[track_caller]
     pub fn start(root: &Path, run: &Path) -> Self {
         let (socket, config) = (run.join("c.sock"), run.join("config.toml"));
@@ -52,13 +52,13 @@ impl Containerd {
         command
     }
 
-    /// What a container of the image would see, as a copy that needs no overlay.
+    /// Unpacks the image as a container would see it, as a copy that needs no overlay.
     #[track_caller]
     pub fn mount(&self, reference: &str, target: &Path) {
         self.try_mount(reference, target).expect("an image that containerd unpacks");
     }
 
-    /// Returns what `ctr` says where the image cannot be unpacked.
+    /// Returns the error of `ctr` if the image cannot be unpacked.
     #[track_caller]
     pub fn try_mount(&self, reference: &str, target: &Path) -> Result<(), String> {
         let copied = ["--snapshotter", "native", reference];

@@ -1,10 +1,10 @@
-//! A real cosign with a key pair of a test's own.
+//! A real cosign with a key pair of the test.
 
 use std::path::{Path, PathBuf};
 
 use super::{Registry, run, tool};
 
-/// The kinds of keys that cosign takes.
+/// The kinds of keys that cosign accepts.
 pub const KINDS: [&[&str]; 4] = [
     &["ecparam", "-name", "prime256v1", "-genkey", "-noout"],
     &["ecparam", "-name", "secp384r1", "-genkey", "-noout"],
@@ -12,21 +12,21 @@ pub const KINDS: [&[&str]; 4] = [
     &["genpkey", "-algorithm", "rsa", "-pkeyopt", "rsa_keygen_bits:2048"],
 ];
 
-/// How a signature is stored.
+/// The format in which a signature is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Legacy,
     Bundle,
 }
 
-/// One who signs.
+/// A signer with a key pair.
 pub struct Cosign {
     folder: PathBuf,
     name: String,
 }
 
 impl Cosign {
-    /// With a key pair of cosign's own making, ECDSA P-256.
+    /// Creates a key pair with cosign: ECDSA P-256.
     #[track_caller]
     pub fn new(folder: &Path, name: &str) -> Self {
         let signer = Self::named(folder, name);
@@ -34,7 +34,7 @@ impl Cosign {
         signer
     }
 
-    /// With a key that openssl makes so.
+    /// Creates a key with openssl and these arguments.
     #[track_caller]
     pub fn with_key(folder: &Path, name: &str, openssl: &[&str]) -> Self {
         let signer = Self::named(folder, name);
@@ -53,12 +53,12 @@ impl Cosign {
         Self { folder: folder.to_owned(), name: name.to_owned() }
     }
 
-    /// The public key's file.
+    /// Returns the path of the public key.
     pub fn public_key(&self) -> PathBuf {
         self.path("pub")
     }
 
-    /// Signs what a registry has.
+    /// Signs a manifest in a registry.
     #[track_caller]
     pub fn sign(&self, format: Format, registry: &Registry, repository: &str, digest: &str) {
         let reference = format!("{}/{repository}@{digest}", registry.host());

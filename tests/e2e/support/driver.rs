@@ -11,23 +11,23 @@ use nix::sys::signal::{Signal, kill};
 
 use super::{Kubelet, Sandbox, registry::ending_with_this_thread, wait_until};
 
-/// The name that the driver registers under unless told otherwise.
+/// The default name of the driver.
 pub const DRIVER_NAME: &str = "oci.custom.io";
 
-/// How a driver is started.
+/// The options of a driver.
 #[derive(Clone)]
 pub struct DriverOptions {
     pub state: PathBuf,
     pub kubelet: PathBuf,
     pub socket: PathBuf,
     pub arguments: Vec<String>,
-    /// For the environment of the driver alone.
+    /// Variables of the environment of the driver alone.
     pub environment: Vec<(String, String)>,
     log: PathBuf,
 }
 
 impl DriverOptions {
-    /// All folders in the sandbox.
+    /// Creates options with all directories in the sandbox.
     pub fn new(sandbox: &Sandbox) -> Self {
         let kubelet = sandbox.folder("kubelet");
         Self {
@@ -40,7 +40,7 @@ impl DriverOptions {
         }
     }
 
-    /// All folders in this one, for a sandbox with several nodes.
+    /// Moves all directories into this one, for a sandbox with several nodes.
     #[must_use]
     pub fn in_folder(mut self, folder: &Path) -> Self {
         let make = |name: &str| {
@@ -67,7 +67,7 @@ impl DriverOptions {
         self
     }
 
-    /// With these sections of a configuration file.
+    /// Adds these sections of a configuration file.
     #[must_use]
     pub fn configuration(self, sections: &str) -> Self {
         let path = self.log.with_file_name("node.yaml");
@@ -100,8 +100,8 @@ impl DriverOptions {
         ]
     }
 
-    /// The test's own configuration, or none; in either case a developer's disk may be fuller
-    /// than a node's is allowed to be, where the test does not say how full.
+    /// Returns the arguments. The configuration is the test's own, or none. A developer's disk may be fuller than a
+    /// node's may be, so limits on free space are off unless the test sets them.
     fn arguments(&self) -> Vec<String> {
         const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
         const ROOMY: &str = "\ncache:\n  minFreePercent: 0\n  minFreeInodesPercent: 0\n  \
@@ -125,7 +125,7 @@ impl DriverOptions {
         arguments
     }
 
-    /// Whether the test gave this flag a value of its own.
+    /// Returns whether the test has set this flag.
     fn is_given(&self, default: &str) -> bool {
         let flag = default.split('=').next();
         self.arguments.iter().any(|argument| argument.split('=').next() == flag)
@@ -156,7 +156,7 @@ impl DriverOptions {
         Driver { options: self.clone(), child }
     }
 
-    /// Starts it and waits until it has offered itself for registration.
+    /// Starts it and waits until its registration socket exists.
     #[track_caller]
     pub fn start(&self) -> Driver {
         let mut driver = self.spawn();
@@ -165,14 +165,14 @@ impl DriverOptions {
     }
 }
 
-/// A driver's process.
+/// A process of the driver.
 pub struct Driver {
     pub options: DriverOptions,
     child: Child,
 }
 
 impl Driver {
-    /// With defaults, in this sandbox.
+    /// Starts it with defaults, in this sandbox.
     #[track_caller]
     pub fn start(sandbox: &Sandbox) -> Self {
         DriverOptions::new(sandbox).start()
@@ -203,7 +203,7 @@ impl Driver {
         self.child.id()
     }
 
-    /// How many threads its process has.
+    /// Returns the number of threads of its process.
     pub fn threads(&self) -> usize {
         fs::read_dir(format!("/proc/{}/task", self.id())).expect("a process").count()
     }
@@ -212,19 +212,19 @@ impl Driver {
         self.child.try_wait().expect("the driver's state").is_none()
     }
 
-    /// As the kernel does when memory is short.
+    /// Kills it, as the kernel does when memory is short.
     pub fn kill(mut self) -> DriverOptions {
         self.child.kill().expect("kill the driver");
         self.child.wait().expect("the driver's end");
         self.options.clone()
     }
 
-    /// As Kubernetes ends a container.
+    /// Terminates it, as Kubernetes ends a container.
     pub fn terminate(&self) {
         self.signal(Signal::SIGTERM);
     }
 
-    /// [`Self::kill`] for those who still wait for answers of it.
+    /// Kills it while callers still wait for its responses.
     pub fn terminate_hard(&self) {
         self.signal(Signal::SIGKILL);
     }
@@ -247,7 +247,7 @@ impl Driver {
         self.options.clone()
     }
 
-    /// As an update does.
+    /// Restarts it, as an update does.
     #[track_caller]
     pub fn restart(self) -> Self {
         self.terminate();
@@ -265,13 +265,13 @@ impl Drop for Driver {
     }
 }
 
-/// Whether someone listens on this socket.
+/// Returns whether a process listens on this socket.
 pub fn accepts(socket: &Path) -> bool {
     fs::metadata(socket).is_ok_and(|metadata| metadata.file_type().is_socket())
         && UnixStream::connect(socket).is_ok()
 }
 
-/// The driver takes options from the environment too, and proxies for HTTP.
+/// Removes variables that the driver would use: its options, and proxies for HTTP.
 pub fn clean_environment(command: &mut Command) {
     for name in [
         "CSI_ENDPOINT",

@@ -1,4 +1,4 @@
-//! A registry in this process that says what a test wants, also what no registry should say.
+//! A registry in this process with scripted responses, also ones that no registry should send.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use futures_util::{StreamExt as _, stream};
 
 use super::{Gate, digest, proxy::Server};
 
-/// What to answer.
+/// A response.
 #[derive(Clone)]
 pub struct Answer {
     pub status: u16,
@@ -26,7 +26,7 @@ pub struct Answer {
     pub body: AnswerBody,
 }
 
-/// The ways a body can come.
+/// The ways to send a body.
 #[derive(Clone)]
 pub enum AnswerBody {
     Whole(Bytes),
@@ -35,7 +35,7 @@ pub enum AnswerBody {
         announced: u64,
         bytes: Bytes,
     },
-    /// A piece of so many bytes, a pause, the next piece.
+    /// Pieces of this many bytes, with pauses.
     Slow {
         announced: u64,
         bytes: Bytes,
@@ -67,7 +67,7 @@ impl Answer {
         Self { status: 200, headers: Vec::new(), body: AnswerBody::Whole(bytes.into()) }
     }
 
-    /// The error document of the distribution specification.
+    /// Returns an error document of the distribution specification.
     pub fn error(status: u16, code: &str) -> Self {
         let document =
             serde_json::json!({"errors": [{"code": code, "message": "said by the test"}]});
@@ -93,7 +93,7 @@ impl Answer {
     }
 }
 
-/// One request that came in.
+/// A received request.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
@@ -111,7 +111,7 @@ impl Request {
 
 type Script = Arc<dyn Fn(&Request) -> Option<Answer> + Send + Sync>;
 
-/// The registry: contents that it serves well, and a script that is asked first.
+/// The registry: contents that it serves correctly, and a script that overrides them.
 pub struct FakeRegistry {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -120,7 +120,7 @@ pub struct FakeRegistry {
 
 #[derive(Default)]
 struct Shared {
-    /// By `name` of `/v2/<repository>/manifests/<name>`: media type and bytes.
+    /// Manifests by `name` of `/v2/<repository>/manifests/<name>`: media type and bytes.
     manifests: Mutex<BTreeMap<String, (String, Bytes)>>,
     blobs: Mutex<BTreeMap<String, Bytes>>,
     script: Mutex<Option<Script>>,
@@ -139,12 +139,12 @@ impl FakeRegistry {
         self.address.to_string()
     }
 
-    /// A reference to the one repository that tests use here.
+    /// Returns a reference to the one repository that tests use here.
     pub fn reference(&self, tag: &str) -> String {
         format!("{}/hostile:{tag}", self.address)
     }
 
-    /// Answers what this returns; where it returns nothing, the contents decide.
+    /// Sets a script. If it returns no answer, the contents decide.
     pub fn script(&self, script: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static) {
         *self.shared.script.lock().expect("the script") = Some(Arc::new(script));
     }
@@ -156,12 +156,12 @@ impl FakeRegistry {
         digest
     }
 
-    /// A blob that is not what its digest says.
+    /// Adds a blob whose digest does not match.
     pub fn put_lying_blob(&self, digest: &str, bytes: impl Into<Bytes>) {
         self.shared.blobs.lock().expect("the blobs").insert(digest.to_owned(), bytes.into());
     }
 
-    /// Under its tag and under its digest, which is returned.
+    /// Adds a manifest under its tag and its digest, which is returned.
     pub fn put_manifest(&self, tag: &str, media_type: &str, bytes: impl Into<Bytes>) -> String {
         let bytes = bytes.into();
         let digest = digest(&bytes);
@@ -236,7 +236,7 @@ fn response(answer: Answer, head: bool) -> Response {
         AnswerBody::Whole(bytes) => Body::from(bytes),
         AnswerBody::Broken { announced, bytes } => {
             response = response.header(header::CONTENT_LENGTH, announced);
-            // The server drops what it has not sent when the body fails: the bytes go first.
+            // The server drops unsent bytes when the body fails, so the bytes go first.
             let broken = stream::once(async {
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 Err(std::io::Error::other("the connection breaks here"))

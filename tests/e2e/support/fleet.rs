@@ -1,4 +1,4 @@
-//! A cluster that preloads: an API server that behaves, the real controller and real node plugins.
+//! A cluster with preloads: a simulated API server, the real controller and real node plugins.
 
 use std::{
     fs,
@@ -14,10 +14,10 @@ use super::{
     clean_environment, ending_with_this_thread, registry, unique, wait_until,
 };
 
-/// Of all preloads here.
+/// The namespace of all preloads here.
 pub const NAMESPACE: &str = "team";
 
-/// A cluster: an API server, and what is started in it.
+/// A cluster: an API server, and the processes that use it.
 pub struct Cluster {
     pub drivers: Vec<Driver>,
     pub api: ApiServer,
@@ -27,12 +27,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Nodes that are there, without a driver yet.
+    /// Creates a cluster with these nodes, without drivers yet.
     pub fn new(nodes: &[&str]) -> Self {
         Self::before(registry(), nodes)
     }
 
-    /// Before a registry of its own.
+    /// Creates a cluster with a registry of its own.
     pub fn before(registry: &Registry, nodes: &[&str]) -> Self {
         let (sandbox, api) = (Sandbox::new(), ApiServer::new());
         let address = api.listen();
@@ -122,7 +122,7 @@ impl Cluster {
         object["spec"]["artifacts"].as_array().cloned().unwrap_or_default()
     }
 
-    /// Owners and references of what a node has pinned for preloads.
+    /// Returns owners and references of a node's pins for preloads.
     pub fn pins(&self, node: &str) -> Vec<(String, String)> {
         let folder = self.sandbox.path().join(node).join("state/pins");
         let mut pins = Vec::new();
@@ -147,7 +147,7 @@ impl Cluster {
         self.push(&repository, tag)
     }
 
-    /// Reference and digest of a new artifact.
+    /// Pushes a new artifact. Returns its reference and digest.
     pub fn push(&self, repository: &str, tag: &str) -> (String, String) {
         let layer = Layer::titled("file.txt", format!("{repository} {tag} {}", unique("v")));
         let digest = Manifest::artifact([layer]).push(registry(), repository, tag);
@@ -177,7 +177,7 @@ impl Controller {
         Self(child, log.to_owned())
     }
 
-    /// As an update does: it gives its lease back.
+    /// Terminates it, as an update does: it releases its lease.
     pub fn end(&mut self) {
         let process = i32::try_from(self.0.id()).expect("a process");
         let process = nix::unistd::Pid::from_raw(process);

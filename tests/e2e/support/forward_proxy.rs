@@ -1,4 +1,4 @@
-//! Proxies as companies have them, for HTTP and SOCKS: forward, make tunnels, and remember for whom.
+//! Proxies for HTTP and SOCKS, as in company networks: they forward requests, make tunnels, and record their hosts.
 
 use std::{
     collections::BTreeMap,
@@ -11,13 +11,13 @@ use std::{
     thread,
 };
 
-/// Larger than any head of a request here.
+/// Larger than any request head here.
 const MAXIMUM_HEAD: usize = 64 << 10;
 
-/// Serves one client: where names really are, and what was asked for so far.
+/// Serves one client, with the real addresses of names, and the requests so far.
 type Serve = fn(TcpStream, &BTreeMap<String, SocketAddr>, &Mutex<Vec<String>>) -> io::Result<()>;
 
-/// Listens on the loopback until it is dropped.
+/// A proxy on the loopback until it is dropped.
 pub struct ForwardProxy {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
@@ -25,12 +25,12 @@ pub struct ForwardProxy {
 }
 
 impl ForwardProxy {
-    /// Knows where these names, written with a port, really are; others it refuses.
+    /// Starts a proxy with the real addresses of these names, written with a port. Other names are refused.
     pub fn start<const N: usize>(names: [(&str, SocketAddr); N]) -> Self {
         Self::start_serving(names, serve)
     }
 
-    /// The same with SOCKS 5, which makes tunnels for everything.
+    /// Starts a SOCKS 5 proxy, which makes tunnels for everything.
     pub fn start_socks<const N: usize>(names: [(&str, SocketAddr); N]) -> Self {
         Self::start_serving(names, serve_socks)
     }
@@ -48,7 +48,7 @@ impl ForwardProxy {
                     break;
                 }
                 let (names, asked) = (Arc::clone(&names), Arc::clone(&remember));
-                // Who hangs up in the middle has his reasons.
+                // A client may hang up at any time.
                 thread::spawn(move || serve(client, &names, &asked).ok());
             }
         });
@@ -59,12 +59,12 @@ impl ForwardProxy {
         format!("http://{}", self.address)
     }
 
-    /// Its address as one of a proxy that speaks SOCKS 5.
+    /// Returns its URL as a SOCKS 5 proxy.
     pub fn socks_url(&self) -> String {
         format!("socks5://{}", self.address)
     }
 
-    /// Method and `host:port` of every request so far.
+    /// Returns method and `host:port` of every request so far.
     pub fn asked(&self) -> Vec<String> {
         self.asked.lock().expect("the requests").clone()
     }
@@ -73,7 +73,7 @@ impl ForwardProxy {
 impl Drop for ForwardProxy {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::SeqCst);
-        // Wakes the listener, which then sees that it is over.
+        // Wakes the listener, which then ends.
         let _ = TcpStream::connect(self.address);
     }
 }
@@ -103,14 +103,14 @@ fn serve(
     if is_tunnel {
         client.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n")?;
     } else {
-        // One request a connection: the next one may be for another host.
+        // One request for each connection: the next one may be for another host.
         let head = format!("{method} /{path} HTTP/1.1\r\nConnection: close\r\n{rest}");
         upstream.write_all(head.as_bytes())?;
     }
     pass_on(client, upstream)
 }
 
-/// SOCKS 5 (RFC 1928) without authentication, for names alone.
+/// Serves SOCKS 5 (RFC 1928) without authentication, for names alone.
 fn serve_socks(
     mut client: TcpStream,
     names: &BTreeMap<String, SocketAddr>,

@@ -12,11 +12,11 @@ use super::{
 };
 
 const TITLE: &str = "org.opencontainers.image.title";
-/// The default limit of layers of an artifact.
+/// The default limit on layers of an artifact.
 pub const LAYERS: usize = 10_000;
-/// The default limit of a manifest's bytes.
+/// The default limit on a manifest's bytes.
 pub const MANIFEST_BYTES: usize = 4 << 20;
-/// Partial downloads in a state directory, spread over several registries so that no bound of one of them applies.
+/// Partial downloads in a state directory, spread over several registries so that no limit of one of them applies.
 const BROKEN_DOWNLOADS: usize = 3900;
 
 /// Puts an artifact of one file, whose manifest has nearly [`MANIFEST_BYTES`]: 380,000 annotations of the layer, of
@@ -46,7 +46,7 @@ pub fn put_annotated_and_held_back(
     gate
 }
 
-/// An archive of empty files: `f/0`, `f/1`, ...
+/// Returns an archive of empty files: `f/0`, `f/1`, ...
 pub fn empty_files(count: usize) -> Tar {
     (0..count).fold(Tar::new(), |tar, number| tar.file(&format!("f/{number}"), 0o644, ""))
 }
@@ -76,7 +76,7 @@ pub fn put_large_manifest_without_layer(registry: &FakeRegistry, tag: &str, cont
     registry.put_json(tag, &manifest);
 }
 
-/// Leaves partial downloads in a state directory that no driver uses yet.
+/// Creates partial downloads in a state directory that no driver uses yet.
 pub fn leave_broken_downloads(state: &Path) {
     let partial = state.join("partial");
     std::fs::create_dir_all(&partial).expect("a folder");
@@ -106,7 +106,7 @@ pub fn put_trickling(registry: &FakeRegistry, seed: u64) {
     });
 }
 
-/// Returns an answer whose body comes at 2 KiB/s.
+/// Returns an answer whose body is sent at 2 KiB/s.
 pub fn trickle(bytes: impl Into<Bytes>) -> Answer {
     let bytes = bytes.into();
     let (piece, pause) = (1024, Duration::from_millis(500));

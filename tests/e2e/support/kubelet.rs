@@ -1,4 +1,4 @@
-//! What the kubelet does around a volume, call by call.
+//! The kubelet's steps for a volume, call by call.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use tonic::{
 
 use super::{block_on, hexadecimal_sha256, mounts_at, unique};
 
-/// The kubelet's own deadline for one mount, less what it spends on its other calls.
+/// The kubelet's own deadline for one mount, less the time of its other calls.
 const CALL_DEADLINE: Duration = Duration::from_secs(119);
 
 /// A stand-in for the kubelet of one node.
@@ -43,7 +43,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// A pod that is not any other.
+    /// Creates a unique pod.
     pub fn new() -> Self {
         let name = unique("pod");
         let hash = hexadecimal_sha256(name.as_bytes());
@@ -67,18 +67,18 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// Where the pod's containers find it.
+    /// Returns the path at which the pod's containers find it.
     pub fn target(&self) -> &Path {
         Path::new(&self.request.target_path)
     }
 
-    /// What a container reads from a file of it.
+    /// Returns the text of a file, as a container reads it.
     #[track_caller]
     pub fn text(&self, name: &str) -> String {
         fs::read_to_string(self.target().join(name)).expect("a file of the volume")
     }
 
-    /// The folder that belongs to the kubelet.
+    /// Returns the directory that belongs to the kubelet.
     pub fn parent(&self) -> &Path {
         &self.parent
     }
@@ -105,7 +105,7 @@ impl Volume {
         self
     }
 
-    /// The status of the folder after a call that failed for good: only the kubelet's own file may be there.
+    /// Asserts the directory's state after a final failure: it has nothing but the kubelet's own file.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         assert_eq!(mounts_at(self.target()), Vec::new(), "a mount is left at the target");
@@ -120,7 +120,7 @@ impl Volume {
         }
     }
 
-    /// One mount, read-only, without set-user-id programs and devices.
+    /// Asserts one mount, read-only, without set-user-ID programs and devices.
     #[track_caller]
     pub fn assert_mounted(&self) {
         let mounts = mounts_at(self.target());
@@ -134,7 +134,7 @@ impl Volume {
     }
 }
 
-/// Whether the kubelet takes this code as the end of a try that left nothing running.
+/// Returns whether the kubelet takes this code for the end of a call that left nothing running.
 pub fn is_final(code: Code) -> bool {
     !matches!(
         code,
@@ -151,7 +151,7 @@ impl Kubelet {
         Self { directory: directory.to_owned(), socket: socket.to_owned() }
     }
 
-    /// `pod.spec.volumes[].csi`.
+    /// Returns a volume of `pod.spec.volumes[].csi`.
     #[track_caller]
     pub fn inline(&self, pod: &Pod, name: &str, reference: &str) -> Volume {
         let handle = format!("csi-{}", hexadecimal_sha256(format!("{}{name}", pod.uid).as_bytes()));
@@ -159,13 +159,13 @@ impl Kubelet {
             .attribute("reference", reference)
     }
 
-    /// A volume of a new pod.
+    /// Returns a volume of a new pod.
     #[track_caller]
     pub fn new_volume(&self, reference: &str) -> Volume {
         self.inline(&Pod::new(), "artifact", reference)
     }
 
-    /// A PersistentVolume that the pod claims.
+    /// Returns a PersistentVolume that the pod claims.
     #[track_caller]
     pub fn persistent(&self, pod: &Pod, name: &str, handle: &str, reference: &str) -> Volume {
         self.volume(pod, name, handle, false, Mode::MultiNodeReaderOnly)
@@ -196,7 +196,7 @@ impl Kubelet {
         Volume { request, parent }
     }
 
-    /// What the kubelet does before it calls.
+    /// Prepares the directories, as the kubelet does before its call.
     #[track_caller]
     pub fn prepare(&self, volume: &Volume) {
         fs::create_dir_all(&volume.parent).expect("the volume's folder");
@@ -212,13 +212,13 @@ impl Kubelet {
         fs::write(volume.parent.join("vol_data.json"), data.to_string()).expect("vol_data.json");
     }
 
-    /// Publishes as the kubelet does; after a failure for good nothing may be left.
+    /// Publishes as the kubelet does. Asserts that a final failure leaves nothing.
     #[track_caller]
     pub fn publish(&self, volume: &Volume) -> Result<(), Status> {
         self.publish_within(volume, CALL_DEADLINE)
     }
 
-    /// With a deadline of the test's own.
+    /// Publishes with a deadline of the test.
     #[track_caller]
     pub fn publish_within(&self, volume: &Volume, deadline: Duration) -> Result<(), Status> {
         self.prepare(volume);
@@ -235,11 +235,11 @@ impl Kubelet {
         result
     }
 
-    /// Asks for a volume, again and again, until its pull says how much of its bytes it has. The pull goes on.
+    /// Publishes again and again until the pull reports its progress. The pull continues.
     #[track_caller]
     pub fn publish_until_bytes_are_awaited(&self, volume: &Volume) {
         loop {
-            // Five seconds before its end a call tells how far the pull is.
+            // Five seconds before its deadline a call reports the progress.
             let status = self.publish_within(volume, Duration::from_secs(6)).expect_err("it waits");
             assert_eq!(status.code(), Code::Aborted, "{status}");
             if status.message().contains("% (") {
@@ -248,7 +248,7 @@ impl Kubelet {
         }
     }
 
-    /// The call alone.
+    /// Makes the call alone.
     pub fn publish_request(&self, request: NodePublishVolumeRequest) -> Result<(), Status> {
         self.publish_request_within(request, CALL_DEADLINE)
     }
@@ -263,7 +263,7 @@ impl Kubelet {
         self.node(async |mut client| client.node_publish_volume(request).await).map(|_| ())
     }
 
-    /// Publishes and expects it to work.
+    /// Publishes, and expects success.
     #[track_caller]
     pub fn publish_well(&self, volume: &Volume) {
         if let Err(status) = self.publish(volume) {
@@ -271,7 +271,7 @@ impl Kubelet {
         }
     }
 
-    /// Publishes and expects this failure; returns its message.
+    /// Publishes, and expects this failure. Returns its message.
     #[track_caller]
     pub fn publish_badly(&self, volume: &Volume, code: Code) -> String {
         match self.publish(volume) {
@@ -283,7 +283,7 @@ impl Kubelet {
         }
     }
 
-    /// Unpublishes and then does what the kubelet does: it removes its own part, and only by rmdir.
+    /// Unpublishes and then removes the kubelet's own part, with rmdir only, as the kubelet does.
     #[track_caller]
     pub fn unpublish(&self, volume: &Volume) {
         if let Err(status) =
@@ -300,7 +300,7 @@ impl Kubelet {
         }
     }
 
-    /// The call alone.
+    /// Makes the call alone.
     pub fn unpublish_request(&self, volume_id: &str, target: &str) -> Result<(), Status> {
         let request = NodeUnpublishVolumeRequest {
             volume_id: volume_id.to_owned(),
@@ -311,7 +311,7 @@ impl Kubelet {
         self.node(async |mut client| client.node_unpublish_volume(request).await).map(|_| ())
     }
 
-    /// A call of the node service, on a connection of its own.
+    /// Makes a call of the node service, on a connection of its own.
     pub fn node<T>(
         &self,
         call: impl AsyncFnOnce(NodeClient<Channel>) -> Result<Response<T>, Status>,
@@ -320,7 +320,7 @@ impl Kubelet {
             .map(Response::into_inner)
     }
 
-    /// A call of the identity service, as node-driver-registrar and livenessprobe make them.
+    /// Makes a call of the identity service, as node-driver-registrar and livenessprobe do.
     pub fn identity<T>(
         &self,
         call: impl AsyncFnOnce(IdentityClient<Channel>) -> Result<Response<T>, Status>,
@@ -329,7 +329,7 @@ impl Kubelet {
             .map(Response::into_inner)
     }
 
-    /// A call of the plugin watcher on a registration socket.
+    /// Makes a call of the plugin watcher on a registration socket.
     pub fn registration<T>(
         &self,
         socket: &Path,
@@ -339,13 +339,13 @@ impl Kubelet {
             .map(Response::into_inner)
     }
 
-    /// The folder of the kubelet.
+    /// Returns the kubelet's root directory.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 }
 
-/// A mount volume with this access mode, as the kubelet asks for it.
+/// Returns the capability of a mounted volume with this access mode, as the kubelet sends it.
 pub fn capability(mode: Mode) -> VolumeCapability {
     VolumeCapability {
         access_type: Some(AccessType::Mount(MountVolume::default())),
@@ -353,7 +353,7 @@ pub fn capability(mode: Mode) -> VolumeCapability {
     }
 }
 
-/// What the contract promises of every message.
+/// Asserts the contract's promises for every message.
 #[track_caller]
 fn assert_well_worded(status: &Status) {
     let message = status.message();

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Holds write leases on files. Gives each up all the time, as its holder does when another process opens the file, and
-/// takes it again at once.
+/// Holds write leases on files. Releases each at once when another process opens the file, and takes it again.
 pub struct HostileLeases {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -47,7 +46,7 @@ impl Drop for HostileLeases {
     }
 }
 
-/// SIGIO tells the holder of a lease that another process comes.
+/// Ignores SIGIO, which tells the holder of a lease that another process opens the file.
 fn ignore_signals() {
     use nix::sys::signal::{SigHandler, Signal, signal};
     #[allow(unsafe_code, reason = "the signal is ignored, nothing is run")]

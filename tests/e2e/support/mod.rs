@@ -1,6 +1,6 @@
-//! What the tests are made of: a registry, a driver and a kubelet, each the real thing or doing what the real one does.
+//! The parts of the tests: a registry, a driver and a kubelet, each the real program or a simulation of its behaviour.
 //!
-//! Every test has a mount namespace of its own, see [`Sandbox`], so tests run side by side and leave no mount behind,
+//! Every test has a mount namespace of its own, see [`Sandbox`], so tests run in parallel and leave no mount behind,
 //! however they end.
 
 mod admin;
@@ -59,7 +59,7 @@ pub use sandbox::{
 };
 pub use tree::{Kind, Tree};
 
-/// Longer than anything on a busy machine takes; a test that waits this long has failed.
+/// Longer than any step takes on a busy machine: a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Waits for a state, never for a time.
@@ -68,7 +68,7 @@ pub fn wait_until(what: &str, reached: impl FnMut() -> bool) {
     wait_at_most(PATIENCE, what, reached);
 }
 
-/// The same, for what takes its time by itself.
+/// Waits for a state that takes longer by its nature.
 #[track_caller]
 pub fn wait_at_most(patience: Duration, what: &str, mut reached: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
@@ -87,7 +87,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
         .block_on(future)
 }
 
-/// Status and body of a GET; none where nobody answers.
+/// Returns status and body of a GET; `None` without a response.
 pub fn get(address: std::net::SocketAddr, path: &str) -> Option<(u16, String)> {
     use std::io::{Read as _, Write as _};
     let mut stream = std::net::TcpStream::connect(address).ok()?;
@@ -99,7 +99,7 @@ pub fn get(address: std::net::SocketAddr, path: &str) -> Option<(u16, String)> {
     Some((status, body.to_owned()))
 }
 
-/// Names of all commands, as the help lists them.
+/// Returns the names of all commands in the order of the help.
 #[track_caller]
 pub fn commands() -> Vec<String> {
     let help = run(tool(env!("CARGO_BIN_EXE_csi-driver-oci")).arg("--help"));
@@ -111,7 +111,7 @@ pub fn commands() -> Vec<String> {
     names
 }
 
-/// What a driver counts.
+/// Returns the metrics of a driver.
 #[track_caller]
 pub fn metrics(address: std::net::SocketAddr) -> String {
     let (status, text) = get(address, "/metrics").expect("the metrics");
@@ -119,19 +119,19 @@ pub fn metrics(address: std::net::SocketAddr) -> String {
     text
 }
 
-/// A name that no other test uses.
+/// Returns a name that no other test uses.
 pub fn unique(prefix: &str) -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     format!("{prefix}-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
 }
 
-/// `sha256:` and the hexadecimal digest.
+/// Returns `sha256:` and the hexadecimal digest.
 pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hexadecimal_sha256(bytes))
 }
 
-/// The digest alone.
+/// Returns the hexadecimal digest alone.
 pub fn hexadecimal_sha256(bytes: &[u8]) -> String {
     use sha2::Digest as _;
     hexadecimal(&sha2::Sha256::digest(bytes))
@@ -145,7 +145,7 @@ pub fn hexadecimal(bytes: &[u8]) -> String {
     })
 }
 
-/// Bytes that do not compress and are the same at every run.
+/// Returns bytes that do not compress and are the same in every run.
 pub fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2).wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut bytes = Vec::with_capacity(length + 8);
@@ -159,14 +159,14 @@ pub fn noise(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// A program of the test tools, with their folder in front of PATH.
+/// Returns a program of the test tools, with their directory in front of PATH.
 pub fn tool(name: &str) -> std::process::Command {
     let mut command = std::process::Command::new(name);
     command.env("PATH", tool_path());
     command
 }
 
-/// Runs a program of the test tools and returns what it printed.
+/// Runs a program of the test tools. Returns its output.
 #[track_caller]
 pub fn run(command: &mut std::process::Command) -> String {
     let output = command

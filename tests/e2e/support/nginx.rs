@@ -1,4 +1,4 @@
-//! A real nginx as a mirror that answers as a test wants.
+//! A real nginx as a mirror with configured responses.
 
 use std::{
     fs,
@@ -16,26 +16,26 @@ pub struct Nginx {
 }
 
 impl Nginx {
-    /// `answer` stands in `location /`, as `return 503;` or `proxy_pass http://...;`.
+    /// Starts nginx. `answer` stands in `location /`, such as `return 503;` or `proxy_pass http://...;`.
     #[track_caller]
     pub fn start(folder: &Path, answer: &str) -> Self {
         Self::start_server(folder, "", answer)
     }
 
-    /// The same on the loopback of IPv6 too, with the same port.
+    /// Starts nginx also on the loopback of IPv6, with the same port.
     #[track_caller]
     pub fn start_with_ipv6(folder: &Path, answer: &str) -> Self {
         Self::start_server(folder, "; listen [::1]:{port}", answer)
     }
 
-    /// The same by TLS, with this certificate and key.
+    /// Starts nginx with TLS, with this certificate and key.
     #[track_caller]
     pub fn start_with_tls(folder: &Path, (certificate, key): (&Path, &Path), answer: &str) -> Self {
         let lines = Self::tls("ssl", certificate, key);
         Self::start_server(folder, &lines, answer)
     }
 
-    /// The same, with HTTP/2 for whoever asks for it.
+    /// Starts nginx with TLS, HTTP/1.1 and HTTP/2.
     #[track_caller]
     pub fn start_with_http2(
         folder: &Path,

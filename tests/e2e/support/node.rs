@@ -1,4 +1,4 @@
-//! A node with its driver, and a registry in front of it.
+//! A node with its driver, and a proxy in front of the registry.
 
 use std::{fs, path::Path};
 
@@ -6,7 +6,7 @@ use super::{
     Driver, DriverOptions, Kubelet, Layer, Manifest, Proxy, Sandbox, Tree, Volume, registry, unique,
 };
 
-/// What most tests start from. Fields end in this order: the driver before its folders.
+/// A node, from which most tests start. Fields are dropped in this order: the driver before its directories.
 pub struct Node {
     pub driver: Driver,
     pub kubelet: Kubelet,
@@ -29,7 +29,7 @@ impl Node {
         Self { driver, kubelet, proxy: Proxy::new(registry()), sandbox }
     }
 
-    /// With a configuration file: these lines below its head. `{sandbox}` is the sandbox's folder.
+    /// Starts a node with a configuration file: these lines below its head. `{sandbox}` is the sandbox's directory.
     #[track_caller]
     pub fn start_configured(prepare: impl FnOnce(&Sandbox), lines: &str) -> Self {
         Self::start_with(|sandbox, options| {
@@ -42,7 +42,7 @@ impl Node {
         })
     }
 
-    /// With containerd's folder of registries, `certs.d` in the sandbox.
+    /// Starts a node with containerd's directory of registries, `certs.d` in the sandbox.
     #[track_caller]
     pub fn start_with_hosts(lines: &str) -> Self {
         let prepare = |sandbox: &Sandbox| {
@@ -54,17 +54,17 @@ impl Node {
         )
     }
 
-    /// Writes a registry's `hosts.toml`; returns its folder.
+    /// Writes a registry's `hosts.toml`. Returns its directory.
     #[track_caller]
     pub fn hosts_toml(&self, registry: &str, text: &str) -> std::path::PathBuf {
         let folder = self.sandbox.folder(&format!("certs.d/{}", hosts_folder(registry)));
-        // As tools do it: never half a file.
+        // Replaced atomically, as tools do it.
         fs::write(folder.join("hosts.toml.new"), text).expect("hosts.toml");
         fs::rename(folder.join("hosts.toml.new"), folder.join("hosts.toml")).expect("hosts.toml");
         folder
     }
 
-    /// Publishes in a new pod and returns the volume and what is in it.
+    /// Publishes in a new pod. Returns the volume and its content.
     #[track_caller]
     pub fn mount(&self, reference: &str) -> (Volume, Tree) {
         self.mount_with(reference, |volume| volume)
@@ -82,19 +82,19 @@ impl Node {
         (volume, tree)
     }
 
-    /// See [`small_artifact`].
+    /// Pushes a [`small_artifact`].
     #[track_caller]
     pub fn small_artifact(&self) -> SmallArtifact {
         small_artifact()
     }
 
-    /// Whether any file of the state, half downloads apart, holds these bytes.
+    /// Returns whether any file of the state holds these bytes, partial downloads excluded.
     pub fn store_holds(&self, needle: &[u8]) -> bool {
         holds(self.driver.state(), needle)
     }
 }
 
-/// What every configuration starts with: no floor, as a test's disk may be full for others' sake.
+/// Returns the head of every configuration: no floor of free space, as other processes may fill a test's disk.
 pub fn configuration_head() -> &'static str {
     "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
      cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n"
@@ -107,7 +107,7 @@ fn hosts_folder(registry: &str) -> String {
     }
 }
 
-/// A small artifact in the shared registry that no other test uses.
+/// Pushes a small artifact to the shared registry that no other test uses.
 #[track_caller]
 pub fn small_artifact() -> SmallArtifact {
     let repository = unique("small");

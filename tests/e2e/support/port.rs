@@ -1,14 +1,14 @@
-//! Ports of the loopback that stay what a test takes them for.
+//! Ports of the loopback that stay reserved for a test.
 
 use std::net::SocketAddr;
 
 use tokio::net::TcpSocket;
 
-/// A port that is bound and that nothing listens on, until the test has something listen there.
+/// A port that is bound and that nothing listens on, until the test starts a server there.
 ///
-/// While this lives, connections to the port are refused: the kernel gives it to no socket that asks for any
-/// port, and uses it for no connection's own end. A port that is found by binding and is then let go has none
-/// of this. Servers listen on it nevertheless, since they set `SO_REUSEADDR`.
+/// While this value lives, connections to the port are refused: the kernel gives it to no socket that asks for any
+/// port, and uses it for no connection's own end. A port that is found by binding and is then released has none of
+/// this. Servers can listen on it nevertheless, since they set `SO_REUSEADDR`.
 pub struct Port {
     address: SocketAddr,
     _held: TcpSocket,
@@ -18,7 +18,7 @@ impl Port {
     #[track_caller]
     pub fn new() -> Self {
         let held = TcpSocket::new_v4().expect("a socket");
-        // Lets a server listen on the same port. Linux lets nothing else share it before something listens.
+        // Lets a server listen on the same port. Linux lets no other socket share it before a server listens.
         held.set_reuseaddr(true).expect("an option of a socket");
         held.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a port");
         let address = held.local_addr().expect("its address");

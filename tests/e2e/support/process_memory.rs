@@ -1,8 +1,8 @@
-//! The memory of a process that no file is behind, which is what a container's limit is about.
+//! The anonymous memory of a process, which a container's limit is about.
 
 use std::fs;
 
-/// The largest memory of a process since a moment, as the kernel keeps it.
+/// The peak memory of a process since a moment, as the kernel counts it.
 pub struct PeakMemory {
     process: u32,
     /// The pages of files at that moment.
@@ -10,14 +10,14 @@ pub struct PeakMemory {
 }
 
 impl PeakMemory {
-    /// Begins anew: what the process took before does not count.
+    /// Starts a new measurement: earlier memory of the process does not count.
     #[track_caller]
     pub fn reset(process: u32) -> Self {
         fs::write(format!("/proc/{process}/clear_refs"), "5").expect("the peak is reset");
         Self { process, file_bytes: bytes_of(process, "RssFile:") }
     }
 
-    /// Returns a bound of the largest anonymous memory since: pages of files that came later count, too.
+    /// Returns an upper bound of the peak anonymous memory since: later pages of files count as well.
     pub fn anonymous_bytes(&self) -> u64 {
         bytes_of(self.process, "VmHWM:").saturating_sub(self.file_bytes)
     }

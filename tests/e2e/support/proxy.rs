@@ -20,7 +20,7 @@ use tokio::sync::watch;
 
 use super::{Port, Registry};
 
-/// One request that passed.
+/// A request that was forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passed {
     pub method: String,
@@ -43,7 +43,7 @@ struct Shared {
     gate: Mutex<Option<Arc<Gate>>>,
 }
 
-/// Holds back the bodies of blobs: each gives its first half, then waits.
+/// Holds back the bodies of blobs: each sends its first half, then waits.
 pub struct Gate {
     open: watch::Sender<bool>,
     waiting: AtomicUsize,
@@ -54,12 +54,12 @@ impl Gate {
         Arc::new(Self { open: watch::Sender::new(false), waiting: AtomicUsize::new(0) })
     }
 
-    /// How many bodies have stopped at the gate so far.
+    /// Returns the number of bodies that have stopped at the gate so far.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
 
-    /// Lets all pass, those that wait and those that come.
+    /// Lets all bodies pass, current and future ones.
     pub fn open(&self) {
         self.open.send_replace(true);
     }
@@ -78,7 +78,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves on this address (port 0: any) and returns the one it got.
+    /// Serves on this address (port 0: any). Returns the actual address.
     pub fn start(address: SocketAddr, router: Router) -> (Self, SocketAddr) {
         let (stop, mut stopped) = watch::channel(false);
         let (sender, receiver) = std::sync::mpsc::channel();
@@ -91,15 +91,15 @@ impl Server {
                     _ = stopped.wait_for(|stopped| *stopped) => {}
                 }
             });
-            // The runtime goes here, and with it every connection.
+            // The runtime is dropped here, and every connection with it.
         });
         let address = receiver.recv().expect("the server's address");
         (Self { stop, thread: Some(thread) }, address)
     }
 }
 
-/// Listens on an address. A process that another thread has just forked holds the listener of before
-/// until it executes its program.
+/// Listens on an address. A process that another thread has just forked holds the previous listener until it executes
+/// its program.
 async fn listen(address: SocketAddr) -> tokio::net::TcpListener {
     for _ in 0..1000 {
         match tokio::net::TcpListener::bind(address).await {
@@ -135,17 +135,17 @@ impl Proxy {
         Self { port, shared, server: Mutex::new(Some(server)) }
     }
 
-    /// `127.0.0.1:port`, as it stands in references.
+    /// Returns `127.0.0.1:port`, as in references.
     pub fn host(&self) -> String {
         self.port.address().to_string()
     }
 
-    /// A reference to a repository behind this proxy.
+    /// Returns a reference to a repository behind this proxy.
     pub fn reference(&self, repository_and_tag: &str) -> String {
         format!("{}/{repository_and_tag}", self.port.address())
     }
 
-    /// Refuses connections, and ends those there are.
+    /// Refuses connections, and closes the current ones.
     pub fn go_down(&self) {
         self.server.lock().expect("the server").take();
     }
@@ -156,17 +156,17 @@ impl Proxy {
         *self.server.lock().expect("the server") = Some(server);
     }
 
-    /// Every request since the last call.
+    /// Returns every request since the last call.
     pub fn take_requests(&self) -> Vec<Passed> {
         std::mem::take(&mut self.shared.passed.lock().expect("the requests"))
     }
 
-    /// Every request so far.
+    /// Returns every request so far.
     pub fn requests(&self) -> Vec<Passed> {
         self.shared.passed.lock().expect("the requests").clone()
     }
 
-    /// How often this path was fetched whole or in part.
+    /// Returns how often this path was fetched in whole or in part.
     pub fn fetches(&self, path_part: &str) -> usize {
         self.requests()
             .iter()
@@ -174,7 +174,7 @@ impl Proxy {
             .count()
     }
 
-    /// From now on bodies of blobs wait in their middle.
+    /// From now on bodies of blobs wait half way.
     pub fn hold_blobs(&self) -> Arc<Gate> {
         let gate = Gate::new();
         *self.shared.gate.lock().expect("the gate") = Some(Arc::clone(&gate));
@@ -182,7 +182,7 @@ impl Proxy {
     }
 }
 
-/// reqwest is built without a TLS provider of its own, and asks for one even where only plain HTTP is spoken.
+/// Installs a TLS provider. reqwest is built without one, and needs it even for plain HTTP.
 pub fn install_tls_provider() {
     // A second call finds the first one's and changes nothing.
     let _ = rustls::crypto::ring::default_provider().install_default();

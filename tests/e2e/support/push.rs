@@ -1,4 +1,4 @@
-//! Content for registries: pushed by the clients that users have, and by hand where no client makes the shape.
+//! Content for registries: pushed by the clients of users, and by hand if no client makes the shape.
 
 use std::{
     fs,
@@ -21,13 +21,13 @@ pub const OCI_TAR_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 pub const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 pub const TITLE: &str = "org.opencontainers.image.title";
 
-/// The oras client in a folder of files.
+/// The oras client in a directory of files.
 pub struct Oras {
     folder: tempfile::TempDir,
 }
 
 impl Oras {
-    /// With an empty folder.
+    /// Creates an empty directory.
     #[track_caller]
     pub fn new() -> Self {
         Self {
@@ -42,7 +42,7 @@ impl Oras {
         self.folder.path()
     }
 
-    /// A file to push, with its folders.
+    /// Adds a file to push, with its directories.
     #[must_use]
     #[track_caller]
     pub fn file(self, name: &str, mode: u32, content: impl AsRef<[u8]>) -> Self {
@@ -61,7 +61,7 @@ impl Oras {
         self
     }
 
-    /// `oras push`; returns the manifest's digest.
+    /// Runs `oras push`. Returns the manifest's digest.
     #[track_caller]
     pub fn push(&self, reference: &str, arguments: &[&str]) -> String {
         let printed = run(self
@@ -71,13 +71,13 @@ impl Oras {
         pushed_digest(&printed)
     }
 
-    /// Any other command of oras.
+    /// Runs any other command of oras.
     #[track_caller]
     pub fn call(&self, arguments: &[&str]) -> String {
         run(self.command().args(arguments))
     }
 
-    /// `oras pull` into a new folder.
+    /// Runs `oras pull` into a new directory.
     #[track_caller]
     pub fn pull(reference: &str, arguments: &[&str]) -> tempfile::TempDir {
         let oras = Self::new();
@@ -98,7 +98,7 @@ fn pushed_digest(printed: &str) -> String {
     line.unwrap_or_else(|| panic!("no digest in what oras printed: {printed}")).trim().to_owned()
 }
 
-/// Something that takes blobs and manifests.
+/// A target for blobs and manifests.
 pub trait Contents {
     fn put_blob(&self, repository: &str, bytes: &[u8]) -> String;
     fn put_manifest(&self, repository: &str, tag: &str, media_type: &str, bytes: &[u8]) -> String;
@@ -116,7 +116,7 @@ impl Contents for Registry {
     }
 }
 
-/// A registry that asks for a password, to one who knows it.
+/// A registry that requires a password, with these credentials.
 pub struct AsUser<'a> {
     registry: &'a Registry,
     user: &'a str,
@@ -203,7 +203,7 @@ fn put_manifest(
 }
 
 impl Registry {
-    /// The manifest goes, and every tag of it; its blobs stay.
+    /// Deletes a manifest with every tag of it. Its blobs stay.
     #[track_caller]
     pub fn delete_manifest(&self, repository: &str, digest: &str) {
         let url = format!("http://{}/v2/{repository}/manifests/{digest}", self.address());
@@ -235,7 +235,7 @@ pub struct Layer {
     pub media_type: String,
     pub bytes: Vec<u8>,
     pub annotations: Vec<(String, String)>,
-    /// The content goes into the manifest, and nowhere else.
+    /// Put the content into the manifest, and nowhere else.
     pub inline: bool,
 }
 
@@ -249,7 +249,7 @@ impl Layer {
         }
     }
 
-    /// A file by its title.
+    /// Creates a file with its title.
     pub fn titled(title: &str, bytes: impl Into<Vec<u8>>) -> Self {
         Self::new("application/vnd.test.file.v1", bytes).annotation(TITLE, title)
     }
@@ -283,7 +283,7 @@ pub fn descriptor(media_type: &str, bytes: &[u8]) -> Value {
     json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()})
 }
 
-/// The empty configuration of OCI 1.1.
+/// Returns the empty configuration of OCI 1.1.
 pub fn empty_config() -> Layer {
     Layer::new(EMPTY, "{}")
 }
@@ -297,7 +297,7 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// An artifact of these layers.
+    /// Creates an artifact of these layers.
     pub fn artifact(layers: impl IntoIterator<Item = Layer>) -> Self {
         Self {
             config: empty_config(),
@@ -306,7 +306,7 @@ impl Manifest {
         }
     }
 
-    /// In the style of OCI 1.0: the configuration's type is the artifact's.
+    /// Creates an artifact in the style of OCI 1.0: the configuration's type is the artifact's.
     pub fn with_config(config: Layer, layers: impl IntoIterator<Item = Layer>) -> Self {
         Self { config, layers: layers.into_iter().collect(), artifact_type: None }
     }
@@ -324,7 +324,7 @@ impl Manifest {
         value
     }
 
-    /// Pushes blobs and manifest; returns the manifest's digest.
+    /// Pushes blobs and manifest. Returns the manifest's digest.
     #[track_caller]
     pub fn push(&self, contents: &impl Contents, repository: &str, tag: &str) -> String {
         self.push_blobs(contents, repository);
@@ -356,14 +356,14 @@ impl Image {
         self
     }
 
-    /// A layer of this archive, compressed with gzip.
+    /// Adds a layer of this archive, compressed with gzip.
     #[must_use]
     pub fn layer(self, archive: Vec<u8>) -> Self {
         let compressed = gzip(&archive);
         self.packed_layer(OCI_TAR_GZIP, compressed, &archive)
     }
 
-    /// A layer of these bytes, which unpack to this archive.
+    /// Adds a layer of these bytes, which unpack to this archive.
     #[must_use]
     pub fn packed_layer(mut self, media_type: &str, bytes: Vec<u8>, archive: &[u8]) -> Self {
         self.layers.push((Layer::new(media_type, bytes), digest(archive)));
@@ -412,7 +412,7 @@ pub fn put_json(contents: &impl Contents, repository: &str, tag: &str, manifest:
     contents.put_manifest(repository, tag, media_type, manifest.to_string().as_bytes())
 }
 
-/// This machine's architecture, in the words of OCI.
+/// Returns this machine's architecture in OCI's spelling.
 pub fn node_architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -431,7 +431,7 @@ pub fn copy_layout(layout: &Path, tag: &str, reference: &str, arguments: &[&str]
         .arg(format!("docker://{reference}")));
 }
 
-/// What umoci unpacks of an image: the folder of its files, and what to keep while it is used.
+/// Unpacks an image with umoci. Returns the directory of its files, and a value that keeps it.
 #[track_caller]
 pub fn umoci_unpack(reference: &str) -> (PathBuf, tempfile::TempDir) {
     let folder =

@@ -18,7 +18,7 @@ pub struct Registry {
     directory: tempfile::TempDir,
 }
 
-/// The registry that all tests of this process share; they keep apart by the names of their repositories.
+/// Returns the registry that all tests of this process share. Each test uses repositories of its own.
 pub fn registry() -> &'static Registry {
     static SHARED: OnceLock<Registry> = OnceLock::new();
     SHARED.get_or_init(|| {
@@ -36,12 +36,12 @@ pub fn registry() -> &'static Registry {
     })
 }
 
-/// A registry of the calling test's own, for one that has a network of its own.
+/// Starts a registry for the calling test, for one that has a network of its own.
 pub fn own_registry() -> Registry {
     Registry::start(&RegistryKind::default())
 }
 
-/// A registry of the calling test's own that asks for this user and password.
+/// Starts a registry for the calling test that requires this user and password.
 pub fn private_registry(user: &str, password: &str) -> Registry {
     Registry::start(&RegistryKind {
         credentials: Some((user, password)),
@@ -49,16 +49,16 @@ pub fn private_registry(user: &str, password: &str) -> Registry {
     })
 }
 
-/// What a registry is like.
+/// The properties of a registry.
 #[derive(Clone, Copy, Default)]
 pub struct RegistryKind<'a> {
-    /// Who may use it; none means anybody.
+    /// User and password; `None` lets everyone in.
     pub credentials: Option<(&'a str, &'a str)>,
-    /// Certificate, key, and the authority of the clients that it speaks to.
+    /// Certificate, key, and the authority of the permitted clients.
     pub tls: Option<(&'a Path, &'a Path, Option<&'a Path>)>,
-    /// It is a pull-through mirror of this one.
+    /// The registry of which it is a pull-through mirror.
     pub mirror_of: Option<&'a str>,
-    /// Content that another registry has as well.
+    /// A registry whose content it shares.
     pub content_of: Option<&'a Registry>,
 }
 
@@ -77,7 +77,7 @@ impl Registry {
         let log = fs::File::create(directory.path().join("log")).expect("the registry's log");
         let mut command = ending_with_this_thread("docker-registry");
         command.arg("serve").arg(&path);
-        // What it takes from the environment would change the configuration.
+        // Variables of the environment would change the configuration.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("REGISTRY_")) {
             command.env_remove(name);
         }
@@ -95,7 +95,7 @@ impl Registry {
         Self { port, child, directory }
     }
 
-    /// `127.0.0.1:port`, as it stands in references.
+    /// Returns `127.0.0.1:port`, as in references.
     pub fn host(&self) -> String {
         self.address().to_string()
     }
@@ -104,7 +104,7 @@ impl Registry {
         self.port.address()
     }
 
-    /// Ends its process. Its port stays its own.
+    /// Ends its process. Its port stays reserved.
     pub fn go_down(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -117,15 +117,15 @@ impl Drop for Registry {
     }
 }
 
-/// A command whose process is killed when the thread that starts it ends, however it ends.
+/// Returns a command whose process is killed when the thread that starts it ends, however it ends.
 pub fn ending_with_this_thread(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = tool("setpriv");
     command.args(["--pdeathsig", "KILL"]).arg(program);
     command
 }
 
-/// Nothing drops what all tests share, so another process removes it: one that sees this one's end
-/// of a pipe close.
+/// Removes a directory when this process ends. Statics are never dropped, so another process does it: one that sees
+/// this one's end of a pipe close.
 #[expect(clippy::zombie_processes, reason = "it ends after this process does")]
 fn remove_with_this_process(directory: &Path) {
     let mut remover = Command::new("sh")

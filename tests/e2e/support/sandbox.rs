@@ -1,4 +1,4 @@
-//! A folder and a mount namespace for one test.
+//! A directory and a mount namespace for one test.
 
 use std::{
     fs,
@@ -7,9 +7,9 @@ use std::{
 
 use nix::mount::{MsFlags, mount};
 
-/// The room of one test: a folder on a disk, and a mount namespace that ends with the test's last process.
+/// The environment of one test: a directory on a disk, and a mount namespace that ends with the test's last process.
 ///
-/// The namespace belongs to the calling thread and what it starts, which is all that libtest gives a test.
+/// The namespace belongs to the calling thread and its children, which is all that libtest gives a test.
 pub struct Sandbox {
     directory: tempfile::TempDir,
 }
@@ -18,7 +18,7 @@ impl Sandbox {
     #[track_caller]
     pub fn new() -> Self {
         enter_mount_namespace();
-        // Not the default folder: that is often a tmpfs, and paths of sockets must stay short.
+        // Not the default directory: that is often a tmpfs, and paths of sockets must stay short.
         let directory = tempfile::Builder::new()
             .prefix("e2e")
             .tempdir_in("/var/tmp")
@@ -30,14 +30,14 @@ impl Sandbox {
         self.directory.path()
     }
 
-    /// A folder in the sandbox, made if it is not there.
+    /// Returns a directory in the sandbox, created if it does not exist.
     pub fn folder(&self, name: &str) -> PathBuf {
         let path = self.path().join(name);
         fs::create_dir_all(&path).expect("a folder in the sandbox");
         path
     }
 
-    /// A tmpfs mounted on a folder of the sandbox.
+    /// Mounts a tmpfs on a directory of the sandbox.
     #[track_caller]
     pub fn tmpfs(&self, name: &str, flags: MsFlags) -> PathBuf {
         let path = self.folder(name);
@@ -45,19 +45,19 @@ impl Sandbox {
         path
     }
 
-    /// The file that a filesystem lies in.
+    /// Returns the path of the file that contains a filesystem.
     pub fn image(&self, name: &str, kind: &str) -> PathBuf {
         self.path().join(format!("{name}.{kind}"))
     }
 
-    /// A new filesystem in a file, mounted on a folder of the sandbox.
+    /// Creates a filesystem in a file, mounted on a directory of the sandbox.
     #[track_caller]
     pub fn filesystem(&self, kind: &str, name: &str, options: &str) -> PathBuf {
-        // The smallest size that every mkfs takes without being forced.
+        // The smallest size that every mkfs accepts without being forced.
         self.filesystem_of(512 << 20, kind, name, options)
     }
 
-    /// The same, of a size that its `mkfs` takes.
+    /// Creates a filesystem of a size that its `mkfs` accepts.
     #[track_caller]
     pub fn filesystem_of(&self, size: u64, kind: &str, name: &str, options: &str) -> PathBuf {
         let image = self.image(name, kind);
@@ -73,7 +73,7 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        // What is mounted here goes before the folder does, so that removing it removes nothing through a mount.
+        // Mounts here are removed before the directory, so that removing it removes nothing through a mount.
         let mut mounts = mounts_under(self.path());
         mounts.reverse();
         for entry in mounts {
@@ -90,12 +90,12 @@ pub struct MountEntry {
     pub filesystem: String,
 }
 
-/// The mounts on exactly this path, lowest first.
+/// Returns the mounts on exactly this path, lowest first.
 pub fn mounts_at(path: &Path) -> Vec<MountEntry> {
     mount_table().into_iter().filter(|entry| entry.target == path).collect()
 }
 
-/// The mounts on and below this path, in the order of the table.
+/// Returns the mounts on and below this path, in the order of the table.
 pub fn mounts_under(path: &Path) -> Vec<MountEntry> {
     mount_table().into_iter().filter(|entry| entry.target.starts_with(path)).collect()
 }
@@ -135,7 +135,7 @@ fn enter_mount_namespace() {
         .expect("make the namespace private");
 }
 
-/// Gives the calling thread, and what it starts, a network of its own that has a loopback only.
+/// Gives the calling thread, and its children, a network of its own with a loopback only.
 #[track_caller]
 #[allow(unsafe_code, reason = "nix is built without its sched and net features")]
 pub fn enter_network_namespace() {

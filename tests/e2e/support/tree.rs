@@ -1,4 +1,4 @@
-//! A picture of a folder, to compare what a pod sees with what another program unpacked.
+//! A snapshot of a directory, to compare a pod's view with the unpacking of another program.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
 
 use super::hexadecimal_sha256;
 
-/// What an entry is, apart from its permissions.
+/// The type of an entry, with its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
     Folder,
@@ -18,7 +18,7 @@ pub enum Kind {
     Other,
 }
 
-/// One entry of a folder.
+/// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub kind: Kind,
@@ -26,11 +26,11 @@ pub struct Entry {
     pub mode: u32,
     pub owner: (u32, u32),
     pub modified: i64,
-    /// Which names share a file: the first of them in order of the names.
+    /// The first of the names that share the file, in order.
     pub same_file_as: Option<String>,
 }
 
-/// The entries of a folder by path, the folder itself left out.
+/// The entries of a directory by path, the directory itself left out.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Tree {
     pub entries: BTreeMap<String, Entry>,
@@ -94,7 +94,7 @@ impl Tree {
         }
     }
 
-    /// Without device nodes and fifos, which no volume shows.
+    /// Removes device nodes and FIFOs, which no volume shows.
     #[must_use]
     pub fn without_special_files(mut self) -> Self {
         self.entries.retain(|_, entry| entry.kind != Kind::Other);
@@ -105,7 +105,7 @@ impl Tree {
         self.entries.keys().map(String::as_str).collect()
     }
 
-    /// The names of what is not a folder.
+    /// Returns the names of everything but directories.
     pub fn files(&self) -> Vec<&str> {
         self.entries
             .iter()
@@ -123,7 +123,7 @@ impl Tree {
         self.entry(name).mode
     }
 
-    /// As `permissions: Readable` shows what has these permissions.
+    /// Applies `permissions: Readable`.
     #[must_use]
     pub fn readable(mut self) -> Self {
         for entry in self.entries.values_mut() {
@@ -139,7 +139,7 @@ impl Tree {
         self
     }
 
-    /// With these modes for all files, as for single-file layers, which carry none.
+    /// Sets the modes of all files, as for single-file layers, which carry none.
     #[must_use]
     pub fn with_file_modes(mut self, mode: impl Fn(&str) -> u32) -> Self {
         for (name, entry) in &mut self.entries {
@@ -150,7 +150,7 @@ impl Tree {
         self
     }
 
-    /// Without the times, where nothing is promised of them.
+    /// Removes the times, where none are promised.
     #[must_use]
     pub fn without_times(mut self) -> Self {
         for entry in self.entries.values_mut() {
@@ -159,7 +159,7 @@ impl Tree {
         self
     }
 
-    /// Without the modes of folders, where nothing is promised of them.
+    /// Removes the modes of directories, where none are promised.
     #[must_use]
     pub fn without_folder_modes(mut self) -> Self {
         for entry in self.entries.values_mut() {
@@ -170,7 +170,7 @@ impl Tree {
         self
     }
 
-    /// Without which names share a file: the store shares equal files that an archive holds twice.
+    /// Removes which names share a file: the store shares equal files that an archive holds twice.
     #[must_use]
     pub fn without_sharing(mut self) -> Self {
         for entry in self.entries.values_mut() {

@@ -1,4 +1,4 @@
-//! Requests.
+//! Handles requests.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::store::{Kind, Refusal, Store, WatchWanted, shown};
 
-/// What a path names.
+/// The object or collection of a path.
 struct Asked {
     kind: Kind,
     namespace: Option<String>,
@@ -194,7 +194,7 @@ fn name_of_selector(query: &HashMap<String, String>) -> Option<String> {
     query.get("fieldSelector")?.strip_prefix("metadata.name=").map(str::to_owned)
 }
 
-/// Parameters of a query.
+/// Returns the parameters of a query.
 fn form(query: &str) -> HashMap<String, String> {
     let decode = |text: &str| {
         let mut bytes = Vec::new();
@@ -215,7 +215,7 @@ fn form(query: &str) -> HashMap<String, String> {
     pairs.map(|(key, value)| (decode(key), decode(value))).collect()
 }
 
-/// RFC 7386.
+/// Merges by RFC 7386.
 fn merge(target: &mut Value, change: &Value) {
     let Value::Object(fields) = change else {
         *target = change.clone();

@@ -1,13 +1,13 @@
-//! An API server that behaves, as far as the fleet needs one: versions, conflicts, watches with bookmarks that break,
-//! 410 for what is too old, 429 when it is told to, subresources, merge patches, defaults, and schemas that refuse.
+//! A simulated API server, as far as preloads need one: versions, conflicts, watches with bookmarks that break, 410 for
+//! expired versions, 429 on demand, subresources, merge patches, defaults, and schemas that refuse objects.
 //!
 //! ```text
-//! store   objects, and what has happened to them
+//! store   objects and their history
 //! answer  requests
-//! schema  what the definitions let pass
+//! schema  validation by the definitions
 //! ```
 //!
-//! It runs on a port for real programs; what thousands of nodes write comes from the caller's process.
+//! It listens on a port for real programs. Writes of thousands of simulated nodes come from the caller's process.
 
 mod answer;
 mod schema;
@@ -25,7 +25,7 @@ use serde_json::Value;
 use store::Store;
 pub use store::{Counts, Fault, Kind};
 
-/// An API server. Clones share everything.
+/// The API server. Clones share everything.
 #[derive(Clone)]
 pub struct ApiServer(Arc<Mutex<Store>>);
 
@@ -61,13 +61,13 @@ impl ApiServer {
         answer::answer(&mut self.store(), &parts, &body)
     }
 
-    /// Makes or replaces an object, as a user with all rights.
+    /// Creates or replaces an object, as a user with all rights.
     #[track_caller]
     pub fn apply(&self, object: Value) {
         self.store().apply(object).expect("a valid object");
     }
 
-    /// The same; the refusal of an object that is wrong.
+    /// Creates or replaces an object. Returns the refusal of an invalid one.
     pub fn try_apply(&self, object: Value) -> Result<(), String> {
         self.store().apply(object)
     }
@@ -76,7 +76,7 @@ impl ApiServer {
         self.store().delete(kind, namespace, name);
     }
 
-    /// An object, or null.
+    /// Returns an object, or null.
     pub fn get(&self, kind: Kind, namespace: &str, name: &str) -> Value {
         self.store().get(kind, namespace, name).unwrap_or_default()
     }
@@ -85,7 +85,7 @@ impl ApiServer {
         self.store().list(kind)
     }
 
-    /// Sets a node's condition Ready, as the kubelet does, or the controller that misses it.
+    /// Sets a node's condition Ready, as the kubelet or the node controller does.
     #[track_caller]
     pub fn set_node_ready(&self, name: &str, is_ready: bool) {
         let mut node = self.get(Kind::Node, "", name);
@@ -94,22 +94,22 @@ impl ApiServer {
         self.store().replace(Kind::Node, "", name, node).expect("a node");
     }
 
-    /// All watches end, as when the server is restarted.
+    /// Ends all watches, as a restart of the server does.
     pub fn break_watches(&self) {
         self.store().break_watches();
     }
 
-    /// What has happened is forgotten: whoever watched from before gets 410.
+    /// Deletes the history: watches from earlier versions get 410.
     pub fn forget_history(&self) {
         self.store().forget_history();
     }
 
-    /// The definition becomes an older one, which does not know this field of the status.
+    /// Replaces the definition by an older one, without this field of the status.
     pub fn forget_field(&self, kind: Kind, field: &str) {
         self.store().schemas.forget(kind, field);
     }
 
-    /// The next requests that match fail so.
+    /// Fails the next requests that match.
     pub fn fail(&self, fault: Fault) {
         self.store().faults.push(fault);
     }
@@ -121,14 +121,14 @@ impl ApiServer {
 
 #[allow(dead_code, reason = "for benches alone, which share this with the tests")]
 impl ApiServer {
-    /// Every object of a kind, whenever it is made or changed.
+    /// Returns a stream of every object of a kind, whenever it is created or changed.
     pub fn changes(&self, kind: Kind) -> tokio::sync::mpsc::UnboundedReceiver<Value> {
         let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
         self.store().listeners.push((kind, sender));
         receiver
     }
 
-    /// What a node writes, without a client.
+    /// Writes a status as a node does, without a client.
     pub async fn patch_status(&self, kind: Kind, name: &str, change: &Value) {
         let (group, plural, _, _) = kind.about();
         let request = Request::patch(format!("/apis/{group}/{plural}/{name}/status"))
@@ -138,7 +138,7 @@ impl ApiServer {
         self.handle(request).await;
     }
 
-    /// Writes so far.
+    /// Returns the counts of writes so far.
     pub fn counts(&self) -> Counts {
         self.store().counts
     }

@@ -1,5 +1,5 @@
-//! What the definitions let pass: fields that are not in the schema are dropped, defaults are filled in, and what has
-//! the wrong type, is out of bounds or too long is refused. Patterns and rules are checked elsewhere.
+//! Validates objects by the definitions: unknown fields are dropped, defaults are filled in, and values of the wrong
+//! type, out of bounds or too long are refused. Patterns and rules are checked elsewhere.
 
 use preload::api::definitions::definitions;
 use serde_json::Value;
@@ -20,8 +20,7 @@ impl Schemas {
         Self { preload, node }
     }
 
-    /// As if the definition were of a version that did not know this field of the status, or of its list as
-    /// `list.field`.
+    /// Removes a field of the status, or of its list as `list.field`, as if the definition were of an older version.
     pub(super) fn forget(&mut self, kind: Kind, field: &str) {
         let definition = match kind {
             Kind::Preload => &mut self.preload,
@@ -112,7 +111,7 @@ fn check(place: &str, schema: &Value, value: &Value) -> Result<(), String> {
         return wrong("it has the wrong type");
     }
     let within = |key: &str, size: i64, above: bool| {
-        // Written as numbers of any kind; all are whole.
+        // Bounds are numbers of any kind; all are whole.
         let bound = schema[key].as_f64().and_then(|bound| format!("{bound:.0}").parse().ok());
         bound.is_none_or(|bound: i64| if above { size >= bound } else { size <= bound })
     };

@@ -1,4 +1,4 @@
-//! Objects, and what has happened to them.
+//! Objects and their history.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -8,12 +8,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::schema::Schemas;
 
-/// Bytes of events that are remembered; an older watch has to begin anew.
+/// The limit on the history in bytes. A watch from an older version has to start again.
 const HISTORY: usize = 64 << 20;
-/// What the API server stores of one object.
+/// The maximum size of an object in the API server.
 const MAXIMUM_BYTES: usize = 1_500_000;
 
-/// The kinds that there are.
+/// The supported kinds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     Node,
@@ -28,7 +28,7 @@ impl Kind {
     pub const ALL: [Self; 6] =
         [Self::Node, Self::Secret, Self::Lease, Self::Preload, Self::NodeArtifacts, Self::Event];
 
-    /// Group and version, plural, name of the kind, whether it has namespaces.
+    /// Returns group and version, plural, name of the kind, whether it has namespaces.
     pub fn about(self) -> (&'static str, &'static str, &'static str, bool) {
         match self {
             Self::Node => ("v1", "nodes", "Node", false),
@@ -53,30 +53,30 @@ impl Kind {
 /// Requests that fail.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
-    /// Of this kind.
+    /// The kind of the requests.
     pub kind: Kind,
-    /// Writes, or reads.
+    /// Fail writes; otherwise reads.
     pub writes: bool,
-    /// With this status.
+    /// The status of the responses.
     pub status: u16,
-    /// So many.
+    /// The number of requests.
     pub times: usize,
 }
 
-/// What was written and sent.
+/// Counts of writes and events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Of the controller and of nodes.
+    /// Writes of the controller and of nodes.
     pub writes: u64,
-    /// Bytes of their bodies.
+    /// Bytes of the bodies of writes.
     pub written_bytes: u64,
     /// Events to watches.
     pub events: u64,
-    /// Bytes of those.
+    /// Bytes of the events.
     pub event_bytes: u64,
     /// Bytes of the largest object.
     pub largest: u64,
-    /// Writes that were refused for their version.
+    /// Writes that were refused because of their version.
     pub conflicts: u64,
 }
 
@@ -101,7 +101,7 @@ pub(super) struct Store {
     objects: BTreeMap<Name, Bytes>,
     history: VecDeque<Event>,
     history_bytes: usize,
-    /// Versions up to this are forgotten.
+    /// Versions up to this are expired.
     forgotten: u64,
     watches: HashMap<Kind, Vec<Watch>>,
     pub(super) schemas: Schemas,
@@ -110,7 +110,7 @@ pub(super) struct Store {
     pub(super) counts: Counts,
 }
 
-/// Why a write is refused: status and reason.
+/// The refusal of a write: status and reason.
 pub(super) type Refusal = (u16, String);
 
 impl Store {
@@ -142,13 +142,13 @@ impl Store {
         self.raw(kind).map(|(_, bytes)| serde_json::from_slice(bytes).expect("JSON")).collect()
     }
 
-    /// All of a kind, in order.
+    /// Returns all objects of a kind, in order.
     pub(super) fn raw(&self, kind: Kind) -> impl Iterator<Item = (&Name, &Bytes)> {
         let from = (kind, String::new(), String::new());
         self.objects.range(from..).take_while(move |((other, ..), _)| *other == kind)
     }
 
-    /// As a user with all rights does.
+    /// Creates or replaces an object, as a user with all rights.
     pub(super) fn apply(&mut self, object: Value) -> Result<(), String> {
         let kind = Kind::of(&object);
         let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
@@ -201,7 +201,7 @@ impl Store {
         self.put(key, object, "ADDED")
     }
 
-    /// With a version it must be the one that is there.
+    /// Replaces an object. A given version must be the current one.
     pub(super) fn replace(
         &mut self,
         kind: Kind,
@@ -303,7 +303,7 @@ impl Store {
         }
     }
 
-    /// Begins to watch after a version; none where that is forgotten.
+    /// Starts a watch after a version. Returns `None` if that version has expired.
     pub(super) fn watch(
         &mut self,
         after: u64,
@@ -353,7 +353,7 @@ impl Store {
         self.forgotten = self.version;
     }
 
-    /// Whether this request is to fail, and how.
+    /// Returns the status with which this request fails, if it does.
     pub(super) fn fault(&mut self, kind: Kind, writes: bool) -> Option<u16> {
         let fault = self
             .faults
@@ -364,7 +364,7 @@ impl Store {
     }
 }
 
-/// What a watch wants.
+/// The parameters of a watch.
 pub(super) struct WatchWanted {
     pub(super) kind: Kind,
     pub(super) namespace: Option<String>,
@@ -379,7 +379,7 @@ fn line(what: &str, object: &Bytes) -> Bytes {
     Bytes::from(line)
 }
 
-/// An object, or its metadata alone.
+/// Returns an object, or its metadata alone.
 pub(super) fn shown(bytes: &Bytes, metadata_only: bool) -> Bytes {
     if !metadata_only {
         return bytes.clone();
