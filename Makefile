@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-fleet lint validate render fuzz tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-fleet lint validate render fuzz site tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -81,6 +81,10 @@ render:
 # Every fuzz target for a few seconds.
 fuzz:
 	scripts/fuzz $(SECONDS_PER_TARGET)
+
+# The documentation as a site in target/book; needs mdbook.
+site:
+	scripts/site
 
 # Makes ready what tests and demo need, under target/tools; the system stays as it is.
 tools:

@@ -62,15 +62,19 @@ fn anchors(text: &str) -> BTreeSet<String> {
 #[test]
 fn every_page_is_in_the_site_and_every_link_leads_somewhere() {
     let summary = fs::read_to_string(docs().join("SUMMARY.md")).expect("the summary");
-    let listed: BTreeSet<_> = links(&summary).into_iter().map(|link| docs().join(link)).collect();
+    let mut listed: BTreeSet<_> =
+        links(&summary).into_iter().map(|link| docs().join(link)).collect();
+    let decisions = docs().join("decisions");
+    let index = fs::read_to_string(decisions.join("README.md")).expect("the index of decisions");
+    listed.extend(links(&index).into_iter().map(|link| decisions.join(link)));
     for page in pages(&docs()) {
         if page.file_name().is_some_and(|name| name == "SUMMARY.md") {
             continue;
         }
-        assert!(listed.contains(&page), "{} is not in SUMMARY.md", page.display());
+        assert!(listed.contains(&page), "{} is in no list of pages", page.display());
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let others = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|name| root.join(name));
+    let others = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"].map(|name| root.join(name));
     for page in pages(&docs()).into_iter().chain(others) {
         let text = fs::read_to_string(&page).expect("a page");
         for link in links(&text).iter().filter(|link| !link.contains("://")) {
@@ -87,6 +91,34 @@ fn every_page_is_in_the_site_and_every_link_leads_somewhere() {
                 assert!(known.contains(anchor), "{}: {link}: {known:?}", page.display());
             }
         }
+    }
+}
+
+/// The index names each decision by its title, below its area.
+#[test]
+fn every_decision_has_a_status_a_date_and_an_area_of_the_index() {
+    let folder = docs().join("decisions");
+    let index = fs::read_to_string(folder.join("README.md")).expect("the index");
+    let areas: Vec<_> = index.split("\n## ").skip(1).filter_map(|it| it.split_once('\n')).collect();
+    for page in pages(&folder) {
+        let name = page.file_name().expect("a name").to_string_lossy();
+        if name == "README.md" {
+            continue;
+        }
+        let text = fs::read_to_string(&page).expect("a page");
+        let [title, "", status, date, area, ""] = text.lines().take(6).collect::<Vec<_>>()[..]
+        else {
+            panic!("{name} has no header");
+        };
+        let title = title.strip_prefix("# ").expect("a title");
+        assert!(title.starts_with(&format!("{}. ", name[..4].trim_start_matches('0'))), "{name}");
+        assert!(status.starts_with("- Status: "), "{name}: {status}");
+        let date = date.strip_prefix("- Date: ").expect("a date");
+        assert!(date.len() == 10 && date.split('-').count() == 3, "{name}: {date}");
+        let area = area.strip_prefix("- Area: ").expect("an area");
+        let listed = format!("- [{title}]({name})");
+        let (_, pages) = areas.iter().find(|(name, _)| *name == area).expect("an area of the index");
+        assert!(pages.lines().any(|line| line == listed), "the index lacks {listed} below {area}");
     }
 }
 

@@ -16,7 +16,7 @@ The configuration: what the driver reads, the ConfigMap that carries it, and the
 {{- toYaml (merge (dict "apiVersion" "oci.custom.io/v1alpha1" "kind" "NodeConfiguration") $config) }}
 {{- end }}
 
-{{/* What of it a driver reads once. */}}
+{{/* The sections that a driver reads only at its start. */}}
 {{- define "csi-driver-oci.readAtStart" -}}
 {{- toYaml (omit (include "csi-driver-oci.configuration" . | fromYaml) "policy" "warm") }}
 {{- end }}

@@ -40,7 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 {{- end }}
 
-{{/* A quantity of Kubernetes as a whole number of bytes. YAML calls some of them numbers. */}}
+{{/* A Kubernetes quantity as a whole number of bytes. YAML reads some of them as numbers. */}}
 {{- define "csi-driver-oci.bytes" -}}
 {{- $text := ternary (printf "%.0f" .) (toString .) (kindIs "float64" .) }}
 {{- $units := dict "" 1.0 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "k" 1000.0 "M" 1000000.0 "G" 1000000000.0 "T" 1000000000000.0 }}
@@ -48,7 +48,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- mulf (trimSuffix $unit $text | float64) (get $units $unit) | printf "%.0f" }}
 {{- end }}
 
-{{/* Where probes go: with the host's network only to the loopback, where no other machine can ask. */}}
+{{/* The address of probes: with the host's network the loopback, which no other machine can reach. */}}
 {{- define "csi-driver-oci.healthAddress" -}}
 {{ if .Values.hostNetwork }}127.0.0.1{{ else }}[::]{{ end }}:{{ .Values.health.port }}
 {{- end }}
@@ -57,7 +57,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- printf "%s-fleet" (include "csi-driver-oci.fullname" .) }}
 {{- end }}
 
-{{/* Not those of the node plugin, or each would select the other's pods. */}}
+{{/* Different from those of the node plugin, so that neither selects the other's pods. */}}
 {{- define "csi-driver-oci.controllerSelectorLabels" -}}
 app.kubernetes.io/name: {{ include "csi-driver-oci.name" . }}-controller
 app.kubernetes.io/instance: {{ .Release.Name }}
