@@ -74,7 +74,8 @@ fn every_page_is_in_the_site_and_every_link_leads_somewhere() {
         assert!(listed.contains(&page), "{} is in no list of pages", page.display());
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let others = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"].map(|name| root.join(name));
+    let others =
+        ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"].map(|name| root.join(name));
     for page in pages(&docs()).into_iter().chain(others) {
         let text = fs::read_to_string(&page).expect("a page");
         for link in links(&text).iter().filter(|link| !link.contains("://")) {
@@ -117,7 +118,8 @@ fn every_decision_has_a_status_a_date_and_an_area_of_the_index() {
         assert!(date.len() == 10 && date.split('-').count() == 3, "{name}: {date}");
         let area = area.strip_prefix("- Area: ").expect("an area");
         let listed = format!("- [{title}]({name})");
-        let (_, pages) = areas.iter().find(|(name, _)| *name == area).expect("an area of the index");
+        let (_, pages) =
+            areas.iter().find(|(name, _)| *name == area).expect("an area of the index");
         assert!(pages.lines().any(|line| line == listed), "the index lacks {listed} below {area}");
     }
 }
