@@ -124,6 +124,71 @@ fn every_decision_has_a_status_a_date_and_an_area_of_the_index() {
     }
 }
 
+/// All files of Rust below the folder.
+fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(sources(&path));
+        } else if path.extension().is_some_and(|kind| kind == "rs") {
+            let text = fs::read_to_string(&path).expect("a file");
+            found.push((path, text));
+        }
+    }
+    found
+}
+
+/// Returns whether `a::b::c` is a module of a crate or of the driver, or is mentioned in the module `a::b`.
+fn is_module(root: &Path, path: &str) -> bool {
+    let mut names = path.split("::").peekable();
+    let first = names.peek().expect("a name").replace('_', "-");
+    let library = root.join("crates").join(first).join("src");
+    let mut place = if library.is_dir() {
+        names.next();
+        library
+    } else {
+        root.join("src")
+    };
+    while let Some(name) = names.next() {
+        let next = place.join(name);
+        if next.is_dir() || next.with_extension("rs").exists() {
+            place = next;
+            continue;
+        }
+        let files = [place.with_extension("rs"), place.join("mod.rs"), place.join("lib.rs")];
+        let texts = files.iter().filter_map(|file| fs::read_to_string(file).ok());
+        return names.peek().is_none() && texts.into_iter().any(|text| text.contains(name));
+    }
+    true
+}
+
+#[test]
+fn pages_name_modules_and_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources: Vec<_> =
+        ["src", "crates", "tests"].iter().flat_map(|folder| sources(&root.join(folder))).collect();
+    let is_test =
+        |name: &str| sources.iter().any(|(_, text)| text.contains(&format!("fn {name}(")));
+    for page in ["docs/architecture.md", "docs/security.md", "CONTRIBUTING.md"] {
+        let text = fs::read_to_string(root.join(page)).expect("a page");
+        let is_word = |c: char| c.is_alphanumeric() || matches!(c, '_' | ':');
+        let words = text.split(|c| !is_word(c)).map(|word| word.trim_matches(':'));
+        for path in words.filter(|word| word.contains("::")) {
+            let last = path.rsplit("::").next().expect("a name");
+            assert!(is_module(root, path) || is_test(last), "{page}: {path} does not exist");
+        }
+    }
+    let page = fs::read_to_string(docs().join("security.md")).expect("the page");
+    for row in page.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<_> = row.split(" | ").collect();
+        let [_, _, _, tests] = cells[..] else { continue };
+        for name in tests.split('`').skip(1).step_by(2) {
+            assert!(is_test(name), "docs/security.md: there is no test {name}");
+        }
+    }
+}
+
 #[test]
 fn the_page_of_metrics_has_all_of_them_and_no_other() {
     let port = Port::new();
