@@ -6,16 +6,8 @@ use crate::support::{
 
 #[test]
 fn a_first_start_gives_no_warning() {
-    let _namespace = TestNamespace::new("first");
-    let events = kubectl(&[
-        "--namespace",
-        DRIVER_NAMESPACE,
-        "get",
-        "events",
-        "--field-selector=type=Warning",
-        "--output=jsonpath={range .items[*]}{.involvedObject.name} {.reason}: {.message}{\"\\n\"}{end}",
-    ]);
-    assert_eq!(events, "", "warnings of the driver's first start");
+    let namespace = TestNamespace::new("first");
+    assert_eq!(namespace.first_warnings(), "", "warnings of the driver's first start");
 }
 
 #[test]

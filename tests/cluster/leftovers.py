@@ -18,11 +18,41 @@ sys.path.append(str(HARNESS))
 import isolation
 from layout import BASE, RECORD, RUN
 
-SETTINGS = [
-    "fs/leases-enable", "vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops",
-    "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes", "net/ipv4/ip_forward",
+# Of the kernel's settings, those that change by themselves.
+COUNTERS = [
+    "fs/dentry-state", "fs/file-nr", "fs/inode-nr", "fs/inode-state", "fs/quota/", "kernel/ns_last_pid",
+    "kernel/perf_event_max_sample_rate", "kernel/random/uuid", "net/netfilter/nf_conntrack_count",
 ]  # fmt: skip
-FOLDERS = ["/etc", "/run", "/var/lib", "/var/log", "/opt", "/root", "/usr/libexec"]
+# Folders that are compared with all that is in them.
+TREES = ["/etc", "/opt", "/usr/libexec", "/usr/local/bin", "/var/lib"]
+# Folders whose entries are compared by name.
+FOLDERS = ["/", "/run", "/var", "/var/log", "/root"]
+# Seconds until nothing of a killed cluster is left.
+PATIENCE = 30
+
+
+def settings():
+    """Every setting of the kernel that can be read."""
+    found = {}
+    for folder, _, names in os.walk("/proc/sys"):
+        for path in (os.path.join(folder, name) for name in names):
+            if path.removeprefix("/proc/sys/").startswith(tuple(COUNTERS)):
+                continue
+            try:
+                found[path] = pathlib.Path(path).read_bytes()
+            except OSError:
+                continue
+    return found
+
+
+def files(folder):
+    """Each file of a folder, with what a change of it would change."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in folders + names):
+            status = os.lstat(path)
+            found[path] = (status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def processes():
@@ -41,18 +71,26 @@ def processes():
 def state():
     cgroups = [path for path, _, _ in os.walk("/sys/fs/cgroup") if isolation.CGROUP in path]
     return {
+        # With them namespaces that a mount keeps.
         "mounts": pathlib.Path("/proc/self/mountinfo").read_text(),
         "links": sorted(os.listdir("/sys/class/net")),
+        # With them the processes of containers, whose cgroup cannot be removed before they end.
         "cgroups": cgroups,
-        "settings": {name: isolation.setting(name).read_text() for name in SETTINGS if isolation.setting(name).exists()},
+        "settings": settings(),
         "processes": processes(),
         "remains": [str(path) for path in (RUN, RECORD) if path.exists()],
-        "files": {
-            folder: sorted((entry.name, entry.stat(follow_symlinks=False).st_ino) for entry in os.scandir(folder))
-            for folder in FOLDERS
-            if os.path.isdir(folder)
-        },
+        "files": {folder: files(folder) for folder in TREES},
+        "folders": {folder: sorted(os.listdir(folder)) for folder in FOLDERS},
     }
+
+
+def difference(before, after):
+    """What of a state has changed, in words."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted(before.keys() | after.keys())
+        parts = [(key, difference(before.get(key), after.get(key))) for key in keys if before.get(key) != after.get(key)]
+        return "; ".join(f"{key}: {part}" for key, part in parts)
+    return f"{before!r} before, {after!r} now"
 
 
 def start(driver, command):
@@ -89,7 +127,11 @@ def main(driver, rounds="10"):
         if both:
             # The next start cleans up.
             start(driver, ["true"]).wait()
-        isolation.wait_until("nothing to be left", lambda: state() == before, 30)
+            began = time.monotonic()
+        while (now := state()) != before:
+            if time.monotonic() > began + PATIENCE:
+                raise SystemExit(f"left after {PATIENCE} s: {difference(before, now)}")
+            time.sleep(0.2)
         who = "starter and watcher" if both else "starter"
         print(f"{who} killed after {moment:.1f} s: clean after {time.monotonic() - began:.1f} s", flush=True)
 

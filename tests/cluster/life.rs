@@ -49,9 +49,10 @@ fn helm(arguments: &[&str]) -> Result<String, String> {
 #[track_caller]
 fn uninstall() {
     helm(&["uninstall", "csi-driver-oci", "--wait", "--timeout=2m"]).expect("no pod has a volume");
-    wait_until("no driver", || {
-        kubectl(&["--namespace", DRIVER_NAMESPACE, "get", "pods", "--output=name"]).is_empty()
-    });
+    let selector =
+        "--selector=app.kubernetes.io/name in (csi-driver-oci, csi-driver-oci-controller)";
+    let pods = ["--namespace", DRIVER_NAMESPACE, "get", "pods", selector, "--output=name"];
+    wait_until("no driver", || kubectl(&pods).is_empty());
 }
 
 /// Kills the driver's process on a node, like the kernel when memory is short.
@@ -388,9 +389,11 @@ fn a_node_is_purged_once_no_pod_and_no_driver_needs_its_content() {
         let ended = format!("--for=condition={ends}");
         let job = kubectl(&[&namespace[..], &["get", "jobs", "--output=name"]].concat());
         let job = job.lines().find(|name| name.contains("purge")).expect("the job");
-        kubectl(&[&namespace[..], &["wait", job, &ended, "--timeout=120s"]].concat());
+        let waited =
+            try_kubectl(&[&namespace[..], &["wait", job, &ended, "--timeout=60s"]].concat(), "");
         let log = kubectl(&[&namespace[..], &["logs", selected, "--tail=-1"]].concat());
         kubectl(&[&namespace[..], &["delete", job, "--cascade=foreground"]].concat());
+        assert!(waited.is_ok(), "the job's end is not {ended}: {log}");
         log
     };
     let refused = purge("Failed");

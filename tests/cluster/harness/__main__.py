@@ -182,6 +182,8 @@ def make_environment():
 
 def push_images(program):
     busybox = registries.busybox_files(next(PACKAGES.glob("*/bin/busybox"), None) or PACKAGES / "bin/busybox")
+    # The real image has it, and Debian's busybox does not.
+    busybox.update(registries.program_files("flock"))
     registries.push_image("docker.io/library/busybox:1.37", busybox, [], ["sh"])
     # Waits, and ends when it is told to: what a sandbox needs.
     wait = "trap exit INT TERM; while :; do sleep 3600 & wait $!; done"

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+import shutil
 import socket
 import struct
 import sys
@@ -151,6 +152,13 @@ def busybox_files(program):
     }
     files.update({f"bin/{name}": ("busybox", 0o777) for name in commands if name != "busybox"})
     return files
+
+
+def program_files(name):
+    """One of the machine's programs, with its libraries at their places."""
+    program = pathlib.Path(shutil.which(name))
+    libraries = [pathlib.Path(word) for word in run("ldd", program).split() if word.startswith("/")]
+    return {str(path)[1:]: (path.read_bytes(), 0o755) for path in [program, *libraries]}
 
 
 async def serve():

@@ -8,7 +8,7 @@ use std::{
     io::Write as _,
     process::{Command, Stdio},
     sync::{
-        Once, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicU32, Ordering},
     },
     thread::{panicking, sleep},
@@ -28,6 +28,9 @@ pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Held shared by tests that leave nodes and driver alone, and exclusively by the others.
 static CLUSTER: RwLock<()> = RwLock::new(());
+
+/// Warnings about the driver before any test. The pods that tests replace give others as they end.
+static FIRST_WARNINGS: OnceLock<String> = OnceLock::new();
 
 enum Use {
     Shared {
@@ -66,15 +69,22 @@ impl TestNamespace {
     }
 
     fn create(name: &str, r#use: Use) -> Self {
-        static PREPARED: Once = Once::new();
         static NUMBER: AtomicU32 = AtomicU32::new(1);
-        PREPARED.call_once(|| {
+        FIRST_WARNINGS.get_or_init(|| {
             let kubeconfig = std::env::var_os("KUBECONFIG");
             assert!(
                 kubeconfig.is_some() && std::env::var_os("CLUSTER_LOGS").is_some(),
                 "these tests need their cluster: make test-cluster"
             );
             push_standard_images();
+            kubectl(&[
+                "--namespace",
+                DRIVER_NAMESPACE,
+                "get",
+                "events",
+                "--field-selector=type=Warning",
+                "--output=jsonpath={range .items[*]}{.involvedObject.name} {.reason}: {.message}{\"\\n\"}{end}",
+            ])
         });
         let name = format!("{name}-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         kubectl(&["create", "namespace", &name]);
@@ -83,6 +93,11 @@ impl TestNamespace {
             wait_until(object, || try_kubectl(&["--namespace", &name, "get", object], "").is_ok());
         }
         Self { name, _use: r#use }
+    }
+
+    /// Warnings about the driver from its start to the first test.
+    pub fn first_warnings(&self) -> &'static str {
+        FIRST_WARNINGS.get().expect("a namespace comes later")
     }
 
     /// Runs kubectl in this namespace.

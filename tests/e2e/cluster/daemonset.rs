@@ -212,11 +212,12 @@ fn a_purge_deletes_content_but_not_under_a_driver_or_a_pod() {
     let pod = job.spec.and_then(|spec| spec.template.spec).expect("a pod");
     let container = pod.containers[0].clone();
     let programs = ["sh", "grep", "flock", "find", "rm"];
-    let image = Image::of_libraries(&[]).with_programs(&programs);
-    let purges = |deployed: &Deployed| {
+    let purges_with = |deployed: &Deployed, programs: &[&str]| {
+        let image = Image::of_libraries(&[]).with_programs(programs);
         let mut process = deployed.machine.start(&pod, &container, &image);
         process.wait().expect("the job's end").success()
     };
+    let purges = |deployed: &Deployed| purges_with(deployed, &programs);
     let state = deployed.machine.path("/data/artifacts");
     let names = || -> Vec<_> {
         let entries = fs::read_dir(&state).expect("the state");
@@ -233,6 +234,15 @@ fn a_purge_deletes_content_but_not_under_a_driver_or_a_pod() {
     let data = volume.join("vol_data.json");
     fs::write(&data, format!(r#"{{"driverName":"{}"}}"#, deployed.driver_name)).expect("its data");
     assert!(!purges(&deployed), "a pod has a volume");
+    for missing in ["grep", "flock", "find"] {
+        let others: Vec<_> = programs.into_iter().filter(|name| *name != missing).collect();
+        assert!(
+            !purges_with(&deployed, &others),
+            "a pod has a volume, which {missing} cannot tell"
+        );
+        let log = deployed.machine.log(&container);
+        assert!(log.contains(&format!("purge.image has no {missing}")), "{log}");
+    }
     assert!(names().len() > 1, "nothing is deleted so far");
     fs::remove_file(data).expect("the volume's end");
     assert!(purges(&deployed), "{}", deployed.machine.log(&container));
