@@ -1,4 +1,4 @@
-//! Reports the progress and the report_end of a publish as Events of its pod, if they are on.
+//! Reports the progress and the end of a publish as Events of its pod, if they are on.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::volume::{PublishRequest, VolumeError};
 use pull::ProgressView;
 use text::units::Bytes;
 
-/// The delay before the first report. A publish that ends earlier reports only its report_end.
+/// The delay before the first report. A publish that ends earlier reports only its end.
 const FIRST_REPORT: Duration = Duration::from_millis(250);
 /// The interval between two reports of progress.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -37,7 +37,7 @@ impl<'a> PublishReporter<'a> {
         Some(Self { events, pod, reference, progress, started })
     }
 
-    /// Reports the progress of the pull until `publish` ends, and then its report_end.
+    /// Reports the progress of the pull until `publish` ends, and then its end.
     pub(super) async fn report(
         self,
         mut publish: Pin<Box<impl Future<Output = Result<Published, VolumeError>>>>,

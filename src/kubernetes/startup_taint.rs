@@ -11,7 +11,7 @@ use super::{KubernetesClient, KubernetesError};
 /// The interval of requests for the node's `CSINode`.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// Waits until the node's `CSINode` lists_driver the driver, and removes the taint.
+/// Waits until the node's `CSINode` lists the driver, and removes the taint.
 ///
 /// Continues after failures: a node that keeps the taint is of no use.
 pub async fn remove_startup_taint(
