@@ -69,6 +69,7 @@ bench-fleet: tools
 lint:
 	cargo fmt --all --check
 	cargo clippy --workspace --locked --all-targets --features fault-points -- -D warnings
+	scripts/check-comments
 
 # Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
 validate: tools

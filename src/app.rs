@@ -27,18 +27,18 @@ use tonic::transport::server::Router;
 
 pub use content::content_of;
 
-use crate::admin::health::Health;
+use crate::admin::health::HealthProbes;
 use crate::admin::metrics::Metrics;
 use crate::admin::service::AdminService;
 use crate::config::{ConfigurationError, NodeConfiguration};
-use crate::csi::Endpoint;
+use crate::csi::UnixEndpoint;
 use crate::csi::identity::IdentityService;
 use crate::csi::node::NodeService;
 use crate::csi::registration::RegistrationService;
-use crate::csi::request::Node;
-use crate::csi::socket::Socket;
+use crate::csi::request::NodeFacts;
+use crate::csi::socket::ListeningSocket;
 use crate::file_leases::LeasePolicy;
-use crate::kubernetes::{PodEvents, take_taint};
+use crate::kubernetes::{PodEvents, remove_startup_taint};
 use crate::node_artifacts::NodePart;
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
@@ -68,7 +68,7 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(8);
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
     /// The CSI socket.
-    pub endpoint: Endpoint,
+    pub endpoint: UnixEndpoint,
     /// The Node object's name.
     pub node_id: String,
     /// The CSI driver's name.
@@ -82,7 +82,7 @@ pub struct NodeOptions {
     /// The CSI socket's path as the kubelet sees it.
     pub kubelet_endpoint: String,
     /// The socket on which the node plugin serves commands.
-    pub admin_endpoint: Endpoint,
+    pub admin_endpoint: UnixEndpoint,
     /// The address that serves health; `None` turns it off.
     pub health_endpoint: Option<String>,
     /// The address that serves metrics; `None` turns it off.
@@ -213,14 +213,14 @@ impl NodePlugin {
     }
 
     /// Serves CSI. Returns `None` if `shutdown` comes before the socket is free.
-    async fn serve_csi(&mut self, path: &Path) -> Result<Option<Socket>, AppError> {
+    async fn serve_csi(&mut self, path: &Path) -> Result<Option<ListeningSocket>, AppError> {
         let Some((socket, listener)) = listen(path, LOCK_PATIENCE, &self.shutdown).await? else {
             return Ok(None);
         };
         let identity = IdentityService { driver_name: self.options.driver_name.clone() };
         let node = NodeService {
             node_id: self.options.node_id.clone(),
-            node: Node {
+            node: NodeFacts {
                 kubelet_dir: self.options.kubelet_dir.clone(),
                 selinux: SecurityLabel::is_used_on_this_node(),
             },
@@ -267,7 +267,7 @@ impl NodePlugin {
     }
 
     /// Serves commands. A failure leaves this endpoint off, and the node plugin goes on.
-    async fn serve_admin(&mut self) -> Option<Socket> {
+    async fn serve_admin(&mut self) -> Option<ListeningSocket> {
         let path = self.options.admin_endpoint.path()?;
         let (socket, listener) = match listen(path, ADMIN_PATIENCE, &self.shutdown).await {
             Ok(listening) => listening?,
@@ -299,7 +299,7 @@ impl NodePlugin {
 
     /// Serves health and metrics. Logs and counts an endpoint that cannot be listened on.
     async fn serve_http(&self) {
-        let health = Health { content: self.content.clone(), registered: self.registered() };
+        let health = HealthProbes { content: self.content.clone(), registered: self.registered() };
         let endpoints = [
             ("health", &self.options.health_endpoint, health.router()),
             ("metrics", &self.options.metrics_endpoint, self.metrics.router()),
@@ -322,7 +322,7 @@ impl NodePlugin {
         let (node, shutdown) = (&self.options.node_id, &self.shutdown);
         if let Some(taint) = self.options.startup_taint.clone() {
             let driver = self.options.driver_name.clone();
-            self.tracker.spawn(take_taint(node.clone(), driver, taint, shutdown.clone()));
+            self.tracker.spawn(remove_startup_taint(node.clone(), driver, taint, shutdown.clone()));
         }
         if self.options.fleet {
             let part = NodePart { node: node.clone(), content: self.content.clone() };
@@ -332,7 +332,7 @@ impl NodePlugin {
 
     /// Registers the driver with the kubelet once content is available: the kubelet sends calls at once after
     /// registration, for every pod of the node.
-    async fn serve_registration(&mut self) -> Result<Option<Socket>, AppError> {
+    async fn serve_registration(&mut self) -> Result<Option<ListeningSocket>, AppError> {
         let (Some(folder), Some(service)) =
             (&self.options.registration_dir, self.registration.take())
         else {
@@ -437,11 +437,11 @@ async fn listen(
     path: &Path,
     patience: Duration,
     shutdown: &CancellationToken,
-) -> Result<Option<(Socket, UnixListener)>, AppError> {
+) -> Result<Option<(ListeningSocket, UnixListener)>, AppError> {
     let deadline = Instant::now() + patience;
     let mut is_logged = false;
     while !shutdown.is_cancelled() {
-        match Socket::listen(path).await {
+        match ListeningSocket::listen(path).await {
             Ok(listening) => return Ok(Some(listening)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
                 if !std::mem::replace(&mut is_logged, true) {

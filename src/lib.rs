@@ -20,7 +20,7 @@
 //! preload -> policy -> oci      pull -> oci, store      store -> unpack, sys      unpack, oci -> oci-types
 //! ```
 //!
-//! `tests/walls.rs` checks the rules that the compiler cannot see.
+//! `tests/layering.rs` checks the rules that the compiler cannot see.
 
 pub mod admin;
 pub mod app;

@@ -15,7 +15,7 @@ pub enum Case {
     Tls,
     /// The large file, with a limit on each connection.
     Limited,
-    /// Several files.
+    /// Sixteen files of 64 MiB.
     Files,
     /// A monitoring system's program and its configuration, a few files.
     Original,

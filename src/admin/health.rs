@@ -18,14 +18,14 @@ const DISK_PATIENCE: Duration = Duration::from_millis(800);
 
 /// The state that readiness depends on.
 #[derive(Clone)]
-pub struct Health {
+pub struct HealthProbes {
     /// The content, or the reason why it cannot be served.
     pub content: watch::Receiver<ContentState>,
     /// Set by the kubelet; `None` if another program registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
 }
 
-impl Health {
+impl HealthProbes {
     /// Returns the routes of both probes.
     pub fn router(self) -> Router {
         // One write at a time: each that hangs with its disk keeps a blocking thread.

@@ -11,8 +11,8 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use super::chunk_reader::ChunkSender;
 use super::operations::{self, ADMIN, Inspected, OperationError};
-use super::pieces::Pieces;
 use super::{messages, warm};
 use crate::file_leases;
 use crate::proto::admin::admin_server::Admin;
@@ -141,7 +141,7 @@ impl Admin for AdminService {
         };
         let reference = parse_reference(&header.reference)?;
         let platform = parse_platform(&header.platform)?.unwrap_or_else(Platform::of_this_node);
-        let (pieces, reader) = Pieces::channel();
+        let (chunks, reader) = ChunkSender::channel();
         let import = self
             .tracker
             .spawn(async move { content.puller.import(reader, &reference, &platform).await });
@@ -150,18 +150,18 @@ impl Admin for AdminService {
                 match stream.message().await {
                     Ok(Some(message)) => {
                         if let Some(import_request::Part::Data(data)) = message.part
-                            && !pieces.send(data).await
+                            && !chunks.send(data).await
                         {
                             return;
                         }
                     }
                     Ok(None) => return,
-                    Err(error) => return pieces.fail(&error).await,
+                    Err(error) => return chunks.fail(&error).await,
                 }
             }
         };
         sent.await;
-        drop(pieces);
+        drop(chunks);
         let tree = import.await.map_err(crashed)?.map_err(|error| import_status(&error))?;
         Ok(Response::new(ImportResponse {
             manifest: tree.record.manifest.to_string(),

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::ask::AskArguments;
+use super::admin_call::AdminCallArguments;
 use super::{Failure, Output, print, table, warm_list};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
@@ -15,11 +15,11 @@ pub(super) struct InspectArguments {
     /// The reference, as pods write it.
     reference: String,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
-pub(super) fn list(arguments: &AskArguments) -> Result<(), Failure> {
-    let artifacts = arguments.ask(async |mut client| {
+pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), Failure> {
+    let artifacts = arguments.call(async |mut client| {
         let answer = client.list_artifacts(ListArtifactsRequest {}).await?;
         Ok(answer.into_inner().artifacts)
     })?;
@@ -35,11 +35,11 @@ pub(super) fn list(arguments: &AskArguments) -> Result<(), Failure> {
 
 pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), Failure> {
     let reference = arguments.reference.clone();
-    let inspected = arguments.ask.ask(async |mut client| {
+    let inspected = arguments.admin.call(async |mut client| {
         let answer = client.inspect_artifact(InspectArtifactRequest { reference }).await?;
         Ok(answer.into_inner())
     })?;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
         Output::Json => print(
             &serde_json::json!({
@@ -116,8 +116,8 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
     let mut printed = Vec::new();
     if let Some(warm) = &inspected.warm {
-        let told = warm_list::told(warm).unwrap_or_else(|| "present".to_owned());
-        printed.push(format!("kept warm by the configuration: {told}"));
+        let description = warm_list::describe(warm).unwrap_or_else(|| "present".to_owned());
+        printed.push(format!("kept warm by the configuration: {description}"));
     }
     for meaning in &inspected.meanings {
         let platform = if meaning.platform.is_empty() { "any" } else { &meaning.platform };

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{Failure, Output, print, runtime};
-use crate::kubernetes::{KubernetesClient, pods_that_use};
+use crate::kubernetes::{KubernetesClient, pods_using_driver};
 
 /// The most pods that a failure lists.
 const NAMED: usize = 10;
@@ -28,7 +28,7 @@ pub(super) struct CheckUninstallArguments {
 pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), Failure> {
     let find = async {
         let client = KubernetesClient::in_cluster()?;
-        pods_that_use(&client, &arguments.driver_name).await
+        pods_using_driver(&client, &arguments.driver_name).await
     };
     let pods = runtime()?.block_on(find).map_err(|error| error.to_string())?;
     match arguments.output {

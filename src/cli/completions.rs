@@ -12,11 +12,11 @@ use super::{Arguments, print_text};
   csi-driver-oci completions fish > ~/.config/fish/completions/csi-driver-oci.fish")]
 pub(super) struct CompletionsArguments {
     /// The shell that reads the script.
-    shell: Shell,
+    shell: CompletionShell,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Shell {
+enum CompletionShell {
     Bash,
     Zsh,
     Fish,
@@ -24,9 +24,9 @@ enum Shell {
 
 pub(super) fn run(arguments: &CompletionsArguments) {
     let shell = match arguments.shell {
-        Shell::Bash => clap_complete::Shell::Bash,
-        Shell::Zsh => clap_complete::Shell::Zsh,
-        Shell::Fish => clap_complete::Shell::Fish,
+        CompletionShell::Bash => clap_complete::Shell::Bash,
+        CompletionShell::Zsh => clap_complete::Shell::Zsh,
+        CompletionShell::Fish => clap_complete::Shell::Fish,
     };
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Arguments::command(), "csi-driver-oci", &mut script);

@@ -7,7 +7,7 @@ use clap::Args;
 use kube::Client;
 
 use super::logging::{self, LogFormat};
-use super::node::until_told;
+use super::node::shutdown_token;
 use super::{Failure, runtime};
 use crate::config::policy::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
@@ -105,7 +105,7 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), Failure> {
             policy: policy_source(arguments.config, |_| {}),
             credentials: NodeCredentials::new(configuration.registries.provider_files()),
         };
-        let shutdown = until_told()?;
+        let shutdown = shutdown_token()?;
         controller::run(client, Arc::new(looker), options, shutdown).await;
         Ok(())
     });

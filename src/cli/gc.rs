@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::ask::AskArguments;
+use super::admin_call::AdminCallArguments;
 use super::{Failure, Output, print, table};
 use crate::config::Quantity;
 use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
@@ -28,17 +28,17 @@ pub(super) struct CollectArguments {
     #[arg(long, value_name = "SIZE")]
     target: Option<Quantity>,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 pub(super) fn run(arguments: &CollectArguments) -> Result<(), Failure> {
     let dry_run = arguments.dry_run;
     let target_bytes = arguments.target.map(|Quantity(bytes)| bytes);
-    let collected = arguments.ask.ask(async |mut client| {
+    let collected = arguments.admin.call(async |mut client| {
         let answer = client.collect(CollectRequest { dry_run, target_bytes }).await?;
         Ok(answer.into_inner())
     })?;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
         Output::Json => {
             let victim = |victim: &Victim| {

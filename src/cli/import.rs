@@ -7,16 +7,16 @@ use clap::Args;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::ask::AskArguments;
+use super::admin_call::AdminCallArguments;
 use super::{Failure, Output, layout_tar, print};
 use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
 use text::units::Bytes;
 
 /// The bytes of one message. gRPC accepts 4 MiB.
-const PIECE: usize = 1 << 20;
+const CHUNK_BYTES: usize = 1 << 20;
 /// The capacity of the queue of messages.
-const PIECES: usize = 4;
+const CHUNKS: usize = 4;
 
 /// Arguments of `import`.
 #[derive(Debug, Args)]
@@ -36,7 +36,7 @@ pub(super) struct ImportArguments {
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
@@ -50,8 +50,8 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
         reference: arguments.reference.clone(),
         platform: arguments.platform.clone(),
     };
-    let imported = arguments.ask.ask(async move |mut client| {
-        let (sender, receiver) = mpsc::channel(PIECES);
+    let imported = arguments.admin.call(async move |mut client| {
+        let (sender, receiver) = mpsc::channel(CHUNKS);
         let sending = tokio::task::spawn_blocking(move || send(&layout, header, &sender));
         let answer = client.import(ReceiverStream::new(receiver)).await;
         let sent = sending.await.map_err(|error| tonic::Status::internal(error.to_string()))?;
@@ -64,7 +64,7 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
         }
     })?;
     let reference = &arguments.reference;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Table => print(&format!(
             "{reference} is on this node: {}, {}, {} inodes",
             imported.manifest,
@@ -93,40 +93,40 @@ fn send(
     if requests.blocking_send(request(Part::Header(header))).is_err() {
         return Ok(());
     }
-    let mut pieces = Sender { requests, piece: Vec::with_capacity(PIECE) };
+    let mut chunks = ChunkSender { requests, chunk: Vec::with_capacity(CHUNK_BYTES) };
     if layout == Path::new("-") {
-        io::copy(&mut io::stdin().lock(), &mut pieces)?;
+        io::copy(&mut io::stdin().lock(), &mut chunks)?;
     } else if layout.is_dir() {
-        layout_tar::write(layout, &mut pieces)?;
+        layout_tar::write(layout, &mut chunks)?;
     } else {
-        io::copy(&mut std::fs::File::open(layout)?.take(u64::MAX), &mut pieces)?;
+        io::copy(&mut std::fs::File::open(layout)?.take(u64::MAX), &mut chunks)?;
     }
-    io::Write::flush(&mut pieces)
+    io::Write::flush(&mut chunks)
 }
 
 /// A writer that splits its input into messages.
-struct Sender<'a> {
+struct ChunkSender<'a> {
     requests: &'a mpsc::Sender<ImportRequest>,
-    piece: Vec<u8>,
+    chunk: Vec<u8>,
 }
 
-impl io::Write for Sender<'_> {
+impl io::Write for ChunkSender<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(PIECE - self.piece.len());
-        self.piece.extend_from_slice(&bytes[..count]);
-        if self.piece.len() == PIECE {
+        let count = bytes.len().min(CHUNK_BYTES - self.chunk.len());
+        self.chunk.extend_from_slice(&bytes[..count]);
+        if self.chunk.len() == CHUNK_BYTES {
             self.flush()?;
         }
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.piece.is_empty() {
+        if self.chunk.is_empty() {
             return Ok(());
         }
-        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+        let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
         // A node plugin that no longer reads has sent the reason in its response.
-        let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(piece)) });
+        let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(chunk)) });
         Ok(())
     }
 }

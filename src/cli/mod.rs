@@ -2,8 +2,8 @@
 //!
 //! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
 
+mod admin_call;
 mod artifacts;
-mod ask;
 mod check;
 mod check_config;
 mod check_uninstall;
@@ -60,10 +60,10 @@ enum Command {
     #[command(
         after_help = "Examples:\n  csi-driver-oci status\n  csi-driver-oci status --output json"
     )]
-    Status(ask::AskArguments),
+    Status(admin_call::AdminCallArguments),
     /// List the artifacts on this node and the volumes that show them.
     #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls --output json")]
-    Ls(ask::AskArguments),
+    Ls(admin_call::AdminCallArguments),
     /// Check what a registry would serve: platforms, files and signatures.
     Check(check::CheckArguments),
     /// Print everything that this node knows about a reference.
@@ -143,7 +143,7 @@ pub fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            tell(&format!("csi-driver-oci: {failure}"));
+            print_error(&format!("csi-driver-oci: {failure}"));
             ExitCode::FAILURE
         }
     }
@@ -152,11 +152,11 @@ pub fn main() -> ExitCode {
 /// Writes a line to standard error. A failure is ignored: a terminal that has gone, or a reader that has stopped, does
 /// not end the command, whose exit status reports the result. Names of artifacts and files are untrusted: characters
 /// that could change the terminal or begin another line are escaped.
-fn tell(line: &str) {
+fn print_error(line: &str) {
     let _ = writeln!(std::io::stderr(), "{}", printable(line));
 }
 
-/// Writes a line to standard output, in the way of [`tell`].
+/// Writes a line to standard output, in the way of [`print_error`].
 fn print(line: &str) {
     let _ = writeln!(std::io::stdout(), "{}", printable(line));
 }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::logging::{self, LogFormat};
 use super::{Failure, runtime};
 use crate::app::{self, NodeOptions};
-use crate::csi::Endpoint;
+use crate::csi::UnixEndpoint;
 use crate::file_leases::LeasePolicy;
 
 /// The maximum length of a driver's name in CSI.
@@ -25,7 +25,7 @@ An empty endpoint or directory turns the feature off.")]
 pub(super) struct NodeArguments {
     /// The CSI socket.
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
-    endpoint: Endpoint,
+    endpoint: UnixEndpoint,
     /// The name of this node's Node object.
     #[arg(long, env = "NODE_NAME")]
     node_id: String,
@@ -48,7 +48,7 @@ pub(super) struct NodeArguments {
     kubelet_endpoint: Option<String>,
     /// The socket for commands that call the node plugin.
     #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
-    admin_endpoint: Endpoint,
+    admin_endpoint: UnixEndpoint,
     /// The address that serves `/healthz` and `/readyz`.
     #[arg(long, env = "HEALTH_ENDPOINT", default_value = "127.0.0.1:19808")]
     health_endpoint: String,
@@ -92,7 +92,7 @@ pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
     raise_open_files();
     let runtime = runtime()?;
     let done = runtime.block_on(async {
-        let shutdown = until_told()?;
+        let shutdown = shutdown_token()?;
         app::run_node(options, shutdown).await.map_err(|error| error.to_string())
     });
     // A blocking system call on a dead disk must not keep the process.
@@ -101,7 +101,7 @@ pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
 }
 
 /// Returns a token that SIGTERM and SIGINT cancel.
-pub(super) fn until_told() -> Result<CancellationToken, Failure> {
+pub(super) fn shutdown_token() -> Result<CancellationToken, Failure> {
     let failed = |error| format!("cannot listen for signals: {error}");
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::ask::AskArguments;
+use super::admin_call::AdminCallArguments;
 use super::{Failure, Output, print};
 use crate::proto::admin::{PinRequest, RemoveRequest, UnpinRequest};
 use text::units::Bytes;
@@ -16,7 +16,7 @@ pub(super) struct PinArguments {
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 /// Arguments of `rm`.
@@ -25,16 +25,16 @@ pub(super) struct RemoveArguments {
     /// The reference, as pods write it.
     reference: String,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 pub(super) fn pin(arguments: &PinArguments) -> Result<(), Failure> {
     let (reference, platform) = (arguments.reference.clone(), arguments.platform.clone());
-    let pinned = arguments.ask.ask(async |mut client| {
+    let pinned = arguments.admin.call(async |mut client| {
         let answer = client.pin(PinRequest { reference, platform }).await?;
         Ok(answer.into_inner())
     })?;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Table => print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest)),
         Output::Json => print(
             &serde_json::json!({ "reference": arguments.reference, "manifest": pinned.manifest })
@@ -46,12 +46,12 @@ pub(super) fn pin(arguments: &PinArguments) -> Result<(), Failure> {
 
 pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
     let (reference, platform) = (arguments.reference.clone(), arguments.platform.clone());
-    let unpinned = arguments.ask.ask(async |mut client| {
+    let unpinned = arguments.admin.call(async |mut client| {
         let answer = client.unpin(UnpinRequest { reference, platform }).await?;
         Ok(answer.into_inner())
     })?;
     let reference = &arguments.reference;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Json => print(
             &serde_json::json!({
                 "reference": reference,
@@ -69,7 +69,7 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
         (0, others) => Err(format!("{reference} is not pinned by admin, but by {others}")),
         (_, "") => Ok(()),
         (_, others) => {
-            if arguments.ask.output == Output::Table {
+            if arguments.admin.output == Output::Table {
                 print(&format!("it stays, pinned by {others}"));
             }
             Ok(())
@@ -79,12 +79,12 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
 
 pub(super) fn remove(arguments: &RemoveArguments) -> Result<(), Failure> {
     let reference = arguments.reference.clone();
-    let removed = arguments.ask.ask(async |mut client| {
+    let removed = arguments.admin.call(async |mut client| {
         Ok(client.remove(RemoveRequest { reference }).await?.into_inner())
     })?;
     let bytes = removed.victims.iter().map(|victim| victim.bytes).sum();
     let reference = &arguments.reference;
-    match arguments.ask.output {
+    match arguments.admin.output {
         Output::Json => print(
             &serde_json::json!({
                 "reference": reference,

@@ -1,12 +1,12 @@
 //! `status`: the state of the node plugin.
 
-use super::ask::AskArguments;
+use super::admin_call::AdminCallArguments;
 use super::{Failure, Output, print, warm_list};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
 use text::units::Bytes;
 
-pub(super) fn run(arguments: &AskArguments) -> Result<(), Failure> {
-    let status = arguments.ask(async |mut client| {
+pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), Failure> {
+    let status = arguments.call(async |mut client| {
         client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
     })?;
     match arguments.output {

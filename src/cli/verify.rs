@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::ask::{AskArguments, unless_left};
+use super::admin_call::{AdminCallArguments, unless_interrupted};
 use super::{Failure, Output, print};
 use crate::proto::admin::verify_event::Event;
 use crate::proto::admin::{VerifyRequest, VerifySummary};
@@ -23,15 +23,15 @@ pub(super) struct VerifyArguments {
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
-    let (repair, output) = (arguments.repair, arguments.ask.output);
+    let (repair, output) = (arguments.repair, arguments.admin.output);
     let (mut findings, mut repairs) = (Vec::new(), Vec::new());
     let mut unread = 0;
-    let summary = arguments.ask.ask(async |mut client| {
-        unless_left(async {
+    let summary = arguments.admin.call(async |mut client| {
+        unless_interrupted(async {
             let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
             let mut summary = None;
             while let Some(event) = events.message().await? {

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::ask::{AskArguments, unless_left};
-use super::{Failure, Output, print, table, tell};
+use super::admin_call::{AdminCallArguments, unless_interrupted};
+use super::{Failure, Output, print, print_error, table};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use text::units::Bytes;
@@ -42,7 +42,7 @@ pub(super) struct WarmArguments {
     #[arg(long, default_value = "")]
     platform: String,
     #[command(flatten)]
-    ask: AskArguments,
+    admin: AdminCallArguments,
 }
 
 pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
@@ -60,19 +60,19 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
         pin: arguments.pin,
         docker_config,
     };
-    let mut shown = Shown::new(arguments.ask.output);
+    let mut display = ProgressDisplay::new(arguments.admin.output);
     for line in &wrong {
-        shown.show(line);
+        display.show(line);
     }
-    let ended = arguments.ask.ask(async |mut client| {
-        unless_left(async {
+    let ended = arguments.admin.call(async |mut client| {
+        unless_interrupted(async {
             if request.references.is_empty() {
                 return Ok(Vec::new());
             }
             let mut events = client.warm(request).await?.into_inner();
             let mut ended = Vec::new();
             while let Some(event) = events.message().await? {
-                shown.show(&event);
+                display.show(&event);
                 if event.state() != State::Pulling {
                     ended.push(event);
                 }
@@ -81,10 +81,10 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
         })
         .await
     });
-    shown.end();
+    display.end();
     let ended = [wrong, ended?].concat();
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
-    if arguments.ask.output == Output::Json {
+    if arguments.admin.output == Output::Json {
         let list: Vec<_> = ended.iter().map(json).collect();
         print(&serde_json::Value::from(list).to_string());
     }
@@ -130,18 +130,18 @@ impl WarmArguments {
 }
 
 /// The display of progress: bars on a terminal; otherwise a line for each end, and rarely one for a long pull.
-struct Shown {
+struct ProgressDisplay {
     output: Output,
     bars: Option<MultiProgress>,
     by_reference: HashMap<String, ProgressBar>,
-    told: HashMap<String, Instant>,
+    last_lines: HashMap<String, Instant>,
 }
 
-impl Shown {
+impl ProgressDisplay {
     fn new(output: Output) -> Self {
         let bars =
             (output == Output::Table && std::io::stderr().is_terminal()).then(MultiProgress::new);
-        Self { output, bars, by_reference: HashMap::new(), told: HashMap::new() }
+        Self { output, bars, by_reference: HashMap::new(), last_lines: HashMap::new() }
     }
 
     /// Removes the bars.
@@ -179,10 +179,11 @@ impl Shown {
 
     fn step(&mut self, event: &WarmEvent) {
         let Some(bars) = &self.bars else {
-            let told = self.told.entry(event.reference.clone()).or_insert_with(Instant::now);
-            if self.output == Output::Table && told.elapsed() >= LINE_INTERVAL {
-                *told = Instant::now();
-                tell(&line(event));
+            let last_lines =
+                self.last_lines.entry(event.reference.clone()).or_insert_with(Instant::now);
+            if self.output == Output::Table && last_lines.elapsed() >= LINE_INTERVAL {
+                *last_lines = Instant::now();
+                print_error(&line(event));
             }
             return;
         };
@@ -191,7 +192,7 @@ impl Shown {
             let style = "{prefix} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
             match ProgressStyle::with_template(style) {
                 Ok(style) => bar.set_style(style),
-                Err(error) => tell(&error.to_string()),
+                Err(error) => print_error(&error.to_string()),
             }
             bar.set_prefix(event.reference.clone());
             bar.enable_steady_tick(Duration::from_millis(250));

@@ -33,11 +33,12 @@ pub(super) fn summary(all: &[WarmReference]) -> String {
 
 /// Returns a line for each reference that needs one: those that are present without more to say have none.
 pub(super) fn lines(all: &[WarmReference]) -> impl Iterator<Item = String> {
-    all.iter().filter_map(|warm| Some(format!("            {}: {}", warm.reference, told(warm)?)))
+    all.iter()
+        .filter_map(|warm| Some(format!("            {}: {}", warm.reference, describe(warm)?)))
 }
 
 /// Describes the state of a reference, or returns `None` if it is present without more to say.
-pub(super) fn told(warm: &WarmReference) -> Option<String> {
+pub(super) fn describe(warm: &WarmReference) -> Option<String> {
     let next = warm.next_seconds.map_or(" now".to_owned(), |seconds| format!(" in {seconds}s"));
     match (warm.state(), warm.reason.as_str(), warm.newer.as_str()) {
         (State::Present, "", "") | (State::Unspecified, ..) => None,

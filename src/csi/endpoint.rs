@@ -5,14 +5,14 @@ use std::str::FromStr;
 
 /// The path of a unix socket. An empty text turns the endpoint off.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoint(Option<PathBuf>);
+pub struct UnixEndpoint(Option<PathBuf>);
 
 /// An error for a text that is no endpoint.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("\"{0}\" is not an endpoint: write unix:///path/to/name.sock, or nothing to turn it off")]
 pub struct EndpointError(String);
 
-impl Endpoint {
+impl UnixEndpoint {
     /// Returns the socket's path, or `None` if the endpoint is off.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
@@ -20,7 +20,7 @@ impl Endpoint {
     }
 }
 
-impl FromStr for Endpoint {
+impl FromStr for UnixEndpoint {
     type Err = EndpointError;
 
     fn from_str(text: &str) -> Result<Self, EndpointError> {
@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn forms() {
-        let path = |text: &str| text.parse::<Endpoint>().map(|endpoint| endpoint.0);
+        let path = |text: &str| text.parse::<UnixEndpoint>().map(|endpoint| endpoint.0);
         assert_eq!(path("unix:///csi/csi.sock"), Ok(Some("/csi/csi.sock".into())));
         assert_eq!(path("unix:/csi/csi.sock"), Ok(Some("/csi/csi.sock".into())));
         assert_eq!(path("/csi/csi.sock"), Ok(Some("/csi/csi.sock".into())));

@@ -5,10 +5,10 @@
 pub mod endpoint;
 pub mod identity;
 pub mod node;
+mod publish_events;
 pub mod registration;
 pub mod request;
 pub mod socket;
 pub mod status;
-mod told;
 
-pub use endpoint::Endpoint;
+pub use endpoint::UnixEndpoint;

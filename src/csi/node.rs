@@ -7,9 +7,9 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
-use super::request::Node;
+use super::publish_events::PublishReporter;
+use super::request::NodeFacts;
 use super::status;
-use super::told::Told;
 use crate::admin::metrics::Metrics;
 use crate::kubernetes::PodEvents;
 use crate::proto::csi::v1::node_server;
@@ -33,7 +33,7 @@ pub struct NodeService {
     /// The Node object's name.
     pub node_id: String,
     /// The facts of the node that requests are checked against.
-    pub node: Node,
+    pub node: NodeFacts,
     /// Runs the use cases.
     pub volumes: Volumes,
     /// Counts their results.
@@ -199,11 +199,11 @@ impl NodeService {
         span.record("pod", request.pod.full_name());
         span.record("reference", request.attributes.reference.to_string());
         let target = request.target.clone();
-        let told = Told::new(self.events.as_ref(), &request);
+        let reporter = PublishReporter::new(self.events.as_ref(), &request);
         // The future is large, and several layers of callers hold it.
         let publish = Box::pin(self.volumes.publish(request));
-        let published = match told {
-            Some(told) => told.all_of(publish).await,
+        let published = match reporter {
+            Some(reporter) => reporter.report(publish).await,
             None => publish.await,
         };
         match published {

@@ -17,12 +17,12 @@ const BACKLOG: u32 = 1024;
 
 /// A listening socket. Dropping it removes its name, if the name is still this socket's.
 #[derive(Debug)]
-pub struct Socket {
+pub struct ListeningSocket {
     path: PathBuf,
     inode: (u64, u64),
 }
 
-impl Socket {
+impl ListeningSocket {
     /// Listens at `path` with mode 0600.
     ///
     /// Creates the socket under a hidden name, sets its mode before it accepts connections, and renames it over a
@@ -80,7 +80,7 @@ impl Socket {
     }
 }
 
-impl Drop for Socket {
+impl Drop for ListeningSocket {
     fn drop(&mut self) {
         // A newer process may have put its own socket in place.
         if self.is_in_place() {
@@ -119,8 +119,8 @@ mod tests {
     async fn a_stale_socket_is_replaced_and_a_newer_one_left_alone() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(format!("{}.sock", "x".repeat(60)));
-        let (first, _) = Socket::listen(&path).await.expect("a socket");
-        let (second, _listener) = Socket::listen(&path).await.expect("replaced");
+        let (first, _) = ListeningSocket::listen(&path).await.expect("a socket");
+        let (second, _listener) = ListeningSocket::listen(&path).await.expect("replaced");
         assert_eq!(mode(&path), 0o600);
         drop(first);
         assert!(second.is_in_place());
@@ -134,12 +134,12 @@ mod tests {
     async fn the_socket_of_a_living_process_is_not_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("admin.sock");
-        let (first, listener) = Socket::listen(&path).await.expect("a socket");
-        let refused = Socket::listen(&path).await.expect_err("in use");
+        let (first, listener) = ListeningSocket::listen(&path).await.expect("a socket");
+        let refused = ListeningSocket::listen(&path).await.expect_err("in use");
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse, "{refused}");
         assert!(first.is_in_place());
         drop(listener);
-        Socket::listen(&path).await.expect("replaced once nothing listens");
+        ListeningSocket::listen(&path).await.expect("replaced once nothing listens");
     }
 
     #[tokio::test]
@@ -157,7 +157,7 @@ mod tests {
             }
         };
         assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
-        let refused = Socket::listen(&path).await.expect_err("in use");
+        let refused = ListeningSocket::listen(&path).await.expect_err("in use");
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse, "{refused}");
     }
 
@@ -167,10 +167,10 @@ mod tests {
         let path = folder.path().join("admin.sock");
         let starting = File::open(folder.path()).expect("a folder");
         starting.try_lock().expect("the lock");
-        let refused = Socket::listen(&path).await.expect_err("in use");
+        let refused = ListeningSocket::listen(&path).await.expect_err("in use");
         assert_eq!(refused.kind(), io::ErrorKind::AddrInUse, "{refused}");
         drop(starting);
-        Socket::listen(&path).await.expect("free again");
+        ListeningSocket::listen(&path).await.expect("free again");
     }
 
     #[tokio::test]
@@ -178,7 +178,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("csi.sock");
         std::fs::write(&path, "precious").expect("written");
-        Socket::listen(&path).await.expect_err("not replaced");
+        ListeningSocket::listen(&path).await.expect_err("not replaced");
         assert!(path.exists());
     }
 }

@@ -21,7 +21,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// The objects of one page of a list: the number that kubectl requests.
 const PAGE: usize = 500;
 /// The maximum size of a response in bytes. A page of pods takes a few MiB, which their authors control.
-const MAXIMUM_ANSWER: usize = 64 << 20;
+const MAXIMUM_RESPONSE_BYTES: usize = 64 << 20;
 
 /// An error of a request to the API server.
 #[derive(Debug, thiserror::Error)]
@@ -116,9 +116,9 @@ impl KubernetesClient {
 
     /// Returns an object, or `None` if it does not exist.
     pub async fn get(&self, path: &str) -> Result<Option<Value>, KubernetesError> {
-        match self.ask(Method::GET, path, "", Body::empty()).await {
+        match self.request(Method::GET, path, "", Body::empty()).await {
             Err(KubernetesError::Refused { status: StatusCode::NOT_FOUND, .. }) => Ok(None),
-            answer => answer.map(Some),
+            response => response.map(Some),
         }
     }
 
@@ -128,7 +128,7 @@ impl KubernetesClient {
         let mut next = String::new();
         loop {
             let query = format!("?limit={PAGE}&continue={next}");
-            let mut page = self.ask(Method::GET, path, &query, Body::empty()).await?;
+            let mut page = self.request(Method::GET, path, &query, Body::empty()).await?;
             match page["items"].take() {
                 Value::Array(found) => items.extend(found),
                 _ => return Err(KubernetesError::Garbled { path: path.to_owned() }),
@@ -144,10 +144,10 @@ impl KubernetesClient {
     /// Changes an object by a JSON patch.
     pub async fn patch(&self, path: &str, change: &Value) -> Result<(), KubernetesError> {
         let change = Body::from(change.to_string().into_bytes());
-        self.ask(Method::PATCH, path, "", change).await.map(|_| ())
+        self.request(Method::PATCH, path, "", change).await.map(|_| ())
     }
 
-    async fn ask(
+    async fn request(
         &self,
         method: Method,
         path: &str,
@@ -163,13 +163,13 @@ impl KubernetesClient {
             request = request.header(CONTENT_TYPE, "application/json-patch+json");
         }
         let request = request.body(body).map_err(|error| unreachable(error.to_string()))?;
-        let answered = async {
-            let answer = self.kube.send(request).await?;
-            let (status, body) = (answer.status(), axum::body::Body::new(answer.into_body()));
-            Ok::<_, BoxError>((status, axum::body::to_bytes(body, MAXIMUM_ANSWER).await?))
+        let received = async {
+            let response = self.kube.send(request).await?;
+            let (status, body) = (response.status(), axum::body::Body::new(response.into_body()));
+            Ok::<_, BoxError>((status, axum::body::to_bytes(body, MAXIMUM_RESPONSE_BYTES).await?))
         };
-        let answered = tokio::time::timeout(TIMEOUT, answered).await;
-        let (status, body) = answered
+        let received = tokio::time::timeout(TIMEOUT, received).await;
+        let (status, body) = received
             .map_err(|_| unreachable("operation timed out".to_owned()))?
             .map_err(|error| unreachable(root_cause(error.as_ref())))?;
         if !status.is_success() {
@@ -203,7 +203,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_beyond_the_bound_is_not_read_into_memory() {
-        let answer = |bytes: usize| {
+        let response = |bytes: usize| {
             let service = tower::service_fn(move |_: Request<Body>| async move {
                 let text = format!("\"{}\"", "x".repeat(bytes - 2));
                 Ok::<_, BoxError>(http::Response::new(Body::from(text.into_bytes())))
@@ -212,8 +212,8 @@ mod tests {
             let client = KubernetesClient { kube: kube::Client::new(service, "team"), server };
             async move { client.get("/api/v1/pods").await }
         };
-        assert!(answer(MAXIMUM_ANSWER).await.is_ok());
-        let error = answer(MAXIMUM_ANSWER + 1).await.expect_err("too long").to_string();
+        assert!(response(MAXIMUM_RESPONSE_BYTES).await.is_ok());
+        let error = response(MAXIMUM_RESPONSE_BYTES + 1).await.expect_err("too long").to_string();
         assert!(error.contains("length limit exceeded"), "{error}");
     }
 }

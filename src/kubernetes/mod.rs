@@ -4,11 +4,11 @@
 //! same. All of it is off by default.
 
 mod client;
+mod driver_users;
 mod events;
-mod taint;
-mod users;
+mod startup_taint;
 
 pub use client::{KubernetesClient, KubernetesError};
+pub use driver_users::pods_using_driver;
 pub use events::{PodEvents, PodReference};
-pub use taint::take_taint;
-pub use users::pods_that_use;
+pub use startup_taint::remove_startup_taint;

@@ -21,7 +21,7 @@ pub enum VolumeError {
     /// The target has another mount, or other content.
     #[error("the target {} {what}", target.display())]
     Occupied {
-        /// The target.
+        /// The path of the target.
         target: PathBuf,
         /// The other content, and the way to resolve it.
         what: &'static str,
@@ -81,7 +81,7 @@ pub enum VolumeError {
     Kernel {
         /// The attempted action, as an infinitive.
         action: &'static str,
-        /// The target.
+        /// The path of the target.
         target: PathBuf,
         /// The error of the system call.
         source: io::Error,

@@ -12,6 +12,6 @@ mod access;
 mod api;
 mod csi;
 mod display;
-mod life;
+mod disruptions;
 mod preload;
 mod volumes;

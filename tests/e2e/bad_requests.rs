@@ -139,7 +139,7 @@ fn a_pod_uid_that_is_not_the_targets_is_refused() {
     });
 }
 
-/// With `podInfoOnMount: false` the kubelet adds nothing to the attributes of the pod's author.
+/// The kubelet adds nothing to the attributes of the pod's author with `podInfoOnMount: false`.
 #[test]
 fn pod_information_of_the_pods_author_is_refused() {
     let written: [&[(&str, &str)]; 3] = [

@@ -52,7 +52,7 @@ fn basic(volume: Volume, user: &str, password: &str) -> Volume {
     volume.secret("username", user).secret("password", password)
 }
 
-/// Of several credentials the registry knows one, and tells that one what is wrong.
+/// The registry knows one of several credentials, and tells that one what is wrong.
 #[test]
 fn a_credential_that_is_unknown_does_not_hide_what_another_is_told() {
     let node = Node::start();

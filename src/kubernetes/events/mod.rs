@@ -1,15 +1,15 @@
 //! Events on pods, which show the progress of a pull before the kubelet's call ends.
 //!
 //! ```text
-//! PodEvents  queues occurrences; never waits, and drops them if the queue is full
-//! ledger     decides whether to create an Event, to change an existing one, or to write nothing: pure
-//! writer     the task that writes to the API server; failures are only logged
+//! PodEvents   queues occurrences; never waits, and drops them if the queue is full
+//! correlator  decides whether to create an Event, to change an existing one, or to write nothing: pure
+//! writer      the task that writes to the API server; failures are only logged
 //! ```
 //!
 //! They are core/v1 Events, like the kubelet's: those of `events.k8s.io` cannot change their text, and progress would
 //! be a new object each time.
 
-mod ledger;
+mod correlator;
 mod writer;
 
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub struct PodReference {
 
 /// The reason of an Event, as `kubectl describe pod` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Reason {
+pub(super) enum EventReason {
     Pulling,
     Pulled,
     Failed,
@@ -43,10 +43,10 @@ pub(super) enum Reason {
 
 /// An occurrence on a pod's volume.
 #[derive(Clone, Debug)]
-pub(super) struct Happening {
+pub(super) struct PodOccurrence {
     pod: PodReference,
     reference: String,
-    reason: Reason,
+    reason: EventReason,
     /// The end of the message, after the reference.
     detail: String,
     /// The time that the last call took, for a pull that has ended.
@@ -57,7 +57,7 @@ pub(super) struct Happening {
 
 /// Queues occurrences for the writer. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct PodEvents(mpsc::Sender<Happening>);
+pub struct PodEvents(mpsc::Sender<PodOccurrence>);
 
 impl PodEvents {
     /// Starts the writer, which ends with `shutdown`.
@@ -69,7 +69,7 @@ impl PodEvents {
         shutdown: &CancellationToken,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let writer = writer::Writer::new(driver_name.to_owned(), node_id.to_owned());
+        let writer = writer::EventWriter::new(driver_name.to_owned(), node_id.to_owned());
         let shutdown = shutdown.clone();
         tracker.spawn(async move {
             tokio::select! {
@@ -82,23 +82,26 @@ impl PodEvents {
 
     /// Reports the progress of a running pull.
     pub fn pulling(&self, pod: &PodReference, reference: &str, progress: String) {
-        self.tell(Happening::new(pod, reference, Reason::Pulling, progress));
+        self.send(PodOccurrence::new(pod, reference, EventReason::Pulling, progress));
     }
 
     /// Reports the end of a successful pull; `took` is the time of its last call.
     pub fn pulled(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
-        self.tell(Happening { took, ..Happening::new(pod, reference, Reason::Pulled, what) });
+        self.send(PodOccurrence {
+            took,
+            ..PodOccurrence::new(pod, reference, EventReason::Pulled, what)
+        });
     }
 
     /// Reports content that was on the node. Only ends a pull that had an Event.
     pub fn found(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
-        let pulled = Happening::new(pod, reference, Reason::Pulled, what);
-        self.tell(Happening { took, only_after_pulling: true, ..pulled });
+        let pulled = PodOccurrence::new(pod, reference, EventReason::Pulled, what);
+        self.send(PodOccurrence { took, only_after_pulling: true, ..pulled });
     }
 
     /// Reports a volume that failed to mount.
     pub fn failed(&self, pod: &PodReference, reference: &str, why: String) {
-        self.tell(Happening::new(pod, reference, Reason::Failed, why));
+        self.send(PodOccurrence::new(pod, reference, EventReason::Failed, why));
     }
 
     /// Reports damage of content that the pod has mounted.
@@ -107,24 +110,24 @@ impl PodEvents {
             "the node has read it back, and it is not what was unpacked; new pods get it anew. \
                     Delete this pod, so that its successor does"
                 .to_owned();
-        self.tell(Happening::new(pod, reference, Reason::Damaged, what));
+        self.send(PodOccurrence::new(pod, reference, EventReason::Damaged, what));
     }
 
-    fn tell(&self, happening: Happening) {
-        if self.0.try_send(happening).is_err() {
+    fn send(&self, occurrence: PodOccurrence) {
+        if self.0.try_send(occurrence).is_err() {
             tracing::debug!("an event is not told: too many wait for the Kubernetes API");
         }
     }
 }
 
-impl Happening {
-    fn new(pod: &PodReference, reference: &str, reason: Reason, detail: String) -> Self {
+impl PodOccurrence {
+    fn new(pod: &PodReference, reference: &str, reason: EventReason, detail: String) -> Self {
         let (pod, reference) = (pod.clone(), reference.to_owned());
         Self { pod, reference, reason, detail, took: Duration::ZERO, only_after_pulling: false }
     }
 }
 
-impl Reason {
+impl EventReason {
     fn name(self) -> &'static str {
         match self {
             Self::Pulling => "Pulling",

@@ -11,8 +11,8 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::Happening;
-use super::ledger::{Ledger, Writing};
+use super::PodOccurrence;
+use super::correlator::{EventCorrelator, EventWrite};
 
 /// The timeout of one request. Occurrences in the queue are delayed or dropped meanwhile.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,55 +31,59 @@ enum WriteError {
     Timeout,
 }
 
-pub(super) struct Writer {
+pub(super) struct EventWriter {
     driver_name: String,
     node_id: String,
-    ledger: Ledger,
+    correlator: EventCorrelator,
     /// `None` until the first write.
     client: Option<Client>,
     /// The last failure, which is not logged again.
-    told: String,
+    logged: String,
 }
 
-impl Writer {
+impl EventWriter {
     pub(super) fn new(driver_name: String, node_id: String) -> Self {
-        let (ledger, client, told) = (Ledger::default(), None, String::new());
-        Self { driver_name, node_id, ledger, client, told }
+        let (correlator, client, logged) = (EventCorrelator::default(), None, String::new());
+        Self { driver_name, node_id, correlator, client, logged }
     }
 
     /// Runs until all senders are dropped.
-    pub(super) async fn run(mut self, mut happenings: mpsc::Receiver<Happening>) {
-        while let Some(happening) = happenings.recv().await {
-            let noted = self.ledger.note(&happening, Instant::now(), Timestamp::now());
-            let Some(writing) = noted else { continue };
-            let written = tokio::time::timeout(TIMEOUT, self.write(&happening, &writing)).await;
+    pub(super) async fn run(mut self, mut occurrences: mpsc::Receiver<PodOccurrence>) {
+        while let Some(occurrence) = occurrences.recv().await {
+            let noted = self.correlator.note(&occurrence, Instant::now(), Timestamp::now());
+            let Some(write) = noted else { continue };
+            let written = tokio::time::timeout(TIMEOUT, self.write(&occurrence, &write)).await;
             match written.unwrap_or(Err(WriteError::Timeout)) {
-                Ok(()) => self.told.clear(),
+                Ok(()) => self.logged.clear(),
                 Err(error) => {
                     // An Event that was not created cannot be changed later.
-                    self.ledger.forget(&writing.name);
+                    self.correlator.forget(&write.name);
                     let error = error.to_string();
-                    if error != self.told {
+                    if error != self.logged {
                         tracing::warn!(error, "an event on a pod is not written");
-                        self.told = error;
+                        self.logged = error;
                     }
                 }
             }
         }
     }
 
-    async fn write(&mut self, happening: &Happening, writing: &Writing) -> Result<(), WriteError> {
-        let events: Api<Event> = Api::namespaced(self.client()?, &happening.pod.namespace);
-        if writing.is_new {
-            events.create(&PostParams::default(), &self.event(happening, writing)).await?;
+    async fn write(
+        &mut self,
+        occurrence: &PodOccurrence,
+        write: &EventWrite,
+    ) -> Result<(), WriteError> {
+        let events: Api<Event> = Api::namespaced(self.client()?, &occurrence.pod.namespace);
+        if write.is_new {
+            events.create(&PostParams::default(), &self.event(occurrence, write)).await?;
             return Ok(());
         }
         let change = json!({
-            "message": writing.message,
-            "count": writing.count,
-            "lastTimestamp": Time(writing.last),
+            "message": write.message,
+            "count": write.count,
+            "lastTimestamp": Time(write.last),
         });
-        events.patch(&writing.name, &PatchParams::default(), &Patch::Merge(change)).await?;
+        events.patch(&write.name, &PatchParams::default(), &Patch::Merge(change)).await?;
         Ok(())
     }
 
@@ -91,13 +95,13 @@ impl Writer {
         self.client.clone().ok_or(WriteError::Timeout)
     }
 
-    fn event(&self, happening: &Happening, writing: &Writing) -> Event {
-        let pod = &happening.pod;
+    fn event(&self, occurrence: &PodOccurrence, write: &EventWrite) -> Event {
+        let pod = &occurrence.pod;
         let text = |text: &str| Some(text.to_owned());
         Event {
             metadata: ObjectMeta {
                 namespace: text(&pod.namespace),
-                name: text(&writing.name),
+                name: text(&write.name),
                 ..ObjectMeta::default()
             },
             involved_object: ObjectReference {
@@ -108,12 +112,12 @@ impl Writer {
                 uid: text(&pod.uid),
                 ..ObjectReference::default()
             },
-            reason: text(happening.reason.name()),
-            message: text(&writing.message),
-            type_: text(happening.reason.kind()),
-            count: Some(writing.count),
-            first_timestamp: Some(Time(writing.first)),
-            last_timestamp: Some(Time(writing.last)),
+            reason: text(occurrence.reason.name()),
+            message: text(&write.message),
+            type_: text(occurrence.reason.kind()),
+            count: Some(write.count),
+            first_timestamp: Some(Time(write.first)),
+            last_timestamp: Some(Time(write.last)),
             source: Some(EventSource {
                 component: text(&self.driver_name),
                 host: text(&self.node_id),

@@ -28,7 +28,7 @@ pub const TOKEN: &str = "the-token-of-the-service-account";
 /// The kernel's setting of file leases. Each node here has one of its own.
 const LEASES: &str = "leases-enable";
 
-/// Where the kubelet mounts a pod's token.
+/// The directory in which the kubelet mounts a pod's token.
 const SERVICE_ACCOUNT: &str = "var/run/secrets/kubernetes.io/serviceaccount";
 
 /// A node: the directory that is its root, shared with containers like that of a real node.

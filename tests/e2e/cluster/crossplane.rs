@@ -24,8 +24,9 @@ use super::{
 use crate::support::{
     Driver, Proxy, Registry, Volume,
     api_server::Kind,
-    fleet::{Cluster, NAMESPACE},
-    own_registry, registry, run, tool, unique, wait_until,
+    own_registry,
+    preload_cluster::{Cluster, NAMESPACE},
+    registry, run, tool, unique, wait_until,
 };
 
 #[test]

@@ -9,10 +9,10 @@ mod chart;
 mod container;
 mod controller;
 mod crossplane;
+mod crossplane_tables;
 mod daemonset;
 mod deployed;
 mod publish;
-mod story;
 
 use std::{
     collections::BTreeMap,

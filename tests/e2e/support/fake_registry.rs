@@ -18,7 +18,7 @@ use futures_util::{StreamExt as _, stream};
 
 use super::{Gate, digest, proxy::Server};
 
-/// A response.
+/// A response of the registry.
 #[derive(Clone)]
 pub struct Answer {
     pub status: u16,

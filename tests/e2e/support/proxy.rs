@@ -174,7 +174,7 @@ impl Proxy {
             .count()
     }
 
-    /// From now on bodies of blobs wait half way.
+    /// Makes bodies of blobs wait half way from now on.
     pub fn hold_blobs(&self) -> Arc<Gate> {
         let gate = Gate::new();
         *self.shared.gate.lock().expect("the gate") = Some(Arc::clone(&gate));

@@ -1,4 +1,4 @@
-//! Handles requests.
+//! Handles requests to the API server.
 
 use std::collections::HashMap;
 

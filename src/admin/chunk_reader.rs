@@ -5,28 +5,28 @@ use std::io::{self, Read};
 use tokio::sync::mpsc;
 
 /// The capacity of the channel. A gRPC message has at most 4 MiB.
-const PIECES: usize = 4;
+const CHUNKS: usize = 4;
 
 /// The sending half.
 #[derive(Debug)]
-pub(super) struct Pieces(mpsc::Sender<io::Result<Vec<u8>>>);
+pub(super) struct ChunkSender(mpsc::Sender<io::Result<Vec<u8>>>);
 
 /// The reading half. Blocking.
 #[derive(Debug)]
-pub(super) struct PieceReader {
-    pieces: mpsc::Receiver<io::Result<Vec<u8>>>,
-    piece: io::Cursor<Vec<u8>>,
+pub(super) struct ChunkReader {
+    chunks: mpsc::Receiver<io::Result<Vec<u8>>>,
+    chunk: io::Cursor<Vec<u8>>,
 }
 
-impl Pieces {
-    pub(super) fn channel() -> (Self, PieceReader) {
-        let (sender, pieces) = mpsc::channel(PIECES);
-        (Self(sender), PieceReader { pieces, piece: io::Cursor::default() })
+impl ChunkSender {
+    pub(super) fn channel() -> (Self, ChunkReader) {
+        let (sender, chunks) = mpsc::channel(CHUNKS);
+        (Self(sender), ChunkReader { chunks, chunk: io::Cursor::default() })
     }
 
     /// Sends one chunk. Returns false if the reader is gone.
-    pub(super) async fn send(&self, piece: Vec<u8>) -> bool {
-        self.0.send(Ok(piece)).await.is_ok()
+    pub(super) async fn send(&self, chunk: Vec<u8>) -> bool {
+        self.0.send(Ok(chunk)).await.is_ok()
     }
 
     /// Ends the reader with an error, so that an incomplete stream is not taken for a complete one.
@@ -36,15 +36,15 @@ impl Pieces {
     }
 }
 
-impl Read for PieceReader {
+impl Read for ChunkReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            let count = self.piece.read(buffer)?;
+            let count = self.chunk.read(buffer)?;
             if count > 0 || buffer.is_empty() {
                 return Ok(count);
             }
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.piece = io::Cursor::new(piece?),
+            match self.chunks.blocking_recv() {
+                Some(chunk) => self.chunk = io::Cursor::new(chunk?),
                 None => return Ok(0),
             }
         }

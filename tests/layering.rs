@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A directory, the names that must not be used in it, and the reason.
-const WALLS: [(&str, &[&str], &str); 7] = [
+const LAYERS: [(&str, &[&str], &str); 7] = [
     (
         "src/volume",
         &["tonic::", "prost::", "reqwest::", "crate::csi", "crate::admin"],
@@ -72,7 +72,7 @@ fn names_it(code: &str, name: &str) -> bool {
 
 #[test]
 fn modules_name_only_what_lies_below_them() {
-    for (folder, banned, why) in WALLS {
+    for (folder, banned, why) in LAYERS {
         let files = sources(&root().join(folder));
         assert!(!files.is_empty(), "{folder} is gone: mend this test");
         for file in files {

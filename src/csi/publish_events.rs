@@ -13,36 +13,36 @@ use pull::ProgressView;
 use text::units::Bytes;
 
 /// The delay before the first report. A publish that ends earlier reports only its end.
-const AT_FIRST: Duration = Duration::from_millis(250);
+const FIRST_REPORT: Duration = Duration::from_millis(250);
 /// The interval between two reports of progress.
 const INTERVAL: Duration = Duration::from_secs(30);
 
 /// The reporter of one publish.
-pub(super) struct Told<'a> {
+pub(super) struct PublishReporter<'a> {
     events: &'a PodEvents,
     pod: PodReference,
     reference: String,
     progress: ProgressView,
-    since: Instant,
+    started: Instant,
 }
 
-impl<'a> Told<'a> {
+impl<'a> PublishReporter<'a> {
     /// Returns `None` if the request does not identify the pod.
     pub(super) fn new(events: Option<&'a PodEvents>, request: &PublishRequest) -> Option<Self> {
         let (pod, events) = (&request.pod, events?);
         let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
         let pod = PodReference { namespace, name, uid: pod.uid.clone()? };
         let reference = request.attributes.reference.to_string();
-        let (progress, since) = (request.progress.clone(), Instant::now());
-        Some(Self { events, pod, reference, progress, since })
+        let (progress, started) = (request.progress.clone(), Instant::now());
+        Some(Self { events, pod, reference, progress, started })
     }
 
     /// Reports the progress of the pull until `publish` ends, and then its end.
-    pub(super) async fn all_of(
+    pub(super) async fn report(
         self,
         mut publish: Pin<Box<impl Future<Output = Result<Published, VolumeError>>>>,
     ) -> Result<Published, VolumeError> {
-        let mut wait = AT_FIRST;
+        let mut wait = FIRST_REPORT;
         let published = loop {
             tokio::select! {
                 published = &mut publish => break published,
@@ -55,18 +55,18 @@ impl<'a> Told<'a> {
                 }
             }
         };
-        self.end(&published);
+        self.report_end(&published);
         published
     }
 
-    fn end(&self, published: &Result<Published, VolumeError>) {
+    fn report_end(&self, published: &Result<Published, VolumeError>) {
         let (pod, reference) = (&self.pod, &self.reference);
         match published {
             Ok(Published { path: PublishPath::AlreadyMounted, .. }) => {}
             Ok(Published { path, manifest, bytes }) => {
                 let digest = manifest.map(|digest| digest.to_string()).unwrap_or_default();
                 let what = format!("{digest}, {}", Bytes(*bytes));
-                let took = self.since.elapsed();
+                let took = self.started.elapsed();
                 if *path == PublishPath::Miss {
                     self.events.pulled(pod, reference, what, took);
                 } else {

@@ -1,7 +1,7 @@
 //! Tests preloads: the real controller and real node plugins, a simulated API server, and a real registry.
 
 mod rollback;
-mod turns;
+mod scheduling;
 
 use std::fs;
 
@@ -12,9 +12,9 @@ use serde_json::json;
 use crate::support::{
     Image, Layer, Manifest, OCI_INDEX, OCI_MANIFEST, Proxy, Tar,
     api_server::{ApiServer, Fault, Kind},
-    descriptor,
-    fleet::{Cluster, NAMESPACE},
-    node_architecture, noise, private_registry, push_index, registry, unique, wait_until,
+    descriptor, node_architecture, noise,
+    preload_cluster::{Cluster, NAMESPACE},
+    private_registry, push_index, registry, unique, wait_until,
 };
 
 #[test]

@@ -10,19 +10,19 @@ use super::{DOCKER, index_of_another_platform, secret};
 use crate::support::{
     Layer, Manifest, Proxy,
     api_server::Kind,
-    fleet::{Cluster, Controller, NAMESPACE},
+    preload_cluster::{Cluster, Controller, NAMESPACE},
     private_registry, registry, unique, wait_at_most, wait_until,
 };
 
 /// Nodes whose plugins have reported, and a registry that can hold artifacts back.
-struct Fleet {
+struct Setup {
     cluster: Cluster,
     controller: Controller,
     registry: Proxy,
     nodes: Vec<String>,
 }
 
-impl Fleet {
+impl Setup {
     #[track_caller]
     fn start(nodes: &[&str]) -> Self {
         let mut cluster = Cluster::new(nodes);
@@ -59,143 +59,143 @@ impl Fleet {
 
 #[test]
 fn a_percentage_of_the_nodes_fetches_at_once() {
-    let fleet = Fleet::start(&["one", "two", "three", "four"]);
-    let gate = fleet.registry.hold_blobs();
-    let (reference, _) = fleet.artifact();
-    fleet.cluster.preload("tool", json!({"reference": reference, "parallelism": "50%"}));
+    let setup = Setup::start(&["one", "two", "three", "four"]);
+    let gate = setup.registry.hold_blobs();
+    let (reference, _) = setup.artifact();
+    setup.cluster.preload("tool", json!({"reference": reference, "parallelism": "50%"}));
     wait_until("two nodes fetch", || {
-        gate.waiting() >= 2 && fleet.cluster.status("tool")["active"] == 2
+        gate.waiting() >= 2 && setup.cluster.status("tool")["active"] == 2
     });
-    assert_eq!(fleet.asked().len(), 2, "{:?} were asked", fleet.asked());
-    assert_eq!(fleet.cluster.status("tool")["desired"], 4);
+    assert_eq!(setup.asked().len(), 2, "{:?} were asked", setup.asked());
+    assert_eq!(setup.cluster.status("tool")["desired"], 4);
     gate.open();
-    fleet.cluster.wait_for("tool", "Ready");
-    assert_eq!(fleet.pins().len(), 4);
+    setup.cluster.wait_for("tool", "Ready");
+    assert_eq!(setup.pins().len(), 4);
 }
 
 #[test]
 fn nodes_begin_one_after_the_other_over_the_spread() {
-    let fleet = Fleet::start(&["one", "two", "three"]);
-    let (reference, _) = fleet.artifact();
-    fleet.cluster.preload("tool", json!({"reference": reference, "spread": "6s"}));
-    fleet.cluster.wait_for("tool", "Ready");
-    let object = fleet.cluster.api.get(Kind::Preload, NAMESPACE, "tool");
+    let setup = Setup::start(&["one", "two", "three"]);
+    let (reference, _) = setup.artifact();
+    setup.cluster.preload("tool", json!({"reference": reference, "spread": "6s"}));
+    setup.cluster.wait_for("tool", "Ready");
+    let object = setup.cluster.api.get(Kind::Preload, NAMESPACE, "tool");
     let seconds = |value: &Value| {
         let time = value.as_str().expect("a time").parse::<Timestamp>();
         time.expect("a time").as_second()
     };
     let begun = seconds(&object["status"]["startTime"]);
     let uid = object["metadata"]["uid"].as_str().expect("a uid");
-    for node in &fleet.nodes {
+    for node in &setup.nodes {
         let delay = i64::try_from(mix(node, uid) % 6).expect("a delay");
-        let asked = seconds(&fleet.cluster.wanted(node)[0]["since"]) - begun;
+        let asked = seconds(&setup.cluster.wanted(node)[0]["since"]) - begun;
         assert!(asked >= delay, "{node} was asked after {asked} s, before its {delay} s were over");
     }
 }
 
 #[test]
 fn a_pause_lets_nobody_begin_and_those_that_have_begun_go_on() {
-    let fleet = Fleet::start(&["one", "two"]);
-    let gate = fleet.registry.hold_blobs();
-    let (reference, _) = fleet.artifact();
+    let setup = Setup::start(&["one", "two"]);
+    let gate = setup.registry.hold_blobs();
+    let (reference, _) = setup.artifact();
     let spec = |paused: bool| json!({"reference": reference, "parallelism": 1, "paused": paused});
-    fleet.cluster.preload("tool", spec(true));
-    fleet.cluster.wait_for("tool", "Paused");
-    assert_eq!(fleet.asked(), [] as [&str; 0]);
-    fleet.cluster.preload("tool", spec(false));
+    setup.cluster.preload("tool", spec(true));
+    setup.cluster.wait_for("tool", "Paused");
+    assert_eq!(setup.asked(), [] as [&str; 0]);
+    setup.cluster.preload("tool", spec(false));
     wait_until("one node fetches", || gate.waiting() > 0);
-    fleet.cluster.preload("tool", spec(true));
-    fleet.cluster.wait_for("tool", "Paused");
+    setup.cluster.preload("tool", spec(true));
+    setup.cluster.wait_for("tool", "Paused");
     gate.open();
-    wait_until("the node that has begun holds it", || fleet.cluster.status("tool")["ready"] == 1);
-    fleet.cluster.wait_for("tool", "Paused");
-    assert_eq!(fleet.asked().len(), 1, "somebody began in the pause");
-    fleet.cluster.preload("tool", spec(false));
-    fleet.cluster.wait_for("tool", "Ready");
-    assert_eq!(fleet.pins().len(), 2);
+    wait_until("the node that has begun holds it", || setup.cluster.status("tool")["ready"] == 1);
+    setup.cluster.wait_for("tool", "Paused");
+    assert_eq!(setup.asked().len(), 1, "somebody began in the pause");
+    setup.cluster.preload("tool", spec(false));
+    setup.cluster.wait_for("tool", "Ready");
+    assert_eq!(setup.pins().len(), 2);
 }
 
 #[test]
 fn what_is_finished_goes_after_its_time_well_or_not() {
-    let fleet = Fleet::start(&["one", "two"]);
-    let (reference, digest) = fleet.artifact();
-    let index = index_of_another_platform(&fleet.cluster);
-    fleet.cluster.preload("stays", json!({"reference": reference}));
-    fleet.cluster.wait_for("stays", "Ready");
+    let setup = Setup::start(&["one", "two"]);
+    let (reference, digest) = setup.artifact();
+    let index = index_of_another_platform(&setup.cluster);
+    setup.cluster.preload("stays", json!({"reference": reference}));
+    setup.cluster.wait_for("stays", "Ready");
     let soon = |reference: &str| json!({"reference": reference, "backoffLimit": 0, "ttlSecondsAfterFinished": 1});
-    fleet.cluster.preload("well", soon(&reference));
-    fleet.cluster.preload("failed", soon(&index));
+    setup.cluster.preload("well", soon(&reference));
+    setup.cluster.preload("failed", soon(&index));
     for name in ["well", "failed"] {
         wait_until(&format!("{name} is gone"), || {
-            fleet.cluster.api.get(Kind::Preload, NAMESPACE, name).is_null()
+            setup.cluster.api.get(Kind::Preload, NAMESPACE, name).is_null()
         });
     }
     // Nothing of the deleted preload remains on the nodes; the artifact stays for others.
     let stays = ("preload/team/stays".to_owned(), format!("{reference}@{digest}"));
-    wait_until("its pins are gone", || fleet.pins() == [stays.clone(), stays.clone()]);
-    fleet.cluster.wait_for("stays", "Ready");
+    wait_until("its pins are gone", || setup.pins() == [stays.clone(), stays.clone()]);
+    setup.cluster.wait_for("stays", "Ready");
 }
 
 #[test]
 fn a_tag_that_moves_in_the_middle_is_still_what_it_was_on_every_node() {
-    let mut fleet = Fleet::start(&["one", "two"]);
-    let gate = fleet.registry.hold_blobs();
-    let (reference, digest) = fleet.artifact();
-    fleet.cluster.preload("tool", json!({"reference": reference, "parallelism": 1}));
+    let mut setup = Setup::start(&["one", "two"]);
+    let gate = setup.registry.hold_blobs();
+    let (reference, digest) = setup.artifact();
+    setup.cluster.preload("tool", json!({"reference": reference, "parallelism": 1}));
     wait_until("one node fetches", || gate.waiting() > 0);
     let (_, name) = reference.split_once('/').expect("a host");
     let (repository, tag) = name.split_once(':').expect("a tag");
-    let (_, moved) = fleet.cluster.push(repository, tag);
+    let (_, moved) = setup.cluster.push(repository, tag);
     assert_ne!(moved, digest);
     // The next leader does not resolve it again either.
-    fleet.controller.kill();
-    fleet.controller = fleet.cluster.controller();
+    setup.controller.kill();
+    setup.controller = setup.cluster.controller();
     gate.open();
-    fleet.cluster.wait_for("tool", "Ready");
+    setup.cluster.wait_for("tool", "Ready");
     let pinned = ("preload/team/tool".to_owned(), format!("{reference}@{digest}"));
-    assert_eq!(fleet.cluster.status("tool")["readyReference"], pinned.1.as_str());
-    assert_eq!(fleet.pins(), [pinned.clone(), pinned]);
+    assert_eq!(setup.cluster.status("tool")["readyReference"], pinned.1.as_str());
+    assert_eq!(setup.pins(), [pinned.clone(), pinned]);
 }
 
 #[test]
 fn a_preload_that_is_deleted_in_the_middle_leaves_nothing_and_others_go_on() {
-    let fleet = Fleet::start(&["one", "two"]);
-    let gate = fleet.registry.hold_blobs();
-    let (reference, _) = fleet.artifact();
-    fleet.cluster.preload("tool", json!({"reference": reference}));
+    let setup = Setup::start(&["one", "two"]);
+    let gate = setup.registry.hold_blobs();
+    let (reference, _) = setup.artifact();
+    setup.cluster.preload("tool", json!({"reference": reference}));
     wait_until("both nodes fetch", || gate.waiting() >= 2);
-    fleet.cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
-    wait_until("nobody is asked any more", || fleet.asked().is_empty());
+    setup.cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
+    wait_until("nobody is asked any more", || setup.asked().is_empty());
     gate.open();
-    let (other, digest) = fleet.artifact();
-    fleet.cluster.preload("other", json!({"reference": other}));
-    fleet.cluster.wait_for("other", "Ready");
+    let (other, digest) = setup.artifact();
+    setup.cluster.preload("other", json!({"reference": other}));
+    setup.cluster.wait_for("other", "Ready");
     let pinned = ("preload/team/other".to_owned(), format!("{other}@{digest}"));
-    assert_eq!(fleet.pins(), [pinned.clone(), pinned]);
-    for object in fleet.cluster.api.list(Kind::NodeArtifacts) {
+    assert_eq!(setup.pins(), [pinned.clone(), pinned]);
+    for object in setup.cluster.api.list(Kind::NodeArtifacts) {
         assert_eq!(object["status"]["artifacts"].as_array().map_or(0, Vec::len), 1, "{object}");
     }
 }
 
 #[test]
 fn an_object_edited_to_nonsense_changes_nothing_on_any_node() {
-    let fleet = Fleet::start(&["one", "two"]);
-    let (reference, digest) = fleet.artifact();
-    fleet.cluster.preload("tool", json!({"reference": reference}));
-    fleet.cluster.wait_for("tool", "Ready");
-    let (ready, pins) = (format!("{reference}@{digest}"), fleet.pins());
+    let setup = Setup::start(&["one", "two"]);
+    let (reference, digest) = setup.artifact();
+    setup.cluster.preload("tool", json!({"reference": reference}));
+    setup.cluster.wait_for("tool", "Ready");
+    let (ready, pins) = (format!("{reference}@{digest}"), setup.pins());
     for nonsense in ["UPPER/case:of:nothing", "a:b:c/d"] {
-        fleet.cluster.preload("tool", json!({"reference": nonsense}));
-        fleet.cluster.wait_for("tool", "InvalidSpec");
-        assert_eq!(fleet.cluster.condition("tool", "Stalled")["status"], "True");
-        assert_eq!(fleet.cluster.status("tool")["readyReference"], ready.as_str());
-        assert_eq!((fleet.asked().len(), fleet.pins()), (2, pins.clone()));
+        setup.cluster.preload("tool", json!({"reference": nonsense}));
+        setup.cluster.wait_for("tool", "InvalidSpec");
+        assert_eq!(setup.cluster.condition("tool", "Stalled")["status"], "True");
+        assert_eq!(setup.cluster.status("tool")["readyReference"], ready.as_str());
+        assert_eq!((setup.asked().len(), setup.pins()), (2, pins.clone()));
     }
-    fleet.cluster.preload("tool", json!({"reference": reference}));
-    fleet.cluster.wait_for("tool", "Ready");
+    setup.cluster.preload("tool", json!({"reference": reference}));
+    setup.cluster.wait_for("tool", "Ready");
 
     // Fields of the controller are written again.
-    let wanted = fleet.cluster.wanted("one");
+    let wanted = setup.cluster.wanted("one");
     for artifacts in [
         json!([]),
         json!([{
@@ -204,36 +204,36 @@ fn an_object_edited_to_nonsense_changes_nothing_on_any_node() {
         }]),
     ] {
         let spec = json!({"artifacts": artifacts});
-        fleet
+        setup
             .cluster
             .api
             .apply(json!({"kind": "NodeArtifacts", "metadata": {"name": "one"}, "spec": spec}));
         wait_until("it is as it was", || {
-            let now = fleet.cluster.wanted("one");
+            let now = setup.cluster.wanted("one");
             now.len() == 1 && now[0]["reference"] == wanted[0]["reference"]
         });
-        wait_until("it is pinned again", || fleet.pins() == pins);
+        wait_until("it is pinned again", || setup.pins() == pins);
     }
 }
 
 #[test]
 fn a_node_that_is_labelled_is_selected_and_one_that_is_not_any_more_lets_go() {
-    let fleet = Fleet::start(&["one", "two"]);
-    let (reference, _) = fleet.artifact();
+    let setup = Setup::start(&["one", "two"]);
+    let (reference, _) = setup.artifact();
     let selector = json!({"matchLabels": {"pool": "tools"}});
-    fleet.cluster.preload("tool", json!({"reference": reference, "selector": selector}));
-    fleet.cluster.wait_for("tool", "NoNodes");
-    assert_eq!(fleet.cluster.condition("tool", "Stalled")["status"], "False");
+    setup.cluster.preload("tool", json!({"reference": reference, "selector": selector}));
+    setup.cluster.wait_for("tool", "NoNodes");
+    assert_eq!(setup.cluster.condition("tool", "Stalled")["status"], "False");
     let label = |labels: Value| {
         let metadata = json!({"name": "one", "labels": labels});
-        fleet.cluster.api.apply(json!({"kind": "Node", "metadata": metadata}));
+        setup.cluster.api.apply(json!({"kind": "Node", "metadata": metadata}));
     };
     label(json!({"pool": "tools"}));
-    fleet.cluster.wait_for("tool", "Ready");
-    assert_eq!(fleet.asked(), ["one"]);
+    setup.cluster.wait_for("tool", "Ready");
+    assert_eq!(setup.asked(), ["one"]);
     label(json!({}));
-    wait_until("it lets go", || fleet.asked().is_empty() && fleet.pins().is_empty());
-    wait_until("it is not counted", || fleet.cluster.status("tool")["desired"] == 0);
+    wait_until("it lets go", || setup.asked().is_empty() && setup.pins().is_empty());
+    wait_until("it is not counted", || setup.cluster.status("tool")["desired"] == 0);
 }
 
 #[test]

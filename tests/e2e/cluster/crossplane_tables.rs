@@ -11,7 +11,7 @@ use super::crossplane::{Composed, reconcile};
 use crate::support::{
     Driver, Gate, Layer, Manifest, Pod, Proxy, Volume,
     api_server::Kind,
-    fleet::{Cluster, NAMESPACE},
+    preload_cluster::{Cluster, NAMESPACE},
     registry, unique, wait_until,
 };
 
@@ -64,7 +64,7 @@ struct MountedPod {
 }
 
 /// A namespace with one `CustomPrometheus`.
-struct Story {
+struct TableRun {
     composition: &'static str,
     repository: String,
     /// The digests by version.
@@ -79,7 +79,7 @@ struct Story {
     pods: Vec<MountedPod>,
 }
 
-impl Story {
+impl TableRun {
     fn start(composition: &'static str) -> Self {
         let (proxy, repository) = (Proxy::new(registry()), unique("story"));
         let mut cluster = Cluster::new(&NODES);
@@ -120,7 +120,7 @@ impl Story {
             "created" => {}
             "the nodes fetch v1" | "the nodes fetch v2" => {
                 self.blobs = Some(self.proxy.hold_blobs());
-                self.control("the nodes fetch it", |story| story.preload_says() == artifact);
+                self.control("the nodes fetch it", |run| run.preload_says() == artifact);
             }
             "all nodes hold v1"
             | "all nodes hold v2"
@@ -347,8 +347,8 @@ impl Story {
         self.delete_statefulset();
         self.cluster.api.delete(Kind::Preload, NAMESPACE, NAME);
         if self.composition == GATED {
-            self.control("no node has anything pinned", |story| {
-                let cluster = &story.cluster;
+            self.control("no node has anything pinned", |run| {
+                let cluster = &run.cluster;
                 NODES
                     .iter()
                     .all(|node| cluster.wanted(node).is_empty() && cluster.pins(node).is_empty())
@@ -399,18 +399,18 @@ impl Story {
 /// Runs the table of a Composition. Returns the number of its steps.
 #[track_caller]
 fn walk(composition: &'static str) -> usize {
-    let mut story = Story::start(composition);
+    let mut run = TableRun::start(composition);
     let rows = documented_rows(composition);
     let rows = rows.iter().filter(|row| !EVALUATED.contains(&row.step.as_str()));
     let mut steps = 0;
     for row in rows {
-        story.act(&row.step, &row.columns[3]);
-        if !story.conditions.is_null() || steps == 0 {
-            story.reconcile();
+        run.act(&row.step, &row.columns[3]);
+        if !run.conditions.is_null() || steps == 0 {
+            run.reconcile();
             // Its own changes trigger it again.
-            story.reconcile();
+            run.reconcile();
         }
-        assert_eq!(story.columns(), row.columns, "{composition}, step {}: {}", steps + 1, row.step);
+        assert_eq!(run.columns(), row.columns, "{composition}, step {}: {}", steps + 1, row.step);
         steps += 1;
     }
     steps

@@ -14,22 +14,22 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// Waits until the node's `CSINode` lists the driver, and removes the taint.
 ///
 /// Continues after failures: a node that keeps the taint is of no use.
-pub async fn take_taint(
+pub async fn remove_startup_taint(
     node: String,
     driver_name: String,
     taint: String,
     shutdown: CancellationToken,
 ) {
-    let mut told = String::new();
+    let mut logged = String::new();
     loop {
-        match untaint(&node, &driver_name, &taint).await {
+        match try_remove(&node, &driver_name, &taint).await {
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => {
                 let error = error.to_string();
-                if error != told {
+                if error != logged {
                     tracing::warn!(taint, error, "the node's startup taint stays: trying again");
-                    told = error;
+                    logged = error;
                 }
             }
         }
@@ -41,22 +41,22 @@ pub async fn take_taint(
 }
 
 /// Runs one attempt. Returns whether the driver is registered and the node is free of the taint.
-async fn untaint(node: &str, driver_name: &str, taint: &str) -> Result<bool, KubernetesError> {
+async fn try_remove(node: &str, driver_name: &str, taint: &str) -> Result<bool, KubernetesError> {
     let client = KubernetesClient::in_cluster()?;
     let registered = client.get(&format!("/apis/storage.k8s.io/v1/csinodes/{node}")).await?;
-    if !registered.is_some_and(|csi_node| lists(&csi_node, driver_name)) {
+    if !registered.is_some_and(|csi_node| lists_driver(&csi_node, driver_name)) {
         return Ok(false);
     }
     let path = format!("/api/v1/nodes/{node}");
     let Some(object) = client.get(&path).await? else { return Ok(false) };
-    if let Some(patch) = patch(&object["spec"]["taints"], taint) {
+    if let Some(patch) = removal_patch(&object["spec"]["taints"], taint) {
         client.patch(&path, &patch).await?;
         tracing::info!(taint, "the node's startup taint is taken away");
     }
     Ok(true)
 }
 
-fn lists(csi_node: &Value, driver_name: &str) -> bool {
+fn lists_driver(csi_node: &Value, driver_name: &str) -> bool {
     let drivers = csi_node["spec"]["drivers"].as_array();
     drivers.is_some_and(|drivers| drivers.iter().any(|driver| driver["name"] == driver_name))
 }
@@ -64,7 +64,7 @@ fn lists(csi_node: &Value, driver_name: &str) -> bool {
 /// Returns the patch that removes only this taint, or `None` if the node does not have it.
 ///
 /// The patch tests that the taints are as they were read, so that it never undoes another client's change.
-fn patch(taints: &Value, taint: &str) -> Option<Value> {
+fn removal_patch(taints: &Value, taint: &str) -> Option<Value> {
     let all = taints.as_array()?;
     let kept: Vec<&Value> = all.iter().filter(|each| each["key"] != taint).collect();
     (kept.len() < all.len()).then(|| {
@@ -84,16 +84,19 @@ mod tests {
         let ours = json!({"key": "oci.custom.io/agent-not-ready", "effect": "NoExecute"});
         let other = json!({"key": "other", "effect": "NoSchedule"});
         let key = "oci.custom.io/agent-not-ready";
-        let change = patch(&json!([other, ours]), key).expect("a change");
+        let change = removal_patch(&json!([other, ours]), key).expect("a change");
         assert_eq!(change[0]["value"], json!([other, ours]));
         assert_eq!(change[1]["value"], json!([other]));
-        assert_eq!(patch(&json!([other]), key), None);
-        assert_eq!(patch(&Value::Null, key), None);
+        assert_eq!(removal_patch(&json!([other]), key), None);
+        assert_eq!(removal_patch(&Value::Null, key), None);
     }
 
     #[test]
     fn a_node_without_drivers_lists_none() {
-        assert!(!lists(&json!({"spec": {"drivers": null}}), "oci.custom.io"));
-        assert!(lists(&json!({"spec": {"drivers": [{"name": "oci.custom.io"}]}}), "oci.custom.io"));
+        assert!(!lists_driver(&json!({"spec": {"drivers": null}}), "oci.custom.io"));
+        assert!(lists_driver(
+            &json!({"spec": {"drivers": [{"name": "oci.custom.io"}]}}),
+            "oci.custom.io"
+        ));
     }
 }

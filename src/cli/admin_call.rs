@@ -6,25 +6,25 @@ use tonic::transport::Channel;
 
 use super::{Failure, Output, runtime};
 use crate::admin::client::connect;
-use crate::csi::Endpoint;
+use crate::csi::UnixEndpoint;
 use crate::proto::admin::admin_client::AdminClient;
 
 /// Arguments of commands that call the node plugin.
 #[derive(Debug, Args)]
-pub(super) struct AskArguments {
+pub(super) struct AdminCallArguments {
     /// The socket of the node plugin.
     #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
-    admin_endpoint: Endpoint,
+    admin_endpoint: UnixEndpoint,
     /// The output format.
     #[arg(long, value_enum, default_value_t)]
     pub(super) output: Output,
 }
 
-impl AskArguments {
+impl AdminCallArguments {
     /// Calls the node plugin. An error is the message of its status.
-    pub(super) fn ask<T>(
+    pub(super) fn call<T>(
         &self,
-        question: impl AsyncFnOnce(AdminClient<Channel>) -> Result<T, tonic::Status>,
+        request: impl AsyncFnOnce(AdminClient<Channel>) -> Result<T, tonic::Status>,
     ) -> Result<T, Failure> {
         let path = self
             .admin_endpoint
@@ -32,13 +32,13 @@ impl AskArguments {
             .ok_or_else(|| "--admin-endpoint is empty: set it to the node plugin's".to_owned())?;
         runtime()?.block_on(async {
             let client = connect(path).await.map_err(|error| error.to_string())?;
-            question(client).await.map_err(|status| told(&status))
+            request(client).await.map_err(|status| status_message(&status))
         })
     }
 }
 
 /// Returns the message of a status, or its code if there is no message.
-pub(super) fn told(status: &tonic::Status) -> Failure {
+pub(super) fn status_message(status: &tonic::Status) -> Failure {
     match status.message() {
         "" => format!("the node plugin answered {:?}", status.code()),
         message => message.to_owned(),
@@ -47,7 +47,7 @@ pub(super) fn told(status: &tonic::Status) -> Failure {
 
 /// Waits for a call. If the command is interrupted (SIGINT, SIGTERM or SIGHUP), fails with a note that the node plugin
 /// continues.
-pub(super) async fn unless_left<T>(
+pub(super) async fn unless_interrupted<T>(
     work: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
     let failed = |error: std::io::Error| tonic::Status::internal(error.to_string());
@@ -55,12 +55,12 @@ pub(super) async fn unless_left<T>(
     let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
     tokio::select! {
         done = work => done,
-        _ = tokio::signal::ctrl_c() => Err(left()),
-        _ = terminate.recv() => Err(left()),
-        _ = hang_up.recv() => Err(left()),
+        _ = tokio::signal::ctrl_c() => Err(interrupted()),
+        _ = terminate.recv() => Err(interrupted()),
+        _ = hang_up.recv() => Err(interrupted()),
     }
 }
 
-fn left() -> tonic::Status {
+fn interrupted() -> tonic::Status {
     tonic::Status::cancelled("left before the end: the node goes on; `ls` tells what it has")
 }

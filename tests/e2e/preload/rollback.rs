@@ -8,7 +8,7 @@ use super::{DOCKER, secret};
 use crate::support::{
     Driver, Layer, Manifest, Pod, Proxy, Registry, Volume,
     api_server::Kind,
-    fleet::{Cluster, Controller, NAMESPACE},
+    preload_cluster::{Cluster, Controller, NAMESPACE},
     private_registry, registry, unique, wait_until,
 };
 
@@ -16,7 +16,7 @@ const USER: &str = "robot";
 const PASSWORD: &str = "password-of-the-robot";
 
 /// Two nodes and a controller with a registry that can go down.
-struct Fleet {
+struct Setup {
     proxy: Proxy,
     cluster: Cluster,
     controller: Controller,
@@ -26,7 +26,7 @@ struct Fleet {
     is_private: bool,
 }
 
-impl Fleet {
+impl Setup {
     #[track_caller]
     fn start(registry: &Registry, is_private: bool) -> Self {
         let (proxy, repository) = (Proxy::new(registry), unique("rollback"));
@@ -45,9 +45,9 @@ impl Fleet {
             };
             versions.push((proxy.reference(&format!("{repository}:{tag}")), digest));
         }
-        let fleet = Self { proxy, cluster, controller, repository, versions, is_private };
-        fleet.make_secret(PASSWORD);
-        fleet
+        let setup = Self { proxy, cluster, controller, repository, versions, is_private };
+        setup.make_secret(PASSWORD);
+        setup
     }
 
     fn make_secret(&self, password: &str) {
@@ -121,51 +121,51 @@ impl Fleet {
 
 #[track_caller]
 fn roll_back(registry: &Registry, is_private: bool) {
-    let mut fleet = Fleet::start(registry, is_private);
+    let mut setup = Setup::start(registry, is_private);
     for version in 0..3 {
-        fleet.roll("tool", fleet.tag(version), "Ready");
+        setup.roll("tool", setup.tag(version), "Ready");
     }
-    fleet.proxy.go_down();
-    fleet.restart();
+    setup.proxy.go_down();
+    setup.restart();
 
     // By the tag: the previous version, which nodes keep, and an older one, which is cached.
     for version in [1, 0] {
-        fleet.roll("tool", fleet.tag(version), "Ready");
-        let status = fleet.cluster.status("tool");
-        assert_eq!(status["readyReference"], fleet.pinned(version).as_str());
+        setup.roll("tool", setup.tag(version), "Ready");
+        let status = setup.cluster.status("tool");
+        assert_eq!(status["readyReference"], setup.pinned(version).as_str());
         assert!(status["registryUnavailableSince"].is_string(), "{status}");
-        let resolved = fleet.cluster.condition("tool", "Resolved");
+        let resolved = setup.cluster.condition("tool", "Resolved");
         assert_eq!(resolved["reason"], "EarlierAnswer");
-        let ready = fleet.cluster.condition("tool", "Ready");
+        let ready = setup.cluster.condition("tool", "Ready");
         let message = ready["message"].as_str().expect("a message");
         assert!(message.contains("the registry has not answered since"), "{message}");
-        fleet.shows(NAMESPACE, &fleet.pinned(version), version);
-        let wanted = fleet.cluster.wanted("one");
+        setup.shows(NAMESPACE, &setup.pinned(version), version);
+        let wanted = setup.cluster.wanted("one");
         assert!(wanted.iter().all(|wanted| wanted["resolvedAt"].is_null()), "{wanted:?}");
     }
     // By the digest, with the tag and without.
-    let digest = &fleet.versions[1].1;
-    let bare = fleet.proxy.reference(&format!("{}@{digest}", fleet.repository));
-    for (reference, version) in [(fleet.pinned(2), 2), (bare, 1)] {
-        fleet.roll("tool", &reference, "Ready");
-        assert_eq!(fleet.cluster.status("tool")["readyReference"], reference.as_str());
-        fleet.shows(NAMESPACE, &reference, version);
+    let digest = &setup.versions[1].1;
+    let bare = setup.proxy.reference(&format!("{}@{digest}", setup.repository));
+    for (reference, version) in [(setup.pinned(2), 2), (bare, 1)] {
+        setup.roll("tool", &reference, "Ready");
+        assert_eq!(setup.cluster.status("tool")["readyReference"], reference.as_str());
+        setup.shows(NAMESPACE, &reference, version);
     }
 
     // A digest that was never there, another preload, and one of another namespace.
-    let unknown = format!("{}@sha256:{}", fleet.tag(1), "0".repeat(64));
-    fleet.roll("tool", &unknown, "RegistryUnavailable");
-    fleet.roll("other", fleet.tag(1), "RegistryUnavailable");
-    wait_until("it is told once", || fleet.events("other") == ["Held"]);
-    fleet.roll("other", &fleet.pinned(1), "RegistryUnavailable");
+    let unknown = format!("{}@sha256:{}", setup.tag(1), "0".repeat(64));
+    setup.roll("tool", &unknown, "RegistryUnavailable");
+    setup.roll("other", setup.tag(1), "RegistryUnavailable");
+    wait_until("it is told once", || setup.events("other") == ["Held"]);
+    setup.roll("other", &setup.pinned(1), "RegistryUnavailable");
     let strange = json!({
         "kind": "ArtifactPreload",
         "metadata": {"namespace": "strangers", "name": "tool"},
-        "spec": {"reference": fleet.tag(1)},
+        "spec": {"reference": setup.tag(1)},
     });
-    fleet.cluster.api.apply(strange);
+    setup.cluster.api.apply(strange);
     wait_until("the preload of the other namespace is held", || {
-        let preload = fleet.cluster.api.get(Kind::Preload, "strangers", "tool");
+        let preload = setup.cluster.api.get(Kind::Preload, "strangers", "tool");
         let conditions = preload["status"]["conditions"].as_array().cloned().unwrap_or_default();
         conditions
             .iter()
@@ -174,27 +174,27 @@ fn roll_back(registry: &Registry, is_private: bool) {
 
     if is_private {
         // The secret is deleted, is no longer named, or is another one: nodes have proofs of one alone.
-        fleet.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
-        fleet.roll("tool", fleet.tag(0), "SecretMissing");
-        fleet.cluster.preload("tool", json!({"reference": fleet.tag(0)}));
-        fleet.cluster.wait_for("tool", "RegistryUnavailable");
-        fleet.make_secret("another-password");
-        fleet.roll("tool", fleet.tag(0), "NodesFailed");
-        let failed = fleet.cluster.status("tool")["failedNodes"].clone();
+        setup.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
+        setup.roll("tool", setup.tag(0), "SecretMissing");
+        setup.cluster.preload("tool", json!({"reference": setup.tag(0)}));
+        setup.cluster.wait_for("tool", "RegistryUnavailable");
+        setup.make_secret("another-password");
+        setup.roll("tool", setup.tag(0), "NodesFailed");
+        let failed = setup.cluster.status("tool")["failedNodes"].clone();
         assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
-        fleet.make_secret(PASSWORD);
+        setup.make_secret(PASSWORD);
         // Another version is requested, so that the secret is read again at once.
-        fleet.roll("tool", fleet.tag(2), "Ready");
+        setup.roll("tool", setup.tag(2), "Ready");
     }
-    fleet.roll("tool", fleet.tag(0), "Ready");
-    fleet.proxy.come_back();
+    setup.roll("tool", setup.tag(0), "Ready");
+    setup.proxy.come_back();
     wait_until("the registry is asked again", || {
-        fleet.cluster.status("tool")["registryUnavailableSince"].is_null()
+        setup.cluster.status("tool")["registryUnavailableSince"].is_null()
     });
-    fleet.cluster.wait_for("tool", "Ready");
-    assert_eq!(fleet.cluster.condition("tool", "Resolved")["reason"], "Resolved");
-    assert_eq!(fleet.cluster.status("tool")["history"].as_array().map(Vec::len), Some(3));
-    let events = fleet.events("tool");
+    setup.cluster.wait_for("tool", "Ready");
+    assert_eq!(setup.cluster.condition("tool", "Resolved")["reason"], "Resolved");
+    assert_eq!(setup.cluster.status("tool")["history"].as_array().map(Vec::len), Some(3));
+    let events = setup.events("tool");
     assert!(events.starts_with(&["Resolved", "Ready"].map(str::to_owned)), "{events:?}");
 }
 
@@ -211,30 +211,30 @@ fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
 #[test]
 fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     let private = private_registry(USER, PASSWORD);
-    let mut fleet = Fleet::start(&private, true);
-    fleet.roll("tool", fleet.tag(1), "Ready");
-    fleet.proxy.go_down();
-    fleet.restart();
-    fleet.shows(NAMESPACE, fleet.tag(1), 1);
-    let kubelet = fleet.cluster.drivers[0].kubelet();
-    kubelet.publish_badly(&fleet.volume(0, "strangers", fleet.tag(1)), Code::Unavailable);
+    let mut setup = Setup::start(&private, true);
+    setup.roll("tool", setup.tag(1), "Ready");
+    setup.proxy.go_down();
+    setup.restart();
+    setup.shows(NAMESPACE, setup.tag(1), 1);
+    let kubelet = setup.cluster.drivers[0].kubelet();
+    kubelet.publish_badly(&setup.volume(0, "strangers", setup.tag(1)), Code::Unavailable);
     // Without the secret the content is treated as absent.
-    let mut stranger = fleet.volume(0, NAMESPACE, fleet.tag(1));
+    let mut stranger = setup.volume(0, NAMESPACE, setup.tag(1));
     stranger.request.secrets.clear();
     kubelet.publish_badly(&stranger, Code::Unavailable);
 
     // The tag moves, and a pod resolves it on one node: the later resolution counts for all.
-    fleet.proxy.come_back();
-    let repository = fleet.repository.clone();
+    setup.proxy.come_back();
+    let repository = setup.repository.clone();
     let layer = Layer::titled("version", format!("v2 of {repository}"));
     Manifest::artifact([layer]).push(&private.as_user(USER, PASSWORD), &repository, "v1");
-    let asks = fleet.volume(0, "strangers", fleet.tag(1)).attribute("pullPolicy", "Always");
+    let asks = setup.volume(0, "strangers", setup.tag(1)).attribute("pullPolicy", "Always");
     kubelet.publish_well(&asks);
     assert_eq!(asks.text("version"), format!("v2 of {repository}"));
-    fleet.proxy.go_down();
+    setup.proxy.go_down();
     for (node, version) in [(0, 2), (1, 1)] {
-        let kubelet = fleet.cluster.drivers[node].kubelet();
-        let volume = fleet.volume(node, NAMESPACE, fleet.tag(1));
+        let kubelet = setup.cluster.drivers[node].kubelet();
+        let volume = setup.volume(node, NAMESPACE, setup.tag(1));
         kubelet.publish_well(&volume);
         assert_eq!(volume.text("version"), format!("v{version} of {repository}"));
         kubelet.unpublish(&volume);
@@ -244,30 +244,30 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
 
 #[test]
 fn a_node_that_is_not_ready_does_not_hold_up_a_preload_that_tolerates_it() {
-    let mut fleet = Fleet::start(registry(), false);
+    let mut setup = Setup::start(registry(), false);
     let spec = |version: usize| {
-        let mut spec = fleet.spec(fleet.tag(version));
+        let mut spec = setup.spec(setup.tag(version));
         spec["toleratedNodes"] = json!("50%");
         spec
     };
     let (first, second) = (spec(0), spec(1));
-    fleet.cluster.preload("tool", first);
-    fleet.cluster.wait_for("tool", "Ready");
-    let node = fleet.cluster.drivers.remove(1).kill();
-    fleet.cluster.api.set_node_ready("two", true);
-    fleet.cluster.preload("tool", second);
-    wait_until("one node holds it", || fleet.cluster.status("tool")["ready"] == 1);
+    setup.cluster.preload("tool", first);
+    setup.cluster.wait_for("tool", "Ready");
+    let node = setup.cluster.drivers.remove(1).kill();
+    setup.cluster.api.set_node_ready("two", true);
+    setup.cluster.preload("tool", second);
+    wait_until("one node holds it", || setup.cluster.status("tool")["ready"] == 1);
     assert_eq!(
-        fleet.cluster.condition("tool", "Ready")["status"],
+        setup.cluster.condition("tool", "Ready")["status"],
         "False",
         "the other may be well"
     );
-    fleet.cluster.api.set_node_ready("two", false);
-    fleet.cluster.wait_for("tool", "Ready");
-    assert_eq!(fleet.cluster.status("tool")["readyReference"], fleet.pinned(1).as_str());
-    assert_eq!(fleet.cluster.status("tool")["away"], 1);
-    fleet.cluster.drivers.push(node.start());
-    fleet.cluster.api.set_node_ready("two", true);
-    wait_until("the node has it when it is back", || fleet.cluster.status("tool")["ready"] == 2);
-    wait_until("none is away", || fleet.cluster.status("tool")["away"] == 0);
+    setup.cluster.api.set_node_ready("two", false);
+    setup.cluster.wait_for("tool", "Ready");
+    assert_eq!(setup.cluster.status("tool")["readyReference"], setup.pinned(1).as_str());
+    assert_eq!(setup.cluster.status("tool")["away"], 1);
+    setup.cluster.drivers.push(node.start());
+    setup.cluster.api.set_node_ready("two", true);
+    wait_until("the node has it when it is back", || setup.cluster.status("tool")["ready"] == 2);
+    wait_until("none is away", || setup.cluster.status("tool")["away"] == 0);
 }

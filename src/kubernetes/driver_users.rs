@@ -9,16 +9,16 @@ use super::{KubernetesClient, KubernetesError};
 /// Returns the namespace and name of every pod with a volume of the driver, sorted.
 ///
 /// Pods that have ended do not count: the kubelet has unmounted their volumes.
-pub async fn pods_that_use(
+pub async fn pods_using_driver(
     client: &KubernetesClient,
     driver_name: &str,
 ) -> Result<Vec<String>, KubernetesError> {
     let volumes = client.list("/api/v1/persistentvolumes").await?;
     let pods = client.list("/api/v1/pods").await?;
-    Ok(users(driver_name, &volumes, &pods))
+    Ok(pods_with_volumes(driver_name, &volumes, &pods))
 }
 
-fn users(driver_name: &str, volumes: &[Value], pods: &[Value]) -> Vec<String> {
+fn pods_with_volumes(driver_name: &str, volumes: &[Value], pods: &[Value]) -> Vec<String> {
     let claims: HashSet<(&str, &str)> = volumes
         .iter()
         .map(|volume| &volume["spec"])
@@ -82,6 +82,9 @@ mod tests {
             json!({"spec": {"csi": {"driver": "other"}, "claimRef": {"namespace": "c", "name": "tool"}}}),
             json!({"spec": {"csi": {"driver": "oci.custom.io"}}}),
         ];
-        assert_eq!(users("oci.custom.io", &volumes, &pods), ["a/claim", "b/inline", "b/waiting"]);
+        assert_eq!(
+            pods_with_volumes("oci.custom.io", &volumes, &pods),
+            ["a/claim", "b/inline", "b/waiting"]
+        );
     }
 }
