@@ -194,13 +194,8 @@ pub fn content_of(
     if let Err(reason) = configuration.check_memory(container_limit()) {
         tracing::warn!(reason, "artifacts that the limits allow may be refused for memory");
     }
-    let puller = Puller::new(
-        store.clone(),
-        sources,
-        configuration.limits.clone(),
-        (configuration.pull.options(), observer),
-        runway,
-    );
+    let options = configuration.pull.options(configuration.limits.clone());
+    let puller = Puller::new(store.clone(), sources, options, observer, runway);
     let policy = policy::permissive();
     Ok(Content { policy, store, puller, upkeep: Arc::default() })
 }

@@ -17,10 +17,10 @@ pub use files::FileReport;
 
 use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
-    Descriptor, ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError,
+    ChoiceStep, ChosenManifest, Descriptor, ImageManifest, Manifest, ManifestChoice, ManifestError,
     check_config_platform, config_platform,
 };
-use oci::registry::{ManifestName, Registry, RegistryError};
+use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RegistryError};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use oci::{Digest, Platform, Reference, Repository};
 use pull::PullError;
@@ -160,20 +160,18 @@ impl Checker {
         if credentials.is_empty() {
             credentials.push(Credential::Anonymous);
         }
-        let mut refused = None;
+        let mut refusals = Refusals::default();
         for credential in credentials {
             match self.check_with(check, &credential).await {
-                // Registries that hide repositories respond with 404.
                 Err(CheckError::Pull(PullError::Registry(error)))
-                    if error.is_refused_credential()
-                        || matches!(error, RegistryError::NotFound { .. }) =>
+                    if error.may_depend_on_credential() =>
                 {
-                    refused.get_or_insert(error);
+                    refusals.add(error);
                 }
                 done => return done,
             }
         }
-        Err(refused.map_or(CheckError::Pull(PullError::Crashed), CheckError::from))
+        Err(refusals.into_error().map_or(CheckError::Pull(PullError::Crashed), CheckError::from))
     }
 
     async fn check_with(
@@ -182,10 +180,7 @@ impl Checker {
         credential: &Credential,
     ) -> Result<Report, CheckError> {
         let reference = &check.reference;
-        let name = match reference.digest() {
-            Some(digest) => ManifestName::Digest(digest),
-            None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
-        };
+        let name = ManifestName::of(reference);
         // Keeps only what the next requests need: the memory of the document is theirs.
         let (top, parsed) = {
             let top = self.registry.manifest(reference.repository(), &name, credential).await?;
@@ -224,55 +219,65 @@ impl Checker {
             }
             Manifest::Index(index) => index,
         };
-        let mut entries = Vec::new();
-        if check.platforms.is_empty() {
-            let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
-            for platform in known.filter(|platform| platform.os != "unknown") {
-                entries
-                    .push((Some(platform.clone()), index.choose_for_any_node(&platform)?.clone()));
-            }
-            if entries.is_empty() {
-                let node = Platform::of_this_node();
-                entries.push((None, self.entry(repository, index, &node, credential).await?));
-            }
-        } else {
-            for wanted in &check.platforms {
-                let entry = self.entry(repository, index.clone(), wanted, credential).await?;
-                entries.push((Some(wanted.clone()), entry));
-            }
-        }
         let mut chosen = Vec::new();
-        for (platform, entry) in entries {
-            let name = ManifestName::Digest(entry.digest);
-            let fetched = self.registry.manifest(repository, &name, credential).await?;
+        for wanted in &check.platforms {
+            let of = Manifest::Index(index.clone());
+            let found = self.resolve(repository, digest, of, wanted, credential).await?;
+            chosen.push(Chosen { platform: Some(wanted.clone()), ..found });
+        }
+        if !chosen.is_empty() {
+            return Ok(chosen);
+        }
+        let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
+        for platform in known.filter(|platform| platform.os != "unknown") {
+            let entry = index.choose_for_any_node(&platform)?;
+            let fetched = self.fetch_manifest(repository, entry, credential).await?;
             let kind = Some(entry.media_type.as_str());
             match Manifest::parse(&fetched.bytes, kind, self.limits.manifest())? {
                 Manifest::Image(image) => {
-                    chosen.push(Chosen { platform, digest: entry.digest, image });
+                    chosen.push(Chosen { platform: Some(platform), digest: entry.digest, image });
                 }
                 Manifest::Index(_) => return Err(ManifestError::NestedIndex(entry.digest).into()),
             }
         }
+        if chosen.is_empty() {
+            let (of, node) = (Manifest::Index(index), Platform::of_this_node());
+            chosen.push(self.resolve(repository, digest, of, &node, credential).await?);
+        }
         Ok(chosen)
     }
 
-    /// Chooses an entry of an index, through nested indexes.
-    async fn entry(
+    /// Chooses the manifest for a platform on this node.
+    async fn resolve(
         &self,
         repository: &Repository,
-        index: ImageIndex,
+        digest: Digest,
+        document: Manifest,
         wanted: &Platform,
         credential: &Credential,
-    ) -> Result<Descriptor, CheckError> {
-        let limits = self.limits.manifest();
-        let mut entries = IndexEntries::for_this_node(index, wanted, limits)?;
-        while let Some(nested) = entries.next_index() {
-            let name = ManifestName::Digest(nested.digest);
-            let fetched = self.registry.manifest(repository, &name, credential).await?;
-            let document = Manifest::parse(&fetched.bytes, Some(&nested.media_type), limits)?;
-            entries.insert(nested, document)?;
+    ) -> Result<Chosen, CheckError> {
+        let mut choice = ManifestChoice::new(digest, document, wanted, self.limits.manifest())?;
+        loop {
+            match choice.step()? {
+                ChoiceStep::Read(of) => {
+                    let fetched = self.fetch_manifest(repository, &of, credential).await?;
+                    choice.insert(of, &fetched.bytes)?;
+                }
+                ChoiceStep::Chosen(ChosenManifest { digest, image, .. }) => {
+                    return Ok(Chosen { platform: None, digest, image });
+                }
+            }
         }
-        Ok(entries.index().choose(wanted)?.clone())
+    }
+
+    async fn fetch_manifest(
+        &self,
+        repository: &Repository,
+        of: &Descriptor,
+        credential: &Credential,
+    ) -> Result<FetchedManifest, CheckError> {
+        let name = ManifestName::Digest(of.digest);
+        Ok(self.registry.manifest(repository, &name, credential).await?)
     }
 
     async fn look(

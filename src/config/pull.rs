@@ -9,6 +9,7 @@ use pull::PullOptions;
 use pull::memory::{MemoryPlan, container_limit};
 use pull::retry::RetryPolicy;
 use pull::wire::WireOptions;
+use unpack::Limits;
 
 /// The `pull` section.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -70,9 +71,10 @@ impl PullSection {
 
     /// Returns the options of the puller.
     #[must_use]
-    pub fn options(&self) -> PullOptions {
+    pub fn options(&self, limits: Limits) -> PullOptions {
         let defaults = WireOptions::default();
         PullOptions {
+            limits,
             wire: WireOptions {
                 downloads: self.downloads,
                 downloads_per_host: self.downloads_per_host,

@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use oci::Digest;
-use pull::retry::jittered;
+use oci::backoff::{RetryBackoff, jittered};
 
-/// The delay after a first failure; doubles with each further one.
-const FIRST_RETRY: Duration = Duration::from_secs(5);
-/// The longest delay after a failure, so the longest until a registry that is back is noticed.
-const LONGEST_RETRY: Duration = Duration::from_mins(10);
+/// The delays after failures. The longest one is also the longest until a registry that is back is noticed.
+const RETRY: RetryBackoff =
+    RetryBackoff { first: Duration::from_secs(5), longest: Duration::from_mins(10) };
 
 /// Returns the part of `spread` that a node waits before its first refresh. It follows from the node's name, so it is
 /// the same at every start, and the nodes of a cluster start one after the other.
@@ -28,8 +27,7 @@ pub(super) fn next_look(interval: Duration) -> Duration {
 
 /// Returns the delay until the next refresh after this many failures in a row.
 pub(super) fn retry(failures: u32, interval: Duration) -> Duration {
-    let doubled = FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(10));
-    jittered(doubled.min(LONGEST_RETRY).min(interval.max(FIRST_RETRY)))
+    jittered(RETRY.after(failures).min(interval.max(RETRY.first)))
 }
 
 #[cfg(test)]

@@ -557,24 +557,6 @@ pub struct IndexEntries {
 }
 
 impl IndexEntries {
-    /// Starts with the index that is referenced, for a choice of a platform on this node.
-    ///
-    /// # Errors
-    ///
-    /// [`ManifestError::NoPlatform`] where no index has to be read to know it, and those of
-    /// [`IndexEntries::insert`].
-    pub fn for_this_node(
-        index: ImageIndex,
-        wanted: &Platform,
-        limits: ManifestLimits,
-    ) -> Result<Self, ManifestError> {
-        let entries = Self::new(index, Some(wanted.order_on_this_node()), limits)?;
-        if entries.nested.is_empty() {
-            entries.entries.choose(wanted)?;
-        }
-        Ok(entries)
-    }
-
     /// Starts with the index that is referenced, for all its platforms.
     ///
     /// # Errors
@@ -654,6 +636,108 @@ impl IndexEntries {
             return Err(ManifestError::TooManyLayers { count, limit: self.most });
         }
         Ok(())
+    }
+}
+
+/// The way from the document that is referenced to the manifest for one platform on this node.
+///
+/// It reads nothing itself: its caller reads each document that [`ManifestChoice::step`] returns, and
+/// inserts it. Nested indexes are read if they may have an entry for the platform.
+#[derive(Debug)]
+pub struct ManifestChoice {
+    wanted: Platform,
+    limits: ManifestLimits,
+    entries: IndexEntries,
+    /// All indexes were read: the next document is the chosen one.
+    is_chosen: bool,
+    chosen: Option<ChosenManifest>,
+}
+
+/// The next step of a choice.
+#[derive(Debug)]
+pub enum ChoiceStep {
+    /// This document has to be read and inserted.
+    Read(Descriptor),
+    /// The choice is complete.
+    Chosen(ChosenManifest),
+}
+
+/// The manifest for a platform.
+#[derive(Debug)]
+pub struct ChosenManifest {
+    /// The digest of the manifest.
+    pub digest: Digest,
+    /// The manifest.
+    pub image: ImageManifest,
+    /// Whether an index names its platform. Otherwise its configuration may.
+    pub has_platform: bool,
+}
+
+impl ManifestChoice {
+    /// Starts with the document that is referenced, for a platform on this node.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`] where no index has to be read to know it, and those of
+    /// [`IndexEntries::insert`].
+    pub fn new(
+        digest: Digest,
+        document: Manifest,
+        wanted: &Platform,
+        limits: ManifestLimits,
+    ) -> Result<Self, ManifestError> {
+        let (index, chosen) = match document {
+            Manifest::Index(index) => (index, None),
+            Manifest::Image(image) => (
+                ImageIndex { manifests: Vec::new() },
+                Some(ChosenManifest { digest, image, has_platform: false }),
+            ),
+        };
+        let entries = IndexEntries::new(index, Some(wanted.order_on_this_node()), limits)?;
+        if chosen.is_none() && entries.nested.is_empty() {
+            entries.index().choose(wanted)?;
+        }
+        Ok(Self { wanted: wanted.clone(), limits, entries, is_chosen: false, chosen })
+    }
+
+    /// Returns the next document to read, or the manifest in the end.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::NoPlatform`], with the platforms of the entries.
+    pub fn step(&mut self) -> Result<ChoiceStep, ManifestError> {
+        if let Some(chosen) = self.chosen.take() {
+            return Ok(ChoiceStep::Chosen(chosen));
+        }
+        if let Some(index) = self.entries.next_index() {
+            return Ok(ChoiceStep::Read(index));
+        }
+        self.is_chosen = true;
+        self.entries.index().choose(&self.wanted).cloned().map(ChoiceStep::Read)
+    }
+
+    /// Inserts what was read for the last [`ManifestChoice::step`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Manifest::parse`] and [`IndexEntries::insert`].
+    pub fn insert(&mut self, of: Descriptor, bytes: &[u8]) -> Result<(), ManifestError> {
+        let document = Manifest::parse(bytes, Some(&of.media_type), self.limits)?;
+        match document {
+            document if !self.is_chosen => self.entries.insert(of, document)?,
+            Manifest::Index(_) => return Err(ManifestError::NestedIndex(of.digest)),
+            Manifest::Image(image) => {
+                let (digest, has_platform) = (of.digest, of.platform.is_some());
+                self.chosen = Some(ChosenManifest { digest, image, has_platform });
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the manifest, if it was just inserted.
+    #[must_use]
+    pub fn chosen(&self) -> Option<&ImageManifest> {
+        self.chosen.as_ref().map(|chosen| &chosen.image)
     }
 }
 
@@ -959,15 +1043,17 @@ mod tests {
         let limits = ManifestLimits { layers: 100, ..LIMITS };
         let with = |entries: &[String]| {
             let text = format!(r#"{{"schemaVersion":2,"manifests":[{}]}}"#, entries.join(","));
-            Manifest::parse(text.as_bytes(), None, limits)
+            text.into_bytes()
         };
-        let Manifest::Index(index) = with(top)? else { panic!("no index") };
-        let mut entries = IndexEntries::for_this_node(index, &wanted, limits)?;
-        while let Some(nested) = entries.next_index() {
-            let document = with(&of(&nested))?;
-            entries.insert(nested, document)?;
+        let document = Manifest::parse(&with(top), None, limits)?;
+        let mut choice = ManifestChoice::new(Digest::of(b""), document, &wanted, limits)?;
+        loop {
+            match choice.step()? {
+                ChoiceStep::Read(chosen) if choice.is_chosen => return Ok(chosen),
+                ChoiceStep::Read(nested) => choice.insert(nested.clone(), &with(&of(&nested)))?,
+                ChoiceStep::Chosen(_) => panic!("no index"),
+            }
         }
-        entries.index().choose(&wanted).cloned()
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Secrets and answers of registries are parsed here, so that no type holds a malformed value.
 
+pub mod backoff;
 pub mod credentials;
 pub mod registry;
 pub mod signature;

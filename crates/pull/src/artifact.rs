@@ -1,6 +1,6 @@
 //! A manifest to the tree that a volume shows.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
@@ -8,79 +8,66 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::OwnedMutexGuard;
 
+use super::compute::Computations;
 use super::error::PullError;
-use super::flights::Outcome;
-use super::memory::{BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART};
-use super::objects::ReadyLayer;
+use super::flights::{Flights, Outcome};
+use super::locks::KeyedLocks;
+use super::memory::BYTES_PER_MANIFEST_BYTE;
+use super::objects::{LayerRequest, LayerStore, ReadyLayer};
+use super::origins::BlobOrigins;
 use super::progress::Progress;
-use super::resolve::{Resolved, blocking};
+use super::room::SpaceReserver;
+use super::shape::{Part, PartRule, Shape, blobs_of_registry, memory_of};
 use super::sponsors::{Source, Sponsors};
 use super::sums::Sums;
 use super::tenant::Caller;
-use super::want::{PullPolicy, Want};
-use super::{Inner, Memory, ProgressView, Puller};
-use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestError};
+use super::tree_sources::{Object, TreeSources};
+use super::wire::Observer;
+use super::{Memory, ProgressView, blocking};
+use oci::manifest::{ImageManifest, Manifest, ManifestError};
 use oci::registry::ManifestName;
 use oci::{Digest, Repository};
-use store::files::StoredFile;
-use store::layers::{Layer, LayerView};
+use store::layers::Layer;
 use store::room::{Claim, Reservation};
-use store::trees::{BuiltTree, Objects, TreeRecord, View};
-use store::{FileKey, StoreError, Tree, TreeKey, give_memory_back};
-use sys::background;
-use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
-use unpack::merge::{Merger, TreePlan};
-use unpack::permissions::NodeType;
-use unpack::{Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode};
+use store::trees::{BuiltTree, Objects, TreeRecord};
+use store::{Store, StoreError, Tree, TreeKey, give_memory_back};
+use sys::background::{self, Background};
+use unpack::merge::Merger;
+use unpack::{Limits, PermissionsRule};
 
 /// How many layers of one artifact are fetched at once; the node's limit holds besides.
 const LAYERS_AT_ONCE: usize = 4;
+/// The size in bytes of a plan from which its memory is returned to the system afterwards.
+pub(super) const LARGE_PLAN: u64 = 8 << 20;
+
+/// Builds trees from the files and layers of the store.
+pub(super) struct TreeAssembler {
+    pub(super) store: Store,
+    pub(super) origins: BlobOrigins,
+    pub(super) limits: Limits,
+    pub(super) layers: Arc<LayerStore>,
+    pub(super) space: SpaceReserver,
+    pub(super) computations: Computations,
+    pub(super) background: Background,
+    pub(super) observer: Arc<dyn Observer>,
+    // Of one repository each: what fails for one is no news for another.
+    pub(super) flights: Flights<(Repository, TreeKey), Tree>,
+    pub(super) sponsors: SponsorsByTree,
+    /// Held while a tree is built.
+    pub(super) building: KeyedLocks<TreeKey>,
+}
+
+/// A tree that is wanted.
+#[derive(Clone, Debug)]
+pub(super) struct TreeRequest {
+    pub(super) key: TreeKey,
+    pub(super) manifest: Digest,
+    pub(super) shape: Shape,
+}
 
 /// Who pays for which tree of which repository.
 #[derive(Debug, Default)]
-pub struct SponsorsByTree(Mutex<HashMap<(Repository, TreeKey), Weak<Sponsors>>>);
-
-/// What shapes a tree beside its manifest.
-#[derive(Clone, Debug)]
-pub(super) struct Shape {
-    pub(super) selection: Selection,
-    pub(super) permissions: PermissionsRule,
-    pub(super) file_mode: Option<u32>,
-    pub(super) unpack: UnpackMode,
-}
-
-/// A layer that is shown.
-#[derive(Clone, Debug)]
-pub(super) struct Part {
-    pub(super) layer: usize,
-    pub(super) descriptor: Descriptor,
-    pub(super) rule: PartRule,
-}
-
-#[derive(Clone, Debug)]
-pub(super) enum PartRule {
-    File(FileRule, Option<Permissions>),
-    Archive(ArchiveRule),
-}
-
-/// A part that is in the store. Of a layer, the last field is its number of entries.
-pub(super) enum Object {
-    File(usize, FileRule, u64, StoredFile),
-    Layer(usize, ArchiveRule, LayerView, u64),
-}
-
-/// The parts that a tree is made of, bottom first.
-pub(super) struct TreeSources {
-    parts: Vec<(usize, SourceRule)>,
-    objects: Objects,
-    /// The number of entries of all layers and of single files.
-    entries: u64,
-}
-
-enum SourceRule {
-    File(FileRule, u64, FileKey),
-    Archive(ArchiveRule),
-}
+pub(super) struct SponsorsByTree(Mutex<HashMap<(Repository, TreeKey), Weak<Sponsors>>>);
 
 /// The layers of an artifact that a tree needs, and the memory that their list takes.
 struct LayerList {
@@ -91,11 +78,9 @@ struct LayerList {
 
 /// The order to build a tree of layers and files that are in the store.
 struct TreeOrder {
-    key: TreeKey,
-    manifest: Digest,
+    tree: TreeRequest,
     kind: String,
     compressed_bytes: u64,
-    shape: Shape,
     /// The blobs that the tree needs, for which disk space is reserved.
     blobs: HashSet<Digest>,
 }
@@ -107,18 +92,6 @@ enum BuildOutcome {
     New(Box<(BuiltTree, TreeRecord, Objects, Reservation)>),
     /// The reserved memory does not suffice. The number is the need in bytes as far as known.
     Short(TreeSources, u64),
-}
-
-/// The size in bytes of a plan from which its memory is returned to the system afterwards.
-pub(super) const LARGE_PLAN: u64 = 8 << 20;
-
-impl Object {
-    /// Found by its name from now on: of many layers not each is held open until the last one has come.
-    fn take_name(&mut self, named: &Layer) {
-        if let Self::Layer(_, _, view, _) = self {
-            *view = named.view();
-        }
-    }
 }
 
 impl SponsorsByTree {
@@ -135,202 +108,85 @@ impl SponsorsByTree {
     }
 }
 
-impl Puller {
-    /// The tree of a manifest that this volume may see, from the store or the registry.
-    pub(super) async fn tree(
-        &self,
-        want: &Want,
-        resolved: &Resolved,
-        view: &ProgressView,
-    ) -> Outcome<Tree> {
-        let inner = &self.0;
-        let shape = Shape::of(want);
-        let (manifest, key) = (resolved.manifest, shape.key(resolved.manifest));
-        let repository = want.reference.repository();
-        if let Some(tree) = inner.cached_tree(repository, key).await? {
-            return Ok(tree);
-        }
-        if want.policy == PullPolicy::Never {
-            return Err(Arc::new(PullError::NotCached));
-        }
-        let credential = self.credential(resolved).await?;
-        let source = Source { repository: repository.clone(), credential };
-        self.fly(key, manifest, &shape, (&source, &want.caller()), view).await
-    }
-
-    async fn fly(
-        &self,
-        key: TreeKey,
-        manifest: Digest,
-        shape: &Shape,
-        (source, caller): (&Source, &Caller),
-        view: &ProgressView,
-    ) -> Outcome<Tree> {
-        let repository = &source.repository;
-        let sponsors = self.0.sponsors.of(repository, key);
-        let mut sponsorship = sponsors.offer(source.clone());
-        loop {
-            let mut started = false;
-            let (inner, shape) = (Arc::clone(&self.0), shape.clone());
-            let sponsors = Arc::clone(&sponsors);
-            let flight = (repository.clone(), key);
-            let mut ticket = self.0.trees.join(flight, caller.clone(), |progress| {
-                started = true;
-                progress.name(format!("{repository}@{manifest}"));
-                async move {
-                    let since = Instant::now();
-                    let made = Arc::clone(&inner)
-                        .make_tree(key, manifest, shape, &sponsors, &progress)
-                        .await;
-                    let (result, reason) =
-                        made.as_ref().map_or_else(PullError::outcome, |_| ("success", ""));
-                    inner.wire.observer.pulled(result, reason, since.elapsed());
-                    made
-                }
-            });
-            view.show(ticket.progress());
-            let outcome = tokio::select! {
-                // Ours first: then the flight's end is no news.
-                biased;
-                refused = sponsorship.refused() => return Err(refused),
-                outcome = ticket.outcome() => outcome,
-            };
-            match outcome {
-                Err(error) if !started && error.is_of_source() => {}
-                outcome => return outcome,
-            }
-        }
+impl TreeRequest {
+    pub(super) fn new(manifest: Digest, shape: Shape) -> Self {
+        Self { key: shape.key(manifest), manifest, shape }
     }
 }
 
-impl Shape {
-    /// Returns the shape that a volume asks for.
-    pub(super) fn of(want: &Want) -> Self {
-        Self {
-            selection: want.selection.clone(),
-            permissions: want.permissions,
-            file_mode: want.file_mode,
-            unpack: want.unpack,
-        }
-    }
-
-    /// As volume attributes say it, to be kept with the tree.
-    fn view(&self) -> View {
-        let (include, exclude) = self.selection.attributes();
-        let Self { permissions, file_mode, unpack, .. } = *self;
-        View { include, exclude, permissions, file_mode, unpack }
-    }
-
-    /// Returns the record of a tree of this shape. Copies of files are counted when they are made.
-    pub(super) fn record(
+impl TreeAssembler {
+    /// Returns a tree of the store whose content the repository has given.
+    pub(super) async fn cached(
         &self,
-        manifest: Digest,
-        kind: String,
-        compressed_bytes: u64,
-        plan: &TreePlan,
-    ) -> TreeRecord {
-        TreeRecord {
-            manifest,
-            kind,
-            bytes: plan.totals.bytes,
-            inodes: plan.totals.inodes,
-            compressed_bytes,
-            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
-            own_bytes: 0,
-            view: self.view(),
-        }
-    }
-
-    pub(super) fn key(&self, manifest: Digest) -> TreeKey {
-        let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
-        let (selection, permissions) = (self.selection.canonical(), self.permissions.name());
-        let key = TreeKey::new(manifest, &selection, permissions, &file_mode);
-        if self.unpack.is_auto() { key } else { key.with_unpack(self.unpack.name()) }
-    }
-
-    /// The layers that are shown, or may be: a title can prove that a layer is not.
-    pub(super) fn parts(
-        &self,
-        manifest: &ImageManifest,
-        limits: &unpack::Limits,
-    ) -> Result<Vec<Part>, PullError> {
-        let rules = classify(manifest, self.unpack, limits)?;
-        // Its patterns are compiled for this list alone.
-        let selection = self.selection.clone();
-        let layers = manifest.layers.iter().zip(rules).enumerate();
-        let parts = layers.filter_map(|(layer, (descriptor, rule))| {
-            if !rule.is_needed(&selection) {
-                return None;
-            }
-            let rule = match rule {
-                LayerRule::Skip => return None,
-                LayerRule::File(rule) => match self.permissions_of(&rule) {
-                    Ok(permissions) => PartRule::File(rule, permissions),
-                    Err(error) => return Some(Err(error.into())),
-                },
-                LayerRule::Archive(rule) => PartRule::Archive(rule),
-            };
-            // The rule has been made from these annotations, which are not needed any more.
-            let annotations = BTreeMap::new();
-            let descriptor = Descriptor { annotations, platform: None, ..descriptor.clone() };
-            Some(Ok(Part { layer, descriptor, rule }))
-        });
-        parts.collect()
-    }
-
-    /// What is recorded with the file wins over the attribute, which is for files without; else the content decides.
-    fn permissions_of(&self, rule: &FileRule) -> Result<Option<Permissions>, UnpackError> {
-        let recorded = rule.recorded;
-        let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
-        if let Some(Permissions { uid, gid, .. }) = recorded.filter(|owned| !owned.has_owner()) {
-            let (uid, gid) = (uid.into(), gid.into());
-            return Err(UnpackError::Owner { path: rule.path.clone(), uid, gid });
-        }
-        let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });
-        Ok(recorded.or(asked))
-    }
-}
-
-impl Inner {
-    async fn cached_tree(
-        self: &Arc<Self>,
         repository: &Repository,
         key: TreeKey,
     ) -> Outcome<Option<Tree>> {
-        let (inner, repository) = (Arc::clone(self), repository.clone());
+        let (origins, repository) = (self.origins.clone(), repository.clone());
         let read = move || {
-            let mirrors = inner.mirrors(&repository);
-            if !inner.store.tree_came_from(&repository, key, &mirrors) {
+            let mirrors = origins.mirrors(&repository);
+            if !origins.store.tree_came_from(&repository, key, &mirrors) {
                 return Ok(None);
             }
-            Ok(inner.store.tree(key)?)
+            Ok(origins.store.tree(key)?)
         };
         blocking(read).await.map_err(Arc::new)
     }
 
+    /// Returns a tree, which is built in a flight that all callers share.
+    pub(super) async fn assemble(
+        self: &Arc<Self>,
+        request: &TreeRequest,
+        source: &Source,
+        caller: Caller,
+        view: &ProgressView,
+    ) -> Outcome<Tree> {
+        let repository = &source.repository;
+        let sponsors = self.sponsors.of(repository, request.key);
+        let mut sponsorship = sponsors.offer(source.clone());
+        let start = |progress: Arc<Progress>| {
+            let (assembler, request) = (Arc::clone(self), request.clone());
+            let sponsors = Arc::clone(&sponsors);
+            progress.name(format!("{repository}@{}", request.manifest));
+            async move {
+                let since = Instant::now();
+                let made = assembler.make_tree(request, &sponsors, &progress).await;
+                let (result, reason) =
+                    made.as_ref().map_or_else(PullError::outcome, |_| ("success", ""));
+                assembler.observer.pulled(result, reason, since.elapsed());
+                made
+            }
+        };
+        let key = (repository.clone(), request.key);
+        let flight = self.flights.run(key, caller, |progress| view.show(progress), start);
+        tokio::select! {
+            // Ours first: then the flight's end is no news.
+            biased;
+            refused = sponsorship.refused() => Err(refused),
+            outcome = flight => outcome,
+        }
+    }
+
     async fn make_tree(
-        self: Arc<Self>,
-        key: TreeKey,
-        manifest: Digest,
-        shape: Shape,
+        self: &Arc<Self>,
+        request: TreeRequest,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
         // No tree needs the manifest yet, so that only this lease keeps it from being evicted.
-        let (inner, of) = (Arc::clone(&self), manifest);
-        let _manifest = blocking(move || Ok(inner.store.hold_blob(of))).await?;
-        match self.build_tree(key, manifest, shape.clone(), sponsors, progress).await {
+        let (store, manifest) = (self.store.clone(), request.manifest);
+        let _manifest = blocking(move || Ok(store.hold_blob(manifest))).await?;
+        match self.build_tree(request.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
             Err(error) if error.is_full() => {
                 let layers = |_: &Self, image: ImageManifest| {
                     Ok(image.layers.into_iter().map(|layer| layer.digest).collect())
                 };
                 let own = self.image(manifest, 0, sponsors, progress, layers).await;
-                if !self.make_room(&error, own.unwrap_or_default()).await? {
+                if !self.space.make_room(&error, own.unwrap_or_default()).await? {
                     return Err(error);
                 }
                 tracing::info!(%manifest, "the disk was full and has room again: trying once more");
-                self.build_tree(key, manifest, shape, sponsors, progress).await
+                self.build_tree(request, sponsors, progress).await
             }
             built => built,
         }
@@ -338,18 +194,17 @@ impl Inner {
 
     async fn build_tree(
         self: &Arc<Self>,
-        key: TreeKey,
-        manifest: Digest,
-        shape: Shape,
+        request: TreeRequest,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<Tree, PullError> {
-        let LayerList { kind, parts, _kept } =
-            self.list(manifest, &shape, sponsors, progress).await?;
+        let LayerList { kind, parts, _kept } = self.list(&request, sponsors, progress).await?;
+        let (key, manifest) = (request.key, request.manifest);
+        let permissions = request.shape.permissions;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         progress.expect(compressed_bytes);
-        let reservation = self.reserve(&parts, shape.permissions, sponsors).await?;
+        let reservation = self.space.reserve(&parts, permissions, sponsors).await?;
         let fetched = blobs_of_registry(&parts);
         let blobs: HashSet<_> = parts.iter().map(|part| part.descriptor.digest).collect();
         let mut waiting = parts.into_iter();
@@ -362,7 +217,7 @@ impl Inner {
                 && let Some(part) = waiting.next()
             {
                 let blob = part.descriptor.digest;
-                let object = self.object(part, shape.permissions, sponsors, progress);
+                let object = self.object(part, permissions, sponsors, progress);
                 under_way.push(async move { (blob, object.await) });
             }
             if under_way.is_empty() && waiting.len() == 0 {
@@ -371,7 +226,7 @@ impl Inner {
             tokio::select! {
                 Some((blob, object)) = under_way.next() => {
                     let (object, ready) = object.map_err(unshare)?;
-                    let (entries, bytes) = amount(&object, ready.as_ref());
+                    let (entries, bytes) = object.amount();
                     sums.add(blob, entries, bytes)?;
                     match ready {
                         Some(ready) => {
@@ -396,7 +251,7 @@ impl Inner {
         // again before the lock is taken under which the tree is built: other flights wait for that lock.
         let built = match self.keep_manifest(manifest, sponsors).await {
             Ok(_) => {
-                let order = TreeOrder { key, manifest, kind, compressed_bytes, shape, blobs };
+                let order = TreeOrder { tree: request, kind, compressed_bytes, blobs };
                 self.build_in_turn(order, TreeSources::new(objects), progress).await
             }
             Err(error) => Err(error),
@@ -411,25 +266,26 @@ impl Inner {
             }
             reservation.done(blob);
         }
-        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
+        let (origins, repository) = (self.origins.clone(), sponsors.repository().clone());
         blocking(move || {
+            let store = &origins.store;
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
             let (built, building) = built?;
-            if inner.store.blob_size(manifest)?.is_none() {
+            if store.blob_size(manifest)?.is_none() {
                 return Err(removed_while_in_use(manifest));
             }
             let tree = match built {
                 BuildOutcome::New(new) => {
                     let (built, record, objects, _room) = *new;
                     let files: Vec<_> = objects.files.into_values().collect();
-                    inner.store.commit_tree(key, record, built, (&layers, &files))?
+                    store.commit_tree(key, record, built, (&layers, &files))?
                 }
                 BuildOutcome::There(tree) => tree,
                 BuildOutcome::Short(..) => return Err(PullError::Crashed),
             };
             drop(building);
-            inner.remember_tree(&repository, key, &fetched)?;
+            record_tree_origin(&origins, &repository, key, &fetched)?;
             Ok(tree)
         })
         .await
@@ -442,22 +298,22 @@ impl Inner {
         mut sources: TreeSources,
         progress: &Arc<Progress>,
     ) -> Result<(BuildOutcome, OwnedMutexGuard<()>), PullError> {
-        let mut bytes = Merger::estimate(sources.entries, &order.shape.selection);
+        let mut bytes = Merger::estimate(sources.entries, &order.tree.shape.selection);
         let order = Arc::new(order);
         loop {
             // Before the lock and the permit, so that no flight waits for a flight that waits for memory.
-            let memory = self.compute_memory(bytes, progress).await?;
+            let memory = self.computations.memory(bytes, progress).await?;
             // Flights of other repositories may build the same tree.
-            let building = self.background.boost_while(self.building.lock(order.key)).await;
-            let permit = self.unpackers.compute_permit(progress).await;
-            let (inner, order) = (Arc::clone(self), Arc::clone(&order));
+            let building = self.background.boost_while(self.building.lock(order.tree.key)).await;
+            let permit = self.computations.permit(progress).await;
+            let (assembler, order) = (Arc::clone(self), Arc::clone(&order));
             let build = move || {
                 let _permit = permit;
-                inner.build_within(&order, sources, memory)
+                assembler.build_within(&order, sources, memory)
             };
             match blocking(build).await? {
                 BuildOutcome::Short(again, needs) => {
-                    bytes = self.memory.bytes_of_next_try(bytes, needs);
+                    bytes = self.computations.budget.bytes_of_next_try(bytes, needs);
                     sources = again;
                 }
                 done => return Ok((done, building)),
@@ -472,10 +328,11 @@ impl Inner {
         sources: TreeSources,
         mut memory: Memory,
     ) -> Result<BuildOutcome, PullError> {
-        if let Some(tree) = self.store.tree(order.key)? {
+        let TreeRequest { key, manifest, shape } = &order.tree;
+        if let Some(tree) = self.store.tree(*key)? {
             return Ok(BuildOutcome::There(tree));
         }
-        let plan = self.plan(&sources, &order.shape, &self.limits, memory.bytes());
+        let plan = sources.plan(&self.store, shape, &self.limits, memory.bytes());
         if let Err(error) = &plan
             && let Some(needs) = sources.shortage(error)
         {
@@ -485,9 +342,9 @@ impl Inner {
         let takes = plan.memory_bytes();
         memory.shrink(takes);
         let (kind, compressed_bytes) = (order.kind.clone(), order.compressed_bytes);
-        let record = order.shape.record(order.manifest, kind, compressed_bytes, &plan);
+        let record = shape.record(*manifest, kind, compressed_bytes, &plan);
         // Directories and symbolic links of the tree itself take disk space, too.
-        let claim = Claim::of_tree(order.key, &plan);
+        let claim = Claim::of_tree(*key, &plan);
         let reserve = || self.store.reserve_after(&[claim], &order.blobs);
         // Publishes wait for the locks that this takes.
         let room = background::at_normal_priority(reserve)?;
@@ -499,46 +356,31 @@ impl Inner {
         Ok(BuildOutcome::New(Box::new((built, record, sources.objects, room))))
     }
 
-    /// Waits for the memory of a computation of a flight.
-    pub(super) async fn compute_memory(
-        &self,
-        bytes: u64,
-        progress: &Progress,
-    ) -> Result<Memory, PullError> {
-        let waits = |wait| progress.waits_for_memory(wait);
-        let reserve = self.memory.compute(progress.tenant(), bytes, waits);
-        // Warming may hold the memory while it stands back.
-        Ok(self.background.boost_while(reserve).await?)
-    }
-
     /// Lists the layers that a tree needs. The manifest is not in memory while memory for the list is
     /// waited for: then it is parsed a second time.
     async fn list(
         self: &Arc<Self>,
-        manifest: Digest,
-        shape: &Shape,
+        request: &TreeRequest,
         sponsors: &Sponsors,
         progress: &Progress,
     ) -> Result<LayerList, PullError> {
         let mut reserved = None;
+        let TreeRequest { manifest, shape, .. } = request;
         let patterns = shape.selection.compiled_bytes();
         loop {
             let (shape, tenant, reserved_before) =
                 (shape.clone(), progress.tenant(), reserved.take());
-            let list = move |inner: &Self, image: ImageManifest| {
-                let parts = shape.parts(&image, &inner.limits)?;
+            let list = move |assembler: &Self, image: ImageManifest| {
+                let parts = shape.parts(&image, &assembler.limits)?;
                 let bytes = memory_of(&parts);
-                let kept = reserved_before.or_else(|| inner.memory.try_keep(tenant, bytes));
+                let kept = reserved_before
+                    .or_else(|| assembler.computations.budget.try_keep(tenant, bytes));
                 let list = |kept| LayerList { kind: image.kind().to_owned(), parts, _kept: kept };
                 Ok(kept.map(list).ok_or(bytes))
             };
-            match self.image(manifest, patterns, sponsors, progress, list).await? {
+            match self.image(*manifest, patterns, sponsors, progress, list).await? {
                 Ok(list) => return Ok(list),
-                Err(bytes) => {
-                    let waits = |wait| progress.waits_for_memory(wait);
-                    let keep = self.memory.keep(progress.tenant(), bytes, waits);
-                    reserved = Some(self.background.boost_while(keep).await?);
-                }
+                Err(bytes) => reserved = Some(self.computations.keep(bytes, progress).await?),
             }
         }
     }
@@ -555,16 +397,16 @@ impl Inner {
         for _ in 0..2 {
             let size = self.keep_manifest(manifest, sponsors).await?;
             let memory = size.saturating_mul(BYTES_PER_MANIFEST_BYTE).saturating_add(more);
-            let memory = self.compute_memory(memory, progress).await?;
-            let inner = Arc::clone(self);
+            let memory = self.computations.memory(memory, progress).await?;
+            let assembler = Arc::clone(self);
             let done = blocking(move || {
                 let _memory = memory;
                 // The store has removed a damaged manifest, which the next try fetches.
-                let Some(bytes) = inner.store.blob(manifest)? else { return Ok(Err(read)) };
-                match Manifest::parse(&bytes, None, inner.limits.manifest())? {
+                let Some(bytes) = assembler.store.blob(manifest)? else { return Ok(Err(read)) };
+                match Manifest::parse(&bytes, None, assembler.limits.manifest())? {
                     Manifest::Image(image) => {
                         drop(bytes);
-                        read(&inner, image).map(Ok)
+                        read(&assembler, image).map(Ok)
                     }
                     Manifest::Index(_) => Err(ManifestError::NestedIndex(manifest).into()),
                 }
@@ -579,25 +421,22 @@ impl Inner {
 
     /// Makes sure that the store keeps a manifest for at least 24 hours, and fetches it if it is not
     /// there. Returns its size.
-    async fn keep_manifest(
-        self: &Arc<Self>,
-        manifest: Digest,
-        sponsors: &Sponsors,
-    ) -> Result<u64, PullError> {
-        let inner = Arc::clone(self);
+    async fn keep_manifest(&self, manifest: Digest, sponsors: &Sponsors) -> Result<u64, PullError> {
+        let store = self.store.clone();
         let kept = blocking(move || {
-            inner.store.blob_is_used(manifest)?;
-            Ok(inner.store.blob_size(manifest)?)
+            store.blob_is_used(manifest)?;
+            Ok(store.blob_size(manifest)?)
         });
         match (kept.await?, sponsors.current()) {
             (Some(size), _) => Ok(size),
             (None, None) => Err(PullError::Unwanted),
             (None, Some((_, Source { repository, credential }))) => {
                 let name = ManifestName::Digest(manifest);
-                let fetched = self.registry.manifest(&repository, &name, &credential).await?;
-                let inner = Arc::clone(self);
+                let registry = &self.origins.registry;
+                let fetched = registry.manifest(&repository, &name, &credential).await?;
+                let store = self.store.clone();
                 blocking(move || {
-                    inner.store.put_blob(manifest, &fetched.bytes)?;
+                    store.put_blob(manifest, &fetched.bytes)?;
                     Ok(fetched.bytes.len() as u64)
                 })
                 .await
@@ -606,172 +445,43 @@ impl Inner {
     }
 
     async fn object(
-        self: &Arc<Self>,
+        &self,
         part: Part,
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
         progress: &Arc<Progress>,
     ) -> Result<(Object, Option<ReadyLayer>), Arc<PullError>> {
-        let Part { layer, descriptor, rule } = part;
+        let Part { layer: number, descriptor, rule } = part;
+        let request = LayerRequest { descriptor: &descriptor, number, sponsors, progress };
         Ok(match rule {
             PartRule::File(rule, mode) => {
-                let file = self.file(&descriptor, mode, sponsors, progress, layer).await?;
-                (Object::File(layer, rule, descriptor.size, file), None)
+                let file = self.layers.file(request, mode).await?;
+                (Object::File(number, rule, descriptor.size, file), None)
             }
             PartRule::Archive(rule) => {
-                let ready = self
-                    .layer(&descriptor, &rule, permissions, sponsors, (progress, layer))
-                    .await?;
-                let entries = ready.totals.entries;
-                (Object::Layer(layer, rule, ready.view.clone(), entries), Some(ready))
+                let ready = self.layers.layer(request, &rule, permissions).await?;
+                let totals = ready.totals;
+                (Object::Layer(number, rule, ready.view.clone(), totals), Some(ready))
             }
         })
     }
-
-    /// Plans the tree of these parts in this shape, within `allowance` bytes of memory. Blocking.
-    pub(super) fn plan(
-        &self,
-        sources: &TreeSources,
-        shape: &Shape,
-        limits: &Limits,
-        allowance: u64,
-    ) -> Result<TreePlan, PullError> {
-        let mut records = sources.objects.records();
-        // Its patterns are compiled for this plan alone.
-        let selection = shape.selection.clone();
-        let merger = Merger::new(limits, &selection);
-        let mut merger = merger.within(allowance).reading(&mut records);
-        for (layer, rule) in &sources.parts {
-            match rule {
-                SourceRule::File(rule, size, FileKey { digest, permissions }) => {
-                    merger.file(*layer, rule, *digest, *size, *permissions)?;
-                }
-                SourceRule::Archive(rule) => {
-                    let Some(view) = sources.objects.layers.get(&layer_number(*layer)) else {
-                        return Err(PullError::Crashed);
-                    };
-                    merger.archive(*layer, rule);
-                    self.each_entry(view, |entry, offset| Ok(merger.recorded(&entry, offset)?))?;
-                }
-            }
-        }
-        Ok(merger.finish()?)
-    }
-
-    /// Visits the entries of a layer, each with its offset in the index. A layer with a damaged index
-    /// is marked as damaged, so that the next try fetches it again.
-    fn each_entry(
-        &self,
-        layer: &LayerView,
-        mut visit: impl FnMut(Entry, u64) -> Result<(), PullError>,
-    ) -> Result<(), PullError> {
-        let mut read = || -> Result<(), PullError> {
-            let mut entries = layer.entries()?;
-            while let Some(entry) = entries.next() {
-                visit(entry?, entries.offset())?;
-            }
-            Ok(())
-        };
-        let done = read();
-        if let Err(PullError::Store(StoreError::Damaged { .. })) = &done
-            && let Some(path) = layer.path()
-        {
-            self.store.mark_damaged(path)?;
-        }
-        done
-    }
-
-    /// Remembers that every blob of a tree has been had from the repository. Blocking.
-    fn remember_tree(
-        &self,
-        repository: &Repository,
-        tree: TreeKey,
-        blobs: &[Digest],
-    ) -> Result<(), PullError> {
-        let mirrors = self.mirrors(repository);
-        let sources =
-            blobs.iter().map(|&blob| self.store.blob_came_from(repository, blob, &mirrors));
-        // A mirror that has gone meanwhile proves nothing any more.
-        if let Some(sources) = sources.collect::<Option<BTreeSet<_>>>() {
-            self.store.put_tree_origin(repository, tree, &sources)?;
-        }
-        Ok(())
-    }
 }
 
-impl TreeSources {
-    pub(super) fn new(mut from: Vec<Object>) -> Self {
-        from.sort_by_key(|part| match part {
-            Object::File(layer, ..) | Object::Layer(layer, ..) => *layer,
-        });
-        let mut sources =
-            Self { parts: Vec::with_capacity(from.len()), objects: Objects::default(), entries: 0 };
-        for part in from {
-            match part {
-                Object::File(layer, rule, size, file) => {
-                    sources.entries = sources.entries.saturating_add(1);
-                    sources.parts.push((layer, SourceRule::File(rule, size, file.key)));
-                    sources.objects.files.insert(file.key, file);
-                }
-                Object::Layer(layer, rule, view, entries) => {
-                    sources.entries = sources.entries.saturating_add(entries);
-                    sources.parts.push((layer, SourceRule::Archive(rule)));
-                    sources.objects.layers.insert(layer_number(layer), view);
-                }
-            }
-        }
-        sources
+/// Records that every blob of a tree has been had from the repository. Blocking.
+fn record_tree_origin(
+    origins: &BlobOrigins,
+    repository: &Repository,
+    tree: TreeKey,
+    blobs: &[Digest],
+) -> Result<(), PullError> {
+    let mirrors = origins.mirrors(repository);
+    let sources =
+        blobs.iter().map(|&blob| origins.store.blob_came_from(repository, blob, &mirrors));
+    // A mirror that has gone meanwhile proves nothing any more.
+    if let Some(sources) = sources.collect::<Option<BTreeSet<_>>>() {
+        origins.store.put_tree_origin(repository, tree, &sources)?;
     }
-
-    /// Returns the files and layers.
-    pub(super) fn into_objects(self) -> Objects {
-        self.objects
-    }
-
-    /// Returns the estimated bytes of memory for the whole plan, if it was stopped for memory.
-    pub(super) fn shortage(&self, error: &PullError) -> Option<u64> {
-        let PullError::Unpack(UnpackError::Memory { bytes, entries }) = error.root() else {
-            return None;
-        };
-        // Assumes that the rest of the entries is like the first ones, and adds an eighth.
-        let all = u128::from(*bytes) * u128::from(self.entries.max(*entries));
-        let all = u64::try_from(all / u128::from((*entries).max(1))).unwrap_or(u64::MAX);
-        Some(all.saturating_add(all / 8))
-    }
-}
-
-fn layer_number(layer: usize) -> u32 {
-    u32::try_from(layer).unwrap_or(u32::MAX)
-}
-
-/// Returns the bytes of memory that a pull keeps for a list of parts.
-fn memory_of(parts: &[Part]) -> u64 {
-    let of_part = |part: &Part| {
-        let Part { descriptor, rule, .. } = part;
-        let path = match rule {
-            PartRule::File(rule, _) => Some(&rule.path),
-            PartRule::Archive(rule) => rule.within.as_ref(),
-        };
-        let path = path.map_or(0, |path| path.as_bytes().len());
-        let data = descriptor.data.as_ref().map_or(0, Vec::len);
-        BYTES_PER_PART + (2 * path + data + descriptor.media_type.len()) as u64
-    };
-    parts.iter().map(of_part).fold(0, u64::saturating_add)
-}
-
-/// The blobs of these parts that the manifest does not carry itself.
-fn blobs_of_registry(parts: &[Part]) -> Vec<Digest> {
-    let fetched = parts.iter().filter(|part| part.descriptor.data.is_none());
-    fetched.map(|part| part.descriptor.digest).collect()
-}
-
-/// Entries and bytes of a part.
-fn amount(object: &Object, ready: Option<&ReadyLayer>) -> (u64, u64) {
-    match (object, ready) {
-        (Object::File(_, _, size, _), _) => (1, *size),
-        (Object::Layer(..), Some(ready)) => (ready.totals.entries, ready.totals.bytes),
-        (Object::Layer(..), None) => (0, 0),
-    }
+    Ok(())
 }
 
 fn removed_while_in_use(manifest: Digest) -> PullError {
@@ -783,4 +493,57 @@ fn removed_while_in_use(manifest: Digest) -> PullError {
 /// A failure that other flights may share becomes this flight's own.
 fn unshare(error: Arc<PullError>) -> PullError {
     Arc::try_unwrap(error).unwrap_or_else(PullError::Shared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        MANIFEST, TAR, TestNode, TestRegistry, descriptor, file_layer, image, is_root, tar,
+    };
+    use super::super::{PullPolicy, Want};
+    use super::*;
+    use oci::registry::RegistryError;
+    use unpack::UnpackMode;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn volumes_whose_blobs_are_missing_are_refused() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let layers = [file_layer("one", b"1"), file_layer("two", b"22")];
+        registry.manifest("a", "latest", MANIFEST, &image(&layers));
+        let want = registry.want("a");
+        let (one, two) = tokio::join!(node.pull(&want), node.pull(&want));
+        for error in [one, two].map(|refused| refused.expect_err("the blobs are missing")) {
+            let error = error.root();
+            assert!(
+                matches!(error, PullError::Registry(RegistryError::NotFound { .. })),
+                "{error}"
+            );
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn volumes_that_want_one_tree_share_its_downloads() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let archive = tar(&[("folder/one", b"1"), ("two", b"22")]);
+        for blob in [&archive[..], &b"333"[..]] {
+            registry.blob("a", blob);
+        }
+        let layers = [descriptor(TAR, &archive, ""), file_layer("three", b"333")];
+        let manifest = registry.manifest("a", "latest", MANIFEST, &image(&layers));
+        let want = Want { unpack: UnpackMode::Always, ..registry.want("a") };
+        let never = Want { policy: PullPolicy::Never, ..want.clone() };
+        let refused = node.pull(&never).await.expect_err("nothing is here");
+        assert!(matches!(*refused, PullError::NotCached), "{refused}");
+        if !is_root() {
+            return;
+        }
+        let (one, two) = tokio::join!(node.pull(&want), node.pull(&want));
+        let (one, two) = (one.expect("a tree"), two.expect("a tree"));
+        assert_eq!((one.key, one.generation), (two.key, two.generation));
+        assert_eq!((one.record.manifest, one.record.bytes), (manifest, 6));
+        assert_eq!(registry.seen("blobs/").len(), 2, "each blob is fetched once");
+        let requests = registry.seen("").len();
+        assert_eq!(node.pull(&never).await.expect("a cached tree").key, one.key);
+        assert_eq!(registry.seen("").len(), requests, "the registry is not asked again");
+    }
 }

@@ -4,7 +4,7 @@
 //! no flight. Everything else is left to [`Puller::acquire`], including the reason of a failure.
 
 use super::Puller;
-use super::artifact::Shape;
+use super::shape::Shape;
 use super::want::{PullPolicy, Want};
 use store::Tree;
 use store::object::ObjectName;
@@ -17,24 +17,25 @@ impl Puller {
         if want.policy == PullPolicy::Always {
             return None;
         }
-        let inner = &self.0;
+        let resolver = &self.0.resolver;
+        let store = &resolver.store;
         let repository = want.reference.repository();
-        let mirrors = inner.mirrors(repository);
-        let candidates = inner.candidates(want);
-        let known = inner.known(want, &candidates, &mirrors)?;
+        let mirrors = resolver.known.origins.mirrors(repository);
+        let known = resolver.known.find(want, &resolver.candidates(want), &mirrors)?;
         known.proven?;
-        let key = Shape::of(want).key(known.manifest);
-        if !inner.store.tree_came_from(repository, key, &mirrors) {
+        let manifest = known.digests.manifest;
+        let key = Shape::of(want).key(manifest);
+        if !store.tree_came_from(repository, key, &mirrors) {
             return None;
         }
-        let tree = inner.store.tree(key).ok()??;
-        let is_read = !inner.store.is_unread(&ObjectName::tree(tree.key, tree.generation));
+        let tree = store.tree(key).ok()??;
+        let is_read = !store.is_unread(&ObjectName::tree(tree.key, tree.generation));
         let is_verified = want
             .signature
             .as_ref()
-            .is_none_or(|demand| inner.store.is_verified(repository, known.manifest, demand.id()));
+            .is_none_or(|demand| store.is_verified(repository, manifest, demand.id()));
         let fits = want.check_bytes(tree.record.bytes).is_ok()
-            && inner.check_manifest_bytes(want, known.manifest).is_ok();
+            && resolver.known.check_bytes(want, manifest).is_ok();
         (is_read && is_verified && fits).then_some(tree)
     }
 }

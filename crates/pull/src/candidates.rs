@@ -3,7 +3,6 @@
 //! In this order: the volume's own secret, the kubelet's plugins, the node's docker
 //! configuration. Without any, and only then, the request is anonymous.
 
-use super::Inner;
 use super::error::PullError;
 use super::want::Want;
 use oci::Repository;
@@ -13,32 +12,40 @@ use store::access::Principal;
 
 /// One credential, or what may give some.
 #[derive(Clone, Debug)]
-pub struct Candidate {
+pub(super) struct Candidate {
     /// Whom a proof with it is for.
-    pub principal: Principal,
+    pub(super) principal: Principal,
     source: Source,
+}
+
+/// A credential, and the principal that a proof with it is for.
+#[derive(Clone, Debug)]
+pub(super) struct PrincipalCredential {
+    /// Whom a proof is for.
+    pub(super) principal: Principal,
+    /// What the registry is shown.
+    pub(super) credential: Credential,
 }
 
 /// What a volume may try, in turn.
 #[derive(Clone, Debug)]
-pub struct Candidates {
+pub(super) struct Candidates {
     repository: Repository,
     identity: Option<WorkloadIdentity>,
     all: Vec<Candidate>,
 }
 
-impl Inner {
+impl Candidates {
     /// Reads files of the node; asks nobody and runs nothing. Blocking.
-    pub(super) fn candidates(&self, want: &Want) -> Candidates {
+    pub(super) fn read(want: &Want, node_key: &[u8; 32], node: &NodeCredentials) -> Self {
         let repository = want.reference.repository();
-        let node_key = self.store.node_key();
         let mut all = Vec::new();
         for credential in want.keyring.matching(repository) {
             let material = credential.principal_material();
             let principal = Principal::credential(node_key, repository.host(), &material);
             all.push(Candidate { principal, source: Source::Ready(credential) });
         }
-        for offer in self.node_credentials.offers(repository) {
+        for offer in node.offers(repository) {
             let principal = match (offer.owner, &want.identity) {
                 (
                     Owner::ServiceAccount,
@@ -49,23 +56,21 @@ impl Inner {
             };
             all.push(Candidate { principal, source: offer.source });
         }
-        Candidates { repository: repository.clone(), identity: want.identity.clone(), all }
+        Self { repository: repository.clone(), identity: want.identity.clone(), all }
     }
-}
 
-impl Candidates {
     /// In turn.
-    pub fn all(&self) -> &[Candidate] {
+    pub(super) fn all(&self) -> &[Candidate] {
         &self.all
     }
 
     /// Whose rights they stand for.
-    pub fn principals(&self) -> Vec<Principal> {
+    pub(super) fn principals(&self) -> Vec<Principal> {
         self.all.iter().map(|candidate| candidate.principal.clone()).collect()
     }
 
     /// The first to try; as anybody, when there is none.
-    pub fn first(&self) -> Candidate {
+    pub(super) fn first(&self) -> Candidate {
         self.all.first().cloned().unwrap_or_else(Self::anonymous)
     }
 

@@ -19,6 +19,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use super::SizedBlob;
 use super::error::PullError;
 use super::idle::Processors;
 use super::origins::content_source;
@@ -54,7 +55,7 @@ const SHORT: Duration = Duration::from_secs(5);
 const LOOK_BEHIND: Duration = Duration::from_secs(1);
 
 /// What the blocking side is told.
-pub enum Write {
+pub(super) enum Write {
     /// Bytes and their place; the permit is the memory that they take.
     Bytes {
         /// Where they belong.
@@ -71,7 +72,7 @@ pub enum Write {
 }
 
 /// Why the work ended without a blob.
-pub enum Failure {
+pub(super) enum Failure {
     /// The writer has failed; its own error counts.
     WriterGone,
     /// The source's failure, or the wire's.
@@ -84,28 +85,37 @@ pub enum Failure {
 }
 
 /// One blob that is fetched from one source.
-pub struct Connections<'a> {
-    wire: &'a Wire,
-    source: &'a Source,
-    digest: Digest,
-    size: u64,
-    ask: Ask,
-    /// Which it holds while it is under way.
-    place: &'a Slot,
-    progress: &'a Progress,
-    writes: mpsc::Sender<Write>,
+pub(super) struct Connections<'a> {
+    /// The registry client, and the limits of all downloads.
+    pub(super) wire: &'a Wire,
+    /// The repository, and the credential that it is shown.
+    pub(super) source: &'a Source,
+    /// The blob.
+    pub(super) blob: SizedBlob,
+    /// The request for a slot.
+    pub(super) ask: Ask,
+    /// The place that the blob holds while it is under way.
+    pub(super) place: &'a Slot,
+    /// The flight.
+    pub(super) progress: &'a Progress,
+    /// To the writer.
+    pub(super) writes: mpsc::Sender<Write>,
     /// Nanoseconds for which the writer had something to do.
-    busy: Arc<AtomicU64>,
-    follow: &'a (dyn Fn(Follower) + Send + Sync),
-    /// The download that other repositories share.
-    shared: Option<Arc<SharedDownload>>,
-    /// Whether the head of an answer is all that is wanted.
-    only_answer: bool,
-    state: Mutex<State>,
+    pub(super) busy: Arc<AtomicU64>,
+    /// Is given a reader of the blob each time that it starts over.
+    pub(super) follow: &'a (dyn Fn(Follower) + Send + Sync),
+    /// The download that other repositories share, for whose waiters bytes are kept that this source
+    /// cannot continue.
+    pub(super) shared: Option<Arc<SharedDownload>>,
+    /// Whether the head of an answer is all that is wanted: it is asked for as for the blob, with the
+    /// same patience.
+    pub(super) only_answer: bool,
+    /// What the connections share.
+    pub(super) state: Mutex<ConnectionState>,
 }
 
-/// What the connections share.
-struct State {
+/// The bytes that are missing, and what is known of the source.
+pub(super) struct ConnectionState {
     spans: Spans,
     /// Of connections that gave way: those that go on are measured with them, as one that is slow
     /// could else always be given up before it was found out.
@@ -142,83 +152,45 @@ enum End {
     WriterGone,
 }
 
-impl<'a> Connections<'a> {
-    /// Nothing is asked for yet. `spans` is what is missing; `follow` is given a reader of the blob
-    /// each time that it starts over.
-    pub fn new(
-        wire: &'a Wire,
-        source: &'a Source,
-        (digest, size): (Digest, u64),
-        (ask, place, progress): (Ask, &'a Slot, &'a Progress),
-        (writes, busy): (mpsc::Sender<Write>, Arc<AtomicU64>),
-        (spans, follow): (Spans, &'a (dyn Fn(Follower) + Send + Sync)),
-    ) -> Self {
-        let most = wire.options.connections.max(1);
-        let ranges = Ranges::Unknown;
-        let (rates, answered_by, mirrored) = (Vec::new(), BTreeSet::new(), false);
-        let has_earlier_bytes = spans.missing() < size;
-        let state = State {
-            spans,
-            rates,
+impl ConnectionState {
+    /// Creates the state before the first request. `missing` is the part of the blob to fetch, by at
+    /// most `most` connections.
+    pub(super) fn new(missing: Spans, blob: SizedBlob, most: usize) -> Mutex<Self> {
+        Mutex::new(Self {
+            has_earlier_bytes: missing.missing() < blob.size,
+            spans: missing,
+            rates: Vec::new(),
             wanted: 1,
-            most,
-            ranges,
-            answered_by,
-            mirrored,
-            has_earlier_bytes,
-        };
-        let state = Mutex::new(state);
-        Self {
-            wire,
-            source,
-            digest,
-            size,
-            ask,
-            place,
-            progress,
-            writes,
-            busy,
-            follow,
-            shared: None,
-            only_answer: false,
-            state,
-        }
+            most: most.max(1),
+            ranges: Ranges::Unknown,
+            answered_by: BTreeSet::new(),
+            mirrored: false,
+        })
     }
+}
 
-    /// Asks as for the blob, with the same patience, and reads no more than the head of the answer.
-    #[must_use]
-    pub fn only_answer(self) -> Self {
-        self.state().most = 1;
-        Self { only_answer: true, ..self }
-    }
-
-    /// Keeps bytes that this source cannot continue for the waiters of a shared download.
-    #[must_use]
-    pub(super) fn sharing(self, shared: Option<Arc<SharedDownload>>) -> Self {
-        Self { shared, ..self }
-    }
-
+impl Connections<'_> {
     /// Returns whether starting over would discard bytes that a waiting source could continue.
-    pub fn would_discard_others_bytes(&self) -> bool {
+    pub(super) fn would_discard_others_bytes(&self) -> bool {
         self.state().has_earlier_bytes
             && self.shared.as_ref().is_some_and(|shared| shared.has_waiters())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, ConnectionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who has answered, and bytes that never came.
-    pub fn outcome(&self) -> (BTreeSet<ProofSource>, u64) {
+    pub(super) fn outcome(&self) -> (BTreeSet<ProofSource>, u64) {
         let state = self.state();
         (state.answered_by.clone(), state.spans.missing())
     }
 
     /// Fetches what is missing, and has it verified.
-    pub async fn run(&self, slot: Slot) -> Result<(), Failure> {
+    pub(super) async fn run(&self, slot: Slot) -> Result<(), Failure> {
         let mut slot = Some(slot);
         let missing = self.state().spans.missing();
-        let mut retries = Retries::new(self.wire.options.retry, self.size, missing);
+        let mut retries = Retries::new(self.wire.options.retry, self.blob.size, missing);
         let mut started_over = false;
         loop {
             let done = match self.bring(slot.take(), &mut retries).await {
@@ -229,7 +201,7 @@ impl<'a> Connections<'a> {
             let Err(Failure::Wrong(error)) = done else { return done };
             // What was here from an earlier try, or came from the registry, is no fault of theirs.
             if self.state().mirrored {
-                self.wire.registry.distrust_mirrors(&self.source.repository, self.digest);
+                self.wire.registry.distrust_mirrors(&self.source.repository, self.blob.digest);
             }
             if self.would_discard_others_bytes() {
                 return Err(Failure::CannotContinue(error));
@@ -283,7 +255,7 @@ impl<'a> Connections<'a> {
                     self.refuse_ranges();
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
-                            let got = self.size - self.state().spans.missing();
+                            let got = self.blob.size - self.state().spans.missing();
                             return Err(Failure::CannotContinue(self.wrong_size(got)));
                         }
                         self.restart(retries).await?;
@@ -402,7 +374,7 @@ impl<'a> Connections<'a> {
     async fn stream(&self, number: u32, slot: Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
         if self.only_answer {
-            self.state().spans.advance(number, self.size);
+            self.state().spans.advance(number, self.blob.size);
             return Ok(());
         }
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
@@ -412,8 +384,8 @@ impl<'a> Connections<'a> {
                 || matches!(broken.error, PullError::BlobSize { .. })
                 || self.span(number).start - start < WORTH_A_MIRROR;
             if broken.passed_by {
-                tracing::info!(%mirror, blob = %self.digest, "a mirror broke off: the others are asked");
-                self.wire.registry.pass_by(&self.source.repository, self.digest, &mirror);
+                tracing::info!(%mirror, blob = %self.blob.digest, "a mirror broke off: the others are asked");
+                self.wire.registry.pass_by(&self.source.repository, self.blob.digest, &mirror);
             }
         }
         ended
@@ -449,14 +421,14 @@ impl<'a> Connections<'a> {
                 _ if self.span(number).is_empty() => return Ok(()),
                 Ok(None) => {
                     let missing = self.state().spans.missing();
-                    return Err(Stop::Broke(self.wrong_size(self.size - missing).into()));
+                    return Err(Stop::Broke(self.wrong_size(self.blob.size - missing).into()));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
             };
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
-            if chunk.len() > room && span.end == self.size {
-                return Err(Stop::Wrong(self.wrong_size(self.size + 1)));
+            if chunk.len() > room && span.end == self.blob.size {
+                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1)));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -468,7 +440,7 @@ impl<'a> Connections<'a> {
             self.progress.arrived(length);
             self.wire.observer.downloaded(length);
             let step = self.state().spans.advance(number, length);
-            if step == Step::Complete && span.end < self.size {
+            if step == Step::Complete && span.end < self.blob.size {
                 return Ok(());
             }
             let is_kept = rate.keeps(length);
@@ -513,11 +485,11 @@ impl<'a> Connections<'a> {
         let span = self.span(number);
         let Source { repository, credential } = self.source;
         let registry = &self.wire.registry;
-        let is_part = span.start > 0 || span.end < self.size;
-        let opened = if span.end < self.size {
-            registry.blob_range(repository, self.digest, span.clone(), credential).await
+        let is_part = span.start > 0 || span.end < self.blob.size;
+        let opened = if span.end < self.blob.size {
+            registry.blob_range(repository, self.blob.digest, span.clone(), credential).await
         } else {
-            registry.blob(repository, self.digest, span.start, credential).await
+            registry.blob(repository, self.blob.digest, span.start, credential).await
         };
         let body = match opened {
             Ok(body) => body,
@@ -528,11 +500,11 @@ impl<'a> Connections<'a> {
         let mut state = self.state();
         if state.answered_by.is_empty() && !self.only_answer {
             // Not before: what an earlier try left is no news for whom it is refused.
-            self.progress.resumed(self.size - state.spans.missing());
+            self.progress.resumed(self.blob.size - state.spans.missing());
         }
         state.answered_by.insert(content_source(&body.answered_by));
         state.mirrored |= body.mirror.is_some();
-        if body.offset != span.start || (span.end < self.size && !body.is_part) {
+        if body.offset != span.start || (span.end < self.blob.size && !body.is_part) {
             return Err(Stop::NoRanges);
         }
         if body.is_part {
@@ -541,7 +513,7 @@ impl<'a> Connections<'a> {
         drop(state);
         match body.total {
             // However often it came, it would end where it says.
-            Some(total) if total != self.size => Err(Stop::Wrong(self.wrong_size(total))),
+            Some(total) if total != self.blob.size => Err(Stop::Wrong(self.wrong_size(total))),
             _ => Ok(body),
         }
     }
@@ -550,18 +522,18 @@ impl<'a> Connections<'a> {
         let (answer, digest) = oneshot::channel();
         self.send(Write::Verify(answer)).await?;
         let got = digest.await.map_err(|_| Failure::WriterGone)?;
-        if got == self.digest {
+        if got == self.blob.digest {
             return Ok(());
         }
-        Err(Failure::Wrong(PullError::BlobDigest { expected: self.digest, got }))
+        Err(Failure::Wrong(PullError::BlobDigest { expected: self.blob.digest, got }))
     }
 
     async fn restart(&self, retries: &mut Retries) -> Result<(), Failure> {
         retries.restarted();
         {
             let mut state = self.state();
-            self.progress.lost(self.size - state.spans.missing());
-            state.spans = Spans::whole(self.size);
+            self.progress.lost(self.blob.size - state.spans.missing());
+            state.spans = Spans::whole(self.blob.size);
             state.wanted = 1;
             state.mirrored = false;
             state.has_earlier_bytes = false;
@@ -579,13 +551,13 @@ impl<'a> Connections<'a> {
     }
 
     fn wrong_size(&self, got: u64) -> PullError {
-        PullError::BlobSize { digest: self.digest, expected: self.size, got }
+        PullError::BlobSize { digest: self.blob.digest, expected: self.blob.size, got }
     }
 
     fn too_slow(&self) -> PullError {
         let repository = &self.source.repository;
         let waited = self.wire.options.rate_window;
-        let what = format!("blob {} of {repository}", self.digest);
+        let what = format!("blob {} of {repository}", self.blob.digest);
         RegistryError::Timeout { host: repository.host().to_owned(), what, waited }.into()
     }
 }
@@ -648,5 +620,52 @@ impl<'a> Pace<'a> {
         elapsed > LOOK.as_nanos() / 2
             && worked * 2 < elapsed
             && (brought < little || self.processors.had_time())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::response::Response;
+
+    use super::super::testing::{TestNode, TestRegistry, broken};
+
+    const SIZE: usize = 300_000;
+
+    fn content() -> Vec<u8> {
+        (0..SIZE).map(|place| u8::try_from(place % 251).unwrap_or_default()).collect()
+    }
+
+    /// Downloads a blob whose first answer breaks off, from a registry that answers ranges or not. Returns
+    /// the first bytes of the ranges that were asked for.
+    async fn pull_broken(has_ranges: bool) -> Vec<Option<usize>> {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let digest = registry.blob("a", &content());
+        let is_first = std::sync::atomic::AtomicBool::new(true);
+        registry.answer_with(move |seen| {
+            if !seen.object.starts_with("blobs/") {
+                return None;
+            }
+            if is_first.swap(false, std::sync::atomic::Ordering::Relaxed) {
+                return Some(broken(content()[..SIZE / 2].to_vec(), SIZE));
+            }
+            (!has_ranges).then(|| Response::new(Body::from(content())))
+        });
+        let download = node.download(&registry, "a", &content()).await.expect("the blob");
+        assert_eq!(download.partial.digest(), digest);
+        registry.seen("blobs/").iter().map(|seen| seen.start).collect()
+    }
+
+    #[tokio::test]
+    async fn a_broken_download_continues_where_it_stopped() {
+        let starts = pull_broken(true).await;
+        let [None, Some(start)] = starts[..] else { panic!("{starts:?}") };
+        assert!(start > 0 && start <= SIZE / 2, "{start}");
+    }
+
+    #[tokio::test]
+    async fn a_source_without_ranges_is_asked_for_the_whole_blob_again() {
+        let starts = pull_broken(false).await;
+        assert!(matches!(starts[..], [None, Some(_), None]), "{starts:?}");
     }
 }

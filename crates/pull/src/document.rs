@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::SizedBlob;
 use super::error::PullError;
 use super::rate::Rate;
 use super::wire::WireOptions;
@@ -20,22 +21,23 @@ const ANY: Duration = Duration::from_secs(30);
 
 /// A blob that is what its digest says, and the room that it takes.
 #[derive(Debug)]
-pub struct Document {
+pub(super) struct Document {
     /// Its bytes.
-    pub bytes: Bytes,
+    pub(super) bytes: Bytes,
     /// Who sent them.
-    pub answered_by: AnsweredBy,
+    pub(super) answered_by: AnsweredBy,
     _held: Option<Held>,
 }
 
 /// Fetches a blob whose size is within a limit. The mirrors that are of no use for it are passed by.
-pub async fn fetch(
+pub(super) async fn fetch(
     registry: &Registry,
     options: &WireOptions,
     repository: &Repository,
-    (digest, size): (Digest, u64),
+    blob: SizedBlob,
     credential: &Credential,
 ) -> Result<Document, PullError> {
+    let SizedBlob { digest, size } = blob;
     let held = registry.hold(repository, size).await;
     let waited = ANY + Duration::from_secs(size / LEAST);
     let too_slow = |waited| {
@@ -136,7 +138,8 @@ mod tests {
         let (registry, options) = (registry.expect("a client"), WireOptions::default());
         // Nobody listens.
         let reference: Reference = "127.0.0.1:1/a/b".parse().expect("a reference");
-        let (repository, blob) = (reference.repository(), (Digest::of(b"xy"), 2));
+        let repository = reference.repository();
+        let blob = SizedBlob { digest: Digest::of(b"xy"), size: 2 };
         let anonymous = Credential::Anonymous;
         let fetched = fetch(&registry, &options, repository, blob, &anonymous).await;
         let error = fetched.expect_err("nobody has it");

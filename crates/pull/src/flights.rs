@@ -119,6 +119,33 @@ where
         };
         ticket
     }
+
+    /// Joins the flight of this key, or starts it, and waits for its end. A flight that was under way
+    /// before may fail with its own source: then another one follows, whose source may not.
+    /// `joined` is given the progress of each.
+    pub async fn run<F>(
+        &self,
+        key: K,
+        caller: Caller,
+        joined: impl Fn(&Arc<Progress>),
+        start: impl Fn(Arc<Progress>) -> F,
+    ) -> Outcome<T>
+    where
+        F: Future<Output = Result<T, PullError>> + Send + 'static,
+    {
+        loop {
+            let mut is_started = false;
+            let mut ticket = self.join(key.clone(), caller.clone(), |progress| {
+                is_started = true;
+                start(progress)
+            });
+            joined(ticket.progress());
+            match ticket.outcome().await {
+                Err(error) if !is_started && error.is_of_source() => {}
+                outcome => return outcome,
+            }
+        }
+    }
 }
 
 /// Returns when nobody has waited for the time of `linger`.

@@ -14,21 +14,22 @@ use std::path::{Component, Path};
 use std::sync::Arc;
 
 use super::candidates::Candidates;
+use super::downloader::Downloader;
 use super::error::PullError;
-use super::resolve::{Resolved, blocking};
+use super::resolve::{Resolved, ResolvedDigests};
 use super::tenant::Tenant;
-use super::want::{IfUnavailable, Priority, PullPolicy, Want};
-use super::{Inner, ProgressView, Puller};
-use oci::credentials::Keyring;
-use oci::manifest::{Descriptor, ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError};
+use super::want::Want;
+use super::{ProgressView, Puller, blocking};
+use oci::manifest::{
+    ChoiceStep, ChosenManifest, Descriptor, ImageIndex, Manifest, ManifestChoice, ManifestError,
+};
 use oci::{Digest, Platform, Reference};
 use store::access::ProofSource;
 use store::import::ImportedBlobs;
 use store::resolutions::Resolution;
-use store::{StoreError, Tree};
-use unpack::layer_rule::UnpackMode;
+use store::{Store, StoreError, Tree};
 use unpack::members::read_members;
-use unpack::{PermissionsRule, Selection, UnpackError};
+use unpack::{Limits, UnpackError};
 
 /// Files of a layout beside its blobs; ours are two, and other tools add a few.
 const STRANGE_FILES: usize = 1000;
@@ -87,8 +88,7 @@ struct Layout {
 /// What a layout means for a reference and a platform.
 struct Chosen {
     top: Digest,
-    manifest: Digest,
-    image: ImageManifest,
+    manifest: ChosenManifest,
     /// Manifests and the configuration, to be kept.
     small: BTreeMap<Digest, Vec<u8>>,
 }
@@ -101,45 +101,28 @@ impl Puller {
         reference: &Reference,
         platform: &Platform,
     ) -> Result<Tree, ImportError> {
-        let (inner, named, wanted) = (Arc::clone(&self.0), reference.clone(), platform.clone());
+        let (importer, named, wanted) =
+            (Arc::clone(&self.0.importer), reference.clone(), platform.clone());
         let taken = tokio::task::spawn_blocking(move || {
-            let layout = inner.read_layout(layout)?;
-            let resolution = inner.take(&layout, &named, &wanted)?;
+            let layout = importer.read_layout(layout)?;
+            let resolution = importer.take(&layout, &named, &wanted)?;
             Ok::<_, ImportError>((resolution, layout.blobs))
         });
         let (resolution, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
         let manifest = resolution.manifest;
-        let want = Want {
-            reference: reference.clone(),
-            platform: platform.clone(),
-            policy: PullPolicy::IfNotPresent,
-            if_unavailable: IfUnavailable::Fail,
-            selection: Selection::default(),
-            permissions: PermissionsRule::default(),
-            file_mode: None,
-            unpack: UnpackMode::Auto,
-            keyring: Keyring::default(),
-            identity: None,
-            priority: Priority::Warm,
-            tenant: Tenant::Admin,
-            maximum_bytes: None,
-            signature: None,
-        };
-        let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
-        let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await?;
-        let anonymous = Candidates::anonymous();
-        let resolved = Resolved::for_the_node(manifest, candidates, anonymous);
+        let want = Want::of_node(reference.clone(), platform.clone(), Tenant::Admin);
+        let candidates = self.0.resolver.read_candidates(&want).await?;
+        let resolved = Resolved::for_the_node(manifest, candidates, Candidates::anonymous());
         let tree = self.tree(&want, &resolved, &ProgressView::default()).await;
-        let (inner, reference, platform) =
-            (Arc::clone(&self.0), reference.clone(), platform.clone());
+        let (store, Want { reference, platform, .. }) = (self.0.importer.store.clone(), want);
         let is_here = tree.is_ok();
         blocking(move || {
             // Not before: what they claim keeps others from taking their room, and them, away.
             drop(blobs);
             if is_here {
-                inner.store.put_imported(reference.repository(), manifest)?;
+                store.put_imported(reference.repository(), manifest)?;
                 // Last: what the reference meant before is better than what did not become a tree.
-                inner.store.put_resolution(&reference, &platform, &resolution)?;
+                store.put_resolution(&reference, &platform, &resolution)?;
             }
             Ok(())
         })
@@ -148,7 +131,14 @@ impl Puller {
     }
 }
 
-impl Inner {
+/// Reads layouts into the store.
+pub(super) struct LayoutImporter {
+    pub(super) store: Store,
+    pub(super) limits: Limits,
+    pub(super) downloader: Arc<Downloader>,
+}
+
+impl LayoutImporter {
     fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
         let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
         let mut index = None;
@@ -216,14 +206,14 @@ impl Inner {
         let chosen = self.choose(layout, reference, platform)?;
         let store = &self.store;
         let repository = reference.repository();
-        for descriptor in &chosen.image.layers {
+        for descriptor in &chosen.manifest.image.layers {
             let digest = descriptor.digest;
             if descriptor.data.is_some() {
                 continue;
             }
             if layout.blobs.has(digest) {
                 layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
-                self.downloads.share_again(repository.host(), digest);
+                self.downloader.shared.share_again(repository.host(), digest);
             }
             // Whoever may import may say where the content is from.
             let by = ProofSource::Registry;
@@ -234,12 +224,8 @@ impl Inner {
             let by = ProofSource::Registry;
             store.put_blob_origin(repository, *digest, &by).map_err(PullError::from)?;
         }
-        Ok(Resolution {
-            reference: reference.to_string(),
-            resolved: chosen.top,
-            manifest: chosen.manifest,
-            platform: None,
-        })
+        let digests = ResolvedDigests { top: chosen.top, manifest: chosen.manifest.digest };
+        Ok(digests.resolution_of(reference))
     }
 
     fn choose(
@@ -251,29 +237,24 @@ impl Inner {
         let entry = named(&self.parse_index(&layout.index)?, reference, platform)?;
         let mut small = BTreeMap::new();
         let top = entry.digest;
-        let (manifest, image) = match self.manifest(&layout.blobs, &entry, &mut small)? {
-            Manifest::Image(image) => (top, image),
-            Manifest::Index(index) => {
-                let limits = self.limits.manifest();
-                let entries = IndexEntries::for_this_node(index, platform, limits);
-                let mut entries = entries.map_err(PullError::from)?;
-                while let Some(nested) = entries.next_index() {
-                    let document = self.manifest(&layout.blobs, &nested, &mut small)?;
-                    entries.insert(nested, document).map_err(PullError::from)?;
+        let limits = self.limits.manifest();
+        let document = self.document(&layout.blobs, &entry, &mut small)?;
+        let document = Manifest::parse(document, Some(&entry.media_type), limits);
+        let choice = ManifestChoice::new(top, document.map_err(PullError::from)?, platform, limits);
+        let mut choice = choice.map_err(PullError::from)?;
+        let manifest = loop {
+            match choice.step().map_err(PullError::from)? {
+                ChoiceStep::Read(of) => {
+                    let document = self.document(&layout.blobs, &of, &mut small)?;
+                    choice.insert(of, document).map_err(PullError::from)?;
                 }
-                let chosen = entries.index().choose(platform).map_err(PullError::from)?;
-                match self.manifest(&layout.blobs, chosen, &mut small)? {
-                    Manifest::Image(image) => (chosen.digest, image),
-                    Manifest::Index(_) => {
-                        let nested = ManifestError::NestedIndex(chosen.digest);
-                        return Err(PullError::from(nested).into());
-                    }
-                }
+                ChoiceStep::Chosen(chosen) => break chosen,
             }
         };
+        let image = &manifest.image;
         if let Some(wanted) = reference.digest()
             && wanted != top
-            && wanted != manifest
+            && wanted != manifest.digest
         {
             return Err(ImportError::OtherDigest { found: top, wanted });
         }
@@ -291,7 +272,7 @@ impl Inner {
                 return Err(ImportError::Missing(layer.digest));
             }
         }
-        Ok(Chosen { top, manifest, image, small })
+        Ok(Chosen { top, manifest, small })
     }
 
     fn parse_index(&self, bytes: &[u8]) -> Result<ImageIndex, ImportError> {
@@ -308,12 +289,13 @@ impl Inner {
         }
     }
 
-    fn manifest(
+    /// Returns a manifest or an index of a layout, and adds it to those that are kept.
+    fn document<'a>(
         &self,
         blobs: &ImportedBlobs,
         entry: &Descriptor,
-        small: &mut BTreeMap<Digest, Vec<u8>>,
-    ) -> Result<Manifest, ImportError> {
+        small: &'a mut BTreeMap<Digest, Vec<u8>>,
+    ) -> Result<&'a [u8], ImportError> {
         let limit = self.limits.manifest_bytes;
         let bytes = match &entry.data {
             Some(data) => Some(data.clone()),
@@ -325,10 +307,9 @@ impl Inner {
                 format!("{} has more than {limit} bytes (limits.manifestBytes)", entry.digest);
             return Err(ImportError::NotALayout(what));
         }
-        let media_type = Some(entry.media_type.as_str());
-        let parsed = Manifest::parse(&bytes, media_type, self.limits.manifest());
-        small.insert(entry.digest, bytes);
-        Ok(parsed.map_err(PullError::from)?)
+        let kept = small.entry(entry.digest).or_default();
+        *kept = bytes;
+        Ok(kept)
     }
 }
 
@@ -396,5 +377,56 @@ impl From<UnpackError> for ImportError {
 impl From<StoreError> for ImportError {
     fn from(error: StoreError) -> Self {
         PullError::from(error).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use super::super::testing::{
+        INDEX, MANIFEST, TestNode, TestRegistry, descriptor, file_layer, image, index, is_root, tar,
+    };
+    use super::*;
+
+    /// Returns a layout of an artifact with one file, which an index in the layout leads to.
+    fn layout(blobs: &[&[u8]]) -> Cursor<Vec<u8>> {
+        let text = image(&[file_layer("file", b"content")]);
+        let nested = index(&[descriptor(MANIFEST, text.as_bytes(), "")]);
+        let top = index(&[descriptor(INDEX, nested.as_bytes(), "")]);
+        let mut files = vec![("index.json".to_owned(), top.as_bytes())];
+        for blob in [text.as_bytes(), nested.as_bytes()].iter().chain(blobs) {
+            files.push((format!("blobs/sha256/{}", Digest::of(blob).hex()), blob));
+        }
+        let files: Vec<_> = files.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        Cursor::new(tar(&files))
+    }
+
+    #[tokio::test]
+    async fn a_layout_stands_in_for_a_registry() {
+        if !is_root() {
+            return;
+        }
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let (want, platform) = (registry.want("a"), Platform::of_this_node());
+        let layout = layout(&[b"content"]);
+        let tree = node.puller.import(layout, &want.reference, &platform).await.expect("a tree");
+        assert_eq!(tree.record.bytes, 7);
+        assert_eq!(node.pull(&want).await.expect("the same").key, tree.key);
+        assert!(registry.seen("").is_empty(), "the registry is not asked");
+    }
+
+    #[tokio::test]
+    async fn an_incomplete_layout_is_refused_with_what_it_lacks() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let (reference, platform) = (registry.reference("a"), Platform::of_this_node());
+        let import = |layout| node.puller.import(layout, &reference, &platform);
+        let error = import(layout(&[])).await.expect_err("a blob is missing");
+        assert!(
+            matches!(error, ImportError::Missing(digest) if digest == Digest::of(b"content")),
+            "{error}"
+        );
+        let error = import(Cursor::new(tar(&[("manifest.json", b"[]")]))).await;
+        assert!(matches!(error, Err(ImportError::DockerArchive)), "{error:?}");
     }
 }

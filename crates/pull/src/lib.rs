@@ -1,68 +1,81 @@
 //! From a volume's wish to a complete tree in the store.
 //!
 //! ```text
-//! want       what a volume asks for, and with which credentials it may
-//! candidates the credentials that it may try, and whose right each stands for
-//! cached     the fast path: a tree that is in the store and proven for its caller
-//! verification  when cached content needs no proof
-//! resolve    reference, pull policy and what is cached -> manifest; and the proof of access
-//! flights    one piece of work at a time, however many wait
-//! sponsors   whose credentials pay for it
-//! tenant     the namespace that it is charged to: shares are fair between tenants
-//! signatures finding an artifact's signatures, and verifying them
-//! transfer   one blob to partial/, verified
-//! connections  the connections that bring it; spans: which brings which bytes; retry: after how long;
-//!            rate: whether it is enough
-//! document   one small blob, whole in memory
-//! idle       whether the node's processors have time
-//! shared_downloads  one download for all repositories of a host: a slow source loses it to a faster one
-//! wire       what all downloads share; slots: fair shares of connections; throttle: how fast
-//! unpacking  a layer, unpacked while it comes
-//! objects    blobs -> files and layers of the store
-//! origins    whether a repository gives a blob that the store has; locks: one at a time
-//! memory     one budget for the memory of all pulls
-//! room       how much of the disk an artifact will take, before its first byte
-//! sums       what its layers come to, while they come
-//! artifact   manifest -> tree
-//! self_check reads content back: all of it, an item, or what an earlier format left before it is
-//!            shown; and makes anew what is damaged
-//! import     an OCI image layout in place of a registry
+//! want         what a volume asks for, and with which credentials it may; tenant: the namespace that
+//!              it is charged to
+//! cached       the fast path: a tree that is in the store and proven for its caller
+//! resolve      the resolver: reference, pull policy and what is cached -> manifest
+//!   candidates     the credentials that a volume may try, and whose right each stands for
+//!   known          what the store knows of a reference; verification: when that needs no proof
+//!   manifests      the index, the manifest and the configuration from a registry
+//!   proofs         whether a credential opens a manifest
+//! signatures   finding an artifact's signatures, and verifying them
+//! artifact     the tree assembler: manifest -> tree
+//!   shape          what a volume shows of a manifest
+//!   tree_sources   the files and layers that a tree is planned from
+//!   room           how much of the disk an artifact will take, before its first byte
+//!   sums           what its layers come to, while they come
+//! objects      the layer store: blobs -> files and layers of the store
+//!   unpacking      a layer, unpacked while it comes
+//! downloader   the downloader: the right to a blob, the proof that a repository gives it, its download
+//!   origins        whether a repository gives a blob that the store has
+//!   shared_downloads  one download for all repositories of a host: a slow source loses it to a faster one
+//!   transfer       one blob to partial/, verified
+//!   connections    the connections that bring it; spans: which brings which bytes; retry: after how
+//!                  long; rate: whether it is enough; idle: whether the processors have time
+//!   wire           what all downloads share; slots: fair shares of connections; throttle: how fast
+//!   document       one small blob, whole in memory
+//! self_check   the content reader: reads content back, all of it or an item, and repairs what is damaged
+//! import       an OCI image layout in place of a registry
+//! flights      single flights: one piece of work at a time, however many wait; sponsors: whose
+//!              credentials pay for it; progress: how far it is; locks: one at a time
+//! memory       one budget for the memory of all pulls; compute: its use by computations
 //! ```
 //!
-//! All work runs in flights that belong to the node; [`Puller::acquire`] only
-//! waits for them and may be dropped at any time.
+//! [`Puller`] connects the parts, of which each knows only the few that it needs. All work runs in
+//! flights that belong to the node; [`Puller::acquire`] only waits for them and may be dropped at any
+//! time.
 
-pub mod artifact;
+mod artifact;
 mod cached;
-pub mod candidates;
-pub mod connections;
-pub mod document;
-pub mod error;
+mod candidates;
+mod compute;
+mod connections;
+mod document;
+mod downloader;
+mod error;
 pub mod flights;
 mod idle;
 pub mod import;
+mod known;
 mod locks;
+mod manifests;
 pub mod memory;
-pub mod objects;
+mod objects;
 mod origins;
 pub mod progress;
-pub mod rate;
-pub mod resolve;
+mod proofs;
+mod rate;
+mod resolve;
 pub mod retry;
 mod room;
 pub mod self_check;
+mod shape;
 mod shared_downloads;
 pub mod signatures;
-pub mod slots;
-pub mod spans;
-pub mod sponsors;
+mod slots;
+mod spans;
+mod sponsors;
 mod sums;
-pub mod tenant;
-pub mod throttle;
-pub mod transfer;
-pub mod unpacking;
-pub mod verification;
-pub mod want;
+mod tenant;
+#[cfg(test)]
+mod testing;
+mod throttle;
+mod transfer;
+mod tree_sources;
+mod unpacking;
+mod verification;
+mod want;
 pub mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -73,18 +86,32 @@ pub use tenant::{Caller, Tenant};
 pub use verification::{CredentialsVerification, Verification};
 pub use want::{IfUnavailable, Priority, PullPolicy, Want};
 
-use flights::{Flights, Runway};
+use artifact::{SponsorsByTree, TreeAssembler, TreeRequest};
+use compute::Computations;
+use downloader::Downloader;
+use flights::{Flights, Outcome, Runway};
+use import::LayoutImporter;
+use known::KnownManifests;
 use locks::KeyedLocks;
+use manifests::ManifestFetcher;
 use memory::{MemoryBudget, MemoryPlan};
+use objects::LayerStore;
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::Registry;
-use oci::{Digest, Repository};
+use origins::BlobOrigins;
 use progress::Progress;
-use resolve::{ResolveKey, Resolved};
+use proofs::AccessProver;
+use resolve::{Resolved, Resolver};
+use room::SpaceReserver;
+use self_check::ContentReader;
+use shape::Shape;
 use shared_downloads::SharedDownloads;
+use signatures::SignatureVerifier;
+use sponsors::Source;
 use store::resolutions::Resolution;
-use store::{LayerKey, Store, Tree, TreeKey};
+use store::{Store, Tree};
 use sys::background::{Background, PodStartGuard};
+use transfer::SizedBlob;
 use unpack::Limits;
 use unpacking::Unpackers;
 use wire::{Observer, Wire, WireOptions};
@@ -94,8 +121,10 @@ use wire::{Observer, Wire, WireOptions};
 const LINGER: Duration = Duration::from_mins(1);
 
 /// What may be set about pulling.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PullOptions {
+    /// Bounds on what registries send.
+    pub limits: Limits,
     /// How blobs are downloaded.
     pub wire: WireOptions,
     /// Layers that are unpacked at once on this node.
@@ -122,35 +151,17 @@ pub struct Sources {
 
 /// Pulls artifacts. Cheap to clone; clones share flights.
 #[derive(Clone)]
-pub struct Puller(Arc<Inner>);
+pub struct Puller(Arc<Parts>);
 
-struct Inner {
-    store: Store,
-    registry: Registry,
-    node_credentials: NodeCredentials,
-    verification: Verification,
-    limits: Limits,
-    wire: Wire,
-    unpackers: Unpackers,
-    memory: MemoryBudget<Tenant>,
+/// The steps of a pull.
+struct Parts {
+    resolver: Arc<Resolver>,
+    signatures: SignatureVerifier,
+    assembler: Arc<TreeAssembler>,
+    reader: Arc<ContentReader>,
+    importer: Arc<LayoutImporter>,
+    wire: Arc<Wire>,
     background: Background,
-    resolving: Flights<ResolveKey, Resolved>,
-    // Of one repository each: what fails for one is no news for another.
-    trees: Flights<(Repository, TreeKey), Tree>,
-    files: Flights<(Repository, objects::FileWant), store::files::StoredFile>,
-    layers: Flights<(Repository, LayerKey), objects::ReadyLayer>,
-    readings: Flights<self_check::Item, self_check::ReadBack>,
-    /// The downloads that repositories of a host share, by host and digest.
-    downloads: SharedDownloads,
-    /// Held while it is proven that a repository gives a blob.
-    proving: KeyedLocks<(Repository, Digest)>,
-    /// Held while what was made of a blob gets its name.
-    blobs: KeyedLocks<Digest>,
-    /// Held while a tree is built.
-    building: KeyedLocks<TreeKey>,
-    sponsors: artifact::SponsorsByTree,
-    /// Held while a large cached document is parsed for a publish, which reserves no memory.
-    large_documents: Mutex<()>,
 }
 
 /// Where somebody who waits can see how far his pull is.
@@ -188,6 +199,7 @@ pub struct UnderWay {
 impl Default for PullOptions {
     fn default() -> Self {
         Self {
+            limits: Limits::default(),
             wire: WireOptions::default(),
             unpacks: 4,
             wide_unpacks: 1,
@@ -197,47 +209,98 @@ impl Default for PullOptions {
 }
 
 impl Puller {
-    /// Nothing under way yet.
+    /// Builds the parts. Nothing is under way yet.
     #[must_use]
     pub fn new(
         store: Store,
         sources: Sources,
-        limits: Limits,
-        (options, observer): (PullOptions, Arc<dyn Observer>),
+        options: PullOptions,
+        observer: Arc<dyn Observer>,
         runway: &Runway,
     ) -> Self {
+        let Sources { registry, node_credentials, verification } = sources;
+        let PullOptions { limits, wire: options, unpacks, wide_unpacks, memory_bytes } = options;
         // A tree lingers when nobody waits; what it waits for itself ends with it.
         let now = Duration::ZERO;
         let background = runway.background.clone();
-        let memory = MemoryBudget::new(MemoryPlan::new(options.memory_bytes, options.unpacks));
-        Self(Arc::new(Inner {
-            wire: Wire::new(sources.registry.clone(), options.wire, observer, background.clone()),
+        let budget = MemoryBudget::new(MemoryPlan::new(memory_bytes, unpacks));
+        let computations = Computations::new(budget, unpacks, background.clone());
+        let origins = BlobOrigins { store: store.clone(), registry: registry.clone() };
+        let observe = Arc::clone(&observer);
+        let wire = Arc::new(Wire::new(registry.clone(), options, observe, background.clone()));
+        let resolver = Arc::new(Resolver {
+            store: store.clone(),
+            node_credentials,
+            known: KnownManifests {
+                origins: origins.clone(),
+                limits: limits.clone(),
+                verification,
+                large_documents: Mutex::default(),
+            },
+            fetcher: ManifestFetcher { origins: origins.clone(), limits: limits.clone(), options },
+            prover: AccessProver { origins: origins.clone() },
+            flights: Flights::new(runway.clone(), now),
+        });
+        let reader = Arc::new(ContentReader {
+            store: store.clone(),
+            computations: computations.clone(),
+            flights: Flights::new(runway.clone(), LINGER),
+        });
+        let downloader = Arc::new(Downloader {
+            store: store.clone(),
+            wire: Arc::clone(&wire),
+            origins: origins.clone(),
+            background: background.clone(),
+            shared: SharedDownloads::default(),
+            proving: KeyedLocks::default(),
+        });
+        let layers = Arc::new(LayerStore {
+            store: store.clone(),
+            downloader: Arc::clone(&downloader),
             unpackers: Unpackers::new(
                 store.clone(),
                 limits.clone(),
-                options.unpacks,
-                options.wide_unpacks,
-                memory.clone(),
+                unpacks,
+                wide_unpacks,
+                computations.clone(),
                 background.clone(),
             ),
-            store,
-            registry: sources.registry,
-            node_credentials: sources.node_credentials,
-            verification: sources.verification,
-            limits,
-            memory,
+            reader: Arc::clone(&reader),
             background: background.clone(),
-            resolving: Flights::new(runway.clone(), now),
-            trees: Flights::new(runway.clone(), LINGER),
             files: Flights::new(runway.clone(), now),
             layers: Flights::new(runway.clone(), now),
-            readings: Flights::new(runway.clone(), LINGER),
-            downloads: SharedDownloads::default(),
-            proving: KeyedLocks::default(),
-            blobs: KeyedLocks::default(),
+            naming: KeyedLocks::default(),
+        });
+        let signatures = SignatureVerifier {
+            store: store.clone(),
+            registry,
+            resolver: Arc::clone(&resolver),
+            options,
+            limits: limits.manifest(),
+            observer: Arc::clone(&observer),
+        };
+        let assembler = Arc::new(TreeAssembler {
+            store: store.clone(),
+            space: SpaceReserver { origins: origins.clone() },
+            origins,
+            limits: limits.clone(),
+            layers,
+            computations,
+            background: background.clone(),
+            observer,
+            flights: Flights::new(runway.clone(), LINGER),
+            sponsors: SponsorsByTree::default(),
             building: KeyedLocks::default(),
-            sponsors: artifact::SponsorsByTree::default(),
-            large_documents: Mutex::default(),
+        });
+        let importer = Arc::new(LayoutImporter { store, limits, downloader });
+        Self(Arc::new(Parts {
+            resolver,
+            signatures,
+            assembler,
+            reader,
+            importer,
+            wire,
+            background,
         }))
     }
 
@@ -248,7 +311,7 @@ impl Puller {
     /// The failure of the flight that was waited for, or of the credentials of
     /// this want alone.
     pub async fn acquire(&self, want: &Want, view: &ProgressView) -> Result<Tree, Arc<PullError>> {
-        let resolved = self.resolve(want).await?;
+        let resolved = self.0.resolver.resolve(want).await?;
         self.have(want, &resolved, view).await
     }
 
@@ -264,15 +327,9 @@ impl Puller {
         want: &Want,
         view: &ProgressView,
     ) -> Result<(Tree, Resolution), Arc<PullError>> {
-        let resolved = self.resolve_unremembered(want).await?;
+        let resolved = self.0.resolver.resolve_unremembered(want).await?;
         let tree = self.have(want, &resolved, view).await?;
-        let resolution = Resolution {
-            reference: want.reference.to_string(),
-            resolved: resolved.top,
-            manifest: resolved.manifest,
-            platform: None,
-        };
-        Ok((tree, resolution))
+        Ok((tree, resolved.digests.resolution_of(&want.reference)))
     }
 
     async fn have(
@@ -281,8 +338,8 @@ impl Puller {
         resolved: &Resolved,
         view: &ProgressView,
     ) -> Result<Tree, Arc<PullError>> {
-        self.check_size(want, resolved).await?;
-        self.verify(want, resolved).await?;
+        self.0.resolver.check_size(want, resolved).await?;
+        self.0.signatures.verify(want, resolved).await?;
         let tree = loop {
             let tree = self.tree(want, resolved, view).await?;
             // One that is damaged has been marked: the next look does not find it.
@@ -294,10 +351,26 @@ impl Puller {
         Ok(tree)
     }
 
+    /// Returns the tree of a manifest that this volume may see, from the store or the registry.
+    async fn tree(&self, want: &Want, resolved: &Resolved, view: &ProgressView) -> Outcome<Tree> {
+        let Parts { resolver, assembler, .. } = &*self.0;
+        let request = TreeRequest::new(resolved.digests.manifest, Shape::of(want));
+        let repository = want.reference.repository();
+        if let Some(tree) = assembler.cached(repository, request.key).await? {
+            return Ok(tree);
+        }
+        if want.policy == PullPolicy::Never {
+            return Err(Arc::new(PullError::NotCached));
+        }
+        let credential = resolver.credential(resolved).await?;
+        let source = Source { repository: repository.clone(), credential };
+        assembler.assemble(&request, &source, want.caller(), view).await
+    }
+
     /// All pulls that are under way, and how far they are.
     #[must_use]
     pub fn under_way(&self) -> Vec<UnderWay> {
-        let flights = self.0.trees.under_way().into_iter();
+        let flights = self.0.assembler.flights.under_way().into_iter();
         let pulls = flights.map(|flight| UnderWay {
             name: flight.named().unwrap_or_default().to_owned(),
             progress: flight.snapshot(),
@@ -316,4 +389,11 @@ impl Puller {
     pub fn downloads_in_flight(&self) -> usize {
         self.0.wire.slots.taken()
     }
+}
+
+/// Runs disk work off the async threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, PullError> + Send + 'static,
+) -> Result<T, PullError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(PullError::Crashed))
 }

@@ -1,6 +1,5 @@
 //! Blobs to objects of the store: a file, or an unpacked layer.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Cursor;
 use std::sync::Arc;
@@ -8,24 +7,24 @@ use std::sync::Arc;
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared};
 
-use super::Inner;
+use super::downloader::{Attempt, Downloader, Turn, retry};
 use super::error::PullError;
-use super::flights::Outcome;
-use super::origins::BlobOrigin;
+use super::flights::{Flights, Outcome};
+use super::locks::KeyedLocks;
+use super::origins::BlobOrigins;
 use super::progress::Progress;
-use super::resolve::blocking;
 use super::room::layer_key;
+use super::self_check::ContentReader;
 use super::sponsors::Sponsors;
-use super::transfer::{self, BlobGuard, Download, Order, TransferOutcome};
-use super::unpacking::Job;
+use super::transfer::{BlobRequest, Download};
+use super::unpacking::{Job, Unpackers};
+use super::{SizedBlob, blocking};
 use oci::manifest::Descriptor;
 use oci::{Digest, Repository};
-use store::access::ProofSource;
 use store::files::{StoredFile, is_executable, starts_executable};
-use store::growth::Follower;
 use store::layers::{Layer, LayerTotals, LayerView, UnpackedLayer};
 use store::partial::Purpose;
-use store::{FileKey, LayerKey, ObjectName, StoreError};
+use store::{FileKey, LayerKey, ObjectName, Store, StoreError};
 use sys::background::Background;
 use sys::fault;
 use unpack::layer_rule::ArchiveRule;
@@ -38,20 +37,20 @@ const PLAIN: Permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
 
 /// A file that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FileWant {
+pub(super) struct FileWant {
     /// The blob.
-    pub digest: Digest,
+    pub(super) digest: Digest,
     /// Mode and owner; none means by content.
-    pub permissions: Option<Permissions>,
+    pub(super) permissions: Option<Permissions>,
 }
 
 /// A layer that is complete, and may still have to be synced and named.
 #[derive(Clone)]
-pub struct ReadyLayer {
+pub(super) struct ReadyLayer {
     /// What trees link meanwhile.
-    pub view: LayerView,
+    pub(super) view: LayerView,
     /// What it adds up to.
-    pub totals: LayerTotals,
+    pub(super) totals: LayerTotals,
     /// Its name; a tree has none before all of its layers do.
     named: Naming,
     /// Whether it is being named in the background.
@@ -61,154 +60,112 @@ pub struct ReadyLayer {
 /// Goes on whether anybody waits or not.
 type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
-/// The outcome of one attempt to get a blob.
-type Attempt<T> = Result<T, AttemptEnd>;
-
-/// The reason why an attempt ended without the blob.
-enum AttemptEnd {
-    /// Another repository is the source now, or this one cannot continue the bytes of others. The
-    /// next attempt finds the content in the store, or continues a download.
-    Retry {
-        /// The repository has to download the blob by itself from now on.
-        isolated: bool,
-    },
-    Failed(PullError),
-}
-
-/// The right to work on a blob for one repository.
-struct Turn {
-    guard: BlobGuard,
-    origin: BlobOrigin,
-    /// Who has given it for the repository while others worked on it.
-    given_by: BTreeSet<ProofSource>,
-}
-
-impl From<PullError> for AttemptEnd {
-    fn from(error: PullError) -> Self {
-        Self::Failed(error)
-    }
-}
-
-/// Repeats an attempt until it has the blob or fails. The attempt is told whether the repository has
-/// to download the blob by itself.
-async fn retry<T, F>(attempt: impl Fn(bool) -> F) -> Result<T, PullError>
-where
-    F: Future<Output = Attempt<T>>,
-{
-    let mut is_isolated = false;
-    loop {
-        match attempt(is_isolated).await {
-            Ok(done) => return Ok(done),
-            Err(AttemptEnd::Retry { isolated }) => is_isolated |= isolated,
-            Err(AttemptEnd::Failed(error)) => return Err(error),
-        }
-    }
-}
-
 impl ReadyLayer {
     /// Waits until it has its name.
-    pub async fn named(&self, background: &Background) -> Outcome<Layer> {
+    pub(super) async fn named(&self, background: &Background) -> Outcome<Layer> {
         let named = self.named.clone();
         if self.behind { background.boost_while(named).await } else { named.await }
     }
 }
 
-impl Inner {
+/// A layer of an artifact that a flight waits for.
+#[derive(Clone, Copy)]
+pub(super) struct LayerRequest<'a> {
+    /// The layer in the manifest.
+    pub(super) descriptor: &'a Descriptor,
+    /// Its number in the manifest.
+    pub(super) number: usize,
+    /// Whose credentials pay.
+    pub(super) sponsors: &'a Arc<Sponsors>,
+    /// The flight that waits.
+    pub(super) progress: &'a Progress,
+}
+
+/// Makes files and layers of the store from blobs.
+pub(super) struct LayerStore {
+    pub(super) store: Store,
+    pub(super) downloader: Arc<Downloader>,
+    pub(super) unpackers: Unpackers,
+    pub(super) reader: Arc<ContentReader>,
+    pub(super) background: Background,
+    // Of one repository each: what fails for one is no news for another.
+    pub(super) files: Flights<(Repository, FileWant), StoredFile>,
+    pub(super) layers: Flights<(Repository, LayerKey), ReadyLayer>,
+    /// Held while what was made of a blob gets its name.
+    pub(super) naming: KeyedLocks<Digest>,
+}
+
+impl LayerStore {
     /// Returns a file of the store, which it fetches if needed. A stored file that has another size than the manifest
     /// says is read back: if it is damaged, it is fetched again.
     pub(super) async fn file(
         self: &Arc<Self>,
-        descriptor: &Descriptor,
+        request: LayerRequest<'_>,
         permissions: Option<Permissions>,
-        sponsors: &Arc<Sponsors>,
-        progress: &Progress,
-        number: usize,
-    ) -> Result<StoredFile, Arc<PullError>> {
-        let (digest, expected) = (descriptor.digest, descriptor.size);
+    ) -> Outcome<StoredFile> {
+        let (digest, expected) = (request.descriptor.digest, request.descriptor.size);
         let mut was_damaged = false;
         loop {
-            let (got, file) =
-                self.file_and_size(descriptor, permissions, sponsors, progress, number).await?;
+            let file = self.any_file(request, permissions).await?;
+            let look = move || {
+                let path = &file.path;
+                let metadata =
+                    path.metadata().map_err(|error| StoreError::io("look at", path, error))?;
+                Ok((metadata.len(), file))
+            };
+            let (got, file) = blocking(look).await.map_err(Arc::new)?;
             if got == expected {
                 return Ok(file);
             }
             // A warm node must not believe what a cold one would refuse.
             let name = ObjectName::file(file.key, file.generation);
             drop(file);
-            if was_damaged || self.read_before_use([name], progress).await.map_err(Arc::new)? {
+            let read = self.reader.read_before_use([name], request.progress);
+            if was_damaged || read.await.map_err(Arc::new)? {
                 return Err(PullError::BlobSize { digest, expected, got }.into());
             }
             was_damaged = true;
         }
     }
 
-    /// Returns a file of the store and its size.
-    async fn file_and_size(
+    /// Returns a file of the store, of whatever size it is.
+    async fn any_file(
         self: &Arc<Self>,
-        descriptor: &Descriptor,
+        request: LayerRequest<'_>,
         permissions: Option<Permissions>,
-        sponsors: &Arc<Sponsors>,
-        progress: &Progress,
-        number: usize,
-    ) -> Result<(u64, StoredFile), Arc<PullError>> {
+    ) -> Outcome<StoredFile> {
+        let LayerRequest { descriptor, number, sponsors, progress } = request;
         let want = FileWant { digest: descriptor.digest, permissions };
-        let file = loop {
-            let mut started = false;
-            let key = (sponsors.repository().clone(), want);
-            let mut ticket = self.files.join(key, progress.caller(), |own| {
-                started = true;
-                own.expect(descriptor.size);
-                let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
-                let sponsors = Arc::clone(sponsors);
-                async move { inner.make_file(&descriptor, want, &sponsors, &own).await }
-            });
-            progress.wait_for(number, ticket.progress());
-            match ticket.outcome().await {
-                // Somebody else's source was of no use; ours may be.
-                // The source of a flight that had begun before failed. That of this call may not.
-                Err(error) if !started && error.is_of_source() => {}
-                outcome => break outcome?,
-            }
+        let joined = |own: &Arc<Progress>| progress.wait_for(number, own);
+        let start = |own: Arc<Progress>| {
+            own.expect(descriptor.size);
+            let (layers, descriptor) = (Arc::clone(self), descriptor.clone());
+            let sponsors = Arc::clone(sponsors);
+            async move { layers.make_file(&descriptor, want, &sponsors, &own).await }
         };
-        let look = move || {
-            let path = &file.path;
-            let metadata =
-                path.metadata().map_err(|error| StoreError::io("look at", path, error))?;
-            Ok((metadata.len(), file))
-        };
-        blocking(look).await.map_err(Arc::new)
+        let key = (sponsors.repository().clone(), want);
+        self.files.run(key, progress.caller(), joined, start).await
     }
 
-    /// The layer, from the store or the registry.
+    /// Returns a layer of the store, which it fetches if needed.
     pub(super) async fn layer(
         self: &Arc<Self>,
-        descriptor: &Descriptor,
+        request: LayerRequest<'_>,
         rule: &ArchiveRule,
         permissions: PermissionsRule,
-        sponsors: &Arc<Sponsors>,
-        (progress, number): (&Progress, usize),
-    ) -> Result<ReadyLayer, Arc<PullError>> {
+    ) -> Outcome<ReadyLayer> {
+        let LayerRequest { descriptor, number, sponsors, progress } = request;
         let key = layer_key(descriptor.digest, rule, permissions);
-        loop {
-            let mut started = false;
-            let of = (sponsors.repository().clone(), key);
-            let mut ticket = self.layers.join(of, progress.caller(), |own| {
-                started = true;
-                own.expect(descriptor.size);
-                let (inner, descriptor) = (Arc::clone(self), descriptor.clone());
-                let (job, sponsors) = (
-                    self.unpackers.job(descriptor.digest, rule.clone(), permissions, &own),
-                    Arc::clone(sponsors),
-                );
-                async move { inner.make_layer(&descriptor, job, key, &sponsors, &own).await }
-            });
-            progress.wait_for(number, ticket.progress());
-            match ticket.outcome().await {
-                // Somebody else's source was of no use; ours may be.
-                Err(error) if !started && error.is_of_source() => {}
-                outcome => return outcome,
-            }
-        }
+        let joined = |own: &Arc<Progress>| progress.wait_for(number, own);
+        let start = |own: Arc<Progress>| {
+            own.expect(descriptor.size);
+            let (layers, descriptor) = (Arc::clone(self), descriptor.clone());
+            let job = self.unpackers.job(descriptor.digest, rule.clone(), permissions, &own);
+            let sponsors = Arc::clone(sponsors);
+            async move { layers.make_layer(&descriptor, job, key, &sponsors, &own).await }
+        };
+        let of = (sponsors.repository().clone(), key);
+        self.layers.run(of, progress.caller(), joined, start).await
     }
 
     async fn make_file(
@@ -220,33 +177,33 @@ impl Inner {
     ) -> Result<StoredFile, PullError> {
         if let Some(data) = descriptor.data.clone() {
             self.read_files_before_use(want.digest, progress).await?;
-            let _naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
+            let _naming = self.background.boost_while(self.naming.lock(want.digest)).await;
             progress.resumed(descriptor.size);
-            let inner = Arc::clone(&self);
-            return blocking(move || inner.inline_file(want, &data)).await;
+            let store = self.store.clone();
+            return blocking(move || inline_file(&store, want, &data)).await;
         }
-        let work = (descriptor, Purpose::Keep, sponsors, progress);
-        retry(|isolated| self.fetch_file(work, want, isolated)).await
+        let (blob, purpose) = (SizedBlob::of(descriptor), Purpose::Keep);
+        let request = BlobRequest { blob, purpose, sponsors, progress, follow: &|_| () };
+        retry(|isolated| self.fetch_file(request, want, isolated)).await
     }
 
     /// Gets the blob of a file from the repository, in one attempt.
     async fn fetch_file(
-        self: &Arc<Self>,
-        work: Work<'_>,
+        &self,
+        request: BlobRequest<'_>,
         want: FileWant,
         isolated: bool,
     ) -> Attempt<StoredFile> {
-        let (_, _, sponsors, progress) = work;
-        let mut turn = self.turn(work, isolated).await?;
-        let inner = Arc::clone(self);
-        let held = blocking(move || Ok(inner.store.any_file_of(want.digest)?)).await?;
+        let mut turn = self.downloader.turn(request, isolated).await?;
+        let store = self.store.clone();
+        let held = blocking(move || Ok(store.any_file_of(want.digest)?)).await?;
         if held.is_some() {
-            let guard = self.prove(work, turn).await?;
-            self.read_files_before_use(want.digest, progress).await?;
-            let _naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
-            let inner = Arc::clone(self);
+            let guard = self.downloader.prove(request, turn).await?;
+            self.read_files_before_use(want.digest, request.progress).await?;
+            let _naming = self.background.boost_while(self.naming.lock(want.digest)).await;
+            let store = self.store.clone();
             let known = blocking(move || {
-                let known = inner.known_file(want)?;
+                let known = known_file(&store, want)?;
                 drop(held);
                 Ok(known)
             })
@@ -254,18 +211,20 @@ impl Inner {
             if let Some(file) = known {
                 return Ok(file);
             }
-            turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
+            turn = Turn::proven(guard);
         }
-        let Download { partial, guard, given_by } = self.download(work, &|_| (), turn).await?;
-        let naming = self.background.boost_while(self.blobs.lock(want.digest)).await;
-        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
+        let Download { partial, guard, given_by } = self.downloader.download(request, turn).await?;
+        let naming = self.background.boost_while(self.naming.lock(want.digest)).await;
+        let (origins, repository) =
+            (self.downloader.origins.clone(), request.sponsors.repository().clone());
         let named = blocking(move || {
+            let store = &origins.store;
             verified(partial.path())?;
             // Whether it gets its name or not.
-            inner.remember_origin(&repository, want.digest, &given_by)?;
+            origins.record(&repository, want.digest, &given_by)?;
             let key = file_key(want, &mut partial.reader()?)?;
-            let file = match inner.store.file(key)? {
-                None => inner.store.commit_file(key, &partial)?,
+            let file = match store.file(key)? {
+                None => store.commit_file(key, &partial)?,
                 // Another host has sent it meanwhile.
                 Some(file) => {
                     partial.discard()?;
@@ -276,37 +235,6 @@ impl Inner {
             Ok(file)
         });
         Ok(named.await?)
-    }
-
-    /// Content that the manifest carries.
-    fn inline_file(&self, want: FileWant, data: &[u8]) -> Result<StoredFile, PullError> {
-        let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
-        let permissions = want.permissions.unwrap_or(by_content);
-        let key = FileKey { digest: want.digest, permissions };
-        Ok(match self.store.file(key)? {
-            Some(file) => file,
-            None => self.store.commit_inline_file(key, data)?,
-        })
-    }
-
-    /// What can be made of content that is here: the file itself, or a copy with another mode.
-    fn known_file(&self, want: FileWant) -> Result<Option<StoredFile>, PullError> {
-        let Some(source) = self.store.any_file_of(want.digest)? else { return Ok(None) };
-        // Without a mode the content decides, and not what another volume has asked for.
-        let key = key_of(want, &source)?;
-        if let Some(file) = self.store.file(key)? {
-            return Ok(Some(file));
-        }
-        match self.store.copy_file(key, &source.path) {
-            Ok(file) => Ok(Some(file)),
-            // Then the registry is asked, as if it were not here.
-            Err(error @ StoreError::Damaged { .. }) => {
-                tracing::warn!(%error, "a file of the store is damaged");
-                self.store.mark_damaged(&source.path)?;
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
-        }
     }
 
     async fn make_layer(
@@ -320,55 +248,57 @@ impl Inner {
         let digest = descriptor.digest;
         if let Some(data) = descriptor.data.clone() {
             self.read_layer_before_use(key, progress).await?;
-            let naming = self.background.boost_while(self.blobs.lock(digest)).await;
+            let naming = self.background.boost_while(self.naming.lock(digest)).await;
             progress.resumed(descriptor.size);
-            let inner = Arc::clone(&self);
-            if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
+            if let Some(layer) = self.stored_layer(key).await? {
                 return ready(layer).await;
             }
             let writer = job.finish(move || Ok(Cursor::new(data.clone()))).await?;
-            let inner = Arc::clone(&self);
-            let unpacked = blocking(move || Ok(inner.store.finish_layer(key, writer)?)).await?;
+            let store = self.store.clone();
+            let unpacked = blocking(move || Ok(store.finish_layer(key, writer)?)).await?;
             return self.name_layer(unpacked, naming, |_| Ok(()));
         }
-        let work = (descriptor, Purpose::Unpack, sponsors, progress);
-        retry(|isolated| self.fetch_layer(work, &job, key, isolated)).await
+        let (blob, purpose) = (SizedBlob::of(descriptor), Purpose::Unpack);
+        let follow = &|follower| job.follow(follower);
+        let request = BlobRequest { blob, purpose, sponsors, progress, follow };
+        retry(|isolated| self.fetch_layer(request, &job, key, isolated)).await
     }
 
     /// Gets the blob of a layer from the repository and unpacks it, in one attempt.
     async fn fetch_layer(
-        self: &Arc<Self>,
-        work: Work<'_>,
+        &self,
+        request: BlobRequest<'_>,
         job: &Job,
         key: LayerKey,
         isolated: bool,
     ) -> Attempt<ReadyLayer> {
-        let (_, _, sponsors, progress) = work;
-        let mut turn = self.turn(work, isolated).await?;
-        let inner = Arc::clone(self);
-        let held = blocking(move || Ok(inner.store.layer(key)?)).await?;
+        let mut turn = self.downloader.turn(request, isolated).await?;
+        let held = self.stored_layer(key).await?;
         if held.is_some() {
-            let guard = self.prove(work, turn).await?;
-            self.read_layer_before_use(key, progress).await?;
-            let inner = Arc::clone(self);
-            if let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? {
+            let guard = self.downloader.prove(request, turn).await?;
+            self.read_layer_before_use(key, request.progress).await?;
+            if let Some(layer) = self.stored_layer(key).await? {
                 return Ok(ready(layer).await?);
             }
             // It was found damaged, and is fetched as if it were not here.
-            turn = Turn { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() };
+            turn = Turn::proven(guard);
         }
-        let repository = sponsors.repository();
+        let repository = request.sponsors.repository();
         if let Some(refusal) = self.unpackers.refusal(&repository.to_string(), key) {
             return Err(PullError::Shared(refusal).into());
         }
-        let follow = |follower| job.follow(follower);
-        let download = self.download(work, &follow, turn).await?;
+        let download = self.downloader.download(request, turn).await?;
         Ok(self.unpack(download, job, key, repository).await?)
+    }
+
+    async fn stored_layer(&self, key: LayerKey) -> Result<Option<Layer>, PullError> {
+        let store = self.store.clone();
+        blocking(move || Ok(store.layer(key)?)).await
     }
 
     /// Unpacks a verified download, and begins to name the layer.
     async fn unpack(
-        self: &Arc<Self>,
+        &self,
         download: Download,
         job: &Job,
         key: LayerKey,
@@ -379,13 +309,14 @@ impl Inner {
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;
-        let naming = self.background.boost_while(self.blobs.lock(digest)).await;
-        let (inner, from) = (Arc::clone(self), repository.clone());
+        let naming = self.background.boost_while(self.naming.lock(digest)).await;
+        let (store, unpackers, from) =
+            (self.store.clone(), self.unpackers.clone(), repository.to_string());
         let unpacked = blocking(move || {
             verified(partial.path())?;
             match unpacked {
                 Ok(writer) => {
-                    let unpacked = inner.store.finish_layer(key, writer)?;
+                    let unpacked = store.finish_layer(key, writer)?;
                     // Before the sync, which would only write it. Where that fails nothing says
                     // that these bytes, which were never synced, are any better.
                     partial.discard()?;
@@ -394,7 +325,9 @@ impl Inner {
                 // What was refused would be refused again: nothing of it is kept.
                 Err(error) if matches!(error.root(), PullError::Unpack(_)) => {
                     partial.discard()?;
-                    Err(inner.remember_refusal(&from, key, error))
+                    let error = Arc::new(error);
+                    unpackers.refuse(&from, key, &error);
+                    Err(PullError::Shared(error))
                 }
                 // The blob is right, and only the disk was not: it need not be fetched again, and
                 // what was imported cannot be. Where the disk is full it is in nobody's way: a
@@ -403,67 +336,63 @@ impl Inner {
             }
         })
         .await;
-        let named = move |inner: &Self| inner.remember_origin(&repository, digest, &given_by);
-        match unpacked {
-            Ok(unpacked) => {
-                let inner = Arc::clone(self);
-                let Some(layer) = blocking(move || Ok(inner.store.layer(key)?)).await? else {
-                    return self.name_layer(unpacked, (guard, naming), named);
-                };
-                // Another host has sent it meanwhile.
-                let inner = Arc::clone(self);
-                blocking(move || {
-                    drop(unpacked);
-                    named(&inner)
-                })
-                .await?;
-                ready(layer).await
-            }
-            Err(error) => {
-                // It did come from there.
-                let inner = Arc::clone(self);
-                blocking(move || named(&inner)).await?;
-                Err(error)
+        // Blobs that are refused did come from there, too.
+        let record = move |origins: &BlobOrigins| origins.record(&repository, digest, &given_by);
+        let stored = match &unpacked {
+            Ok(_) => self.stored_layer(key).await?,
+            Err(_) => None,
+        };
+        match (unpacked, stored) {
+            (Ok(unpacked), None) => self.name_layer(unpacked, (guard, naming), record),
+            // Another host has sent it meanwhile, or it was refused.
+            (unpacked, stored) => {
+                let origins = self.downloader.origins.clone();
+                let unpacked = blocking(move || {
+                    let unpacked = unpacked.map(drop);
+                    record(&origins).and(unpacked)
+                });
+                unpacked.await?;
+                ready(stored.ok_or(PullError::Crashed)?).await
             }
         }
     }
 
-    /// What an earlier format has left of a file is read back once, before the first use.
+    /// Reads back what an earlier format has left of a file once, before the first use. A damaged one
+    /// is marked, and is not found any more.
     async fn read_files_before_use(
-        self: &Arc<Self>,
+        &self,
         blob: Digest,
         progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
-        let inner = Arc::clone(self);
-        let unread = blocking(move || Ok(inner.store.unread_files(blob)?)).await?;
-        // One that is damaged has been marked: the next look does not find it.
-        self.read_before_use(unread, progress).await.map(|_| ())
+        let store = self.store.clone();
+        let unread = blocking(move || Ok(store.unread_files(blob)?)).await?;
+        self.reader.read_before_use(unread, progress).await.map(|_| ())
     }
 
     /// As [`Self::read_files_before_use`], of a layer.
     async fn read_layer_before_use(
-        self: &Arc<Self>,
+        &self,
         key: LayerKey,
         progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
-        let inner = Arc::clone(self);
-        let unread = blocking(move || Ok(inner.store.unread_layer(key)?)).await?;
-        // One that is damaged has been marked: the next look does not find it.
-        self.read_before_use(unread, progress).await.map(|_| ())
+        let store = self.store.clone();
+        let unread = blocking(move || Ok(store.unread_layer(key)?)).await?;
+        self.reader.read_before_use(unread, progress).await.map(|_| ())
     }
 
     /// Begins to sync and name a layer, and does not wait for it. The blob is free again when that
     /// has ended: whoever wants it then finds the layer.
     fn name_layer(
-        self: &Arc<Self>,
+        &self,
         unpacked: UnpackedLayer,
         guards: impl Send + 'static,
-        named: impl FnOnce(&Self) -> Result<(), PullError> + Send + 'static,
+        record: impl FnOnce(&BlobOrigins) -> Result<(), PullError> + Send + 'static,
     ) -> Result<ReadyLayer, PullError> {
-        let (view, totals, inner) = (unpacked.view()?, unpacked.totals(), Arc::clone(self));
+        let (view, totals) = (unpacked.view()?, unpacked.totals());
+        let origins = self.downloader.origins.clone();
         let naming = tokio::task::spawn_blocking(move || {
-            let layer = inner.store.commit_layer(unpacked)?;
-            named(&inner)?;
+            let layer = origins.store.commit_layer(unpacked)?;
+            record(&origins)?;
             drop(guards);
             Ok(layer)
         });
@@ -474,128 +403,38 @@ impl Inner {
         let (named, behind) = (outcome.boxed().shared(), Background::is_here());
         Ok(ReadyLayer { view, totals, named, behind })
     }
-
-    /// What the content's bytes are refused for they are refused for again: they need not be fetched for it.
-    fn remember_refusal(
-        &self,
-        repository: &Repository,
-        key: LayerKey,
-        error: PullError,
-    ) -> PullError {
-        let error = Arc::new(error);
-        self.unpackers.refuse(&repository.to_string(), key, &error);
-        PullError::Shared(error)
-    }
-
-    /// Waits for the right to work on a blob. While a flight of another repository of the host has
-    /// it, waits only after this repository has given the blob, too. So a caller without access is
-    /// refused at once, whether the blob is under way or not. With `isolated` the download is the
-    /// repository's own.
-    async fn turn(self: &Arc<Self>, work: Work<'_>, isolated: bool) -> Result<Turn, PullError> {
-        let (descriptor, _, sponsors, progress) = work;
-        let (repository, digest) = (sponsors.repository(), descriptor.digest);
-        let host = repository.host();
-        let mut given_by = BTreeSet::new();
-        let of_repository = self.proving.lock((repository.clone(), digest));
-        let of_repository = self.background.boost_while(of_repository).await;
-        let shared = self.downloads.of(host, digest);
-        let mut turn = None;
-        if !isolated && !self.downloads.is_isolated(host, digest) {
-            turn = shared.try_take(progress);
-            if turn.is_none() {
-                if self.look_up_origin(repository, digest).await? != BlobOrigin::Repository {
-                    given_by = self.ask_for(work).await?;
-                }
-                let waits = shared.wait(repository, progress);
-                turn = Some(self.background.boost_while(waits).await);
-            }
-            // The sources may have been isolated meanwhile.
-            turn = turn.filter(|_| !self.downloads.is_isolated(host, digest));
-        }
-        let origin = self.look_up_origin(repository, digest).await?;
-        let guard = BlobGuard { _repository: of_repository, turn };
-        Ok(Turn { guard, origin, given_by })
-    }
-
-    /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
-    /// and remembers who has given it.
-    async fn prove(self: &Arc<Self>, work: Work<'_>, turn: Turn) -> Attempt<BlobGuard> {
-        let (descriptor, _, sponsors, progress) = work;
-        let (guard, given_by) = match turn {
-            Turn { guard, origin: BlobOrigin::Repository, .. } => {
-                progress.resumed(descriptor.size);
-                return Ok(guard);
-            }
-            Turn { guard, origin: BlobOrigin::Host, given_by } => {
-                let is_given = !given_by.is_empty();
-                let given_by = if is_given { given_by } else { self.ask_for(work).await? };
-                progress.resumed(descriptor.size);
-                (guard, given_by)
-            }
-            // Another host has to send the bytes themselves: naming a digest proves nothing.
-            turn => {
-                let download = self.download(work, &|_| (), turn).await?;
-                let Download { partial, guard, given_by } = download;
-                blocking(move || Ok(partial.discard()?)).await?;
-                (guard, given_by)
-            }
-        };
-        let (inner, repository) = (Arc::clone(self), sponsors.repository().clone());
-        let digest = descriptor.digest;
-        blocking(move || inner.remember_origin(&repository, digest, &given_by)).await?;
-        Ok(guard)
-    }
-
-    /// Asks the repository for a blob; says who has given it.
-    async fn ask_for(&self, work: Work<'_>) -> Result<BTreeSet<ProofSource>, PullError> {
-        let (descriptor, _, sponsors, progress) = work;
-        let blob = (descriptor.digest, descriptor.size);
-        let mut last = PullError::Unwanted;
-        while let Some((number, source)) = sponsors.current() {
-            let of = (blob, sponsors.number());
-            match transfer::ask(&self.wire, &source, of, progress).await {
-                Err(error) if error.is_of_source() => last = sponsors.refused(number, error),
-                done => return done,
-            }
-        }
-        Err(last)
-    }
-
-    async fn download(
-        &self,
-        work: Work<'_>,
-        follow: &(dyn Fn(Follower) + Send + Sync),
-        turn: Turn,
-    ) -> Attempt<Download> {
-        let (descriptor, purpose, sponsors, progress) = work;
-        let Turn { guard, origin, given_by } = turn;
-        let blob = (descriptor.digest, descriptor.size);
-        let order = Order { blob, purpose, sponsors, progress, follow };
-        let mut download = match transfer::fetch(&self.store, &self.wire, &order, guard).await? {
-            TransferOutcome::Complete(download) => *download,
-            TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),
-            TransferOutcome::Isolated { is_wrong } => {
-                if is_wrong {
-                    self.downloads.isolate(sponsors.repository().host(), descriptor.digest);
-                }
-                return Err(AttemptEnd::Retry { isolated: true });
-            }
-        };
-        if download.given_by.is_empty() {
-            // All bytes were here from an earlier try, of whichever repository of the host.
-            download.given_by = match origin {
-                BlobOrigin::Repository => given_by,
-                _ if !given_by.is_empty() => given_by,
-                _ => self.ask_for(work).await?,
-            };
-            progress.resumed(descriptor.size);
-        }
-        Ok(download)
-    }
 }
 
-/// A blob, what becomes of it, whose credentials pay, and how far it is.
-type Work<'a> = (&'a Descriptor, Purpose, &'a Sponsors, &'a Arc<Progress>);
+/// Content that the manifest carries.
+fn inline_file(store: &Store, want: FileWant, data: &[u8]) -> Result<StoredFile, PullError> {
+    let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
+    let permissions = want.permissions.unwrap_or(by_content);
+    let key = FileKey { digest: want.digest, permissions };
+    Ok(match store.file(key)? {
+        Some(file) => file,
+        None => store.commit_inline_file(key, data)?,
+    })
+}
+
+/// What can be made of content that is here: the file itself, or a copy with another mode.
+fn known_file(store: &Store, want: FileWant) -> Result<Option<StoredFile>, PullError> {
+    let Some(source) = store.any_file_of(want.digest)? else { return Ok(None) };
+    // Without a mode the content decides, and not what another volume has asked for.
+    let key = key_of(want, &source)?;
+    if let Some(file) = store.file(key)? {
+        return Ok(Some(file));
+    }
+    match store.copy_file(key, &source.path) {
+        Ok(file) => Ok(Some(file)),
+        // Then the registry is asked, as if it were not here.
+        Err(error @ StoreError::Damaged { .. }) => {
+            tracing::warn!(%error, "a file of the store is damaged");
+            store.mark_damaged(&source.path)?;
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
 
 /// A layer that has its name.
 async fn ready(layer: Layer) -> Result<ReadyLayer, PullError> {
@@ -631,4 +470,46 @@ fn file_key(want: FileWant, content: &mut File) -> Result<FileKey, PullError> {
         if executable { EXECUTABLE } else { PLAIN }
     };
     Ok(FileKey { digest: want.digest, permissions })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Want;
+    use super::super::testing::{TAR, TestNode, TestRegistry, descriptor, file_layer, is_root};
+    use super::*;
+    use unpack::UnpackMode;
+
+    #[tokio::test]
+    async fn a_layer_that_was_refused_is_not_fetched_again() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let garbage = [b'x'; 2048];
+        registry.artifact("a", &descriptor(TAR, &garbage, ""), &garbage);
+        let want = Want { unpack: UnpackMode::Always, ..registry.want("a") };
+        let mut messages = Vec::new();
+        for _ in 0..2 {
+            let error = node.pull(&want).await.expect_err("it is no tar");
+            assert!(matches!(error.root(), PullError::Unpack(_)), "{error}");
+            messages.push(error.to_string());
+        }
+        assert_eq!(messages[0], messages[1]);
+        assert_eq!(registry.seen("blobs/").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_file_with_another_mode_is_copied_and_not_fetched_again() {
+        if !is_root() {
+            return;
+        }
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        registry.artifact("a", &file_layer("file", b"text"), b"text");
+        let want = registry.want("a");
+        let plain = node.pull(&want).await.expect("a tree");
+        let other = node.pull(&Want { file_mode: Some(0o755), ..want }).await.expect("a tree");
+        assert_ne!(plain.key, other.key);
+        let files = node.folder.path().join("files");
+        let stored = std::fs::read_dir(files).expect("files").flatten();
+        let generations = stored.flat_map(|blob| std::fs::read_dir(blob.path()).expect("a folder"));
+        assert_eq!(generations.count(), 2, "one of each mode");
+        assert_eq!(registry.seen("blobs/").len(), 1);
+    }
 }

@@ -9,11 +9,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::Inner;
+use bytes::Bytes;
+
+use super::blocking;
 use super::error::PullError;
-use super::resolve::blocking;
-use oci::registry::AnsweredBy;
+use oci::registry::{AnsweredBy, Registry};
 use oci::{Digest, Repository};
+use store::Store;
 use store::access::{Mirrors, ProofSource};
 
 /// What is known of where a blob came from.
@@ -27,15 +29,22 @@ pub(super) enum BlobOrigin {
     Elsewhere,
 }
 
-impl Inner {
+/// Knows which repositories have given which content. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct BlobOrigins {
+    pub(super) store: Store,
+    pub(super) registry: Registry,
+}
+
+impl BlobOrigins {
     /// The mirrors whose proofs count for a repository now. Blocking.
     pub(super) fn mirrors(&self, repository: &Repository) -> Mirrors {
         let is_private = self.store.refuses_anonymous(repository);
         Mirrors::new(self.registry.mirrors(repository), is_private)
     }
 
-    /// Where a blob came from. Blocking.
-    pub(super) fn blob_origin(
+    /// Returns where a blob came from. Blocking.
+    pub(super) fn of(
         &self,
         repository: &Repository,
         blob: Digest,
@@ -51,21 +60,21 @@ impl Inner {
     }
 
     /// The same, off the async threads.
-    pub(super) async fn look_up_origin(
-        self: &Arc<Self>,
+    pub(super) async fn look_up(
+        &self,
         repository: &Repository,
         blob: Digest,
     ) -> Result<BlobOrigin, PullError> {
-        let (inner, repository) = (Arc::clone(self), repository.clone());
+        let (origins, repository) = (self.clone(), repository.clone());
         blocking(move || {
-            let mirrors = inner.mirrors(&repository);
-            Ok(inner.blob_origin(&repository, blob, &mirrors))
+            let mirrors = origins.mirrors(&repository);
+            Ok(origins.of(&repository, blob, &mirrors))
         })
         .await
     }
 
-    /// Remembers who has given a blob for a repository. Blocking.
-    pub(super) fn remember_origin(
+    /// Records who has given a blob for a repository. Blocking.
+    pub(super) fn record(
         &self,
         repository: &Repository,
         blob: Digest,
@@ -75,6 +84,23 @@ impl Inner {
             self.store.put_blob_origin(repository, blob, source)?;
         }
         Ok(())
+    }
+
+    /// Stores a document that was checked, and the source that it came from.
+    pub(super) async fn keep_document(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        bytes: Bytes,
+        sent_by: &AnsweredBy,
+    ) -> Result<(), PullError> {
+        let (store, repository) = (self.store.clone(), repository.clone());
+        let by = content_source(sent_by);
+        blocking(move || {
+            store.put_blob(digest, &bytes)?;
+            Ok(store.put_blob_origin(&repository, digest, &by)?)
+        })
+        .await
     }
 }
 

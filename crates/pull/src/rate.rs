@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 /// Bytes of one connection, or of several that follow each other, compared with the least rate
 /// window by window.
-pub struct Rate {
+pub(super) struct Rate {
     least: u64,
     window: Duration,
     since: Instant,
@@ -18,12 +18,12 @@ pub struct Rate {
 impl Rate {
     /// From now on: `least` bytes a second over each `window`.
     #[must_use]
-    pub fn new(least: u64, window: Duration) -> Self {
+    pub(super) fn new(least: u64, window: Duration) -> Self {
         Self { least, window, since: Instant::now(), before: Duration::ZERO, bytes: 0 }
     }
 
     /// So many more bytes have come. The failure is how little came in a window.
-    pub fn keeps(&mut self, bytes: u64) -> Result<(), u64> {
+    pub(super) fn keeps(&mut self, bytes: u64) -> Result<(), u64> {
         self.bytes += bytes;
         let elapsed = self.before + self.since.elapsed();
         if elapsed < self.window {
@@ -38,14 +38,14 @@ impl Rate {
 
     /// Its connection gave way; no time passes until the next one goes on.
     #[must_use]
-    pub fn paused(mut self) -> Self {
+    pub(super) fn paused(mut self) -> Self {
         self.before += self.since.elapsed();
         self
     }
 
     /// Another connection goes on.
     #[must_use]
-    pub fn resumed(mut self) -> Self {
+    pub(super) fn resumed(mut self) -> Self {
         self.since = Instant::now();
         self
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::error::PullError;
+use oci::backoff::{RetryBackoff, jittered};
 use oci::registry::RegistryError;
 
 /// The longest wait that is of our own choosing.
@@ -99,20 +100,11 @@ impl Retries {
                 | RegistryError::ServerError { retry_after: Some(wait), .. },
             ) => (*wait <= LONGEST_ASKED).then(|| *wait + jittered(self.policy.first_delay)),
             _ => {
-                let factor = 1 << self.fruitless.min(8);
-                Some(jittered(self.policy.first_delay.saturating_mul(factor).min(LONGEST)))
+                let backoff = RetryBackoff { first: self.policy.first_delay, longest: LONGEST };
+                Some(jittered(backoff.after(self.fruitless + 1)))
             }
         }
     }
-}
-
-/// Less a random part, at most half, so that nodes do not ask in step.
-#[must_use]
-pub fn jittered(full: Duration) -> Duration {
-    let mut random = [0];
-    // Without randomness nodes ask in step, which is all that is lost.
-    let _ = getrandom::fill(&mut random);
-    full.mul_f64(0.5 + f64::from(random[0]) / 512.0)
 }
 
 #[cfg(test)]

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
-use super::Inner;
-use super::artifact::{Part, PartRule};
+use super::blocking;
 use super::error::PullError;
 use super::objects::{FileWant, key_of};
-use super::origins::{BlobOrigin, content_source};
-use super::resolve::blocking;
+use super::origins::{BlobOrigin, BlobOrigins, content_source};
+use super::shape::{Part, PartRule};
 use super::sponsors::{Source, Sponsors};
 use oci::{Digest, Repository};
 use store::eviction::Goal;
@@ -60,30 +59,34 @@ impl Reserved {
     }
 }
 
-impl Inner {
+/// Reserves disk space for artifacts. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct SpaceReserver {
+    pub(super) origins: BlobOrigins,
+}
+
+impl SpaceReserver {
     /// Claims room for all parts that are not in the store yet.
     pub(super) async fn reserve(
-        self: &Arc<Self>,
+        &self,
         parts: &[Part],
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
     ) -> Result<Reserved, PullError> {
         let repository = sponsors.repository();
         let claim_all = || {
-            let (inner, parts, of) = (Arc::clone(self), parts.to_vec(), repository.clone());
-            blocking(move || inner.claims(&parts, permissions, &of))
+            let (space, parts, of) = (self.clone(), parts.to_vec(), repository.clone());
+            blocking(move || space.claims(&parts, permissions, &of))
         };
         let mut needed = claim_all().await?;
         if !needed.unproven.is_empty() {
-            let (inner, claims) = (Arc::clone(self), needed.claims.clone());
+            let (store, claims) = (self.origins.store.clone(), needed.claims.clone());
             let sizes: HashMap<_, _> =
                 parts.iter().map(|part| (part.descriptor.digest, part.descriptor.size)).collect();
             let bytes = sizes.into_values().fold(0, u64::saturating_add);
             // What is larger than all that the node can hold is not here either.
-            let is_in_doubt = move || {
-                let store = &inner.store;
-                Ok(!store.has_room_for(&claims)? && bytes <= store.capacity()?)
-            };
+            let is_in_doubt =
+                move || Ok(!store.has_room_for(&claims)? && bytes <= store.capacity()?);
             if blocking(move || background::at_normal_priority(is_in_doubt)).await? {
                 // Nothing goes for what the registry may not give, and what it gives and is here
                 // needs no room.
@@ -91,9 +94,8 @@ impl Inner {
                 needed = claim_all().await?;
             }
         }
-        let (inner, Needed { claims, here, .. }) = (Arc::clone(self), needed);
-        let reserve =
-            move || Ok(Reserved { reservation: inner.store.reserve(&claims)?, _here: here });
+        let (store, Needed { claims, here, .. }) = (self.origins.store.clone(), needed);
+        let reserve = move || Ok(Reserved { reservation: store.reserve(&claims)?, _here: here });
         // With locks that publishes wait for.
         blocking(move || background::at_normal_priority(reserve)).await
     }
@@ -106,14 +108,14 @@ impl Inner {
         permissions: PermissionsRule,
         repository: &Repository,
     ) -> Result<Needed, PullError> {
-        let mirrors = self.mirrors(repository);
+        let mirrors = self.origins.mirrors(repository);
         let mut needed = Needed { claims: Vec::new(), here: Vec::new(), unproven: Vec::new() };
         for part in parts {
-            let (found, is_all) = find(&self.store, part, permissions)?;
+            let (found, is_all) = find(&self.origins.store, part, permissions)?;
             needed.here.extend(found);
             let descriptor = &part.descriptor;
             let is_proven = descriptor.data.is_some()
-                || self.blob_origin(repository, descriptor.digest, &mirrors)
+                || self.origins.of(repository, descriptor.digest, &mirrors)
                     == BlobOrigin::Repository;
             if !is_proven {
                 needed.unproven.push(descriptor.digest);
@@ -127,37 +129,30 @@ impl Inner {
 
     /// Asks the registry for blobs before room is made for them, and remembers those that are known
     /// to be its host's.
-    async fn probe_all(
-        self: &Arc<Self>,
-        blobs: &[Digest],
-        sponsors: &Arc<Sponsors>,
-    ) -> Result<(), PullError> {
-        let probe = |&blob| Arc::clone(self).probe(blob, Arc::clone(sponsors));
+    async fn probe_all(&self, blobs: &[Digest], sponsors: &Arc<Sponsors>) -> Result<(), PullError> {
+        let probe = |&blob| self.clone().probe(blob, Arc::clone(sponsors));
         let probes: Vec<_> = blobs.iter().map(probe).collect();
         stream::iter(probes).buffered(PROBES_AT_ONCE).try_collect().await
     }
 
-    async fn probe(
-        self: Arc<Self>,
-        blob: Digest,
-        sponsors: Arc<Sponsors>,
-    ) -> Result<(), PullError> {
+    async fn probe(self, blob: Digest, sponsors: Arc<Sponsors>) -> Result<(), PullError> {
+        let origins = self.origins;
         let mut last = PullError::Unwanted;
         let answered_by = loop {
             let Some((number, Source { repository, credential })) = sponsors.current() else {
                 return Err(last);
             };
-            match self.registry.probe_blob(&repository, blob, &credential).await {
+            match origins.registry.probe_blob(&repository, blob, &credential).await {
                 Ok(answered_by) => break answered_by,
                 Err(error) => last = sponsors.refused(number, error.into()),
             }
         };
         let repository = sponsors.repository().clone();
         blocking(move || {
-            let mirrors = self.mirrors(&repository);
-            if self.blob_origin(&repository, blob, &mirrors) == BlobOrigin::Host {
+            let mirrors = origins.mirrors(&repository);
+            if origins.of(&repository, blob, &mirrors) == BlobOrigin::Host {
                 let by = content_source(&answered_by);
-                self.store.put_blob_origin(&repository, blob, &by)?;
+                origins.store.put_blob_origin(&repository, blob, &by)?;
             }
             Ok(())
         })
@@ -167,7 +162,7 @@ impl Inner {
     /// After a write that found the disk full: whether there is more room now. What is here of
     /// the downloads `own` stays: the room is for them.
     pub(super) async fn make_room(
-        self: &Arc<Self>,
+        &self,
         error: &PullError,
         own: HashSet<Digest>,
     ) -> Result<bool, PullError> {
@@ -175,13 +170,13 @@ impl Inner {
         if matches!(error.root(), PullError::Store(StoreError::NoRoom(_))) {
             return Ok(false);
         }
-        let inner = Arc::clone(self);
+        let store = self.origins.store.clone();
         let make = move || {
-            let room = inner.store.room()?;
-            let floor = room.floor(inner.store.cache_options());
+            let room = store.room()?;
+            let floor = room.floor(store.cache_options());
             let least = Goal { bytes: LEAST_ROOM, inodes: 0 };
             let goal = room.missing_until(floor.plus(least)).max(least);
-            let freed = inner.store.collect_for(&Want::Room(goal), &own)?;
+            let freed = store.collect_for(&Want::Room(goal), &own)?;
             Ok(!freed.is_nothing())
         };
         blocking(move || background::at_normal_priority(make)).await

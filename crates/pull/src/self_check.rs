@@ -4,24 +4,26 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::artifact::{LARGE_PLAN, Object, Part, PartRule, Shape, TreeSources};
+use super::artifact::LARGE_PLAN;
 use super::candidates::Candidates;
+use super::compute::Computations;
 use super::error::PullError;
-use super::flights::{Outcome, Ticket};
+use super::flights::{Flights, Outcome, Ticket};
 use super::memory::BYTES_PER_MANIFEST_BYTE;
 use super::progress::Progress;
-use super::resolve::{Resolved, blocking};
+use super::resolve::Resolved;
 use super::room::layer_key;
+use super::shape::{Part, PartRule, Shape};
 use super::tenant::{Caller, Tenant};
-use super::want::{IfUnavailable, Priority, PullPolicy, Want};
-use super::{Inner, Memory, ProgressView, Puller};
-use oci::credentials::Keyring;
+use super::tree_sources::{Object, TreeSources};
+use super::want::{Priority, Want};
+use super::{Memory, ProgressView, Puller, blocking};
 use oci::manifest::Manifest;
 use oci::{Digest, Platform, Reference};
 use store::resolutions::Resolution;
 use store::trees::View;
 use store::verify::{ExpectedTree, Finding, FindingKind, ReadPace, Reader, Verified};
-use store::{ObjectKind, ObjectName, StoreError, Tree, TreeKey, give_memory_back};
+use store::{ObjectKind, ObjectName, Store, StoreError, Tree, TreeKey, give_memory_back};
 use unpack::merge::{Merger, TreePlan};
 use unpack::{Limits, PermissionsRule, Selection, UnpackError};
 
@@ -70,6 +72,13 @@ pub enum Repaired {
     Later(String),
 }
 
+/// Reads content back, and finds what is damaged.
+pub(super) struct ContentReader {
+    pub(super) store: Store,
+    pub(super) computations: Computations,
+    pub(super) flights: Flights<Item, ReadBack>,
+}
+
 impl Puller {
     /// Reads everything back. What is damaged is never shown anew.
     ///
@@ -78,33 +87,10 @@ impl Puller {
     /// Only where the store itself cannot be read: damage is no error.
     pub async fn check_content(
         &self,
-        mut found: impl FnMut(Finding) + Send + 'static,
+        found: impl FnMut(Finding) + Send + 'static,
     ) -> Result<(Verified, Vec<Damaged>), PullError> {
-        let inner = Arc::clone(&self.0);
-        blocking(move || {
-            let mut reader = Reader::new(ReadPace::Full);
-            let store = &inner.store;
-            let before = store.sound_trees()?;
-            store.verify_blobs(&mut reader, &mut found)?;
-            store.verify_objects(&mut reader, &mut found)?;
-            for tree in store.sound_trees()? {
-                inner.verify_tree_in_turn(&tree, &mut reader, &mut found)?;
-            }
-            let mut unknown = Vec::new();
-            for name in store.trees_without_record()? {
-                store.verify_tree_record(&name, &mut found)?;
-                unknown.extend(inner.recognise(&name)?);
-            }
-            let sound = store.sound_trees()?;
-            let sound: HashSet<_> = sound.iter().map(|tree| (tree.key, tree.generation)).collect();
-            let damaged =
-                before.into_iter().filter(|tree| !sound.contains(&(tree.key, tree.generation)));
-            let damaged = damaged.map(|tree| inner.damaged(tree));
-            let mut damaged = damaged.collect::<Result<Vec<_>, _>>()?;
-            damaged.extend(unknown);
-            Ok((reader.verified, damaged))
-        })
-        .await
+        let reader = Arc::clone(&self.0.reader);
+        blocking(move || reader.check_content(found)).await
     }
 
     /// Waits until a tree that is about to be shown has been read back, if it is of an earlier
@@ -120,10 +106,10 @@ impl Puller {
         view: &ProgressView,
     ) -> Outcome<bool> {
         let name = ObjectName::tree(tree.key, tree.generation);
-        if !self.0.store.is_unread(&name) {
+        if !self.0.reader.store.is_unread(&name) {
             return Ok(true);
         }
-        let mut ticket = self.0.read(Item::Object(name), caller);
+        let mut ticket = self.0.reader.read(Item::Object(name), caller);
         view.show(ticket.progress());
         ticket.outcome().await.map(|read| read.is_sound())
     }
@@ -134,14 +120,14 @@ impl Puller {
     ///
     /// Those of the node itself: damage is no error.
     pub async fn scrub(&self, item: Item) -> Outcome<ReadBack> {
-        self.0.read(item, Caller::new(Priority::Warm, Tenant::Config)).outcome().await
+        self.0.reader.read(item, Caller::new(Priority::Warm, Tenant::Config)).outcome().await
     }
 
     /// Makes a damaged tree anew, from a registry that a reference of it names.
     pub async fn repair(&self, damaged: &Damaged) -> Result<Repaired, PullError> {
-        let (inner, manifest) = (Arc::clone(&self.0), damaged.manifest);
+        let (store, manifest) = (self.0.reader.store.clone(), damaged.manifest);
         let references = blocking(move || {
-            let resolutions = inner.store.resolutions()?.into_iter();
+            let resolutions = store.resolutions()?.into_iter();
             let of_manifest = resolutions.filter(|resolution| resolution.manifest == manifest);
             Ok(of_manifest
                 .filter_map(|Resolution { reference, .. }| reference.parse().ok())
@@ -156,8 +142,7 @@ impl Puller {
         let mut last = "no reference leads to it any more".to_owned();
         for reference in references {
             let want = damaged.want(&reference)?;
-            let (inner, for_candidates) = (Arc::clone(&self.0), want.clone());
-            let candidates = blocking(move || Ok(inner.candidates(&for_candidates))).await?;
+            let candidates = self.0.resolver.read_candidates(&want).await?;
             for candidate in candidates.all().iter().cloned().chain([Candidates::anonymous()]) {
                 let resolved = Resolved::for_the_node(manifest, candidates.clone(), candidate);
                 match self.tree(&want, &resolved, &ProgressView::default()).await {
@@ -178,20 +163,11 @@ impl Damaged {
 
     fn want(&self, reference: &Reference) -> Result<Want, PullError> {
         Ok(Want {
-            reference: reference.clone(),
-            platform: Platform::of_this_node(),
-            policy: PullPolicy::IfNotPresent,
-            if_unavailable: IfUnavailable::Fail,
             selection: shape(&self.view)?.selection,
             permissions: self.view.permissions,
             file_mode: self.view.file_mode,
             unpack: self.view.unpack,
-            keyring: Keyring::default(),
-            identity: None,
-            priority: Priority::Warm,
-            tenant: Tenant::Config,
-            maximum_bytes: None,
-            signature: None,
+            ..Want::of_node(reference.clone(), Platform::of_this_node(), Tenant::Config)
         })
     }
 }
@@ -213,7 +189,35 @@ impl Drop for StopOnDrop {
     }
 }
 
-impl Inner {
+impl ContentReader {
+    /// Reads everything back. Returns what was read, and the damaged trees. Blocking.
+    fn check_content(
+        &self,
+        mut found: impl FnMut(Finding),
+    ) -> Result<(Verified, Vec<Damaged>), PullError> {
+        let mut reader = Reader::new(ReadPace::Full);
+        let store = &self.store;
+        let before = store.sound_trees()?;
+        store.verify_blobs(&mut reader, &mut found)?;
+        store.verify_objects(&mut reader, &mut found)?;
+        for tree in store.sound_trees()? {
+            self.verify_tree_in_turn(&tree, &mut reader, &mut found)?;
+        }
+        let mut unknown = Vec::new();
+        for name in store.trees_without_record()? {
+            store.verify_tree_record(&name, &mut found)?;
+            unknown.extend(self.recognise(&name)?);
+        }
+        let sound = store.sound_trees()?;
+        let sound: HashSet<_> = sound.iter().map(|tree| (tree.key, tree.generation)).collect();
+        let damaged =
+            before.into_iter().filter(|tree| !sound.contains(&(tree.key, tree.generation)));
+        let damaged = damaged.map(|tree| self.damaged(tree));
+        let mut damaged = damaged.collect::<Result<Vec<_>, _>>()?;
+        damaged.extend(unknown);
+        Ok((reader.verified, damaged))
+    }
+
     /// Reads objects of an earlier format back before they are linked. Damaged ones are marked, so
     /// that they are not found any more.
     pub(super) async fn read_before_use(
@@ -240,7 +244,7 @@ impl Inner {
 
     /// Joins the reading of an item, or begins it.
     fn read(self: &Arc<Self>, item: Item, caller: Caller) -> Ticket<ReadBack> {
-        self.readings
+        self.flights
             .join(item.clone(), caller, |progress| Arc::clone(self).read_item(item, progress))
     }
 
@@ -259,16 +263,16 @@ impl Inner {
                 return Ok(ReadBack { findings: 1, ..ReadBack::default() });
             }
         }
-        let (inner, of) = (Arc::clone(&self), item.clone());
-        let mut bytes = blocking(move || inner.memory_of_item(&of)).await?;
+        let (reader, of) = (Arc::clone(&self), item.clone());
+        let mut bytes = blocking(move || reader.memory_of_item(&of)).await?;
         loop {
             let memory = match bytes {
-                Some(bytes) => Some(self.compute_memory(bytes, &progress).await?),
+                Some(bytes) => Some(self.computations.memory(bytes, &progress).await?),
                 None => None,
             };
             // The scrub reads one item at a time, and needs no permit.
             let mut permit = match progress.priority() {
-                Priority::Pod => Some(self.unpackers.compute_permit(&progress).await),
+                Priority::Pod => Some(self.computations.permit(&progress).await),
                 Priority::Warm => None,
             };
             let stop = Arc::new(AtomicBool::new(false));
@@ -277,17 +281,20 @@ impl Inner {
                 Priority::Pod => ReadPace::Urgent,
                 Priority::Warm => ReadPace::Gentle,
             };
-            let (inner, item, progress) = (Arc::clone(&self), item.clone(), Arc::clone(&progress));
+            let (content, item, progress) =
+                (Arc::clone(&self), item.clone(), Arc::clone(&progress));
             let read = move || {
                 let mut reader = Reader::new(pace)
                     .stopped_by(stop)
                     .telling(move |bytes| progress.arrived(bytes))
                     .before_waiting(move || drop(permit.take()));
-                inner.verify_item(&item, &mut reader, memory)
+                content.verify_item(&item, &mut reader, memory)
             };
             match blocking(read).await {
                 Err(error) if is_shortage(&error) => {
-                    bytes = Some(self.memory.bytes_of_next_try(bytes.unwrap_or_default(), 0));
+                    bytes = Some(
+                        self.computations.budget.bytes_of_next_try(bytes.unwrap_or_default(), 0),
+                    );
                 }
                 read => return read,
             }
@@ -322,21 +329,19 @@ impl Inner {
             .saturating_add(patterns)
             .saturating_add(names.saturating_mul(BYTES_PER_NAME))
             .saturating_add(self.memory_of_manifest(tree)?);
-        Ok(bytes.min(self.memory.most()))
+        Ok(bytes.min(self.computations.budget.most()))
     }
 
     fn memory_of_manifest(&self, tree: &Tree) -> Result<u64, PullError> {
         let size = self.store.blob_size(tree.record.manifest)?.unwrap_or_default();
-        Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.memory.most()))
+        Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.computations.budget.most()))
     }
 
     /// Waits for memory while an item is read back. The reader first returns its permit, which holders of memory may
     /// wait for. Blocking.
     fn memory_in_turn(&self, bytes: u64, reader: &mut Reader) -> Result<Memory, PullError> {
         reader.is_about_to_wait();
-        let memory = self.memory.compute(Tenant::Config, bytes, |_| ());
-        let memory = self.background.boost_while(memory);
-        Ok(tokio::runtime::Handle::current().block_on(memory)?)
+        tokio::runtime::Handle::current().block_on(self.computations.memory_of_node(bytes))
     }
 
     /// Compares a tree once there is memory for it. A tree that cannot be read on this node now is a finding of the kind
@@ -353,7 +358,7 @@ impl Inner {
                 let memory = self.memory_in_turn(bytes, reader)?;
                 match self.verify_tree(tree, reader, found, memory) {
                     Err(error) if is_shortage(&error) => {
-                        bytes = self.memory.bytes_of_next_try(bytes, 0);
+                        bytes = self.computations.budget.bytes_of_next_try(bytes, 0);
                     }
                     verified => return verified,
                 }
@@ -370,21 +375,21 @@ impl Inner {
 
     /// The unread files and layers of an unread tree, and what all that it links takes.
     async fn unread_links(
-        self: &Arc<Self>,
+        &self,
         name: &ObjectName,
     ) -> Result<Option<(Vec<ObjectName>, u64)>, PullError> {
         if name.kind() != ObjectKind::Tree || !self.store.is_unread(name) {
             return Ok(None);
         }
-        let (inner, name) = (Arc::clone(self), name.clone());
+        let (store, name) = (self.store.clone(), name.clone());
         blocking(move || {
-            let Some(tree) = inner.store.named_tree(&name) else { return Ok(None) };
-            let mut links = match inner.store.links(&tree) {
+            let Some(tree) = store.named_tree(&name) else { return Ok(None) };
+            let mut links = match store.links(&tree) {
                 Err(error) if error.is_of_this_node() => return Err(error.into()),
                 // Comparing the tree reports this.
                 links => links.unwrap_or_default(),
             };
-            links.retain(|link| inner.store.is_unread(link));
+            links.retain(|link| store.is_unread(link));
             Ok(Some((links, tree.record.bytes)))
         })
         .await
@@ -552,13 +557,13 @@ impl Inner {
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         let sources = TreeSources::new(self.linked_objects(tree, parts, &shape)?);
-        let plan = self.plan(&sources, &shape, &limits, allowance)?;
+        let plan = sources.plan(&self.store, &shape, &limits, allowance)?;
         let (bytes, entries) = (memory_of_comparison(&plan), plan.nodes.len() as u64);
         if bytes > allowance {
             return Err(PullError::from(UnpackError::Memory { bytes, entries }).into());
         }
         let record = shape.record(tree.record.manifest, kind, compressed_bytes, &plan);
-        Ok(ExpectedTree { plan, objects: sources.into_objects(), record })
+        Ok(ExpectedTree { plan, objects: sources.objects, record })
     }
 
     /// Returns the layers that a tree shows, from its manifest.
@@ -604,8 +609,8 @@ impl Inner {
                     let unpacked =
                         links.iter().find(of_key).and_then(|name| self.store.linked_layer(name));
                     unpacked.map(|unpacked| {
-                        let entries = unpacked.totals().entries;
-                        Object::Layer(layer, rule, unpacked.view(), entries)
+                        let totals = unpacked.totals();
+                        Object::Layer(layer, rule, unpacked.view(), totals)
                     })
                 }
             };

@@ -14,60 +14,39 @@ use std::sync::Arc;
 use super::document;
 use super::error::PullError;
 use super::flights::Outcome;
-use super::resolve::{Resolved, blocking};
-use super::want::{PullPolicy, Want};
-use super::wire::WireOptions;
-use super::{Inner, Puller};
+use super::resolve::{Resolved, ResolvedDigests, Resolver};
+use super::want::Want;
+use super::wire::{Observer, WireOptions};
+use super::{SizedBlob, blocking};
 use oci::credentials::Credential;
 use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits, SIGNATURE_ANNOTATION};
 use oci::registry::{ManifestName, Registry, RegistryError};
 use oci::signature::{Found, SignatureDemand, SignatureFormat, SignatureMode, bundle, simple};
 use oci::{Digest, Repository};
+use store::Store;
 
 /// Signatures that are looked at for one digest; more is a registry's attempt to keep the node busy.
 const MAXIMUM_SIGNATURES: usize = 64;
 /// A payload has 300 bytes, a bundle with a certificate and a log's entry about 10 KiB.
 const MAXIMUM_SIGNATURE_BYTES: u64 = 256 * 1024;
 
-impl Puller {
-    /// Compares what the manifest announces with the volume's own bound, before any of it is fetched.
-    pub(super) async fn check_size(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
-        if want.maximum_bytes.is_none() {
-            return Ok(());
-        }
-        let (inner, manifest) = (Arc::clone(&self.0), resolved.manifest);
-        let look = move || {
-            let lease = inner.store.hold_blob(manifest);
-            Ok((lease, inner.store.blob(manifest)?.is_some()))
-        };
-        let (_lease, is_kept) = blocking(look).await.map_err(Arc::new)?;
-        if !is_kept && want.policy != PullPolicy::Never {
-            // The manifest was evicted or damaged meanwhile. Without it, too large an artifact would
-            // be downloaded before it is refused.
-            self.fetch_again(want, resolved).await?;
-        }
-        let (inner, want) = (Arc::clone(&self.0), want.clone());
-        let check = move || inner.check_manifest_bytes(&want, manifest);
-        blocking(check).await.map_err(Arc::new)
-    }
+/// Makes sure that manifests have the signatures that volumes demand.
+pub(super) struct SignatureVerifier {
+    pub(super) store: Store,
+    pub(super) registry: Registry,
+    pub(super) resolver: Arc<Resolver>,
+    pub(super) options: WireOptions,
+    pub(super) limits: ManifestLimits,
+    pub(super) observer: Arc<dyn Observer>,
+}
 
-    /// Fetches and keeps a manifest that this volume may see.
-    async fn fetch_again(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
-        let credential = self.credential(resolved).await?;
-        let (repository, digest) = (want.reference.repository(), resolved.manifest);
-        let name = ManifestName::Digest(digest);
-        let fetched = self.0.registry.manifest(repository, &name, &credential).await;
-        let fetched = fetched.map_err(|error| Arc::new(error.into()))?;
-        let kept = self.0.keep(repository, digest, fetched.bytes.clone(), &fetched.answered_by);
-        kept.await.map_err(Arc::new)
-    }
-
+impl SignatureVerifier {
     /// Sees to it that a manifest has the signature that the volume demands.
     pub(super) async fn verify(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
         let Some(demand) = &want.signature else { return Ok(()) };
-        let (inner, repository) = (Arc::clone(&self.0), want.reference.repository().clone());
-        let (manifest, id) = (resolved.manifest, demand.id());
-        let known = move || Ok(inner.store.is_verified(&repository, manifest, id));
+        let (store, repository) = (self.store.clone(), want.reference.repository().clone());
+        let (manifest, id) = (resolved.digests.manifest, demand.id());
+        let known = move || Ok(store.is_verified(&repository, manifest, id));
         if blocking(known).await.map_err(Arc::new)? {
             return Ok(());
         }
@@ -75,7 +54,7 @@ impl Puller {
         match (verified, demand.mode) {
             (Err(error), SignatureMode::Warn) => {
                 tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
-                self.0.wire.observer.signature_warning();
+                self.observer.signature_warning();
                 Ok(())
             }
             (verified, _) => verified,
@@ -88,25 +67,26 @@ impl Puller {
         resolved: &Resolved,
         demand: &SignatureDemand,
     ) -> Outcome<()> {
-        let credential = self.credential(resolved).await?;
+        let credential = self.resolver.credential(resolved).await?;
         let repository = want.reference.repository();
-        let mut subjects = vec![resolved.manifest];
-        if resolved.top != resolved.manifest {
-            subjects.push(resolved.top);
+        let ResolvedDigests { top, manifest } = resolved.digests;
+        let mut subjects = vec![manifest];
+        if top != manifest {
+            subjects.push(top);
         }
+        let (registry, options, limits) = (&self.registry, self.options, self.limits);
+        let finder = Finder { registry, options, limits };
         let mut worst = None;
         for subject in &subjects {
-            let (registry, options) = (&self.0.registry, self.0.wire.options);
-            let finder = Finder { registry, options, limits: self.0.limits.manifest() };
             let found = finder.find(repository, *subject, demand.format, &credential);
             let found = found.await.map_err(Arc::new)?;
             // A signature of the index counts, of whatever else does not.
             match demand.judge(&found, &subjects) {
                 Ok(key) => {
                     tracing::info!(reference = %want.reference, %subject, key, "its signature was verified");
-                    let (inner, repository) = (Arc::clone(&self.0), repository.clone());
-                    let (manifest, id) = (resolved.manifest, demand.id());
-                    let keep = move || Ok(inner.store.put_verified(&repository, manifest, id)?);
+                    let (store, repository, id) =
+                        (self.store.clone(), repository.clone(), demand.id());
+                    let keep = move || Ok(store.put_verified(&repository, manifest, id)?);
                     return blocking(keep).await.map_err(Arc::new);
                 }
                 Err(flaw) => worst = worst.max(flaw),
@@ -114,27 +94,6 @@ impl Puller {
         }
         let keys = demand.keys.iter().map(|named| named.name.as_str()).collect::<Vec<_>>();
         Err(Arc::new(PullError::Signature { flaw: worst, keys: keys.join(", ") }))
-    }
-}
-
-impl Inner {
-    /// Compares the sizes of all layers of a cached manifest with the limit of the volume. Blocking.
-    pub(super) fn check_manifest_bytes(
-        &self,
-        want: &Want,
-        manifest: Digest,
-    ) -> Result<(), PullError> {
-        if want.maximum_bytes.is_none() {
-            return Ok(());
-        }
-        let _turn = self.turn_of_large(manifest)?;
-        // A damaged manifest is fetched again later, and then the size of its tree is compared.
-        let Some(bytes) = self.store.blob(manifest)? else { return Ok(()) };
-        let Manifest::Image(image) = Manifest::parse(&bytes, None, self.limits.manifest())? else {
-            return Ok(());
-        };
-        let sizes = image.layers.iter().map(|layer| layer.size);
-        want.check_bytes(sizes.fold(0, u64::saturating_add))
     }
 }
 
@@ -283,7 +242,8 @@ impl Finder<'_> {
         if let Some(data) = &layer.data {
             return Ok(Some(data.clone()));
         }
-        let (blob, options) = ((layer.digest, layer.size), &self.options);
+        let blob = SizedBlob { digest: layer.digest, size: layer.size };
+        let options = &self.options;
         match document::fetch(self.registry, options, repository, blob, credential).await {
             Ok(document) => Ok(Some(document.bytes.to_vec())),
             Err(
@@ -293,5 +253,68 @@ impl Finder<'_> {
             ) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        INDEX, MANIFEST, TestNode, TestRegistry, descriptor, file_layer, image, index,
+    };
+    use super::*;
+    use oci::registry::RegistryOptions;
+
+    #[tokio::test]
+    async fn signatures_are_found_under_the_tag_and_among_the_referrers() {
+        let registry = TestRegistry::start().await;
+        let subject = Digest::of(b"subject");
+        let (signed, large) = (b"payload", vec![0; 300 << 10]);
+        let annotation = format!(r#","annotations":{{"{SIGNATURE_ANNOTATION}":"c2ln"}}"#);
+        for blob in [&signed[..], &large[..], &b"bundle"[..]] {
+            registry.blob("a", blob);
+        }
+        let layers =
+            [&large[..], &signed[..]].map(|blob| descriptor(simple::MEDIA_TYPE, blob, &annotation));
+        registry.manifest("a", &format!("sha256-{}.sig", subject.hex()), MANIFEST, &image(&layers));
+        let of_bundle = image(&[descriptor(bundle::MEDIA_TYPE, b"bundle", "")]);
+        registry.manifest("a", "bundle", MANIFEST, &of_bundle);
+        let kind = format!(r#","artifactType":"{}""#, bundle::MEDIA_TYPE);
+        let referrers = index(&[descriptor(MANIFEST, of_bundle.as_bytes(), &kind)]);
+        registry.manifest("a", &format!("sha256-{}", subject.hex()), INDEX, &referrers);
+        let client = Registry::new(RegistryOptions::default()).expect("a client");
+        let limits = unpack::Limits::default().manifest();
+        let finder = Finder { registry: &client, options: WireOptions::default(), limits };
+        let reference = registry.reference("a");
+        let find =
+            |format| finder.find(reference.repository(), subject, format, &Credential::Anonymous);
+        let found = find(SignatureFormat::Any).await.expect("signatures");
+        let [Found::Simple { payload, signature }, Found::Bundle(bundle)] = &found[..] else {
+            panic!("{found:?}")
+        };
+        assert_eq!(
+            (&payload[..], &signature[..], &bundle[..]),
+            (&signed[..], "c2ln", &b"bundle"[..])
+        );
+        let of_large = format!("blobs/{}", Digest::of(&large));
+        assert!(registry.seen(&of_large).is_empty(), "too large for a signature");
+        assert_eq!(find(SignatureFormat::Bundle).await.expect("signatures").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_downloaded_of_an_artifact_without_the_signature() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        registry.artifact("a", &file_layer("file", b"content"), b"content");
+        let (mode, format, keys) = (SignatureMode::Enforce, SignatureFormat::Any, Arc::new([]));
+        let want = registry.want("a");
+        let demand = SignatureDemand { mode, format, keys };
+        let enforced = Want { signature: Some(demand.clone()), ..want.clone() };
+        let resolved = node.puller.0.resolver.resolve(&want).await.expect("a manifest");
+        let error = node.pull(&enforced).await.expect_err("it is not signed");
+        assert!(matches!(*error, PullError::Signature { flaw: None, .. }), "{error}");
+        assert!(registry.seen("blobs/").is_empty());
+        let demand = SignatureDemand { mode: SignatureMode::Warn, ..demand };
+        let warned = Want { signature: Some(demand), ..want };
+        let verified = node.puller.0.signatures.verify(&warned, &resolved).await;
+        verified.expect("the policy only warns");
     }
 }

@@ -25,9 +25,9 @@ use sys::background::Background;
 /// all slots, as many as one registry by default.
 const HELD_FOR_EACH_FREE: usize = 3;
 
-/// All slots of a node.
-#[derive(Debug)]
-pub struct Slots {
+/// All slots of a node. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Slots {
     shared: Arc<Shared>,
     background: Background,
 }
@@ -63,20 +63,20 @@ struct Waiting {
 
 /// Who asks.
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub(super) struct Ask {
     /// The flight, with its priority and tenants, which may change while it waits.
-    pub urgency: Arc<Progress>,
+    pub(super) urgency: Arc<Progress>,
     /// Which artifact it is for; any number that is the artifact's own.
-    pub artifact: u64,
+    pub(super) artifact: u64,
     /// From which registry.
-    pub host: String,
+    pub(super) host: String,
     /// It goes before other requests of its tenant, since it holds what other tenants wait for.
-    pub is_first: bool,
+    pub(super) is_first: bool,
 }
 
 /// The right to one connection or blob. Dropping it gives it to the next.
 #[derive(Debug)]
-pub struct Slot {
+pub(super) struct Slot {
     shared: Arc<Shared>,
     priority: Priority,
     tenant: Tenant,
@@ -84,10 +84,18 @@ pub struct Slot {
     host: String,
 }
 
+impl Ask {
+    /// Returns the request of a flight for something that has no host and no artifact.
+    pub(super) fn without_host(flight: &Arc<Progress>) -> Self {
+        let urgency = Arc::clone(flight);
+        Self { urgency, artifact: 0, host: String::new(), is_first: false }
+    }
+}
+
 impl Slots {
     /// `total` slots, of which one host may have `per_host`.
     #[must_use]
-    pub fn new(total: usize, per_host: usize, background: Background) -> Self {
+    pub(super) fn new(total: usize, per_host: usize, background: Background) -> Self {
         let state = Mutex::default();
         let (total, per_host) = (total.max(1), per_host.max(1));
         let shared = Shared { total, per_host, held_for_each_free: HELD_FOR_EACH_FREE, state };
@@ -96,14 +104,14 @@ impl Slots {
 
     /// Creates `total` slots without shares: one host or tenant may hold all while no other waits.
     #[must_use]
-    pub fn without_reserve(total: usize, background: Background) -> Self {
+    pub(super) fn without_reserve(total: usize, background: Background) -> Self {
         let (total, state) = (total.max(1), Mutex::default());
         let shared = Shared { total, per_host: total, held_for_each_free: total, state };
         Self { shared: Arc::new(shared), background }
     }
 
     /// Waits for a slot. Safe to cancel.
-    pub async fn acquire(&self, ask: Ask) -> Slot {
+    pub(super) async fn acquire(&self, ask: Ask) -> Slot {
         if ask.urgency.priority() == Priority::Warm || self.shared.lock().behind == 0 {
             return self.wait(ask).await;
         }
@@ -142,7 +150,7 @@ impl Slots {
     /// A slot that nobody else could have now, for going faster. Who waits for others of his kind
     /// or of his host to end is not served sooner by leaving it free.
     #[must_use]
-    pub fn spare(&self, ask: &Ask) -> Option<Slot> {
+    pub(super) fn spare(&self, ask: &Ask) -> Option<Slot> {
         let mut state = self.shared.lock();
         let is_wanted = state.waiting.iter().any(|waiting| self.shared.may(&state, &waiting.ask));
         let is_free = !is_wanted && state.taken < self.shared.total;
@@ -151,7 +159,7 @@ impl Slots {
 
     /// Returns whether a request waits that could use this slot.
     #[must_use]
-    pub fn is_wanted(&self, slot: &Slot) -> bool {
+    pub(super) fn is_wanted(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
     }
@@ -159,7 +167,7 @@ impl Slots {
     /// Returns whether another tenant waits that could use this slot, and that would hold fewer slots
     /// than the tenant of this one even then.
     #[must_use]
-    pub fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
+    pub(super) fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         let held = state.held_by(&slot.tenant);
         state.waiting.iter().any(|Waiting { ask, .. }| {
@@ -171,7 +179,7 @@ impl Slots {
 
     /// Slots in use.
     #[must_use]
-    pub fn taken(&self) -> usize {
+    pub(super) fn taken(&self) -> usize {
         self.shared.lock().taken
     }
 }

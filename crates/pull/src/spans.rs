@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// Bytes that are missing, and who brings them.
 #[derive(Debug, Default)]
-pub struct Spans {
+pub(super) struct Spans {
     /// What nobody brings yet, by start.
     open: BTreeMap<u64, u64>,
     /// What somebody brings, by his number: where he is and where he stops.
@@ -19,7 +19,7 @@ pub struct Spans {
 
 /// How a part of a span ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(super) enum Step {
     /// More is wanted.
     More,
     /// The span is complete; what came behind its end is somebody else's.
@@ -29,19 +29,19 @@ pub enum Step {
 impl Spans {
     /// All that is missing is open.
     #[must_use]
-    pub fn new(missing: impl IntoIterator<Item = Range<u64>>) -> Self {
+    pub(super) fn new(missing: impl IntoIterator<Item = Range<u64>>) -> Self {
         let open = missing.into_iter().map(|range| (range.start, range.end)).collect();
         Self { open, taken: BTreeMap::new(), next: 0 }
     }
 
     /// A blob of which nothing is here.
     #[must_use]
-    pub fn whole(size: u64) -> Self {
+    pub(super) fn whole(size: u64) -> Self {
         Self::new(std::iter::once(0..size))
     }
 
     /// Takes the lowest open bytes, at most `limit` of them.
-    pub fn take(&mut self, limit: u64) -> Option<(u32, Range<u64>)> {
+    pub(super) fn take(&mut self, limit: u64) -> Option<(u32, Range<u64>)> {
         let (start, end) = self.open.pop_first()?;
         let middle = end.min(start.saturating_add(limit.max(1)));
         if middle < end {
@@ -55,12 +55,12 @@ impl Spans {
 
     /// Where a connection is, and where it has to stop now.
     #[must_use]
-    pub fn of(&self, number: u32) -> Range<u64> {
+    pub(super) fn of(&self, number: u32) -> Range<u64> {
         self.taken.get(&number).cloned().unwrap_or_default()
     }
 
     /// A connection has brought so many bytes.
-    pub fn advance(&mut self, number: u32, bytes: u64) -> Step {
+    pub(super) fn advance(&mut self, number: u32, bytes: u64) -> Step {
         match self.taken.get_mut(&number) {
             Some(span) => {
                 span.start = (span.start + bytes).min(span.end);
@@ -71,7 +71,7 @@ impl Spans {
     }
 
     /// A connection has ended; what it did not bring is open again.
-    pub fn finish(&mut self, number: u32) {
+    pub(super) fn finish(&mut self, number: u32) {
         if let Some(span) = self.taken.remove(&number)
             && span.start < span.end
         {
@@ -81,19 +81,19 @@ impl Spans {
 
     /// Whether anything is open.
     #[must_use]
-    pub fn has_open(&self) -> bool {
+    pub(super) fn has_open(&self) -> bool {
         !self.open.is_empty()
     }
 
     /// Bytes that nobody has brought yet.
     #[must_use]
-    pub fn missing(&self) -> u64 {
+    pub(super) fn missing(&self) -> u64 {
         let open: u64 = self.open.iter().map(|(start, end)| end - start).sum();
         open + self.taken.values().map(|span| span.end - span.start).sum::<u64>()
     }
 
     /// Opens what lies more than `length` bytes ahead of a connection, if that is worth another one.
-    pub fn cut(&mut self, length: u64) -> bool {
+    pub(super) fn cut(&mut self, length: u64) -> bool {
         let longest = self.taken.iter_mut().max_by_key(|(_, span)| span.end - span.start);
         let Some((_, span)) = longest else { return false };
         if span.end - span.start < length.saturating_mul(2) {
@@ -106,7 +106,7 @@ impl Spans {
     }
 
     /// Nothing but one connection at a time works here: whoever is right before open bytes goes on into them.
-    pub fn join(&mut self) {
+    pub(super) fn join(&mut self) {
         for span in self.taken.values_mut() {
             while let Some(end) = self.open.remove(&span.end) {
                 span.end = end;

@@ -17,16 +17,16 @@ use oci::credentials::Credential;
 
 /// Where to fetch from, and with what.
 #[derive(Clone, Debug)]
-pub struct Source {
+pub(super) struct Source {
     /// The repository.
-    pub repository: Repository,
+    pub(super) repository: Repository,
     /// Proven to open the manifest there.
-    pub credential: Credential,
+    pub(super) credential: Credential,
 }
 
 /// All who wait for one piece of work of a repository.
 #[derive(Debug)]
-pub struct Sponsors {
+pub(super) struct Sponsors {
     repository: Repository,
     list: Mutex<List>,
     number: u64,
@@ -47,7 +47,7 @@ struct Sponsor {
 
 /// One who waits. Dropping it withdraws the credential.
 #[derive(Debug)]
-pub struct Sponsorship {
+pub(super) struct Sponsorship {
     sponsors: Arc<Sponsors>,
     number: u64,
     refused: oneshot::Receiver<Arc<PullError>>,
@@ -56,7 +56,7 @@ pub struct Sponsorship {
 impl Sponsors {
     /// Nobody waits yet.
     #[must_use]
-    pub fn new(repository: Repository) -> Self {
+    pub(super) fn new(repository: Repository) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
         Self { repository, list: Mutex::default(), number }
@@ -64,18 +64,18 @@ impl Sponsors {
 
     /// Where all of them fetch from.
     #[must_use]
-    pub fn repository(&self) -> &Repository {
+    pub(super) fn repository(&self) -> &Repository {
         &self.repository
     }
 
     /// Tells this piece of work from all others of the process.
     #[must_use]
-    pub fn number(&self) -> u64 {
+    pub(super) fn number(&self) -> u64 {
         self.number
     }
 
     /// Offers a source.
-    pub fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
+    pub(super) fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         let number = list.next;
         list.next += 1;
@@ -85,13 +85,13 @@ impl Sponsors {
     }
 
     /// The source to use now; none when all have left or were refused.
-    pub fn current(&self) -> Option<(u64, Source)> {
+    pub(super) fn current(&self) -> Option<(u64, Source)> {
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.sponsors.first().map(|sponsor| (sponsor.number, sponsor.source.clone()))
     }
 
     /// This one's registry was of no use: its owner fails, the next is current.
-    pub fn refuse(&self, number: u64, error: &Arc<PullError>) {
+    pub(super) fn refuse(&self, number: u64, error: &Arc<PullError>) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(place) = list.sponsors.iter().position(|sponsor| sponsor.number == number) {
             let sponsor = list.sponsors.remove(place);
@@ -103,7 +103,7 @@ impl Sponsors {
 
 impl Sponsors {
     /// As [`Self::refuse`]; returns the error for the work that ends with the last of them.
-    pub fn refused(&self, number: u64, error: PullError) -> PullError {
+    pub(super) fn refused(&self, number: u64, error: PullError) -> PullError {
         let error = Arc::new(error);
         self.refuse(number, &error);
         PullError::Shared(error)
@@ -112,7 +112,7 @@ impl Sponsors {
 
 impl Sponsorship {
     /// Returns when this one's registry was of no use.
-    pub async fn refused(&mut self) -> Arc<PullError> {
+    pub(super) async fn refused(&mut self) -> Arc<PullError> {
         match (&mut self.refused).await {
             Ok(error) => error,
             // Withdrawn in no other way than by dropping self.

@@ -10,7 +10,7 @@ const BURST: Duration = Duration::from_millis(100);
 
 /// Lets through so many bytes a second; without a limit, all.
 #[derive(Debug)]
-pub struct Throttle {
+pub(super) struct Throttle {
     bytes_per_second: Option<u64>,
     /// When all bytes that were let through so far have had their time.
     due: Mutex<Instant>,
@@ -19,12 +19,12 @@ pub struct Throttle {
 impl Throttle {
     /// With a limit, or none.
     #[must_use]
-    pub fn new(bytes_per_second: Option<u64>) -> Self {
+    pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         Self { bytes_per_second, due: Mutex::new(Instant::now()) }
     }
 
     /// Returns when these bytes have had their time.
-    pub async fn pass(&self, bytes: u64) {
+    pub(super) async fn pass(&self, bytes: u64) {
         let Some(limit) = self.bytes_per_second else { return };
         let due = {
             let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);

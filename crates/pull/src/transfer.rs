@@ -5,22 +5,24 @@
 //! second writer behind. Who wants to unpack it meanwhile follows what is hashed.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
-use super::connections::{Connections, Failure, Write};
+use super::blocking;
+use super::connections::{ConnectionState, Connections, Failure, Write};
 use super::error::PullError;
 use super::origins::content_sources;
 use super::progress::Progress;
 use super::shared_downloads::DownloadTurn;
-use super::slots::Ask;
+use super::slots::{Ask, Slot};
 use super::spans::Spans;
 use super::sponsors::{Source, Sponsors};
 use super::wire::Wire;
 use oci::Digest;
+use oci::manifest::Descriptor;
 use store::access::ProofSource;
 use store::growth::Follower;
 use store::partial::{Partial, Purpose};
@@ -33,7 +35,7 @@ const CHUNKS_IN_FLIGHT: usize = 4;
 
 /// The right to work on a blob for one repository; released when dropped.
 #[derive(Debug)]
-pub struct BlobGuard {
+pub(super) struct BlobGuard {
     /// Flights of one repository wait here for each other: the first one's proof counts for all.
     pub(super) _repository: OwnedMutexGuard<()>,
     /// The turn at the download that all repositories of the host share. None for a download of the
@@ -43,7 +45,7 @@ pub struct BlobGuard {
 
 /// The outcome of a transfer that did not fail.
 #[derive(Debug)]
-pub enum TransferOutcome {
+pub(super) enum TransferOutcome {
     /// The blob is on the disk, verified.
     Complete(Box<Download>),
     /// Another repository is the source now.
@@ -57,49 +59,105 @@ pub enum TransferOutcome {
 
 /// A verified download and the right to its digest.
 #[derive(Debug)]
-pub struct Download {
+pub(super) struct Download {
     /// The content.
-    pub partial: Partial,
+    pub(super) partial: Partial,
     /// Released when the content has its name.
-    pub guard: BlobGuard,
+    pub(super) guard: BlobGuard,
     /// Who has given it for the repository now; nobody when all bytes were here from an earlier
     /// try, and only their host is certain.
-    pub given_by: BTreeSet<ProofSource>,
+    pub(super) given_by: BTreeSet<ProofSource>,
 }
 
-/// What is fetched, and for whom.
-pub struct Order<'a> {
-    /// The blob and its size by the manifest.
-    pub blob: (Digest, u64),
+/// A blob, and its size by the manifest.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SizedBlob {
+    /// The digest of all bytes.
+    pub(super) digest: Digest,
+    /// The number of bytes.
+    pub(super) size: u64,
+}
+
+impl SizedBlob {
+    /// Returns the blob of a layer.
+    pub(super) fn of(layer: &Descriptor) -> Self {
+        Self { digest: layer.digest, size: layer.size }
+    }
+}
+
+/// A blob that is wanted, and for whom.
+#[derive(Clone, Copy)]
+pub(super) struct BlobRequest<'a> {
+    /// The blob by the manifest.
+    pub(super) blob: SizedBlob,
     /// What becomes of it.
-    pub purpose: Purpose,
+    pub(super) purpose: Purpose,
     /// Whose credentials pay.
-    pub sponsors: &'a Sponsors,
+    pub(super) sponsors: &'a Sponsors,
     /// The blob's own.
-    pub progress: &'a Arc<Progress>,
+    pub(super) progress: &'a Arc<Progress>,
     /// Is given a reader of the blob each time that it begins to grow.
-    pub follow: &'a (dyn Fn(Follower) + Send + Sync),
+    pub(super) follow: &'a (dyn Fn(Follower) + Send + Sync),
+}
+
+impl<'a> BlobRequest<'a> {
+    /// Returns the connections that bring it from a source.
+    fn connections(
+        self,
+        wire: &'a Wire,
+        source: &'a Source,
+        place: &'a Slot,
+        writes: mpsc::Sender<Write>,
+        state: Mutex<ConnectionState>,
+    ) -> Connections<'a> {
+        let (ask, Self { blob, progress, follow, .. }) = (self.ask(), self);
+        let (busy, shared, only_answer) = (Arc::default(), None, false);
+        Connections {
+            wire,
+            source,
+            blob,
+            ask,
+            place,
+            progress,
+            writes,
+            busy,
+            follow,
+            shared,
+            only_answer,
+            state,
+        }
+    }
+
+    /// Returns the request for a slot.
+    fn ask(&self) -> Ask {
+        Ask {
+            urgency: Arc::clone(self.progress),
+            artifact: self.sponsors.number(),
+            host: self.sponsors.repository().host().to_owned(),
+            is_first: false,
+        }
+    }
 }
 
 /// Downloads a blob until it is complete, or until the turn goes to another repository of the host.
-pub async fn fetch(
+pub(super) async fn fetch(
     store: &Store,
     wire: &Wire,
-    order: &Order<'_>,
+    request: BlobRequest<'_>,
     guard: BlobGuard,
 ) -> Result<TransferOutcome, PullError> {
     let Some(shared) = guard.turn.as_ref().map(DownloadTurn::download) else {
-        return fetch_from_offers(store, wire, order, guard).await;
+        return fetch_from_offers(store, wire, request, guard).await;
     };
     let shared = Arc::clone(shared);
-    let repository = order.sponsors.repository();
+    let repository = request.sponsors.repository();
     tokio::select! {
-        fetched = fetch_from_offers(store, wire, order, guard) => fetched,
+        fetched = fetch_from_offers(store, wire, request, guard) => fetched,
         // The writer ends by itself, which passes the turn on.
-        () = shared.until_lost(repository, order.progress) => {
-            let blob = order.blob.0;
+        () = shared.until_lost(repository, request.progress) => {
+            let blob = request.blob.digest;
             tracing::info!(%repository, %blob, "another repository takes a slow download over");
-            order.progress.lost(u64::MAX);
+            request.progress.lost(u64::MAX);
             Ok(TransferOutcome::TurnLost)
         }
     }
@@ -109,12 +167,12 @@ pub async fn fetch(
 async fn fetch_from_offers(
     store: &Store,
     wire: &Wire,
-    order: &Order<'_>,
+    request: BlobRequest<'_>,
     mut guard: BlobGuard,
 ) -> Result<TransferOutcome, PullError> {
     let mut last = None;
-    while let Some((number, source)) = order.sponsors.current() {
-        let (error, returned) = match fetch_from(store, wire, source, order, guard).await {
+    while let Some((number, source)) = request.sponsors.current() {
+        let (error, returned) = match fetch_from(store, wire, source, request, guard).await {
             Ok(fetched) => return Ok(fetched),
             Err(failed) => failed,
         };
@@ -122,7 +180,7 @@ async fn fetch_from_offers(
             return Err(error);
         }
         let error = Arc::new(error);
-        order.sponsors.refuse(number, &error);
+        request.sponsors.refuse(number, &error);
         last = Some(error);
         match returned {
             Some(returned) => guard = returned,
@@ -137,26 +195,19 @@ async fn fetch_from(
     store: &Store,
     wire: &Wire,
     source: Source,
-    order: &Order<'_>,
+    request: BlobRequest<'_>,
     guard: BlobGuard,
 ) -> Result<TransferOutcome, (PullError, Option<BlobGuard>)> {
-    let (blob, purpose) = (order.blob, order.purpose);
-    let (_, size) = blob;
-    let host = source.repository.host().to_owned();
-    let ask = Ask {
-        urgency: Arc::clone(order.progress),
-        artifact: order.sponsors.number(),
-        host: host.clone(),
-        is_first: false,
-    };
+    let BlobRequest { blob, purpose, progress, .. } = request;
+    let ask = request.ask();
     let shared = guard.turn.as_ref().map(|turn| Arc::clone(turn.download()));
     // A file is shared by the flights of one registry host, or of one repository.
     let scope = match shared {
-        Some(_) => host,
+        Some(_) => ask.host.clone(),
         None => source.repository.to_string(),
     };
     let place = Arc::new(wire.places.acquire(ask.clone()).await);
-    order.progress.hashes(true);
+    progress.hashes(true);
     let (opened, resumed) = oneshot::channel();
     let (writes, queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
@@ -165,33 +216,32 @@ async fn fetch_from(
         // As long as there is the thread, also when nobody waits for it any more.
         let _place = threads;
         let is_wanted = || !opened.is_closed();
-        let mut partial = match store.partial_while(&scope, blob, purpose, &is_wanted) {
-            Ok(partial) => partial,
-            Err(error) => return (None, guard, Err(error)),
-        };
+        let mut partial =
+            match store.partial_while(&scope, (blob.digest, blob.size), purpose, &is_wanted) {
+                Ok(partial) => partial,
+                Err(error) => return (None, guard, Err(error)),
+            };
         let _ = opened.send((partial.missing(), partial.follow()));
         let written = write(&mut partial, queue, &measured);
         (Some(partial), guard, written)
     });
     let resumed = resumed.await;
-    order.progress.hashes(false);
+    progress.hashes(false);
     let (moved, answered_by, missing, has_others_bytes) = match resumed {
         Ok((missing, follower)) => {
             let spans = Spans::new(missing);
             // Not before: what an earlier try left takes its time to be hashed, and no connection.
-            let slot = wire.slots.acquire(ask.clone()).await;
-            (order.follow)(follower);
-            let about = (ask, &*place, &**order.progress);
-            let to = (writes, busy);
-            let connections =
-                Connections::new(wire, &source, order.blob, about, to, (spans, order.follow))
-                    .sharing(shared);
+            let slot = wire.slots.acquire(ask).await;
+            (request.follow)(follower);
+            let state = ConnectionState::new(spans, blob, wire.options.connections);
+            let connections = request.connections(wire, &source, &place, writes, state);
+            let connections = Connections { busy, shared, ..connections };
             let moved = connections.run(slot).await;
             let (answered_by, missing) = connections.outcome();
             (moved, answered_by, missing, connections.would_discard_others_bytes())
         }
         // The writer could not even open it, and says why below.
-        Err(_) => (Err(Failure::WriterGone), BTreeSet::new(), size, false),
+        Err(_) => (Err(Failure::WriterGone), BTreeSet::new(), blob.size, false),
     };
     let ended = writing.await;
     drop(place);
@@ -204,8 +254,8 @@ async fn fetch_from(
             return Ok(TransferOutcome::Complete(Box::new(Download { partial, guard, given_by })));
         }
         (Some(partial), Ok(()), Err(Failure::CannotContinue(error))) => {
-            tracing::info!(%error, blob = %blob.0, "what several sources have sent does not fit");
-            order.progress.lost(u64::MAX);
+            tracing::info!(%error, blob = %blob.digest, "what several sources have sent does not fit");
+            progress.lost(u64::MAX);
             return leave_to_others(partial, guard, &error).await.map_err(|error| (error, None));
         }
         (partial, Err(error), _) => (partial, PullError::Store(error)),
@@ -216,10 +266,24 @@ async fn fetch_from(
         ) => (partial, error),
         (partial, Ok(()), _) => (partial, PullError::Crashed),
     };
-    order.progress.lost(size - missing);
-    // What can be continued stays. What was proven wrong goes, and on a full disk a half
-    // download helps nobody: the room is worth more to the node.
-    let worthless = match &error {
+    progress.lost(blob.size - missing);
+    let worthless = is_worthless(&error, has_others_bytes);
+    let discard = move || {
+        if let Some(partial) = partial.filter(|_| worthless) {
+            partial.discard()?;
+        }
+        Ok(guard)
+    };
+    match blocking(discard).await {
+        Ok(guard) => Err((error, Some(guard))),
+        Err(error) => Err((error, None)),
+    }
+}
+
+/// Returns whether the bytes of a download that failed are of no use. What can be continued stays. What
+/// was proven wrong goes, and so does a half download on a full disk, where the room is worth more.
+fn is_worthless(error: &PullError, has_others_bytes: bool) -> bool {
+    match error {
         // The length of one source's body does not invalidate the bytes of others.
         PullError::BlobSize { .. } => !has_others_bytes,
         PullError::BlobDigest { .. } => true,
@@ -227,16 +291,6 @@ async fn fetch_from(
             matches!(error, StoreError::NoSpace { .. } | StoreError::NoRoom(_))
         }
         _ => false,
-    };
-    let discard = move || {
-        if let Some(partial) = partial.filter(|_| worthless) {
-            partial.discard()?;
-        }
-        Ok(guard)
-    };
-    match super::resolve::blocking(discard).await {
-        Ok(guard) => Err((error, Some(guard))),
-        Err(error) => Err((error, None)),
     }
 }
 
@@ -247,7 +301,7 @@ async fn leave_to_others(
     error: &PullError,
 ) -> Result<TransferOutcome, PullError> {
     let is_wrong = matches!(error, PullError::BlobDigest { .. });
-    super::resolve::blocking(move || {
+    blocking(move || {
         if is_wrong {
             partial.discard()?;
         }
@@ -259,22 +313,18 @@ async fn leave_to_others(
 
 /// Asks a source for a blob as a download does, and reads no more than the head of its answer: for
 /// a blob that its host has sent before. Says who gave it.
-pub async fn ask(
+pub(super) async fn ask(
     wire: &Wire,
     source: &Source,
-    (blob, artifact): ((Digest, u64), u64),
-    progress: &Arc<Progress>,
+    request: BlobRequest<'_>,
 ) -> Result<BTreeSet<ProofSource>, PullError> {
-    let (urgency, host) = (Arc::clone(progress), source.repository.host().to_owned());
-    let ask = Ask { urgency, artifact, host, is_first: false };
-    let (_, size) = blob;
-    let place = wire.places.acquire(ask.clone()).await;
-    let slot = wire.slots.acquire(ask.clone()).await;
+    let request = BlobRequest { follow: &|_| (), ..request };
+    let place = wire.places.acquire(request.ask()).await;
+    let slot = wire.slots.acquire(request.ask()).await;
     let (writes, mut queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
-    let (spans, busy) = (Spans::whole(size), Arc::default());
-    let (about, to) = ((ask, &place, &**progress), (writes, busy));
-    let connections =
-        Connections::new(wire, source, blob, about, to, (spans, &|_| ())).only_answer();
+    let state = ConnectionState::new(Spans::whole(request.blob.size), request.blob, 1);
+    let connections = request.connections(wire, source, &place, writes, state);
+    let connections = Connections { only_answer: true, ..connections };
     // Nothing is written, but a source that contradicts itself is asked once more from the start.
     let restarts = async {
         while let Some(write) = queue.recv().await {
@@ -323,4 +373,56 @@ fn write(
         busy.fetch_add(spent, Ordering::Relaxed);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::StatusCode;
+    use axum::response::Response;
+
+    use super::super::testing::{TestNode, TestRegistry, empty, file_layer, is_root};
+    use super::*;
+    use oci::registry::RegistryError;
+
+    #[tokio::test]
+    async fn bytes_that_are_not_the_blob_are_thrown_away() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let digest = registry.blob("a", b"right");
+        registry.answer_with(|_| Some(Response::new(Body::from("wrong"))));
+        let error = node.download(&registry, "a", b"right").await.expect_err("it is another blob");
+        assert!(matches!(error.root(), PullError::BlobDigest { .. }), "{error}");
+        registry.answer_with(|_| None);
+        let download = node.download(&registry, "a", b"right").await.expect("the blob");
+        assert_eq!(download.partial.digest(), digest);
+        assert!(download.given_by.contains(&ProofSource::Registry));
+        let starts: Vec<_> = registry.seen("blobs/").iter().map(|seen| seen.start).collect();
+        assert!(starts.iter().all(Option::is_none), "nothing was continued: {starts:?}");
+    }
+
+    #[tokio::test]
+    async fn a_blob_of_the_store_is_only_for_repositories_that_give_it() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let layer = file_layer("file", b"content");
+        for repository in ["a", "b", "c"] {
+            registry.artifact(repository, &layer, b"content");
+        }
+        registry.answer_with(|seen| {
+            let is_refused = seen.repository == "b" && seen.object.starts_with("blobs/");
+            is_refused.then(|| empty(StatusCode::NOT_FOUND))
+        });
+        // Bytes on the disk are the host's, whether they have a name or not.
+        drop(node.download(&registry, "a", b"content").await.expect("the blob"));
+        let error = node.download(&registry, "b", b"content").await.expect_err("it is not there");
+        let is_missing =
+            matches!(error.root(), PullError::Registry(RegistryError::NotFound { .. }));
+        assert!(is_missing, "{error}");
+        if is_root() {
+            node.pull(&registry.want("a")).await.expect("a tree");
+            node.pull(&registry.want("b")).await.expect_err("it is not there");
+        }
+        node.download(&registry, "c", b"content").await.expect("the blob");
+        let asked = registry.seen("blobs/");
+        assert!(asked.iter().any(|seen| seen.repository == "c"), "{asked:?}");
+    }
 }

@@ -23,11 +23,11 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
+use super::compute::Computations;
 use super::error::PullError;
-use super::memory::{MemoryBudget, PLAIN_WINDOW};
+use super::memory::PLAIN_WINDOW;
 use super::progress::Progress;
 use super::slots::{Ask, Slot, Slots};
-use super::tenant::Tenant;
 use oci::Digest;
 use store::growth::Follower;
 use store::layers::LayerWriter;
@@ -47,21 +47,19 @@ const MAXIMUM_REFUSALS: usize = 1024;
 
 /// Who may unpack, on this node.
 #[derive(Clone)]
-pub struct Unpackers(Arc<Shared>);
+pub(super) struct Unpackers(Arc<Shared>);
 
 struct Shared {
     store: Store,
     limits: Limits,
     /// Permits to unpack a layer.
     permits: Slots,
-    /// Permits to compute with reserved memory.
-    compute_permits: Slots,
     /// The right to keep a decompression window without a permit.
     paused: Semaphore,
     background: Background,
     /// For windows that take a lot of memory.
     wide: Semaphore,
-    memory: MemoryBudget<Tenant>,
+    computations: Computations,
     refusals: Mutex<Refusals>,
 }
 
@@ -101,7 +99,7 @@ type Following = JoinHandle<Result<LayerWriter, PullError>>;
 
 /// What is unpacked.
 #[derive(Clone)]
-pub struct Job {
+pub(super) struct Job {
     unpackers: Unpackers,
     blob: Digest,
     rule: ArchiveRule,
@@ -113,32 +111,24 @@ pub struct Job {
 impl Unpackers {
     /// `at_once` layers, of which `wide` with large windows.
     #[must_use]
-    pub fn new(
+    pub(super) fn new(
         store: Store,
         limits: Limits,
         at_once: usize,
         wide: usize,
-        memory: MemoryBudget<Tenant>,
+        computations: Computations,
         background: Background,
     ) -> Self {
-        let permits = || Slots::without_reserve(at_once, background.clone());
         Self(Arc::new(Shared {
             store,
             limits,
-            permits: permits(),
-            compute_permits: permits(),
+            permits: Slots::without_reserve(at_once, background.clone()),
             paused: Semaphore::new(at_once.max(1)),
             background,
             wide: Semaphore::new(wide.max(1)),
-            memory,
+            computations,
             refusals: Mutex::default(),
         }))
-    }
-
-    /// Waits for the right to compute with reserved memory. As many computations run at once as
-    /// layers are unpacked.
-    pub async fn compute_permit(&self, flight: &Arc<Progress>) -> Slot {
-        self.0.compute_permits.acquire(slot_request(flight, Window::Plain)).await
     }
 
     /// Waits for the right to unpack a layer.
@@ -157,7 +147,7 @@ impl Unpackers {
 
     /// A layer of one's own to unpack.
     #[must_use]
-    pub fn job(
+    pub(super) fn job(
         &self,
         blob: Digest,
         rule: ArchiveRule,
@@ -170,7 +160,7 @@ impl Unpackers {
 
     /// Why this layer was refused when it was last here from this repository.
     #[must_use]
-    pub fn refusal(&self, repository: &str, key: LayerKey) -> Option<Arc<PullError>> {
+    pub(super) fn refusal(&self, repository: &str, key: LayerKey) -> Option<Arc<PullError>> {
         let refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         let mut refusals = refusals.0.iter();
         let known = refusals.find(|(from, layer, _)| *layer == key && from == repository);
@@ -178,7 +168,7 @@ impl Unpackers {
     }
 
     /// Remembers why a verified layer was refused.
-    pub fn refuse(&self, repository: &str, key: LayerKey, error: &Arc<PullError>) {
+    pub(super) fn refuse(&self, repository: &str, key: LayerKey, error: &Arc<PullError>) {
         let mut refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         if refusals.0.len() == MAXIMUM_REFUSALS {
             refusals.0.pop_front();
@@ -194,7 +184,7 @@ impl Job {
     }
 
     /// Begins to unpack what grows, if a permit is free. What was begun before is given up.
-    pub fn follow(&self, mut follower: Follower) {
+    pub(super) fn follow(&self, mut follower: Follower) {
         let following = self.unpackers.free_permit(&self.urgency).map(|permit| {
             let (permit, since) = (Arc::new(permit), Instant::now());
             let held = Arc::clone(&permit);
@@ -209,7 +199,7 @@ impl Job {
     }
 
     /// Returns the layer of a blob that is verified. `open` reads it from its start.
-    pub async fn finish<R: Read + Send + 'static>(
+    pub(super) async fn finish<R: Read + Send + 'static>(
         &self,
         open: impl Fn() -> Result<R, StoreError> + Clone + Send + 'static,
     ) -> Result<LayerWriter, PullError> {
@@ -231,13 +221,10 @@ impl Job {
         if !needs_wide || self.unpackers.0.limits.zstd_window_log <= PLAIN_WINDOW_LOG {
             return outcome;
         }
-        let Shared { wide, background, memory, limits, .. } = &*self.unpackers.0;
+        let Shared { wide, background, computations, limits, .. } = &*self.unpackers.0;
         // Reserved before a permit is taken, and beside the window that each unpacking may have.
         let window = (1_u64 << limits.zstd_window_log).saturating_sub(PLAIN_WINDOW);
-        let waits = |wait| self.urgency.waits_for_memory(wait);
-        let memory = memory.compute(self.urgency.tenant(), window, waits);
-        // Warming may hold the memory while it stands back.
-        let _memory = background.boost_while(memory).await?;
+        let _memory = computations.memory(window, &self.urgency).await?;
         let wide = background.boost_while(wide.acquire()).await;
         let _wide = wide.map_err(|_| PullError::Crashed)?;
         let unpacked = self.start(&open, Window::Large).await;
@@ -252,7 +239,7 @@ impl Job {
     ) -> Result<LayerWriter, PullError> {
         let permit = Arc::new(self.unpackers.permit(&self.urgency, window).await);
         let (job, open) = (self.clone(), open.clone());
-        super::resolve::blocking(move || job.unpack(open()?, window, permit)).await
+        super::blocking(move || job.unpack(open()?, window, permit)).await
     }
 
     /// Unpacks a layer. The permit is held until that ends, also when the caller has gone.
@@ -284,11 +271,10 @@ impl Job {
     }
 }
 
-/// Returns the request of a flight for a permit. Permits have no host and no artifact. Other tenants
-/// may wait for the memory that a layer with a large window has reserved.
+/// Returns the request of a flight for a permit. Other tenants may wait for the memory that a layer
+/// with a large window has reserved.
 fn slot_request(flight: &Arc<Progress>, window: Window) -> Ask {
-    let (urgency, is_first) = (Arc::clone(flight), window == Window::Large);
-    Ask { urgency, artifact: 0, host: String::new(), is_first }
+    Ask { is_first: window == Window::Large, ..Ask::without_host(flight) }
 }
 
 impl UnpackPermit {
@@ -331,7 +317,7 @@ impl<R: Read> Read for PausableReader<R> {
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use super::super::memory::MemoryPlan;
+    use super::super::memory::{MemoryBudget, MemoryPlan};
     use super::super::{Caller, Priority, Tenant};
     use super::*;
     use store::StoreOptions;
@@ -343,10 +329,14 @@ mod tests {
     }
 
     fn unpackers(at_once: usize) -> Unpackers {
-        let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(folder.path(), StoreOptions::default()).unwrap();
-        let memory = MemoryBudget::new(MemoryPlan::new(192 << 20, at_once));
-        Unpackers::new(store, Limits::default(), at_once, 1, memory, Background::none())
+        unpackers_in(tempfile::tempdir().unwrap().path(), at_once)
+    }
+
+    fn unpackers_in(folder: &std::path::Path, at_once: usize) -> Unpackers {
+        let store = Store::open(folder, StoreOptions::default()).unwrap();
+        let budget = MemoryBudget::new(MemoryPlan::new(192 << 20, at_once));
+        let computations = Computations::new(budget, at_once, Background::none());
+        Unpackers::new(store, Limits::default(), at_once, 1, computations, Background::none())
     }
 
     /// Unpackings of one tenant that hold all permits and do not end by themselves.
@@ -439,9 +429,35 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_computation_with_reserved_memory_waits_for_no_unpacking() {
         let many = Unpackings::start(1).await;
-        let mut compute = Box::pin(many.unpackers.compute_permit(&many.flight));
+        let mut compute = Box::pin(many.unpackers.0.computations.permit(&many.flight));
         assert!(futures_util::poll!(&mut compute).is_ready(), "its tenant unpacks");
         drop(compute);
         many.end().await;
+    }
+
+    #[tokio::test]
+    async fn a_layer_is_unpacked_and_a_refusal_is_of_one_repository() {
+        let folder = tempfile::tempdir().unwrap();
+        let unpackers = unpackers_in(folder.path(), 1);
+        let rule = ArchiveRule { whiteouts: false, tar_digest: None, within: None };
+        let unpack = async |bytes: Vec<u8>| {
+            let (blob, flight) = (Digest::of(&bytes), flight("a"));
+            let job = unpackers.job(blob, rule.clone(), PermissionsRule::Readable, &flight);
+            job.finish(move || Ok(std::io::Cursor::new(bytes.clone()))).await
+        };
+        let archive = super::super::testing::tar(&[("folder/file", b"content")]);
+        let key =
+            super::super::room::layer_key(Digest::of(&archive), &rule, PermissionsRule::Readable);
+        let Err(error) = unpack(vec![b'x'; 2048]).await else { panic!("it is no archive") };
+        assert!(matches!(error, PullError::Unpack(_)), "{error}");
+        assert_eq!(unpackers.0.permits.taken(), 0);
+        unpackers.refuse("r.io/a", key, &Arc::new(error));
+        assert!(unpackers.refusal("r.io/a", key).is_some());
+        assert!(unpackers.refusal("r.io/b", key).is_none());
+        if super::super::testing::is_root() {
+            let writer = unpack(archive).await.expect("a layer");
+            let totals = unpackers.0.store.finish_layer(key, writer).expect("a layer").totals();
+            assert_eq!((totals.files, totals.bytes), (1, 7));
+        }
     }
 }

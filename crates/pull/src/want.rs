@@ -74,6 +74,26 @@ pub struct Want {
 }
 
 impl Want {
+    /// Returns the wish for a whole artifact that the node itself has, for no pod.
+    pub(super) fn of_node(reference: Reference, platform: Platform, tenant: Tenant) -> Self {
+        Self {
+            reference,
+            platform,
+            policy: PullPolicy::IfNotPresent,
+            if_unavailable: IfUnavailable::Fail,
+            selection: Selection::default(),
+            permissions: PermissionsRule::default(),
+            file_mode: None,
+            unpack: UnpackMode::Auto,
+            keyring: Keyring::default(),
+            identity: None,
+            priority: Priority::Warm,
+            tenant,
+            maximum_bytes: None,
+            signature: None,
+        }
+    }
+
     /// Returns the caller of the flights that this volume waits for.
     pub(super) fn caller(&self) -> Caller {
         Caller::new(self.priority, self.tenant.clone())

@@ -265,10 +265,11 @@ impl RegistryError {
         }
     }
 
-    /// Whether another credential may succeed where this one did not.
+    /// Returns whether another credential may succeed where this one did not. Registries that hide
+    /// private repositories answer 404.
     #[must_use]
-    pub fn is_refused_credential(&self) -> bool {
-        matches!(self, Self::Unauthorized { .. } | Self::Forbidden { .. })
+    pub fn may_depend_on_credential(&self) -> bool {
+        matches!(self, Self::Unauthorized { .. } | Self::Forbidden { .. } | Self::NotFound { .. })
     }
 }
 

@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::error::{self, RegistryError};
 use super::recent::Recent;
 use crate::Repository;
+use crate::backoff::RetryBackoff;
 use crate::credentials::Credential;
 
 /// Things that are remembered of each kind; forgetting one costs a request.
@@ -30,9 +31,11 @@ const FREE: u32 = 4;
 /// After this without a refusal the next one is the first again.
 const FORGOTTEN: Duration = Duration::from_mins(5);
 /// How long the first refusal after these is remembered, and how long any.
-const REFUSED: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+const REFUSED: RetryBackoff =
+    RetryBackoff { first: Duration::from_millis(500), longest: Duration::from_secs(30) };
 /// How long a registry is left alone that does not say for how long.
-const SPARED: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+const SPARED: RetryBackoff =
+    RetryBackoff { first: Duration::from_millis(250), longest: Duration::from_secs(30) };
 /// Patience that is shorter is simply had; longer, the caller is told.
 const WAITED: Duration = Duration::from_secs(5);
 /// Time between two probe requests to a host that limits the rate of one of its repositories. A host
@@ -164,9 +167,8 @@ impl Manners {
             Err(error) if is_refusal(error) => {
                 state.record_unlimited(asker);
                 let before = state.refused.get(&key);
-                if let Some(next) = next(before, asker, error, |count| {
-                    doubled(REFUSED, count.checked_sub(FREE + 1))
-                }) {
+                let lasts = |count: u32| REFUSED.after(count.saturating_sub(FREE));
+                if let Some(next) = next(before, asker, error, lasts) {
                     state.refused.insert(key, next);
                 }
             }
@@ -236,7 +238,7 @@ impl State {
     /// request has recorded one already.
     fn back_off(&mut self, key: Key, asker: &Asker, error: &RegistryError) -> Option<Instant> {
         let (wish, before) = (asked_patience(error), self.spared.get(&key));
-        let lasts = |count: u32| wish.unwrap_or_else(|| doubled(SPARED, count.checked_sub(1)));
+        let lasts = |count: u32| wish.unwrap_or_else(|| SPARED.after(count));
         let next = next(before, asker, error, lasts)?;
         let until = next.until;
         self.spared.insert(key, next);
@@ -311,11 +313,6 @@ fn next(
         _ => 1,
     };
     Some(Remembered { error: error.clone(), since: now, until: now + lasts(count), count })
-}
-
-/// The first time, doubled so often, at most the longest; nothing at all before that.
-fn doubled((first, longest): (Duration, Duration), times: Option<u32>) -> Duration {
-    times.map_or(Duration::ZERO, |times| first.saturating_mul(1 << times.min(16)).min(longest))
 }
 
 #[cfg(test)]

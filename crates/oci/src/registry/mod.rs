@@ -23,7 +23,7 @@
 //! documents  how many bytes of what is read whole are in memory at once
 //! time       how long one exchange may take
 //! manners    what keeps being refused is not asked again at once, and patience is had
-//! error      why not
+//! error      why not, refusals  of several credentials
 //! ```
 //!
 //! What a caller can rely on:
@@ -58,6 +58,7 @@ mod question;
 mod recent;
 mod redirect;
 mod referrers;
+mod refusals;
 mod session;
 mod time;
 mod tls;
@@ -85,6 +86,7 @@ pub use hosts::mirror_address;
 pub use plain_http::plain_http_address;
 pub use question::ManifestName;
 pub use referrers::Referrers;
+pub use refusals::Refusals;
 
 use self::blob::{BlobAnswer, BlobPart};
 use self::documents::Documents;

@@ -9,7 +9,7 @@ use super::endpoint::Endpoint;
 use super::error::{self, RegistryError};
 use super::passed_by::Standing;
 use crate::credentials::Credential;
-use crate::{Digest, Repository, media_type};
+use crate::{Digest, Reference, Repository, media_type};
 
 /// How a manifest is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,15 @@ impl Needs {
 }
 
 impl ManifestName {
+    /// Returns how a registry is asked for what a reference names.
+    #[must_use]
+    pub fn of(reference: &Reference) -> Self {
+        match reference.digest() {
+            Some(digest) => Self::Digest(digest),
+            None => Self::Tag(reference.tag_or_latest().to_owned()),
+        }
+    }
+
     /// Names the manifest in errors.
     #[must_use]
     pub fn describe(&self, repository: &Repository) -> String {

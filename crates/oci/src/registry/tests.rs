@@ -384,8 +384,8 @@ async fn every_status_has_its_error() {
         (412, |e| matches!(e, RegistryError::PolicyRefused { status: 412, .. }), false, false),
         (423, |e| matches!(e, RegistryError::PolicyRefused { status: 423, .. }), false, false),
         (451, |e| matches!(e, RegistryError::PolicyRefused { status: 451, .. }), false, false),
-        (404, |e| matches!(e, RegistryError::NotFound { .. }), false, false),
-        (410, |e| matches!(e, RegistryError::NotFound { .. }), false, false),
+        (404, |e| matches!(e, RegistryError::NotFound { .. }), false, true),
+        (410, |e| matches!(e, RegistryError::NotFound { .. }), false, true),
         (429, |e| matches!(e, RegistryError::RateLimited { .. }), true, false),
         (408, |e| matches!(e, RegistryError::ServerError { status: 408, .. }), true, false),
         (500, |e| matches!(e, RegistryError::ServerError { status: 500, .. }), true, false),
@@ -395,14 +395,14 @@ async fn every_status_has_its_error() {
         (304, |e| matches!(e, RegistryError::Protocol { .. }), false, false),
         (302, |e| matches!(e, RegistryError::Protocol { .. }), false, false),
     ];
-    for (code, is_right, transient, refused_credential) in cases {
+    for (code, is_right, transient, of_credential) in cases {
         for error in [
             manifest_error(move |_, _| status(code)).await,
             blob_error(move |_, _| status(code)).await,
         ] {
             assert!(is_right(&error), "{code}: {error:?}");
             assert_eq!(error.is_transient(), transient, "{code}");
-            assert_eq!(error.is_refused_credential(), refused_credential, "{code}");
+            assert_eq!(error.may_depend_on_credential(), of_credential, "{code}");
         }
     }
 }
@@ -1061,7 +1061,7 @@ async fn what_storage_refuses_is_no_verdict() {
                 if *shown == host && *status == code),
             "{error:?}"
         );
-        assert!(error.is_transient() && !error.is_refused_credential());
+        assert!(error.is_transient() && !error.may_depend_on_credential());
         assert_eq!(storage.seen().len(), 1, "storage is never shown a credential");
     }
 }

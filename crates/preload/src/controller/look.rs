@@ -20,7 +20,7 @@ use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
     ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError, ManifestLimits,
 };
-use oci::registry::{ManifestName, Registry, RegistryError};
+use oci::registry::{ManifestName, Refusals, Registry, RegistryError};
 use oci::{Digest, Platform, Reference};
 use policy::{PolicyRequest, PolicySource};
 use text::printable::excerpt;
@@ -219,21 +219,22 @@ impl Looker {
         if credentials.is_empty() {
             credentials.push(Credential::Anonymous);
         }
-        let mut failed = None;
+        let mut refusals = Refusals::default();
         for credential in credentials {
             match self.ask(question, &credential, demands).await {
                 Ok(known) => return Ok(known),
-                Err(refusal) if refusal.may_depend_on_credential() => {
-                    failed.get_or_insert(refusal);
+                Err(LookError::Registry(error)) if error.may_depend_on_credential() => {
+                    refusals.add(error);
                 }
                 Err(error) => {
-                    let unanswered = failed.is_none() && error.is_unanswered();
+                    let unanswered = refusals.is_empty() && error.is_unanswered();
                     return Err(Refusal { unanswered, ..error.refusal() });
                 }
             }
         }
         let nobody = || soon("RegistryUnavailable", "nobody was asked");
-        Err(failed.map_or_else(nobody, |error| error.refusal()))
+        let refused = refusals.into_error().map(LookError::Registry);
+        Err(refused.map_or_else(nobody, |error| error.refusal()))
     }
 
     /// What the policy demands; the bytes that it allows, where it bounds them.
@@ -275,10 +276,7 @@ impl Looker {
         maximum_bytes: Option<u64>,
     ) -> Result<Known, LookError> {
         let (reference, asked_at) = (&question.reference, now());
-        let name = match reference.digest() {
-            Some(digest) => ManifestName::Digest(digest),
-            None => ManifestName::Tag(reference.tag_or_latest().to_owned()),
-        };
+        let name = ManifestName::of(reference);
         let (digest, parsed) = {
             let top = self.registry.manifest(reference.repository(), &name, credential).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
@@ -402,18 +400,6 @@ enum LookError {
 }
 
 impl LookError {
-    /// Registries that hide private repositories answer 404.
-    fn may_depend_on_credential(&self) -> bool {
-        matches!(
-            self,
-            Self::Registry(
-                RegistryError::Unauthorized { .. }
-                    | RegistryError::Forbidden { .. }
-                    | RegistryError::NotFound { .. }
-            )
-        )
-    }
-
     /// Returns whether the registry has said nothing: neither yes nor no.
     fn is_unanswered(&self) -> bool {
         matches!(self, Self::Registry(error) if error.is_transient())

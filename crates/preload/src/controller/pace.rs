@@ -2,16 +2,16 @@
 
 use std::time::Duration;
 
+use oci::backoff::RetryBackoff;
 use tokio::time::Instant;
 
 /// Writes that may come at once after a quiet time: of so many seconds.
 const BURST: f64 = 2.0;
-/// The first pause after the API server was busy.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The pauses after the API server was busy, where it does not say how long.
+const PAUSES: RetryBackoff =
+    RetryBackoff { first: Duration::from_millis(500), longest: Duration::from_secs(30) };
 /// The longest that it asks for and gets.
 const LONGEST_ASKED: Duration = Duration::from_mins(5);
-/// The longest, where it does not say how long.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// A bucket of writes that fills over time.
 #[derive(Debug)]
@@ -50,13 +50,9 @@ impl Bucket {
         if now < self.paused_until {
             return;
         }
-        let doubled = FIRST_PAUSE.saturating_mul(1 << self.failures.min(6));
-        self.failures += 1;
-        let pause = match asked {
-            Some(asked) => asked.clamp(FIRST_PAUSE, LONGEST_ASKED),
-            None => doubled.min(LONGEST_PAUSE),
-        };
-        self.paused_until = now + pause;
+        self.failures = self.failures.saturating_add(1);
+        let asked = asked.map(|asked| asked.clamp(PAUSES.first, LONGEST_ASKED));
+        self.paused_until = now + asked.unwrap_or_else(|| PAUSES.after(self.failures));
     }
 
     /// It answers.
@@ -88,16 +84,16 @@ mod tests {
         bucket.pause(None, start);
         bucket.pause(None, start);
         let first = bucket.take(start).expect_err("paused");
-        assert_eq!(first - start, FIRST_PAUSE);
+        assert_eq!(first - start, PAUSES.first);
         bucket.pause(None, first);
-        assert_eq!(bucket.take(first).expect_err("paused") - first, FIRST_PAUSE * 2);
-        let second = first + FIRST_PAUSE * 2;
+        assert_eq!(bucket.take(first).expect_err("paused") - first, PAUSES.first * 2);
+        let second = first + PAUSES.first * 2;
         bucket.pause(Some(Duration::from_mins(10)), second);
         assert_eq!(bucket.take(second).expect_err("paused") - second, LONGEST_ASKED);
         let third = second + LONGEST_ASKED;
         assert!(bucket.take(third).is_ok());
         bucket.answered();
         bucket.pause(None, third);
-        assert_eq!(bucket.take(third).expect_err("paused") - third, FIRST_PAUSE);
+        assert_eq!(bucket.take(third).expect_err("paused") - third, PAUSES.first);
     }
 }

@@ -1,0 +1,45 @@
+//! The pauses between the tries of something that fails.
+
+use std::time::Duration;
+
+/// Pauses that double with each failure, to a bound.
+#[derive(Clone, Copy, Debug)]
+pub struct RetryBackoff {
+    /// The pause after the first failure.
+    pub first: Duration,
+    /// The longest pause.
+    pub longest: Duration,
+}
+
+impl RetryBackoff {
+    /// Returns the pause after so many failures in a row: none after none.
+    #[must_use]
+    pub fn after(self, failures: u32) -> Duration {
+        let Some(doublings) = failures.checked_sub(1) else { return Duration::ZERO };
+        self.first.saturating_mul(1 << doublings.min(16)).min(self.longest)
+    }
+}
+
+/// Returns a pause less a random part, at most half, so that nodes do not ask in step.
+#[must_use]
+pub fn jittered(full: Duration) -> Duration {
+    let mut random = [0];
+    // Without randomness nodes ask in step, which is all that is lost.
+    let _ = getrandom::fill(&mut random);
+    full.mul_f64(0.5 + f64::from(random[0]) / 512.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_to_the_longest() {
+        let (first, longest) = (Duration::from_millis(250), Duration::from_secs(30));
+        let backoff = RetryBackoff { first, longest };
+        let pauses = [0, 1, 2, 7, 8, u32::MAX].map(|failures| backoff.after(failures).as_millis());
+        assert_eq!(pauses, [0, 250, 500, 16_000, 30_000, 30_000]);
+        let pause = jittered(first);
+        assert!(pause >= first / 2 && pause < first, "{pause:?}");
+    }
+}

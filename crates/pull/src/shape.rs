@@ -1,0 +1,147 @@
+//! The shape of a tree, and the layers of a manifest that it shows.
+
+use std::collections::BTreeMap;
+
+use super::error::PullError;
+use super::memory::BYTES_PER_PART;
+use super::want::Want;
+use oci::Digest;
+use oci::manifest::{Descriptor, ImageManifest};
+use store::TreeKey;
+use store::trees::{TreeRecord, View};
+use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
+use unpack::merge::TreePlan;
+use unpack::permissions::NodeType;
+use unpack::{Permissions, PermissionsRule, Selection, UnpackError, UnpackMode};
+
+/// What shapes a tree beside its manifest.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub(super) selection: Selection,
+    pub(super) permissions: PermissionsRule,
+    pub(super) file_mode: Option<u32>,
+    pub(super) unpack: UnpackMode,
+}
+
+/// A layer that is shown.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    pub(super) layer: usize,
+    pub(super) descriptor: Descriptor,
+    pub(super) rule: PartRule,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum PartRule {
+    File(FileRule, Option<Permissions>),
+    Archive(ArchiveRule),
+}
+
+impl Shape {
+    /// Returns the shape that a volume asks for.
+    pub(super) fn of(want: &Want) -> Self {
+        Self {
+            selection: want.selection.clone(),
+            permissions: want.permissions,
+            file_mode: want.file_mode,
+            unpack: want.unpack,
+        }
+    }
+
+    /// As volume attributes say it, to be kept with the tree.
+    fn view(&self) -> View {
+        let (include, exclude) = self.selection.attributes();
+        let Self { permissions, file_mode, unpack, .. } = *self;
+        View { include, exclude, permissions, file_mode, unpack }
+    }
+
+    /// Returns the record of a tree of this shape. Copies of files are counted when they are made.
+    pub(super) fn record(
+        &self,
+        manifest: Digest,
+        kind: String,
+        compressed_bytes: u64,
+        plan: &TreePlan,
+    ) -> TreeRecord {
+        TreeRecord {
+            manifest,
+            kind,
+            bytes: plan.totals.bytes,
+            inodes: plan.totals.inodes,
+            compressed_bytes,
+            own_inodes: plan.totals.directories + plan.totals.symbolic_links,
+            own_bytes: 0,
+            view: self.view(),
+        }
+    }
+
+    pub(super) fn key(&self, manifest: Digest) -> TreeKey {
+        let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
+        let (selection, permissions) = (self.selection.canonical(), self.permissions.name());
+        let key = TreeKey::new(manifest, &selection, permissions, &file_mode);
+        if self.unpack.is_auto() { key } else { key.with_unpack(self.unpack.name()) }
+    }
+
+    /// The layers that are shown, or may be: a title can prove that a layer is not.
+    pub(super) fn parts(
+        &self,
+        manifest: &ImageManifest,
+        limits: &unpack::Limits,
+    ) -> Result<Vec<Part>, PullError> {
+        let rules = classify(manifest, self.unpack, limits)?;
+        // Its patterns are compiled for this list alone.
+        let selection = self.selection.clone();
+        let layers = manifest.layers.iter().zip(rules).enumerate();
+        let parts = layers.filter_map(|(layer, (descriptor, rule))| {
+            if !rule.is_needed(&selection) {
+                return None;
+            }
+            let rule = match rule {
+                LayerRule::Skip => return None,
+                LayerRule::File(rule) => match self.permissions_of(&rule) {
+                    Ok(permissions) => PartRule::File(rule, permissions),
+                    Err(error) => return Some(Err(error.into())),
+                },
+                LayerRule::Archive(rule) => PartRule::Archive(rule),
+            };
+            // The rule has been made from these annotations, which are not needed any more.
+            let annotations = BTreeMap::new();
+            let descriptor = Descriptor { annotations, platform: None, ..descriptor.clone() };
+            Some(Ok(Part { layer, descriptor, rule }))
+        });
+        parts.collect()
+    }
+
+    /// What is recorded with the file wins over the attribute, which is for files without; else the content decides.
+    fn permissions_of(&self, rule: &FileRule) -> Result<Option<Permissions>, UnpackError> {
+        let recorded = rule.recorded;
+        let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
+        if let Some(Permissions { uid, gid, .. }) = recorded.filter(|owned| !owned.has_owner()) {
+            let (uid, gid) = (uid.into(), gid.into());
+            return Err(UnpackError::Owner { path: rule.path.clone(), uid, gid });
+        }
+        let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });
+        Ok(recorded.or(asked))
+    }
+}
+
+/// Returns the bytes of memory that a pull keeps for a list of parts.
+pub(super) fn memory_of(parts: &[Part]) -> u64 {
+    let of_part = |part: &Part| {
+        let Part { descriptor, rule, .. } = part;
+        let path = match rule {
+            PartRule::File(rule, _) => Some(&rule.path),
+            PartRule::Archive(rule) => rule.within.as_ref(),
+        };
+        let path = path.map_or(0, |path| path.as_bytes().len());
+        let data = descriptor.data.as_ref().map_or(0, Vec::len);
+        BYTES_PER_PART + (2 * path + data + descriptor.media_type.len()) as u64
+    };
+    parts.iter().map(of_part).fold(0, u64::saturating_add)
+}
+
+/// The blobs of these parts that the manifest does not carry itself.
+pub(super) fn blobs_of_registry(parts: &[Part]) -> Vec<Digest> {
+    let fetched = parts.iter().filter(|part| part.descriptor.data.is_none());
+    fetched.map(|part| part.descriptor.digest).collect()
+}
