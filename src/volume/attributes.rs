@@ -13,7 +13,7 @@ use oci::digest::DigestError;
 use oci::reference::ReferenceError;
 use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
-use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
+use pull::{IfUnavailable, Priority, PullPolicy, Shape, Tenant, Want};
 use sys::mount::MountFlags;
 use text::printable::excerpt;
 use unpack::{PermissionsRule, Selection, UnpackMode};
@@ -52,14 +52,8 @@ pub struct VolumeAttributes {
     pub if_unavailable: IfUnavailable,
     /// The platform; `None` selects the node's.
     pub platform: Option<Platform>,
-    /// The `include` and `exclude` patterns.
-    pub selection: Selection,
-    /// The rule for modes and owners of files.
-    pub permissions: PermissionsRule,
-    /// The mode of single-file layers; `None` chooses it by content.
-    pub file_mode: Option<u32>,
-    /// The choice of layers that are unpacked.
-    pub unpack: UnpackMode,
+    /// The settings that shape the tree.
+    pub shape: Shape,
     /// Refuse an artifact without a signature of a configured key.
     pub require_signature: bool,
 }
@@ -132,10 +126,7 @@ impl VolumeAttributes {
             pull_policy,
             if_unavailable,
             platform,
-            selection,
-            permissions,
-            file_mode,
-            unpack,
+            shape: Shape { selection, permissions, file_mode, unpack },
             require_signature,
         })
     }
@@ -154,10 +145,7 @@ impl VolumeAttributes {
             platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
             policy: self.pull_policy,
             if_unavailable: self.if_unavailable,
-            selection: self.selection.clone(),
-            permissions: self.permissions,
-            file_mode: self.file_mode,
-            unpack: self.unpack,
+            shape: self.shape.clone(),
             maximum_bytes: demands.maximum_bytes,
             signature: demands.signature,
             keyring,
@@ -192,10 +180,10 @@ impl VolumeAttributes {
             pull_policy: self.pull_policy,
             if_unavailable: self.if_unavailable,
             platform: &self.platform,
-            selection: self.selection.canonical(),
-            permissions: self.permissions,
-            file_mode: self.file_mode,
-            unpack: self.unpack,
+            selection: self.shape.selection.canonical(),
+            permissions: self.shape.permissions,
+            file_mode: self.shape.file_mode,
+            unpack: self.shape.unpack,
             require_signature: self.require_signature,
             noexec: flags.noexec,
             noatime: flags.noatime,

@@ -5,8 +5,7 @@ use crate::volume::Content;
 use oci::credentials::Keyring;
 use oci::{Platform, Reference};
 use policy::{PolicyDemands, PolicyError, PolicyRequest};
-use pull::{IfUnavailable, Priority, PullPolicy, Tenant, Want};
-use unpack::{PermissionsRule, Selection, UnpackMode};
+use pull::{PullPolicy, Tenant, Want};
 
 /// Returns the pull of an artifact that belongs to no volume.
 #[must_use]
@@ -17,22 +16,7 @@ pub fn want(
     keyring: Keyring,
     tenant: Tenant,
 ) -> Want {
-    Want {
-        reference,
-        platform,
-        policy,
-        if_unavailable: IfUnavailable::Fail,
-        selection: Selection::default(),
-        permissions: PermissionsRule::default(),
-        file_mode: None,
-        unpack: UnpackMode::Auto,
-        keyring,
-        identity: None,
-        priority: Priority::Warm,
-        tenant,
-        maximum_bytes: None,
-        signature: None,
-    }
+    Want { policy, keyring, ..Want::of_node(reference, platform, tenant) }
 }
 
 /// A failure to decide on an artifact.

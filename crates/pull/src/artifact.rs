@@ -530,7 +530,8 @@ mod tests {
         }
         let layers = [descriptor(TAR, &archive, ""), file_layer("three", b"333")];
         let manifest = registry.manifest("a", "latest", MANIFEST, &image(&layers));
-        let want = Want { unpack: UnpackMode::Always, ..registry.want("a") };
+        let shape = Shape { unpack: UnpackMode::Always, ..Shape::default() };
+        let want = Want { shape, ..registry.want("a") };
         let never = Want { policy: PullPolicy::Never, ..want.clone() };
         let refused = node.pull(&never).await.expect_err("nothing is here");
         assert!(matches!(*refused, PullError::NotCached), "{refused}");

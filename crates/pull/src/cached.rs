@@ -4,7 +4,6 @@
 //! no flight. Everything else is left to [`Puller::acquire`], including the reason of a failure.
 
 use super::Puller;
-use super::shape::Shape;
 use super::want::{PullPolicy, Want};
 use store::Tree;
 use store::object::ObjectName;
@@ -24,7 +23,7 @@ impl Puller {
         let known = resolver.known.find(want, &resolver.candidates(want), &mirrors)?;
         known.proven?;
         let manifest = known.digests.manifest;
-        let key = Shape::of(want).key(manifest);
+        let key = want.shape.key(manifest);
         if !store.tree_came_from(repository, key, &mirrors) {
             return None;
         }

@@ -82,6 +82,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use error::PullError;
+pub use shape::Shape;
 pub use tenant::{Caller, Tenant};
 pub use verification::{CredentialsVerification, Verification};
 pub use want::{IfUnavailable, Priority, PullPolicy, Want};
@@ -104,7 +105,6 @@ use proofs::AccessProver;
 use resolve::{Resolved, Resolver};
 use room::SpaceReserver;
 use self_check::ContentReader;
-use shape::Shape;
 use shared_downloads::SharedDownloads;
 use signatures::SignatureVerifier;
 use sponsors::Source;
@@ -354,7 +354,7 @@ impl Puller {
     /// Returns the tree of a manifest that this volume may see, from the store or the registry.
     async fn tree(&self, want: &Want, resolved: &Resolved, view: &ProgressView) -> Outcome<Tree> {
         let Parts { resolver, assembler, .. } = &*self.0;
-        let request = TreeRequest::new(resolved.digests.manifest, Shape::of(want));
+        let request = TreeRequest::new(resolved.digests.manifest, want.shape.clone());
         let repository = want.reference.repository();
         if let Some(tree) = assembler.cached(repository, request.key).await? {
             return Ok(tree);

@@ -474,8 +474,8 @@ fn file_key(want: FileWant, content: &mut File) -> Result<FileKey, PullError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Want;
     use super::super::testing::{TAR, TestNode, TestRegistry, descriptor, file_layer, is_root};
+    use super::super::{Shape, Want};
     use super::*;
     use unpack::UnpackMode;
 
@@ -484,7 +484,8 @@ mod tests {
         let (registry, node) = (TestRegistry::start().await, TestNode::new());
         let garbage = [b'x'; 2048];
         registry.artifact("a", &descriptor(TAR, &garbage, ""), &garbage);
-        let want = Want { unpack: UnpackMode::Always, ..registry.want("a") };
+        let shape = Shape { unpack: UnpackMode::Always, ..Shape::default() };
+        let want = Want { shape, ..registry.want("a") };
         let mut messages = Vec::new();
         for _ in 0..2 {
             let error = node.pull(&want).await.expect_err("it is no tar");
@@ -504,7 +505,10 @@ mod tests {
         registry.artifact("a", &file_layer("file", b"text"), b"text");
         let want = registry.want("a");
         let plain = node.pull(&want).await.expect("a tree");
-        let other = node.pull(&Want { file_mode: Some(0o755), ..want }).await.expect("a tree");
+        let other = node
+            .pull(&Want { shape: Shape { file_mode: Some(0o755), ..Shape::default() }, ..want })
+            .await
+            .expect("a tree");
         assert_ne!(plain.key, other.key);
         let files = node.folder.path().join("files");
         let stored = std::fs::read_dir(files).expect("files").flatten();

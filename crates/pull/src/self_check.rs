@@ -158,15 +158,12 @@ impl Puller {
 impl Damaged {
     /// Returns whether the tree's key is that of its manifest and its view.
     fn says_what_it_is(&self) -> bool {
-        shape(&self.view).is_ok_and(|shape| shape.key(self.manifest) == self.key)
+        Shape::of_view(&self.view).is_ok_and(|shape| shape.key(self.manifest) == self.key)
     }
 
     fn want(&self, reference: &Reference) -> Result<Want, PullError> {
         Ok(Want {
-            selection: shape(&self.view)?.selection,
-            permissions: self.view.permissions,
-            file_mode: self.view.file_mode,
-            unpack: self.view.unpack,
+            shape: Shape::of_view(&self.view)?,
             ..Want::of_node(reference.clone(), Platform::of_this_node(), Tenant::Config)
         })
     }
@@ -324,7 +321,8 @@ impl ContentReader {
         let entries = layers.map(|layer| layer.totals().entries).fold(0, u64::saturating_add);
         let names = entries.max(tree.record.inodes);
         // A view that cannot be read is reported when the tree is compared.
-        let patterns = shape(&tree.record.view).map_or(0, |shape| shape.selection.compiled_bytes());
+        let patterns =
+            Shape::of_view(&tree.record.view).map_or(0, |shape| shape.selection.compiled_bytes());
         let bytes = Merger::estimate(names, &Selection::default())
             .saturating_add(patterns)
             .saturating_add(names.saturating_mul(BYTES_PER_NAME))
@@ -569,7 +567,7 @@ impl ContentReader {
     /// Returns the layers that a tree shows, from its manifest.
     fn parts_of(&self, tree: &Tree) -> Result<PartsOfTree, ComparisonError> {
         let manifest = tree.record.manifest;
-        let shape = shape(&tree.record.view)?;
+        let shape = Shape::of_view(&tree.record.view)?;
         if shape.key(manifest) != tree.key {
             return Err(ComparisonError::Tree("its tree.json is that of another tree".to_owned()));
         }
@@ -678,13 +676,4 @@ fn memory_of_comparison(plan: &TreePlan) -> u64 {
 /// Returns whether planning was stopped for memory.
 fn is_shortage(error: &PullError) -> bool {
     matches!(error.root(), PullError::Unpack(UnpackError::Memory { .. }))
-}
-
-fn shape(view: &View) -> Result<Shape, PullError> {
-    let selection = Selection::parse(&view.include, &view.exclude).map_err(|error| {
-        let what = error.to_string();
-        StoreError::Damaged { path: "tree.json".into(), what }
-    })?;
-    let View { permissions, file_mode, unpack, .. } = *view;
-    Ok(Shape { selection, permissions, file_mode, unpack })
 }

@@ -4,23 +4,26 @@ use std::collections::BTreeMap;
 
 use super::error::PullError;
 use super::memory::BYTES_PER_PART;
-use super::want::Want;
 use oci::Digest;
 use oci::manifest::{Descriptor, ImageManifest};
-use store::TreeKey;
 use store::trees::{TreeRecord, View};
+use store::{StoreError, TreeKey};
 use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
 use unpack::merge::TreePlan;
 use unpack::permissions::NodeType;
 use unpack::{Permissions, PermissionsRule, Selection, UnpackError, UnpackMode};
 
-/// What shapes a tree beside its manifest.
-#[derive(Clone, Debug)]
-pub(super) struct Shape {
-    pub(super) selection: Selection,
-    pub(super) permissions: PermissionsRule,
-    pub(super) file_mode: Option<u32>,
-    pub(super) unpack: UnpackMode,
+/// The settings of a volume that shape its tree, beside the manifest. The default shows the whole artifact.
+#[derive(Clone, Debug, Default)]
+pub struct Shape {
+    /// The `include` and `exclude` patterns.
+    pub selection: Selection,
+    /// The rule for modes and owners of files.
+    pub permissions: PermissionsRule,
+    /// The mode of single-file layers; `None` chooses it by content.
+    pub file_mode: Option<u32>,
+    /// The choice of layers that are unpacked.
+    pub unpack: UnpackMode,
 }
 
 /// A layer that is shown.
@@ -38,17 +41,17 @@ pub(super) enum PartRule {
 }
 
 impl Shape {
-    /// Returns the shape that a volume asks for.
-    pub(super) fn of(want: &Want) -> Self {
-        Self {
-            selection: want.selection.clone(),
-            permissions: want.permissions,
-            file_mode: want.file_mode,
-            unpack: want.unpack,
-        }
+    /// Reads the shape of a tree from its record.
+    pub(super) fn of_view(view: &View) -> Result<Self, PullError> {
+        let selection = Selection::parse(&view.include, &view.exclude).map_err(|error| {
+            let what = error.to_string();
+            StoreError::Damaged { path: "tree.json".into(), what }
+        })?;
+        let View { permissions, file_mode, unpack, .. } = *view;
+        Ok(Self { selection, permissions, file_mode, unpack })
     }
 
-    /// As volume attributes say it, to be kept with the tree.
+    /// Returns the shape in the form of volume attributes, for the record of the tree.
     fn view(&self) -> View {
         let (include, exclude) = self.selection.attributes();
         let Self { permissions, file_mode, unpack, .. } = *self;

@@ -3,11 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::PullError;
+use super::shape::Shape;
 use super::tenant::{Caller, Tenant};
 use oci::credentials::{Keyring, WorkloadIdentity};
 use oci::signature::SignatureDemand;
 use oci::{Platform, Reference};
-use unpack::{PermissionsRule, Selection, UnpackMode};
 
 /// When the registry is asked: the kubelet's words with the kubelet's meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,14 +51,8 @@ pub struct Want {
     pub policy: PullPolicy,
     /// What `Always` does without an answer.
     pub if_unavailable: IfUnavailable,
-    /// Which files.
-    pub selection: Selection,
-    /// Modes and owners.
-    pub permissions: PermissionsRule,
-    /// Mode of single-file layers; none means by content.
-    pub file_mode: Option<u32>,
-    /// The choice of layers that are unpacked.
-    pub unpack: UnpackMode,
+    /// The settings that shape the tree.
+    pub shape: Shape,
     /// The volume's own credentials.
     pub keyring: Keyring,
     /// Bytes of all blobs, and of the unpacked tree, that it may have.
@@ -74,17 +68,15 @@ pub struct Want {
 }
 
 impl Want {
-    /// Returns the wish for a whole artifact that the node itself has, for no pod.
-    pub(super) fn of_node(reference: Reference, platform: Platform, tenant: Tenant) -> Self {
+    /// Returns the pull of a whole artifact that the node makes for no pod.
+    #[must_use]
+    pub fn of_node(reference: Reference, platform: Platform, tenant: Tenant) -> Self {
         Self {
             reference,
             platform,
             policy: PullPolicy::IfNotPresent,
             if_unavailable: IfUnavailable::Fail,
-            selection: Selection::default(),
-            permissions: PermissionsRule::default(),
-            file_mode: None,
-            unpack: UnpackMode::Auto,
+            shape: Shape::default(),
             keyring: Keyring::default(),
             identity: None,
             priority: Priority::Warm,
