@@ -59,7 +59,7 @@ fn measure(artifacts: usize) {
         std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
         let started = Instant::now();
         let store = Store::open(&state, StoreOptions::default()).expect("a store");
-        store.load_catalog().expect("sizes");
+        store.inventory().load().expect("sizes");
         opens.push(started.elapsed());
         drop(store);
         std::fs::write("/proc/sys/vm/drop_caches", "3").expect("root");
@@ -141,7 +141,7 @@ fn fill(state: &Path, artifacts: usize) {
         let content = format!("content of artifact {number}");
         let permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
         let key = FileKey { digest: Digest::of(content.as_bytes()), permissions };
-        let file = store.commit_inline_file(key, content.as_bytes()).expect("a file");
+        let file = store.files().commit_inline(key, content.as_bytes()).expect("a file");
         let everything = Selection::default();
         let mut merger = Merger::new(&limits, &everything);
         let path = RelativePath::parse(b"file", &limits).expect("a path");
@@ -152,7 +152,7 @@ fn fill(state: &Path, artifacts: usize) {
         objects.files.insert(key, file.clone());
         let manifest_bytes = format!("{{\"manifest\": {number}}}").into_bytes();
         let manifest = Digest::of(&manifest_bytes);
-        store.put_blob(manifest, &manifest_bytes).expect("a manifest");
+        store.documents().put(manifest, &manifest_bytes).expect("a manifest");
         let reference: Reference = format!("r.io/artifact-{number}:v1").parse().expect("valid");
         let resolution = Resolution {
             reference: reference.to_string(),
@@ -160,7 +160,7 @@ fn fill(state: &Path, artifacts: usize) {
             manifest,
             platform: None,
         };
-        store.put_resolution(&reference, &platform, &resolution).expect("a resolution");
+        store.resolutions().put(&reference, &platform, &resolution).expect("a resolution");
         let record = TreeRecord {
             manifest,
             kind: "application/vnd.bench".into(),
@@ -172,7 +172,7 @@ fn fill(state: &Path, artifacts: usize) {
             view: View::default(),
         };
         let tree = TreeKey::new(manifest, "", "Readable", "");
-        let built = store.build_tree(&plan, &objects).expect("a tree");
-        store.commit_tree(tree, record, built, (&[], &[file])).expect("a tree");
+        let built = store.trees().build(&plan, &objects).expect("a tree");
+        store.trees().commit(tree, record, built, &[], &[file]).expect("a tree");
     }
 }

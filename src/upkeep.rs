@@ -93,9 +93,9 @@ impl Upkeep {
 }
 
 fn keep(store: &Store, sweep: bool) -> Result<(), StoreError> {
-    store.collect(&Want::Upkeep)?;
+    store.collector().collect(&Want::Upkeep)?;
     if sweep {
-        let swept = store.sweep_records(Now::read())?;
+        let swept = store.collector().sweep_records(Now::read())?;
         tracing::debug!(swept, "records that led nowhere are gone");
     }
     Ok(())

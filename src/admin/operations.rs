@@ -83,8 +83,8 @@ pub struct Meaning {
 /// Returns the resolutions and artifacts of one reference.
 pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, OperationError> {
     let mut inspected = Inspected::default();
-    for resolution in store.meanings(reference)? {
-        let bytes = store.blob(resolution.manifest)?.unwrap_or_default();
+    for resolution in store.resolutions().of_reference(reference)? {
+        let bytes = store.documents().get(resolution.manifest)?.unwrap_or_default();
         // Accepted at its pull: shown whatever the limits are now.
         let parsed = Manifest::parse(&bytes, None, Limits::default().manifest());
         let layers = match parsed {
@@ -105,7 +105,7 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
 
 /// Returns all trees, ordered by their references.
 pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
-    describe(store, store.all_trees()?)
+    describe(store, store.inventory().trees()?)
 }
 
 fn artifacts_of(
@@ -114,7 +114,7 @@ fn artifacts_of(
 ) -> Result<Vec<Artifact>, OperationError> {
     let mut trees = Vec::new();
     for manifest in manifests {
-        trees.extend(store.trees_of_manifest(manifest)?);
+        trees.extend(store.inventory().trees_of_manifest(manifest)?);
     }
     describe(store, trees)
 }
@@ -125,17 +125,18 @@ fn describe(
 ) -> Result<Vec<Artifact>, OperationError> {
     let mut artifacts = Vec::new();
     for (name, entry) in trees {
-        let Some(tree) = store.named_tree(&name) else { continue };
+        let Some(tree) = store.trees().named(&name) else { continue };
         let manifest = tree.record.manifest;
         let volumes: BTreeSet<_> = store
-            .publications_of(&name)
+            .publications()
+            .of_tree(&name)
             .into_iter()
             .map(|publication| publication.pod.unwrap_or(publication.volume_id))
             .collect();
         let pins: BTreeSet<_> =
-            store.pins_of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
+            store.pins().of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
         artifacts.push(Artifact {
-            references: store.references_of(manifest)?.into_iter().collect(),
+            references: store.resolutions().references_of(manifest)?.into_iter().collect(),
             volumes: volumes.into_iter().collect(),
             pins: pins.into_iter().collect(),
             last_used: entry.last_used,
@@ -157,13 +158,13 @@ pub fn pin(
     platform: &Platform,
     owner: &str,
 ) -> Result<Pin, OperationError> {
-    let known = store.resolution(reference, platform);
+    let known = store.resolutions().get(reference, platform);
     let not_here = || OperationError::NotHere(reference.to_string());
     let manifest = known.map(|known| known.manifest).ok_or_else(not_here)?;
-    if !store.has_sound_tree(manifest)? {
+    if !store.inventory().has_sound_tree(manifest)? {
         return Err(not_here());
     }
-    Ok(store.pin(reference, platform, manifest, owner)?)
+    Ok(store.pins().add(reference, platform, manifest, owner)?)
 }
 
 /// Removes an owner's pins of a reference. Returns their number, and the owners of the remaining pins.
@@ -173,7 +174,7 @@ pub fn unpin(
     platform: Option<&Platform>,
     owner: &str,
 ) -> Result<(usize, Vec<String>), OperationError> {
-    let unpinned = store.unpin(reference, platform, owner)?;
+    let unpinned = store.pins().remove_all(reference, platform, owner)?;
     Ok((unpinned.len(), owners(store, reference)))
 }
 
@@ -184,7 +185,7 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
         let owners = owners.join(", ");
         return Err(OperationError::Pinned { reference: reference.to_string(), owners });
     }
-    let forgotten = store.remove_resolutions(reference)?;
+    let forgotten = store.resolutions().remove(reference)?;
     let mut manifests: BTreeSet<Digest> =
         forgotten.iter().map(|resolution| resolution.manifest).collect();
     manifests.extend(reference.digest());
@@ -194,7 +195,7 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
     for artifact in artifacts_of(store, manifests)? {
         was_here = true;
         if artifact.references.is_empty() && artifact.pins.is_empty() {
-            store.forget_tree(&artifact.tree)?;
+            store.trees().forget(&artifact.tree)?;
             forgotten.push(ObjectName::tree(artifact.tree.key, artifact.tree.generation));
             removed.volumes.extend(artifact.volumes);
         } else {
@@ -207,12 +208,12 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
     }
     removed.references.sort();
     removed.references.dedup();
-    removed.collected = store.collect_trees(&forgotten)?;
+    removed.collected = store.collector().collect_trees(&forgotten)?;
     Ok(removed)
 }
 
 fn owners(store: &Store, reference: &Reference) -> Vec<String> {
-    let pins = store.pins_of_reference(&reference.to_string()).into_iter();
+    let pins = store.pins().of_reference(&reference.to_string()).into_iter();
     let owners: BTreeSet<_> = pins.map(|pin| pin.owner).collect();
     owners.into_iter().collect()
 }

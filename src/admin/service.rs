@@ -30,7 +30,7 @@ use oci::{Platform, Reference};
 use pull::import::ImportError;
 use pull::self_check::Repaired;
 use store::gc::Want;
-use store::{Room, Store, StoreError};
+use store::{DiskSpace, Store, StoreError};
 
 /// The capacity of a channel to a slow reader.
 const EVENTS: usize = 64;
@@ -79,7 +79,7 @@ impl Admin for AdminService {
         };
         let state_dir = self.state_dir.clone();
         let look = move || {
-            let room = Room::of(&state_dir).unwrap_or_default();
+            let room = DiskSpace::of(&state_dir).unwrap_or_default();
             (status.free_bytes, status.total_bytes) = (room.free_bytes, room.total_bytes);
             if let Ok(content) = content {
                 add_numbers(&mut status, &content.store, &room);
@@ -209,9 +209,12 @@ impl Admin for AdminService {
         let CollectRequest { dry_run, target_bytes } = request.into_inner();
         let want = target_bytes.map_or(Want::Upkeep, Want::AtMost);
         let collect = move |store: Store| {
-            let collected =
-                if dry_run { store.plan_collection(&want) } else { store.collect(&want) };
-            Ok::<_, OperationError>((collected?, store.usage()?.bytes))
+            let collected = if dry_run {
+                store.collector().plan(&want)
+            } else {
+                store.collector().collect(&want)
+            };
+            Ok::<_, OperationError>((collected?, store.inventory().usage()?.bytes))
         };
         let (collected, cache_bytes) = self.blocking(collect).await?;
         Ok(Response::new(messages::collected(&collected, cache_bytes)))
@@ -291,20 +294,20 @@ async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<Veri
     let _ = events.send(Ok(VerifyEvent { event })).await;
 }
 
-fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &Room) {
-    status.published = store.count_publications() as u64;
-    if let Ok(usage) = store.usage() {
+fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &DiskSpace) {
+    status.published = store.publications().count() as u64;
+    if let Ok(usage) = store.inventory().usage() {
         status.cache_bytes = usage.bytes;
         status.cache_objects = usage.objects;
     }
-    if let Ok(pinned) = store.pinned_takes() {
+    if let Ok(pinned) = store.inventory().pinned_space() {
         status.pinned_bytes = pinned.bytes;
     }
-    if let (Some(scrub), Ok(unread)) = (&mut status.scrub, store.unread_objects()) {
+    if let (Some(scrub), Ok(unread)) = (&mut status.scrub, store.inventory().unread_objects()) {
         scrub.unread_objects = unread.len() as u64;
     }
-    status.floor_bytes = room.floor(store.cache_options()).bytes;
-    let evictions = store.evictions();
+    status.floor_bytes = room.floor(store.space().options()).bytes;
+    let evictions = store.collector().evictions();
     status.evicted_objects = evictions.total();
     status.evicted_bytes = evictions.bytes();
 }

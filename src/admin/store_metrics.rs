@@ -28,13 +28,13 @@ impl Collector for StoreMetrics {
         let Some(store) = self.0.get() else { return Ok(()) };
         let mut writer = Writer(&mut encoder);
         // A disk that cannot be read has no values. The log has the error.
-        if let Ok(usage) = store.usage() {
+        if let Ok(usage) = store.inventory().usage() {
             let help = "Disk space of all content and what is known of it, shared content once";
             writer.bytes("cache", help, usage.bytes)?;
         }
-        if let Ok(pinned) = store.pinned_takes() {
+        if let Ok(pinned) = store.inventory().pinned_space() {
             writer.bytes("pinned", "Disk space of what pins hold", pinned.bytes)?;
-            let count = |kind| store.count_objects(kind);
+            let count = |kind| store.inventory().count(kind);
             writer.objects(&[
                 ("file", count(ObjectKind::File)),
                 ("layer", count(ObjectKind::Layer)),
@@ -42,14 +42,14 @@ impl Collector for StoreMetrics {
                 ("document", count(ObjectKind::Document)),
             ])?;
         }
-        if let Ok(unread) = store.unread_objects() {
+        if let Ok(unread) = store.inventory().unread_objects() {
             let help = "Objects of an earlier format that have not been read back yet";
             writer.gauge("unread_objects", help, unread.len() as u64)?;
         }
         let help = "Volumes that are published now";
-        writer.gauge("published_volumes", help, store.count_publications() as u64)?;
-        if let Ok(room) = store.room() {
-            let floor = room.floor(store.cache_options());
+        writer.gauge("published_volumes", help, store.publications().count() as u64)?;
+        if let Ok(room) = store.space().disk() {
+            let floor = room.floor(store.space().options());
             let help = "Free space of the state directory's filesystem";
             writer.bytes("filesystem_free", help, room.free_bytes)?;
             writer.bytes("filesystem_floor", "Space that is kept free", floor.bytes)?;
@@ -57,12 +57,12 @@ impl Collector for StoreMetrics {
             writer.bytes("filesystem_size", help, room.total_bytes)?;
             writer.gauge("filesystem_free_inodes", "Free inodes there", room.free_inodes)?;
         }
-        let evictions = store.evictions();
+        let evictions = store.collector().evictions();
         writer.evictions(&Reason::ALL.map(|reason| (reason.name(), evictions.count(reason))))?;
         let help = "Disk space of evicted content";
         writer.counter("evicted", help, Some(&Unit::Bytes), evictions.bytes())?;
         let help = "Content that was found damaged";
-        writer.counter("verification_failures", help, None, store.damages())
+        writer.counter("verification_failures", help, None, store.damage().count())
     }
 }
 

@@ -83,7 +83,7 @@ impl Opening {
         let (store, wanted) = (content.store.clone(), Arc::clone(&content.upkeep));
         self.content.send_modify(|state| *state = Ok(content.clone()));
         self.tracker.spawn_blocking(move || {
-            if let Err(error) = store.load_catalog() {
+            if let Err(error) = store.inventory().load() {
                 tracing::warn!(%error, "the sizes of cached content cannot be read yet");
             }
         });

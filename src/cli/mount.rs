@@ -202,7 +202,7 @@ fn forget(arguments: &UnmountArguments, target: &TargetPath) {
     }
     let Ok(_lock) = Lock::try_acquire(&state_dir) else { return };
     if let Ok(store) = Store::open(&state_dir, StoreOptions::default()) {
-        let _ = store.remove_publication(&target.full());
+        let _ = store.publications().remove(&target.full());
     }
 }
 

@@ -12,8 +12,8 @@ use store::{Store, StoreError};
 ///
 /// Errors of the filesystem.
 pub(super) fn capacity(store: &Store) -> Result<u64, StoreError> {
-    let (room, options) = (store.room()?, store.cache_options());
-    let ours = room.free_bytes.saturating_add(store.usage()?.bytes);
+    let (room, options) = (store.space().disk()?, store.space().options());
+    let ours = room.free_bytes.saturating_add(store.inventory().usage()?.bytes);
     let allowed = ours.saturating_sub(room.floor(options).bytes);
     Ok(options.max_bytes.map_or(allowed, |max| allowed.min(max)))
 }

@@ -22,8 +22,8 @@ use policy::PolicyDemands;
 use preload::api::{Phase, WantedArtifact};
 use preload::seal::Place;
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
-use store::namespace_resolutions::NamespaceResolution;
 use store::resolutions::Resolution;
+use store::resolutions::namespace::NamespaceResolution;
 
 /// The delay after a first failure; doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -284,7 +284,7 @@ impl Running {
             resolved_at: resolved_at.0.as_second(),
         };
         let store = self.begin.content.store.clone();
-        let record = move || store.put_namespace_resolution(&reference, &platform, &answer);
+        let record = move || store.resolutions().put_for_namespace(&reference, &platform, &answer);
         match tokio::task::spawn_blocking(record).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(Failure::new("NotRecorded", &error)),

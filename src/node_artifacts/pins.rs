@@ -100,7 +100,7 @@ impl Pins {
                 max_bytes,
             });
             let platform = Platform::of_this_node();
-            store.pin_within(&reference, &platform, manifest, &owner, share).map(|_| ())
+            store.pins().add_within(&reference, &platform, manifest, &owner, share).map(|_| ())
         };
         // The lock is held until the pin is written.
         match tokio::task::spawn_blocking(pin).await {
@@ -120,8 +120,8 @@ impl Pins {
     pub(super) async fn holds(&self, preload: &str, reference: &Reference) -> Option<Digest> {
         let (store, owner, reference) = (self.store.clone(), owner(preload), reference.clone());
         let look = move || {
-            let pin = store.pin_of(&reference, &Platform::of_this_node(), &owner)?;
-            let trees = store.sound_trees().ok()?;
+            let pin = store.pins().get(&reference, &Platform::of_this_node(), &owner)?;
+            let trees = store.inventory().sound_trees().ok()?;
             // A tree with patterns has only a part of the artifact.
             let whole = |tree: &Tree| {
                 let view = &tree.record.view;
@@ -151,9 +151,9 @@ pub fn release_all(store: &Store) -> Result<usize, StoreError> {
 /// Removes the pins of preloads whose owner and reference are over. Returns their number.
 fn take_away(store: &Store, is_over: impl Fn(&str, &str) -> bool) -> Result<usize, StoreError> {
     let mut count = 0;
-    for pin in store.pins()? {
+    for pin in store.pins().list()? {
         if pin.owner.starts_with(OWNER) && is_over(&pin.owner, &pin.reference) {
-            store.drop_pin(&pin)?;
+            store.pins().remove(&pin)?;
             count += 1;
         }
     }

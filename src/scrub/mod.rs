@@ -76,15 +76,16 @@ impl Scrub {
     async fn take_turns(&self, interval: Duration) -> Result<(), String> {
         let store = &self.content.store;
         let schedule = Schedule::new(interval, store.node_key());
-        let known =
-            self.blocking(|store| Ok((store.scrubbed_through(), store.object_names()?))).await?;
+        let known = self
+            .blocking(|store| Ok((store.scrub_progress().through(), store.inventory().names()?)))
+            .await?;
         let mut through = schedule.start(known.0, known.1.is_empty(), (self.clock)());
         drop(known);
         let mut saved = Instant::now();
         loop {
             self.read_unread().await?;
             let turns = self.blocking(move |store| {
-                let objects = store.object_names()?.into_iter().map(Item::Object);
+                let objects = store.inventory().names()?.into_iter().map(Item::Object);
                 Ok(schedule.turns(objects.chain([Item::Blobs]), through))
             });
             let turns = turns.await?;
@@ -99,7 +100,7 @@ impl Scrub {
                 }
                 through = moment;
                 if saved.elapsed() >= SAVE_INTERVAL {
-                    self.blocking(move |store| store.put_scrubbed_through(through)).await?;
+                    self.blocking(move |store| store.scrub_progress().set_through(through)).await?;
                     saved = Instant::now();
                 }
             }
@@ -111,8 +112,8 @@ impl Scrub {
         let mut before = usize::MAX;
         loop {
             let unread = self.blocking(|store| {
-                store.finish_reading_back()?;
-                store.unread_objects()
+                store.inventory().finish_reading_back()?;
+                store.inventory().unread_objects()
             });
             let mut unread = unread.await?;
             if unread.is_empty() || unread.len() >= before {
@@ -167,12 +168,15 @@ impl Scrub {
         loop {
             tokio::time::sleep(REPORT_INTERVAL).await;
             let Some(events) = &self.events else { return std::future::pending().await };
-            let trees = self.content.store.take_damaged_trees();
+            let trees = self.content.store.damage().take_trees();
             if trees.is_empty() {
                 continue;
             }
             let read = move |store: &Store| {
-                Ok(trees.iter().flat_map(|tree| store.publications_of(tree)).collect::<Vec<_>>())
+                Ok(trees
+                    .iter()
+                    .flat_map(|tree| store.publications().of_tree(tree))
+                    .collect::<Vec<_>>())
             };
             match self.blocking(read).await {
                 Ok(publications) => tell(events, &publications),

@@ -27,11 +27,10 @@ use super::{Content, TargetPath, Volumes, unpublish};
 use oci::signature::SignatureMode;
 use oci::{Digest, Reference};
 use policy::{PolicyDemands, PolicyRequest};
-use store::eviction::Goal;
 use store::gc::Want;
 use store::object::ObjectName;
 use store::publications::Publication;
-use store::{MountedTree, Store, StoreError, Tree};
+use store::{MountedTree, SpaceAmount, Store, StoreError, Tree};
 use sys::fault;
 use sys::mount::{MountForm, MountTarget, TargetState};
 
@@ -202,19 +201,20 @@ impl Volumes {
         // Without a store there are no records, and the mount itself has to suffice.
         let store = self.content().ok().map(|content| content.store);
         let full = request.target.full();
-        let record = store.as_ref().and_then(|store| store.publication(&full)).filter(|record| {
-            !record.rebuilt && (record.tree, record.generation) == (key, generation)
-        });
+        let record =
+            store.as_ref().and_then(|store| store.publications().get(&full)).filter(|record| {
+                !record.rebuilt && (record.tree, record.generation) == (key, generation)
+            });
         let fingerprint = request.attributes.fingerprint(request.flags);
         if record.as_ref().is_some_and(|record| {
             record.fingerprint != fingerprint || record.volume_id != request.volume_id
         }) {
             return Err(occupied("shows another volume: unpublish that first"));
         }
-        let tree = store.as_ref().and_then(|store| store.tree_generation(key, generation));
+        let tree = store.as_ref().and_then(|store| store.trees().generation(key, generation));
         if record.is_none()
             && let (Some(store), Some(tree)) = (&store, &tree)
-            && let Err(error) = store.put_publication(&self.record(request, tree))
+            && let Err(error) = store.publications().put(&self.record(request, tree))
         {
             // A mount whose record is lost is adopted. Here it stays without a record.
             tracing::warn!(%error, "the record of a mounted volume is still lost");
@@ -297,11 +297,11 @@ impl Volumes {
             passed("publish.detached")?;
         }
         passed("publish.acquired")?;
-        let earlier = content.store.publication(&full);
+        let earlier = content.store.publications().get(&full);
         // The earlier record is restored if this fails. Its tree is held until then.
         let _earlier_tree = earlier
             .as_ref()
-            .and_then(|earlier| content.store.tree_generation(earlier.tree, earlier.generation));
+            .and_then(|earlier| content.store.trees().generation(earlier.tree, earlier.generation));
         if let Err(error) = put_record(&content.store, &self.record(request, tree)) {
             // A record is a hint: content on the node is mounted also while the disk accepts no writes.
             tracing::warn!(%error, "the record of this volume cannot be written");
@@ -316,8 +316,8 @@ impl Volumes {
         if attached.is_err() {
             // The caller removes the directory.
             let _ = match earlier {
-                Some(earlier) => content.store.put_publication(&earlier),
-                None => content.store.remove_publication(&full),
+                Some(earlier) => content.store.publications().put(&earlier),
+                None => content.store.publications().remove(&full),
             };
         }
         attached?;
@@ -340,7 +340,7 @@ impl Volumes {
             AttachError::Store(error) => error.into(),
             AttachError::Kernel(error) => kernel("mount at", request, error),
         })?;
-        content.store.tree_was_published(tree);
+        content.store.trees().mark_published(tree);
         Ok(())
     }
 
@@ -381,13 +381,13 @@ impl Volumes {
 
 /// Writes a record. If the disk is full, frees space and tries once more.
 fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
-    match store.put_publication(record) {
+    match store.publications().put(record) {
         Err(error @ StoreError::NoSpace { .. }) => {
-            let room = Goal { bytes: RECORD_ROOM, inodes: 1 };
-            if store.collect(&Want::Room(room))?.is_nothing() {
+            let room = SpaceAmount { bytes: RECORD_ROOM, inodes: 1 };
+            if store.collector().collect(&Want::Room(room))?.is_nothing() {
                 return Err(error.into());
             }
-            Ok(store.put_publication(record)?)
+            Ok(store.publications().put(record)?)
         }
         written => Ok(written?),
     }
@@ -413,7 +413,7 @@ fn cached_tree(
 ) -> Option<Tree> {
     if let Some(tree) = decided_before(&content.store, request, demands) {
         let name = ObjectName::tree(tree.key, tree.generation);
-        return (!content.store.is_unread(&name)).then_some(tree);
+        return (!content.store.read_back().is_unread(&name)).then_some(tree);
     }
     // A malformed keyring matters only if something has to be fetched.
     let keyring = request.keyring.as_ref().ok()?.clone();
@@ -427,7 +427,7 @@ fn decided_before(
     request: &PublishRequest,
     demands: &PolicyDemands,
 ) -> Option<Tree> {
-    let record = store.publication(&request.target.full())?;
+    let record = store.publications().get(&request.target.full())?;
     let same = !record.rebuilt
         && record.volume_id == request.volume_id
         && record.fingerprint == request.attributes.fingerprint(request.flags);
@@ -435,7 +435,7 @@ fn decided_before(
         return None;
     }
     // A generation with damage found since is not shown again.
-    let tree = store.tree(record.tree).ok()??;
+    let tree = store.trees().get(record.tree).ok()??;
     let whole = tree.generation >= record.generation;
     let reference = &request.attributes.reference;
     (whole && still_fulfils(store, &tree, reference, demands)).then_some(tree)
@@ -469,7 +469,11 @@ fn still_fulfils(
     let fits = demands.maximum_bytes.is_none_or(|limit| tree.record.bytes <= limit);
     let signed = demands.signature.as_ref().is_none_or(|demand| {
         demand.mode == SignatureMode::Warn
-            || store.is_verified(reference.repository(), tree.record.manifest, demand.id())
+            || store.verified_signatures().contains(
+                reference.repository(),
+                tree.record.manifest,
+                demand.id(),
+            )
     });
     fits && signed
 }

@@ -80,7 +80,7 @@ impl Volumes {
             let mounts = mounted(&kubelet)?;
             let decisions = decide(&recorded(&look), &mounts, has_folder);
             for target in &decisions.drop {
-                look.remove_publication(target)?;
+                look.publications().remove(target)?;
             }
             Ok::<_, StoreError>(decisions)
         });
@@ -122,9 +122,10 @@ impl Volumes {
             let _held = held;
             let shown = shown_at(&target)
                 .map_err(|error| StoreError::io("look at", &target.full(), error))?;
-            let is_lost = shown == Some(mount.tree) && store.publication(&mount.target).is_none();
+            let is_lost =
+                shown == Some(mount.tree) && store.publications().get(&mount.target).is_none();
             if is_lost {
-                store.put_publication(&rebuilt(&store, &mount))?;
+                store.publications().put(&rebuilt(&store, &mount))?;
             }
             Ok(is_lost)
         });
@@ -142,14 +143,14 @@ impl Volumes {
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
             let was_known =
-                store.publication(&target.full()).is_none_or(|record| record.kubelet_knew);
+                store.publications().get(&target.full()).is_none_or(|record| record.kubelet_knew);
             if !was_known || is_known_to_kubelet(&target.full()) {
                 return Ok(false);
             }
             tracing::warn!(%target, "the kubelet has forgotten this volume: unmounting it");
             let detached = unpublish::detach(&target)?;
             unpublish::remove(&target, &detached)?;
-            store.remove_publication(&target.full())?;
+            store.publications().remove(&target.full())?;
             Ok(true)
         });
         work.await.unwrap_or(Err(VolumeError::Crashed))
@@ -214,7 +215,7 @@ fn decide(
 }
 
 fn recorded(store: &Store) -> Vec<Recorded> {
-    let records = store.shown_targets().into_iter();
+    let records = store.publications().targets().into_iter();
     records
         .map(|(target, shown)| Recorded { was_known_to_kubelet: shown.kubelet_knew, target })
         .collect()
@@ -260,7 +261,7 @@ fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
     let data = std::fs::read(mount.target.with_file_name(KUBELETS_FILE)).ok();
     let data = data.and_then(|data| serde_json::from_slice::<VolumeData>(&data).ok());
     let MountedTree { key, generation, .. } = mount.tree;
-    let tree = store.tree_generation(key, generation);
+    let tree = store.trees().generation(key, generation);
     let unknown = Digest::of(b"");
     Publication {
         volume_id: data.map(|data| data.volume_handle).unwrap_or_default(),

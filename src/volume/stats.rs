@@ -3,7 +3,7 @@
 use super::Volumes;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use store::{MountedTree, Room, Tree};
+use store::{DiskSpace, MountedTree, Tree};
 use sys::mount::{MountTarget, TargetState};
 
 /// Statistics of a volume, defined as the kubelet defines them for local volumes: the use of the volume itself, and the
@@ -54,7 +54,7 @@ impl Volumes {
         let MountedTree { key, generation, .. } = MountedTree::of(&origin).ok_or_else(unknown)?;
         // Reads the tree's record alone: statistics need no open store.
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
-        let room = Room::of(&self.0.state_dir)?;
+        let room = DiskSpace::of(&self.0.state_dir)?;
         Ok(VolumeStats {
             bytes: Usage::new(tree.record.bytes, room.free_bytes, room.total_bytes),
             inodes: Usage::new(tree.record.inodes, room.free_inodes, room.total_inodes),

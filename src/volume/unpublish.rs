@@ -42,7 +42,7 @@ impl Volumes {
     /// Removes the record last. A record that stays harms nothing.
     fn forget(&self, target: &TargetPath) {
         let Ok(content) = self.content() else { return };
-        if let Err(error) = content.store.remove_publication(&target.full()) {
+        if let Err(error) = content.store.publications().remove(&target.full()) {
             tracing::warn!(%error, %target, "the record of an unpublished volume stays");
         }
         let _ = fault::point("unpublish.forgotten");

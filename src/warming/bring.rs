@@ -111,7 +111,7 @@ async fn node_want(
 
 async fn recorded(content: &Content, reference: &Reference, platform: &Platform) -> Option<Digest> {
     let (store, reference, platform) = (content.store.clone(), reference.clone(), platform.clone());
-    let read = move || store.resolution(&reference, &platform).map(|known| known.manifest);
+    let read = move || store.resolutions().get(&reference, &platform).map(|known| known.manifest);
     tokio::task::spawn_blocking(read).await.ok().flatten()
 }
 

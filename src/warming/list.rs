@@ -212,9 +212,9 @@ impl Keeping {
         let follow_tag = self.follows_tags();
         let kept = blocking(move || {
             if let Some(resolution) = &found.remember
-                && (follow_tag || store.resolution(&reference, &platform).is_none())
+                && (follow_tag || store.resolutions().get(&reference, &platform).is_none())
             {
-                store.put_resolution(&reference, &platform, resolution)?;
+                store.resolutions().put(&reference, &platform, resolution)?;
             }
             for (reference, manifest) in found.pins(&reference) {
                 pin(&store, &reference, &platform, manifest)?;
@@ -242,7 +242,7 @@ impl Keeping {
         let store = self.keeper.content.store.clone();
         let swept = blocking(move || {
             let mut newer = HashMap::new();
-            for pin in store.pins()?.into_iter().filter(|pin| pin.owner == OWNER) {
+            for pin in store.pins().list()?.into_iter().filter(|pin| pin.owner == OWNER) {
                 let reference = pin.reference.parse::<Reference>().ok();
                 if reference.as_ref().is_some_and(|reference| listed.contains(reference)) {
                     continue;
@@ -266,7 +266,7 @@ impl Keeping {
     /// Removes the pin of a manifest that the tag no longer resolves to.
     async fn unpin(&self, reference: Reference) {
         let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
-        let unpinned = blocking(move || match store.pin_of(&reference, &platform, OWNER) {
+        let unpinned = blocking(move || match store.pins().get(&reference, &platform, OWNER) {
             Some(pin) => drop_pin(&store, &pin),
             None => Ok(()),
         });
@@ -281,7 +281,7 @@ impl Keeping {
 }
 
 fn drop_pin(store: &Store, pin: &Pin) -> Result<(), StoreError> {
-    store.drop_pin(pin)?;
+    store.pins().remove(pin)?;
     tracing::info!(reference = pin.reference, digest = %pin.manifest, "no longer kept warm");
     Ok(())
 }
@@ -293,9 +293,9 @@ fn pin(
     platform: &Platform,
     manifest: Digest,
 ) -> Result<(), StoreError> {
-    let held = store.pin_of(reference, platform, OWNER);
+    let held = store.pins().get(reference, platform, OWNER);
     if held.is_none_or(|held| held.manifest != manifest) {
-        store.pin(reference, platform, manifest, OWNER)?;
+        store.pins().add(reference, platform, manifest, OWNER)?;
     }
     Ok(())
 }

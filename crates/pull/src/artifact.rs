@@ -28,7 +28,7 @@ use oci::manifest::{ImageManifest, Manifest, ManifestError};
 use oci::registry::ManifestName;
 use oci::{Digest, Repository};
 use store::layers::Layer;
-use store::room::{Claim, Reservation};
+use store::reservations::{Claim, Reservation};
 use store::trees::{BuiltTree, Objects, TreeRecord};
 use store::{Store, StoreError, Tree, TreeKey, give_memory_back};
 use sys::background::{self, Background};
@@ -124,10 +124,10 @@ impl TreeAssembler {
         let (origins, repository) = (self.origins.clone(), repository.clone());
         let read = move || {
             let mirrors = origins.mirrors(&repository);
-            if !origins.store.tree_came_from(&repository, key, &mirrors) {
+            if !origins.store.origins().tree_came_from(&repository, key, &mirrors) {
                 return Ok(None);
             }
-            Ok(origins.store.tree(key)?)
+            Ok(origins.store.trees().get(key)?)
         };
         blocking(read).await.map_err(Arc::new)
     }
@@ -174,7 +174,7 @@ impl TreeAssembler {
     ) -> Result<Tree, PullError> {
         // No tree needs the manifest yet, so that only this lease keeps it from being evicted.
         let (store, manifest) = (self.store.clone(), request.manifest);
-        let _manifest = blocking(move || Ok(store.hold_blob(manifest))).await?;
+        let _manifest = blocking(move || Ok(store.documents().hold(manifest))).await?;
         match self.build_tree(request.clone(), sponsors, progress).await {
             // The estimate was short, or others fill the disk: once more with all that can be freed.
             Err(error) if error.is_full() => {
@@ -272,14 +272,14 @@ impl TreeAssembler {
             // Here, since what was built for nothing is removed, which takes a while.
             named.map_err(unshare)?;
             let (built, building) = built?;
-            if store.blob_size(manifest)?.is_none() {
+            if store.documents().size(manifest)?.is_none() {
                 return Err(removed_while_in_use(manifest));
             }
             let tree = match built {
                 BuildOutcome::New(new) => {
                     let (built, record, objects, _room) = *new;
                     let files: Vec<_> = objects.files.into_values().collect();
-                    store.commit_tree(key, record, built, (&layers, &files))?
+                    store.trees().commit(key, record, built, &layers, &files)?
                 }
                 BuildOutcome::There(tree) => tree,
                 BuildOutcome::Short(..) => return Err(PullError::Crashed),
@@ -329,7 +329,7 @@ impl TreeAssembler {
         mut memory: Memory,
     ) -> Result<BuildOutcome, PullError> {
         let TreeRequest { key, manifest, shape } = &order.tree;
-        if let Some(tree) = self.store.tree(*key)? {
+        if let Some(tree) = self.store.trees().get(*key)? {
             return Ok(BuildOutcome::There(tree));
         }
         let plan = sources.plan(&self.store, shape, &self.limits, memory.bytes());
@@ -345,10 +345,10 @@ impl TreeAssembler {
         let record = shape.record(*manifest, kind, compressed_bytes, &plan);
         // Directories and symbolic links of the tree itself take disk space, too.
         let claim = Claim::of_tree(*key, &plan);
-        let reserve = || self.store.reserve_after(&[claim], &order.blobs);
+        let reserve = || self.store.space().reserve_after(&[claim], &order.blobs);
         // Publishes wait for the locks that this takes.
         let room = background::at_normal_priority(reserve)?;
-        let built = self.store.build_tree(&plan, &sources.objects)?;
+        let built = self.store.trees().build(&plan, &sources.objects)?;
         drop(plan);
         if takes >= LARGE_PLAN {
             give_memory_back();
@@ -402,7 +402,9 @@ impl TreeAssembler {
             let done = blocking(move || {
                 let _memory = memory;
                 // The store has removed a damaged manifest, which the next try fetches.
-                let Some(bytes) = assembler.store.blob(manifest)? else { return Ok(Err(read)) };
+                let Some(bytes) = assembler.store.documents().get(manifest)? else {
+                    return Ok(Err(read));
+                };
                 match Manifest::parse(&bytes, None, assembler.limits.manifest())? {
                     Manifest::Image(image) => {
                         drop(bytes);
@@ -424,8 +426,8 @@ impl TreeAssembler {
     async fn keep_manifest(&self, manifest: Digest, sponsors: &Sponsors) -> Result<u64, PullError> {
         let store = self.store.clone();
         let kept = blocking(move || {
-            store.blob_is_used(manifest)?;
-            Ok(store.blob_size(manifest)?)
+            store.documents().mark_used(manifest)?;
+            Ok(store.documents().size(manifest)?)
         });
         match (kept.await?, sponsors.current()) {
             (Some(size), _) => Ok(size),
@@ -436,7 +438,7 @@ impl TreeAssembler {
                 let fetched = registry.manifest(&repository, &name, &credential).await?;
                 let store = self.store.clone();
                 blocking(move || {
-                    store.put_blob(manifest, &fetched.bytes)?;
+                    store.documents().put(manifest, &fetched.bytes)?;
                     Ok(fetched.bytes.len() as u64)
                 })
                 .await
@@ -475,11 +477,12 @@ fn record_tree_origin(
     blobs: &[Digest],
 ) -> Result<(), PullError> {
     let mirrors = origins.mirrors(repository);
-    let sources =
-        blobs.iter().map(|&blob| origins.store.blob_came_from(repository, blob, &mirrors));
+    let sources = blobs
+        .iter()
+        .map(|&blob| origins.store.origins().blob_came_from(repository, blob, &mirrors));
     // A mirror that has gone meanwhile proves nothing any more.
     if let Some(sources) = sources.collect::<Option<BTreeSet<_>>>() {
-        origins.store.put_tree_origin(repository, tree, &sources)?;
+        origins.store.origins().put_tree(repository, tree, &sources)?;
     }
     Ok(())
 }

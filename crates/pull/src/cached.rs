@@ -24,15 +24,14 @@ impl Puller {
         known.proven?;
         let manifest = known.digests.manifest;
         let key = want.shape.key(manifest);
-        if !store.tree_came_from(repository, key, &mirrors) {
+        if !store.origins().tree_came_from(repository, key, &mirrors) {
             return None;
         }
-        let tree = store.tree(key).ok()??;
-        let is_read = !store.is_unread(&ObjectName::tree(tree.key, tree.generation));
-        let is_verified = want
-            .signature
-            .as_ref()
-            .is_none_or(|demand| store.is_verified(repository, manifest, demand.id()));
+        let tree = store.trees().get(key).ok()??;
+        let is_read = !store.read_back().is_unread(&ObjectName::tree(tree.key, tree.generation));
+        let is_verified = want.signature.as_ref().is_none_or(|demand| {
+            store.verified_signatures().contains(repository, manifest, demand.id())
+        });
         let fits = want.check_bytes(tree.record.bytes).is_ok()
             && resolver.known.check_bytes(want, manifest).is_ok();
         (is_read && is_verified && fits).then_some(tree)

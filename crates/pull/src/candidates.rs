@@ -8,7 +8,7 @@ use super::want::Want;
 use oci::Repository;
 use oci::credentials::providers::{NodeCredentials, Owner, Source};
 use oci::credentials::{Credential, WorkloadIdentity};
-use store::access::Principal;
+use store::access::proofs::Principal;
 
 /// One credential, or what may give some.
 #[derive(Clone, Debug)]

@@ -120,9 +120,9 @@ impl Puller {
             // Not before: what they claim keeps others from taking their room, and them, away.
             drop(blobs);
             if is_here {
-                store.put_imported(reference.repository(), manifest)?;
+                store.imports().put(reference.repository(), manifest)?;
                 // Last: what the reference meant before is better than what did not become a tree.
-                store.put_resolution(&reference, &platform, &resolution)?;
+                store.resolutions().put(&reference, &platform, &resolution)?;
             }
             Ok(())
         })
@@ -217,12 +217,12 @@ impl LayoutImporter {
             }
             // Whoever may import may say where the content is from.
             let by = ProofSource::Registry;
-            store.put_blob_origin(repository, digest, &by).map_err(PullError::from)?;
+            store.origins().put_blob(repository, digest, &by).map_err(PullError::from)?;
         }
         for (digest, bytes) in &chosen.small {
             layout.blobs.keep(*digest, bytes).map_err(PullError::from)?;
             let by = ProofSource::Registry;
-            store.put_blob_origin(repository, *digest, &by).map_err(PullError::from)?;
+            store.origins().put_blob(repository, *digest, &by).map_err(PullError::from)?;
         }
         let digests = ResolvedDigests { top: chosen.top, manifest: chosen.manifest.digest };
         Ok(digests.resolution_of(reference))
@@ -267,7 +267,7 @@ impl LayoutImporter {
         }
         for layer in image.layers.iter().filter(|layer| layer.data.is_none()) {
             let here = layout.blobs.has(layer.digest)
-                || self.store.any_file_of(layer.digest).map_err(PullError::from)?.is_some();
+                || self.store.files().any_of(layer.digest).map_err(PullError::from)?.is_some();
             if !here {
                 return Err(ImportError::Missing(layer.digest));
             }

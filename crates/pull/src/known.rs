@@ -12,7 +12,8 @@ use super::verification::Verification;
 use super::want::Want;
 use oci::manifest::{ChoiceStep, ImageManifest, Manifest, ManifestChoice, check_config_platform};
 use oci::{Digest, Platform, Repository};
-use store::access::{Mirrors, Principal};
+use store::access::Mirrors;
+use store::access::proofs::Principal;
 use unpack::Limits;
 
 /// The size up to which any number of publishes parse documents of the store at once.
@@ -45,8 +46,11 @@ impl KnownManifests {
     ) -> Option<Known> {
         let (reference, platform) = (&want.reference, &want.platform);
         let repository = reference.repository();
-        let recorded =
-            self.origins.store.resolution_for(want.tenant.namespace(), reference, platform);
+        let recorded = self.origins.store.resolutions().for_namespace(
+            want.tenant.namespace(),
+            reference,
+            platform,
+        );
         let digests = match (recorded, reference.digest()) {
             (Some(resolution), _) => {
                 ResolvedDigests { top: resolution.resolved, manifest: resolution.manifest }
@@ -76,18 +80,18 @@ impl KnownManifests {
     ) -> Result<Option<Vec<u8>>, PullError> {
         let anonymous = Principal::anonymous();
         let store = &self.origins.store;
-        let is_proven = |who| store.is_proven(repository, blob, who, mirrors);
-        let is_of_repository = store.blob_came_from(repository, blob, mirrors).is_some()
-            || store.is_imported(repository, blob)
+        let is_proven = |who| store.proofs().is_proven(repository, blob, who, mirrors);
+        let is_of_repository = store.origins().blob_came_from(repository, blob, mirrors).is_some()
+            || store.imports().contains(repository, blob)
             || is_proven(&anonymous)
             || candidates.all().iter().any(|candidate| is_proven(&candidate.principal));
-        if is_of_repository { Ok(store.blob(blob)?) } else { Ok(None) }
+        if is_of_repository { Ok(store.documents().get(blob)?) } else { Ok(None) }
     }
 
     /// Waits for the turn to parse a document of the store, if it is a large one. Parsing takes
     /// milliseconds, and doing it for many at once would take much memory. Blocking.
     fn turn_of_large(&self, blob: Digest) -> Result<Option<MutexGuard<'_, ()>>, PullError> {
-        let size = self.origins.store.blob_size(blob)?.unwrap_or_default();
+        let size = self.origins.store.documents().size(blob)?.unwrap_or_default();
         let turn = || self.large_documents.lock().unwrap_or_else(PoisonError::into_inner);
         Ok((size > LARGE_DOCUMENT).then(turn))
     }
@@ -135,14 +139,15 @@ impl KnownManifests {
         candidates: &Candidates,
         mirrors: &Mirrors,
     ) -> Option<Candidate> {
-        let proven =
-            |principal| self.origins.store.is_proven(repository, manifest, principal, mirrors);
+        let proven = |principal| {
+            self.origins.store.proofs().is_proven(repository, manifest, principal, mirrors)
+        };
         if let Some(candidate) =
             candidates.all().iter().find(|candidate| proven(&candidate.principal))
         {
             return Some(candidate.clone());
         }
-        let imported = || self.origins.store.is_imported(repository, manifest);
+        let imported = || self.origins.store.imports().contains(repository, manifest);
         if self.verification.is_waived(repository, imported) {
             return Some(candidates.first());
         }
@@ -156,7 +161,7 @@ impl KnownManifests {
         }
         let _turn = self.turn_of_large(manifest)?;
         // A damaged manifest is fetched again later, and then the size of its tree is compared.
-        let Some(bytes) = self.origins.store.blob(manifest)? else { return Ok(()) };
+        let Some(bytes) = self.origins.store.documents().get(manifest)? else { return Ok(()) };
         let Manifest::Image(image) = Manifest::parse(&bytes, None, self.limits.manifest())? else {
             return Ok(());
         };

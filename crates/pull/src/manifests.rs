@@ -115,12 +115,12 @@ impl ManifestFetcher {
             (self.origins.clone(), reference.clone(), platform.clone());
         let who = with.principal.clone();
         let known = blocking(move || {
-            let known = origins.store.resolution(&asked, &asked_for);
+            let known = origins.store.resolutions().get(&asked, &asked_for);
             let kept = |known: &Resolution| {
                 let (repository, manifest) = (asked.repository(), known.manifest);
                 let mirrors = origins.mirrors(repository);
-                origins.store.is_proven(repository, manifest, &who, &mirrors)
-                    && matches!(origins.store.blob(manifest), Ok(Some(_)))
+                origins.store.proofs().is_proven(repository, manifest, &who, &mirrors)
+                    && matches!(origins.store.documents().get(manifest), Ok(Some(_)))
             };
             Ok(known.filter(kept))
         });
@@ -177,9 +177,12 @@ impl ManifestFetcher {
         let (origins, of) = (self.origins.clone(), repository.clone());
         let read = move || {
             // Another's configuration is as if it were not here.
-            let is_ours =
-                origins.store.blob_came_from(&of, digest, &origins.mirrors(&of)).is_some();
-            if is_ours { Ok(origins.store.blob(digest)?) } else { Ok(None) }
+            let is_ours = origins
+                .store
+                .origins()
+                .blob_came_from(&of, digest, &origins.mirrors(&of))
+                .is_some();
+            if is_ours { Ok(origins.store.documents().get(digest)?) } else { Ok(None) }
         };
         if let Some(kept) = blocking(read).await? {
             return Ok(check_config_platform(&kept, wanted)?);

@@ -196,7 +196,7 @@ impl LayerStore {
     ) -> Attempt<StoredFile> {
         let mut turn = self.downloader.turn(request, isolated).await?;
         let store = self.store.clone();
-        let held = blocking(move || Ok(store.any_file_of(want.digest)?)).await?;
+        let held = blocking(move || Ok(store.files().any_of(want.digest)?)).await?;
         if held.is_some() {
             let guard = self.downloader.prove(request, turn).await?;
             self.read_files_before_use(want.digest, request.progress).await?;
@@ -223,8 +223,8 @@ impl LayerStore {
             // Whether it gets its name or not.
             origins.record(&repository, want.digest, &given_by)?;
             let key = file_key(want, &mut partial.reader()?)?;
-            let file = match store.file(key)? {
-                None => store.commit_file(key, &partial)?,
+            let file = match store.files().get(key)? {
+                None => store.files().commit(key, &partial)?,
                 // Another host has sent it meanwhile.
                 Some(file) => {
                     partial.discard()?;
@@ -255,7 +255,7 @@ impl LayerStore {
             }
             let writer = job.finish(move || Ok(Cursor::new(data.clone()))).await?;
             let store = self.store.clone();
-            let unpacked = blocking(move || Ok(store.finish_layer(key, writer)?)).await?;
+            let unpacked = blocking(move || Ok(store.layers().finish(key, writer)?)).await?;
             return self.name_layer(unpacked, naming, |_| Ok(()));
         }
         let (blob, purpose) = (SizedBlob::of(descriptor), Purpose::Unpack);
@@ -293,7 +293,7 @@ impl LayerStore {
 
     async fn stored_layer(&self, key: LayerKey) -> Result<Option<Layer>, PullError> {
         let store = self.store.clone();
-        blocking(move || Ok(store.layer(key)?)).await
+        blocking(move || Ok(store.layers().get(key)?)).await
     }
 
     /// Unpacks a verified download, and begins to name the layer.
@@ -316,7 +316,7 @@ impl LayerStore {
             verified(partial.path())?;
             match unpacked {
                 Ok(writer) => {
-                    let unpacked = store.finish_layer(key, writer)?;
+                    let unpacked = store.layers().finish(key, writer)?;
                     // Before the sync, which would only write it. Where that fails nothing says
                     // that these bytes, which were never synced, are any better.
                     partial.discard()?;
@@ -365,7 +365,7 @@ impl LayerStore {
         progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
         let store = self.store.clone();
-        let unread = blocking(move || Ok(store.unread_files(blob)?)).await?;
+        let unread = blocking(move || Ok(store.read_back().unread_files(blob)?)).await?;
         self.reader.read_before_use(unread, progress).await.map(|_| ())
     }
 
@@ -376,7 +376,7 @@ impl LayerStore {
         progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
         let store = self.store.clone();
-        let unread = blocking(move || Ok(store.unread_layer(key)?)).await?;
+        let unread = blocking(move || Ok(store.read_back().unread_layer(key)?)).await?;
         self.reader.read_before_use(unread, progress).await.map(|_| ())
     }
 
@@ -391,7 +391,7 @@ impl LayerStore {
         let (view, totals) = (unpacked.view()?, unpacked.totals());
         let origins = self.downloader.origins.clone();
         let naming = tokio::task::spawn_blocking(move || {
-            let layer = origins.store.commit_layer(unpacked)?;
+            let layer = origins.store.layers().commit(unpacked)?;
             record(&origins)?;
             drop(guards);
             Ok(layer)
@@ -410,26 +410,26 @@ fn inline_file(store: &Store, want: FileWant, data: &[u8]) -> Result<StoredFile,
     let by_content = if starts_executable(data) { EXECUTABLE } else { PLAIN };
     let permissions = want.permissions.unwrap_or(by_content);
     let key = FileKey { digest: want.digest, permissions };
-    Ok(match store.file(key)? {
+    Ok(match store.files().get(key)? {
         Some(file) => file,
-        None => store.commit_inline_file(key, data)?,
+        None => store.files().commit_inline(key, data)?,
     })
 }
 
 /// What can be made of content that is here: the file itself, or a copy with another mode.
 fn known_file(store: &Store, want: FileWant) -> Result<Option<StoredFile>, PullError> {
-    let Some(source) = store.any_file_of(want.digest)? else { return Ok(None) };
+    let Some(source) = store.files().any_of(want.digest)? else { return Ok(None) };
     // Without a mode the content decides, and not what another volume has asked for.
     let key = key_of(want, &source)?;
-    if let Some(file) = store.file(key)? {
+    if let Some(file) = store.files().get(key)? {
         return Ok(Some(file));
     }
-    match store.copy_file(key, &source.path) {
+    match store.files().copy(key, &source.path) {
         Ok(file) => Ok(Some(file)),
         // Then the registry is asked, as if it were not here.
         Err(error @ StoreError::Damaged { .. }) => {
             tracing::warn!(%error, "a file of the store is damaged");
-            store.mark_damaged(&source.path)?;
+            store.inventory().mark_damaged(&source.path)?;
             Ok(None)
         }
         Err(error) => Err(error.into()),

@@ -39,7 +39,7 @@ pub(super) struct BlobOrigins {
 impl BlobOrigins {
     /// The mirrors whose proofs count for a repository now. Blocking.
     pub(super) fn mirrors(&self, repository: &Repository) -> Mirrors {
-        let is_private = self.store.refuses_anonymous(repository);
+        let is_private = self.store.anonymous_refusals().contains(repository);
         Mirrors::new(self.registry.mirrors(repository), is_private)
     }
 
@@ -50,10 +50,10 @@ impl BlobOrigins {
         blob: Digest,
         mirrors: &Mirrors,
     ) -> BlobOrigin {
-        if self.store.blob_came_from(repository, blob, mirrors).is_some() {
+        if self.store.origins().blob_came_from(repository, blob, mirrors).is_some() {
             return BlobOrigin::Repository;
         }
-        if self.store.blob_came_from_host(repository.host(), blob, mirrors) {
+        if self.store.origins().blob_came_from_host(repository.host(), blob, mirrors) {
             return BlobOrigin::Host;
         }
         BlobOrigin::Elsewhere
@@ -81,7 +81,7 @@ impl BlobOrigins {
         given_by: &BTreeSet<ProofSource>,
     ) -> Result<(), PullError> {
         for source in given_by {
-            self.store.put_blob_origin(repository, blob, source)?;
+            self.store.origins().put_blob(repository, blob, source)?;
         }
         Ok(())
     }
@@ -97,8 +97,8 @@ impl BlobOrigins {
         let (store, repository) = (self.store.clone(), repository.clone());
         let by = content_source(sent_by);
         blocking(move || {
-            store.put_blob(digest, &bytes)?;
-            Ok(store.put_blob_origin(&repository, digest, &by)?)
+            store.documents().put(digest, &bytes)?;
+            Ok(store.origins().put_blob(&repository, digest, &by)?)
         })
         .await
     }

@@ -14,7 +14,8 @@ use super::resolve::ResolvedDigests;
 use oci::credentials::Credential;
 use oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError};
 use oci::{Reference, Repository};
-use store::access::{Principal, ProofSource};
+use store::access::ProofSource;
+use store::access::proofs::Principal;
 
 /// Proves access to manifests.
 pub(super) struct AccessProver {
@@ -34,8 +35,9 @@ impl AccessProver {
         let repository = reference.repository();
         let (ResolvedDigests { top, manifest }, credential) = (digests, &with.credential);
         let (origins, of, who) = (self.origins.clone(), repository.clone(), with.principal.clone());
-        let is_proven =
-            move || Ok(origins.store.is_proven(&of, manifest, &who, &origins.mirrors(&of)));
+        let is_proven = move || {
+            Ok(origins.store.proofs().is_proven(&of, manifest, &who, &origins.mirrors(&of)))
+        };
         if blocking(is_proven).await? {
             return Ok(Some(self.origins.registry.probe(repository, manifest, credential).await?));
         }
@@ -99,7 +101,7 @@ impl AccessProver {
         };
         let (origins, of) = (self.origins.clone(), repository.clone());
         if error.is_transient()
-            && !blocking(move || Ok(origins.store.refuses_anonymous(&of))).await?
+            && !blocking(move || Ok(origins.store.anonymous_refusals().contains(&of))).await?
         {
             return Ok(mirror);
         }
@@ -118,8 +120,13 @@ impl AccessProver {
         let (origins, of) = (self.origins.clone(), repository.clone());
         let is_known = move || {
             let anonymous = Principal::anonymous();
-            Ok(origins.store.refuses_anonymous(&of)
-                || origins.store.is_proven(&of, manifest, &anonymous, &origins.mirrors(&of)))
+            Ok(origins.store.anonymous_refusals().contains(&of)
+                || origins.store.proofs().is_proven(
+                    &of,
+                    manifest,
+                    &anonymous,
+                    &origins.mirrors(&of),
+                ))
         };
         if credential.is_anonymous() || blocking(is_known).await? {
             return Ok(());
@@ -129,7 +136,7 @@ impl AccessProver {
         if matches!(word, Ok(Some(_))) {
             let (origins, of) = (self.origins.clone(), repository.clone());
             let (who, by) = (Principal::anonymous(), ProofSource::Registry);
-            blocking(move || Ok(origins.store.put_proof(&of, manifest, &who, &by)?)).await?;
+            blocking(move || Ok(origins.store.proofs().put(&of, manifest, &who, &by)?)).await?;
         }
         self.remember_privacy(repository, word.as_ref().map(Option::is_some)).await
     }
@@ -146,6 +153,6 @@ impl AccessProver {
             Ok(false) | Err(_) => return Ok(()),
         };
         let (origins, of) = (self.origins.clone(), repository.clone());
-        blocking(move || Ok(origins.store.put_refuses_anonymous(&of, refuses)?)).await
+        blocking(move || Ok(origins.store.anonymous_refusals().set(&of, refuses)?)).await
     }
 }

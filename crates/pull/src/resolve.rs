@@ -16,7 +16,7 @@ use oci::credentials::providers::NodeCredentials;
 use oci::registry::Refusals;
 use oci::{Digest, Platform, Reference};
 use store::Store;
-use store::access::Principal;
+use store::access::proofs::Principal;
 use store::resolutions::Resolution;
 
 /// What a reference stands for.
@@ -174,10 +174,11 @@ impl Resolver {
         let read = move || {
             let KnownManifests { origins, verification, .. } = &resolver.known;
             let (mirrors, age) = (origins.mirrors(&repository), verification.proof_ttl);
-            Ok(origins.store.is_proven_for_account(
+            Ok(origins.store.proofs().is_proven_for_account(
                 &repository,
                 manifest,
-                (&account, age),
+                &account,
+                age,
                 &mirrors,
             ))
         };
@@ -302,13 +303,13 @@ impl Resolver {
         let (principal, candidates) = (principal.clone(), candidates.clone());
         let remember = move || {
             let (repository, manifest) = (reference.repository(), digests.manifest);
-            store.put_proof(repository, manifest, &principal, &by)?;
+            store.proofs().put(repository, manifest, &principal, &by)?;
             if let Some(account) = candidates.account(store.node_key()) {
-                store.put_account_proof(repository, manifest, &account, &by)?;
+                store.proofs().put_for_account(repository, manifest, &account, &by)?;
             }
             if question == Question::Meaning {
                 let resolution = digests.resolution_of(&reference);
-                store.put_resolution(&reference, &platform, &resolution)?;
+                store.resolutions().put(&reference, &platform, &resolution)?;
             }
             Ok(())
         };
@@ -327,8 +328,8 @@ impl Resolver {
         }
         let (store, manifest) = (self.store.clone(), resolved.digests.manifest);
         let look = move || {
-            let lease = store.hold_blob(manifest);
-            Ok((lease, store.blob(manifest)?.is_some()))
+            let lease = store.documents().hold(manifest);
+            Ok((lease, store.documents().get(manifest)?.is_some()))
         };
         let (_lease, is_kept) = blocking(look).await.map_err(Arc::new)?;
         if !is_kept && want.policy != PullPolicy::Never {

@@ -12,12 +12,11 @@ use super::origins::{BlobOrigin, BlobOrigins, content_source};
 use super::shape::{Part, PartRule};
 use super::sponsors::{Source, Sponsors};
 use oci::{Digest, Repository};
-use store::eviction::Goal;
 use store::files::StoredFile;
 use store::gc::Want;
 use store::layers::Layer;
-use store::room::{Claim, Reservation};
-use store::{FileKey, LayerKey, Store, StoreError};
+use store::reservations::{Claim, Reservation};
+use store::{FileKey, LayerKey, SpaceAmount, Store, StoreError};
 use sys::background;
 use unpack::PermissionsRule;
 use unpack::layer_rule::ArchiveRule;
@@ -85,8 +84,9 @@ impl SpaceReserver {
                 parts.iter().map(|part| (part.descriptor.digest, part.descriptor.size)).collect();
             let bytes = sizes.into_values().fold(0, u64::saturating_add);
             // What is larger than all that the node can hold is not here either.
-            let is_in_doubt =
-                move || Ok(!store.has_room_for(&claims)? && bytes <= store.capacity()?);
+            let is_in_doubt = move || {
+                Ok(!store.space().has_room_for(&claims)? && bytes <= store.space().capacity()?)
+            };
             if blocking(move || background::at_normal_priority(is_in_doubt)).await? {
                 // Nothing goes for what the registry may not give, and what it gives and is here
                 // needs no room.
@@ -95,7 +95,8 @@ impl SpaceReserver {
             }
         }
         let (store, Needed { claims, here, .. }) = (self.origins.store.clone(), needed);
-        let reserve = move || Ok(Reserved { reservation: store.reserve(&claims)?, _here: here });
+        let reserve =
+            move || Ok(Reserved { reservation: store.space().reserve(&claims)?, _here: here });
         // With locks that publishes wait for.
         blocking(move || background::at_normal_priority(reserve)).await
     }
@@ -152,7 +153,7 @@ impl SpaceReserver {
             let mirrors = origins.mirrors(&repository);
             if origins.of(&repository, blob, &mirrors) == BlobOrigin::Host {
                 let by = content_source(&answered_by);
-                origins.store.put_blob_origin(&repository, blob, &by)?;
+                origins.store.origins().put_blob(&repository, blob, &by)?;
             }
             Ok(())
         })
@@ -172,11 +173,11 @@ impl SpaceReserver {
         }
         let store = self.origins.store.clone();
         let make = move || {
-            let room = store.room()?;
-            let floor = room.floor(store.cache_options());
-            let least = Goal { bytes: LEAST_ROOM, inodes: 0 };
+            let room = store.space().disk()?;
+            let floor = room.floor(store.space().options());
+            let least = SpaceAmount { bytes: LEAST_ROOM, inodes: 0 };
             let goal = room.missing_until(floor.plus(least)).max(least);
-            let freed = store.collect_for(&Want::Room(goal), &own)?;
+            let freed = store.collector().collect_for(&Want::Room(goal), &own)?;
             Ok(!freed.is_nothing())
         };
         blocking(move || background::at_normal_priority(make)).await
@@ -197,7 +198,7 @@ fn find(
             (file.map(|file| Here::File { _file: file }), is_all)
         }
         PartRule::Archive(rule) => {
-            let layer = store.layer(layer_key(digest, rule, permissions))?;
+            let layer = store.layers().get(layer_key(digest, rule, permissions))?;
             let is_all = layer.is_some();
             (layer.map(|layer| Here::Layer { _layer: layer }), is_all)
         }
@@ -206,13 +207,13 @@ fn find(
 
 fn find_file(store: &Store, want: FileWant) -> Result<(Option<StoredFile>, bool), PullError> {
     if let Some(permissions) = want.permissions
-        && let Some(file) = store.file(FileKey { digest: want.digest, permissions })?
+        && let Some(file) = store.files().get(FileKey { digest: want.digest, permissions })?
     {
         return Ok((Some(file), true));
     }
-    let Some(source) = store.any_file_of(want.digest)? else { return Ok((None, false)) };
+    let Some(source) = store.files().any_of(want.digest)? else { return Ok((None, false)) };
     let key = key_of(want, &source)?;
-    match store.file(key)? {
+    match store.files().get(key)? {
         Some(file) => Ok((Some(file), true)),
         None => Ok((Some(source), false)),
     }

@@ -106,7 +106,7 @@ impl Puller {
         view: &ProgressView,
     ) -> Outcome<bool> {
         let name = ObjectName::tree(tree.key, tree.generation);
-        if !self.0.reader.store.is_unread(&name) {
+        if !self.0.reader.store.read_back().is_unread(&name) {
             return Ok(true);
         }
         let mut ticket = self.0.reader.read(Item::Object(name), caller);
@@ -127,7 +127,7 @@ impl Puller {
     pub async fn repair(&self, damaged: &Damaged) -> Result<Repaired, PullError> {
         let (store, manifest) = (self.0.reader.store.clone(), damaged.manifest);
         let references = blocking(move || {
-            let resolutions = store.resolutions()?.into_iter();
+            let resolutions = store.resolutions().list()?.into_iter();
             let of_manifest = resolutions.filter(|resolution| resolution.manifest == manifest);
             Ok(of_manifest
                 .filter_map(|Resolution { reference, .. }| reference.parse().ok())
@@ -194,18 +194,18 @@ impl ContentReader {
     ) -> Result<(Verified, Vec<Damaged>), PullError> {
         let mut reader = Reader::new(ReadPace::Full);
         let store = &self.store;
-        let before = store.sound_trees()?;
-        store.verify_blobs(&mut reader, &mut found)?;
-        store.verify_objects(&mut reader, &mut found)?;
-        for tree in store.sound_trees()? {
+        let before = store.inventory().sound_trees()?;
+        store.verification().verify_blobs(&mut reader, &mut found)?;
+        store.verification().verify_objects(&mut reader, &mut found)?;
+        for tree in store.inventory().sound_trees()? {
             self.verify_tree_in_turn(&tree, &mut reader, &mut found)?;
         }
         let mut unknown = Vec::new();
-        for name in store.trees_without_record()? {
-            store.verify_tree_record(&name, &mut found)?;
+        for name in store.inventory().trees_without_record()? {
+            store.verification().verify_tree_record(&name, &mut found)?;
             unknown.extend(self.recognise(&name)?);
         }
-        let sound = store.sound_trees()?;
+        let sound = store.inventory().sound_trees()?;
         let sound: HashSet<_> = sound.iter().map(|tree| (tree.key, tree.generation)).collect();
         let damaged =
             before.into_iter().filter(|tree| !sound.contains(&(tree.key, tree.generation)));
@@ -302,7 +302,7 @@ impl ContentReader {
     fn memory_of_item(&self, item: &Item) -> Result<Option<u64>, PullError> {
         match item {
             Item::Object(name) if name.kind() == ObjectKind::Tree => {
-                let tree = self.store.named_tree(name);
+                let tree = self.store.trees().named(name);
                 tree.map(|tree| self.memory_of_tree(&tree)).transpose()
             }
             // Trees of damaged content reserve memory when they are compared.
@@ -313,11 +313,11 @@ impl ContentReader {
     /// Returns the bytes of memory that comparing a tree takes, unless it has very many directories. The numbers that it
     /// is computed from may be damaged, so that it is at most what can be reserved.
     fn memory_of_tree(&self, tree: &Tree) -> Result<u64, PullError> {
-        let links = match self.store.links(tree) {
+        let links = match self.store.trees().links(tree) {
             Err(error) if error.is_of_this_node() => return Err(error.into()),
             links => links.unwrap_or_default(),
         };
-        let layers = links.iter().filter_map(|name| self.store.linked_layer(name));
+        let layers = links.iter().filter_map(|name| self.store.layers().linked(name));
         let entries = layers.map(|layer| layer.totals().entries).fold(0, u64::saturating_add);
         let names = entries.max(tree.record.inodes);
         // A view that cannot be read is reported when the tree is compared.
@@ -331,7 +331,7 @@ impl ContentReader {
     }
 
     fn memory_of_manifest(&self, tree: &Tree) -> Result<u64, PullError> {
-        let size = self.store.blob_size(tree.record.manifest)?.unwrap_or_default();
+        let size = self.store.documents().size(tree.record.manifest)?.unwrap_or_default();
         Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.computations.budget.most()))
     }
 
@@ -376,18 +376,18 @@ impl ContentReader {
         &self,
         name: &ObjectName,
     ) -> Result<Option<(Vec<ObjectName>, u64)>, PullError> {
-        if name.kind() != ObjectKind::Tree || !self.store.is_unread(name) {
+        if name.kind() != ObjectKind::Tree || !self.store.read_back().is_unread(name) {
             return Ok(None);
         }
         let (store, name) = (self.store.clone(), name.clone());
         blocking(move || {
-            let Some(tree) = store.named_tree(&name) else { return Ok(None) };
-            let mut links = match store.links(&tree) {
+            let Some(tree) = store.trees().named(&name) else { return Ok(None) };
+            let mut links = match store.trees().links(&tree) {
                 Err(error) if error.is_of_this_node() => return Err(error.into()),
                 // Comparing the tree reports this.
                 links => links.unwrap_or_default(),
             };
-            links.retain(|link| store.is_unread(link));
+            links.retain(|link| store.read_back().is_unread(link));
             Ok(Some((links, tree.record.bytes)))
         })
         .await
@@ -408,7 +408,7 @@ impl ContentReader {
         let trees = match item {
             Item::Blobs => {
                 let mut damaged = HashSet::new();
-                store.verify_blobs(reader, &mut |finding| {
+                store.verification().verify_blobs(reader, &mut |finding| {
                     damaged.extend(finding.digest);
                     found(finding);
                 })?;
@@ -416,27 +416,29 @@ impl ContentReader {
                     |tree: &Tree, _: &mut Reader| Ok(damaged.contains(&tree.record.manifest));
                 self.verify_trees_of(of_them, reader, &mut found)?
             }
-            Item::Object(name) if name.kind() == ObjectKind::Tree => match store.named_tree(name) {
-                Some(tree) if !store.is_damaged(name) => {
-                    let memory = match memory {
-                        Some(memory) => memory,
-                        // The tree was built after its memory was estimated.
-                        None => self.memory_in_turn(self.memory_of_tree(&tree)?, reader)?,
-                    };
-                    self.verify_tree(&tree, reader, &mut found, memory)?;
-                    if store.is_damaged(name) { vec![name.clone()] } else { Vec::new() }
+            Item::Object(name) if name.kind() == ObjectKind::Tree => {
+                match store.trees().named(name) {
+                    Some(tree) if !store.damage().is_marked(name) => {
+                        let memory = match memory {
+                            Some(memory) => memory,
+                            // The tree was built after its memory was estimated.
+                            None => self.memory_in_turn(self.memory_of_tree(&tree)?, reader)?,
+                        };
+                        self.verify_tree(&tree, reader, &mut found, memory)?;
+                        if store.damage().is_marked(name) { vec![name.clone()] } else { Vec::new() }
+                    }
+                    // Made anew still, where that was not possible when it was found.
+                    Some(tree) if store.trees().get(tree.key)?.is_none() => vec![name.clone()],
+                    None if !store.damage().is_marked(name) => {
+                        store.verification().verify_tree_record(name, &mut found)?;
+                        if store.damage().is_marked(name) { vec![name.clone()] } else { Vec::new() }
+                    }
+                    _ => Vec::new(),
                 }
-                // Made anew still, where that was not possible when it was found.
-                Some(tree) if store.tree(tree.key)?.is_none() => vec![name.clone()],
-                None if !store.is_damaged(name) => {
-                    store.verify_tree_record(name, &mut found)?;
-                    if store.is_damaged(name) { vec![name.clone()] } else { Vec::new() }
-                }
-                _ => Vec::new(),
-            },
+            }
             Item::Object(name) => {
-                let mut trees = store.verify_object(name, reader, &mut found)?;
-                if store.is_damaged(name) {
+                let mut trees = store.verification().verify_object(name, reader, &mut found)?;
+                if store.damage().is_marked(name) {
                     // Trees that link it without naming it in their record.
                     let of_it =
                         |tree: &Tree, reader: &mut Reader| self.may_link(tree, name, reader);
@@ -447,7 +449,7 @@ impl ContentReader {
         };
         let mut damaged = Vec::new();
         for name in trees {
-            damaged.extend(match store.named_tree(&name) {
+            damaged.extend(match store.trees().named(&name) {
                 Some(tree) => Some(self.damaged(tree)?),
                 None => self.recognise(&name)?,
             });
@@ -473,12 +475,12 @@ impl ContentReader {
             return Ok(None);
         };
         let mut views = vec![View::default()];
-        for tree in self.store.sound_trees()? {
+        for tree in self.store.inventory().sound_trees()? {
             if !views.contains(&tree.record.view) {
                 views.push(tree.record.view);
             }
         }
-        let resolutions = self.store.resolutions()?;
+        let resolutions = self.store.resolutions().list()?;
         let known = resolutions.iter().flat_map(|Resolution { manifest, .. }| {
             let of_view = |view: &View| Damaged { key, manifest: *manifest, view: view.clone() };
             views.iter().map(of_view)
@@ -498,7 +500,7 @@ impl ContentReader {
             Ok(expected) => {
                 let takes = memory_of_comparison(&expected.plan);
                 memory.shrink(takes);
-                self.store.verify_tree(tree, &expected, reader, found)?;
+                self.store.verification().verify_tree(tree, &expected, reader, found)?;
                 drop(expected);
                 if takes >= LARGE_PLAN {
                     give_memory_back();
@@ -508,7 +510,7 @@ impl ContentReader {
             Err(ComparisonError::Node(error)) => Err(error),
             Err(ComparisonError::Tree(why)) => {
                 let why = format!("it cannot be compared with its manifest: {why}");
-                Ok(self.store.refuse_tree(tree, why, found)?)
+                Ok(self.store.verification().refuse_tree(tree, why, found)?)
             }
         }
     }
@@ -522,11 +524,11 @@ impl ContentReader {
         found: &mut dyn FnMut(Finding),
     ) -> Result<Vec<ObjectName>, PullError> {
         let mut damaged = Vec::new();
-        for tree in self.store.sound_trees()? {
+        for tree in self.store.inventory().sound_trees()? {
             if is_meant(&tree, reader)? {
                 self.verify_tree_in_turn(&tree, reader, found)?;
                 let name = ObjectName::tree(tree.key, tree.generation);
-                damaged.extend(self.store.is_damaged(&name).then_some(name));
+                damaged.extend(self.store.damage().is_marked(&name).then_some(name));
             }
         }
         Ok(damaged)
@@ -571,7 +573,7 @@ impl ContentReader {
         if shape.key(manifest) != tree.key {
             return Err(ComparisonError::Tree("its tree.json is that of another tree".to_owned()));
         }
-        let Some(bytes) = self.store.blob(manifest)? else {
+        let Some(bytes) = self.store.documents().get(manifest)? else {
             return Err(ComparisonError::Tree(format!("{manifest} is not here")));
         };
         // What was accepted once is compared whatever the limits are now.
@@ -591,7 +593,7 @@ impl ContentReader {
         parts: Vec<Part>,
         shape: &Shape,
     ) -> Result<Vec<Object>, ComparisonError> {
-        let links = self.store.links(tree)?;
+        let links = self.store.trees().links(tree)?;
         let mut objects = Vec::new();
         for part in parts {
             let folder = folder_of(&part, shape.permissions);
@@ -600,12 +602,13 @@ impl ContentReader {
             let object = match rule {
                 PartRule::File(rule, permissions) => self
                     .store
+                    .verification()
                     .linked_file(digest, permissions, &links)?
                     .map(|file| Object::File(layer, rule, descriptor.size, file)),
                 PartRule::Archive(rule) => {
                     let of_key = |name: &&ObjectName| name.as_str().starts_with(&folder);
                     let unpacked =
-                        links.iter().find(of_key).and_then(|name| self.store.linked_layer(name));
+                        links.iter().find(of_key).and_then(|name| self.store.layers().linked(name));
                     unpacked.map(|unpacked| {
                         let totals = unpacked.totals();
                         Object::Layer(layer, rule, unpacked.view(), totals)

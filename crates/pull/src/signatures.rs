@@ -46,7 +46,7 @@ impl SignatureVerifier {
         let Some(demand) = &want.signature else { return Ok(()) };
         let (store, repository) = (self.store.clone(), want.reference.repository().clone());
         let (manifest, id) = (resolved.digests.manifest, demand.id());
-        let known = move || Ok(store.is_verified(&repository, manifest, id));
+        let known = move || Ok(store.verified_signatures().contains(&repository, manifest, id));
         if blocking(known).await.map_err(Arc::new)? {
             return Ok(());
         }
@@ -86,7 +86,8 @@ impl SignatureVerifier {
                     tracing::info!(reference = %want.reference, %subject, key, "its signature was verified");
                     let (store, repository, id) =
                         (self.store.clone(), repository.clone(), demand.id());
-                    let keep = move || Ok(store.put_verified(&repository, manifest, id)?);
+                    let keep =
+                        move || Ok(store.verified_signatures().put(&repository, manifest, id)?);
                     return blocking(keep).await.map_err(Arc::new);
                 }
                 Err(flaw) => worst = worst.max(flaw),

@@ -217,7 +217,7 @@ async fn fetch_from(
         let _place = threads;
         let is_wanted = || !opened.is_closed();
         let mut partial =
-            match store.partial_while(&scope, (blob.digest, blob.size), purpose, &is_wanted) {
+            match store.downloads().open(&scope, blob.digest, blob.size, purpose, &is_wanted) {
                 Ok(partial) => partial,
                 Err(error) => return (None, guard, Err(error)),
             };

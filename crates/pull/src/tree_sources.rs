@@ -130,7 +130,7 @@ fn each_entry(
     if let Err(PullError::Store(StoreError::Damaged { .. })) = &done
         && let Some(path) = layer.path()
     {
-        store.mark_damaged(path)?;
+        store.inventory().mark_damaged(path)?;
     }
     done
 }

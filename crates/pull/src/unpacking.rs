@@ -251,7 +251,7 @@ impl Job {
     ) -> Result<LayerWriter, PullError> {
         let Shared { store, limits, .. } = &*self.unpackers.0;
         let mut limits = limits.clone();
-        let mut writer = store.write_layer(self.blob)?;
+        let mut writer = store.layers().write(self.blob)?;
         let totals = match window {
             Window::Plain => {
                 limits.zstd_window_log = limits.zstd_window_log.min(PLAIN_WINDOW_LOG);
@@ -456,7 +456,7 @@ mod tests {
         assert!(unpackers.refusal("r.io/b", key).is_none());
         if super::super::testing::is_root() {
             let writer = unpack(archive).await.expect("a layer");
-            let totals = unpackers.0.store.finish_layer(key, writer).expect("a layer").totals();
+            let totals = unpackers.0.store.layers().finish(key, writer).expect("a layer").totals();
             assert_eq!((totals.files, totals.bytes), (1, 7));
         }
     }

@@ -1,14 +1,6 @@
-//! Who has been proven to open what.
+//! Who has been proven to open what: `access/<hash of repository or host>/<name>.json`.
 //!
-//! ```text
-//! access/<hash of repository>/m-<manifest>-<principal>.json   this principal may read this manifest
-//! access/<hash of repository>/a-<manifest>-<account>.json     ... when somebody of this account last did
-//! access/<hash of repository>/i-<manifest>.json               the administrator imported this manifest
-//! access/<hash of repository>/t-<tree>.json                   every blob of this tree came from here
-//! access/<hash of repository>/b-<blob>.json                   this blob came from this repository
-//! access/<hash of repository>/refuses-anonymous.json          the registry refuses it to who shows nothing
-//! access/<hash of host>/b-<blob>.json                         ... or from another one of its host
-//! ```
+//! Each kind of record has a file below this one, which has its name ([`AccessRecord`]).
 //!
 //! A manifest that one has been proven to read may name any digest. So that
 //! nobody gets another's cached blob by naming it in a manifest of his own, a
@@ -21,7 +13,14 @@
 //! is removed at the first look after that. Records of before this was kept say
 //! nothing of it and count as the registry's own, until they are renewed.
 
-use std::collections::{BTreeMap, BTreeSet};
+pub mod anonymous_refusals;
+pub mod imports;
+pub mod origins;
+pub mod proofs;
+pub mod verified_signatures;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,17 +28,27 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
-use super::eviction::Goal;
-use super::{Store, TreeKey, keys, records};
-use oci_types::{Digest, Repository};
+use super::listing::names;
+use super::state_directory::StateDirectory;
+use super::sweep::{Sweep, SweptRecords, all_but_newest};
+use super::{durable, keys, records};
+use oci_types::Digest;
 
-/// Whom a proof is for: a text that is safe as a part of a file name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Principal(String);
-
-/// A proof of an account is written again when it is older than this: nobody counts it in minutes.
-const RENEWAL_SECONDS: i64 = 60;
-/// Any other is written again when it is older than this, so that it is young to [`super::sweep`].
+/// Below the state directory.
+pub(super) const FOLDER: &str = "access";
+/// All kinds of records in the folder.
+const KINDS: &[&[AccessRecord]] = &[
+    proofs::KINDS,
+    origins::KINDS,
+    imports::KINDS,
+    anonymous_refusals::KINDS,
+    verified_signatures::KINDS,
+];
+/// Longer than any pull that is still wanted goes on between two of its records.
+const AGE: Duration = Duration::from_hours(24);
+/// Records that are kept for one manifest of one repository, at most.
+const MOST_OF_A_MANIFEST: usize = 1024;
+/// A record is written again when it is older than this, so that it is young to [`sweep`](super::sweep).
 const REFRESH_SECONDS: i64 = 12 * 3600;
 
 /// Names the registry itself in a proof; no mirror's address looks like it.
@@ -69,9 +78,32 @@ pub struct Mirrors {
     is_private: bool,
 }
 
-/// Orders the changes of records: one that is being renewed is not swept, and its folder stays.
-#[derive(Debug, Default)]
-pub(super) struct ProofLock(Mutex<()>);
+/// A kind of records in the folder.
+#[derive(Debug)]
+pub(super) struct AccessRecord {
+    /// Begins the file names; the digest of the subject follows.
+    prefix: &'static str,
+    subject: RecordSubject,
+}
+
+/// What a record is about: the record is kept as long as that is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RecordSubject {
+    Manifest,
+    Tree,
+    Blob,
+    /// The record has no digest in its name, and goes with the last of the others.
+    Repository,
+}
+
+/// The folder `access`.
+#[derive(Debug)]
+pub(super) struct AccessFolder {
+    directory: Arc<StateDirectory>,
+    /// Orders the changes of records: one that is being renewed is not swept, and its folder stays.
+    /// It protects files, which are whole at any time.
+    lock: Mutex<()>,
+}
 
 /// A proof's file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -126,13 +158,6 @@ impl Mirrors {
     }
 }
 
-impl ProofLock {
-    pub(super) fn hold(&self) -> MutexGuard<'_, ()> {
-        // It protects files, which are whole at any time.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Proof {
     /// When somebody whose proofs count last gave it; one is enough.
     fn given(&self, mirrors: &Mirrors) -> Option<i64> {
@@ -158,203 +183,32 @@ impl Proof {
     }
 }
 
-impl Principal {
-    /// Anybody at all.
-    #[must_use]
-    pub fn anonymous() -> Self {
-        Self("anonymous".into())
+impl AccessRecord {
+    const fn new(prefix: &'static str, subject: RecordSubject) -> Self {
+        Self { prefix, subject }
     }
 
-    /// The node's own credentials, which any pod could use.
-    #[must_use]
-    pub fn node() -> Self {
-        Self("node".into())
-    }
-
-    /// A credential for a host, remembered as an HMAC under the node's key: the
-    /// secret itself is never written, and the file is worth nothing elsewhere.
-    #[must_use]
-    pub fn credential(node_key: &[u8; 32], host: &str, material: &[u8]) -> Self {
-        Self(keyed(node_key, host, material))
-    }
-
-    /// A service account of a namespace, for which a credential provider made a credential.
-    #[must_use]
-    pub fn service_account(node_key: &[u8; 32], namespace: &str, name: &str) -> Self {
-        // No host looks like this, so no credential's name does either.
-        Self(keyed(node_key, &format!("/service-account/{namespace}"), name.as_bytes()))
+    /// Returns the name of a record without its extension.
+    fn name(&self, subject: Digest) -> String {
+        format!("{}{}", self.prefix, subject.hex())
     }
 }
 
-/// HMAC under the node's key, of a context and what is hidden in it.
-fn keyed(node_key: &[u8; 32], context: &str, material: &[u8]) -> String {
-    use hmac::{KeyInit as _, Mac as _};
-    // Any length is a key for HMAC, so this cannot fail; without a key nothing would ever be proven.
-    let Ok(mut mac) = hmac::Hmac::<sha2::Sha256>::new_from_slice(node_key) else {
-        return "none".into();
-    };
-    mac.update(&(context.len() as u64).to_le_bytes());
-    mac.update(context.as_bytes());
-    mac.update(material);
-    let tag: [u8; 32] = mac.finalize().into_bytes().into();
-    Digest::from_bytes(tag).hex()
-}
-
-impl Store {
-    /// Whether the principal has been proven to read the manifest.
-    #[must_use]
-    pub fn is_proven(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-        who: &Principal,
-        mirrors: &Mirrors,
-    ) -> bool {
-        let path = self.proof_path(repository, manifest, who);
-        self.read_proof(&path, |proof| proof.given(mirrors)).is_some()
+impl AccessFolder {
+    pub(super) fn new(directory: Arc<StateDirectory>) -> Self {
+        Self { directory, lock: Mutex::default() }
     }
 
-    /// Remembers a proof.
-    pub fn put_proof(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-        who: &Principal,
-        by: &ProofSource,
-    ) -> Result<(), StoreError> {
-        self.put_given(&self.proof_path(repository, manifest, who), by, REFRESH_SECONDS)
-    }
-
-    /// Whether somebody of the account has been proven to read the manifest within `age`.
-    #[must_use]
-    pub fn is_proven_for_account(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-        (account, age): (&Principal, Duration),
-        mirrors: &Mirrors,
-    ) -> bool {
-        let path = self.account_path(repository, manifest, account);
-        let given = self.read_proof(&path, |proof| proof.given(mirrors));
-        let Some(unix_seconds) = given else { return false };
-        let seconds = jiff::Timestamp::now().as_second().saturating_sub(unix_seconds);
-        // A clock that was set back makes a proof of the future, which says nothing.
-        u64::try_from(seconds).is_ok_and(|seconds| seconds <= age.as_secs())
-    }
-
-    /// Remembers that somebody of the account has just been proven to read the manifest.
-    pub fn put_account_proof(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-        account: &Principal,
-        by: &ProofSource,
-    ) -> Result<(), StoreError> {
-        self.put_given(&self.account_path(repository, manifest, account), by, RENEWAL_SECONDS)
-    }
-
-    /// Whether the registry itself has refused the repository to an anonymous request since it last
-    /// answered one.
-    #[must_use]
-    pub fn refuses_anonymous(&self, repository: &Repository) -> bool {
-        self.refusal_path(repository).exists()
-    }
-
-    /// Remembers whether the registry itself refuses the repository to an anonymous request.
-    pub fn put_refuses_anonymous(
-        &self,
-        repository: &Repository,
-        refuses: bool,
-    ) -> Result<(), StoreError> {
-        let path = self.refusal_path(repository);
-        if refuses {
-            return self.put_access(&path);
-        }
-        let _turn = self.proofs().hold();
-        self.remove_proof(&path).map(|_| ())
-    }
-
-    /// Whether the administrator has imported the manifest as one of the repository.
-    #[must_use]
-    pub fn is_imported(&self, repository: &Repository, manifest: Digest) -> bool {
-        self.imported_path(repository, manifest).exists()
-    }
-
-    /// Remembers that the administrator has imported the manifest as one of the repository: its
-    /// content counts as preloaded. Whoever imports also says where each blob came from
-    /// ([`Self::put_blob_origin`]).
-    pub fn put_imported(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-    ) -> Result<(), StoreError> {
-        self.put_access(&self.imported_path(repository, manifest))
-    }
-
-    /// Whether every blob of the tree has been had from the repository.
-    #[must_use]
-    pub fn tree_came_from(
-        &self,
-        repository: &Repository,
-        tree: TreeKey,
-        mirrors: &Mirrors,
-    ) -> bool {
-        let path = self.tree_origin_path(repository, tree);
-        self.read_proof(&path, |proof| proof.is_given_by_all(mirrors).then_some(())).is_some()
-    }
-
-    /// Remembers that every blob of the tree has been had from the repository, each from one of
-    /// these.
-    pub fn put_tree_origin(
-        &self,
-        repository: &Repository,
-        tree: TreeKey,
-        by: &BTreeSet<ProofSource>,
-    ) -> Result<(), StoreError> {
-        let unix_seconds = jiff::Timestamp::now().as_second();
-        // The registry alone, where no mirror had a part in it.
-        let mirrors = by.iter().filter(|source| **source != ProofSource::Registry);
-        let mut by: BTreeMap<_, _> = mirrors.map(|source| (source.name(), unix_seconds)).collect();
-        if by.is_empty() {
-            by.insert(REGISTRY.to_owned(), unix_seconds);
-        }
-        let _turn = self.proofs().hold();
-        self.write_proof(&self.tree_origin_path(repository, tree), &Proof { unix_seconds, by })
-    }
-
-    /// Who has sent the blob for the repository; none when nobody whose proofs count has.
-    #[must_use]
-    pub fn blob_came_from(
-        &self,
-        repository: &Repository,
-        blob: Digest,
-        mirrors: &Mirrors,
-    ) -> Option<ProofSource> {
-        let path = self.origin_path(&repository.to_string(), blob);
-        self.read_proof(&path, |proof| proof.source(mirrors))
-    }
-
-    /// Whether the blob has been had from any repository of the host.
-    #[must_use]
-    pub fn blob_came_from_host(&self, host: &str, blob: Digest, mirrors: &Mirrors) -> bool {
-        self.read_proof(&self.origin_path(host, blob), |proof| proof.source(mirrors)).is_some()
-    }
-
-    /// Remembers where a blob was had from.
-    pub fn put_blob_origin(
-        &self,
-        repository: &Repository,
-        blob: Digest,
-        by: &ProofSource,
-    ) -> Result<(), StoreError> {
-        self.put_given(&self.origin_path(repository.host(), blob), by, REFRESH_SECONDS)?;
-        self.put_given(&self.origin_path(&repository.to_string(), blob), by, REFRESH_SECONDS)
+    /// Returns the path of a record of a repository or host.
+    fn path(&self, place: &str, name: &str) -> PathBuf {
+        let folder = keys::hash(&[place]).hex();
+        self.directory.path(FOLDER).join(folder).join(format!("{name}.json"))
     }
 
     /// Remembers that it is so.
-    pub(super) fn put_access(&self, path: &Path) -> Result<(), StoreError> {
+    fn put(&self, path: &Path) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
-        let _turn = self.proofs().hold();
+        let _turn = self.hold();
         let known: Option<Proof> = records::read(path);
         if known.is_some_and(|proof| (0..REFRESH_SECONDS).contains(&(now - proof.unix_seconds))) {
             return Ok(());
@@ -363,19 +217,19 @@ impl Store {
     }
 
     /// Reads what a proof says; one that nobody gave whose proofs count is forgotten.
-    fn read_proof<T>(&self, path: &Path, says: impl Fn(&Proof) -> Option<T>) -> Option<T> {
+    fn read<T>(&self, path: &Path, says: impl Fn(&Proof) -> Option<T>) -> Option<T> {
         let says = |path| says(&records::read::<Proof>(path)?);
         if let Some(said) = says(path) {
             return Some(said);
         }
         if path.exists() {
-            let _turn = self.proofs().hold();
+            let _turn = self.hold();
             // Somebody may have given it meanwhile.
             if let Some(said) = says(path) {
                 return Some(said);
             }
             // It is not believed either way; one that resists is looked at again.
-            if let Err(error) = self.remove_proof(path) {
+            if let Err(error) = self.remove(path) {
                 tracing::debug!(%error, "a proof that does not count stays");
             }
         }
@@ -385,7 +239,7 @@ impl Store {
     /// Writes a proof that one gave, beside what others gave, unless it says so for less than `age`.
     fn put_given(&self, path: &Path, by: &ProofSource, age: i64) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
-        let _turn = self.proofs().hold();
+        let _turn = self.hold();
         // Of one that does not say who gave it nothing stays: now it is renewed.
         let known = records::read::<Proof>(path).map(|proof| proof.by).unwrap_or_default();
         let given = known.get(&by.name());
@@ -400,54 +254,129 @@ impl Store {
     /// The caller holds the lock.
     fn write_proof(&self, path: &Path, proof: &Proof) -> Result<(), StoreError> {
         if let Some(folder) = path.parent()
-            && super::durable::create_folder(folder)?
+            && durable::create_folder(folder)?
         {
-            self.catalog().count_records(self.units().record(), Goal::default());
+            self.directory.count_record();
         }
         let is_new = path.symlink_metadata().is_err();
         // Losing one in a power cut costs a request, so none of them is worth a sync.
-        records::write_hint(&self.staging(), path, proof)?;
+        records::write_hint(&self.directory.staging(), path, proof)?;
         if is_new {
-            self.catalog().count_records(self.units().record(), Goal::default());
+            self.directory.count_record();
         }
         Ok(())
     }
 
     /// Removes a proof. The caller holds the lock.
-    pub(super) fn remove_proof(&self, path: &Path) -> Result<bool, StoreError> {
+    fn remove(&self, path: &Path) -> Result<bool, StoreError> {
         let removed = records::remove_if_there(path)?;
         if removed {
-            self.catalog().count_records(Goal::default(), self.units().record());
+            self.directory.uncount_record();
         }
         Ok(removed)
     }
 
-    fn proof_path(&self, repository: &Repository, manifest: Digest, who: &Principal) -> PathBuf {
-        self.access_path(&repository.to_string(), &format!("m-{}-{}", manifest.hex(), who.0))
+    fn hold(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn account_path(&self, repository: &Repository, manifest: Digest, who: &Principal) -> PathBuf {
-        self.access_path(&repository.to_string(), &format!("a-{}-{}", manifest.hex(), who.0))
+    /// Removes a record if it is old. One that is being renewed at this moment is not.
+    fn remove_old(&self, path: &Path, sweep: &Sweep<'_>) -> Result<bool, StoreError> {
+        let _turn = self.hold();
+        if !sweep.is_old(path, AGE) {
+            return Ok(false);
+        }
+        self.remove(path)
     }
 
-    fn refusal_path(&self, repository: &Repository) -> PathBuf {
-        self.access_path(&repository.to_string(), "refuses-anonymous")
+    /// Sweeps the records of one repository or host, but keeps those of manifests and trees that are
+    /// here. Where a blob came from that no manifest names stays known only while it is young: asking
+    /// again costs one request.
+    fn sweep_place(
+        &self,
+        place: &Path,
+        origins: &HashSet<Digest>,
+        sweep: &Sweep<'_>,
+    ) -> Result<usize, StoreError> {
+        let trees = self.directory.path("trees");
+        let (mut swept, mut is_used, mut of_repository) = (0, false, Vec::new());
+        let mut by_manifest = HashMap::<_, Vec<PathBuf>>::new();
+        for name in names(place)? {
+            let path = place.join(&name);
+            let needed = match subject_of(&name) {
+                Some((RecordSubject::Manifest, Some(manifest))) => {
+                    by_manifest.entry(manifest).or_default().push(path.clone());
+                    sweep.manifests.contains(&manifest)
+                }
+                Some((RecordSubject::Tree, Some(tree))) => trees.join(tree.hex()).exists(),
+                Some((RecordSubject::Blob, Some(blob))) => origins.contains(&blob),
+                Some(_) => {
+                    of_repository.push(path);
+                    continue;
+                }
+                // It was not made here.
+                None => true,
+            };
+            if needed || !self.remove_old(&path, sweep)? {
+                is_used = true;
+            } else {
+                swept += 1;
+            }
+        }
+        let surplus = by_manifest.into_values();
+        let mut old: Vec<_> =
+            surplus.flat_map(|paths| all_but_newest(paths, MOST_OF_A_MANIFEST)).collect();
+        if !is_used {
+            old.append(&mut of_repository);
+        }
+        for path in old {
+            swept += usize::from(self.remove_old(&path, sweep)?);
+        }
+        let _turn = self.hold();
+        // Empty ones go; the others refuse.
+        if fs::remove_dir(place).is_ok() {
+            self.directory.uncount_record();
+            swept += 1;
+        }
+        Ok(swept)
+    }
+}
+
+impl SweptRecords for AccessFolder {
+    fn load(&self) -> Result<usize, StoreError> {
+        let mut count = 0;
+        let access = self.directory.path(FOLDER);
+        for place in names(&access)? {
+            let place = access.join(place);
+            if !place.is_symlink() {
+                count += 1 + names(&place)?.len();
+            }
+        }
+        Ok(count)
     }
 
-    fn imported_path(&self, repository: &Repository, manifest: Digest) -> PathBuf {
-        self.access_path(&repository.to_string(), &format!("i-{}", manifest.hex()))
+    fn sweep(&self, sweep: &mut Sweep<'_>) -> Result<usize, StoreError> {
+        let access = self.directory.path(FOLDER);
+        let origins = sweep.origins();
+        let mut swept = 0;
+        for place in names(&access)? {
+            let place = access.join(place);
+            // What is behind a link is not the store's.
+            if !place.is_symlink() {
+                swept += self.sweep_place(&place, &origins, sweep)?;
+            }
+        }
+        Ok(swept)
     }
+}
 
-    fn tree_origin_path(&self, repository: &Repository, tree: TreeKey) -> PathBuf {
-        self.access_path(&repository.to_string(), &format!("t-{tree}"))
-    }
-
-    fn origin_path(&self, place: &str, blob: Digest) -> PathBuf {
-        self.access_path(place, &format!("b-{}", blob.hex()))
-    }
-
-    pub(super) fn access_path(&self, place: &str, name: &str) -> PathBuf {
-        let folder = keys::hash(&[place]).hex();
-        self.path("access").join(folder).join(format!("{name}.json"))
-    }
+/// Returns the subject of a record with its digest; none for a name of another form.
+fn subject_of(name: &str) -> Option<(RecordSubject, Option<Digest>)> {
+    KINDS.iter().copied().flatten().find_map(|kind| {
+        let rest = name.strip_prefix(kind.prefix)?;
+        match kind.subject {
+            RecordSubject::Repository => (rest == ".json").then_some((kind.subject, None)),
+            subject => Some((subject, Some(Digest::from_hex(rest.get(..64)?)?))),
+        }
+    })
 }

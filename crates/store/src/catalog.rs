@@ -15,8 +15,8 @@ use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::eviction::Goal;
 use super::object::{ObjectKind, ObjectName};
+use super::space_amount::SpaceAmount;
 use oci_types::Digest;
 
 /// Shared by all clones of a store, and by leases.
@@ -48,7 +48,7 @@ struct State {
     /// Trees by the manifest that they were made from.
     manifests: HashMap<Digest, HashSet<ObjectName>>,
     /// Disk space of proofs and resolutions.
-    records: Goal,
+    records: SpaceAmount,
 }
 
 /// A tree at a target.
@@ -156,19 +156,19 @@ impl Catalog {
     }
 
     /// Adds and subtracts disk space of proofs and resolutions.
-    pub fn count_records(&self, added: Goal, removed: Goal) {
+    pub fn count_records(&self, added: SpaceAmount, removed: SpaceAmount) {
         let mut state = self.lock();
         state.records = state.records.plus(added).less(removed);
     }
 
     /// Sets the disk space of proofs and resolutions, as it was counted on the disk.
-    pub fn set_records(&self, records: Goal) {
+    pub fn set_records(&self, records: SpaceAmount) {
         self.lock().records = records;
     }
 
     /// Returns the disk space of proofs and resolutions.
     #[must_use]
-    pub fn records(&self) -> Goal {
+    pub fn records(&self) -> SpaceAmount {
         self.lock().records
     }
 
@@ -269,8 +269,8 @@ impl Catalog {
     /// Returns the disk space of the trees of some manifests and of the objects that they link, each
     /// object once.
     #[must_use]
-    pub fn space_of_manifests(&self, manifests: &HashSet<Digest>) -> Goal {
-        let (mut counted, mut space) = (HashSet::new(), Goal::default());
+    pub fn space_of_manifests(&self, manifests: &HashSet<Digest>) -> SpaceAmount {
+        let (mut counted, mut space) = (HashSet::new(), SpaceAmount::default());
         for manifest in manifests {
             // Locked for each manifest alone, so that publishes do not wait for all of them.
             let state = self.lock();
@@ -348,7 +348,7 @@ impl Catalog {
 
     /// Returns the disk space of all objects and records, of which each takes `record`.
     #[must_use]
-    pub fn usage(&self, record: Goal) -> Usage {
+    pub fn usage(&self, record: SpaceAmount) -> Usage {
         let state = self.lock();
         let records = state.publications.len().saturating_add(state.pins.len()) as u64;
         let records = state.records.plus(record.times(records));
@@ -395,6 +395,19 @@ impl State {
                 self.manifests.remove(&manifest);
             }
         }
+    }
+}
+
+impl Entry {
+    /// Returns the entry of an object that is made now and links nothing.
+    pub(super) fn new(bytes: u64, inodes: u64) -> Self {
+        let last_used = jiff::Timestamp::now().as_second();
+        Self { bytes, inodes, last_used, damaged: false, manifest: None, links: Vec::new() }
+    }
+
+    /// Returns the disk space of the object by itself.
+    pub(super) fn space(&self) -> SpaceAmount {
+        SpaceAmount { bytes: self.bytes, inodes: self.inodes }
     }
 }
 
@@ -489,7 +502,10 @@ mod tests {
         let manifest = Digest::of(b"manifest");
         catalog.add(layer.clone(), entry(None, &[]));
         catalog.add(tree.clone(), entry(Some(manifest), &[&layer]));
-        assert_eq!(catalog.usage(Goal::default()), Usage { bytes: 20, inodes: 2, objects: 2 });
+        assert_eq!(
+            catalog.usage(SpaceAmount::default()),
+            Usage { bytes: 20, inodes: 2, objects: 2 }
+        );
 
         assert!(catalog.condemn(&layer).is_none(), "a tree links it");
         let lease = catalog.lease(tree.clone());
@@ -504,7 +520,7 @@ mod tests {
 
         catalog.condemn(&tree).expect("nobody needs it").removed();
         catalog.condemn(&layer).expect("nobody links it").removed();
-        assert_eq!(catalog.usage(Goal::default()), Usage::default());
+        assert_eq!(catalog.usage(SpaceAmount::default()), Usage::default());
     }
 
     #[test]
@@ -537,8 +553,8 @@ mod tests {
         }
         let space =
             |manifests: &[Digest]| catalog.space_of_manifests(&manifests.iter().copied().collect());
-        assert_eq!(space(&manifests[..2]), Goal { bytes: 30, inodes: 3 });
-        assert_eq!(space(&[Digest::of(b"other")]), Goal::default());
+        assert_eq!(space(&manifests[..2]), SpaceAmount { bytes: 30, inodes: 3 });
+        assert_eq!(space(&[Digest::of(b"other")]), SpaceAmount::default());
     }
 
     #[test]

@@ -12,8 +12,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::catalog::{Entry, Snapshot};
+use super::catalog::Snapshot;
 use super::object::{ObjectKind, ObjectName};
+use super::space_amount::SpaceAmount;
 
 /// The last use of a tree that an administrator has removed while it was shown.
 /// Publishing it again sets a real one.
@@ -66,76 +67,19 @@ pub struct Facts {
     pub unlinked_age: i64,
 }
 
-/// How much is to be freed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Goal {
-    /// Bytes.
-    pub bytes: u64,
-    /// Inodes.
-    pub inodes: u64,
-}
-
 /// What goes, in this order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// What goes, and why. A tree stands before what it links.
     pub victims: Vec<(ObjectName, Reason)>,
     /// What that frees.
-    pub frees: Goal,
-}
-
-impl Goal {
-    /// All there is.
-    pub const EVERYTHING: Self = Self { bytes: u64::MAX, inodes: u64::MAX };
-
-    /// The larger of each.
-    #[must_use]
-    pub fn max(self, other: Self) -> Self {
-        Self { bytes: self.bytes.max(other.bytes), inodes: self.inodes.max(other.inodes) }
-    }
-
-    /// The smaller of each.
-    #[must_use]
-    pub fn min(self, other: Self) -> Self {
-        Self { bytes: self.bytes.min(other.bytes), inodes: self.inodes.min(other.inodes) }
-    }
-
-    /// The sum of both.
-    #[must_use]
-    pub fn plus(self, other: Self) -> Self {
-        let bytes = self.bytes.saturating_add(other.bytes);
-        Self { bytes, inodes: self.inodes.saturating_add(other.inodes) }
-    }
-
-    /// Multiplies both numbers.
-    #[must_use]
-    pub fn times(self, count: u64) -> Self {
-        let bytes = self.bytes.saturating_mul(count);
-        Self { bytes, inodes: self.inodes.saturating_mul(count) }
-    }
-
-    /// What is left of it.
-    #[must_use]
-    pub fn less(self, other: Self) -> Self {
-        let bytes = self.bytes.saturating_sub(other.bytes);
-        Self { bytes, inodes: self.inodes.saturating_sub(other.inodes) }
-    }
-
-    /// Whether nothing is to be freed.
-    #[must_use]
-    pub fn is_nothing(self) -> bool {
-        self == Self::default()
-    }
-
-    pub(super) fn is_met_by(self, freed: Self) -> bool {
-        freed.bytes >= self.bytes && freed.inodes >= self.inodes
-    }
+    pub frees: SpaceAmount,
 }
 
 impl Facts {
     /// Decides.
     #[must_use]
-    pub fn plan(&self, goal: Goal) -> Plan {
+    pub fn plan(&self, goal: SpaceAmount) -> Plan {
         let mut planner = Planner {
             facts: self,
             links: self.link_counts(),
@@ -223,13 +167,6 @@ impl Facts {
             *counts.entry(link).or_default() += 1;
         }
         counts
-    }
-}
-
-impl Entry {
-    /// Returns the disk space of the object by itself.
-    pub(super) fn space(&self) -> Goal {
-        Goal { bytes: self.bytes, inodes: self.inodes }
     }
 }
 

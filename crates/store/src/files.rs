@@ -6,20 +6,27 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Gid, Uid, fchown};
 use sha2::Digest as _;
 
-use super::catalog::Lease;
+use super::catalog::{Entry, Lease};
+use super::disk_units::{BYTES_PER_INODE, DiskUnits};
 use super::error::StoreError;
+use super::inode::set_owner_and_mode;
+use super::ledger::Claim;
+use super::listing::{current_generation, names};
 use super::partial::Partial;
-use super::room::Meter;
-use super::staging::{current_generation, names};
-use super::{FileKey, ObjectName, Store};
+use super::staging::Staging;
+use super::state_directory::StateDirectory;
+use super::write_meter::WriteMeter;
+use super::{FileKey, ObjectName};
 use oci_types::Digest;
 use sys::fault;
 use unpack::Permissions;
+
+/// Folders around a file: of its blob, and of its mode and owner.
+const FOLDERS_OF_A_FILE: u64 = 2;
 
 /// Content that starts so is meant to be executed.
 const EXECUTABLE_MAGIC: [&[u8]; 2] = [b"\x7fELF", b"#!"];
@@ -36,22 +43,50 @@ pub struct StoredFile {
     pub(super) lease: Lease,
 }
 
-impl Store {
+/// The single-file layers of a store.
+#[derive(Debug)]
+pub struct Files {
+    pub(super) directory: Arc<StateDirectory>,
+}
+
+impl Claim {
+    /// Returns the claim of a single file with the folders around it.
+    #[must_use]
+    pub fn of_file(blob: Digest, size: u64) -> Self {
+        let inodes = 1 + FOLDERS_OF_A_FILE;
+        Self { blob, bytes: size.saturating_add(inodes * BYTES_PER_INODE), inodes }
+    }
+}
+
+/// Returns the entry of a file of this size.
+fn entry(units: DiskUnits, size: u64) -> Entry {
+    let bytes = units.blocks(size).saturating_add(FOLDERS_OF_A_FILE * units.folder);
+    Entry::new(bytes, 1 + FOLDERS_OF_A_FILE)
+}
+
+/// Reads the entry of a file on the disk; none where there is no file.
+pub(super) fn read_entry(units: DiskUnits, path: &Path) -> Option<Entry> {
+    let metadata = path.symlink_metadata().ok().filter(std::fs::Metadata::is_file)?;
+    // Content may have any modification time that its author chose.
+    Some(Entry { last_used: metadata.ctime(), ..entry(units, metadata.len()) })
+}
+
+impl Files {
     /// The file's current inode, if it is in the store.
-    pub fn file(&self, key: FileKey) -> Result<Option<StoredFile>, StoreError> {
+    pub fn get(&self, key: FileKey) -> Result<Option<StoredFile>, StoreError> {
         let folder = self.file_folder(key);
         let Some(generation) = current_generation(&folder)? else { return Ok(None) };
-        let lease = self.catalog().lease(ObjectName::file(key, generation));
+        let lease = self.directory.catalog.lease(ObjectName::file(key, generation));
         let file = StoredFile { key, generation, path: folder.join(generation.to_string()), lease };
         // It may have gone between the first look and the lease.
         Ok(file.path.symlink_metadata().is_ok().then_some(file))
     }
 
     /// Any inode with a blob's content, whatever its mode.
-    pub fn any_file_of(&self, digest: Digest) -> Result<Option<StoredFile>, StoreError> {
-        for variant in names(&self.path("files").join(digest.hex()))? {
+    pub fn any_of(&self, digest: Digest) -> Result<Option<StoredFile>, StoreError> {
+        for variant in names(&self.directory.path("files").join(digest.hex()))? {
             let Some(permissions) = permissions_of(&variant) else { continue };
-            if let Some(file) = self.file(FileKey { digest, permissions })? {
+            if let Some(file) = self.get(FileKey { digest, permissions })? {
                 return Ok(Some(file));
             }
         }
@@ -59,9 +94,9 @@ impl Store {
     }
 
     /// Makes a verified download a file of the store.
-    pub fn commit_file(&self, key: FileKey, partial: &Partial) -> Result<StoredFile, StoreError> {
+    pub fn commit(&self, key: FileKey, partial: &Partial) -> Result<StoredFile, StoreError> {
         debug_assert!(partial.is_verified(), "only verified content gets a name");
-        let mut staging = self.stage()?;
+        let mut staging = self.directory.stage()?;
         let path = staging.path().join("file");
         partial.move_to(&path)?;
         staging.borrow(&path, partial.path());
@@ -72,13 +107,9 @@ impl Store {
     }
 
     /// Makes a small blob that the manifest carried inline a file of the store.
-    pub fn commit_inline_file(
-        &self,
-        key: FileKey,
-        content: &[u8],
-    ) -> Result<StoredFile, StoreError> {
+    pub fn commit_inline(&self, key: FileKey, content: &[u8]) -> Result<StoredFile, StoreError> {
         debug_assert_eq!(Digest::of(content), key.digest, "only verified content gets a name");
-        let mut staging = self.stage()?;
+        let mut staging = self.directory.stage()?;
         let path = staging.path().join("file");
         let failed = |error| StoreError::io("write", &path, error);
         let mut file = File::create_new(&path).map_err(failed)?;
@@ -91,8 +122,8 @@ impl Store {
 
     /// Makes a second inode of content that is here with another mode or owner.
     /// The copy is hashed: what the source's disk has lost since is not passed on.
-    pub fn copy_file(&self, key: FileKey, source: &Path) -> Result<StoredFile, StoreError> {
-        let mut staging = self.stage()?;
+    pub fn copy(&self, key: FileKey, source: &Path) -> Result<StoredFile, StoreError> {
+        let mut staging = self.directory.stage()?;
         let path = staging.path().join("file");
         let to = OpenOptions::new()
             .write(true)
@@ -101,7 +132,7 @@ impl Store {
             .open(&path)
             .map_err(|error| StoreError::io("create", &path, error))?;
         staging.staged.wrote(|| path.clone());
-        let copied = copy(source, (&path, to), &self.meter())?;
+        let copied = copy(source, &path, to, &self.directory.meter)?;
         if copied != key.digest {
             let what = format!("its content has the digest {copied}");
             return Err(StoreError::Damaged { path: source.to_owned(), what });
@@ -114,7 +145,7 @@ impl Store {
         let finish = || -> std::io::Result<()> {
             let file = File::open(path)?;
             set_owner_and_mode(&file, key.permissions)?;
-            self.label().map_or(Ok(()), |label| label.apply(file.as_fd()))
+            self.directory.label().map_or(Ok(()), |label| label.apply(file.as_fd()))
         };
         finish().map_err(|error| StoreError::io("finish", path, error))
     }
@@ -122,7 +153,7 @@ impl Store {
     fn name_file(
         &self,
         key: FileKey,
-        staging: super::staging::Staging,
+        staging: Staging,
         path: &Path,
     ) -> Result<StoredFile, StoreError> {
         let folder = self.file_folder(key);
@@ -130,13 +161,14 @@ impl Store {
         if let Some(content) = folder.parent() {
             super::durable::create_folder(content)?;
         }
-        let (generation, lease) = self.commit(staging, path, &folder, self.units().file(size))?;
+        let (generation, lease) =
+            self.directory.commit(staging, path, &folder, entry(self.directory.units, size))?;
         Ok(StoredFile { key, generation, path: folder.join(generation.to_string()), lease })
     }
 
     fn file_folder(&self, key: FileKey) -> PathBuf {
         let FileKey { digest, permissions: Permissions { mode, uid, gid } } = key;
-        self.path("files").join(digest.hex()).join(format!("{mode:04o}-{uid}-{gid}"))
+        self.directory.path("files").join(digest.hex()).join(format!("{mode:04o}-{uid}-{gid}"))
     }
 }
 
@@ -167,18 +199,12 @@ pub fn starts_executable(content: &[u8]) -> bool {
     EXECUTABLE_MAGIC.iter().any(|magic| content.starts_with(magic))
 }
 
-/// The owner first: changing it would drop bits of the mode.
-pub(super) fn set_owner_and_mode(file: &File, permissions: Permissions) -> std::io::Result<()> {
-    let Permissions { mode, uid, gid } = permissions;
-    let metadata = file.metadata()?;
-    if (metadata.uid(), metadata.gid()) != (uid, gid) {
-        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-    }
-    fchmod(file, Mode::from_bits_truncate(mode))?;
-    Ok(())
-}
-
-fn copy(source: &Path, (path, mut to): (&Path, File), meter: &Meter) -> Result<Digest, StoreError> {
+fn copy(
+    source: &Path,
+    path: &Path,
+    mut to: File,
+    meter: &WriteMeter,
+) -> Result<Digest, StoreError> {
     let mut from = File::open(source).map_err(|error| StoreError::io("open", source, error))?;
     let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0; 256 * 1024];

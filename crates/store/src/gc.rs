@@ -12,24 +12,27 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::catalog::{Condemned, Entry, Usage};
+use super::catalog::{Condemned, Entry};
 use super::durable;
 use super::error::{Kind, Shortage, StoreError};
-use super::eviction::{Facts, Goal, Plan, Reason};
-use super::ledger::IdleDownload;
+use super::eviction::{Facts, Plan, Reason};
+use super::inventory::Inventory;
+use super::ledger::{IdleDownload, Ledger};
 use super::object::{ObjectKind, ObjectName};
-use super::{MountedTree, Store};
+use super::resolutions::Resolutions;
+use super::space_amount::SpaceAmount;
+use super::state_directory::StateDirectory;
+use super::sweep::RecordSweeper;
+use super::trees::mounted_tree::MountedTree;
 use oci_types::Digest;
 use sys::fault;
 use sys::mount::MountTable;
 
 /// Files and layers that no tree links wait so long for the pull that made them to go on.
 const UNLINKED_AGE: Duration = Duration::from_hours(1);
-/// A download that nobody goes on with is dropped after so long.
-const PARTIAL_AGE: Duration = Duration::from_hours(24);
 /// After a boot pods come back for what they had: nothing goes meanwhile, unless room is wanted.
 const BOOT_GRACE: Duration = Duration::from_mins(10);
 /// So many objects that cannot be removed end a collection: a disk that takes nothing back would
@@ -42,7 +45,7 @@ pub enum Want {
     /// What the thresholds, the floor and the quota ask for.
     Upkeep,
     /// So much more room, now.
-    Room(Goal),
+    Room(SpaceAmount),
     /// Content of at most so many bytes.
     AtMost(u64),
 }
@@ -150,7 +153,20 @@ impl Now {
     }
 }
 
-impl Store {
+/// Decides what goes, and removes it.
+#[derive(Debug)]
+pub struct GarbageCollector {
+    pub(super) directory: Arc<StateDirectory>,
+    pub(super) inventory: Arc<Inventory>,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) resolutions: Arc<Resolutions>,
+    pub(super) records: Arc<RecordSweeper>,
+    /// Held while it is decided what goes.
+    pub(super) turn: Mutex<()>,
+    pub(super) evictions: Evictions,
+}
+
+impl GarbageCollector {
     /// Frees what is wanted, and what nobody will ask for. Blocking.
     pub fn collect(&self, want: &Want) -> Result<Collected, StoreError> {
         self.collect_for(want, &HashSet::new())
@@ -163,13 +179,13 @@ impl Store {
     }
 
     /// What [`Self::collect`] would do.
-    pub fn plan_collection(&self, want: &Want) -> Result<Collected, StoreError> {
+    pub fn plan(&self, want: &Want) -> Result<Collected, StoreError> {
         let turn = self.collecting();
         let now = Now::read();
         let facts = self.facts(now)?;
         let goal = self.goal(want, now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), &HashSet::new(), now);
-        let plan = facts.plan(goal.less(Goal { bytes: total(&partials), inodes: 0 }));
+        let partials = self.ledger.stale(!goal.is_nothing(), &HashSet::new(), now.unix_seconds);
+        let plan = facts.plan(goal.less(SpaceAmount { bytes: total(&partials), inodes: 0 }));
         drop(turn);
         let mut collected = Collected::of_partials(&partials);
         for (name, reason) in &plan.victims {
@@ -188,7 +204,7 @@ impl Store {
             return Ok(collected);
         }
         let _turn = self.collecting();
-        self.load_catalog()?;
+        self.inventory.load()?;
         // The mounts first: a tree that is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
         let trees = trees.iter().filter(|tree| !mounted.contains(*tree));
@@ -210,65 +226,52 @@ impl Store {
         }
     }
 
+    /// Removes records that lead nowhere. Returns how many were removed. Blocking.
+    pub fn sweep_records(&self, now: Now) -> Result<usize, StoreError> {
+        self.records.sweep(&self.facts(now)?, now.unix_seconds)
+    }
+
     /// Removes an object unless something needs it. Returns it with its entry if it was removed.
     fn evict(
         &self,
         name: &ObjectName,
         reason: Reason,
     ) -> Result<Option<(Victim, Arc<Entry>)>, StoreError> {
-        let Some(entry) = self.catalog().entry(name) else { return Ok(None) };
-        let Some(condemned) = self.catalog().condemn(name) else { return Ok(None) };
+        let Some(entry) = self.directory.catalog.entry(name) else { return Ok(None) };
+        let Some(condemned) = self.directory.catalog.condemn(name) else { return Ok(None) };
         self.remove(condemned, name).inspect_err(|error| {
             tracing::warn!(object = %name, %error, "it cannot be removed, and stays");
         })?;
         let victim = Victim::new(name, &entry, reason);
-        self.evictions().add(&victim);
+        self.evictions.add(&victim);
         Ok(Some((victim, entry)))
     }
 
     /// Returns what the catalog, the kernel and the clock say.
     pub fn facts(&self, now: Now) -> Result<Facts, StoreError> {
-        self.load_catalog()?;
+        let catalog = self.inventory.catalog()?;
         // The mounts first: a tree that is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
-        let store = self.catalog().snapshot();
+        let store = catalog.snapshot();
         let manifests = store.objects.values().filter_map(|entry| entry.manifest).collect();
         Ok(Facts {
             store,
-            indexes: self.resolution_index().indexes_of(&manifests),
+            indexes: self.resolutions.indexes_of(&manifests)?,
             mounted,
             now: now.unix_seconds,
-            minimum_age: seconds(self.cache_options().minimum_age),
+            minimum_age: seconds(self.directory.cache.minimum_age),
             unlinked_age: seconds(UNLINKED_AGE),
         })
-    }
-
-    /// Returns the disk space of all content, documents, records and downloads.
-    pub fn usage(&self) -> Result<Usage, StoreError> {
-        self.load_catalog()?;
-        let Usage { bytes, inodes, objects } = self.catalog().usage(self.units().record());
-        let downloads = self.ledger().unclaimed();
-        Ok(Usage {
-            bytes: bytes.saturating_add(downloads.bytes),
-            inodes: inodes.saturating_add(downloads.inodes),
-            objects,
-        })
-    }
-
-    /// Returns the number of objects of a kind; 0 before their sizes were read.
-    #[must_use]
-    pub fn count_objects(&self, kind: ObjectKind) -> u64 {
-        self.catalog().count(kind)
     }
 
     /// What has gone since the process began.
     #[must_use]
     pub fn evictions(&self) -> &Evictions {
-        &self.0.evictions
+        &self.evictions
     }
 
     pub(super) fn collecting(&self) -> Turn<'_> {
-        self.0.collecting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Downloads of the blobs `own` stay: the room is for them.
@@ -285,25 +288,25 @@ impl Store {
             return Ok(Collected::default());
         }
         let mut facts = self.facts(now)?;
-        let partials = self.stale_partials(!goal.is_nothing(), own, now);
+        let partials = self.ledger.stale(!goal.is_nothing(), own, now.unix_seconds);
         let mut removed = Vec::new();
         for partial in partials {
             let IdleDownload { blob, registry, .. } = partial;
-            match self.ledger().remove(blob, registry) {
+            match self.ledger.remove(blob, registry) {
                 Ok(true) => removed.push(partial),
                 Ok(false) => {}
                 Err(error) => {
-                    let path = self.ledger().path(blob, registry);
+                    let path = self.ledger.path(blob, registry);
                     tracing::warn!(path = %path.display(), %error, "a download cannot be removed");
                 }
             }
         }
         let mut collected = Collected::of_partials(&removed);
-        let failed = |error| StoreError::io("evict from", self.root(), error);
+        let failed = |error| StoreError::io("evict from", &self.directory.root, error);
         fault::point("gc.planned").map_err(failed)?;
-        let mut left = goal.less(Goal { bytes: collected.bytes, inodes: 0 });
+        let mut left = goal.less(SpaceAmount { bytes: collected.bytes, inodes: 0 });
         if !left.is_nothing() {
-            let swept = self.sweep_under_pressure(&facts, now, false)?;
+            let swept = self.records.sweep_under_pressure(&facts, now.unix_seconds, false)?;
             collected.records = swept.inodes;
             collected.bytes = collected.bytes.saturating_add(swept.bytes);
             left = left.less(swept);
@@ -341,7 +344,8 @@ impl Store {
         if matches!(want, Want::AtMost(_)) {
             // Evicted content leaves records, and the administrator asked for all that can be removed.
             let now = Now::read();
-            let swept = self.sweep_under_pressure(&self.facts(now)?, now, true)?;
+            let swept =
+                self.records.sweep_under_pressure(&self.facts(now)?, now.unix_seconds, true)?;
             collected.records += swept.inodes;
             collected.bytes = collected.bytes.saturating_add(swept.bytes);
         }
@@ -357,51 +361,55 @@ impl Store {
     ) -> Result<Shortage, StoreError> {
         let now = Now::read();
         let facts = self.facts(now)?;
-        let partials = Goal { bytes: total(&self.stale_partials(true, own, now)), inodes: 0 };
-        let evictable = facts.plan(Goal::EVERYTHING).frees.plus(partials);
-        let pinned = self.pinned_takes()?;
-        let of = |goal: Goal| match shortage.kind {
+        let partials = SpaceAmount {
+            bytes: total(&self.ledger.stale(true, own, now.unix_seconds)),
+            inodes: 0,
+        };
+        let evictable = facts.plan(SpaceAmount::EVERYTHING).frees.plus(partials);
+        let pinned = self.inventory.pinned_space()?;
+        let of = |goal: SpaceAmount| match shortage.kind {
             Kind::Inodes => goal.inodes,
             Kind::Bytes | Kind::Quota => goal.bytes,
         };
         Ok(Shortage { evictable: of(evictable), pinned: of(pinned), ..shortage })
     }
 
-    fn goal(&self, want: &Want, now: Now) -> Result<Goal, StoreError> {
-        let options = self.cache_options();
+    fn goal(&self, want: &Want, now: Now) -> Result<SpaceAmount, StoreError> {
+        let options = &self.directory.cache;
         match want {
             Want::Room(goal) => Ok(*goal),
-            Want::AtMost(bytes) => {
-                Ok(Goal { bytes: self.usage()?.bytes.saturating_sub(*bytes), inodes: 0 })
-            }
+            Want::AtMost(bytes) => Ok(SpaceAmount {
+                bytes: self.inventory.usage()?.bytes.saturating_sub(*bytes),
+                inodes: 0,
+            }),
             Want::Upkeep => {
-                let room = self.room()?;
+                let room = self.directory.disk_space()?;
                 let wanted = room.missing_until(room.floor(options));
                 if now.since_boot < BOOT_GRACE {
                     return Ok(wanted);
                 }
                 let over_quota = match options.max_bytes {
-                    Some(max) => self.usage()?.bytes.saturating_sub(max),
+                    Some(max) => self.inventory.usage()?.bytes.saturating_sub(max),
                     None => 0,
                 };
                 let bytes = over_quota.max(room.above_threshold(options));
-                Ok(wanted.max(Goal { bytes, inodes: 0 }))
+                Ok(wanted.max(SpaceAmount { bytes, inodes: 0 }))
             }
         }
     }
 
     /// Takes an object's name away, then its content.
     fn remove(&self, condemned: Condemned, name: &ObjectName) -> Result<(), StoreError> {
-        let path = self.root().join(name.as_str());
+        let path = self.directory.root.join(name.as_str());
         if path
             .ancestors()
             .skip(1)
-            .take_while(|folder| *folder != self.root())
+            .take_while(|folder| *folder != self.directory.root.as_path())
             .any(Path::is_symlink)
         {
             return Err(StoreError::Foreign { path, what: "lies behind a symbolic link" });
         }
-        let grave = self.staging().join(durable::temporary_name());
+        let grave = self.directory.staging().join(durable::temporary_name());
         fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
         // The removal of a single file is atomic, so that it needs no rename.
         let is_file = matches!(name.kind(), ObjectKind::File | ObjectKind::Document);
@@ -432,16 +440,6 @@ impl Store {
             tracing::warn!(path = %grave.display(), %error, "a removed object leaves something behind");
         }
         fault::point("gc.removed").map_err(|error| StoreError::io("remove", &path, error))
-    }
-
-    /// Downloads that nobody works on: old ones, or all when room is wanted.
-    fn stale_partials(&self, wanted: bool, own: &HashSet<Digest>, now: Now) -> Vec<IdleDownload> {
-        let mut stale = self.ledger().idle();
-        stale.retain(|download| {
-            let age = now.unix_seconds.saturating_sub(download.last_used);
-            !own.contains(&download.blob) && (wanted || age > seconds(PARTIAL_AGE))
-        });
-        stale
     }
 }
 

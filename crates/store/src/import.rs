@@ -7,42 +7,52 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::Digest as _;
 
-use super::Store;
 use super::catalog::Lease;
+use super::documents::Documents;
 use super::error::StoreError;
-use super::ledger::RegistryId;
-use super::room::{Claim, Reservation};
+use super::ledger::{Claim, Ledger, RegistryId, record_of};
+use super::records;
+use super::reservations::{Reservation, SpaceReservations};
 use super::staging::Staging;
+use super::state_directory::StateDirectory;
+use super::write_meter::WriteMeter;
 use oci_types::Digest;
 
 /// The blobs of one import; what is not handed on goes when this is dropped.
 #[derive(Debug)]
 pub struct ImportedBlobs {
-    store: Store,
+    documents: Arc<Documents>,
+    space: Arc<SpaceReservations>,
+    ledger: Arc<Ledger>,
+    meter: Arc<WriteMeter>,
     staging: Staging,
     reservations: Vec<Reservation>,
     /// Leases of the stored documents.
     leases: Mutex<Vec<Lease>>,
 }
 
-impl Store {
-    /// Starts an import.
-    pub fn import_blobs(&self) -> Result<ImportedBlobs, StoreError> {
-        let staging = self.stage()?;
-        Ok(ImportedBlobs {
-            store: self.clone(),
-            staging,
+impl ImportedBlobs {
+    pub(super) fn begin(
+        directory: &StateDirectory,
+        documents: &Arc<Documents>,
+        space: &Arc<SpaceReservations>,
+        ledger: &Arc<Ledger>,
+    ) -> Result<Self, StoreError> {
+        Ok(Self {
+            documents: Arc::clone(documents),
+            space: Arc::clone(space),
+            ledger: Arc::clone(ledger),
+            meter: Arc::clone(&directory.meter),
+            staging: directory.stage()?,
             reservations: Vec::new(),
             leases: Mutex::default(),
         })
     }
-}
 
-impl ImportedBlobs {
     /// Writes a blob of `size` bytes; its content must have the digest.
     ///
     /// # Errors
@@ -55,7 +65,7 @@ impl ImportedBlobs {
         content: &mut dyn Read,
     ) -> Result<(), StoreError> {
         let claim = Claim { blob: digest, bytes: size, inodes: 1 };
-        self.reservations.push(self.store.reserve(&[claim])?);
+        self.reservations.push(self.space.reserve(&[claim])?);
         let path = self.path(digest);
         let failed = |error| StoreError::io("write", &path, error);
         let mut file = OpenOptions::new()
@@ -65,7 +75,6 @@ impl ImportedBlobs {
             .mode(0o600)
             .open(&path)
             .map_err(failed)?;
-        let meter = self.store.meter();
         let mut hasher = sha2::Sha256::new();
         let mut buffer = vec![0; 256 * 1024];
         loop {
@@ -74,7 +83,7 @@ impl ImportedBlobs {
                 break;
             }
             hasher.update(&buffer[..count]);
-            meter.writes(count as u64)?;
+            self.meter.writes(count as u64)?;
             file.write_all(&buffer[..count]).map_err(failed)?;
         }
         let got = Digest::from_bytes(hasher.finalize().into());
@@ -100,7 +109,7 @@ impl ImportedBlobs {
 
     /// Stores a manifest or a configuration, which stays as long as the import.
     pub fn keep(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
-        let lease = self.store.put_blob(digest, content)?;
+        let lease = self.documents.put(digest, content)?;
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
         Ok(())
     }
@@ -114,12 +123,12 @@ impl ImportedBlobs {
     /// Makes a blob a download from `host` that has just ended.
     pub fn hand_on(&self, host: &str, digest: Digest) -> Result<(), StoreError> {
         let registry = RegistryId::of(host);
-        let to = self.store.ledger().path(digest, registry);
+        let to = self.ledger.path(digest, registry);
         // What an earlier try has said of its ranges says nothing of this file.
-        super::records::remove(&super::partial::record_of(&to))?;
+        records::remove(&record_of(&to))?;
         std::fs::rename(self.path(digest), &to)
             .map_err(|error| StoreError::io("rename", &to, error))?;
-        self.store.ledger().refresh(digest, registry);
+        self.ledger.refresh(digest, registry);
         Ok(())
     }
 
@@ -131,7 +140,7 @@ impl ImportedBlobs {
 #[cfg(test)]
 mod tests {
     use super::super::partial::Purpose;
-    use super::super::{CacheOptions, StoreOptions};
+    use super::super::{CacheOptions, Store, StoreOptions};
     use super::*;
 
     #[test]
@@ -154,7 +163,8 @@ mod tests {
         blobs.hand_on("r.io", digest).expect("handed on");
         assert!(
             store
-                .partial_while("r.io", (digest, 5), Purpose::Keep, &|| true)
+                .downloads()
+                .open("r.io", digest, 5, Purpose::Keep, &|| true)
                 .expect("a download")
                 .is_verified()
         );

@@ -14,10 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::StoreError;
-use super::eviction::Goal;
-use super::partial::record_of;
-use super::room::Claim;
-use super::staging::names;
+use super::listing::names;
+use super::space_amount::SpaceAmount;
 use super::{durable, keys};
 use oci_types::Digest;
 
@@ -25,6 +23,19 @@ use oci_types::Digest;
 const IDLE_PER_REGISTRY: usize = 256;
 /// Idle downloads of all registries, at most.
 const IDLE: usize = 2048;
+/// A download that nothing goes on with is dropped after so long.
+const AGE_SECONDS: i64 = 24 * 3600;
+
+/// What one blob, or a tree, will take on the disk until its content has a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The blob; of a tree its key.
+    pub blob: Digest,
+    /// Bytes, those of its download and those that it unpacks to.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
 
 /// A registry's host in the name of a download: the first eight bytes of its hash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,7 +61,7 @@ pub(super) struct LedgerState {
 
 #[derive(Debug, Default)]
 struct BlobSpace {
-    claimed: Goal,
+    claimed: SpaceAmount,
     claims: usize,
     handles: usize,
     downloads: Vec<PartialDownload>,
@@ -68,20 +79,20 @@ struct PartialDownload {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct SpaceTotals {
     /// Claimed space that is not written yet.
-    outstanding: Goal,
+    outstanding: SpaceAmount,
     /// Bytes of all claims, written or not.
     claimed: u64,
     /// Space of downloads without a claim.
-    unclaimed: Goal,
+    unclaimed: SpaceAmount,
 }
 
 /// Disk space that new claims and all others demand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SpaceDemand {
     /// Space still to be written for the new claims.
-    pub(super) needed: Goal,
+    pub(super) needed: SpaceAmount,
     /// Space still to be written for all others.
-    pub(super) others: Goal,
+    pub(super) others: SpaceAmount,
     /// Bytes that all of them add to the usage that a quota is compared with.
     pub(super) quota: u64,
 }
@@ -134,9 +145,9 @@ impl SpaceTotals {
 }
 
 impl BlobSpace {
-    fn written(&self) -> Goal {
+    fn written(&self) -> SpaceAmount {
         let sum = |sum: u64, download: &PartialDownload| sum.saturating_add(download.bytes);
-        Goal { bytes: self.downloads.iter().fold(0, sum), inodes: 0 }
+        SpaceAmount { bytes: self.downloads.iter().fold(0, sum), inodes: 0 }
     }
 
     fn totals(&self) -> SpaceTotals {
@@ -150,7 +161,7 @@ impl BlobSpace {
             };
         }
         let inodes = self.downloads.len() as u64;
-        SpaceTotals { unclaimed: Goal { inodes, ..written }, ..SpaceTotals::default() }
+        SpaceTotals { unclaimed: SpaceAmount { inodes, ..written }, ..SpaceTotals::default() }
     }
 
     fn is_idle(&self) -> bool {
@@ -193,17 +204,18 @@ impl LedgerState {
     /// Returns the disk space that new claims demand beside those of this process. Blobs in `written`
     /// have their claimed space written in full.
     pub(super) fn demand(&self, claims: &[Claim], written: &HashSet<Digest>) -> SpaceDemand {
-        let mut wanted = HashMap::<Digest, Goal>::new();
+        let mut wanted = HashMap::<Digest, SpaceAmount>::new();
         for claim in claims {
-            let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
+            let goal = SpaceAmount { bytes: claim.bytes, inodes: claim.inodes };
             let known = wanted.entry(claim.blob).or_default();
             *known = known.max(goal);
         }
         let mut others = self.totals;
         for blob in written.iter().filter_map(|blob| self.blobs.get(blob)) {
-            others = others.less(SpaceTotals { unclaimed: Goal::default(), ..blob.totals() });
+            others =
+                others.less(SpaceTotals { unclaimed: SpaceAmount::default(), ..blob.totals() });
         }
-        let (mut needed, mut quota) = (Goal::default(), others.claimed);
+        let (mut needed, mut quota) = (SpaceAmount::default(), others.claimed);
         for (blob, goal) in wanted {
             let known = self.blobs.get(&blob);
             let promised = known.filter(|known| known.claims > 0).map(|known| known.claimed);
@@ -220,14 +232,14 @@ impl LedgerState {
     }
 
     /// Returns the disk space of downloads without a claim.
-    pub(super) fn unclaimed(&self) -> Goal {
+    pub(super) fn unclaimed(&self) -> SpaceAmount {
         self.totals.unclaimed
     }
 
     /// Adds claims, of which each is released once.
     pub(super) fn claim(&mut self, claims: &[Claim]) {
         for claim in claims {
-            let goal = Goal { bytes: claim.bytes, inodes: claim.inodes };
+            let goal = SpaceAmount { bytes: claim.bytes, inodes: claim.inodes };
             self.update(claim.blob, |blob| {
                 blob.claimed = blob.claimed.max(goal);
                 blob.claims += 1;
@@ -241,7 +253,7 @@ impl LedgerState {
         self.update(blob, |blob| {
             blob.claims = blob.claims.saturating_sub(1);
             if blob.claims == 0 {
-                blob.claimed = Goal::default();
+                blob.claimed = SpaceAmount::default();
                 registries.extend(blob.downloads.iter().map(|download| download.registry));
             }
         });
@@ -327,8 +339,24 @@ impl Ledger {
         blobs.into_iter().flat_map(of_blob).collect()
     }
 
+    /// Returns idle downloads that may go: old ones, or all when space is wanted, but for those of
+    /// the blobs `own`.
+    pub(super) fn stale(
+        &self,
+        is_wanted: bool,
+        own: &HashSet<Digest>,
+        unix_seconds: i64,
+    ) -> Vec<IdleDownload> {
+        let mut stale = self.idle();
+        stale.retain(|download| {
+            let age = unix_seconds.saturating_sub(download.last_used);
+            !own.contains(&download.blob) && (is_wanted || age > AGE_SECONDS)
+        });
+        stale
+    }
+
     /// Returns the disk space of downloads without a claim.
-    pub(super) fn unclaimed(&self) -> Goal {
+    pub(super) fn unclaimed(&self) -> SpaceAmount {
         self.lock().unclaimed()
     }
 
@@ -424,6 +452,11 @@ fn read_download(path: &Path, registry: RegistryId) -> Option<PartialDownload> {
 fn parse(name: &str) -> Option<(Digest, RegistryId)> {
     let (digest, registry) = name.split_once('-')?;
     Some((Digest::from_hex(digest)?, RegistryId::of_name(registry)?))
+}
+
+/// Returns the path of the record of a download's ranges.
+pub(super) fn record_of(download: &Path) -> PathBuf {
+    download.with_extension("ranges")
 }
 
 fn now() -> i64 {

@@ -50,70 +50,96 @@
 //! into staging, or the removal of a single file ([`gc`]). Nothing that has not
 //! the form above is ever removed.
 
-/// The index of an unpacked layer, as `proto/layer_index.proto` has it.
-#[allow(missing_docs, reason = "the proto carries the documentation")]
-#[allow(clippy::all, clippy::pedantic, reason = "generated code")]
-pub mod layer_index {
-    include!(concat!(env!("OUT_DIR"), "/csi_driver_oci.store.v1.rs"));
-}
-
 pub mod access;
-pub mod blobs;
 pub mod catalog;
-mod copies;
+pub mod damage;
+pub mod disk_space;
+mod disk_units;
+pub mod documents;
 pub mod durable;
 pub mod error;
 pub mod eviction;
 pub mod files;
+mod findings;
 pub mod gc;
 pub mod growth;
 pub mod import;
-mod inventory;
+mod inode;
+pub mod inventory;
 pub mod keys;
 pub mod label;
+pub mod layer_index;
 pub mod layers;
 mod ledger;
+mod listing;
 pub mod lock;
-pub mod mounted_tree;
-pub mod namespace_resolutions;
+mod manifests;
 pub mod object;
 pub mod own;
 pub mod partial;
 pub mod pins;
 pub mod publications;
 pub mod ranges;
-mod read_back;
+pub mod read_back;
+mod reader;
 mod record_index;
 pub mod records;
+pub mod reservations;
 pub mod resolutions;
-pub mod room;
-pub mod scrubbed;
+pub mod scrub_progress;
+mod space_amount;
 pub mod staging;
-pub mod sweep;
-mod tree_builder;
+mod state_directory;
+mod sweep;
 pub mod trees;
-pub mod verdicts;
 pub mod verify;
+pub mod write_meter;
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex};
 
 use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 
+pub use disk_space::{CacheOptions, DiskSpace};
 pub use error::StoreError;
 pub use keys::{FileKey, LayerKey, TreeKey};
 pub use label::SecurityLabel;
-pub use mounted_tree::MountedTree;
 pub use object::{ObjectKind, ObjectName};
 pub use pins::PinShare;
-pub use room::{CacheOptions, Room};
+pub use space_amount::SpaceAmount;
 pub use trees::Tree;
+pub use trees::mounted_tree::MountedTree;
 
+use access::AccessFolder;
+use access::anonymous_refusals::AnonymousRefusals;
+use access::imports::ImportRecords;
+use access::origins::Origins;
+use access::proofs::Proofs;
+use access::verified_signatures::VerifiedSignatures;
+use damage::DamageMarks;
+use documents::Documents;
+use files::Files;
+use gc::{Evictions, GarbageCollector};
+use import::ImportedBlobs;
+use inventory::Inventory;
+use layers::Layers;
+use ledger::Ledger;
+use partial::Downloads;
+use pins::Pins;
+use publications::Publications;
+use read_back::ReadBack;
+use reservations::SpaceReservations;
+use resolutions::Resolutions;
+use scrub_progress::ScrubProgress;
+use state_directory::StateDirectory;
+use sweep::RecordSweeper;
 use sys::fault;
+use trees::Trees;
+use verify::Verification;
 
 /// The format that this version reads and writes.
 const FORMAT: &str = "csi-driver-oci 2\n";
@@ -135,29 +161,38 @@ pub struct Store(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    root: PathBuf,
-    options: StoreOptions,
-    barrier: durable::Barrier,
+    directory: Arc<StateDirectory>,
     node_key: [u8; 32],
-    proofs: access::ProofLock,
-    catalog: Arc<catalog::Catalog>,
-    /// Whether the catalog knows what was here before this process.
-    loaded: Mutex<bool>,
-    /// Time of the last sweep of records for want of space, in seconds since 1970.
-    swept: AtomicI64,
-    resolution_index: record_index::RecordIndex,
-    pin_index: record_index::RecordIndex,
-    units: inventory::DiskUnits,
-    ledger: Arc<ledger::Ledger>,
-    meter: Arc<room::Meter>,
-    /// Held by whoever decides what goes.
-    collecting: Mutex<()>,
-    evictions: gc::Evictions,
-    /// How often content was found damaged.
-    damages: AtomicU64,
-    /// Trees that were found damaged and not reported yet.
-    damaged_trees: Mutex<Vec<ObjectName>>,
-    read_back: read_back::ReadBack,
+    ledger: Arc<Ledger>,
+    documents: Arc<Documents>,
+    files: Files,
+    layers: Layers,
+    trees: Arc<Trees>,
+    inventory: Arc<Inventory>,
+    downloads: Downloads,
+    space: Arc<SpaceReservations>,
+    collector: Arc<GarbageCollector>,
+    verification: Verification,
+    pins: Pins,
+    publications: Publications,
+    resolutions: Arc<Resolutions>,
+    proofs: Proofs,
+    origins: Origins,
+    imports: ImportRecords,
+    anonymous_refusals: AnonymousRefusals,
+    verified_signatures: VerifiedSignatures,
+    scrub_progress: ScrubProgress,
+}
+
+/// Gives access to the parts of a store.
+macro_rules! parts {
+    ($($(#[$attribute:meta])* $name:ident: $part:ty,)*) => {$(
+        $(#[$attribute])*
+        #[must_use]
+        pub fn $name(&self) -> &$part {
+            &self.0.$name
+        }
+    )*};
 }
 
 /// What `format` says.
@@ -203,37 +238,82 @@ impl Store {
         if found != Found::Current {
             // Nothing says who has written content without a format.
             if found == Found::Earlier || holds_content(root)? {
-                read_back::ReadBack::begin(root)?;
+                ReadBack::begin(root)?;
             }
             durable::write(&staging, &format, FORMAT.as_bytes())?;
         }
-        let read_back = read_back::ReadBack::load(root)?;
         let node_key = node_key(&staging, &root.join("node-key"))?;
-        let meter = Arc::new(room::Meter::new(root, options.cache));
-        let ledger = Arc::new(ledger::Ledger::load(root.join("partial"), staging)?);
-        let store = Self(Arc::new(Inner {
-            root: root.to_owned(),
-            options,
-            barrier: durable::Barrier::default(),
-            node_key,
-            proofs: access::ProofLock::default(),
-            catalog: Arc::default(),
-            loaded: Mutex::default(),
+        let StoreOptions { label, cache } = options;
+        let directory = Arc::new(StateDirectory::open(root, label, cache)?);
+        let ledger = Arc::new(Ledger::load(root.join("partial"), staging)?);
+        Self::assemble(&directory, &ledger, node_key)
+    }
+
+    /// Builds the parts, each from those that it needs.
+    fn assemble(
+        directory: &Arc<StateDirectory>,
+        ledger: &Arc<Ledger>,
+        node_key: [u8; 32],
+    ) -> Result<Self, StoreError> {
+        let (directory, ledger) = (|| Arc::clone(directory), || Arc::clone(ledger));
+        let trees = Arc::new(Trees { directory: directory() });
+        let resolutions = Arc::new(Resolutions::new(directory()));
+        let access = Arc::new(AccessFolder::new(directory()));
+        let records = Arc::new(RecordSweeper {
+            directory: directory(),
+            // Resolutions first: they keep manifests, whose proofs then stay.
+            kinds: vec![resolutions.clone(), access.clone()],
             swept: AtomicI64::default(),
-            resolution_index: record_index::RecordIndex::default(),
-            pin_index: record_index::RecordIndex::default(),
-            units: inventory::DiskUnits::of(root)?,
-            ledger,
-            meter,
-            collecting: Mutex::default(),
-            evictions: gc::Evictions::default(),
-            damages: AtomicU64::default(),
-            damaged_trees: Mutex::default(),
-            read_back,
-        }));
-        store.load_publications()?;
-        store.load_pins()?;
-        Ok(store)
+        });
+        let inventory = Arc::new(Inventory {
+            directory: directory(),
+            trees: trees.clone(),
+            ledger: ledger(),
+            records: records.clone(),
+            loaded: Mutex::default(),
+        });
+        let collector = Arc::new(GarbageCollector {
+            directory: directory(),
+            inventory: inventory.clone(),
+            ledger: ledger(),
+            resolutions: resolutions.clone(),
+            records,
+            turn: Mutex::default(),
+            evictions: Evictions::default(),
+        });
+        let space = Arc::new(SpaceReservations {
+            directory: directory(),
+            inventory: inventory.clone(),
+            ledger: ledger(),
+            collector: collector.clone(),
+        });
+        Ok(Self(Arc::new(Inner {
+            directory: directory(),
+            node_key,
+            ledger: ledger(),
+            documents: Arc::new(Documents { directory: directory(), space: space.clone() }),
+            files: Files { directory: directory() },
+            layers: Layers { directory: directory() },
+            downloads: Downloads { directory: directory(), ledger: ledger() },
+            verification: Verification {
+                directory: directory(),
+                inventory: inventory.clone(),
+                trees: trees.clone(),
+            },
+            publications: Publications::open(directory(), trees.clone())?,
+            pins: Pins::open(directory(), inventory.clone(), collector.clone())?,
+            proofs: Proofs(access.clone()),
+            origins: Origins(access.clone()),
+            imports: ImportRecords(access.clone()),
+            anonymous_refusals: AnonymousRefusals(access.clone()),
+            verified_signatures: VerifiedSignatures(access),
+            scrub_progress: ScrubProgress { directory: directory() },
+            trees,
+            inventory,
+            space,
+            collector,
+            resolutions,
+        })))
     }
 
     const FOLDERS: [&str; 11] = [
@@ -243,17 +323,17 @@ impl Store {
         "layers",
         "trees",
         "partial",
-        "pins",
+        pins::FOLDER,
         "staging",
-        "resolutions",
-        "access",
-        "publications",
+        resolutions::FOLDER,
+        access::FOLDER,
+        publications::FOLDER,
     ];
 
     /// The state directory.
     #[must_use]
     pub fn root(&self) -> &Path {
-        &self.0.root
+        &self.0.directory.root
     }
 
     /// Keys the HMAC under which credentials are remembered.
@@ -262,19 +342,13 @@ impl Store {
         &self.0.node_key
     }
 
-    /// How often content was found damaged since the process began.
-    #[must_use]
-    pub fn damages(&self) -> u64 {
-        self.0.damages.load(Ordering::Relaxed)
-    }
-
     /// The empty directory that overlays need as their second lower directory, open.
     ///
     /// # Errors
     ///
     /// [`StoreError::Foreign`] when it is not empty: its content would be seen in every volume.
     pub fn empty_folder(&self) -> Result<OwnedFd, StoreError> {
-        let path = self.path("empty");
+        let path = self.0.directory.path("empty");
         let failed = |error: nix::Error| StoreError::io("open", &path, error.into());
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut folder = Dir::open(&path, flags, Mode::empty()).map_err(failed)?;
@@ -287,52 +361,78 @@ impl Store {
         folder.as_fd().try_clone_to_owned().map_err(|error| StoreError::io("open", &path, error))
     }
 
-    fn path(&self, folder: &str) -> PathBuf {
-        self.0.root.join(folder)
+    /// Makes an empty file and removes it again.
+    ///
+    /// # Errors
+    ///
+    /// The reason why nothing can be made here.
+    pub fn probe(&self) -> Result<(), StoreError> {
+        let path = self.0.directory.staging().join(durable::temporary_name());
+        std::fs::write(&path, b"x").map_err(|error| StoreError::io("write", &path, error))?;
+        std::fs::remove_file(&path).map_err(|error| StoreError::io("remove", &path, error))
     }
 
-    fn label(&self) -> Option<&SecurityLabel> {
-        self.0.options.label.as_ref()
+    parts! {
+        /// Returns manifests, indexes and configurations.
+        documents: Documents,
+        /// Returns single-file layers.
+        files: Files,
+        /// Returns unpacked archives.
+        layers: Layers,
+        /// Returns trees.
+        trees: Trees,
+        /// Returns which objects there are, and what they take.
+        inventory: Inventory,
+        /// Returns downloads on their way.
+        downloads: Downloads,
+        /// Returns the space of the filesystem and the promises of it.
+        space: SpaceReservations,
+        /// Returns what decides which objects go, and removes them.
+        collector: GarbageCollector,
+        /// Returns what reads content back.
+        verification: Verification,
+        /// Returns pins.
+        pins: Pins,
+        /// Returns the records of publications.
+        publications: Publications,
+        /// Returns what references resolved to.
+        resolutions: Resolutions,
+        /// Returns who has been proven to read a manifest.
+        proofs: Proofs,
+        /// Returns where blobs came from.
+        origins: Origins,
+        /// Returns which manifests an administrator has imported.
+        imports: ImportRecords,
+        /// Returns which repositories refuse anonymous requests.
+        anonymous_refusals: AnonymousRefusals,
+        /// Returns which signatures were verified.
+        verified_signatures: VerifiedSignatures,
+        /// Returns how far the scrub has come.
+        scrub_progress: ScrubProgress,
     }
 
-    /// How much of the filesystem content may take.
+    /// Returns which content was found damaged.
     #[must_use]
-    pub fn cache_options(&self) -> &CacheOptions {
-        &self.0.options.cache
+    pub fn damage(&self) -> &DamageMarks {
+        &self.0.directory.damage
     }
 
-    fn catalog(&self) -> &Arc<catalog::Catalog> {
-        &self.0.catalog
+    /// Returns which content of an earlier format was read back.
+    #[must_use]
+    pub fn read_back(&self) -> &ReadBack {
+        &self.0.directory.read_back
     }
 
-    fn resolution_index(&self) -> &record_index::RecordIndex {
-        &self.0.resolution_index
-    }
-
-    fn pin_index(&self) -> &record_index::RecordIndex {
-        &self.0.pin_index
-    }
-
-    fn proofs(&self) -> &access::ProofLock {
-        &self.0.proofs
-    }
-
-    fn units(&self) -> inventory::DiskUnits {
-        self.0.units
-    }
-
-    fn ledger(&self) -> &Arc<ledger::Ledger> {
-        &self.0.ledger
-    }
-
-    fn barrier(&self) -> &durable::Barrier {
-        &self.0.barrier
+    /// Starts an import of blobs that an administrator brings along.
+    pub fn import_blobs(&self) -> Result<ImportedBlobs, StoreError> {
+        let Inner { directory, documents, space, ledger, .. } = &*self.0;
+        ImportedBlobs::begin(directory, documents, space, ledger)
     }
 }
 
 fn holds_content(root: &Path) -> Result<bool, StoreError> {
     for folder in ["files", "layers", "trees"] {
-        if !staging::names(&root.join(folder))?.is_empty() {
+        if !listing::names(&root.join(folder))?.is_empty() {
             return Ok(true);
         }
     }

@@ -1,6 +1,7 @@
 //! Names of the objects that garbage collection knows.
 
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::{FileKey, LayerKey, TreeKey};
@@ -81,6 +82,11 @@ impl ObjectName {
             && generation.parse::<u32>().is_ok()
             && parts[2..].iter().all(|part| variant(part));
         well_formed.then(|| Self(text.into()))
+    }
+
+    /// Returns the object that lies at a path below a state directory.
+    pub(super) fn at(root: &Path, path: &Path) -> Option<Self> {
+        Self::parse(path.strip_prefix(root).ok()?.to_str()?)
     }
 
     /// What it names.

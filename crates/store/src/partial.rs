@@ -26,10 +26,11 @@ use sha2::Digest as _;
 use super::durable::WRITE_BYTES;
 use super::error::StoreError;
 use super::growth::{Follower, Growth};
-use super::ledger::{OpenDownload, RegistryId};
+use super::ledger::{Ledger, OpenDownload, RegistryId, record_of};
 use super::ranges::Ranges;
-use super::room::Meter;
-use super::{Store, records};
+use super::records;
+use super::state_directory::StateDirectory;
+use super::write_meter::WriteMeter;
 use oci_types::Digest;
 use sys::mount::syscalls;
 
@@ -64,7 +65,7 @@ pub struct Partial {
     hashed: u64,
     hasher: sha2::Sha256,
     growth: Arc<Growth>,
-    meter: Arc<Meter>,
+    meter: Arc<WriteMeter>,
     /// Bytes since the kernel was told to write, and since the record was written.
     unflushed: u64,
     unrecorded: u64,
@@ -73,18 +74,26 @@ pub struct Partial {
     open: OpenDownload,
 }
 
-impl Store {
+/// The downloads of a store.
+#[derive(Debug)]
+pub struct Downloads {
+    pub(super) directory: Arc<StateDirectory>,
+    pub(super) ledger: Arc<Ledger>,
+}
+
+impl Downloads {
     /// Opens the download of a blob of `size` bytes, and hashes the prefix that an earlier one left.
     /// Ends early once the download is not wanted any more, since a large prefix takes long to hash;
     /// the prefix stays.
-    pub fn partial_while(
+    pub fn open(
         &self,
         host: &str,
-        (digest, size): (Digest, u64),
+        digest: Digest,
+        size: u64,
         purpose: Purpose,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<Partial, StoreError> {
-        let open = self.ledger().open(digest, RegistryId::of(host));
+        let open = self.ledger.open(digest, RegistryId::of(host));
         let path = open.path();
         let file = OpenOptions::new()
             .read(true)
@@ -104,13 +113,13 @@ impl Store {
             size,
             purpose,
             path,
-            staging: self.staging(),
+            staging: self.directory.staging(),
             file: Arc::new(file),
             written: ranges.into_iter().map(|(start, end)| start..end.min(length)).collect(),
             hashed: 0,
             hasher: sha2::Sha256::new(),
             growth: Arc::default(),
-            meter: self.meter(),
+            meter: Arc::clone(&self.directory.meter),
             unflushed: 0,
             unrecorded: 0,
             has_record,
@@ -288,8 +297,4 @@ impl Drop for Partial {
             let _ = self.record();
         }
     }
-}
-
-pub(super) fn record_of(path: &Path) -> PathBuf {
-    path.with_extension("ranges")
 }

@@ -6,13 +6,19 @@
 //! here (after a reboot, or a crash in between) gets the same content again.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::catalog::PublishedTree;
 use super::error::StoreError;
-use super::{ObjectName, Store, TreeKey, keys, records};
+use super::state_directory::StateDirectory;
+use super::trees::Trees;
+use super::{ObjectName, TreeKey, keys, records};
 use oci_types::Digest;
+
+/// Below the state directory.
+pub(super) const FOLDER: &str = "publications";
 
 /// One volume at one target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,61 +57,71 @@ impl Publication {
     }
 }
 
-impl Store {
+/// The records of a store's publications.
+#[derive(Debug)]
+pub struct Publications {
+    directory: Arc<StateDirectory>,
+    trees: Arc<Trees>,
+}
+
+impl Publications {
+    /// Reads the records of earlier processes into the catalog.
+    pub(super) fn open(
+        directory: Arc<StateDirectory>,
+        trees: Arc<Trees>,
+    ) -> Result<Self, StoreError> {
+        for (_, publication) in records::list::<Publication>(&directory.path(FOLDER))? {
+            directory.catalog.publish(&publication.target, publication.shown());
+        }
+        Ok(Self { directory, trees })
+    }
+
     /// The record of a target: it shows one volume at most.
     #[must_use]
-    pub fn publication(&self, target: &Path) -> Option<Publication> {
-        records::read(&self.publication_path(target))
+    pub fn get(&self, target: &Path) -> Option<Publication> {
+        records::read(&self.record_path(target))
     }
 
     /// Records a publication, and holds its tree from here on: also when the record cannot be
     /// written, since the mount does not depend on it.
-    pub fn put_publication(&self, publication: &Publication) -> Result<(), StoreError> {
-        let path = self.publication_path(&publication.target);
+    pub fn put(&self, publication: &Publication) -> Result<(), StoreError> {
+        let path = self.record_path(&publication.target);
         // Held before it is written: nothing may evict what is about to be shown.
-        self.catalog().publish(&publication.target, publication.shown());
-        records::write_hint(&self.staging(), &path, publication)
+        self.directory.catalog.publish(&publication.target, publication.shown());
+        records::write_hint(&self.directory.staging(), &path, publication)
     }
 
     /// Forgets a publication, and lets go of its tree: also when the record cannot be removed.
-    pub fn remove_publication(&self, target: &Path) -> Result<(), StoreError> {
-        let removed = records::remove(&self.publication_path(target));
-        if let Some(tree) = self.catalog().unpublish(target) {
-            self.tree_was_unpublished(&tree);
+    pub fn remove(&self, target: &Path) -> Result<(), StoreError> {
+        let removed = records::remove(&self.record_path(target));
+        if let Some(tree) = self.directory.catalog.unpublish(target) {
+            self.trees.mark_unpublished(&tree);
         }
         removed
     }
 
-    /// Tells the catalog what the records say.
-    pub(super) fn load_publications(&self) -> Result<(), StoreError> {
-        for (_, publication) in records::list::<Publication>(&self.path("publications"))? {
-            self.catalog().publish(&publication.target, publication.shown());
-        }
-        Ok(())
-    }
-
     /// Returns all targets with the trees that they show, from memory.
     #[must_use]
-    pub fn shown_targets(&self) -> Vec<(PathBuf, PublishedTree)> {
-        self.catalog().publications()
+    pub fn targets(&self) -> Vec<(PathBuf, PublishedTree)> {
+        self.directory.catalog.publications()
     }
 
     /// Returns the number of targets that show a tree.
     #[must_use]
-    pub fn count_publications(&self) -> usize {
-        self.catalog().count_publications()
+    pub fn count(&self) -> usize {
+        self.directory.catalog.count_publications()
     }
 
     /// Returns the readable records of the targets that show a tree.
     #[must_use]
-    pub fn publications_of(&self, tree: &ObjectName) -> Vec<Publication> {
-        let targets = self.catalog().targets_of(tree);
-        targets.iter().filter_map(|target| self.publication(target)).collect()
+    pub fn of_tree(&self, tree: &ObjectName) -> Vec<Publication> {
+        let targets = self.directory.catalog.targets_of(tree);
+        targets.iter().filter_map(|target| self.get(target)).collect()
     }
 
-    fn publication_path(&self, target: &Path) -> PathBuf {
+    fn record_path(&self, target: &Path) -> PathBuf {
         let key = keys::hash(&[&target.to_string_lossy()]);
-        self.path("publications").join(records::name(key))
+        self.directory.path(FOLDER).join(records::name(key))
     }
 }
 

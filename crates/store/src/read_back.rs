@@ -13,21 +13,22 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::error::StoreError;
-use super::staging::{current_generation, names};
-use super::{LayerKey, ObjectName, Store, durable};
+use super::listing::{current_generation, names};
+use super::{LayerKey, ObjectName, durable};
 use oci_types::Digest;
 
 /// Below the state directory.
 const FOLDER: &str = "read-back";
 
 /// Which objects need no reading any more, while there are others.
-#[derive(Debug, Default)]
-pub(super) struct ReadBack {
+#[derive(Debug)]
+pub struct ReadBack {
+    root: PathBuf,
     is_under_way: AtomicBool,
     done: Mutex<HashSet<ObjectName>>,
 }
@@ -53,63 +54,41 @@ impl ReadBack {
         let folder = root.join(FOLDER);
         match folder.symlink_metadata() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self::default());
+                let (is_under_way, done) = (AtomicBool::new(false), Mutex::default());
+                return Ok(Self { root: root.to_owned(), is_under_way, done });
             }
             Err(error) => return Err(StoreError::io("look at", &folder, error)),
             Ok(_) => super::own::check(root, &[FOLDER])?,
         }
         let done = names(&folder)?;
         let done = done.iter().filter_map(|name| ObjectName::parse(&name.replace('.', "/")));
-        Ok(Self { is_under_way: AtomicBool::new(true), done: Mutex::new(done.collect()) })
+        let (is_under_way, done) = (AtomicBool::new(true), Mutex::new(done.collect()));
+        Ok(Self { root: root.to_owned(), is_under_way, done })
     }
 
-    fn is_under_way(&self) -> bool {
-        self.is_under_way.load(Ordering::Relaxed)
-    }
-
-    fn done(&self) -> MutexGuard<'_, HashSet<ObjectName>> {
-        // A set stays whole whatever panics beside it.
-        self.done.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Store {
     /// Returns whether an object must be read back before it is shown or linked.
     #[must_use]
     pub fn is_unread(&self, object: &ObjectName) -> bool {
-        let read_back = &self.0.read_back;
-        read_back.is_under_way() && !read_back.done().contains(object)
+        self.is_under_way() && !self.done().contains(object)
     }
 
-    /// Notes that an object needs no reading any more.
-    pub(super) fn was_read(&self, object: &ObjectName) {
-        let read_back = &self.0.read_back;
-        if !read_back.is_under_way() || !read_back.done().insert(object.clone()) {
-            return;
-        }
-        let path = self.path(FOLDER).join(object.as_str().replace('/', "."));
-        if let Err(error) = File::create(&path) {
-            tracing::debug!(path = %path.display(), %error, "it will be read back once more");
-        }
-    }
-
-    /// The current generation of a layer, if it is unread.
+    /// Returns the current generation of a layer, if it is unread.
     pub fn unread_layer(&self, key: LayerKey) -> Result<Option<ObjectName>, StoreError> {
-        if !self.0.read_back.is_under_way() {
+        if !self.is_under_way() {
             return Ok(None);
         }
-        let generation = current_generation(&self.path("layers").join(key.to_string()))?;
-        let name = generation.map(|generation| ObjectName::layer(key, generation));
+        let folder = self.root.join("layers").join(key.to_string());
+        let name = current_generation(&folder)?.map(|number| ObjectName::layer(key, number));
         Ok(name.filter(|name| self.is_unread(name)))
     }
 
-    /// The files of a blob that are unread, whatever their modes.
+    /// Returns the files of a blob that are unread, whatever their modes.
     pub fn unread_files(&self, digest: Digest) -> Result<Vec<ObjectName>, StoreError> {
-        if !self.0.read_back.is_under_way() {
+        if !self.is_under_way() {
             return Ok(Vec::new());
         }
         let below = format!("files/{}", digest.hex());
-        let folder = self.root().join(&below);
+        let folder = self.root.join(&below);
         let mut unread = Vec::new();
         for variant in names(&folder)? {
             let Some(generation) = current_generation(&folder.join(&variant))? else { continue };
@@ -119,37 +98,45 @@ impl Store {
         Ok(unread)
     }
 
-    /// All objects that are unread, but for those that were found damaged.
-    pub fn unread_objects(&self) -> Result<Vec<ObjectName>, StoreError> {
-        if !self.0.read_back.is_under_way() {
-            return Ok(Vec::new());
+    /// Notes that an object needs no reading any more.
+    pub(super) fn was_read(&self, object: &ObjectName) {
+        if !self.is_under_way() || !self.done().insert(object.clone()) {
+            return;
         }
-        self.load_catalog()?;
-        let objects = self.catalog().names().into_iter();
-        let unread = objects.filter(|(name, damaged)| !damaged && self.is_unread(name));
-        Ok(unread.map(|(name, _)| name).collect())
+        let path = self.root.join(FOLDER).join(object.as_str().replace('/', "."));
+        if let Err(error) = File::create(&path) {
+            tracing::debug!(path = %path.display(), %error, "it will be read back once more");
+        }
     }
 
-    /// Ends the reading when nothing is unread.
-    pub fn finish_reading_back(&self) -> Result<(), StoreError> {
-        if !self.0.read_back.is_under_way() || !self.unread_objects()?.is_empty() {
-            return Ok(());
-        }
-        let (folder, grave) = (self.path(FOLDER), self.staging().join(durable::temporary_name()));
+    /// Returns whether some content may be unread.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.is_under_way.load(Ordering::Relaxed)
+    }
+
+    /// Ends the reading: nothing is unread any more.
+    pub(super) fn end(&self) -> Result<(), StoreError> {
+        let folder = self.root.join(FOLDER);
+        let grave = self.root.join("staging").join(durable::temporary_name());
         fs::rename(&folder, &grave).map_err(|error| StoreError::io("rename", &folder, error))?;
-        self.0.read_back.is_under_way.store(false, Ordering::Relaxed);
-        self.0.read_back.done().clear();
+        self.is_under_way.store(false, Ordering::Relaxed);
+        self.done().clear();
         tracing::info!("all content of an earlier format has been read back");
         // The next start sweeps what stays.
         let _ = fs::remove_dir_all(&grave);
         Ok(())
     }
+
+    fn done(&self) -> MutexGuard<'_, HashSet<ObjectName>> {
+        // A set stays whole whatever panics beside it.
+        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::StoreOptions;
     use super::*;
+    use crate::{Store, StoreOptions};
 
     const EARLIER: &str = "csi-driver-oci 1\n";
 
@@ -169,21 +156,24 @@ mod tests {
         let root = folder.path();
         drop(open(root));
         let [one, two] = ["one", "two"].map(|seed| layer(root, seed));
-        assert!(!open(root).is_unread(&one), "this build has made it");
+        assert!(!open(root).read_back().is_unread(&one), "this build has made it");
         fs::write(root.join("format"), EARLIER).expect("written");
         let store = open(root);
         assert_eq!(fs::read(root.join("format")).expect("readable"), b"csi-driver-oci 2\n");
-        assert!(store.is_unread(&one) && store.is_unread(&two));
-        store.was_read(&one);
+        assert!(store.read_back().is_unread(&one) && store.read_back().is_unread(&two));
+        store.read_back().was_read(&one);
         drop(store);
         let store = open(root);
-        assert!(!store.is_unread(&one), "a restart forgets nothing");
-        assert_eq!(store.unread_objects().expect("readable"), std::slice::from_ref(&two));
-        store.finish_reading_back().expect("not yet");
-        assert!(store.is_unread(&two) && root.join(FOLDER).exists());
-        store.was_read(&two);
-        store.finish_reading_back().expect("ended");
-        assert!(!store.is_unread(&layer(root, "three")) && !root.join(FOLDER).exists());
+        assert!(!store.read_back().is_unread(&one), "a restart forgets nothing");
+        assert_eq!(
+            store.inventory().unread_objects().expect("readable"),
+            std::slice::from_ref(&two)
+        );
+        store.inventory().finish_reading_back().expect("not yet");
+        assert!(store.read_back().is_unread(&two) && root.join(FOLDER).exists());
+        store.read_back().was_read(&two);
+        store.inventory().finish_reading_back().expect("ended");
+        assert!(!store.read_back().is_unread(&layer(root, "three")) && !root.join(FOLDER).exists());
         assert_eq!(names(&root.join("staging")).expect("readable"), Vec::<String>::new());
     }
 
@@ -198,12 +188,12 @@ mod tests {
         // The process ends here; an earlier build may serve the store once more.
         let between = layer(root, "between");
         let store = open(root);
-        assert!(store.is_unread(&old) && store.is_unread(&between));
+        assert!(store.read_back().is_unread(&old) && store.read_back().is_unread(&between));
         // Also when it was brought back by hand, after some of it had been read.
-        store.was_read(&old);
+        store.read_back().was_read(&old);
         drop(store);
         fs::write(root.join("format"), EARLIER).expect("written");
-        assert!(open(root).is_unread(&old));
+        assert!(open(root).read_back().is_unread(&old));
     }
 
     #[test]
@@ -214,6 +204,6 @@ mod tests {
         assert!(!root.join(FOLDER).exists());
         let name = layer(root, "old");
         fs::remove_file(root.join("format")).expect("removed");
-        assert!(open(root).is_unread(&name));
+        assert!(open(root).read_back().is_unread(&name));
     }
 }

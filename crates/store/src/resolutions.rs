@@ -1,17 +1,29 @@
 //! What references resolved to: so that `IfNotPresent` and `Never` need no registry.
 
-use std::collections::BTreeSet;
+pub mod namespace;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
-use super::eviction::Goal;
-use super::namespace_resolutions::renew;
-use super::record_index::{FoundRecord, RecordTarget};
-use super::{Store, keys, records};
+use super::listing::names;
+use super::record_index::{FoundRecord, RecordIndex, RecordTarget};
+use super::state_directory::StateDirectory;
+use super::sweep::{Sweep, SweptRecords, all_but_newest};
+use super::{ObjectName, keys, records};
+use namespace::renew;
 use oci_types::{Digest, Platform, Reference};
+
+/// Below the state directory.
+pub(super) const FOLDER: &str = "resolutions";
+/// Longer than any pull that is still wanted goes on between two of its records.
+const AGE: Duration = Duration::from_hours(24);
+/// Resolutions that are kept for one manifest, at most.
+const MOST_OF_A_MANIFEST: usize = 64;
 
 /// What a reference meant for a platform when the registry was last asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,44 +40,64 @@ pub struct Resolution {
 }
 
 impl Resolution {
-    pub(super) fn target(&self) -> RecordTarget {
+    fn target(&self) -> RecordTarget {
         let &Self { resolved, manifest, .. } = self;
         RecordTarget { manifest, index: (resolved != manifest).then_some(resolved) }
     }
 }
 
-impl Store {
-    /// What the reference last resolved to.
+/// The resolutions of a store.
+#[derive(Debug)]
+pub struct Resolutions {
+    directory: Arc<StateDirectory>,
+    index: RecordIndex,
+}
+
+impl Resolutions {
+    pub(super) fn new(directory: Arc<StateDirectory>) -> Self {
+        Self { directory, index: RecordIndex::default() }
+    }
+
+    /// Returns the last resolution of the reference.
     #[must_use]
-    pub fn resolution(&self, reference: &Reference, platform: &Platform) -> Option<Resolution> {
-        records::read(&self.resolution_path(reference, platform))
+    pub fn get(&self, reference: &Reference, platform: &Platform) -> Option<Resolution> {
+        records::read(&self.record_path(reference, platform))
     }
 
     /// All readable resolutions.
-    pub fn resolutions(&self) -> Result<Vec<Resolution>, StoreError> {
-        let records = records::list(&self.path("resolutions"))?;
+    pub fn list(&self) -> Result<Vec<Resolution>, StoreError> {
+        let records = records::list(&self.directory.path(FOLDER))?;
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
     }
 
     /// What the reference last resolved to, for every platform.
-    pub fn meanings(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
-        let records = self.resolution_records(reference)?;
+    pub fn of_reference(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
+        let records = self.records_of(reference)?;
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
     }
 
     /// Returns the references that last resolved to a manifest.
     pub fn references_of(&self, manifest: Digest) -> Result<BTreeSet<String>, StoreError> {
-        self.index_resolutions()?;
-        let records = self.resolution_index().of_manifest(manifest);
+        self.load_index()?;
+        let records = self.index.of_manifest(manifest);
         let resolutions = records.iter().filter_map(|record| records::read::<Resolution>(record));
         let leading = resolutions.filter(|resolution| resolution.manifest == manifest);
         Ok(leading.map(|resolution| resolution.reference).collect())
     }
 
+    /// Returns the indexes that some manifests were chosen from.
+    pub(super) fn indexes_of(
+        &self,
+        manifests: &HashSet<Digest>,
+    ) -> Result<HashSet<ObjectName>, StoreError> {
+        self.load_index()?;
+        Ok(self.index.indexes_of(manifests))
+    }
+
     /// Fills the index of resolutions at the first call.
-    pub(super) fn index_resolutions(&self) -> Result<(), StoreError> {
-        self.resolution_index().load(|| {
-            let records = records::list::<Resolution>(&self.path("resolutions"))?.into_iter();
+    fn load_index(&self) -> Result<(), StoreError> {
+        self.index.load(|| {
+            let records = records::list::<Resolution>(&self.directory.path(FOLDER))?.into_iter();
             Ok(records
                 .filter_map(|(path, resolution)| {
                     let reference = name(&resolution.reference.parse().ok()?);
@@ -76,16 +108,16 @@ impl Store {
     }
 
     /// Returns the records of a reference, for every platform.
-    pub(super) fn resolution_records(
+    fn records_of(
         &self,
         reference: &Reference,
     ) -> Result<Vec<(Arc<Path>, Resolution)>, StoreError> {
-        self.index_resolutions()?;
+        self.load_index()?;
         let wanted = name(reference);
         let is_wanted = |resolution: &Resolution| {
             resolution.reference.parse().is_ok_and(|known: Reference| name(&known) == wanted)
         };
-        let records = self.resolution_index().of_reference(&wanted).into_iter();
+        let records = self.index.of_reference(&wanted).into_iter();
         Ok(records
             .filter_map(|record| records::read(&record).map(|resolution| (record, resolution)))
             .filter(|(_, resolution)| is_wanted(resolution))
@@ -93,55 +125,87 @@ impl Store {
     }
 
     /// Forgets what the reference resolved to, for every platform; says what that was.
-    pub fn remove_resolutions(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
+    pub fn remove(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
         let mut removed = Vec::new();
-        for (path, resolution) in self.resolution_records(reference)? {
-            self.remove_resolution(&path)?;
+        for (path, resolution) in self.records_of(reference)? {
+            self.remove_record(&path)?;
             removed.push(resolution);
         }
         Ok(removed)
     }
 
     /// Removes one record. Returns whether it was there.
-    pub(super) fn remove_resolution(&self, path: &Path) -> Result<bool, StoreError> {
+    fn remove_record(&self, path: &Path) -> Result<bool, StoreError> {
         let removed = records::remove_if_there(path)?;
         if removed {
-            self.catalog().count_records(Goal::default(), self.units().record());
+            self.directory.uncount_record();
         }
-        self.resolution_index().remove(path);
+        self.index.remove(path);
         Ok(removed)
     }
 
     /// Remembers what a reference resolved to. Unchanged, it costs no write.
-    pub fn put_resolution(
+    pub fn put(
         &self,
         reference: &Reference,
         platform: &Platform,
         resolution: &Resolution,
     ) -> Result<(), StoreError> {
         let resolution = &Resolution { platform: Some(platform.to_string()), ..resolution.clone() };
-        let path = self.resolution_path(reference, platform);
-        let known = self.resolution(reference, platform);
+        let path = self.record_path(reference, platform);
+        let known = self.get(reference, platform);
         if known.as_ref() == Some(resolution) {
             renew(&path);
             return self.supersede_namespaces(reference, platform);
         }
-        records::write_durable(&self.staging(), &path, resolution)?;
-        self.resolution_index().insert(&path, &name(reference), resolution.target());
+        records::write_durable(&self.directory.staging(), &path, resolution)?;
+        self.index.insert(&path, &name(reference), resolution.target());
         if known.is_none() {
-            self.catalog().count_records(self.units().record(), Goal::default());
+            self.directory.count_record();
         }
         self.supersede_namespaces(reference, platform)
     }
 
-    pub(super) fn resolution_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
+    fn record_path(&self, reference: &Reference, platform: &Platform) -> PathBuf {
         let key = keys::hash(&[&name(reference), &platform.to_string()]);
-        self.path("resolutions").join(records::name(key))
+        self.directory.path(FOLDER).join(records::name(key))
+    }
+}
+
+impl SweptRecords for Resolutions {
+    fn load(&self) -> Result<usize, StoreError> {
+        self.load_index()?;
+        Ok(names(&self.directory.path(FOLDER))?.len())
+    }
+
+    /// Keeps the resolutions to manifests that are kept or that a pull may be under way for.
+    fn sweep(&self, sweep: &mut Sweep<'_>) -> Result<usize, StoreError> {
+        let mut swept = 0;
+        let mut by_manifest = HashMap::<_, Vec<PathBuf>>::new();
+        for (path, resolution) in records::list::<Resolution>(&self.directory.path(FOLDER))? {
+            let manifest = resolution.manifest;
+            // A manifest that was used just now is one of a pull that is under way.
+            let is_young = !sweep.is_old(&path, AGE) || sweep.is_young_document(manifest, AGE);
+            if sweep.manifests.contains(&manifest) || is_young {
+                sweep.manifests.insert(manifest);
+                by_manifest.entry(manifest).or_default().push(path);
+            } else {
+                swept += usize::from(self.remove_record(&path)?);
+            }
+        }
+        for paths in by_manifest.into_values() {
+            for path in all_but_newest(paths, MOST_OF_A_MANIFEST) {
+                if sweep.is_old(&path, AGE) {
+                    swept += usize::from(self.remove_record(&path)?);
+                }
+            }
+        }
+        Ok(swept)
     }
 }
 
 /// With a digest the tag only informs.
-pub(super) fn name(reference: &Reference) -> String {
+fn name(reference: &Reference) -> String {
     match reference.digest() {
         Some(digest) => format!("{}@{digest}", reference.repository()),
         None => format!("{}:{}", reference.repository(), reference.tag_or_latest()),

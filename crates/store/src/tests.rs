@@ -2,7 +2,8 @@ use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
-use super::access::{Mirrors, Principal, ProofSource};
+use super::access::proofs::Principal;
+use super::access::{Mirrors, ProofSource};
 use super::files::{StoredFile, starts_executable};
 use super::gc::Now;
 use super::partial::Purpose;
@@ -30,7 +31,7 @@ fn permissions(mode: u32) -> Permissions {
 
 fn file(store: &Store, content: &[u8], mode: u32) -> (FileKey, StoredFile) {
     let key = FileKey { digest: Digest::of(content), permissions: permissions(mode) };
-    let path = store.commit_inline_file(key, content).expect("a file");
+    let path = store.files().commit_inline(key, content).expect("a file");
     (key, path)
 }
 
@@ -47,9 +48,10 @@ fn tree(store: &Store, name: &str, key: FileKey, file: &StoredFile) -> Tree {
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
     let tree_key = TreeKey::new(key.digest, name, "Readable", "");
-    let built = store.build_tree(&plan, &objects).expect("a tree");
+    let built = store.trees().build(&plan, &objects).expect("a tree");
     store
-        .commit_tree(tree_key, record(key), built, (&[], std::slice::from_ref(file)))
+        .trees()
+        .commit(tree_key, record(key), built, &[], std::slice::from_ref(file))
         .expect("a tree")
 }
 
@@ -84,7 +86,7 @@ fn trees_share_the_inode_of_a_file() {
     let inode = std::fs::metadata(&path.path).expect("the file").ino();
     assert_eq!(shown(&store, &one, "a/b").ino(), inode);
     assert_eq!(shown(&store, &two, "c").ino(), inode);
-    assert_eq!(store.tree(one.key).expect("readable"), Some(one));
+    assert_eq!(store.trees().get(one.key).expect("readable"), Some(one));
 }
 
 /// A tree of one file with so many names.
@@ -115,10 +117,10 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     plan.root.permissions = permissions(0o755);
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
-    let built = store.build_tree(&plan, &objects).expect("a tree");
+    let built = store.trees().build(&plan, &objects).expect("a tree");
     let record = TreeRecord { own_inodes: 1, ..record(key) };
     let tree = TreeKey::new(key.digest, "many", "Readable", "");
-    let tree = store.commit_tree(tree, record, built, (&[], &[file])).expect("a tree");
+    let tree = store.trees().commit(tree, record, built, &[], &[file]).expect("a tree");
     let shown = std::fs::read_dir(tree.path().join("root")).expect("a folder");
     let mut inodes = std::collections::BTreeMap::new();
     for entry in shown.flatten() {
@@ -133,8 +135,8 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     }
     assert_eq!(inodes.len(), 3);
     // And the names of a folder that has more of them than fit into a block.
-    let names = plan.nodes.iter().map(|node| room::bytes_of_a_name(node.name_bytes));
-    let own_bytes = 14 + store.units().more_names(names.sum());
+    let names = plan.nodes.iter().map(|node| disk_units::bytes_of_a_name(node.name_bytes));
+    let own_bytes = 14 + store.0.directory.units.more_names(names.sum());
     assert_eq!((tree.record.own_inodes, tree.record.own_bytes), (3, own_bytes), "counted");
     assert!(!tree.path().join("copies").exists());
     let copies = (0..131_000).map(|number| tree.path().join("root").join(number.to_string()));
@@ -164,52 +166,52 @@ fn another_mode_is_another_inode_of_verified_content() {
     let (_folder, store) = store();
     let (_, path) = file(&store, b"#!x", 0o555);
     let other = FileKey { digest: Digest::of(b"#!x"), permissions: permissions(0o400) };
-    let copy = store.copy_file(other, &path.path).expect("a copy");
+    let copy = store.files().copy(other, &path.path).expect("a copy");
     assert_eq!(std::fs::metadata(&copy.path).expect("the copy").mode() & 0o777, 0o400);
     assert_eq!(std::fs::read(&copy.path).expect("readable"), b"#!x");
     // What the disk has changed since is found, and not passed on.
     std::fs::remove_file(&path.path).expect("removed");
     std::fs::write(&path.path, b"#!y").expect("written");
     let third = FileKey { digest: Digest::of(b"#!x"), permissions: permissions(0o440) };
-    assert!(matches!(store.copy_file(third, &path.path), Err(StoreError::Damaged { .. })));
-    assert_eq!(store.file(third).expect("readable"), None);
+    assert!(matches!(store.files().copy(third, &path.path), Err(StoreError::Damaged { .. })));
+    assert_eq!(store.files().get(third).expect("readable"), None);
 }
 
 #[test]
 fn a_damaged_generation_is_never_current_again() {
     let (_folder, store) = store();
     let (key, path) = file(&store, b"x", 0o444);
-    store.mark_damaged(&path.path).expect("marked");
-    assert_eq!(store.file(key).expect("readable"), None);
-    let again = store.commit_inline_file(key, b"x").expect("a file");
+    store.inventory().mark_damaged(&path.path).expect("marked");
+    assert_eq!(store.files().get(key).expect("readable"), None);
+    let again = store.files().commit_inline(key, b"x").expect("a file");
     assert_eq!(again.generation, 2);
-    assert_eq!(store.file(key).expect("readable"), Some(again));
+    assert_eq!(store.files().get(key).expect("readable"), Some(again));
     assert!(path.path.exists(), "whoever has it mounted keeps it");
 }
 
 /// Opens a download of a file of the store.
-fn download(store: &Store, host: &str, blob: (Digest, u64)) -> partial::Partial {
-    store.partial_while(host, blob, Purpose::Keep, &|| true).expect("a download")
+fn download(store: &Store, host: &str, digest: Digest, size: u64) -> partial::Partial {
+    store.downloads().open(host, digest, size, Purpose::Keep, &|| true).expect("a download")
 }
 
 #[test]
 fn a_download_counts_only_what_is_hashed_again() {
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = download(&store, "r.io", (digest, 10));
+    let mut partial = download(&store, "r.io", digest, 10);
     partial.write(0, b"01234").expect("written");
     drop(partial);
     // Whom nobody waits for reads nothing back, and leaves what is there.
-    let unwanted = store.partial_while("r.io", (digest, 10), Purpose::Keep, &|| false);
+    let unwanted = store.downloads().open("r.io", digest, 10, Purpose::Keep, &|| false);
     unwanted.expect_err("given up");
-    let mut partial = download(&store, "r.io", (digest, 10));
+    let mut partial = download(&store, "r.io", digest, 10);
     assert_eq!(partial.length(), 5);
     partial.write(5, b"56789").expect("written");
     assert!(partial.is_verified());
     // Another host's download of the same blob starts for itself.
-    assert_eq!(download(&store, "evil.io", (digest, 10)).length(), 0);
+    assert_eq!(download(&store, "evil.io", digest, 10).length(), 0);
     // More than the blob has is no prefix of it.
-    assert_eq!(download(&store, "r.io", (digest, 9)).length(), 0);
+    assert_eq!(download(&store, "r.io", digest, 9).length(), 0);
 }
 
 #[test]
@@ -217,7 +219,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     use std::io::Read as _;
     let (_folder, store) = store();
     let digest = Digest::of(b"0123456789");
-    let mut partial = download(&store, "r.io", (digest, 10));
+    let mut partial = download(&store, "r.io", digest, 10);
     let mut follower = partial.follow();
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
@@ -228,7 +230,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
     assert_eq!(partial.missing(), [2..6, 8..10]);
     drop(partial);
     assert!(reader.join().expect("a reader").is_err(), "nobody adds anything any more");
-    let mut partial = download(&store, "r.io", (digest, 10));
+    let mut partial = download(&store, "r.io", digest, 10);
     assert_eq!(partial.missing(), [2..6, 8..10], "a hole is no content");
     let mut old = partial.follow();
     partial.restart().expect("empty");
@@ -245,7 +247,7 @@ fn a_download_is_written_in_any_order_and_read_in_one_while_it_grows() {
 #[test]
 fn what_a_crash_left_in_staging_is_swept() {
     let (folder, store) = store();
-    let staging = store.stage().expect("staging");
+    let staging = store.0.directory.stage().expect("staging");
     std::fs::write(staging.path().join("half"), "a layer").expect("written");
     std::mem::forget(staging);
     let staging = folder.path().join("staging");
@@ -286,10 +288,13 @@ fn records_of(store: &Store, text: &str) -> (Digest, Reference) {
         manifest,
         platform: None,
     };
-    store.put_blob(manifest, text.as_bytes()).expect("a manifest");
-    store.put_resolution(&reference, &Platform::of_this_node(), &resolution).expect("a resolution");
+    store.documents().put(manifest, text.as_bytes()).expect("a manifest");
+    store
+        .resolutions()
+        .put(&reference, &Platform::of_this_node(), &resolution)
+        .expect("a resolution");
     let (who, by) = (Principal::anonymous(), ProofSource::Registry);
-    store.put_proof(reference.repository(), manifest, &who, &by).expect("a proof");
+    store.proofs().put(reference.repository(), manifest, &who, &by).expect("a proof");
     (manifest, reference)
 }
 
@@ -307,39 +312,41 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
     std::fs::write(record_path, record).expect("written");
     drop((tree, store));
     let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
-    store.pin(&pinned.1, &Platform::of_this_node(), pinned.0, "admin").expect("a pin");
+    store.pins().add(&pinned.1, &Platform::of_this_node(), pinned.0, "admin").expect("a pin");
     let now = Now::read();
-    assert_eq!(store.sweep_records(now).expect("swept"), 0, "nothing is old");
+    assert_eq!(store.collector().sweep_records(now).expect("swept"), 0, "nothing is old");
     let later = |seconds: i64| Now { unix_seconds: now.unix_seconds + seconds, ..now };
     let hours = 3600;
     // Half a day before a sweep a pull began with what was kept for weeks.
     let old = std::time::SystemTime::now() - std::time::Duration::from_hours(500);
     for digest in [pulled.0, shown.0, pinned.0] {
-        let file = std::fs::File::open(store.blob_path(digest)).expect("the manifest");
+        let file =
+            std::fs::File::open(store.0.directory.document_path(digest)).expect("the manifest");
         file.set_modified(old).expect("a time");
     }
-    store.blob_is_used(pulled.0).expect("a pull begins");
-    let gone_blob = std::fs::File::open(store.blob_path(gone.0)).expect("the manifest");
+    store.documents().mark_used(pulled.0).expect("a pull begins");
+    let gone_blob =
+        std::fs::File::open(store.0.directory.document_path(gone.0)).expect("the manifest");
     gone_blob.set_modified(old).expect("a time");
     for entry in std::fs::read_dir(folder.path().join("resolutions")).expect("a folder") {
         let file = std::fs::File::open(entry.expect("an entry").path()).expect("a record");
         file.set_modified(old).expect("a time");
     }
-    let swept = store.sweep_records(later(12 * hours)).expect("swept");
+    let swept = store.collector().sweep_records(later(12 * hours)).expect("swept");
     assert_eq!(swept, 1, "what the tag meant");
     let platform = Platform::of_this_node();
     for ((_, reference), stays) in
         [(&gone, false), (&shown, true), (&pinned, true), (&pulled, true)]
     {
-        assert_eq!(store.resolution(reference, &platform).is_some(), stays, "{reference}");
+        assert_eq!(store.resolutions().get(reference, &platform).is_some(), stays, "{reference}");
     }
     drop(store);
     let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
     let store = Store::open(folder.path(), options).expect("opened again");
-    store.collect(&gc::Want::Room(eviction::Goal::default())).expect("collected");
+    store.collector().collect(&gc::Want::Room(SpaceAmount::default())).expect("collected");
     for (manifest, stays) in [(gone.0, false), (shown.0, true), (pinned.0, true), (pulled.0, true)]
     {
-        assert_eq!(store.blob(manifest).expect("readable").is_some(), stays);
+        assert_eq!(store.documents().get(manifest).expect("readable").is_some(), stays);
     }
     // What the pull did not make a tree of goes in the end, proofs too.
     for entry in std::fs::read_dir(folder.path().join("blobs")).expect("a folder") {
@@ -348,12 +355,16 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
     }
     drop(store);
     let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
-    store.collect(&gc::Want::Room(eviction::Goal::default())).expect("collected");
-    assert!(store.sweep_records(later(48 * hours)).expect("swept") >= 2);
+    store.collector().collect(&gc::Want::Room(SpaceAmount::default())).expect("collected");
+    assert!(store.collector().sweep_records(later(48 * hours)).expect("swept") >= 2);
     for ((manifest, reference), stays) in [(shown, true), (pinned, true), (pulled, false)] {
-        assert_eq!(store.blob(manifest).expect("readable").is_some(), stays, "{reference}");
+        assert_eq!(
+            store.documents().get(manifest).expect("readable").is_some(),
+            stays,
+            "{reference}"
+        );
         let (who, mirrors) = (Principal::anonymous(), Mirrors::new(Some(Vec::new()), false));
-        let proven = store.is_proven(reference.repository(), manifest, &who, &mirrors);
+        let proven = store.proofs().is_proven(reference.repository(), manifest, &who, &mirrors);
         assert_eq!(proven, stays, "{reference}");
     }
 }
@@ -372,18 +383,18 @@ fn a_proof_that_is_being_written_is_not_swept_away() {
     std::thread::scope(|scope| {
         let sweeping = scope.spawn(|| {
             for _ in 0..2000 {
-                store.sweep_records(later).expect("swept");
+                store.collector().sweep_records(later).expect("swept");
             }
         });
         let mut number = 0_u64;
         while !sweeping.is_finished() {
             number += 1;
             let manifest = Digest::of(&number.to_le_bytes());
-            store.put_proof(repository, manifest, &who, &by).expect("a proof is written");
+            store.proofs().put(repository, manifest, &who, &by).expect("a proof is written");
         }
     });
     let manifest = Digest::of(b"old");
-    store.put_proof(repository, manifest, &who, &by).expect("a proof");
+    store.proofs().put(repository, manifest, &who, &by).expect("a proof");
     for place in std::fs::read_dir(folder.path().join("access")).expect("a folder") {
         for proof in std::fs::read_dir(place.expect("an entry").path()).expect("a folder") {
             let path = proof.expect("an entry").path();
@@ -394,9 +405,12 @@ fn a_proof_that_is_being_written_is_not_swept_away() {
             file.set_modified(old).expect("a time");
         }
     }
-    store.put_proof(repository, manifest, &who, &by).expect("given again");
-    store.sweep_records(now).expect("swept");
-    assert!(store.is_proven(repository, manifest, &who, &mirrors), "it was given just now");
+    store.proofs().put(repository, manifest, &who, &by).expect("given again");
+    store.collector().sweep_records(now).expect("swept");
+    assert!(
+        store.proofs().is_proven(repository, manifest, &who, &mirrors),
+        "it was given just now"
+    );
 }
 
 #[test]
@@ -411,10 +425,11 @@ fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
     let (gone, unknown) = (Mirrors::new(Some(Vec::new()), false), Mirrors::new(None, false));
     let manifest = |name: &str| Digest::of(name.as_bytes());
     let put = |name: &str, by: &ProofSource| {
-        store.put_proof(repository, manifest(name), &who, by).expect("a proof");
+        store.proofs().put(repository, manifest(name), &who, by).expect("a proof");
     };
-    let counts =
-        |name: &str, mirrors: &Mirrors| store.is_proven(repository, manifest(name), &who, mirrors);
+    let counts = |name: &str, mirrors: &Mirrors| {
+        store.proofs().is_proven(repository, manifest(name), &who, mirrors)
+    };
     // A mirror's counts with the mirror alone, and is forgotten without it.
     put("mirror", &mirror(false));
     assert!(counts("mirror", &configured(false)) && counts("mirror", &configured(true)));
@@ -450,13 +465,13 @@ fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
     let tree = crate::TreeKey::new(manifest("tree"), "", "", "");
     let put_tree = |by: &[ProofSource]| {
         let by = by.iter().cloned().collect();
-        store.put_tree_origin(repository, tree, &by).expect("a proof");
+        store.origins().put_tree(repository, tree, &by).expect("a proof");
     };
     put_tree(&[ProofSource::Registry, mirror(false)]);
-    assert!(store.tree_came_from(repository, tree, &configured(false)));
-    assert!(!store.tree_came_from(repository, tree, &gone));
+    assert!(store.origins().tree_came_from(repository, tree, &configured(false)));
+    assert!(!store.origins().tree_came_from(repository, tree, &gone));
     put_tree(&[ProofSource::Registry]);
-    assert!(store.tree_came_from(repository, tree, &gone));
+    assert!(store.origins().tree_came_from(repository, tree, &gone));
 }
 
 #[test]
@@ -471,7 +486,7 @@ fn owners_pin_no_more_than_their_share() {
         let reference: Reference =
             format!("r.io/{}:v1", key.digest.hex()).parse().expect("a reference");
         let share = PinShare { owner_prefix: "preload/team/", owners: "the team", max_bytes };
-        store.pin_within(&reference, &platform, key.digest, owner, Some(share))
+        store.pins().add_within(&reference, &platform, key.digest, owner, Some(share))
     };
     let (one, two) = (vec![b'1'; 64 << 10], vec![b'2'; 64 << 10]);
     pin(&one, "preload/team/one", 100 << 10).expect("within the share");
@@ -504,18 +519,18 @@ fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
     drop(path);
     let [own, other] = [b"own", b"oth"].map(|name| {
         let blob = Digest::of(name);
-        let mut partial = download(&store, "r.io", (blob, 1 << 20));
+        let mut partial = download(&store, "r.io", blob, 1 << 20);
         partial.write(0, &vec![1; 100_000]).expect("written");
         blob
     });
-    let length = |blob| download(&store, "r.io", (blob, 1 << 20)).length();
-    let claim = |bytes| room::Claim { blob: own, bytes, inodes: 1 };
-    let refused = store.reserve(&[claim(2 << 20)]).expect_err("more than the quota");
+    let length = |blob| download(&store, "r.io", blob, 1 << 20).length();
+    let claim = |bytes| reservations::Claim { blob: own, bytes, inodes: 1 };
+    let refused = store.space().reserve(&[claim(2 << 20)]).expect_err("more than the quota");
     let StoreError::NoRoom(shortage) = refused else { panic!("{refused}") };
     assert!((600_000..650_000).contains(&shortage.evictable), "{shortage}");
     assert_eq!((length(own), length(other)), (100_000, 100_000), "nothing goes for nothing");
-    let _reservation = store.reserve(&[claim(1 << 20)]).expect("room");
-    assert!(store.file(key).expect("readable").is_none(), "it was the least recently used");
+    let _reservation = store.space().reserve(&[claim(1 << 20)]).expect("room");
+    assert!(store.files().get(key).expect("readable").is_none(), "it was the least recently used");
     assert_eq!((length(own), length(other)), (100_000, 0));
 }
 
@@ -531,7 +546,7 @@ fn below_the_floor() -> (tempfile::TempDir, Store) {
 #[test]
 fn many_small_layers_stop_at_the_floor_like_a_large_one() {
     let (_folder, store) = below_the_floor();
-    let write = || store.write_layer(Digest::of(b"small"));
+    let write = || store.layers().write(Digest::of(b"small"));
     let stopped = (0..400).find_map(|_| write().err()).expect("stopped");
     assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
     // Whoever comes next is not the first of another thousand.
@@ -554,14 +569,14 @@ fn folders_and_symbolic_links_of_a_tree_stop_at_the_floor() {
         }
         let mut plan = merger.finish().expect("a plan");
         plan.root = own_folder();
-        let stopped = store.build_tree(&plan, &Objects::default()).expect_err("stopped");
+        let stopped = store.trees().build(&plan, &Objects::default()).expect_err("stopped");
         assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
         // Before the first of them too.
         let key = TreeKey::new(Digest::of(b"manifest"), "", "Readable", "");
-        let claim = room::Claim::of_tree(key, &plan);
+        let claim = reservations::Claim::of_tree(key, &plan);
         assert_eq!(claim.inodes, 1105);
         assert!(claim.bytes > 1105 * 4096, "{claim:?}");
-        assert!(matches!(store.reserve(&[claim]), Err(StoreError::NoRoom(_))));
+        assert!(matches!(store.space().reserve(&[claim]), Err(StoreError::NoRoom(_))));
     }
 }
 
@@ -570,15 +585,18 @@ fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
     let folder = tempfile::tempdir().expect("a folder");
     let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
     let store = Store::open(folder.path(), options).expect("a store");
-    let free = store.room().expect("room").free_bytes;
-    let claim =
-        |text: &str, bytes| room::Claim { blob: Digest::of(text.as_bytes()), bytes, inodes: 1 };
+    let free = store.space().disk().expect("room").free_bytes;
+    let claim = |text: &str, bytes| reservations::Claim {
+        blob: Digest::of(text.as_bytes()),
+        bytes,
+        inodes: 1,
+    };
     let layer = claim("layer", free / 4 * 3);
-    let _layer = store.reserve(&[layer]).expect("room");
+    let _layer = store.space().reserve(&[layer]).expect("room");
     let tree = claim("tree", free / 2);
-    assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
+    assert!(matches!(store.space().reserve(&[tree]), Err(StoreError::NoRoom(_))));
     let written = HashSet::from([layer.blob]);
-    store.reserve_after(&[tree], &written).expect("the layer is on the disk");
+    store.space().reserve_after(&[tree], &written).expect("the layer is on the disk");
 }
 
 #[test]
@@ -589,13 +607,13 @@ fn what_has_its_name_and_its_claim_counts_once_against_the_quota() {
     let store = Store::open(folder.path(), StoreOptions { cache, ..StoreOptions::default() });
     let store = store.expect("a store");
     let content = vec![b'x'; 600 << 10];
-    let claim = |blob, bytes| room::Claim { blob, bytes, inodes: 1 };
+    let claim = |blob, bytes| reservations::Claim { blob, bytes, inodes: 1 };
     let layer = claim(Digest::of(&content), 600 << 10);
-    let _claimed = store.reserve(&[layer]).expect("room");
+    let _claimed = store.space().reserve(&[layer]).expect("room");
     let (_key, _lease) = file(&store, &content, 0o444);
     let tree = claim(Digest::of(b"tree"), 8 << 10);
-    assert!(matches!(store.reserve(&[tree]), Err(StoreError::NoRoom(_))));
-    store.reserve_after(&[tree], &HashSet::from([layer.blob])).expect("it counts once");
+    assert!(matches!(store.space().reserve(&[tree]), Err(StoreError::NoRoom(_))));
+    store.space().reserve_after(&[tree], &HashSet::from([layer.blob])).expect("it counts once");
 }
 
 #[test]
@@ -605,9 +623,9 @@ fn damage_that_is_found_on_the_way_marks_what_shows_it() {
     let shown = tree(&store, "file", key, &path);
     let (other, other_path) = file(&store, b"y", 0o444);
     let sound = tree(&store, "file", other, &other_path);
-    store.mark_damaged(&path.path).expect("marked");
-    assert_eq!(store.tree(shown.key).expect("readable"), None, "it is made anew");
-    assert_eq!(store.tree(sound.key).expect("readable"), Some(sound));
+    store.inventory().mark_damaged(&path.path).expect("marked");
+    assert_eq!(store.trees().get(shown.key).expect("readable"), None, "it is made anew");
+    assert_eq!(store.trees().get(sound.key).expect("readable"), Some(sound));
 }
 
 #[test]
@@ -621,12 +639,13 @@ fn what_a_crash_left_unmarked_over_damaged_content_is_found_and_marked() {
     let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
     let mut found = Vec::new();
     store
+        .verification()
         .verify_objects(&mut Reader::new(ReadPace::Full), &mut |finding| found.push(finding))
         .expect("read");
     let [finding] = &found[..] else { panic!("{found:?}") };
     assert_eq!((finding.kind, finding.digest), (FindingKind::Tree, Some(shown.record.manifest)));
     assert!(finding.detail.contains("which is damaged"), "{finding:?}");
-    assert_eq!(store.tree(shown.key).expect("readable"), None, "it is made anew");
+    assert_eq!(store.trees().get(shown.key).expect("readable"), None, "it is made anew");
 }
 
 #[test]
@@ -637,12 +656,12 @@ fn no_tree_is_named_over_what_was_found_damaged_meanwhile() {
     plan.root = own_folder();
     let mut objects = Objects::default();
     objects.files.insert(key, file.clone());
-    let built = store.build_tree(&plan, &objects).expect("a tree");
-    store.mark_damaged(&file.path).expect("marked");
+    let built = store.trees().build(&plan, &objects).expect("a tree");
+    store.inventory().mark_damaged(&file.path).expect("marked");
     let tree = TreeKey::new(key.digest, "", "Readable", "");
-    let refused = store.commit_tree(tree, record(key), built, (&[], &[file]));
+    let refused = store.trees().commit(tree, record(key), built, &[], &[file]);
     assert!(matches!(refused, Err(StoreError::Damaged { .. })), "{refused:?}");
-    assert_eq!(store.tree(tree).expect("readable"), None, "it is made anew");
+    assert_eq!(store.trees().get(tree).expect("readable"), None, "it is made anew");
 }
 
 /// A folder of whoever runs the test.
@@ -666,9 +685,9 @@ fn what_cannot_be_removed_keeps_nothing_else_from_going() {
     let of_file = folder.path().join("files").join(&digests[0]);
     std::fs::rename(&of_file, elsewhere.path().join("moved")).expect("moved");
     std::os::unix::fs::symlink(elsewhere.path().join("moved"), &of_file).expect("a link");
-    let collected = store.collect(&gc::Want::AtMost(4200)).expect("collected");
+    let collected = store.collector().collect(&gc::Want::AtMost(4200)).expect("collected");
     assert_eq!(collected.victims.len(), 2, "another one goes in its place: {collected:?}");
-    assert_eq!(store.usage().expect("known").objects, 1);
+    assert_eq!(store.inventory().usage().expect("known").objects, 1);
 }
 
 #[test]
@@ -676,7 +695,7 @@ fn downloads_and_copies_stop_at_the_floor() {
     let (_folder, store) = below_the_floor();
     let content = vec![1; 5 << 20];
     let digest = Digest::of(&content);
-    let mut partial = download(&store, "r.io", (digest, 5 << 20));
+    let mut partial = download(&store, "r.io", digest, 5 << 20);
     let stopped = content
         .chunks(1 << 20)
         .zip(0..)
@@ -685,7 +704,7 @@ fn downloads_and_copies_stop_at_the_floor() {
     let (_folder, store) = below_the_floor();
     let (_, source) = file(&store, &content, 0o444);
     let other = FileKey { digest, permissions: permissions(0o400) };
-    let stopped = store.copy_file(other, &source.path);
+    let stopped = store.files().copy(other, &source.path);
     assert!(matches!(stopped, Err(StoreError::NoSpace { .. })), "{stopped:?}");
 }
 
@@ -693,18 +712,18 @@ fn downloads_and_copies_stop_at_the_floor() {
 fn a_verified_download_that_gets_no_name_is_a_download_again() {
     let (folder, store) = store();
     let digest = Digest::of(b"content");
-    let open = || download(&store, "r.io", (digest, 7));
+    let open = || download(&store, "r.io", digest, 7);
     let mut partial = open();
     partial.write(0, b"content").expect("written");
     let key = FileKey { digest, permissions: permissions(0o444) };
     // The folder of its name cannot be made.
     std::fs::write(folder.path().join("files").join(digest.hex()), "in the way").expect("a file");
-    store.commit_file(key, &partial).expect_err("no name");
+    store.files().commit(key, &partial).expect_err("no name");
     drop(partial);
     let partial = open();
     assert!(partial.is_verified(), "nothing is fetched again");
     std::fs::remove_file(folder.path().join("files").join(digest.hex())).expect("removed");
-    let file = store.commit_file(key, &partial).expect("a file");
+    let file = store.files().commit(key, &partial).expect("a file");
     drop(partial);
     assert_eq!(std::fs::read(&file.path).expect("readable"), b"content");
     assert_eq!(open().length(), 0, "it has gone to its name");
@@ -715,16 +734,16 @@ fn a_blob_that_is_kept_again_is_young_and_whole() {
     let (_folder, store) = store();
     let content = b"manifest";
     let digest = Digest::of(content);
-    store.put_blob(digest, content).expect("kept");
-    let path = store.blob_path(digest);
+    store.documents().put(digest, content).expect("kept");
+    let path = store.0.directory.document_path(digest);
     let old = std::time::SystemTime::now() - std::time::Duration::from_hours(500);
     std::fs::write(&path, "damaged!").expect("written");
     std::fs::File::open(&path).expect("the blob").set_modified(old).expect("a time");
-    store.put_blob(digest, content).expect("kept again");
+    store.documents().put(digest, content).expect("kept again");
     assert_eq!(std::fs::read(&path).expect("readable"), content);
     std::fs::File::open(&path).expect("the blob").set_modified(old).expect("a time");
-    store.put_blob(digest, content).expect("kept once more");
-    store.sweep_records(Now::read()).expect("swept");
+    store.documents().put(digest, content).expect("kept once more");
+    store.collector().sweep_records(Now::read()).expect("swept");
     assert!(path.exists(), "a pull that is under way has kept it just now");
 }
 
@@ -733,15 +752,15 @@ fn a_document_whose_name_is_older_than_its_entry_is_counted_and_evicted() {
     let folder = tempfile::tempdir().expect("a folder");
     let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
     let store = Store::open(folder.path(), options).expect("a store");
-    let before = store.usage().expect("known");
+    let before = store.inventory().usage().expect("known");
     let content = vec![b'm'; 100_000];
     let digest = Digest::of(&content);
     // Its folder could not be synced after the rename, so that it was not added.
-    std::fs::write(store.blob_path(digest), &content).expect("written");
-    drop(store.put_blob(digest, &content).expect("kept"));
-    assert!(store.usage().expect("known").bytes >= before.bytes + 100_000);
-    store.collect(&gc::Want::AtMost(0)).expect("collected");
-    assert!(!store.blob_path(digest).exists());
+    std::fs::write(store.0.directory.document_path(digest), &content).expect("written");
+    drop(store.documents().put(digest, &content).expect("kept"));
+    assert!(store.inventory().usage().expect("known").bytes >= before.bytes + 100_000);
+    store.collector().collect(&gc::Want::AtMost(0)).expect("collected");
+    assert!(!store.0.directory.document_path(digest).exists());
 }
 
 #[test]
@@ -749,14 +768,14 @@ fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
     let (folder, store) = store();
     let content = vec![b'm'; 100_000];
     let digest = Digest::of(&content);
-    drop(store.put_blob(digest, &content).expect("kept"));
-    let whole = store.usage().expect("known");
-    std::fs::write(store.blob_path(digest), "").expect("truncated");
+    drop(store.documents().put(digest, &content).expect("kept"));
+    let whole = store.inventory().usage().expect("known");
+    std::fs::write(store.0.directory.document_path(digest), "").expect("truncated");
     drop(store);
     let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
-    assert!(store.usage().expect("known").bytes < whole.bytes);
-    drop(store.put_blob(digest, &content).expect("kept"));
-    assert_eq!(store.usage().expect("known"), whole);
+    assert!(store.inventory().usage().expect("known").bytes < whole.bytes);
+    drop(store.documents().put(digest, &content).expect("kept"));
+    assert_eq!(store.inventory().usage().expect("known"), whole);
 }
 
 #[test]
@@ -767,7 +786,7 @@ fn a_forgotten_tree_that_cannot_be_removed_keeps_no_other_from_going() {
     drop(stored);
     let names = trees.each_ref().map(|tree| ObjectName::tree(tree.key, tree.generation));
     for tree in &trees {
-        store.forget_tree(tree).expect("forgotten");
+        store.trees().forget(tree).expect("forgotten");
     }
     drop(trees);
     // Nothing is removed behind a link. The last one is tried first.
@@ -775,7 +794,7 @@ fn a_forgotten_tree_that_cannot_be_removed_keeps_no_other_from_going() {
     let resisting = folder.path().join(names[1].as_str()).parent().expect("a folder").to_owned();
     std::fs::rename(&resisting, elsewhere.path().join("moved")).expect("moved");
     std::os::unix::fs::symlink(elsewhere.path().join("moved"), &resisting).expect("a link");
-    let collected = store.collect_trees(&names).expect("collected");
+    let collected = store.collector().collect_trees(&names).expect("collected");
     let gone: Vec<_> = collected.victims.iter().map(|victim| &victim.name).collect();
     assert_eq!(gone, [&names[0]]);
 }
@@ -785,17 +804,17 @@ fn names_of_a_later_version_in_objects_json_are_ignored() {
     let (folder, store) = store();
     let (key, stored) = file(&store, b"content", 0o444);
     let tree = tree(&store, "file", key, &stored);
-    let links = store.links(&tree).expect("links");
+    let links = store.trees().links(&tree).expect("links");
     assert_eq!(links.len(), 1);
     let path = tree.path().join("objects.json");
     let mut names: Vec<String> = records::read(&path).expect("names");
     names.push("images/of-a-later-version".to_owned());
     std::fs::write(&path, serde_json::to_vec(&names).expect("JSON")).expect("written");
-    assert_eq!(store.links(&tree).expect("links"), links);
+    assert_eq!(store.trees().links(&tree).expect("links"), links);
     // The same is true of the catalog.
     drop((tree, stored, store));
     let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
-    let [(_, entry)] = &store.all_trees().expect("trees")[..] else { panic!("one tree") };
+    let [(_, entry)] = &store.inventory().trees().expect("trees")[..] else { panic!("one tree") };
     assert!(entry.links.contains(&links[0]));
 }
 
@@ -809,7 +828,7 @@ fn only_marks_of_generations_are_removed_with_the_folder_of_a_key() {
         std::fs::write(key.join(name), "").expect("written");
     }
     let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
-    store.load_catalog().expect("loaded");
+    store.inventory().load().expect("loaded");
     assert!(key.join("1.damaged").exists() && key.join("1.x.damaged").exists());
     assert!(!key.join("2.damaged").exists());
 }

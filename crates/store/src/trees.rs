@@ -6,39 +6,57 @@
 //! trees/<key>/<n>/objects.json  which files and layers it links
 //! ```
 //!
-//! How a tree is shown is behind [`Tree`]: whoever mounts asks it for an open
-//! root, so that another form (an EROFS image) can stand beside this one.
+//! The form in which a tree is kept, compared and shown is [`HardLinkTree`], which this module
+//! alone knows: a mount gets an open root from [`Tree::open`]. Another form, such as an EROFS
+//! image, would stand beside it with the same functions.
 
-use std::collections::HashMap;
+mod hard_links;
+pub mod mounted_tree;
+mod objects;
+
 use std::fs::File;
 use std::io::{self, Write as _};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
-use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
 use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::{Entry, Lease};
-use super::copies::Copies;
+use super::disk_units::{BYTES_PER_INODE, DiskUnits};
 use super::error::StoreError;
-use super::eviction::{FORGOTTEN, Goal};
+use super::eviction::FORGOTTEN;
 use super::files::StoredFile;
-use super::inventory::DiskUnits;
-use super::layers::{IndexReader, Layer, LayerView};
-use super::room::bytes_of_a_name;
-use super::staging::{Staging, current_generation};
-use super::tree_builder::Builder;
-use super::{ObjectKind, ObjectName, Store, TreeKey, records};
+use super::findings::DamageList;
+use super::inode::Rules;
+use super::layers::Layer;
+use super::ledger::Claim;
+use super::listing::current_generation;
+use super::reader::Reader;
+use super::space_amount::SpaceAmount;
+use super::staging::Staging;
+use super::state_directory::StateDirectory;
+use super::{ObjectKind, ObjectName, TreeKey, records};
+use hard_links::HardLinkTree;
+pub use objects::Objects;
 use oci_types::Digest;
 use sys::fault;
-use unpack::Entry as LayerEntry;
-use unpack::merge::{EntryReader, Source, TreePlan};
+use unpack::merge::TreePlan;
 use unpack::{PermissionsRule, UnpackMode};
+
+/// The file that says what a tree is.
+const RECORD: &str = "tree.json";
+/// The file that lists what a tree links.
+const LINKS: &str = "objects.json";
+
+/// Those files.
+const FILES_OF_A_TREE: u64 = 2;
+/// Folders around them: of the generation and of the key.
+const FOLDERS_OF_A_TREE: u64 = 2;
+/// Inodes of a tree beside those that it shows.
+const RECORDS_OF_A_TREE: u64 = FILES_OF_A_TREE + FOLDERS_OF_A_TREE;
 
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,86 +122,85 @@ pub struct View {
 pub struct BuiltTree {
     staging: Staging,
     /// Disk space beside one block for each folder and link.
-    own: Goal,
+    own: SpaceAmount,
 }
 
-/// The objects that a plan's files come from.
-#[derive(Debug, Default)]
-pub struct Objects {
-    /// By the layer's number in the manifest.
-    pub layers: std::collections::BTreeMap<u32, LayerView>,
-    /// Single files by digest, mode and owner.
-    pub files: std::collections::HashMap<super::FileKey, StoredFile>,
+/// The trees of a store.
+#[derive(Debug)]
+pub struct Trees {
+    pub(super) directory: Arc<StateDirectory>,
 }
 
-impl Store {
+impl Claim {
+    /// Returns the claim of a tree: what its form takes, and its records. Its files are other
+    /// objects'.
+    #[must_use]
+    pub fn of_tree(tree: TreeKey, plan: &TreePlan) -> Self {
+        let SpaceAmount { bytes, inodes } = HardLinkTree::space(plan);
+        let bytes = bytes.saturating_add(RECORDS_OF_A_TREE * BYTES_PER_INODE);
+        Self { blob: tree.digest(), bytes, inodes: inodes.saturating_add(RECORDS_OF_A_TREE) }
+    }
+}
+
+/// Returns the entry of a tree, of which the record may be missing.
+fn entry(units: DiskUnits, record: Option<&TreeRecord>) -> Entry {
+    let (own, more) = record.map_or((0, 0), |record| (record.own_inodes, record.own_bytes));
+    let folders = own.saturating_add(FOLDERS_OF_A_TREE).saturating_mul(units.folder);
+    let bytes = folders.saturating_add(FILES_OF_A_TREE * units.block).saturating_add(more);
+    let inodes = own.saturating_add(RECORDS_OF_A_TREE);
+    Entry { manifest: record.map(|record| record.manifest), ..Entry::new(bytes, inodes) }
+}
+
+/// Reads the entry of a tree on the disk; none where there is no folder.
+pub(super) fn read_entry(directory: &StateDirectory, path: &Path) -> Option<Entry> {
+    path.symlink_metadata().ok().filter(std::fs::Metadata::is_dir)?;
+    let record_path = path.join(RECORD);
+    let record: Option<TreeRecord> = records::read(&record_path);
+    let links: Vec<String> = records::read(&path.join(LINKS)).unwrap_or_default();
+    let mut links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
+    if let Some(record) = &record
+        && !links.contains(&ObjectName::document(record.manifest))
+    {
+        // Earlier versions did not list documents.
+        links.extend(directory.documents_of(record.manifest));
+    }
+    // The last use of a tree is the time of its record.
+    let last_used = record_path.metadata().map_or(0, |record| record.mtime());
+    Some(Entry { last_used, links, ..entry(directory.units, record.as_ref()) })
+}
+
+impl Trees {
     /// The tree's current generation, if it is in the store.
-    pub fn tree(&self, key: TreeKey) -> Result<Option<Tree>, StoreError> {
-        match current_generation(&self.path("trees").join(key.to_string()))? {
-            Some(generation) => Ok(self.tree_generation(key, generation)),
+    pub fn get(&self, key: TreeKey) -> Result<Option<Tree>, StoreError> {
+        match current_generation(&self.directory.path("trees").join(key.to_string()))? {
+            Some(generation) => Ok(self.generation(key, generation)),
             None => Ok(None),
         }
     }
 
     /// One generation of a tree; none when its record cannot be read.
     #[must_use]
-    pub fn tree_generation(&self, key: TreeKey, generation: u32) -> Option<Tree> {
+    pub fn generation(&self, key: TreeKey, generation: u32) -> Option<Tree> {
         // The lease first: what is read after it stays.
-        let lease = self.catalog().lease(ObjectName::tree(key, generation));
-        Some(Tree { lease: Some(lease), ..Tree::read(self.root(), key, generation)? })
+        let lease = self.directory.catalog.lease(ObjectName::tree(key, generation));
+        Some(Tree { lease: Some(lease), ..Tree::read(&self.directory.root, key, generation)? })
     }
 
     /// The tree of this name.
     #[must_use]
-    pub fn named_tree(&self, name: &ObjectName) -> Option<Tree> {
+    pub fn named(&self, name: &ObjectName) -> Option<Tree> {
         let mut parts = name.as_str().strip_prefix("trees/")?.split('/');
         let key = TreeKey::from_hex(parts.next()?)?;
-        self.tree_generation(key, parts.next()?.parse().ok()?)
-    }
-
-    /// Returns all trees of the store with their entries, damaged ones included.
-    ///
-    /// # Errors
-    ///
-    /// Those of reading the sizes, at the first call.
-    pub fn all_trees(&self) -> Result<Vec<(ObjectName, Arc<Entry>)>, StoreError> {
-        self.load_catalog()?;
-        Ok(self.catalog().trees())
-    }
-
-    /// Returns the trees of a manifest with their entries, damaged ones included.
-    ///
-    /// # Errors
-    ///
-    /// Those of reading the sizes, at the first call.
-    pub fn trees_of_manifest(
-        &self,
-        manifest: Digest,
-    ) -> Result<Vec<(ObjectName, Arc<Entry>)>, StoreError> {
-        self.load_catalog()?;
-        Ok(self.catalog().trees_of(manifest))
-    }
-
-    /// Returns whether a tree of a manifest can be shown.
-    ///
-    /// # Errors
-    ///
-    /// Those of reading the sizes, at the first call.
-    pub fn has_sound_tree(&self, manifest: Digest) -> Result<bool, StoreError> {
-        let trees = self.trees_of_manifest(manifest)?;
-        let is_sound = |(name, entry): &(ObjectName, Arc<Entry>)| {
-            !entry.damaged && self.named_tree(name).is_some()
-        };
-        Ok(trees.iter().any(is_sound))
+        self.generation(key, parts.next()?.parse().ok()?)
     }
 
     /// Remembers a publish: for eviction, which takes what was used longest ago.
-    pub fn tree_was_published(&self, tree: &Tree) {
+    pub fn mark_published(&self, tree: &Tree) {
         self.touch(&ObjectName::tree(tree.key, tree.generation));
     }
 
     /// Remembers an unpublish. What an administrator has removed stays removed.
-    pub(super) fn tree_was_unpublished(&self, tree: &ObjectName) {
+    pub(super) fn mark_unpublished(&self, tree: &ObjectName) {
         let forgotten = |record: &std::fs::Metadata| record.mtime() == FORGOTTEN;
         if !self.record_of(tree).metadata().is_ok_and(|record| forgotten(&record)) {
             self.touch(tree);
@@ -191,59 +208,51 @@ impl Store {
     }
 
     /// Makes a tree go with its last unpublish, or at the next collection.
-    pub fn forget_tree(&self, tree: &Tree) -> Result<(), StoreError> {
+    pub fn forget(&self, tree: &Tree) -> Result<(), StoreError> {
         let name = ObjectName::tree(tree.key, tree.generation);
         let path = self.record_of(&name);
         set_time(&path, FORGOTTEN).map_err(|error| StoreError::io("write", &path, error))?;
-        self.catalog().used(&name, FORGOTTEN);
+        self.directory.catalog.used(&name, FORGOTTEN);
         Ok(())
     }
 
     fn touch(&self, tree: &ObjectName) {
         let now = jiff::Timestamp::now().as_second();
-        self.catalog().used(tree, now);
+        self.directory.catalog.used(tree, now);
         // A hint: where it cannot be written the tree only looks older after a restart.
         let _ = set_time(&self.record_of(tree), now);
     }
 
     fn record_of(&self, tree: &ObjectName) -> PathBuf {
-        self.root().join(tree.as_str()).join("tree.json")
+        self.directory.root.join(tree.as_str()).join(RECORD)
     }
 
     /// Makes a plan a tree, which has no name yet.
-    pub fn build_tree(&self, plan: &TreePlan, objects: &Objects) -> Result<BuiltTree, StoreError> {
-        let mut staging = self.stage()?;
-        let root = staging.path().join("root");
-        let since = Instant::now();
-        let (label, meter) = (self.label(), self.meter());
-        let copies = Copies::new(staging.path().join("copies"), label, &meter);
-        Builder { plan, objects, label, meter: &meter, copies: &copies }
-            .build(&root, &mut staging)?;
-        let own = copies.finish().map_err(|error| StoreError::io("finish", &root, error))?;
-        let nodes = plan.nodes.len();
-        tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
-        let own = own.plus(Goal { bytes: bytes_of_names(plan, self.units()), inodes: 0 });
+    pub fn build(&self, plan: &TreePlan, objects: &Objects) -> Result<BuiltTree, StoreError> {
+        let mut staging = self.directory.stage()?;
+        let content = HardLinkTree::of(staging.path());
+        let own = content.build(plan, objects, &self.directory, &mut staging)?;
         Ok(BuiltTree { staging, own })
     }
 
     /// Gives a tree its name, after all that it links has one.
-    pub fn commit_tree(
+    pub fn commit(
         &self,
         key: TreeKey,
         mut record: TreeRecord,
         built: BuiltTree,
-        (layers, files): (&[Layer], &[StoredFile]),
+        layers: &[Layer],
+        files: &[StoredFile],
     ) -> Result<Tree, StoreError> {
-        let BuiltTree { mut staging, own: Goal { bytes, inodes } } = built;
+        let BuiltTree { mut staging, own: SpaceAmount { bytes, inodes } } = built;
         record.own_inodes = record.own_inodes.saturating_add(inodes);
         record.own_bytes = record.own_bytes.saturating_add(bytes);
         let mut links = names_of(layers, files);
-        let documents = self.documents_of(record.manifest).into_iter();
+        let documents = self.directory.documents_of(record.manifest).into_iter();
         links.extend(documents.map(|name| name.as_str().to_owned()));
-        for (name, json) in [
-            ("tree.json", serde_json::to_vec(&record)),
-            ("objects.json", serde_json::to_vec(&links)),
-        ] {
+        for (name, json) in
+            [(RECORD, serde_json::to_vec(&record)), (LINKS, serde_json::to_vec(&links))]
+        {
             let path = staging.path().join(name);
             let write = || -> io::Result<File> {
                 let mut file = File::create_new(&path)?;
@@ -255,36 +264,39 @@ impl Store {
         }
         let path = staging.path().to_owned();
         staging.staged.wrote(|| path.clone());
-        let folder = self.path("trees").join(key.to_string());
+        let folder = self.directory.path("trees").join(key.to_string());
         fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
         let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
-        let entry = Entry { links: links.clone(), ..self.units().tree(Some(&record)) };
-        let (generation, lease) = self.commit(staging, &path, &folder, entry)?;
+        let entry = Entry { links: links.clone(), ..entry(self.directory.units, Some(&record)) };
+        let (generation, lease) = self.directory.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
         // Whoever marks what it links looks for trees after that, and finds this one from here on.
         let mut content = links.iter().filter(|link| link.kind() != ObjectKind::Document);
-        if let Some(damaged) = content.find(|link| self.is_damaged(link)) {
-            self.mark_damaged(&path)?;
-            let path = self.root().join(damaged.as_str());
+        if let Some(damaged) = content.find(|link| self.directory.damage.is_marked(link)) {
+            self.directory.damage.mark(&path)?;
+            let path = self.directory.root.join(damaged.as_str());
             let what = "it was found damaged while a tree was made of it".to_owned();
             return Err(StoreError::Damaged { path, what });
         }
         Ok(Tree { key, generation, record, path, lease: Some(lease) })
+    }
+
+    /// Returns the files and layers that a tree links, from its `objects.json`. Other names in it,
+    /// such as those of a later version, are ignored.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::Damaged`] when that is not a list of names.
+    pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
+        let links: Vec<String> = records::read_whole(&tree.path().join(LINKS))?;
+        let names = links.iter().filter_map(|link| ObjectName::parse(link));
+        Ok(names.filter(|link| link.kind() != ObjectKind::Document).collect())
     }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it")]
 const fn is_none(bytes: &u64) -> bool {
     *bytes == 0
-}
-
-/// Returns the disk space of names beyond the first block of each folder.
-fn bytes_of_names(plan: &TreePlan, units: DiskUnits) -> u64 {
-    let mut folders = HashMap::<_, u64>::new();
-    for node in &plan.nodes {
-        *folders.entry(node.parent).or_default() += bytes_of_a_name(node.name_bytes);
-    }
-    folders.into_values().map(|names| units.more_names(names)).sum()
 }
 
 /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
@@ -299,90 +311,37 @@ impl Tree {
     /// Reads a tree's record below a state directory that may not be open as a
     /// store: statistics of a mounted volume need no more.
     #[must_use]
-    pub fn read(state: &std::path::Path, key: TreeKey, generation: u32) -> Option<Self> {
+    pub fn read(state: &Path, key: TreeKey, generation: u32) -> Option<Self> {
         let path = state.join("trees").join(key.to_string()).join(generation.to_string());
-        let record = records::read(&path.join("tree.json"))?;
+        let record = records::read(&path.join(RECORD))?;
         Some(Self { key, generation, record, path, lease: None })
     }
 
     /// Its folder.
     #[must_use]
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The root folder, open, for mounting.
+    /// Opens the root of what it shows, for mounting.
     pub fn open(&self) -> Result<OwnedFd, StoreError> {
-        let path = self.path.join("root");
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        open(&path, flags, Mode::empty())
-            .map_err(|error| StoreError::io("open", &path, error.into()))
-    }
-}
-
-impl Objects {
-    /// Returns a reader of single entries of the layers, which keeps a few indexes open.
-    #[must_use]
-    pub fn records(&self) -> impl EntryReader {
-        IndexEntryReader { objects: self, open: Vec::new() }
+        HardLinkTree::of(&self.path).open()
     }
 
-    /// Where the content of a planned file lies: below a folder, or by itself.
-    pub(super) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
-        match source {
-            Source::Archive { layer, data } => {
-                self.layers.get(&layer).map(|layer| layer.data(data))
-            }
-            Source::Blob { digest, permissions } => {
-                let file = self.files.get(&super::FileKey { digest, permissions })?;
-                Some((nix::fcntl::AT_FDCWD, file.path.clone()))
-            }
-        }
-    }
-
-    /// The same as one path, good as long as these are.
-    pub(super) fn path(&self, source: Source) -> Option<PathBuf> {
-        use std::os::fd::AsRawFd as _;
-        let (folder, path) = self.locate(source)?;
-        // An absolute path stays what it is.
-        Some(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(path))
-    }
-}
-
-/// Indexes that a reader keeps open, at most.
-const OPEN_INDEXES: usize = 8;
-
-/// Reads single entries from the indexes of layers.
-struct IndexEntryReader<'a> {
-    objects: &'a Objects,
-    /// Open indexes by layer, the most recently used one last.
-    open: Vec<(u32, IndexReader)>,
-}
-
-impl EntryReader for IndexEntryReader<'_> {
-    fn read(&mut self, layer: u32, offset: u64) -> io::Result<LayerEntry> {
-        match self.open.iter().rposition(|(open, _)| *open == layer) {
-            Some(place) if place + 1 == self.open.len() => {}
-            Some(place) => {
-                let index = self.open.remove(place);
-                self.open.push(index);
-            }
-            None => {
-                let view = self.objects.layers.get(&layer).ok_or(io::ErrorKind::NotFound)?;
-                let index = view.index().map_err(io::Error::other)?;
-                if self.open.len() == OPEN_INDEXES {
-                    self.open.remove(0);
-                }
-                self.open.push((layer, index));
-            }
-        }
-        let (_, index) = self.open.last_mut().ok_or(io::ErrorKind::NotFound)?;
-        index.read(offset)
+    /// Compares what it shows with a plan, name by name.
+    pub(super) fn compare(
+        &self,
+        plan: &TreePlan,
+        objects: &Objects,
+        rules: Rules,
+        reader: &mut Reader,
+    ) -> Result<DamageList, StoreError> {
+        HardLinkTree::of(&self.path).compare(plan, objects, rules, reader)
     }
 }
 
 /// Sets a record's modification time, which is the last use of its tree.
-fn set_time(record: &std::path::Path, seconds: i64) -> io::Result<()> {
+fn set_time(record: &Path, seconds: i64) -> io::Result<()> {
     let time = TimeSpec::new(seconds, 0);
     let follow = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
     Ok(nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, record, &time, &time, follow)?)

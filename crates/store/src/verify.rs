@@ -18,62 +18,32 @@
 //! What is found damaged is marked before anything else happens: it is never
 //! shown anew, the next generation is made afresh, and whoever has it mounted keeps it.
 
-mod inode;
-mod reader;
-mod tree;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::catalog::Lease;
 use super::error::StoreError;
-use super::files::{StoredFile, is_executable};
+use super::files::{StoredFile, is_executable, permissions_of};
+use super::findings::DamageList;
+pub use super::findings::{Finding, FindingKind};
+use super::inode::{Rules, other_permissions};
+use super::inventory::Inventory;
 use super::layers::{self, Layer, read_totals};
+use super::listing::names;
 use super::object::{ObjectKind, ObjectName};
-use super::staging::names;
-use super::trees::{Objects, Tree, TreeRecord};
-use super::{FileKey, Store};
-use inode::Rules;
-use oci_types::Digest;
-use reader::{
-    LEASED_AT_ONCE, is_leased, is_of_this_node, open, open_patiently, unreadable, was_leased,
+use super::reader::{
+    LEASED_AT_ONCE, failed_to_read, is_leased, is_of_this_node, open, open_patiently, unreadable,
+    was_leased,
 };
-pub use reader::{ReadPace, Reader};
+pub use super::reader::{ReadPace, Reader, Verified};
+use super::state_directory::StateDirectory;
+use super::trees::{Objects, Tree, TreeRecord, Trees};
+use super::{FileKey, records};
+use oci_types::Digest;
 use unpack::checksum::Checksum;
 use unpack::entry::ExtendedAttributes;
 use unpack::merge::TreePlan;
 use unpack::{Entry, EntryKind, Permissions};
-
-/// Findings of one object that are kept; the rest is counted.
-const MOST_FINDINGS: usize = 1000;
-
-/// Something that is not as it was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
-    /// What it is.
-    pub kind: FindingKind,
-    /// Of a blob or file: its digest; of a layer: its blob's; of a tree: its manifest's.
-    pub digest: Option<Digest>,
-    /// Where, below the state directory.
-    pub path: PathBuf,
-    /// What is wrong with it.
-    pub detail: String,
-}
-
-/// What a finding is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum FindingKind {
-    /// A manifest, index or configuration.
-    Blob,
-    /// A single-file layer.
-    File,
-    /// An unpacked archive.
-    Layer,
-    /// What a pod sees.
-    Tree,
-    /// Content of any kind that could not be read, so that its state is unknown.
-    Unread,
-}
 
 /// The expected state of a tree, from its manifest.
 #[derive(Debug)]
@@ -84,35 +54,6 @@ pub struct ExpectedTree {
     pub objects: Objects,
     /// The expected content of `tree.json`.
     pub record: TreeRecord,
-}
-
-/// What was read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Verified {
-    /// Blobs, files, layers and trees.
-    pub objects: u64,
-    /// Bytes of them.
-    pub bytes: u64,
-}
-
-impl Finding {
-    /// Returns the finding for an object that could not be read back for a reason outside of it.
-    #[must_use]
-    pub fn of_unread(name: &ObjectName, error: &impl std::fmt::Display) -> Self {
-        let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
-        Self { kind: FindingKind::Unread, digest: None, path, detail }
-    }
-
-    /// Writes it to the log.
-    pub fn log(&self) {
-        let (kind, path) = (self.kind.name(), self.path.display());
-        let detail = &self.detail;
-        if self.kind == FindingKind::Unread {
-            tracing::warn!(%path, detail, "content is not read back");
-        } else {
-            tracing::warn!(kind, %path, detail, "damaged content");
-        }
-    }
 }
 
 impl StoreError {
@@ -127,31 +68,25 @@ impl StoreError {
     }
 }
 
-impl FindingKind {
-    /// For people and programs.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Blob => "blob",
-            Self::File => "file",
-            Self::Layer => "layer",
-            Self::Tree => "tree",
-            Self::Unread => "unread",
-        }
-    }
+/// Reads the content of a store back.
+#[derive(Debug)]
+pub struct Verification {
+    pub(super) directory: Arc<StateDirectory>,
+    pub(super) inventory: Arc<Inventory>,
+    pub(super) trees: Arc<Trees>,
 }
 
-impl Store {
+impl Verification {
     /// Reads all blobs back; damaged ones are removed, to be fetched again.
     pub fn verify_blobs(
         &self,
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        for name in names(&self.path("blobs"))? {
+        for name in names(&self.directory.path("blobs"))? {
             let Some(digest) = Digest::from_hex(&name) else { continue };
             let below = Path::new("blobs").join(&name);
-            let path = self.root().join(&below);
+            let path = self.directory.root.join(&below);
             let failed = |error| StoreError::io("read back", &path, error);
             let read = open(&path).and_then(|file| reader.hash(&file));
             reader.verified.objects += 1;
@@ -163,8 +98,8 @@ impl Store {
                 Err(error) => unreadable(error).map_err(failed)?,
             };
             // A removed document is fetched again. A failed removal is tried at the next reading.
-            if super::records::remove(&path).is_ok() {
-                self.catalog().remove_document(&ObjectName::document(digest));
+            if records::remove(&path).is_ok() {
+                self.directory.catalog.remove_document(&ObjectName::document(digest));
             }
             found(Finding { kind: FindingKind::Blob, digest: Some(digest), path: below, detail });
         }
@@ -178,10 +113,9 @@ impl Store {
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        self.load_catalog()?;
-        let mut objects = self.catalog().names();
+        let mut objects = self.inventory.names()?;
         objects.sort();
-        for (name, _) in objects {
+        for name in objects {
             match self.verify_object(&name, reader, found) {
                 // The remaining objects are still read.
                 Err(error @ StoreError::Leased { .. }) => found(Finding::of_unread(&name, &error)),
@@ -202,14 +136,14 @@ impl Store {
         if matches!(name.kind(), ObjectKind::Tree | ObjectKind::Document) {
             return Ok(Vec::new());
         }
-        if self.is_damaged(name) {
+        if self.directory.damage.is_marked(name) {
             // It was found since, and the process may have ended before its trees were marked.
             return self.find_trees_of(name, found);
         }
-        let Some((_lease, path)) = self.hold(name) else { return Ok(Vec::new()) };
+        let Some((_lease, path)) = self.directory.hold(name) else { return Ok(Vec::new()) };
         let before = reader.verified.bytes;
         reader.begin();
-        let (rules, mut damage) = (self.rules(), Damage::default());
+        let (rules, mut damage) = (self.rules(), DamageList::default());
         let read = match name.kind() {
             ObjectKind::File => verify_file(&path, name, reader, rules, &mut damage),
             _ => verify_layer(&path, reader, rules, &mut damage),
@@ -222,10 +156,10 @@ impl Store {
         reader.verified.objects += 1;
         tracing::debug!(object = %name, bytes = reader.verified.bytes - before, "read back");
         if damage.is_empty() {
-            self.was_read(name);
+            self.directory.read_back.was_read(name);
             return Ok(Vec::new());
         }
-        let trees = self.mark_damaged(&path)?;
+        let trees = self.inventory.mark_damaged(&path)?;
         for (below, detail) in damage.into_list() {
             let digest = digest_of(name, &path);
             let path = Path::new(name.as_str()).join(below);
@@ -246,31 +180,26 @@ impl Store {
         reader: &mut Reader,
         found: &mut dyn FnMut(Finding),
     ) -> Result<bool, StoreError> {
-        let mut damage = Damage::default();
         reader.begin();
-        let root = tree.path().join("root");
         let ExpectedTree { plan, objects, record } = expected;
-        tree::Comparison { plan, objects, rules: self.rules() }
-            .run(&root, reader, &mut damage)
-            .map_err(|error| failed_to_read(&root, error))?;
+        let mut damage = tree.compare(plan, objects, self.rules(), reader)?;
         reader.verified.objects += 1;
-        let mut damage = damage.below(Path::new("root"));
-        damage.extend(Path::new("tree.json"), tree::other_numbers(&tree.record, record));
+        damage.extend(Path::new("tree.json"), other_numbers(&tree.record, record));
         let linked: BTreeSet<_> = self.names_of_objects(objects);
-        match self.links(tree) {
+        match self.trees.links(tree) {
             Ok(links) if links.iter().cloned().collect::<BTreeSet<_>>() == linked => {}
-            Ok(_) => damage.push((
+            Ok(_) => damage.push(
                 PathBuf::from("objects.json"),
                 "it does not name the files and layers that the tree links".to_owned(),
-            )),
+            ),
             Err(error) if error.is_of_this_node() => return Err(error),
-            Err(error) => damage.push((PathBuf::from("objects.json"), error.to_string())),
+            Err(error) => damage.push(PathBuf::from("objects.json"), error.to_string()),
         }
         let name = ObjectName::tree(tree.key, tree.generation);
         if damage.is_empty() {
             // A tree is no better than what it links.
-            if !linked.iter().any(|link| self.is_unread(link)) {
-                self.was_read(&name);
+            if !linked.iter().any(|link| self.directory.read_back.is_unread(link)) {
+                self.directory.read_back.was_read(&name);
             }
             return Ok(true);
         }
@@ -286,8 +215,8 @@ impl Store {
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
         let name = ObjectName::tree(tree.key, tree.generation);
-        let mut damage = Damage::default();
-        damage.push((PathBuf::new(), why));
+        let mut damage = DamageList::default();
+        damage.push(PathBuf::new(), why);
         self.condemn_tree(&name, Some(tree.record.manifest), damage, found)
     }
 
@@ -297,13 +226,13 @@ impl Store {
         name: &ObjectName,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        let Some((_lease, path)) = self.hold(name) else { return Ok(()) };
-        match super::records::read_whole::<TreeRecord>(&path.join("tree.json")) {
+        let Some((_lease, path)) = self.directory.hold(name) else { return Ok(()) };
+        match records::read_whole::<TreeRecord>(&path.join("tree.json")) {
             Ok(_) => Ok(()),
             Err(error) if error.is_of_this_node() => Err(error),
             Err(error) => {
-                let mut damage = Damage::default();
-                damage.push((PathBuf::from("tree.json"), error.to_string()));
+                let mut damage = DamageList::default();
+                damage.push(PathBuf::from("tree.json"), error.to_string());
                 self.condemn_tree(name, None, damage, found)
             }
         }
@@ -313,10 +242,10 @@ impl Store {
         &self,
         name: &ObjectName,
         digest: Option<Digest>,
-        damage: Damage,
+        damage: DamageList,
         found: &mut dyn FnMut(Finding),
     ) -> Result<(), StoreError> {
-        self.mark_damaged(&self.root().join(name.as_str()))?;
+        self.inventory.mark_damaged(&self.directory.root.join(name.as_str()))?;
         for (below, detail) in damage.into_list() {
             let path = trimmed(&Path::new(name.as_str()).join(below));
             found(Finding { kind: FindingKind::Tree, digest, path, detail });
@@ -325,16 +254,10 @@ impl Store {
     }
 
     fn names_of_objects(&self, objects: &Objects) -> BTreeSet<ObjectName> {
-        let layers = objects.layers.values().filter_map(|layer| self.object_at(layer.path()?));
+        let layers =
+            objects.layers.values().filter_map(|layer| self.directory.object_at(layer.path()?));
         let files = objects.files.values();
         layers.chain(files.map(|file| ObjectName::file(file.key, file.generation))).collect()
-    }
-
-    /// A generation of a layer that a tree links, whether it is the current one or not.
-    #[must_use]
-    pub fn linked_layer(&self, name: &ObjectName) -> Option<Layer> {
-        let (lease, path) = self.hold(name)?;
-        Layer::at(name, path, lease)
     }
 
     /// The file of a blob that a tree links. Without permissions it is the one whose mode
@@ -348,9 +271,9 @@ impl Store {
         let folder = format!("files/{}/", digest.hex());
         let of_blob = links.iter().filter_map(|name| {
             let mut parts = name.as_str().strip_prefix(&folder)?.split('/');
-            let found = super::files::permissions_of(parts.next()?)?;
+            let found = permissions_of(parts.next()?)?;
             let generation = parts.next()?.parse().ok()?;
-            let (lease, path) = self.hold(name)?;
+            let (lease, path) = self.directory.hold(name)?;
             Some(StoredFile {
                 key: FileKey { digest, permissions: found },
                 generation,
@@ -384,42 +307,15 @@ impl Store {
         Ok(None)
     }
 
-    /// Trees that are whole, and not marked damaged.
-    pub fn sound_trees(&self) -> Result<Vec<Tree>, StoreError> {
-        let trees = self.all_trees()?.into_iter().filter(|(_, entry)| !entry.damaged);
-        let mut trees: Vec<_> = trees.filter_map(|(name, _)| self.named_tree(&name)).collect();
-        trees.sort_by_key(|tree| (tree.key, tree.generation));
-        Ok(trees)
-    }
-
-    /// Returns the names of trees that are not marked as damaged and whose records cannot be read.
-    pub fn trees_without_record(&self) -> Result<Vec<ObjectName>, StoreError> {
-        let mut trees = self.all_trees()?;
-        trees.retain(|(name, entry)| !entry.damaged && self.named_tree(name).is_none());
-        Ok(trees.into_iter().map(|(name, _)| name).collect())
-    }
-
-    /// Returns the files and layers that a tree links, from its `objects.json`. Other names in it,
-    /// such as those of a later version, are ignored.
-    ///
-    /// # Errors
-    ///
-    /// [`StoreError::Damaged`] when that is not a list of names.
-    pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
-        let links: Vec<String> = super::records::read_whole(&tree.path().join("objects.json"))?;
-        let names = links.iter().filter_map(|link| ObjectName::parse(link));
-        Ok(names.filter(|link| link.kind() != ObjectKind::Document).collect())
-    }
-
     /// Trees that still stand over an object which was found damaged before.
     fn find_trees_of(
         &self,
         object: &ObjectName,
         found: &mut dyn FnMut(Finding),
     ) -> Result<Vec<ObjectName>, StoreError> {
-        let trees = self.mark_trees_of(object)?;
+        let trees = self.inventory.mark_trees_of(object)?;
         for name in &trees {
-            let digest = self.named_tree(name).map(|tree| tree.record.manifest);
+            let digest = self.trees.named(name).map(|tree| tree.record.manifest);
             let detail = format!("it shows {}, which is damaged", object.as_str());
             let path = PathBuf::from(name.as_str());
             found(Finding { kind: FindingKind::Tree, digest, path, detail });
@@ -428,56 +324,7 @@ impl Store {
     }
 
     fn rules(&self) -> Rules {
-        Rules::of(&self.staging())
-    }
-
-    fn hold(&self, name: &ObjectName) -> Option<(Lease, PathBuf)> {
-        let lease = self.catalog().lease(name.clone());
-        let path = self.root().join(name.as_str());
-        path.symlink_metadata().is_ok().then_some((lease, path))
-    }
-}
-
-/// Where below the object, and what: the first ones of as many as there are.
-#[derive(Debug, Default)]
-struct Damage {
-    list: Vec<(PathBuf, String)>,
-    more: u64,
-}
-
-impl Damage {
-    fn push(&mut self, damage: (PathBuf, String)) {
-        if self.list.len() < MOST_FINDINGS {
-            self.list.push(damage);
-        } else {
-            self.more += 1;
-        }
-    }
-
-    fn extend(&mut self, below: &Path, details: impl IntoIterator<Item = String>) {
-        for detail in details {
-            self.push((below.to_owned(), detail));
-        }
-    }
-
-    /// Prefixes all paths with a folder.
-    fn below(mut self, folder: &Path) -> Self {
-        for (path, _) in &mut self.list {
-            *path = folder.join(&path);
-        }
-        self
-    }
-
-    fn is_empty(&self) -> bool {
-        self.list.is_empty()
-    }
-
-    fn into_list(mut self) -> Vec<(PathBuf, String)> {
-        if self.more > 0 {
-            self.list
-                .push((PathBuf::new(), format!("{} more of its files are damaged", self.more)));
-        }
-        self.list
+        Rules::of(&self.directory.staging())
     }
 }
 
@@ -486,16 +333,16 @@ fn verify_file(
     name: &ObjectName,
     reader: &mut Reader,
     rules: Rules,
-    damage: &mut Damage,
+    damage: &mut DamageList,
 ) -> std::io::Result<()> {
     let mut parts = name.as_str().split('/').skip(1);
     let expected = parts.next().and_then(Digest::from_hex);
-    let permissions = parts.next().and_then(super::files::permissions_of);
-    let mut wrong = |detail: String| damage.push((PathBuf::new(), detail));
+    let permissions = parts.next().and_then(permissions_of);
+    let mut wrong = |detail: String| damage.push(PathBuf::new(), detail);
     let mut look = || -> std::io::Result<()> {
         let file = reader.open(path)?;
         let metadata = file.metadata()?;
-        let other = permissions.and_then(|wanted| inode::other_permissions(&metadata, wanted));
+        let other = permissions.and_then(|wanted| other_permissions(&metadata, wanted));
         other.into_iter().for_each(&mut wrong);
         rules
             .other_attributes(&file, &ExtendedAttributes::default())?
@@ -509,7 +356,7 @@ fn verify_file(
     };
     if let Err(error) = look() {
         let detail = unreadable(error)?;
-        damage.push((PathBuf::new(), detail));
+        damage.push(PathBuf::new(), detail);
     }
     Ok(())
 }
@@ -518,20 +365,20 @@ fn verify_layer(
     path: &Path,
     reader: &mut Reader,
     rules: Rules,
-    damage: &mut Damage,
+    damage: &mut DamageList,
 ) -> std::io::Result<()> {
     let of_index = |error: StoreError| match error {
         StoreError::Io { source, .. } if is_of_this_node(&source) => Err(source),
-        error => Ok((PathBuf::from("index"), error.to_string())),
+        error => Ok(error.to_string()),
     };
     let Some(layer) = Layer::read(path) else {
-        damage.push((PathBuf::new(), "it is not a layer".into()));
+        damage.push(PathBuf::new(), "it is not a layer".into());
         return Ok(());
     };
     let entries = match layer.view().entries() {
         Ok(entries) => entries,
         Err(error) => {
-            damage.push(of_index(error)?);
+            damage.push(PathBuf::from("index"), of_index(error)?);
             return Ok(());
         }
     };
@@ -540,7 +387,7 @@ fn verify_layer(
         let entry = match entry {
             Ok(entry) => entry,
             Err(error) => {
-                damage.push(of_index(error)?);
+                damage.push(PathBuf::from("index"), of_index(error)?);
                 return Ok(());
             }
         };
@@ -577,12 +424,12 @@ impl LayerFiles<'_> {
         member: &LayerFile,
         opened: std::io::Result<std::fs::File>,
         reader: &mut Reader,
-        damage: &mut Damage,
+        damage: &mut DamageList,
     ) -> std::io::Result<()> {
         let LayerFile { below, entry, checksum } = member;
         let mut wrong = |detail: String| {
             let shown = String::from_utf8_lossy(entry.path.as_bytes());
-            damage.push((below.clone(), format!("{shown}: {detail}")));
+            damage.push(below.clone(), format!("{shown}: {detail}"));
         };
         let look = || -> std::io::Result<()> {
             let file = opened?;
@@ -603,13 +450,13 @@ impl LayerFiles<'_> {
         &mut self,
         member: LayerFile,
         reader: &mut Reader,
-        damage: &mut Damage,
+        damage: &mut DamageList,
     ) -> std::io::Result<()> {
         self.leased.push(member);
         if self.leased.len() < LEASED_AT_ONCE { Ok(()) } else { self.wait(reader, damage) }
     }
 
-    fn wait(&mut self, reader: &mut Reader, damage: &mut Damage) -> std::io::Result<()> {
+    fn wait(&mut self, reader: &mut Reader, damage: &mut DamageList) -> std::io::Result<()> {
         let leased = std::mem::take(&mut self.leased);
         let paths: Vec<_> = leased.iter().map(|member| self.path.join(&member.below)).collect();
         match reader.open_leased(&paths) {
@@ -626,19 +473,11 @@ impl LayerFiles<'_> {
         }
     }
 
-    fn finish(mut self, reader: &mut Reader, damage: &mut Damage) -> std::io::Result<()> {
+    fn finish(mut self, reader: &mut Reader, damage: &mut DamageList) -> std::io::Result<()> {
         if !self.leased.is_empty() {
             self.wait(reader, damage)?;
         }
         self.unread.map_or(Ok(()), Err)
-    }
-}
-
-fn failed_to_read(path: &Path, error: std::io::Error) -> StoreError {
-    if was_leased(&error) {
-        StoreError::Leased { path: path.to_owned() }
-    } else {
-        StoreError::io("read back", path, error)
     }
 }
 
@@ -653,4 +492,16 @@ fn digest_of(name: &ObjectName, path: &Path) -> Option<Digest> {
 /// Without the slash that joining nothing leaves.
 fn trimmed(path: &Path) -> PathBuf {
     path.components().collect()
+}
+
+/// Compares the numbers of a record that users and volume statistics see with those of the plan. The
+/// disk space of the tree itself is an estimate that differs between versions.
+fn other_numbers(found: &TreeRecord, planned: &TreeRecord) -> impl Iterator<Item = String> {
+    let numbers = [
+        ("bytes", (found.bytes, planned.bytes)),
+        ("inodes", (found.inodes, planned.inodes)),
+        ("compressed_bytes", (found.compressed_bytes, planned.compressed_bytes)),
+    ];
+    let other = numbers.into_iter().filter(|(_, (found, expected))| found != expected);
+    other.map(|(name, (found, expected))| format!("{name} is {found}, not {expected}"))
 }

@@ -49,8 +49,8 @@ fn victims(plan: &Plan) -> Vec<&ObjectName> {
     plan.victims.iter().map(|(name, _)| name).collect()
 }
 
-fn bytes(bytes: u64) -> Goal {
-    Goal { bytes, inodes: 0 }
+fn bytes(bytes: u64) -> SpaceAmount {
+    SpaceAmount { bytes, inodes: 0 }
 }
 
 #[test]
@@ -58,15 +58,15 @@ fn the_least_recently_used_goes_first_and_only_as_many_as_needed() {
     let facts = facts(&[300, 100, 200]);
     let plan = facts.plan(bytes(110));
     assert_eq!(victims(&plan), [&tree(1), &layer(1)]);
-    assert_eq!(plan.frees, Goal { bytes: 110, inodes: 2 });
+    assert_eq!(plan.frees, SpaceAmount { bytes: 110, inodes: 2 });
     assert_eq!(victims(&facts.plan(bytes(111)))[2..], [&tree(2), &layer(2)]);
-    assert!(victims(&facts.plan(Goal::default())).is_empty());
+    assert!(victims(&facts.plan(SpaceAmount::default())).is_empty());
 }
 
 #[test]
 fn shared_content_goes_with_the_last_that_needs_it() {
     let facts = facts(&[1, 2]);
-    let plan = facts.plan(Goal::EVERYTHING);
+    let plan = facts.plan(SpaceAmount::EVERYTHING);
     assert_eq!(victims(&plan), [&tree(0), &layer(0), &tree(1), &layer(1), &layer(99)]);
     assert_eq!(plan.frees.bytes, 10 + 100 + 10 + 100 + 1000);
 }
@@ -78,9 +78,9 @@ fn what_is_needed_stays() {
     facts.mounted.insert(tree(1));
     facts.store.leased.insert(tree(2));
     facts.store.pinned.insert(manifest(3));
-    assert!(victims(&facts.plan(Goal::EVERYTHING)).is_empty());
+    assert!(victims(&facts.plan(SpaceAmount::EVERYTHING)).is_empty());
     facts.now += 1;
-    assert_eq!(victims(&facts.plan(Goal::EVERYTHING)), [&tree(4), &layer(4)]);
+    assert_eq!(victims(&facts.plan(SpaceAmount::EVERYTHING)), [&tree(4), &layer(4)]);
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn what_is_doomed_goes_without_need() {
     let old = layer(50);
     facts.store.objects.insert(old.clone(), entry(1, NOW - 1000));
     facts.store.objects.insert(layer(51), entry(1, NOW - 999));
-    let plan = facts.plan(Goal::default());
+    let plan = facts.plan(SpaceAmount::default());
     let mut gone = plan.victims.clone();
     gone.sort();
     let mut expected = [
@@ -129,17 +129,20 @@ fn with_documents() -> (Facts, [ObjectName; 3]) {
 #[test]
 fn documents_go_with_what_needs_them_and_at_once_when_nothing_does() {
     let (mut facts, [linked, index, stray]) = with_documents();
-    assert!(victims(&facts.plan(Goal::default())).is_empty(), "what is young may still be needed");
+    assert!(
+        victims(&facts.plan(SpaceAmount::default())).is_empty(),
+        "what is young may still be needed"
+    );
     assert_eq!(victims(&facts.plan(bytes(5))), [&stray], "space is needed");
     let plan = facts.plan(bytes(6));
     let gone: HashSet<_> = victims(&plan).into_iter().collect();
     assert!(gone.contains(&linked), "a manifest goes with its tree");
     assert!(!gone.contains(&index), "an index has its turn by its age");
-    assert!(victims(&facts.plan(Goal::EVERYTHING)).contains(&&index));
+    assert!(victims(&facts.plan(SpaceAmount::EVERYTHING)).contains(&&index));
     facts.now += 1000;
-    assert_eq!(victims(&facts.plan(Goal::default())), [&stray], "it is old");
+    assert_eq!(victims(&facts.plan(SpaceAmount::default())), [&stray], "it is old");
     facts.store.pinned.insert(manifest(3));
-    assert!(victims(&facts.plan(Goal::default())).is_empty(), "a pin keeps its manifest");
+    assert!(victims(&facts.plan(SpaceAmount::default())).is_empty(), "a pin keeps its manifest");
 }
 
 proptest! {
@@ -169,7 +172,7 @@ proptest! {
             if needs & 4 != 0 { facts.store.leased.insert(tree(number)); }
             if needs & 8 != 0 { facts.store.pinned.insert(manifest(number)); }
         }
-        let goal = Goal { bytes: goal.0, inodes: goal.1 };
+        let goal = SpaceAmount { bytes: goal.0, inodes: goal.1 };
         let plan = facts.plan(goal);
         let gone: HashSet<_> = plan.victims.iter().map(|(name, _)| name.clone()).collect();
         prop_assert_eq!(gone.len(), plan.victims.len(), "nothing goes twice");
@@ -191,10 +194,10 @@ proptest! {
         prop_assert_eq!(sum, plan.frees.bytes);
         // Falling short of the goal means that nothing else may go.
         if plan.frees.bytes < goal.bytes {
-            prop_assert_eq!(facts.plan(Goal::EVERYTHING).frees, plan.frees);
+            prop_assert_eq!(facts.plan(SpaceAmount::EVERYTHING).frees, plan.frees);
         }
         // A larger goal takes at least as much.
-        let larger = Goal { bytes: goal.bytes * 2, inodes: goal.inodes * 2 };
+        let larger = SpaceAmount { bytes: goal.bytes * 2, inodes: goal.inodes * 2 };
         prop_assert!(facts.plan(larger).victims.len() >= plan.victims.len());
     }
 }

@@ -100,8 +100,8 @@ fn what_is_downloaded_of_a_claim_is_outstanding_no_more() {
     open.set_bytes(400);
     let nothing = HashSet::new();
     let sums = ledger.lock().demand(&[claim(mine), claim(mine)], &nothing);
-    assert_eq!(sums.needed, Goal { bytes: 1000, inodes: 3 }, "a blob counts once");
-    assert_eq!(sums.others, Goal { bytes: 600, inodes: 3 });
+    assert_eq!(sums.needed, SpaceAmount { bytes: 1000, inodes: 3 }, "a blob counts once");
+    assert_eq!(sums.others, SpaceAmount { bytes: 600, inodes: 3 });
     assert_eq!(sums.quota, 2000);
     // Joining what is claimed needs nothing more.
     let sums = ledger.lock().demand(&[claim(other)], &nothing);
@@ -156,7 +156,7 @@ fn what_is_claimed_or_open_is_not_removed() {
     ledger.release(blob);
     assert!(ledger.remove(blob, registry).expect("removed"));
     assert!(!path.exists());
-    assert_eq!(ledger.unclaimed(), Goal::default());
+    assert_eq!(ledger.unclaimed(), SpaceAmount::default());
 }
 
 #[test]

@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstatat};
 
-use super::Damage;
-use super::inode::{Rules, other_time};
-use super::reader::{Reader, unreadable};
-use crate::trees::{Objects, TreeRecord};
+use crate::findings::DamageList;
+use crate::inode::{Rules, other_time};
+use crate::reader::{Reader, unreadable};
+use crate::trees::objects::Objects;
 use unpack::entry::{ExtendedAttributes, Metadata};
 use unpack::merge::{PlannedKind, PlannedLeaf, PlannedNode, TreePlan};
 
@@ -55,7 +55,7 @@ impl Comparison<'_> {
         &self,
         root: &Path,
         reader: &mut Reader,
-        damage: &mut Damage,
+        damage: &mut DamageList,
     ) -> io::Result<()> {
         let opened = nix::fcntl::open(root, OPEN_FOLDER, Mode::empty());
         let folder = self.folder(opened, PathBuf::new(), &self.plan.root, damage)?;
@@ -83,7 +83,7 @@ impl Comparison<'_> {
                     Err(error) => {
                         let detail = unreadable(error)?;
                         let detail = format!("the index of its layer has changed: {detail}");
-                        damage.push((level.below.clone(), detail));
+                        damage.push(level.below.clone(), detail);
                         continue;
                     }
                 },
@@ -109,7 +109,7 @@ impl Comparison<'_> {
                 }
                 PlannedKind::SymbolicLink(_) => {
                     if let Some((target, metadata)) = link {
-                        let wrong = self.link(folder, &name, (&target, &metadata))?;
+                        let wrong = self.link(folder, &name, &target, &metadata)?;
                         damage.extend(&below, wrong);
                     }
                 }
@@ -126,7 +126,7 @@ impl Comparison<'_> {
         opened: nix::Result<std::os::fd::OwnedFd>,
         below: PathBuf,
         wanted: &Metadata,
-        damage: &mut Damage,
+        damage: &mut DamageList,
     ) -> io::Result<Option<File>> {
         let look = || -> io::Result<File> {
             let folder = File::from(opened?);
@@ -138,7 +138,7 @@ impl Comparison<'_> {
             Ok(folder) => Ok(Some(folder)),
             Err(error) => {
                 let detail = unreadable(error)?;
-                damage.push((below, format!("no folder: {detail}")));
+                damage.push(below, format!("no folder: {detail}"));
                 Ok(None)
             }
         }
@@ -210,7 +210,8 @@ impl Comparison<'_> {
         &self,
         folder: &File,
         name: &CString,
-        (target, metadata): (&[u8], &Metadata),
+        target: &[u8],
+        metadata: &Metadata,
     ) -> io::Result<Vec<String>> {
         let look = || -> io::Result<Vec<String>> {
             let found = readlinkat(folder, name.as_c_str())?;
@@ -224,28 +225,13 @@ impl Comparison<'_> {
                 let (uid, gid) = owner;
                 wrong.push(format!("its owner is {uid}:{gid}, not {}:{}", wanted.uid, wanted.gid));
             }
-            wrong.extend(other_time((stat.st_mtime, stat.st_mtime_nsec), metadata.modified));
+            wrong.extend(other_time(stat.st_mtime, stat.st_mtime_nsec, metadata.modified));
             let path = CString::new(way_to(folder, name).as_os_str().as_bytes())?;
             wrong.extend(self.rules.other_link_attributes(&path)?);
             Ok(wrong)
         };
         look().or_else(|error| Ok(vec![format!("no symbolic link: {}", unreadable(error)?)]))
     }
-}
-
-/// Compares the numbers of a record that users and volume statistics see with those of the plan. The
-/// disk space of the tree itself is an estimate that differs between versions.
-pub(super) fn other_numbers(
-    found: &TreeRecord,
-    planned: &TreeRecord,
-) -> impl Iterator<Item = String> {
-    let numbers = [
-        ("bytes", (found.bytes, planned.bytes)),
-        ("inodes", (found.inodes, planned.inodes)),
-        ("compressed_bytes", (found.compressed_bytes, planned.compressed_bytes)),
-    ];
-    let other = numbers.into_iter().filter(|(_, (found, expected))| found != expected);
-    other.map(|(name, (found, expected))| format!("{name} is {found}, not {expected}"))
 }
 
 impl OpenFolder {
@@ -255,12 +241,12 @@ impl OpenFolder {
     }
 
     /// Looks for names that do not belong there, once all are known that do.
-    fn close(self, damage: &mut Damage, hash: impl Fn(&[u8]) -> u64) -> io::Result<()> {
+    fn close(self, damage: &mut DamageList, hash: impl Fn(&[u8]) -> u64) -> io::Result<()> {
         let Self { below, folder: Some(folder), names, .. } = self else { return Ok(()) };
         for entry in std::fs::read_dir(descriptor(&folder))? {
             let name = entry?.file_name();
             if !names.contains(&hash(name.as_bytes())) {
-                damage.push((below.join(name), "it does not belong there".into()));
+                damage.push(below.join(name), "it does not belong there".into());
             }
         }
         Ok(())

@@ -1,14 +1,51 @@
-//! What an inode is compared with beside its content.
+//! Metadata of inodes: how they get it, and what it is compared with.
 
 use std::fs::{File, Metadata as FileMetadata};
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, Uid, fchown};
 
 use sys::mount::syscalls;
 use unpack::Permissions;
 use unpack::entry::{ExtendedAttributes, Metadata, Timestamp};
+
+/// Sets owner and mode. The owner first: changing it would drop bits of the mode.
+pub(super) fn set_owner_and_mode(file: &File, permissions: Permissions) -> std::io::Result<()> {
+    let Permissions { mode, uid, gid } = permissions;
+    let metadata = file.metadata()?;
+    if (metadata.uid(), metadata.gid()) != (uid, gid) {
+        fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    }
+    fchmod(file, Mode::from_bits_truncate(mode))?;
+    Ok(())
+}
+
+/// ext4 calls an attribute that does not fit its block a full disk.
+pub(super) fn too_large(error: std::io::Error) -> std::io::Error {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull => std::io::Error::other(
+            "the node's filesystem cannot hold an extended attribute of this size",
+        ),
+        _ => error,
+    }
+}
+
+/// A time as the filesystem takes it; before the epoch and far in the future too.
+pub(super) fn system_time(time: Timestamp) -> SystemTime {
+    let seconds = Duration::from_secs(time.seconds.unsigned_abs());
+    let base = if time.seconds < 0 {
+        SystemTime::UNIX_EPOCH.checked_sub(seconds)
+    } else {
+        SystemTime::UNIX_EPOCH.checked_add(seconds)
+    };
+    base.and_then(|base| base.checked_add(Duration::from_nanos(time.nanoseconds.into())))
+        .unwrap_or(SystemTime::UNIX_EPOCH)
+}
 
 /// What may differ on this node without being damage.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +69,7 @@ impl Rules {
         let found = file.metadata()?;
         let mut wrong = self.other_attributes(file, &wanted.extended_attributes)?;
         wrong.extend(other_permissions(&found, wanted.permissions));
-        wrong.extend(other_time((found.mtime(), found.mtime_nsec()), wanted.modified));
+        wrong.extend(other_time(found.mtime(), found.mtime_nsec(), wanted.modified));
         Ok(wrong)
     }
 
@@ -100,7 +137,7 @@ pub(super) fn other_permissions(metadata: &FileMetadata, wanted: Permissions) ->
 }
 
 /// Compares a modification time, as exactly as filesystems keep it.
-pub(super) fn other_time((seconds, nanoseconds): (i64, i64), wanted: Timestamp) -> Option<String> {
+pub(super) fn other_time(seconds: i64, nanoseconds: i64, wanted: Timestamp) -> Option<String> {
     // Beyond this some filesystems keep the nearest time that they can.
     if i32::try_from(wanted.seconds).is_err() {
         return None;
@@ -119,13 +156,13 @@ mod tests {
     #[test]
     fn times_are_compared_as_exactly_as_they_are_kept() {
         let wanted = Timestamp { seconds: 1_700_000_000, nanoseconds: 123_456_789 };
-        let other = |nanoseconds| other_time((wanted.seconds, nanoseconds), wanted);
+        let other = |nanoseconds| other_time(wanted.seconds, nanoseconds, wanted);
         for kept in [123_456_789, 123_456_700, 123_456_000, 123_000_000, 0] {
             assert_eq!(other(kept), None, "{kept}");
         }
         assert!(other(123_456_788).is_some() && other(200_000_000).is_some());
-        assert!(other_time((wanted.seconds + 1, 123_456_789), wanted).is_some());
+        assert!(other_time(wanted.seconds + 1, 123_456_789, wanted).is_some());
         let far = Timestamp { seconds: 1 << 40, nanoseconds: 0 };
-        assert_eq!(other_time((1 << 31, 0), far), None, "a filesystem may not hold it");
+        assert_eq!(other_time(1 << 31, 0, far), None, "a filesystem may not hold it");
     }
 }

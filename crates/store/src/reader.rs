@@ -19,7 +19,7 @@ use nix::fcntl::{FcntlArg, OFlag, PosixFadviseAdvice};
 use nix::sys::stat::Mode;
 use sha2::Digest as _;
 
-use super::Verified;
+use super::error::StoreError;
 use oci_types::Digest;
 use sys::background::{throttle, yield_to_pods};
 use unpack::checksum::{Checksum, Checksummer};
@@ -43,6 +43,15 @@ const BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
 #[derive(Debug, thiserror::Error)]
 #[error("a process holds a lease on it")]
 pub(super) struct FileLeased;
+
+/// What was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Blobs, files, layers and trees.
+    pub objects: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+}
 
 /// How fast content is read back, and whether past the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -301,6 +310,15 @@ fn set_direct(file: &File, is_direct: bool) -> io::Result<()> {
     let flags = if is_direct { OFlag::O_DIRECT } else { OFlag::empty() };
     nix::fcntl::fcntl(file, FcntlArg::F_SETFL(flags))?;
     Ok(())
+}
+
+/// Returns the error of an object that could not be read back.
+pub(super) fn failed_to_read(path: &Path, error: std::io::Error) -> StoreError {
+    if was_leased(&error) {
+        StoreError::Leased { path: path.to_owned() }
+    } else {
+        StoreError::io("read back", path, error)
+    }
 }
 
 /// So that what comes is what the disk has, where pages cannot be passed.

@@ -12,14 +12,13 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 
-use super::SecurityLabel;
 use super::copies::Copies;
-use super::error::StoreError;
-use super::files::set_owner_and_mode;
-use super::layers::{system_time, too_large};
-use super::room::{Meter, bytes_of_a_name, full};
-use super::staging::Staging;
-use super::trees::Objects;
+use crate::SecurityLabel;
+use crate::disk_units::bytes_of_a_name;
+use crate::inode::{set_owner_and_mode, system_time, too_large};
+use crate::staging::Staging;
+use crate::trees::objects::Objects;
+use crate::write_meter::{WriteMeter, full};
 use sys::background;
 use sys::mount::syscalls;
 use unpack::entry::Metadata;
@@ -37,7 +36,7 @@ pub(super) struct Builder<'a> {
     pub(super) plan: &'a TreePlan,
     pub(super) objects: &'a Objects,
     pub(super) label: Option<&'a SecurityLabel>,
-    pub(super) meter: &'a Meter,
+    pub(super) meter: &'a WriteMeter,
     pub(super) copies: &'a Copies<'a>,
 }
 
@@ -49,11 +48,7 @@ struct Way<'a> {
 
 impl Builder<'_> {
     /// Makes the tree at `root`, which is not there yet.
-    pub(super) fn build(self, root: &Path, staging: &mut Staging) -> Result<(), StoreError> {
-        self.make(root, staging).map_err(|error| StoreError::io("build the tree in", root, error))
-    }
-
-    fn make(self, root: &Path, staging: &mut Staging) -> io::Result<()> {
+    pub(super) fn build(self, root: &Path, staging: &mut Staging) -> io::Result<()> {
         std::fs::create_dir(root)?;
         let mut way = Way::from(root, self.plan)?;
         for (number, node) in self.folders() {
@@ -134,7 +129,7 @@ impl Builder<'_> {
         match linkat(from, &path, folder, name.as_c_str(), AtFlags::empty()) {
             Err(nix::errno::Errno::EMLINK) => {
                 let path = self.objects.path(source).ok_or(io::ErrorKind::NotFound)?;
-                self.copies.link((file, &path), folder, name)
+                self.copies.link(file, &path, folder, name)
             }
             linked => Ok(linked?),
         }

@@ -13,7 +13,8 @@
 
 use std::path::Path;
 
-use super::TreeKey;
+use super::hard_links::HardLinkTree;
+use crate::TreeKey;
 use sys::mount::{MountForm, MountOrigin};
 
 /// Begins the source of every overlay of this driver, whatever name the driver is registered under.
@@ -67,11 +68,8 @@ impl MountedTree {
     /// The shape is enough: where the state directory's filesystem begins (subvolumes, bind
     /// mounts) does not matter.
     fn of_root(root: &Path) -> Option<Self> {
-        let mut parts = root.iter().rev().map(|part| part.to_str());
+        let mut parts = HardLinkTree::folder_of(root)?.iter().rev().map(|part| part.to_str());
         let mut next = || parts.next().flatten();
-        if next()? != "root" {
-            return None;
-        }
         let generation = next()?.parse().ok()?;
         let key = TreeKey::from_hex(next()?)?;
         (next()? == "trees").then_some(Self { key, generation, form: MountForm::Bind })

@@ -15,10 +15,10 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::linkat;
 
-use super::SecurityLabel;
-use super::eviction::Goal;
-use super::files::set_owner_and_mode;
-use super::room::{Meter, full};
+use crate::SecurityLabel;
+use crate::inode::set_owner_and_mode;
+use crate::space_amount::SpaceAmount;
+use crate::write_meter::{WriteMeter, full};
 use sys::mount::syscalls;
 use unpack::Permissions;
 
@@ -29,22 +29,27 @@ const PIECE: u64 = 4 << 20;
 pub(super) struct Copies<'a> {
     folder: PathBuf,
     label: Option<&'a SecurityLabel>,
-    meter: &'a Meter,
+    meter: &'a WriteMeter,
     /// What they take. Held while one is made: copies are few, and another thread's next name may
     /// lead to the same.
-    made: Mutex<Goal>,
+    made: Mutex<SpaceAmount>,
 }
 
 impl<'a> Copies<'a> {
     /// None yet; they will lie in `folder`, which is not there.
-    pub(super) fn new(folder: PathBuf, label: Option<&'a SecurityLabel>, meter: &'a Meter) -> Self {
+    pub(super) fn new(
+        folder: PathBuf,
+        label: Option<&'a SecurityLabel>,
+        meter: &'a WriteMeter,
+    ) -> Self {
         Self { folder, label, meter, made: Mutex::default() }
     }
 
     /// Gives a copy of `source`, whose number in the plan is `file`, one more name.
     pub(super) fn link(
         &self,
-        (file, source): (u32, &Path),
+        file: u32,
+        source: &Path,
         folder: &OwnedFd,
         name: &std::ffi::CStr,
     ) -> io::Result<()> {
@@ -59,12 +64,12 @@ impl<'a> Copies<'a> {
             linked => return Ok(linked?),
         }
         let bytes = copy_inode(source, &copy, self.label, self.meter)?;
-        *made = made.plus(Goal { bytes, inodes: 1 });
+        *made = made.plus(SpaceAmount { bytes, inodes: 1 });
         Ok(link()?)
     }
 
     /// Takes away the names that nobody sees; says what the copies take.
-    pub(super) fn finish(self) -> io::Result<Goal> {
+    pub(super) fn finish(self) -> io::Result<SpaceAmount> {
         let made = self.made.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !made.is_nothing() {
             std::fs::remove_dir_all(&self.folder)?;
@@ -78,7 +83,7 @@ fn copy_inode(
     source: &Path,
     path: &Path,
     label: Option<&SecurityLabel>,
-    meter: &Meter,
+    meter: &WriteMeter,
 ) -> io::Result<u64> {
     meter.makes(1).map_err(full)?;
     let from = File::open(source)?;

@@ -8,10 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::error::StoreError;
-use super::eviction::Goal;
-use super::resolutions::{Resolution, name};
-use super::{Store, keys, records};
+use super::{FOLDER, Resolution, Resolutions, name};
+use crate::error::StoreError;
+use crate::{keys, records};
 use oci_types::{Platform, Reference};
 
 /// The time of a record is renewed when it is older than this.
@@ -29,10 +28,10 @@ pub struct NamespaceResolution {
     pub resolved_at: i64,
 }
 
-impl Store {
+impl Resolutions {
     /// Returns what a reference means for pods of a namespace.
     #[must_use]
-    pub fn resolution_for(
+    pub fn for_namespace(
         &self,
         namespace: Option<&str>,
         reference: &Reference,
@@ -41,11 +40,11 @@ impl Store {
         // A digest means the same for all.
         let namespace = namespace.filter(|_| reference.digest().is_none());
         let own = namespace.and_then(|namespace| {
-            let path = self.namespace_resolution_path(namespace, reference, platform);
+            let path = self.namespace_path(namespace, reference, platform);
             let own = records::read::<NamespaceResolution>(&path)?;
             (own.namespace == namespace).then_some(own.resolution)
         });
-        own.or_else(|| self.resolution(reference, platform))
+        own.or_else(|| self.get(reference, platform))
     }
 
     /// Remembers what the registry has said of a tag, unless this node has a later answer. Unchanged, it costs no write.
@@ -53,27 +52,27 @@ impl Store {
     /// # Errors
     ///
     /// The filesystem's.
-    pub fn put_namespace_resolution(
+    pub fn put_for_namespace(
         &self,
         reference: &Reference,
         platform: &Platform,
         answer: &NamespaceResolution,
     ) -> Result<(), StoreError> {
-        let shared = self.resolution_path(reference, platform);
+        let shared = self.record_path(reference, platform);
         let is_older = || answered_at(&shared).is_some_and(|time| time >= answer.resolved_at);
-        let path = self.namespace_resolution_path(&answer.namespace, reference, platform);
+        let path = self.namespace_path(&answer.namespace, reference, platform);
         let own = records::read::<NamespaceResolution>(&path);
         if is_older() || own.as_ref().is_some_and(|own| own.resolved_at >= answer.resolved_at) {
             return Ok(());
         }
-        records::write_durable(&self.staging(), &path, answer)?;
-        self.resolution_index().insert(&path, &name(reference), answer.resolution.target());
+        records::write_durable(&self.directory.staging(), &path, answer)?;
+        self.index.insert(&path, &name(reference), answer.resolution.target());
         if own.is_none() {
-            self.catalog().count_records(self.units().record(), Goal::default());
+            self.directory.count_record();
         }
         // An answer to this node that came meanwhile has not seen this record.
         if is_older() {
-            self.remove_resolution(&path)?;
+            self.remove_record(&path)?;
         }
         Ok(())
     }
@@ -87,27 +86,27 @@ impl Store {
         if reference.digest().is_some() {
             return Ok(());
         }
-        let shared = self.resolution_path(reference, platform);
+        let shared = self.record_path(reference, platform);
         let wanted = platform.to_string();
-        for (path, resolution) in self.resolution_records(reference)? {
+        for (path, resolution) in self.records_of(reference)? {
             if *path != *shared
                 && resolution.platform.as_deref() == Some(wanted.as_str())
                 && records::read::<NamespaceResolution>(&path).is_some()
             {
-                self.remove_resolution(&path)?;
+                self.remove_record(&path)?;
             }
         }
         Ok(())
     }
 
-    fn namespace_resolution_path(
+    fn namespace_path(
         &self,
         namespace: &str,
         reference: &Reference,
         platform: &Platform,
     ) -> PathBuf {
         let key = keys::hash(&[&name(reference), &platform.to_string(), namespace]);
-        self.path("resolutions").join(records::name(key))
+        self.directory.path(FOLDER).join(records::name(key))
     }
 }
 
@@ -134,7 +133,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::StoreOptions;
+    use crate::{Store, StoreOptions};
     use oci_types::Digest;
 
     const NOW: i64 = 4_000_000_000;
@@ -163,18 +162,23 @@ mod tests {
             let resolution = resolution(meaning);
             let answer =
                 NamespaceResolution { resolution, namespace: namespace.into(), resolved_at };
-            let written = self.put_namespace_resolution(&tag(), &Platform::of_this_node(), &answer);
+            let written =
+                self.resolutions().put_for_namespace(&tag(), &Platform::of_this_node(), &answer);
             written.expect("written");
         }
 
         fn registry_says(&self, meaning: &str) {
             let written =
-                self.put_resolution(&tag(), &Platform::of_this_node(), &resolution(meaning));
+                self.resolutions().put(&tag(), &Platform::of_this_node(), &resolution(meaning));
             written.expect("written");
         }
 
         fn means(&self, namespace: &str, meaning: &str) -> bool {
-            let found = self.resolution_for(Some(namespace), &tag(), &Platform::of_this_node());
+            let found = self.resolutions().for_namespace(
+                Some(namespace),
+                &tag(),
+                &Platform::of_this_node(),
+            );
             found.is_some_and(|found| found.manifest == Digest::of(meaning.as_bytes()))
         }
     }
@@ -184,8 +188,14 @@ mod tests {
         let (folder, store) = store();
         store.preload_says("team", "new", NOW);
         assert!(store.means("team", "new"));
-        assert_eq!(store.resolution_for(Some("other"), &tag(), &Platform::of_this_node()), None);
-        assert_eq!(store.resolution_for(None, &tag(), &Platform::of_this_node()), None);
+        assert_eq!(
+            store.resolutions().for_namespace(Some("other"), &tag(), &Platform::of_this_node()),
+            None
+        );
+        assert_eq!(
+            store.resolutions().for_namespace(None, &tag(), &Platform::of_this_node()),
+            None
+        );
         store.preload_says("team", "old", NOW - 1);
         assert!(store.means("team", "new"), "an older answer after a newer one");
         store.preload_says("team", "newer", NOW + 1);
@@ -196,14 +206,14 @@ mod tests {
         assert!(store.means("team", "newer"));
         store.registry_says("shared");
         assert!(store.means("team", "shared") && store.means("other", "shared"));
-        assert_eq!(store.meanings(&tag()).expect("records").len(), 1);
+        assert_eq!(store.resolutions().of_reference(&tag()).expect("records").len(), 1);
     }
 
     #[test]
     fn an_answer_that_comes_again_is_later_than_what_a_preload_was_told_before() {
         let (_folder, store) = store();
         store.registry_says("shared");
-        let path = store.resolution_path(&tag(), &Platform::of_this_node());
+        let path = store.resolutions().record_path(&tag(), &Platform::of_this_node());
         let old = SystemTime::now() - Duration::from_hours(1);
         File::open(&path).expect("a record").set_modified(old).expect("a time");
         let before = answered_at(&path).expect("a time");

@@ -1,0 +1,169 @@
+//! How full the state directory's filesystem is, and how much of it the cache may take.
+
+use std::path::Path;
+
+use super::error::StoreError;
+use super::space_amount::SpaceAmount;
+
+/// How much of the filesystem the cache may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Bytes of all content; none means as much as the filesystem allows.
+    pub max_bytes: Option<u64>,
+    /// Above this part of the filesystem in use, by whomever, content is evicted ...
+    pub high_threshold_percent: u8,
+    /// ... until no more than this part is.
+    pub low_threshold_percent: u8,
+    /// This part of the filesystem stays free.
+    pub min_free_percent: u8,
+    /// ... and this part of its inodes.
+    pub min_free_inodes_percent: u8,
+    /// Bytes that pins may hold together; none means half of what content may take.
+    pub max_pinned_bytes: Option<u64>,
+    /// How long content stays after its last publish or unpublish.
+    pub minimum_age: std::time::Duration,
+    /// The state directory must be a mount point: a disk that is mounted late would else be
+    /// filled behind its back.
+    pub require_mountpoint: bool,
+}
+
+/// The space of a filesystem as a process without privileges could use it, counted as `df` does: what is
+/// reserved for root is neither used nor free.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskSpace {
+    /// What is left.
+    pub free_bytes: u64,
+    /// What is used or left.
+    pub total_bytes: u64,
+    /// Inodes that are left.
+    pub free_inodes: u64,
+    /// Inodes that there are; 0 where the filesystem makes them as needed.
+    pub total_inodes: u64,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self {
+            max_bytes: None,
+            // The kubelet evicts images at 85 and pods at 90 (or 85) percent: we go first.
+            high_threshold_percent: 75,
+            low_threshold_percent: 65,
+            min_free_percent: 20,
+            min_free_inodes_percent: 10,
+            max_pinned_bytes: None,
+            minimum_age: std::time::Duration::from_mins(2),
+            require_mountpoint: false,
+        }
+    }
+}
+
+impl CacheOptions {
+    /// Returns the bytes that pins may hold together on a filesystem of this size.
+    ///
+    /// The default is half of `max_bytes`, or of the filesystem up to the low threshold, whichever is less: pins are
+    /// never evicted, so the other half is left for what pods use.
+    #[must_use]
+    pub fn pinned_bytes_limit(&self, space: &DiskSpace) -> u64 {
+        self.max_pinned_bytes.unwrap_or_else(|| {
+            let filesystem = percent(space.total_bytes, self.low_threshold_percent);
+            self.max_bytes.map_or(filesystem, |max| max.min(filesystem)) / 2
+        })
+    }
+}
+
+impl DiskSpace {
+    /// How full the filesystem is that a folder lies on.
+    pub fn of(folder: &Path) -> Result<Self, StoreError> {
+        let status = nix::sys::statvfs::statvfs(folder)
+            .map_err(|error| StoreError::io("look at", folder, error.into()))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(status.fragment_size());
+        Ok(Self {
+            free_bytes: bytes(status.blocks_available()),
+            total_bytes: bytes(
+                status.blocks().saturating_sub(status.blocks_free()) + status.blocks_available(),
+            ),
+            free_inodes: status.files_available(),
+            total_inodes: status.files(),
+        })
+    }
+
+    /// What stays free by these options.
+    #[must_use]
+    pub fn floor(&self, options: &CacheOptions) -> SpaceAmount {
+        SpaceAmount {
+            bytes: percent(self.total_bytes, options.min_free_percent),
+            inodes: percent(self.total_inodes, options.min_free_inodes_percent),
+        }
+    }
+
+    /// How much is missing until so much is free.
+    #[must_use]
+    pub fn missing_until(&self, wanted: SpaceAmount) -> SpaceAmount {
+        let inodes = match self.total_inodes {
+            0 => 0,
+            _ => wanted.inodes.saturating_sub(self.free_inodes),
+        };
+        SpaceAmount { bytes: wanted.bytes.saturating_sub(self.free_bytes), inodes }
+    }
+
+    /// Returns how much more is free than this.
+    pub(super) fn above(&self, kept: SpaceAmount) -> SpaceAmount {
+        let inodes = match self.total_inodes {
+            0 => u64::MAX,
+            _ => self.free_inodes,
+        };
+        SpaceAmount { bytes: self.free_bytes, inodes }.less(kept)
+    }
+
+    /// How much is to be freed once the high threshold is passed: down to the low one.
+    #[must_use]
+    pub fn above_threshold(&self, options: &CacheOptions) -> u64 {
+        let used = self.total_bytes.saturating_sub(self.free_bytes);
+        if used <= percent(self.total_bytes, options.high_threshold_percent) {
+            return 0;
+        }
+        used - percent(self.total_bytes, options.low_threshold_percent)
+    }
+}
+
+fn percent(total: u64, percent: u8) -> u64 {
+    let part = u128::from(total) * u128::from(percent) / 100;
+    u64::try_from(part).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPACE: DiskSpace =
+        DiskSpace { free_bytes: 300, total_bytes: 1000, free_inodes: 50, total_inodes: 100 };
+
+    #[test]
+    fn thresholds_and_floor_are_parts_of_the_filesystem() {
+        let options = CacheOptions::default();
+        assert_eq!(SPACE.floor(&options), SpaceAmount { bytes: 200, inodes: 10 });
+        assert_eq!(SPACE.above_threshold(&options), 0);
+        let fuller = DiskSpace { free_bytes: 240, ..SPACE };
+        assert_eq!(fuller.above_threshold(&options), 760 - 650);
+        let missing = SPACE.missing_until(SpaceAmount { bytes: 310, inodes: 60 });
+        assert_eq!(missing, SpaceAmount { bytes: 10, inodes: 10 });
+    }
+
+    #[test]
+    fn pins_have_half_of_what_content_may_take_unless_it_is_configured() {
+        let options = CacheOptions::default();
+        assert_eq!(options.pinned_bytes_limit(&SPACE), 325);
+        let quota = CacheOptions { max_bytes: Some(100), ..options };
+        assert_eq!(quota.pinned_bytes_limit(&SPACE), 50);
+        let generous = CacheOptions { max_bytes: Some(5000), ..options };
+        assert_eq!(generous.pinned_bytes_limit(&SPACE), 325);
+        let configured = CacheOptions { max_pinned_bytes: Some(900), ..options };
+        assert_eq!(configured.pinned_bytes_limit(&SPACE), 900);
+    }
+
+    #[test]
+    fn a_filesystem_that_counts_no_inodes_runs_out_of_none() {
+        let btrfs = DiskSpace { free_inodes: 0, total_inodes: 0, ..SPACE };
+        assert!(btrfs.missing_until(SpaceAmount { bytes: 0, inodes: 5 }).is_nothing());
+    }
+}

@@ -1,0 +1,115 @@
+//! Findings: what is not as it was written.
+
+use std::path::{Path, PathBuf};
+
+use super::object::ObjectName;
+use oci_types::Digest;
+
+/// Findings of one object that are kept; the rest is counted.
+const MOST_FINDINGS: usize = 1000;
+
+/// Something that is not as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is.
+    pub kind: FindingKind,
+    /// Of a blob or file: its digest; of a layer: its blob's; of a tree: its manifest's.
+    pub digest: Option<Digest>,
+    /// Where, below the state directory.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub detail: String,
+}
+
+/// What a finding is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FindingKind {
+    /// A manifest, index or configuration.
+    Blob,
+    /// A single-file layer.
+    File,
+    /// An unpacked archive.
+    Layer,
+    /// What a pod sees.
+    Tree,
+    /// Content of any kind that could not be read, so that its state is unknown.
+    Unread,
+}
+
+impl Finding {
+    /// Returns the finding for an object that could not be read back for a reason outside of it.
+    #[must_use]
+    pub fn of_unread(name: &ObjectName, error: &impl std::fmt::Display) -> Self {
+        let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
+        Self { kind: FindingKind::Unread, digest: None, path, detail }
+    }
+
+    /// Writes it to the log.
+    pub fn log(&self) {
+        let (kind, path) = (self.kind.name(), self.path.display());
+        let detail = &self.detail;
+        if self.kind == FindingKind::Unread {
+            tracing::warn!(%path, detail, "content is not read back");
+        } else {
+            tracing::warn!(kind, %path, detail, "damaged content");
+        }
+    }
+}
+
+impl FindingKind {
+    /// For people and programs.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Blob => "blob",
+            Self::File => "file",
+            Self::Layer => "layer",
+            Self::Tree => "tree",
+            Self::Unread => "unread",
+        }
+    }
+}
+
+/// What is wrong with one object, each with its path below the object: the first ones of as many
+/// as there are.
+#[derive(Debug, Default)]
+pub(super) struct DamageList {
+    list: Vec<(PathBuf, String)>,
+    more: u64,
+}
+
+impl DamageList {
+    pub(super) fn push(&mut self, path: PathBuf, detail: String) {
+        if self.list.len() < MOST_FINDINGS {
+            self.list.push((path, detail));
+        } else {
+            self.more += 1;
+        }
+    }
+
+    pub(super) fn extend(&mut self, below: &Path, details: impl IntoIterator<Item = String>) {
+        for detail in details {
+            self.push(below.to_owned(), detail);
+        }
+    }
+
+    /// Prefixes all paths with a folder.
+    pub(super) fn below(mut self, folder: &Path) -> Self {
+        for (path, _) in &mut self.list {
+            *path = folder.join(&path);
+        }
+        self
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    pub(super) fn into_list(mut self) -> Vec<(PathBuf, String)> {
+        if self.more > 0 {
+            self.list
+                .push((PathBuf::new(), format!("{} more of its files are damaged", self.more)));
+        }
+        self.list
+    }
+}

@@ -1,0 +1,110 @@
+//! Trees as ordinary directory trees whose files are hard links to `files/` and `layers/`.
+
+mod builder;
+mod comparison;
+mod copies;
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use super::objects::Objects;
+use crate::disk_units::{BYTES_PER_INODE, DiskUnits, bytes_of_a_name};
+use crate::error::StoreError;
+use crate::findings::DamageList;
+use crate::inode::Rules;
+use crate::reader::{Reader, failed_to_read};
+use crate::space_amount::SpaceAmount;
+use crate::staging::Staging;
+use crate::state_directory::StateDirectory;
+use builder::Builder;
+use comparison::Comparison;
+use copies::Copies;
+use unpack::merge::TreePlan;
+
+/// The root of a tree, below the folder of its generation.
+const ROOT: &str = "root";
+
+/// The content of one generation of a tree.
+#[derive(Debug)]
+pub(super) struct HardLinkTree {
+    root: PathBuf,
+}
+
+impl HardLinkTree {
+    /// Returns the content in the folder of a generation, whether it is there yet or not.
+    pub(super) fn of(folder: &Path) -> Self {
+        Self { root: folder.join(ROOT) }
+    }
+
+    /// Returns the folder of the generation whose root this path is; none of another path.
+    pub(super) fn folder_of(root: &Path) -> Option<&Path> {
+        root.parent().filter(|_| root.file_name().is_some_and(|name| name == ROOT))
+    }
+
+    /// Returns the space of a planned tree: its folders and symbolic links, and the names in its
+    /// folders.
+    pub(super) fn space(plan: &TreePlan) -> SpaceAmount {
+        let inodes = plan.totals.directories.saturating_add(plan.totals.symbolic_links);
+        let names: u64 = plan.nodes.iter().map(|node| bytes_of_a_name(node.name_bytes)).sum();
+        SpaceAmount { bytes: inodes.saturating_mul(BYTES_PER_INODE).saturating_add(names), inodes }
+    }
+
+    /// Makes the content. Returns the disk space that it takes beside one block for each folder
+    /// and symbolic link.
+    pub(super) fn build(
+        &self,
+        plan: &TreePlan,
+        objects: &Objects,
+        directory: &StateDirectory,
+        staging: &mut Staging,
+    ) -> Result<SpaceAmount, StoreError> {
+        let root = self.root.as_path();
+        let since = Instant::now();
+        let (label, meter) = (directory.label(), &directory.meter);
+        let copies = Copies::new(staging.path().join("copies"), label, meter);
+        Builder { plan, objects, label, meter, copies: &copies }
+            .build(root, staging)
+            .map_err(|error| StoreError::io("build the tree in", root, error))?;
+        let own = copies.finish().map_err(|error| StoreError::io("finish", root, error))?;
+        let nodes = plan.nodes.len();
+        tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
+        let bytes = bytes_of_names(plan, directory.units);
+        Ok(own.plus(SpaceAmount { bytes, inodes: 0 }))
+    }
+
+    /// Opens the root, for mounting.
+    pub(super) fn open(&self) -> Result<OwnedFd, StoreError> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        open(&self.root, flags, Mode::empty())
+            .map_err(|error| StoreError::io("open", &self.root, error.into()))
+    }
+
+    /// Compares the content with a plan.
+    pub(super) fn compare(
+        &self,
+        plan: &TreePlan,
+        objects: &Objects,
+        rules: Rules,
+        reader: &mut Reader,
+    ) -> Result<DamageList, StoreError> {
+        let mut damage = DamageList::default();
+        Comparison { plan, objects, rules }
+            .run(&self.root, reader, &mut damage)
+            .map_err(|error| failed_to_read(&self.root, error))?;
+        Ok(damage.below(Path::new(ROOT)))
+    }
+}
+
+/// Returns the disk space of names beyond the first block of each folder.
+fn bytes_of_names(plan: &TreePlan, units: DiskUnits) -> u64 {
+    let mut folders = HashMap::<_, u64>::new();
+    for node in &plan.nodes {
+        *folders.entry(node.parent).or_default() += bytes_of_a_name(node.name_bytes);
+    }
+    folders.into_values().map(|names| units.more_names(names)).sum()
+}
