@@ -1,9 +1,9 @@
-//! Who has been proven to open what: `access/<hash of repository or host>/<name>.json`.
+//! Proofs of who may open which content: `access/<hash of repository or host>/<name>.json`.
 //!
 //! Each kind of record has a file below this one, which has its name ([`AccessRecord`]).
 //!
 //! A manifest that one has been proven to read may name any digest. So that
-//! nobody gets another's cached blob by naming it in a manifest of his own, a
+//! no pod gets another's cached blob by naming it in a manifest of its own, a
 //! blob of the store takes part in a tree of a repository only after it has been
 //! had from there: fetched, or, where the same registry host has sent it before,
 //! given by it for this repository.
@@ -56,7 +56,7 @@ const REGISTRY: &str = "registry";
 /// Stands before the address of a mirror that was shown no credential.
 const ANONYMOUS: &str = "anonymous ";
 
-/// Who gave a proof.
+/// The source of a proof.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProofSource {
     /// The registry itself, or the administrator.
@@ -65,7 +65,7 @@ pub enum ProofSource {
     Mirror {
         /// Its address.
         address: Arc<str>,
-        /// Whether it was shown no credential: then it is not known whom the registry would refuse.
+        /// True if it was shown no credential: then it is not known whom the registry would refuse.
         is_anonymous: bool,
     },
 }
@@ -74,7 +74,7 @@ pub enum ProofSource {
 #[derive(Clone, Debug)]
 pub struct Mirrors {
     configured: Option<Vec<Arc<str>>>,
-    /// Whether the registry itself refuses the repository to an anonymous request.
+    /// True if the registry itself refuses the repository to an anonymous request.
     is_private: bool,
 }
 
@@ -86,7 +86,7 @@ pub(super) struct AccessRecord {
     subject: RecordSubject,
 }
 
-/// What a record is about: the record is kept as long as that is here.
+/// The subject of a record: the record is kept as long as the subject is in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RecordSubject {
     Manifest,
@@ -111,7 +111,7 @@ struct Proof {
     /// When it was last written.
     #[serde(default)]
     unix_seconds: i64,
-    /// Who gave it, and when. Empty in records of before this was kept.
+    /// The sources that gave it, with the time of each. Empty in records of earlier versions.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     by: BTreeMap<String, i64>,
 }
@@ -146,7 +146,7 @@ impl Mirrors {
         Self { configured, is_private }
     }
 
-    /// Whether what a source has given counts.
+    /// Returns whether proofs of a source count.
     fn counts(&self, source: &str) -> bool {
         match ProofSource::named(source) {
             ProofSource::Registry => true,
@@ -159,7 +159,7 @@ impl Mirrors {
 }
 
 impl Proof {
-    /// When somebody whose proofs count last gave it; one is enough.
+    /// Returns when a source whose proofs count last gave it; one is enough.
     fn given(&self, mirrors: &Mirrors) -> Option<i64> {
         if self.by.is_empty() {
             return Some(self.unix_seconds);
@@ -168,12 +168,12 @@ impl Proof {
         counting.map(|(_, seconds)| *seconds).max()
     }
 
-    /// Whether all that gave a part of it count.
+    /// Returns whether the proofs of all its sources count.
     fn is_given_by_all(&self, mirrors: &Mirrors) -> bool {
         self.by.keys().all(|source| mirrors.counts(source))
     }
 
-    /// Who gave it, of those that count; the registry before any mirror.
+    /// Returns a source whose proofs count; the registry before any mirror.
     fn source(&self, mirrors: &Mirrors) -> Option<ProofSource> {
         if self.by.is_empty() || self.by.contains_key(REGISTRY) {
             return Some(ProofSource::Registry);
@@ -216,7 +216,7 @@ impl AccessFolder {
         self.write_proof(path, &Proof { unix_seconds: now, by: BTreeMap::new() })
     }
 
-    /// Reads what a proof says; one that nobody gave whose proofs count is forgotten.
+    /// Reads what a proof says; one without a source that counts is forgotten.
     fn read<T>(&self, path: &Path, says: impl Fn(&Proof) -> Option<T>) -> Option<T> {
         let says = |path| says(&records::read::<Proof>(path)?);
         if let Some(said) = says(path) {
@@ -224,7 +224,7 @@ impl AccessFolder {
         }
         if path.exists() {
             let _turn = self.hold();
-            // Somebody may have given it meanwhile.
+            // It may have been given meanwhile.
             if let Some(said) = says(path) {
                 return Some(said);
             }

@@ -1,11 +1,11 @@
-//! What the store holds, in memory: sizes, links, last uses, and who needs what.
+//! The objects of the store, in memory: sizes, links, last uses, and what needs them.
 //!
 //! Content is found on the disk, by its name; the catalog only answers what may
 //! go and how much that would free, without walking anything. It is filled from
 //! the records when it is first needed, and every commit and every removal
 //! keeps it true. A crash loses nothing: the disk says it all again.
 //!
-//! A **lease** is a hold on one object for as long as somebody in this process
+//! A **lease** is a hold on one object for as long as a task of this process
 //! works with it: a publish between finding a tree and mounting it, a flight
 //! between making a layer and linking it. Looking at an object starts with the
 //! lease, so that it cannot go between the look and the use.
@@ -60,10 +60,10 @@ pub struct PublishedTree {
     pub kubelet_knew: bool,
 }
 
-/// What is known of an object.
+/// The catalog's record of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it takes on the disk by itself, what it links not counted.
+    /// Bytes of its own on the disk, without those of the objects that it links.
     pub bytes: u64,
     /// Inodes of its own.
     pub inodes: u64,
@@ -71,7 +71,7 @@ pub struct Entry {
     pub last_used: i64,
     /// It is not shown anew.
     pub damaged: bool,
-    /// Of a tree: its manifest.
+    /// The manifest of a tree; none for other objects.
     pub manifest: Option<Digest>,
     /// The files, layers and documents that a tree needs; empty for other objects.
     pub links: Vec<ObjectName>,
@@ -87,8 +87,8 @@ struct Hold {
     name: ObjectName,
 }
 
-/// The right to remove one object that nobody needs; until it is dropped,
-/// whoever wants to look at the object waits.
+/// The right to remove one object that nothing needs; until it is dropped,
+/// a lease of the object waits.
 #[derive(Debug)]
 pub struct Condemned {
     catalog: Arc<Catalog>,
@@ -100,7 +100,7 @@ pub struct Condemned {
 pub struct Snapshot {
     /// Everything that the store holds.
     pub objects: HashMap<ObjectName, Arc<Entry>>,
-    /// Objects that somebody works with.
+    /// Objects with a lease.
     pub leased: HashSet<ObjectName>,
     /// Trees that records say are shown.
     pub published: HashSet<ObjectName>,
@@ -108,7 +108,7 @@ pub struct Snapshot {
     pub pinned: HashSet<Digest>,
 }
 
-/// How many objects there are, and what they take together.
+/// The number of objects, and the disk space that they take together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes of objects, documents, records and downloads, each object once.
@@ -305,7 +305,7 @@ impl Catalog {
         }
     }
 
-    /// The right to remove an object, if nobody needs it at this moment.
+    /// Returns the right to remove an object, if nothing needs it at this moment.
     #[must_use]
     pub fn condemn(self: &Arc<Self>, name: &ObjectName) -> Option<Condemned> {
         let mut state = self.lock();
@@ -326,7 +326,7 @@ impl Catalog {
         Some(Condemned { catalog: Arc::clone(self), name: name.clone() })
     }
 
-    /// What planning needs.
+    /// Copies the facts that planning needs.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
@@ -440,7 +440,7 @@ impl PartialEq for Lease {
 
 impl Eq for Lease {}
 
-/// How often each key was added and not yet removed.
+/// The number of times that each key was added and not yet removed.
 #[derive(Debug)]
 struct Tally<K>(HashMap<K, usize>);
 

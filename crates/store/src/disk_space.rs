@@ -1,11 +1,11 @@
-//! How full the state directory's filesystem is, and how much of it the cache may take.
+//! The space of the state directory's filesystem, and the part of it that the cache may take.
 
 use std::path::Path;
 
 use super::error::StoreError;
 use super::space_amount::SpaceAmount;
 
-/// How much of the filesystem the cache may take.
+/// The part of the filesystem that the cache may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheOptions {
     /// Bytes of all content; none means as much as the filesystem allows.
@@ -20,7 +20,7 @@ pub struct CacheOptions {
     pub min_free_inodes_percent: u8,
     /// Bytes that pins may hold together; none means half of what content may take.
     pub max_pinned_bytes: Option<u64>,
-    /// How long content stays after its last publish or unpublish.
+    /// Time that content stays after its last publish or unpublish.
     pub minimum_age: std::time::Duration,
     /// The state directory must be a mount point: a disk that is mounted late would else be
     /// filled behind its back.
@@ -31,9 +31,9 @@ pub struct CacheOptions {
 /// reserved for root is neither used nor free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskSpace {
-    /// What is left.
+    /// Free bytes.
     pub free_bytes: u64,
-    /// What is used or left.
+    /// Used and free bytes.
     pub total_bytes: u64,
     /// Inodes that are left.
     pub free_inodes: u64,
@@ -72,7 +72,7 @@ impl CacheOptions {
 }
 
 impl DiskSpace {
-    /// How full the filesystem is that a folder lies on.
+    /// Reads the space of the filesystem that a folder lies on.
     pub fn of(folder: &Path) -> Result<Self, StoreError> {
         let status = nix::sys::statvfs::statvfs(folder)
             .map_err(|error| StoreError::io("look at", folder, error.into()))?;
@@ -87,7 +87,7 @@ impl DiskSpace {
         })
     }
 
-    /// What stays free by these options.
+    /// Returns the space that stays free by these options.
     #[must_use]
     pub fn floor(&self, options: &CacheOptions) -> SpaceAmount {
         SpaceAmount {
@@ -96,7 +96,7 @@ impl DiskSpace {
         }
     }
 
-    /// How much is missing until so much is free.
+    /// Returns the space that is missing until `wanted` is free.
     #[must_use]
     pub fn missing_until(&self, wanted: SpaceAmount) -> SpaceAmount {
         let inodes = match self.total_inodes {
@@ -115,7 +115,7 @@ impl DiskSpace {
         SpaceAmount { bytes: self.free_bytes, inodes }.less(kept)
     }
 
-    /// How much is to be freed once the high threshold is passed: down to the low one.
+    /// Returns the bytes to free once the high threshold is passed: down to the low one.
     #[must_use]
     pub fn above_threshold(&self, options: &CacheOptions) -> u64 {
         let used = self.total_bytes.saturating_sub(self.free_bytes);

@@ -46,8 +46,8 @@ impl DiskUnits {
     }
 }
 
-/// What one more name takes of its folder: ext4 has eight bytes with each, and leaves about half
-/// of a full folder's blocks empty.
+/// Returns the bytes that one more name takes of its folder: ext4 has eight bytes with each, and leaves
+/// about half of a full folder's blocks empty.
 pub(super) const fn bytes_of_a_name(length: u8) -> u64 {
     2 * (length as u64 + 8)
 }

@@ -83,7 +83,7 @@ impl Documents {
         }
     }
 
-    /// Says that somebody begins to work with a blob that is kept: what it stands for may have no
+    /// Notes that work with a kept blob begins: what it stands for may have no
     /// tree yet, and would else be taken for what an evicted artifact has left.
     pub fn mark_used(&self, digest: Digest) -> Result<(), StoreError> {
         let path = self.directory.document_path(digest);

@@ -1,4 +1,4 @@
-//! How names are made: write everything, one barrier, then rename.
+//! Makes names durable: write everything, one barrier, then rename.
 //!
 //! The crash contract in one sentence: a name exists only for content that was
 //! synced before the name was made.
@@ -17,7 +17,7 @@ use sys::fault;
 /// is cheaper, although it flushes what others wrote to the filesystem too.
 const FEW: usize = 16;
 
-/// What is written at once of large content. The kernel takes memory for its cache in blocks of
+/// The most bytes of one write of large content. The kernel takes memory for its cache in blocks of
 /// the size of a write, and small ones are at hand: with 400 KiB the copying took four times as
 /// long on a virtual machine, whose host had to find them first.
 pub const WRITE_BYTES: usize = 32 << 10;
@@ -30,13 +30,13 @@ const LONGEST_PATH: usize = 3072;
 #[derive(Debug, Default)]
 pub struct Barrier(Mutex<()>);
 
-/// What a barrier has to make durable.
+/// The files that a barrier has to make durable.
 #[derive(Debug)]
 pub struct Staged {
     /// Opened before the first write, so that a write-back error since then is reported.
     filesystem: File,
     /// Every file and folder, as long as they are few. Open: the kernel may forget a file that
-    /// nobody has open, and with it that writing it back has failed.
+    /// is not open, and with it that writing it back has failed.
     few: Option<Vec<(PathBuf, File)>>,
 }
 
@@ -70,7 +70,7 @@ impl Barrier {
                 file.sync_all().map_err(|error| StoreError::io("sync", path, error))
             });
         }
-        // Whoever else has something to sync waits for this one.
+        // Other barriers wait for this one.
         background::at_normal_priority(|| {
             let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             nix::unistd::syncfs(&staged.filesystem)
@@ -167,7 +167,7 @@ pub fn temporary_name() -> String {
     format!("{:016x}", u64::from_le_bytes(random))
 }
 
-/// Whether [`temporary_name`] makes such names.
+/// Returns whether [`temporary_name`] makes such names.
 pub fn is_temporary_name(name: &str) -> bool {
     name.len() == 16 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

@@ -1,4 +1,4 @@
-//! What can go wrong on the node's own disk.
+//! Errors of the node's own disk.
 
 use std::fmt;
 use std::io;
@@ -12,9 +12,9 @@ pub enum StoreError {
     /// The filesystem or a quota on it is full.
     #[error("no room on the node to {action} {}: free space on the state directory's filesystem", path.display())]
     NoSpace {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
-        /// To what.
+        /// The path that it was about.
         path: PathBuf,
     },
     /// The room that is wanted cannot be had, also not by evicting.
@@ -23,9 +23,9 @@ pub enum StoreError {
     /// The kernel refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
-        /// To what.
+        /// The path that it was about.
         path: PathBuf,
         /// The kernel's answer.
         source: io::Error,
@@ -35,7 +35,7 @@ pub enum StoreError {
     Locked {
         /// The directory.
         path: PathBuf,
-        /// What the other process wrote of itself.
+        /// The holder's description of itself.
         holder: String,
     },
     /// Written by a version that this one does not know.
@@ -43,7 +43,7 @@ pub enum StoreError {
     Format {
         /// The directory.
         path: PathBuf,
-        /// What it says of itself.
+        /// The format that the folder names.
         found: String,
     },
     /// The disk that should hold the state directory is not there.
@@ -55,27 +55,27 @@ pub enum StoreError {
     /// Something in the state directory that this driver did not make.
     #[error("{} {what}: the state directory must belong to the driver alone; move away what is not its own", path.display())]
     Foreign {
-        /// What.
+        /// The path of the foreign content.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The reason why it is foreign.
         what: &'static str,
     },
     /// Pins may not hold so much.
     #[error("pinning it would hold {} of at most {}: unpin something, or raise cache.maxPinnedBytes", Bytes(*wanted), Bytes(*max))]
     TooMuchPinned {
-        /// What pins would hold.
+        /// Bytes that pins would hold.
         wanted: u64,
-        /// What they may.
+        /// Bytes that they may hold.
         max: u64,
     },
     /// Pins of some owners may not hold so much together.
     #[error("pinning it would hold {} for {owners}, and at most {} are allowed", Bytes(*wanted), Bytes(*max))]
     PinShareExceeded {
-        /// Whose pins, for people.
+        /// The owners of the pins, as text for people.
         owners: String,
-        /// What their pins would hold.
+        /// Bytes that their pins would hold.
         wanted: u64,
-        /// What they may.
+        /// Bytes that they may hold.
         max: u64,
     },
     /// Content that cannot be read back because another process holds leases on its files.
@@ -87,14 +87,14 @@ pub enum StoreError {
     /// Content that was complete once and is not any more.
     #[error("{} is damaged ({what}): it will be fetched again", path.display())]
     Damaged {
-        /// Which object.
+        /// The path of the object.
         path: PathBuf,
-        /// What does not fit.
+        /// The difference that was found.
         what: String,
     },
 }
 
-/// What there is too little of.
+/// A resource that is short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Bytes of the filesystem.
@@ -108,26 +108,26 @@ pub enum Kind {
 /// Room that cannot be had, in numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shortage {
-    /// Of what.
+    /// The resource.
     pub kind: Kind,
-    /// What is still to be written.
+    /// The amount that is still to be written.
     pub needed: u64,
-    /// What others were promised before.
+    /// The amount that was promised to others before.
     pub promised: u64,
-    /// What is missing of all that.
+    /// The amount that is missing of these two.
     pub missing: u64,
-    /// What is left.
+    /// The amount that is free.
     pub free: u64,
-    /// What stays free.
+    /// The amount that stays free.
     pub floor: u64,
-    /// What could be evicted.
+    /// The amount that could be evicted.
     pub evictable: u64,
-    /// What pins hold.
+    /// The amount that pins hold.
     pub pinned: u64,
 }
 
 impl Shortage {
-    /// Whether evicting everything would not be enough.
+    /// Returns whether evicting everything would not be enough.
     #[must_use]
     pub fn is_hopeless(&self) -> bool {
         self.evictable < self.missing

@@ -1,7 +1,7 @@
-//! Which objects go, in which order: a pure decision over a snapshot.
+//! The order in which objects are removed: a pure decision over a snapshot.
 //!
 //! ```text
-//! first     what nobody will ask for: damaged generations, forgotten artifacts, old leftovers
+//! first     what no publish asks for: damaged generations, forgotten artifacts, old leftovers
 //! then      files, layers and documents that no tree needs, such as those of a broken pull
 //! then      trees, least recently used first, each with what only it linked, and among them
 //!           the indexes that their manifests were chosen from
@@ -23,9 +23,9 @@ pub const FORGOTTEN: i64 = 0;
 /// Why an object goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
-    /// It was found damaged, and nobody shows it any more.
+    /// It was found damaged, and no volume shows it any more.
     Damaged,
-    /// An administrator has removed it, and nobody shows it any more.
+    /// An administrator has removed it, and no volume shows it any more.
     Forgotten,
     /// No tree links it.
     Unlinked,
@@ -38,7 +38,7 @@ impl Reason {
     pub const ALL: [Self; 4] =
         [Self::Damaged, Self::Forgotten, Self::Unlinked, Self::LeastRecentlyUsed];
 
-    /// For logs, metrics and people.
+    /// Returns its name in logs, metrics and output.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -50,7 +50,7 @@ impl Reason {
     }
 }
 
-/// What is known beside the catalog.
+/// Facts beside those of the catalog.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// The catalog at one moment.
@@ -67,17 +67,17 @@ pub struct Facts {
     pub unlinked_age: i64,
 }
 
-/// What goes, in this order.
+/// The objects to remove, in this order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// What goes, and why. A tree stands before what it links.
+    /// The objects with the reasons. A tree stands before the objects that it links.
     pub victims: Vec<(ObjectName, Reason)>,
-    /// What that frees.
+    /// The space that their removal frees.
     pub frees: SpaceAmount,
 }
 
 impl Facts {
-    /// Decides.
+    /// Decides which objects go to reach a goal.
     #[must_use]
     pub fn plan(&self, goal: SpaceAmount) -> Plan {
         let mut planner = Planner {
@@ -145,7 +145,7 @@ impl Facts {
             .collect()
     }
 
-    /// Why a tree that may go goes even if nobody wants its room.
+    /// Returns why a removable tree goes even where its space is not needed.
     fn doom(&self, name: &ObjectName) -> Option<Reason> {
         let entry = self.store.objects.get(name)?;
         if entry.damaged {

@@ -36,9 +36,9 @@ const EXECUTABLE_MAGIC: [&[u8]; 2] = [b"\x7fELF", b"#!"];
 pub struct StoredFile {
     /// Its name.
     pub key: FileKey,
-    /// Which generation.
+    /// The number of its generation.
     pub generation: u32,
-    /// Where it lies.
+    /// Its path.
     pub path: PathBuf,
     pub(super) lease: Lease,
 }
@@ -179,7 +179,7 @@ pub(super) fn permissions_of(variant: &str) -> Option<Permissions> {
     Some(Permissions { mode, uid: parts.next()?.parse().ok()?, gid: parts.next()?.parse().ok()? })
 }
 
-/// Whether content starts as something to execute.
+/// Returns whether content starts as something to execute.
 pub fn is_executable(file: &mut File) -> std::io::Result<bool> {
     use std::os::unix::fs::FileExt as _;
     let mut start = [0; 4];

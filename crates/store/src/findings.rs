@@ -11,17 +11,17 @@ const MOST_FINDINGS: usize = 1000;
 /// Something that is not as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// What it is.
+    /// The kind of content.
     pub kind: FindingKind,
-    /// Of a blob or file: its digest; of a layer: its blob's; of a tree: its manifest's.
+    /// The digest of a blob or file, of a layer's blob, or of a tree's manifest.
     pub digest: Option<Digest>,
-    /// Where, below the state directory.
+    /// The path below the state directory.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// The difference that was found.
     pub detail: String,
 }
 
-/// What a finding is about.
+/// The kind of content that a finding is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FindingKind {
     /// A manifest, index or configuration.
@@ -30,7 +30,7 @@ pub enum FindingKind {
     File,
     /// An unpacked archive.
     Layer,
-    /// What a pod sees.
+    /// A directory tree that pods see.
     Tree,
     /// Content of any kind that could not be read, so that its state is unknown.
     Unread,
@@ -57,7 +57,7 @@ impl Finding {
 }
 
 impl FindingKind {
-    /// For people and programs.
+    /// Returns its name in logs, metrics and output.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -70,8 +70,7 @@ impl FindingKind {
     }
 }
 
-/// What is wrong with one object, each with its path below the object: the first ones of as many
-/// as there are.
+/// Differences of one object, each with its path below the object: the first [`MOST_FINDINGS`].
 #[derive(Debug, Default)]
 pub(super) struct DamageList {
     list: Vec<(PathBuf, String)>,

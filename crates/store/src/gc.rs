@@ -1,4 +1,4 @@
-//! Garbage collection: freeing room without touching what anybody needs.
+//! Garbage collection: frees space without touching content in use.
 //!
 //! ```text
 //! facts     the catalog, the kernel's mounts, the clock
@@ -39,10 +39,10 @@ const BOOT_GRACE: Duration = Duration::from_mins(10);
 /// be asked for each of them.
 const MANY_THAT_RESIST: u32 = 8;
 
-/// What a collection is to achieve.
+/// The aim of a collection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
-    /// What the thresholds, the floor and the quota ask for.
+    /// Meets the thresholds, the floor and the quota.
     Upkeep,
     /// So much more room, now.
     Room(SpaceAmount),
@@ -50,10 +50,10 @@ pub enum Want {
     AtMost(u64),
 }
 
-/// What a collection did, or would do.
+/// The outcome of a collection, or of a plan of one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Collected {
-    /// What went, in this order.
+    /// The objects that were removed, in this order.
     pub victims: Vec<Victim>,
     /// Downloads that were dropped.
     pub partials: u64,
@@ -68,9 +68,9 @@ pub struct Collected {
 pub struct Victim {
     /// Its name.
     pub name: ObjectName,
-    /// Of a tree: its manifest.
+    /// The manifest of a tree; none for other objects.
     pub manifest: Option<Digest>,
-    /// What it took on the disk.
+    /// Bytes that it took on the disk.
     pub bytes: u64,
     /// Why it went.
     pub reason: Reason,
@@ -78,7 +78,7 @@ pub struct Victim {
     pub last_used: i64,
 }
 
-/// What has gone since the process began.
+/// Counts of removed objects since the process began.
 #[derive(Debug, Default)]
 pub struct Evictions {
     counts: [AtomicU64; Reason::ALL.len()],
@@ -93,18 +93,18 @@ pub type Turn<'a> = MutexGuard<'a, ()>;
 pub struct Now {
     /// Seconds since 1970.
     pub unix_seconds: i64,
-    /// How long the kernel has been running.
+    /// Time since the kernel started.
     pub since_boot: Duration,
 }
 
 impl Evictions {
-    /// How many objects went for a reason.
+    /// Returns the number of objects that were removed for a reason.
     #[must_use]
     pub fn count(&self, reason: Reason) -> u64 {
         self.counts[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// How many objects went.
+    /// Returns the number of objects that were removed.
     #[must_use]
     pub fn total(&self) -> u64 {
         Reason::ALL.iter().map(|&reason| self.count(reason)).sum()
@@ -141,7 +141,7 @@ impl Victim {
 }
 
 impl Now {
-    /// What the kernel says.
+    /// Reads the clocks of the kernel.
     #[must_use]
     pub fn read() -> Self {
         let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
@@ -167,18 +167,18 @@ pub struct GarbageCollector {
 }
 
 impl GarbageCollector {
-    /// Frees what is wanted, and what nobody will ask for. Blocking.
+    /// Frees what is wanted, and what no publish asks for. Blocking.
     pub fn collect(&self, want: &Want) -> Result<Collected, StoreError> {
         self.collect_for(want, &HashSet::new())
     }
 
-    /// The same for whoever goes on with the downloads of the blobs `own`, which stay.
+    /// Collects for a caller that continues the downloads of the blobs `own`, which stay.
     pub fn collect_for(&self, want: &Want, own: &HashSet<Digest>) -> Result<Collected, StoreError> {
         let turn = self.collecting();
         self.collect_in_turn(want, own, &turn)
     }
 
-    /// What [`Self::collect`] would do.
+    /// Plans a collection, and removes nothing.
     pub fn plan(&self, want: &Want) -> Result<Collected, StoreError> {
         let turn = self.collecting();
         let now = Now::read();
@@ -264,7 +264,7 @@ impl GarbageCollector {
         })
     }
 
-    /// What has gone since the process began.
+    /// Returns counts of removed objects since the process began.
     #[must_use]
     pub fn evictions(&self) -> &Evictions {
         &self.evictions
@@ -444,7 +444,7 @@ impl GarbageCollector {
 }
 
 impl Collected {
-    /// Whether nothing went.
+    /// Returns whether nothing was removed.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
         self.victims.is_empty() && self.partials == 0 && self.records == 0

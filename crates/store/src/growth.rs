@@ -1,6 +1,6 @@
 //! A download that others read while it grows.
 //!
-//! Whoever unpacks a blob follows the bytes that are hashed already. That is not yet
+//! The unpacking of a blob follows the bytes that are hashed already. That is not yet
 //! a verified blob: what is made of them has no name before the whole blob's digest
 //! is known to be right, and is thrown away when it is not.
 
@@ -10,10 +10,10 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often somebody who waits asks whether he should give way.
+/// Time between two questions of a waiting reader whether it should yield.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// How far a download is, for its followers.
+/// The progress of a download, for its followers.
 #[derive(Debug, Default)]
 pub(super) struct Growth {
     state: Mutex<State>,
@@ -24,7 +24,7 @@ pub(super) struct Growth {
 struct State {
     /// Bytes from the start that are hashed.
     prefix: u64,
-    /// How often the content was thrown away: who follows an older one follows nothing.
+    /// The number of times that the content was thrown away: a follower of an older one follows nothing.
     restarts: u32,
     /// Nothing will be added any more.
     ended: bool,
@@ -37,7 +37,7 @@ pub struct Follower {
     size: u64,
     restarts: u32,
     position: u64,
-    /// How long it has waited for bytes so far.
+    /// Time that it has waited for bytes so far.
     waited: Duration,
     gives_way: Option<Box<dyn Fn(Duration) -> bool + Send>>,
 }
@@ -110,7 +110,7 @@ impl Read for Follower {
         let available = usize::try_from(self.available()?).unwrap_or(usize::MAX);
         let wanted = available.min(buffer.len());
         match self.file.read_at(&mut buffer[..wanted], self.position)? {
-            // Somebody cut the file: not a thing that a download does.
+            // The file was cut, which a download does not do.
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             read => {
                 self.position += read as u64;

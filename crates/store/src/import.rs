@@ -114,7 +114,7 @@ impl ImportedBlobs {
         Ok(())
     }
 
-    /// Whether it was brought along.
+    /// Returns whether the import has the blob.
     #[must_use]
     pub fn has(&self, digest: Digest) -> bool {
         self.path(digest).exists()

@@ -47,7 +47,7 @@ pub(super) fn system_time(time: Timestamp) -> SystemTime {
         .unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-/// What may differ on this node without being damage.
+/// Differences that are not damage on this node.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rules {
     /// The state directory gives access control lists to all that is made in it.
@@ -73,7 +73,7 @@ impl Rules {
         Ok(wrong)
     }
 
-    /// What is wrong with the extended attributes of an open file or folder.
+    /// Returns the differences of the extended attributes of an open file or folder.
     pub(super) fn other_attributes(
         self,
         file: &File,
@@ -103,15 +103,15 @@ impl Rules {
         Ok(wrong)
     }
 
-    /// What is wrong with the attributes of a symbolic link, which has none of its own.
+    /// Returns the differences of the attributes of a symbolic link, which has none of its own.
     pub(super) fn other_link_attributes(self, link: &std::ffi::CStr) -> io::Result<Vec<String>> {
         let names = syscalls::list_link_extended_attributes(link)?;
         let foreign = names.iter().filter(|name| self.is_foreign(name.to_bytes()));
         Ok(foreign.map(|name| strange(name.to_bytes())).collect())
     }
 
-    /// Whether the driver and the node set no such attribute. Labels and measurements of the node's
-    /// security modules are its own affair.
+    /// Returns whether the driver and the node set no such attribute. Labels and measurements of the
+    /// node's security modules are its own affair.
     fn is_foreign(self, name: &[u8]) -> bool {
         name == b"security.capability"
             || name.starts_with(b"trusted.")

@@ -1,4 +1,4 @@
-//! Which objects a store holds, and what they take.
+//! The objects of a store, and the space that they take.
 //!
 //! The catalog is filled from the disk once, at the first question. Publishing needs none of this,
 //! so that a store of any size serves at once.
@@ -26,7 +26,7 @@ pub struct Inventory {
     pub(super) trees: Arc<Trees>,
     pub(super) ledger: Arc<Ledger>,
     pub(super) records: Arc<RecordSweeper>,
-    /// Whether the catalog knows what was here before this process.
+    /// True once the catalog has the objects of earlier processes.
     pub(super) loaded: Mutex<bool>,
 }
 

@@ -25,7 +25,7 @@ pub struct FileKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LayerKey(Digest);
 
-/// What a pod sees.
+/// The key of a tree, which pods see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TreeKey(Digest);
 
@@ -69,7 +69,7 @@ impl TreeKey {
         Digest::from_hex(text).map(Self)
     }
 
-    /// For tables that know objects by digest.
+    /// Returns the digest of the key, for tables that have objects by digest.
     pub(super) const fn digest(self) -> Digest {
         self.0
     }

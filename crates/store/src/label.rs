@@ -23,7 +23,7 @@ impl SecurityLabel {
         CString::new(label).ok().map(Self)
     }
 
-    /// Whether this node enforces or logs SELinux: the kernel knows the
+    /// Returns whether this node enforces or logs SELinux: the kernel knows the
     /// filesystem `selinuxfs` only then, and says so in containers too, where
     /// that filesystem itself is not mounted.
     #[must_use]

@@ -47,10 +47,10 @@ const MUCH: u64 = 16 << 20;
 pub struct Layer {
     /// Its name.
     pub key: LayerKey,
-    /// Which generation.
+    /// The number of its generation.
     pub generation: u32,
     path: PathBuf,
-    /// None where it is only read back.
+    /// The hold on it; none where it is only read back.
     lease: Option<Lease>,
 }
 
@@ -58,7 +58,7 @@ pub struct Layer {
 #[derive(Clone, Debug)]
 pub struct LayerView {
     place: Place,
-    /// Nobody takes it away meanwhile.
+    /// Keeps it in the store meanwhile.
     _lease: Option<Lease>,
 }
 
@@ -157,7 +157,7 @@ impl Layers {
 }
 
 impl UnpackedLayer {
-    /// What it adds up to.
+    /// Returns its totals.
     #[must_use]
     pub fn totals(&self) -> LayerTotals {
         self.totals
@@ -181,7 +181,7 @@ impl Layer {
         Some(Self { key, generation: parts.next()?.parse().ok()?, path, lease: Some(lease) })
     }
 
-    /// A layer that somebody holds already.
+    /// Reads a layer that is held already.
     pub(super) fn read(path: &Path) -> Option<Self> {
         let name = |path: &Path| Some(path.file_name()?.to_str()?.to_owned());
         let key = LayerKey::from_hex(&name(path.parent()?)?)?;
@@ -189,13 +189,13 @@ impl Layer {
         Some(Self { key, generation, path: path.to_owned(), lease: None })
     }
 
-    /// Where it lies.
+    /// Returns its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it adds up to, by its index, which nobody has compared with its checksum for this:
+    /// Reads the totals from the index, which is not compared with its checksum here:
     /// one that cannot be read is found when the layer is merged.
     #[must_use]
     pub fn totals(&self) -> LayerTotals {
@@ -210,7 +210,7 @@ impl Layer {
 }
 
 impl LayerView {
-    /// Where it lies; none while it has no name.
+    /// Returns its path; none while it has no name.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match &self.place {
@@ -219,7 +219,7 @@ impl LayerView {
         }
     }
 
-    /// Where regular file `number` lies: below an open folder, or by itself.
+    /// Returns the path of regular file `number`: below an open folder, or by itself.
     pub(super) fn data(&self, number: u32) -> (BorrowedFd<'_>, PathBuf) {
         self.below(&data(number))
     }

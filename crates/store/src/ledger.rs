@@ -26,7 +26,7 @@ const IDLE: usize = 2048;
 /// A download that nothing goes on with is dropped after so long.
 const AGE_SECONDS: i64 = 24 * 3600;
 
-/// What one blob, or a tree, will take on the disk until its content has a name.
+/// The disk space that one blob, or a tree, will take until its content has a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     /// The blob; of a tree its key.

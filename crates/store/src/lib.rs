@@ -46,7 +46,7 @@
 //!
 //! # What is removed, and how
 //!
-//! Only what [`catalog`] knows that nobody needs, and its name first: a rename
+//! Only what [`catalog`] knows that nothing needs, and its name first: a rename
 //! into staging, or the removal of a single file ([`gc`]). Nothing that has not
 //! the form above is ever removed.
 
@@ -146,12 +146,12 @@ const FORMAT: &str = "csi-driver-oci 2\n";
 /// The format before it. The rest is the same, but pods could change content through their mounts.
 const EARLIER_FORMAT: &str = "csi-driver-oci 1\n";
 
-/// How a state directory is used.
+/// Options of an open state directory.
 #[derive(Clone, Debug, Default)]
 pub struct StoreOptions {
     /// Set on content before it is visible, on nodes with SELinux.
     pub label: Option<SecurityLabel>,
-    /// How much of the filesystem content may take.
+    /// The part of the filesystem that content may take.
     pub cache: CacheOptions,
 }
 
@@ -195,7 +195,7 @@ macro_rules! parts {
     )*};
 }
 
-/// What `format` says.
+/// The format that `format` names.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Found {
     Current,

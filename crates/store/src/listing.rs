@@ -1,4 +1,4 @@
-//! What lies in the folders of a store: names, and generations of objects.
+//! Lists the folders of a store: names, and generations of objects.
 
 use std::path::{Path, PathBuf};
 

@@ -12,14 +12,14 @@ use unpack::Permissions;
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName(Arc<str>);
 
-/// What an object is.
+/// The kind of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ObjectKind {
     /// A single-file layer.
     File,
     /// An unpacked archive.
     Layer,
-    /// What a pod sees.
+    /// A directory tree that pods see.
     Tree,
     /// A manifest, an index or a configuration, as the registry sent it.
     Document,
@@ -89,7 +89,7 @@ impl ObjectName {
         Self::parse(path.strip_prefix(root).ok()?.to_str()?)
     }
 
-    /// What it names.
+    /// Returns the kind of the object.
     #[must_use]
     pub fn kind(&self) -> ObjectKind {
         match self.0.as_bytes().first() {

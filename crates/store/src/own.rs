@@ -1,7 +1,7 @@
-//! Whether the state directory is the driver's own.
+//! Checks that the state directory is the driver's own.
 //!
 //! Objects are renamed and linked between its folders, and removed below them:
-//! a symbolic link, a folder of somebody else or one on another filesystem in
+//! a symbolic link, a foreign folder or one on another filesystem in
 //! their place would make that fail, or reach what is not ours. Such a place is
 //! refused by name; nothing in it is touched.
 
@@ -50,10 +50,10 @@ pub fn require_mountpoint(root: &Path) -> Result<(), StoreError> {
     if mounted { Ok(()) } else { Err(StoreError::NotMounted { path: root.to_owned() }) }
 }
 
-/// Whether a mount is a disk's and not a folder's of a larger filesystem. In a container the state directory is always
-/// a mount: of what the node has at the same path.
+/// Returns whether a mount is a disk's and not a folder's of a larger filesystem. In a container the state directory is
+/// always a mount: of the node's folder at the same path.
 fn is_its_own(mount: &MountEntry, path: &Path) -> bool {
-    /// What btrfs numbers the root of every subvolume with.
+    /// The number that btrfs gives the root of every subvolume.
     const SUBVOLUME: u64 = 256;
     let inode = || path.metadata().map(|metadata| metadata.ino());
     mount.origin.root == Path::new("/")

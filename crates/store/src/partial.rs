@@ -5,10 +5,10 @@
 //! partial/<digest>-<host>.ranges   which of them are there, as JSON; missing while they are a prefix
 //! ```
 //!
-//! Nothing in it is trusted: whoever continues one hashes what is there again, and a
+//! Nothing in it is trusted: a pull that continues one hashes what is there again, and a
 //! record that lies is found out by the blob's digest. The registry's host is part
-//! of the name, so that nobody completes, and thereby gets to see, what another
-//! host has sent of a blob whose digest he knows.
+//! of the name, so that no pod can complete, and thereby see, what another
+//! host has sent of a blob whose digest the pod knows.
 //!
 //! A download that becomes a file of the store is written to the disk as it comes. That
 //! of an archive is not: it goes when its layer is synced, mostly before the kernel has
@@ -42,7 +42,7 @@ const WRITE_BACK: u64 = 8 << 20;
 /// After so many bytes the record of ranges is written again: as much is fetched twice after a crash.
 const RECORD: u64 = 4 << 20;
 
-/// What becomes of a download.
+/// The use of a download after it is verified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// A file of the store.
@@ -149,7 +149,7 @@ impl Partial {
         self.written.bytes()
     }
 
-    /// What is not there, in order.
+    /// Returns the ranges that are missing, in order.
     #[must_use]
     pub fn missing(&self) -> Vec<Range<u64>> {
         self.written.missing(self.size)
@@ -196,7 +196,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Hashes what is there behind the prefix; false when nobody wanted that any more.
+    /// Hashes what is there behind the prefix; false when that was no longer wanted.
     fn catch_up(&mut self, is_wanted: &dyn Fn() -> bool) -> std::io::Result<bool> {
         let end = self.written.end_from(self.hashed);
         if end == self.hashed {
@@ -233,7 +233,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Writes down what is there, for whoever continues.
+    /// Records the ranges that are there, for the next pull.
     pub fn record(&mut self) -> Result<(), StoreError> {
         let ranges: Vec<_> = self.written.iter().map(|range| (range.start, range.end)).collect();
         records::write_hint(&self.staging, &record_of(&self.path), &ranges)?;
@@ -248,7 +248,7 @@ impl Partial {
         Digest::from_bytes(self.hasher.clone().finalize().into())
     }
 
-    /// Whether the bytes are the blob.
+    /// Returns whether the bytes are those of the blob.
     #[must_use]
     pub fn is_verified(&self) -> bool {
         self.hashed == self.size && self.digest() == self.digest
@@ -265,7 +265,7 @@ impl Partial {
         File::open(&self.path).map_err(|error| StoreError::io("open", &self.path, error))
     }
 
-    /// Where it lies.
+    /// Returns its path.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -1,4 +1,4 @@
-//! What must stay: `pins/<hash of reference, platform and owner>.json`.
+//! Pins, which keep content in the store: `pins/<hash of reference, platform and owner>.json`.
 //!
 //! A pin holds what a reference meant for a platform when it was pinned, for an
 //! owner: `admin`, `config`, `preload/<namespace>/<name>`. One owner's going leaves
@@ -28,9 +28,9 @@ pub struct Pin {
     pub reference: String,
     /// The platform that it was resolved for.
     pub platform: String,
-    /// What it meant.
+    /// The manifest that the reference meant.
     pub manifest: Digest,
-    /// Who wants it.
+    /// The owner of the pin.
     pub owner: String,
     /// Seconds since 1970.
     pub since: i64,
@@ -41,7 +41,7 @@ pub struct Pin {
 pub struct PinShare<'a> {
     /// The beginning of these owners' names.
     pub owner_prefix: &'a str,
-    /// What a message calls them.
+    /// The owners as a message names them.
     pub owners: &'a str,
     /// Bytes.
     pub max_bytes: u64,

@@ -1,4 +1,4 @@
-//! Which volume shows which tree where: hints that the mount table overrules.
+//! Records of the tree that each volume shows: hints that the mount table overrules.
 //!
 //! Records are written before a mount is attached and removed after it is gone.
 //! They are not synced: a sync costs more than the rest of a publish, and after
@@ -41,7 +41,7 @@ pub struct Publication {
     pub generation: u32,
     /// `namespace/name` of the pod, where the kubelet told.
     pub pod: Option<String>,
-    /// Whether the kubelet's own record lay beside the target: where it has gone since, the
+    /// True if the kubelet's own record lay beside the target: where it has gone since, the
     /// kubelet has forgotten the volume.
     #[serde(default)]
     pub kubelet_knew: bool,

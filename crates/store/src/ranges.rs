@@ -1,4 +1,4 @@
-//! Which bytes of a blob are here: a set of ranges that do not touch.
+//! The bytes of a blob that are here: a set of ranges that do not touch.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,14 +26,14 @@ impl Ranges {
         self.0.insert(start, end);
     }
 
-    /// Where the range that holds `position` ends; `position` itself when none does.
+    /// Returns the end of the range that holds `position`; `position` itself when none does.
     #[must_use]
     pub fn end_from(&self, position: u64) -> u64 {
         let before = self.0.range(..=position).next_back();
         before.map_or(position, |(_, &end)| end.max(position))
     }
 
-    /// What is missing of the first `size` bytes, in order.
+    /// Returns the ranges that are missing of the first `size` bytes, in order.
     #[must_use]
     pub fn missing(&self, size: u64) -> Vec<Range<u64>> {
         let (mut gaps, mut position) = (Vec::new(), 0);
@@ -58,7 +58,7 @@ impl Ranges {
         self.0.iter().map(|(start, end)| end - start).sum()
     }
 
-    /// Whether everything lies in one range from the start.
+    /// Returns whether everything lies in one range from the start.
     #[must_use]
     pub fn is_prefix(&self) -> bool {
         self.0.len() <= 1 && self.0.first_key_value().is_none_or(|(&start, _)| start == 0)

@@ -25,7 +25,7 @@ use oci_types::Digest;
 /// Below the state directory.
 const FOLDER: &str = "read-back";
 
-/// Which objects need no reading any more, while there are others.
+/// The objects that need no reading any more, while others do.
 #[derive(Debug)]
 pub struct ReadBack {
     root: PathBuf,

@@ -24,9 +24,9 @@ use oci_types::Digest;
 use sys::background::{throttle, yield_to_pods};
 use unpack::checksum::{Checksum, Checksummer};
 
-/// What is read at once. Reads that pass the page cache have no read-ahead, so they are large.
+/// Bytes of one read. Reads that pass the page cache have no read-ahead, so they are large.
 const PIECE: usize = 1 << 20;
-/// What reads that pass the page cache are aligned to, on any disk.
+/// The alignment of reads that pass the page cache, for any disk.
 const ALIGNMENT: usize = 4096;
 
 /// Leased files that are waited for at once, each by a thread of its own.
@@ -44,7 +44,7 @@ const BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
 #[error("a process holds a lease on it")]
 pub(super) struct FileLeased;
 
-/// What was read.
+/// The number of objects and bytes that were read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Verified {
     /// Blobs, files, layers and trees.
@@ -53,20 +53,20 @@ pub struct Verified {
     pub bytes: u64,
 }
 
-/// How fast content is read back, and whether past the page cache.
+/// The speed of reading back, and whether it passes the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadPace {
     /// Through the page cache, where the pod that waits finds it next.
     Urgent,
     /// As fast as the disk gives it, from the disk itself: what pods have in the cache stays there.
     Full,
-    /// From the disk itself, for a quarter of the time (see [`rest`]).
+    /// From the disk itself, for a quarter of the time (see [`throttle`]).
     Gentle,
 }
 
 /// Reads content back, and counts it.
 pub struct Reader {
-    /// What was read so far.
+    /// The objects and bytes that were read so far.
     pub verified: Verified,
     pace: ReadPace,
     stop: Arc<AtomicBool>,
@@ -293,12 +293,12 @@ pub(super) fn was_leased(error: &io::Error) -> bool {
     matches!(error.get_ref(), Some(error) if error.is::<FileLeased>())
 }
 
-/// What an error says of the content that was to be read; or the error, when it says nothing of it.
+/// Returns what an error says of the content that was to be read; or the error, when it says nothing of it.
 pub(super) fn unreadable(error: io::Error) -> io::Result<String> {
     if is_of_this_node(&error) { Err(error) } else { Ok(format!("it cannot be read: {error}")) }
 }
 
-/// Whether an error is the node's, which has too little of something, or that of a reader that was stopped.
+/// Returns whether an error is the node's, which has too little of something, or that of a reader that was stopped.
 pub(super) fn is_of_this_node(error: &io::Error) -> bool {
     let of_node = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS, Errno::EAGAIN];
     error.kind() == io::ErrorKind::Interrupted

@@ -44,12 +44,12 @@ impl SpaceReservations {
         &self.directory.cache
     }
 
-    /// How full the state directory's filesystem is.
+    /// Reads how full the state directory's filesystem is.
     pub fn disk(&self) -> Result<DiskSpace, StoreError> {
         self.directory.disk_space()
     }
 
-    /// Promises room, evicting what nobody needs when there is too little. Blocking.
+    /// Promises room, evicting what nothing needs when there is too little. Blocking.
     ///
     /// # Errors
     ///
@@ -58,8 +58,8 @@ impl SpaceReservations {
         self.reserve_after(claims, &HashSet::new())
     }
 
-    /// The same for whoever has written all that was claimed for some blobs, whether it has its
-    /// name by now or not: it shows on the disk, and had its room of the quota.
+    /// Promises room to a caller that has written all that was claimed for some blobs, whether it has
+    /// its name by now or not: it shows on the disk, and had its room of the quota.
     ///
     /// # Errors
     ///
@@ -94,7 +94,7 @@ impl SpaceReservations {
         Ok(Reservation { ledger: Arc::clone(&self.ledger), claims: Mutex::new(counts) })
     }
 
-    /// Whether there is room for claims without evicting anything. Blocking.
+    /// Returns whether there is room for claims without evicting anything. Blocking.
     pub fn has_room_for(&self, claims: &[Claim]) -> Result<bool, StoreError> {
         self.load_usage()?;
         Ok(self.shortage(&self.ledger.lock(), claims, &HashSet::new())?.is_none())
@@ -122,14 +122,14 @@ impl SpaceReservations {
         self.options().max_bytes.map_or(Ok(()), |_| self.inventory.load())
     }
 
-    /// How many bytes content can have here at most, if nothing else takes any.
+    /// Returns the most bytes that content can have here, if nothing else takes any.
     pub fn capacity(&self) -> Result<u64, StoreError> {
         let (room, options) = (self.disk()?, self.options());
         let bytes = room.total_bytes.saturating_sub(room.floor(options).bytes);
         Ok(options.max_bytes.map_or(bytes, |max| bytes.min(max)))
     }
 
-    /// What is missing for these claims beside all others, and how much to free for them.
+    /// Returns the shortage for these claims beside all others, and the space to free for them.
     fn shortage(
         &self,
         ledger: &LedgerState,

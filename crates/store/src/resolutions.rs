@@ -1,4 +1,4 @@
-//! What references resolved to: so that `IfNotPresent` and `Never` need no registry.
+//! Resolutions of references to digests, so that `IfNotPresent` and `Never` need no registry.
 
 pub mod namespace;
 
@@ -25,12 +25,12 @@ const AGE: Duration = Duration::from_hours(24);
 /// Resolutions that are kept for one manifest, at most.
 const MOST_OF_A_MANIFEST: usize = 64;
 
-/// What a reference meant for a platform when the registry was last asked.
+/// The meaning of a reference for a platform at the last answer of the registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resolution {
-    /// For people who read the folder.
+    /// The reference, as text for people.
     pub reference: String,
-    /// What the registry answered: a manifest or an index.
+    /// The digest in the registry's answer: of a manifest or an index.
     pub resolved: Digest,
     /// The manifest that was chosen for the platform.
     pub manifest: Digest,
@@ -70,7 +70,7 @@ impl Resolutions {
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
     }
 
-    /// What the reference last resolved to, for every platform.
+    /// Returns the last resolutions of the reference, for every platform.
     pub fn of_reference(&self, reference: &Reference) -> Result<Vec<Resolution>, StoreError> {
         let records = self.records_of(reference)?;
         Ok(records.into_iter().map(|(_, resolution)| resolution).collect())
@@ -204,7 +204,7 @@ impl SweptRecords for Resolutions {
     }
 }
 
-/// With a digest the tag only informs.
+/// Returns the name of a reference in keys: beside a digest the tag has no meaning.
 fn name(reference: &Reference) -> String {
     match reference.digest() {
         Some(digest) => format!("{}@{digest}", reference.repository()),

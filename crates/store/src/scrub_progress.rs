@@ -1,4 +1,4 @@
-//! How far the scrub has come: one time for all content, in `scrub.json`.
+//! The progress of the scrub: one time for all content, in `scrub.json`.
 
 use std::path::PathBuf;
 use std::sync::Arc;

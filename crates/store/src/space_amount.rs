@@ -39,14 +39,14 @@ impl SpaceAmount {
         Self { bytes, inodes: self.inodes.saturating_mul(count) }
     }
 
-    /// What is left of it.
+    /// Subtracts an amount, down to zero.
     #[must_use]
     pub fn less(self, other: Self) -> Self {
         let bytes = self.bytes.saturating_sub(other.bytes);
         Self { bytes, inodes: self.inodes.saturating_sub(other.inodes) }
     }
 
-    /// Whether nothing is to be freed.
+    /// Returns whether both numbers are zero.
     #[must_use]
     pub fn is_nothing(self) -> bool {
         self == Self::default()

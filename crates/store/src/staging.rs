@@ -1,4 +1,4 @@
-//! Where objects are made before they have a name.
+//! Folders in which objects are made before they have a name.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use sys::fault;
 #[derive(Debug)]
 pub struct Staging {
     path: PathBuf,
-    /// What the barrier has to cover.
+    /// The files that the barrier has to cover.
     pub staged: Staged,
     committed: bool,
     /// A verified download that was moved here, and where it came from.
@@ -32,7 +32,7 @@ impl StateDirectory {
     }
 
     /// Gives what was staged the next generation of a name: the commit point. The lease is
-    /// taken before, so that nobody evicts what was just made.
+    /// taken before, so that what was just made is not evicted.
     pub(super) fn commit(
         &self,
         mut staging: Staging,
@@ -59,7 +59,7 @@ impl StateDirectory {
             let name = name.map_err(|kind| StoreError::io("name", &path, kind.into()))?;
             let lease = self.catalog.lease(name.clone());
             match durable::rename_unsynced(what, &path) {
-                // A flight that nobody waited for may end beside its successor; and the folder
+                // A flight without waiters may end beside its successor; and the folder
                 // of a key goes with the last generation that is evicted from it.
                 Err(StoreError::Io { source, .. })
                     if is_taken(&source) || is_gone(&source, what) => {}
@@ -84,7 +84,7 @@ impl Staging {
         &self.path
     }
 
-    /// What lies at `here` was a download at `there`, and is one again if it gets no name.
+    /// Notes that the file at `here` was the download at `there`, and becomes it again without a name.
     pub(super) fn borrow(&mut self, here: &Path, there: &Path) {
         self.borrowed = Some((here.to_owned(), there.to_owned()));
     }
@@ -111,12 +111,12 @@ fn is_taken(error: &std::io::Error) -> bool {
     matches!(kind, std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::AlreadyExists)
 }
 
-/// Whether it was the new name's folder that was not there.
+/// Returns whether it was the new name's folder that was not there.
 fn is_gone(error: &std::io::Error, what: &Path) -> bool {
     error.kind() == std::io::ErrorKind::NotFound && what.symlink_metadata().is_ok()
 }
 
-/// Removes what earlier processes left. What has not a name of theirs is somebody else's: a folder
+/// Removes what earlier processes left. What has not a name of theirs is foreign: a folder
 /// that was there before this driver may be called like one of ours.
 pub(super) fn sweep(folder: &Path) -> Result<(), StoreError> {
     for name in names(folder)? {

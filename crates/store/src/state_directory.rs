@@ -1,4 +1,4 @@
-//! What all parts of a store share: its folders, its catalog, and what guards writing there.
+//! The state directory, which all parts of a store share: its folders, its catalog, its guards of writes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What pods see: one ordinary directory tree for each tree key.
+//! The trees that pods see: one ordinary directory tree for each tree key.
 //!
 //! ```text
 //! trees/<key>/<n>/root          the tree; its files are hard links to files/ and layers/
@@ -51,7 +51,7 @@ const RECORD: &str = "tree.json";
 /// The file that lists what a tree links.
 const LINKS: &str = "objects.json";
 
-/// Those files.
+/// The number of these files.
 const FILES_OF_A_TREE: u64 = 2;
 /// Folders around them: of the generation and of the key.
 const FOLDERS_OF_A_TREE: u64 = 2;
@@ -63,16 +63,16 @@ const RECORDS_OF_A_TREE: u64 = FILES_OF_A_TREE + FOLDERS_OF_A_TREE;
 pub struct Tree {
     /// Its name.
     pub key: TreeKey,
-    /// Which generation.
+    /// The number of its generation.
     pub generation: u32,
-    /// What it is.
+    /// The content of its `tree.json`.
     pub record: TreeRecord,
     path: PathBuf,
-    /// None where it was read without a store.
+    /// The hold on it; none where it was read without a store.
     lease: Option<Lease>,
 }
 
-/// What is kept with a tree.
+/// The record that is kept with a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeRecord {
     /// The manifest that it was made from.
@@ -92,12 +92,12 @@ pub struct TreeRecord {
     /// Bytes of those copies, and of names beyond the first block of each folder.
     #[serde(default, skip_serializing_if = "is_none")]
     pub own_bytes: u64,
-    /// What shaped it beside the manifest, as a volume asked for it.
+    /// The view that the volume asked for.
     #[serde(default)]
     pub view: View,
 }
 
-/// What shapes a tree beside its manifest, as the volume attributes say it.
+/// The shape of a tree beside its manifest, from the volume attributes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct View {
@@ -270,7 +270,7 @@ impl Trees {
         let entry = Entry { links: links.clone(), ..entry(self.directory.units, Some(&record)) };
         let (generation, lease) = self.directory.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
-        // Whoever marks what it links looks for trees after that, and finds this one from here on.
+        // Marking an object looks for its trees afterwards, and finds this one from here on.
         let mut content = links.iter().filter(|link| link.kind() != ObjectKind::Document);
         if let Some(damaged) = content.find(|link| self.directory.damage.is_marked(link)) {
             self.directory.damage.mark(&path)?;

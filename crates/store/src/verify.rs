@@ -16,7 +16,7 @@
 //! for the access times, and the modification time of single files, which nothing else depends on.
 //!
 //! What is found damaged is marked before anything else happens: it is never
-//! shown anew, the next generation is made afresh, and whoever has it mounted keeps it.
+//! shown anew, the next generation is made afresh, and its mounts keep it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

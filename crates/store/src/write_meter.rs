@@ -58,7 +58,7 @@ impl WriteMeter {
     }
 }
 
-/// What is below the floor is as full to a writer as what is full.
+/// Converts an error of the meter: space below the floor is a full disk to a writer.
 pub(super) fn full(error: StoreError) -> std::io::Error {
     match error {
         StoreError::NoSpace { .. } => std::io::ErrorKind::StorageFull.into(),

@@ -21,8 +21,8 @@ pub(super) const KINDS: &[AccessRecord] = &[OF_REPOSITORY];
 pub struct AnonymousRefusals(pub(crate) Arc<AccessFolder>);
 
 impl AnonymousRefusals {
-    /// Whether the registry itself has refused the repository to an anonymous request since it last
-    /// answered one.
+    /// Returns whether the registry itself has refused the repository to an anonymous request since it
+    /// last answered one.
     #[must_use]
     pub fn contains(&self, repository: &Repository) -> bool {
         self.path(repository).exists()

@@ -20,14 +20,14 @@ pub(super) const KINDS: &[AccessRecord] = &[OF_MANIFEST];
 pub struct ImportRecords(pub(crate) Arc<AccessFolder>);
 
 impl ImportRecords {
-    /// Whether the administrator has imported the manifest as one of the repository.
+    /// Returns whether the administrator has imported the manifest as one of the repository.
     #[must_use]
     pub fn contains(&self, repository: &Repository, manifest: Digest) -> bool {
         self.path(repository, manifest).exists()
     }
 
     /// Remembers that the administrator has imported the manifest as one of the repository: its
-    /// content counts as preloaded. Whoever imports also says where each blob came from
+    /// content counts as preloaded. The import also records where each blob came from
     /// ([`put_blob`](super::origins::Origins::put_blob)).
     pub fn put(&self, repository: &Repository, manifest: Digest) -> Result<(), StoreError> {
         self.0.put(&self.path(repository, manifest))

@@ -1,4 +1,4 @@
-//! Which registry, and which repository of it, blobs came from.
+//! The registries and repositories that blobs came from.
 //!
 //! ```text
 //! access/<hash of repository>/t-<tree>.json   every blob of this tree came from here
@@ -28,7 +28,7 @@ pub(super) const KINDS: &[AccessRecord] = &[OF_TREE, OF_BLOB];
 pub struct Origins(pub(crate) Arc<AccessFolder>);
 
 impl Origins {
-    /// Whether every blob of the tree has been had from the repository.
+    /// Returns whether the repository has provided every blob of the tree.
     #[must_use]
     pub fn tree_came_from(
         &self,
@@ -59,7 +59,7 @@ impl Origins {
         self.0.write_proof(&self.tree_path(repository, tree), &Proof { unix_seconds, by })
     }
 
-    /// Who has sent the blob for the repository; none when nobody whose proofs count has.
+    /// Returns the source that has sent the blob for the repository; none where no source counts.
     #[must_use]
     pub fn blob_came_from(
         &self,
@@ -71,7 +71,7 @@ impl Origins {
         self.0.read(&path, |proof| proof.source(mirrors))
     }
 
-    /// Whether the blob has been had from any repository of the host.
+    /// Returns whether any repository of the host has provided the blob.
     #[must_use]
     pub fn blob_came_from_host(&self, host: &str, blob: Digest, mirrors: &Mirrors) -> bool {
         self.0.read(&self.blob_path(host, blob), |proof| proof.source(mirrors)).is_some()

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! access/<hash of repository>/m-<manifest>-<principal>.json   this principal may read this manifest
-//! access/<hash of repository>/a-<manifest>-<account>.json     ... when somebody of this account last did
+//! access/<hash of repository>/a-<manifest>-<account>.json     ... when a pod of this account last did
 //! ```
 
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ const OF_ACCOUNT: AccessRecord = AccessRecord::new("a-", RecordSubject::Manifest
 /// The kinds of records of this file.
 pub(super) const KINDS: &[AccessRecord] = &[OF_PRINCIPAL, OF_ACCOUNT];
 
-/// A proof of an account is written again when it is older than this: nobody counts it in minutes.
+/// A proof of an account is written again when it is older than this: its age is not counted in minutes.
 const RENEWAL_SECONDS: i64 = 60;
 
 /// Whom a proof is for: a text that is safe as a part of a file name.
@@ -30,7 +30,7 @@ pub struct Principal(String);
 pub struct Proofs(pub(crate) Arc<AccessFolder>);
 
 impl Proofs {
-    /// Whether the principal has been proven to read the manifest.
+    /// Returns whether the principal has been proven to read the manifest.
     #[must_use]
     pub fn is_proven(
         &self,
@@ -54,7 +54,7 @@ impl Proofs {
         self.0.put_given(&self.path(&OF_PRINCIPAL, repository, manifest, who), by, REFRESH_SECONDS)
     }
 
-    /// Whether somebody of the account has been proven to read the manifest within `age`.
+    /// Returns whether the account has been proven to read the manifest within `age`.
     #[must_use]
     pub fn is_proven_for_account(
         &self,
@@ -72,7 +72,7 @@ impl Proofs {
         u64::try_from(seconds).is_ok_and(|seconds| seconds <= age.as_secs())
     }
 
-    /// Remembers that somebody of the account has just been proven to read the manifest.
+    /// Remembers that a pod of the account has just been proven to read the manifest.
     pub fn put_for_account(
         &self,
         repository: &Repository,
@@ -100,7 +100,7 @@ impl Proofs {
 }
 
 impl Principal {
-    /// Anybody at all.
+    /// Returns the principal of an anonymous request.
     #[must_use]
     pub fn anonymous() -> Self {
         Self("anonymous".into())

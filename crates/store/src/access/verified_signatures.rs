@@ -23,7 +23,7 @@ pub(super) const KINDS: &[AccessRecord] = &[OF_MANIFEST];
 pub struct VerifiedSignatures(pub(crate) Arc<AccessFolder>);
 
 impl VerifiedSignatures {
-    /// Whether the manifest has been found to fulfil the demand.
+    /// Returns whether the manifest has been found to fulfil the demand.
     #[must_use]
     pub fn contains(&self, repository: &Repository, manifest: Digest, demand: Digest) -> bool {
         self.path(repository, manifest, demand).exists()

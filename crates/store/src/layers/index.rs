@@ -27,7 +27,7 @@ pub(super) const FILES_PER_FOLDER: u32 = 64;
 /// well; where they end earlier, numbers are left out.
 const NUMBERS_PER_FOLDER: u32 = 4096;
 
-/// What a layer adds up to.
+/// The totals of a layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerTotals {
     /// Entries of the archive.
@@ -200,7 +200,7 @@ fn damaged(path: &Path, what: &str) -> StoreError {
     StoreError::Damaged { path: path.to_owned(), what: what.to_owned() }
 }
 
-/// Where regular file `number` lies below its layer.
+/// Returns the path of regular file `number` below its layer.
 pub(crate) fn data(number: u32) -> PathBuf {
     format!("data/{}/{number}", folder_of(number)).into()
 }

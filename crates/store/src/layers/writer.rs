@@ -52,11 +52,11 @@ pub struct LayerWriter {
     files: u32,
     folder: Option<File>,
     label: Option<SecurityLabel>,
-    /// What files are that nothing was said about; the same for all of a filesystem and process.
+    /// Owner and mode of a new file, the same for all of a filesystem and process.
     made_as: Option<Made>,
 }
 
-/// What the kernel makes of a new file.
+/// Owner and mode that the kernel gives a new file.
 #[derive(Clone, Copy, Debug)]
 struct Made {
     uid: u32,
@@ -156,7 +156,7 @@ impl Made {
         Ok(Self { uid: metadata.uid(), gid: metadata.gid(), umask })
     }
 
-    /// Whether a file that was made with this mode needs nothing more.
+    /// Returns whether a file that was made with this mode needs nothing more.
     fn is_already(self, permissions: Permissions) -> bool {
         (self.uid, self.gid) == (permissions.uid, permissions.gid)
             && permissions.mode & self.umask == 0

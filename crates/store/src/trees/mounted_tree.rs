@@ -1,4 +1,4 @@
-//! How a mount of a tree is recognised: by what the kernel says that it shows.
+//! Recognises the mount of a tree by what the kernel says that it shows.
 //!
 //! ```text
 //! bind       its root is `.../trees/<key>/<n>/root`
@@ -27,7 +27,7 @@ pub struct MountedTree {
     pub key: TreeKey,
     /// Its generation.
     pub generation: u32,
-    /// How it is mounted.
+    /// The form of the mount.
     pub form: MountForm,
 }
 

@@ -14,7 +14,7 @@ use unpack::merge::{EntryReader, Source};
 /// The objects that a plan's files come from.
 #[derive(Debug, Default)]
 pub struct Objects {
-    /// By the layer's number in the manifest.
+    /// Layers by their numbers in the manifest.
     pub layers: BTreeMap<u32, LayerView>,
     /// Single files by digest, mode and owner.
     pub files: HashMap<FileKey, StoredFile>,
@@ -27,7 +27,7 @@ impl Objects {
         IndexEntryReader { objects: self, open: Vec::new() }
     }
 
-    /// Where the content of a planned file lies: below a folder, or by itself.
+    /// Returns the path of a planned file's content: below a folder, or by itself.
     pub(crate) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
         match source {
             Source::Archive { layer, data } => {

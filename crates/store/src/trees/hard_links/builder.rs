@@ -24,7 +24,7 @@ use sys::mount::syscalls;
 use unpack::entry::Metadata;
 use unpack::merge::{PlannedKind, PlannedLeaf, PlannedNode, TreePlan};
 
-/// How many threads link files at most: names in different folders do not wait for each other
+/// The most threads that link files: names in different folders do not wait for each other
 /// in the kernel, but the journal is one.
 const LINKERS: usize = 4;
 /// Fewer nodes than this are not worth a thread.

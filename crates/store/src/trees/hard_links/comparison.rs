@@ -37,7 +37,7 @@ struct OpenFolder {
     number: Option<u32>,
     /// Its path below the root.
     below: PathBuf,
-    /// None when it cannot be opened: then nothing in it can be compared.
+    /// The open folder; none when it cannot be opened: then nothing in it can be compared.
     folder: Option<File>,
     /// Expected names, as keyed hashes to save memory: a folder may have a million.
     names: HashSet<u64>,

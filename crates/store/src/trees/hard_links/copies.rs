@@ -30,13 +30,13 @@ pub(super) struct Copies<'a> {
     folder: PathBuf,
     label: Option<&'a SecurityLabel>,
     meter: &'a WriteMeter,
-    /// What they take. Held while one is made: copies are few, and another thread's next name may
-    /// lead to the same.
+    /// The disk space of the copies. Held while one is made: copies are few, and another thread's next
+    /// name may lead to the same.
     made: Mutex<SpaceAmount>,
 }
 
 impl<'a> Copies<'a> {
-    /// None yet; they will lie in `folder`, which is not there.
+    /// Prepares copies in `folder`, which is not there yet.
     pub(super) fn new(
         folder: PathBuf,
         label: Option<&'a SecurityLabel>,
@@ -68,7 +68,7 @@ impl<'a> Copies<'a> {
         Ok(link()?)
     }
 
-    /// Takes away the names that nobody sees; says what the copies take.
+    /// Removes the names outside of the tree. Returns the disk space of the copies.
     pub(super) fn finish(self) -> io::Result<SpaceAmount> {
         let made = self.made.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !made.is_nothing() {
