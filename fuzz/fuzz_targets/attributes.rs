@@ -15,7 +15,7 @@ fuzz_target!(|text: &str| {
         Ok(attributes) => {
             let flags = MountFlags::default();
             assert_eq!(attributes.fingerprint(flags), attributes.fingerprint(flags));
-            assert!(attributes.file_mode.is_none_or(|mode| mode <= 0o777));
+            assert!(attributes.shape.file_mode.is_none_or(|mode| mode <= 0o777));
         }
         Err(error) => assert!(error.to_string().len() < 4096),
     }
