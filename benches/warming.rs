@@ -72,9 +72,9 @@ pub fn warming() {
         assert!(warming.wait().expect("its end").success(), "warming failed");
         warm_seconds.push(started.elapsed());
         for reference in &list {
-            admin.told(&["rm", reference]);
+            admin.text(&["rm", reference]);
         }
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
     }
     println!(
         "{WARMED} artifacts, half of {} MiB and half of {FILES} files, are warmed in {:.1} s (median of {ROUNDS}); {overlapped} \

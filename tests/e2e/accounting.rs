@@ -89,7 +89,7 @@ fn are_counted_and_leave_nothing_on(filesystem: &str) {
     let node = Node { driver: driver.restart(), kubelet, proxy, sandbox };
     // The values of the next process, from the disk.
     assert_agrees_with_du(&admin, &state);
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     for folder in ["files", "layers", "trees", "blobs", "resolutions", "staging", "partial"] {
         assert_eq!(everything_in(&state.join(folder)), BTreeSet::new(), "{folder}");
     }
@@ -99,7 +99,7 @@ fn are_counted_and_leave_nothing_on(filesystem: &str) {
 }
 
 /// A node that was killed at a system call of a removal, and its leftovers.
-struct Killed {
+struct KilledNode {
     options: DriverOptions,
     admin: Admin,
     _sandbox: Sandbox,
@@ -123,7 +123,7 @@ fn kill_at(driver: &Driver, call: &str, count: usize) -> Child {
     strace
 }
 
-impl Killed {
+impl KilledNode {
     /// Creates a store with an unused file and image, and ends a collection at this call.
     #[track_caller]
     fn at(call: &str, count: usize) -> Self {
@@ -158,7 +158,7 @@ impl Killed {
     fn leaves_nothing(&self, step: &str) {
         let driver = self.options.start();
         wait_until(&format!("nothing is left after {step}"), || {
-            self.admin.told(&["gc", "--target", "0"]);
+            self.admin.text(&["gc", "--target", "0"]);
             ["files", "layers", "trees", "blobs", "staging"]
                 .iter()
                 .all(|folder| everything_in(&driver.state().join(folder)).is_empty())
@@ -171,7 +171,7 @@ impl Killed {
 fn a_crash_at_any_step_of_a_removal_leaves_no_object_and_no_empty_folder() {
     for (call, counts) in [("rmdir", 1..=6), ("rename", 1..=3), ("unlink", 1..=6)] {
         for count in counts {
-            Killed::at(call, count).leaves_nothing(&format!("{call} {count}"));
+            KilledNode::at(call, count).leaves_nothing(&format!("{call} {count}"));
         }
     }
 }

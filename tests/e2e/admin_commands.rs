@@ -46,7 +46,7 @@ fn a_removed_reference_goes_at_once_and_mounted_content_with_its_last_unpublish(
     let (node, admin) = Admin::start(ROOMY);
     let reference = node.proxy.reference(&node.small_artifact().name);
     let (volume, _) = node.mount(&reference);
-    let told = admin.told(&["rm", &reference]);
+    let told = admin.text(&["rm", &reference]);
     assert!(told.contains("it goes with the last unpublish"), "{told}");
     let content = fs::read(volume.target().join("file.txt")).expect("still shown");
     assert!(!content.is_empty());
@@ -62,7 +62,7 @@ fn publishing_again_what_was_removed_while_shown_keeps_it() {
     let (node, admin) = Admin::start(ROOMY);
     let reference = node.proxy.reference(&node.small_artifact().name);
     let (first, _) = node.mount(&reference);
-    admin.told(&["rm", &reference]);
+    admin.text(&["rm", &reference]);
     let (second, _) = node.mount(&reference);
     node.kubelet.unpublish(&first);
     unpublish(&node, &admin, &second);
@@ -81,18 +81,18 @@ fn pins_hold_and_have_owners() {
     assert_eq!(admin.json(&["pin", &reference])["manifest"], artifact.digest.as_str());
     assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
     assert!(admin.refused(&["rm", &reference]).contains("pinned by admin"));
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert!(admin.holds(&reference), "pins outlive collections");
     let Node { driver, kubelet, .. } = node;
     let _driver = driver.restart();
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert!(admin.holds(&reference), "... and the driver");
-    admin.told(&["unpin", &reference]);
+    admin.text(&["unpin", &reference]);
     assert!(admin.refused(&["unpin", &reference]).contains("is not pinned"));
     let dry = admin.json(&["gc", "--target", "0", "--dry-run"]);
     assert_eq!(dry["victims"][0]["reason"], "least recently used");
     assert!(admin.holds(&reference), "a dry run removes nothing");
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert!(!admin.holds(&reference));
     drop(kubelet);
 }
@@ -121,7 +121,7 @@ fn inspect_tells_what_a_reference_means() {
     let inspected = admin.json(&["inspect", &reference]);
     assert_eq!(inspected["meanings"][0]["layers"][0]["mediaType"], OCI_TAR_GZIP);
     assert_eq!(inspected["artifacts"][0]["include"], "etc/o*");
-    assert!(admin.told(&["inspect", &reference]).contains("include=etc/o*"));
+    assert!(admin.text(&["inspect", &reference]).contains("include=etc/o*"));
     assert!(admin.refused(&["inspect", "r.io/none:v1"]).contains("not on this node"));
 }
 
@@ -295,7 +295,7 @@ fn imported_content_is_open_to_whom_the_policy_says() {
         );
         let (node, admin) = Admin::start(&configuration);
         let folder = layout(&node, &image(&node));
-        admin.told(&["import", folder.to_str().expect("a path"), "--as", name]);
+        admin.text(&["import", folder.to_str().expect("a path"), "--as", name]);
         let volume = node.kubelet.new_volume(name).attribute("pullPolicy", "Never");
         if opens {
             node.kubelet.publish_well(&volume);
@@ -323,7 +323,7 @@ fn what_was_warmed_is_open_to_the_credentials_that_warmed_it() {
     fs::write(&config, auths.to_string()).expect("written");
     let refused = admin.ask(&["warm", &reference]);
     assert_eq!(refused.status.code(), Some(1), "nobody warms what he may not see");
-    admin.told(&["warm", &reference, "--docker-config", config.to_str().expect("a path")]);
+    admin.text(&["warm", &reference, "--docker-config", config.to_str().expect("a path")]);
     proxy.go_down();
     let with = |password: &str| {
         let volume = node.kubelet.new_volume(&reference);
@@ -344,19 +344,19 @@ fn a_tar_of_a_layout_is_imported_from_a_file_and_from_standard_input() {
     let folder = layout(&node, &reference);
     let archive = node.sandbox.path().join("layout.tar");
     run(tool("tar").arg("-cf").arg(&archive).arg("-C").arg(&folder).arg("."));
-    admin.told(&["import", archive.to_str().expect("a path"), "--as", "one.invalid/app:v1"]);
+    admin.text(&["import", archive.to_str().expect("a path"), "--as", "one.invalid/app:v1"]);
     let mut command = admin.command(&["import", "-", "--as", "two.invalid/app:v1"]);
     command.stdin(Stdio::from(fs::File::open(&archive).expect("the tar")));
     run(&mut command);
     let packed = node.sandbox.path().join("layout.tar.gz");
     fs::write(&packed, gzip(&fs::read(&archive).expect("the tar"))).expect("written");
-    admin.told(&["import", packed.to_str().expect("a path"), "--as", "three.invalid/app:v1"]);
+    admin.text(&["import", packed.to_str().expect("a path"), "--as", "three.invalid/app:v1"]);
     let of_skopeo = node.sandbox.path().join("skopeo.tar");
     run(tool("skopeo")
         .args(["--insecure-policy", "--tmpdir", "/var/tmp", "copy", "--quiet"])
         .args(["--src-tls-verify=false", &format!("docker://{reference}")])
         .arg(format!("oci-archive:{}", of_skopeo.display())));
-    admin.told(&["import", of_skopeo.to_str().expect("a path"), "--as", "four.invalid/app:v1"]);
+    admin.text(&["import", of_skopeo.to_str().expect("a path"), "--as", "four.invalid/app:v1"]);
     for name in ["one", "two", "three", "four"].map(|host| format!("{host}.invalid/app:v1")) {
         node.mount_with(&name, |volume| volume.attribute("pullPolicy", "Never"));
     }
@@ -461,7 +461,7 @@ fn an_import_makes_room_and_not_out_of_itself() {
     );
     let folder = layout(&node, &node.proxy.reference(&format!("{repository}:v1")));
     let name = "registry.invalid/team/app:v1";
-    admin.told(&["import", folder.to_str().expect("a path"), "--as", name]);
+    admin.text(&["import", folder.to_str().expect("a path"), "--as", name]);
     assert!(admin.holds(name) && !admin.holds(&old), "what nobody needs goes for it");
 }
 

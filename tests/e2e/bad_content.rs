@@ -18,7 +18,7 @@ use crate::support::{
 const MARKER: &str = "marker-of-a-bad-artifact";
 
 /// A node with a good volume, and a hostile registry.
-struct Scene {
+struct HostileScene {
     node: Node,
     fake: FakeRegistry,
     good: Volume,
@@ -26,7 +26,7 @@ struct Scene {
     good_reference: String,
 }
 
-impl Scene {
+impl HostileScene {
     fn new() -> Self {
         let node = Node::start();
         let good_reference = node.proxy.reference(&node.small_artifact().name);
@@ -105,7 +105,7 @@ fn one_file(fake: &FakeRegistry, content: &str) -> Manifest {
 
 #[test]
 fn what_the_registry_says_decides_the_code() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for (status, code) in [
         (401, Code::Unauthenticated),
         (403, Code::PermissionDenied),
@@ -123,7 +123,7 @@ fn what_the_registry_says_decides_the_code() {
 
 #[test]
 fn codes_of_the_distribution_specification_decide_too() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for (status, error, code) in [
         (404, "MANIFEST_UNKNOWN", Code::NotFound),
         (404, "NAME_UNKNOWN", Code::NotFound),
@@ -138,14 +138,14 @@ fn codes_of_the_distribution_specification_decide_too() {
 
 #[test]
 fn a_blob_that_is_gone_is_not_found() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let manifest = Manifest::artifact([Layer::titled("file", "never pushed")]);
     scene.manifest_refused(&manifest.json(), Code::NotFound);
 }
 
 #[test]
 fn a_manifest_that_is_not_what_its_digest_says_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let good = one_file(&scene.fake, "x").json().to_string();
     let other = one_file(&scene.fake, "y").json().to_string();
     let asked = digest(good.as_bytes());
@@ -162,7 +162,7 @@ fn a_manifest_that_is_not_what_its_digest_says_is_refused() {
 
 #[test]
 fn a_manifest_that_is_too_large_is_refused_without_reading_it_all() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let mut manifest = one_file(&scene.fake, "x").json();
     manifest["annotations"] = json!({"padding": "p".repeat(5 << 20)});
     scene.manifest_refused(&manifest, Code::FailedPrecondition);
@@ -178,7 +178,7 @@ fn a_manifest_that_is_too_large_is_refused_without_reading_it_all() {
 
 #[test]
 fn a_manifest_that_is_no_manifest_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for (index, body) in
         ["", "not JSON", "null", "[]", "\"text\"", "12", "{\"schemaVersion\":", "{}", "\u{0}\u{1}"]
             .into_iter()
@@ -203,7 +203,7 @@ fn a_manifest_that_is_no_manifest_is_refused() {
 
 #[test]
 fn an_unsupported_media_type_is_refused_by_name() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for kind in [
         "application/vnd.docker.distribution.manifest.v1+prettyjws",
         "text/html",
@@ -224,7 +224,7 @@ type Change = fn(&mut Value);
 
 #[test]
 fn a_manifest_with_wrong_members_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let good = one_file(&scene.fake, "x").json();
     let changes: [(&str, Change); 12] = [
         ("no layers", |manifest| {
@@ -278,7 +278,7 @@ fn a_manifest_with_wrong_members_is_refused() {
 
 #[test]
 fn an_artifact_larger_than_the_disk_is_refused_before_its_first_byte() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let mut manifest = one_file(&scene.fake, "x").json();
     manifest["layers"][0]["size"] = json!(1_u64 << 50);
     let tag = unique("huge");
@@ -296,7 +296,7 @@ fn an_artifact_larger_than_the_disk_is_refused_before_its_first_byte() {
 
 #[test]
 fn too_many_layers_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let mut manifest = one_file(&scene.fake, "x").json();
     let layer = json!({"mediaType": "a/b", "digest": digest(b"x"), "size": 1});
     manifest["layers"] = Value::Array(vec![layer; 10_001]);
@@ -305,7 +305,7 @@ fn too_many_layers_are_refused() {
 
 #[test]
 fn a_blob_that_is_not_what_its_digest_says_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let promised = "p".repeat(MARKER.len());
     let manifest = one_file(&scene.fake, &promised);
     scene.fake.put_lying_blob(&digest(promised.as_bytes()), MARKER);
@@ -314,7 +314,7 @@ fn a_blob_that_is_not_what_its_digest_says_is_refused() {
 
 #[test]
 fn a_blob_of_another_size_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for (content, size) in [(MARKER, MARKER.len() - 1), (MARKER, MARKER.len() + 1), (MARKER, 0)] {
         let mut manifest = one_file(&scene.fake, content).json();
         manifest["layers"][0]["size"] = json!(size);
@@ -324,7 +324,7 @@ fn a_blob_of_another_size_is_refused() {
 
 #[test]
 fn a_blob_without_an_end_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let manifest = one_file(&scene.fake, "promised to be short");
     scene.fake.script(|request| {
         request.path.contains("/blobs/").then(|| Answer::body(AnswerBody::Endless))
@@ -334,7 +334,7 @@ fn a_blob_without_an_end_is_refused() {
 
 #[test]
 fn a_connection_that_breaks_is_tried_again_and_goes_on() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let content = crate::support::noise(1 << 20, 11);
     let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
     manifest.push(&scene.fake, "hostile", "v1");
@@ -356,7 +356,7 @@ fn a_connection_that_breaks_is_tried_again_and_goes_on() {
 
 #[test]
 fn a_blob_that_always_breaks_off_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let manifest = one_file(&scene.fake, MARKER);
     scene.fake.script(|request| {
         request.path.contains("/blobs/").then(|| {
@@ -381,7 +381,7 @@ fn a_blob_that_always_breaks_off_is_refused() {
 
 #[test]
 fn a_redirect_in_a_circle_ends() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let itself = format!("http://{}/v2/hostile/manifests/circle", scene.fake.host());
     scene.fake.script(move |_| Some(Answer::status(307).with_header("location", &itself)));
     let status = scene
@@ -395,7 +395,7 @@ fn a_redirect_in_a_circle_ends() {
 
 #[test]
 fn inline_content_that_is_not_what_its_digest_says_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let mut manifest = Manifest::artifact([Layer::titled("file", "right").inline()]).json();
     for data in [json!("d3Jvbmc="), json!("not base64!"), json!(""), json!(5)] {
         manifest["layers"][0]["data"] = data.clone();
@@ -419,7 +419,7 @@ fn inline_content_that_is_not_what_its_digest_says_is_refused() {
 
 #[test]
 fn layers_that_do_not_decompress_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let archive = Tar::new().file("file", 0o644, MARKER).finish();
     let compressed = gzip(&archive);
     let mut garbled = compressed.clone();
@@ -438,7 +438,7 @@ fn layers_that_do_not_decompress_are_refused() {
 
 #[test]
 fn archives_that_are_cut_off_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let whole = Tar::new().file("file", 0o644, vec![b'x'; 5000]).unfinished();
     scene.archive_refused(whole[..2000].to_vec(), Code::Internal);
     scene.archive_refused(
@@ -450,7 +450,7 @@ fn archives_that_are_cut_off_are_refused() {
 
 #[test]
 fn absolute_names_stay_in_the_volume() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     Image::new().layer(Tar::new().file("/etc/absolute", 0o644, "x").finish()).push(
         &scene.fake,
         "hostile",
@@ -464,7 +464,7 @@ fn absolute_names_stay_in_the_volume() {
 
 #[test]
 fn names_that_climb_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for name in ["../climb", "/../climb", "a/../../climb", "a/../b", "/a/..", ".."] {
         scene.archive_refused(
             Tar::new().file(name, 0o644, MARKER).finish(),
@@ -477,7 +477,7 @@ fn names_that_climb_are_refused() {
 
 #[test]
 fn names_through_a_link_of_their_own_layer_stay_inside() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for (target, place) in [
         ("/etc", "etc/through"),
         ("../../../../etc", "etc/through"),
@@ -501,7 +501,7 @@ fn names_through_a_link_of_their_own_layer_stay_inside() {
 
 #[test]
 fn names_through_links_without_end_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     // Each layer is valid by itself, and may stay in the store until it is evicted.
     let circle = Tar::new().symbolic_link("a", "b").symbolic_link("b", "a");
     scene.archive_refused(circle.file("a/x", 0o644, "x").finish(), Code::FailedPrecondition);
@@ -512,7 +512,7 @@ fn names_through_links_without_end_are_refused() {
 
 #[test]
 fn a_sparse_file_that_expands_beyond_the_limits_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for size in ["1000000000", "9000000000000000000"] {
         let records = [("GNU.sparse.size", size), ("GNU.sparse.numblocks", "0")];
         let archive = Tar::new().pax(&records).file("bomb", 0o644, "").file("m", 0o644, MARKER);
@@ -522,7 +522,7 @@ fn a_sparse_file_that_expands_beyond_the_limits_is_refused() {
 
 #[test]
 fn names_through_a_lower_layers_link_stay_inside() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for target in ["/etc", "../../../../etc", "/../../etc"] {
         let image = Image::new()
             .layer(Tar::new().symbolic_link("link", target).finish())
@@ -544,7 +544,7 @@ fn names_through_a_lower_layers_link_stay_inside() {
 
 #[test]
 fn hard_links_out_of_the_tree_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for target in ["/etc/passwd", "../../etc/passwd", "a/../../x"] {
         scene.archive_refused(
             Tar::new().hard_link("link", target).finish(),
@@ -557,7 +557,7 @@ fn hard_links_out_of_the_tree_are_refused() {
 
 #[test]
 fn hard_links_to_nothing_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let status = {
         let tag = unique("dangling");
         Image::new().layer(Tar::new().hard_link("link", "nothing").finish()).push(
@@ -577,7 +577,7 @@ fn hard_links_to_nothing_are_refused() {
 
 #[test]
 fn whiteouts_cannot_reach_out_of_the_tree() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for name in ["../.wh.x", ".wh...", ".wh..", "/.wh.etc", "a/.wh.../b"] {
         let image = Image::new()
             .layer(Tar::new().file("kept", 0o644, "kept").finish())
@@ -597,7 +597,7 @@ fn whiteouts_cannot_reach_out_of_the_tree() {
 
 #[test]
 fn devices_and_fifos_are_not_made() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for kind in [b'3', b'4', b'6'] {
         let tag = unique("special");
         let archive = Tar::new().special("dev/special", kind, "").file("f", 0o644, "x").finish();
@@ -610,7 +610,7 @@ fn devices_and_fifos_are_not_made() {
 
 #[test]
 fn a_file_where_the_same_layer_has_a_folder_harms_nobody() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let archives = [
         Tar::new().folder("x", 0o755).file("x/inner", 0o644, "i").file("x", 0o644, "file"),
         Tar::new().file("x", 0o644, "file").file("x/inner", 0o644, "i"),
@@ -644,7 +644,7 @@ fn a_file_where_the_same_layer_has_a_folder_harms_nobody() {
 
 #[test]
 fn the_last_of_two_entries_with_one_name_wins_as_tar_does() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let archive =
         Tar::new().file("x", 0o644, "one").file("y", 0o644, "between").file("x", 0o755, "two");
     Image::new().layer(archive.finish()).push(&scene.fake, "hostile", "twice");
@@ -656,7 +656,7 @@ fn the_last_of_two_entries_with_one_name_wins_as_tar_does() {
 
 #[test]
 fn names_and_paths_that_are_too_long_or_too_deep_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let name = "n".repeat(256);
     let deep = vec!["d"; 257].join("/");
     let path = vec!["p".repeat(200); 21].join("/");
@@ -670,7 +670,7 @@ fn names_and_paths_that_are_too_long_or_too_deep_are_refused() {
 
 #[test]
 fn bombs_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     // A hundred mebibytes of zeros are a hundred kibibytes of gzip.
     let archive = Tar::new().file("zeros", 0o644, vec![0; 100 << 20]).finish();
     scene.archive_refused(archive, Code::FailedPrecondition);
@@ -678,7 +678,7 @@ fn bombs_are_refused() {
 
 #[test]
 fn too_many_entries_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     // Not compressed, so that it is not refused as a bomb; with one name, so that it needs no million inodes.
     let archive = Tar::new().file("x", 0o644, "").unfinished().repeat(1_000_001);
     let image = Image::new().packed_layer(OCI_TAR, archive.clone(), &archive);
@@ -687,7 +687,7 @@ fn too_many_entries_are_refused() {
 
 #[test]
 fn titles_that_leave_the_volume_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for title in ["/etc/absolute", "../climb", "a/../../climb", "..", "a/.."] {
         let message = scene.titles_refused(&[title]);
         assert!(message.contains(title), "{message}");
@@ -696,7 +696,7 @@ fn titles_that_leave_the_volume_are_refused() {
 
 #[test]
 fn titles_that_name_nothing_are_refused_or_taken_as_no_title() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for title in [".", "./", "/"] {
         let tag = unique("tag");
         Manifest::artifact([Layer::titled(title, MARKER)]).push(&scene.fake, "hostile", &tag);
@@ -706,7 +706,7 @@ fn titles_that_name_nothing_are_refused_or_taken_as_no_title() {
 
 #[test]
 fn two_layers_of_one_title_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     scene.titles_refused(&["same", "same"]);
     scene.titles_refused(&["a/same", "a//same"]);
     scene.titles_refused(&["same", "./same"]);
@@ -714,14 +714,14 @@ fn two_layers_of_one_title_are_refused() {
 
 #[test]
 fn a_title_where_another_has_a_folder_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     scene.titles_refused(&["a", "a/b"]);
     scene.titles_refused(&["a/b", "a"]);
 }
 
 #[test]
 fn titles_that_are_too_long_or_too_deep_are_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     scene.titles_refused(&[&"n".repeat(256)]);
     scene.titles_refused(&[&vec!["d"; 257].join("/")]);
     scene.titles_refused(&["nul\0byte"]);
@@ -729,7 +729,7 @@ fn titles_that_are_too_long_or_too_deep_are_refused() {
 
 #[test]
 fn an_unpacked_folder_may_not_leave_its_title() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for entry in ["../outside", "/outside"] {
         let archive = Tar::new().file(entry, 0o644, MARKER).finish();
         let layer = Layer::new(OCI_TAR_GZIP, gzip(&archive))
@@ -744,7 +744,7 @@ fn an_unpacked_folder_may_not_leave_its_title() {
 
 #[test]
 fn nothing_selected_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     one_file(&scene.fake, MARKER).push(&scene.fake, "hostile", "v1");
     scene.refused_with("v1", Code::FailedPrecondition, |volume| {
         volume.attribute("include", "no/such/*")
@@ -753,7 +753,7 @@ fn nothing_selected_is_refused() {
 
 #[test]
 fn an_index_that_contains_itself_or_more_indexes_ends() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let mut inner = one_file(&scene.fake, "x").json();
     let mut kind = OCI_MANIFEST;
     for _ in 0..20 {
@@ -769,7 +769,7 @@ fn an_index_that_contains_itself_or_more_indexes_ends() {
 
 #[test]
 fn an_index_entry_of_another_size_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let bytes = one_file(&scene.fake, "x").json().to_string();
     let digest = scene.fake.put_manifest("part", OCI_MANIFEST, bytes.clone());
     for size in [bytes.len() - 1, bytes.len() + 1] {
@@ -782,7 +782,7 @@ fn an_index_entry_of_another_size_is_refused() {
 
 #[test]
 fn broken_model_metadata_is_refused() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     for metadata in ["", "not JSON", "[]", "{\"mode\": -1}", "{\"mode\": \"0755\"}"] {
         let layer = Layer::new("application/vnd.cncf.model.weight.v1.raw", MARKER)
             .annotation("org.cncf.model.filepath", "file")
@@ -802,7 +802,7 @@ fn broken_model_metadata_is_refused() {
 
 #[test]
 fn an_owner_that_no_file_can_have_is_refused_where_owners_are_kept() {
-    let scene = Scene::new();
+    let scene = HostileScene::new();
     let nobody = u64::from(u32::MAX);
     for owner in [(nobody, 0), (0, nobody)] {
         let archive = Tar::new().owned_file("file", 0o644, owner, MARKER).finish();

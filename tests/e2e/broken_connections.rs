@@ -24,13 +24,13 @@ const IMPATIENT: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfigura
     pull: {stallTimeout: 1s, attempts: 3, rangeBytes: 1048576, ranges: 4, leastBytesPerSecond: 20000}\n";
 
 /// A node with a scripted registry.
-struct Wire {
+struct ScriptedNode {
     node: Node,
     fake: FakeRegistry,
     content: Vec<u8>,
 }
 
-impl Wire {
+impl ScriptedNode {
     /// Puts an artifact of one file of this size.
     fn new(size: usize) -> Self {
         Self::with(IMPATIENT, size)
@@ -53,7 +53,7 @@ impl Wire {
 
     /// Publishes, and asserts the right content.
     #[track_caller]
-    fn comes(&self) {
+    fn publishes(&self) {
         self.comes_to(&self.volume());
     }
 
@@ -128,10 +128,10 @@ fn cut(answer: Answer, length: usize, stalls: bool) -> Answer {
 
 #[test]
 fn a_large_blob_on_a_slow_wire_comes_in_parts_at_once() {
-    let wire = Wire::new(12 << 20);
-    wire.nth(|_, request, content| Some(slowly(part(request, content))));
-    wire.comes();
-    let ranges = wire.ranges();
+    let scripted = ScriptedNode::new(12 << 20);
+    scripted.nth(|_, request, content| Some(slowly(part(request, content))));
+    scripted.publishes();
+    let ranges = scripted.ranges();
     assert_eq!(ranges[0], None, "the first asks as everybody does");
     assert!(ranges.len() > 4, "{ranges:?}");
     assert!(ranges[1..].iter().all(Option::is_some), "{ranges:?}");
@@ -139,10 +139,10 @@ fn a_large_blob_on_a_slow_wire_comes_in_parts_at_once() {
 
 #[test]
 fn a_registry_that_ignores_ranges_is_asked_for_one_whole() {
-    let wire = Wire::new(8 << 20);
-    wire.nth(|_, _, content| Some(slowly(Answer::bytes(content.to_vec()))));
-    wire.comes();
-    assert!(wire.ranges().len() <= 2, "{:?}", wire.ranges());
+    let scripted = ScriptedNode::new(8 << 20);
+    scripted.nth(|_, _, content| Some(slowly(Answer::bytes(content.to_vec()))));
+    scripted.publishes();
+    assert!(scripted.ranges().len() <= 2, "{:?}", scripted.ranges());
 }
 
 #[test]
@@ -159,50 +159,50 @@ fn parts_that_are_refused_or_others_than_asked_for_are_done_without() {
         },
     ];
     for way in ways {
-        let wire = Wire::new(8 << 20);
-        wire.nth(move |_, request, content| {
+        let scripted = ScriptedNode::new(8 << 20);
+        scripted.nth(move |_, request, content| {
             let asks_for_part = range(request).is_some();
             Some(if asks_for_part { way(request, content) } else { slowly(part(request, content)) })
         });
-        wire.comes();
+        scripted.publishes();
     }
 }
 
 #[test]
 fn a_connection_that_is_cut_anywhere_goes_on_where_it_broke() {
-    let wire = Wire::new(300_000);
-    wire.nth(|number, request, content| {
+    let scripted = ScriptedNode::new(300_000);
+    scripted.nth(|number, request, content| {
         let lengths = [0, 1, 65_536, 100_000, 3];
         let whole = part(request, content);
         Some(lengths.get(number).map_or(whole.clone(), |length| cut(whole, *length, false)))
     });
-    wire.comes();
+    scripted.publishes();
     let starts: Vec<_> =
-        wire.ranges().iter().map(|range| range.map_or(0, |(start, _)| start)).collect();
+        scripted.ranges().iter().map(|range| range.map_or(0, |(start, _)| start)).collect();
     assert_eq!(starts, [0, 0, 1, 65_537, 165_537, 165_540]);
 }
 
 #[test]
 fn a_connection_that_stalls_is_given_up_and_another_goes_on() {
-    let wire = Wire::new(300_000);
-    wire.nth(|number, request, content| {
+    let scripted = ScriptedNode::new(300_000);
+    scripted.nth(|number, request, content| {
         let whole = part(request, content);
         Some(if number == 0 { cut(whole, 100_000, true) } else { whole })
     });
-    wire.comes();
-    assert_eq!(wire.ranges(), [None, Some((100_000, None))]);
+    scripted.publishes();
+    assert_eq!(scripted.ranges(), [None, Some((100_000, None))]);
 }
 
 #[test]
 fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
-    let wire = Wire::new(8 << 20);
-    wire.nth(|_, request, content| {
+    let scripted = ScriptedNode::new(8 << 20);
+    scripted.nth(|_, request, content| {
         let AnswerBody::Whole(bytes) = part(request, content).body else { return None };
         let (piece, pause) = (100, Duration::from_millis(50));
         Some(Answer::body(AnswerBody::Slow { announced: bytes.len() as u64, bytes, piece, pause }))
     });
-    let volume = wire.volume();
-    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
+    let volume = scripted.volume();
+    scripted.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
 /// The two blobs alternate in turns that are shorter than the window of their rate.
@@ -210,13 +210,13 @@ fn a_registry_that_only_trickles_is_unavailable_in_bounded_time() {
 fn blobs_that_trickle_in_turns_are_found_out() {
     let turns = IMPATIENT
         .replace("stallTimeout: 1s, attempts: 3", "stallTimeout: 30s, attempts: 1, downloads: 1");
-    let wire = Wire::with(&turns, 1);
+    let scripted = ScriptedNode::with(&turns, 1);
     let files: Vec<_> = (0..2).map(|seed| noise(8 << 20, seed)).collect();
     let layers =
         files.iter().zip(["one", "two"]).map(|(file, name)| Layer::titled(name, file.clone()));
-    Manifest::artifact(layers).push(&wire.fake, "hostile", "both");
+    Manifest::artifact(layers).push(&scripted.fake, "hostile", "both");
     let files: Vec<_> = files.into_iter().map(|file| (digest(&file), file)).collect();
-    wire.fake.script(move |request| {
+    scripted.fake.script(move |request| {
         let (_, content) = files.iter().find(|(blob, _)| request.path.ends_with(blob))?;
         let answer = part(request, content);
         // Only a host that has sent a part is known to have the rest later.
@@ -228,8 +228,8 @@ fn blobs_that_trickle_in_turns_are_found_out() {
         let body = AnswerBody::Slow { announced, bytes, piece, pause };
         Some(Answer { body, ..answer })
     });
-    let volume = wire.node.kubelet.new_volume(&wire.fake.reference("both"));
-    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
+    let volume = scripted.node.kubelet.new_volume(&scripted.fake.reference("both"));
+    scripted.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
 /// Returns the answer of a server that has only a part of the content.
@@ -257,55 +257,56 @@ fn a_blob_shorter_than_its_manifest_says_is_found_out_after_a_few_requests() {
         ),
     ];
     for (way, most) in ways {
-        let wire = Wire::new(300_000);
-        wire.nth(move |_, request, content| Some(way(part_of_less(request, &content[..290_000]))));
-        wire.node.kubelet.publish_badly(&wire.volume(), Code::Internal);
-        assert!(wire.ranges().len() <= most, "{:?}", wire.ranges());
+        let scripted = ScriptedNode::new(300_000);
+        scripted
+            .nth(move |_, request, content| Some(way(part_of_less(request, &content[..290_000]))));
+        scripted.node.kubelet.publish_badly(&scripted.volume(), Code::Internal);
+        assert!(scripted.ranges().len() <= most, "{:?}", scripted.ranges());
     }
 }
 
 #[test]
 fn a_registry_without_ranges_whose_connections_are_cut_is_given_up() {
-    let wire = Wire::new(300_000);
-    wire.nth(|number, _, content| {
+    let scripted = ScriptedNode::new(300_000);
+    scripted.nth(|number, _, content| {
         // A little more each time: the repeated bytes are no progress.
         Some(cut(Answer::bytes(content.to_vec()), 100_000 + number, false))
     });
-    wire.node.kubelet.publish_badly(&wire.volume(), Code::Unavailable);
-    assert!(wire.ranges().len() < 12, "{:?}", wire.ranges());
+    scripted.node.kubelet.publish_badly(&scripted.volume(), Code::Unavailable);
+    assert!(scripted.ranges().len() < 12, "{:?}", scripted.ranges());
 }
 
 #[test]
 fn one_connection_of_several_that_is_refused_does_not_end_the_others() {
-    let wire = Wire::new(12 << 20);
-    wire.nth(|number, request, content| {
+    let scripted = ScriptedNode::new(12 << 20);
+    scripted.nth(|number, request, content| {
         // Longer than the driver waits: requests meanwhile are refused without a call to the registry.
         let refused = || Answer::status(429).with_header("retry-after", "6");
         Some(if number == 3 { refused() } else { slowly(part(request, content)) })
     });
-    wire.comes();
-    assert!(wire.ranges().len() > 4, "{:?}", wire.ranges());
+    scripted.publishes();
+    assert!(scripted.ranges().len() > 4, "{:?}", scripted.ranges());
 }
 
 #[test]
 fn parts_with_wrong_bytes_are_fetched_again_as_one_whole() {
-    let wire = Wire::new(8 << 20);
-    wire.nth(|_, request, content| {
+    let scripted = ScriptedNode::new(8 << 20);
+    scripted.nth(|_, request, content| {
         let other = noise(content.len(), 78);
         let content = if range(request).is_some() { &other } else { content };
         Some(slowly(part(request, content)))
     });
-    wire.comes();
-    let ranges = wire.ranges();
+    scripted.publishes();
+    let ranges = scripted.ranges();
     assert!(ranges.len() > 2 && ranges.last() == Some(&None), "{ranges:?}");
 }
 
 #[test]
 fn a_configuration_that_trickles_is_given_up_as_a_blob_is() {
-    let wire = Wire::new(1);
+    let scripted = ScriptedNode::new(1);
     let (config, archive) = (vec![b' '; 1 << 20], Tar::new().file("file", 0o644, "x").finish());
     let described = |media_type: &str, bytes: &[u8]| serde_json::json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()});
-    wire.fake.put_json(
+    scripted.fake.put_json(
         "slow",
         &serde_json::json!({
             "schemaVersion": 2,
@@ -314,37 +315,37 @@ fn a_configuration_that_trickles_is_given_up_as_a_blob_is() {
         }),
     );
     let blob = digest(&config);
-    wire.fake.script(move |request| {
+    scripted.fake.script(move |request| {
         let (bytes, announced) = (Bytes::from(config.clone()), 1 << 20);
         let (piece, pause) = (100, Duration::from_millis(50));
         let slow = AnswerBody::Slow { announced, bytes, piece, pause };
         request.path.ends_with(&blob).then(|| Answer::body(slow))
     });
-    let volume = wire.node.kubelet.new_volume(&wire.fake.reference("slow"));
-    wire.node.kubelet.publish_badly(&volume, Code::Unavailable);
+    let volume = scripted.node.kubelet.new_volume(&scripted.fake.reference("slow"));
+    scripted.node.kubelet.publish_badly(&volume, Code::Unavailable);
 }
 
 /// Content that came from another registry has to be sent by this one too, which takes as long.
 #[test]
 fn a_proof_of_content_goes_on_where_its_connection_broke() {
-    let wire = Wire::new(300_000);
+    let scripted = ScriptedNode::new(300_000);
     let first = FakeRegistry::new();
-    let layer = Layer::titled("file", wire.content.clone());
+    let layer = Layer::titled("file", scripted.content.clone());
     Manifest::artifact([layer]).push(&first, "hostile", "v1");
-    let (here, _) = wire.node.mount(&first.reference("v1"));
-    wire.nth(|number, request, content| {
+    let (here, _) = scripted.node.mount(&first.reference("v1"));
+    scripted.nth(|number, request, content| {
         let whole = part(request, content);
         Some(if number == 0 { cut(whole, 100_000, false) } else { whole })
     });
-    wire.comes();
-    assert_eq!(wire.ranges(), [None, Some((100_000, None))]);
-    wire.node.kubelet.unpublish(&here);
+    scripted.publishes();
+    assert_eq!(scripted.ranges(), [None, Some((100_000, None))]);
+    scripted.node.kubelet.unpublish(&here);
 }
 
 #[test]
 fn a_source_that_changed_under_a_download_is_found_out_and_fetched_again_once() {
-    let wire = Wire::new(300_000);
-    wire.nth(|number, request, content| {
+    let scripted = ScriptedNode::new(300_000);
+    scripted.nth(|number, request, content| {
         let other = noise(content.len(), 78);
         Some(if number == 0 {
             cut(part(request, &other), 100_000, false)
@@ -352,15 +353,15 @@ fn a_source_that_changed_under_a_download_is_found_out_and_fetched_again_once() 
             part(request, content)
         })
     });
-    wire.comes();
-    assert_eq!(wire.ranges(), [None, Some((100_000, None)), None]);
+    scripted.publishes();
+    assert_eq!(scripted.ranges(), [None, Some((100_000, None)), None]);
 }
 
 #[test]
 fn a_presigned_address_that_expires_in_the_middle_is_asked_for_again() {
-    let wire = Wire::new(300_000);
+    let scripted = ScriptedNode::new(300_000);
     let storage = FakeRegistry::new();
-    let (content, served) = (wire.content.clone(), AtomicUsize::new(0));
+    let (content, served) = (scripted.content.clone(), AtomicUsize::new(0));
     storage.script(move |request| {
         let signature: usize = request.query.strip_prefix("signature=")?.parse().ok()?;
         // Each address is good for one request, which breaks off; the request to the third succeeds.
@@ -372,11 +373,11 @@ fn a_presigned_address_that_expires_in_the_middle_is_asked_for_again() {
         })
     });
     let host = storage.host();
-    wire.nth(move |number, _, _| {
+    scripted.nth(move |number, _, _| {
         let address = format!("http://{host}/bucket/blob?signature={number}");
         Some(Answer::status(307).with_header("location", &address))
     });
-    wire.comes();
+    scripted.publishes();
     assert_eq!(storage.requests().len(), 5);
     assert_eq!(range(&storage.requests()[4]), Some((200_000, None)));
 }
@@ -384,8 +385,8 @@ fn a_presigned_address_that_expires_in_the_middle_is_asked_for_again() {
 #[test]
 fn a_registry_that_asks_for_patience_gets_it() {
     for status in [429, 503] {
-        let wire = Wire::new(1000);
-        wire.nth(move |number, request, content| {
+        let scripted = ScriptedNode::new(1000);
+        scripted.nth(move |number, request, content| {
             Some(match number {
                 0 => Answer::status(status).with_header("retry-after", "1"),
                 1 => Answer::status(status),
@@ -393,26 +394,26 @@ fn a_registry_that_asks_for_patience_gets_it() {
             })
         });
         let started = Instant::now();
-        wire.comes();
+        scripted.publishes();
         assert!(started.elapsed() > Duration::from_secs(1), "{status}");
-        assert_eq!(wire.ranges().len(), 3);
+        assert_eq!(scripted.ranges().len(), 3);
     }
 }
 
 #[test]
 fn a_registry_that_wants_to_be_left_alone_for_long_is_unavailable_and_left_alone() {
-    let wire = Wire::new(1000);
-    wire.nth(|_, _, _| Some(Answer::status(429).with_header("retry-after", "3000")));
+    let scripted = ScriptedNode::new(1000);
+    scripted.nth(|_, _, _| Some(Answer::status(429).with_header("retry-after", "3000")));
     for _ in 0..3 {
-        wire.node.kubelet.publish_badly(&wire.volume(), Code::Unavailable);
+        scripted.node.kubelet.publish_badly(&scripted.volume(), Code::Unavailable);
     }
-    assert_eq!(wire.ranges().len(), 1);
+    assert_eq!(scripted.ranges().len(), 1);
 }
 
 #[test]
 fn a_registry_that_asks_for_a_password_in_the_middle_gets_it() {
-    let wire = Wire::new(300_000);
-    wire.nth(|number, request, content| {
+    let scripted = ScriptedNode::new(300_000);
+    scripted.nth(|number, request, content| {
         let whole = part(request, content);
         Some(match number {
             0 => cut(whole, 100_000, false),
@@ -421,79 +422,82 @@ fn a_registry_that_asks_for_a_password_in_the_middle_gets_it() {
             _ => whole,
         })
     });
-    let volume = wire.volume().secret("username", "user").secret("password", "password");
-    wire.comes_to(&volume);
-    assert_eq!(wire.ranges().last(), Some(&Some((100_000, None))));
+    let volume = scripted.volume().secret("username", "user").secret("password", "password");
+    scripted.comes_to(&volume);
+    assert_eq!(scripted.ranges().last(), Some(&Some((100_000, None))));
 }
 
 #[test]
 fn what_a_registry_refused_is_not_asked_again_at_once() {
-    let wire = Wire::new(1000);
+    let scripted = ScriptedNode::new(1000);
     for (tag, status, code) in [
         ("a", 404, Code::NotFound),
         ("b", 401, Code::Unauthenticated),
         ("c", 403, Code::PermissionDenied),
     ] {
-        wire.fake.script(move |request| {
+        scripted.fake.script(move |request| {
             request.path.contains("/manifests/").then(|| Answer::error(status, "DENIED"))
         });
-        let before = wire.fake.requests().len();
+        let before = scripted.fake.requests().len();
         for _ in 0..20 {
-            let volume = wire.node.kubelet.new_volume(&wire.fake.reference(tag));
-            let _ = wire.node.kubelet.publish_badly(&volume, code);
+            let volume = scripted.node.kubelet.new_volume(&scripted.fake.reference(tag));
+            let _ = scripted.node.kubelet.publish_badly(&volume, code);
         }
-        let asked = wire.fake.requests().len() - before;
+        let asked = scripted.fake.requests().len() - before;
         assert!(asked < 20, "{status}: {asked} requests for twenty pods");
     }
 }
 
 #[test]
 fn a_layer_that_was_refused_is_not_fetched_again_to_be_refused_again() {
-    let wire = Wire::new(1);
+    let scripted = ScriptedNode::new(1);
     let archive = Tar::new().file("ok", 0o644, "ok").file("../outside", 0o644, "no").finish();
     let blob = digest(&archive);
-    Image::new()
-        .packed_layer(OCI_TAR, archive.clone(), &archive)
-        .push(&wire.fake, "hostile", "bad");
+    Image::new().packed_layer(OCI_TAR, archive.clone(), &archive).push(
+        &scripted.fake,
+        "hostile",
+        "bad",
+    );
     for _ in 0..3 {
-        let volume = wire.node.kubelet.new_volume(&wire.fake.reference("bad"));
-        wire.node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
+        let volume = scripted.node.kubelet.new_volume(&scripted.fake.reference("bad"));
+        scripted.node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
     }
-    let requests = wire.fake.requests();
+    let requests = scripted.fake.requests();
     assert_eq!(requests.iter().filter(|request| request.path.ends_with(&blob)).count(), 1);
 }
 
 /// Each connection has a thread that waits for bytes, and their number is limited.
 #[test]
 fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
-    let wire = Wire::new(1000);
+    let scripted = ScriptedNode::new(1000);
     let volumes: Vec<_> = (0..150_u64)
         .map(|artifact| {
             let name = |number| format!("{artifact}-{number}");
             let files = (0..4).map(|number| Layer::titled(&name(number), name(number)));
             let tag = format!("many{artifact}");
-            Manifest::artifact(files).push(&wire.fake, "hostile", &tag);
-            let volume = wire.node.kubelet.new_volume(&wire.fake.reference(&tag));
-            wire.node.kubelet.prepare(&volume);
+            Manifest::artifact(files).push(&scripted.fake, "hostile", &tag);
+            let volume = scripted.node.kubelet.new_volume(&scripted.fake.reference(&tag));
+            scripted.node.kubelet.prepare(&volume);
             volume
         })
         .collect();
-    wire.fake.script(|request| {
+    scripted.fake.script(|request| {
         let is_blob = request.path.contains("/blobs/");
         // The registry asks for patience with this blob; it is not avoided for others.
         is_blob.then(|| Answer::status(500).with_header("retry-after", "200"))
     });
     std::thread::scope(|scope| {
-        let kubelet = &wire.node.kubelet;
+        let kubelet = &scripted.node.kubelet;
         let publish = |volume: &Volume| kubelet.publish_request(volume.request.clone());
         let calls: Vec<_> =
             volumes.iter().map(|volume| scope.spawn(move || publish(volume))).collect();
-        crate::support::wait_until("many blobs wait", || wire.node.driver.threads() > 90);
-        let (other, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
+        crate::support::wait_until("many blobs wait", || scripted.node.driver.threads() > 90);
+        let (other, _) =
+            scripted.node.mount(&scripted.node.proxy.reference(&small_artifact().name));
         kubelet.unpublish(&other);
         // Threads that are idle for ten seconds end: the remaining ones belong to the blobs.
-        crate::support::wait_until("few threads wait", || wire.node.driver.threads() < 200);
-        wire.node.driver.terminate_hard();
+        crate::support::wait_until("few threads wait", || scripted.node.driver.threads() < 200);
+        scripted.node.driver.terminate_hard();
         for call in calls {
             assert!(call.join().expect("the call").is_err());
         }
@@ -504,9 +508,9 @@ fn a_registry_that_lets_many_blobs_wait_keeps_no_other_from_working() {
 #[test]
 fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
     let few = IMPATIENT.replace("attempts: 3", "attempts: 3, downloads: 1");
-    let wire = Wire::with(&few, 1000);
+    let scripted = ScriptedNode::with(&few, 1000);
     let other = FakeRegistry::new();
-    let volumes: Vec<_> = [&wire.fake, &other]
+    let volumes: Vec<_> = [&scripted.fake, &other]
         .into_iter()
         .flat_map(|registry| {
             registry.script(|request| {
@@ -521,23 +525,24 @@ fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
             })
         })
         .map(|reference| {
-            let volume = wire.node.kubelet.new_volume(&reference);
-            wire.node.kubelet.prepare(&volume);
+            let volume = scripted.node.kubelet.new_volume(&reference);
+            scripted.node.kubelet.prepare(&volume);
             volume
         })
         .collect();
     let asked = || {
-        let requests = [wire.fake.requests(), other.requests()].concat();
+        let requests = [scripted.fake.requests(), other.requests()].concat();
         requests.iter().filter(|request| request.path.contains("/blobs/")).count()
     };
     std::thread::scope(|scope| {
-        let kubelet = &wire.node.kubelet;
+        let kubelet = &scripted.node.kubelet;
         let publish = |volume: &Volume| kubelet.publish_request(volume.request.clone());
         let calls: Vec<_> =
             volumes.iter().map(|volume| scope.spawn(move || publish(volume))).collect();
         // A blob that waits for one of the eight connections gets it, and all have been requested once.
         crate::support::wait_until("all blobs have had a place", || asked() == volumes.len());
-        let (quick, _) = wire.node.mount(&wire.node.proxy.reference(&small_artifact().name));
+        let (quick, _) =
+            scripted.node.mount(&scripted.node.proxy.reference(&small_artifact().name));
         kubelet.unpublish(&quick);
         let has_ended = |call: &std::thread::ScopedJoinHandle<'_, _>| call.is_finished();
         crate::support::wait_until("some have given way", || {
@@ -549,7 +554,7 @@ fn blobs_that_wait_long_for_their_registry_give_way_to_others() {
             assert_eq!(refused.code(), Code::Unavailable);
             assert!(refused.message().contains("500"), "{refused}");
         }
-        wire.node.driver.terminate_hard();
+        scripted.node.driver.terminate_hard();
         for call in waiting {
             assert!(call.join().expect("the call").is_err());
         }
@@ -561,44 +566,46 @@ fn a_rate_that_was_set_is_kept() {
     let limited = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n\
         cache: {minFreePercent: 0, minFreeInodesPercent: 0}\n\
         pull: {bytesPerSecond: 2000000}\n";
-    let wire = Wire::with(limited, 4_000_000);
+    let scripted = ScriptedNode::with(limited, 4_000_000);
     let started = Instant::now();
-    wire.comes();
+    scripted.publishes();
     assert!(started.elapsed() > Duration::from_millis(1800), "{:?}", started.elapsed());
 }
 
 #[test]
 fn a_redirect_to_an_address_of_a_private_network_is_not_followed() {
-    let wire = Wire::new(1000);
-    wire.nth(|_, _, _| {
+    let scripted = ScriptedNode::new(1000);
+    scripted.nth(|_, _, _| {
         Some(Answer::status(307).with_header("location", "http://169.254.169.254/latest/meta-data"))
     });
-    let message = wire.node.kubelet.publish_badly(&wire.volume(), Code::Internal);
+    let message = scripted.node.kubelet.publish_badly(&scripted.volume(), Code::Internal);
     assert!(!message.contains("169.254"), "{message}");
 }
 
 #[test]
 fn a_download_in_parts_goes_on_after_the_driver_was_killed() {
-    let mut wire = Wire::new(16 << 20);
+    let mut scripted = ScriptedNode::new(16 << 20);
     let slow = Arc::new(AtomicUsize::new(1));
     let is_slow = Arc::clone(&slow);
-    wire.nth(move |_, request, content| {
+    scripted.nth(move |_, request, content| {
         let whole = part(request, content);
         Some(if is_slow.load(Ordering::Relaxed) == 1 { slowly(whole) } else { whole })
     });
-    let volume = wire.volume();
-    wire.node.kubelet.prepare(&volume);
+    let volume = scripted.volume();
+    scripted.node.kubelet.prepare(&volume);
     std::thread::scope(|scope| {
-        let call = scope.spawn(|| wire.node.kubelet.publish_request(volume.request.clone()));
-        crate::support::wait_until("several parts are on their way", || wire.ranges().len() > 4);
-        wire.node.driver.terminate_hard();
+        let call = scope.spawn(|| scripted.node.kubelet.publish_request(volume.request.clone()));
+        crate::support::wait_until("several parts are on their way", || {
+            scripted.ranges().len() > 4
+        });
+        scripted.node.driver.terminate_hard();
         assert!(call.join().expect("the call").is_err());
     });
     slow.store(0, Ordering::Relaxed);
-    let before = wire.ranges().len();
-    let options = wire.node.driver.options.clone();
-    wire.node.driver = options.start();
-    wire.comes_to(&volume);
-    let after = &wire.ranges()[before..];
+    let before = scripted.ranges().len();
+    let options = scripted.node.driver.options.clone();
+    scripted.node.driver = options.start();
+    scripted.comes_to(&volume);
+    let after = &scripted.ranges()[before..];
     assert!(after.iter().all(Option::is_some), "what was here is not fetched again: {after:?}");
 }

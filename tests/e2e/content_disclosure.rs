@@ -12,14 +12,19 @@ const SECRET: &[u8] = b"what only its owner's repository holds";
 
 /// The observations of a pod and of its registry, without the parts that differ between any two of them.
 #[derive(Debug, PartialEq, Eq)]
-struct Seen {
+struct Observations {
     code: Option<Code>,
     message: String,
     requests: Vec<String>,
 }
 
 /// Publishes and returns the observations. `names` are replaced by one name for the comparison.
-fn seen(node: &Node, volume: &Volume, registry: Option<&FakeRegistry>, names: &[&str]) -> Seen {
+fn seen(
+    node: &Node,
+    volume: &Volume,
+    registry: Option<&FakeRegistry>,
+    names: &[&str],
+) -> Observations {
     let answer = node.kubelet.publish(volume);
     let plain = |text: &str| {
         names.iter().enumerate().fold(text.to_owned(), |text, (number, name)| {
@@ -41,11 +46,11 @@ fn seen(node: &Node, volume: &Volume, registry: Option<&FakeRegistry>, names: &[
         Ok(()) => (None, String::new()),
         Err(status) => (Some(status.code()), plain(status.message())),
     };
-    Seen { code, message, requests }
+    Observations { code, message, requests }
 }
 
 /// A manifest of an attacker, with the digest and the size of a layer that the attacker does not have.
-type Forged = fn(&FakeRegistry, &str, usize) -> Value;
+type ForgeManifest = fn(&FakeRegistry, &str, usize) -> Value;
 
 fn image(registry: &FakeRegistry, layers: &[Value]) -> Value {
     // A configuration of the attacker.
@@ -75,7 +80,7 @@ fn titled(digest: &str, size: usize) -> Value {
 }
 
 /// All ways to name the layer, with the `include` of the volume.
-const FORGED: [(&str, Forged, &str); 11] = [
+const FORGED: [(&str, ForgeManifest, &str); 11] = [
     ("right size", |registry, digest, size| image(registry, &[layer(digest, size)]), ""),
     ("too long", |registry, digest, size| image(registry, &[layer(digest, size + 1)]), ""),
     ("too short", |registry, digest, _| image(registry, &[layer(digest, 1)]), ""),

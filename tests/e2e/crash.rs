@@ -20,22 +20,22 @@ const SMALL: &str = "cache: {maxBytes: 3Mi, minFreePercent: 0, minFreeInodesPerc
                      highThresholdPercent: 100, lowThresholdPercent: 100, minimumAge: 0s}\n";
 
 /// A node that may die at any time.
-struct Mortal {
+struct CrashNode {
     options: DriverOptions,
     admin: Admin,
     kubelet: Kubelet,
-    artifacts: Vec<Artifact>,
+    artifacts: Vec<ExpectedArtifact>,
     _proxy: Proxy,
     _sandbox: Sandbox,
 }
 
 /// A published artifact, and its expected content.
-struct Artifact {
+struct ExpectedArtifact {
     reference: String,
     files: Vec<(&'static str, Vec<u8>)>,
 }
 
-impl Mortal {
+impl CrashNode {
     #[track_caller]
     fn new() -> Self {
         let sandbox = Sandbox::new();
@@ -121,14 +121,14 @@ impl Mortal {
         for folder in ["files", "layers", "trees", "staging", "partial"] {
             // A reader may release its lease a moment after its response.
             crate::support::wait_until(&format!("nothing is left in {folder}"), || {
-                self.admin.told(&["gc", "--target", "0"]);
+                self.admin.text(&["gc", "--target", "0"]);
                 entries(&state.join(folder)).is_empty()
             });
         }
     }
 }
 
-impl Artifact {
+impl ExpectedArtifact {
     #[track_caller]
     fn check(&self, target: &Path) {
         for (name, content) in &self.files {
@@ -139,7 +139,7 @@ impl Artifact {
 }
 
 /// Pushes a file, an image, and one more file that needs an eviction.
-fn artifacts(proxy: &Proxy) -> Vec<Artifact> {
+fn artifacts(proxy: &Proxy) -> Vec<ExpectedArtifact> {
     let file = |seed: u64| {
         let repository = unique("file");
         let content = noise(1 << 20, seed);
@@ -149,7 +149,7 @@ fn artifacts(proxy: &Proxy) -> Vec<Artifact> {
             "v1",
         );
         let reference = proxy.reference(&format!("{repository}:v1"));
-        Artifact { reference, files: vec![("file", content)] }
+        ExpectedArtifact { reference, files: vec![("file", content)] }
     };
     let repository = unique("image");
     let (one, many) = (noise(300_000, 21), noise(1000, 22));
@@ -163,7 +163,7 @@ fn artifacts(proxy: &Proxy) -> Vec<Artifact> {
         &repository,
         "v1",
     );
-    let image = Artifact {
+    let image = ExpectedArtifact {
         reference: proxy.reference(&format!("{repository}:v1")),
         files: vec![("etc/one", one), ("etc/7", many)],
     };
@@ -178,10 +178,10 @@ fn entries(folder: &Path) -> BTreeSet<PathBuf> {
 #[track_caller]
 fn at_each_point(share: usize, of: usize, action: &str) {
     for point in POINTS.iter().skip(share).step_by(of) {
-        let mortal = Mortal::new();
+        let crash_node = CrashNode::new();
         let mut volumes = Vec::new();
-        if let Some(mut driver) = mortal.spawn(Some(&format!("{point}:{action}"))) {
-            volumes = mortal.live();
+        if let Some(mut driver) = crash_node.spawn(Some(&format!("{point}:{action}"))) {
+            volumes = crash_node.live();
             if action == "abort" {
                 // The caller may see the failure before the kernel has removed the process.
                 let ended = format!("the driver comes by {point} and ends");
@@ -189,9 +189,9 @@ fn at_each_point(share: usize, of: usize, action: &str) {
             }
             driver.kill();
         }
-        let mut driver = mortal.options.spawn();
+        let mut driver = crash_node.options.spawn();
         driver.wait_until_registered();
-        mortal.check(&driver, &volumes);
+        crash_node.check(&driver, &volumes);
     }
 }
 
@@ -219,7 +219,7 @@ shares! {
     a_full_disk_at_any_point_spoils_nothing_4: 3, "error:28";
 }
 
-impl Mortal {
+impl CrashNode {
     /// Starts a driver that pauses at a point. Returns it, and the file that resumes it.
     #[track_caller]
     fn paused_at(&self, point: &str) -> (Driver, PathBuf) {
@@ -239,59 +239,59 @@ fn wait_for_the_point(driver: &Driver, point: &str) {
 /// Publishes the image by a driver that pauses at a point. Meanwhile runs `look` on the state, and removes all that may
 /// be removed: the publish's content may not.
 #[track_caller]
-fn publish_meanwhile(mortal: &Mortal, point: &str, look: impl FnOnce(&Path)) {
-    let artifact = &mortal.artifacts[1];
-    let (driver, go) = mortal.paused_at(point);
-    let volume = mortal.kubelet.new_volume(&artifact.reference);
+fn publish_meanwhile(crash_node: &CrashNode, point: &str, look: impl FnOnce(&Path)) {
+    let artifact = &crash_node.artifacts[1];
+    let (driver, go) = crash_node.paused_at(point);
+    let volume = crash_node.kubelet.new_volume(&artifact.reference);
     std::thread::scope(|scope| {
-        let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+        let publish = scope.spawn(|| crash_node.kubelet.publish_well(&volume));
         wait_for_the_point(&driver, point);
         look(driver.state());
-        mortal.admin.told(&["gc", "--target", "0"]);
+        crash_node.admin.text(&["gc", "--target", "0"]);
         fs::write(&go, "").expect("written");
         publish.join().expect("published");
     });
     artifact.check(volume.target());
-    mortal.kubelet.unpublish(&volume);
-    mortal.check(&driver, &[]);
+    crash_node.kubelet.unpublish(&volume);
+    crash_node.check(&driver, &[]);
 }
 
 #[test]
 fn what_is_about_to_be_shown_is_not_evicted() {
     for point in ["publish.acquired", "publish.recorded", "publish.folder"] {
-        let mortal = Mortal::new();
-        publish_meanwhile(&mortal, point, |_| ());
+        let crash_node = CrashNode::new();
+        publish_meanwhile(&crash_node, point, |_| ());
     }
 }
 
 #[test]
 fn who_asks_for_what_is_being_evicted_gets_all_of_it() {
     for point in ["gc.planned", "gc.condemned", "gc.renamed", "gc.removed"] {
-        let mortal = Mortal::new();
-        let artifact = &mortal.artifacts[1];
-        let (driver, go) = mortal.paused_at(point);
-        let first = mortal.kubelet.new_volume(&artifact.reference);
-        mortal.kubelet.publish_well(&first);
-        mortal.kubelet.unpublish(&first);
-        let volume = mortal.kubelet.new_volume(&artifact.reference);
+        let crash_node = CrashNode::new();
+        let artifact = &crash_node.artifacts[1];
+        let (driver, go) = crash_node.paused_at(point);
+        let first = crash_node.kubelet.new_volume(&artifact.reference);
+        crash_node.kubelet.publish_well(&first);
+        crash_node.kubelet.unpublish(&first);
+        let volume = crash_node.kubelet.new_volume(&artifact.reference);
         std::thread::scope(|scope| {
-            let collect = scope.spawn(|| mortal.admin.told(&["gc", "--target", "0"]));
+            let collect = scope.spawn(|| crash_node.admin.text(&["gc", "--target", "0"]));
             wait_for_the_point(&driver, point);
-            let publish = scope.spawn(|| mortal.kubelet.publish_well(&volume));
+            let publish = scope.spawn(|| crash_node.kubelet.publish_well(&volume));
             // Whether the publish waits by now or comes too late for that, it gets all of its content.
             fs::write(&go, "").expect("written");
             collect.join().expect("collected");
             publish.join().expect("published");
         });
         artifact.check(volume.target());
-        mortal.kubelet.unpublish(&volume);
-        mortal.check(&driver, &[]);
+        crash_node.kubelet.unpublish(&volume);
+        crash_node.check(&driver, &[]);
     }
 }
 
 #[test]
 fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
-    publish_meanwhile(&Mortal::new(), "commit.staged", |state| {
+    publish_meanwhile(&CrashNode::new(), "commit.staged", |state| {
         let is_built = |staged: &PathBuf| staged.join("root/etc/one").exists();
         crate::support::wait_until("the tree is linked beside", || {
             entries(&state.join("staging")).iter().any(is_built)
@@ -306,16 +306,16 @@ fn a_tree_is_built_of_layers_without_names_and_named_after_them() {
 #[test]
 fn kills_at_random_moments_under_load_spoil_nothing() {
     let rounds = std::env::var("CRASH_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(6);
-    let mortal = Mortal::new();
+    let crash_node = CrashNode::new();
     let mut volumes: Vec<Volume> = Vec::new();
     for round in 0..rounds {
-        let driver = mortal.spawn(None).expect("a driver");
+        let driver = crash_node.spawn(None).expect("a driver");
         let stop = AtomicBool::new(false);
         let wait = noise(2, round)[0];
         std::thread::scope(|scope| {
-            let (mortal, stop) = (&mortal, &stop);
+            let (crash_node, stop) = (&crash_node, &stop);
             let workers: Vec<_> =
-                (0..3).map(|worker| scope.spawn(move || load(mortal, stop, worker))).collect();
+                (0..3).map(|worker| scope.spawn(move || load(crash_node, stop, worker))).collect();
             // The random moment is the test's point: no state can be waited for.
             std::thread::sleep(std::time::Duration::from_millis(u64::from(wait) * 2));
             driver.terminate_hard();
@@ -325,42 +325,42 @@ fn kills_at_random_moments_under_load_spoil_nothing() {
             }
         });
         driver.kill();
-        let driver = mortal.spawn(None).expect("a driver");
+        let driver = crash_node.spawn(None).expect("a driver");
         for volume in volumes.drain(..) {
             let reference = &volume.request.volume_context["reference"];
             let artifact =
-                mortal.artifacts.iter().find(|artifact| artifact.reference == *reference);
+                crash_node.artifacts.iter().find(|artifact| artifact.reference == *reference);
             if !mounts_under(volume.target()).is_empty() {
                 artifact.expect("one of ours").check(volume.target());
             }
-            mortal.kubelet.unpublish(&volume);
+            crash_node.kubelet.unpublish(&volume);
         }
-        let fresh: Vec<_> = mortal
+        let fresh: Vec<_> = crash_node
             .artifacts
             .iter()
-            .map(|artifact| mortal.kubelet.new_volume(&artifact.reference))
+            .map(|artifact| crash_node.kubelet.new_volume(&artifact.reference))
             .collect();
-        mortal.check(&driver, &fresh);
+        crash_node.check(&driver, &fresh);
         driver.kill();
     }
 }
 
 /// Publishes and unpublishes until the driver is gone. Returns the volumes that it has not unpublished.
-fn load(mortal: &Mortal, stop: &AtomicBool, worker: usize) -> Vec<Volume> {
+fn load(crash_node: &CrashNode, stop: &AtomicBool, worker: usize) -> Vec<Volume> {
     let mut left = Vec::new();
     for number in worker.. {
         if stop.load(Ordering::SeqCst) {
             return left;
         }
-        let artifact = &mortal.artifacts[number % mortal.artifacts.len()];
-        let volume = mortal.kubelet.new_volume(&artifact.reference);
-        mortal.kubelet.prepare(&volume);
-        let published = mortal.kubelet.publish_request(volume.request.clone());
+        let artifact = &crash_node.artifacts[number % crash_node.artifacts.len()];
+        let volume = crash_node.kubelet.new_volume(&artifact.reference);
+        crash_node.kubelet.prepare(&volume);
+        let published = crash_node.kubelet.publish_request(volume.request.clone());
         if published.is_ok() {
             artifact.check(volume.target());
         }
         let request = &volume.request;
-        if mortal.kubelet.unpublish_request(&request.volume_id, &request.target_path).is_err() {
+        if crash_node.kubelet.unpublish_request(&request.volume_id, &request.target_path).is_err() {
             left.push(volume);
             continue;
         }

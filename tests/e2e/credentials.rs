@@ -16,12 +16,12 @@ const PASSWORD: &str = "planted-password-of-the-node";
 const TOKEN: &str = "planted-service-account-token";
 
 /// A registry that requires a password, with artifacts, and the proxy in front of it.
-struct Private {
+struct PrivateRegistry {
     proxy: Proxy,
     registry: Registry,
 }
 
-impl Private {
+impl PrivateRegistry {
     fn new() -> Self {
         let registry = private_registry(USER, PASSWORD);
         Self { proxy: Proxy::new(&registry), registry }
@@ -97,7 +97,7 @@ fn runs(sandbox: &Path) -> usize {
     fs::read_to_string(sandbox.join("runs")).unwrap_or_default().lines().count()
 }
 
-fn with_plugin(private: &Private, commands: &str, rest: &str, lines: &str) -> Node {
+fn with_plugin(private: &PrivateRegistry, commands: &str, rest: &str, lines: &str) -> Node {
     let prepare = |sandbox: &Sandbox| {
         plugin(sandbox.path(), commands);
         providers_for(sandbox.path(), &private.proxy.host(), rest);
@@ -134,7 +134,7 @@ fn assert_no_secret(node: &Node, message: &str) {
 
 #[test]
 fn the_nodes_docker_configuration_opens_a_registry_for_every_pod_and_is_read_again() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let node = Node::start_configured(
         |sandbox| fs::write(sandbox.path().join("docker.json"), "{}").expect("written"),
         "registries:\n  dockerConfig: \"{sandbox}/docker.json\"\n",
@@ -162,7 +162,7 @@ fn the_nodes_docker_configuration_opens_a_registry_for_every_pod_and_is_read_aga
 
 #[test]
 fn a_volumes_own_secret_comes_first_and_the_nodes_credentials_after_it() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let config = docker_config(&private.auths());
     let node = Node::start_configured(
         |sandbox| fs::write(sandbox.path().join("docker.json"), config).expect("written"),
@@ -176,7 +176,7 @@ fn a_volumes_own_secret_comes_first_and_the_nodes_credentials_after_it() {
 
 #[test]
 fn a_plugin_is_run_as_the_kubelet_runs_it_and_its_answer_is_kept_as_it_says() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     for (kind, duration, expected) in
         [("Registry", "1h0m0s", 1), ("Global", "1h", 1), ("Image", "1h", 2), ("Registry", "0s", 2)]
     {
@@ -202,7 +202,7 @@ fn a_plugin_is_run_as_the_kubelet_runs_it_and_its_answer_is_kept_as_it_says() {
 
 #[test]
 fn a_plugin_that_fails_in_any_way_is_named_and_the_kubelet_tries_again() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     for (commands, named) in [
         ("echo planted-password-of-the-node; sleep 60", "did not answer within 2 seconds"),
         ("echo planted-password-of-the-node >&2; exit 3", "exit status: 3"),
@@ -243,7 +243,7 @@ fn processes_with(word: &str) -> usize {
 
 #[test]
 fn a_plugin_that_hangs_ends_with_all_that_it_has_started() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     // A number of seconds that no other process sleeps.
     let word = format!("{}.5", 100_000 + std::process::id());
     let node = with_plugin(&private, &format!("sleep {word} & sleep {word}"), "", "");
@@ -255,7 +255,7 @@ fn a_plugin_that_hangs_ends_with_all_that_it_has_started() {
 
 #[test]
 fn a_plugin_that_fails_does_not_keep_what_is_public_away() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let node = with_plugin(&private, "exit 1", "", "");
     let artifact = node.small_artifact();
     providers_for(node.sandbox.path(), &node.proxy.host(), "");
@@ -265,7 +265,7 @@ fn a_plugin_that_fails_does_not_keep_what_is_public_away() {
 
 #[test]
 fn a_broken_provider_configuration_is_named() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let node = with_plugin(&private, "", "  unclosed: [\n", "");
     let volume = node.kubelet.new_volume(&private.artifact());
     let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
@@ -278,7 +278,7 @@ fn a_broken_provider_configuration_is_named() {
 
 #[test]
 fn a_service_accounts_token_goes_to_the_plugin_and_opens_for_this_account_alone() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let commands = format!(
         "if grep -q {TOKEN} \"$(dirname \"$0\")/../request\"; then\n{}\nelse exit 1; fi",
         answers(&private.auths(), "Registry", "0s")
@@ -308,7 +308,7 @@ fn a_service_accounts_token_goes_to_the_plugin_and_opens_for_this_account_alone(
 
 #[test]
 fn annotations_that_only_the_api_could_give_are_named_with_the_setting_that_gives_them() {
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let rest =
         format!("{WITH_TOKEN}, requiredServiceAccountAnnotationKeys: [example.com/role]}}\n");
     let commands = answers(&private.auths(), "Registry", "1h");
@@ -335,7 +335,7 @@ fn basic(volume: Volume, password: &str) -> Volume {
 #[test]
 fn credentials_that_rotate_are_known_by_their_account_while_the_registry_is_down() {
     for (ttl, counts) in [("1h", true), ("0s", false)] {
-        let private = Private::new();
+        let private = PrivateRegistry::new();
         let node = Node::start_configured(|_| {}, &format!("registries:\n  proofTTL: {ttl}\n"));
         let (reference, by_digest) = private.artifact_and_digest();
         let of = |account, password| basic(volume_of(&node, &reference, account), password);
@@ -376,7 +376,7 @@ fn the_kubelets_verification_policies_are_obeyed() {
         ("NeverVerifyAllowlistedImages", false),
         ("AlwaysVerify", false),
     ] {
-        let private = Private::new();
+        let private = PrivateRegistry::new();
         let lines = format!("registries:\n  credentialsVerification: {policy}\n");
         let node = Node::start_configured(|_| {}, &lines);
         let reference = private.artifact();

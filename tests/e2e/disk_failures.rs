@@ -186,7 +186,7 @@ fn a_name_that_could_not_be_made_durable_is_counted_and_goes() {
     for folder in ["trees", "files", "staging"] {
         // A reader may release its lease a moment after its response.
         wait_until(&format!("nothing is left in {folder}"), || {
-            admin.told(&["gc", "--target", "0"]);
+            admin.text(&["gc", "--target", "0"]);
             fs::read_dir(driver.state().join(folder)).expect("a folder").count() == 0
         });
     }

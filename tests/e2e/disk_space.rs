@@ -80,7 +80,7 @@ fn what_is_shown_or_pinned_is_never_evicted() {
     let [shown, pinned, wanted] = [(); 3].map(|()| artifact(&node, 10));
     let volume = publish(&node, &shown);
     cache_while_shown(&node, &admin, &pinned);
-    admin.told(&["pin", &pinned]);
+    admin.text(&["pin", &pinned]);
     let refused = node.kubelet.new_volume(&wanted);
     let told = node.kubelet.publish_badly(&refused, Code::ResourceExhausted);
     for part in ["needed 10.0 MiB", "evictable 0 B", "pinned 10.0 MiB", "cache.maxBytes"] {
@@ -88,7 +88,7 @@ fn what_is_shown_or_pinned_is_never_evicted() {
     }
     assert!(admin.holds(&shown) && admin.holds(&pinned));
     assert_eq!(fs::metadata(volume.target().join("file")).expect("the file").len(), 10 << 20);
-    admin.told(&["unpin", &pinned]);
+    admin.text(&["unpin", &pinned]);
     node.kubelet.publish_well(&refused);
     assert!(admin.holds(&shown) && !admin.holds(&pinned));
 }

@@ -27,9 +27,9 @@ fn key(parts: &[&str]) -> String {
 }
 
 /// A state directory that was written without a driver.
-struct ByHand(PathBuf);
+struct HandWrittenState(PathBuf);
 
-impl ByHand {
+impl HandWrittenState {
     fn put(&self, path: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.0.join(path);
         fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
@@ -112,7 +112,7 @@ impl ByHand {
 
 /// Writes one artifact of a titled file, and one of an archive.
 fn write(state: &Path, format: &str) {
-    let state = ByHand(state.to_owned());
+    let state = HandWrittenState(state.to_owned());
     state.put("format", format);
     let text = b"a file by hand\n";
     let artifact = Manifest::artifact([Layer::titled("notes/one.txt", text)]);

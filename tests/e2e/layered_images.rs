@@ -23,13 +23,13 @@ const IMAGES: u32 = 60;
 struct Entry {
     /// The name as it is written.
     name: String,
-    what: What,
+    what: EntryKind,
     /// Extended headers that change the form of the entry, and not its meaning.
     style: Style,
 }
 
 #[derive(Clone, Debug)]
-enum What {
+enum EntryKind {
     Folder {
         mode: u32,
         owner: u64,
@@ -162,25 +162,25 @@ fn entry() -> impl Strategy<Value = Entry> {
         6 => (spelled(prop_oneof![folder(), below(vec!["d", "e", "l"])]), any::<bool>(), mode(), owner())
             .prop_map(|(name, slash, mode, owner)| {
                 let name = if slash { format!("{name}/") } else { name };
-                (name, What::Folder { mode, owner })
+                (name, EntryKind::Folder { mode, owner })
             }),
         8 => (spelled(files()), mode(), owner(), texts)
-            .prop_map(|(name, mode, owner, text)| (name, What::File { mode, owner, text })),
+            .prop_map(|(name, mode, owner, text)| (name, EntryKind::File { mode, owner, text })),
         5 => (spelled(links()), targets)
-            .prop_map(|(name, target)| (name, What::SymbolicLink { target: target.to_owned() })),
+            .prop_map(|(name, target)| (name, EntryKind::SymbolicLink { target: target.to_owned() })),
         2 => (spelled(any_name()), weighted(0.9, any::<Index>()), spelled(files()))
-            .prop_map(|(name, earlier, target)| (name, What::HardLink { earlier, target })),
+            .prop_map(|(name, earlier, target)| (name, EntryKind::HardLink { earlier, target })),
         1 => (spelled(any_name()), select(vec![b'3', b'4', b'6']))
-            .prop_map(|(name, kind)| (name, What::Special { kind })),
+            .prop_map(|(name, kind)| (name, EntryKind::Special { kind })),
         1 => (select(vec![".", "./", "/", "//", "./."]), mode())
-            .prop_map(|(name, mode)| (name.to_owned(), What::Folder { mode, owner: 0 })),
+            .prop_map(|(name, mode)| (name.to_owned(), EntryKind::Folder { mode, owner: 0 })),
     ];
     (named, style).prop_map(|((name, what), style)| Entry { name, what, style })
 }
 
 fn mark() -> impl Strategy<Value = Entry> {
     let marks = vec![".wh.f", ".wh.d", ".wh.e", ".wh.l", ".wh.m", ".wh.g", ".wh..wh..opq"];
-    let what = What::File { mode: 0o644, owner: 0, text: "" };
+    let what = EntryKind::File { mode: 0o644, owner: 0, text: "" };
     spelled(below(marks)).prop_map(move |name| Entry {
         name,
         what: what.clone(),
@@ -209,8 +209,8 @@ fn aim_hard_links(layers: &mut [RandomLayer]) {
     let mut files: Vec<String> = Vec::new();
     for Entry { name, what, .. } in layers.iter_mut().flat_map(|layer| &mut layer.entries) {
         match what {
-            What::File { .. } => files.push(name.clone()),
-            What::HardLink { earlier: Some(earlier), target } if !files.is_empty() => {
+            EntryKind::File { .. } => files.push(name.clone()),
+            EntryKind::HardLink { earlier: Some(earlier), target } if !files.is_empty() => {
                 target.clone_from(earlier.get(&files));
             }
             _ => {}
@@ -240,13 +240,13 @@ impl Entry {
             Style::Plain | Style::LongName => (tar, name),
         };
         match &self.what {
-            What::Folder { mode, owner } => tar.owned_folder(&name, *mode, (*owner, *owner)),
-            What::File { mode, owner, text } => {
+            EntryKind::Folder { mode, owner } => tar.owned_folder(&name, *mode, (*owner, *owner)),
+            EntryKind::File { mode, owner, text } => {
                 tar.owned_file(&name, *mode, (*owner, *owner), text)
             }
-            What::SymbolicLink { target } => tar.symbolic_link(&name, target),
-            What::HardLink { target, .. } => tar.hard_link(&name, target),
-            What::Special { kind } => tar.special(&name, *kind, ""),
+            EntryKind::SymbolicLink { target } => tar.symbolic_link(&name, target),
+            EntryKind::HardLink { target, .. } => tar.hard_link(&name, target),
+            EntryKind::Special { kind } => tar.special(&name, *kind, ""),
         }
     }
 }
@@ -259,7 +259,7 @@ fn may_only_containerd_refuse(error: &str, layers: &[RandomLayer]) -> bool {
         let names = entry.name.split('/').filter(|name| !["", "."].contains(name));
         names.map(str::to_owned).collect()
     };
-    let is_folder = |entry: &Entry| matches!(entry.what, What::Folder { .. });
+    let is_folder = |entry: &Entry| matches!(entry.what, EntryKind::Folder { .. });
     let replaces_a_folder = |layer: &RandomLayer| {
         layer.entries.iter().enumerate().any(|(index, entry)| {
             let later = layer.entries[index..].iter().filter(|later| !is_folder(later));
@@ -274,7 +274,7 @@ fn may_only_containerd_refuse(error: &str, layers: &[RandomLayer]) -> bool {
 fn promised(mut tree: Tree, layers: &[RandomLayer]) -> Tree {
     let mut entries = layers.iter().flat_map(|layer| &layer.entries);
     // containerd gives a file the mode of its last link, the driver that of the file's own entry.
-    let has_links = entries.any(|entry| matches!(entry.what, What::HardLink { .. }));
+    let has_links = entries.any(|entry| matches!(entry.what, EntryKind::HardLink { .. }));
     for entry in tree.entries.values_mut() {
         entry.mode &= 0o777;
         match entry.kind {

@@ -2,18 +2,18 @@
 
 use tonic::Code;
 
-use crate::support::{Layer, Manifest, Node, Passed, digest, registry, unique};
+use crate::support::{ForwardedRequest, Layer, Manifest, Node, digest, registry, unique};
 
 /// Moves the tag of a repository to an artifact of one file of this name.
 fn push(repository: &str, tag: &str, file: &str) -> String {
     Manifest::artifact([Layer::titled(file, file)]).push(registry(), repository, tag)
 }
 
-fn of_manifests(requests: &[Passed]) -> usize {
+fn of_manifests(requests: &[ForwardedRequest]) -> usize {
     requests.iter().filter(|request| request.path.contains("/manifests/")).count()
 }
 
-fn of_blobs(requests: &[Passed]) -> usize {
+fn of_blobs(requests: &[ForwardedRequest]) -> usize {
     requests.iter().filter(|request| request.path.contains("/blobs/")).count()
 }
 

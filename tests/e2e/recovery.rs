@@ -59,8 +59,8 @@ fn a_lost_record_is_written_again_and_keeps_its_content() {
     }
     let driver = options.start();
     assert_eq!(admin.json(&["status"])["published"], 1);
-    admin.told(&["rm", &proxy.reference(&artifact.name)]);
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["rm", &proxy.reference(&artifact.name)]);
+    admin.text(&["gc", "--target", "0"]);
     assert_eq!(
         fs::read_to_string(volume.target().join("file.txt")).expect("shown"),
         artifact.content
@@ -122,8 +122,8 @@ fn what_is_not_the_drivers_is_left_alone() {
     let _driver = options.start();
     kubelet.unpublish(&volume);
     wait_until("the record is gone", || admin.json(&["status"])["published"] == 0);
-    admin.told(&["gc", "--target", "0"]);
-    admin.told(&["verify"]);
+    admin.text(&["gc", "--target", "0"]);
+    admin.text(&["verify"]);
     for path in &strange {
         assert!(path.exists(), "{} is gone", path.display());
     }
@@ -220,6 +220,6 @@ fn a_use_in_the_future_makes_nothing_immortal() {
     }
     let _driver = options.start();
     wait_until("the record is gone", || admin.json(&["status"])["published"] == 0);
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert_eq!(admin.json(&["ls"]), json!([]));
 }

@@ -12,7 +12,7 @@ use crate::support::{
 
 /// Mounts an artifact of the shared registry through an nginx with this behaviour.
 #[track_caller]
-fn comes_through(node: &Node, name: &str, answer: &str) {
+fn mounts_through(node: &Node, name: &str, answer: &str) {
     let answer = format!(
         "{answer} proxy_set_header Host $http_host; proxy_pass http://{};",
         registry().host()
@@ -37,7 +37,7 @@ fn a_content_encoding_over_bytes_that_are_right_changes_nothing() {
         ("aws", "aws-chunked"),
         ("both", "aws-chunked,gzip"),
     ] {
-        comes_through(&node, name, &format!("add_header Content-Encoding {value} always;"));
+        mounts_through(&node, name, &format!("add_header Content-Encoding {value} always;"));
     }
     let fake = FakeRegistry::new();
     Manifest::artifact([Layer::titled("file", "x")]).push(&fake, "any", "v1");
@@ -100,7 +100,7 @@ fn a_registrys_policy_is_named_as_what_refuses() {
 fn a_head_that_is_refused_blames_no_credential() {
     let node = Node::start();
     for status in [403, 405] {
-        comes_through(
+        mounts_through(
             &node,
             &format!("head-{status}"),
             &format!("if ($request_method = HEAD) {{ return {status}; }}"),
@@ -153,7 +153,7 @@ fn an_unsupported_digest_algorithm_is_a_failed_precondition() {
 #[test]
 fn a_redirect_with_bytes_beyond_ascii_is_followed() {
     let node = Node::start();
-    comes_through(
+    mounts_through(
         &node,
         "umlauts",
         "if ($request_uri ~ ^/v2/.*/blobs/) { return 307 /größe$request_uri?name=é; } \
@@ -209,12 +209,12 @@ fn node_with_names(names: &str, lines: &str) -> Node {
 }
 
 /// A registry without TLS that requires a token, and keeps its blobs on a storage without TLS.
-struct Plain {
+struct PlainRegistry {
     registry: FakeRegistry,
     storage: FakeRegistry,
 }
 
-impl Plain {
+impl PlainRegistry {
     fn new(realm_host: &str) -> Self {
         let (registry, storage) = (FakeRegistry::new(), FakeRegistry::new());
         for fake in [&registry, &storage] {
@@ -255,7 +255,7 @@ impl Plain {
 fn plain_http_is_followed_where_the_administrator_says_so_and_nowhere_else() {
     let names = "plain.example storage.example elsewhere.example";
     let node = node_with_names(names, "");
-    let plain = Plain::new("plain.example");
+    let plain = PlainRegistry::new("plain.example");
     let host = plain.host("plain.example");
     let with_secret =
         |volume: Volume| volume.secret("username", "robot").secret("password", "planted");
@@ -281,7 +281,7 @@ fn plain_http_is_followed_where_the_administrator_says_so_and_nowhere_else() {
     assert!(!asked.is_empty());
     assert!(asked.iter().all(|request| request.header("authorization").is_none()));
     // A token server without TLS on another host gets no request and no secret.
-    let other = Plain::new("elsewhere.example");
+    let other = PlainRegistry::new("elsewhere.example");
     let host = other.host("plain.example");
     node.hosts_toml(&host, &format!("server = \"http://{host}\"\n"));
     let volume = with_secret(node.kubelet.new_volume(&other.reference()));
@@ -289,7 +289,7 @@ fn plain_http_is_followed_where_the_administrator_says_so_and_nowhere_else() {
     assert!(message.contains("the token server's address must be https"), "{message}");
     assert!(tokens(&other.registry).is_empty());
     // The storage named in the configuration file.
-    let third = Plain::new("plain.example");
+    let third = PlainRegistry::new("plain.example");
     let lines = format!("  plainHTTPRedirects: [\"http://{}\"]\n", third.storage_host());
     let node = node_with_names(names, &lines);
     let host = third.host("plain.example");

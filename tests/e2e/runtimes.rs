@@ -301,10 +301,10 @@ fn content_of_which_a_part_is_still_mounted_is_not_evicted() {
             .expect("a bind");
         node.kubelet.unpublish(&volume);
         wait_until("it is unpublished", || admin.json(&["status"])["published"] == 0);
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
         assert_ne!(admin.json(&["status"])["cacheObjects"], 0, "its tree is in use");
         umount2(&part, MntFlags::empty()).expect("unmounted");
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
         assert_eq!(admin.json(&["status"])["cacheObjects"], 0);
     }
 }
@@ -319,7 +319,7 @@ fn a_mounted_overlay_without_a_record_is_not_evicted() {
     mount(Some(volume.target()), &elsewhere, NONE, MsFlags::MS_BIND, NONE).expect("a bind");
     kubelet.unpublish(&volume);
     let driver = driver.restart();
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert_eq!(Tree::of(&elsewhere), tree);
     umount2(&elsewhere, MntFlags::empty()).expect("unmounted");
     drop((driver, proxy));

@@ -468,7 +468,7 @@ fn the_scrub_finds_damage_and_repairs_it() {
 fn a_scrub_that_is_off_says_so() {
     let (node, admin) = Admin::start(&without_scrub());
     assert_eq!(admin.json(&["status"])["scrub"]["intervalSeconds"], 0);
-    assert!(admin.told(&["status"]).contains("off (cache.scrubInterval)"));
+    assert!(admin.text(&["status"]).contains("off (cache.scrubInterval)"));
     drop(node);
 }
 

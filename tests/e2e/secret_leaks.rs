@@ -20,7 +20,7 @@ const OF_A_HEADER: &str = "planted-header-8d8d";
 const IN_A_BODY: &str = "planted-in-a-body-9e9e";
 
 /// Returns all secrets, in plain form and in that of `Basic` authentication.
-fn planted() -> Vec<String> {
+fn planted_secrets() -> Vec<String> {
     let encoded = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
     [
         PASSWORD,
@@ -169,7 +169,7 @@ fn planted_secrets_come_out_nowhere() {
         ("the command line", of_process("cmdline")),
         ("the environment", of_process("environ")),
     ];
-    for secret in planted() {
+    for secret in planted_secrets() {
         for (place, text) in &places {
             assert!(!text.contains(&secret), "{secret} is in {place}");
         }

@@ -13,13 +13,13 @@ const USER: &str = "someone";
 const PASSWORD: &str = "correct-horse-battery";
 
 /// A registry that requires a password, with one artifact, and the proxy in front of it.
-struct Private {
+struct PrivateRegistry {
     proxy: Proxy,
     name: String,
     _registry: Registry,
 }
 
-impl Private {
+impl PrivateRegistry {
     fn new() -> Self {
         let registry = private_registry(USER, PASSWORD);
         let repository = unique("private");
@@ -81,7 +81,7 @@ fn a_credential_that_is_unknown_does_not_hide_what_another_is_told() {
 #[test]
 fn every_kind_of_secret_opens_a_private_registry() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let host = private.proxy.host();
     let by_name = json!({"auths": {&host: {"username": USER, "password": PASSWORD}}}).to_string();
     let with_scheme = docker_config(&format!("http://{host}/v2/"), USER, PASSWORD);
@@ -111,7 +111,7 @@ fn every_kind_of_secret_opens_a_private_registry() {
 #[test]
 fn a_missing_or_wrong_password_is_unauthenticated() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     node.kubelet.publish_badly(&private.volume(&node), Code::Unauthenticated);
     let wrong = basic(private.volume(&node), USER, "wrong-password-said-nobody");
     let message = node.kubelet.publish_badly(&wrong, Code::Unauthenticated);
@@ -124,7 +124,7 @@ fn a_missing_or_wrong_password_is_unauthenticated() {
 #[test]
 fn of_two_credentials_the_one_that_works_is_used() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let host = private.proxy.host();
     let repository = private.name.split(':').next().expect("a repository");
     // The kubelet's keyring tries the longest match first and continues with the others.
@@ -139,7 +139,7 @@ fn of_two_credentials_the_one_that_works_is_used() {
 #[test]
 fn malformed_secrets_are_refused_without_showing_them() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let marker = "do-not-show-this";
     let secrets: [&[(&str, &str)]; 6] = [
         &[(".dockerconfigjson", &format!("{{\"auths\": {marker}"))],
@@ -169,7 +169,7 @@ fn malformed_secrets_are_refused_without_showing_them() {
 #[test]
 fn cached_private_content_is_refused_to_those_who_have_not_proven_that_they_may_see_it() {
     let mut node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let allowed = basic(private.volume(&node), USER, PASSWORD);
     node.kubelet.publish_well(&allowed);
     for restart in [false, true] {
@@ -203,7 +203,7 @@ fn is_final_refusal(code: Code) -> bool {
 #[test]
 fn credentials_that_were_proven_open_cached_content_without_the_registry() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     node.kubelet.publish_well(&basic(private.volume(&node), USER, PASSWORD));
     private.proxy.go_down();
     node.kubelet.publish_well(&basic(private.volume(&node), USER, PASSWORD));
@@ -220,7 +220,7 @@ fn credentials_that_were_proven_open_cached_content_without_the_registry() {
 #[test]
 fn a_refused_caller_does_not_spoil_the_pull_of_another() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     let allowed = basic(private.volume(&node), USER, PASSWORD);
     let refused = basic(private.volume(&node), USER, "wrong");
     for _ in 0..3 {
@@ -236,7 +236,7 @@ fn a_refused_caller_does_not_spoil_the_pull_of_another() {
 #[test]
 fn no_password_is_written_anywhere() {
     let node = Node::start();
-    let private = Private::new();
+    let private = PrivateRegistry::new();
     node.kubelet.publish_well(&basic(private.volume(&node), USER, PASSWORD));
     let secret = docker_config(&private.proxy.host(), USER, PASSWORD);
     let always = private

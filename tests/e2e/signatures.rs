@@ -120,7 +120,7 @@ fn the_manifest_of_a_refused_artifact_is_counted_and_evicted() {
     assert!(manifest.exists());
     let takes = fs::metadata(&manifest).expect("metadata").blocks() * 512;
     assert!(cache_bytes() >= before + takes);
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert!(!manifest.exists());
     assert_eq!(cache_bytes(), before);
 }

@@ -23,12 +23,12 @@ const SHOWN: usize = 3;
 const ROUNDS: usize = 60;
 
 /// An artifact, and the content that it must show as long as it is mounted.
-struct Artifact {
+struct ExpectedArtifact {
     reference: String,
     files: Vec<(String, Vec<u8>)>,
 }
 
-impl Artifact {
+impl ExpectedArtifact {
     #[track_caller]
     fn check(&self, target: &Path) {
         for (name, content) in &self.files {
@@ -40,7 +40,7 @@ impl Artifact {
 }
 
 /// Pushes pairs of files that share a layer, and images that share one as well.
-fn artifacts(node: &Node) -> Vec<Artifact> {
+fn artifacts(node: &Node) -> Vec<ExpectedArtifact> {
     let mut artifacts = Vec::new();
     for pair in 0..3u64 {
         let shared = noise(1 << 20, 40 + pair);
@@ -53,7 +53,7 @@ fn artifacts(node: &Node) -> Vec<Artifact> {
             .push(registry(), &repository, "v1");
             let files = vec![("shared".to_owned(), shared.clone()), ("own".to_owned(), own)];
             let reference = node.proxy.reference(&format!("{repository}:v1"));
-            artifacts.push(Artifact { reference, files });
+            artifacts.push(ExpectedArtifact { reference, files });
         }
     }
     let base = Tar::new().file("etc/base", 0o644, noise(500_000, 61)).finish();
@@ -71,14 +71,14 @@ fn artifacts(node: &Node) -> Vec<Artifact> {
             .packed_layer(OCI_TAR_GZIP, gzip(&upper), &upper)
             .push(registry(), &repository, "v1");
         let reference = node.proxy.reference(&format!("{repository}:v1"));
-        artifacts.push(Artifact { reference, files });
+        artifacts.push(ExpectedArtifact { reference, files });
     }
     artifacts
 }
 
 /// Publishes, checks the content, and unpublishes the oldest. Returns the number of publishes.
-fn work(node: &Node, artifacts: &[Artifact], worker: usize) -> usize {
-    let mut shown: Vec<(Volume, &Artifact)> = Vec::new();
+fn work(node: &Node, artifacts: &[ExpectedArtifact], worker: usize) -> usize {
+    let mut shown: Vec<(Volume, &ExpectedArtifact)> = Vec::new();
     let mut published = 0;
     for round in 0..ROUNDS {
         let artifact = &artifacts[(worker * 5 + round * 3) % artifacts.len()];
@@ -121,7 +121,7 @@ fn what_is_shown_stays_while_everything_else_comes_and_goes() {
         // Evicts all unused content, all the time.
         let collector = scope.spawn(move || {
             while !ended.load(Ordering::SeqCst) {
-                admin.told(&["gc", "--target", "0"]);
+                admin.text(&["gc", "--target", "0"]);
                 collected.fetch_add(1, Ordering::SeqCst);
             }
         });
@@ -137,7 +137,7 @@ fn what_is_shown_stays_while_everything_else_comes_and_goes() {
     assert!(admin.json(&["status"])["evictedBytes"].as_u64() > Some(8 << 20));
     wait_until("no record is left", || admin.json(&["status"])["published"] == 0);
     assert_eq!(admin.json(&["verify"])["findings"], json!([]));
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     let status = admin.json(&["status"]);
     assert_eq!((&status["cacheObjects"], &status["cacheBytes"]), (&json!(0), &json!(0)));
     for folder in ["files", "layers", "trees", "staging", "partial", "publications"] {

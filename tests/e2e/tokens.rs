@@ -25,12 +25,12 @@ const CONTENT: &[u8] = b"behind strict tokens";
 
 /// The time, and the number of requests, for which a token is valid.
 #[derive(Clone, Copy)]
-struct Life {
+struct TokenLife {
     time: Duration,
     requests: u64,
 }
 
-const LONG: Life = Life { time: Duration::from_mins(5), requests: u64::MAX };
+const LONG: TokenLife = TokenLife { time: Duration::from_mins(5), requests: u64::MAX };
 
 struct Issued {
     token: String,
@@ -39,16 +39,16 @@ struct Issued {
 }
 
 /// A registry, its token server and its storage: three hosts.
-struct Strict {
+struct TokenRegistry {
     registry: FakeRegistry,
     server: FakeRegistry,
     storage: FakeRegistry,
     expired: Arc<AtomicU64>,
 }
 
-impl Strict {
+impl TokenRegistry {
     /// Starts a registry that demands a token of this service with this scope.
-    fn new(life: Life, service: &'static str, scope: &'static str) -> Self {
+    fn new(life: TokenLife, service: &'static str, scope: &'static str) -> Self {
         let (registry, server, storage) =
             (FakeRegistry::new(), FakeRegistry::new(), FakeRegistry::new());
         Manifest::artifact([Layer::titled("file", CONTENT)]).push(&registry, "hostile", "v1");
@@ -136,7 +136,7 @@ fn pairs(encoded: &str) -> Vec<(String, String)> {
 }
 
 /// Issues a token for a request that follows the specification exactly.
-fn issue(request: &Request, life: Life, issued: &Mutex<Vec<Issued>>) -> Answer {
+fn issue(request: &Request, life: TokenLife, issued: &Mutex<Vec<Issued>>) -> Answer {
     let of = |pairs: &[(String, String)], name: &str| {
         let values =
             pairs.iter().filter(|(known, _)| known == name).map(|(_, value)| value.clone());
@@ -185,16 +185,16 @@ fn with_identity_token() -> serde_json::Value {
 fn a_strict_token_server_is_asked_as_the_specification_says_in_both_flows() {
     let node = Node::start();
     for (auth, method) in [(with_password(), "GET"), (with_identity_token(), "POST")] {
-        let strict = Strict::new(LONG, SERVICE, SCOPE);
+        let setup = TokenRegistry::new(LONG, SERVICE, SCOPE);
         for _ in 0..2 {
-            let volume = strict.volume(&node, auth.clone());
+            let volume = setup.volume(&node, auth.clone());
             node.kubelet.publish_well(&volume);
             node.kubelet.unpublish(&volume);
         }
-        let asked = strict.server.requests();
+        let asked = setup.server.requests();
         assert_eq!(asked.len(), 1, "one token does for all: {asked:?}");
         assert_eq!(asked[0].method, method);
-        strict.assert_nothing_went_astray();
+        setup.assert_nothing_went_astray();
     }
 }
 
@@ -207,13 +207,13 @@ fn a_token_for_another_service_or_scope_is_not_given_and_not_insisted_on() {
         (SERVICE, "repository:hostile:pull,push"),
     ] {
         for auth in [with_password(), with_identity_token()] {
-            let strict = Strict::new(LONG, service, scope);
-            let volume = strict.volume(&node, auth);
+            let setup = TokenRegistry::new(LONG, service, scope);
+            let volume = setup.volume(&node, auth);
             node.kubelet.publish_badly(&volume, Code::Unauthenticated);
-            let asked = strict.token_requests();
+            let asked = setup.token_requests();
             // An identity token is tried in both flows.
             assert!((1..=2).contains(&asked), "{asked} requests for {service}, {scope}");
-            assert_eq!(strict.storage.requests().len(), 0);
+            assert_eq!(setup.storage.requests().len(), 0);
         }
     }
 }
@@ -222,17 +222,17 @@ fn a_token_for_another_service_or_scope_is_not_given_and_not_insisted_on() {
 fn a_token_that_expires_early_is_renewed_once_in_the_middle_of_a_pull() {
     let node = Node::start();
     // Announced as valid for minutes, but each opens one request only.
-    let strict = Strict::new(Life { requests: 1, ..LONG }, SERVICE, SCOPE);
-    let volume = strict.volume(&node, with_password());
+    let setup = TokenRegistry::new(TokenLife { requests: 1, ..LONG }, SERVICE, SCOPE);
+    let volume = setup.volume(&node, with_password());
     node.kubelet.publish_well(&volume);
     node.kubelet.unpublish(&volume);
-    let expired = strict.expired.load(Ordering::SeqCst);
+    let expired = setup.expired.load(Ordering::SeqCst);
     assert!(expired >= 1, "no token was refused, so none was renewed");
-    let renewed = strict.token_requests() as u64 - 1;
+    let renewed = setup.token_requests() as u64 - 1;
     assert!(renewed <= expired, "{renewed} renewals for {expired} refusals");
-    strict.assert_nothing_went_astray();
+    setup.assert_nothing_went_astray();
     // Tokens that open nothing at all: requested once more, then the pull fails.
-    let never = Strict::new(Life { requests: 0, ..LONG }, SERVICE, SCOPE);
+    let never = TokenRegistry::new(TokenLife { requests: 0, ..LONG }, SERVICE, SCOPE);
     node.kubelet.publish_badly(&never.volume(&node, with_password()), Code::Unauthenticated);
     assert!(never.token_requests() <= 2, "{} tokens", never.token_requests());
 }
@@ -240,18 +240,18 @@ fn a_token_that_expires_early_is_renewed_once_in_the_middle_of_a_pull() {
 #[test]
 fn a_token_is_renewed_when_its_time_is_over() {
     let node = Node::start();
-    let life = Life { time: Duration::from_secs(2), ..LONG };
-    let strict = Strict::new(life, SERVICE, SCOPE);
+    let life = TokenLife { time: Duration::from_secs(2), ..LONG };
+    let setup = TokenRegistry::new(life, SERVICE, SCOPE);
     for auth in [with_password(), with_identity_token()] {
-        let first = strict.volume(&node, auth.clone());
+        let first = setup.volume(&node, auth.clone());
         node.kubelet.publish_well(&first);
-        let (before, published) = (strict.token_requests(), Instant::now());
+        let (before, published) = (setup.token_requests(), Instant::now());
         wait_until("the token has expired", || published.elapsed() > life.time);
-        let second = strict.volume(&node, auth);
+        let second = setup.volume(&node, auth);
         node.kubelet.publish_well(&second);
-        assert!(strict.token_requests() > before, "an expired token was enough");
+        assert!(setup.token_requests() > before, "an expired token was enough");
         node.kubelet.unpublish(&first);
         node.kubelet.unpublish(&second);
     }
-    strict.assert_nothing_went_astray();
+    setup.assert_nothing_went_astray();
 }

@@ -66,12 +66,12 @@ fn what_is_listed_comes_without_a_restart_and_stays_pinned() {
     let failed = wait_for(&admin, &missing, "failed");
     assert!(failed["reason"].as_str().expect("text").contains("there/is/none"), "{failed}");
     assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["config"]));
-    let told = admin.told(&["status"]);
+    let told = admin.text(&["status"]);
     assert!(told.contains("1 of 2 references present, 1 failed"), "{told}");
     assert!(told.contains(&format!("{missing}: failed; again in ")), "{told}");
-    let told = admin.told(&["inspect", &missing]);
+    let told = admin.text(&["inspect", &missing]);
     assert!(told.starts_with("kept warm by the configuration: failed"), "{told}");
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert!(admin.refused(&["rm", &reference]).contains("pinned by config"));
     // A pod finds it.
     node.proxy.go_down();
@@ -90,7 +90,7 @@ fn what_leaves_the_list_loses_its_own_pin_and_nobody_elses() {
     for reference in [&one, &two, &three] {
         wait_for(&admin, reference, "present");
     }
-    admin.told(&["pin", &one]);
+    admin.text(&["pin", &one]);
     keep(&node, &[&three], "spread: 0s");
     wait_until("two are gone from the list", || {
         admin.json(&["status"])["warm"].as_array().map(Vec::len) == Some(1)
@@ -110,7 +110,7 @@ fn what_leaves_the_list_loses_its_own_pin_and_nobody_elses() {
     fs::write(sandbox.path().join("node.yaml"), head).expect("written");
     let _driver = options.start();
     wait_until("the last one is not pinned any more", || {
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
         !admin.holds(&three)
     });
     assert!(admin.holds(&one));
@@ -126,10 +126,10 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
     let moved = move_tag(&artifact);
     wait_until("the new one is here", || state(&admin, &reference)["newer"] == moved.as_str());
     assert_eq!(state(&admin, &reference)["manifest"], artifact.digest.as_str());
-    let told = admin.told(&["status"]);
+    let told = admin.text(&["status"]);
     assert!(told.contains("its tag means") && told.contains("IfNotPresent"), "{told}");
     // Both stay, and each pod gets the digest of its policy.
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     let content = |policy: &str| {
         let (volume, _) = node.mount_with(&reference, |v| v.attribute("pullPolicy", policy));
         let content = fs::read_to_string(volume.target().join("file.txt")).expect("the file");
@@ -147,7 +147,7 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
         known["manifest"] == moved.as_str() && known["newer"] == ""
     });
     wait_until("it may be evicted", || {
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
         admin.json(&["ls"]).as_array().map(Vec::len) == Some(1)
     });
 }

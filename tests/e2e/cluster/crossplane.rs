@@ -80,11 +80,11 @@ fn crossplane_may_make_what_is_composed() {
 }
 
 /// The objects of a Composition by name.
-pub(super) type Composed = BTreeMap<String, Value>;
+pub(super) type ComposedObjects = BTreeMap<String, Value>;
 
 /// Returns the objects that the Composition creates for a `CustomPrometheus` with these existing objects.
 #[track_caller]
-fn compose(composition: &str, specification: Value, observed: &Composed) -> Composed {
+fn compose(composition: &str, specification: Value, observed: &ComposedObjects) -> ComposedObjects {
     let object = json!({
         "apiVersion": "custom.prometheus.io/v1alpha1",
         "kind": "CustomPrometheus",
@@ -99,7 +99,7 @@ fn compose(composition: &str, specification: Value, observed: &Composed) -> Comp
 /// Runs one reconciliation of an object with these existing objects. Returns `desired`, `status`, and `conditions`,
 /// each with its status and message.
 #[track_caller]
-pub(super) fn reconcile(composition: &str, object: &Value, observed: &Composed) -> Value {
+pub(super) fn reconcile(composition: &str, object: &Value, observed: &ComposedObjects) -> Value {
     let folder = tempfile::tempdir().expect("a folder");
     let (file, others) = (folder.path().join("xr.json"), folder.path().join("observed.json"));
     fs::write(&others, json!(observed).to_string()).expect("the objects");
@@ -130,7 +130,7 @@ fn push(registry: &Registry, tag: &str, build: &Path) -> String {
 }
 
 /// Returns the pod of the `StatefulSet`, as its controller and the kubelet create it.
-fn pod_of(composed: &Composed) -> PodSpec {
+fn pod_of(composed: &ComposedObjects) -> PodSpec {
     let statefulset: StatefulSet =
         serde_json::from_value(composed["statefulset"].clone()).expect("a StatefulSet");
     let specification = statefulset.spec.expect("a specification");
@@ -205,9 +205,9 @@ impl Drop for Running<'_> {
 }
 
 /// Ends the reader, also if the test fails early.
-struct Done<'a>(&'a AtomicBool);
+struct StopReader<'a>(&'a AtomicBool);
 
-impl Drop for Done<'_> {
+impl Drop for StopReader<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -238,7 +238,7 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
             "scrapeConfig": "- job_name: users-own\n  static_configs:\n    - targets: [localhost:1]\n",
         })
     };
-    let composed = compose("customprometheus", specification("v1"), &Composed::new());
+    let composed = compose("customprometheus", specification("v1"), &ComposedObjects::new());
     let pod = pod_of(&composed);
     let container = &pod.containers[0];
     let configuration: BTreeMap<String, String> =
@@ -276,7 +276,7 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
                 reads.fetch_add(1, Ordering::Relaxed);
             }
         });
-        let done = Done(&done);
+        let done = StopReader(&done);
         // The gate opens, and names the artifact by its digest.
         let is = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": ""});
         let wanted = format!("{repository}:v2");
@@ -315,13 +315,13 @@ fn a_prometheus_runs_from_its_artifact_and_rolls_forth_and_back() {
 }
 
 /// A `CustomPrometheus` with a gate, reconciled as by Crossplane.
-struct Gated<'a> {
+struct GatedRelease<'a> {
     cluster: &'a Cluster,
     repository: &'a str,
     statefulset: Option<Value>,
 }
 
-impl Gated<'_> {
+impl GatedRelease<'_> {
     /// Applies the objects that are composed of the existing ones. Returns the attributes of the pod's artifact, once
     /// it may run.
     #[track_caller]
@@ -360,7 +360,7 @@ fn the_gate_opens_when_the_controller_has_the_artifact_on_every_node() {
     let name = unique("gated");
     let (first, first_digest) = cluster.push(&name, "v1");
     let repository = cluster.reference(&name);
-    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset: None };
+    let mut gated = GatedRelease { cluster: &cluster, repository: &repository, statefulset: None };
 
     assert_eq!(gated.reconcile("v1"), None, "it runs before its artifact is anywhere");
     cluster.wait_for("billing", "Ready");
@@ -408,7 +408,7 @@ fn the_gate_opens_for_the_way_back_while_the_registry_is_down() {
         let (_, digest) = cluster.push(&name, tag);
         pinned.push((format!("{repository}:{tag}@{digest}"), digest));
     }
-    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset: None };
+    let mut gated = GatedRelease { cluster: &cluster, repository: &repository, statefulset: None };
     for (tag, (reference, _)) in ["v1", "v2"].into_iter().zip(&pinned) {
         gated.reconcile(tag);
         cluster.wait_for("billing", "Ready");
@@ -421,7 +421,7 @@ fn the_gate_opens_for_the_way_back_while_the_registry_is_down() {
     cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
     let _controller = cluster.controller();
 
-    let mut gated = Gated { cluster: &cluster, repository: &repository, statefulset };
+    let mut gated = GatedRelease { cluster: &cluster, repository: &repository, statefulset };
     let by_digest = json!({"version": "v1", "digest": pinned[0].1});
     for (fields, wanted) in [
         (json!({"version": "v1"}), &pinned[0].0),

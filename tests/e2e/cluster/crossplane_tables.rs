@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::crossplane::{Composed, reconcile};
+use super::crossplane::{ComposedObjects, reconcile};
 use crate::support::{
     Driver, Gate, Layer, Manifest, Pod, Proxy, Volume,
     api_server::Kind,
@@ -74,7 +74,7 @@ struct TableRun {
     cluster: Cluster,
     object: Value,
     /// The composed objects by name, without the `ArtifactPreload`, which the API server holds.
-    observed: Composed,
+    observed: ComposedObjects,
     conditions: Value,
     pods: Vec<MountedPod>,
 }
@@ -107,7 +107,7 @@ impl TableRun {
             blobs: None,
             cluster,
             object,
-            observed: Composed::new(),
+            observed: ComposedObjects::new(),
             conditions: Value::Null,
             pods: Vec::new(),
         }
@@ -227,7 +227,8 @@ impl TableRun {
         for (condition, said) in result["conditions"].as_object().expect("conditions") {
             self.conditions[condition] = said[0].clone();
         }
-        let desired: Composed = serde_json::from_value(result["desired"].take()).expect("objects");
+        let desired: ComposedObjects =
+            serde_json::from_value(result["desired"].take()).expect("objects");
         self.observed.retain(|name, _| desired.contains_key(name));
         for (name, object) in desired {
             self.apply(name, object);

@@ -103,6 +103,6 @@ fn ever_new_documents_of_failing_publishes_fill_no_disk() {
     let documents = bytes_in(&state.join("blobs"));
     assert!(documents <= QUOTA, "documents count in the quota: {documents}");
     assert!(admin.json(&["status"])["cacheBytes"].as_u64() <= Some(QUOTA));
-    admin.told(&["gc", "--target", "0"]);
+    admin.text(&["gc", "--target", "0"]);
     assert_eq!(bytes_in(&state.join("blobs")), 0, "nothing refers to them");
 }

@@ -41,7 +41,7 @@ impl Admin {
 
     /// Returns the command's text output.
     #[track_caller]
-    pub fn told(&self, arguments: &[&str]) -> String {
+    pub fn text(&self, arguments: &[&str]) -> String {
         let output = self.ask(arguments);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("text")
@@ -50,7 +50,7 @@ impl Admin {
     /// Returns the command's JSON output.
     #[track_caller]
     pub fn json(&self, arguments: &[&str]) -> Value {
-        let told = self.told(&[arguments, &["--output", "json"]].concat());
+        let told = self.text(&[arguments, &["--output", "json"]].concat());
         serde_json::from_str(&told).expect("JSON")
     }
 

@@ -45,7 +45,7 @@ pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
 pub use port::Port;
 pub use process_memory::{PeakMemory, anonymous_bytes};
-pub use proxy::{Gate, Passed, Proxy};
+pub use proxy::{ForwardedRequest, Gate, Proxy};
 pub use push::{
     Contents, Image, Layer, Manifest, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, OCI_TAR, OCI_TAR_GZIP,
     OCI_TAR_ZSTD, Oras, copy_layout, descriptor, empty_config, node_architecture, push_index,

@@ -22,7 +22,7 @@ use super::{Port, Registry};
 
 /// A request that was forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Passed {
+pub struct ForwardedRequest {
     pub method: String,
     pub path: String,
     pub authorized: bool,
@@ -39,7 +39,7 @@ pub struct Proxy {
 struct Shared {
     upstream: String,
     client: reqwest::Client,
-    passed: Mutex<Vec<Passed>>,
+    passed: Mutex<Vec<ForwardedRequest>>,
     gate: Mutex<Option<Arc<Gate>>>,
 }
 
@@ -157,12 +157,12 @@ impl Proxy {
     }
 
     /// Returns every request since the last call.
-    pub fn take_requests(&self) -> Vec<Passed> {
+    pub fn take_requests(&self) -> Vec<ForwardedRequest> {
         std::mem::take(&mut self.shared.passed.lock().expect("the requests"))
     }
 
     /// Returns every request so far.
-    pub fn requests(&self) -> Vec<Passed> {
+    pub fn requests(&self) -> Vec<ForwardedRequest> {
         self.shared.passed.lock().expect("the requests").clone()
     }
 
@@ -194,7 +194,7 @@ fn router(shared: &Arc<Shared>) -> Router {
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let (parts, _) = request.into_parts();
-    shared.passed.lock().expect("the requests").push(Passed {
+    shared.passed.lock().expect("the requests").push(ForwardedRequest {
         method: parts.method.to_string(),
         path: parts.uri.path().to_owned(),
         authorized: parts.headers.contains_key(header::AUTHORIZATION),
