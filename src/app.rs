@@ -28,7 +28,7 @@ use tonic::transport::server::Router;
 pub use content::content_of;
 
 use crate::admin::health::HealthProbes;
-use crate::admin::metrics::Metrics;
+use crate::admin::metrics::NodeMetrics;
 use crate::admin::service::AdminService;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::csi::UnixEndpoint;
@@ -38,8 +38,8 @@ use crate::csi::registration::RegistrationService;
 use crate::csi::request::NodeFacts;
 use crate::csi::socket::ListeningSocket;
 use crate::file_leases::LeasePolicy;
-use crate::kubernetes::{PodEvents, remove_startup_taint};
-use crate::node_artifacts::NodePart;
+use crate::kubernetes::{EventRecorder, remove_startup_taint};
+use crate::node_artifacts::PreloadAgent;
 use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
 use crate::proto::csi::v1::node_server::NodeServer;
@@ -163,11 +163,11 @@ pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Resu
 /// The parts of a running node plugin.
 struct NodePlugin {
     options: NodeOptions,
-    metrics: Arc<Metrics>,
+    metrics: Arc<NodeMetrics>,
     content: watch::Receiver<ContentState>,
     volumes: Volumes,
     /// `None` if pulls are not reported as Events.
-    events: Option<PodEvents>,
+    events: Option<EventRecorder>,
     /// `None` if the driver does not register itself.
     registration: Option<RegistrationService>,
     /// Critical servers: if one ends, the process ends.
@@ -193,7 +193,8 @@ impl NodePlugin {
             shutdown.clone(),
         );
         let (driver, node) = (&options.driver_name, &options.node_id);
-        let events = options.events.then(|| PodEvents::start(driver, node, &tracker, &shutdown));
+        let events =
+            options.events.then(|| EventRecorder::start(driver, node, &tracker, &shutdown));
         let registration = options
             .registration_dir
             .as_ref()
@@ -325,8 +326,8 @@ impl NodePlugin {
             self.tracker.spawn(remove_startup_taint(node.clone(), driver, taint, shutdown.clone()));
         }
         if self.options.fleet {
-            let part = NodePart { node: node.clone(), content: self.content.clone() };
-            self.tracker.spawn(part.run(shutdown.clone()));
+            let agent = PreloadAgent { node: node.clone(), content: self.content.clone() };
+            self.tracker.spawn(agent.run(shutdown.clone()));
         }
     }
 
@@ -407,7 +408,7 @@ async fn lock(
     shutdown: &CancellationToken,
 ) -> Result<StateLock, AppError> {
     let deadline = Instant::now() + LOCK_PATIENCE;
-    let mut told = false;
+    let mut is_logged = false;
     loop {
         match content::acquire(root, must_be_mounted) {
             Ok(lock) => return Ok(StateLock::Held(lock)),
@@ -415,7 +416,7 @@ async fn lock(
                 if Instant::now() >= deadline {
                     return Err(error.into());
                 }
-                if !std::mem::replace(&mut told, true) {
+                if !std::mem::replace(&mut is_logged, true) {
                     tracing::info!(%error, "waiting for the state directory");
                 }
             }

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::metrics::Metrics;
+use crate::admin::metrics::NodeMetrics;
 use crate::volume::{Content, Volumes};
 use store::gc::{Now, Want};
 use store::{Store, StoreError};
@@ -36,7 +36,7 @@ pub struct Upkeep {
     /// The kubelet's root directory.
     pub kubelet_dir: PathBuf,
     /// Counts the results.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<NodeMetrics>,
 }
 
 impl Upkeep {

@@ -3,7 +3,7 @@
 use super::operations::{Artifact, Inspected, Meaning, Removed};
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
-use crate::warming::{Phase, WarmState};
+use crate::warming::{WarmPhase, WarmState};
 use oci::Digest;
 use store::gc::{Collected, Victim};
 use store::trees::View;
@@ -90,12 +90,12 @@ pub(super) fn scrub(scrub: ScrubSnapshot) -> wire::ScrubStatus {
     }
 }
 
-fn phase(phase: Phase) -> wire::warm_reference::State {
+fn phase(phase: WarmPhase) -> wire::warm_reference::State {
     match phase {
-        Phase::Waiting => wire::warm_reference::State::Waiting,
-        Phase::Pulling => wire::warm_reference::State::Pulling,
-        Phase::Present => wire::warm_reference::State::Present,
-        Phase::Failed => wire::warm_reference::State::Failed,
+        WarmPhase::Waiting => wire::warm_reference::State::Waiting,
+        WarmPhase::Pulling => wire::warm_reference::State::Pulling,
+        WarmPhase::Present => wire::warm_reference::State::Present,
+        WarmPhase::Failed => wire::warm_reference::State::Failed,
     }
 }
 

@@ -61,7 +61,7 @@ struct EndpointLabels {
 
 /// The node plugin's metrics.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct NodeMetrics {
     families: Arc<MetricFamilies>,
     publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
     hits: Counter,
@@ -82,7 +82,7 @@ pub struct Metrics {
     pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
 }
 
-impl Default for Metrics {
+impl Default for NodeMetrics {
     fn default() -> Self {
         let mut families = MetricFamilies::new("build", "The version that runs");
         families.add_collector(LeaseMetrics);
@@ -133,25 +133,25 @@ impl Default for Metrics {
                 "vanished_mounts",
                 "Mounts that were taken away because the kubelet had forgotten their volume",
             ),
-            store: looked_at(&mut families, |store| store),
-            warming: looked_at(&mut families, WarmMetrics),
-            scrub: looked_at(&mut families, ScrubMetrics),
+            store: add_shared_collector(&mut families, |store| store),
+            warming: add_shared_collector(&mut families, WarmMetrics),
+            scrub: add_shared_collector(&mut families, ScrubMetrics),
             families: Arc::new(families),
         }
     }
 }
 
 /// Adds a collector that reads a shared value at each scrape. Returns the value.
-fn looked_at<T: Default + Clone, C: Collector>(
+fn add_shared_collector<T: Default + Clone, C: Collector>(
     families: &mut MetricFamilies,
     collector: fn(T) -> C,
 ) -> T {
-    let what = T::default();
-    families.add_collector(collector(what.clone()));
+    let shared = T::default();
+    families.add_collector(collector(shared.clone()));
     what
 }
 
-impl Metrics {
+impl NodeMetrics {
     /// Counts a volume that was published.
     pub fn published(&self, path: PublishPath, duration: Duration) {
         let cache = match path {
@@ -226,7 +226,7 @@ impl Metrics {
     }
 }
 
-impl Observer for Metrics {
+impl Observer for NodeMetrics {
     fn downloaded(&self, bytes: u64) {
         self.downloaded_bytes.inc_by(bytes);
     }

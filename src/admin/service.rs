@@ -56,7 +56,7 @@ pub struct AdminService {
     pub tracker: TaskTracker,
 }
 
-type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type EventStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl Admin for AdminService {
@@ -78,7 +78,7 @@ impl Admin for AdminService {
             ..GetStatusResponse::default()
         };
         let state_dir = self.state_dir.clone();
-        let look = move || {
+        let collect_status = move || {
             let room = DiskSpace::of(&state_dir).unwrap_or_default();
             (status.free_bytes, status.total_bytes) = (room.free_bytes, room.total_bytes);
             if let Ok(content) = content {
@@ -86,7 +86,7 @@ impl Admin for AdminService {
             }
             status
         };
-        Ok(Response::new(tokio::task::spawn_blocking(look).await.map_err(crashed)?))
+        Ok(Response::new(tokio::task::spawn_blocking(collect_status).await.map_err(crashed)?))
     }
 
     async fn list_artifacts(
@@ -114,7 +114,7 @@ impl Admin for AdminService {
         Ok(Response::new(messages::inspected(inspected, warm)))
     }
 
-    type WarmStream = Events<WarmEvent>;
+    type WarmStream = EventStream<WarmEvent>;
 
     async fn warm(
         &self,
@@ -220,7 +220,7 @@ impl Admin for AdminService {
         Ok(Response::new(messages::collected(&collected, cache_bytes)))
     }
 
-    type VerifyStream = Events<VerifyEvent>;
+    type VerifyStream = EventStream<VerifyEvent>;
 
     async fn verify(
         &self,

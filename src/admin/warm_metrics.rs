@@ -8,7 +8,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use crate::warming::{Phase, WarmStates};
+use crate::warming::{WarmPhase, WarmStates};
 
 #[derive(Debug)]
 pub(super) struct WarmMetrics(pub(super) WarmStates);
@@ -19,7 +19,7 @@ impl Collector for WarmMetrics {
         let help = "References that the configuration keeps on this node, by how they are";
         let mut family =
             encoder.encode_descriptor("warm_references", help, None, MetricType::Gauge)?;
-        for phase in Phase::ALL {
+        for phase in WarmPhase::ALL {
             let count = states.iter().filter(|state| state.phase == phase).count();
             let gauge = ConstGauge::new(count as u64);
             gauge.encode(family.encode_family(&[("state", phase.name())])?)?;

@@ -9,11 +9,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::NodeOptions;
-use crate::admin::metrics::Metrics;
+use crate::admin::metrics::NodeMetrics;
 use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
-use crate::kubernetes::PodEvents;
+use crate::kubernetes::EventRecorder;
 use crate::node_artifacts::release_all;
 use crate::scrub::{Scrub, system_clock};
 use crate::upkeep::Upkeep;
@@ -38,8 +38,8 @@ pub(super) struct Opening {
     pub(super) options: NodeOptions,
     pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
     pub(super) volumes: Volumes,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) events: Option<PodEvents>,
+    pub(super) metrics: Arc<NodeMetrics>,
+    pub(super) events: Option<EventRecorder>,
     pub(super) content: watch::Sender<ContentState>,
     /// `None` until a disk that failed at start has come back.
     pub(super) lock: Arc<Mutex<Option<Lock>>>,
@@ -116,10 +116,10 @@ impl Opening {
     /// Starts fetching and pinning the references of the configuration.
     fn keep_warm(&self, content: Content) {
         let metrics = Arc::clone(&self.metrics);
-        let tell = move |failed| metrics.configuration_error("warm", failed);
+        let report = move |failed| metrics.configuration_error("warm", failed);
         let keeper = WarmKeeper {
             content,
-            source: warm_source(self.options.config.clone(), tell),
+            source: warm_source(self.options.config.clone(), report),
             states: self.metrics.warming().clone(),
             node_id: self.options.node_id.clone(),
         };
@@ -140,8 +140,8 @@ impl Opening {
         };
         let mut content = content_of(store, configuration, observer, &runway)?;
         let metrics = Arc::clone(&self.metrics);
-        let tell = move |failed| metrics.configuration_error("policy", failed);
-        content.policy = policy_source(self.options.config.clone(), tell);
+        let report = move |failed| metrics.configuration_error("policy", failed);
+        content.policy = policy_source(self.options.config.clone(), report);
         Ok(content)
     }
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Channel;
 
-use super::{Failure, Output, runtime};
+use super::{CommandError, OutputFormat, runtime};
 use crate::admin::client::connect;
 use crate::csi::UnixEndpoint;
 use crate::proto::admin::admin_client::AdminClient;
@@ -17,7 +17,7 @@ pub(super) struct AdminCallArguments {
     admin_endpoint: UnixEndpoint,
     /// The output format.
     #[arg(long, value_enum, default_value_t)]
-    pub(super) output: Output,
+    pub(super) output: OutputFormat,
 }
 
 impl AdminCallArguments {
@@ -25,7 +25,7 @@ impl AdminCallArguments {
     pub(super) fn call<T>(
         &self,
         request: impl AsyncFnOnce(AdminClient<Channel>) -> Result<T, tonic::Status>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, CommandError> {
         let path = self
             .admin_endpoint
             .path()
@@ -38,7 +38,7 @@ impl AdminCallArguments {
 }
 
 /// Returns the message of a status, or its code if there is no message.
-pub(super) fn status_message(status: &tonic::Status) -> Failure {
+pub(super) fn status_message(status: &tonic::Status) -> CommandError {
     match status.message() {
         "" => format!("the node plugin answered {:?}", status.code()),
         message => message.to_owned(),
@@ -48,7 +48,7 @@ pub(super) fn status_message(status: &tonic::Status) -> Failure {
 /// Waits for a call. If the command is interrupted (SIGINT, SIGTERM or SIGHUP), fails with a note that the node plugin
 /// continues.
 pub(super) async fn unless_interrupted<T>(
-    work: impl Future<Output = Result<T, tonic::Status>>,
+    work: impl Future<OutputFormat = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
     let failed = |error: std::io::Error| tonic::Status::internal(error.to_string());
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::admin_call::AdminCallArguments;
-use super::{Failure, Output, print, table, warm_list};
+use super::{CommandError, OutputFormat, print, table, warm_list};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
 };
@@ -18,14 +18,14 @@ pub(super) struct InspectArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), Failure> {
+pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), CommandError> {
     let artifacts = arguments.call(async |mut client| {
         let answer = client.list_artifacts(ListArtifactsRequest {}).await?;
         Ok(answer.into_inner().artifacts)
     })?;
     match arguments.output {
-        Output::Table => lines(&artifacts).iter().for_each(|line| print(line)),
-        Output::Json => {
+        OutputFormat::Table => lines(&artifacts).iter().for_each(|line| print(line)),
+        OutputFormat::Json => {
             let list: Vec<_> = artifacts.iter().map(json).collect();
             print(&serde_json::Value::from(list).to_string());
         }
@@ -33,15 +33,15 @@ pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), Failure> {
+pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CommandError> {
     let reference = arguments.reference.clone();
     let inspected = arguments.admin.call(async |mut client| {
         let answer = client.inspect_artifact(InspectArtifactRequest { reference }).await?;
         Ok(answer.into_inner())
     })?;
     match arguments.admin.output {
-        Output::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
-        Output::Json => print(
+        OutputFormat::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
+        OutputFormat::Json => print(
             &serde_json::json!({
                 "reference": arguments.reference,
                 "meanings": inspected.meanings.iter().map(meaning_json).collect::<Vec<_>>(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::mount::keyring;
-use super::{Failure, Output, logging, print, runtime};
+use super::{CommandError, OutputFormat, logging, print, runtime};
 use crate::check::{Check, Checker, Report, Required, Signatures};
 use crate::config::NodeConfiguration;
 use oci::registry::{Registry, RegistryOptions};
@@ -39,10 +39,10 @@ pub(super) struct CheckArguments {
     config: Option<PathBuf>,
     /// The output format.
     #[arg(long, value_enum, default_value_t)]
-    output: Output,
+    output: OutputFormat,
 }
 
-pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
     logging::start("warn", None)?;
     let configuration = match &arguments.config {
         Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
@@ -67,8 +67,8 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
         report.map_err(|error| format!("{}: {error}", check.reference))
     })?;
     match arguments.output {
-        Output::Table => lines(&report).iter().for_each(|line| print(line)),
-        Output::Json => {
+        OutputFormat::Table => lines(&report).iter().for_each(|line| print(line)),
+        OutputFormat::Json => {
             let text = serde_json::to_string(&report);
             print(&text.map_err(|error| format!("cannot be printed: {error}"))?);
         }
@@ -76,7 +76,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn key(path: &PathBuf) -> Result<PublicKey, Failure> {
+fn key(path: &PathBuf) -> Result<PublicKey, CommandError> {
     let shown = path.display();
     let pem = std::fs::read(path).map_err(|error| format!("the key {shown}: {error}"))?;
     PublicKey::from_pem(&pem).map_err(|error| format!("the key {shown}: {error}"))

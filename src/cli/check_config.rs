@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Failure, print};
+use super::{CommandError, print};
 use crate::config::{NodeConfiguration, Quantity};
 use pull::memory::container_limit;
 use sys::reload::FileVersions;
@@ -20,7 +20,7 @@ pub(super) struct CheckConfigArguments {
     memory: Option<Quantity>,
 }
 
-pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), CommandError> {
     let read = NodeConfiguration::read(&arguments.file).map_err(|error| error.to_string())?;
     // The keys are files of their own.
     read.policy.policy(&mut FileVersions::new())?;

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{Failure, Output, print, runtime};
+use super::{CommandError, OutputFormat, print, runtime};
 use crate::kubernetes::{KubernetesClient, pods_using_driver};
 
 /// The most pods that a failure lists.
@@ -22,18 +22,18 @@ pub(super) struct CheckUninstallArguments {
     driver_name: String,
     /// The output format.
     #[arg(long, value_enum, default_value_t)]
-    output: Output,
+    output: OutputFormat,
 }
 
-pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), CommandError> {
     let find = async {
         let client = KubernetesClient::in_cluster()?;
         pods_using_driver(&client, &arguments.driver_name).await
     };
     let pods = runtime()?.block_on(find).map_err(|error| error.to_string())?;
     match arguments.output {
-        Output::Table => pods.iter().for_each(|pod| print(pod)),
-        Output::Json => print(&serde_json::json!(pods).to_string()),
+        OutputFormat::Table => pods.iter().for_each(|pod| print(pod)),
+        OutputFormat::Json => print(&serde_json::json!(pods).to_string()),
     }
     if pods.is_empty() {
         return Ok(());

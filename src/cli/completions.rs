@@ -2,7 +2,7 @@
 
 use clap::{Args, CommandFactory as _, ValueEnum};
 
-use super::{Arguments, print_text};
+use super::{CommandLine, print_text};
 
 /// Arguments of `completions`.
 #[derive(Debug, Args)]
@@ -29,6 +29,6 @@ pub(super) fn run(arguments: &CompletionsArguments) {
         CompletionShell::Fish => clap_complete::Shell::Fish,
     };
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Arguments::command(), "csi-driver-oci", &mut script);
+    clap_complete::generate(shell, &mut CommandLine::command(), "csi-driver-oci", &mut script);
     print_text(String::from_utf8_lossy(&script).trim_end());
 }

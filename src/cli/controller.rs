@@ -8,7 +8,7 @@ use kube::Client;
 
 use super::logging::{self, LogFormat};
 use super::node::shutdown_token;
-use super::{Failure, runtime};
+use super::{CommandError, runtime};
 use crate::config::policy::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
@@ -63,7 +63,7 @@ pub(super) struct ControllerArguments {
     log_format: Option<LogFormat>,
 }
 
-pub(super) fn run(arguments: ControllerArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: ControllerArguments) -> Result<(), CommandError> {
     logging::start(&arguments.log_level, arguments.log_format)?;
     if arguments.identity.is_empty() || arguments.namespace.is_empty() {
         return Err(

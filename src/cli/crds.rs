@@ -1,10 +1,10 @@
 //! `crds`: prints the CustomResourceDefinitions of the controller and the nodes.
 
-use super::{Failure, print_text};
+use super::{CommandError, print_text};
 use preload::api::definitions;
 
 /// Prints both definitions.
-pub(super) fn run() -> Result<(), Failure> {
+pub(super) fn run() -> Result<(), CommandError> {
     print_text(definitions::yaml()?.trim_end());
     Ok(())
 }

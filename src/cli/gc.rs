@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::admin_call::AdminCallArguments;
-use super::{Failure, Output, print, table};
+use super::{CommandError, OutputFormat, print, table};
 use crate::config::Quantity;
 use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
 use text::units::Bytes;
@@ -31,7 +31,7 @@ pub(super) struct CollectArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn run(arguments: &CollectArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &CollectArguments) -> Result<(), CommandError> {
     let dry_run = arguments.dry_run;
     let target_bytes = arguments.target.map(|Quantity(bytes)| bytes);
     let collected = arguments.admin.call(async |mut client| {
@@ -39,8 +39,8 @@ pub(super) fn run(arguments: &CollectArguments) -> Result<(), Failure> {
         Ok(answer.into_inner())
     })?;
     match arguments.admin.output {
-        Output::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
-        Output::Json => {
+        OutputFormat::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
+        OutputFormat::Json => {
             let victim = |victim: &Victim| {
                 serde_json::json!({
                     "name": victim.name,

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::admin_call::AdminCallArguments;
-use super::{Failure, Output, layout_tar, print};
+use super::{CommandError, OutputFormat, layout_tar, print};
 use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
 use text::units::Bytes;
@@ -39,7 +39,7 @@ pub(super) struct ImportArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &ImportArguments) -> Result<(), CommandError> {
     // The layout is read by this process: the node plugin sees another file system.
     let layout = arguments.layout.clone();
     let shown = layout.display().to_string();
@@ -65,13 +65,13 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), Failure> {
     })?;
     let reference = &arguments.reference;
     match arguments.admin.output {
-        Output::Table => print(&format!(
+        OutputFormat::Table => print(&format!(
             "{reference} is on this node: {}, {}, {} inodes",
             imported.manifest,
             Bytes(imported.bytes),
             imported.inodes
         )),
-        Output::Json => print(
+        OutputFormat::Json => print(
             &serde_json::json!({
                 "reference": reference,
                 "manifest": imported.manifest,

@@ -41,7 +41,7 @@ const LARGE_BLOCK: i32 = 1 << 20;
 /// Serves OCI artifacts as read-only Kubernetes pod volumes.
 #[derive(Debug, Parser)]
 #[command(name = "csi-driver-oci", version, propagate_version = true)]
-struct Arguments {
+struct CommandLine {
     #[command(subcommand)]
     command: Command,
 }
@@ -101,7 +101,7 @@ enum Command {
 
 /// The output format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Output {
+enum OutputFormat {
     /// Text for people.
     #[default]
     Table,
@@ -110,12 +110,12 @@ enum Output {
 }
 
 /// A failure as one line.
-type Failure = String;
+type CommandError = String;
 
 /// Runs the command that the process was started with.
 #[must_use]
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = CommandLine::parse();
     let done = match arguments.command {
         Command::Node(arguments) => node::run(arguments),
         Command::Controller(arguments) => controller::run(arguments),
@@ -167,7 +167,7 @@ fn print_text(text: &str) {
 }
 
 /// Builds the async runtime of a command.
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     // TLS needs a provider before the first connection. A second call would only repeat this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     syscalls::limit_malloc_arenas(MEMORY_POOLS, LARGE_BLOCK);

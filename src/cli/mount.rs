@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Failure, Output, logging, print, runtime};
+use super::{CommandError, OutputFormat, logging, print, runtime};
 use crate::app::content_of;
 use crate::config::NodeConfiguration;
 use crate::volume::attributes::VolumeAttributes;
@@ -29,7 +29,7 @@ use sys::background::Background;
 use sys::mount::{AttachMethod, MountFlags};
 
 /// The deadline of the command: it waits for the end of the pull.
-const PATIENCE: Duration = Duration::from_hours(365 * 24);
+const PULL_DEADLINE: Duration = Duration::from_hours(365 * 24);
 
 const STOPPED: &str =
     "stopped before the end: what was fetched is kept, and the next try goes on there";
@@ -75,7 +75,7 @@ pub(super) struct MountArguments {
     state: StateArguments,
     /// The output format.
     #[arg(long, value_enum, default_value_t)]
-    output: Output,
+    output: OutputFormat,
 }
 
 /// Arguments of `unmount`.
@@ -95,7 +95,7 @@ struct StateArguments {
     state_dir: Option<PathBuf>,
 }
 
-pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
+pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
     logging::start("warn", None)?;
     let attributes = attributes(arguments)?;
     let keyring = keyring(arguments.docker_config.as_deref())?;
@@ -105,7 +105,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
     let label = SecurityLabel::is_used_on_this_node()
         .then(|| SecurityLabel::new(&NodeConfiguration::without_file().selinux.file_label))
         .flatten();
-    let store = Store::open(&state_dir, StoreOptions { label, cache: developers_disk() })
+    let store = Store::open(&state_dir, StoreOptions { label, cache: developer_cache_options() })
         .map_err(|error| error.to_string())?;
     let runtime = runtime()?;
     runtime.block_on(async {
@@ -136,18 +136,18 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
             pod: PodInfo::default(),
             keyring: Ok(keyring),
             identity: None,
-            deadline: Instant::now() + PATIENCE,
+            deadline: Instant::now() + PULL_DEADLINE,
             progress: ProgressView::default(),
         };
         let published = volumes.publish(request).await.map_err(|error| error.to_string())?;
         let digest = published.manifest.map(|digest| digest.to_string());
         match arguments.output {
-            Output::Table => print(&format!(
+            OutputFormat::Table => print(&format!(
                 "{reference} ({}, {}) is mounted at {target}",
                 digest.as_deref().unwrap_or("digest unknown"),
                 text::units::Bytes(published.bytes),
             )),
-            Output::Json => print(
+            OutputFormat::Json => print(
                 &serde_json::json!({
                     "reference": reference,
                     "digest": digest,
@@ -161,7 +161,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), Failure> {
     })
 }
 
-pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
+pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), CommandError> {
     logging::start("warn", None)?;
     let target = target(&arguments.dir)?;
     if target.is_kubelet_volume() {
@@ -183,7 +183,7 @@ pub(super) fn unmount(arguments: &UnmountArguments) -> Result<(), Failure> {
 
 /// Returns limits for a developer's machine: its disk is often fuller than a node's may be, and no kubelet evicts
 /// there.
-fn developers_disk() -> CacheOptions {
+fn developer_cache_options() -> CacheOptions {
     CacheOptions {
         min_free_percent: 2,
         min_free_inodes_percent: 2,
@@ -211,7 +211,7 @@ async fn fetch(
     content: &Content,
     attributes: &VolumeAttributes,
     keyring: &Keyring,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let want = attributes.want(PolicyDemands::default(), keyring.clone(), None, Tenant::Admin);
     let view = ProgressView::default();
     let acquire = content.puller.acquire(&want, &view);
@@ -240,7 +240,7 @@ async fn fetch(
     }
 }
 
-fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, Failure> {
+fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, CommandError> {
     let given = [
         ("reference", Some(&arguments.reference)),
         ("platform", arguments.platform.as_ref()),
@@ -258,7 +258,7 @@ fn attributes(arguments: &MountArguments) -> Result<VolumeAttributes, Failure> {
     VolumeAttributes::parse(&context).map_err(|error| error.to_string())
 }
 
-pub(super) fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
+pub(super) fn keyring(file: Option<&Path>) -> Result<Keyring, CommandError> {
     let folder = || {
         let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
         std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)
@@ -277,7 +277,7 @@ pub(super) fn keyring(file: Option<&Path>) -> Result<Keyring, Failure> {
 }
 
 /// Returns the target's absolute path, without symbolic links in its parent.
-fn target(dir: &Path) -> Result<TargetPath, Failure> {
+fn target(dir: &Path) -> Result<TargetPath, CommandError> {
     let shown = dir.display();
     let absolute = std::path::absolute(dir).map_err(|error| format!("{shown}: {error}"))?;
     let name = absolute.file_name().ok_or_else(|| format!("{shown} cannot be mounted on"))?;
@@ -291,7 +291,7 @@ fn target(dir: &Path) -> Result<TargetPath, Failure> {
 }
 
 impl StateArguments {
-    fn folder(&self) -> Result<PathBuf, Failure> {
+    fn folder(&self) -> Result<PathBuf, CommandError> {
         if let Some(folder) = &self.state_dir {
             return std::path::absolute(folder).map_err(|error| format!("--state-dir: {error}"));
         }

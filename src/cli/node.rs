@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::logging::{self, LogFormat};
-use super::{Failure, runtime};
+use super::{CommandError, runtime};
 use crate::app::{self, NodeOptions};
 use crate::csi::UnixEndpoint;
 use crate::file_leases::LeasePolicy;
@@ -86,7 +86,7 @@ pub(super) struct NodeArguments {
     staged_mounts: bool,
 }
 
-pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: NodeArguments) -> Result<(), CommandError> {
     logging::start(&arguments.log_level, arguments.log_format)?;
     let options = options(arguments)?;
     raise_open_files();
@@ -101,7 +101,7 @@ pub(super) fn run(arguments: NodeArguments) -> Result<(), Failure> {
 }
 
 /// Returns a token that SIGTERM and SIGINT cancel.
-pub(super) fn shutdown_token() -> Result<CancellationToken, Failure> {
+pub(super) fn shutdown_token() -> Result<CancellationToken, CommandError> {
     let failed = |error| format!("cannot listen for signals: {error}");
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
@@ -126,7 +126,7 @@ fn raise_open_files() {
     }
 }
 
-fn options(arguments: NodeArguments) -> Result<NodeOptions, Failure> {
+fn options(arguments: NodeArguments) -> Result<NodeOptions, CommandError> {
     if arguments.node_id.is_empty() {
         return Err("--node-id is empty: set it to the Node object's name".to_owned());
     }

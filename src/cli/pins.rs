@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::admin_call::AdminCallArguments;
-use super::{Failure, Output, print};
+use super::{CommandError, OutputFormat, print};
 use crate::proto::admin::{PinRequest, RemoveRequest, UnpinRequest};
 use text::units::Bytes;
 
@@ -28,15 +28,17 @@ pub(super) struct RemoveArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn pin(arguments: &PinArguments) -> Result<(), Failure> {
+pub(super) fn pin(arguments: &PinArguments) -> Result<(), CommandError> {
     let (reference, platform) = (arguments.reference.clone(), arguments.platform.clone());
     let pinned = arguments.admin.call(async |mut client| {
         let answer = client.pin(PinRequest { reference, platform }).await?;
         Ok(answer.into_inner())
     })?;
     match arguments.admin.output {
-        Output::Table => print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest)),
-        Output::Json => print(
+        OutputFormat::Table => {
+            print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest))
+        }
+        OutputFormat::Json => print(
             &serde_json::json!({ "reference": arguments.reference, "manifest": pinned.manifest })
                 .to_string(),
         ),
@@ -44,7 +46,7 @@ pub(super) fn pin(arguments: &PinArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
+pub(super) fn unpin(arguments: &PinArguments) -> Result<(), CommandError> {
     let (reference, platform) = (arguments.reference.clone(), arguments.platform.clone());
     let unpinned = arguments.admin.call(async |mut client| {
         let answer = client.unpin(UnpinRequest { reference, platform }).await?;
@@ -52,7 +54,7 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
     })?;
     let reference = &arguments.reference;
     match arguments.admin.output {
-        Output::Json => print(
+        OutputFormat::Json => print(
             &serde_json::json!({
                 "reference": reference,
                 "unpinned": unpinned.unpinned,
@@ -60,8 +62,8 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
             })
             .to_string(),
         ),
-        Output::Table if unpinned.unpinned == 0 => {}
-        Output::Table => print(&format!("{reference} is no longer pinned by admin")),
+        OutputFormat::Table if unpinned.unpinned == 0 => {}
+        OutputFormat::Table => print(&format!("{reference} is no longer pinned by admin")),
     }
     let others = unpinned.others.join(", ");
     match (unpinned.unpinned, others.as_str()) {
@@ -69,7 +71,7 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
         (0, others) => Err(format!("{reference} is not pinned by admin, but by {others}")),
         (_, "") => Ok(()),
         (_, others) => {
-            if arguments.admin.output == Output::Table {
+            if arguments.admin.output == OutputFormat::Table {
                 print(&format!("it stays, pinned by {others}"));
             }
             Ok(())
@@ -77,7 +79,7 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), Failure> {
     }
 }
 
-pub(super) fn remove(arguments: &RemoveArguments) -> Result<(), Failure> {
+pub(super) fn remove(arguments: &RemoveArguments) -> Result<(), CommandError> {
     let reference = arguments.reference.clone();
     let removed = arguments.admin.call(async |mut client| {
         Ok(client.remove(RemoveRequest { reference }).await?.into_inner())
@@ -85,7 +87,7 @@ pub(super) fn remove(arguments: &RemoveArguments) -> Result<(), Failure> {
     let bytes = removed.victims.iter().map(|victim| victim.bytes).sum();
     let reference = &arguments.reference;
     match arguments.admin.output {
-        Output::Json => print(
+        OutputFormat::Json => print(
             &serde_json::json!({
                 "reference": reference,
                 "freedBytes": bytes,
@@ -94,7 +96,7 @@ pub(super) fn remove(arguments: &RemoveArguments) -> Result<(), Failure> {
             })
             .to_string(),
         ),
-        Output::Table => {
+        OutputFormat::Table => {
             print(&format!("{reference} is forgotten; {} freed", Bytes(bytes)));
             if !removed.volumes.is_empty() {
                 let volumes = removed.volumes.join(", ");

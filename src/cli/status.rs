@@ -1,17 +1,17 @@
 //! `status`: the state of the node plugin.
 
 use super::admin_call::AdminCallArguments;
-use super::{Failure, Output, print, warm_list};
+use super::{CommandError, OutputFormat, print, warm_list};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
 use text::units::Bytes;
 
-pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), CommandError> {
     let status = arguments.call(async |mut client| {
         client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
     })?;
     match arguments.output {
-        Output::Table => lines(&status).iter().for_each(|line| print(line)),
-        Output::Json => print(
+        OutputFormat::Table => lines(&status).iter().for_each(|line| print(line)),
+        OutputFormat::Json => print(
             &serde_json::json!({
                 "version": status.version,
                 "nodeId": status.node_id,

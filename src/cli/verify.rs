@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{Failure, Output, print};
+use super::{CommandError, OutputFormat, print};
 use crate::proto::admin::verify_event::Event;
 use crate::proto::admin::{VerifyRequest, VerifySummary};
 use text::units::Bytes;
@@ -26,7 +26,7 @@ pub(super) struct VerifyArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
     let (repair, output) = (arguments.repair, arguments.admin.output);
     let (mut findings, mut repairs) = (Vec::new(), Vec::new());
     let mut unread = 0;
@@ -39,7 +39,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
                     Some(Event::Finding(finding)) => {
                         let is_unread = finding.kind == "unread";
                         unread += u64::from(is_unread);
-                        if output == Output::Table {
+                        if output == OutputFormat::Table {
                             let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
                             let damaged = if is_unread { "" } else { "damaged " };
                             print(&format!("{damaged}{kind}  {path}: {detail}"));
@@ -53,7 +53,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
                         }
                     }
                     Some(Event::Repair(repair)) => {
-                        if output == Output::Table {
+                        if output == OutputFormat::Table {
                             let done =
                                 if repair.done { "fetched again by" } else { "not fetched:" };
                             print(&format!("{}  {done} {}", repair.manifest, repair.detail));
@@ -75,7 +75,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), Failure> {
         .await
     })?;
     let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
-    if output == Output::Json {
+    if output == OutputFormat::Json {
         print(
             &serde_json::json!({
                 "objects": objects,

@@ -9,7 +9,7 @@ use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{Failure, Output, print, print_error, table};
+use super::{CommandError, OutputFormat, print, print_error, table};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use text::units::Bytes;
@@ -45,7 +45,7 @@ pub(super) struct WarmArguments {
     admin: AdminCallArguments,
 }
 
-pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
+pub(super) fn run(arguments: &WarmArguments) -> Result<(), CommandError> {
     let (references, wrong) = arguments.references()?;
     let docker_config = match &arguments.docker_config {
         Some(path) => std::fs::read(path).map_err(|error| {
@@ -84,7 +84,7 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
     display.end();
     let ended = [wrong, ended?].concat();
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
-    if arguments.admin.output == Output::Json {
+    if arguments.admin.output == OutputFormat::Json {
         let list: Vec<_> = ended.iter().map(json).collect();
         print(&serde_json::Value::from(list).to_string());
     }
@@ -101,7 +101,7 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), Failure> {
 impl WarmArguments {
     /// Returns the references of the command line and the file, and the lines of the file that are invalid: they count
     /// as failed, and the others are fetched.
-    fn references(&self) -> Result<(Vec<String>, Vec<WarmEvent>), Failure> {
+    fn references(&self) -> Result<(Vec<String>, Vec<WarmEvent>), CommandError> {
         let (mut references, mut wrong) = (self.references.clone(), Vec::new());
         let Some(file) = &self.file else { return Ok((references, wrong)) };
         let shown = file.display();
@@ -131,16 +131,16 @@ impl WarmArguments {
 
 /// The display of progress: bars on a terminal; otherwise a line for each end, and rarely one for a long pull.
 struct ProgressDisplay {
-    output: Output,
+    output: OutputFormat,
     bars: Option<MultiProgress>,
     by_reference: HashMap<String, ProgressBar>,
     last_lines: HashMap<String, Instant>,
 }
 
 impl ProgressDisplay {
-    fn new(output: Output) -> Self {
-        let bars =
-            (output == Output::Table && std::io::stderr().is_terminal()).then(MultiProgress::new);
+    fn new(output: OutputFormat) -> Self {
+        let bars = (output == OutputFormat::Table && std::io::stderr().is_terminal())
+            .then(MultiProgress::new);
         Self { output, bars, by_reference: HashMap::new(), last_lines: HashMap::new() }
     }
 
@@ -169,9 +169,9 @@ impl ProgressDisplay {
                     ),
                 };
                 match (self.output, &self.bars) {
-                    (Output::Json, _) => {}
-                    (Output::Table, Some(bars)) => bars.suspend(|| print(&line)),
-                    (Output::Table, None) => print(&line),
+                    (OutputFormat::Json, _) => {}
+                    (OutputFormat::Table, Some(bars)) => bars.suspend(|| print(&line)),
+                    (OutputFormat::Table, None) => print(&line),
                 }
             }
         }
@@ -181,7 +181,7 @@ impl ProgressDisplay {
         let Some(bars) = &self.bars else {
             let last_lines =
                 self.last_lines.entry(event.reference.clone()).or_insert_with(Instant::now);
-            if self.output == Output::Table && last_lines.elapsed() >= LINE_INTERVAL {
+            if self.output == OutputFormat::Table && last_lines.elapsed() >= LINE_INTERVAL {
                 *last_lines = Instant::now();
                 print_error(&line(event));
             }

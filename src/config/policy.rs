@@ -151,13 +151,13 @@ fn key(name: &str, pem: &[u8]) -> Result<NamedKey, String> {
 /// Returns the policy source of a configuration file. Without a file everything is allowed.
 pub fn policy_source(
     path: Option<PathBuf>,
-    tell: impl Fn(bool) + Send + Sync + 'static,
+    report: impl Fn(bool) + Send + Sync + 'static,
 ) -> PolicySource {
     let Some(path) = path else { return policy::permissive() };
     let read = move |seen: &mut FileVersions| {
         NodeConfiguration::read_again(&path, seen)?.policy.policy(seen)
     };
-    PolicySource::new("the policy", read, tell)
+    PolicySource::new("the policy", read, report)
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use tracing::Instrument as _;
 use super::publish_events::PublishReporter;
 use super::request::NodeFacts;
 use super::status;
-use crate::admin::metrics::Metrics;
-use crate::kubernetes::PodEvents;
+use crate::admin::metrics::NodeMetrics;
+use crate::kubernetes::EventRecorder;
 use crate::proto::csi::v1::node_server;
 use crate::proto::csi::v1::node_service_capability::{self, rpc};
 use crate::proto::csi::v1::volume_usage::Unit;
@@ -24,7 +24,7 @@ use crate::proto::csi::v1::{
     NodeUnstageVolumeRequest, NodeUnstageVolumeResponse, VolumeUsage,
 };
 use crate::volume::publish::PublishPath;
-use crate::volume::stats::Usage;
+use crate::volume::stats::ResourceUsage;
 use crate::volume::{VolumeError, Volumes};
 
 /// The Node service.
@@ -37,9 +37,9 @@ pub struct NodeService {
     /// Runs the use cases.
     pub volumes: Volumes,
     /// Counts their results.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<NodeMetrics>,
     /// Reports pulls as Events; `None` if they are off.
-    pub events: Option<PodEvents>,
+    pub events: Option<EventRecorder>,
 }
 
 #[tonic::async_trait]
@@ -128,7 +128,7 @@ impl node_server::Node for NodeService {
         };
         let stats = stats.map_err(|error| status::status(&error))?;
         let count = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-        let usage = |unit: Unit, usage: Usage| VolumeUsage {
+        let usage = |unit: Unit, usage: ResourceUsage| VolumeUsage {
             available: count(usage.available),
             total: count(usage.total),
             used: count(usage.used),

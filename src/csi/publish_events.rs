@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::status;
-use crate::kubernetes::{PodEvents, PodReference};
+use crate::kubernetes::{EventRecorder, PodReference};
 use crate::volume::publish::{PublishPath, Published};
 use crate::volume::{PublishRequest, VolumeError};
 use pull::ProgressView;
@@ -19,7 +19,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 
 /// The reporter of one publish.
 pub(super) struct PublishReporter<'a> {
-    events: &'a PodEvents,
+    events: &'a EventRecorder,
     pod: PodReference,
     reference: String,
     progress: ProgressView,
@@ -28,7 +28,7 @@ pub(super) struct PublishReporter<'a> {
 
 impl<'a> PublishReporter<'a> {
     /// Returns `None` if the request does not identify the pod.
-    pub(super) fn new(events: Option<&'a PodEvents>, request: &PublishRequest) -> Option<Self> {
+    pub(super) fn new(events: Option<&'a EventRecorder>, request: &PublishRequest) -> Option<Self> {
         let (pod, events) = (&request.pod, events?);
         let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
         let pod = PodReference { namespace, name, uid: pod.uid.clone()? };

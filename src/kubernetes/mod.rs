@@ -10,5 +10,5 @@ mod startup_taint;
 
 pub use client::{KubernetesClient, KubernetesError};
 pub use driver_users::pods_using_driver;
-pub use events::{PodEvents, PodReference};
+pub use events::{EventRecorder, PodReference};
 pub use startup_taint::remove_startup_taint;

@@ -20,7 +20,7 @@ pub(super) fn capacity(store: &Store) -> Result<u64, StoreError> {
 
 /// Returns the capacity to report. It is rounded up to a quarter of a power of two, so that no artifact that fits is
 /// refused. The value before is kept unless it is much too high.
-pub(super) fn told(capacity: u64, before: Option<u64>) -> u64 {
+pub(super) fn reported(capacity: u64, before: Option<u64>) -> u64 {
     match before {
         Some(before) if capacity <= before && capacity >= before - before / 4 => before,
         _ => {
@@ -39,12 +39,12 @@ mod tests {
     #[test]
     fn it_is_told_in_quarters_of_powers_of_two() {
         let mebibytes = |number: u64| number << 20;
-        assert_eq!(told(0, None), 0);
-        assert_eq!(told(mebibytes(1), None), mebibytes(1));
-        assert_eq!(told(mebibytes(100), None), mebibytes(112));
-        assert_eq!(told(mebibytes(100), Some(mebibytes(112))), mebibytes(112));
-        assert_eq!(told(mebibytes(113), Some(mebibytes(112))), mebibytes(128));
-        assert_eq!(told(mebibytes(83), Some(mebibytes(112))), mebibytes(96));
+        assert_eq!(reported(0, None), 0);
+        assert_eq!(reported(mebibytes(1), None), mebibytes(1));
+        assert_eq!(reported(mebibytes(100), None), mebibytes(112));
+        assert_eq!(reported(mebibytes(100), Some(mebibytes(112))), mebibytes(112));
+        assert_eq!(reported(mebibytes(113), Some(mebibytes(112))), mebibytes(128));
+        assert_eq!(reported(mebibytes(83), Some(mebibytes(112))), mebibytes(96));
     }
 
     proptest! {
@@ -53,11 +53,11 @@ mod tests {
             capacity in 0_u64..1 << 50,
             before in 0_u64..1 << 50,
         ) {
-            let once = told(capacity, Some(before));
+            let once = reported(capacity, Some(before));
             prop_assert!(once >= capacity);
             prop_assert!(once - capacity <= once / 4 + 1);
-            prop_assert_eq!(told(capacity, Some(once)), once);
-            prop_assert_eq!(told(capacity - capacity / 20, Some(told(capacity, None))), told(capacity, None));
+            prop_assert_eq!(reported(capacity, Some(once)), once);
+            prop_assert_eq!(reported(capacity - capacity / 20, Some(reported(capacity, None))), reported(capacity, None));
         }
     }
 }

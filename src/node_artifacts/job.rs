@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::pins::Pins;
+use super::pins::PreloadPins;
 use super::{JobKey, NodeKey};
 use crate::volume::Content;
 use crate::warming::{DemandsError, demands, want};
@@ -34,15 +34,15 @@ const FAILED_AGAIN: Duration = Duration::from_mins(10);
 /// The interval of checks of a pinned artifact: damage may have been found.
 const LOOK_INTERVAL: Duration = Duration::from_mins(10);
 /// The reason of a failure to open sealed credentials: they were sealed to the key of an earlier process.
-const NO_CREDENTIALS: &str = "WaitingForCredentials";
+const WAITING_FOR_CREDENTIALS: &str = "WaitingForCredentials";
 /// The granularity of reported progress, in per cent.
 const STEP: u64 = 25;
 
 /// A job, as its owner sees it.
-pub(super) struct Job {
+pub(super) struct PreloadJob {
     /// The assignment of the artifact.
     pub(super) wanted: WantedArtifact,
-    state: Option<State>,
+    state: Option<JobState>,
     since: Timestamp,
     view: ProgressView,
     run: u64,
@@ -51,44 +51,44 @@ pub(super) struct Job {
 
 /// The last reported state of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct State {
+struct JobState {
     phase: Phase,
     reason: &'static str,
     message: String,
 }
 
 /// A report of a new state.
-pub(super) struct Told {
+pub(super) struct JobReport {
     pub(super) key: JobKey,
     /// The number of the job, to ignore a late report of an earlier job with this key.
     run: u64,
-    state: State,
+    state: JobState,
 }
 
 /// The parts that a job needs.
-pub(super) struct Begin {
+pub(super) struct JobContext {
     pub(super) node: String,
     pub(super) content: Content,
     pub(super) key: Arc<NodeKey>,
-    pub(super) pins: Pins,
+    pub(super) pins: PreloadPins,
     pub(super) permits: Arc<Semaphore>,
-    pub(super) told: mpsc::UnboundedSender<Told>,
+    pub(super) reports: mpsc::UnboundedSender<JobReport>,
 }
 
 /// A failed attempt.
-struct Failure {
+struct AttemptError {
     reason: &'static str,
     message: String,
 }
 
-impl Job {
+impl PreloadJob {
     /// Stops the job. A pull that it waits for may continue for other callers.
     pub(super) fn stop(&self) {
         self.stop.cancel();
     }
 
     /// Returns whether a changed assignment needs a new job.
-    pub(super) fn must_begin_anew(&self, wanted: &WantedArtifact) -> bool {
+    pub(super) fn must_restart(&self, wanted: &WantedArtifact) -> bool {
         let version = |wanted: &WantedArtifact| {
             let credentials = wanted.credentials.as_ref();
             credentials.map(|credentials| (credentials.key.clone(), credentials.version.clone()))
@@ -102,12 +102,12 @@ impl Job {
         how(wanted) != how(&self.wanted) || (others && !ready) || has_answer
     }
 
-    pub(super) fn note(&mut self, told: Told) {
-        if told.run == self.run {
-            if self.phase() == Phase::Ready && told.state.phase != Phase::Ready {
-                self.since = this_second();
+    pub(super) fn note(&mut self, report: JobReport) {
+        if report.run == self.run {
+            if self.phase() == Phase::Ready && report.state.phase != Phase::Ready {
+                self.since = now_in_seconds();
             }
-            self.state = Some(told.state);
+            self.state = Some(report.state);
         }
     }
 
@@ -144,14 +144,14 @@ impl Job {
     }
 }
 
-impl Begin {
+impl JobContext {
     /// Starts a job.
-    pub(super) fn begin(self, wanted: WantedArtifact) -> Job {
+    pub(super) fn begin(self, wanted: WantedArtifact) -> PreloadJob {
         use std::sync::atomic::{AtomicU64, Ordering};
         static RUNS: AtomicU64 = AtomicU64::new(0);
         let run = RUNS.fetch_add(1, Ordering::Relaxed);
         let (stop, view) = (CancellationToken::new(), ProgressView::default());
-        let running = Running { begin: self, wanted: wanted.clone(), view: view.clone(), run };
+        let running = RunningJob { context: self, wanted: wanted.clone(), view: view.clone(), run };
         let stopped = stop.clone();
         tokio::spawn(async move {
             tokio::select! {
@@ -159,47 +159,47 @@ impl Begin {
                 () = stopped.cancelled() => {}
             }
         });
-        Job { wanted, state: None, since: this_second(), view, run, stop }
+        PreloadJob { wanted, state: None, since: now_in_seconds(), view, run, stop }
     }
 }
 
-struct Running {
-    begin: Begin,
+struct RunningJob {
+    context: JobContext,
     wanted: WantedArtifact,
     view: ProgressView,
     run: u64,
 }
 
-impl Running {
+impl RunningJob {
     async fn run(self) {
         let reference: Reference = match self.wanted.reference.parse() {
             Ok(reference) => reference,
             Err(error) => {
                 let error: oci::reference::ReferenceError = error;
-                return self.tell(Phase::Failed, "InvalidReference", error.to_string());
+                return self.report(Phase::Failed, "InvalidReference", error.to_string());
             }
         };
         let mut failures = 0;
         loop {
             if self.wanted.pin
                 && let Some(manifest) =
-                    self.begin.pins.holds(&self.wanted.preload, &reference).await
+                    self.context.pins.holds(&self.wanted.preload, &reference).await
                 && self.record_tag(&reference, manifest).await.is_ok()
             {
                 failures = 0;
-                self.tell(Phase::Ready, "", String::new());
+                self.report(Phase::Ready, "", String::new());
                 tokio::time::sleep(LOOK_INTERVAL).await;
                 continue;
             }
             if failures == 0 {
-                self.tell(Phase::Waiting, "", String::new());
+                self.report(Phase::Waiting, "", String::new());
             }
             // After a reported failure, an attempt reports nothing before its end.
-            let tells = failures <= self.wanted.backoff_limit;
-            match self.attempt(&reference, tells).await {
+            let reports_start = failures <= self.wanted.backoff_limit;
+            match self.attempt(&reference, reports_start).await {
                 Ok(()) => {
-                    self.begin.content.upkeep.notify_one();
-                    self.tell(Phase::Ready, "", String::new());
+                    self.context.content.upkeep.notify_one();
+                    self.report(Phase::Ready, "", String::new());
                     failures = 0;
                     if !self.wanted.pin {
                         // It was fetched. Without a pin it may be evicted again.
@@ -207,19 +207,19 @@ impl Running {
                     }
                     tokio::time::sleep(LOOK_INTERVAL).await;
                 }
-                Err(Failure { reason: reason @ NO_CREDENTIALS, message }) => {
+                Err(AttemptError { reason: reason @ WAITING_FOR_CREDENTIALS, message }) => {
                     // Nothing was tried. The controller seals the credentials again, and another job begins.
-                    self.tell(Phase::Waiting, reason, message);
+                    self.report(Phase::Waiting, reason, message);
                     tokio::time::sleep(FAILED_AGAIN).await;
                 }
-                Err(Failure { reason, message }) => {
+                Err(AttemptError { reason, message }) => {
                     failures += 1;
                     let limit = self.wanted.backoff_limit;
                     let pause = if failures > limit {
-                        self.tell(Phase::Failed, reason, message);
+                        self.report(Phase::Failed, reason, message);
                         FAILED_AGAIN
                     } else {
-                        self.tell(Phase::Waiting, reason, message);
+                        self.report(Phase::Waiting, reason, message);
                         let doublings = u32::try_from(failures - 1).unwrap_or(0).min(6);
                         FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE)
                     };
@@ -229,14 +229,19 @@ impl Running {
         }
     }
 
-    /// Runs one attempt. `tells` decides whether it reports the start of the pull.
-    async fn attempt(&self, reference: &Reference, tells: bool) -> Result<(), Failure> {
+    /// Runs one attempt. `reports_start` decides whether it reports the start of the pull.
+    async fn attempt(
+        &self,
+        reference: &Reference,
+        reports_start: bool,
+    ) -> Result<(), AttemptError> {
         let keyring = self.keyring(reference)?;
         let demands = self.demands(reference).await?;
-        let permit = Arc::clone(&self.begin.permits).acquire_owned().await;
-        let _permit = permit.map_err(|_| Failure::new("Stopping", "the driver is stopping"))?;
-        if tells {
-            self.tell(Phase::Pulling, "", String::new());
+        let permit = Arc::clone(&self.context.permits).acquire_owned().await;
+        let _permit =
+            permit.map_err(|_| AttemptError::new("Stopping", "the driver is stopping"))?;
+        if reports_start {
+            self.report(Phase::Pulling, "", String::new());
         }
         // The reference has a digest, so the registry is only asked for missing content.
         let platform = Platform::of_this_node();
@@ -246,27 +251,31 @@ impl Running {
         let wanted = Want { maximum_bytes, signature, ..wanted };
         let patience =
             Duration::from_secs(u64::try_from(self.wanted.timeout_seconds).unwrap_or(1).max(1));
-        let acquire = self.begin.content.puller.acquire(&wanted, &self.view);
+        let acquire = self.context.content.puller.acquire(&wanted, &self.view);
         let tree = match tokio::time::timeout(patience, acquire).await {
             Ok(Ok(tree)) => tree,
-            Ok(Err(error)) => return Err(Failure::new(reason(&error), &error)),
+            Ok(Err(error)) => return Err(AttemptError::new(reason(&error), &error)),
             Err(_) => {
                 let message = format!(
                     "it took longer than {} s; what has come stays for the next try, see spec.timeoutSeconds",
                     patience.as_secs()
                 );
-                return Err(Failure::new("TimedOut", &message));
+                return Err(AttemptError::new("TimedOut", &message));
             }
         };
         if self.wanted.pin {
-            let pinned = self.begin.pins.pin(&self.wanted.preload, reference, &tree).await;
-            pinned.map_err(|failure| Failure::new(failure.reason, &failure.message))?;
+            let pinned = self.context.pins.pin(&self.wanted.preload, reference, &tree).await;
+            pinned.map_err(|failure| AttemptError::new(failure.reason, &failure.message))?;
         }
         self.record_tag(reference, tree.record.manifest).await
     }
 
     /// Records the registry's resolution of the tag, for pods of the preload's namespace.
-    async fn record_tag(&self, reference: &Reference, manifest: Digest) -> Result<(), Failure> {
+    async fn record_tag(
+        &self,
+        reference: &Reference,
+        manifest: Digest,
+    ) -> Result<(), AttemptError> {
         let (Some(resolved_at), Some(resolved), Some((namespace, _))) =
             (&self.wanted.resolved_at, reference.digest(), self.wanted.preload.split_once('/'))
         else {
@@ -283,12 +292,12 @@ impl Running {
             namespace: namespace.to_owned(),
             resolved_at: resolved_at.0.as_second(),
         };
-        let store = self.begin.content.store.clone();
+        let store = self.context.content.store.clone();
         let record = move || store.resolutions().put_for_namespace(&reference, &platform, &answer);
         match tokio::task::spawn_blocking(record).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(Failure::new("NotRecorded", &error)),
-            Err(_) => Err(Failure::new("NotRecorded", "recording the tag failed internally")),
+            Ok(Err(error)) => Err(AttemptError::new("NotRecorded", &error)),
+            Err(_) => Err(AttemptError::new("NotRecorded", "recording the tag failed internally")),
         }
     }
 
@@ -299,38 +308,38 @@ impl Running {
     }
 
     /// Returns the credentials of the assignment. The puller adds the node's own.
-    fn keyring(&self, reference: &Reference) -> Result<Keyring, Failure> {
+    fn keyring(&self, reference: &Reference) -> Result<Keyring, AttemptError> {
         let Some(sealed) = &self.wanted.credentials else { return Ok(Keyring::empty()) };
         let place = Place {
-            node: &self.begin.node,
+            node: &self.context.node,
             preload: &self.wanted.preload,
             reference: &self.wanted.reference,
         };
-        match self.begin.key.open(&sealed.data, place) {
+        match self.context.key.open(&sealed.data, place) {
             Ok(credentials) => Ok(Keyring::of_host(reference.repository().host(), credentials)),
-            Err(error) => Err(Failure::new(NO_CREDENTIALS, &error)),
+            Err(error) => Err(AttemptError::new(WAITING_FOR_CREDENTIALS, &error)),
         }
     }
 
     /// Returns the demands of the node's policy, or why it does not allow the artifact in the preload's namespace.
-    async fn demands(&self, reference: &Reference) -> Result<PolicyDemands, Failure> {
+    async fn demands(&self, reference: &Reference) -> Result<PolicyDemands, AttemptError> {
         let namespace = self.wanted.preload.split('/').next();
-        let decided = demands(&self.begin.content, reference, namespace).await;
+        let decided = demands(&self.context.content, reference, namespace).await;
         decided.map_err(|error| match error {
-            DemandsError::Refused(refusal) => Failure::new("PolicyDenied", &refusal),
-            DemandsError::Unreadable(reason) => Failure::new("PolicyUnreadable", &reason),
+            DemandsError::Refused(refusal) => AttemptError::new("PolicyDenied", &refusal),
+            DemandsError::Unreadable(reason) => AttemptError::new("PolicyUnreadable", &reason),
         })
     }
 
-    fn tell(&self, phase: Phase, reason: &'static str, message: String) {
+    fn report(&self, phase: Phase, reason: &'static str, message: String) {
         let key = (self.wanted.preload.clone(), self.wanted.reference.clone());
-        let state = State { phase, reason, message };
+        let state = JobState { phase, reason, message };
         // The receiver is gone at shutdown.
-        let _ = self.begin.told.send(Told { key, run: self.run, state });
+        let _ = self.context.reports.send(JobReport { key, run: self.run, state });
     }
 }
 
-impl Failure {
+impl AttemptError {
     fn new(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Self {
         Self { reason, message: message.to_string() }
     }
@@ -353,7 +362,7 @@ fn reason(error: &PullError) -> &'static str {
 }
 
 /// Returns the current time with the resolution that the API server keeps.
-fn this_second() -> Timestamp {
+fn now_in_seconds() -> Timestamp {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
 }
 

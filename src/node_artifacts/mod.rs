@@ -31,8 +31,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::volume::{Content, ContentState};
-use job::{Job, Told};
-use pins::Pins;
+use job::{JobReport, PreloadJob};
+use pins::PreloadPins;
 pub use pins::release_all;
 use preload::api::{NodeArtifacts, NodeArtifactsStatus, WantedArtifact};
 use preload::seal::NodeKey;
@@ -59,7 +59,7 @@ const CAPACITY_INTERVAL: Duration = Duration::from_secs(10);
 const CLIENT_RETRY: Duration = Duration::from_secs(30);
 
 /// The node's part of preloads.
-pub struct NodePart {
+pub struct PreloadAgent {
     /// The node's name.
     pub node: String,
     /// The content, or the reason why it cannot be served.
@@ -70,21 +70,21 @@ pub struct NodePart {
 pub(super) type JobKey = (String, String);
 
 /// The object's last known status.
-struct Written {
+struct WrittenStatus {
     status: Option<NodeArtifactsStatus>,
 }
 
-struct Working {
+struct PreloadWorker {
     api: Api<NodeArtifacts>,
     node: String,
     content: Content,
     key: Arc<NodeKey>,
-    pins: Pins,
+    pins: PreloadPins,
     permits: Arc<Semaphore>,
-    jobs: BTreeMap<JobKey, Job>,
-    told: mpsc::UnboundedSender<Told>,
+    jobs: BTreeMap<JobKey, PreloadJob>,
+    reports: mpsc::UnboundedSender<JobReport>,
     /// `None` while the object does not exist.
-    written: Option<Written>,
+    written: Option<WrittenStatus>,
     /// The reported capacity in bytes.
     capacity: Option<u64>,
     begun: Instant,
@@ -92,7 +92,7 @@ struct Working {
     failures: u32,
 }
 
-impl NodePart {
+impl PreloadAgent {
     /// Runs until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let ready = async {
@@ -105,15 +105,15 @@ impl NodePart {
                     return None;
                 }
             };
-            let mut told = String::new();
+            let mut logged = String::new();
             loop {
                 match Client::try_default().await {
                     Ok(client) => return Some((content, client)),
-                    Err(error) if error.to_string() == told => {}
+                    Err(error) if error.to_string() == logged => {}
                     Err(error) => {
-                        told = error.to_string();
+                        logged = error.to_string();
                         tracing::error!(
-                            error = told,
+                            error = logged,
                             "preloads are not carried out: there is no access to the Kubernetes API"
                         );
                     }
@@ -124,7 +124,7 @@ impl NodePart {
         tokio::select! {
             met = ready => {
                 if let Some((content, client)) = met {
-                    Working::run(client, self.node, content, &shutdown).await;
+                    PreloadWorker::run(client, self.node, content, &shutdown).await;
                 }
             }
             () = shutdown.cancelled() => {}
@@ -132,19 +132,19 @@ impl NodePart {
     }
 }
 
-impl Working {
+impl PreloadWorker {
     async fn run(client: Client, node: String, content: Content, shutdown: &CancellationToken) {
         let api: Api<NodeArtifacts> = Api::all(client);
-        let (sender, mut told) = mpsc::unbounded_channel();
+        let (sender, mut reports) = mpsc::unbounded_channel();
         let now = Instant::now();
-        let mut working = Self {
+        let mut worker = Self {
             api: api.clone(),
-            pins: Pins::new(content.store.clone()),
+            pins: PreloadPins::new(content.store.clone()),
             content,
             key: Arc::new(NodeKey::generate()),
             permits: Arc::new(Semaphore::new(AT_ONCE)),
             jobs: BTreeMap::new(),
-            told: sender,
+            reports: sender,
             written: None,
             capacity: None,
             begun: now,
@@ -154,18 +154,18 @@ impl Working {
         };
         let mut objects = std::pin::pin!(watch_object(api, &node).default_backoff());
         let mut last_error = String::new();
-        let mut rooms = tokio::time::interval(CAPACITY_INTERVAL);
-        rooms.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut capacity_timer = tokio::time::interval(CAPACITY_INTERVAL);
+        capacity_timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let next = working.next_write();
+            let next = worker.next_write();
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 // The first tick comes before the first status is written.
-                _ = rooms.tick() => working.look_at_room().await,
+                _ = capacity_timer.tick() => worker.measure_capacity().await,
                 object = objects.next() => match object {
                     Some(Ok(object)) => {
                         last_error.clear();
-                        working.take(object).await;
+                        worker.apply(object).await;
                     }
                     Some(Err(error)) => {
                         let error = error.to_string();
@@ -176,25 +176,25 @@ impl Working {
                     }
                     None => break,
                 },
-                Some(first) = told.recv() => {
-                    working.note(first);
-                    while let Ok(more) = told.try_recv() {
-                        working.note(more);
+                Some(first) = reports.recv() => {
+                    worker.note(first);
+                    while let Ok(more) = reports.try_recv() {
+                        worker.note(more);
                     }
                 }
-                () = tokio::time::sleep_until(next) => working.write().await,
+                () = tokio::time::sleep_until(next) => worker.write().await,
             }
         }
-        for job in working.jobs.values() {
+        for job in worker.jobs.values() {
             job.stop();
         }
     }
 
-    async fn look_at_room(&mut self) {
+    async fn measure_capacity(&mut self) {
         let store = self.content.store.clone();
-        let looked = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
-        match looked {
-            Ok(Ok(bytes)) => self.capacity = Some(capacity::told(bytes, self.capacity)),
+        let measured = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
+        match measured {
+            Ok(Ok(bytes)) => self.capacity = Some(capacity::reported(bytes, self.capacity)),
             // An unreadable disk is reported by the next write to it.
             failed => {
                 tracing::debug!(?failed, "how much there is room for is not known");
@@ -204,13 +204,13 @@ impl Working {
     }
 
     /// Applies the current assignments.
-    async fn take(&mut self, object: Option<NodeArtifacts>) {
+    async fn apply(&mut self, object: Option<NodeArtifacts>) {
         let Some(object) = object else {
             // There are no instructions for this node. Its pins and jobs stay until there are.
             self.written = None;
             return;
         };
-        self.written = Some(Written { status: object.status });
+        self.written = Some(WrittenStatus { status: object.status });
         let bound = object.spec.max_pinned_bytes_per_namespace;
         let bound = bound.and_then(|bytes| u64::try_from(bytes).ok());
         let wanted: BTreeMap<JobKey, WantedArtifact> = object
@@ -231,7 +231,7 @@ impl Working {
             match self.jobs.get_mut(&key) {
                 // The job keeps its assignment, so that a ready job begins again with new credentials when it has to
                 // fetch again.
-                Some(job) if !job.must_begin_anew(&wanted) => {}
+                Some(job) if !job.must_restart(&wanted) => {}
                 known => {
                     if let Some(job) = known {
                         job.stop();
@@ -243,28 +243,30 @@ impl Working {
         }
     }
 
-    fn begin(&self, wanted: WantedArtifact) -> Job {
-        job::Begin {
+    fn begin(&self, wanted: WantedArtifact) -> PreloadJob {
+        job::JobContext {
             node: self.node.clone(),
             content: self.content.clone(),
             key: Arc::clone(&self.key),
             pins: self.pins.clone(),
             permits: Arc::clone(&self.permits),
-            told: self.told.clone(),
+            reports: self.reports.clone(),
         }
         .begin(wanted)
     }
 
-    fn note(&mut self, told: Told) {
-        if let Some(job) = self.jobs.get_mut(&told.key) {
-            job.note(told);
+    fn note(&mut self, report: JobReport) {
+        if let Some(job) = self.jobs.get_mut(&report.key) {
+            job.note(report);
         }
     }
 
     /// Returns the time of the next write of the status.
     fn next_write(&self) -> Instant {
         let now = Instant::now();
-        let Some(Written { status: written }) = &self.written else { return now + LONGEST_PAUSE };
+        let Some(WrittenStatus { status: written }) = &self.written else {
+            return now + LONGEST_PAUSE;
+        };
         // The disk is checked first, so that a restart is not reported as a loss.
         let unknown = self.jobs.values().any(|job| !job.is_known());
         if unknown && self.begun.elapsed() < FIRST_LOOK {
@@ -302,7 +304,7 @@ impl Working {
                 self.failures = 0;
                 // Not the object of the response: a CustomResourceDefinition that is older than this program drops
                 // fields, which would be written again and again.
-                self.written = Some(Written { status: Some(status) });
+                self.written = Some(WrittenStatus { status: Some(status) });
                 self.may_write = now + SETTLE;
             }
             Ok(Err(kube::Error::Api(answer))) if answer.code == 404 => {

@@ -14,7 +14,7 @@ const OWNER: &str = "preload/";
 
 /// The pins of preloads. Clones share the wanted pins.
 #[derive(Clone)]
-pub(super) struct Pins {
+pub(super) struct PreloadPins {
     store: Store,
     /// Held while pins are added and removed, so that a late pull pins nothing that is no longer wanted.
     wanted: Arc<Mutex<WantedPins>>,
@@ -43,7 +43,7 @@ impl PinFailure {
     }
 }
 
-impl Pins {
+impl PreloadPins {
     pub(super) fn new(store: Store) -> Self {
         Self { store, wanted: Arc::default() }
     }
@@ -62,12 +62,12 @@ impl Pins {
         let mut known = self.wanted.lock().await;
         *known = WantedPins { pins: pinned.filter_map(of).collect(), bytes_per_namespace };
         let (store, kept) = (self.store.clone(), known.pins.clone());
-        let taken = move || {
-            take_away(&store, |owner, reference| {
+        let remove = move || {
+            remove_pins(&store, |owner, reference| {
                 !kept.contains(&(owner.to_owned(), reference.to_owned()))
             })
         };
-        match tokio::task::spawn_blocking(taken).await {
+        match tokio::task::spawn_blocking(remove).await {
             Ok(Ok(0)) => {}
             Ok(Ok(count)) => tracing::info!(count, "pins of preloads that are over are taken away"),
             Ok(Err(error)) => tracing::warn!(%error, "pins of preloads cannot be taken away"),
@@ -119,7 +119,7 @@ impl Pins {
     /// Returns the manifest that is pinned for this preload, if the node has its whole tree.
     pub(super) async fn holds(&self, preload: &str, reference: &Reference) -> Option<Digest> {
         let (store, owner, reference) = (self.store.clone(), owner(preload), reference.clone());
-        let look = move || {
+        let find = move || {
             let pin = store.pins().get(&reference, &Platform::of_this_node(), &owner)?;
             let trees = store.inventory().sound_trees().ok()?;
             // A tree with patterns has only a part of the artifact.
@@ -131,7 +131,7 @@ impl Pins {
             };
             trees.iter().any(whole).then_some(pin.manifest)
         };
-        tokio::task::spawn_blocking(look).await.ok().flatten()
+        tokio::task::spawn_blocking(find).await.ok().flatten()
     }
 }
 
@@ -145,11 +145,11 @@ fn owner(preload: &str) -> String {
 ///
 /// Errors of the store.
 pub fn release_all(store: &Store) -> Result<usize, StoreError> {
-    take_away(store, |_, _| true)
+    remove_pins(store, |_, _| true)
 }
 
 /// Removes the pins of preloads whose owner and reference are over. Returns their number.
-fn take_away(store: &Store, is_over: impl Fn(&str, &str) -> bool) -> Result<usize, StoreError> {
+fn remove_pins(store: &Store, is_over: impl Fn(&str, &str) -> bool) -> Result<usize, StoreError> {
     let mut count = 0;
     for pin in store.pins().list()? {
         if pin.owner.starts_with(OWNER) && is_over(&pin.owner, &pin.reference) {

@@ -1,6 +1,6 @@
 //! Builds the status of the node's artifacts.
 
-use super::job::Job;
+use super::job::PreloadJob;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use oci::{Platform, Reference};
 use preload::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
@@ -9,7 +9,7 @@ use text::printable::truncated;
 
 /// Returns the whole status.
 pub(super) fn status<'a>(
-    jobs: impl Iterator<Item = &'a Job>,
+    jobs: impl Iterator<Item = &'a PreloadJob>,
     public_key: &str,
     capacity: Option<u64>,
 ) -> NodeArtifactsStatus {
@@ -31,7 +31,7 @@ pub(super) fn status<'a>(
     status
 }
 
-fn artifact(job: &Job) -> HeldArtifact {
+fn artifact(job: &PreloadJob) -> HeldArtifact {
     let digest = job.wanted.reference.parse::<Reference>().ok();
     let digest = digest.and_then(|reference| reference.digest());
     let is_over = matches!(job.phase(), Phase::Ready);

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::kubernetes::{PodEvents, PodReference};
+use crate::kubernetes::{EventRecorder, PodReference};
 use crate::volume::Content;
 use pull::self_check::{Damaged, Item, ReadBack, Repaired};
 use schedule::Schedule;
@@ -46,7 +46,7 @@ pub struct Scrub {
     /// Receives the progress.
     pub state: ScrubState,
     /// Reports damage on pods; `None` if Events are off.
-    pub events: Option<PodEvents>,
+    pub events: Option<EventRecorder>,
     /// Returns the time in milliseconds since 1970.
     pub clock: fn() -> i64,
 }
@@ -195,7 +195,7 @@ impl Scrub {
     }
 }
 
-fn tell(events: &PodEvents, publications: &[Publication]) {
+fn tell(events: &EventRecorder, publications: &[Publication]) {
     for publication in publications {
         if let Some(pod) = pod(publication) {
             events.damaged(&pod, &publication.reference);

@@ -160,7 +160,7 @@ impl VolumeAttributes {
     #[must_use]
     pub fn fingerprint(&self, flags: MountFlags) -> Digest {
         #[derive(Serialize)]
-        struct Canonical<'a> {
+        struct CanonicalAttributes<'a> {
             reference: String,
             pull_policy: PullPolicy,
             if_unavailable: IfUnavailable,
@@ -175,7 +175,7 @@ impl VolumeAttributes {
             noexec: bool,
             noatime: bool,
         }
-        let canonical = Canonical {
+        let canonical = CanonicalAttributes {
             reference: self.reference.to_string(),
             pull_policy: self.pull_policy,
             if_unavailable: self.if_unavailable,

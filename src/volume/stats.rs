@@ -11,14 +11,14 @@ use sys::mount::{MountTarget, TargetState};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VolumeStats {
     /// Bytes of the volume's files.
-    pub bytes: Usage,
+    pub bytes: ResourceUsage,
     /// Inodes of the volume.
-    pub inodes: Usage,
+    pub inodes: ResourceUsage,
 }
 
 /// The use of bytes or inodes by a volume, and the capacity of its filesystem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Usage {
+pub struct ResourceUsage {
     /// The number that the volume uses.
     pub used: u64,
     /// The number that the filesystem has left.
@@ -27,7 +27,7 @@ pub struct Usage {
     pub total: u64,
 }
 
-impl Usage {
+impl ResourceUsage {
     /// Returns the usage. A filesystem that creates inodes on demand, such as btrfs, reports a total of 0.
     fn new(used: u64, available: u64, total: u64) -> Self {
         Self { used, available, total: total.max(used.saturating_add(available)) }
@@ -56,8 +56,8 @@ impl Volumes {
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
         let room = DiskSpace::of(&self.0.state_dir)?;
         Ok(VolumeStats {
-            bytes: Usage::new(tree.record.bytes, room.free_bytes, room.total_bytes),
-            inodes: Usage::new(tree.record.inodes, room.free_inodes, room.total_inodes),
+            bytes: ResourceUsage::new(tree.record.bytes, room.free_bytes, room.total_bytes),
+            inodes: ResourceUsage::new(tree.record.inodes, room.free_inodes, room.total_inodes),
         })
     }
 }

@@ -22,5 +22,5 @@ mod want;
 pub use list::{OWNER, WarmKeeper};
 pub use options::WarmList;
 pub use schedule::share_of_spread;
-pub use states::{Phase, WarmState, WarmStates};
+pub use states::{WarmPhase, WarmState, WarmStates};
 pub use want::{DemandsError, demands, want, with_demands};

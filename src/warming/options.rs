@@ -62,9 +62,9 @@ impl WarmList {
 /// A reference of the list, parsed one by one so that an error names its line.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
-struct Listed(Reference);
+struct ListedReference(Reference);
 
-impl TryFrom<String> for Listed {
+impl TryFrom<String> for ListedReference {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
@@ -74,6 +74,6 @@ impl TryFrom<String> for Listed {
 }
 
 fn references<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Reference>, D::Error> {
-    let listed = Vec::<Listed>::deserialize(from)?;
-    Ok(listed.into_iter().map(|Listed(reference)| reference).collect())
+    let listed = Vec::<ListedReference>::deserialize(from)?;
+    Ok(listed.into_iter().map(|ListedReference(reference)| reference).collect())
 }

@@ -12,17 +12,17 @@ use pull::progress::Snapshot;
 
 /// The states of all references. Cheap to clone; clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct WarmStates(Arc<Inner>);
+pub struct WarmStates(Arc<WarmStatesInner>);
 
 #[derive(Debug, Default)]
-struct Inner {
-    by_reference: Mutex<BTreeMap<String, Shown>>,
+struct WarmStatesInner {
+    by_reference: Mutex<BTreeMap<String, WarmEntry>>,
     failures: AtomicU64,
 }
 
 /// The phase of a reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+pub enum WarmPhase {
     /// Its first refresh is not due yet.
     Waiting,
     /// Its content is being fetched.
@@ -33,7 +33,7 @@ pub enum Phase {
     Failed,
 }
 
-impl Phase {
+impl WarmPhase {
     /// All phases, in the order of the metric's labels.
     pub const ALL: [Self; 4] = [Self::Waiting, Self::Pulling, Self::Present, Self::Failed];
 
@@ -55,7 +55,7 @@ pub struct WarmState {
     /// The reference, as the list has it.
     pub reference: String,
     /// The phase of its refresh.
-    pub phase: Phase,
+    pub phase: WarmPhase,
     /// The pinned manifest.
     pub manifest: Option<Digest>,
     /// The manifest that its tag resolves to now, if pods with `IfNotPresent` still get the other one.
@@ -70,7 +70,7 @@ pub struct WarmState {
 
 /// The state of a reference, kept by the list.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shown {
+pub(super) struct WarmEntry {
     pub(super) manifest: Option<Digest>,
     pub(super) newer: Option<Digest>,
     pub(super) reason: Option<String>,
@@ -99,7 +99,7 @@ impl WarmStates {
         self.0.failures.load(Ordering::Relaxed)
     }
 
-    pub(super) fn change(&self, reference: &str, change: impl FnOnce(&mut Shown)) {
+    pub(super) fn change(&self, reference: &str, change: impl FnOnce(&mut WarmEntry)) {
         change(self.lock().entry(reference.to_owned()).or_default());
     }
 
@@ -111,20 +111,20 @@ impl WarmStates {
         self.lock().remove(reference);
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Shown>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, WarmEntry>> {
         self.0.by_reference.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Shown {
+impl WarmEntry {
     fn state(&self, reference: &str) -> WarmState {
         let progress = self.pulling.as_ref().map(ProgressView::snapshot);
         // Content on the node counts as present also during a refresh. A failure counts until bytes arrive.
         let phase = match (self.manifest, &progress, &self.reason) {
-            (Some(_), _, _) => Phase::Present,
-            (None, Some(Snapshot { total: 0, .. }) | None, Some(_)) => Phase::Failed,
-            (None, Some(_), _) => Phase::Pulling,
-            (None, None, None) => Phase::Waiting,
+            (Some(_), _, _) => WarmPhase::Present,
+            (None, Some(Snapshot { total: 0, .. }) | None, Some(_)) => WarmPhase::Failed,
+            (None, Some(_), _) => WarmPhase::Pulling,
+            (None, None, None) => WarmPhase::Waiting,
         };
         let next = self.next.filter(|_| self.pulling.is_none());
         WarmState {

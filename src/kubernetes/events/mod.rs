@@ -57,9 +57,9 @@ pub(super) struct PodOccurrence {
 
 /// Queues occurrences for the writer. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct PodEvents(mpsc::Sender<PodOccurrence>);
+pub struct EventRecorder(mpsc::Sender<PodOccurrence>);
 
-impl PodEvents {
+impl EventRecorder {
     /// Starts the writer, which ends with `shutdown`.
     #[must_use]
     pub fn start(
