@@ -8,7 +8,7 @@ use serde::Serialize;
 use sha2::Digest as _;
 use tokio::sync::mpsc;
 
-use super::{CheckError, Checker};
+use super::{ArtifactChecker, CheckError};
 use oci::credentials::Credential;
 use oci::manifest::{Descriptor, ImageManifest};
 use oci::{Digest, Repository};
@@ -38,12 +38,12 @@ pub struct FileReport {
 
 /// A sink that records names and modes, and skips contents.
 #[derive(Default)]
-struct Names {
+struct NameRecorder {
     entries: Vec<Entry>,
     modes: Vec<u32>,
 }
 
-impl Sink for Names {
+impl Sink for NameRecorder {
     fn file(&mut self, header: &FileHeader, _content: &mut dyn BufRead) -> io::Result<StoredFile> {
         let data = u32::try_from(self.modes.len()).map_err(io::Error::other)?;
         self.modes.push(header.metadata.permissions.mode);
@@ -57,16 +57,16 @@ impl Sink for Names {
 }
 
 /// A reader of a blob while it arrives.
-struct Arriving {
-    pieces: mpsc::Receiver<Bytes>,
+struct BlobReader {
+    chunks: mpsc::Receiver<Bytes>,
     rest: Bytes,
 }
 
-impl Read for Arriving {
+impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.rest.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.rest = piece,
+            match self.chunks.blocking_recv() {
+                Some(chunk) => self.rest = chunk,
                 None => return Ok(0),
             }
         }
@@ -76,7 +76,7 @@ impl Read for Arriving {
     }
 }
 
-impl Checker {
+impl ArtifactChecker {
     /// Returns the files of a volume, and whether the list is complete: archives are read only for `whole`.
     pub(super) async fn files(
         &self,
@@ -154,11 +154,11 @@ impl Checker {
         if size > limit {
             return Err(PullError::ConfigTooLarge { size, limit }.into());
         }
-        let (sender, mut pieces) = mpsc::channel::<Bytes>(QUEUE);
+        let (sender, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
         let collect = async move {
             let mut bytes = Vec::new();
-            while let Some(piece) = pieces.recv().await {
-                bytes.extend_from_slice(&piece);
+            while let Some(chunk) = chunks.recv().await {
+                bytes.extend_from_slice(&chunk);
             }
             bytes
         };
@@ -173,7 +173,7 @@ impl Checker {
         repository: &Repository,
         descriptor: &Descriptor,
         credential: &Credential,
-        pieces: mpsc::Sender<Bytes>,
+        chunks: mpsc::Sender<Bytes>,
     ) -> Result<(), CheckError> {
         let (digest, expected) = (descriptor.digest, descriptor.size);
         let mut hasher = sha2::Sha256::new();
@@ -181,17 +181,17 @@ impl Checker {
         if let Some(data) = &descriptor.data {
             hasher.update(data);
             got = data.len() as u64;
-            let _ = pieces.send(Bytes::from(data.clone())).await;
+            let _ = chunks.send(Bytes::from(data.clone())).await;
         } else {
             let mut body = self.registry.blob(repository, digest, 0, credential).await?;
-            while let Some(piece) = body.chunk().await? {
-                got += piece.len() as u64;
+            while let Some(chunk) = body.chunk().await? {
+                got += chunk.len() as u64;
                 if got > expected {
                     break;
                 }
-                hasher.update(&piece);
+                hasher.update(&chunk);
                 // The receiver has failed, and reports the reason itself.
-                if pieces.send(piece).await.is_err() {
+                if chunks.send(chunk).await.is_err() {
                     return Ok(());
                 }
             }
@@ -219,9 +219,9 @@ impl Checker {
         let mut body = self.registry.blob(repository, descriptor.digest, 0, credential).await?;
         let mut start = Vec::new();
         while start.len() < 4
-            && let Some(piece) = body.chunk().await?
+            && let Some(chunk) = body.chunk().await?
         {
-            start.extend_from_slice(&piece);
+            start.extend_from_slice(&chunk);
         }
         Ok(starts_executable(&start))
     }
@@ -232,13 +232,13 @@ impl Checker {
         descriptor: &Descriptor,
         rule: &ArchiveRule,
         credential: &Credential,
-    ) -> Result<Names, CheckError> {
-        let (sender, pieces) = mpsc::channel(QUEUE);
+    ) -> Result<NameRecorder, CheckError> {
+        let (sender, chunks) = mpsc::channel(QUEUE);
         let (rule, limits): (_, Limits) = (rule.clone(), self.limits.clone());
         let reader = tokio::task::spawn_blocking(move || {
-            let mut names = Names::default();
-            let arriving = Arriving { pieces, rest: Bytes::new() };
-            let unpacked = unpack(arriving, &rule, PermissionsRule::Readable, &limits, &mut names);
+            let mut names = NameRecorder::default();
+            let reader = BlobReader { chunks, rest: Bytes::new() };
+            let unpacked = unpack(reader, &rule, PermissionsRule::Readable, &limits, &mut names);
             unpacked.map(|_| names)
         });
         self.fetch(repository, descriptor, credential, sender).await?;

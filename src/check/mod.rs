@@ -30,7 +30,7 @@ use unpack::{Limits, UnpackError};
 
 /// A request to check an artifact.
 #[derive(Clone, Debug)]
-pub struct Check {
+pub struct CheckRequest {
     /// The artifact's reference.
     pub reference: Reference,
     /// The platforms to check; all of the artifact's if empty.
@@ -38,14 +38,14 @@ pub struct Check {
     /// The key that must have signed it.
     pub key: Option<PublicKey>,
     /// The files that it must have.
-    pub required: Vec<Required>,
+    pub required: Vec<RequiredFile>,
     /// The credentials for the registry.
     pub keyring: Keyring,
 }
 
 /// A file that an artifact must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Required {
+pub struct RequiredFile {
     /// The path in the volume.
     pub path: String,
     /// The file must be executable.
@@ -54,7 +54,7 @@ pub struct Required {
 
 /// The result of a check.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct CheckReport {
     /// The checked reference.
     pub reference: String,
     /// The digest that it resolves to: of a manifest or an index.
@@ -77,7 +77,7 @@ pub struct ManifestReport {
     /// The total size of the blobs in bytes.
     pub bytes: u64,
     /// The signatures of the manifest.
-    pub signatures: Signatures,
+    pub signatures: SignatureStatus,
     /// The files that titles name; with required files, all files of the volume.
     pub files: Vec<FileReport>,
     /// The list of files is complete.
@@ -87,7 +87,7 @@ pub struct ManifestReport {
 /// The signatures of a manifest.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Signatures {
+pub enum SignatureStatus {
     /// The given key has signed it.
     Verified,
     /// The number of signatures, without a key to verify them.
@@ -138,7 +138,7 @@ impl From<UnpackError> for CheckError {
 
 /// Checks artifacts with the code of the node plugin.
 #[derive(Clone, Debug)]
-pub struct Checker {
+pub struct ArtifactChecker {
     /// The registry client.
     pub registry: Registry,
     /// The limits on untrusted input.
@@ -146,15 +146,15 @@ pub struct Checker {
 }
 
 /// A manifest to check.
-struct Chosen {
+struct PlatformManifest {
     platform: Option<Platform>,
     digest: Digest,
     image: ImageManifest,
 }
 
-impl Checker {
+impl ArtifactChecker {
     /// Checks an artifact with each credential that applies, until one is accepted.
-    pub async fn check(&self, check: &Check) -> Result<Report, CheckError> {
+    pub async fn check(&self, check: &CheckRequest) -> Result<CheckReport, CheckError> {
         let repository = check.reference.repository();
         let mut credentials = check.keyring.matching(repository);
         if credentials.is_empty() {
@@ -176,9 +176,9 @@ impl Checker {
 
     async fn check_with(
         &self,
-        check: &Check,
+        check: &CheckRequest,
         credential: &Credential,
-    ) -> Result<Report, CheckError> {
+    ) -> Result<CheckReport, CheckError> {
         let reference = &check.reference;
         let name = ManifestName::of(reference);
         // Keeps only what the next requests need: the memory of the document is theirs.
@@ -191,19 +191,19 @@ impl Checker {
         let chosen = self.choose(check, top, parsed, credential).await?;
         let mut manifests = Vec::new();
         for one in chosen {
-            manifests.push(self.look(check, top, one, credential).await?);
+            manifests.push(self.check_manifest(check, top, one, credential).await?);
         }
-        Ok(Report { reference: reference.to_string(), digest: top, index, manifests })
+        Ok(CheckReport { reference: reference.to_string(), digest: top, index, manifests })
     }
 
     /// Returns the manifests to check.
     async fn choose(
         &self,
-        check: &Check,
+        check: &CheckRequest,
         digest: Digest,
         parsed: Manifest,
         credential: &Credential,
-    ) -> Result<Vec<Chosen>, CheckError> {
+    ) -> Result<Vec<PlatformManifest>, CheckError> {
         let repository = check.reference.repository();
         let index = match parsed {
             Manifest::Image(image) => {
@@ -215,7 +215,7 @@ impl Checker {
                     }
                     platform = config_platform(&bytes)?;
                 }
-                return Ok(vec![Chosen { platform, digest, image }]);
+                return Ok(vec![PlatformManifest { platform, digest, image }]);
             }
             Manifest::Index(index) => index,
         };
@@ -223,7 +223,7 @@ impl Checker {
         for wanted in &check.platforms {
             let of = Manifest::Index(index.clone());
             let found = self.resolve(repository, digest, of, wanted, credential).await?;
-            chosen.push(Chosen { platform: Some(wanted.clone()), ..found });
+            chosen.push(PlatformManifest { platform: Some(wanted.clone()), ..found });
         }
         if !chosen.is_empty() {
             return Ok(chosen);
@@ -235,7 +235,11 @@ impl Checker {
             let kind = Some(entry.media_type.as_str());
             match Manifest::parse(&fetched.bytes, kind, self.limits.manifest())? {
                 Manifest::Image(image) => {
-                    chosen.push(Chosen { platform: Some(platform), digest: entry.digest, image });
+                    chosen.push(PlatformManifest {
+                        platform: Some(platform),
+                        digest: entry.digest,
+                        image,
+                    });
                 }
                 Manifest::Index(_) => return Err(ManifestError::NestedIndex(entry.digest).into()),
             }
@@ -255,7 +259,7 @@ impl Checker {
         document: Manifest,
         wanted: &Platform,
         credential: &Credential,
-    ) -> Result<Chosen, CheckError> {
+    ) -> Result<PlatformManifest, CheckError> {
         let mut choice = ManifestChoice::new(digest, document, wanted, self.limits.manifest())?;
         loop {
             match choice.step()? {
@@ -264,7 +268,7 @@ impl Checker {
                     choice.insert(of, &fetched.bytes)?;
                 }
                 ChoiceStep::Chosen(ChosenManifest { digest, image, .. }) => {
-                    return Ok(Chosen { platform: None, digest, image });
+                    return Ok(PlatformManifest { platform: None, digest, image });
                 }
             }
         }
@@ -280,14 +284,14 @@ impl Checker {
         Ok(self.registry.manifest(repository, &name, credential).await?)
     }
 
-    async fn look(
+    async fn check_manifest(
         &self,
-        check: &Check,
+        check: &CheckRequest,
         top: Digest,
-        chosen: Chosen,
+        chosen: PlatformManifest,
         credential: &Credential,
     ) -> Result<ManifestReport, CheckError> {
-        let Chosen { platform, digest, image } = chosen;
+        let PlatformManifest { platform, digest, image } = chosen;
         let platform = platform.map(|platform| platform.to_string());
         let sizes = image.layers.iter().chain(image.config.as_deref()).map(|layer| layer.size);
         let bytes = sizes.fold(0, u64::saturating_add);
@@ -296,7 +300,7 @@ impl Checker {
         let (files, files_are_complete) =
             self.files(check.reference.repository(), &image, credential, whole).await?;
         let place = || platform.clone().unwrap_or_else(|| digest.to_string());
-        for Required { path, executable } in &check.required {
+        for RequiredFile { path, executable } in &check.required {
             let wanted = path.trim_start_matches('/');
             let file = files.iter().find(|file| file.path == wanted);
             let file =
@@ -311,10 +315,10 @@ impl Checker {
 
     async fn signatures(
         &self,
-        check: &Check,
+        check: &CheckRequest,
         subjects: [Digest; 2],
         credential: &Credential,
-    ) -> Result<Signatures, CheckError> {
+    ) -> Result<SignatureStatus, CheckError> {
         let [manifest, top] = subjects;
         let (registry, limits) = (&self.registry, self.limits.manifest());
         let finder = Finder { registry, options: WireOptions::default(), limits };
@@ -325,7 +329,7 @@ impl Checker {
             let format = SignatureFormat::Any;
             found.extend(finder.find(repository, *subject, format, credential).await?);
         }
-        let Some(key) = &check.key else { return Ok(Signatures::Unverified(found.len())) };
+        let Some(key) = &check.key else { return Ok(SignatureStatus::Unverified(found.len())) };
         let named = NamedKey { name: "the given key".to_owned(), key: key.clone() };
         let demand = SignatureDemand {
             mode: SignatureMode::Enforce,
@@ -333,7 +337,7 @@ impl Checker {
             keys: Arc::new([named]),
         };
         match demand.judge(&found, &subjects) {
-            Ok(_) => Ok(Signatures::Verified),
+            Ok(_) => Ok(SignatureStatus::Verified),
             Err(flaw) => {
                 let keys = "the given key".to_owned();
                 Err(PullError::Signature { flaw, keys }.into())

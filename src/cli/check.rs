@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::mount::keyring;
 use super::{CommandError, OutputFormat, logging, print, runtime};
-use crate::check::{Check, Checker, Report, Required, Signatures};
+use crate::check::{ArtifactChecker, CheckReport, CheckRequest, RequiredFile, SignatureStatus};
 use crate::config::NodeConfiguration;
 use oci::registry::{Registry, RegistryOptions};
 use oci::signature::PublicKey;
@@ -53,7 +53,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
         ..RegistryOptions::default()
     };
     configuration.registries.apply(&mut options)?;
-    let check = Check {
+    let check = CheckRequest {
         reference: arguments.reference.clone(),
         platforms: arguments.platforms.clone(),
         key: arguments.key.as_ref().map(key).transpose()?,
@@ -62,7 +62,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
     };
     let report = runtime()?.block_on(async {
         let registry = Registry::new(options).map_err(|error| error.to_string())?;
-        let checker = Checker { registry, limits: configuration.limits };
+        let checker = ArtifactChecker { registry, limits: configuration.limits };
         let report = checker.check(&check).await;
         report.map_err(|error| format!("{}: {error}", check.reference))
     })?;
@@ -82,23 +82,23 @@ fn key(path: &PathBuf) -> Result<PublicKey, CommandError> {
     PublicKey::from_pem(&pem).map_err(|error| format!("the key {shown}: {error}"))
 }
 
-fn required(text: &str) -> Required {
+fn required(text: &str) -> RequiredFile {
     let (path, executable) = match text.strip_suffix(":exec") {
         Some(path) => (path, true),
         None => (text, false),
     };
-    Required { path: path.to_owned(), executable }
+    RequiredFile { path: path.to_owned(), executable }
 }
 
-fn lines(report: &Report) -> Vec<String> {
+fn lines(report: &CheckReport) -> Vec<String> {
     let what = if report.index { "index" } else { "manifest" };
     let mut lines = vec![format!("{}  {what} {}", report.reference, report.digest)];
     for manifest in &report.manifests {
         let platform = manifest.platform.as_deref().unwrap_or("any platform");
         let signed = match manifest.signatures {
-            Signatures::Verified => "signed by the given key".to_owned(),
-            Signatures::Unverified(0) => "not signed".to_owned(),
-            Signatures::Unverified(count) => format!("{count} signatures, not verified"),
+            SignatureStatus::Verified => "signed by the given key".to_owned(),
+            SignatureStatus::Unverified(0) => "not signed".to_owned(),
+            SignatureStatus::Unverified(count) => format!("{count} signatures, not verified"),
         };
         lines.push(format!(
             "{platform}  {}  {}  {}  {signed}",

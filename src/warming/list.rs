@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::bring::{Brought, bring, look};
 use super::options::WarmList;
-use super::schedule::{next_look, retry, share_of_spread};
+use super::schedule::{initial_delay, next_refresh, retry};
 use super::states::WarmStates;
 use crate::volume::Content;
 use oci::{Digest, Platform, Reference};
@@ -104,7 +104,7 @@ impl Keeping {
         if before.as_ref() == Some(&list) {
             return;
         }
-        let delay = share_of_spread(&self.keeper.node_id, list.spread);
+        let delay = initial_delay(&self.keeper.node_id, list.spread);
         let soon = Instant::now() + delay;
         let gone = self.drop_all_but(&list.references);
         let (mut new, mut pinned) = (0_usize, self.sweep().await);
@@ -178,7 +178,7 @@ impl Keeping {
         item.trying = None;
         item.failures = if brought.failure.is_some() { item.failures + 1 } else { 0 };
         let wait = match item.failures {
-            0 => next_look(interval),
+            0 => next_refresh(interval),
             failures => retry(failures, interval),
         };
         item.due = Instant::now() + wait;

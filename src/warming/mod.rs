@@ -21,6 +21,6 @@ mod want;
 
 pub use list::{OWNER, WarmKeeper};
 pub use options::WarmList;
-pub use schedule::share_of_spread;
+pub use schedule::initial_delay;
 pub use states::{WarmPhase, WarmState, WarmStates};
 pub use want::{DemandsError, demands, want, with_demands};

@@ -12,7 +12,7 @@ const RETRY: RetryBackoff =
 /// Returns the part of `spread` that a node waits before its first refresh. It follows from the node's name, so it is
 /// the same at every start, and the nodes of a cluster start one after the other.
 #[must_use]
-pub fn share_of_spread(node_id: &str, spread: Duration) -> Duration {
+pub fn initial_delay(node_id: &str, spread: Duration) -> Duration {
     let digest = Digest::of(node_id.as_bytes()).hex();
     let part = u32::from_str_radix(&digest[..8], 16).unwrap_or_default();
     spread.mul_f64(f64::from(part) / f64::from(u32::MAX))
@@ -20,7 +20,7 @@ pub fn share_of_spread(node_id: &str, spread: Duration) -> Duration {
 
 /// Returns the delay until a tag is resolved again: the interval with a tenth of jitter either way, so that references
 /// and nodes that were refreshed together do not stay together.
-pub(super) fn next_look(interval: Duration) -> Duration {
+pub(super) fn next_refresh(interval: Duration) -> Duration {
     let fifth = interval / 5;
     interval.saturating_sub(fifth / 2) + (jittered(fifth) * 2).saturating_sub(fifth)
 }
@@ -38,22 +38,22 @@ mod tests {
     fn nodes_begin_one_after_the_other_and_each_at_its_own_time() {
         let spread = Duration::from_mins(10);
         let delays: Vec<_> =
-            (0..200).map(|node| share_of_spread(&format!("worker-{node}"), spread)).collect();
-        assert_eq!(delays[7], share_of_spread("worker-7", spread));
+            (0..200).map(|node| initial_delay(&format!("worker-{node}"), spread)).collect();
+        assert_eq!(delays[7], initial_delay("worker-7", spread));
         for minute in 0..10 {
             let within = |delay: &&Duration| delay.as_secs() / 60 == minute;
             let nodes = delays.iter().filter(within).count();
             assert!((8..35).contains(&nodes), "{nodes} of 200 nodes begin in minute {minute}");
         }
-        assert_eq!(share_of_spread("worker", Duration::ZERO), Duration::ZERO);
+        assert_eq!(initial_delay("worker", Duration::ZERO), Duration::ZERO);
     }
 
     #[test]
     fn looks_vary_and_waits_grow_to_a_bound() {
         let hour = Duration::from_hours(1);
         for _ in 0..100 {
-            let look = next_look(hour);
-            assert!((Duration::from_mins(54)..=Duration::from_mins(66)).contains(&look));
+            let delay = next_refresh(hour);
+            assert!((Duration::from_mins(54)..=Duration::from_mins(66)).contains(&delay));
         }
         let waits = |failures| retry(failures, hour);
         assert!((Duration::from_millis(2500)..=Duration::from_secs(5)).contains(&waits(1)));

@@ -667,9 +667,9 @@ pub enum ChoiceStep {
 pub struct ChosenManifest {
     /// The digest of the manifest.
     pub digest: Digest,
-    /// The manifest.
+    /// The parsed image manifest.
     pub image: ImageManifest,
-    /// Whether an index names its platform. Otherwise its configuration may.
+    /// Set if an index names its platform. Otherwise its configuration may.
     pub has_platform: bool,
 }
 
