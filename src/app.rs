@@ -44,9 +44,9 @@ use crate::proto::admin::admin_server::AdminServer;
 use crate::proto::csi::v1::identity_server::IdentityServer;
 use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
-use crate::volume::form::MountMode;
-use crate::volume::{ContentState, Mounter, Volumes};
-use content::Opening;
+use crate::volume::mount_form::MountMode;
+use crate::volume::{ContentState, VolumeManager, VolumeMounter};
+use content::ContentOpener;
 use store::lock::Lock;
 use store::{SecurityLabel, StoreError};
 use sys::mount::AttachMethod;
@@ -165,7 +165,7 @@ struct NodePlugin {
     options: NodeOptions,
     metrics: Arc<NodeMetrics>,
     content: watch::Receiver<ContentState>,
-    volumes: Volumes,
+    volumes: VolumeManager,
     /// `None` if pulls are not reported as Events.
     events: Option<EventRecorder>,
     /// `None` if the driver does not register itself.
@@ -185,7 +185,7 @@ impl NodePlugin {
         shutdown: CancellationToken,
     ) -> Self {
         let tracker = TaskTracker::new();
-        let volumes = Volumes::new(
+        let volumes = VolumeManager::new(
             options.state_dir.clone(),
             mounter(&options, mode),
             content.clone(),
@@ -253,7 +253,7 @@ impl NodePlugin {
         content: watch::Sender<ContentState>,
         lock: Arc<Mutex<Option<Lock>>>,
     ) {
-        let opening = Opening {
+        let opener = ContentOpener {
             options: self.options.clone(),
             configuration,
             volumes: self.volumes.clone(),
@@ -264,7 +264,7 @@ impl NodePlugin {
             tracker: self.tracker.clone(),
             shutdown: self.shutdown.clone(),
         };
-        self.tracker.spawn(opening.run());
+        self.tracker.spawn(opener.run());
     }
 
     /// Serves commands. A failure leaves this endpoint off, and the node plugin goes on.
@@ -378,14 +378,14 @@ impl NodePlugin {
 }
 
 /// Chooses the mount method for this node's kernel.
-fn mounter(options: &NodeOptions, mode: MountMode) -> Mounter {
+fn mounter(options: &NodeOptions, mode: MountMode) -> VolumeMounter {
     let staging = options.state_dir.join("mounts");
     let method = if options.staged_mounts {
         AttachMethod::Staged(staging)
     } else {
         AttachMethod::detect(&staging)
     };
-    let mounter = Mounter::new(method, mode);
+    let mounter = VolumeMounter::new(method, mode);
     if !mounter.has_overlay() {
         tracing::warn!("this kernel has no overlayfs: volumes without readOnly: true are refused");
     }

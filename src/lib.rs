@@ -9,7 +9,7 @@
 //! warming         fetches artifacts before a pod needs them
 //! node_artifacts  the node's part of preloads: carries out the assignments in its `NodeArtifacts` object
 //! scrub           reads all content back in the background
-//! upkeep          brings records and mounts together, keeps disk space free
+//! maintenance     brings records and mounts together, keeps disk space free
 //! admin           health, metrics and the admin socket
 //! kubernetes      requests to the API server, for data that no call of the kubelet carries
 //! check           what a registry would serve, without a node
@@ -30,10 +30,10 @@ pub mod config;
 pub mod csi;
 pub mod file_leases;
 pub mod kubernetes;
+pub mod maintenance;
 pub mod node_addresses;
 pub mod node_artifacts;
 pub mod proto;
 pub mod scrub;
-pub mod upkeep;
 pub mod volume;
 pub mod warming;

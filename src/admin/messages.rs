@@ -1,6 +1,6 @@
 //! Converts results of operations into messages of the admin interface.
 
-use super::operations::{Artifact, Inspected, Meaning, Removed};
+use super::operations::{CachedArtifact, InspectedReference, PlatformResolution, RemovedReference};
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
 use crate::warming::{WarmPhase, WarmState};
@@ -9,7 +9,7 @@ use store::gc::{Collected, Victim};
 use store::trees::View;
 use store::verify::Finding;
 
-pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
+pub(super) fn artifact(artifact: CachedArtifact) -> wire::Artifact {
     let record = artifact.tree.record;
     wire::Artifact {
         manifest: record.manifest.to_string(),
@@ -26,7 +26,7 @@ pub(super) fn artifact(artifact: Artifact) -> wire::Artifact {
 }
 
 pub(super) fn inspected(
-    inspected: Inspected,
+    inspected: InspectedReference,
     warm: Option<WarmState>,
 ) -> wire::InspectArtifactResponse {
     wire::InspectArtifactResponse {
@@ -36,7 +36,7 @@ pub(super) fn inspected(
     }
 }
 
-pub(super) fn removed(removed: Removed) -> wire::RemoveResponse {
+pub(super) fn removed(removed: RemovedReference) -> wire::RemoveResponse {
     wire::RemoveResponse {
         victims: removed.collected.victims.iter().map(victim).collect(),
         volumes: removed.volumes,
@@ -109,7 +109,7 @@ fn victim(victim: &Victim) -> wire::Victim {
     }
 }
 
-fn meaning(meaning: Meaning) -> wire::Meaning {
+fn meaning(meaning: PlatformResolution) -> wire::Meaning {
     let layers = meaning.layers.into_iter().map(|layer| wire::Layer {
         digest: layer.digest.to_string(),
         media_type: layer.media_type,

@@ -21,7 +21,7 @@ use super::store_metrics::StoreMetrics;
 use super::warm_metrics::WarmMetrics;
 use crate::scrub::ScrubState;
 use crate::volume::publish::PublishPath;
-use crate::volume::reconcile::Reconciled;
+use crate::volume::reconcile::ReconcileCounts;
 use crate::warming::WarmStates;
 use pull::wire::Observer;
 use store::Store;
@@ -200,7 +200,7 @@ impl NodeMetrics {
     }
 
     /// Counts the results of bringing records and mounts together.
-    pub fn reconciled(&self, reconciled: &Reconciled) {
+    pub fn reconciled(&self, reconciled: &ReconcileCounts) {
         self.unknown_mounts.set(reconciled.unknown as u64);
         self.vanished.inc_by(reconciled.unmounted as u64);
     }

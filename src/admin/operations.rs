@@ -36,7 +36,7 @@ pub enum OperationError {
 
 /// A tree, with its references, volumes and pins.
 #[derive(Clone, Debug)]
-pub struct Artifact {
+pub struct CachedArtifact {
     /// The tree of one of its forms.
     pub tree: Tree,
     /// The references that last resolved to its manifest.
@@ -53,7 +53,7 @@ pub struct Artifact {
 
 /// The outcome of removing a reference.
 #[derive(Clone, Debug, Default)]
-pub struct Removed {
+pub struct RemovedReference {
     /// Content that was deleted at once.
     pub collected: Collected,
     /// Volumes that still show the content.
@@ -64,16 +64,16 @@ pub struct Removed {
 
 /// The resolutions of a reference on this node, and their artifacts.
 #[derive(Clone, Debug, Default)]
-pub struct Inspected {
+pub struct InspectedReference {
     /// The resolutions, one for each platform.
-    pub meanings: Vec<Meaning>,
+    pub meanings: Vec<PlatformResolution>,
     /// The trees of these manifests.
-    pub artifacts: Vec<Artifact>,
+    pub artifacts: Vec<CachedArtifact>,
 }
 
 /// The resolution of a reference for one platform.
 #[derive(Clone, Debug)]
-pub struct Meaning {
+pub struct PlatformResolution {
     /// The record of the resolution.
     pub resolution: Resolution,
     /// The layers of the manifest; empty if the store has no copy of the manifest.
@@ -81,8 +81,8 @@ pub struct Meaning {
 }
 
 /// Returns the resolutions and artifacts of one reference.
-pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, OperationError> {
-    let mut inspected = Inspected::default();
+pub fn inspect(store: &Store, reference: &Reference) -> Result<InspectedReference, OperationError> {
+    let mut inspected = InspectedReference::default();
     for resolution in store.resolutions().of_reference(reference)? {
         let bytes = store.documents().get(resolution.manifest)?.unwrap_or_default();
         // Accepted at its pull: shown whatever the limits are now.
@@ -91,7 +91,7 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
             Ok(Manifest::Image(image)) => image.layers,
             _ => Vec::new(),
         };
-        inspected.meanings.push(Meaning { resolution, layers });
+        inspected.meanings.push(PlatformResolution { resolution, layers });
     }
     let manifests: BTreeSet<_> =
         inspected.meanings.iter().map(|meaning| meaning.resolution.manifest).collect();
@@ -104,14 +104,14 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<Inspected, Operat
 }
 
 /// Returns all trees, ordered by their references.
-pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
+pub fn artifacts(store: &Store) -> Result<Vec<CachedArtifact>, OperationError> {
     describe(store, store.inventory().trees()?)
 }
 
 fn artifacts_of(
     store: &Store,
     manifests: BTreeSet<Digest>,
-) -> Result<Vec<Artifact>, OperationError> {
+) -> Result<Vec<CachedArtifact>, OperationError> {
     let mut trees = Vec::new();
     for manifest in manifests {
         trees.extend(store.inventory().trees_of_manifest(manifest)?);
@@ -122,7 +122,7 @@ fn artifacts_of(
 fn describe(
     store: &Store,
     trees: Vec<(ObjectName, Arc<Entry>)>,
-) -> Result<Vec<Artifact>, OperationError> {
+) -> Result<Vec<CachedArtifact>, OperationError> {
     let mut artifacts = Vec::new();
     for (name, entry) in trees {
         let Some(tree) = store.trees().named(&name) else { continue };
@@ -135,7 +135,7 @@ fn describe(
             .collect();
         let pins: BTreeSet<_> =
             store.pins().of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
-        artifacts.push(Artifact {
+        artifacts.push(CachedArtifact {
             references: store.resolutions().references_of(manifest)?.into_iter().collect(),
             volumes: volumes.into_iter().collect(),
             pins: pins.into_iter().collect(),
@@ -145,7 +145,7 @@ fn describe(
         });
     }
     artifacts.sort_by(|one, two| {
-        let key = |artifact: &Artifact| (artifact.tree.key, artifact.tree.generation);
+        let key = |artifact: &CachedArtifact| (artifact.tree.key, artifact.tree.generation);
         one.references.cmp(&two.references).then_with(|| key(one).cmp(&key(two)))
     });
     Ok(artifacts)
@@ -179,7 +179,7 @@ pub fn unpin(
 }
 
 /// Removes a reference. Content without another reference or pin is deleted: at once, or after the last unpublish.
-pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, OperationError> {
+pub fn remove(store: &Store, reference: &Reference) -> Result<RemovedReference, OperationError> {
     let owners = owners(store, reference);
     if !owners.is_empty() {
         let owners = owners.join(", ");
@@ -189,7 +189,7 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<Removed, Operation
     let mut manifests: BTreeSet<Digest> =
         forgotten.iter().map(|resolution| resolution.manifest).collect();
     manifests.extend(reference.digest());
-    let mut removed = Removed::default();
+    let mut removed = RemovedReference::default();
     let mut was_here = !forgotten.is_empty();
     let mut forgotten = Vec::new();
     for artifact in artifacts_of(store, manifests)? {

@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::chunk_reader::ChunkSender;
-use super::operations::{self, ADMIN, Inspected, OperationError};
+use super::operations::{self, ADMIN, InspectedReference, OperationError};
 use super::{messages, warm};
 use crate::file_leases;
 use crate::proto::admin::admin_server::Admin;
@@ -24,7 +24,7 @@ use crate::proto::admin::{
     import_request, verify_event,
 };
 use crate::scrub::ScrubState;
-use crate::volume::{Content, ContentState};
+use crate::volume::{ContentState, NodeContent};
 use crate::warming::WarmStates;
 use oci::{Platform, Reference};
 use pull::import::ImportError;
@@ -107,7 +107,7 @@ impl Admin for AdminService {
         let is_listed = warm.is_some();
         let inspect = move |store: Store| match operations::inspect(&store, &reference) {
             // Listed in the configuration and not fetched yet. Its state says why.
-            Err(OperationError::NotHere(_)) if is_listed => Ok(Inspected::default()),
+            Err(OperationError::NotHere(_)) if is_listed => Ok(InspectedReference::default()),
             inspected => inspected,
         };
         let inspected = self.blocking(inspect).await?;
@@ -121,7 +121,7 @@ impl Admin for AdminService {
         request: Request<WarmRequest>,
     ) -> Result<Response<Self::WarmStream>, Status> {
         let content = self.content()?;
-        let wants = warm::wants(request.into_inner()).map_err(Status::invalid_argument)?;
+        let wants = warm::parse_request(request.into_inner()).map_err(Status::invalid_argument)?;
         let (events, receiver) = mpsc::channel(EVENTS);
         // The pull continues if the caller goes.
         self.tracker.spawn(warm::run(content, wants, events));
@@ -235,7 +235,7 @@ impl Admin for AdminService {
 }
 
 impl AdminService {
-    fn content(&self) -> Result<Content, Status> {
+    fn content(&self) -> Result<NodeContent, Status> {
         self.content.borrow().clone().map_err(Status::unavailable)
     }
 
@@ -250,7 +250,11 @@ impl AdminService {
 }
 
 /// Verifies all content. Damage is logged and repaired also if the caller has gone.
-async fn verify(content: Content, repair: bool, events: mpsc::Sender<Result<VerifyEvent, Status>>) {
+async fn verify(
+    content: NodeContent,
+    repair: bool,
+    events: mpsc::Sender<Result<VerifyEvent, Status>>,
+) {
     let found = events.clone();
     let mut findings = 0;
     let (count, counted) = std::sync::mpsc::channel();

@@ -26,7 +26,7 @@ impl StoreMetrics {
 impl Collector for StoreMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let Some(store) = self.0.get() else { return Ok(()) };
-        let mut writer = Writer(&mut encoder);
+        let mut writer = MetricWriter(&mut encoder);
         // A disk that cannot be read has no values. The log has the error.
         if let Ok(usage) = store.inventory().usage() {
             let help = "Disk space of all content and what is known of it, shared content once";
@@ -66,9 +66,9 @@ impl Collector for StoreMetrics {
     }
 }
 
-struct Writer<'a, 'b>(&'a mut DescriptorEncoder<'b>);
+struct MetricWriter<'a, 'b>(&'a mut DescriptorEncoder<'b>);
 
-impl Writer<'_, '_> {
+impl MetricWriter<'_, '_> {
     fn bytes(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
         let gauge = ConstGauge::new(value);
         let unit = Some(&Unit::Bytes);

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use super::operations::{self, ADMIN};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use crate::warming::{want, with_demands};
 use oci::credentials::Keyring;
 use oci::{Platform, Reference};
@@ -26,13 +26,13 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 /// A parsed request: the artifacts to fetch, and whether to pin them.
 #[derive(Debug)]
-pub(super) struct Wants {
+pub(super) struct WarmBatch {
     wants: Vec<Want>,
     pin: bool,
 }
 
 /// Parses a request. The error says what is wrong with it.
-pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
+pub(super) fn parse_request(request: WarmRequest) -> Result<WarmBatch, String> {
     let WarmRequest { references, platform, pin, docker_config } = request;
     if references.is_empty() || references.len() > REFERENCES {
         return Err(format!("there must be from 1 to {REFERENCES} references"));
@@ -51,12 +51,12 @@ pub(super) fn wants(request: WarmRequest) -> Result<Wants, String> {
         // The tag may have moved since its last resolution.
         Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone(), Tenant::Admin))
     };
-    Ok(Wants { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
+    Ok(WarmBatch { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
 }
 
 /// Fetches the artifacts, a few at once. Continues if the caller goes.
-pub(super) async fn run(content: Content, wants: Wants, events: mpsc::Sender<WarmEvent>) {
-    let Wants { wants, pin } = wants;
+pub(super) async fn run(content: NodeContent, wants: WarmBatch, events: mpsc::Sender<WarmEvent>) {
+    let WarmBatch { wants, pin } = wants;
     let mut waiting = wants.into_iter();
     let mut under_way = FuturesUnordered::new();
     loop {
@@ -69,10 +69,10 @@ pub(super) async fn run(content: Content, wants: Wants, events: mpsc::Sender<War
             break;
         }
     }
-    content.upkeep.notify_one();
+    content.maintenance.notify_one();
 }
 
-async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<WarmEvent>) {
+async fn warm(content: &NodeContent, want: Want, pin: bool, events: &mpsc::Sender<WarmEvent>) {
     let want = with_demands(content, want).await;
     let reference = want.reference.to_string();
     let view = ProgressView::default();
@@ -99,7 +99,7 @@ async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<Wa
         }
     };
     let last = match acquired {
-        Ok(tree) => match pinned(content, &want, pin).await {
+        Ok(tree) => match pin_if_asked(content, &want, pin).await {
             Ok(()) => WarmEvent {
                 manifest: tree.record.manifest.to_string(),
                 total_bytes: tree.record.bytes,
@@ -114,7 +114,7 @@ async fn warm(content: &Content, want: Want, pin: bool, events: &mpsc::Sender<Wa
     let _ = events.send_timeout(last, READER_PATIENCE).await;
 }
 
-async fn pinned(content: &Content, want: &Want, pin: bool) -> Result<(), String> {
+async fn pin_if_asked(content: &NodeContent, want: &Want, pin: bool) -> Result<(), String> {
     if !pin {
         return Ok(());
     }

@@ -14,10 +14,10 @@ use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::kubernetes::EventRecorder;
+use crate::maintenance::NodeMaintenance;
 use crate::node_artifacts::release_all;
-use crate::scrub::{Scrub, system_clock};
-use crate::upkeep::Upkeep;
-use crate::volume::{Content, ContentState, Volumes};
+use crate::scrub::{ContentScrubber, system_clock};
+use crate::volume::{ContentState, NodeContent, VolumeManager};
 use crate::warming::WarmKeeper;
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::{Registry, RegistryOptions};
@@ -34,10 +34,10 @@ use sys::background::Background;
 const STORE_RETRY: Duration = Duration::from_secs(10);
 
 /// The parts that the task needs to open a node's store.
-pub(super) struct Opening {
+pub(super) struct ContentOpener {
     pub(super) options: NodeOptions,
     pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
-    pub(super) volumes: Volumes,
+    pub(super) volumes: VolumeManager,
     pub(super) metrics: Arc<NodeMetrics>,
     pub(super) events: Option<EventRecorder>,
     pub(super) content: watch::Sender<ContentState>,
@@ -47,7 +47,7 @@ pub(super) struct Opening {
     pub(super) shutdown: CancellationToken,
 }
 
-impl Opening {
+impl ContentOpener {
     /// Opens the store, retrying until it opens; makes content available, and maintains it until `shutdown`.
     pub(super) async fn run(self) {
         let configuration = match &self.configuration {
@@ -71,16 +71,16 @@ impl Opening {
                 () = self.shutdown.cancelled() => return,
             }
         };
-        let upkeep = Upkeep {
+        let maintenance = NodeMaintenance {
             volumes: self.volumes.clone(),
             content: content.clone(),
             kubelet_dir: self.options.kubelet_dir.clone(),
             metrics: Arc::clone(&self.metrics),
         };
         // Mounts of an earlier process must have records before anything new is published.
-        upkeep.reconcile().await;
+        maintenance.reconcile().await;
         self.metrics.observe_store(&content.store);
-        let (store, wanted) = (content.store.clone(), Arc::clone(&content.upkeep));
+        let (store, wanted) = (content.store.clone(), Arc::clone(&content.maintenance));
         self.content.send_modify(|state| *state = Ok(content.clone()));
         self.tracker.spawn_blocking(move || {
             if let Err(error) = store.inventory().load() {
@@ -88,7 +88,7 @@ impl Opening {
             }
         });
         self.release_preloads(&content);
-        let scrub = Scrub {
+        let scrub = ContentScrubber {
             content: content.clone(),
             interval: configuration.cache.scrub_interval(),
             state: self.metrics.scrub().clone(),
@@ -97,11 +97,11 @@ impl Opening {
         };
         self.tracker.spawn(scrub.run(self.shutdown.clone()));
         self.keep_warm(content);
-        upkeep.run(wanted, self.shutdown.clone()).await;
+        maintenance.run(wanted, self.shutdown.clone()).await;
     }
 
     /// Removes the pins of preloads where preloads are off: nothing else on this node would remove them.
-    fn release_preloads(&self, content: &Content) {
+    fn release_preloads(&self, content: &NodeContent) {
         if self.options.fleet {
             return;
         }
@@ -114,7 +114,7 @@ impl Opening {
     }
 
     /// Starts fetching and pinning the references of the configuration.
-    fn keep_warm(&self, content: Content) {
+    fn keep_warm(&self, content: NodeContent) {
         let metrics = Arc::clone(&self.metrics);
         let report = move |failed| metrics.configuration_error("warm", failed);
         let keeper = WarmKeeper {
@@ -126,7 +126,7 @@ impl Opening {
         self.tracker.spawn(keeper.run(self.shutdown.clone()));
     }
 
-    async fn open(&self, configuration: &NodeConfiguration) -> Result<Content, String> {
+    async fn open(&self, configuration: &NodeConfiguration) -> Result<NodeContent, String> {
         let (root, for_store) = (self.options.state_dir.clone(), configuration.clone());
         let lock = Arc::clone(&self.lock);
         let opened = tokio::task::spawn_blocking(move || open_store(&root, &for_store, &lock));
@@ -179,7 +179,7 @@ pub fn content_of(
     configuration: &NodeConfiguration,
     observer: Arc<dyn Observer>,
     runway: &Runway,
-) -> Result<Content, String> {
+) -> Result<NodeContent, String> {
     let mut options = RegistryOptions {
         manifest_bytes_limit: configuration.limits.manifest_bytes,
         stall_timeout: configuration.pull.stall_timeout.0,
@@ -197,5 +197,5 @@ pub fn content_of(
     let options = configuration.pull.options(configuration.limits.clone());
     let puller = Puller::new(store.clone(), sources, options, observer, runway);
     let policy = policy::permissive();
-    Ok(Content { policy, store, puller, upkeep: Arc::default() })
+    Ok(NodeContent { policy, store, puller, maintenance: Arc::default() })
 }

@@ -16,8 +16,10 @@ use super::{CommandError, OutputFormat, logging, print, runtime};
 use crate::app::content_of;
 use crate::config::NodeConfiguration;
 use crate::volume::attributes::VolumeAttributes;
-use crate::volume::form::MountMode;
-use crate::volume::{Content, Mounter, PodInfo, PublishRequest, TargetPath, Volumes};
+use crate::volume::mount_form::MountMode;
+use crate::volume::{
+    NodeContent, PodInfo, PublishRequest, TargetPath, VolumeManager, VolumeMounter,
+};
 use oci::credentials::Keyring;
 use policy::PolicyDemands;
 use pull::flights::Runway;
@@ -123,10 +125,10 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
             .map_err(|error| format!("{reference}: {error}"))?;
         let (_sender, receiver) = watch::channel(Ok(content));
         let attach = AttachMethod::detect(&state_dir.join("mounts"));
-        let mounter = Mounter::new(attach, MountMode::Auto);
+        let mounter = VolumeMounter::new(attach, MountMode::Auto);
         // No container runtime copies this mount, so a read-only bind is safe if there is no overlayfs.
         let readonly = !mounter.has_overlay();
-        let volumes = Volumes::new(state_dir.clone(), mounter, receiver, tracker, shutdown);
+        let volumes = VolumeManager::new(state_dir.clone(), mounter, receiver, tracker, shutdown);
         let request = PublishRequest {
             volume_id: format!("cli:{target}"),
             target: target.clone(),
@@ -208,7 +210,7 @@ fn forget(arguments: &UnmountArguments, target: &TargetPath) {
 
 /// Pulls the artifact and shows the progress. The publish afterwards finds all content in the store.
 async fn fetch(
-    content: &Content,
+    content: &NodeContent,
     attributes: &VolumeAttributes,
     keyring: &Keyring,
 ) -> Result<(), CommandError> {

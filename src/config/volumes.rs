@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::volume::form::MountMode;
+use crate::volume::mount_form::MountMode;
 
 /// The `volumes` section.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]

@@ -25,7 +25,7 @@ use crate::proto::csi::v1::{
 };
 use crate::volume::publish::PublishPath;
 use crate::volume::stats::ResourceUsage;
-use crate::volume::{VolumeError, Volumes};
+use crate::volume::{VolumeError, VolumeManager};
 
 /// The Node service.
 #[derive(Clone)]
@@ -35,7 +35,7 @@ pub struct NodeService {
     /// The facts of the node that requests are checked against.
     pub node: NodeFacts,
     /// Runs the use cases.
-    pub volumes: Volumes,
+    pub volumes: VolumeManager,
     /// Counts their results.
     pub metrics: Arc<NodeMetrics>,
     /// Reports pulls as Events; `None` if they are off.
@@ -183,7 +183,7 @@ impl NodeService {
         &self,
         metadata: &tonic::metadata::MetadataMap,
         message: NodePublishVolumeRequest,
-    ) -> Result<crate::volume::publish::Published, VolumeError> {
+    ) -> Result<crate::volume::publish::PublishedVolume, VolumeError> {
         let (volume_id, target_path) = (message.volume_id.clone(), message.target_path.clone());
         let request = match self.node.publish(metadata, message) {
             Ok(request) => request,

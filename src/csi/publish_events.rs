@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::status;
 use crate::kubernetes::{EventRecorder, PodReference};
-use crate::volume::publish::{PublishPath, Published};
+use crate::volume::publish::{PublishPath, PublishedVolume};
 use crate::volume::{PublishRequest, VolumeError};
 use pull::ProgressView;
 use text::units::Bytes;
@@ -40,8 +40,8 @@ impl<'a> PublishReporter<'a> {
     /// Reports the progress of the pull until `publish` ends, and then its end.
     pub(super) async fn report(
         self,
-        mut publish: Pin<Box<impl Future<Output = Result<Published, VolumeError>>>>,
-    ) -> Result<Published, VolumeError> {
+        mut publish: Pin<Box<impl Future<Output = Result<PublishedVolume, VolumeError>>>>,
+    ) -> Result<PublishedVolume, VolumeError> {
         let mut wait = FIRST_REPORT;
         let published = loop {
             tokio::select! {
@@ -59,11 +59,11 @@ impl<'a> PublishReporter<'a> {
         published
     }
 
-    fn report_end(&self, published: &Result<Published, VolumeError>) {
+    fn report_end(&self, published: &Result<PublishedVolume, VolumeError>) {
         let (pod, reference) = (&self.pod, &self.reference);
         match published {
-            Ok(Published { path: PublishPath::AlreadyMounted, .. }) => {}
-            Ok(Published { path, manifest, bytes }) => {
+            Ok(PublishedVolume { path: PublishPath::AlreadyMounted, .. }) => {}
+            Ok(PublishedVolume { path, manifest, bytes }) => {
                 let digest = manifest.map(|digest| digest.to_string()).unwrap_or_default();
                 let what = format!("{digest}, {}", Bytes(*bytes));
                 let took = self.started.elapsed();

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::pins::PreloadPins;
 use super::{JobKey, NodeKey};
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use crate::warming::{DemandsError, demands, want};
 use oci::credentials::Keyring;
 use oci::manifest::ManifestError;
@@ -68,7 +68,7 @@ pub(super) struct JobReport {
 /// The parts that a job needs.
 pub(super) struct JobContext {
     pub(super) node: String,
-    pub(super) content: Content,
+    pub(super) content: NodeContent,
     pub(super) key: Arc<NodeKey>,
     pub(super) pins: PreloadPins,
     pub(super) permits: Arc<Semaphore>,
@@ -198,7 +198,7 @@ impl RunningJob {
             let reports_start = failures <= self.wanted.backoff_limit;
             match self.attempt(&reference, reports_start).await {
                 Ok(()) => {
-                    self.context.content.upkeep.notify_one();
+                    self.context.content.maintenance.notify_one();
                     self.report(Phase::Ready, "", String::new());
                     failures = 0;
                     if !self.wanted.pin {

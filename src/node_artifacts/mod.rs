@@ -30,7 +30,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use crate::volume::{Content, ContentState};
+use crate::volume::{ContentState, NodeContent};
 use job::{JobReport, PreloadJob};
 use pins::PreloadPins;
 pub use pins::release_all;
@@ -77,7 +77,7 @@ struct WrittenStatus {
 struct PreloadWorker {
     api: Api<NodeArtifacts>,
     node: String,
-    content: Content,
+    content: NodeContent,
     key: Arc<NodeKey>,
     pins: PreloadPins,
     permits: Arc<Semaphore>,
@@ -133,7 +133,7 @@ impl PreloadAgent {
 }
 
 impl PreloadWorker {
-    async fn run(client: Client, node: String, content: Content, shutdown: &CancellationToken) {
+    async fn run(client: Client, node: String, content: NodeContent, shutdown: &CancellationToken) {
         let api: Api<NodeArtifacts> = Api::all(client);
         let (sender, mut reports) = mpsc::unbounded_channel();
         let now = Instant::now();

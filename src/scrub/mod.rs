@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::kubernetes::{EventRecorder, PodReference};
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use pull::self_check::{Damaged, Item, ReadBack, Repaired};
-use schedule::Schedule;
+use schedule::ScrubSchedule;
 pub use state::{ScrubSnapshot, ScrubState};
 use store::publications::Publication;
 use store::{Store, StoreError};
@@ -38,9 +38,9 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_mins(1);
 
 /// The task that reads one node's content back.
-pub struct Scrub {
+pub struct ContentScrubber {
     /// The content to read.
-    pub content: Content,
+    pub content: NodeContent,
     /// The time within which everything is read; `None` only reports damage.
     pub interval: Option<Duration>,
     /// Receives the progress.
@@ -51,7 +51,7 @@ pub struct Scrub {
     pub clock: fn() -> i64,
 }
 
-impl Scrub {
+impl ContentScrubber {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         self.state.begin(self.interval, self.clock);
@@ -75,7 +75,7 @@ impl Scrub {
     /// Takes turns until the node itself fails.
     async fn take_turns(&self, interval: Duration) -> Result<(), String> {
         let store = &self.content.store;
-        let schedule = Schedule::new(interval, store.node_key());
+        let schedule = ScrubSchedule::new(interval, store.node_key());
         let known = self
             .blocking(|store| Ok((store.scrub_progress().through(), store.inventory().names()?)))
             .await?;
@@ -179,7 +179,7 @@ impl Scrub {
                     .collect::<Vec<_>>())
             };
             match self.blocking(read).await {
-                Ok(publications) => tell(events, &publications),
+                Ok(publications) => report_damage(events, &publications),
                 Err(error) => tracing::warn!(error, "pods are not told of damaged content"),
             }
         }
@@ -195,7 +195,7 @@ impl Scrub {
     }
 }
 
-fn tell(events: &EventRecorder, publications: &[Publication]) {
+fn report_damage(events: &EventRecorder, publications: &[Publication]) {
     for publication in publications {
         if let Some(pod) = pod(publication) {
             events.damaged(&pod, &publication.reference);

@@ -22,21 +22,21 @@ const SHORTEST_LOOK: i64 = 1000;
 
 /// The turns of one node. Times are milliseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Schedule {
+pub(super) struct ScrubSchedule {
     period: i64,
     shift: u64,
 }
 
 /// The turns between two moments, in their order.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Turns {
+pub(super) struct ScrubTurns {
     /// The items, each with its moment.
     pub(super) items: Vec<(i64, Item)>,
     /// The end of the range: all turns before it are included.
     pub(super) end: i64,
 }
 
-impl Schedule {
+impl ScrubSchedule {
     /// Creates the schedule of the node with this key, which reads everything within `interval`.
     pub(super) fn new(interval: Duration, node_key: &[u8; 32]) -> Self {
         let period = interval.saturating_sub(interval / RESERVE);
@@ -57,12 +57,12 @@ impl Schedule {
     }
 
     /// Returns the next turns of these items after `through`.
-    pub(super) fn turns(&self, items: impl IntoIterator<Item = Item>, through: i64) -> Turns {
+    pub(super) fn turns(&self, items: impl IntoIterator<Item = Item>, through: i64) -> ScrubTurns {
         let end = through + (self.period / LOOKS).max(SHORTEST_LOOK);
         let with_moment = items.into_iter().map(|item| (self.next(&item, through), item));
         let mut items: Vec<_> = with_moment.filter(|(moment, _)| *moment <= end).collect();
         items.sort_unstable_by(|one, two| one.0.cmp(&two.0).then_with(|| one.1.cmp(&two.1)));
-        Turns { items, end }
+        ScrubTurns { items, end }
     }
 
     /// Returns the time to wait at `through` before the turns until `moment` are taken.
@@ -118,13 +118,13 @@ mod tests {
         std::iter::once(Item::Blobs).chain((1..count).map(layer)).collect()
     }
 
-    fn schedule(interval: Duration) -> Schedule {
-        Schedule::new(interval, &[7; 32])
+    fn schedule(interval: Duration) -> ScrubSchedule {
+        ScrubSchedule::new(interval, &[7; 32])
     }
 
     /// Takes turns with a clock of its own. Returns the time of each read.
     fn run(
-        schedule: Schedule,
+        schedule: ScrubSchedule,
         items: &[Item],
         (mut through, mut now): (i64, i64),
         end: i64,
@@ -189,14 +189,14 @@ mod tests {
         assert_eq!(schedule.start(None, false, NOW), NOW - schedule.period);
         // A clock that was ahead proves nothing.
         assert_eq!(schedule.start(Some(NOW + HOUR), false, NOW), NOW - schedule.period);
-        assert_eq!(Schedule::lag(NOW - 5000, NOW), Duration::from_secs(5));
-        assert_eq!(Schedule::lag(NOW + 5000, NOW), Duration::ZERO);
+        assert_eq!(ScrubSchedule::lag(NOW - 5000, NOW), Duration::from_secs(5));
+        assert_eq!(ScrubSchedule::lag(NOW + 5000, NOW), Duration::ZERO);
     }
 
     #[test]
     fn nodes_take_other_turns() {
-        let one = Schedule::new(WEEK, &[1; 32]);
-        let two = Schedule::new(WEEK, &[200; 32]);
+        let one = ScrubSchedule::new(WEEK, &[1; 32]);
+        let two = ScrubSchedule::new(WEEK, &[200; 32]);
         let [_, item] = &items(2)[..] else { panic!("two") };
         assert_ne!(one.next(item, NOW), two.next(item, NOW));
     }
@@ -208,7 +208,7 @@ mod tests {
             seconds in 1..700_000_u64,
             shift: [u8; 32],
         ) {
-            let schedule = Schedule::new(Duration::from_secs(seconds), &shift);
+            let schedule = ScrubSchedule::new(Duration::from_secs(seconds), &shift);
             for item in items(5) {
                 let next = schedule.next(&item, after);
                 prop_assert!(next > after && next <= after + schedule.period);

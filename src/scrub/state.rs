@@ -3,25 +3,25 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::schedule::Schedule;
+use super::schedule::ScrubSchedule;
 use pull::self_check::Item;
 use store::verify::Verified;
 
 /// The progress, shared by the scrub, `status` and metrics. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct ScrubState(Arc<Mutex<Inner>>);
+pub struct ScrubState(Arc<Mutex<ScrubProgress>>);
 
 #[derive(Debug, Default)]
-struct Inner {
+struct ScrubProgress {
     interval: Option<Duration>,
     clock: Option<fn() -> i64>,
     through: Option<i64>,
     reading: Option<Item>,
-    counts: Counts,
+    counts: ScrubCounts,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Counts {
+struct ScrubCounts {
     verified: Verified,
     findings: u64,
     repaired: u64,
@@ -53,10 +53,10 @@ impl ScrubState {
     pub fn snapshot(&self) -> ScrubSnapshot {
         let inner = self.lock();
         let lag = inner.through.zip(inner.clock);
-        let Counts { verified, findings, repaired, unrepaired } = inner.counts;
+        let ScrubCounts { verified, findings, repaired, unrepaired } = inner.counts;
         ScrubSnapshot {
             interval: inner.interval,
-            lag: lag.map(|(through, clock)| Schedule::lag(through, clock())),
+            lag: lag.map(|(through, clock)| ScrubSchedule::lag(through, clock())),
             verified,
             findings,
             repaired,
@@ -95,7 +95,7 @@ impl ScrubState {
         *count += 1;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, ScrubProgress> {
         // Numbers remain valid after a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

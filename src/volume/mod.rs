@@ -3,22 +3,22 @@
 //! ```text
 //! request      a parsed publish: no message of CSI comes further than the edge
 //! attributes   the settings of a volume's author
-//! form         bind or overlay: the form of a volume's mount
+//! mount_form   bind or overlay: the form of a volume's mount
 //! publish      attaches a tree at a target
 //! unpublish    detaches it; needs nothing but the mount table
 //! stats        sizes, from numbers kept with the tree
 //! reconcile    brings records and mounts together
-//! guard        one attach or detach at a target at a time
+//! target_lock  one attach or detach at a target at a time
 //! ```
 
 pub mod attributes;
 pub mod error;
-pub mod form;
-pub mod guard;
+pub mod mount_form;
 pub mod publish;
 pub mod reconcile;
 pub mod request;
 pub mod stats;
+pub mod target_lock;
 pub mod target_path;
 pub mod unpublish;
 
@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use error::VolumeError;
-pub use form::Mounter;
+pub use mount_form::VolumeMounter;
 pub use request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
 
@@ -41,7 +41,7 @@ use store::Store;
 /// The parts that publishing needs besides the kernel. They may come late (recovery) or never (an invalid
 /// configuration, a broken disk). Unpublishing never needs them.
 #[derive(Clone)]
-pub struct Content {
+pub struct NodeContent {
     /// The node's policy.
     pub policy: PolicySource,
     /// The content on this node.
@@ -49,44 +49,52 @@ pub struct Content {
     /// Pulls further content.
     pub puller: Puller,
     /// Wakes maintenance after a pull or an unpublish.
-    pub upkeep: Arc<Notify>,
+    pub maintenance: Arc<Notify>,
 }
 
 /// The content, or the reason why it cannot be served.
-pub type ContentState = Result<Content, String>;
+pub type ContentState = Result<NodeContent, String>;
 
 /// Runs the use cases. Cheap to clone.
 #[derive(Clone)]
-pub struct Volumes(Arc<Inner>);
+pub struct VolumeManager(Arc<ManagerInner>);
 
-struct Inner {
+struct ManagerInner {
     /// The state directory, also while the store is not open.
     state_dir: PathBuf,
-    mounter: Mounter,
+    mounter: VolumeMounter,
     content: watch::Receiver<ContentState>,
-    guards: guard::Guards,
+    target_locks: target_lock::TargetLocks,
     boot_id: String,
     /// Runs work that changes mounts, so that no caller that goes can interrupt it.
     tracker: TaskTracker,
     shutdown: CancellationToken,
 }
 
-impl Volumes {
+impl VolumeManager {
     /// Creates the use cases. `content` may arrive later.
     #[must_use]
     pub fn new(
         state_dir: PathBuf,
-        mounter: Mounter,
+        mounter: VolumeMounter,
         content: watch::Receiver<ContentState>,
         tracker: TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
         let boot_id = store::publications::boot_id();
-        let guards = guard::Guards::default();
-        Self(Arc::new(Inner { state_dir, mounter, content, guards, boot_id, tracker, shutdown }))
+        let target_locks = target_lock::TargetLocks::default();
+        Self(Arc::new(ManagerInner {
+            state_dir,
+            mounter,
+            content,
+            target_locks,
+            boot_id,
+            tracker,
+            shutdown,
+        }))
     }
 
-    fn content(&self) -> Result<Content, VolumeError> {
+    fn content(&self) -> Result<NodeContent, VolumeError> {
         let state = self.0.content.borrow();
         state.as_ref().map(Clone::clone).map_err(|reason| VolumeError::NotReady(reason.clone()))
     }

@@ -1,14 +1,14 @@
 //! Attaches a tree at a target.
 //!
 //! ```text
-//! form               bind or overlay, by `readOnly` and the node's configuration (see `form`)
+//! form               bind or overlay, by `readOnly` and the node's configuration (see `mount_form`)
 //! already mounted?   the kernel's mount table decides; a mount of the other form is mounted again
 //! decided before?    after a reboot or a crash the same volume gets the same content
 //! cached?            the node holds the content and has proof that this pod may see it
 //! attach             record, create the directory, mount in one step
 //! ```
 //!
-//! Up to here all is one job on one blocking thread, under the target's guard, which outlives the caller. If the
+//! Up to here all is one job on one blocking thread, under the target's lock, which outlives the caller. If the
 //! content has to be acquired, the call waits for the pull until its deadline, holding no lock. Then a second job
 //! examines the target again and attaches.
 //!
@@ -19,11 +19,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::VolumeError;
-use super::form::AttachError;
-use super::guard::Interest;
+use super::mount_form::AttachError;
 use super::reconcile::is_known_to_kubelet;
 use super::request::PublishRequest;
-use super::{Content, TargetPath, Volumes, unpublish};
+use super::target_lock::TargetTurn;
+use super::{NodeContent, TargetPath, VolumeManager, unpublish};
 use oci::signature::SignatureMode;
 use oci::{Digest, Reference};
 use policy::{PolicyDemands, PolicyRequest};
@@ -42,7 +42,7 @@ const OTHER_MOUNT: &str = "has a mount that is not this driver's: unmount it";
 
 /// The result of a publish, for the log and the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Published {
+pub struct PublishedVolume {
     /// The source of the content.
     pub path: PublishPath,
     /// The manifest of the tree; `None` for an existing mount whose tree the store does not know.
@@ -62,70 +62,70 @@ pub enum PublishPath {
     Miss,
 }
 
-impl Published {
+impl PublishedVolume {
     fn of(path: PublishPath, tree: &Tree) -> Self {
         Self { path, manifest: Some(tree.record.manifest), bytes: tree.record.bytes }
     }
 }
 
 /// A mount of the volume that exists at its target.
-struct Shown {
-    published: Published,
+struct ExistingMount {
+    published: PublishedVolume,
     form: MountForm,
 }
 
 /// The outcome of a publish without a pull.
 enum CachedPublish {
-    Published(Published),
+    Published(PublishedVolume),
     /// The content has to be acquired, within these demands of the node's policy.
     Missing(PolicyDemands),
 }
 
 /// One publish, as its tasks see it.
 #[derive(Clone)]
-struct Attempt {
+struct PublishAttempt {
     request: Arc<PublishRequest>,
     form: MountForm,
-    interest: Interest,
+    target_turn: TargetTurn,
     /// Set when the caller has gone.
     is_abandoned: Arc<AtomicBool>,
 }
 
 /// Marks an attempt as abandoned when dropped.
-struct Caller(Arc<AtomicBool>);
+struct CallerGuard(Arc<AtomicBool>);
 
-impl Drop for Caller {
+impl Drop for CallerGuard {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }
 }
 
-impl Attempt {
+impl PublishAttempt {
     /// Fails if mounts must not change for this call any more: its caller has gone, or an unpublish has begun since.
     fn check(&self) -> Result<(), VolumeError> {
-        if !self.interest.is_current() || self.is_abandoned.load(Ordering::SeqCst) {
+        if !self.target_turn.is_current() || self.is_abandoned.load(Ordering::SeqCst) {
             return Err(VolumeError::Busy(self.request.target.full()));
         }
         Ok(())
     }
 }
 
-impl Volumes {
+impl VolumeManager {
     /// Publishes a volume.
-    pub async fn publish(&self, request: PublishRequest) -> Result<Published, VolumeError> {
+    pub async fn publish(&self, request: PublishRequest) -> Result<PublishedVolume, VolumeError> {
         // A volume that its pod could write to is refused before anything is fetched.
         let form = self.0.mounter.form(request.readonly)?;
         let _first = self.content().ok().map(|content| content.puller.goes_first());
-        let attempt = Attempt {
-            interest: self.0.guards.interest(&request.target.full()),
+        let attempt = PublishAttempt {
+            target_turn: self.0.target_locks.begin_publish(&request.target.full()),
             request: Arc::new(request),
             form,
             is_abandoned: Arc::default(),
         };
-        let _caller = Caller(Arc::clone(&attempt.is_abandoned));
+        let _caller = CallerGuard(Arc::clone(&attempt.is_abandoned));
         let request = Arc::clone(&attempt.request);
         let busy = || VolumeError::Busy(request.target.full());
-        let held = tokio::time::timeout_at(request.deadline, attempt.interest.hold());
+        let held = tokio::time::timeout_at(request.deadline, attempt.target_turn.lock());
         let held = held.await.map_err(|_| busy())?;
         let (volumes, of_job) = (self.clone(), attempt.clone());
         // A task of its own: it changes mounts also if the caller has gone.
@@ -147,11 +147,11 @@ impl Volumes {
         // Mounts change from here on. A task does it, also if the caller has gone.
         let volumes = self.clone();
         let attach = self.0.tracker.spawn(async move {
-            let held = attempt.interest.hold().await;
+            let held = attempt.target_turn.lock().await;
             let attach = move || {
                 let _held = held;
                 volumes.attach(&content, &attempt, &tree)?;
-                Ok(Published::of(path, &tree))
+                Ok(PublishedVolume::of(path, &tree))
             };
             tokio::task::spawn_blocking(attach).await.unwrap_or(Err(VolumeError::Crashed))
         });
@@ -162,12 +162,12 @@ impl Volumes {
     }
 
     /// Publishes a volume whose content is on the node: the case of most calls. Waits for no pull. Blocking; under the
-    /// guard.
-    fn publish_cached(&self, attempt: &Attempt) -> Result<CachedPublish, VolumeError> {
+    /// lock.
+    fn publish_cached(&self, attempt: &PublishAttempt) -> Result<CachedPublish, VolumeError> {
         let request = &attempt.request;
         let target = open(request)?;
-        let shown = self.examine(request, &target)?;
-        if let Some(Shown { published, form }) = &shown
+        let existing = self.examine(request, &target)?;
+        if let Some(ExistingMount { published, form }) = &existing
             && *form == attempt.form
         {
             return Ok(CachedPublish::Published(published.clone()));
@@ -177,8 +177,8 @@ impl Volumes {
         let Some(tree) = cached_tree(&content, request, &demands) else {
             return Ok(CachedPublish::Missing(demands));
         };
-        self.attach_at(&content, attempt, &tree, &target, shown)?;
-        Ok(CachedPublish::Published(Published::of(PublishPath::Hit, &tree)))
+        self.attach_at(&content, attempt, &tree, &target, existing)?;
+        Ok(CachedPublish::Published(PublishedVolume::of(PublishPath::Hit, &tree)))
     }
 
     /// Examines the mount at the target, and decides whether it is this volume's. Returns `None` if nothing is mounted.
@@ -186,7 +186,7 @@ impl Volumes {
         &self,
         request: &PublishRequest,
         target: &MountTarget,
-    ) -> Result<Option<Shown>, VolumeError> {
+    ) -> Result<Option<ExistingMount>, VolumeError> {
         let occupied = |what| VolumeError::Occupied { target: request.target.full(), what };
         let origin = match target.state().map_err(|error| kernel("look at", request, error))? {
             TargetState::Mounted(origin) => origin,
@@ -220,23 +220,23 @@ impl Volumes {
             tracing::warn!(%error, "the record of a mounted volume is still lost");
         }
         let recorded = record.map(|record| record.manifest);
-        let published = Published {
+        let published = PublishedVolume {
             path: PublishPath::AlreadyMounted,
             manifest: tree.as_ref().map(|tree| tree.record.manifest).or(recorded),
             bytes: tree.as_ref().map_or(0, |tree| tree.record.bytes),
         };
-        Ok(Some(Shown { published, form }))
+        Ok(Some(ExistingMount { published, form }))
     }
 
     async fn acquire(
         &self,
-        content: &Content,
+        content: &NodeContent,
         request: &Arc<PublishRequest>,
         demands: PolicyDemands,
     ) -> Result<(Tree, PublishPath), VolumeError> {
         let reference = request.attributes.reference.to_string();
         let (before, of_job, demanded) = (content.clone(), Arc::clone(request), demands.clone());
-        let before = move || decided_before(&before.store, &of_job, &demanded);
+        let before = move || recorded_tree(&before.store, &of_job, &demanded);
         let before = tokio::task::spawn_blocking(before).await.ok().flatten();
         if let Some(tree) = before
             && is_sound(content, request, &tree).await?
@@ -251,7 +251,7 @@ impl Volumes {
         let view = &request.progress;
         match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, view)).await {
             Ok(Ok(acquired)) if view.was_shown() => {
-                content.upkeep.notify_one();
+                content.maintenance.notify_one();
                 Ok((acquired, PublishPath::Miss))
             }
             Ok(Ok(acquired)) => Ok((acquired, PublishPath::Hit)),
@@ -262,22 +262,27 @@ impl Volumes {
         }
     }
 
-    /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under the guard.
-    fn attach(&self, content: &Content, attempt: &Attempt, tree: &Tree) -> Result<(), VolumeError> {
+    /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under the lock.
+    fn attach(
+        &self,
+        content: &NodeContent,
+        attempt: &PublishAttempt,
+        tree: &Tree,
+    ) -> Result<(), VolumeError> {
         let target = open(&attempt.request)?;
         // Another publish of the same volume may have been faster.
-        let shown = self.examine(&attempt.request, &target)?;
-        self.attach_at(content, attempt, tree, &target, shown)
+        let existing = self.examine(&attempt.request, &target)?;
+        self.attach_at(content, attempt, tree, &target, existing)
     }
 
-    /// Attaches a tree at a target with the mount `shown`. Blocking; under the guard.
+    /// Attaches a tree at a target with the mount `existing`. Blocking; under the lock.
     fn attach_at(
         &self,
-        content: &Content,
-        attempt: &Attempt,
+        content: &NodeContent,
+        attempt: &PublishAttempt,
         tree: &Tree,
         target: &MountTarget,
-        shown: Option<Shown>,
+        existing: Option<ExistingMount>,
     ) -> Result<(), VolumeError> {
         attempt.check()?;
         let request = &attempt.request;
@@ -286,8 +291,8 @@ impl Volumes {
             |point| fault::point(point).map_err(|error| kernel("mount at", request, error));
         // A mount of the other form is removed first. Its record leads to the same tree, so a crash in between loses
         // nothing.
-        if let Some(shown) = shown {
-            if shown.form == attempt.form {
+        if let Some(existing) = existing {
+            if existing.form == attempt.form {
                 return Ok(());
             }
             tracing::info!(form = ?attempt.form, "mounting again, in the form that is asked for");
@@ -326,15 +331,15 @@ impl Volumes {
         Ok(())
     }
 
-    /// Mounts a volume: the only place that does. Blocking; under the guard.
+    /// Mounts a volume: the only place that does. Blocking; under the lock.
     fn mount(
         &self,
-        content: &Content,
-        attempt: &Attempt,
+        content: &NodeContent,
+        attempt: &PublishAttempt,
         tree: &Tree,
         target: &MountTarget,
     ) -> Result<(), VolumeError> {
-        let Attempt { request, form, .. } = attempt;
+        let PublishAttempt { request, form, .. } = attempt;
         let mounted = self.0.mounter.attach(*form, &content.store, tree, target, request.flags);
         mounted.map_err(|error| match error {
             AttachError::Store(error) => error.into(),
@@ -347,9 +352,9 @@ impl Volumes {
     /// Removes an empty directory at the target after a final error. A mount, or a directory in use, stays. Returns
     /// whether something is mounted there.
     pub async fn clear(&self, target: TargetPath) -> bool {
-        let interest = self.0.guards.interest(&target.full());
+        let target_turn = self.0.target_locks.begin_publish(&target.full());
         let clear = self.0.tracker.spawn(async move {
-            let held = interest.hold().await;
+            let held = target_turn.lock().await;
             tokio::task::spawn_blocking(move || {
                 let _held = held;
                 let target = MountTarget::open(target.base(), target.relative())?;
@@ -394,7 +399,7 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
 }
 
 /// Returns the demands of the node's policy on an artifact that it allows. Blocking.
-fn decide(content: &Content, request: &PublishRequest) -> Result<PolicyDemands, VolumeError> {
+fn decide(content: &NodeContent, request: &PublishRequest) -> Result<PolicyDemands, VolumeError> {
     let policy = content.policy.current().map_err(VolumeError::NotReady)?;
     let facts = PolicyRequest {
         reference: &request.attributes.reference,
@@ -407,11 +412,11 @@ fn decide(content: &Content, request: &PublishRequest) -> Result<PolicyDemands, 
 
 /// Returns the tree of a volume if the node may show it without waiting. Blocking.
 fn cached_tree(
-    content: &Content,
+    content: &NodeContent,
     request: &PublishRequest,
     demands: &PolicyDemands,
 ) -> Option<Tree> {
-    if let Some(tree) = decided_before(&content.store, request, demands) {
+    if let Some(tree) = recorded_tree(&content.store, request, demands) {
         let name = ObjectName::tree(tree.key, tree.generation);
         return (!content.store.read_back().is_unread(&name)).then_some(tree);
     }
@@ -422,11 +427,7 @@ fn cached_tree(
 
 /// Returns the tree that was recorded for the same volume before a reboot, or before a crash between record and mount.
 /// The volume keeps its content, also if its tag has moved. Blocking.
-fn decided_before(
-    store: &Store,
-    request: &PublishRequest,
-    demands: &PolicyDemands,
-) -> Option<Tree> {
+fn recorded_tree(store: &Store, request: &PublishRequest, demands: &PolicyDemands) -> Option<Tree> {
     let record = store.publications().get(&request.target.full())?;
     let same = !record.rebuilt
         && record.volume_id == request.volume_id
@@ -443,7 +444,7 @@ fn decided_before(
 
 /// Waits until a tree of an earlier format has been read back. Returns whether it is intact.
 async fn is_sound(
-    content: &Content,
+    content: &NodeContent,
     request: &PublishRequest,
     tree: &Tree,
 ) -> Result<bool, VolumeError> {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use super::unpublish;
-use super::{Content, Volumes};
+use super::{NodeContent, VolumeManager};
 use oci::Digest;
 use store::publications::Publication;
 use store::{MountedTree, Store, StoreError};
@@ -25,7 +25,7 @@ const KUBELETS_FILE: &str = "vol_data.json";
 
 /// The counts of one run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Reconciled {
+pub struct ReconcileCounts {
     /// Records of targets that are mounted or may be published again.
     pub kept: usize,
     /// Records whose pod is gone.
@@ -39,7 +39,7 @@ pub struct Reconciled {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Mounted {
+struct MountedVolume {
     /// The target's path, spelled as the kubelet spells it.
     target: PathBuf,
     tree: MountedTree,
@@ -50,28 +50,28 @@ struct Mounted {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Recorded {
+struct RecordedVolume {
     target: PathBuf,
     /// The kubelet's file was beside the target at the publish.
     was_known_to_kubelet: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Decisions {
+struct ReconcilePlan {
     keep: usize,
     drop: Vec<PathBuf>,
-    record: Vec<Mounted>,
+    record: Vec<MountedVolume>,
     unmount: Vec<PathBuf>,
     unknown: usize,
 }
 
-impl Volumes {
+impl VolumeManager {
     /// Compares records and mounts, and carries out the decisions.
     pub async fn reconcile(
         &self,
-        content: &Content,
+        content: &NodeContent,
         kubelet_dir: &Path,
-    ) -> Result<Reconciled, VolumeError> {
+    ) -> Result<ReconcileCounts, VolumeError> {
         let store = content.store.clone();
         let (look, kubelet) = (store.clone(), kubelet_dir.to_owned());
         let decided = tokio::task::spawn_blocking(move || {
@@ -88,11 +88,11 @@ impl Volumes {
             let source = std::io::Error::other(error);
             Err(StoreError::io("reconcile", kubelet_dir, source))
         })?;
-        let mut reconciled = Reconciled {
+        let mut reconciled = ReconcileCounts {
             kept: decisions.keep,
             dropped: decisions.drop.len(),
             unknown: decisions.unknown,
-            ..Reconciled::default()
+            ..ReconcileCounts::default()
         };
         for mount in decisions.record {
             let target = TargetPath::parse(kubelet_dir, &mount.target.to_string_lossy())?;
@@ -109,14 +109,14 @@ impl Volumes {
         Ok(reconciled)
     }
 
-    /// Writes a lost record again, after another check under the guard.
+    /// Writes a lost record again, after another check under the lock.
     async fn record_again(
         &self,
-        mount: Mounted,
+        mount: MountedVolume,
         target: TargetPath,
         store: &Store,
     ) -> Result<bool, VolumeError> {
-        let held = self.0.guards.interest(&mount.target).hold().await;
+        let held = self.0.target_locks.begin_publish(&mount.target).lock().await;
         let store = store.clone();
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
@@ -132,13 +132,13 @@ impl Volumes {
         work.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
-    /// Unpublishes a volume that the kubelet has forgotten, after another check under the guard.
+    /// Unpublishes a volume that the kubelet has forgotten, after another check under the lock.
     async fn unpublish_forgotten(
         &self,
         target: TargetPath,
         store: &Store,
     ) -> Result<bool, VolumeError> {
-        let held = self.0.guards.interest(&target.full()).hold().await;
+        let held = self.0.target_locks.begin_publish(&target.full()).lock().await;
         let store = store.clone();
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
@@ -184,11 +184,11 @@ fn has_folder(target: &Path) -> bool {
 /// Compares records with mounts. Looks up the directory of a target only if nothing is mounted there: on a node with
 /// thousands of volumes each system call counts.
 fn decide(
-    records: &[Recorded],
-    mounts: &[Mounted],
+    records: &[RecordedVolume],
+    mounts: &[MountedVolume],
     has_folder: impl Fn(&Path) -> bool,
-) -> Decisions {
-    let mut decisions = Decisions::default();
+) -> ReconcilePlan {
+    let mut decisions = ReconcilePlan::default();
     let mounted: HashSet<_> = mounts.iter().map(|mount| &mount.target).collect();
     let recorded: HashMap<_, _> = records.iter().map(|record| (&record.target, record)).collect();
     for record in records {
@@ -214,14 +214,14 @@ fn decide(
     decisions
 }
 
-fn recorded(store: &Store) -> Vec<Recorded> {
+fn recorded(store: &Store) -> Vec<RecordedVolume> {
     let records = store.publications().targets().into_iter();
     records
-        .map(|(target, shown)| Recorded { was_known_to_kubelet: shown.kubelet_knew, target })
+        .map(|(target, shown)| RecordedVolume { was_known_to_kubelet: shown.kubelet_knew, target })
         .collect()
 }
 
-fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
+fn mounted(kubelet_dir: &Path) -> Result<Vec<MountedVolume>, StoreError> {
     let table = mount_table()?;
     // The table has no symbolic links. Targets are spelled with the kubelet's name for its directory.
     let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
@@ -229,7 +229,7 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<Mounted>, StoreError> {
         let tree = MountedTree::of(&entry.origin)?;
         let below = entry.mount_point.strip_prefix(&real).ok();
         let target = below.map_or_else(|| entry.mount_point.clone(), |path| kubelet_dir.join(path));
-        Some(Mounted {
+        Some(MountedVolume {
             is_kubelets: below.is_some_and(is_kubelets),
             is_known_to_kubelet: is_known_to_kubelet(&target),
             target,
@@ -252,7 +252,7 @@ fn is_kubelets(path: &Path) -> bool {
 }
 
 /// Returns a record of what is known without the lost one. The next publish of the volume completes it.
-fn rebuilt(store: &Store, mount: &Mounted) -> Publication {
+fn rebuilt(store: &Store, mount: &MountedVolume) -> Publication {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct VolumeData {
@@ -286,17 +286,17 @@ mod tests {
 
     const KUBELETS: &str = "/kubelet/pods/u/volumes/kubernetes.io~csi/v/mount";
 
-    fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> Mounted {
+    fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> MountedVolume {
         let key = TreeKey::new(Digest::of(b""), "", "Readable", "");
         let tree = MountedTree { key, generation: 1, form: MountForm::Bind };
-        Mounted { target: target.into(), tree, is_kubelets, is_known_to_kubelet }
+        MountedVolume { target: target.into(), tree, is_kubelets, is_known_to_kubelet }
     }
 
-    fn record(target: &str, was_known_to_kubelet: bool) -> Recorded {
-        Recorded { target: target.into(), was_known_to_kubelet }
+    fn record(target: &str, was_known_to_kubelet: bool) -> RecordedVolume {
+        RecordedVolume { target: target.into(), was_known_to_kubelet }
     }
 
-    fn decide_with_folders(records: &[Recorded], mounts: &[Mounted]) -> Decisions {
+    fn decide_with_folders(records: &[RecordedVolume], mounts: &[MountedVolume]) -> ReconcilePlan {
         decide(records, mounts, |_| true)
     }
 

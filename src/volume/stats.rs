@@ -1,6 +1,6 @@
 //! Sizes of a published volume: numbers kept with its tree, and those of its filesystem, in constant time.
 
-use super::Volumes;
+use super::VolumeManager;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use store::{DiskSpace, MountedTree, Tree};
@@ -34,7 +34,7 @@ impl ResourceUsage {
     }
 }
 
-impl Volumes {
+impl VolumeManager {
     /// Returns the sizes of the volume at a path.
     pub async fn stats(&self, path: TargetPath) -> Result<VolumeStats, VolumeError> {
         let volumes = self.clone();

@@ -3,7 +3,7 @@
 //! Needs nothing but the mount table: no store, no configuration and no record. A pod must never hang in Terminating
 //! because of this driver.
 
-use super::Volumes;
+use super::VolumeManager;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use store::MountedTree;
@@ -13,11 +13,11 @@ use sys::mount::{DetachedFilesystem, MountForm, MountTarget, TargetState, Unmoun
 /// The most mounts on one target. No caller stacks so many; it bounds a loop that only the kernel ends.
 const MAXIMUM_STACK: usize = 1024;
 
-impl Volumes {
+impl VolumeManager {
     /// Unpublishes any mounts of the driver at the target. Other mounts stay, and are no error.
     pub async fn unpublish(&self, target: TargetPath) -> Result<(), VolumeError> {
-        let interest = self.0.guards.withdraw(&target.full());
-        let held = interest.hold().await;
+        let target_turn = self.0.target_locks.begin_unpublish(&target.full());
+        let held = target_turn.lock().await;
         let (answer, answered) = tokio::sync::oneshot::channel();
         let volumes = self.clone();
         // One job on one thread. The caller waits only until the volume is unmounted.
@@ -33,7 +33,7 @@ impl Volumes {
             // The next publish waits for the disk that holds the record.
             volumes.forget(&target);
             drop(held);
-            // The kernel may take long to free a filesystem, so the guard is released before.
+            // The kernel may take long to free a filesystem, so the lock is released before.
             drop(detached);
         });
         answered.await.unwrap_or(Err(VolumeError::Crashed))
@@ -46,13 +46,13 @@ impl Volumes {
             tracing::warn!(%error, %target, "the record of an unpublished volume stays");
         }
         let _ = fault::point("unpublish.forgotten");
-        content.upkeep.notify_one();
+        content.maintenance.notify_one();
     }
 }
 
 /// The result of detaching a target.
 #[derive(Debug, Default)]
-pub struct Detached {
+pub struct DetachedTarget {
     /// The number of unmounted mounts.
     pub unmounted: usize,
     /// A mount of another program stays.
@@ -63,7 +63,7 @@ pub struct Detached {
 }
 
 /// Unmounts the driver's mounts at the target, and removes its directory.
-fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
+fn take_away(path: &TargetPath) -> Result<DetachedTarget, VolumeError> {
     let detached = detach(path)?;
     fault::point("unpublish.unmounted").map_err(failed(path, "unmount"))?;
     remove(path, &detached)?;
@@ -72,8 +72,8 @@ fn take_away(path: &TargetPath) -> Result<Detached, VolumeError> {
 }
 
 /// Unmounts the driver's mounts at the target, the topmost first.
-pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
-    let mut detached = Detached::default();
+pub fn detach(path: &TargetPath) -> Result<DetachedTarget, VolumeError> {
+    let mut detached = DetachedTarget::default();
     let Some(target) = open(path)? else { return Ok(detached) };
     while detached.unmounted < MAXIMUM_STACK {
         let TargetState::Mounted(top) = target.state().map_err(failed(path, "look at"))? else {
@@ -102,7 +102,7 @@ pub fn detach(path: &TargetPath) -> Result<Detached, VolumeError> {
 }
 
 /// Removes the target's directory, if it is empty and nothing is mounted there.
-pub(super) fn remove(path: &TargetPath, detached: &Detached) -> Result<(), VolumeError> {
+pub(super) fn remove(path: &TargetPath, detached: &DetachedTarget) -> Result<(), VolumeError> {
     let Some(target) = open(path)? else { return Ok(()) };
     target.remove_if_empty().map_err(failed(path, "remove"))?;
     // "OK" for a volume that is still mounted would leave the pod in Terminating for ever.

@@ -14,11 +14,11 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::bring::{Brought, bring, look};
 use super::options::WarmList;
+use super::refresh::{RefreshOutcome, find_local, refresh};
 use super::schedule::{initial_delay, next_refresh, retry};
 use super::states::WarmStates;
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use oci::{Digest, Platform, Reference};
 use pull::ProgressView;
 use store::pins::Pin;
@@ -29,14 +29,14 @@ use sys::reload::Reloadable;
 pub const OWNER: &str = "config";
 
 /// The interval between two checks of the file. A check is one `stat`.
-const LOOK: Duration = Duration::from_secs(2);
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// The most refreshes at once. The node's own limits hold as well.
 const AT_ONCE: usize = 2;
 
 /// The task that keeps the list.
 pub struct WarmKeeper {
     /// The content to keep.
-    pub content: Content,
+    pub content: NodeContent,
     /// The current list.
     pub source: Reloadable<WarmList>,
     /// The states of the references, for the status and metrics.
@@ -46,55 +46,55 @@ pub struct WarmKeeper {
 }
 
 /// A reference of the list.
-struct Item {
+struct WarmItem {
     reference: Reference,
     due: Instant,
     failures: u32,
     /// The manifest that its tag resolves to now, pinned in addition to the one for pods with `IfNotPresent`.
     newer: Option<Digest>,
     /// Ends the running refresh.
-    trying: Option<CancellationToken>,
+    running: Option<CancellationToken>,
 }
 
-type Tries = FuturesUnordered<BoxFuture<'static, Option<(String, Brought)>>>;
+type RefreshTasks = FuturesUnordered<BoxFuture<'static, Option<(String, RefreshOutcome)>>>;
 
-struct Keeping {
+struct WarmListTask {
     keeper: WarmKeeper,
     platform: Platform,
     /// `None` until the file has been read once.
     list: Option<Arc<WarmList>>,
-    items: BTreeMap<String, Item>,
+    items: BTreeMap<String, WarmItem>,
 }
 
 impl WarmKeeper {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut keeping = Keeping {
+        let mut task = WarmListTask {
             keeper: self,
             platform: Platform::of_this_node(),
             list: None,
             items: BTreeMap::new(),
         };
-        let mut tries = Tries::new();
+        let mut tasks = RefreshTasks::new();
         loop {
-            keeping.reread().await;
-            keeping.start_due(&mut tries);
+            task.reload().await;
+            task.start_due(&mut tasks);
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                Some(ended) = tries.next(), if !tries.is_empty() => {
-                    if let Some((name, brought)) = ended {
-                        keeping.settle(&name, brought).await;
+                Some(ended) = tasks.next(), if !tasks.is_empty() => {
+                    if let Some((name, outcome)) = ended {
+                        task.finish(&name, outcome).await;
                     }
                 }
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(CHECK_INTERVAL) => {}
             }
         }
     }
 }
 
-impl Keeping {
+impl WarmListTask {
     /// Applies the current list.
-    async fn reread(&mut self) {
+    async fn reload(&mut self) {
         let source = self.keeper.source.clone();
         let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await else {
             // There was no valid list yet. The reason is in the log.
@@ -106,7 +106,7 @@ impl Keeping {
         }
         let delay = initial_delay(&self.keeper.node_id, list.spread);
         let soon = Instant::now() + delay;
-        let gone = self.drop_all_but(&list.references);
+        let gone = self.drop_unlisted(&list.references);
         let (mut new, mut pinned) = (0_usize, self.sweep().await);
         // A shorter interval, or `followTag`, takes effect now.
         let is_anew = before.is_some_and(|before| {
@@ -124,9 +124,9 @@ impl Keeping {
             }
             new += 1;
             let (newer, reference) = (pinned.remove(reference), reference.clone());
-            let mut found = look(&self.keeper.content, &reference, &self.platform).await;
+            let mut found = find_local(&self.keeper.content, &reference, &self.platform).await;
             found.newer = newer;
-            let item = Item { reference, due: soon, failures: 0, newer, trying: None };
+            let item = WarmItem { reference, due: soon, failures: 0, newer, running: None };
             self.items.insert(name.clone(), item);
             self.keep(&name, &found).await;
         }
@@ -137,7 +137,7 @@ impl Keeping {
     }
 
     /// Cancels the refreshes of references that are no longer listed. Returns their number.
-    fn drop_all_but(&mut self, references: &[Reference]) -> usize {
+    fn drop_unlisted(&mut self, references: &[Reference]) -> usize {
         let wanted: HashSet<_> = references.iter().collect();
         let states = &self.keeper.states;
         let before = self.items.len();
@@ -145,7 +145,7 @@ impl Keeping {
             let stays = wanted.contains(&item.reference);
             if !stays {
                 states.forget(name);
-                item.trying.iter().for_each(CancellationToken::cancel);
+                item.running.iter().for_each(CancellationToken::cancel);
             }
             stays
         });
@@ -153,62 +153,62 @@ impl Keeping {
     }
 
     /// Starts the refreshes that are due, at most [`AT_ONCE`].
-    fn start_due(&mut self, tries: &mut Tries) {
+    fn start_due(&mut self, tasks: &mut RefreshTasks) {
         let (now, follow_tag) = (Instant::now(), self.follows_tags());
-        let due = |item: &&mut Item| item.trying.is_none() && item.due <= now;
-        let busy = self.items.values().filter(|item| item.trying.is_some()).count();
+        let due = |item: &&mut WarmItem| item.running.is_none() && item.due <= now;
+        let busy = self.items.values().filter(|item| item.running.is_some()).count();
         for item in self.items.values_mut().filter(due).take(AT_ONCE.saturating_sub(busy)) {
             let (content, platform) = (self.keeper.content.clone(), self.platform.clone());
             let (reference, follow_tag) = (item.reference.clone(), follow_tag);
             let (view, token) = (ProgressView::default(), CancellationToken::new());
             let name = reference.to_string();
-            item.trying = Some(token.clone());
+            item.running = Some(token.clone());
             self.keeper.states.change(&name, |shown| shown.pulling = Some(view.clone()));
-            tries.push(Box::pin(async move {
-                let brought = Box::pin(bring(&content, &reference, &platform, follow_tag, &view));
-                Some((name, token.run_until_cancelled(brought).await?))
+            tasks.push(Box::pin(async move {
+                let outcome = Box::pin(refresh(&content, &reference, &platform, follow_tag, &view));
+                Some((name, token.run_until_cancelled(outcome).await?))
             }));
         }
     }
 
     /// Records the result of a refresh, and schedules the next one.
-    async fn settle(&mut self, name: &str, brought: Brought) {
+    async fn finish(&mut self, name: &str, outcome: RefreshOutcome) {
         let interval = self.list.as_ref().map_or_else(Duration::default, |list| list.interval);
         let Some(item) = self.items.get_mut(name) else { return };
-        item.trying = None;
-        item.failures = if brought.failure.is_some() { item.failures + 1 } else { 0 };
+        item.running = None;
+        item.failures = if outcome.failure.is_some() { item.failures + 1 } else { 0 };
         let wait = match item.failures {
             0 => next_refresh(interval),
             failures => retry(failures, interval),
         };
         item.due = Instant::now() + wait;
-        if let Some(reason) = &brought.failure {
+        if let Some(reason) = &outcome.failure {
             self.keeper.states.failed();
             let again_in_seconds = wait.as_secs();
             tracing::warn!(reference = name, reason, again_in_seconds, "not all of it is here");
         } else {
             let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
-            let (digest, newer) = (shown(brought.manifest), shown(brought.newer));
+            let (digest, newer) = (shown(outcome.manifest), shown(outcome.newer));
             tracing::info!(reference = name, digest, newer, "kept warm");
         }
         // A registry that did not respond has not said that the tag resolves to another manifest.
-        let stale = item.newer.filter(|_| brought.failure.is_none());
-        let stale = stale.filter(|stale| Some(*stale) != brought.newer);
-        item.newer = brought.newer.or(item.newer.filter(|_| stale.is_none()));
+        let stale = item.newer.filter(|_| outcome.failure.is_none());
+        let stale = stale.filter(|stale| Some(*stale) != outcome.newer);
+        item.newer = outcome.newer.or(item.newer.filter(|_| stale.is_none()));
         let stale = stale.map(|stale| item.reference.at(stale));
-        self.keep(name, &brought).await;
+        self.keep(name, &outcome).await;
         if let Some(stale) = stale {
             self.unpin(stale).await;
         }
         // A pull may have used disk space.
-        self.keeper.content.upkeep.notify_one();
+        self.keeper.content.maintenance.notify_one();
     }
 
     /// Records the resolution, pins the manifests, and updates the reference's state.
-    async fn keep(&self, name: &str, brought: &Brought) {
+    async fn keep(&self, name: &str, outcome: &RefreshOutcome) {
         let Some(item) = self.items.get(name) else { return };
         let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
-        let (reference, found) = (item.reference.clone(), brought.clone());
+        let (reference, found) = (item.reference.clone(), outcome.clone());
         let follow_tag = self.follows_tags();
         let kept = blocking(move || {
             if let Some(resolution) = &found.remember
@@ -227,9 +227,9 @@ impl Keeping {
         }
         self.keeper.states.change(name, |shown| {
             shown.pulling = None;
-            shown.manifest = brought.manifest.filter(|_| failure.is_none());
-            shown.newer = brought.newer;
-            shown.reason = failure.or_else(|| brought.failure.clone());
+            shown.manifest = outcome.manifest.filter(|_| failure.is_none());
+            shown.newer = outcome.newer;
+            shown.reason = failure.or_else(|| outcome.failure.clone());
             shown.next = Some(item.due);
         });
     }

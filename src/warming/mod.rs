@@ -4,7 +4,7 @@
 //! want      the pull of an artifact, in the form of a volume without attributes
 //! options   the section of the configuration
 //! list      the configuration's list: each reference present, pinned and refreshed
-//! bring     refreshes one reference once
+//! refresh   refreshes one reference once
 //! schedule  the times: a delay of this node's own, an interval, a backoff after each failure
 //! states    the state of each reference, for the status and metrics
 //! ```
@@ -12,9 +12,9 @@
 //! Pods come before warming wherever they need the same: connections go to pods first, and a pod that joins a pull of
 //! warming makes it urgent.
 
-mod bring;
 mod list;
 mod options;
+mod refresh;
 mod schedule;
 mod states;
 mod want;

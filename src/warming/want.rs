@@ -1,7 +1,7 @@
 //! The pull that warming makes: the artifact in the form of a volume without attributes. Volumes with attributes share
 //! its blobs and layers.
 
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use oci::credentials::Keyring;
 use oci::{Platform, Reference};
 use policy::{PolicyDemands, PolicyError, PolicyRequest};
@@ -30,7 +30,7 @@ pub enum DemandsError {
 /// Returns the demands of the node's policy on an artifact, for one namespace or, without one, for any that may mount
 /// it.
 pub async fn demands(
-    content: &Content,
+    content: &NodeContent,
     reference: &Reference,
     namespace: Option<&str>,
 ) -> Result<PolicyDemands, DemandsError> {
@@ -48,7 +48,7 @@ pub async fn demands(
 
 /// Adds the demands of the node's policy to a pull, so that its checks are done before a pod needs them. Whether a pod
 /// may mount the artifact is decided at its publish.
-pub async fn with_demands(content: &Content, want: Want) -> Want {
+pub async fn with_demands(content: &NodeContent, want: Want) -> Want {
     let demands = demands(content, &want.reference, None).await.unwrap_or_default();
     Want { maximum_bytes: demands.maximum_bytes, signature: demands.signature, ..want }
 }

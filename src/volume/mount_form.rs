@@ -26,13 +26,13 @@ pub enum MountMode {
 
 /// Mounts trees on this node. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Mounter {
+pub struct VolumeMounter {
     method: AttachMethod,
     mode: MountMode,
     has_overlay: bool,
 }
 
-impl Mounter {
+impl VolumeMounter {
     /// Creates a mounter. Asks the kernel once whether it has overlayfs.
     #[must_use]
     pub fn new(method: AttachMethod, mode: MountMode) -> Self {
@@ -118,7 +118,7 @@ mod tests {
 
     fn form(mode: MountMode, readonly: bool, has_overlay: bool) -> Option<MountForm> {
         let method = AttachMethod::Detached;
-        Mounter { method, mode, has_overlay }.form(readonly).ok()
+        VolumeMounter { method, mode, has_overlay }.form(readonly).ok()
     }
 
     #[test]

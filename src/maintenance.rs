@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin::metrics::NodeMetrics;
-use crate::volume::{Content, Volumes};
+use crate::volume::{NodeContent, VolumeManager};
 use store::gc::{Now, Want};
 use store::{Store, StoreError};
 
@@ -28,18 +28,18 @@ const PAUSE: u32 = 19;
 const SWEEP_INTERVAL: Duration = Duration::from_hours(1);
 
 /// The task that maintains one node's content.
-pub struct Upkeep {
+pub struct NodeMaintenance {
     /// Unmounts volumes that the kubelet has forgotten.
-    pub volumes: Volumes,
+    pub volumes: VolumeManager,
     /// The content to maintain.
-    pub content: Content,
+    pub content: NodeContent,
     /// The kubelet's root directory.
     pub kubelet_dir: PathBuf,
     /// Counts the results.
     pub metrics: Arc<NodeMetrics>,
 }
 
-impl Upkeep {
+impl NodeMaintenance {
     /// Brings records and mounts together.
     pub async fn reconcile(&self) {
         match self.volumes.reconcile(&self.content, &self.kubelet_dir).await {
@@ -81,8 +81,8 @@ impl Upkeep {
                 swept = Instant::now();
             }
             let store = self.content.store.clone();
-            let kept = tokio::task::spawn_blocking(move || keep(&store, sweep)).await;
-            match kept {
+            let freed = tokio::task::spawn_blocking(move || free_space(&store, sweep)).await;
+            match freed {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "room cannot be kept free"),
                 Err(error) => tracing::error!(%error, "keeping room free failed internally"),
@@ -92,7 +92,7 @@ impl Upkeep {
     }
 }
 
-fn keep(store: &Store, sweep: bool) -> Result<(), StoreError> {
+fn free_space(store: &Store, sweep: bool) -> Result<(), StoreError> {
     store.collector().collect(&Want::Upkeep)?;
     if sweep {
         let swept = store.collector().sweep_records(Now::read())?;

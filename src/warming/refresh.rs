@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use super::want::{want, with_demands};
-use crate::volume::Content;
+use crate::volume::NodeContent;
 use oci::credentials::Keyring;
 use oci::{Digest, Platform, Reference};
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
@@ -17,7 +17,7 @@ use store::resolutions::Resolution;
 
 /// The result of one refresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Brought {
+pub(super) struct RefreshOutcome {
     /// The manifest for pods with `IfNotPresent`, complete on this node.
     pub(super) manifest: Option<Digest>,
     /// The manifest that the tag resolves to now, complete on this node; `None` if it is the same.
@@ -29,52 +29,59 @@ pub(super) struct Brought {
 }
 
 /// Returns what is on the node, without a request to the registry.
-pub(super) async fn look(content: &Content, reference: &Reference, platform: &Platform) -> Brought {
+pub(super) async fn find_local(
+    content: &NodeContent,
+    reference: &Reference,
+    platform: &Platform,
+) -> RefreshOutcome {
     let view = ProgressView::default();
     let wanted = node_want(content, reference, platform, PullPolicy::Never).await;
     let tree = content.puller.acquire(&wanted, &view).await;
-    Brought { manifest: tree.ok().map(|tree| tree.record.manifest), ..Brought::default() }
+    RefreshOutcome {
+        manifest: tree.ok().map(|tree| tree.record.manifest),
+        ..RefreshOutcome::default()
+    }
 }
 
 /// Asks the registry for the current manifest, and fetches what is missing.
-pub(super) async fn bring(
-    content: &Content,
+pub(super) async fn refresh(
+    content: &NodeContent,
     reference: &Reference,
     platform: &Platform,
     follow_tag: bool,
     view: &ProgressView,
-) -> Brought {
+) -> RefreshOutcome {
     let recorded = recorded(content, reference, platform).await;
-    let mut brought = Brought::default();
+    let mut outcome = RefreshOutcome::default();
     if reference.digest().is_some() || recorded.is_some() {
         // With `follow_tag`, the recorded manifest is about to be replaced and not fetched once more.
         let fetches = reference.digest().is_some() || !follow_tag;
         let policy = if fetches { PullPolicy::IfNotPresent } else { PullPolicy::Never };
         let wanted = node_want(content, reference, platform, policy).await;
         match content.puller.acquire(&wanted, view).await {
-            Ok(tree) => brought.manifest = Some(tree.record.manifest),
-            Err(error) if fetches => brought.failure = Some(told(&error)),
+            Ok(tree) => outcome.manifest = Some(tree.record.manifest),
+            Err(error) if fetches => outcome.failure = Some(error_text(&error)),
             Err(_) => {}
         }
     }
     if reference.digest().is_some() {
-        return brought;
+        return outcome;
     }
     let wanted = node_want(content, reference, platform, PullPolicy::Always).await;
     match content.puller.acquire_unremembered(&wanted, view).await {
         Ok((tree, resolution)) => {
-            brought.met(recorded, tree.record.manifest, resolution, follow_tag);
+            outcome.set_current(recorded, tree.record.manifest, resolution, follow_tag);
         }
         Err(error) => {
-            brought.failure.get_or_insert(told(&error));
+            outcome.failure.get_or_insert(error_text(&error));
         }
     }
-    brought
+    outcome
 }
 
-impl Brought {
+impl RefreshOutcome {
     /// Adds the manifest that the tag resolves to now, which is complete on this node.
-    fn met(
+    fn set_current(
         &mut self,
         recorded: Option<Digest>,
         now: Digest,
@@ -98,7 +105,7 @@ impl Brought {
 }
 
 async fn node_want(
-    content: &Content,
+    content: &NodeContent,
     reference: &Reference,
     platform: &Platform,
     policy: PullPolicy,
@@ -109,13 +116,17 @@ async fn node_want(
     with_demands(content, wanted).await
 }
 
-async fn recorded(content: &Content, reference: &Reference, platform: &Platform) -> Option<Digest> {
+async fn recorded(
+    content: &NodeContent,
+    reference: &Reference,
+    platform: &Platform,
+) -> Option<Digest> {
     let (store, reference, platform) = (content.store.clone(), reference.clone(), platform.clone());
     let read = move || store.resolutions().get(&reference, &platform).map(|known| known.manifest);
     tokio::task::spawn_blocking(read).await.ok().flatten()
 }
 
-fn told(error: &Arc<PullError>) -> String {
+fn error_text(error: &Arc<PullError>) -> String {
     error.to_string()
 }
 
@@ -123,31 +134,31 @@ fn told(error: &Arc<PullError>) -> String {
 mod tests {
     use super::*;
 
-    fn met(recorded: Option<Digest>, now: Digest, follow_tag: bool) -> Brought {
+    fn outcome_of(recorded: Option<Digest>, now: Digest, follow_tag: bool) -> RefreshOutcome {
         let resolution = Resolution {
             reference: "r.io/app:v1".to_owned(),
             resolved: now,
             manifest: now,
             platform: None,
         };
-        let mut brought = Brought { manifest: recorded, ..Brought::default() };
-        brought.met(recorded, now, resolution, follow_tag);
-        brought
+        let mut outcome = RefreshOutcome { manifest: recorded, ..RefreshOutcome::default() };
+        outcome.set_current(recorded, now, resolution, follow_tag);
+        outcome
     }
 
     #[test]
     fn a_tag_that_moved_is_kept_beside_what_pods_get_unless_it_is_followed() {
         let (old, new) = (Digest::of(b"old"), Digest::of(b"new"));
         let reference: Reference = "r.io/app:v1".parse().expect("a reference");
-        let first = met(None, new, false);
+        let first = outcome_of(None, new, false);
         assert_eq!((first.manifest, first.remember.is_some()), (Some(new), true));
-        let same = met(Some(new), new, false);
+        let same = outcome_of(Some(new), new, false);
         assert_eq!((same.manifest, same.newer, same.remember), (Some(new), None, None));
-        let beside = met(Some(old), new, false);
+        let beside = outcome_of(Some(old), new, false);
         assert_eq!((beside.manifest, beside.newer), (Some(old), Some(new)));
         assert_eq!(beside.remember, None, "IfNotPresent means what it meant");
         assert_eq!(beside.pins(&reference), [(reference.clone(), old), (reference.at(new), new)]);
-        let followed = met(Some(old), new, true);
+        let followed = outcome_of(Some(old), new, true);
         assert_eq!((followed.manifest, followed.newer), (Some(new), None));
         assert!(followed.remember.is_some());
     }

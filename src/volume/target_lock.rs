@@ -1,0 +1,105 @@
+//! Allows one attach or detach at a target at a time. Nothing slow happens under this lock.
+//!
+//! A publish that waits for a pull holds no lock. It only remembers the turn of its target at its start: an unpublish
+//! begins a new turn, and a publish of an earlier turn no longer attaches.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tokio::sync::OwnedMutexGuard;
+
+/// The targets of all running calls.
+#[derive(Debug, Default)]
+pub struct TargetLocks(Mutex<HashMap<PathBuf, Weak<TargetEntry>>>);
+
+#[derive(Debug, Default)]
+struct TargetEntry {
+    busy: Arc<tokio::sync::Mutex<()>>,
+    turn: AtomicU64,
+}
+
+/// A call's interest in a target, from its start to its end.
+#[derive(Clone, Debug)]
+pub struct TargetTurn {
+    entry: Arc<TargetEntry>,
+    turn: u64,
+}
+
+/// The right to attach or detach at a target. Released when dropped.
+#[derive(Debug)]
+pub struct TargetLock {
+    _lock: OwnedMutexGuard<()>,
+}
+
+impl TargetLocks {
+    /// Registers a publish that begins.
+    pub fn begin_publish(&self, target: &Path) -> TargetTurn {
+        let entry = self.entry(target);
+        let turn = entry.turn.load(Ordering::SeqCst);
+        TargetTurn { entry, turn }
+    }
+
+    /// Registers an unpublish that begins: publishes that began before no longer attach.
+    pub fn begin_unpublish(&self, target: &Path) -> TargetTurn {
+        let entry = self.entry(target);
+        let turn = entry.turn.fetch_add(1, Ordering::SeqCst) + 1;
+        TargetTurn { entry, turn }
+    }
+
+    fn entry(&self, target: &Path) -> Arc<TargetEntry> {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.retain(|_, entry| entry.strong_count() > 0);
+        if let Some(entry) = entries.get(target).and_then(Weak::upgrade) {
+            return entry;
+        }
+        let entry = Arc::new(TargetEntry::default());
+        entries.insert(target.to_owned(), Arc::downgrade(&entry));
+        entry
+    }
+}
+
+impl TargetTurn {
+    /// Waits for the right to attach or detach.
+    pub async fn lock(&self) -> TargetLock {
+        TargetLock { _lock: Arc::clone(&self.entry.busy).lock_owned().await }
+    }
+
+    /// Returns whether no unpublish has begun since.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        self.entry.turn.load(Ordering::SeqCst) == self.turn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unpublish_overtakes_a_publish_that_waits() {
+        let locks = TargetLocks::default();
+        let target = Path::new("/target");
+        let publish = locks.begin_publish(target);
+        let unpublish = locks.begin_unpublish(target);
+        assert!(!publish.is_current());
+        assert!(unpublish.is_current());
+        let again = locks.begin_publish(target);
+        assert!(again.is_current());
+        let held = unpublish.lock().await;
+        let waiting = again.lock();
+        tokio::pin!(waiting);
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        drop(held);
+        waiting.await;
+    }
+
+    #[test]
+    fn unused_targets_are_forgotten() {
+        let locks = TargetLocks::default();
+        drop(locks.begin_publish(Path::new("/a")));
+        let _held = locks.begin_publish(Path::new("/b"));
+        assert_eq!(locks.0.lock().expect("unpoisoned").len(), 1);
+    }
+}
