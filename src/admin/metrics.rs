@@ -148,7 +148,7 @@ fn add_shared_collector<T: Default + Clone, C: Collector>(
 ) -> T {
     let shared = T::default();
     families.add_collector(collector(shared.clone()));
-    what
+    shared
 }
 
 impl NodeMetrics {

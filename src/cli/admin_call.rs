@@ -48,7 +48,7 @@ pub(super) fn status_message(status: &tonic::Status) -> CommandError {
 /// Waits for a call. If the command is interrupted (SIGINT, SIGTERM or SIGHUP), fails with a note that the node plugin
 /// continues.
 pub(super) async fn unless_interrupted<T>(
-    work: impl Future<OutputFormat = Result<T, tonic::Status>>,
+    work: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
     let failed = |error: std::io::Error| tonic::Status::internal(error.to_string());
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;

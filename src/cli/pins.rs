@@ -36,7 +36,7 @@ pub(super) fn pin(arguments: &PinArguments) -> Result<(), CommandError> {
     })?;
     match arguments.admin.output {
         OutputFormat::Table => {
-            print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest))
+            print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest));
         }
         OutputFormat::Json => print(
             &serde_json::json!({ "reference": arguments.reference, "manifest": pinned.manifest })
