@@ -24,9 +24,9 @@ COUNTERS = [
     "kernel/perf_event_max_sample_rate", "kernel/random/uuid", "net/netfilter/nf_conntrack_count",
 ]  # fmt: skip
 # Folders that are compared with all that is in them.
-TREES = ["/etc", "/opt", "/usr/libexec", "/usr/local/bin", "/var/lib"]
-# Folders whose entries are compared by name.
-FOLDERS = ["/", "/run", "/var", "/var/log", "/root"]
+TREES = ["/etc", "/opt", "/usr/libexec", "/usr/local/bin"]
+# Folders whose entries are compared by name: other programs write below them.
+FOLDERS = ["/", "/run", "/var", "/var/lib", "/var/log", "/root"]
 # Seconds until nothing of a killed cluster is left.
 PATIENCE = 30
 
