@@ -214,6 +214,13 @@ def crossplane_compositions():
             if found != wanted:
                 yield f"the Compositions differ in {name}:\n{wanted}\n{found}"
         yield from parts(at_once, xr)
+        # Also where addresses are of IPv6.
+        address = "http://{name}.{namespace}.svc:9090".format(**xr["metadata"])
+        service = at_once["service"] | {"spec": {"clusterIP": "fd00::7"}}
+        for name in (PLAIN, GATED):
+            _, status = compose.compose(name, xr, {"service": service})
+            if status.get("address") != address:
+                yield f"{name}: the address is {status.get('address')}, not {address}"
         if held["artifact"]["spec"]["selector"]["matchLabels"] != xr["spec"].get("nodeSelector", {}):
             yield "the artifact is brought onto other nodes than Prometheus runs on"
         tolerated = xr["spec"].get("toleratedNodes", 1)
