@@ -6,12 +6,13 @@ use tonic::Code;
 
 use super::{DOCKER, secret};
 use crate::support::{
-    Driver, Layer, Manifest, Pod, Proxy, Registry, Volume,
+    Admin, Answer, Driver, FakeRegistry, Layer, Manifest, Pod, Proxy, Registry, Volume,
     api_server::Kind,
     preload_cluster::{Cluster, Controller, NAMESPACE},
     private_registry, registry, unique, wait_until,
 };
 
+const NODES: [&str; 2] = ["one", "two"];
 const USER: &str = "robot";
 const PASSWORD: &str = "password-of-the-robot";
 
@@ -29,11 +30,18 @@ struct Setup {
 impl Setup {
     #[track_caller]
     fn start(registry: &Registry, is_private: bool) -> Self {
+        Self::start_with(registry, is_private, "")
+    }
+
+    #[track_caller]
+    fn start_with(registry: &Registry, is_private: bool, configuration: &str) -> Self {
         let (proxy, repository) = (Proxy::new(registry), unique("rollback"));
-        let mut cluster = Cluster::before(registry, &["one", "two"]);
+        let mut cluster = Cluster::before(registry, &NODES);
         let controller = cluster.controller();
-        cluster.start_node("one");
-        cluster.start_node("two");
+        for node in NODES {
+            let driver = cluster.options(node).configuration(configuration).start();
+            cluster.drivers.push(driver);
+        }
         let mut versions = Vec::new();
         for tag in ["v0", "v1", "v2"] {
             let layer = Layer::titled("version", format!("{tag} of {repository}"));
@@ -174,7 +182,9 @@ fn roll_back(registry: &Registry, is_private: bool) {
 
     if is_private {
         // The secret is deleted, is no longer named, or is another one: nodes have proofs of one alone.
+        setup.roll("tool", setup.tag(1), "Ready");
         setup.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
+        setup.cluster.wait_for("tool", "SecretMissing");
         setup.roll("tool", setup.tag(0), "SecretMissing");
         setup.cluster.preload("tool", json!({"reference": setup.tag(0)}));
         setup.cluster.wait_for("tool", "RegistryUnavailable");
@@ -240,6 +250,92 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
         kubelet.unpublish(&volume);
     }
     kubelet.unpublish(&asks);
+}
+
+/// Asks for a name and a password, and answers those that `answers` has for this password; with 200, the contents.
+fn script(registry: &FakeRegistry, answers: [(&'static str, u16); 2]) {
+    let login = |password| {
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{password}"));
+        format!("Basic {login}")
+    };
+    let answers = answers.map(|(password, status)| (login(password), status));
+    registry.script(move |request| {
+        let Some(said) = request.header("authorization") else {
+            let asks = Answer::error(401, "UNAUTHORIZED");
+            return Some(asks.with_header("www-authenticate", "Basic realm=\"registry\""));
+        };
+        let status = answers.iter().find(|(login, _)| login == said).map_or(401, |found| found.1);
+        (status != 200).then(|| Answer::error(status, "DENIED"))
+    });
+}
+
+#[test]
+fn a_registry_that_refuses_is_not_one_that_does_not_answer() {
+    let registry = FakeRegistry::new();
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let secrets = ["first", "second"];
+    for name in secrets {
+        secret(&cluster.api, name, DOCKER, &registry.host(), USER, name);
+    }
+    let spec = |tag: &str| json!({"reference": registry.reference(tag), "pullSecrets": secrets});
+    script(&registry, [("first", 200), ("second", 200)]);
+    let mut pinned = Vec::new();
+    for tag in ["v1", "v2"] {
+        let artifact = Manifest::artifact([Layer::titled("version", tag)]);
+        let digest = artifact.push(&registry, "hostile", tag);
+        pinned.push(format!("{}@{digest}", registry.reference(tag)));
+        cluster.preload("tool", spec(tag));
+        cluster.wait_for("tool", "Ready");
+    }
+    for (first, second, reason) in [
+        (401, 401, "Unauthorized"),
+        (403, 403, "Forbidden"),
+        (404, 404, "ReferenceNotFound"),
+        // One of them is refused: that is an answer.
+        (401, 503, "RegistryUnavailable"),
+    ] {
+        script(&registry, [("first", first), ("second", second)]);
+        cluster.preload("tool", spec("v1"));
+        cluster.wait_for("tool", reason);
+        let status = cluster.status("tool");
+        assert_eq!(status["readyReference"], pinned[1].as_str(), "{status}");
+        assert!(status["registryUnavailableSince"].is_null(), "{status}");
+        script(&registry, [("first", 200), ("second", 200)]);
+        cluster.preload("tool", spec("v2"));
+        cluster.wait_for("tool", "Ready");
+    }
+    script(&registry, [("first", 503), ("second", 401)]);
+    cluster.preload("tool", spec("v1"));
+    cluster.wait_for("tool", "Ready");
+    assert_eq!(cluster.condition("tool", "Resolved")["reason"], "EarlierAnswer");
+    assert_eq!(cluster.status("tool")["readyReference"], pinned[0].as_str());
+}
+
+#[test]
+fn the_version_before_stays_on_a_node_that_is_emptied() {
+    let setup = {
+        let configuration = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                             lowThresholdPercent: 100, minimumAge: 0s}\n";
+        Setup::start_with(registry(), false, configuration)
+    };
+    for version in 0..3 {
+        setup.roll("tool", setup.tag(version), "Ready");
+    }
+    for node in NODES {
+        let pinned = [1, 2].map(|version| ("preload/team/tool".to_owned(), setup.pinned(version)));
+        wait_until("older versions are let go", || setup.cluster.pins(node) == pinned);
+        let folder = setup.cluster.sandbox.path().join(node);
+        let admin = Admin::at(&format!("unix://{}/admin.sock", folder.display()));
+        admin.told(&["gc", "--target", "0"]);
+    }
+    setup.proxy.go_down();
+    setup.roll("tool", setup.tag(1), "Ready");
+    setup.shows(NAMESPACE, &setup.pinned(1), 1);
+    setup.roll("tool", setup.tag(0), "NodesFailed");
+    let failed = setup.cluster.status("tool")["failedNodes"].clone();
+    assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
 }
 
 #[test]
