@@ -1,6 +1,7 @@
 //! Tests preloads and pods while the registry is down.
 
 use base64::Engine as _;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use tonic::Code;
 
@@ -91,6 +92,24 @@ impl Setup {
         let drivers = std::mem::take(&mut self.cluster.drivers);
         self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
         self.controller = self.cluster.controller();
+    }
+
+    /// Restarts the nodes, and waits until they hold what they are to hold.
+    #[track_caller]
+    fn restart_nodes(&mut self) {
+        let status = |setup: &Self, node| {
+            setup.cluster.api.get(Kind::NodeArtifacts, "", node)["status"].clone()
+        };
+        let keys = NODES.map(|node| status(self, node)["publicKey"].clone());
+        let drivers = std::mem::take(&mut self.cluster.drivers);
+        self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
+        for (node, key) in NODES.into_iter().zip(keys) {
+            wait_until("the node holds all that it is to hold", || {
+                let status = status(self, node);
+                let held = self.cluster.wanted(node).len();
+                status["publicKey"] != key && status["ready"] == held
+            });
+        }
     }
 
     /// Returns a volume of a pod of a namespace. Private artifacts have the secret.
@@ -242,6 +261,8 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     kubelet.publish_well(&asks);
     assert_eq!(asks.text("version"), format!("v2 of {repository}"));
     setup.proxy.go_down();
+    // The preload's answer comes to both nodes again, and is older than that of the one.
+    setup.restart_nodes();
     for (node, version) in [(0, 2), (1, 1)] {
         let kubelet = setup.cluster.drivers[node].kubelet();
         let volume = setup.volume(node, NAMESPACE, setup.tag(1));
@@ -249,7 +270,25 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
         assert_eq!(volume.text("version"), format!("v{version} of {repository}"));
         kubelet.unpublish(&volume);
     }
-    kubelet.unpublish(&asks);
+    setup.cluster.drivers[0].kubelet().unpublish(&asks);
+}
+
+#[test]
+fn of_two_answers_about_a_tag_the_later_one_serves_pods() {
+    let mut setup = Setup::start(registry(), false);
+    let reference = setup.tag(1).to_owned();
+    // Nodes begin with preloads by name: the one with the later answer first.
+    setup.roll("tool-b", &reference, "Ready");
+    let answered = setup.cluster.status("tool-b")["history"][0]["resolvedAt"].clone();
+    let answered: Timestamp = answered.as_str().expect("a time").parse().expect("a time");
+    // Answers are compared by the second.
+    wait_until("it is later", || Timestamp::now().as_second() > answered.as_second());
+    let layer = Layer::titled("version", format!("v2 of {}", setup.repository));
+    Manifest::artifact([layer]).push(registry(), &setup.repository, "v1");
+    setup.roll("tool-a", &reference, "Ready");
+    setup.proxy.go_down();
+    setup.restart_nodes();
+    setup.shows(NAMESPACE, &reference, 2);
 }
 
 /// Asks for a name and a password, and answers those that `answers` has for this password; with 200, the contents.
@@ -336,6 +375,9 @@ fn the_version_before_stays_on_a_node_that_is_emptied() {
     setup.roll("tool", setup.tag(0), "NodesFailed");
     let failed = setup.cluster.status("tool")["failedNodes"].clone();
     assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
+    // One of the same name has no history.
+    setup.cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
+    setup.roll("tool", setup.tag(1), "RegistryUnavailable");
 }
 
 #[test]
