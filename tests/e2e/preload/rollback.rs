@@ -238,6 +238,37 @@ fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
 }
 
 #[test]
+fn a_rollback_with_another_secret_of_the_same_name_waits_for_the_registry() {
+    let private = private_registry(USER, PASSWORD);
+    let mut fleet = Fleet::start(&private, true);
+    for version in 0..2 {
+        fleet.roll("tool", fleet.tag(version), "Ready");
+    }
+    fleet.proxy.go_down();
+    fleet.restart();
+    fleet.make_secret("another-password");
+    // Nodes have it pinned, and no proof for this password.
+    for reference in [fleet.tag(0).to_owned(), fleet.pinned(0)] {
+        fleet.roll("tool", &reference, "NodesFailed");
+        let status = fleet.cluster.status("tool");
+        assert_eq!(status["readyReference"], fleet.pinned(1).as_str());
+        assert_eq!(status["failedNodes"][0]["reason"], "RegistryUnavailable", "{status}");
+    }
+    fleet.make_secret(PASSWORD);
+    fleet.roll("tool", fleet.tag(0), "Ready");
+    assert_eq!(fleet.cluster.status("tool")["readyReference"], fleet.pinned(0).as_str());
+    fleet.shows(NAMESPACE, &fleet.pinned(0), 0);
+    fleet.proxy.come_back();
+    wait_until("nodes hold it under its own name", || {
+        NODES.iter().all(|node| {
+            let references = fleet.cluster.pins(node).into_iter().map(|(_, reference)| reference);
+            references.eq([fleet.pinned(0), fleet.pinned(1)])
+        })
+    });
+    fleet.cluster.wait_for("tool", "Ready");
+}
+
+#[test]
 fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     let private = private_registry(USER, PASSWORD);
     let mut setup = Setup::start(&private, true);
