@@ -34,6 +34,13 @@ fn every_row_of_the_chart_and_every_manifest_is_applied_strictly() {
 }
 
 #[test]
+fn what_is_composed_of_a_custom_prometheus_is_taken() {
+    // While its definition is there, others would apply examples of it.
+    let _namespace = TestNamespace::alone("custom-prometheus");
+    check("custom_prometheus");
+}
+
+#[test]
 fn a_node_writes_the_status_of_its_own_object_only() {
     let _namespace = TestNamespace::new("node-objects");
     check("node_objects");

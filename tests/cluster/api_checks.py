@@ -17,6 +17,8 @@ import urllib.request
 
 import admission
 import chart
+import compose
+import crossplane
 import fleet
 import render
 import startup_taint
@@ -54,7 +56,8 @@ class Server:
         request = urllib.request.Request(
             self.address + path,
             method=method,
-            data=None if body is None else json.dumps(body).encode(),
+            # What is applied is read as YAML, which has no surrogate pairs.
+            data=None if body is None else json.dumps(body, ensure_ascii=False).encode(),
             headers={
                 "Authorization": f"Bearer {token or self.administrator}",
                 "Content-Type": f"application/{form}",
@@ -241,6 +244,69 @@ def manifests(server):
         yield f"only {seen} preloads were among them"
 
 
+def definition_of_crossplane():
+    """The definition that Crossplane makes of the XRD, whose own fields are left open."""
+    definition = copy.deepcopy(compose.XRD["spec"])
+    for version in definition["versions"]:
+        properties = version["schema"]["openAPIV3Schema"]["properties"]
+        name = {"type": "string", "maxLength": 63}
+        properties["metadata"] = {"type": "object", "properties": {"name": name}}
+        properties |= {field: {"type": "string"} for field in ("apiVersion", "kind")}
+        free = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        properties["spec"]["properties"]["crossplane"] = free
+        version["storage"] = version.pop("referenceable")
+        version["subresources"]["status"] = {}
+    spec = {key: definition[key] for key in ("scope", "group", "names", "versions")}
+    kind = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition"}
+    return {**kind, "metadata": {"name": compose.XRD["metadata"]["name"]}, "spec": spec}
+
+
+def custom_prometheus(server):
+    """Wrong objects are refused, and what is composed of right ones is taken, whatever texts they have."""
+    definition, example = definition_of_crossplane(), render.example()
+    if said := server.apply(definition):
+        yield f"the definition: {said}"
+    path = server.place(definition)
+    try:
+        make_namespace(server, example["metadata"]["namespace"])
+        wait_until("the definition", lambda: server.place(example) and not server.apply(example, dry_run=True))
+        yield from custom_prometheuses(server, example)
+    finally:
+        server.call("DELETE", path)
+        wait_until("its end", lambda: server.call("GET", path)[0] == 404)
+
+
+def custom_prometheuses(server, example):
+
+    def create(document):
+        path = server.place(document).rpartition("/")[0] + "?dryRun=All&fieldValidation=Strict"
+        status, answer = server.call("POST", path, document)
+        return None if status == 201 else answer["message"]
+
+    for fields, message in crossplane.WRONG:
+        said = create(crossplane.changed(**fields)) or "nothing"
+        if message not in said:
+            yield f"{fields}: {said}"
+    for name, allowed in crossplane.NAMES:
+        example["metadata"]["name"] = name
+        said = create(example)
+        if (said is None) != allowed:
+            yield f"the name {name}: {said or 'accepted'}"
+    for labels, allowed in crossplane.LABELS:
+        said = create(crossplane.changed(externalLabels=labels))
+        if (said is None) != allowed:
+            yield f"the labels {labels}: {said or 'accepted'}"
+    for xr in crossplane.odd_objects():
+        make_namespace(server, xr["metadata"]["namespace"])
+        at_once, _ = compose.compose(crossplane.PLAIN, xr)
+        held, _ = compose.compose(crossplane.GATED, xr)
+        ready = {"artifact": compose.preloaded(held["artifact"], crossplane.DIGEST)}
+        gated, _ = compose.compose(crossplane.GATED, xr, ready)
+        for document in (xr, *at_once.values(), *gated.values()):
+            if said := server.apply(document, dry_run=True):
+                yield f"{document['kind']} of {xr['metadata']}, {xr['spec']}: {said}"
+
+
 def make_namespace(server, name):
     server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
 
@@ -384,7 +450,7 @@ def volumes(server):
         server.call("DELETE", f"/apis/admissionregistration.k8s.io/v1/{kind}/checks-csi-driver-oci")
 
 
-CHECKS = {check.__name__: check for check in (definitions, preloads, manifests, node_objects, node_taints, volumes)}
+CHECKS = {check.__name__: check for check in (definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, volumes)}
 
 
 def main(name):

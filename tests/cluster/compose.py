@@ -166,17 +166,29 @@ def format_text(template, values):
     return parts[0] + "".join(str(value) + part for value, part in zip(values, parts[1:]))
 
 
+def go_json(value):
+    """JSON as Go writes it: for HTML, and otherwise in UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
 def transformed(value, transforms):
     for transform in transforms:
         only(transform, "type", "string")
-        only(transform["string"], "type", "fmt", "convert")
+        only(transform["string"], "type", "fmt", "convert", "replace")
         # The function, unlike Crossplane 1, does not default these.
         if transform["type"] != "string":
             raise ValueError(f"no evaluator of {transform}")
         if transform["string"]["type"] == "Format":
             value = format_text(transform["string"]["fmt"], [value])
+        elif transform["string"]["type"] == "Replace":
+            replace = transform["string"]["replace"]
+            only(replace, "search", "replace")
+            value = str(value).replace(replace["search"], replace["replace"])
         elif transform["string"]["type"] == "Convert" and transform["string"]["convert"] == "ToJson":
-            value = json.dumps(value, sort_keys=True, separators=(",", ":"))
+            value = go_json(value)
         else:
             raise ValueError(f"no evaluator of {transform}")
     return value

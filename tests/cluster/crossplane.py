@@ -1,6 +1,7 @@
 """Checks of deploy/crossplane."""
 
 import copy
+import itertools
 import os
 import pathlib
 import shutil
@@ -43,10 +44,28 @@ WRONG = [
     ({"replicas": "2"}, "spec.replicas"),
     ({"pullPolicy": "Sometimes"}, "spec.pullPolicy"),
     ({"scrapeConfig": ""}, "spec.scrapeConfig"),
+    ({"scrapeConfig": "- job_name: a\u0085b"}, "spec.scrapeConfig"),
+    ({"externalLabels": {"a": "b\x7f"}}, "spec.externalLabels"),
     ({"repository": "registry.example.com/a"}, "repository"),
+    ({"imagePullSecret": ""}, "spec.imagePullSecret"),
+    ({"imagePullSecret": "a, b"}, "spec.imagePullSecret"),
+    ({"imagePullSecret": "a]\n  paused: true\n  platforms: ["}, "spec.imagePullSecret"),
+    ({"storage": {"storageClassName": "fast\n  hostPath: {}"}}, "spec.storage.storageClassName"),
     ({"toleratedNodes": -1}, "spec.toleratedNodes"),
     ({"toleratedNodes": "half"}, "spec.toleratedNodes"),
     ({"toleratedNodes": "101%"}, "spec.toleratedNodes"),
+]
+
+# Names of objects, and whether the definition takes them: Services have them too.
+NAMES = [
+    ("billing", True),
+    ("a", True),
+    ("a" * 50, True),
+    ("a" * 51, False),
+    ("null", True),
+    ("1billing", False),
+    ("billing.team", False),
+    ("billing-", False),
 ]
 
 
@@ -54,6 +73,36 @@ def changed(**fields):
     xr = render.example()
     xr["spec"] |= fields
     return xr
+
+
+def minimal(**fields):
+    """The least that is accepted."""
+    xr = render.example()
+    repository = "registry.example.com:5000/a"
+    xr["spec"] = {"ociRegistry": repository, "version": "v1", "scrapeConfig": "[]"} | fields
+    return xr
+
+
+# What YAML takes for something else than text, and what would end a text that is not quoted.
+NOT_TEXTS = ["null", "true", "yes", "on", "no", "off", "1e3", "0x1f", "123", "1.5"]
+HARD_TEXT = "a: b #c\n---\n- 'x': \"y\" \\ \t{{ .z }} %s %d ${A} <&>\u2028\U0001f600"
+
+
+def odd_objects():
+    """Accepted objects whose fields are at the edges of what is accepted."""
+    for text in NOT_TEXTS:
+        xr = minimal(imagePullSecret=text, storage={"storageClassName": text}, version=text)
+        xr["spec"] |= {"nodeSelector": {text: text}, "externalLabels": {"label": text}}
+        xr["metadata"] |= {"name": text if text[0].isalpha() else "a", "namespace": text.replace(".", "")}
+        yield xr
+    hard = minimal(externalLabels={"label": HARD_TEXT}, nodeSelector={"a.b/c": "", "d": "a" * 63})
+    hard["spec"]["scrapeConfig"] = yaml.safe_dump([{"job_name": HARD_TEXT}]) + "# {{ .a }} %s \t "
+    hard["metadata"] |= {"name": "a" * 50, "namespace": "b" * 63}
+    yield hard
+    yield minimal(replicas=0, toleratedNodes=0, retention={"time": "1y2w3d4h5m6s7ms", "size": "512MB"})
+    yield minimal(replicas=20, toleratedNodes=10000, resources={"cpu": "0.5", "memory": "1.5Gi"})
+    yield minimal(toleratedNodes="0%", digest=DIGEST, version="v" * 128, storage={"capacity": "1.5Ti"})
+    yield minimal(toleratedNodes="100%", pullPolicy="Always", scrapeConfig="- job_name: a\r\n- job_name: b")
 
 
 def attributes(statefulset):
@@ -70,18 +119,15 @@ def crossplane_schema():
                 yield f"{fields} is refused, but not for {message}: {rejection}"
         else:
             yield f"{fields} is accepted"
-    minimal = render.example()
-    minimal["spec"] = {
-        "ociRegistry": "registry.example.com:5000/a",
-        "version": "v1",
-        "scrapeConfig": "[]",
-    }
-    stored = compose.admit(minimal)["spec"]
+    stored = compose.admit(minimal())["spec"]
     if (stored["replicas"], stored["storage"]) != (1, {"capacity": "50Gi"}):
         yield f"defaults are missing: {stored}"
-    for name in (PLAIN, GATED):
-        compose.compose(name, minimal)
     definition = compose.XRD["spec"]
+    rules = definition["versions"][0]["schema"]["openAPIV3Schema"]["x-kubernetes-validations"]
+    for name, allowed in NAMES:
+        taken = all(fleet.evaluate(rule["rule"], self={"metadata": {"name": name}}) for rule in rules)
+        if taken != allowed:
+            yield f"the name {name} is {'refused' if allowed else 'accepted'}"
     if compose.XRD["metadata"]["name"] != f"{definition['names']['plural']}.{definition['group']}":
         yield "the definition's name is not <plural>.<group>"
     if definition["defaultCompositionRef"]["name"] != PLAIN:
@@ -151,7 +197,7 @@ def crossplane_functions():
 def crossplane_compositions():
     """Both Compositions make the same of an object but for how they name the artifact, and their parts fit together."""
     pinned = changed(digest=DIGEST, nodeSelector={"disk": "ssd"}, replicas=3, toleratedNodes="10%")
-    for xr in (render.example(), pinned):
+    for xr in (render.example(), pinned, *odd_objects()):
         at_once, _ = compose.compose(PLAIN, xr)
         held, _ = compose.compose(GATED, xr)
         gated, _ = compose.compose(GATED, xr, {"artifact": compose.preloaded(held["artifact"], DIGEST)})
@@ -168,13 +214,23 @@ def crossplane_compositions():
             if found != wanted:
                 yield f"the Compositions differ in {name}:\n{wanted}\n{found}"
         yield from parts(at_once, xr)
+        # Also where addresses are of IPv6.
+        address = "http://{name}.{namespace}.svc:9090".format(**xr["metadata"])
+        service = at_once["service"] | {"spec": {"clusterIP": "fd00::7"}}
+        for name in (PLAIN, GATED):
+            _, status = compose.compose(name, xr, {"service": service})
+            if status.get("address") != address:
+                yield f"{name}: the address is {status.get('address')}, not {address}"
         if held["artifact"]["spec"]["selector"]["matchLabels"] != xr["spec"].get("nodeSelector", {}):
             yield "the artifact is brought onto other nodes than Prometheus runs on"
         tolerated = xr["spec"].get("toleratedNodes", 1)
         if held["artifact"]["spec"]["toleratedNodes"] != tolerated:
             yield f"{tolerated} nodes may stay away, but not for the artifact"
-        if held["artifact"]["spec"]["pullSecrets"] != [xr["spec"]["imagePullSecret"]]:
-            yield "the artifact is fetched with other secrets than Prometheus has"
+        secret = xr["spec"].get("imagePullSecret")
+        if held["artifact"]["spec"].get("pullSecrets") != (secret and [secret]):
+            yield f"the artifact is fetched with other secrets than {secret}: {held['artifact']['spec']}"
+        if held["artifact"]["metadata"]["name"] != xr["metadata"]["name"]:
+            yield f"the preload of {xr['metadata']['name']} is named {held['artifact']['metadata']['name']}"
     first, second = (compose.composition(name)["spec"]["pipeline"][1:] for name in (PLAIN, GATED))
     if first != second:
         yield "the Compositions differ in how they find out what is ready"
@@ -254,18 +310,29 @@ LABELS = [
 ]
 
 
+# Lists of jobs, however they are written.
+SCRAPES = [
+    render.example()["spec"]["scrapeConfig"],
+    "[]",
+    '[{"job_name": "a"},\n{"job_name": "b"}]',
+    "- job_name: a",
+    "# Ours.\n\n  - job_name: a\r\n  - job_name: b\r\n",
+    "- job_name: >-\n    a\n\n    b\n- job_name: c\n\n\n",
+]
+
+
 def crossplane_configuration():
     """Prometheus takes what is composed, and every replica has labels of its own."""
-    labels = {"cluster": "west", "note": "a: 'b' #c"}
-    for name in (PLAIN, GATED):
-        desired, _ = compose.compose(name, changed(externalLabels=labels))
+    labels = {"cluster": "west", "note": HARD_TEXT}
+    for name, scrape in itertools.product((PLAIN, GATED), SCRAPES):
+        desired, _ = compose.compose(name, changed(externalLabels=labels, scrapeConfig=scrape))
         with tempfile.TemporaryDirectory() as folder:
             for file, text in desired["config"]["data"].items():
                 path = pathlib.Path(folder) / file
                 path.write_text(text.replace("/etc/prometheus", folder))
             checked = promtool("check", "config", f"{folder}/prometheus.yml")
         if checked.returncode:
-            yield f"{name}: promtool: {checked.stdout}{checked.stderr}"
+            yield f"{name}: {scrape!r}: promtool: {checked.stdout}{checked.stderr}"
         found = yaml.safe_load(desired["config"]["data"]["prometheus.yml"])
         found = found["global"]["external_labels"]
         if found != labels | {"prometheus": "${NAMESPACE}/${NAME}", "replica": "${POD_NAME}"}:

@@ -229,7 +229,7 @@ class Cluster:
     @property
     def configured(self):
         """Whether the pods have the scrape configuration that is asked for."""
-        scrape = "scrape_configs:\n" + self.xr["spec"]["scrapeConfig"]
+        scrape = "scrape_configs:\n  " + self.xr["spec"]["scrapeConfig"].replace("\n", "\n  ")
         config = self.objects.get("config", {"data": {}})["data"]
         return config.get("user-scrape.yml") == scrape
 

@@ -1,17 +1,19 @@
 //! Tests preloads and pods while the registry is down.
 
 use base64::Engine as _;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use tonic::Code;
 
 use super::{DOCKER, secret};
 use crate::support::{
-    Driver, Layer, Manifest, Pod, Proxy, Registry, Volume,
+    Admin, Answer, Driver, FakeRegistry, Layer, Manifest, Pod, Proxy, Registry, Volume,
     api_server::Kind,
     preload_cluster::{Cluster, Controller, NAMESPACE},
     private_registry, registry, unique, wait_until,
 };
 
+const NODES: [&str; 2] = ["one", "two"];
 const USER: &str = "robot";
 const PASSWORD: &str = "password-of-the-robot";
 
@@ -29,11 +31,18 @@ struct Setup {
 impl Setup {
     #[track_caller]
     fn start(registry: &Registry, is_private: bool) -> Self {
+        Self::start_with(registry, is_private, "")
+    }
+
+    #[track_caller]
+    fn start_with(registry: &Registry, is_private: bool, configuration: &str) -> Self {
         let (proxy, repository) = (Proxy::new(registry), unique("rollback"));
-        let mut cluster = Cluster::before(registry, &["one", "two"]);
+        let mut cluster = Cluster::before(registry, &NODES);
         let controller = cluster.controller();
-        cluster.start_node("one");
-        cluster.start_node("two");
+        for node in NODES {
+            let driver = cluster.options(node).configuration(configuration).start();
+            cluster.drivers.push(driver);
+        }
         let mut versions = Vec::new();
         for tag in ["v0", "v1", "v2"] {
             let layer = Layer::titled("version", format!("{tag} of {repository}"));
@@ -83,6 +92,24 @@ impl Setup {
         let drivers = std::mem::take(&mut self.cluster.drivers);
         self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
         self.controller = self.cluster.controller();
+    }
+
+    /// Restarts the nodes, and waits until they hold what they are to hold.
+    #[track_caller]
+    fn restart_nodes(&mut self) {
+        let status = |setup: &Self, node| {
+            setup.cluster.api.get(Kind::NodeArtifacts, "", node)["status"].clone()
+        };
+        let keys = NODES.map(|node| status(self, node)["publicKey"].clone());
+        let drivers = std::mem::take(&mut self.cluster.drivers);
+        self.cluster.drivers = drivers.into_iter().map(Driver::restart).collect();
+        for (node, key) in NODES.into_iter().zip(keys) {
+            wait_until("the node holds all that it is to hold", || {
+                let status = status(self, node);
+                let held = self.cluster.wanted(node).len();
+                status["publicKey"] != key && status["ready"] == held
+            });
+        }
     }
 
     /// Returns a volume of a pod of a namespace. Private artifacts have the secret.
@@ -174,7 +201,9 @@ fn roll_back(registry: &Registry, is_private: bool) {
 
     if is_private {
         // The secret is deleted, is no longer named, or is another one: nodes have proofs of one alone.
+        setup.roll("tool", setup.tag(1), "Ready");
         setup.cluster.api.delete(Kind::Secret, NAMESPACE, "robot");
+        setup.cluster.wait_for("tool", "SecretMissing");
         setup.roll("tool", setup.tag(0), "SecretMissing");
         setup.cluster.preload("tool", json!({"reference": setup.tag(0)}));
         setup.cluster.wait_for("tool", "RegistryUnavailable");
@@ -209,6 +238,37 @@ fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
 }
 
 #[test]
+fn a_rollback_with_another_secret_of_the_same_name_waits_for_the_registry() {
+    let private = private_registry(USER, PASSWORD);
+    let mut fleet = Fleet::start(&private, true);
+    for version in 0..2 {
+        fleet.roll("tool", fleet.tag(version), "Ready");
+    }
+    fleet.proxy.go_down();
+    fleet.restart();
+    fleet.make_secret("another-password");
+    // Nodes have it pinned, and no proof for this password.
+    for reference in [fleet.tag(0).to_owned(), fleet.pinned(0)] {
+        fleet.roll("tool", &reference, "NodesFailed");
+        let status = fleet.cluster.status("tool");
+        assert_eq!(status["readyReference"], fleet.pinned(1).as_str());
+        assert_eq!(status["failedNodes"][0]["reason"], "RegistryUnavailable", "{status}");
+    }
+    fleet.make_secret(PASSWORD);
+    fleet.roll("tool", fleet.tag(0), "Ready");
+    assert_eq!(fleet.cluster.status("tool")["readyReference"], fleet.pinned(0).as_str());
+    fleet.shows(NAMESPACE, &fleet.pinned(0), 0);
+    fleet.proxy.come_back();
+    wait_until("nodes hold it under its own name", || {
+        NODES.iter().all(|node| {
+            let references = fleet.cluster.pins(node).into_iter().map(|(_, reference)| reference);
+            references.eq([fleet.pinned(0), fleet.pinned(1)])
+        })
+    });
+    fleet.cluster.wait_for("tool", "Ready");
+}
+
+#[test]
 fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     let private = private_registry(USER, PASSWORD);
     let mut setup = Setup::start(&private, true);
@@ -232,6 +292,8 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
     kubelet.publish_well(&asks);
     assert_eq!(asks.text("version"), format!("v2 of {repository}"));
     setup.proxy.go_down();
+    // The preload's answer comes to both nodes again, and is older than that of the one.
+    setup.restart_nodes();
     for (node, version) in [(0, 2), (1, 1)] {
         let kubelet = setup.cluster.drivers[node].kubelet();
         let volume = setup.volume(node, NAMESPACE, setup.tag(1));
@@ -239,7 +301,114 @@ fn a_preloaded_tag_serves_pods_of_its_namespace_while_the_registry_is_down() {
         assert_eq!(volume.text("version"), format!("v{version} of {repository}"));
         kubelet.unpublish(&volume);
     }
-    kubelet.unpublish(&asks);
+    setup.cluster.drivers[0].kubelet().unpublish(&asks);
+}
+
+#[test]
+fn of_two_answers_about_a_tag_the_later_one_serves_pods() {
+    let mut setup = Setup::start(registry(), false);
+    let reference = setup.tag(1).to_owned();
+    // Nodes begin with preloads by name: the one with the later answer first.
+    setup.roll("tool-b", &reference, "Ready");
+    let answered = setup.cluster.status("tool-b")["history"][0]["resolvedAt"].clone();
+    let answered: Timestamp = answered.as_str().expect("a time").parse().expect("a time");
+    // Answers are compared by the second.
+    wait_until("it is later", || Timestamp::now().as_second() > answered.as_second());
+    let layer = Layer::titled("version", format!("v2 of {}", setup.repository));
+    Manifest::artifact([layer]).push(registry(), &setup.repository, "v1");
+    setup.roll("tool-a", &reference, "Ready");
+    setup.proxy.go_down();
+    setup.restart_nodes();
+    setup.shows(NAMESPACE, &reference, 2);
+}
+
+/// Asks for a name and a password, and answers those that `answers` has for this password; with 200, the contents.
+fn script(registry: &FakeRegistry, answers: [(&'static str, u16); 2]) {
+    let login = |password| {
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("{USER}:{password}"));
+        format!("Basic {login}")
+    };
+    let answers = answers.map(|(password, status)| (login(password), status));
+    registry.script(move |request| {
+        let Some(said) = request.header("authorization") else {
+            let asks = Answer::error(401, "UNAUTHORIZED");
+            return Some(asks.with_header("www-authenticate", "Basic realm=\"registry\""));
+        };
+        let status = answers.iter().find(|(login, _)| login == said).map_or(401, |found| found.1);
+        (status != 200).then(|| Answer::error(status, "DENIED"))
+    });
+}
+
+#[test]
+fn a_registry_that_refuses_is_not_one_that_does_not_answer() {
+    let registry = FakeRegistry::new();
+    let mut cluster = Cluster::new(&["one"]);
+    let _controller = cluster.controller();
+    cluster.start_node("one");
+    let secrets = ["first", "second"];
+    for name in secrets {
+        secret(&cluster.api, name, DOCKER, &registry.host(), USER, name);
+    }
+    let spec = |tag: &str| json!({"reference": registry.reference(tag), "pullSecrets": secrets});
+    script(&registry, [("first", 200), ("second", 200)]);
+    let mut pinned = Vec::new();
+    for tag in ["v1", "v2"] {
+        let artifact = Manifest::artifact([Layer::titled("version", tag)]);
+        let digest = artifact.push(&registry, "hostile", tag);
+        pinned.push(format!("{}@{digest}", registry.reference(tag)));
+        cluster.preload("tool", spec(tag));
+        cluster.wait_for("tool", "Ready");
+    }
+    for (first, second, reason) in [
+        (401, 401, "Unauthorized"),
+        (403, 403, "Forbidden"),
+        (404, 404, "ReferenceNotFound"),
+        // One of them is refused: that is an answer.
+        (401, 503, "RegistryUnavailable"),
+    ] {
+        script(&registry, [("first", first), ("second", second)]);
+        cluster.preload("tool", spec("v1"));
+        cluster.wait_for("tool", reason);
+        let status = cluster.status("tool");
+        assert_eq!(status["readyReference"], pinned[1].as_str(), "{status}");
+        assert!(status["registryUnavailableSince"].is_null(), "{status}");
+        script(&registry, [("first", 200), ("second", 200)]);
+        cluster.preload("tool", spec("v2"));
+        cluster.wait_for("tool", "Ready");
+    }
+    script(&registry, [("first", 503), ("second", 401)]);
+    cluster.preload("tool", spec("v1"));
+    cluster.wait_for("tool", "Ready");
+    assert_eq!(cluster.condition("tool", "Resolved")["reason"], "EarlierAnswer");
+    assert_eq!(cluster.status("tool")["readyReference"], pinned[0].as_str());
+}
+
+#[test]
+fn the_version_before_stays_on_a_node_that_is_emptied() {
+    let setup = {
+        let configuration = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
+                             lowThresholdPercent: 100, minimumAge: 0s}\n";
+        Setup::start_with(registry(), false, configuration)
+    };
+    for version in 0..3 {
+        setup.roll("tool", setup.tag(version), "Ready");
+    }
+    for node in NODES {
+        let pinned = [1, 2].map(|version| ("preload/team/tool".to_owned(), setup.pinned(version)));
+        wait_until("older versions are let go", || setup.cluster.pins(node) == pinned);
+        let folder = setup.cluster.sandbox.path().join(node);
+        let admin = Admin::at(&format!("unix://{}/admin.sock", folder.display()));
+        admin.told(&["gc", "--target", "0"]);
+    }
+    setup.proxy.go_down();
+    setup.roll("tool", setup.tag(1), "Ready");
+    setup.shows(NAMESPACE, &setup.pinned(1), 1);
+    setup.roll("tool", setup.tag(0), "NodesFailed");
+    let failed = setup.cluster.status("tool")["failedNodes"].clone();
+    assert_eq!(failed[0]["reason"], "RegistryUnavailable", "{failed}");
+    // One of the same name has no history.
+    setup.cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
+    setup.roll("tool", setup.tag(1), "RegistryUnavailable");
 }
 
 #[test]

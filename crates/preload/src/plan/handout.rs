@@ -59,6 +59,8 @@ pub(super) struct Current {
     pub(super) known: Known,
     /// `repository:tag@digest`.
     pub(super) reference: Arc<str>,
+    /// The same, as nodes are asked for it.
+    asked: Arc<str>,
     /// Whether it is of the repository that the secrets were read for: what they have is for no other one.
     own: bool,
 }
@@ -197,8 +199,10 @@ pub(super) fn hand_out(
         }
         handed.wake = earlier(handed.wake, ignored.wake);
     }
-    if let Some(previous) = previous.filter(|_| preload.spec.pin) {
-        work.retain(&selected, &previous);
+    // Under its own name nodes hold what they are asked for under another one: the same content.
+    let own_name = handed.current.clone().filter(|current| current.asked != current.reference);
+    for version in previous.into_iter().chain(own_name).filter(|_| preload.spec.pin) {
+        work.retain(&selected, &version);
     }
     handed.look |= needs_secrets && handed.counts.ready < handed.counts.desired;
     handed.failed.sort_by(|one, two| one.node.cmp(&two.node));
@@ -218,7 +222,8 @@ pub(super) fn withhold(
     if let Meaning::Known(known) = &preload.meaning
         && let Ok(reference) = pinned(&parsed.reference, known)
     {
-        handed.current = Some(Current { known: known.clone(), reference, own: true });
+        let asked = Arc::clone(&reference);
+        handed.current = Some(Current { known: known.clone(), reference, asked, own: true });
     }
     let selected = turns.iter().filter(|turn| is_selected(preload, parsed, turn)).count();
     handed.counts.desired = selected + count_awaited(preload, awaited);
@@ -257,7 +262,9 @@ fn look(preload: &Preload, parsed: &Parsed, now: Seconds, handed: &mut HandedOut
                     handed.look |= unavailable.retry_at <= now;
                     handed.wake = earlier(handed.wake, Some(unavailable.retry_at.max(now + 1)));
                 }
-                handed.current = Some(Current { known: known.clone(), reference, own: true });
+                let asked = asked_reference(preload, &parsed.reference, known, &reference);
+                handed.current =
+                    Some(Current { known: known.clone(), reference, asked, own: true });
             }
             Err(error) => handed.problem = Some(Problem::new("InvalidSpec", &error)),
         },
@@ -303,6 +310,26 @@ fn pinned(reference: &Reference, known: &Known) -> Result<Arc<str>, String> {
     pinned.map(|pinned| Arc::from(pinned.to_string())).map_err(|error| error.to_string())
 }
 
+/// Returns the reference that nodes are asked for. They hold content under its own name by the secrets of the time when
+/// they fetched it, which an earlier answer says nothing about: under another name, each node looks for its proof that
+/// the secrets of now open it.
+fn asked_reference(
+    preload: &Preload,
+    wanted: &Reference,
+    known: &Known,
+    reference: &Arc<str>,
+) -> Arc<str> {
+    if known.origin.unavailable.is_none() || preload.spec.pull_secrets.is_empty() {
+        return Arc::clone(reference);
+    }
+    let (repository, digest) = (wanted.repository(), &known.digest);
+    let without_tag = format!("{repository}@{digest}");
+    if without_tag == **reference {
+        return Arc::from(format!("{repository}:{}@{digest}", wanted.tag_or_latest()));
+    }
+    Arc::from(without_tag)
+}
+
 /// Returns the artifact that was last everywhere, where it is another one than the current one, and the one before that.
 /// With the current one they are two at most, so that a preload never takes more of a node than during a roll.
 fn versions_before(
@@ -325,7 +352,8 @@ fn versions_before(
             bytes: None,
             origin: Origin::default(),
         };
-        Some(Current { known, reference: Arc::from(text), own })
+        let reference: Arc<str> = Arc::from(text);
+        Some(Current { known, asked: Arc::clone(&reference), reference, own })
     };
     let ready = version(&preload.status.ready_reference);
     let has_room = current.is_none() || ready.is_none();
@@ -386,8 +414,8 @@ impl Work<'_, '_> {
         let (mut busy, mut candidates) = (0, Vec::new());
         for &at in selected {
             let turn = self.turns[at];
-            let wanted = find_wanted(turn.object, self.preload.id, &current.reference);
-            let held = find_held(turn.object, self.preload.id, &current.reference, &digest);
+            let wanted = find_wanted(turn.object, self.preload.id, &current.asked);
+            let held = find_held(turn.object, self.preload.id, &current.asked, &digest);
             let state = self.state(turn, wanted, held, current, handed);
             if let Some(wanted) = wanted {
                 let ready = matches!(state, State::Ready);
@@ -469,7 +497,7 @@ impl Work<'_, '_> {
                 handed.wake = earlier(handed.wake, Some(due));
                 continue;
             }
-            if !self.wishes[at].fits(&current.reference, sealed) {
+            if !self.wishes[at].fits(&current.asked, sealed) {
                 if counted {
                     let message = "other preloads want more of this node than fits one object: use fewer preloads for it";
                     handed.counts.failed += 1;
@@ -573,7 +601,7 @@ impl Work<'_, '_> {
         }
         let spec = &self.preload.spec;
         let reference =
-            before.map_or_else(|| Arc::clone(&current.reference), |b| Arc::clone(&b.reference));
+            before.map_or_else(|| Arc::clone(&current.asked), |b| Arc::clone(&b.reference));
         self.wishes[at].add(Wanted {
             preload: self.preload.id,
             reference,

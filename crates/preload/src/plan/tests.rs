@@ -1136,6 +1136,31 @@ fn an_earlier_answer_is_for_secrets_of_the_same_names_that_are_there() {
 }
 
 #[test]
+fn nodes_are_asked_anew_where_an_earlier_answer_was_had_with_secrets() {
+    let mut cluster = cluster(1);
+    cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
+    cluster.resolve("tool");
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.run_until_done();
+    let first = cluster.status("tool").ready_reference.expect("ready");
+    let second = cluster.roll("tool", "r.io/tool:v2");
+    let digest = first.split_once('@').expect("a digest").1;
+    let without_tag = format!("r.io/tool@{digest}");
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v1".to_owned());
+    read_secrets(&mut cluster, "tool", "2");
+    cluster.silence("tool");
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Preloading", "nodes hold it by secrets of before");
+    assert_eq!(cluster.wants("node-0"), [first.clone(), second.clone(), without_tag]);
+    cluster.run_until_done();
+    assert_eq!(cluster.status("tool").ready_reference, Some(first.clone()));
+    cluster.resolve("tool");
+    cluster.settle();
+    assert_eq!(cluster.reason("tool"), "Ready");
+    assert_eq!(cluster.wants("node-0"), [first, second]);
+}
+
+#[test]
 fn a_tag_that_has_moved_is_not_taken_back_to_an_older_answer() {
     let mut cluster = cluster(1);
     cluster.run_until_done();
