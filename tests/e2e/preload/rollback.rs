@@ -240,32 +240,32 @@ fn a_rollback_of_a_private_artifact_needs_no_registry_and_its_secret() {
 #[test]
 fn a_rollback_with_another_secret_of_the_same_name_waits_for_the_registry() {
     let private = private_registry(USER, PASSWORD);
-    let mut fleet = Fleet::start(&private, true);
+    let mut setup = Setup::start(&private, true);
     for version in 0..2 {
-        fleet.roll("tool", fleet.tag(version), "Ready");
+        setup.roll("tool", setup.tag(version), "Ready");
     }
-    fleet.proxy.go_down();
-    fleet.restart();
-    fleet.make_secret("another-password");
+    setup.proxy.go_down();
+    setup.restart();
+    setup.make_secret("another-password");
     // Nodes have it pinned, and no proof for this password.
-    for reference in [fleet.tag(0).to_owned(), fleet.pinned(0)] {
-        fleet.roll("tool", &reference, "NodesFailed");
-        let status = fleet.cluster.status("tool");
-        assert_eq!(status["readyReference"], fleet.pinned(1).as_str());
+    for reference in [setup.tag(0).to_owned(), setup.pinned(0)] {
+        setup.roll("tool", &reference, "NodesFailed");
+        let status = setup.cluster.status("tool");
+        assert_eq!(status["readyReference"], setup.pinned(1).as_str());
         assert_eq!(status["failedNodes"][0]["reason"], "RegistryUnavailable", "{status}");
     }
-    fleet.make_secret(PASSWORD);
-    fleet.roll("tool", fleet.tag(0), "Ready");
-    assert_eq!(fleet.cluster.status("tool")["readyReference"], fleet.pinned(0).as_str());
-    fleet.shows(NAMESPACE, &fleet.pinned(0), 0);
-    fleet.proxy.come_back();
+    setup.make_secret(PASSWORD);
+    setup.roll("tool", setup.tag(0), "Ready");
+    assert_eq!(setup.cluster.status("tool")["readyReference"], setup.pinned(0).as_str());
+    setup.shows(NAMESPACE, &setup.pinned(0), 0);
+    setup.proxy.come_back();
     wait_until("nodes hold it under its own name", || {
         NODES.iter().all(|node| {
-            let references = fleet.cluster.pins(node).into_iter().map(|(_, reference)| reference);
-            references.eq([fleet.pinned(0), fleet.pinned(1)])
+            let references = setup.cluster.pins(node).into_iter().map(|(_, reference)| reference);
+            references.eq([setup.pinned(0), setup.pinned(1)])
         })
     });
-    fleet.cluster.wait_for("tool", "Ready");
+    setup.cluster.wait_for("tool", "Ready");
 }
 
 #[test]
@@ -398,7 +398,7 @@ fn the_version_before_stays_on_a_node_that_is_emptied() {
         wait_until("older versions are let go", || setup.cluster.pins(node) == pinned);
         let folder = setup.cluster.sandbox.path().join(node);
         let admin = Admin::at(&format!("unix://{}/admin.sock", folder.display()));
-        admin.told(&["gc", "--target", "0"]);
+        admin.text(&["gc", "--target", "0"]);
     }
     setup.proxy.go_down();
     setup.roll("tool", setup.tag(1), "Ready");
