@@ -189,6 +189,34 @@ fn pages_name_modules_and_tests_that_exist() {
 }
 
 #[test]
+fn the_architecture_lists_all_crates_and_all_modules_of_the_driver() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(docs().join("architecture.md")).expect("the page");
+    let (_, list) = page.split_once("\nsrc  ").expect("the list");
+    let (list, _) = list.split_once("```").expect("its end");
+    let (modules, crates) = list.split_at(list.find("\ncrates/").expect("the crates"));
+    let first = |line: &str| line.split_whitespace().next().unwrap_or_default().to_owned();
+    let listed: BTreeSet<_> = modules.lines().skip(2).map(first).collect();
+    let library = fs::read_to_string(root.join("src/lib.rs")).expect("the library");
+    let declared = library.lines().filter_map(|line| line.strip_prefix("pub mod "));
+    let mut expected: BTreeSet<_> =
+        declared.map(|name| name.trim_end_matches(';').to_owned()).collect();
+    // These are in the line above the list.
+    for name in ["app", "cli", "config"] {
+        assert!(expected.remove(name), "{name}");
+    }
+    assert_eq!(listed, expected);
+    let listed: BTreeSet<_> = crates
+        .lines()
+        .filter_map(|line| first(line).strip_prefix("crates/").map(str::to_owned))
+        .collect();
+    let folders = fs::read_dir(root.join("crates")).expect("the crates").flatten();
+    let expected: BTreeSet<_> =
+        folders.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    assert_eq!(listed, expected);
+}
+
+#[test]
 fn the_page_of_metrics_has_all_of_them_and_no_other() {
     let port = Port::new();
     let address = port.address();
