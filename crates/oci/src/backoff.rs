@@ -7,7 +7,7 @@ use std::time::Duration;
 pub struct RetryBackoff {
     /// Pause after the first failure.
     pub first: Duration,
-    /// Longest pause.
+    /// Longest pause between two attempts.
     pub longest: Duration,
 }
 
