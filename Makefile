@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-fleet lint validate render fuzz site tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint validate render fuzz site tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -61,10 +61,10 @@ bench: tools
 	scripts/in-mount-namespace cargo bench --locked --bench side-by-side -- $(ARGUMENTS)
 
 # The same preload controller before a real API server: time, requests, bytes and memory with 1,000 nodes and 50 preloads,
-# or with BENCH_FLEET=nodes,preloads.
-bench-fleet: tools
+# or with BENCH_PRELOAD=nodes,preloads.
+bench-preload: tools
 	cargo bench --locked --bench side-by-side --no-run
-	scripts/cluster --api-server cargo bench --locked --offline --bench side-by-side -- fleet-api-server
+	scripts/cluster --api-server cargo bench --locked --offline --bench side-by-side -- preload-api-server
 
 lint:
 	cargo fmt --all --check

@@ -9,8 +9,8 @@
 //! neighbours   times of honest pods beside each attack
 //! warming      times of publishes beside warming
 //! transfers    cold publishes beside curl, oras, skopeo and containerd
-//! fleet        the preload controller with thousands of nodes
-//! fleet-api-server   the same with a real API server
+//! preload      the preload controller with thousands of nodes
+//! preload-api-server   the same with a real API server
 //! common       shared by them
 //! ```
 //!
@@ -26,10 +26,10 @@
 )]
 
 mod common;
-mod fleet;
 mod memory;
 mod mounts;
 mod neighbours;
+mod preloading;
 mod publish;
 mod store;
 mod transfers;
@@ -43,8 +43,8 @@ const BENCHES: [(&str, fn()); 9] = [
     ("neighbours", neighbours::neighbours),
     ("warming", warming::warming),
     ("transfers", transfers::transfers),
-    ("fleet", fleet::fleet),
-    ("fleet-api-server", fleet::api_server::fleet),
+    ("preload", preloading::preload),
+    ("preload-api-server", preloading::api_server::preload),
 ];
 
 fn main() {

@@ -92,7 +92,7 @@ pub struct NodeOptions {
     /// The key of the taint that nodes start with; `None` if nodes have no such taint.
     pub startup_taint: Option<String>,
     /// Carries out preloads on this node.
-    pub fleet: bool,
+    pub preload: bool,
     /// Reports pulls as Events of their pods.
     pub events: bool,
     /// The node's setting of file leases.
@@ -325,7 +325,7 @@ impl NodePlugin {
             let driver = self.options.driver_name.clone();
             self.tracker.spawn(remove_startup_taint(node.clone(), driver, taint, shutdown.clone()));
         }
-        if self.options.fleet {
+        if self.options.preload {
             let agent = PreloadAgent { node: node.clone(), content: self.content.clone() };
             self.tracker.spawn(agent.run(shutdown.clone()));
         }

@@ -102,13 +102,13 @@ impl ContentOpener {
 
     /// Removes the pins of preloads where preloads are off: nothing else on this node would remove them.
     fn release_preloads(&self, content: &NodeContent) {
-        if self.options.fleet {
+        if self.options.preload {
             return;
         }
         let store = content.store.clone();
         self.tracker.spawn_blocking(move || match release_all(&store) {
             Ok(0) => {}
-            Ok(count) => tracing::info!(count, "pins of preloads are taken away: --fleet is off"),
+            Ok(count) => tracing::info!(count, "pins of preloads are taken away: --preload is off"),
             Err(error) => tracing::warn!(%error, "pins of preloads cannot be taken away"),
         });
     }

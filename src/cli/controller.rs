@@ -13,8 +13,10 @@ use crate::config::policy::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::{Registry, RegistryOptions};
-use preload::controller::look::LookerClient;
-use preload::controller::{self, ControllerOptions, Looker, NamespaceQuota, Pace};
+use preload::controller::resolver::ResolverClient;
+use preload::controller::{
+    self, ControllerOptions, ControllerPace, NamespaceQuota, RegistryResolver,
+};
 
 /// Arguments of `controller`. Each can be set in the environment as well.
 #[derive(Debug, Args)]
@@ -42,7 +44,7 @@ pub(super) struct ControllerArguments {
     metrics_endpoint: String,
     /// The average number of writes to the API server in a second. In a large cluster it decides how fast nodes get
     /// their assignments.
-    #[arg(long, env = "WRITES_PER_SECOND", default_value_t = Pace::default().writes_per_second,
+    #[arg(long, env = "WRITES_PER_SECOND", default_value_t = ControllerPace::default().writes_per_second,
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
     writes_per_second: u32,
     /// The most preloads of one namespace; the oldest count. 0 means no limit.
@@ -91,22 +93,25 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), CommandError> {
             pinned_bytes: Some(arguments.max_pinned_bytes_per_namespace.0)
                 .filter(|&bytes| bytes > 0),
         },
-        pace: Pace { writes_per_second: arguments.writes_per_second, ..Pace::default() },
+        pace: ControllerPace {
+            writes_per_second: arguments.writes_per_second,
+            ..ControllerPace::default()
+        },
     };
     let runtime = runtime()?;
     let done = runtime.block_on(async {
         let client = Client::try_default()
             .await
             .map_err(|error| format!("there is no access to the Kubernetes API: {error}"))?;
-        let looker = Looker {
-            client: LookerClient(client.clone()),
+        let resolver = RegistryResolver {
+            client: ResolverClient(client.clone()),
             registry: Registry::new(registry).map_err(|error| error.to_string())?,
             limits: configuration.limits.manifest(),
             policy: policy_source(arguments.config, |_| {}),
             credentials: NodeCredentials::new(configuration.registries.provider_files()),
         };
         let shutdown = shutdown_token()?;
-        controller::run(client, Arc::new(looker), options, shutdown).await;
+        controller::run(client, Arc::new(resolver), options, shutdown).await;
         Ok(())
     });
     runtime.shutdown_background();

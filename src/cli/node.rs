@@ -64,8 +64,8 @@ pub(super) struct NodeArguments {
     startup_taint: Option<String>,
     /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may list and watch
     /// `nodeartifacts`, and patch their status.
-    #[arg(long, env = "FLEET")]
-    fleet: bool,
+    #[arg(long, alias = "fleet", env = "FLEET")]
+    preload: bool,
     /// Report the progress and the end of pulls as Events on pods. Needs a service account that may create and patch
     /// `events`.
     #[arg(long, env = "EVENTS")]
@@ -162,7 +162,7 @@ fn options(arguments: NodeArguments) -> Result<NodeOptions, CommandError> {
         metrics_endpoint: on(arguments.metrics_endpoint),
         config: arguments.config,
         startup_taint: arguments.startup_taint.filter(|key| !key.is_empty()),
-        fleet: arguments.fleet,
+        preload: arguments.preload,
         events: arguments.events,
         leases: arguments.leases,
         staged_mounts: arguments.staged_mounts,
@@ -184,7 +184,21 @@ fn driver_name(text: &str) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use clap::{Command, FromArgMatches as _};
+
     use super::*;
+
+    #[test]
+    fn the_former_name_of_the_flag_preload_is_a_hidden_alias() {
+        let command = || NodeArguments::augment_args(Command::new("node"));
+        for flag in ["--preload", "--fleet"] {
+            let matches = command().get_matches_from(["node", "--node-id=one", flag]);
+            let arguments = NodeArguments::from_arg_matches(&matches).expect("arguments");
+            assert!(arguments.preload, "{flag}");
+        }
+        let help = command().render_long_help().to_string();
+        assert!(help.contains("--preload") && !help.contains("--fleet"), "{help}");
+    }
 
     #[test]
     fn driver_names() {

@@ -20,7 +20,7 @@ use oci::registry::RegistryError;
 use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
 use preload::api::{Phase, WantedArtifact};
-use preload::seal::Place;
+use preload::seal::SealContext;
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
 use store::resolutions::Resolution;
 use store::resolutions::namespace::NamespaceResolution;
@@ -310,12 +310,12 @@ impl RunningJob {
     /// Returns the credentials of the assignment. The puller adds the node's own.
     fn keyring(&self, reference: &Reference) -> Result<Keyring, AttemptError> {
         let Some(sealed) = &self.wanted.credentials else { return Ok(Keyring::empty()) };
-        let place = Place {
+        let context = SealContext {
             node: &self.context.node,
             preload: &self.wanted.preload,
             reference: &self.wanted.reference,
         };
-        match self.context.key.open(&sealed.data, place) {
+        match self.context.key.open(&sealed.data, context) {
             Ok(credentials) => Ok(Keyring::of_host(reference.repository().host(), credentials)),
             Err(error) => Err(AttemptError::new(WAITING_FOR_CREDENTIALS, &error)),
         }

@@ -178,7 +178,7 @@ pub enum ManifestError {
 /// A manifest or an index before it is checked, without unknown fields. Its lists hold no more
 /// descriptors than the limit allows.
 #[derive(Default)]
-struct RawManifest {
+struct ManifestFields {
     schema_version: Option<i64>,
     media_type: Option<String>,
     artifact_type: Option<String>,
@@ -238,21 +238,24 @@ struct RawDescriptor {
 struct KnownAnnotations(BTreeMap<String, String>);
 
 impl<'de> DeserializeSeed<'de> for ManifestReader {
-    type Value = RawManifest;
+    type Value = ManifestFields;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<RawManifest, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> Result<ManifestFields, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for ManifestReader {
-    type Value = RawManifest;
+    type Value = ManifestFields;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("a manifest")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawManifest, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ManifestFields, A::Error> {
         fn once<T, E: serde::de::Error>(
             place: &mut Option<T>,
             value: Option<T>,
@@ -264,7 +267,7 @@ impl<'de> Visitor<'de> for ManifestReader {
             *place = value;
             Ok(())
         }
-        let mut raw = RawManifest::default();
+        let mut raw = ManifestFields::default();
         let list = DescriptorListReader { most: self.most };
         while let Some(field) = map.next_key()? {
             match field {

@@ -1,18 +1,18 @@
-//! The pauses between the tries of something that fails.
+//! Pauses between the attempts of an operation that fails.
 
 use std::time::Duration;
 
-/// Pauses that double with each failure, to a bound.
+/// Pauses that double with each failure, up to a maximum.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryBackoff {
-    /// The pause after the first failure.
+    /// Pause after the first failure.
     pub first: Duration,
-    /// The longest pause.
+    /// Longest pause between two attempts.
     pub longest: Duration,
 }
 
 impl RetryBackoff {
-    /// Returns the pause after so many failures in a row: none after none.
+    /// Returns the pause after this many failures in a row, zero after none.
     #[must_use]
     pub fn after(self, failures: u32) -> Duration {
         let Some(doublings) = failures.checked_sub(1) else { return Duration::ZERO };
@@ -20,11 +20,11 @@ impl RetryBackoff {
     }
 }
 
-/// Returns a pause less a random part, at most half, so that nodes do not ask in step.
+/// Shortens a pause by a random part of at most half, so that nodes do not send requests in step.
 #[must_use]
 pub fn jittered(full: Duration) -> Duration {
     let mut random = [0];
-    // Without randomness nodes ask in step, which is all that is lost.
+    // Without randomness, nodes only send their requests in step.
     let _ = getrandom::fill(&mut random);
     full.mul_f64(0.5 + f64::from(random[0]) / 512.0)
 }

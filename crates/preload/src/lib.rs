@@ -1,17 +1,18 @@
-//! Warming a fleet: `ArtifactPreload` objects, carried out on every node that they select.
+//! Preloading: puts artifacts on nodes before a pod uses them, by `ArtifactPreload` objects.
 //!
 //! ```text
-//! api         the two kinds of objects, and the definitions that are made of them
-//! plan        facts in, decisions out: which node is to hold what, and what an object's status says
-//! seal        credentials that one process of one node can read, and nobody else
-//! controller  watches, asks registries what tags mean, writes what the plan decides; one leads
+//! api         both kinds of objects, and their CustomResourceDefinitions
+//! plan        facts in, decisions out: assignments of nodes and statuses of preloads
+//! seal        credentials that only one process of one node can decrypt
+//! controller  watches objects, resolves references, writes what the plan decides; one process leads
 //! ```
 //!
-//! A preload is an `ArtifactPreload`, of which users apply one for each artifact. What a node is to hold and what it
-//! holds is in one `NodeArtifacts` object for each node: its `spec` is written by the controller, its `status` by the
-//! node, and nobody else writes either. Nothing else is remembered anywhere, so whoever is killed goes on from there.
+//! Users create an `ArtifactPreload` for each artifact. Each node has one `NodeArtifacts` object:
+//! the controller writes its `spec`, the artifacts that the node has to hold, and the node plugin
+//! writes its `status`. There is no other state, so a restarted process continues where the last
+//! one ended.
 //!
-//! Nothing of it is on the way of a publish.
+//! Publishing a volume never depends on this crate.
 
 pub mod api;
 pub mod controller;

@@ -1,9 +1,10 @@
-//! Credentials that one process of one node can read, and nobody else.
+//! Sealed credentials, which only one process of one node can decrypt.
 //!
-//! Each node plugin makes a key when it starts, keeps the private half in its memory alone, and publishes the public
-//! half in its object's status. The controller seals to it, by HPKE (RFC 9180, base mode: X25519, HKDF-SHA256,
-//! ChaCha20-Poly1305), what the secrets have for this one artifact's registry. What is sealed is bound to the node,
-//! the preload and the reference: moved to another place, it cannot be opened.
+//! Each node plugin generates a key at start, keeps the private half in memory only, and publishes
+//! the public half in the status of its object. The controller seals the credentials of the
+//! artifact's registry to it, by HPKE (RFC 9180, base mode: X25519, HKDF-SHA256,
+//! ChaCha20-Poly1305). Sealed credentials are bound to the node, the preload and the reference: in
+//! another context they cannot be opened.
 
 use std::fmt;
 
@@ -20,65 +21,65 @@ use serde::{Deserialize, Serialize};
 
 use oci::credentials::Credential;
 
-/// What it is for, so that nothing sealed for another purpose is ever opened here.
+/// HPKE `info`, which separates this use of the key from any other.
 const PURPOSE: &[u8] = b"csi-driver-oci preload credentials v1";
-/// Bytes of all credentials of one artifact: a token of a cloud's registry has two or three thousand, and sealed and
-/// encoded they have to fit the object's field.
+/// Maximum bytes of all credentials of one artifact: a token of a cloud registry has two or three
+/// thousand, and the sealed and encoded bytes have to fit into the field of the object.
 const MAXIMUM_BYTES: usize = 4096;
 
-type PrivateKey = <X25519HkdfSha256 as Kem>::PrivateKey;
-type PublicKey = <X25519HkdfSha256 as Kem>::PublicKey;
-type Encapsulated = <X25519HkdfSha256 as Kem>::EncappedKey;
+type HpkePrivateKey = <X25519HkdfSha256 as Kem>::PrivateKey;
+type HpkePublicKey = <X25519HkdfSha256 as Kem>::PublicKey;
+type EncapsulatedKey = <X25519HkdfSha256 as Kem>::EncappedKey;
 
-/// Where sealed credentials stand.
+/// Context that sealed credentials are bound to.
 #[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
-    /// The node's name.
+pub struct SealContext<'a> {
+    /// Name of the node.
     pub node: &'a str,
-    /// `namespace/name` of the preload.
+    /// Preload as `namespace/name`.
     pub preload: &'a str,
-    /// The artifact, with its digest.
+    /// Artifact with its digest.
     pub reference: &'a str,
 }
 
-/// Credentials, ready to be sealed. `Debug` shows none of it.
+/// Encoded credentials before sealing. `Debug` prints their size only.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Plain(Vec<u8>);
+pub struct PlainCredentials(Vec<u8>);
 
-/// The key of this process.
+/// Key pair of this process.
 pub struct NodeKey {
-    private: PrivateKey,
+    private: HpkePrivateKey,
     public: String,
 }
 
-/// Why credentials cannot be sealed or opened.
+/// Reason why credentials cannot be sealed or opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
-    /// Too many or too long ones.
+    /// More bytes of credentials than the limit.
     #[error(
         "the credentials for this registry have {0} bytes, the limit is {MAXIMUM_BYTES}: keep only those in use in the secrets"
     )]
     TooLarge(usize),
-    /// A key that is none.
+    /// An invalid public key.
     #[error("the node's key is not one")]
     Key,
-    /// Not for this process, not for this place, or damaged.
+    /// Sealed for another process or context, or damaged.
     #[error("the credentials were not sealed for this process")]
     NotForUs,
 }
 
-/// One credential as it is sealed.
+/// Encoding of one credential.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-enum Sealed {
+enum EncodedCredential {
     Basic { username: String, password: String },
     Identity { username: String, token: String },
     Registry { token: String },
 }
 
-impl fmt::Debug for Plain {
+impl fmt::Debug for PlainCredentials {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "Plain({} bytes)", self.0.len())
+        write!(formatter, "PlainCredentials({} bytes)", self.0.len())
     }
 }
 
@@ -88,20 +89,20 @@ impl fmt::Debug for NodeKey {
     }
 }
 
-impl Plain {
-    /// What the secrets have for a registry, in the order in which it is tried.
+impl PlainCredentials {
+    /// Encodes the credentials for a registry, in the order in which they are tried.
     pub fn new(credentials: &[Credential]) -> Result<Self, SealError> {
-        let sealed: Vec<Sealed> = credentials
+        let sealed: Vec<EncodedCredential> = credentials
             .iter()
             .filter_map(|credential| match credential.clone() {
                 Credential::Anonymous => None,
                 Credential::Basic { username, password } => {
-                    Some(Sealed::Basic { username, password })
+                    Some(EncodedCredential::Basic { username, password })
                 }
                 Credential::IdentityToken { username, token } => {
-                    Some(Sealed::Identity { username, token })
+                    Some(EncodedCredential::Identity { username, token })
                 }
-                Credential::RegistryToken { token } => Some(Sealed::Registry { token }),
+                Credential::RegistryToken { token } => Some(EncodedCredential::Registry { token }),
             })
             .collect();
         let bytes = serde_json::to_vec(&sealed).map_err(|_| SealError::TooLarge(0))?;
@@ -111,10 +112,10 @@ impl Plain {
         }
     }
 
-    /// Seals them to a node's key; two times are never equal.
-    pub fn seal(&self, public_key: &str, place: Place<'_>) -> Result<String, SealError> {
+    /// Seals the credentials to the key of a node. The result differs each time.
+    pub fn seal(&self, public_key: &str, place: SealContext<'_>) -> Result<String, SealError> {
         let key = BASE64.decode(public_key).map_err(|_| SealError::Key)?;
-        let key = PublicKey::from_bytes(&key).map_err(|_| SealError::Key)?;
+        let key = HpkePublicKey::from_bytes(&key).map_err(|_| SealError::Key)?;
         let sealed = single_shot_seal::<ChaCha20Poly1305, HkdfSha256, X25519HkdfSha256>(
             &OpModeS::Base,
             &key,
@@ -129,34 +130,35 @@ impl Plain {
     }
 }
 
-impl Place<'_> {
-    /// No two places have the same bytes: none of the texts has a line break.
+impl SealContext<'_> {
+    /// Returns the context as bytes. They are unambiguous, since none of the texts has a line
+    /// break.
     fn bytes(self) -> Vec<u8> {
         format!("{}\n{}\n{}", self.node, self.preload, self.reference).into_bytes()
     }
 }
 
 impl NodeKey {
-    /// A new one.
+    /// Generates a new key pair.
     #[must_use]
     pub fn generate() -> Self {
         let (private, public) = X25519HkdfSha256::gen_keypair();
         Self { private, public: BASE64.encode(public.to_bytes()) }
     }
 
-    /// What others seal to.
+    /// Returns the public key in base64.
     #[must_use]
     pub fn public(&self) -> &str {
         &self.public
     }
 
-    /// Opens what was sealed to this key for this place.
-    pub fn open(&self, sealed: &str, place: Place<'_>) -> Result<Vec<Credential>, SealError> {
+    /// Opens credentials that were sealed to this key for this context.
+    pub fn open(&self, sealed: &str, place: SealContext<'_>) -> Result<Vec<Credential>, SealError> {
         let bytes = BASE64.decode(sealed).map_err(|_| SealError::NotForUs)?;
         let (encapsulated, sealed) =
-            bytes.split_at_checked(Encapsulated::size()).ok_or(SealError::NotForUs)?;
+            bytes.split_at_checked(EncapsulatedKey::size()).ok_or(SealError::NotForUs)?;
         let encapsulated =
-            Encapsulated::from_bytes(encapsulated).map_err(|_| SealError::NotForUs)?;
+            EncapsulatedKey::from_bytes(encapsulated).map_err(|_| SealError::NotForUs)?;
         let opened = single_shot_open::<ChaCha20Poly1305, HkdfSha256, X25519HkdfSha256>(
             &OpModeR::Base,
             &self.private,
@@ -166,12 +168,16 @@ impl NodeKey {
             &place.bytes(),
         );
         let opened = opened.map_err(|_| SealError::NotForUs)?;
-        let sealed: Vec<Sealed> =
+        let sealed: Vec<EncodedCredential> =
             serde_json::from_slice(&opened).map_err(|_| SealError::NotForUs)?;
         let credentials = sealed.into_iter().map(|credential| match credential {
-            Sealed::Basic { username, password } => Credential::Basic { username, password },
-            Sealed::Identity { username, token } => Credential::IdentityToken { username, token },
-            Sealed::Registry { token } => Credential::RegistryToken { token },
+            EncodedCredential::Basic { username, password } => {
+                Credential::Basic { username, password }
+            }
+            EncodedCredential::Identity { username, token } => {
+                Credential::IdentityToken { username, token }
+            }
+            EncodedCredential::Registry { token } => Credential::RegistryToken { token },
         });
         Ok(credentials.collect())
     }
@@ -181,8 +187,8 @@ impl NodeKey {
 mod tests {
     use super::*;
 
-    const PLACE: Place<'_> =
-        Place { node: "worker-1", preload: "team/tool", reference: "r.io/tool:v1@sha256:00" };
+    const PLACE: SealContext<'_> =
+        SealContext { node: "worker-1", preload: "team/tool", reference: "r.io/tool:v1@sha256:00" };
 
     fn credentials() -> Vec<Credential> {
         vec![
@@ -194,7 +200,7 @@ mod tests {
     #[test]
     fn what_is_sealed_is_opened_by_its_key_alone() {
         let (key, other) = (NodeKey::generate(), NodeKey::generate());
-        let plain = Plain::new(&credentials()).expect("short");
+        let plain = PlainCredentials::new(&credentials()).expect("short");
         let sealed = plain.seal(key.public(), PLACE).expect("sealed");
         assert_eq!(key.open(&sealed, PLACE), Ok(credentials()));
         assert_eq!(other.open(&sealed, PLACE), Err(SealError::NotForUs));
@@ -205,12 +211,12 @@ mod tests {
     #[test]
     fn what_is_sealed_cannot_be_moved_or_changed() {
         let key = NodeKey::generate();
-        let plain = Plain::new(&credentials()).expect("short");
+        let plain = PlainCredentials::new(&credentials()).expect("short");
         let sealed = plain.seal(key.public(), PLACE).expect("sealed");
         for place in [
-            Place { node: "worker-2", ..PLACE },
-            Place { preload: "team/other", ..PLACE },
-            Place { reference: "evil.org/tool:v1@sha256:00", ..PLACE },
+            SealContext { node: "worker-2", ..PLACE },
+            SealContext { preload: "team/other", ..PLACE },
+            SealContext { reference: "evil.org/tool:v1@sha256:00", ..PLACE },
         ] {
             assert_eq!(key.open(&sealed, place), Err(SealError::NotForUs));
         }
@@ -225,8 +231,9 @@ mod tests {
 
     #[test]
     fn the_longest_credentials_fit_the_objects_field() {
-        let of =
-            |length: usize| Plain::new(&[Credential::RegistryToken { token: "x".repeat(length) }]);
+        let of = |length: usize| {
+            PlainCredentials::new(&[Credential::RegistryToken { token: "x".repeat(length) }])
+        };
         let longest = (0..MAXIMUM_BYTES).rev().find_map(|length| of(length).ok()).expect("one");
         let sealed = longest.seal(NodeKey::generate().public(), PLACE).expect("sealed");
         assert!(sealed.len() <= 6144, "{}", sealed.len());

@@ -1,4 +1,4 @@
-//! Durations as Go and Kubernetes write them.
+//! Durations in the syntax of Go and Kubernetes.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 
 use crate::printable::excerpt;
 
-/// A duration as Go writes it: `1h30m`, `1.5h`, `500ms`.
+/// A duration in Go syntax: `1h30m`, `1.5h`, `500ms`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct GoDuration(pub Duration);
@@ -56,7 +56,7 @@ impl TryFrom<String> for GoDuration {
     }
 }
 
-/// Deserializes a duration as Go writes it, for `deserialize_with`.
+/// Deserializes a duration in Go syntax, for `deserialize_with`.
 pub fn go_duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     Ok(GoDuration::deserialize(from)?.0)
 }

@@ -1,4 +1,4 @@
-//! Durations, sizes and foreign text, in the form that people read and write.
+//! Durations, sizes and untrusted text, in the form that users read and write.
 
 pub mod duration;
 pub mod printable;

@@ -1,4 +1,4 @@
-//! Foreign text, made safe for a terminal and for a line of its own.
+//! Untrusted text, made safe for a terminal and for one line.
 
 use std::borrow::Cow;
 
@@ -35,14 +35,14 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(escaped)
 }
 
-/// Returns the first characters of foreign text for a message, without control characters.
+/// Returns the first characters of untrusted text for a message, without control characters.
 #[must_use]
 pub fn excerpt(text: &str, maximum_characters: usize) -> String {
     text.chars().filter(|character| !character.is_control()).take(maximum_characters).collect()
 }
 
-/// Returns foreign text for a message, without control characters. What is longer than so many
-/// bytes ends in `…`, which does not count.
+/// Returns untrusted text for a message, without control characters. A text longer than
+/// `maximum_bytes` ends in `…`, which does not count.
 #[must_use]
 pub fn shorten(text: &str, maximum_bytes: usize) -> String {
     let mut kept = String::new();
@@ -56,7 +56,7 @@ pub fn shorten(text: &str, maximum_bytes: usize) -> String {
     kept
 }
 
-/// Returns the start of a text within so many bytes, cut between two characters.
+/// Returns the start of a text within `maximum_bytes`, cut between two characters.
 #[must_use]
 pub fn truncated(text: &str, maximum_bytes: usize) -> &str {
     &text[..text.floor_char_boundary(maximum_bytes)]

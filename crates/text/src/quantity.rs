@@ -1,16 +1,16 @@
-//! Quantities as Kubernetes writes them: `10Gi`, `500M`, `1.5Ti`, `1e9`.
+//! Quantities of Kubernetes: `10Gi`, `500M`, `1.5Ti`, `1e9`.
 
 use serde::Deserialize;
 
-/// Bytes.
+/// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "Written")]
+#[serde(try_from = "QuantityValue")]
 pub struct Quantity(pub u64);
 
-/// YAML calls `1000` a number and `10Gi` a text.
+/// A value in YAML, where `1000` is a number and `10Gi` a text.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Written {
+enum QuantityValue {
     Number(u64),
     Text(String),
 }
@@ -31,13 +31,13 @@ const SUFFIXES: [(&str, u64); 13] = [
     ("", 1),
 ];
 
-impl TryFrom<Written> for Quantity {
+impl TryFrom<QuantityValue> for Quantity {
     type Error = String;
 
-    fn try_from(written: Written) -> Result<Self, String> {
+    fn try_from(written: QuantityValue) -> Result<Self, String> {
         match written {
-            Written::Number(number) => Ok(Self(number)),
-            Written::Text(text) => text.parse(),
+            QuantityValue::Number(number) => Ok(Self(number)),
+            QuantityValue::Text(text) => text.parse(),
         }
     }
 }
@@ -51,7 +51,7 @@ impl std::str::FromStr for Quantity {
             .iter()
             .find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit)))
             .ok_or_else(wrong)?;
-        // "E" is exa, "1e9" and "1E9" are exponents: digits follow those.
+        // "E" alone is exa; in "1e9" and "1E9", with digits after it, it is an exponent.
         let (number, exponent) = match number.split_once(['e', 'E']) {
             Some((number, exponent)) if unit == 1 => {
                 (number, exponent.parse::<u32>().map_err(|_| wrong())?)

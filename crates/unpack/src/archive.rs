@@ -1,7 +1,7 @@
-//! Archives: compressed bytes to checked entries, in one pass and bounded memory.
+//! Archives: reads compressed bytes as checked entries, in one pass and bounded memory.
 //!
-//! What an entry means for the tree (through which links it passes, what it
-//! replaces) is decided when layers are merged; here it is checked by itself.
+//! Each entry is checked by itself here. Its effect on the tree (the links that it passes through,
+//! the entries that it replaces) is decided when layers are merged.
 
 use std::collections::HashSet;
 use std::collections::hash_map::RandomState;
@@ -16,64 +16,64 @@ use super::layer_rule::ArchiveRule;
 use super::limits::Limits;
 use super::path::{PathError, RelativePath};
 use super::permissions::{NodeType, Owner, Permissions, PermissionsRule};
-use super::tape::{Member, MemberKind, Tape};
+use super::tar_reader::{ArchiveMember, MemberKind, TarReader};
 use oci_types::Digest;
 
-/// Hides a name of lower layers.
+/// Prefix of a whiteout, which hides a name of lower layers.
 const WHITEOUT: &[u8] = b".wh.";
-/// What AUFS left in layers for itself, and the mark of an opaque folder.
+/// Prefix of AUFS metadata files and of the opaque mark.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
-/// Hides all that lower layers have in the folder.
+/// Name of the opaque mark, which hides all that lower layers have in its folder.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Where a layer's entries and contents go, in the archive's order.
+/// Receiver of the entries and contents of a layer, in the archive's order.
 pub trait Sink {
-    /// Stores a regular file's content and gives it a number. The content must be read
-    /// to its end; what is left is skipped. The entry follows by [`Sink::entry`].
+    /// Stores the content of a regular file and gives it a number. Unread content is skipped. The
+    /// entry follows by [`Sink::entry`].
     fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile>;
 
     /// Records an entry.
     fn entry(&mut self, entry: Entry) -> io::Result<()>;
 }
 
-/// What is known of a file before its content.
+/// Header of a regular file, known before its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileHeader {
-    /// Its name in the archive.
+    /// Name in the archive.
     pub path: RelativePath,
-    /// With the permissions' rule applied.
+    /// Metadata with the permissions rule applied.
     pub metadata: Metadata,
-    /// Bytes of the content; fewer are an error of the reader.
+    /// Size of the content in bytes. The reader fails if there are fewer.
     pub size: u64,
 }
 
-/// What a sink made of a file.
+/// Result of storing a file in a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredFile {
-    /// The sink's number for the content.
+    /// Number that the sink gave to the content.
     pub data: u32,
-    /// Of the content.
+    /// Checksum of the content.
     pub checksum: Checksum,
 }
 
-/// Sums of one layer.
+/// Counts and sizes of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Totals {
     /// Entries given to the sink.
     pub entries: u64,
     /// Regular files among them.
     pub files: u64,
-    /// Bytes of the regular files' contents.
+    /// Total size of the contents of regular files, in bytes.
     pub bytes: u64,
-    /// Device nodes and fifos, which no volume shows, and hard links to them.
+    /// Number of device nodes and fifos, which no volume shows, and of hard links to them.
     pub special_files: u64,
-    /// Bytes of the uncompressed archive.
+    /// Size of the uncompressed archive in bytes.
     pub tar_bytes: u64,
-    /// The digest of the uncompressed archive, of all its bytes, where the rule names one.
+    /// Digest of the whole uncompressed archive, if the rule names an expected one.
     pub tar_digest: Option<Digest>,
 }
 
-/// Unpacks a layer. `input` is the blob as the registry has it; it is read to its end.
+/// Unpacks a layer. `input` is the compressed blob, which is read to its end.
 pub fn unpack(
     input: impl Read + Send,
     rule: &ArchiveRule,
@@ -86,7 +86,7 @@ pub fn unpack(
     record(input, rule, permissions, limits, sink, check)
 }
 
-/// Reads an archive, with a last word on each entry.
+/// Reads an archive. `check` may refuse an entry before the sink gets it.
 pub(super) fn record(
     input: impl Read + Send,
     rule: &ArchiveRule,
@@ -96,12 +96,12 @@ pub(super) fn record(
     check: impl FnMut(&Entry) -> Result<(), UnpackError>,
 ) -> Result<Totals, UnpackError> {
     content::decompress(input, limits, rule.tar_digest.is_some(), |content| {
-        record_content(Tape::new(content, limits), rule, permissions, limits, sink, check)
+        record_content(TarReader::new(content, limits), rule, permissions, limits, sink, check)
     })
 }
 
 fn record_content(
-    mut tape: Tape<'_>,
+    mut tar: TarReader<'_>,
     rule: &ArchiveRule,
     permissions: PermissionsRule,
     limits: &Limits,
@@ -110,7 +110,7 @@ fn record_content(
 ) -> Result<Totals, UnpackError> {
     let (mut entries, mut files, mut bytes) = (0, 0, 0_u64);
     let (mut members, mut special_files, mut metadata_bytes) = (0, 0, 0);
-    while let Some(member) = tape.next()? {
+    while let Some(member) = tar.next()? {
         members += 1;
         if members > limits.entries {
             return Err(UnpackError::TooManyEntries { limit: limits.entries });
@@ -124,7 +124,7 @@ fn record_content(
             continue;
         }
         let metadata = metadata(&member, &path, permissions, limits)?;
-        // Marks and special files have no inode, and hard links that of their target.
+        // Marks and special files have no inode, and hard links have that of their target.
         let has_inode = !is_special && member.kind != MemberKind::HardLink && mark.is_none();
         if has_inode && !metadata.permissions.has_owner() {
             return Err(UnpackError::Owner { path, uid: member.uid, gid: member.gid });
@@ -148,11 +148,11 @@ fn record_content(
             (None, MemberKind::File) => {
                 files += 1;
                 bytes = bytes.saturating_add(member.size);
-                // Before the first byte of it is stored.
+                // Fail before the first byte of the file is stored.
                 if bytes > limits.unpacked_bytes {
                     return Err(UnpackError::TooManyBytes { limit: limits.unpacked_bytes });
                 }
-                store(FileHeader { path, metadata, size: member.size }, &mut tape, sink)?
+                store(FileHeader { path, metadata, size: member.size }, &mut tar, sink)?
             }
         };
         metadata_bytes += entry.metadata_bytes();
@@ -163,7 +163,8 @@ fn record_content(
         sink.entry(entry).map_err(UnpackError::Store)?;
         entries += 1;
     }
-    let content::Summary { bytes: tar_bytes, digest: tar_digest } = tape.into_content().finish()?;
+    let content::ContentSummary { bytes: tar_bytes, digest: tar_digest } =
+        tar.into_content().finish()?;
     match (rule.tar_digest, tar_digest) {
         (Some(expected), Some(found)) if expected != found => {
             Err(UnpackError::TarDigest { expected, found })
@@ -172,16 +173,16 @@ fn record_content(
     }
 }
 
-/// Symbolic links of the archive so far, by keyed hashes of their paths, where no entry may pass
-/// through one. Merging would refuse such entries too, but then the layer would be in the store already.
-/// Only the first links of an archive with very many are checked here.
+/// Symbolic links of the archive so far, as keyed hashes of their paths. Outside images, no entry
+/// may pass through one. Merging would refuse such entries too, but only after the layer was
+/// stored. Archives with very many links have only the first [`OWN_LINKS`] checked here.
 #[derive(Default)]
 struct OwnLinks {
     key: RandomState,
     links: HashSet<u64>,
 }
 
-/// Symbolic links that are checked, at most: half a megabyte of hashes.
+/// Maximum number of symbolic links that are checked: half a megabyte of hashes.
 const OWN_LINKS: usize = 1 << 15;
 
 impl OwnLinks {
@@ -202,15 +203,15 @@ impl OwnLinks {
     }
 }
 
-/// Where an entry goes, and what it means there if it is a mark of an image's
-/// layer; none for what is to be ignored.
+/// Returns the path of an entry, with its kind if it is a mark of an image layer. `None` if the
+/// entry is to be ignored.
 fn place(
     name: &[u8],
     rule: &ArchiveRule,
     limits: &Limits,
 ) -> Result<Option<(RelativePath, Option<EntryKind>)>, UnpackError> {
     let refused = |reason| UnpackError::Name { name: shown(name), reason };
-    // A folder of ORAS has relative names, as `oras pull` demands it.
+    // A folder of ORAS has relative names: `oras pull` requires them.
     let parse =
         if rule.within.is_some() { RelativePath::parse } else { RelativePath::parse_rooted };
     let path = parse(name, limits).map_err(refused)?;
@@ -245,12 +246,12 @@ fn place(
 
 fn store(
     header: FileHeader,
-    tape: &mut Tape<'_>,
+    tar: &mut TarReader<'_>,
     sink: &mut impl Sink,
 ) -> Result<Entry, UnpackError> {
-    let stored = sink.file(&header, tape);
-    // The reader's own failure explains the sink's.
-    if let Some(failure) = tape.failure() {
+    let stored = sink.file(&header, tar);
+    // A failure of the reader is the cause of the sink's error.
+    if let Some(failure) = tar.failure() {
         return Err(failure);
     }
     let StoredFile { data, checksum } = stored.map_err(UnpackError::Store)?;
@@ -283,7 +284,7 @@ fn symbolic_link(
 }
 
 fn metadata(
-    member: &Member,
+    member: &ArchiveMember,
     path: &RelativePath,
     rule: PermissionsRule,
     limits: &Limits,
@@ -293,24 +294,24 @@ fn metadata(
         MemberKind::SymbolicLink => NodeType::SymbolicLink,
         MemberKind::File | MemberKind::HardLink | MemberKind::Special => NodeType::File,
     };
-    let Member { mode, modified, .. } = *member;
+    let ArchiveMember { mode, modified, .. } = *member;
     let [uid, gid] = [&member.uid, &member.gid].map(Owner::number);
     let permissions = rule.apply(node, Permissions { mode, uid, gid });
     let extended_attributes = match node {
-        // The kernel has no user attributes on symbolic links.
+        // Linux has no user attributes on symbolic links.
         NodeType::SymbolicLink => ExtendedAttributes::default(),
         NodeType::Directory | NodeType::File => extended_attributes(member, path, limits)?,
     };
     Ok(Metadata { permissions, modified, extended_attributes })
 }
 
-/// Only `user.*`: other namespaces give rights, or belong to the node.
+/// Keeps the attributes in `user.*`. Other namespaces grant rights or belong to the node.
 fn extended_attributes(
-    member: &Member,
+    member: &ArchiveMember,
     path: &RelativePath,
     limits: &Limits,
 ) -> Result<ExtendedAttributes, UnpackError> {
-    /// The kernel's bound (`XATTR_NAME_MAX`).
+    /// `XATTR_NAME_MAX` of Linux.
     const NAME_BYTES: usize = 255;
     let refused =
         |limit, key| Err(UnpackError::ExtendedAttributes { path: path.clone(), limit, key });

@@ -1,27 +1,27 @@
-//! What finds out later whether a file of a layer is still what was unpacked.
+//! Checksums that detect later damage to the files of unpacked layers.
 //!
-//! That it came from the right blob is proven by the blob's digest. What is left to find is
-//! what disks do, for which a fast hash will do: SHA-256 of every file again cost up to a seventh of
-//! a pull.
+//! The digest of the blob proves where a file comes from. The checksum has to find damage on disk
+//! only, for which a fast hash is enough: SHA-256 of every file again took up to a seventh of a
+//! pull.
 
 use twox_hash::xxhash3_128::Hasher;
 
 use oci_types::Digest;
 
-/// Of a file's content.
+/// Checksum of the content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksum {
-    /// XXH3 with 128 bits and the seed 0.
+    /// XXH3 with 128 bits and seed 0.
     Xxh3(u128),
-    /// SHA-256: of layers that were unpacked before there was the other one.
+    /// SHA-256, which layers of older versions have.
     Sha256(Digest),
 }
 
-/// Makes the checksum of content that comes in pieces.
+/// Incremental computation of a checksum.
 pub struct Checksummer(Hasher);
 
 impl Checksum {
-    /// Of content in memory.
+    /// Computes the checksum of content in memory.
     #[must_use]
     pub fn of(content: &[u8]) -> Self {
         Self::Xxh3(Hasher::oneshot(content))
@@ -35,12 +35,12 @@ impl Default for Checksummer {
 }
 
 impl Checksummer {
-    /// The next piece.
+    /// Adds the next bytes.
     pub fn update(&mut self, piece: &[u8]) {
         self.0.write(piece);
     }
 
-    /// Of all pieces.
+    /// Returns the checksum of all added bytes.
     #[must_use]
     pub fn finish(self) -> Checksum {
         Checksum::Xxh3(self.0.finish_128())

@@ -1,66 +1,75 @@
-//! A layer's decompressed bytes, made by a thread of their own.
+//! The decompressed bytes of a layer, produced by a thread of their own.
 //!
-//! Decompressing takes about as long as all that is done with its outcome, so both go on
-//! at once. Between them are a few buffers that go round: memory is bounded, and nothing
-//! is copied on the way.
+//! Decompression takes about as long as the rest of unpacking, so both run at once. A few buffers
+//! circulate between them, which bounds memory and avoids copies.
 
 use std::io::Read;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
-use super::decompress::Decompressed;
+use super::decompress::DecompressReader;
 use super::error::UnpackError;
 use super::limits::Limits;
 use oci_types::Digest;
 
-/// Large enough that handing it over costs nothing, small enough for the processor's cache.
+/// Size of a buffer: large enough that passing it on costs nothing, small enough for the
+/// processor's cache.
 const BUFFER: usize = 128 << 10;
-/// Buffers on their way, beside the one that is filled and the one that is used.
+/// Number of buffers in the queue, beside the one that is filled and the one that is read.
 const QUEUE: usize = 2;
 
-/// The decompressed content.
-pub(super) struct Content {
-    filled: Receiver<Message>,
+/// Reader of the decompressed content.
+pub(super) struct DecompressedContent {
+    filled: Receiver<ContentMessage>,
     emptied: Sender<Vec<u8>>,
     buffer: Vec<u8>,
-    /// What was used of the buffer.
+    /// Bytes of the buffer that were consumed.
     used: usize,
     position: u64,
     packed: u64,
-    end: Option<Summary>,
+    end: Option<ContentSummary>,
 }
 
-/// What is known of the content at its end.
+/// Summary of the content, known at its end.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Summary {
+pub(super) struct ContentSummary {
     pub(super) bytes: u64,
-    /// Only when it was asked for: it costs as much as decompressing.
+    /// Present only on request: computing it takes as long as decompressing.
     pub(super) digest: Option<Digest>,
 }
 
-enum Message {
-    /// Bytes, and how many packed ones were read for all so far.
+enum ContentMessage {
+    /// Decompressed bytes, and the number of compressed bytes read so far.
     Bytes(Vec<u8>, u64),
-    End(Summary),
+    End(ContentSummary),
     Failed(UnpackError),
 }
 
-/// Decompresses `input` and has its content used. Its digest is made if `digested`.
+/// Decompresses `input` on another thread and calls `with` to read it. Computes the digest if
+/// `digested`.
 pub(super) fn decompress<R: Read + Send, T, E: From<UnpackError>>(
     input: R,
     limits: &Limits,
     digested: bool,
-    with: impl FnOnce(Content) -> Result<T, E>,
+    with: impl FnOnce(DecompressedContent) -> Result<T, E>,
 ) -> Result<T, E> {
     let (full, filled) = sync_channel(QUEUE);
     let (emptied, empty) = channel();
     std::thread::scope(|scope| {
-        // Whoever uses it may end before it does; then nobody takes a message, and this ends too.
+        // `with` may return early. Sending then fails, and the thread ends too.
         std::thread::Builder::new()
             .name("decompress".to_owned())
             .spawn_scoped(scope, move || produce(input, limits, digested, &full, &empty))
             .map_err(UnpackError::Store)?;
         let buffer = Vec::new();
-        with(Content { filled, emptied, buffer, used: 0, position: 0, packed: 0, end: None })
+        with(DecompressedContent {
+            filled,
+            emptied,
+            buffer,
+            used: 0,
+            position: 0,
+            packed: 0,
+            end: None,
+        })
     })
 }
 
@@ -68,11 +77,11 @@ fn produce<R: Read>(
     input: R,
     limits: &Limits,
     digested: bool,
-    full: &SyncSender<Message>,
+    full: &SyncSender<ContentMessage>,
     empty: &Receiver<Vec<u8>>,
 ) {
-    let produce = || -> Result<Option<Summary>, UnpackError> {
-        let mut content = Decompressed::new(input, limits, digested)?;
+    let produce = || -> Result<Option<ContentSummary>, UnpackError> {
+        let mut content = DecompressReader::new(input, limits, digested)?;
         loop {
             let mut buffer = empty.try_recv().unwrap_or_default();
             buffer.resize(BUFFER, 0);
@@ -85,7 +94,7 @@ fn produce<R: Read>(
             }
             buffer.truncate(length);
             let is_last = length < BUFFER;
-            if full.send(Message::Bytes(buffer, content.packed())).is_err() {
+            if full.send(ContentMessage::Bytes(buffer, content.packed())).is_err() {
                 return Ok(None);
             }
             if is_last {
@@ -93,38 +102,38 @@ fn produce<R: Read>(
             }
         }
     };
-    // Nobody listens to what is said after the last one who used it has gone.
+    // Sending fails only if the receiver was dropped.
     let _ = match produce() {
-        Ok(Some(summary)) => full.send(Message::End(summary)),
+        Ok(Some(summary)) => full.send(ContentMessage::End(summary)),
         Ok(None) => Ok(()),
-        Err(error) => full.send(Message::Failed(error)),
+        Err(error) => full.send(ContentMessage::Failed(error)),
     };
 }
 
-impl Content {
-    /// Bytes used so far.
+impl DecompressedContent {
+    /// Returns the number of bytes consumed so far.
     pub(super) fn position(&self) -> u64 {
         self.position
     }
 
-    /// Returns the number of packed bytes that were read for the bytes so far.
+    /// Returns the number of compressed bytes that were read for the bytes so far.
     pub(super) fn packed(&self) -> u64 {
         self.packed
     }
 
-    /// The next bytes; none at the end of the content, and only there.
+    /// Returns the next bytes; an empty slice at the end of the content, and only there.
     pub(super) fn fill(&mut self) -> Result<&[u8], UnpackError> {
         while self.used == self.buffer.len() && self.end.is_none() {
             match self.filled.recv() {
-                Ok(Message::Bytes(bytes, packed)) => {
+                Ok(ContentMessage::Bytes(bytes, packed)) => {
                     self.packed = packed;
                     let emptied = std::mem::replace(&mut self.buffer, bytes);
                     self.used = 0;
-                    // The other side may be done already.
+                    // The producer may have ended already.
                     let _ = self.emptied.send(emptied);
                 }
-                Ok(Message::End(summary)) => self.end = Some(summary),
-                Ok(Message::Failed(error)) => return Err(error),
+                Ok(ContentMessage::End(summary)) => self.end = Some(summary),
+                Ok(ContentMessage::Failed(error)) => return Err(error),
                 Err(_) => {
                     let error = std::io::Error::other("the layer failed before");
                     return Err(UnpackError::Read(error));
@@ -134,14 +143,14 @@ impl Content {
         Ok(&self.buffer[self.used..])
     }
 
-    /// So many of the bytes were used.
+    /// Marks this many bytes as consumed.
     pub(super) fn consume(&mut self, bytes: usize) {
         let bytes = bytes.min(self.buffer.len() - self.used);
         self.used += bytes;
         self.position += bytes as u64;
     }
 
-    /// Reads some bytes; none at the end of the content, and only there.
+    /// Reads some bytes. Returns 0 at the end of the content, and only there.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
         let bytes = self.fill()?;
         let length = bytes.len().min(buffer.len());
@@ -150,8 +159,8 @@ impl Content {
         Ok(length)
     }
 
-    /// Reads to the end.
-    pub(super) fn finish(mut self) -> Result<Summary, UnpackError> {
+    /// Reads to the end of the content.
+    pub(super) fn finish(mut self) -> Result<ContentSummary, UnpackError> {
         loop {
             let length = self.fill()?.len();
             if length == 0 {
@@ -159,7 +168,7 @@ impl Content {
             }
             self.consume(length);
         }
-        let nothing = Summary { bytes: self.position, digest: None };
+        let nothing = ContentSummary { bytes: self.position, digest: None };
         Ok(self.end.unwrap_or(nothing))
     }
 }

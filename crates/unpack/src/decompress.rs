@@ -1,67 +1,67 @@
-//! A layer's bytes, decompressed, counted, and hashed where somebody asks, as they pass.
+//! Decompression of a layer's bytes, which are counted and optionally hashed on the way.
 //!
-//! The compression is read from the content's first bytes, never from the media
-//! type: types lie (an ORAS folder is tar+gzip under any type), and a decoder that
-//! depends on the bytes alone lets one blob have one form in the store. Nothing
-//! that is not compressed can start like gzip or zstd and still be a tar archive
-//! that somebody made in good faith.
+//! The compression is detected from the first bytes of the content, never from the media type.
+//! Media types are unreliable (an ORAS folder is tar+gzip under any type), and a decoder that
+//! depends on the bytes alone gives one blob one form in the store. No well-formed uncompressed tar
+//! archive starts like gzip or zstd.
 
 use std::io::{self, BufRead, BufReader, Chain, Cursor, Read};
 
 use flate2::bufread::GzDecoder;
 use sha2::{Digest as _, Sha256};
 
-use super::content::Summary;
+use super::content::ContentSummary;
 use super::error::UnpackError;
 use super::limits::Limits;
 use oci_types::Digest;
 
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
-/// A zstd stream may start with a frame to skip: `0x184D2A50` to `0x184D2A5F`, little-endian.
+/// Common bytes of the magic numbers of skippable zstd frames, `0x184D2A50` to `0x184D2A5F` in
+/// little-endian order. A stream may start with one.
 const ZSTD_SKIPPABLE: [u8; 3] = [0x2a, 0x4d, 0x18];
 const MAGIC_LENGTH: u64 = 4;
-/// As much as one read of a file or a channel usually brings.
+/// Size that one read of a file or a channel usually returns.
 const INPUT_BUFFER: usize = 64 << 10;
 
-/// The decompressed content.
-pub(super) struct Decompressed<'a, R: Read> {
-    decoder: Decoder<Input<R>>,
+/// Reader of the decompressed content.
+pub(super) struct DecompressReader<'a, R: Read> {
+    decoder: ContentDecoder<CompressedInput<R>>,
     limits: &'a Limits,
     hash: Option<Sha256>,
     position: u64,
 }
 
-/// The compressed content: what was looked at to tell its form, then the rest.
-type Input<R> = Chain<Cursor<Vec<u8>>, BufReader<Source<R>>>;
+/// Compressed content: the bytes that were read for detection, then the rest.
+type CompressedInput<R> = Chain<Cursor<Vec<u8>>, BufReader<InputSource<R>>>;
 
-enum Decoder<I: BufRead> {
+enum ContentDecoder<I: BufRead> {
     Stored(I),
-    Gzip(Gzip<I>),
+    Gzip(GzipMembers<I>),
     Zstd(zstd::stream::read::Decoder<'static, I>),
 }
 
-/// The reader that the caller gave. It keeps its errors, since decoders only pass
-/// on what looks like one of their own.
-struct Source<R> {
+/// Reader that the caller passed. It keeps its own errors, since decoders return only errors that
+/// look like theirs.
+struct InputSource<R> {
     reader: R,
     count: u64,
     failure: Option<io::Error>,
 }
 
-/// Members of a gzip stream one after the other, and the zeros that tapes and
-/// some writers leave after the last. Anything else after it is refused.
-enum Gzip<I: BufRead> {
+/// State of a multi-member gzip stream. Zeros after the last member are padding of tapes and of
+/// some writers. Other trailing bytes are refused.
+enum GzipMembers<I: BufRead> {
     Member(Box<GzDecoder<I>>),
     Between(I),
     Ended(I),
-    /// Only while one state becomes another.
+    /// Placeholder while one state is replaced by another.
     Taken,
 }
 
-impl<'a, R: Read> Decompressed<'a, R> {
+impl<'a, R: Read> DecompressReader<'a, R> {
     pub(super) fn new(reader: R, limits: &'a Limits, digested: bool) -> Result<Self, UnpackError> {
-        let source = Source { reader, count: 0, failure: None };
+        let source = InputSource { reader, count: 0, failure: None };
         let mut input = BufReader::with_capacity(INPUT_BUFFER, source);
         let mut start = Vec::new();
         if let Err(error) = input.by_ref().take(MAGIC_LENGTH).read_to_end(&mut start) {
@@ -72,20 +72,20 @@ impl<'a, R: Read> Decompressed<'a, R> {
             || (start.ends_with(&ZSTD_SKIPPABLE) && start.first().is_some_and(|b| b >> 4 == 5));
         let input = Cursor::new(start).chain(input);
         let decoder = if is_gzip {
-            Decoder::Gzip(Gzip::Between(input))
+            ContentDecoder::Gzip(GzipMembers::Between(input))
         } else if is_zstd {
             let mut decoder =
                 zstd::stream::read::Decoder::with_buffer(input).map_err(UnpackError::Decompress)?;
             decoder.window_log_max(limits.zstd_window_log).map_err(UnpackError::Decompress)?;
-            Decoder::Zstd(decoder)
+            ContentDecoder::Zstd(decoder)
         } else {
-            Decoder::Stored(input)
+            ContentDecoder::Stored(input)
         };
         let hash = digested.then(Sha256::new);
         Ok(Self { decoder, limits, hash, position: 0 })
     }
 
-    /// Reads some bytes; none at the end of the content, and only there.
+    /// Reads some bytes. Returns 0 at the end of the content, and only there.
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, UnpackError> {
         let read = loop {
             match self.decoder.read(buffer) {
@@ -116,34 +116,35 @@ impl<'a, R: Read> Decompressed<'a, R> {
         Ok(read)
     }
 
-    /// What is known of what was read.
-    pub(super) fn finish(self) -> Summary {
+    /// Returns the summary of the bytes that were read.
+    pub(super) fn finish(self) -> ContentSummary {
         let digest = self.hash.map(|hash| Digest::from_bytes(hash.finalize().into()));
-        Summary { bytes: self.position, digest }
+        ContentSummary { bytes: self.position, digest }
     }
 
-    /// Returns the number of packed bytes that were read so far.
+    /// Returns the number of compressed bytes that were read so far.
     pub(super) fn packed(&mut self) -> u64 {
         self.source().count
     }
 
-    fn source(&mut self) -> &mut Source<R> {
+    fn source(&mut self) -> &mut InputSource<R> {
         self.decoder.input().get_mut().1.get_mut()
     }
 }
 
-impl<I: BufRead> Decoder<I> {
+impl<I: BufRead> ContentDecoder<I> {
     fn input(&mut self) -> &mut I {
         match self {
-            Self::Stored(input) | Self::Gzip(Gzip::Between(input) | Gzip::Ended(input)) => input,
+            Self::Stored(input)
+            | Self::Gzip(GzipMembers::Between(input) | GzipMembers::Ended(input)) => input,
             Self::Zstd(decoder) => decoder.get_mut(),
-            Self::Gzip(Gzip::Member(decoder)) => decoder.get_mut(),
-            Self::Gzip(Gzip::Taken) => unreachable!("no state is left taken"),
+            Self::Gzip(GzipMembers::Member(decoder)) => decoder.get_mut(),
+            Self::Gzip(GzipMembers::Taken) => unreachable!("no state is left taken"),
         }
     }
 }
 
-impl<I: BufRead> Read for Decoder<I> {
+impl<I: BufRead> Read for ContentDecoder<I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::Stored(input) => input.read(buffer),
@@ -153,7 +154,7 @@ impl<I: BufRead> Read for Decoder<I> {
     }
 }
 
-impl<R: Read> Read for Source<R> {
+impl<R: Read> Read for InputSource<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.reader.read(buffer) {
             Ok(read) => {
@@ -170,7 +171,7 @@ impl<R: Read> Read for Source<R> {
     }
 }
 
-impl<I: BufRead> Read for Gzip<I> {
+impl<I: BufRead> Read for GzipMembers<I> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match self {
@@ -179,7 +180,7 @@ impl<I: BufRead> Read for Gzip<I> {
                     if read > 0 || buffer.is_empty() {
                         return Ok(read);
                     }
-                    // The member's checksum was right, else the decoder had failed.
+                    // The checksum of the member was right: otherwise the decoder had failed.
                     if let Self::Member(decoder) = std::mem::replace(self, Self::Taken) {
                         *self = Self::Between(decoder.into_inner());
                     }
@@ -209,7 +210,7 @@ impl<I: BufRead> Read for Gzip<I> {
     }
 }
 
-/// To the end of the input, which must be nothing but zeros.
+/// Skips zeros until the end of the input. Fails on any other byte.
 fn skip_zeros(input: &mut impl BufRead) -> io::Result<()> {
     loop {
         let bytes = input.fill_buf()?;

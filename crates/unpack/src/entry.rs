@@ -1,4 +1,4 @@
-//! What a layer records of its archive's members, in the archive's order.
+//! Entries: the records that a layer keeps of its archive's members, in the archive's order.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,43 +7,43 @@ use super::checksum::Checksum;
 use super::path::RelativePath;
 use super::permissions::Permissions;
 
-/// One member of an archive, checked, with its permissions' rule applied.
+/// One member of an archive, checked, with the permissions rule applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Where; the root itself for a folder's metadata alone. For a whiteout, what it
-    /// hides; for an opaque mark, the folder that it marks.
+    /// Path in the volume; the root for metadata of the root folder. For a whiteout, the hidden
+    /// path; for an opaque mark, the marked folder.
     pub path: RelativePath,
-    /// What.
+    /// Type of the member.
     pub kind: EntryKind,
-    /// Without meaning for hard links, whiteouts and opaque marks.
+    /// Metadata; without meaning for hard links, whiteouts and opaque marks.
     pub metadata: Metadata,
 }
 
-/// What a member of an archive is.
+/// Type of an archive member.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryKind {
-    /// A folder.
+    /// A folder below the root, or the root.
     Directory,
     /// A regular file.
     File {
-        /// Bytes.
+        /// Size in bytes.
         size: u64,
-        /// The number that the sink gave to its content.
+        /// Number that the sink gave to its content.
         data: u32,
-        /// Of its content.
+        /// Checksum of its content.
         checksum: Checksum,
     },
-    /// A symbolic link; the target is only text until an entry passes through it.
+    /// A symbolic link. The target is plain text until an entry passes through it.
     SymbolicLink {
-        /// As written.
+        /// Target as it is written in the archive.
         target: Box<[u8]>,
     },
     /// Another name of a file that was recorded before, in this layer or a lower one.
     HardLink {
-        /// Its first name.
+        /// Path of the existing file.
         target: RelativePath,
     },
-    /// A device node or fifo of an image, which no volume shows. It replaces what was at its path.
+    /// A device node or fifo of an image. It replaces what was at its path, and no volume shows it.
     Special,
     /// Hides what lower layers have at this path.
     Whiteout,
@@ -54,38 +54,39 @@ pub enum EntryKind {
 /// Mode, owner, time and extended attributes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Metadata {
-    /// Mode and owner.
+    /// Mode and owner, with the permissions rule applied.
     pub permissions: Permissions,
-    /// The last modification.
+    /// Time of the last modification.
     pub modified: Timestamp,
-    /// Names start with `user.`.
+    /// Attributes in the `user.` namespace.
     pub extended_attributes: ExtendedAttributes,
 }
 
-/// A moment, as `utimensat` takes it.
+/// Timestamp as `utimensat` takes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp {
-    /// Since 1970, negative before it.
+    /// Seconds since 1970, negative before it.
     pub seconds: i64,
-    /// Below 1,000,000,000; counts forwards also before 1970.
+    /// Nanoseconds below 1,000,000,000, which count forwards also before 1970.
     pub nanoseconds: u32,
 }
 
-/// Names and values of extended attributes: each with its length before it, one after the other,
-/// by name. Others choose how many there are and how short: all of one entry's are one piece of
-/// memory, which copies share.
+/// Names and values of extended attributes, each after its length, ordered by name. An archive
+/// chooses how many there are and how short: the attributes of one entry share one allocation,
+/// which clones share too.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExtendedAttributes(Option<Arc<[u8]>>);
 
-/// What a folder takes of memory while a tree is merged, beside what any entry does: itself, and
-/// the first of what it has by name.
+/// Memory that a folder takes during a merge beyond that of any entry: the folder itself and the
+/// start of its list of names.
 pub(super) const FOLDER_BYTES: u64 = 320;
 
-/// What a piece of memory takes beside its content: counts, and what the allocator keeps.
+/// Overhead of an allocation: reference counts and the allocator's own bytes.
 const PIECE_BYTES: usize = 32;
 
 impl Entry {
-    /// Bytes of memory that it takes while a tree is merged, beyond what each entry does.
+    /// Returns the bytes of memory that the entry takes during a merge beyond the cost of any
+    /// entry.
     #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         let kind = match &self.kind {
@@ -103,8 +104,8 @@ impl Entry {
 }
 
 impl Metadata {
-    /// Of a folder that only a path names: 0755, owner 0:0, 1970, so that the same
-    /// layers give the same tree on every node.
+    /// Returns the metadata of a folder that exists only as part of a path: 0755, owner 0:0, 1970,
+    /// so that the same layers give the same tree on every node.
     #[must_use]
     pub const fn of_implied_folder() -> Self {
         Self {
@@ -116,7 +117,7 @@ impl Metadata {
 }
 
 impl ExtendedAttributes {
-    /// In the order of their names.
+    /// Iterates over names and values, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let mut rest = self.0.as_deref().unwrap_or_default();
         std::iter::from_fn(move || {
@@ -127,12 +128,12 @@ impl ExtendedAttributes {
         })
     }
 
-    /// Bytes of memory that they take.
+    /// Returns the bytes of memory that the attributes take.
     pub(super) fn memory(&self) -> usize {
         self.0.as_ref().map_or(0, |packed| packed.len() + PIECE_BYTES)
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no attributes.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
@@ -145,7 +146,8 @@ impl FromIterator<(Box<[u8]>, Box<[u8]>)> for ExtendedAttributes {
         let mut packed = Vec::new();
         for (name, value) in &map {
             for part in [name, value] {
-                // Limits are far below; what they are not set for is cut, and not misread.
+                // Limits are far below `u32::MAX`. Longer values are cut, so that they are never
+                // misread.
                 let length = u32::try_from(part.len()).unwrap_or(u32::MAX);
                 packed.extend_from_slice(&length.to_ne_bytes());
                 packed.extend_from_slice(&part[..length as usize]);
@@ -155,7 +157,7 @@ impl FromIterator<(Box<[u8]>, Box<[u8]>)> for ExtendedAttributes {
     }
 }
 
-/// The next name or value, and what follows it.
+/// Splits off the next name or value.
 fn part(packed: &[u8]) -> Option<(&[u8], &[u8])> {
     let (length, rest) = packed.split_first_chunk()?;
     rest.split_at_checked(u32::from_ne_bytes(*length) as usize)
@@ -192,7 +194,7 @@ mod tests {
     fn short_attributes_count_as_what_they_take() {
         let pairs: Vec<_> = (0..128_u8).map(|name| (vec![b'u', name], vec![name])).collect();
         let attributes = attributes(&pairs);
-        // Three bytes each, and two lengths.
+        // Three bytes each, plus two lengths.
         let held = attributes.0.as_ref().map_or(0, |packed| size_of_val(&**packed));
         assert_eq!(held, 128 * (3 + 8));
         let metadata =
@@ -200,7 +202,7 @@ mod tests {
         let kind = EntryKind::Directory;
         let entry = Entry { path: RelativePath::root(), kind, metadata };
         assert!(entry.metadata_bytes() >= held as u64 + FOLDER_BYTES);
-        // A copy is no second piece of memory.
+        // A clone shares the allocation.
         let copy = entry.metadata.extended_attributes.clone();
         let pieces = [&copy, &entry.metadata.extended_attributes].map(|attributes| &attributes.0);
         let [Some(one), Some(two)] = pieces else { panic!("there are some") };

@@ -1,4 +1,4 @@
-//! Every way in which layers can lie, and what follows from each.
+//! Errors of unpacking: every way in which a layer can be malformed, and its class.
 
 use std::io;
 
@@ -6,42 +6,42 @@ use super::path::{PathError, RelativePath, Shown};
 use super::permissions::Owner;
 use oci_types::Digest;
 
-/// What kind of failure it is, for the one place that chooses a status.
+/// Class of a failure, from which the gRPC status is chosen in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// Understood, and refused: the artifact or the volume must change.
+    /// Understood and refused: the artifact or the volume has to change.
     Refused,
-    /// Not what it was said to be: bytes that cannot be decoded, a wrong digest.
+    /// Malformed input: bytes that cannot be decoded, a wrong digest.
     Corrupt,
-    /// This node could not read or write.
+    /// A read or write failed on this node.
     Io,
 }
 
-/// Why layers do not become a tree. Entries are named as [`Shown`] shows them.
+/// Reason why layers do not become a tree. Entries are printed as [`Shown`] prints them.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// A title or file path of a layer.
+    /// An unusable title or file path of a layer.
     #[error(
         "layer {layer}: the title \"{title}\" cannot be used: {reason}; push the artifact again from within its folder, with relative names"
     )]
     Title {
-        /// Which layer of the manifest, from 0.
+        /// Index of the layer in the manifest.
         layer: usize,
-        /// The title, shown.
+        /// Title, escaped for display.
         title: String,
-        /// The property it violates.
+        /// Property that the title violates.
         reason: PathError,
     },
-    /// Two layers with one title.
+    /// Two layers with the same title.
     #[error(
         "layers {first} and {second} both have the title \"{title}\": push the artifact again with one title for each"
     )]
     DuplicateTitle {
-        /// The lower layer.
+        /// Index of the lower layer.
         first: usize,
-        /// The upper layer.
+        /// Index of the upper layer.
         second: usize,
-        /// Their title.
+        /// Title of both layers.
         title: RelativePath,
     },
     /// A title that needs a folder where another title is a file.
@@ -49,267 +49,268 @@ pub enum UnpackError {
         "layer {layer}: the title \"{title}\" lies below \"{file}\", which is a file of layer {other}: push the artifact again with titles that do not collide"
     )]
     TitleBelowFile {
-        /// The layer below the file.
+        /// Index of the layer below the file.
         layer: usize,
-        /// Its title.
+        /// Title of that layer.
         title: RelativePath,
-        /// The layer that is the file.
+        /// Index of the layer that is the file.
         other: usize,
-        /// Its title.
+        /// Title of that file.
         file: RelativePath,
     },
-    /// A file's title where an archive has something.
+    /// A title of a file where an archive has an entry.
     #[error(
         "the title \"{title}\" of layer {layer} collides with what layer {other} has there: push the artifact again with titles that do not collide"
     )]
     TitleCollides {
-        /// The file's layer.
+        /// Index of the file's layer.
         layer: usize,
-        /// Its title.
+        /// Title of the file.
         title: RelativePath,
-        /// The layer that has something else there.
+        /// Index of the layer with the other entry.
         other: usize,
     },
-    /// An annotation that cannot be read.
+    /// An annotation that cannot be parsed.
     #[error(
         "layer {layer}: the annotation \"{annotation}\" cannot be read ({reason}): push the artifact again with a correct one, or without it"
     )]
     Annotation {
-        /// Which layer.
+        /// Index of the layer in the manifest.
         layer: usize,
-        /// Its name.
+        /// Name of the annotation.
         annotation: &'static str,
-        /// Why.
+        /// Reason of the parser.
         reason: String,
     },
-    /// A layer of a kind that is not known.
+    /// A layer with an unknown media type.
     #[error(
         "layer {layer} has the media type \"{media_type}\", which is not supported: push it unencrypted, as tar, tar+gzip or tar+zstd"
     )]
     MediaType {
-        /// Which layer.
+        /// Index of the layer in the manifest.
         layer: usize,
-        /// Its type, shown.
+        /// Media type, escaped for display.
         media_type: String,
     },
-    /// The compressed bytes.
+    /// Compressed bytes that cannot be decoded.
     #[error("the layer cannot be decompressed: push the artifact again")]
     Decompress(#[source] io::Error),
-    /// The archive's structure.
+    /// A malformed archive structure.
     #[error(
         "the layer is not a readable tar archive ({reason}, near byte {position}): push the artifact again"
     )]
     Archive {
-        /// What is wrong.
+        /// Defect of the archive.
         reason: &'static str,
-        /// Where in the uncompressed archive.
+        /// Offset in the uncompressed archive.
         position: u64,
     },
-    /// The uncompressed archive's digest.
+    /// A digest of the uncompressed archive that differs from the annotation.
     #[error(
         "the uncompressed layer has the digest {found}, its manifest says {expected}: push the artifact again"
     )]
     TarDigest {
-        /// The annotation's.
+        /// Digest in the annotation.
         expected: Digest,
-        /// What the content has.
+        /// Digest of the content.
         found: Digest,
     },
-    /// An entry's name.
+    /// An invalid entry name.
     #[error(
         "the archive's entry \"{name}\" is refused: {reason}; make the archive again with relative names below its folder"
     )]
     Name {
-        /// The name, shown.
+        /// Name, escaped for display.
         name: String,
-        /// The property it violates.
+        /// Property that the name violates.
         reason: PathError,
     },
-    /// A whiteout that hides nothing that could exist.
+    /// A whiteout of a name that cannot exist.
     #[error(
         "the archive's entry \"{name}\" is refused: it is not a valid whiteout; build the image again"
     )]
     Whiteout {
-        /// The name, shown.
+        /// Name, escaped for display.
         name: String,
     },
-    /// A hard link's target.
+    /// An invalid target of a hard link.
     #[error(
         "the hard link \"{path}\" to \"{target}\" is refused: {reason}; make the archive again with links that stay in it"
     )]
     HardLinkName {
-        /// The link.
+        /// Path of the link.
         path: RelativePath,
-        /// Its target, shown.
+        /// Target, escaped for display.
         target: String,
-        /// The property it violates.
+        /// Property that the target violates.
         reason: PathError,
     },
-    /// A symbolic link's target.
+    /// An invalid target of a symbolic link.
     #[error(
         "the symbolic link \"{path}\" is refused: its target {reason}; make the archive again without it"
     )]
     SymbolicLinkTarget {
-        /// The link.
+        /// Path of the link.
         path: RelativePath,
-        /// What is wrong with the target.
+        /// Defect of the target.
         reason: &'static str,
     },
-    /// A sparse file in a form that is not read.
+    /// A sparse file in an unsupported format.
     #[error(
         "the archive's entry \"{name}\" is a sparse file of an unknown form: make the archive again with GNU tar or bsdtar, or without --sparse"
     )]
     Sparse {
-        /// The entry, shown.
+        /// Name of the entry, escaped for display.
         name: String,
     },
-    /// An entry of a kind that tar does not know.
+    /// An entry type that tar does not define.
     #[error(
         "the archive's entry \"{name}\" has the unknown type {kind}: make the archive again in the ustar, pax or gnu format"
     )]
     EntryType {
-        /// The entry, shown.
+        /// Name of the entry, escaped for display.
         name: String,
-        /// The type, shown.
+        /// Type, escaped for display.
         kind: String,
     },
-    /// An owner or group that no file can have.
+    /// An owner or group outside the range of Linux.
     #[error(
         "\"{path}\" has the owner {uid}:{gid}, and Linux has those from 0 to 4294967294: make the artifact again with another, or mount it with permissions: Readable"
     )]
     Owner {
-        /// The entry, or the file of a layer.
+        /// Path of the entry, or of a layer that is a file.
         path: RelativePath,
-        /// Its owner.
+        /// Owner of the file.
         uid: Owner,
-        /// Its group.
+        /// Group of the file.
         gid: Owner,
     },
-    /// Extended attributes beyond a bound.
+    /// Extended attributes over a limit.
     #[error(
         "the extended attributes of \"{path}\" are over the limit of {limit} ({key}): make the archive again without them"
     )]
     ExtendedAttributes {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// The bound.
+        /// Value of the limit.
         limit: usize,
-        /// Its key in the configuration.
+        /// Configuration key of the limit.
         key: &'static str,
     },
-    /// An extended header beyond the bound.
+    /// An extended header over the limit.
     #[error(
         "the archive has an extended header of {size} bytes, the limit is {limit} (limits.headerBytes): make the archive again without it, or raise the limit"
     )]
     HeaderTooLarge {
-        /// What it announces.
+        /// Size that the header announces, in bytes.
         size: u64,
-        /// The bound.
+        /// Value of `limits.headerBytes`.
         limit: u64,
     },
-    /// Too many entries.
+    /// More entries than the limit.
     #[error(
         "the artifact has more than {limit} entries (limits.entries): split it, or raise the limit"
     )]
     TooManyEntries {
-        /// The bound.
+        /// Value of `limits.entries`.
         limit: u64,
     },
-    /// Too many bytes.
+    /// More unpacked bytes than the limit.
     #[error(
         "the artifact unpacks to more than {limit} bytes (limits.unpackedBytes): split it, or raise the limit"
     )]
     TooManyBytes {
-        /// The bound.
+        /// Value of `limits.unpackedBytes`.
         limit: u64,
     },
-    /// Too much from too little.
+    /// A compression ratio over the limit.
     #[error(
         "the layer unpacks to more than {limit} times its size (limits.decompressionRatio): push it less compressed, or raise the limit"
     )]
     Ratio {
-        /// The bound.
+        /// Value of `limits.decompressionRatio`.
         limit: u64,
     },
-    /// More metadata than memory should hold.
+    /// More metadata in memory than the limit.
     #[error(
         "the folders, names, links and attributes of the artifact take more than {limit} bytes of memory (limits.metadataBytes): push fewer or shorter ones, or raise the limit"
     )]
     TooMuchMetadata {
-        /// The bound.
+        /// Value of `limits.metadataBytes`.
         limit: u64,
     },
-    /// Merging needs more memory than it is allowed to take.
+    /// More memory for merging than the caller allows.
     #[error("merging the first {entries} entries takes {bytes} bytes of memory (pull.memory)")]
     Memory {
         /// Bytes that were needed so far.
         bytes: u64,
-        /// Entries that were merged so far.
+        /// Number of entries that were merged so far.
         entries: u64,
     },
-    /// An entry whose folder is a symbolic link of its own layer, or of any layer
-    /// where links are not followed.
+    /// An entry whose path passes through a symbolic link that is not followed: a link of its own
+    /// layer, or any link outside images.
     #[error(
         "the entry \"{path}\" of layer {layer} passes through the symbolic link \"{link}\": make the archive again with its real path"
     )]
     ThroughLink {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// The name of the link, shown.
+        /// Name of the link, escaped for display.
         link: String,
     },
-    /// The same, seen while the archive is read: such a layer fits into no tree.
+    /// An entry that passes through a symbolic link of its own archive, found while the archive is
+    /// read: such a layer fits into no tree.
     #[error(
         "the entry \"{path}\" passes through the symbolic link \"{link}\" of its own archive: make the archive again with its real path"
     )]
     ThroughOwnLink {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// The link.
+        /// Path of the link.
         link: RelativePath,
     },
-    /// Symbolic links without end.
+    /// An entry whose path leads through too many symbolic links.
     #[error(
         "the entry \"{path}\" of layer {layer} passes through too many symbolic links: build the image again with its real path"
     )]
     TooManyLinks {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
     },
-    /// An entry whose place, once links are followed, is beyond a limit.
+    /// An entry whose place, after links are followed, is over a limit.
     #[error(
         "the entry \"{path}\" of layer {layer} is refused where its links lead: {reason}; build the image again with a shorter path"
     )]
     Place {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// The property that its place violates.
+        /// Property that its place violates.
         reason: PathError,
     },
-    /// An entry below something that is no folder.
+    /// An entry below something that is not a folder.
     #[error(
         "the entry \"{path}\" of layer {layer} lies below \"{name}\", which is a file: make the archive again with a folder there"
     )]
     NotAFolder {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// What is a file, shown.
+        /// Path of the file, escaped for display.
         name: String,
     },
-    /// The root as something that is no folder.
+    /// An entry that replaces the root by something that is not a folder.
     #[error(
         "layer {layer} makes the root of the volume something else than a folder: make the archive again"
     )]
     RootReplaced {
-        /// Which layer.
+        /// Index of the layer.
         layer: usize,
     },
     /// An entry outside the title of its layer.
@@ -317,23 +318,23 @@ pub enum UnpackError {
         "the entry \"{path}\" of layer {layer} lies outside the layer's title \"{title}\": push the artifact again, from within the folder"
     )]
     OutsideTitle {
-        /// The entry.
+        /// Path of the entry.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// The layer's title.
+        /// Title of the layer.
         title: RelativePath,
     },
-    /// A hard link to nothing.
+    /// A hard link to a missing file.
     #[error(
         "the hard link \"{path}\" of layer {layer} leads to \"{target}\", which is not there, or was removed by a whiteout: build the archive again"
     )]
     HardLinkMissing {
-        /// The link.
+        /// Path of the link.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// Its target.
+        /// Target of the link.
         target: RelativePath,
     },
     /// A hard link to a folder.
@@ -341,38 +342,39 @@ pub enum UnpackError {
         "the hard link \"{path}\" of layer {layer} leads to the folder \"{target}\": build the archive again with a symbolic link"
     )]
     HardLinkToFolder {
-        /// The link.
+        /// Path of the link.
         path: RelativePath,
-        /// Its layer.
+        /// Index of its layer.
         layer: usize,
-        /// Its target.
+        /// Target of the link.
         target: RelativePath,
     },
-    /// `include` and `exclude` leave nothing.
+    /// A selection by `include` and `exclude` that matches no entry.
     #[error(
         "nothing in the artifact is selected: change the attributes \"include\" and \"exclude\"; patterns match whole paths in the volume, case-sensitively"
     )]
     NothingSelected,
-    /// Nothing that could be mounted.
+    /// An artifact without any file.
     #[error("the artifact holds no files: reference one that does")]
     Empty,
-    /// The reader that the caller gave.
+    /// A failure of the caller's reader.
     #[error("the layer cannot be read")]
     Read(#[source] io::Error),
-    /// The sink that the caller gave.
+    /// A failure of the caller's sink.
     #[error("the layer cannot be stored")]
     Store(#[source] io::Error),
 }
 
 impl UnpackError {
-    /// Whether it would have unpacked with a larger zstd window.
+    /// Returns whether a larger zstd window would have been enough.
     #[must_use]
     pub fn is_about_window(&self) -> bool {
-        // The library has a number for it, and hands out its text only.
+        // The library exposes the text of its error only, not its code.
         matches!(self, Self::Decompress(error) if error.to_string().contains("too much memory"))
     }
 
-    /// What follows from it. Without a wildcard: a new variant must decide.
+    /// Returns the class of the error. The match has no wildcard, so that a new variant must
+    /// choose.
     #[must_use]
     pub const fn class(&self) -> Class {
         match self {
@@ -413,7 +415,7 @@ impl UnpackError {
     }
 }
 
-/// What others wrote, as an owned text for an error.
+/// Escapes untrusted bytes for an error message.
 pub(super) fn shown(bytes: &[u8]) -> String {
     Shown(bytes).to_string()
 }

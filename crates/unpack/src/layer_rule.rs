@@ -1,19 +1,20 @@
-//! What each layer of a manifest is: one file, an archive, or nothing to show.
+//! Layer rules: the kind of each layer of a manifest, one file, an archive or nothing to show.
 //!
-//! Decided from the manifest alone, in this order:
+//! The manifest alone decides, in this order:
 //!
 //! 1. `io.deis.oras.content.unpack` is `"true"`: a folder that ORAS packed.
-//! 2. A tar by the media types of `ModelPack`, `KitOps` or Docker's models: unpacked. (`raw` is a file.)
-//! 3. A title: a file of that name, whatever the media type says (ORAS gives files
-//!    the type of an image layer by default).
+//! 2. A tar by the media types of `ModelPack`, `KitOps` or Docker's models: unpacked. (`raw` is a
+//!    file.)
+//! 3. A title: a file of that name, whatever its media type (ORAS gives files the type of an image
+//!    layer by default).
 //! 4. An image layer in an image: unpacked, with whiteouts.
-//! 5. Untitled layers beside titled ones, and the empty descriptor, are skipped, as
-//!    `oras pull` does. Without any title, Flux content is unpacked, and the rest are
-//!    files: `chart.tgz` and `chart.tgz.prov` (Helm), `module.wasm`, else
-//!    `layer-<number in the manifest, from 0>` with an extension that the media type
-//!    suggests. A second chart or module has its number too: `module-1.wasm`.
+//! 5. Untitled layers beside titled ones, and the empty descriptor, are skipped, as `oras pull`
+//!    does. Without any title, Flux content is unpacked, and the rest are files: `chart.tgz` and
+//!    `chart.tgz.prov` (Helm), `module.wasm`, otherwise `layer-<index in the manifest>` with an
+//!    extension that the media type suggests. A second chart or module has its index too:
+//!    `module-1.wasm`.
 //!
-//! A volume may ask otherwise, but for images: see [`UnpackMode`].
+//! The attribute `unpack` changes this for artifacts that are not images: see [`UnpackMode`].
 
 use std::collections::BTreeMap;
 
@@ -31,32 +32,32 @@ use oci_types::media_type::{self, is_image_layer};
 const TITLE: &str = "org.opencontainers.image.title";
 const ORAS_UNPACK: &str = "io.deis.oras.content.unpack";
 const ORAS_DIGEST: &str = "io.deis.oras.content.digest";
-/// Of `ModelPack`; before it moved to the CNCF its names began with cnai.
+/// Annotations of `ModelPack`, whose names began with cnai before the project moved to the CNCF.
 const FILE_PATHS: [&str; 2] = ["org.cncf.model.filepath", "org.cnai.model.filepath"];
 const FILE_METADATA: [&str; 2] =
     ["org.cncf.model.file.metadata+json", "org.cnai.model.file.metadata+json"];
 const MODEL_TYPES: [&str; 2] = ["application/vnd.cncf.model.", "application/vnd.cnai.model."];
-/// Beginnings of the types of models' layers, of which those that end as a tar's are unpacked: `KitOps`, its
-/// older name, and Docker.
+/// Prefixes of the media types of model layers of `KitOps`, of its older name and of Docker. Those
+/// that end like the media type of a tar are unpacked.
 const MODEL_ARCHIVES: [&str; 3] = [
     "application/vnd.kitops.modelkit.",
     "application/vnd.jozu.model.",
     "application/vnd.docker.ai.",
 ];
 
-/// Endings of the media types of tars.
+/// Suffixes of the media types of tars.
 const TAR_TYPES: [&str; 12] = [
     "tar", "tar+gzip", "tar.gzip", "tar+gz", "tar.gz", "tar+zstd", "tar.zstd", "tgz", "x-tar",
     "x-tgz", "x-gtar", "x-ustar",
 ];
-/// Endings of the names of tars.
+/// Suffixes of the names of tars.
 const TAR_NAMES: [&str; 7] =
     [".tar", ".tar.gz", ".tgz", ".tar.gzip", ".tar.zst", ".tar.zstd", ".tzst"];
 
 const FLUX_CONTENT: &str = "application/vnd.cncf.flux.content.v1.tar+gzip";
 const HELM_CONFIG: &str = "application/vnd.cncf.helm.config.v1+json";
 const HELM_CHART: &str = "application/vnd.cncf.helm.chart.content.v1.tar+gzip";
-/// Charts' type before Helm 3.7.
+/// Media type of charts before Helm 3.7.
 const HELM_OLD_CHART: &str = "application/tar+gzip";
 const HELM_PROVENANCE: &str = "application/vnd.cncf.helm.chart.provenance.v1.prov";
 const WASM_MODULES: [&str; 4] = [
@@ -65,7 +66,7 @@ const WASM_MODULES: [&str; 4] = [
     "application/vnd.module.wasm.content.layer.v1+wasm",
     "application/vnd.bytecodealliance.wasm.component.layer.v0+wasm",
 ];
-/// Endings of media types, and the extension that a file of such a type has.
+/// Suffixes of media types, and the extension that a file of such a type gets.
 const EXTENSIONS: [(&str, &str); 17] = [
     ("tar+gzip", ".tar.gz"),
     ("tar.gzip", ".tar.gz"),
@@ -89,18 +90,18 @@ const EXTENSIONS: [(&str, &str); 17] = [
 /// The attribute `unpack`: which layers of an artifact are unpacked. Those of an image always are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum UnpackMode {
-    /// Those that ORAS has packed, and those of known media types.
+    /// Unpacks folders that ORAS packed, and archives of known media types.
     #[default]
     Auto,
-    /// Every tar as well, by its title or media type; a layer with neither a title nor a type of
-    /// something else is taken for one.
+    /// Also unpacks every tar, by its title or media type. A layer without a title, and without a
+    /// media type of another format, is taken for a tar.
     Always,
-    /// None: each is a file.
+    /// Unpacks nothing: each layer is a file.
     Never,
 }
 
 impl UnpackMode {
-    /// The name as users write it.
+    /// Returns the value of the attribute.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -110,14 +111,14 @@ impl UnpackMode {
         }
     }
 
-    /// Returns whether this is the default, which no key and no record names.
+    /// Returns whether this is the default, which keys and records leave out.
     #[must_use]
     pub fn is_auto(&self) -> bool {
         *self == Self::Auto
     }
 }
 
-/// What to do with a layer.
+/// The kind of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LayerRule {
     /// The blob is a file.
@@ -131,28 +132,29 @@ pub enum LayerRule {
 /// A blob that is a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileRule {
-    /// Its place in the volume.
+    /// Path in the volume.
     pub path: RelativePath,
-    /// What `ModelPack` records of it, as recorded; other clients record nothing.
+    /// Permissions that `ModelPack` records, before the permissions rule; other clients record
+    /// none.
     pub recorded: Option<Permissions>,
 }
 
 /// A blob that is an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveRule {
-    /// Whether `.wh.` names hide what lower layers have, and whether lower layers'
-    /// symbolic links are followed: in images only.
+    /// Enables the rules of images: `.wh.` names hide entries of lower layers, and symbolic links
+    /// of lower layers are followed.
     pub whiteouts: bool,
-    /// The digest that the uncompressed archive must have.
+    /// Digest that the uncompressed archive must have.
     pub tar_digest: Option<Digest>,
-    /// The folder that all entries lie in (an ORAS folder's title), which merging
-    /// enforces: so the title alone can prove that nothing is selected.
+    /// Folder that all entries lie in (the title of an ORAS folder). Merging enforces it, so the
+    /// title alone can prove that nothing is selected.
     pub within: Option<RelativePath>,
 }
 
 impl LayerRule {
-    /// Whether the layer is needed for a selection; a folder's or a file's title may
-    /// prove that it is not.
+    /// Returns whether a selection needs the layer. The title of a folder or a file may prove that
+    /// it does not.
     #[must_use]
     pub fn is_needed(&self, selection: &Selection) -> bool {
         match self {
@@ -166,8 +168,8 @@ impl LayerRule {
 }
 
 impl ArchiveRule {
-    /// The part of the rule that shapes what is stored of the blob, for the layer's
-    /// key. The compression is no part of it: it is read from the content's first bytes.
+    /// Returns the part of the rule that determines what is stored of the blob, for the layer's
+    /// key. Compression is not part of it, since the content's first bytes determine it.
     #[must_use]
     pub const fn decoder(&self) -> &'static str {
         if self.whiteouts { "image-tar" } else { "tar" }
@@ -178,8 +180,8 @@ impl ArchiveRule {
     }
 }
 
-/// `ModelPack`'s record of a file, as far as a volume shows it. Modes are Go's, whose
-/// permission bits are those of everybody.
+/// `ModelPack`'s record of a file, as far as a volume shows it. Modes are Go's, whose permission
+/// bits are those of Unix.
 #[derive(Deserialize)]
 struct FileMetadata {
     mode: Option<u32>,
@@ -189,7 +191,7 @@ struct FileMetadata {
     gid: i64,
 }
 
-/// One rule for each layer, in the manifest's order.
+/// Returns one rule for each layer, in the manifest's order.
 pub fn classify(
     manifest: &ImageManifest,
     unpack: UnpackMode,
@@ -200,7 +202,7 @@ pub fn classify(
     let is_image = manifest.is_image();
     let unpack = if is_image { UnpackMode::Auto } else { unpack };
     let is_helm = manifest.config.as_ref().is_some_and(|config| config.media_type == HELM_CONFIG);
-    let mut fallbacks = Fallbacks { is_helm, taken: BTreeMap::new() };
+    let mut fallbacks = FallbackNames { is_helm, taken: BTreeMap::new() };
     let mut rules = Vec::with_capacity(manifest.layers.len());
     for (number, layer) in layers() {
         let rule = if let Some(rule) = annotated(number, layer, unpack, limits)? {
@@ -210,7 +212,7 @@ pub fn classify(
         } else if named || layer.media_type == media_type::OCI_EMPTY {
             LayerRule::Skip
         } else if is_image || is_encrypted(&layer.media_type) {
-            // An image without one of its layers is another image, and ciphertext is no content.
+            // An image without one of its layers is another image, and ciphertext is not content.
             let media_type = shown(layer.media_type.as_bytes());
             return Err(UnpackError::MediaType { layer: number, media_type });
         } else if layer.media_type == FLUX_CONTENT && unpack != UnpackMode::Never {
@@ -227,7 +229,7 @@ pub fn classify(
     Ok(rules)
 }
 
-/// Rules 1 to 3: what a layer's own annotations and type say.
+/// Applies rules 1 to 3: the layer's own annotations and media type.
 fn annotated(
     number: usize,
     layer: &Descriptor,
@@ -268,7 +270,7 @@ fn annotated(
     Ok(Some(LayerRule::File(FileRule { path, recorded: recorded(number, layer)? })))
 }
 
-/// The title, else `ModelPack`'s file path; an empty one is none.
+/// Returns the title, otherwise `ModelPack`'s file path. Empty names are ignored.
 fn name_of(layer: &Descriptor) -> Option<&str> {
     let annotation = |key| layer.annotations.get(key).map(String::as_str);
     std::iter::once(TITLE).chain(FILE_PATHS).filter_map(annotation).find(|name| !name.is_empty())
@@ -282,7 +284,7 @@ fn title(layer: usize, name: &str, limits: &Limits) -> Result<RelativePath, Unpa
     })
 }
 
-/// `raw` or `tar...` of a `ModelPack` media type.
+/// Returns `raw` or `tar...` for a media type of `ModelPack`.
 fn model_suffix(media_type: &str) -> Option<&str> {
     let kind = MODEL_TYPES.iter().find_map(|prefix| media_type.strip_prefix(prefix))?;
     let (_, suffix) = kind.rsplit_once(".v1.")?;
@@ -304,7 +306,7 @@ fn is_archive(layer: &Descriptor) -> bool {
     }
     let is_tar = ends_as(media_type, &TAR_TYPES);
     match name_of(layer) {
-        // ORAS gives files the type of an image's layer.
+        // ORAS gives files the media type of an image layer.
         Some(name) => {
             let name = name.to_ascii_lowercase();
             TAR_NAMES.iter().any(|ending| name.ends_with(ending))
@@ -332,7 +334,7 @@ fn recorded(number: usize, layer: &Descriptor) -> Result<Option<Permissions>, Un
         return Ok(None);
     };
     let FileMetadata { mode, uid, gid } = serde_json::from_str(text).map_err(|error| {
-        // What serde says may quote the text; a title's bounds are enough for a reason.
+        // Messages of serde may quote the text: cut them to the length of a title.
         let reason = shown(error.to_string().as_bytes());
         UnpackError::Annotation { layer: number, annotation, reason }
     })?;
@@ -340,19 +342,19 @@ fn recorded(number: usize, layer: &Descriptor) -> Result<Option<Permissions>, Un
     Ok(mode.map(|mode| Permissions { mode, uid, gid }))
 }
 
-/// Whether it is one of ocicrypt's types: without a key its content cannot be shown.
+/// Returns whether this is a media type of ocicrypt, whose content cannot be shown without a key.
 fn is_encrypted(media_type: &str) -> bool {
     media_type.ends_with("+encrypted")
 }
 
-/// Names of layers that nobody named.
-struct Fallbacks {
+/// Names for layers without a title.
+struct FallbackNames {
     is_helm: bool,
-    /// How many of each known kind there were.
+    /// Number of layers of each known kind so far.
     taken: BTreeMap<&'static str, usize>,
 }
 
-impl Fallbacks {
+impl FallbackNames {
     fn name(&mut self, number: usize, layer: &Descriptor) -> String {
         let media_type = layer.media_type.as_str();
         let known = if media_type == HELM_CHART || (self.is_helm && media_type == HELM_OLD_CHART) {
@@ -376,7 +378,7 @@ impl Fallbacks {
     }
 }
 
-/// Before anything is fetched: titles that no tree could show together.
+/// Refuses titles that cannot be in one tree, before any layer is fetched.
 fn refuse_colliding_titles(rules: &[LayerRule]) -> Result<(), UnpackError> {
     let mut titles = BTreeMap::new();
     for (number, rule) in rules.iter().enumerate() {

@@ -1,17 +1,18 @@
-//! From layers that others made to the plan of a tree: pure, synchronous, and
-//! without network, store or mount.
+//! Unpacking: turns layers from a registry into the plan of a tree. Pure and synchronous, without
+//! network, store or mounts.
 //!
 //! ```text
-//! layer_rule   manifest            -> what each layer is: one file, an archive, nothing
+//! layer_rule   manifest            -> the kind of each layer: one file, an archive, nothing
 //! archive      compressed bytes    -> entries in order, contents given to a sink
-//! members      the same, of a tar that is no layer, such as an image layout
+//! members      the same, for a tar that is not a layer, such as an image layout
 //! merge        entries and files   -> the tree that a pod sees, as a plan
 //! ```
 //!
-//! A layer is unpacked once and completely; a tree is merged from entries alone,
-//! so that selecting, or sharing a layer among artifacts, reads no content.
-//! Everything here was written by somebody else: each way in which it can lie
-//! is a variant of [`UnpackError`] and a test.
+//! A layer is unpacked once and completely. A tree is merged from entries alone, so that a
+//! selection, or a layer that several artifacts share, causes no read of content.
+//!
+//! All input is untrusted: each way in which it can be malformed is a variant of [`UnpackError`]
+//! with a test.
 
 pub mod archive;
 pub mod checksum;
@@ -27,7 +28,7 @@ pub mod path;
 pub mod permissions;
 pub mod plan;
 pub mod selection;
-mod tape;
+mod tar_reader;
 #[cfg(test)]
 pub(crate) mod testing;
 

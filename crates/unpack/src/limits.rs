@@ -1,4 +1,4 @@
-//! Every bound on input that others wrote, with its default and its reason.
+//! Limits on untrusted input, each with its default and its reason.
 
 use serde::Deserialize;
 
@@ -9,12 +9,12 @@ const TEBIBYTE: u64 = 1 << 40;
 
 /// The `limits` section of the configuration file.
 ///
-/// A limit is a promise to the node, not to the artifact: it bounds memory, disk
-/// or time that one artifact can take before it is refused.
+/// A limit protects the node: it bounds the memory, disk or time that one artifact can take before
+/// it is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Limits {
-    /// Bytes of a manifest or index: 4 MiB, what registries accept and the
+    /// Bytes of a manifest or index: 4 MiB, the size that registries accept and that the
     /// distribution specification asks clients to expect. Held in memory.
     pub manifest_bytes: u64,
     /// Bytes of a configuration blob: 16 MiB. Held in memory where it is parsed.
@@ -22,47 +22,46 @@ pub struct Limits {
     /// Layers of a manifest, entries of an index: 10,000. More than any tool
     /// makes; each costs a request and a few records.
     pub layers: usize,
-    /// Bytes of one blob: 1 TiB. A descriptor that announces more is a mistake
-    /// or an attack; the room on disk is the real bound.
+    /// Bytes of one blob: 1 TiB. A descriptor that announces more is a mistake or an attack. The
+    /// free space on disk is the effective bound.
     pub blob_bytes: u64,
-    /// Entries of one artifact, folders that only a path implies included:
-    /// 1,000,000. Each costs about 120 bytes of memory while a tree is merged,
-    /// and an inode.
+    /// Entries of one artifact, folders that only a path implies included: 1,000,000. Each takes
+    /// about 120 bytes of memory while a tree is merged, and an inode.
     pub entries: u64,
-    /// Bytes of one name: 255, the bound of ext4, xfs and btrfs.
+    /// Bytes of one name: 255, the limit of ext4, xfs and btrfs.
     pub name_bytes: usize,
-    /// Bytes of a whole path in the volume: 4,095, what one system call takes.
+    /// Bytes of a whole path in the volume: 4,095, the maximum of one system call.
     pub path_bytes: usize,
     /// Names in a path: 256. Deeper trees are made to break programs that walk them.
     pub depth: usize,
-    /// Unpacked bytes for one packed byte: 200, once a layer unpacks to more than
+    /// Unpacked bytes per compressed byte: 200, once a layer unpacks to more than
     /// [`Limits::decompression_ratio_floor`]. Real content stays below 30.
     pub decompression_ratio: u64,
-    /// Unpacked bytes from which the ratio counts: 64 MiB, below which no ratio harms.
+    /// Unpacked bytes from which the ratio counts: 64 MiB, below which no ratio is harmful.
     pub decompression_ratio_floor: u64,
-    /// Unpacked bytes of one artifact, all of its layers together: 1 TiB, for the
-    /// reason of `blobBytes`.
+    /// Unpacked bytes of one artifact, all of its layers together: 1 TiB, for the same reason as
+    /// `blobBytes`.
     pub unpacked_bytes: u64,
-    /// Bytes of the extended headers of one archive entry: 1 MiB, as Go's reader
-    /// has it. Held in memory.
+    /// Bytes of the extended headers of one archive entry: 1 MiB, as in Go's reader. Held in
+    /// memory.
     pub header_bytes: u64,
-    /// Bytes of names, link targets and extended attributes of one artifact, and of what
-    /// each folder (320) and attribute (8) takes beside them, all entries together: 128 MiB.
-    /// Only folders and extended attributes are held in memory while a tree is merged.
+    /// Bytes of names, link targets and extended attributes of one artifact, plus 320 for each
+    /// folder and 8 for each attribute, all entries together: 128 MiB. Only folders and extended
+    /// attributes are held in memory while a tree is merged.
     pub metadata_bytes: u64,
     /// Extended attributes of one entry: 128.
     pub extended_attributes: usize,
-    /// Bytes of names and values of one entry's extended attributes: 64 KiB, what
-    /// the kernel takes for one.
+    /// Bytes of names and values of one entry's extended attributes: 64 KiB, the kernel's limit for
+    /// one.
     pub extended_attribute_bytes: usize,
-    /// Bytes of a symbolic link's target: 4,095, what the kernel takes.
+    /// Bytes of a symbolic link's target: 4,095, the kernel's limit.
     pub link_target_bytes: usize,
-    /// Base-two logarithm of zstd's window: 27 (128 MiB), what `zstd -d` accepts
-    /// without being told. Held in memory.
+    /// Base-two logarithm of the zstd window: 27 (128 MiB), what `zstd -d` accepts by default. Held
+    /// in memory.
     pub zstd_window_log: u32,
 }
 
-/// Why limits cannot be used: what is beyond them breaks the kernel or us.
+/// Reason why limits cannot be used: values outside the range of the kernel or of this program.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("limits.{name} is {value}: it must be from {least} to {most}")]
 pub struct LimitsError {
@@ -97,7 +96,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// Limits that refuse nothing that any configuration accepts.
+    /// Returns the largest limits that any configuration accepts.
     #[must_use]
     pub fn largest() -> Self {
         Self {
@@ -115,13 +114,13 @@ impl Limits {
         }
     }
 
-    /// The part that concerns manifests.
+    /// Returns the limits of manifests.
     #[must_use]
     pub fn manifest(&self) -> ManifestLimits {
         ManifestLimits { layers: self.layers, blob_bytes: self.blob_bytes }
     }
 
-    /// Refuses what no kernel or allocator could honour; for the configuration's reader.
+    /// Refuses values that no kernel or allocator could honour.
     pub fn check(&self) -> Result<(), LimitsError> {
         let range = |name, value: u64, least, most| {
             if (least..=most).contains(&value) {
@@ -134,11 +133,11 @@ impl Limits {
         range("configBytes", self.config_bytes, 1, 1 << 30)?;
         range("layers", self.layers as u64, 1, 1 << 20)?;
         range("blobBytes", self.blob_bytes, 1, i64::MAX.unsigned_abs())?;
-        // Nodes are numbered with 32 bits.
+        // Nodes have 32-bit numbers.
         range("entries", self.entries, 1, 1 << 30)?;
         range("nameBytes", self.name_bytes as u64, 1, 255)?;
         range("pathBytes", self.path_bytes as u64, 1, 4095)?;
-        // Folders are walked by recursion.
+        // Folders are walked recursively.
         range("depth", self.depth as u64, 1, 1024)?;
         range("decompressionRatio", self.decompression_ratio, 1, u64::MAX)?;
         range("unpackedBytes", self.unpacked_bytes, 1, i64::MAX.unsigned_abs())?;
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_are_the_most_that_may_be_configured() {
+    fn the_largest_limits_are_the_maximum_of_the_configuration() {
         let largest = Limits::largest();
         assert_eq!(largest.check(), Ok(()));
         for more in [
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_cannot_take_is_refused() {
+    fn values_beyond_the_kernel_are_refused() {
         let deep = Limits { depth: 100_000, ..Limits::default() };
         let text = deep.check().expect_err("too deep").to_string();
         assert_eq!(text, "limits.depth is 100000: it must be from 1 to 1024");

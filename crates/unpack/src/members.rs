@@ -1,20 +1,20 @@
-//! The members of a tar that is not a layer, plain or compressed, in one pass and bounded memory.
+//! Members of a tar that is not a layer, plain or compressed, in one pass and bounded memory.
 
 use std::io::{BufRead, Read};
 
 use super::content;
 use super::error::UnpackError;
 use super::limits::Limits;
-use super::tape::{MemberKind, Tape};
+use super::tar_reader::{MemberKind, TarReader};
 
 /// One member that is not a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TarMember {
-    /// The name as it is written; nothing of it is checked.
+    /// Name as it is written, without any check.
     pub name: Vec<u8>,
-    /// Whether it is a regular file. Other members have no content.
+    /// True for a regular file. Other members have no content.
     pub is_file: bool,
-    /// Bytes of the content; fewer are an error of the reader.
+    /// Size of the content in bytes. The reader fails if there are fewer.
     pub size: u64,
 }
 
@@ -23,17 +23,17 @@ pub struct TarMember {
 ///
 /// # Errors
 ///
-/// Whatever makes a layer's archive unreadable, more than `limits.entries` members, and the errors
-/// of `visit`. A failure of the archive takes precedence over the error that `visit` made of it.
+/// Errors of a malformed archive, more than `limits.entries` members, and the errors of `visit`. A
+/// failure of the archive takes precedence over the error of `visit` that it causes.
 pub fn read_members<E: From<UnpackError>>(
     input: impl Read + Send,
     limits: &Limits,
     mut visit: impl FnMut(&TarMember, &mut dyn BufRead) -> Result<(), E>,
 ) -> Result<(), E> {
     content::decompress(input, limits, false, |content| {
-        let mut tape = Tape::new(content, limits);
+        let mut tar = TarReader::new(content, limits);
         let mut members = 0;
-        while let Some(member) = tape.next()? {
+        while let Some(member) = tar.next()? {
             members += 1;
             if members > limits.entries {
                 return Err(UnpackError::TooManyEntries { limit: limits.entries }.into());
@@ -43,13 +43,13 @@ pub fn read_members<E: From<UnpackError>>(
             }
             let is_file = member.kind == MemberKind::File;
             let member = TarMember { name: member.name, is_file, size: member.size };
-            let visited = visit(&member, &mut tape);
-            if let Some(failure) = tape.failure() {
+            let visited = visit(&member, &mut tar);
+            if let Some(failure) = tar.failure() {
                 return Err(failure.into());
             }
             visited?;
         }
-        tape.into_content().finish()?;
+        tar.into_content().finish()?;
         Ok(())
     })
 }
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn the_archives_failure_explains_the_visitors() {
+    fn a_failure_of_the_archive_precedes_the_error_of_visit() {
         let mut tar = Tar::new().file("a", &"x".repeat(5000)).end();
         tar.truncate(2000);
         let refused = read(&tar, &Limits::default());

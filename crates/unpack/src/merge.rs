@@ -1,20 +1,20 @@
-//! The tree that a pod sees, from layers' entries and single files, in memory.
+//! Merging: makes the tree that a pod sees from layers' entries and single files, in memory.
 //!
-//! The rules are those of containerd's apply, where an image's layers are concerned:
+//! Layers of images follow the rules of containerd's apply:
 //!
-//! - An entry goes where its folder's path leads in the tree so far. Symbolic links on
-//!   the way are followed, whichever layer made them, and never leave the root: absolute
-//!   targets start there, and `..` stays there, as in a container of the image.
+//! - An entry goes where its folder's path leads in the tree so far. Symbolic links on the way are
+//!   followed, whichever layer made them, and never leave the root: absolute targets start there,
+//!   and `..` stays there, as in a container of the image.
 //! - Folders that only a path names are made, see [`Metadata::of_implied_folder`].
 //! - A folder over a folder changes its metadata; anything else replaces what was there.
-//! - Whiteouts and opaque marks hide what lower layers have, wherever they stand in
-//!   their own layer; a folder that its own layer still needs stays, as an implied one.
-//! - Hard links share the inode of what their target is at that moment.
+//! - Whiteouts and opaque marks hide what lower layers have, wherever they stand in their own
+//!   layer. A folder that its own layer still needs stays, as an implied one.
+//! - Hard links share the inode that their target has at that moment.
 //! - Device nodes and fifos replace what was there, and are not shown.
 //!
-//! Artifacts that are not images are stricter, as `oras pull` is: nothing passes
-//! through a symbolic link, the entries of an ORAS folder lie within its title, and a
-//! file's title never replaces anything and is never replaced.
+//! Other artifacts have stricter rules, as in `oras pull`: no entry passes through a symbolic link,
+//! the entries of an ORAS folder lie within its title, and a file's title never replaces anything
+//! and is never replaced.
 
 mod finish;
 mod names;
@@ -37,7 +37,7 @@ pub use super::plan::{
 use super::plan::{LinkSource, OF_A_BLOB};
 use super::selection::Selection;
 use names::NameTable;
-use nodes::{Folder, NewNode, Node, NodeKind, NodeName, ROOT};
+use nodes::{Folder, MergeNode, NewNode, NodeKind, NodeName, ROOT};
 use oci_types::Digest;
 use walk::LinkPlace;
 
@@ -52,24 +52,24 @@ pub struct Merger<'a> {
     limits: &'a Limits,
     selection: &'a Selection,
     is_everything: bool,
-    /// Bytes of memory that merging and planning may take.
+    /// Memory that merging and planning may take, in bytes.
     allowance: u64,
     records: Option<&'a mut dyn EntryReader>,
-    /// Numbered by position; what was removed from the tree stays until the end.
-    nodes: Vec<Node>,
+    /// Nodes by number. Removed nodes stay until the end.
+    nodes: Vec<MergeNode>,
     folders: Vec<Folder>,
     table: NameTable,
     inodes: Vec<PlannedFile>,
     links: Vec<LinkSource>,
     /// Names that are not in a record, each after its length.
     names: Vec<u8>,
-    /// One inode for all titles of one blob.
+    /// Inodes by blob: all titles of one blob share one.
     blobs: HashMap<(Digest, Permissions), u32>,
     /// A cache of the targets of links that were followed.
     targets: Vec<(LinkPlace, Arc<[u8]>)>,
     /// The folder whose path was computed last, with that path.
     last_path: (u32, Vec<u8>),
-    input: Input,
+    input: CurrentLayer,
     entries: u64,
     metadata_bytes: u64,
     link_steps: u64,
@@ -80,7 +80,7 @@ pub struct Merger<'a> {
 }
 
 /// The layer that entries come from.
-struct Input {
+struct CurrentLayer {
     layer: u32,
     follow_links: bool,
     within: Option<RelativePath>,
@@ -96,7 +96,7 @@ impl<'a> Merger<'a> {
             is_everything: selection.is_everything(),
             allowance: u64::MAX,
             records: None,
-            nodes: vec![Node::root()],
+            nodes: vec![MergeNode::root()],
             folders: vec![Folder::implied(ROOT)],
             table: NameTable::default(),
             inodes: Vec::new(),
@@ -105,7 +105,7 @@ impl<'a> Merger<'a> {
             blobs: HashMap::new(),
             targets: Vec::new(),
             last_path: (ROOT, Vec::new()),
-            input: Input { layer: 0, follow_links: false, within: None },
+            input: CurrentLayer { layer: 0, follow_links: false, within: None },
             entries: 0,
             metadata_bytes: 0,
             link_steps: 0,
@@ -126,20 +126,20 @@ impl<'a> Merger<'a> {
         Self { records: Some(records), ..self }
     }
 
-    /// Returns the bytes of memory that merging a tree of so many entries takes, if it has few
-    /// folders. The compiled selection counts.
+    /// Returns the bytes of memory that merging a tree of this many entries takes, if it has few
+    /// folders. Includes the compiled selection.
     #[must_use]
     pub fn estimate(entries: u64, selection: &Selection) -> u64 {
-        /// Bytes for a few folders.
+        /// Memory for a few folders.
         const LEAST: u64 = 64 << 10;
-        let of_name = size_of::<Node>() + 3 * size_of::<u32>();
+        let of_name = size_of::<MergeNode>() + 3 * size_of::<u32>();
         let of_file = size_of::<PlannedFile>() + size_of::<u32>();
         let of_shown = if selection.is_everything() { size_of::<PlannedNode>() } else { 0 };
         let of_entries = entries.saturating_mul((of_name + of_file + of_shown) as u64);
         of_entries.saturating_add(LEAST).saturating_add(selection.compiled_bytes())
     }
 
-    /// Adds a blob that is a file, with the mode and owner that it is to be shown with.
+    /// Adds a blob that is a file, shown with this mode and owner.
     pub fn file(
         &mut self,
         layer: usize,
@@ -172,7 +172,7 @@ impl<'a> Merger<'a> {
         self.check_memory()
     }
 
-    /// Starts an archive, above everything before it.
+    /// Starts an archive, above all layers before it.
     pub fn archive(&mut self, layer: usize, rule: &ArchiveRule) {
         self.start(layer, rule.whiteouts, rule.within.clone());
     }
@@ -248,13 +248,13 @@ impl<'a> Merger<'a> {
         self.check_memory()
     }
 
-    /// Returns the plan of what is selected.
+    /// Returns the plan of the selected part of the tree.
     pub fn finish(self) -> Result<TreePlan, UnpackError> {
         finish::plan(self)
     }
 
     fn start(&mut self, layer: usize, follow_links: bool, within: Option<RelativePath>) {
-        self.input = Input { layer: number(layer), follow_links, within };
+        self.input = CurrentLayer { layer: number(layer), follow_links, within };
     }
 
     /// Counts an entry or an implied folder: both take memory and an inode.
@@ -278,7 +278,7 @@ impl<'a> Merger<'a> {
             return Ok(());
         };
         let path = &entry.path;
-        // The folders above it say nothing of their own.
+        // Folders above the title need no metadata of their own.
         let leads_to_it = matches!(entry.kind, EntryKind::Directory) && title.is_within(path);
         let target_is_within = match &entry.kind {
             EntryKind::HardLink { target } => target.is_within(title),
@@ -299,10 +299,10 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    /// Returns the bytes of memory that merging so far and a plan of it take.
+    /// Returns the bytes of memory that the merge so far and a plan of it take.
     fn memory_bytes(&self) -> u64 {
         let of = |count: usize, size: usize| count as u64 * size as u64;
-        of(self.nodes.len(), size_of::<Node>())
+        of(self.nodes.len(), size_of::<MergeNode>())
             + of(self.inodes.len(), size_of::<PlannedFile>() + size_of::<u32>())
             + of(self.folders.len(), size_of::<Folder>() + size_of::<Metadata>())
             + of(self.links.len(), size_of::<LinkSource>())
@@ -314,7 +314,8 @@ impl<'a> Merger<'a> {
     }
 }
 
-/// Layers, nodes and files fit by far: `limits.layers` and `limits.entries` see to it.
+/// Converts an index. `limits.layers` and `limits.entries` keep layers, nodes and files far below
+/// the maximum.
 fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
 }

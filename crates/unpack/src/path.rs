@@ -7,61 +7,61 @@ use text::printable::is_printable;
 
 /// A path below the root of a volume, or the root itself, as bytes.
 ///
-/// Never absolute, without `.`, `..`, empty names and NUL, so that joining it to
-/// a folder stays below that folder as long as no symbolic link is followed.
+/// It is never absolute and has no `.`, `..`, empty names or NUL. Joined to a folder, it stays
+/// below that folder as long as no symbolic link is followed.
 #[derive(Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RelativePath(Box<[u8]>);
 
-/// Why bytes are not such a path.
+/// Reason why bytes are not a valid path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PathError {
-    /// Nothing at all.
+    /// An empty text.
     #[error("it is empty")]
     Empty,
-    /// A leading `/`.
+    /// A path with a leading `/`.
     #[error("it is absolute")]
     Absolute,
-    /// A `..`.
+    /// A path with a `..` component.
     #[error("it contains \"..\"")]
     Parent,
     /// A NUL byte, which no file name can hold.
     #[error("it contains a NUL byte")]
     Nul,
-    /// A name beyond the limit.
+    /// A name over the limit.
     #[error("a name in it has {length} bytes, the limit is {limit} (limits.nameBytes)")]
     NameTooLong {
         /// Bytes of the name.
         length: usize,
-        /// The bound.
+        /// Value of `limits.nameBytes`.
         limit: usize,
     },
-    /// Too long as a whole.
+    /// A path over the limit.
     #[error("it has {length} bytes, the limit is {limit} (limits.pathBytes)")]
     TooLong {
-        /// Bytes of the path, at least.
+        /// Minimum length of the path in bytes.
         length: usize,
-        /// The bound.
+        /// Value of `limits.pathBytes`.
         limit: usize,
     },
-    /// Too many names.
+    /// Too many components.
     #[error("it is more than {limit} names deep (limits.depth)")]
     TooDeep {
-        /// The bound.
+        /// Value of `limits.depth`.
         limit: usize,
     },
-    /// The root where a name is needed.
+    /// The root where a name is required.
     #[error("it names the root of the volume")]
     Root,
 }
 
 impl RelativePath {
-    /// The volume's root.
+    /// Returns the root of the volume.
     #[must_use]
     pub fn root() -> Self {
         Self::default()
     }
 
-    /// Checks and normalises: `./a//b/` is `a/b`, and `./` the root.
+    /// Parses and normalises a path: `./a//b/` becomes `a/b`, and `./` the root.
     pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
         if bytes.is_empty() {
             return Err(PathError::Empty);
@@ -98,8 +98,8 @@ impl RelativePath {
         Ok(Self(normal.into()))
     }
 
-    /// Parses a path of an archive, whose root is the root of the volume: `/a` is `a`, and `/` the
-    /// root. A `..` is refused all the same.
+    /// Parses a path of an archive, whose root is the root of the volume: `/a` becomes `a`, and `/`
+    /// the root. A `..` is still refused.
     pub fn parse_rooted(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
         match bytes.iter().position(|&byte| byte != b'/') {
             Some(start) => Self::parse(&bytes[start..], limits),
@@ -108,30 +108,30 @@ impl RelativePath {
         }
     }
 
-    /// Parses as [`RelativePath::parse_rooted`] does, and refuses the root.
+    /// Parses like [`RelativePath::parse_rooted`], and refuses the root.
     pub fn parse_rooted_name(bytes: &[u8], limits: &Limits) -> Result<Self, PathError> {
         let path = Self::parse_rooted(bytes, limits)?;
         if path.is_root() { Err(PathError::Root) } else { Ok(path) }
     }
 
-    /// Names joined by `/`; empty for the root.
+    /// Returns the names joined by `/`; empty for the root.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Whether this is the volume's root.
+    /// Returns whether this is the root of the volume.
     #[must_use]
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The names, outermost first; none for the root.
+    /// Iterates over the names, outermost first; empty for the root.
     pub fn components(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.0.split(|&byte| byte == b'/').filter(|name| !name.is_empty())
     }
 
-    /// The folder and the last name; none for the root.
+    /// Returns the folder and the last name; `None` for the root.
     #[must_use]
     pub fn split(&self) -> Option<(Self, &[u8])> {
         if self.is_root() {
@@ -144,19 +144,19 @@ impl RelativePath {
         Some((Self(folder.into()), name))
     }
 
-    /// The folder that holds this; none for the root.
+    /// Returns the folder of this path; `None` for the root.
     #[must_use]
     pub fn parent(&self) -> Option<Self> {
         self.split().map(|(folder, _)| folder)
     }
 
-    /// Every folder above this, the root excluded, outermost first.
+    /// Iterates over the folders above this path, the root excluded, outermost first.
     pub fn ancestors(&self) -> impl Iterator<Item = Self> {
         let slashes = self.0.iter().enumerate().filter(|&(_, &byte)| byte == b'/');
         slashes.map(|(slash, _)| Self(self.0[..slash].into()))
     }
 
-    /// A name in this folder.
+    /// Returns the path of a name in this folder.
     pub fn join(&self, name: &[u8], limits: &Limits) -> Result<Self, PathError> {
         let mut bytes = self.0.to_vec();
         if !self.is_root() {
@@ -166,7 +166,7 @@ impl RelativePath {
         Self::parse(&bytes, limits)
     }
 
-    /// Whether this is `other` or below it, name by name.
+    /// Returns whether this is `other` or below it, compared by components.
     #[must_use]
     pub fn is_within(&self, other: &Self) -> bool {
         other.is_root()
@@ -174,7 +174,7 @@ impl RelativePath {
     }
 }
 
-/// For people: see [`Shown`].
+/// Prints the path as [`Shown`] does.
 impl fmt::Display for RelativePath {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_root() { formatter.write_str(".") } else { Shown(&self.0).fmt(formatter) }
@@ -187,17 +187,17 @@ impl fmt::Debug for RelativePath {
     }
 }
 
-/// The names in a path that others wrote, as they are.
+/// Splits an untrusted path into its names, without checks.
 fn names(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     bytes.split(|&byte| byte == b'/').filter(|name| !name.is_empty() && *name != b".")
 }
 
-/// Bytes that others wrote, fit for a message: control characters and what is not
-/// UTF-8 escaped, the middle of what is long left out.
+/// Untrusted bytes, printed safely in a message: control characters and bytes that are not UTF-8
+/// are escaped, and the middle of a long text is left out.
 #[derive(Clone, Copy)]
 pub struct Shown<'a>(pub &'a [u8]);
 
-/// Bytes shown of each end, so that a message with two paths stays below 1 KiB.
+/// Bytes printed of each end, so that a message with two paths stays below 1 KiB.
 const SHOWN_START: usize = 64;
 const SHOWN_END: usize = 64;
 
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn parts() {
+    fn parents_ancestors_and_joins() {
         let deep = path("a/b/c");
         assert_eq!(deep.parent(), Some(path("a/b")));
         assert_eq!(path("a").parent(), Some(RelativePath::root()));
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_names_are_shown_harmlessly() {
+    fn control_characters_are_escaped() {
         let shown = |bytes: &[u8]| Shown(bytes).to_string();
         assert_eq!(shown(b"a\n\x1b[31m\xff"), "a\\n\\u{1b}[31m\\xff");
         assert_eq!(shown("\u{202e}x\"".as_bytes()), "\\u{202e}x\\\"");
@@ -325,7 +325,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_accepted_is_what_the_names_say(names in prop::collection::vec("[ab.]{0,3}", 0..8)) {
+        fn a_path_is_accepted_if_all_its_names_are(names in prop::collection::vec("[ab.]{0,3}", 0..8)) {
             let text = names.join("/");
             let kept: Vec<_> = names.iter().filter(|name| !["", "."].contains(&name.as_str())).cloned().collect();
             let expected = if text.is_empty() {

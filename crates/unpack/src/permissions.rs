@@ -1,57 +1,57 @@
-//! The attribute `permissions`: which mode and owner content gets on the node.
+//! The attribute `permissions`: the mode and owner of content on the node.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Modes keep nothing else: neither setuid, setgid nor sticky.
+/// Bits of a mode that are kept; setuid, setgid and sticky are not.
 const PERMISSION_BITS: u32 = 0o777;
 const READABLE: u32 = 0o444;
 const EXECUTABLE: u32 = 0o111;
 
-/// How modes and owners of an archive are taken over.
+/// The rule that maps modes and owners of an archive to those of a volume.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PermissionsRule {
-    /// Everybody may read everything, since pods run as any user; owner 0:0.
+    /// All users may read everything, since pods run as any user; the owner is 0:0.
     #[default]
     Readable,
-    /// As recorded, for pods that run as the user they were recorded for.
+    /// Mode and owner as recorded, for pods that run as that user.
     Preserve,
 }
 
-/// What kind of node permissions are for.
+/// Type of the node that permissions apply to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeType {
-    /// A folder.
+    /// A folder, which needs execute permission to be entered.
     Directory,
     /// A regular file.
     File,
-    /// A symbolic link; its mode means nothing.
+    /// A symbolic link, whose mode has no meaning.
     SymbolicLink,
 }
 
-/// The number of an owner or a group as it is recorded: any number, or text that is none.
+/// User or group ID as recorded: any number, or text that is not a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// Most of them no file can have.
+    /// A number, which may be outside the range of Linux.
     Number(i64),
-    /// Not a number.
+    /// Text that is not a number.
     Unreadable,
 }
 
-/// Mode and owner.
+/// Mode, owner and group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Permissions {
-    /// Permission bits; before a rule is applied, maybe more.
+    /// Permission bits. Before a rule is applied, it may have more.
     pub mode: u32,
-    /// Owner.
+    /// User ID of the owner.
     pub uid: u32,
-    /// Group.
+    /// ID of the group.
     pub gid: u32,
 }
 
 impl PermissionsRule {
-    /// The name as users write it; part of the key of a layer.
+    /// Returns the value of the attribute, which is part of the key of a layer.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -60,7 +60,7 @@ impl PermissionsRule {
         }
     }
 
-    /// What a node gets for what was recorded.
+    /// Returns the permissions that a node gets for recorded ones.
     #[must_use]
     pub const fn apply(self, node: NodeType, recorded: Permissions) -> Permissions {
         let mode = recorded.mode & PERMISSION_BITS;
@@ -80,8 +80,8 @@ impl PermissionsRule {
 }
 
 impl Owner {
-    /// Returns the number that the kernel takes; the highest one, which no file can have, for all that
-    /// it does not take.
+    /// Returns the number for the kernel, or `u32::MAX`, which no file can have, if it is out of
+    /// range.
     #[must_use]
     pub fn number(&self) -> u32 {
         match self {
@@ -107,8 +107,8 @@ impl fmt::Display for Owner {
 }
 
 impl Permissions {
-    /// Whether a file can belong to this owner and group. The highest number of 32 bits stands for
-    /// "as it is" where the kernel is asked to change them.
+    /// Returns whether a file can have this owner and group. In `chown`, `u32::MAX` means
+    /// "unchanged".
     #[must_use]
     pub const fn has_owner(self) -> bool {
         self.uid != u32::MAX && self.gid != u32::MAX
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn readable_lets_everybody_read() {
+    fn readable_allows_every_user_to_read() {
         use NodeType::{Directory, File};
         let readable = |node, mode| applied(PermissionsRule::Readable, node, mode);
         assert_eq!(readable(File, 0o600), (0o644, 0, 0));

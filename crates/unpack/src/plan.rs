@@ -1,8 +1,8 @@
-//! A tree as a list of what to make, complete and in order.
+//! Plans of trees: complete, ordered lists of the nodes to create.
 //!
-//! A plan of a million names fits into a hundred mebibytes. The names of files and symbolic links, and
-//! the targets and metadata of links, stay in the indexes of the layers. They are read there again
-//! when the tree is made ([`EntryReader`]).
+//! A plan of a million names fits into a hundred mebibytes. The names of files and symbolic links,
+//! and the targets and metadata of links, stay in the indexes of the layers. They are read there
+//! again when the tree is made ([`EntryReader`]).
 
 use std::borrow::Cow;
 use std::io;
@@ -11,22 +11,22 @@ use super::entry::{Entry, EntryKind, Metadata};
 use super::permissions::Permissions;
 use oci_types::Digest;
 
-/// A whole tree.
+/// Plan of a whole tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TreePlan {
-    /// The root folder.
+    /// Metadata of the root folder.
     pub root: Metadata,
-    /// All other names, parents before children, those of a folder in a row.
+    /// All other names. Parents precede children, and the names of a folder are contiguous.
     pub nodes: Vec<PlannedNode>,
     /// Files that [`PlannedKind::File`] points at.
     pub files: Vec<PlannedFile>,
-    /// Sums.
+    /// Counts and sizes of the tree.
     pub totals: TreeTotals,
     /// Folders below the root, in their order in `nodes`.
     pub(super) folders: Vec<Metadata>,
     /// Symbolic links that the node's own record does not describe.
     pub(super) links: Vec<LinkSource>,
-    /// Blobs that are files.
+    /// Blobs that are single files.
     pub(super) blobs: Vec<(Digest, Permissions)>,
     /// Names that are not in a record, each after its length.
     pub(super) names: Vec<u8>,
@@ -35,9 +35,9 @@ pub struct TreePlan {
 /// One name in the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannedNode {
-    /// The folder's index in [`TreePlan::nodes`]; none is the root.
+    /// Index of the folder in [`TreePlan::nodes`]; `None` for the root.
     pub parent: Option<u32>,
-    /// What it is.
+    /// Type of the node.
     pub kind: PlannedKind,
     /// Length of its name in bytes.
     pub name_bytes: u8,
@@ -49,23 +49,23 @@ pub struct PlannedNode {
 /// The type of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlannedKind {
-    /// A folder.
+    /// A folder below the root.
     Directory(FolderNumber),
-    /// A regular file, by its index in [`TreePlan::files`]; hard links share one.
+    /// A regular file, by its index in [`TreePlan::files`]; hard links share one index.
     File(u32),
-    /// A symbolic link.
+    /// A symbolic link, with its target and metadata.
     SymbolicLink(LinkNumber),
 }
 
-/// A folder of a plan.
+/// Number of a folder in a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FolderNumber(pub(super) u32);
 
-/// A symbolic link of a plan.
+/// Number of a symbolic link in a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkNumber(pub(super) u32);
 
-/// Stands for the link that the node's own record describes.
+/// Number of the link that the node's own record describes.
 pub(super) const OWN_RECORD: u32 = u32::MAX;
 
 /// The place of a name: an offset in the plan's own names, or that of a record in a layer's index.
@@ -82,69 +82,69 @@ pub(super) enum LinkSource {
 /// One inode of a regular file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlannedFile {
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Its names in the tree.
+    /// Number of names in the tree.
     pub links: u32,
-    /// The layer's number in the manifest; [`OF_A_BLOB`] for a file that is a blob.
+    /// Index of the layer in the manifest; [`OF_A_BLOB`] for a file that is a blob.
     pub(super) layer: u32,
-    /// The sink's number of the file, or the blob's number in the plan.
+    /// The sink's number of the file, or the blob's index in the plan.
     pub(super) data: u32,
 }
 
-/// Stands for the layer of a file that is a blob.
+/// Layer number of a file that is a blob.
 pub(super) const OF_A_BLOB: u32 = u32::MAX;
 
-/// Where a file's content is.
+/// Place of the content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
     /// A file of an unpacked layer.
     Archive {
-        /// The layer's number in the manifest.
+        /// Index of the layer in the manifest.
         layer: u32,
-        /// What the sink called it.
+        /// Number that the sink gave to the content.
         data: u32,
     },
-    /// A blob that is a file.
+    /// A blob that is a single file.
     Blob {
-        /// Its digest.
+        /// Digest of the blob.
         digest: Digest,
         /// Mode and owner that it is shown with.
         permissions: Permissions,
     },
 }
 
-/// Sums of a tree.
+/// Counts and sizes of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TreeTotals {
-    /// Of distinct files.
+    /// Total size of distinct files, in bytes.
     pub bytes: u64,
-    /// Folders with the root, distinct files, symbolic links.
+    /// Number of folders with the root, distinct files and symbolic links.
     pub inodes: u64,
-    /// Distinct regular files.
+    /// Number of distinct regular files.
     pub files: u64,
-    /// Folders, the root included.
+    /// Number of folders, the root included.
     pub directories: u64,
-    /// Symbolic links.
+    /// Number of symbolic links.
     pub symbolic_links: u64,
 }
 
-/// Reads entries of layers again that were merged before.
+/// Reader of entries that were merged before.
 pub trait EntryReader {
     /// Reads the entry at an offset of a layer's index.
     fn read(&mut self, layer: u32, offset: u64) -> io::Result<Entry>;
 }
 
-/// The records of a plan that holds all names itself.
+/// Reader for a plan that holds all names itself.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoEntries;
 
 /// A file or symbolic link of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedLeaf<'a> {
-    /// A name that is not empty, has no `/`, and is neither `.` nor `..`.
+    /// File name: not empty, without `/`, and neither `.` nor `..`.
     pub name: Cow<'a, [u8]>,
-    /// Target and metadata of a symbolic link; none for a file.
+    /// Target and metadata of a symbolic link; `None` for a file.
     pub link: Option<(Cow<'a, [u8]>, Cow<'a, Metadata>)>,
 }
 
@@ -199,11 +199,12 @@ impl TreePlan {
         (bytes + self.names.len() + of_links + of_folders) as u64
     }
 
-    /// Reads the name of a file or symbolic link, and the link's target and metadata, from its record.
+    /// Reads the name of a file or symbolic link, and the link's target and metadata, from its
+    /// record.
     ///
     /// # Errors
     ///
-    /// Those of reading; [`io::ErrorKind::InvalidData`] where a record is not what was planned.
+    /// Errors of the reader; [`io::ErrorKind::InvalidData`] if a record differs from the plan.
     pub fn leaf(
         &self,
         node: &PlannedNode,

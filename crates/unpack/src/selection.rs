@@ -1,11 +1,10 @@
-//! The attributes `include` and `exclude`: which paths of an artifact a volume shows.
+//! The attributes `include` and `exclude`: the paths of an artifact that a volume shows.
 //!
-//! Both are lists of globs, separated by commas (`\,` is a comma in a pattern), over
-//! whole paths in the volume, case-sensitive. `*` and `?` stay within one name, `**`
-//! crosses folders. A pattern that matches a folder selects all that is in it.
-//! Spaces around a pattern, a leading `./` and a trailing `/` mean nothing. Without
-//! `include` everything is included; what `exclude` matches is left out, whatever
-//! includes it.
+//! Both are lists of globs, separated by commas (`\,` is a comma in a pattern), that match whole
+//! paths in the volume, case-sensitively. `*` and `?` stay within one name, `**` crosses folders. A
+//! pattern that matches a folder selects all of its content. Spaces around a pattern, a leading
+//! `./` and a trailing `/` are ignored. Without `include`, everything is included. `exclude` takes
+//! precedence over `include`.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
@@ -16,46 +15,49 @@ use super::path::{RelativePath, Shown};
 
 /// The maximum number of patterns in one attribute.
 const PATTERNS: usize = 256;
-/// The maximum length of all patterns of one attribute in bytes. It bounds the memory and the time of their compilation:
-/// 20 ms on one core in November 2026.
+/// The maximum length of all patterns of one attribute in bytes. It bounds the memory and the time
+/// of their compilation: 20 ms on one core in November 2026.
 const PATTERN_BYTES: usize = 16 << 10;
-/// The maximum depth of alternatives within alternatives. Parsing them recurses, and from 250 on they do not compile.
+/// The maximum depth of nested alternatives. Parsing them recurses, and from 250 on they do not
+/// compile.
 const NESTED_ALTERNATIVES: usize = 32;
-/// The memory of compiled patterns for each byte of text: the most that was measured in November 2026, of names of `?`.
+/// Memory of compiled patterns for each byte of text: the maximum measured in November 2026, with
+/// names of `?`.
 const COMPILED_BYTES: u64 = 600;
 
-/// Which paths of an artifact a volume shows.
+/// A selection of paths of an artifact.
 ///
-/// Patterns are compiled when the first path is matched, and a clone is not compiled. Match paths with a clone on a thread
-/// that may block, and drop it afterwards. So a pull holds only texts while it waits.
+/// Patterns are compiled when the first path is matched, and a clone is not compiled. Match paths
+/// with a clone on a thread that may block, and drop it afterwards. So a pull holds only texts
+/// while it waits.
 #[derive(Clone, Debug)]
 pub struct Selection {
-    include: Option<Patterns>,
-    exclude: Patterns,
+    include: Option<GlobPatterns>,
+    exclude: GlobPatterns,
 }
 
-/// Why a text is not a list of patterns.
+/// Reason why a text is not a list of patterns.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SelectionError {
-    /// Not a glob.
+    /// A pattern that is not a glob.
     #[error(
         "the pattern \"{pattern}\" is not a glob ({reason}): put \\ before a character that is meant literally"
     )]
     Glob {
-        /// The pattern, shown.
+        /// Pattern, escaped for display.
         pattern: String,
-        /// What the parser says.
+        /// Reason of the parser.
         reason: String,
     },
-    /// A leading `/`.
+    /// A pattern with a leading `/`.
     #[error(
         "the pattern \"{0}\" is absolute: write it relative to the volume, without the leading /"
     )]
     Absolute(String),
-    /// A name `..`, which no path in a volume has.
+    /// A pattern with `..`, which no path in a volume has.
     #[error("the pattern \"{0}\" contains \"..\", which no path in a volume does")]
     Parent(String),
-    /// Beyond the bounds of this program.
+    /// More patterns or bytes than the limits.
     #[error(
         "there are more than {PATTERNS} patterns, or they have more than {PATTERN_BYTES} bytes in all: select folders instead of files"
     )]
@@ -63,23 +65,23 @@ pub enum SelectionError {
 }
 
 #[derive(Debug)]
-struct Patterns {
-    /// Sorted and without doubles.
+struct GlobPatterns {
+    /// Texts of the patterns, sorted and without duplicates.
     texts: Vec<String>,
     compiled: OnceLock<GlobSet>,
 }
 
-/// What the patterns say of one path, regardless of the folders above it.
+/// Result of matching one path, regardless of the folders above it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Match {
+pub(super) struct PatternMatch {
     pub(super) included: bool,
     pub(super) excluded: bool,
 }
 
 impl Default for Selection {
-    /// Everything.
+    /// Returns the selection of all paths.
     fn default() -> Self {
-        Self { include: None, exclude: Patterns::none() }
+        Self { include: None, exclude: GlobPatterns::none() }
     }
 }
 
@@ -92,21 +94,21 @@ impl PartialEq for Selection {
 impl Eq for Selection {}
 
 impl Selection {
-    /// Reads the two attributes; a text without a pattern is an absent one.
+    /// Parses the two attributes. A text without a pattern counts as absent.
     pub fn parse(include: &str, exclude: &str) -> Result<Self, SelectionError> {
-        let include = Patterns::parse(include)?;
+        let include = GlobPatterns::parse(include)?;
         let include = (!include.texts.is_empty()).then_some(include);
-        Ok(Self { include, exclude: Patterns::parse(exclude)? })
+        Ok(Self { include, exclude: GlobPatterns::parse(exclude)? })
     }
 
-    /// Whether it selects everything.
+    /// Returns whether everything is selected.
     #[must_use]
     pub fn is_everything(&self) -> bool {
         self.include.is_none() && self.exclude.texts.is_empty()
     }
 
-    /// One text for all spellings and orders of the same patterns, for hashing. Each
-    /// pattern is preceded by its length, so that no two lists share a text.
+    /// Returns one text for all spellings and orders of the same patterns, for hashing. Each
+    /// pattern follows its length, so that no two lists share a text.
     #[must_use]
     pub fn canonical(&self) -> String {
         let mut text = String::new();
@@ -119,16 +121,16 @@ impl Selection {
         text
     }
 
-    /// The attributes that give this selection: `include` and `exclude`.
+    /// Returns the attributes `include` and `exclude` of this selection.
     #[must_use]
     pub fn attributes(&self) -> (String, String) {
-        let join = |patterns: &Patterns| {
+        let join = |patterns: &GlobPatterns| {
             patterns.texts.iter().map(|text| text.replace(',', "\\,")).collect::<Vec<_>>().join(",")
         };
         (self.include.as_ref().map(join).unwrap_or_default(), join(&self.exclude))
     }
 
-    /// Whether a path is shown for its own sake. Folders above such a path are shown too.
+    /// Returns whether the path itself is selected. Folders above such a path are shown too.
     #[must_use]
     pub fn selects(&self, path: &RelativePath) -> bool {
         let mut included = self.include.is_none();
@@ -142,7 +144,7 @@ impl Selection {
         included
     }
 
-    /// False only where no path at or below `folder` can be selected.
+    /// Returns false only if no path at or below `folder` can be selected.
     #[must_use]
     pub fn may_select_below(&self, folder: &RelativePath) -> bool {
         let is_excluded = folder
@@ -160,23 +162,23 @@ impl Selection {
         (bytes as u64).saturating_mul(COMPILED_BYTES)
     }
 
-    pub(super) fn matches(&self, path: &[u8]) -> Match {
+    pub(super) fn matches(&self, path: &[u8]) -> PatternMatch {
         let candidate = Candidate::from_bytes(path);
-        let matches = |patterns: &Patterns| patterns.is_match(&candidate);
-        Match {
+        let matches = |patterns: &GlobPatterns| patterns.is_match(&candidate);
+        PatternMatch {
             included: self.include.as_ref().is_none_or(matches),
             excluded: matches(&self.exclude),
         }
     }
 }
 
-impl Clone for Patterns {
+impl Clone for GlobPatterns {
     fn clone(&self) -> Self {
         Self { texts: self.texts.clone(), compiled: OnceLock::new() }
     }
 }
 
-impl Patterns {
+impl GlobPatterns {
     fn none() -> Self {
         Self { texts: Vec::new(), compiled: OnceLock::new() }
     }
@@ -212,16 +214,18 @@ impl Patterns {
                 globs.into_iter().fold(&mut GlobSetBuilder::new(), GlobSetBuilder::add).build();
             set.map_err(|error| refusal(&self.texts.join(","), &error))
         });
-        // The compiler refuses four times as many bytes, and eight times as many levels, in November 2026.
+        // The compiler refuses four times as many bytes, and eight times as many levels, in
+        // November 2026.
         set.expect("globs that were parsed compile within their bounds")
     }
 
-    /// Whether a pattern may match a path at or below a folder, or a folder above it.
+    /// Returns whether a pattern may match a path at or below a folder, or a folder above it.
     fn may_match_below(&self, folder: &RelativePath) -> bool {
         self.texts.iter().any(|text| {
-            // Where either ends first, the rest of the other may still match, or need not.
+            // If one ends first, the rest of the other may still match or is not needed.
             for (pattern, name) in text.split('/').zip(folder.components()) {
-                // Classes and alternatives may hold a slash, so that what looks like one name is none.
+                // Classes and alternatives may contain a slash, so that one component here may be
+                // several names.
                 if pattern.contains("**") || pattern.contains(['[', ']', '{', '}', '\\']) {
                     return true;
                 }
@@ -255,7 +259,7 @@ fn glob(pattern: &str) -> Result<Glob, SelectionError> {
     glob.map_err(|error| refusal(pattern, &error))
 }
 
-/// Returns the depth of alternatives within alternatives. A brace in a class counts, too.
+/// Returns the depth of nested alternatives. A brace in a class counts too.
 fn nested_alternatives(pattern: &str) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);
     let mut characters = pattern.chars();
@@ -278,7 +282,7 @@ fn refusal(pattern: &str, error: &globset::Error) -> SelectionError {
     }
 }
 
-/// Splits at commas; `\,` becomes a comma, and any other escape stays for the glob.
+/// Splits at commas. `\,` becomes a comma; other escapes are left to the glob.
 fn split(list: &str) -> Vec<String> {
     let mut patterns = vec![String::new()];
     let mut characters = list.chars();
@@ -310,7 +314,7 @@ fn normalised(pattern: &str) -> Result<String, SelectionError> {
             name => names.push(name),
         }
     }
-    // The volume itself: all of it.
+    // The root of the volume selects everything.
     if names.is_empty() && !pattern.is_empty() {
         return Ok("**".to_owned());
     }

@@ -1,4 +1,4 @@
-//! Archives for tests, byte by byte, so that they can lie.
+//! Archives for tests, built byte by byte so that they can be malformed.
 
 use std::io::{self, BufRead, Write};
 
@@ -12,14 +12,14 @@ use super::limits::Limits;
 use super::permissions::PermissionsRule;
 use crate::Checksum;
 
-/// What an image's layers are unpacked with.
+/// Rule of the layers of an image.
 pub(crate) const IMAGE: ArchiveRule =
     ArchiveRule { whiteouts: true, tar_digest: None, within: None };
-/// What other archives are unpacked with.
+/// Rule of other archives.
 pub(crate) const ARTIFACT: ArchiveRule =
     ArchiveRule { whiteouts: false, tar_digest: None, within: None };
 
-/// A tar archive in the making.
+/// Builder of a tar archive.
 #[derive(Clone, Default)]
 pub(crate) struct Tar {
     pub(crate) bytes: Vec<u8>,
@@ -34,7 +34,7 @@ impl Tar {
         let mut header = Header::new_ustar();
         let fields = header.as_old_mut();
         fields.name[..name.len()].copy_from_slice(name);
-        // Not by the name of the type: it has one for two of them.
+        // Set by value, since the `tar` crate has one name for two of the types.
         header.as_old_mut().linkflag = [kind];
         header.set_mode(0o644);
         header.set_uid(7);
@@ -68,7 +68,7 @@ impl Tar {
         self.member(header, b"")
     }
 
-    /// A hard link (`b'1'`), a symbolic link (`b'2'`) or whatever else.
+    /// Adds a hard link (`b'1'`), a symbolic link (`b'2'`) or another type with a target.
     pub(crate) fn link(self, kind: u8, name: &str, target: &str) -> Self {
         let mut header = Self::header(name.as_bytes(), kind, 0);
         header.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes());
@@ -96,10 +96,10 @@ impl Tar {
         self.bytes
     }
 
-    /// What a layer of an image records of it.
+    /// Returns the entries that an image layer records of the archive.
     pub(crate) fn entries(self) -> Vec<Entry> {
         let mut memory = Memory::default();
-        // Merging is tested with what unpacking would not let through, too.
+        // Merging is also tested with entries that unpacking would refuse.
         let (archive, limits) = (self.end(), Limits::default());
         let rule = PermissionsRule::Readable;
         record(archive.as_slice(), &IMAGE, rule, &limits, &mut memory, |_| Ok(())).unwrap();
@@ -117,7 +117,7 @@ pub(crate) fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::stream::encode_all(bytes, 1).unwrap()
 }
 
-/// A sink that keeps everything.
+/// A sink that keeps all entries and contents in memory.
 #[derive(Default)]
 pub(crate) struct Memory {
     pub(crate) entries: Vec<Entry>,
@@ -144,7 +144,7 @@ impl Sink for Memory {
 }
 
 impl Memory {
-    /// `path=content` and the like, in order.
+    /// Returns the entries in order, as lines such as `path=content`.
     pub(crate) fn lines(&self) -> Vec<String> {
         let line = |entry: &Entry| {
             let path = match entry.path.as_bytes() {
@@ -179,7 +179,7 @@ pub(crate) fn unpack_all(
     (result, memory)
 }
 
-/// The error of unpacking an image's layer under the default limits.
+/// Returns the error of unpacking an image layer with the default limits.
 pub(crate) fn refusal(bytes: &[u8]) -> UnpackError {
     unpack_all(bytes, &IMAGE, &Limits::default()).0.expect_err("it lies")
 }

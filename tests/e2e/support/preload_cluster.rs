@@ -65,7 +65,7 @@ impl Cluster {
         let room = self.sandbox.folder(node);
         let mut options = DriverOptions::new(&self.sandbox)
             .in_folder(&room)
-            .argument("--fleet")
+            .argument("--preload")
             .argument(&format!("--node-id={node}"))
             .argument(&format!("--admin-endpoint=unix://{}/admin.sock", room.display()));
         options = options.environment("KUBECONFIG", &self.kubeconfig.to_string_lossy());

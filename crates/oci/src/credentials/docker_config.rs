@@ -1,10 +1,10 @@
-//! Docker's configuration file: `{"auths": {"<registry>": {..}}}`, and the older form without `auths`.
+//! Docker's configuration file: `{"auths": {"<registry>": {..}}}`, and the older form without
+//! `auths`.
 //!
-//! `auth` wins over `username` and `password`, as with the kubelet. Unlike the
-//! kubelet, `identitytoken` and `registrytoken` are honoured, and win over both:
-//! Azure writes an `auth` with an empty password beside its identity token.
-//! `credsStore` and `credHelpers` name programs of the machine where the file
-//! was written; they are ignored.
+//! `auth` takes precedence over `username` and `password`, as in the kubelet. Unlike the kubelet,
+//! `identitytoken` and `registrytoken` are honoured, and take precedence over both: Azure writes an
+//! `auth` with an empty password beside its identity token. `credsStore` and `credHelpers` name
+//! programs of the machine where the file was written, so they are ignored.
 
 use std::collections::BTreeMap;
 
@@ -17,17 +17,18 @@ use super::secret::MAXIMUM_BYTES;
 use super::{Credential, SecretError};
 use text::printable::excerpt;
 
-/// More registries than anybody has; a keyring is searched linearly at every publish.
+/// Maximum number of registries, far above real configurations: a keyring is searched linearly at
+/// every publish.
 const MAXIMUM_ENTRIES: usize = 4096;
 
-/// Both paddings are in circulation.
+/// Accepts padded and unpadded texts, since clients write both.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Sorted by key, so that two entries which mean the same host keep one order.
-pub(super) type Entries = Vec<(String, Credential)>;
+/// Credentials by key, sorted, so that two entries for the same host keep one order.
+pub(super) type ConfigEntries = Vec<(String, Credential)>;
 
 #[derive(Deserialize)]
 struct DockerConfig {
@@ -35,7 +36,7 @@ struct DockerConfig {
     auths: Option<BTreeMap<String, DockerEntry>>,
 }
 
-/// All fields may be null, and often are.
+/// Entry of a registry. All fields may be null, and often are.
 #[derive(Deserialize, Default)]
 struct DockerEntry {
     username: Option<String>,
@@ -45,15 +46,15 @@ struct DockerEntry {
     registrytoken: Option<String>,
 }
 
-/// Parses the form with `auths`; a configuration without it has no entries.
-pub(super) fn parse_config(key: &'static str, bytes: &[u8]) -> Result<Entries, SecretError> {
+/// Parses the form with `auths`. A configuration without it has no entries.
+pub(super) fn parse_config(key: &'static str, bytes: &[u8]) -> Result<ConfigEntries, SecretError> {
     check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
     let config: DockerConfig = serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
     credentials(key, config.auths.unwrap_or_default())
 }
 
-/// Parses the older form, the map alone.
-pub(super) fn parse_entries(key: &'static str, bytes: &[u8]) -> Result<Entries, SecretError> {
+/// Parses the older form, which is the map alone.
+pub(super) fn parse_entries(key: &'static str, bytes: &[u8]) -> Result<ConfigEntries, SecretError> {
     check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
     let entries: BTreeMap<String, DockerEntry> =
         serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
@@ -72,11 +73,11 @@ pub(super) fn check_size(
 fn credentials(
     key: &'static str,
     entries: BTreeMap<String, DockerEntry>,
-) -> Result<Entries, SecretError> {
+) -> Result<ConfigEntries, SecretError> {
     check_size(key, entries.len(), "registries", MAXIMUM_ENTRIES)?;
     let mut parsed = Vec::new();
     for (name, entry) in entries {
-        // An entry without content is what docker leaves behind when a credential helper holds the secret.
+        // docker leaves an empty entry behind when a credential helper holds the secret.
         if let Some(credential) = credential(key, &name, entry)? {
             parsed.push((name, credential));
         }
@@ -117,9 +118,9 @@ fn credential(
     Ok(Some(Credential::Basic { username, password }))
 }
 
-/// Splits at the first colon: a password may have more of them, a name none.
+/// Splits at the first colon: a password may contain more of them, a user name none.
 fn decode_auth(auth: &str) -> Result<(String, String), &'static str> {
-    // Go's decoder, which everybody tested their secrets with, skips line breaks.
+    // Skips line breaks like Go's decoder, which other clients use.
     let compact: String = auth.trim().chars().filter(|&c| c != '\n' && c != '\r').collect();
     let bytes = BASE64.decode(compact).map_err(|_| "is not base64")?;
     let text = String::from_utf8(bytes).map_err(|_| "does not decode to text")?;
@@ -127,7 +128,7 @@ fn decode_auth(auth: &str) -> Result<(String, String), &'static str> {
     Ok((username.to_owned(), password.to_owned()))
 }
 
-/// Line and column only: the parser's own text may quote a value.
+/// Returns line and column only, since the parser's text may quote a value.
 fn shape(key: &'static str, error: &serde_json::Error) -> SecretError {
     let what = match error.classify() {
         serde_json::error::Category::Eof => "it ends too early",

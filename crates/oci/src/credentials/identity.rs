@@ -1,27 +1,29 @@
-//! Whom a volume is for, and the tokens that the kubelet got for it.
+//! The workload identity of a volume: the service account of its pod, with the tokens that the
+//! kubelet requested for it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use serde::Deserialize;
 
-/// Where the kubelet puts tokens: into the secrets, or, before Kubernetes 1.35, into the volume context.
+/// Key under which the kubelet passes tokens: in the secrets or, before Kubernetes 1.35, in the
+/// volume context.
 pub const TOKENS_KEY: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 
-/// Tokens of a few audiences, of a few KiB each.
+/// Maximum size in bytes: tokens of a few audiences have a few KiB each.
 const MAXIMUM_BYTES: usize = 256 * 1024;
 
 /// A service account of a namespace, with its tokens by audience.
 #[derive(Clone, Debug, Default)]
 pub struct WorkloadIdentity {
-    /// The pod's namespace.
+    /// Namespace of the pod.
     pub namespace: String,
-    /// The pod's service account.
+    /// Service account of the pod.
     pub service_account: String,
     tokens: BTreeMap<String, ServiceAccountToken>,
 }
 
-/// A token that cannot be printed.
+/// A token that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ServiceAccountToken(String);
 
@@ -32,20 +34,21 @@ impl fmt::Debug for ServiceAccountToken {
 }
 
 impl ServiceAccountToken {
-    /// The token itself, for the plugin that it is for.
+    /// Returns the token, to be passed to a credential provider plugin.
     pub(super) fn reveal(&self) -> &str {
         &self.0
     }
 }
 
-/// The kubelet's map has these under each audience.
+/// Value of one audience in the kubelet's map.
 #[derive(Deserialize)]
-struct Issued {
+struct IssuedToken {
     token: String,
 }
 
 impl WorkloadIdentity {
-    /// Reads what came with a publish; none where the kubelet does not say whom it is for.
+    /// Reads the identity from a publish request. `None` if the kubelet does not pass the namespace
+    /// or service account.
     #[must_use]
     pub fn of(
         namespace: Option<&str>,
@@ -54,8 +57,9 @@ impl WorkloadIdentity {
         context: &HashMap<String, String>,
     ) -> Option<Self> {
         let text = secrets.get(TOKENS_KEY).or_else(|| context.get(TOKENS_KEY));
-        // The kubelet writes it. What cannot be read is as good as no token, and says so when one is needed.
-        let issued: BTreeMap<String, Issued> = text
+        // The kubelet writes this text. An unreadable one counts as no token: a plugin that needs
+        // one fails with an error that names the audience.
+        let issued: BTreeMap<String, IssuedToken> = text
             .filter(|text| text.len() <= MAXIMUM_BYTES)
             .and_then(|text| serde_json::from_str(text).ok())
             .unwrap_or_default();
@@ -70,7 +74,7 @@ impl WorkloadIdentity {
         })
     }
 
-    /// The token for an audience.
+    /// Returns the token for an audience.
     pub(super) fn token(&self, audience: &str) -> Option<&ServiceAccountToken> {
         self.tokens.get(audience)
     }

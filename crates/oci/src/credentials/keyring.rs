@@ -1,61 +1,60 @@
-//! Which credentials fit which repository: the kubelet's rules, as they are.
+//! Keyrings: match credentials with repositories by the rules of the kubelet.
 //!
-//! From `pkg/credentialprovider/keyring.go`: a key is `host[:port][/path]`, its
-//! scheme and a leading `/v1/` or `/v2/` dropped. It fits a repository when the
-//! ports are equal as texts (none equals none), the hosts have the same number
-//! of dot-separated parts and each part matches as a glob, and the key's path is
-//! a plain prefix of the repository's. Keys are tried in reverse lexical order,
-//! so that longer paths come first. When none fits a repository of Docker Hub,
-//! the key `index.docker.io` does.
+//! From `pkg/credentialprovider/keyring.go`: a key is `host[:port][/path]`, without its scheme and
+//! a leading `/v1/` or `/v2/`. It matches a repository if the ports are equal as texts (none equals
+//! none), the hosts have the same number of dot-separated parts and each part matches as a glob,
+//! and the path of the key is a plain prefix of the repository's. Keys are tried in reverse lexical
+//! order, so that longer paths come first. If none matches a repository of Docker Hub, the key
+//! `index.docker.io` does.
 //!
-//! A key is parsed as an address before it is a glob, by the kubelet and here:
-//! `?` starts a query, and a key with `\` or `^` in its host is no address.
-//! What is left of globs is `*` and `[a-z]`.
+//! A key is parsed as an address before it is a glob, by the kubelet and here: `?` starts a query,
+//! and a key with `\` or `^` in its host is not an address. The remaining glob syntax is `*` and
+//! `[a-z]`.
 //!
-//! A plain prefix means that `r.io/team` also fits `r.io/team-b/app`. It stays so
-//! because a secret that works for `imagePullSecrets` must work here.
+//! A plain prefix means that `r.io/team` also matches `r.io/team-b/app`. This is kept, since a
+//! secret that works for `imagePullSecrets` must work here.
 
 use super::Credential;
-use super::docker_config::Entries;
+use super::docker_config::ConfigEntries;
 use crate::Repository;
 use crate::reference::DOCKER_HUB;
 
-/// The key that docker's clients write for Docker Hub.
+/// Key that docker clients write for Docker Hub.
 const DOCKER_HUB_KEY: &str = "index.docker.io";
 
-/// The maximum number of credentials that are tried for one repository. A pod's author writes the secret, and a registry
-/// may block the address of a node with many failed logins.
+/// The maximum number of credentials that are tried for one repository. The author of a pod writes
+/// the secret, and a registry may block the address of a node after many failed logins.
 const ATTEMPTS: usize = 16;
 
-/// Credentials, each with the repositories that it is for.
+/// Credentials with the repositories that they are for.
 #[derive(Clone, Default, Debug)]
 pub struct Keyring {
-    /// In the order in which they are tried.
-    entries: Vec<Entry>,
+    /// Entries in the order in which they are tried.
+    entries: Vec<KeyringEntry>,
 }
 
 #[derive(Clone, Debug)]
-struct Entry {
-    /// `host[:port][/path]`.
+struct KeyringEntry {
+    /// Normalised key: `host[:port][/path]`.
     key: String,
-    pattern: Pattern,
+    pattern: KeyPattern,
     credential: Credential,
 }
 
 #[derive(Clone, Debug)]
-enum Pattern {
-    /// This `host[:port]` and nothing else.
+enum KeyPattern {
+    /// Exactly this `host[:port]`.
     Host(String),
     Url {
-        parts: Vec<Glob>,
+        parts: Vec<HostGlob>,
         port: String,
         path: String,
     },
 }
 
-/// One part of a host name, as Go's `filepath.Match` reads it.
+/// One part of a host name, with the syntax of Go's `filepath.Match`.
 #[derive(Clone, Debug)]
-struct Glob(Vec<GlobItem>);
+struct HostGlob(Vec<GlobItem>);
 
 #[derive(Clone, Debug)]
 enum GlobItem {
@@ -65,13 +64,14 @@ enum GlobItem {
 }
 
 impl Keyring {
-    /// Fits nothing.
+    /// Returns a keyring without credentials.
     #[must_use]
     pub fn empty() -> Self {
         Self::default()
     }
 
-    /// Credentials for one registry (`host[:port]`), to be tried in this order.
+    /// Returns a keyring with credentials for one registry (`host[:port]`), to be tried in this
+    /// order.
     #[must_use]
     pub fn of_host(host: &str, credentials: Vec<Credential>) -> Self {
         let mut keyring = Self::empty();
@@ -81,15 +81,15 @@ impl Keyring {
         keyring
     }
 
-    /// Whether there is no credential in it at all.
+    /// Returns whether the keyring has no credentials.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Returns the credentials to try for a repository, in this order, until one works: [`ATTEMPTS`] at most,
-    /// those of the most specific keys. Without any, the request is anonymous. If all of them fail, no
-    /// anonymous request is made.
+    /// Returns the credentials to try for a repository, in this order, until one works:
+    /// [`ATTEMPTS`] at most, those of the most specific keys. If there are none, the request is
+    /// anonymous. If all of them fail, no anonymous request is made.
     #[must_use]
     pub fn matching(&self, repository: &Repository) -> Vec<Credential> {
         let fitting = self.credentials(|entry| entry.pattern.matches(repository));
@@ -99,13 +99,13 @@ impl Keyring {
         fitting
     }
 
-    fn credentials(&self, mut chosen: impl FnMut(&Entry) -> bool) -> Vec<Credential> {
+    fn credentials(&self, mut chosen: impl FnMut(&KeyringEntry) -> bool) -> Vec<Credential> {
         let mut credentials: Vec<Credential> = Vec::new();
         for entry in &self.entries {
             if credentials.len() == ATTEMPTS {
                 break;
             }
-            // The same credential under two spellings of one host is one attempt.
+            // One credential under two spellings of a host is tried once.
             if chosen(entry) && !credentials.contains(&entry.credential) {
                 credentials.push(entry.credential.clone());
             }
@@ -113,11 +113,11 @@ impl Keyring {
         credentials
     }
 
-    pub(super) fn add_entries(&mut self, entries: Entries) {
+    pub(super) fn add_entries(&mut self, entries: ConfigEntries) {
         for (name, credential) in entries {
-            // The kubelet ignores keys that it cannot parse, and so do we: they name nobody.
+            // Keys that cannot be parsed match nothing, and are ignored as in the kubelet.
             if let Some((key, pattern)) = parse_key(&name) {
-                self.entries.push(Entry { key, pattern, credential });
+                self.entries.push(KeyringEntry { key, pattern, credential });
             }
         }
         self.sort();
@@ -125,23 +125,23 @@ impl Keyring {
 
     pub(super) fn add_for_host(&mut self, host: &str, credential: Credential) {
         let host = if host == DOCKER_HUB_KEY { DOCKER_HUB } else { host };
-        self.entries.push(Entry {
+        self.entries.push(KeyringEntry {
             key: host.to_owned(),
-            pattern: Pattern::Host(host.to_owned()),
+            pattern: KeyPattern::Host(host.to_owned()),
             credential,
         });
         self.sort();
     }
 
     fn sort(&mut self) {
-        // Stable: credentials of one key keep the order in which they came.
+        // A stable sort keeps the order of credentials with the same key.
         self.entries.sort_by(|left, right| right.key.cmp(&left.key));
     }
 }
 
-/// A pattern of `matchImages`: the rules of a key, for plugins.
+/// A pattern of `matchImages` of a plugin, with the rules of a key.
 #[derive(Clone, Debug)]
-pub(super) struct ImagePattern(Pattern);
+pub(super) struct ImagePattern(KeyPattern);
 
 impl ImagePattern {
     pub(super) fn parse(text: &str) -> Option<Self> {
@@ -153,7 +153,7 @@ impl ImagePattern {
     }
 }
 
-impl Pattern {
+impl KeyPattern {
     fn matches(&self, repository: &Repository) -> bool {
         match self {
             Self::Host(host) => host == repository.host(),
@@ -168,20 +168,20 @@ impl Pattern {
     }
 }
 
-/// Normalises a configuration's key; none when it names no host.
-fn parse_key(name: &str) -> Option<(String, Pattern)> {
+/// Normalises a key of a configuration. `None` if it has no host.
+fn parse_key(name: &str) -> Option<(String, KeyPattern)> {
     let url =
         name.strip_prefix("https://").or_else(|| name.strip_prefix("http://")).unwrap_or(name);
     if url.chars().any(char::is_control) {
         return None;
     }
-    // A query or fragment is no part of the path.
+    // A query or fragment is not part of the path.
     let url = url.split(['?', '#']).next().unwrap_or_default();
     let (authority, path) = match url.find('/') {
         Some(slash) => url.split_at(slash),
         None => (url, ""),
     };
-    // What stands before an "@" is a user's name, not the host.
+    // Text before an "@" is a user name.
     let authority = authority.rsplit('@').next().unwrap_or_default();
     let path = match path {
         versioned if versioned.starts_with("/v1/") || versioned.starts_with("/v2/") => {
@@ -197,19 +197,19 @@ fn parse_key(name: &str) -> Option<(String, Pattern)> {
     {
         return None;
     }
-    let parts = host.split('.').map(Glob::parse).collect::<Option<_>>()?;
+    let parts = host.split('.').map(HostGlob::parse).collect::<Option<_>>()?;
     Some((
         format!("{authority}{path}"),
-        Pattern::Url { parts, port: port.to_owned(), path: path.to_owned() },
+        KeyPattern::Url { parts, port: port.to_owned(), path: path.to_owned() },
     ))
 }
 
-/// What Go's `url.Parse` lets pass in a host.
+/// Returns whether Go's `url.Parse` accepts a byte in a host.
 fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"-_.~!$&'()*+,;=:[]<>\"".contains(&byte)
 }
 
-/// Splits `host[:port]`; an IPv6 address keeps its brackets.
+/// Splits `host[:port]`. An IPv6 address keeps its brackets.
 fn split_port(authority: &str) -> (&str, &str) {
     match authority.rsplit_once(':') {
         Some((host, port))
@@ -221,8 +221,8 @@ fn split_port(authority: &str) -> (&str, &str) {
     }
 }
 
-impl Glob {
-    /// None when the pattern is malformed: such a key fits nothing.
+impl HostGlob {
+    /// Parses one part of a host. `None` if it is malformed: such a key matches nothing.
     fn parse(pattern: &str) -> Option<Self> {
         let mut items = Vec::new();
         let mut rest = pattern.chars().peekable();
@@ -256,7 +256,8 @@ impl Glob {
         Some(Self(items))
     }
 
-    /// Goes back to the last star only: linear in the pattern times the text, whatever they are.
+    /// Matches with backtracking to the last star only: linear in the length of the pattern times
+    /// that of the text.
     fn matches(&self, text: &str) -> bool {
         let text: Vec<char> = text.chars().collect();
         let (mut item, mut position) = (0, 0);

@@ -1,15 +1,15 @@
-//! What a registry is shown to prove who asks, and where it comes from.
+//! Credentials for registries, and their sources.
 //!
 //! ```text
-//! secret         the map that the kubelet sends with a publish -> Keyring, or what to change
+//! secret         the secret of a publish request -> Keyring, or the change that it needs
 //! docker_config  the bytes of a .dockerconfigjson, .dockercfg or config.json -> entries
-//! keyring        which entries fit which repository, by the kubelet's rules
-//! identity       whom a volume is for, and the tokens that the kubelet got for it
-//! providers      the node's own: its docker configuration, and the kubelet's plugins
+//! keyring        matching of entries with repositories, by the kubelet's rules
+//! identity       the service account of a pod, with the tokens that the kubelet requested
+//! providers      credentials of the node: its docker configuration, and the kubelet's plugins
 //! ```
 //!
-//! A credential goes to the host that its entry names and to no other; see
-//! [`crate::registry`] for what that means with tokens and redirects.
+//! A credential is sent to the host that its entry names, and to no other. See [`crate::registry`]
+//! for the effect on tokens and redirects.
 
 mod docker_config;
 pub mod identity;
@@ -23,36 +23,36 @@ pub use identity::WorkloadIdentity;
 pub use keyring::Keyring;
 pub use secret::SecretError;
 
-/// What is sent to a registry. `Debug` and `Display` show the kind alone.
+/// A credential for a registry. `Debug` and `Display` print its kind only.
 #[derive(Clone, PartialEq, Eq, Hash, Default)]
 pub enum Credential {
-    /// Nothing: what anybody may fetch.
+    /// No credential, for public content.
     #[default]
     Anonymous,
-    /// A user name and a password, or a robot's name and key.
+    /// A user name and a password, or the name and key of a robot account.
     Basic {
-        /// The user's name; may be empty.
+        /// User name; may be empty.
         username: String,
-        /// The password.
+        /// Password, sent as `Basic`.
         password: String,
     },
     /// An `OAuth2` refresh token (`identitytoken`), exchanged for access tokens.
     IdentityToken {
-        /// The entry's user name, which some registries want beside the token; may be empty.
+        /// User name of the entry, which some registries want beside the token; may be empty.
         username: String,
-        /// The refresh token.
+        /// Refresh token of `OAuth2`.
         token: String,
     },
-    /// A bearer token that the registry takes as it is (`registrytoken`).
+    /// A bearer token that the registry accepts directly (`registrytoken`).
     RegistryToken {
-        /// The token.
+        /// Token, sent as `Bearer`.
         token: String,
     },
 }
 
 impl Credential {
-    /// Bytes that two credentials share only when they are equal, for a keyed
-    /// hash computed elsewhere. They contain the secret: hash them, drop them.
+    /// Returns bytes that two credentials share only if they are equal, for a keyed hash. They
+    /// contain the secret: hash them, then drop them.
     #[must_use]
     pub fn principal_material(&self) -> Vec<u8> {
         let (kind, fields): (u8, [&str; 2]) = match self {
@@ -63,14 +63,14 @@ impl Credential {
         };
         let mut material = vec![kind];
         for field in fields {
-            // The length in front keeps ("ab", "c") and ("a", "bc") apart.
+            // The length prefix distinguishes ("ab", "c") from ("a", "bc").
             material.extend_from_slice(&(field.len() as u64).to_be_bytes());
             material.extend_from_slice(field.as_bytes());
         }
         material
     }
 
-    /// Whether nothing is sent.
+    /// Returns whether no credential is sent.
     #[must_use]
     pub fn is_anonymous(&self) -> bool {
         matches!(self, Self::Anonymous)

@@ -8,39 +8,39 @@ const DOCKER_CONFIG_JSON: &str = ".dockerconfigjson";
 const DOCKER_CFG: &str = ".dockercfg";
 const USERNAME: &str = "username";
 const PASSWORD: &str = "password";
-/// Put into the same map by the kubelet, service account tokens among them.
+/// Prefix of the keys that the kubelet adds to the map, such as service account tokens.
 const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
 
-/// What a secret may hold at most: Kubernetes itself stores no more than this.
+/// Maximum size of a secret in bytes, the limit of Kubernetes itself.
 pub(super) const MAXIMUM_BYTES: usize = 1024 * 1024;
 
-/// Why a secret or a docker configuration gives no credentials. Messages name
-/// keys and what to change, never content.
+/// Reason why a secret or a docker configuration gives no credentials. Messages name keys and the
+/// necessary change, never content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SecretError {
-    /// None of the known keys is there.
+    /// A secret without any known key.
     #[error(
         "the secret has none of the keys .dockerconfigjson, .dockercfg, username with password: \
          use a secret of type kubernetes.io/dockerconfigjson or kubernetes.io/basic-auth"
     )]
     NoKnownKey,
-    /// One half of a pair.
+    /// A user name without a password, or the reverse.
     #[error("the secret has the key {present} without {missing}: add {missing}")]
     HalfAPair {
-        /// The key that is there.
+        /// Name of the present key.
         present: &'static str,
-        /// The key that is not.
+        /// Name of the missing key.
         missing: &'static str,
     },
-    /// Not JSON, or JSON of another shape.
+    /// Content that is not JSON, or JSON of another schema.
     #[error(
         "{key} is not a docker configuration ({reason}): \
          recreate it with kubectl create secret docker-registry"
     )]
     Malformed {
-        /// The secret's key, or the file's role.
+        /// Key in the secret, or a description of the file.
         key: &'static str,
-        /// Where the parser stopped; it quotes nothing.
+        /// Position at which the parser stopped, without quoted content.
         reason: String,
     },
     /// An `auth` field that does not decode.
@@ -48,44 +48,44 @@ pub enum SecretError {
         "{key}: the field auth of \"{entry}\" {reason}: it must be base64 of <user>:<password>"
     )]
     Auth {
-        /// The secret's key, or the file's role.
+        /// Key in the secret, or a description of the file.
         key: &'static str,
-        /// The registry that the entry is for, shortened.
+        /// Registry of the entry, shortened.
         entry: String,
-        /// What is wrong with it.
+        /// Defect of the field.
         reason: &'static str,
     },
-    /// A token that cannot be sent.
+    /// A token that no HTTP header can carry.
     #[error(
         "{key}: the field {field} of \"{entry}\" has characters that no HTTP header may carry: \
              paste the token without line breaks"
     )]
     Token {
-        /// The secret's key, or the file's role.
+        /// Key in the secret, or a description of the file.
         key: &'static str,
-        /// `identitytoken` or `registrytoken`.
+        /// `identitytoken` or `registrytoken`, the field of the token.
         field: &'static str,
-        /// The registry that the entry is for, shortened.
+        /// Registry of the entry, shortened.
         entry: String,
     },
-    /// More than any honest configuration holds.
+    /// More content than any real configuration has.
     #[error("{key} has {size} {unit}, the limit is {limit}: keep only the registries in use")]
     TooLarge {
-        /// The secret's key, or the file's role.
+        /// Key in the secret, or a description of the file.
         key: &'static str,
-        /// How much there is.
+        /// Size that was found.
         size: usize,
-        /// Of what.
+        /// Unit of the size and the limit.
         unit: &'static str,
-        /// How much is read.
+        /// Largest accepted size.
         limit: usize,
     },
 }
 
 impl Keyring {
-    /// Reads the secret that came with a publish. `username` and `password`
-    /// count for `reference_host` (`host[:port]`) alone, as nothing else says
-    /// whom they are for. An empty map is an empty keyring.
+    /// Reads the secret of a publish request. `username` and `password` apply to `reference_host`
+    /// (`host[:port]`) only, since the secret names no other registry. An empty map gives an empty
+    /// keyring.
     pub fn from_secrets(
         secrets: &HashMap<String, String>,
         reference_host: &str,
@@ -116,7 +116,7 @@ impl Keyring {
                     Credential::Basic { username: username.clone(), password: password.clone() },
                 );
             }
-            // Beside a docker configuration, a stray half is somebody's note.
+            // Beside a docker configuration, a user name or password alone is ignored.
             (Some(_), None) if !known => {
                 return Err(SecretError::HalfAPair { present: USERNAME, missing: PASSWORD });
             }

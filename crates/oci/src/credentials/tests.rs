@@ -1,4 +1,4 @@
-//! The kubelet's vectors, and the ways in which a secret can be wrong.
+//! Test vectors of the kubelet, and invalid secrets.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ fn repository(text: &str) -> Repository {
     reference.repository().clone()
 }
 
-/// A configuration whose entries have their own number as user name.
+/// Returns a configuration whose entries have their index as user name.
 fn config(keys: &[&str]) -> String {
     let entries = keys.iter().enumerate().map(|(number, key)| {
         let entry = serde_json::json!({"username": number.to_string(), "password": PASSWORD});
@@ -126,7 +126,7 @@ fn schemes_and_api_versions_are_dropped() {
 }
 
 #[test]
-fn look_alike_hosts_get_nothing() {
+fn similar_hosts_get_no_credentials() {
     for reference in [
         "r.io.evil.com/app",
         "evil-r.io/app",
@@ -176,7 +176,7 @@ fn two_spellings_of_one_host_are_two_attempts_unless_equal() {
 }
 
 #[test]
-fn docker_hub_has_an_older_name() {
+fn the_older_key_of_docker_hub_is_a_fallback() {
     for reference in ["busybox", "team/app", "docker.io/team/app", "index.docker.io/team/app"] {
         assert!(fits("https://index.docker.io/v1/", reference), "{reference}");
         assert!(fits("index.docker.io", reference), "{reference}");
@@ -185,7 +185,7 @@ fn docker_hub_has_an_older_name() {
     assert!(fits("docker.io/team", "team/app"));
     assert!(!fits("docker.io/team", "busybox"));
     assert!(!fits("https://index.docker.io/v1/", "r.io/app"));
-    // The older name only helps where nothing else fits.
+    // The older key is used only if no other key matches.
     assert_eq!(matching(&["https://index.docker.io/v1/", "docker.io"], "busybox"), ["1"]);
 }
 
@@ -215,12 +215,12 @@ fn a_bare_user_name_and_password_are_for_the_references_own_host() {
     assert_eq!(of("r.io:5000", "r.io/app"), 0);
     assert_eq!(of("docker.io", "busybox"), 1);
     assert_eq!(of("index.docker.io", "busybox"), 1);
-    // No globs here, whatever the host looks like.
+    // The host is never a glob here.
     assert_eq!(of("*.io", "r.io/app"), 0);
 }
 
 #[test]
-fn what_the_kubelet_adds_is_no_key_of_the_secret() {
+fn keys_of_the_kubelet_are_ignored() {
     let tokens = ("csi.storage.k8s.io/serviceAccount.tokens", "{}");
     assert!(Keyring::from_secrets(&secret(&[tokens]), "r.io").unwrap().is_empty());
     assert!(Keyring::from_secrets(&secret(&[]), "r.io").unwrap().is_empty());
@@ -229,7 +229,7 @@ fn what_the_kubelet_adds_is_no_key_of_the_secret() {
 }
 
 #[test]
-fn half_a_pair_is_named() {
+fn a_missing_user_name_or_password_is_named() {
     let error = Keyring::from_secrets(&secret(&[("username", "u")]), "r.io").unwrap_err();
     assert_eq!(error, SecretError::HalfAPair { present: "username", missing: "password" });
     let error = Keyring::from_secrets(&secret(&[("password", "p")]), "r.io").unwrap_err();
@@ -239,7 +239,7 @@ fn half_a_pair_is_named() {
 }
 
 #[test]
-fn auth_wins_and_splits_at_the_first_colon() {
+fn auth_takes_precedence_and_splits_at_the_first_colon() {
     let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
     let auth = encode("robot$x:a:b");
     let entry = format!(r#"{{"auth": "{auth}", "username": "no", "password": "no"}}"#);
@@ -256,7 +256,7 @@ fn auth_wins_and_splits_at_the_first_colon() {
 }
 
 #[test]
-fn tokens_win_over_passwords() {
+fn tokens_take_precedence_over_passwords() {
     let identity = only(r#"{"auth": "MDAwOg==", "identitytoken": "refresh"}"#).unwrap();
     assert_eq!(
         identity,
@@ -267,7 +267,7 @@ fn tokens_win_over_passwords() {
 }
 
 #[test]
-fn an_entry_without_content_is_none() {
+fn an_empty_entry_is_ignored() {
     assert_eq!(only("{}").unwrap(), []);
     assert_eq!(only(r#"{"auth": null, "username": null, "email": "x"}"#).unwrap(), []);
     for config in [r#"{"credsStore": "desktop"}"#, r#"{"auths": null}"#, "{}"] {
@@ -276,7 +276,7 @@ fn an_entry_without_content_is_none() {
 }
 
 #[test]
-fn what_is_wrong_is_named_and_never_quoted() {
+fn errors_name_the_defect_and_quote_nothing() {
     let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
     let no_colon = encode(PASSWORD);
     for content in [

@@ -1,14 +1,13 @@
-//! Which addresses a pod's author, or a registry, may aim this node at.
+//! Rules for the addresses that the author of a pod, or a registry, may make this node connect to.
 //!
-//! The driver runs in the node's network with rights that a pod does not have.
-//! So a host that a pod's author named, and every host that a registry leads to,
-//! must not be the node itself, its links' own network, or a cloud's metadata
-//! service. It is looked at after resolution, by the resolver whose answer is
-//! connected to: a name that changes its mind in between gains nothing.
+//! The driver runs in the node's network with rights that a pod does not have. So a host that the
+//! author of a pod chose, and every host that a registry leads to, must not be the node itself, a
+//! link-local network or a cloud's metadata service. The resolver checks the addresses that are
+//! then connected to, so that a DNS name that changes in between gains nothing.
 //!
-//! What the administrator configured is not asked about: hosts of `hosts.toml`,
-//! proxies, and `registries.allowedAddresses`. A registry that is written as
-//! loopback (`localhost:5000`) is a rule of its own, see [`Loopback`].
+//! Hosts that the administrator configured are exempt: those of `hosts.toml`, proxies and
+//! `registries.allowedAddresses`. Registries that are written as loopback (`localhost:5000`) have a
+//! rule of their own, see [`Loopback`].
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,7 +18,7 @@ use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use serde::Deserialize;
 
-use super::lookup::Lookups;
+use super::lookup::DnsLookups;
 
 /// Metadata and credential services outside the link-local range, by cloud.
 const METADATA: [&str; 10] = [
@@ -42,28 +41,28 @@ const METADATA: [&str; 10] = [
     "fd00:42::42",
 ];
 
-/// What a reference that is written as loopback means.
+/// Rule for references that are written as loopback.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum Loopback {
-    /// As for containerd: a registry on this machine, spoken to without TLS.
+    /// Connects to a registry on this machine without TLS, as containerd does.
     #[default]
     Allow,
-    /// Refused, unless a `hosts.toml` or `allowedAddresses` says otherwise.
+    /// Refuses, unless a `hosts.toml` or `allowedAddresses` permits it.
     Refuse,
 }
 
-/// The rules of this node. Cheap to clone.
+/// Address rules of this node. Cheap to clone.
 #[derive(Clone)]
 pub struct AddressRules {
-    /// References that are written as loopback.
+    /// Rule for references that are written as loopback.
     pub loopback: Loopback,
     /// Networks that are always allowed.
     pub allowed: Arc<[IpNet]>,
-    /// The node's own addresses, asked for at every use: they change.
+    /// Returns the node's own addresses. Called at every use, since they change.
     pub own: fn() -> Vec<IpAddr>,
 }
 
-/// An address that is not connected to.
+/// A refused address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{address} is {what}")]
 pub(super) struct AddressRefused {
@@ -87,11 +86,11 @@ impl Default for AddressRules {
 }
 
 impl AddressRules {
-    /// Whether a registry may be asked that a pod's author wrote as loopback.
+    /// Returns whether requests to a registry that a reference writes as loopback are allowed.
     pub(super) fn allows_loopback(&self, url: &Url) -> bool {
         let allowed = || match literal(url) {
             Some(address) => self.is_allowed(address),
-            // "localhost", in whichever family it resolves.
+            // "localhost", in whichever address family it resolves.
             None => ["127.0.0.1", "::1"]
                 .iter()
                 .filter_map(|text| text.parse().ok())
@@ -100,7 +99,7 @@ impl AddressRules {
         self.loopback == Loopback::Allow || allowed()
     }
 
-    /// Checks an address that is written as a number; the resolver does the rest.
+    /// Checks an address that is written as a number. The resolver checks all others.
     pub(super) fn check_literal(&self, url: &Url) -> Result<(), AddressRefused> {
         literal(url).map_or(Ok(()), |address| self.check(address, &(self.own)()))
     }
@@ -109,7 +108,7 @@ impl AddressRules {
         self.allowed.iter().any(|network| network.contains(&address))
     }
 
-    /// Judges an address by itself, and by every address that it may lead to.
+    /// Checks an address, and every address embedded in it.
     fn check(&self, address: IpAddr, own: &[IpAddr]) -> Result<(), AddressRefused> {
         if self.is_allowed(address) {
             return Ok(());
@@ -126,16 +125,16 @@ impl AddressRules {
     }
 }
 
-/// The host of an address, where it is a number.
+/// Returns the host of a URL if it is an IP address.
 pub(super) fn literal(url: &Url) -> Option<IpAddr> {
     let host = url.host_str()?;
     host.trim_start_matches('[').trim_end_matches(']').parse().ok()
 }
 
-/// Returns the addresses of IPv4 that an address of IPv6 carries. The kernel, or a translator or relay
-/// of the network, sends to them what is sent to it.
+/// Returns the IPv4 addresses that are embedded in an IPv6 address. The kernel, or a translator or
+/// relay in the network, sends packets for the IPv6 address to them.
 ///
-/// The prefixes of NAT64 that a network has chosen in its own address space cannot be known.
+/// NAT64 prefixes in a network's own address space cannot be known.
 fn carried(address: IpAddr) -> Vec<IpAddr> {
     let IpAddr::V6(v6) = address else { return Vec::new() };
     carried_by_v6(v6).into_iter().map(IpAddr::V4).collect()
@@ -151,10 +150,11 @@ fn carried_by_v6(address: Ipv6Addr) -> Vec<Ipv4Addr> {
         [0, 0, 0, 0, 0, 0 | 0xffff, ..]
         | [0, 0, 0, 0, 0xffff, 0, ..]
         | [0x64, 0xff9b, 0, 0, 0, 0, ..] => vec![last],
-        // NAT64 with a prefix for local use (RFC 8215), of 96, 64, 56 or 48 bits: only the network knows.
+        // NAT64 with a prefix for local use (RFC 8215), of 96, 64, 56 or 48 bits, which only the
+        // network knows.
         [0x64, 0xff9b, 1, ..] => {
             let found = [last, at([9, 10, 11, 12]), at([7, 9, 10, 11]), at([6, 7, 9, 10])];
-            // Zeros are what prefixes of other lengths leave in an address's place.
+            // Other prefix lengths leave zeros at these positions.
             found.into_iter().filter(|found| !found.is_unspecified()).collect()
         }
         // 6to4 (RFC 3056).
@@ -167,7 +167,7 @@ fn carried_by_v6(address: Ipv6Addr) -> Vec<Ipv4Addr> {
     }
 }
 
-/// What makes an address one that strangers may not aim at.
+/// Returns the class of an address that untrusted hosts may not resolve to.
 fn class(address: IpAddr, own: &[IpAddr]) -> Option<&'static str> {
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
@@ -188,10 +188,10 @@ fn class(address: IpAddr, own: &[IpAddr]) -> Option<&'static str> {
     }
 }
 
-/// The system's resolver, with the rules behind it.
+/// The system's resolver with the address rules.
 pub(super) struct GuardedResolver {
     pub(super) rules: AddressRules,
-    pub(super) lookups: Lookups,
+    pub(super) lookups: DnsLookups,
 }
 
 impl Resolve for GuardedResolver {
@@ -201,7 +201,7 @@ impl Resolve for GuardedResolver {
             let found = lookups.addresses(name.as_str()).await?;
             let own = (rules.own)();
             for address in found.iter() {
-                // One bad address among good ones is how a name is made to slip through.
+                // One refused address refuses the name: an attacker could add allowed ones.
                 rules.check(address.ip(), &own)?;
             }
             let found = Vec::from(&*found);
@@ -251,7 +251,7 @@ mod tests {
             "[64:ff9b::10.1.2.3]",
             "[64:ff9b:1::169.254.169.254]",
             "[64:ff9b:1:abcd:ff:ff:127.0.0.1]",
-            // The same with prefixes of 64, 56 and 48 bits, and anything behind it.
+            // The same with prefixes of 64, 56 and 48 bits, and a suffix.
             "[64:ff9b:1:abcd:a9:fea9:fe00:0]",
             "[64:ff9b:1:aba9:fe:a9fe:1234:5678]",
             "[64:ff9b:1:a9fe:a9:fe00::]",
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allowed_is_allowed() {
+    fn configured_networks_are_allowed() {
         let rules = rules(&["10.1.2.0/24", "127.0.0.0/8"]);
         assert!(!refused(&rules, "10.1.2.3") && !refused(&rules, "127.0.0.1"));
         assert!(refused(&rules, "169.254.0.1"));
@@ -312,7 +312,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_resolves_to_the_node_is_refused() {
-        let resolver = |rules| GuardedResolver { rules, lookups: Lookups::default() };
+        let resolver = |rules| GuardedResolver { rules, lookups: DnsLookups::default() };
         let guarded = resolver(rules(&[]));
         let error = guarded.resolve("localhost".parse().expect("a name")).await.err();
         let error = error.expect("refused");

@@ -1,33 +1,33 @@
-//! Who answered a request: the registry itself, or one of its mirrors.
+//! The source of a response: the registry itself, or one of its mirrors.
 
 use std::sync::Arc;
 
-use super::endpoint::Endpoint;
-use super::transport::Answer;
+use super::endpoint::RegistryEndpoint;
+use super::transport::HttpResponse;
 
-/// Who answered a request.
+/// Source of a response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AnsweredBy {
     /// The registry that the reference names.
     Registry,
-    /// A host that stands for it in a `hosts.toml`.
+    /// A mirror of the registry in a `hosts.toml`.
     Mirror {
-        /// The root of its API, as configured.
+        /// Root of its API, as configured.
         address: Arc<str>,
-        /// Whether it gave its answer for the caller's credential. Without, it gives it to everyone.
+        /// True if the response was given for the caller's credential. Otherwise it is public.
         with_credential: bool,
     },
 }
 
 impl AnsweredBy {
-    pub(super) fn of(endpoint: &Endpoint, answer: &Answer) -> Self {
+    pub(super) fn of(endpoint: &RegistryEndpoint, answer: &HttpResponse) -> Self {
         if endpoint.is_registry() {
             return Self::Registry;
         }
         Self::Mirror { address: endpoint.address(), with_credential: answer.with_credential }
     }
 
-    /// The mirror's address; none for the registry itself.
+    /// Returns the address of the mirror; `None` for the registry itself.
     #[must_use]
     pub fn mirror(&self) -> Option<&Arc<str>> {
         match self {

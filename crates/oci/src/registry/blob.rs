@@ -1,4 +1,4 @@
-//! A blob while it arrives.
+//! Responses to blob requests, and their bodies.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,61 +9,61 @@ use reqwest::{Response, StatusCode};
 
 use super::answered_by::AnsweredBy;
 use super::error::RegistryError;
-use super::transport::{self, Answer};
+use super::transport::{self, HttpResponse};
 
-/// A blob while it arrives. Nothing about it is verified: the caller hashes it,
-/// compares its size, and bounds what it takes.
+/// The body of a blob while it is received. Nothing of it is verified: the caller computes the
+/// digest, compares the size and bounds the number of bytes.
 #[derive(Debug)]
 pub struct BlobBody {
-    /// Where the body starts: the asked offset, or 0 when the registry ignored
-    /// it and the caller has to start over.
+    /// Offset of the body in the blob: the requested one, or 0 if the registry ignored the range
+    /// and the caller has to start over.
     pub offset: u64,
-    /// How many bytes are announced from `offset` on.
+    /// Announced number of bytes from `offset` on.
     pub length: Option<u64>,
-    /// Whether it is a part, as asked for, and not the whole.
+    /// True if the body is the requested part, false if it is the whole blob.
     pub is_part: bool,
-    /// How many bytes the whole blob is said to have.
+    /// Announced size of the whole blob.
     pub total: Option<u64>,
-    /// The mirror that sends it, unless the registry itself does.
+    /// Mirror that sends the body; `None` for the registry itself.
     pub mirror: Option<Arc<str>>,
-    /// Who sends it.
+    /// Source of the body.
     pub answered_by: AnsweredBy,
-    source: Source,
+    source: BodyState,
     host: String,
     what: String,
     stall_timeout: Duration,
 }
 
 #[derive(Debug)]
-enum Source {
+enum BodyState {
     Open(Response),
     Ended,
     Failed(RegistryError),
 }
 
-/// The part of a blob that is asked for.
+/// The requested part of a blob.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlobPart {
     pub(super) start: u64,
-    /// The position after the last byte; none where the part ends with the blob.
+    /// Position after the last byte; `None` for the end of the blob.
     pub(super) end: Option<u64>,
 }
 
-/// A successful answer to the request for a blob.
+/// A successful response to a blob request.
 pub(super) struct BlobAnswer {
-    pub(super) answer: Answer,
+    pub(super) answer: HttpResponse,
     pub(super) mirror: Option<Arc<str>>,
     pub(super) answered_by: AnsweredBy,
-    /// The part that was asked for; none for the whole blob.
+    /// Requested part; `None` for the whole blob.
     pub(super) asked: Option<BlobPart>,
-    /// Names the blob in errors.
+    /// Description of the blob for errors.
     pub(super) what: String,
     pub(super) stall_timeout: Duration,
 }
 
 impl BlobAnswer {
-    /// Returns the body of an answer of 200 or 206. A `Content-Encoding` says nothing: storage announces how
-    /// an upload was encoded, and the digest decides what the bytes are.
+    /// Returns the body of a response with 200 or 206. A `Content-Encoding` is ignored: storage
+    /// announces the encoding of an upload, and the digest verifies the bytes.
     pub(super) fn body(self) -> Result<BlobBody, RegistryError> {
         let Self { answer, mirror, answered_by, asked, what, stall_timeout } = self;
         let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
@@ -79,7 +79,7 @@ impl BlobAnswer {
                 let range = content_range(answer.response.headers()).ok_or_else(|| {
                     answer.protocol(&what, "a part without a readable Content-Range")
                 })?;
-                // Less than asked for is allowed, and asked for again.
+                // A shorter part is allowed. The caller requests the rest.
                 let too_long = end.is_some_and(|end| range.length > end.saturating_sub(start));
                 if range.start != start || too_long {
                     return Err(answer.protocol(&what, "another part than asked for"));
@@ -90,8 +90,8 @@ impl BlobAnswer {
                 return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
             }
         };
-        let Answer { response, host, .. } = answer;
-        let source = Source::Open(response);
+        let HttpResponse { response, host, .. } = answer;
+        let source = BodyState::Open(response);
         Ok(BlobBody {
             offset,
             length,
@@ -108,18 +108,18 @@ impl BlobAnswer {
 }
 
 impl BlobBody {
-    /// The next bytes, or nothing at the end. Waits for the stall timeout at
-    /// most. After an error, the same error comes again.
+    /// Returns the next bytes, or `None` at the end. Waits for at most the stall timeout. After an
+    /// error, returns the same error again.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, RegistryError> {
         let response = match &mut self.source {
-            Source::Open(response) => response,
-            Source::Ended => return Ok(None),
-            Source::Failed(error) => return Err(error.clone()),
+            BodyState::Open(response) => response,
+            BodyState::Ended => return Ok(None),
+            BodyState::Failed(error) => return Err(error.clone()),
         };
         let error = match tokio::time::timeout(self.stall_timeout, response.chunk()).await {
             Ok(Ok(Some(chunk))) => return Ok(Some(chunk)),
             Ok(Ok(None)) => {
-                self.source = Source::Ended;
+                self.source = BodyState::Ended;
                 return Ok(None);
             }
             Ok(Err(error)) => transport::failure(error, &self.host, &self.what),
@@ -129,20 +129,20 @@ impl BlobBody {
                 waited: self.stall_timeout,
             },
         };
-        // Closes the connection: nobody reads the rest.
-        self.source = Source::Failed(error.clone());
+        // Drops the response, which closes the connection.
+        self.source = BodyState::Failed(error.clone());
         Err(error)
     }
 }
 
-struct Range {
+struct ContentRange {
     start: u64,
     length: u64,
     total: Option<u64>,
 }
 
-/// `bytes <first>-<last>/<total or *>`.
-fn content_range(headers: &HeaderMap) -> Option<Range> {
+/// Parses `bytes <first>-<last>/<total or *>`.
+fn content_range(headers: &HeaderMap) -> Option<ContentRange> {
     let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (start, last) = range.trim().split_once('-')?;
@@ -151,7 +151,7 @@ fn content_range(headers: &HeaderMap) -> Option<Range> {
     if total.is_some_and(|total| total <= last) {
         return None;
     }
-    Some(Range { start, length: last.checked_sub(start)?.checked_add(1)?, total })
+    Some(ContentRange { start, length: last.checked_sub(start)?.checked_add(1)?, total })
 }
 
 #[cfg(test)]

@@ -1,34 +1,34 @@
-//! `WWW-Authenticate`: what a registry wants to see.
+//! Challenges: the header `WWW-Authenticate`.
 //!
-//! Seen in the field and read here: several challenges in one header and in
-//! several, commas inside quoted scopes, a missing service or scope, schemes
-//! nobody here speaks. Whatever cannot be read is left out, never an error.
+//! Reads what registries really send: several challenges in one header and in several, commas
+//! inside quoted scopes, a missing service or scope, unknown schemes. Unreadable parts are skipped
+//! and are never an error.
 
 use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 use text::printable::truncated;
 
-/// More than any registry sends; the rest is not read.
+/// Maximum bytes that are read of a header, more than any registry sends.
 const MAXIMUM_HEADER_BYTES: usize = 16 * 1024;
-/// Scopes of one challenge; a registry asks for one, sometimes two.
+/// Maximum number of scopes of one challenge. A registry asks for one, sometimes two.
 const MAXIMUM_SCOPES: usize = 8;
 
-/// One way to be let in.
+/// A supported authentication challenge.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Challenge {
-    /// A token of a token server.
+    /// A bearer token from a token server.
     Bearer {
-        /// The token server's address, as written.
+        /// Address of the token server, as written.
         realm: String,
-        /// The registry's name at the token server.
+        /// Name of the registry at the token server.
         service: Option<String>,
-        /// What the token has to allow; empty when not said.
+        /// Scopes of the token; empty if the challenge has none.
         scopes: Vec<String>,
     },
     /// User name and password.
     Basic,
 }
 
-/// Reads all challenges of a response that can be answered here, in their order.
+/// Returns the supported challenges of a response, in their order.
 pub(super) fn read(headers: &HeaderMap) -> Vec<Challenge> {
     headers
         .get_all(WWW_AUTHENTICATE)
@@ -38,21 +38,21 @@ pub(super) fn read(headers: &HeaderMap) -> Vec<Challenge> {
         .collect()
 }
 
-/// A challenge of any scheme, names in lower case.
+/// A challenge of any scheme, with names in lower case.
 #[derive(Debug, Default)]
-pub(super) struct Raw {
+pub(super) struct RawChallenge {
     scheme: String,
     parameters: Vec<(String, String)>,
 }
 
-impl Raw {
+impl RawChallenge {
     fn take(&mut self, name: &str) -> Option<String> {
         let position = self.parameters.iter().position(|(given, _)| given == name)?;
         Some(self.parameters.swap_remove(position).1).filter(|value| !value.is_empty())
     }
 }
 
-fn known(mut raw: Raw) -> Option<Challenge> {
+fn known(mut raw: RawChallenge) -> Option<Challenge> {
     match raw.scheme.as_str() {
         "basic" => Some(Challenge::Basic),
         "bearer" => Some(Challenge::Bearer {
@@ -70,15 +70,15 @@ fn known(mut raw: Raw) -> Option<Challenge> {
     }
 }
 
-/// Splits one header's value. A word followed by `=` is a parameter of the
-/// challenge before it, any other word starts a challenge.
-pub(super) fn parse(header: &str) -> Vec<Raw> {
-    let mut challenges: Vec<Raw> = Vec::new();
-    let mut cursor = Cursor { rest: truncated(header, MAXIMUM_HEADER_BYTES) };
+/// Splits the value of a header. A word followed by `=` is a parameter of the current challenge,
+/// any other word starts a challenge.
+pub(super) fn parse(header: &str) -> Vec<RawChallenge> {
+    let mut challenges: Vec<RawChallenge> = Vec::new();
+    let mut cursor = HeaderCursor { rest: truncated(header, MAXIMUM_HEADER_BYTES) };
     while !cursor.rest.is_empty() {
         let word = cursor.word();
         if word.is_empty() {
-            // Separators, and the characters of tokens that no scheme read here has.
+            // Separators, and token characters that no supported scheme has.
             cursor.skip();
             continue;
         }
@@ -88,17 +88,17 @@ pub(super) fn parse(header: &str) -> Vec<Raw> {
                 let value = cursor.value();
                 challenge.parameters.push((name, value));
             }
-            _ => challenges.push(Raw { scheme: name, parameters: Vec::new() }),
+            _ => challenges.push(RawChallenge { scheme: name, parameters: Vec::new() }),
         }
     }
     challenges
 }
 
-struct Cursor<'a> {
+struct HeaderCursor<'a> {
     rest: &'a str,
 }
 
-impl Cursor<'_> {
+impl HeaderCursor<'_> {
     fn skip(&mut self) {
         let mut characters = self.rest.chars();
         characters.next();
@@ -113,7 +113,7 @@ impl Cursor<'_> {
         word
     }
 
-    /// Takes an equals sign, with the blanks that older servers write around it.
+    /// Consumes an equals sign with the spaces that older servers write around it.
     fn equals_sign(&mut self) -> bool {
         match self.rest.trim_start().strip_prefix('=') {
             Some(rest) => {
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_left_out() {
+    fn unsupported_schemes_are_skipped() {
         assert_eq!(of(&["Bearer", "Digest nonce=1", "", ",,=,", r#"Bearer service="x""#]), []);
     }
 

@@ -1,16 +1,16 @@
-//! Connections to one host, or to all that nothing is configured for.
+//! HTTP clients of one host, or of all hosts without a configuration.
 //!
 //! ```text
-//! guarded   to hosts that strangers named: addresses are checked after resolution
-//! free      to hosts that the administrator named, and to registries written as loopback
-//! proxied   through a proxy, which resolves by itself
+//! guarded   for untrusted hosts: addresses are checked after resolution
+//! free      for hosts that the administrator named, and for registries written as loopback
+//! proxied   through a proxy, which resolves names itself
 //! ```
 //!
-//! All speak HTTP/1.1, so that parts of a blob have connections of their own, whose windows the
-//! kernel sizes as the line needs.
+//! All use HTTP/1.1, so that each part of a blob has a connection of its own, whose TCP window the
+//! kernel adapts to the line.
 //!
-//! Each of them twice: a connection is driven by the threads that have opened it, and pods do not
-//! wait for those of the [background](sys::background).
+//! Each of them exists twice: the threads that opened a connection drive it, and requests of pods
+//! must not wait for [background](sys::background) threads.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,53 +18,53 @@ use std::time::Duration;
 use reqwest::{Client, Url};
 
 use super::address::{AddressRules, GuardedResolver};
-use super::lookup::Lookups;
-use super::proxy::Proxies;
+use super::lookup::DnsLookups;
+use super::proxy::EnvironmentProxies;
 use sys::background::Background;
 
-/// Cheap to clone; clones share connections.
+/// Clients of one host. Cheap to clone; clones share connections.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
-    foreground: Clients,
-    background: Clients,
-    /// Whether the host has a proxy of its own.
+    foreground: HttpClients,
+    background: HttpClients,
+    /// True if a proxy is configured for this host.
     pub(super) has_own_proxy: bool,
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Clients {
+pub(super) struct HttpClients {
     pub(super) guarded: Client,
     pub(super) free: Client,
     pub(super) proxied: Client,
 }
 
-/// How connections are made.
+/// Settings for new connections.
 pub(super) struct ConnectionSettings<'a> {
     pub(super) tls: rustls::ClientConfig,
     pub(super) connect_timeout: Duration,
-    /// For this host alone; else the environment's.
+    /// Proxy for this host only; `None` for those of the environment.
     pub(super) proxy: Option<&'a Url>,
-    pub(super) proxies: &'a Proxies,
+    pub(super) proxies: &'a EnvironmentProxies,
     pub(super) rules: &'a AddressRules,
-    pub(super) lookups: &'a Lookups,
+    pub(super) lookups: &'a DnsLookups,
 }
 
 impl Connection {
     pub(super) fn new(settings: &ConnectionSettings<'_>) -> Result<Self, reqwest::Error> {
         Ok(Self {
-            foreground: Clients::new(settings)?,
-            background: Clients::new(settings)?,
+            foreground: HttpClients::new(settings)?,
+            background: HttpClients::new(settings)?,
             has_own_proxy: settings.proxy.is_some(),
         })
     }
 
-    /// Those of the calling thread.
-    pub(super) fn clients(&self) -> &Clients {
+    /// Returns the clients for the calling thread.
+    pub(super) fn clients(&self) -> &HttpClients {
         if Background::is_here() { &self.background } else { &self.foreground }
     }
 }
 
-impl Clients {
+impl HttpClients {
     fn new(settings: &ConnectionSettings<'_>) -> Result<Self, reqwest::Error> {
         let builder = || {
             Client::builder()
@@ -82,7 +82,7 @@ impl Clients {
             rules: settings.rules.clone(),
             lookups: settings.lookups.clone(),
         });
-        // `Proxies::intercept` has decided already: the library reads NO_PROXY in another way than Go.
+        // `EnvironmentProxies::intercept` decides before, since reqwest reads NO_PROXY differently from Go.
         let mut proxied = builder().no_proxy();
         if let Some(proxy) = settings.proxy {
             proxied = proxied.proxy(reqwest::Proxy::all(proxy.as_str())?);

@@ -1,70 +1,70 @@
-//! How many bytes of documents are in memory at once: manifests, configurations, signatures.
+//! Memory budget for documents: manifests, configurations, signatures.
 //!
-//! They are read whole before they mean anything. Each has its own limit, and all that come now have
-//! two: most are a few KiB, and these never wait for one of the few that are large, which may take
-//! minutes. A registry has a part of each, so that one that lets its documents trickle leaves room
-//! for the others'. Nobody who holds one waits for another.
+//! Documents are read whole before they are parsed. Each has its own limit, and two pools bound
+//! their sum: most are a few KiB, and these never wait for the few large ones, which may take
+//! minutes. One registry may use only a part of each pool, so that a registry that sends slowly
+//! leaves memory for others. A task that holds a reservation never waits for another.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The largest of the small documents. What does not say how large it is is one of them until it
-/// turns out to be larger.
+/// Size limit of the small pool. Documents of unknown size start there until they turn out to be
+/// larger.
 pub(super) const SMALL: u64 = 256 << 10;
-/// Of all small ones, and of those of one registry: thousands of ordinary documents. To take all of
-/// it, eight registries must each trickle four of the largest at once, which have half a minute.
+/// The pool of small documents: thousands of ordinary ones. To use it up, eight registries would
+/// have to send four of the largest slowly at once, for which they have half a minute.
 const SMALL_POOL: PoolBytes = PoolBytes { all: 8 << 20, of_host: 1 << 20 };
-/// Of all large ones, and of those of one registry: one configuration of the largest size with two
-/// manifests of the largest beside it.
+/// The pool of large documents: for one registry, one configuration of the largest size and two
+/// manifests of the largest size.
 const LARGE_POOL: PoolBytes = PoolBytes { all: 24 << 20, of_host: 16 << 20 };
 
 /// The capacity of a pool in bytes.
 #[derive(Clone, Copy)]
 struct PoolBytes {
     all: u32,
-    /// The part of it that one registry may have.
+    /// Part of the pool that one registry may use.
     of_host: u32,
 }
 
-/// The room of one process.
+/// Document memory of one process.
 #[derive(Debug)]
-pub(super) struct Documents {
-    small: Pool,
-    large: Pool,
+pub(super) struct DocumentMemory {
+    small: DocumentPool,
+    large: DocumentPool,
 }
 
 #[derive(Debug)]
-struct Pool {
+struct DocumentPool {
     all: Arc<Semaphore>,
     bytes_of_host: u32,
     hosts: Mutex<HashMap<String, Weak<Semaphore>>>,
 }
 
-/// Room for one document, while it is fetched and read.
+/// Memory reservation for one document, while it is fetched and read.
 #[derive(Debug)]
 pub struct Held {
     _of_host: OwnedSemaphorePermit,
     _of_all: OwnedSemaphorePermit,
 }
 
-impl Default for Documents {
+impl Default for DocumentMemory {
     fn default() -> Self {
-        Self { small: Pool::new(SMALL_POOL), large: Pool::new(LARGE_POOL) }
+        Self { small: DocumentPool::new(SMALL_POOL), large: DocumentPool::new(LARGE_POOL) }
     }
 }
 
-impl Documents {
-    /// Waits for room for so many bytes of a registry; none at the driver's end. More than a
-    /// registry may have is as much as all of it.
+impl DocumentMemory {
+    /// Waits for memory for a document of a registry; `None` when the driver ends. A request for
+    /// more than the share of a registry reserves all of the share.
     pub(super) async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
         let pool = if bytes <= SMALL { &self.small } else { &self.large };
         pool.hold(host, bytes).await
     }
 }
 
-impl Pool {
+impl DocumentPool {
     fn new(bytes: PoolBytes) -> Self {
         let all = Arc::new(Semaphore::new(bytes.all as usize));
         Self { all, bytes_of_host: bytes.of_host, hosts: Mutex::default() }
@@ -96,10 +96,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_registry_leaves_room_for_others_and_all_have_one_bound() {
+    async fn pools_bound_each_registry_and_all_together() {
         for (pool, part) in [
-            (Pool::new(SMALL_POOL), SMALL_POOL.of_host),
-            (Pool::new(LARGE_POOL), LARGE_POOL.of_host),
+            (DocumentPool::new(SMALL_POOL), SMALL_POOL.of_host),
+            (DocumentPool::new(LARGE_POOL), LARGE_POOL.of_host),
         ] {
             let all = pool.all.available_permits();
             let large = pool.hold("slow", u64::MAX).await.expect("room");
@@ -123,8 +123,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_small_document_waits_for_no_large_one() {
-        let documents = Documents::default();
+    async fn small_documents_do_not_wait_for_large_ones() {
+        let documents = DocumentMemory::default();
         let _large = documents.hold("slow", 16 << 20).await.expect("room");
         let _other = documents.hold("slow too", 8 << 20).await.expect("room");
         let mut queued = Box::pin(documents.hold("quick", 1 << 20));

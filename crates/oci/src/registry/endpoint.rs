@@ -1,4 +1,4 @@
-//! One place that may answer for a registry: itself, or a mirror.
+//! Endpoints: hosts that serve a registry, the registry itself or a mirror.
 
 use std::sync::Arc;
 
@@ -12,36 +12,36 @@ use super::redirect;
 use crate::Repository;
 use crate::reference::DOCKER_HUB;
 
-/// Docker Hub's registry does not answer at the name that references carry.
+/// Host of Docker Hub's registry, which differs from the name in references.
 const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
 
-/// A place, and how it is spoken to.
+/// An endpoint with its capabilities and connections.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "four facts that have nothing to do with each other"
 )]
 #[derive(Clone, Debug)]
-pub(super) struct Endpoint {
-    /// The API's root: `<scheme>://<host[:port]>/v2/`, or another path with a slash at its end.
+pub(super) struct RegistryEndpoint {
+    /// Root of the API: `<scheme>://<host[:port]>/v2/`, or another path that ends in a slash.
     pub(super) root: Url,
-    /// The registry's name, told to those who are not it.
+    /// Name of the registry for the query parameter `ns`; `None` for the registry itself.
     pub(super) namespace: Option<String>,
-    /// Whether it may be asked for content by its digest.
+    /// Capability `pull`: serves content by digest.
     pub(super) pull: bool,
-    /// Whether it may be asked what a tag means.
+    /// Capability `resolve`: serves tags.
     pub(super) resolve: bool,
-    /// Whether the registry's credentials may be sent to it.
+    /// True if credentials of the registry may be sent to it.
     pub(super) takes_credentials: bool,
-    /// Whether the administrator named it: then its address is not asked about.
+    /// True if the administrator named the host, which exempts it from the address rules.
     pub(super) configured: bool,
-    /// Sent with every request to it.
+    /// Headers that are added to every request.
     pub(super) headers: HeaderMap,
     pub(super) connection: Connection,
 }
 
-impl Endpoint {
-    /// The registry itself, where nothing is configured: `https`, but for loopback, where
-    /// registries of developers and of the node itself have no certificate; port 443 means TLS
+impl RegistryEndpoint {
+    /// Returns the endpoint of a registry without configuration: `https`, except on loopback, where
+    /// registries of developers and of the node itself have no certificate. Port 443 means TLS
     /// there too.
     pub(super) fn of_registry(host: &str, connection: Connection) -> Result<Self, RegistryError> {
         Ok(Self {
@@ -56,7 +56,7 @@ impl Endpoint {
         })
     }
 
-    /// Refuses what a pod's author must not aim at, as far as the name alone says it.
+    /// Checks the address rules as far as the URL alone allows.
     pub(super) fn check(&self, rules: &AddressRules) -> Result<(), RegistryError> {
         if self.configured {
             return Ok(());
@@ -72,38 +72,38 @@ impl Endpoint {
         rules.check_literal(&self.root).map_err(|error| refused(&error.to_string()))
     }
 
-    /// Returns whether an address is on the host that the administrator named.
+    /// Returns whether a URL is on the host that the administrator named.
     pub(super) fn is_configured_host(&self, url: &Url) -> bool {
         self.configured && url.host() == self.root.host()
     }
 
-    /// Returns whether an address is on this host, and the administrator named it with `http://`.
+    /// Returns whether a URL is on this host, and the administrator named it with `http://`.
     pub(super) fn allows_plain_http(&self, url: &Url) -> bool {
         self.root.scheme() == "http" && self.is_configured_host(url)
     }
 
-    /// Whether it is the registry that references name, and no mirror of it.
+    /// Returns whether this is the registry of the references, not a mirror.
     pub(super) fn is_registry(&self) -> bool {
         self.namespace.is_none()
     }
 
-    /// Names a mirror in records: the root of its API.
+    /// Returns the root of the API, which identifies a mirror in records.
     pub(super) fn address(&self) -> Arc<str> {
         self.root.as_str().into()
     }
 
-    /// `host[:port]`.
+    /// Returns the name of the host as `host[:port]`.
     pub(super) fn name(&self) -> Arc<str> {
         super::transport::authority(&self.root).into()
     }
 
-    /// The address of the API itself, which answers with the challenge.
+    /// Returns the URL of the API root, whose response carries the challenge.
     pub(super) fn api(&self) -> Url {
         self.at("")
     }
 
-    /// The address of one object of a repository; `object` is `manifests/..`,
-    /// `blobs/..` or `referrers/..` with a checked name.
+    /// Returns the URL of an object of a repository. `object` is `manifests/..`, `blobs/..` or
+    /// `referrers/..` with a checked name.
     pub(super) fn object(&self, repository: &Repository, object: &str) -> Url {
         self.at(&format!("{}/{object}", repository.path()))
     }
@@ -118,12 +118,12 @@ impl Endpoint {
     }
 }
 
-/// Other spellings of a registry's `host[:port]` that lead to the same place: upper case, a port that is the default
-/// one, numbers in other forms, Docker Hub's own host.
+/// Returns other spellings of a registry's `host[:port]` that lead to the same place: lower case,
+/// with or without the default port, normalised numbers, Docker Hub's own name.
 #[must_use]
 pub fn other_spellings(host: &str) -> Vec<String> {
     let Ok(root) = registry_root(host) else { return Vec::new() };
-    // The address has no port that its scheme has anyway.
+    // `Url` drops the default port of the scheme.
     let plain = root.host_str().unwrap_or_default();
     let plain = if plain == DOCKER_HUB_HOST { DOCKER_HUB } else { plain };
     let spellings = match root.port() {
@@ -134,7 +134,7 @@ pub fn other_spellings(host: &str) -> Vec<String> {
     spellings.into_iter().filter(|spelling| spelling != host).collect()
 }
 
-/// Where a registry answers that nothing is configured for.
+/// Returns the API root of a registry without configuration.
 pub(super) fn registry_root(host: &str) -> Result<Url, RegistryError> {
     let host = match host {
         DOCKER_HUB => DOCKER_HUB_HOST,
@@ -146,7 +146,7 @@ pub(super) fn registry_root(host: &str) -> Result<Url, RegistryError> {
         reason: "its name is no host".to_owned(),
     };
     let mut root = Url::parse(&format!("https://{host}/")).map_err(|_| unusable())?;
-    // The name must be all of the address: nothing in it may become a user or a path.
+    // The name must be the whole authority: no part of it may become a user name or a path.
     if root.path() != "/" || root.query().is_some() || !root.username().is_empty() {
         return Err(unusable());
     }

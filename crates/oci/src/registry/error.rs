@@ -1,189 +1,188 @@
-//! Why a registry did not give what was asked for.
+//! Errors of registries.
 //!
-//! Messages are made here from facts alone: hosts, names, numbers. A response's
-//! body, a token, an `Authorization` header or an address's query never gets in.
+//! Messages consist of facts only: hosts, names, numbers. They never contain a response body, a
+//! token, an `Authorization` header or the query of a URL.
 
 use std::time::Duration;
 
 use crate::{Digest, Repository};
 use text::printable::shorten;
 
-/// The longest name of a thing in a message: a repository may have 255 characters.
+/// Maximum bytes of an object's description in a message: a repository may have 255 characters.
 const MAXIMUM_WHAT: usize = 200;
-/// The longest reason of a lower layer.
+/// Maximum bytes of a lower layer's reason.
 const MAXIMUM_REASON: usize = 100;
-/// The longest host: names in DNS may have 253 characters.
+/// Maximum bytes of a host: DNS names may have 253 characters.
 const MAXIMUM_HOST: usize = 80;
 
-/// Why a registry did not give what was asked for. `what` reads like
-/// `manifest v1 of r.io/team/app`; `host` is who answered, or did not.
+/// Reason why a request to a registry failed. `what` describes the requested object, such as
+/// `manifest v1 of r.io/team/app`; `host` is the host that responded, or did not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
-    /// 404 or 410 of the registry itself.
+    /// 404 or 410 from the registry itself.
     #[error("the registry has no {what}: check the reference and that it was pushed")]
     NotFound {
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
     },
-    /// 401 after everything that the credential allows was tried.
+    /// 401 after all uses of the credential were tried.
     #[error("{host} did not accept {} for {what} (401): {}",
         shown(*.anonymous), advice(*.anonymous))]
     Unauthorized {
-        /// The registry or its token server.
+        /// Registry or token server.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// Whether no credential was there to send.
+        /// True if the request had no credential.
         anonymous: bool,
     },
-    /// 403 of the registry or of its token server.
+    /// 403 from the registry or its token server.
     #[error("{host} does not allow {what} with {} (403): {}",
         shown(*.anonymous), advice(*.anonymous))]
     Forbidden {
-        /// The registry or its token server.
+        /// Registry or token server.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// Whether no credential was there to send.
+        /// True if the request had no credential.
         anonymous: bool,
     },
-    /// 402, 412, 423 or 451, whatever the credential.
-    #[error("{host} does not give {what}, the registry's policy refuses it ({status}): {}", look_at(*.status))]
+    /// 402, 412, 423 or 451, which do not depend on the credential.
+    #[error("{host} does not give {what}, the registry's policy refuses it ({status}): {}", where_to_look(*.status))]
     PolicyRefused {
-        /// The host that answered.
+        /// Host that responded.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// The status.
+        /// HTTP status code.
         status: u16,
     },
-    /// 429.
+    /// 429: a rate limit.
     #[error("{host} limits the rate of requests (429) for {what}: it is asked again later")]
     RateLimited {
-        /// Who answered.
+        /// Host that responded.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// From `Retry-After`, at most an hour.
+        /// Delay of `Retry-After`, at most an hour.
         retry_after: Option<Duration>,
     },
-    /// 5xx, and 408 and 425, which say the same.
+    /// 5xx, 408 or 425: a temporary failure of the server.
     #[error("{host} answered {status} for {what}: it is asked again later")]
     ServerError {
-        /// Who answered.
+        /// Host that responded.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// The status.
+        /// HTTP status code.
         status: u16,
-        /// From `Retry-After`, at most an hour.
+        /// Delay of `Retry-After`, at most an hour.
         retry_after: Option<Duration>,
     },
-    /// No connection, or a connection that broke.
+    /// A connection that failed or broke.
     #[error("{host} cannot be reached for {what} ({reason}): check the network, DNS and proxy")]
     Unreachable {
-        /// Who did not answer.
+        /// Host of the connection.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// What the system says.
+        /// Error of the system.
         reason: String,
     },
-    /// A connection without a TLS session that can be trusted.
+    /// A TLS session that could not be established or verified.
     #[error(
         "no trusted TLS connection to {host} for {what} ({reason}): check its certificate and the node's roots"
     )]
     Tls {
-        /// Who was connected to.
+        /// Host of the connection.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// What rustls says.
+        /// Error of rustls.
         reason: String,
     },
-    /// Nothing came in time.
+    /// A timeout without a response.
     #[error("{host} sent nothing for {} seconds while asked for {what}: it is asked again later",
         .waited.as_secs())]
     Timeout {
-        /// Who was waited for.
+        /// Host of the connection.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// For how long.
+        /// Length of the timeout.
         waited: Duration,
     },
-    /// More bytes than allowed.
+    /// A response over a size limit.
     #[error("{what} is larger than the limit of {limit} bytes")]
     TooLarge {
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// The limit.
+        /// Limit in bytes.
         limit: u64,
     },
-    /// Other content than asked for or announced.
+    /// Content that differs from the requested or announced digest.
     #[error(
         "{what} has the digest {got} instead of {expected}: the registry or a proxy before it changed it"
     )]
     DigestMismatch {
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// The digest that was asked for or announced.
+        /// Requested or announced digest.
         expected: Digest,
-        /// The digest of what came.
+        /// Digest of the received content.
         got: Digest,
     },
-    /// A 4xx or 5xx of the storage that the registry redirected to. Its addresses
-    /// expire, so this is no verdict: the registry must be asked again.
+    /// 4xx or 5xx from the storage that the registry redirected to. Presigned URLs expire, so the
+    /// registry has to be asked for a new one.
     #[error(
         "the storage {host} behind the registry answered {status} for {what}: the registry is asked for a new address"
     )]
     Storage {
-        /// The storage's host.
+        /// Host of the storage.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// The status.
+        /// HTTP status code.
         status: u16,
-        /// From `Retry-After`, at most an hour.
+        /// Delay of `Retry-After`, at most an hour.
         retry_after: Option<Duration>,
     },
-    /// An address that neither a pod's author nor a registry may aim the node at.
+    /// An address that the address rules refuse.
     #[error(
         "{host} is not asked: {what}, and nobody configured it; the administrator can name it in a hosts.toml or in registries.allowedAddresses"
     )]
     Address {
-        /// The host that was named.
+        /// Host that resolves to the address.
         host: String,
-        /// What its address is.
+        /// Class of the address.
         what: String,
     },
-    /// The node's own configuration of this registry.
+    /// A broken configuration of this registry on the node.
     #[error("the node's configuration of this registry cannot be used: {reason}")]
     Configuration {
-        /// Which file, and what is wrong with it.
+        /// Path of the file and its defect.
         reason: String,
     },
-    /// An answer that makes no sense.
+    /// A response that violates the protocol.
     #[error("{host} answered something unusable for {what}: {reason}")]
     Protocol {
-        /// Who answered.
+        /// Host that responded.
         host: String,
-        /// The thing asked for.
+        /// Description of the requested object.
         what: String,
-        /// What is wrong with it.
+        /// Defect of the response.
         reason: String,
     },
-    /// The options given to the client.
+    /// Unusable options of the client.
     #[error("the registry client cannot be set up: {reason}")]
     Setup {
-        /// What is wrong.
+        /// Defect of the options.
         reason: String,
     },
 }
 
 impl RegistryError {
-    /// Whether the same request may well succeed later without anybody
-    /// changing anything on this node.
+    /// Returns whether the same request may succeed later without a change on this node.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -206,8 +205,8 @@ impl RegistryError {
         }
     }
 
-    /// The same failure, told of another thing: what one caller was told of a host says nothing of
-    /// what that caller asked for.
+    /// Returns the same failure with the description of another object, for requests that share one
+    /// failure of a host: they must not reveal each other's objects.
     #[must_use]
     pub fn about(mut self, thing: &str) -> Self {
         match &mut self {
@@ -229,7 +228,7 @@ impl RegistryError {
         self
     }
 
-    /// Whether nobody was there to answer, or nobody with the time for it.
+    /// Returns whether the host was not available, or too busy to respond.
     pub(super) fn is_absence(&self) -> bool {
         match self {
             Self::Storage { .. } => !self.is_expiry(),
@@ -237,14 +236,14 @@ impl RegistryError {
         }
     }
 
-    /// Whether it may be a presigned address that has expired, which any other is not.
+    /// Returns whether a presigned URL may have expired, so that a new one may work.
     #[must_use]
     pub fn is_expiry(&self) -> bool {
         matches!(self, Self::Storage { status: 400..=499, .. })
             && !matches!(self, Self::Storage { status: 408 | 425 | 429, .. })
     }
 
-    /// What went wrong, in one word of a short list, for metrics.
+    /// Returns the kind of the error for metrics.
     #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
@@ -265,30 +264,31 @@ impl RegistryError {
         }
     }
 
-    /// Returns whether another credential may succeed where this one did not. Registries that hide
-    /// private repositories answer 404.
+    /// Returns whether another credential may succeed. Registries that hide private repositories
+    /// answer 404.
     #[must_use]
     pub fn may_depend_on_credential(&self) -> bool {
         matches!(self, Self::Unauthorized { .. } | Self::Forbidden { .. } | Self::NotFound { .. })
     }
 }
 
-/// Names a thing in messages.
+/// Describes an object for messages.
 pub(super) fn describe(object: &str, repository: &Repository) -> String {
     shorten(&format!("{object} of {repository}"), MAXIMUM_WHAT)
 }
 
-/// Bounds what a lower layer says. Bytes count, not characters: a status message has 1 KiB for everything.
+/// Shortens the reason of a lower layer. The limit is in bytes, since a status message has 1 KiB in
+/// all.
 pub(super) fn reason(text: &str) -> String {
     shorten(text, MAXIMUM_REASON)
 }
 
-/// Bounds what names a file.
+/// Shortens a reason that contains a path.
 pub(super) fn long_reason(text: &str) -> String {
     shorten(text, 3 * MAXIMUM_REASON)
 }
 
-/// Bounds a host's name.
+/// Shortens the name of a host.
 pub(super) fn host(text: &str) -> String {
     shorten(text, MAXIMUM_HOST)
 }
@@ -305,8 +305,8 @@ fn advice(anonymous: bool) -> &'static str {
     }
 }
 
-/// Returns the place in the registry's settings that shows the reason of a refusal.
-fn look_at(status: u16) -> &'static str {
+/// Returns advice on where to look in the registry's settings after a refusal.
+fn where_to_look(status: u16) -> &'static str {
     match status {
         402 => "look at the registry's quota and subscription",
         412 => "look at the artifact's scan, signature and the project's rules in the registry",

@@ -1,13 +1,14 @@
-//! Lookups of hosts' names by the system's resolver.
+//! DNS lookups by the system's resolver.
 //!
-//! A lookup takes a thread until the system's resolver gives up, which takes 10 s and more where the servers of a zone
-//! are silent, even if its request has long ended. A pod's author chooses names, so that their number has a bound:
+//! A lookup occupies a thread until the system's resolver gives up, which takes 10 s and more if
+//! the name servers of a zone do not answer, even if its request has long ended. The author of a
+//! pod chooses names, so lookups are bounded:
 //!
-//! - at most [`NEW_NAMES`] lookups at once are of names that were never found, and [`KNOWN_NAMES`] of others, so that
-//!   names without an answer keep no registry that was reached before from being found;
+//! - at most [`NEW_NAMES`] lookups at once are for names that were never found, and [`KNOWN_NAMES`]
+//!   for others, so that names without an answer do not delay known registries;
 //! - requests for one name share one lookup;
-//! - a name whose lookup failed after more than [`SLOW`] fails at once for a while, which grows with each failure of a
-//!   name that was never found.
+//! - a name whose lookup failed after more than [`SLOW`] fails at once for a while, which grows
+//!   with each failure of a name that was never found.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,78 +22,79 @@ use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::recent::Recent;
+use super::lru_map::LruMap;
 
 const NEW_NAMES: usize = 32;
 const KNOWN_NAMES: usize = 32;
 const SLOW: Duration = Duration::from_secs(2);
-/// The first and the longest pause after a slow failure.
+/// First and longest pause after a slow failure.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(1));
-/// Names that are remembered, of each kind.
+/// Maximum number of remembered names, of each kind.
 const REMEMBERED: usize = 4096;
 
-/// The addresses of a name, or why there are none.
-type Found = Result<Arc<[SocketAddr]>, Arc<str>>;
+/// Addresses of a name, or the reason of the failure.
+type LookupResult = Result<Arc<[SocketAddr]>, Arc<str>>;
 
 /// The lookups of one process. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Lookups(Arc<Inner>);
+pub(super) struct DnsLookups(Arc<LookupsInner>);
 
-struct Inner {
+struct LookupsInner {
     resolver: Box<dyn Fn(String) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>> + Send + Sync>,
     of_new: Arc<Semaphore>,
     of_known: Arc<Semaphore>,
-    state: Mutex<State>,
+    state: Mutex<LookupState>,
 }
 
-struct State {
-    running: HashMap<String, Shared<BoxFuture<'static, Found>>>,
-    found: Recent<String, ()>,
-    paused: Recent<String, Pause>,
+struct LookupState {
+    running: HashMap<String, Shared<BoxFuture<'static, LookupResult>>>,
+    found: LruMap<String, ()>,
+    paused: LruMap<String, LookupPause>,
 }
 
-/// The time during which a name is not looked up.
+/// Pause during which a name is not looked up.
 #[derive(Clone, Copy)]
-struct Pause {
+struct LookupPause {
     until: Instant,
     length: Duration,
 }
 
-impl fmt::Debug for Lookups {
+impl fmt::Debug for DnsLookups {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Lookups").finish_non_exhaustive()
+        formatter.debug_struct("DnsLookups").finish_non_exhaustive()
     }
 }
 
-impl Default for Lookups {
+impl Default for DnsLookups {
     fn default() -> Self {
-        // Port 0 stands for the address's own.
+        // Port 0 is replaced by the port of the URL.
         Self::with(|name| {
             async move { Ok(tokio::net::lookup_host((name, 0)).await?.collect()) }.boxed()
         })
     }
 }
 
-impl Lookups {
+impl DnsLookups {
     fn with(
         resolver: impl Fn(String) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>>
         + Send
         + Sync
         + 'static,
     ) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(LookupsInner {
             resolver: Box::new(resolver),
             of_new: Arc::new(Semaphore::new(NEW_NAMES)),
             of_known: Arc::new(Semaphore::new(KNOWN_NAMES)),
-            state: Mutex::new(State {
+            state: Mutex::new(LookupState {
                 running: HashMap::new(),
-                found: Recent::new(REMEMBERED),
-                paused: Recent::new(REMEMBERED),
+                found: LruMap::new(REMEMBERED),
+                paused: LruMap::new(REMEMBERED),
             }),
         }))
     }
 
-    /// Returns the addresses of a name. Safe to cancel: a lookup that has begun goes on for later requests.
+    /// Returns the addresses of a name. Safe to cancel: a running lookup continues for later
+    /// requests.
     pub(super) async fn addresses(&self, name: &str) -> io::Result<Arc<[SocketAddr]>> {
         let name = name.to_ascii_lowercase();
         let permits = {
@@ -118,12 +120,12 @@ impl Lookups {
         lookup.await.map_err(|reason| io::Error::other(reason.to_string()))
     }
 
-    /// Begins a lookup, unless one of this name has begun meanwhile.
+    /// Starts a lookup, unless one for this name was started meanwhile.
     fn begin(
         &self,
         name: String,
         permit: OwnedSemaphorePermit,
-    ) -> Shared<BoxFuture<'static, Found>> {
+    ) -> Shared<BoxFuture<'static, LookupResult>> {
         let mut state = self.0.state();
         if let Some(running) = state.running.get(&name) {
             return running.clone();
@@ -139,7 +141,7 @@ impl Lookups {
         let (inner, wanted) = (Arc::clone(&self.0), name.clone());
         let lookup = task.map(move |ended| {
             ended.unwrap_or_else(|error| {
-                // A task that was ended has recorded nothing.
+                // An aborted task has not recorded its result.
                 inner.state().running.remove(&wanted);
                 Err(error.to_string().into())
             })
@@ -150,12 +152,12 @@ impl Lookups {
     }
 }
 
-impl Inner {
-    fn state(&self) -> MutexGuard<'_, State> {
+impl LookupsInner {
+    fn state(&self) -> MutexGuard<'_, LookupState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records the end of a lookup.
+    /// Records the result of a lookup.
     fn record(&self, name: String, took: Duration, is_found: bool) {
         let mut state = self.state();
         state.running.remove(&name);
@@ -166,7 +168,7 @@ impl Inner {
             let is_known = state.found.get(&name).is_some();
             let before = state.paused.get(&name).filter(|_| !is_known);
             let length = before.map_or(PAUSE.0, |pause| (pause.length * 2).min(PAUSE.1));
-            state.paused.insert(name, Pause { until: Instant::now() + length, length });
+            state.paused.insert(name, LookupPause { until: Instant::now() + length, length });
         }
     }
 }
@@ -177,12 +179,12 @@ mod tests {
 
     use super::*;
 
-    /// The resolver's answer to `dead…` comes after 10 s and is none; others have an address at once.
-    fn lookups() -> (Lookups, Arc<AtomicUsize>, Arc<AtomicUsize>) {
+    /// Returns lookups whose resolver fails for `dead…` after 10 s, and resolves other names at once.
+    fn lookups() -> (DnsLookups, Arc<AtomicUsize>, Arc<AtomicUsize>) {
         let (asked, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (count, highest) = (Arc::clone(&asked), Arc::clone(&most));
         let running = Arc::new(AtomicUsize::new(0));
-        let lookups = Lookups::with(move |name| {
+        let lookups = DnsLookups::with(move |name| {
             count.fetch_add(1, Ordering::SeqCst);
             let now = running.fetch_add(1, Ordering::SeqCst) + 1;
             highest.fetch_max(now, Ordering::SeqCst);
@@ -204,7 +206,7 @@ mod tests {
     }
 
     /// Requests this name for a second. The clock of these tests is paused, so that no sleep takes real time.
-    async fn request(lookups: &Lookups, name: String) -> bool {
+    async fn request(lookups: &DnsLookups, name: String) -> bool {
         let addresses = lookups.addresses(&name);
         tokio::time::timeout(Duration::from_secs(1), addresses)
             .await
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn names_without_an_answer_keep_no_known_registry_from_being_found() {
+    async fn names_without_an_answer_do_not_block_known_registries() {
         let (lookups, _, most) = lookups();
         assert!(request(&lookups, "registry.example".into()).await);
         let dead = (0..600).map(|number| request(&lookups, format!("dead{number}.example")));

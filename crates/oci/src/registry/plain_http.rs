@@ -1,20 +1,20 @@
-//! Permissions of the administrator to follow a registry to an address without TLS.
+//! Plain HTTP: permissions of the administrator for addresses without TLS.
 //!
-//! Nothing else makes plain HTTP possible but loopback, see [`redirect`](super::redirect):
+//! Apart from loopback, see [`redirect`](super::redirect), only these allow plain HTTP:
 //!
-//! - a registry or mirror that a `hosts.toml` names with `http://` may lead to its own host;
-//! - every registry may lead to what `registries.plainHTTPRedirects` names, and to a host whose own
-//!   `hosts.toml` names it with `http://`.
+//! - a registry or mirror that a `hosts.toml` names with `http://` may redirect to its own host;
+//! - every registry may redirect to the addresses in `registries.plainHTTPRedirects`, and to a host
+//!   whose own `hosts.toml` names it with `http://`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use reqwest::Url;
 
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::hosts;
 
-/// The administrator's permissions of plain HTTP. Cheap to clone.
+/// Permissions for plain HTTP. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct PlainHttp {
     hosts_dirs: Arc<[PathBuf]>,
@@ -26,8 +26,8 @@ impl PlainHttp {
         Self { hosts_dirs: Arc::from(hosts_dirs), redirects: Arc::from(redirects) }
     }
 
-    /// Returns whether an answer of `endpoint` may lead to `url` without TLS.
-    pub(super) async fn allows(&self, endpoint: &Endpoint, url: &Url) -> bool {
+    /// Returns whether a response of `endpoint` may lead to `url` without TLS.
+    pub(super) async fn allows(&self, endpoint: &RegistryEndpoint, url: &Url) -> bool {
         url.scheme() == "http" && (endpoint.allows_plain_http(url) || self.names(url).await)
     }
 
@@ -45,11 +45,11 @@ impl PlainHttp {
     }
 }
 
-/// Reads an address of `registries.plainHTTPRedirects`.
+/// Parses an address of `registries.plainHTTPRedirects`.
 ///
 /// # Errors
 ///
-/// Says what to write instead.
+/// A description of the correct form.
 pub fn plain_http_address(text: &str) -> Result<Url, String> {
     let parsed = Url::parse(text).ok().filter(|url| {
         let is_origin = url.path() == "/" && url.query().is_none() && url.fragment().is_none();

@@ -1,15 +1,14 @@
-//! Proxies that the environment names, read as clients written in Go read them: the container runtime
-//! of the same node is configured with the same lines.
+//! Proxies of the environment, by the rules of clients written in Go: the container runtime of the
+//! same node is configured with the same variables.
 //!
-//! `HTTP_PROXY` is for plain HTTP, `HTTPS_PROXY` for TLS; each also in lower case. `ALL_PROXY` is for
-//! both where these are not set, as most clients have it, though Go has not: nothing sets it for the
-//! driver alone by accident. An empty variable is an unset one. `NO_PROXY` is a list of exceptions with
-//! commas between them:
+//! `HTTP_PROXY` is for plain HTTP, `HTTPS_PROXY` for TLS; each also in lower case. `ALL_PROXY` is
+//! the default of both, as in most clients except Go: it is never set for the driver alone by
+//! accident. Empty variables count as unset. `NO_PROXY` is a comma-separated list of exceptions:
 //!
 //! ```text
 //! corp.example          this host and all below it
 //! .corp.example         all hosts below it, as is *.corp.example
-//! 10.1.2.3, fd00::1     an address, where the reference is written with it
+//! 10.1.2.3, fd00::1     an address, if the reference is written with it
 //! 10.0.0.0/8            a network, likewise
 //! corp.example:5000     one port only, as are 10.1.2.3:5000 and [fd00::1]:5000
 //! *                     everything
@@ -20,24 +19,24 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use reqwest::Url;
 
-/// The proxies of the environment, and what is asked without them.
+/// Proxies of the environment, with their exceptions.
 #[derive(Debug, Default)]
-pub(super) struct Proxies {
+pub(super) struct EnvironmentProxies {
     pub(super) http: Option<Url>,
     pub(super) https: Option<Url>,
-    exceptions: Vec<Exception>,
+    exceptions: Vec<NoProxyEntry>,
 }
 
-/// An entry of `NO_PROXY`; without a port, it is for all ports.
+/// An entry of `NO_PROXY`. An empty port matches all ports.
 #[derive(Debug, PartialEq, Eq)]
-enum Exception {
+enum NoProxyEntry {
     All,
     Network(IpNet),
     Address {
         address: IpAddr,
         port: String,
     },
-    /// Hosts that end in this, which starts with a dot.
+    /// Hosts that end in a suffix, which starts with a dot.
     Domain {
         suffix: String,
         includes_itself: bool,
@@ -45,12 +44,13 @@ enum Exception {
     },
 }
 
-impl Proxies {
+impl EnvironmentProxies {
     /// Reads the environment of this process.
     ///
     /// # Errors
     ///
-    /// The variable that holds no usable address. Its value may hold a password, and is not shown.
+    /// The name of a variable with an unusable address. Its value may contain a password, and is
+    /// not shown.
     pub(super) fn from_environment() -> Result<Self, String> {
         Self::read(|name| std::env::var(name).ok())
     }
@@ -84,7 +84,7 @@ impl Proxies {
     }
 }
 
-impl Exception {
+impl NoProxyEntry {
     fn parse(entry: &str) -> Option<Self> {
         let entry = entry.trim().to_ascii_lowercase();
         if entry == "*" {
@@ -128,8 +128,8 @@ impl Exception {
     }
 }
 
-/// Reads a proxy's address; without a scheme, it is one for HTTP. Both kinds of SOCKS let the proxy
-/// resolve names, as it is the proxy that knows them.
+/// Parses the address of a proxy; without a scheme, it is HTTP. SOCKS proxies always resolve names
+/// themselves.
 pub(super) fn parse(text: &str) -> Result<Url, &'static str> {
     const WRONG: &str = "is no proxy's address: write it as http://proxy:3128, https or socks5";
     let has_host = |url: &Url| url.host_str().is_some_and(|host| !host.is_empty());
@@ -146,12 +146,12 @@ pub(super) fn parse(text: &str) -> Result<Url, &'static str> {
     }
 }
 
-fn exceptions(list: &str) -> Vec<Exception> {
-    list.split(',').filter_map(Exception::parse).collect()
+fn exceptions(list: &str) -> Vec<NoProxyEntry> {
+    list.split(',').filter_map(NoProxyEntry::parse).collect()
 }
 
-/// Reads `address/length` as Go does: no number of IPv4 starts with a zero, and a network of mapped
-/// addresses is one of IPv4.
+/// Parses `address/length` like Go: numbers of IPv4 never start with a zero, and a network of
+/// IPv4-mapped addresses is one of IPv4.
 fn network(entry: &str) -> Option<IpNet> {
     let (address, length) = entry.split_once('/')?;
     let (address, length): (IpAddr, u8) = (address.parse().ok()?, length.parse().ok()?);
@@ -162,7 +162,7 @@ fn network(entry: &str) -> Option<IpNet> {
     }
 }
 
-/// Splits `host:port` and `[address]:port`; anything else is a host without a port.
+/// Splits `host:port` and `[address]:port`. Other texts are hosts without a port.
 fn split_port(entry: &str) -> (&str, &str) {
     if let Some((address, port)) = entry.strip_prefix('[').and_then(|rest| rest.split_once("]:")) {
         return (address, port);
@@ -173,7 +173,7 @@ fn split_port(entry: &str) -> (&str, &str) {
     }
 }
 
-/// A name as it stands in addresses: in punycode.
+/// Returns a name in punycode, as in URLs.
 fn to_ascii(name: &str) -> String {
     let is_name = !name.is_ascii() && !name.contains(['/', '?', '#', '@', ':', '\\']);
     let parsed = is_name.then(|| Url::parse(&format!("http://{name}/")).ok()).flatten();
@@ -187,8 +187,8 @@ mod tests {
 
     use super::*;
 
-    fn proxies(variables: &[(&str, &str)]) -> Result<Proxies, String> {
-        Proxies::read(|name| {
+    fn proxies(variables: &[(&str, &str)]) -> Result<EnvironmentProxies, String> {
+        EnvironmentProxies::read(|name| {
             let found = variables.iter().find(|(variable, _)| *variable == name)?;
             Some(found.1.to_owned())
         })

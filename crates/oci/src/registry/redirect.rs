@@ -1,28 +1,27 @@
-//! Which addresses a registry may send this node to.
+//! Rules for the addresses that a registry may redirect this node to.
 //!
-//! A registry is untrusted input with an address in it: a redirect or a token
-//! server could aim requests, and credentials, somewhere else. The rules:
+//! A redirect or the address of a token server is untrusted input, which could aim requests and
+//! credentials at another host. The rules:
 //!
-//! - `https` anywhere but this node itself; plain `http` from loopback to loopback,
-//!   and where the administrator allows it, see [`plain_http`](super::plain_http). So
-//!   no credential and no presigned address crosses a network in the clear that was
-//!   not meant to, and the metadata services of clouds, which speak `http`, are out
-//!   of reach.
-//! - Nobody but a registry on loopback leads to loopback.
-//! - No names and passwords in addresses.
-//! - `Authorization` goes to the scheme, host and port that it was made for, and
-//!   is gone for good after the first hop to another one. (A token server on
-//!   another host is sent the credential: that is how Docker Hub works, and the
-//!   registry that names it could have kept the credential anyway.)
+//! - `https` anywhere but on this node itself; plain `http` from loopback to loopback, and where
+//!   the administrator allows it, see [`plain_http`](super::plain_http). So no credential and no
+//!   presigned URL crosses a network in plain text unintentionally, and the metadata services of
+//!   clouds, which use `http`, are out of reach.
+//! - Only a registry on loopback may lead to loopback.
+//! - URLs with user names or passwords are refused.
+//! - `Authorization` is sent to the scheme, host and port that it is for, and is dropped for good
+//!   after the first redirect to another one. (A token server on another host gets the credential:
+//!   Docker Hub works that way, and the registry that names it could have kept the credential
+//!   anyway.)
 
 use reqwest::Url;
 
-/// Docker's clients allow as many.
+/// Maximum number of redirects, as in docker clients.
 pub(super) const MAXIMUM_HOPS: usize = 10;
 
-/// Whether an address is this node's own. Only these are spoken to without TLS.
+/// Returns whether a URL is on loopback, the only place that needs no TLS.
 pub(super) fn is_loopback(url: &Url) -> bool {
-    // Url has already folded spellings like 127.1 or 0x7f000001.
+    // `Url` has already normalised spellings such as 127.1 or 0x7f000001.
     match url.host_str() {
         Some("localhost" | "[::1]") => true,
         Some(host) => host.parse::<std::net::Ipv4Addr>().is_ok_and(|address| address.is_loopback()),
@@ -30,13 +29,13 @@ pub(super) fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// Checks that an answer of `from` may lead to `to`. The error says why not. `plain_http` is true if the
-/// administrator allows `to` to be without TLS.
+/// Checks that a response of `from` may lead to `to`. The error is the reason. `plain_http` is true
+/// if the administrator allows `to` to be without TLS.
 pub(super) fn check(from: &Url, to: &Url, plain_http: bool) -> Result<(), &'static str> {
     if !to.username().is_empty() || to.password().is_some() {
         return Err("an address with a user name in it");
     }
-    // A host may lead to itself.
+    // A host may redirect to itself.
     if to.origin().is_tuple() && to.origin() == from.origin() {
         return Ok(());
     }
@@ -52,7 +51,7 @@ pub(super) fn check(from: &Url, to: &Url, plain_http: bool) -> Result<(), &'stat
     }
 }
 
-/// Other spellings that the kernel connects to this node.
+/// Returns whether the kernel would connect to this node, in other spellings than loopback.
 fn is_this_node(url: &Url) -> bool {
     let Some(host) = url.host_str() else { return false };
     let host = host.trim_end_matches('.');

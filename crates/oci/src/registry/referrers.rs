@@ -1,4 +1,4 @@
-//! What refers to a digest: one list, which may come in pages.
+//! Referrers of a digest: one list, which may have several pages.
 
 use bytes::Bytes;
 use reqwest::header::{HeaderMap, LINK};
@@ -7,53 +7,53 @@ use serde::de::IgnoredAny;
 
 use super::Registry;
 use super::documents::{Held, SMALL};
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::error::RegistryError;
-use super::question::{Needs, Question};
-use super::time::ExchangeTime;
-use super::transport::Answer;
+use super::exchange_timeout::ExchangeTimeout;
+use super::request::{RegistryRequest, RequiredCapability};
+use super::transport::HttpResponse;
 use crate::credentials::Credential;
 use crate::{Digest, Repository};
 
-/// Pages that are read; a hundred referrers a page are usual.
+/// Maximum number of pages. Registries usually list a hundred referrers a page.
 const MAXIMUM_PAGES: usize = 32;
 
-/// What refers to a digest, as the registry sent it: indexes, all of them together no larger than
-/// a manifest may be.
+/// Referrers of a digest as the registry sent them: indexes, together no larger than a manifest may
+/// be.
 #[derive(Debug)]
 pub struct Referrers {
-    /// One after the other.
+    /// Bodies of the pages, in order.
     pub pages: Vec<Bytes>,
-    /// Who holds it asks for nothing else.
+    /// Reservation of memory. A task that holds one must not wait for another.
     _held: Option<Held>,
 }
 
 impl Registry {
-    /// What refers to a digest; none where the registry does not know the question, so that its
-    /// fallback tag has to be asked for.
+    /// Returns the referrers of a digest. `None` if the registry does not support the API, so that
+    /// the caller has to read the fallback tag.
     ///
-    /// The kind of artifact is not asked for: registries that forget it would leave out what is
-    /// looked for.
+    /// The request has no filter by artifact type: registries that do not record it would leave out
+    /// the matching referrers.
     pub async fn referrers(
         &self,
         repository: &Repository,
         subject: Digest,
         credential: &Credential,
     ) -> Result<Option<Referrers>, RegistryError> {
-        let question = &Question::referrers(repository, subject, credential);
-        let mut turns = self.turns(question, Needs::Pull).await?;
+        let request = &RegistryRequest::referrers(repository, subject, credential);
+        let mut failover = self.failover(request, RequiredCapability::Pull).await?;
         loop {
-            let (endpoint, is_mirror) = (turns.current(), turns.mirror().is_some());
+            let (endpoint, is_mirror) = (failover.current(), failover.mirror().is_some());
             let tried = Box::pin(async {
-                let found = self.fetch_referrers(question, endpoint).await?;
-                // A mirror does not know of all that refers to what it holds; the registry does.
+                let found = self.fetch_referrers(request, endpoint).await?;
+                // A mirror may not know all referrers of the content that it holds.
                 if is_mirror && found.pages.iter().all(is_empty) {
-                    return Err(RegistryError::NotFound { what: question.what.clone() });
+                    return Err(RegistryError::NotFound { what: request.what.clone() });
                 }
                 Ok(Some(found))
             });
-            // A mirror that does not know referrers says nothing of the registry, which is asked next.
-            match turns.judge(self.with_manners(question, endpoint, tried).await) {
+            // A mirror without the API says nothing about the registry, which is tried next.
+            match failover.evaluate(self.with_backoff(request, endpoint, tried).await) {
                 Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
                     return Ok(None);
                 }
@@ -65,83 +65,88 @@ impl Registry {
 
     async fn fetch_referrers(
         &self,
-        question: &Question<'_>,
-        endpoint: &Endpoint,
+        request: &RegistryRequest<'_>,
+        endpoint: &RegistryEndpoint,
     ) -> Result<Referrers, RegistryError> {
         let limit = self.options.manifest_bytes_limit;
-        let mut time = self.time(question, endpoint);
+        let mut timeout = self.timeout(request, endpoint);
         let (mut held, mut most) = (None, SMALL.min(limit));
         loop {
-            let fetched = self.pages(question, endpoint, &mut time, &mut held, most).await?;
+            let fetched = self.pages(request, endpoint, &mut timeout, &mut held, most).await?;
             if let Some(pages) = fetched {
                 return Ok(Referrers { pages, _held: held });
             }
-            // Larger than most are. Who waits for more room gives back what he has, and asks again
-            // when he has it.
+            // The list is larger than the small pool allows. A task must not wait for a reservation
+            // while it holds one, so this drops it and sends the request again.
             drop(held.take());
-            (held, most) = (self.hold(question.repository, limit).await, limit);
+            (held, most) = (self.hold(request.repository, limit).await, limit);
         }
     }
 
-    /// All pages that come within so many bytes; none where they need more than these, and may have it.
+    /// Fetches all pages within `left` bytes. `None` if they need more, and a larger reservation is
+    /// possible.
     async fn pages(
         &self,
-        question: &Question<'_>,
-        endpoint: &Endpoint,
-        time: &mut ExchangeTime<'_>,
+        request: &RegistryRequest<'_>,
+        endpoint: &RegistryEndpoint,
+        timeout: &mut ExchangeTimeout<'_>,
         held: &mut Option<Held>,
         mut left: u64,
     ) -> Result<Option<Vec<Bytes>>, RegistryError> {
         let limit = self.options.manifest_bytes_limit;
-        let mut answer = time.of(self.expect_success(question, endpoint)).await?;
-        let mut next = next_page(&answer, question, endpoint);
+        let mut answer = timeout.run(self.expect_success(request, endpoint)).await?;
+        let mut next = next_page(&answer, request, endpoint);
         if held.is_none() {
             let is_whole = next.is_none() && !answer.is_encoded();
             let announced = answer.response.content_length().filter(|_| is_whole);
             left = if announced.is_some() { limit } else { left };
-            *held = self.hold(question.repository, announced.unwrap_or(left).min(limit)).await;
+            *held = self.hold(request.repository, announced.unwrap_or(left).min(limit)).await;
         }
         let may_have_more = left < limit;
         let mut pages = Vec::new();
         loop {
-            match time.of(answer.document(&question.what, left)).await {
+            match timeout.run(answer.document(&request.what, left)).await {
                 Ok(page) => {
                     left -= page.len() as u64;
                     pages.push(page);
                 }
                 Err(RegistryError::TooLarge { .. }) if may_have_more => return Ok(None),
-                // What was read is worth more than nothing.
+                // A truncated list is better than none.
                 Err(RegistryError::TooLarge { .. }) if !pages.is_empty() => break,
                 Err(error) => return Err(error),
             }
             let Some(query) = next.filter(|_| pages.len() < MAXIMUM_PAGES) else { break };
-            let page = Question {
-                headers: question.headers.clone(),
-                method: question.method.clone(),
-                object: question.object.clone(),
-                what: question.what.clone(),
+            let page = RegistryRequest {
+                headers: request.headers.clone(),
+                method: request.method.clone(),
+                object: request.object.clone(),
+                what: request.what.clone(),
                 query: Some(query),
-                ..*question
+                ..*request
             };
-            answer = time.of(self.expect_success(&page, endpoint)).await?;
+            answer = timeout.run(self.expect_success(&page, endpoint)).await?;
             next = next_page(&answer, &page, endpoint);
         }
         Ok(Some(pages))
     }
 }
 
-/// The query of the page that follows, if this host has the same list of it. Nothing else of the
-/// address is taken over: it could lead anywhere.
-fn next_page(answer: &Answer, question: &Question<'_>, endpoint: &Endpoint) -> Option<String> {
+/// Returns the query of the next page, if this host has the same list. Other parts of the URL are
+/// ignored, since they could lead anywhere.
+fn next_page(
+    answer: &HttpResponse,
+    request: &RegistryRequest<'_>,
+    endpoint: &RegistryEndpoint,
+) -> Option<String> {
     let next = answer.response.url().join(next_link(answer.response.headers())?).ok()?;
     let is_ours = !answer.redirected
         && next.origin() == endpoint.root.origin()
-        && next.path().ends_with(&question.object);
+        && next.path().ends_with(&request.object);
     let query = next.query().filter(|_| is_ours)?;
-    (question.query.as_deref() != Some(query)).then(|| query.to_owned())
+    (request.query.as_deref() != Some(query)).then(|| query.to_owned())
 }
 
-/// The target of `Link: <target>; rel="next"` (RFC 8288).
+/// Returns the target of `Link: <target>; rel="next"` (RFC 8288).
 fn next_link(headers: &HeaderMap) -> Option<&str> {
     for value in headers.get_all(LINK) {
         let mut rest = value.to_str().ok()?;
@@ -162,14 +167,14 @@ fn next_link(headers: &HeaderMap) -> Option<&str> {
     None
 }
 
-/// Whether a page lists nothing, or is none.
+/// Returns whether a page is empty or unreadable.
 fn is_empty(page: &Bytes) -> bool {
     #[derive(Deserialize)]
-    struct List {
+    struct ReferrersPage {
         #[serde(default)]
         manifests: Vec<IgnoredAny>,
     }
-    serde_json::from_slice::<List>(page).map_or(true, |list| list.manifests.is_empty())
+    serde_json::from_slice::<ReferrersPage>(page).map_or(true, |list| list.manifests.is_empty())
 }
 
 #[cfg(test)]

@@ -1,14 +1,15 @@
-//! Credentials that are tried one after the other.
+//! Refusals of credentials that are tried one after the other.
 
 use super::error::RegistryError;
 
-/// The refusals of the credentials that were tried for one request, of which one is reported in the end.
+/// Refusals of the credentials of one request, one of which is reported in the end.
 #[derive(Debug, Default)]
 pub struct Refusals(Option<RegistryError>);
 
 impl Refusals {
     /// Adds a refusal that [may depend on the credential](RegistryError::may_depend_on_credential).
-    /// The first one counts, unless the registry did not know the credential: the others say more.
+    /// The first one counts, unless the registry did not know the credential: other refusals are more
+    /// precise.
     pub fn add(&mut self, error: RegistryError) {
         let is_unknown = |error: &_| matches!(error, RegistryError::Unauthorized { .. });
         if self.0.as_ref().is_none_or(|first| is_unknown(first) && !is_unknown(&error)) {
@@ -22,7 +23,7 @@ impl Refusals {
         self.0.is_none()
     }
 
-    /// Returns the refusal to report.
+    /// Returns the refusal to report, if any.
     #[must_use]
     pub fn into_error(self) -> Option<RegistryError> {
         self.0

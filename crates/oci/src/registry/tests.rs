@@ -1,4 +1,4 @@
-//! Against servers on loopback that behave as registries do, well and badly.
+//! Tests with servers on loopback that behave like well-behaved and broken registries.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use base64::Engine as _;
 use futures_util::future::join_all;
 use futures_util::{StreamExt as _, stream};
 
-use super::transport::Request;
+use super::transport::HttpRequest;
 use super::*;
 use crate::{Reference, media_type};
 
@@ -19,7 +19,7 @@ const PASSWORD: &str = "hunter2-never-shown";
 const SIGNATURE: &str = "presigned-never-shown";
 const MANIFEST: &[u8] = br#"{"schemaVersion":2}"#;
 
-/// A request as a server saw it.
+/// A request that a server received.
 #[derive(Clone, Debug)]
 struct Seen {
     method: String,
@@ -43,7 +43,7 @@ impl Seen {
     }
 }
 
-/// A server for the length of a test.
+/// A server that runs during one test.
 struct Server {
     address: SocketAddr,
     seen: Arc<std::sync::Mutex<Vec<Seen>>>,
@@ -57,7 +57,7 @@ impl Drop for Server {
 }
 
 impl Server {
-    /// The handler is given the server's own `host:port` too.
+    /// Starts a server. The handler gets the server's `host:port` too.
     async fn start(handler: impl Fn(&Seen, &str) -> Response + Send + Sync + 'static) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -122,7 +122,7 @@ fn basic_header() -> String {
 }
 
 fn status(code: u16) -> Response {
-    // Whatever a registry writes into its errors must not come out.
+    // Errors must never show the body of a response.
     answer(code, &[], format!("<html>{PASSWORD}</html>"))
 }
 
@@ -145,7 +145,7 @@ fn challenge_at(host: &str) -> Response {
     answer(401, &[("www-authenticate", &value)], "")
 }
 
-/// A body whose length is not known in advance, and that may never end.
+/// Returns a body of unknown length, which may never end.
 fn chunks(chunks: &'static [&'static [u8]], ends: bool) -> Body {
     let body = stream::iter(chunks).map(|&chunk| Ok::<_, Infallible>(Bytes::from_static(chunk)));
     if ends { Body::from_stream(body) } else { Body::from_stream(body.chain(stream::pending())) }
@@ -174,7 +174,7 @@ async fn with_tokens(
     .await
 }
 
-/// Every error of every test goes through here.
+/// Checks an error. All tests use it.
 fn discreet<T: std::fmt::Debug>(result: Result<T, RegistryError>) -> RegistryError {
     let error = result.unwrap_err();
     for text in [error.to_string(), format!("{error:?}"), format!("{error:#?}")] {
@@ -260,7 +260,7 @@ async fn other_content_than_announced_is_refused() {
 }
 
 #[tokio::test]
-async fn an_announced_digest_of_another_algorithm_is_no_claim() {
+async fn an_announced_digest_of_another_algorithm_is_ignored() {
     let server =
         Server::start(|_, _| answer(200, &[("docker-content-digest", "sha512:00")], MANIFEST))
             .await;
@@ -312,7 +312,7 @@ async fn a_manifest_that_is_gzipped_on_the_way_is_decoded_within_the_limit() {
             assert_eq!(fetched.unwrap().bytes, MANIFEST, "{encoding}");
         }
     }
-    // Larger than most are, and larger than any may be.
+    // Over the limit of small documents, and over that of all documents.
     for (size, fits) in [(1 << 20, true), ((1 << 20) + 1, false), (100 << 20, false)] {
         let body = gzip(&vec![b' '; size]);
         let server =
@@ -336,7 +336,7 @@ async fn a_manifest_that_is_gzipped_on_the_way_is_decoded_within_the_limit() {
 }
 
 #[tokio::test]
-async fn a_blobs_encoding_says_nothing() {
+async fn the_content_encoding_of_a_blob_is_ignored() {
     let blob = gzip(b"a layer");
     for encoding in ["gzip", "x-gzip", "aws-chunked", "", "aws-chunked,gzip", "zstd", "identity"] {
         let body = blob.clone();
@@ -415,15 +415,15 @@ async fn retry_after_is_passed_on() {
 }
 
 #[tokio::test]
-async fn a_rate_limit_is_of_one_repository_unless_the_token_endpoint_or_the_api_says_it() {
+async fn a_rate_limit_of_the_token_endpoint_or_the_api_holds_for_the_host() {
     let limit = || answer(429, &[("retry-after", "60")], "");
-    // The path that answers 429, and whether the other repository is still asked.
+    // The path that answers 429, and whether the other repository still gets requests.
     for (limited_path, is_asked) in [("/v2/a/", true), ("/token", false), ("/v2/", false)] {
         let server = Server::start(move |seen, host| {
             match (&*seen.path, limited_path) {
                 (path, "/v2/a/") if path.starts_with("/v2/a/") => limit(),
                 (path, limited) if path == limited => limit(),
-                // An anonymous request gets 404, so that the API root is asked for a challenge.
+                // An anonymous request gets 404, which causes a request for the challenge of the API root.
                 (path, "/v2/") if path.starts_with("/v2/a/") => status(404),
                 (path, "/token") if path.starts_with("/v2/a/") => challenge_at(host),
                 _ => ok(MANIFEST),
@@ -447,7 +447,7 @@ async fn a_rate_limit_is_of_one_repository_unless_the_token_endpoint_or_the_api_
 }
 
 #[tokio::test]
-async fn what_storage_asks_for_is_no_word_of_the_registry() {
+async fn a_rate_limit_of_storage_does_not_hold_for_the_registry() {
     for code in [429, 503] {
         let storage = Server::start(move |_, _| answer(code, &[("retry-after", "60")], "")).await;
         let location = format!("http://{}/b", storage.address);
@@ -472,7 +472,7 @@ async fn what_storage_asks_for_is_no_word_of_the_registry() {
 }
 
 #[tokio::test]
-async fn a_manifest_that_does_not_come_is_given_up() {
+async fn a_stalled_manifest_times_out() {
     let options =
         RegistryOptions { manifest_timeout: Duration::from_millis(100), ..Default::default() };
     let server = Server::start(|_, _| ok(chunks(&[b"{"], false))).await;
@@ -482,7 +482,7 @@ async fn a_manifest_that_does_not_come_is_given_up() {
     assert!(matches!(error, RegistryError::Timeout { .. }) && error.is_transient(), "{error}");
 }
 
-/// A manifest of this size that does not say how large it is.
+/// Returns a manifest of this size without a `Content-Length`.
 async fn unannounced(size: usize) -> Server {
     Server::start(move |_, _| {
         let body = stream::iter([Ok::<_, Infallible>(Bytes::from(vec![b' '; size]))]);
@@ -507,7 +507,7 @@ async fn an_ordinary_manifest_does_not_wait_for_large_documents() {
 }
 
 #[tokio::test]
-async fn a_large_manifest_waits_for_room_as_long_as_it_takes() {
+async fn a_large_manifest_waits_for_memory_without_timeout() {
     let options =
         RegistryOptions { manifest_timeout: Duration::from_millis(500), ..Default::default() };
     let registry = Registry::new(options).unwrap();
@@ -525,10 +525,10 @@ async fn a_large_manifest_waits_for_room_as_long_as_it_takes() {
     }
 }
 
-// --- cheap questions ---
+// --- probes ---
 
 #[tokio::test]
-async fn a_probe_is_a_head_and_a_get_where_there_is_none() {
+async fn a_probe_falls_back_from_head_to_get() {
     for (code, requests) in [(200, 1), (403, 2), (405, 2), (501, 2), (400, 2)] {
         let server =
             Server::start(
@@ -549,7 +549,7 @@ async fn a_probe_is_a_head_and_a_get_where_there_is_none() {
 }
 
 #[tokio::test]
-async fn a_tag_resolves_to_what_the_registry_says_or_to_nothing() {
+async fn a_tag_resolves_to_the_announced_digest() {
     let digest = Digest::of(MANIFEST);
     for (code, announced, expected) in [
         (200, digest.to_string(), Some(digest)),
@@ -572,7 +572,7 @@ async fn a_tag_resolves_to_what_the_registry_says_or_to_nothing() {
 }
 
 #[tokio::test]
-async fn a_head_that_is_forbidden_is_followed_by_a_get_before_the_credential_is_blamed() {
+async fn a_forbidden_head_is_followed_by_a_get() {
     let digest = Digest::of(MANIFEST).to_string();
     for announced in [Some(digest.clone()), None] {
         let header = announced.clone();
@@ -592,7 +592,7 @@ async fn a_head_that_is_forbidden_is_followed_by_a_get_before_the_credential_is_
     }
     let server = Server::start(|_, _| status(403)).await;
     let (registry, repository) = (registry(), server.repository());
-    // A refusal of both is remembered as one, so that it is not asked for again and again.
+    // A refusal of both is cached as one.
     for _ in 0..20 {
         let resolved = registry.resolve_tag(&repository, "v1", &Credential::Anonymous).await;
         assert!(matches!(discreet(resolved), RegistryError::Forbidden { .. }));
@@ -601,7 +601,7 @@ async fn a_head_that_is_forbidden_is_followed_by_a_get_before_the_credential_is_
 }
 
 #[tokio::test]
-async fn a_blob_is_there_or_not() {
+async fn a_blob_probe_finds_present_blobs_only() {
     let here = Digest::of(b"here");
     let server = Server::start(
         move |seen, _| {
@@ -618,7 +618,7 @@ async fn a_blob_is_there_or_not() {
 }
 
 #[tokio::test]
-async fn storage_that_refuses_head_is_asked_with_get() {
+async fn a_blob_probe_uses_get_if_storage_refuses_head() {
     let storage =
         Server::start(
             |seen, _| {
@@ -637,7 +637,7 @@ async fn storage_that_refuses_head_is_asked_with_get() {
 // --- tokens ---
 
 #[tokio::test]
-async fn a_token_is_fetched_once_and_then_sent_at_once() {
+async fn a_token_is_cached_and_sent_with_later_requests() {
     let server = with_tokens(|shown| shown == "Bearer token-1", |_| ok(MANIFEST)).await;
     let (registry, repository) = (registry(), server.repository());
     for _ in 0..3 {
@@ -653,7 +653,7 @@ async fn a_token_is_fetched_once_and_then_sent_at_once() {
 }
 
 #[tokio::test]
-async fn the_password_goes_to_the_token_server_only() {
+async fn the_password_is_sent_to_the_token_server_only() {
     let tokens = Server::start(|_, _| ok(r#"{"access_token": "token-x"}"#)).await;
     let realm = tokens.address.to_string();
     let server = Server::start(move |seen, _| match seen.authorization() {
@@ -669,7 +669,7 @@ async fn the_password_goes_to_the_token_server_only() {
 }
 
 #[tokio::test]
-async fn a_missing_scope_is_filled_in_and_a_realms_own_query_kept() {
+async fn a_missing_scope_is_added_and_the_query_of_the_realm_kept() {
     let server = Server::start(|seen, host| match (seen.path.as_str(), seen.authorization()) {
         ("/token", _) => ok(r#"{"token": "t"}"#),
         (_, Some("Bearer t")) => ok(MANIFEST),
@@ -701,7 +701,7 @@ async fn a_stale_token_is_dropped_and_the_request_repeated_once() {
 }
 
 #[tokio::test]
-async fn a_right_granted_since_the_token_was_made_is_seen() {
+async fn a_newly_granted_permission_renews_the_token() {
     let server = with_tokens(
         |_| true,
         |seen| match seen.authorization() {
@@ -718,7 +718,7 @@ async fn a_right_granted_since_the_token_was_made_is_seen() {
 }
 
 #[tokio::test]
-async fn a_token_that_is_refused_at_once_is_not_asked_for_again() {
+async fn a_new_token_that_is_refused_is_not_fetched_again() {
     let server = with_tokens(|_| false, |_| ok("")).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
     assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
@@ -731,7 +731,7 @@ async fn a_token_that_is_refused_at_once_is_not_asked_for_again() {
 }
 
 #[tokio::test]
-async fn one_token_serves_all_who_wait_for_it() {
+async fn concurrent_requests_share_one_token() {
     let server = with_tokens(|shown| shown == "Bearer token-1", |_| ok(MANIFEST)).await;
     let (registry, repository) = (registry(), server.repository());
     let credential = basic_credential();
@@ -743,12 +743,13 @@ async fn one_token_serves_all_who_wait_for_it() {
 }
 
 #[tokio::test]
-async fn a_refusal_serves_all_who_wait_for_it_and_nobody_later() {
+async fn concurrent_requests_share_a_refusal_and_later_ones_do_not() {
     let server = Server::start(|_, _| status(401)).await;
     let (registry, repository) = (registry(), server.repository());
     let host = repository.host();
-    let endpoint = Endpoint::of_registry(host, registry.transport.default_connection()).unwrap();
-    registry.session.learn(
+    let endpoint =
+        RegistryEndpoint::of_registry(host, registry.transport.default_connection()).unwrap();
+    registry.auth_cache.cache_challenges(
         &endpoint,
         &repository,
         &[challenge::Challenge::Bearer {
@@ -770,7 +771,7 @@ async fn a_refusal_serves_all_who_wait_for_it_and_nobody_later() {
 }
 
 #[tokio::test]
-async fn a_fetch_that_is_given_up_is_taken_over() {
+async fn a_cancelled_fetch_is_taken_over_by_a_waiter() {
     let count = AtomicUsize::new(0);
     let server = Server::start(move |seen, host| match seen.authorization() {
         _ if seen.is_token_request() => {
@@ -846,7 +847,7 @@ async fn a_server_without_oauth2_gets_an_identity_token_as_a_password() {
 }
 
 #[tokio::test]
-async fn what_a_token_server_refuses_has_its_error() {
+async fn refusals_of_a_token_server_have_their_errors() {
     type Check = fn(&RegistryError) -> bool;
     let cases: [(u16, Check); 6] = [
         (400, |e| matches!(e, RegistryError::Unauthorized { .. })),
@@ -894,7 +895,7 @@ async fn token_answers_are_bounded_and_checked() {
 }
 
 #[tokio::test]
-async fn a_token_server_without_tls_is_not_asked() {
+async fn a_token_server_without_tls_is_refused() {
     for realm in ["http://auth.example/token", "ftp://auth.example", "nonsense", "https://u:p@x/"] {
         let error = {
             let value = format!(r#"Bearer realm="{realm}""#);
@@ -906,10 +907,10 @@ async fn a_token_server_without_tls_is_not_asked() {
     }
 }
 
-// --- other proofs ---
+// --- other authorizations ---
 
 #[tokio::test]
-async fn basic_is_sent_when_asked_for_and_then_at_once() {
+async fn basic_is_sent_after_a_challenge_and_then_with_every_request() {
     let server = Server::start(|seen, _| match seen.authorization() {
         Some(shown) if shown == basic_header() => ok(MANIFEST),
         _ => answer(401, &[("www-authenticate", r#"Basic realm="x""#)], ""),
@@ -925,12 +926,12 @@ async fn basic_is_sent_when_asked_for_and_then_at_once() {
     let wrong = Credential::Basic { username: "robot".into(), password: "wrong".into() };
     let result = registry.manifest(&repository, &tag(), &wrong).await;
     assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
-    // Two more that were refused: each was asked once.
+    // Two more refused requests: each was sent once.
     assert_eq!(server.seen().len(), 6);
 }
 
 #[tokio::test]
-async fn a_registry_token_is_sent_as_it_is() {
+async fn a_registry_token_is_sent_unchanged() {
     let server = Server::start(|seen, host| match seen.authorization() {
         Some("Bearer ready") => ok(MANIFEST),
         _ => challenge_at(host),
@@ -946,7 +947,7 @@ async fn a_registry_token_is_sent_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_registry_that_hides_what_only_some_may_see_is_asked_how() {
+async fn a_404_without_credentials_asks_the_api_root_for_a_challenge() {
     for hidden in [403, 404] {
         let server = Server::start(move |seen, host| match seen.authorization() {
             _ if seen.is_token_request() => ok(r#"{"token": "t"}"#),
@@ -965,7 +966,7 @@ async fn a_registry_that_hides_what_only_some_may_see_is_asked_how() {
 }
 
 #[tokio::test]
-async fn a_401_that_says_not_how_to_ask_is_explained_by_the_api() {
+async fn a_401_without_challenge_asks_the_api_root() {
     for header in [None, Some("Negotiate"), Some("Bearer")] {
         let server = Server::start(move |seen, host| match seen.authorization() {
             _ if seen.is_token_request() => ok(r#"{"token": "t"}"#),
@@ -982,7 +983,7 @@ async fn a_401_that_says_not_how_to_ask_is_explained_by_the_api() {
             registry().manifest(&server.repository(), &tag(), &credential).await.unwrap();
         }
     }
-    // Nothing is said anywhere: asked once each, and no credential is shown.
+    // Without any challenge, each is requested once, and no credential is sent.
     let server = Server::start(|_, _| status(401)).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
     assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
@@ -1044,7 +1045,7 @@ async fn authorization_stays_on_the_same_host_and_never_comes_back() {
 }
 
 #[tokio::test]
-async fn what_storage_refuses_is_no_verdict() {
+async fn a_refusal_of_storage_is_transient() {
     for code in [400, 401, 403, 404] {
         let storage = Server::start(move |_, _| {
             answer(code, &[("www-authenticate", r#"Basic realm="x""#)], PASSWORD)
@@ -1112,7 +1113,7 @@ async fn bad_redirects_are_not_followed() {
 // --- blobs ---
 
 #[tokio::test]
-async fn a_blob_is_continued_also_behind_a_redirect() {
+async fn a_blob_download_continues_behind_a_redirect() {
     let storage = Server::start(|seen, _| {
         assert_eq!(seen.header("range"), Some("bytes=4-"));
         answer(206, &[("content-range", "bytes 4-7/8")], "blob")
@@ -1146,7 +1147,7 @@ async fn an_ignored_or_refused_range_starts_over() {
 }
 
 #[tokio::test]
-async fn parts_that_were_not_asked_for_are_refused() {
+async fn unrequested_parts_are_refused() {
     for header in ["bytes 3-7/8", "bytes 0-7/8", "bytes 2-9/8", "nonsense", ""] {
         let error = blob_error(move |_, _| answer(206, &[("content-range", header)], "blob")).await;
         assert!(matches!(error, RegistryError::Protocol { .. }), "{header}: {error:?}");
@@ -1161,7 +1162,7 @@ async fn parts_that_were_not_asked_for_are_refused() {
 }
 
 #[tokio::test]
-async fn a_blob_that_stops_coming_is_given_up() {
+async fn a_stalled_blob_times_out() {
     let options =
         RegistryOptions { stall_timeout: Duration::from_millis(100), ..Default::default() };
     let server = Server::start(|_, _| ok(chunks(&[b"some"], false))).await;
@@ -1177,7 +1178,7 @@ async fn a_blob_that_stops_coming_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_is_no_end() {
+async fn a_broken_connection_is_an_error() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -1204,7 +1205,7 @@ async fn pages_of(server: &Server) -> Result<usize, RegistryError> {
 }
 
 #[tokio::test]
-async fn what_refers_to_a_digest_is_read_page_by_page() {
+async fn referrers_are_read_page_by_page() {
     let server = Server::start(|seen, _| {
         let page: usize = seen.query.strip_prefix("page=").map_or(1, |page| page.parse().unwrap());
         let link = format!("<{}?page={}>; rel=\"next\"", seen.path, page + 1);
@@ -1222,7 +1223,7 @@ async fn what_refers_to_a_digest_is_read_page_by_page() {
 }
 
 #[tokio::test]
-async fn a_next_page_elsewhere_or_of_something_else_is_not_followed() {
+async fn a_next_page_on_another_host_or_path_is_not_followed() {
     let elsewhere = Server::start(|_, _| ok(LIST)).await;
     let other = elsewhere.address;
     for link in [
@@ -1247,7 +1248,7 @@ async fn a_list_may_come_gzipped() {
 }
 
 #[tokio::test]
-async fn a_mirrors_empty_list_is_no_word_of_the_registry() {
+async fn an_empty_list_of_a_mirror_is_followed_by_the_registry() {
     let mirror = Server::start(|_, _| ok(r#"{"schemaVersion":2,"manifests":[]}"#)).await;
     let server = Server::start(|_, _| ok(LIST)).await;
     let (registry, _folder) = registry_behind(&mirror);
@@ -1260,7 +1261,7 @@ async fn a_mirrors_empty_list_is_no_word_of_the_registry() {
 
 // --- mirrors ---
 
-/// A client that asks this mirror first, for whatever registry.
+/// Returns a client with this mirror for all registries.
 fn registry_behind(mirror: &Server) -> (Registry, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("_default")).unwrap();
@@ -1271,7 +1272,7 @@ fn registry_behind(mirror: &Server) -> (Registry, tempfile::TempDir) {
 }
 
 #[tokio::test]
-async fn a_mirror_of_no_use_is_passed_by_for_its_registry_and_asked_when_that_is_away() {
+async fn a_failed_mirror_is_avoided_unless_its_registry_fails() {
     let mirror = Server::start(|_, _| ok("mirror")).await;
     let (first, second) =
         (Server::start(|_, _| ok("first")).await, Server::start(|_, _| ok("second")).await);
@@ -1306,12 +1307,12 @@ async fn a_mirror_of_no_use_is_passed_by_for_its_registry_and_asked_when_that_is
 // --- connections ---
 
 #[tokio::test]
-async fn nobody_there_and_nobody_to_trust_are_told_apart() {
+async fn unreachable_and_untrusted_hosts_have_different_errors() {
     let server = Server::start(|_, _| ok("")).await;
     let transport = Transport::new(&RegistryOptions::default()).unwrap();
-    let endpoint = Endpoint::of_registry("r.io", transport.default_connection()).unwrap();
+    let endpoint = RegistryEndpoint::of_registry("r.io", transport.default_connection()).unwrap();
     let ask = |url: String| {
-        transport.send(Request {
+        transport.send(HttpRequest {
             endpoint: &endpoint,
             method: Method::GET,
             url: url.parse().unwrap(),
@@ -1328,7 +1329,7 @@ async fn nobody_there_and_nobody_to_trust_are_told_apart() {
         "{error:?}"
     );
     drop(server);
-    // Bound without listening: a port that is let go may be given to another test.
+    // Bound without listening, since another test could get a released port.
     let held = tokio::net::TcpSocket::new_v4().unwrap();
     held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let free = held.local_addr().unwrap();
@@ -1344,7 +1345,7 @@ async fn nobody_there_and_nobody_to_trust_are_told_apart() {
 }
 
 #[test]
-fn unusable_authorities_are_refused_and_none_are_fine() {
+fn unusable_authorities_are_refused() {
     let extra_roots = vec![CertificateDer::from(vec![1, 2, 3])];
     let result = Registry::new(RegistryOptions { extra_roots, ..Default::default() });
     assert!(matches!(discreet(result), RegistryError::Setup { .. }));

@@ -1,4 +1,4 @@
-//! With which certificates a host is spoken to.
+//! TLS configuration of a host: certificate authorities and client certificates.
 
 use std::sync::Arc;
 
@@ -15,33 +15,33 @@ use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
 };
 
-/// What a `hosts.toml` says about TLS, read from its files.
+/// TLS settings of a `hosts.toml`, read from its files.
 #[derive(Default)]
 pub(super) struct TlsMaterial {
-    /// Authorities beside the system's.
+    /// Authorities beside those of the system.
     pub(super) authorities: Vec<CertificateDer<'static>>,
-    /// Pairs of certificate and key.
+    /// Client certificates with their keys.
     pub(super) clients: Vec<ClientPair>,
-    /// Whether certificates are not verified at all.
+    /// True if certificates are not verified at all.
     pub(super) skip_verify: bool,
 }
 
-/// The certificates that the administrator trusts: as authorities, and each of them as a server's own.
+/// Certificates that the administrator trusts, as authorities and as certificates of servers.
 #[derive(Clone, Debug)]
 pub(super) struct TrustedCertificates {
     authorities: RootCertStore,
-    /// The same certificates, byte for byte.
+    /// The same certificates, for comparison byte by byte.
     exact: Vec<CertificateDer<'static>>,
 }
 
-/// A client's certificate with its chain, and its key.
+/// A client certificate with its chain and key.
 pub(super) struct ClientPair {
     pub(super) chain: Vec<CertificateDer<'static>>,
     pub(super) key: PrivateKeyDer<'static>,
 }
 
 impl TlsMaterial {
-    /// Adds a file of authorities; a file without any is an error.
+    /// Adds a file of authorities. A file without any is an error.
     pub(super) fn add_authorities(&mut self, pem: &[u8]) -> Result<(), &'static str> {
         let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
         let found = found.map_err(|_| "is not PEM")?;
@@ -52,7 +52,7 @@ impl TlsMaterial {
         Ok(())
     }
 
-    /// Adds a client's certificate and its key.
+    /// Adds a client certificate and its key.
     pub(super) fn add_client(
         &mut self,
         certificate: &[u8],
@@ -68,7 +68,7 @@ impl TlsMaterial {
         Ok(())
     }
 
-    /// The configuration for connections, on top of the system's roots.
+    /// Returns the configuration for connections, in addition to the system's authorities.
     pub(super) fn configuration(
         self,
         system: &TrustedCertificates,
@@ -79,7 +79,7 @@ impl TlsMaterial {
             trusted.add(authority)?;
         }
         let trusted = (!self.skip_verify).then_some(trusted);
-        let verifier = Arc::new(Verifier { provider: Arc::clone(&provider), trusted });
+        let verifier = Arc::new(CertificateVerifier { provider: Arc::clone(&provider), trusted });
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?
@@ -102,11 +102,11 @@ impl TlsMaterial {
 }
 
 impl TrustedCertificates {
-    /// The system's certificates, and `extra` ones.
+    /// Reads the certificates of the system, and adds `extra` ones.
     pub(super) fn of_system(extra: &[CertificateDer<'static>]) -> Result<Self, String> {
         let mut trusted = Self { authorities: RootCertStore::empty(), exact: Vec::new() };
-        // Reads SSL_CERT_FILE and SSL_CERT_DIR too. A node without roots still speaks
-        // to registries on loopback and to those whose authority is configured.
+        // Reads SSL_CERT_FILE and SSL_CERT_DIR too. A node without authorities can still use
+        // registries on loopback and those whose authority is configured.
         let native = rustls_native_certs::load_native_certs();
         for error in &native.errors {
             tracing::warn!(%error, "some of the system's certificate authorities cannot be read");
@@ -155,7 +155,7 @@ impl TrustedCertificates {
             algorithms,
         )
         .or_else(|error| match &error {
-            // webpki checks the certificate's own dates before anything that is excepted here.
+            // webpki checks the dates of the certificate before the errors that are excepted here.
             rustls::Error::InvalidCertificate(invalid)
                 if is_trusted_itself && lacks_only_an_issuer(invalid) =>
             {
@@ -166,7 +166,7 @@ impl TrustedCertificates {
     }
 }
 
-/// Returns whether the missing issuer is the only fault of a server's certificate.
+/// Returns whether the missing issuer is the only defect of a server's certificate.
 fn lacks_only_an_issuer(error: &CertificateError) -> bool {
     match error {
         CertificateError::UnknownIssuer
@@ -183,7 +183,7 @@ pub(super) fn is_of_authority(error: &CertificateError) -> bool {
     other.0.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity)
 }
 
-/// The first pair whose key can sign what the server understands.
+/// Chooses the first pair whose key supports a signature scheme of the server.
 #[derive(Debug)]
 struct ClientPairs(Vec<Arc<CertifiedKey>>);
 
@@ -201,17 +201,17 @@ impl ResolvesClientCert for ClientPairs {
     }
 }
 
-/// Verifies servers' certificates: as webpki does, and beyond that accepts a certificate that is
-/// trusted itself, as Go's clients do. `openssl req -x509` makes one that is server and authority in one.
+/// Verifies certificates of servers like webpki, and also accepts a certificate that is trusted
+/// itself, like Go clients. `openssl req -x509` makes one that is server and authority at once.
 #[derive(Debug)]
-struct Verifier {
+struct CertificateVerifier {
     provider: Arc<CryptoProvider>,
-    /// None for `skip_verify`, which accepts any certificate. Signatures are still checked, so that at
-    /// least the certificate that was shown is the peer's own.
+    /// `None` for `skip_verify`, which accepts any certificate. Signatures are still checked, so
+    /// that the peer owns the certificate that it sent.
     trusted: Option<TrustedCertificates>,
 }
 
-impl ServerCertVerifier for Verifier {
+impl ServerCertVerifier for CertificateVerifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -280,7 +280,7 @@ mod tests {
         parameters.self_signed(&key).unwrap().der().clone()
     }
 
-    /// The outcome for a server of this name, in this year, where these are trusted.
+    /// Verifies a server of this name in this year with these trusted certificates.
     fn verify(
         shown: &[&CertificateDer<'static>],
         trusted: &[&CertificateDer<'static>],
@@ -293,7 +293,7 @@ mod tests {
             certificates.add(certificate.clone()).unwrap();
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = Verifier { provider, trusted: Some(certificates) };
+        let verifier = CertificateVerifier { provider, trusted: Some(certificates) };
         let seconds = u64::try_from((year - 1970) * 31_556_952 + 1_000_000).unwrap();
         let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs(seconds));
         let chain: Vec<_> = shown[1..].iter().map(|&certificate| certificate.clone()).collect();
@@ -357,7 +357,7 @@ mod tests {
         assert_eq!(verify(&[&server], &[root], NAME, 2025), Ok(()));
         assert_eq!(verify(&[&server], &[&server], NAME, 2025), Ok(()));
         assert!(verify(&[&server], &[&server], NAME, 2031).is_err());
-        // A certificate that may issue others is no server's for being issued.
+        // A certificate of an authority is not a server's, even if it was issued.
         let between = issued(true);
         let refused = verify(&[&between], &[root], NAME, 2025).unwrap_err();
         assert!(

@@ -1,14 +1,14 @@
-//! Tokens of token servers: fetched once for all who ask at the same time, kept
-//! until shortly before they expire, never shared between credentials.
+//! Bearer tokens of token servers: concurrent requests share one fetch, tokens are cached until
+//! shortly before they expire, and credentials never share tokens.
 //!
-//! The distribution specification's two flows: a `GET` with the credential as
-//! `Basic` (or with nothing), and for identity tokens the `OAuth2` `POST`, which
-//! falls back to the `GET` where a server does not know it.
+//! Implements both flows of the distribution specification: a `GET` with the credential as `Basic`
+//! (or without), and for identity tokens the `OAuth2` `POST`, with a fallback to `GET` for servers
+//! that do not support it.
 //!
-//! The credential goes to the realm that the registry names, which may be
-//! another host. That is no wider than sending it to the registry: who owns the
-//! registry may read it anyway. What must not happen is that the network reads
-//! it, or that a registry makes this node talk to itself: [`redirect::check`].
+//! The credential is sent to the realm that the registry names, which may be on another host. This
+//! gives it to no new party: the owner of the registry can read it anyway. But it must not cross
+//! the network in plain text, and a registry must not make this node connect to itself:
+//! [`redirect::check`].
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,84 +22,85 @@ use reqwest::{Method, Url};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::error::RegistryError;
-use super::recent::Recent;
+use super::lru_map::LruMap;
 use super::redirect;
-use super::transport::{Answer, Request, Transport};
+use super::transport::{HttpRequest, HttpResponse, Transport};
 use crate::credentials::Credential;
 
-/// Tokens kept: pods with distinct credentials and repositories in use at a time.
+/// Maximum number of cached tokens: pods with distinct credentials and repositories in use at a
+/// time.
 const MAXIMUM_TOKENS: usize = 1024;
-/// Tokens of Azure and Google have a few KiB.
+/// Maximum size of a response: tokens of Azure and Google have a few KiB.
 const MAXIMUM_ANSWER_BYTES: u64 = 128 * 1024;
-/// What the specification says when a server does not.
+/// Lifetime of a token without `expires_in`, by the specification.
 const DEFAULT_LIFETIME: Duration = Duration::from_mins(1);
-/// A token is asked for again after this even if it lives longer: that is how
-/// long a withdrawn right may still seem to work.
+/// Maximum time that a token is used, even if it lives longer: a revoked permission may seem to
+/// work for this long.
 const MAXIMUM_LIFETIME: Duration = Duration::from_mins(15);
-/// Renewed so long before it expires: the request that carries it has to arrive.
+/// Time before expiry at which a token is renewed, so that it is still valid when the request
+/// arrives.
 const RENEWAL_MARGIN: Duration = Duration::from_secs(10);
 
-/// What a token is for. Two requests with equal keys may use one token.
+/// Key of a token. Requests with equal keys may share a token.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct TokenKey {
     realm: Url,
     service: Option<String>,
     scopes: Vec<String>,
-    principal: Principal,
+    principal: CredentialHash,
 }
 
-/// A credential's name in memory: says nothing about it.
+/// Keyed hash of a credential.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Principal([u8; 32]);
+struct CredentialHash([u8; 32]);
 
-/// A token, ready to be sent.
+/// A token as a header value.
 #[derive(Clone, Debug)]
-pub(super) struct Token {
+pub(super) struct BearerToken {
     pub(super) header: HeaderValue,
     renew_at: Instant,
-    /// Which of its key's tokens this is.
+    /// Number of the token among those of its key.
     serial: u64,
 }
 
-/// A token and where it came from.
+/// A token with its key and origin.
 #[derive(Clone, Debug)]
-pub(super) struct Handed {
+pub(super) struct FetchedToken {
     pub(super) key: TokenKey,
-    pub(super) token: Token,
-    /// Whether it was fetched before this request began, so that its refusal
-    /// may only mean that it is stale.
+    pub(super) token: BearerToken,
+    /// True if it was fetched before this request began: a refusal may only mean that it is stale.
     pub(super) cached: bool,
 }
 
-/// All tokens in use.
-pub(super) struct Tokens {
-    slots: Mutex<Recent<TokenKey, Arc<Slot>>>,
+/// Cache of all tokens.
+pub(super) struct TokenCache {
+    slots: Mutex<LruMap<TokenKey, Arc<TokenSlot>>>,
     principal_key: [u8; 64],
 }
 
-/// The place of one token. Whoever holds the lock fetches it, the others wait;
-/// when a fetcher is dropped, the next one fetches.
+/// Cache slot of one token. The holder of the lock fetches it, others wait; if the fetch is
+/// cancelled, the next waiter fetches.
 #[derive(Default)]
-struct Slot {
-    outcome: tokio::sync::Mutex<Option<Result<Token, RegistryError>>>,
-    /// How many fetches have ended.
+struct TokenSlot {
+    outcome: tokio::sync::Mutex<Option<Result<BearerToken, RegistryError>>>,
+    /// Number of completed fetches.
     fetches: AtomicU64,
 }
 
-impl fmt::Debug for Tokens {
+impl fmt::Debug for TokenCache {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Tokens").finish_non_exhaustive()
+        formatter.debug_struct("TokenCache").finish_non_exhaustive()
     }
 }
 
-impl Tokens {
+impl TokenCache {
     pub(super) fn new() -> Result<Self, RegistryError> {
         let mut principal_key = [0; 64];
         getrandom::fill(&mut principal_key)
             .map_err(|_| RegistryError::Setup { reason: "the kernel has no randomness".into() })?;
-        Ok(Self { slots: Mutex::new(Recent::new(MAXIMUM_TOKENS)), principal_key })
+        Ok(Self { slots: Mutex::new(LruMap::new(MAXIMUM_TOKENS)), principal_key })
     }
 
     pub(super) fn key(
@@ -112,33 +113,32 @@ impl Tokens {
         TokenKey { realm, service, scopes, principal: self.principal(credential) }
     }
 
-    fn principal(&self, credential: &Credential) -> Principal {
+    fn principal(&self, credential: &Credential) -> CredentialHash {
         // Keyed, so that a memory dump does not help to guess a weak password.
         let mut mac = Hmac::<sha2::Sha256>::new(&self.principal_key.into());
         mac.update(&credential.principal_material());
-        Principal(mac.finalize().into_bytes().into())
+        CredentialHash(mac.finalize().into_bytes().into())
     }
 
-    /// A token from memory, or a new one. `what` names the token in errors.
+    /// Returns a cached token, or fetches a new one. `what` describes the token in errors.
     pub(super) async fn get(
         &self,
         transport: &Transport,
-        endpoint: &Endpoint,
+        endpoint: &RegistryEndpoint,
         key: TokenKey,
         credential: &Credential,
         what: &str,
-    ) -> Result<Handed, RegistryError> {
+    ) -> Result<FetchedToken, RegistryError> {
         let slot = self.slot(&key);
         let before = slot.fetches.load(Ordering::Acquire);
         let mut outcome = slot.outcome.lock().await;
         let waited = slot.fetches.load(Ordering::Acquire) != before;
         match &*outcome {
             Some(Ok(token)) if token.is_fresh(Instant::now()) => {
-                return Ok(Handed { key, token: token.clone(), cached: !waited });
+                return Ok(FetchedToken { key, token: token.clone(), cached: !waited });
             }
-            // A refusal is shared by those who waited for it: asking again for
-            // each of them is how a wrong password locks an account.
-            // Of what another caller wanted it for, nothing is said.
+            // Waiters share a refusal, since one request for each could lock the account. The error
+            // does not reveal the object of another request.
             Some(Err(error)) if waited => return Err(error.clone().about(what)),
             _ => {}
         }
@@ -148,66 +148,66 @@ impl Tokens {
         let fetched = request.fetch(serial).await;
         *outcome = Some(fetched.clone());
         slot.fetches.fetch_add(1, Ordering::Release);
-        Ok(Handed { key, token: fetched?, cached: false })
+        Ok(FetchedToken { key, token: fetched?, cached: false })
     }
 
-    /// Drops a token that was refused, unless another has taken its place.
-    pub(super) async fn forget(&self, handed: &Handed) {
-        let slot = self.slot(&handed.key);
+    /// Drops a refused token, unless it was replaced.
+    pub(super) async fn forget(&self, fetched: &FetchedToken) {
+        let slot = self.slot(&fetched.key);
         let mut outcome = slot.outcome.lock().await;
-        if matches!(&*outcome, Some(Ok(token)) if token.serial == handed.token.serial) {
+        if matches!(&*outcome, Some(Ok(token)) if token.serial == fetched.token.serial) {
             *outcome = None;
         }
     }
 
-    fn slot(&self, key: &TokenKey) -> Arc<Slot> {
+    fn slot(&self, key: &TokenKey) -> Arc<TokenSlot> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(slot) = slots.get(key) {
             return slot;
         }
-        let slot = Arc::new(Slot::default());
+        let slot = Arc::new(TokenSlot::default());
         slots.insert(key.clone(), slot.clone());
         slot
     }
 }
 
-impl Token {
+impl BearerToken {
     fn is_fresh(&self, now: Instant) -> bool {
         now < self.renew_at
     }
 }
 
-/// A token server's answer. Everything else in it is of no use here.
+/// Response of a token server, as far as it is used.
 #[derive(Deserialize)]
 struct TokenAnswer {
     token: Option<String>,
     access_token: Option<String>,
-    /// A number, but seen as a text.
+    /// A number by the specification; some servers send a text.
     expires_in: Option<serde_json::Value>,
 }
 
-/// A request for a new token.
+/// Request for a new token.
 struct TokenRequest<'a> {
     transport: &'a Transport,
-    endpoint: &'a Endpoint,
+    endpoint: &'a RegistryEndpoint,
     key: &'a TokenKey,
     credential: &'a Credential,
-    /// Names the token in errors.
+    /// Description of the token for errors.
     what: &'a str,
 }
 
 impl TokenRequest<'_> {
-    async fn fetch(&self, serial: u64) -> Result<Token, RegistryError> {
+    async fn fetch(&self, serial: u64) -> Result<BearerToken, RegistryError> {
         let what = self.what;
-        // The lifetime counts from before the server made the token.
+        // The lifetime starts before the server creates the token.
         let asked_at = Instant::now();
-        let answer = self.ask().await?;
+        let answer = self.send().await?;
         let status = answer.status();
         if !status.is_success() {
             let anonymous = self.credential.is_anonymous();
             let host = answer.host.clone();
             return Err(match status.as_u16() {
-                // Some servers say so of a password that is wrong.
+                // Some servers answer a wrong password with 400.
                 400 if !anonymous => {
                     RegistryError::Unauthorized { host, what: what.to_owned(), anonymous }
                 }
@@ -233,17 +233,17 @@ impl TokenRequest<'_> {
             .ok_or_else(|| unusable("there is no token in it"))?;
         let header = bearer(&token).ok_or_else(|| unusable("its token fits in no header"))?;
         let lifetime = lifetime(answer.expires_in.as_ref());
-        Ok(Token { header, renew_at: asked_at + lifetime - margin(lifetime), serial })
+        Ok(BearerToken { header, renew_at: asked_at + lifetime - margin(lifetime), serial })
     }
 
-    /// Sends the request, or for an identity token up to two.
-    async fn ask(&self) -> Result<Answer, RegistryError> {
+    /// Sends the request, or up to two for an identity token.
+    async fn send(&self) -> Result<HttpResponse, RegistryError> {
         let Self { transport, endpoint, key, credential, what } = *self;
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
         if let Credential::IdentityToken { token, .. } = credential {
             let answer = transport
-                .send(Request {
+                .send(HttpRequest {
                     endpoint,
                     method: Method::POST,
                     url: key.realm.clone(),
@@ -253,8 +253,8 @@ impl TokenRequest<'_> {
                     what,
                 })
                 .await?;
-            // Servers without this flow answer 404 or 405, others 400 or 401: seen
-            // at Google, Artifactory and Azure.
+            // Servers without this flow answer 404 or 405, others 400 or 401: seen with Google,
+            // Artifactory and Azure.
             if !matches!(answer.status().as_u16(), 300..=399 | 400 | 401 | 404 | 405) {
                 return Ok(answer);
             }
@@ -271,7 +271,7 @@ impl TokenRequest<'_> {
             }
         }
         let authorization = basic(credential);
-        let request = Request {
+        let request = HttpRequest {
             endpoint,
             method: Method::GET,
             url,
@@ -285,7 +285,7 @@ impl TokenRequest<'_> {
 }
 
 fn form(key: &TokenKey, refresh_token: &str) -> String {
-    // An address's query is encoded as a form is.
+    // The query of a URL has the encoding of a form.
     let mut form = key.realm.clone();
     form.set_query(None);
     {
@@ -301,14 +301,14 @@ fn form(key: &TokenKey, refresh_token: &str) -> String {
     form.query().unwrap_or_default().to_owned()
 }
 
-/// A `Bearer` header, marked so that no log shows it.
+/// Returns a `Bearer` header, marked as sensitive for logs.
 pub(super) fn bearer(token: &str) -> Option<HeaderValue> {
     let mut header = HeaderValue::from_str(&format!("Bearer {token}")).ok()?;
     header.set_sensitive(true);
     Some(header)
 }
 
-/// A `Basic` header, of the credentials that have a name and something secret.
+/// Returns a `Basic` header for credentials with a user name and a secret.
 pub(super) fn basic(credential: &Credential) -> Option<HeaderValue> {
     let (username, password) = match credential {
         Credential::Basic { username, password } => (username, password),
@@ -321,11 +321,11 @@ pub(super) fn basic(credential: &Credential) -> Option<HeaderValue> {
     Some(header)
 }
 
-/// Reads a token server's address, and checks that it may be asked. Without TLS, it may be only for
-/// a registry that is without TLS itself.
+/// Parses and checks the address of a token server. Plain HTTP is allowed only if the registry
+/// itself uses it.
 pub(super) async fn realm(
     transport: &Transport,
-    endpoint: &Endpoint,
+    endpoint: &RegistryEndpoint,
     realm: &str,
 ) -> Result<Url, &'static str> {
     let mut realm = Url::parse(realm).map_err(|_| "the token server's address is unreadable")?;
@@ -352,7 +352,7 @@ fn lifetime(expires_in: Option<&serde_json::Value>) -> Duration {
         .min(MAXIMUM_LIFETIME)
 }
 
-/// Less for tokens that hardly live longer than the margin.
+/// Returns the renewal margin, which is shorter for short-lived tokens.
 fn margin(lifetime: Duration) -> Duration {
     RENEWAL_MARGIN.min(lifetime / 5)
 }
@@ -365,7 +365,7 @@ mod tests {
     use crate::registry::RegistryOptions;
 
     #[test]
-    fn a_lifetime_is_a_minute_unless_said_and_has_a_bound() {
+    fn the_lifetime_defaults_to_a_minute_and_is_bounded() {
         let of = |value: serde_json::Value| lifetime(Some(&value)).as_secs();
         assert_eq!(lifetime(None), DEFAULT_LIFETIME);
         assert_eq!(of(json!(300)), 300);
@@ -380,7 +380,7 @@ mod tests {
     #[test]
     fn a_token_is_renewed_before_it_expires() {
         let now = Instant::now();
-        let made = |lifetime: Duration| Token {
+        let made = |lifetime: Duration| BearerToken {
             header: HeaderValue::from_static("x"),
             renew_at: now + lifetime - margin(lifetime),
             serial: 1,
@@ -398,10 +398,10 @@ mod tests {
         let named = "http://named.example:5001".parse().unwrap();
         let options = RegistryOptions { plain_http_redirects: vec![named], ..Default::default() };
         let transport = Transport::new(&options).unwrap();
-        let made = |root: &str, configured: bool| Endpoint {
+        let made = |root: &str, configured: bool| RegistryEndpoint {
             root: root.parse().unwrap(),
             configured,
-            ..Endpoint::of_registry("r.io", transport.default_connection()).unwrap()
+            ..RegistryEndpoint::of_registry("r.io", transport.default_connection()).unwrap()
         };
         let remote = made("https://r.io/v2/", true);
         let local = made("http://127.0.0.1:5000/v2/", false);
@@ -439,8 +439,8 @@ mod tests {
     }
 
     #[test]
-    fn equal_credentials_are_one_principal_and_others_are_not() {
-        let tokens = Tokens::new().unwrap();
+    fn equal_credentials_have_equal_hashes() {
+        let tokens = TokenCache::new().unwrap();
         let basic = |username: &str, password: &str| {
             tokens.principal(&Credential::Basic {
                 username: username.into(),

@@ -1,8 +1,7 @@
-//! One exchange over HTTP: connections, redirects, and what can go wrong on the way.
+//! HTTP transport: connections, redirects and errors of one exchange.
 //!
-//! A transport of our own, as `oci-client`'s has neither redirect rules nor
-//! bounds. Loopback is never reached through a proxy; everything else follows
-//! the environment, see [`proxy`](super::proxy).
+//! `oci-client`'s transport has neither redirect rules nor bounds. Loopback is never reached
+//! through a proxy; other hosts follow the environment, see [`proxy`](super::proxy).
 
 use std::error::Error as _;
 use std::fmt::{self, Write as _};
@@ -20,63 +19,63 @@ use reqwest::{Client, Method, Response, StatusCode, Url};
 use super::RegistryOptions;
 use super::address::{AddressRefused, AddressRules};
 use super::connection::{Connection, ConnectionSettings};
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::error::{self, RegistryError};
 use super::hosts::HostEntry;
-use super::lookup::Lookups;
+use super::lookup::DnsLookups;
 use super::plain_http::PlainHttp;
-use super::proxy::Proxies;
+use super::proxy::EnvironmentProxies;
 use super::redirect;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
 
-/// A server that asks for more patience gets asked again after this anyway.
+/// Maximum of `Retry-After`.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
-/// A body up to this size is read to its end so that its connection can be used again.
+/// Bodies up to this size are drained, so that the connection can be reused.
 const DRAINED_BYTES: u64 = 16 * 1024;
-/// Not worth more waiting than a new connection takes.
+/// Maximum time for draining: a new connection takes no longer.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Sends requests. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Transport(Arc<Inner>);
+pub(super) struct Transport(Arc<TransportInner>);
 
-struct Inner {
-    /// For hosts that nothing is configured for.
+struct TransportInner {
+    /// Clients for hosts without configuration.
     default: Connection,
     /// The system's certificate authorities.
     system: TrustedCertificates,
     connect_timeout: Duration,
     rules: AddressRules,
-    lookups: Lookups,
+    lookups: DnsLookups,
     plain_http: PlainHttp,
-    /// The environment's.
-    proxies: Proxies,
+    /// Proxies of the environment.
+    proxies: EnvironmentProxies,
 }
 
-/// A request and whom it is for.
-pub(super) struct Request<'a> {
-    /// On whose behalf: its host is spoken to as configured, others as strangers.
-    pub(super) endpoint: &'a Endpoint,
+/// A request with its endpoint.
+pub(super) struct HttpRequest<'a> {
+    /// Endpoint of the request: its host has the configured connection, others are untrusted.
+    pub(super) endpoint: &'a RegistryEndpoint,
     pub(super) method: Method,
     pub(super) url: Url,
     pub(super) headers: HeaderMap,
-    /// Sent to `url`'s own scheme, host and port only.
+    /// Authorization, sent to the scheme, host and port of `url` only.
     pub(super) authorization: Option<&'a HeaderValue>,
-    /// A form; a request with one follows no redirects.
+    /// Form body; a request with one follows no redirects.
     pub(super) form: Option<String>,
-    /// Names the thing in errors.
+    /// Description of the object for errors.
     pub(super) what: &'a str,
 }
 
-/// The head of an answer; its body is still to come.
+/// Head of a response, whose body was not read yet.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub(super) struct HttpResponse {
     pub(super) response: Response,
-    /// Who answered.
+    /// Host that responded.
     pub(super) host: String,
-    /// Whether another host than the one that was asked had a part in it.
+    /// True if a redirect led to another host.
     pub(super) redirected: bool,
-    /// Whether it was given for a credential, or for a token that one was exchanged for.
+    /// True if the request had a credential, or a token that was made from one.
     pub(super) with_credential: bool,
 }
 
@@ -92,8 +91,8 @@ impl Transport {
         let system = TrustedCertificates::of_system(&options.extra_roots).map_err(setup)?;
         let tls = TlsMaterial::default().configuration(&system).map_err(setup)?;
         let (connect_timeout, rules) = (options.connect_timeout, options.addresses.clone());
-        let proxies = Proxies::from_environment().map_err(setup)?;
-        let lookups = Lookups::default();
+        let proxies = EnvironmentProxies::from_environment().map_err(setup)?;
+        let lookups = DnsLookups::default();
         let settings = ConnectionSettings {
             tls,
             connect_timeout,
@@ -105,7 +104,7 @@ impl Transport {
         let default =
             Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
         let plain_http = PlainHttp::new(&options.hosts_dirs, &options.plain_http_redirects);
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(TransportInner {
             default,
             system,
             connect_timeout,
@@ -116,12 +115,12 @@ impl Transport {
         })))
     }
 
-    /// Connections to hosts that nothing is configured for.
+    /// Returns the clients for hosts without configuration.
     pub(super) fn default_connection(&self) -> Connection {
         self.0.default.clone()
     }
 
-    /// Connections as a `hosts.toml` wants them.
+    /// Returns clients with the settings of a `hosts.toml`.
     pub(super) fn connection(
         &self,
         entry: &HostEntry,
@@ -149,10 +148,10 @@ impl Transport {
         &self.0.plain_http
     }
 
-    /// The client that reaches an address by the rules, if they let it be reached.
+    /// Returns the client for an address, if the rules allow it.
     async fn client<'a>(
         &self,
-        endpoint: &'a Endpoint,
+        endpoint: &'a RegistryEndpoint,
         url: &Url,
     ) -> Result<&'a Client, AddressRefused> {
         let clients = endpoint.connection.clients();
@@ -160,7 +159,7 @@ impl Transport {
         if is_endpoint && endpoint.connection.has_own_proxy {
             return Ok(&clients.proxied);
         }
-        // Who may lead to loopback was decided before: `Endpoint::check`, `redirect::check`.
+        // `RegistryEndpoint::check` and `redirect::check` have already decided about loopback.
         if redirect::is_loopback(url) {
             return Ok(&clients.free);
         }
@@ -176,10 +175,13 @@ impl Transport {
         })
     }
 
-    /// Sends a request and follows redirects by the rules of [`redirect`]. Any
-    /// other status is an answer.
-    pub(super) async fn send(&self, request: Request<'_>) -> Result<Answer, RegistryError> {
-        let Request { endpoint, method, mut url, mut headers, mut authorization, form, what } =
+    /// Sends a request and follows redirects by the rules of [`redirect`]. Returns any other status
+    /// as a response.
+    pub(super) async fn send(
+        &self,
+        request: HttpRequest<'_>,
+    ) -> Result<HttpResponse, RegistryError> {
+        let HttpRequest { endpoint, method, mut url, mut headers, mut authorization, form, what } =
             request;
         let origin = url.origin();
         let mut redirected = false;
@@ -204,7 +206,7 @@ impl Transport {
             }
             let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
-                return Ok(Answer { response, host, redirected, with_credential: false });
+                return Ok(HttpResponse { response, host, redirected, with_credential: false });
             }
             let next = self.next_hop(endpoint, &url, &response).await.map_err(|reason| {
                 let (host, what) = (host.clone(), what.to_owned());
@@ -212,7 +214,7 @@ impl Transport {
             })?;
             drain(response).await;
             if next.origin() != origin {
-                // For good: whoever sends us back has chosen what would be asked for.
+                // Dropped for good: a host that redirects back has chosen the request.
                 authorization = None;
                 redirected = true;
             }
@@ -228,7 +230,7 @@ impl Transport {
     /// Returns the address of a redirect, if it may be followed.
     async fn next_hop(
         &self,
-        endpoint: &Endpoint,
+        endpoint: &RegistryEndpoint,
         from: &Url,
         response: &Response,
     ) -> Result<Url, &'static str> {
@@ -251,7 +253,7 @@ impl Transport {
     }
 }
 
-impl Answer {
+impl HttpResponse {
     pub(super) fn status(&self) -> StatusCode {
         self.response.status()
     }
@@ -264,13 +266,13 @@ impl Answer {
         }
     }
 
-    /// What a status that is not the wanted one means.
+    /// Returns the error for a status other than success.
     pub(super) fn refusal(&self, what: &str, anonymous: bool) -> RegistryError {
         let (host, what) = (self.host.clone(), what.to_owned());
         let status = self.status().as_u16();
         let retry_after = retry_after(self.response.headers());
         match status {
-            // Whatever it is, it is not the registry's: that may be asked for other things.
+            // Storage failed, not the registry, which may still serve other objects.
             400..=599 if self.redirected => {
                 RegistryError::Storage { host, what, status, retry_after }
             }
@@ -289,7 +291,7 @@ impl Answer {
         content_encodings(self.response.headers()).next().is_some()
     }
 
-    /// Reads a JSON document, `limit` bytes at most, which is decoded where it really is compressed.
+    /// Reads a JSON document of at most `limit` bytes, and decodes it if it is really compressed.
     /// The caller bounds the time.
     pub(super) async fn document(self, what: &str, limit: u64) -> Result<Bytes, RegistryError> {
         let encodings: Vec<_> = content_encodings(self.response.headers()).collect();
@@ -321,7 +323,7 @@ impl Answer {
         }
     }
 
-    /// Ends an exchange whose body says nothing of use.
+    /// Ends an exchange without using its body.
     pub(super) async fn discard(self) {
         drain(self.response).await;
     }
@@ -332,8 +334,8 @@ enum DecodeError {
     Unusable(&'static str),
 }
 
-/// The content codings of an answer in lower case, in the order in which they were applied, without
-/// those that change nothing: S3 keeps `aws-chunked` of an upload, whose chunks are gone.
+/// Returns the content codings of a response in lower case, in the order of their application,
+/// without those that change nothing: S3 keeps `aws-chunked` of an upload, whose chunks are gone.
 fn content_encodings(headers: &HeaderMap) -> impl Iterator<Item = String> {
     let values = headers.get_all(CONTENT_ENCODING).iter();
     let words = values.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
@@ -342,8 +344,8 @@ fn content_encodings(headers: &HeaderMap) -> impl Iterator<Item = String> {
         .filter(|word| !matches!(word.as_str(), "" | "identity" | "aws-chunked"))
 }
 
-/// Undoes the codings of a JSON document. Storage often announces one that it has not applied, so
-/// the bytes decide: no JSON starts as gzip does.
+/// Decodes a JSON document. Storage often announces codings that it has not applied, so the bytes
+/// decide: no JSON starts like gzip.
 fn decode(body: Bytes, encodings: &[String], limit: u64) -> Result<Bytes, DecodeError> {
     const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
     let is_json = body.trim_ascii_start().first().is_some_and(|&first| b"{[".contains(&first));
@@ -364,7 +366,7 @@ fn decode(body: Bytes, encodings: &[String], limit: u64) -> Result<Bytes, Decode
     if decoded.len() as u64 > limit { Err(DecodeError::TooLarge) } else { Ok(decoded.into()) }
 }
 
-/// `host[:port]` of an address: all of it that may be shown.
+/// Returns `host[:port]`, the only part of a URL that may be shown.
 pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     match url.port() {
@@ -373,10 +375,10 @@ pub(super) fn authority(url: &Url) -> String {
     }
 }
 
-/// What an error of the HTTP library means.
+/// Converts an error of reqwest.
 pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> RegistryError {
     let (host, what) = (host.to_owned(), what.to_owned());
-    // The address may be presigned.
+    // The URL may be presigned.
     let error = error.without_url();
     if let Some(refused) = causes(&error).find_map(|cause| cause.downcast_ref::<AddressRefused>()) {
         return RegistryError::Address { host, what: refused.to_string() };
@@ -393,8 +395,7 @@ pub(super) fn failure(error: reqwest::Error, host: &str, what: &str) -> Registry
     RegistryError::Unreachable { host, what, reason }
 }
 
-/// An address in a header, whose bytes beyond ASCII are percent-encoded: storage puts names of files
-/// into its addresses as they are.
+/// Percent-encodes bytes of a header beyond ASCII: storage puts file names into its URLs unencoded.
 fn ascii(address: &HeaderValue) -> String {
     address.as_bytes().iter().fold(String::new(), |mut text, &byte| {
         if byte.is_ascii() {
@@ -415,21 +416,22 @@ async fn drain(mut response: Response) {
     }
 }
 
-/// `Retry-After`: seconds or a date. Nothing where that is now: who says so has not said for how
-/// long, and is not asked again without any pause.
+/// Parses `Retry-After`: seconds or a date. `None` if the delay is zero: the default backoff
+/// applies.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wait = if let Ok(seconds) = text.parse() {
         Duration::from_secs(seconds)
     } else {
         let date = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
-        // A date that has passed, or a clock that is wrong.
+        // A date in the past, or a wrong clock, gives no delay.
         date.duration_since(jiff::Timestamp::now()).try_into().unwrap_or_default()
     };
     (!wait.is_zero()).then(|| wait.min(MAXIMUM_RETRY_AFTER))
 }
 
-/// All errors below one, outermost first. `io::Error` hides what it carries from `source`.
+/// Iterates over the causes of an error, outermost first. `source` of `io::Error` skips its inner
+/// error.
 fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
     std::iter::successors(error.source(), |&error| {
         match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
@@ -439,7 +441,7 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Erro
     })
 }
 
-/// Explains those errors of TLS whose own text does not say what to change.
+/// Explains TLS errors whose own text does not suggest a change.
 fn tls_reason(error: &rustls::Error) -> Option<String> {
     use rustls::CertificateError::{NotValidYet, NotValidYetContext};
     let rustls::Error::InvalidCertificate(invalid) = error else { return None };

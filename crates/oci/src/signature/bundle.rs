@@ -1,7 +1,7 @@
 //! cosign's newer format: a Sigstore bundle v0.3 with a DSSE envelope around an in-toto statement.
 //!
-//! The transparency log's entry and timestamps in it are not looked at: with a
-//! public key the signature is all that is needed.
+//! The transparency log entry and the timestamps are ignored: with a public key, the signature
+//! suffices.
 
 use std::collections::BTreeMap;
 
@@ -12,52 +12,52 @@ use serde::Deserialize;
 use super::{Flaw, PublicKey};
 use crate::Digest;
 
-/// The media type of the layer, and of the artifact where a registry keeps it.
+/// Media type of the layer, and artifact type if a registry keeps it.
 pub const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
 
 const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
 const STATEMENT_TYPE: &str = "https://in-toto.io/Statement/v1";
-/// What `cosign sign` says of an image. Another predicate by the same key (where it was built,
-/// what was found in it) says something else.
+/// Predicate type of `cosign sign`. Predicates of other types by the same key, such as provenance,
+/// do not count as signatures.
 const PREDICATE_TYPE: &str = "https://sigstore.dev/cosign/sign/v1";
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Bundle {
+struct SigstoreBundle {
     media_type: String,
-    dsse_envelope: Option<Envelope>,
+    dsse_envelope: Option<DsseEnvelope>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Envelope {
+struct DsseEnvelope {
     payload: String,
     payload_type: String,
-    signatures: Vec<Signature>,
+    signatures: Vec<DsseSignature>,
 }
 
 #[derive(Deserialize)]
-struct Signature {
+struct DsseSignature {
     sig: String,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Statement {
+struct InTotoStatement {
     #[serde(rename = "_type")]
     kind: String,
-    subject: Vec<Subject>,
+    subject: Vec<StatementSubject>,
     predicate_type: String,
 }
 
 #[derive(Deserialize)]
-struct Subject {
+struct StatementSubject {
     digest: BTreeMap<String, String>,
 }
 
-/// Verifies one bundle: the index of the key that made it, or what is wrong.
+/// Verifies a bundle. Returns the index of the key that signed it.
 pub fn verify(bundle: &[u8], subjects: &[Digest], keys: &[&PublicKey]) -> Result<usize, Flaw> {
-    let bundle: Bundle = serde_json::from_slice(bundle).map_err(|_| Flaw::Format)?;
+    let bundle: SigstoreBundle = serde_json::from_slice(bundle).map_err(|_| Flaw::Format)?;
     let envelope = bundle.dsse_envelope.ok_or(Flaw::Format)?;
     let [signature] = &envelope.signatures[..] else { return Err(Flaw::Format) };
     if bundle.media_type != MEDIA_TYPE || envelope.payload_type != PAYLOAD_TYPE {
@@ -66,9 +66,9 @@ pub fn verify(bundle: &[u8], subjects: &[Digest], keys: &[&PublicKey]) -> Result
     let payload = STANDARD.decode(&envelope.payload).map_err(|_| Flaw::Format)?;
     let signature = STANDARD.decode(&signature.sig).map_err(|_| Flaw::Format)?;
     let message = encoded_for_signing(&envelope.payload_type, &payload);
-    // Before anything in it is believed.
+    // The signature is verified before the payload is parsed.
     let key = keys.iter().position(|key| key.verifies(&message, &signature)).ok_or(Flaw::Key)?;
-    let statement: Statement = serde_json::from_slice(&payload).map_err(|_| Flaw::Format)?;
+    let statement: InTotoStatement = serde_json::from_slice(&payload).map_err(|_| Flaw::Format)?;
     if statement.kind != STATEMENT_TYPE || statement.predicate_type != PREDICATE_TYPE {
         return Err(Flaw::Format);
     }
@@ -77,7 +77,7 @@ pub fn verify(bundle: &[u8], subjects: &[Digest], keys: &[&PublicKey]) -> Result
     if signed.into_iter().any(names) { Ok(key) } else { Err(Flaw::Subject) }
 }
 
-/// DSSE's pre-authentication encoding.
+/// Returns DSSE's pre-authentication encoding.
 fn encoded_for_signing(kind: &str, payload: &[u8]) -> Vec<u8> {
     let mut message = format!("DSSEv1 {} {kind} {} ", kind.len(), payload.len()).into_bytes();
     message.extend_from_slice(payload);

@@ -1,11 +1,4 @@
-//! Public keys as cosign knows them, and what each of them verifies.
-//!
-//! | key | signature |
-//! | --- | --- |
-//! | ECDSA P-256 | SHA-256 |
-//! | ECDSA P-384 | SHA-384, or SHA-256 of older versions of cosign |
-//! | Ed25519 | the message itself, or its SHA-512 (Ed25519ph), as cosign signs from version 3 on |
-//! | RSA, 2048 to 8192 bits | SHA-256, PKCS #1 v1.5, or PSS with a salt as long as the hash |
+//! Public keys of cosign, and the signature algorithms of each type.
 
 use ring::signature::{self, UnparsedPublicKey, VerificationAlgorithm};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
@@ -20,7 +13,7 @@ const P384: &[u8] = &[0x2b, 0x81, 0x04, 0x00, 0x22];
 const ED25519: &[u8] = &[0x2b, 0x65, 0x70];
 const RSA: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01];
 
-/// What each kind of key may have signed with.
+/// Algorithms of each type of key.
 static ECDSA_P256: [&dyn VerificationAlgorithm; 1] = [&signature::ECDSA_P256_SHA256_ASN1];
 static ECDSA_P384: [&dyn VerificationAlgorithm; 2] =
     [&signature::ECDSA_P384_SHA384_ASN1, &signature::ECDSA_P384_SHA256_ASN1];
@@ -32,22 +25,22 @@ static RSA_BOTH: [&dyn VerificationAlgorithm; 2] =
 #[derive(Clone)]
 pub struct PublicKey {
     algorithms: &'static [&'static dyn VerificationAlgorithm],
-    /// As the algorithms take it.
+    /// Key in the encoding of the algorithms.
     bytes: Vec<u8>,
     is_edwards: bool,
     id: Digest,
 }
 
-/// Why a text is no key.
+/// Reason why a text is not a public key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// No `-----BEGIN PUBLIC KEY-----`.
+    /// A text without `-----BEGIN PUBLIC KEY-----`.
     #[error("it is no PEM of a public key: write what cosign public-key prints")]
     NotPem,
-    /// The DER inside.
+    /// Malformed DER inside the PEM.
     #[error("it is damaged")]
     Damaged,
-    /// A key of another kind.
+    /// A key of an unsupported type.
     #[error("it is of a kind that is not supported: use ECDSA P-256 or P-384, Ed25519 or RSA")]
     Kind,
 }
@@ -67,7 +60,7 @@ impl PartialEq for PublicKey {
 impl Eq for PublicKey {}
 
 impl PublicKey {
-    /// Reads a PEM of `SubjectPublicKeyInfo`.
+    /// Parses a PEM of `SubjectPublicKeyInfo`.
     pub fn from_pem(pem: &[u8]) -> Result<Self, KeyError> {
         let spki = SubjectPublicKeyInfoDer::from_pem_slice(pem).map_err(|_| KeyError::NotPem)?;
         Self::from_spki(&spki)
@@ -79,7 +72,7 @@ impl PublicKey {
         let (algorithm, key) = element(whole, 0x30).ok_or(KeyError::Damaged)?;
         let (kind, parameters) = element(algorithm, 0x06).ok_or(KeyError::Damaged)?;
         let (bits, after) = element(key, 0x03).ok_or(KeyError::Damaged)?;
-        // The first byte says how many bits of the last one do not count: none.
+        // The first byte is the number of unused bits, which must be zero.
         let (Some((0, bytes)), true, true) =
             (bits.split_first(), rest.is_empty(), after.is_empty())
         else {
@@ -99,13 +92,13 @@ impl PublicKey {
         Ok(Self { algorithms, bytes: bytes.to_vec(), is_edwards, id: Digest::of(spki) })
     }
 
-    /// The key's name: the hash of its encoding.
+    /// Returns the hash of the key's encoding, which identifies it.
     #[must_use]
     pub fn id(&self) -> Digest {
         self.id
     }
 
-    /// Whether this key has signed these bytes.
+    /// Returns whether this key has signed a message.
     #[must_use]
     pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         let verified = self.algorithms.iter().any(|&algorithm| {
@@ -114,7 +107,7 @@ impl PublicKey {
         verified || (self.is_edwards && self.verifies_prehashed(message, signature).is_some())
     }
 
-    /// Ed25519ph of RFC 8032, without a context: ring does not have it.
+    /// Verifies Ed25519ph of RFC 8032, without a context, which ring does not support.
     fn verifies_prehashed(&self, message: &[u8], signature: &[u8]) -> Option<()> {
         let key = ed25519_dalek::VerifyingKey::from_bytes(self.bytes.as_slice().try_into().ok()?);
         let signature = ed25519_dalek::Signature::from_slice(signature).ok()?;
@@ -123,13 +116,13 @@ impl PublicKey {
     }
 }
 
-/// The content of the first DER element, which must have this tag, and what follows it.
+/// Returns the content of the first DER element, which must have this tag, and the bytes after it.
 fn element(der: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
     let (&found, rest) = der.split_first()?;
     let (&first, rest) = rest.split_first()?;
     let (length, rest) = match first {
         0..=0x7f => (usize::from(first), rest),
-        // Keys have lengths of one or two bytes.
+        // The lengths of keys fit into one or two bytes.
         0x81 | 0x82 => {
             let (bytes, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
             (bytes.iter().fold(0, |length, &byte| length << 8 | usize::from(byte)), rest)
@@ -149,7 +142,7 @@ mod tests {
             ("", KeyError::NotPem),
             ("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n", KeyError::NotPem),
             ("-----BEGIN PUBLIC KEY-----\nMAA=\n-----END PUBLIC KEY-----\n", KeyError::Damaged),
-            // X25519, which signs nothing.
+            // X25519 is not a signature algorithm.
             (
                 "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VuAyEAJQZwH8yUXkOZoxCQfQcKX3iq0aPCYfOTGEtp1ub2k1Y=\n-----END PUBLIC KEY-----\n",
                 KeyError::Kind,

@@ -1,13 +1,13 @@
-//! Signatures of artifacts by public keys, as cosign makes them. Pure: bytes in, a verdict out.
+//! Verification of cosign signatures with public keys, without I/O.
 //!
 //! ```text
-//! key      public keys, and what each kind verifies
+//! key      public keys and their algorithms
 //! simple   the older format: a payload with its signature beside it
-//! bundle   the newer one: a Sigstore bundle with a DSSE envelope
+//! bundle   the newer format: a Sigstore bundle with a DSSE envelope
 //! ```
 //!
-//! A signature counts when a demanded key made it over the exact bytes, and these
-//! bytes name the digest of the index or of the manifest that was chosen from it.
+//! A signature is valid if a required key made it over the exact bytes, and these bytes name the
+//! digest of the index or of the manifest that was chosen from it.
 
 pub mod bundle;
 pub mod key;
@@ -21,92 +21,93 @@ pub use key::{KeyError, PublicKey};
 
 use super::Digest;
 
-/// What makes older verdicts worthless: a change of what counts as signed.
+/// Version of the rules. Increase it to invalidate recorded results when the meaning of a valid
+/// signature changes.
 const RULES_VERSION: u32 = 1;
 
-/// What an artifact must be signed with.
+/// Signature that an artifact must have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignatureDemand {
-    /// What a missing signature means.
+    /// Effect of a missing signature.
     pub mode: SignatureMode,
-    /// Which formats count.
+    /// Accepted signature formats.
     pub format: SignatureFormat,
-    /// Any of these suffices.
+    /// Keys, any of which suffices.
     pub keys: Arc<[NamedKey]>,
 }
 
-/// A key and what people call it.
+/// A public key with its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamedKey {
-    /// Its name in the configuration.
+    /// Name in the configuration.
     pub name: String,
-    /// The key.
+    /// Public key for verification.
     pub key: PublicKey,
 }
 
-/// What a missing signature means.
+/// Effect of a missing signature.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum SignatureMode {
     /// The volume is refused.
     #[default]
     Enforce,
-    /// It is logged, and the volume mounted.
+    /// The volume is mounted, and a warning is logged.
     Warn,
 }
 
-/// Which formats count.
+/// Accepted signature formats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum SignatureFormat {
-    /// Both.
+    /// Both formats are accepted.
     #[default]
     Any,
-    /// The tag `sha256-<hex>.sig` alone.
+    /// Only the tag `sha256-<hex>.sig`.
     Legacy,
-    /// Sigstore bundles alone.
+    /// Only Sigstore bundles.
     Bundle,
 }
 
-/// A signature as it was found.
+/// A signature found in the registry.
 #[derive(Clone, Debug)]
 pub enum Found {
-    /// A payload and the annotation beside it.
+    /// A payload with the signature of its annotation.
     Simple {
-        /// What is signed.
+        /// Signed bytes of the payload.
         payload: Vec<u8>,
-        /// base64.
+        /// Signature in base64.
         signature: String,
     },
-    /// A bundle.
+    /// A Sigstore bundle.
     Bundle(Vec<u8>),
 }
 
-/// Why a signature does not count.
+/// Reason why a signature is not valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Flaw {
-    /// It is none, or none that is understood.
+    /// An unsupported or malformed signature.
     #[error("a signature in a format that is not understood")]
     Format,
-    /// Somebody else's, or changed after it was made.
+    /// A signature by another key, or one whose content was changed.
     #[error("signed, but by none of the demanded keys")]
     Key,
-    /// Of something else.
+    /// A valid signature of another digest.
     #[error("signed by a demanded key, but for another digest")]
     Subject,
 }
 
 impl SignatureDemand {
-    /// Names the demand: a verdict for one says nothing about another.
+    /// Returns an identifier of the demand, under which verification results are recorded.
     #[must_use]
     pub fn id(&self) -> Digest {
         let mut keys: Vec<String> = self.keys.iter().map(|named| named.key.id().hex()).collect();
         keys.sort_unstable();
         keys.dedup();
-        // What a missing signature means does not change what is signed.
+        // The mode does not affect whether a signature is valid.
         let text = format!("{RULES_VERSION} {:?} {}", self.format, keys.join(" "));
         Digest::of(text.as_bytes())
     }
 
-    /// The name of the key that signed, or what comes closest to a signature that counts.
+    /// Returns the name of the key that signed, or the flaw that is closest to a valid signature.
     pub fn judge(&self, found: &[Found], subjects: &[Digest]) -> Result<&str, Option<Flaw>> {
         let keys: Vec<&PublicKey> = self.keys.iter().map(|named| &named.key).collect();
         let mut worst = None;

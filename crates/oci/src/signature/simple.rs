@@ -1,4 +1,4 @@
-//! cosign's older format: a layer of the tag `sha256-<hex>.sig`, signed as it is
+//! cosign's older format: a layer of the tag `sha256-<hex>.sig`, whose bytes are signed
 //! (`SIGNATURE_SPEC.md` of cosign).
 
 use base64::Engine as _;
@@ -8,31 +8,32 @@ use serde::Deserialize;
 use super::{Flaw, PublicKey};
 use crate::Digest;
 
-/// The layer's media type.
+/// Media type of the layer.
 pub const MEDIA_TYPE: &str = "application/vnd.dev.cosign.simplesigning.v1+json";
 
 const TYPE: &str = "cosign container image signature";
 
 #[derive(Deserialize)]
-struct Payload {
-    critical: Critical,
+struct SimplePayload {
+    critical: CriticalSection,
 }
 
 #[derive(Deserialize)]
-struct Critical {
-    image: Image,
+struct CriticalSection {
+    image: SignedImage,
     #[serde(rename = "type")]
     kind: String,
 }
 
 #[derive(Deserialize)]
-struct Image {
+struct SignedImage {
     #[serde(rename = "docker-manifest-digest")]
     digest: String,
 }
 
-/// Verifies one signature: the index of the key that made it, or what is wrong.
-/// The reference in the payload has no tag and may be a mirror's: it does not count.
+/// Verifies a signature. Returns the index of the key that made it.
+///
+/// The reference in the payload has no tag and may be a mirror's, so it is ignored.
 pub fn verify(
     payload: &[u8],
     signature: &str,
@@ -40,9 +41,9 @@ pub fn verify(
     keys: &[&PublicKey],
 ) -> Result<usize, Flaw> {
     let signature = STANDARD.decode(signature.trim()).map_err(|_| Flaw::Format)?;
-    // Before anything in it is believed.
+    // The signature is verified before the payload is parsed.
     let key = keys.iter().position(|key| key.verifies(payload, &signature)).ok_or(Flaw::Key)?;
-    let payload: Payload = serde_json::from_slice(payload).map_err(|_| Flaw::Format)?;
+    let payload: SimplePayload = serde_json::from_slice(payload).map_err(|_| Flaw::Format)?;
     if payload.critical.kind != TYPE {
         return Err(Flaw::Format);
     }

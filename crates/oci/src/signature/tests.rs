@@ -1,4 +1,4 @@
-//! With what cosign 3.1.1 wrote, and with what it would never write.
+//! Tests with signatures of cosign 3.1.1 and with invalid ones.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -12,7 +12,7 @@ fn subject() -> Digest {
     Digest::of(b"the artifact")
 }
 
-/// A key pair of the test's own, and its public half as it stands in a file.
+/// Returns a new key pair, and its public key as in a file.
 fn pair() -> (EcdsaKeyPair, PublicKey) {
     let random = SystemRandom::new();
     let algorithm = &ECDSA_P256_SHA256_ASN1_SIGNING;
@@ -78,7 +78,7 @@ fn demand(keys: &[PublicKey]) -> SignatureDemand {
 }
 
 #[test]
-fn both_formats_count_and_name_the_key() {
+fn both_formats_are_verified_and_name_the_key() {
     let ((pair, key), (_, other)) = (pair(), pair());
     let demand = demand(&[other, key]);
     let subjects = [Digest::of(b"an index"), subject()];
@@ -89,7 +89,7 @@ fn both_formats_count_and_name_the_key() {
 }
 
 #[test]
-fn what_does_not_count_is_told_apart() {
+fn invalid_signatures_have_different_flaws() {
     let ((pair, key), (stranger, _)) = (pair(), pair());
     let demand = demand(&[key]);
     let judge = |found: Found| demand.judge(&[found], &[subject()]).expect_err("it does not count");
@@ -106,7 +106,7 @@ fn what_does_not_count_is_told_apart() {
     let as_bundle = |value: serde_json::Value| Found::Bundle(value.to_string().into_bytes());
     assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(Flaw::Key));
     assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(Flaw::Subject));
-    // An attestation by the same key says something else.
+    // An attestation by the same key has another predicate.
     let provenance = bundle(&pair, subject(), "https://slsa.dev/provenance/v1");
     assert_eq!(judge(as_bundle(provenance)), Some(Flaw::Format));
     let mut swapped = bundle(&pair, other, SIGNED);
@@ -124,7 +124,7 @@ fn what_does_not_count_is_told_apart() {
         *broken.pointer_mut(pointer).expect("a field") = value;
         assert_eq!(judge(as_bundle(broken)), Some(Flaw::Format), "{pointer}");
     }
-    // What comes closest is told.
+    // The flaw closest to a valid signature is returned.
     let all = [simple(&pair, b"{}"), simple(&stranger, b"x"), simple(&pair, &payload(other, TYPE))];
     assert_eq!(demand.judge(&all, &[subject()]), Err(Some(Flaw::Subject)));
 }
@@ -141,7 +141,7 @@ fn ed25519_signs_the_message_itself() {
 }
 
 #[test]
-fn a_demand_is_named_by_its_keys_and_formats_alone() {
+fn the_id_of_a_demand_depends_on_keys_and_format_only() {
     let ((_, one), (_, two)) = (pair(), pair());
     let base = demand(&[one.clone(), two.clone()]);
     assert_eq!(base.id(), demand(&[two.clone(), one.clone(), one.clone()]).id());

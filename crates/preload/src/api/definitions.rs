@@ -1,4 +1,4 @@
-//! The definitions that an administrator applies, made of the types.
+//! CustomResourceDefinitions, generated from the types.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
@@ -6,17 +6,17 @@ use serde_json::Value;
 
 use super::{ArtifactPreload, NodeArtifacts};
 
-/// Both definitions; the chart has them as files.
+/// Returns both definitions, which the chart contains as files.
 #[must_use]
 pub fn definitions() -> [CustomResourceDefinition; 2] {
     [ArtifactPreload::crd(), NodeArtifacts::crd()]
 }
 
-/// Both as one YAML text.
+/// Returns both definitions as one YAML text.
 ///
 /// # Errors
 ///
-/// Of the writer.
+/// Errors of the serializer.
 pub fn yaml() -> Result<String, String> {
     let documents: Result<Vec<_>, _> = definitions().iter().map(document).collect();
     Ok(documents?.join("---\n"))
@@ -28,10 +28,9 @@ fn document(definition: &CustomResourceDefinition) -> Result<String, String> {
     serde_saphyr::to_string(&value).map_err(|error| error.to_string())
 }
 
-/// As the API server keeps it, so that whoever compares finds no difference. Bounds are numbers of any kind to the
-/// type, and whole ones there. `nullable: false` is what is so without being said, and is not kept; the type needs it,
-/// since without it the library makes what has no type nullable. Descriptions are one line, which tools break as
-/// they like.
+/// Converts a definition to the form in which the API server stores it, so that a comparison finds
+/// no difference: whole numbers for bounds, no `nullable: false` (which the type needs, since kube
+/// makes fields without a type nullable), and descriptions on one line.
 fn as_kept(value: &mut Value) {
     match value {
         Value::Number(number) => {

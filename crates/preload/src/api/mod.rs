@@ -1,21 +1,21 @@
-//! The objects, as the API server keeps them.
+//! API objects of preloading.
 //!
 //! ```text
-//! preload      ArtifactPreload: what a user wants on which nodes, and how far that is
-//! node         NodeArtifacts: what one node is to hold, and what it holds
-//! definitions  both as CustomResourceDefinitions
-//! schema       parts of schemas that types alone do not say
+//! preload      ArtifactPreload: an artifact and the nodes that it has to be on, with its progress
+//! node         NodeArtifacts: the artifacts of one node, wanted and held
+//! definitions  CustomResourceDefinitions of both
+//! schema       parts of schemas that types alone cannot express
 //! ```
 //!
-//! Every list and text has a bound, in the schema and so in the store of the API server: no object grows with the
-//! fleet, and a rule's cost can be estimated.
+//! The schema bounds every list and text: no object grows with the number of nodes, and the API
+//! server can estimate the cost of validation rules.
 
 pub mod definitions;
 pub mod node;
 pub mod preload;
 mod schema;
 
-/// The reason, of a condition or of a node, that a namespace's quota leaves no room for a preload.
+/// Reason of a condition or a node: the quota of the namespace is exceeded.
 pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
 
 pub use node::{

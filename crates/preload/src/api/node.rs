@@ -1,4 +1,4 @@
-//! `NodeArtifacts`: what one node is to hold, and what it holds.
+//! `NodeArtifacts`: the artifacts that one node has to hold, and those that it holds.
 
 #![expect(clippy::duplicated_attributes, reason = "columns share types")]
 
@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use super::schema;
 
-/// Artifacts of one node: with all texts at their longest they would not fit the API server, so the controller also
-/// counts their bytes.
+/// Maximum number of artifacts of one node. With all texts at their maximum length they would
+/// exceed the limit of the API server, so the controller also counts their bytes.
 pub const MAXIMUM_ARTIFACTS: usize = 256;
-/// Bytes of a message.
+/// Maximum bytes of a message.
 pub const MAXIMUM_MESSAGE: usize = 300;
 
-/// What preloads want of a node. Written by the controller.
+/// Artifacts that preloads want on a node. Written by the controller.
 #[derive(Clone, Debug, Default, PartialEq, CustomResource, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "oci.custom.io",
@@ -24,7 +24,7 @@ pub const MAXIMUM_MESSAGE: usize = 300;
     plural = "nodeartifacts",
     singular = "nodeartifacts",
     status = "NodeArtifactsStatus",
-    doc = "What preloads want of a node, and what it holds. Made and written by the driver alone.",
+    doc = "Artifacts that preloads want on a node, and those that it holds. Created and written by the driver only.",
     derive = "PartialEq",
     printcolumn(name = "READY", type_ = "integer", json_path = ".status.ready"),
     printcolumn(name = "ACTIVE", type_ = "integer", json_path = ".status.active"),
@@ -35,145 +35,150 @@ pub const MAXIMUM_MESSAGE: usize = 300;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct NodeArtifactsSpec {
-    /// One for each preload, and one more while its previous artifact is kept.
+    /// Artifacts that the node has to hold: one for each preload, and one more while its previous
+    /// artifact is kept.
     #[serde(default)]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "atomic"))]
     pub artifacts: Vec<WantedArtifact>,
-    /// Bytes that the pins of one namespace's preloads may hold together on this node. Empty: only the node's own bound
-    /// on pins holds.
+    /// Bytes that the pins of one namespace's preloads may hold together on this node. Empty: only
+    /// the node's own limit on pins applies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub max_pinned_bytes_per_namespace: Option<i64>,
 }
 
-/// An artifact that the node is to hold.
+/// An artifact that the node has to hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WantedArtifact {
-    /// `namespace/name` of the preload that wants it.
+    /// Preload that wants the artifact, as `namespace/name`.
     #[schemars(length(min = 3, max = 317))]
     pub preload: String,
-    /// With its digest; the node resolves nothing.
+    /// Reference with a digest. The node resolves nothing.
     #[schemars(length(min = 1, max = 700))]
     pub reference: String,
-    /// Whether it is kept.
+    /// True if the artifact is protected from eviction.
     pub pin: bool,
-    /// How long a try may take.
+    /// Maximum duration of one attempt, in seconds.
     #[schemars(range(min = 1, max = 86400))]
     pub timeout_seconds: i32,
-    /// How often it is tried again.
+    /// Number of retries before the node counts as failed.
     #[schemars(range(min = 0, max = 20))]
     pub backoff_limit: i32,
-    /// Since when it is wanted.
+    /// Time since which the artifact is wanted.
     #[schemars(schema_with = "schema::required_time")]
     pub since: Time,
-    /// When the registry said that the tag means this digest. Pods of the preload's namespace that name the tag get it,
-    /// where the node has no later answer. Empty: the preload names a digest, or the registry did not answer.
+    /// Time at which the registry resolved the tag to this digest. Pods of the preload's namespace
+    /// that use the tag get the digest, unless the node has a later answer. Empty: the preload
+    /// names a digest, or the registry did not answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::time")]
     pub resolved_at: Option<Time>,
-    /// What to show the registry.
+    /// Credentials for the registry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<SealedCredentials>,
 }
 
-/// Credentials that one process can read: the one that has told its key in this object's status.
+/// Credentials that only one process can decrypt: the one whose key is in the status of this
+/// object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SealedCredentials {
-    /// The key that they are sealed to, as it stands in the status.
+    /// Public key that the credentials are sealed to, as in the status.
     #[schemars(length(max = 64))]
     pub key: String,
-    /// Changes when the secrets change.
+    /// Version of the secrets, which changes when they change.
     #[schemars(length(max = 64))]
     pub version: String,
-    /// Sealed, in base64.
+    /// Sealed credentials in base64.
     #[schemars(length(max = 6144))]
     pub data: String,
 }
 
-/// What the node holds. Written by the node.
+/// Artifacts that the node holds. Written by the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeArtifactsStatus {
-    /// `os/architecture` of the node.
+    /// Platform of the node, as `os/architecture`.
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub platform: String,
-    /// The driver's version.
+    /// Version of the driver.
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub version: String,
-    /// The key of the running process that credentials are sealed to, in base64.
+    /// Public key of the running process in base64, which credentials are sealed to.
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub public_key: String,
-    /// Bytes of artifacts that it has room for when it holds nothing else, in coarse steps. Empty: it cannot say.
+    /// Bytes of artifacts that the node can hold if it holds nothing else, in coarse steps. Empty:
+    /// unknown.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub capacity_bytes: Option<i64>,
-    /// How many are held.
+    /// Number of artifacts that the node holds.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub ready: i32,
-    /// How many are waited for.
+    /// Number of artifacts that are not ready yet.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub active: i32,
-    /// How many have failed.
+    /// Number of artifacts that have failed.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub failed: i32,
-    /// How far each one is.
+    /// Progress of each artifact.
     #[serde(default)]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "atomic"))]
     pub artifacts: Vec<HeldArtifact>,
 }
 
-/// How far one artifact is.
+/// Progress of one artifact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HeldArtifact {
-    /// `namespace/name` of the preload that wants it.
+    /// Preload that wants the artifact, as `namespace/name`.
     #[schemars(length(max = 317))]
     pub preload: String,
-    /// As it is wanted. Empty of plugins that do not say it: the digest has to do then.
+    /// Reference as in the spec. Empty for plugins that do not report it: then the digest
+    /// identifies the artifact.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 700))]
     pub reference: String,
-    /// Which one.
+    /// Digest of the artifact.
     #[schemars(length(max = 128))]
     pub digest: String,
-    /// How far it is.
+    /// Phase of the artifact.
     pub phase: Phase,
-    /// Of its bytes, in steps of 25.
+    /// Progress of the download in percent, in steps of 25.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 100))]
     pub percent: Option<i32>,
-    /// Since when it is being fetched, where it is not ready: also when it was ready before.
+    /// Time since which the artifact is being pulled. Empty if it is ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::time")]
     pub since: Option<Time>,
-    /// Why it is not ready, in one word.
+    /// Reason in one word if the artifact is not ready.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 64))]
     pub reason: String,
-    /// The same for people.
+    /// Message with details of the reason.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 512))]
     pub message: String,
 }
 
-/// How far an artifact is on a node.
+/// Phase of an artifact on a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
-    /// Its turn has not come, or it is tried again later.
+    /// Waiting for its start or for the next attempt.
     #[default]
     Waiting,
-    /// It is being fetched.
+    /// Pull in progress.
     Pulling,
-    /// It is here, verified.
+    /// Pulled and verified.
     Ready,
-    /// It was tried often enough.
+    /// Failed after all retries.
     Failed,
 }

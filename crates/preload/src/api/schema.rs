@@ -1,8 +1,8 @@
-//! Parts of schemas that types alone do not say.
+//! Parts of schemas that types alone cannot express.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
 
-/// Where an artifact is.
+/// Returns the schema of a reference.
 pub(super) fn reference(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
@@ -16,21 +16,21 @@ pub(super) fn reference(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// A duration of at most a day, as Go writes it.
+/// Returns the schema of a duration of at most a day, in Go's syntax.
 pub(super) fn spread(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
         "maxLength": 16,
         "pattern": "^([0-9]+(\\.[0-9]+)?(ms|s|m|h))+$",
         "x-kubernetes-validations": [{
-            // What the pattern refuses is no duration: one message is enough.
+            // The pattern reports an invalid duration. This rule must not report it again.
             "rule": "!self.matches('^([0-9]+([.][0-9]+)?(ms|s|m|h))+$') || duration(self) <= duration('24h')",
             "message": "nodes begin within a day: write at most 24h",
         }],
     })
 }
 
-/// A number of nodes, or a part of them.
+/// Returns the schema of a number of nodes, or a percentage of them.
 pub(super) fn parallelism(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
@@ -43,7 +43,7 @@ pub(super) fn parallelism(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// A number of nodes, or a part of them, that may be none.
+/// Returns the schema of a number of nodes, or a percentage of them, which may be zero.
 pub(super) fn tolerated_nodes(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
@@ -56,7 +56,7 @@ pub(super) fn tolerated_nodes(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Names of secrets, each once.
+/// Returns the schema of a set of secret names.
 pub(super) fn secrets(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -70,7 +70,7 @@ pub(super) fn secrets(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Platforms, each once.
+/// Returns the schema of a set of platforms.
 pub(super) fn platforms(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -84,7 +84,7 @@ pub(super) fn platforms(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Names of nodes, each once.
+/// Returns the schema of a set of node names.
 pub(super) fn node_names(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -94,8 +94,8 @@ pub(super) fn node_names(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Labels that a node must have. Where null is not allowed the API server drops it, label and all, and a selector
-/// without labels selects every node: so it is allowed, and refused.
+/// Returns the schema of required labels. The schema allows null and a rule refuses it: otherwise
+/// the API server would drop a label with null, and a selector without labels selects every node.
 pub(super) fn labels(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
@@ -108,17 +108,17 @@ pub(super) fn labels(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// A moment.
+/// Returns the schema of an optional timestamp.
 pub(super) fn time(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "string", "format": "date-time", "nullable": true})
 }
 
-/// A moment that must be there.
+/// Returns the schema of a required timestamp.
 pub(super) fn required_time(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "string", "format": "date-time"})
 }
 
-/// Kubernetes' own conditions, one of each type.
+/// Returns the schema of Kubernetes conditions, one of each type.
 pub(super) fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",

@@ -1,4 +1,4 @@
-//! Events on preloads: each turn of one, once, whatever the number of nodes.
+//! Events of preloads: one for each transition of a preload, whatever the number of nodes.
 
 use std::time::Duration;
 use text::printable::truncated;
@@ -11,25 +11,28 @@ use kube::{Client, Resource as _};
 
 use crate::api::{ArtifactPreload, ArtifactPreloadStatus};
 
-/// The component that the API server names.
+/// Source component of the events.
 const COMPONENT: &str = "csi-driver-oci-controller";
-/// A write that takes longer is given up: an event is a hint.
+/// Timeout of a write. A failed event is dropped, since it is a hint only.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Bytes of a message, of the 1024 that the API server takes.
+/// Maximum bytes of a message; the API server accepts 1024.
 const MAXIMUM_MESSAGE: usize = 1000;
-/// Reasons of a preload that is neither ready nor stalled, and goes on.
+/// Reasons of a preload that is neither ready nor stalled, and makes progress.
 const UNDER_WAY: [&str; 4] = ["Resolving", "Preloading", "Paused", "NoNodes"];
 
-/// A turn of a preload.
+/// A transition of a preload.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Turn {
+pub(super) struct PreloadTransition {
     reason: &'static str,
     message: String,
 }
 
-/// Returns the turns that a change of the status tells of.
-pub(super) fn turns(before: &ArtifactPreloadStatus, after: &ArtifactPreloadStatus) -> Vec<Turn> {
-    let mut turns = Vec::new();
+/// Returns the transitions between two statuses.
+pub(super) fn transitions(
+    before: &ArtifactPreloadStatus,
+    after: &ArtifactPreloadStatus,
+) -> Vec<PreloadTransition> {
+    let mut transitions = Vec::new();
     let is_true = |condition: &&Condition| condition.status == "True";
     let was = |kind| condition(before, kind);
     let is = |kind| condition(after, kind);
@@ -37,40 +40,45 @@ pub(super) fn turns(before: &ArtifactPreloadStatus, after: &ArtifactPreloadStatu
     if let Some(resolved) = is("Resolved").filter(is_true)
         && !(same_digest && was("Resolved").is_some_and(|before| is_true(&before)))
     {
-        turns.push(Turn { reason: "Resolved", message: resolved.message.clone() });
+        transitions
+            .push(PreloadTransition { reason: "Resolved", message: resolved.message.clone() });
     }
     let same_ready = before.ready_reference == after.ready_reference;
     let ready = is("Ready");
     if let Some(ready) = ready.filter(is_true)
         && !(same_ready && was("Ready").is_some_and(|before| is_true(&before)))
     {
-        turns.push(Turn { reason: "Ready", message: ready.message.clone() });
+        transitions.push(PreloadTransition { reason: "Ready", message: ready.message.clone() });
     }
     let with_reason =
         |condition: &Condition| format!("{}: {}", condition.reason, condition.message);
     if let Some(stalled) = is("Stalled").filter(is_true) {
         if was("Stalled").is_none_or(|before| before.reason != stalled.reason) {
-            turns.push(Turn { reason: "Failed", message: with_reason(stalled) });
+            transitions.push(PreloadTransition { reason: "Failed", message: with_reason(stalled) });
         }
     } else if let Some(held) = ready.filter(|ready| !is_true(ready))
         && !UNDER_WAY.contains(&held.reason.as_str())
         && was("Ready").is_none_or(|before| before.reason != held.reason)
     {
-        turns.push(Turn { reason: "Held", message: with_reason(held) });
+        transitions.push(PreloadTransition { reason: "Held", message: with_reason(held) });
     }
-    turns
+    transitions
 }
 
 fn condition<'a>(status: &'a ArtifactPreloadStatus, kind: &str) -> Option<&'a Condition> {
     status.conditions.iter().find(|condition| condition.type_ == kind)
 }
 
-/// Writes one event for each turn, in order. What fails is logged and not tried again.
-pub(super) async fn write(client: Client, preload: ArtifactPreload, turns: Vec<Turn>) {
+/// Writes one event for each transition, in order. Failures are logged and not retried.
+pub(super) async fn write(
+    client: Client,
+    preload: ArtifactPreload,
+    transitions: Vec<PreloadTransition>,
+) {
     let namespace = preload.metadata.namespace.clone().unwrap_or_default();
     let api: Api<Event> = Api::namespaced(client, &namespace);
-    for turn in turns {
-        let event = event(&preload, turn, Timestamp::now());
+    for transition in transitions {
+        let event = event(&preload, transition, Timestamp::now());
         let parameters = PostParams::default();
         match tokio::time::timeout(TIMEOUT, api.create(&parameters, &event)).await {
             Ok(Ok(_)) => {}
@@ -80,14 +88,14 @@ pub(super) async fn write(client: Client, preload: ArtifactPreload, turns: Vec<T
     }
 }
 
-/// A core/v1 event, as those on pods: `kubectl describe` shows both.
-fn event(preload: &ArtifactPreload, turn: Turn, now: Timestamp) -> Event {
+/// Returns a core/v1 event, like those of pods: `kubectl describe` shows both.
+fn event(preload: &ArtifactPreload, transition: PreloadTransition, now: Timestamp) -> Event {
     let text = |text: &str| Some(text.to_owned());
     let name = preload.metadata.name.clone().unwrap_or_default();
     let time = format!("{:x}", now.as_nanosecond());
     let short = truncated(&name, 252 - time.len());
-    let kind = if matches!(turn.reason, "Resolved" | "Ready") { "Normal" } else { "Warning" };
-    let mut message = turn.message;
+    let kind = if matches!(transition.reason, "Resolved" | "Ready") { "Normal" } else { "Warning" };
+    let mut message = transition.message;
     message.truncate(message.floor_char_boundary(MAXIMUM_MESSAGE));
     Event {
         metadata: ObjectMeta {
@@ -103,7 +111,7 @@ fn event(preload: &ArtifactPreload, turn: Turn, now: Timestamp) -> Event {
             uid: preload.metadata.uid.clone(),
             ..ObjectReference::default()
         },
-        reason: text(turn.reason),
+        reason: text(transition.reason),
         message: Some(message),
         type_: text(kind),
         count: Some(1),
@@ -135,13 +143,15 @@ mod tests {
         }
     }
 
-    fn told(before: &ArtifactPreloadStatus, after: &ArtifactPreloadStatus) -> Vec<String> {
-        let turns = turns(before, after).into_iter();
-        turns.map(|turn| format!("{} {}", turn.reason, turn.message)).collect()
+    fn events(before: &ArtifactPreloadStatus, after: &ArtifactPreloadStatus) -> Vec<String> {
+        let transitions = transitions(before, after).into_iter();
+        transitions
+            .map(|transition| format!("{} {}", transition.reason, transition.message))
+            .collect()
     }
 
     #[test]
-    fn every_turn_is_told_once() {
+    fn every_transition_has_one_event() {
         let nothing = ArtifactPreloadStatus::default();
         let resolving =
             status("", &[("Resolved", "Unknown", "Resolving"), ("Ready", "False", "Resolving")]);
@@ -168,7 +178,7 @@ mod tests {
             (&held, &failed, vec!["Failed NodesFailed: why"]),
             (&failed, &failed, vec![]),
         ] {
-            assert_eq!(told(before, after), expected, "{before:?} {after:?}");
+            assert_eq!(events(before, after), expected, "{before:?} {after:?}");
         }
     }
 
@@ -179,8 +189,8 @@ mod tests {
             serde_json::from_value(serde_json::json!({"reference": "r.io/a:v1"})).expect("a spec"),
         );
         preload.metadata.uid = Some("1".to_owned());
-        let turn = Turn { reason: "Failed", message: "\u{e4}".repeat(2000) };
-        let event = event(&preload, turn, Timestamp::now());
+        let transition = PreloadTransition { reason: "Failed", message: "\u{e4}".repeat(2000) };
+        let event = event(&preload, transition, Timestamp::now());
         assert!(event.metadata.name.expect("a name").len() <= 253);
         assert!(event.message.expect("a message").len() <= MAXIMUM_MESSAGE);
         assert_eq!(event.involved_object.kind.as_deref(), Some("ArtifactPreload"));

@@ -1,7 +1,8 @@
-//! Which process leads: a `Lease` of `coordination.k8s.io`, by the rules of client-go.
+//! Leader election with a `Lease` of `coordination.k8s.io`, by the rules of client-go.
 //!
-//! Nobody's clock is trusted: a lease is over when it has not changed for its duration by one's own clock. Whoever
-//! leads stops a while before others may think so.
+//! Clocks of other processes are not trusted: a lease has expired when it did not change for its
+//! duration on the local clock. The leader stops some time before others consider its lease
+//! expired.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,44 +17,44 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// So long a lease lasts without being renewed, for others.
-const DURATION: Duration = Duration::from_secs(15);
-/// So long one leads without having renewed it.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// Between two tries.
-const INTERVAL: Duration = Duration::from_secs(2);
-/// A request that takes longer has failed.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// Duration after which others consider a lease expired that was not renewed.
+const LEASE_DURATION: Duration = Duration::from_secs(15);
+/// Duration after which the leader stops if it could not renew the lease.
+const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+/// Time between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Timeout of a request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Takes part in the election.
+/// Candidate of the election.
 #[derive(Clone)]
-pub struct Elector(Arc<Inner>);
+pub struct LeaderElection(Arc<ElectionInner>);
 
-struct Inner {
+struct ElectionInner {
     api: Api<Lease>,
     name: String,
     identity: String,
-    seen: Mutex<Option<Seen>>,
+    seen: Mutex<Option<ObservedLease>>,
 }
 
-/// A lease as it was last seen to change.
-struct Seen {
+/// Last observed change of the lease.
+struct ObservedLease {
     version: Option<String>,
     since: Instant,
 }
 
-/// Leading, until it is lost.
-pub struct Leading {
-    elector: Elector,
+/// Leadership, held until it is lost or given up.
+pub struct LeadershipGuard {
+    election: LeaderElection,
     lost: CancellationToken,
     renewing: JoinHandle<()>,
 }
 
-impl Elector {
-    /// Takes part under this identity, which no other process has.
+impl LeaderElection {
+    /// Creates a candidate. The identity must be unique among all processes.
     #[must_use]
     pub fn new(client: &Client, namespace: &str, name: &str, identity: &str) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(ElectionInner {
             api: Api::namespaced(client.clone(), namespace),
             name: name.to_owned(),
             identity: identity.to_owned(),
@@ -61,62 +62,63 @@ impl Elector {
         }))
     }
 
-    /// Waits until this process leads; none at shutdown.
-    pub async fn lead(&self, shutdown: &CancellationToken) -> Option<Leading> {
-        let mut told = String::new();
+    /// Waits until this process leads; `None` at shutdown.
+    pub async fn lead(&self, shutdown: &CancellationToken) -> Option<LeadershipGuard> {
+        let mut logged = String::new();
         let renewed = loop {
             let asked = Instant::now();
             tokio::select! {
-                taken = self.0.take() => match taken {
+                taken = self.0.acquire() => match taken {
                     Ok(true) => break asked,
-                    Ok(false) => told.clear(),
+                    Ok(false) => logged.clear(),
                     Err(error) => {
                         let error = error.to_string();
-                        if error != told {
+                        if error != logged {
                             tracing::warn!(error, lease = self.0.name, "the lease cannot be had: trying again");
-                            told = error;
+                            logged = error;
                         }
                     }
                 },
                 () = shutdown.cancelled() => return None,
             }
             tokio::select! {
-                () = tokio::time::sleep(INTERVAL) => {}
+                () = tokio::time::sleep(RETRY_INTERVAL) => {}
                 () = shutdown.cancelled() => return None,
             }
         };
         let lost = shutdown.child_token();
         let renewing = tokio::spawn(Arc::clone(&self.0).renew(renewed, lost.clone()));
-        Some(Leading { elector: self.clone(), lost, renewing })
+        Some(LeadershipGuard { election: self.clone(), lost, renewing })
     }
 }
 
-impl Leading {
-    /// Cancelled when it is lost, and at shutdown.
+impl LeadershipGuard {
+    /// Returns a token that is cancelled when leadership is lost, and at shutdown.
     #[must_use]
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
     }
 
-    /// Stops, and lets another one lead at once.
+    /// Gives up leadership, so that another process can lead at once.
     pub async fn end(self) {
         self.lost.cancel();
         let _ = self.renewing.await;
-        self.elector.0.give_up().await;
+        self.election.0.release().await;
     }
 }
 
-impl Inner {
+impl ElectionInner {
     async fn renew(self: Arc<Self>, mut renewed: Instant, lost: CancellationToken) {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(INTERVAL) => {}
+                () = tokio::time::sleep(RETRY_INTERVAL) => {}
                 () = lost.cancelled() => return,
             }
-            let left = DEADLINE.saturating_sub(renewed.elapsed());
-            // Others count from when it was written, which an answer that takes long comes long after.
+            let left = RENEW_DEADLINE.saturating_sub(renewed.elapsed());
+            // Others count from the time of the write, so this counts from before the request, not
+            // from its response.
             let asked = Instant::now();
-            match tokio::time::timeout(left, self.take()).await {
+            match tokio::time::timeout(left, self.acquire()).await {
                 Ok(Ok(true)) => renewed = asked,
                 Ok(Ok(false)) => {
                     tracing::warn!("another process leads");
@@ -125,7 +127,7 @@ impl Inner {
                 Ok(Err(error)) => tracing::warn!(%error, "the lease was not renewed: trying again"),
                 Err(_) => {}
             }
-            if renewed.elapsed() >= DEADLINE {
+            if renewed.elapsed() >= RENEW_DEADLINE {
                 tracing::warn!("the lease could not be renewed in time");
                 break;
             }
@@ -133,8 +135,8 @@ impl Inner {
         lost.cancel();
     }
 
-    /// Takes the lease where it is free or over, renews it where it is ours; whether it is ours now.
-    async fn take(&self) -> Result<bool, kube::Error> {
+    /// Acquires or renews the lease. Returns whether this process holds it now.
+    async fn acquire(&self) -> Result<bool, kube::Error> {
         let asked = async {
             match self.api.get_opt(&self.name).await? {
                 None => {
@@ -145,34 +147,34 @@ impl Inner {
                         },
                         spec: Some(self.spec(None)),
                     };
-                    won(self.api.create(&PostParams::default(), &lease).await)
+                    is_acquired(self.api.create(&PostParams::default(), &lease).await)
                 }
                 Some(lease) if self.may_take(&lease).await => {
                     let spec = self.spec(lease.spec.as_ref());
                     let lease = Lease { spec: Some(spec), ..lease };
-                    won(self.api.replace(&self.name, &PostParams::default(), &lease).await)
+                    is_acquired(self.api.replace(&self.name, &PostParams::default(), &lease).await)
                 }
                 Some(_) => Ok(false),
             }
         };
-        match tokio::time::timeout(TIMEOUT, asked).await {
+        match tokio::time::timeout(REQUEST_TIMEOUT, asked).await {
             Ok(taken) => taken,
             Err(_) => Err(kube::Error::Service("the API server did not answer in time".into())),
         }
     }
 
-    /// Whether it is ours, free, or has not changed for as long as it lasts.
+    /// Returns whether the lease is held by this process, free, or expired.
     async fn may_take(&self, lease: &Lease) -> bool {
         let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
         let version = lease.metadata.resource_version.clone();
         let mut seen = self.seen.lock().await;
         let changed = seen.as_ref().is_none_or(|seen| seen.version != version);
         if changed {
-            *seen = Some(Seen { version, since: Instant::now() });
+            *seen = Some(ObservedLease { version, since: Instant::now() });
         }
         let lasts = lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
         let lasts = lasts.and_then(|seconds| u64::try_from(seconds).ok());
-        let lasts = lasts.map_or(DURATION, Duration::from_secs);
+        let lasts = lasts.map_or(LEASE_DURATION, Duration::from_secs);
         match holder {
             None | Some("") => true,
             Some(holder) if holder == self.identity => true,
@@ -187,7 +189,7 @@ impl Inner {
         let transitions = before.and_then(|before| before.lease_transitions).unwrap_or(0);
         LeaseSpec {
             holder_identity: Some(self.identity.clone()),
-            lease_duration_seconds: i32::try_from(DURATION.as_secs()).ok(),
+            lease_duration_seconds: i32::try_from(LEASE_DURATION.as_secs()).ok(),
             acquire_time: ours.map_or_else(|| now.clone(), |ours| ours.acquire_time.clone()),
             renew_time: now,
             lease_transitions: Some(transitions + i32::from(before.is_some() && ours.is_none())),
@@ -195,8 +197,8 @@ impl Inner {
         }
     }
 
-    /// Best effort: without it another one waits until the lease is over.
-    async fn give_up(&self) {
+    /// Releases the lease. If this fails, another process has to wait for its expiry.
+    async fn release(&self) {
         let freed = async {
             let Some(lease) = self.api.get_opt(&self.name).await? else { return Ok(()) };
             let Some(spec) = lease.spec.clone() else { return Ok(()) };
@@ -212,15 +214,15 @@ impl Inner {
             let lease = Lease { spec: Some(spec), ..lease };
             self.api.replace(&self.name, &PostParams::default(), &lease).await.map(|_| ())
         };
-        if let Ok(Err(error)) = tokio::time::timeout(TIMEOUT, freed).await {
+        if let Ok(Err(error)) = tokio::time::timeout(REQUEST_TIMEOUT, freed).await {
             let error: kube::Error = error;
             tracing::info!(%error, "the lease was not given back: others wait until it is over");
         }
     }
 }
 
-/// Somebody was faster: no failure, and no win.
-fn won(written: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
+/// Returns false for a conflict: another process was faster.
+fn is_acquired(written: Result<Lease, kube::Error>) -> Result<bool, kube::Error> {
     match written {
         Ok(_) => Ok(true),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),

@@ -1,4 +1,5 @@
-//! What the controller counts. No label has values that users multiply: preloads are counted, not named.
+//! Metrics of the controller. No label has values that users control: preloads are counted, not
+//! named.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -12,10 +13,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 
-use crate::plan::Totals;
+use crate::plan::PlanTotals;
 use telemetry::metric_families::MetricFamilies;
 
-/// From a small cluster to the largest.
+/// Buckets from a small cluster to the largest.
 const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -34,20 +35,20 @@ struct ResultLabels {
     result: &'static str,
 }
 
-/// Counts what the controller does.
+/// Metrics of the controller.
 #[derive(Debug)]
-pub struct FleetMetrics {
+pub struct ControllerMetrics {
     families: Arc<MetricFamilies>,
     leader: Gauge<u64, AtomicU64>,
     preloads: Family<StateLabels, Gauge>,
     nodes: Family<StateLabels, Gauge>,
     writes: Family<WriteLabels, Counter>,
     watch_errors: Counter,
-    looks: Family<ResultLabels, Counter>,
+    resolutions: Family<ResultLabels, Counter>,
     plans: Histogram,
 }
 
-impl Default for FleetMetrics {
+impl Default for ControllerMetrics {
     fn default() -> Self {
         let mut families = MetricFamilies::new("controller_build", "The controller that answers");
         let metrics = Self {
@@ -58,7 +59,7 @@ impl Default for FleetMetrics {
                 .add("controller_writes", "Writes to the API server, by what and how they ended"),
             watch_errors: families
                 .add("controller_watch_errors", "Watches that broke; they are begun again"),
-            looks: families.add(
+            resolutions: families.add(
                 "preload_resolutions",
                 "References and secrets that were looked at, by how that ended",
             ),
@@ -70,8 +71,8 @@ impl Default for FleetMetrics {
             ),
             families: Arc::new(families),
         };
-        // There from the start, so that an alert that looks for them finds them.
-        metrics.count(Totals::default());
+        // Present from the start, so that alerts find them.
+        metrics.count(PlanTotals::default());
         for kind in ["node", "preload"] {
             for result in ["success", "conflict", "busy", "refused"] {
                 metrics.writes.get_or_create(&WriteLabels { kind, result }).inc_by(0);
@@ -81,22 +82,22 @@ impl Default for FleetMetrics {
     }
 }
 
-impl FleetMetrics {
-    /// Whether this process leads.
-    pub(super) fn leads(&self, leads: bool) {
+impl ControllerMetrics {
+    /// Records whether this process leads.
+    pub(super) fn set_leader(&self, leads: bool) {
         self.leader.set(u64::from(leads));
         if !leads {
-            // Whoever leads now counts them.
-            self.count(Totals::default());
+            // The new leader counts them now.
+            self.count(PlanTotals::default());
         }
     }
 
-    pub(super) fn planned(&self, totals: Totals, took: Duration) {
+    pub(super) fn record_plan(&self, totals: PlanTotals, took: Duration) {
         self.plans.observe(took.as_secs_f64());
         self.count(totals);
     }
 
-    fn count(&self, totals: Totals) {
+    fn count(&self, totals: PlanTotals) {
         let preloads =
             [("ready", totals.ready), ("stalled", totals.stalled), ("under_way", totals.under_way)];
         let nodes = [
@@ -113,19 +114,19 @@ impl FleetMetrics {
         }
     }
 
-    pub(super) fn wrote(&self, kind: &'static str, result: &'static str) {
+    pub(super) fn record_write(&self, kind: &'static str, result: &'static str) {
         self.writes.get_or_create(&WriteLabels { kind, result }).inc();
     }
 
-    pub(super) fn watch_broke(&self) {
+    pub(super) fn record_watch_error(&self) {
         self.watch_errors.inc();
     }
 
-    pub(super) fn looked(&self, result: &'static str) {
-        self.looks.get_or_create(&ResultLabels { result }).inc();
+    pub(super) fn resolved(&self, result: &'static str) {
+        self.resolutions.get_or_create(&ResultLabels { result }).inc();
     }
 
-    /// The route.
+    /// Returns the route for scrapes.
     pub fn router(&self) -> Router {
         self.families.router()
     }
@@ -139,7 +140,7 @@ mod tests {
 
     #[test]
     fn the_charts_alerts_ask_for_what_is_counted() {
-        let metrics = FleetMetrics::default();
+        let metrics = ControllerMetrics::default();
         let text = metrics.families.open_metrics();
         let alerts = include_str!("../../../../charts/csi-driver-oci/files/controller-alerts.yaml");
         let words = alerts.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));

@@ -1,27 +1,28 @@
-//! The controller: one process of the cluster that turns preloads into wishes of nodes.
+//! The controller: one process of the cluster that assigns artifacts to nodes.
 //!
 //! ```text
-//! lease    which process leads
-//! watch    what the API server tells -> the planner's facts
-//! look     what a reference means, and what the secrets have for its registry
-//! fleet    facts -> plan -> writes, again and again
-//! write    one write, and what its failure means
-//! events   what people are told of a preload, once each
-//! pace     how fast may be written
-//! metrics  what it counts
+//! lease    leader election
+//! watch    watches of the API server -> facts of the planner
+//! resolver   resolution of references and of credentials
+//! reconciler the reconciliation loop: facts -> plan -> writes
+//! write    one write, and the meaning of its failure
+//! events   events of preloads, one for each transition
+//! write_rate write rate limit
+//! metrics  metrics of the controller
 //! ```
 //!
-//! All that it knows is read from the API server and the registries; killed at any point, it goes on from there.
-//! Writes carry the version of what they change, so that one who leads no more changes nothing.
+//! All facts are read from the API server and the registries: a restarted controller continues
+//! where the last one ended. Writes carry the version of the object that they change, so that a
+//! process that has lost leadership changes nothing.
 
 mod events;
-pub mod fleet;
 pub mod lease;
-pub mod look;
 pub mod metrics;
-mod pace;
+pub mod reconciler;
+pub mod resolver;
 mod watch;
 mod write;
+mod write_rate;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,44 +34,44 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use crate::plan::facts::NamespaceQuota;
-pub use fleet::{Fleet, Pace};
-pub use lease::Elector;
-pub use look::{Look, Looker};
-pub use metrics::FleetMetrics;
+pub use lease::LeaderElection;
+pub use metrics::ControllerMetrics;
+pub use reconciler::{ControllerPace, PreloadReconciler};
+pub use resolver::{ReferenceResolver, RegistryResolver};
 use telemetry::http;
 
-/// Calls under way get this long to end.
-const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(8);
+/// Time for calls to end at shutdown.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How the controller runs.
+/// Options of the controller.
 #[derive(Clone, Debug)]
 pub struct ControllerOptions {
-    /// Of this process, among all that could lead.
+    /// Identity of this process, unique among all that could lead.
     pub identity: String,
-    /// Where the lease is.
+    /// Namespace of the lease.
     pub namespace: String,
-    /// The lease's name.
+    /// Name of the lease.
     pub lease: String,
-    /// Where health is served; none turns it off.
+    /// Address of the health endpoint; `None` disables it.
     pub health_endpoint: Option<String>,
-    /// Where metrics are served; none turns it off.
+    /// Address of the metrics endpoint; `None` disables it.
     pub metrics_endpoint: Option<String>,
-    /// How fast it writes.
-    pub pace: Pace,
-    /// What the preloads of one namespace may take.
+    /// Write rate of the controller.
+    pub pace: ControllerPace,
+    /// Quota of each namespace.
     pub quota: NamespaceQuota,
 }
 
-/// Runs until `shutdown`: leads whenever nobody else does.
+/// Runs until `shutdown`, and leads whenever no other process does.
 pub async fn run(
     client: Client,
-    look: Arc<dyn Look>,
+    resolver: Arc<dyn ReferenceResolver>,
     options: ControllerOptions,
     shutdown: CancellationToken,
 ) {
-    let metrics = Arc::new(FleetMetrics::default());
+    let metrics = Arc::new(ControllerMetrics::default());
     let tracker = TaskTracker::new();
-    // Whoever stands by is as ready as whoever leads: he takes over within seconds.
+    // A standby process is ready too: it takes over within seconds.
     let health = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(|| async { "ok\n" }));
@@ -87,19 +88,24 @@ pub async fn run(
             }
         }
     }
-    let elector = Elector::new(&client, &options.namespace, &options.lease, &options.identity);
+    let election =
+        LeaderElection::new(&client, &options.namespace, &options.lease, &options.identity);
     while !shutdown.is_cancelled() {
-        let Some(leading) = elector.lead(&shutdown).await else { break };
+        let Some(leadership) = election.lead(&shutdown).await else { break };
         tracing::info!(identity = options.identity, "leading");
-        metrics.leads(true);
-        let fleet =
-            Fleet::new(client.clone(), Arc::clone(&look), options.pace, Arc::clone(&metrics));
-        let fleet = fleet.with_quota(options.quota);
-        fleet.run(leading.lost().clone()).await;
-        metrics.leads(false);
-        leading.end().await;
+        metrics.set_leader(true);
+        let reconciler = PreloadReconciler::new(
+            client.clone(),
+            Arc::clone(&resolver),
+            options.pace,
+            Arc::clone(&metrics),
+        );
+        let reconciler = reconciler.with_quota(options.quota);
+        reconciler.run(leadership.lost().clone()).await;
+        metrics.set_leader(false);
+        leadership.end().await;
         tracing::info!("leading no more");
     }
     tracker.close();
-    let _ = tokio::time::timeout(SHUTDOWN_PATIENCE, tracker.wait()).await;
+    let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, tracker.wait()).await;
 }

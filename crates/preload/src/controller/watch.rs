@@ -1,7 +1,7 @@
-//! What the API server tells, as the planner's facts.
+//! Watches of the API server, which update the facts of the planner.
 //!
-//! A watch that breaks is begun again where it stopped, by the library; where that is too long ago, with a new list,
-//! and what is not in it any more is gone.
+//! kube resumes a broken watch where it stopped. If that version is too old, it lists all objects
+//! again, and objects that are no longer in the list are removed.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -16,69 +16,82 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::FleetMetrics;
+use super::ControllerMetrics;
 use crate::api::{ArtifactPreload, NodeArtifacts};
-use crate::plan::facts::{Node, World, key_of, turn};
+use crate::plan::facts::{ClusterState, NodeFacts, key_of, start_order};
 
-/// Events that wait to be taken; more wait in the connection.
+/// Capacity of the event queue. Further events wait in the connection.
 const QUEUE: usize = 256;
 
-/// Of a node, its name and labels: what it says every few seconds is not asked for.
+/// Metadata of a node, its name and labels: the status, which changes every few seconds, is not
+/// transferred.
 type NodeMetadata = PartialObjectMeta<ApiNode>;
 
-/// What was told.
+/// An event of one of the watches.
 #[expect(clippy::large_enum_variant, reason = "they are taken out at once, and few wait")]
-pub(super) enum Told {
+pub(super) enum WatchEvent {
     Preload(Event<ArtifactPreload>),
     Node(Event<NodeMetadata>),
     Object(Event<NodeArtifacts>),
 }
 
-/// Watches, until dropped.
-pub(super) struct Watching {
-    pub(super) told: mpsc::Receiver<Told>,
+/// Running watches, which end when dropped.
+pub(super) struct RunningWatches {
+    pub(super) events: mpsc::Receiver<WatchEvent>,
     pub(super) tasks: JoinSet<()>,
 }
 
-/// The state of three watches.
+/// Progress of the three watches.
 #[derive(Default)]
-pub(super) struct Gathering {
-    preloads: Gathered,
-    nodes: Gathered,
-    objects: Gathered,
+pub(super) struct WatchProgress {
+    preloads: ListProgress,
+    nodes: ListProgress,
+    objects: ListProgress,
 }
 
-/// One watch: which names the list under way has had, and whether one was ever whole.
+/// Progress of one watch: the names in the current list, and whether a list was ever complete.
 #[derive(Default)]
-struct Gathered {
+struct ListProgress {
     listed: HashSet<String>,
     whole: bool,
 }
 
-/// Begins all three.
-pub(super) fn watch(client: &Client, metrics: &Arc<FleetMetrics>) -> Watching {
-    let (sender, told) = mpsc::channel(QUEUE);
+/// Starts all three watches.
+pub(super) fn watch(client: &Client, metrics: &Arc<ControllerMetrics>) -> RunningWatches {
+    let (sender, events) = mpsc::channel(QUEUE);
     let mut tasks = JoinSet::new();
     let (preloads, nodes) = (Api::all(client.clone()), Api::all(client.clone()));
     let objects = Api::all(client.clone());
-    tasks.spawn(tell(
+    tasks.spawn(forward_events(
         "artifactpreloads",
         preloads,
-        Told::Preload,
+        WatchEvent::Preload,
         sender.clone(),
         Arc::clone(metrics),
     ));
-    tasks.spawn(tell("nodes", nodes, Told::Node, sender.clone(), Arc::clone(metrics)));
-    tasks.spawn(tell("nodeartifacts", objects, Told::Object, sender, Arc::clone(metrics)));
-    Watching { told, tasks }
+    tasks.spawn(forward_events(
+        "nodes",
+        nodes,
+        WatchEvent::Node,
+        sender.clone(),
+        Arc::clone(metrics),
+    ));
+    tasks.spawn(forward_events(
+        "nodeartifacts",
+        objects,
+        WatchEvent::Object,
+        sender,
+        Arc::clone(metrics),
+    ));
+    RunningWatches { events, tasks }
 }
 
-async fn tell<K>(
+async fn forward_events<K>(
     what: &'static str,
     api: Api<K>,
-    wrap: fn(Event<K>) -> Told,
-    sender: mpsc::Sender<Told>,
-    metrics: Arc<FleetMetrics>,
+    wrap: fn(Event<K>) -> WatchEvent,
+    sender: mpsc::Sender<WatchEvent>,
+    metrics: Arc<ControllerMetrics>,
 ) where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
@@ -91,63 +104,69 @@ async fn tell<K>(
                 }
             }
             Err(error) => {
-                metrics.watch_broke();
+                metrics.record_watch_error();
                 tracing::warn!(what, %error, "a watch broke and is begun again");
             }
         }
     }
 }
 
-impl Gathering {
-    /// Whether all that there is has been told: before that, what seems missing may only not have come yet.
+impl WatchProgress {
+    /// Returns whether all objects were listed once. Before that, a missing object may only not
+    /// have arrived yet.
     pub(super) fn is_whole(&self) -> bool {
         self.preloads.whole && self.nodes.whole && self.objects.whole
     }
 
-    /// Takes in what was told; whether it matters.
-    pub(super) fn take(&mut self, world: &mut World, told: Told) -> bool {
-        match told {
-            Told::Preload(event) => self.preloads.take(event, world, &Preloads),
-            Told::Node(event) => self.nodes.take(event, world, &Nodes),
-            Told::Object(event) => self.objects.take(event, world, &Objects),
+    /// Applies an event. Returns whether a new plan may be needed.
+    pub(super) fn take(&mut self, state: &mut ClusterState, event: WatchEvent) -> bool {
+        match event {
+            WatchEvent::Preload(event) => self.preloads.take(event, state, &PreloadObjects),
+            WatchEvent::Node(event) => self.nodes.take(event, state, &NodeObjects),
+            WatchEvent::Object(event) => self.objects.take(event, state, &AssignmentObjects),
         }
     }
 }
 
-/// How one kind of object gets into the world, and out of it.
-trait Kind<K> {
+/// Operations on one kind of object in the facts.
+trait WatchedKind<K> {
     fn name(&self, object: &K) -> Option<String>;
-    /// Whether it matters.
-    fn put(&self, world: &mut World, object: &K) -> bool;
-    fn remove(&self, world: &mut World, name: &str);
-    fn names(&self, world: &World) -> Vec<Arc<str>>;
-    /// A list begins. A server that was set back has lower versions than what is known.
-    fn relist(&self, world: &mut World);
+    /// Adds or updates an object. Returns whether a new plan may be needed.
+    fn put(&self, state: &mut ClusterState, object: &K) -> bool;
+    fn remove(&self, state: &mut ClusterState, name: &str);
+    fn names(&self, state: &ClusterState) -> Vec<Arc<str>>;
+    /// Prepares for a new list. A restored API server has lower versions than the known ones.
+    fn relist(&self, state: &mut ClusterState);
 }
 
-impl Gathered {
-    fn take<K>(&mut self, event: Event<K>, world: &mut World, kind: &impl Kind<K>) -> bool {
+impl ListProgress {
+    fn take<K>(
+        &mut self,
+        event: Event<K>,
+        state: &mut ClusterState,
+        kind: &impl WatchedKind<K>,
+    ) -> bool {
         match event {
             Event::Init => {
                 self.listed.clear();
-                kind.relist(world);
+                kind.relist(state);
                 false
             }
             Event::InitApply(object) => {
                 self.listed.extend(kind.name(&object));
-                kind.put(world, &object)
+                kind.put(state, &object)
             }
-            Event::Apply(object) => kind.put(world, &object),
+            Event::Apply(object) => kind.put(state, &object),
             Event::Delete(object) => {
                 if let Some(name) = kind.name(&object) {
-                    kind.remove(world, &name);
+                    kind.remove(state, &name);
                 }
                 true
             }
             Event::InitDone => {
-                for name in kind.names(world) {
+                for name in kind.names(state) {
                     if !self.listed.contains(&*name) {
-                        kind.remove(world, &name);
+                        kind.remove(state, &name);
                     }
                 }
                 self.listed = HashSet::new();
@@ -158,88 +177,88 @@ impl Gathered {
     }
 }
 
-struct Preloads;
-struct Nodes;
-struct Objects;
+struct PreloadObjects;
+struct NodeObjects;
+struct AssignmentObjects;
 
-impl Kind<ArtifactPreload> for Preloads {
+impl WatchedKind<ArtifactPreload> for PreloadObjects {
     fn name(&self, object: &ArtifactPreload) -> Option<String> {
         key_of(object)
     }
 
-    fn put(&self, world: &mut World, object: &ArtifactPreload) -> bool {
-        world.put_preload(object);
+    fn put(&self, state: &mut ClusterState, object: &ArtifactPreload) -> bool {
+        state.put_preload(object);
         true
     }
 
-    fn remove(&self, world: &mut World, name: &str) {
-        world.preloads.remove(name);
+    fn remove(&self, state: &mut ClusterState, name: &str) {
+        state.preloads.remove(name);
     }
 
-    fn names(&self, world: &World) -> Vec<Arc<str>> {
-        world.preloads.keys().cloned().collect()
+    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+        state.preloads.keys().cloned().collect()
     }
 
-    fn relist(&self, world: &mut World) {
-        world.preloads.values_mut().for_each(|preload| preload.relisted = true);
+    fn relist(&self, state: &mut ClusterState) {
+        state.preloads.values_mut().for_each(|preload| preload.relisted = true);
     }
 }
 
-impl Kind<NodeMetadata> for Nodes {
+impl WatchedKind<NodeMetadata> for NodeObjects {
     fn name(&self, object: &NodeMetadata) -> Option<String> {
         object.metadata.name.clone()
     }
 
-    fn put(&self, world: &mut World, object: &NodeMetadata) -> bool {
+    fn put(&self, state: &mut ClusterState, object: &NodeMetadata) -> bool {
         let metadata = &object.metadata;
         let (Some(name), Some(uid)) = (&metadata.name, &metadata.uid) else { return false };
-        let known = world.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
-        let node = Node {
+        let known = state.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
+        let node = NodeFacts {
             readiness: known.and_then(|known| known.readiness),
             uid: uid.clone(),
             labels: metadata.labels.clone().unwrap_or_default(),
             created: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
-            turn: turn(name),
+            start_order: start_order(name),
         };
-        // A node is written every few minutes by its kubelet; nothing of that matters here.
-        if world.nodes.get(name.as_str()) == Some(&node) {
+        // The kubelet updates a node every few minutes without a relevant change.
+        if state.nodes.get(name.as_str()) == Some(&node) {
             return false;
         }
-        let name = world.text(name);
-        world.nodes.insert(name, node);
+        let name = state.text(name);
+        state.nodes.insert(name, node);
         true
     }
 
-    fn remove(&self, world: &mut World, name: &str) {
-        world.nodes.remove(name);
+    fn remove(&self, state: &mut ClusterState, name: &str) {
+        state.nodes.remove(name);
     }
 
-    fn names(&self, world: &World) -> Vec<Arc<str>> {
-        world.nodes.keys().cloned().collect()
+    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+        state.nodes.keys().cloned().collect()
     }
 
-    fn relist(&self, _: &mut World) {}
+    fn relist(&self, _: &mut ClusterState) {}
 }
 
-impl Kind<NodeArtifacts> for Objects {
+impl WatchedKind<NodeArtifacts> for AssignmentObjects {
     fn name(&self, object: &NodeArtifacts) -> Option<String> {
         object.metadata.name.clone()
     }
 
-    fn put(&self, world: &mut World, object: &NodeArtifacts) -> bool {
-        world.put_object(object);
+    fn put(&self, state: &mut ClusterState, object: &NodeArtifacts) -> bool {
+        state.put_object(object);
         true
     }
 
-    fn remove(&self, world: &mut World, name: &str) {
-        world.objects.remove(name);
+    fn remove(&self, state: &mut ClusterState, name: &str) {
+        state.objects.remove(name);
     }
 
-    fn names(&self, world: &World) -> Vec<Arc<str>> {
-        world.objects.keys().cloned().collect()
+    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+        state.objects.keys().cloned().collect()
     }
 
-    fn relist(&self, world: &mut World) {
-        world.objects.values_mut().for_each(|object| object.relisted = true);
+    fn relist(&self, state: &mut ClusterState) {
+        state.objects.values_mut().for_each(|object| object.relisted = true);
     }
 }

@@ -1,8 +1,9 @@
-//! One write, and what its failure means.
+//! Writes to the API server, and the meaning of their failures.
 //!
-//! Every change carries the version that it was decided on, so it changes nothing that somebody else has changed
-//! meanwhile: not an edited spec, not what a new leader has written. What was sent then counts as what is there: a
-//! definition that is older than this program drops fields, and they would be sent again and again.
+//! Every change carries the version that it was decided on, so that it never overwrites a
+//! concurrent change, such as an edited spec or the write of a new leader. After a write, the sent
+//! value counts as the current one: an older CustomResourceDefinition drops fields, which would
+//! otherwise be sent again and again.
 
 use std::time::Duration;
 
@@ -16,27 +17,27 @@ use crate::api::{
     ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, NodeArtifactsSpec, SealedCredentials,
     WantedArtifact,
 };
-use crate::plan::facts::Wanted;
+use crate::plan::facts::AssignedArtifact;
 
-/// Who the API server says has written.
+/// Field manager of the writes.
 const MANAGER: &str = "csi-driver-oci-controller";
-/// A write that takes longer has failed.
+/// Timeout of a write.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why a write failed.
+/// Reason why a write failed.
 #[derive(Debug)]
-pub(super) enum Trouble {
-    /// It was decided on what is no longer so: the watch tells what is.
+pub(super) enum ObjectWriteError {
+    /// Conflict with a newer version, which the watch reports.
     Outdated,
-    /// The API server is busy or away; it may say how long.
+    /// The API server is overloaded or unavailable, maybe with `Retry-After`.
     Busy(Option<Duration>, String),
-    /// It does not want this.
+    /// The API server refuses the write.
     Refused(String),
 }
 
-impl Trouble {
-    /// In one word, for metrics.
-    pub(super) fn word(&self) -> &'static str {
+impl ObjectWriteError {
+    /// Returns the label of the reason in metrics.
+    pub(super) fn label(&self) -> &'static str {
         match self {
             Self::Outdated => "conflict",
             Self::Busy(..) => "busy",
@@ -45,7 +46,7 @@ impl Trouble {
     }
 }
 
-impl From<kube::Error> for Trouble {
+impl From<kube::Error> for ObjectWriteError {
     fn from(error: kube::Error) -> Self {
         let text = error.to_string();
         match error {
@@ -63,21 +64,21 @@ impl From<kube::Error> for Trouble {
     }
 }
 
-/// Makes a node's object; it goes with the node.
+/// Creates the object of a node. It is deleted with the node.
 pub(super) async fn create(
     client: Client,
     node: &str,
     uid: &str,
-) -> Result<NodeArtifacts, Trouble> {
+) -> Result<NodeArtifacts, ObjectWriteError> {
     let mut object = NodeArtifacts::new(node, NodeArtifactsSpec::default());
     object.metadata.owner_references = Some(vec![owner(node, uid)]);
     let parameters =
         PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
     let api: Api<NodeArtifacts> = Api::all(client);
-    in_time(api.create(&parameters, &object)).await
+    with_timeout(api.create(&parameters, &object)).await
 }
 
-/// The node, as its object's owner.
+/// Returns the node as the owner of its object.
 pub(super) fn owner(node: &str, uid: &str) -> OwnerReference {
     OwnerReference {
         api_version: "v1".to_owned(),
@@ -88,14 +89,14 @@ pub(super) fn owner(node: &str, uid: &str) -> OwnerReference {
     }
 }
 
-/// Says what a node is to hold.
+/// Writes the assignment of a node.
 pub(super) async fn assign(
     client: Client,
     node: &str,
     version: &str,
     spec: NodeArtifactsSpec,
-) -> Result<NodeArtifacts, Trouble> {
-    // All of it: in a merge patch, what is not named stays.
+) -> Result<NodeArtifacts, ObjectWriteError> {
+    // A merge patch keeps fields that are not named, so this names all of them.
     let change = json!({
         "metadata": {"resourceVersion": version},
         "spec": {
@@ -104,42 +105,43 @@ pub(super) async fn assign(
         },
     });
     let api: Api<NodeArtifacts> = Api::all(client);
-    let mut object = in_time(api.patch(node, &parameters(), &Patch::Merge(&change))).await?;
+    let mut object = with_timeout(api.patch(node, &parameters(), &Patch::Merge(&change))).await?;
     object.spec = spec;
     Ok(object)
 }
 
-/// Says how far a preload is.
+/// Writes the status of a preload.
 pub(super) async fn report(
     client: Client,
     preload: &str,
     version: &str,
     status: &ArtifactPreloadStatus,
-) -> Result<ArtifactPreload, Trouble> {
+) -> Result<ArtifactPreload, ObjectWriteError> {
     let change = json!({
         "metadata": {"resourceVersion": version},
-        "status": whole(status),
+        "status": all_fields(status),
     });
     let (namespace, name) = split(preload);
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
-    let mut object = in_time(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await?;
+    let mut object =
+        with_timeout(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await?;
     object.status = Some(status.clone());
     Ok(object)
 }
 
-/// Deletes a preload whose time is over, if it is still the same.
+/// Deletes a preload after its TTL, if it is still the same.
 pub(super) async fn delete(
     client: Client,
     preload: &str,
     uid: &str,
     version: &str,
-) -> Result<(), Trouble> {
+) -> Result<(), ObjectWriteError> {
     let only =
         Preconditions { uid: Some(uid.to_owned()), resource_version: Some(version.to_owned()) };
     let parameters = DeleteParams::default().preconditions(only);
     let (namespace, name) = split(preload);
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
-    in_time(api.delete(name, &parameters)).await.map(|_| ())
+    with_timeout(api.delete(name, &parameters)).await.map(|_| ())
 }
 
 /// Splits `namespace/name` of a preload.
@@ -147,10 +149,10 @@ pub(super) fn split(preload: &str) -> (&str, &str) {
     preload.split_once('/').unwrap_or(("", preload))
 }
 
-/// A wish as the node reads it.
+/// Returns an assignment in its API form.
 pub(super) fn wanted(
     preload: &str,
-    wanted: &Wanted,
+    wanted: &AssignedArtifact,
     credentials: Option<SealedCredentials>,
 ) -> WantedArtifact {
     WantedArtifact {
@@ -167,8 +169,9 @@ pub(super) fn wanted(
     }
 }
 
-/// In a merge patch, what is not named stays: what is not there any more is named as null.
-fn whole(status: &ArtifactPreloadStatus) -> Value {
+/// Returns all fields of a status. A merge patch keeps fields that are not named, so removed ones
+/// are null.
+fn all_fields(status: &ArtifactPreloadStatus) -> Value {
     let mut value = json!({
         "reference": null,
         "digest": null,
@@ -194,10 +197,12 @@ fn parameters() -> PatchParams {
     PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() }
 }
 
-async fn in_time<T>(write: impl Future<Output = Result<T, kube::Error>>) -> Result<T, Trouble> {
+async fn with_timeout<T>(
+    write: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, ObjectWriteError> {
     match tokio::time::timeout(TIMEOUT, write).await {
-        Ok(written) => written.map_err(Trouble::from),
-        Err(_) => Err(Trouble::Busy(None, "it did not answer in time".to_owned())),
+        Ok(written) => written.map_err(ObjectWriteError::from),
+        Err(_) => Err(ObjectWriteError::Busy(None, "it did not answer in time".to_owned())),
     }
 }
 
@@ -206,8 +211,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_names_what_is_not_there_any_more() {
-        let value = whole(&ArtifactPreloadStatus::default());
+    fn removed_fields_of_a_status_are_null() {
+        let value = all_fields(&ArtifactPreloadStatus::default());
         for key in ["digest", "readyReference", "completionTime", "failedNodes"] {
             assert_eq!(value.get(key), Some(&Value::Null), "{key}");
         }
@@ -215,7 +220,7 @@ mod tests {
             digest: Some("sha256:00".into()),
             ..ArtifactPreloadStatus::default()
         };
-        assert_eq!(whole(&full)["digest"], "sha256:00");
-        assert_eq!(whole(&full)["desired"], 0);
+        assert_eq!(all_fields(&full)["digest"], "sha256:00");
+        assert_eq!(all_fields(&full)["desired"], 0);
     }
 }

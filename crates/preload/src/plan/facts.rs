@@ -1,6 +1,7 @@
-//! What the planner knows: preloads, nodes, and what is written about both.
+//! Facts of the planner: preloads, nodes, and the objects of nodes.
 //!
-//! Names that many nodes share are kept once; a fleet of thousands with hundreds of preloads has millions of pairs.
+//! Texts that many nodes share are stored once: a cluster of thousands of nodes with hundreds of
+//! preloads has millions of pairs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -18,275 +19,276 @@ use text::duration::GoDuration;
 /// Seconds since 1970.
 pub type Seconds = i64;
 
-/// A preload as long as this process knows it: `namespace/name` in few bytes.
+/// Short identifier of `namespace/name` of a preload, valid in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PreloadId(u32);
 
-/// What the preloads of one namespace may take. The default bounds nothing.
+/// Quota of the preloads of one namespace. The default has no limits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NamespaceQuota {
-    /// How many there may be.
+    /// Maximum number of preloads.
     pub preloads: Option<usize>,
-    /// Bytes that their pins may hold together on each node.
+    /// Maximum bytes that their pins may hold together on each node.
     pub pinned_bytes: Option<u64>,
 }
 
-/// All that is known.
+/// All facts of the planner.
 #[derive(Debug, Default)]
-pub struct World {
-    /// What one namespace may take.
+pub struct ClusterState {
+    /// Quota of each namespace.
     pub quota: NamespaceQuota,
-    /// By `namespace/name`.
-    pub preloads: BTreeMap<Arc<str>, Preload>,
-    /// By name.
-    pub nodes: BTreeMap<Arc<str>, Node>,
-    /// What is written about nodes, by name.
-    pub objects: HashMap<Arc<str>, Object>,
+    /// Preloads by `namespace/name`.
+    pub preloads: BTreeMap<Arc<str>, PreloadFacts>,
+    /// Nodes by name.
+    pub nodes: BTreeMap<Arc<str>, NodeFacts>,
+    /// Objects of nodes, by name.
+    pub objects: HashMap<Arc<str>, NodeObject>,
     ids: HashMap<Arc<str>, PreloadId>,
     keys: Vec<Arc<str>>,
     texts: HashSet<Arc<str>>,
 }
 
-/// What a user wants.
+/// Facts of a preload.
 #[derive(Clone, Debug)]
-pub struct Preload {
-    /// Its short name.
+pub struct PreloadFacts {
+    /// Identifier of the preload.
     pub id: PreloadId,
-    /// Of the API server.
+    /// UID of the object.
     pub uid: String,
-    /// Of the API server.
+    /// Resource version of the object.
     pub version: String,
-    /// When it was made.
+    /// Creation time of the object.
     pub created: Seconds,
-    /// Of the spec.
+    /// Generation of the spec.
     pub generation: i64,
-    /// The spec.
+    /// Spec of the object.
     pub spec: ArtifactPreloadSpec,
-    /// The spec, understood.
-    pub parsed: Result<Parsed, String>,
-    /// As it was last read or written.
+    /// Spec with parsed texts, or the reason why it is invalid.
+    pub parsed: Result<ParsedSpec, String>,
+    /// Status as it was last read or written.
     pub status: ArtifactPreloadStatus,
-    /// What the reference means.
-    pub meaning: Meaning,
-    /// With what it may be fetched.
-    pub access: Access,
-    /// A list has begun: what it has counts, whatever its version is.
+    /// Resolution of the reference.
+    pub resolution: ReferenceResolution,
+    /// Access to the registry.
+    pub access: RegistryAccess,
+    /// True after a new list began: its version counts, even if it is lower.
     pub relisted: bool,
 }
 
-/// A spec whose texts are understood.
+/// A spec with parsed texts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Parsed {
-    /// As it was written.
+pub struct ParsedSpec {
+    /// Reference as it was written.
     pub reference: Reference,
-    /// Of the artifact.
+    /// Platforms that the artifact must support.
     pub platforms: Vec<Platform>,
-    /// How many at once.
+    /// Maximum number of nodes that pull at once.
     pub parallelism: NodeCount,
-    /// The number of selected nodes that may stay away while the preload counts as ready.
+    /// Number of selected nodes that may be away while the preload counts as ready.
     pub tolerated: NodeCount,
-    /// Over how long.
+    /// Duration over which the start of nodes is spread.
     pub spread: Duration,
 }
 
 /// A number of nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeCount {
-    /// So many.
+    /// An absolute number.
     Nodes(usize),
-    /// So many in a hundred of those that are selected.
+    /// A percentage of the selected nodes.
     Percent(usize),
 }
 
-/// What a reference means.
+/// Resolution of a reference.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Meaning {
-    /// Not asked yet.
+pub enum ReferenceResolution {
+    /// Unresolved so far.
     #[default]
     Unknown,
-    /// The registry said so.
-    Known(Known),
-    /// It cannot be said.
-    Refused(Refusal),
+    /// Resolved by the registry.
+    Known(ResolvedArtifact),
+    /// Failed with this reason.
+    Refused(ResolutionFailure),
 }
 
-/// What the registry said of a reference.
+/// A digest that a reference resolved to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
-    /// `spec.reference` at that time.
+pub struct ResolvedArtifact {
+    /// Value of `spec.reference` at that time.
     pub reference: String,
-    /// A manifest or an index.
+    /// Digest of a manifest or an index.
     pub digest: Digest,
-    /// Of an index; empty where it is none.
+    /// Platforms of an index; empty if it is not an index.
     pub platforms: Vec<Platform>,
-    /// Of its layers in the registry; of an index, for the platform with the fewest.
+    /// Bytes of the layers in the registry; for an index, those of the platform with the fewest.
     pub bytes: Option<u64>,
-    /// The origin of the answer: the registry, or an earlier answer.
-    pub origin: Origin,
+    /// Origin of the answer: the registry, or an earlier answer.
+    pub origin: AnswerOrigin,
 }
 
-/// The origin of an answer.
+/// Origin of an answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Origin {
-    /// When the registry was asked; none where that is not known.
+pub struct AnswerOrigin {
+    /// Time of the request to the registry; `None` if unknown.
     pub resolved_at: Option<Seconds>,
-    /// Names of the secrets that it was asked with.
+    /// Names of the secrets of the request.
     pub pull_secrets: Vec<String>,
-    /// Present where the registry did not answer, and this is an answer that it gave to the preload before.
-    pub unavailable: Option<Unavailable>,
+    /// Present if the registry did not answer, and this is its earlier answer to the preload.
+    pub unavailable: Option<RegistryOutage>,
 }
 
 /// A registry that does not answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unavailable {
-    /// The time of the first request without an answer, in seconds since 1970.
+pub struct RegistryOutage {
+    /// Time of the first request without an answer, in seconds since 1970.
     pub since: Seconds,
-    /// The time of the next request, in seconds since 1970.
+    /// Time of the next request, in seconds since 1970.
     pub retry_at: Seconds,
 }
 
-/// With what an artifact may be fetched.
+/// Access to the registry of an artifact.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Access {
+pub enum RegistryAccess {
     /// The secrets were not read yet.
     #[default]
     Unknown,
-    /// No secret has anything for the registry, or none is named.
+    /// No secrets are named, or none has a credential for the registry.
     Open,
-    /// Secrets of this version.
+    /// Credentials of the secrets.
     Sealed {
-        /// Changes when a secret changes.
+        /// Version of the secrets, which changes with them.
         version: Arc<str>,
-        /// When they are read again, if nodes still need them.
+        /// Time at which they are read again, if nodes still need them.
         until: Seconds,
     },
-    /// They cannot be used.
-    Refused(Refusal),
+    /// The secrets are unusable for this reason.
+    Refused(ResolutionFailure),
 }
 
-/// Why something cannot be known.
+/// Reason why a resolution failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// In one word.
+pub struct ResolutionFailure {
+    /// Reason in one word.
     pub reason: &'static str,
-    /// For people.
+    /// Message with details of the reason.
     pub message: String,
-    /// Whether it may pass by itself.
+    /// True if a retry may succeed without a change.
     pub transient: bool,
-    /// True if the registry answered no request, whatever the credential. 429 and 5xx are no answers.
+    /// True if the registry answered no request, whatever the credential. 429 and 5xx are not
+    /// answers.
     pub unanswered: bool,
-    /// When it is tried again.
+    /// Time of the next attempt.
     pub retry_at: Seconds,
 }
 
-/// A node of the cluster.
+/// Facts of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Node {
-    /// Of the API server.
+pub struct NodeFacts {
+    /// UID of the node.
     pub uid: String,
-    /// Its labels.
+    /// Labels of the node.
     pub labels: BTreeMap<String, String>,
-    /// When it joined.
+    /// Creation time of the node.
     pub created: Seconds,
-    /// Where it stands when nodes take turns: the same for all preloads, so that what is new for a node comes in one
-    /// write.
-    pub turn: u64,
-    /// The node's condition Ready, where it was read from the API server.
-    pub readiness: Option<Readiness>,
+    /// Position of the node in the order of starts. It is the same for all preloads, so that one
+    /// write assigns several artifacts to a node.
+    pub start_order: u64,
+    /// Condition Ready of the node, if it was read from the API server.
+    pub readiness: Option<NodeReadiness>,
 }
 
-/// A node's condition Ready, as it was read from the API server.
+/// Condition Ready of a node, as it was read from the API server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Readiness {
+pub struct NodeReadiness {
     /// True unless the condition is False or Unknown.
     pub is_ready: bool,
-    /// The time until which it counts, in seconds since 1970.
+    /// Time until which the value is used, in seconds since 1970.
     pub until: Seconds,
 }
 
-/// What is written about a node.
+/// Facts of a `NodeArtifacts` object.
 #[derive(Clone, Debug)]
-pub struct Object {
-    /// Of the API server.
+pub struct NodeObject {
+    /// Resource version of the object.
     pub version: String,
-    /// The uid of the node that it was made for.
+    /// UID of the node that the object was created for.
     pub owner: Option<String>,
-    /// When it was made.
+    /// Creation time of the object.
     pub created: Seconds,
-    /// What it is to hold, by preload.
-    pub wanted: Vec<Wanted>,
-    /// Bytes that pins of one namespace may hold, as the node was told.
+    /// Artifacts that the node has to hold, by preload.
+    pub wanted: Vec<AssignedArtifact>,
+    /// Bytes that the pins of one namespace may hold, as the node was told.
     pub pinned_bytes_per_namespace: Option<u64>,
-    /// What it says.
-    pub report: Option<Report>,
-    /// A list has begun: what it has counts, whatever its version is.
+    /// Status that the node reported.
+    pub report: Option<NodeReport>,
+    /// True after a new list began: its version counts, even if it is lower.
     pub relisted: bool,
 }
 
-/// What a node is to hold.
+/// An artifact that a node has to hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
-    /// For whom.
+pub struct AssignedArtifact {
+    /// Preload that wants it.
     pub preload: PreloadId,
-    /// With its digest.
+    /// Reference with its digest.
     pub reference: Arc<str>,
-    /// Whether it is kept.
+    /// True if it is protected from eviction.
     pub pin: bool,
-    /// Seconds of a try.
+    /// Maximum duration of an attempt, in seconds.
     pub timeout: i32,
-    /// Further tries.
+    /// Number of retries.
     pub backoff: i32,
-    /// Since when.
+    /// Time since which it is wanted.
     pub since: Seconds,
-    /// When the registry said that the tag means it, where the node may serve pods by the tag.
+    /// Time at which the registry resolved the tag, if the node may serve pods by the tag.
     pub resolved_at: Option<Seconds>,
-    /// Credentials that are there.
-    pub sealed: Option<Sealed>,
+    /// Sealed credentials that the object has.
+    pub sealed: Option<SealedVersion>,
 }
 
-/// Which credentials.
+/// Identity of sealed credentials.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sealed {
-    /// To which key.
+pub struct SealedVersion {
+    /// Public key that they are sealed to.
     pub key: Arc<str>,
-    /// Of which version.
+    /// Version of the secrets.
     pub version: Arc<str>,
 }
 
-/// What a node says.
+/// Status that a node reported.
 #[derive(Clone, Debug)]
-pub struct Report {
-    /// What it is.
+pub struct NodeReport {
+    /// Platform of the node.
     pub platform: Option<Platform>,
-    /// Bytes that it has room for at most, where it says so.
+    /// Bytes of artifacts that the node can hold at most, if it reports them.
     pub capacity: Option<u64>,
-    /// The key of its process.
+    /// Public key of its process.
     pub public_key: Arc<str>,
-    /// How far it is, by preload.
-    pub held: Vec<Held>,
+    /// Progress of each artifact, by preload.
+    pub held: Vec<ArtifactProgress>,
 }
 
-/// How far one artifact is on a node.
+/// Progress of one artifact on a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// For whom.
+pub struct ArtifactProgress {
+    /// Preload that wants it.
     pub preload: PreloadId,
-    /// Which; empty where the node does not say it.
+    /// Reference; empty if the node does not report it.
     pub reference: Arc<str>,
-    /// What that means.
+    /// Digest of the artifact.
     pub digest: Arc<str>,
-    /// How far.
+    /// Phase of the artifact.
     pub phase: Phase,
-    /// Since when it is fetched, where it is and the node says it.
+    /// Time since which it is pulled, if the node reports it.
     pub since: Option<Seconds>,
-    /// Why not ready.
+    /// Reason why it is not ready.
     pub reason: Arc<str>,
-    /// The same for people.
+    /// Message with details of the reason.
     pub message: Arc<str>,
 }
 
-impl World {
-    /// The short name of `namespace/name`.
+impl ClusterState {
+    /// Returns the identifier of `namespace/name`.
     pub fn id(&mut self, key: &str) -> PreloadId {
         if let Some(id) = self.ids.get(key) {
             return *id;
@@ -298,13 +300,13 @@ impl World {
         id
     }
 
-    /// The inverse.
+    /// Returns `namespace/name` of an identifier.
     #[must_use]
     pub fn key(&self, id: PreloadId) -> Arc<str> {
         self.keys.get(id.0 as usize).cloned().unwrap_or_else(|| Arc::from(""))
     }
 
-    /// One copy of a text.
+    /// Returns the shared copy of a text.
     pub fn text(&mut self, text: &str) -> Arc<str> {
         if let Some(known) = self.texts.get(text) {
             return Arc::clone(known);
@@ -314,12 +316,12 @@ impl World {
         text
     }
 
-    /// Forgets texts that nobody has any more.
+    /// Drops texts that are no longer used.
     pub fn forget_texts(&mut self) {
         self.texts.retain(|text| Arc::strong_count(text) > 1);
     }
 
-    /// A preload was made or changed.
+    /// Adds or updates a preload.
     pub fn put_preload(&mut self, object: &ArtifactPreload) {
         let Some(key) = key_of(object) else { return };
         if object.metadata.deletion_timestamp.is_some() {
@@ -337,16 +339,17 @@ impl World {
         match self.preloads.get_mut(&key) {
             Some(known)
                 if known.uid == uid && !known.relisted && is_newer(&known.version, &version) => {}
-            // What is known of one is of no use for another one of the same name.
+            // Facts of a deleted preload do not apply to a new one of the same name.
             Some(known) if known.uid == uid => {
                 let other_reference = known.spec.reference != object.spec.reference;
                 let other_secrets = known.spec.pull_secrets != object.spec.pull_secrets;
                 if other_reference || other_secrets {
-                    known.access = Access::Unknown;
+                    known.access = RegistryAccess::Unknown;
                 }
-                // A refusal may not hold for other secrets, and an earlier answer holds for secrets of the same names alone.
-                if other_reference || (other_secrets && !known.meaning.is_answer()) {
-                    known.meaning = Meaning::Unknown;
+                // A refusal may not apply to other secrets, and an earlier answer applies only to
+                // secrets of the same names.
+                if other_reference || (other_secrets && !known.resolution.is_answer()) {
+                    known.resolution = ReferenceResolution::Unknown;
                 }
                 known.parsed = parse(&object.spec);
                 known.spec = object.spec.clone();
@@ -354,10 +357,10 @@ impl World {
                 known.relisted = false;
                 known.generation = generation;
                 known.status = status;
-                known.recall();
+                known.restore();
             }
             _ => {
-                let mut preload = Preload {
+                let mut preload = PreloadFacts {
                     id,
                     uid,
                     version,
@@ -366,29 +369,29 @@ impl World {
                     spec: object.spec.clone(),
                     parsed: parse(&object.spec),
                     status,
-                    meaning: Meaning::Unknown,
-                    access: Access::Unknown,
+                    resolution: ReferenceResolution::Unknown,
+                    access: RegistryAccess::Unknown,
                     relisted: false,
                 };
-                preload.recall();
+                preload.restore();
                 self.preloads.insert(key, preload);
             }
         }
     }
 
-    /// What is written about a node, read.
+    /// Adds or updates the object of a node.
     pub fn put_object(&mut self, object: &NodeArtifacts) {
         let name = self.text(object.metadata.name.as_deref().unwrap_or_default());
         let owners = object.metadata.owner_references.iter().flatten();
         let mut owners = owners.filter(|owner| owner.kind == "Node");
         let owner = owners.next().map(|owner| owner.uid.clone());
-        let mut wanted: Vec<Wanted> = Vec::with_capacity(object.spec.artifacts.len());
+        let mut wanted: Vec<AssignedArtifact> = Vec::with_capacity(object.spec.artifacts.len());
         for artifact in &object.spec.artifacts {
-            let sealed = artifact.credentials.as_ref().map(|sealed| Sealed {
+            let sealed = artifact.credentials.as_ref().map(|sealed| SealedVersion {
                 key: self.text(&sealed.key),
                 version: self.text(&sealed.version),
             });
-            wanted.push(Wanted {
+            wanted.push(AssignedArtifact {
                 preload: self.id(&artifact.preload),
                 reference: self.text(&artifact.reference),
                 pin: artifact.pin,
@@ -403,9 +406,9 @@ impl World {
             .sort_by(|one, two| (one.preload, &one.reference).cmp(&(two.preload, &two.reference)));
         let said = object.status.as_ref().filter(|status| !status.platform.is_empty());
         let report = said.map(|status| {
-            let mut held: Vec<Held> = Vec::with_capacity(status.artifacts.len());
+            let mut held: Vec<ArtifactProgress> = Vec::with_capacity(status.artifacts.len());
             for artifact in &status.artifacts {
-                held.push(Held {
+                held.push(ArtifactProgress {
                     preload: self.id(&artifact.preload),
                     reference: self.text(&artifact.reference),
                     digest: self.text(&artifact.digest),
@@ -416,7 +419,7 @@ impl World {
                 });
             }
             held.sort_by_key(|held| held.preload);
-            Report {
+            NodeReport {
                 platform: status.platform.parse().ok(),
                 capacity: status.capacity_bytes.and_then(|bytes| u64::try_from(bytes).ok()),
                 public_key: self.text(&status.public_key),
@@ -432,7 +435,7 @@ impl World {
         }
         let bound = object.spec.max_pinned_bytes_per_namespace;
         let pinned_bytes_per_namespace = bound.and_then(|bytes| u64::try_from(bytes).ok());
-        let object = Object {
+        let object = NodeObject {
             version,
             owner,
             created,
@@ -445,48 +448,53 @@ impl World {
     }
 }
 
-impl Meaning {
-    /// Returns whether the registry has said so since it was last asked.
+impl ReferenceResolution {
+    /// Returns whether the registry has answered since it was last asked.
     #[must_use]
     pub fn is_answer(&self) -> bool {
-        matches!(self, Self::Known(Known { origin: Origin { unavailable: None, .. }, .. }))
+        matches!(
+            self,
+            Self::Known(ResolvedArtifact { origin: AnswerOrigin { unavailable: None, .. }, .. })
+        )
     }
 }
 
-impl Preload {
-    /// Takes in what came of asking the registry. A registry that does not answer leaves what it has answered before to
-    /// this very object; one that refuses does not.
-    pub fn learn(&mut self, found: Meaning, now: Seconds) {
-        if self.meaning.is_answer() {
+impl PreloadFacts {
+    /// Applies the result of a resolution. If the registry does not answer, its earlier answer to
+    /// this object is kept; if it refuses, it is not.
+    pub fn apply_resolution(&mut self, found: ReferenceResolution, now: Seconds) {
+        if self.resolution.is_answer() {
             return;
         }
-        let before = match &self.meaning {
-            Meaning::Known(known) => known.origin.unavailable,
-            Meaning::Unknown | Meaning::Refused(_) => None,
+        let before = match &self.resolution {
+            ReferenceResolution::Known(known) => known.origin.unavailable,
+            ReferenceResolution::Unknown | ReferenceResolution::Refused(_) => None,
         };
-        self.meaning = match found {
-            Meaning::Refused(refusal) if refusal.unanswered => {
+        self.resolution = match found {
+            ReferenceResolution::Refused(refusal) if refusal.unanswered => {
                 let since = before.map_or(now, |before| before.since);
-                let unavailable = Unavailable { since, retry_at: refusal.retry_at };
-                self.earlier_answer(unavailable).map_or(Meaning::Refused(refusal), Meaning::Known)
+                let unavailable = RegistryOutage { since, retry_at: refusal.retry_at };
+                self.earlier_answer(unavailable)
+                    .map_or(ReferenceResolution::Refused(refusal), ReferenceResolution::Known)
             }
             found => found,
         };
     }
 
-    /// Takes in that the secrets could not be read: an earlier answer is for secrets that are there.
-    pub fn lose_secrets(&mut self, refusal: &Refusal) {
-        let Meaning::Known(known) = &mut self.meaning else { return };
+    /// Records that the secrets could not be read: an earlier answer applies to present secrets
+    /// only.
+    pub fn lose_secrets(&mut self, refusal: &ResolutionFailure) {
+        let ReferenceResolution::Known(known) = &mut self.resolution else { return };
         match &mut known.origin.unavailable {
             Some(unavailable) if refusal.transient => unavailable.retry_at = refusal.retry_at,
-            Some(_) => self.meaning = Meaning::Unknown,
+            Some(_) => self.resolution = ReferenceResolution::Unknown,
             None => {}
         }
     }
 
-    /// Returns what the registry last answered to this object about its reference, with secrets of the same names. Of a
-    /// digest, it is enough that any tag of the repository has meant it.
-    fn earlier_answer(&self, unavailable: Unavailable) -> Option<Known> {
+    /// Returns the last answer of the registry to this object about its reference, with secrets of
+    /// the same names. For a digest, any tag of the repository that resolved to it is enough.
+    fn earlier_answer(&self, unavailable: RegistryOutage) -> Option<ResolvedArtifact> {
         let wanted = &self.parsed.as_ref().ok()?.reference;
         let is_wanted = |answer: &&ResolvedReference| {
             let Ok(reference) = answer.reference.parse::<Reference>() else { return false };
@@ -507,19 +515,23 @@ impl Preload {
         let mut answers = self.status.history.iter().filter(is_wanted);
         let answer = match wanted.digest() {
             Some(_) => answers.find(has_names),
-            // An older answer about a tag is no answer.
+            // An older answer about a tag does not count.
             None => answers.next().filter(has_names),
         };
         self.known(answer?, Some(unavailable))
     }
 
-    fn known(&self, answer: &ResolvedReference, unavailable: Option<Unavailable>) -> Option<Known> {
-        Some(Known {
+    fn known(
+        &self,
+        answer: &ResolvedReference,
+        unavailable: Option<RegistryOutage>,
+    ) -> Option<ResolvedArtifact> {
+        Some(ResolvedArtifact {
             reference: self.spec.reference.clone(),
             digest: answer.digest.parse().ok()?,
             platforms: answer.platforms.iter().filter_map(|text| text.parse().ok()).collect(),
             bytes: answer.bytes.and_then(|bytes| u64::try_from(bytes).ok()),
-            origin: Origin {
+            origin: AnswerOrigin {
                 resolved_at: Some(answer.resolved_at.0.as_second()),
                 pull_secrets: answer.pull_secrets.clone(),
                 unavailable,
@@ -527,20 +539,22 @@ impl Preload {
         })
     }
 
-    /// What is known without asking: nothing is to be read, or its status says what was found out before.
-    fn recall(&mut self) {
+    /// Restores what is known without a request: access without secrets, and the resolution in the
+    /// status.
+    fn restore(&mut self) {
         if self.spec.pull_secrets.is_empty() {
-            self.access = Access::Open;
+            self.access = RegistryAccess::Open;
         }
         let status = &self.status;
-        let known = matches!(self.meaning, Meaning::Known(_));
+        let known = matches!(self.resolution, ReferenceResolution::Known(_));
         if known || status.reference.as_deref() != Some(self.spec.reference.as_str()) {
             return;
         }
         if let Some(since) = &status.registry_unavailable_since {
             let since = since.0.as_second();
-            let earlier = self.earlier_answer(Unavailable { since, retry_at: since });
-            self.meaning = earlier.map_or(Meaning::Unknown, Meaning::Known);
+            let earlier = self.earlier_answer(RegistryOutage { since, retry_at: since });
+            self.resolution =
+                earlier.map_or(ReferenceResolution::Unknown, ReferenceResolution::Known);
             return;
         }
         let is_current = |answer: &&ResolvedReference| {
@@ -549,27 +563,28 @@ impl Preload {
         };
         let answer = status.history.iter().find(is_current);
         if let Some(known) = answer.and_then(|answer| self.known(answer, None)) {
-            self.meaning = Meaning::Known(known);
+            self.resolution = ReferenceResolution::Known(known);
         } else if let Some(digest) = status.digest.as_deref().and_then(|text| text.parse().ok()) {
-            self.meaning = Meaning::Known(Known {
+            self.resolution = ReferenceResolution::Known(ResolvedArtifact {
                 reference: self.spec.reference.clone(),
                 digest,
                 platforms: status.platforms.iter().filter_map(|text| text.parse().ok()).collect(),
                 bytes: status.bytes.and_then(|bytes| u64::try_from(bytes).ok()),
-                origin: Origin::default(),
+                origin: AnswerOrigin::default(),
             });
         }
     }
 }
 
-/// `namespace/name`.
+/// Returns `namespace/name` of a preload.
 #[must_use]
 pub fn key_of(object: &ArtifactPreload) -> Option<String> {
     let metadata = &object.metadata;
     Some(format!("{}/{}", metadata.namespace.as_deref()?, metadata.name.as_deref()?))
 }
 
-/// Whether the first version is after the second: they are numbers, and one that is none is never newer.
+/// Returns whether the first version is newer. Versions are numbers; texts that are not are never
+/// newer.
 fn is_newer(one: &str, two: &str) -> bool {
     match (one.parse::<u128>(), two.parse::<u128>()) {
         (Ok(one), Ok(two)) => one > two,
@@ -577,8 +592,8 @@ fn is_newer(one: &str, two: &str) -> bool {
     }
 }
 
-/// Understands a spec; the error says what is wrong with it.
-fn parse(spec: &ArtifactPreloadSpec) -> Result<Parsed, String> {
+/// Parses a spec. The error describes its defect.
+fn parse(spec: &ArtifactPreloadSpec) -> Result<ParsedSpec, String> {
     let reference =
         spec.reference.parse::<Reference>().map_err(|error| format!("spec.reference: {error}"))?;
     let platform = |text: &String| {
@@ -602,7 +617,7 @@ fn parse(spec: &ArtifactPreloadSpec) -> Result<Parsed, String> {
     let parallelism = count("parallelism", &spec.parallelism, 1)?;
     let tolerated = count("toleratedNodes", &spec.tolerated_nodes, 0)?;
     let platforms = spec.platforms.iter().map(platform).collect::<Result<_, _>>()?;
-    Ok(Parsed { reference, platforms, parallelism, tolerated, spread })
+    Ok(ParsedSpec { reference, platforms, parallelism, tolerated, spread })
 }
 
 impl NodeCount {
@@ -638,13 +653,13 @@ impl NodeCount {
     }
 }
 
-/// Where a node stands when nodes take turns.
+/// Returns the position of a node in the order of starts.
 #[must_use]
-pub fn turn(name: &str) -> u64 {
+pub fn start_order(name: &str) -> u64 {
     mix(name, "")
 }
 
-/// A number that looks drawn by chance, and is always the same for the same two texts: FNV-1a, and a last mixing.
+/// Returns a pseudo-random number that depends on the two texts only: FNV-1a with a final mix.
 #[must_use]
 pub fn mix(one: &str, two: &str) -> u64 {
     let bytes = one.bytes().chain([0xff]).chain(two.bytes());

@@ -1,19 +1,19 @@
-//! What is to be done: facts in, decisions out. Nothing is asked, written or waited for here, and the time is a fact.
+//! The planner: facts in, decisions out. It does no I/O and never waits, and the time is a fact.
 //!
 //! ```text
-//! facts     what is known
-//! handout   one preload: which of its nodes hold it, which may begin
-//! quota     which preloads their namespace has too many of
-//! status    one preload: what its status says
-//! mod       all preloads, and what each node's object is to say
+//! facts     the facts
+//! assignmentassignment of one preload to nodes
+//! quota     preloads beyond the quota of their namespace
+//! status    status of one preload
+//! mod       all preloads, and the object of each node
 //! ```
 //!
-//! A decision is about how things should be, not about what has changed: planned again without anything having
-//! happened, nothing is decided. So it does not matter how often it is planned, what was lost before a decision was
-//! carried out, or who carries it out.
+//! A decision describes the desired state, not a change: a second plan of the same facts decides
+//! nothing. So it does not matter how often it runs, whether decisions were lost before they were
+//! written, or which process writes them.
 
+mod assignment;
 pub mod facts;
-mod handout;
 mod quota;
 mod status;
 #[cfg(test)]
@@ -24,117 +24,118 @@ use std::sync::Arc;
 
 use crate::api::ArtifactPreloadStatus;
 use crate::api::node::MAXIMUM_ARTIFACTS;
-use facts::{Object, PreloadId, Seconds, Wanted, World};
-use handout::{Awaited, Turn};
+use assignment::{AwaitedNode, EligibleNode};
+use facts::{AssignedArtifact, ClusterState, NodeObject, PreloadId, Seconds};
 
-/// Bytes of a node's wishes: a third of what the API server takes, since the status comes on top, and time to notice.
+/// Maximum bytes of a node's assignment: a third of the limit of the API server, since the status
+/// is in the same object.
 const MAXIMUM_BYTES: usize = 512 << 10;
-/// Bytes of one artifact's fixed parts, and of its credentials.
+/// Bytes of the fixed fields of one artifact.
 const FIXED_BYTES: usize = 256;
-/// Of sealed credentials at their longest.
+/// Maximum bytes of sealed credentials.
 const SEALED_BYTES: usize = 6 << 10;
 
-/// What is to be done.
+/// Decisions of the planner.
 #[derive(Debug, Default)]
-pub struct Plan {
-    /// Nodes that have no object yet.
+pub struct PreloadPlan {
+    /// Nodes without an object.
     pub create: Vec<Arc<str>>,
-    /// Nodes whose wishes change, with all of them.
-    pub assign: Vec<(Arc<str>, Vec<Wanted>)>,
+    /// Nodes whose assignment changes, with the whole new assignment.
+    pub assign: Vec<(Arc<str>, Vec<AssignedArtifact>)>,
     /// Preloads whose status changes.
     pub report: Vec<StatusChange>,
-    /// Preloads whose reference or secrets have to be looked at.
-    pub look: Vec<Arc<str>>,
-    /// Nodes of which has to be asked whether they are Ready.
+    /// Preloads whose reference or secrets have to be resolved.
+    pub resolve: Vec<Arc<str>>,
+    /// Nodes whose condition Ready has to be read.
     pub check: BTreeSet<Arc<str>>,
-    /// Preloads whose time is over.
+    /// Preloads whose TTL has passed.
     pub delete: Vec<Arc<str>>,
-    /// How many preloads and nodes are how far.
-    pub totals: Totals,
-    /// When to plan again though nothing happens.
+    /// Numbers of preloads and nodes by progress.
+    pub totals: PlanTotals,
+    /// Time of the next plan if no event occurs.
     pub wake: Option<Seconds>,
 }
 
-/// A status that changes.
+/// A changed status of a preload.
 #[derive(Debug)]
 pub struct StatusChange {
-    /// Whose.
+    /// Preload as `namespace/name`.
     pub preload: Arc<str>,
-    /// All of it.
+    /// Whole new status.
     pub status: ArtifactPreloadStatus,
-    /// Whether it says something new, and not just other numbers.
+    /// True for a transition, false for changed counts.
     pub urgent: bool,
 }
 
 /// Sums over all preloads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Preloads that are ready.
+pub struct PlanTotals {
+    /// Number of ready preloads.
     pub ready: usize,
-    /// Preloads that nothing but a change will help.
+    /// Number of preloads that only a change can help.
     pub stalled: usize,
-    /// Others.
+    /// Number of other preloads.
     pub under_way: usize,
-    /// Pairs of preload and node: held.
+    /// Pairs of preload and node whose artifact is ready.
     pub nodes_ready: usize,
-    /// Being fetched.
+    /// Pairs that are being pulled.
     pub nodes_active: usize,
-    /// Failed.
+    /// Pairs that have failed.
     pub nodes_failed: usize,
-    /// Waiting for their turn.
+    /// Pairs that have not started.
     pub nodes_waiting: usize,
 }
 
-/// What a node is to hold, while it is planned.
+/// Assignment of a node, while it is planned.
 #[derive(Debug, Default)]
-struct Wishes {
-    all: Vec<Wanted>,
+struct NodeAssignment {
+    all: Vec<AssignedArtifact>,
     bytes: usize,
-    /// What the node was told before, and may stay: what is new gets none of its room.
+    /// Artifacts of the previous assignment that may stay: new ones must not take their space.
     reserved: usize,
     reserved_bytes: usize,
-    /// Of these, all that is wanted already stays: what is to be said about them is not known at the moment.
+    /// Preloads that cannot be planned now, whose previous assignments stay.
     undecided: Vec<PreloadId>,
-    /// Secrets that it still needs are being read: nothing can be written before.
+    /// True if needed secrets are being read: the assignment cannot be written before.
     waits: bool,
 }
 
-impl Wishes {
-    /// Nothing yet, and room for what was told before.
-    fn after(object: &Object, known: &HashSet<PreloadId>) -> Self {
-        let mut wishes = Self::default();
+impl NodeAssignment {
+    /// Creates an empty assignment that reserves space for the previous one.
+    fn after(object: &NodeObject, known: &HashSet<PreloadId>) -> Self {
+        let mut assignments = Self::default();
         for wanted in object.wanted.iter().filter(|wanted| known.contains(&wanted.preload)) {
-            wishes.reserved += 1;
-            wishes.reserved_bytes += wanted.size();
+            assignments.reserved += 1;
+            assignments.reserved_bytes += wanted.size();
         }
-        wishes
+        assignments
     }
 
-    /// Whether one more fits.
+    /// Returns whether one more artifact fits.
     fn fits(&self, reference: &str, sealed: bool) -> bool {
         self.all.len() + self.reserved < MAXIMUM_ARTIFACTS
             && self.bytes + self.reserved_bytes + size_of(reference, sealed) <= MAXIMUM_BYTES
     }
 
-    /// Returns whether what is told, and was told before, takes half of the room at most.
+    /// Returns whether the assignment, with the reserved space, takes at most half of the maximum.
     fn is_half_empty(&self) -> bool {
         (self.all.len() + self.reserved) * 2 <= MAXIMUM_ARTIFACTS
             && (self.bytes + self.reserved_bytes) * 2 <= MAXIMUM_BYTES
     }
 
-    /// What was told before is told again.
-    fn release(&mut self, before: &Wanted) {
+    /// Releases the reserved space of an artifact that is assigned again.
+    fn release(&mut self, before: &AssignedArtifact) {
         self.reserved -= 1;
         self.reserved_bytes -= before.size();
     }
 
-    fn add(&mut self, wanted: Wanted) {
+    fn add(&mut self, wanted: AssignedArtifact) {
         self.bytes += wanted.size();
         self.all.push(wanted);
     }
 }
 
-impl Wanted {
+impl AssignedArtifact {
     fn size(&self) -> usize {
         size_of(&self.reference, self.sealed.is_some())
     }
@@ -144,55 +145,56 @@ fn size_of(reference: &str, sealed: bool) -> usize {
     FIXED_BYTES + reference.len() + if sealed { SEALED_BYTES } else { 0 }
 }
 
-/// Decides.
+/// Plans all preloads and nodes.
 #[must_use]
-pub fn plan(world: &World, now: Seconds) -> Plan {
-    let mut plan = Plan::default();
-    let mut turns: Vec<Turn<'_>> = Vec::with_capacity(world.nodes.len());
-    let mut awaited: Vec<Awaited<'_>> = Vec::new();
-    for (name, node) in &world.nodes {
-        let Some(object) = world.objects.get(name) else {
+pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
+    let mut plan = PreloadPlan::default();
+    let mut nodes: Vec<EligibleNode<'_>> = Vec::with_capacity(state.nodes.len());
+    let mut awaited: Vec<AwaitedNode<'_>> = Vec::new();
+    for (name, node) in &state.nodes {
+        let Some(object) = state.objects.get(name) else {
             plan.create.push(Arc::clone(name));
             awaited.push((name, node));
             continue;
         };
-        // What was made for the node's predecessor goes with the garbage collector, and then it gets its own.
+        // The garbage collector deletes an object of a previous node of this name; then the node
+        // gets its own.
         let is_its_own = object.owner.as_ref().is_none_or(|owner| *owner == node.uid);
         let since = match (is_its_own, &object.report) {
             (true, Some(_)) => None,
             (true, None) => Some(object.created),
             (false, _) => Some(node.created),
         };
-        if let Some(until) = since.map(|since| since + handout::PATIENCE)
+        if let Some(until) = since.map(|since| since + assignment::SILENT_AFTER)
             && until >= now
         {
             awaited.push((name, node));
             plan.wake = earlier(plan.wake, Some(until + 1));
         }
         if is_its_own {
-            turns.push(Turn { name, node, object });
+            nodes.push(EligibleNode { name, facts: node, object });
         }
     }
-    turns.sort_by_key(|turn| (turn.node.turn, turn.name));
-    let known: HashSet<PreloadId> = world.preloads.values().map(|preload| preload.id).collect();
-    let mut wishes: Vec<Wishes> =
-        turns.iter().map(|turn| Wishes::after(turn.object, &known)).collect();
-    let mut exceeded = quota::exceeded(world);
-    for (key, preload) in &world.preloads {
-        let handed = match exceeded.remove(&preload.id) {
-            Some(problem) => handout::withhold(preload, &turns, &awaited, problem),
-            None => handout::hand_out(preload, &turns, &awaited, &mut wishes, now),
+    nodes.sort_by_key(|node| (node.facts.start_order, node.name));
+    let known: HashSet<PreloadId> = state.preloads.values().map(|preload| preload.id).collect();
+    let mut assignments: Vec<NodeAssignment> =
+        nodes.iter().map(|node| NodeAssignment::after(node.object, &known)).collect();
+    let mut exceeded = quota::exceeded(state);
+    for (key, preload) in &state.preloads {
+        let assignment = match exceeded.remove(&preload.id) {
+            Some(problem) => assignment::withhold(preload, &nodes, &awaited, problem),
+            None => assignment::assign(preload, &nodes, &awaited, &mut assignments, now),
         };
-        plan.wake = earlier(plan.wake, handed.wake);
-        plan.check.extend(handed.doubtful.iter().cloned());
-        if handed.look {
-            plan.look.push(Arc::clone(key));
+        plan.wake = earlier(plan.wake, assignment.wake);
+        plan.check.extend(assignment.unchecked.iter().cloned());
+        if assignment.resolve {
+            plan.resolve.push(Arc::clone(key));
         }
-        plan.totals.nodes_ready += handed.counts.ready;
-        plan.totals.nodes_active += handed.counts.active;
-        plan.totals.nodes_failed += handed.counts.failed;
-        plan.totals.nodes_waiting += handed.counts.waiting();
-        let written = status::status(preload, &handed, now);
+        plan.totals.nodes_ready += assignment.counts.ready;
+        plan.totals.nodes_active += assignment.counts.active;
+        plan.totals.nodes_failed += assignment.counts.failed;
+        plan.totals.nodes_waiting += assignment.counts.waiting();
+        let written = status::status(preload, &assignment, now);
         match (status::is_ready(&written.status), status::is_stalled(&written.status)) {
             (true, _) => plan.totals.ready += 1,
             (false, true) => plan.totals.stalled += 1,
@@ -206,27 +208,34 @@ pub fn plan(world: &World, now: Seconds) -> Plan {
             }
         }
         if written.status != preload.status {
-            let urgent = status::says_something_new(&preload.status, &written.status);
+            let urgent = status::is_transition(&preload.status, &written.status);
             let preload = Arc::clone(key);
             plan.report.push(StatusChange { preload, status: written.status, urgent });
         }
     }
-    for (turn, wishes) in turns.iter().zip(wishes).filter(|(_, wishes)| !wishes.waits) {
-        let wanted = with_what_stays(turn.object, wishes, &known);
-        // A bound on nothing need not be told.
-        let other_bound = turn.object.pinned_bytes_per_namespace != world.quota.pinned_bytes
+    for (node, assignments) in
+        nodes.iter().zip(assignments).filter(|(_, assignments)| !assignments.waits)
+    {
+        let wanted = with_kept_artifacts(node.object, assignments, &known);
+        // A limit without any artifact need not be written.
+        let other_bound = node.object.pinned_bytes_per_namespace != state.quota.pinned_bytes
             && !wanted.is_empty();
-        if other_bound || !is_said(turn.object, &wanted) {
-            plan.assign.push((Arc::clone(turn.name), wanted));
+        if other_bound || !is_assigned(node.object, &wanted) {
+            plan.assign.push((Arc::clone(node.name), wanted));
         }
     }
     plan
 }
 
-/// A node whose plugin has said nothing yet keeps what it has of preloads that are still there.
-fn with_what_stays(object: &Object, wishes: Wishes, known: &HashSet<PreloadId>) -> Vec<Wanted> {
-    let Wishes { mut all, undecided, .. } = wishes;
-    let stays = |wanted: &&Wanted| match object.report {
+/// Adds the artifacts that stay. If the plugin has not reported yet, the node keeps all artifacts
+/// of existing preloads.
+fn with_kept_artifacts(
+    object: &NodeObject,
+    assignments: NodeAssignment,
+    known: &HashSet<PreloadId>,
+) -> Vec<AssignedArtifact> {
+    let NodeAssignment { mut all, undecided, .. } = assignments;
+    let stays = |wanted: &&AssignedArtifact| match object.report {
         None => known.contains(&wanted.preload),
         Some(_) => undecided.contains(&wanted.preload),
     };
@@ -238,10 +247,10 @@ fn with_what_stays(object: &Object, wishes: Wishes, known: &HashSet<PreloadId>) 
     all
 }
 
-/// Whether a node's object says this already. Credentials that are not needed any more may stay until something else
-/// is written.
-fn is_said(object: &Object, wanted: &[Wanted]) -> bool {
-    let same = |one: &Wanted, two: &Wanted| {
+/// Returns whether the object of a node already has this assignment. Credentials that are no longer
+/// needed may stay until the next write.
+fn is_assigned(object: &NodeObject, wanted: &[AssignedArtifact]) -> bool {
+    let same = |one: &AssignedArtifact, two: &AssignedArtifact| {
         let sealed = two.sealed.is_none() || one.sealed == two.sealed;
         sealed
             && one.resolved_at == two.resolved_at

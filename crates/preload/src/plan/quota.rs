@@ -1,18 +1,19 @@
-//! Which preloads their namespace has too many of.
+//! Quota of namespaces: preloads beyond the maximum number.
 
 use std::collections::HashMap;
 
-use super::facts::{Preload, PreloadId, World};
-use super::handout::Problem;
+use super::assignment::AssignmentProblem;
+use super::facts::{ClusterState, PreloadFacts, PreloadId};
 
-/// Returns the preloads beyond the number that a namespace may have, each with what its status says.
+/// Returns the preloads beyond the number that a namespace may have, each with the problem for its
+/// status.
 ///
-/// The oldest count first, so that a new one takes nothing away from others. What the pins of a namespace hold is
-/// bounded by each node, which alone knows how large content is once it is unpacked.
-pub(super) fn exceeded(world: &World) -> HashMap<PreloadId, Problem> {
-    let Some(allowed) = world.quota.preloads else { return HashMap::new() };
-    let mut namespaces: HashMap<&str, Vec<(&str, &Preload)>> = HashMap::new();
-    for (key, preload) in &world.preloads {
+/// The oldest preloads count first, so that a new one takes nothing away from others. The bytes of
+/// pins are limited by each node, which alone knows the unpacked size of content.
+pub(super) fn exceeded(state: &ClusterState) -> HashMap<PreloadId, AssignmentProblem> {
+    let Some(allowed) = state.quota.preloads else { return HashMap::new() };
+    let mut namespaces: HashMap<&str, Vec<(&str, &PreloadFacts)>> = HashMap::new();
+    for (key, preload) in &state.preloads {
         let namespace = key.split('/').next().unwrap_or_default();
         namespaces.entry(namespace).or_default().push((key, preload));
     }
@@ -27,7 +28,7 @@ pub(super) fn exceeded(world: &World) -> HashMap<PreloadId, Problem> {
             "the namespace {namespace} has {count} preloads, of which the oldest {allowed} count: delete some, or have controller.maxPreloadsPerNamespace of the chart raised"
         );
         for (_, preload) in &preloads[allowed..] {
-            exceeded.insert(preload.id, Problem::exceeded(&message));
+            exceeded.insert(preload.id, AssignmentProblem::exceeded(&message));
         }
     }
     exceeded

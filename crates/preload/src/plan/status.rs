@@ -1,39 +1,43 @@
-//! One preload: what its status says.
+//! Status of one preload.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use text::printable::truncated;
 
-use super::facts::{Known, Origin, Preload, Seconds, Unavailable};
-use super::handout::{Counts, HandedOut, Problem};
+use super::assignment::{AssignmentProblem, NodeCounts, PreloadAssignment};
+use super::facts::{AnswerOrigin, PreloadFacts, RegistryOutage, ResolvedArtifact, Seconds};
 use crate::api::preload::MAXIMUM_HISTORY;
 use crate::api::{ArtifactPreloadStatus, FailedNode, QUOTA_EXCEEDED, ResolvedReference};
 
-/// Bytes of a failed node's message.
+/// Maximum bytes of a failed node's message.
 const MAXIMUM_MESSAGE: usize = 500;
 
-/// What is to be written.
+/// A computed status.
 #[derive(Debug)]
-pub(super) struct Written {
-    /// The whole status.
+pub(super) struct ComputedStatus {
+    /// Whole new status.
     pub(super) status: ArtifactPreloadStatus,
-    /// When the preload's time is over.
+    /// Time at which the TTL of the preload ends.
     pub(super) end: Option<Seconds>,
 }
 
-/// What the status says of what was handed out.
-pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Written {
+/// Computes the status of a preload from its assignment.
+pub(super) fn status(
+    preload: &PreloadFacts,
+    assignment: &PreloadAssignment,
+    now: Seconds,
+) -> ComputedStatus {
     let before = &preload.status;
     let same_generation = before.observed_generation == Some(preload.generation);
-    let Counts { desired, ready, active, failed, away } = handed.counts;
+    let NodeCounts { desired, ready, active, failed, away } = assignment.counts;
     let time = |seconds| Timestamp::from_second(seconds).ok().map(Time);
     let kept = |time: &Option<Time>| time.clone().filter(|_| same_generation);
     let start_time = kept(&before.start_time).or_else(|| time(now));
-    let done = handed.problem.is_none()
+    let done = assignment.problem.is_none()
         && desired > 0
         && ready + failed == desired
-        && (failed > 0 || handed.reached);
-    let finished = handed.reached || done;
+        && (failed > 0 || assignment.reached);
+    let finished = assignment.reached || done;
     let completion_time = match (finished, kept(&before.completion_time)) {
         (false, _) => None,
         (true, Some(before)) => Some(before),
@@ -41,10 +45,10 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
     };
     let end = preload.spec.ttl_seconds_after_finished.zip(completion_time.as_ref());
     let end = end.map(|(ttl, time)| time.0.as_second() + Seconds::from(ttl));
-    let known = handed.current.as_ref().map(|current| &current.known);
+    let known = assignment.current.as_ref().map(|current| &current.known);
     let platforms = known.map(|known| known.platforms.iter().take(16).map(ToString::to_string));
-    let ready_reference = match &handed.current {
-        Some(current) if handed.reached => Some(current.reference.to_string()),
+    let ready_reference = match &assignment.current {
+        Some(current) if assignment.reached => Some(current.reference.to_string()),
         _ => before.ready_reference.clone(),
     };
     let previous_reference = match &before.ready_reference {
@@ -52,17 +56,18 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
         _ => before.previous_reference.clone(),
     };
     let unavailable = known.and_then(|known| known.origin.unavailable);
-    let failed_nodes = handed.failed.iter().map(|failed| FailedNode {
+    let failed_nodes = assignment.failed.iter().map(|failed| FailedNode {
         node: failed.node.to_string(),
         reason: truncated(&failed.reason, 64).to_owned(),
         message: truncated(&failed.message, MAXIMUM_MESSAGE).to_owned(),
     });
-    let mut conditions = Conditions { before: &before.conditions, preload, now, all: Vec::new() };
-    conditions.add("Resolved", resolved(handed));
-    let mut there = is_there(preload, handed);
-    there.message.extend(earlier_answer(handed));
-    conditions.add("Ready", there);
-    conditions.add("Stalled", stalled(handed, done));
+    let mut conditions =
+        ConditionList { before: &before.conditions, preload, now, all: Vec::new() };
+    conditions.add("Resolved", resolved(assignment));
+    let mut ready_state = ready_condition(preload, assignment);
+    ready_state.message.extend(earlier_answer(assignment));
+    conditions.add("Ready", ready_state);
+    conditions.add("Stalled", stalled(assignment, done));
     let number = |count: usize| i32::try_from(count).unwrap_or(i32::MAX);
     let status = ArtifactPreloadStatus {
         observed_generation: Some(preload.generation),
@@ -84,11 +89,14 @@ pub(super) fn status(preload: &Preload, handed: &HandedOut, now: Seconds) -> Wri
         completion_time,
         conditions: conditions.all,
     };
-    Written { status, end }
+    ComputedStatus { status, end }
 }
 
 /// Returns the last answers of registries, with the one that is in use.
-fn history(before: &[ResolvedReference], known: Option<&Known>) -> Vec<ResolvedReference> {
+fn history(
+    before: &[ResolvedReference],
+    known: Option<&ResolvedArtifact>,
+) -> Vec<ResolvedReference> {
     let mut history = before.to_vec();
     if let Some(answer) = known.and_then(answer)
         && !history.contains(&answer)
@@ -103,9 +111,10 @@ fn history(before: &[ResolvedReference], known: Option<&Known>) -> Vec<ResolvedR
     history
 }
 
-/// Returns what is kept of an answer; none where it is one that was kept.
-fn answer(known: &Known) -> Option<ResolvedReference> {
-    let Origin { resolved_at: Some(resolved_at), pull_secrets, unavailable: None } = &known.origin
+/// Returns the record of an answer; `None` if it is a recorded one.
+fn answer(known: &ResolvedArtifact) -> Option<ResolvedReference> {
+    let AnswerOrigin { resolved_at: Some(resolved_at), pull_secrets, unavailable: None } =
+        &known.origin
     else {
         return None;
     };
@@ -119,16 +128,16 @@ fn answer(known: &Known) -> Option<ResolvedReference> {
     })
 }
 
-/// Returns why an answer is an earlier one, as the end of a sentence.
-fn earlier_answer(handed: &HandedOut) -> Option<String> {
-    let origin = &handed.current.as_ref()?.known.origin;
-    let Unavailable { since, .. } = origin.unavailable?;
+/// Returns the reason for an earlier answer, as the end of a sentence.
+fn earlier_answer(assignment: &PreloadAssignment) -> Option<String> {
+    let origin = &assignment.current.as_ref()?.known.origin;
+    let RegistryOutage { since, .. } = origin.unavailable?;
     let shown = |seconds| Timestamp::from_second(seconds).unwrap_or_default();
     let (since, then) = (shown(since), shown(origin.resolved_at?));
     Some(format!("; the registry has not answered since {since}, this is its answer of {then}"))
 }
 
-/// The status, reason and message of a condition.
+/// Status, reason and message of a condition.
 struct ConditionState {
     status: &'static str,
     reason: &'static str,
@@ -139,26 +148,28 @@ fn state(status: &'static str, reason: &'static str, message: String) -> Conditi
     ConditionState { status, reason, message }
 }
 
-fn resolved(handed: &HandedOut) -> ConditionState {
-    match (&handed.current, &handed.problem) {
+fn resolved(assignment: &PreloadAssignment) -> ConditionState {
+    match (&assignment.current, &assignment.problem) {
         (Some(current), _) => {
             let message = format!("it is {}", current.reference);
-            match earlier_answer(handed) {
+            match earlier_answer(assignment) {
                 Some(why) => state("True", "EarlierAnswer", message + &why),
                 None => state("True", "Resolved", message),
             }
         }
-        (None, Some(Problem { reason, message, .. })) => state("False", reason, message.clone()),
+        (None, Some(AssignmentProblem { reason, message, .. })) => {
+            state("False", reason, message.clone())
+        }
         (None, None) => state("Unknown", "Resolving", "the registry is being asked".to_owned()),
     }
 }
 
-fn is_there(preload: &Preload, handed: &HandedOut) -> ConditionState {
-    let counts = handed.counts;
-    let Counts { desired, ready, active, failed, away } = counts;
+fn ready_condition(preload: &PreloadFacts, assignment: &PreloadAssignment) -> ConditionState {
+    let counts = assignment.counts;
+    let NodeCounts { desired, ready, active, failed, away } = counts;
     let waiting = counts.waiting();
-    if handed.reached && handed.current.is_some() {
-        let message = if ready < desired && counts.is_everywhere(handed.tolerated) {
+    if assignment.reached && assignment.current.is_some() {
+        let message = if ready < desired && counts.is_everywhere(assignment.tolerated) {
             format!(
                 "{ready} of {desired} nodes hold it; spec.toleratedNodes allows for {away} that are not Ready or do not answer"
             )
@@ -171,10 +182,10 @@ fn is_there(preload: &Preload, handed: &HandedOut) -> ConditionState {
         };
         return state("True", "Ready", message);
     }
-    if let Some(Problem { reason, message, .. }) = &handed.problem {
+    if let Some(AssignmentProblem { reason, message, .. }) = &assignment.problem {
         return state("False", reason, message.clone());
     }
-    if handed.current.is_none() {
+    if assignment.current.is_none() {
         return state("False", "Resolving", "the registry is being asked".to_owned());
     }
     if desired == 0 {
@@ -186,48 +197,53 @@ fn is_there(preload: &Preload, handed: &HandedOut) -> ConditionState {
     );
     match (preload.spec.paused, active + waiting) {
         (true, _) if waiting > 0 => state("False", "Paused", message),
-        (_, 0) => state("False", failed_reason(handed), message),
+        (_, 0) => state("False", failed_reason(assignment), message),
         _ => state("False", "Preloading", message),
     }
 }
 
-/// Whether nothing but a change will help: then tools that wait need not wait on.
-fn stalled(handed: &HandedOut, done: bool) -> ConditionState {
-    match &handed.problem {
-        Some(Problem { transient: false, reason, message }) if !handed.reached => {
+/// Returns the condition `Stalled`: true if only a change can help, so that tools need not wait
+/// longer.
+fn stalled(assignment: &PreloadAssignment, done: bool) -> ConditionState {
+    match &assignment.problem {
+        Some(AssignmentProblem { transient: false, reason, message }) if !assignment.reached => {
             state("True", reason, message.clone())
         }
-        None if done && !handed.reached => {
-            let message = match handed.failed.first() {
+        None if done && !assignment.reached => {
+            let message = match assignment.failed.first() {
                 Some(first) => format!(
                     "{} nodes have failed, {} first: {}",
-                    handed.counts.failed, first.node, first.message
+                    assignment.counts.failed, first.node, first.message
                 ),
                 None => String::new(),
             };
-            state("True", failed_reason(handed), truncated(&message, MAXIMUM_MESSAGE).to_owned())
+            state(
+                "True",
+                failed_reason(assignment),
+                truncated(&message, MAXIMUM_MESSAGE).to_owned(),
+            )
         }
         _ => state("False", "Progressing", String::new()),
     }
 }
 
-/// The reason of a preload whose nodes are all done, some of them without success.
-fn failed_reason(handed: &HandedOut) -> &'static str {
-    let mut reasons = handed.failed.iter().map(|failed| &*failed.reason);
-    if !handed.failed.is_empty() && reasons.all(|reason| reason == QUOTA_EXCEEDED) {
+/// Returns the reason of a preload whose nodes are all done, some of them without success.
+fn failed_reason(assignment: &PreloadAssignment) -> &'static str {
+    let mut reasons = assignment.failed.iter().map(|failed| &*failed.reason);
+    if !assignment.failed.is_empty() && reasons.all(|reason| reason == QUOTA_EXCEEDED) {
         return QUOTA_EXCEEDED;
     }
     "NodesFailed"
 }
 
-struct Conditions<'a> {
+struct ConditionList<'a> {
     before: &'a [Condition],
-    preload: &'a Preload,
+    preload: &'a PreloadFacts,
     now: Seconds,
     all: Vec<Condition>,
 }
 
-impl Conditions<'_> {
+impl ConditionList<'_> {
     fn add(&mut self, kind: &str, state: ConditionState) {
         let ConditionState { status, reason, message } = state;
         let before = self.before.iter().find(|condition| condition.type_ == kind);
@@ -245,12 +261,12 @@ impl Conditions<'_> {
     }
 }
 
-/// Whether a status says that all nodes hold it.
+/// Returns whether a status has the condition `Ready`.
 pub(super) fn is_ready(status: &ArtifactPreloadStatus) -> bool {
     is_true(status, "Ready")
 }
 
-/// Whether a status says that nothing but a change will help.
+/// Returns whether a status has the condition `Stalled`.
 pub(super) fn is_stalled(status: &ArtifactPreloadStatus) -> bool {
     is_true(status, "Stalled")
 }
@@ -259,11 +275,8 @@ fn is_true(status: &ArtifactPreloadStatus, kind: &str) -> bool {
     status.conditions.iter().any(|condition| condition.type_ == kind && condition.status == "True")
 }
 
-/// Whether more than numbers have changed.
-pub(super) fn says_something_new(
-    before: &ArtifactPreloadStatus,
-    after: &ArtifactPreloadStatus,
-) -> bool {
+/// Returns whether a change of the status is more than changed counts.
+pub(super) fn is_transition(before: &ArtifactPreloadStatus, after: &ArtifactPreloadStatus) -> bool {
     let gist = |status: &ArtifactPreloadStatus| {
         let of = |condition: &Condition| (condition.status.clone(), condition.reason.clone());
         let conditions: Vec<_> = status.conditions.iter().map(of).collect();

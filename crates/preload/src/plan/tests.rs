@@ -8,9 +8,10 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
 use super::facts::{
-    Access, Known, Meaning, NamespaceQuota, Node, Origin, Readiness, Refusal, World, turn,
+    AnswerOrigin, ClusterState, NamespaceQuota, NodeFacts, NodeReadiness, ReferenceResolution,
+    RegistryAccess, ResolutionFailure, ResolvedArtifact, start_order,
 };
-use super::{Plan, plan};
+use super::{PreloadPlan, plan};
 use crate::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
     NodeArtifactsSpec, NodeArtifactsStatus, NodeSelector, Phase, SealedCredentials, WantedArtifact,
@@ -19,9 +20,9 @@ use oci::{Digest, Reference};
 
 const BEGIN: i64 = 1_800_000_000;
 
-/// A cluster in memory, whose objects are written by plans and by nodes.
+/// A cluster in memory. Plans and nodes write its objects.
 struct Cluster {
-    world: World,
+    state: ClusterState,
     preloads: BTreeMap<String, ArtifactPreload>,
     objects: BTreeMap<String, NodeArtifacts>,
     now: i64,
@@ -31,7 +32,7 @@ struct Cluster {
 impl Cluster {
     fn new(nodes: usize) -> Self {
         let mut cluster = Self {
-            world: World::default(),
+            state: ClusterState::default(),
             preloads: BTreeMap::new(),
             objects: BTreeMap::new(),
             now: BEGIN,
@@ -54,18 +55,18 @@ impl Cluster {
 
     fn add_node(&mut self, name: &str) {
         let zone = if name.ends_with(['0', '2', '4', '6', '8']) { "a" } else { "b" };
-        let node = Node {
+        let node = NodeFacts {
             uid: format!("uid-{name}"),
             labels: BTreeMap::from([("zone".to_owned(), zone.to_owned())]),
             created: self.now,
-            turn: turn(name),
+            start_order: start_order(name),
             readiness: None,
         };
-        let name = self.world.text(name);
-        self.world.nodes.insert(name, node);
+        let name = self.state.text(name);
+        self.state.nodes.insert(name, node);
     }
 
-    /// Its plugin begins.
+    /// Starts the plugin of a node.
     fn start_plugin(&mut self, name: &str) {
         let status = NodeArtifactsStatus {
             platform: "linux/amd64".to_owned(),
@@ -76,8 +77,8 @@ impl Cluster {
     }
 
     fn remove_node(&mut self, name: &str) {
-        self.world.nodes.remove(name);
-        self.world.objects.remove(name);
+        self.state.nodes.remove(name);
+        self.state.objects.remove(name);
         self.objects.remove(name);
     }
 
@@ -87,7 +88,7 @@ impl Cluster {
         change(object);
         object.metadata.resource_version = Some(version);
         let object = object.clone();
-        self.world.put_object(&object);
+        self.state.put_object(&object);
     }
 
     fn apply(&mut self, name: &str, change: impl FnOnce(&mut ArtifactPreloadSpec)) {
@@ -104,33 +105,38 @@ impl Cluster {
         change(&mut object.spec);
         object.metadata.generation = Some(object.metadata.generation.unwrap_or_default() + 1);
         object.metadata.resource_version = Some(self.version());
-        self.world.put_preload(&object);
+        self.state.put_preload(&object);
         self.preloads.insert(name.to_owned(), object);
     }
 
-    /// The registry's answer.
-    fn answer(&mut self, preload: &str, meaning: Meaning) {
+    /// Sets the resolution of a preload.
+    fn answer(&mut self, preload: &str, resolution: ReferenceResolution) {
         let key = format!("team/{preload}");
-        self.world.preloads.get_mut(key.as_str()).expect("a preload").meaning = meaning;
+        self.state.preloads.get_mut(key.as_str()).expect("a preload").resolution = resolution;
     }
 
     fn resolve(&mut self, preload: &str) -> String {
         let reference = self.preloads[preload].spec.reference.clone();
         let digest = Digest::of(reference.as_bytes());
-        let origin = Origin {
+        let origin = AnswerOrigin {
             resolved_at: Some(self.now),
             pull_secrets: self.preloads[preload].spec.pull_secrets.clone(),
             unavailable: None,
         };
-        let known =
-            Known { reference, digest, platforms: Vec::new(), bytes: Some(5 << 30), origin };
-        self.answer(preload, Meaning::Known(known));
+        let known = ResolvedArtifact {
+            reference,
+            digest,
+            platforms: Vec::new(),
+            bytes: Some(5 << 30),
+            origin,
+        };
+        self.answer(preload, ReferenceResolution::Known(known));
         digest.to_string()
     }
 
-    /// The registry does not answer.
+    /// Records that the registry does not answer.
     fn silence(&mut self, preload: &str) {
-        let refusal = Refusal {
+        let refusal = ResolutionFailure {
             reason: "RegistryUnavailable",
             message: "it cannot be reached".to_owned(),
             transient: true,
@@ -138,11 +144,11 @@ impl Cluster {
             retry_at: self.now + 20,
         };
         let (key, now) = (format!("team/{preload}"), self.now);
-        let known = self.world.preloads.get_mut(key.as_str()).expect("a preload");
-        known.learn(Meaning::Refused(refusal), now);
+        let known = self.state.preloads.get_mut(key.as_str()).expect("a preload");
+        known.apply_resolution(ReferenceResolution::Refused(refusal), now);
     }
 
-    /// Rolls to a reference that the registry knows, until all nodes hold it; returns it with its digest.
+    /// Rolls out a reference that the registry has to all nodes. Returns it with its digest.
     fn roll(&mut self, preload: &str, reference: &str) -> String {
         self.apply(preload, |spec| spec.reference = reference.to_owned());
         self.resolve(preload);
@@ -150,10 +156,10 @@ impl Cluster {
         self.status(preload).ready_reference.expect("ready")
     }
 
-    /// The API server has said whether a node is Ready.
+    /// Sets the condition Ready of a node.
     fn is_ready(&mut self, node: &str, is_ready: bool) {
-        let readiness = Readiness { is_ready, until: self.now + 20 };
-        let node = self.world.nodes.get_mut(node).expect("a node");
+        let readiness = NodeReadiness { is_ready, until: self.now + 20 };
+        let node = self.state.nodes.get_mut(node).expect("a node");
         node.readiness = Some(readiness);
     }
 
@@ -169,12 +175,12 @@ impl Cluster {
             .map_or_else(String::new, |one| one.reason)
     }
 
-    fn plan(&self) -> Plan {
-        plan(&self.world, self.now)
+    fn plan(&self) -> PreloadPlan {
+        plan(&self.state, self.now)
     }
 
-    /// Plans and writes what was decided.
-    fn step(&mut self) -> Plan {
+    /// Plans and writes the decisions.
+    fn step(&mut self) -> PreloadPlan {
         let decided = self.plan();
         for name in &decided.create {
             let mut object = NodeArtifacts::new(name, NodeArtifactsSpec::default());
@@ -184,12 +190,12 @@ impl Cluster {
                 creation_timestamp: Some(self.time()),
                 ..ObjectMeta::default()
             };
-            self.world.put_object(&object);
+            self.state.put_object(&object);
             self.objects.insert(name.to_string(), object);
         }
         for (name, wanted) in &decided.assign {
             let artifacts = wanted.iter().map(|wanted| WantedArtifact {
-                preload: self.world.key(wanted.preload).to_string(),
+                preload: self.state.key(wanted.preload).to_string(),
                 reference: wanted.reference.to_string(),
                 pin: wanted.pin,
                 timeout_seconds: wanted.timeout,
@@ -205,7 +211,7 @@ impl Cluster {
                 }),
             });
             let artifacts: Vec<_> = artifacts.collect();
-            let bound = self.world.quota.pinned_bytes;
+            let bound = self.state.quota.pinned_bytes;
             let bound = bound.map(|bytes| i64::try_from(bytes).expect("a number"));
             self.change_object(name, |object| {
                 object.spec.artifacts = artifacts;
@@ -219,12 +225,12 @@ impl Cluster {
             object.status = Some(change.status.clone());
             object.metadata.resource_version = Some(version);
             let object = object.clone();
-            self.world.put_preload(&object);
+            self.state.put_preload(&object);
         }
         decided
     }
 
-    /// Plans until nothing is decided any more.
+    /// Plans until there are no decisions.
     fn settle(&mut self) {
         for _ in 0..10 {
             let decided = self.step();
@@ -235,7 +241,7 @@ impl Cluster {
         panic!("it is decided again and again");
     }
 
-    /// What nodes are asked for and have not done.
+    /// Returns the assigned artifacts that are not ready.
     fn open(&self) -> Vec<(String, WantedArtifact)> {
         let mut open = Vec::new();
         for (name, object) in &self.objects {
@@ -255,7 +261,7 @@ impl Cluster {
             .cloned()
     }
 
-    /// A node says how far one artifact is.
+    /// Reports the progress of one artifact on a node.
     fn says(&mut self, node: &str, wanted: &WantedArtifact, phase: Phase) {
         let reason = if phase == Phase::Failed { "NoRoom" } else { "" };
         self.says_with_reason(node, wanted, phase, reason);
@@ -288,7 +294,7 @@ impl Cluster {
         });
     }
 
-    /// Every node does what it is asked for.
+    /// Makes all assigned artifacts ready.
     fn nodes_work(&mut self) {
         for (node, wanted) in self.open() {
             self.says(&node, &wanted, Phase::Ready);
@@ -306,7 +312,7 @@ impl Cluster {
         panic!("it never ends");
     }
 
-    /// A node says how much it has room for.
+    /// Reports the capacity of a node.
     fn has_room(&mut self, node: &str, bytes: Option<i64>) {
         self.change_object(node, |object| {
             object.status.as_mut().expect("a plugin").capacity_bytes = bytes;
@@ -323,7 +329,7 @@ fn digest_of(wanted: &WantedArtifact) -> String {
     reference.digest().expect("a digest").to_string()
 }
 
-/// Nodes whose plugins run, and one preload that is resolved.
+/// Returns a cluster with running plugins and one resolved preload.
 fn cluster(nodes: usize) -> Cluster {
     let mut cluster = Cluster::new(nodes);
     cluster.settle();
@@ -331,13 +337,13 @@ fn cluster(nodes: usize) -> Cluster {
         cluster.start_plugin(&name);
     }
     cluster.apply("tool", |_| {});
-    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    assert_eq!(cluster.plan().resolve, [Arc::from("team/tool")]);
     cluster.resolve("tool");
     cluster
 }
 
 #[test]
-fn nodes_take_turns_and_the_last_one_makes_it_ready() {
+fn nodes_start_in_order_and_the_last_one_makes_the_preload_ready() {
     let mut cluster = cluster(10);
     for round in 0..4 {
         cluster.settle();
@@ -353,19 +359,19 @@ fn nodes_take_turns_and_the_last_one_makes_it_ready() {
     let digest = Digest::of(b"r.io/tool:v1");
     assert_eq!(status.ready_reference, Some(format!("r.io/tool:v1@{digest}")));
     assert!(status.completion_time.is_some());
-    assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
+    assert_eq!(cluster.plan().resolve, [] as [Arc<str>; 0]);
 }
 
 #[test]
-fn preloads_beyond_the_namespaces_number_hold_nothing_and_say_so() {
+fn preloads_beyond_the_quota_hold_nothing_and_report_it() {
     let mut cluster = cluster(3);
-    cluster.world.quota = NamespaceQuota { preloads: Some(2), ..NamespaceQuota::default() };
-    // Its name comes first, and it is younger.
+    cluster.state.quota = NamespaceQuota { preloads: Some(2), ..NamespaceQuota::default() };
+    // Its name sorts first, and it is younger.
     for name in ["second", "a-third"] {
         cluster.now += 1;
         cluster.apply(name, |spec| spec.reference = format!("r.io/{name}:v1"));
     }
-    assert_eq!(cluster.plan().look, [Arc::from("team/second")], "a registry is asked in vain");
+    assert_eq!(cluster.plan().resolve, [Arc::from("team/second")], "a registry is asked in vain");
     cluster.resolve("second");
     cluster.run_until_done();
     assert_eq!(cluster.reason("tool"), "Ready");
@@ -378,16 +384,16 @@ fn preloads_beyond_the_namespaces_number_hold_nothing_and_say_so() {
     assert!(stalled.message.contains("team has 3 preloads"), "{}", stalled.message);
     assert_eq!(cluster.wants("node-0").len(), 2);
 
-    // One that goes makes room for the next.
-    cluster.world.preloads.remove("team/second");
+    // A deleted preload frees its place for the next one.
+    cluster.state.preloads.remove("team/second");
     cluster.preloads.remove("second");
     cluster.settle();
     cluster.resolve("a-third");
     cluster.run_until_done();
     assert_eq!(cluster.reason("a-third"), "Ready");
 
-    // A lower number takes back what was handed out.
-    cluster.world.quota.preloads = Some(1);
+    // A lower quota withdraws assigned artifacts.
+    cluster.state.quota.preloads = Some(1);
     cluster.settle();
     assert_eq!(cluster.reason("a-third"), "QuotaExceeded");
     assert_eq!(cluster.reason("tool"), "Ready");
@@ -395,21 +401,21 @@ fn preloads_beyond_the_namespaces_number_hold_nothing_and_say_so() {
 }
 
 #[test]
-fn nodes_are_told_how_much_a_namespace_may_pin() {
+fn nodes_get_the_limit_of_pinned_bytes() {
     let mut cluster = cluster(2);
     cluster.run_until_done();
     let bounds = |cluster: &Cluster| -> Vec<_> {
         cluster.objects.values().map(|one| one.spec.max_pinned_bytes_per_namespace).collect()
     };
     assert_eq!(bounds(&cluster), [None, None]);
-    cluster.world.quota.pinned_bytes = Some(1 << 30);
+    cluster.state.quota.pinned_bytes = Some(1 << 30);
     cluster.add_node("idle");
     cluster.settle();
     assert_eq!(bounds(&cluster), [None, Some(1 << 30), Some(1 << 30)], "idle, node-0, node-1");
 }
 
 #[test]
-fn a_preload_that_fails_for_its_namespaces_quota_alone_says_so() {
+fn a_preload_that_fails_only_by_quota_reports_it() {
     let mut cluster = cluster(2);
     cluster.apply("tool", |spec| spec.backoff_limit = 0);
     cluster.settle();
@@ -425,7 +431,7 @@ fn a_preload_that_fails_for_its_namespaces_quota_alone_says_so() {
 }
 
 #[test]
-fn a_part_of_the_nodes_is_rounded_up_and_never_none() {
+fn a_percentage_of_parallelism_is_rounded_up() {
     for (nodes, percent, at_once) in [(10, "25%", 3), (3, "1%", 1), (7, "100%", 7)] {
         let mut cluster = cluster(nodes);
         let percent = IntOrString::String(percent.to_owned());
@@ -436,7 +442,7 @@ fn a_part_of_the_nodes_is_rounded_up_and_never_none() {
 }
 
 #[test]
-fn a_node_that_joins_gets_it_and_readiness_stays() {
+fn a_new_node_gets_the_artifact_and_readiness_stays() {
     let mut cluster = cluster(3);
     cluster.run_until_done();
     cluster.add_node("late");
@@ -455,7 +461,7 @@ fn a_node_that_joins_gets_it_and_readiness_stays() {
 }
 
 #[test]
-fn readiness_waits_for_nodes_that_may_have_the_driver_and_not_for_ever() {
+fn readiness_waits_for_new_nodes_for_a_limited_time() {
     let mut cluster = Cluster::new(2);
     cluster.apply("tool", |_| {});
     cluster.resolve("tool");
@@ -472,13 +478,13 @@ fn readiness_waits_for_nodes_that_may_have_the_driver_and_not_for_ever() {
     assert_eq!((counts(&cluster), cluster.reason("tool").as_str()), ((2, 1, 0, 0), "Preloading"));
     assert_eq!(cluster.reason("one"), "Ready", "the other node is not selected");
     assert_eq!(cluster.plan().wake, Some(BEGIN + 121));
-    // It has no driver: neither the gate nor the number waits on.
+    // The node has no driver: the gate and the count no longer wait for it.
     cluster.now += 121;
     cluster.settle();
     assert_eq!((counts(&cluster), cluster.reason("tool").as_str()), ((1, 1, 0, 0), "Ready"));
-    // The objects are lost: with the next version of the preload it is as in the beginning.
+    // After a loss of the objects, the next version of the preload starts from the beginning.
     cluster.objects.clear();
-    cluster.world.objects.clear();
+    cluster.state.objects.clear();
     cluster.apply("tool", |spec| spec.timeout_seconds += 1);
     let lost = cluster.step();
     assert_eq!((lost.create.len(), cluster.status("tool").desired), (2, 2));
@@ -491,7 +497,7 @@ fn readiness_waits_for_nodes_that_may_have_the_driver_and_not_for_ever() {
 }
 
 #[test]
-fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
+fn a_rollout_keeps_the_old_artifact_until_the_new_one_is_everywhere() {
     let mut cluster = cluster(4);
     cluster.run_until_done();
     let first = cluster.status("tool").ready_reference.expect("ready");
@@ -512,7 +518,7 @@ fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
     cluster.run_until_done();
     let second = cluster.status("tool").ready_reference.expect("ready");
     assert_ne!(first, second);
-    // Nodes keep the version before for a rollback, and no older one.
+    // Nodes keep the previous artifact for a rollback, and no older one.
     let both = [first.clone(), second.clone()];
     assert!((0..4).all(|node| cluster.wants(&format!("node-{node}")) == both));
     cluster.add_node("last");
@@ -531,15 +537,15 @@ fn a_roll_keeps_the_old_one_until_the_new_one_is_everywhere() {
 }
 
 #[test]
-fn a_reference_that_is_wrong_leaves_everything_as_it_was() {
+fn an_invalid_reference_changes_no_assignment() {
     let mut cluster = cluster(2);
     cluster.run_until_done();
     let first = cluster.status("tool").ready_reference;
-    for (reference, meaning, reason) in [
+    for (reference, resolution, reason) in [
         ("r.io/NOT/one", None, "InvalidSpec"),
         (
             "r.io/tool:gone",
-            Some(Meaning::Refused(Refusal {
+            Some(ReferenceResolution::Refused(ResolutionFailure {
                 reason: "ReferenceNotFound",
                 message: "there is none".to_owned(),
                 transient: false,
@@ -550,18 +556,18 @@ fn a_reference_that_is_wrong_leaves_everything_as_it_was() {
         ),
     ] {
         cluster.apply("tool", |spec| spec.reference = reference.to_owned());
-        if let Some(meaning) = meaning {
-            cluster.answer("tool", meaning);
+        if let Some(resolution) = resolution {
+            cluster.answer("tool", resolution);
         }
         cluster.settle();
         assert_eq!(cluster.reason("tool"), reason);
         assert_eq!(cluster.status("tool").ready_reference, first);
         assert!(super::status::is_stalled(&cluster.status("tool")));
         assert_eq!(cluster.wants("node-0"), [first.clone().expect("ready")]);
-        assert_eq!(cluster.plan().look, [] as [Arc<str>; 0], "not before its time");
+        assert_eq!(cluster.plan().resolve, [] as [Arc<str>; 0], "not before its time");
     }
     cluster.now += 61;
-    assert_eq!(cluster.plan().look.len(), 1);
+    assert_eq!(cluster.plan().resolve.len(), 1);
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v1".to_owned());
     cluster.resolve("tool");
     cluster.settle();
@@ -569,7 +575,7 @@ fn a_reference_that_is_wrong_leaves_everything_as_it_was() {
 }
 
 #[test]
-fn failed_nodes_are_named_and_hold_no_one_up() {
+fn failed_nodes_are_listed_and_do_not_block_others() {
     let mut cluster = cluster(6);
     cluster.settle();
     let (node, wanted) = cluster.open().remove(0);
@@ -596,7 +602,7 @@ fn failed_nodes_are_named_and_hold_no_one_up() {
 }
 
 #[test]
-fn a_node_that_does_not_answer_gives_its_place_to_others() {
+fn a_silent_node_frees_its_slot() {
     let mut cluster = cluster(4);
     cluster.apply("tool", |spec| spec.parallelism = IntOrString::Int(1));
     cluster.settle();
@@ -611,7 +617,7 @@ fn a_node_that_does_not_answer_gives_its_place_to_others() {
 }
 
 #[test]
-fn who_is_selected_and_who_is_not() {
+fn selectors_and_platforms_select_nodes() {
     let mut cluster = cluster(10);
     cluster.apply("tool", |spec| {
         spec.selector.match_labels = BTreeMap::from([("zone".to_owned(), "a".to_owned())]);
@@ -639,13 +645,19 @@ fn who_is_selected_and_who_is_not() {
 }
 
 #[test]
-fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
+fn a_missing_platform_is_reported_before_any_node_starts() {
     let mut cluster = cluster(2);
     let reference = "r.io/tool:v1".to_owned();
     let platforms = vec!["linux/arm64".parse().expect("a platform")];
-    let origin = Origin::default();
-    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None, origin };
-    cluster.answer("tool", Meaning::Known(known));
+    let origin = AnswerOrigin::default();
+    let known = ResolvedArtifact {
+        reference,
+        digest: Digest::of(b"index"),
+        platforms,
+        bytes: None,
+        origin,
+    };
+    cluster.answer("tool", ReferenceResolution::Known(known));
     cluster.settle();
     assert_eq!(cluster.status("tool").failed_nodes[0].reason, "PlatformMissing");
     assert_eq!(cluster.reason("tool"), "NodesFailed");
@@ -656,7 +668,7 @@ fn a_platform_that_the_index_lacks_is_said_before_anybody_begins() {
 }
 
 #[test]
-fn a_node_that_can_never_hold_it_is_not_asked_and_gives_its_place_to_the_next() {
+fn a_node_without_capacity_is_skipped() {
     let mut cluster = cluster(4);
     cluster.apply("tool", |spec| spec.parallelism = IntOrString::Int(1));
     cluster.has_room("node-0", Some(4 << 30));
@@ -672,11 +684,11 @@ fn a_node_that_can_never_hold_it_is_not_asked_and_gives_its_place_to_the_next() 
     }
     assert_eq!(cluster.reason("tool"), "NodesFailed");
     assert!(cluster.wants("node-0").is_empty());
-    // One that holds it holds it, whatever its disk has become.
+    // A node that holds it counts, whatever its capacity is now.
     cluster.has_room("node-1", Some(1));
     cluster.settle();
     assert_eq!(cluster.status("tool").ready, 3);
-    // A larger disk is enough, and so is a plugin that cannot say.
+    // A larger disk is enough, and so is an unknown capacity.
     for room in [Some(6 << 30), None] {
         cluster.has_room("node-0", Some(1));
         cluster.apply("tool", |spec| spec.reference.push('x'));
@@ -691,24 +703,24 @@ fn a_node_that_can_never_hold_it_is_not_asked_and_gives_its_place_to_the_next() 
 }
 
 #[test]
-fn what_was_found_out_is_read_from_the_status_by_the_next_leader() {
+fn the_next_leader_restores_the_resolution_from_the_status() {
     let mut cluster = cluster(1);
     cluster.has_room("node-0", Some(1));
     cluster.settle();
-    let mut world = World::default();
-    world.put_preload(&cluster.preloads["tool"]);
-    let known = Known {
+    let mut state = ClusterState::default();
+    state.put_preload(&cluster.preloads["tool"]);
+    let known = ResolvedArtifact {
         reference: "r.io/tool:v1".to_owned(),
         digest: Digest::of(b"r.io/tool:v1"),
         platforms: Vec::new(),
         bytes: Some(5 << 30),
-        origin: Origin { resolved_at: Some(BEGIN), ..Origin::default() },
+        origin: AnswerOrigin { resolved_at: Some(BEGIN), ..AnswerOrigin::default() },
     };
-    assert_eq!(world.preloads["team/tool"].meaning, Meaning::Known(known));
+    assert_eq!(state.preloads["team/tool"].resolution, ReferenceResolution::Known(known));
 }
 
 #[test]
-fn pause_time_and_end() {
+fn pause_spread_and_ttl() {
     let mut cluster = cluster(6);
     cluster.apply("tool", |spec| spec.paused = true);
     cluster.settle();
@@ -728,22 +740,23 @@ fn pause_time_and_end() {
     assert_eq!(cluster.plan().delete.len(), 0);
     cluster.now += 61;
     assert_eq!(cluster.plan().delete, [Arc::from("team/tool")]);
-    cluster.world.preloads.remove("team/tool");
+    cluster.state.preloads.remove("team/tool");
     cluster.preloads.remove("tool");
     cluster.settle();
     assert!(cluster.objects.values().all(|object| object.spec.artifacts.is_empty()));
 }
 
 #[test]
-fn credentials_go_to_nodes_that_need_them_and_to_their_present_key() {
+fn credentials_are_sealed_to_the_current_key_of_nodes_that_need_them() {
     let mut cluster = cluster(1);
     cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
     cluster.settle();
     assert!(cluster.open().is_empty(), "the secret is not read yet");
-    assert_eq!(cluster.plan().look.len(), 1);
-    let sealed = |version: &str| Access::Sealed { version: Arc::from(version), until: BEGIN + 120 };
+    assert_eq!(cluster.plan().resolve.len(), 1);
+    let sealed =
+        |version: &str| RegistryAccess::Sealed { version: Arc::from(version), until: BEGIN + 120 };
     let key = "team/tool";
-    cluster.world.preloads.get_mut(key).expect("one").access = sealed("1");
+    cluster.state.preloads.get_mut(key).expect("one").access = sealed("1");
     cluster.settle();
     let credentials = |cluster: &Cluster| {
         let wanted = cluster.objects["node-0"].spec.artifacts[0].clone();
@@ -756,13 +769,13 @@ fn credentials_go_to_nodes_that_need_them_and_to_their_present_key() {
     });
     cluster.settle();
     assert_eq!(credentials(&cluster), of("another", "1"), "the plugin was restarted");
-    cluster.world.preloads.get_mut(key).expect("one").access = sealed("2");
+    cluster.state.preloads.get_mut(key).expect("one").access = sealed("2");
     cluster.settle();
     assert_eq!(credentials(&cluster), of("another", "2"), "the secret was changed");
     cluster.nodes_work();
     cluster.settle();
     assert_eq!(cluster.reason("tool"), "Ready");
-    // Nothing is written only to take away what can be of no use.
+    // No write happens only to remove unneeded credentials.
     assert_eq!(credentials(&cluster), of("another", "2"));
     cluster.apply("other", |_| {});
     cluster.resolve("other");
@@ -772,13 +785,13 @@ fn credentials_go_to_nodes_that_need_them_and_to_their_present_key() {
 }
 
 #[test]
-fn two_preloads_of_one_artifact_stand_for_themselves() {
+fn two_preloads_of_one_artifact_are_independent() {
     let mut cluster = cluster(2);
     cluster.apply("twin", |_| {});
     cluster.resolve("twin");
     cluster.run_until_done();
     assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 2);
-    cluster.world.preloads.remove("team/tool");
+    cluster.state.preloads.remove("team/tool");
     cluster.preloads.remove("tool");
     cluster.settle();
     assert_eq!(cluster.objects["node-0"].spec.artifacts[0].preload, "team/twin");
@@ -786,7 +799,7 @@ fn two_preloads_of_one_artifact_stand_for_themselves() {
 }
 
 #[test]
-fn a_new_process_decides_nothing_else() {
+fn a_new_process_makes_the_same_plan() {
     let mut cluster = cluster(5);
     cluster.settle();
     let (node, wanted) = cluster.open().remove(0);
@@ -794,11 +807,11 @@ fn a_new_process_decides_nothing_else() {
     cluster.settle();
     begin_anew(&mut cluster);
     let decided = cluster.plan();
-    assert!(decided.assign.is_empty() && decided.report.is_empty() && decided.look.is_empty());
+    assert!(decided.assign.is_empty() && decided.report.is_empty() && decided.resolve.is_empty());
 }
 
 #[test]
-fn no_more_is_wanted_of_a_node_than_fits_its_object() {
+fn assignments_fit_the_object_of_a_node() {
     let mut cluster = cluster(1);
     for index in 0..300 {
         let name = format!("tool-{index}");
@@ -814,29 +827,29 @@ fn no_more_is_wanted_of_a_node_than_fits_its_object() {
     assert_eq!(refused.count(), 300 + 1 - 256);
 }
 
-/// What the next leader knows.
+/// Replaces the facts by those that the next leader reads.
 fn begin_anew(cluster: &mut Cluster) {
-    let mut world = World::default();
-    world.nodes = std::mem::take(&mut cluster.world.nodes);
+    let mut state = ClusterState::default();
+    state.nodes = std::mem::take(&mut cluster.state.nodes);
     for object in cluster.objects.values() {
-        world.put_object(object);
+        state.put_object(object);
     }
     for object in cluster.preloads.values() {
-        world.put_preload(object);
+        state.put_preload(object);
     }
-    cluster.world = world;
+    cluster.state = state;
 }
 
-/// The secrets of a preload, read.
+/// Sets the access of a preload.
 fn read_secrets(cluster: &mut Cluster, preload: &str, version: &str) {
     let until = cluster.now + 120;
-    let access = Access::Sealed { version: Arc::from(version), until };
+    let access = RegistryAccess::Sealed { version: Arc::from(version), until };
     let key = format!("team/{preload}");
-    cluster.world.preloads.get_mut(key.as_str()).expect("a preload").access = access;
+    cluster.state.preloads.get_mut(key.as_str()).expect("a preload").access = access;
 }
 
 #[test]
-fn secrets_that_nobody_reads_any_more_hold_up_no_other_preload() {
+fn unread_secrets_do_not_block_other_preloads() {
     let mut cluster = cluster(1);
     cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
     read_secrets(&mut cluster, "tool", "1");
@@ -847,13 +860,13 @@ fn secrets_that_nobody_reads_any_more_hold_up_no_other_preload() {
     cluster.apply("other", |_| {});
     cluster.resolve("other");
     let decided = cluster.plan();
-    assert_eq!(decided.look, [] as [Arc<str>; 0]);
+    assert_eq!(decided.resolve, [] as [Arc<str>; 0]);
     let [(_, wanted)] = decided.assign.as_slice() else { panic!("{decided:?}") };
     assert!(wanted.len() == 2 && wanted.iter().all(|one| one.sealed.is_none()));
 }
 
 #[test]
-fn a_node_is_written_again_when_the_secrets_that_it_still_needs_are_read() {
+fn an_assignment_is_written_again_once_its_secrets_are_read() {
     let mut cluster = cluster(1);
     cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into()]);
     read_secrets(&mut cluster, "tool", "1");
@@ -862,7 +875,7 @@ fn a_node_is_written_again_when_the_secrets_that_it_still_needs_are_read() {
     cluster.apply("other", |_| {});
     cluster.resolve("other");
     let decided = cluster.plan();
-    assert_eq!(decided.look, [Arc::from("team/tool")]);
+    assert_eq!(decided.resolve, [Arc::from("team/tool")]);
     assert!(decided.assign.is_empty(), "nobody could seal what stays: {decided:?}");
     read_secrets(&mut cluster, "tool", "1");
     cluster.settle();
@@ -906,7 +919,7 @@ fn credentials_of_one_repository_are_not_sealed_for_another_one() {
 }
 
 #[test]
-fn a_plugin_that_says_digests_alone_is_understood() {
+fn reports_without_references_are_matched_by_digest() {
     let mut cluster = cluster(1);
     cluster.run_until_done();
     cluster.change_object("node-0", |object| {
@@ -917,7 +930,7 @@ fn a_plugin_that_says_digests_alone_is_understood() {
 }
 
 #[test]
-fn whoever_fetches_again_later_has_as_long_as_the_first_time() {
+fn a_later_pull_has_the_full_deadline() {
     let mut cluster = cluster(1);
     cluster.run_until_done();
     cluster.now += 1_000_000;
@@ -944,14 +957,14 @@ fn the_same_content_under_another_name_is_another_artifact() {
     for reference in ["r.io/production/tool:v1", "r.io/production/tool:v2"] {
         let before = cluster.status("tool").ready_reference.expect("ready");
         cluster.apply("tool", |spec| spec.reference = reference.to_owned());
-        let known = Known {
+        let known = ResolvedArtifact {
             reference: reference.to_owned(),
             digest,
             platforms: Vec::new(),
             bytes: None,
-            origin: Origin::default(),
+            origin: AnswerOrigin::default(),
         };
-        cluster.answer("tool", Meaning::Known(known));
+        cluster.answer("tool", ReferenceResolution::Known(known));
         cluster.settle();
         assert_eq!(cluster.reason("tool"), "Preloading", "no node has said that it may have it");
         let both = [format!("{reference}@{digest}"), before];
@@ -968,7 +981,7 @@ fn the_same_content_under_another_name_is_another_artifact() {
 }
 
 #[test]
-fn what_is_new_never_takes_the_place_of_what_a_node_was_told_before() {
+fn new_artifacts_never_displace_assigned_ones() {
     let mut cluster = cluster(1);
     cluster.settle();
     for index in 1..256 {
@@ -983,14 +996,14 @@ fn what_is_new_never_takes_the_place_of_what_a_node_was_told_before() {
     cluster.settle();
     assert_eq!(cluster.objects["node-0"].spec.artifacts.len(), 256);
     assert_eq!(cluster.status("a").failed_nodes[0].reason, "TooManyPreloads");
-    cluster.world.preloads.remove("team/tool-7");
+    cluster.state.preloads.remove("team/tool-7");
     cluster.preloads.remove("tool-7");
     cluster.run_until_done();
     assert_eq!(cluster.reason("a"), "Ready");
 }
 
 #[test]
-fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
+fn the_old_artifact_stays_until_the_status_reports_the_new_one() {
     let mut cluster = cluster(1);
     cluster.run_until_done();
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
@@ -1009,7 +1022,7 @@ fn the_old_one_stays_until_the_new_one_is_what_the_status_says() {
 }
 
 #[test]
-fn the_version_before_yields_where_a_node_is_told_much() {
+fn the_previous_artifact_yields_on_nodes_with_large_assignments() {
     let mut cluster = cluster(1);
     for index in 1..128 {
         let name = format!("tool-{index}");
@@ -1024,7 +1037,7 @@ fn the_version_before_yields_where_a_node_is_told_much() {
 }
 
 #[test]
-fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
+fn an_unavailable_registry_leaves_its_earlier_answer_in_use() {
     let mut cluster = cluster(2);
     cluster.run_until_done();
     let first = cluster.status("tool").ready_reference.expect("ready");
@@ -1054,12 +1067,12 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
     let objects = &cluster.objects["node-0"].spec.artifacts;
     assert!(objects.iter().all(|wanted| wanted.resolved_at.is_none()), "{objects:?}");
 
-    // It is asked again, by the next leader too, and what it says then counts.
-    assert_eq!(cluster.plan().look, [] as [Arc<str>; 0]);
+    // It is asked again, also by the next leader, and its new answer counts.
+    assert_eq!(cluster.plan().resolve, [] as [Arc<str>; 0]);
     cluster.now += 21;
-    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    assert_eq!(cluster.plan().resolve, [Arc::from("team/tool")]);
     begin_anew(&mut cluster);
-    assert_eq!(cluster.plan().look, [Arc::from("team/tool")]);
+    assert_eq!(cluster.plan().resolve, [Arc::from("team/tool")]);
     cluster.silence("tool");
     cluster.settle();
     let since = cluster.status("tool").registry_unavailable_since.expect("since");
@@ -1073,7 +1086,7 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
     );
     assert_eq!(status.history[0].resolved_at.0.as_second(), cluster.now);
 
-    // A digest, however it is written.
+    // A digest, with or without a tag.
     let digest = second.split_once('@').expect("a digest").1;
     for reference in [second.clone(), format!("r.io/tool@{digest}")] {
         cluster.apply("tool", |spec| spec.reference = reference.clone());
@@ -1081,7 +1094,7 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
         cluster.run_until_done();
         assert_eq!(cluster.status("tool").ready_reference, Some(reference));
     }
-    // A digest that this object never had, under this reference or at all.
+    // A digest that this object never had.
     let unknown = Digest::of(b"unknown");
     let before = cluster.wants("node-0");
     for reference in
@@ -1100,7 +1113,7 @@ fn a_silent_registry_leaves_what_it_has_said_to_the_same_object() {
 }
 
 #[test]
-fn an_earlier_answer_is_for_secrets_of_the_same_names_that_are_there() {
+fn an_earlier_answer_needs_the_same_present_secrets() {
     let mut cluster = cluster(1);
     cluster.apply("tool", |spec| spec.pull_secrets = vec!["robot".into(), "other".into()]);
     cluster.resolve("tool");
@@ -1121,8 +1134,8 @@ fn an_earlier_answer_is_for_secrets_of_the_same_names_that_are_there() {
         cluster.run_until_done();
         assert_eq!(cluster.reason("tool"), reason);
     }
-    let preload = cluster.world.preloads.get_mut("team/tool").expect("a preload");
-    let refusal = |transient| Refusal {
+    let preload = cluster.state.preloads.get_mut("team/tool").expect("a preload");
+    let refusal = |transient| ResolutionFailure {
         reason: "SecretMissing",
         message: String::new(),
         transient,
@@ -1130,9 +1143,9 @@ fn an_earlier_answer_is_for_secrets_of_the_same_names_that_are_there() {
         retry_at: BEGIN + 1000,
     };
     preload.lose_secrets(&refusal(true));
-    assert!(matches!(preload.meaning, Meaning::Known(_)));
+    assert!(matches!(preload.resolution, ReferenceResolution::Known(_)));
     preload.lose_secrets(&refusal(false));
-    assert_eq!(preload.meaning, Meaning::Unknown);
+    assert_eq!(preload.resolution, ReferenceResolution::Unknown);
 }
 
 #[test]
@@ -1167,21 +1180,21 @@ fn a_tag_that_has_moved_is_not_taken_back_to_an_older_answer() {
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
     cluster.resolve("tool");
     cluster.settle();
-    // By other secrets, the tag means something else.
+    // With other secrets, the tag resolves to another digest.
     cluster.apply("tool", |spec| {
         spec.reference = "r.io/tool:v1".to_owned();
         spec.pull_secrets = vec!["robot".into()];
     });
     read_secrets(&mut cluster, "tool", "1");
     let digest = Digest::of(b"moved");
-    let origin = Origin {
+    let origin = AnswerOrigin {
         resolved_at: Some(cluster.now),
         pull_secrets: vec!["robot".into()],
         unavailable: None,
     };
     let reference = "r.io/tool:v1".to_owned();
-    let known = Known { reference, digest, platforms: Vec::new(), bytes: None, origin };
-    cluster.answer("tool", Meaning::Known(known));
+    let known = ResolvedArtifact { reference, digest, platforms: Vec::new(), bytes: None, origin };
+    cluster.answer("tool", ReferenceResolution::Known(known));
     cluster.settle();
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
     cluster.settle();
@@ -1207,7 +1220,7 @@ fn the_history_is_bounded() {
 }
 
 #[test]
-fn nodes_are_told_when_the_registry_said_what_a_tag_means() {
+fn nodes_get_the_time_of_a_tags_resolution() {
     let mut cluster = cluster(1);
     cluster.settle();
     let told = |cluster: &Cluster| {
@@ -1226,7 +1239,7 @@ fn nodes_are_told_when_the_registry_said_what_a_tag_means() {
 }
 
 #[test]
-fn nodes_that_stay_away_are_tolerated_up_to_a_number() {
+fn nodes_that_are_away_are_tolerated_up_to_a_number() {
     let mut cluster = cluster(4);
     cluster.apply("tool", |spec| {
         spec.parallelism = IntOrString::Int(10);
@@ -1269,7 +1282,7 @@ fn nodes_that_stay_away_are_tolerated_up_to_a_number() {
     );
     assert!(check(&cluster).is_empty());
 
-    // One whose plugin does not answer stays away, whatever its condition is; others have failed.
+    // A node with a silent plugin is away, whatever its condition is; others have failed.
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
     cluster.resolve("tool");
     cluster.now += 30;
@@ -1312,13 +1325,19 @@ fn nodes_that_stay_away_are_tolerated_up_to_a_number() {
 }
 
 #[test]
-fn an_index_that_lacks_a_platform_is_not_ready_though_all_nodes_hold_it() {
+fn an_index_without_a_required_platform_is_never_ready() {
     let mut cluster = cluster(1);
     let reference = "r.io/tool:v1".to_owned();
     let platforms = vec!["linux/amd64".parse().expect("a platform")];
-    let origin = Origin::default();
-    let known = Known { reference, digest: Digest::of(b"index"), platforms, bytes: None, origin };
-    cluster.answer("tool", Meaning::Known(known));
+    let origin = AnswerOrigin::default();
+    let known = ResolvedArtifact {
+        reference,
+        digest: Digest::of(b"index"),
+        platforms,
+        bytes: None,
+        origin,
+    };
+    cluster.answer("tool", ReferenceResolution::Known(known));
     cluster.run_until_done();
     assert_eq!(cluster.reason("tool"), "Ready");
     let platforms = vec!["linux/amd64".into(), "linux/arm64".into()];
@@ -1330,7 +1349,7 @@ fn an_index_that_lacks_a_platform_is_not_ready_though_all_nodes_hold_it() {
 }
 
 #[test]
-fn secrets_of_no_node_are_not_waited_for() {
+fn secrets_are_not_awaited_without_nodes() {
     let mut cluster = cluster(1);
     cluster.apply("tool", |spec| {
         spec.pull_secrets = vec!["robot".into()];
@@ -1341,7 +1360,7 @@ fn secrets_of_no_node_are_not_waited_for() {
 }
 
 #[test]
-fn a_node_that_has_come_back_under_its_name_is_waited_for() {
+fn a_recreated_node_is_awaited() {
     let mut cluster = cluster(2);
     for name in ["node-0", "node-1"] {
         cluster.change_object(name, |object| {
@@ -1354,16 +1373,16 @@ fn a_node_that_has_come_back_under_its_name_is_waited_for() {
     }
     cluster.now += 1000;
     cluster.add_node("node-1");
-    let name = cluster.world.text("node-1");
-    cluster.world.nodes.get_mut(&name).expect("a node").uid = "another".to_owned();
+    let name = cluster.state.text("node-1");
+    cluster.state.nodes.get_mut(&name).expect("a node").uid = "another".to_owned();
     cluster.run_until_done();
     assert_eq!(cluster.reason("tool"), "Preloading", "its object is its predecessor's");
     assert_eq!(cluster.plan().wake, Some(cluster.now + 121));
 }
 
-/// What happens to a cluster.
+/// An event in a cluster.
 #[derive(Clone, Debug)]
-enum Happening {
+enum ClusterEvent {
     Says(usize, Phase),
     Joins,
     Leaves(usize),
@@ -1374,7 +1393,7 @@ enum Happening {
     Forgets,
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
+fn cluster_event() -> impl Strategy<Value = ClusterEvent> {
     let phase = prop_oneof![
         1 => Just(Phase::Waiting),
         1 => Just(Phase::Pulling),
@@ -1382,24 +1401,24 @@ fn happening() -> impl Strategy<Value = Happening> {
         3 => Just(Phase::Ready),
     ];
     prop_oneof![
-        8 => (0..100_usize, phase).prop_map(|(which, phase)| Happening::Says(which, phase)),
-        1 => Just(Happening::Joins),
-        1 => (0..100_usize).prop_map(Happening::Leaves),
-        1 => (0..3_usize, 0..3_u8).prop_map(|(which, version)| Happening::Rolls(which, version)),
-        1 => (1..400_i64).prop_map(Happening::Passes),
-        1 => (0..3_usize, any::<bool>()).prop_map(|(which, is)| Happening::Paused(which, is)),
-        1 => (0..100_usize, any::<bool>()).prop_map(|(which, has)| Happening::HasRoom(which, has)),
-        1 => Just(Happening::Forgets),
+        8 => (0..100_usize, phase).prop_map(|(which, phase)| ClusterEvent::Says(which, phase)),
+        1 => Just(ClusterEvent::Joins),
+        1 => (0..100_usize).prop_map(ClusterEvent::Leaves),
+        1 => (0..3_usize, 0..3_u8).prop_map(|(which, version)| ClusterEvent::Rolls(which, version)),
+        1 => (1..400_i64).prop_map(ClusterEvent::Passes),
+        1 => (0..3_usize, any::<bool>()).prop_map(|(which, is)| ClusterEvent::Paused(which, is)),
+        1 => (0..100_usize, any::<bool>()).prop_map(|(which, has)| ClusterEvent::HasRoom(which, has)),
+        1 => Just(ClusterEvent::Forgets),
     ]
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever happens: never more at once than allowed, nothing twice, what is ready stays until the next is, and
-    /// in the end all is everywhere.
+    /// Invariants under random events: parallelism holds, no artifact is assigned twice, a ready artifact stays until
+    /// the next one is ready, and finally all nodes hold all artifacts.
     #[test]
-    fn whatever_happens(happenings in proptest::collection::vec(happening(), 1..60)) {
+    fn invariants_hold_under_random_events(events in proptest::collection::vec(cluster_event(), 1..60)) {
         let names = ["tool-0", "tool-1", "tool-2"];
         let mut cluster = cluster(5);
         for name in names {
@@ -1409,49 +1428,49 @@ proptest! {
         let mut joined = 0;
         // A node that failed, or was not heard of, gives its place to others, and may come back.
         let mut orderly = true;
-        for happening in happenings {
-            match happening {
-                Happening::Says(which, phase) => {
+        for cluster_event in events {
+            match cluster_event {
+                ClusterEvent::Says(which, phase) => {
                     let open = cluster.open();
                     if let Some((node, wanted)) = open.get(which % open.len().max(1)) {
                         orderly &= phase != Phase::Failed;
                         cluster.says(node, wanted, phase);
                     }
                 }
-                Happening::Joins => {
+                ClusterEvent::Joins => {
                     joined += 1;
                     let name = format!("late-{joined}");
                     cluster.add_node(&name);
                     cluster.settle();
                     cluster.start_plugin(&name);
                 }
-                Happening::Leaves(which) => {
+                ClusterEvent::Leaves(which) => {
                     let names: Vec<_> = cluster.objects.keys().cloned().collect();
                     if names.len() > 2 {
                         cluster.remove_node(&names[which % names.len()]);
                     }
                 }
-                Happening::Rolls(which, version) => {
+                ClusterEvent::Rolls(which, version) => {
                     cluster.apply(names[which], |spec| spec.reference = format!("r.io/tool:v{version}"));
                     cluster.resolve(names[which]);
                 }
-                Happening::Passes(seconds) => {
+                ClusterEvent::Passes(seconds) => {
                     orderly = false;
                     cluster.now += seconds;
                 }
-                Happening::Paused(which, paused) => {
+                ClusterEvent::Paused(which, paused) => {
                     cluster.apply(names[which], |spec| spec.paused = paused);
                 }
-                Happening::HasRoom(which, has) => {
+                ClusterEvent::HasRoom(which, has) => {
                     orderly = false;
                     let names: Vec<_> = cluster.objects.keys().cloned().collect();
                     cluster.has_room(&names[which % names.len()], Some(if has { i64::MAX } else { 0 }));
                 }
-                Happening::Forgets => {
+                ClusterEvent::Forgets => {
                     begin_anew(&mut cluster);
                     for name in names {
                         let key = format!("team/{name}");
-                        if cluster.world.preloads[key.as_str()].meaning == Meaning::Unknown {
+                        if cluster.state.preloads[key.as_str()].resolution == ReferenceResolution::Unknown {
                             cluster.resolve(name);
                         }
                     }

@@ -18,7 +18,7 @@ fn small() -> Tar {
 const SMALL: [&str; 3] = ["bin/", "bin/tool=#!tool", "bin/sh->tool"];
 
 #[test]
-fn all_kinds_of_entries() {
+fn all_types_of_entries_are_read() {
     let tar = Tar::new()
         .folder("./", 0o700)
         .file("a", "A")
@@ -30,7 +30,7 @@ fn all_kinds_of_entries() {
 }
 
 #[test]
-fn metadata_follows_the_rule() {
+fn the_permissions_rule_applies_to_metadata() {
     let tar = Tar::new().file_with_mode("f", "", 0o4600).end();
     let unpacked = |rule| {
         let mut memory = Memory::default();
@@ -66,7 +66,7 @@ fn every_compression_is_recognised() {
 }
 
 #[test]
-fn gzip_of_several_members_and_zstd_of_several_frames() {
+fn several_gzip_members_and_zstd_frames_are_read() {
     let tar = small().end();
     for packed in [gzip, zstd] {
         let joined: Vec<_> = tar.chunks(700).flat_map(packed).collect();
@@ -130,14 +130,14 @@ fn an_archive_that_ends_early_is_corrupt() {
         let error = refusal(&tar[..length]);
         assert!(matches!(error, UnpackError::Archive { .. }), "{length}: {error:?}");
     }
-    // Its content is whole: padding and the end's mark may be missing.
+    // The content is complete: padding and the end marker may be missing.
     for length in [1112, 1300, 1536, 2048] {
         assert_eq!(lines(&tar[..length]).len(), 1, "{length}");
     }
 }
 
 #[test]
-fn an_archive_that_is_none_is_corrupt() {
+fn content_that_is_not_an_archive_is_corrupt() {
     assert!(matches!(refusal(&[b'x'; 2000]), UnpackError::Archive { .. }));
     let mut tar = small().end();
     tar[0] ^= 1;
@@ -210,7 +210,7 @@ fn hard_links_out_of_the_tree_are_refused() {
 }
 
 #[test]
-fn symbolic_links_are_text_but_not_any_text() {
+fn invalid_targets_of_symbolic_links_are_refused() {
     let tar = Tar::new().link(b'2', "l", "/etc/passwd").link(b'2', "m", "../../x");
     assert_eq!(lines(&tar.end()), ["l->/etc/passwd", "m->../../x"]);
     let empty = refusal(&Tar::new().link(b'2', "l", "").end());
@@ -240,7 +240,7 @@ fn absolute_names_are_rooted() {
 fn devices_and_fifos_are_counted_and_not_shown() {
     for kind in *b"346" {
         let mut header = Tar::header(b"dev/special", kind, 0);
-        // As the owner and the size of nothing that is shown.
+        // Their owner and size are ignored, since they are not shown.
         header.as_old_mut().uid = [0xff; 8];
         let tar = Tar::new().file("a", "A").member(header, b"").file("b", "B").end();
         for (rule, expected) in
@@ -258,7 +258,7 @@ fn devices_and_fifos_are_counted_and_not_shown() {
 }
 
 #[test]
-fn owners_that_no_file_can_have_matter_only_where_they_are_kept() {
+fn owners_outside_the_range_are_refused_only_with_preserve() {
     let header = |owner: [u8; 8]| {
         let mut header = Tar::header(b"f", b'0', 0);
         header.as_old_mut().uid = owner;
@@ -356,7 +356,7 @@ fn sparse_files_are_expanded_in_every_form() {
 }
 
 #[test]
-fn a_sparse_file_whose_map_lies_is_corrupt() {
+fn a_sparse_file_with_a_wrong_map_is_corrupt() {
     let pax = |map: &[u8], size: &[u8]| {
         let records = [("GNU.sparse.size", size), ("GNU.sparse.map", map)];
         Tar::new().pax(&records).file("f", "abc").end()
@@ -390,7 +390,7 @@ fn a_sparse_file_whose_map_lies_is_corrupt() {
 }
 
 #[test]
-fn what_sparse_files_expand_to_is_bounded() {
+fn the_expansion_of_sparse_files_is_bounded() {
     let holes = |size: &str| {
         let records = [("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.numblocks", b"0")];
         Tar::new().pax(&records).file("f", "").end()
@@ -403,7 +403,7 @@ fn what_sparse_files_expand_to_is_bounded() {
     let ratio = Limits { decompression_ratio_floor: 1 << 20, ..Limits::default() };
     let error = unpack_all(&holes("1000000000"), &IMAGE, &ratio).0.unwrap_err();
     assert!(matches!(error, UnpackError::Ratio { limit: 200 }), "{error:?}");
-    // A map of any length is as an extended header.
+    // The limit of extended headers applies to maps too.
     let records: [(&str, &[u8]); 2] = [("GNU.sparse.major", b"1"), ("GNU.sparse.minor", b"0")];
     let map = format!("9999999\n{}", "1\n".repeat(1 << 20));
     let tar = Tar::new().pax(&records).file("f", &map).end();
@@ -469,12 +469,12 @@ fn gnu_long_names_and_global_headers() {
 }
 
 #[test]
-fn what_old_writers_wrote() {
+fn archives_of_old_writers_are_read() {
     let folder = Tar::header(b"old/", 0, 0);
     let mut no_type = Tar::header(b"f", 0, 1);
     no_type.as_ustar_mut().unwrap().magic = [0; 6];
     assert_eq!(lines(&Tar::new().member(folder, b"").member(no_type, b"x").end()), ["old/", "f=x"]);
-    // A size in a link means nothing.
+    // The size of a link is ignored.
     let mut link = Tar::header(b"l", b'1', 100);
     link.as_old_mut().linkname[0] = b'f';
     assert_eq!(lines(&Tar::new().file("f", "").member(link, b"").end()), ["f=", "l=>f"]);
@@ -501,7 +501,7 @@ fn extended_headers_take_bounded_memory() {
 }
 
 #[test]
-fn absurd_sizes_are_refused_before_anything_is_stored() {
+fn sizes_over_the_limit_are_refused_before_a_file_is_stored() {
     let mut negative = Tar::header(b"f", b'0', 0);
     negative.as_old_mut().size = [0xff; 12];
     assert_eq!(refusal(&Tar::new().member(negative, b"").end()).class(), Class::Corrupt);
@@ -557,7 +557,7 @@ fn a_bomb_is_refused_by_its_ratio() {
         let error = unpack_all(&packed, &IMAGE, &limits).0.unwrap_err();
         assert!(matches!(error, UnpackError::Ratio { limit: 200 }), "{error:?}");
         assert_eq!(error.class(), Class::Refused);
-        // Below the floor no ratio harms.
+        // The ratio does not count below the floor.
         unpack_all(&packed, &IMAGE, &Limits::default()).0.unwrap();
     }
 }
@@ -630,7 +630,7 @@ fn a_sink_that_reads_only_half_loses_no_entry() {
 }
 
 #[test]
-fn what_another_writer_writes() {
+fn archives_of_the_tar_crate_are_read() {
     let mut builder = tar::Builder::new(Vec::new());
     let deep = format!("{}/file", "folder".repeat(30));
     let mut header = tar::Header::new_gnu();
@@ -645,7 +645,7 @@ fn what_another_writer_writes() {
     assert_eq!(lines(&tar), [format!("{deep}=data"), format!("link->{deep}2")]);
 }
 
-/// Limits under which nothing takes long.
+/// Returns limits under which every test is fast.
 fn tiny() -> Limits {
     Limits {
         entries: 50,
@@ -722,7 +722,7 @@ fn an_image_may_pass_through_its_own_links() {
 }
 
 #[test]
-fn an_artifacts_entries_through_its_own_links_are_refused_before_anything_is_kept() {
+fn entries_of_an_artifact_through_its_own_links_are_refused_while_unpacking() {
     let refusal = |tar: &[u8]| unpack_all(tar, &ARTIFACT, &Limits::default()).0.unwrap_err();
     let through = [
         Tar::new().link(b'2', "l", "inside").file("l/x", ""),
@@ -731,7 +731,7 @@ fn an_artifacts_entries_through_its_own_links_are_refused_before_anything_is_kep
     for archive in through {
         assert!(matches!(refusal(&archive.end()), UnpackError::ThroughOwnLink { .. }));
     }
-    // A link that was replaced is no way any more.
+    // A replaced link no longer counts.
     let replaced = Tar::new().link(b'2', "l", "/etc").folder("l/", 0o755).file("l/x", "");
     unpack_all(&replaced.end(), &ARTIFACT, &Limits::default()).0.expect("accepted");
 }

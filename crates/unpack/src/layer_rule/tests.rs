@@ -46,7 +46,7 @@ fn rules_with(
     }
 }
 
-/// `file PATH`, `tar`, `image`, `skip`.
+/// Returns rules as `file PATH`, `tar`, `image` or `skip`.
 fn summary(artifact_type: Option<&str>, config: &str, layers: &[Value]) -> Vec<String> {
     summary_with(UnpackMode::Auto, artifact_type, config, layers)
 }
@@ -99,7 +99,7 @@ fn oras_files_and_folders() {
 }
 
 #[test]
-fn images_and_the_artifact_that_looks_like_one() {
+fn an_artifact_with_the_configuration_of_an_image_is_not_an_image() {
     let layers = [
         untitled(TAR),
         untitled(TAR_GZIP),
@@ -109,14 +109,14 @@ fn images_and_the_artifact_that_looks_like_one() {
     assert_eq!(summary(None, IMAGE_CONFIG, &layers), ["image"; 4]);
     let docker = "application/vnd.docker.container.image.v1+json";
     assert_eq!(summary(None, docker, &layers), ["image"; 4]);
-    // `oras push --artifact-platform` writes an image's configuration for an artifact.
+    // `oras push --artifact-platform` writes the configuration of an image.
     let expected =
         ["file layer-0.tar", "file layer-1.tar.gz", "file layer-2.tar.zst", "file layer-3.tar.gz"];
     assert_eq!(summary(Some("application/x"), IMAGE_CONFIG, &layers), expected);
 }
 
 #[test]
-fn an_image_is_whole_or_refused() {
+fn an_image_with_an_unknown_layer_is_refused() {
     let encrypted = format!("{TAR_GZIP}+encrypted");
     let error = rules_of(None, IMAGE_CONFIG, &[untitled(TAR), untitled(&encrypted)]).unwrap_err();
     assert!(matches!(error, UnpackError::MediaType { layer: 1, .. }));
@@ -173,7 +173,7 @@ fn tars_of_kitops_and_of_dockers_models_are_unpacked_whatever_their_paths() {
 }
 
 #[test]
-fn a_volume_may_ask_for_every_tar_or_for_none_to_be_unpacked() {
+fn the_attribute_unpack_selects_every_tar_or_none() {
     let folder = layer(TAR_GZIP, &json!({TITLE: "d", ORAS_UNPACK: "true"}));
     let layers = [
         untitled(TAR_GZIP),
@@ -224,7 +224,7 @@ fn a_volume_may_ask_for_every_tar_or_for_none_to_be_unpacked() {
 }
 
 #[test]
-fn known_kinds_without_titles() {
+fn charts_and_modules_have_known_names() {
     let helm = [untitled(HELM_CHART), untitled(HELM_PROVENANCE)];
     assert_eq!(summary(None, HELM_CONFIG, &helm), ["file chart.tgz", "file chart.tgz.prov"]);
     assert_eq!(summary(None, HELM_CONFIG, &[untitled(HELM_OLD_CHART)]), ["file chart.tgz"]);
@@ -236,7 +236,7 @@ fn known_kinds_without_titles() {
 }
 
 #[test]
-fn the_rest_by_number() {
+fn untitled_layers_are_named_by_their_index() {
     let layers = [
         untitled("application/vnd.docker.ai.gguf.v3"),
         untitled("application/vnd.ollama.image.model"),
@@ -304,7 +304,7 @@ fn annotations_that_cannot_be_read_are_refused() {
 }
 
 #[test]
-fn a_layer_is_left_out_only_where_its_title_proves_it() {
+fn a_layer_is_skipped_only_if_its_title_proves_it_unselected() {
     let folder = layer(TAR, &json!({TITLE: "conf", ORAS_UNPACK: "true"}));
     let model = layer("application/vnd.cncf.model.doc.v1.tar", &json!({TITLE: "docs"}));
     let layers = [titled(TAR, "bin/tool"), folder, model, untitled("application/x")];

@@ -1,6 +1,6 @@
-//! The last step of a merge: what is selected of the tree, in order.
+//! The last step of a merge: the selected part of the tree, in order.
 
-use super::nodes::{Folder, NONE, Node, NodeKind, ROOT};
+use super::nodes::{Folder, MergeNode, NONE, NodeKind, ROOT};
 use super::{Merger, number};
 use crate::entry::Metadata;
 use crate::error::UnpackError;
@@ -13,7 +13,7 @@ use crate::plan::{
 use oci_types::Digest;
 
 struct PlanBuilder {
-    nodes: Vec<Node>,
+    nodes: Vec<MergeNode>,
     folders: Vec<Folder>,
     plan: TreePlan,
 }
@@ -54,7 +54,7 @@ impl PlanBuilder {
         let mut next = self.folders[folder as usize].first;
         while next != NONE {
             let node = &self.nodes[next as usize];
-            let Node { name, layer, name_bytes, is_shown, kind, .. } = *node;
+            let MergeNode { name, layer, name_bytes, is_shown, kind, .. } = *node;
             next = node.next;
             let planned = |kind| PlannedNode { parent, kind, name_bytes, layer, name };
             let kind = match kind {

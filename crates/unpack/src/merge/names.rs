@@ -3,7 +3,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 
-use super::nodes::{Node, ROOT};
+use super::nodes::{MergeNode, ROOT};
 use super::number;
 
 /// A keyed hash of a folder and a name. It has 128 bits, so that two names of a tree never collide.
@@ -28,7 +28,7 @@ impl NameTable {
     }
 
     /// Returns the node with this name, removed or not.
-    pub(super) fn find(&self, nodes: &[Node], hash: NameHash) -> Option<u32> {
+    pub(super) fn find(&self, nodes: &[MergeNode], hash: NameHash) -> Option<u32> {
         if self.slots.is_empty() {
             return None;
         }
@@ -39,7 +39,7 @@ impl NameTable {
     }
 
     /// Adds a node whose name is not in the table.
-    pub(super) fn insert(&mut self, nodes: &[Node], node: u32) {
+    pub(super) fn insert(&mut self, nodes: &[MergeNode], node: u32) {
         // At most two thirds of the slots are in use, so that probing is short.
         if nodes.len() * 3 > self.slots.len() * 2 {
             let larger = (nodes.len() * 2).next_power_of_two().max(64);
@@ -51,7 +51,7 @@ impl NameTable {
         }
     }
 
-    fn place(&mut self, nodes: &[Node], node: u32) {
+    fn place(&mut self, nodes: &[MergeNode], node: u32) {
         let mut places = self.places(nodes[node as usize].hash);
         if let Some(free) = places.find(|&place| self.slots[place] == FREE) {
             self.slots[free] = node;

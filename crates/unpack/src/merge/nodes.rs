@@ -1,13 +1,13 @@
 //! The names of a tree while it is merged: nodes in an array, and lists of them for folders.
 
 use super::names::NameHash;
-use super::walk::Place;
+use super::walk::TreePlace;
 use super::{Merger, number};
 use crate::entry::Metadata;
 use crate::error::UnpackError;
 use crate::path::RelativePath;
 use crate::plan::NameRef;
-use crate::selection::Match;
+use crate::selection::PatternMatch;
 
 /// The node of the root folder, and the folder itself.
 pub(super) const ROOT: u32 = 0;
@@ -15,7 +15,7 @@ pub(super) const ROOT: u32 = 0;
 pub(super) const NONE: u32 = u32::MAX;
 
 /// A name in a folder.
-pub(super) struct Node {
+pub(super) struct MergeNode {
     pub(super) hash: NameHash,
     pub(super) name: NameRef,
     /// Its folder, by the number in [`Merger::folders`].
@@ -85,7 +85,7 @@ pub(super) struct NodeName<'a> {
     pub(super) is_title: bool,
 }
 
-impl Node {
+impl MergeNode {
     pub(super) fn root() -> Self {
         Self {
             hash: NameHash::default(),
@@ -122,7 +122,7 @@ impl Merger<'_> {
     pub(super) fn insert(
         &mut self,
         path: &RelativePath,
-        place: Place,
+        place: TreePlace,
         name: &NodeName<'_>,
         incoming: NewNode,
     ) -> Result<u32, UnpackError> {
@@ -179,7 +179,7 @@ impl Merger<'_> {
             None if !is_shown => NameRef::held_at(0),
             None => self.hold_name(name.text)?,
         };
-        let node = Node {
+        let node = MergeNode {
             hash,
             name: reference,
             parent,
@@ -194,7 +194,7 @@ impl Merger<'_> {
         let (was_removed, was_listed) = if existing.is_some() {
             let old = &mut self.nodes[index as usize];
             let was = (matches!(old.kind, NodeKind::Removed), old.is_listed);
-            *old = Node { next: old.next, ..node };
+            *old = MergeNode { next: old.next, ..node };
             was
         } else {
             self.nodes.push(node);
@@ -237,13 +237,13 @@ impl Merger<'_> {
     }
 
     /// Matches a name in a folder with the selection, and with what is known of the folder.
-    fn selected(&mut self, folder: u32, name: &[u8]) -> Match {
+    fn selected(&mut self, folder: u32, name: &[u8]) -> PatternMatch {
         if self.is_everything {
-            return Match { included: true, excluded: false };
+            return PatternMatch { included: true, excluded: false };
         }
         let Folder { is_selected, is_excluded, .. } = self.folders[folder as usize];
         if is_excluded {
-            return Match { included: is_selected, excluded: true };
+            return PatternMatch { included: is_selected, excluded: true };
         }
         if self.last_path.0 != folder {
             self.last_path = (folder, self.path_of(folder));
@@ -256,7 +256,7 @@ impl Merger<'_> {
         path.extend_from_slice(name);
         let found = self.selection.matches(path);
         path.truncate(length);
-        Match { included: is_selected || found.included, ..found }
+        PatternMatch { included: is_selected || found.included, ..found }
     }
 
     fn path_of(&self, folder: u32) -> Vec<u8> {
@@ -282,7 +282,7 @@ impl Merger<'_> {
         this.last = NONE;
         while next != NONE {
             let child = next;
-            let Node { next: after, kind, .. } = self.nodes[child as usize];
+            let MergeNode { next: after, kind, .. } = self.nodes[child as usize];
             next = after;
             self.nodes[child as usize].is_listed = false;
             if matches!(kind, NodeKind::Removed) {
@@ -317,7 +317,7 @@ impl Merger<'_> {
         true
     }
 
-    pub(super) fn child(&self, place: Place, name: &[u8]) -> Option<u32> {
+    pub(super) fn child(&self, place: TreePlace, name: &[u8]) -> Option<u32> {
         let NodeKind::Directory(folder) = self.nodes[place.node as usize].kind else {
             return None;
         };

@@ -66,7 +66,7 @@ fn refusal(layers: &[Tar]) -> UnpackError {
     error
 }
 
-/// Paths with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links, in order.
+/// Returns paths in order, with `/` for folders, `=LAYER.DATA` for files, `->TARGET` for links.
 pub(super) fn lines(plan: &TreePlan) -> Vec<String> {
     lines_from(plan, &mut NoEntries)
 }
@@ -124,7 +124,7 @@ fn whiteouts_hide_lower_layers_only() {
     let lower = Tar::new().file("a", "").file("d/x", "").file("d/y", "").file("e/f/x", "");
     let upper = Tar::new().file(".wh.a", "").file("d/x", "").file(".wh.d", "").file("e/.wh.f", "");
     assert_eq!(merged(&[lower.clone(), upper]), ["d/", "d/x=1.0", "e/"]);
-    // Wherever the mark stands, what its own layer has stays.
+    // Entries of the mark's own layer stay, before or after the mark.
     let before = Tar::new().file(".wh.a", "").file("a", "");
     let after = Tar::new().file("a", "").file(".wh.a", "");
     for upper in [before, after] {
@@ -238,12 +238,12 @@ fn a_link_that_leaves_the_root_is_only_text() {
 }
 
 #[test]
-fn links_without_end_are_refused() {
+fn link_loops_are_refused() {
     let links = Tar::new().link(b'2', "a", "b").link(b'2', "b", "a");
     for layers in [vec![links.clone(), Tar::new().file("a/x", "")], vec![links.file("a/x", "")]] {
         assert!(matches!(refusal(&layers), UnpackError::TooManyLinks { .. }));
     }
-    // As many links as a path may have, and one more.
+    // The maximum number of links on a path, and one more.
     let chain = |links: usize| {
         let link = |tar: Tar, n| tar.link(b'2', &format!("l{n}"), &format!("l{}", n + 1));
         (0..links).fold(Tar::new(), link).file("l0/x", "")
@@ -251,7 +251,7 @@ fn links_without_end_are_refused() {
     assert_eq!(merged(&[chain(LINKS_ON_A_PATH)]).len(), LINKS_ON_A_PATH + 2);
     let error = refusal(&[chain(LINKS_ON_A_PATH + 1)]);
     assert!(matches!(error, UnpackError::TooManyLinks { .. }));
-    // Long ways through links are bounded over a whole merge.
+    // Steps through links are bounded for the whole merge.
     let limits = Limits { entries: 40, ..Limits::default() };
     let lower = Tar::new().link(b'2', "a", &"d/../".repeat(15)).folder("d/", 0o755);
     let upper = (0..36).fold(Tar::new(), |tar, number| tar.file(&format!("a/{number}"), ""));
@@ -260,7 +260,7 @@ fn links_without_end_are_refused() {
 }
 
 #[test]
-fn where_links_lead_the_limits_hold() {
+fn limits_apply_to_places_that_links_lead_to() {
     let limits = Limits { depth: 3, path_bytes: 20, ..Limits::default() };
     let lower = Tar::new().folder("a/b/", 0o755).link(b'2', "l", "a/b");
     let deep =
@@ -354,7 +354,7 @@ fn bytes_of_a_tree_are_bounded() {
 }
 
 #[test]
-fn what_is_selected_and_the_folders_to_it() {
+fn a_selection_includes_the_folders_above_it() {
     let tar = Tar::new()
         .file("bin/a", "")
         .file("bin/b", "")
@@ -444,7 +444,7 @@ fn entries_outside_the_title_of_their_folder_are_refused() {
 }
 
 #[test]
-fn artifacts_that_are_no_images_follow_no_links() {
+fn links_are_followed_in_images_only() {
     let limits = Limits::default();
     let mut merger = Merger::new(&limits, &EVERYTHING);
     merger.archive(0, &ARTIFACT);
@@ -499,7 +499,7 @@ proptest! {
             _ => prop_assert!(false, "{:?} is not {:?}", found, expected),
         }
         if let Ok(plan) = found {
-            // Parents come first, and every file is used as often as it says.
+            // Parents come first, and the number of links of every file is right.
             let mut seen = BTreeSet::new();
             let mut links = vec![0; plan.files.len()];
             for (index, node) in plan.nodes.iter().enumerate() {
@@ -516,11 +516,12 @@ proptest! {
 }
 
 #[test]
-fn folders_count_as_what_they_take_of_memory() {
+fn folders_count_with_the_memory_they_take() {
     assert!(
-        (size_of::<Folder>() + size_of::<Metadata>() + size_of::<Node>()) as u64 <= FOLDER_BYTES
+        (size_of::<Folder>() + size_of::<Metadata>() + size_of::<MergeNode>()) as u64
+            <= FOLDER_BYTES
     );
-    // Few bytes of names, and a folder for each.
+    // Short names, each of a folder.
     let tar = |name: fn(u32) -> String| (0..300).fold(Tar::new(), |tar, n| tar.file(&name(n), ""));
     let limits = Limits { metadata_bytes: 64 << 10, ..Limits::default() };
     assert!(plan_under(&limits, &[tar(|n| format!("{n}"))], &Selection::default()).is_ok());
@@ -548,7 +549,7 @@ fn selected_lines(whole: &[String], selection: &Selection) -> Vec<String> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// A selected tree is a part of the whole one, also where its names are read again. Refusals do not
+    /// A selected tree is a part of the whole one, also if its names are read again. Refusals do not
     /// depend on the selection.
     #[test]
     fn what_is_read_again_and_selected_is_a_part_of_the_whole(
@@ -588,7 +589,7 @@ proptest! {
     }
 }
 
-/// Entries of files with long names, none of which is made before it is asked for.
+/// Entries of files with long names, created lazily.
 fn long_names(count: u32) -> impl Iterator<Item = Entry> {
     (0..count).map(|number| {
         let kind = EntryKind::File { size: 0, data: number, checksum: Checksum::Xxh3(0) };
@@ -616,7 +617,7 @@ fn a_million_entries_fit_the_default_budget() {
 }
 
 #[test]
-fn more_memory_than_allowed_is_said_before_it_is_taken() {
+fn merging_fails_before_it_takes_more_memory_than_allowed() {
     let limits = Limits::default();
     let mut merger = Merger::new(&limits, &EVERYTHING).within(64 << 10);
     merger.archive(0, &IMAGE);
@@ -636,12 +637,12 @@ impl EntryReader for CountingReader<'_> {
 }
 
 #[test]
-fn targets_are_read_no_more_often_than_there_may_be_entries() {
+fn reads_of_link_targets_are_bounded() {
     let entry = |text: &str, kind| {
         let metadata = Metadata::of_implied_folder();
         Entry { path: path(text), kind, metadata }
     };
-    // More links than are cached, each of which leads to the folder that it is in.
+    // More links than the cache holds, each to its own folder.
     let names: Vec<_> = (0..LINKS_ON_A_PATH).map(|number| format!("l{number}")).collect();
     let link = |name: &String| entry(name, EntryKind::SymbolicLink { target: (*b".").into() });
     let through = names.join("/");

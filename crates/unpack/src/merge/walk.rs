@@ -24,7 +24,7 @@ const TARGETS_KEPT: usize = 32;
 
 /// A node in the tree, and where it is.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct TreePlace {
     pub(super) node: u32,
     depth: usize,
     path_bytes: usize,
@@ -36,7 +36,7 @@ pub(super) type LinkPlace = (u32, u64);
 /// Names of a path that nothing is at, outermost first.
 type MissingNames = Vec<Box<[u8]>>;
 
-impl Place {
+impl TreePlace {
     pub(super) fn below(self, node: u32, name: &[u8]) -> Self {
         let path_bytes = self.path_bytes + name.len() + usize::from(self.depth > 0);
         Self { node, depth: self.depth + 1, path_bytes }
@@ -84,7 +84,7 @@ impl Merger<'_> {
         &mut self,
         entry: &RelativePath,
         folder: &RelativePath,
-    ) -> Result<Place, UnpackError> {
+    ) -> Result<TreePlace, UnpackError> {
         let (mut place, missing) = self.walk(entry, folder)?;
         for name in missing {
             if let NodeKind::File(_) = self.nodes[place.node as usize].kind {
@@ -108,8 +108,8 @@ impl Merger<'_> {
         &mut self,
         entry: &RelativePath,
         folder: &RelativePath,
-    ) -> Result<(Place, MissingNames), UnpackError> {
-        let root = Place { node: ROOT, depth: 0, path_bytes: 0 };
+    ) -> Result<(TreePlace, MissingNames), UnpackError> {
+        let root = TreePlace { node: ROOT, depth: 0, path_bytes: 0 };
         let mut way = vec![root];
         let mut missing = Vec::new();
         let mut names = folder.components();
@@ -195,7 +195,7 @@ impl Merger<'_> {
     pub(super) fn check_place(
         &self,
         path: &RelativePath,
-        place: Place,
+        place: TreePlace,
         name: &[u8],
     ) -> Result<(), UnpackError> {
         let limits = self.limits;
@@ -217,7 +217,7 @@ impl Merger<'_> {
     pub(super) fn not_a_folder(
         &self,
         entry: &RelativePath,
-        place: Place,
+        place: TreePlace,
         folder: &RelativePath,
     ) -> UnpackError {
         // Without a link, the file is one of the path's own names.

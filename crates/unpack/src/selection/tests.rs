@@ -44,7 +44,7 @@ fn commas_and_spellings() {
 }
 
 #[test]
-fn one_text_for_all_spellings_and_no_other() {
+fn equal_selections_have_one_canonical_text() {
     let canonical = |include, exclude| Selection::parse(include, exclude).unwrap().canonical();
     assert_eq!(canonical("b,a", "c"), "+1:a+1:b-1:c");
     assert_eq!(canonical("./a/,b,a,", " c"), canonical("b,a", "c"));
@@ -54,7 +54,7 @@ fn one_text_for_all_spellings_and_no_other() {
 }
 
 #[test]
-fn patterns_that_can_match_nothing_are_refused() {
+fn patterns_that_cannot_match_are_refused() {
     let refusal = |text: &str| Selection::parse(text, "").expect_err(text);
     assert!(matches!(refusal("/bin"), SelectionError::Absolute(_)));
     assert!(matches!(refusal("a/../b"), SelectionError::Parent(_)));
@@ -71,7 +71,7 @@ fn patterns_that_can_match_nothing_are_refused() {
 }
 
 #[test]
-fn folders_that_nothing_can_be_selected_of() {
+fn folders_without_selected_paths_are_recognised() {
     let may = |include, exclude, folder| {
         Selection::parse(include, exclude).unwrap().may_select_below(&path(folder))
     };
@@ -107,7 +107,7 @@ fn patterns_are_compiled_when_a_path_is_matched_and_not_kept_by_clones() {
     }
 }
 
-/// The meaning of a glob, by trying everything: names, `*` and `?` within them, `**` across.
+/// Reference implementation of globs by exhaustive search: `*` and `?` within names, `**` across.
 fn naive_match(pattern: &[&str], path: &[&str]) -> bool {
     fn name(pattern: &[u8], text: &[u8]) -> bool {
         match (pattern, text) {
@@ -120,7 +120,7 @@ fn naive_match(pattern: &[&str], path: &[&str]) -> bool {
     }
     match (pattern, path) {
         ([], []) => true,
-        // At the end it stands for something, elsewhere maybe for nothing.
+        // At the end, `**` matches at least one name; elsewhere it may match none.
         (["**"], _) => !path.is_empty(),
         (["**", rest @ ..], _) => (0..=path.len()).any(|skip| naive_match(rest, &path[skip..])),
         ([first, rest @ ..], [text, path @ ..]) => {

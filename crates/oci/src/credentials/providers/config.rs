@@ -18,75 +18,75 @@ const PROTOCOL_VERSIONS: [&str; 3] = [
     "credentialprovider.kubelet.k8s.io/v1alpha1",
 ];
 
-/// One plugin, and what it is for.
+/// A credential provider plugin with its configuration.
 #[derive(Clone, Debug)]
 pub struct Provider {
-    /// The file's name in the folder of plugins.
+    /// Name of the executable in the folder of plugins.
     pub name: String,
-    /// The protocol's version.
+    /// Version of the plugin protocol.
     pub api_version: String,
     patterns: Vec<ImagePattern>,
-    /// What counts when an answer names no duration.
+    /// Cache duration for responses that name none.
     pub default_cache_duration: Duration,
-    /// The plugin's arguments.
+    /// Arguments of the plugin.
     pub args: Vec<String>,
-    /// Added to the driver's own environment.
+    /// Variables that are added to the driver's own environment.
     pub env: Vec<(String, String)>,
-    /// Whether and how it wants a service account's token.
+    /// Service account token that the plugin wants, if any.
     pub token: Option<TokenAttributes>,
 }
 
-/// Which token a plugin wants.
+/// Attributes of the service account token that a plugin wants.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TokenAttributes {
-    /// The token's audience.
+    /// Audience of the token.
     pub service_account_token_audience: String,
-    /// What answers are cached by.
+    /// Cache key of responses.
     pub cache_type: Option<TokenCacheType>,
-    /// Whether it is of no use without a token.
+    /// True if the plugin needs a token in any case.
     pub require_service_account: bool,
-    /// Annotations that it is of no use without.
+    /// Annotations that the plugin needs.
     #[serde(default)]
     pub required_service_account_annotation_keys: Vec<String>,
-    /// Annotations that it would like.
+    /// Annotations that the plugin can use.
     #[serde(default)]
     pub optional_service_account_annotation_keys: Vec<String>,
 }
 
-/// What answers that were made with a token are cached by.
+/// Cache key of responses that were made with a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum TokenCacheType {
-    /// Every token anew.
+    /// One response per token.
     Token,
-    /// One answer for a service account.
+    /// One response per service account.
     ServiceAccount,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Document {
+struct ConfigDocument {
     api_version: String,
     kind: String,
     #[serde(default)]
-    providers: Vec<Entry>,
+    providers: Vec<ProviderEntry>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Entry {
+struct ProviderEntry {
     name: String,
     api_version: String,
     #[serde(default)]
     match_images: Vec<String>,
     default_cache_duration: Option<GoDuration>,
     args: Option<Vec<String>>,
-    env: Option<Vec<Variable>>,
+    env: Option<Vec<EnvironmentVariable>>,
     token_attributes: Option<TokenAttributes>,
 }
 
 #[derive(Deserialize)]
-struct Variable {
+struct EnvironmentVariable {
     name: String,
     #[serde(default)]
     value: String,
@@ -96,9 +96,9 @@ struct Variable {
 ///
 /// # Errors
 ///
-/// One line that says what is wrong, and where.
+/// One line with the defect and its place.
 pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
-    let document: Document = serde_saphyr::from_str(text).map_err(|error| {
+    let document: ConfigDocument = serde_saphyr::from_str(text).map_err(|error| {
         let line = error.location().map(|place| format!("line {}: ", place.line()));
         let text = error.without_snippet().to_string();
         line.unwrap_or_default() + text.lines().next().unwrap_or_default().trim()
@@ -130,9 +130,9 @@ pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
     Ok(providers)
 }
 
-fn provider(entry: Entry) -> Result<Provider, String> {
+fn provider(entry: ProviderEntry) -> Result<Provider, String> {
     let name = entry.name;
-    // The name becomes a path's last part.
+    // The name becomes a component of a path.
     if name.is_empty() || name.contains(['/', ' ', '\0']) || name == "." || name == ".." {
         return Err("its name must be a file's name without spaces".to_owned());
     }
@@ -175,7 +175,7 @@ fn provider(entry: Entry) -> Result<Provider, String> {
 }
 
 impl Provider {
-    /// Whether it is to be asked for a repository.
+    /// Returns whether the plugin is for a repository.
     #[must_use]
     pub fn matches(&self, repository: &Repository) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(repository))
@@ -231,7 +231,7 @@ providers:
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_the_defect_and_its_place() {
         for (from, to, named) in [
             ("kubelet.config.k8s.io/v1\n", "v9\n", "apiVersion"),
             ("name: ecr-credential-provider", "name: ../../bin/sh", "name"),

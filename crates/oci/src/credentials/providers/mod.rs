@@ -1,15 +1,16 @@
-//! The node's own credentials: its docker configuration, and the kubelet's plugins.
+//! Credentials of the node: its docker configuration, and the kubelet's credential provider
+//! plugins.
 //!
 //! ```text
 //! config     the kubelet's CredentialProviderConfig
-//! protocol   what is said to a plugin, and what it says
+//! protocol   requests to a plugin and its responses
 //! run        one run of a plugin
 //! ```
 //!
-//! Both files are looked at when they are used and read again when they have
-//! changed. Which credentials there could be is known without running anything
-//! ([`NodeCredentials::offers`]); a plugin runs when its credential is needed
-//! ([`NodeCredentials::redeem`]), and its answer is kept as long as it says.
+//! Both files are checked when they are used, and read again when they have changed.
+//! [`NodeCredentials::offers`] lists the possible credentials without running a plugin. A plugin
+//! runs when its credential is needed ([`NodeCredentials::redeem`]), and its response is cached as
+//! long as it says.
 
 pub mod config;
 pub mod protocol;
@@ -32,44 +33,45 @@ use super::{Credential, Keyring};
 use crate::Repository;
 use sys::reload::FileBacked;
 
-/// The kubelet's own files are a few KiB; a docker configuration may name many registries.
+/// Maximum size of a file in bytes: the kubelet's own files have a few KiB, and a docker
+/// configuration may name many registries.
 const MAXIMUM_FILE_BYTES: u64 = 1024 * 1024;
-/// Plugins that run at once: each is a process.
+/// Maximum number of plugins that run at once, each as a process.
 const MAXIMUM_RUNS: usize = 8;
-/// Answers kept; forgetting one costs a run.
+/// Maximum number of cached responses. Evicting one costs a run.
 const MAXIMUM_ANSWERS: usize = 4096;
 
-/// Where the node's own credentials come from.
+/// Sources of the credentials of the node.
 #[derive(Clone, Debug)]
 pub struct ProviderFiles {
-    /// A docker `config.json`.
+    /// Path of a docker `config.json`.
     pub docker_config: Option<PathBuf>,
-    /// The kubelet's configuration, and the folder of its plugins.
+    /// Paths of the kubelet's configuration and of the folder of its plugins.
     pub plugins: Option<(PathBuf, PathBuf)>,
-    /// How long a plugin may take.
+    /// Maximum duration of a run.
     pub timeout: Duration,
-    /// What plugins would read from `ServiceAccount` objects.
+    /// Annotations that plugins would read from `ServiceAccount` objects.
     pub annotations: Vec<ServiceAccountAnnotations>,
 }
 
-/// Annotations of service accounts, which only the Kubernetes API could give otherwise.
+/// Annotations of service accounts, which are otherwise available from the Kubernetes API only.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ServiceAccountAnnotations {
-    /// The namespace.
+    /// Namespace of the service accounts.
     pub namespace: String,
-    /// The service account; none means all of the namespace.
+    /// Service account; `None` for all of the namespace.
     pub service_account: Option<String>,
-    /// The annotations.
+    /// Annotations by key.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// The node's own credentials. Cheap to clone.
+/// Credentials of the node. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct NodeCredentials(Arc<Inner>);
+pub struct NodeCredentials(Arc<NodeCredentialsInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct NodeCredentialsInner {
     files: ProviderFiles,
     docker_config: FileBacked<Result<Keyring, ProviderError>>,
     providers: FileBacked<Result<Vec<Arc<Provider>>, ProviderError>>,
@@ -77,84 +79,84 @@ struct Inner {
     answers: Mutex<HashMap<String, (Instant, Keyring)>>,
 }
 
-/// A credential that there is, or may be.
+/// A credential that is known, or that a plugin may return.
 #[derive(Clone, Debug)]
 pub struct Offer {
-    /// Who is behind it.
+    /// Owner of the right that the credential stands for.
     pub owner: Owner,
-    /// How it is had.
+    /// Way to get the credential.
     pub source: Source,
 }
 
-/// Whose right a credential stands for.
+/// Owner of the right that a credential stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// The node: any pod could use it.
+    /// The node: any pod could use the credential.
     Node,
-    /// The pod's service account.
+    /// The service account of the pod.
     ServiceAccount,
 }
 
-/// How a credential is had.
+/// Way to get a credential.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// It is here.
+    /// Known without a plugin.
     Ready(Credential),
-    /// By running a plugin.
+    /// Requires a run of this plugin.
     Plugin(Arc<Provider>),
-    /// Not at all: what offers it cannot be used.
+    /// Unavailable: the configuration of the source is broken.
     Broken(ProviderError),
 }
 
-/// Why a source of the node's gives no credential. The plugin's own words are never in it.
+/// Reason why a source of the node gives no credential. It never contains output of a plugin.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProviderError {
-    /// A file of the node's.
+    /// A broken file of the node.
     #[error("the node's {} cannot be used: {reason}", path.display())]
     File {
-        /// Which.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Defect of the file.
         reason: String,
     },
-    /// The program.
+    /// A plugin that does not start.
     #[error("the credential provider {plugin} cannot be started from {}: {reason}", path.display())]
     Start {
-        /// Its name.
+        /// Name of the plugin.
         plugin: String,
-        /// Where it should be.
+        /// Expected path of the executable.
         path: PathBuf,
-        /// The kernel's answer.
+        /// Error of the kernel.
         reason: String,
     },
-    /// It ran and was of no use.
+    /// A run that failed.
     #[error("the credential provider {plugin} failed: {reason}; run it by hand on the node")]
     Failed {
-        /// Its name.
+        /// Name of the plugin.
         plugin: String,
-        /// How.
+        /// Reason of the failure.
         reason: String,
     },
-    /// The kubelet sent no token that it could use.
+    /// A missing token: the kubelet sent none for this audience.
     #[error(
         "the credential provider {plugin} wants a service account token for the audience \"{audience}\": add it to tokenRequests of the CSIDriver object"
     )]
     NoToken {
-        /// Its name.
+        /// Name of the plugin.
         plugin: String,
-        /// The audience.
+        /// Audience of the token.
         audience: String,
     },
-    /// Only the Kubernetes API has it.
+    /// A required annotation that is not configured.
     #[error(
         "the credential provider {plugin} wants the annotation {key} of the service account {account}, which the driver does not read from the API: set it in registries.serviceAccountAnnotations"
     )]
     NoAnnotation {
-        /// Its name.
+        /// Name of the plugin.
         plugin: String,
-        /// The annotation.
+        /// Key of the annotation.
         key: String,
-        /// `namespace/name`.
+        /// Service account as `namespace/name`.
         account: String,
     },
 }
@@ -166,10 +168,10 @@ impl Offer {
 }
 
 impl NodeCredentials {
-    /// Reads nothing yet.
+    /// Creates the sources without reading any file.
     #[must_use]
     pub fn new(files: ProviderFiles) -> Self {
-        Self(Arc::new(Inner {
+        Self(Arc::new(NodeCredentialsInner {
             files,
             docker_config: FileBacked::default(),
             providers: FileBacked::default(),
@@ -178,8 +180,8 @@ impl NodeCredentials {
         }))
     }
 
-    /// What there may be for a repository: plugins in their order, then the docker
-    /// configuration. Reads files; runs nothing.
+    /// Returns the possible credentials for a repository: plugins in their order, then the docker
+    /// configuration. Reads files, but runs no plugin.
     #[must_use]
     pub fn offers(&self, repository: &Repository) -> Vec<Offer> {
         let mut offers = Vec::new();
@@ -208,7 +210,8 @@ impl NodeCredentials {
         offers
     }
 
-    /// The credentials behind an offer, in the order in which they are tried; a plugin may know none.
+    /// Returns the credentials of an offer, in the order in which they are tried. A plugin may
+    /// return none.
     pub async fn redeem(
         &self,
         source: &Source,
@@ -219,29 +222,29 @@ impl NodeCredentials {
             Source::Ready(credential) => Ok(vec![credential.clone()]),
             Source::Broken(error) => Err(error.clone()),
             Source::Plugin(provider) => {
-                Ok(self.ask(provider, repository, identity).await?.matching(repository))
+                Ok(self.run_plugin(provider, repository, identity).await?.matching(repository))
             }
         }
     }
 
-    async fn ask(
+    async fn run_plugin(
         &self,
         provider: &Provider,
         repository: &Repository,
         identity: Option<&WorkloadIdentity>,
     ) -> Result<Keyring, ProviderError> {
         let (token, annotations) = self.identity_for(provider, identity)?;
-        let asker = asker(provider, token, identity);
-        if let Some(known) = self.known(&asker, repository) {
+        let key = cache_key(provider, token, identity);
+        if let Some(known) = self.cached(&key, repository) {
             return Ok(known);
         }
-        // The semaphore is never closed.
+        // `acquire` fails only on a closed semaphore.
         let _permit = self.0.runs.acquire().await;
-        // Another one may have asked the same meanwhile.
-        if let Some(known) = self.known(&asker, repository) {
+        // A concurrent request may have run the plugin meanwhile.
+        if let Some(known) = self.cached(&key, repository) {
             return Ok(known);
         }
-        let request = protocol::Request {
+        let request = protocol::ProviderRequest {
             kind: "CredentialProviderRequest",
             api_version: &provider.api_version,
             image: repository.to_string(),
@@ -258,15 +261,15 @@ impl NodeCredentials {
             .map_err(|reason| failed(format!("it printed {reason}")))?;
         let duration = answer.cache_duration.unwrap_or(provider.default_cache_duration);
         if !duration.is_zero() {
-            let key = format!("{asker} {}", answer.cache_key.key(repository));
-            // Beyond what a clock can say is for ever, which the bound on answers ends.
+            let key = format!("{key} {}", answer.cache_key.key(repository));
+            // A duration beyond the range of the clock would mean for ever.
             let until = asked_at.checked_add(duration).unwrap_or(asked_at);
             self.keep(key, until, answer.keyring.clone());
         }
         Ok(answer.keyring)
     }
 
-    /// The token and the annotations that a plugin is given.
+    /// Returns the token and the annotations for a plugin.
     fn identity_for<'a>(
         &'a self,
         provider: &'a Provider,
@@ -312,13 +315,13 @@ impl NodeCredentials {
         Ok((Some(token), annotations))
     }
 
-    /// What a plugin said before, looked for as the kubelet does: image, registry, everything.
-    fn known(&self, asker: &str, repository: &Repository) -> Option<Keyring> {
+    /// Returns a cached response, searched as in the kubelet: by image, by registry, then global.
+    fn cached(&self, key: &str, repository: &Repository) -> Option<Keyring> {
         use protocol::CacheKeyType::{Global, Image, Registry};
         let answers = self.0.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         [Image, Registry, Global].into_iter().find_map(|kind| {
-            let (until, keyring) = answers.get(&format!("{asker} {}", kind.key(repository)))?;
+            let (until, keyring) = answers.get(&format!("{key} {}", kind.key(repository)))?;
             (now < *until).then(|| keyring.clone())
         })
     }
@@ -358,14 +361,15 @@ impl NodeCredentials {
     }
 }
 
-/// Whose answers are kept together: the plugin's, and with a token the service account's or the token's own.
-fn asker(
+/// Returns the cache key of a plugin's responses, which includes the service account or the token
+/// if the plugin gets one.
+fn cache_key(
     provider: &Provider,
     token: Option<&ServiceAccountToken>,
     identity: Option<&WorkloadIdentity>,
 ) -> String {
     let wanted = provider.token.as_ref();
-    // Everything that the plugin is told stands in its answers' name: a changed configuration asks anew.
+    // The key includes all input of the plugin, so that a changed configuration causes a new run.
     let settings =
         crate::Digest::of(format!("{:?}", (&provider.args, &provider.env, wanted)).as_bytes());
     let of = match (token, identity) {

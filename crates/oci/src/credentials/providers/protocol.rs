@@ -1,4 +1,4 @@
-//! What is said to a plugin, and what it says.
+//! Requests to a credential provider plugin and its responses.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,10 +9,10 @@ use crate::Repository;
 use crate::credentials::{Credential, Keyring};
 use text::duration::GoDuration;
 
-/// On standard input.
+/// A request, written to standard input.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Request<'a> {
+pub(super) struct ProviderRequest<'a> {
     pub(super) kind: &'static str,
     pub(super) api_version: &'a str,
     pub(super) image: String,
@@ -22,30 +22,30 @@ pub(super) struct Request<'a> {
     pub(super) service_account_annotations: BTreeMap<&'a str, &'a str>,
 }
 
-/// What an answer means.
+/// A parsed response.
 #[derive(Clone, Debug)]
-pub struct Answer {
-    /// What it says, by registry.
+pub struct ProviderAnswer {
+    /// Credentials of the response, by registry.
     pub keyring: Keyring,
-    /// What it counts for.
+    /// Scope of the cached response.
     pub cache_key: CacheKeyType,
-    /// How long; none means the plugin's default.
+    /// Cache duration; `None` for the plugin's default.
     pub cache_duration: Option<Duration>,
 }
 
-/// What an answer counts for.
+/// Scope of a cached response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum CacheKeyType {
-    /// One repository.
+    /// One repository only.
     Image,
-    /// All of one registry.
+    /// All repositories of one registry.
     Registry,
-    /// Everything.
+    /// All registries and repositories.
     Global,
 }
 
 impl CacheKeyType {
-    /// The key of the answer in a cache.
+    /// Returns the key of the response in a cache.
     pub(super) fn key(self, repository: &Repository) -> String {
         match self {
             Self::Image => format!("image {repository}"),
@@ -57,29 +57,29 @@ impl CacheKeyType {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Response {
+struct ResponseDocument {
     kind: String,
     api_version: String,
     cache_key_type: CacheKeyType,
     cache_duration: Option<GoDuration>,
-    auth: Option<BTreeMap<String, Auth>>,
+    auth: Option<BTreeMap<String, ProviderAuth>>,
 }
 
 #[derive(Deserialize)]
-struct Auth {
+struct ProviderAuth {
     #[serde(default)]
     username: String,
     #[serde(default)]
     password: String,
 }
 
-/// Reads what a plugin printed; it must speak the version that it was spoken to in.
+/// Parses the output of a plugin, which must use the version of the request.
 ///
 /// # Errors
 ///
-/// What is wrong; nothing of it is quoted, as it may be a secret.
-pub fn parse(bytes: &[u8], api_version: &str) -> Result<Answer, String> {
-    let response: Response = serde_json::from_slice(bytes).map_err(|error| {
+/// The defect, without quoted output, since it may contain a secret.
+pub fn parse(bytes: &[u8], api_version: &str) -> Result<ProviderAnswer, String> {
+    let response: ResponseDocument = serde_json::from_slice(bytes).map_err(|error| {
         format!("no CredentialProviderResponse (line {} column {})", error.line(), error.column())
     })?;
     if response.kind != "CredentialProviderResponse" || response.api_version != api_version {
@@ -87,11 +87,11 @@ pub fn parse(bytes: &[u8], api_version: &str) -> Result<Answer, String> {
     }
     let mut keyring = Keyring::empty();
     let entries = response.auth.unwrap_or_default().into_iter().map(|(registry, auth)| {
-        let Auth { username, password } = auth;
+        let ProviderAuth { username, password } = auth;
         (registry, Credential::Basic { username, password })
     });
     keyring.add_entries(entries.collect());
-    Ok(Answer {
+    Ok(ProviderAnswer {
         keyring,
         cache_key: response.cache_key_type,
         cache_duration: response.cache_duration.map(|duration| duration.0),
@@ -105,7 +105,7 @@ mod tests {
 
     const V1: &str = "credentialprovider.kubelet.k8s.io/v1";
 
-    fn response(rest: &str) -> Result<Answer, String> {
+    fn response(rest: &str) -> Result<ProviderAnswer, String> {
         let text = format!(
             r#"{{"kind":"CredentialProviderResponse","apiVersion":"{V1}","cacheKeyType":"Registry"{rest}}}"#
         );

@@ -1,4 +1,4 @@
-//! One run of a plugin: a program of the administrator's that may hang, crash or babble.
+//! One run of a plugin: a program of the administrator, which may hang, crash or print too much.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -11,12 +11,12 @@ use super::ProviderError;
 use super::config::Provider;
 use sys::process_group::ProcessGroup;
 
-/// Tokens of the clouds have a few KiB; a plugin that prints more has something else to say.
+/// Maximum size of the output in bytes: tokens of the clouds have a few KiB.
 const MAXIMUM_OUTPUT: u64 = 256 * 1024;
 
-/// Runs a plugin with `request` on its standard input, and returns what it printed. It is
-/// killed with all that it has started when the time is up, or when nobody waits any more. What it says on standard
-/// error goes nowhere: it may be a secret.
+/// Runs a plugin with `request` on its standard input, and returns its output. At the timeout, or
+/// when the future is dropped, the plugin is killed with all its child processes. Standard error is
+/// discarded, since it may contain a secret.
 pub(super) async fn run(
     provider: &Provider,
     folder: &Path,
@@ -32,7 +32,7 @@ pub(super) async fn run(
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .process_group(0)
-        // Waited for by the runtime, should it be dropped before its end.
+        // The runtime reaps the child if it is dropped before its end.
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| ProviderError::Start {
@@ -45,7 +45,7 @@ pub(super) async fn run(
     let talk = async {
         let tell = async {
             if let Some(mut stdin) = stdin {
-                // A plugin that does not listen may still know the answer.
+                // A plugin that does not read its input may still print a response.
                 let _ = stdin.write_all(request).await;
             }
         };

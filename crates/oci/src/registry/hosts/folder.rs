@@ -1,4 +1,4 @@
-//! A registry's folder below `certs.d`: where it is, and the files in it.
+//! The folder of a registry below `certs.d`, and its files.
 
 use std::path::{Path, PathBuf};
 
@@ -6,15 +6,15 @@ use super::super::tls::TlsMaterial;
 use super::text::{HostEntry, HostsFile};
 use sys::reload::FileVersions;
 
-/// A `hosts.toml` has a few lines for each mirror.
+/// Maximum size in bytes: a `hosts.toml` has a few lines for each mirror.
 const MAXIMUM_HOSTS_BYTES: u64 = 256 * 1024;
-/// All of Mozilla's authorities together have 220 KiB.
+/// Maximum size in bytes: all authorities of Mozilla together have 220 KiB.
 const MAXIMUM_PEM_BYTES: u64 = 4 * 1024 * 1024;
 
-/// The folder of a host (`host[:port]`), by containerd's order: `host_port_`, `host:port`,
-/// `_default`; the first root that has any of them.
+/// Returns the folder of a host (`host[:port]`) in the first root that has one, in containerd's
+/// order: `host_port_`, `host:port`, `_default`.
 pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut FileVersions) -> Option<PathBuf> {
-    // Hosts come from references; none of them may become a path.
+    // Hosts come from references: they must not escape the root.
     if host.is_empty() || host.contains('/') || host.starts_with('.') || host.starts_with('_') {
         return None;
     }
@@ -33,8 +33,8 @@ pub(super) fn find(roots: &[PathBuf], host: &str, seen: &mut FileVersions) -> Op
     None
 }
 
-/// The hosts of a folder. Without a `hosts.toml`, the registry itself with the
-/// certificates that lie there, as Docker names them.
+/// Reads the hosts of a folder. Without a `hosts.toml`, returns the registry itself with the
+/// certificates in the folder, named as in Docker.
 pub(super) fn load(folder: &Path, seen: &mut FileVersions) -> Result<HostsFile, String> {
     let path = folder.join("hosts.toml");
     let bytes = match seen.read(&path, MAXIMUM_HOSTS_BYTES) {
@@ -50,7 +50,8 @@ pub(super) fn load(folder: &Path, seen: &mut FileVersions) -> Result<HostsFile, 
     HostsFile::parse(&text, folder).map_err(|reason| format!("{}: {reason}", path.display()))
 }
 
-/// `*.crt` are authorities; `*.cert` are a client's, each with its `*.key`.
+/// Returns the certificates of a folder: `*.crt` are authorities, `*.cert` client certificates,
+/// each with its `*.key`.
 fn certificates(folder: &Path) -> Result<HostEntry, String> {
     let mut entry = HostEntry::of_registry();
     let listed = std::fs::read_dir(folder)
@@ -71,7 +72,7 @@ fn certificates(folder: &Path) -> Result<HostEntry, String> {
     Ok(entry)
 }
 
-/// What an entry's files hold.
+/// Reads the certificates and keys of an entry.
 pub(super) fn material(entry: &HostEntry, seen: &mut FileVersions) -> Result<TlsMaterial, String> {
     let mut read = |path: &Path| {
         seen.read(path, MAXIMUM_PEM_BYTES)

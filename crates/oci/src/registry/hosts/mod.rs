@@ -1,14 +1,13 @@
-//! Who answers for a registry: containerd's `hosts.toml`, one folder a registry.
+//! Hosts of registries: containerd's `hosts.toml`, one folder for each registry.
 //!
 //! ```text
 //! text     the text of a hosts.toml -> hosts in order
-//! folder   where a registry's folder is, and the files in it
+//! folder   the folder of a registry, and its files
 //! ```
 //!
-//! Files are looked at at every use and read again when they have changed. A
-//! broken file stops the pulls from its registry, with a message that names it;
-//! other registries go on. (containerd logs it and asks the registry itself,
-//! which would pass by a mirror that is there to forbid just that.)
+//! Files are checked at every use and read again when they have changed. A broken file stops pulls
+//! from its registry, with an error that names it; other registries continue. (containerd logs the
+//! error and uses the registry itself, which would bypass a mirror that has to be used.)
 
 mod folder;
 mod text;
@@ -20,42 +19,42 @@ use reqwest::Url;
 
 pub use text::{HostEntry, HostsFile};
 
-use super::endpoint::{self, Endpoint};
+use super::endpoint::{self, RegistryEndpoint};
 use super::error::{self, RegistryError};
-use super::recent::Recent;
+use super::lru_map::LruMap;
 use super::redirect;
 use super::transport::Transport;
 use sys::reload::{FileBacked, FileVersions};
 
-/// Registries whose endpoints are kept; forgetting one costs reading its files.
+/// Maximum number of registries with cached endpoints. Evicting one costs a read of its files.
 const MAXIMUM_ROUTES: usize = 256;
 
-/// Who answers for a registry, in the order in which they are asked.
-pub(super) type Route = Result<Vec<Arc<Endpoint>>, RegistryError>;
+/// Endpoints of a registry, in the order in which they are tried.
+pub(super) type HostRoute = Result<Vec<Arc<RegistryEndpoint>>, RegistryError>;
 
-/// All routes. Cheap to clone.
+/// Routes of all registries. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(super) struct Hosts(Arc<Inner>);
+pub(super) struct RegistryHosts(Arc<HostsInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct HostsInner {
     roots: Vec<PathBuf>,
-    /// Mirrors that the registry's credentials may be sent to.
+    /// Mirrors that may get credentials of the registry.
     with_credentials: Vec<Url>,
-    routes: Mutex<Recent<String, Arc<FileBacked<Route>>>>,
+    routes: Mutex<LruMap<String, Arc<FileBacked<HostRoute>>>>,
 }
 
-impl Hosts {
+impl RegistryHosts {
     pub(super) fn new(roots: Vec<PathBuf>, with_credentials: Vec<Url>) -> Self {
-        let routes = Mutex::new(Recent::new(MAXIMUM_ROUTES));
-        Self(Arc::new(Inner { roots, with_credentials, routes }))
+        let routes = Mutex::new(LruMap::new(MAXIMUM_ROUTES));
+        Self(Arc::new(HostsInner { roots, with_credentials, routes }))
     }
 
-    /// Who answers for a registry now.
-    pub(super) async fn route(&self, transport: &Transport, host: &str) -> Arc<Route> {
+    /// Returns the current endpoints of a registry.
+    pub(super) async fn route(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
         let (hosts, transport, host) = (self.clone(), transport.clone(), host.to_owned());
         let look = move || hosts.0.route(&transport, &host);
-        // Without folders nothing is read from a disk.
+        // Without folders, no file is read.
         if self.0.roots.is_empty() {
             return look();
         }
@@ -65,14 +64,14 @@ impl Hosts {
         })
     }
 
-    /// As [`Self::route`], on a thread that may block.
-    pub(super) fn route_blocking(&self, transport: &Transport, host: &str) -> Arc<Route> {
+    /// Works like [`Self::route`], on a thread that may block.
+    pub(super) fn route_blocking(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
         self.0.route(transport, host)
     }
 }
 
-impl Inner {
-    fn route(&self, transport: &Transport, host: &str) -> Arc<Route> {
+impl HostsInner {
+    fn route(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
         let route = {
             let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
             let known = routes.get(&host.to_owned());
@@ -85,10 +84,10 @@ impl Inner {
         route.get(|seen| self.read(transport, host, seen))
     }
 
-    fn read(&self, transport: &Transport, host: &str, seen: &mut FileVersions) -> Route {
+    fn read(&self, transport: &Transport, host: &str, seen: &mut FileVersions) -> HostRoute {
         let Some(found) = folder::find(&self.roots, host, seen) else {
             let connection = transport.default_connection();
-            return Ok(vec![Arc::new(Endpoint::of_registry(host, connection)?)]);
+            return Ok(vec![Arc::new(RegistryEndpoint::of_registry(host, connection)?)]);
         };
         let broken = |reason: String| {
             tracing::error!(registry = host, reason, "nothing is pulled from this registry");
@@ -98,7 +97,7 @@ impl Inner {
         for key in &file.unknown {
             tracing::warn!(folder = %found.display(), key, "hosts.toml has a key that means nothing here");
         }
-        // A folder of its own makes the registry one that the administrator named.
+        // A folder of its own exempts the registry from the address rules.
         let named = found.file_name().is_none_or(|name| name != "_default");
         let mut endpoints = Vec::new();
         for entry in &file.hosts {
@@ -111,7 +110,7 @@ impl Inner {
             let connection = transport.connection(entry, material).map_err(broken)?;
             let namespace = (!is_same_host(&root, host)).then(|| host.to_owned());
             let marked = self.with_credentials.iter().any(|url| url.origin() == root.origin());
-            let endpoint = Endpoint {
+            let endpoint = RegistryEndpoint {
                 takes_credentials: namespace.is_none() || marked,
                 namespace,
                 pull: entry.pull,
@@ -121,7 +120,8 @@ impl Inner {
                 connection,
                 root,
             };
-            // containerd: TLS settings on plain http, where no port says what is meant, mean TLS first.
+            // As in containerd: TLS settings for plain HTTP with an explicit port mean that TLS is
+            // tried first.
             if entry.has_tls() && endpoint.root.scheme() == "http" && endpoint.root.port().is_some()
             {
                 let mut with_tls = endpoint.clone();
@@ -151,11 +151,11 @@ pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
     })
 }
 
-/// The address of a mirror that may be sent credentials: over TLS, or on this node.
+/// Parses the address of a mirror that may get credentials: over TLS, or on this node.
 ///
 /// # Errors
 ///
-/// What to write instead.
+/// A description of the correct form.
 pub fn mirror_address(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).ok().filter(|url| url.host_str().is_some());
     let url = url.ok_or_else(|| format!("\"{text}\" is no address: write https://host[:port]"))?;
@@ -168,7 +168,7 @@ pub fn mirror_address(text: &str) -> Result<Url, String> {
     }
 }
 
-/// Whether an address is the registry that a reference names, and no mirror of it.
+/// Returns whether a URL is the registry of a reference, not a mirror.
 fn is_same_host(root: &Url, host: &str) -> bool {
     endpoint::registry_root(host).is_ok_and(|registry| {
         registry.host_str() == root.host_str() && registry.port() == root.port()

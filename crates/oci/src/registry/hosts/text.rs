@@ -1,8 +1,8 @@
 //! The text of a `hosts.toml`, by containerd's rules (`core/remotes/docker/config/hosts.go`).
 //!
-//! Hosts keep the file's order; the keys at the root configure `server`, which
-//! comes last. An unknown capability is an error that names it, as there; an
-//! unknown key is ignored, as there, and reported to be logged.
+//! Hosts keep the order of the file. The keys at the root configure `server`, which comes last. As
+//! in containerd, an unknown capability is an error and an unknown key is ignored; unknown keys are
+//! returned for a log message.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,47 +15,47 @@ use crate::registry::proxy;
 use text::duration::GoDuration;
 use text::printable::excerpt;
 
-/// More than any registry has; each costs a request before the last one is asked.
+/// Maximum number of hosts: each costs a request before the last one is tried.
 const MAXIMUM_HOSTS: usize = 64;
 
-/// A `hosts.toml`.
+/// A parsed `hosts.toml`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostsFile {
     /// Mirrors in order, then the server.
     pub hosts: Vec<HostEntry>,
-    /// Keys that mean nothing here.
+    /// Unknown keys, which are ignored.
     pub unknown: Vec<String>,
 }
 
-/// One host, and how it is spoken to.
+/// One host with its settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostEntry {
-    /// None stands for the registry itself: a root without `server`.
+    /// Root of the API; `None` for the registry itself: a root table without `server`.
     pub root: Option<Url>,
-    /// Whether it may be asked for content by its digest.
+    /// Capability `pull`: serves content by digest.
     pub pull: bool,
-    /// Whether it may be asked what a tag means.
+    /// Capability `resolve`: serves tags.
     pub resolve: bool,
     /// Files of certificate authorities.
     pub ca: Vec<PathBuf>,
-    /// Files of a certificate and of its key; without the second, both are in the first.
+    /// Files of a certificate and of its key. Without the second, the first has both.
     pub client: Vec<(PathBuf, Option<PathBuf>)>,
-    /// Whether certificates are not verified; none means that nothing was said.
+    /// True if certificates are not verified; `None` if the file does not say.
     pub skip_verify: Option<bool>,
-    /// Sent with every request.
+    /// Headers of every request.
     pub headers: HeaderMap,
-    /// How long a connection may take.
+    /// Connection timeout of the host.
     pub dial_timeout: Option<Duration>,
-    /// A proxy for this host alone.
+    /// Proxy for this host only.
     pub proxy: Option<Url>,
 }
 
 impl HostsFile {
-    /// Parses a file that lies in `folder`, which its relative paths start from.
+    /// Parses a file in `folder`, the base of its relative paths.
     ///
     /// # Errors
     ///
-    /// One line that says what is wrong, and where.
+    /// One line with the defect and its place.
     pub fn parse(text: &str, folder: &Path) -> Result<Self, String> {
         let root: Table = toml::from_str(text).map_err(|error| {
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
@@ -151,7 +151,7 @@ fn entry(
 }
 
 impl HostEntry {
-    /// The registry itself, as it is without a file.
+    /// Returns the registry itself with default settings.
     pub(in crate::registry) fn of_registry() -> Self {
         Self {
             root: None,
@@ -166,13 +166,14 @@ impl HostEntry {
         }
     }
 
-    /// Whether anything is said about TLS.
+    /// Returns whether the entry has TLS settings.
     pub(in crate::registry) fn has_tls(&self) -> bool {
         !self.ca.is_empty() || !self.client.is_empty() || self.skip_verify.is_some()
     }
 }
 
-/// The API's root with a slash at its end: `/v2` is appended unless it is there or `override_path` is set.
+/// Returns the root of the API with a trailing slash. Appends `/v2` unless it is there or
+/// `override_path` is set.
 fn root(address: &str, override_path: bool, place: &str) -> Result<Url, String> {
     let full =
         if address.starts_with("http") { address.to_owned() } else { format!("https://{address}") };
@@ -219,7 +220,7 @@ fn client(value: &Value, folder: &Path) -> Option<Vec<(PathBuf, Option<PathBuf>)
     }
 }
 
-/// Values may be secrets: none of them is ever shown.
+/// Parses headers. Errors never show their values, which may be secrets.
 fn header_map(table: &Table, place: &str) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for (name, value) in table {
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn errors_name_the_defect_and_its_place() {
         for (text, named) in [
             ("[host.\"https://m\"]\ncapabilities = [\"pul\"]", "pul"),
             ("server = \"https://m\"\n\nserver =", "line 3"),

@@ -1,5 +1,5 @@
-//! Who asks whom with what: answers challenges, and remembers them per
-//! repository so that a pull does not start every request with a 401.
+//! Cache of challenges and authorizations by repository, so that not every request of a pull starts
+//! with a 401.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,52 +7,52 @@ use reqwest::Url;
 use reqwest::header::HeaderValue;
 
 use super::challenge::Challenge;
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::error::{self, RegistryError};
-use super::recent::Recent;
-use super::token::{self, Handed, Tokens};
+use super::lru_map::LruMap;
+use super::token::{self, FetchedToken, TokenCache};
 use super::transport::Transport;
 use crate::Repository;
 use crate::credentials::Credential;
 
-/// Repositories whose challenge is remembered; forgetting one costs a request.
+/// Maximum number of repositories with a cached challenge. Evicting one costs a request.
 const MAXIMUM_CHALLENGES: usize = 2048;
 
-/// What a request shows.
+/// Authorization of a request.
 #[derive(Clone, Debug)]
-pub(super) enum Proof {
-    /// Nothing.
+pub(super) enum RequestAuthorization {
+    /// No authorization header.
     Nothing,
     /// The credential itself, as `Basic`.
     Basic(HeaderValue),
     /// The credential itself, as `Bearer`.
     RegistryToken(HeaderValue),
-    /// A token that a token server gave for the credential.
-    Token(Handed),
+    /// A token that a token server returned for the credential.
+    Token(FetchedToken),
 }
 
-/// Who was asked, and for which repository of which registry.
-type Asked = (Url, Repository);
+/// Root of the API and repository of a request.
+type EndpointRepository = (Url, Repository);
 
-/// The memory behind all requests.
+/// Cached challenges and tokens of one process.
 #[derive(Debug)]
-pub(super) struct Session {
-    tokens: Tokens,
-    /// Only who was asked teaches, never a host that it redirected to.
-    challenges: Mutex<Recent<Asked, Arc<[Challenge]>>>,
+pub(super) struct AuthCache {
+    tokens: TokenCache,
+    /// Challenges of the endpoint itself, never of a host that it redirected to.
+    challenges: Mutex<LruMap<EndpointRepository, Arc<[Challenge]>>>,
 }
 
-impl Proof {
+impl RequestAuthorization {
     pub(super) fn header(&self) -> Option<&HeaderValue> {
         match self {
             Self::Nothing => None,
             Self::Basic(header) | Self::RegistryToken(header) => Some(header),
-            Self::Token(handed) => Some(&handed.token.header),
+            Self::Token(fetched) => Some(&fetched.token.header),
         }
     }
 
-    /// Whether showing `next` after this one was refused would say nothing new.
-    pub(super) fn is_no_better(&self, next: &Self) -> bool {
+    /// Returns whether `next` cannot succeed after this one was refused.
+    pub(super) fn is_exhausted_by(&self, next: &Self) -> bool {
         matches!(
             (self, next),
             (_, Self::Nothing)
@@ -62,33 +62,48 @@ impl Proof {
     }
 }
 
-impl Session {
+impl AuthCache {
     pub(super) fn new() -> Result<Self, RegistryError> {
-        Ok(Self { tokens: Tokens::new()?, challenges: Mutex::new(Recent::new(MAXIMUM_CHALLENGES)) })
+        Ok(Self {
+            tokens: TokenCache::new()?,
+            challenges: Mutex::new(LruMap::new(MAXIMUM_CHALLENGES)),
+        })
     }
 
-    /// What to show without having been asked, from what is known of the repository.
-    pub(super) async fn eager(
+    /// Returns the authorization for a first request, from the cached challenges of the repository.
+    pub(super) async fn initial_authorization(
         &self,
         transport: &Transport,
-        endpoint: &Endpoint,
+        endpoint: &RegistryEndpoint,
         repository: &Repository,
         credential: &Credential,
-    ) -> Result<Proof, RegistryError> {
-        let challenges = self.known(endpoint, repository);
-        self.answer(transport, endpoint, repository, &challenges, credential, &Proof::Nothing).await
+    ) -> Result<RequestAuthorization, RegistryError> {
+        let challenges = self.cached_challenges(endpoint, repository);
+        self.authorize(
+            transport,
+            endpoint,
+            repository,
+            &challenges,
+            credential,
+            &RequestAuthorization::Nothing,
+        )
+        .await
     }
 
-    /// What was asked for when this repository was last asked for there.
-    pub(super) fn known(&self, endpoint: &Endpoint, repository: &Repository) -> Arc<[Challenge]> {
+    /// Returns the cached challenges of a repository.
+    pub(super) fn cached_challenges(
+        &self,
+        endpoint: &RegistryEndpoint,
+        repository: &Repository,
+    ) -> Arc<[Challenge]> {
         let asked = (endpoint.root.clone(), repository.clone());
         self.challenges().get(&asked).unwrap_or_else(|| Arc::new([]))
     }
 
-    /// Remembers what was asked for.
-    pub(super) fn learn(
+    /// Caches the challenges of a repository.
+    pub(super) fn cache_challenges(
         &self,
-        endpoint: &Endpoint,
+        endpoint: &RegistryEndpoint,
         repository: &Repository,
         challenges: &[Challenge],
     ) {
@@ -98,22 +113,22 @@ impl Session {
         }
     }
 
-    /// The best proof that a credential gives for these challenges: a token
-    /// before `Basic`, whatever their order, as a token says less. After `shown`
-    /// was refused, nothing when a token server was asked for it just now.
-    pub(super) async fn answer(
+    /// Returns the best authorization of a credential for these challenges: a token before `Basic`,
+    /// whatever their order, since a token grants less. Returns none if `shown` is a token that was
+    /// just fetched.
+    pub(super) async fn authorize(
         &self,
         transport: &Transport,
-        endpoint: &Endpoint,
+        endpoint: &RegistryEndpoint,
         repository: &Repository,
         challenges: &[Challenge],
         credential: &Credential,
-        shown: &Proof,
-    ) -> Result<Proof, RegistryError> {
+        shown: &RequestAuthorization,
+    ) -> Result<RequestAuthorization, RegistryError> {
         if let Credential::RegistryToken { token } = credential {
-            // Without being asked: it was made for this registry, and opens nothing else.
+            // Needs no challenge: the token is for this registry only.
             return token::bearer(token)
-                .map(Proof::RegistryToken)
+                .map(RequestAuthorization::RegistryToken)
                 .ok_or_else(|| unusable(repository, "the registry token fits in no header"));
         }
         let mut refused = None;
@@ -132,35 +147,38 @@ impl Session {
                 scopes.clone()
             };
             let key = self.tokens.key(realm, service.clone(), scopes, credential);
-            if matches!(shown, Proof::Token(token) if !token.cached && token.key == key) {
-                return Ok(Proof::Nothing);
+            if matches!(shown, RequestAuthorization::Token(token) if !token.cached && token.key == key)
+            {
+                return Ok(RequestAuthorization::Nothing);
             }
             let what = error::describe("a token", repository);
             return self
                 .tokens
                 .get(transport, endpoint, key, credential, &what)
                 .await
-                .map(Proof::Token);
+                .map(RequestAuthorization::Token);
         }
         if challenges.contains(&Challenge::Basic)
             && let Some(header) = token::basic(credential)
         {
-            return Ok(Proof::Basic(header));
+            return Ok(RequestAuthorization::Basic(header));
         }
         match refused {
             Some(reason) => Err(unusable(repository, reason)),
-            None => Ok(Proof::Nothing),
+            None => Ok(RequestAuthorization::Nothing),
         }
     }
 
-    /// Drops what was refused, so that it is not shown again.
-    pub(super) async fn forget(&self, proof: &Proof) {
-        if let Proof::Token(handed) = proof {
-            self.tokens.forget(handed).await;
+    /// Drops a refused token, so that it is not sent again.
+    pub(super) async fn forget(&self, proof: &RequestAuthorization) {
+        if let RequestAuthorization::Token(fetched) = proof {
+            self.tokens.forget(fetched).await;
         }
     }
 
-    fn challenges(&self) -> std::sync::MutexGuard<'_, Recent<Asked, Arc<[Challenge]>>> {
+    fn challenges(
+        &self,
+    ) -> std::sync::MutexGuard<'_, LruMap<EndpointRepository, Arc<[Challenge]>>> {
         self.challenges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

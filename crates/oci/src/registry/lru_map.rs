@@ -1,18 +1,18 @@
-//! A map that forgets what was not used for the longest time.
+//! A map that evicts the least recently used entry.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// A map of at most `capacity` entries. Making room looks at all of them: meant
-/// for hundreds, next to requests that take milliseconds.
+/// A map of at most `capacity` entries. Eviction scans all of them: meant for hundreds of entries,
+/// next to requests that take milliseconds.
 #[derive(Debug)]
-pub(super) struct Recent<K, V> {
+pub(super) struct LruMap<K, V> {
     entries: HashMap<K, (u64, V)>,
     capacity: usize,
     clock: u64,
 }
 
-impl<K: Hash + Eq + Clone, V: Clone> Recent<K, V> {
+impl<K: Hash + Eq + Clone, V: Clone> LruMap<K, V> {
     pub(super) fn new(capacity: usize) -> Self {
         Self { entries: HashMap::new(), capacity, clock: 0 }
     }
@@ -45,8 +45,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_unused_goes_first() {
-        let mut recent = Recent::new(2);
+    fn the_least_recently_used_entry_is_evicted() {
+        let mut recent = LruMap::new(2);
         recent.insert("a", 1);
         recent.insert("b", 2);
         assert_eq!(recent.get(&"a"), Some(1));

@@ -1,18 +1,17 @@
-//! The tar format: blocks to members, with their extended headers applied.
+//! The tar format: reads blocks as members, with their extended headers applied.
 //!
-//! Reads what Go's `archive/tar` reads, since Go's programs write nearly all
-//! layers and unpack them elsewhere: v7, ustar, pax and GNU, with their sparse files.
-//! The `tar` crate is not used: it holds extended headers of any size in memory,
-//! splits pax values at newlines (values of extended attributes are binary),
-//! takes the type of v7's files and folders for that of later files, and drops
-//! the upper half of large numbers. Two readers that
-//! disagree about where a member ends see two different archives, so whatever is
-//! ambiguous here is refused.
+//! Reads what Go's `archive/tar` reads, since Go programs write nearly all layers and unpack them
+//! elsewhere: v7, ustar, pax and GNU, with their sparse files.
+//!
+//! The `tar` crate is not used: it holds extended headers of any size in memory, splits pax values
+//! at newlines (values of extended attributes are binary), applies the type of v7's files and
+//! folders to later files, and drops the upper half of large numbers. Two readers that disagree
+//! about the end of a member see two different archives, so ambiguous input is refused here.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read};
 
-use super::content::Content;
+use super::content::DecompressedContent;
 use super::entry::Timestamp;
 use super::error::{UnpackError, shown};
 use super::limits::Limits;
@@ -24,24 +23,24 @@ use sparse::{Extent, SparseForm, SparseParts};
 
 const BLOCK: usize = 512;
 
-/// The members of an archive.
-pub(super) struct Tape<'a> {
-    content: Content,
+/// Reader of the members of an archive.
+pub(super) struct TarReader<'a> {
+    content: DecompressedContent,
     limits: &'a Limits,
-    /// Bytes of the current member that were not read yet, and the padding after them.
+    /// Unread bytes of the current member, and the padding after them.
     remaining: u64,
     padding: u64,
-    /// The parts of the current member that were not read yet, if it is a sparse file.
+    /// Unread parts of the current member, if it is a sparse file.
     sparse: Option<SparseParts>,
     /// Bytes of holes that were read so far.
     expanded: u64,
-    /// What went wrong while somebody else was reading a member.
+    /// Failure during a read of the current member through [`BufRead`].
     failure: Option<UnpackError>,
 }
 
-/// One member, nothing of it checked yet but its numbers.
+/// One member. Only its numbers are checked.
 #[derive(Debug)]
-pub(super) struct Member {
+pub(super) struct ArchiveMember {
     pub(super) name: Vec<u8>,
     pub(super) link: Vec<u8>,
     pub(super) kind: MemberKind,
@@ -50,7 +49,7 @@ pub(super) struct Member {
     pub(super) uid: Owner,
     pub(super) gid: Owner,
     pub(super) modified: Timestamp,
-    /// Names without their pax prefix; all namespaces.
+    /// Names without their pax prefix, in all namespaces.
     pub(super) extended_attributes: PaxRecords,
 }
 
@@ -65,28 +64,28 @@ pub(super) enum MemberKind {
 }
 
 /// The block that describes a member, as it is written.
-struct Header([u8; BLOCK]);
+struct TarHeader([u8; BLOCK]);
 
-/// Values by key. Of several records with one key the last counts, and an empty
-/// value takes the key back.
+/// Values by key. The last of several records with one key counts, and an empty value removes the
+/// key.
 pub(super) type PaxRecords = BTreeMap<Box<[u8]>, Box<[u8]>>;
 
-/// What precedes a member and describes it.
+/// Extended headers that precede a member.
 #[derive(Default)]
-struct Extensions {
+struct ExtendedHeaders {
     pax: Option<PaxRecords>,
     long_name: Option<Vec<u8>>,
     long_link: Option<Vec<u8>>,
 }
 
-impl<'a> Tape<'a> {
-    pub(super) fn new(content: Content, limits: &'a Limits) -> Self {
+impl<'a> TarReader<'a> {
+    pub(super) fn new(content: DecompressedContent, limits: &'a Limits) -> Self {
         Self { content, limits, remaining: 0, padding: 0, sparse: None, expanded: 0, failure: None }
     }
 
-    /// The next member; what was not read of the one before is skipped.
-    pub(super) fn next(&mut self) -> Result<Option<Member>, UnpackError> {
-        let mut extensions = Extensions::default();
+    /// Returns the next member. Skips unread bytes of the previous one.
+    pub(super) fn next(&mut self) -> Result<Option<ArchiveMember>, UnpackError> {
+        let mut extensions = ExtendedHeaders::default();
         loop {
             self.skip_member()?;
             let Some(header) = self.header()? else {
@@ -113,7 +112,7 @@ impl<'a> Tape<'a> {
                 b'x' | b'L' | b'K' => {
                     return Err(self.broken("two extended headers describe one entry"));
                 }
-                // Global pax headers (git writes one) are ignored, as containerd does.
+                // Global pax headers (git writes one) are ignored, as in containerd.
                 b'g' if extensions.is_empty() => self.starts(size),
                 b'g' => return Err(self.broken("a global header follows an extended one")),
                 _ => return self.member(&header, size, extensions).map(Some),
@@ -121,12 +120,12 @@ impl<'a> Tape<'a> {
         }
     }
 
-    /// Gives up the archive after its last member.
-    pub(super) fn into_content(self) -> Content {
+    /// Returns the content after the last member.
+    pub(super) fn into_content(self) -> DecompressedContent {
         self.content
     }
 
-    /// What went wrong while the current member was read through [`Read`].
+    /// Takes the failure that a read of the current member through [`Read`] had.
     pub(super) fn failure(&mut self) -> Option<UnpackError> {
         self.failure.take()
     }
@@ -134,10 +133,10 @@ impl<'a> Tape<'a> {
     /// Combines a header with the extended ones before it, as Go's reader does.
     fn member(
         &mut self,
-        header: &Header,
+        header: &TarHeader,
         size: u64,
-        extensions: Extensions,
-    ) -> Result<Member, UnpackError> {
+        extensions: ExtendedHeaders,
+    ) -> Result<ArchiveMember, UnpackError> {
         let mut name = header.name();
         let mut link = text(header.link()).to_vec();
         let mut size = size;
@@ -177,11 +176,11 @@ impl<'a> Tape<'a> {
             name = records.get(&b"GNU.sparse.name"[..]).map_or(name, |name| name.to_vec());
         }
         let kind = match header.kind() {
-            // Before ustar, folders were files with a slash at the end.
+            // Before ustar, folders were files with a trailing slash.
             0 if name.ends_with(b"/") && size == 0 => MemberKind::Directory,
-            // Go's reader takes what follows for headers, others for content.
+            // Go's reader reads the next bytes as headers, others as content.
             0 if name.ends_with(b"/") => return Err(self.broken("a folder has content")),
-            // Since then they are folders to GNU's reader, and files to Go's.
+            // GNU's reader takes such a member for a folder, Go's for a file.
             b'0' | b'7' if name.ends_with(b"/") => {
                 return Err(self.broken("the name of a file ends in a slash"));
             }
@@ -194,7 +193,7 @@ impl<'a> Tape<'a> {
                 return Err(UnpackError::EntryType { name: shown(&name), kind: shown(&[other]) });
             }
         };
-        // Whatever their size says, other kinds have no content; so Go's reader.
+        // As in Go's reader, other types have no content, whatever their size is.
         match (kind, form) {
             (MemberKind::File, None) => self.starts(size),
             (MemberKind::File, Some(form)) => {
@@ -203,12 +202,12 @@ impl<'a> Tape<'a> {
             (_, None) => size = 0,
             (_, Some(_)) => return Err(self.broken("something else than a file is sparse")),
         }
-        Ok(Member {
+        Ok(ArchiveMember {
             name,
             link,
             kind,
             size,
-            // Only the permission bits are ever used.
+            // Later code uses the permission bits only.
             mode: u32::try_from(mode & 0o7777).unwrap_or_default(),
             uid,
             gid,
@@ -217,10 +216,10 @@ impl<'a> Tape<'a> {
         })
     }
 
-    /// The next header; none at the archive's end, which is two blocks of zeros, or
-    /// the end of the content, as some writers leave it.
-    fn header(&mut self) -> Result<Option<Header>, UnpackError> {
-        let mut header = Header([0; BLOCK]);
+    /// Reads the next header. `None` at the end of the archive: two blocks of zeros, or the end of
+    /// the content, as some writers leave it.
+    fn header(&mut self) -> Result<Option<TarHeader>, UnpackError> {
+        let mut header = TarHeader([0; BLOCK]);
         if !self.block(&mut header.0)? {
             return Ok(None);
         }
@@ -235,7 +234,7 @@ impl<'a> Tape<'a> {
         let expected = self.number(header.checksum(), "a checksum is not a number")?;
         let summed = || bytes[..148].iter().chain(&[b' '; 8]).chain(&bytes[156..]);
         let unsigned: i64 = summed().map(|&byte| i64::from(byte)).sum();
-        // Some old writers added signed bytes.
+        // Some old writers summed signed bytes.
         let signed: i64 = summed().map(|&byte| i64::from(byte.cast_signed())).sum();
         if expected != unsigned && expected != signed {
             return Err(self.broken("the checksum of a header is wrong"));
@@ -243,7 +242,7 @@ impl<'a> Tape<'a> {
         Ok(Some(header))
     }
 
-    /// Fills a block; false at the end of the content.
+    /// Fills a block. Returns false at the end of the content.
     fn block(&mut self, block: &mut [u8; BLOCK]) -> Result<bool, UnpackError> {
         let mut filled = 0;
         while filled < BLOCK {
@@ -256,7 +255,7 @@ impl<'a> Tape<'a> {
         Ok(true)
     }
 
-    /// The content of an extended header, which has to be held in memory.
+    /// Reads the content of an extended header, which has to be held in memory.
     fn extended_header(&mut self, size: u64) -> Result<Vec<u8>, UnpackError> {
         let limit = self.limits.header_bytes;
         if size > limit {
@@ -281,7 +280,7 @@ impl<'a> Tape<'a> {
         self.sparse = None;
     }
 
-    /// The next bytes of the current member; none at its end.
+    /// Returns the next bytes of the current member; an empty slice at its end.
     fn fill_member(&mut self) -> Result<&[u8], UnpackError> {
         let most = match &mut self.sparse {
             None => self.remaining,
@@ -317,7 +316,7 @@ impl<'a> Tape<'a> {
         self.remaining = self.remaining.saturating_sub(bytes as u64);
     }
 
-    /// Bounds what holes add, as decompressing bounds the zeros that they stand for.
+    /// Bounds the expansion of holes, as the decompression ratio bounds stored zeros.
     fn check_ratio(&self) -> Result<(), UnpackError> {
         let unpacked = self.content.position().saturating_add(self.expanded);
         let limit = self.limits.decompression_ratio;
@@ -329,7 +328,7 @@ impl<'a> Tape<'a> {
     }
 
     fn skip_member(&mut self) -> Result<(), UnpackError> {
-        // Holes have nothing to skip.
+        // Holes have no bytes in the archive.
         self.sparse = None;
         loop {
             let length = self.fill_member()?.len();
@@ -340,7 +339,7 @@ impl<'a> Tape<'a> {
         }
         while self.padding > 0 {
             let available = self.content.fill()?.len() as u64;
-            // Nothing is lost when only padding is.
+            // A truncated padding loses no content.
             let skipped = if available == 0 { self.padding } else { available.min(self.padding) };
             self.content.consume(usize::try_from(skipped).unwrap_or_default());
             self.padding -= skipped;
@@ -362,13 +361,13 @@ impl<'a> Tape<'a> {
     }
 }
 
-/// The content of the current member.
-impl BufRead for Tape<'_> {
+/// Reads the content of the current member.
+impl BufRead for TarReader<'_> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.failure.is_some() {
             return Err(io::Error::other("the layer failed before"));
         }
-        // Looked at twice, as a failure is kept and bytes are lent.
+        // The call is repeated: a stored failure and returned bytes cannot borrow `self` at once.
         if let Err(error) = self.fill_member() {
             let passed_on = io::Error::other(error.to_string());
             self.failure = Some(error);
@@ -382,7 +381,7 @@ impl BufRead for Tape<'_> {
     }
 }
 
-impl Read for Tape<'_> {
+impl Read for TarReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let bytes = self.fill_buf()?;
         let length = bytes.len().min(buffer.len());
@@ -392,13 +391,13 @@ impl Read for Tape<'_> {
     }
 }
 
-impl Extensions {
+impl ExtendedHeaders {
     fn is_empty(&self) -> bool {
         self.pax.is_none() && self.long_name.is_none() && self.long_link.is_none()
     }
 }
 
-impl Header {
+impl TarHeader {
     fn mode(&self) -> &[u8] {
         &self.0[100..108]
     }
@@ -431,16 +430,16 @@ impl Header {
         &self.0[157..257]
     }
 
-    /// The name, put together as Go's reader does: formats are told apart by the magic, and
-    /// the version of ustar counts for nothing.
+    /// Returns the name, composed as Go's reader does: the magic determines the format, and the
+    /// version of ustar is ignored.
     fn name(&self) -> Vec<u8> {
         let bytes = &self.0;
         let is_no_number = |field: &[u8]| field[0] != 0 && number(field).is_none();
         let prefix = match (&bytes[257..263], &bytes[263..265], &bytes[508..]) {
-            // star has times where the prefix of others ends.
+            // star has times at the end of the prefix field.
             (b"ustar\0", _, b"tar\0") => text(&bytes[345..476]),
             (b"ustar\0", ..) => text(&bytes[345..500]),
-            // GNU has two times in place of a prefix; Go wrote a prefix there until 1.8.
+            // GNU has two times in place of a prefix. Go wrote a prefix there until 1.8.
             (b"ustar ", b" \0", _)
                 if is_no_number(&bytes[345..357]) || is_no_number(&bytes[357..369]) =>
             {
@@ -453,13 +452,13 @@ impl Header {
     }
 }
 
-/// A field's text: all of it, or up to a NUL.
+/// Returns the text of a field, which ends at a NUL or with the field.
 fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// A header's number: octal digits between spaces and NULs, or, marked by the
-/// first bit, two's complement in base 256.
+/// Parses a number of a header: octal digits between spaces and NULs or, marked by the first bit,
+/// two's complement in base 256.
 fn number(field: &[u8]) -> Option<i64> {
     if field.first()? & 0x80 == 0 {
         let is_blank = |byte: &u8| *byte == b' ' || *byte == 0;
@@ -485,7 +484,7 @@ fn number(field: &[u8]) -> Option<i64> {
     Some(if inverted == 0 { value } else { !value })
 }
 
-/// A pax number: decimal digits, at most `i64::MAX`.
+/// Parses a pax number: decimal digits, at most `i64::MAX`.
 fn decimal(digits: &[u8]) -> Option<i64> {
     if digits.is_empty() {
         return None;
@@ -496,12 +495,12 @@ fn decimal(digits: &[u8]) -> Option<i64> {
     })
 }
 
-/// A pax number that may be negative.
+/// Parses a pax number that may be negative.
 fn signed_decimal(text: &[u8]) -> Option<i64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// A pax time: seconds since 1970 with an optional sign and fraction.
+/// Parses a pax time: seconds since 1970 with an optional sign and fraction.
 fn pax_time(value: &[u8]) -> Option<Timestamp> {
     const NANOSECONDS: u32 = 1_000_000_000;
     let (is_negative, value) = match value.strip_prefix(b"-") {
@@ -526,10 +525,10 @@ fn pax_time(value: &[u8]) -> Option<Timestamp> {
     })
 }
 
-/// Records `<length> <key>=<value>\n`, where the length counts all of it.
+/// Parses records `<length> <key>=<value>\n`, whose length includes all of the record.
 ///
-/// The first form of sparse files repeats two keys for each extent; they become one record, as in the
-/// form after it.
+/// The first form of sparse files repeats two keys for each extent. They become one record, as in
+/// the form after it.
 fn pax_records(mut bytes: &[u8]) -> Option<PaxRecords> {
     let mut records = PaxRecords::new();
     let mut sparse_map: Vec<&[u8]> = Vec::new();
@@ -569,7 +568,7 @@ mod tests {
     #[test]
     fn names_have_the_prefix_that_gos_reader_gives_them() {
         let with = |magic: &[u8; 8], prefix: &[u8], trailer: &[u8]| {
-            let mut header = Header([0; BLOCK]);
+            let mut header = TarHeader([0; BLOCK]);
             let bytes = &mut header.0;
             bytes[..4].copy_from_slice(b"name");
             bytes[257..265].copy_from_slice(magic);

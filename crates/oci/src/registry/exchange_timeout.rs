@@ -1,4 +1,4 @@
-//! How long one exchange may take.
+//! Timeout of one exchange.
 
 use std::time::Duration;
 
@@ -6,22 +6,22 @@ use tokio::time::Instant;
 
 use super::error::RegistryError;
 
-/// The time of one exchange, which runs while the host is waited for. It stands still while the
-/// node's own room is: a registry is not to be said to have been slow for that.
-pub(super) struct ExchangeTime<'a> {
+/// Remaining time of one exchange. It decreases only while the host is waited for, not while the
+/// node's own memory budget is: that is not the registry's fault.
+pub(super) struct ExchangeTimeout<'a> {
     host: String,
     what: &'a str,
     all: Duration,
     left: Duration,
 }
 
-impl<'a> ExchangeTime<'a> {
+impl<'a> ExchangeTimeout<'a> {
     pub(super) fn new(host: String, what: &'a str, all: Duration) -> Self {
         Self { host, what, all, left: all }
     }
 
-    /// A step of the exchange, within what the steps before it have left.
-    pub(super) async fn of<T>(
+    /// Runs a step of the exchange within the remaining time.
+    pub(super) async fn run<T>(
         &mut self,
         step: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {

@@ -1,7 +1,7 @@
 //! The preload controller at scale on one machine: the real controller, in a process of its own, against a simulated
 //! API server, a registry, and nodes that carry out their assignments.
 //!
-//! Sizes double. `BENCH_FLEET=5000,200` sets the numbers of nodes and preloads instead.
+//! Sizes double. `BENCH_PRELOAD=5000,200` sets the numbers of nodes and preloads instead.
 //!
 //! The figures are the costs for a cluster: writes of the controller and of all nodes, their bytes, the bytes sent to
 //! watches, the largest object, memory and processor time of the controller's process, and the time until all preloads
@@ -41,7 +41,7 @@ const TICKS: f64 = 100.0;
 /// The capacity of a node in bytes.
 const CAPACITY: u64 = 1 << 40;
 
-pub fn fleet() {
+pub fn preload() {
     let sizes = size().map_or_else(|| SIZES.to_vec(), |size| vec![size]);
     let columns = [
         "nodes",
@@ -65,9 +65,9 @@ pub fn fleet() {
     }
 }
 
-/// Returns the numbers of nodes and preloads from `BENCH_FLEET`.
+/// Returns the numbers of nodes and preloads from `BENCH_PRELOAD`.
 fn size() -> Option<(usize, usize)> {
-    let size = std::env::var("BENCH_FLEET").ok()?;
+    let size = std::env::var("BENCH_PRELOAD").ok()?;
     let (nodes, preloads) = size.split_once(',').expect("nodes,preloads");
     Some((
         nodes.parse().expect("a number of nodes"),

@@ -1,7 +1,7 @@
-//! The controller against a real API server, which `make bench-fleet` starts, and simulated nodes that report every wanted
+//! The controller against a real API server, which `make bench-preload` starts, and simulated nodes that report every wanted
 //! artifact as ready, each with a watch of its own.
 //!
-//! 1,000 nodes and 50 preloads, or `BENCH_FLEET=nodes,preloads`, at the rate of writes that the chart sets. The figures
+//! 1,000 nodes and 50 preloads, or `BENCH_PRELOAD=nodes,preloads`, at the rate of writes that the chart sets. The figures
 //! come from the API server's own metrics, from the first preload until all are Ready.
 
 use std::{fs, path::PathBuf, time::Instant};
@@ -21,9 +21,9 @@ use super::{CAPACITY, Controller, PULL, is_ready, mebibytes, registry, size, wai
 /// The number of nodes for each connection: the API server limits requests on one connection, and watches are requests.
 const NODES_PER_CLIENT: usize = 100;
 
-pub fn fleet() {
+pub fn preload() {
     if std::env::var_os("CLUSTER_RUN").is_none() {
-        println!("needs an API server: make bench-fleet");
+        println!("needs an API server: make bench-preload");
         return;
     }
     let (nodes, preloads) = size().unwrap_or((1000, 50));

@@ -1,65 +1,65 @@
-//! What may be asked, and of whom in which order.
+//! Requests, and failover between the hosts of a registry.
 
 use std::sync::Arc;
 
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 use reqwest::{Method, Url};
 
-use super::endpoint::Endpoint;
+use super::endpoint::RegistryEndpoint;
 use super::error::{self, RegistryError};
-use super::passed_by::Standing;
+use super::mirror_health::MirrorHealth;
 use crate::credentials::Credential;
 use crate::{Digest, Reference, Repository, media_type};
 
-/// How a manifest is asked for.
+/// Name of a manifest in a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ManifestName {
-    /// By a tag, which may move.
+    /// A tag, which may move.
     Tag(String),
-    /// By its content.
+    /// The digest of the content.
     Digest(Digest),
 }
 
-/// What a host must be good for.
+/// Capability that a request needs of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Needs {
-    /// Sending content that is named by its digest.
+pub(super) enum RequiredCapability {
+    /// Serves content by digest.
     Pull,
-    /// Saying what a tag means.
+    /// Resolves tags to digests.
     Resolve,
 }
 
-/// The hosts of a registry that fit a question: mirrors, the registry itself, and mirrors that are
-/// asked when that is of no use.
-pub(super) struct Turns {
-    endpoints: Vec<Arc<Endpoint>>,
+/// Failover between the hosts that can serve a request: healthy mirrors, the registry itself, then
+/// mirrors that are the last resort.
+pub(super) struct HostFailover {
+    endpoints: Vec<Arc<RegistryEndpoint>>,
     turn: usize,
-    /// Where the registry itself stands.
+    /// Index of the registry itself.
     own: usize,
-    /// What it said, when others are asked after it.
-    verdict: Option<RegistryError>,
+    /// Error of the registry itself, if mirrors are tried after it.
+    registry_error: Option<RegistryError>,
 }
 
-/// One question to a registry.
-pub(super) struct Question<'a> {
+/// One request to a registry.
+pub(super) struct RegistryRequest<'a> {
     pub(super) repository: &'a Repository,
     pub(super) credential: &'a Credential,
     pub(super) method: Method,
-    /// The blob that is asked for.
+    /// Digest of the requested blob.
     pub(super) blob: Option<Digest>,
-    /// Mirrors that are not asked.
+    /// Mirrors that are not used.
     pub(super) without: &'a [Arc<str>],
-    /// The path below the repository.
+    /// Path below the repository.
     pub(super) object: String,
-    /// Which of several pages.
+    /// Query of a page.
     pub(super) query: Option<String>,
     pub(super) headers: HeaderMap,
-    /// Names the thing in errors.
+    /// Description of the object for errors.
     pub(super) what: String,
 }
 
-impl Needs {
-    pub(super) fn are_met_by(self, endpoint: &Endpoint) -> bool {
+impl RequiredCapability {
+    pub(super) fn is_met_by(self, endpoint: &RegistryEndpoint) -> bool {
         match self {
             Self::Pull => endpoint.pull,
             Self::Resolve => endpoint.resolve,
@@ -68,7 +68,7 @@ impl Needs {
 }
 
 impl ManifestName {
-    /// Returns how a registry is asked for what a reference names.
+    /// Returns the name of the manifest that a reference names.
     #[must_use]
     pub fn of(reference: &Reference) -> Self {
         match reference.digest() {
@@ -77,7 +77,7 @@ impl ManifestName {
         }
     }
 
-    /// Names the manifest in errors.
+    /// Describes the manifest for errors.
     #[must_use]
     pub fn describe(&self, repository: &Repository) -> String {
         match self {
@@ -86,17 +86,17 @@ impl ManifestName {
         }
     }
 
-    pub(super) fn needs(&self) -> Needs {
+    pub(super) fn needs(&self) -> RequiredCapability {
         match self {
-            Self::Tag(_) => Needs::Resolve,
-            Self::Digest(_) => Needs::Pull,
+            Self::Tag(_) => RequiredCapability::Resolve,
+            Self::Digest(_) => RequiredCapability::Pull,
         }
     }
 }
 
-impl<'a> Question<'a> {
-    /// Where this host answers it.
-    pub(super) fn address(&self, endpoint: &Endpoint) -> Url {
+impl<'a> RegistryRequest<'a> {
+    /// Returns the URL of the request at a host.
+    pub(super) fn address(&self, endpoint: &RegistryEndpoint) -> Url {
         let mut url = endpoint.object(self.repository, &self.object);
         if self.query.is_some() {
             let namespace = url.query().map(str::to_owned);
@@ -109,12 +109,12 @@ impl<'a> Question<'a> {
         url
     }
 
-    /// What this host may be shown.
-    pub(super) fn credential_for(&self, endpoint: &Endpoint) -> &'a Credential {
+    /// Returns the credential that a host may get.
+    pub(super) fn credential_for(&self, endpoint: &RegistryEndpoint) -> &'a Credential {
         if endpoint.takes_credentials { self.credential } else { &Credential::Anonymous }
     }
 
-    pub(super) fn is_anonymous_at(&self, endpoint: &Endpoint) -> bool {
+    pub(super) fn is_anonymous_at(&self, endpoint: &RegistryEndpoint) -> bool {
         self.credential_for(endpoint).is_anonymous()
     }
 
@@ -189,37 +189,38 @@ impl<'a> Question<'a> {
     }
 }
 
-impl Turns {
-    /// The last of the hosts is the registry itself; none where there is no host.
+impl HostFailover {
+    /// Creates the failover. The last endpoint is the registry itself; `None` if there is no
+    /// endpoint.
     pub(super) fn new(
-        mut endpoints: Vec<Arc<Endpoint>>,
-        standing: impl Fn(&Endpoint) -> Standing,
+        mut endpoints: Vec<Arc<RegistryEndpoint>>,
+        health: impl Fn(&RegistryEndpoint) -> MirrorHealth,
     ) -> Option<Self> {
         let registry = endpoints.pop()?;
-        let standing: Vec<_> = endpoints.into_iter().map(|one| (standing(&one), one)).collect();
+        let health: Vec<_> = endpoints.into_iter().map(|one| (health(&one), one)).collect();
         let of = |wanted| {
-            let fitting = standing.iter().filter(move |(standing, _)| *standing == wanted);
+            let fitting = health.iter().filter(move |(health, _)| *health == wanted);
             fitting.map(|(_, endpoint)| Arc::clone(endpoint))
         };
-        let mut endpoints: Vec<_> = of(Standing::Trusted).collect();
+        let mut endpoints: Vec<_> = of(MirrorHealth::Healthy).collect();
         let own = endpoints.len();
         endpoints.push(registry);
-        endpoints.extend(of(Standing::LastResort));
-        Some(Self { endpoints, turn: 0, own, verdict: None })
+        endpoints.extend(of(MirrorHealth::LastResort));
+        Some(Self { endpoints, turn: 0, own, registry_error: None })
     }
 
-    pub(super) fn current(&self) -> &Endpoint {
+    pub(super) fn current(&self) -> &RegistryEndpoint {
         &self.endpoints[self.turn]
     }
 
-    /// The mirror whose turn it is, unless it is the registry itself.
+    /// Returns the current host if it is a mirror.
     pub(super) fn mirror(&self) -> Option<Arc<str>> {
         (self.turn != self.own).then(|| self.current().name())
     }
 
-    /// What comes of a try: none means that the next host is asked. When none gives what was
-    /// asked for, the registry's own failure counts.
-    pub(super) fn judge<T>(
+    /// Evaluates an attempt. `None` means that the next host has to be tried. If none succeeds, the
+    /// error of the registry itself counts.
+    pub(super) fn evaluate<T>(
         &mut self,
         tried: Result<T, RegistryError>,
     ) -> Option<Result<T, RegistryError>> {
@@ -232,12 +233,12 @@ impl Turns {
             if is_last || !error.is_absence() {
                 return Some(Err(error));
             }
-            self.verdict = Some(error);
+            self.registry_error = Some(error);
         } else {
             let mirror = self.current().name();
             tracing::info!(%mirror, %error, "a mirror was of no use: the next host is asked");
             if is_last {
-                return Some(Err(self.verdict.take().unwrap_or(error)));
+                return Some(Err(self.registry_error.take().unwrap_or(error)));
             }
         }
         self.turn += 1;
@@ -245,7 +246,7 @@ impl Turns {
     }
 }
 
-/// The specification's grammar, so that a tag cannot become a path or a query.
+/// Checks the grammar of the specification, so that a tag cannot become a path or a query.
 fn is_tag(tag: &str) -> bool {
     let word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     let bytes = tag.as_bytes();

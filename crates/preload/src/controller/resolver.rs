@@ -1,8 +1,8 @@
-//! What a reference means, and what the secrets have for its registry.
+//! Resolution of references, and of the credentials for their registries.
 //!
-//! The registry is asked once for the whole fleet, with the secrets of the preload's namespace. Only secrets that name
-//! the registries they are for are taken: with a user name and password alone, whoever may write a preload could send
-//! them to a registry of his own.
+//! The registry is asked once for all nodes, with the secrets of the preload's namespace. Only
+//! secrets that name their registries are used: with a user name and password alone, the author of
+//! a preload could send them to a registry of an attacker.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -13,8 +13,10 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client};
 
-use crate::plan::facts::{Access, Known, Meaning, Origin, Refusal, Seconds};
-use crate::seal::Plain;
+use crate::plan::facts::{
+    AnswerOrigin, ReferenceResolution, RegistryAccess, ResolutionFailure, ResolvedArtifact, Seconds,
+};
+use crate::seal::PlainCredentials;
 use oci::credentials::providers::NodeCredentials;
 use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
@@ -25,156 +27,160 @@ use oci::{Digest, Platform, Reference};
 use policy::{PolicyRequest, PolicySource};
 use text::printable::excerpt;
 
-/// Secrets are read again after so long, while nodes still need them.
-const SECRETS_LAST: Seconds = 120;
-/// What may pass by itself is asked again after so long.
-const SOON: Seconds = 20;
-/// What needs somebody is, too, for he does not tell.
-const LATER: Seconds = 60;
-/// Platforms of an index that are kept: no artifact has as many.
+/// Seconds after which secrets are read again, while nodes still need them.
+const SECRETS_LIFETIME: Seconds = 120;
+/// Seconds until the next attempt after a transient failure.
+const TRANSIENT_RETRY: Seconds = 20;
+/// Seconds until the next attempt after a failure that needs a change, since there is no
+/// notification of changes.
+const PERMANENT_RETRY: Seconds = 60;
+/// Maximum number of platforms of an index that are kept, more than any artifact has.
 const MAXIMUM_PLATFORMS: usize = 16;
-/// Characters of one, as the status takes it.
+/// Maximum bytes of a platform in the status.
 const MAXIMUM_PLATFORM: usize = 64;
-/// The types of secrets that say whom they are for, and their keys.
-const TYPES: [(&str, &str); 2] = [
+/// Supported types of secrets, which name their registries, and their keys.
+const SECRET_TYPES: [(&str, &str); 2] = [
     ("kubernetes.io/dockerconfigjson", ".dockerconfigjson"),
     ("kubernetes.io/dockercfg", ".dockercfg"),
 ];
 
-/// What is to be found out.
+/// A request to the resolver.
 #[derive(Clone, Debug)]
-pub struct Question {
-    /// Where the secrets are.
+pub struct ResolveRequest {
+    /// Namespace of the secrets.
     pub namespace: String,
-    /// The artifact.
+    /// Reference of the artifact.
     pub reference: Reference,
-    /// As it was written.
+    /// Reference as in `spec.reference`.
     pub written: String,
-    /// Names of secrets.
+    /// Names of the secrets.
     pub pull_secrets: Vec<String>,
-    /// Whether the registry is asked too, or the secrets are read only.
-    pub meaning: bool,
+    /// True to ask the registry too, false to read the secrets only.
+    pub resolves: bool,
 }
 
-/// What was found out.
+/// A result of the resolver.
 #[derive(Clone, Debug)]
-pub struct Found {
-    /// None where it was not asked.
-    pub meaning: Option<Meaning>,
-    /// With what it may be fetched.
-    pub access: Access,
-    /// What is to be sealed for nodes.
-    pub plain: Option<Plain>,
+pub struct ResolveResult {
+    /// Result of the registry; `None` if it was not asked.
+    pub resolution: Option<ReferenceResolution>,
+    /// Access to the registry.
+    pub access: RegistryAccess,
+    /// Credentials to seal for nodes.
+    pub plain: Option<PlainCredentials>,
 }
 
-impl Found {
-    /// Nothing, for the moment.
+impl ResolveResult {
+    /// Returns a transient failure.
     pub(super) fn failed(message: &str) -> Self {
-        let refusal = soon("Internal", message);
-        let meaning = Some(Meaning::Refused(refusal.clone()));
-        Self { meaning, access: Access::Refused(refusal), plain: None }
+        let refusal = transient("Internal", message);
+        let resolution = Some(ReferenceResolution::Refused(refusal.clone()));
+        Self { resolution, access: RegistryAccess::Refused(refusal), plain: None }
     }
 }
 
-/// Finds out.
-pub trait Look: Send + Sync {
-    /// Never fails: why something cannot be found out is found out then.
-    fn look(&self, question: Question) -> BoxFuture<'static, Found>;
+/// A resolver of references.
+pub trait ReferenceResolver: Send + Sync {
+    /// Resolves a reference. Failures are part of the result.
+    fn resolve(&self, request: ResolveRequest) -> BoxFuture<'static, ResolveResult>;
 }
 
-/// Asks the API server and the registries.
+/// Resolver that uses the API server and the registries.
 #[derive(Clone, Debug)]
-pub struct Looker {
-    /// For secrets.
-    pub client: LookerClient,
-    /// For references.
+pub struct RegistryResolver {
+    /// Client for reading secrets.
+    pub client: ResolverClient,
+    /// Client for resolving references.
     pub registry: Registry,
-    /// Of what registries send.
+    /// Limits of manifests from registries.
     pub limits: ManifestLimits,
-    /// What may be mounted by which namespaces.
+    /// Policy for the artifacts that namespaces may use.
     pub policy: PolicySource,
-    /// The controller's own credentials.
+    /// Credentials of the controller itself.
     pub credentials: NodeCredentials,
 }
 
-/// A client whose `Debug` says nothing.
+/// A client whose `Debug` prints no details.
 #[derive(Clone)]
-pub struct LookerClient(pub Client);
+pub struct ResolverClient(pub Client);
 
-impl std::fmt::Debug for LookerClient {
+impl std::fmt::Debug for ResolverClient {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("LookerClient")
+        formatter.write_str("ResolverClient")
     }
 }
 
-impl Look for Looker {
-    fn look(&self, question: Question) -> BoxFuture<'static, Found> {
-        let looker = self.clone();
-        async move { looker.find(question).await }.boxed()
+impl ReferenceResolver for RegistryResolver {
+    fn resolve(&self, request: ResolveRequest) -> BoxFuture<'static, ResolveResult> {
+        let resolver = self.clone();
+        async move { resolver.resolve_request(request).await }.boxed()
     }
 }
 
-impl Looker {
-    async fn find(&self, question: Question) -> Found {
-        let secrets = self.secrets(&question).await;
+impl RegistryResolver {
+    async fn resolve_request(&self, request: ResolveRequest) -> ResolveResult {
+        let secrets = self.secrets(&request).await;
         let (credentials, access, plain) = match secrets {
-            Ok(Secrets { credentials, version }) => {
-                let sealed = Plain::new(&credentials);
+            Ok(SecretCredentials { credentials, version }) => {
+                let sealed = PlainCredentials::new(&credentials);
                 match sealed {
-                    Ok(_) if credentials.is_empty() => (credentials, Access::Open, None),
+                    Ok(_) if credentials.is_empty() => (credentials, RegistryAccess::Open, None),
                     Ok(plain) => {
-                        let until = now() + SECRETS_LAST;
-                        (credentials, Access::Sealed { version, until }, Some(plain))
+                        let until = now() + SECRETS_LIFETIME;
+                        (credentials, RegistryAccess::Sealed { version, until }, Some(plain))
                     }
                     Err(error) => {
-                        let refusal = later("SecretUnusable", &error);
+                        let refusal = permanent("SecretUnusable", &error);
                         return refused(refusal);
                     }
                 }
             }
             Err(refusal) => return refused(refusal),
         };
-        if !question.meaning {
-            return Found { meaning: None, access, plain };
+        if !request.resolves {
+            return ResolveResult { resolution: None, access, plain };
         }
-        let meaning = match self.resolve(&question, credentials).await {
-            Ok(known) => Meaning::Known(known),
-            Err(refusal) => Meaning::Refused(refusal),
+        let resolution = match self.resolve_reference(&request, credentials).await {
+            Ok(known) => ReferenceResolution::Known(known),
+            Err(refusal) => ReferenceResolution::Refused(refusal),
         };
-        Found { meaning: Some(meaning), access, plain }
+        ResolveResult { resolution: Some(resolution), access, plain }
     }
 
-    /// What the secrets have for the registry.
-    async fn secrets(&self, question: &Question) -> Result<Secrets, Refusal> {
-        let api: Api<Secret> = Api::namespaced(self.client.0.clone(), &question.namespace);
+    /// Reads the credentials for the registry from the secrets.
+    async fn secrets(
+        &self,
+        request: &ResolveRequest,
+    ) -> Result<SecretCredentials, ResolutionFailure> {
+        let api: Api<Secret> = Api::namespaced(self.client.0.clone(), &request.namespace);
         let (mut credentials, mut versions) = (Vec::new(), Vec::new());
-        for name in &question.pull_secrets {
-            let place = format!("{}/{name}", question.namespace);
+        for name in &request.pull_secrets {
+            let place = format!("{}/{name}", request.namespace);
             let unusable = |what: &dyn std::fmt::Display| {
                 let message = format!("the secret {place} cannot be used: {what}");
-                later("SecretUnusable", &message)
+                permanent("SecretUnusable", &message)
             };
             let secret = match api.get_opt(name).await {
                 Ok(Some(secret)) => secret,
                 Ok(None) => {
                     let message =
                         format!("there is no secret {place}: make it, or correct spec.pullSecrets");
-                    return Err(later("SecretMissing", &message));
+                    return Err(permanent("SecretMissing", &message));
                 }
                 Err(kube::Error::Api(status)) if status.code == 403 => {
                     let message = format!(
                         "the controller may not read secrets in {}: see the chart's controller.secretNamespaces",
-                        question.namespace
+                        request.namespace
                     );
-                    return Err(later("SecretForbidden", &message));
+                    return Err(permanent("SecretForbidden", &message));
                 }
                 Err(error) => {
                     let message = format!("the secret {place} cannot be read: {error}");
-                    return Err(soon("SecretUnavailable", &message));
+                    return Err(transient("SecretUnavailable", &message));
                 }
             };
             let found = secret.type_.unwrap_or_default();
-            let Some((_, key)) = TYPES.iter().find(|(kind, _)| *kind == found) else {
+            let Some((_, key)) = SECRET_TYPES.iter().find(|(kind, _)| *kind == found) else {
                 let what = format!(
                     "it is of the type {}, which does not say whom it is for; make one with kubectl create secret docker-registry",
                     excerpt(&found, 80)
@@ -184,7 +190,7 @@ impl Looker {
             let content = secret.data.unwrap_or_default().remove(*key).unwrap_or_default().0;
             let text = String::from_utf8(content).map_err(|_| unusable(&"it is no text"))?;
             let content = HashMap::from([((*key).to_owned(), text)]);
-            let repository = question.reference.repository();
+            let repository = request.reference.repository();
             let keyring = Keyring::from_secrets(&content, repository.host())
                 .map_err(|error| unusable(&error))?;
             for credential in keyring.matching(repository) {
@@ -197,16 +203,16 @@ impl Looker {
             versions.push(metadata.resource_version.unwrap_or_default());
         }
         let version = Digest::of(versions.join("\n").as_bytes()).hex();
-        Ok(Secrets { credentials, version: Arc::from(&version[..16]) })
+        Ok(SecretCredentials { credentials, version: Arc::from(&version[..16]) })
     }
 
-    async fn resolve(
+    async fn resolve_reference(
         &self,
-        question: &Question,
+        request: &ResolveRequest,
         mut credentials: Vec<Credential>,
-    ) -> Result<Known, Refusal> {
-        let demands = self.demands(question).await?;
-        let repository = question.reference.repository();
+    ) -> Result<ResolvedArtifact, ResolutionFailure> {
+        let maximum_bytes = self.check_policy(request).await?;
+        let repository = request.reference.repository();
         for offer in self.credentials.offers(repository) {
             match self.credentials.redeem(&offer.source, repository, None).await {
                 Ok(found) => credentials.extend(found),
@@ -215,33 +221,36 @@ impl Looker {
                 }
             }
         }
-        // Nobody who has a credential is asked for as anybody, as with the kubelet.
+        // As in the kubelet, the request is anonymous only without any credential.
         if credentials.is_empty() {
             credentials.push(Credential::Anonymous);
         }
         let mut refusals = Refusals::default();
         for credential in credentials {
-            match self.ask(question, &credential, demands).await {
+            match self.resolve_with(request, &credential, maximum_bytes).await {
                 Ok(known) => return Ok(known),
-                Err(LookError::Registry(error)) if error.may_depend_on_credential() => {
+                Err(ResolveError::Registry(error)) if error.may_depend_on_credential() => {
                     refusals.add(error);
                 }
                 Err(error) => {
                     let unanswered = refusals.is_empty() && error.is_unanswered();
-                    return Err(Refusal { unanswered, ..error.refusal() });
+                    return Err(ResolutionFailure { unanswered, ..error.refusal() });
                 }
             }
         }
-        let nobody = || soon("RegistryUnavailable", "nobody was asked");
-        let refused = refusals.into_error().map(LookError::Registry);
-        Err(refused.map_or_else(nobody, |error| error.refusal()))
+        let unavailable = || transient("RegistryUnavailable", "nobody was asked");
+        let refused = refusals.into_error().map(ResolveError::Registry);
+        Err(refused.map_or_else(unavailable, |error| error.refusal()))
     }
 
-    /// What the policy demands; the bytes that it allows, where it bounds them.
-    async fn demands(&self, question: &Question) -> Result<Option<u64>, Refusal> {
-        let (source, namespace) = (self.policy.clone(), question.namespace.clone());
-        // Nodes are told a digest, so a policy that wants one has it.
-        let reference = &question.reference;
+    /// Checks the policy. Returns the maximum size in bytes, if the policy has one.
+    async fn check_policy(
+        &self,
+        request: &ResolveRequest,
+    ) -> Result<Option<u64>, ResolutionFailure> {
+        let (source, namespace) = (self.policy.clone(), request.namespace.clone());
+        // Nodes get a digest, so a policy that requires digests is met.
+        let reference = &request.reference;
         let nodes_see = Reference::from_parts(
             &reference.repository().to_string(),
             Some(reference.tag_or_latest()),
@@ -257,10 +266,10 @@ impl Looker {
             };
             Ok(policy.decide(facts))
         };
-        let failed = |error: &dyn std::fmt::Display| soon("PolicyUnreadable", error);
+        let failed = |error: &dyn std::fmt::Display| transient("PolicyUnreadable", error);
         match tokio::task::spawn_blocking(decide).await {
             Ok(Ok(Ok(demands))) => Ok(demands.maximum_bytes),
-            Ok(Ok(Err(refusal))) => Err(later("PolicyDenied", &refusal)),
+            Ok(Ok(Err(refusal))) => Err(permanent("PolicyDenied", &refusal)),
             Ok(Err(error)) => {
                 let error: String = error;
                 Err(failed(&error))
@@ -269,21 +278,21 @@ impl Looker {
         }
     }
 
-    async fn ask(
+    async fn resolve_with(
         &self,
-        question: &Question,
+        request: &ResolveRequest,
         credential: &Credential,
         maximum_bytes: Option<u64>,
-    ) -> Result<Known, LookError> {
-        let (reference, asked_at) = (&question.reference, now());
+    ) -> Result<ResolvedArtifact, ResolveError> {
+        let (reference, requested_at) = (&request.reference, now());
         let name = ManifestName::of(reference);
         let (digest, parsed) = {
             let top = self.registry.manifest(reference.repository(), &name, credential).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
-            (top.digest, parsed.map_err(|error| LookError::Content(error.to_string()))?)
+            (top.digest, parsed.map_err(|error| ResolveError::Content(error.to_string()))?)
         };
         let allowed = |bytes: u64| match maximum_bytes {
-            Some(limit) if bytes > limit => Err(LookError::TooLarge { bytes, limit }),
+            Some(limit) if bytes > limit => Err(ResolveError::TooLarge { bytes, limit }),
             _ => Ok(bytes),
         };
         let (platforms, bytes) = match parsed {
@@ -295,32 +304,34 @@ impl Looker {
                 for digest in entries.values().chain(&is_for_any) {
                     match self.bytes(reference, *digest, credential).await {
                         Ok(bytes) => sizes.push(bytes.map(allowed).transpose()?),
-                        // Nodes may well get what they need of it; then only its size is not known.
+                        // Nodes may still get their platform of the index; only the size is
+                        // unknown.
                         Err(_) if maximum_bytes.is_none() => sizes.push(None),
                         Err(error) => return Err(error.into()),
                     }
                 }
                 let fewest = sizes.into_iter().collect::<Option<Vec<u64>>>();
                 let platforms = entries.into_keys().filter_map(|text| text.parse().ok());
-                // Platforms that are listed exclude others.
+                // Listed platforms exclude others.
                 let platforms = platforms.filter(|_| is_for_any.is_none());
                 (platforms.collect(), fewest.and_then(|sizes| sizes.into_iter().min()))
             }
         };
-        let reference = question.written.clone();
-        let pull_secrets = question.pull_secrets.clone();
-        let origin = Origin { resolved_at: Some(asked_at), pull_secrets, unavailable: None };
-        Ok(Known { reference, digest, platforms, bytes, origin })
+        let reference = request.written.clone();
+        let pull_secrets = request.pull_secrets.clone();
+        let origin =
+            AnswerOrigin { resolved_at: Some(requested_at), pull_secrets, unavailable: None };
+        Ok(ResolvedArtifact { reference, digest, platforms, bytes, origin })
     }
 
-    /// Reads the indexes in an index.
+    /// Reads the nested indexes of an index.
     async fn with_nested(
         &self,
         reference: &Reference,
         index: ImageIndex,
         credential: &Credential,
-    ) -> Result<IndexEntries, LookError> {
-        let unusable = |error: ManifestError| LookError::Content(error.to_string());
+    ) -> Result<IndexEntries, ResolveError> {
+        let unusable = |error: ManifestError| ResolveError::Content(error.to_string());
         let mut entries = IndexEntries::for_all_platforms(index, self.limits).map_err(unusable)?;
         while let Some(nested) = entries.next_index() {
             let name = ManifestName::Digest(nested.digest);
@@ -331,7 +342,7 @@ impl Looker {
         Ok(entries)
     }
 
-    /// Of the artifact for one platform; none where its manifest is not understood.
+    /// Returns the size of the artifact for one platform; `None` if its manifest is not supported.
     async fn bytes(
         &self,
         reference: &Reference,
@@ -347,14 +358,14 @@ impl Looker {
     }
 }
 
-/// What the secrets have.
-struct Secrets {
+/// Credentials of the secrets, with a version that changes with the secrets.
+struct SecretCredentials {
     credentials: Vec<Credential>,
     version: Arc<str>,
 }
 
-/// Returns the platforms that can be asked for, each with the manifest that it gets, and the manifest
-/// that every other platform gets: the only one without a platform.
+/// Returns the supported platforms, each with its manifest, and the manifest for any other
+/// platform: the only one without a platform.
 fn entries(index: &ImageIndex) -> (BTreeMap<String, Digest>, Option<Digest>) {
     let mut platforms = BTreeMap::new();
     for platform in index.manifests.iter().filter_map(|entry| entry.platform.as_ref()) {
@@ -365,7 +376,7 @@ fn entries(index: &ImageIndex) -> (BTreeMap<String, Digest>, Option<Digest>) {
         {
             platforms.entry(text).or_insert(platform);
         }
-        // Each choice looks at the whole index.
+        // Each choice scans the whole index.
         if platforms.len() == MAXIMUM_PLATFORMS {
             break;
         }
@@ -383,14 +394,14 @@ fn entries(index: &ImageIndex) -> (BTreeMap<String, Digest>, Option<Digest>) {
     (entries, is_for_any)
 }
 
-/// Of all layers, as the registry has them.
+/// Returns the total size of the layers in the registry.
 fn bytes_of(image: &ImageManifest) -> u64 {
     image.layers.iter().map(|layer| layer.size).fold(0, u64::saturating_add)
 }
 
-/// Why a registry's answer is no use.
+/// Reason why an answer of a registry is unusable.
 #[derive(Debug, thiserror::Error)]
-enum LookError {
+enum ResolveError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     #[error("{0}")]
@@ -399,37 +410,46 @@ enum LookError {
     TooLarge { bytes: u64, limit: u64 },
 }
 
-impl LookError {
-    /// Returns whether the registry has said nothing: neither yes nor no.
+impl ResolveError {
+    /// Returns whether the registry gave no answer at all.
     fn is_unanswered(&self) -> bool {
         matches!(self, Self::Registry(error) if error.is_transient())
     }
 
-    fn refusal(&self) -> Refusal {
+    fn refusal(&self) -> ResolutionFailure {
         let reason = match self {
             Self::Registry(RegistryError::NotFound { .. }) => "ReferenceNotFound",
             Self::Registry(RegistryError::Unauthorized { .. }) => "Unauthorized",
             Self::Registry(RegistryError::Forbidden { .. }) => "Forbidden",
-            Self::Registry(_) if self.is_unanswered() => return soon("RegistryUnavailable", self),
+            Self::Registry(_) if self.is_unanswered() => {
+                return transient("RegistryUnavailable", self);
+            }
             Self::Registry(_) => "RegistryRefused",
             Self::Content(_) => "UnusableManifest",
             Self::TooLarge { .. } => "PolicyDenied",
         };
-        later(reason, self)
+        permanent(reason, self)
     }
 }
 
-/// What was found out is of the moment when it was: an answer may have taken longer than it lasts.
+/// Returns the current time. Called when a result is there, since a request may take longer than
+/// the result lasts.
 fn now() -> Seconds {
     Timestamp::now().as_second()
 }
 
-fn soon(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
-    refusal(reason, message, true, now() + SOON)
+fn transient(
+    reason: &'static str,
+    message: &(impl std::fmt::Display + ?Sized),
+) -> ResolutionFailure {
+    refusal(reason, message, true, now() + TRANSIENT_RETRY)
 }
 
-fn later(reason: &'static str, message: &(impl std::fmt::Display + ?Sized)) -> Refusal {
-    refusal(reason, message, false, now() + LATER)
+fn permanent(
+    reason: &'static str,
+    message: &(impl std::fmt::Display + ?Sized),
+) -> ResolutionFailure {
+    refusal(reason, message, false, now() + PERMANENT_RETRY)
 }
 
 fn refusal(
@@ -437,12 +457,18 @@ fn refusal(
     message: &(impl std::fmt::Display + ?Sized),
     transient: bool,
     retry_at: Seconds,
-) -> Refusal {
-    Refusal { reason, message: message.to_string(), transient, unanswered: false, retry_at }
+) -> ResolutionFailure {
+    ResolutionFailure {
+        reason,
+        message: message.to_string(),
+        transient,
+        unanswered: false,
+        retry_at,
+    }
 }
 
-fn refused(refusal: Refusal) -> Found {
-    Found { meaning: None, access: Access::Refused(refusal), plain: None }
+fn refused(refusal: ResolutionFailure) -> ResolveResult {
+    ResolveResult { resolution: None, access: RegistryAccess::Refused(refusal), plain: None }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Sparse files: members whose archive form leaves out their holes.
+//! Sparse files: members whose holes are left out of the archive.
 //!
 //! ```text
 //! old GNU    type `S`; the map is in the header and in blocks after it
@@ -7,17 +7,17 @@
 //! pax 1.0    the map is in the content, before the data
 //! ```
 //!
-//! They are expanded: holes are read as zeros, and count as what they expand to.
+//! Sparse files are expanded: holes are read as zeros, and limits count their full size.
 
 use std::vec::IntoIter;
 
-use super::{BLOCK, Header, PaxRecords, Tape, decimal, number};
+use super::{BLOCK, PaxRecords, TarHeader, TarReader, decimal, number};
 use crate::error::{UnpackError, shown};
 
-/// Bytes of a hole that are given out at once.
+/// Bytes of a hole that one read returns.
 const ZEROS: usize = 64 << 10;
 
-/// A form of sparse files.
+/// Format of a sparse file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SparseForm {
     OldGnu,
@@ -31,11 +31,11 @@ pub(super) enum SparseForm {
 /// A part of a sparse file, by its length.
 pub(super) enum Extent {
     Hole(u64),
-    /// Nothing at the end of the file.
+    /// Empty at the end of the file.
     Data(u64),
 }
 
-/// The parts of a sparse file that were not read yet.
+/// Unread parts of a sparse file.
 pub(super) struct SparseParts {
     hole: u64,
     data: u64,
@@ -63,7 +63,7 @@ impl SparseForm {
 }
 
 impl SparseParts {
-    /// Returns the part that comes next.
+    /// Returns the next part.
     pub(super) fn next(&mut self) -> Extent {
         while self.hole == 0 && self.data == 0 {
             let Some((hole, data)) = self.rest.next() else { break };
@@ -72,7 +72,7 @@ impl SparseParts {
         if self.hole > 0 { Extent::Hole(self.hole) } else { Extent::Data(self.data) }
     }
 
-    /// Takes bytes from the part that comes next. Returns whether they are those of a hole.
+    /// Consumes bytes of the next part. Returns whether they are those of a hole.
     pub(super) fn consume(&mut self, bytes: u64) -> bool {
         let is_hole = self.hole > 0;
         let part = if is_hole { &mut self.hole } else { &mut self.data };
@@ -87,12 +87,12 @@ pub(super) fn zeros(length: u64) -> &'static [u8] {
     &BYTES[..usize::try_from(length).unwrap_or(ZEROS).min(ZEROS)]
 }
 
-impl Tape<'_> {
-    /// Starts a sparse file, whose member has so many bytes. Returns the size of the file.
+impl TarReader<'_> {
+    /// Starts a sparse file whose member has `member_size` bytes. Returns the size of the file.
     pub(super) fn start_sparse(
         &mut self,
         form: SparseForm,
-        header: &Header,
+        header: &TarHeader,
         member_size: u64,
         name: &[u8],
         records: &PaxRecords,
@@ -145,7 +145,7 @@ impl Tape<'_> {
     }
 
     /// Reads the map of the old form: up to 4 extents in the header, 21 in each block after it.
-    fn map_of_headers(&mut self, header: &Header) -> Result<SparseMap, UnpackError> {
+    fn map_of_headers(&mut self, header: &TarHeader) -> Result<SparseMap, UnpackError> {
         let mut map = SparseMap::new();
         let (mut extents, mut has_more) = (header.0[386..482].to_vec(), header.0[482] != 0);
         let mut bytes = 0;
@@ -167,8 +167,8 @@ impl Tape<'_> {
         }
     }
 
-    /// Reads the map of the last form: decimal numbers on lines, how many extents there are before
-    /// them, in whole blocks at the start of the content.
+    /// Reads the map of the last form, in whole blocks at the start of the content: the number of
+    /// extents, then decimal numbers, one per line.
     fn map_of_content(&mut self) -> Result<SparseMap, UnpackError> {
         let (mut text, mut lines, mut expected) = (Vec::new(), 0, 1);
         while lines < expected {
@@ -189,7 +189,7 @@ impl Tape<'_> {
                 let count = text.split(|&byte| byte == b'\n').next().unwrap_or_default();
                 let lines = usize::try_from(self.pax_number(count)?).ok();
                 let lines = lines.and_then(|count| count.checked_mul(2)?.checked_add(1));
-                // The next block refuses a number that no header may hold.
+                // The check of the next block refuses a size over the header limit.
                 expected = lines.unwrap_or(usize::MAX);
             }
         }
@@ -213,7 +213,7 @@ impl Tape<'_> {
         while let Some(offset) = numbers.next() {
             let length = numbers.next().and_then(decimal).ok_or_else(malformed)?;
             let offset = decimal(offset).ok_or_else(malformed)?;
-            // An extent of nothing only says where the file ends.
+            // An empty extent only marks the end of the file.
             if length > 0 {
                 map.push((offset.unsigned_abs(), length.unsigned_abs()));
             }
@@ -221,7 +221,7 @@ impl Tape<'_> {
         Ok(map)
     }
 
-    /// A map has to be held in memory, as an extended header.
+    /// Checks the size of a map, which is held in memory like an extended header.
     fn check_map(&self, size: u64) -> Result<(), UnpackError> {
         let limit = self.limits.header_bytes;
         if size > limit { Err(UnpackError::HeaderTooLarge { size, limit }) } else { Ok(()) }
@@ -233,12 +233,12 @@ impl Tape<'_> {
     }
 }
 
-impl Header {
+impl TarHeader {
     fn is_gnu(&self) -> bool {
         &self.0[257..265] == b"ustar  \0"
     }
 
-    /// The field of the size of a sparse file in the old form.
+    /// Returns the field with the size of a sparse file in the old form.
     fn sparse_size(&self) -> &[u8] {
         &self.0[483..495]
     }
