@@ -125,10 +125,15 @@ impl Deployed {
 
     #[track_caller]
     pub fn publish(&self, volume: &Volume) {
-        if let Err(status) = self.try_publish(volume) {
-            let log = self.machine.log(&self.container);
-            panic!("publishing failed with {:?}: {}\n{log}", status.code(), status.message());
-        }
+        // The kubelet calls again while the driver starts.
+        wait_until("an answer of a driver that has started", || match self.try_publish(volume) {
+            Err(status) if status.message().contains("it is still starting") => false,
+            Err(status) => {
+                let log = self.machine.log(&self.container);
+                panic!("publishing failed with {:?}: {}\n{log}", status.code(), status.message());
+            }
+            Ok(()) => true,
+        });
         volume.assert_mounted();
     }
 
