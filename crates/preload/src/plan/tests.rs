@@ -1156,7 +1156,11 @@ fn nodes_are_asked_anew_where_an_earlier_answer_was_had_with_secrets() {
     read_secrets(&mut cluster, "tool", "1");
     cluster.run_until_done();
     let first = cluster.status("tool").ready_reference.expect("ready");
-    let second = cluster.roll("tool", "r.io/tool:v2");
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.resolve("tool");
+    read_secrets(&mut cluster, "tool", "1");
+    cluster.run_until_done();
+    let second = cluster.status("tool").ready_reference.expect("ready");
     let digest = first.split_once('@').expect("a digest").1;
     let without_tag = format!("r.io/tool@{digest}");
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v1".to_owned());
