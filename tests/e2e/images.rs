@@ -55,7 +55,8 @@ fn same_as_others(node: &Node, name: &str) -> Tree {
     let mounted = node.sandbox.folder("by-containerd");
     Containerd::start(&root, &run).mount(&at_registry, &mounted);
     assert_eq!(times(Tree::of(&mounted)), times(expected), "containerd and umoci");
-    nix::mount::umount(&mounted).expect("unmounted");
+    // Children of other tests may have inherited the directory for a moment.
+    nix::mount::umount2(&mounted, nix::mount::MntFlags::MNT_DETACH).expect("unmounted");
     readable
 }
 
