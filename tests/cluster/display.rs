@@ -7,7 +7,10 @@ use crate::support::{
 #[test]
 fn a_first_start_gives_no_warning() {
     let namespace = TestNamespace::new("first");
-    assert_eq!(namespace.first_warnings(), "", "warnings of the driver's first start");
+    // The API server learns a moment after the kubelet which pods a node has, and refuses their tokens until then.
+    let is_ours = |line: &&str| !line.contains("no relationship found between node");
+    let warnings: Vec<_> = namespace.first_warnings().lines().filter(is_ours).collect();
+    assert_eq!(warnings, [""; 0], "warnings of the driver's first start");
 }
 
 #[test]

@@ -173,9 +173,12 @@ fn leases_of_a_pod_delay_the_next_one_at_most_and_the_charts_default_refuses_the
     lease("holder", "leased /artifact/bin/tool\n");
     let reader = Pod::new("reader", &artifact.reference(), "cat /artifact/bin/tool").on("node-1");
     assert_eq!(namespace.output(&reader), FILES[0].1);
+    // A file that is open elsewhere gives no write lease, whatever the setting is.
+    namespace.delete_pod("holder");
     lease("again", "leased /artifact/bin/tool\n");
     let verified = in_driver("node-1", &["verify"]).expect("what is on the node is whole");
     assert!(verified.contains(", 0 findings"), "{verified}");
+    namespace.delete_pod("again");
 
     let setting = "/proc/sys/fs/leases-enable";
     let before = on_node("node-1", &["cat", setting]).expect("the setting");
