@@ -35,7 +35,7 @@ use sys::background::{self, Background};
 use unpack::merge::Merger;
 use unpack::{Limits, PermissionsRule};
 
-/// How many layers of one artifact are fetched at once; the node's limit holds besides.
+/// The most layers of one artifact that are fetched at once. The node's limit holds as well.
 const LAYERS_AT_ONCE: usize = 4;
 /// The size in bytes of a plan from which its memory is returned to the system afterwards.
 pub(super) const LARGE_PLAN: u64 = 8 << 20;
@@ -65,7 +65,7 @@ pub(super) struct TreeRequest {
     pub(super) shape: Shape,
 }
 
-/// Who pays for which tree of which repository.
+/// The sponsors of each tree, by repository.
 #[derive(Debug, Default)]
 pub(super) struct SponsorsByTree(Mutex<HashMap<(Repository, TreeKey), Weak<Sponsors>>>);
 

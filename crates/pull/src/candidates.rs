@@ -13,7 +13,7 @@ use store::access::proofs::Principal;
 /// One credential, or what may give some.
 #[derive(Clone, Debug)]
 pub(super) struct Candidate {
-    /// Whom a proof with it is for.
+    /// The principal of a proof with this credential.
     pub(super) principal: Principal,
     source: Source,
 }
@@ -21,13 +21,13 @@ pub(super) struct Candidate {
 /// A credential, and the principal that a proof with it is for.
 #[derive(Clone, Debug)]
 pub(super) struct PrincipalCredential {
-    /// Whom a proof is for.
+    /// The principal of a proof.
     pub(super) principal: Principal,
-    /// What the registry is shown.
+    /// The credential that the registry gets.
     pub(super) credential: Credential,
 }
 
-/// What a volume may try, in turn.
+/// The credentials that a volume may try, in order.
 #[derive(Clone, Debug)]
 pub(super) struct Candidates {
     repository: Repository,
@@ -36,7 +36,7 @@ pub(super) struct Candidates {
 }
 
 impl Candidates {
-    /// Reads files of the node; asks nobody and runs nothing. Blocking.
+    /// Reads files of the node, without requests or plugins. Blocking.
     pub(super) fn read(want: &Want, node_key: &[u8; 32], node: &NodeCredentials) -> Self {
         let repository = want.reference.repository();
         let mut all = Vec::new();
@@ -59,17 +59,17 @@ impl Candidates {
         Self { repository: repository.clone(), identity: want.identity.clone(), all }
     }
 
-    /// In turn.
+    /// Returns the candidates in order.
     pub(super) fn all(&self) -> &[Candidate] {
         &self.all
     }
 
-    /// Whose rights they stand for.
+    /// Returns the principals that the candidates stand for.
     pub(super) fn principals(&self) -> Vec<Principal> {
         self.all.iter().map(|candidate| candidate.principal.clone()).collect()
     }
 
-    /// The first to try; as anybody, when there is none.
+    /// Returns the first candidate to try; the anonymous one if there is none.
     pub(super) fn first(&self) -> Candidate {
         self.all.first().cloned().unwrap_or_else(Self::anonymous)
     }
@@ -84,7 +84,7 @@ impl Candidates {
         redeemed.await.map_err(PullError::Provider)
     }
 
-    /// Anybody's, for those who have been proven as anybody.
+    /// Returns the anonymous candidate, for principals that are proven anonymously.
     pub(super) fn anonymous() -> Candidate {
         Candidate {
             principal: Principal::anonymous(),

@@ -1,11 +1,12 @@
-//! The connections that bring one blob.
+//! The connections that download one blob.
 //!
-//! The first asks for the whole blob, as everybody does. While the node waits for
-//! bytes, and not bytes for the node, nor for its processors, more connections take pieces of it ([`Spans`]),
-//! for as long as the registry answers ranges with ranges. A connection that breaks
-//! leaves its rest to the others, or to the next try; with it goes one connection of
-//! what the registry is trusted to serve at once. Only the last one's break is a try
-//! that failed: while others run, the transfer does.
+//! The first connection requests the whole blob, as any client does. While the node waits for bytes, and neither the
+//! bytes nor the processor are its limit, more connections take pieces of the blob ([`Spans`]), as long as the registry
+//! answers range requests with ranges.
+//!
+//! A connection that breaks leaves its rest to the others, or to the next attempt; the registry is then trusted with
+//! one concurrent connection less. Only a break of the last connection is a failed attempt: while others run, the
+//! transfer continues.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -36,7 +37,7 @@ use oci::registry::{BlobBody, RegistryError};
 use store::access::ProofSource;
 use store::growth::Follower;
 
-/// How often it is looked whether another connection would help.
+/// The interval of checks whether another connection would help.
 const LOOK: Duration = Duration::from_millis(50);
 /// Bytes a second of a connection that a wire limits, and no processor.
 const LITTLE: u64 = 32 << 20;
@@ -51,21 +52,21 @@ const TENANT_TURN: Duration = Duration::from_secs(1);
 const TURN_CHECK: Duration = Duration::from_millis(250);
 /// A blob whose next try is further away than this does not keep its place from those that wait for one.
 const SHORT: Duration = Duration::from_secs(5);
-/// How often it is looked whether somebody does.
+/// The interval of checks whether another connection has become slow.
 const LOOK_BEHIND: Duration = Duration::from_secs(1);
 
-/// What the blocking side is told.
+/// A message to the blocking writer.
 pub(super) enum Write {
     /// Bytes and their place; the permit is the memory that they take.
     Bytes {
-        /// Where they belong.
+        /// The offset of the bytes in the blob.
         offset: u64,
-        /// Themselves.
+        /// The bytes of the blob.
         bytes: Bytes,
         /// Given back when they are written.
         memory: OwnedSemaphorePermit,
     },
-    /// What is there is worth nothing. Whoever followed it follows this from now on, if it is kept.
+    /// The content so far is worthless. A reader that followed it follows the new content from now on, if it is kept.
     Restart(oneshot::Sender<Option<Follower>>),
     /// All bytes are there: is it the blob?
     Verify(oneshot::Sender<Digest>),
@@ -77,7 +78,7 @@ pub(super) enum Failure {
     WriterGone,
     /// The source's failure, or the wire's.
     Failed(PullError),
-    /// What the source sends is not the blob.
+    /// The source sends something else than the blob.
     Wrong(PullError),
     /// The source cannot continue the bytes of other sources. With [`PullError::BlobDigest`] all bytes
     /// are there, and are not the blob.
@@ -90,15 +91,15 @@ pub(super) struct Connections<'a> {
     pub(super) wire: &'a Wire,
     /// The repository, and the credential that it is shown.
     pub(super) source: &'a Source,
-    /// The blob.
+    /// The blob to download.
     pub(super) blob: SizedBlob,
     /// The request for a slot.
     pub(super) ask: Ask,
     /// The place that the blob holds while it is under way.
     pub(super) place: &'a Slot,
-    /// The flight.
+    /// The progress of the flight.
     pub(super) progress: &'a Progress,
-    /// To the writer.
+    /// The channel to the writer.
     pub(super) writes: mpsc::Sender<Write>,
     /// Nanoseconds for which the writer had something to do.
     pub(super) busy: Arc<AtomicU64>,
@@ -107,32 +108,31 @@ pub(super) struct Connections<'a> {
     /// The download that other repositories share, for whose waiters bytes are kept that this source
     /// cannot continue.
     pub(super) shared: Option<Arc<SharedDownload>>,
-    /// Whether the head of an answer is all that is wanted: it is asked for as for the blob, with the
-    /// same patience.
+    /// Only the head of the response is needed. The request is that for the blob, with the same timeouts.
     pub(super) only_answer: bool,
-    /// What the connections share.
+    /// The state that the connections share.
     pub(super) state: Mutex<ConnectionState>,
 }
 
 /// The bytes that are missing, and what is known of the source.
 pub(super) struct ConnectionState {
     spans: Spans,
-    /// Of connections that gave way: those that go on are measured with them, as one that is slow
-    /// could else always be given up before it was found out.
+    /// The rates of connections that gave way. The remaining ones are measured with them; otherwise a slow connection
+    /// could always give way before it is detected.
     rates: Vec<Rate>,
-    /// How many connections at once; none works beside another once ranges were refused.
+    /// The number of concurrent connections; one, once ranges were refused.
     wanted: usize,
     most: usize,
     ranges: Ranges,
-    /// Who has answered: the registry, or mirrors of it.
+    /// The sources that have answered: the registry, or mirrors of it.
     answered_by: BTreeSet<ProofSource>,
-    /// Whether one of its mirrors has, since the download began or started over.
+    /// Set if a mirror has answered since the download began or started over.
     mirrored: bool,
     /// Bytes were on the disk before this source was asked.
     has_earlier_bytes: bool,
 }
 
-/// Whether the source sends parts.
+/// The source's support of range requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ranges {
     Unknown,
@@ -140,14 +140,14 @@ enum Ranges {
     Refused,
 }
 
-/// How a connection ended.
+/// The end of a connection.
 enum End {
     /// It brought what it was to bring, or gave way to others.
     Done,
     /// The source does not send parts.
     NoRanges,
     Broke(Break),
-    /// What it was sent is not the blob.
+    /// The source sent something else than the blob.
     Wrong(PullError),
     WriterGone,
 }
@@ -180,7 +180,7 @@ impl Connections<'_> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who has answered, and bytes that never came.
+    /// Returns the sources that have answered, and the number of missing bytes.
     pub(super) fn outcome(&self) -> (BTreeSet<ProofSource>, u64) {
         let state = self.state();
         (state.answered_by.clone(), state.spans.missing())
@@ -210,7 +210,7 @@ impl Connections<'_> {
             if std::mem::replace(&mut started_over, true) {
                 return Err(Failure::Failed(error));
             }
-            // Parts may be what a proxy on the way gets wrong: this time it is asked as everybody asks.
+            // A proxy on the way may handle ranges wrongly: this attempt requests the whole blob, as any client does.
             self.refuse_ranges();
             self.restart(&mut retries).await?;
         }
@@ -331,7 +331,7 @@ impl Connections<'_> {
         state.spans.join();
     }
 
-    /// Whether there may be more connections than those that run.
+    /// Returns whether there may be more connections than those that run.
     fn may_grow(&self, running: usize) -> bool {
         let state = self.state();
         running >= state.wanted && state.wanted < state.most && state.ranges != Ranges::Refused
@@ -366,7 +366,7 @@ impl Connections<'_> {
         }
     }
 
-    /// Where a connection is, and where it has to stop now.
+    /// Returns the position of a connection, and the offset at which it has to stop now.
     fn span(&self, number: u32) -> Range<u64> {
         self.state().spans.of(number)
     }
@@ -562,7 +562,7 @@ impl Connections<'_> {
     }
 }
 
-/// A connection, as long as somebody looks at it.
+/// Counts a connection until it is dropped.
 struct Counted<'a>(&'a dyn Observer);
 
 impl<'a> Counted<'a> {
@@ -586,7 +586,7 @@ enum Stop {
     Wrong(PullError),
 }
 
-/// Whether bytes wait for the node, or the node for bytes.
+/// Measures whether bytes wait for the node, or the node for bytes.
 struct Pace<'a> {
     busy: &'a AtomicU64,
     before: Look,
@@ -595,7 +595,7 @@ struct Pace<'a> {
 
 struct Look {
     at: Instant,
-    /// Of the writer, in nanoseconds.
+    /// The time that the writer was busy, in nanoseconds.
     busy: u64,
     /// Bytes of the blob.
     missing: u64,
@@ -607,9 +607,8 @@ impl<'a> Pace<'a> {
         Self { busy, before, processors: Processors::new() }
     }
 
-    /// Whether the writer had nothing to do for more than half of the time since the last look, and
-    /// not because the processors had too much: they had time, or what so many connections have
-    /// brought is little for any processor.
+    /// Returns whether the writer was idle for more than half of the time since the last check, for another reason than
+    /// busy processors: they had time, or the rate of these connections is low for any processor.
     fn wire_is_slower(&mut self, missing: u64, connections: usize) -> bool {
         let now = Look { at: Instant::now(), busy: self.busy.load(Ordering::Relaxed), missing };
         let before = std::mem::replace(&mut self.before, now);

@@ -22,9 +22,9 @@ const ANY: Duration = Duration::from_secs(30);
 /// A blob that is what its digest says, and the room that it takes.
 #[derive(Debug)]
 pub(super) struct Document {
-    /// Its bytes.
+    /// The bytes of the document.
     pub(super) bytes: Bytes,
-    /// Who sent them.
+    /// The source that sent them.
     pub(super) answered_by: AnsweredBy,
     _held: Option<Held>,
 }
@@ -136,7 +136,7 @@ mod tests {
         let hosts_dirs = vec![folder.path().to_owned()];
         let registry = Registry::new(RegistryOptions { hosts_dirs, ..Default::default() });
         let (registry, options) = (registry.expect("a client"), WireOptions::default());
-        // Nobody listens.
+        // No process listens there.
         let reference: Reference = "127.0.0.1:1/a/b".parse().expect("a reference");
         let repository = reference.repository();
         let blob = SizedBlob { digest: Digest::of(b"xy"), size: 2 };

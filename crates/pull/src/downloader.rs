@@ -33,7 +33,7 @@ pub(super) enum AttemptEnd {
 pub(super) struct Turn {
     guard: BlobGuard,
     origin: BlobOrigin,
-    /// Who has given it for the repository while others worked on it.
+    /// The sources that have given it for the repository while other tasks worked on it.
     given_by: BTreeSet<ProofSource>,
 }
 

@@ -26,7 +26,7 @@ pub enum PullError {
     /// No signature that the policy demands.
     #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
     Signature {
-        /// What comes closest; none means that there is no signature.
+        /// The closest signature's flaw; `None` means that there is no signature.
         flaw: Option<Flaw>,
         /// Names of the keys that would do.
         keys: String,
@@ -36,7 +36,7 @@ pub enum PullError {
     TooManyBytes {
         /// Bytes of its blobs, or of its unpacked tree.
         bytes: u64,
-        /// The bound.
+        /// The limit in bytes.
         limit: u64,
     },
     /// A source of the node's own credentials, and nothing else opened it.
@@ -51,9 +51,9 @@ pub enum PullError {
     /// A configuration beyond the limit.
     #[error("its configuration has {size} bytes, the limit is {limit} (limits.configBytes)")]
     ConfigTooLarge {
-        /// What the manifest announces.
+        /// The size that the manifest announces.
         size: u64,
-        /// The bound.
+        /// The limit in bytes.
         limit: u64,
     },
     /// The registry sent more or fewer bytes than the manifest says, again and again.
@@ -61,7 +61,7 @@ pub enum PullError {
         "the registry sent {got} bytes of {digest}, its manifest says {expected}: push the artifact again"
     )]
     BlobSize {
-        /// Which blob.
+        /// The digest of the blob.
         digest: Digest,
         /// Bytes by the manifest.
         expected: u64,
@@ -73,9 +73,9 @@ pub enum PullError {
         "the registry sent content with the digest {got} for {expected}: push the artifact again"
     )]
     BlobDigest {
-        /// Which blob.
+        /// The expected digest.
         expected: Digest,
-        /// What came.
+        /// The digest of the received bytes.
         got: Digest,
     },
     /// The artifact needs more memory than the node has for one.
@@ -84,7 +84,7 @@ pub enum PullError {
     /// The node's own disk.
     #[error(transparent)]
     Store(StoreError),
-    /// Nobody waited for it any more.
+    /// The last caller stopped waiting for it.
     #[error("nobody waited for it any more")]
     Unwanted,
     /// The driver is stopping.
@@ -93,7 +93,7 @@ pub enum PullError {
     /// The failure of a flight that others wait for too.
     #[error(transparent)]
     Shared(Arc<PullError>),
-    /// A bug.
+    /// A panic in the driver.
     #[error("the driver failed internally: please report it with the driver's log")]
     Crashed,
 }
@@ -108,14 +108,13 @@ impl PullError {
         }
     }
 
-    /// Whether it is the fault of where the content was to come from: somewhere
-    /// else the same content may be had.
+    /// Returns whether the source of the content is at fault: another source may have the same content.
     #[must_use]
     pub fn is_of_source(&self) -> bool {
         matches!(self.root(), Self::Registry(_) | Self::BlobSize { .. } | Self::BlobDigest { .. })
     }
 
-    /// Whether the node's disk is full.
+    /// Returns whether the node's disk is full.
     #[must_use]
     pub fn is_full(&self) -> bool {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
@@ -128,7 +127,7 @@ impl PullError {
         matches!(self.root(), Self::Store(StoreError::Leased { .. }) | Self::Memory(_))
     }
 
-    /// How a pull ended that ended so, in words that metrics count.
+    /// Returns the result and the reason of a failed pull, as labels of metrics.
     #[must_use]
     pub fn outcome(&self) -> (&'static str, &'static str) {
         let reason = match self.root() {
@@ -148,7 +147,7 @@ impl PullError {
         ("failure", reason)
     }
 
-    /// Whether the registry could not be asked at all.
+    /// Returns whether the registry could not be reached at all.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
         match self.root() {

@@ -19,17 +19,17 @@ use super::tenant::Caller;
 use super::want::Priority;
 use sys::background::Background;
 
-/// What a flight ends with; failures are shared by all who wait.
+/// The result of a flight. All callers share a failure.
 pub type Outcome<T> = Result<T, Arc<PullError>>;
 
-/// Where all flights run.
+/// The environment in which all flights run.
 #[derive(Clone, Debug)]
 pub struct Runway {
     /// Waits for them at the node's end.
     pub tracker: TaskTracker,
     /// Stops them all.
     pub shutdown: CancellationToken,
-    /// Where those work that were begun by warming.
+    /// The threads for flights that warming began.
     pub background: Background,
 }
 
@@ -38,7 +38,7 @@ pub struct Runway {
 pub struct Flights<K, T> {
     under_way: Arc<Mutex<HashMap<K, Arc<Flight<T>>>>>,
     runway: Runway,
-    /// How long a flight goes on without anybody waiting.
+    /// The time that a flight continues without a caller.
     linger: Duration,
 }
 
@@ -46,11 +46,11 @@ pub struct Flights<K, T> {
 struct Flight<T> {
     outcome: watch::Sender<Option<Outcome<T>>>,
     progress: Arc<Progress>,
-    /// How many wait.
+    /// The number of callers.
     interest: watch::Sender<usize>,
 }
 
-/// Somebody's interest in a flight; dropping it withdraws the interest.
+/// A caller's interest in a flight. Dropping it withdraws the interest.
 #[derive(Debug)]
 pub struct Ticket<T> {
     flight: Arc<Flight<T>>,
@@ -68,7 +68,7 @@ where
         Self { under_way: Arc::default(), runway, linger }
     }
 
-    /// How far all of them are.
+    /// Returns the progress of all flights.
     #[must_use]
     pub fn under_way(&self) -> Vec<Arc<Progress>> {
         let under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +148,7 @@ where
     }
 }
 
-/// Returns when nobody has waited for the time of `linger`.
+/// Returns when there has been no caller for the time of `linger`.
 async fn unwanted<T>(flight: &Flight<T>, linger: Duration) {
     let mut interest = flight.interest.subscribe();
     loop {
@@ -169,7 +169,7 @@ struct Landing<K: Eq + Hash, T> {
 
 impl<K: Eq + Hash, T> Landing<K, T> {
     fn land(self, outcome: Outcome<T>) {
-        // Whoever comes from now on finds no flight, and whoever joined finds its outcome.
+        // Later callers find no flight, and callers that joined find its outcome.
         let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
         map.remove(&self.key);
         self.flight.progress.landed();
@@ -207,7 +207,7 @@ impl<T: Clone> Ticket<T> {
         }
     }
 
-    /// How far it is.
+    /// Returns the progress of the flight.
     #[must_use]
     pub fn progress(&self) -> &Arc<Progress> {
         &self.flight.progress

@@ -1,7 +1,7 @@
-//! Whether the node's processors have time.
+//! Measures whether the node's processors have time.
 //!
-//! A writer that waits for bytes waits for the wire only where they have: where they have none,
-//! more connections would take it from each other.
+//! A writer that waits for bytes waits for the network only if they have. Otherwise more connections would take
+//! processor time from each other.
 
 /// The part of the time in which processors must have had nothing to do.
 const ENOUGH: f64 = 0.2;
@@ -25,7 +25,7 @@ impl Processors {
         Self { before: Counted::now() }
     }
 
-    /// Whether they had time since the last look; they had where the kernel does not say.
+    /// Returns whether the processors had time since the last check; true if the kernel does not say.
     pub(super) fn had_time(&mut self) -> bool {
         let now = Counted::now();
         let before = std::mem::replace(&mut self.before, now);

@@ -33,13 +33,13 @@ use unpack::{Limits, UnpackError};
 
 /// Files of a layout beside its blobs; ours are two, and other tools add a few.
 const STRANGE_FILES: usize = 1000;
-/// Which reference a layout calls a manifest by.
+/// The annotation with a layout's reference for a manifest.
 const NAME: &str = "org.opencontainers.image.ref.name";
 
 /// An import that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// The tar.
+    /// The tar cannot be read.
     #[error(
         "the layout cannot be read: {0}: send a tar of an OCI image layout, as `oras copy --to-oci-layout` or `skopeo copy ... oci-archive:` make it"
     )]
@@ -47,7 +47,7 @@ pub enum ImportError {
     /// A tar beyond a limit, or with members that are not read.
     #[error("the layout is refused: {0}")]
     Refused(UnpackError),
-    /// No layout.
+    /// The input is no layout.
     #[error("it is no OCI image layout: {0}")]
     NotALayout(String),
     /// An archive of `docker save` without a layout in it.
@@ -63,9 +63,9 @@ pub enum ImportError {
     /// A digest that is not the reference's.
     #[error("the layout holds {found}, and the reference names {wanted}")]
     OtherDigest {
-        /// What is there.
+        /// The digest of the manifest in the layout.
         found: Digest,
-        /// What the reference says.
+        /// The digest that the reference demands.
         wanted: Digest,
     },
     /// A blob that the manifest names.
@@ -79,13 +79,13 @@ pub enum ImportError {
     Shared(#[from] Arc<PullError>),
 }
 
-/// What was read of a layout.
+/// The content of a layout.
 struct Layout {
     index: Vec<u8>,
     blobs: ImportedBlobs,
 }
 
-/// What a layout means for a reference and a platform.
+/// The manifest that a layout has for a reference and a platform.
 struct Chosen {
     top: Digest,
     manifest: ChosenManifest,
@@ -215,7 +215,7 @@ impl LayoutImporter {
                 layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
                 self.downloader.shared.share_again(repository.host(), digest);
             }
-            // Whoever may import may say where the content is from.
+            // The caller of an import is trusted to name the source of the content.
             let by = ProofSource::Registry;
             store.origins().put_blob(repository, digest, &by).map_err(PullError::from)?;
         }
@@ -313,7 +313,7 @@ impl LayoutImporter {
     }
 }
 
-/// What a file of a layout is.
+/// The role of a file in a layout.
 enum Place {
     Blob(Digest),
     Index,

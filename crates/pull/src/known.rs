@@ -1,4 +1,4 @@
-//! What is known of a reference without asking anybody.
+//! The resolutions and proofs of a reference that are known without a request.
 
 use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -28,7 +28,7 @@ pub(super) struct KnownManifests {
     pub(super) large_documents: Mutex<()>,
 }
 
-/// What a reference stands for, as far as the store knows.
+/// The resolution of a reference, as far as the store has it.
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) digests: ResolvedDigests,
@@ -130,8 +130,8 @@ impl KnownManifests {
         Ok(fits.then_some(chosen.digest))
     }
 
-    /// The first candidate that has been proven to see the manifest. What anybody may read is
-    /// open to everyone, and so is what the node's rule asks no proof for.
+    /// Returns the first candidate that is proven to see the manifest. Content that is proven anonymously is open to
+    /// all callers, and so is content for which the node's rule demands no proof.
     fn proven(
         &self,
         repository: &Repository,

@@ -1,4 +1,4 @@
-//! From a volume's wish to a complete tree in the store.
+//! Turns a volume's request into a complete tree in the store.
 //!
 //! ```text
 //! want         what a volume asks for, and with which credentials it may; tenant: the namespace that
@@ -116,16 +116,16 @@ use unpack::Limits;
 use unpacking::Unpackers;
 use wire::{Observer, Wire, WireOptions};
 
-/// How long a flight goes on when nobody waits: the kubelet comes back within
-/// seconds at first, and a pod that was deleted does not.
+/// The time that a flight continues without a caller: the kubelet calls again within seconds at first, and a deleted
+/// pod does not.
 const LINGER: Duration = Duration::from_mins(1);
 
-/// What may be set about pulling.
+/// The options of pulls.
 #[derive(Clone, Debug)]
 pub struct PullOptions {
     /// Bounds on what registries send.
     pub limits: Limits,
-    /// How blobs are downloaded.
+    /// The options of downloads.
     pub wire: WireOptions,
     /// Layers that are unpacked at once on this node.
     pub unpacks: usize,
@@ -138,7 +138,7 @@ pub struct PullOptions {
 /// A reservation of memory by a pull.
 type Memory = memory::MemoryReservation<Tenant>;
 
-/// Where content comes from, and who may see it.
+/// The sources of content, and the rules for access to it.
 #[derive(Clone, Debug)]
 pub struct Sources {
     /// Speaks to registries.
@@ -164,19 +164,19 @@ struct Parts {
     background: Background,
 }
 
-/// Where somebody who waits can see how far his pull is.
+/// A view of a pull's progress, for a caller that waits.
 #[derive(Clone, Debug, Default)]
 pub struct ProgressView(Arc<Mutex<Option<Arc<Progress>>>>);
 
 impl ProgressView {
-    /// How far the pull is now.
+    /// Returns the current progress.
     #[must_use]
     pub fn snapshot(&self) -> progress::Snapshot {
         let progress = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         progress.map_or_else(|| Progress::default().snapshot(), |progress| progress.snapshot())
     }
 
-    /// Whether there was anything to wait for.
+    /// Returns whether there was a flight to wait for.
     #[must_use]
     pub fn was_shown(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
@@ -192,7 +192,7 @@ impl ProgressView {
 pub struct UnderWay {
     /// Repository and manifest.
     pub name: String,
-    /// How far it is.
+    /// The progress of the flight.
     pub progress: progress::Snapshot,
 }
 
@@ -220,7 +220,7 @@ impl Puller {
     ) -> Self {
         let Sources { registry, node_credentials, verification } = sources;
         let PullOptions { limits, wire: options, unpacks, wide_unpacks, memory_bytes } = options;
-        // A tree lingers when nobody waits; what it waits for itself ends with it.
+        // A tree lingers without a caller. The flights that it waits for end with it.
         let now = Duration::ZERO;
         let background = runway.background.clone();
         let budget = MemoryBudget::new(MemoryPlan::new(memory_bytes, unpacks));

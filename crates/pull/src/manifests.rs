@@ -27,10 +27,10 @@ pub(super) struct ManifestFetcher {
     pub(super) options: WireOptions,
 }
 
-/// What a reference means by an answer just now.
+/// The resolution of a reference by a response of its registry.
 pub(super) struct Meaning {
     pub(super) digests: ResolvedDigests,
-    /// Who gave the answer.
+    /// The source of the response.
     pub(super) answered_by: AnsweredBy,
 }
 
@@ -197,7 +197,7 @@ impl ManifestFetcher {
     }
 }
 
-/// What may say for which platform an image is.
+/// Returns the configuration that may name the platform of an image.
 pub(super) fn config_of_image(manifest: ImageManifest) -> Option<Descriptor> {
     let says_it = manifest.is_image();
     manifest.config.map(|config| *config).filter(|config| says_it && config.size > 0)

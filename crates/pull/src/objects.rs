@@ -38,7 +38,7 @@ const PLAIN: Permissions = Permissions { mode: 0o444, uid: 0, gid: 0 };
 /// A file that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FileWant {
-    /// The blob.
+    /// The digest of the blob.
     pub(super) digest: Digest,
     /// Mode and owner; none means by content.
     pub(super) permissions: Option<Permissions>,
@@ -47,17 +47,17 @@ pub(super) struct FileWant {
 /// A layer that is complete, and may still have to be synced and named.
 #[derive(Clone)]
 pub(super) struct ReadyLayer {
-    /// What trees link meanwhile.
+    /// The content that trees link meanwhile.
     pub(super) view: LayerView,
-    /// What it adds up to.
+    /// The totals of the layer.
     pub(super) totals: LayerTotals,
     /// Its name; a tree has none before all of its layers do.
     named: Naming,
-    /// Whether it is being named in the background.
+    /// Set if it is being named in the background.
     behind: bool,
 }
 
-/// Goes on whether anybody waits or not.
+/// A task that names a layer, and continues without a caller.
 type Naming = Shared<BoxFuture<'static, Outcome<Layer>>>;
 
 impl ReadyLayer {
@@ -75,7 +75,7 @@ pub(super) struct LayerRequest<'a> {
     pub(super) descriptor: &'a Descriptor,
     /// Its number in the manifest.
     pub(super) number: usize,
-    /// Whose credentials pay.
+    /// The callers whose credentials the flight uses.
     pub(super) sponsors: &'a Arc<Sponsors>,
     /// The flight that waits.
     pub(super) progress: &'a Progress,
@@ -329,9 +329,8 @@ impl LayerStore {
                     unpackers.refuse(&from, key, &error);
                     Err(PullError::Shared(error))
                 }
-                // The blob is right, and only the disk was not: it need not be fetched again, and
-                // what was imported cannot be. Where the disk is full it is in nobody's way: a
-                // download that nobody works on is the first to go for whoever wants room.
+                // The blob is intact, and only the disk failed: the blob need not be fetched again, and imported
+                // content cannot be. It does not block a full disk: a download without a task is evicted first.
                 Err(error) => Err(error),
             }
         })
@@ -380,8 +379,8 @@ impl LayerStore {
         self.reader.read_before_use(unread, progress).await.map(|_| ())
     }
 
-    /// Begins to sync and name a layer, and does not wait for it. The blob is free again when that
-    /// has ended: whoever wants it then finds the layer.
+    /// Starts to sync and name a layer, without waiting for it. The blob is released when that has ended, and later
+    /// callers find the layer.
     fn name_layer(
         &self,
         unpacked: UnpackedLayer,
@@ -416,7 +415,7 @@ fn inline_file(store: &Store, want: FileWant, data: &[u8]) -> Result<StoredFile,
     })
 }
 
-/// What can be made of content that is here: the file itself, or a copy with another mode.
+/// Returns the file if its content is in the store: the file itself, or a copy with another mode.
 fn known_file(store: &Store, want: FileWant) -> Result<Option<StoredFile>, PullError> {
     let Some(source) = store.files().any_of(want.digest)? else { return Ok(None) };
     // Without a mode the content decides, and not what another volume has asked for.
@@ -454,7 +453,7 @@ fn verified(download: &std::path::Path) -> Result<(), PullError> {
     Ok(passed.map_err(|error| StoreError::io("finish", download, error))?)
 }
 
-/// What is wanted, where its content is here with this mode or another.
+/// Returns the key of a file whose content is in the store with this mode or another.
 pub(super) fn key_of(want: FileWant, content: &StoredFile) -> Result<FileKey, PullError> {
     let file = File::open(&content.path);
     let mut file = file.map_err(|error| StoreError::io("open", &content.path, error))?;

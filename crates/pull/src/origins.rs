@@ -1,10 +1,9 @@
-//! Whether a repository gives a blob, which has to be known before a blob of the store takes part
-//! in anything for it.
+//! Checks whether a repository has a blob, before a blob of the store takes part in anything for that repository.
 //!
-//! What a repository has not been proven to hold is to its readers as if it were not in the store:
-//! the same room is claimed, the same requests are made, in the same order, and a refusal of the
-//! registry has the same words. Only where the registry host has sent the blob before does the
-//! head of its answer decide; from another host all bytes come again, are hashed, and dropped.
+//! A blob that the repository has not been proven to have is treated for its readers as if it were not in the store:
+//! the same space is claimed, the same requests are made, in the same order, and a refusal of the registry has the same
+//! words. Only if the registry host has sent the blob before does the head of its response decide; from another host
+//! all bytes are fetched again, hashed, and dropped.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -18,7 +17,7 @@ use oci::{Digest, Repository};
 use store::Store;
 use store::access::{Mirrors, ProofSource};
 
-/// What is known of where a blob came from.
+/// The knowledge about the origin of a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BlobOrigin {
     /// The repository has given it.
@@ -104,7 +103,7 @@ impl BlobOrigins {
     }
 }
 
-/// Who gave content: what a mirror sends is content whether it was shown a credential or not.
+/// Returns the source of content: a mirror's response counts as content whether the mirror got a credential or not.
 pub(super) fn content_source(answered_by: &AnsweredBy) -> ProofSource {
     match answered_by {
         AnsweredBy::Registry => ProofSource::Registry,
@@ -114,8 +113,8 @@ pub(super) fn content_source(answered_by: &AnsweredBy) -> ProofSource {
     }
 }
 
-/// Who gave a blob. Where mirrors had a part in it the registry's own part proves nothing: it may
-/// have sent what it does not know.
+/// Returns the sources of a blob. If mirrors sent a part of it, the registry's own part proves nothing: it may have
+/// sent content that it does not know.
 pub(super) fn content_sources(answered_by: &BTreeSet<ProofSource>) -> BTreeSet<ProofSource> {
     let mirrors: BTreeSet<_> =
         answered_by.iter().filter(|source| **source != ProofSource::Registry).cloned().collect();

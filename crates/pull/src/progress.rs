@@ -1,4 +1,4 @@
-//! How far a pull is: what users see in `kubectl describe pod` while they wait.
+//! The progress of a pull, which users see in `kubectl describe pod` while they wait.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -24,16 +24,16 @@ pub struct Progress {
     done: AtomicU64,
     /// Bytes that were here when the flight began: they say nothing of its rate.
     resumed: AtomicU64,
-    /// By the layer's number. Several trees may wait for one and the same.
+    /// The parts by the layer's number. Several trees may wait for one part.
     parts: Mutex<HashMap<usize, Arc<Progress>>>,
-    /// Whether a pod waits for it, and what follows from that.
+    /// The urgency of the flight, and its threads.
     pace: Mutex<Pace>,
     tenants: Mutex<WaitingTenants>,
     /// Notified when its priority or its tenants change.
     changed: Notify,
-    /// For people.
+    /// The name for messages.
     name: OnceLock<String>,
-    /// Whether its bytes are read back from the disk, and not fetched.
+    /// Set if its bytes are read back from the disk, and not fetched.
     reads_back: AtomicBool,
     /// Bytes from an earlier try are being hashed, before which none can be fetched.
     is_hashing: AtomicBool,
@@ -45,12 +45,12 @@ pub struct Progress {
     memory: Mutex<Option<MemoryWait>>,
 }
 
-/// How urgent a flight is, and where it works.
+/// The urgency of a flight, and the threads on which it runs.
 #[derive(Debug)]
 enum Pace {
-    /// Nobody waits; it stands back.
+    /// Without a caller that waits: the flight runs on background threads.
     Behind(Background),
-    /// Nobody waited when it began, and now a pod does.
+    /// Began without a caller, and a pod waits for it now.
     Hurrying { _until_dropped: BoostGuard },
     /// A pod waits, or has waited.
     Urgent,
@@ -61,13 +61,13 @@ enum Pace {
 pub struct Snapshot {
     /// Bytes to fetch; 0 while the manifest is not known.
     pub total: u64,
-    /// Bytes fetched.
+    /// The number of fetched bytes.
     pub done: u64,
     /// Bytes a second since the flight began.
     pub rate: u64,
     /// At that rate; none while it is unknown.
     pub left: Option<Duration>,
-    /// Whether the bytes are read back from the node's disk, and not fetched.
+    /// Set if the bytes are read back from the node's disk, and not fetched.
     pub reads_back: bool,
     /// The failure of the last try, while the next one is waited for.
     pub failure: Option<Arc<str>>,
@@ -76,14 +76,14 @@ pub struct Snapshot {
 }
 
 impl Default for Progress {
-    /// Of what works as all others do.
+    /// Returns the progress of work with normal priority.
     fn default() -> Self {
         Self::of(Priority::Warm, Background::none())
     }
 }
 
 impl Progress {
-    /// Of a flight that begins with this priority; unless a pod waits it works in the background.
+    /// Returns the progress of a flight that begins with this priority. Unless a pod waits, it runs in the background.
     #[must_use]
     pub fn of(priority: Priority, background: Background) -> Self {
         let pace = match priority {
@@ -194,7 +194,7 @@ impl Progress {
         own.or_else(|| self.parts().values().find_map(|part| part.memory_wait()))
     }
 
-    /// What it is, for people.
+    /// Returns the name for messages.
     #[must_use]
     pub fn named(&self) -> Option<&str> {
         self.name.get().map(String::as_str)
@@ -254,7 +254,7 @@ impl Progress {
         self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How urgent it is: as much as the most urgent of those who wait for it.
+    /// Returns the urgency: that of the most urgent caller.
     #[must_use]
     pub fn priority(&self) -> Priority {
         match *self.pace() {
@@ -282,7 +282,7 @@ impl Progress {
         self.changed.notified()
     }
 
-    /// The flight has ended: nobody hurries for it any more.
+    /// Ends the boost after the end of the flight.
     pub fn landed(&self) {
         // Who still holds it must not keep others hurrying.
         *self.pace() = Pace::Urgent;
@@ -305,7 +305,7 @@ impl Progress {
         })
     }
 
-    /// How far it is now.
+    /// Returns a snapshot of the progress.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let total = self.total.load(Ordering::Relaxed);

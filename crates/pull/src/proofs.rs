@@ -1,10 +1,9 @@
-//! Whether a credential opens a manifest, and whose word that is.
+//! Checks whether a credential opens a manifest, and which source confirms it.
 //!
-//! Access is proven per repository, manifest and principal: by fetching with a
-//! credential what the reference names, as if nothing were here. What is here is
-//! told apart neither by the answer nor by its words. What anybody may read
-//! (proven anonymously) is open to everyone. What a mirror gives without having
-//! seen a credential proves nothing as long as the registry itself can be asked.
+//! Access is proven for each repository, manifest and principal, by fetching the reference with a credential as if
+//! nothing were cached. Neither the response nor its words reveal what is cached. Content that is proven anonymously is
+//! open to all callers. A mirror's response without a credential proves nothing as long as the registry itself can be
+//! asked.
 
 use super::blocking;
 use super::candidates::PrincipalCredential;
@@ -23,9 +22,9 @@ pub(super) struct AccessProver {
 }
 
 impl AccessProver {
-    /// Fetches what the reference names, as if nothing of it were here; says who sent it. None when
-    /// the tag has moved and the registry no longer has what it means on this node. One who has
-    /// been proven before has seen it: for him a request without a body is enough.
+    /// Fetches the manifest of a reference as if nothing of it were cached. Returns its source, or `None` if the tag
+    /// has moved and the registry no longer has the manifest of this node. For a principal with an earlier proof a
+    /// request without a body suffices.
     pub(super) async fn see(
         &self,
         reference: &Reference,
@@ -59,17 +58,16 @@ impl AccessProver {
                 Ok(Some(answered_by.clone()))
             }
             Err(RegistryError::NotFound { .. }) => Ok(None),
-            // The tag is what was asked for; what it means on this node is told to nobody else.
+            // The tag was requested. Its resolution on this node is not revealed to other callers.
             Err(error) => Err(error.about(&name.describe(repository)).into()),
         }
     }
 
-    /// Whose word it is that a credential opens a manifest.
+    /// Returns the source that confirms that a credential opens a manifest.
     ///
-    /// A mirror that was shown no credential gives to everyone what it has: the registry itself is
-    /// asked, and its refusal counts. Where it cannot be asked, or another host stands in its place,
-    /// the mirror's word counts for as long as it is configured, unless the registry is known to
-    /// refuse the repository to an anonymous request.
+    /// A mirror that got no credential serves its content to every client: the registry itself is asked, and its
+    /// refusal counts. If it cannot be asked, or another host stands in its place, the mirror's response counts for as
+    /// long as the mirror is configured, unless the registry is known to refuse anonymous requests for the repository.
     pub(super) async fn attest(
         &self,
         reference: &Reference,

@@ -1,4 +1,4 @@
-//! Whether a connection brings enough to be worth waiting for.
+//! Measures whether a connection is fast enough to wait for.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ pub(super) struct Rate {
     least: u64,
     window: Duration,
     since: Instant,
-    /// Of this window, before `since`.
+    /// The part of the window before `since`.
     before: Duration,
     bytes: u64,
 }
 
 impl Rate {
-    /// From now on: `least` bytes a second over each `window`.
+    /// Starts a measurement of `least` bytes a second over each `window`.
     #[must_use]
     pub(super) fn new(least: u64, window: Duration) -> Self {
         Self { least, window, since: Instant::now(), before: Duration::ZERO, bytes: 0 }

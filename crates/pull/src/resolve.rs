@@ -1,4 +1,4 @@
-//! What a reference means now, and whether this volume may see it.
+//! Resolves a reference to its current manifest, and checks the volume's access to it.
 
 use std::sync::Arc;
 
@@ -19,10 +19,10 @@ use store::Store;
 use store::access::proofs::Principal;
 use store::resolutions::Resolution;
 
-/// What a reference stands for.
+/// The digests of a resolved reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct ResolvedDigests {
-    /// What the reference names: the manifest, or the index that it was chosen from.
+    /// The digest that the reference names: of the manifest, or of the index from which it was chosen.
     pub(super) top: Digest,
     /// The chosen manifest.
     pub(super) manifest: Digest,
@@ -48,7 +48,7 @@ impl ResolvedDigests {
 }
 
 impl Resolved {
-    /// A manifest that the node itself works on, for nobody: with what it could fetch more.
+    /// Returns a manifest that the node itself works on, with the access for further requests.
     pub(super) fn for_the_node(
         manifest: Digest,
         candidates: Candidates,
@@ -59,7 +59,7 @@ impl Resolved {
     }
 }
 
-/// With what more of it is fetched.
+/// The access for further requests.
 #[derive(Clone, Debug)]
 enum Access {
     /// A credential that has just been proven.
@@ -80,9 +80,9 @@ pub(super) struct ResolveKey {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Question {
-    /// What does the tag or digest mean?
+    /// The resolution of the tag or digest.
     Meaning,
-    /// The same, for one who decides himself whether `IfNotPresent` is to mean it too.
+    /// The resolution, for a caller that decides itself whether `IfNotPresent` resolves to it from now on.
     MeaningUnremembered,
     /// May I see this manifest, which what the reference names led to?
     Access(ResolvedDigests),
@@ -185,7 +185,7 @@ impl Resolver {
         blocking(read).await.map_err(Arc::new)
     }
 
-    /// What the reference means at its registry now. What it means for `IfNotPresent` stays.
+    /// Returns the current resolution at the reference's registry. The one for `IfNotPresent` stays.
     pub(super) async fn resolve_unremembered(self: &Arc<Self>, want: &Want) -> Outcome<Resolved> {
         let candidates = self.read_candidates(want).await.map_err(Arc::new)?;
         self.ask(want, &candidates, Question::MeaningUnremembered).await
@@ -255,7 +255,7 @@ impl Resolver {
                 }
             }
         }
-        // Nobody who has a credential is asked for as anybody, as with the kubelet.
+        // A caller with a credential makes no anonymous request, like the kubelet.
         if refusals.is_empty() {
             let (principal, credential) = (Principal::anonymous(), Credential::Anonymous);
             let with = PrincipalCredential { principal, credential };

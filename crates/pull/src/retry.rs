@@ -1,4 +1,4 @@
-//! How often and how patiently a broken transfer is continued: pure but for its randomness.
+//! Decides whether and when a broken transfer is continued. Pure but for its randomness.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const LONGEST_ASKED: Duration = Duration::from_mins(5);
 const BREAKS: u64 = 64;
 const BYTES_A_BREAK: u64 = 256 << 10;
 
-/// How often and how patiently a broken transfer is continued.
+/// The number of attempts for a broken transfer, and the delays between them.
 #[derive(Clone, Copy, Debug)]
 pub struct RetryPolicy {
     /// Tries in a row that bring nothing new.
@@ -24,14 +24,14 @@ pub struct RetryPolicy {
     pub first_delay: Duration,
 }
 
-/// How a connection broke.
+/// The break of a connection.
 #[derive(Debug)]
 pub struct Break {
-    /// Why.
+    /// The error of the connection.
     pub error: PullError,
     /// Bytes that it brought, too few for their time to count for anything.
     pub trickled: u64,
-    /// A mirror sent it, which is passed by from now on: the next try asks somebody else.
+    /// The source was a mirror, which is avoided from now on: the next attempt uses another host.
     pub passed_by: bool,
 }
 
@@ -53,7 +53,7 @@ pub struct Retries {
 }
 
 impl Retries {
-    /// None yet, for a blob of `size` bytes, of which so many are missing.
+    /// Creates a state without failures, for a blob of `size` bytes, of which `missing` are missing.
     #[must_use]
     pub fn new(policy: RetryPolicy, size: u64, missing: u64) -> Self {
         let left = BREAKS + size / BYTES_A_BREAK;
@@ -66,8 +66,8 @@ impl Retries {
         self.restarts += 1;
     }
 
-    /// How long to wait after this failure; none when there is nothing to wait for. So many bytes are
-    /// missing now.
+    /// Returns the delay after this failure, or `None` if retrying is pointless. `missing` is the number of missing
+    /// bytes now.
     pub fn next(&mut self, broken: &Break, missing: u64) -> Option<Duration> {
         let Break { error, trickled, passed_by } = broken;
         let brought = self.fewest.saturating_sub(missing) > *trickled;

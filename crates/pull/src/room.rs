@@ -1,4 +1,4 @@
-//! How much of the disk an artifact will take, claimed before its first byte.
+//! Estimates the disk space of an artifact, and claims it before its first byte.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -21,14 +21,14 @@ use sys::background;
 use unpack::PermissionsRule;
 use unpack::layer_rule::ArchiveRule;
 
-/// What compressed archives unpack to, as far as anybody can tell before: binaries about this
-/// much, models less. Too little is found while unpacking; too much would refuse what fits.
+/// The expansion of compressed archives, as far as it can be known before: binaries about this much, models less. Too
+/// low a value is detected while unpacking; too high a value would refuse content that fits.
 const UNPACKED_PER_COMPRESSED: u64 = 2;
-/// Bytes of an archive for each of its files, as far as anybody can tell before.
+/// The bytes of an archive for each of its files, as far as they can be known before.
 const ARCHIVE_BYTES_PER_INODE: u64 = 16 << 10;
-/// How many blobs a registry is asked for at once, before room is made for them.
+/// The most blobs that a registry is asked for at once, before space is claimed for them.
 const PROBES_AT_ONCE: usize = 4;
-/// What is freed at least when the disk turns out full: many small writes have to fit.
+/// The least space that is freed when the disk turns out full: many small writes have to fit.
 const LEAST_ROOM: u64 = 64 << 20;
 
 /// Room for what is not in the store yet, and a hold on what is: it does not go to make that room.
@@ -37,7 +37,7 @@ pub(super) struct Reserved {
     _here: Vec<Here>,
 }
 
-/// What an artifact's parts need.
+/// The space that an artifact's parts need.
 struct Needed {
     claims: Vec<Claim>,
     here: Vec<Here>,
@@ -101,8 +101,8 @@ impl SpaceReserver {
         blocking(move || background::at_normal_priority(reserve)).await
     }
 
-    /// What the parts of a repository's artifact need. What the repository has not been proven to
-    /// hold needs room as if it were not here. Blocking.
+    /// Returns the space that the parts of a repository's artifact need. A part that the repository has not been proven
+    /// to have counts as if it were not in the store. Blocking.
     fn claims(
         &self,
         parts: &[Part],
@@ -184,8 +184,8 @@ impl SpaceReserver {
     }
 }
 
-/// What is here of a part, and whether that is all: the same content with another mode is
-/// copied, which takes as much room as fetching it.
+/// Returns what the store has of a part, and whether that is all: the same content with another mode is copied, which
+/// takes as much space as fetching it.
 fn find(
     store: &Store,
     part: &Part,

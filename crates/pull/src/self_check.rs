@@ -35,15 +35,15 @@ const BYTES_PER_NAME: u64 = 18;
 /// A tree that was found damaged.
 #[derive(Clone, Debug)]
 pub struct Damaged {
-    /// Which.
+    /// The key of the tree.
     pub key: TreeKey,
-    /// Its manifest.
+    /// The digest of its manifest.
     pub manifest: Digest,
-    /// What shaped it.
+    /// The attributes that shaped it.
     pub view: View,
 }
 
-/// What is read back at once.
+/// A unit of reading back.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Item {
     /// All manifests, indexes and configurations.
@@ -52,21 +52,21 @@ pub enum Item {
     Object(ObjectName),
 }
 
-/// What reading one item back came to.
+/// The result of reading one item back.
 #[derive(Clone, Debug, Default)]
 pub struct ReadBack {
-    /// What was read.
+    /// The objects and bytes that were read.
     pub verified: Verified,
-    /// How much of it is damaged.
+    /// The number of damages.
     pub findings: u64,
     /// Trees that are to be made anew.
     pub damaged: Vec<Damaged>,
 }
 
-/// What became of a damaged tree.
+/// The result of repairing a damaged tree.
 #[derive(Debug)]
 pub enum Repaired {
-    /// A new generation is in the store; whoever has the old one mounted keeps it.
+    /// A new generation is in the store. Volumes that have the old one mounted keep it.
     Anew(Reference),
     /// It will be fetched by the next publish, with that pod's own credentials.
     Later(String),
@@ -170,14 +170,14 @@ impl Damaged {
 }
 
 impl ReadBack {
-    /// Whether nothing is wrong with it.
+    /// Returns whether the item is intact.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         self.findings == 0
     }
 }
 
-/// Stops a reader when nobody waits for it any more.
+/// Stops a reader when no caller waits for it any more.
 struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {

@@ -115,7 +115,7 @@ impl Shape {
         parts.collect()
     }
 
-    /// What is recorded with the file wins over the attribute, which is for files without; else the content decides.
+    /// Returns the permissions of a file: those recorded with it, else the attribute's, else by content.
     fn permissions_of(&self, rule: &FileRule) -> Result<Option<Permissions>, UnpackError> {
         let recorded = rule.recorded;
         let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));

@@ -101,11 +101,11 @@ impl SignatureVerifier {
 /// Finds what a registry has of signatures.
 #[derive(Clone, Copy, Debug)]
 pub struct Finder<'a> {
-    /// Who is asked.
+    /// The registry client.
     pub registry: &'a Registry,
-    /// How patiently.
+    /// The options of requests.
     pub options: WireOptions,
-    /// For manifests that carry signatures.
+    /// The limits on manifests that carry signatures.
     pub limits: ManifestLimits,
 }
 
@@ -175,7 +175,7 @@ impl Finder<'_> {
         Ok(())
     }
 
-    /// What refers to a digest and may carry a signature, most likely first.
+    /// Returns the referrers of a digest that may carry a signature, most likely first.
     async fn referrers(
         &self,
         repository: &Repository,

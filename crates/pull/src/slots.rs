@@ -1,14 +1,13 @@
-//! Who may download: a slot is a connection that brings a blob's bytes, or the place of a blob
-//! that is under way.
+//! Shares connections fairly. A slot is a connection that downloads a blob, or the place of a running blob.
 //!
-//! Slots are given one at a time to whom [`choose`] picks: publishes before warming,
-//! then the tenant that has the fewest, then the artifact, then the order of arrival; a host has no more
-//! than its share, so that one that trickles leaves room for the others. Warming has
-//! half of all at most: a pod does not wait until it lets go of one.
+//! Slots are given one at a time to the request that [`choose`] picks: publishes before warming, then the tenant that
+//! has the fewest, then the artifact, then the order of arrival. A host has no more than its share, so that one that
+//! trickles leaves connections for the others. Warming has half of all slots at most, so that a pod need not wait until
+//! it releases one.
 //!
-//! A tenant holds at most [`HELD_FOR_EACH_FREE`] slots for each slot that is free. One tenant alone
-//! leaves a quarter of all slots free, and two leave a seventh, so that the next tenant seldom waits.
-//! If it does, [`Slots::is_owed_to_other_tenant`] tells tenants with more slots to return theirs.
+//! A tenant holds at most [`HELD_FOR_EACH_FREE`] slots for each slot that is free. One tenant alone leaves a quarter of
+//! all slots free, and two leave a seventh, so that the next tenant seldom waits. If it does,
+//! [`Slots::is_owed_to_other_tenant`] tells tenants with more slots to return theirs.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -47,7 +46,7 @@ struct State {
     waiting: Vec<Waiting>,
     next: u64,
     taken: usize,
-    /// Of these, by warming.
+    /// The slots of warming.
     behind: usize,
     by_tenant: HashMap<Tenant, usize>,
     by_artifact: HashMap<u64, usize>,
@@ -61,14 +60,14 @@ struct Waiting {
     grant: oneshot::Sender<Slot>,
 }
 
-/// Who asks.
+/// A request for a slot.
 #[derive(Clone, Debug)]
 pub(super) struct Ask {
     /// The flight, with its priority and tenants, which may change while it waits.
     pub(super) urgency: Arc<Progress>,
-    /// Which artifact it is for; any number that is the artifact's own.
+    /// The artifact that it is for, as a number that is unique to it.
     pub(super) artifact: u64,
-    /// From which registry.
+    /// The host of its registry.
     pub(super) host: String,
     /// It goes before other requests of its tenant, since it holds what other tenants wait for.
     pub(super) is_first: bool,
@@ -147,8 +146,8 @@ impl Slots {
         }
     }
 
-    /// A slot that nobody else could have now, for going faster. Who waits for others of his kind
-    /// or of his host to end is not served sooner by leaving it free.
+    /// Returns a slot that no other request could use now, to speed up a download. A request that waits for the end of
+    /// others of its kind or its host is not served sooner if the slot stays free.
     #[must_use]
     pub(super) fn spare(&self, ask: &Ask) -> Option<Slot> {
         let mut state = self.shared.lock();
@@ -189,12 +188,12 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What warming may have.
+    /// Returns the most slots that warming may have.
     fn most_behind(&self) -> usize {
         (self.total.min(self.per_host) / 2).max(1)
     }
 
-    /// Whether who asks may have one of those that are free.
+    /// Returns whether the request may have one of the free slots.
     fn may(&self, state: &State, ask: &Ask) -> bool {
         let stays_behind =
             ask.urgency.priority() == Priority::Pod || state.behind < self.most_behind();
@@ -240,7 +239,7 @@ impl Shared {
             let Waiting { ask, grant, .. } = state.waiting.remove(chosen);
             let slot = self.take(&mut state, &ask);
             if let Err(slot) = grant.send(slot) {
-                // He left between asking and getting.
+                // The caller has gone between its request and its slot.
                 refused.push(slot);
             }
         }
@@ -270,7 +269,7 @@ impl State {
     }
 }
 
-/// Which of those who wait is next.
+/// Chooses the next of the waiting requests.
 fn choose<'a>(
     waiting: impl Iterator<Item = &'a Ask>,
     state: &State,

@@ -1,8 +1,7 @@
-//! Which connection brings which bytes of a blob: pure, without network or clock.
+//! Divides the bytes of a blob among connections: pure, without network or clock.
 //!
-//! One connection starts with all that is missing. When the wire turns out to be slower
-//! than the node, its end is cut, and others take what lies behind in pieces, lowest
-//! first, so that hashing is never far behind the writing.
+//! One connection starts with all missing bytes. If the network turns out to be slower than the node, its end is cut,
+//! and others take the rest in pieces, lowest first, so that hashing is never far behind the writing.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,19 +9,19 @@ use std::ops::Range;
 /// Bytes that are missing, and who brings them.
 #[derive(Debug, Default)]
 pub(super) struct Spans {
-    /// What nobody brings yet, by start.
+    /// The ranges without a connection, by start.
     open: BTreeMap<u64, u64>,
-    /// What somebody brings, by his number: where he is and where he stops.
+    /// The ranges with a connection, by its number: its position and its end.
     taken: BTreeMap<u32, Range<u64>>,
     next: u32,
 }
 
-/// How a part of a span ended.
+/// The progress of a connection in its span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// More is wanted.
     More,
-    /// The span is complete; what came behind its end is somebody else's.
+    /// The span is complete. Bytes behind its end belong to another connection.
     Complete,
 }
 
@@ -53,7 +52,7 @@ impl Spans {
         Some((number, start..middle))
     }
 
-    /// Where a connection is, and where it has to stop now.
+    /// Returns the position of a connection, and the offset at which it has to stop now.
     #[must_use]
     pub(super) fn of(&self, number: u32) -> Range<u64> {
         self.taken.get(&number).cloned().unwrap_or_default()
@@ -79,13 +78,13 @@ impl Spans {
         }
     }
 
-    /// Whether anything is open.
+    /// Returns whether a range has no connection.
     #[must_use]
     pub(super) fn has_open(&self) -> bool {
         !self.open.is_empty()
     }
 
-    /// Bytes that nobody has brought yet.
+    /// Returns the number of bytes that have not arrived yet.
     #[must_use]
     pub(super) fn missing(&self) -> u64 {
         let open: u64 = self.open.iter().map(|(start, end)| end - start).sum();
@@ -105,7 +104,8 @@ impl Spans {
         true
     }
 
-    /// Nothing but one connection at a time works here: whoever is right before open bytes goes on into them.
+    /// Joins ranges, since only one connection works at a time: a connection right before open bytes continues into
+    /// them.
     pub(super) fn join(&mut self) {
         for span in self.taken.values_mut() {
             while let Some(end) = self.open.remove(&span.end) {

@@ -1,10 +1,8 @@
-//! Whose credentials pay for a flight.
+//! The callers whose credentials a flight uses.
 //!
-//! Everybody who waits for a tree of a repository offers the credential that
-//! has been proven for him there. The flight uses one; when the registry refuses
-//! it, only its owner fails, and the next one's is used. Those of another
-//! repository wait for a flight of their own: neither its failures nor how far it
-//! is are any of their business.
+//! Each caller that waits for a tree of a repository offers the credential that is proven for it there. The flight uses
+//! one. If the registry refuses it, only its owner fails, and the next one's is used. Callers for another repository
+//! wait for a flight of their own: neither failures nor progress are shared with them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,10 +13,10 @@ use super::error::PullError;
 use oci::Repository;
 use oci::credentials::Credential;
 
-/// Where to fetch from, and with what.
+/// The source of a fetch: a repository and a credential.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
-    /// The repository.
+    /// The repository to fetch from.
     pub(super) repository: Repository,
     /// Proven to open the manifest there.
     pub(super) credential: Credential,
@@ -54,7 +52,7 @@ pub(super) struct Sponsorship {
 }
 
 impl Sponsors {
-    /// Nobody waits yet.
+    /// Creates a list without callers.
     #[must_use]
     pub(super) fn new(repository: Repository) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
@@ -62,7 +60,7 @@ impl Sponsors {
         Self { repository, list: Mutex::default(), number }
     }
 
-    /// Where all of them fetch from.
+    /// Returns the repository that all of them fetch from.
     #[must_use]
     pub(super) fn repository(&self) -> &Repository {
         &self.repository
@@ -124,7 +122,7 @@ impl Sponsorship {
 impl Drop for Sponsorship {
     fn drop(&mut self) {
         let mut list = self.sponsors.list.lock().unwrap_or_else(PoisonError::into_inner);
-        // The last one stays: the flight lingers, and whoever comes back may find it far ahead.
+        // The last one stays: the flight lingers, and a caller that comes back may find it far ahead.
         if list.sponsors.len() > 1 {
             list.sponsors.retain(|sponsor| sponsor.number != self.number);
         }

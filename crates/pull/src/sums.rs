@@ -1,8 +1,7 @@
-//! What an artifact's layers come to, while they come.
+//! Adds up the layers of an artifact while they arrive.
 //!
-//! Each layer by itself stays within the limits; thousands of them need not. So they are added
-//! up as they arrive, and the artifact is refused with the first that is too much: what a merge
-//! would refuse is not fetched and stored to its end.
+//! Each layer by itself stays within the limits; thousands of them together may not. So they are added up as they
+//! arrive, and the artifact is refused at the first that exceeds a limit, before the rest is fetched and stored.
 
 use std::collections::HashSet;
 

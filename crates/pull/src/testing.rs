@@ -52,7 +52,7 @@ type Hook = Box<dyn Fn(&Seen) -> Option<Response> + Send>;
 
 #[derive(Default)]
 struct Content {
-    /// By path below `/v2/`, with its media type.
+    /// The objects by path below `/v2/`, with their media types.
     objects: HashMap<String, (String, Vec<u8>)>,
     seen: Vec<Seen>,
     hook: Option<Hook>,

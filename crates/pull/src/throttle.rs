@@ -17,7 +17,7 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// With a limit, or none.
+    /// Creates a throttle with a limit, or without.
     #[must_use]
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         Self { bytes_per_second, due: Mutex::new(Instant::now()) }

@@ -60,12 +60,12 @@ pub(super) enum TransferOutcome {
 /// A verified download and the right to its digest.
 #[derive(Debug)]
 pub(super) struct Download {
-    /// The content.
+    /// The downloaded content.
     pub(super) partial: Partial,
     /// Released when the content has its name.
     pub(super) guard: BlobGuard,
-    /// Who has given it for the repository now; nobody when all bytes were here from an earlier
-    /// try, and only their host is certain.
+    /// The sources that have given it for the repository now. Empty if all bytes were there from an earlier attempt,
+    /// and only their host is certain.
     pub(super) given_by: BTreeSet<ProofSource>,
 }
 
@@ -90,9 +90,9 @@ impl SizedBlob {
 pub(super) struct BlobRequest<'a> {
     /// The blob by the manifest.
     pub(super) blob: SizedBlob,
-    /// What becomes of it.
+    /// The purpose of the download.
     pub(super) purpose: Purpose,
-    /// Whose credentials pay.
+    /// The callers whose credentials the flight uses.
     pub(super) sponsors: &'a Sponsors,
     /// The blob's own.
     pub(super) progress: &'a Arc<Progress>,
@@ -187,7 +187,7 @@ async fn fetch_from_offers(
             None => break,
         }
     }
-    // Each owner has been told his own; the flight ends with the last of them.
+    // Each owner has got its own refusal. The flight ends with the last of them.
     Err(last.map_or(PullError::Unwanted, PullError::Shared))
 }
 
@@ -213,7 +213,7 @@ async fn fetch_from(
     let (store, busy) = (store.clone(), Arc::new(AtomicU64::new(0)));
     let (measured, threads) = (Arc::clone(&busy), Arc::clone(&place));
     let writing = tokio::task::spawn_blocking(move || {
-        // As long as there is the thread, also when nobody waits for it any more.
+        // Held as long as the thread runs, also without a caller.
         let _place = threads;
         let is_wanted = || !opened.is_closed();
         let mut partial =

@@ -38,14 +38,14 @@ use unpack::{Limits, PermissionsRule, archive};
 
 /// zstd windows up to this (8 MiB, what the format asks every decoder to take) need no permit.
 const PLAIN_WINDOW_LOG: u32 = 23;
-/// Who waited for more than half of at least this time gives way.
+/// An unpacking that waited for more than half of at least this time gives way.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Interval at which an unpacking checks whether another tenant is owed its permit.
 const TENANT_CHECK: Duration = Duration::from_millis(50);
 /// Verdicts that are remembered.
 const MAXIMUM_REFUSALS: usize = 1024;
 
-/// Who may unpack, on this node.
+/// The limits on concurrent unpackings on this node.
 #[derive(Clone)]
 pub(super) struct Unpackers(Arc<Shared>);
 
@@ -57,14 +57,14 @@ struct Shared {
     /// The right to keep a decompression window without a permit.
     paused: Semaphore,
     background: Background,
-    /// For windows that take a lot of memory.
+    /// The permits for windows that take a lot of memory.
     wide: Semaphore,
     computations: Computations,
     refusals: Mutex<Refusals>,
 }
 
-/// What was refused, and why: a function of its bytes and of limits that do not change while
-/// the process runs. By repository, since the reason may quote the content.
+/// Refused layers with their errors: a function of their bytes and of limits that do not change while the process runs.
+/// Kept for each repository, since the error may quote the content.
 #[derive(Default)]
 struct Refusals(VecDeque<(String, LayerKey, Arc<PullError>)>);
 
@@ -97,7 +97,7 @@ struct PausableReader<R> {
 /// A thread that unpacks what grows.
 type Following = JoinHandle<Result<LayerWriter, PullError>>;
 
-/// What is unpacked.
+/// A layer to unpack.
 #[derive(Clone)]
 pub(super) struct Job {
     unpackers: Unpackers,

@@ -10,30 +10,30 @@ use oci::Repository;
 /// counts as preloaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum CredentialsVerification {
-    /// Always.
+    /// Cached content never needs a proof.
     NeverVerify,
-    /// For imported content.
+    /// Imported content needs no proof.
     #[default]
     NeverVerifyPreloadedImages,
-    /// For imported content of the repositories on the allowlist.
+    /// Imported content of repositories on the allowlist needs no proof.
     NeverVerifyAllowlistedImages,
-    /// Never.
+    /// Cached content always needs a proof.
     AlwaysVerify,
 }
 
 /// The node's rule.
 #[derive(Clone, Debug, Default)]
 pub struct Verification {
-    /// Its name.
+    /// The policy of the kubelet's name.
     pub policy: CredentialsVerification,
     /// `host/path` or `host/path/*`, for `NeverVerifyAllowlistedImages`.
     pub allowlist: Vec<String>,
-    /// How long a proof of the same service account counts while the registry cannot be asked.
+    /// The time that a proof of the same service account counts while the registry cannot be reached.
     pub proof_ttl: Duration,
 }
 
 impl Verification {
-    /// Whether nothing has to be proven; `is_imported` is asked only where it matters.
+    /// Returns whether no proof is needed. `is_imported` is called only if it matters.
     pub fn is_waived(&self, repository: &Repository, is_imported: impl FnOnce() -> bool) -> bool {
         match self.policy {
             CredentialsVerification::NeverVerify => true,

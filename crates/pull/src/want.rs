@@ -1,4 +1,4 @@
-//! What a volume asks for.
+//! The request of a volume for an artifact.
 
 use serde::{Deserialize, Serialize};
 
@@ -16,21 +16,21 @@ pub enum PullPolicy {
     Always,
     /// When the reference has not been resolved on this node before.
     IfNotPresent,
-    /// Not at all.
+    /// Do not use the registry.
     Never,
 }
 
-/// What `Always` does when the registry cannot be reached.
+/// The behaviour of `Always` if the registry cannot be reached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IfUnavailable {
     /// The publish fails, and the kubelet tries again.
     #[default]
     Fail,
-    /// What the reference last resolved to is used.
+    /// Use the last resolution of the reference.
     UseCached,
 }
 
-/// Which of those who wait for the network goes first; in this order.
+/// The order in which callers get connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Priority {
     /// A pod waits for it.
@@ -40,16 +40,16 @@ pub enum Priority {
     Warm,
 }
 
-/// What a volume asks for, and with what it may.
+/// A volume's request for an artifact, with its credentials.
 #[derive(Clone, Debug)]
 pub struct Want {
-    /// The artifact.
+    /// The reference of the artifact.
     pub reference: Reference,
-    /// For an index, or to be compared with a single manifest's.
+    /// The platform to choose from an index, or to compare with a single manifest's.
     pub platform: Platform,
-    /// Whether the registry is asked.
+    /// When to use the registry.
     pub policy: PullPolicy,
-    /// What `Always` does without an answer.
+    /// The behaviour of `Always` without a response.
     pub if_unavailable: IfUnavailable,
     /// The settings that shape the tree.
     pub shape: Shape,
@@ -57,11 +57,11 @@ pub struct Want {
     pub keyring: Keyring,
     /// Bytes of all blobs, and of the unpacked tree, that it may have.
     pub maximum_bytes: Option<u64>,
-    /// Whose signature it must have.
+    /// The demanded signature.
     pub signature: Option<SignatureDemand>,
-    /// Whom it is for, and the tokens that the kubelet got for that.
+    /// The service account, and the tokens that the kubelet requested for it.
     pub identity: Option<WorkloadIdentity>,
-    /// How urgent it is.
+    /// The urgency of the request.
     pub priority: Priority,
     /// The tenant that the work is charged to.
     pub tenant: Tenant,

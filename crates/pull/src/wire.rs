@@ -1,4 +1,4 @@
-//! What all downloads of a node share: the registry client, slots, memory, a rate.
+//! The parts that all downloads of a node share: the registry client, slots, memory, a rate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,16 +23,16 @@ const UNDER_WAY: usize = 8;
 /// everything else.
 const MOST_UNDER_WAY: usize = 256;
 
-/// What may be set about downloads.
+/// The options of downloads.
 #[derive(Clone, Copy, Debug)]
 pub struct WireOptions {
     /// Connections that download at once on this node.
     pub downloads: usize,
-    /// Of these, to one registry.
+    /// The most of these connections to one registry.
     pub downloads_per_host: usize,
-    /// Of these, for one blob.
+    /// The most of these connections for one blob.
     pub connections: usize,
-    /// What each of several connections asks for at once.
+    /// The bytes that each of several connections requests at once.
     pub range_bytes: u64,
     /// All downloads together; none means no limit.
     pub bytes_per_second: Option<u64>,
@@ -40,7 +40,7 @@ pub struct WireOptions {
     pub least_rate: u64,
     /// Over how long the least rate is measured.
     pub rate_window: Duration,
-    /// How broken transfers are continued.
+    /// The policy for broken transfers.
     pub retry: RetryPolicy,
 }
 
@@ -56,15 +56,15 @@ pub trait Observer: Send + Sync + 'static {
     fn signature_warning(&self);
 }
 
-/// Nobody looks.
+/// An observer that ignores everything.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Unobserved;
 
-/// What all downloads share.
+/// The parts that all downloads share.
 pub struct Wire {
     pub(super) registry: Registry,
     pub(super) options: WireOptions,
-    /// Connections.
+    /// The slots for connections.
     pub(super) slots: Slots,
     /// Blobs that are under way, whether one of their connections brings bytes now or not. Taken
     /// before a thread and before a slot, so that none of those who hold one waits for another's.

@@ -61,9 +61,9 @@ const ANONYMOUS: &str = "anonymous ";
 pub enum ProofSource {
     /// The registry itself, or the administrator.
     Registry,
-    /// A mirror.
+    /// A mirror of the registry.
     Mirror {
-        /// Its address.
+        /// The address of the mirror.
         address: Arc<str>,
         /// True if it was shown no credential: then it is not known whom the registry would refuse.
         is_anonymous: bool,

@@ -113,7 +113,7 @@ pub struct Snapshot {
 pub struct Usage {
     /// Bytes of objects, documents, records and downloads, each object once.
     pub bytes: u64,
-    /// Inodes.
+    /// The number of inodes.
     pub inodes: u64,
     /// Files, layers and trees.
     pub objects: u64,

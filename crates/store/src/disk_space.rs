@@ -10,7 +10,7 @@ use super::space_amount::SpaceAmount;
 pub struct CacheOptions {
     /// Bytes of all content; none means as much as the filesystem allows.
     pub max_bytes: Option<u64>,
-    /// Above this part of the filesystem in use, by whomever, content is evicted ...
+    /// The use of the filesystem, by any program, above which content is evicted ...
     pub high_threshold_percent: u8,
     /// ... until no more than this part is.
     pub low_threshold_percent: u8,
@@ -31,7 +31,7 @@ pub struct CacheOptions {
 /// reserved for root is neither used nor free.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskSpace {
-    /// Free bytes.
+    /// The number of free bytes.
     pub free_bytes: u64,
     /// Used and free bytes.
     pub total_bytes: u64,

@@ -33,7 +33,7 @@ pub enum StoreError {
     /// Another process uses the state directory.
     #[error("the state directory {} is in use by {holder}: stop that process or choose another --state-dir", path.display())]
     Locked {
-        /// The directory.
+        /// The path of the directory.
         path: PathBuf,
         /// The holder's description of itself.
         holder: String,
@@ -41,7 +41,7 @@ pub enum StoreError {
     /// Written by a version that this one does not know.
     #[error("the state directory {} has the format \"{found}\", which this version does not know: install the newer version again, or empty the directory", path.display())]
     Format {
-        /// The directory.
+        /// The path of the directory.
         path: PathBuf,
         /// The format that the folder names.
         found: String,
@@ -49,7 +49,7 @@ pub enum StoreError {
     /// The disk that should hold the state directory is not there.
     #[error("the state directory {} is not a mount point, and cache.requireMountpoint asks for one: mount its disk", path.display())]
     NotMounted {
-        /// The directory.
+        /// The path of the directory.
         path: PathBuf,
     },
     /// Something in the state directory that this driver did not make.
@@ -108,7 +108,7 @@ pub enum Kind {
 /// Room that cannot be had, in numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shortage {
-    /// The resource.
+    /// The exhausted resource.
     pub kind: Kind,
     /// The amount that is still to be written.
     pub needed: u64,

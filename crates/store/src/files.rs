@@ -34,11 +34,11 @@ const EXECUTABLE_MAGIC: [&[u8]; 2] = [b"\x7fELF", b"#!"];
 /// A single-file layer in the store; it stays there as long as this value lives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredFile {
-    /// Its name.
+    /// The key of the file.
     pub key: FileKey,
     /// The number of its generation.
     pub generation: u32,
-    /// Its path.
+    /// The path of the file.
     pub path: PathBuf,
     pub(super) lease: Lease,
 }

@@ -66,7 +66,7 @@ pub struct Collected {
 /// Something that went.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Victim {
-    /// Its name.
+    /// The name of the object.
     pub name: ObjectName,
     /// The manifest of a tree; none for other objects.
     pub manifest: Option<Digest>,

@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn content_that_is_not_what_it_is_called_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
-        // The disk of whoever runs the tests may be as full as it likes.
+        // The disk of the tests' machine may be full.
         let cache = CacheOptions {
             min_free_percent: 0,
             min_free_inodes_percent: 0,

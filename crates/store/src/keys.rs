@@ -15,7 +15,7 @@ pub const RULES_VERSION: u32 = 1;
 /// One single-file layer as one inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileKey {
-    /// The blob.
+    /// The digest of the blob.
     pub digest: Digest,
     /// Mode and owner that it is shown with.
     pub permissions: Permissions,

@@ -45,7 +45,7 @@ const MUCH: u64 = 16 << 20;
 /// A complete layer in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// Its name.
+    /// The key of the layer.
     pub key: LayerKey,
     /// The number of its generation.
     pub generation: u32,
@@ -202,7 +202,7 @@ impl Layer {
         read_totals(&self.path).unwrap_or_default()
     }
 
-    /// Its content.
+    /// Returns the content of the layer.
     #[must_use]
     pub fn view(&self) -> LayerView {
         LayerView { place: Place::Named(self.path.clone()), _lease: self.lease.clone() }

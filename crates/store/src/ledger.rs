@@ -33,7 +33,7 @@ pub struct Claim {
     pub blob: Digest,
     /// Bytes, those of its download and those that it unpacks to.
     pub bytes: u64,
-    /// Inodes.
+    /// The number of inodes.
     pub inodes: u64,
 }
 

@@ -379,7 +379,7 @@ impl Store {
         files: Files,
         /// Returns unpacked archives.
         layers: Layers,
-        /// Returns trees.
+        /// Returns the trees of artifacts.
         trees: Trees,
         /// Returns which objects there are, and what they take.
         inventory: Inventory,
@@ -391,7 +391,7 @@ impl Store {
         collector: GarbageCollector,
         /// Returns what reads content back.
         verification: Verification,
-        /// Returns pins.
+        /// Returns the pins of references.
         pins: Pins,
         /// Returns the records of publications.
         publications: Publications,

@@ -14,8 +14,8 @@ use sys::mount::{MountEntry, MountTable};
 /// Looks at the folders of a state directory.
 pub(super) fn check(root: &Path, folders: &[&str]) -> Result<(), StoreError> {
     let own = nix::unistd::geteuid().as_raw();
-    // The state directory itself may be reached through a link; whoever owns it can put anything
-    // in the place of what is below.
+    // The state directory itself may be reached through a link. The owner of the link's target can put anything in the
+    // place of the content.
     let home = root.metadata().map_err(|error| StoreError::io("look at", root, error))?;
     if home.uid() != own {
         let what = "belongs to another user";

@@ -43,7 +43,7 @@ pub struct PinShare<'a> {
     pub owner_prefix: &'a str,
     /// The owners as a message names them.
     pub owners: &'a str,
-    /// Bytes.
+    /// The limit in bytes.
     pub max_bytes: u64,
 }
 

@@ -60,7 +60,7 @@ pub enum ReadPace {
     Urgent,
     /// As fast as the disk gives it, from the disk itself: what pods have in the cache stays there.
     Full,
-    /// From the disk itself, for a quarter of the time (see [`throttle`]).
+    /// Reads from the disk itself, for a quarter of the time (see [`throttle`]).
     Gentle,
 }
 

@@ -3,9 +3,9 @@
 /// An amount of disk space: taken, claimed, or to be freed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SpaceAmount {
-    /// Bytes.
+    /// The number of bytes.
     pub bytes: u64,
-    /// Inodes.
+    /// The number of inodes.
     pub inodes: u64,
 }
 

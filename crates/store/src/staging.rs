@@ -78,7 +78,7 @@ impl StateDirectory {
 }
 
 impl Staging {
-    /// The folder.
+    /// Returns the path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -23,7 +23,7 @@ fn store() -> (tempfile::TempDir, Store) {
     (folder, store)
 }
 
-/// Whoever runs the test owns the files.
+/// The files belong to the user that runs the test.
 fn permissions(mode: u32) -> Permissions {
     let (uid, gid) = (nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
     Permissions { mode, uid, gid }
@@ -68,7 +68,7 @@ fn record(key: FileKey) -> TreeRecord {
     }
 }
 
-/// The disk of whoever runs the tests may be as full as it likes.
+/// The disk of the tests' machine may be full.
 fn without_floor() -> CacheOptions {
     CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..CacheOptions::default() }
 }
@@ -201,7 +201,7 @@ fn a_download_counts_only_what_is_hashed_again() {
     let mut partial = download(&store, "r.io", digest, 10);
     partial.write(0, b"01234").expect("written");
     drop(partial);
-    // Whom nobody waits for reads nothing back, and leaves what is there.
+    // A reader without a caller reads nothing back, and leaves the content.
     let unwanted = store.downloads().open("r.io", digest, 10, Purpose::Keep, &|| false);
     unwanted.expect_err("given up");
     let mut partial = download(&store, "r.io", digest, 10);
@@ -252,7 +252,7 @@ fn what_a_crash_left_in_staging_is_swept() {
     std::mem::forget(staging);
     let staging = folder.path().join("staging");
     std::fs::write(staging.join(durable::temporary_name()), "half a record").expect("written");
-    // Whoever had a folder of that name before keeps what is in it.
+    // A directory of that name from before keeps its content.
     std::fs::write(staging.join("index.html"), "of a web site").expect("written");
     drop(store);
     Store::open(folder.path(), StoreOptions::default()).expect("opened again");
@@ -549,7 +549,7 @@ fn many_small_layers_stop_at_the_floor_like_a_large_one() {
     let write = || store.layers().write(Digest::of(b"small"));
     let stopped = (0..400).find_map(|_| write().err()).expect("stopped");
     assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
-    // Whoever comes next is not the first of another thousand.
+    // The next writer is not the first of another thousand.
     assert!(matches!(write(), Err(StoreError::NoSpace { .. })));
 }
 
@@ -664,7 +664,7 @@ fn no_tree_is_named_over_what_was_found_damaged_meanwhile() {
     assert_eq!(store.trees().get(tree).expect("readable"), None, "it is made anew");
 }
 
-/// A folder of whoever runs the test.
+/// Returns the metadata of a directory of the user that runs the test.
 fn own_folder() -> Metadata {
     Metadata { permissions: permissions(0o755), ..Metadata::of_implied_folder() }
 }

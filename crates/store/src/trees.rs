@@ -61,7 +61,7 @@ const RECORDS_OF_A_TREE: u64 = FILES_OF_A_TREE + FOLDERS_OF_A_TREE;
 /// A complete tree in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tree {
-    /// Its name.
+    /// The key of the tree.
     pub key: TreeKey,
     /// The number of its generation.
     pub generation: u32,
@@ -101,10 +101,10 @@ pub struct TreeRecord {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct View {
-    /// Patterns.
+    /// The `include` patterns.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub include: String,
-    /// Patterns.
+    /// The `exclude` patterns.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub exclude: String,
     /// The rule for modes and owners.
@@ -317,7 +317,7 @@ impl Tree {
         Some(Self { key, generation, record, path, lease: None })
     }
 
-    /// Its folder.
+    /// Returns the path of the tree's directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path

@@ -82,8 +82,8 @@ mod tests {
         }
     }
 
-    /// What the API server wants of a schema beside being valid: a type everywhere, no default or constraint twice,
-    /// a bound on every list, map and text, and formats that it knows.
+    /// Checks the rules of the API server beyond validity: a type everywhere, no default or constraint twice, a bound on
+    /// every list, map and text, and formats that it knows.
     #[test]
     fn schemas_are_structural_and_bounded() {
         let mut seen = 0;

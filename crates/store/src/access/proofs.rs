@@ -21,7 +21,7 @@ pub(super) const KINDS: &[AccessRecord] = &[OF_PRINCIPAL, OF_ACCOUNT];
 /// A proof of an account is written again when it is older than this: its age is not counted in minutes.
 const RENEWAL_SECONDS: i64 = 60;
 
-/// Whom a proof is for: a text that is safe as a part of a file name.
+/// The principal of a proof: a text that is safe as a part of a file name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Principal(String);
 

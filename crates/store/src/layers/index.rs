@@ -34,7 +34,7 @@ pub struct LayerTotals {
     pub entries: u64,
     /// Bytes of regular files.
     pub bytes: u64,
-    /// Regular files.
+    /// The number of regular files.
     #[serde(default)]
     pub files: u64,
     /// Bytes of the blocks of those files and of the index; 0 where they were not counted.

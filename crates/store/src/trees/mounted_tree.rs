@@ -25,7 +25,7 @@ const SOURCE_PREFIX: &str = "oci.custom.io/";
 pub struct MountedTree {
     /// The tree's name.
     pub key: TreeKey,
-    /// Its generation.
+    /// The generation of the tree.
     pub generation: u32,
     /// The form of the mount.
     pub form: MountForm,

@@ -88,7 +88,7 @@ fn hide(tree: &mut Tree, layer: usize, is_hidden: impl Fn(&Path) -> bool) {
     }
 }
 
-/// Where a folder's path leads, one link after the other.
+/// Resolves a directory's path, one link after the other.
 fn real(tree: &Tree, path: &[String]) -> Option<Path> {
     let mut path = path.to_vec();
     for _ in 0..41 {
