@@ -35,7 +35,7 @@ use crate::csi::UnixEndpoint;
 use crate::csi::identity::IdentityService;
 use crate::csi::node::NodeService;
 use crate::csi::registration::RegistrationService;
-use crate::csi::request::NodeFacts;
+use crate::csi::request::RequestContext;
 use crate::csi::socket::ListeningSocket;
 use crate::file_leases::LeasePolicy;
 use crate::kubernetes::{EventRecorder, remove_startup_taint};
@@ -221,7 +221,7 @@ impl NodePlugin {
         let identity = IdentityService { driver_name: self.options.driver_name.clone() };
         let node = NodeService {
             node_id: self.options.node_id.clone(),
-            node: NodeFacts {
+            node: RequestContext {
                 kubelet_dir: self.options.kubelet_dir.clone(),
                 selinux: SecurityLabel::is_used_on_this_node(),
             },

@@ -93,7 +93,7 @@ fn send(
     if requests.blocking_send(request(Part::Header(header))).is_err() {
         return Ok(());
     }
-    let mut chunks = ChunkSender { requests, chunk: Vec::with_capacity(CHUNK_BYTES) };
+    let mut chunks = ChunkWriter { requests, chunk: Vec::with_capacity(CHUNK_BYTES) };
     if layout == Path::new("-") {
         io::copy(&mut io::stdin().lock(), &mut chunks)?;
     } else if layout.is_dir() {
@@ -105,12 +105,12 @@ fn send(
 }
 
 /// A writer that splits its input into messages.
-struct ChunkSender<'a> {
+struct ChunkWriter<'a> {
     requests: &'a mpsc::Sender<ImportRequest>,
     chunk: Vec<u8>,
 }
 
-impl io::Write for ChunkSender<'_> {
+impl io::Write for ChunkWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = bytes.len().min(CHUNK_BYTES - self.chunk.len());
         self.chunk.extend_from_slice(&bytes[..count]);

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument as _;
 
 use super::publish_events::PublishReporter;
-use super::request::NodeFacts;
+use super::request::RequestContext;
 use super::status;
 use crate::admin::metrics::NodeMetrics;
 use crate::kubernetes::EventRecorder;
@@ -33,7 +33,7 @@ pub struct NodeService {
     /// The Node object's name.
     pub node_id: String,
     /// The facts of the node that requests are checked against.
-    pub node: NodeFacts,
+    pub node: RequestContext,
     /// Runs the use cases.
     pub volumes: VolumeManager,
     /// Counts their results.

@@ -28,14 +28,14 @@ const MAXIMUM_VOLUME_ID: usize = 4096;
 
 /// The facts of a node that requests are checked against.
 #[derive(Clone, Debug)]
-pub struct NodeFacts {
+pub struct RequestContext {
     /// The kubelet's root directory, which contains all targets.
     pub kubelet_dir: std::path::PathBuf,
     /// SELinux is enabled. The container runtime would relabel a read-write volume, which fails on a read-only mount.
     pub selinux: bool,
 }
 
-impl NodeFacts {
+impl RequestContext {
     /// Parses a publish request.
     pub fn publish(
         &self,

@@ -9,10 +9,10 @@ use store::verify::Verified;
 
 /// The progress, shared by the scrub, `status` and metrics. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct ScrubState(Arc<Mutex<ScrubProgress>>);
+pub struct ScrubState(Arc<Mutex<SharedProgress>>);
 
 #[derive(Debug, Default)]
-struct ScrubProgress {
+struct SharedProgress {
     interval: Option<Duration>,
     clock: Option<fn() -> i64>,
     through: Option<i64>,
@@ -95,7 +95,7 @@ impl ScrubState {
         *count += 1;
     }
 
-    fn lock(&self) -> MutexGuard<'_, ScrubProgress> {
+    fn lock(&self) -> MutexGuard<'_, SharedProgress> {
         // Numbers remain valid after a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

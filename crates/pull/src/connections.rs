@@ -221,7 +221,7 @@ impl Connections<'_> {
         let mut running = FuturesUnordered::new();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut pace = Pace::new(&self.busy, self.state().spans.missing());
+        let mut pace = WriterPace::new(&self.busy, self.state().spans.missing());
         loop {
             while self.wants_more_than(running.len()) {
                 let slot = match slot.take() {
@@ -354,7 +354,7 @@ impl Connections<'_> {
 
     /// One connection, from its request to its end.
     async fn connection(&self, number: u32, slot: Slot) -> End {
-        let _counted = Counted::new(&*self.wire.observer);
+        let _counted = CountedConnection::new(&*self.wire.observer);
         let end = self.stream(number, slot).await;
         self.state().spans.finish(number);
         match end {
@@ -563,16 +563,16 @@ impl Connections<'_> {
 }
 
 /// Counts a connection until it is dropped.
-struct Counted<'a>(&'a dyn Observer);
+struct CountedConnection<'a>(&'a dyn Observer);
 
-impl<'a> Counted<'a> {
+impl<'a> CountedConnection<'a> {
     fn new(observer: &'a dyn Observer) -> Self {
         observer.connections(1);
         Self(observer)
     }
 }
 
-impl Drop for Counted<'_> {
+impl Drop for CountedConnection<'_> {
     fn drop(&mut self) {
         self.0.connections(-1);
     }
@@ -587,7 +587,7 @@ enum Stop {
 }
 
 /// Measures whether bytes wait for the node, or the node for bytes.
-struct Pace<'a> {
+struct WriterPace<'a> {
     busy: &'a AtomicU64,
     before: Look,
     processors: Processors,
@@ -601,7 +601,7 @@ struct Look {
     missing: u64,
 }
 
-impl<'a> Pace<'a> {
+impl<'a> WriterPace<'a> {
     fn new(busy: &'a AtomicU64, missing: u64) -> Self {
         let before = Look { at: Instant::now(), busy: busy.load(Ordering::Relaxed), missing };
         Self { busy, before, processors: Processors::new() }

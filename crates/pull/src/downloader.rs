@@ -30,14 +30,14 @@ pub(super) enum AttemptEnd {
 }
 
 /// The right to work on a blob for one repository.
-pub(super) struct Turn {
+pub(super) struct DownloadTurn {
     guard: BlobGuard,
     origin: BlobOrigin,
     /// The sources that have given it for the repository while other tasks worked on it.
     given_by: BTreeSet<ProofSource>,
 }
 
-impl Turn {
+impl DownloadTurn {
     /// Returns the turn for a blob that the repository has been proven to give.
     pub(super) fn proven(guard: BlobGuard) -> Self {
         Self { guard, origin: BlobOrigin::Repository, given_by: BTreeSet::new() }
@@ -87,7 +87,7 @@ impl Downloader {
         &self,
         request: BlobRequest<'_>,
         isolated: bool,
-    ) -> Result<Turn, PullError> {
+    ) -> Result<DownloadTurn, PullError> {
         let (repository, digest) = (request.sponsors.repository(), request.blob.digest);
         let host = repository.host();
         let mut given_by = BTreeSet::new();
@@ -109,19 +109,23 @@ impl Downloader {
         }
         let origin = self.origins.look_up(repository, digest).await?;
         let guard = BlobGuard { _repository: of_repository, turn };
-        Ok(Turn { guard, origin, given_by })
+        Ok(DownloadTurn { guard, origin, given_by })
     }
 
     /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
     /// and remembers who has given it.
-    pub(super) async fn prove(&self, request: BlobRequest<'_>, turn: Turn) -> Attempt<BlobGuard> {
+    pub(super) async fn prove(
+        &self,
+        request: BlobRequest<'_>,
+        turn: DownloadTurn,
+    ) -> Attempt<BlobGuard> {
         let SizedBlob { digest, size } = request.blob;
         let (guard, given_by) = match turn {
-            Turn { guard, origin: BlobOrigin::Repository, .. } => {
+            DownloadTurn { guard, origin: BlobOrigin::Repository, .. } => {
                 request.progress.resumed(size);
                 return Ok(guard);
             }
-            Turn { guard, origin: BlobOrigin::Host, given_by } => {
+            DownloadTurn { guard, origin: BlobOrigin::Host, given_by } => {
                 let is_given = !given_by.is_empty();
                 let given_by = if is_given { given_by } else { self.ask_for(request).await? };
                 request.progress.resumed(size);
@@ -155,8 +159,12 @@ impl Downloader {
     }
 
     /// Downloads a blob. Returns who has given it for the repository, too.
-    pub(super) async fn download(&self, request: BlobRequest<'_>, turn: Turn) -> Attempt<Download> {
-        let Turn { guard, origin, given_by } = turn;
+    pub(super) async fn download(
+        &self,
+        request: BlobRequest<'_>,
+        turn: DownloadTurn,
+    ) -> Attempt<Download> {
+        let DownloadTurn { guard, origin, given_by } = turn;
         let mut download = match transfer::fetch(&self.store, &self.wire, request, guard).await? {
             TransferOutcome::Complete(download) => *download,
             TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),

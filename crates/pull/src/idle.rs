@@ -8,7 +8,7 @@ const ENOUGH: f64 = 0.2;
 
 /// Time of all processors since the boot, as the kernel counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Counted {
+struct ProcessorTimes {
     idle: u64,
     all: u64,
 }
@@ -16,18 +16,18 @@ struct Counted {
 /// Compares from look to look.
 #[derive(Debug)]
 pub(super) struct Processors {
-    before: Option<Counted>,
+    before: Option<ProcessorTimes>,
 }
 
 impl Processors {
     /// Looks for the first time.
     pub(super) fn new() -> Self {
-        Self { before: Counted::now() }
+        Self { before: ProcessorTimes::now() }
     }
 
     /// Returns whether the processors had time since the last check; true if the kernel does not say.
     pub(super) fn had_time(&mut self) -> bool {
-        let now = Counted::now();
+        let now = ProcessorTimes::now();
         let before = std::mem::replace(&mut self.before, now);
         match (before, now) {
             (Some(before), Some(now)) => now.has_idled_since(before),
@@ -36,7 +36,7 @@ impl Processors {
     }
 }
 
-impl Counted {
+impl ProcessorTimes {
     fn now() -> Option<Self> {
         Self::parse(&std::fs::read_to_string("/proc/stat").ok()?)
     }
@@ -68,20 +68,24 @@ mod tests {
     #[test]
     fn the_kernels_line_is_read() {
         let text = "cpu  10 1 20 300 9 2 3 5 4 1\ncpu0 1 2 3 4\n";
-        assert_eq!(Counted::parse(text), Some(Counted { idle: 309, all: 350 }));
+        assert_eq!(ProcessorTimes::parse(text), Some(ProcessorTimes { idle: 309, all: 350 }));
         for text in ["", "cpu", "cpu 1 2 3", "cpu 1 2 3 x 5", "intr 1 2 3 4 5 6"] {
-            assert_eq!(Counted::parse(text), None, "{text}");
+            assert_eq!(ProcessorTimes::parse(text), None, "{text}");
         }
-        assert!(Counted::now().is_some());
+        assert!(ProcessorTimes::now().is_some());
     }
 
     #[test]
     fn a_fifth_of_the_time_is_enough() {
-        let before = Counted { idle: 100, all: 1000 };
+        let before = ProcessorTimes { idle: 100, all: 1000 };
         for (idle, all, enough) in
             [(120, 1100, true), (119, 1100, false), (100, 1100, false), (200, 1100, true)]
         {
-            assert_eq!(Counted { idle, all }.has_idled_since(before), enough, "{idle} of {all}");
+            assert_eq!(
+                ProcessorTimes { idle, all }.has_idled_since(before),
+                enough,
+                "{idle} of {all}"
+            );
         }
     }
 }

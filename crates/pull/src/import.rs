@@ -145,9 +145,9 @@ impl LayoutImporter {
         let (mut strange, mut is_docker_archive) = (0, false);
         read_members(layout, &self.limits, |member, content| {
             let size = member.size;
-            let place = place(Path::new(OsStr::from_bytes(&member.name)));
+            let place = layout_entry(Path::new(OsStr::from_bytes(&member.name)));
             match place {
-                Place::Blob(digest) if member.is_file => {
+                LayoutEntry::Blob(digest) if member.is_file => {
                     if size > self.limits.blob_bytes {
                         let what = format!(
                             "{digest} has {size} bytes, the limit is {} (limits.blobBytes)",
@@ -157,14 +157,14 @@ impl LayoutImporter {
                     }
                     blobs.add(digest, size, content).map_err(PullError::from)?;
                 }
-                Place::Blob(digest) => {
+                LayoutEntry::Blob(digest) => {
                     return Err(ImportError::NotALayout(format!("{digest} is no file")));
                 }
-                Place::Index if member.is_file => {
+                LayoutEntry::Index if member.is_file => {
                     index = Some(self.small(content, "index.json")?);
                 }
-                Place::Index | Place::Strange | Place::DockerManifest => {
-                    is_docker_archive |= matches!(place, Place::DockerManifest);
+                LayoutEntry::Index | LayoutEntry::Strange | LayoutEntry::DockerManifest => {
+                    is_docker_archive |= matches!(place, LayoutEntry::DockerManifest);
                     strange += 1;
                     if strange > STRANGE_FILES {
                         let what = format!("it has more than {STRANGE_FILES} other files");
@@ -314,7 +314,7 @@ impl LayoutImporter {
 }
 
 /// The role of a file in a layout.
-enum Place {
+enum LayoutEntry {
     Blob(Digest),
     Index,
     /// The list of images of `docker save`.
@@ -322,7 +322,7 @@ enum Place {
     Strange,
 }
 
-fn place(path: &Path) -> Place {
+fn layout_entry(path: &Path) -> LayoutEntry {
     let names = path.components().filter(|part| *part != Component::CurDir);
     let names: Option<Vec<_>> = names
         .map(|part| match part {
@@ -331,10 +331,12 @@ fn place(path: &Path) -> Place {
         })
         .collect();
     match names.as_deref() {
-        Some(["index.json"]) => Place::Index,
-        Some(["manifest.json"]) => Place::DockerManifest,
-        Some(["blobs", "sha256", hex]) => Digest::from_hex(hex).map_or(Place::Strange, Place::Blob),
-        _ => Place::Strange,
+        Some(["index.json"]) => LayoutEntry::Index,
+        Some(["manifest.json"]) => LayoutEntry::DockerManifest,
+        Some(["blobs", "sha256", hex]) => {
+            Digest::from_hex(hex).map_or(LayoutEntry::Strange, LayoutEntry::Blob)
+        }
+        _ => LayoutEntry::Strange,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared};
 
-use super::downloader::{Attempt, Downloader, Turn, retry};
+use super::downloader::{Attempt, DownloadTurn, Downloader, retry};
 use super::error::PullError;
 use super::flights::{Flights, Outcome};
 use super::locks::KeyedLocks;
@@ -211,7 +211,7 @@ impl LayerStore {
             if let Some(file) = known {
                 return Ok(file);
             }
-            turn = Turn::proven(guard);
+            turn = DownloadTurn::proven(guard);
         }
         let Download { partial, guard, given_by } = self.downloader.download(request, turn).await?;
         let naming = self.background.boost_while(self.naming.lock(want.digest)).await;
@@ -281,7 +281,7 @@ impl LayerStore {
                 return Ok(ready(layer).await?);
             }
             // It was found damaged, and is fetched as if it were not here.
-            turn = Turn::proven(guard);
+            turn = DownloadTurn::proven(guard);
         }
         let repository = request.sponsors.repository();
         if let Some(refusal) = self.unpackers.refusal(&repository.to_string(), key) {

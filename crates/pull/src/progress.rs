@@ -27,7 +27,7 @@ pub struct Progress {
     /// The parts by the layer's number. Several trees may wait for one part.
     parts: Mutex<HashMap<usize, Arc<Progress>>>,
     /// The urgency of the flight, and its threads.
-    pace: Mutex<Pace>,
+    pace: Mutex<FlightUrgency>,
     tenants: Mutex<WaitingTenants>,
     /// Notified when its priority or its tenants change.
     changed: Notify,
@@ -47,7 +47,7 @@ pub struct Progress {
 
 /// The urgency of a flight, and the threads on which it runs.
 #[derive(Debug)]
-enum Pace {
+enum FlightUrgency {
     /// Without a caller that waits: the flight runs on background threads.
     Behind(Background),
     /// Began without a caller, and a pod waits for it now.
@@ -87,8 +87,8 @@ impl Progress {
     #[must_use]
     pub fn of(priority: Priority, background: Background) -> Self {
         let pace = match priority {
-            Priority::Pod => Pace::Urgent,
-            Priority::Warm => Pace::Behind(background),
+            Priority::Pod => FlightUrgency::Urgent,
+            Priority::Warm => FlightUrgency::Behind(background),
         };
         Self {
             started: Instant::now(),
@@ -258,8 +258,8 @@ impl Progress {
     #[must_use]
     pub fn priority(&self) -> Priority {
         match *self.pace() {
-            Pace::Behind(_) => Priority::Warm,
-            Pace::Hurrying { .. } | Pace::Urgent => Priority::Pod,
+            FlightUrgency::Behind(_) => Priority::Warm,
+            FlightUrgency::Hurrying { .. } | FlightUrgency::Urgent => Priority::Pod,
         }
     }
 
@@ -269,8 +269,8 @@ impl Progress {
             return;
         }
         let mut pace = self.pace();
-        if let Pace::Behind(background) = &*pace {
-            *pace = Pace::Hurrying { _until_dropped: background.boost() };
+        if let FlightUrgency::Behind(background) = &*pace {
+            *pace = FlightUrgency::Hurrying { _until_dropped: background.boost() };
             drop(pace);
             self.changed.notify_waiters();
             self.parts().values().for_each(|part| part.raise(priority));
@@ -285,10 +285,10 @@ impl Progress {
     /// Ends the boost after the end of the flight.
     pub fn landed(&self) {
         // Who still holds it must not keep others hurrying.
-        *self.pace() = Pace::Urgent;
+        *self.pace() = FlightUrgency::Urgent;
     }
 
-    fn pace(&self) -> MutexGuard<'_, Pace> {
+    fn pace(&self) -> MutexGuard<'_, FlightUrgency> {
         self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

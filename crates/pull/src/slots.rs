@@ -27,21 +27,21 @@ const HELD_FOR_EACH_FREE: usize = 3;
 /// All slots of a node. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Slots {
-    shared: Arc<Shared>,
+    shared: Arc<SharedSlots>,
     background: Background,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSlots {
     total: usize,
     per_host: usize,
     /// Slots that a tenant may hold for each free one, usually [`HELD_FOR_EACH_FREE`].
     held_for_each_free: usize,
-    state: Mutex<State>,
+    state: Mutex<SlotState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct SlotState {
     /// In the order in which they came.
     waiting: Vec<Waiting>,
     next: u64,
@@ -76,7 +76,7 @@ pub(super) struct Ask {
 /// The right to one connection or blob. Dropping it gives it to the next.
 #[derive(Debug)]
 pub(super) struct Slot {
-    shared: Arc<Shared>,
+    shared: Arc<SharedSlots>,
     priority: Priority,
     tenant: Tenant,
     artifact: u64,
@@ -97,7 +97,7 @@ impl Slots {
     pub(super) fn new(total: usize, per_host: usize, background: Background) -> Self {
         let state = Mutex::default();
         let (total, per_host) = (total.max(1), per_host.max(1));
-        let shared = Shared { total, per_host, held_for_each_free: HELD_FOR_EACH_FREE, state };
+        let shared = SharedSlots { total, per_host, held_for_each_free: HELD_FOR_EACH_FREE, state };
         Self { shared: Arc::new(shared), background }
     }
 
@@ -105,7 +105,7 @@ impl Slots {
     #[must_use]
     pub(super) fn without_reserve(total: usize, background: Background) -> Self {
         let (total, state) = (total.max(1), Mutex::default());
-        let shared = Shared { total, per_host: total, held_for_each_free: total, state };
+        let shared = SharedSlots { total, per_host: total, held_for_each_free: total, state };
         Self { shared: Arc::new(shared), background }
     }
 
@@ -183,8 +183,8 @@ impl Slots {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl SharedSlots {
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -194,7 +194,7 @@ impl Shared {
     }
 
     /// Returns whether the request may have one of the free slots.
-    fn may(&self, state: &State, ask: &Ask) -> bool {
+    fn may(&self, state: &SlotState, ask: &Ask) -> bool {
         let stays_behind =
             ask.urgency.priority() == Priority::Pod || state.behind < self.most_behind();
         let free = self.total.saturating_sub(state.taken);
@@ -205,7 +205,7 @@ impl Shared {
     }
 
     /// Returns whether a request could have this slot if the slot were free.
-    fn could_use(&self, state: &State, ask: &Ask, slot: &Slot) -> bool {
+    fn could_use(&self, state: &SlotState, ask: &Ask, slot: &Slot) -> bool {
         let of_host = ask.host == slot.host || state.has_room(&ask.host, self.per_host);
         let of_kind = ask.urgency.priority() == Priority::Pod
             || slot.priority == Priority::Warm
@@ -216,7 +216,7 @@ impl Shared {
         of_host && of_kind && held < self.held_for_each_free * free
     }
 
-    fn take(self: &Arc<Self>, state: &mut State, ask: &Ask) -> Slot {
+    fn take(self: &Arc<Self>, state: &mut SlotState, ask: &Ask) -> Slot {
         let priority = ask.urgency.priority();
         let (tenant, _) = state.tenant_of(ask);
         state.taken += 1;
@@ -247,7 +247,7 @@ impl Shared {
     }
 }
 
-impl State {
+impl SlotState {
     /// Returns the tenant that a slot is charged to, and the number of slots that it holds. Of several
     /// tenants that wait for the same flight it is the one with the fewest.
     fn tenant_of(&self, ask: &Ask) -> (Tenant, usize) {
@@ -272,7 +272,7 @@ impl State {
 /// Chooses the next of the waiting requests.
 fn choose<'a>(
     waiting: impl Iterator<Item = &'a Ask>,
-    state: &State,
+    state: &SlotState,
     may: impl Fn(&Ask) -> bool,
 ) -> Option<usize> {
     let held_by = |artifact: &u64| state.by_artifact.get(artifact).copied().unwrap_or_default();
@@ -287,7 +287,7 @@ fn choose<'a>(
 }
 
 struct Leaving<'a> {
-    shared: &'a Shared,
+    shared: &'a SharedSlots,
     number: u64,
 }
 

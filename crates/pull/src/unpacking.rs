@@ -47,9 +47,9 @@ const MAXIMUM_REFUSALS: usize = 1024;
 
 /// The limits on concurrent unpackings on this node.
 #[derive(Clone)]
-pub(super) struct Unpackers(Arc<Shared>);
+pub(super) struct Unpackers(Arc<SharedUnpackers>);
 
-struct Shared {
+struct SharedUnpackers {
     store: Store,
     limits: Limits,
     /// Permits to unpack a layer.
@@ -60,13 +60,13 @@ struct Shared {
     /// The permits for windows that take a lot of memory.
     wide: Semaphore,
     computations: Computations,
-    refusals: Mutex<Refusals>,
+    refusals: Mutex<RefusedLayers>,
 }
 
 /// Refused layers with their errors: a function of their bytes and of limits that do not change while the process runs.
 /// Kept for each repository, since the error may quote the content.
 #[derive(Default)]
-struct Refusals(VecDeque<(String, LayerKey, Arc<PullError>)>);
+struct RefusedLayers(VecDeque<(String, LayerKey, Arc<PullError>)>);
 
 /// The right to unpack one layer.
 struct UnpackPermit {
@@ -119,7 +119,7 @@ impl Unpackers {
         computations: Computations,
         background: Background,
     ) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(SharedUnpackers {
             store,
             limits,
             permits: Slots::without_reserve(at_once, background.clone()),
@@ -221,7 +221,7 @@ impl Job {
         if !needs_wide || self.unpackers.0.limits.zstd_window_log <= PLAIN_WINDOW_LOG {
             return outcome;
         }
-        let Shared { wide, background, computations, limits, .. } = &*self.unpackers.0;
+        let SharedUnpackers { wide, background, computations, limits, .. } = &*self.unpackers.0;
         // Reserved before a permit is taken, and beside the window that each unpacking may have.
         let window = (1_u64 << limits.zstd_window_log).saturating_sub(PLAIN_WINDOW);
         let _memory = computations.memory(window, &self.urgency).await?;
@@ -249,7 +249,7 @@ impl Job {
         window: Window,
         permit: Arc<UnpackPermit>,
     ) -> Result<LayerWriter, PullError> {
-        let Shared { store, limits, .. } = &*self.unpackers.0;
+        let SharedUnpackers { store, limits, .. } = &*self.unpackers.0;
         let mut limits = limits.clone();
         let mut writer = store.layers().write(self.blob)?;
         let totals = match window {
@@ -292,7 +292,7 @@ impl UnpackPermit {
     /// Returns the permit to a tenant that holds fewer, and waits for the next one. Does nothing if
     /// no tenant is owed it, or if too many unpackings are paused. Blocking.
     fn pause_if_owed(&self) {
-        let Shared { permits, paused, .. } = &*self.unpackers.0;
+        let SharedUnpackers { permits, paused, .. } = &*self.unpackers.0;
         let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
         if !slot.as_ref().is_some_and(|slot| permits.is_owed_to_other_tenant(slot)) {
             return;
