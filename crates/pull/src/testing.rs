@@ -184,8 +184,8 @@ pub(super) fn empty(status: StatusCode) -> Response {
 pub(super) fn broken(sent: Vec<u8>, size: usize) -> Response {
     let sent = stream::once(async { Ok(Bytes::from(sent)) });
     let breaks = stream::once(async {
-        // The server sends what it has before it waits.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // The server writes its buffer to the socket whenever the body has nothing ready.
+        tokio::task::yield_now().await;
         Err(std::io::Error::other("broken"))
     });
     let body = Body::from_stream(sent.chain(breaks));
