@@ -644,20 +644,21 @@ fn selectors_and_platforms_select_nodes() {
     assert_eq!(cluster.reason("tool"), "NoNodes");
 }
 
+/// Returns the resolution of `r.io/tool:v1` to an index for one platform.
+fn index_for(platform: &str) -> ReferenceResolution {
+    ReferenceResolution::Known(ResolvedArtifact {
+        reference: "r.io/tool:v1".to_owned(),
+        digest: Digest::of(b"index"),
+        platforms: vec![platform.parse().expect("a platform")],
+        bytes: None,
+        origin: AnswerOrigin::default(),
+    })
+}
+
 #[test]
 fn a_missing_platform_is_reported_before_any_node_starts() {
     let mut cluster = cluster(2);
-    let reference = "r.io/tool:v1".to_owned();
-    let platforms = vec!["linux/arm64".parse().expect("a platform")];
-    let origin = AnswerOrigin::default();
-    let known = ResolvedArtifact {
-        reference,
-        digest: Digest::of(b"index"),
-        platforms,
-        bytes: None,
-        origin,
-    };
-    cluster.answer("tool", ReferenceResolution::Known(known));
+    cluster.answer("tool", index_for("linux/arm64"));
     cluster.settle();
     assert_eq!(cluster.status("tool").failed_nodes[0].reason, "PlatformMissing");
     assert_eq!(cluster.reason("tool"), "NodesFailed");
@@ -1184,7 +1185,7 @@ fn a_tag_that_has_moved_is_not_taken_back_to_an_older_answer() {
     cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
     cluster.resolve("tool");
     cluster.settle();
-    // With other secrets, the tag resolves to another digest.
+    // The tag resolves to another digest with other secrets.
     cluster.apply("tool", |spec| {
         spec.reference = "r.io/tool:v1".to_owned();
         spec.pull_secrets = vec!["robot".into()];
@@ -1331,17 +1332,7 @@ fn nodes_that_are_away_are_tolerated_up_to_a_number() {
 #[test]
 fn an_index_without_a_required_platform_is_never_ready() {
     let mut cluster = cluster(1);
-    let reference = "r.io/tool:v1".to_owned();
-    let platforms = vec!["linux/amd64".parse().expect("a platform")];
-    let origin = AnswerOrigin::default();
-    let known = ResolvedArtifact {
-        reference,
-        digest: Digest::of(b"index"),
-        platforms,
-        bytes: None,
-        origin,
-    };
-    cluster.answer("tool", ReferenceResolution::Known(known));
+    cluster.answer("tool", index_for("linux/amd64"));
     cluster.run_until_done();
     assert_eq!(cluster.reason("tool"), "Ready");
     let platforms = vec!["linux/amd64".into(), "linux/arm64".into()];
