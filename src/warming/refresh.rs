@@ -54,7 +54,7 @@ pub(super) async fn refresh(
     let recorded = recorded(content, reference, platform).await;
     let mut outcome = RefreshOutcome::default();
     if reference.digest().is_some() || recorded.is_some() {
-        // With `follow_tag`, the recorded manifest is about to be replaced and not fetched once more.
+        // `follow_tag` resolves the tag below, so a missing recorded manifest is not fetched first.
         let fetches = reference.digest().is_some() || !follow_tag;
         let policy = if fetches { PullPolicy::IfNotPresent } else { PullPolicy::Never };
         let wanted = node_want(content, reference, platform, policy).await;

@@ -50,7 +50,7 @@ pub(super) struct TreeAssembler {
     pub(super) computations: Computations,
     pub(super) background: Background,
     pub(super) observer: Arc<dyn Observer>,
-    // Of one repository each: what fails for one is no news for another.
+    // A flight serves one repository, so that its failure is not reported to pods of another one.
     pub(super) flights: Flights<(Repository, TreeKey), Tree>,
     pub(super) sponsors: SponsorsByTree,
     /// Held while a tree is built.

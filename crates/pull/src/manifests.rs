@@ -47,7 +47,7 @@ impl ManifestFetcher {
             return Ok(known);
         }
         let (limits, credential) = (self.limits.manifest(), &with.credential);
-        // Of each document what the next one is asked for with, and no more: its room is another's.
+        // The block drops each document before the next one is requested, which needs the memory.
         let (top, answered_by, mut choice) = {
             let top = self.origins.registry.manifest(repository, &name, credential).await?;
             let document = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;

@@ -88,7 +88,7 @@ pub(super) struct LayerStore {
     pub(super) unpackers: Unpackers,
     pub(super) reader: Arc<ContentReader>,
     pub(super) background: Background,
-    // Of one repository each: what fails for one is no news for another.
+    // A flight serves one repository, so that its failure is not reported to pods of another one.
     pub(super) files: Flights<(Repository, FileWant), StoredFile>,
     pub(super) layers: Flights<(Repository, LayerKey), ReadyLayer>,
     /// Held while what was made of a blob gets its name.

@@ -576,7 +576,7 @@ impl ContentReader {
         let Some(bytes) = self.store.documents().get(manifest)? else {
             return Err(ComparisonError::Tree(format!("{manifest} is not here")));
         };
-        // What was accepted once is compared whatever the limits are now.
+        // Compares an accepted artifact under any later limits.
         let limits = Limits::largest();
         let parsed = Manifest::parse(&bytes, None, limits.manifest()).map_err(PullError::from)?;
         let Manifest::Image(image) = parsed else {

@@ -361,7 +361,7 @@ impl SweptRecords for AccessFolder {
         let mut swept = 0;
         for place in names(&access)? {
             let place = access.join(place);
-            // What is behind a link is not the store's.
+            // The store makes no symbolic links here: the target of one is foreign.
             if !place.is_symlink() {
                 swept += self.sweep_place(&place, &origins, sweep)?;
             }

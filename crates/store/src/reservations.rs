@@ -72,7 +72,7 @@ impl SpaceReservations {
         // A claim that fits does not wait for the evictions of others.
         if self.try_claim(claims, written)?.is_some() {
             let turn = self.collector.collecting();
-            // What an earlier try has left of these blobs is no room for them.
+            // Evicting partial downloads of the same blobs would free nothing: they are continued.
             let own: HashSet<_> = claims.iter().map(|claim| claim.blob).collect();
             while let Some((shortage, goal)) = self.try_claim(claims, written)? {
                 let shortage = self.collector.explain(shortage, &own, &turn)?;

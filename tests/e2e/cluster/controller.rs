@@ -44,7 +44,7 @@ impl Controller {
         let pod = deployment.spec.and_then(|spec| spec.template.spec).expect("a pod");
         let container = pod.containers[0].clone();
         let api = ApiServer::new();
-        // With TLS, a certificate of the cluster's authority, and the pod's token.
+        // The server needs TLS with a certificate of the cluster's authority, and accepts the pod's token.
         let folder = machine.path("/api");
         let authority = Authority::new(&folder);
         let (certificate, key) = authority.issue("server", &["127.0.0.1"]);

@@ -1,6 +1,6 @@
 //! Keyrings: match credentials with repositories by the rules of the kubelet.
 //!
-//! From `pkg/credentialprovider/keyring.go`: a key is `host[:port][/path]`, without its scheme and
+//! The rules are those of `pkg/credentialprovider/keyring.go`: a key is `host[:port][/path]`, without its scheme and
 //! a leading `/v1/` or `/v2/`. It matches a repository if the ports are equal as texts (none equals
 //! none), the hosts have the same number of dot-separated parts and each part matches as a glob,
 //! and the path of the key is a plain prefix of the repository's. Keys are tried in reverse lexical

@@ -25,7 +25,7 @@ pub(super) enum MirrorHealth {
     Healthy,
     /// Used only if the registry itself fails.
     LastResort,
-    /// Unused for now.
+    /// Skipped, since it failed for the blob within the last minute.
     Unusable,
 }
 

@@ -102,7 +102,7 @@ impl Entries {
         if magic != MAGIC {
             return Err(damaged(&path, "it is not an index"));
         }
-        // What was accepted once is read again whatever the limits are now: merging compares them.
+        // Reads an accepted index under any later limits; merging compares with the current ones.
         let limits = Limits { depth: 1024, ..Limits::default() };
         let next = MAGIC.len() as u64;
         Ok(Self { path, reader, limits, record: Vec::new(), offset: 0, next })
@@ -326,7 +326,7 @@ mod tests {
         let mut writer = store.layers().write(Digest::of(b"layer")).expect("a layer");
         let path = |text: String| RelativePath::parse(text.as_bytes(), &Limits::default());
         let entry = |number: usize| {
-            // From a few bytes to more than is read at once.
+            // Values are empty, within one read, or longer than one read.
             let value = vec![b'v'; (number % 7) * (WINDOW / 2)];
             let attribute = ((*b"user.a").into(), value.into());
             let metadata = Metadata {

@@ -68,7 +68,7 @@ struct Made {
 impl LayerWriter {
     /// Starts a layer that is unpacked from a blob.
     pub(super) fn begin(directory: &StateDirectory, blob: Digest) -> Result<Self, StoreError> {
-        // Of many small layers these are most of what they take.
+        // Directories and the index are most of the disk space of a small layer.
         directory.meter.makes(INODES_OF_A_LAYER)?;
         let staging = directory.stage()?;
         let data = staging.path().join("data");
