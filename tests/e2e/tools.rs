@@ -9,7 +9,7 @@ use std::{
 use crate::support::{
     FakeRegistry, Image, Layer, Manifest, Oras, Port, Proxy, Sandbox, Tar, Tree,
     enter_network_namespace, mount_with_shifted_owners, mounts_at, private_registry, registry,
-    umoci_unpack, unique, wait_until,
+    stop_listening, umoci_unpack, unique, wait_until,
 };
 
 #[test]
@@ -92,7 +92,7 @@ fn a_held_port_is_given_to_no_other_and_refuses_connections() {
     assert_refused();
     let server = TcpListener::bind(port.address()).expect("a server listens there");
     TcpStream::connect(port.address()).expect("it listens");
-    drop(server);
+    stop_listening(server);
     assert_refused();
 }
 

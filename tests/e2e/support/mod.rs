@@ -43,7 +43,7 @@ pub use kubelet::{Kubelet, Pod, Volume, capability};
 pub use leases::HostileLeases;
 pub use nginx::Nginx;
 pub use node::{Node, SmallArtifact, configuration_head, small_artifact};
-pub use port::Port;
+pub use port::{Port, stop_listening};
 pub use process_memory::{PeakMemory, anonymous_bytes};
 pub use proxy::{ForwardedRequest, Gate, Proxy};
 pub use push::{

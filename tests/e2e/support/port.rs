@@ -1,6 +1,9 @@
 //! Ports of the loopback that stay reserved for a test.
 
-use std::net::SocketAddr;
+use std::{
+    net::{Shutdown, SocketAddr, TcpStream},
+    os::fd::OwnedFd,
+};
 
 use tokio::net::TcpSocket;
 
@@ -28,4 +31,11 @@ impl Port {
     pub fn address(&self) -> SocketAddr {
         self.address
     }
+}
+
+/// Ends a listening socket, also where a process that another thread has just forked still holds a copy of it.
+#[track_caller]
+pub fn stop_listening(listener: impl Into<OwnedFd>) {
+    // The standard library shuts down streams only; to the system call a socket is a socket.
+    TcpStream::from(listener.into()).shutdown(Shutdown::Both).expect("a listening socket");
 }

@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    os::fd::AsFd as _,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -18,7 +19,7 @@ use axum::{
 use futures_util::{Stream, StreamExt as _, stream};
 use tokio::sync::watch;
 
-use super::{Port, Registry};
+use super::{Port, Registry, stop_listening};
 
 /// A request that was forwarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,11 +86,13 @@ impl Server {
         let thread = std::thread::spawn(move || {
             super::block_on(async {
                 let listener = listen(address).await;
+                let copy = listener.as_fd().try_clone_to_owned().expect("a copy of the socket");
                 let _ = sender.send(listener.local_addr().expect("an address"));
                 tokio::select! {
                     result = axum::serve(listener, router) => result.expect("the server"),
                     _ = stopped.wait_for(|stopped| *stopped) => {}
                 }
+                stop_listening(copy);
             });
             // The runtime is dropped here, and every connection with it.
         });
