@@ -8,7 +8,7 @@
 use std::io::{self, BufRead};
 
 use unpack::Checksum;
-use unpack::archive::{FileHeader, Sink, StoredFile, unpack};
+use unpack::archive::{FileHeader, Sink, StoredContent, unpack};
 use unpack::layer_rule::ArchiveRule;
 use unpack::merge::Merger;
 use unpack::{Entry, Limits, PermissionsRule, Selection};
@@ -18,10 +18,10 @@ use libfuzzer_sys::fuzz_target;
 struct Entries(Vec<Entry>);
 
 impl Sink for Entries {
-    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
+    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredContent> {
         let read = io::copy(content, &mut io::sink())?;
         assert_eq!(read, header.size, "a short content must be an error");
-        Ok(StoredFile { data: 0, checksum: Checksum::of(b"") })
+        Ok(StoredContent { data: 0, checksum: Checksum::of(b"") })
     }
 
     fn entry(&mut self, entry: Entry) -> io::Result<()> {

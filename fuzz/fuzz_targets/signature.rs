@@ -4,7 +4,7 @@
 
 use oci::Digest;
 use oci::signature::{
-    Found, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
+    FoundSignature, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -23,8 +23,8 @@ fuzz_target!(|input: (&[u8], &str)| {
         keys: [NamedKey { name: "key".to_owned(), key }].into(),
     };
     let found = [
-        Found::Bundle(bytes.to_vec()),
-        Found::Simple { payload: bytes.to_vec(), signature: signature.to_owned() },
+        FoundSignature::Bundle(bytes.to_vec()),
+        FoundSignature::Simple { payload: bytes.to_vec(), signature: signature.to_owned() },
     ];
     assert!(demand.judge(&found, &[Digest::of(bytes)]).is_err());
 });

@@ -14,10 +14,10 @@ use oci::manifest::{Descriptor, ImageManifest};
 use oci::{Digest, Repository};
 use pull::PullError;
 use store::files::starts_executable;
-use unpack::archive::{FileHeader, Sink, StoredFile, unpack};
+use unpack::archive::{FileHeader, Sink, StoredContent, unpack};
 use unpack::layer_rule::{ArchiveRule, LayerRule, classify};
 use unpack::merge::Merger;
-use unpack::plan::{PlannedKind, Source};
+use unpack::plan::{FileSource, PlannedKind};
 use unpack::{
     Checksum, Entry, Limits, Permissions, PermissionsRule, Selection, UnpackError, UnpackMode,
 };
@@ -44,10 +44,14 @@ struct NameRecorder {
 }
 
 impl Sink for NameRecorder {
-    fn file(&mut self, header: &FileHeader, _content: &mut dyn BufRead) -> io::Result<StoredFile> {
+    fn file(
+        &mut self,
+        header: &FileHeader,
+        _content: &mut dyn BufRead,
+    ) -> io::Result<StoredContent> {
         let data = u32::try_from(self.modes.len()).map_err(io::Error::other)?;
         self.modes.push(header.metadata.permissions.mode);
-        Ok(StoredFile { data, checksum: Checksum::of(b"") })
+        Ok(StoredContent { data, checksum: Checksum::of(b"") })
     }
 
     fn entry(&mut self, entry: Entry) -> io::Result<()> {
@@ -111,7 +115,7 @@ impl ArtifactChecker {
                     }
                     let layer = u32::try_from(layer).unwrap_or(u32::MAX);
                     for (data, mode) in (0..).zip(names.modes) {
-                        modes.insert(Source::Archive { layer, data }, mode);
+                        modes.insert(FileSource::Archive { layer, data }, mode);
                     }
                 }
             }
@@ -131,8 +135,10 @@ impl ArtifactChecker {
                 && let Some(file) = plan.files.get(number as usize)
             {
                 let mode = match plan.source(number) {
-                    Source::Blob { permissions, .. } => permissions.mode,
-                    archive @ Source::Archive { .. } => modes.get(&archive).copied().unwrap_or(0),
+                    FileSource::Blob { permissions, .. } => permissions.mode,
+                    archive @ FileSource::Archive { .. } => {
+                        modes.get(&archive).copied().unwrap_or(0)
+                    }
                 };
                 let executable = mode & 0o111 != 0;
                 files.push(FileReport { path: path.clone(), size: file.size, executable });

@@ -6,7 +6,7 @@
 use super::error::PullError;
 use super::want::Want;
 use oci::Repository;
-use oci::credentials::providers::{NodeCredentials, Owner, Source};
+use oci::credentials::providers::{CredentialOwner, CredentialSource, NodeCredentials};
 use oci::credentials::{Credential, WorkloadIdentity};
 use store::access::proofs::Principal;
 
@@ -15,7 +15,7 @@ use store::access::proofs::Principal;
 pub(super) struct Candidate {
     /// The principal of a proof with this credential.
     pub(super) principal: Principal,
-    source: Source,
+    source: CredentialSource,
 }
 
 /// A credential, and the principal that a proof with it is for.
@@ -43,16 +43,16 @@ impl Candidates {
         for credential in want.keyring.matching(repository) {
             let material = credential.principal_material();
             let principal = Principal::credential(node_key, repository.host(), &material);
-            all.push(Candidate { principal, source: Source::Ready(credential) });
+            all.push(Candidate { principal, source: CredentialSource::Ready(credential) });
         }
         for offer in node.offers(repository) {
             let principal = match (offer.owner, &want.identity) {
                 (
-                    Owner::ServiceAccount,
+                    CredentialOwner::ServiceAccount,
                     Some(WorkloadIdentity { namespace, service_account, .. }),
                 ) => Principal::service_account(node_key, namespace, service_account),
                 // Without an identity a plugin gets no token: what it gives, it gives to any pod.
-                (Owner::Node | Owner::ServiceAccount, _) => Principal::node(),
+                (CredentialOwner::Node | CredentialOwner::ServiceAccount, _) => Principal::node(),
             };
             all.push(Candidate { principal, source: offer.source });
         }
@@ -88,7 +88,7 @@ impl Candidates {
     pub(super) fn anonymous() -> Candidate {
         Candidate {
             principal: Principal::anonymous(),
-            source: Source::Ready(Credential::Anonymous),
+            source: CredentialSource::Ready(Credential::Anonymous),
         }
     }
 

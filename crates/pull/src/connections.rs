@@ -201,7 +201,7 @@ impl Connections<'_> {
             let Err(Failure::Wrong(error)) = done else { return done };
             // What was here from an earlier try, or came from the registry, is no fault of theirs.
             if self.state().mirrored {
-                self.wire.registry.distrust_mirrors(&self.source.repository, self.blob.digest);
+                self.wire.registry.record_wrong_content(&self.source.repository, self.blob.digest);
             }
             if self.would_discard_others_bytes() {
                 return Err(Failure::CannotContinue(error));
@@ -385,7 +385,11 @@ impl Connections<'_> {
                 || self.span(number).start - start < WORTH_A_MIRROR;
             if broken.passed_by {
                 tracing::info!(%mirror, blob = %self.blob.digest, "a mirror broke off: the others are asked");
-                self.wire.registry.pass_by(&self.source.repository, self.blob.digest, &mirror);
+                self.wire.registry.record_mirror_failure(
+                    &self.source.repository,
+                    self.blob.digest,
+                    &mirror,
+                );
             }
         }
         ended

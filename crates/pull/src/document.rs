@@ -10,7 +10,7 @@ use super::error::PullError;
 use super::rate::Rate;
 use super::wire::WireOptions;
 use oci::credentials::Credential;
-use oci::registry::{AnsweredBy, BlobBody, Held, Registry, RegistryError};
+use oci::registry::{AnsweredBy, BlobBody, DocumentReservation, Registry, RegistryError};
 use oci::{Digest, Repository};
 
 /// Bytes a second that a document has time for, beside the time that any has. It takes room in memory
@@ -26,7 +26,7 @@ pub(super) struct Document {
     pub(super) bytes: Bytes,
     /// The source that sent them.
     pub(super) answered_by: AnsweredBy,
-    _held: Option<Held>,
+    _held: Option<DocumentReservation>,
 }
 
 /// Fetches a blob whose size is within a limit. The mirrors that are of no use for it are passed by.
@@ -38,7 +38,7 @@ pub(super) async fn fetch(
     credential: &Credential,
 ) -> Result<Document, PullError> {
     let SizedBlob { digest, size } = blob;
-    let held = registry.hold(repository, size).await;
+    let held = registry.reserve_memory(repository, size).await;
     let waited = ANY + Duration::from_secs(size / LEAST);
     let too_slow = |waited| {
         let what = format!("blob {digest} of {repository}");
@@ -81,7 +81,7 @@ pub(super) async fn fetch(
             (Ok(read), _) => break read,
             // Which ends with the registry itself.
             (Err(_), Some(mirror)) => {
-                registry.pass_by(repository, digest, &mirror);
+                registry.record_mirror_failure(repository, digest, &mirror);
                 useless.push(mirror);
             }
             (Err(error), None) => return Err(error),

@@ -7,7 +7,7 @@ use oci::Digest;
 use oci::credentials::providers::ProviderError;
 use oci::manifest::ManifestError;
 use oci::registry::RegistryError;
-use oci::signature::Flaw;
+use oci::signature::SignatureFlaw;
 use store::StoreError;
 use unpack::UnpackError;
 
@@ -27,7 +27,7 @@ pub enum PullError {
     #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
     Signature {
         /// The closest signature's flaw; `None` means that there is no signature.
-        flaw: Option<Flaw>,
+        flaw: Option<SignatureFlaw>,
         /// Names of the keys that would do.
         keys: String,
     },
@@ -158,7 +158,7 @@ impl PullError {
     }
 }
 
-fn found(flaw: Option<Flaw>) -> String {
+fn found(flaw: Option<SignatureFlaw>) -> String {
     match flaw {
         Some(flaw) => format!("it is not signed as the node's policy demands: {flaw}"),
         None => "it is not signed, and the node's policy demands a signature".to_owned(),

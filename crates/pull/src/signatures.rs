@@ -21,7 +21,9 @@ use super::{SizedBlob, blocking};
 use oci::credentials::Credential;
 use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits, SIGNATURE_ANNOTATION};
 use oci::registry::{ManifestName, Registry, RegistryError};
-use oci::signature::{Found, SignatureDemand, SignatureFormat, SignatureMode, bundle, simple};
+use oci::signature::{
+    FoundSignature, SignatureDemand, SignatureFormat, SignatureMode, bundle, simple,
+};
 use oci::{Digest, Repository};
 use store::Store;
 
@@ -117,7 +119,7 @@ impl Finder<'_> {
         subject: Digest,
         format: SignatureFormat,
         credential: &Credential,
-    ) -> Result<Vec<Found>, PullError> {
+    ) -> Result<Vec<FoundSignature>, PullError> {
         let mut found = Vec::new();
         if format != SignatureFormat::Bundle {
             self.find_simple(repository, subject, credential, &mut found).await?;
@@ -133,7 +135,7 @@ impl Finder<'_> {
         repository: &Repository,
         subject: Digest,
         credential: &Credential,
-        found: &mut Vec<Found>,
+        found: &mut Vec<FoundSignature>,
     ) -> Result<(), PullError> {
         let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
         let Some(manifest) = self.signature_manifest(repository, &name, credential).await? else {
@@ -145,7 +147,7 @@ impl Finder<'_> {
                 continue;
             };
             if let Some(payload) = self.signature_blob(repository, layer, credential).await? {
-                found.push(Found::Simple { payload, signature: signature.clone() });
+                found.push(FoundSignature::Simple { payload, signature: signature.clone() });
             }
         }
         Ok(())
@@ -156,7 +158,7 @@ impl Finder<'_> {
         repository: &Repository,
         subject: Digest,
         credential: &Credential,
-        found: &mut Vec<Found>,
+        found: &mut Vec<FoundSignature>,
     ) -> Result<(), PullError> {
         for descriptor in self.referrers(repository, subject, credential).await? {
             let name = ManifestName::Digest(descriptor.digest);
@@ -168,7 +170,7 @@ impl Finder<'_> {
                 manifest.layers.iter().filter(|layer| layer.media_type == bundle::MEDIA_TYPE);
             for layer in layers.take(1) {
                 if let Some(bytes) = self.signature_blob(repository, layer, credential).await? {
-                    found.push(Found::Bundle(bytes));
+                    found.push(FoundSignature::Bundle(bytes));
                 }
             }
         }
@@ -289,7 +291,9 @@ mod tests {
         let find =
             |format| finder.find(reference.repository(), subject, format, &Credential::Anonymous);
         let found = find(SignatureFormat::Any).await.expect("signatures");
-        let [Found::Simple { payload, signature }, Found::Bundle(bundle)] = &found[..] else {
+        let [FoundSignature::Simple { payload, signature }, FoundSignature::Bundle(bundle)] =
+            &found[..]
+        else {
             panic!("{found:?}")
         };
         assert_eq!(

@@ -30,7 +30,8 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 pub trait Sink {
     /// Stores the content of a regular file and gives it a number. Unread content is skipped. The
     /// entry follows by [`Sink::entry`].
-    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile>;
+    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead)
+    -> io::Result<StoredContent>;
 
     /// Records an entry.
     fn entry(&mut self, entry: Entry) -> io::Result<()>;
@@ -49,7 +50,7 @@ pub struct FileHeader {
 
 /// Result of storing a file in a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StoredFile {
+pub struct StoredContent {
     /// Number that the sink gave to the content.
     pub data: u32,
     /// Checksum of the content.
@@ -254,7 +255,7 @@ fn store(
     if let Some(failure) = tar.failure() {
         return Err(failure);
     }
-    let StoredFile { data, checksum } = stored.map_err(UnpackError::Store)?;
+    let StoredContent { data, checksum } = stored.map_err(UnpackError::Store)?;
     let FileHeader { path, metadata, size } = header;
     Ok(Entry { path, kind: EntryKind::File { size, data, checksum }, metadata })
 }

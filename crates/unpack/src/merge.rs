@@ -31,8 +31,8 @@ use super::limits::Limits;
 use super::path::RelativePath;
 use super::permissions::Permissions;
 pub use super::plan::{
-    EntryReader, NoEntries, PlannedFile, PlannedKind, PlannedLeaf, PlannedNode, Source, TreePlan,
-    TreeTotals,
+    EntryReader, FileSource, NoEntries, PlannedFile, PlannedKind, PlannedLeaf, PlannedNode,
+    TreePlan, TreeTotals,
 };
 use super::plan::{LinkSource, OF_A_BLOB};
 use super::selection::Selection;

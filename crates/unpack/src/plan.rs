@@ -97,7 +97,7 @@ pub(super) const OF_A_BLOB: u32 = u32::MAX;
 
 /// Place of the content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum FileSource {
     /// A file of an unpacked layer.
     Archive {
         /// Index of the layer in the manifest.
@@ -169,13 +169,13 @@ impl TreePlan {
 
     /// Returns the place of a file's content.
     #[must_use]
-    pub fn source(&self, file: u32) -> Source {
+    pub fn source(&self, file: u32) -> FileSource {
         let PlannedFile { layer, data, .. } = self.files[file as usize];
         if layer != OF_A_BLOB {
-            return Source::Archive { layer, data };
+            return FileSource::Archive { layer, data };
         }
         let (digest, permissions) = self.blobs[data as usize];
-        Source::Blob { digest, permissions }
+        FileSource::Blob { digest, permissions }
     }
 
     /// Returns the bytes of memory that the plan takes.

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, Write};
 
 use tar::Header;
 
-use super::archive::{FileHeader, Sink, StoredFile, Totals, record, unpack};
+use super::archive::{FileHeader, Sink, StoredContent, Totals, record, unpack};
 use super::entry::{Entry, EntryKind};
 use super::error::UnpackError;
 use super::layer_rule::ArchiveRule;
@@ -125,11 +125,15 @@ pub(crate) struct Memory {
 }
 
 impl Sink for Memory {
-    fn file(&mut self, header: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
+    fn file(
+        &mut self,
+        header: &FileHeader,
+        content: &mut dyn BufRead,
+    ) -> io::Result<StoredContent> {
         let mut bytes = Vec::new();
         content.read_to_end(&mut bytes)?;
         assert_eq!(bytes.len() as u64, header.size, "content of another length must be an error");
-        let stored = StoredFile {
+        let stored = StoredContent {
             data: u32::try_from(self.contents.len()).unwrap(),
             checksum: Checksum::of(&bytes),
         };

@@ -44,7 +44,7 @@ struct DocumentPool {
 
 /// Memory reservation for one document, while it is fetched and read.
 #[derive(Debug)]
-pub struct Held {
+pub struct DocumentReservation {
     _of_host: OwnedSemaphorePermit,
     _of_all: OwnedSemaphorePermit,
 }
@@ -58,7 +58,7 @@ impl Default for DocumentMemory {
 impl DocumentMemory {
     /// Waits for memory for a document of a registry; `None` when the driver ends. A request for
     /// more than the share of a registry reserves all of the share.
-    pub(super) async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
+    pub(super) async fn hold(&self, host: &str, bytes: u64) -> Option<DocumentReservation> {
         let pool = if bytes <= SMALL { &self.small } else { &self.large };
         pool.hold(host, bytes).await
     }
@@ -70,11 +70,11 @@ impl DocumentPool {
         Self { all, bytes_of_host: bytes.of_host, hosts: Mutex::default() }
     }
 
-    async fn hold(&self, host: &str, bytes: u64) -> Option<Held> {
+    async fn hold(&self, host: &str, bytes: u64) -> Option<DocumentReservation> {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, self.bytes_of_host);
         let of_host = self.of_host(host).acquire_many_owned(bytes).await.ok()?;
         let of_all = Arc::clone(&self.all).acquire_many_owned(bytes).await.ok()?;
-        Some(Held { _of_host: of_host, _of_all: of_all })
+        Some(DocumentReservation { _of_host: of_host, _of_all: of_all })
     }
 
     fn of_host(&self, host: &str) -> Arc<Semaphore> {

@@ -81,7 +81,7 @@ use tokio::time::Instant;
 pub use address::{AddressRules, Loopback};
 pub use answered_by::AnsweredBy;
 pub use blob::BlobBody;
-pub use documents::Held;
+pub use documents::DocumentReservation;
 pub use endpoint::other_spellings;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
@@ -152,7 +152,7 @@ pub struct FetchedManifest {
     /// Source of the response.
     pub answered_by: AnsweredBy,
     /// Reservation of memory. A task that holds one must not wait for another.
-    _held: Option<Arc<Held>>,
+    _held: Option<Arc<DocumentReservation>>,
 }
 
 /// A digest that a tag resolves to.
@@ -315,7 +315,9 @@ impl Registry {
                 // `Content-Length` is the encoded length, not the decoded one.
                 let announced = answer.response.content_length().filter(|_| !answer.is_encoded());
                 most = if announced.is_some() { limit } else { most };
-                held = self.hold(request.repository, announced.unwrap_or(most).min(limit)).await;
+                held = self
+                    .reserve_memory(request.repository, announced.unwrap_or(most).min(limit))
+                    .await;
             }
             let bytes = match timeout.run(answer.document(&request.what, most)).await {
                 Ok(bytes) => bytes,
@@ -324,7 +326,7 @@ impl Registry {
                 // and sends the request again.
                 Err(RegistryError::TooLarge { .. }) if most < limit => {
                     drop(held.take());
-                    (held, most) = (self.hold(request.repository, limit).await, limit);
+                    (held, most) = (self.reserve_memory(request.repository, limit).await, limit);
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -543,18 +545,22 @@ impl Registry {
 
     /// Waits for a reservation of memory for a document, to be kept as long as the document; `None`
     /// when the driver ends. A task that holds one must not wait for another, nor fetch a manifest.
-    pub async fn hold(&self, repository: &Repository, bytes: u64) -> Option<Held> {
+    pub async fn reserve_memory(
+        &self,
+        repository: &Repository,
+        bytes: u64,
+    ) -> Option<DocumentReservation> {
         self.documents.hold(repository.host(), bytes).await
     }
 
     /// Records that mirrors of this registry sent wrong content for a blob. For a while the blob is
     /// requested from the registry itself first.
-    pub fn distrust_mirrors(&self, repository: &Repository, blob: Digest) {
+    pub fn record_wrong_content(&self, repository: &Repository, blob: Digest) {
         self.mirror_health.record_failure(repository.host(), blob, None);
     }
 
     /// Records that a mirror failed while it sent a blob. For a while other hosts are preferred.
-    pub fn pass_by(&self, repository: &Repository, blob: Digest, mirror: &Arc<str>) {
+    pub fn record_mirror_failure(&self, repository: &Repository, blob: Digest, mirror: &Arc<str>) {
         self.mirror_health.record_failure(repository.host(), blob, Some(mirror));
     }
 

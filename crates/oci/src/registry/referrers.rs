@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::Registry;
-use super::documents::{Held, SMALL};
+use super::documents::{DocumentReservation, SMALL};
 use super::endpoint::RegistryEndpoint;
 use super::error::RegistryError;
 use super::exchange_timeout::ExchangeTimeout;
@@ -25,7 +25,7 @@ pub struct Referrers {
     /// Bodies of the pages, in order.
     pub pages: Vec<Bytes>,
     /// Reservation of memory. A task that holds one must not wait for another.
-    _held: Option<Held>,
+    _held: Option<DocumentReservation>,
 }
 
 impl Registry {
@@ -79,7 +79,7 @@ impl Registry {
             // The list is larger than the small pool allows. A task must not wait for a reservation
             // while it holds one, so this drops it and sends the request again.
             drop(held.take());
-            (held, most) = (self.hold(request.repository, limit).await, limit);
+            (held, most) = (self.reserve_memory(request.repository, limit).await, limit);
         }
     }
 
@@ -90,7 +90,7 @@ impl Registry {
         request: &RegistryRequest<'_>,
         endpoint: &RegistryEndpoint,
         timeout: &mut ExchangeTimeout<'_>,
-        held: &mut Option<Held>,
+        held: &mut Option<DocumentReservation>,
         mut left: u64,
     ) -> Result<Option<Vec<Bytes>>, RegistryError> {
         let limit = self.options.manifest_bytes_limit;
@@ -100,7 +100,8 @@ impl Registry {
             let is_whole = next.is_none() && !answer.is_encoded();
             let announced = answer.response.content_length().filter(|_| is_whole);
             left = if announced.is_some() { limit } else { left };
-            *held = self.hold(request.repository, announced.unwrap_or(left).min(limit)).await;
+            *held =
+                self.reserve_memory(request.repository, announced.unwrap_or(left).min(limit)).await;
         }
         let may_have_more = left < limit;
         let mut pages = Vec::new();

@@ -495,7 +495,10 @@ async fn unannounced(size: usize) -> Server {
 async fn an_ordinary_manifest_does_not_wait_for_large_documents() {
     let registry = registry();
     let (slow, other) = (repository("slow.io/a"), repository("slow.io:444/a"));
-    let _held = (registry.hold(&slow, 16 << 20).await, registry.hold(&other, 8 << 20).await);
+    let _held = (
+        registry.reserve_memory(&slow, 16 << 20).await,
+        registry.reserve_memory(&other, 8 << 20).await,
+    );
     for server in [Server::start(|_, _| ok(MANIFEST)).await, unannounced(20_000).await] {
         registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
         assert_eq!(server.seen().len(), 1);
@@ -514,7 +517,10 @@ async fn a_large_manifest_waits_for_memory_without_timeout() {
     let announced = Server::start(|_, _| ok(vec![b' '; 1 << 20])).await;
     for (server, requests) in [(announced, 1), (unannounced(1 << 20).await, 2)] {
         let (slow, other) = (repository("slow.io/a"), repository("slow.io:444/a"));
-        let held = (registry.hold(&slow, 16 << 20).await, registry.hold(&other, 8 << 20).await);
+        let held = (
+            registry.reserve_memory(&slow, 16 << 20).await,
+            registry.reserve_memory(&other, 8 << 20).await,
+        );
         let (asked, name) = (server.repository(), tag());
         let mut fetched = Box::pin(registry.manifest(&asked, &name, &Credential::Anonymous));
         let waited = tokio::time::timeout(Duration::from_secs(1), &mut fetched).await;
@@ -1286,10 +1292,10 @@ async fn a_failed_mirror_is_avoided_unless_its_registry_fails() {
     let (text, sender) = ask(&of_first).await.unwrap();
     let sender = sender.expect("a mirror");
     assert_eq!((text.as_str(), &*sender), ("mirror", mirror.address.to_string().as_str()));
-    registry.pass_by(&of_first, digest, &sender);
+    registry.record_mirror_failure(&of_first, digest, &sender);
     assert_eq!(ask(&of_first).await, Ok(("first".to_owned(), None)));
     assert_eq!(ask(&of_second).await, Ok(("mirror".to_owned(), Some(sender.clone()))));
-    registry.distrust_mirrors(&of_second, digest);
+    registry.record_wrong_content(&of_second, digest);
     assert_eq!(ask(&of_second).await, Ok(("second".to_owned(), None)));
     drop((first, second));
     tokio::time::pause();

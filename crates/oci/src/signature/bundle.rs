@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
-use super::{Flaw, PublicKey};
+use super::{PublicKey, SignatureFlaw};
 use crate::Digest;
 
 /// Media type of the layer, and artifact type if a registry keeps it.
@@ -56,25 +56,32 @@ struct StatementSubject {
 }
 
 /// Verifies a bundle. Returns the index of the key that signed it.
-pub fn verify(bundle: &[u8], subjects: &[Digest], keys: &[&PublicKey]) -> Result<usize, Flaw> {
-    let bundle: SigstoreBundle = serde_json::from_slice(bundle).map_err(|_| Flaw::Format)?;
-    let envelope = bundle.dsse_envelope.ok_or(Flaw::Format)?;
-    let [signature] = &envelope.signatures[..] else { return Err(Flaw::Format) };
+pub fn verify(
+    bundle: &[u8],
+    subjects: &[Digest],
+    keys: &[&PublicKey],
+) -> Result<usize, SignatureFlaw> {
+    let bundle: SigstoreBundle =
+        serde_json::from_slice(bundle).map_err(|_| SignatureFlaw::Format)?;
+    let envelope = bundle.dsse_envelope.ok_or(SignatureFlaw::Format)?;
+    let [signature] = &envelope.signatures[..] else { return Err(SignatureFlaw::Format) };
     if bundle.media_type != MEDIA_TYPE || envelope.payload_type != PAYLOAD_TYPE {
-        return Err(Flaw::Format);
+        return Err(SignatureFlaw::Format);
     }
-    let payload = STANDARD.decode(&envelope.payload).map_err(|_| Flaw::Format)?;
-    let signature = STANDARD.decode(&signature.sig).map_err(|_| Flaw::Format)?;
+    let payload = STANDARD.decode(&envelope.payload).map_err(|_| SignatureFlaw::Format)?;
+    let signature = STANDARD.decode(&signature.sig).map_err(|_| SignatureFlaw::Format)?;
     let message = encoded_for_signing(&envelope.payload_type, &payload);
     // The signature is verified before the payload is parsed.
-    let key = keys.iter().position(|key| key.verifies(&message, &signature)).ok_or(Flaw::Key)?;
-    let statement: InTotoStatement = serde_json::from_slice(&payload).map_err(|_| Flaw::Format)?;
+    let key =
+        keys.iter().position(|key| key.verifies(&message, &signature)).ok_or(SignatureFlaw::Key)?;
+    let statement: InTotoStatement =
+        serde_json::from_slice(&payload).map_err(|_| SignatureFlaw::Format)?;
     if statement.kind != STATEMENT_TYPE || statement.predicate_type != PREDICATE_TYPE {
-        return Err(Flaw::Format);
+        return Err(SignatureFlaw::Format);
     }
     let signed = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
     let names = |hex: &String| subjects.iter().any(|subject| subject.hex() == *hex);
-    if signed.into_iter().any(names) { Ok(key) } else { Err(Flaw::Subject) }
+    if signed.into_iter().any(names) { Ok(key) } else { Err(SignatureFlaw::Subject) }
 }
 
 /// Returns DSSE's pre-authentication encoding.

@@ -69,7 +69,7 @@ pub enum SignatureFormat {
 
 /// A signature found in the registry.
 #[derive(Clone, Debug)]
-pub enum Found {
+pub enum FoundSignature {
     /// A payload with the signature of its annotation.
     Simple {
         /// Signed bytes of the payload.
@@ -83,7 +83,7 @@ pub enum Found {
 
 /// Reason why a signature is not valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum Flaw {
+pub enum SignatureFlaw {
     /// An unsupported or malformed signature.
     #[error("a signature in a format that is not understood")]
     Format,
@@ -108,15 +108,19 @@ impl SignatureDemand {
     }
 
     /// Returns the name of the key that signed, or the flaw that is closest to a valid signature.
-    pub fn judge(&self, found: &[Found], subjects: &[Digest]) -> Result<&str, Option<Flaw>> {
+    pub fn judge(
+        &self,
+        found: &[FoundSignature],
+        subjects: &[Digest],
+    ) -> Result<&str, Option<SignatureFlaw>> {
         let keys: Vec<&PublicKey> = self.keys.iter().map(|named| &named.key).collect();
         let mut worst = None;
         for signature in found {
             let verified = match signature {
-                Found::Simple { payload, signature } => {
+                FoundSignature::Simple { payload, signature } => {
                     simple::verify(payload, signature, subjects, &keys)
                 }
-                Found::Bundle(bytes) => bundle::verify(bytes, subjects, &keys),
+                FoundSignature::Bundle(bytes) => bundle::verify(bytes, subjects, &keys),
             };
             match verified {
                 Ok(key) => return Ok(self.keys.get(key).map_or("", |named| &named.name)),

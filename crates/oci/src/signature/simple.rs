@@ -5,7 +5,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
-use super::{Flaw, PublicKey};
+use super::{PublicKey, SignatureFlaw};
 use crate::Digest;
 
 /// Media type of the layer.
@@ -39,14 +39,17 @@ pub fn verify(
     signature: &str,
     subjects: &[Digest],
     keys: &[&PublicKey],
-) -> Result<usize, Flaw> {
-    let signature = STANDARD.decode(signature.trim()).map_err(|_| Flaw::Format)?;
+) -> Result<usize, SignatureFlaw> {
+    let signature = STANDARD.decode(signature.trim()).map_err(|_| SignatureFlaw::Format)?;
     // The signature is verified before the payload is parsed.
-    let key = keys.iter().position(|key| key.verifies(payload, &signature)).ok_or(Flaw::Key)?;
-    let payload: SimplePayload = serde_json::from_slice(payload).map_err(|_| Flaw::Format)?;
+    let key =
+        keys.iter().position(|key| key.verifies(payload, &signature)).ok_or(SignatureFlaw::Key)?;
+    let payload: SimplePayload =
+        serde_json::from_slice(payload).map_err(|_| SignatureFlaw::Format)?;
     if payload.critical.kind != TYPE {
-        return Err(Flaw::Format);
+        return Err(SignatureFlaw::Format);
     }
-    let signed: Digest = payload.critical.image.digest.parse().map_err(|_| Flaw::Format)?;
-    if subjects.contains(&signed) { Ok(key) } else { Err(Flaw::Subject) }
+    let signed: Digest =
+        payload.critical.image.digest.parse().map_err(|_| SignatureFlaw::Format)?;
+    if subjects.contains(&signed) { Ok(key) } else { Err(SignatureFlaw::Subject) }
 }

@@ -46,8 +46,8 @@ fn payload(digest: Digest, kind: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-fn simple(pair: &EcdsaKeyPair, payload: &[u8]) -> Found {
-    Found::Simple { payload: payload.to_vec(), signature: sign(pair, payload) }
+fn simple(pair: &EcdsaKeyPair, payload: &[u8]) -> FoundSignature {
+    FoundSignature::Simple { payload: payload.to_vec(), signature: sign(pair, payload) }
 }
 
 fn bundle(pair: &EcdsaKeyPair, digest: Digest, predicate: &str) -> serde_json::Value {
@@ -83,7 +83,7 @@ fn both_formats_are_verified_and_name_the_key() {
     let demand = demand(&[other, key]);
     let subjects = [Digest::of(b"an index"), subject()];
     let simple = simple(&pair, &payload(subject(), TYPE));
-    let bundle = Found::Bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
+    let bundle = FoundSignature::Bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
     assert_eq!(demand.judge(&[simple], &subjects), Ok("key-1"));
     assert_eq!(demand.judge(&[bundle], &subjects), Ok("key-1"));
 }
@@ -92,27 +92,35 @@ fn both_formats_are_verified_and_name_the_key() {
 fn invalid_signatures_have_different_flaws() {
     let ((pair, key), (stranger, _)) = (pair(), pair());
     let demand = demand(&[key]);
-    let judge = |found: Found| demand.judge(&[found], &[subject()]).expect_err("it does not count");
+    let judge = |found: FoundSignature| {
+        demand.judge(&[found], &[subject()]).expect_err("it does not count")
+    };
     let other = Digest::of(b"another artifact");
     assert_eq!(demand.judge(&[], &[subject()]), Err(None));
-    assert_eq!(judge(simple(&stranger, &payload(subject(), TYPE))), Some(Flaw::Key));
-    assert_eq!(judge(simple(&pair, &payload(other, TYPE))), Some(Flaw::Subject));
-    assert_eq!(judge(simple(&pair, &payload(subject(), "something else"))), Some(Flaw::Format));
-    assert_eq!(judge(simple(&pair, b"no JSON")), Some(Flaw::Format));
+    assert_eq!(judge(simple(&stranger, &payload(subject(), TYPE))), Some(SignatureFlaw::Key));
+    assert_eq!(judge(simple(&pair, &payload(other, TYPE))), Some(SignatureFlaw::Subject));
+    assert_eq!(
+        judge(simple(&pair, &payload(subject(), "something else"))),
+        Some(SignatureFlaw::Format)
+    );
+    assert_eq!(judge(simple(&pair, b"no JSON")), Some(SignatureFlaw::Format));
     // The payload of one signature under another.
-    let Found::Simple { signature, .. } = simple(&pair, &payload(other, TYPE)) else { panic!() };
-    let swapped = Found::Simple { payload: payload(subject(), TYPE), signature };
-    assert_eq!(judge(swapped), Some(Flaw::Key));
-    let as_bundle = |value: serde_json::Value| Found::Bundle(value.to_string().into_bytes());
-    assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(Flaw::Key));
-    assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(Flaw::Subject));
+    let FoundSignature::Simple { signature, .. } = simple(&pair, &payload(other, TYPE)) else {
+        panic!()
+    };
+    let swapped = FoundSignature::Simple { payload: payload(subject(), TYPE), signature };
+    assert_eq!(judge(swapped), Some(SignatureFlaw::Key));
+    let as_bundle =
+        |value: serde_json::Value| FoundSignature::Bundle(value.to_string().into_bytes());
+    assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(SignatureFlaw::Key));
+    assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(SignatureFlaw::Subject));
     // An attestation by the same key has another predicate.
     let provenance = bundle(&pair, subject(), "https://slsa.dev/provenance/v1");
-    assert_eq!(judge(as_bundle(provenance)), Some(Flaw::Format));
+    assert_eq!(judge(as_bundle(provenance)), Some(SignatureFlaw::Format));
     let mut swapped = bundle(&pair, other, SIGNED);
     swapped["dsseEnvelope"]["payload"] =
         bundle(&pair, subject(), SIGNED)["dsseEnvelope"]["payload"].clone();
-    assert_eq!(judge(as_bundle(swapped)), Some(Flaw::Key));
+    assert_eq!(judge(as_bundle(swapped)), Some(SignatureFlaw::Key));
     for (pointer, value) in [
         ("/mediaType", json!("application/vnd.dev.sigstore.bundle.v0.9+json")),
         ("/dsseEnvelope", json!(null)),
@@ -122,11 +130,11 @@ fn invalid_signatures_have_different_flaws() {
     ] {
         let mut broken = bundle(&pair, subject(), SIGNED);
         *broken.pointer_mut(pointer).expect("a field") = value;
-        assert_eq!(judge(as_bundle(broken)), Some(Flaw::Format), "{pointer}");
+        assert_eq!(judge(as_bundle(broken)), Some(SignatureFlaw::Format), "{pointer}");
     }
     // The flaw closest to a valid signature is returned.
     let all = [simple(&pair, b"{}"), simple(&stranger, b"x"), simple(&pair, &payload(other, TYPE))];
-    assert_eq!(demand.judge(&all, &[subject()]), Err(Some(Flaw::Subject)));
+    assert_eq!(demand.judge(&all, &[subject()]), Err(Some(SignatureFlaw::Subject)));
 }
 
 #[test]
@@ -157,8 +165,8 @@ proptest::proptest! {
         let (_, key) = pair();
         let demand = demand(&[key]);
         let found = [
-            Found::Bundle(bytes.clone()),
-            Found::Simple { payload: bytes.clone(), signature: STANDARD.encode(&bytes) },
+            FoundSignature::Bundle(bytes.clone()),
+            FoundSignature::Simple { payload: bytes.clone(), signature: STANDARD.encode(&bytes) },
         ];
         proptest::prop_assert!(demand.judge(&found, &[subject()]).is_err());
         let _ = PublicKey::from_pem(&bytes);

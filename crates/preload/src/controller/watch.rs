@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::ControllerMetrics;
 use crate::api::{ArtifactPreload, NodeArtifacts};
-use crate::plan::facts::{ClusterState, NodeFacts, key_of, start_order};
+use crate::plan::facts::{ClusterNode, ClusterState, key_of, start_order};
 
 /// Capacity of the event queue. Further events wait in the connection.
 const QUEUE: usize = 256;
@@ -213,7 +213,7 @@ impl WatchedKind<NodeMetadata> for NodeObjects {
         let metadata = &object.metadata;
         let (Some(name), Some(uid)) = (&metadata.name, &metadata.uid) else { return false };
         let known = state.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
-        let node = NodeFacts {
+        let node = ClusterNode {
             readiness: known.and_then(|known| known.readiness),
             uid: uid.clone(),
             labels: metadata.labels.clone().unwrap_or_default(),

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::facts::{
-    AnswerOrigin, ArtifactProgress, AssignedArtifact, NodeFacts, NodeObject, NodeReport,
+    AnswerOrigin, ArtifactProgress, AssignedArtifact, ClusterNode, NodeObject, NodeReport,
     ParsedSpec, PreloadFacts, PreloadId, ReferenceResolution, RegistryAccess, ResolutionFailure,
     ResolvedArtifact, SealedVersion, Seconds, mix,
 };
@@ -26,13 +26,13 @@ const LONGEST_PAUSE: Seconds = 300;
 #[derive(Clone, Copy)]
 pub(super) struct EligibleNode<'a> {
     pub(super) name: &'a Arc<str>,
-    pub(super) facts: &'a NodeFacts,
+    pub(super) facts: &'a ClusterNode,
     pub(super) object: &'a NodeObject,
 }
 
 /// A node that may have the driver: its object is so young that the plugin may not have reported
 /// yet.
-pub(super) type AwaitedNode<'a> = (&'a Arc<str>, &'a NodeFacts);
+pub(super) type AwaitedNode<'a> = (&'a Arc<str>, &'a ClusterNode);
 
 /// Result of the assignment of one preload.
 #[derive(Debug, Default)]
@@ -397,7 +397,7 @@ fn count_awaited(preload: &PreloadFacts, awaited: &[AwaitedNode<'_>]) -> usize {
     awaited.iter().filter(|(name, node)| selects(preload, name, node)).count()
 }
 
-fn selects(preload: &PreloadFacts, name: &str, node: &NodeFacts) -> bool {
+fn selects(preload: &PreloadFacts, name: &str, node: &ClusterNode) -> bool {
     let selector = &preload.spec.selector;
     let named = selector.names.is_empty() || selector.names.iter().any(|other| other == name);
     let has = |(key, value): (&String, &String)| node.labels.get(key) == Some(value);

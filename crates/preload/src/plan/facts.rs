@@ -40,7 +40,7 @@ pub struct ClusterState {
     /// Preloads by `namespace/name`.
     pub preloads: BTreeMap<Arc<str>, PreloadFacts>,
     /// Nodes by name.
-    pub nodes: BTreeMap<Arc<str>, NodeFacts>,
+    pub nodes: BTreeMap<Arc<str>, ClusterNode>,
     /// Objects of nodes, by name.
     pub objects: HashMap<Arc<str>, NodeObject>,
     ids: HashMap<Arc<str>, PreloadId>,
@@ -183,7 +183,7 @@ pub struct ResolutionFailure {
 
 /// Facts of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeFacts {
+pub struct ClusterNode {
     /// UID of the node.
     pub uid: String,
     /// Labels of the node.

@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
 use super::facts::{
-    AnswerOrigin, ClusterState, NamespaceQuota, NodeFacts, NodeReadiness, ReferenceResolution,
+    AnswerOrigin, ClusterNode, ClusterState, NamespaceQuota, NodeReadiness, ReferenceResolution,
     RegistryAccess, ResolutionFailure, ResolvedArtifact, start_order,
 };
 use super::{PreloadPlan, plan};
@@ -55,7 +55,7 @@ impl Cluster {
 
     fn add_node(&mut self, name: &str) {
         let zone = if name.ends_with(['0', '2', '4', '6', '8']) { "a" } else { "b" };
-        let node = NodeFacts {
+        let node = ClusterNode {
             uid: format!("uid-{name}"),
             labels: BTreeMap::from([("zone".to_owned(), zone.to_owned())]),
             created: self.now,

@@ -24,7 +24,7 @@ use crate::write_meter::{WriteMeter, full};
 use oci_types::Digest;
 use sys::background::yield_to_pods;
 use sys::mount::syscalls;
-use unpack::archive::{FileHeader, Sink, StoredFile};
+use unpack::archive::{FileHeader, Sink, StoredContent};
 use unpack::checksum::Checksummer;
 use unpack::entry::Metadata;
 use unpack::{Entry, Permissions};
@@ -168,7 +168,7 @@ impl Sink for LayerWriter {
         &mut self,
         header: &FileHeader,
         content: &mut dyn BufRead,
-    ) -> std::io::Result<StoredFile> {
+    ) -> std::io::Result<StoredContent> {
         yield_to_pods();
         self.meter.makes(1).map_err(full)?;
         let (number, path) = self.next_place()?;
@@ -220,7 +220,7 @@ impl Sink for LayerWriter {
         self.staging.staged.wrote(|| path.join(&name));
         self.totals.bytes += size;
         self.totals.disk_bytes += self.units.blocks(size);
-        Ok(StoredFile { data: number, checksum: checksum.finish() })
+        Ok(StoredContent { data: number, checksum: checksum.finish() })
     }
 
     fn entry(&mut self, entry: Entry) -> std::io::Result<()> {

@@ -9,7 +9,7 @@ use crate::FileKey;
 use crate::files::StoredFile;
 use crate::layers::{IndexReader, LayerView};
 use unpack::Entry;
-use unpack::merge::{EntryReader, Source};
+use unpack::merge::{EntryReader, FileSource};
 
 /// The objects that a plan's files come from.
 #[derive(Debug, Default)]
@@ -28,12 +28,12 @@ impl Objects {
     }
 
     /// Returns the path of a planned file's content: below a folder, or by itself.
-    pub(crate) fn locate(&self, source: Source) -> Option<(BorrowedFd<'_>, PathBuf)> {
+    pub(crate) fn locate(&self, source: FileSource) -> Option<(BorrowedFd<'_>, PathBuf)> {
         match source {
-            Source::Archive { layer, data } => {
+            FileSource::Archive { layer, data } => {
                 self.layers.get(&layer).map(|layer| layer.data(data))
             }
-            Source::Blob { digest, permissions } => {
+            FileSource::Blob { digest, permissions } => {
                 let file = self.files.get(&FileKey { digest, permissions })?;
                 Some((nix::fcntl::AT_FDCWD, file.path.clone()))
             }
@@ -41,7 +41,7 @@ impl Objects {
     }
 
     /// The same as one path, good as long as these are.
-    pub(crate) fn path(&self, source: Source) -> Option<PathBuf> {
+    pub(crate) fn path(&self, source: FileSource) -> Option<PathBuf> {
         let (folder, path) = self.locate(source)?;
         // An absolute path stays what it is.
         Some(PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(path))

@@ -587,7 +587,7 @@ fn failures_of_the_reader_and_the_sink_are_neither_corrupt_nor_refused() {
     }
     struct Full;
     impl Sink for Full {
-        fn file(&mut self, _: &FileHeader, _: &mut dyn BufRead) -> io::Result<StoredFile> {
+        fn file(&mut self, _: &FileHeader, _: &mut dyn BufRead) -> io::Result<StoredContent> {
             Err(io::ErrorKind::StorageFull.into())
         }
         fn entry(&mut self, _: Entry) -> io::Result<()> {
@@ -614,9 +614,9 @@ fn failures_of_the_reader_and_the_sink_are_neither_corrupt_nor_refused() {
 fn a_sink_that_reads_only_half_loses_no_entry() {
     struct Half(Vec<String>);
     impl Sink for Half {
-        fn file(&mut self, _: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredFile> {
+        fn file(&mut self, _: &FileHeader, content: &mut dyn BufRead) -> io::Result<StoredContent> {
             content.read_exact(&mut [0; 10])?;
-            Ok(StoredFile { data: 0, checksum: Checksum::of(b"") })
+            Ok(StoredContent { data: 0, checksum: Checksum::of(b"") })
         }
         fn entry(&mut self, entry: Entry) -> io::Result<()> {
             self.0.push(entry.path.to_string());

@@ -87,8 +87,8 @@ fn lines_from(plan: &TreePlan, records: &mut dyn EntryReader) -> Vec<String> {
         let line = match (node.kind, leaf.link) {
             (PlannedKind::Directory(_), _) => format!("{text}/"),
             (PlannedKind::File(file), _) => match plan.source(file) {
-                Source::Archive { layer, data } => format!("{text}={layer}.{data}"),
-                Source::Blob { digest, .. } => format!("{text}={}", &digest.hex()[..4]),
+                FileSource::Archive { layer, data } => format!("{text}={layer}.{data}"),
+                FileSource::Blob { digest, .. } => format!("{text}={}", &digest.hex()[..4]),
             },
             (PlannedKind::SymbolicLink(_), link) => {
                 let (target, _) = link.expect("a link");
@@ -397,7 +397,7 @@ fn titles_of_one_blob_are_one_inode() {
     let plan = merger.finish().unwrap();
     assert_eq!((plan.totals.bytes, plan.totals.files), (4, 1));
     assert_eq!(plan.files[0].links, 2);
-    let source = Source::Blob { digest: Digest::of(b"blob"), permissions: READABLE };
+    let source = FileSource::Blob { digest: Digest::of(b"blob"), permissions: READABLE };
     assert_eq!(plan.source(0), source);
 }
 

@@ -20,7 +20,7 @@ const PROTOCOL_VERSIONS: [&str; 3] = [
 
 /// A credential provider plugin with its configuration.
 #[derive(Clone, Debug)]
-pub struct Provider {
+pub struct CredentialProvider {
     /// Name of the executable in the folder of plugins.
     pub name: String,
     /// Version of the plugin protocol.
@@ -97,7 +97,7 @@ struct EnvironmentVariable {
 /// # Errors
 ///
 /// One line with the defect and its place.
-pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
+pub fn parse(text: &str) -> Result<Vec<CredentialProvider>, String> {
     let document: ConfigDocument = serde_saphyr::from_str(text).map_err(|error| {
         let line = error.location().map(|place| format!("line {}: ", place.line()));
         let text = error.without_snippet().to_string();
@@ -130,7 +130,7 @@ pub fn parse(text: &str) -> Result<Vec<Provider>, String> {
     Ok(providers)
 }
 
-fn provider(entry: ProviderEntry) -> Result<Provider, String> {
+fn provider(entry: ProviderEntry) -> Result<CredentialProvider, String> {
     let name = entry.name;
     // The name becomes a component of a path.
     if name.is_empty() || name.contains(['/', ' ', '\0']) || name == "." || name == ".." {
@@ -163,7 +163,7 @@ fn provider(entry: ProviderEntry) -> Result<Provider, String> {
         }
     }
     let env = entry.env.unwrap_or_default().into_iter();
-    Ok(Provider {
+    Ok(CredentialProvider {
         name,
         api_version: entry.api_version,
         patterns,
@@ -174,7 +174,7 @@ fn provider(entry: ProviderEntry) -> Result<Provider, String> {
     })
 }
 
-impl Provider {
+impl CredentialProvider {
     /// Returns whether the plugin is for a repository.
     #[must_use]
     pub fn matches(&self, repository: &Repository) -> bool {
@@ -204,7 +204,7 @@ providers:
     requiredServiceAccountAnnotationKeys: [eks.amazonaws.com/role-arn]
 ";
 
-    fn matches(provider: &Provider, reference: &str) -> bool {
+    fn matches(provider: &CredentialProvider, reference: &str) -> bool {
         provider.matches(reference.parse::<Reference>().expect("a reference").repository())
     }
 

@@ -25,7 +25,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-pub use config::Provider;
+pub use config::CredentialProvider;
 
 use self::config::TokenCacheType;
 use super::identity::{ServiceAccountToken, WorkloadIdentity};
@@ -74,23 +74,23 @@ pub struct NodeCredentials(Arc<NodeCredentialsInner>);
 struct NodeCredentialsInner {
     files: ProviderFiles,
     docker_config: FileBacked<Result<Keyring, ProviderError>>,
-    providers: FileBacked<Result<Vec<Arc<Provider>>, ProviderError>>,
+    providers: FileBacked<Result<Vec<Arc<CredentialProvider>>, ProviderError>>,
     runs: Semaphore,
     answers: Mutex<HashMap<String, (Instant, Keyring)>>,
 }
 
 /// A credential that is known, or that a plugin may return.
 #[derive(Clone, Debug)]
-pub struct Offer {
+pub struct CredentialOffer {
     /// Owner of the right that the credential stands for.
-    pub owner: Owner,
+    pub owner: CredentialOwner,
     /// Way to get the credential.
-    pub source: Source,
+    pub source: CredentialSource,
 }
 
 /// Owner of the right that a credential stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
+pub enum CredentialOwner {
     /// The node: any pod could use the credential.
     Node,
     /// The service account of the pod.
@@ -99,11 +99,11 @@ pub enum Owner {
 
 /// Way to get a credential.
 #[derive(Clone, Debug)]
-pub enum Source {
+pub enum CredentialSource {
     /// Known without a plugin.
     Ready(Credential),
     /// Requires a run of this plugin.
-    Plugin(Arc<Provider>),
+    Plugin(Arc<CredentialProvider>),
     /// Unavailable: the configuration of the source is broken.
     Broken(ProviderError),
 }
@@ -161,9 +161,9 @@ pub enum ProviderError {
     },
 }
 
-impl Offer {
+impl CredentialOffer {
     fn broken(error: &ProviderError) -> Self {
-        Self { owner: Owner::Node, source: Source::Broken(error.clone()) }
+        Self { owner: CredentialOwner::Node, source: CredentialSource::Broken(error.clone()) }
     }
 }
 
@@ -183,29 +183,36 @@ impl NodeCredentials {
     /// Returns the possible credentials for a repository: plugins in their order, then the docker
     /// configuration. Reads files, but runs no plugin.
     #[must_use]
-    pub fn offers(&self, repository: &Repository) -> Vec<Offer> {
+    pub fn offers(&self, repository: &Repository) -> Vec<CredentialOffer> {
         let mut offers = Vec::new();
         match self.providers().as_ref().map(|providers| providers.as_ref().as_ref()) {
             None => {}
             Some(Ok(providers)) => {
                 for provider in providers.iter().filter(|provider| provider.matches(repository)) {
                     let with_token = provider.token.is_some();
-                    let owner = if with_token { Owner::ServiceAccount } else { Owner::Node };
-                    offers.push(Offer { owner, source: Source::Plugin(Arc::clone(provider)) });
+                    let owner = if with_token {
+                        CredentialOwner::ServiceAccount
+                    } else {
+                        CredentialOwner::Node
+                    };
+                    offers.push(CredentialOffer {
+                        owner,
+                        source: CredentialSource::Plugin(Arc::clone(provider)),
+                    });
                 }
             }
-            Some(Err(error)) => offers.push(Offer::broken(error)),
+            Some(Err(error)) => offers.push(CredentialOffer::broken(error)),
         }
         match self.docker_config().as_deref() {
             None => {}
             Some(Ok(keyring)) => {
                 let credentials = keyring.matching(repository).into_iter();
-                offers.extend(credentials.map(|credential| Offer {
-                    owner: Owner::Node,
-                    source: Source::Ready(credential),
+                offers.extend(credentials.map(|credential| CredentialOffer {
+                    owner: CredentialOwner::Node,
+                    source: CredentialSource::Ready(credential),
                 }));
             }
-            Some(Err(error)) => offers.push(Offer::broken(error)),
+            Some(Err(error)) => offers.push(CredentialOffer::broken(error)),
         }
         offers
     }
@@ -214,14 +221,14 @@ impl NodeCredentials {
     /// return none.
     pub async fn redeem(
         &self,
-        source: &Source,
+        source: &CredentialSource,
         repository: &Repository,
         identity: Option<&WorkloadIdentity>,
     ) -> Result<Vec<Credential>, ProviderError> {
         match source {
-            Source::Ready(credential) => Ok(vec![credential.clone()]),
-            Source::Broken(error) => Err(error.clone()),
-            Source::Plugin(provider) => {
+            CredentialSource::Ready(credential) => Ok(vec![credential.clone()]),
+            CredentialSource::Broken(error) => Err(error.clone()),
+            CredentialSource::Plugin(provider) => {
                 Ok(self.run_plugin(provider, repository, identity).await?.matching(repository))
             }
         }
@@ -229,7 +236,7 @@ impl NodeCredentials {
 
     async fn run_plugin(
         &self,
-        provider: &Provider,
+        provider: &CredentialProvider,
         repository: &Repository,
         identity: Option<&WorkloadIdentity>,
     ) -> Result<Keyring, ProviderError> {
@@ -272,7 +279,7 @@ impl NodeCredentials {
     /// Returns the token and the annotations for a plugin.
     fn identity_for<'a>(
         &'a self,
-        provider: &'a Provider,
+        provider: &'a CredentialProvider,
         identity: Option<&'a WorkloadIdentity>,
     ) -> Result<(Option<&'a ServiceAccountToken>, BTreeMap<&'a str, &'a str>), ProviderError> {
         let Some(wanted) = &provider.token else { return Ok((None, BTreeMap::new())) };
@@ -348,7 +355,7 @@ impl NodeCredentials {
         }))
     }
 
-    fn providers(&self) -> Option<Arc<Result<Vec<Arc<Provider>>, ProviderError>>> {
+    fn providers(&self) -> Option<Arc<Result<Vec<Arc<CredentialProvider>>, ProviderError>>> {
         let (path, _) = self.0.files.plugins.as_ref()?;
         Some(self.0.providers.get(|seen| {
             let wrong = |reason: String| ProviderError::File { path: path.clone(), reason };
@@ -364,7 +371,7 @@ impl NodeCredentials {
 /// Returns the cache key of a plugin's responses, which includes the service account or the token
 /// if the plugin gets one.
 fn cache_key(
-    provider: &Provider,
+    provider: &CredentialProvider,
     token: Option<&ServiceAccountToken>,
     identity: Option<&WorkloadIdentity>,
 ) -> String {

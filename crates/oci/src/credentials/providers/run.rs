@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::ProviderError;
-use super::config::Provider;
+use super::config::CredentialProvider;
 use sys::process_group::ProcessGroup;
 
 /// Maximum size of the output in bytes: tokens of the clouds have a few KiB.
@@ -18,7 +18,7 @@ const MAXIMUM_OUTPUT: u64 = 256 * 1024;
 /// when the future is dropped, the plugin is killed with all its child processes. Standard error is
 /// discarded, since it may contain a secret.
 pub(super) async fn run(
-    provider: &Provider,
+    provider: &CredentialProvider,
     folder: &Path,
     request: &[u8],
     timeout: Duration,

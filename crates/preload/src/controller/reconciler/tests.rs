@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::api::NodeArtifactsSpec;
-use crate::plan::facts::{AnswerOrigin, NodeFacts, ResolutionFailure, ResolvedArtifact};
+use crate::plan::facts::{AnswerOrigin, ClusterNode, ResolutionFailure, ResolvedArtifact};
 use oci::Digest;
 
 /// A registry that has `good`, and never answers for other repositories.
@@ -136,8 +136,13 @@ async fn a_late_result_of_a_write_restores_nothing() {
     reconciler.apply_write(node(), Ok(object("first")));
     assert!(reconciler.state.objects.is_empty(), "the node has gone, and its object with it");
     let labels = BTreeMap::new();
-    let known =
-        NodeFacts { uid: "second".to_owned(), labels, created: 0, start_order: 0, readiness: None };
+    let known = ClusterNode {
+        uid: "second".to_owned(),
+        labels,
+        created: 0,
+        start_order: 0,
+        readiness: None,
+    };
     reconciler.state.nodes.insert(Arc::from("one"), known);
     reconciler.apply_write(node(), Ok(object("first")));
     assert!(reconciler.state.objects.is_empty(), "another node has its name now");
