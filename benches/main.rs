@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! publish      publishes from the cache, in both forms
-//! mounts       unpublish and start on nodes with many mounts; unpublish after many names were looked up
+//! mounts       unpublish and start on nodes with many mounts
+//! lookups      unpublish after a container has looked up many names in the volume
 //! store        opening, publishing, listing and evicting at 10 to 10,000 artifacts
 //! memory       peak memory of artifacts that are small on the wire and large in memory
 //! neighbours   times of honest pods beside each attack
@@ -35,9 +36,10 @@ mod store;
 mod transfers;
 mod warming;
 
-const BENCHES: [(&str, fn()); 9] = [
+const BENCHES: [(&str, fn()); 10] = [
     ("publish", publish::publish),
     ("mounts", mounts::mounts),
+    ("lookups", mounts::lookups),
     ("store", store::store),
     ("memory", memory::memory),
     ("neighbours", neighbours::neighbours),
