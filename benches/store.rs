@@ -8,11 +8,11 @@ use crate::common::support::{
     Admin, Driver, DriverOptions, Kubelet, Proxy, Sandbox, registry, small_artifact,
 };
 use oci::{Digest, Platform, Reference};
-use store::resolutions::Resolution;
+use store::resolution_records::Resolution;
 use store::trees::{Objects, TreeRecord, View};
 use store::{FileKey, Store, StoreOptions, TreeKey};
+use unpack::layer_merge::Merger;
 use unpack::layer_rule::FileRule;
-use unpack::merge::Merger;
 use unpack::{Limits, Permissions, RelativePath, Selection};
 
 const ARTIFACTS: [usize; 3] = [10, 1_000, 10_000];

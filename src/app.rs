@@ -7,7 +7,7 @@
 //! shutdown   stop accepting; waiting calls get UNAVAILABLE; mounts stay; exit within 10 s
 //! ```
 
-mod content;
+mod content_startup;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,18 +25,18 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
-pub use content::content_of;
+pub use content_startup::content_of;
 
-use crate::admin::health::HealthProbes;
-use crate::admin::metrics::NodeMetrics;
-use crate::admin::service::AdminService;
+use crate::admin::admin_service::AdminService;
+use crate::admin::health_probes::HealthProbes;
+use crate::admin::node_metrics::NodeMetrics;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::csi::UnixEndpoint;
-use crate::csi::identity::IdentityService;
-use crate::csi::node::NodeService;
-use crate::csi::registration::RegistrationService;
-use crate::csi::request::RequestContext;
-use crate::csi::socket::ListeningSocket;
+use crate::csi::csi_request::RequestContext;
+use crate::csi::identity_service::IdentityService;
+use crate::csi::node_service::NodeService;
+use crate::csi::plugin_registration::RegistrationService;
+use crate::csi::unix_socket::ListeningSocket;
 use crate::file_leases::LeasePolicy;
 use crate::kubernetes::{EventRecorder, remove_startup_taint};
 use crate::node_artifacts::PreloadAgent;
@@ -46,11 +46,11 @@ use crate::proto::csi::v1::node_server::NodeServer;
 use crate::proto::pluginregistration::registration_server::RegistrationServer;
 use crate::volume::mount_form::MountMode;
 use crate::volume::{ContentState, VolumeManager, VolumeMounter};
-use content::ContentOpener;
-use store::lock::Lock;
+use content_startup::ContentOpener;
+use store::state_lock::Lock;
 use store::{SecurityLabel, StoreError};
 use sys::mount::AttachMethod;
-use telemetry::http;
+use telemetry::http_server;
 
 /// The time that a new process waits for the old one to end.
 const LOCK_PATIENCE: Duration = Duration::from_secs(30);
@@ -307,7 +307,7 @@ impl NodePlugin {
         ];
         for (name, address, router) in endpoints {
             let Some(address) = address else { continue };
-            match http::serve(address, router, &self.tracker, self.shutdown.clone()).await {
+            match http_server::serve(address, router, &self.tracker, self.shutdown.clone()).await {
                 Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
                 Err(error) => {
                     self.metrics.endpoint_error(name);
@@ -410,7 +410,7 @@ async fn lock(
     let deadline = Instant::now() + LOCK_PATIENCE;
     let mut is_logged = false;
     loop {
-        match content::acquire(root, must_be_mounted) {
+        match content_startup::acquire(root, must_be_mounted) {
             Ok(lock) => return Ok(StateLock::Held(lock)),
             Err(error @ StoreError::Locked { .. }) => {
                 if Instant::now() >= deadline {

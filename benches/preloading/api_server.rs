@@ -12,7 +12,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
-use preload::api::definitions::definitions;
+use preload::api::custom_resource_definitions::definitions;
 use preload::api::{ArtifactPreload, ArtifactPreloadSpec, NodeArtifacts};
 use serde_json::json;
 

@@ -10,7 +10,7 @@ use std::io::{self, BufRead};
 use unpack::Checksum;
 use unpack::archive::{FileHeader, Sink, StoredContent, unpack};
 use unpack::layer_rule::ArchiveRule;
-use unpack::merge::Merger;
+use unpack::layer_merge::Merger;
 use unpack::{Entry, Limits, PermissionsRule, Selection};
 use libfuzzer_sys::fuzz_target;
 

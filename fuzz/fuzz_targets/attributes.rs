@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use sys::mount::MountFlags;
-use csi_driver_oci::volume::attributes::VolumeAttributes;
+use csi_driver_oci::volume::volume_attributes::VolumeAttributes;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -4,18 +4,18 @@
 #![no_main]
 
 use oci::Reference;
-use oci::credentials::providers::{config, protocol};
+use oci::credentials::providers::{kubelet_provider_config, provider_protocol};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     let reference: Reference = "registry.example:5000/team/app".parse().expect("a reference");
-    if let Ok(providers) = config::parse(text) {
+    if let Ok(providers) = kubelet_provider_config::parse(text) {
         for provider in providers {
             assert!(!provider.name.contains('/') && provider.name != "..");
             let _ = provider.matches(reference.repository());
         }
     }
-    match protocol::parse(text.as_bytes(), "credentialprovider.kubelet.k8s.io/v1") {
+    match provider_protocol::parse(text.as_bytes(), "credentialprovider.kubelet.k8s.io/v1") {
         Ok(answer) => drop(answer.keyring.matching(reference.repository())),
         Err(error) => assert!(error.len() < 200),
     }

@@ -1,14 +1,14 @@
 //! The interfaces for administrators of the node: health and metrics over HTTP, and commands over the admin socket.
 
+pub mod admin_client;
+mod admin_messages;
+pub mod admin_operations;
+pub mod admin_service;
 mod chunk_reader;
-pub mod client;
-pub mod health;
+pub mod health_probes;
 mod lease_metrics;
-mod messages;
-pub mod metrics;
-pub mod operations;
+pub mod node_metrics;
 mod scrub_metrics;
-pub mod service;
 mod store_metrics;
 mod warm;
 mod warm_metrics;

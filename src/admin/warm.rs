@@ -6,7 +6,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 
-use super::operations::{self, ADMIN};
+use super::admin_operations::{self, ADMIN};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use crate::volume::NodeContent;
@@ -120,7 +120,7 @@ async fn pin_if_asked(content: &NodeContent, want: &Want, pin: bool) -> Result<(
     }
     let store = content.store.clone();
     let (reference, platform) = (want.reference.clone(), want.platform.clone());
-    let pin = move || operations::pin(&store, &reference, &platform, ADMIN);
+    let pin = move || admin_operations::pin(&store, &reference, &platform, ADMIN);
     match tokio::task::spawn_blocking(pin).await {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(error.to_string()),

@@ -7,13 +7,13 @@
 //!
 //! The code of the node plugin decides: credentials, mirrors, manifests, titles, archives, limits, signatures.
 
-mod files;
+mod volume_files;
 
 use std::sync::Arc;
 
 use serde::Serialize;
 
-pub use files::FileReport;
+pub use volume_files::FileReport;
 
 use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
@@ -24,8 +24,8 @@ use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RegistryE
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use oci::{Digest, Platform, Reference, Repository};
 use pull::PullError;
-use pull::signatures::Finder;
-use pull::wire::WireOptions;
+use pull::download_resources::WireOptions;
+use pull::signature_verification::Finder;
 use unpack::{Limits, UnpackError};
 
 /// A request to check an artifact.

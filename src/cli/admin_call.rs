@@ -5,7 +5,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Channel;
 
 use super::{CommandError, OutputFormat, runtime};
-use crate::admin::client::connect;
+use crate::admin::admin_client::connect;
 use crate::csi::UnixEndpoint;
 use crate::proto::admin::admin_client::AdminClient;
 

@@ -1,10 +1,10 @@
 //! `crds`: prints the CustomResourceDefinitions of the controller and the nodes.
 
 use super::{CommandError, print_text};
-use preload::api::definitions;
+use preload::api::custom_resource_definitions;
 
 /// Prints both definitions.
 pub(super) fn run() -> Result<(), CommandError> {
-    print_text(definitions::yaml()?.trim_end());
+    print_text(custom_resource_definitions::yaml()?.trim_end());
     Ok(())
 }

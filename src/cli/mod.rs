@@ -3,23 +3,23 @@
 //! Exit status: 0 done, 1 failed (one line on standard error), 2 wrong usage.
 
 mod admin_call;
-mod artifacts;
-mod check;
+mod artifact_commands;
+mod check_command;
 mod check_config;
 mod check_uninstall;
 mod completions;
-mod controller;
+mod controller_command;
 mod crds;
-mod gc;
-mod import;
+mod gc_command;
+mod import_command;
 mod layout_tar;
 mod logging;
-mod mount;
-mod node;
-mod pins;
-mod status;
-mod table;
-mod verify;
+mod mount_command;
+mod node_command;
+mod pin_commands;
+mod status_command;
+mod text_table;
+mod verify_command;
 mod warm;
 mod warm_list;
 
@@ -49,13 +49,13 @@ struct CommandLine {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the node plugin, as the DaemonSet does on every node.
-    Node(node::NodeArguments),
+    Node(node_command::NodeArguments),
     /// Run the controller of ArtifactPreloads, as the chart's Deployment does.
-    Controller(controller::ControllerArguments),
+    Controller(controller_command::ControllerArguments),
     /// Mount an artifact at a directory, without a kubelet.
-    Mount(mount::MountArguments),
+    Mount(mount_command::MountArguments),
     /// Unmount what `mount` has mounted.
-    Unmount(mount::UnmountArguments),
+    Unmount(mount_command::UnmountArguments),
     /// Print the status of the node plugin on this node.
     #[command(
         after_help = "Examples:\n  csi-driver-oci status\n  csi-driver-oci status --output json"
@@ -65,29 +65,29 @@ enum Command {
     #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls --output json")]
     Ls(admin_call::AdminCallArguments),
     /// Check what a registry would serve: platforms, files and signatures.
-    Check(check::CheckArguments),
+    Check(check_command::CheckArguments),
     /// Print everything that this node knows about a reference.
     #[command(after_help = "Example:\n  csi-driver-oci inspect registry.example.com/app:v2")]
-    Inspect(artifacts::InspectArguments),
+    Inspect(artifact_commands::InspectArguments),
     /// Fetch artifacts before a pod needs them.
     Warm(warm::WarmArguments),
     /// Import an artifact from an OCI image layout, without a registry.
-    Import(import::ImportArguments),
+    Import(import_command::ImportArguments),
     /// Pin an artifact on this node, so that it is not evicted.
     #[command(
         after_help = "Examples:\n  csi-driver-oci pin registry.example.com/app:v2\n  csi-driver-oci pin registry.example.com/app:v2 --platform linux/arm64"
     )]
-    Pin(pins::PinArguments),
+    Pin(pin_commands::PinArguments),
     /// Unpin an artifact, so that it can be evicted.
     #[command(after_help = "Example:\n  csi-driver-oci unpin registry.example.com/app:v2")]
-    Unpin(pins::PinArguments),
+    Unpin(pin_commands::PinArguments),
     /// Remove a reference. Mounted content stays until its last unpublish.
     #[command(after_help = "Example:\n  csi-driver-oci rm registry.example.com/app:v1")]
-    Rm(pins::RemoveArguments),
+    Rm(pin_commands::RemoveArguments),
     /// Free disk space.
-    Gc(gc::CollectArguments),
+    Gc(gc_command::CollectArguments),
     /// Read all content back, and find damage.
-    Verify(verify::VerifyArguments),
+    Verify(verify_command::VerifyArguments),
     /// Validate a configuration file as `node` does at its start.
     CheckConfig(check_config::CheckConfigArguments),
     /// Check whether pods of the cluster still use the driver.
@@ -117,21 +117,21 @@ type CommandError = String;
 pub fn main() -> ExitCode {
     let arguments = CommandLine::parse();
     let done = match arguments.command {
-        Command::Node(arguments) => node::run(arguments),
-        Command::Controller(arguments) => controller::run(arguments),
-        Command::Mount(arguments) => mount::mount(&arguments),
-        Command::Unmount(arguments) => mount::unmount(&arguments),
-        Command::Check(arguments) => check::run(&arguments),
-        Command::Status(arguments) => status::run(&arguments),
-        Command::Ls(arguments) => artifacts::list(&arguments),
-        Command::Inspect(arguments) => artifacts::inspect(&arguments),
+        Command::Node(arguments) => node_command::run(arguments),
+        Command::Controller(arguments) => controller_command::run(arguments),
+        Command::Mount(arguments) => mount_command::mount(&arguments),
+        Command::Unmount(arguments) => mount_command::unmount(&arguments),
+        Command::Check(arguments) => check_command::run(&arguments),
+        Command::Status(arguments) => status_command::run(&arguments),
+        Command::Ls(arguments) => artifact_commands::list(&arguments),
+        Command::Inspect(arguments) => artifact_commands::inspect(&arguments),
         Command::Warm(arguments) => warm::run(&arguments),
-        Command::Import(arguments) => import::run(&arguments),
-        Command::Pin(arguments) => pins::pin(&arguments),
-        Command::Unpin(arguments) => pins::unpin(&arguments),
-        Command::Rm(arguments) => pins::remove(&arguments),
-        Command::Gc(arguments) => gc::run(&arguments),
-        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Import(arguments) => import_command::run(&arguments),
+        Command::Pin(arguments) => pin_commands::pin(&arguments),
+        Command::Unpin(arguments) => pin_commands::unpin(&arguments),
+        Command::Rm(arguments) => pin_commands::remove(&arguments),
+        Command::Gc(arguments) => gc_command::run(&arguments),
+        Command::Verify(arguments) => verify_command::run(&arguments),
         Command::CheckConfig(arguments) => check_config::run(&arguments),
         Command::CheckUninstall(arguments) => check_uninstall::run(&arguments),
         Command::Crds => crds::run(),

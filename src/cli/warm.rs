@@ -9,10 +9,10 @@ use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{CommandError, OutputFormat, print, print_error, table};
+use super::{CommandError, OutputFormat, print, print_error, text_table};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
-use text::units::Bytes;
+use text::human_units::Bytes;
 
 /// The interval of lines with the progress of an artifact, without a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -164,7 +164,7 @@ impl ProgressDisplay {
                     _ => format!(
                         "done    {}  {}  {}",
                         event.reference,
-                        table::short(&event.manifest),
+                        text_table::short(&event.manifest),
                         Bytes(event.total_bytes)
                     ),
                 };

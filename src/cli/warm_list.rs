@@ -1,9 +1,9 @@
 //! Formats the references of the configuration's list, for `status` and `inspect`.
 
-use super::table;
+use super::text_table;
 use crate::proto::admin::WarmReference;
 use crate::proto::admin::warm_reference::State;
-use text::units::Bytes;
+use text::human_units::Bytes;
 
 pub(super) fn json(warm: &WarmReference) -> serde_json::Value {
     serde_json::json!({
@@ -44,8 +44,8 @@ pub(super) fn describe(warm: &WarmReference) -> Option<String> {
         (State::Present, "", "") | (State::Unspecified, ..) => None,
         (State::Present, "", newer) => Some(format!(
             "its tag means {} by now, which is here too; pods with IfNotPresent get {}",
-            table::short(newer),
-            table::short(&warm.manifest)
+            text_table::short(newer),
+            text_table::short(&warm.manifest)
         )),
         (State::Present, reason, _) => Some(format!("present; again{next}, as {reason}")),
         (State::Pulling, ..) => {

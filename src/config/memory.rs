@@ -4,9 +4,9 @@ use super::NodeConfiguration;
 use pull::memory::{
     BYTES_PER_MANIFEST_BYTE, BYTES_PER_PART, MemoryPlan, PLAIN_WINDOW, bytes_beside,
 };
-use text::units::Bytes;
+use text::human_units::Bytes;
 use unpack::Selection;
-use unpack::merge::Merger;
+use unpack::layer_merge::Merger;
 
 impl NodeConfiguration {
     /// Compares `pull.memory` with the container's limit, and the needs of one artifact within the

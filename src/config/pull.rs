@@ -6,9 +6,9 @@ use serde::Deserialize;
 
 use super::{GoDuration, Quantity};
 use pull::PullOptions;
+use pull::download_resources::WireOptions;
 use pull::memory::{MemoryPlan, container_limit};
-use pull::retry::RetryPolicy;
-use pull::wire::WireOptions;
+use pull::transfer_retry::RetryPolicy;
 use unpack::Limits;
 
 /// The `pull` section.

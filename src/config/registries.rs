@@ -102,7 +102,7 @@ impl RegistriesSection {
         });
         let allowed: Vec<_> = networks.collect::<Result<_, _>>()?;
         let loopback = self.loopback;
-        let own = crate::node_addresses::own;
+        let own = crate::local_addresses::own;
         options.addresses = AddressRules { loopback, allowed: Arc::from(allowed), own };
         let roots = self.hosts_dir.iter().flat_map(|list| list.split(':'));
         options.hosts_dirs = roots.filter(|root| !root.is_empty()).map(PathBuf::from).collect();

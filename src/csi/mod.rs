@@ -2,13 +2,13 @@
 //!
 //! tonic and prost stop here. A request is parsed into the types of `volume`, and an error becomes a status.
 
-pub mod endpoint;
-pub mod identity;
-pub mod node;
+pub mod csi_request;
+pub mod grpc_status;
+pub mod identity_service;
+pub mod node_service;
+pub mod plugin_registration;
 mod publish_events;
-pub mod registration;
-pub mod request;
-pub mod socket;
-pub mod status;
+pub mod socket_endpoint;
+pub mod unix_socket;
 
-pub use endpoint::UnixEndpoint;
+pub use socket_endpoint::UnixEndpoint;

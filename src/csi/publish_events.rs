@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::status;
+use super::grpc_status;
 use crate::kubernetes::{EventRecorder, PodReference};
-use crate::volume::publish::{PublishPath, PublishedVolume};
+use crate::volume::publish_volume::{PublishPath, PublishedVolume};
 use crate::volume::{PublishRequest, VolumeError};
 use pull::ProgressView;
-use text::units::Bytes;
+use text::human_units::Bytes;
 
 /// The delay before the first report. A publish that ends earlier reports only its end.
 const FIRST_REPORT: Duration = Duration::from_millis(250);
@@ -74,7 +74,7 @@ impl<'a> PublishReporter<'a> {
                 }
             }
             Err(error) => {
-                let status = status::status(error);
+                let status = grpc_status::status(error);
                 // The pull continues, or another call works on the volume.
                 if status.code() != tonic::Code::Aborted {
                     self.events.failed(pod, reference, status.message().to_owned());

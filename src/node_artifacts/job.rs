@@ -20,10 +20,10 @@ use oci::registry::RegistryError;
 use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
 use preload::api::{Phase, WantedArtifact};
-use preload::seal::SealContext;
+use preload::sealed_credentials::SealContext;
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
-use store::resolutions::Resolution;
-use store::resolutions::namespace::NamespaceResolution;
+use store::resolution_records::Resolution;
+use store::resolution_records::namespace_resolutions::NamespaceResolution;
 
 /// The delay after a first failure; doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);

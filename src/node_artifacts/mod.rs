@@ -35,7 +35,7 @@ use job::{JobReport, PreloadJob};
 use pins::PreloadPins;
 pub use pins::release_all;
 use preload::api::{NodeArtifacts, NodeArtifactsStatus, WantedArtifact};
-use preload::seal::NodeKey;
+use preload::sealed_credentials::NodeKey;
 
 /// The field manager of its writes.
 const MANAGER: &str = "csi-driver-oci-node";

@@ -3,7 +3,7 @@
 use super::job::PreloadJob;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use oci::{Platform, Reference};
-use preload::api::node::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
+use preload::api::node_artifacts::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
 use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase};
 use text::printable::truncated;
 

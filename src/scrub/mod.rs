@@ -14,8 +14,8 @@
 //! Damaged trees are reported to the pods that have them mounted, whichever component found the damage. Trees that the
 //! scrub found are fetched again if a registry has them.
 
-mod schedule;
-mod state;
+mod scrub_schedule;
+mod scrub_status;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -24,10 +24,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::kubernetes::{EventRecorder, PodReference};
 use crate::volume::NodeContent;
-use pull::self_check::{Damaged, Item, ReadBack, Repaired};
-use schedule::ScrubSchedule;
-pub use state::{ScrubSnapshot, ScrubState};
-use store::publications::Publication;
+use pull::content_repair::{Damaged, Item, ReadBack, Repaired};
+use scrub_schedule::ScrubSchedule;
+pub use scrub_status::{ScrubSnapshot, ScrubState};
+use store::publication_records::Publication;
 use store::{Store, StoreError};
 
 /// The longest time until damage is reported that another component found.

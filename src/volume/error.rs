@@ -1,4 +1,4 @@
-//! The errors of the use cases. `csi::status` chooses their gRPC codes.
+//! The errors of the use cases. `csi::grpc_status` chooses their gRPC codes.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use policy::PolicyError;
 use pull::PullError;
-use pull::progress::Snapshot;
+use pull::pull_progress::Snapshot;
 use store::StoreError;
 
 /// A failed use case.

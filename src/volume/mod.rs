@@ -11,16 +11,16 @@
 //! target_lock  one attach or detach at a target at a time
 //! ```
 
-pub mod attributes;
 pub mod error;
 pub mod mount_form;
-pub mod publish;
-pub mod reconcile;
-pub mod request;
-pub mod stats;
+pub mod mount_reconcile;
+pub mod publish_request;
+pub mod publish_volume;
 pub mod target_lock;
 pub mod target_path;
-pub mod unpublish;
+pub mod unpublish_volume;
+pub mod volume_attributes;
+pub mod volume_stats;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use tokio_util::task::TaskTracker;
 
 pub use error::VolumeError;
 pub use mount_form::VolumeMounter;
-pub use request::{PodInfo, PublishRequest};
+pub use publish_request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
 
 use policy::PolicySource;
@@ -81,7 +81,7 @@ impl VolumeManager {
         tracker: TaskTracker,
         shutdown: CancellationToken,
     ) -> Self {
-        let boot_id = store::publications::boot_id();
+        let boot_id = store::publication_records::boot_id();
         let target_locks = target_lock::TargetLocks::default();
         Self(Arc::new(ManagerInner {
             state_dir,

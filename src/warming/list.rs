@@ -21,7 +21,7 @@ use super::states::WarmStates;
 use crate::volume::NodeContent;
 use oci::{Digest, Platform, Reference};
 use pull::ProgressView;
-use store::pins::Pin;
+use store::pin_records::Pin;
 use store::{Store, StoreError};
 use sys::reload::Reloadable;
 

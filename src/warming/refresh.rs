@@ -13,7 +13,7 @@ use crate::volume::NodeContent;
 use oci::credentials::Keyring;
 use oci::{Digest, Platform, Reference};
 use pull::{ProgressView, PullError, PullPolicy, Tenant, Want};
-use store::resolutions::Resolution;
+use store::resolution_records::Resolution;
 
 /// The result of one refresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

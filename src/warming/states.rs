@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use oci::Digest;
 use pull::ProgressView;
-use pull::progress::Snapshot;
+use pull::pull_progress::Snapshot;
 
 /// The states of all references. Cheap to clone; clones share them.
 #[derive(Clone, Debug, Default)]

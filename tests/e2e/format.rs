@@ -10,7 +10,7 @@ use std::{
 use prost::Message as _;
 use serde_json::{Value, json};
 use sha2::Digest as _;
-use store::layer_index::{Entry, entry::Kind};
+use store::layer_index_proto::{Entry, entry::Kind};
 use tonic::Code;
 
 use crate::support::{

@@ -17,4 +17,4 @@
 pub mod api;
 pub mod controller;
 pub mod plan;
-pub mod seal;
+pub mod sealed_credentials;

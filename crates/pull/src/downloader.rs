@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::blob_origins::{BlobOrigin, BlobOrigins};
+use super::blob_transfer::{self, BlobGuard, BlobRequest, Download, TransferOutcome};
+use super::download_resources::Wire;
 use super::error::PullError;
-use super::locks::KeyedLocks;
-use super::origins::{BlobOrigin, BlobOrigins};
+use super::keyed_locks::KeyedLocks;
 use super::shared_downloads::SharedDownloads;
-use super::transfer::{self, BlobGuard, BlobRequest, Download, TransferOutcome};
-use super::wire::Wire;
 use super::{SizedBlob, blocking};
 use oci::{Digest, Repository};
 use store::Store;
@@ -112,7 +112,7 @@ impl Downloader {
         Ok(DownloadTurn { guard, origin, given_by })
     }
 
-    /// Sees to it that the repository gives a blob that is in the store (see [`super::origins`]),
+    /// Sees to it that the repository gives a blob that is in the store (see [`super::blob_origins`]),
     /// and remembers who has given it.
     pub(super) async fn prove(
         &self,
@@ -150,7 +150,7 @@ impl Downloader {
         let sponsors = request.sponsors;
         let mut last = PullError::Unwanted;
         while let Some((number, source)) = sponsors.current() {
-            match transfer::ask(&self.wire, &source, request).await {
+            match blob_transfer::ask(&self.wire, &source, request).await {
                 Err(error) if error.is_of_source() => last = sponsors.refused(number, error),
                 done => return done,
             }
@@ -165,17 +165,18 @@ impl Downloader {
         turn: DownloadTurn,
     ) -> Attempt<Download> {
         let DownloadTurn { guard, origin, given_by } = turn;
-        let mut download = match transfer::fetch(&self.store, &self.wire, request, guard).await? {
-            TransferOutcome::Complete(download) => *download,
-            TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),
-            TransferOutcome::Isolated { is_wrong } => {
-                if is_wrong {
-                    let host = request.sponsors.repository().host();
-                    self.shared.isolate(host, request.blob.digest);
+        let mut download =
+            match blob_transfer::fetch(&self.store, &self.wire, request, guard).await? {
+                TransferOutcome::Complete(download) => *download,
+                TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),
+                TransferOutcome::Isolated { is_wrong } => {
+                    if is_wrong {
+                        let host = request.sponsors.repository().host();
+                        self.shared.isolate(host, request.blob.digest);
+                    }
+                    return Err(AttemptEnd::Retry { isolated: true });
                 }
-                return Err(AttemptEnd::Retry { isolated: true });
-            }
-        };
+            };
         if download.given_by.is_empty() {
             // All bytes were here from an earlier try, of whichever repository of the host.
             download.given_by = match origin {

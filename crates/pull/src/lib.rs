@@ -36,85 +36,85 @@
 //! flights that belong to the node; [`Puller::acquire`] only waits for them and may be dropped at any
 //! time.
 
-mod artifact;
-mod cached;
-mod candidates;
-mod compute;
-mod connections;
-mod document;
+mod access_proofs;
+mod artifact_request;
+mod artifact_totals;
+mod artifact_tree;
+mod blob_connections;
+mod blob_objects;
+mod blob_origins;
+mod blob_transfer;
+mod cached_tree;
+mod compute_budget;
+mod connection_rate;
+mod connection_slots;
+pub mod content_repair;
+mod cpu_idle;
+mod credential_candidates;
+mod credential_offers;
+mod credentials_verification;
+mod disk_space_claim;
+pub mod download_resources;
+mod download_throttle;
 mod downloader;
 mod error;
-pub mod flights;
-mod idle;
-pub mod import;
-mod known;
-mod locks;
-mod manifests;
+pub mod image_layout;
+mod keyed_locks;
+mod known_resolution;
+mod manifest_fetch;
 pub mod memory;
-mod objects;
-mod origins;
-pub mod progress;
-mod proofs;
-mod rate;
-mod resolve;
-pub mod retry;
-mod room;
-pub mod self_check;
-mod shape;
+pub mod pull_progress;
+mod pull_tenant;
+mod range_scheduler;
+mod reference_resolution;
 mod shared_downloads;
-pub mod signatures;
-mod slots;
-mod spans;
-mod sponsors;
-mod sums;
-mod tenant;
+pub mod signature_verification;
+pub mod single_flight;
+mod small_blob;
+mod streaming_unpack;
 #[cfg(test)]
 mod testing;
-mod throttle;
-mod transfer;
+pub mod transfer_retry;
+mod tree_shape;
 mod tree_sources;
-mod unpacking;
-mod verification;
-mod want;
-pub mod wire;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+pub use artifact_request::{IfUnavailable, Priority, PullPolicy, Want};
+pub use credentials_verification::{CredentialsVerification, Verification};
 pub use error::PullError;
-pub use shape::Shape;
-pub use tenant::{Caller, Tenant};
-pub use verification::{CredentialsVerification, Verification};
-pub use want::{IfUnavailable, Priority, PullPolicy, Want};
+pub use pull_tenant::{Caller, Tenant};
+pub use tree_shape::Shape;
 
-use artifact::{SponsorsByTree, TreeAssembler, TreeRequest};
-use compute::Computations;
+use access_proofs::AccessProver;
+use artifact_tree::{SponsorsByTree, TreeAssembler, TreeRequest};
+use blob_objects::LayerStore;
+use blob_origins::BlobOrigins;
+use blob_transfer::SizedBlob;
+use compute_budget::Computations;
+use content_repair::ContentReader;
+use credential_offers::Source;
+use disk_space_claim::SpaceReserver;
+use download_resources::{Observer, Wire, WireOptions};
 use downloader::Downloader;
-use flights::{Flights, Outcome, Runway};
-use import::LayoutImporter;
-use known::KnownManifests;
-use locks::KeyedLocks;
-use manifests::ManifestFetcher;
+use image_layout::LayoutImporter;
+use keyed_locks::KeyedLocks;
+use known_resolution::KnownManifests;
+use manifest_fetch::ManifestFetcher;
 use memory::{MemoryBudget, MemoryPlan};
-use objects::LayerStore;
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::Registry;
-use origins::BlobOrigins;
-use progress::Progress;
-use proofs::AccessProver;
-use resolve::{Resolved, Resolver};
-use room::SpaceReserver;
-use self_check::ContentReader;
+use pull_progress::Progress;
+use reference_resolution::{Resolved, Resolver};
 use shared_downloads::SharedDownloads;
-use signatures::SignatureVerifier;
-use sponsors::Source;
-use store::resolutions::Resolution;
+use signature_verification::SignatureVerifier;
+use single_flight::{Flights, Outcome, Runway};
+use store::resolution_records::Resolution;
 use store::{Store, Tree};
+use streaming_unpack::Unpackers;
 use sys::background::{Background, PodStartGuard};
-use transfer::SizedBlob;
 use unpack::Limits;
-use unpacking::Unpackers;
-use wire::{Observer, Wire, WireOptions};
 
 /// The time that a flight continues without a caller: the kubelet calls again within seconds at first, and a deleted
 /// pod does not.
@@ -171,7 +171,7 @@ pub struct ProgressView(Arc<Mutex<Option<Arc<Progress>>>>);
 impl ProgressView {
     /// Returns the current progress.
     #[must_use]
-    pub fn snapshot(&self) -> progress::Snapshot {
+    pub fn snapshot(&self) -> pull_progress::Snapshot {
         let progress = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         progress.map_or_else(|| Progress::default().snapshot(), |progress| progress.snapshot())
     }
@@ -193,7 +193,7 @@ pub struct UnderWay {
     /// Repository and manifest.
     pub name: String,
     /// The progress of the flight.
-    pub progress: progress::Snapshot,
+    pub progress: pull_progress::Snapshot,
 }
 
 impl Default for PullOptions {

@@ -18,9 +18,9 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::progress::Progress;
-use super::tenant::Tenant;
-use super::want::Priority;
+use super::artifact_request::Priority;
+use super::pull_progress::Progress;
+use super::pull_tenant::Tenant;
 use oci::{Digest, Repository};
 
 /// Time over which the rate of a source is measured. A connection is at full speed by then.

@@ -14,12 +14,12 @@ use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::blob_transfer::{BlobRequest, Download};
+use super::credential_offers::{Source, Sponsors};
+use super::download_resources::{Unobserved, WireOptions};
 use super::downloader::retry;
-use super::flights::Runway;
-use super::retry::RetryPolicy;
-use super::sponsors::{Source, Sponsors};
-use super::transfer::{BlobRequest, Download};
-use super::wire::{Unobserved, WireOptions};
+use super::single_flight::Runway;
+use super::transfer_retry::RetryPolicy;
 use super::{
     Priority, ProgressView, PullError, PullOptions, Puller, SizedBlob, Sources, Tenant,
     Verification, Want,
@@ -28,7 +28,7 @@ use oci::credentials::providers::{NodeCredentials, ProviderFiles};
 use oci::credentials::{Credential, Keyring};
 use oci::registry::{Registry, RegistryOptions};
 use oci::{Digest, Platform, Reference};
-use store::partial::Purpose;
+use store::partial_downloads::Purpose;
 use store::{Store, StoreOptions, Tree};
 use sys::background::Background;
 

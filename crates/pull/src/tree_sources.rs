@@ -1,13 +1,13 @@
 //! The files and layers that a tree is planned from.
 
 use super::error::PullError;
-use super::shape::Shape;
-use store::files::StoredFile;
+use super::tree_shape::Shape;
 use store::layers::{Layer, LayerTotals, LayerView};
+use store::single_files::StoredFile;
 use store::trees::Objects;
 use store::{FileKey, Store, StoreError};
+use unpack::layer_merge::{Merger, TreePlan};
 use unpack::layer_rule::{ArchiveRule, FileRule};
-use unpack::merge::{Merger, TreePlan};
 use unpack::{Entry, Limits, UnpackError};
 
 /// A part that is in the store, with its number in the manifest.

@@ -13,10 +13,10 @@
 //! is removed at the first look after that. Records of before this was kept say
 //! nothing of it and count as the registry's own, until they are renewed.
 
+pub mod access_proofs;
 pub mod anonymous_refusals;
-pub mod imports;
-pub mod origins;
-pub mod proofs;
+pub mod blob_origins;
+pub mod imported_manifests;
 pub mod verified_signatures;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -28,19 +28,19 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
-use super::listing::names;
+use super::folder_listing::names;
+use super::record_sweep::{Sweep, SweptRecords, all_but_newest};
 use super::state_directory::StateDirectory;
-use super::sweep::{Sweep, SweptRecords, all_but_newest};
-use super::{durable, keys, records};
+use super::{durable_rename, json_records, object_keys};
 use oci_types::Digest;
 
 /// Below the state directory.
 pub(super) const FOLDER: &str = "access";
 /// All kinds of records in the folder.
 const KINDS: &[&[AccessRecord]] = &[
-    proofs::KINDS,
-    origins::KINDS,
-    imports::KINDS,
+    access_proofs::KINDS,
+    blob_origins::KINDS,
+    imported_manifests::KINDS,
     anonymous_refusals::KINDS,
     verified_signatures::KINDS,
 ];
@@ -48,7 +48,7 @@ const KINDS: &[&[AccessRecord]] = &[
 const AGE: Duration = Duration::from_hours(24);
 /// Records that are kept for one manifest of one repository, at most.
 const MOST_OF_A_MANIFEST: usize = 1024;
-/// A record is written again when it is older than this, so that it is young to [`sweep`](super::sweep).
+/// A record is written again when it is older than this, so that it is young to [`sweep`](super::record_sweep).
 const REFRESH_SECONDS: i64 = 12 * 3600;
 
 /// Names the registry itself in a proof; no mirror's address looks like it.
@@ -201,7 +201,7 @@ impl AccessFolder {
 
     /// Returns the path of a record of a repository or host.
     fn path(&self, place: &str, name: &str) -> PathBuf {
-        let folder = keys::hash(&[place]).hex();
+        let folder = object_keys::hash(&[place]).hex();
         self.directory.path(FOLDER).join(folder).join(format!("{name}.json"))
     }
 
@@ -209,7 +209,7 @@ impl AccessFolder {
     fn put(&self, path: &Path) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
         let _turn = self.hold();
-        let known: Option<Proof> = records::read(path);
+        let known: Option<Proof> = json_records::read(path);
         if known.is_some_and(|proof| (0..REFRESH_SECONDS).contains(&(now - proof.unix_seconds))) {
             return Ok(());
         }
@@ -218,7 +218,7 @@ impl AccessFolder {
 
     /// Reads what a proof says; one without a source that counts is forgotten.
     fn read<T>(&self, path: &Path, says: impl Fn(&Proof) -> Option<T>) -> Option<T> {
-        let says = |path| says(&records::read::<Proof>(path)?);
+        let says = |path| says(&json_records::read::<Proof>(path)?);
         if let Some(said) = says(path) {
             return Some(said);
         }
@@ -241,7 +241,7 @@ impl AccessFolder {
         let now = jiff::Timestamp::now().as_second();
         let _turn = self.hold();
         // Of one that does not say who gave it nothing stays: now it is renewed.
-        let known = records::read::<Proof>(path).map(|proof| proof.by).unwrap_or_default();
+        let known = json_records::read::<Proof>(path).map(|proof| proof.by).unwrap_or_default();
         let given = known.get(&by.name());
         if given.is_some_and(|seconds| (0..age).contains(&(now - seconds))) {
             return Ok(());
@@ -254,13 +254,13 @@ impl AccessFolder {
     /// The caller holds the lock.
     fn write_proof(&self, path: &Path, proof: &Proof) -> Result<(), StoreError> {
         if let Some(folder) = path.parent()
-            && durable::create_folder(folder)?
+            && durable_rename::create_folder(folder)?
         {
             self.directory.count_record();
         }
         let is_new = path.symlink_metadata().is_err();
         // Losing one in a power cut costs a request, so none of them is worth a sync.
-        records::write_hint(&self.directory.staging(), path, proof)?;
+        json_records::write_hint(&self.directory.staging(), path, proof)?;
         if is_new {
             self.directory.count_record();
         }
@@ -269,7 +269,7 @@ impl AccessFolder {
 
     /// Removes a proof. The caller holds the lock.
     fn remove(&self, path: &Path) -> Result<bool, StoreError> {
-        let removed = records::remove_if_there(path)?;
+        let removed = json_records::remove_if_there(path)?;
         if removed {
             self.directory.uncount_record();
         }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use text::units::Bytes;
+use text::human_units::Bytes;
 
 /// A failure of the store.
 #[derive(Debug, thiserror::Error)]

@@ -12,8 +12,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::catalog::Snapshot;
-use super::object::{ObjectKind, ObjectName};
+use super::object_catalog::Snapshot;
+use super::object_name::{ObjectKind, ObjectName};
 use super::space_amount::SpaceAmount;
 
 /// The last use of a tree that an administrator has removed while it was shown.

@@ -15,17 +15,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::catalog::{Condemned, Entry};
-use super::durable;
+use super::durable_rename;
 use super::error::{Kind, Shortage, StoreError};
 use super::eviction::{Facts, Plan, Reason};
-use super::inventory::Inventory;
-use super::ledger::{IdleDownload, Ledger};
-use super::object::{ObjectKind, ObjectName};
-use super::resolutions::Resolutions;
+use super::object_catalog::{Condemned, Entry};
+use super::object_inventory::Inventory;
+use super::object_name::{ObjectKind, ObjectName};
+use super::record_sweep::RecordSweeper;
+use super::resolution_records::Resolutions;
 use super::space_amount::SpaceAmount;
+use super::space_ledger::{IdleDownload, Ledger};
 use super::state_directory::StateDirectory;
-use super::sweep::RecordSweeper;
 use super::trees::mounted_tree::MountedTree;
 use oci_types::Digest;
 use sys::fault;
@@ -409,7 +409,7 @@ impl GarbageCollector {
         {
             return Err(StoreError::Foreign { path, what: "lies behind a symbolic link" });
         }
-        let grave = self.directory.staging().join(durable::temporary_name());
+        let grave = self.directory.staging().join(durable_rename::temporary_name());
         fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
         // The removal of a single file is atomic, so that it needs no rename.
         let is_file = matches!(name.kind(), ObjectKind::File | ObjectKind::Document);

@@ -12,8 +12,8 @@
 //! Trees may link a layer ([`LayerView`]) while it is being synced: they get
 //! their own name after all of their layers have theirs.
 
-mod index;
-mod writer;
+mod layer_index_file;
+mod layer_writer;
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
@@ -24,19 +24,19 @@ use std::sync::Arc;
 use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::sys::stat::Mode;
 
-use super::catalog::{Entry, Lease};
 use super::disk_units::DiskUnits;
 use super::error::StoreError;
-use super::listing::current_generation;
-use super::staging::Staging;
+use super::folder_listing::current_generation;
+use super::object_catalog::{Entry, Lease};
+use super::staging_folders::Staging;
 use super::state_directory::StateDirectory;
 use super::{LayerKey, ObjectName};
-pub use index::{Entries, LayerTotals};
-pub(super) use index::{IndexReader, data, read_totals};
+pub use layer_index_file::{Entries, LayerTotals};
+pub(super) use layer_index_file::{IndexReader, data, read_totals};
+pub use layer_writer::LayerWriter;
 use oci_types::Digest;
 use sys::fault;
 use sys::mount::syscalls;
-pub use writer::LayerWriter;
 
 /// A layer of so many bytes has filled all buffers on its way; below, giving them back costs more
 /// than it brings.
@@ -86,7 +86,8 @@ pub struct Layers {
 /// Returns the entry of a layer with these totals.
 fn entry(units: DiskUnits, totals: &LayerTotals) -> Entry {
     // Folders of its files, and the three of its key, its generation and its data.
-    let folders = totals.files.div_ceil(index::FILES_PER_FOLDER.into()).saturating_add(3);
+    let folders =
+        totals.files.div_ceil(layer_index_file::FILES_PER_FOLDER.into()).saturating_add(3);
     // One more inode for the index.
     let inodes = totals.files.saturating_add(folders).saturating_add(1);
     let content = match totals.disk_bytes {

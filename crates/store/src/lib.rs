@@ -51,48 +51,48 @@
 //! the form above is ever removed.
 
 pub mod access;
-pub mod catalog;
-pub mod damage;
+pub mod blob_import;
+pub mod byte_ranges;
+pub mod content_verification;
+pub mod damage_marks;
 pub mod disk_space;
 mod disk_units;
-pub mod documents;
-pub mod durable;
+pub mod durable_rename;
 pub mod error;
 pub mod eviction;
-pub mod files;
-mod findings;
+mod folder_listing;
 pub mod gc;
-pub mod growth;
-pub mod import;
-mod inode;
-pub mod inventory;
-pub mod keys;
-pub mod label;
-pub mod layer_index;
+mod inode_metadata;
+mod integrity_findings;
+pub mod json_records;
+pub mod layer_index_proto;
 pub mod layers;
-mod ledger;
-mod listing;
-pub mod lock;
-mod manifests;
-pub mod object;
-pub mod own;
-pub mod partial;
-pub mod pins;
-pub mod publications;
-pub mod ranges;
-pub mod read_back;
-mod reader;
+pub mod object_catalog;
+pub mod object_inventory;
+pub mod object_keys;
+pub mod object_name;
+pub mod old_format_content;
+mod paced_reader;
+pub mod partial_downloads;
+pub mod pin_records;
+pub mod publication_records;
 mod record_index;
-pub mod records;
-pub mod reservations;
-pub mod resolutions;
+mod record_sweep;
+pub mod resolution_records;
 pub mod scrub_progress;
+pub mod selinux_label;
+pub mod single_files;
 mod space_amount;
-pub mod staging;
+mod space_ledger;
+pub mod space_reservations;
+pub mod staging_folders;
 mod state_directory;
-mod sweep;
+pub mod state_lock;
+pub mod state_ownership;
+pub mod stored_documents;
+mod stored_manifests;
+pub mod tail_reader;
 pub mod trees;
-pub mod verify;
 pub mod write_meter;
 
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -106,40 +106,40 @@ use nix::sys::stat::Mode;
 
 pub use disk_space::{CacheOptions, DiskSpace};
 pub use error::StoreError;
-pub use keys::{FileKey, LayerKey, TreeKey};
-pub use label::SecurityLabel;
-pub use object::{ObjectKind, ObjectName};
-pub use pins::PinShare;
+pub use object_keys::{FileKey, LayerKey, TreeKey};
+pub use object_name::{ObjectKind, ObjectName};
+pub use pin_records::PinShare;
+pub use selinux_label::SecurityLabel;
 pub use space_amount::SpaceAmount;
 pub use trees::Tree;
 pub use trees::mounted_tree::MountedTree;
 
 use access::AccessFolder;
+use access::access_proofs::Proofs;
 use access::anonymous_refusals::AnonymousRefusals;
-use access::imports::ImportRecords;
-use access::origins::Origins;
-use access::proofs::Proofs;
+use access::blob_origins::Origins;
+use access::imported_manifests::ImportRecords;
 use access::verified_signatures::VerifiedSignatures;
-use damage::DamageMarks;
-use documents::Documents;
-use files::Files;
+use blob_import::ImportedBlobs;
+use content_verification::Verification;
+use damage_marks::DamageMarks;
 use gc::{Evictions, GarbageCollector};
-use import::ImportedBlobs;
-use inventory::Inventory;
 use layers::Layers;
-use ledger::Ledger;
-use partial::Downloads;
-use pins::Pins;
-use publications::Publications;
-use read_back::ReadBack;
-use reservations::SpaceReservations;
-use resolutions::Resolutions;
+use object_inventory::Inventory;
+use old_format_content::ReadBack;
+use partial_downloads::Downloads;
+use pin_records::Pins;
+use publication_records::Publications;
+use record_sweep::RecordSweeper;
+use resolution_records::Resolutions;
 use scrub_progress::ScrubProgress;
+use single_files::Files;
+use space_ledger::Ledger;
+use space_reservations::SpaceReservations;
 use state_directory::StateDirectory;
-use sweep::RecordSweeper;
+use stored_documents::Documents;
 use sys::fault;
 use trees::Trees;
-use verify::Verification;
 
 /// The format that this version reads and writes.
 const FORMAT: &str = "csi-driver-oci 2\n";
@@ -210,7 +210,7 @@ pub fn give_memory_back() {
 
 impl Store {
     /// Opens the state directory, makes what is missing in it, and removes what
-    /// an earlier process left in staging. The caller holds the [`lock::Lock`].
+    /// an earlier process left in staging. The caller holds the [`state_lock::Lock`].
     ///
     /// # Errors
     ///
@@ -229,18 +229,18 @@ impl Store {
             Err(error) => return Err(StoreError::io("read", &format, error)),
         };
         for folder in Self::FOLDERS {
-            durable::create_folder(&root.join(folder))?;
+            durable_rename::create_folder(&root.join(folder))?;
         }
-        own::check(root, &Self::FOLDERS)?;
+        state_ownership::check(root, &Self::FOLDERS)?;
         let staging = root.join("staging");
-        staging::sweep(&staging)?;
+        staging_folders::sweep(&staging)?;
         fault::point("recovery.swept").map_err(|error| StoreError::io("open", root, error))?;
         if found != Found::Current {
             // Nothing says who has written content without a format.
             if found == Found::Earlier || holds_content(root)? {
                 ReadBack::begin(root)?;
             }
-            durable::write(&staging, &format, FORMAT.as_bytes())?;
+            durable_rename::write(&staging, &format, FORMAT.as_bytes())?;
         }
         let node_key = node_key(&staging, &root.join("node-key"))?;
         let StoreOptions { label, cache } = options;
@@ -323,11 +323,11 @@ impl Store {
         "layers",
         "trees",
         "partial",
-        pins::FOLDER,
+        pin_records::FOLDER,
         "staging",
-        resolutions::FOLDER,
+        resolution_records::FOLDER,
         access::FOLDER,
-        publications::FOLDER,
+        publication_records::FOLDER,
     ];
 
     /// The state directory.
@@ -367,7 +367,7 @@ impl Store {
     ///
     /// The reason why nothing can be made here.
     pub fn probe(&self) -> Result<(), StoreError> {
-        let path = self.0.directory.staging().join(durable::temporary_name());
+        let path = self.0.directory.staging().join(durable_rename::temporary_name());
         std::fs::write(&path, b"x").map_err(|error| StoreError::io("write", &path, error))?;
         std::fs::remove_file(&path).map_err(|error| StoreError::io("remove", &path, error))
     }
@@ -432,7 +432,7 @@ impl Store {
 
 fn holds_content(root: &Path) -> Result<bool, StoreError> {
     for folder in ["files", "layers", "trees"] {
-        if !listing::names(&root.join(folder))?.is_empty() {
+        if !folder_listing::names(&root.join(folder))?.is_empty() {
             return Ok(true);
         }
     }
@@ -453,7 +453,7 @@ fn node_key(staging: &Path, path: &Path) -> Result<[u8; 32], StoreError> {
     let mut key = [0; 32];
     getrandom::fill(&mut key)
         .map_err(|error| StoreError::io("make", path, std::io::Error::other(error)))?;
-    durable::write(staging, path, &key)?;
+    durable_rename::write(staging, path, &key)?;
     Ok(key)
 }
 

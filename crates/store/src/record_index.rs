@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::object::ObjectName;
+use super::object_name::ObjectName;
 use oci_types::Digest;
 
 /// An index of the records in one folder.

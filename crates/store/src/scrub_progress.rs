@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
-use super::records;
+use super::json_records;
 use super::state_directory::StateDirectory;
 
 /// The record of how far the scrub has come.
@@ -27,14 +27,14 @@ impl ScrubProgress {
     /// since 1970.
     #[must_use]
     pub fn through(&self) -> Option<i64> {
-        let record: Option<Scrubbed> = records::read(&self.path());
+        let record: Option<Scrubbed> = json_records::read(&self.path());
         record.map(|record| record.through_unix_milliseconds)
     }
 
     /// Remembers how far the scrub has come.
     pub fn set_through(&self, milliseconds: i64) -> Result<(), StoreError> {
         let record = Scrubbed { through_unix_milliseconds: milliseconds };
-        records::write_hint(&self.directory.staging(), &self.path(), &record)
+        json_records::write_hint(&self.directory.staging(), &self.path(), &record)
     }
 
     fn path(&self) -> PathBuf {

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::SecurityLabel;
-use super::catalog::{Catalog, Lease};
-use super::damage::DamageMarks;
+use super::damage_marks::DamageMarks;
 use super::disk_space::{CacheOptions, DiskSpace};
 use super::disk_units::DiskUnits;
-use super::durable::Barrier;
+use super::durable_rename::Barrier;
 use super::error::StoreError;
-use super::object::ObjectName;
-use super::read_back::ReadBack;
+use super::object_catalog::{Catalog, Lease};
+use super::object_name::ObjectName;
+use super::old_format_content::ReadBack;
 use super::space_amount::SpaceAmount;
 use super::write_meter::WriteMeter;
 

@@ -2,19 +2,19 @@ use std::collections::HashSet;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
-use super::access::proofs::Principal;
+use super::access::access_proofs::Principal;
 use super::access::{Mirrors, ProofSource};
-use super::files::{StoredFile, starts_executable};
+use super::content_verification::{FindingKind, ReadPace, Reader};
 use super::gc::Now;
-use super::partial::Purpose;
-use super::resolutions::Resolution;
+use super::partial_downloads::Purpose;
+use super::resolution_records::Resolution;
+use super::single_files::{StoredFile, starts_executable};
 use super::trees::{Objects, TreeRecord, View};
-use super::verify::{FindingKind, ReadPace, Reader};
 use super::*;
 use oci_types::{Digest, Platform, Reference};
-use unpack::entry::Metadata;
+use unpack::archive_entry::Metadata;
+use unpack::layer_merge::{Merger, TreePlan};
 use unpack::layer_rule::{ArchiveRule, FileRule};
-use unpack::merge::{Merger, TreePlan};
 use unpack::{Entry, EntryKind, Limits, Permissions, RelativePath, Selection};
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -190,7 +190,7 @@ fn a_damaged_generation_is_never_current_again() {
 }
 
 /// Opens a download of a file of the store.
-fn download(store: &Store, host: &str, digest: Digest, size: u64) -> partial::Partial {
+fn download(store: &Store, host: &str, digest: Digest, size: u64) -> partial_downloads::Partial {
     store.downloads().open(host, digest, size, Purpose::Keep, &|| true).expect("a download")
 }
 
@@ -251,7 +251,8 @@ fn what_a_crash_left_in_staging_is_swept() {
     std::fs::write(staging.path().join("half"), "a layer").expect("written");
     std::mem::forget(staging);
     let staging = folder.path().join("staging");
-    std::fs::write(staging.join(durable::temporary_name()), "half a record").expect("written");
+    std::fs::write(staging.join(durable_rename::temporary_name()), "half a record")
+        .expect("written");
     // A directory of that name from before keeps its content.
     std::fs::write(staging.join("index.html"), "of a web site").expect("written");
     drop(store);
@@ -524,7 +525,7 @@ fn what_was_left_of_a_blob_is_no_room_for_that_blob() {
         blob
     });
     let length = |blob| download(&store, "r.io", blob, 1 << 20).length();
-    let claim = |bytes| reservations::Claim { blob: own, bytes, inodes: 1 };
+    let claim = |bytes| space_reservations::Claim { blob: own, bytes, inodes: 1 };
     let refused = store.space().reserve(&[claim(2 << 20)]).expect_err("more than the quota");
     let StoreError::NoRoom(shortage) = refused else { panic!("{refused}") };
     assert!((600_000..650_000).contains(&shortage.evictable), "{shortage}");
@@ -573,7 +574,7 @@ fn folders_and_symbolic_links_of_a_tree_stop_at_the_floor() {
         assert!(matches!(stopped, StoreError::NoSpace { .. }), "{stopped}");
         // Before the first of them too.
         let key = TreeKey::new(Digest::of(b"manifest"), "", "Readable", "");
-        let claim = reservations::Claim::of_tree(key, &plan);
+        let claim = space_reservations::Claim::of_tree(key, &plan);
         assert_eq!(claim.inodes, 1105);
         assert!(claim.bytes > 1105 * 4096, "{claim:?}");
         assert!(matches!(store.space().reserve(&[claim]), Err(StoreError::NoRoom(_))));
@@ -586,7 +587,7 @@ fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
     let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
     let store = Store::open(folder.path(), options).expect("a store");
     let free = store.space().disk().expect("room").free_bytes;
-    let claim = |text: &str, bytes| reservations::Claim {
+    let claim = |text: &str, bytes| space_reservations::Claim {
         blob: Digest::of(text.as_bytes()),
         bytes,
         inodes: 1,
@@ -607,7 +608,7 @@ fn what_has_its_name_and_its_claim_counts_once_against_the_quota() {
     let store = Store::open(folder.path(), StoreOptions { cache, ..StoreOptions::default() });
     let store = store.expect("a store");
     let content = vec![b'x'; 600 << 10];
-    let claim = |blob, bytes| reservations::Claim { blob, bytes, inodes: 1 };
+    let claim = |blob, bytes| space_reservations::Claim { blob, bytes, inodes: 1 };
     let layer = claim(Digest::of(&content), 600 << 10);
     let _claimed = store.space().reserve(&[layer]).expect("room");
     let (_key, _lease) = file(&store, &content, 0o444);
@@ -807,7 +808,7 @@ fn names_of_a_later_version_in_objects_json_are_ignored() {
     let links = store.trees().links(&tree).expect("links");
     assert_eq!(links.len(), 1);
     let path = tree.path().join("objects.json");
-    let mut names: Vec<String> = records::read(&path).expect("names");
+    let mut names: Vec<String> = json_records::read(&path).expect("names");
     names.push("images/of-a-later-version".to_owned());
     std::fs::write(&path, serde_json::to_vec(&names).expect("JSON")).expect("written");
     assert_eq!(store.trees().links(&tree).expect("links"), links);

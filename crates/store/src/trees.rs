@@ -12,7 +12,7 @@
 
 mod hard_links;
 pub mod mounted_tree;
-mod objects;
+mod tree_objects;
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -24,26 +24,26 @@ use std::sync::Arc;
 use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
-use super::catalog::{Entry, Lease};
 use super::disk_units::{BYTES_PER_INODE, DiskUnits};
 use super::error::StoreError;
 use super::eviction::FORGOTTEN;
-use super::files::StoredFile;
-use super::findings::DamageList;
-use super::inode::Rules;
+use super::folder_listing::current_generation;
+use super::inode_metadata::Rules;
+use super::integrity_findings::DamageList;
 use super::layers::Layer;
-use super::ledger::Claim;
-use super::listing::current_generation;
-use super::reader::Reader;
+use super::object_catalog::{Entry, Lease};
+use super::paced_reader::Reader;
+use super::single_files::StoredFile;
 use super::space_amount::SpaceAmount;
-use super::staging::Staging;
+use super::space_ledger::Claim;
+use super::staging_folders::Staging;
 use super::state_directory::StateDirectory;
-use super::{ObjectKind, ObjectName, TreeKey, records};
+use super::{ObjectKind, ObjectName, TreeKey, json_records};
 use hard_links::HardLinkTree;
-pub use objects::Objects;
 use oci_types::Digest;
 use sys::fault;
-use unpack::merge::TreePlan;
+pub use tree_objects::Objects;
+use unpack::layer_merge::TreePlan;
 use unpack::{PermissionsRule, UnpackMode};
 
 /// The file that says what a tree is.
@@ -155,8 +155,8 @@ fn entry(units: DiskUnits, record: Option<&TreeRecord>) -> Entry {
 pub(super) fn read_entry(directory: &StateDirectory, path: &Path) -> Option<Entry> {
     path.symlink_metadata().ok().filter(std::fs::Metadata::is_dir)?;
     let record_path = path.join(RECORD);
-    let record: Option<TreeRecord> = records::read(&record_path);
-    let links: Vec<String> = records::read(&path.join(LINKS)).unwrap_or_default();
+    let record: Option<TreeRecord> = json_records::read(&record_path);
+    let links: Vec<String> = json_records::read(&path.join(LINKS)).unwrap_or_default();
     let mut links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
     if let Some(record) = &record
         && !links.contains(&ObjectName::document(record.manifest))
@@ -288,7 +288,7 @@ impl Trees {
     ///
     /// [`StoreError::Damaged`] when that is not a list of names.
     pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
-        let links: Vec<String> = records::read_whole(&tree.path().join(LINKS))?;
+        let links: Vec<String> = json_records::read_whole(&tree.path().join(LINKS))?;
         let names = links.iter().filter_map(|link| ObjectName::parse(link));
         Ok(names.filter(|link| link.kind() != ObjectKind::Document).collect())
     }
@@ -313,7 +313,7 @@ impl Tree {
     #[must_use]
     pub fn read(state: &Path, key: TreeKey, generation: u32) -> Option<Self> {
         let path = state.join("trees").join(key.to_string()).join(generation.to_string());
-        let record = records::read(&path.join(RECORD))?;
+        let record = json_records::read(&path.join(RECORD))?;
         Some(Self { key, generation, record, path, lease: None })
     }
 

@@ -6,6 +6,6 @@
 //! exposition       the two text formats of metrics
 //! ```
 
-mod exposition;
-pub mod http;
+pub mod http_server;
+mod metric_exposition;
 pub mod metric_families;

@@ -12,7 +12,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Metric, Registry, Unit};
 use tokio::sync::Semaphore;
 
-use super::exposition;
+use super::metric_exposition;
 
 /// The maximum number of concurrent scrapes: clients that come and go must not occupy all blocking
 /// threads.
@@ -70,7 +70,7 @@ impl MetricFamilies {
         let scrapes = Arc::new(Semaphore::new(SCRAPES));
         let serve = async move |headers: HeaderMap| {
             let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
-            let open = exposition::accepts_open_metrics(accept.unwrap_or_default());
+            let open = metric_exposition::accepts_open_metrics(accept.unwrap_or_default());
             let permit = scrapes.acquire_owned().await;
             // Collectors read the filesystem, which may be slow. The permit is held until they are done, even
             // if the client has gone.
@@ -80,9 +80,12 @@ impl MetricFamilies {
             };
             let text = tokio::task::spawn_blocking(encode).await.unwrap_or_default();
             if open {
-                ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text)
+                ([(CONTENT_TYPE, metric_exposition::OPEN_METRICS)], text)
             } else {
-                ([(CONTENT_TYPE, exposition::TEXT)], exposition::to_prometheus_text(&text))
+                (
+                    [(CONTENT_TYPE, metric_exposition::TEXT)],
+                    metric_exposition::to_prometheus_text(&text),
+                )
             }
         };
         Router::new().route("/metrics", get(serve))

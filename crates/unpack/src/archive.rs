@@ -8,15 +8,15 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 use std::io::{self, BufRead, Read};
 
+use super::archive_entry::{Entry, EntryKind, ExtendedAttributes, Metadata};
 use super::checksum::Checksum;
-use super::content;
-use super::entry::{Entry, EntryKind, ExtendedAttributes, Metadata};
+use super::decompressed_content;
 use super::error::{UnpackError, shown};
 use super::layer_rule::ArchiveRule;
-use super::limits::Limits;
-use super::path::{PathError, RelativePath};
 use super::permissions::{NodeType, Owner, Permissions, PermissionsRule};
 use super::tar_reader::{ArchiveMember, MemberKind, TarReader};
+use super::unpack_limits::Limits;
+use super::volume_path::{PathError, RelativePath};
 use oci_types::Digest;
 
 /// Prefix of a whiteout, which hides a name of lower layers.
@@ -96,7 +96,7 @@ pub(super) fn record(
     sink: &mut impl Sink,
     check: impl FnMut(&Entry) -> Result<(), UnpackError>,
 ) -> Result<Totals, UnpackError> {
-    content::decompress(input, limits, rule.tar_digest.is_some(), |content| {
+    decompressed_content::decompress(input, limits, rule.tar_digest.is_some(), |content| {
         record_content(TarReader::new(content, limits), rule, permissions, limits, sink, check)
     })
 }
@@ -164,7 +164,7 @@ fn record_content(
         sink.entry(entry).map_err(UnpackError::Store)?;
         entries += 1;
     }
-    let content::ContentSummary { bytes: tar_bytes, digest: tar_digest } =
+    let decompressed_content::ContentSummary { bytes: tar_bytes, digest: tar_digest } =
         tar.into_content().finish()?;
     match (rule.tar_digest, tar_digest) {
         (Some(expected), Some(found)) if expected != found => {

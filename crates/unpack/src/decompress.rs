@@ -10,9 +10,9 @@ use std::io::{self, BufRead, BufReader, Chain, Cursor, Read};
 use flate2::bufread::GzDecoder;
 use sha2::{Digest as _, Sha256};
 
-use super::content::ContentSummary;
+use super::decompressed_content::ContentSummary;
 use super::error::UnpackError;
-use super::limits::Limits;
+use super::unpack_limits::Limits;
 use oci_types::Digest;
 
 const GZIP: [u8; 2] = [0x1f, 0x8b];

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use super::path::{PathError, RelativePath, Shown};
 use super::permissions::Owner;
+use super::volume_path::{PathError, RelativePath, Shown};
 use oci_types::Digest;
 
 /// Class of a failure, from which the gRPC status is chosen in one place.

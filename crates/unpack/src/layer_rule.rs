@@ -21,10 +21,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::error::{UnpackError, shown};
-use super::limits::Limits;
-use super::path::{PathError, RelativePath};
+use super::path_selection::Selection;
 use super::permissions::{Owner, Permissions};
-use super::selection::Selection;
+use super::unpack_limits::Limits;
+use super::volume_path::{PathError, RelativePath};
 use oci_types::Digest;
 use oci_types::manifest::{Descriptor, ImageManifest};
 use oci_types::media_type::{self, is_image_layer};

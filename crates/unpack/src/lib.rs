@@ -15,28 +15,28 @@
 //! with a test.
 
 pub mod archive;
+pub mod archive_entry;
 pub mod checksum;
-mod content;
 mod decompress;
-pub mod entry;
+mod decompressed_content;
 pub mod error;
+pub mod layer_merge;
 pub mod layer_rule;
-pub mod limits;
-pub mod members;
-pub mod merge;
-pub mod path;
+pub mod path_selection;
 pub mod permissions;
-pub mod plan;
-pub mod selection;
+pub mod tar_members;
 mod tar_reader;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod tree_plan;
+pub mod unpack_limits;
+pub mod volume_path;
 
+pub use archive_entry::{Entry, EntryKind, Metadata};
 pub use checksum::Checksum;
-pub use entry::{Entry, EntryKind, Metadata};
 pub use error::{Class, UnpackError};
 pub use layer_rule::UnpackMode;
-pub use limits::Limits;
-pub use path::RelativePath;
+pub use path_selection::Selection;
 pub use permissions::{Permissions, PermissionsRule};
-pub use selection::Selection;
+pub use unpack_limits::Limits;
+pub use volume_path::RelativePath;

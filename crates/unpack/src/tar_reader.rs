@@ -11,15 +11,15 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read};
 
-use super::content::DecompressedContent;
-use super::entry::Timestamp;
+use super::archive_entry::Timestamp;
+use super::decompressed_content::DecompressedContent;
 use super::error::{UnpackError, shown};
-use super::limits::Limits;
 use super::permissions::Owner;
+use super::unpack_limits::Limits;
 
-mod sparse;
+mod sparse_files;
 
-use sparse::{Extent, SparseForm, SparseParts};
+use sparse_files::{Extent, SparseForm, SparseParts};
 
 const BLOCK: usize = 512;
 
@@ -287,7 +287,7 @@ impl<'a> TarReader<'a> {
             Some(parts) => match parts.next() {
                 Extent::Hole(length) => {
                     self.check_ratio()?;
-                    return Ok(sparse::zeros(length));
+                    return Ok(sparse_files::zeros(length));
                 }
                 Extent::Data(length) => length,
             },

@@ -5,11 +5,11 @@ use std::io::{self, BufRead, Write};
 use tar::Header;
 
 use super::archive::{FileHeader, Sink, StoredContent, Totals, record, unpack};
-use super::entry::{Entry, EntryKind};
+use super::archive_entry::{Entry, EntryKind};
 use super::error::UnpackError;
 use super::layer_rule::ArchiveRule;
-use super::limits::Limits;
 use super::permissions::PermissionsRule;
+use super::unpack_limits::Limits;
 use crate::Checksum;
 
 /// Rule of the layers of an image.

@@ -9,8 +9,8 @@
 //! They are core/v1 Events, like the kubelet's: those of `events.k8s.io` cannot change their text, and progress would
 //! be a new object each time.
 
-mod correlator;
-mod writer;
+mod event_correlator;
+mod event_writer;
 
 use std::time::Duration;
 
@@ -69,7 +69,7 @@ impl EventRecorder {
         shutdown: &CancellationToken,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let writer = writer::EventWriter::new(driver_name.to_owned(), node_id.to_owned());
+        let writer = event_writer::EventWriter::new(driver_name.to_owned(), node_id.to_owned());
         let shutdown = shutdown.clone();
         tracker.spawn(async move {
             tokio::select! {

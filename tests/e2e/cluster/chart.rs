@@ -8,7 +8,7 @@ use std::{
     path::Path,
 };
 
-use csi_driver_oci::volume::attributes::VolumeAttributes;
+use csi_driver_oci::volume::volume_attributes::VolumeAttributes;
 use preload::api::ArtifactPreload;
 
 use k8s_openapi::api::{

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use preload::plan::facts::mix;
+use preload::plan::cluster_facts::mix;
 use serde_json::{Value, json};
 
 use super::{DOCKER, index_of_another_platform, secret};

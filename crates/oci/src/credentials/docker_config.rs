@@ -13,7 +13,7 @@ use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 
-use super::secret::MAXIMUM_BYTES;
+use super::publish_secret::MAXIMUM_BYTES;
 use super::{Credential, SecretError};
 use text::printable::excerpt;
 

@@ -12,16 +12,16 @@
 //! for the effect on tokens and redirects.
 
 mod docker_config;
-pub mod identity;
 mod keyring;
 pub mod providers;
-mod secret;
+mod publish_secret;
+pub mod workload_identity;
 
 use std::fmt;
 
-pub use identity::WorkloadIdentity;
 pub use keyring::Keyring;
-pub use secret::SecretError;
+pub use publish_secret::SecretError;
+pub use workload_identity::WorkloadIdentity;
 
 /// A credential for a registry. `Debug` and `Display` print its kind only.
 #[derive(Clone, PartialEq, Eq, Hash, Default)]

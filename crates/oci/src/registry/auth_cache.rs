@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 
-use super::challenge::Challenge;
-use super::endpoint::RegistryEndpoint;
+use super::auth_challenge::Challenge;
+use super::bearer_token::{self, FetchedToken, TokenCache};
 use super::error::{self, RegistryError};
+use super::http_transport::Transport;
 use super::lru_map::LruMap;
-use super::token::{self, FetchedToken, TokenCache};
-use super::transport::Transport;
+use super::registry_endpoint::RegistryEndpoint;
 use crate::Repository;
 use crate::credentials::Credential;
 
@@ -127,14 +127,14 @@ impl AuthCache {
     ) -> Result<RequestAuthorization, RegistryError> {
         if let Credential::RegistryToken { token } = credential {
             // Needs no challenge: the token is for this registry only.
-            return token::bearer(token)
+            return bearer_token::bearer(token)
                 .map(RequestAuthorization::RegistryToken)
                 .ok_or_else(|| unusable(repository, "the registry token fits in no header"));
         }
         let mut refused = None;
         for challenge in challenges {
             let Challenge::Bearer { realm, service, scopes } = challenge else { continue };
-            let realm = match token::realm(transport, endpoint, realm).await {
+            let realm = match bearer_token::realm(transport, endpoint, realm).await {
                 Ok(realm) => realm,
                 Err(reason) => {
                     refused = Some(reason);
@@ -159,7 +159,7 @@ impl AuthCache {
                 .map(RequestAuthorization::Token);
         }
         if challenges.contains(&Challenge::Basic)
-            && let Some(header) = token::basic(credential)
+            && let Some(header) = bearer_token::basic(credential)
         {
             return Ok(RequestAuthorization::Basic(header));
         }

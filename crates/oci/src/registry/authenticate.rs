@@ -5,11 +5,11 @@ use reqwest::{Method, StatusCode, Url};
 
 use super::Registry;
 use super::auth_cache::RequestAuthorization;
-use super::challenge;
-use super::endpoint::RegistryEndpoint;
+use super::auth_challenge;
 use super::error::RegistryError;
-use super::request::RegistryRequest;
-use super::transport::{HttpRequest, HttpResponse};
+use super::http_transport::{HttpRequest, HttpResponse};
+use super::registry_endpoint::RegistryEndpoint;
+use super::registry_request::RegistryRequest;
 
 /// First without authorization or with a cached one, then with that of the challenge, then once
 /// more if that was a stale token.
@@ -56,7 +56,7 @@ impl Registry {
             if answer.redirected || !(refused || status == StatusCode::NOT_FOUND) {
                 return Ok(answer);
             }
-            let mut challenges = challenge::read(answer.response.headers());
+            let mut challenges = auth_challenge::read(answer.response.headers());
             if refused {
                 self.auth_cache.forget(&authorization).await;
             } else if !matches!(authorization, RequestAuthorization::Nothing) {
@@ -106,7 +106,7 @@ impl Registry {
         &self,
         request: &RegistryRequest<'_>,
         endpoint: &RegistryEndpoint,
-    ) -> Result<Vec<challenge::Challenge>, RegistryError> {
+    ) -> Result<Vec<auth_challenge::Challenge>, RegistryError> {
         let probe = HttpRequest {
             endpoint,
             method: Method::GET,
@@ -121,7 +121,8 @@ impl Registry {
             return Err(answer.refusal(&request.what, request.is_anonymous_at(endpoint)));
         }
         let asks = answer.status() == StatusCode::UNAUTHORIZED && !answer.redirected;
-        let challenges = if asks { challenge::read(answer.response.headers()) } else { Vec::new() };
+        let challenges =
+            if asks { auth_challenge::read(answer.response.headers()) } else { Vec::new() };
         answer.discard().await;
         Ok(challenges)
     }

@@ -41,31 +41,31 @@
 //!   registry itself counts.
 //! - URLs in descriptors (`urls`) are never fetched.
 
-mod address;
-mod answered_by;
+mod address_rules;
 mod auth_cache;
+mod auth_challenge;
 mod authenticate;
-mod backoff;
-mod blob;
-mod challenge;
-mod connection;
-mod documents;
-mod endpoint;
+mod bearer_token;
+mod blob_response;
+mod credential_refusals;
+mod dns_lookup;
+mod document_memory;
+mod environment_proxy;
 mod error;
 mod exchange_timeout;
 pub mod hosts;
-mod lookup;
+mod http_clients;
+mod http_transport;
 mod lru_map;
 mod mirror_health;
 mod plain_http;
-mod proxy;
-mod redirect;
+mod redirect_rules;
 mod referrers;
-mod refusals;
-mod request;
+mod registry_backoff;
+mod registry_endpoint;
+mod registry_request;
+mod response_source;
 mod tls;
-mod token;
-mod transport;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -78,29 +78,29 @@ use reqwest::{Method, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
 use tokio::time::Instant;
 
-pub use address::{AddressRules, Loopback};
-pub use answered_by::AnsweredBy;
-pub use blob::BlobBody;
-pub use documents::DocumentReservation;
-pub use endpoint::other_spellings;
+pub use address_rules::{AddressRules, Loopback};
+pub use blob_response::BlobBody;
+pub use credential_refusals::Refusals;
+pub use document_memory::DocumentReservation;
 pub use error::RegistryError;
 pub use hosts::mirror_address;
 pub use plain_http::plain_http_address;
 pub use referrers::Referrers;
-pub use refusals::Refusals;
-pub use request::ManifestName;
+pub use registry_endpoint::other_spellings;
+pub use registry_request::ManifestName;
+pub use response_source::AnsweredBy;
 
 use self::auth_cache::AuthCache;
-use self::backoff::{RegistryBackoff, RequestKey};
-use self::blob::{BlobAnswer, BlobPart};
-use self::documents::DocumentMemory;
-use self::endpoint::RegistryEndpoint;
+use self::blob_response::{BlobAnswer, BlobPart};
+use self::document_memory::DocumentMemory;
 use self::exchange_timeout::ExchangeTimeout;
 use self::hosts::RegistryHosts;
+use self::http_transport::{HttpResponse, Transport};
 use self::lru_map::LruMap;
 use self::mirror_health::{MirrorFailures, MirrorHealth};
-use self::request::{HostFailover, RegistryRequest, RequiredCapability};
-use self::transport::{HttpResponse, Transport};
+use self::registry_backoff::{RegistryBackoff, RequestKey};
+use self::registry_endpoint::RegistryEndpoint;
+use self::registry_request::{HostFailover, RegistryRequest, RequiredCapability};
 use super::credentials::Credential;
 use super::{Digest, Repository};
 
@@ -300,7 +300,7 @@ impl Registry {
     ) -> Result<FetchedManifest, RegistryError> {
         let limit = self.options.manifest_bytes_limit;
         let mut timeout = self.timeout(request, endpoint);
-        let (mut held, mut most) = (None, documents::SMALL.min(limit));
+        let (mut held, mut most) = (None, document_memory::SMALL.min(limit));
         loop {
             let answer = timeout.run(self.expect_success(request, endpoint)).await?;
             let answered_by = AnsweredBy::of(endpoint, &answer);
@@ -617,7 +617,7 @@ impl Registry {
         request: &RegistryRequest<'_>,
         endpoint: &RegistryEndpoint,
     ) -> RequestKey {
-        let host = transport::authority(&endpoint.root);
+        let host = http_transport::authority(&endpoint.root);
         let credential = request.credential_for(endpoint);
         self.backoff.request_key(&host, request.repository, credential, &request.what)
     }
@@ -628,7 +628,7 @@ impl Registry {
         request: &'a RegistryRequest<'_>,
         endpoint: &RegistryEndpoint,
     ) -> ExchangeTimeout<'a> {
-        let host = transport::authority(&endpoint.root);
+        let host = http_transport::authority(&endpoint.root);
         ExchangeTimeout::new(host, &request.what, self.options.manifest_timeout)
     }
 

@@ -1,6 +1,6 @@
 //! Plain HTTP: permissions of the administrator for addresses without TLS.
 //!
-//! Apart from loopback, see [`redirect`](super::redirect), only these allow plain HTTP:
+//! Apart from loopback, see [`redirect`](super::redirect_rules), only these allow plain HTTP:
 //!
 //! - a registry or mirror that a `hosts.toml` names with `http://` may redirect to its own host;
 //! - every registry may redirect to the addresses in `registries.plainHTTPRedirects`, and to a host
@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use reqwest::Url;
 
-use super::endpoint::RegistryEndpoint;
 use super::hosts;
+use super::registry_endpoint::RegistryEndpoint;
 
 /// Permissions for plain HTTP. Cheap to clone.
 #[derive(Clone, Debug)]

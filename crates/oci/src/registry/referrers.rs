@@ -6,12 +6,12 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 
 use super::Registry;
-use super::documents::{DocumentReservation, SMALL};
-use super::endpoint::RegistryEndpoint;
+use super::document_memory::{DocumentReservation, SMALL};
 use super::error::RegistryError;
 use super::exchange_timeout::ExchangeTimeout;
-use super::request::{RegistryRequest, RequiredCapability};
-use super::transport::HttpResponse;
+use super::http_transport::HttpResponse;
+use super::registry_endpoint::RegistryEndpoint;
+use super::registry_request::{RegistryRequest, RequiredCapability};
 use crate::credentials::Credential;
 use crate::{Digest, Repository};
 

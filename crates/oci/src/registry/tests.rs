@@ -11,7 +11,7 @@ use base64::Engine as _;
 use futures_util::future::join_all;
 use futures_util::{StreamExt as _, stream};
 
-use super::transport::HttpRequest;
+use super::http_transport::HttpRequest;
 use super::*;
 use crate::{Reference, media_type};
 
@@ -758,7 +758,7 @@ async fn concurrent_requests_share_a_refusal_and_later_ones_do_not() {
     registry.auth_cache.cache_challenges(
         &endpoint,
         &repository,
-        &[challenge::Challenge::Bearer {
+        &[auth_challenge::Challenge::Bearer {
             realm: format!("http://{}/token", server.address),
             service: None,
             scopes: Vec::new(),
@@ -1113,7 +1113,7 @@ async fn bad_redirects_are_not_followed() {
     let result =
         registry().blob(&server.repository(), Digest::of(b""), 0, &Credential::Anonymous).await;
     assert!(matches!(discreet(result), RegistryError::Protocol { .. }));
-    assert_eq!(server.seen().len(), redirect::MAXIMUM_HOPS + 1);
+    assert_eq!(server.seen().len(), redirect_rules::MAXIMUM_HOPS + 1);
 }
 
 // --- blobs ---

@@ -9,15 +9,15 @@
 //! A signature is valid if a required key made it over the exact bytes, and these bytes name the
 //! digest of the index or of the manifest that was chosen from it.
 
-pub mod bundle;
-pub mod key;
-pub mod simple;
+pub mod public_key;
+pub mod sigstore_bundle;
+pub mod simple_signing;
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-pub use key::{KeyError, PublicKey};
+pub use public_key::{KeyError, PublicKey};
 
 use super::Digest;
 
@@ -118,9 +118,9 @@ impl SignatureDemand {
         for signature in found {
             let verified = match signature {
                 FoundSignature::Simple { payload, signature } => {
-                    simple::verify(payload, signature, subjects, &keys)
+                    simple_signing::verify(payload, signature, subjects, &keys)
                 }
-                FoundSignature::Bundle(bytes) => bundle::verify(bytes, subjects, &keys),
+                FoundSignature::Bundle(bytes) => sigstore_bundle::verify(bytes, subjects, &keys),
             };
             match verified {
                 Ok(key) => return Ok(self.keys.get(key).map_or("", |named| &named.name)),

@@ -56,7 +56,7 @@ fn bundle(pair: &EcdsaKeyPair, digest: Digest, predicate: &str) -> serde_json::V
     .to_string();
     let kind = "application/vnd.in-toto+json";
     let message = format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len());
-    json!({"mediaType": bundle::MEDIA_TYPE,
+    json!({"mediaType": sigstore_bundle::MEDIA_TYPE,
         "verificationMaterial": {"publicKey": {"hint": "x"}},
         "dsseEnvelope": {"payload": STANDARD.encode(&statement), "payloadType": kind,
             "signatures": [{"sig": sign(pair, message.as_bytes())}]}})

@@ -10,19 +10,19 @@
 //! The schema bounds every list and text: no object grows with the number of nodes, and the API
 //! server can estimate the cost of validation rules.
 
-pub mod definitions;
-pub mod node;
-pub mod preload;
-mod schema;
+pub mod artifact_preload;
+mod crd_schema;
+pub mod custom_resource_definitions;
+pub mod node_artifacts;
 
 /// Reason of a condition or a node: the quota of the namespace is exceeded.
 pub const QUOTA_EXCEEDED: &str = "QuotaExceeded";
 
-pub use node::{
-    HeldArtifact, NodeArtifacts, NodeArtifactsSpec, NodeArtifactsStatus, Phase, SealedCredentials,
-    WantedArtifact,
-};
-pub use preload::{
+pub use artifact_preload::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, FailedNode, NodeSelector,
     ResolvedReference,
+};
+pub use node_artifacts::{
+    HeldArtifact, NodeArtifacts, NodeArtifactsSpec, NodeArtifactsStatus, Phase, SealedCredentials,
+    WantedArtifact,
 };

@@ -15,14 +15,14 @@
 //! where the last one ended. Writes carry the version of the object that they change, so that a
 //! process that has lost leadership changes nothing.
 
-mod events;
-pub mod lease;
-pub mod metrics;
+mod api_rate_limit;
+mod api_watch;
+mod api_write;
+pub mod controller_metrics;
+pub mod leader_election;
+mod preload_events;
 pub mod reconciler;
-pub mod resolver;
-mod watch;
-mod write;
-mod write_rate;
+pub mod reference_resolver;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,12 +33,12 @@ use kube::Client;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use crate::plan::facts::NamespaceQuota;
-pub use lease::LeaderElection;
-pub use metrics::ControllerMetrics;
+pub use crate::plan::cluster_facts::NamespaceQuota;
+pub use controller_metrics::ControllerMetrics;
+pub use leader_election::LeaderElection;
 pub use reconciler::{ControllerPace, PreloadReconciler};
-pub use resolver::{ReferenceResolver, RegistryResolver};
-use telemetry::http;
+pub use reference_resolver::{ReferenceResolver, RegistryResolver};
+use telemetry::http_server;
 
 /// Time for calls to end at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
@@ -81,7 +81,7 @@ pub async fn run(
     ];
     for (name, address, router) in endpoints {
         let Some(address) = address else { continue };
-        match http::serve(address, router, &tracker, shutdown.clone()).await {
+        match http_server::serve(address, router, &tracker, shutdown.clone()).await {
             Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
             Err(error) => {
                 tracing::error!(endpoint = name, address, %error, "cannot listen: this endpoint stays off");

@@ -16,22 +16,22 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::events;
-use super::resolver::{ResolveRequest, ResolveResult};
-use super::watch::{RunningWatches, WatchEvent, WatchProgress, watch};
-use super::write::{self, ObjectWriteError};
-use super::write_rate::WriteBucket;
+use super::api_rate_limit::WriteBucket;
+use super::api_watch::{RunningWatches, WatchEvent, WatchProgress, watch};
+use super::api_write::{self, ObjectWriteError};
+use super::preload_events;
+use super::reference_resolver::{ResolveRequest, ResolveResult};
 use super::{ControllerMetrics, ReferenceResolver};
 use crate::api::{
     ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, NodeArtifactsSpec, SealedCredentials,
     WantedArtifact,
 };
-use crate::plan::facts::{
+use crate::plan::cluster_facts::{
     AssignedArtifact, ClusterState, NamespaceQuota, NodeReadiness, ReferenceResolution,
     RegistryAccess, SealedVersion, Seconds, key_of,
 };
 use crate::plan::{PreloadPlan, StatusChange, plan};
-use crate::seal::{PlainCredentials, SealContext};
+use crate::sealed_credentials::{PlainCredentials, SealContext};
 use oci::{Reference, Repository};
 
 /// Maximum number of concurrent resolutions.
@@ -372,7 +372,7 @@ impl PreloadReconciler {
             WriteDecision::Create { node, uid } => {
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let made = write::create(client, &node, &uid).await;
+                    let made = api_write::create(client, &node, &uid).await;
                     (target, made.map(|object| WriteResult::Node(Box::new(object))))
                 });
             }
@@ -385,7 +385,7 @@ impl PreloadReconciler {
                 };
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let written = write::assign(client, &node, &version, spec).await;
+                    let written = api_write::assign(client, &node, &version, spec).await;
                     (target, written.map(|object| WriteResult::Node(Box::new(object))))
                 });
             }
@@ -396,14 +396,14 @@ impl PreloadReconciler {
                 }
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let written = write::report(client, &preload, &version, &status).await;
+                    let written = api_write::report(client, &preload, &version, &status).await;
                     (target, written.map(|object| WriteResult::Preload(Box::new(object))))
                 });
             }
             WriteDecision::Delete { preload, uid, version } => {
                 self.writing.insert(target.clone());
                 self.writes.spawn(async move {
-                    let gone = write::delete(client, &preload, &uid, &version).await;
+                    let gone = api_write::delete(client, &preload, &uid, &version).await;
                     (target, gone.map(|()| WriteResult::Deleted))
                 });
             }
@@ -416,7 +416,7 @@ impl PreloadReconciler {
             let preload = self.state.key(wish.preload);
             let place = SealContext { node, preload: &preload, reference: &wish.reference };
             let sealed = wish.sealed.as_ref().and_then(|sealed| self.seal(sealed, place));
-            write::wanted(&preload, wish, sealed)
+            api_write::wanted(&preload, wish, sealed)
         };
         let mut artifacts: Vec<_> = wanted.iter().map(with_credentials).collect();
         artifacts.sort_by(|one, two| {
@@ -492,12 +492,13 @@ impl PreloadReconciler {
 
     /// Writes events for the transitions between the replaced status and the new one.
     fn write_events(&mut self, preload: &ArtifactPreload, before: &ArtifactPreloadStatus) {
-        let transitions = preload.status.as_ref().map(|after| events::transitions(before, after));
+        let transitions =
+            preload.status.as_ref().map(|after| preload_events::transitions(before, after));
         let transitions = transitions.filter(|transitions| !transitions.is_empty());
         if let Some(transitions) = transitions
             && self.event_writes.len() < EVENT_WRITES
         {
-            self.event_writes.spawn(events::write(
+            self.event_writes.spawn(preload_events::write(
                 self.client.clone(),
                 preload.clone(),
                 transitions,
@@ -541,7 +542,7 @@ impl PreloadReconciler {
             pull_secrets: known.spec.pull_secrets.clone(),
         };
         let request = ResolveRequest {
-            namespace: write::split(preload).0.to_owned(),
+            namespace: api_write::split(preload).0.to_owned(),
             reference: parsed.reference.clone(),
             written: known.spec.reference.clone(),
             pull_secrets: known.spec.pull_secrets.clone(),

@@ -12,10 +12,10 @@
 //! nothing. So it does not matter how often it runs, whether decisions were lost before they were
 //! written, or which process writes them.
 
-mod assignment;
-pub mod facts;
-mod quota;
-mod status;
+pub mod cluster_facts;
+mod namespace_quota;
+mod node_assignment;
+mod preload_status;
 #[cfg(test)]
 mod tests;
 
@@ -23,9 +23,9 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use crate::api::ArtifactPreloadStatus;
-use crate::api::node::MAXIMUM_ARTIFACTS;
-use assignment::{AwaitedNode, EligibleNode};
-use facts::{AssignedArtifact, ClusterState, NodeObject, PreloadId, Seconds};
+use crate::api::node_artifacts::MAXIMUM_ARTIFACTS;
+use cluster_facts::{AssignedArtifact, ClusterState, NodeObject, PreloadId, Seconds};
+use node_assignment::{AwaitedNode, EligibleNode};
 
 /// Maximum bytes of a node's assignment: a third of the limit of the API server, since the status
 /// is in the same object.
@@ -165,7 +165,7 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
             (true, None) => Some(object.created),
             (false, _) => Some(node.created),
         };
-        if let Some(until) = since.map(|since| since + assignment::SILENT_AFTER)
+        if let Some(until) = since.map(|since| since + node_assignment::SILENT_AFTER)
             && until >= now
         {
             awaited.push((name, node));
@@ -179,11 +179,11 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
     let known: HashSet<PreloadId> = state.preloads.values().map(|preload| preload.id).collect();
     let mut assignments: Vec<NodeAssignment> =
         nodes.iter().map(|node| NodeAssignment::after(node.object, &known)).collect();
-    let mut exceeded = quota::exceeded(state);
+    let mut exceeded = namespace_quota::exceeded(state);
     for (key, preload) in &state.preloads {
         let assignment = match exceeded.remove(&preload.id) {
-            Some(problem) => assignment::withhold(preload, &nodes, &awaited, problem),
-            None => assignment::assign(preload, &nodes, &awaited, &mut assignments, now),
+            Some(problem) => node_assignment::withhold(preload, &nodes, &awaited, problem),
+            None => node_assignment::assign(preload, &nodes, &awaited, &mut assignments, now),
         };
         plan.wake = earlier(plan.wake, assignment.wake);
         plan.check.extend(assignment.unchecked.iter().cloned());
@@ -194,8 +194,11 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
         plan.totals.nodes_active += assignment.counts.active;
         plan.totals.nodes_failed += assignment.counts.failed;
         plan.totals.nodes_waiting += assignment.counts.waiting();
-        let written = status::status(preload, &assignment, now);
-        match (status::is_ready(&written.status), status::is_stalled(&written.status)) {
+        let written = preload_status::status(preload, &assignment, now);
+        match (
+            preload_status::is_ready(&written.status),
+            preload_status::is_stalled(&written.status),
+        ) {
             (true, _) => plan.totals.ready += 1,
             (false, true) => plan.totals.stalled += 1,
             (false, false) => plan.totals.under_way += 1,
@@ -208,7 +211,7 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
             }
         }
         if written.status != preload.status {
-            let urgent = status::is_transition(&preload.status, &written.status);
+            let urgent = preload_status::is_transition(&preload.status, &written.status);
             let preload = Arc::clone(key);
             plan.report.push(StatusChange { preload, status: written.status, urgent });
         }

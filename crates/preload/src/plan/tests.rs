@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference,
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 
-use super::facts::{
+use super::cluster_facts::{
     AnswerOrigin, ClusterNode, ClusterState, NamespaceQuota, NodeReadiness, ReferenceResolution,
     RegistryAccess, ResolutionFailure, ResolvedArtifact, start_order,
 };
@@ -562,7 +562,7 @@ fn an_invalid_reference_changes_no_assignment() {
         cluster.settle();
         assert_eq!(cluster.reason("tool"), reason);
         assert_eq!(cluster.status("tool").ready_reference, first);
-        assert!(super::status::is_stalled(&cluster.status("tool")));
+        assert!(super::preload_status::is_stalled(&cluster.status("tool")));
         assert_eq!(cluster.wants("node-0"), [first.clone().expect("ready")]);
         assert_eq!(cluster.plan().resolve, [] as [Arc<str>; 0], "not before its time");
     }
@@ -594,7 +594,7 @@ fn failed_nodes_are_listed_and_do_not_block_others() {
     assert_eq!(status.failed_nodes[0].node, node);
     assert_eq!(status.failed_nodes[0].reason, "NoRoom");
     assert_eq!(cluster.reason("tool"), "NodesFailed");
-    assert!(super::status::is_stalled(&status));
+    assert!(super::preload_status::is_stalled(&status));
     assert!(status.completion_time.is_some());
     cluster.says(&node, &wanted, Phase::Ready);
     cluster.settle();
@@ -1339,7 +1339,7 @@ fn an_index_without_a_required_platform_is_never_ready() {
     cluster.apply("tool", |spec| spec.platforms = platforms);
     cluster.settle();
     assert_eq!(cluster.reason("tool"), "PlatformMissing");
-    assert!(super::status::is_stalled(&cluster.status("tool")));
+    assert!(super::preload_status::is_stalled(&cluster.status("tool")));
     assert_eq!(cluster.wants("node-0").len(), 1, "pods still use it");
 }
 

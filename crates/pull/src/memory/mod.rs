@@ -25,8 +25,8 @@
 //!
 //! Publishes of cached trees and unpublishes reserve no memory.
 
-mod container;
-mod ledger;
+mod container_memory_limit;
+mod memory_ledger;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -36,10 +36,10 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-pub use container::container_limit;
-use ledger::{MemoryGrant, MemoryLedger, RequestId, TenantShare};
+pub use container_memory_limit::container_limit;
+use memory_ledger::{MemoryGrant, MemoryLedger, RequestId, TenantShare};
 
-use text::units::Bytes;
+use text::human_units::Bytes;
 
 /// The default budget without a container limit: three eighths of the chart's 512 MiB.
 const DEFAULT_BYTES: u64 = 192 << 20;
@@ -48,7 +48,7 @@ const DEFAULT_BYTES: u64 = 192 << 20;
 /// its threads.
 const BYTES_PER_UNPACK: u64 = 9 << 20;
 
-/// Memory of all buffers between network and disk (see [`super::wire`]).
+/// Memory of all buffers between network and disk (see [`super::download_resources`]).
 const DOWNLOAD_BYTES: u64 = 3 << 20;
 
 /// Memory that the process takes beside the budget: the process itself, its threads and connections,

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::super::catalog::Entry;
+use super::super::object_catalog::Entry;
 use super::*;
 use oci_types::Digest;
 

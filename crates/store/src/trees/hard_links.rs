@@ -1,8 +1,8 @@
 //! Trees as ordinary directory trees whose files are hard links to `files/` and `layers/`.
 
-mod builder;
-mod comparison;
-mod copies;
+mod link_overflow;
+mod tree_builder;
+mod tree_comparison;
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -12,19 +12,19 @@ use std::time::Instant;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
-use super::objects::Objects;
+use super::tree_objects::Objects;
 use crate::disk_units::{BYTES_PER_INODE, DiskUnits, bytes_of_a_name};
 use crate::error::StoreError;
-use crate::findings::DamageList;
-use crate::inode::Rules;
-use crate::reader::{Reader, failed_to_read};
+use crate::inode_metadata::Rules;
+use crate::integrity_findings::DamageList;
+use crate::paced_reader::{Reader, failed_to_read};
 use crate::space_amount::SpaceAmount;
-use crate::staging::Staging;
+use crate::staging_folders::Staging;
 use crate::state_directory::StateDirectory;
-use builder::Builder;
-use comparison::Comparison;
-use copies::Copies;
-use unpack::merge::TreePlan;
+use link_overflow::Copies;
+use tree_builder::Builder;
+use tree_comparison::Comparison;
+use unpack::layer_merge::TreePlan;
 
 /// The root of a tree, below the folder of its generation.
 const ROOT: &str = "root";

@@ -6,11 +6,11 @@
 //! System calls that nix does not offer are in [`syscalls`], the only place of
 //! the project with `unsafe`.
 
-pub mod attach;
+pub mod mount_attach;
+pub mod mount_table;
+pub mod mount_target;
 pub mod syscalls;
-pub mod table;
-pub mod target;
 
-pub use attach::{AttachMethod, MountContent, MountFlags, MountForm};
-pub use table::{MountEntry, MountOrigin, MountTable};
-pub use target::{DetachedFilesystem, MountTarget, TargetState, UnmountError};
+pub use mount_attach::{AttachMethod, MountContent, MountFlags, MountForm};
+pub use mount_table::{MountEntry, MountOrigin, MountTable};
+pub use mount_target::{DetachedFilesystem, MountTarget, TargetState, UnmountError};

@@ -748,7 +748,7 @@ fn metadata_beyond_the_limit_is_refused_for_the_layer_and_for_the_artifact() {
     let (whole, memory) = unpack_all(&archive(60), &IMAGE, &limits);
     whole.expect("below the limit");
     let everything = crate::Selection::default();
-    let mut merger = crate::merge::Merger::new(&limits, &everything);
+    let mut merger = crate::layer_merge::Merger::new(&limits, &everything);
     let mut outcome = Ok(());
     for layer in 0..2 {
         merger.archive(layer, &IMAGE);

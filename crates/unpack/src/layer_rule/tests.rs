@@ -1,7 +1,7 @@
 use serde_json::{Value, json};
 
 use super::super::error::Class;
-use super::super::path::PathError;
+use super::super::volume_path::PathError;
 use super::*;
 use oci_types::manifest::Manifest;
 

@@ -1,7 +1,7 @@
 //! Validates objects by the definitions: unknown fields are dropped, defaults are filled in, and values of the wrong
 //! type, out of bounds or too long are refused. Patterns and rules are checked elsewhere.
 
-use preload::api::definitions::definitions;
+use preload::api::custom_resource_definitions::definitions;
 use serde_json::Value;
 
 use super::store::Kind;

@@ -12,9 +12,9 @@
 //! runs when its credential is needed ([`NodeCredentials::redeem`]), and its response is cached as
 //! long as it says.
 
-pub mod config;
-pub mod protocol;
-mod run;
+pub mod kubelet_provider_config;
+mod provider_process;
+pub mod provider_protocol;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -25,10 +25,10 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-pub use config::CredentialProvider;
+pub use kubelet_provider_config::CredentialProvider;
 
-use self::config::TokenCacheType;
-use super::identity::{ServiceAccountToken, WorkloadIdentity};
+use self::kubelet_provider_config::TokenCacheType;
+use super::workload_identity::{ServiceAccountToken, WorkloadIdentity};
 use super::{Credential, Keyring};
 use crate::Repository;
 use sys::reload::FileBacked;
@@ -251,7 +251,7 @@ impl NodeCredentials {
         if let Some(known) = self.cached(&key, repository) {
             return Ok(known);
         }
-        let request = protocol::ProviderRequest {
+        let request = provider_protocol::ProviderRequest {
             kind: "CredentialProviderRequest",
             api_version: &provider.api_version,
             image: repository.to_string(),
@@ -263,8 +263,9 @@ impl NodeCredentials {
         let request = serde_json::to_vec(&request).map_err(|error| failed(error.to_string()))?;
         let Some((_, folder)) = &self.0.files.plugins else { return Ok(Keyring::empty()) };
         let asked_at = Instant::now();
-        let output = run::run(provider, folder, &request, self.0.files.timeout).await?;
-        let answer = protocol::parse(&output, &provider.api_version)
+        let output =
+            provider_process::run(provider, folder, &request, self.0.files.timeout).await?;
+        let answer = provider_protocol::parse(&output, &provider.api_version)
             .map_err(|reason| failed(format!("it printed {reason}")))?;
         let duration = answer.cache_duration.unwrap_or(provider.default_cache_duration);
         if !duration.is_zero() {
@@ -324,7 +325,7 @@ impl NodeCredentials {
 
     /// Returns a cached response, searched as in the kubelet: by image, by registry, then global.
     fn cached(&self, key: &str, repository: &Repository) -> Option<Keyring> {
-        use protocol::CacheKeyType::{Global, Image, Registry};
+        use provider_protocol::CacheKeyType::{Global, Image, Registry};
         let answers = self.0.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         [Image, Registry, Global].into_iter().find_map(|kind| {
@@ -362,7 +363,7 @@ impl NodeCredentials {
             let bytes =
                 seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
             let text = String::from_utf8(bytes).map_err(|_| wrong("it is no text".to_owned()))?;
-            let providers = config::parse(&text).map_err(wrong)?;
+            let providers = kubelet_provider_config::parse(&text).map_err(wrong)?;
             Ok(providers.into_iter().map(Arc::new).collect())
         }))
     }

@@ -9,21 +9,21 @@
 //! from its registry, with an error that names it; other registries continue. (containerd logs the
 //! error and uses the registry itself, which would bypass a mirror that has to be used.)
 
-mod folder;
-mod text;
+mod certs_folder;
+mod hosts_toml;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use reqwest::Url;
 
-pub use text::{HostEntry, HostsFile};
+pub use hosts_toml::{HostEntry, HostsFile};
 
-use super::endpoint::{self, RegistryEndpoint};
 use super::error::{self, RegistryError};
+use super::http_transport::Transport;
 use super::lru_map::LruMap;
-use super::redirect;
-use super::transport::Transport;
+use super::redirect_rules;
+use super::registry_endpoint::{self, RegistryEndpoint};
 use sys::reload::{FileBacked, FileVersions};
 
 /// Maximum number of registries with cached endpoints. Evicting one costs a read of its files.
@@ -85,7 +85,7 @@ impl HostsInner {
     }
 
     fn read(&self, transport: &Transport, host: &str, seen: &mut FileVersions) -> HostRoute {
-        let Some(found) = folder::find(&self.roots, host, seen) else {
+        let Some(found) = certs_folder::find(&self.roots, host, seen) else {
             let connection = transport.default_connection();
             return Ok(vec![Arc::new(RegistryEndpoint::of_registry(host, connection)?)]);
         };
@@ -93,7 +93,7 @@ impl HostsInner {
             tracing::error!(registry = host, reason, "nothing is pulled from this registry");
             RegistryError::Configuration { reason: error::long_reason(&reason) }
         };
-        let file = folder::load(&found, seen).map_err(broken)?;
+        let file = certs_folder::load(&found, seen).map_err(broken)?;
         for key in &file.unknown {
             tracing::warn!(folder = %found.display(), key, "hosts.toml has a key that means nothing here");
         }
@@ -104,9 +104,9 @@ impl HostsInner {
             let is_registry = entry.root.is_none();
             let root = match &entry.root {
                 Some(root) => root.clone(),
-                None => endpoint::registry_root(host)?,
+                None => registry_endpoint::registry_root(host)?,
             };
-            let material = folder::material(entry, seen).map_err(broken)?;
+            let material = certs_folder::material(entry, seen).map_err(broken)?;
             let connection = transport.connection(entry, material).map_err(broken)?;
             let namespace = (!is_same_host(&root, host)).then(|| host.to_owned());
             let marked = self.with_credentials.iter().any(|url| url.origin() == root.origin());
@@ -142,8 +142,8 @@ pub(super) fn name_plain_http(roots: &[PathBuf], url: &Url) -> bool {
     let without = (url.port().is_none()).then_some(host);
     [Some(with_port.as_str()), without].into_iter().flatten().any(|host| {
         let mut seen = FileVersions::new();
-        let file = folder::find(roots, host, &mut seen)
-            .and_then(|found| folder::load(&found, &mut seen).ok());
+        let file = certs_folder::find(roots, host, &mut seen)
+            .and_then(|found| certs_folder::load(&found, &mut seen).ok());
         file.is_some_and(|file| {
             let roots = file.hosts.iter().filter_map(|entry| entry.root.as_ref());
             roots.into_iter().any(|root| root.origin() == url.origin())
@@ -161,7 +161,7 @@ pub fn mirror_address(text: &str) -> Result<Url, String> {
     let url = url.ok_or_else(|| format!("\"{text}\" is no address: write https://host[:port]"))?;
     match url.scheme() {
         "https" => Ok(url),
-        "http" if redirect::is_loopback(&url) => Ok(url),
+        "http" if redirect_rules::is_loopback(&url) => Ok(url),
         _ => Err(format!(
             "\"{text}\" would get credentials without TLS: use https, or a mirror on loopback"
         )),
@@ -170,7 +170,7 @@ pub fn mirror_address(text: &str) -> Result<Url, String> {
 
 /// Returns whether a URL is the registry of a reference, not a mirror.
 fn is_same_host(root: &Url, host: &str) -> bool {
-    endpoint::registry_root(host).is_ok_and(|registry| {
+    registry_endpoint::registry_root(host).is_ok_and(|registry| {
         registry.host_str() == root.host_str() && registry.port() == root.port()
     })
 }

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::api::NodeArtifactsSpec;
-use crate::plan::facts::{AnswerOrigin, ClusterNode, ResolutionFailure, ResolvedArtifact};
+use crate::plan::cluster_facts::{AnswerOrigin, ClusterNode, ResolutionFailure, ResolvedArtifact};
 use oci::Digest;
 
 /// A registry that has `good`, and never answers for other repositories.

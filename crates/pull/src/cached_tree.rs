@@ -1,0 +1,39 @@
+//! The fast path of a publish: a tree that is in the store and proven for its caller.
+//!
+//! Nearly every publish takes this path. It runs on one blocking thread and waits for no registry and
+//! no flight. Everything else is left to [`Puller::acquire`], including the reason of a failure.
+
+use super::Puller;
+use super::artifact_request::{PullPolicy, Want};
+use store::Tree;
+use store::object_name::ObjectName;
+
+impl Puller {
+    /// Returns the wanted tree if it is in the store, has been read back, and is proven for this
+    /// caller. None means that it has to be acquired. Blocking.
+    #[must_use]
+    pub fn cached(&self, want: &Want) -> Option<Tree> {
+        if want.policy == PullPolicy::Always {
+            return None;
+        }
+        let resolver = &self.0.resolver;
+        let store = &resolver.store;
+        let repository = want.reference.repository();
+        let mirrors = resolver.known.origins.mirrors(repository);
+        let known = resolver.known.find(want, &resolver.candidates(want), &mirrors)?;
+        known.proven?;
+        let manifest = known.digests.manifest;
+        let key = want.shape.key(manifest);
+        if !store.origins().tree_came_from(repository, key, &mirrors) {
+            return None;
+        }
+        let tree = store.trees().get(key).ok()??;
+        let is_read = !store.read_back().is_unread(&ObjectName::tree(tree.key, tree.generation));
+        let is_verified = want.signature.as_ref().is_none_or(|demand| {
+            store.verified_signatures().contains(repository, manifest, demand.id())
+        });
+        let fits = want.check_bytes(tree.record.bytes).is_ok()
+            && resolver.known.check_bytes(want, manifest).is_ok();
+        (is_read && is_verified && fits).then_some(tree)
+    }
+}

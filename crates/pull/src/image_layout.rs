@@ -1,0 +1,434 @@
+//! An OCI image layout in place of a registry, for nodes without one.
+//!
+//! The layout comes as a tar, in any order. Its blobs are hashed as they arrive
+//! and become complete downloads; from there on the artifact goes the way of any
+//! other: the same checks, the same limits, the same commit. The reference it is
+//! imported as means this artifact from then on, and who may see it is decided
+//! as for preloaded images.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Component, Path};
+use std::sync::Arc;
+
+use super::artifact_request::Want;
+use super::credential_candidates::Candidates;
+use super::downloader::Downloader;
+use super::error::PullError;
+use super::pull_tenant::Tenant;
+use super::reference_resolution::{Resolved, ResolvedDigests};
+use super::{ProgressView, Puller, blocking};
+use oci::manifest::{
+    ChoiceStep, ChosenManifest, Descriptor, ImageIndex, Manifest, ManifestChoice, ManifestError,
+};
+use oci::{Digest, Platform, Reference};
+use store::access::ProofSource;
+use store::blob_import::ImportedBlobs;
+use store::resolution_records::Resolution;
+use store::{Store, StoreError, Tree};
+use unpack::tar_members::read_members;
+use unpack::{Limits, UnpackError};
+
+/// Files of a layout beside its blobs; ours are two, and other tools add a few.
+const STRANGE_FILES: usize = 1000;
+/// The annotation with a layout's reference for a manifest.
+const NAME: &str = "org.opencontainers.image.ref.name";
+
+/// An import that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The tar cannot be read.
+    #[error(
+        "the layout cannot be read: {0}: send a tar of an OCI image layout, as `oras copy --to-oci-layout` or `skopeo copy ... oci-archive:` make it"
+    )]
+    Read(String),
+    /// A tar beyond a limit, or with members that are not read.
+    #[error("the layout is refused: {0}")]
+    Refused(UnpackError),
+    /// The input is no layout.
+    #[error("it is no OCI image layout: {0}")]
+    NotALayout(String),
+    /// An archive of `docker save` without a layout in it.
+    #[error(
+        "it is an archive of `docker save` before version 25, which has no OCI image layout: convert it with `skopeo copy docker-archive:FILE oci-archive:NEW`, and import NEW"
+    )]
+    DockerArchive,
+    /// Several artifacts, and none with the reference's name.
+    #[error(
+        "the layout has {0} manifests and none is called \"{1}\": name one of them in the reference, or ask for a platform that only one is for"
+    )]
+    Ambiguous(usize, String),
+    /// A digest that is not the reference's.
+    #[error("the layout holds {found}, and the reference names {wanted}")]
+    OtherDigest {
+        /// The digest of the manifest in the layout.
+        found: Digest,
+        /// The digest that the reference demands.
+        wanted: Digest,
+    },
+    /// A blob that the manifest names.
+    #[error("the layout lacks the blob {0}: export it again, complete")]
+    Missing(Digest),
+    /// Anything that can happen to a pull.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// The same, shared.
+    #[error(transparent)]
+    Shared(#[from] Arc<PullError>),
+}
+
+/// The content of a layout.
+struct Layout {
+    index: Vec<u8>,
+    blobs: ImportedBlobs,
+}
+
+/// The manifest that a layout has for a reference and a platform.
+struct Chosen {
+    top: Digest,
+    manifest: ChosenManifest,
+    /// Manifests and the configuration, to be kept.
+    small: BTreeMap<Digest, Vec<u8>>,
+}
+
+impl Puller {
+    /// Takes an artifact from a layout.
+    pub async fn import(
+        &self,
+        layout: impl Read + Send + 'static,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Tree, ImportError> {
+        let (importer, named, wanted) =
+            (Arc::clone(&self.0.importer), reference.clone(), platform.clone());
+        let taken = tokio::task::spawn_blocking(move || {
+            let layout = importer.read_layout(layout)?;
+            let resolution = importer.take(&layout, &named, &wanted)?;
+            Ok::<_, ImportError>((resolution, layout.blobs))
+        });
+        let (resolution, blobs) = taken.await.map_err(|_| PullError::Crashed)??;
+        let manifest = resolution.manifest;
+        let want = Want::of_node(reference.clone(), platform.clone(), Tenant::Admin);
+        let candidates = self.0.resolver.read_candidates(&want).await?;
+        let resolved = Resolved::for_the_node(manifest, candidates, Candidates::anonymous());
+        let tree = self.tree(&want, &resolved, &ProgressView::default()).await;
+        let (store, Want { reference, platform, .. }) = (self.0.importer.store.clone(), want);
+        let is_here = tree.is_ok();
+        blocking(move || {
+            // Not before: what they claim keeps others from taking their room, and them, away.
+            drop(blobs);
+            if is_here {
+                store.imports().put(reference.repository(), manifest)?;
+                // Last: what the reference meant before is better than what did not become a tree.
+                store.resolutions().put(&reference, &platform, &resolution)?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(tree?)
+    }
+}
+
+/// Reads layouts into the store.
+pub(super) struct LayoutImporter {
+    pub(super) store: Store,
+    pub(super) limits: Limits,
+    pub(super) downloader: Arc<Downloader>,
+}
+
+impl LayoutImporter {
+    fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
+        let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
+        let mut index = None;
+        let (mut strange, mut is_docker_archive) = (0, false);
+        read_members(layout, &self.limits, |member, content| {
+            let size = member.size;
+            let place = layout_entry(Path::new(OsStr::from_bytes(&member.name)));
+            match place {
+                LayoutEntry::Blob(digest) if member.is_file => {
+                    if size > self.limits.blob_bytes {
+                        let what = format!(
+                            "{digest} has {size} bytes, the limit is {} (limits.blobBytes)",
+                            self.limits.blob_bytes
+                        );
+                        return Err(ImportError::NotALayout(what));
+                    }
+                    blobs.add(digest, size, content).map_err(PullError::from)?;
+                }
+                LayoutEntry::Blob(digest) => {
+                    return Err(ImportError::NotALayout(format!("{digest} is no file")));
+                }
+                LayoutEntry::Index if member.is_file => {
+                    index = Some(self.small(content, "index.json")?);
+                }
+                LayoutEntry::Index | LayoutEntry::Strange | LayoutEntry::DockerManifest => {
+                    is_docker_archive |= matches!(place, LayoutEntry::DockerManifest);
+                    strange += 1;
+                    if strange > STRANGE_FILES {
+                        let what = format!("it has more than {STRANGE_FILES} other files");
+                        return Err(ImportError::NotALayout(what));
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        let Some(index) = index else {
+            return Err(if is_docker_archive {
+                ImportError::DockerArchive
+            } else {
+                ImportError::NotALayout("it has no index.json".into())
+            });
+        };
+        Ok(Layout { index, blobs })
+    }
+
+    fn small(&self, content: &mut dyn Read, what: &str) -> Result<Vec<u8>, ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let mut bytes = Vec::new();
+        let read = content.take(limit + 1).read_to_end(&mut bytes);
+        read.map_err(|error| ImportError::Read(error.to_string()))?;
+        if bytes.len() as u64 > limit {
+            let what = format!("{what} has more than {limit} bytes (limits.manifestBytes)");
+            return Err(ImportError::NotALayout(what));
+        }
+        Ok(bytes)
+    }
+
+    /// Makes the chosen artifact's blobs complete downloads; says what the reference will mean.
+    fn take(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Resolution, ImportError> {
+        let chosen = self.choose(layout, reference, platform)?;
+        let store = &self.store;
+        let repository = reference.repository();
+        for descriptor in &chosen.manifest.image.layers {
+            let digest = descriptor.digest;
+            if descriptor.data.is_some() {
+                continue;
+            }
+            if layout.blobs.has(digest) {
+                layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
+                self.downloader.shared.share_again(repository.host(), digest);
+            }
+            // The caller of an import is trusted to name the source of the content.
+            let by = ProofSource::Registry;
+            store.origins().put_blob(repository, digest, &by).map_err(PullError::from)?;
+        }
+        for (digest, bytes) in &chosen.small {
+            layout.blobs.keep(*digest, bytes).map_err(PullError::from)?;
+            let by = ProofSource::Registry;
+            store.origins().put_blob(repository, *digest, &by).map_err(PullError::from)?;
+        }
+        let digests = ResolvedDigests { top: chosen.top, manifest: chosen.manifest.digest };
+        Ok(digests.resolution_of(reference))
+    }
+
+    fn choose(
+        &self,
+        layout: &Layout,
+        reference: &Reference,
+        platform: &Platform,
+    ) -> Result<Chosen, ImportError> {
+        let entry = named(&self.parse_index(&layout.index)?, reference, platform)?;
+        let mut small = BTreeMap::new();
+        let top = entry.digest;
+        let limits = self.limits.manifest();
+        let document = self.document(&layout.blobs, &entry, &mut small)?;
+        let document = Manifest::parse(document, Some(&entry.media_type), limits);
+        let choice = ManifestChoice::new(top, document.map_err(PullError::from)?, platform, limits);
+        let mut choice = choice.map_err(PullError::from)?;
+        let manifest = loop {
+            match choice.step().map_err(PullError::from)? {
+                ChoiceStep::Read(of) => {
+                    let document = self.document(&layout.blobs, &of, &mut small)?;
+                    choice.insert(of, document).map_err(PullError::from)?;
+                }
+                ChoiceStep::Chosen(chosen) => break chosen,
+            }
+        };
+        let image = &manifest.image;
+        if let Some(wanted) = reference.digest()
+            && wanted != top
+            && wanted != manifest.digest
+        {
+            return Err(ImportError::OtherDigest { found: top, wanted });
+        }
+        if let Some(config) = image.config.as_deref().filter(|config| config.data.is_none()) {
+            let limit = self.limits.config_bytes;
+            let found = layout.blobs.read(config.digest, limit).map_err(PullError::from)?;
+            if let Some(bytes) = found.filter(|bytes| bytes.len() as u64 == config.size) {
+                small.insert(config.digest, bytes);
+            }
+        }
+        for layer in image.layers.iter().filter(|layer| layer.data.is_none()) {
+            let here = layout.blobs.has(layer.digest)
+                || self.store.files().any_of(layer.digest).map_err(PullError::from)?.is_some();
+            if !here {
+                return Err(ImportError::Missing(layer.digest));
+            }
+        }
+        Ok(Chosen { top, manifest, small })
+    }
+
+    fn parse_index(&self, bytes: &[u8]) -> Result<ImageIndex, ImportError> {
+        let parsed = Manifest::parse(bytes, None, self.limits.manifest());
+        match parsed.map_err(|error| match error {
+            // The reason may quote the file.
+            ManifestError::Undecodable(_) | ManifestError::MediaType(_) => {
+                ImportError::NotALayout("index.json cannot be decoded".into())
+            }
+            error => PullError::from(error).into(),
+        })? {
+            Manifest::Index(index) => Ok(index),
+            Manifest::Image(_) => Err(ImportError::NotALayout("index.json is no index".into())),
+        }
+    }
+
+    /// Returns a manifest or an index of a layout, and adds it to those that are kept.
+    fn document<'a>(
+        &self,
+        blobs: &ImportedBlobs,
+        entry: &Descriptor,
+        small: &'a mut BTreeMap<Digest, Vec<u8>>,
+    ) -> Result<&'a [u8], ImportError> {
+        let limit = self.limits.manifest_bytes;
+        let bytes = match &entry.data {
+            Some(data) => Some(data.clone()),
+            None => blobs.read(entry.digest, limit + 1).map_err(PullError::from)?,
+        };
+        let bytes = bytes.ok_or(ImportError::Missing(entry.digest))?;
+        if bytes.len() as u64 > limit {
+            let what =
+                format!("{} has more than {limit} bytes (limits.manifestBytes)", entry.digest);
+            return Err(ImportError::NotALayout(what));
+        }
+        let kept = small.entry(entry.digest).or_default();
+        *kept = bytes;
+        Ok(kept)
+    }
+}
+
+/// The role of a file in a layout.
+enum LayoutEntry {
+    Blob(Digest),
+    Index,
+    /// The list of images of `docker save`.
+    DockerManifest,
+    Strange,
+}
+
+fn layout_entry(path: &Path) -> LayoutEntry {
+    let names = path.components().filter(|part| *part != Component::CurDir);
+    let names: Option<Vec<_>> = names
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names.as_deref() {
+        Some(["index.json"]) => LayoutEntry::Index,
+        Some(["manifest.json"]) => LayoutEntry::DockerManifest,
+        Some(["blobs", "sha256", hex]) => {
+            Digest::from_hex(hex).map_or(LayoutEntry::Strange, LayoutEntry::Blob)
+        }
+        _ => LayoutEntry::Strange,
+    }
+}
+
+/// The entry that a layout calls by the reference's name, the only one, or the one for the platform.
+fn named(
+    index: &ImageIndex,
+    reference: &Reference,
+    platform: &Platform,
+) -> Result<Descriptor, ImportError> {
+    let (whole, tag) = (reference.to_string(), reference.tag_or_latest());
+    let is_named = |entry: &&Descriptor| {
+        entry.annotations.get(NAME).is_some_and(|name| *name == whole || name == tag)
+    };
+    let is_meant = |entry: &&Descriptor| reference.digest() == Some(entry.digest);
+    let mut entries = index.manifests.iter();
+    if let Some(entry) = entries.clone().find(is_meant).or_else(|| entries.clone().find(is_named)) {
+        return Ok(entry.clone());
+    }
+    if let (Some(entry), None) = (entries.next(), entries.next()) {
+        return Ok(entry.clone());
+    }
+    let ambiguous = |_| ImportError::Ambiguous(index.manifests.len(), tag.to_owned());
+    index.choose(platform).cloned().map_err(ambiguous)
+}
+
+impl From<UnpackError> for ImportError {
+    fn from(error: UnpackError) -> Self {
+        match error {
+            UnpackError::Read(error) | UnpackError::Decompress(error) => {
+                Self::Read(error.to_string())
+            }
+            UnpackError::Archive { reason, position } => {
+                Self::Read(format!("{reason}, near byte {position}"))
+            }
+            refused => Self::Refused(refused),
+        }
+    }
+}
+
+impl From<StoreError> for ImportError {
+    fn from(error: StoreError) -> Self {
+        PullError::from(error).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use super::super::testing::{
+        INDEX, MANIFEST, TestNode, TestRegistry, descriptor, file_layer, image, index, is_root, tar,
+    };
+    use super::*;
+
+    /// Returns a layout of an artifact with one file, which an index in the layout leads to.
+    fn layout(blobs: &[&[u8]]) -> Cursor<Vec<u8>> {
+        let text = image(&[file_layer("file", b"content")]);
+        let nested = index(&[descriptor(MANIFEST, text.as_bytes(), "")]);
+        let top = index(&[descriptor(INDEX, nested.as_bytes(), "")]);
+        let mut files = vec![("index.json".to_owned(), top.as_bytes())];
+        for blob in [text.as_bytes(), nested.as_bytes()].iter().chain(blobs) {
+            files.push((format!("blobs/sha256/{}", Digest::of(blob).hex()), blob));
+        }
+        let files: Vec<_> = files.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        Cursor::new(tar(&files))
+    }
+
+    #[tokio::test]
+    async fn a_layout_stands_in_for_a_registry() {
+        if !is_root() {
+            return;
+        }
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let (want, platform) = (registry.want("a"), Platform::of_this_node());
+        let layout = layout(&[b"content"]);
+        let tree = node.puller.import(layout, &want.reference, &platform).await.expect("a tree");
+        assert_eq!(tree.record.bytes, 7);
+        assert_eq!(node.pull(&want).await.expect("the same").key, tree.key);
+        assert!(registry.seen("").is_empty(), "the registry is not asked");
+    }
+
+    #[tokio::test]
+    async fn an_incomplete_layout_is_refused_with_what_it_lacks() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        let (reference, platform) = (registry.reference("a"), Platform::of_this_node());
+        let import = |layout| node.puller.import(layout, &reference, &platform);
+        let error = import(layout(&[])).await.expect_err("a blob is missing");
+        assert!(
+            matches!(error, ImportError::Missing(digest) if digest == Digest::of(b"content")),
+            "{error}"
+        );
+        let error = import(Cursor::new(tar(&[("manifest.json", b"[]")]))).await;
+        assert!(matches!(error, Err(ImportError::DockerArchive)), "{error:?}");
+    }
+}

@@ -1,0 +1,329 @@
+//! Finding an artifact's signatures, and verifying them before anything is unpacked.
+//!
+//! ```text
+//! legacy   the tag sha256-<hex>.sig: a manifest whose layers are payloads
+//! bundle   the referrers of the digest, or the index under the tag sha256-<hex>
+//! ```
+//!
+//! Both are looked for at the manifest that is mounted and at the index that it
+//! was chosen from. What a registry sends here is as untrusted as everything else
+//! of it: bounded in number and size, hashed, and believed when a key has signed it.
+
+use std::sync::Arc;
+
+use super::artifact_request::Want;
+use super::download_resources::{Observer, WireOptions};
+use super::error::PullError;
+use super::reference_resolution::{Resolved, ResolvedDigests, Resolver};
+use super::single_flight::Outcome;
+use super::small_blob;
+use super::{SizedBlob, blocking};
+use oci::credentials::Credential;
+use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits, SIGNATURE_ANNOTATION};
+use oci::registry::{ManifestName, Registry, RegistryError};
+use oci::signature::{
+    FoundSignature, SignatureDemand, SignatureFormat, SignatureMode, sigstore_bundle,
+    simple_signing,
+};
+use oci::{Digest, Repository};
+use store::Store;
+
+/// Signatures that are looked at for one digest; more is a registry's attempt to keep the node busy.
+const MAXIMUM_SIGNATURES: usize = 64;
+/// A payload has 300 bytes, a bundle with a certificate and a log's entry about 10 KiB.
+const MAXIMUM_SIGNATURE_BYTES: u64 = 256 * 1024;
+
+/// Makes sure that manifests have the signatures that volumes demand.
+pub(super) struct SignatureVerifier {
+    pub(super) store: Store,
+    pub(super) registry: Registry,
+    pub(super) resolver: Arc<Resolver>,
+    pub(super) options: WireOptions,
+    pub(super) limits: ManifestLimits,
+    pub(super) observer: Arc<dyn Observer>,
+}
+
+impl SignatureVerifier {
+    /// Sees to it that a manifest has the signature that the volume demands.
+    pub(super) async fn verify(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
+        let Some(demand) = &want.signature else { return Ok(()) };
+        let (store, repository) = (self.store.clone(), want.reference.repository().clone());
+        let (manifest, id) = (resolved.digests.manifest, demand.id());
+        let known = move || Ok(store.verified_signatures().contains(&repository, manifest, id));
+        if blocking(known).await.map_err(Arc::new)? {
+            return Ok(());
+        }
+        let verified = self.verify_now(want, resolved, demand).await;
+        match (verified, demand.mode) {
+            (Err(error), SignatureMode::Warn) => {
+                tracing::warn!(reference = %want.reference, %error, "the policy only warns: it is mounted");
+                self.observer.signature_warning();
+                Ok(())
+            }
+            (verified, _) => verified,
+        }
+    }
+
+    async fn verify_now(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        demand: &SignatureDemand,
+    ) -> Outcome<()> {
+        let credential = self.resolver.credential(resolved).await?;
+        let repository = want.reference.repository();
+        let ResolvedDigests { top, manifest } = resolved.digests;
+        let mut subjects = vec![manifest];
+        if top != manifest {
+            subjects.push(top);
+        }
+        let (registry, options, limits) = (&self.registry, self.options, self.limits);
+        let finder = Finder { registry, options, limits };
+        let mut worst = None;
+        for subject in &subjects {
+            let found = finder.find(repository, *subject, demand.format, &credential);
+            let found = found.await.map_err(Arc::new)?;
+            // A signature of the index counts, of whatever else does not.
+            match demand.judge(&found, &subjects) {
+                Ok(key) => {
+                    tracing::info!(reference = %want.reference, %subject, key, "its signature was verified");
+                    let (store, repository, id) =
+                        (self.store.clone(), repository.clone(), demand.id());
+                    let keep =
+                        move || Ok(store.verified_signatures().put(&repository, manifest, id)?);
+                    return blocking(keep).await.map_err(Arc::new);
+                }
+                Err(flaw) => worst = worst.max(flaw),
+            }
+        }
+        let keys = demand.keys.iter().map(|named| named.name.as_str()).collect::<Vec<_>>();
+        Err(Arc::new(PullError::Signature { flaw: worst, keys: keys.join(", ") }))
+    }
+}
+
+/// Finds what a registry has of signatures.
+#[derive(Clone, Copy, Debug)]
+pub struct Finder<'a> {
+    /// The registry client.
+    pub registry: &'a Registry,
+    /// The options of requests.
+    pub options: WireOptions,
+    /// The limits on manifests that carry signatures.
+    pub limits: ManifestLimits,
+}
+
+impl Finder<'_> {
+    /// All signatures of a digest, in the formats that count.
+    pub async fn find(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        format: SignatureFormat,
+        credential: &Credential,
+    ) -> Result<Vec<FoundSignature>, PullError> {
+        let mut found = Vec::new();
+        if format != SignatureFormat::Bundle {
+            self.find_simple(repository, subject, credential, &mut found).await?;
+        }
+        if format != SignatureFormat::Legacy {
+            self.find_bundles(repository, subject, credential, &mut found).await?;
+        }
+        Ok(found)
+    }
+
+    async fn find_simple(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+        found: &mut Vec<FoundSignature>,
+    ) -> Result<(), PullError> {
+        let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
+        let Some(manifest) = self.signature_manifest(repository, &name, credential).await? else {
+            return Ok(());
+        };
+        let layers =
+            manifest.layers.iter().filter(|layer| layer.media_type == simple_signing::MEDIA_TYPE);
+        for layer in layers.take(MAXIMUM_SIGNATURES) {
+            let Some(signature) = layer.annotations.get(SIGNATURE_ANNOTATION) else {
+                continue;
+            };
+            if let Some(payload) = self.signature_blob(repository, layer, credential).await? {
+                found.push(FoundSignature::Simple { payload, signature: signature.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    async fn find_bundles(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+        found: &mut Vec<FoundSignature>,
+    ) -> Result<(), PullError> {
+        for descriptor in self.referrers(repository, subject, credential).await? {
+            let name = ManifestName::Digest(descriptor.digest);
+            let Some(manifest) = self.signature_manifest(repository, &name, credential).await?
+            else {
+                continue;
+            };
+            let layers = manifest
+                .layers
+                .iter()
+                .filter(|layer| layer.media_type == sigstore_bundle::MEDIA_TYPE);
+            for layer in layers.take(1) {
+                if let Some(bytes) = self.signature_blob(repository, layer, credential).await? {
+                    found.push(FoundSignature::Bundle(bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the referrers of a digest that may carry a signature, most likely first.
+    async fn referrers(
+        &self,
+        repository: &Repository,
+        subject: Digest,
+        credential: &Credential,
+    ) -> Result<Vec<Descriptor>, PullError> {
+        let mut indexes = Vec::new();
+        let parse = |bytes: &[u8]| match Manifest::parse(bytes, None, self.limits) {
+            Ok(Manifest::Index(index)) => Some(index),
+            Ok(Manifest::Image(_)) | Err(_) => None,
+        };
+        if let Some(referrers) = self.registry.referrers(repository, subject, credential).await? {
+            indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
+        } else {
+            // The fallback of the distribution specification.
+            let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
+            match self.registry.manifest(repository, &name, credential).await {
+                Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
+                Err(RegistryError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let is_bundle = |descriptor: &Descriptor| {
+            descriptor.artifact_type.as_deref() == Some(sigstore_bundle::MEDIA_TYPE)
+        };
+        // Some registries forget what kind of artifact it is: then its layer says so.
+        let may_be = |descriptor: &Descriptor| {
+            let kind = descriptor.artifact_type.as_deref();
+            is_bundle(descriptor) || kind.is_none_or(|kind| kind.contains("empty"))
+        };
+        let all = indexes.into_iter().flat_map(|index| index.manifests);
+        let mut found: Vec<_> = all.filter(may_be).collect();
+        found.sort_by_key(|descriptor| !is_bundle(descriptor));
+        found.truncate(MAXIMUM_SIGNATURES);
+        Ok(found)
+    }
+
+    /// A manifest that carries signatures; one that is not there or makes no sense carries none.
+    async fn signature_manifest(
+        &self,
+        repository: &Repository,
+        name: &ManifestName,
+        credential: &Credential,
+    ) -> Result<Option<ImageManifest>, PullError> {
+        let fetched = match self.registry.manifest(repository, name, credential).await {
+            Ok(fetched) => fetched,
+            Err(RegistryError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        match Manifest::parse(&fetched.bytes, None, self.limits) {
+            Ok(Manifest::Image(manifest)) => Ok(Some(manifest)),
+            Ok(Manifest::Index(_)) | Err(_) => Ok(None),
+        }
+    }
+
+    async fn signature_blob(
+        &self,
+        repository: &Repository,
+        layer: &Descriptor,
+        credential: &Credential,
+    ) -> Result<Option<Vec<u8>>, PullError> {
+        if layer.size > MAXIMUM_SIGNATURE_BYTES {
+            return Ok(None);
+        }
+        if let Some(data) = &layer.data {
+            return Ok(Some(data.clone()));
+        }
+        let blob = SizedBlob { digest: layer.digest, size: layer.size };
+        let options = &self.options;
+        match small_blob::fetch(self.registry, options, repository, blob, credential).await {
+            Ok(document) => Ok(Some(document.bytes.to_vec())),
+            Err(
+                PullError::Registry(RegistryError::NotFound { .. })
+                | PullError::BlobSize { .. }
+                | PullError::BlobDigest { .. },
+            ) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{
+        INDEX, MANIFEST, TestNode, TestRegistry, descriptor, file_layer, image, index,
+    };
+    use super::*;
+    use oci::registry::RegistryOptions;
+
+    #[tokio::test]
+    async fn signatures_are_found_under_the_tag_and_among_the_referrers() {
+        let registry = TestRegistry::start().await;
+        let subject = Digest::of(b"subject");
+        let (signed, large) = (b"payload", vec![0; 300 << 10]);
+        let annotation = format!(r#","annotations":{{"{SIGNATURE_ANNOTATION}":"c2ln"}}"#);
+        for blob in [&signed[..], &large[..], &b"bundle"[..]] {
+            registry.blob("a", blob);
+        }
+        let layers = [&large[..], &signed[..]]
+            .map(|blob| descriptor(simple_signing::MEDIA_TYPE, blob, &annotation));
+        registry.manifest("a", &format!("sha256-{}.sig", subject.hex()), MANIFEST, &image(&layers));
+        let of_bundle = image(&[descriptor(sigstore_bundle::MEDIA_TYPE, b"bundle", "")]);
+        registry.manifest("a", "bundle", MANIFEST, &of_bundle);
+        let kind = format!(r#","artifactType":"{}""#, sigstore_bundle::MEDIA_TYPE);
+        let referrers = index(&[descriptor(MANIFEST, of_bundle.as_bytes(), &kind)]);
+        registry.manifest("a", &format!("sha256-{}", subject.hex()), INDEX, &referrers);
+        let client = Registry::new(RegistryOptions::default()).expect("a client");
+        let limits = unpack::Limits::default().manifest();
+        let finder = Finder { registry: &client, options: WireOptions::default(), limits };
+        let reference = registry.reference("a");
+        let find =
+            |format| finder.find(reference.repository(), subject, format, &Credential::Anonymous);
+        let found = find(SignatureFormat::Any).await.expect("signatures");
+        let [FoundSignature::Simple { payload, signature }, FoundSignature::Bundle(bundle)] =
+            &found[..]
+        else {
+            panic!("{found:?}")
+        };
+        assert_eq!(
+            (&payload[..], &signature[..], &bundle[..]),
+            (&signed[..], "c2ln", &b"bundle"[..])
+        );
+        let of_large = format!("blobs/{}", Digest::of(&large));
+        assert!(registry.seen(&of_large).is_empty(), "too large for a signature");
+        assert_eq!(find(SignatureFormat::Bundle).await.expect("signatures").len(), 1);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_downloaded_of_an_artifact_without_the_signature() {
+        let (registry, node) = (TestRegistry::start().await, TestNode::new());
+        registry.artifact("a", &file_layer("file", b"content"), b"content");
+        let (mode, format, keys) = (SignatureMode::Enforce, SignatureFormat::Any, Arc::new([]));
+        let want = registry.want("a");
+        let demand = SignatureDemand { mode, format, keys };
+        let enforced = Want { signature: Some(demand.clone()), ..want.clone() };
+        let resolved = node.puller.0.resolver.resolve(&want).await.expect("a manifest");
+        let error = node.pull(&enforced).await.expect_err("it is not signed");
+        assert!(matches!(*error, PullError::Signature { flaw: None, .. }), "{error}");
+        assert!(registry.seen("blobs/").is_empty());
+        let demand = SignatureDemand { mode: SignatureMode::Warn, ..demand };
+        let warned = Want { signature: Some(demand), ..want };
+        let verified = node.puller.0.signatures.verify(&warned, &resolved).await;
+        verified.expect("the policy only warns");
+    }
+}

@@ -1,0 +1,137 @@
+//! Converts results of operations into messages of the admin interface.
+
+use super::admin_operations::{
+    CachedArtifact, InspectedReference, PlatformResolution, RemovedReference,
+};
+use crate::proto::admin as wire;
+use crate::scrub::ScrubSnapshot;
+use crate::warming::{WarmPhase, WarmState};
+use oci::Digest;
+use store::content_verification::Finding;
+use store::gc::{Collected, Victim};
+use store::trees::View;
+
+pub(super) fn artifact(artifact: CachedArtifact) -> wire::Artifact {
+    let record = artifact.tree.record;
+    wire::Artifact {
+        manifest: record.manifest.to_string(),
+        kind: record.kind,
+        bytes: record.bytes,
+        inodes: record.inodes,
+        references: artifact.references,
+        volumes: artifact.volumes,
+        pins: artifact.pins,
+        last_used: artifact.last_used,
+        damaged: artifact.damaged,
+        view: Some(view(record.view)),
+    }
+}
+
+pub(super) fn inspected(
+    inspected: InspectedReference,
+    warm: Option<WarmState>,
+) -> wire::InspectArtifactResponse {
+    wire::InspectArtifactResponse {
+        warm: warm.map(warm_reference),
+        meanings: inspected.meanings.into_iter().map(meaning).collect(),
+        artifacts: inspected.artifacts.into_iter().map(artifact).collect(),
+    }
+}
+
+pub(super) fn removed(removed: RemovedReference) -> wire::RemoveResponse {
+    wire::RemoveResponse {
+        victims: removed.collected.victims.iter().map(victim).collect(),
+        volumes: removed.volumes,
+        references: removed.references,
+    }
+}
+
+pub(super) fn collected(collected: &Collected, cache_bytes: u64) -> wire::CollectResponse {
+    wire::CollectResponse {
+        victims: collected.victims.iter().map(victim).collect(),
+        partial_downloads: collected.partials,
+        freed_bytes: collected.bytes,
+        cache_bytes,
+    }
+}
+
+pub(super) fn finding(finding: Finding) -> wire::Finding {
+    wire::Finding {
+        kind: finding.kind.name().to_owned(),
+        digest: finding.digest.map(|digest| digest.to_string()).unwrap_or_default(),
+        path: finding.path.to_string_lossy().into_owned(),
+        detail: finding.detail,
+    }
+}
+
+pub(super) fn warm_reference(state: WarmState) -> wire::WarmReference {
+    let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
+    wire::WarmReference {
+        reference: state.reference,
+        state: phase(state.phase).into(),
+        manifest: shown(state.manifest).unwrap_or_default(),
+        newer: shown(state.newer).unwrap_or_default(),
+        reason: state.reason,
+        done_bytes: state.progress.as_ref().map_or(0, |progress| progress.done),
+        total_bytes: state.progress.as_ref().map_or(0, |progress| progress.total),
+        next_seconds: state.next_seconds,
+    }
+}
+
+pub(super) fn scrub(scrub: ScrubSnapshot) -> wire::ScrubStatus {
+    wire::ScrubStatus {
+        interval_seconds: scrub.interval.map_or(0, |interval| interval.as_secs()),
+        lag_seconds: scrub.lag.map(|lag| lag.as_secs()),
+        objects: scrub.verified.objects,
+        bytes: scrub.verified.bytes,
+        findings: scrub.findings,
+        repaired: scrub.repaired,
+        unrepaired: scrub.unrepaired,
+        reading: scrub.reading.unwrap_or_default(),
+        unread_objects: 0,
+    }
+}
+
+fn phase(phase: WarmPhase) -> wire::warm_reference::State {
+    match phase {
+        WarmPhase::Waiting => wire::warm_reference::State::Waiting,
+        WarmPhase::Pulling => wire::warm_reference::State::Pulling,
+        WarmPhase::Present => wire::warm_reference::State::Present,
+        WarmPhase::Failed => wire::warm_reference::State::Failed,
+    }
+}
+
+fn victim(victim: &Victim) -> wire::Victim {
+    wire::Victim {
+        name: victim.name.to_string(),
+        manifest: victim.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
+        bytes: victim.bytes,
+        reason: victim.reason.name().to_owned(),
+        last_used: victim.last_used,
+    }
+}
+
+fn meaning(meaning: PlatformResolution) -> wire::Meaning {
+    let layers = meaning.layers.into_iter().map(|layer| wire::Layer {
+        digest: layer.digest.to_string(),
+        media_type: layer.media_type,
+        title: layer.annotations.get("org.opencontainers.image.title").cloned().unwrap_or_default(),
+        bytes: layer.size,
+    });
+    wire::Meaning {
+        platform: meaning.resolution.platform.unwrap_or_default(),
+        resolved: meaning.resolution.resolved.to_string(),
+        manifest: meaning.resolution.manifest.to_string(),
+        layers: layers.collect(),
+    }
+}
+
+fn view(view: View) -> wire::View {
+    wire::View {
+        include: view.include,
+        exclude: view.exclude,
+        permissions: view.permissions.name().to_owned(),
+        file_mode: view.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default(),
+        unpack: if view.unpack.is_auto() { "" } else { view.unpack.name() }.to_owned(),
+    }
+}

@@ -1,0 +1,270 @@
+//! Metrics in the Prometheus text format: base units, and no label whose values users can multiply.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Unit;
+use tonic::Code;
+
+use super::lease_metrics::LeaseMetrics;
+use super::scrub_metrics::ScrubMetrics;
+use super::store_metrics::StoreMetrics;
+use super::warm_metrics::WarmMetrics;
+use crate::scrub::ScrubState;
+use crate::volume::mount_reconcile::ReconcileCounts;
+use crate::volume::publish_volume::PublishPath;
+use crate::warming::WarmStates;
+use pull::download_resources::Observer;
+use store::Store;
+use telemetry::metric_families::MetricFamilies;
+
+/// Buckets from a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet calls again.
+const SECONDS: [f64; 16] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 30.0,
+    60.0, 120.0,
+];
+
+/// Buckets from one round trip to an hour, the time of a model on a slow line.
+const PULL_SECONDS: [f64; 12] =
+    [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PublishLabels {
+    result: &'static str,
+    cache: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PullLabels {
+    result: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PullResultLabels {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndpointLabels {
+    endpoint: &'static str,
+}
+
+/// The node plugin's metrics.
+#[derive(Debug)]
+pub struct NodeMetrics {
+    families: Arc<MetricFamilies>,
+    publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
+    hits: Counter,
+    misses: Counter,
+    unpublished: Counter,
+    configuration_errors: Gauge<u64, AtomicU64>,
+    wrong_parts: Mutex<BTreeSet<&'static str>>,
+    endpoint_errors: Family<EndpointLabels, Counter>,
+    unknown_mounts: Gauge<u64, AtomicU64>,
+    vanished: Counter,
+    store: StoreMetrics,
+    warming: WarmStates,
+    scrub: ScrubState,
+    downloads: Gauge,
+    downloaded_bytes: Counter,
+    pulls: Family<PullLabels, Counter>,
+    signature_warnings: Counter,
+    pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
+}
+
+impl Default for NodeMetrics {
+    fn default() -> Self {
+        let mut families = MetricFamilies::new("build", "The version that runs");
+        families.add_collector(LeaseMetrics);
+        Self {
+            publish: families.add_with_unit(
+                "publish_duration",
+                "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
+                Unit::Seconds,
+                Family::new_with_constructor(|| Histogram::new(SECONDS)),
+            ),
+            hits: families.add("cache_hits", "Publishes from the cache"),
+            misses: families.add("cache_misses", "Publishes that had to fetch or unpack"),
+            unpublished: families.add("unpublish", "Volumes unpublished"),
+            configuration_errors: families.add(
+                "configuration_error",
+                "1 while the configuration file, or a file that it names, cannot be used",
+            ),
+            wrong_parts: Mutex::default(),
+            endpoint_errors: families
+                .add("endpoint_errors", "Endpoints that could not be listened on"),
+            downloads: families
+                .add("downloads_in_flight", "Connections that download a blob now"),
+            downloaded_bytes: families.add_with_unit(
+                "downloaded",
+                "Bytes of blobs that registries have sent",
+                Unit::Bytes,
+                Counter::default(),
+            ),
+            pulls: families.add(
+                "pulls",
+                "Pulls that have ended, by result and by the reason of a failure",
+            ),
+            pull_durations: families.add_with_unit(
+                "pull_duration",
+                "Time of a pull from its first request to content with a name",
+                Unit::Seconds,
+                Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
+            ),
+            signature_warnings: families.add(
+                "signature_warnings",
+                "Pulls of content without the signature that the policy demands, mounted as it only warns",
+            ),
+            unknown_mounts: families.add(
+                "unknown_mounts",
+                "Mounts of the driver's content of which nobody knows whose they are",
+            ),
+            vanished: families.add(
+                "vanished_mounts",
+                "Mounts that were taken away because the kubelet had forgotten their volume",
+            ),
+            store: add_shared_collector(&mut families, |store| store),
+            warming: add_shared_collector(&mut families, WarmMetrics),
+            scrub: add_shared_collector(&mut families, ScrubMetrics),
+            families: Arc::new(families),
+        }
+    }
+}
+
+/// Adds a collector that reads a shared value at each scrape. Returns the value.
+fn add_shared_collector<T: Default + Clone, C: Collector>(
+    families: &mut MetricFamilies,
+    collector: fn(T) -> C,
+) -> T {
+    let shared = T::default();
+    families.add_collector(collector(shared.clone()));
+    shared
+}
+
+impl NodeMetrics {
+    /// Counts a volume that was published.
+    pub fn published(&self, path: PublishPath, duration: Duration) {
+        let cache = match path {
+            PublishPath::AlreadyMounted => "mounted",
+            PublishPath::Hit => {
+                self.hits.inc();
+                "hit"
+            }
+            PublishPath::Miss => {
+                self.misses.inc();
+                "miss"
+            }
+        };
+        self.observe("OK", cache, duration);
+    }
+
+    /// Counts a publish that failed.
+    pub fn publish_failed(&self, code: Code, duration: Duration) {
+        self.observe(code_name(code), "none", duration);
+    }
+
+    /// Counts a volume that was unpublished.
+    pub fn unpublished(&self) {
+        self.unpublished.inc();
+    }
+
+    /// Sets whether a part of the configuration is unusable. The metric is 1 while any part is.
+    pub fn configuration_error(&self, part: &'static str, is_wrong: bool) {
+        let mut wrong = self.wrong_parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_wrong {
+            wrong.insert(part)
+        } else {
+            wrong.remove(part)
+        };
+        self.configuration_errors.set((!wrong.is_empty()).into());
+    }
+
+    /// Returns the states of the configuration's references, which each scrape reads.
+    pub fn warming(&self) -> &WarmStates {
+        &self.warming
+    }
+
+    /// Returns the progress of the scrub, which each scrape reads.
+    pub fn scrub(&self) -> &ScrubState {
+        &self.scrub
+    }
+
+    /// Counts the results of bringing records and mounts together.
+    pub fn reconciled(&self, reconciled: &ReconcileCounts) {
+        self.unknown_mounts.set(reconciled.unknown as u64);
+        self.vanished.inc_by(reconciled.unmounted as u64);
+    }
+
+    /// Sets the open store, which each scrape reads.
+    pub fn observe_store(&self, store: &Store) {
+        self.store.observe(store.clone());
+    }
+
+    /// Counts an endpoint that could not be listened on.
+    pub fn endpoint_error(&self, endpoint: &'static str) {
+        self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
+    }
+
+    /// Returns the route of the metrics.
+    pub fn router(&self) -> Router {
+        self.families.router()
+    }
+
+    fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {
+        let labels = PublishLabels { result, cache };
+        self.publish.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+}
+
+impl Observer for NodeMetrics {
+    fn downloaded(&self, bytes: u64) {
+        self.downloaded_bytes.inc_by(bytes);
+    }
+
+    fn connections(&self, change: i64) {
+        self.downloads.inc_by(change);
+    }
+
+    fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration) {
+        self.pulls.get_or_create(&PullLabels { result, reason }).inc();
+        let labels = PullResultLabels { result };
+        self.pull_durations.get_or_create(&labels).observe(duration.as_secs_f64());
+    }
+
+    fn signature_warning(&self) {
+        self.signature_warnings.inc();
+    }
+}
+
+/// Returns a code's name in the spelling of the gRPC specification.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

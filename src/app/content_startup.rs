@@ -1,0 +1,201 @@
+//! Opens the store while the sockets are served, and makes content available.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::NodeOptions;
+use crate::admin::node_metrics::NodeMetrics;
+use crate::config::policy::policy_source;
+use crate::config::warm::warm_source;
+use crate::config::{ConfigurationError, NodeConfiguration};
+use crate::kubernetes::EventRecorder;
+use crate::node_artifacts::release_all;
+use crate::node_maintenance::NodeMaintenance;
+use crate::scrub::{ContentScrubber, system_clock};
+use crate::volume::{ContentState, NodeContent, VolumeManager};
+use crate::warming::WarmKeeper;
+use oci::credentials::providers::NodeCredentials;
+use oci::registry::{Registry, RegistryOptions};
+use pull::download_resources::Observer;
+use pull::memory::container_limit;
+use pull::single_flight::Runway;
+use pull::{Puller, Sources};
+use store::state_lock::Lock;
+use store::state_ownership::require_mountpoint;
+use store::{SecurityLabel, Store, StoreError, StoreOptions};
+use sys::background::Background;
+
+/// The interval between two attempts to open the store: the disk may be mounted, repaired or emptied meanwhile.
+const STORE_RETRY: Duration = Duration::from_secs(10);
+
+/// The parts that the task needs to open a node's store.
+pub(super) struct ContentOpener {
+    pub(super) options: NodeOptions,
+    pub(super) configuration: Result<NodeConfiguration, ConfigurationError>,
+    pub(super) volumes: VolumeManager,
+    pub(super) metrics: Arc<NodeMetrics>,
+    pub(super) events: Option<EventRecorder>,
+    pub(super) content: watch::Sender<ContentState>,
+    /// `None` until a disk that failed at start has come back.
+    pub(super) lock: Arc<Mutex<Option<Lock>>>,
+    pub(super) tracker: TaskTracker,
+    pub(super) shutdown: CancellationToken,
+}
+
+impl ContentOpener {
+    /// Opens the store, retrying until it opens; makes content available, and maintains it until `shutdown`.
+    pub(super) async fn run(self) {
+        let configuration = match &self.configuration {
+            Ok(configuration) => configuration,
+            Err(error) => {
+                tracing::error!(%error, "publishing is off until the file is mended and the driver restarted");
+                self.metrics.configuration_error("file", true);
+                self.content.send_modify(|state| *state = Err(error.to_string()));
+                return;
+            }
+        };
+        let content = loop {
+            let reason = match self.open(configuration).await {
+                Ok(content) => break content,
+                Err(reason) => reason,
+            };
+            tracing::error!(error = reason, "content cannot be served; trying again");
+            self.content.send_modify(|state| *state = Err(reason));
+            tokio::select! {
+                () = tokio::time::sleep(STORE_RETRY) => {}
+                () = self.shutdown.cancelled() => return,
+            }
+        };
+        let maintenance = NodeMaintenance {
+            volumes: self.volumes.clone(),
+            content: content.clone(),
+            kubelet_dir: self.options.kubelet_dir.clone(),
+            metrics: Arc::clone(&self.metrics),
+        };
+        // Mounts of an earlier process must have records before anything new is published.
+        maintenance.reconcile().await;
+        self.metrics.observe_store(&content.store);
+        let (store, wanted) = (content.store.clone(), Arc::clone(&content.maintenance));
+        self.content.send_modify(|state| *state = Ok(content.clone()));
+        self.tracker.spawn_blocking(move || {
+            if let Err(error) = store.inventory().load() {
+                tracing::warn!(%error, "the sizes of cached content cannot be read yet");
+            }
+        });
+        self.release_preloads(&content);
+        let scrub = ContentScrubber {
+            content: content.clone(),
+            interval: configuration.cache.scrub_interval(),
+            state: self.metrics.scrub().clone(),
+            events: self.events.clone(),
+            clock: system_clock,
+        };
+        self.tracker.spawn(scrub.run(self.shutdown.clone()));
+        self.keep_warm(content);
+        maintenance.run(wanted, self.shutdown.clone()).await;
+    }
+
+    /// Removes the pins of preloads where preloads are off: nothing else on this node would remove them.
+    fn release_preloads(&self, content: &NodeContent) {
+        if self.options.preload {
+            return;
+        }
+        let store = content.store.clone();
+        self.tracker.spawn_blocking(move || match release_all(&store) {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "pins of preloads are taken away: --preload is off"),
+            Err(error) => tracing::warn!(%error, "pins of preloads cannot be taken away"),
+        });
+    }
+
+    /// Starts fetching and pinning the references of the configuration.
+    fn keep_warm(&self, content: NodeContent) {
+        let metrics = Arc::clone(&self.metrics);
+        let report = move |failed| metrics.configuration_error("warm", failed);
+        let keeper = WarmKeeper {
+            content,
+            source: warm_source(self.options.config.clone(), report),
+            states: self.metrics.warming().clone(),
+            node_id: self.options.node_id.clone(),
+        };
+        self.tracker.spawn(keeper.run(self.shutdown.clone()));
+    }
+
+    async fn open(&self, configuration: &NodeConfiguration) -> Result<NodeContent, String> {
+        let (root, for_store) = (self.options.state_dir.clone(), configuration.clone());
+        let lock = Arc::clone(&self.lock);
+        let opened = tokio::task::spawn_blocking(move || open_store(&root, &for_store, &lock));
+        let store = opened.await.map_err(|error| error.to_string())?;
+        let store = store.map_err(|error| error.to_string())?;
+        let observer = Arc::clone(&self.metrics) as Arc<dyn Observer>;
+        let runway = Runway {
+            tracker: self.tracker.clone(),
+            shutdown: self.shutdown.clone(),
+            background: Background::start().map_err(|error| error.to_string())?,
+        };
+        let mut content = content_of(store, configuration, observer, &runway)?;
+        let metrics = Arc::clone(&self.metrics);
+        let report = move |failed| metrics.configuration_error("policy", failed);
+        content.policy = policy_source(self.options.config.clone(), report);
+        Ok(content)
+    }
+}
+
+fn open_store(
+    root: &Path,
+    configuration: &NodeConfiguration,
+    lock: &Mutex<Option<Lock>>,
+) -> Result<Store, StoreError> {
+    // A disk that failed at start may have come back. The store is never opened without the lock.
+    let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    if lock.is_none() {
+        *lock = Some(acquire(root, configuration.cache.require_mountpoint)?);
+    }
+    drop(lock);
+    let label = SecurityLabel::is_used_on_this_node()
+        .then(|| SecurityLabel::new(&configuration.selinux.file_label))
+        .flatten();
+    let store = Store::open(root, StoreOptions { label, cache: configuration.cache.options() })?;
+    tracing::info!(state = %root.display(), "the store is open");
+    Ok(store)
+}
+
+/// Takes the lock. It is the first write, and goes only to the right disk.
+pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreError> {
+    if must_be_mounted {
+        require_mountpoint(root)?;
+    }
+    Lock::try_acquire(root)
+}
+
+/// Builds the policy source, the puller and their registry client over an open store.
+pub fn content_of(
+    store: Store,
+    configuration: &NodeConfiguration,
+    observer: Arc<dyn Observer>,
+    runway: &Runway,
+) -> Result<NodeContent, String> {
+    let mut options = RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        stall_timeout: configuration.pull.stall_timeout.0,
+        ..RegistryOptions::default()
+    };
+    configuration.registries.apply(&mut options)?;
+    let sources = Sources {
+        registry: Registry::new(options).map_err(|error| error.to_string())?,
+        node_credentials: NodeCredentials::new(configuration.registries.provider_files()),
+        verification: configuration.registries.verification(),
+    };
+    if let Err(reason) = configuration.check_memory(container_limit()) {
+        tracing::warn!(reason, "artifacts that the limits allow may be refused for memory");
+    }
+    let options = configuration.pull.options(configuration.limits.clone());
+    let puller = Puller::new(store.clone(), sources, options, observer, runway);
+    let policy = policy::permissive();
+    Ok(NodeContent { policy, store, puller, maintenance: Arc::default() })
+}

@@ -1,0 +1,118 @@
+//! `check`: checks what a registry would serve, for a job before a rollout.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::mount_command::keyring;
+use super::{CommandError, OutputFormat, logging, print, runtime};
+use crate::check::{ArtifactChecker, CheckReport, CheckRequest, RequiredFile, SignatureStatus};
+use crate::config::NodeConfiguration;
+use oci::registry::{Registry, RegistryOptions};
+use oci::signature::PublicKey;
+use oci::{Platform, Reference};
+use text::human_units::Bytes;
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci check ghcr.io/team/tool:v1
+  csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
+  csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml --output json")]
+pub(super) struct CheckArguments {
+    /// The artifact: host[:port]/repository[:tag][@digest].
+    reference: Reference,
+    /// A platform that the artifact must have, as os/architecture[/variant] [default: all of its platforms].
+    #[arg(long = "platform")]
+    platforms: Vec<Platform>,
+    /// The public key that must have signed the artifact: a PEM file, as cosign writes it.
+    #[arg(long, value_name = "PUB")]
+    key: Option<PathBuf>,
+    /// A file that the artifact must have; with :exec, it must be executable.
+    #[arg(long = "require-file", value_name = "PATH[:exec]")]
+    required: Vec<String>,
+    /// The docker config.json with credentials [default: the one that docker uses].
+    #[arg(long)]
+    docker_config: Option<PathBuf>,
+    /// The configuration file of a node, for its mirrors, certificates and limits.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// The output format.
+    #[arg(long, value_enum, default_value_t)]
+    output: OutputFormat,
+}
+
+pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
+    logging::start("warn", None)?;
+    let configuration = match &arguments.config {
+        Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
+        None => NodeConfiguration::without_file(),
+    };
+    let mut options = RegistryOptions {
+        manifest_bytes_limit: configuration.limits.manifest_bytes,
+        ..RegistryOptions::default()
+    };
+    configuration.registries.apply(&mut options)?;
+    let check = CheckRequest {
+        reference: arguments.reference.clone(),
+        platforms: arguments.platforms.clone(),
+        key: arguments.key.as_ref().map(key).transpose()?,
+        required: arguments.required.iter().map(|text| required(text)).collect(),
+        keyring: keyring(arguments.docker_config.as_deref())?,
+    };
+    let report = runtime()?.block_on(async {
+        let registry = Registry::new(options).map_err(|error| error.to_string())?;
+        let checker = ArtifactChecker { registry, limits: configuration.limits };
+        let report = checker.check(&check).await;
+        report.map_err(|error| format!("{}: {error}", check.reference))
+    })?;
+    match arguments.output {
+        OutputFormat::Table => lines(&report).iter().for_each(|line| print(line)),
+        OutputFormat::Json => {
+            let text = serde_json::to_string(&report);
+            print(&text.map_err(|error| format!("cannot be printed: {error}"))?);
+        }
+    }
+    Ok(())
+}
+
+fn key(path: &PathBuf) -> Result<PublicKey, CommandError> {
+    let shown = path.display();
+    let pem = std::fs::read(path).map_err(|error| format!("the key {shown}: {error}"))?;
+    PublicKey::from_pem(&pem).map_err(|error| format!("the key {shown}: {error}"))
+}
+
+fn required(text: &str) -> RequiredFile {
+    let (path, executable) = match text.strip_suffix(":exec") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    RequiredFile { path: path.to_owned(), executable }
+}
+
+fn lines(report: &CheckReport) -> Vec<String> {
+    let what = if report.index { "index" } else { "manifest" };
+    let mut lines = vec![format!("{}  {what} {}", report.reference, report.digest)];
+    for manifest in &report.manifests {
+        let platform = manifest.platform.as_deref().unwrap_or("any platform");
+        let signed = match manifest.signatures {
+            SignatureStatus::Verified => "signed by the given key".to_owned(),
+            SignatureStatus::Unverified(0) => "not signed".to_owned(),
+            SignatureStatus::Unverified(count) => format!("{count} signatures, not verified"),
+        };
+        lines.push(format!(
+            "{platform}  {}  {}  {}  {signed}",
+            manifest.digest,
+            manifest.kind,
+            Bytes(manifest.bytes)
+        ));
+        for file in &manifest.files {
+            let executable = if file.executable { "x" } else { "-" };
+            lines.push(format!("  {executable} {:>12}  {}", file.size, file.path));
+        }
+        if !manifest.files_are_complete {
+            lines.push("  archives are not looked into without --require-file".to_owned());
+        }
+    }
+    lines
+}

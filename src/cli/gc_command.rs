@@ -1,0 +1,92 @@
+//! `gc`: frees disk space.
+
+use clap::Args;
+
+use super::admin_call::AdminCallArguments;
+use super::{CommandError, OutputFormat, print, text_table};
+use crate::config::Quantity;
+use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
+use text::human_units::Bytes;
+
+/// Arguments of `gc`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Without --target it runs the node plugin's own collection: it removes content that nothing refers to, and
+evicts by the thresholds, the floor and the quota of the configuration. Content that is mounted, pinned, in use
+or younger than cache.minimumAge is never removed.
+
+Examples:
+  csi-driver-oci gc --dry-run
+  csi-driver-oci gc --target 20Gi
+  csi-driver-oci gc --target 0"
+)]
+pub(super) struct CollectArguments {
+    /// Print what would be removed, and remove nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Evict until all content takes at most this size, such as 20Gi.
+    #[arg(long, value_name = "SIZE")]
+    target: Option<Quantity>,
+    #[command(flatten)]
+    admin: AdminCallArguments,
+}
+
+pub(super) fn run(arguments: &CollectArguments) -> Result<(), CommandError> {
+    let dry_run = arguments.dry_run;
+    let target_bytes = arguments.target.map(|Quantity(bytes)| bytes);
+    let collected = arguments.admin.call(async |mut client| {
+        let answer = client.collect(CollectRequest { dry_run, target_bytes }).await?;
+        Ok(answer.into_inner())
+    })?;
+    match arguments.admin.output {
+        OutputFormat::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
+        OutputFormat::Json => {
+            let victim = |victim: &Victim| {
+                serde_json::json!({
+                    "name": victim.name,
+                    "manifest": victim.manifest,
+                    "bytes": victim.bytes,
+                    "reason": victim.reason,
+                    "lastUsed": victim.last_used,
+                })
+            };
+            print(
+                &serde_json::json!({
+                    "dryRun": dry_run,
+                    "victims": collected.victims.iter().map(victim).collect::<Vec<_>>(),
+                    "partialDownloads": collected.partial_downloads,
+                    "freedBytes": collected.freed_bytes,
+                    "cacheBytes": collected.cache_bytes,
+                })
+                .to_string(),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn lines(collected: &CollectResponse, dry_run: bool) -> Vec<String> {
+    let row = |victim: &Victim| {
+        let name = if victim.manifest.is_empty() { &victim.name } else { &victim.manifest };
+        let kind = victim.name.split('s').next().unwrap_or_default();
+        [
+            kind.to_owned(),
+            name.clone(),
+            Bytes(victim.bytes).to_string(),
+            text_table::age(victim.last_used),
+            victim.reason.clone(),
+        ]
+    };
+    let rows: Vec<_> = collected.victims.iter().map(row).collect();
+    let mut lines = match rows.as_slice() {
+        [] => Vec::new(),
+        rows => text_table::lines(["KIND", "NAME", "SIZE", "USED", "REASON"], rows),
+    };
+    let (freed, left) = (Bytes(collected.freed_bytes), Bytes(collected.cache_bytes));
+    lines.push(if dry_run {
+        format!("{freed} would be freed; the cache has {left} now")
+    } else {
+        format!("{freed} freed; the cache has {left} now")
+    });
+    lines
+}

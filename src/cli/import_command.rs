@@ -1,0 +1,132 @@
+//! `import`: imports an OCI image layout in place of a pull.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::admin_call::AdminCallArguments;
+use super::{CommandError, OutputFormat, layout_tar, print};
+use crate::proto::admin::import_request::Part;
+use crate::proto::admin::{ImportHeader, ImportRequest};
+use text::human_units::Bytes;
+
+/// The bytes of one message. gRPC accepts 4 MiB.
+const CHUNK_BYTES: usize = 1 << 20;
+/// The capacity of the queue of messages.
+const CHUNKS: usize = 4;
+
+/// Arguments of `import`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  oras copy --to-oci-layout registry.example.com/app:v2 layout:v2
+  csi-driver-oci import layout --as registry.example.com/app:v2
+  skopeo copy docker://registry.example.com/app:v2 oci-archive:app.tar
+  csi-driver-oci import app.tar --as registry.example.com/app:v2
+  kubectl exec -i -n csi-driver-oci POD -- csi-driver-oci import - --as registry.example.com/app:v2 < app.tar")]
+pub(super) struct ImportArguments {
+    /// A directory with an OCI image layout, a tar of one (plain, gzip or zstd), or `-` for a tar on standard input.
+    layout: PathBuf,
+    /// The reference that pods use for the artifact.
+    #[arg(long = "as", value_name = "REF")]
+    reference: String,
+    /// The platform to choose from an index, such as `linux/arm64` [default: the node's].
+    #[arg(long, default_value = "")]
+    platform: String,
+    #[command(flatten)]
+    admin: AdminCallArguments,
+}
+
+pub(super) fn run(arguments: &ImportArguments) -> Result<(), CommandError> {
+    // The layout is read by this process: the node plugin sees another file system.
+    let layout = arguments.layout.clone();
+    let shown = layout.display().to_string();
+    if layout != Path::new("-") {
+        layout.metadata().map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    }
+    let header = ImportHeader {
+        reference: arguments.reference.clone(),
+        platform: arguments.platform.clone(),
+    };
+    let imported = arguments.admin.call(async move |mut client| {
+        let (sender, receiver) = mpsc::channel(CHUNKS);
+        let sending = tokio::task::spawn_blocking(move || send(&layout, header, &sender));
+        let answer = client.import(ReceiverStream::new(receiver)).await;
+        let sent = sending.await.map_err(|error| tonic::Status::internal(error.to_string()))?;
+        match (answer, sent) {
+            // A layout that could not be read is the cause of any error of the node plugin.
+            (_, Err(error)) => {
+                Err(tonic::Status::invalid_argument(format!("{shown} cannot be read: {error}")))
+            }
+            (answer, Ok(())) => Ok(answer?.into_inner()),
+        }
+    })?;
+    let reference = &arguments.reference;
+    match arguments.admin.output {
+        OutputFormat::Table => print(&format!(
+            "{reference} is on this node: {}, {}, {} inodes",
+            imported.manifest,
+            Bytes(imported.bytes),
+            imported.inodes
+        )),
+        OutputFormat::Json => print(
+            &serde_json::json!({
+                "reference": reference,
+                "manifest": imported.manifest,
+                "bytes": imported.bytes,
+                "inodes": imported.inodes,
+            })
+            .to_string(),
+        ),
+    }
+    Ok(())
+}
+
+fn send(
+    layout: &Path,
+    header: ImportHeader,
+    requests: &mpsc::Sender<ImportRequest>,
+) -> io::Result<()> {
+    let request = |part| ImportRequest { part: Some(part) };
+    if requests.blocking_send(request(Part::Header(header))).is_err() {
+        return Ok(());
+    }
+    let mut chunks = ChunkWriter { requests, chunk: Vec::with_capacity(CHUNK_BYTES) };
+    if layout == Path::new("-") {
+        io::copy(&mut io::stdin().lock(), &mut chunks)?;
+    } else if layout.is_dir() {
+        layout_tar::write(layout, &mut chunks)?;
+    } else {
+        io::copy(&mut std::fs::File::open(layout)?.take(u64::MAX), &mut chunks)?;
+    }
+    io::Write::flush(&mut chunks)
+}
+
+/// A writer that splits its input into messages.
+struct ChunkWriter<'a> {
+    requests: &'a mpsc::Sender<ImportRequest>,
+    chunk: Vec<u8>,
+}
+
+impl io::Write for ChunkWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(CHUNK_BYTES - self.chunk.len());
+        self.chunk.extend_from_slice(&bytes[..count]);
+        if self.chunk.len() == CHUNK_BYTES {
+            self.flush()?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
+        let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
+        // A node plugin that no longer reads has sent the reason in its response.
+        let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(chunk)) });
+        Ok(())
+    }
+}

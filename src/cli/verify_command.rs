@@ -1,0 +1,104 @@
+//! `verify`: reads all content back.
+
+use clap::Args;
+
+use super::admin_call::{AdminCallArguments, unless_interrupted};
+use super::{CommandError, OutputFormat, print};
+use crate::proto::admin::verify_event::Event;
+use crate::proto::admin::{VerifyRequest, VerifySummary};
+use text::human_units::Bytes;
+
+/// Arguments of `verify`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "No further volume shows damaged content; volumes that have it mounted keep it. The exit status is 1 while
+damaged content has not been fetched again.
+
+Examples:
+  csi-driver-oci verify
+  csi-driver-oci verify --repair --output json"
+)]
+pub(super) struct VerifyArguments {
+    /// Fetch damaged content again, into a new generation.
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    admin: AdminCallArguments,
+}
+
+pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
+    let (repair, output) = (arguments.repair, arguments.admin.output);
+    let (mut findings, mut repairs) = (Vec::new(), Vec::new());
+    let mut unread = 0;
+    let summary = arguments.admin.call(async |mut client| {
+        unless_interrupted(async {
+            let mut events = client.verify(VerifyRequest { repair }).await?.into_inner();
+            let mut summary = None;
+            while let Some(event) = events.message().await? {
+                match event.event {
+                    Some(Event::Finding(finding)) => {
+                        let is_unread = finding.kind == "unread";
+                        unread += u64::from(is_unread);
+                        if output == OutputFormat::Table {
+                            let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
+                            let damaged = if is_unread { "" } else { "damaged " };
+                            print(&format!("{damaged}{kind}  {path}: {detail}"));
+                        } else {
+                            findings.push(serde_json::json!({
+                                "kind": finding.kind,
+                                "digest": finding.digest,
+                                "path": finding.path,
+                                "detail": finding.detail,
+                            }));
+                        }
+                    }
+                    Some(Event::Repair(repair)) => {
+                        if output == OutputFormat::Table {
+                            let done =
+                                if repair.done { "fetched again by" } else { "not fetched:" };
+                            print(&format!("{}  {done} {}", repair.manifest, repair.detail));
+                        } else {
+                            repairs.push(serde_json::json!({
+                                "manifest": repair.manifest,
+                                "done": repair.done,
+                                "detail": repair.detail,
+                            }));
+                        }
+                    }
+                    Some(Event::Summary(last)) => summary = Some(last),
+                    None => {}
+                }
+            }
+            summary
+                .ok_or_else(|| tonic::Status::internal("the node plugin ended before it was done"))
+        })
+        .await
+    })?;
+    let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
+    if output == OutputFormat::Json {
+        print(
+            &serde_json::json!({
+                "objects": objects,
+                "bytes": bytes,
+                "findings": findings,
+                "repairs": repairs,
+                "unrepaired": unrepaired,
+            })
+            .to_string(),
+        );
+    } else {
+        let read = Bytes(bytes);
+        print(&format!("{objects} objects and {read} read back, {found} findings"));
+    }
+    match (found.saturating_sub(unread), unrepaired) {
+        (_, 0) if unread > 0 => Err(format!(
+            "{unread} objects could not be read back: do what is said of them, and run `verify` again"
+        )),
+        (0, _) => Ok(()),
+        (_, 0) if repair => Ok(()),
+        (found, 0) => Err(format!("{found} findings; nothing that is shown links them any more")),
+        (_, artifacts) => Err(format!(
+            "{artifacts} artifacts are damaged: run `verify --repair`, or let the next publish fetch them"
+        )),
+    }
+}

@@ -1,0 +1,102 @@
+//! The progress of the scrub.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::scrub_schedule::ScrubSchedule;
+use pull::content_repair::Item;
+use store::content_verification::Verified;
+
+/// The progress, shared by the scrub, `status` and metrics. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct ScrubState(Arc<Mutex<SharedProgress>>);
+
+#[derive(Debug, Default)]
+struct SharedProgress {
+    interval: Option<Duration>,
+    clock: Option<fn() -> i64>,
+    through: Option<i64>,
+    reading: Option<Item>,
+    counts: ScrubCounts,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct ScrubCounts {
+    verified: Verified,
+    findings: u64,
+    repaired: u64,
+    unrepaired: u64,
+}
+
+/// A snapshot of the progress.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScrubSnapshot {
+    /// The time within which everything is read; `None` if the scrub is off.
+    pub interval: Option<Duration>,
+    /// The delay behind the schedule; `None` before the first turn.
+    pub lag: Option<Duration>,
+    /// Objects and bytes read back since the start.
+    pub verified: Verified,
+    /// The number of damages that the scrub found since the start.
+    pub findings: u64,
+    /// The number of artifacts that it fetched again since the start.
+    pub repaired: u64,
+    /// The number of artifacts that no registry served again when it asked.
+    pub unrepaired: u64,
+    /// The item that is being read, as a path below the state directory.
+    pub reading: Option<String>,
+}
+
+impl ScrubState {
+    /// Returns a snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> ScrubSnapshot {
+        let inner = self.lock();
+        let lag = inner.through.zip(inner.clock);
+        let ScrubCounts { verified, findings, repaired, unrepaired } = inner.counts;
+        ScrubSnapshot {
+            interval: inner.interval,
+            lag: lag.map(|(through, clock)| ScrubSchedule::lag(through, clock())),
+            verified,
+            findings,
+            repaired,
+            unrepaired,
+            reading: inner.reading.as_ref().map(|item| match item {
+                Item::Blobs => "blobs".to_owned(),
+                Item::Object(name) => name.to_string(),
+            }),
+        }
+    }
+
+    pub(super) fn begin(&self, interval: Option<Duration>, clock: fn() -> i64) {
+        let mut inner = self.lock();
+        (inner.interval, inner.clock) = (interval, Some(clock));
+    }
+
+    /// Sets the moment up to which everything has been read.
+    pub(super) fn came_to(&self, through: i64) {
+        self.lock().through = Some(through);
+    }
+
+    pub(super) fn reads(&self, item: Option<&Item>) {
+        self.lock().reading = item.cloned();
+    }
+
+    pub(super) fn has_read(&self, verified: Verified, findings: u64) {
+        let counts = &mut self.lock().counts;
+        counts.verified.objects += verified.objects;
+        counts.verified.bytes += verified.bytes;
+        counts.findings += findings;
+    }
+
+    pub(super) fn repaired(&self, is_repaired: bool) {
+        let counts = &mut self.lock().counts;
+        let count = if is_repaired { &mut counts.repaired } else { &mut counts.unrepaired };
+        *count += 1;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SharedProgress> {
+        // Numbers remain valid after a panic elsewhere.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
