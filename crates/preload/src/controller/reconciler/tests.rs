@@ -129,7 +129,7 @@ async fn a_late_result_of_a_write_restores_nothing() {
     let object = |owner: &str| {
         let mut object = NodeArtifacts::new("one", NodeArtifactsSpec::default());
         object.metadata.resource_version = Some("7".to_owned());
-        object.metadata.owner_references = Some(vec![write::owner("one", owner)]);
+        object.metadata.owner_references = Some(vec![api_write::owner("one", owner)]);
         WriteResult::Node(Box::new(object))
     };
     let node = || WriteTarget::Node(Arc::from("one"));
