@@ -485,7 +485,7 @@ def crossplane_gate():
     stale = copy.deepcopy(ready_first)
     stale["spec"], stale["metadata"]["generation"] = wanted_second["spec"], 2
     _, _, _, status = compose_with(second, stale, running)
-    if "not looked at version v2" not in status["artifact"]:
+    if "not observed version v2" not in status["artifact"]:
         yield f"what the nodes hold of v1 is told of v2: {status['artifact']}"
 
     # The way back, also from a version that becomes ready just when nobody wants it any more.
