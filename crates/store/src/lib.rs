@@ -15,25 +15,25 @@
 //!   trees/<key>/<n>/tree.json     what it is, its totals
 //!   trees/<key>/<n>/objects.json  which files and layers it links
 //!   {files,layers,trees}/<key>/<n>.damaged   generation n is never published again
-//!   partial/<digest>-<host>       downloads on their way, see `partial`
-//!   pins/<hash>.json              which reference stays, for whom (see `pins`)
+//!   partial/<digest>-<host>       downloads on their way, see `partial_downloads`
+//!   pins/<hash>.json              which reference stays, for whom (see `pin_records`)
 //!   staging/<random>              objects on their way
 //!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
 //!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
 //!   publications/<hash>.json      which volume shows which tree at which target
-//!   empty/                        the second lower directory of overlays, see `mount::attach`
-//!   read-back/<name>              objects that need no reading any more, while others do (see `read_back`)
-//!   scrub.json                    how far the scrub has come (see `verify`)
+//!   empty/                        the second lower directory of overlays, see `sys::mount::mount_attach`
+//!   read-back/<name>              objects that need no reading any more, while others do (see `old_format_content`)
+//!   scrub.json                    how far the scrub has come (see `content_verification`)
 //!   mounts/                       where mounts are staged on kernels before 5.12
 //! ```
 //!
-//! Keys hold everything that shapes an object ([`keys`]); `n` is its generation.
+//! Keys hold everything that shapes an object ([`object_keys`]); `n` is its generation.
 //!
 //! # What may be trusted after a crash
 //!
 //! A name under `blobs`, `files`, `layers`, `trees` and `resolutions` was made
 //! by a rename after its content was complete, verified and synced
-//! ([`durable`]): it can be trusted at any time. `partial` is trusted for
+//! ([`durable_rename`]): it can be trusted at any time. `partial` is trusted for
 //! nothing: its bytes are hashed again before they count. `staging` is swept at
 //! start. `access` and `publications` are written without a sync: a proof that
 //! is lost costs a request, an unreadable publication is ignored, and what is
@@ -46,7 +46,7 @@
 //!
 //! # What is removed, and how
 //!
-//! Only what [`catalog`] knows that nothing needs, and its name first: a rename
+//! Only what [`object_catalog`] knows that nothing needs, and its name first: a rename
 //! into staging, or the removal of a single file ([`gc`]). Nothing that has not
 //! the form above is ever removed.
 

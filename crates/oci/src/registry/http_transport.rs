@@ -175,7 +175,7 @@ impl Transport {
         })
     }
 
-    /// Sends a request and follows redirects by the rules of [`redirect`]. Returns any other status
+    /// Sends a request and follows redirects by the rules of [`redirect_rules`]. Returns any other status
     /// as a response.
     pub(super) async fn send(
         &self,

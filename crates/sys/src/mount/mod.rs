@@ -1,8 +1,8 @@
 //! Mounts of one directory tree, as read-only binds and overlays, and the mount table.
 //!
 //! A mount is made detached, given its flags, and only then attached, in one
-//! step ([`attach`]); nothing is ever visible at a target that is writable or
-//! half made. Only the kernel knows which mounts exist and where ([`table`]).
+//! step ([`mount_attach`]); nothing is ever visible at a target that is writable or
+//! half made. Only the kernel knows which mounts exist and where ([`mount_table`]).
 //! System calls that nix does not offer are in [`syscalls`], the only place of
 //! the project with `unsafe`.
 
