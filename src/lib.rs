@@ -4,18 +4,18 @@
 //!
 //! ```text
 //! main -> cli -> app -> config
-//! csi             the gRPC edge: sockets, requests, statuses, self-registration
-//! volume          the use cases: publish, unpublish, stats, reconcile
-//! warming         fetches artifacts before a pod needs them
-//! node_artifacts  the node's part of preloads: carries out the assignments in its `NodeArtifacts` object
-//! scrub           reads all content back in the background
-//! maintenance     brings records and mounts together, keeps disk space free
-//! admin           health, metrics and the admin socket
-//! kubernetes      requests to the API server, for data that no call of the kubelet carries
-//! check           what a registry would serve, without a node
-//! file_leases     the node's `fs.leases-enable` setting
-//! node_addresses  which addresses belong to the node
-//! proto           messages and services that the build generates from `proto/`
+//! csi               the gRPC edge: sockets, requests, statuses, self-registration
+//! volume            the use cases: publish, unpublish, stats, reconcile
+//! warming           fetches artifacts before a pod needs them
+//! node_artifacts    the node's part of preloads: carries out the assignments in its `NodeArtifacts` object
+//! scrub             reads all content back in the background
+//! node_maintenance  brings records and mounts together, keeps disk space free
+//! admin             health, metrics and the admin socket
+//! kubernetes        requests to the API server, for data that no call of the kubelet carries
+//! check             what a registry would serve, without a node
+//! file_leases       the node's `fs.leases-enable` setting
+//! local_addresses   which addresses belong to the node
+//! proto             messages and services that the build generates from `proto/`
 //!
 //! preload -> policy -> oci      pull -> oci, store      store -> unpack, sys      unpack, oci -> oci-types
 //! ```

@@ -1,8 +1,8 @@
 //! Checks what a registry would serve, before a pod mounts it. Stores nothing.
 //!
 //! ```text
-//! mod      the artifact: its kind, platforms, size and signatures
-//! files    the files that a volume of it would show
+//! mod           the artifact: its kind, platforms, size and signatures
+//! volume_files  the files that a volume of it would show
 //! ```
 //!
 //! The code of the node plugin decides: credentials, mirrors, manifests, titles, archives, limits, signatures.

@@ -1,8 +1,8 @@
 //! Reads all content back in the background, and repairs damage.
 //!
 //! ```text
-//! schedule   computes when each item is read: pure
-//! state      the progress, for `status` and metrics
+//! scrub_schedule  computes when each item is read: pure
+//! scrub_status    the progress, for `status` and metrics
 //! ```
 //!
 //! Content of an earlier format is read first, without a pause between two items. Then each item has its turn once in

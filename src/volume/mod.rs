@@ -1,14 +1,14 @@
 //! The use cases: operations of the kubelet on volumes.
 //!
 //! ```text
-//! request      a parsed publish: no message of CSI comes further than the edge
-//! attributes   the settings of a volume's author
-//! mount_form   bind or overlay: the form of a volume's mount
-//! publish      attaches a tree at a target
-//! unpublish    detaches it; needs nothing but the mount table
-//! stats        sizes, from numbers kept with the tree
-//! reconcile    brings records and mounts together
-//! target_lock  one attach or detach at a target at a time
+//! publish_request    a parsed publish: no message of CSI comes further than the edge
+//! volume_attributes  the settings of a volume's author
+//! mount_form         bind or overlay: the form of a volume's mount
+//! publish_volume     attaches a tree at a target
+//! unpublish_volume   detaches it; needs nothing but the mount table
+//! volume_stats       sizes, from numbers kept with the tree
+//! mount_reconcile    brings records and mounts together
+//! target_lock        one attach or detach at a target at a time
 //! ```
 
 pub mod error;

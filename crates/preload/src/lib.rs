@@ -1,10 +1,10 @@
 //! Preloading: puts artifacts on nodes before a pod uses them, by `ArtifactPreload` objects.
 //!
 //! ```text
-//! api         both kinds of objects, and their CustomResourceDefinitions
-//! plan        facts in, decisions out: assignments of nodes and statuses of preloads
-//! seal        credentials that only one process of one node can decrypt
-//! controller  watches objects, resolves references, writes what the plan decides; one process leads
+//! api                 both kinds of objects, and their CustomResourceDefinitions
+//! plan                facts in, decisions out: assignments of nodes and statuses of preloads
+//! sealed_credentials  credentials that only one process of one node can decrypt
+//! controller          watches objects, resolves references, writes what the plan decides; one process leads
 //! ```
 //!
 //! Users create an `ArtifactPreload` for each artifact. Each node has one `NodeArtifacts` object:

@@ -1,35 +1,40 @@
 //! Turns a volume's request into a complete tree in the store.
 //!
 //! ```text
-//! want         what a volume asks for, and with which credentials it may; tenant: the namespace that
-//!              it is charged to
-//! cached       the fast path: a tree that is in the store and proven for its caller
-//! resolve      the resolver: reference, pull policy and what is cached -> manifest
-//!   candidates     the credentials that a volume may try, and whose right each stands for
-//!   known          what the store knows of a reference; verification: when that needs no proof
-//!   manifests      the index, the manifest and the configuration from a registry
-//!   proofs         whether a credential opens a manifest
-//! signatures   finding an artifact's signatures, and verifying them
-//! artifact     the tree assembler: manifest -> tree
-//!   shape          what a volume shows of a manifest
-//!   tree_sources   the files and layers that a tree is planned from
-//!   room           how much of the disk an artifact will take, before its first byte
-//!   sums           what its layers come to, while they come
-//! objects      the layer store: blobs -> files and layers of the store
-//!   unpacking      a layer, unpacked while it comes
-//! downloader   the downloader: the right to a blob, the proof that a repository gives it, its download
-//!   origins        whether a repository gives a blob that the store has
-//!   shared_downloads  one download for all repositories of a host: a slow source loses it to a faster one
-//!   transfer       one blob to partial/, verified
-//!   connections    the connections that bring it; spans: which brings which bytes; retry: after how
-//!                  long; rate: whether it is enough; idle: whether the processors have time
-//!   wire           what all downloads share; slots: fair shares of connections; throttle: how fast
-//!   document       one small blob, whole in memory
-//! self_check   the content reader: reads content back, all of it or an item, and repairs what is damaged
-//! import       an OCI image layout in place of a registry
-//! flights      single flights: one piece of work at a time, however many wait; sponsors: whose
-//!              credentials pay for it; progress: how far it is; locks: one at a time
-//! memory       one budget for the memory of all pulls; compute: its use by computations
+//! artifact_request            what a volume asks for, and with which credentials it may
+//! pull_tenant                 the namespace that a pull is charged to
+//! cached_tree                 the fast path: a tree that is in the store and proven for its caller
+//!
+//! reference_resolution        the resolver: reference, pull policy and cached content -> manifest
+//!   credential_candidates     the credentials that a volume may try, and whose right each stands for
+//!   known_resolution          the store's earlier answers for a reference
+//!   credentials_verification  when an earlier answer needs no new proof
+//!   manifest_fetch            the index, the manifest and the configuration from a registry
+//!   access_proofs             whether a credential opens a manifest
+//! signature_verification      finding and verifying the signatures of an artifact
+//!
+//! artifact_tree               the tree assembler: manifest -> tree
+//!   tree_shape                what a volume shows of a manifest
+//!   tree_sources              the files and layers that a tree is planned from
+//!   disk_space_claim          the disk space of an artifact, claimed before its first byte
+//!   artifact_totals           limits on the sums of its layers, while they arrive
+//! blob_objects                the layer store: blobs -> files and layers of the store
+//!   streaming_unpack          unpacks a layer while it arrives
+//!
+//! downloader                  the downloader: the right to a blob, the proof that a repository has it, its bytes
+//!   blob_origins              whether a repository has a blob that the store holds
+//!   shared_downloads          one download for all repositories of a host: a slow source loses it to a faster one
+//!   blob_transfer             one blob to `partial/`, verified
+//!   blob_connections          its connections; range_scheduler: their ranges; connection_rate: whether one is
+//!                             fast enough; cpu_idle: whether processors are free; transfer_retry: back-off
+//!   download_resources        shared by all downloads; connection_slots: fair shares; download_throttle: rate limit
+//!   small_blob                a small document, whole in memory
+//!
+//! content_repair              reads content back, and repairs what is damaged
+//! image_layout                an OCI image layout in place of a registry
+//! single_flight               one piece of work for all that wait for it; credential_offers: their credentials;
+//!                             pull_progress: its progress; keyed_locks: one holder for each key
+//! memory                      one memory budget for all pulls; compute_budget: its use by computations
 //! ```
 //!
 //! [`Puller`] connects the parts, of which each knows only the few that it needs. All work runs in

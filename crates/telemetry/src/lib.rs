@@ -1,9 +1,9 @@
 //! Health and metrics over HTTP.
 //!
 //! ```text
-//! http             a server that clients cannot exhaust
-//! metric_families  metrics, registered as they are made
-//! exposition       the two text formats of metrics
+//! http_server        a server that clients cannot exhaust
+//! metric_families    metrics, registered as they are made
+//! metric_exposition  the two text formats of metrics
 //! ```
 
 pub mod http_server;

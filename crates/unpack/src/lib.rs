@@ -4,8 +4,8 @@
 //! ```text
 //! layer_rule   manifest            -> the kind of each layer: one file, an archive, nothing
 //! archive      compressed bytes    -> entries in order, contents given to a sink
-//! members      the same, for a tar that is not a layer, such as an image layout
-//! merge        entries and files   -> the tree that a pod sees, as a plan
+//! tar_members  the same, for a tar that is not a layer, such as an image layout
+//! layer_merge  entries and files   -> the tree that a pod sees, as a plan
 //! ```
 //!
 //! A layer is unpacked once and completely. A tree is merged from entries alone, so that a

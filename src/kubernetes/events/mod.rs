@@ -1,9 +1,9 @@
 //! Events on pods, which show the progress of a pull before the kubelet's call ends.
 //!
 //! ```text
-//! PodEvents   queues occurrences; never waits, and drops them if the queue is full
-//! correlator  decides whether to create an Event, to change an existing one, or to write nothing: pure
-//! writer      the task that writes to the API server; failures are only logged
+//! PodEvents         queues occurrences; never waits, and drops them if the queue is full
+//! event_correlator  decides whether to create an Event, to change an existing one, or to write nothing: pure
+//! event_writer      the task that writes to the API server; failures are only logged
 //! ```
 //!
 //! They are core/v1 Events, like the kubelet's: those of `events.k8s.io` cannot change their text, and progress would

@@ -1,11 +1,11 @@
 //! Credentials for registries, and their sources.
 //!
 //! ```text
-//! secret         the secret of a publish request -> Keyring, or the change that it needs
-//! docker_config  the bytes of a .dockerconfigjson, .dockercfg or config.json -> entries
-//! keyring        matching of entries with repositories, by the kubelet's rules
-//! identity       the service account of a pod, with the tokens that the kubelet requested
-//! providers      credentials of the node: its docker configuration, and the kubelet's plugins
+//! publish_secret     the secret of a publish request -> Keyring, or the change that it needs
+//! docker_config      the bytes of a .dockerconfigjson, .dockercfg or config.json -> entries
+//! keyring            matching of entries with repositories, by the kubelet's rules
+//! workload_identity  the service account of a pod, with the tokens that the kubelet requested
+//! providers          credentials of the node: its docker configuration, and the kubelet's plugins
 //! ```
 //!
 //! A credential is sent to the host that its entry names, and to no other. See [`crate::registry`]

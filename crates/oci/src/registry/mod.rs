@@ -1,31 +1,31 @@
 //! The registry client: manifests and blobs, by the distribution specification.
 //!
 //! ```text
-//! mod           the client: manifests, tags, blobs
-//! request       requests, and failover between the hosts of a registry
-//! authenticate  challenges and authorizations of a request
-//! auth_cache    cached challenges and authorizations by repository
-//! challenge     WWW-Authenticate
-//! token         token servers and cached tokens
-//! referrers     referrers of a digest, with pagination
-//! blob          blob responses and bodies
-//! documents     memory budget of documents that are read whole
-//! answered_by   source of a response: the registry itself or a mirror
-//! hosts         hosts of a registry, by containerd's hosts.toml
-//! endpoint      one host with its capabilities
-//! mirror_health mirrors that failed for a blob
-//! backoff       rate limits and cached refusals
-//! transport     one HTTP exchange: redirects, bounded bodies
-//! connection    HTTP clients
-//! tls           certificates
-//! lookup        bounded DNS lookups
-//! address       addresses that the author of a pod may make this node connect to
-//! redirect      addresses that a registry may redirect this node to
-//! plain_http    permissions of the administrator for redirects without TLS
-//! proxy         proxies of the environment
-//! exchange_timeout  timeout of one exchange
-//! refusals      refusals of several credentials for one request
-//! error         errors of registries
+//! mod                  the client: manifests, tags, blobs
+//! registry_request     requests, and failover between the hosts of a registry
+//! authenticate         challenges and authorizations of a request
+//! auth_cache           cached challenges and authorizations by repository
+//! auth_challenge       WWW-Authenticate
+//! bearer_token         token servers and cached tokens
+//! referrers            referrers of a digest, with pagination
+//! blob_response        blob responses and bodies
+//! document_memory      memory budget of documents that are read whole
+//! response_source      source of a response: the registry itself or a mirror
+//! hosts                hosts of a registry, by containerd's hosts.toml
+//! registry_endpoint    one host with its capabilities
+//! mirror_health        mirrors that failed for a blob
+//! registry_backoff     rate limits and cached refusals
+//! http_transport       one HTTP exchange: redirects, bounded bodies
+//! http_clients         HTTP clients
+//! tls                  certificates
+//! dns_lookup           bounded DNS lookups
+//! address_rules        addresses that the author of a pod may make this node connect to
+//! redirect_rules       addresses that a registry may redirect this node to
+//! plain_http           permissions of the administrator for redirects without TLS
+//! environment_proxy    proxies of the environment
+//! exchange_timeout     timeout of one exchange
+//! credential_refusals  refusals of several credentials for one request
+//! error                errors of registries
 //! ```
 //!
 //! Callers can rely on these properties:

@@ -1,9 +1,9 @@
 //! Verification of cosign signatures with public keys, without I/O.
 //!
 //! ```text
-//! key      public keys and their algorithms
-//! simple   the older format: a payload with its signature beside it
-//! bundle   the newer format: a Sigstore bundle with a DSSE envelope
+//! public_key       public keys and their algorithms
+//! simple_signing   the older format: a payload with its signature beside it
+//! sigstore_bundle  the newer format: a Sigstore bundle with a DSSE envelope
 //! ```
 //!
 //! A signature is valid if a required key made it over the exact bytes, and these bytes name the

@@ -1,10 +1,10 @@
 //! API objects of preloading.
 //!
 //! ```text
-//! preload      ArtifactPreload: an artifact and the nodes that it has to be on, with its progress
-//! node         NodeArtifacts: the artifacts of one node, wanted and held
-//! definitions  CustomResourceDefinitions of both
-//! schema       parts of schemas that types alone cannot express
+//! artifact_preload             ArtifactPreload: an artifact and the nodes that it has to be on, with its progress
+//! node_artifacts               NodeArtifacts: the artifacts of one node, wanted and held
+//! custom_resource_definitions  CustomResourceDefinitions of both
+//! crd_schema                   parts of schemas that types alone cannot express
 //! ```
 //!
 //! The schema bounds every list and text: no object grows with the number of nodes, and the API

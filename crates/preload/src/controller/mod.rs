@@ -1,14 +1,14 @@
 //! The controller: one process of the cluster that assigns artifacts to nodes.
 //!
 //! ```text
-//! lease    leader election
-//! watch    watches of the API server -> facts of the planner
-//! resolver   resolution of references and of credentials
+//! leader_election     leader election
+//! api_watch           watches of the API server -> facts of the planner
+//! reference_resolver  resolution of references and of credentials
 //! reconciler the reconciliation loop: facts -> plan -> writes
-//! write    one write, and the meaning of its failure
-//! events   events of preloads, one for each transition
-//! write_rate write rate limit
-//! metrics  metrics of the controller
+//! api_write           one write, and the meaning of its failure
+//! preload_events      events of preloads, one for each transition
+//! api_rate_limit      write rate limit
+//! controller_metrics  metrics of the controller
 //! ```
 //!
 //! All facts are read from the API server and the registries: a restarted controller continues

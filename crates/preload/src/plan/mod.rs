@@ -1,11 +1,11 @@
 //! The planner: facts in, decisions out. It does no I/O and never waits, and the time is a fact.
 //!
 //! ```text
-//! facts     the facts
-//! assignmentassignment of one preload to nodes
-//! quota     preloads beyond the quota of their namespace
-//! status    status of one preload
-//! mod       all preloads, and the object of each node
+//! cluster_facts    the facts
+//! node_assignment  the assignment of one preload to nodes
+//! namespace_quota  preloads beyond the quota of their namespace
+//! preload_status   status of one preload
+//! mod              all preloads, and the object of each node
 //! ```
 //!
 //! A decision describes the desired state, not a change: a second plan of the same facts decides

@@ -1,8 +1,8 @@
 //! The memory budget of all pulls of this node.
 //!
 //! ```text
-//! ledger     the bookkeeping of one pool: turns and shares of tenants
-//! container  the memory limit of the container, from which the default budget follows
+//! memory_ledger           the bookkeeping of one pool: turns and shares of tenants
+//! container_memory_limit  the memory limit of the container, from which the default budget follows
 //! ```
 //!
 //! The budget is divided by how long memory is held, so that no stage of a pull waits for a stage

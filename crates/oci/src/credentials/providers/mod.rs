@@ -2,9 +2,9 @@
 //! plugins.
 //!
 //! ```text
-//! config     the kubelet's CredentialProviderConfig
-//! protocol   requests to a plugin and its responses
-//! run        one run of a plugin
+//! kubelet_provider_config  the kubelet's CredentialProviderConfig
+//! provider_protocol        requests to a plugin and its responses
+//! provider_process         one run of a plugin
 //! ```
 //!
 //! Both files are checked when they are used, and read again when they have changed.

@@ -1,8 +1,8 @@
 //! Hosts of registries: containerd's `hosts.toml`, one folder for each registry.
 //!
 //! ```text
-//! text     the text of a hosts.toml -> hosts in order
-//! folder   the folder of a registry, and its files
+//! hosts_toml    the text of a hosts.toml -> hosts in order
+//! certs_folder  the folder of a registry, and its files
 //! ```
 //!
 //! Files are checked at every use and read again when they have changed. A broken file stops pulls
