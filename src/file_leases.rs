@@ -44,7 +44,6 @@ impl LeasePolicy {
 }
 
 /// Returns whether leases are enabled on the node now, or `None` if the kernel does not say.
-#[must_use]
 pub fn are_enabled() -> Option<bool> {
     read(Path::new(SETTING)).ok()
 }

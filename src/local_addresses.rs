@@ -7,7 +7,6 @@ use std::net::IpAddr;
 const OF_SERVICES: [&str; 3] = ["kube-ipvs0", "kube-dummy-if", "nodelocaldns"];
 
 /// Returns all addresses of all interfaces of this node. Empty if the kernel does not list them.
-#[must_use]
 pub fn own() -> Vec<IpAddr> {
     let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
     interfaces

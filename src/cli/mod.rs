@@ -113,7 +113,6 @@ enum OutputFormat {
 type CommandError = String;
 
 /// Runs the command that the process was started with.
-#[must_use]
 pub fn main() -> ExitCode {
     let arguments = CommandLine::parse();
     let done = match arguments.command {

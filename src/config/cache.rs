@@ -38,7 +38,6 @@ pub struct CacheSection {
 
 impl CacheSection {
     /// Returns the time within which all content is read back, or `None` if the scrub is off.
-    #[must_use]
     pub fn scrub_interval(&self) -> Option<Duration> {
         Some(self.scrub_interval.0).filter(|interval| !interval.is_zero())
     }
@@ -73,7 +72,6 @@ impl CacheSection {
     }
 
     /// Returns the options of the store.
-    #[must_use]
     pub fn options(&self) -> CacheOptions {
         CacheOptions {
             max_bytes: self.max_bytes.map(|quantity| quantity.0),

@@ -94,7 +94,6 @@ pub enum ConfigurationError {
 
 impl NodeConfiguration {
     /// Returns the configuration of a node without a file.
-    #[must_use]
     pub fn without_file() -> Self {
         Self { api_version: API_VERSION.to_owned(), kind: KIND.to_owned(), ..Self::default() }
     }

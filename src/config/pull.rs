@@ -70,7 +70,6 @@ impl PullSection {
     }
 
     /// Returns the options of the puller.
-    #[must_use]
     pub fn options(&self, limits: Limits) -> PullOptions {
         let defaults = WireOptions::default();
         PullOptions {

@@ -124,7 +124,6 @@ impl RegistriesSection {
     }
 
     /// Returns the sources of the node's own credentials.
-    #[must_use]
     pub fn provider_files(&self) -> ProviderFiles {
         let config = self.credential_provider_config.clone();
         ProviderFiles {
@@ -136,7 +135,6 @@ impl RegistriesSection {
     }
 
     /// Returns the rules for access to cached content.
-    #[must_use]
     pub fn verification(&self) -> Verification {
         Verification {
             policy: self.credentials_verification,

@@ -18,13 +18,11 @@ use unpack::Class;
 const MAXIMUM_BYTES: usize = 900;
 
 /// Returns the status of a failed call: the code by cause, the whole chain of causes as one text.
-#[must_use]
 pub fn status(error: &VolumeError) -> Status {
     Status::new(code(error), message(error))
 }
 
 /// Returns whether the kubelet takes the code for the end of this call.
-#[must_use]
 pub fn is_final(code: Code) -> bool {
     !matches!(
         code,
@@ -37,7 +35,6 @@ pub fn is_final(code: Code) -> bool {
 }
 
 /// Returns the code by cause.
-#[must_use]
 pub fn code(error: &VolumeError) -> Code {
     match error {
         // The pod's author has to change something.

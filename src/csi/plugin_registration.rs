@@ -24,19 +24,16 @@ pub struct RegistrationService {
 
 impl RegistrationService {
     /// Creates the service. `endpoint` is the CSI socket's path as the kubelet sees it.
-    #[must_use]
     pub fn new(driver_name: String, endpoint: String) -> Self {
         Self { driver_name, endpoint, registered: Arc::default() }
     }
 
     /// Returns the name of the socket in the kubelet's plugin registry.
-    #[must_use]
     pub fn socket_name(driver_name: &str) -> String {
         format!("{driver_name}@reg.sock")
     }
 
     /// Returns the flag that is set while the kubelet has the driver registered.
-    #[must_use]
     pub fn registered(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.registered)
     }

@@ -14,7 +14,6 @@ pub struct EndpointError(String);
 
 impl UnixEndpoint {
     /// Returns the socket's path, or `None` if the endpoint is off.
-    #[must_use]
     pub fn path(&self) -> Option<&Path> {
         self.0.as_deref()
     }

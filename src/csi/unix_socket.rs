@@ -72,7 +72,6 @@ impl ListeningSocket {
     }
 
     /// Returns whether the name is still this socket's.
-    #[must_use]
     pub fn is_in_place(&self) -> bool {
         self.path
             .symlink_metadata()

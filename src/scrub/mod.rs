@@ -218,7 +218,6 @@ fn uid(target: &Path) -> Option<&str> {
 }
 
 /// Returns the time of day in milliseconds since 1970.
-#[must_use]
 pub fn system_clock() -> i64 {
     jiff::Timestamp::now().as_millisecond()
 }

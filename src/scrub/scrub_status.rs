@@ -49,7 +49,6 @@ pub struct ScrubSnapshot {
 
 impl ScrubState {
     /// Returns a snapshot.
-    #[must_use]
     pub fn snapshot(&self) -> ScrubSnapshot {
         let inner = self.lock();
         let lag = inner.through.zip(inner.clock);

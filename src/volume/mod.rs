@@ -73,7 +73,6 @@ struct ManagerInner {
 
 impl VolumeManager {
     /// Creates the use cases. `content` may arrive later.
-    #[must_use]
     pub fn new(
         state_dir: PathBuf,
         mounter: VolumeMounter,

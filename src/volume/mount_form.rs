@@ -34,14 +34,12 @@ pub struct VolumeMounter {
 
 impl VolumeMounter {
     /// Creates a mounter. Asks the kernel once whether it has overlayfs.
-    #[must_use]
     pub fn new(method: AttachMethod, mode: MountMode) -> Self {
         let has_overlay = method.has_overlay();
         Self { method, mode, has_overlay }
     }
 
     /// Returns whether this kernel has overlayfs.
-    #[must_use]
     pub const fn has_overlay(&self) -> bool {
         self.has_overlay
     }

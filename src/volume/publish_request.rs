@@ -37,20 +37,17 @@ pub struct PublishRequest {
 
 impl PublishRequest {
     /// Returns the tenant that a pull for this volume counts for.
-    #[must_use]
     pub fn tenant(&self) -> Tenant {
         let uid = self.pod.uid.as_deref().or_else(|| self.target.pod_uid());
         Tenant::of_pod(self.pod.namespace.as_deref(), uid)
     }
 
     /// Returns the pull that this volume needs, with these credentials.
-    #[must_use]
     pub fn want(&self, demands: PolicyDemands, keyring: Keyring) -> Want {
         self.attributes.want(demands, keyring, self.identity.clone(), self.tenant())
     }
 
     /// Returns the caller of such a pull.
-    #[must_use]
     pub fn caller(&self) -> Caller {
         Caller::new(Priority::Pod, self.tenant())
     }
@@ -71,7 +68,6 @@ pub struct PodInfo {
 
 impl PodInfo {
     /// Returns `namespace/name` if both are known.
-    #[must_use]
     pub fn full_name(&self) -> Option<String> {
         Some(format!("{}/{}", self.namespace.as_ref()?, self.name.as_ref()?))
     }

@@ -67,7 +67,6 @@ impl TargetTurn {
     }
 
     /// Returns whether no unpublish has begun since.
-    #[must_use]
     pub fn is_current(&self) -> bool {
         self.entry.turn.load(Ordering::SeqCst) == self.turn
     }

@@ -42,26 +42,22 @@ impl TargetPath {
     }
 
     /// Returns the kubelet's root directory.
-    #[must_use]
     pub fn base(&self) -> &Path {
         &self.base
     }
 
     /// Returns the path below the kubelet's root directory.
-    #[must_use]
     pub fn relative(&self) -> &Path {
         &self.relative
     }
 
     /// Returns the absolute path.
-    #[must_use]
     pub fn full(&self) -> PathBuf {
         self.base.join(&self.relative)
     }
 
     /// Returns whether the path ends like that of a volume of the kubelet:
     /// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
-    #[must_use]
     pub fn is_kubelet_volume(&self) -> bool {
         let full = self.full();
         let mut parts = full.iter().rev().map(|part| part.to_str());
@@ -73,7 +69,6 @@ impl TargetPath {
     }
 
     /// Returns the pod's uid if the path has the kubelet's form: `pods/<uid>/...`.
-    #[must_use]
     pub fn pod_uid(&self) -> Option<&str> {
         let mut parts = self.relative.components();
         match (parts.next(), parts.next()) {

@@ -132,7 +132,6 @@ impl VolumeAttributes {
     }
 
     /// Returns the pull that this volume needs.
-    #[must_use]
     pub fn want(
         &self,
         demands: PolicyDemands,
@@ -157,7 +156,6 @@ impl VolumeAttributes {
 
     /// Returns a digest that is equal for volumes that show the same. It decides whether a repeated publish is
     /// compatible.
-    #[must_use]
     pub fn fingerprint(&self, flags: MountFlags) -> Digest {
         #[derive(Serialize)]
         struct CanonicalAttributes<'a> {

@@ -27,25 +27,21 @@ pub enum DigestError {
 
 impl Digest {
     /// Wraps a finished hash.
-    #[must_use]
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
     /// Hashes content that is in memory.
-    #[must_use]
     pub fn of(content: &[u8]) -> Self {
         Self(sha2::Sha256::digest(content).into())
     }
 
     /// Returns the bytes of the hash.
-    #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
     /// Returns 64 lower-case hexadecimal digits, without the algorithm: safe as a file name.
-    #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
         self.0.iter().fold(String::with_capacity(64), |mut text, byte| {
@@ -55,7 +51,6 @@ impl Digest {
     }
 
     /// Parses the output of [`Digest::hex`].
-    #[must_use]
     pub fn from_hex(hex: &str) -> Option<Self> {
         let digits = hex.as_bytes();
         if digits.len() != 64 {

@@ -470,7 +470,6 @@ impl Manifest {
 
 impl ImageManifest {
     /// Returns the artifact's type for display: `artifactType`, else the configuration's media type.
-    #[must_use]
     pub fn kind(&self) -> &str {
         let config = self.config.as_ref().map(|config| config.media_type.as_str());
         self.artifact_type.as_deref().or(config).unwrap_or("unknown")
@@ -479,7 +478,6 @@ impl ImageManifest {
     /// Returns whether this is an ordinary runnable image, whose configuration names a platform. It is
     /// none if it has an `artifactType`, even beside an image's configuration, as `oras push
     /// --artifact-platform` writes it. Nor is it one if no layer is an image's, as in models.
-    #[must_use]
     pub fn is_image(&self) -> bool {
         self.artifact_type.is_none()
             && self.has_image_config()
@@ -738,7 +736,6 @@ impl ManifestChoice {
     }
 
     /// Returns the manifest, if it was just inserted.
-    #[must_use]
     pub fn chosen(&self) -> Option<&ImageManifest> {
         self.chosen.as_ref().map(|chosen| &chosen.image)
     }

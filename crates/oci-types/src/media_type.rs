@@ -32,14 +32,12 @@ const IMAGE_LAYERS: [&str; 4] = [
 const COMPRESSIONS: [&str; 5] = ["", "+gzip", ".gzip", "+zstd", ".zstd"];
 
 /// Returns whether a media type is that of an image's layer.
-#[must_use]
 pub fn is_image_layer(media_type: &str) -> bool {
     let mut rests = IMAGE_LAYERS.iter().filter_map(|prefix| media_type.strip_prefix(prefix));
     rests.any(|rest| COMPRESSIONS.contains(&rest))
 }
 
 /// Removes parameters and folds case: `Type/Sub; charset=x` becomes `type/sub`.
-#[must_use]
 pub fn essence(media_type: &str) -> String {
     media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
 }

@@ -26,7 +26,6 @@ pub struct PlatformError(String);
 
 impl Platform {
     /// Returns the platform that this program was built for.
-    #[must_use]
     pub fn of_this_node() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -38,7 +37,6 @@ impl Platform {
 
     /// Returns the platforms whose content can serve a request for this one on this node. If the request
     /// has the node's architecture and no variant, the processor's variant counts.
-    #[must_use]
     pub fn order_on_this_node(&self) -> PlatformOrder {
         static VARIANT: OnceLock<Option<String>> = OnceLock::new();
         let node = Self::of_this_node().normalised();
@@ -50,7 +48,6 @@ impl Platform {
     }
 
     /// Returns the platforms whose content can serve a request for this one on every node.
-    #[must_use]
     pub fn order(&self) -> PlatformOrder {
         PlatformOrder::of(self.normalised(), self.variant.is_none())
     }
@@ -68,7 +65,6 @@ impl Platform {
     /// Names are normalised (`x86_64` is `amd64`, `aarch64` is `arm64`, an
     /// `arm64` without a variant is `v8`). A request without a variant accepts
     /// any variant.
-    #[must_use]
     pub fn accepts(&self, offered: &Self) -> bool {
         let (wanted, offered) = (self.normalised(), offered.normalised());
         wanted.os == offered.os
@@ -78,7 +74,6 @@ impl Platform {
 
     /// Returns whether content for `offered` may run on a node of this platform, whose processor is
     /// not known here: any variant of its architecture, and what such processors run of others.
-    #[must_use]
     pub fn may_run(&self, offered: &Self) -> bool {
         self.accepts(offered) || self.order().rank(offered).is_some()
     }
@@ -174,7 +169,6 @@ impl PlatformOrder {
 
     /// Returns the rank of content for a platform, the lowest being the best. Content without a rank does
     /// not run here.
-    #[must_use]
     pub fn rank(&self, offered: &Platform) -> Option<usize> {
         let offered = offered.normalised();
         let position = self.platforms.iter().position(|platform| *platform == offered);

@@ -58,13 +58,11 @@ pub enum ReferenceError {
 
 impl Repository {
     /// Returns the registry's `host[:port]` as written, `docker.io` for Docker Hub.
-    #[must_use]
     pub fn host(&self) -> &str {
         &self.host
     }
 
     /// Returns the repository's path on its host.
-    #[must_use]
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -78,25 +76,21 @@ impl fmt::Display for Repository {
 
 impl Reference {
     /// Returns the repository of the artifact.
-    #[must_use]
     pub fn repository(&self) -> &Repository {
         &self.repository
     }
 
     /// Returns the tag as written. Beside a digest, it only informs.
-    #[must_use]
     pub fn tag(&self) -> Option<&str> {
         self.tag.as_deref()
     }
 
     /// Returns the digest, which takes precedence over the tag.
-    #[must_use]
     pub fn digest(&self) -> Option<Digest> {
         self.digest
     }
 
     /// Returns the tag to request from the registry if there is no digest.
-    #[must_use]
     pub fn tag_or_latest(&self) -> &str {
         self.tag.as_deref().unwrap_or("latest")
     }

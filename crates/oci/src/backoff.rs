@@ -13,7 +13,6 @@ pub struct RetryBackoff {
 
 impl RetryBackoff {
     /// Returns the pause after this many failures in a row, zero after none.
-    #[must_use]
     pub fn after(self, failures: u32) -> Duration {
         let Some(doublings) = failures.checked_sub(1) else { return Duration::ZERO };
         self.first.saturating_mul(1 << doublings.min(16)).min(self.longest)
@@ -21,7 +20,6 @@ impl RetryBackoff {
 }
 
 /// Shortens a pause by a random part of at most half, so that nodes do not send requests in step.
-#[must_use]
 pub fn jittered(full: Duration) -> Duration {
     let mut random = [0];
     // Without randomness, nodes only send their requests in step.

@@ -18,7 +18,6 @@ use text::printable::excerpt;
 pub type PolicySource = Reloadable<Policy>;
 
 /// Returns a source of the policy that allows everything.
-#[must_use]
 pub fn permissive() -> PolicySource {
     Reloadable::new("the policy", |_| Ok(Policy::default()), |_| {})
 }

@@ -140,14 +140,12 @@ impl SealContext<'_> {
 
 impl NodeKey {
     /// Generates a new key pair.
-    #[must_use]
     pub fn generate() -> Self {
         let (private, public) = X25519HkdfSha256::gen_keypair();
         Self { private, public: BASE64.encode(public.to_bytes()) }
     }
 
     /// Returns the public key in base64.
-    #[must_use]
     pub fn public(&self) -> &str {
         &self.public
     }

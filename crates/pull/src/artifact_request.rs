@@ -69,7 +69,6 @@ pub struct Want {
 
 impl Want {
     /// Returns the pull of a whole artifact that the node makes for no pod.
-    #[must_use]
     pub fn of_node(reference: Reference, platform: Platform, tenant: Tenant) -> Self {
         Self {
             reference,

@@ -11,7 +11,6 @@ use store::object_name::ObjectName;
 impl Puller {
     /// Returns the wanted tree if it is in the store, has been read back, and is proven for this
     /// caller. None means that it has to be acquired. Blocking.
-    #[must_use]
     pub fn cached(&self, want: &Want) -> Option<Tree> {
         if want.policy == PullPolicy::Always {
             return None;

@@ -17,7 +17,6 @@ pub(super) struct Rate {
 
 impl Rate {
     /// Starts a measurement of `least` bytes a second over each `window`.
-    #[must_use]
     pub(super) fn new(least: u64, window: Duration) -> Self {
         Self { least, window, since: Instant::now(), before: Duration::ZERO, bytes: 0 }
     }

@@ -93,7 +93,6 @@ impl Ask {
 
 impl Slots {
     /// `total` slots, of which one host may have `per_host`.
-    #[must_use]
     pub(super) fn new(total: usize, per_host: usize, background: Background) -> Self {
         let state = Mutex::default();
         let (total, per_host) = (total.max(1), per_host.max(1));
@@ -102,7 +101,6 @@ impl Slots {
     }
 
     /// Creates `total` slots without shares: one host or tenant may hold all while no other waits.
-    #[must_use]
     pub(super) fn without_reserve(total: usize, background: Background) -> Self {
         let (total, state) = (total.max(1), Mutex::default());
         let shared = SharedSlots { total, per_host: total, held_for_each_free: total, state };
@@ -157,7 +155,6 @@ impl Slots {
     }
 
     /// Returns whether a request waits that could use this slot.
-    #[must_use]
     pub(super) fn is_wanted(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
@@ -165,7 +162,6 @@ impl Slots {
 
     /// Returns whether another tenant waits that could use this slot, and that would hold fewer slots
     /// than the tenant of this one even then.
-    #[must_use]
     pub(super) fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
         let state = self.shared.lock();
         let held = state.held_by(&slot.tenant);
@@ -177,7 +173,6 @@ impl Slots {
     }
 
     /// Slots in use.
-    #[must_use]
     pub(super) fn taken(&self) -> usize {
         self.shared.lock().taken
     }

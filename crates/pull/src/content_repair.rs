@@ -171,7 +171,6 @@ impl Damaged {
 
 impl ReadBack {
     /// Returns whether the item is intact.
-    #[must_use]
     pub fn is_sound(&self) -> bool {
         self.findings == 0
     }

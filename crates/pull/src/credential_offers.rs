@@ -53,7 +53,6 @@ pub(super) struct Sponsorship {
 
 impl Sponsors {
     /// Creates a list without callers.
-    #[must_use]
     pub(super) fn new(repository: Repository) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
@@ -61,13 +60,11 @@ impl Sponsors {
     }
 
     /// Returns the repository that all of them fetch from.
-    #[must_use]
     pub(super) fn repository(&self) -> &Repository {
         &self.repository
     }
 
     /// Tells this piece of work from all others of the process.
-    #[must_use]
     pub(super) fn number(&self) -> u64 {
         self.number
     }

@@ -18,7 +18,6 @@ pub(super) struct Throttle {
 
 impl Throttle {
     /// Creates a throttle with a limit, or without.
-    #[must_use]
     pub(super) fn new(bytes_per_second: Option<u64>) -> Self {
         Self { bytes_per_second, due: Mutex::new(Instant::now()) }
     }

@@ -100,7 +100,6 @@ pub enum PullError {
 
 impl PullError {
     /// The failure itself, however many share it.
-    #[must_use]
     pub fn root(&self) -> &Self {
         match self {
             Self::Shared(error) => error.root(),
@@ -109,26 +108,22 @@ impl PullError {
     }
 
     /// Returns whether the source of the content is at fault: another source may have the same content.
-    #[must_use]
     pub fn is_of_source(&self) -> bool {
         matches!(self.root(), Self::Registry(_) | Self::BlobSize { .. } | Self::BlobDigest { .. })
     }
 
     /// Returns whether the node's disk is full.
-    #[must_use]
     pub fn is_full(&self) -> bool {
         matches!(self.root(), Self::Store(StoreError::NoSpace { .. } | StoreError::NoRoom(_)))
     }
 
     /// Returns whether this content cannot be read back on this node now, while other content can. Either a process
     /// holds a lease on it, or comparing it takes more memory than the node may have.
-    #[must_use]
     pub fn leaves_unread(&self) -> bool {
         matches!(self.root(), Self::Store(StoreError::Leased { .. }) | Self::Memory(_))
     }
 
     /// Returns the result and the reason of a failed pull, as labels of metrics.
-    #[must_use]
     pub fn outcome(&self) -> (&'static str, &'static str) {
         let reason = match self.root() {
             Self::NotCached => "not_cached",
@@ -148,7 +143,6 @@ impl PullError {
     }
 
     /// Returns whether the registry could not be reached at all.
-    #[must_use]
     pub fn is_unavailable(&self) -> bool {
         match self.root() {
             Self::Registry(error) => error.is_transient(),

@@ -175,14 +175,12 @@ pub struct ProgressView(Arc<Mutex<Option<Arc<Progress>>>>);
 
 impl ProgressView {
     /// Returns the current progress.
-    #[must_use]
     pub fn snapshot(&self) -> pull_progress::Snapshot {
         let progress = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         progress.map_or_else(|| Progress::default().snapshot(), |progress| progress.snapshot())
     }
 
     /// Returns whether there was a flight to wait for.
-    #[must_use]
     pub fn was_shown(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
@@ -215,7 +213,6 @@ impl Default for PullOptions {
 
 impl Puller {
     /// Builds the parts. Nothing is under way yet.
-    #[must_use]
     pub fn new(
         store: Store,
         sources: Sources,
@@ -373,7 +370,6 @@ impl Puller {
     }
 
     /// All pulls that are under way, and how far they are.
-    #[must_use]
     pub fn under_way(&self) -> Vec<UnderWay> {
         let flights = self.0.assembler.flights.under_way().into_iter();
         let pulls = flights.map(|flight| UnderWay {
@@ -390,7 +386,6 @@ impl Puller {
     }
 
     /// Connections that download now.
-    #[must_use]
     pub fn downloads_in_flight(&self) -> usize {
         self.0.wire.slots.taken()
     }

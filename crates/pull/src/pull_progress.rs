@@ -84,7 +84,6 @@ impl Default for Progress {
 
 impl Progress {
     /// Returns the progress of a flight that begins with this priority. Unless a pod waits, it runs in the background.
-    #[must_use]
     pub fn of(priority: Priority, background: Background) -> Self {
         let pace = match priority {
             Priority::Pod => FlightUrgency::Urgent,
@@ -195,7 +194,6 @@ impl Progress {
     }
 
     /// Returns the name for messages.
-    #[must_use]
     pub fn named(&self) -> Option<&str> {
         self.name.get().map(String::as_str)
     }
@@ -210,13 +208,11 @@ impl Progress {
     }
 
     /// Returns the priority and the tenants of the callers that wait for it.
-    #[must_use]
     pub fn caller(&self) -> Caller {
         Caller { priority: self.priority(), tenants: self.tenants() }
     }
 
     /// Returns the tenants that wait for it, or the one that waited last.
-    #[must_use]
     pub fn tenants(&self) -> Vec<Tenant> {
         self.waiting().all()
     }
@@ -255,7 +251,6 @@ impl Progress {
     }
 
     /// Returns the urgency: that of the most urgent caller.
-    #[must_use]
     pub fn priority(&self) -> Priority {
         match *self.pace() {
             FlightUrgency::Behind(_) => Priority::Warm,
@@ -306,7 +301,6 @@ impl Progress {
     }
 
     /// Returns a snapshot of the progress.
-    #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let total = self.total.load(Ordering::Relaxed);
         let (done, resumed) = self.bytes();

@@ -41,7 +41,6 @@ pub(super) struct WaitingTenants {
 
 impl Tenant {
     /// Returns the tenant of a pod: its namespace, or its uid where the namespace is not known.
-    #[must_use]
     pub fn of_pod(namespace: Option<&str>, uid: Option<&str>) -> Self {
         match (namespace, uid) {
             (Some(namespace), _) => Self::Namespace(namespace.into()),
@@ -53,7 +52,6 @@ impl Tenant {
 
 impl Tenant {
     /// Returns the Kubernetes namespace, where it is known.
-    #[must_use]
     pub fn namespace(&self) -> Option<&str> {
         match self {
             Self::Namespace(name) => Some(name),
@@ -75,7 +73,6 @@ impl fmt::Display for Tenant {
 
 impl Caller {
     /// Returns a caller of one tenant.
-    #[must_use]
     pub fn new(priority: Priority, tenant: Tenant) -> Self {
         Self { priority, tenants: vec![tenant] }
     }

@@ -27,14 +27,12 @@ pub(super) enum Step {
 
 impl Spans {
     /// All that is missing is open.
-    #[must_use]
     pub(super) fn new(missing: impl IntoIterator<Item = Range<u64>>) -> Self {
         let open = missing.into_iter().map(|range| (range.start, range.end)).collect();
         Self { open, taken: BTreeMap::new(), next: 0 }
     }
 
     /// A blob of which nothing is here.
-    #[must_use]
     pub(super) fn whole(size: u64) -> Self {
         Self::new(std::iter::once(0..size))
     }
@@ -53,7 +51,6 @@ impl Spans {
     }
 
     /// Returns the position of a connection, and the offset at which it has to stop now.
-    #[must_use]
     pub(super) fn of(&self, number: u32) -> Range<u64> {
         self.taken.get(&number).cloned().unwrap_or_default()
     }
@@ -79,13 +76,11 @@ impl Spans {
     }
 
     /// Returns whether a range has no connection.
-    #[must_use]
     pub(super) fn has_open(&self) -> bool {
         !self.open.is_empty()
     }
 
     /// Returns the number of bytes that have not arrived yet.
-    #[must_use]
     pub(super) fn missing(&self) -> u64 {
         let open: u64 = self.open.iter().map(|(start, end)| end - start).sum();
         open + self.taken.values().map(|span| span.end - span.start).sum::<u64>()

@@ -69,7 +69,6 @@ where
     }
 
     /// Returns the progress of all flights.
-    #[must_use]
     pub fn under_way(&self) -> Vec<Arc<Progress>> {
         let under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
         under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
@@ -208,7 +207,6 @@ impl<T: Clone> Ticket<T> {
     }
 
     /// Returns the progress of the flight.
-    #[must_use]
     pub fn progress(&self) -> &Arc<Progress> {
         &self.flight.progress
     }

@@ -110,7 +110,6 @@ pub(super) struct Job {
 
 impl Unpackers {
     /// `at_once` layers, of which `wide` with large windows.
-    #[must_use]
     pub(super) fn new(
         store: Store,
         limits: Limits,
@@ -146,7 +145,6 @@ impl Unpackers {
     }
 
     /// A layer of one's own to unpack.
-    #[must_use]
     pub(super) fn job(
         &self,
         blob: Digest,
@@ -159,7 +157,6 @@ impl Unpackers {
     }
 
     /// Why this layer was refused when it was last here from this repository.
-    #[must_use]
     pub(super) fn refusal(&self, repository: &str, key: LayerKey) -> Option<Arc<PullError>> {
         let refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
         let mut refusals = refusals.0.iter();

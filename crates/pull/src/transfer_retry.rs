@@ -54,7 +54,6 @@ pub struct Retries {
 
 impl Retries {
     /// Creates a state without failures, for a blob of `size` bytes, of which `missing` are missing.
-    #[must_use]
     pub fn new(policy: RetryPolicy, size: u64, missing: u64) -> Self {
         let left = BREAKS + size / BYTES_A_BREAK;
         Self { policy, fewest: missing, fruitless: 0, restarts: 0, left }

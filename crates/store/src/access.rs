@@ -141,7 +141,6 @@ impl Mirrors {
     ///
     /// Of a private repository, which the registry refuses to an anonymous request, what a mirror
     /// gives without a credential says nothing of who may read it.
-    #[must_use]
     pub const fn new(configured: Option<Vec<Arc<str>>>, is_private: bool) -> Self {
         Self { configured, is_private }
     }

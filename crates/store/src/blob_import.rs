@@ -115,7 +115,6 @@ impl ImportedBlobs {
     }
 
     /// Returns whether the import has the blob.
-    #[must_use]
     pub fn has(&self, digest: Digest) -> bool {
         self.path(digest).exists()
     }

@@ -27,14 +27,12 @@ impl Ranges {
     }
 
     /// Returns the end of the range that holds `position`; `position` itself when none does.
-    #[must_use]
     pub fn end_from(&self, position: u64) -> u64 {
         let before = self.0.range(..=position).next_back();
         before.map_or(position, |(_, &end)| end.max(position))
     }
 
     /// Returns the ranges that are missing of the first `size` bytes, in order.
-    #[must_use]
     pub fn missing(&self, size: u64) -> Vec<Range<u64>> {
         let (mut gaps, mut position) = (Vec::new(), 0);
         for (&start, &end) in &self.0 {
@@ -53,13 +51,11 @@ impl Ranges {
     }
 
     /// Bytes in all ranges.
-    #[must_use]
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(|(start, end)| end - start).sum()
     }
 
     /// Returns whether everything lies in one range from the start.
-    #[must_use]
     pub fn is_prefix(&self) -> bool {
         self.0.len() <= 1 && self.0.first_key_value().is_none_or(|(&start, _)| start == 0)
     }

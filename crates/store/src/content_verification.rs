@@ -58,7 +58,6 @@ pub struct ExpectedTree {
 
 impl StoreError {
     /// Returns whether the error is the node's, such as too few file descriptors, and not the content's.
-    #[must_use]
     pub fn is_of_this_node(&self) -> bool {
         match self {
             Self::Io { source, .. } => is_of_this_node(source),

@@ -44,19 +44,16 @@ impl DamageMarks {
     }
 
     /// Returns whether a generation was marked.
-    #[must_use]
     pub fn is_marked(&self, object: &ObjectName) -> bool {
         mark_of(&self.root.join(object.as_str())).symlink_metadata().is_ok()
     }
 
     /// Returns how often content was found damaged since the process began.
-    #[must_use]
     pub fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
     /// Takes the trees that were found damaged since the last call.
-    #[must_use]
     pub fn take_trees(&self) -> Vec<ObjectName> {
         std::mem::take(&mut *self.unreported.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -62,7 +62,6 @@ impl CacheOptions {
     ///
     /// The default is half of `max_bytes`, or of the filesystem up to the low threshold, whichever is less: pins are
     /// never evicted, so the other half is left for what pods use.
-    #[must_use]
     pub fn pinned_bytes_limit(&self, space: &DiskSpace) -> u64 {
         self.max_pinned_bytes.unwrap_or_else(|| {
             let filesystem = percent(space.total_bytes, self.low_threshold_percent);
@@ -88,7 +87,6 @@ impl DiskSpace {
     }
 
     /// Returns the space that stays free by these options.
-    #[must_use]
     pub fn floor(&self, options: &CacheOptions) -> SpaceAmount {
         SpaceAmount {
             bytes: percent(self.total_bytes, options.min_free_percent),
@@ -97,7 +95,6 @@ impl DiskSpace {
     }
 
     /// Returns the space that is missing until `wanted` is free.
-    #[must_use]
     pub fn missing_until(&self, wanted: SpaceAmount) -> SpaceAmount {
         let inodes = match self.total_inodes {
             0 => 0,
@@ -116,7 +113,6 @@ impl DiskSpace {
     }
 
     /// Returns the bytes to free once the high threshold is passed: down to the low one.
-    #[must_use]
     pub fn above_threshold(&self, options: &CacheOptions) -> u64 {
         let used = self.total_bytes.saturating_sub(self.free_bytes);
         if used <= percent(self.total_bytes, options.high_threshold_percent) {

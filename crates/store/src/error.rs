@@ -128,7 +128,6 @@ pub struct Shortage {
 
 impl Shortage {
     /// Returns whether evicting everything would not be enough.
-    #[must_use]
     pub fn is_hopeless(&self) -> bool {
         self.evictable < self.missing
     }

@@ -39,7 +39,6 @@ impl Reason {
         [Self::Damaged, Self::Forgotten, Self::Unlinked, Self::LeastRecentlyUsed];
 
     /// Returns its name in logs, metrics and output.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Damaged => "damaged",
@@ -78,7 +77,6 @@ pub struct Plan {
 
 impl Facts {
     /// Decides which objects go to reach a goal.
-    #[must_use]
     pub fn plan(&self, goal: SpaceAmount) -> Plan {
         let mut planner = Planner {
             facts: self,

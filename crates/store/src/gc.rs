@@ -99,19 +99,16 @@ pub struct Now {
 
 impl Evictions {
     /// Returns the number of objects that were removed for a reason.
-    #[must_use]
     pub fn count(&self, reason: Reason) -> u64 {
         self.counts[reason as usize].load(Ordering::Relaxed)
     }
 
     /// Returns the number of objects that were removed.
-    #[must_use]
     pub fn total(&self) -> u64 {
         Reason::ALL.iter().map(|&reason| self.count(reason)).sum()
     }
 
     /// Bytes of all that went.
-    #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -142,7 +139,6 @@ impl Victim {
 
 impl Now {
     /// Reads the clocks of the kernel.
-    #[must_use]
     pub fn read() -> Self {
         let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
         Self {
@@ -265,7 +261,6 @@ impl GarbageCollector {
     }
 
     /// Returns counts of removed objects since the process began.
-    #[must_use]
     pub fn evictions(&self) -> &Evictions {
         &self.evictions
     }
@@ -445,7 +440,6 @@ impl GarbageCollector {
 
 impl Collected {
     /// Returns whether nothing was removed.
-    #[must_use]
     pub fn is_nothing(&self) -> bool {
         self.victims.is_empty() && self.partials == 0 && self.records == 0
     }

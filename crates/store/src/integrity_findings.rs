@@ -38,7 +38,6 @@ pub enum FindingKind {
 
 impl Finding {
     /// Returns the finding for an object that could not be read back for a reason outside of it.
-    #[must_use]
     pub fn of_unread(name: &ObjectName, error: &impl std::fmt::Display) -> Self {
         let (path, detail) = (PathBuf::from(name.as_str()), error.to_string());
         Self { kind: FindingKind::Unread, digest: None, path, detail }
@@ -58,7 +57,6 @@ impl Finding {
 
 impl FindingKind {
     /// Returns its name in logs, metrics and output.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Blob => "blob",

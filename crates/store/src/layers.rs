@@ -150,7 +150,6 @@ impl Layers {
     }
 
     /// A generation of a layer that a tree links, whether it is the current one or not.
-    #[must_use]
     pub fn linked(&self, name: &ObjectName) -> Option<Layer> {
         let (lease, path) = self.directory.hold(name)?;
         Layer::at(name, path, lease)
@@ -159,7 +158,6 @@ impl Layers {
 
 impl UnpackedLayer {
     /// Returns its totals.
-    #[must_use]
     pub fn totals(&self) -> LayerTotals {
         self.totals
     }
@@ -191,20 +189,17 @@ impl Layer {
     }
 
     /// Returns its path.
-    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Reads the totals from the index, which is not compared with its checksum here:
     /// one that cannot be read is found when the layer is merged.
-    #[must_use]
     pub fn totals(&self) -> LayerTotals {
         read_totals(&self.path).unwrap_or_default()
     }
 
     /// Returns the content of the layer.
-    #[must_use]
     pub fn view(&self) -> LayerView {
         LayerView { place: Place::Named(self.path.clone()), _lease: self.lease.clone() }
     }
@@ -212,7 +207,6 @@ impl Layer {
 
 impl LayerView {
     /// Returns its path; none while it has no name.
-    #[must_use]
     pub fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::Named(path) => Some(path),

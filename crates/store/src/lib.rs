@@ -188,7 +188,6 @@ struct Inner {
 macro_rules! parts {
     ($($(#[$attribute:meta])* $name:ident: $part:ty,)*) => {$(
         $(#[$attribute])*
-        #[must_use]
         pub fn $name(&self) -> &$part {
             &self.0.$name
         }
@@ -331,13 +330,11 @@ impl Store {
     ];
 
     /// The state directory.
-    #[must_use]
     pub fn root(&self) -> &Path {
         &self.0.directory.root
     }
 
     /// Keys the HMAC under which credentials are remembered.
-    #[must_use]
     pub fn node_key(&self) -> &[u8; 32] {
         &self.0.node_key
     }
@@ -412,13 +409,11 @@ impl Store {
     }
 
     /// Returns which content was found damaged.
-    #[must_use]
     pub fn damage(&self) -> &DamageMarks {
         &self.0.directory.damage
     }
 
     /// Returns which content of an earlier format was read back.
-    #[must_use]
     pub fn read_back(&self) -> &ReadBack {
         &self.0.directory.read_back
     }

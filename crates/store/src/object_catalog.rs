@@ -167,7 +167,6 @@ impl Catalog {
     }
 
     /// Returns the disk space of proofs and resolutions.
-    #[must_use]
     pub fn records(&self) -> SpaceAmount {
         self.lock().records
     }
@@ -187,7 +186,6 @@ impl Catalog {
     }
 
     /// The trees that link an object, but for those that are damaged themselves.
-    #[must_use]
     pub fn sound_trees_of(&self, object: &ObjectName) -> Vec<ObjectName> {
         let state = self.lock();
         if !state.links.has(object) {
@@ -212,38 +210,32 @@ impl Catalog {
     }
 
     /// Returns all targets with the trees that they show.
-    #[must_use]
     pub fn publications(&self) -> Vec<(PathBuf, PublishedTree)> {
         let state = self.lock();
         state.publications.iter().map(|(target, shown)| (target.clone(), shown.clone())).collect()
     }
 
     /// Returns the entry of an object; none where it is not in the store.
-    #[must_use]
     pub fn entry(&self, name: &ObjectName) -> Option<Arc<Entry>> {
         self.lock().objects.get(name).cloned()
     }
 
     /// Returns the number of objects of a kind.
-    #[must_use]
     pub fn count(&self, kind: ObjectKind) -> u64 {
         self.lock().counts[kind as usize]
     }
 
     /// Returns the number of targets that show a tree.
-    #[must_use]
     pub fn count_publications(&self) -> usize {
         self.lock().publications.len()
     }
 
     /// Returns the targets that show a tree.
-    #[must_use]
     pub fn targets_of(&self, tree: &ObjectName) -> Vec<PathBuf> {
         self.lock().published.get(tree).into_iter().flatten().cloned().collect()
     }
 
     /// Returns the trees of a manifest with their entries, damaged ones included.
-    #[must_use]
     pub fn trees_of(&self, manifest: Digest) -> Vec<(ObjectName, Arc<Entry>)> {
         let state = self.lock();
         let names = state.manifests.get(&manifest).into_iter().flatten();
@@ -253,7 +245,6 @@ impl Catalog {
     }
 
     /// Returns all trees with their entries, damaged ones included.
-    #[must_use]
     pub fn trees(&self) -> Vec<(ObjectName, Arc<Entry>)> {
         let state = self.lock();
         let trees = state.objects.iter().filter(|(name, _)| name.kind() == ObjectKind::Tree);
@@ -261,14 +252,12 @@ impl Catalog {
     }
 
     /// Returns the manifests that are pinned.
-    #[must_use]
     pub fn pinned(&self) -> HashSet<Digest> {
         self.lock().pinned.keys()
     }
 
     /// Returns the disk space of the trees of some manifests and of the objects that they link, each
     /// object once.
-    #[must_use]
     pub fn space_of_manifests(&self, manifests: &HashSet<Digest>) -> SpaceAmount {
         let (mut counted, mut space) = (HashSet::new(), SpaceAmount::default());
         for manifest in manifests {
@@ -306,7 +295,6 @@ impl Catalog {
     }
 
     /// Returns the right to remove an object, if nothing needs it at this moment.
-    #[must_use]
     pub fn condemn(self: &Arc<Self>, name: &ObjectName) -> Option<Condemned> {
         let mut state = self.lock();
         let entry = state.objects.get(name)?;
@@ -327,7 +315,6 @@ impl Catalog {
     }
 
     /// Copies the facts that planning needs.
-    #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         Snapshot {
@@ -339,7 +326,6 @@ impl Catalog {
     }
 
     /// Returns the names of all objects but documents, each with a flag that is set if it is damaged.
-    #[must_use]
     pub fn names(&self) -> Vec<(ObjectName, bool)> {
         let state = self.lock();
         let objects = state.objects.iter().filter(|(name, _)| name.kind() != ObjectKind::Document);
@@ -347,7 +333,6 @@ impl Catalog {
     }
 
     /// Returns the disk space of all objects and records, of which each takes `record`.
-    #[must_use]
     pub fn usage(&self, record: SpaceAmount) -> Usage {
         let state = self.lock();
         let records = state.publications.len().saturating_add(state.pins.len()) as u64;

@@ -110,7 +110,6 @@ impl Inventory {
     }
 
     /// Returns the number of objects of a kind; 0 before their sizes were read.
-    #[must_use]
     pub fn count(&self, kind: ObjectKind) -> u64 {
         self.directory.catalog.count(kind)
     }

@@ -31,13 +31,11 @@ pub struct TreeKey(Digest);
 
 impl LayerKey {
     /// `decoder` names how the blob's bytes become entries, `permissions` the rule for modes and owners.
-    #[must_use]
     pub fn new(blob: Digest, decoder: &str, permissions: &str) -> Self {
         Self(hash(&["layer", &RULES_VERSION.to_string(), &blob.hex(), decoder, permissions]))
     }
 
     /// The inverse of the key's text.
-    #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         Digest::from_hex(text).map(Self)
     }
@@ -51,7 +49,6 @@ impl fmt::Display for LayerKey {
 
 impl TreeKey {
     /// `selection`, `permissions` and `file_mode` are the attributes in canonical form.
-    #[must_use]
     pub fn new(manifest: Digest, selection: &str, permissions: &str, file_mode: &str) -> Self {
         let rules = RULES_VERSION.to_string();
         Self(hash(&["tree", &rules, &manifest.hex(), selection, permissions, file_mode]))
@@ -64,7 +61,6 @@ impl TreeKey {
     }
 
     /// The inverse of the key's text.
-    #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         Digest::from_hex(text).map(Self)
     }
@@ -95,7 +91,6 @@ impl<'de> serde::Deserialize<'de> for TreeKey {
 }
 
 /// Hashes parts so that no two lists of parts give one text.
-#[must_use]
 pub fn hash(parts: &[&str]) -> Digest {
     let mut text = String::new();
     for part in parts {

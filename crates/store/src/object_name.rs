@@ -32,39 +32,33 @@ impl ObjectKind {
 
 impl ObjectName {
     /// A generation of a file.
-    #[must_use]
     pub fn file(key: FileKey, generation: u32) -> Self {
         let FileKey { digest, permissions: Permissions { mode, uid, gid } } = key;
         Self(format!("files/{}/{mode:04o}-{uid}-{gid}/{generation}", digest.hex()).into())
     }
 
     /// A generation of a layer.
-    #[must_use]
     pub fn layer(key: LayerKey, generation: u32) -> Self {
         Self(format!("layers/{key}/{generation}").into())
     }
 
     /// A generation of a tree.
-    #[must_use]
     pub fn tree(key: TreeKey, generation: u32) -> Self {
         Self(format!("trees/{key}/{generation}").into())
     }
 
     /// Names a document, which has no generations because its content never changes.
-    #[must_use]
     pub fn document(digest: Digest) -> Self {
         Self(format!("blobs/{}", digest.hex()).into())
     }
 
     /// Returns the digest of a document; none for other objects.
-    #[must_use]
     pub fn document_digest(&self) -> Option<Digest> {
         Digest::from_hex(self.0.strip_prefix("blobs/")?)
     }
 
     /// Parses a name from a record. Paths that could lead out of the folders of objects are
     /// refused.
-    #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         if let Some(hex) = text.strip_prefix("blobs/") {
             return Digest::from_hex(hex).map(Self::document);
@@ -90,7 +84,6 @@ impl ObjectName {
     }
 
     /// Returns the kind of the object.
-    #[must_use]
     pub fn kind(&self) -> ObjectKind {
         match self.0.as_bytes().first() {
             Some(b'f') => ObjectKind::File,
@@ -101,7 +94,6 @@ impl ObjectName {
     }
 
     /// The path below the state directory.
-    #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }

@@ -67,7 +67,6 @@ impl ReadBack {
     }
 
     /// Returns whether an object must be read back before it is shown or linked.
-    #[must_use]
     pub fn is_unread(&self, object: &ObjectName) -> bool {
         self.is_under_way() && !self.done().contains(object)
     }

@@ -86,7 +86,6 @@ impl fmt::Debug for Reader {
 
 impl Reader {
     /// A reader that nothing stops.
-    #[must_use]
     pub fn new(pace: ReadPace) -> Self {
         Self {
             verified: Verified::default(),

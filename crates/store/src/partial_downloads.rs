@@ -144,13 +144,11 @@ impl Downloads {
 
 impl Partial {
     /// Bytes that are there, wherever.
-    #[must_use]
     pub fn length(&self) -> u64 {
         self.written.bytes()
     }
 
     /// Returns the ranges that are missing, in order.
-    #[must_use]
     pub fn missing(&self) -> Vec<Range<u64>> {
         self.written.missing(self.size)
     }
@@ -243,19 +241,16 @@ impl Partial {
     }
 
     /// The digest of the prefix so far.
-    #[must_use]
     pub fn digest(&self) -> Digest {
         Digest::from_bytes(self.hasher.clone().finalize().into())
     }
 
     /// Returns whether the bytes are those of the blob.
-    #[must_use]
     pub fn is_verified(&self) -> bool {
         self.hashed == self.size && self.digest() == self.digest
     }
 
     /// A reader from the start that waits for what is not there yet.
-    #[must_use]
     pub fn follow(&self) -> Follower {
         Follower::new(Arc::clone(&self.file), &self.growth, self.size)
     }
@@ -266,7 +261,6 @@ impl Partial {
     }
 
     /// Returns its path.
-    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }

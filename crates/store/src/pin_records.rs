@@ -163,7 +163,6 @@ impl Pins {
     }
 
     /// Returns the pins of a reference as it was pinned, for every platform and owner.
-    #[must_use]
     pub fn of_reference(&self, reference: &str) -> Vec<Pin> {
         let records = self.index.of_reference(reference);
         let pins = records.iter().filter_map(|record| json_records::read::<Pin>(record));
@@ -171,7 +170,6 @@ impl Pins {
     }
 
     /// Returns the pins that hold a manifest.
-    #[must_use]
     pub fn of_manifest(&self, manifest: Digest) -> Vec<Pin> {
         let records = self.index.of_manifest(manifest);
         let pins = records.iter().filter_map(|record| json_records::read::<Pin>(record));
@@ -185,7 +183,6 @@ impl Pins {
     }
 
     /// An owner's pin of a reference for a platform.
-    #[must_use]
     pub fn get(&self, reference: &Reference, platform: &Platform, owner: &str) -> Option<Pin> {
         json_records::read(&self.record_path(&reference.to_string(), &platform.to_string(), owner))
     }

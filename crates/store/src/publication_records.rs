@@ -77,7 +77,6 @@ impl Publications {
     }
 
     /// The record of a target: it shows one volume at most.
-    #[must_use]
     pub fn get(&self, target: &Path) -> Option<Publication> {
         json_records::read(&self.record_path(target))
     }
@@ -101,19 +100,16 @@ impl Publications {
     }
 
     /// Returns all targets with the trees that they show, from memory.
-    #[must_use]
     pub fn targets(&self) -> Vec<(PathBuf, PublishedTree)> {
         self.directory.catalog.publications()
     }
 
     /// Returns the number of targets that show a tree.
-    #[must_use]
     pub fn count(&self) -> usize {
         self.directory.catalog.count_publications()
     }
 
     /// Returns the readable records of the targets that show a tree.
-    #[must_use]
     pub fn of_tree(&self, tree: &ObjectName) -> Vec<Publication> {
         let targets = self.directory.catalog.targets_of(tree);
         targets.iter().filter_map(|target| self.get(target)).collect()
@@ -126,7 +122,6 @@ impl Publications {
 }
 
 /// The kernel's name for this boot.
-#[must_use]
 pub fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|text| text.trim().to_owned())

@@ -59,7 +59,6 @@ impl Resolutions {
     }
 
     /// Returns the last resolution of the reference.
-    #[must_use]
     pub fn get(&self, reference: &Reference, platform: &Platform) -> Option<Resolution> {
         json_records::read(&self.record_path(reference, platform))
     }

@@ -25,7 +25,6 @@ struct Scrubbed {
 impl ScrubProgress {
     /// Returns the time before which everything whose turn came was read back, in milliseconds
     /// since 1970.
-    #[must_use]
     pub fn through(&self) -> Option<i64> {
         let record: Option<Scrubbed> = json_records::read(&self.path());
         record.map(|record| record.through_unix_milliseconds)

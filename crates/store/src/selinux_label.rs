@@ -18,7 +18,6 @@ impl SecurityLabel {
     const ATTRIBUTE: &std::ffi::CStr = c"security.selinux";
 
     /// Takes a label; none when it holds a NUL.
-    #[must_use]
     pub fn new(label: &str) -> Option<Self> {
         CString::new(label).ok().map(Self)
     }
@@ -26,7 +25,6 @@ impl SecurityLabel {
     /// Returns whether this node enforces or logs SELinux: the kernel knows the
     /// filesystem `selinuxfs` only then, and says so in containers too, where
     /// that filesystem itself is not mounted.
-    #[must_use]
     pub fn is_used_on_this_node() -> bool {
         std::fs::read_to_string("/proc/filesystems").is_ok_and(|text| {
             text.lines().any(|line| line.split_whitespace().last() == Some("selinuxfs"))

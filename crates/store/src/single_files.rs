@@ -51,7 +51,6 @@ pub struct Files {
 
 impl Claim {
     /// Returns the claim of a single file with the folders around it.
-    #[must_use]
     pub fn of_file(blob: Digest, size: u64) -> Self {
         let inodes = 1 + FOLDERS_OF_A_FILE;
         Self { blob, bytes: size.saturating_add(inodes * BYTES_PER_INODE), inodes }
@@ -194,7 +193,6 @@ pub fn is_executable(file: &mut File) -> std::io::Result<bool> {
 }
 
 /// As [`is_executable`], for content in memory.
-#[must_use]
 pub fn starts_executable(content: &[u8]) -> bool {
     EXECUTABLE_MAGIC.iter().any(|magic| content.starts_with(magic))
 }

@@ -47,7 +47,6 @@ impl SpaceAmount {
     }
 
     /// Returns whether both numbers are zero.
-    #[must_use]
     pub fn is_nothing(self) -> bool {
         self == Self::default()
     }

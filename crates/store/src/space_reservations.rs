@@ -39,7 +39,6 @@ pub struct SpaceReservations {
 
 impl SpaceReservations {
     /// Returns how much of the filesystem content may take.
-    #[must_use]
     pub fn options(&self) -> &CacheOptions {
         &self.directory.cache
     }

@@ -79,7 +79,6 @@ impl StateDirectory {
 
 impl Staging {
     /// Returns the path of the directory.
-    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -134,7 +134,6 @@ pub struct Trees {
 impl Claim {
     /// Returns the claim of a tree: what its form takes, and its records. Its files are other
     /// objects'.
-    #[must_use]
     pub fn of_tree(tree: TreeKey, plan: &TreePlan) -> Self {
         let SpaceAmount { bytes, inodes } = HardLinkTree::space(plan);
         let bytes = bytes.saturating_add(RECORDS_OF_A_TREE * BYTES_PER_INODE);
@@ -179,7 +178,6 @@ impl Trees {
     }
 
     /// One generation of a tree; none when its record cannot be read.
-    #[must_use]
     pub fn generation(&self, key: TreeKey, generation: u32) -> Option<Tree> {
         // The lease first: what is read after it stays.
         let lease = self.directory.catalog.lease(ObjectName::tree(key, generation));
@@ -187,7 +185,6 @@ impl Trees {
     }
 
     /// The tree of this name.
-    #[must_use]
     pub fn named(&self, name: &ObjectName) -> Option<Tree> {
         let mut parts = name.as_str().strip_prefix("trees/")?.split('/');
         let key = TreeKey::from_hex(parts.next()?)?;
@@ -310,7 +307,6 @@ fn names_of(layers: &[Layer], files: &[StoredFile]) -> Vec<String> {
 impl Tree {
     /// Reads a tree's record below a state directory that may not be open as a
     /// store: statistics of a mounted volume need no more.
-    #[must_use]
     pub fn read(state: &Path, key: TreeKey, generation: u32) -> Option<Self> {
         let path = state.join("trees").join(key.to_string()).join(generation.to_string());
         let record = json_records::read(&path.join(RECORD))?;
@@ -318,7 +314,6 @@ impl Tree {
     }
 
     /// Returns the path of the tree's directory.
-    #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -11,7 +11,6 @@ pub struct ProcessGroup(Child);
 
 impl ProcessGroup {
     /// Takes a child that was started with `process_group(0)`.
-    #[must_use]
     pub fn new(child: Child) -> Self {
         Self(child)
     }

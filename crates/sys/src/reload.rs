@@ -26,7 +26,6 @@ struct FileVersion {
 
 impl FileVersions {
     /// Starts without files.
-    #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
@@ -38,7 +37,6 @@ impl FileVersions {
     }
 
     /// Returns whether all files still have the recorded versions.
-    #[must_use]
     pub fn is_current(&self) -> bool {
         self.0.iter().all(|(path, version)| FileVersion::of(path) == *version)
     }

@@ -24,7 +24,6 @@ pub struct MetricFamilies(Registry);
 
 impl MetricFamilies {
     /// Registers the running version as the first family.
-    #[must_use]
     pub fn new(build: &str, help: &str) -> Self {
         let mut registry = Registry::with_prefix("csi_oci");
         registry.register(build, help, Info::new([("version", env!("CARGO_PKG_VERSION"))]));
@@ -56,7 +55,6 @@ impl MetricFamilies {
     }
 
     /// Encodes all metrics as OpenMetrics.
-    #[must_use]
     pub fn open_metrics(&self) -> String {
         let mut text = String::new();
         // Writing to a string cannot fail.

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 
 /// Returns whether a terminal shows a character as itself. Control characters are not printable, nor
 /// are characters that reorder or hide text, such as bidirectional marks.
-#[must_use]
 pub fn is_printable(character: char) -> bool {
     let is_invisible = matches!(
         character,
@@ -19,7 +18,6 @@ pub fn is_printable(character: char) -> bool {
 }
 
 /// Escapes the characters that are not printable, line breaks included, as a Rust string does.
-#[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
         return Cow::Borrowed(text);
@@ -36,14 +34,12 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 }
 
 /// Returns the first characters of untrusted text for a message, without control characters.
-#[must_use]
 pub fn excerpt(text: &str, maximum_characters: usize) -> String {
     text.chars().filter(|character| !character.is_control()).take(maximum_characters).collect()
 }
 
 /// Returns untrusted text for a message, without control characters. A text longer than
 /// `maximum_bytes` ends in `…`, which does not count.
-#[must_use]
 pub fn shorten(text: &str, maximum_bytes: usize) -> String {
     let mut kept = String::new();
     for character in text.chars().filter(|character| !character.is_control()) {
@@ -57,7 +53,6 @@ pub fn shorten(text: &str, maximum_bytes: usize) -> String {
 }
 
 /// Returns the start of a text within `maximum_bytes`, cut between two characters.
-#[must_use]
 pub fn truncated(text: &str, maximum_bytes: usize) -> &str {
     &text[..text.floor_char_boundary(maximum_bytes)]
 }

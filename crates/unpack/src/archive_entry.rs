@@ -87,7 +87,6 @@ const PIECE_BYTES: usize = 32;
 impl Entry {
     /// Returns the bytes of memory that the entry takes during a merge beyond the cost of any
     /// entry.
-    #[must_use]
     pub fn metadata_bytes(&self) -> u64 {
         let kind = match &self.kind {
             EntryKind::Directory => FOLDER_BYTES,
@@ -106,7 +105,6 @@ impl Entry {
 impl Metadata {
     /// Returns the metadata of a folder that exists only as part of a path: 0755, owner 0:0, 1970,
     /// so that the same layers give the same tree on every node.
-    #[must_use]
     pub const fn of_implied_folder() -> Self {
         Self {
             permissions: Permissions { mode: 0o755, uid: 0, gid: 0 },
@@ -134,7 +132,6 @@ impl ExtendedAttributes {
     }
 
     /// Returns whether there are no attributes.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
     }

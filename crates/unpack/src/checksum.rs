@@ -22,7 +22,6 @@ pub struct Checksummer(Hasher);
 
 impl Checksum {
     /// Computes the checksum of content in memory.
-    #[must_use]
     pub fn of(content: &[u8]) -> Self {
         Self::Xxh3(Hasher::oneshot(content))
     }
@@ -41,7 +40,6 @@ impl Checksummer {
     }
 
     /// Returns the checksum of all added bytes.
-    #[must_use]
     pub fn finish(self) -> Checksum {
         Checksum::Xxh3(self.0.finish_128())
     }

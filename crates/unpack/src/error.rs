@@ -367,7 +367,6 @@ pub enum UnpackError {
 
 impl UnpackError {
     /// Returns whether a larger zstd window would have been enough.
-    #[must_use]
     pub fn is_about_window(&self) -> bool {
         // The library exposes the text of its error only, not its code.
         matches!(self, Self::Decompress(error) if error.to_string().contains("too much memory"))
@@ -375,7 +374,6 @@ impl UnpackError {
 
     /// Returns the class of the error. The match has no wildcard, so that a new variant must
     /// choose.
-    #[must_use]
     pub const fn class(&self) -> Class {
         match self {
             Self::Title { .. }

@@ -88,7 +88,6 @@ struct CurrentLayer {
 
 impl<'a> Merger<'a> {
     /// Creates an empty tree, of which the plan will have the selected part.
-    #[must_use]
     pub fn new(limits: &'a Limits, selection: &'a Selection) -> Self {
         Self {
             limits,
@@ -128,7 +127,6 @@ impl<'a> Merger<'a> {
 
     /// Returns the bytes of memory that merging a tree of this many entries takes, if it has few
     /// folders. Includes the compiled selection.
-    #[must_use]
     pub fn estimate(entries: u64, selection: &Selection) -> u64 {
         /// Memory for a few folders.
         const LEAST: u64 = 64 << 10;

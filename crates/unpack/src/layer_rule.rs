@@ -102,7 +102,6 @@ pub enum UnpackMode {
 
 impl UnpackMode {
     /// Returns the value of the attribute.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Auto => "Auto",
@@ -112,7 +111,6 @@ impl UnpackMode {
     }
 
     /// Returns whether this is the default, which keys and records leave out.
-    #[must_use]
     pub fn is_auto(&self) -> bool {
         *self == Self::Auto
     }
@@ -155,7 +153,6 @@ pub struct ArchiveRule {
 impl LayerRule {
     /// Returns whether a selection needs the layer. The title of a folder or a file may prove that
     /// it does not.
-    #[must_use]
     pub fn is_needed(&self, selection: &Selection) -> bool {
         match self {
             Self::File(rule) => selection.selects(&rule.path),
@@ -170,7 +167,6 @@ impl LayerRule {
 impl ArchiveRule {
     /// Returns the part of the rule that determines what is stored of the blob, for the layer's
     /// key. Compression is not part of it, since the content's first bytes determine it.
-    #[must_use]
     pub const fn decoder(&self) -> &'static str {
         if self.whiteouts { "image-tar" } else { "tar" }
     }

@@ -102,14 +102,12 @@ impl Selection {
     }
 
     /// Returns whether everything is selected.
-    #[must_use]
     pub fn is_everything(&self) -> bool {
         self.include.is_none() && self.exclude.texts.is_empty()
     }
 
     /// Returns one text for all spellings and orders of the same patterns, for hashing. Each
     /// pattern follows its length, so that no two lists share a text.
-    #[must_use]
     pub fn canonical(&self) -> String {
         let mut text = String::new();
         let include = self.include.iter().flat_map(|patterns| &patterns.texts).map(|p| ('+', p));
@@ -122,7 +120,6 @@ impl Selection {
     }
 
     /// Returns the attributes `include` and `exclude` of this selection.
-    #[must_use]
     pub fn attributes(&self) -> (String, String) {
         let join = |patterns: &GlobPatterns| {
             patterns.texts.iter().map(|text| text.replace(',', "\\,")).collect::<Vec<_>>().join(",")
@@ -131,7 +128,6 @@ impl Selection {
     }
 
     /// Returns whether the path itself is selected. Folders above such a path are shown too.
-    #[must_use]
     pub fn selects(&self, path: &RelativePath) -> bool {
         let mut included = self.include.is_none();
         for path in path.ancestors().chain(std::iter::once(path.clone())) {
@@ -145,7 +141,6 @@ impl Selection {
     }
 
     /// Returns false only if no path at or below `folder` can be selected.
-    #[must_use]
     pub fn may_select_below(&self, folder: &RelativePath) -> bool {
         let is_excluded = folder
             .ancestors()
@@ -155,7 +150,6 @@ impl Selection {
     }
 
     /// Returns the bytes of memory that the compiled patterns take at most.
-    #[must_use]
     pub fn compiled_bytes(&self) -> u64 {
         let patterns = self.include.iter().chain([&self.exclude]);
         let bytes: usize = patterns.flat_map(|patterns| &patterns.texts).map(String::len).sum();

@@ -52,7 +52,6 @@ pub struct Permissions {
 
 impl PermissionsRule {
     /// Returns the value of the attribute, which is part of the key of a layer.
-    #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Readable => "Readable",
@@ -61,7 +60,6 @@ impl PermissionsRule {
     }
 
     /// Returns the permissions that a node gets for recorded ones.
-    #[must_use]
     pub const fn apply(self, node: NodeType, recorded: Permissions) -> Permissions {
         let mode = recorded.mode & PERMISSION_BITS;
         let executable = mode & EXECUTABLE != 0;
@@ -82,7 +80,6 @@ impl PermissionsRule {
 impl Owner {
     /// Returns the number for the kernel, or `u32::MAX`, which no file can have, if it is out of
     /// range.
-    #[must_use]
     pub fn number(&self) -> u32 {
         match self {
             Self::Number(number) => u32::try_from(*number).unwrap_or(u32::MAX),
@@ -109,7 +106,6 @@ impl fmt::Display for Owner {
 impl Permissions {
     /// Returns whether a file can have this owner and group. In `chown`, `u32::MAX` means
     /// "unchanged".
-    #[must_use]
     pub const fn has_owner(self) -> bool {
         self.uid != u32::MAX && self.gid != u32::MAX
     }

@@ -156,19 +156,16 @@ impl EntryReader for NoEntries {
 
 impl TreePlan {
     /// Returns the metadata of a folder.
-    #[must_use]
     pub fn folder(&self, number: FolderNumber) -> &Metadata {
         &self.folders[number.0 as usize]
     }
 
     /// Returns the name of a folder, or of a leaf whose name is not in a record.
-    #[must_use]
     pub fn held_name(&self, node: &PlannedNode) -> &[u8] {
         node.name.held(&self.names).unwrap_or_default()
     }
 
     /// Returns the place of a file's content.
-    #[must_use]
     pub fn source(&self, file: u32) -> FileSource {
         let PlannedFile { layer, data, .. } = self.files[file as usize];
         if layer != OF_A_BLOB {
@@ -179,7 +176,6 @@ impl TreePlan {
     }
 
     /// Returns the bytes of memory that the plan takes.
-    #[must_use]
     pub fn memory_bytes(&self) -> u64 {
         let of_links: usize = self
             .links

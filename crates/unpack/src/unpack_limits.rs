@@ -97,7 +97,6 @@ impl Default for Limits {
 
 impl Limits {
     /// Returns the largest limits that any configuration accepts.
-    #[must_use]
     pub fn largest() -> Self {
         Self {
             manifest_bytes: 1 << 30,
@@ -115,7 +114,6 @@ impl Limits {
     }
 
     /// Returns the limits of manifests.
-    #[must_use]
     pub fn manifest(&self) -> ManifestLimits {
         ManifestLimits { layers: self.layers, blob_bytes: self.blob_bytes }
     }

@@ -56,7 +56,6 @@ pub enum PathError {
 
 impl RelativePath {
     /// Returns the root of the volume.
-    #[must_use]
     pub fn root() -> Self {
         Self::default()
     }
@@ -115,13 +114,11 @@ impl RelativePath {
     }
 
     /// Returns the names joined by `/`; empty for the root.
-    #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
     /// Returns whether this is the root of the volume.
-    #[must_use]
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
@@ -132,7 +129,6 @@ impl RelativePath {
     }
 
     /// Returns the folder and the last name; `None` for the root.
-    #[must_use]
     pub fn split(&self) -> Option<(Self, &[u8])> {
         if self.is_root() {
             return None;
@@ -145,7 +141,6 @@ impl RelativePath {
     }
 
     /// Returns the folder of this path; `None` for the root.
-    #[must_use]
     pub fn parent(&self) -> Option<Self> {
         self.split().map(|(folder, _)| folder)
     }
@@ -167,7 +162,6 @@ impl RelativePath {
     }
 
     /// Returns whether this is `other` or below it, compared by components.
-    #[must_use]
     pub fn is_within(&self, other: &Self) -> bool {
         other.is_root()
             || self.0.strip_prefix(&*other.0).is_some_and(|rest| matches!(rest, [] | [b'/', ..]))

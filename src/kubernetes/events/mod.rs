@@ -61,7 +61,6 @@ pub struct EventRecorder(mpsc::Sender<PodOccurrence>);
 
 impl EventRecorder {
     /// Starts the writer, which ends with `shutdown`.
-    #[must_use]
     pub fn start(
         driver_name: &str,
         node_id: &str,

@@ -65,14 +65,12 @@ enum GlobItem {
 
 impl Keyring {
     /// Returns a keyring without credentials.
-    #[must_use]
     pub fn empty() -> Self {
         Self::default()
     }
 
     /// Returns a keyring with credentials for one registry (`host[:port]`), to be tried in this
     /// order.
-    #[must_use]
     pub fn of_host(host: &str, credentials: Vec<Credential>) -> Self {
         let mut keyring = Self::empty();
         for credential in credentials {
@@ -82,7 +80,6 @@ impl Keyring {
     }
 
     /// Returns whether the keyring has no credentials.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -90,7 +87,6 @@ impl Keyring {
     /// Returns the credentials to try for a repository, in this order, until one works:
     /// [`ATTEMPTS`] at most, those of the most specific keys. If there are none, the request is
     /// anonymous. If all of them fail, no anonymous request is made.
-    #[must_use]
     pub fn matching(&self, repository: &Repository) -> Vec<Credential> {
         let fitting = self.credentials(|entry| entry.pattern.matches(repository));
         if fitting.is_empty() && repository.host() == DOCKER_HUB {

@@ -53,7 +53,6 @@ pub enum Credential {
 impl Credential {
     /// Returns bytes that two credentials share only if they are equal, for a keyed hash. They
     /// contain the secret: hash them, then drop them.
-    #[must_use]
     pub fn principal_material(&self) -> Vec<u8> {
         let (kind, fields): (u8, [&str; 2]) = match self {
             Self::Anonymous => (0, ["", ""]),
@@ -71,7 +70,6 @@ impl Credential {
     }
 
     /// Returns whether no credential is sent.
-    #[must_use]
     pub fn is_anonymous(&self) -> bool {
         matches!(self, Self::Anonymous)
     }

@@ -49,7 +49,6 @@ struct IssuedToken {
 impl WorkloadIdentity {
     /// Reads the identity from a publish request. `None` if the kubelet does not pass the namespace
     /// or service account.
-    #[must_use]
     pub fn of(
         namespace: Option<&str>,
         service_account: Option<&str>,

@@ -18,13 +18,11 @@ impl Refusals {
     }
 
     /// Returns whether no credential was refused.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_none()
     }
 
     /// Returns the refusal to report, if any.
-    #[must_use]
     pub fn into_error(self) -> Option<RegistryError> {
         self.0
     }

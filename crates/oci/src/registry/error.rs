@@ -183,7 +183,6 @@ pub enum RegistryError {
 
 impl RegistryError {
     /// Returns whether the same request may succeed later without a change on this node.
-    #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
             Self::RateLimited { .. }
@@ -237,14 +236,12 @@ impl RegistryError {
     }
 
     /// Returns whether a presigned URL may have expired, so that a new one may work.
-    #[must_use]
     pub fn is_expiry(&self) -> bool {
         matches!(self, Self::Storage { status: 400..=499, .. })
             && !matches!(self, Self::Storage { status: 408 | 425 | 429, .. })
     }
 
     /// Returns the kind of the error for metrics.
-    #[must_use]
     pub fn kind(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "not_found",
@@ -266,7 +263,6 @@ impl RegistryError {
 
     /// Returns whether another credential may succeed. Registries that hide private repositories
     /// answer 404.
-    #[must_use]
     pub fn may_depend_on_credential(&self) -> bool {
         matches!(self, Self::Unauthorized { .. } | Self::Forbidden { .. } | Self::NotFound { .. })
     }

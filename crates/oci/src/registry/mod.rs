@@ -280,7 +280,6 @@ impl Registry {
 
     /// Returns the addresses of a registry's mirrors, as configured now; `None` if its `hosts.toml`
     /// is broken. Blocking.
-    #[must_use]
     pub fn mirrors(&self, repository: &Repository) -> Option<Vec<Arc<str>>> {
         let route = self.hosts.route_blocking(&self.transport, repository.host());
         let endpoints = route.as_ref().as_ref().ok()?;

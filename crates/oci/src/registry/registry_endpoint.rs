@@ -120,7 +120,6 @@ impl RegistryEndpoint {
 
 /// Returns other spellings of a registry's `host[:port]` that lead to the same place: lower case,
 /// with or without the default port, normalised numbers, Docker Hub's own name.
-#[must_use]
 pub fn other_spellings(host: &str) -> Vec<String> {
     let Ok(root) = registry_root(host) else { return Vec::new() };
     // `Url` drops the default port of the scheme.

@@ -69,7 +69,6 @@ impl RequiredCapability {
 
 impl ManifestName {
     /// Returns the name of the manifest that a reference names.
-    #[must_use]
     pub fn of(reference: &Reference) -> Self {
         match reference.digest() {
             Some(digest) => Self::Digest(digest),
@@ -78,7 +77,6 @@ impl ManifestName {
     }
 
     /// Describes the manifest for errors.
-    #[must_use]
     pub fn describe(&self, repository: &Repository) -> String {
         match self {
             Self::Tag(tag) => error::describe(&format!("manifest {tag}"), repository),

@@ -28,7 +28,6 @@ impl AnsweredBy {
     }
 
     /// Returns the address of the mirror; `None` for the registry itself.
-    #[must_use]
     pub fn mirror(&self) -> Option<&Arc<str>> {
         match self {
             Self::Registry => None,

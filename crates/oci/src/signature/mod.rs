@@ -97,7 +97,6 @@ pub enum SignatureFlaw {
 
 impl SignatureDemand {
     /// Returns an identifier of the demand, under which verification results are recorded.
-    #[must_use]
     pub fn id(&self) -> Digest {
         let mut keys: Vec<String> = self.keys.iter().map(|named| named.key.id().hex()).collect();
         keys.sort_unstable();

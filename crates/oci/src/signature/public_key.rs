@@ -93,13 +93,11 @@ impl PublicKey {
     }
 
     /// Returns the hash of the key's encoding, which identifies it.
-    #[must_use]
     pub fn id(&self) -> Digest {
         self.id
     }
 
     /// Returns whether this key has signed a message.
-    #[must_use]
     pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         let verified = self.algorithms.iter().any(|&algorithm| {
             UnparsedPublicKey::new(algorithm, &self.bytes).verify(message, signature).is_ok()

@@ -7,7 +7,6 @@ use serde_json::Value;
 use super::{ArtifactPreload, NodeArtifacts};
 
 /// Returns both definitions, which the chart contains as files.
-#[must_use]
 pub fn definitions() -> [CustomResourceDefinition; 2] {
     [ArtifactPreload::crd(), NodeArtifacts::crd()]
 }

@@ -52,7 +52,6 @@ pub struct LeadershipGuard {
 
 impl LeaderElection {
     /// Creates a candidate. The identity must be unique among all processes.
-    #[must_use]
     pub fn new(client: &Client, namespace: &str, name: &str, identity: &str) -> Self {
         Self(Arc::new(ElectionInner {
             api: Api::namespaced(client.clone(), namespace),
@@ -94,7 +93,6 @@ impl LeaderElection {
 
 impl LeadershipGuard {
     /// Returns a token that is cancelled when leadership is lost, and at shutdown.
-    #[must_use]
     pub fn lost(&self) -> &CancellationToken {
         &self.lost
     }

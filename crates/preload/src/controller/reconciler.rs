@@ -151,7 +151,6 @@ struct ResolutionInput {
 
 impl PreloadReconciler {
     /// Creates a reconciler without any facts.
-    #[must_use]
     pub fn new(
         client: Client,
         resolver: Arc<dyn ReferenceResolver>,

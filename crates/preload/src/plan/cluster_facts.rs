@@ -301,7 +301,6 @@ impl ClusterState {
     }
 
     /// Returns `namespace/name` of an identifier.
-    #[must_use]
     pub fn key(&self, id: PreloadId) -> Arc<str> {
         self.keys.get(id.0 as usize).cloned().unwrap_or_else(|| Arc::from(""))
     }
@@ -450,7 +449,6 @@ impl ClusterState {
 
 impl ReferenceResolution {
     /// Returns whether the registry has answered since it was last asked.
-    #[must_use]
     pub fn is_answer(&self) -> bool {
         matches!(
             self,
@@ -577,7 +575,6 @@ impl PreloadFacts {
 }
 
 /// Returns `namespace/name` of a preload.
-#[must_use]
 pub fn key_of(object: &ArtifactPreload) -> Option<String> {
     let metadata = &object.metadata;
     Some(format!("{}/{}", metadata.namespace.as_deref()?, metadata.name.as_deref()?))
@@ -635,7 +632,6 @@ impl NodeCount {
     }
 
     /// Returns the number for `selected` nodes: a percentage is rounded up, and is one at least.
-    #[must_use]
     pub fn of(self, selected: usize) -> usize {
         match self {
             Self::Nodes(nodes) => nodes,
@@ -644,7 +640,6 @@ impl NodeCount {
     }
 
     /// Returns the number for `selected` nodes: a percentage is rounded down.
-    #[must_use]
     pub fn at_most(self, selected: usize) -> usize {
         match self {
             Self::Nodes(nodes) => nodes,
@@ -654,13 +649,11 @@ impl NodeCount {
 }
 
 /// Returns the position of a node in the order of starts.
-#[must_use]
 pub fn start_order(name: &str) -> u64 {
     mix(name, "")
 }
 
 /// Returns a pseudo-random number that depends on the two texts only: FNV-1a with a final mix.
-#[must_use]
 pub fn mix(one: &str, two: &str) -> u64 {
     let bytes = one.bytes().chain([0xff]).chain(two.bytes());
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {

@@ -146,7 +146,6 @@ fn size_of(reference: &str, sealed: bool) -> usize {
 }
 
 /// Plans all preloads and nodes.
-#[must_use]
 pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
     let mut plan = PreloadPlan::default();
     let mut nodes: Vec<EligibleNode<'_>> = Vec::with_capacity(state.nodes.len());

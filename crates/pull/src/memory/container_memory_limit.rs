@@ -3,7 +3,6 @@
 use std::path::Path;
 
 /// Returns the memory limit of the container in bytes, if it has one.
-#[must_use]
 pub fn container_limit() -> Option<u64> {
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     limit_below(Path::new("/sys/fs/cgroup"), &own)

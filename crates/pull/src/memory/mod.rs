@@ -146,14 +146,12 @@ struct PoolState<T: Clone + Eq + Hash> {
 
 /// Returns the most bytes that the process takes beside the budget of a node that unpacks `unpacks`
 /// layers at once: the process itself, and the windows of as many unpackings that are paused.
-#[must_use]
 pub fn bytes_beside(unpacks: usize) -> u64 {
     BYTES_PER_UNPACK.saturating_mul(unpacks as u64).saturating_add(PROCESS_BYTES)
 }
 
 impl MemoryPlan {
     /// Divides `total` bytes for a node that unpacks `unpacks` layers at once.
-    #[must_use]
     pub fn new(total: u64, unpacks: usize) -> Self {
         let fixed = BYTES_PER_UNPACK.saturating_mul(unpacks as u64).saturating_add(DOWNLOAD_BYTES);
         let (kept, small) = (total / 8, total / 48);
@@ -163,7 +161,6 @@ impl MemoryPlan {
     }
 
     /// Returns the default budget: three eighths of the container's limit.
-    #[must_use]
     pub fn default_bytes(container_limit: Option<u64>) -> u64 {
         container_limit.map_or(DEFAULT_BYTES, |limit| limit / 8 * 3)
     }
@@ -171,7 +168,6 @@ impl MemoryPlan {
 
 impl<T: Clone + Eq + Hash> MemoryBudget<T> {
     /// Returns a budget without reservations.
-    #[must_use]
     pub fn new(plan: MemoryPlan) -> Self {
         let pool = |bytes, share| Arc::new(MemoryPool::new(bytes, share));
         Self {
@@ -219,7 +215,6 @@ impl<T: Clone + Eq + Hash> MemoryBudget<T> {
     }
 
     /// Returns the most bytes that one computation can reserve.
-    #[must_use]
     pub fn most(&self) -> u64 {
         self.large.most.max(self.small.most)
     }
@@ -227,7 +222,6 @@ impl<T: Clone + Eq + Hash> MemoryBudget<T> {
     /// Returns the bytes to reserve after a computation has stopped because `bytes` were too few, and
     /// it needs `needs` as far as known. They grow by half at least, so that a few tries are enough.
     /// After a try with [`Self::most`] bytes they never fit.
-    #[must_use]
     pub fn bytes_of_next_try(&self, bytes: u64, needs: u64) -> u64 {
         let more = bytes.saturating_add((bytes / 2).max(SMALLEST_STEP)).max(needs);
         if bytes < self.most() { more.min(self.most()) } else { more }
@@ -349,7 +343,6 @@ impl<T: Clone + Eq + Hash> MemoryReservation<T> {
     }
 
     /// Returns the number of reserved bytes.
-    #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -31,7 +31,6 @@ pub struct Proofs(pub(crate) Arc<AccessFolder>);
 
 impl Proofs {
     /// Returns whether the principal has been proven to read the manifest.
-    #[must_use]
     pub fn is_proven(
         &self,
         repository: &Repository,
@@ -55,7 +54,6 @@ impl Proofs {
     }
 
     /// Returns whether the account has been proven to read the manifest within `age`.
-    #[must_use]
     pub fn is_proven_for_account(
         &self,
         repository: &Repository,
@@ -101,26 +99,22 @@ impl Proofs {
 
 impl Principal {
     /// Returns the principal of an anonymous request.
-    #[must_use]
     pub fn anonymous() -> Self {
         Self("anonymous".into())
     }
 
     /// The node's own credentials, which any pod could use.
-    #[must_use]
     pub fn node() -> Self {
         Self("node".into())
     }
 
     /// A credential for a host, remembered as an HMAC under the node's key: the
     /// secret itself is never written, and the file is worth nothing elsewhere.
-    #[must_use]
     pub fn credential(node_key: &[u8; 32], host: &str, material: &[u8]) -> Self {
         Self(keyed(node_key, host, material))
     }
 
     /// A service account of a namespace, for which a credential provider made a credential.
-    #[must_use]
     pub fn service_account(node_key: &[u8; 32], namespace: &str, name: &str) -> Self {
         // No host looks like this, so no credential's name does either.
         Self(keyed(node_key, &format!("/service-account/{namespace}"), name.as_bytes()))

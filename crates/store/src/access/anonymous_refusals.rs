@@ -23,7 +23,6 @@ pub struct AnonymousRefusals(pub(crate) Arc<AccessFolder>);
 impl AnonymousRefusals {
     /// Returns whether the registry itself has refused the repository to an anonymous request since it
     /// last answered one.
-    #[must_use]
     pub fn contains(&self, repository: &Repository) -> bool {
         self.path(repository).exists()
     }

@@ -29,7 +29,6 @@ pub struct Origins(pub(crate) Arc<AccessFolder>);
 
 impl Origins {
     /// Returns whether the repository has provided every blob of the tree.
-    #[must_use]
     pub fn tree_came_from(
         &self,
         repository: &Repository,
@@ -60,7 +59,6 @@ impl Origins {
     }
 
     /// Returns the source that has sent the blob for the repository; none where no source counts.
-    #[must_use]
     pub fn blob_came_from(
         &self,
         repository: &Repository,
@@ -72,7 +70,6 @@ impl Origins {
     }
 
     /// Returns whether any repository of the host has provided the blob.
-    #[must_use]
     pub fn blob_came_from_host(&self, host: &str, blob: Digest, mirrors: &Mirrors) -> bool {
         self.0.read(&self.blob_path(host, blob), |proof| proof.source(mirrors)).is_some()
     }

@@ -21,7 +21,6 @@ pub struct ImportRecords(pub(crate) Arc<AccessFolder>);
 
 impl ImportRecords {
     /// Returns whether the administrator has imported the manifest as one of the repository.
-    #[must_use]
     pub fn contains(&self, repository: &Repository, manifest: Digest) -> bool {
         self.path(repository, manifest).exists()
     }

@@ -24,7 +24,6 @@ pub struct VerifiedSignatures(pub(crate) Arc<AccessFolder>);
 
 impl VerifiedSignatures {
     /// Returns whether the manifest has been found to fulfil the demand.
-    #[must_use]
     pub fn contains(&self, repository: &Repository, manifest: Digest, demand: Digest) -> bool {
         self.path(repository, manifest, demand).exists()
     }

@@ -109,7 +109,6 @@ impl Entries {
     }
 
     /// Returns the offset in the index of the entry that was read last.
-    #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }

@@ -30,7 +30,6 @@ pub struct NamespaceResolution {
 
 impl Resolutions {
     /// Returns what a reference means for pods of a namespace.
-    #[must_use]
     pub fn for_namespace(
         &self,
         namespace: Option<&str>,

@@ -33,7 +33,6 @@ pub struct MountedTree {
 
 impl MountedTree {
     /// Recognises a volume: a mount of a whole tree. None for every other mount.
-    #[must_use]
     pub fn of(origin: &MountOrigin) -> Option<Self> {
         let root = origin.root_as_mounted();
         match Self::of_source(origin) {
@@ -43,14 +42,12 @@ impl MountedTree {
     }
 
     /// Recognises also a mount of a part of a tree, as the kubelet makes for `subPath`.
-    #[must_use]
     pub fn containing(origin: &MountOrigin) -> Option<Self> {
         let of_root = || origin.root_as_mounted().ancestors().find_map(Self::of_root);
         Self::of_source(origin).or_else(of_root)
     }
 
     /// The source that an overlay of a tree gets.
-    #[must_use]
     pub fn source(key: TreeKey, generation: u32) -> String {
         format!("{SOURCE_PREFIX}{key}/{generation}")
     }

@@ -22,7 +22,6 @@ pub struct Objects {
 
 impl Objects {
     /// Returns a reader of single entries of the layers, which keeps a few indexes open.
-    #[must_use]
     pub fn records(&self) -> impl EntryReader {
         IndexEntryReader { objects: self, open: Vec::new() }
     }

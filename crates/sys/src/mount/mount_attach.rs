@@ -76,7 +76,6 @@ pub enum AttachMethod {
 
 impl AttachMethod {
     /// Detects the best method of this kernel.
-    #[must_use]
     pub fn detect(staging: &Path) -> Self {
         let probe = std::fs::File::open("/")
             .and_then(|root| syscalls::set_mount_attributes(root.as_fd(), 0, u64::MAX));
@@ -90,7 +89,6 @@ impl AttachMethod {
     }
 
     /// Returns whether this kernel has overlayfs. The question loads the module of overlayfs.
-    #[must_use]
     pub fn has_overlay(&self) -> bool {
         let Err(error) = FilesystemContext::open(OVERLAY) else { return true };
         if error.raw_os_error() != Some(libc::ENOSYS) {

@@ -36,7 +36,6 @@ pub struct MountTable(Vec<MountEntry>);
 
 impl MountOrigin {
     /// Returns the root without the kernel's mark of removed directories.
-    #[must_use]
     pub fn root_as_mounted(&self) -> &Path {
         let root = self.root.as_os_str().as_bytes();
         Path::new(OsStr::from_bytes(root.strip_suffix(b"//deleted").unwrap_or(root)))
@@ -50,7 +49,6 @@ impl MountTable {
     }
 
     /// Parses a table's text. Skips lines that are not of the documented form.
-    #[must_use]
     pub fn parse(text: &[u8]) -> Self {
         Self(text.split(|&byte| byte == b'\n').filter_map(parse_entry).collect())
     }
@@ -61,7 +59,6 @@ impl MountTable {
     }
 
     /// Returns the mount that is visible at exactly this path: the topmost of a stack.
-    #[must_use]
     pub fn top_at(&self, path: &Path) -> Option<&MountEntry> {
         let here: Vec<_> = self.0.iter().filter(|entry| entry.mount_point == path).collect();
         // Each mount of a stack is mounted on the one below it; nothing is mounted on the topmost.
@@ -69,14 +66,12 @@ impl MountTable {
     }
 
     /// Returns a mount that lies somewhere inside of the topmost mount at this path.
-    #[must_use]
     pub fn nested_in(&self, path: &Path) -> Option<&MountEntry> {
         let top = self.top_at(path)?;
         self.0.iter().find(|entry| entry.parent == top.id)
     }
 
     /// Returns the mount that a path lies on.
-    #[must_use]
     pub fn containing(&self, path: &Path) -> Option<&MountEntry> {
         path.ancestors().find_map(|ancestor| self.top_at(ancestor))
     }

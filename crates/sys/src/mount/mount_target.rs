@@ -145,7 +145,6 @@ impl MountTarget {
 
     /// Keeps the filesystem of the topmost mount while the mount is unmounted. Returns none where the
     /// kernel has no such call (before Linux 5.2): unmounting frees the filesystem then.
-    #[must_use]
     pub fn hold_filesystem(&self) -> Option<DetachedFilesystem> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let root = openat(&self.folder, self.name.as_c_str(), flags, Mode::empty()).ok()?;

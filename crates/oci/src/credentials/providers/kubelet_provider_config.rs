@@ -176,7 +176,6 @@ fn provider(entry: ProviderEntry) -> Result<CredentialProvider, String> {
 
 impl CredentialProvider {
     /// Returns whether the plugin is for a repository.
-    #[must_use]
     pub fn matches(&self, repository: &Repository) -> bool {
         self.patterns.iter().any(|pattern| pattern.matches(repository))
     }

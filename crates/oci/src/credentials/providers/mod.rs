@@ -169,7 +169,6 @@ impl CredentialOffer {
 
 impl NodeCredentials {
     /// Creates the sources without reading any file.
-    #[must_use]
     pub fn new(files: ProviderFiles) -> Self {
         Self(Arc::new(NodeCredentialsInner {
             files,
@@ -182,7 +181,6 @@ impl NodeCredentials {
 
     /// Returns the possible credentials for a repository: plugins in their order, then the docker
     /// configuration. Reads files, but runs no plugin.
-    #[must_use]
     pub fn offers(&self, repository: &Repository) -> Vec<CredentialOffer> {
         let mut offers = Vec::new();
         match self.providers().as_ref().map(|providers| providers.as_ref().as_ref()) {
