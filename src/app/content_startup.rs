@@ -160,7 +160,7 @@ fn open_store(
     let label = SecurityLabel::is_used_on_this_node()
         .then(|| SecurityLabel::new(&configuration.selinux.file_label))
         .flatten();
-    let store = Store::open(root, StoreOptions { label, cache: configuration.cache.options() })?;
+    let store = Store::open(root, StoreOptions { label, cache: configuration.cache })?;
     tracing::info!(state = %root.display(), "the store is open");
     Ok(store)
 }
@@ -182,7 +182,7 @@ pub fn content_of(
 ) -> Result<NodeContent, String> {
     let mut options = RegistryOptions {
         manifest_bytes_limit: configuration.limits.manifest_bytes,
-        stall_timeout: configuration.pull.stall_timeout.0,
+        stall_timeout: configuration.pull.stall_timeout,
         ..RegistryOptions::default()
     };
     configuration.registries.apply(&mut options)?;
@@ -190,12 +190,12 @@ pub fn content_of(
         registry: Registry::new(options).map_err(|error| error.to_string())?,
         node_credentials: NodeCredentials::new(configuration.registries.provider_files()),
         verification: configuration.registries.verification(),
+        limits: configuration.limits.clone(),
     };
     if let Err(reason) = configuration.check_memory(container_limit()) {
         tracing::warn!(reason, "artifacts that the limits allow may be refused for memory");
     }
-    let options = configuration.pull.options(configuration.limits.clone());
-    let puller = Puller::new(store.clone(), sources, options, observer, runway);
+    let puller = Puller::new(store.clone(), sources, configuration.pull, observer, runway);
     let policy = policy::permissive();
     Ok(NodeContent { policy, store, puller, maintenance: Arc::default() })
 }

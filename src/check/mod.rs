@@ -24,7 +24,7 @@ use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RegistryE
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use oci::{Digest, Platform, Reference, Repository};
 use pull::PullError;
-use pull::download_resources::WireOptions;
+use pull::PullOptions;
 use pull::signature_verification::Finder;
 use unpack::{Limits, UnpackError};
 
@@ -321,7 +321,7 @@ impl ArtifactChecker {
     ) -> Result<SignatureStatus, CheckError> {
         let [manifest, top] = subjects;
         let (registry, limits) = (&self.registry, self.limits.manifest());
-        let finder = Finder { registry, options: WireOptions::default(), limits };
+        let finder = Finder { registry, options: PullOptions::default(), limits };
         let repository = check.reference.repository();
         let mut found = Vec::new();
         let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };

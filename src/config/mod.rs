@@ -1,12 +1,10 @@
 //! The configuration file: its schema and its checks.
 //!
-//! Unknown keys are errors, so that a misspelt limit is not silently ignored. Each section has a file of its own, which
-//! says whether the section is read again without a restart.
+//! Unknown keys are errors, so that a misspelt limit is not silently ignored. A section is the type that its crate uses
+//! (`limits`, `cache`, `pull`), or has a file here. That file says whether it is read again without a restart.
 
-mod cache;
 mod memory;
 pub mod policy;
-mod pull;
 mod registries;
 mod selinux;
 mod volumes;
@@ -16,9 +14,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-pub use cache::CacheSection;
 pub use policy::PolicySection;
-pub use pull::PullSection;
 pub use registries::RegistriesSection;
 pub use selinux::SelinuxSection;
 pub use text::duration::GoDuration;
@@ -26,6 +22,8 @@ pub use text::quantity::Quantity;
 pub use volumes::VolumesSection;
 
 use crate::warming::WarmList;
+use pull::PullOptions;
+use store::CacheOptions;
 use sys::reload::FileVersions;
 use text::printable::printable;
 use unpack::Limits;
@@ -47,10 +45,10 @@ pub struct NodeConfiguration {
     kind: String,
     /// The disk space of content.
     #[serde(default)]
-    pub cache: CacheSection,
+    pub cache: CacheOptions,
     /// The concurrency, memory and timeouts of pulls.
     #[serde(default)]
-    pub pull: PullSection,
+    pub pull: PullOptions,
     /// Mirrors, credentials and permitted addresses of registries.
     #[serde(default)]
     pub registries: RegistriesSection,
@@ -195,17 +193,14 @@ mod tests {
     fn values_are_checked() {
         let parse = |text: &str| NodeConfiguration::parse(&format!("{HEAD}{text}"));
         let parsed = parse("pull: {stallTimeout: 1m30s}\nlimits: {entries: 5}\n").expect("valid");
-        assert_eq!(parsed.pull.stall_timeout.0, Duration::from_secs(90));
+        assert_eq!(parsed.pull.stall_timeout, Duration::from_secs(90));
         assert_eq!(parsed.limits.entries, 5);
         let parsed = parse("cache: {maxBytes: 1.5Gi, minimumAge: 0s}\n").expect("valid");
-        assert_eq!(parsed.cache.options().max_bytes, Some(3 << 29));
+        assert_eq!(parsed.cache.max_bytes, Some(3 << 29));
         assert_eq!(parsed.cache.scrub_interval(), Some(Duration::from_hours(168)));
         let off = parse("cache: {scrubInterval: 0}\n").expect("valid");
         assert_eq!(off.cache.scrub_interval(), None);
-        assert_eq!(
-            parse("cache: {maxBytes: 1000}\n").expect("valid").cache.max_bytes,
-            Some(Quantity(1000))
-        );
+        assert_eq!(parse("cache: {maxBytes: 1000}\n").expect("valid").cache.max_bytes, Some(1000));
         for text in [
             "pull: {stallTimeout: 5}\n",
             "pull: {downloads: 0}\n",

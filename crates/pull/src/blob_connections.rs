@@ -190,7 +190,7 @@ impl Connections<'_> {
     pub(super) async fn run(&self, slot: Slot) -> Result<(), Failure> {
         let mut slot = Some(slot);
         let missing = self.state().spans.missing();
-        let mut retries = Retries::new(self.wire.options.retry, self.blob.size, missing);
+        let mut retries = Retries::new(self.wire.options.retry(), self.blob.size, missing);
         let mut started_over = false;
         loop {
             let done = match self.bring(slot.take(), &mut retries).await {
@@ -398,7 +398,7 @@ impl Connections<'_> {
     async fn receive(&self, number: u32, mut slot: Slot, mut body: BlobBody) -> Result<(), Stop> {
         let rate = self.state().rates.pop().map(Rate::resumed);
         let mut rate = rate.unwrap_or_else(|| {
-            Rate::new(self.wire.options.least_rate, self.wire.options.rate_window)
+            Rate::new(self.wire.options.least_bytes_per_second, self.wire.options.stall_timeout)
         });
         let mut since = Instant::now();
         let mut checks = tokio::time::interval_at(since + TENANT_TURN, TURN_CHECK);
@@ -560,7 +560,7 @@ impl Connections<'_> {
 
     fn too_slow(&self) -> PullError {
         let repository = &self.source.repository;
-        let waited = self.wire.options.rate_window;
+        let waited = self.wire.options.stall_timeout;
         let what = format!("blob {} of {repository}", self.blob.digest);
         RegistryError::Timeout { host: repository.host().to_owned(), what, waited }.into()
     }

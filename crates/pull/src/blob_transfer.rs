@@ -233,7 +233,7 @@ async fn fetch_from(
             // Not before: what an earlier try left takes its time to be hashed, and no connection.
             let slot = wire.slots.acquire(ask).await;
             (request.follow)(follower);
-            let state = ConnectionState::new(spans, blob, wire.options.connections);
+            let state = ConnectionState::new(spans, blob, wire.options.ranges);
             let connections = request.connections(wire, &source, &place, writes, state);
             let connections = Connections { busy, shared, ..connections };
             let moved = connections.run(slot).await;

@@ -7,7 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::connection_slots::Slots;
 use super::download_throttle::Throttle;
-use super::transfer_retry::RetryPolicy;
+use super::pull_options::PullOptions;
 use oci::registry::Registry;
 use sys::background::Background;
 
@@ -22,27 +22,6 @@ const UNDER_WAY: usize = 8;
 /// Blobs under way at most. The runtime has 512 threads for all that blocks: most are left to
 /// everything else.
 const MOST_UNDER_WAY: usize = 256;
-
-/// The options of downloads.
-#[derive(Clone, Copy, Debug)]
-pub struct WireOptions {
-    /// Connections that download at once on this node.
-    pub downloads: usize,
-    /// The most of these connections to one registry.
-    pub downloads_per_host: usize,
-    /// The most of these connections for one blob.
-    pub connections: usize,
-    /// The bytes that each of several connections requests at once.
-    pub range_bytes: u64,
-    /// All downloads together; none means no limit.
-    pub bytes_per_second: Option<u64>,
-    /// A connection that brings less in [`WireOptions::rate_window`] is given up.
-    pub least_rate: u64,
-    /// Over how long the least rate is measured.
-    pub rate_window: Duration,
-    /// The policy for broken transfers.
-    pub retry: RetryPolicy,
-}
 
 /// Told what happens on the wire.
 pub trait Observer: Send + Sync + 'static {
@@ -63,7 +42,7 @@ pub struct Unobserved;
 /// The parts that all downloads share.
 pub struct Wire {
     pub(super) registry: Registry,
-    pub(super) options: WireOptions,
+    pub(super) options: PullOptions,
     /// The slots for connections.
     pub(super) slots: Slots,
     /// Blobs that are under way, whether one of their connections brings bytes now or not. Taken
@@ -75,25 +54,10 @@ pub struct Wire {
     memory_behind: Arc<Semaphore>,
 }
 
-impl Default for WireOptions {
-    fn default() -> Self {
-        Self {
-            downloads: 16,
-            downloads_per_host: 12,
-            connections: 8,
-            range_bytes: 16 << 20,
-            bytes_per_second: None,
-            least_rate: 1024,
-            rate_window: Duration::from_secs(30),
-            retry: RetryPolicy { attempts: 6, first_delay: Duration::from_millis(250) },
-        }
-    }
-}
-
 impl Wire {
     pub(super) fn new(
         registry: Registry,
-        options: WireOptions,
+        options: PullOptions,
         observer: Arc<dyn Observer>,
         background: Background,
     ) -> Self {
@@ -105,7 +69,7 @@ impl Wire {
             options,
             places: Slots::new(places, of_host, background.clone()),
             slots: Slots::new(options.downloads, options.downloads_per_host, background),
-            throttle: Throttle::new(options.bytes_per_second),
+            throttle: Throttle::new(Some(options.bytes_per_second).filter(|&limit| limit > 0)),
             observer,
             memory: Arc::new(Semaphore::new(MEMORY)),
             memory_behind: Arc::new(Semaphore::new(MEMORY_BEHIND)),

@@ -29,6 +29,7 @@
 //!                             fast enough; cpu_idle: whether processors are free; transfer_retry: back-off
 //!   download_resources        shared by all downloads; connection_slots: fair shares; download_throttle: rate limit
 //!   small_blob                a small document, whole in memory
+//!   pull_options              the section `pull` of the configuration file
 //!
 //! content_repair              reads content back, and repairs what is damaged
 //! image_layout                an OCI image layout in place of a registry
@@ -68,6 +69,7 @@ mod keyed_locks;
 mod known_resolution;
 mod manifest_fetch;
 pub mod memory;
+mod pull_options;
 pub mod pull_progress;
 mod pull_tenant;
 mod range_scheduler;
@@ -89,6 +91,7 @@ use std::time::Duration;
 pub use artifact_request::{IfUnavailable, Priority, PullPolicy, Want};
 pub use credentials_verification::{CredentialsVerification, Verification};
 pub use error::PullError;
+pub use pull_options::PullOptions;
 pub use pull_tenant::{Caller, Tenant};
 pub use tree_shape::Shape;
 
@@ -101,13 +104,13 @@ use compute_budget::Computations;
 use content_repair::ContentReader;
 use credential_offers::Source;
 use disk_space_claim::SpaceReserver;
-use download_resources::{Observer, Wire, WireOptions};
+use download_resources::{Observer, Wire};
 use downloader::Downloader;
 use image_layout::LayoutImporter;
 use keyed_locks::KeyedLocks;
 use known_resolution::KnownManifests;
 use manifest_fetch::ManifestFetcher;
-use memory::{MemoryBudget, MemoryPlan};
+use memory::{MemoryBudget, MemoryPlan, container_limit};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::Registry;
 use pull_progress::Progress;
@@ -125,21 +128,6 @@ use unpack::Limits;
 /// pod does not.
 const LINGER: Duration = Duration::from_mins(1);
 
-/// The options of pulls.
-#[derive(Clone, Debug)]
-pub struct PullOptions {
-    /// Bounds on what registries send.
-    pub limits: Limits,
-    /// The options of downloads.
-    pub wire: WireOptions,
-    /// Layers that are unpacked at once on this node.
-    pub unpacks: usize,
-    /// Layers with zstd windows above 8 MiB that are unpacked at once on this node.
-    pub wide_unpacks: usize,
-    /// The memory budget of all pulls in bytes.
-    pub memory_bytes: u64,
-}
-
 /// A reservation of memory by a pull.
 type Memory = memory::MemoryReservation<Tenant>;
 
@@ -152,6 +140,8 @@ pub struct Sources {
     pub node_credentials: NodeCredentials,
     /// When cached content needs no proof.
     pub verification: Verification,
+    /// Bounds on what registries send.
+    pub limits: Limits,
 }
 
 /// Pulls artifacts. Cheap to clone; clones share flights.
@@ -199,18 +189,6 @@ pub struct UnderWay {
     pub progress: pull_progress::Snapshot,
 }
 
-impl Default for PullOptions {
-    fn default() -> Self {
-        Self {
-            limits: Limits::default(),
-            wire: WireOptions::default(),
-            unpacks: 4,
-            wide_unpacks: 1,
-            memory_bytes: MemoryPlan::default_bytes(None),
-        }
-    }
-}
-
 impl Puller {
     /// Builds the parts. Nothing is under way yet.
     pub fn new(
@@ -220,12 +198,13 @@ impl Puller {
         observer: Arc<dyn Observer>,
         runway: &Runway,
     ) -> Self {
-        let Sources { registry, node_credentials, verification } = sources;
-        let PullOptions { limits, wire: options, unpacks, wide_unpacks, memory_bytes } = options;
+        let Sources { registry, node_credentials, verification, limits } = sources;
+        let PullOptions { unpacks, wide_unpacks, .. } = options;
         // A tree lingers without a caller. The flights that it waits for end with it.
         let now = Duration::ZERO;
         let background = runway.background.clone();
-        let budget = MemoryBudget::new(MemoryPlan::new(memory_bytes, unpacks));
+        let memory = options.memory_bytes(container_limit());
+        let budget = MemoryBudget::new(MemoryPlan::new(memory, unpacks));
         let computations = Computations::new(budget, unpacks, background.clone());
         let origins = BlobOrigins { store: store.clone(), registry: registry.clone() };
         let observe = Arc::clone(&observer);

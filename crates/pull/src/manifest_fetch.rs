@@ -6,8 +6,8 @@ use super::SizedBlob;
 use super::blob_origins::BlobOrigins;
 use super::blocking;
 use super::credential_candidates::PrincipalCredential;
-use super::download_resources::WireOptions;
 use super::error::PullError;
+use super::pull_options::PullOptions;
 use super::reference_resolution::ResolvedDigests;
 use super::small_blob;
 use oci::credentials::Credential;
@@ -24,7 +24,7 @@ use unpack::layer_rule::{UnpackMode, classify};
 pub(super) struct ManifestFetcher {
     pub(super) origins: BlobOrigins,
     pub(super) limits: Limits,
-    pub(super) options: WireOptions,
+    pub(super) options: PullOptions,
 }
 
 /// The resolution of a reference by a response of its registry.

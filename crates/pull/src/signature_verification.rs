@@ -12,8 +12,9 @@
 use std::sync::Arc;
 
 use super::artifact_request::Want;
-use super::download_resources::{Observer, WireOptions};
+use super::download_resources::Observer;
 use super::error::PullError;
+use super::pull_options::PullOptions;
 use super::reference_resolution::{Resolved, ResolvedDigests, Resolver};
 use super::single_flight::Outcome;
 use super::small_blob;
@@ -38,7 +39,7 @@ pub(super) struct SignatureVerifier {
     pub(super) store: Store,
     pub(super) registry: Registry,
     pub(super) resolver: Arc<Resolver>,
-    pub(super) options: WireOptions,
+    pub(super) options: PullOptions,
     pub(super) limits: ManifestLimits,
     pub(super) observer: Arc<dyn Observer>,
 }
@@ -107,7 +108,7 @@ pub struct Finder<'a> {
     /// The registry client.
     pub registry: &'a Registry,
     /// The options of requests.
-    pub options: WireOptions,
+    pub options: PullOptions,
     /// The limits on manifests that carry signatures.
     pub limits: ManifestLimits,
 }
@@ -290,7 +291,7 @@ mod tests {
         registry.manifest("a", &format!("sha256-{}", subject.hex()), INDEX, &referrers);
         let client = Registry::new(RegistryOptions::default()).expect("a client");
         let limits = unpack::Limits::default().manifest();
-        let finder = Finder { registry: &client, options: WireOptions::default(), limits };
+        let finder = Finder { registry: &client, options: PullOptions::default(), limits };
         let reference = registry.reference("a");
         let find =
             |format| finder.find(reference.repository(), subject, format, &Credential::Anonymous);

@@ -7,8 +7,8 @@ use bytes::Bytes;
 
 use super::SizedBlob;
 use super::connection_rate::Rate;
-use super::download_resources::WireOptions;
 use super::error::PullError;
+use super::pull_options::PullOptions;
 use oci::credentials::Credential;
 use oci::registry::{AnsweredBy, BlobBody, DocumentReservation, Registry, RegistryError};
 use oci::{Digest, Repository};
@@ -32,7 +32,7 @@ pub(super) struct Document {
 /// Fetches a blob whose size is within a limit. The mirrors that are of no use for it are passed by.
 pub(super) async fn fetch(
     registry: &Registry,
-    options: &WireOptions,
+    options: &PullOptions,
     repository: &Repository,
     blob: SizedBlob,
     credential: &Credential,
@@ -46,7 +46,7 @@ pub(super) async fn fetch(
         PullError::Registry(RegistryError::Timeout { host, what, waited })
     };
     let read = async |mut body: BlobBody| {
-        let mut rate = Rate::new(options.least_rate, options.rate_window);
+        let mut rate = Rate::new(options.least_bytes_per_second, options.stall_timeout);
         let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
         while let Some(chunk) = body.chunk().await? {
             if (bytes.len() + chunk.len()) as u64 > size {
@@ -54,7 +54,7 @@ pub(super) async fn fetch(
             }
             bytes.extend_from_slice(&chunk);
             if rate.keeps(chunk.len() as u64).is_err() {
-                return Err(too_slow(options.rate_window));
+                return Err(too_slow(options.stall_timeout));
             }
         }
         if bytes.len() as u64 != size {
@@ -135,7 +135,7 @@ mod tests {
         std::fs::write(folder.path().join("_default/hosts.toml"), mirrors).expect("hosts.toml");
         let hosts_dirs = vec![folder.path().to_owned()];
         let registry = Registry::new(RegistryOptions { hosts_dirs, ..Default::default() });
-        let (registry, options) = (registry.expect("a client"), WireOptions::default());
+        let (registry, options) = (registry.expect("a client"), PullOptions::default());
         // No process listens there.
         let reference: Reference = "127.0.0.1:1/a/b".parse().expect("a reference");
         let repository = reference.repository();

@@ -16,10 +16,10 @@ use tokio_util::task::TaskTracker;
 
 use super::blob_transfer::{BlobRequest, Download};
 use super::credential_offers::{Source, Sponsors};
-use super::download_resources::{Unobserved, WireOptions};
+use super::download_resources::Unobserved;
 use super::downloader::retry;
+use super::memory::MemoryPlan;
 use super::single_flight::Runway;
-use super::transfer_retry::RetryPolicy;
 use super::{
     Priority, ProgressView, PullError, PullOptions, Puller, SizedBlob, Sources, Tenant,
     Verification, Want,
@@ -31,6 +31,7 @@ use oci::{Digest, Platform, Reference};
 use store::partial_downloads::Purpose;
 use store::{Store, StoreOptions, Tree};
 use sys::background::Background;
+use unpack::Limits;
 
 pub(super) const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -253,10 +254,14 @@ impl TestNode {
                 annotations: Vec::new(),
             }),
             verification: Verification::default(),
+            limits: Limits::default(),
         };
-        let retry = RetryPolicy { attempts: 3, first_delay: Duration::from_millis(1) };
-        let wire = WireOptions { retry, ..WireOptions::default() };
-        let options = PullOptions { wire, ..PullOptions::default() };
+        let options = PullOptions {
+            attempts: 3,
+            first_delay: Duration::from_millis(1),
+            memory: Some(MemoryPlan::default_bytes(None)),
+            ..PullOptions::default()
+        };
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
         let runway = Runway { tracker, shutdown, background: Background::none() };
         let puller = Puller::new(store, sources, options, Arc::new(Unobserved), &runway);

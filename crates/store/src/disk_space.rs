@@ -1,14 +1,27 @@
 //! The space of the state directory's filesystem, and the part of it that the cache may take.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
+use std::time::Duration;
+
+use serde::Deserialize;
 
 use super::error::StoreError;
 use super::space_amount::SpaceAmount;
+use text::duration::go_duration;
+use text::quantity::optional_bytes;
 
-/// The part of the filesystem that the cache may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The intervals in which content can be read back.
+const SCRUB_INTERVALS: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_hours(10 * 365 * 24);
+
+/// The `cache` section of the configuration file: the part of the filesystem that the cache may take, and how often
+/// its content is read back. Read at the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct CacheOptions {
     /// Bytes of all content; none means as much as the filesystem allows.
+    #[serde(deserialize_with = "optional_bytes")]
     pub max_bytes: Option<u64>,
     /// The use of the filesystem, by any program, above which content is evicted ...
     pub high_threshold_percent: u8,
@@ -19,12 +32,17 @@ pub struct CacheOptions {
     /// ... and this part of its inodes.
     pub min_free_inodes_percent: u8,
     /// Bytes that pins may hold together; none means half of what content may take.
+    #[serde(deserialize_with = "optional_bytes")]
     pub max_pinned_bytes: Option<u64>,
     /// Time that content stays after its last publish or unpublish.
-    pub minimum_age: std::time::Duration,
+    #[serde(deserialize_with = "go_duration")]
+    pub minimum_age: Duration,
     /// The state directory must be a mount point: a disk that is mounted late would else be
     /// filled behind its back.
     pub require_mountpoint: bool,
+    /// Time within which all content is read back; 0 turns that off.
+    #[serde(deserialize_with = "go_duration")]
+    pub scrub_interval: Duration,
 }
 
 /// The space of a filesystem as a process without privileges could use it, counted as `df` does: what is
@@ -51,13 +69,52 @@ impl Default for CacheOptions {
             min_free_percent: 20,
             min_free_inodes_percent: 10,
             max_pinned_bytes: None,
-            minimum_age: std::time::Duration::from_mins(2),
+            minimum_age: Duration::from_mins(2),
             require_mountpoint: false,
+            scrub_interval: Duration::from_hours(7 * 24),
         }
     }
 }
 
 impl CacheOptions {
+    /// Checks the values of the configuration file.
+    ///
+    /// # Errors
+    ///
+    /// Names the first key with a wrong value, and says what it must be.
+    pub fn check(&self) -> Result<(), String> {
+        let percents = [
+            ("highThresholdPercent", self.high_threshold_percent),
+            ("lowThresholdPercent", self.low_threshold_percent),
+            ("minFreePercent", self.min_free_percent),
+            ("minFreeInodesPercent", self.min_free_inodes_percent),
+        ];
+        for (name, value) in percents {
+            if value > 100 {
+                return Err(format!("cache.{name} must be from 0 to 100"));
+            }
+        }
+        if self.scrub_interval().is_some_and(|interval| !SCRUB_INTERVALS.contains(&interval)) {
+            return Err("cache.scrubInterval must be 0, or from 1s to 87600h".to_owned());
+        }
+        if self.low_threshold_percent > self.high_threshold_percent {
+            return Err(
+                "cache.lowThresholdPercent must not be above cache.highThresholdPercent".to_owned()
+            );
+        }
+        if let (Some(pinned), Some(all)) = (self.max_pinned_bytes, self.max_bytes)
+            && pinned > all
+        {
+            return Err("cache.maxPinnedBytes must not be above cache.maxBytes".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Returns the time within which all content is read back, or `None` if the scrub is off.
+    pub fn scrub_interval(&self) -> Option<Duration> {
+        Some(self.scrub_interval).filter(|interval| !interval.is_zero())
+    }
+
     /// Returns the bytes that pins may hold together on a filesystem of this size.
     ///
     /// The default is half of `max_bytes`, or of the filesystem up to the low threshold, whichever is less: pins are

@@ -1,6 +1,6 @@
 //! Quantities of Kubernetes: `10Gi`, `500M`, `1.5Ti`, `1e9`.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 /// A number of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -75,6 +75,11 @@ impl std::str::FromStr for Quantity {
         // A part of a byte counts as one, as the API server rounds.
         u64::try_from(bytes.div_ceil(scale)).map(Self).map_err(|_| wrong())
     }
+}
+
+/// Deserializes a number of bytes that may be absent, for `deserialize_with`.
+pub fn optional_bytes<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    Ok(Option::<Quantity>::deserialize(from)?.map(|quantity| quantity.0))
 }
 
 #[cfg(test)]
