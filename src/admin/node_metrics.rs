@@ -1,11 +1,12 @@
 //! Metrics in the Prometheus text format: base units, and no label whose values users can multiply.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
+use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -180,7 +181,7 @@ impl NodeMetrics {
 
     /// Sets whether a part of the configuration is unusable. The metric is 1 while any part is.
     pub fn configuration_error(&self, part: &'static str, is_wrong: bool) {
-        let mut wrong = self.wrong_parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wrong = self.wrong_parts.lock();
         if is_wrong {
             wrong.insert(part)
         } else {

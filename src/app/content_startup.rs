@@ -1,9 +1,10 @@
 //! Opens the store while the sockets are served, and makes content available.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -152,7 +153,7 @@ fn open_store(
     lock: &Mutex<Option<Lock>>,
 ) -> Result<Store, StoreError> {
     // A disk that failed at start may have come back. The store is never opened without the lock.
-    let mut lock = lock.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut lock = lock.lock();
     if lock.is_none() {
         *lock = Some(acquire(root, configuration.cache.require_mountpoint)?);
     }

@@ -1,7 +1,9 @@
 //! The progress of the scrub.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use super::scrub_schedule::ScrubSchedule;
 use pull::content_repair::Item;
@@ -50,7 +52,7 @@ pub struct ScrubSnapshot {
 impl ScrubState {
     /// Returns a snapshot.
     pub fn snapshot(&self) -> ScrubSnapshot {
-        let inner = self.lock();
+        let inner = self.0.lock();
         let lag = inner.through.zip(inner.clock);
         let ScrubCounts { verified, findings, repaired, unrepaired } = inner.counts;
         ScrubSnapshot {
@@ -68,34 +70,29 @@ impl ScrubState {
     }
 
     pub(super) fn begin(&self, interval: Option<Duration>, clock: fn() -> i64) {
-        let mut inner = self.lock();
+        let mut inner = self.0.lock();
         (inner.interval, inner.clock) = (interval, Some(clock));
     }
 
     /// Sets the moment up to which everything has been read.
     pub(super) fn came_to(&self, through: i64) {
-        self.lock().through = Some(through);
+        self.0.lock().through = Some(through);
     }
 
     pub(super) fn reads(&self, item: Option<&Item>) {
-        self.lock().reading = item.cloned();
+        self.0.lock().reading = item.cloned();
     }
 
     pub(super) fn has_read(&self, verified: Verified, findings: u64) {
-        let counts = &mut self.lock().counts;
+        let counts = &mut self.0.lock().counts;
         counts.verified.objects += verified.objects;
         counts.verified.bytes += verified.bytes;
         counts.findings += findings;
     }
 
     pub(super) fn repaired(&self, is_repaired: bool) {
-        let counts = &mut self.lock().counts;
+        let counts = &mut self.0.lock().counts;
         let count = if is_repaired { &mut counts.repaired } else { &mut counts.unrepaired };
         *count += 1;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, SharedProgress> {
-        // Numbers remain valid after a panic elsewhere.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,11 +1,12 @@
 //! A manifest to the tree that a volume shows.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
 use super::artifact_totals::Sums;
@@ -96,7 +97,7 @@ enum BuildOutcome {
 
 impl SponsorsByTree {
     fn of(&self, repository: &Repository, tree: TreeKey) -> Arc<Sponsors> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         all.retain(|_, sponsors| sponsors.strong_count() > 0);
         let key = (repository.clone(), tree);
         let known = all.get(&key).and_then(Weak::upgrade);

@@ -10,13 +10,14 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
@@ -172,24 +173,20 @@ impl ConnectionState {
 impl Connections<'_> {
     /// Returns whether starting over would discard bytes that a waiting source could continue.
     pub(super) fn would_discard_others_bytes(&self) -> bool {
-        self.state().has_earlier_bytes
+        self.state.lock().has_earlier_bytes
             && self.shared.as_ref().is_some_and(|shared| shared.has_waiters())
-    }
-
-    fn state(&self) -> MutexGuard<'_, ConnectionState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the sources that have answered, and the number of missing bytes.
     pub(super) fn outcome(&self) -> (BTreeSet<ProofSource>, u64) {
-        let state = self.state();
+        let state = self.state.lock();
         (state.answered_by.clone(), state.spans.missing())
     }
 
     /// Fetches what is missing, and has it verified.
     pub(super) async fn run(&self, slot: Slot) -> Result<(), Failure> {
         let mut slot = Some(slot);
-        let missing = self.state().spans.missing();
+        let missing = self.state.lock().spans.missing();
         let mut retries = Retries::new(self.wire.options.retry(), self.blob.size, missing);
         let mut started_over = false;
         loop {
@@ -200,7 +197,7 @@ impl Connections<'_> {
             };
             let Err(Failure::Wrong(error)) = done else { return done };
             // What was here from an earlier try, or came from the registry, is no fault of theirs.
-            if self.state().mirrored {
+            if self.state.lock().mirrored {
                 self.wire.registry.record_wrong_content(&self.source.repository, self.blob.digest);
             }
             if self.would_discard_others_bytes() {
@@ -221,7 +218,7 @@ impl Connections<'_> {
         let mut running = FuturesUnordered::new();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut pace = WriterPace::new(&self.busy, self.state().spans.missing());
+        let mut pace = WriterPace::new(&self.busy, self.state.lock().spans.missing());
         loop {
             while self.wants_more_than(running.len()) {
                 let slot = match slot.take() {
@@ -241,7 +238,7 @@ impl Connections<'_> {
             let end = tokio::select! {
                 end = running.next() => end,
                 _ = looks.tick() => {
-                    let missing = self.state().spans.missing();
+                    let missing = self.state.lock().spans.missing();
                     if self.may_grow(running.len()) && pace.wire_is_slower(missing, running.len()) {
                         self.grow();
                     }
@@ -255,7 +252,7 @@ impl Connections<'_> {
                     self.refuse_ranges();
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
-                            let got = self.blob.size - self.state().spans.missing();
+                            let got = self.blob.size - self.state.lock().spans.missing();
                             return Err(Failure::CannotContinue(self.wrong_size(got)));
                         }
                         self.restart(retries).await?;
@@ -266,7 +263,7 @@ impl Connections<'_> {
                 {
                     // The others go on; as many as these are what works.
                     tracing::debug!(%error, "one of several connections broke");
-                    let mut state = self.state();
+                    let mut state = self.state.lock();
                     (state.most, state.wanted) = (running.len(), running.len());
                 }
                 Some(End::Broke(Break { error, .. }) | End::Wrong(error))
@@ -279,9 +276,9 @@ impl Connections<'_> {
                 }
                 Some(End::Wrong(error)) => return Err(Failure::Wrong(error)),
                 Some(End::Broke(broken)) => {
-                    let missing = self.state().spans.missing();
+                    let missing = self.state.lock().spans.missing();
                     let wait = retries.next(&broken, missing);
-                    self.state().wanted = 1;
+                    self.state.lock().wanted = 1;
                     match wait {
                         Some(wait) => {
                             self.progress.failed(&broken.error);
@@ -313,19 +310,19 @@ impl Connections<'_> {
     }
 
     fn wants_more_than(&self, running: usize) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         running < state.wanted && state.spans.has_open()
     }
 
     /// The bytes for another connection: all that are open, unless others share them.
     fn take(&self) -> Option<u32> {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let limit = if state.wanted > 1 { self.wire.options.range_bytes } else { u64::MAX };
         state.spans.take(limit).map(|(number, _)| number)
     }
 
     fn refuse_ranges(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.ranges = Ranges::Refused;
         (state.most, state.wanted) = (1, 1);
         state.spans.join();
@@ -333,13 +330,13 @@ impl Connections<'_> {
 
     /// Returns whether there may be more connections than those that run.
     fn may_grow(&self, running: usize) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         running >= state.wanted && state.wanted < state.most && state.ranges != Ranges::Refused
     }
 
     /// Another connection may help: at first one, to see whether the source sends parts.
     fn grow(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let grown = match state.ranges {
             Ranges::Refused => return,
             Ranges::Unknown => 2,
@@ -356,7 +353,7 @@ impl Connections<'_> {
     async fn connection(&self, number: u32, slot: Slot) -> End {
         let _counted = CountedConnection::new(&*self.wire.observer);
         let end = self.stream(number, slot).await;
-        self.state().spans.finish(number);
+        self.state.lock().spans.finish(number);
         match end {
             Ok(()) => End::Done,
             Err(Stop::NoRanges) => End::NoRanges,
@@ -368,13 +365,13 @@ impl Connections<'_> {
 
     /// Returns the position of a connection, and the offset at which it has to stop now.
     fn span(&self, number: u32) -> Range<u64> {
-        self.state().spans.of(number)
+        self.state.lock().spans.of(number)
     }
 
     async fn stream(&self, number: u32, slot: Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
         if self.only_answer {
-            self.state().spans.advance(number, self.blob.size);
+            self.state.lock().spans.advance(number, self.blob.size);
             return Ok(());
         }
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
@@ -396,7 +393,7 @@ impl Connections<'_> {
     }
 
     async fn receive(&self, number: u32, mut slot: Slot, mut body: BlobBody) -> Result<(), Stop> {
-        let rate = self.state().rates.pop().map(Rate::resumed);
+        let rate = self.state.lock().rates.pop().map(Rate::resumed);
         let mut rate = rate.unwrap_or_else(|| {
             Rate::new(self.wire.options.least_bytes_per_second, self.wire.options.stall_timeout)
         });
@@ -407,8 +404,8 @@ impl Connections<'_> {
             let Some(next) = self.next_chunk(&mut body, &slot, since, &mut checks).await else {
                 // The source may send nothing in any of its turns.
                 rate.keeps(0).map_err(|trickled| self.trickles(trickled))?;
-                if self.state().ranges == Ranges::Sent {
-                    self.state().rates.push(rate.paused());
+                if self.state.lock().ranges == Ranges::Sent {
+                    self.state.lock().rates.push(rate.paused());
                     return Ok(());
                 }
                 // Another connection cannot continue a source without ranges. This one stays open,
@@ -424,7 +421,7 @@ impl Connections<'_> {
                 // All that was wanted is here, however it ended.
                 _ if self.span(number).is_empty() => return Ok(()),
                 Ok(None) => {
-                    let missing = self.state().spans.missing();
+                    let missing = self.state.lock().spans.missing();
                     return Err(Stop::Broke(self.wrong_size(self.blob.size - missing).into()));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
@@ -443,7 +440,7 @@ impl Connections<'_> {
             self.writes.send(write).await.map_err(|_| Stop::WriterGone)?;
             self.progress.arrived(length);
             self.wire.observer.downloaded(length);
-            let step = self.state().spans.advance(number, length);
+            let step = self.state.lock().spans.advance(number, length);
             if step == Step::Complete && span.end < self.blob.size {
                 return Ok(());
             }
@@ -501,7 +498,7 @@ impl Connections<'_> {
             Err(RegistryError::Protocol { .. }) if is_part => return Err(Stop::NoRanges),
             Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
         };
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.answered_by.is_empty() && !self.only_answer {
             // Not before: what an earlier try left is no news for whom it is refused.
             self.progress.resumed(self.blob.size - state.spans.missing());
@@ -535,7 +532,7 @@ impl Connections<'_> {
     async fn restart(&self, retries: &mut Retries) -> Result<(), Failure> {
         retries.restarted();
         {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             self.progress.lost(self.blob.size - state.spans.missing());
             state.spans = Spans::whole(self.blob.size);
             state.wanted = 1;

@@ -5,10 +5,11 @@
 //! second writer behind. Who wants to unpack it meanwhile follows what is hashed.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::blob_connections::{ConnectionState, Connections, Failure, Write};

@@ -11,8 +11,9 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::artifact_request::Priority;
@@ -109,7 +110,7 @@ impl Slots {
 
     /// Waits for a slot. Safe to cancel.
     pub(super) async fn acquire(&self, ask: Ask) -> Slot {
-        if ask.urgency.priority() == Priority::Warm || self.shared.lock().behind == 0 {
+        if ask.urgency.priority() == Priority::Warm || self.shared.state.lock().behind == 0 {
             return self.wait(ask).await;
         }
         // What warming has it may hold on to while it gives way.
@@ -120,7 +121,7 @@ impl Slots {
         loop {
             let (grant, mut granted) = oneshot::channel();
             let number = {
-                let mut state = self.shared.lock();
+                let mut state = self.shared.state.lock();
                 let number = state.next;
                 state.next += 1;
                 state.waiting.push(Waiting { number, ask: ask.clone(), grant });
@@ -148,7 +149,7 @@ impl Slots {
     /// others of its kind or its host is not served sooner if the slot stays free.
     #[must_use]
     pub(super) fn spare(&self, ask: &Ask) -> Option<Slot> {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         let is_wanted = state.waiting.iter().any(|waiting| self.shared.may(&state, &waiting.ask));
         let is_free = !is_wanted && state.taken < self.shared.total;
         (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
@@ -156,14 +157,14 @@ impl Slots {
 
     /// Returns whether a request waits that could use this slot.
     pub(super) fn is_wanted(&self, slot: &Slot) -> bool {
-        let state = self.shared.lock();
+        let state = self.shared.state.lock();
         state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
     }
 
     /// Returns whether another tenant waits that could use this slot, and that would hold fewer slots
     /// than the tenant of this one even then.
     pub(super) fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
-        let state = self.shared.lock();
+        let state = self.shared.state.lock();
         let held = state.held_by(&slot.tenant);
         state.waiting.iter().any(|Waiting { ask, .. }| {
             ask.urgency.priority() <= slot.priority
@@ -174,15 +175,11 @@ impl Slots {
 
     /// Slots in use.
     pub(super) fn taken(&self) -> usize {
-        self.shared.lock().taken
+        self.shared.state.lock().taken
     }
 }
 
 impl SharedSlots {
-    fn lock(&self) -> MutexGuard<'_, SlotState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Returns the most slots that warming may have.
     fn most_behind(&self) -> usize {
         (self.total.min(self.per_host) / 2).max(1)
@@ -225,7 +222,7 @@ impl SharedSlots {
 
     /// Gives free slots to those who wait.
     fn give(self: &Arc<Self>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         // Outlives the lock: dropping a slot takes it.
         let mut refused = Vec::new();
         while state.taken < self.total {
@@ -288,13 +285,13 @@ struct Leaving<'a> {
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        self.shared.lock().waiting.retain(|waiting| waiting.number != self.number);
+        self.shared.state.lock().waiting.retain(|waiting| waiting.number != self.number);
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         state.taken -= 1;
         state.behind -= usize::from(self.priority == Priority::Warm);
         release(&mut state.by_tenant, &self.tenant);

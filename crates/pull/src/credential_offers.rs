@@ -4,9 +4,10 @@
 //! one. If the registry refuses it, only its owner fails, and the next one's is used. Callers for another repository
 //! wait for a flight of their own: neither failures nor progress are shared with them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::error::PullError;
@@ -71,7 +72,7 @@ impl Sponsors {
 
     /// Offers a source.
     pub(super) fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.lock();
         let number = list.next;
         list.next += 1;
         let (sender, refused) = oneshot::channel();
@@ -81,13 +82,13 @@ impl Sponsors {
 
     /// The source to use now; none when all have left or were refused.
     pub(super) fn current(&self) -> Option<(u64, Source)> {
-        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = self.list.lock();
         list.sponsors.first().map(|sponsor| (sponsor.number, sponsor.source.clone()))
     }
 
     /// This one's registry was of no use: its owner fails, the next is current.
     pub(super) fn refuse(&self, number: u64, error: &Arc<PullError>) {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.lock();
         if let Some(place) = list.sponsors.iter().position(|sponsor| sponsor.number == number) {
             let sponsor = list.sponsors.remove(place);
             // An owner who has left does not mind.
@@ -118,7 +119,7 @@ impl Sponsorship {
 
 impl Drop for Sponsorship {
     fn drop(&mut self) {
-        let mut list = self.sponsors.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.sponsors.list.lock();
         // The last one stays: the flight lingers, and a caller that comes back may find it far ahead.
         if list.sponsors.len() > 1 {
             list.sponsors.retain(|sponsor| sponsor.number != self.number);

@@ -1,8 +1,8 @@
 //! Bytes a second, for all downloads of a node together.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Bytes that may come at once after a pause.
@@ -26,7 +26,7 @@ impl Throttle {
     pub(super) async fn pass(&self, bytes: u64) {
         let Some(limit) = self.bytes_per_second else { return };
         let due = {
-            let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut due = self.due.lock();
             let now = Instant::now();
             let start = (*due).max(now.checked_sub(BURST).unwrap_or(now));
             *due = start + Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / limit.max(1));

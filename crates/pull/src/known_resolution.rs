@@ -1,7 +1,8 @@
 //! The resolutions and proofs of a reference that are known without a request.
 
 use std::cell::Cell;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::artifact_request::Want;
 use super::blob_origins::BlobOrigins;
@@ -92,7 +93,7 @@ impl KnownManifests {
     /// milliseconds, and doing it for many at once would take much memory. Blocking.
     fn turn_of_large(&self, blob: Digest) -> Result<Option<MutexGuard<'_, ()>>, PullError> {
         let size = self.origins.store.documents().size(blob)?.unwrap_or_default();
-        let turn = || self.large_documents.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = || self.large_documents.lock();
         Ok((size > LARGE_DOCUMENT).then(turn))
     }
 

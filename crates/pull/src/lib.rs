@@ -85,8 +85,10 @@ pub mod transfer_retry;
 mod tree_shape;
 mod tree_sources;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 pub use artifact_request::{IfUnavailable, Priority, PullPolicy, Want};
 pub use credentials_verification::{CredentialsVerification, Verification};
@@ -166,17 +168,17 @@ pub struct ProgressView(Arc<Mutex<Option<Arc<Progress>>>>);
 impl ProgressView {
     /// Returns the current progress.
     pub fn snapshot(&self) -> pull_progress::Snapshot {
-        let progress = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let progress = self.0.lock().clone();
         progress.map_or_else(|| Progress::default().snapshot(), |progress| progress.snapshot())
     }
 
     /// Returns whether there was a flight to wait for.
     pub fn was_shown(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.0.lock().is_some()
     }
 
     fn show(&self, progress: &Arc<Progress>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(progress));
+        *self.0.lock() = Some(Arc::clone(progress));
     }
 }
 

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 use tokio::time::Instant;
@@ -116,24 +117,20 @@ impl Progress {
     pub fn arrived(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
         if self.has_failed.swap(false, Ordering::Relaxed) {
-            *self.failure() = None;
+            *self.failure.lock() = None;
         }
     }
 
     /// Records the failure of a try that is followed by another one.
     pub fn failed(&self, error: &dyn fmt::Display) {
-        *self.failure() = Some(error.to_string().into());
+        *self.failure.lock() = Some(error.to_string().into());
         self.has_failed.store(true, Ordering::Relaxed);
-    }
-
-    fn failure(&self) -> MutexGuard<'_, Option<Arc<str>>> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the failure of the last try, its own or of a flight that it waits for.
     fn last_failure(&self) -> Option<Arc<str>> {
-        let own = self.failure().clone();
-        own.or_else(|| self.parts().values().find_map(|part| part.last_failure()))
+        let own = self.failure.lock().clone();
+        own.or_else(|| self.parts.lock().values().find_map(|part| part.last_failure()))
     }
 
     /// Records whether bytes from an earlier try are being hashed.
@@ -184,13 +181,13 @@ impl Progress {
 
     /// Records the state of a request for memory, or that none waits any more.
     pub(super) fn waits_for_memory(&self, wait: Option<MemoryWait>) {
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = wait;
+        *self.memory.lock() = wait;
     }
 
     /// Returns the state of a request for memory, its own or of a flight that it waits for.
     fn memory_wait(&self) -> Option<MemoryWait> {
-        let own = *self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        own.or_else(|| self.parts().values().find_map(|part| part.memory_wait()))
+        let own = *self.memory.lock();
+        own.or_else(|| self.parts.lock().values().find_map(|part| part.memory_wait()))
     }
 
     /// Returns the name for messages.
@@ -201,7 +198,7 @@ impl Progress {
     /// It waits for this flight, whose bytes count from now on.
     pub fn wait_for(&self, number: usize, part: &Arc<Self>) {
         part.raise(self.priority());
-        self.parts().insert(number, Arc::clone(part));
+        self.parts.lock().insert(number, Arc::clone(part));
         // Another caller may have joined since its priority was read.
         part.raise(self.priority());
         self.tenants().iter().for_each(|tenant| part.enter_parts(tenant));
@@ -214,7 +211,7 @@ impl Progress {
 
     /// Returns the tenants that wait for it, or the one that waited last.
     pub fn tenants(&self) -> Vec<Tenant> {
-        self.waiting().all()
+        self.tenants.lock().all()
     }
 
     /// Returns the tenant that memory is charged to: the first one that waits.
@@ -225,8 +222,8 @@ impl Progress {
     /// Adds the tenants of a caller to this flight and to all flights that it waits for.
     pub(super) fn enter(&self, caller: &Caller) {
         for tenant in &caller.tenants {
-            self.waiting().enter(tenant);
-            self.parts().values().for_each(|part| part.enter_parts(tenant));
+            self.tenants.lock().enter(tenant);
+            self.parts.lock().values().for_each(|part| part.enter_parts(tenant));
         }
         self.changed.notify_waiters();
         self.raise(caller.priority);
@@ -234,25 +231,21 @@ impl Progress {
 
     /// Removes the tenants of a caller. Flights that this one waits for keep them until they end.
     pub(super) fn leave(&self, caller: &Caller) {
-        caller.tenants.iter().for_each(|tenant| self.waiting().leave(tenant));
+        caller.tenants.iter().for_each(|tenant| self.tenants.lock().leave(tenant));
     }
 
     /// Adds a tenant that waits through another flight.
     fn enter_parts(&self, tenant: &Tenant) {
         if !self.tenants().contains(tenant) {
-            self.waiting().enter(tenant);
+            self.tenants.lock().enter(tenant);
             self.changed.notify_waiters();
-            self.parts().values().for_each(|part| part.enter_parts(tenant));
+            self.parts.lock().values().for_each(|part| part.enter_parts(tenant));
         }
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, WaitingTenants> {
-        self.tenants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the urgency: that of the most urgent caller.
     pub fn priority(&self) -> Priority {
-        match *self.pace() {
+        match *self.pace.lock() {
             FlightUrgency::Behind(_) => Priority::Warm,
             FlightUrgency::Hurrying { .. } | FlightUrgency::Urgent => Priority::Pod,
         }
@@ -263,12 +256,12 @@ impl Progress {
         if priority == Priority::Warm {
             return;
         }
-        let mut pace = self.pace();
+        let mut pace = self.pace.lock();
         if let FlightUrgency::Behind(background) = &*pace {
             *pace = FlightUrgency::Hurrying { _until_dropped: background.boost() };
             drop(pace);
             self.changed.notify_waiters();
-            self.parts().values().for_each(|part| part.raise(priority));
+            self.parts.lock().values().for_each(|part| part.raise(priority));
         }
     }
 
@@ -280,21 +273,13 @@ impl Progress {
     /// Ends the boost after the end of the flight.
     pub fn landed(&self) {
         // Who still holds it must not keep others hurrying.
-        *self.pace() = FlightUrgency::Urgent;
-    }
-
-    fn pace(&self) -> MutexGuard<'_, FlightUrgency> {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn parts(&self) -> MutexGuard<'_, HashMap<usize, Arc<Self>>> {
-        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.pace.lock() = FlightUrgency::Urgent;
     }
 
     /// Bytes that are here, and those of them that were here before.
     fn bytes(&self) -> (u64, u64) {
         let own = (self.done.load(Ordering::Relaxed), self.resumed.load(Ordering::Relaxed));
-        self.parts().values().fold(own, |(done, resumed), part| {
+        self.parts.lock().values().fold(own, |(done, resumed), part| {
             let (more, before) = part.bytes();
             (done + more, resumed + before)
         })

@@ -12,9 +12,10 @@
 //! The bytes of one repository prove nothing for another: each flight asks its own repository.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -108,7 +109,7 @@ struct WaitingSource {
 impl SharedDownloads {
     /// Returns the download of a blob, and begins it if no flight has it.
     pub(super) fn of(&self, host: &str, digest: Digest) -> Arc<SharedDownload> {
-        let mut all = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.under_way.lock();
         all.retain(|_, download| download.strong_count() > 0);
         let key = (host.to_owned(), digest);
         let known = all.get(&key).and_then(Weak::upgrade);
@@ -122,7 +123,7 @@ impl SharedDownloads {
     /// Isolates the sources of a blob, since their bytes together did not have its digest.
     pub(super) fn isolate(&self, host: &str, digest: Digest) {
         self.share_again(host, digest);
-        let mut all = self.isolated();
+        let mut all = self.isolated.lock();
         if all.len() >= MAXIMUM_ISOLATED {
             all.pop_front();
         }
@@ -131,27 +132,23 @@ impl SharedDownloads {
 
     /// Ends the isolation of the sources of a blob that the administrator has imported.
     pub(super) fn share_again(&self, host: &str, digest: Digest) {
-        self.isolated().retain(|((of, blob), _)| of != host || *blob != digest);
+        self.isolated.lock().retain(|((of, blob), _)| of != host || *blob != digest);
     }
 
     /// Returns whether each repository has to download the blob by itself.
     pub(super) fn is_isolated(&self, host: &str, digest: Digest) -> bool {
-        let mut all = self.isolated();
+        let mut all = self.isolated.lock();
         while all.front().is_some_and(|(_, since)| since.elapsed() >= ISOLATION) {
             all.pop_front();
         }
         all.iter().any(|((of, blob), _)| of == host && *blob == digest)
-    }
-
-    fn isolated(&self) -> MutexGuard<'_, VecDeque<(BlobOfHost, Instant)>> {
-        self.isolated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl SharedDownload {
     /// Takes the turn if it is free.
     pub(super) fn try_take(self: &Arc<Self>, flight: &Progress) -> Option<DownloadTurn> {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         if state.is_taken {
             return None;
         }
@@ -167,7 +164,7 @@ impl SharedDownload {
         loop {
             let (grant, granted) = oneshot::channel();
             let number = {
-                let mut state = self.state();
+                let mut state = self.0.lock();
                 if !state.is_taken {
                     return self.begin_turn(&mut state, flight);
                 }
@@ -187,7 +184,7 @@ impl SharedDownload {
 
     /// Returns whether another flight waits for the turn.
     pub(super) fn has_waiters(&self) -> bool {
-        !self.state().waiting.is_empty()
+        !self.0.lock().waiting.is_empty()
     }
 
     /// Waits until the source that has the turn loses it to another one. The rate of the source is
@@ -213,7 +210,7 @@ impl SharedDownload {
                 let rate = brought.saturating_mul(1000) / milliseconds.max(1);
                 let (here, missing) = flight.here_and_missing();
                 let pace = SourcePace { rate, elapsed: now.duration_since(since), here, missing };
-                if self.state().promise_turn(repository, flight.priority(), pace) {
+                if self.0.lock().promise_turn(repository, flight.priority(), pace) {
                     return;
                 }
             }
@@ -232,7 +229,7 @@ impl SharedDownload {
 
     /// Passes the turn to the next waiter.
     fn pass_turn(self: &Arc<Self>) {
-        let mut state = self.state();
+        let mut state = self.0.lock();
         let promised = state.promised.take();
         let promised = promised.and_then(|promised| {
             state.waiting.iter().position(|waiting| waiting.number == promised)
@@ -246,10 +243,6 @@ impl SharedDownload {
         // A turn that the waiter does not accept is dropped, which passes it on.
         drop(state);
         let _ = grant.send(turn);
-    }
-
-    fn state(&self) -> MutexGuard<'_, DownloadState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -329,7 +322,7 @@ struct WaiterGuard<'a> {
 
 impl Drop for WaiterGuard<'_> {
     fn drop(&mut self) {
-        self.download.state().waiting.retain(|waiting| waiting.number != self.number);
+        self.download.0.lock().waiting.retain(|waiting| waiting.number != self.number);
     }
 }
 

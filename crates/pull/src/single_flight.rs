@@ -6,9 +6,10 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -70,7 +71,7 @@ where
 
     /// Returns the progress of all flights.
     pub fn under_way(&self) -> Vec<Arc<Progress>> {
-        let under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let under_way = self.under_way.lock();
         under_way.values().map(|flight| Arc::clone(&flight.progress)).collect()
     }
 
@@ -85,7 +86,7 @@ where
     where
         F: Future<Output = Result<T, PullError>> + Send + 'static,
     {
-        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut under_way = self.under_way.lock();
         if let Some(flight) = under_way.get(&key) {
             return Ticket::new(Arc::clone(flight), caller);
         }
@@ -169,7 +170,7 @@ struct Landing<K: Eq + Hash, T> {
 impl<K: Eq + Hash, T> Landing<K, T> {
     fn land(self, outcome: Outcome<T>) {
         // Later callers find no flight, and callers that joined find its outcome.
-        let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut map = self.map.lock();
         map.remove(&self.key);
         self.flight.progress.landed();
         self.flight.outcome.send_replace(Some(outcome));
@@ -178,7 +179,7 @@ impl<K: Eq + Hash, T> Landing<K, T> {
 
 impl<K: Eq + Hash, T> Drop for Landing<K, T> {
     fn drop(&mut self) {
-        let mut map = self.map.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut map = self.map.lock();
         if map.get(&self.key).is_some_and(|flight| Arc::ptr_eq(flight, &self.flight)) {
             map.remove(&self.key);
             self.flight.progress.landed();
@@ -246,7 +247,7 @@ mod tests {
         go.send(()).expect("a flight");
         assert_eq!(first.outcome().await.expect("landed"), 7);
         assert_eq!(second.outcome().await.expect("landed"), 7);
-        assert!(flights.under_way.lock().expect("unpoisoned").is_empty());
+        assert!(flights.under_way.lock().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -261,7 +262,7 @@ mod tests {
         assert!(still.is_err(), "a flight that somebody waits for goes on");
         drop(back);
         tokio::time::sleep(Duration::from_secs(61)).await;
-        assert!(flights.under_way.lock().expect("unpoisoned").is_empty());
+        assert!(flights.under_way.lock().is_empty());
     }
 
     #[tokio::test]

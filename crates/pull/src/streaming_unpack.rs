@@ -16,9 +16,10 @@
 
 use std::collections::VecDeque;
 use std::io::Read;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -158,7 +159,7 @@ impl Unpackers {
 
     /// Why this layer was refused when it was last here from this repository.
     pub(super) fn refusal(&self, repository: &str, key: LayerKey) -> Option<Arc<PullError>> {
-        let refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let refusals = self.0.refusals.lock();
         let mut refusals = refusals.0.iter();
         let known = refusals.find(|(from, layer, _)| *layer == key && from == repository);
         known.map(|(_, _, error)| Arc::clone(error))
@@ -166,7 +167,7 @@ impl Unpackers {
 
     /// Remembers why a verified layer was refused.
     pub(super) fn refuse(&self, repository: &str, key: LayerKey, error: &Arc<PullError>) {
-        let mut refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refusals = self.0.refusals.lock();
         if refusals.0.len() == MAXIMUM_REFUSALS {
             refusals.0.pop_front();
         }
@@ -192,7 +193,7 @@ impl Job {
             let job = self.clone();
             tokio::task::spawn_blocking(move || job.unpack(follower, Window::Plain, permit))
         });
-        *self.following.lock().unwrap_or_else(PoisonError::into_inner) = following;
+        *self.following.lock() = following;
     }
 
     /// Returns the layer of a blob that is verified. `open` reads it from its start.
@@ -200,7 +201,7 @@ impl Job {
         &self,
         open: impl Fn() -> Result<R, StoreError> + Clone + Send + 'static,
     ) -> Result<LayerWriter, PullError> {
-        let following = self.following.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let following = self.following.lock().take();
         let followed = match following {
             Some(following) => match following.await {
                 Ok(followed) => Some(followed),
@@ -282,7 +283,7 @@ impl UnpackPermit {
 
     /// Returns whether a flight waits that could use the permit.
     fn is_wanted(&self) -> bool {
-        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = self.slot.lock();
         slot.as_ref().is_some_and(|slot| self.unpackers.0.permits.is_wanted(slot))
     }
 
@@ -290,7 +291,7 @@ impl UnpackPermit {
     /// no tenant is owed it, or if too many unpackings are paused. Blocking.
     fn pause_if_owed(&self) {
         let SharedUnpackers { permits, paused, .. } = &*self.unpackers.0;
-        let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.slot.lock();
         if !slot.as_ref().is_some_and(|slot| permits.is_owed_to_other_tenant(slot)) {
             return;
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
@@ -10,6 +10,7 @@ use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use axum::response::Response;
 use futures_util::{StreamExt as _, stream};
+use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -70,7 +71,7 @@ impl TestRegistry {
         let content: Arc<Mutex<Content>> = Arc::default();
         let served = Arc::clone(&content);
         let serve = move |request: Request| {
-            let answer = served.lock().unwrap_or_else(PoisonError::into_inner).answer(&request);
+            let answer = served.lock().answer(&request);
             async { answer }
         };
         let router = axum::Router::new().fallback(serve);
@@ -80,17 +81,13 @@ impl TestRegistry {
         Self { address, content }
     }
 
-    fn content(&self) -> MutexGuard<'_, Content> {
-        self.content.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(super) fn answer_with(&self, hook: impl Fn(&Seen) -> Option<Response> + Send + 'static) {
-        self.content().hook = Some(Box::new(hook));
+        self.content.lock().hook = Some(Box::new(hook));
     }
 
     /// Returns all requests for objects whose path has this beginning.
     pub(super) fn seen(&self, object: &str) -> Vec<Seen> {
-        let content = self.content();
+        let content = self.content.lock();
         content.seen.iter().filter(|seen| seen.object.starts_with(object)).cloned().collect()
     }
 
@@ -98,7 +95,7 @@ impl TestRegistry {
         let digest = Digest::of(bytes);
         let path = format!("{repository}/blobs/{digest}");
         let kind = "application/octet-stream".to_owned();
-        self.content().objects.insert(path, (kind, bytes.to_vec()));
+        self.content.lock().objects.insert(path, (kind, bytes.to_vec()));
         digest
     }
 
@@ -107,7 +104,7 @@ impl TestRegistry {
         let digest = Digest::of(text.as_bytes());
         for name in [tag.to_owned(), digest.to_string()] {
             let object = (kind.to_owned(), text.as_bytes().to_vec());
-            self.content().objects.insert(format!("{repository}/manifests/{name}"), object);
+            self.content.lock().objects.insert(format!("{repository}/manifests/{name}"), object);
         }
         digest
     }

@@ -22,9 +22,10 @@ pub mod verified_signatures;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::error::StoreError;
@@ -207,7 +208,7 @@ impl AccessFolder {
     /// Remembers that it is so.
     fn put(&self, path: &Path) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
-        let _turn = self.hold();
+        let _turn = self.lock.lock();
         let known: Option<Proof> = json_records::read(path);
         if known.is_some_and(|proof| (0..REFRESH_SECONDS).contains(&(now - proof.unix_seconds))) {
             return Ok(());
@@ -222,7 +223,7 @@ impl AccessFolder {
             return Some(said);
         }
         if path.exists() {
-            let _turn = self.hold();
+            let _turn = self.lock.lock();
             // It may have been given meanwhile.
             if let Some(said) = says(path) {
                 return Some(said);
@@ -238,7 +239,7 @@ impl AccessFolder {
     /// Writes a proof that one gave, beside what others gave, unless it says so for less than `age`.
     fn put_given(&self, path: &Path, by: &ProofSource, age: i64) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
-        let _turn = self.hold();
+        let _turn = self.lock.lock();
         // Of one that does not say who gave it nothing stays: now it is renewed.
         let known = json_records::read::<Proof>(path).map(|proof| proof.by).unwrap_or_default();
         let given = known.get(&by.name());
@@ -275,13 +276,9 @@ impl AccessFolder {
         Ok(removed)
     }
 
-    fn hold(&self) -> MutexGuard<'_, ()> {
-        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Removes a record if it is old. One that is being renewed at this moment is not.
     fn remove_old(&self, path: &Path, sweep: &Sweep<'_>) -> Result<bool, StoreError> {
-        let _turn = self.hold();
+        let _turn = self.lock.lock();
         if !sweep.is_old(path, AGE) {
             return Ok(false);
         }
@@ -331,7 +328,7 @@ impl AccessFolder {
         for path in old {
             swept += usize::from(self.remove_old(&path, sweep)?);
         }
-        let _turn = self.hold();
+        let _turn = self.lock.lock();
         // Empty ones go; the others refuse.
         if fs::remove_dir(place).is_ok() {
             self.directory.uncount_record();

@@ -7,8 +7,9 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use sha2::Digest as _;
 
 use super::error::StoreError;
@@ -110,7 +111,7 @@ impl ImportedBlobs {
     /// Stores a manifest or a configuration, which stays as long as the import.
     pub fn keep(&self, digest: Digest, content: &[u8]) -> Result<(), StoreError> {
         let lease = self.documents.put(digest, content)?;
-        self.leases.lock().unwrap_or_else(PoisonError::into_inner).push(lease);
+        self.leases.lock().push(lease);
         Ok(())
     }
 

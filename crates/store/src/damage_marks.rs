@@ -1,8 +1,10 @@
 //! Marks of generations that were found damaged.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::durable_rename;
 use super::error::StoreError;
@@ -35,7 +37,7 @@ impl DamageMarks {
         self.count.fetch_add(1, Ordering::Relaxed);
         if let Some(name) = ObjectName::at(&self.root, generation) {
             self.catalog.damaged(&name);
-            let mut trees = self.unreported.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut trees = self.unreported.lock();
             if name.kind() == ObjectKind::Tree && trees.len() < UNREPORTED {
                 trees.push(name);
             }
@@ -55,6 +57,6 @@ impl DamageMarks {
 
     /// Takes the trees that were found damaged since the last call.
     pub fn take_trees(&self) -> Vec<ObjectName> {
-        std::mem::take(&mut *self.unreported.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.unreported.lock())
     }
 }

@@ -7,7 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::error::StoreError;
 use sys::background;
@@ -72,7 +73,7 @@ impl Barrier {
         }
         // Other barriers wait for this one.
         background::at_normal_priority(|| {
-            let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let _turn = self.0.lock();
             nix::unistd::syncfs(&staged.filesystem)
                 .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))
         })

@@ -11,9 +11,11 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::durable_rename;
 use super::error::{Kind, Shortage, StoreError};
@@ -266,7 +268,7 @@ impl GarbageCollector {
     }
 
     pub(super) fn collecting(&self) -> Turn<'_> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+        self.turn.lock()
     }
 
     /// Downloads of the blobs `own` stay: the room is for them.

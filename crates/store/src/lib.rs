@@ -97,12 +97,13 @@ pub mod write_meter;
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
-use std::sync::{Arc, Mutex};
 
 use nix::dir::Dir;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
+use parking_lot::Mutex;
 
 pub use disk_space::{CacheOptions, DiskSpace};
 pub use error::StoreError;

@@ -13,7 +13,9 @@
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::object_name::{ObjectKind, ObjectName};
 use super::space_amount::SpaceAmount;
@@ -123,9 +125,9 @@ impl Catalog {
     /// Holds an object. Waits while it is being removed: then it is not there any more.
     #[must_use]
     pub fn lease(self: &Arc<Self>, name: ObjectName) -> Lease {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while state.leaving.contains(&name) {
-            state = self.settled.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.settled.wait(&mut state);
         }
         state.leases.add(name.clone());
         drop(state);
@@ -134,7 +136,7 @@ impl Catalog {
 
     /// Adds what was made, or was found at the start. What is known already stays.
     pub fn add(&self, name: ObjectName, entry: Entry) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if state.objects.contains_key(&name) {
             return;
         }
@@ -152,42 +154,42 @@ impl Catalog {
 
     /// Removes a document whose file is gone, even if it is leased.
     pub fn remove_document(&self, name: &ObjectName) {
-        self.lock().forget(name);
+        self.state.lock().forget(name);
     }
 
     /// Adds and subtracts disk space of proofs and resolutions.
     pub fn count_records(&self, added: SpaceAmount, removed: SpaceAmount) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.records = state.records.plus(added).less(removed);
     }
 
     /// Sets the disk space of proofs and resolutions, as it was counted on the disk.
     pub fn set_records(&self, records: SpaceAmount) {
-        self.lock().records = records;
+        self.state.lock().records = records;
     }
 
     /// Returns the disk space of proofs and resolutions.
     pub fn records(&self) -> SpaceAmount {
-        self.lock().records
+        self.state.lock().records
     }
 
     /// Remembers that a tree was published or unpublished.
     pub fn used(&self, name: &ObjectName, now: i64) {
-        if let Some(entry) = self.lock().objects.get_mut(name) {
+        if let Some(entry) = self.state.lock().objects.get_mut(name) {
             Arc::make_mut(entry).last_used = now;
         }
     }
 
     /// Remembers that an object is not shown anew.
     pub fn damaged(&self, name: &ObjectName) {
-        if let Some(entry) = self.lock().objects.get_mut(name) {
+        if let Some(entry) = self.state.lock().objects.get_mut(name) {
             Arc::make_mut(entry).damaged = true;
         }
     }
 
     /// The trees that link an object, but for those that are damaged themselves.
     pub fn sound_trees_of(&self, object: &ObjectName) -> Vec<ObjectName> {
-        let state = self.lock();
+        let state = self.state.lock();
         if !state.links.has(object) {
             return Vec::new();
         }
@@ -198,7 +200,7 @@ impl Catalog {
 
     /// A target shows a tree from now on.
     pub fn publish(&self, target: &Path, shown: PublishedTree) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.unpublish(target);
         state.published.entry(shown.tree.clone()).or_default().insert(target.to_owned());
         state.publications.insert(target.to_owned(), shown);
@@ -206,38 +208,38 @@ impl Catalog {
 
     /// A target shows nothing of ours any more; says what it has shown.
     pub fn unpublish(&self, target: &Path) -> Option<ObjectName> {
-        self.lock().unpublish(target)
+        self.state.lock().unpublish(target)
     }
 
     /// Returns all targets with the trees that they show.
     pub fn publications(&self) -> Vec<(PathBuf, PublishedTree)> {
-        let state = self.lock();
+        let state = self.state.lock();
         state.publications.iter().map(|(target, shown)| (target.clone(), shown.clone())).collect()
     }
 
     /// Returns the entry of an object; none where it is not in the store.
     pub fn entry(&self, name: &ObjectName) -> Option<Arc<Entry>> {
-        self.lock().objects.get(name).cloned()
+        self.state.lock().objects.get(name).cloned()
     }
 
     /// Returns the number of objects of a kind.
     pub fn count(&self, kind: ObjectKind) -> u64 {
-        self.lock().counts[kind as usize]
+        self.state.lock().counts[kind as usize]
     }
 
     /// Returns the number of targets that show a tree.
     pub fn count_publications(&self) -> usize {
-        self.lock().publications.len()
+        self.state.lock().publications.len()
     }
 
     /// Returns the targets that show a tree.
     pub fn targets_of(&self, tree: &ObjectName) -> Vec<PathBuf> {
-        self.lock().published.get(tree).into_iter().flatten().cloned().collect()
+        self.state.lock().published.get(tree).into_iter().flatten().cloned().collect()
     }
 
     /// Returns the trees of a manifest with their entries, damaged ones included.
     pub fn trees_of(&self, manifest: Digest) -> Vec<(ObjectName, Arc<Entry>)> {
-        let state = self.lock();
+        let state = self.state.lock();
         let names = state.manifests.get(&manifest).into_iter().flatten();
         names
             .filter_map(|name| Some((name.clone(), Arc::clone(state.objects.get(name)?))))
@@ -246,14 +248,14 @@ impl Catalog {
 
     /// Returns all trees with their entries, damaged ones included.
     pub fn trees(&self) -> Vec<(ObjectName, Arc<Entry>)> {
-        let state = self.lock();
+        let state = self.state.lock();
         let trees = state.objects.iter().filter(|(name, _)| name.kind() == ObjectKind::Tree);
         trees.map(|(name, entry)| (name.clone(), Arc::clone(entry))).collect()
     }
 
     /// Returns the manifests that are pinned.
     pub fn pinned(&self) -> HashSet<Digest> {
-        self.lock().pinned.keys()
+        self.state.lock().pinned.keys()
     }
 
     /// Returns the disk space of the trees of some manifests and of the objects that they link, each
@@ -262,7 +264,7 @@ impl Catalog {
         let (mut counted, mut space) = (HashSet::new(), SpaceAmount::default());
         for manifest in manifests {
             // Locked for each manifest alone, so that publishes do not wait for all of them.
-            let state = self.lock();
+            let state = self.state.lock();
             let trees = state.manifests.get(manifest).into_iter().flatten();
             for (name, tree) in trees.filter_map(|tree| state.objects.get_key_value(tree)) {
                 for object in tree.links.iter().chain([name]) {
@@ -279,7 +281,7 @@ impl Catalog {
 
     /// A pin holds a manifest from now on.
     pub fn pin(&self, pin: &Path, manifest: Digest) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.pinned.add(manifest);
         if let Some(earlier) = state.pins.insert(pin.to_owned(), manifest) {
             state.pinned.remove(&earlier);
@@ -288,7 +290,7 @@ impl Catalog {
 
     /// A pin is gone.
     pub fn unpin(&self, pin: &Path) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         if let Some(manifest) = state.pins.remove(pin) {
             state.pinned.remove(&manifest);
         }
@@ -296,7 +298,7 @@ impl Catalog {
 
     /// Returns the right to remove an object, if nothing needs it at this moment.
     pub fn condemn(self: &Arc<Self>, name: &ObjectName) -> Option<Condemned> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let entry = state.objects.get(name)?;
         let manifest = entry.manifest.or_else(|| name.document_digest());
         let pinned = manifest.is_some_and(|manifest| state.pinned.has(&manifest));
@@ -316,7 +318,7 @@ impl Catalog {
 
     /// Copies the facts that planning needs.
     pub fn snapshot(&self) -> Snapshot {
-        let state = self.lock();
+        let state = self.state.lock();
         Snapshot {
             objects: state.objects.clone(),
             leased: state.leases.keys(),
@@ -327,14 +329,14 @@ impl Catalog {
 
     /// Returns the names of all objects but documents, each with a flag that is set if it is damaged.
     pub fn names(&self) -> Vec<(ObjectName, bool)> {
-        let state = self.lock();
+        let state = self.state.lock();
         let objects = state.objects.iter().filter(|(name, _)| name.kind() != ObjectKind::Document);
         objects.map(|(name, entry)| (name.clone(), entry.damaged)).collect()
     }
 
     /// Returns the disk space of all objects and records, of which each takes `record`.
     pub fn usage(&self, record: SpaceAmount) -> Usage {
-        let state = self.lock();
+        let state = self.state.lock();
         let records = state.publications.len().saturating_add(state.pins.len()) as u64;
         let records = state.records.plus(record.times(records));
         Usage {
@@ -343,11 +345,6 @@ impl Catalog {
             objects: (state.objects.len() as u64)
                 .saturating_sub(state.counts[ObjectKind::Document as usize]),
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is one statement of maps that stay whole: a panic elsewhere spoils nothing.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -399,20 +396,20 @@ impl Entry {
 impl Condemned {
     /// The object has lost its name: what it linked is free of it.
     pub fn removed(self) {
-        self.catalog.lock().forget(&self.name);
+        self.catalog.state.lock().forget(&self.name);
     }
 }
 
 impl Drop for Condemned {
     fn drop(&mut self) {
-        self.catalog.lock().leaving.remove(&self.name);
+        self.catalog.state.lock().leaving.remove(&self.name);
         self.catalog.settled.notify_all();
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.catalog.lock().leases.remove(&self.name);
+        self.catalog.state.lock().leases.remove(&self.name);
     }
 }
 

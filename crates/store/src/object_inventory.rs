@@ -5,7 +5,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::error::StoreError;
 use super::folder_listing::names;
@@ -33,7 +35,7 @@ pub struct Inventory {
 impl Inventory {
     /// Reads the sizes of all objects, unless that is done already.
     pub fn load(&self) -> Result<(), StoreError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = self.loaded.lock();
         if *loaded {
             return Ok(());
         }

@@ -15,7 +15,8 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::error::StoreError;
 use super::folder_listing::{current_generation, names};
@@ -68,7 +69,7 @@ impl ReadBack {
 
     /// Returns whether an object must be read back before it is shown or linked.
     pub fn is_unread(&self, object: &ObjectName) -> bool {
-        self.is_under_way() && !self.done().contains(object)
+        self.is_under_way() && !self.done.lock().contains(object)
     }
 
     /// Returns the current generation of a layer, if it is unread.
@@ -99,7 +100,7 @@ impl ReadBack {
 
     /// Notes that an object needs no reading any more.
     pub(super) fn was_read(&self, object: &ObjectName) {
-        if !self.is_under_way() || !self.done().insert(object.clone()) {
+        if !self.is_under_way() || !self.done.lock().insert(object.clone()) {
             return;
         }
         let path = self.root.join(FOLDER).join(object.as_str().replace('/', "."));
@@ -119,16 +120,11 @@ impl ReadBack {
         let grave = self.root.join("staging").join(durable_rename::temporary_name());
         fs::rename(&folder, &grave).map_err(|error| StoreError::io("rename", &folder, error))?;
         self.is_under_way.store(false, Ordering::Relaxed);
-        self.done().clear();
+        self.done.lock().clear();
         tracing::info!("all content of an earlier format has been read back");
         // The next start sweeps what stays.
         let _ = fs::remove_dir_all(&grave);
         Ok(())
-    }
-
-    fn done(&self) -> MutexGuard<'_, HashSet<ObjectName>> {
-        // A set stays whole whatever panics beside it.
-        self.done.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

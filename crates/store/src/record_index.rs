@@ -5,7 +5,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::object_name::ObjectName;
 use oci_types::Digest;
@@ -48,12 +50,12 @@ pub(super) struct FoundRecord {
 impl RecordIndex {
     /// Adds a record, or replaces what was known of it.
     pub(super) fn insert(&self, record: &Path, reference: &str, target: RecordTarget) {
-        self.lock().insert(record, reference, target);
+        self.0.lock().insert(record, reference, target);
     }
 
     /// Removes a record from the index.
     pub(super) fn remove(&self, record: &Path) {
-        self.lock().remove(record);
+        self.0.lock().remove(record);
     }
 
     /// Adds the records that `list` finds on the disk, at the first call. The index stays unlocked
@@ -66,11 +68,11 @@ impl RecordIndex {
         &self,
         list: impl FnOnce() -> Result<Vec<FoundRecord>, E>,
     ) -> Result<(), E> {
-        if self.lock().is_loaded {
+        if self.0.lock().is_loaded {
             return Ok(());
         }
         let found = list()?;
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         for FoundRecord { path, reference, target } in found {
             // A record that was written meanwhile is newer.
             if !state.records.contains_key(path.as_path()) {
@@ -83,25 +85,20 @@ impl RecordIndex {
 
     /// Returns the records of a reference.
     pub(super) fn of_reference(&self, reference: &str) -> Vec<Arc<Path>> {
-        self.lock().by_reference.get(reference).into_iter().flatten().cloned().collect()
+        self.0.lock().by_reference.get(reference).into_iter().flatten().cloned().collect()
     }
 
     /// Returns the records that lead to a manifest.
     pub(super) fn of_manifest(&self, manifest: Digest) -> Vec<Arc<Path>> {
-        self.lock().by_manifest.get(&manifest).into_iter().flatten().cloned().collect()
+        self.0.lock().by_manifest.get(&manifest).into_iter().flatten().cloned().collect()
     }
 
     /// Returns the indexes that some manifests were chosen from.
     pub(super) fn indexes_of(&self, manifests: &HashSet<Digest>) -> HashSet<ObjectName> {
-        let state = self.lock();
+        let state = self.0.lock();
         let targets = state.records.values().map(|record| record.target);
         let wanted = targets.filter(|target| manifests.contains(&target.manifest));
         wanted.filter_map(|target| target.index).map(ObjectName::document).collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, IndexState> {
-        // The index is a hint, which a panic elsewhere may leave incomplete.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -163,7 +160,7 @@ mod tests {
         index.remove(one);
         index.remove(two);
         assert!(index.of_reference("r.io/a:v1").is_empty());
-        assert!(index.lock().by_manifest.is_empty());
+        assert!(index.0.lock().by_manifest.is_empty());
     }
 
     #[test]

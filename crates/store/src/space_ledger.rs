@@ -11,7 +11,9 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use super::error::StoreError;
 use super::folder_listing::names;
@@ -294,7 +296,7 @@ impl Ledger {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, LedgerState> {
         // The totals are consistent after every update, so a panic elsewhere breaks nothing.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Returns the path of the download of a blob from a registry.

@@ -8,7 +8,9 @@
 //! programs write there too.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::disk_space::{CacheOptions, DiskSpace};
 use super::error::{Kind, Shortage, StoreError};
@@ -183,7 +185,7 @@ impl SpaceReservations {
 impl Reservation {
     /// A blob's content has its name: what it took shows on the disk itself now.
     pub fn done(&self, blob: Digest) {
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut claims = self.claims.lock();
         let Some(count) = claims.get_mut(&blob) else { return };
         *count -= 1;
         if *count == 0 {
@@ -196,7 +198,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        let claims = self.claims.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let claims = self.claims.get_mut();
         for (blob, count) in claims.drain() {
             for _ in 0..count {
                 self.ledger.release(blob);

@@ -7,8 +7,10 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt as _;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
 
 /// Time between two questions of a waiting reader whether it should yield.
 const LOOK: Duration = Duration::from_secs(1);
@@ -59,14 +61,14 @@ impl Growth {
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.state.lock());
         self.changed.notify_all();
     }
 }
 
 impl Follower {
     pub(super) fn new(file: Arc<File>, growth: &Arc<Growth>, size: u64) -> Self {
-        let restarts = growth.state.lock().unwrap_or_else(PoisonError::into_inner).restarts;
+        let restarts = growth.state.lock().restarts;
         let growth = Arc::clone(growth);
         let waited = Duration::ZERO;
         Self { file, growth, size, restarts, position: 0, waited, gives_way: None }
@@ -80,7 +82,7 @@ impl Follower {
     /// Returns how many bytes there are beyond the position, at least one.
     fn available(&mut self) -> io::Result<u64> {
         let given_up = || io::Error::other("the download that is followed was given up");
-        let mut state = self.growth.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.growth.state.lock();
         loop {
             if state.restarts != self.restarts {
                 return Err(given_up());
@@ -95,8 +97,7 @@ impl Follower {
                 return Err(io::Error::other("it gave way to others"));
             }
             let since = Instant::now();
-            let waited = self.growth.changed.wait_timeout(state, LOOK);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.growth.changed.wait_for(&mut state, LOOK);
             self.waited += since.elapsed();
         }
     }

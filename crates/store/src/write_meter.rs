@@ -1,7 +1,8 @@
 //! Keeps all writers of a store above the floor of free space.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use super::disk_space::{CacheOptions, DiskSpace};
 use super::error::StoreError;
@@ -44,7 +45,7 @@ impl WriteMeter {
     }
 
     fn take(&self, wanted: SpaceAmount) -> Result<(), StoreError> {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut left = self.left.lock();
         if !wanted.is_met_by(*left) {
             let space = DiskSpace::of(&self.root)?;
             let floor = space.floor(&self.options);

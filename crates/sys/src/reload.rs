@@ -8,7 +8,9 @@ use std::fmt;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 /// The files that a value was made from, with the version of each that was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -83,7 +85,7 @@ impl<T> Default for FileBacked<T> {
 impl<T> FileBacked<T> {
     /// Returns the value for the present files. `make` records each file that it reads. Blocks.
     pub fn get(&self, make: impl FnOnce(&mut FileVersions) -> T) -> Arc<T> {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.lock();
         if let Some((versions, value)) = held.as_ref()
             && versions.is_current()
         {
@@ -150,7 +152,7 @@ impl<T> Reloadable<T> {
     /// The reason that no file contents were ever valid.
     pub fn current(&self) -> Result<Arc<T>, String> {
         let what = self.0.name;
-        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.0.state.lock();
         if let Some(LoadedValue { versions, value }) = state.as_ref()
             && versions.is_current()
         {

@@ -1,8 +1,9 @@
 //! Cache of challenges and authorizations by repository, so that not every request of a pull starts
 //! with a 401.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use reqwest::Url;
 use reqwest::header::HeaderValue;
 
@@ -97,7 +98,7 @@ impl AuthCache {
         repository: &Repository,
     ) -> Arc<[Challenge]> {
         let asked = (endpoint.root.clone(), repository.clone());
-        self.challenges().get(&asked).unwrap_or_else(|| Arc::new([]))
+        self.challenges.lock().get(&asked).unwrap_or_else(|| Arc::new([]))
     }
 
     /// Caches the challenges of a repository.
@@ -109,7 +110,7 @@ impl AuthCache {
     ) {
         if !challenges.is_empty() {
             let asked = (endpoint.root.clone(), repository.clone());
-            self.challenges().insert(asked, challenges.into());
+            self.challenges.lock().insert(asked, challenges.into());
         }
     }
 
@@ -174,12 +175,6 @@ impl AuthCache {
         if let RequestAuthorization::Token(fetched) = proof {
             self.tokens.forget(fetched).await;
         }
-    }
-
-    fn challenges(
-        &self,
-    ) -> std::sync::MutexGuard<'_, LruMap<EndpointRepository, Arc<[Challenge]>>> {
-        self.challenges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

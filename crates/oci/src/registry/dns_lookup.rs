@@ -14,11 +14,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared};
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
@@ -98,7 +99,7 @@ impl DnsLookups {
     pub(super) async fn addresses(&self, name: &str) -> io::Result<Arc<[SocketAddr]>> {
         let name = name.to_ascii_lowercase();
         let permits = {
-            let mut state = self.0.state();
+            let mut state = self.0.state.lock();
             if let Some(pause) = state.paused.get(&name)
                 && let Some(left) = pause.until.checked_duration_since(Instant::now())
             {
@@ -110,7 +111,7 @@ impl DnsLookups {
             let is_known = state.found.get(&name).is_some();
             Arc::clone(if is_known { &self.0.of_known } else { &self.0.of_new })
         };
-        let running = self.0.state().running.get(&name).cloned();
+        let running = self.0.state.lock().running.get(&name).cloned();
         let lookup = if let Some(lookup) = running {
             lookup
         } else {
@@ -126,7 +127,7 @@ impl DnsLookups {
         name: String,
         permit: OwnedSemaphorePermit,
     ) -> Shared<BoxFuture<'static, LookupResult>> {
-        let mut state = self.0.state();
+        let mut state = self.0.state.lock();
         if let Some(running) = state.running.get(&name) {
             return running.clone();
         }
@@ -142,7 +143,7 @@ impl DnsLookups {
         let lookup = task.map(move |ended| {
             ended.unwrap_or_else(|error| {
                 // An aborted task has not recorded its result.
-                inner.state().running.remove(&wanted);
+                inner.state.lock().running.remove(&wanted);
                 Err(error.to_string().into())
             })
         });
@@ -153,13 +154,9 @@ impl DnsLookups {
 }
 
 impl LookupsInner {
-    fn state(&self) -> MutexGuard<'_, LookupState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Records the result of a lookup.
     fn record(&self, name: String, took: Duration, is_found: bool) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.running.remove(&name);
         if is_found {
             state.paused.remove(&name);

@@ -3,9 +3,10 @@
 //! Failures are recorded by registry and blob: they say nothing about other registries or blobs. If
 //! the registry itself fails too, avoided mirrors are tried again, since they may work by then.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::lru_map::LruMap;
@@ -46,13 +47,13 @@ impl MirrorFailures {
     /// Records that one mirror, or all mirrors of a registry, failed for a blob.
     pub(super) fn record_failure(&self, registry: &str, blob: Digest, mirror: Option<&Arc<str>>) {
         let key = (registry.to_owned(), blob, mirror.cloned());
-        let mut marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut marks = self.0.lock();
         marks.insert(key, Instant::now());
     }
 
     /// Returns the health of a mirror for a blob.
     pub(super) fn health(&self, registry: &str, blob: Digest, mirror: &Arc<str>) -> MirrorHealth {
-        let mut marks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut marks = self.0.lock();
         let mut since = |mirror| marks.get(&(registry.to_owned(), blob, mirror));
         let last = since(None).max(since(Some(Arc::clone(mirror))));
         match last.map(|last| last.elapsed()) {

@@ -69,10 +69,11 @@ mod tls;
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode, Url};
 use rustls::pki_types::CertificateDer;
@@ -258,7 +259,7 @@ impl Registry {
         let Some(mut failover) = HostFailover::new(own, |_| MirrorHealth::Healthy) else {
             return Ok(None);
         };
-        let failed = self.unreachable().get(&host.to_owned());
+        let failed = self.unreachable.lock().get(&host.to_owned());
         if let Some((_, error)) = failed.filter(|(since, _)| since.elapsed() < UNREACHABLE_FOR) {
             return Err(error.about(&request.what));
         }
@@ -273,7 +274,7 @@ impl Registry {
         if let Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Timeout { .. })) =
             &fetched
         {
-            self.unreachable().insert(host.to_owned(), (Instant::now(), error.clone()));
+            self.unreachable.lock().insert(host.to_owned(), (Instant::now(), error.clone()));
         }
         fetched.map(Some)
     }
@@ -285,10 +286,6 @@ impl Registry {
         let endpoints = route.as_ref().as_ref().ok()?;
         let mirrors = endpoints.iter().filter(|endpoint| !endpoint.is_registry());
         Some(mirrors.map(|endpoint| endpoint.address()).collect())
-    }
-
-    fn unreachable(&self) -> std::sync::MutexGuard<'_, LruMap<String, UnreachableRegistry>> {
-        self.unreachable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn fetch_manifest(

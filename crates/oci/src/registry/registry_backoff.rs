@@ -12,9 +12,9 @@
 //! follows: a late push is seen soon, and a permanent refusal costs two requests a minute. A
 //! changed secret is another credential, which no cached refusal applies to.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use sha2::Digest as _;
 use tokio::time::Instant;
 
@@ -143,7 +143,7 @@ impl RegistryBackoff {
     /// Waits until the request may be sent. Fails with a cached refusal, or if the delay is longer
     /// than [`MAXIMUM_WAIT`].
     pub(super) async fn wait(&self, request: &RequestKey) -> Result<(), RegistryError> {
-        let delay = self.state().delay(request)?;
+        let delay = self.state.lock().delay(request)?;
         match delay {
             RequestDelay::None => {}
             RequestDelay::Backoff(left, error) if left > MAXIMUM_WAIT => {
@@ -167,7 +167,7 @@ impl RegistryBackoff {
         request: &RequestKey,
         outcome: &Result<T, RegistryError>,
     ) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let key = (request.host_key, request.what.clone());
         match outcome {
             Err(error) if is_refusal(error) => {
@@ -203,12 +203,8 @@ impl RegistryBackoff {
     /// Records a failure of the token endpoint or of `/v2/`. A rate limit holds for the whole host.
     pub(super) fn record_host_failure(&self, request: &RequestKey, error: &RegistryError) {
         if is_rate_limit(error) {
-            self.state().back_off(request.host_key, request, error);
+            self.state.lock().back_off(request.host_key, request, error);
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, BackoffState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

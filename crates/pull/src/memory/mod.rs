@@ -31,9 +31,10 @@ mod memory_ledger;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 pub use container_memory_limit::container_limit;
@@ -242,10 +243,6 @@ impl<T: Clone + Eq + Hash> MemoryPool<T> {
         Self { state: Mutex::new(PoolState { ledger, waiting: HashMap::new() }), most }
     }
 
-    fn lock(&self) -> MutexGuard<'_, PoolState<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     async fn reserve(
         self: &Arc<Self>,
         tenant: T,
@@ -261,7 +258,7 @@ impl<T: Clone + Eq + Hash> MemoryPool<T> {
                 return Ok(reservation);
             }
             let granted = loop {
-                waits(Some(self.lock().ledger.state_of(&tenant, bytes)));
+                waits(Some(self.state.lock().ledger.state_of(&tenant, bytes)));
                 let granted = tokio::time::timeout(REPORT_INTERVAL, &mut request.granted);
                 if let Ok(granted) = granted.await {
                     break granted;
@@ -286,7 +283,7 @@ impl<T: Clone + Eq + Hash> MemoryPool<T> {
     fn request(self: &Arc<Self>, tenant: T, bytes: u64) -> PendingRequest<'_, T> {
         let (grant, granted) = oneshot::channel();
         let id = {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             let id = state.ledger.request(tenant.clone(), bytes);
             state.waiting.insert(id, grant);
             id
@@ -297,7 +294,7 @@ impl<T: Clone + Eq + Hash> MemoryPool<T> {
 
     /// Grants the requests that can be granted now.
     fn distribute(self: &Arc<Self>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         // Dropped after the lock is released, which dropping a reservation takes.
         let mut left = Vec::new();
         while let Some(MemoryGrant { id, tenant, bytes }) = state.ledger.grant() {
@@ -321,7 +318,7 @@ struct PendingRequest<'a, T: Clone + Eq + Hash> {
 
 impl<T: Clone + Eq + Hash> Drop for PendingRequest<'_, T> {
     fn drop(&mut self) {
-        let mut state = self.pool.lock();
+        let mut state = self.pool.state.lock();
         if state.waiting.remove(&self.id).is_some() {
             state.ledger.withdraw(&self.tenant, self.id);
             drop(state);
@@ -337,7 +334,7 @@ impl<T: Clone + Eq + Hash> MemoryReservation<T> {
         let surplus = self.bytes.saturating_sub(bytes);
         if surplus > 0 {
             self.bytes -= surplus;
-            self.pool.lock().ledger.release(&self.tenant, surplus);
+            self.pool.state.lock().ledger.release(&self.tenant, surplus);
             self.pool.distribute();
         }
     }
@@ -350,7 +347,7 @@ impl<T: Clone + Eq + Hash> MemoryReservation<T> {
 
 impl<T: Clone + Eq + Hash> Drop for MemoryReservation<T> {
     fn drop(&mut self) {
-        self.pool.lock().ledger.release(&self.tenant, self.bytes);
+        self.pool.state.lock().ledger.release(&self.tenant, self.bytes);
         self.pool.distribute();
     }
 }

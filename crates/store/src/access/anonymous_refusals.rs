@@ -33,7 +33,7 @@ impl AnonymousRefusals {
         if refuses {
             return self.0.put(&path);
         }
-        let _turn = self.0.hold();
+        let _turn = self.0.lock.lock();
         self.0.remove(&path).map(|_| ())
     }
 

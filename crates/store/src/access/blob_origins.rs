@@ -54,7 +54,7 @@ impl Origins {
         if by.is_empty() {
             by.insert(REGISTRY.to_owned(), unix_seconds);
         }
-        let _turn = self.0.hold();
+        let _turn = self.0.lock.lock();
         self.0.write_proof(&self.tree_path(repository, tree), &Proof { unix_seconds, by })
     }
 

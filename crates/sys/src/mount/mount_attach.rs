@@ -20,10 +20,10 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use parking_lot::Mutex;
 
 use super::mount_target::MountTarget;
 use super::syscalls::{self, FilesystemContext};
@@ -179,7 +179,7 @@ fn attach_staged(
     // One private mount holds all staging folders, so that no staged mount propagates to other
     // namespaces. Each attach mounts and unmounts it, so only one runs at a time.
     static STAGING: Mutex<()> = Mutex::new(());
-    let _exclusive = STAGING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _exclusive = STAGING.lock();
     let none = None::<&str>;
     std::fs::create_dir_all(staging)?;
     let place = staging.join(std::process::id().to_string());

@@ -18,9 +18,10 @@ pub mod provider_protocol;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -324,7 +325,7 @@ impl NodeCredentials {
     /// Returns a cached response, searched as in the kubelet: by image, by registry, then global.
     fn cached(&self, key: &str, repository: &Repository) -> Option<Keyring> {
         use provider_protocol::CacheKeyType::{Global, Image, Registry};
-        let answers = self.0.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let answers = self.0.answers.lock();
         let now = Instant::now();
         [Image, Registry, Global].into_iter().find_map(|kind| {
             let (until, keyring) = answers.get(&format!("{key} {}", kind.key(repository)))?;
@@ -333,7 +334,7 @@ impl NodeCredentials {
     }
 
     fn keep(&self, key: String, until: Instant, keyring: Keyring) {
-        let mut answers = self.0.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut answers = self.0.answers.lock();
         if answers.len() >= MAXIMUM_ANSWERS {
             let now = Instant::now();
             answers.retain(|_, (until, _)| now < *until);

@@ -13,8 +13,9 @@ mod certs_folder;
 mod hosts_toml;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use reqwest::Url;
 
 pub use hosts_toml::{HostEntry, HostsFile};
@@ -73,7 +74,7 @@ impl RegistryHosts {
 impl HostsInner {
     fn route(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
         let route = {
-            let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut routes = self.routes.lock();
             let known = routes.get(&host.to_owned());
             known.unwrap_or_else(|| {
                 let route = Arc::default();

@@ -9,11 +9,11 @@ use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::linkat;
+use parking_lot::Mutex;
 
 use crate::SecurityLabel;
 use crate::inode_metadata::set_owner_and_mode;
@@ -55,7 +55,7 @@ impl<'a> Copies<'a> {
     ) -> io::Result<()> {
         let copy = self.folder.join(file.to_string());
         let link = || linkat(AT_FDCWD, &copy, folder, name, AtFlags::empty());
-        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut made = self.made.lock();
         match link() {
             Err(Errno::ENOENT) if made.is_nothing() => std::fs::create_dir(&self.folder)?,
             Err(Errno::ENOENT) => {}
@@ -70,7 +70,7 @@ impl<'a> Copies<'a> {
 
     /// Removes the names outside of the tree. Returns the disk space of the copies.
     pub(super) fn finish(self) -> io::Result<SpaceAmount> {
-        let made = self.made.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let made = self.made.into_inner();
         if !made.is_nothing() {
             std::fs::remove_dir_all(&self.folder)?;
         }
