@@ -141,18 +141,6 @@ enum Ranges {
     Refused,
 }
 
-/// The end of a connection.
-enum End {
-    /// It brought what it was to bring, or gave way to others.
-    Done,
-    /// The source does not send parts.
-    NoRanges,
-    Broke(Break),
-    /// The source sent something else than the blob.
-    Wrong(PullError),
-    WriterGone,
-}
-
 impl ConnectionState {
     /// Creates the state before the first request. `missing` is the part of the blob to fetch, by at
     /// most `most` connections.
@@ -246,9 +234,9 @@ impl Connections<'_> {
                 }
             };
             match end {
-                Some(End::Done) | None => {}
-                Some(End::WriterGone) => return Err(Failure::WriterGone),
-                Some(End::NoRanges) => {
+                Some(Ok(())) | None => {}
+                Some(Err(Stop::WriterGone)) => return Err(Failure::WriterGone),
+                Some(Err(Stop::NoRanges)) => {
                     self.refuse_ranges();
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
@@ -258,7 +246,7 @@ impl Connections<'_> {
                         self.restart(retries).await?;
                     }
                 }
-                Some(End::Broke(Break { error, .. }))
+                Some(Err(Stop::Broke(Break { error, .. })))
                     if error.is_unavailable() && !running.is_empty() =>
                 {
                     // The others go on; as many as these are what works.
@@ -266,7 +254,7 @@ impl Connections<'_> {
                     let mut state = self.state.lock();
                     (state.most, state.wanted) = (running.len(), running.len());
                 }
-                Some(End::Broke(Break { error, .. }) | End::Wrong(error))
+                Some(Err(Stop::Broke(Break { error, .. }) | Stop::Wrong(error)))
                     if !running.is_empty() =>
                 {
                     // Refused what another connection is being given: one at a time will do, and
@@ -274,8 +262,8 @@ impl Connections<'_> {
                     tracing::debug!(%error, "a part was refused");
                     self.refuse_ranges();
                 }
-                Some(End::Wrong(error)) => return Err(Failure::Wrong(error)),
-                Some(End::Broke(broken)) => {
+                Some(Err(Stop::Wrong(error))) => return Err(Failure::Wrong(error)),
+                Some(Err(Stop::Broke(broken))) => {
                     let missing = self.state.lock().spans.missing();
                     let wait = retries.next(&broken, missing);
                     self.state.lock().wanted = 1;
@@ -350,17 +338,11 @@ impl Connections<'_> {
     }
 
     /// One connection, from its request to its end.
-    async fn connection(&self, number: u32, slot: Slot) -> End {
+    async fn connection(&self, number: u32, slot: Slot) -> Result<(), Stop> {
         let _counted = CountedConnection::new(&*self.wire.observer);
         let end = self.stream(number, slot).await;
         self.state.lock().spans.finish(number);
-        match end {
-            Ok(()) => End::Done,
-            Err(Stop::NoRanges) => End::NoRanges,
-            Err(Stop::WriterGone) => End::WriterGone,
-            Err(Stop::Broke(broken)) => End::Broke(broken),
-            Err(Stop::Wrong(error)) => End::Wrong(error),
-        }
+        end
     }
 
     /// Returns the position of a connection, and the offset at which it has to stop now.
@@ -581,9 +563,11 @@ impl Drop for CountedConnection<'_> {
 
 /// Why a connection brings no more.
 enum Stop {
+    /// The source does not send parts.
     NoRanges,
     WriterGone,
     Broke(Break),
+    /// The source sent something else than the blob.
     Wrong(PullError),
 }
 

@@ -22,7 +22,7 @@ pub enum PullError {
     NotCached,
     /// The registry, by its own error.
     #[error(transparent)]
-    Registry(RegistryError),
+    Registry(#[from] RegistryError),
     /// No signature that the policy demands.
     #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
     Signature {
@@ -41,10 +41,10 @@ pub enum PullError {
     },
     /// A source of the node's own credentials, and nothing else opened it.
     #[error(transparent)]
-    Provider(ProviderError),
+    Provider(#[from] ProviderError),
     /// The manifest or index.
     #[error(transparent)]
-    Manifest(ManifestError),
+    Manifest(#[from] ManifestError),
     /// A layer or what it unpacks to.
     #[error(transparent)]
     Unpack(UnpackError),
@@ -80,10 +80,10 @@ pub enum PullError {
     },
     /// The artifact needs more memory than the node has for one.
     #[error(transparent)]
-    Memory(NeverFits),
+    Memory(#[from] NeverFits),
     /// The node's own disk.
     #[error(transparent)]
-    Store(StoreError),
+    Store(#[from] StoreError),
     /// The last caller stopped waiting for it.
     #[error("nobody waited for it any more")]
     Unwanted,
@@ -159,24 +159,6 @@ fn found(flaw: Option<SignatureFlaw>) -> String {
     }
 }
 
-impl From<RegistryError> for PullError {
-    fn from(error: RegistryError) -> Self {
-        Self::Registry(error)
-    }
-}
-
-impl From<NeverFits> for PullError {
-    fn from(error: NeverFits) -> Self {
-        Self::Memory(error)
-    }
-}
-
-impl From<ManifestError> for PullError {
-    fn from(error: ManifestError) -> Self {
-        Self::Manifest(error)
-    }
-}
-
 impl From<UnpackError> for PullError {
     fn from(error: UnpackError) -> Self {
         let staging = std::path::Path::new("the unpacked layer");
@@ -186,11 +168,5 @@ impl From<UnpackError> for PullError {
             UnpackError::Read(source) => StoreError::io("read", staging, source).into(),
             error => Self::Unpack(error),
         }
-    }
-}
-
-impl From<StoreError> for PullError {
-    fn from(error: StoreError) -> Self {
-        Self::Store(error)
     }
 }
