@@ -12,7 +12,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use sha2::Digest as _;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::json_records;
 use super::object_catalog::Lease;
 use super::space_ledger::{Claim, Ledger, RegistryId, record_of};
@@ -98,13 +98,11 @@ impl ImportedBlobs {
     /// Reads a small blob, at most `limit` bytes of it; none when it was not brought along.
     pub fn read(&self, digest: Digest, limit: u64) -> Result<Option<Vec<u8>>, StoreError> {
         let path = self.path(digest);
-        let file = match std::fs::File::open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            file => file.map_err(|error| StoreError::io("open", &path, error))?,
-        };
+        let file = std::fs::File::open(&path).if_there("open", &path)?;
+        let Some(file) = file else { return Ok(None) };
         let mut content = Vec::new();
         let read = file.take(limit).read_to_end(&mut content);
-        read.map_err(|error| StoreError::io("read", &path, error))?;
+        read.io_context("read", &path)?;
         Ok(Some(content))
     }
 
@@ -126,8 +124,7 @@ impl ImportedBlobs {
         let to = self.ledger.path(digest, registry);
         // What an earlier try has said of its ranges says nothing of this file.
         json_records::remove(&record_of(&to))?;
-        std::fs::rename(self.path(digest), &to)
-            .map_err(|error| StoreError::io("rename", &to, error))?;
+        std::fs::rename(self.path(digest), &to).io_context("rename", &to)?;
         self.ledger.refresh(digest, registry);
         Ok(())
     }

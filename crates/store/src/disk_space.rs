@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::space_amount::SpaceAmount;
 use text::duration::go_duration;
 use text::quantity::optional_bytes;
@@ -130,8 +130,7 @@ impl CacheOptions {
 impl DiskSpace {
     /// Reads the space of the filesystem that a folder lies on.
     pub fn of(folder: &Path) -> Result<Self, StoreError> {
-        let status = nix::sys::statvfs::statvfs(folder)
-            .map_err(|error| StoreError::io("look at", folder, error.into()))?;
+        let status = nix::sys::statvfs::statvfs(folder).io_context("look at", folder)?;
         let bytes = |blocks: u64| blocks.saturating_mul(status.fragment_size());
         Ok(Self {
             free_bytes: bytes(status.blocks_available()),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use sys::background;
 use sys::fault;
 
@@ -44,8 +44,7 @@ pub struct Staged {
 impl Staged {
     /// Starts to write under `folder`.
     pub fn begin(folder: &Path) -> Result<Self, StoreError> {
-        let filesystem =
-            File::open(folder).map_err(|error| StoreError::io("open", folder, error))?;
+        let filesystem = File::open(folder).io_context("open", folder)?;
         Ok(Self { filesystem, few: Some(Vec::new()) })
     }
 
@@ -67,24 +66,21 @@ impl Barrier {
     pub fn pass(&self, staged: &Staged) -> Result<(), StoreError> {
         background::yield_to_pods();
         if let Some(few) = &staged.few {
-            return few.iter().try_for_each(|(path, file)| {
-                file.sync_all().map_err(|error| StoreError::io("sync", path, error))
-            });
+            return few
+                .iter()
+                .try_for_each(|(path, file)| file.sync_all().io_context("sync", path));
         }
         // Other barriers wait for this one.
         background::at_normal_priority(|| {
             let _turn = self.0.lock();
-            nix::unistd::syncfs(&staged.filesystem)
-                .map_err(|error| StoreError::io("sync", Path::new("the filesystem"), error.into()))
+            nix::unistd::syncfs(&staged.filesystem).io_context("sync", Path::new("the filesystem"))
         })
     }
 }
 
 /// Syncs one file or folder.
 pub fn sync(path: &Path) -> Result<(), StoreError> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(|error| StoreError::io("sync", path, error))
+    File::open(path).and_then(|file| file.sync_all()).io_context("sync", path)
 }
 
 /// Renames and makes the new name durable.
@@ -136,8 +132,7 @@ pub fn create_folder(path: &Path) -> Result<bool, StoreError> {
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {
             sync_parent(path)?;
-            fault::point("folder.created")
-                .map_err(|error| StoreError::io("create", path, error))?;
+            fault::point("folder.created").io_context("create", path)?;
             Ok(true)
         }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),

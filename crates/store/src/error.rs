@@ -155,6 +155,28 @@ impl fmt::Display for Shortage {
     }
 }
 
+/// Adds the action and the path to an error of a system call.
+pub(crate) trait IoContext<T> {
+    /// Returns the error of the store for a failed action on this path.
+    fn io_context(self, action: &'static str, path: &Path) -> Result<T, StoreError>;
+
+    /// Does the same, with `None` in place of the error that there is no such file.
+    fn if_there(self, action: &'static str, path: &Path) -> Result<Option<T>, StoreError>;
+}
+
+impl<T, E: Into<io::Error>> IoContext<T> for Result<T, E> {
+    fn io_context(self, action: &'static str, path: &Path) -> Result<T, StoreError> {
+        self.map_err(|error| StoreError::io(action, path, error.into()))
+    }
+
+    fn if_there(self, action: &'static str, path: &Path) -> Result<Option<T>, StoreError> {
+        match self.map_err(Into::into) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            result => result.map(Some).io_context(action, path),
+        }
+    }
+}
+
 impl StoreError {
     /// Tells a full disk from everything else.
     pub fn io(action: &'static str, path: &Path, source: io::Error) -> Self {

@@ -18,7 +18,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, MutexGuard};
 
 use super::durable_rename;
-use super::error::{Kind, Shortage, StoreError};
+use super::error::{IoContext as _, Kind, Shortage, StoreError};
 use super::eviction::{Facts, Plan, Reason};
 use super::object_catalog::{Condemned, Entry};
 use super::object_inventory::Inventory;
@@ -407,18 +407,13 @@ impl GarbageCollector {
             return Err(StoreError::Foreign { path, what: "lies behind a symbolic link" });
         }
         let grave = self.directory.staging().join(durable_rename::temporary_name());
-        fault::point("gc.condemned").map_err(|error| StoreError::io("remove", &path, error))?;
+        fault::point("gc.condemned").io_context("remove", &path)?;
         // The removal of a single file is atomic, so that it needs no rename.
         let is_file = matches!(name.kind(), ObjectKind::File | ObjectKind::Document);
         let removed = if is_file { fs::remove_file(&path) } else { fs::rename(&path, &grave) };
-        match removed {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StoreError::io("remove", &path, error));
-            }
-            _ => {}
-        }
+        removed.if_there("remove", &path)?;
         condemned.removed();
-        fault::point("gc.renamed").map_err(|error| StoreError::io("remove", &path, error))?;
+        fault::point("gc.renamed").io_context("remove", &path)?;
         // A mark without its generation marks nothing; the folders of a key go when they are empty.
         if name.kind() != ObjectKind::Document {
             let _ = fs::remove_file(path.with_extension("damaged"));
@@ -436,7 +431,7 @@ impl GarbageCollector {
         {
             tracing::warn!(path = %grave.display(), %error, "a removed object leaves something behind");
         }
-        fault::point("gc.removed").map_err(|error| StoreError::io("remove", &path, error))
+        fault::point("gc.removed").io_context("remove", &path)
     }
 }
 
@@ -467,8 +462,7 @@ fn seconds(duration: Duration) -> i64 {
 
 /// The trees that are mounted anywhere in sight, whatever the records say.
 fn mounted_trees() -> Result<HashSet<ObjectName>, StoreError> {
-    let table = MountTable::read()
-        .map_err(|error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error))?;
+    let table = MountTable::read().io_context("read", Path::new("/proc/self/mountinfo"))?;
     let trees = table.iter().filter_map(|mount| MountedTree::containing(&mount.origin));
     Ok(trees.map(|tree| ObjectName::tree(tree.key, tree.generation)).collect())
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::durable_rename;
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use oci_types::Digest;
 
 /// Reads a record. What is missing or unreadable is no record.
@@ -21,7 +21,7 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 ///
 /// [`StoreError::Damaged`] when it is not a record of this kind, [`StoreError::Io`] when it cannot be read.
 pub fn read_whole<T: DeserializeOwned>(path: &Path) -> Result<T, StoreError> {
-    let bytes = std::fs::read(path).map_err(|error| StoreError::io("read", path, error))?;
+    let bytes = std::fs::read(path).io_context("read", path)?;
     serde_json::from_slice(&bytes)
         .map_err(|error| StoreError::Damaged { path: path.to_owned(), what: error.to_string() })
 }
@@ -47,17 +47,12 @@ pub fn remove(path: &Path) -> Result<(), StoreError> {
 
 /// Removes a record. Returns whether it was there.
 pub fn remove_if_there(path: &Path) -> Result<bool, StoreError> {
-    match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(StoreError::io("remove", path, error)),
-    }
+    Ok(std::fs::remove_file(path).if_there("remove", path)?.is_some())
 }
 
 /// All readable records of a folder with their paths.
 pub fn list<T: DeserializeOwned>(folder: &Path) -> Result<Vec<(PathBuf, T)>, StoreError> {
-    let entries =
-        std::fs::read_dir(folder).map_err(|error| StoreError::io("list", folder, error))?;
+    let entries = std::fs::read_dir(folder).io_context("list", folder)?;
     let paths = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
     let records = paths.filter(|path| path.extension().is_some_and(|kind| kind == "json"));
     Ok(records.filter_map(|path| read(&path).map(|record| (path, record))).collect())
@@ -69,5 +64,5 @@ pub fn name(key: Digest) -> String {
 }
 
 fn encode<T: Serialize>(path: &Path, record: &T) -> Result<Vec<u8>, StoreError> {
-    serde_json::to_vec(record).map_err(|error| StoreError::io("encode", path, error.into()))
+    serde_json::to_vec(record).io_context("encode", path)
 }

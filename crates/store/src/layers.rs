@@ -25,7 +25,7 @@ use nix::fcntl::{AT_FDCWD, OFlag};
 use nix::sys::stat::Mode;
 
 use super::disk_units::DiskUnits;
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::folder_listing::current_generation;
 use super::object_catalog::{Entry, Lease};
 use super::staging_folders::Staging;
@@ -111,15 +111,8 @@ impl Layers {
     pub fn get(&self, key: LayerKey) -> Result<Option<Layer>, StoreError> {
         let folder = self.directory.path("layers").join(key.to_string());
         let Some(generation) = current_generation(&folder)? else { return Ok(None) };
-        let lease = self.directory.catalog.lease(ObjectName::layer(key, generation));
-        let layer = Layer {
-            key,
-            generation,
-            path: folder.join(generation.to_string()),
-            lease: Some(lease),
-        };
-        // It may have gone between the first look and the lease.
-        Ok(layer.path.symlink_metadata().is_ok().then_some(layer))
+        let held = self.directory.hold(&ObjectName::layer(key, generation));
+        Ok(held.map(|(lease, path)| Layer { key, generation, path, lease: Some(lease) }))
     }
 
     /// Starts a layer that is unpacked from a blob.
@@ -135,7 +128,7 @@ impl Layers {
             syscalls::trim_heap();
         }
         let path = staging.path();
-        fault::point("layer.unpacked").map_err(|error| StoreError::io("write", path, error))?;
+        fault::point("layer.unpacked").io_context("write", path)?;
         Ok(UnpackedLayer { key, totals, staging })
     }
 
@@ -166,8 +159,7 @@ impl UnpackedLayer {
     pub fn view(&self) -> Result<LayerView, StoreError> {
         let path = self.staging.path();
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let folder = nix::fcntl::open(path, flags, Mode::empty())
-            .map_err(|error| StoreError::io("open", path, error.into()))?;
+        let folder = nix::fcntl::open(path, flags, Mode::empty()).io_context("open", path)?;
         Ok(LayerView { place: Place::Staged(Arc::new(folder)), _lease: None })
     }
 }

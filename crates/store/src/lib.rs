@@ -124,6 +124,7 @@ use access::verified_signatures::VerifiedSignatures;
 use blob_import::ImportedBlobs;
 use content_verification::Verification;
 use damage_marks::DamageMarks;
+use error::IoContext as _;
 use gc::{Evictions, GarbageCollector};
 use layers::Layers;
 use object_inventory::Inventory;
@@ -218,15 +219,14 @@ impl Store {
     /// [`StoreError::Foreign`] for one that holds something else in place of the driver's own.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Self, StoreError> {
         let format = root.join("format");
-        let found = match std::fs::read(&format) {
-            Ok(found) if found == FORMAT.as_bytes() => Found::Current,
-            Ok(found) if found == EARLIER_FORMAT.as_bytes() => Found::Earlier,
-            Ok(found) => {
+        let found = match std::fs::read(&format).if_there("read", &format)? {
+            None => Found::Nothing,
+            Some(found) if found == FORMAT.as_bytes() => Found::Current,
+            Some(found) if found == EARLIER_FORMAT.as_bytes() => Found::Earlier,
+            Some(found) => {
                 let found = String::from_utf8_lossy(&found).trim().chars().take(80).collect();
                 return Err(StoreError::Format { path: root.to_owned(), found });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Found::Nothing,
-            Err(error) => return Err(StoreError::io("read", &format, error)),
         };
         for folder in Self::FOLDERS {
             durable_rename::create_folder(&root.join(folder))?;
@@ -234,7 +234,7 @@ impl Store {
         state_ownership::check(root, &Self::FOLDERS)?;
         let staging = root.join("staging");
         staging_folders::sweep(&staging)?;
-        fault::point("recovery.swept").map_err(|error| StoreError::io("open", root, error))?;
+        fault::point("recovery.swept").io_context("open", root)?;
         if found != Found::Current {
             // Nothing says who has written content without a format.
             if found == Found::Earlier || holds_content(root)? {
@@ -356,7 +356,7 @@ impl Store {
                 return Err(StoreError::Foreign { path, what: "is not empty" });
             }
         }
-        folder.as_fd().try_clone_to_owned().map_err(|error| StoreError::io("open", &path, error))
+        folder.as_fd().try_clone_to_owned().io_context("open", &path)
     }
 
     /// Makes an empty file and removes it again.
@@ -366,8 +366,8 @@ impl Store {
     /// The reason why nothing can be made here.
     pub fn probe(&self) -> Result<(), StoreError> {
         let path = self.0.directory.staging().join(durable_rename::temporary_name());
-        std::fs::write(&path, b"x").map_err(|error| StoreError::io("write", &path, error))?;
-        std::fs::remove_file(&path).map_err(|error| StoreError::io("remove", &path, error))
+        std::fs::write(&path, b"x").io_context("write", &path)?;
+        std::fs::remove_file(&path).io_context("remove", &path)
     }
 
     parts! {
@@ -436,15 +436,10 @@ fn holds_content(root: &Path) -> Result<bool, StoreError> {
 }
 
 fn node_key(staging: &Path, path: &Path) -> Result<[u8; 32], StoreError> {
-    match std::fs::read(path) {
-        Ok(bytes) => {
-            if let Ok(key) = bytes.try_into() {
-                return Ok(key);
-            }
-            // A key of another length was never ours; proofs made under it are simply not found.
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => return Err(StoreError::io("read", path, error)),
+    // A key of another length was never ours; proofs made under it are simply not found.
+    let known = std::fs::read(path).if_there("read", path)?;
+    if let Some(key) = known.and_then(|bytes| bytes.try_into().ok()) {
+        return Ok(key);
     }
     let mut key = [0; 32];
     getrandom::fill(&mut key)

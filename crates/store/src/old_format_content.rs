@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::folder_listing::{current_generation, names};
 use super::{LayerKey, ObjectName, durable_rename};
 use oci_types::Digest;
@@ -40,31 +40,26 @@ impl ReadBack {
         let folder = root.join(FOLDER);
         // What was sound before an earlier build came back to the store may have changed since.
         let grave = root.join("staging").join(durable_rename::temporary_name());
-        match fs::rename(&folder, &grave) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StoreError::io("rename", &folder, error));
-            }
-            // The next start sweeps what stays.
-            _ => drop(fs::remove_dir_all(&grave)),
-        }
+        fs::rename(&folder, &grave).if_there("rename", &folder)?;
+        // The next start sweeps what stays.
+        let _ = fs::remove_dir_all(&grave);
         durable_rename::create_folder(&folder).map(|_| ())
     }
 
     /// Reads how far an earlier process has come.
     pub(super) fn load(root: &Path) -> Result<Self, StoreError> {
         let folder = root.join(FOLDER);
-        match folder.symlink_metadata() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let (is_under_way, done) = (AtomicBool::new(false), Mutex::default());
-                return Ok(Self { root: root.to_owned(), is_under_way, done });
-            }
-            Err(error) => return Err(StoreError::io("look at", &folder, error)),
-            Ok(_) => super::state_ownership::check(root, &[FOLDER])?,
+        let is_under_way = folder.symlink_metadata().if_there("look at", &folder)?.is_some();
+        if is_under_way {
+            super::state_ownership::check(root, &[FOLDER])?;
         }
         let done = names(&folder)?;
         let done = done.iter().filter_map(|name| ObjectName::parse(&name.replace('.', "/")));
-        let (is_under_way, done) = (AtomicBool::new(true), Mutex::new(done.collect()));
-        Ok(Self { root: root.to_owned(), is_under_way, done })
+        Ok(Self {
+            root: root.to_owned(),
+            is_under_way: AtomicBool::new(is_under_way),
+            done: Mutex::new(done.collect()),
+        })
     }
 
     /// Returns whether an object must be read back before it is shown or linked.
@@ -118,7 +113,7 @@ impl ReadBack {
     pub(super) fn end(&self) -> Result<(), StoreError> {
         let folder = self.root.join(FOLDER);
         let grave = self.root.join("staging").join(durable_rename::temporary_name());
-        fs::rename(&folder, &grave).map_err(|error| StoreError::io("rename", &folder, error))?;
+        fs::rename(&folder, &grave).io_context("rename", &folder)?;
         self.is_under_way.store(false, Ordering::Relaxed);
         self.done.lock().clear();
         tracing::info!("all content of an earlier format has been read back");

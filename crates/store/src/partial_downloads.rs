@@ -25,7 +25,7 @@ use sha2::Digest as _;
 
 use super::byte_ranges::Ranges;
 use super::durable_rename::WRITE_BYTES;
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::json_records;
 use super::space_ledger::{Ledger, OpenDownload, RegistryId, record_of};
 use super::state_directory::StateDirectory;
@@ -103,7 +103,7 @@ impl Downloads {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&path)
-            .map_err(|error| StoreError::io("open", &path, error))?;
+            .io_context("open", &path)?;
         let length = file.metadata().map_or(0, |metadata| metadata.len());
         let record: Option<Vec<(u64, u64)>> = json_records::read(&record_of(&path));
         let has_record = record.is_some();
@@ -165,9 +165,7 @@ impl Partial {
         let is_next = offset == self.hashed;
         let mut position = offset;
         for piece in bytes.chunks(WRITE_BYTES) {
-            self.file
-                .write_all_at(piece, position)
-                .map_err(|error| StoreError::io("write", &self.path, error))?;
+            self.file.write_all_at(piece, position).io_context("write", &self.path)?;
             position += piece.len() as u64;
             if is_next {
                 // It is in the processor's cache now.
@@ -180,7 +178,7 @@ impl Partial {
         self.unrecorded += bytes.len() as u64;
         if is_next {
             self.hashed = end;
-            self.catch_up(&|| true).map_err(|error| StoreError::io("read", &self.path, error))?;
+            self.catch_up(&|| true).io_context("read", &self.path)?;
             self.growth.grow(self.hashed);
         }
         if self.unflushed >= WRITE_BACK && self.purpose == Purpose::Keep {
@@ -221,7 +219,7 @@ impl Partial {
     /// Forgets all bytes.
     pub fn restart(&mut self) -> Result<(), StoreError> {
         self.growth.restart();
-        self.file.set_len(0).map_err(|error| StoreError::io("truncate", &self.path, error))?;
+        self.file.set_len(0).io_context("truncate", &self.path)?;
         self.open.set_bytes(0);
         json_records::remove(&record_of(&self.path))?;
         self.has_record = false;
@@ -257,7 +255,7 @@ impl Partial {
 
     /// The file, for reading from its start.
     pub fn reader(&self) -> Result<File, StoreError> {
-        File::open(&self.path).map_err(|error| StoreError::io("open", &self.path, error))
+        File::open(&self.path).io_context("open", &self.path)
     }
 
     /// Returns its path.
@@ -267,19 +265,14 @@ impl Partial {
 
     /// Gives the bytes another name: they are a file of the store now.
     pub(super) fn move_to(&self, path: &Path) -> Result<(), StoreError> {
-        std::fs::rename(&self.path, path).map_err(|error| StoreError::io("rename", path, error))?;
+        std::fs::rename(&self.path, path).io_context("rename", path)?;
         json_records::remove(&record_of(&self.path))
     }
 
     /// Removes it: its content has another name now, or is worth nothing.
     pub fn discard(self) -> Result<(), StoreError> {
         json_records::remove(&record_of(&self.path))?;
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(StoreError::io("remove", &self.path, error))
-            }
-            _ => Ok(()),
-        }
+        json_records::remove(&self.path)
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use sha2::Digest as _;
 
 use super::disk_units::{BYTES_PER_INODE, DiskUnits};
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::folder_listing::{current_generation, names};
 use super::inode_metadata::set_owner_and_mode;
 use super::object_catalog::{Entry, Lease};
@@ -73,12 +73,10 @@ pub(super) fn read_entry(units: DiskUnits, path: &Path) -> Option<Entry> {
 impl Files {
     /// The file's current inode, if it is in the store.
     pub fn get(&self, key: FileKey) -> Result<Option<StoredFile>, StoreError> {
-        let folder = self.file_folder(key);
-        let Some(generation) = current_generation(&folder)? else { return Ok(None) };
-        let lease = self.directory.catalog.lease(ObjectName::file(key, generation));
-        let file = StoredFile { key, generation, path: folder.join(generation.to_string()), lease };
-        // It may have gone between the first look and the lease.
-        Ok(file.path.symlink_metadata().is_ok().then_some(file))
+        let current = current_generation(&self.file_folder(key))?;
+        let Some(generation) = current else { return Ok(None) };
+        let held = self.directory.hold(&ObjectName::file(key, generation));
+        Ok(held.map(|(lease, path)| StoredFile { key, generation, path, lease }))
     }
 
     /// Any inode with a blob's content, whatever its mode.
@@ -99,7 +97,7 @@ impl Files {
         let path = staging.path().join("file");
         partial.move_to(&path)?;
         staging.borrow(&path, partial.path());
-        fault::point("file.moved").map_err(|error| StoreError::io("rename", &path, error))?;
+        fault::point("file.moved").io_context("rename", &path)?;
         self.finish_file(key, &path)?;
         staging.staged.wrote(|| path.clone());
         self.name_file(key, staging, &path)
@@ -129,7 +127,7 @@ impl Files {
             .create_new(true)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| StoreError::io("create", &path, error))?;
+            .io_context("create", &path)?;
         staging.staged.wrote(|| path.clone());
         let copied = copy(source, &path, to, &self.directory.meter)?;
         if copied != key.digest {
@@ -146,7 +144,7 @@ impl Files {
             set_owner_and_mode(&file, key.permissions)?;
             self.directory.label().map_or(Ok(()), |label| label.apply(file.as_fd()))
         };
-        finish().map_err(|error| StoreError::io("finish", path, error))
+        finish().io_context("finish", path)
     }
 
     fn name_file(
@@ -156,7 +154,7 @@ impl Files {
         path: &Path,
     ) -> Result<StoredFile, StoreError> {
         let folder = self.file_folder(key);
-        let size = path.metadata().map_err(|error| StoreError::io("look at", path, error))?.len();
+        let size = path.metadata().io_context("look at", path)?.len();
         if let Some(content) = folder.parent() {
             super::durable_rename::create_folder(content)?;
         }
@@ -203,17 +201,16 @@ fn copy(
     mut to: File,
     meter: &WriteMeter,
 ) -> Result<Digest, StoreError> {
-    let mut from = File::open(source).map_err(|error| StoreError::io("open", source, error))?;
+    let mut from = File::open(source).io_context("open", source)?;
     let mut hasher = sha2::Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     loop {
-        let count =
-            from.read(&mut buffer).map_err(|error| StoreError::io("read", source, error))?;
+        let count = from.read(&mut buffer).io_context("read", source)?;
         if count == 0 {
             return Ok(Digest::from_bytes(hasher.finalize().into()));
         }
         hasher.update(&buffer[..count]);
         meter.writes(count as u64)?;
-        to.write_all(&buffer[..count]).map_err(|error| StoreError::io("write", path, error))?;
+        to.write_all(&buffer[..count]).io_context("write", path)?;
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::durable_rename::{self, Staged};
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::folder_listing::{names, newest_generation};
 use super::object_catalog::{Entry, Lease};
 use super::state_directory::StateDirectory;
@@ -26,7 +26,7 @@ impl StateDirectory {
     /// Makes a new, empty folder for an object.
     pub(super) fn stage(&self) -> Result<Staging, StoreError> {
         let path = self.staging().join(durable_rename::temporary_name());
-        std::fs::create_dir(&path).map_err(|error| StoreError::io("create", &path, error))?;
+        std::fs::create_dir(&path).io_context("create", &path)?;
         let staged = Staged::begin(&path)?;
         Ok(Staging { path, staged, committed: false, borrowed: None })
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 
 /// The right to use a state directory; dropping it gives the right up.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ impl Lock {
     ///
     /// [`StoreError::Locked`] with what the holder wrote of itself.
     pub fn try_acquire(root: &Path) -> Result<Self, StoreError> {
-        std::fs::create_dir_all(root).map_err(|error| StoreError::io("create", root, error))?;
+        std::fs::create_dir_all(root).io_context("create", root)?;
         let path = root.join("lock");
         let mut made = OpenOptions::new();
         let made = made.write(true).create_new(true).open(&path);
@@ -36,7 +36,7 @@ impl Lock {
         // Never through a link: what it leads to is not the driver's to write to. And not for writing:
         // an open writer would keep an administrator from remounting read-only.
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
-        let file = file.map_err(|error| StoreError::io("open", &path, error))?;
+        let file = file.io_context("open", &path)?;
         let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(file) => file,
             Err((file, Errno::EWOULDBLOCK)) => {

@@ -8,7 +8,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use sys::mount::{MountEntry, MountTable};
 
 /// Looks at the folders of a state directory.
@@ -16,7 +16,7 @@ pub(super) fn check(root: &Path, folders: &[&str]) -> Result<(), StoreError> {
     let own = nix::unistd::geteuid().as_raw();
     // The state directory itself may be reached through a link. The owner of the link's target can put anything in the
     // place of the content.
-    let home = root.metadata().map_err(|error| StoreError::io("look at", root, error))?;
+    let home = root.metadata().io_context("look at", root)?;
     if home.uid() != own {
         let what = "belongs to another user";
         return Err(StoreError::Foreign { path: root.to_owned(), what });
@@ -62,7 +62,7 @@ fn is_its_own(mount: &MountEntry, path: &Path) -> bool {
 }
 
 fn look(path: &Path) -> Result<std::fs::Metadata, StoreError> {
-    path.symlink_metadata().map_err(|error| StoreError::io("look at", path, error))
+    path.symlink_metadata().io_context("look at", path)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::object_catalog::Lease;
 use super::space_ledger::Claim;
 use super::space_reservations::SpaceReservations;
@@ -59,28 +59,20 @@ impl Documents {
     /// Reads a blob back and verifies it; none when it is not there or damaged.
     pub fn get(&self, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
         let path = self.directory.document_path(digest);
-        match std::fs::read(&path) {
-            Ok(content) if Digest::of(&content) == digest => Ok(Some(content)),
-            Ok(_) => {
-                tracing::warn!(%digest, "a kept manifest is damaged and will be fetched again");
-                std::fs::remove_file(&path)
-                    .map_err(|error| StoreError::io("remove", &path, error))?;
-                self.directory.catalog.remove_document(&ObjectName::document(digest));
-                Ok(None)
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(StoreError::io("read", &path, error)),
+        let content = std::fs::read(&path).if_there("read", &path)?;
+        if content.as_ref().is_some_and(|content| Digest::of(content) != digest) {
+            tracing::warn!(%digest, "a kept manifest is damaged and will be fetched again");
+            std::fs::remove_file(&path).io_context("remove", &path)?;
+            self.directory.catalog.remove_document(&ObjectName::document(digest));
+            return Ok(None);
         }
+        Ok(content)
     }
 
     /// Returns the size of a stored document in bytes; none where it is not stored.
     pub fn size(&self, digest: Digest) -> Result<Option<u64>, StoreError> {
         let path = self.directory.document_path(digest);
-        match path.metadata() {
-            Ok(metadata) => Ok(Some(metadata.len())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(StoreError::io("look at", &path, error)),
-        }
+        Ok(path.metadata().if_there("look at", &path)?.map(|metadata| metadata.len()))
     }
 
     /// Notes that work with a kept blob begins: what it stands for may have no
@@ -91,11 +83,6 @@ impl Documents {
         self.directory.catalog.used(&ObjectName::document(digest), now);
         let touched =
             File::open(&path).and_then(|file| file.set_modified(std::time::SystemTime::now()));
-        match touched {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(StoreError::io("touch", &path, error))
-            }
-            _ => Ok(()),
-        }
+        touched.if_there("touch", &path).map(|_| ())
     }
 }

@@ -25,7 +25,7 @@ use nix::sys::time::TimeSpec;
 use serde::{Deserialize, Serialize};
 
 use super::disk_units::{BYTES_PER_INODE, DiskUnits};
-use super::error::StoreError;
+use super::error::{IoContext as _, StoreError};
 use super::eviction::FORGOTTEN;
 use super::folder_listing::current_generation;
 use super::inode_metadata::Rules;
@@ -208,7 +208,7 @@ impl Trees {
     pub fn forget(&self, tree: &Tree) -> Result<(), StoreError> {
         let name = ObjectName::tree(tree.key, tree.generation);
         let path = self.record_of(&name);
-        set_time(&path, FORGOTTEN).map_err(|error| StoreError::io("write", &path, error))?;
+        set_time(&path, FORGOTTEN).io_context("write", &path)?;
         self.directory.catalog.used(&name, FORGOTTEN);
         Ok(())
     }
@@ -256,13 +256,13 @@ impl Trees {
                 file.write_all(&json?)?;
                 Ok(file)
             };
-            let _open = write().map_err(|error| StoreError::io("write", &path, error))?;
+            let _open = write().io_context("write", &path)?;
             staging.staged.wrote(|| path);
         }
         let path = staging.path().to_owned();
         staging.staged.wrote(|| path.clone());
         let folder = self.directory.path("trees").join(key.to_string());
-        fault::point("tree.built").map_err(|error| StoreError::io("build", &path, error))?;
+        fault::point("tree.built").io_context("build", &path)?;
         let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
         let entry = Entry { links: links.clone(), ..entry(self.directory.units, Some(&record)) };
         let (generation, lease) = self.directory.commit(staging, &path, &folder, entry)?;

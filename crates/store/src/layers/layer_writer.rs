@@ -16,7 +16,7 @@ use super::layer_index_file::{FILES_PER_FOLDER, LayerTotals, MAGIC, encode, fold
 use crate::SecurityLabel;
 use crate::disk_units::DiskUnits;
 use crate::durable_rename::WRITE_BYTES;
-use crate::error::StoreError;
+use crate::error::{IoContext as _, StoreError};
 use crate::inode_metadata::{set_owner_and_mode, system_time, too_large};
 use crate::staging_folders::Staging;
 use crate::state_directory::StateDirectory;
@@ -72,14 +72,14 @@ impl LayerWriter {
         directory.meter.makes(INODES_OF_A_LAYER)?;
         let staging = directory.stage()?;
         let data = staging.path().join("data");
-        std::fs::create_dir(&data).map_err(|error| StoreError::io("create", &data, error))?;
+        std::fs::create_dir(&data).io_context("create", &data)?;
         let path = staging.path().join("index");
         let index = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(&path)
-            .map_err(|error| StoreError::io("create", &path, error))?;
+            .io_context("create", &path)?;
         let mut writer = Self {
             staging,
             index: BufWriter::with_capacity(64 * 1024, index),
@@ -93,7 +93,7 @@ impl LayerWriter {
             label: directory.label().cloned(),
             made_as: None,
         };
-        writer.write(MAGIC).map_err(|error| StoreError::io("write", &path, error))?;
+        writer.write(MAGIC).io_context("write", &path)?;
         Ok(writer)
     }
 
@@ -111,7 +111,7 @@ impl LayerWriter {
             self.index.write_all(&checksum)?;
             self.index.flush()
         };
-        finish().map_err(|error| StoreError::io("write", &path, error))?;
+        finish().io_context("write", &path)?;
         let Self { mut staging, index, totals, .. } = self;
         staging.staged.wrote(|| path);
         drop(index);

@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 
 use super::tree_objects::Objects;
 use crate::disk_units::{BYTES_PER_INODE, DiskUnits, bytes_of_a_name};
-use crate::error::StoreError;
+use crate::error::{IoContext as _, StoreError};
 use crate::inode_metadata::Rules;
 use crate::integrity_findings::DamageList;
 use crate::paced_reader::{Reader, failed_to_read};
@@ -69,8 +69,8 @@ impl HardLinkTree {
         let copies = Copies::new(staging.path().join("copies"), label, meter);
         Builder { plan, objects, label, meter, copies: &copies }
             .build(root, staging)
-            .map_err(|error| StoreError::io("build the tree in", root, error))?;
-        let own = copies.finish().map_err(|error| StoreError::io("finish", root, error))?;
+            .io_context("build the tree in", root)?;
+        let own = copies.finish().io_context("finish", root)?;
         let nodes = plan.nodes.len();
         tracing::debug!(root = %root.display(), nodes, took = ?since.elapsed(), "linked");
         let bytes = bytes_of_names(plan, directory.units);
@@ -80,8 +80,7 @@ impl HardLinkTree {
     /// Opens the root, for mounting.
     pub(super) fn open(&self) -> Result<OwnedFd, StoreError> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        open(&self.root, flags, Mode::empty())
-            .map_err(|error| StoreError::io("open", &self.root, error.into()))
+        open(&self.root, flags, Mode::empty()).io_context("open", &self.root)
     }
 
     /// Compares the content with a plan.
