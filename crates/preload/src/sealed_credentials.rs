@@ -70,11 +70,27 @@ pub enum SealError {
 
 /// Encoding of one credential.
 #[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-enum EncodedCredential {
-    Basic { username: String, password: String },
-    Identity { username: String, token: String },
-    Registry { token: String },
+struct EncodedCredential(#[serde(with = "CredentialEncoding")] Credential);
+
+/// Names of the kinds of credentials in their encoding.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Credential", rename_all = "camelCase")]
+enum CredentialEncoding {
+    #[serde(skip)]
+    Anonymous,
+    Basic {
+        username: String,
+        password: String,
+    },
+    #[serde(rename = "identity")]
+    IdentityToken {
+        username: String,
+        token: String,
+    },
+    #[serde(rename = "registry")]
+    RegistryToken {
+        token: String,
+    },
 }
 
 impl fmt::Debug for PlainCredentials {
@@ -92,19 +108,8 @@ impl fmt::Debug for NodeKey {
 impl PlainCredentials {
     /// Encodes the credentials for a registry, in the order in which they are tried.
     pub fn new(credentials: &[Credential]) -> Result<Self, SealError> {
-        let sealed: Vec<EncodedCredential> = credentials
-            .iter()
-            .filter_map(|credential| match credential.clone() {
-                Credential::Anonymous => None,
-                Credential::Basic { username, password } => {
-                    Some(EncodedCredential::Basic { username, password })
-                }
-                Credential::IdentityToken { username, token } => {
-                    Some(EncodedCredential::Identity { username, token })
-                }
-                Credential::RegistryToken { token } => Some(EncodedCredential::Registry { token }),
-            })
-            .collect();
+        let named = credentials.iter().filter(|credential| !credential.is_anonymous());
+        let sealed: Vec<_> = named.cloned().map(EncodedCredential).collect();
         let bytes = serde_json::to_vec(&sealed).map_err(|_| SealError::TooLarge(0))?;
         match bytes.len() {
             size if size > MAXIMUM_BYTES => Err(SealError::TooLarge(size)),
@@ -168,16 +173,7 @@ impl NodeKey {
         let opened = opened.map_err(|_| SealError::NotForUs)?;
         let sealed: Vec<EncodedCredential> =
             serde_json::from_slice(&opened).map_err(|_| SealError::NotForUs)?;
-        let credentials = sealed.into_iter().map(|credential| match credential {
-            EncodedCredential::Basic { username, password } => {
-                Credential::Basic { username, password }
-            }
-            EncodedCredential::Identity { username, token } => {
-                Credential::IdentityToken { username, token }
-            }
-            EncodedCredential::Registry { token } => Credential::RegistryToken { token },
-        });
-        Ok(credentials.collect())
+        Ok(sealed.into_iter().map(|EncodedCredential(credential)| credential).collect())
     }
 }
 

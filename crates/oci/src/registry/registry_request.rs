@@ -135,17 +135,9 @@ impl<'a> RegistryRequest<'a> {
         if let Ok(accepted) = HeaderValue::from_str(&media_type::MANIFESTS.join(", ")) {
             headers.insert(ACCEPT, accepted);
         }
-        Ok(Self {
-            repository,
-            credential,
-            method,
-            what: error::describe(&format!("manifest {name}"), repository),
-            blob: None,
-            without: &[],
-            object: format!("manifests/{name}"),
-            query: None,
-            headers,
-        })
+        let what = format!("manifest {name}");
+        let request = Self::new(repository, credential, &what, format!("manifests/{name}"));
+        Ok(Self { method, headers, ..request })
     }
 
     pub(super) fn referrers(
@@ -154,17 +146,9 @@ impl<'a> RegistryRequest<'a> {
         credential: &'a Credential,
     ) -> Self {
         let accepted = HeaderValue::from_static(media_type::OCI_INDEX);
-        Self {
-            repository,
-            credential,
-            method: Method::GET,
-            what: error::describe(&format!("what refers to {subject}"), repository),
-            blob: None,
-            without: &[],
-            object: format!("referrers/{subject}"),
-            query: None,
-            headers: HeaderMap::from_iter([(ACCEPT, accepted)]),
-        }
+        let what = format!("what refers to {subject}");
+        let request = Self::new(repository, credential, &what, format!("referrers/{subject}"));
+        Self { headers: HeaderMap::from_iter([(ACCEPT, accepted)]), ..request }
     }
 
     pub(super) fn blob(
@@ -173,14 +157,26 @@ impl<'a> RegistryRequest<'a> {
         credential: &'a Credential,
         method: Method,
     ) -> Self {
+        let what = format!("blob {digest}");
+        let request = Self::new(repository, credential, &what, format!("blobs/{digest}"));
+        Self { method, blob: Some(digest), ..request }
+    }
+
+    /// Returns a GET request for an object of a repository, which `what` describes in messages.
+    fn new(
+        repository: &'a Repository,
+        credential: &'a Credential,
+        what: &str,
+        object: String,
+    ) -> Self {
         Self {
             repository,
             credential,
-            method,
-            what: error::describe(&format!("blob {digest}"), repository),
-            blob: Some(digest),
+            method: Method::GET,
+            what: error::describe(what, repository),
+            blob: None,
             without: &[],
-            object: format!("blobs/{digest}"),
+            object,
             query: None,
             headers: HeaderMap::new(),
         }

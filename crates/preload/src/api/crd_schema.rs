@@ -1,6 +1,7 @@
 //! Parts of schemas that types alone cannot express.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
+use serde_json::{Value, json};
 
 /// Returns the schema of a reference.
 pub(super) fn reference(_: &mut SchemaGenerator) -> Schema {
@@ -32,65 +33,49 @@ pub(super) fn spread(_: &mut SchemaGenerator) -> Schema {
 
 /// Returns the schema of a number of nodes, or a percentage of them.
 pub(super) fn parallelism(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "x-kubernetes-int-or-string": true,
-        "nullable": false,
-        "minimum": 1,
-        "maximum": 10000,
-        "maxLength": 4,
-        "pattern": "^([1-9][0-9]?|100)%$",
-        "default": 10,
-    })
+    count_of_nodes("^([1-9][0-9]?|100)%$", 1, 10)
 }
 
 /// Returns the schema of a number of nodes, or a percentage of them, which may be zero.
 pub(super) fn tolerated_nodes(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "x-kubernetes-int-or-string": true,
-        "nullable": false,
-        "minimum": 0,
-        "maximum": 10000,
-        "maxLength": 4,
-        "pattern": "^([0-9]|[1-9][0-9]|100)%$",
-        "default": 0,
-    })
+    count_of_nodes("^([0-9]|[1-9][0-9]|100)%$", 0, 0)
 }
 
 /// Returns the schema of a set of secret names.
 pub(super) fn secrets(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "type": "array",
-        "maxItems": 8,
-        "x-kubernetes-list-type": "set",
-        "items": {
-            "type": "string",
-            "maxLength": 253,
-            "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-        },
-    })
+    let name = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$";
+    set(8, &json!({"type": "string", "maxLength": 253, "pattern": name}))
 }
 
 /// Returns the schema of a set of platforms.
 pub(super) fn platforms(_: &mut SchemaGenerator) -> Schema {
-    json_schema!({
-        "type": "array",
-        "maxItems": 16,
-        "x-kubernetes-list-type": "set",
-        "items": {
-            "type": "string",
-            "maxLength": 64,
-            "pattern": "^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$",
-        },
-    })
+    let platform = "^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$";
+    set(16, &json!({"type": "string", "maxLength": 64, "pattern": platform}))
 }
 
 /// Returns the schema of a set of node names.
 pub(super) fn node_names(_: &mut SchemaGenerator) -> Schema {
+    set(500, &json!({"type": "string", "minLength": 1, "maxLength": 253}))
+}
+
+fn count_of_nodes(percentage: &str, least: u32, default: u32) -> Schema {
+    json_schema!({
+        "x-kubernetes-int-or-string": true,
+        "nullable": false,
+        "minimum": least,
+        "maximum": 10000,
+        "maxLength": 4,
+        "pattern": percentage,
+        "default": default,
+    })
+}
+
+fn set(most: u32, items: &Value) -> Schema {
     json_schema!({
         "type": "array",
-        "maxItems": 500,
+        "maxItems": most,
         "x-kubernetes-list-type": "set",
-        "items": {"type": "string", "minLength": 1, "maxLength": 253},
+        "items": items,
     })
 }
 

@@ -60,52 +60,39 @@ struct ListProgress {
 pub(super) fn watch(client: &Client, metrics: &Arc<ControllerMetrics>) -> RunningWatches {
     let (sender, events) = mpsc::channel(QUEUE);
     let mut tasks = JoinSet::new();
-    let (preloads, nodes) = (Api::all(client.clone()), Api::all(client.clone()));
-    let objects = Api::all(client.clone());
-    tasks.spawn(forward_events(
-        "artifactpreloads",
-        preloads,
-        WatchEvent::Preload,
-        sender.clone(),
-        Arc::clone(metrics),
-    ));
-    tasks.spawn(forward_events(
-        "nodes",
-        nodes,
-        WatchEvent::Node,
-        sender.clone(),
-        Arc::clone(metrics),
-    ));
-    tasks.spawn(forward_events(
-        "nodeartifacts",
-        objects,
-        WatchEvent::Object,
-        sender,
-        Arc::clone(metrics),
-    ));
+    let forward = EventForwarder { client: client.clone(), sender, metrics: Arc::clone(metrics) };
+    tasks.spawn(forward.clone().run("artifactpreloads", WatchEvent::Preload));
+    tasks.spawn(forward.clone().run("nodes", WatchEvent::Node));
+    tasks.spawn(forward.run("nodeartifacts", WatchEvent::Object));
     RunningWatches { events, tasks }
 }
 
-async fn forward_events<K>(
-    what: &'static str,
-    api: Api<K>,
-    wrap: fn(Event<K>) -> WatchEvent,
+/// Forwards the events of a watch to the queue.
+#[derive(Clone)]
+struct EventForwarder {
+    client: Client,
     sender: mpsc::Sender<WatchEvent>,
     metrics: Arc<ControllerMetrics>,
-) where
-    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
-{
-    let mut events = std::pin::pin!(watcher(api, watcher::Config::default()).default_backoff());
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(event) => {
-                if sender.send(wrap(event)).await.is_err() {
-                    return;
+}
+
+impl EventForwarder {
+    async fn run<K>(self, what: &'static str, wrap: fn(Event<K>) -> WatchEvent)
+    where
+        K: Resource<DynamicType = ()> + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+    {
+        let watched = watcher(Api::all(self.client), watcher::Config::default());
+        let mut events = std::pin::pin!(watched.default_backoff());
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(event) => {
+                    if self.sender.send(wrap(event)).await.is_err() {
+                        return;
+                    }
                 }
-            }
-            Err(error) => {
-                metrics.record_watch_error();
-                tracing::warn!(what, %error, "a watch broke and is begun again");
+                Err(error) => {
+                    self.metrics.record_watch_error();
+                    tracing::warn!(what, %error, "a watch broke and is begun again");
+                }
             }
         }
     }
@@ -121,52 +108,47 @@ impl WatchProgress {
     /// Applies an event. Returns whether a new plan may be needed.
     pub(super) fn take(&mut self, state: &mut ClusterState, event: WatchEvent) -> bool {
         match event {
-            WatchEvent::Preload(event) => self.preloads.take(event, state, &PreloadObjects),
-            WatchEvent::Node(event) => self.nodes.take(event, state, &NodeObjects),
-            WatchEvent::Object(event) => self.objects.take(event, state, &AssignmentObjects),
+            WatchEvent::Preload(event) => self.preloads.take(event, state),
+            WatchEvent::Node(event) => self.nodes.take(event, state),
+            WatchEvent::Object(event) => self.objects.take(event, state),
         }
     }
 }
 
 /// Operations on one kind of object in the facts.
-trait WatchedKind<K> {
-    fn name(&self, object: &K) -> Option<String>;
+trait WatchedObject {
+    fn name(&self) -> Option<String>;
     /// Adds or updates an object. Returns whether a new plan may be needed.
-    fn put(&self, state: &mut ClusterState, object: &K) -> bool;
-    fn remove(&self, state: &mut ClusterState, name: &str);
-    fn names(&self, state: &ClusterState) -> Vec<Arc<str>>;
+    fn put(&self, state: &mut ClusterState) -> bool;
+    fn remove(state: &mut ClusterState, name: &str);
+    fn names(state: &ClusterState) -> Vec<Arc<str>>;
     /// Prepares for a new list. A restored API server has lower versions than the known ones.
-    fn relist(&self, state: &mut ClusterState);
+    fn relist(state: &mut ClusterState);
 }
 
 impl ListProgress {
-    fn take<K>(
-        &mut self,
-        event: Event<K>,
-        state: &mut ClusterState,
-        kind: &impl WatchedKind<K>,
-    ) -> bool {
+    fn take<K: WatchedObject>(&mut self, event: Event<K>, state: &mut ClusterState) -> bool {
         match event {
             Event::Init => {
                 self.listed.clear();
-                kind.relist(state);
+                K::relist(state);
                 false
             }
             Event::InitApply(object) => {
-                self.listed.extend(kind.name(&object));
-                kind.put(state, &object)
+                self.listed.extend(object.name());
+                object.put(state)
             }
-            Event::Apply(object) => kind.put(state, &object),
+            Event::Apply(object) => object.put(state),
             Event::Delete(object) => {
-                if let Some(name) = kind.name(&object) {
-                    kind.remove(state, &name);
+                if let Some(name) = object.name() {
+                    K::remove(state, &name);
                 }
                 true
             }
             Event::InitDone => {
-                for name in kind.names(state) {
+                for name in K::names(state) {
                     if !self.listed.contains(&*name) {
-                        kind.remove(state, &name);
+                        K::remove(state, &name);
                     }
                 }
                 self.listed = HashSet::new();
@@ -177,40 +159,36 @@ impl ListProgress {
     }
 }
 
-struct PreloadObjects;
-struct NodeObjects;
-struct AssignmentObjects;
-
-impl WatchedKind<ArtifactPreload> for PreloadObjects {
-    fn name(&self, object: &ArtifactPreload) -> Option<String> {
-        key_of(object)
+impl WatchedObject for ArtifactPreload {
+    fn name(&self) -> Option<String> {
+        key_of(self)
     }
 
-    fn put(&self, state: &mut ClusterState, object: &ArtifactPreload) -> bool {
-        state.put_preload(object);
+    fn put(&self, state: &mut ClusterState) -> bool {
+        state.put_preload(self);
         true
     }
 
-    fn remove(&self, state: &mut ClusterState, name: &str) {
+    fn remove(state: &mut ClusterState, name: &str) {
         state.preloads.remove(name);
     }
 
-    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+    fn names(state: &ClusterState) -> Vec<Arc<str>> {
         state.preloads.keys().cloned().collect()
     }
 
-    fn relist(&self, state: &mut ClusterState) {
+    fn relist(state: &mut ClusterState) {
         state.preloads.values_mut().for_each(|preload| preload.relisted = true);
     }
 }
 
-impl WatchedKind<NodeMetadata> for NodeObjects {
-    fn name(&self, object: &NodeMetadata) -> Option<String> {
-        object.metadata.name.clone()
+impl WatchedObject for NodeMetadata {
+    fn name(&self) -> Option<String> {
+        self.metadata.name.clone()
     }
 
-    fn put(&self, state: &mut ClusterState, object: &NodeMetadata) -> bool {
-        let metadata = &object.metadata;
+    fn put(&self, state: &mut ClusterState) -> bool {
+        let metadata = &self.metadata;
         let (Some(name), Some(uid)) = (&metadata.name, &metadata.uid) else { return false };
         let known = state.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
         let node = ClusterNode {
@@ -229,36 +207,36 @@ impl WatchedKind<NodeMetadata> for NodeObjects {
         true
     }
 
-    fn remove(&self, state: &mut ClusterState, name: &str) {
+    fn remove(state: &mut ClusterState, name: &str) {
         state.nodes.remove(name);
     }
 
-    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+    fn names(state: &ClusterState) -> Vec<Arc<str>> {
         state.nodes.keys().cloned().collect()
     }
 
-    fn relist(&self, _: &mut ClusterState) {}
+    fn relist(_: &mut ClusterState) {}
 }
 
-impl WatchedKind<NodeArtifacts> for AssignmentObjects {
-    fn name(&self, object: &NodeArtifacts) -> Option<String> {
-        object.metadata.name.clone()
+impl WatchedObject for NodeArtifacts {
+    fn name(&self) -> Option<String> {
+        self.metadata.name.clone()
     }
 
-    fn put(&self, state: &mut ClusterState, object: &NodeArtifacts) -> bool {
-        state.put_object(object);
+    fn put(&self, state: &mut ClusterState) -> bool {
+        state.put_object(self);
         true
     }
 
-    fn remove(&self, state: &mut ClusterState, name: &str) {
+    fn remove(state: &mut ClusterState, name: &str) {
         state.objects.remove(name);
     }
 
-    fn names(&self, state: &ClusterState) -> Vec<Arc<str>> {
+    fn names(state: &ClusterState) -> Vec<Arc<str>> {
         state.objects.keys().cloned().collect()
     }
 
-    fn relist(&self, state: &mut ClusterState) {
+    fn relist(state: &mut ClusterState) {
         state.objects.values_mut().for_each(|object| object.relisted = true);
     }
 }

@@ -27,8 +27,8 @@ use crate::api::{
     WantedArtifact,
 };
 use crate::plan::cluster_facts::{
-    AssignedArtifact, ClusterState, NamespaceQuota, NodeReadiness, ReferenceResolution,
-    RegistryAccess, SealedVersion, Seconds, key_of,
+    AssignedArtifact, ClusterState, NamespaceQuota, NodeReadiness, PreloadFacts,
+    ReferenceResolution, RegistryAccess, SealedVersion, Seconds, key_of,
 };
 use crate::plan::{PreloadPlan, StatusChange, plan};
 use crate::sealed_credentials::{PlainCredentials, SealContext};
@@ -367,9 +367,9 @@ impl PreloadReconciler {
 
     fn begin(&mut self, target: WriteTarget, decision: WriteDecision) {
         let client = self.client.clone();
+        self.writing.insert(target.clone());
         match decision {
             WriteDecision::Create { node, uid } => {
-                self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let made = api_write::create(client, &node, &uid).await;
                     (target, made.map(|object| WriteResult::Node(Box::new(object))))
@@ -382,7 +382,6 @@ impl PreloadReconciler {
                     max_pinned_bytes_per_namespace: bound
                         .map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX)),
                 };
-                self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let written = api_write::assign(client, &node, &version, spec).await;
                     (target, written.map(|object| WriteResult::Node(Box::new(object))))
@@ -393,14 +392,12 @@ impl PreloadReconciler {
                 if let Some(known) = self.state.preloads.get(&preload) {
                     self.replaced.insert(Arc::clone(&preload), known.status.clone());
                 }
-                self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let written = api_write::report(client, &preload, &version, &status).await;
                     (target, written.map(|object| WriteResult::Preload(Box::new(object))))
                 });
             }
             WriteDecision::Delete { preload, uid, version } => {
-                self.writing.insert(target.clone());
                 self.writes.spawn(async move {
                     let gone = api_write::delete(client, &preload, &uid, &version).await;
                     (target, gone.map(|()| WriteResult::Deleted))
@@ -535,11 +532,7 @@ impl PreloadReconciler {
         }
         let Some(known) = self.state.preloads.get(preload) else { return };
         let Ok(parsed) = &known.parsed else { return };
-        let input = ResolutionInput {
-            uid: known.uid.clone(),
-            reference: known.spec.reference.clone(),
-            pull_secrets: known.spec.pull_secrets.clone(),
-        };
+        let input = ResolutionInput::of(known);
         let request = ResolveRequest {
             namespace: api_write::split(preload).0.to_owned(),
             reference: parsed.reference.clone(),
@@ -603,12 +596,7 @@ impl PreloadReconciler {
             || matches!(result.resolution, Some(ReferenceResolution::Refused(_)));
         self.metrics.resolved(if failed { "failure" } else { "success" });
         let Some(known) = self.state.preloads.get_mut(preload) else { return };
-        let now = ResolutionInput {
-            uid: known.uid.clone(),
-            reference: known.spec.reference.clone(),
-            pull_secrets: known.spec.pull_secrets.clone(),
-        };
-        if now != *input {
+        if ResolutionInput::of(known) != *input {
             return;
         }
         if let (None, RegistryAccess::Refused(refusal)) = (&result.resolution, &result.access) {
@@ -637,6 +625,16 @@ impl PreloadReconciler {
         // `None` if only the secrets were read: the known digest is kept.
         if let Some(resolution) = result.resolution {
             known.apply_resolution(resolution, Timestamp::now().as_second());
+        }
+    }
+}
+
+impl ResolutionInput {
+    fn of(preload: &PreloadFacts) -> Self {
+        Self {
+            uid: preload.uid.clone(),
+            reference: preload.spec.reference.clone(),
+            pull_secrets: preload.spec.pull_secrets.clone(),
         }
     }
 }

@@ -329,53 +329,39 @@ impl ClusterState {
         }
         let id = self.id(&key);
         let key = self.key(id);
-        let status = object.status.clone().unwrap_or_default();
-        let uid = object.metadata.uid.clone().unwrap_or_default();
-        let version = object.metadata.resource_version.clone().unwrap_or_default();
-        let generation = object.metadata.generation.unwrap_or_default();
-        let created = object.metadata.creation_timestamp.as_ref();
-        let created = created.map_or(0, |time| time.0.as_second());
-        match self.preloads.get_mut(&key) {
-            Some(known)
-                if known.uid == uid && !known.relisted && is_newer(&known.version, &version) => {}
-            // Facts of a deleted preload do not apply to a new one of the same name.
-            Some(known) if known.uid == uid => {
-                let other_reference = known.spec.reference != object.spec.reference;
-                let other_secrets = known.spec.pull_secrets != object.spec.pull_secrets;
-                if other_reference || other_secrets {
-                    known.access = RegistryAccess::Unknown;
-                }
-                // A refusal may not apply to other secrets, and an earlier answer applies only to
-                // secrets of the same names.
-                if other_reference || (other_secrets && !known.resolution.is_answer()) {
-                    known.resolution = ReferenceResolution::Unknown;
-                }
-                known.parsed = parse(&object.spec);
-                known.spec = object.spec.clone();
-                known.version = version;
-                known.relisted = false;
-                known.generation = generation;
-                known.status = status;
-                known.restore();
+        let metadata = &object.metadata;
+        let created = metadata.creation_timestamp.as_ref();
+        let mut preload = PreloadFacts {
+            id,
+            uid: metadata.uid.clone().unwrap_or_default(),
+            version: metadata.resource_version.clone().unwrap_or_default(),
+            created: created.map_or(0, |time| time.0.as_second()),
+            generation: metadata.generation.unwrap_or_default(),
+            spec: object.spec.clone(),
+            parsed: parse(&object.spec),
+            status: object.status.clone().unwrap_or_default(),
+            resolution: ReferenceResolution::Unknown,
+            access: RegistryAccess::Unknown,
+            relisted: false,
+        };
+        // Facts of a deleted preload do not apply to a new one of the same name.
+        if let Some(known) = self.preloads.get_mut(&key).filter(|known| known.uid == preload.uid) {
+            if !known.relisted && is_newer(&known.version, &preload.version) {
+                return;
             }
-            _ => {
-                let mut preload = PreloadFacts {
-                    id,
-                    uid,
-                    version,
-                    created,
-                    generation,
-                    spec: object.spec.clone(),
-                    parsed: parse(&object.spec),
-                    status,
-                    resolution: ReferenceResolution::Unknown,
-                    access: RegistryAccess::Unknown,
-                    relisted: false,
-                };
-                preload.restore();
-                self.preloads.insert(key, preload);
+            let other_reference = known.spec.reference != preload.spec.reference;
+            let other_secrets = known.spec.pull_secrets != preload.spec.pull_secrets;
+            if !other_reference && !other_secrets {
+                preload.access = std::mem::take(&mut known.access);
+            }
+            // A refusal may not apply to other secrets, and an earlier answer applies only to
+            // secrets of the same names.
+            if !other_reference && (!other_secrets || known.resolution.is_answer()) {
+                preload.resolution = std::mem::take(&mut known.resolution);
             }
         }
+        preload.restore();
+        self.preloads.insert(key, preload);
     }
 
     /// Adds or updates the object of a node.
