@@ -55,11 +55,6 @@ impl Ranges {
         self.0.iter().map(|(start, end)| end - start).sum()
     }
 
-    /// Returns whether everything lies in one range from the start.
-    pub fn is_prefix(&self) -> bool {
-        self.0.len() <= 1 && self.0.first_key_value().is_none_or(|(&start, _)| start == 0)
-    }
-
     /// All ranges, in order.
     pub fn iter(&self) -> impl Iterator<Item = Range<u64>> {
         self.0.iter().map(|(&start, &end)| start..end)

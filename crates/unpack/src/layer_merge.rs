@@ -30,8 +30,8 @@ use super::layer_rule::{ArchiveRule, FileRule};
 use super::path_selection::Selection;
 use super::permissions::Permissions;
 pub use super::tree_plan::{
-    EntryReader, FileSource, NoEntries, PlannedFile, PlannedKind, PlannedLeaf, PlannedNode,
-    TreePlan, TreeTotals,
+    EntryReader, FileSource, PlannedFile, PlannedKind, PlannedLeaf, PlannedNode, TreePlan,
+    TreeTotals,
 };
 use super::tree_plan::{LinkSource, OF_A_BLOB};
 use super::unpack_limits::Limits;

@@ -135,10 +135,6 @@ pub trait EntryReader {
     fn read(&mut self, layer: u32, offset: u64) -> io::Result<Entry>;
 }
 
-/// Reader for a plan that holds all names itself.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoEntries;
-
 /// A file or symbolic link of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlannedLeaf<'a> {
@@ -146,12 +142,6 @@ pub struct PlannedLeaf<'a> {
     pub name: Cow<'a, [u8]>,
     /// Target and metadata of a symbolic link; `None` for a file.
     pub link: Option<(Cow<'a, [u8]>, Cow<'a, Metadata>)>,
-}
-
-impl EntryReader for NoEntries {
-    fn read(&mut self, _: u32, _: u64) -> io::Result<Entry> {
-        Err(io::ErrorKind::NotFound.into())
-    }
 }
 
 impl TreePlan {
