@@ -285,7 +285,7 @@ impl NodePlugin {
             state_dir: self.options.state_dir.clone(),
             content: self.content.clone(),
             registered: self.registered(),
-            warming: self.metrics.warming().clone(),
+            warming: Arc::clone(self.metrics.warming()),
             scrub: self.metrics.scrub().clone(),
             tracker: self.tracker.clone(),
         };

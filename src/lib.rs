@@ -6,8 +6,8 @@
 //! main -> cli -> app -> config
 //! csi               the gRPC edge: sockets, requests, statuses, self-registration
 //! volume            the use cases: publish, unpublish, stats, reconcile
-//! warming           fetches artifacts before a pod needs them
-//! node_artifacts    the node's part of preloads: carries out the assignments in its `NodeArtifacts` object
+//! warming           keeps artifacts present and pinned: the engine, and those that the configuration lists
+//! node_artifacts    those of the node's `NodeArtifacts` object, kept by `warming`; its status
 //! scrub             reads all content back in the background
 //! node_maintenance  brings records and mounts together, keeps disk space free
 //! admin             health, metrics and the admin socket

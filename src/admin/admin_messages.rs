@@ -5,8 +5,10 @@ use super::admin_operations::{
 };
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
-use crate::warming::{WarmPhase, WarmState};
+use crate::warming::{DesiredReference as _, ListedReference, ReferenceState};
 use oci::Digest;
+use preload::api::Phase;
+use pull::ProgressView;
 use store::content_verification::Finding;
 use store::gc::{Collected, Victim};
 use store::trees::View;
@@ -29,10 +31,10 @@ pub(super) fn artifact(artifact: CachedArtifact) -> wire::Artifact {
 
 pub(super) fn inspected(
     inspected: InspectedReference,
-    warm: Option<WarmState>,
+    warm: Option<wire::WarmReference>,
 ) -> wire::InspectArtifactResponse {
     wire::InspectArtifactResponse {
-        warm: warm.map(warm_reference),
+        warm,
         meanings: inspected.meanings.into_iter().map(meaning).collect(),
         artifacts: inspected.artifacts.into_iter().map(artifact).collect(),
     }
@@ -64,17 +66,21 @@ pub(super) fn finding(finding: Finding) -> wire::Finding {
     }
 }
 
-pub(super) fn warm_reference(state: WarmState) -> wire::WarmReference {
+pub(super) fn warm_reference(
+    listed: &ListedReference,
+    state: ReferenceState,
+) -> wire::WarmReference {
     let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
+    let progress = state.pulling.as_ref().map(ProgressView::snapshot);
     wire::WarmReference {
-        reference: state.reference,
-        state: phase(state.phase).into(),
-        manifest: shown(state.manifest).unwrap_or_default(),
-        newer: shown(state.newer).unwrap_or_default(),
-        reason: state.reason,
-        done_bytes: state.progress.as_ref().map_or(0, |progress| progress.done),
-        total_bytes: state.progress.as_ref().map_or(0, |progress| progress.total),
-        next_seconds: state.next_seconds,
+        reference: listed.key(),
+        state: phase(ListedReference::phase(&state)).into(),
+        manifest: shown(state.outcome.manifest).unwrap_or_default(),
+        newer: shown(state.outcome.newer).unwrap_or_default(),
+        next_seconds: state.next_seconds(),
+        reason: state.outcome.failure.map(|failure| failure.message).unwrap_or_default(),
+        done_bytes: progress.as_ref().map_or(0, |progress| progress.done),
+        total_bytes: progress.as_ref().map_or(0, |progress| progress.total),
     }
 }
 
@@ -92,12 +98,12 @@ pub(super) fn scrub(scrub: ScrubSnapshot) -> wire::ScrubStatus {
     }
 }
 
-fn phase(phase: WarmPhase) -> wire::warm_reference::State {
+fn phase(phase: Phase) -> wire::warm_reference::State {
     match phase {
-        WarmPhase::Waiting => wire::warm_reference::State::Waiting,
-        WarmPhase::Pulling => wire::warm_reference::State::Pulling,
-        WarmPhase::Present => wire::warm_reference::State::Present,
-        WarmPhase::Failed => wire::warm_reference::State::Failed,
+        Phase::Waiting => wire::warm_reference::State::Waiting,
+        Phase::Pulling => wire::warm_reference::State::Pulling,
+        Phase::Ready => wire::warm_reference::State::Present,
+        Phase::Failed => wire::warm_reference::State::Failed,
     }
 }
 

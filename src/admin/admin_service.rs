@@ -25,7 +25,7 @@ use crate::proto::admin::{
 };
 use crate::scrub::ScrubState;
 use crate::volume::{ContentState, NodeContent};
-use crate::warming::WarmStates;
+use crate::warming::{ListedReference, Reconciler};
 use oci::{Platform, Reference};
 use pull::content_repair::Repaired;
 use pull::image_layout::ImportError;
@@ -48,8 +48,8 @@ pub struct AdminService {
     pub content: watch::Receiver<ContentState>,
     /// Set by the kubelet; `None` if another program registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
-    /// The states of the references of the configuration's list.
-    pub warming: WarmStates,
+    /// The references of the configuration's list.
+    pub warming: Arc<Reconciler<ListedReference>>,
     /// The progress of the scrub.
     pub scrub: ScrubState,
     /// Runs work that continues after its caller has gone.
@@ -73,7 +73,12 @@ impl Admin for AdminService {
             not_ready: content.as_ref().err().cloned().unwrap_or_default(),
             registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
             file_leases_enabled: file_leases::are_enabled(),
-            warm: self.warming.list().into_iter().map(admin_messages::warm_reference).collect(),
+            warm: self
+                .warming
+                .states()
+                .into_iter()
+                .map(|(listed, state)| admin_messages::warm_reference(&listed, state))
+                .collect(),
             scrub: Some(admin_messages::scrub(self.scrub.snapshot())),
             ..GetStatusResponse::default()
         };
@@ -104,6 +109,7 @@ impl Admin for AdminService {
     ) -> Result<Response<InspectArtifactResponse>, Status> {
         let reference = parse_reference(&request.into_inner().reference)?;
         let warm = self.warming.get(&reference.to_string());
+        let warm = warm.map(|(listed, state)| admin_messages::warm_reference(&listed, state));
         let is_listed = warm.is_some();
         let inspect = move |store: Store| match admin_operations::inspect(&store, &reference) {
             // Listed in the configuration and not fetched yet. Its state says why.

@@ -23,7 +23,7 @@ use super::warm_metrics::WarmMetrics;
 use crate::scrub::ScrubState;
 use crate::volume::mount_reconcile::ReconcileCounts;
 use crate::volume::publish_volume::PublishPath;
-use crate::warming::WarmStates;
+use crate::warming::{ListedReference, Reconciler};
 use pull::download_resources::Observer;
 use store::Store;
 use telemetry::metric_families::MetricFamilies;
@@ -74,7 +74,7 @@ pub struct NodeMetrics {
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
     store: StoreMetrics,
-    warming: WarmStates,
+    warming: Arc<Reconciler<ListedReference>>,
     scrub: ScrubState,
     downloads: Gauge,
     downloaded_bytes: Counter,
@@ -190,8 +190,8 @@ impl NodeMetrics {
         self.configuration_errors.set((!wrong.is_empty()).into());
     }
 
-    /// Returns the states of the configuration's references, which each scrape reads.
-    pub fn warming(&self) -> &WarmStates {
+    /// Returns the references of the configuration, whose states each scrape reads.
+    pub fn warming(&self) -> &Arc<Reconciler<ListedReference>> {
         &self.warming
     }
 

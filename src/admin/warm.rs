@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::mpsc;
 
 use super::admin_operations::{self, ADMIN};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use crate::volume::NodeContent;
-use crate::warming::{want, with_demands};
+use crate::warming::with_demands;
 use oci::credentials::Keyring;
 use oci::{Platform, Reference};
 use pull::{ProgressView, PullPolicy, Tenant, Want};
@@ -49,7 +48,8 @@ pub(super) fn parse_request(request: WarmRequest) -> Result<WarmBatch, String> {
         let reference: Reference =
             reference.parse().map_err(|error: oci::reference::ReferenceError| error.to_string())?;
         // The tag may have moved since its last resolution.
-        Ok(want(reference, platform.clone(), PullPolicy::Always, keyring.clone(), Tenant::Admin))
+        let want = Want::of_node(reference, platform.clone(), Tenant::Admin);
+        Ok(Want { policy: PullPolicy::Always, keyring: keyring.clone(), ..want })
     };
     Ok(WarmBatch { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
 }
@@ -57,18 +57,8 @@ pub(super) fn parse_request(request: WarmRequest) -> Result<WarmBatch, String> {
 /// Fetches the artifacts, a few at once. Continues if the caller goes.
 pub(super) async fn run(content: NodeContent, wants: WarmBatch, events: mpsc::Sender<WarmEvent>) {
     let WarmBatch { wants, pin } = wants;
-    let mut waiting = wants.into_iter();
-    let mut under_way = FuturesUnordered::new();
-    loop {
-        while under_way.len() < AT_ONCE
-            && let Some(want) = waiting.next()
-        {
-            under_way.push(warm(&content, want, pin, &events));
-        }
-        if under_way.next().await.is_none() {
-            break;
-        }
-    }
+    let wants = stream::iter(wants);
+    wants.for_each_concurrent(AT_ONCE, |want| warm(&content, want, pin, &events)).await;
     content.maintenance.notify_one();
 }
 

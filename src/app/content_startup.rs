@@ -15,11 +15,11 @@ use crate::config::policy::policy_source;
 use crate::config::warm::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::kubernetes::EventRecorder;
-use crate::node_artifacts::release_all;
+use crate::node_artifacts::OWNERS;
 use crate::node_maintenance::NodeMaintenance;
 use crate::scrub::{ContentScrubber, system_clock};
 use crate::volume::{ContentState, NodeContent, VolumeManager};
-use crate::warming::WarmKeeper;
+use crate::warming::{ListKeeper, SourcePins, WantedPins};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::{Registry, RegistryOptions};
 use pull::download_resources::Observer;
@@ -106,22 +106,18 @@ impl ContentOpener {
         if self.options.preload {
             return;
         }
-        let store = content.store.clone();
-        self.tracker.spawn_blocking(move || match release_all(&store) {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count, "pins of preloads are taken away: --preload is off"),
-            Err(error) => tracing::warn!(%error, "pins of preloads cannot be taken away"),
-        });
+        let pins = SourcePins::new(content.store.clone(), OWNERS);
+        self.tracker.spawn_blocking(move || pins.keep(WantedPins::default()));
     }
 
     /// Starts fetching and pinning the references of the configuration.
     fn keep_warm(&self, content: NodeContent) {
         let metrics = Arc::clone(&self.metrics);
         let report = move |failed| metrics.configuration_error("warm", failed);
-        let keeper = WarmKeeper {
+        let keeper = ListKeeper {
             content,
             source: warm_source(self.options.config.clone(), report),
-            states: self.metrics.warming().clone(),
+            references: Arc::clone(self.metrics.warming()),
             node_id: self.options.node_id.clone(),
         };
         self.tracker.spawn(keeper.run(self.shutdown.clone()));

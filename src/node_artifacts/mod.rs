@@ -1,22 +1,19 @@
 //! Carries out the assignments in the node's `NodeArtifacts` object, and reports their progress in its status.
 //!
 //! ```text
-//! mod       watches the object; starts and stops jobs; writes the status
-//! job       fetches, pins and retries one artifact
-//! pins      adds and removes the pins of preloads
-//! capacity  the space that the node has for artifacts
-//! report    builds the status
+//! mod                watches the object, keeps its artifacts with `warming`, and writes the status
+//! assigned_artifact  how one artifact is fetched, pinned and recorded
+//! capacity           the space that the node has for artifacts
+//! report             builds the status
 //! ```
 //!
 //! Off by default, and independent of the rest: pods are served whatever happens here or to the API server. It writes
 //! nothing but the status of its own object, only when that changes, and progress in coarse steps.
 
+mod assigned_artifact;
 mod capacity;
-mod job;
-mod pins;
 mod report;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,31 +23,28 @@ use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
 use serde_json::json;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::volume::{ContentState, NodeContent};
-use job::{JobReport, PreloadJob};
-use pins::PreloadPins;
-pub use pins::release_all;
-use preload::api::{NodeArtifacts, NodeArtifactsStatus, WantedArtifact};
+use crate::warming::{Reconciler, SourcePins, WantedPins};
+pub use assigned_artifact::OWNERS;
+use assigned_artifact::{ArtifactContext, AssignedArtifact};
+use oci::Reference;
+use oci::backoff::{RetryBackoff, jittered};
+use preload::api::{NodeArtifacts, NodeArtifactsStatus};
 use preload::sealed_credentials::NodeKey;
 
 /// The field manager of its writes.
 const MANAGER: &str = "csi-driver-oci-node";
-/// The most artifacts that are fetched at once. The node's own limits hold as well.
-const AT_ONCE: usize = 4;
 /// The shortest time between two writes of the status.
 const SETTLE: Duration = Duration::from_millis(500);
 /// The shortest time between two writes that report progress only.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(15);
-/// The longest time that the first status waits for the check of the disk.
-const FIRST_LOOK: Duration = Duration::from_secs(20);
-/// The delay after a first failed write; doubles with each further one.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest delay after a failed write.
-const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+/// The pauses after failed writes.
+const BACKOFF: RetryBackoff =
+    RetryBackoff { first: Duration::from_secs(1), longest: Duration::from_mins(1) };
 /// The longest time of one write.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// The interval of measurements of the capacity.
@@ -67,7 +61,7 @@ pub struct PreloadAgent {
 }
 
 /// The preload, as `namespace/name`, and the reference of one artifact.
-pub(super) type JobKey = (String, String);
+type ArtifactKey = (String, String);
 
 /// The object's last known status.
 struct WrittenStatus {
@@ -76,18 +70,12 @@ struct WrittenStatus {
 
 struct PreloadWorker {
     api: Api<NodeArtifacts>,
-    node: String,
-    content: NodeContent,
-    key: Arc<NodeKey>,
-    pins: PreloadPins,
-    permits: Arc<Semaphore>,
-    jobs: BTreeMap<JobKey, PreloadJob>,
-    reports: mpsc::UnboundedSender<JobReport>,
+    context: Arc<ArtifactContext>,
+    artifacts: Reconciler<AssignedArtifact>,
     /// `None` while the object does not exist.
     written: Option<WrittenStatus>,
     /// The reported capacity in bytes.
     capacity: Option<u64>,
-    begun: Instant,
     may_write: Instant,
     failures: u32,
 }
@@ -96,15 +84,7 @@ impl PreloadAgent {
     /// Runs until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
         let ready = async {
-            let content = loop {
-                let state = self.content.borrow_and_update().clone();
-                if let Ok(content) = state {
-                    break content;
-                }
-                if self.content.changed().await.is_err() {
-                    return None;
-                }
-            };
+            let content = self.content.wait_for(Result::is_ok).await.ok()?.clone().ok()?;
             let mut logged = String::new();
             loop {
                 match Client::try_default().await {
@@ -121,13 +101,8 @@ impl PreloadAgent {
                 tokio::time::sleep(CLIENT_RETRY).await;
             }
         };
-        tokio::select! {
-            met = ready => {
-                if let Some((content, client)) = met {
-                    PreloadWorker::run(client, self.node, content, &shutdown).await;
-                }
-            }
-            () = shutdown.cancelled() => {}
+        if let Some(Some((content, client))) = shutdown.run_until_cancelled(ready).await {
+            PreloadWorker::run(client, self.node, content, &shutdown).await;
         }
     }
 }
@@ -135,22 +110,16 @@ impl PreloadAgent {
 impl PreloadWorker {
     async fn run(client: Client, node: String, content: NodeContent, shutdown: &CancellationToken) {
         let api: Api<NodeArtifacts> = Api::all(client);
-        let (sender, mut reports) = mpsc::unbounded_channel();
-        let now = Instant::now();
+        let pins = SourcePins::new(content.store.clone(), OWNERS);
+        let key = NodeKey::generate();
         let mut worker = Self {
             api: api.clone(),
-            pins: PreloadPins::new(content.store.clone()),
-            content,
-            key: Arc::new(NodeKey::generate()),
-            permits: Arc::new(Semaphore::new(AT_ONCE)),
-            jobs: BTreeMap::new(),
-            reports: sender,
+            context: Arc::new(ArtifactContext { node: node.clone(), content, key, pins }),
+            artifacts: Reconciler::default(),
             written: None,
             capacity: None,
-            begun: now,
-            may_write: now,
+            may_write: Instant::now(),
             failures: 0,
-            node: node.clone(),
         };
         let mut objects = std::pin::pin!(watch_object(api, &node).default_backoff());
         let mut last_error = String::new();
@@ -176,22 +145,14 @@ impl PreloadWorker {
                     }
                     None => break,
                 },
-                Some(first) = reports.recv() => {
-                    worker.note(first);
-                    while let Ok(more) = reports.try_recv() {
-                        worker.note(more);
-                    }
-                }
+                () = worker.artifacts.changed() => {}
                 () = tokio::time::sleep_until(next) => worker.write().await,
             }
-        }
-        for job in worker.jobs.values() {
-            job.stop();
         }
     }
 
     async fn measure_capacity(&mut self) {
-        let store = self.content.store.clone();
+        let store = self.context.content.store.clone();
         let measured = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
         match measured {
             Ok(Ok(bytes)) => self.capacity = Some(capacity::reported(bytes, self.capacity)),
@@ -206,72 +167,36 @@ impl PreloadWorker {
     /// Applies the current assignments.
     async fn apply(&mut self, object: Option<NodeArtifacts>) {
         let Some(object) = object else {
-            // There are no instructions for this node. Its pins and jobs stay until there are.
+            // There are no instructions for this node. Its pins and tasks stay until there are.
             self.written = None;
             return;
         };
         self.written = Some(WrittenStatus { status: object.status });
         let bound = object.spec.max_pinned_bytes_per_namespace;
         let bound = bound.and_then(|bytes| u64::try_from(bytes).ok());
-        let wanted: BTreeMap<JobKey, WantedArtifact> = object
-            .spec
-            .artifacts
-            .into_iter()
-            .map(|wanted| ((wanted.preload.clone(), wanted.reference.clone()), wanted))
-            .collect();
-        self.jobs.retain(|key, job| {
-            let stays = wanted.contains_key(key);
-            if !stays {
-                job.stop();
-            }
-            stays
+        let assigned = object.spec.artifacts.into_iter();
+        let assigned =
+            assigned.map(|wanted| AssignedArtifact { wanted, context: Arc::clone(&self.context) });
+        let assigned: Vec<_> = assigned.collect();
+        let pinned = assigned.iter().map(|artifact| &artifact.wanted).filter(|wanted| wanted.pin);
+        let names = pinned.filter_map(|wanted| {
+            let reference = wanted.reference.parse::<Reference>().ok()?;
+            Some((AssignedArtifact::owner(wanted), reference.to_string()))
         });
-        self.pins.keep(wanted.values(), bound).await;
-        for (key, wanted) in wanted {
-            match self.jobs.get_mut(&key) {
-                // The job keeps its assignment, so that a ready job begins again with new credentials when it has to
-                // fetch again.
-                Some(job) if !job.must_restart(&wanted) => {}
-                known => {
-                    if let Some(job) = known {
-                        job.stop();
-                    }
-                    let job = self.begin(wanted);
-                    self.jobs.insert(key, job);
-                }
-            }
+        let wanted = WantedPins { pins: names.collect(), bytes_per_namespace: bound };
+        let pins = self.context.pins.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || pins.keep(wanted)).await {
+            tracing::warn!(%error, "pins of preloads cannot be taken away");
         }
-    }
-
-    fn begin(&self, wanted: WantedArtifact) -> PreloadJob {
-        job::JobContext {
-            node: self.node.clone(),
-            content: self.content.clone(),
-            key: Arc::clone(&self.key),
-            pins: self.pins.clone(),
-            permits: Arc::clone(&self.permits),
-            reports: self.reports.clone(),
-        }
-        .begin(wanted)
-    }
-
-    fn note(&mut self, report: JobReport) {
-        if let Some(job) = self.jobs.get_mut(&report.key) {
-            job.note(report);
-        }
+        self.artifacts.apply(assigned).await;
     }
 
     /// Returns the time of the next write of the status.
     fn next_write(&self) -> Instant {
         let now = Instant::now();
         let Some(WrittenStatus { status: written }) = &self.written else {
-            return now + LONGEST_PAUSE;
+            return now + BACKOFF.longest;
         };
-        // The disk is checked first, so that a restart is not reported as a loss.
-        let unknown = self.jobs.values().any(|job| !job.is_known());
-        if unknown && self.begun.elapsed() < FIRST_LOOK {
-            return (self.begun + FIRST_LOOK).max(self.may_write);
-        }
         let status = self.status();
         match written {
             Some(written) if *written == status => now + PROGRESS_INTERVAL,
@@ -283,7 +208,7 @@ impl PreloadWorker {
     }
 
     fn status(&self) -> NodeArtifactsStatus {
-        report::status(self.jobs.values(), self.key.public(), self.capacity)
+        report::status(&self.artifacts.states(), self.context.key.public(), self.capacity)
     }
 
     async fn write(&mut self) {
@@ -296,7 +221,7 @@ impl PreloadWorker {
         let parameters =
             PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
         let change = Patch::Merge(&change);
-        let write = self.api.patch_status(&self.node, &parameters, &change);
+        let write = self.api.patch_status(&self.context.node, &parameters, &change);
         let written = tokio::time::timeout(TIMEOUT, write).await;
         let now = Instant::now();
         match written {
@@ -309,21 +234,18 @@ impl PreloadWorker {
             }
             Ok(Err(kube::Error::Api(answer))) if answer.code == 404 => {
                 // The object is deleted. The watch reports when there is another one.
-                self.may_write = now + FIRST_PAUSE;
+                self.may_write = now + BACKOFF.first;
             }
             failed => {
                 let reason = match failed {
                     Ok(Err(error)) => error.to_string(),
                     _ => "it did not answer in time".to_owned(),
                 };
-                let pause = FIRST_PAUSE.saturating_mul(1 << self.failures.min(6));
-                let pause = pause.min(LONGEST_PAUSE);
                 if self.failures == 0 {
                     tracing::warn!(reason, "this node's status cannot be written: trying again");
                 }
                 self.failures += 1;
-                // Jitter, so that thousands of nodes do not return at the same moment.
-                self.may_write = now + pause.mul_f64(job::between(0.5, 1.5));
+                self.may_write = now + jittered(BACKOFF.after(self.failures));
             }
         }
     }

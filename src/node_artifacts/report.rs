@@ -1,15 +1,18 @@
 //! Builds the status of the node's artifacts.
 
-use super::job::PreloadJob;
+use std::sync::Arc;
+
+use super::assigned_artifact::AssignedArtifact;
+use crate::warming::ReferenceState;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use oci::{Platform, Reference};
 use preload::api::node_artifacts::{MAXIMUM_ARTIFACTS, MAXIMUM_MESSAGE};
-use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase};
+use preload::api::{HeldArtifact, NodeArtifactsStatus, Phase, WantedArtifact};
 use text::printable::truncated;
 
 /// Returns the whole status.
-pub(super) fn status<'a>(
-    jobs: impl Iterator<Item = &'a PreloadJob>,
+pub(super) fn status(
+    artifacts: &[(Arc<AssignedArtifact>, ReferenceState)],
     public_key: &str,
     capacity: Option<u64>,
 ) -> NodeArtifactsStatus {
@@ -20,36 +23,40 @@ pub(super) fn status<'a>(
         capacity_bytes: capacity.and_then(|bytes| i64::try_from(bytes).ok()),
         ..NodeArtifactsStatus::default()
     };
-    for job in jobs.take(MAXIMUM_ARTIFACTS) {
-        match job.phase() {
+    for (artifact, state) in artifacts.iter().take(MAXIMUM_ARTIFACTS) {
+        let held = held(artifact, state);
+        match held.phase {
             Phase::Ready => status.ready += 1,
             Phase::Waiting | Phase::Pulling => status.active += 1,
             Phase::Failed => status.failed += 1,
         }
-        status.artifacts.push(artifact(job));
+        status.artifacts.push(held);
     }
     status
 }
 
-fn artifact(job: &PreloadJob) -> HeldArtifact {
-    let digest = job.wanted.reference.parse::<Reference>().ok();
-    let digest = digest.and_then(|reference| reference.digest());
-    let is_over = matches!(job.phase(), Phase::Ready);
-    let message = job.message();
-    HeldArtifact {
-        preload: job.wanted.preload.clone(),
-        reference: job.wanted.reference.clone(),
+fn held(artifact: &AssignedArtifact, state: &ReferenceState) -> HeldArtifact {
+    let WantedArtifact { preload, reference, .. } = &artifact.wanted;
+    let digest = reference.parse::<Reference>().ok().and_then(|reference| reference.digest());
+    let mut held = HeldArtifact {
+        preload: preload.clone(),
+        reference: reference.clone(),
         digest: digest.map(|digest| digest.to_string()).unwrap_or_default(),
-        phase: job.phase(),
-        percent: job.percent(),
-        since: (!is_over).then(|| Time(job.since())),
-        reason: if is_over { String::new() } else { job.reason().to_owned() },
-        message: if is_over {
-            String::new()
-        } else {
-            truncated(message, MAXIMUM_MESSAGE).to_owned()
-        },
+        phase: state.phase(artifact.retries()),
+        ..HeldArtifact::default()
+    };
+    if held.phase != Phase::Ready {
+        held.since = Some(Time(state.since));
     }
+    match (held.phase, &state.outcome.failure) {
+        (Phase::Pulling, _) => held.percent = AssignedArtifact::percent(state),
+        (Phase::Waiting | Phase::Failed, Some(failure)) => {
+            failure.reason.clone_into(&mut held.reason);
+            truncated(&failure.message, MAXIMUM_MESSAGE).clone_into(&mut held.message);
+        }
+        _ => {}
+    }
+    held
 }
 
 /// Returns whether two statuses differ in nothing but the progress of downloads.

@@ -1,310 +1,302 @@
-//! Keeps each reference of the configuration's list present and pinned.
+//! The references that the configuration lists.
 //!
-//! One task checks the file every few seconds, starts the refreshes that are due, and records their results. It alone
-//! adds and removes the pins of its owner, so that a reference which leaves the list while it is fetched leaves no pin
-//! behind.
+//! ```text
+//! resolution of IfNotPresent   fetched first: it stays available while the registry is down
+//! resolution of the tag now    requested and fetched in addition, for pods with Always
+//! followTag                    the second replaces the first, once it is complete
+//! ```
 
-use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
-use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::options::WarmList;
-use super::refresh::{RefreshOutcome, find_local, refresh};
-use super::schedule::{initial_delay, next_refresh, retry};
-use super::states::WarmStates;
+use super::policy_demands::with_demands;
+use super::reference_reconciler::{
+    Attempt, DesiredReference, Reconciler, ReferenceState, RefreshError, RefreshOutcome, Schedule,
+    blocking,
+};
+use super::source_pins::{SourcePins, WantedPins};
 use crate::volume::NodeContent;
+use oci::backoff::RetryBackoff;
 use oci::{Digest, Platform, Reference};
-use pull::ProgressView;
-use store::pin_records::Pin;
-use store::{Store, StoreError};
+use preload::api::Phase;
+use pull::{ProgressView, PullPolicy, Tenant, Want};
+use store::resolution_records::Resolution;
 use sys::reload::Reloadable;
 
 /// The owner of the list's pins.
-pub const OWNER: &str = "config";
-
+const OWNER: &str = "config";
 /// The interval between two checks of the file. A check is one `stat`.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
-/// The most refreshes at once. The node's own limits hold as well.
-const AT_ONCE: usize = 2;
+/// The pauses after failures. The longest one is also the longest until a registry that is back is noticed.
+const BACKOFF: RetryBackoff =
+    RetryBackoff { first: Duration::from_secs(5), longest: Duration::from_mins(10) };
 
-/// The task that keeps the list.
-pub struct WarmKeeper {
+/// Keeps the references of the list present and pinned.
+pub struct ListKeeper {
     /// The content to keep.
     pub content: NodeContent,
     /// The current list.
     pub source: Reloadable<WarmList>,
-    /// The states of the references, for the status and metrics.
-    pub states: WarmStates,
+    /// The references, for the status and metrics.
+    pub references: Arc<Reconciler<ListedReference>>,
     /// The Node object's name.
     pub node_id: String,
 }
 
 /// A reference of the list.
-struct WarmItem {
+#[derive(Clone)]
+pub struct ListedReference {
     reference: Reference,
-    due: Instant,
-    failures: u32,
-    /// The manifest that its tag resolves to now, pinned in addition to the one for pods with `IfNotPresent`.
+    content: NodeContent,
+    pins: SourcePins,
+    list: Arc<WarmList>,
+    delay: Duration,
+    /// The newer manifest of its tag that is pinned.
     newer: Option<Digest>,
-    /// Ends the running refresh.
-    running: Option<CancellationToken>,
 }
 
-type RefreshTasks = FuturesUnordered<BoxFuture<'static, Option<(String, RefreshOutcome)>>>;
-
-struct WarmListTask {
-    keeper: WarmKeeper,
-    platform: Platform,
-    /// `None` until the file has been read once.
-    list: Option<Arc<WarmList>>,
-    items: BTreeMap<String, WarmItem>,
-}
-
-impl WarmKeeper {
+impl ListKeeper {
     /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        let mut task = WarmListTask {
-            keeper: self,
-            platform: Platform::of_this_node(),
-            list: None,
-            items: BTreeMap::new(),
-        };
-        let mut tasks = RefreshTasks::new();
-        loop {
-            task.reload().await;
-            task.start_due(&mut tasks);
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                Some(ended) = tasks.next(), if !tasks.is_empty() => {
-                    if let Some((name, outcome)) = ended {
-                        task.finish(&name, outcome).await;
-                    }
+        let pins = SourcePins::new(self.content.store.clone(), OWNER);
+        let keep = async {
+            let mut applied = None;
+            loop {
+                let source = self.source.clone();
+                // Without a valid list the last one stays. The reason is in the log.
+                if let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await
+                    && applied.as_ref() != Some(&list)
+                {
+                    self.apply(&list, &pins).await;
+                    applied = Some(list);
                 }
-                () = tokio::time::sleep(CHECK_INTERVAL) => {}
+                tokio::time::sleep(CHECK_INTERVAL).await;
             }
-        }
+        };
+        shutdown.run_until_cancelled(keep).await;
+        self.references.apply([]).await;
     }
-}
 
-impl WarmListTask {
-    /// Applies the current list.
-    async fn reload(&mut self) {
-        let source = self.keeper.source.clone();
-        let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await else {
-            // There was no valid list yet. The reason is in the log.
-            return;
-        };
-        let before = self.list.replace(Arc::clone(&list));
-        if before.as_ref() == Some(&list) {
-            return;
-        }
-        let delay = initial_delay(&self.keeper.node_id, list.spread);
-        let soon = Instant::now() + delay;
-        let gone = self.drop_unlisted(&list.references);
-        let (mut new, mut pinned) = (0_usize, self.sweep().await);
-        // A shorter interval, or `followTag`, takes effect now.
-        let is_anew = before.is_some_and(|before| {
-            (before.interval, before.follow_tag) != (list.interval, list.follow_tag)
+    async fn apply(&self, list: &Arc<WarmList>, pins: &SourcePins) {
+        let delay = initial_delay(&self.node_id, list.spread);
+        let names = list.references.iter().map(|one| (OWNER.to_owned(), one.to_string()));
+        let wanted = WantedPins { pins: names.collect(), bytes_per_namespace: None };
+        let known = pins.clone();
+        let newer = tokio::task::spawn_blocking(move || known.keep(wanted)).await;
+        let newer = newer.unwrap_or_default();
+        let listed = list.references.iter().map(|reference| ListedReference {
+            reference: reference.clone(),
+            content: self.content.clone(),
+            pins: pins.clone(),
+            list: Arc::clone(list),
+            delay,
+            newer: newer.get(reference).copied(),
         });
-        for reference in &list.references {
-            let name = reference.to_string();
-            if let Some(item) = self.items.get_mut(&name) {
-                if is_anew {
-                    item.due = item.due.min(soon);
-                    let due = item.due;
-                    self.keeper.states.change(&name, |shown| shown.next = Some(due));
-                }
-                continue;
-            }
-            new += 1;
-            let (newer, reference) = (pinned.remove(reference), reference.clone());
-            let mut found = find_local(&self.keeper.content, &reference, &self.platform).await;
-            found.newer = newer;
-            let item = WarmItem { reference, due: soon, failures: 0, newer, running: None };
-            self.items.insert(name.clone(), item);
-            self.keep(&name, &found).await;
-        }
+        let (new, gone) = self.references.apply(listed).await;
         if new + gone > 0 {
-            let (references, delay_seconds) = (self.items.len(), delay.as_secs());
+            let (references, delay_seconds) = (list.references.len(), delay.as_secs());
             tracing::info!(references, new, gone, delay_seconds, "the list of what is kept warm");
         }
     }
+}
 
-    /// Cancels the refreshes of references that are no longer listed. Returns their number.
-    fn drop_unlisted(&mut self, references: &[Reference]) -> usize {
-        let wanted: HashSet<_> = references.iter().collect();
-        let states = &self.keeper.states;
-        let before = self.items.len();
-        self.items.retain(|name, item| {
-            let stays = wanted.contains(&item.reference);
-            if !stays {
-                states.forget(name);
-                item.running.iter().for_each(CancellationToken::cancel);
+impl DesiredReference for ListedReference {
+    type Key = String;
+    const AT_ONCE: usize = 2;
+
+    fn key(&self) -> String {
+        self.reference.to_string()
+    }
+
+    fn must_restart(&self, earlier: &Self, _: &ReferenceState) -> bool {
+        (self.list.interval, self.list.follow_tag)
+            != (earlier.list.interval, earlier.list.follow_tag)
+    }
+
+    fn schedule(&self) -> Schedule {
+        Schedule {
+            delay: self.delay,
+            delay_if_present: self.delay,
+            interval: Some(self.list.interval),
+            backoff: BACKOFF,
+            retries: u32::MAX,
+        }
+    }
+
+    async fn find(&self) -> RefreshOutcome {
+        let want = self.want(PullPolicy::Never).await;
+        let tree = self.content.puller.acquire(&want, &ProgressView::default()).await;
+        let manifest = tree.ok().map(|tree| tree.record.manifest);
+        let found = RefreshOutcome { manifest, newer: self.newer, failure: None };
+        self.pin(found, None, None).await
+    }
+
+    /// Asks the registry for the current manifest, and fetches what is missing.
+    async fn refresh(&self, attempt: &Attempt) -> RefreshOutcome {
+        let _slot = attempt.begin().await;
+        let (reference, view) = (&self.reference, &attempt.view);
+        let follow_tag = self.list.follow_tag;
+        let recorded = self.recorded().await;
+        let mut outcome = RefreshOutcome::default();
+        if reference.digest().is_some() || recorded.is_some() {
+            // `follow_tag` resolves the tag below, so a missing recorded manifest is not fetched first.
+            let fetches = reference.digest().is_some() || !follow_tag;
+            let policy = if fetches { PullPolicy::IfNotPresent } else { PullPolicy::Never };
+            match self.content.puller.acquire(&self.want(policy).await, view).await {
+                Ok(tree) => outcome.manifest = Some(tree.record.manifest),
+                Err(error) if fetches => outcome.failure = Some(RefreshError::new("", &error)),
+                Err(_) => {}
             }
-            stays
-        });
-        before - self.items.len()
-    }
-
-    /// Starts the refreshes that are due, at most [`AT_ONCE`].
-    fn start_due(&mut self, tasks: &mut RefreshTasks) {
-        let (now, follow_tag) = (Instant::now(), self.follows_tags());
-        let due = |item: &&mut WarmItem| item.running.is_none() && item.due <= now;
-        let busy = self.items.values().filter(|item| item.running.is_some()).count();
-        for item in self.items.values_mut().filter(due).take(AT_ONCE.saturating_sub(busy)) {
-            let (content, platform) = (self.keeper.content.clone(), self.platform.clone());
-            let (reference, follow_tag) = (item.reference.clone(), follow_tag);
-            let (view, token) = (ProgressView::default(), CancellationToken::new());
-            let name = reference.to_string();
-            item.running = Some(token.clone());
-            self.keeper.states.change(&name, |shown| shown.pulling = Some(view.clone()));
-            tasks.push(Box::pin(async move {
-                let outcome = Box::pin(refresh(&content, &reference, &platform, follow_tag, &view));
-                Some((name, token.run_until_cancelled(outcome).await?))
-            }));
         }
-    }
-
-    /// Records the result of a refresh, and schedules the next one.
-    async fn finish(&mut self, name: &str, outcome: RefreshOutcome) {
-        let interval = self.list.as_ref().map_or_else(Duration::default, |list| list.interval);
-        let Some(item) = self.items.get_mut(name) else { return };
-        item.running = None;
-        item.failures = if outcome.failure.is_some() { item.failures + 1 } else { 0 };
-        let wait = match item.failures {
-            0 => next_refresh(interval),
-            failures => retry(failures, interval),
-        };
-        item.due = Instant::now() + wait;
-        if let Some(reason) = &outcome.failure {
-            self.keeper.states.failed();
-            let again_in_seconds = wait.as_secs();
-            tracing::warn!(reference = name, reason, again_in_seconds, "not all of it is here");
-        } else {
-            let shown = |digest: Option<Digest>| digest.map(|digest| digest.to_string());
-            let (digest, newer) = (shown(outcome.manifest), shown(outcome.newer));
-            tracing::info!(reference = name, digest, newer, "kept warm");
-        }
-        // A registry that did not respond has not said that the tag resolves to another manifest.
-        let stale = item.newer.filter(|_| outcome.failure.is_none());
-        let stale = stale.filter(|stale| Some(*stale) != outcome.newer);
-        item.newer = outcome.newer.or(item.newer.filter(|_| stale.is_none()));
-        let stale = stale.map(|stale| item.reference.at(stale));
-        self.keep(name, &outcome).await;
-        if let Some(stale) = stale {
-            self.unpin(stale).await;
+        let mut remember = None;
+        if reference.digest().is_none() {
+            let want = self.want(PullPolicy::Always).await;
+            match self.content.puller.acquire_unremembered(&want, view).await {
+                Ok((tree, resolution)) => {
+                    let now = tree.record.manifest;
+                    if outcome.set_current(recorded, now, follow_tag) {
+                        remember = Some(resolution);
+                    }
+                }
+                // A registry that did not respond has not said that the tag resolves to another manifest.
+                Err(error) => {
+                    outcome.newer = attempt.newer();
+                    outcome.failure.get_or_insert(RefreshError::new("", &error));
+                }
+            }
         }
         // A pull may have used disk space.
-        self.keeper.content.maintenance.notify_one();
+        self.content.maintenance.notify_one();
+        let stale = attempt.newer().filter(|newer| outcome.newer != Some(*newer));
+        self.pin(outcome, remember, stale).await
     }
 
-    /// Records the resolution, pins the manifests, and updates the reference's state.
-    async fn keep(&self, name: &str, outcome: &RefreshOutcome) {
-        let Some(item) = self.items.get(name) else { return };
-        let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
-        let (reference, found) = (item.reference.clone(), outcome.clone());
-        let follow_tag = self.follows_tags();
-        let kept = blocking(move || {
-            if let Some(resolution) = &found.remember
-                && (follow_tag || store.resolutions().get(&reference, &platform).is_none())
-            {
-                store.resolutions().put(&reference, &platform, resolution)?;
-            }
-            for (reference, manifest) in found.pins(&reference) {
-                pin(&store, &reference, &platform, manifest)?;
-            }
-            Ok(())
-        });
-        let failure = kept.await.err().map(|error| format!("it is here and not pinned: {error}"));
-        if let Some(reason) = &failure {
-            tracing::warn!(reference = name, reason, "what is to be kept warm may be evicted");
-        }
-        self.keeper.states.change(name, |shown| {
-            shown.pulling = None;
-            shown.manifest = outcome.manifest.filter(|_| failure.is_none());
-            shown.newer = outcome.newer;
-            shown.reason = failure.or_else(|| outcome.failure.clone());
-            shown.next = Some(item.due);
-        });
-    }
-
-    /// Removes pins of the list that no reference needs. Returns those that an earlier process made of newer manifests
-    /// of listed tags.
-    async fn sweep(&self) -> HashMap<Reference, Digest> {
-        let references = self.list.iter().flat_map(|list| list.references.iter().cloned());
-        let listed: HashSet<_> = references.collect();
-        let store = self.keeper.content.store.clone();
-        let swept = blocking(move || {
-            let mut newer = HashMap::new();
-            for pin in store.pins().list()?.into_iter().filter(|pin| pin.owner == OWNER) {
-                let reference = pin.reference.parse::<Reference>().ok();
-                if reference.as_ref().is_some_and(|reference| listed.contains(reference)) {
-                    continue;
-                }
-                let floating = reference.as_ref().map(Reference::floating);
-                match floating.filter(|floating| listed.contains(floating)) {
-                    Some(floating) if !newer.contains_key(&floating) => {
-                        newer.insert(floating, pin.manifest);
-                    }
-                    _ => drop_pin(&store, &pin)?,
-                }
-            }
-            Ok(newer)
-        });
-        swept.await.unwrap_or_else(|error| {
-            tracing::warn!(error, "pins of the list cannot be taken away");
-            HashMap::new()
-        })
-    }
-
-    /// Removes the pin of a manifest that the tag no longer resolves to.
-    async fn unpin(&self, reference: Reference) {
-        let (store, platform) = (self.keeper.content.store.clone(), self.platform.clone());
-        let unpinned = blocking(move || match store.pins().get(&reference, &platform, OWNER) {
-            Some(pin) => drop_pin(&store, &pin),
-            None => Ok(()),
-        });
-        if let Err(error) = unpinned.await {
-            tracing::warn!(error, "a pin of the list cannot be taken away");
+    fn log(&self, state: &ReferenceState) {
+        let RefreshOutcome { manifest, newer, failure } = &state.outcome;
+        let reference = self.reference.to_string();
+        if let Some(RefreshError { message: reason, .. }) = failure {
+            let again_in_seconds = state.next_seconds();
+            tracing::warn!(reference, reason, again_in_seconds, "not all of it is here");
+        } else {
+            let shown = |digest: &Option<Digest>| digest.map(|digest| digest.to_string());
+            let (digest, newer) = (shown(manifest), shown(newer));
+            tracing::info!(reference, digest, newer, "kept warm");
         }
     }
+}
 
-    fn follows_tags(&self) -> bool {
-        self.list.as_ref().is_some_and(|list| list.follow_tag)
+impl ListedReference {
+    /// Returns the phase for the status and metrics. A failure counts until bytes arrive.
+    #[must_use]
+    pub fn phase(state: &ReferenceState) -> Phase {
+        let has_bytes = state.pulling.as_ref().is_some_and(|view| view.snapshot().total > 0);
+        state.phase(if has_bytes { u32::MAX } else { 0 })
+    }
+
+    /// Returns the pull with the node's own credentials.
+    async fn want(&self, policy: PullPolicy) -> Want {
+        let (reference, platform) = (self.reference.clone(), Platform::of_this_node());
+        let want = Want { policy, ..Want::of_node(reference, platform, Tenant::Config) };
+        with_demands(&self.content, want).await
+    }
+
+    async fn recorded(&self) -> Option<Digest> {
+        let (store, reference) = (self.content.store.clone(), self.reference.clone());
+        let read = move || store.resolutions().get(&reference, &Platform::of_this_node());
+        tokio::task::spawn_blocking(read).await.ok().flatten().map(|known| known.manifest)
+    }
+
+    /// Records the resolution for `IfNotPresent`, pins the manifests, and removes the pin of a stale one.
+    async fn pin(
+        &self,
+        outcome: RefreshOutcome,
+        remember: Option<Resolution>,
+        stale: Option<Digest>,
+    ) -> RefreshOutcome {
+        let (listed, found) = (self.clone(), outcome.clone());
+        let pinned = blocking(move || {
+            let ListedReference { reference, pins, list, content, .. } = &listed;
+            let (resolutions, platform) = (content.store.resolutions(), Platform::of_this_node());
+            let pin = || {
+                if let Some(resolution) = &remember
+                    && (list.follow_tag || resolutions.get(reference, &platform).is_none())
+                {
+                    resolutions.put(reference, &platform, resolution)?;
+                }
+                if let Some(manifest) = found.manifest {
+                    pins.add(OWNER, reference, manifest)?;
+                }
+                if let Some(newer) = found.newer {
+                    pins.add(OWNER, &reference.at(newer), newer)?;
+                }
+                stale.map_or(Ok(()), |stale| pins.remove_stale(OWNER, &reference.at(stale)))
+            };
+            pin().map_err(|error: store::StoreError| {
+                RefreshError::new("", &format!("it is here and not pinned: {error}"))
+            })
+        });
+        match pinned.await {
+            Ok(()) => outcome,
+            Err(failure) => RefreshOutcome { manifest: None, failure: Some(failure), ..outcome },
+        }
     }
 }
 
-fn drop_pin(store: &Store, pin: &Pin) -> Result<(), StoreError> {
-    store.pins().remove(pin)?;
-    tracing::info!(reference = pin.reference, digest = %pin.manifest, "no longer kept warm");
-    Ok(())
-}
-
-/// Pins a manifest. Writes nothing if it is pinned already.
-fn pin(
-    store: &Store,
-    reference: &Reference,
-    platform: &Platform,
-    manifest: Digest,
-) -> Result<(), StoreError> {
-    let held = store.pins().get(reference, platform, OWNER);
-    if held.is_none_or(|held| held.manifest != manifest) {
-        store.pins().add(reference, platform, manifest, OWNER)?;
+impl RefreshOutcome {
+    /// Adds the manifest that the tag resolves to now, which is complete on this node. Returns whether it is to be
+    /// recorded for `IfNotPresent`.
+    fn set_current(&mut self, recorded: Option<Digest>, now: Digest, follow_tag: bool) -> bool {
+        if follow_tag || recorded.is_none_or(|recorded| recorded == now) {
+            self.manifest = Some(now);
+            recorded != Some(now)
+        } else {
+            self.newer = Some(now);
+            false
+        }
     }
-    Ok(())
 }
 
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, String> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done.map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
+/// Returns the part of `spread` that a node waits before its first refresh. It follows from the node's name, so it is
+/// the same at every start, and the nodes of a cluster start one after the other.
+fn initial_delay(node_id: &str, spread: Duration) -> Duration {
+    let digest = Digest::of(node_id.as_bytes()).hex();
+    let part = u32::from_str_radix(&digest[..8], 16).unwrap_or_default();
+    spread.mul_f64(f64::from(part) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tag_that_moved_is_kept_beside_what_pods_get_unless_it_is_followed() {
+        let (old, new) = (Digest::of(b"old"), Digest::of(b"new"));
+        let current = |recorded: Option<Digest>, follow_tag| {
+            let mut outcome = RefreshOutcome { manifest: recorded, ..RefreshOutcome::default() };
+            let is_recorded = outcome.set_current(recorded, new, follow_tag);
+            (outcome.manifest, outcome.newer, is_recorded)
+        };
+        assert_eq!(current(None, false), (Some(new), None, true));
+        assert_eq!(current(Some(new), false), (Some(new), None, false));
+        // IfNotPresent means what it meant.
+        assert_eq!(current(Some(old), false), (Some(old), Some(new), false));
+        assert_eq!(current(Some(old), true), (Some(new), None, true));
+    }
+
+    #[test]
+    fn nodes_begin_one_after_the_other_and_each_at_its_own_time() {
+        let spread = Duration::from_mins(10);
+        let delays: Vec<_> =
+            (0..200).map(|node| initial_delay(&format!("worker-{node}"), spread)).collect();
+        assert_eq!(delays[7], initial_delay("worker-7", spread));
+        for minute in 0..10 {
+            let within = |delay: &&Duration| delay.as_secs() / 60 == minute;
+            let nodes = delays.iter().filter(within).count();
+            assert!((8..35).contains(&nodes), "{nodes} of 200 nodes begin in minute {minute}");
+        }
+        assert_eq!(initial_delay("worker", Duration::ZERO), Duration::ZERO);
     }
 }

@@ -1,12 +1,11 @@
-//! Warming: fetches artifacts before a pod needs them.
+//! Warming: keeps artifacts on the node before a pod needs them.
 //!
 //! ```text
-//! want      the pull of an artifact, in the form of a volume without attributes
-//! options   the section of the configuration
-//! list      the configuration's list: each reference present, pinned and refreshed
-//! refresh   refreshes one reference once
-//! schedule  the times: a delay of this node's own, an interval, a backoff after each failure
-//! states    the state of each reference, for the status and metrics
+//! reference_reconciler  keeps the references of one source present: a task for each fetches, refreshes and retries it
+//! source_pins           adds and removes the pins of one source
+//! policy_demands        what the node's policy demands of an artifact that belongs to no volume
+//! list                  the source that the configuration lists; the other one is `node_artifacts`
+//! options               the section of the configuration
 //! ```
 //!
 //! Pods come before warming wherever they need the same: connections go to pods first, and a pod that joins a pull of
@@ -14,13 +13,15 @@
 
 mod list;
 mod options;
-mod refresh;
-mod schedule;
-mod states;
-mod want;
+mod policy_demands;
+mod reference_reconciler;
+mod source_pins;
 
-pub use list::{OWNER, WarmKeeper};
+pub use list::{ListKeeper, ListedReference};
 pub use options::WarmList;
-pub use schedule::initial_delay;
-pub use states::{WarmPhase, WarmState, WarmStates};
-pub use want::{DemandsError, demands, want, with_demands};
+pub use policy_demands::{DemandsError, demands, with_demands};
+pub use reference_reconciler::{
+    Attempt, DesiredReference, Reconciler, ReferenceState, RefreshError, RefreshOutcome, Schedule,
+    blocking,
+};
+pub use source_pins::{SourcePins, WantedPins};

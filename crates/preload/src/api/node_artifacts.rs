@@ -135,7 +135,7 @@ pub struct NodeArtifactsStatus {
 }
 
 /// Progress of one artifact.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HeldArtifact {
     /// Preload that wants the artifact, as `namespace/name`.

@@ -1,23 +1,9 @@
-//! The pull that warming makes: the artifact in the form of a volume without attributes. Volumes with attributes share
-//! its blobs and layers.
+//! The demands of the node's policy on an artifact that is fetched for no volume.
 
 use crate::volume::NodeContent;
-use oci::credentials::Keyring;
-use oci::{Platform, Reference};
+use oci::Reference;
 use policy::{PolicyDemands, PolicyError, PolicyRequest};
-use pull::{PullPolicy, Tenant, Want};
-
-/// Returns the pull of an artifact that belongs to no volume.
-#[must_use]
-pub fn want(
-    reference: Reference,
-    platform: Platform,
-    policy: PullPolicy,
-    keyring: Keyring,
-    tenant: Tenant,
-) -> Want {
-    Want { policy, keyring, ..Want::of_node(reference, platform, tenant) }
-}
+use pull::Want;
 
 /// A failure to decide on an artifact.
 pub enum DemandsError {
