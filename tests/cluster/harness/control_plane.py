@@ -21,7 +21,9 @@ def make_network():
     """One bridge that nodes are plugged into, with all addresses of the control plane and the registries."""
     run("ip", "link", "set", "lo", "up")
     run("ip", "address", "add", f"{API_SERVICE}/32", "dev", "lo")
-    run("ip", "link", "add", "cluster0", "type", "bridge")
+    # Without an address of its own, a bridge has the lowest of its ports': nodes would lose the API server when another
+    # node comes or goes.
+    run("ip", "link", "add", "cluster0", "address", "02:00:00:00:00:01", "type", "bridge")
     for address in (CONTROL_PLANE, REGISTRY, REGISTRY_WITH_USERS, SLOW_REGISTRY):
         run("ip", "address", "add", f"{address}/24", "dev", "cluster0")
     run("ip", "link", "set", "cluster0", "up")

@@ -48,6 +48,8 @@ image:
 tls:
   extraCertificates: |
 {authority}
+# The machine's disk is others' too.
+config: {{cache: {{highThresholdPercent: 100, minFreePercent: 0, minFreeInodesPercent: 0}}}}
 # The setting has no namespace: it is the machine's.
 node: {{leases: Keep}}
 controller: {{enabled: true, maxPreloadsPerNamespace: 8}}
