@@ -30,7 +30,7 @@ use oci::credentials::{Credential, Keyring};
 use oci::registry::{Registry, RegistryOptions};
 use oci::{Digest, Platform, Reference};
 use store::partial_downloads::Purpose;
-use store::{Store, StoreOptions, Tree};
+use store::{CacheOptions, Store, StoreOptions, Tree};
 use sys::background::Background;
 use unpack::Limits;
 
@@ -241,7 +241,11 @@ pub(super) struct TestNode {
 impl TestNode {
     pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+        // Tests do not depend on how full the machine's disk is.
+        let cache =
+            CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..Default::default() };
+        let options = StoreOptions { cache, ..StoreOptions::default() };
+        let store = Store::open(folder.path(), options).expect("a store");
         let sources = Sources {
             registry: Registry::new(RegistryOptions::default()).expect("a client"),
             node_credentials: NodeCredentials::new(ProviderFiles {
