@@ -94,8 +94,8 @@ impl HostsInner {
             RegistryError::Configuration { reason: error::long_reason(&reason) }
         };
         let file = certs_folder::load(&found, seen).map_err(broken)?;
-        for key in &file.unknown {
-            tracing::warn!(folder = %found.display(), key, "hosts.toml has a key that means nothing here");
+        for word in &file.unknown {
+            tracing::warn!(folder = %found.display(), word, "hosts.toml has a word that means nothing here");
         }
         // A folder of its own exempts the registry from the address rules.
         let named = found.file_name().is_none_or(|name| name != "_default");
