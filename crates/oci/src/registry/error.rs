@@ -236,6 +236,11 @@ impl RegistryError {
         }
     }
 
+    /// Returns whether the host responded, whatever it said.
+    pub(super) fn is_response(&self) -> bool {
+        !matches!(self, Self::Unreachable { .. } | Self::Tls { .. } | Self::Timeout { .. })
+    }
+
     /// Returns whether a presigned URL may have expired, so that a new one may work.
     #[must_use]
     pub fn is_expiry(&self) -> bool {

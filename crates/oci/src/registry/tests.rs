@@ -1269,9 +1269,13 @@ async fn an_empty_list_of_a_mirror_is_followed_by_the_registry() {
 
 /// Returns a client with this mirror for all registries.
 fn registry_behind(mirror: &Server) -> (Registry, tempfile::TempDir) {
+    registry_with_hosts(&format!("[host.\"http://{}\"]\n", mirror.address))
+}
+
+/// Returns a client with this `hosts.toml` for all registries.
+fn registry_with_hosts(text: &str) -> (Registry, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("_default")).unwrap();
-    let text = format!("[host.\"http://{}\"]\n", mirror.address);
     std::fs::write(folder.path().join("_default/hosts.toml"), text).unwrap();
     let hosts_dirs = vec![folder.path().to_owned()];
     (Registry::new(RegistryOptions { hosts_dirs, ..Default::default() }).unwrap(), folder)
@@ -1308,6 +1312,66 @@ async fn a_failed_mirror_is_avoided_unless_its_registry_fails() {
     for repository in [&of_first, &of_second] {
         assert_eq!(ask(repository).await, Ok(("mirror".to_owned(), Some(sender.clone()))));
     }
+}
+
+#[tokio::test]
+async fn the_table_of_a_host_also_holds_for_the_same_host_as_server() {
+    let server = Server::start(|seen, _| match seen.header("x-known") {
+        Some(_) if seen.path.contains("/referrers/") => ok(r#"{"manifests":[]}"#),
+        Some(_) => status(404),
+        None => status(403),
+    })
+    .await;
+    let address = server.address;
+    let line = format!("server = \"http://{address}\"\n");
+    let table = |settings: &str| {
+        format!("[host.\"http://{address}\"]\n{settings}header = {{ x-known = \"1\" }}\n")
+    };
+    let other = "[host.\"http://127.0.0.1:1\"]\n";
+    let pull = table("capabilities = [\"pull\"]\n");
+    for (text, requests) in [
+        (format!("{line}{}", table("")), 1),
+        (table(""), 1),
+        (format!("{line}{pull}"), 1),
+        (format!("{line}{other}{}", table("")), 1),
+        (format!("{line}{}{other}", table("")), 2),
+    ] {
+        let (registry, _folder) = registry_with_hosts(&text);
+        let repository = server.repository();
+        let before = server.seen().len();
+        let error = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
+        let error = discreet(error);
+        assert!(matches!(error, RegistryError::NotFound { .. }), "{text}{error}");
+        let seen = server.seen().split_off(before);
+        assert!(seen.iter().all(|seen| seen.header("x-known").is_some()), "{text}");
+        assert_eq!(seen.len(), requests, "{text}");
+        let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await;
+        assert_eq!(found.unwrap().expect("a list").pages.len(), 1, "{text}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_the_registry_counts_more_than_a_broken_connection_to_it() {
+    for code in [401, 403, 404, 412, 500] {
+        let server = Server::start(move |_, _| status(code)).await;
+        let address = server.address;
+        let expected = discreet(
+            registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await,
+        );
+        // No process listens at the proxy.
+        let text = format!(
+            "server = \"http://{address}\"\nproxy = \"http://127.0.0.1:1\"\n[host.\"http://{address}\"]\n"
+        );
+        let (registry, _folder) = registry_with_hosts(&text);
+        let error = registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+        assert_eq!(discreet(error), expected);
+    }
+    // The answer of a mirror says nothing of the registry.
+    let mirror = Server::start(|_, _| status(404)).await;
+    let (registry, _folder) = registry_behind(&mirror);
+    let repository = repository("127.0.0.1:1/team/app");
+    let error = discreet(registry.manifest(&repository, &tag(), &Credential::Anonymous).await);
+    assert!(matches!(error, RegistryError::Unreachable { .. }), "{error}");
 }
 
 // --- connections ---

@@ -163,6 +163,13 @@ impl HostEntry {
         }
     }
 
+    /// Returns whether the entry has settings of its connections or requests.
+    pub(in crate::registry) fn has_settings(&self) -> bool {
+        let is_plain =
+            self.headers.is_empty() && self.dial_timeout.is_none() && self.proxy.is_none();
+        self.has_tls() || !is_plain
+    }
+
     /// Returns whether the entry has TLS settings.
     pub(in crate::registry) fn has_tls(&self) -> bool {
         !self.ca.is_empty() || !self.client.is_empty() || self.skip_verify.is_some()
