@@ -28,6 +28,8 @@ use super::redirect_rules;
 use super::registry_endpoint::RegistryEndpoint;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
 
+/// Hint for handshakes that fail for want of a common algorithm.
+const SUPPORTED_KEYS: &str = "the driver supports RSA, P-256, P-384 and Ed25519 keys";
 /// Maximum of `Retry-After`.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// Bodies up to this size are drained, so that the connection can be reused.
@@ -443,9 +445,24 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Erro
 
 /// Explains TLS errors whose own text does not suggest a change.
 fn tls_reason(error: &rustls::Error) -> Option<String> {
-    use rustls::CertificateError::{NotValidYet, NotValidYetContext};
-    let rustls::Error::InvalidCertificate(invalid) = error else { return None };
+    use rustls::CertificateError::{
+        NotValidYet, NotValidYetContext, UnsupportedSignatureAlgorithmContext,
+        UnsupportedSignatureAlgorithmForPublicKeyContext,
+    };
+    let invalid = match error {
+        rustls::Error::InvalidCertificate(invalid) => invalid,
+        // A server whose key no offered algorithm fits ends the handshake.
+        rustls::Error::AlertReceived(rustls::AlertDescription::HandshakeFailure)
+        | rustls::Error::PeerIncompatible(rustls::PeerIncompatible::NoSignatureSchemesInCommon) => {
+            return Some(format!("{}; {SUPPORTED_KEYS}", error::reason(&error.to_string())));
+        }
+        _ => return None,
+    };
     match invalid {
+        UnsupportedSignatureAlgorithmContext { .. }
+        | UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            Some(format!("a certificate's signature cannot be checked; {SUPPORTED_KEYS}"))
+        }
         NotValidYet | NotValidYetContext { .. } => {
             let now = jiff::Timestamp::now();
             Some(format!(
@@ -506,6 +523,20 @@ mod tests {
         assert_eq!(decoded(&encoded, "gzip", limit).as_deref(), Some(PLAIN));
         assert_eq!(decoded(&encoded, "gzip", limit - 1), None);
         assert_eq!(decoded(&gzip(&vec![b' '; 10 << 20]), "gzip", 1 << 20), None);
+    }
+
+    #[test]
+    fn an_unsupported_key_of_a_server_is_named() {
+        use rustls::{AlertDescription, Error, PeerIncompatible};
+        for error in [
+            Error::AlertReceived(AlertDescription::HandshakeFailure),
+            Error::PeerIncompatible(PeerIncompatible::NoSignatureSchemesInCommon),
+        ] {
+            let reason = tls_reason(&error).unwrap_or_default();
+            assert!(reason.contains("RSA, P-256, P-384 and Ed25519"), "{reason}");
+        }
+        let other = tls_reason(&Error::AlertReceived(AlertDescription::UnrecognisedName));
+        assert_eq!(other, None);
     }
 
     #[test]
