@@ -20,7 +20,7 @@ use super::RegistryOptions;
 use super::address_rules::{AddressRefused, AddressRules};
 use super::dns_lookup::DnsLookups;
 use super::environment_proxy::EnvironmentProxies;
-use super::error::{self, RegistryError};
+use super::error::{self, RegistryError, ShownCredential};
 use super::hosts::HostEntry;
 use super::http_clients::{Connection, ConnectionSettings};
 use super::plain_http::PlainHttp;
@@ -79,6 +79,8 @@ pub(super) struct HttpResponse {
     pub(super) redirected: bool,
     /// True if the request had a credential, or a token that was made from one.
     pub(super) with_credential: bool,
+    /// True if the credential was not sent, since no supported challenge asks for one.
+    pub(super) unchallenged: bool,
 }
 
 impl fmt::Debug for Transport {
@@ -208,7 +210,14 @@ impl Transport {
             }
             let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
-                return Ok(HttpResponse { response, host, redirected, with_credential: false });
+                let (with_credential, unchallenged) = (false, false);
+                return Ok(HttpResponse {
+                    response,
+                    host,
+                    redirected,
+                    with_credential,
+                    unchallenged,
+                });
             }
             let next = self.next_hop(endpoint, &url, &response).await.map_err(|reason| {
                 let (host, what) = (host.clone(), what.to_owned());
@@ -273,6 +282,10 @@ impl HttpResponse {
         let (host, what) = (self.host.clone(), what.to_owned());
         let status = self.status().as_u16();
         let retry_after = retry_after(self.response.headers());
+        let shown = match ShownCredential::of(anonymous) {
+            ShownCredential::Credential if self.unchallenged => ShownCredential::Withheld,
+            shown => shown,
+        };
         match status {
             // Storage failed, not the registry, which may still serve other objects.
             400..=599 if self.redirected => {
@@ -280,8 +293,8 @@ impl HttpResponse {
             }
             429 => RegistryError::RateLimited { host, what, retry_after },
             408 | 425 | 500..=599 => RegistryError::ServerError { host, what, status, retry_after },
-            401 => RegistryError::Unauthorized { host, what, anonymous },
-            403 => RegistryError::Forbidden { host, what, anonymous },
+            401 => RegistryError::Unauthorized { host, what, shown },
+            403 => RegistryError::Forbidden { host, what, shown },
             402 | 412 | 423 | 451 => RegistryError::PolicyRefused { host, what, status },
             404 | 410 => RegistryError::NotFound { what },
             _ => self.protocol(&what, format!("the status {status}")),

@@ -378,8 +378,18 @@ async fn a_tag_cannot_become_a_path() {
 async fn every_status_has_its_error() {
     type Check = fn(&RegistryError) -> bool;
     let cases: [(u16, Check, bool, bool); 16] = [
-        (401, |e| matches!(e, RegistryError::Unauthorized { anonymous: true, .. }), false, true),
-        (403, |e| matches!(e, RegistryError::Forbidden { anonymous: true, .. }), false, true),
+        (
+            401,
+            |e| matches!(e, RegistryError::Unauthorized { shown: ShownCredential::Nothing, .. }),
+            false,
+            true,
+        ),
+        (
+            403,
+            |e| matches!(e, RegistryError::Forbidden { shown: ShownCredential::Nothing, .. }),
+            false,
+            true,
+        ),
         (402, |e| matches!(e, RegistryError::PolicyRefused { status: 402, .. }), false, false),
         (412, |e| matches!(e, RegistryError::PolicyRefused { status: 412, .. }), false, false),
         (423, |e| matches!(e, RegistryError::PolicyRefused { status: 423, .. }), false, false),
@@ -727,12 +737,18 @@ async fn a_newly_granted_permission_renews_the_token() {
 async fn a_new_token_that_is_refused_is_not_fetched_again() {
     let server = with_tokens(|_| false, |_| ok("")).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
+    ));
     assert_eq!((server.token_requests().len(), server.registry_requests().len()), (1, 2));
 
     let server = with_tokens(|_| true, |_| status(403)).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Forbidden { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Forbidden { shown: ShownCredential::Credential, .. }
+    ));
     assert_eq!((server.token_requests().len(), server.registry_requests().len()), (1, 2));
 }
 
@@ -928,10 +944,16 @@ async fn basic_is_sent_after_a_challenge_and_then_with_every_request() {
     }
     assert_eq!(server.seen().len(), 4);
     let result = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: true, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Nothing, .. }
+    ));
     let wrong = Credential::Basic { username: "robot".into(), password: "wrong".into() };
     let result = registry.manifest(&repository, &tag(), &wrong).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
+    ));
     // Two more refused requests: each was sent once.
     assert_eq!(server.seen().len(), 6);
 }
@@ -989,12 +1011,31 @@ async fn a_401_without_challenge_asks_the_api_root() {
             registry().manifest(&server.repository(), &tag(), &credential).await.unwrap();
         }
     }
-    // Without any challenge, each is requested once, and no credential is sent.
-    let server = Server::start(|_, _| status(401)).await;
+}
+
+#[tokio::test]
+async fn credentials_that_no_challenge_asks_for_are_not_sent_and_not_blamed() {
+    for code in [401, 403] {
+        for challenge in [None, Some("NTLM"), Some("Negotiate"), Some("Digest realm=\"r\"")] {
+            let server = Server::start(move |_, _| match challenge {
+                Some(value) => answer(code, &[("www-authenticate", value)], ""),
+                None => status(code),
+            })
+            .await;
+            let credential = basic_credential();
+            let result = registry().manifest(&server.repository(), &tag(), &credential).await;
+            let text = discreet(result).to_string();
+            assert!(text.contains("were not sent"), "{text}");
+            assert!(text.contains("no supported scheme (Basic, Bearer)"), "{text}");
+            assert!(text.contains(&format!("({code})")), "{text}");
+            assert_eq!(server.seen().len(), 2);
+            assert!(server.seen().iter().all(|seen| seen.authorization().is_none()));
+        }
+    }
+    let server = Server::start(|_, _| answer(401, &[("www-authenticate", "Basic")], "")).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
-    assert_eq!(server.seen().len(), 2);
-    assert!(server.seen().iter().all(|seen| seen.authorization().is_none()));
+    let text = discreet(result).to_string();
+    assert!(text.contains("did not accept these credentials"), "{text}");
 }
 
 // --- redirects ---
