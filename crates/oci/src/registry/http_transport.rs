@@ -27,6 +27,7 @@ use super::plain_http::PlainHttp;
 use super::redirect_rules;
 use super::registry_endpoint::RegistryEndpoint;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
+use text::printable::excerpt;
 
 /// Hint for handshakes that fail for want of a common algorithm.
 const SUPPORTED_KEYS: &str = "the driver supports RSA, P-256, P-384 and Ed25519 keys";
@@ -304,6 +305,12 @@ impl HttpResponse {
     /// Returns whether the body has a `Content-Encoding`.
     pub(super) fn is_encoded(&self) -> bool {
         content_encodings(self.response.headers()).next().is_some()
+    }
+
+    /// Returns the value of `Content-Encoding` for messages, if it changes the body.
+    pub(super) fn encoding(&self) -> Option<String> {
+        let encodings: Vec<_> = content_encodings(self.response.headers()).collect();
+        (!encodings.is_empty()).then(|| excerpt(&encodings.join(", "), 40))
     }
 
     /// Reads a JSON document of at most `limit` bytes, and decodes it if it is really compressed.
