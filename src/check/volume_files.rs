@@ -183,13 +183,14 @@ impl ArtifactChecker {
     ) -> Result<(), CheckError> {
         let (digest, expected) = (descriptor.digest, descriptor.size);
         let mut hasher = sha2::Sha256::new();
-        let mut got = 0;
+        let (mut got, mut encoding) = (0, None);
         if let Some(data) = &descriptor.data {
             hasher.update(data);
             got = data.len() as u64;
             let _ = chunks.send(Bytes::from(data.clone())).await;
         } else {
             let mut body = self.registry.blob(repository, digest, 0, credential).await?;
+            encoding = body.encoding.take();
             while let Some(chunk) = body.chunk().await? {
                 got += chunk.len() as u64;
                 if got > expected {
@@ -203,7 +204,7 @@ impl ArtifactChecker {
             }
         }
         if got != expected {
-            return Err(PullError::BlobSize { digest, expected, got }.into());
+            return Err(PullError::BlobSize { digest, expected, got, encoding }.into());
         }
         let got = Digest::from_bytes(hasher.finalize().into());
         if got == digest {

@@ -95,10 +95,11 @@ fn lines(report: &CheckReport) -> Vec<String> {
     let mut lines = vec![format!("{}  {what} {}", report.reference, report.digest)];
     for manifest in &report.manifests {
         let platform = manifest.platform.as_deref().unwrap_or("any platform");
-        let signed = match manifest.signatures {
+        let signed = match &manifest.signatures {
             SignatureStatus::Verified => "signed by the given key".to_owned(),
             SignatureStatus::Unverified(0) => "not signed".to_owned(),
             SignatureStatus::Unverified(count) => format!("{count} signatures, not verified"),
+            SignatureStatus::Unknown(_) => "signatures unknown".to_owned(),
         };
         lines.push(format!(
             "{platform}  {}  {}  {}  {signed}",
@@ -106,6 +107,9 @@ fn lines(report: &CheckReport) -> Vec<String> {
             manifest.kind,
             Bytes(manifest.bytes)
         ));
+        if let SignatureStatus::Unknown(reason) = &manifest.signatures {
+            lines.push(format!("  signatures cannot be looked up: {reason}"));
+        }
         for file in &manifest.files {
             let executable = if file.executable { "x" } else { "-" };
             lines.push(format!("  {executable} {:>12}  {}", file.size, file.path));

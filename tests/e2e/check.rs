@@ -165,3 +165,32 @@ fn a_credential_that_sees_nothing_is_not_the_last_one() {
     config(true);
     passes(&[&hiding.reference("v1"), "--docker-config", file]);
 }
+
+#[test]
+fn without_a_key_signatures_that_cannot_be_looked_up_fail_nothing() {
+    let fake = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "x")]).push(&fake, "any", "v1");
+    let key = tempfile::tempdir_in("/var/tmp").expect("a folder");
+    let key = Cosign::new(key.path(), "release").public_key().display().to_string();
+    for (place, codes) in
+        [("/referrers/", &[401, 403, 500][..]), (".sig", &[400, 401, 403, 405, 500])]
+    {
+        for &code in codes {
+            fake.script(move |request| request.path.contains(place).then(|| Answer::status(code)));
+            let reference = fake.reference("v1");
+            let report = passes(&[&reference]);
+            let reason = report["manifests"][0]["signatures"]["unknown"].to_string();
+            assert!(reason.contains(&code.to_string()), "{report}");
+            assert_eq!(report["manifests"][0]["files"][0]["path"], "file");
+            let output = check(&[&reference]);
+            let table = String::from_utf8(output.stdout).expect("text");
+            let line = table.lines().find(|line| line.contains("cannot be looked up"));
+            let line = line.unwrap_or_else(|| panic!("{table}"));
+            assert!(
+                line.starts_with("  signatures ") && line.contains(&code.to_string()),
+                "{table}"
+            );
+            fails(&[&reference, "--key", &key], &code.to_string());
+        }
+    }
+}

@@ -266,6 +266,17 @@ fn capabilities_order_and_default_folder_are_containerds() {
     node.kubelet.unpublish(&volume);
 }
 
+#[test]
+fn capabilities_of_other_clients_are_ignored() {
+    let node = Node::start_with_hosts("");
+    let mirror = FakeRegistry::new();
+    Manifest::artifact([Layer::titled("file", "x")]).push(&mirror, "any", "v1");
+    let all = "[\"pull\", \"resolve\", \"referrers\", \"dance\"]";
+    node.hosts_toml("registry.invalid", &host(&format!("http://{}", mirror.host()), all));
+    let (volume, _) = node.mount("registry.invalid/team/any:v1");
+    node.kubelet.unpublish(&volume);
+}
+
 /// Spegel: plain HTTP on the node, `?ns=` with every request, tags and digests, no credentials.
 #[test]
 fn spegel_is_asked_as_it_wants_to_be_asked() {
@@ -345,7 +356,7 @@ fn a_broken_hosts_toml_is_named_and_stops_its_registry_alone() {
     let node = Node::start_with_hosts("");
     let artifact = small_artifact();
     for (text, named) in [
-        (host("http://mirror:5000", "[\"pull\", \"fetch\"]"), "fetch"),
+        (host("http://mirror:5000", "[\"pull\", 5]"), "capabilities"),
         ("server = ".to_owned(), "line 1"),
         ("ca = \"missing.pem\"\n".to_owned(), "missing.pem"),
     ] {

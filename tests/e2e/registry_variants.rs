@@ -6,8 +6,8 @@ use nix::mount::{MsFlags, mount};
 use tonic::Code;
 
 use crate::support::{
-    Answer, FakeRegistry, Layer, Manifest, Nginx, Node, Sandbox, Volume, configuration_head, gzip,
-    registry, small_artifact,
+    Answer, AnswerBody, FakeRegistry, Layer, Manifest, Nginx, Node, Sandbox, Volume,
+    configuration_head, gzip, registry, small_artifact,
 };
 
 /// Mounts an artifact of the shared registry through an nginx with this behaviour.
@@ -47,6 +47,30 @@ fn a_content_encoding_over_bytes_that_are_right_changes_nothing() {
     });
     let (volume, _) = node.mount(&fake.reference("v1"));
     node.kubelet.unpublish(&volume);
+}
+
+#[test]
+fn a_blob_that_is_really_gzipped_on_the_way_names_its_encoding() {
+    let node = Node::start();
+    let fake = FakeRegistry::new();
+    let content = "content ".repeat(1000);
+    Manifest::artifact([Layer::titled("file", content.clone())]).push(&fake, "any", "v1");
+    let encoded = gzip(content.as_bytes());
+    for is_chunked in [false, true] {
+        let encoded = encoded.clone();
+        fake.script(move |request| {
+            let body = if is_chunked {
+                Answer::body(AnswerBody::Unannounced(encoded.clone().into()))
+            } else {
+                Answer::bytes(encoded.clone())
+            };
+            let is_blob = request.path.contains("/blobs/") && request.method == "GET";
+            is_blob.then(|| body.with_header("content-encoding", "gzip"))
+        });
+        let volume = node.kubelet.new_volume(&fake.reference("v1"));
+        let message = node.kubelet.publish_badly(&volume, Code::Internal);
+        assert!(message.contains("Content-Encoding: gzip"), "{message}");
+    }
 }
 
 #[test]

@@ -3,12 +3,14 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use tonic::Code;
 
 use crate::support::{
-    Authority, Nginx, Node, Registry, RegistryKind, registry, run, small_artifact, tool, wait_until,
+    Authority, Nginx, Node, Registry, RegistryKind, clean_environment, registry, run,
+    small_artifact, tool, wait_until,
 };
 
 /// Serves the shared registry's content with TLS.
@@ -128,6 +130,57 @@ fn the_self_signed_certificate_of_openssl_is_accepted_where_exactly_it_is_config
         }
         node.kubelet.publish_well(&volume);
         node.kubelet.unpublish(&volume);
+    }
+}
+
+#[test]
+fn a_key_that_the_driver_does_not_support_is_named() {
+    let node = Node::start_with_hosts("");
+    let san = "subjectAltName=IP:127.0.0.1";
+    let p521 = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-521", "-addext", san];
+    let pair = self_signed(&node.sandbox.folder("own"), &p521);
+    let registry = with_tls(&pair, None);
+    node.hosts_toml(
+        &registry.host(),
+        &format!("server = \"https://{}\"\nca = \"{}\"\n", registry.host(), pair.0.display()),
+    );
+    let volume = node.kubelet.new_volume(&format!("{}/{}", registry.host(), small_artifact().name));
+    let message = node.kubelet.publish_badly(&volume, Code::Unavailable);
+    assert!(message.contains("RSA, P-256, P-384 and Ed25519 keys"), "{message}");
+}
+
+#[test]
+fn a_registry_that_is_a_host_and_the_server_gives_its_own_answers() {
+    let node = Node::start_with_hosts("");
+    let authority = Authority::new(&node.sandbox.folder("authority"));
+    let registry = with_tls(&authority.issue("registry", &["127.0.0.1"]), None);
+    let host = registry.host();
+    let ca = format!("ca = \"{}\"\n", authority.certificate().display());
+    let table = format!("[host.\"https://{host}\"]\n{ca}");
+    let server = format!("server = \"https://{host}\"\n");
+    let other = "[host.\"http://127.0.0.1:1\"]\n";
+    for text in [
+        format!("{server}{table}"),
+        table.clone(),
+        format!("{server}{table}capabilities = [\"pull\", \"resolve\", \"referrers\"]\n"),
+        format!("{table}capabilities = [\"pull\"]\n"),
+        format!("{server}{table}{other}"),
+    ] {
+        node.hosts_toml(&host, &text);
+        let (volume, _) = node.mount(&format!("{host}/{}", small_artifact().name));
+        node.kubelet.unpublish(&volume);
+        let volume =
+            node.kubelet.new_volume(&format!("{host}/{}:none", small_artifact().repository));
+        let message = node.kubelet.publish_badly(&volume, Code::NotFound);
+        assert!(message.contains("the registry has no manifest none"), "{message}");
+        // An unsigned artifact: the tag of signatures is missing, and no referrers are listed.
+        let mut check = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        check.arg("check").arg(format!("{host}/{}", small_artifact().name)).arg("--config");
+        clean_environment(&mut check);
+        let output = check.arg(node.sandbox.path().join("config.yaml")).output().expect("check");
+        let told = String::from_utf8_lossy(&output.stdout);
+        let failed = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("not signed"), "{text}{told}{failed}");
     }
 }
 

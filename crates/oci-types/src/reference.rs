@@ -178,6 +178,10 @@ fn parse(text: &str) -> Result<Reference, ReferenceError> {
         "index.docker.io" => DOCKER_HUB,
         host => literal.unwrap_or(host),
     };
+    let port = host.rsplit_once(':').filter(|_| literal.is_none());
+    if port.is_some_and(|(_, port)| port.parse::<u16>().is_err()) {
+        return Err(malformed(text, "a port is a number up to 65535"));
+    }
     // The library replaces a missing tag by "latest", but this type keeps the difference.
     let tag_is_written = name.rsplit('/').next().is_some_and(|last| last.contains(':'));
     Ok(Reference {
@@ -320,6 +324,10 @@ mod tests {
             "r.io/app@sha256:12",
             "r.io/../x",
             "r.io/a b",
+            "127.0.0.1:99999/x",
+            "r.io:65536/x:v1",
+            "r.io:123456789012345678901/x",
+            "https://r.io:65536/x",
         ] {
             assert!(text.parse::<Reference>().is_err(), "{text}");
         }

@@ -241,7 +241,7 @@ impl Connections<'_> {
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
                             let got = self.blob.size - self.state.lock().spans.missing();
-                            return Err(Failure::CannotContinue(self.wrong_size(got)));
+                            return Err(Failure::CannotContinue(self.wrong_size(got, None)));
                         }
                         self.restart(retries).await?;
                     }
@@ -404,14 +404,16 @@ impl Connections<'_> {
                 _ if self.span(number).is_empty() => return Ok(()),
                 Ok(None) => {
                     let missing = self.state.lock().spans.missing();
-                    return Err(Stop::Broke(self.wrong_size(self.blob.size - missing).into()));
+                    return Err(Stop::Broke(
+                        self.wrong_size(self.blob.size - missing, Some(&body)).into(),
+                    ));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
             };
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
             if chunk.len() > room && span.end == self.blob.size {
-                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1)));
+                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, Some(&body))));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -496,7 +498,9 @@ impl Connections<'_> {
         drop(state);
         match body.total {
             // However often it came, it would end where it says.
-            Some(total) if total != self.blob.size => Err(Stop::Wrong(self.wrong_size(total))),
+            Some(total) if total != self.blob.size => {
+                Err(Stop::Wrong(self.wrong_size(total, Some(&body))))
+            }
             _ => Ok(body),
         }
     }
@@ -533,8 +537,14 @@ impl Connections<'_> {
         self.writes.send(write).await.map_err(|_| Failure::WriterGone)
     }
 
-    fn wrong_size(&self, got: u64) -> PullError {
-        PullError::BlobSize { digest: self.blob.digest, expected: self.blob.size, got }
+    fn wrong_size(&self, got: u64, body: Option<&BlobBody>) -> PullError {
+        let SizedBlob { digest, size: expected } = self.blob;
+        PullError::BlobSize {
+            digest,
+            expected,
+            got,
+            encoding: body.and_then(|body| body.encoding.clone()),
+        }
     }
 
     fn too_slow(&self) -> PullError {

@@ -122,7 +122,8 @@ impl LayerStore {
             drop(file);
             let read = self.reader.read_before_use([name], request.progress);
             if was_damaged || read.await.map_err(Arc::new)? {
-                return Err(PullError::BlobSize { digest, expected, got }.into());
+                let encoding = None;
+                return Err(PullError::BlobSize { digest, expected, got, encoding }.into());
             }
             was_damaged = true;
         }

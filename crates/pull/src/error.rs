@@ -58,7 +58,8 @@ pub enum PullError {
     },
     /// The registry sent more or fewer bytes than the manifest says, again and again.
     #[error(
-        "the registry sent {got} bytes of {digest}, its manifest says {expected}: push the artifact again"
+        "the registry sent {got} bytes of {digest}{}, its manifest says {expected}: {}",
+        encoded(.encoding.as_deref()), size_advice(.encoding.as_deref())
     )]
     BlobSize {
         /// The digest of the blob.
@@ -67,6 +68,8 @@ pub enum PullError {
         expected: u64,
         /// Bytes that came; one more stands for any more.
         got: u64,
+        /// Announced `Content-Encoding` of the bytes.
+        encoding: Option<String>,
     },
     /// The registry sent other content than the manifest names, twice.
     #[error(
@@ -96,6 +99,17 @@ pub enum PullError {
     /// A panic in the driver.
     #[error("the driver failed internally: please report it with the driver's log")]
     Crashed,
+}
+
+fn encoded(encoding: Option<&str>) -> String {
+    encoding.map(|encoding| format!(" with Content-Encoding: {encoding}")).unwrap_or_default()
+}
+
+fn size_advice(encoding: Option<&str>) -> &'static str {
+    match encoding {
+        Some(_) => "keep the registry or the proxy before it from encoding blobs",
+        None => "push the artifact again",
+    }
 }
 
 impl PullError {

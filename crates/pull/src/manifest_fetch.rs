@@ -154,7 +154,7 @@ impl ManifestFetcher {
         let fetched = self.origins.registry.manifest(repository, &name, credential).await?;
         let (digest, expected, got) = (chosen.digest, chosen.size, fetched.bytes.len() as u64);
         if got != expected {
-            return Err(PullError::BlobSize { digest, expected, got });
+            return Err(PullError::BlobSize { digest, expected, got, encoding: None });
         }
         Ok((fetched.bytes.clone(), Some(fetched)))
     }

@@ -48,9 +48,11 @@ pub(super) async fn fetch(
     let read = async |mut body: BlobBody| {
         let mut rate = Rate::new(options.least_bytes_per_second, options.stall_timeout);
         let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
+        let encoding = body.encoding.take();
         while let Some(chunk) = body.chunk().await? {
             if (bytes.len() + chunk.len()) as u64 > size {
-                return Err(PullError::BlobSize { digest, expected: size, got: size + 1 });
+                let got = size + 1;
+                return Err(PullError::BlobSize { digest, expected: size, got, encoding });
             }
             bytes.extend_from_slice(&chunk);
             if rate.keeps(chunk.len() as u64).is_err() {
@@ -58,7 +60,8 @@ pub(super) async fn fetch(
             }
         }
         if bytes.len() as u64 != size {
-            return Err(PullError::BlobSize { digest, expected: size, got: bytes.len() as u64 });
+            let got = bytes.len() as u64;
+            return Err(PullError::BlobSize { digest, expected: size, got, encoding });
         }
         let got = Digest::of(&bytes);
         if got != digest {

@@ -163,7 +163,8 @@ mod tests {
     #[test]
     fn a_body_that_ends_twice_at_the_same_place_is_all_that_there_is() {
         let digest = oci::Digest::of(b"");
-        let short = || PullError::BlobSize { digest, expected: 100, got: 90 }.into();
+        let short =
+            || PullError::BlobSize { digest, expected: 100, got: 90, encoding: None }.into();
         let mut retries = Retries::new(POLICY, 100, 100);
         retries.next(&short(), 10).expect("it may have broken");
         assert_eq!(retries.next(&short(), 10), None, "it has not");
@@ -173,7 +174,7 @@ mod tests {
     fn what_a_mirror_has_of_a_blob_is_no_word_of_the_next_source() {
         let digest = oci::Digest::of(b"");
         let short = |passed_by| {
-            let error = PullError::BlobSize { digest, expected: 100, got: 90 };
+            let error = PullError::BlobSize { digest, expected: 100, got: 90, encoding: None };
             Break { passed_by, ..error.into() }
         };
         let mut retries = Retries::new(POLICY, 100, 5);

@@ -95,6 +95,7 @@ impl Registry {
                 .await
                 .inspect_err(of_host)?;
             if authorization.is_exhausted_by(&next) {
+                answer.unchallenged = challenges.is_empty() && !answer.with_credential;
                 return Ok(answer);
             }
             answer.discard().await;

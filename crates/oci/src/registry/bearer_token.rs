@@ -23,7 +23,7 @@ use reqwest::{Method, Url};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::error::RegistryError;
+use super::error::{RegistryError, ShownCredential};
 use super::http_transport::{HttpRequest, HttpResponse, Transport};
 use super::lru_map::LruMap;
 use super::redirect_rules;
@@ -210,7 +210,8 @@ impl TokenRequest<'_> {
             return Err(match status.as_u16() {
                 // Some servers answer a wrong password with 400.
                 400 if !anonymous => {
-                    RegistryError::Unauthorized { host, what: what.to_owned(), anonymous }
+                    let shown = ShownCredential::of(anonymous);
+                    RegistryError::Unauthorized { host, what: what.to_owned(), shown }
                 }
                 404 | 410 => {
                     answer.protocol(what, format!("the status {status}", status = status.as_u16()))

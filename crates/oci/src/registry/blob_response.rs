@@ -24,6 +24,8 @@ pub struct BlobBody {
     pub is_part: bool,
     /// Announced size of the whole blob.
     pub total: Option<u64>,
+    /// Value of `Content-Encoding` that changes bytes, if it is true.
+    pub encoding: Option<String>,
     /// Mirror that sends the body; `None` for the registry itself.
     pub mirror: Option<Arc<str>>,
     /// Source of the body.
@@ -90,6 +92,7 @@ impl BlobAnswer {
                 return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
             }
         };
+        let encoding = answer.encoding();
         let HttpResponse { response, host, .. } = answer;
         let source = BodyState::Open(response);
         Ok(BlobBody {
@@ -97,6 +100,7 @@ impl BlobAnswer {
             length,
             is_part,
             total,
+            encoding,
             mirror,
             answered_by,
             source,

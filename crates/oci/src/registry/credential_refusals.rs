@@ -30,16 +30,15 @@ impl Refusals {
 
 #[cfg(test)]
 mod tests {
+    use super::super::error::ShownCredential;
     use super::*;
 
     #[test]
     fn the_first_refusal_of_a_known_credential_is_reported() {
         let what = || "manifest latest of r.io/a".to_owned();
-        let anonymous = false;
-        let unknown =
-            || RegistryError::Unauthorized { host: "r.io".into(), what: what(), anonymous };
-        let forbidden =
-            || RegistryError::Forbidden { host: "r.io".into(), what: what(), anonymous };
+        let shown = ShownCredential::Credential;
+        let unknown = || RegistryError::Unauthorized { host: "r.io".into(), what: what(), shown };
+        let forbidden = || RegistryError::Forbidden { host: "r.io".into(), what: what(), shown };
         let mut refusals = Refusals::default();
         assert!(refusals.is_empty());
         for error in [unknown(), forbidden(), RegistryError::NotFound { what: what() }, unknown()] {

@@ -15,6 +15,17 @@ const MAXIMUM_REASON: usize = 100;
 /// Maximum bytes of a host: DNS names may have 253 characters.
 const MAXIMUM_HOST: usize = 80;
 
+/// Credential that a refused request had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShownCredential {
+    /// No credential was given.
+    Nothing,
+    /// A credential was given, but not sent: no supported challenge asks for it.
+    Withheld,
+    /// The given credential, or a token that was made from it.
+    Credential,
+}
+
 /// Reason why a request to a registry failed. `what` describes the requested object, such as
 /// `manifest v1 of r.io/team/app`; `host` is the host that responded, or did not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -27,25 +38,25 @@ pub enum RegistryError {
     },
     /// 401 after all uses of the credential were tried.
     #[error("{host} did not accept {} for {what} (401): {}",
-        shown(*.anonymous), advice(*.anonymous))]
+        .shown.describe(), .shown.advice())]
     Unauthorized {
         /// Registry or token server.
         host: String,
         /// Description of the requested object.
         what: String,
-        /// True if the request had no credential.
-        anonymous: bool,
+        /// Credential of the request.
+        shown: ShownCredential,
     },
     /// 403 from the registry or its token server.
     #[error("{host} does not allow {what} with {} (403): {}",
-        shown(*.anonymous), advice(*.anonymous))]
+        .shown.describe(), .shown.advice())]
     Forbidden {
         /// Registry or token server.
         host: String,
         /// Description of the requested object.
         what: String,
-        /// True if the request had no credential.
-        anonymous: bool,
+        /// Credential of the request.
+        shown: ShownCredential,
     },
     /// 402, 412, 423 or 451, which do not depend on the credential.
     #[error("{host} does not give {what}, the registry's policy refuses it ({status}): {}", where_to_look(*.status))]
@@ -235,6 +246,11 @@ impl RegistryError {
         }
     }
 
+    /// Returns whether the host responded, whatever it said.
+    pub(super) fn is_response(&self) -> bool {
+        !matches!(self, Self::Unreachable { .. } | Self::Tls { .. } | Self::Timeout { .. })
+    }
+
     /// Returns whether a presigned URL may have expired, so that a new one may work.
     pub fn is_expiry(&self) -> bool {
         matches!(self, Self::Storage { status: 400..=499, .. })
@@ -289,15 +305,30 @@ pub(super) fn host(text: &str) -> String {
     shorten(text, MAXIMUM_HOST)
 }
 
-fn shown(anonymous: bool) -> &'static str {
-    if anonymous { "an anonymous request" } else { "these credentials" }
-}
+impl ShownCredential {
+    /// Returns the description of a request with or without credentials.
+    pub(super) fn of(anonymous: bool) -> Self {
+        if anonymous { Self::Nothing } else { Self::Credential }
+    }
 
-fn advice(anonymous: bool) -> &'static str {
-    if anonymous {
-        "give credentials in nodePublishSecretRef, or check the repository's name"
-    } else {
-        "check the secret and its right to pull"
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Nothing => "an anonymous request",
+            Self::Withheld => "a request without credentials",
+            Self::Credential => "these credentials",
+        }
+    }
+
+    fn advice(self) -> &'static str {
+        match self {
+            Self::Nothing => {
+                "give credentials in nodePublishSecretRef, or check the repository's name"
+            }
+            Self::Withheld => {
+                "it asks for no supported scheme (Basic, Bearer), so the credentials were not sent: check its authentication, or a proxy before it"
+            }
+            Self::Credential => "check the secret and its right to pull",
+        }
     }
 }
 
@@ -326,12 +357,12 @@ mod tests {
         let host = host(reference.repository().host());
         let reason = reason(&"ö\n".repeat(1000));
         let waited = Duration::from_hours(1);
-        let anonymous = true;
+        let shown = ShownCredential::Withheld;
         let status = 599;
         let all = [
             RegistryError::NotFound { what: what.clone() },
-            RegistryError::Unauthorized { host: host.clone(), what: what.clone(), anonymous },
-            RegistryError::Forbidden { host: host.clone(), what: what.clone(), anonymous },
+            RegistryError::Unauthorized { host: host.clone(), what: what.clone(), shown },
+            RegistryError::Forbidden { host: host.clone(), what: what.clone(), shown },
             RegistryError::PolicyRefused { host: host.clone(), what: what.clone(), status: 412 },
             RegistryError::RateLimited {
                 host: host.clone(),

@@ -20,14 +20,17 @@ use super::RegistryOptions;
 use super::address_rules::{AddressRefused, AddressRules};
 use super::dns_lookup::DnsLookups;
 use super::environment_proxy::EnvironmentProxies;
-use super::error::{self, RegistryError};
+use super::error::{self, RegistryError, ShownCredential};
 use super::hosts::HostEntry;
 use super::http_clients::{Connection, ConnectionSettings};
 use super::plain_http::PlainHttp;
 use super::redirect_rules;
 use super::registry_endpoint::RegistryEndpoint;
 use super::tls::{self, TlsMaterial, TrustedCertificates};
+use text::printable::excerpt;
 
+/// Hint for handshakes that fail for want of a common algorithm.
+const SUPPORTED_KEYS: &str = "the driver supports RSA, P-256, P-384 and Ed25519 keys";
 /// Maximum of `Retry-After`.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// Bodies up to this size are drained, so that the connection can be reused.
@@ -77,6 +80,8 @@ pub(super) struct HttpResponse {
     pub(super) redirected: bool,
     /// True if the request had a credential, or a token that was made from one.
     pub(super) with_credential: bool,
+    /// True if the credential was not sent, since no supported challenge asks for one.
+    pub(super) unchallenged: bool,
 }
 
 impl fmt::Debug for Transport {
@@ -206,7 +211,14 @@ impl Transport {
             }
             let response = builder.send().await.map_err(|error| failure(error, &host, what))?;
             if !response.status().is_redirection() || form.is_some() {
-                return Ok(HttpResponse { response, host, redirected, with_credential: false });
+                let (with_credential, unchallenged) = (false, false);
+                return Ok(HttpResponse {
+                    response,
+                    host,
+                    redirected,
+                    with_credential,
+                    unchallenged,
+                });
             }
             let next = self.next_hop(endpoint, &url, &response).await.map_err(|reason| {
                 let (host, what) = (host.clone(), what.to_owned());
@@ -271,6 +283,10 @@ impl HttpResponse {
         let (host, what) = (self.host.clone(), what.to_owned());
         let status = self.status().as_u16();
         let retry_after = retry_after(self.response.headers());
+        let shown = match ShownCredential::of(anonymous) {
+            ShownCredential::Credential if self.unchallenged => ShownCredential::Withheld,
+            shown => shown,
+        };
         match status {
             // Storage failed, not the registry, which may still serve other objects.
             400..=599 if self.redirected => {
@@ -278,8 +294,8 @@ impl HttpResponse {
             }
             429 => RegistryError::RateLimited { host, what, retry_after },
             408 | 425 | 500..=599 => RegistryError::ServerError { host, what, status, retry_after },
-            401 => RegistryError::Unauthorized { host, what, anonymous },
-            403 => RegistryError::Forbidden { host, what, anonymous },
+            401 => RegistryError::Unauthorized { host, what, shown },
+            403 => RegistryError::Forbidden { host, what, shown },
             402 | 412 | 423 | 451 => RegistryError::PolicyRefused { host, what, status },
             404 | 410 => RegistryError::NotFound { what },
             _ => self.protocol(&what, format!("the status {status}")),
@@ -289,6 +305,12 @@ impl HttpResponse {
     /// Returns whether the body has a `Content-Encoding`.
     pub(super) fn is_encoded(&self) -> bool {
         content_encodings(self.response.headers()).next().is_some()
+    }
+
+    /// Returns the value of `Content-Encoding` for messages, if it changes the body.
+    pub(super) fn encoding(&self) -> Option<String> {
+        let encodings: Vec<_> = content_encodings(self.response.headers()).collect();
+        (!encodings.is_empty()).then(|| excerpt(&encodings.join(", "), 40))
     }
 
     /// Reads a JSON document of at most `limit` bytes, and decodes it if it is really compressed.
@@ -443,9 +465,24 @@ fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Erro
 
 /// Explains TLS errors whose own text does not suggest a change.
 fn tls_reason(error: &rustls::Error) -> Option<String> {
-    use rustls::CertificateError::{NotValidYet, NotValidYetContext};
-    let rustls::Error::InvalidCertificate(invalid) = error else { return None };
+    use rustls::CertificateError::{
+        NotValidYet, NotValidYetContext, UnsupportedSignatureAlgorithmContext,
+        UnsupportedSignatureAlgorithmForPublicKeyContext,
+    };
+    let invalid = match error {
+        rustls::Error::InvalidCertificate(invalid) => invalid,
+        // A server whose key no offered algorithm fits ends the handshake.
+        rustls::Error::AlertReceived(rustls::AlertDescription::HandshakeFailure)
+        | rustls::Error::PeerIncompatible(rustls::PeerIncompatible::NoSignatureSchemesInCommon) => {
+            return Some(format!("{}; {SUPPORTED_KEYS}", error::reason(&error.to_string())));
+        }
+        _ => return None,
+    };
     match invalid {
+        UnsupportedSignatureAlgorithmContext { .. }
+        | UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            Some(format!("a certificate's signature cannot be checked; {SUPPORTED_KEYS}"))
+        }
         NotValidYet | NotValidYetContext { .. } => {
             let now = jiff::Timestamp::now();
             Some(format!(
@@ -506,6 +543,20 @@ mod tests {
         assert_eq!(decoded(&encoded, "gzip", limit).as_deref(), Some(PLAIN));
         assert_eq!(decoded(&encoded, "gzip", limit - 1), None);
         assert_eq!(decoded(&gzip(&vec![b' '; 10 << 20]), "gzip", 1 << 20), None);
+    }
+
+    #[test]
+    fn an_unsupported_key_of_a_server_is_named() {
+        use rustls::{AlertDescription, Error, PeerIncompatible};
+        for error in [
+            Error::AlertReceived(AlertDescription::HandshakeFailure),
+            Error::PeerIncompatible(PeerIncompatible::NoSignatureSchemesInCommon),
+        ] {
+            let reason = tls_reason(&error).unwrap_or_default();
+            assert!(reason.contains("RSA, P-256, P-384 and Ed25519"), "{reason}");
+        }
+        let other = tls_reason(&Error::AlertReceived(AlertDescription::UnrecognisedName));
+        assert_eq!(other, None);
     }
 
     #[test]

@@ -38,7 +38,7 @@
 //!   names, over TLS (or on loopback, or as configured). A mirror gets it only if the administrator
 //!   marked it.
 //! - The first host of a registry that succeeds gives the result. If none does, the error of the
-//!   registry itself counts.
+//!   registry itself counts, a response before a connection that failed.
 //! - URLs in descriptors (`urls`) are never fetched.
 
 mod address_rules;
@@ -83,7 +83,7 @@ pub use address_rules::{AddressRules, Loopback};
 pub use blob_response::BlobBody;
 pub use credential_refusals::Refusals;
 pub use document_memory::DocumentReservation;
-pub use error::RegistryError;
+pub use error::{RegistryError, ShownCredential};
 pub use hosts::mirror_address;
 pub use plain_http::plain_http_address;
 pub use referrers::Referrers;

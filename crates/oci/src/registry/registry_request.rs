@@ -36,7 +36,7 @@ pub(super) struct HostFailover {
     turn: usize,
     /// Index of the registry itself.
     own: usize,
-    /// Error of the registry itself, if mirrors are tried after it.
+    /// Error of the registry itself, if other hosts are tried after it.
     registry_error: Option<RegistryError>,
 }
 
@@ -212,8 +212,15 @@ impl HostFailover {
         (self.turn != self.own).then(|| self.current().name())
     }
 
+    /// Returns whether the current host is the registry itself, by its own entry or by another one.
+    fn is_registry_itself(&self) -> bool {
+        let (current, own) = (&self.current().root, &self.endpoints[self.own].root);
+        (current.host(), current.port(), current.path()) == (own.host(), own.port(), own.path())
+    }
+
     /// Evaluates an attempt. `None` means that the next host has to be tried. If none succeeds, the
-    /// error of the registry itself counts.
+    /// error of the registry itself counts. A response of it counts more than a later connection
+    /// that fails: another entry for it may have other settings.
     pub(super) fn evaluate<T>(
         &mut self,
         tried: Result<T, RegistryError>,
@@ -223,8 +230,10 @@ impl HostFailover {
             Err(error) => error,
         };
         let is_last = self.turn + 1 == self.endpoints.len();
-        if self.turn == self.own {
-            if is_last || !error.is_absence() {
+        if self.is_registry_itself() {
+            let earlier = self.registry_error.take().filter(RegistryError::is_response);
+            let error = earlier.unwrap_or(error);
+            if is_last || (self.turn == self.own && !error.is_absence()) {
                 return Some(Err(error));
             }
             self.registry_error = Some(error);

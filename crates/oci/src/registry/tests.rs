@@ -378,8 +378,18 @@ async fn a_tag_cannot_become_a_path() {
 async fn every_status_has_its_error() {
     type Check = fn(&RegistryError) -> bool;
     let cases: [(u16, Check, bool, bool); 16] = [
-        (401, |e| matches!(e, RegistryError::Unauthorized { anonymous: true, .. }), false, true),
-        (403, |e| matches!(e, RegistryError::Forbidden { anonymous: true, .. }), false, true),
+        (
+            401,
+            |e| matches!(e, RegistryError::Unauthorized { shown: ShownCredential::Nothing, .. }),
+            false,
+            true,
+        ),
+        (
+            403,
+            |e| matches!(e, RegistryError::Forbidden { shown: ShownCredential::Nothing, .. }),
+            false,
+            true,
+        ),
         (402, |e| matches!(e, RegistryError::PolicyRefused { status: 402, .. }), false, false),
         (412, |e| matches!(e, RegistryError::PolicyRefused { status: 412, .. }), false, false),
         (423, |e| matches!(e, RegistryError::PolicyRefused { status: 423, .. }), false, false),
@@ -727,12 +737,18 @@ async fn a_newly_granted_permission_renews_the_token() {
 async fn a_new_token_that_is_refused_is_not_fetched_again() {
     let server = with_tokens(|_| false, |_| ok("")).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
+    ));
     assert_eq!((server.token_requests().len(), server.registry_requests().len()), (1, 2));
 
     let server = with_tokens(|_| true, |_| status(403)).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Forbidden { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Forbidden { shown: ShownCredential::Credential, .. }
+    ));
     assert_eq!((server.token_requests().len(), server.registry_requests().len()), (1, 2));
 }
 
@@ -928,10 +944,16 @@ async fn basic_is_sent_after_a_challenge_and_then_with_every_request() {
     }
     assert_eq!(server.seen().len(), 4);
     let result = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: true, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Nothing, .. }
+    ));
     let wrong = Credential::Basic { username: "robot".into(), password: "wrong".into() };
     let result = registry.manifest(&repository, &tag(), &wrong).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
+    assert!(matches!(
+        discreet(result),
+        RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
+    ));
     // Two more refused requests: each was sent once.
     assert_eq!(server.seen().len(), 6);
 }
@@ -989,12 +1011,31 @@ async fn a_401_without_challenge_asks_the_api_root() {
             registry().manifest(&server.repository(), &tag(), &credential).await.unwrap();
         }
     }
-    // Without any challenge, each is requested once, and no credential is sent.
-    let server = Server::start(|_, _| status(401)).await;
+}
+
+#[tokio::test]
+async fn credentials_that_no_challenge_asks_for_are_not_sent_and_not_blamed() {
+    for code in [401, 403] {
+        for challenge in [None, Some("NTLM"), Some("Negotiate"), Some("Digest realm=\"r\"")] {
+            let server = Server::start(move |_, _| match challenge {
+                Some(value) => answer(code, &[("www-authenticate", value)], ""),
+                None => status(code),
+            })
+            .await;
+            let credential = basic_credential();
+            let result = registry().manifest(&server.repository(), &tag(), &credential).await;
+            let text = discreet(result).to_string();
+            assert!(text.contains("were not sent"), "{text}");
+            assert!(text.contains("no supported scheme (Basic, Bearer)"), "{text}");
+            assert!(text.contains(&format!("({code})")), "{text}");
+            assert_eq!(server.seen().len(), 2);
+            assert!(server.seen().iter().all(|seen| seen.authorization().is_none()));
+        }
+    }
+    let server = Server::start(|_, _| answer(401, &[("www-authenticate", "Basic")], "")).await;
     let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
-    assert!(matches!(discreet(result), RegistryError::Unauthorized { anonymous: false, .. }));
-    assert_eq!(server.seen().len(), 2);
-    assert!(server.seen().iter().all(|seen| seen.authorization().is_none()));
+    let text = discreet(result).to_string();
+    assert!(text.contains("did not accept these credentials"), "{text}");
 }
 
 // --- redirects ---
@@ -1269,9 +1310,13 @@ async fn an_empty_list_of_a_mirror_is_followed_by_the_registry() {
 
 /// Returns a client with this mirror for all registries.
 fn registry_behind(mirror: &Server) -> (Registry, tempfile::TempDir) {
+    registry_with_hosts(&format!("[host.\"http://{}\"]\n", mirror.address))
+}
+
+/// Returns a client with this `hosts.toml` for all registries.
+fn registry_with_hosts(text: &str) -> (Registry, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("_default")).unwrap();
-    let text = format!("[host.\"http://{}\"]\n", mirror.address);
     std::fs::write(folder.path().join("_default/hosts.toml"), text).unwrap();
     let hosts_dirs = vec![folder.path().to_owned()];
     (Registry::new(RegistryOptions { hosts_dirs, ..Default::default() }).unwrap(), folder)
@@ -1308,6 +1353,66 @@ async fn a_failed_mirror_is_avoided_unless_its_registry_fails() {
     for repository in [&of_first, &of_second] {
         assert_eq!(ask(repository).await, Ok(("mirror".to_owned(), Some(sender.clone()))));
     }
+}
+
+#[tokio::test]
+async fn the_table_of_a_host_also_holds_for_the_same_host_as_server() {
+    let server = Server::start(|seen, _| match seen.header("x-known") {
+        Some(_) if seen.path.contains("/referrers/") => ok(r#"{"manifests":[]}"#),
+        Some(_) => status(404),
+        None => status(403),
+    })
+    .await;
+    let address = server.address;
+    let line = format!("server = \"http://{address}\"\n");
+    let table = |settings: &str| {
+        format!("[host.\"http://{address}\"]\n{settings}header = {{ x-known = \"1\" }}\n")
+    };
+    let other = "[host.\"http://127.0.0.1:1\"]\n";
+    let pull = table("capabilities = [\"pull\"]\n");
+    for (text, requests) in [
+        (format!("{line}{}", table("")), 1),
+        (table(""), 1),
+        (format!("{line}{pull}"), 1),
+        (format!("{line}{other}{}", table("")), 1),
+        (format!("{line}{}{other}", table("")), 2),
+    ] {
+        let (registry, _folder) = registry_with_hosts(&text);
+        let repository = server.repository();
+        let before = server.seen().len();
+        let error = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
+        let error = discreet(error);
+        assert!(matches!(error, RegistryError::NotFound { .. }), "{text}{error}");
+        let seen = server.seen().split_off(before);
+        assert!(seen.iter().all(|seen| seen.header("x-known").is_some()), "{text}");
+        assert_eq!(seen.len(), requests, "{text}");
+        let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await;
+        assert_eq!(found.unwrap().expect("a list").pages.len(), 1, "{text}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_the_registry_counts_more_than_a_broken_connection_to_it() {
+    for code in [401, 403, 404, 412, 500] {
+        let server = Server::start(move |_, _| status(code)).await;
+        let address = server.address;
+        let expected = discreet(
+            registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await,
+        );
+        // No process listens at the proxy.
+        let text = format!(
+            "server = \"http://{address}\"\nproxy = \"http://127.0.0.1:1\"\n[host.\"http://{address}\"]\n"
+        );
+        let (registry, _folder) = registry_with_hosts(&text);
+        let error = registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+        assert_eq!(discreet(error), expected);
+    }
+    // The answer of a mirror says nothing of the registry.
+    let mirror = Server::start(|_, _| status(404)).await;
+    let (registry, _folder) = registry_behind(&mirror);
+    let repository = repository("127.0.0.1:1/team/app");
+    let error = discreet(registry.manifest(&repository, &tag(), &Credential::Anonymous).await);
+    assert!(matches!(error, RegistryError::Unreachable { .. }), "{error}");
 }
 
 // --- connections ---

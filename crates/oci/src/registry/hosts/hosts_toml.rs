@@ -1,8 +1,7 @@
 //! The text of a `hosts.toml`, by containerd's rules (`core/remotes/docker/config/hosts.go`).
 //!
 //! Hosts keep the order of the file. The keys at the root configure `server`, which comes last. As
-//! in containerd, an unknown capability is an error and an unknown key is ignored; unknown keys are
-//! returned for a log message.
+//! in containerd, unknown keys and capabilities are ignored; they are returned for a log message.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,7 +22,7 @@ const MAXIMUM_HOSTS: usize = 64;
 pub struct HostsFile {
     /// Mirrors in order, then the server.
     pub hosts: Vec<HostEntry>,
-    /// Unknown keys, which are ignored.
+    /// Unknown keys and capabilities, which are ignored.
     pub unknown: Vec<String>,
 }
 
@@ -110,12 +109,10 @@ fn entry(
                     match word.to_ascii_lowercase().as_str() {
                         "pull" => entry.pull = true,
                         "resolve" => entry.resolve = true,
-                        "push" => {}
+                        "push" | "referrers" => {}
                         _ => {
-                            return Err(format!(
-                                "unknown capability \"{}\" of {place}: use pull, resolve or push",
-                                excerpt(&word, 80)
-                            ));
+                            let word = excerpt(&word, 80);
+                            unknown.push(format!("the capability \"{word}\" of {place}"));
                         }
                     }
                 }
@@ -164,6 +161,13 @@ impl HostEntry {
             dial_timeout: None,
             proxy: None,
         }
+    }
+
+    /// Returns whether the entry has settings of its connections or requests.
+    pub(in crate::registry) fn has_settings(&self) -> bool {
+        let is_plain =
+            self.headers.is_empty() && self.dial_timeout.is_none() && self.proxy.is_none();
+        self.has_tls() || !is_plain
     }
 
     /// Returns whether the entry has TLS settings.
@@ -298,7 +302,7 @@ mod tests {
     #[test]
     fn errors_name_the_defect_and_its_place() {
         for (text, named) in [
-            ("[host.\"https://m\"]\ncapabilities = [\"pul\"]", "pul"),
+            ("[host.\"https://m\"]\ncapabilities = [5]", "capabilities"),
             ("server = \"https://m\"\n\nserver =", "line 3"),
             ("[host.\"https://m\"]\nca = 5", "ca"),
             ("[host.\"https://m\"]\nclient = [[\"a\"]]", "client"),
@@ -321,6 +325,24 @@ mod tests {
     fn unknown_keys_are_reported_and_ignored() {
         let file = parse("colour = 1\n[host.\"https://m\"]\nsize = 2\n").expect("valid");
         assert_eq!(file.unknown, ["size of host.\"https://m\"", "colour of the root"]);
+    }
+
+    #[test]
+    fn unknown_capabilities_are_reported_and_ignored() {
+        let file = parse(
+            "[host.\"https://m\"]\ncapabilities = [\"pull\", \"Referrers\", \"fetch\"]\n\
+             [host.\"https://n\"]\ncapabilities = [\"fetch\"]\n",
+        )
+        .expect("valid");
+        let [pulls, none, _] = &file.hosts[..] else { panic!("three hosts") };
+        assert!(pulls.pull && !pulls.resolve && !none.pull && !none.resolve);
+        assert_eq!(
+            file.unknown,
+            [
+                "the capability \"fetch\" of host.\"https://m\"",
+                "the capability \"fetch\" of host.\"https://n\""
+            ]
+        );
     }
 
     #[test]

@@ -95,13 +95,13 @@ impl HostsInner {
             RegistryError::Configuration { reason: error::long_reason(&reason) }
         };
         let file = certs_folder::load(&found, seen).map_err(broken)?;
-        for key in &file.unknown {
-            tracing::warn!(folder = %found.display(), key, "hosts.toml has a key that means nothing here");
+        for word in &file.unknown {
+            tracing::warn!(folder = %found.display(), word, "hosts.toml has a word that means nothing here");
         }
         // A folder of its own exempts the registry from the address rules.
         let named = found.file_name().is_none_or(|name| name != "_default");
         let mut endpoints = Vec::new();
-        for entry in &file.hosts {
+        for entry in &merge_server(&file.hosts, host)? {
             let is_registry = entry.root.is_none();
             let root = match &entry.root {
                 Some(root) => root.clone(),
@@ -134,6 +134,30 @@ impl HostsInner {
         }
         Ok(endpoints)
     }
+}
+
+/// Gives the server, which comes last, the settings of the last table for the same address, if it
+/// has none of its own. A host that is named twice would otherwise be asked again without its
+/// certificate authority. The table itself is left out if no other host is asked between the two.
+fn merge_server(hosts: &[HostEntry], host: &str) -> Result<Vec<HostEntry>, RegistryError> {
+    let mut merged = hosts.to_vec();
+    let Some(server) = merged.pop() else { return Ok(merged) };
+    let default = registry_endpoint::registry_root(host)?;
+    let is_server = |root: &Url| match &server.root {
+        Some(server) => root == server,
+        // One port speaks one protocol: a table says which.
+        None if root.port().is_some() => is_same_host(root, host) && root.path() == default.path(),
+        None => *root == default,
+    };
+    let table = merged.iter().rposition(|entry| entry.root.as_ref().is_some_and(is_server));
+    let Some(table) = table.filter(|_| !server.has_settings()) else { return Ok(hosts.to_vec()) };
+    let entry = merged[table].clone();
+    if table + 1 == merged.len() {
+        merged.pop();
+    }
+    let (pull, resolve) = (entry.pull || server.pull, entry.resolve || server.resolve);
+    merged.push(HostEntry { pull, resolve, ..entry });
+    Ok(merged)
 }
 
 /// Returns whether the `hosts.toml` of an address's host names it with `http://`. Blocking.
