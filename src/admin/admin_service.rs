@@ -13,7 +13,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::admin_operations::{self, ADMIN, InspectedReference, OperationError};
 use super::chunk_reader::ChunkSender;
-use super::{admin_messages, warm};
+use super::{admin_messages, warm_request};
 use crate::file_leases;
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
@@ -127,10 +127,11 @@ impl Admin for AdminService {
         request: Request<WarmRequest>,
     ) -> Result<Response<Self::WarmStream>, Status> {
         let content = self.content()?;
-        let wants = warm::parse_request(request.into_inner()).map_err(Status::invalid_argument)?;
+        let wants =
+            warm_request::parse_request(request.into_inner()).map_err(Status::invalid_argument)?;
         let (events, receiver) = mpsc::channel(EVENTS);
         // The pull continues if the caller goes.
-        self.tracker.spawn(warm::run(content, wants, events));
+        self.tracker.spawn(warm_request::run(content, wants, events));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver).map(Ok))))
     }
 

@@ -10,5 +10,5 @@ mod lease_metrics;
 pub mod node_metrics;
 mod scrub_metrics;
 mod store_metrics;
-mod warm;
 mod warm_metrics;
+mod warm_request;

@@ -11,8 +11,8 @@ use tokio_util::task::TaskTracker;
 
 use super::NodeOptions;
 use crate::admin::node_metrics::NodeMetrics;
-use crate::config::policy::policy_source;
-use crate::config::warm::warm_source;
+use crate::config::policy_config::policy_source;
+use crate::config::warm_config::warm_source;
 use crate::config::{ConfigurationError, NodeConfiguration};
 use crate::kubernetes::EventRecorder;
 use crate::node_artifacts::OWNERS;

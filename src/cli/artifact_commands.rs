@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, text_table, warm_list};
+use super::{CommandError, OutputFormat, print, text_table, warm_list_status};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
 };
@@ -46,7 +46,7 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CommandError> 
                 "reference": arguments.reference,
                 "meanings": inspected.meanings.iter().map(meaning_json).collect::<Vec<_>>(),
                 "artifacts": inspected.artifacts.iter().map(json).collect::<Vec<_>>(),
-                "warm": inspected.warm.as_ref().map(warm_list::json),
+                "warm": inspected.warm.as_ref().map(warm_list_status::json),
             })
             .to_string(),
         ),
@@ -116,7 +116,7 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
     let mut printed = Vec::new();
     if let Some(warm) = &inspected.warm {
-        let description = warm_list::describe(warm).unwrap_or_else(|| "present".to_owned());
+        let description = warm_list_status::describe(warm).unwrap_or_else(|| "present".to_owned());
         printed.push(format!("kept warm by the configuration: {description}"));
     }
     for meaning in &inspected.meanings {

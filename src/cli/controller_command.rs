@@ -9,7 +9,7 @@ use kube::Client;
 use super::logging::{self, LogFormat};
 use super::node_command::shutdown_token;
 use super::{CommandError, runtime};
-use crate::config::policy::policy_source;
+use crate::config::policy_config::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::{Registry, RegistryOptions};

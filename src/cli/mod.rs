@@ -20,8 +20,8 @@ mod pin_commands;
 mod status_command;
 mod text_table;
 mod verify_command;
-mod warm;
-mod warm_list;
+mod warm_command;
+mod warm_list_status;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -70,7 +70,7 @@ enum Command {
     #[command(after_help = "Example:\n  csi-driver-oci inspect registry.example.com/app:v2")]
     Inspect(artifact_commands::InspectArguments),
     /// Fetch artifacts before a pod needs them.
-    Warm(warm::WarmArguments),
+    Warm(warm_command::WarmArguments),
     /// Import an artifact from an OCI image layout, without a registry.
     Import(import_command::ImportArguments),
     /// Pin an artifact on this node, so that it is not evicted.
@@ -124,7 +124,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status_command::run(&arguments),
         Command::Ls(arguments) => artifact_commands::list(&arguments),
         Command::Inspect(arguments) => artifact_commands::inspect(&arguments),
-        Command::Warm(arguments) => warm::run(&arguments),
+        Command::Warm(arguments) => warm_command::run(&arguments),
         Command::Import(arguments) => import_command::run(&arguments),
         Command::Pin(arguments) => pin_commands::pin(&arguments),
         Command::Unpin(arguments) => pin_commands::unpin(&arguments),

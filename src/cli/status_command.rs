@@ -1,7 +1,7 @@
 //! `status`: the state of the node plugin.
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, warm_list};
+use super::{CommandError, OutputFormat, print, warm_list_status};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
 use text::human_units::Bytes;
 
@@ -31,7 +31,7 @@ pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), CommandError> {
                 "evictedBytes": status.evicted_bytes,
                 "fileLeasesEnabled": status.file_leases_enabled,
                 "scrub": scrub_json(&status.scrub.clone().unwrap_or_default()),
-                "warm": status.warm.iter().map(warm_list::json).collect::<Vec<_>>(),
+                "warm": status.warm.iter().map(warm_list_status::json).collect::<Vec<_>>(),
             })
             .to_string(),
         ),
@@ -113,9 +113,9 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
         ));
     }
     if !status.warm.is_empty() {
-        rows.push(("kept warm", warm_list::summary(&status.warm)));
+        rows.push(("kept warm", warm_list_status::summary(&status.warm)));
     }
     let mut lines: Vec<_> = rows.iter().map(|(name, value)| format!("{name:<12}{value}")).collect();
-    lines.extend(warm_list::lines(&status.warm));
+    lines.extend(warm_list_status::lines(&status.warm));
     lines
 }

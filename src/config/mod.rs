@@ -3,23 +3,23 @@
 //! Unknown keys are errors, so that a misspelt limit is not silently ignored. A section is the type that its crate uses
 //! (`limits`, `cache`, `pull`), or has a file here. That file says whether it is read again without a restart.
 
-mod memory;
-pub mod policy;
-mod registries;
-mod selinux;
-mod volumes;
-pub mod warm;
+mod memory_config;
+pub mod policy_config;
+mod registries_config;
+mod selinux_config;
+mod volumes_config;
+pub mod warm_config;
 
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-pub use policy::PolicySection;
-pub use registries::RegistriesSection;
-pub use selinux::SelinuxSection;
+pub use policy_config::PolicySection;
+pub use registries_config::RegistriesSection;
+pub use selinux_config::SelinuxSection;
 pub use text::duration::GoDuration;
 pub use text::quantity::Quantity;
-pub use volumes::VolumesSection;
+pub use volumes_config::VolumesSection;
 
 use crate::warming::WarmList;
 use pull::PullOptions;

@@ -3,16 +3,16 @@
 //! ```text
 //! mod                watches the object, keeps its artifacts with `warming`, and writes the status
 //! assigned_artifact  how one artifact is fetched, pinned and recorded
-//! capacity           the space that the node has for artifacts
-//! report             builds the status
+//! node_capacity      the space that the node has for artifacts
+//! artifact_report    builds the status
 //! ```
 //!
 //! Off by default, and independent of the rest: pods are served whatever happens here or to the API server. It writes
 //! nothing but the status of its own object, only when that changes, and progress in coarse steps.
 
+mod artifact_report;
 mod assigned_artifact;
-mod capacity;
-mod report;
+mod node_capacity;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,9 +153,9 @@ impl PreloadWorker {
 
     async fn measure_capacity(&mut self) {
         let store = self.context.content.store.clone();
-        let measured = tokio::task::spawn_blocking(move || capacity::capacity(&store)).await;
+        let measured = tokio::task::spawn_blocking(move || node_capacity::capacity(&store)).await;
         match measured {
-            Ok(Ok(bytes)) => self.capacity = Some(capacity::reported(bytes, self.capacity)),
+            Ok(Ok(bytes)) => self.capacity = Some(node_capacity::reported(bytes, self.capacity)),
             // An unreadable disk is reported by the next write to it.
             failed => {
                 tracing::debug!(?failed, "how much there is room for is not known");
@@ -200,7 +200,7 @@ impl PreloadWorker {
         let status = self.status();
         match written {
             Some(written) if *written == status => now + PROGRESS_INTERVAL,
-            Some(written) if report::differs_in_progress_only(written, &status) => {
+            Some(written) if artifact_report::differs_in_progress_only(written, &status) => {
                 self.may_write.max(now + SETTLE).max(self.may_write + PROGRESS_INTERVAL)
             }
             _ => self.may_write.max(now),
@@ -208,7 +208,7 @@ impl PreloadWorker {
     }
 
     fn status(&self) -> NodeArtifactsStatus {
-        report::status(&self.artifacts.states(), self.context.key.public(), self.capacity)
+        artifact_report::status(&self.artifacts.states(), self.context.key.public(), self.capacity)
     }
 
     async fn write(&mut self) {

@@ -36,7 +36,7 @@ use super::transfer_retry::{Break, Retries};
 use oci::Digest;
 use oci::registry::{BlobBody, RegistryError};
 use store::access::ProofSource;
-use store::tail_reader::Follower;
+use store::growing_download::Follower;
 
 /// The interval of checks whether another connection would help.
 const LOOK: Duration = Duration::from_millis(50);

@@ -25,8 +25,8 @@ use super::shared_downloads::DownloadTurn;
 use oci::Digest;
 use oci::manifest::Descriptor;
 use store::access::ProofSource;
+use store::growing_download::Follower;
 use store::partial_downloads::{Partial, Purpose};
-use store::tail_reader::Follower;
 use store::{Store, StoreError};
 use sys::background::yield_to_pods;
 

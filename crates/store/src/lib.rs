@@ -62,6 +62,7 @@ pub mod error;
 pub mod eviction;
 mod folder_listing;
 pub mod gc;
+pub mod growing_download;
 mod inode_metadata;
 mod integrity_findings;
 pub mod json_records;
@@ -91,7 +92,6 @@ pub mod state_lock;
 pub mod state_ownership;
 pub mod stored_documents;
 mod stored_manifests;
-pub mod tail_reader;
 pub mod trees;
 pub mod write_meter;
 

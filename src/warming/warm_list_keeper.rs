@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::options::WarmList;
 use super::policy_demands::with_demands;
 use super::reference_reconciler::{
     Attempt, DesiredReference, Reconciler, ReferenceState, RefreshError, RefreshOutcome, Schedule,
     blocking,
 };
 use super::source_pins::{SourcePins, WantedPins};
+use super::warming_options::WarmList;
 use crate::volume::NodeContent;
 use oci::backoff::RetryBackoff;
 use oci::{Digest, Platform, Reference};
