@@ -256,7 +256,7 @@ impl Connections<'_> {
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
                             let got = self.blob.size - self.state().spans.missing();
-                            return Err(Failure::CannotContinue(self.wrong_size(got)));
+                            return Err(Failure::CannotContinue(self.wrong_size(got, None)));
                         }
                         self.restart(retries).await?;
                     }
@@ -426,7 +426,7 @@ impl Connections<'_> {
                 Ok(None) => {
                     let missing = self.state().spans.missing();
                     return Err(Stop::Broke(
-                        self.wrong_size(self.blob.size - missing, &body).into(),
+                        self.wrong_size(self.blob.size - missing, body.encoding).into(),
                     ));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
@@ -434,7 +434,7 @@ impl Connections<'_> {
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
             if chunk.len() > room && span.end == self.blob.size {
-                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, &body)));
+                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, body.encoding)));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -520,7 +520,7 @@ impl Connections<'_> {
         match body.total {
             // However often it came, it would end where it says.
             Some(total) if total != self.blob.size => {
-                Err(Stop::Wrong(self.wrong_size(total, &body)))
+                Err(Stop::Wrong(self.wrong_size(total, body.encoding)))
             }
             _ => Ok(body),
         }
@@ -558,9 +558,9 @@ impl Connections<'_> {
         self.writes.send(write).await.map_err(|_| Failure::WriterGone)
     }
 
-    fn wrong_size(&self, got: u64, body: &BlobBody) -> PullError {
+    fn wrong_size(&self, got: u64, encoding: Option<String>) -> PullError {
         let SizedBlob { digest, size: expected } = self.blob;
-        PullError::BlobSize { digest, expected, got, encoding: body.encoding.clone() }
+        PullError::BlobSize { digest, expected, got, encoding }
     }
 
     fn too_slow(&self) -> PullError {
