@@ -405,7 +405,7 @@ impl Connections<'_> {
                 Ok(None) => {
                     let missing = self.state.lock().spans.missing();
                     return Err(Stop::Broke(
-                        self.wrong_size(self.blob.size - missing, Some(&body)).into(),
+                        self.wrong_size(self.blob.size - missing, body.encoding).into(),
                     ));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
@@ -413,7 +413,7 @@ impl Connections<'_> {
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
             if chunk.len() > room && span.end == self.blob.size {
-                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, Some(&body))));
+                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, body.encoding)));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -499,7 +499,7 @@ impl Connections<'_> {
         match body.total {
             // However often it came, it would end where it says.
             Some(total) if total != self.blob.size => {
-                Err(Stop::Wrong(self.wrong_size(total, Some(&body))))
+                Err(Stop::Wrong(self.wrong_size(total, body.encoding)))
             }
             _ => Ok(body),
         }
@@ -537,14 +537,9 @@ impl Connections<'_> {
         self.writes.send(write).await.map_err(|_| Failure::WriterGone)
     }
 
-    fn wrong_size(&self, got: u64, body: Option<&BlobBody>) -> PullError {
+    fn wrong_size(&self, got: u64, encoding: Option<String>) -> PullError {
         let SizedBlob { digest, size: expected } = self.blob;
-        PullError::BlobSize {
-            digest,
-            expected,
-            got,
-            encoding: body.and_then(|body| body.encoding.clone()),
-        }
+        PullError::BlobSize { digest, expected, got, encoding }
     }
 
     fn too_slow(&self) -> PullError {
