@@ -19,7 +19,7 @@ pub enum ConnectError {
     )]
     NoSocket(PathBuf),
     /// The socket exists, and no process listens on it.
-    #[error("no node plugin runs on this node: nobody listens at {}; look at its log", .0.display())]
+    #[error("no node plugin runs on this node: no process listens at {}; look at its log", .0.display())]
     NobodyListens(PathBuf),
     /// The caller is not root.
     #[error("{} may only be opened by root: run the command as root", .0.display())]

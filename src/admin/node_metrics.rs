@@ -128,7 +128,7 @@ impl Default for NodeMetrics {
             ),
             unknown_mounts: families.add(
                 "unknown_mounts",
-                "Mounts of the driver's content of which nobody knows whose they are",
+                "Mounts of the driver's content that no record of a volume explains",
             ),
             vanished: families.add(
                 "vanished_mounts",

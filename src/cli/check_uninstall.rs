@@ -41,7 +41,7 @@ pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), CommandErro
     let more = if pods.len() > NAMED { ", ..." } else { "" };
     let named = pods[..pods.len().min(NAMED)].join(", ");
     Err(format!(
-        "{} pods have volumes of {}: {named}{more}: delete them first, as nobody unmounts their volumes afterwards; to keep the driver, `helm rollback NAME REVISION`, since a release whose uninstall was refused cannot be upgraded",
+        "{} pods have volumes of {}: {named}{more}: delete them first, as nothing unmounts their volumes afterwards; to keep the driver, `helm rollback NAME REVISION`, since a release whose uninstall was refused cannot be upgraded",
         pods.len(),
         arguments.driver_name
     ))

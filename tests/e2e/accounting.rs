@@ -143,7 +143,7 @@ impl KilledNode {
             kubelet.publish_well(&volume);
             kubelet.unpublish(&volume);
         }
-        wait_until("nobody shows anything", || admin.json(&["status"])["published"] == 0);
+        wait_until("nothing is published", || admin.json(&["status"])["published"] == 0);
         let mut strace = kill_at(&driver, call, count);
         let collected = admin.ask(&["gc", "--target", "0"]);
         if !collected.status.success() {

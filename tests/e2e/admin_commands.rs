@@ -144,7 +144,7 @@ fn warm_fetches_pins_and_names_what_failed() {
     assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
     node.proxy.take_requests();
     node.mount(&good);
-    assert_eq!(node.proxy.requests().len(), 0, "a warm node asks nobody");
+    assert_eq!(node.proxy.requests().len(), 0, "a warm node asks no registry");
     // An invalid line is reported, and the others are fetched.
     let other = node.proxy.reference(&node.small_artifact().name);
     fs::write(&list, format!("{other}\nnot a reference\n")).expect("a list");
@@ -164,7 +164,7 @@ fn held_back(node: &Node) -> (String, std::sync::Arc<crate::support::Gate>) {
 }
 
 #[test]
-fn whoever_leaves_a_warming_leaves_the_node_at_work() {
+fn warming_continues_after_its_client_disconnects() {
     for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
         let (node, admin) = Admin::start(ROOMY);
         let (reference, gate) = held_back(&node);
@@ -322,7 +322,7 @@ fn what_was_warmed_is_open_to_the_credentials_that_warmed_it() {
         json!({"auths": {proxy.host(): {"username": "someone", "password": "the-password"}}});
     fs::write(&config, auths.to_string()).expect("written");
     let refused = admin.ask(&["warm", &reference]);
-    assert_eq!(refused.status.code(), Some(1), "nobody warms what he may not see");
+    assert_eq!(refused.status.code(), Some(1), "content without access is not warmed");
     admin.text(&["warm", &reference, "--docker-config", config.to_str().expect("a path")]);
     proxy.go_down();
     let with = |password: &str| {
@@ -462,7 +462,7 @@ fn an_import_makes_room_and_not_out_of_itself() {
     let folder = layout(&node, &node.proxy.reference(&format!("{repository}:v1")));
     let name = "registry.invalid/team/app:v1";
     admin.text(&["import", folder.to_str().expect("a path"), "--as", name]);
-    assert!(admin.holds(name) && !admin.holds(&old), "what nobody needs goes for it");
+    assert!(admin.holds(name) && !admin.holds(&old), "unused content is evicted for it");
 }
 
 #[test]
@@ -585,7 +585,7 @@ fn repair_makes_a_new_generation_while_mounted_ones_stay() {
 }
 
 #[test]
-fn a_tree_that_somebody_changed_is_found() {
+fn verify_finds_a_changed_tree() {
     let (node, admin) = Admin::start(ROOMY);
     let (_volume, _) = node.mount(&image(&node));
     let trees = node.driver.state().join("trees");

@@ -609,7 +609,7 @@ fn devices_and_fifos_are_not_made() {
 }
 
 #[test]
-fn a_file_where_the_same_layer_has_a_folder_harms_nobody() {
+fn a_file_where_the_same_layer_has_a_directory_harms_no_other_volume() {
     let scene = HostileScene::new();
     let archives = [
         Tar::new().folder("x", 0o755).file("x/inner", 0o644, "i").file("x", 0o644, "file"),

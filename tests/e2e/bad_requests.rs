@@ -179,7 +179,7 @@ fn unpublish_without_volume_or_target_is_refused() {
 }
 
 #[test]
-fn a_huge_volume_id_or_attribute_harms_nobody() {
+fn a_huge_volume_id_or_attribute_harms_no_other_volume() {
     let node = Node::start();
     let reference = node.proxy.reference(&node.small_artifact().name);
     let mut volume = node.kubelet.new_volume(&reference);

@@ -132,7 +132,7 @@ fn a_large_blob_on_a_slow_wire_comes_in_parts_at_once() {
     scripted.nth(|_, request, content| Some(slowly(part(request, content))));
     scripted.publishes();
     let ranges = scripted.ranges();
-    assert_eq!(ranges[0], None, "the first asks as everybody does");
+    assert_eq!(ranges[0], None, "the first request has no range");
     assert!(ranges.len() > 4, "{ranges:?}");
     assert!(ranges[1..].iter().all(Option::is_some), "{ranges:?}");
 }

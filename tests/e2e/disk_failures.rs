@@ -105,7 +105,7 @@ fn a_disk_with_errors_harms_only_what_lies_on_it() {
     node.kubelet.unpublish(&gone);
     let Node { driver, kubelet, proxy: _proxy, sandbox } = node;
     let options = driver.kill();
-    nix::mount::umount2(&disk, nix::mount::MntFlags::empty()).expect("nobody uses the disk");
+    nix::mount::umount2(&disk, nix::mount::MntFlags::empty()).expect("an unused disk");
     let image = sandbox.image("disk", "ext4");
     run(tool("mount").args(["-o", "loop"]).arg(&image).arg(&disk));
     let _driver = options.start();

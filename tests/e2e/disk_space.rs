@@ -126,7 +126,7 @@ fn what_will_not_fit_is_refused_before_its_first_byte_and_evicts_nothing() {
     let told = node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
     assert!(told.contains("needed 1.0 TiB"), "{told}");
     assert!(fake.requests().iter().all(|request| !request.path.contains("/blobs/")));
-    assert!(admin.holds(&small), "nobody's content goes for what will not fit even so");
+    assert!(admin.holds(&small), "no content is evicted for what does not fit anyway");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn the_threshold_is_kept_without_being_asked() {
     // Any publish or unpublish wakes the node's maintenance.
     let two = artifact(&node, 1);
     let _shown = publish(&node, &two);
-    wait_until("what nobody needs is evicted", || !admin.holds(&one));
+    wait_until("unused content is evicted", || !admin.holds(&one));
     assert!(admin.holds(&two));
 }
 
@@ -266,7 +266,7 @@ fn an_archive_that_unpacks_to_more_than_was_thought_ends_at_the_floor() {
     let status = nix::sys::statvfs::statvfs(&disk).expect("the disk");
     let free = status.blocks_available() * status.fragment_size();
     assert!(free > 45 << 20, "what was half unpacked is gone: {free}");
-    assert!(!admin.holds(&old), "what nobody needs went first");
+    assert!(!admin.holds(&old), "unused content is evicted first");
 }
 
 #[test]
@@ -308,7 +308,7 @@ fn inodes_are_kept_free_as_bytes_are() {
     let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
     let told = node.kubelet.publish_badly(&volume, Code::ResourceExhausted);
     assert!(told.contains("inodes") && told.contains("cache.minFreeInodesPercent"), "{told}");
-    assert!(admin.holds(&small), "nobody's content goes for what will not fit even so");
+    assert!(admin.holds(&small), "no content is evicted for what does not fit anyway");
     // An archive whose size does not imply that ends at the floor, and leaves nothing.
     let many = (0..4000).fold(Tar::new(), |tar, file| tar.file(&format!("f/{file}"), 0o644, ""));
     let (many, repository) = (many.finish(), unique("many"));

@@ -58,7 +58,7 @@ fn a_mirror_that_fails_in_any_way_is_passed_over() {
 }
 
 #[test]
-fn a_mirror_that_has_it_is_enough_and_the_registry_says_only_who_may_have_it() {
+fn a_mirror_serves_the_content_and_the_registry_only_authorizes_it() {
     let node = Node::start_with_hosts("");
     let artifact = small_artifact();
     let upstream = format!("http://{}", registry().host());
@@ -417,7 +417,7 @@ fn a_mirror_that_breaks_off_is_passed_by() {
 
 /// Both have the same part of it, and do not support requests for the rest.
 #[test]
-fn mirrors_that_have_a_part_of_a_blob_keep_nobody_from_the_registry() {
+fn mirrors_with_a_part_of_a_blob_do_not_keep_pulls_from_the_registry() {
     let node = Node::start_with_hosts("");
     let (repository, content) = (unique("mirrored"), noise(3_000_000, 9));
     let manifest = Manifest::artifact([Layer::titled("file", content.clone())]);
@@ -451,7 +451,7 @@ fn mirrors_that_have_a_part_of_a_blob_keep_nobody_from_the_registry() {
 fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
     let node = Node::start_with_hosts("");
     let repository = unique("mirrored");
-    let content = b"known to everybody";
+    let content = b"public content";
     let manifest = Manifest::artifact([Layer::titled("file", content)]);
     manifest.push(registry(), &repository, "v1");
     let (mirror, liar) = (FakeRegistry::new(), FakeRegistry::new());
@@ -461,7 +461,7 @@ fn a_registry_that_lies_about_a_blob_keeps_no_other_from_its_mirrors() {
     node.kubelet.publish_badly(&node.kubelet.new_volume(&liar.reference("v1")), Code::Internal);
     node.hosts_toml(&node.proxy.host(), &host(&format!("http://{}", mirror.host()), ALL));
     let (volume, _) = node.mount(&node.proxy.reference(&format!("{repository}:v1")));
-    assert_eq!(volume.text("file"), "known to everybody");
+    assert_eq!(volume.text("file"), "public content");
     assert_eq!(node.proxy.fetches(&digest(content)), 0, "its mirror was passed by");
     node.kubelet.unpublish(&volume);
 }

@@ -167,7 +167,7 @@ fn malformed_secrets_are_refused_without_showing_them() {
 }
 
 #[test]
-fn cached_private_content_is_refused_to_those_who_have_not_proven_that_they_may_see_it() {
+fn cached_private_content_is_refused_without_a_proof_of_access() {
     let mut node = Node::start();
     let private = PrivateRegistry::new();
     let allowed = basic(private.volume(&node), USER, PASSWORD);
@@ -208,7 +208,7 @@ fn credentials_that_were_proven_open_cached_content_without_the_registry() {
     private.proxy.go_down();
     node.kubelet.publish_well(&basic(private.volume(&node), USER, PASSWORD));
     let status =
-        node.kubelet.publish(&private.volume(&node)).expect_err("nothing proven, nobody to ask");
+        node.kubelet.publish(&private.volume(&node)).expect_err("nothing proven, and no registry");
     assert!(
         matches!(status.code(), Code::Unavailable | Code::PermissionDenied | Code::Unauthenticated),
         "{:?}: {}",

@@ -83,7 +83,7 @@ fn what_is_listed_comes_without_a_restart_and_stays_pinned() {
 }
 
 #[test]
-fn what_leaves_the_list_loses_its_own_pin_and_nobody_elses() {
+fn a_reference_removed_from_the_list_loses_only_the_pin_of_the_list() {
     let (node, admin) = node();
     let [one, two, three] = [(); 3].map(|()| node.proxy.reference(&node.small_artifact().name));
     keep(&node, &[&one, &two, &three], "spread: 0s");
@@ -204,7 +204,7 @@ fn a_node_waits_its_part_of_the_spread_and_a_pod_does_not() {
     keep(&node, &[&reference], "spread: 100h");
     let waiting = wait_for(&admin, &reference, "waiting");
     assert!(waiting["nextSeconds"].as_u64() > Some(60), "{waiting}");
-    assert_eq!(node.proxy.requests().len(), 0, "nobody was asked");
+    assert_eq!(node.proxy.requests().len(), 0, "no registry was asked");
     node.mount(&reference);
     // Another list: content on the node is pinned at once.
     let other = node.proxy.reference(&node.small_artifact().name);

@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn publishes_go_before_warming_and_else_who_came_first() {
+    async fn publishes_go_before_warming_and_otherwise_in_order_of_arrival() {
         let warm = |artifact| ask(Priority::Warm, artifact, "r");
         let pod = |artifact| ask(Priority::Pod, artifact, "r");
         assert_eq!(order(vec![warm(1), warm(2), pod(3), pod(4)]).await, [2, 3, 0, 1]);
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_may_not_be_served_now_keeps_nobody_from_going_faster() {
+    async fn a_waiter_that_cannot_be_served_now_slows_no_other() {
         let slots = slots(6, 4);
         let (warm, pod) = (|| ask(Priority::Warm, 1, "r"), |host| ask(Priority::Pod, 2, host));
         let held = [slots.acquire(warm()).await, slots.acquire(warm()).await];
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_host_leaves_room_for_others_and_who_leaves_is_forgotten() {
+    async fn a_host_leaves_slots_for_others_and_a_cancelled_waiter_is_forgotten() {
         let slots = slots(2, 1);
         let slot = slots.acquire(ask(Priority::Pod, 1, "slow")).await;
         let mut second = Box::pin(slots.acquire(ask(Priority::Pod, 2, "slow")));

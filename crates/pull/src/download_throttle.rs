@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn all_who_download_share_the_rate() {
+    async fn all_downloads_share_the_rate() {
         let throttle = Throttle::new(Some(1000));
         let started = Instant::now();
         let both = async { tokio::join!(throttle.pass(2000), throttle.pass(3000)) };

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_leaves_the_next_bytes_to_who_brings_them() {
+    fn a_cut_leaves_the_next_bytes_to_the_connection_that_has_them() {
         let mut spans = Spans::whole(100);
         let (first, all) = spans.take(u64::MAX).expect("all of it");
         assert_eq!(all, 0..100);

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waiting_ends_it_after_a_while() {
+    async fn a_flight_without_waiters_ends_after_a_while() {
         let flights = flights(60);
         let first = flights.join(1, pod(), |_| std::future::pending());
         tokio::task::yield_now().await;

@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_needs_cannot_be_condemned() {
+    fn an_object_in_use_cannot_be_condemned() {
         let catalog = Arc::new(Catalog::default());
         let (tree, layer) = (name("trees/a/1"), name("layers/b/1"));
         let manifest = Digest::of(b"manifest");
@@ -506,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_looks_waits_for_a_removal_to_end() {
+    fn a_lookup_waits_for_a_removal_to_end() {
         let catalog = Arc::new(Catalog::default());
         let tree = name("trees/a/1");
         catalog.add(tree.clone(), entry(None, &[]));

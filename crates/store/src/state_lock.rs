@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_holder_is_told_who_holds_it() {
+    fn a_second_process_gets_the_name_of_the_holder() {
         let folder = tempfile::tempdir().expect("a folder");
         let first = Lock::try_acquire(folder.path()).expect("the lock");
         let refused = Lock::try_acquire(folder.path()).expect_err("held");

@@ -174,7 +174,7 @@ fn events(server: &ApiServer, pod: &str) -> Vec<(String, String, i64)> {
 }
 
 #[test]
-fn pods_are_told_of_their_pulls_and_the_api_is_in_nobodys_way() {
+fn pods_get_events_of_their_pulls_and_the_api_delays_no_pod() {
     let mut machine = Machine::new();
     let mut server = ApiServer::start(json!({}));
     machine.api = Some(server.access());

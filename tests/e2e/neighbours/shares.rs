@@ -264,7 +264,7 @@ fn a_blob_that_always_answers_500_is_named_while_it_is_waited_for_and_at_the_end
 }
 
 #[test]
-fn names_that_nobody_answers_for_take_no_threads_from_others() {
+fn host_names_without_an_answer_take_no_threads_from_others() {
     const NAMES: usize = 300;
     // Queries are received and never answered.
     let _name_server =

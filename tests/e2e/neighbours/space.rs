@@ -12,7 +12,7 @@ use crate::support::hostile::{
 use crate::support::{Admin, FakeRegistry, Node, wait_until};
 
 #[test]
-fn manifests_of_many_layers_beside_many_broken_downloads_hold_up_nobody_else() {
+fn manifests_of_many_layers_beside_many_broken_downloads_delay_no_other_pull() {
     let node = Node::start_with(|_, options| {
         leave_broken_downloads(&options.state);
         options

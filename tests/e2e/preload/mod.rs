@@ -74,7 +74,7 @@ fn nodes_get_what_is_applied_and_what_is_rolled_and_let_go_of_what_is_deleted() 
 }
 
 #[test]
-fn whoever_is_killed_goes_on() {
+fn a_killed_controller_or_node_plugin_continues() {
     let mut cluster = Cluster::new(&["one"]);
     let mut controller = cluster.controller();
     cluster.start_node("one");
@@ -169,7 +169,7 @@ fn definitions_that_are_older_than_the_programs_cost_no_writes() {
 }
 
 #[test]
-fn private_artifacts_come_with_the_secrets_of_the_preload_and_nobody_else_reads_them() {
+fn private_artifacts_are_pulled_with_the_secrets_of_the_preload_and_stay_private() {
     const PASSWORD: &str = "planted-password-of-the-team";
     let private = private_registry("robot", PASSWORD);
     let mut cluster = Cluster::before(&private, &["one"]);

@@ -94,7 +94,7 @@ fn nodes_begin_one_after_the_other_over_the_spread() {
 }
 
 #[test]
-fn a_pause_lets_nobody_begin_and_those_that_have_begun_go_on() {
+fn a_pause_starts_no_node_and_lets_started_nodes_finish() {
     let setup = Setup::start(&["one", "two"]);
     let gate = setup.registry.hold_blobs();
     let (reference, _) = setup.artifact();
@@ -109,7 +109,7 @@ fn a_pause_lets_nobody_begin_and_those_that_have_begun_go_on() {
     gate.open();
     wait_until("the node that has begun holds it", || setup.cluster.status("tool")["ready"] == 1);
     setup.cluster.wait_for("tool", "Paused");
-    assert_eq!(setup.asked().len(), 1, "somebody began in the pause");
+    assert_eq!(setup.asked().len(), 1, "a node began in the pause");
     setup.cluster.preload("tool", spec(false));
     setup.cluster.wait_for("tool", "Ready");
     assert_eq!(setup.pins().len(), 2);
@@ -165,7 +165,7 @@ fn a_preload_that_is_deleted_in_the_middle_leaves_nothing_and_others_go_on() {
     setup.cluster.preload("tool", json!({"reference": reference}));
     wait_until("both nodes fetch", || gate.waiting() >= 2);
     setup.cluster.api.delete(Kind::Preload, NAMESPACE, "tool");
-    wait_until("nobody is asked any more", || setup.asked().is_empty());
+    wait_until("no node is assigned any more", || setup.asked().is_empty());
     gate.open();
     let (other, digest) = setup.artifact();
     setup.cluster.preload("other", json!({"reference": other}));
