@@ -15,7 +15,7 @@ use text::printable::excerpt;
 pub struct Digest([u8; 32]);
 
 /// The reason that a text is not a digest.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum DigestError {
     /// The text is no digest of any algorithm.
     #[error("\"{0}\" is not a digest: write sha256:<64 lower-case hexadecimal digits>")]

@@ -55,17 +55,27 @@ pub struct ImageManifest {
 }
 
 /// An index of manifests for several platforms.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImageIndex {
-    /// The entries in the order of the index.
+    /// The entries in the order of the index, without those of [`UnsupportedEntry`].
     pub manifests: Vec<Descriptor>,
+    unsupported: Vec<UnsupportedEntry>,
+}
+
+/// An index's entry whose digest has an algorithm that is not supported. It matters only for requests that it
+/// would serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct UnsupportedEntry {
+    platform: Option<Platform>,
+    error: DigestError,
 }
 
 /// The annotations that the driver reads.
-pub const KNOWN_ANNOTATIONS: [&str; 10] = [
-    // Titles of files, and names of manifests in an image layout.
+pub const KNOWN_ANNOTATIONS: [&str; 11] = [
+    // Titles of files, and names of manifests in an image layout: a tag, and the whole reference.
     "org.opencontainers.image.title",
     "org.opencontainers.image.ref.name",
+    "io.containerd.image.name",
     // Folders that ORAS packs.
     "io.deis.oras.content.unpack",
     "io.deis.oras.content.digest",
@@ -88,10 +98,16 @@ const ANNOTATION_BYTES: usize = 64 << 10;
 /// registered one.
 const TYPE_CHARACTERS: usize = 256;
 
-/// The maximum depth of nested indexes below the referenced one.
-const INDEX_DEPTH: usize = 4;
-/// The maximum number of indexes below the referenced one. Each takes a request.
+/// The maximum number of levels of indexes. The referenced index is the first.
+const INDEX_LEVELS: usize = 4;
+/// The maximum number of indexes, the referenced one included. Each takes a request.
 const MOST_INDEXES: usize = 32;
+/// The maximum number of features of an operating system that are kept of a platform.
+const MOST_FEATURES: usize = 4;
+/// The maximum length of a part of a platform in characters, which messages show.
+const PLATFORM_CHARACTERS: usize = 64;
+/// The media type of a layer that names none, as ORAS reads it.
+const UNKNOWN_CONTENT: &str = "application/octet-stream";
 
 /// The bounds of a manifest.
 #[derive(Clone, Copy, Debug)]
@@ -170,7 +186,7 @@ pub enum ManifestError {
     },
     /// Nested indexes exceed the bounds.
     #[error(
-        "the index's entry {0} is one index too many, since {INDEX_DEPTH} may lie below each other and {MOST_INDEXES} in one: reference that index by its own digest"
+        "the index's entry {0} is one index too many, since at most {INDEX_LEVELS} levels of indexes and {MOST_INDEXES} indexes in total are read: reference that index by its own digest"
     )]
     NestedIndex(Digest),
 }
@@ -394,6 +410,51 @@ struct RawPlatform {
     os: Option<String>,
     architecture: Option<String>,
     variant: Option<String>,
+    #[serde(default, rename = "os.features")]
+    features: OsFeatures,
+}
+
+/// The first features of an operating system that a platform names. Their number has no limit in a document.
+#[derive(Default)]
+struct OsFeatures(Vec<String>);
+
+impl<'de> Deserialize<'de> for OsFeatures {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_option(OsFeaturesReader)
+    }
+}
+
+struct OsFeaturesReader;
+
+impl<'de> Visitor<'de> for OsFeaturesReader {
+    type Value = OsFeatures;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list of features")
+    }
+
+    fn visit_none<E>(self) -> Result<Self::Value, E> {
+        Ok(OsFeatures::default())
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(OsFeatures::default())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        let mut features: Vec<String> = Vec::new();
+        while let Some(BorrowedText(feature)) = list.next_element()? {
+            let feature: String = feature.chars().take(PLATFORM_CHARACTERS).collect();
+            if features.len() < MOST_FEATURES && !features.contains(&feature) {
+                features.push(feature);
+            }
+        }
+        Ok(OsFeatures(features))
+    }
 }
 
 impl Manifest {
@@ -433,17 +494,14 @@ impl Manifest {
                 Err(ManifestError::Undecodable("it has both \"layers\" and \"manifests\"".into()))
             }
             (Some(layers), None, _) => Self::image(raw.artifact_type, raw.config, layers, limits),
-            (None, Some(manifests), _) => {
-                let manifests = descriptors(manifests, limits)?;
-                Ok(Self::Index(ImageIndex { manifests }))
-            }
+            (None, Some(manifests), _) => ImageIndex::of(manifests, limits).map(Self::Index),
             (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
             // An empty manifest or index may leave both out.
             (None, None, None) if raw.media_type.is_some() || raw.config.is_some() => {
                 let none = DescriptorList { first: Vec::new(), count: 0 };
                 match declared.as_deref() {
                     Some(media_type::OCI_INDEX | media_type::DOCKER_INDEX) => {
-                        Ok(Self::Index(ImageIndex { manifests: Vec::new() }))
+                        Ok(Self::Index(ImageIndex::default()))
                     }
                     _ => Self::image(raw.artifact_type, raw.config, none, limits),
                 }
@@ -457,13 +515,18 @@ impl Manifest {
     fn image(
         artifact_type: Option<String>,
         config: Option<RawDescriptor>,
-        layers: DescriptorList,
+        mut layers: DescriptorList,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
+        for layer in &mut layers.first {
+            layer.media_type.get_or_insert_with(|| UNKNOWN_CONTENT.to_owned());
+        }
         Ok(Self::Image(ImageManifest {
             artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(truncated),
             config: config.map(|config| config_descriptor(config, limits)).transpose()?,
-            layers: descriptors(layers, limits)?,
+            layers: descriptors(layers, limits)?
+                .map(|raw| descriptor(raw, limits))
+                .collect::<Result<_, _>>()?,
         }))
     }
 }
@@ -493,12 +556,31 @@ impl ImageManifest {
 }
 
 impl ImageIndex {
+    fn of(entries: DescriptorList, limits: ManifestLimits) -> Result<Self, ManifestError> {
+        let mut index = Self::default();
+        for raw in descriptors(entries, limits)? {
+            let error = match raw.digest.parse::<Digest>() {
+                Err(error @ DigestError::Algorithm(_)) => error,
+                _ => {
+                    index.manifests.push(descriptor(raw, limits)?);
+                    continue;
+                }
+            };
+            let platform = raw.platform.and_then(platform);
+            if !is_attestation(platform.as_ref(), &raw.annotations.0) {
+                index.unsupported.push(UnsupportedEntry { platform, error });
+            }
+        }
+        Ok(index)
+    }
+
     /// Chooses the entry for a platform on this node: the best that its processor runs, else the only
     /// entry without a platform. Attestations (`unknown/unknown`) are never chosen.
     ///
     /// # Errors
     ///
-    /// [`ManifestError::NoPlatform`], with the platforms of the entries.
+    /// [`ManifestError::NoPlatform`], with the platforms of the entries. [`ManifestError::Digest`] if only an entry
+    /// with a digest of another algorithm is for the platform, or the best one is.
     pub fn choose(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
         self.choose_by(wanted, &wanted.order_on_this_node())
     }
@@ -507,7 +589,7 @@ impl ImageIndex {
     ///
     /// # Errors
     ///
-    /// [`ManifestError::NoPlatform`], with the platforms of the entries.
+    /// Those of [`ImageIndex::choose`].
     pub fn choose_for_any_node(&self, wanted: &Platform) -> Result<&Descriptor, ManifestError> {
         self.choose_by(wanted, &wanted.order())
     }
@@ -524,18 +606,31 @@ impl ImageIndex {
             Some((rank, *entry))
         });
         // `min_by_key` returns the first of equal entries.
-        if let Some((_, entry)) = ranked.min_by_key(|(rank, _)| *rank) {
-            return Ok(entry);
+        let best = ranked.min_by_key(|(rank, _)| *rank);
+        let unsupported = self.unsupported.iter().filter_map(|entry| {
+            let rank = entry.platform.as_ref().and_then(|platform| order.rank(platform))?;
+            Some((rank, &entry.error))
+        });
+        match (best, unsupported.min_by_key(|(rank, _)| *rank)) {
+            (Some((rank, _)), Some((better, error))) if better < rank => {
+                return Err(ManifestError::Digest(error.clone()));
+            }
+            (Some((_, entry)), _) => return Ok(entry),
+            (None, Some((_, error))) => return Err(ManifestError::Digest(error.clone())),
+            (None, None) => {}
         }
         // Artifact indexes often name no platforms. Then only a single entry leaves no wrong choice.
-        let mut without = candidates.iter().filter(|entry| entry.platform.is_none());
-        if let (Some(entry), None) = (without.next(), without.next()) {
-            return Ok(entry);
+        let supported = candidates.iter().map(|entry| (entry.platform.as_ref(), Ok(*entry)));
+        let unsupported = self.unsupported.iter();
+        let unsupported = unsupported.map(|entry| (entry.platform.as_ref(), Err(&entry.error)));
+        let all = || supported.clone().chain(unsupported.clone());
+        let mut without = all().filter(|(platform, _)| platform.is_none());
+        if let (Some((_, entry)), None) = (without.next(), without.next()) {
+            return entry.map_err(|error| ManifestError::Digest(error.clone()));
         }
-        let offered: Vec<_> = candidates
-            .iter()
+        let offered: Vec<_> = all()
             .take(20)
-            .map(|entry| entry.platform.as_ref().map_or("no platform".into(), Platform::to_string))
+            .map(|(platform, _)| platform.map_or("no platform".into(), Platform::to_string))
             .collect();
         let offered = if offered.is_empty() { "no manifests".into() } else { offered.join(", ") };
         Err(ManifestError::NoPlatform { wanted: wanted.to_string(), offered })
@@ -551,9 +646,9 @@ pub struct IndexEntries {
     entries: ImageIndex,
     /// Indexes that were not read yet, with their depth.
     nested: VecDeque<(Descriptor, usize)>,
-    /// Indexes that were found.
+    /// The number of indexes that were found, the referenced one included.
     found: usize,
-    /// The depth of the index that is read now.
+    /// The depth of the index that is read now. That of the referenced one is 0.
     depth: usize,
 }
 
@@ -578,9 +673,9 @@ impl IndexEntries {
         let mut this = Self {
             order,
             most: limits.layers,
-            entries: ImageIndex { manifests: Vec::new() },
+            entries: ImageIndex::default(),
             nested: VecDeque::new(),
-            found: 0,
+            found: 1,
             depth: 0,
         };
         this.add(index, None)?;
@@ -627,12 +722,15 @@ impl IndexEntries {
                 continue;
             }
             self.found += 1;
-            if self.depth == INDEX_DEPTH || self.found > MOST_INDEXES {
+            if self.depth + 1 == INDEX_LEVELS || self.found > MOST_INDEXES {
                 return Err(ManifestError::NestedIndex(entry.digest));
             }
             self.nested.push_back((entry, self.depth + 1));
         }
-        let count = self.entries.manifests.len();
+        self.entries.unsupported.extend(index.unsupported.into_iter().map(|entry| {
+            UnsupportedEntry { platform: entry.platform.or_else(|| of.cloned()), ..entry }
+        }));
+        let count = self.entries.manifests.len() + self.entries.unsupported.len();
         if count > self.most {
             return Err(ManifestError::TooManyLayers { count, limit: self.most });
         }
@@ -689,10 +787,9 @@ impl ManifestChoice {
     ) -> Result<Self, ManifestError> {
         let (index, chosen) = match document {
             Manifest::Index(index) => (index, None),
-            Manifest::Image(image) => (
-                ImageIndex { manifests: Vec::new() },
-                Some(ChosenManifest { digest, image, has_platform: false }),
-            ),
+            Manifest::Image(image) => {
+                (ImageIndex::default(), Some(ChosenManifest { digest, image, has_platform: false }))
+            }
         };
         let entries = IndexEntries::new(index, Some(wanted.order_on_this_node()), limits)?;
         if chosen.is_none() && entries.nested.is_empty() {
@@ -746,13 +843,16 @@ impl Descriptor {
         [media_type::OCI_INDEX, media_type::DOCKER_INDEX].contains(&self.media_type.as_str())
     }
 
-    /// Returns whether an entry is an attestation of another entry, which cannot be chosen.
     fn is_attestation(&self) -> bool {
-        let is_unknown =
-            |platform: &Platform| platform.os == "unknown" || platform.architecture == "unknown";
-        self.platform.as_ref().is_some_and(is_unknown)
-            || self.annotations.contains_key("vnd.docker.reference.type")
+        is_attestation(self.platform.as_ref(), &self.annotations)
     }
+}
+
+/// Returns whether an entry is an attestation of another entry, which cannot be chosen.
+fn is_attestation(platform: Option<&Platform>, annotations: &BTreeMap<String, String>) -> bool {
+    let is_unknown =
+        |platform: &Platform| platform.os == "unknown" || platform.architecture == "unknown";
+    platform.is_some_and(is_unknown) || annotations.contains_key("vnd.docker.reference.type")
 }
 
 /// Checks that an image's configuration names no platform, or one that can serve a request for
@@ -782,30 +882,34 @@ pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError>
         let what = if error.is_data() { "a value of another type" } else { "no JSON" };
         ManifestError::Config(format!("{what} at line {line}, column {column}"))
     };
-    Ok(platform(serde_json::from_slice(config).map_err(undecodable)?))
+    // As in containerd, features of the system decide between entries of an index only.
+    let raw: RawPlatform = serde_json::from_slice(config).map_err(undecodable)?;
+    Ok(platform(RawPlatform { features: OsFeatures::default(), ..raw }))
 }
 
 /// Returns a platform with a bounded length, or none without an architecture.
 fn platform(raw: RawPlatform) -> Option<Platform> {
-    // Messages show the parts, so their length is bounded here.
     let named = |text: Option<String>| {
-        text.filter(|text| !text.is_empty()).map(|text| text.chars().take(64).collect::<String>())
+        let text = text.filter(|text| !text.is_empty());
+        text.map(|text| text.chars().take(PLATFORM_CHARACTERS).collect::<String>())
     };
     Some(Platform {
         architecture: named(raw.architecture)?,
         os: named(raw.os).unwrap_or_else(|| "linux".to_owned()),
         variant: named(raw.variant),
+        features: raw.features.0,
     })
 }
 
+/// Returns the descriptors of a list that is not longer than the limit.
 fn descriptors(
     raw: DescriptorList,
     limits: ManifestLimits,
-) -> Result<Vec<Descriptor>, ManifestError> {
+) -> Result<impl Iterator<Item = RawDescriptor>, ManifestError> {
     if raw.count > limits.layers {
         return Err(ManifestError::TooManyLayers { count: raw.count, limit: limits.layers });
     }
-    raw.first.into_iter().map(|raw| descriptor(raw, limits)).collect()
+    Ok(raw.first.into_iter())
 }
 
 fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
@@ -817,7 +921,9 @@ fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, 
     if size > limits.blob_bytes {
         return Err(ManifestError::BlobTooLarge { digest, size, limit: limits.blob_bytes });
     }
-    let data = raw.data.map(|data| inline(&data, digest, size)).transpose()?;
+    // Go leaves out what is empty, and other writers write it.
+    let data = raw.data.filter(|data| size == 0 || !data.is_empty());
+    let data = data.map(|data| inline(&data, digest, size)).transpose()?;
     Ok(Descriptor {
         media_type: truncated(media_type::essence(&media_type)),
         digest,
@@ -899,6 +1005,30 @@ mod tests {
     }
 
     #[test]
+    fn empty_inline_data_is_absent_unless_the_content_is_empty() {
+        let text = with_layers(&layer("2", r#","data":"""#));
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert_eq!(image.layers[0].data, None);
+        let empty =
+            format!(r#"{{"mediaType":"a/b","digest":"{}","size":0,"data":""}}"#, Digest::of(b""));
+        let text = with_layers(&empty);
+        let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+        assert_eq!(image.layers[0].data, Some(Vec::new()));
+    }
+
+    #[test]
+    fn a_layer_without_a_media_type_is_of_unknown_content() {
+        for media_type in ["", r#""mediaType":null,"#] {
+            let layer = format!(r#"{{{media_type}"digest":"{EMPTY}","size":2}}"#);
+            let text = with_layers(&layer);
+            let Ok(Manifest::Image(image)) = parse(&text) else { panic!("{:?}", parse(&text)) };
+            assert_eq!(image.layers[0].media_type, "application/octet-stream");
+            let text = format!(r#"{{"schemaVersion":2,"manifests":[{layer}]}}"#);
+            assert!(matches!(parse(&text), Err(ManifestError::Undecodable(_))), "{text}");
+        }
+    }
+
+    #[test]
     fn sizes_are_checked() {
         let negative = parse(&with_layers(&layer("-1", "")));
         assert!(matches!(negative, Err(ManifestError::NegativeSize { .. })));
@@ -972,7 +1102,7 @@ mod tests {
         for list in ["", r#","manifests":null"#] {
             let kind = media_type::OCI_INDEX;
             let text = format!(r#"{{"schemaVersion":2,"mediaType":"{kind}"{list}}}"#);
-            assert_eq!(parse(&text), Ok(Manifest::Index(ImageIndex { manifests: Vec::new() })));
+            assert_eq!(parse(&text), Ok(Manifest::Index(ImageIndex::default())));
         }
         assert!(matches!(parse(r#"{"schemaVersion":2}"#), Err(ManifestError::Undecodable(_))));
     }
@@ -1088,14 +1218,86 @@ mod tests {
                 vec![if last { entry("linux", "s390x") } else { nested(depth.get(), "") }]
             })
         };
-        assert!(chain(INDEX_DEPTH).is_ok());
-        assert!(matches!(chain(INDEX_DEPTH + 1), Err(ManifestError::NestedIndex(_))));
+        // The referenced index is the first level, and the first index.
+        assert!(chain(3).is_ok());
+        assert!(matches!(chain(4), Err(ManifestError::NestedIndex(_))));
         let many = |count| (0..count).map(|number| nested(number, "")).collect::<Vec<_>>();
-        assert!(choose_through(&many(MOST_INDEXES), |_| vec![entry("linux", "s390x")]).is_ok());
-        let refused = choose_through(&many(MOST_INDEXES + 1), |_| Vec::new());
+        assert!(choose_through(&many(31), |_| vec![entry("linux", "s390x")]).is_ok());
+        let refused = choose_through(&many(32), |_| Vec::new());
         assert!(matches!(refused, Err(ManifestError::NestedIndex(_))), "{refused:?}");
         let refused = choose_through(&many(10), |_| vec![layer("2", ""); 11]);
         assert!(matches!(refused, Err(ManifestError::TooManyLayers { .. })), "{refused:?}");
+    }
+
+    /// Returns an entry for a platform that requires features of the operating system.
+    fn with_features(architecture: &str, features: &str) -> String {
+        let platform = format!(
+            r#","platform":{{"os":"linux","architecture":"{architecture}","os.features":{features}}}"#
+        );
+        layer("3", &platform)
+    }
+
+    #[test]
+    fn an_entry_that_requires_features_of_the_system_is_never_chosen() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let (erofs, plain) = (with_features("amd64", r#"["erofs"]"#), entry("linux", "amd64"));
+        for entries in [[erofs.clone(), plain.clone()], [plain, erofs.clone()]] {
+            assert_eq!(index(&entries).choose(&node).expect("an entry").size, 2);
+        }
+        let many = format!("[{}]", vec![r#""erofs\u0000""#; 1000].join(","));
+        for features in [r#"["erofs"]"#, &many] {
+            let refused = index(&[with_features("amd64", features)]).choose(&node).cloned();
+            let error = refused.expect_err("none").to_string();
+            assert!(error.contains("linux(+erofs") && error.len() < 300, "{error}");
+        }
+        let older = index(&[erofs, entry("linux", "386")]);
+        assert_eq!(older.choose(&node).expect("an entry").size, 2);
+        for features in ["null", "[]"] {
+            assert!(index(&[with_features("amd64", features)]).choose(&node).is_ok());
+        }
+        // Containerd ignores the one feature that images for Windows name.
+        let windows: Platform = "windows/amd64".parse().expect("a platform");
+        let of_windows = with_features("amd64", r#"["win32k"]"#).replace("linux", "windows");
+        assert!(index(&[of_windows]).choose(&windows).is_ok());
+        let nested_one =
+            nested(1, r#","platform":{"architecture":"s390x","os.features":["erofs"]}"#);
+        let chosen = choose_through(&[nested_one, entry("linux", "s390x")], |of| panic!("{of:?}"));
+        assert!(!chosen.expect("an entry").is_index());
+    }
+
+    #[test]
+    fn an_entry_with_a_digest_of_another_algorithm_matters_only_where_it_is_chosen() {
+        let node: Platform = "linux/amd64".parse().expect("a platform");
+        let foreign = |architecture: &str| {
+            let long = format!("sha512:{}", "0".repeat(128));
+            entry("linux", architecture).replace(EMPTY, &long)
+        };
+        let ours = entry("linux", "amd64");
+        for entries in [[foreign("arm64"), ours.clone()], [ours.clone(), foreign("arm64")]] {
+            assert!(index(&entries).choose(&node).is_ok());
+        }
+        assert!(index(&[foreign("amd64"), ours.clone()]).choose(&node).is_ok());
+        assert!(index(&[ours.clone(), foreign("unknown")]).choose(&node).is_ok());
+        let unnamed = layer("2", "").replace(EMPTY, &format!("sha512:{}", "0".repeat(128)));
+        for entries in [
+            vec![foreign("amd64"), entry("linux", "386")],
+            vec![foreign("amd64")],
+            vec![unnamed.clone()],
+        ] {
+            let refused = index(&entries).choose(&node).cloned();
+            assert!(matches!(refused, Err(ManifestError::Digest(_))), "{entries:?}: {refused:?}");
+        }
+        let refused = index(&[unnamed, layer("2", "")]).choose(&node).cloned();
+        assert!(matches!(refused, Err(ManifestError::NoPlatform { .. })), "{refused:?}");
+        let named = index(&[foreign("arm64")]).choose(&node).expect_err("none").to_string();
+        assert!(named.contains("it has linux/arm64"), "{named}");
+        // Flattened as if the entries stood in the place of their index.
+        let s390x = || vec![foreign("s390x")];
+        let refused = choose_through(&[nested(0, "")], |_| s390x());
+        assert!(matches!(refused, Err(ManifestError::Digest(_))), "{refused:?}");
+        let found =
+            choose_through(&[nested(0, "")], |_| vec![foreign("arm64"), entry("linux", "s390x")]);
+        assert!(found.is_ok(), "{found:?}");
     }
 
     #[test]

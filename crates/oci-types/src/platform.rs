@@ -17,6 +17,10 @@ pub struct Platform {
     /// The architecture's variant, such as `v8`. A request without one matches any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
+    /// Features of the operating system that content needs, as `os.features` of an index's entry names them.
+    /// Nodes and requests have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub features: Vec<String>,
 }
 
 /// The error of a text that is not a platform, with its start.
@@ -32,7 +36,8 @@ impl Platform {
             "aarch64" => "arm64",
             other => other,
         };
-        Self { os: "linux".into(), architecture: architecture.into(), variant: None }
+        let (os, architecture) = ("linux".into(), architecture.into());
+        Self { os, architecture, variant: None, features: Vec::new() }
     }
 
     /// Returns the platforms whose content can serve a request for this one on this node. If the request
@@ -57,25 +62,31 @@ impl Platform {
         let is_of_node = self.variant.is_none()
             && (&self.normalised().os, &self.normalised().architecture)
                 == (&node.os, &node.architecture);
-        if is_of_node { PlatformOrder::of(node.normalised(), false) } else { self.order() }
+        let node = || Self { features: self.features.clone(), ..node.normalised() };
+        if is_of_node { PlatformOrder::of(node(), false) } else { self.order() }
     }
 
     /// Returns whether content for `offered` can serve a request for `self`.
     ///
     /// Names are normalised (`x86_64` is `amd64`, `aarch64` is `arm64`, an
     /// `arm64` without a variant is `v8`). A request without a variant accepts
-    /// any variant.
+    /// any variant, and none accepts features that it does not have.
     pub fn accepts(&self, offered: &Self) -> bool {
         let (wanted, offered) = (self.normalised(), offered.normalised());
         wanted.os == offered.os
             && wanted.architecture == offered.architecture
             && (self.variant.is_none() || wanted.variant == offered.variant)
+            && wanted.has_features(&offered.features)
     }
 
     /// Returns whether content for `offered` may run on a node of this platform, whose processor is
     /// not known here: any variant of its architecture, and what such processors run of others.
     pub fn may_run(&self, offered: &Self) -> bool {
         self.accepts(offered) || self.order().rank(offered).is_some()
+    }
+
+    fn has_features(&self, features: &[String]) -> bool {
+        features.iter().all(|feature| self.features.contains(feature))
     }
 
     /// Returns the platform with the names that containerd and Go use.
@@ -105,7 +116,12 @@ impl Platform {
             "macos" => "darwin".to_owned(),
             os => os.to_owned(),
         };
-        Self { os, architecture, variant: Some(variant).filter(|variant| !variant.is_empty()) }
+        // Containerd ignores the feature that images for Windows name.
+        let is_ignored = |feature: &&String| os == "windows" && *feature == "win32k";
+        let features = self.features.iter().filter(|feature| !is_ignored(feature)).cloned();
+        let features = features.collect();
+        let variant = Some(variant).filter(|variant| !variant.is_empty());
+        Self { os, architecture, variant, features }
     }
 }
 
@@ -122,9 +138,9 @@ pub struct PlatformOrder {
 impl PlatformOrder {
     fn of(first: Platform, takes_any_variant: bool) -> Self {
         let of = |architecture: &str, variant: Option<String>| Platform {
-            os: first.os.clone(),
             architecture: architecture.to_owned(),
             variant,
+            ..first.clone()
         };
         let numbers = |variant: &str| -> Option<(u32, u32)> {
             let (major, minor) = variant
@@ -168,13 +184,20 @@ impl PlatformOrder {
     }
 
     /// Returns the rank of content for a platform, the lowest being the best. Content without a rank does
-    /// not run here.
-    pub fn rank(&self, offered: &Platform) -> Option<usize> {
+    /// not run here. Of one platform, content for more features of the system is the better.
+    pub fn rank(&self, offered: &Platform) -> Option<(usize, usize)> {
         let offered = offered.normalised();
-        let position = self.platforms.iter().position(|platform| *platform == offered);
         let first = &self.platforms[0];
+        if !first.has_features(&offered.features) {
+            return None;
+        }
+        let other_features = first.features.len().saturating_sub(offered.features.len());
+        let offered = Platform { features: first.features.clone(), ..offered };
+        let position = self.platforms.iter().position(|platform| *platform == offered);
         let is_of_first = (&first.os, &first.architecture) == (&offered.os, &offered.architecture);
-        position.or_else(|| (self.takes_any_variant && is_of_first).then_some(usize::MAX))
+        let position =
+            position.or_else(|| (self.takes_any_variant && is_of_first).then_some(usize::MAX));
+        position.map(|position| (position, other_features))
     }
 }
 
@@ -212,9 +235,15 @@ fn variant_of(architecture: &str, cpuinfo: &str) -> Option<String> {
     }
 }
 
+/// Prints `os/architecture[/variant]`, and features of the system as containerd does:
+/// `os(+feature)/architecture`.
 impl fmt::Display for Platform {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}/{}", self.os, self.architecture)?;
+        formatter.write_str(&self.os)?;
+        if !self.features.is_empty() {
+            write!(formatter, "(+{})", self.features.join("+"))?;
+        }
+        write!(formatter, "/{}", self.architecture)?;
         self.variant.iter().try_for_each(|variant| write!(formatter, "/{variant}"))
     }
 }
@@ -236,6 +265,7 @@ impl FromStr for Platform {
             os: parts[0].to_owned(),
             architecture: parts[1].to_owned(),
             variant: parts.get(2).map(|&part| part.to_owned()),
+            features: Vec::new(),
         })
     }
 }

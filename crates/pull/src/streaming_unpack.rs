@@ -261,9 +261,9 @@ impl Job {
                 archive::unpack(blob, &self.rule, self.permissions, &limits, &mut writer)?
             }
         };
-        if totals.special_files > 0 {
-            let (layer, special_files) = (self.blob, totals.special_files);
-            tracing::info!(%layer, special_files, "device nodes and fifos of a layer are not shown");
+        if totals.skipped > 0 {
+            let (layer, skipped) = (self.blob, totals.skipped);
+            tracing::info!(%layer, skipped, "device nodes, fifos and entries that would replace the root are not shown");
         }
         Ok(writer)
     }

@@ -16,13 +16,11 @@ use super::layer_rule::ArchiveRule;
 use super::permissions::{NodeType, Owner, Permissions, PermissionsRule};
 use super::tar_reader::{ArchiveMember, MemberKind, TarReader};
 use super::unpack_limits::Limits;
-use super::volume_path::{PathError, RelativePath};
+use super::volume_path::RelativePath;
 use oci_types::Digest;
 
 /// Prefix of a whiteout, which hides a name of lower layers.
 const WHITEOUT: &[u8] = b".wh.";
-/// Prefix of AUFS metadata files and of the opaque mark.
-const WHITEOUT_META: &[u8] = b".wh..wh.";
 /// Name of the opaque mark, which hides all that lower layers have in its folder.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
@@ -66,8 +64,8 @@ pub struct Totals {
     pub files: u64,
     /// Total size of the contents of regular files, in bytes.
     pub bytes: u64,
-    /// Number of device nodes and fifos, which no volume shows, and of hard links to them.
-    pub special_files: u64,
+    /// Number of entries that no volume shows: device nodes, fifos, and entries other than a folder at the root.
+    pub skipped: u64,
     /// Size of the uncompressed archive in bytes.
     pub tar_bytes: u64,
     /// Digest of the whole uncompressed archive, if the rule names an expected one.
@@ -110,18 +108,18 @@ fn record_content(
     mut check: impl FnMut(&Entry) -> Result<(), UnpackError>,
 ) -> Result<Totals, UnpackError> {
     let (mut entries, mut files, mut bytes) = (0, 0, 0_u64);
-    let (mut members, mut special_files, mut metadata_bytes) = (0, 0, 0);
+    let (mut members, mut skipped, mut metadata_bytes) = (0, 0, 0);
     while let Some(member) = tar.next()? {
         members += 1;
         if members > limits.entries {
             return Err(UnpackError::TooManyEntries { limit: limits.entries });
         }
-        let Some((path, mark)) = place(&member.name, rule, limits)? else {
-            continue;
-        };
+        let (path, mark) = place(&member.name, rule, limits)?;
         let is_special = member.kind == MemberKind::Special && mark.is_none();
-        special_files += u64::from(is_special);
-        if is_special && !rule.whiteouts {
+        // As in containerd, nothing replaces the root.
+        let is_at_root = path.is_root() && member.kind != MemberKind::Directory && mark.is_none();
+        skipped += u64::from(is_special || is_at_root);
+        if is_special && !rule.whiteouts || is_at_root {
             continue;
         }
         let metadata = metadata(&member, &path, permissions, limits)?;
@@ -133,10 +131,6 @@ fn record_content(
         let entry = match (mark, member.kind) {
             (Some(kind), _) => Entry { path, kind, metadata },
             (None, MemberKind::Directory) => Entry { path, kind: EntryKind::Directory, metadata },
-            (None, _) if path.is_root() => {
-                let (name, reason) = (shown(&member.name), PathError::Root);
-                return Err(UnpackError::Name { name, reason });
-            }
             (None, MemberKind::Special) => Entry { path, kind: EntryKind::Special, metadata },
             (None, MemberKind::HardLink) => {
                 let kind = hard_link(&member.link, &path, limits)?;
@@ -170,7 +164,7 @@ fn record_content(
         (Some(expected), Some(found)) if expected != found => {
             Err(UnpackError::TarDigest { expected, found })
         }
-        _ => Ok(Totals { entries, files, bytes, special_files, tar_bytes, tar_digest }),
+        _ => Ok(Totals { entries, files, bytes, skipped, tar_bytes, tar_digest }),
     }
 }
 
@@ -204,43 +198,36 @@ impl OwnLinks {
     }
 }
 
-/// Returns the path of an entry, with its kind if it is a mark of an image layer. `None` if the
-/// entry is to be ignored.
+/// Returns the path of an entry, with its kind if it is a mark of an image layer. As in containerd, only the last
+/// name makes a mark: AUFS has files below folders with such names.
 fn place(
     name: &[u8],
     rule: &ArchiveRule,
     limits: &Limits,
-) -> Result<Option<(RelativePath, Option<EntryKind>)>, UnpackError> {
+) -> Result<(RelativePath, Option<EntryKind>), UnpackError> {
     let refused = |reason| UnpackError::Name { name: shown(name), reason };
     // A folder of ORAS has relative names: `oras pull` requires them.
     let parse =
         if rule.within.is_some() { RelativePath::parse } else { RelativePath::parse_rooted };
-    let path = parse(name, limits).map_err(refused)?;
+    let path = match name {
+        b"" => RelativePath::root(),
+        name => parse(name, limits).map_err(refused)?,
+    };
     if !rule.whiteouts {
-        return Ok(Some((path, None)));
+        return Ok((path, None));
     }
     let Some((folder, last)) = path.split() else {
-        return Ok(Some((path, None)));
+        return Ok((path, None));
     };
-    let is_meta = |name: &[u8]| name.starts_with(WHITEOUT_META);
-    if folder.components().any(is_meta) {
-        return Ok(None);
-    }
     if last == OPAQUE {
-        return Ok(Some((folder, Some(EntryKind::Opaque))));
-    }
-    if is_meta(last) {
-        return Ok(None);
-    }
-    if folder.components().any(|name| name.starts_with(WHITEOUT)) {
-        return Err(UnpackError::Whiteout { name: shown(name) });
+        return Ok((folder, Some(EntryKind::Opaque)));
     }
     match last.strip_prefix(WHITEOUT) {
-        None => Ok(Some((path, None))),
+        None => Ok((path, None)),
         Some(b"" | b"." | b"..") => Err(UnpackError::Whiteout { name: shown(name) }),
         Some(hidden) => {
             let hidden = folder.join(hidden, limits).map_err(refused)?;
-            Ok(Some((hidden, Some(EntryKind::Whiteout))))
+            Ok((hidden, Some(EntryKind::Whiteout)))
         }
     }
 }

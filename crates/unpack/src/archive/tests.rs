@@ -3,6 +3,7 @@ use tar::Header;
 
 use super::super::error::Class;
 use super::super::testing::{ARTIFACT, IMAGE, Memory, Tar, gzip, refusal, unpack_all, zstd};
+use super::super::volume_path::PathError;
 use super::*;
 
 fn lines(bytes: &[u8]) -> Vec<String> {
@@ -167,17 +168,26 @@ fn names_that_leave_the_tree_are_refused() {
         ("/../x", PathError::Parent),
         ("a/../../x", PathError::Parent),
         ("a/..", PathError::Parent),
-        ("", PathError::Empty),
-        ("./", PathError::Root),
-        ("/", PathError::Root),
     ] {
-        let error = match reason {
-            PathError::Root => refusal(&Tar::new().link(b'2', name, "x").end()),
-            _ => refusal(&Tar::new().file(name, "").end()),
-        };
+        let error = refusal(&Tar::new().file(name, "").end());
         assert!(matches!(&error, UnpackError::Name { reason: r, .. } if *r == reason), "{error:?}");
         assert_eq!(error.class(), Class::Refused);
     }
+}
+
+#[test]
+fn the_root_is_only_a_folder() {
+    for name in ["", "/", ".", "./"] {
+        let tar = Tar::new().file(name, "content").link(b'2', name, "x").link(b'1', name, "f");
+        let tar = tar.link(b'6', name, "").file("f", "F").end();
+        for rule in [&IMAGE, &ARTIFACT] {
+            let (unpacked, memory) = unpack_all(&tar, rule, &Limits::default());
+            let totals = unpacked.expect("unpacked");
+            assert_eq!(memory.lines(), ["f=F"], "{name:?}");
+            assert_eq!((totals.skipped, totals.files, totals.bytes), (4, 1, 1), "{name:?}");
+        }
+    }
+    assert_eq!(lines(&Tar::new().folder("", 0o700).end()), ["./"]);
 }
 
 #[test]
@@ -250,7 +260,7 @@ fn devices_and_fifos_are_counted_and_not_shown() {
             let preserve = PermissionsRule::Preserve;
             let totals = unpack(&*tar, rule, preserve, &Limits::default(), &mut memory).unwrap();
             assert_eq!(memory.lines(), expected);
-            assert_eq!((totals.special_files, totals.files), (1, 2));
+            assert_eq!((totals.skipped, totals.files), (1, 2));
         }
     }
     let unknown = refusal(&Tar::new().link(b'V', "label", "").end());
@@ -412,15 +422,18 @@ fn the_expansion_of_sparse_files_is_bounded() {
 
 #[test]
 fn whiteouts_are_checked_and_only_meant_in_images() {
-    for name in [".wh.", ".wh..", ".wh...", "a/.wh.", ".wh.x/y"] {
+    for name in [".wh.", ".wh..", ".wh...", "a/.wh.", ".wh.x/.wh."] {
         let error = refusal(&Tar::new().file(name, "").end());
         assert!(matches!(error, UnpackError::Whiteout { .. }), "{name}: {error:?}");
     }
-    let meta = Tar::new()
+    // As in containerd, only the last name counts: below a folder of AUFS are files that links lead to.
+    let aufs = Tar::new()
         .folder(".wh..wh.plnk/", 0o700)
         .file(".wh..wh.plnk/1.2", "x")
+        .link(b'1', "real", ".wh..wh.plnk/1.2")
         .file(".wh..wh.aufs", "");
-    assert_eq!(lines(&meta.end()), [""; 0]);
+    let expected = ["-.wh.plnk", ".wh..wh.plnk/1.2=x", "real=>.wh..wh.plnk/1.2", "-.wh.aufs"];
+    assert_eq!(lines(&aufs.end()), expected);
     let tar = Tar::new().file(".wh.a", "x").end();
     assert_eq!(unpack_all(&tar, &ARTIFACT, &Limits::default()).1.lines(), [".wh.a=x"]);
 }
@@ -482,13 +495,57 @@ fn archives_of_old_writers_are_read() {
 
 #[test]
 fn ambiguous_extended_headers_are_corrupt() {
-    let twice = Tar::new().pax(&[("path", b"a")]).pax(&[("path", b"b")]).file("x", "").end();
-    let nothing = Tar::new().pax(&[("path", b"a")]).end();
     let malformed = Tar::new().member(Tar::header(b"p", b'x', 5), b"9 a=b").file("x", "").end();
     let number = Tar::new().pax(&[("size", b"1e3")]).file("x", "").end();
-    for tar in [twice, nothing, malformed, number] {
+    for tar in [malformed, number] {
         assert_eq!(refusal(&tar).class(), Class::Corrupt);
     }
+}
+
+#[test]
+fn the_last_extended_header_before_an_entry_counts() {
+    let extended = |tar: Tar, kind, content: &[u8]| {
+        tar.member(Tar::header(b"././@LongLink", kind, content.len() as u64), content)
+    };
+    // A header replaces the one before it, with all its records.
+    let twice = Tar::new().pax(&[("path", b"a"), ("size", b"1")]).pax(&[("mtime", b"5")]);
+    assert_eq!(lines(&twice.file("x", "X").end()), ["x=X"]);
+    let twice = Tar::new().pax(&[("path", b"a")]).pax(&[("path", b"b")]);
+    assert_eq!(lines(&twice.file("x", "").end()), ["b="]);
+    let names = extended(extended(Tar::new(), b'L', b"first\0"), b'L', b"second\0");
+    let names = extended(extended(names, b'K', b"one\0"), b'K', b"two\0");
+    assert_eq!(lines(&names.link(b'2', "x", "y").end()), ["second->two"]);
+    assert_eq!(lines(&extended(Tar::new(), b'L', b"\0").file("x", "").end()), ["x="]);
+    // A global header ends what stands before it, and so does the end of the archive.
+    for global in [&b""[..], b"12 comment=\n"] {
+        let lost = extended(Tar::new().pax(&[("path", b"a")]), b'g', global);
+        let lost = extended(extended(lost, b'L', b"long\0"), b'g', global);
+        assert_eq!(lines(&lost.file("x", "").end()), ["x="]);
+    }
+    assert_eq!(lines(&Tar::new().file("x", "").pax(&[("path", b"a")]).end()), ["x="]);
+    assert_eq!(lines(&Tar::new().file("x", "").pax(&[("path", b"a")]).bytes), ["x="]);
+}
+
+#[test]
+fn a_negative_size_matters_only_where_it_is_used() {
+    let with_size = |kind| {
+        let mut header = Tar::header(b"e", kind, 0);
+        header.as_old_mut().linkname[0] = b'f';
+        header.as_old_mut().size = [0xff; 12];
+        Tar::new().file("f", "F").member(header, b"").file("g", "G").end()
+    };
+    for kind in *b"123456" {
+        let (unpacked, memory) = unpack_all(&with_size(kind), &IMAGE, &Limits::default());
+        unpacked.expect("unpacked");
+        assert_eq!(memory.lines().len(), 3);
+    }
+    for kind in *b"07xLKg" {
+        let refused = refusal(&with_size(kind));
+        assert!(matches!(refused, UnpackError::Archive { .. }), "{refused:?}");
+    }
+    let of_pax = |tar: Tar| tar.pax(&[("size", b"-1")]);
+    assert_eq!(lines(&of_pax(Tar::new()).folder("d/", 0o755).end()), ["d/"]);
+    assert_eq!(refusal(&of_pax(Tar::new()).file("x", "").end()).class(), Class::Corrupt);
 }
 
 #[test]
@@ -760,17 +817,16 @@ fn metadata_beyond_the_limit_is_refused_for_the_layer_and_for_the_artifact() {
 }
 
 #[test]
-fn a_name_that_ends_in_a_slash_is_a_folder_in_old_archives_and_refused_in_others() {
-    let archive = |kind: u8| {
-        let header = Tar::header(b"folder/", kind, 0);
-        Tar::new().member(header, b"").file("folder/file", "x").end()
+fn a_name_that_ends_in_a_slash_is_a_folder_in_old_archives_and_a_file_in_others() {
+    let archive = |kind: u8, size, content: &[u8]| {
+        let header = Tar::header(b"folder/", kind, size);
+        Tar::new().member(header, content).file("folder/file", "x").end()
     };
-    let (unpacked, memory) = unpack_all(&archive(0), &IMAGE, &Limits::default());
-    unpacked.expect("v7 has no other folders");
-    assert_eq!(memory.lines(), ["folder/", "folder/file=x"]);
-    let with_content = Tar::new().member(Tar::header(b"folder/", 0, 1), b"x").end();
-    for archive in [archive(b'0'), archive(b'7'), with_content] {
-        let refused = refusal(&archive);
-        assert!(matches!(refused, UnpackError::Archive { .. }), "{refused:?}");
+    assert_eq!(lines(&archive(0, 0, b"")), ["folder/", "folder/file=x"]);
+    for kind in *b"07" {
+        assert_eq!(lines(&archive(kind, 0, b"")), ["folder=", "folder/file=x"]);
+        assert_eq!(lines(&archive(kind, 1, b"y")), ["folder=y", "folder/file=x"]);
     }
+    let refused = refusal(&archive(0, 1, b"x"));
+    assert!(matches!(refused, UnpackError::Archive { .. }), "{refused:?}");
 }

@@ -9,7 +9,7 @@
 //!    layer by default).
 //! 4. An image layer in an image: unpacked, with whiteouts.
 //! 5. Untitled layers beside titled ones, and the empty descriptor, are skipped, as `oras pull`
-//!    does. Without any title, Flux content is unpacked, and the rest are files: `chart.tgz` and
+//!    does. So are layers that repeat the title and the content of another one. Without any title, Flux content is unpacked, and the rest are files: `chart.tgz` and
 //!    `chart.tgz.prov` (Helm), `module.wasm`, otherwise `layer-<index in the manifest>` with an
 //!    extension that the media type suggests. A second chart or module has its index too:
 //!    `module-1.wasm`.
@@ -221,6 +221,7 @@ pub fn classify(
         };
         rules.push(rule);
     }
+    skip_repeated_titles(manifest, &mut rules);
     refuse_colliding_titles(&rules)?;
     Ok(rules)
 }
@@ -371,6 +372,24 @@ impl FallbackNames {
             };
         }
         format!("layer-{number}{}", extension(media_type))
+    }
+}
+
+/// Skips layers that repeat the title and the content of another one, as `oras pull` does.
+fn skip_repeated_titles(manifest: &ImageManifest, rules: &mut [LayerRule]) {
+    let mut first: BTreeMap<RelativePath, usize> = BTreeMap::new();
+    for (number, layer) in manifest.layers.iter().enumerate() {
+        let (LayerRule::File(FileRule { path: title, .. })
+        | LayerRule::Archive(ArchiveRule { within: Some(title), .. })) = &rules[number]
+        else {
+            continue;
+        };
+        let first = *first.entry(title.clone()).or_insert(number);
+        let is_same =
+            manifest.layers[first].digest == layer.digest && rules[first] == rules[number];
+        if first != number && is_same {
+            rules[number] = LayerRule::Skip;
+        }
     }
 }
 

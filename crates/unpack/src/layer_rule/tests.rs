@@ -278,14 +278,21 @@ fn titles_that_leave_the_volume_are_refused() {
 #[test]
 fn duplicate_and_colliding_titles_are_refused() {
     let folder = |title| layer(TAR, &json!({TITLE: title, ORAS_UNPACK: "true"}));
+    let other = |mut layer: Value| {
+        layer["digest"] = json!(Digest::of(b"other"));
+        layer
+    };
     for layers in [
-        [titled(TAR, "a"), titled(TAR, "./a/")],
+        [titled(TAR, "a"), other(titled(TAR, "./a/"))],
         [titled(TAR, "a"), folder("a")],
-        [folder("a"), folder("a")],
+        [folder("a"), other(folder("a"))],
     ] {
         let error = refusal(&layers);
         assert!(matches!(error, UnpackError::DuplicateTitle { first: 0, second: 1, .. }));
     }
+    // The same content under the same title is taken once.
+    let twice = [titled(TAR, "a"), titled("text/plain", "./a"), folder("b"), folder("b/")];
+    assert_eq!(artifact(&twice), ["file a", "skip", "tar in b", "skip"]);
     let error = refusal(&[titled(TAR, "a/b/c"), titled(TAR, "a/b.c"), titled(TAR, "a")]);
     assert!(matches!(error, UnpackError::TitleBelowFile { other: 2, .. }), "{error:?}");
     assert_eq!(artifact(&[folder("a"), titled(TAR, "a/b"), folder("a/c")]).len(), 3);

@@ -74,8 +74,9 @@ pub(super) type PaxRecords = BTreeMap<Box<[u8]>, Box<[u8]>>;
 #[derive(Default)]
 struct ExtendedHeaders {
     pax: Option<PaxRecords>,
-    long_name: Option<Vec<u8>>,
-    long_link: Option<Vec<u8>>,
+    /// Empty if there is none, as an empty name is ignored.
+    long_name: Vec<u8>,
+    long_link: Vec<u8>,
 }
 
 impl<'a> TarReader<'a> {
@@ -89,32 +90,26 @@ impl<'a> TarReader<'a> {
         loop {
             self.skip_member()?;
             let Some(header) = self.header()? else {
-                if extensions.is_empty() {
-                    return Ok(None);
-                }
-                return Err(self.broken("an extended header describes nothing"));
+                return Ok(None);
             };
             let size = self.number(header.size(), "a size is not a number")?;
-            let size = u64::try_from(size).map_err(|_| self.broken("a size is negative"))?;
+            // As in Go's reader, the last header of each kind counts, with all its records.
             match header.kind() {
-                b'x' if extensions.pax.is_none() => {
+                b'x' => {
                     let bytes = self.extended_header(size)?;
                     let records = pax_records(&bytes)
                         .ok_or_else(|| self.broken("a pax header is malformed"))?;
                     extensions.pax = Some(records);
                 }
-                b'L' if extensions.long_name.is_none() => {
-                    extensions.long_name = Some(text(&self.extended_header(size)?).to_vec());
+                b'L' => extensions.long_name = text(&self.extended_header(size)?).to_vec(),
+                b'K' => extensions.long_link = text(&self.extended_header(size)?).to_vec(),
+                // Global pax headers (git writes one) are ignored, as in containerd. Go's reader takes one for an
+                // entry, which the extended headers before it describe.
+                b'g' => {
+                    extensions = ExtendedHeaders::default();
+                    let size = self.content_size(size)?;
+                    self.starts(size);
                 }
-                b'K' if extensions.long_link.is_none() => {
-                    extensions.long_link = Some(text(&self.extended_header(size)?).to_vec());
-                }
-                b'x' | b'L' | b'K' => {
-                    return Err(self.broken("two extended headers describe one entry"));
-                }
-                // Global pax headers (git writes one) are ignored, as in containerd.
-                b'g' if extensions.is_empty() => self.starts(size),
-                b'g' => return Err(self.broken("a global header follows an extended one")),
                 _ => return self.member(&header, size, extensions).map(Some),
             }
         }
@@ -134,7 +129,7 @@ impl<'a> TarReader<'a> {
     fn member(
         &mut self,
         header: &TarHeader,
-        size: u64,
+        size: i64,
         extensions: ExtendedHeaders,
     ) -> Result<ArchiveMember, UnpackError> {
         let mut name = header.name();
@@ -160,7 +155,10 @@ impl<'a> TarReader<'a> {
             match &**key {
                 b"path" => name = value.to_vec(),
                 b"linkpath" => link = value.to_vec(),
-                b"size" => size = self.pax_number(value)?,
+                b"size" => {
+                    size = signed_decimal(value)
+                        .ok_or_else(|| self.broken("a number in a pax header is malformed"))?;
+                }
                 b"uid" => uid = owner(signed_decimal(value)),
                 b"gid" => gid = owner(signed_decimal(value)),
                 b"mtime" => {
@@ -170,8 +168,12 @@ impl<'a> TarReader<'a> {
                 _ => {}
             }
         }
-        name = extensions.long_name.unwrap_or(name);
-        link = extensions.long_link.unwrap_or(link);
+        if !extensions.long_name.is_empty() {
+            name = extensions.long_name;
+        }
+        if !extensions.long_link.is_empty() {
+            link = extensions.long_link;
+        }
         if form.is_some() {
             name = records.get(&b"GNU.sparse.name"[..]).map_or(name, |name| name.to_vec());
         }
@@ -180,10 +182,6 @@ impl<'a> TarReader<'a> {
             0 if name.ends_with(b"/") && size == 0 => MemberKind::Directory,
             // Go's reader reads the next bytes as headers, others as content.
             0 if name.ends_with(b"/") => return Err(self.broken("a folder has content")),
-            // GNU's reader takes such a member for a folder, Go's for a file.
-            b'0' | b'7' if name.ends_with(b"/") => {
-                return Err(self.broken("the name of a file ends in a slash"));
-            }
             0 | b'0' | b'7' | b'S' => MemberKind::File,
             b'1' => MemberKind::HardLink,
             b'2' => MemberKind::SymbolicLink,
@@ -194,14 +192,19 @@ impl<'a> TarReader<'a> {
             }
         };
         // As in Go's reader, other types have no content, whatever their size is.
-        match (kind, form) {
-            (MemberKind::File, None) => self.starts(size),
-            (MemberKind::File, Some(form)) => {
-                size = self.start_sparse(form, header, size, &name, &records)?;
+        let size = match (kind, form) {
+            (MemberKind::File, None) => {
+                let size = self.content_size(size)?;
+                self.starts(size);
+                size
             }
-            (_, None) => size = 0,
+            (MemberKind::File, Some(form)) => {
+                let size = self.content_size(size)?;
+                self.start_sparse(form, header, size, &name, &records)?
+            }
+            (_, None) => 0,
             (_, Some(_)) => return Err(self.broken("something else than a file is sparse")),
-        }
+        };
         Ok(ArchiveMember {
             name,
             link,
@@ -256,7 +259,8 @@ impl<'a> TarReader<'a> {
     }
 
     /// Reads the content of an extended header, which has to be held in memory.
-    fn extended_header(&mut self, size: u64) -> Result<Vec<u8>, UnpackError> {
+    fn extended_header(&mut self, size: i64) -> Result<Vec<u8>, UnpackError> {
+        let size = self.content_size(size)?;
         let limit = self.limits.header_bytes;
         if size > limit {
             return Err(UnpackError::HeaderTooLarge { size, limit });
@@ -352,6 +356,10 @@ impl<'a> TarReader<'a> {
         number.ok_or_else(|| self.broken("a number in a pax header is malformed"))
     }
 
+    fn content_size(&self, size: i64) -> Result<u64, UnpackError> {
+        u64::try_from(size).map_err(|_| self.broken("a size is negative"))
+    }
+
     fn number(&self, field: &[u8], reason: &'static str) -> Result<i64, UnpackError> {
         number(field).ok_or_else(|| self.broken(reason))
     }
@@ -388,12 +396,6 @@ impl Read for TarReader<'_> {
         buffer[..length].copy_from_slice(&bytes[..length]);
         self.consume(length);
         Ok(length)
-    }
-}
-
-impl ExtendedHeaders {
-    fn is_empty(&self) -> bool {
-        self.pax.is_none() && self.long_name.is_none() && self.long_link.is_none()
     }
 }
 
