@@ -493,7 +493,9 @@ fn a_bad_layout_is_refused_and_leaves_nothing() {
     let content = fs::read(&largest).expect("a blob");
     fs::set_permissions(&largest, fs::Permissions::from_mode(0o644)).expect("a mode");
     fs::write(&largest, [&content[..content.len() - 1], b"x"].concat()).expect("another blob");
-    assert!(import(&folder).contains("its content has the digest"));
+    let told = import(&folder);
+    assert!(told.contains("its content has the digest"), "{told}");
+    assert!(told.contains("make the archive again") && !told.contains("fetched"), "{told}");
     fs::remove_file(&largest).expect("removed");
     let told = import(&folder);
     assert!(told.contains("lacks the blob") || told.contains("no index.json"), "{told}");

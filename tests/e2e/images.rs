@@ -273,7 +273,7 @@ fn device_nodes_and_fifos_are_left_out_of_what_others_unpack() {
     image.push(registry(), repository, "v1");
     let tree = same_as_others(&node, &name);
     assert_eq!(tree.names(), ["dev", "dev/loop", "file", "kept"]);
-    assert!(node.driver.log().contains("\"special_files\":3"), "{}", node.driver.log());
+    assert!(node.driver.log().contains("\"skipped\":3"), "{}", node.driver.log());
 }
 
 #[test]
@@ -527,14 +527,53 @@ fn an_image_without_layers_holds_no_files() {
 #[test]
 fn an_images_configuration_that_is_no_json_is_internal_and_tells_why() {
     let node = Node::start();
-    let mut manifest = Image::new().layer(Tar::new().file("f", 0o644, "x").finish()).manifest();
-    manifest.config.bytes = b"secret words".to_vec();
-    let repository = unique("no-json");
-    manifest.push(registry(), &repository, "v1");
-    let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
-    let message = node.kubelet.publish_badly(&volume, Code::Internal);
-    assert!(message.contains("configuration") && message.contains("JSON"), "{message}");
-    assert!(!message.contains("secret"), "{message}");
+    for config in ["secret words", ""] {
+        let mut manifest = Image::new().layer(Tar::new().file("f", 0o644, "x").finish()).manifest();
+        manifest.config.bytes = config.into();
+        let repository = unique("no-json");
+        manifest.push(registry(), &repository, "v1");
+        let volume = node.kubelet.new_volume(&node.proxy.reference(&format!("{repository}:v1")));
+        let message = node.kubelet.publish_badly(&volume, Code::Internal);
+        assert!(message.contains("configuration") && message.contains("JSON"), "{message}");
+        assert!(!message.contains("secret"), "{message}");
+    }
+}
+
+#[test]
+fn folders_of_aufs_and_odd_entries_are_what_others_unpack() {
+    let node = Node::start();
+    let archive = Tar::new()
+        .folder(".wh..wh.plnk", 0o755)
+        .file(".wh..wh.plnk/123.4", 0o644, "linked")
+        .hard_link("real", ".wh..wh.plnk/123.4")
+        .file("a/.wh..wh.aufs", 0o644, "")
+        .finish();
+    let repository = unique("aufs");
+    Image::new().layer(archive).push(registry(), &repository, "v1");
+    let tree = same_as_others(&node, &repository);
+    assert_eq!(tree.names(), [".wh..wh.plnk", ".wh..wh.plnk/123.4", "a", "real"]);
+}
+
+#[test]
+fn an_entry_that_needs_features_of_the_system_is_not_chosen() {
+    let node = Node::start();
+    let repository = unique("features");
+    let entry = |name: &str, features: serde_json::Value| {
+        let image = Image::new().layer(Tar::new().file(name, 0o644, name).finish());
+        let digest = image.push(registry(), &repository, name);
+        json!({
+            "mediaType": OCI_MANIFEST,
+            "digest": digest,
+            "size": image.manifest().json().to_string().len(),
+            "platform": {"os": "linux", "architecture": node_architecture(), "os.features": features},
+        })
+    };
+    let (erofs, plain) = (entry("erofs", json!(["erofs"])), entry("plain", json!([])));
+    for (tag, entries) in [("first", [&erofs, &plain]), ("last", [&plain, &erofs])] {
+        push_index(registry(), &repository, tag, &entries.map(Clone::clone));
+        let (_, tree) = node.mount(&node.proxy.reference(&format!("{repository}:{tag}")));
+        assert_eq!(tree.names(), ["plain"], "{tag}");
+    }
 }
 
 /// Returns the level of amd64 that this machine has, as `ld.so` determines it.
@@ -599,8 +638,8 @@ fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
         "mediaType": OCI_INDEX, "digest": digest, "size": 5,
         "platform": {"os": "linux", "architecture": "s390x"},
     });
-    // The first contains no index, and the last four nested ones.
-    for depth in 0..=5 {
+    // The first is the only level, and the last the fifth.
+    for depth in 0..=4 {
         let index =
             json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [other, inner]});
         let size = index.to_string().len();
@@ -608,7 +647,7 @@ fn an_index_in_an_index_is_chosen_through_online_and_from_the_cache() {
         let digest = put_json(registry(), &repository, &tag, &index);
         inner = json!({"mediaType": OCI_INDEX, "digest": digest, "size": size});
         let by_digest = node.proxy.reference(&format!("{repository}@{digest}"));
-        if depth == 5 {
+        if depth == 4 {
             let volume = node.kubelet.new_volume(&by_digest);
             let message = node.kubelet.publish_badly(&volume, Code::FailedPrecondition);
             assert!(message.contains("one index too many"), "{message}");

@@ -547,6 +547,13 @@ impl ImageManifest {
             && self.layers.iter().any(|layer| media_type::is_image_layer(&layer.media_type))
     }
 
+    /// Returns whether a layer has a title, as files do.
+    #[must_use]
+    pub fn has_titles(&self) -> bool {
+        let title = "org.opencontainers.image.title";
+        self.layers.iter().any(|layer| layer.annotations.contains_key(title))
+    }
+
     fn has_image_config(&self) -> bool {
         self.config.as_ref().is_some_and(|config| {
             [media_type::OCI_IMAGE_CONFIG, media_type::DOCKER_IMAGE_CONFIG]
@@ -559,12 +566,9 @@ impl ImageIndex {
     fn of(entries: DescriptorList, limits: ManifestLimits) -> Result<Self, ManifestError> {
         let mut index = Self::default();
         for raw in descriptors(entries, limits)? {
-            let error = match raw.digest.parse::<Digest>() {
-                Err(error @ DigestError::Algorithm(_)) => error,
-                _ => {
-                    index.manifests.push(descriptor(raw, limits)?);
-                    continue;
-                }
+            let Err(error @ DigestError::Algorithm(_)) = raw.digest.parse::<Digest>() else {
+                index.manifests.push(descriptor(raw, limits)?);
+                continue;
             };
             let platform = raw.platform.and_then(platform);
             if !is_attestation(platform.as_ref(), &raw.annotations.0) {

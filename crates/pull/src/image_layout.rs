@@ -33,8 +33,10 @@ use unpack::{Limits, UnpackError};
 
 /// Files of a layout beside its blobs; ours are two, and other tools add a few.
 const STRANGE_FILES: usize = 1000;
-/// The annotation with a layout's reference for a manifest.
+/// The annotation with a layout's name for a manifest: a tag, or a reference.
 const NAME: &str = "org.opencontainers.image.ref.name";
+/// The annotation with the whole reference of a manifest, as containerd and Docker write it.
+const FULL_NAME: &str = "io.containerd.image.name";
 
 /// An import that failed.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +59,7 @@ pub enum ImportError {
     DockerArchive,
     /// Several artifacts, and none with the reference's name.
     #[error(
-        "the layout has {0} manifests and none is called \"{1}\": name one of them in the reference, or ask for a platform that only one is for"
+        "the layout has {0} manifests and not exactly one is called \"{1}\": give the full name of one of them, add its digest to the reference, or ask for a platform that only one is for"
     )]
     Ambiguous(usize, String),
     /// A digest that is not the reference's.
@@ -67,6 +69,16 @@ pub enum ImportError {
         found: Digest,
         /// The digest that the reference demands.
         wanted: Digest,
+    },
+    /// A blob whose content has another digest than its name.
+    #[error(
+        "the layout's blob {blob} is damaged (its content has the digest {found}): make the archive again"
+    )]
+    Damaged {
+        /// The digest by the name of the file.
+        blob: Digest,
+        /// The digest of the content.
+        found: Digest,
     },
     /// A blob that the manifest names.
     #[error("the layout lacks the blob {0}: export it again, complete")]
@@ -155,7 +167,10 @@ impl LayoutImporter {
                         );
                         return Err(ImportError::NotALayout(what));
                     }
-                    blobs.add(digest, size, content).map_err(PullError::from)?;
+                    let found = blobs.add(digest, size, content).map_err(PullError::from)?;
+                    if found != digest {
+                        return Err(ImportError::Damaged { blob: digest, found });
+                    }
                 }
                 LayoutEntry::Blob(digest) => {
                     return Err(ImportError::NotALayout(format!("{digest} is no file")));
@@ -340,26 +355,48 @@ fn layout_entry(path: &Path) -> LayoutEntry {
     }
 }
 
-/// The entry that a layout calls by the reference's name, the only one, or the one for the platform.
+/// Returns the entry that a layout calls by the whole reference, the entry that it calls by the tag, or the only
+/// entry. Of several, the platform has to leave exactly one.
 fn named(
     index: &ImageIndex,
     reference: &Reference,
     platform: &Platform,
 ) -> Result<Descriptor, ImportError> {
     let (whole, tag) = (reference.to_string(), reference.tag_or_latest());
-    let is_named = |entry: &&Descriptor| {
-        entry.annotations.get(NAME).is_some_and(|name| *name == whole || name == tag)
+    if let Some(entry) =
+        index.manifests.iter().find(|entry| reference.digest() == Some(entry.digest))
+    {
+        return Ok(entry.clone());
+    }
+    let is_whole = |name: &String| {
+        *name == whole
+            || name.parse::<Reference>().is_ok_and(|name| {
+                name.repository() == reference.repository() && name.tag_or_latest() == tag
+            })
     };
-    let is_meant = |entry: &&Descriptor| reference.digest() == Some(entry.digest);
-    let mut entries = index.manifests.iter();
-    if let Some(entry) = entries.clone().find(is_meant).or_else(|| entries.clone().find(is_named)) {
-        return Ok(entry.clone());
+    let is_named = |entry: &Descriptor| {
+        [FULL_NAME, NAME].iter().filter_map(|key| entry.annotations.get(*key)).any(is_whole)
+    };
+    let is_tagged =
+        |entry: &Descriptor| entry.annotations.get(NAME).is_some_and(|name| name == tag);
+    let find = |is_meant: &dyn Fn(&Descriptor) -> bool| {
+        let found: Vec<_> = index.manifests.iter().filter(|entry| is_meant(entry)).collect();
+        (!found.is_empty()).then_some(found)
+    };
+    let found = find(&is_named).or_else(|| find(&is_tagged)).or_else(|| find(&|_| true));
+    let ambiguous = || ImportError::Ambiguous(index.manifests.len(), whole.clone());
+    let found = found.ok_or_else(ambiguous)?;
+    let mut best: Vec<&Descriptor> = found.clone();
+    if found.iter().any(|entry| entry.digest != found[0].digest) {
+        let order = platform.order_on_this_node();
+        let rank = |entry: &Descriptor| order.rank(entry.platform.as_ref()?);
+        let least = found.iter().filter_map(|entry| rank(entry)).min().ok_or_else(ambiguous)?;
+        best.retain(|entry| rank(entry) == Some(least));
     }
-    if let (Some(entry), None) = (entries.next(), entries.next()) {
-        return Ok(entry.clone());
+    if best.iter().any(|entry| entry.digest != best[0].digest) {
+        return Err(ambiguous());
     }
-    let ambiguous = |_| ImportError::Ambiguous(index.manifests.len(), tag.to_owned());
-    index.choose(platform).cloned().map_err(ambiguous)
+    Ok(best[0].clone())
 }
 
 impl From<UnpackError> for ImportError {
@@ -416,6 +453,62 @@ mod tests {
         assert_eq!(tree.record.bytes, 7);
         assert_eq!(node.pull(&want).await.expect("the same").key, tree.key);
         assert!(registry.seen("").is_empty(), "the registry is not asked");
+    }
+
+    /// Returns the entries of a layout: digit, whole name, tag and platform of each.
+    fn entries(entries: &[(&str, &str, &str, &str)]) -> ImageIndex {
+        let entry = |(content, full, tag, platform): &(&str, &str, &str, &str)| {
+            let platform = platform.split_once('/').map_or(String::new(), |(os, architecture)| {
+                format!(r#","platform":{{"os":"{os}","architecture":"{architecture}"}}"#)
+            });
+            let names =
+                [(FULL_NAME, full), (NAME, tag)].into_iter().filter(|(_, name)| !name.is_empty());
+            let names: Vec<_> = names.map(|(key, name)| format!(r#""{key}":"{name}""#)).collect();
+            let more = format!(r#","annotations":{{{}}}{platform}"#, names.join(","));
+            descriptor(MANIFEST, content.as_bytes(), &more)
+        };
+        let text = index(&entries.iter().map(entry).collect::<Vec<_>>());
+        match Manifest::parse(text.as_bytes(), None, Limits::default().manifest()) {
+            Ok(Manifest::Index(index)) => index,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_entry_of_a_layout_is_chosen_by_its_whole_name_and_never_by_its_place() {
+        let platform: Platform = "linux/amd64".parse().expect("a platform");
+        let chosen = |entries: &ImageIndex, reference: &str| {
+            let reference = reference.parse().expect("a reference");
+            named(entries, &reference, &platform).ok().map(|entry| entry.digest)
+        };
+        let (a, b) = (Some(Digest::of(b"a")), Some(Digest::of(b"b")));
+        // As `ctr images export` and Docker 25 write it.
+        let of_ctr =
+            entries(&[("a", "r.invalid/a:v1", "v1", ""), ("b", "r.invalid/b:v1", "v1", "")]);
+        assert_eq!(chosen(&of_ctr, "r.invalid/a:v1"), a);
+        assert_eq!(chosen(&of_ctr, "r.invalid/b:v1"), b);
+        assert_eq!(chosen(&of_ctr, "other.invalid/b:v1"), None);
+        assert_eq!(chosen(&of_ctr, &format!("other.invalid/b:v1@{}", Digest::of(b"b"))), b);
+        let of_hub = entries(&[
+            ("a", "docker.io/library/a:v1", "v1", ""),
+            ("b", "docker.io/library/b:v1", "v1", ""),
+        ]);
+        assert_eq!(chosen(&of_hub, "docker.io/b:v1"), b);
+        // Two entries for one platform are as ambiguous as two for none.
+        for platform in ["", "linux/amd64"] {
+            let same = entries(&[("a", "", "v1", platform), ("b", "", "v1", platform)]);
+            assert_eq!(chosen(&same, "r.invalid/a:v1"), None);
+            assert_eq!(chosen(&same, "r.invalid/a:v2"), None);
+        }
+        let of_two = entries(&[("a", "", "v1", "linux/arm64"), ("b", "", "v1", "linux/amd64")]);
+        assert_eq!(chosen(&of_two, "r.invalid/a:v1"), b);
+        // A tag that only one has, two names of one manifest, and an archive of one image.
+        let tags = entries(&[("a", "", "v1", ""), ("b", "", "v2", "")]);
+        assert_eq!((chosen(&tags, "r.invalid/a:v2"), chosen(&tags, "r.invalid/a:v3")), (b, None));
+        let twice = entries(&[("a", "", "v1", ""), ("a", "", "latest", "")]);
+        assert_eq!(chosen(&twice, "r.invalid/a:v3"), a);
+        assert_eq!(chosen(&entries(&[("a", "r.invalid/a:v1", "v1", "")]), "r.invalid/b:v2"), a);
+        assert_eq!(chosen(&entries(&[]), "r.invalid/b:v2"), None);
     }
 
     #[tokio::test]

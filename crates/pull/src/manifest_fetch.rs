@@ -199,6 +199,15 @@ impl ManifestFetcher {
 
 /// Returns the configuration that may name the platform of an image.
 pub(super) fn config_of_image(manifest: ImageManifest) -> Option<Descriptor> {
-    let says_it = manifest.is_image();
-    manifest.config.map(|config| *config).filter(|config| says_it && config.size > 0)
+    let (is_image, is_of_files) = (manifest.is_image(), manifest.has_titles());
+    let mut config = *manifest.config.filter(|_| is_image)?;
+    if config.size == 0 {
+        // A missing size reads as 0. Files are pushed with `--config /dev/null` and the type of an image's
+        // configuration too.
+        if is_of_files || config.digest != Digest::of(b"") {
+            return None;
+        }
+        config.data = Some(Vec::new());
+    }
+    Some(config)
 }
