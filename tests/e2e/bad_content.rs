@@ -586,6 +586,8 @@ fn whiteouts_cannot_reach_out_of_the_tree() {
         image.push(&scene.fake, "hostile", &tag);
         let volume = scene.node.kubelet.new_volume(&scene.fake.reference(&tag));
         match scene.node.kubelet.publish(&volume) {
+            // As in containerd, only the last name of an entry makes a whiteout.
+            Ok(()) if name == "a/.wh.../b" => assert!(volume.target().join(name).is_file()),
             Ok(()) => assert_eq!(Tree::of(volume.target()).names(), ["kept"], "{name}"),
             Err(status) => {
                 assert_eq!(status.code(), Code::FailedPrecondition, "{name}: {}", status.message());
