@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -145,7 +146,7 @@ impl<T: DesiredReference> Reconciler<T> {
         for (key, reference) in desired {
             let mut next = None;
             if let Some(task) = self.tasks().get(&key) {
-                let state = lock(&task.state);
+                let state = task.state.lock();
                 if !reference.must_restart(&task.reference, &state) {
                     continue;
                 }
@@ -201,13 +202,13 @@ impl<T: DesiredReference> Reconciler<T> {
     }
 
     fn tasks(&self) -> MutexGuard<'_, BTreeMap<T::Key, ReferenceTask<T>>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tasks.lock()
     }
 }
 
 impl<T> ReferenceTask<T> {
     fn snapshot(&self) -> (Arc<T>, ReferenceState) {
-        (Arc::clone(&self.reference), lock(&self.state).clone())
+        (Arc::clone(&self.reference), self.state.lock().clone())
     }
 }
 
@@ -218,7 +219,7 @@ async fn run<T: DesiredReference>(
 ) {
     let schedule = reference.schedule();
     loop {
-        let Some(next) = lock(&state).next else { return };
+        let Some(next) = state.lock().next else { return };
         tokio::time::sleep_until(next).await;
         let attempt = Attempt {
             view: ProgressView::default(),
@@ -228,7 +229,7 @@ async fn run<T: DesiredReference>(
         let outcome = Box::pin(reference.refresh(&attempt)).await;
         shared.failures.fetch_add(outcome.failure.is_some().into(), Ordering::Relaxed);
         let now = {
-            let mut state = lock(&state);
+            let mut state = state.lock();
             state.record(outcome, &schedule);
             state.clone()
         };
@@ -256,11 +257,11 @@ impl Attempt {
 
     /// Returns the newer manifest of the refresh before.
     pub fn newer(&self) -> Option<Digest> {
-        lock(&self.state).outcome.newer
+        self.state.lock().outcome.newer
     }
 
     fn change(&self, change: impl FnOnce(&mut ReferenceState)) {
-        change(&mut lock(&self.state));
+        change(&mut self.state.lock());
         self.shared.changed.notify_one();
     }
 }
@@ -334,10 +335,6 @@ fn now_in_seconds() -> Timestamp {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
 }
 
-fn lock(state: &Mutex<ReferenceState>) -> MutexGuard<'_, ReferenceState> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,11 +344,12 @@ mod tests {
         name: &'static str,
         failures: u32,
         keeps: bool,
+        delay: Duration,
     }
 
     impl Slow {
         fn kept(name: &'static str) -> Self {
-            Self { name, failures: 0, keeps: true }
+            Self { name, failures: 0, keeps: true, delay: Duration::ZERO }
         }
     }
 
@@ -369,8 +367,8 @@ mod tests {
 
         fn schedule(&self) -> Schedule {
             Schedule {
-                delay: Duration::ZERO,
-                delay_if_present: Duration::ZERO,
+                delay: self.delay,
+                delay_if_present: self.delay,
                 interval: self.keeps.then_some(Duration::from_hours(1)),
                 backoff: RetryBackoff {
                     first: Duration::from_secs(5),
@@ -387,7 +385,7 @@ mod tests {
         async fn refresh(&self, attempt: &Attempt) -> RefreshOutcome {
             let _slot = attempt.begin().await;
             tokio::time::sleep(Duration::from_mins(1)).await;
-            if lock(&attempt.state).failures < self.failures {
+            if attempt.state.lock().failures < self.failures {
                 let failure = Some(RefreshError::new("Down", "it is down"));
                 return RefreshOutcome { failure, ..RefreshOutcome::default() };
             }
@@ -415,7 +413,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn failures_are_retried_and_counted_until_a_success() {
         let reconciler = Reconciler::default();
-        let failing = Slow { name: "a", failures: 3, keeps: false };
+        let failing = Slow { failures: 3, keeps: false, ..Slow::kept("a") };
         reconciler.apply([failing]).await;
         tokio::time::sleep(Duration::from_secs(61)).await;
         assert_eq!((phases(&reconciler, 0), phases(&reconciler, 1)), {
@@ -437,8 +435,15 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(61)).await;
         assert_eq!(reconciler.apply([Slow::kept("a")]).await, (0, 0));
         assert_eq!(phases(&reconciler, 0), [Phase::Ready], "nothing changed");
-        assert_eq!(reconciler.apply([Slow { failures: 1, ..Slow::kept("a") }]).await, (0, 0));
+        let later = Duration::from_hours(2);
+        let changed = Slow { failures: 1, delay: later, ..Slow::kept("a") };
+        assert_eq!(reconciler.apply([changed]).await, (0, 0));
         assert_eq!(phases(&reconciler, 0), [Phase::Waiting], "it begins again");
+        let (_, state) = reconciler.get(&"a").expect("it");
+        assert!(
+            state.next_seconds().expect("a time") < later.as_secs() - 2000,
+            "the old time stays"
+        );
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The pins of one source of references.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use oci::{Digest, Platform, Reference};
 use store::pin_records::Pin;
@@ -104,6 +106,6 @@ impl SourcePins {
     }
 
     fn wanted(&self) -> MutexGuard<'_, WantedPins> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+        self.wanted.lock()
     }
 }

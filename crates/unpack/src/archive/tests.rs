@@ -527,6 +527,16 @@ fn the_last_extended_header_before_an_entry_counts() {
 }
 
 #[test]
+fn the_headers_before_one_entry_are_bounded() {
+    let after = |headers: usize| {
+        let tar = (0..headers).fold(Tar::new(), |tar, _| tar.pax(&[("path", b"a")]));
+        tar.file("x", "").end()
+    };
+    assert_eq!(lines(&after(63)), ["a="]);
+    assert!(matches!(refusal(&after(64)), UnpackError::Archive { .. }));
+}
+
+#[test]
 fn a_negative_size_matters_only_where_it_is_used() {
     let with_size = |kind| {
         let mut header = Tar::header(b"e", kind, 0);

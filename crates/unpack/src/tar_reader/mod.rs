@@ -22,6 +22,9 @@ mod sparse_files;
 use sparse_files::{Extent, SparseForm, SparseParts};
 
 const BLOCK: usize = 512;
+/// Maximum number of headers for one entry, its own included. Entries are counted and give way to other unpackings;
+/// headers alone do neither.
+const MAXIMUM_HEADERS: usize = 64;
 
 /// Reader of the members of an archive.
 pub(super) struct TarReader<'a> {
@@ -87,7 +90,7 @@ impl<'a> TarReader<'a> {
     /// Returns the next member. Skips unread bytes of the previous one.
     pub(super) fn next(&mut self) -> Result<Option<ArchiveMember>, UnpackError> {
         let mut extensions = ExtendedHeaders::default();
-        loop {
+        for _ in 0..MAXIMUM_HEADERS {
             self.skip_member()?;
             let Some(header) = self.header()? else {
                 return Ok(None);
@@ -113,6 +116,7 @@ impl<'a> TarReader<'a> {
                 _ => return self.member(&header, size, extensions).map(Some),
             }
         }
+        Err(self.broken("too many extended headers precede an entry"))
     }
 
     /// Returns the content after the last member.
