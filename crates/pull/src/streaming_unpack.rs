@@ -318,7 +318,6 @@ mod tests {
     use super::super::memory::{MemoryBudget, MemoryPlan};
     use super::super::{Caller, Priority, Tenant};
     use super::*;
-    use store::StoreOptions;
 
     fn flight(namespace: &str) -> Arc<Progress> {
         let flight = Arc::new(Progress::default());
@@ -331,7 +330,7 @@ mod tests {
     }
 
     fn unpackers_in(folder: &std::path::Path, at_once: usize) -> Unpackers {
-        let store = Store::open(folder, StoreOptions::default()).unwrap();
+        let store = super::super::testing::store_in(folder);
         let budget = MemoryBudget::new(MemoryPlan::new(192 << 20, at_once));
         let computations = Computations::new(budget, at_once, Background::none());
         Unpackers::new(store, Limits::default(), at_once, 1, computations, Background::none())

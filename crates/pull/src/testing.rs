@@ -232,6 +232,13 @@ pub(super) fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }
 
+/// A store that does not depend on how full the machine's disk is.
+pub(super) fn store_in(folder: &std::path::Path) -> Store {
+    let cache =
+        CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..Default::default() };
+    Store::open(folder, StoreOptions { cache, ..StoreOptions::default() }).expect("a store")
+}
+
 /// A node with an empty store.
 pub(super) struct TestNode {
     pub(super) folder: TempDir,
@@ -241,11 +248,7 @@ pub(super) struct TestNode {
 impl TestNode {
     pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        // Tests do not depend on how full the machine's disk is.
-        let cache =
-            CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..Default::default() };
-        let options = StoreOptions { cache, ..StoreOptions::default() };
-        let store = Store::open(folder.path(), options).expect("a store");
+        let store = store_in(folder.path());
         let sources = Sources {
             registry: Registry::new(RegistryOptions::default()).expect("a client"),
             node_credentials: NodeCredentials::new(ProviderFiles {

@@ -136,21 +136,14 @@ impl ImportedBlobs {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Store;
     use super::super::partial_downloads::Purpose;
-    use super::super::{CacheOptions, Store, StoreOptions};
     use super::*;
 
     #[test]
     fn content_that_is_not_what_it_is_called_is_refused() {
         let folder = tempfile::tempdir().expect("a folder");
-        // The disk of the tests' machine may be full.
-        let cache = CacheOptions {
-            min_free_percent: 0,
-            min_free_inodes_percent: 0,
-            ..CacheOptions::default()
-        };
-        let options = StoreOptions { cache, ..StoreOptions::default() };
-        let store = Store::open(folder.path(), options).expect("a store");
+        let store = Store::open(folder.path(), crate::tests::options()).expect("a store");
         let mut blobs = store.import_blobs().expect("an import");
         let digest = Digest::of(b"right");
         let found = blobs.add(digest, 5, &mut &b"wrong"[..]).expect("written");

@@ -126,12 +126,12 @@ impl ReadBack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Store, StoreOptions};
+    use crate::Store;
 
     const EARLIER: &str = "csi-driver-oci 1\n";
 
     fn open(root: &Path) -> Store {
-        Store::open(root, StoreOptions::default()).expect("a store")
+        Store::open(root, crate::tests::options()).expect("a store")
     }
 
     fn layer(root: &Path, seed: &str) -> ObjectName {

@@ -17,9 +17,18 @@ use unpack::layer_merge::{Merger, TreePlan};
 use unpack::layer_rule::{ArchiveRule, FileRule};
 use unpack::{Entry, EntryKind, Limits, Permissions, RelativePath, Selection};
 
+/// The disk of the tests' machine may be full.
+fn without_floor() -> CacheOptions {
+    CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..CacheOptions::default() }
+}
+
+pub(crate) fn options() -> StoreOptions {
+    StoreOptions { cache: without_floor(), ..StoreOptions::default() }
+}
+
 fn store() -> (tempfile::TempDir, Store) {
     let folder = tempfile::tempdir().expect("a folder");
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     (folder, store)
 }
 
@@ -66,11 +75,6 @@ fn record(key: FileKey) -> TreeRecord {
         own_bytes: 0,
         view: View::default(),
     }
-}
-
-/// The disk of the tests' machine may be full.
-fn without_floor() -> CacheOptions {
-    CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..CacheOptions::default() }
 }
 
 fn shown(store: &Store, tree: &Tree, name: &str) -> std::fs::Metadata {
@@ -256,7 +260,7 @@ fn what_a_crash_left_in_staging_is_swept() {
     // A directory of that name from before keeps its content.
     std::fs::write(staging.join("index.html"), "of a web site").expect("written");
     drop(store);
-    Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    Store::open(folder.path(), options()).expect("opened again");
     let left = std::fs::read_dir(staging).expect("a folder").flatten();
     assert_eq!(left.map(|entry| entry.file_name()).collect::<Vec<_>>(), ["index.html"]);
 }
@@ -265,7 +269,7 @@ fn what_a_crash_left_in_staging_is_swept() {
 fn an_unknown_format_is_left_alone() {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("format"), "csi-driver-oci 99\n").expect("written");
-    let refused = Store::open(folder.path(), StoreOptions::default()).expect_err("unknown");
+    let refused = Store::open(folder.path(), options()).expect_err("unknown");
     assert!(matches!(refused, StoreError::Format { .. }));
     assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
 }
@@ -312,7 +316,7 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
     let record_path = folder.path().join(format!("trees/{}/1/tree.json", tree.key));
     std::fs::write(record_path, record).expect("written");
     drop((tree, store));
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    let store = Store::open(folder.path(), options()).expect("opened again");
     store.pins().add(&pinned.1, &Platform::of_this_node(), pinned.0, "admin").expect("a pin");
     let now = Now::read();
     assert_eq!(store.collector().sweep_records(now).expect("swept"), 0, "nothing is old");
@@ -342,8 +346,7 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
         assert_eq!(store.resolutions().get(reference, &platform).is_some(), stays, "{reference}");
     }
     drop(store);
-    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
-    let store = Store::open(folder.path(), options).expect("opened again");
+    let store = Store::open(folder.path(), options()).expect("opened again");
     store.collector().collect(&gc::Want::Room(SpaceAmount::default())).expect("collected");
     for (manifest, stays) in [(gone.0, false), (shown.0, true), (pinned.0, true), (pulled.0, true)]
     {
@@ -355,7 +358,7 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
         file.set_modified(old).expect("a time");
     }
     drop(store);
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    let store = Store::open(folder.path(), options()).expect("opened again");
     store.collector().collect(&gc::Want::Room(SpaceAmount::default())).expect("collected");
     assert!(store.collector().sweep_records(later(48 * hours)).expect("swept") >= 2);
     for ((manifest, reference), stays) in [(shown, true), (pinned, true), (pulled, false)] {
@@ -478,8 +481,7 @@ fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
 #[test]
 fn owners_pin_no_more_than_their_share() {
     let folder = tempfile::tempdir().expect("a folder");
-    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
-    let store = Store::open(folder.path(), options).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     let platform = Platform::of_this_node();
     let pin = |content: &[u8], owner: &str, max_bytes: u64| {
         let (key, path) = file(&store, content, 0o444);
@@ -584,8 +586,7 @@ fn folders_and_symbolic_links_of_a_tree_stop_at_the_floor() {
 #[test]
 fn what_is_written_and_has_no_name_yet_is_not_claimed_twice() {
     let folder = tempfile::tempdir().expect("a folder");
-    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
-    let store = Store::open(folder.path(), options).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     let free = store.space().disk().expect("room").free_bytes;
     let claim = |text: &str, bytes| space_reservations::Claim {
         blob: Digest::of(text.as_bytes()),
@@ -637,7 +638,7 @@ fn what_a_crash_left_unmarked_over_damaged_content_is_found_and_marked() {
     let mark = path.path.with_extension("damaged");
     drop((shown.clone(), path, store));
     std::fs::write(mark, "").expect("a mark");
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+    let store = Store::open(folder.path(), options()).expect("opened again");
     let mut found = Vec::new();
     store
         .verification()
@@ -673,8 +674,7 @@ fn own_folder() -> Metadata {
 #[test]
 fn what_cannot_be_removed_keeps_nothing_else_from_going() {
     let folder = tempfile::tempdir().expect("a folder");
-    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
-    let store = Store::open(folder.path(), options).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     let files = [b"one", b"two", b"six"].map(|content| {
         let (key, stored) = file(&store, content, 0o444);
         (key, stored.path)
@@ -751,8 +751,7 @@ fn a_blob_that_is_kept_again_is_young_and_whole() {
 #[test]
 fn a_document_whose_name_is_older_than_its_entry_is_counted_and_evicted() {
     let folder = tempfile::tempdir().expect("a folder");
-    let options = StoreOptions { cache: without_floor(), ..StoreOptions::default() };
-    let store = Store::open(folder.path(), options).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     let before = store.inventory().usage().expect("known");
     let content = vec![b'm'; 100_000];
     let digest = Digest::of(&content);
@@ -773,7 +772,7 @@ fn a_document_that_was_truncated_counts_in_full_once_it_is_whole() {
     let whole = store.inventory().usage().expect("known");
     std::fs::write(store.0.directory.document_path(digest), "").expect("truncated");
     drop(store);
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     assert!(store.inventory().usage().expect("known").bytes < whole.bytes);
     drop(store.documents().put(digest, &content).expect("kept"));
     assert_eq!(store.inventory().usage().expect("known"), whole);
@@ -814,7 +813,7 @@ fn names_of_a_later_version_in_objects_json_are_ignored() {
     assert_eq!(store.trees().links(&tree).expect("links"), links);
     // The same is true of the catalog.
     drop((tree, stored, store));
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     let [(_, entry)] = &store.inventory().trees().expect("trees")[..] else { panic!("one tree") };
     assert!(entry.links.contains(&links[0]));
 }
@@ -828,7 +827,7 @@ fn only_marks_of_generations_are_removed_with_the_folder_of_a_key() {
     for name in ["1", "1.damaged", "1.x.damaged", "2.damaged"] {
         std::fs::write(key.join(name), "").expect("written");
     }
-    let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+    let store = Store::open(folder.path(), options()).expect("a store");
     store.inventory().load().expect("loaded");
     assert!(key.join("1.damaged").exists() && key.join("1.x.damaged").exists());
     assert!(!key.join("2.damaged").exists());

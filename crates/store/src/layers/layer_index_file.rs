@@ -314,13 +314,13 @@ fn decode(record: wire::Entry, limits: &Limits) -> Option<Entry> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{LayerKey, Store, StoreOptions};
+    use crate::{LayerKey, Store};
     use unpack::archive::Sink as _;
 
     #[test]
     fn entries_are_read_again_in_any_order() {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::open(folder.path(), StoreOptions::default());
+        let store = Store::open(folder.path(), crate::tests::options());
         let store = store.expect("a store");
         let mut writer = store.layers().write(Digest::of(b"layer")).expect("a layer");
         let path = |text: String| RelativePath::parse(text.as_bytes(), &Limits::default());
@@ -358,7 +358,7 @@ mod tests {
     #[test]
     fn an_entry_of_the_largest_size_is_read_again() {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::open(folder.path(), StoreOptions::default());
+        let store = Store::open(folder.path(), crate::tests::options());
         let store = store.expect("a store");
         let mut writer = store.layers().write(Digest::of(b"layer")).expect("a layer");
         let limits = Limits::largest();

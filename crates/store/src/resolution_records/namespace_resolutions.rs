@@ -132,14 +132,14 @@ mod tests {
     use std::fs::File;
 
     use super::*;
-    use crate::{Store, StoreOptions};
+    use crate::Store;
     use oci_types::Digest;
 
     const NOW: i64 = 4_000_000_000;
 
     fn store() -> (tempfile::TempDir, Store) {
         let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::open(folder.path(), StoreOptions::default()).expect("a store");
+        let store = Store::open(folder.path(), crate::tests::options()).expect("a store");
         (folder, store)
     }
 
@@ -201,7 +201,7 @@ mod tests {
         store.preload_says("other", "theirs", NOW + 1);
         assert!(store.means("team", "newer") && store.means("other", "theirs"));
         drop(store);
-        let store = Store::open(folder.path(), StoreOptions::default()).expect("opened again");
+        let store = Store::open(folder.path(), crate::tests::options()).expect("opened again");
         assert!(store.means("team", "newer"));
         store.registry_says("shared");
         assert!(store.means("team", "shared") && store.means("other", "shared"));
