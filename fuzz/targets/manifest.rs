@@ -1,14 +1,12 @@
 //! Bytes to a manifest, its layers' rules, and an index's choice.
 
-#![no_main]
-
 use oci::Platform;
 use oci::manifest::Manifest;
-use unpack::layer_rule::{LayerRule, UnpackMode, classify};
 use unpack::Limits;
-use libfuzzer_sys::fuzz_target;
+use unpack::layer_rule::{LayerRule, UnpackMode, classify};
 
-fuzz_target!(|bytes: &[u8]| {
+/// Runs one input.
+pub(super) fn run(bytes: &[u8]) {
     let limits = Limits { layers: 100, ..Limits::default() };
     match Manifest::parse(bytes, None, limits.manifest()) {
         Ok(Manifest::Image(manifest)) => match classify(&manifest, UnpackMode::Auto, &limits) {
@@ -28,4 +26,4 @@ fuzz_target!(|bytes: &[u8]| {
         }
         Err(error) => drop(error.to_string()),
     }
-});
+}

@@ -1,11 +1,10 @@
 //! Text to a reference: what is accepted means the same when written and read again.
 
-#![no_main]
-
 use oci::Reference;
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+/// Runs one input.
+pub(super) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
     if let Ok(reference) = text.parse::<Reference>() {
         let again: Reference = reference.to_string().parse().expect("what was written");
         assert_eq!(again.repository(), reference.repository());
@@ -13,4 +12,4 @@ fuzz_target!(|text: &str| {
         assert_eq!(again.tag_or_latest(), reference.tag_or_latest());
         assert!(!reference.repository().path().split('/').any(|name| name == ".."));
     }
-});
+}

@@ -1,14 +1,13 @@
 //! The keys of a pull secret: no panic, and no content in an error.
 
-#![no_main]
-
 use std::collections::HashMap;
 
 use oci::Reference;
 use oci::credentials::Keyring;
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+/// Runs one input.
+pub(super) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
     let repository: Reference = "registry.example:5000/team/app".parse().expect("a reference");
     for key in [".dockerconfigjson", ".dockercfg"] {
         let secret = HashMap::from([(key.to_owned(), text.to_owned())]);
@@ -17,4 +16,4 @@ fuzz_target!(|text: &str| {
             Err(error) => assert!(error.to_string().len() < 1024),
         }
     }
-});
+}

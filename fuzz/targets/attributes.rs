@@ -1,14 +1,13 @@
 //! Volume attributes, `key=value` a line: what is accepted has one meaning, and errors are bounded.
 
-#![no_main]
-
 use std::collections::HashMap;
 
-use sys::mount::MountFlags;
 use csi_driver_oci::volume::volume_attributes::VolumeAttributes;
-use libfuzzer_sys::fuzz_target;
+use sys::mount::MountFlags;
 
-fuzz_target!(|text: &str| {
+/// Runs one input.
+pub(super) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
     let pair = |line: &str| line.split_once('=').map(|(key, value)| (key.into(), value.into()));
     let context: HashMap<String, String> = text.lines().filter_map(pair).collect();
     match VolumeAttributes::parse(&context) {
@@ -19,4 +18,4 @@ fuzz_target!(|text: &str| {
         }
         Err(error) => assert!(error.to_string().len() < 4096),
     }
-});
+}

@@ -1,12 +1,11 @@
 //! Include, exclude and a path, each on a line of its own: what is selected may be
 //! selected, and the canonical text is one for equal selections.
 
-#![no_main]
-
 use unpack::{Limits, RelativePath, Selection};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+/// Runs one input.
+pub(super) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
     let mut lines = text.splitn(3, '\n');
     let mut line = || lines.next().unwrap_or_default();
     let Ok(selection) = Selection::parse(line(), line()) else {
@@ -22,4 +21,4 @@ fuzz_target!(|text: &str| {
             assert!(selection.may_select_below(&folder), "{folder} above {path}");
         }
     }
-});
+}

@@ -1,13 +1,12 @@
-//! The kubelet's CredentialProviderConfig and a plugin's answer: no panic, no path in a name,
+//! The kubelet's `CredentialProviderConfig` and a plugin's answer: no panic, no path in a name,
 //! and nothing of an answer in an error.
-
-#![no_main]
 
 use oci::Reference;
 use oci::credentials::providers::{kubelet_provider_config, provider_protocol};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+/// Runs one input.
+pub(super) fn run(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
     let reference: Reference = "registry.example:5000/team/app".parse().expect("a reference");
     if let Ok(providers) = kubelet_provider_config::parse(text) {
         for provider in providers {
@@ -19,4 +18,4 @@ fuzz_target!(|text: &str| {
         Ok(answer) => drop(answer.keyring.matching(reference.repository())),
         Err(error) => assert!(error.len() < 200),
     }
-});
+}
