@@ -2,6 +2,9 @@
 Combinations that the schema cannot name well. Nothing is rendered when one of them fails.
 */}}
 {{- define "csi-driver-oci.checks" -}}
+{{- if and (ne (index .Chart.Annotations "oci.custom.io/released") "true") (eq .Values.image.repository "ghcr.io/csi-driver-oci/csi-driver-oci") (not (dig "imageRegistry" "" (.Values.global | default dict))) }}
+{{- fail (printf "this chart is not that of a release, and there is no published image of csi-driver-oci %s: build and push one (docker build -t registry.example.com/csi-driver-oci:%s . && docker push registry.example.com/csi-driver-oci:%s), then name it with --set image.repository=registry.example.com/csi-driver-oci" .Chart.AppVersion .Chart.AppVersion .Chart.AppVersion) }}
+{{- end }}
 {{- if and (semverCompare "<1.29.0-0" .Capabilities.KubeVersion.Version) (not .Values.sidecars.registrar.enabled) }}
 {{- fail (printf "Kubernetes %s cannot register the driver by itself, which needs 1.29: set sidecars.registrar.enabled and sidecars.registrar.image" .Capabilities.KubeVersion.Version) }}
 {{- end }}

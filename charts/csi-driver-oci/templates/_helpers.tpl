@@ -33,10 +33,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 
 {{- define "csi-driver-oci.image" -}}
-{{- if .Values.image.digest }}
-{{- printf "%s@%s" .Values.image.repository .Values.image.digest }}
+{{- $tag := printf ":%s" (default .Chart.AppVersion .Values.image.tag) }}
+{{- $version := ternary (printf "@%s" .Values.image.digest) $tag (ne .Values.image.digest "") }}
+{{- include "csi-driver-oci.inRegistry" (list . (printf "%s%s" .Values.image.repository $version)) }}
+{{- end }}
+
+{{/* An image, from global.imageRegistry if that is set: the registry of its name, if it has one, is replaced. */}}
+{{- define "csi-driver-oci.inRegistry" -}}
+{{- $root := first . }}
+{{- $image := last . }}
+{{- $registry := dig "imageRegistry" "" ($root.Values.global | default dict) }}
+{{- if $registry }}
+{{- printf "%s/%s" (trimSuffix "/" $registry) (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" $image "") }}
 {{- else }}
-{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
+{{- $image }}
 {{- end }}
 {{- end }}
 
