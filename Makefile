@@ -84,7 +84,7 @@ check-release: tools
 validate: tools
 	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
-# deploy/base anew, after a change of the chart.
+# deploy/base and the chart's README anew, after a change of the chart.
 render:
 	deploy/render
 

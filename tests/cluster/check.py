@@ -19,7 +19,9 @@ import chart
 import crossplane
 import fleet
 import gitops
+import monitoring
 import plain
+import readme
 import render
 import startup_taint
 import story
@@ -258,6 +260,8 @@ CHECKS = {
         *crossplane.CHECKS,
         *fleet.CHECKS,
         *gitops.CHECKS,
+        *monitoring.CHECKS,
+        *readme.CHECKS,
         *startup_taint.CHECKS,
     )
 }
