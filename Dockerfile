@@ -32,6 +32,7 @@ FROM scratch
 LABEL org.opencontainers.image.title="csi-driver-oci" \
       org.opencontainers.image.description="A Kubernetes CSI driver that serves OCI artifacts as read-only pod volumes" \
       org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="https://github.com/csi-driver-oci/csi-driver-oci" \
       org.opencontainers.image.version="0.1.0"
 COPY --from=builder /image /
 # Mounting needs root, and the privileges in the DaemonSet. Other commands, such as check, run as any user.

@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint validate render fuzz site tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint check-release validate render fuzz site tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -71,11 +71,20 @@ lint:
 	cargo clippy --workspace --locked --all-targets --features fault-points -- -D warnings
 	scripts/check-comments
 
+# What a release needs that no build does: workflows, licences and sources of dependencies, the chart's package, notes.
+# In CI, scripts/check-dependencies also asks for known vulnerabilities.
+check-release: tools
+	scripts/check-workflows
+	scripts/check-dependencies licenses bans sources
+	scripts/release/chart "$(dir $(TOOLS))release-files"
+	scripts/release/notes >/dev/null
+	scripts/release/sbom aarch64-unknown-linux-musl >/dev/null
+
 # Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
 validate: tools
 	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
-# deploy/base anew, after a change of the chart.
+# deploy/base and the chart's README anew, after a change of the chart.
 render:
 	deploy/render
 

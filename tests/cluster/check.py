@@ -19,7 +19,9 @@ import chart
 import crossplane
 import fleet
 import gitops
+import monitoring
 import plain
+import readme
 import render
 import startup_taint
 import story
@@ -29,6 +31,8 @@ kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.
 
 # The oldest that the chart is for, and the newest that there are schemas of.
 VERSIONS = ["1.25", "1.29", "1.30", "1.33", "1.36", "1.37"]
+# What names the image of Rust that releases and checks are built in.
+BUILT_IN = [chart.ROOT / "Dockerfile", *sorted((chart.ROOT / ".github/workflows").glob("*.yml"))]
 # Groups that Kubernetes itself does not have.
 FOREIGN = (
     "apiextensions.crossplane.io/",
@@ -101,6 +105,25 @@ def refused():
             yield f"{case['name']}: accepted"
 
 
+def published():
+    """Without a released image, the chart says what to do; with a registry of its own it needs none."""
+    try:
+        chart.texts({}, image=None)
+    except chart.Refused as refusal:
+        for part in ("no published image", "docker push", "--set image.repository="):
+            if part not in str(refusal):
+                yield f"the refusal of the default image does not have {part!r}: {refusal}"
+    else:
+        yield "the chart renders with an image that is not published"
+    values = yaml.safe_load((chart.CHART / "ci/everything-values.yaml").read_text())
+    values |= {"global": {"imageRegistry": "mirror.example.com:5000"}, "warm": {"artifacts": [{"name": "a", "reference": "r"}]}}
+    for row in (values, {"global": {"imageRegistry": "mirror.example.com:5000"}}):
+        for name, text in chart.texts(row, image=None).items():
+            for image in re.findall(r"(?m)^\s+image: (\S+)$", text):
+                if not image.startswith("mirror.example.com:5000/") and name != "NOTES.txt":
+                    yield f"{name}: {image} is not in global.imageRegistry"
+
+
 def commented():
     """Every value is explained: above it or behind it, or above what it belongs to."""
     lines = (chart.CHART / "values.yaml").read_text().splitlines()
@@ -145,11 +168,13 @@ def documented():
 
 
 def versions():
-    """The image that the manifests name is the version that Cargo builds."""
-    built = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    """The image that the manifests name is the version that Cargo builds, and all is built with one version of Rust."""
+    package = tomllib.loads((chart.ROOT / "Cargo.toml").read_text())["workspace"]["package"]
+    built = package["version"]
     about = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
     named = {
         "Chart.yaml": about["appVersion"],
+        "Chart.yaml, artifacthub.io/images": re.search(r"image: \S+:(\S+)", about["annotations"]["artifacthub.io/images"])[1],
         "Dockerfile": re.search(
             r'image\.version="([^"]+)"', (chart.ROOT / "Dockerfile").read_text()
         )[1],
@@ -160,6 +185,11 @@ def versions():
     for where, version in named.items():
         if version != built:
             yield f"{where} is for {version}, and Cargo builds {built}"
+    rust = package["rust-version"]
+    pinned = tomllib.loads((chart.ROOT / "rust-toolchain.toml").read_text())["toolchain"]["channel"]
+    images = [path.name for path in BUILT_IN if f"rust:{rust}-bookworm" not in path.read_text()]
+    if not pinned.startswith(f"{rust}.") or images:
+        yield f"Cargo.toml is for Rust {rust}, rust-toolchain.toml for {pinned}, and these for another: {images}"
 
 
 def schemas():
@@ -221,6 +251,7 @@ CHECKS = {
         lint,
         notes,
         refused,
+        published,
         commented,
         documented,
         versions,
@@ -229,6 +260,8 @@ CHECKS = {
         *crossplane.CHECKS,
         *fleet.CHECKS,
         *gitops.CHECKS,
+        *monitoring.CHECKS,
+        *readme.CHECKS,
         *startup_taint.CHECKS,
     )
 }

@@ -22,7 +22,9 @@ import compose
 
 FOLDERS = ["deploy", "examples"]
 # Not manifests: what configures their rendering, and rules for a Prometheus without its operator.
-NOT_APPLIED = {"deploy/values.yaml", "deploy/monitoring/alerts.yaml", "deploy/monitoring/alerts.test.yaml"}
+NOT_APPLIED = {"deploy/values.yaml"} | {
+    f"deploy/monitoring/{name}.yaml" for name in ("alerts", "alerts.test", "controller-alerts.test")
+}
 
 
 def plain():

@@ -2,6 +2,9 @@
 Combinations that the schema cannot name well. Nothing is rendered when one of them fails.
 */}}
 {{- define "csi-driver-oci.checks" -}}
+{{- if and (ne (index .Chart.Annotations "oci.custom.io/released") "true") (eq .Values.image.repository "ghcr.io/csi-driver-oci/csi-driver-oci") (not (dig "imageRegistry" "" (.Values.global | default dict))) }}
+{{- fail (printf "this chart is not that of a release, and there is no published image of csi-driver-oci %s: build and push one (docker build -t registry.example.com/csi-driver-oci:%s . && docker push registry.example.com/csi-driver-oci:%s), then name it with --set image.repository=registry.example.com/csi-driver-oci" .Chart.AppVersion .Chart.AppVersion .Chart.AppVersion) }}
+{{- end }}
 {{- if and (semverCompare "<1.29.0-0" .Capabilities.KubeVersion.Version) (not .Values.sidecars.registrar.enabled) }}
 {{- fail (printf "Kubernetes %s cannot register the driver by itself, which needs 1.29: set sidecars.registrar.enabled and sidecars.registrar.image" .Capabilities.KubeVersion.Version) }}
 {{- end }}
@@ -63,6 +66,17 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- fail (printf "podLabels has %s, by which the DaemonSet knows its pods: use nameOverride, or another label" $key) }}
 {{- end }}
 {{- end }}
+{{- range tuple (list "podLabels" .Values.podLabels) (list "controller.podLabels" .Values.controller.podLabels) }}
+{{- if hasKey (last .) "app.kubernetes.io/component" }}
+{{- fail (printf "%s has app.kubernetes.io/component, which the chart sets: use another label" (first .)) }}
+{{- end }}
+{{- end }}
+{{- $ours := list "--endpoint" "--driver-name" "--kubelet-dir" "--state-dir" "--registration-dir" "--health-endpoint" "--metrics-endpoint" "--startup-taint" "--preload" "--events" "--config" "--leases" "--log-level" "--log-format" "--lease-name" "--max-preloads-per-namespace" "--max-pinned-bytes-per-namespace" }}
+{{- range concat .Values.extraArgs .Values.controller.extraArgs }}
+{{- if has (splitList "=" . | first) $ours }}
+{{- fail (printf "extraArgs has %s, for which the chart has a value of its own: set that" .) }}
+{{- end }}
+{{- end }}
 {{- $audiences := list }}
 {{- range .Values.csiDriver.tokenRequests }}
 {{- if has .audience $audiences }}
@@ -73,10 +87,13 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if hasKey .Values.configFiles "config.yaml" }}
 {{- fail "configFiles has a config.yaml: write it as config" }}
 {{- end }}
-{{- range $monitoring := list "podMonitor" "rules" "dashboard" }}
+{{- range $monitoring := list "podMonitor" "serviceMonitor" "rules" "dashboard" }}
 {{- if and (index $.Values.metrics $monitoring).enabled (not $.Values.metrics.enabled) }}
 {{- fail (printf "metrics.%s needs metrics.enabled" $monitoring) }}
 {{- end }}
+{{- end }}
+{{- if and .Values.metrics.podMonitor.enabled .Values.metrics.serviceMonitor.enabled }}
+{{- fail "metrics.podMonitor and metrics.serviceMonitor would collect everything twice: enable one" }}
 {{- end }}
 {{- $ports := list .Values.health.port }}
 {{- if .Values.metrics.enabled }}{{ $ports = append $ports .Values.metrics.port }}{{ end }}

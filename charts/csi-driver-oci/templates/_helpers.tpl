@@ -24,6 +24,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
+{{/* The labels of an object of one component: node, controller and so on. They are not part of any selector. */}}
+{{- define "csi-driver-oci.componentLabels" -}}
+{{ include "csi-driver-oci.labels" (first .) }}
+app.kubernetes.io/component: {{ last . }}
+{{- end }}
+
 {{- define "csi-driver-oci.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "csi-driver-oci.fullname" .) .Values.serviceAccount.name }}
@@ -33,10 +39,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 
 {{- define "csi-driver-oci.image" -}}
-{{- if .Values.image.digest }}
-{{- printf "%s@%s" .Values.image.repository .Values.image.digest }}
+{{- $tag := printf ":%s" (default .Chart.AppVersion .Values.image.tag) }}
+{{- $version := ternary (printf "@%s" .Values.image.digest) $tag (ne .Values.image.digest "") }}
+{{- include "csi-driver-oci.inRegistry" (list . (printf "%s%s" .Values.image.repository $version)) }}
+{{- end }}
+
+{{/* An image, from global.imageRegistry if that is set: the registry of its name, if it has one, is replaced. */}}
+{{- define "csi-driver-oci.inRegistry" -}}
+{{- $root := first . }}
+{{- $image := last . }}
+{{- $registry := dig "imageRegistry" "" ($root.Values.global | default dict) }}
+{{- if $registry }}
+{{- printf "%s/%s" (trimSuffix "/" $registry) (regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" $image "") }}
 {{- else }}
-{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
+{{- $image }}
 {{- end }}
 {{- end }}
 
@@ -46,6 +62,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $units := dict "" 1.0 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 "k" 1000.0 "M" 1000000.0 "G" 1000000000.0 "T" 1000000000000.0 }}
 {{- $unit := regexFind "(Ki|Mi|Gi|Ti|k|M|G|T)$" $text }}
 {{- mulf (trimSuffix $unit $text | float64) (get $units $unit) | printf "%.0f" }}
+{{- end }}
+
+{{/* Identifies a node plugin by its node, because the name of its pod changes with every update. */}}
+{{- define "csi-driver-oci.nodeRelabelling" -}}
+- sourceLabels: [__meta_kubernetes_pod_node_name]
+  targetLabel: node
 {{- end }}
 
 {{/* The address of probes: with the host's network the loopback, which no other machine can reach. */}}

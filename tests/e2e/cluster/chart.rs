@@ -46,8 +46,21 @@ fn wrong_values_are_refused_with_a_reason() {
 }
 
 #[test]
+fn an_image_that_no_release_has_is_refused_and_a_mirror_serves_all_images() {
+    check("published");
+}
+
+#[test]
 fn every_value_is_explained() {
     check("commented");
+    check("readme");
+}
+
+#[test]
+fn monitors_find_the_pods_and_alerts_name_a_runbook() {
+    for name in ["runbooks", "metrics", "dashboard", "monitors", "alerts"] {
+        check(name);
+    }
 }
 
 #[test]
@@ -201,12 +214,21 @@ fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
         .expect("a dashboard");
     let dashboard: Value = serde_json::from_str(dashboard).expect("JSON");
 
-    let asked = format!("{rules}{dashboard}");
-    let names: BTreeSet<&str> = asked
+    assert_metrics_served(&format!("{rules}{dashboard}"), false, &served);
+}
+
+/// Checks that each metric of the controller, or of the node plugin, that a text names is served.
+#[track_caller]
+pub fn assert_metrics_served(text: &str, of_controller: bool, served: &str) {
+    let names: BTreeSet<&str> = text
         .split(|byte: char| !(byte.is_ascii_alphanumeric() || byte == '_'))
         .filter(|word| word.starts_with("csi_oci_"))
+        .filter(|word| {
+            let controllers = ["csi_oci_controller_", "csi_oci_preload"];
+            controllers.iter().any(|prefix| word.starts_with(prefix)) == of_controller
+        })
         .collect();
-    assert!(names.len() > 5, "{names:?}");
+    assert!(names.len() > 3, "{names:?}");
     for name in names {
         // The description of a histogram has its name without the suffixes of its samples.
         let family = ["_bucket", "_count", "_sum"]

@@ -14,7 +14,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use super::{
-    chart::lint_metrics,
+    chart::{assert_metrics_served, lint_metrics},
     container::{Image, Machine, NAMESPACE, POD_NAME, TOKEN, service_account},
     deployed::{ask, files, flag, request},
     only, rendered,
@@ -127,6 +127,13 @@ fn leads(objects: &[Value]) {
     let served = request("GET", "127.0.0.1", port, "/metrics");
     assert!(served.contains("csi_oci_controller_leader 1"), "{served}");
     lint_metrics(&served);
+    let of_monitoring = objects.iter().filter(|object| {
+        object["kind"] == "PrometheusRule" || object["data"]["csi-driver-oci.json"].is_string()
+    });
+    let text: String = of_monitoring.map(Value::to_string).collect();
+    if !text.is_empty() {
+        assert_metrics_served(&text, true, &served);
+    }
 
     // Its use of memory is far below its limit.
     let limits = container.resources.as_ref().and_then(|resources| resources.limits.clone());
