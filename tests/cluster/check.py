@@ -21,6 +21,7 @@ import fleet
 import gitops
 import plain
 import render
+import resources
 import startup_taint
 import story
 
@@ -229,6 +230,7 @@ CHECKS = {
         *crossplane.CHECKS,
         *fleet.CHECKS,
         *gitops.CHECKS,
+        *resources.CHECKS,
         *startup_taint.CHECKS,
     )
 }
