@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint check-release validate render fuzz site tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint check-release validate render fuzz site site-check tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -84,17 +84,22 @@ check-release: tools
 validate: tools
 	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
-# deploy/base and the chart's README anew, after a change of the chart.
-render:
+# deploy/base, the chart's README and docs/resources.md anew, after a change of the chart or of a definition.
+render: tools
 	deploy/render
+	"$(TOOLS)/python/bin/python" tests/cluster/resources.py --write
 
 # Every fuzz target for a few seconds.
 fuzz:
 	scripts/fuzz $(SECONDS_PER_TARGET)
 
-# The documentation as a site in target/book; needs mdbook.
+# The documentation as a site in target/book.
 site:
 	scripts/site
+
+# Each page of the site in a headless browser, in light and dark: code, pictures, console. Screenshots are in target.
+site-check:
+	scripts/site-check
 
 # Makes ready what tests and demo need, under target/tools; the system stays as it is.
 tools:

@@ -23,6 +23,7 @@ import monitoring
 import plain
 import readme
 import render
+import resources
 import startup_taint
 import story
 
@@ -262,6 +263,7 @@ CHECKS = {
         *gitops.CHECKS,
         *monitoring.CHECKS,
         *readme.CHECKS,
+        *resources.CHECKS,
         *startup_taint.CHECKS,
     )
 }

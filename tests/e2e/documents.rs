@@ -241,24 +241,32 @@ fn the_page_of_metrics_has_all_of_them_and_no_other() {
 }
 
 /// A command of a page, and its expected output.
-struct Step {
-    command: String,
-    expected: Vec<String>,
+pub struct Step {
+    pub command: String,
+    pub expected: Vec<String>,
 }
 
 /// Returns the commands of a page's `console` blocks.
-fn steps(text: &str) -> Vec<Step> {
+pub fn steps(text: &str) -> Vec<Step> {
     let mut steps: Vec<Step> = Vec::new();
     let mut inside = false;
     for line in text.lines() {
         if line.starts_with("```") {
             inside = line == "```console";
         } else if inside {
-            match line.strip_prefix("$ ") {
-                Some(command) => {
+            let last = steps.last_mut();
+            match (line.strip_prefix("$ "), last) {
+                (Some(command), _) => {
                     steps.push(Step { command: command.to_owned(), expected: Vec::new() });
                 }
-                None => steps.last_mut().expect("a command first").expected.push(line.to_owned()),
+                // A command that is broken over several lines.
+                (None, Some(step)) if step.expected.is_empty() && step.command.ends_with('\\') => {
+                    step.command.push('\n');
+                    step.command.push_str(line);
+                }
+                (None, step) => {
+                    step.expect("a command first").expected.push(line.to_owned());
+                }
             }
         }
     }
@@ -266,7 +274,7 @@ fn steps(text: &str) -> Vec<Step> {
 }
 
 /// Returns whether a line matches its expected form, in which `...` stands for anything.
-fn fits(line: &str, shown: &str) -> bool {
+pub fn fits(line: &str, shown: &str) -> bool {
     let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
     let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut rest = line.as_str();
@@ -295,18 +303,7 @@ impl Reader {
         let folder = node.sandbox.folder("reader");
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         std::os::unix::fs::symlink(root.join("deploy"), folder.join("deploy")).expect("a link");
-        // The registry of the tests has no TLS, which readers' registries have.
-        let programs = node.sandbox.folder("programs");
-        let path = run_path();
-        let oras = format!(
-            "#!/bin/sh\nPATH='{path}'\ncase \"$1\" in\n  copy) shift; exec oras copy --from-plain-http \"$@\" ;;\n  push | \
-             login) verb=\"$1\"; shift; exec oras \"$verb\" --plain-http \"$@\" ;;\n  *) exec oras \"$@\" ;;\nesac\n"
-        );
-        fs::write(programs.join("oras"), oras).expect("a wrapper");
-        fs::set_permissions(programs.join("oras"), fs::Permissions::from_mode(0o755))
-            .expect("a mode");
-        let binary = env!("CARGO_BIN_EXE_csi-driver-oci");
-        std::os::unix::fs::symlink(binary, programs.join("csi-driver-oci")).expect("a link");
+        make_programs(&node.sandbox.folder("programs"));
         Self { node, endpoint, folder, registry }
     }
 
@@ -351,8 +348,25 @@ impl Reader {
     }
 }
 
+/// Creates the programs of a reader: the binary, and an `oras` for the registry of the tests, which has no TLS.
+pub fn make_programs(folder: &Path) {
+    let path = run_path();
+    let oras = format!(
+        "#!/bin/sh\nPATH='{path}'\ncase \"$1\" in\n  copy) shift; exec oras copy --from-plain-http \"$@\" ;;\n  push | \
+         login) verb=\"$1\"; shift; exec oras \"$verb\" --plain-http \"$@\" ;;\n  *) exec oras \"$@\" ;;\nesac\n"
+    );
+    make_program(folder, "oras", &oras);
+    let binary = env!("CARGO_BIN_EXE_csi-driver-oci");
+    std::os::unix::fs::symlink(binary, folder.join("csi-driver-oci")).expect("a link");
+}
+
+pub fn make_program(folder: &Path, name: &str, script: &str) {
+    fs::write(folder.join(name), script).expect("a program");
+    fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755)).expect("a mode");
+}
+
 /// Returns PATH with the test tools in front.
-fn run_path() -> String {
+pub fn run_path() -> String {
     let tool = tool("true");
     let path = tool.get_envs().find(|(name, _)| *name == "PATH").and_then(|(_, value)| value);
     path.expect("a path").to_string_lossy().into_owned()

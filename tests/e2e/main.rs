@@ -61,4 +61,5 @@ mod stress;
 mod tls;
 mod tokens;
 mod tools;
+mod tutorial;
 mod warm_list;

@@ -346,3 +346,8 @@ fn the_binary_takes_every_configuration_that_the_chart_writes() {
     }
     assert!(seen > 0, "no row has a configuration");
 }
+
+#[test]
+fn the_page_of_api_objects_is_what_the_definitions_say() {
+    check("resources");
+}

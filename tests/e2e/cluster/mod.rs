@@ -66,7 +66,7 @@ fn check(name: &str) {
     assert!(output.status.success(), "{name}:\n{}", said(&output));
 }
 
-fn python(script: &str) -> Command {
+pub fn python(script: &str) -> Command {
     let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("tools");
     let mut command = tool(&tools.join("python/bin/python").to_string_lossy());
     // Bytecode beside the scripts would appear in `git status`.
