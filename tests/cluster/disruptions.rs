@@ -14,17 +14,19 @@ const READER: &str = "trap exit TERM; n=0; while :; do if cat /artifact/file > /
 struct Reader<'a> {
     namespace: &'a TestNamespace,
     name: String,
+    node: &'static str,
 }
 
 impl<'a> Reader<'a> {
     fn start(namespace: &'a TestNamespace, name: &str, reference: &str, on: &'static str) -> Self {
-        Self::start_pod(namespace, &Pod::new(name, reference, READER).on(on))
+        Self::start_pod(namespace, Pod::new(name, reference, READER), on)
     }
 
-    fn start_pod(namespace: &'a TestNamespace, pod: &Pod) -> Self {
-        namespace.run(pod);
+    fn start_pod(namespace: &'a TestNamespace, pod: Pod, node: &'static str) -> Self {
+        let pod = pod.on(node);
+        namespace.run(&pod);
         namespace.wait_for_phase(&pod.name, "Running");
-        Self { namespace, name: pod.name.clone() }
+        Self { namespace, name: pod.name, node }
     }
 
     fn reads(&self) -> u64 {
@@ -39,6 +41,11 @@ impl<'a> Reader<'a> {
         let before = self.reads();
         wait_until("further reads", || self.reads() > before + 2);
         assert_eq!(self.namespace.logs(&self.name), "", "failed reads of {}", self.name);
+        // A container has its own copy of the mount; the next container of the pod gets that of the node.
+        let uid = self.namespace.field("pod", &self.name, "{.metadata.uid}");
+        let mounts = on_node(self.node, &["cat", "/proc/self/mountinfo"]).expect("the mounts");
+        let volumes = format!("/pods/{}/volumes/kubernetes.io~csi/", uid.trim());
+        assert!(mounts.contains(&volumes), "the volume of {} is not mounted", self.name);
     }
 }
 
@@ -331,9 +338,9 @@ fn an_upgrade_from_an_earlier_commit_and_its_rollback_interrupt_no_reader() {
     let install = ["install", "csi-driver-oci", &earlier, &values, image];
     helm(&[&install[..], &wait].concat()).expect("an earlier version");
     let bind = Reader::start(&namespace, "bind", &artifact.reference(), "node-1");
-    let mut pod = Pod::new("overlay", &artifact.reference(), READER).on("node-1");
+    let mut pod = Pod::new("overlay", &artifact.reference(), READER);
     (pod.volume_read_only, pod.mount_read_only) = (None, None);
-    let overlay = Reader::start_pod(&namespace, &pod);
+    let overlay = Reader::start_pod(&namespace, pod, "node-1");
     let uids =
         [&bind, &overlay].map(|reader| namespace.field("pod", &reader.name, "{.metadata.uid}"));
     let upgrade = ["upgrade", "csi-driver-oci", &chart, &values];
