@@ -22,8 +22,8 @@ use crate::{
     cluster::python,
     documents::{Step, fits, make_program, make_programs, run_path, steps},
     support::{
-        Gate, Kubelet, Pod, Proxy, Volume, clean_environment, own_registry, preload_cluster::Cluster,
-        run, tool,
+        Gate, Kubelet, Pod, Proxy, Volume, clean_environment, own_registry,
+        preload_cluster::Cluster, run, tool,
     },
 };
 
@@ -153,7 +153,8 @@ impl Reader {
             "users": [{"name": "test", "user": {}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
-        fs::write(sandbox.path().join("reader.kubeconfig"), kubeconfig.to_string()).expect("a file");
+        fs::write(sandbox.path().join("reader.kubeconfig"), kubeconfig.to_string())
+            .expect("a file");
 
         let programs = sandbox.folder("programs");
         make_programs(&programs);
@@ -216,10 +217,11 @@ impl Reader {
         loop {
             let output = self.shell(&typed).output().expect("a shell");
             let out = String::from_utf8_lossy(&output.stdout).into_owned();
-            let missing = step.expected.iter().filter(|line| !line.trim().is_empty()).find(|shown| {
-                let shown = shown.replace("registry.example.com", &host);
-                !out.lines().any(|line| fits(line, &shown))
-            });
+            let missing =
+                step.expected.iter().filter(|line| !line.trim().is_empty()).find(|shown| {
+                    let shown = shown.replace("registry.example.com", &host);
+                    !out.lines().any(|line| fits(line, &shown))
+                });
             if output.status.success() && missing.is_none() {
                 return;
             }
