@@ -28,7 +28,7 @@ use crate::{
 };
 
 const NODES: [&str; 2] = ["one", "two"];
-/// How long a command that reads is repeated until it prints what the page shows.
+/// The maximum time until a repeated command prints what the page shows.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The rest of the cluster, in a process of its own.
