@@ -5,6 +5,7 @@ import re
 import yaml
 
 import chart
+import compose
 import render
 
 FOLDER = chart.ROOT / "deploy/gitops"
@@ -76,6 +77,23 @@ def argo_cd():
         yield f"argo-cd: warming and rolling are the waves {waves}"
 
 
+def argo_cd_by_digest():
+    """The example without a secret: its digest reaches the preload and, once that is ready, the pods."""
+    path = chart.ROOT / "examples/argo-cd/prometheus/prometheus.yaml"
+    (xr,) = chart.documents(path.read_text())
+    spec = xr["spec"]
+    name = spec["crossplane"]["compositionRef"]["name"]
+    wanted = f"{spec['ociRegistry']}:{spec['version']}@{spec['digest']}"
+    preload = compose.compose(name, xr)[0]["artifact"]
+    if preload["spec"]["reference"] != wanted or preload["spec"].get("pullSecrets"):
+        yield f"examples/argo-cd: the preload is {preload['spec']}, and the object names {wanted}"
+    ready = {"artifact": compose.preloaded(preload, spec["digest"])}
+    template = compose.compose(name, xr, ready)[0]["statefulset"]["spec"]["template"]
+    source = template["spec"]["volumes"][0]["csi"]
+    if source["volumeAttributes"]["reference"] != wanted or "nodePublishSecretRef" in source:
+        yield f"examples/argo-cd: pods mount {source}, and the object names {wanted}"
+
+
 def set_version(text):
     # A host with a port, which has the character that the parts of a reference are told apart by.
     text = re.sub(r"(?m)^  ociRegistry: [^/]*", "  ociRegistry: registry.example.com:5000", text)
@@ -107,4 +125,4 @@ def flux():
     yield from agree("flux", built["Job"], built["ArtifactPreload"], built["CustomPrometheus"])
 
 
-CHECKS = (volumes, argo_cd, flux)
+CHECKS = (volumes, argo_cd, argo_cd_by_digest, flux)

@@ -240,6 +240,87 @@ fn the_page_of_metrics_has_all_of_them_and_no_other() {
     assert_eq!(told, served);
 }
 
+/// Returns the words in backticks in the first `cells` cells of each row of all tables.
+fn table_words(text: &str, cells: usize) -> BTreeSet<String> {
+    let rows = text.lines().filter(|line| line.starts_with("| "));
+    let heads = rows.flat_map(|row| row.split(" | ").take(cells));
+    heads.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_page_of_attributes_has_all_of_them_and_no_other() {
+    let page = fs::read_to_string(docs().join("attributes.md")).expect("the page");
+    let known = csi_driver_oci::volume::volume_attributes::KEYS.map(str::to_owned);
+    assert_eq!(table_words(&page, 1), BTreeSet::from(known));
+}
+
+/// Returns what the binary prints with these arguments.
+#[track_caller]
+fn printed(arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_csi-driver-oci")).args(arguments).output();
+    let output = output.expect("the binary");
+    assert!(output.status.success(), "{arguments:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn the_page_of_configuration_has_all_flags_of_the_node_plugin_and_their_variables() {
+    let page = fs::read_to_string(docs().join("configuration.md")).expect("the page");
+    let (_, section) = page.split_once("## Flags of").expect("the section");
+    let (section, _) = section.split_once("\n## ").expect("its end");
+    let help = printed(&["node", "--help"]);
+    let flags = help.lines().filter_map(|line| {
+        let flag = line.trim_start().split_once("--").filter(|(before, _)| before.len() < 5)?.1;
+        let flag = flag.split([' ', '[']).next().unwrap_or_default();
+        (!matches!(flag, "help" | "version")).then(|| format!("--{flag}"))
+    });
+    let variables = help.split("[env: ").skip(1).filter_map(|rest| {
+        let name = rest.split(['=', ']']).next()?;
+        Some(name.to_owned())
+    });
+    assert_eq!(table_words(section, 2), flags.chain(variables).collect());
+}
+
+#[test]
+fn the_page_of_commands_has_all_of_them_and_no_other() {
+    let page = fs::read_to_string(docs().join("commands.md")).expect("the page");
+    let told: BTreeSet<_> = table_words(&page, 1)
+        .iter()
+        .filter_map(|usage| usage.split(' ').next().map(str::to_owned))
+        .collect();
+    let help = printed(&["--help"]);
+    let (_, list) = help.split_once("Commands:\n").expect("the commands");
+    let (list, _) = list.split_once("\n\n").expect("their end");
+    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    let known: BTreeSet<_> = names.filter(|name| *name != "help").map(str::to_owned).collect();
+    assert_eq!(told, known);
+}
+
+#[test]
+fn the_page_of_error_codes_has_all_codes_of_a_publish_and_no_other() {
+    let page = fs::read_to_string(docs().join("error-codes.md")).expect("the page");
+    let (_, section) = page.split_once("## NodePublishVolume\n").expect("the section");
+    let (section, _) = section.split_once("\n## ").expect("its end");
+    let code = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/csi/grpc_status.rs");
+    let code = fs::read_to_string(code).expect("the code");
+    let (_, chosen) = code.split_once("pub fn code(").expect("the choice");
+    let names = chosen.split("Code::").skip(1).map(|rest| {
+        let name: String = rest.chars().take_while(char::is_ascii_alphabetic).collect();
+        let mut words = String::new();
+        for letter in name.chars() {
+            if letter.is_ascii_uppercase() && !words.is_empty() {
+                words.push('_');
+            }
+            words.push(letter.to_ascii_uppercase());
+        }
+        words
+    });
+    let rows = section.lines().filter(|line| line.starts_with("| `"));
+    let told: BTreeSet<_> =
+        rows.filter_map(|row| Some(row.split('`').nth(1)?.to_owned())).collect();
+    assert_eq!(told, names.collect());
+}
+
 /// A command of a page, and its expected output.
 pub struct Step {
     pub command: String,

@@ -22,13 +22,13 @@ use crate::{
     cluster::python,
     documents::{Step, fits, make_program, make_programs, run_path, steps},
     support::{
-        Gate, Kubelet, Pod, Proxy, Volume, clean_environment, own_registry, preload_cluster::Cluster,
-        run, tool,
+        Gate, Kubelet, Pod, Proxy, Volume, clean_environment, own_registry,
+        preload_cluster::Cluster, run, tool,
     },
 };
 
 const NODES: [&str; 2] = ["one", "two"];
-/// How long a command that reads is repeated until it prints what the page shows.
+/// The maximum time until a repeated command prints what the page shows.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The rest of the cluster, in a process of its own.
@@ -153,7 +153,8 @@ impl Reader {
             "users": [{"name": "test", "user": {}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
-        fs::write(sandbox.path().join("reader.kubeconfig"), kubeconfig.to_string()).expect("a file");
+        fs::write(sandbox.path().join("reader.kubeconfig"), kubeconfig.to_string())
+            .expect("a file");
 
         let programs = sandbox.folder("programs");
         make_programs(&programs);
@@ -216,10 +217,11 @@ impl Reader {
         loop {
             let output = self.shell(&typed).output().expect("a shell");
             let out = String::from_utf8_lossy(&output.stdout).into_owned();
-            let missing = step.expected.iter().filter(|line| !line.trim().is_empty()).find(|shown| {
-                let shown = shown.replace("registry.example.com", &host);
-                !out.lines().any(|line| fits(line, &shown))
-            });
+            let missing =
+                step.expected.iter().filter(|line| !line.trim().is_empty()).find(|shown| {
+                    let shown = shown.replace("registry.example.com", &host);
+                    !out.lines().any(|line| fits(line, &shown))
+                });
             if output.status.success() && missing.is_none() {
                 return;
             }

@@ -119,6 +119,11 @@ fn argo_cd_checks_warms_and_rolls_one_version() {
 }
 
 #[test]
+fn argo_cd_passes_the_digest_on_without_a_secret() {
+    check("argo_cd_by_digest");
+}
+
+#[test]
 fn flux_checks_warms_and_rolls_one_version() {
     check("flux");
 }
