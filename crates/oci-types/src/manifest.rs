@@ -401,7 +401,6 @@ impl ImageManifest {
     }
 
     /// Returns whether a layer has a title, as files do.
-    #[must_use]
     pub fn has_titles(&self) -> bool {
         let title = "org.opencontainers.image.title";
         self.layers.iter().any(|layer| layer.annotations.contains_key(title))

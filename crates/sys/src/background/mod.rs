@@ -171,7 +171,6 @@ impl Background {
     }
 
     /// Returns whether the calling thread works in the background.
-    #[must_use]
     pub fn is_here() -> bool {
         CURRENT.with_borrow(Option::is_some)
     }
