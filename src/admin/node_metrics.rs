@@ -8,7 +8,6 @@ use std::time::Duration;
 use axum::Router;
 use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -26,7 +25,7 @@ use crate::volume::publish_volume::PublishPath;
 use crate::warming::{ListedReference, Reconciler};
 use pull::download_resources::Observer;
 use store::Store;
-use telemetry::metric_families::MetricFamilies;
+use telemetry::metric_families::{Labels, MetricFamilies};
 
 /// Buckets from a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet calls again.
 const SECONDS: [f64; 16] = [
@@ -38,39 +37,17 @@ const SECONDS: [f64; 16] = [
 const PULL_SECONDS: [f64; 12] =
     [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PublishLabels {
-    result: &'static str,
-    cache: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PullLabels {
-    result: &'static str,
-    reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PullResultLabels {
-    result: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EndpointLabels {
-    endpoint: &'static str,
-}
-
 /// The node plugin's metrics.
 #[derive(Debug)]
 pub struct NodeMetrics {
     families: Arc<MetricFamilies>,
-    publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
+    publish: Family<Labels<2>, Histogram, fn() -> Histogram>,
     hits: Counter,
     misses: Counter,
     unpublished: Counter,
     configuration_errors: Gauge<u64, AtomicU64>,
     wrong_parts: Mutex<BTreeSet<&'static str>>,
-    endpoint_errors: Family<EndpointLabels, Counter>,
+    endpoint_errors: Family<Labels<1>, Counter>,
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
     store: StoreMetrics,
@@ -78,9 +55,9 @@ pub struct NodeMetrics {
     scrub: ScrubState,
     downloads: Gauge,
     downloaded_bytes: Counter,
-    pulls: Family<PullLabels, Counter>,
+    pulls: Family<Labels<2>, Counter>,
     signature_warnings: Counter,
-    pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
+    pull_durations: Family<Labels<1>, Histogram, fn() -> Histogram>,
 }
 
 impl Default for NodeMetrics {
@@ -213,7 +190,7 @@ impl NodeMetrics {
 
     /// Counts an endpoint that could not be listened on.
     pub fn endpoint_error(&self, endpoint: &'static str) {
-        self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
+        self.endpoint_errors.get_or_create(&[("endpoint", endpoint)]).inc();
     }
 
     /// Returns the route of the metrics.
@@ -222,7 +199,7 @@ impl NodeMetrics {
     }
 
     fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {
-        let labels = PublishLabels { result, cache };
+        let labels = [("result", result), ("cache", cache)];
         self.publish.get_or_create(&labels).observe(duration.as_secs_f64());
     }
 }
@@ -237,9 +214,8 @@ impl Observer for NodeMetrics {
     }
 
     fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration) {
-        self.pulls.get_or_create(&PullLabels { result, reason }).inc();
-        let labels = PullResultLabels { result };
-        self.pull_durations.get_or_create(&labels).observe(duration.as_secs_f64());
+        self.pulls.get_or_create(&[("result", result), ("reason", reason)]).inc();
+        self.pull_durations.get_or_create(&[("result", result)]).observe(duration.as_secs_f64());
     }
 
     fn signature_warning(&self) {

@@ -18,6 +18,9 @@ use super::metric_exposition;
 /// threads.
 const SCRAPES: usize = 2;
 
+/// Names and values of labels.
+pub type Labels<const N: usize> = [(&'static str, &'static str); N];
+
 /// All metrics of one process, under the driver's prefix.
 #[derive(Debug)]
 pub struct MetricFamilies(Registry);
