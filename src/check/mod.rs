@@ -20,9 +20,9 @@ use oci::manifest::{
     ChoiceStep, ChosenManifest, ImageManifest, Manifest, ManifestChoice, ManifestError,
     check_config_platform, config_platform,
 };
-use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry};
+use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RepositoryClient};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use oci::{Digest, Platform, Reference, Repository};
+use oci::{Digest, Platform, Reference};
 use pull::PullError;
 use pull::PullOptions;
 use pull::signature_verification::Finder;
@@ -131,10 +131,8 @@ pub struct ArtifactChecker {
 
 /// Reads an artifact with one credential.
 struct ArtifactReader<'a> {
-    registry: &'a Registry,
+    client: RepositoryClient<'a>,
     limits: &'a Limits,
-    repository: &'a Repository,
-    credential: &'a Credential,
 }
 
 /// A manifest to check.
@@ -154,8 +152,8 @@ impl ArtifactChecker {
         }
         let mut refusals = Refusals::default();
         for credential in &credentials {
-            let (registry, limits) = (&self.registry, &self.limits);
-            let reader = ArtifactReader { registry, limits, repository, credential };
+            let client = self.registry.at(repository, credential);
+            let reader = ArtifactReader { client, limits: &self.limits };
             match reader.check(check).await {
                 Err(CheckError::Pull(PullError::Registry(error)))
                     if error.may_depend_on_credential() =>
@@ -264,7 +262,7 @@ impl ArtifactReader<'_> {
     }
 
     async fn fetch_manifest(&self, name: &ManifestName) -> Result<FetchedManifest, PullError> {
-        Ok(self.registry.manifest(self.repository, name, self.credential).await?)
+        Ok(self.client.manifest(name).await?)
     }
 
     async fn check_manifest(
@@ -300,13 +298,13 @@ impl ArtifactReader<'_> {
         subjects: [Digest; 2],
     ) -> Result<SignatureStatus, PullError> {
         let [manifest, top] = subjects;
-        let (registry, limits) = (self.registry, self.limits.manifest());
-        let finder = Finder { registry, options: PullOptions::default(), limits };
+        let (client, limits) = (self.client, self.limits.manifest());
+        let finder = Finder { client, options: PullOptions::default(), limits };
         let mut found = Vec::new();
         let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };
         for subject in distinct {
             let format = SignatureFormat::Any;
-            match finder.find(self.repository, *subject, format, self.credential).await {
+            match finder.find(*subject, format).await {
                 Ok(of_subject) => found.extend(of_subject),
                 // Nothing demands a signature: the artifact can be read without this answer.
                 Err(error) if check.key.is_none() => {

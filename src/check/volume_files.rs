@@ -178,7 +178,7 @@ impl ArtifactReader<'_> {
             got = data.len() as u64;
             let _ = chunks.send(Bytes::from(data.clone())).await;
         } else {
-            let mut body = self.registry.blob(self.repository, digest, 0, self.credential).await?;
+            let mut body = self.client.blob(digest, 0).await?;
             encoding = body.encoding.take();
             while let Some(chunk) = body.chunk().await? {
                 got += chunk.len() as u64;
@@ -203,8 +203,7 @@ impl ArtifactReader<'_> {
         if let Some(data) = &descriptor.data {
             return Ok(starts_executable(data));
         }
-        let digest = descriptor.digest;
-        let mut body = self.registry.blob(self.repository, digest, 0, self.credential).await?;
+        let mut body = self.client.blob(descriptor.digest, 0).await?;
         let mut start = Vec::new();
         while start.len() < 4
             && let Some(chunk) = body.chunk().await?
