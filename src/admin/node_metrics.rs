@@ -1,13 +1,13 @@
 //! Metrics in the Prometheus text format: base units, and no label whose values users can multiply.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
 use parking_lot::Mutex;
-use prometheus_client::collector::Collector;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -15,17 +15,14 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 use tonic::Code;
 
-use super::lease_metrics::LeaseMetrics;
-use super::scrub_metrics::ScrubMetrics;
-use super::store_metrics::StoreMetrics;
-use super::warm_metrics::WarmMetrics;
+use super::{lease_metrics, scrub_metrics, store_metrics, warm_metrics};
 use crate::scrub::ScrubState;
 use crate::volume::mount_reconcile::ReconcileCounts;
 use crate::volume::publish_volume::PublishPath;
 use crate::warming::{ListedReference, Reconciler};
 use pull::download_resources::Observer;
 use store::Store;
-use telemetry::metric_families::{Labels, MetricFamilies};
+use telemetry::metric_families::{Labels, MetricFamilies, MetricWriter};
 
 /// Buckets from a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet calls again.
 const SECONDS: [f64; 16] = [
@@ -50,7 +47,7 @@ pub struct NodeMetrics {
     endpoint_errors: Family<Labels<1>, Counter>,
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
-    store: StoreMetrics,
+    store: Arc<OnceLock<Store>>,
     warming: Arc<Reconciler<ListedReference>>,
     scrub: ScrubState,
     downloads: Gauge,
@@ -63,7 +60,7 @@ pub struct NodeMetrics {
 impl Default for NodeMetrics {
     fn default() -> Self {
         let mut families = MetricFamilies::new("build", "The version that runs");
-        families.add_collector(LeaseMetrics);
+        families.add_reader(lease_metrics::write);
         Self {
             publish: families.add_with_unit(
                 "publish_duration",
@@ -111,21 +108,22 @@ impl Default for NodeMetrics {
                 "vanished_mounts",
                 "Mounts that were taken away because the kubelet had forgotten their volume",
             ),
-            store: add_shared_collector(&mut families, |store| store),
-            warming: add_shared_collector(&mut families, WarmMetrics),
-            scrub: add_shared_collector(&mut families, ScrubMetrics),
+            store: add_shared(&mut families, store_metrics::write),
+            warming: add_shared(&mut families, warm_metrics::write),
+            scrub: add_shared(&mut families, scrub_metrics::write),
             families: Arc::new(families),
         }
     }
 }
 
-/// Adds a collector that reads a shared value at each scrape. Returns the value.
-fn add_shared_collector<T: Default + Clone, C: Collector>(
+/// Adds metrics that are read from a shared value at each scrape. Returns the value.
+fn add_shared<T: Default + Clone + Send + Sync + 'static>(
     families: &mut MetricFamilies,
-    collector: fn(T) -> C,
+    write: fn(&T, MetricWriter<'_>) -> fmt::Result,
 ) -> T {
     let shared = T::default();
-    families.add_collector(collector(shared.clone()));
+    let read = shared.clone();
+    families.add_reader(move |metrics| write(&read, metrics));
     shared
 }
 
@@ -185,7 +183,8 @@ impl NodeMetrics {
 
     /// Sets the open store, which each scrape reads.
     pub fn observe_store(&self, store: &Store) {
-        self.store.observe(store.clone());
+        // It is opened once.
+        let _ = self.store.set(store.clone());
     }
 
     /// Counts an endpoint that could not be listened on.
