@@ -4,6 +4,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
     let protos = ["proto/csi.proto", "proto/pluginregistration.proto", "proto/admin.proto"];
     let descriptors = protox::compile(protos, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // The command line prints messages of the admin interface as JSON.
+    let serialize = r#"#[derive(serde::Serialize)] #[serde(rename_all = "camelCase")]"#;
+    tonic_prost_build::configure()
+        .type_attribute(".csi_driver_oci.admin.v1", serialize)
+        .field_attribute("Artifact.view", "#[serde(flatten)]")
+        .field_attribute("GetStatusResponse.not_ready", r#"#[serde(rename = "reason")]"#)
+        .field_attribute("UnpinResponse.others", r#"#[serde(rename = "pinnedBy")]"#)
+        .field_attribute(
+            "WarmReference.state",
+            r#"#[serde(serialize_with = "super::serialize_warm_state")]"#,
+        )
+        .compile_fds(descriptors)?;
     Ok(())
 }

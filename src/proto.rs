@@ -15,6 +15,24 @@ pub mod pluginregistration {
     tonic::include_proto!("pluginregistration");
 }
 
+fn serialize_warm_state<S: serde::Serializer>(state: &i32, to: S) -> Result<S::Ok, S::Error> {
+    let state = admin::warm_reference::State::try_from(*state).unwrap_or_default();
+    to.serialize_str(state.name())
+}
+
+impl admin::warm_reference::State {
+    /// Returns the word that people and programs read.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unspecified => "unknown",
+            Self::Waiting => "waiting",
+            Self::Pulling => "pulling",
+            Self::Present => "present",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 /// The admin interface.
 pub mod admin {
     tonic::include_proto!("csi_driver_oci.admin.v1");

@@ -1,52 +1,16 @@
 //! Converts results of operations into messages of the admin interface.
 
-use super::admin_operations::{
-    CachedArtifact, InspectedReference, PlatformResolution, RemovedReference,
-};
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
 use crate::warming::{DesiredReference as _, ListedReference, ReferenceState};
 use oci::Digest;
+use oci::manifest::Descriptor;
 use preload::api::Phase;
 use pull::ProgressView;
 use store::content_verification::Finding;
 use store::gc::{Collected, Victim};
+use store::resolution_records::Resolution;
 use store::trees::View;
-
-pub(super) fn artifact(artifact: CachedArtifact) -> wire::Artifact {
-    let record = artifact.tree.record;
-    wire::Artifact {
-        manifest: record.manifest.to_string(),
-        kind: record.kind,
-        bytes: record.bytes,
-        inodes: record.inodes,
-        references: artifact.references,
-        volumes: artifact.volumes,
-        pins: artifact.pins,
-        last_used: artifact.last_used,
-        damaged: artifact.damaged,
-        view: Some(view(record.view)),
-    }
-}
-
-pub(super) fn inspected(
-    inspected: InspectedReference,
-    warm: Option<wire::WarmReference>,
-) -> wire::InspectArtifactResponse {
-    wire::InspectArtifactResponse {
-        warm,
-        meanings: inspected.meanings.into_iter().map(meaning).collect(),
-        artifacts: inspected.artifacts.into_iter().map(artifact).collect(),
-    }
-}
-
-pub(super) fn removed(removed: RemovedReference) -> wire::RemoveResponse {
-    wire::RemoveResponse {
-        victims: removed.collected.victims.iter().map(victim).collect(),
-        volumes: removed.volumes,
-        references: removed.references,
-    }
-}
 
 pub(super) fn collected(collected: &Collected, cache_bytes: u64) -> wire::CollectResponse {
     wire::CollectResponse {
@@ -107,7 +71,7 @@ fn phase(phase: Phase) -> wire::warm_reference::State {
     }
 }
 
-fn victim(victim: &Victim) -> wire::Victim {
+pub(super) fn victim(victim: &Victim) -> wire::Victim {
     wire::Victim {
         name: victim.name.to_string(),
         manifest: victim.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
@@ -117,25 +81,25 @@ fn victim(victim: &Victim) -> wire::Victim {
     }
 }
 
-fn meaning(meaning: PlatformResolution) -> wire::Meaning {
-    let layers = meaning.layers.into_iter().map(|layer| wire::Layer {
+pub(super) fn meaning(resolution: Resolution, layers: Vec<Descriptor>) -> wire::Meaning {
+    let layers = layers.into_iter().map(|layer| wire::Layer {
         digest: layer.digest.to_string(),
         media_type: layer.media_type,
         title: layer.annotations.get("org.opencontainers.image.title").cloned().unwrap_or_default(),
         bytes: layer.size,
     });
     wire::Meaning {
-        platform: meaning.resolution.platform.unwrap_or_default(),
-        resolved: meaning.resolution.resolved.to_string(),
-        manifest: meaning.resolution.manifest.to_string(),
+        platform: resolution.platform.unwrap_or_default(),
+        resolved: resolution.resolved.to_string(),
+        manifest: resolution.manifest.to_string(),
         layers: layers.collect(),
     }
 }
 
-fn view(view: View) -> wire::View {
+pub(super) fn view(view: &View) -> wire::View {
     wire::View {
-        include: view.include,
-        exclude: view.exclude,
+        include: view.include.clone(),
+        exclude: view.exclude.clone(),
         permissions: view.permissions.name().to_owned(),
         file_mode: view.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default(),
         unpack: if view.unpack.is_auto() { "" } else { view.unpack.name() }.to_owned(),

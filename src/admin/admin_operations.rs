@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use oci::manifest::{Descriptor, Manifest};
+use super::admin_messages;
+use crate::proto::admin::{Artifact, InspectArtifactResponse, RemoveResponse};
+use oci::manifest::Manifest;
 use oci::{Digest, Platform, Reference};
-use store::gc::Collected;
 use store::object_catalog::Entry;
 use store::pin_records::Pin;
-use store::resolution_records::Resolution;
 use store::{ObjectName, Store, StoreError, Tree};
 use unpack::Limits;
 
@@ -34,55 +34,19 @@ pub enum OperationError {
     Store(#[from] StoreError),
 }
 
-/// A tree, with its references, volumes and pins.
-#[derive(Clone, Debug)]
-pub struct CachedArtifact {
-    /// The tree of one of its forms.
-    pub tree: Tree,
-    /// The references that last resolved to its manifest.
-    pub references: Vec<String>,
-    /// The volumes that show it: `namespace/pod`, or the volume id.
-    pub volumes: Vec<String>,
-    /// The owners of its pins.
-    pub pins: Vec<String>,
-    /// Seconds since 1970; 0 after a removal.
-    pub last_used: i64,
-    /// Damage was found. No further volume shows it.
-    pub damaged: bool,
-}
-
-/// The outcome of removing a reference.
-#[derive(Clone, Debug, Default)]
-pub struct RemovedReference {
-    /// Content that was deleted at once.
-    pub collected: Collected,
-    /// Volumes that still show the content.
-    pub volumes: Vec<String>,
-    /// Other references and pins that lead to the same content.
-    pub references: Vec<String>,
-}
-
-/// The resolutions of a reference on this node, and their artifacts.
-#[derive(Clone, Debug, Default)]
-pub struct InspectedReference {
-    /// The resolutions, one for each platform.
-    pub meanings: Vec<PlatformResolution>,
-    /// The trees of these manifests.
-    pub artifacts: Vec<CachedArtifact>,
-}
-
-/// The resolution of a reference for one platform.
-#[derive(Clone, Debug)]
-pub struct PlatformResolution {
-    /// The record of the resolution.
-    pub resolution: Resolution,
-    /// The layers of the manifest; empty if the store has no copy of the manifest.
-    pub layers: Vec<Descriptor>,
+/// A tree of one of its forms, and its description.
+struct DescribedTree {
+    tree: Tree,
+    artifact: Artifact,
 }
 
 /// Returns the resolutions and artifacts of one reference.
-pub fn inspect(store: &Store, reference: &Reference) -> Result<InspectedReference, OperationError> {
-    let mut inspected = InspectedReference::default();
+pub fn inspect(
+    store: &Store,
+    reference: &Reference,
+) -> Result<InspectArtifactResponse, OperationError> {
+    let mut manifests: BTreeSet<_> = reference.digest().into_iter().collect();
+    let mut inspected = InspectArtifactResponse::default();
     for resolution in store.resolutions().of_reference(reference)? {
         let bytes = store.documents().get(resolution.manifest)?.unwrap_or_default();
         // Accepted at its pull: shown whatever the limits are now.
@@ -91,12 +55,11 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<InspectedReferenc
             Ok(Manifest::Image(image)) => image.layers,
             _ => Vec::new(),
         };
-        inspected.meanings.push(PlatformResolution { resolution, layers });
+        manifests.insert(resolution.manifest);
+        inspected.meanings.push(admin_messages::meaning(resolution, layers));
     }
-    let manifests: BTreeSet<_> =
-        inspected.meanings.iter().map(|meaning| meaning.resolution.manifest).collect();
-    let manifests = manifests.into_iter().chain(reference.digest());
-    inspected.artifacts = artifacts_of(store, manifests.collect())?;
+    let described = artifacts_of(store, manifests)?.into_iter();
+    inspected.artifacts = described.map(|described| described.artifact).collect();
     if inspected.meanings.is_empty() && inspected.artifacts.is_empty() {
         return Err(OperationError::NotHere(reference.to_string()));
     }
@@ -104,14 +67,15 @@ pub fn inspect(store: &Store, reference: &Reference) -> Result<InspectedReferenc
 }
 
 /// Returns all trees, ordered by their references.
-pub fn artifacts(store: &Store) -> Result<Vec<CachedArtifact>, OperationError> {
-    describe(store, store.inventory().trees()?)
+pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
+    let described = describe(store, store.inventory().trees()?)?.into_iter();
+    Ok(described.map(|described| described.artifact).collect())
 }
 
 fn artifacts_of(
     store: &Store,
     manifests: BTreeSet<Digest>,
-) -> Result<Vec<CachedArtifact>, OperationError> {
+) -> Result<Vec<DescribedTree>, OperationError> {
     let mut trees = Vec::new();
     for manifest in manifests {
         trees.extend(store.inventory().trees_of_manifest(manifest)?);
@@ -122,7 +86,7 @@ fn artifacts_of(
 fn describe(
     store: &Store,
     trees: Vec<(ObjectName, Arc<Entry>)>,
-) -> Result<Vec<CachedArtifact>, OperationError> {
+) -> Result<Vec<DescribedTree>, OperationError> {
     let mut artifacts = Vec::new();
     for (name, entry) in trees {
         let Some(tree) = store.trees().named(&name) else { continue };
@@ -135,18 +99,25 @@ fn describe(
             .collect();
         let pins: BTreeSet<_> =
             store.pins().of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
-        artifacts.push(CachedArtifact {
+        let record = &tree.record;
+        let artifact = Artifact {
+            manifest: manifest.to_string(),
+            kind: record.kind.clone(),
+            bytes: record.bytes,
+            inodes: record.inodes,
             references: store.resolutions().references_of(manifest)?.into_iter().collect(),
             volumes: volumes.into_iter().collect(),
             pins: pins.into_iter().collect(),
             last_used: entry.last_used,
             damaged: entry.damaged,
-            tree,
-        });
+            view: Some(admin_messages::view(&record.view)),
+        };
+        artifacts.push(DescribedTree { tree, artifact });
     }
     artifacts.sort_by(|one, two| {
-        let key = |artifact: &CachedArtifact| (artifact.tree.key, artifact.tree.generation);
-        one.references.cmp(&two.references).then_with(|| key(one).cmp(&key(two)))
+        let key = |of: &DescribedTree| (of.tree.key, of.tree.generation);
+        let order = one.artifact.references.cmp(&two.artifact.references);
+        order.then_with(|| key(one).cmp(&key(two)))
     });
     Ok(artifacts)
 }
@@ -179,7 +150,7 @@ pub fn unpin(
 }
 
 /// Removes a reference. Content without another reference or pin is deleted: at once, or after the last unpublish.
-pub fn remove(store: &Store, reference: &Reference) -> Result<RemovedReference, OperationError> {
+pub fn remove(store: &Store, reference: &Reference) -> Result<RemoveResponse, OperationError> {
     let owners = owners(store, reference);
     if !owners.is_empty() {
         let owners = owners.join(", ");
@@ -189,14 +160,14 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<RemovedReference, 
     let mut manifests: BTreeSet<Digest> =
         forgotten.iter().map(|resolution| resolution.manifest).collect();
     manifests.extend(reference.digest());
-    let mut removed = RemovedReference::default();
+    let mut removed = RemoveResponse::default();
     let mut was_here = !forgotten.is_empty();
     let mut forgotten = Vec::new();
-    for artifact in artifacts_of(store, manifests)? {
+    for DescribedTree { tree, artifact } in artifacts_of(store, manifests)? {
         was_here = true;
         if artifact.references.is_empty() && artifact.pins.is_empty() {
-            store.trees().forget(&artifact.tree)?;
-            forgotten.push(ObjectName::tree(artifact.tree.key, artifact.tree.generation));
+            store.trees().forget(&tree)?;
+            forgotten.push(ObjectName::tree(tree.key, tree.generation));
             removed.volumes.extend(artifact.volumes);
         } else {
             removed.references.extend(artifact.references);
@@ -208,7 +179,8 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<RemovedReference, 
     }
     removed.references.sort();
     removed.references.dedup();
-    removed.collected = store.collector().collect_trees(&forgotten)?;
+    let collected = store.collector().collect_trees(&forgotten)?;
+    removed.victims = collected.victims.iter().map(admin_messages::victim).collect();
     Ok(removed)
 }
 

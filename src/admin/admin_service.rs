@@ -11,7 +11,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use super::admin_operations::{self, ADMIN, InspectedReference, OperationError};
+use super::admin_operations::{self, ADMIN, OperationError};
 use super::chunk_reader::ChunkSender;
 use super::{admin_messages, warm_request};
 use crate::file_leases;
@@ -99,7 +99,6 @@ impl Admin for AdminService {
         _: Request<ListArtifactsRequest>,
     ) -> Result<Response<ListArtifactsResponse>, Status> {
         let artifacts = self.blocking(|store| admin_operations::artifacts(&store)).await?;
-        let artifacts = artifacts.into_iter().map(admin_messages::artifact).collect();
         Ok(Response::new(ListArtifactsResponse { artifacts }))
     }
 
@@ -113,11 +112,11 @@ impl Admin for AdminService {
         let is_listed = warm.is_some();
         let inspect = move |store: Store| match admin_operations::inspect(&store, &reference) {
             // Listed in the configuration and not fetched yet. Its state says why.
-            Err(OperationError::NotHere(_)) if is_listed => Ok(InspectedReference::default()),
+            Err(OperationError::NotHere(_)) if is_listed => Ok(InspectArtifactResponse::default()),
             inspected => inspected,
         };
         let inspected = self.blocking(inspect).await?;
-        Ok(Response::new(admin_messages::inspected(inspected, warm)))
+        Ok(Response::new(InspectArtifactResponse { warm, ..inspected }))
     }
 
     type WarmStream = EventStream<WarmEvent>;
@@ -206,9 +205,8 @@ impl Admin for AdminService {
         request: Request<RemoveRequest>,
     ) -> Result<Response<RemoveResponse>, Status> {
         let reference = parse_reference(&request.into_inner().reference)?;
-        let removed =
-            self.blocking(move |store| admin_operations::remove(&store, &reference)).await?;
-        Ok(Response::new(admin_messages::removed(removed)))
+        let remove = move |store: Store| admin_operations::remove(&store, &reference);
+        Ok(Response::new(self.blocking(remove).await?))
     }
 
     async fn collect(

@@ -1,14 +1,13 @@
 //! Metrics in the Prometheus text format: base units, and no label whose values users can multiply.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
 use parking_lot::Mutex;
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -16,17 +15,14 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 use tonic::Code;
 
-use super::lease_metrics::LeaseMetrics;
-use super::scrub_metrics::ScrubMetrics;
-use super::store_metrics::StoreMetrics;
-use super::warm_metrics::WarmMetrics;
+use super::{lease_metrics, scrub_metrics, store_metrics, warm_metrics};
 use crate::scrub::ScrubState;
 use crate::volume::mount_reconcile::ReconcileCounts;
 use crate::volume::publish_volume::PublishPath;
 use crate::warming::{ListedReference, Reconciler};
 use pull::download_resources::Observer;
 use store::Store;
-use telemetry::metric_families::MetricFamilies;
+use telemetry::metric_families::{Labels, MetricFamilies, MetricWriter};
 
 /// Buckets from a tenth of a millisecond, a cached publish, to the two minutes after which the kubelet calls again.
 const SECONDS: [f64; 16] = [
@@ -38,55 +34,33 @@ const SECONDS: [f64; 16] = [
 const PULL_SECONDS: [f64; 12] =
     [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PublishLabels {
-    result: &'static str,
-    cache: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PullLabels {
-    result: &'static str,
-    reason: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PullResultLabels {
-    result: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EndpointLabels {
-    endpoint: &'static str,
-}
-
 /// The node plugin's metrics.
 #[derive(Debug)]
 pub struct NodeMetrics {
     families: Arc<MetricFamilies>,
-    publish: Family<PublishLabels, Histogram, fn() -> Histogram>,
+    publish: Family<Labels<2>, Histogram, fn() -> Histogram>,
     hits: Counter,
     misses: Counter,
     unpublished: Counter,
     configuration_errors: Gauge<u64, AtomicU64>,
     wrong_parts: Mutex<BTreeSet<&'static str>>,
-    endpoint_errors: Family<EndpointLabels, Counter>,
+    endpoint_errors: Family<Labels<1>, Counter>,
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
-    store: StoreMetrics,
+    store: Arc<OnceLock<Store>>,
     warming: Arc<Reconciler<ListedReference>>,
     scrub: ScrubState,
     downloads: Gauge,
     downloaded_bytes: Counter,
-    pulls: Family<PullLabels, Counter>,
+    pulls: Family<Labels<2>, Counter>,
     signature_warnings: Counter,
-    pull_durations: Family<PullResultLabels, Histogram, fn() -> Histogram>,
+    pull_durations: Family<Labels<1>, Histogram, fn() -> Histogram>,
 }
 
 impl Default for NodeMetrics {
     fn default() -> Self {
         let mut families = MetricFamilies::new("build", "The version that runs");
-        families.add_collector(LeaseMetrics);
+        families.add_reader(lease_metrics::write);
         Self {
             publish: families.add_with_unit(
                 "publish_duration",
@@ -134,21 +108,22 @@ impl Default for NodeMetrics {
                 "vanished_mounts",
                 "Mounts that were taken away because the kubelet had forgotten their volume",
             ),
-            store: add_shared_collector(&mut families, |store| store),
-            warming: add_shared_collector(&mut families, WarmMetrics),
-            scrub: add_shared_collector(&mut families, ScrubMetrics),
+            store: add_shared(&mut families, store_metrics::write),
+            warming: add_shared(&mut families, warm_metrics::write),
+            scrub: add_shared(&mut families, scrub_metrics::write),
             families: Arc::new(families),
         }
     }
 }
 
-/// Adds a collector that reads a shared value at each scrape. Returns the value.
-fn add_shared_collector<T: Default + Clone, C: Collector>(
+/// Adds metrics that are read from a shared value at each scrape. Returns the value.
+fn add_shared<T: Default + Clone + Send + Sync + 'static>(
     families: &mut MetricFamilies,
-    collector: fn(T) -> C,
+    write: fn(&T, MetricWriter<'_>) -> fmt::Result,
 ) -> T {
     let shared = T::default();
-    families.add_collector(collector(shared.clone()));
+    let read = shared.clone();
+    families.add_reader(move |metrics| write(&read, metrics));
     shared
 }
 
@@ -208,12 +183,13 @@ impl NodeMetrics {
 
     /// Sets the open store, which each scrape reads.
     pub fn observe_store(&self, store: &Store) {
-        self.store.observe(store.clone());
+        // It is opened once.
+        let _ = self.store.set(store.clone());
     }
 
     /// Counts an endpoint that could not be listened on.
     pub fn endpoint_error(&self, endpoint: &'static str) {
-        self.endpoint_errors.get_or_create(&EndpointLabels { endpoint }).inc();
+        self.endpoint_errors.get_or_create(&[("endpoint", endpoint)]).inc();
     }
 
     /// Returns the route of the metrics.
@@ -222,7 +198,7 @@ impl NodeMetrics {
     }
 
     fn observe(&self, result: &'static str, cache: &'static str, duration: Duration) {
-        let labels = PublishLabels { result, cache };
+        let labels = [("result", result), ("cache", cache)];
         self.publish.get_or_create(&labels).observe(duration.as_secs_f64());
     }
 }
@@ -237,9 +213,8 @@ impl Observer for NodeMetrics {
     }
 
     fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration) {
-        self.pulls.get_or_create(&PullLabels { result, reason }).inc();
-        let labels = PullResultLabels { result };
-        self.pull_durations.get_or_create(&labels).observe(duration.as_secs_f64());
+        self.pulls.get_or_create(&[("result", result), ("reason", reason)]).inc();
+        self.pull_durations.get_or_create(&[("result", result)]).observe(duration.as_secs_f64());
     }
 
     fn signature_warning(&self) {

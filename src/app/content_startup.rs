@@ -177,12 +177,10 @@ pub fn content_of(
     observer: Arc<dyn Observer>,
     runway: &Runway,
 ) -> Result<NodeContent, String> {
-    let mut options = RegistryOptions {
-        manifest_bytes_limit: configuration.limits.manifest_bytes,
+    let options = RegistryOptions {
         stall_timeout: configuration.pull.stall_timeout,
-        ..RegistryOptions::default()
+        ..configuration.registries.options(&configuration.limits)?
     };
-    configuration.registries.apply(&mut options)?;
     let sources = Sources {
         registry: Registry::new(options).map_err(|error| error.to_string())?,
         node_credentials: NodeCredentials::new(configuration.registries.provider_files()),

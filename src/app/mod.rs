@@ -8,6 +8,7 @@
 //! ```
 
 mod content_startup;
+mod node_options;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,18 +28,17 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 
 pub use content_startup::content_of;
+pub use node_options::NodeOptions;
 
 use crate::admin::admin_service::AdminService;
 use crate::admin::health_probes::HealthProbes;
 use crate::admin::node_metrics::NodeMetrics;
 use crate::config::{ConfigurationError, NodeConfiguration};
-use crate::csi::UnixEndpoint;
 use crate::csi::csi_request::RequestContext;
 use crate::csi::identity_service::IdentityService;
 use crate::csi::node_service::NodeService;
 use crate::csi::plugin_registration::RegistrationService;
 use crate::csi::unix_socket::ListeningSocket;
-use crate::file_leases::LeasePolicy;
 use crate::kubernetes::{EventRecorder, remove_startup_taint};
 use crate::node_artifacts::PreloadAgent;
 use crate::proto::admin::admin_server::AdminServer;
@@ -65,43 +65,6 @@ const REGISTRATION_PATIENCE: Duration = Duration::from_secs(10);
 /// The time that calls and disk work get to end. The whole shutdown takes at most ten seconds.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(8);
 
-/// The command-line options of the node plugin.
-#[derive(Clone, Debug)]
-pub struct NodeOptions {
-    /// The CSI socket.
-    pub endpoint: UnixEndpoint,
-    /// The Node object's name.
-    pub node_id: String,
-    /// The CSI driver's name.
-    pub driver_name: String,
-    /// The state directory, which holds all content.
-    pub state_dir: PathBuf,
-    /// The kubelet's root directory.
-    pub kubelet_dir: PathBuf,
-    /// The kubelet's plugin registry directory; `None` turns self-registration off.
-    pub registration_dir: Option<PathBuf>,
-    /// The CSI socket's path as the kubelet sees it.
-    pub kubelet_endpoint: String,
-    /// The socket on which the node plugin serves commands.
-    pub admin_endpoint: UnixEndpoint,
-    /// The address that serves health; `None` turns it off.
-    pub health_endpoint: Option<String>,
-    /// The address that serves metrics; `None` turns it off.
-    pub metrics_endpoint: Option<String>,
-    /// The configuration file.
-    pub config: Option<PathBuf>,
-    /// The key of the taint that nodes start with; `None` if nodes have no such taint.
-    pub startup_taint: Option<String>,
-    /// Carries out preloads on this node.
-    pub preload: bool,
-    /// Reports pulls as Events of their pods.
-    pub events: bool,
-    /// The node's setting of file leases.
-    pub leases: LeasePolicy,
-    /// Forces the mounts of old kernels, for tests.
-    pub staged_mounts: bool,
-}
-
 /// An error that ends the node plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
@@ -127,10 +90,7 @@ pub enum AppError {
 /// Runs the node plugin until `shutdown`.
 pub async fn run_node(options: NodeOptions, shutdown: CancellationToken) -> Result<(), AppError> {
     let csi_path = options.endpoint.path().ok_or(AppError::NoEndpoint)?.to_owned();
-    let configuration = match &options.config {
-        Some(path) => NodeConfiguration::read(path),
-        None => Ok(NodeConfiguration::without_file()),
-    };
+    let configuration = NodeConfiguration::of_file(options.config.as_deref());
     let must_be_mounted =
         configuration.as_ref().is_ok_and(|configuration| configuration.cache.require_mountpoint);
     let lock = match lock(&options.state_dir, must_be_mounted, &shutdown).await? {
@@ -197,9 +157,8 @@ impl NodePlugin {
         let events =
             options.events.then(|| EventRecorder::start(driver, node, &tracker, &shutdown));
         let registration = options
-            .registration_dir
-            .as_ref()
-            .map(|_| RegistrationService::new(driver.clone(), options.kubelet_endpoint.clone()));
+            .registration_dir()
+            .map(|_| RegistrationService::new(driver.clone(), options.kubelet_endpoint()));
         let (metrics, servers) = (Arc::default(), JoinSet::new());
         Self {
             options,
@@ -307,7 +266,9 @@ impl NodePlugin {
             ("metrics", &self.options.metrics_endpoint, self.metrics.router()),
         ];
         for (name, address, router) in endpoints {
-            let Some(address) = address else { continue };
+            if address.is_empty() {
+                continue;
+            }
             match http_server::serve(address, router, &self.tracker, self.shutdown.clone()).await {
                 Ok(local) => tracing::info!(endpoint = name, %local, "listening"),
                 Err(error) => {
@@ -322,7 +283,8 @@ impl NodePlugin {
     /// driver, and carrying out preloads.
     fn join_cluster(&self) {
         let (node, shutdown) = (&self.options.node_id, &self.shutdown);
-        if let Some(taint) = self.options.startup_taint.clone() {
+        let taint = self.options.startup_taint.clone();
+        if let Some(taint) = taint.filter(|taint| !taint.is_empty()) {
             let driver = self.options.driver_name.clone();
             self.tracker.spawn(remove_startup_taint(node.clone(), driver, taint, shutdown.clone()));
         }
@@ -336,7 +298,7 @@ impl NodePlugin {
     /// registration, for every pod of the node.
     async fn serve_registration(&mut self) -> Result<Option<ListeningSocket>, AppError> {
         let (Some(folder), Some(service)) =
-            (&self.options.registration_dir, self.registration.take())
+            (self.options.registration_dir(), self.registration.take())
         else {
             return Ok(None);
         };

@@ -17,16 +17,16 @@ pub use volume_files::FileReport;
 
 use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
-    ChoiceStep, ChosenManifest, Descriptor, ImageManifest, Manifest, ManifestChoice, ManifestError,
+    ChoiceStep, ChosenManifest, ImageManifest, Manifest, ManifestChoice, ManifestError,
     check_config_platform, config_platform,
 };
-use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RegistryError};
+use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RepositoryClient};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
-use oci::{Digest, Platform, Reference, Repository};
+use oci::{Digest, Platform, Reference};
 use pull::PullError;
 use pull::PullOptions;
 use pull::signature_verification::Finder;
-use unpack::{Limits, UnpackError};
+use unpack::Limits;
 
 /// A request to check an artifact.
 #[derive(Clone, Debug)]
@@ -120,24 +120,6 @@ pub enum CheckError {
     },
 }
 
-impl From<RegistryError> for CheckError {
-    fn from(error: RegistryError) -> Self {
-        Self::Pull(error.into())
-    }
-}
-
-impl From<ManifestError> for CheckError {
-    fn from(error: ManifestError) -> Self {
-        Self::Pull(error.into())
-    }
-}
-
-impl From<UnpackError> for CheckError {
-    fn from(error: UnpackError) -> Self {
-        Self::Pull(error.into())
-    }
-}
-
 /// Checks artifacts with the code of the node plugin.
 #[derive(Clone, Debug)]
 pub struct ArtifactChecker {
@@ -145,6 +127,12 @@ pub struct ArtifactChecker {
     pub registry: Registry,
     /// The limits on untrusted input.
     pub limits: Limits,
+}
+
+/// Reads an artifact with one credential.
+struct ArtifactReader<'a> {
+    client: RepositoryClient<'a>,
+    limits: &'a Limits,
 }
 
 /// A manifest to check.
@@ -163,8 +151,10 @@ impl ArtifactChecker {
             credentials.push(Credential::Anonymous);
         }
         let mut refusals = Refusals::default();
-        for credential in credentials {
-            match self.check_with(check, &credential).await {
+        for credential in &credentials {
+            let client = self.registry.at(repository, credential);
+            let reader = ArtifactReader { client, limits: &self.limits };
+            match reader.check(check).await {
                 Err(CheckError::Pull(PullError::Registry(error)))
                     if error.may_depend_on_credential() =>
                 {
@@ -173,46 +163,43 @@ impl ArtifactChecker {
                 done => return done,
             }
         }
-        Err(refusals.into_error().map_or(CheckError::Pull(PullError::Crashed), CheckError::from))
+        Err(refusals.into_error().map_or(PullError::Crashed, PullError::from).into())
     }
+}
 
-    async fn check_with(
-        &self,
-        check: &CheckRequest,
-        credential: &Credential,
-    ) -> Result<CheckReport, CheckError> {
-        let reference = &check.reference;
-        let name = ManifestName::of(reference);
+impl ArtifactReader<'_> {
+    async fn check(&self, check: &CheckRequest) -> Result<CheckReport, CheckError> {
+        let name = ManifestName::of(&check.reference);
         // Keeps only what the next requests need: the memory of the document is theirs.
         let (top, parsed) = {
-            let top = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let top = self.fetch_manifest(&name).await?;
             let kind = top.content_type.as_deref();
-            (top.digest, Manifest::parse(&top.bytes, kind, self.limits.manifest())?)
+            let parsed = Manifest::parse(&top.bytes, kind, self.limits.manifest());
+            (top.digest, parsed.map_err(PullError::from)?)
         };
         let index = matches!(parsed, Manifest::Index(_));
-        let chosen = self.choose(check, top, parsed, credential).await?;
+        let chosen = self.choose(&check.platforms, top, parsed).await?;
         let mut manifests = Vec::new();
         for one in chosen {
-            manifests.push(self.check_manifest(check, top, one, credential).await?);
+            manifests.push(self.check_manifest(check, top, one).await?);
         }
-        Ok(CheckReport { reference: reference.to_string(), digest: top, index, manifests })
+        let reference = check.reference.to_string();
+        Ok(CheckReport { reference, digest: top, index, manifests })
     }
 
     /// Returns the manifests to check.
     async fn choose(
         &self,
-        check: &CheckRequest,
+        platforms: &[Platform],
         digest: Digest,
         parsed: Manifest,
-        credential: &Credential,
-    ) -> Result<Vec<PlatformManifest>, CheckError> {
-        let repository = check.reference.repository();
+    ) -> Result<Vec<PlatformManifest>, PullError> {
         let index = match parsed {
             Manifest::Image(image) => {
                 let mut platform = None;
                 if let Some(config) = image.config.as_ref().filter(|_| image.is_image()) {
-                    let bytes = self.blob(repository, config, credential).await?;
-                    for wanted in &check.platforms {
+                    let bytes = self.blob(config).await?;
+                    for wanted in platforms {
                         check_config_platform(&bytes, wanted)?;
                     }
                     platform = config_platform(&bytes)?;
@@ -222,9 +209,9 @@ impl ArtifactChecker {
             Manifest::Index(index) => index,
         };
         let mut chosen = Vec::new();
-        for wanted in &check.platforms {
+        for wanted in platforms {
             let of = Manifest::Index(index.clone());
-            let found = self.resolve(repository, digest, of, wanted, credential).await?;
+            let found = self.resolve(digest, of, wanted).await?;
             chosen.push(PlatformManifest { platform: Some(wanted.clone()), ..found });
         }
         if !chosen.is_empty() {
@@ -233,7 +220,7 @@ impl ArtifactChecker {
         let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
         for platform in known.filter(|platform| platform.os != "unknown") {
             let entry = index.choose_for_any_node(&platform)?;
-            let fetched = self.fetch_manifest(repository, entry, credential).await?;
+            let fetched = self.fetch_manifest(&ManifestName::Digest(entry.digest)).await?;
             let kind = Some(entry.media_type.as_str());
             match Manifest::parse(&fetched.bytes, kind, self.limits.manifest())? {
                 Manifest::Image(image) => {
@@ -248,7 +235,7 @@ impl ArtifactChecker {
         }
         if chosen.is_empty() {
             let (of, node) = (Manifest::Index(index), Platform::of_this_node());
-            chosen.push(self.resolve(repository, digest, of, &node, credential).await?);
+            chosen.push(self.resolve(digest, of, &node).await?);
         }
         Ok(chosen)
     }
@@ -256,17 +243,15 @@ impl ArtifactChecker {
     /// Chooses the manifest for a platform on this node.
     async fn resolve(
         &self,
-        repository: &Repository,
         digest: Digest,
         document: Manifest,
         wanted: &Platform,
-        credential: &Credential,
-    ) -> Result<PlatformManifest, CheckError> {
+    ) -> Result<PlatformManifest, PullError> {
         let mut choice = ManifestChoice::new(digest, document, wanted, self.limits.manifest())?;
         loop {
             match choice.step()? {
                 ChoiceStep::Read(of) => {
-                    let fetched = self.fetch_manifest(repository, &of, credential).await?;
+                    let fetched = self.fetch_manifest(&ManifestName::Digest(of.digest)).await?;
                     choice.insert(of, &fetched.bytes)?;
                 }
                 ChoiceStep::Chosen(ChosenManifest { digest, image, .. }) => {
@@ -276,14 +261,8 @@ impl ArtifactChecker {
         }
     }
 
-    async fn fetch_manifest(
-        &self,
-        repository: &Repository,
-        of: &Descriptor,
-        credential: &Credential,
-    ) -> Result<FetchedManifest, CheckError> {
-        let name = ManifestName::Digest(of.digest);
-        Ok(self.registry.manifest(repository, &name, credential).await?)
+    async fn fetch_manifest(&self, name: &ManifestName) -> Result<FetchedManifest, PullError> {
+        Ok(self.client.manifest(name).await?)
     }
 
     async fn check_manifest(
@@ -291,16 +270,14 @@ impl ArtifactChecker {
         check: &CheckRequest,
         top: Digest,
         chosen: PlatformManifest,
-        credential: &Credential,
     ) -> Result<ManifestReport, CheckError> {
         let PlatformManifest { platform, digest, image } = chosen;
         let platform = platform.map(|platform| platform.to_string());
         let sizes = image.layers.iter().chain(image.config.as_deref()).map(|layer| layer.size);
         let bytes = sizes.fold(0, u64::saturating_add);
-        let signatures = self.signatures(check, [digest, top], credential).await?;
+        let signatures = self.signatures(check, [digest, top]).await?;
         let whole = !check.required.is_empty();
-        let (files, files_are_complete) =
-            self.files(check.reference.repository(), &image, credential, whole).await?;
+        let (files, files_are_complete) = self.files(&image, whole).await?;
         let place = || platform.clone().unwrap_or_else(|| digest.to_string());
         for RequiredFile { path, executable } in &check.required {
             let wanted = path.trim_start_matches('/');
@@ -319,23 +296,21 @@ impl ArtifactChecker {
         &self,
         check: &CheckRequest,
         subjects: [Digest; 2],
-        credential: &Credential,
-    ) -> Result<SignatureStatus, CheckError> {
+    ) -> Result<SignatureStatus, PullError> {
         let [manifest, top] = subjects;
-        let (registry, limits) = (&self.registry, self.limits.manifest());
-        let finder = Finder { registry, options: PullOptions::default(), limits };
-        let repository = check.reference.repository();
+        let (client, limits) = (self.client, self.limits.manifest());
+        let finder = Finder { client, options: PullOptions::default(), limits };
         let mut found = Vec::new();
         let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };
         for subject in distinct {
             let format = SignatureFormat::Any;
-            match finder.find(repository, *subject, format, credential).await {
+            match finder.find(*subject, format).await {
                 Ok(of_subject) => found.extend(of_subject),
                 // Nothing demands a signature: the artifact can be read without this answer.
                 Err(error) if check.key.is_none() => {
                     return Ok(SignatureStatus::Unknown(error.to_string()));
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             }
         }
         let Some(key) = &check.key else { return Ok(SignatureStatus::Unverified(found.len())) };
@@ -349,7 +324,7 @@ impl ArtifactChecker {
             Ok(_) => Ok(SignatureStatus::Verified),
             Err(flaw) => {
                 let keys = "the given key".to_owned();
-                Err(PullError::Signature { flaw, keys }.into())
+                Err(PullError::Signature { flaw, keys })
             }
         }
     }

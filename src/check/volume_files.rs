@@ -8,10 +8,9 @@ use serde::Serialize;
 use sha2::Digest as _;
 use tokio::sync::mpsc;
 
-use super::{ArtifactChecker, CheckError};
-use oci::credentials::Credential;
+use super::ArtifactReader;
+use oci::Digest;
 use oci::manifest::{Descriptor, ImageManifest};
-use oci::{Digest, Repository};
 use pull::PullError;
 use store::single_files::starts_executable;
 use unpack::archive::{FileHeader, Sink, StoredContent, unpack};
@@ -80,27 +79,25 @@ impl Read for BlobReader {
     }
 }
 
-impl ArtifactChecker {
+impl ArtifactReader<'_> {
     /// Returns the files of a volume, and whether the list is complete: archives are read only for `whole`.
     pub(super) async fn files(
         &self,
-        repository: &Repository,
         image: &ImageManifest,
-        credential: &Credential,
         whole: bool,
-    ) -> Result<(Vec<FileReport>, bool), CheckError> {
+    ) -> Result<(Vec<FileReport>, bool), PullError> {
         let everything = Selection::default();
-        let mut merger = Merger::new(&self.limits, &everything);
+        let mut merger = Merger::new(self.limits, &everything);
         let mut modes = HashMap::new();
         let mut complete = true;
-        let rules = classify(image, UnpackMode::Auto, &self.limits)?;
+        let rules = classify(image, UnpackMode::Auto, self.limits)?;
         for (layer, (descriptor, rule)) in image.layers.iter().zip(rules).enumerate() {
             match rule {
                 LayerRule::Skip => {}
                 LayerRule::File(rule) => {
                     let executable = match rule.recorded {
                         Some(recorded) => recorded.mode & 0o111 != 0,
-                        None => self.starts_executable(repository, descriptor, credential).await?,
+                        None => self.starts_executable(descriptor).await?,
                     };
                     let mode = if executable { 0o555 } else { 0o444 };
                     let permissions = Permissions { mode, uid: 0, gid: 0 };
@@ -108,7 +105,7 @@ impl ArtifactChecker {
                 }
                 LayerRule::Archive(_) if !whole => complete = false,
                 LayerRule::Archive(rule) => {
-                    let names = self.names(repository, descriptor, &rule, credential).await?;
+                    let names = self.names(descriptor, &rule).await?;
                     merger.archive(layer, &rule);
                     for entry in &names.entries {
                         merger.entry(entry)?;
@@ -150,15 +147,10 @@ impl ArtifactChecker {
     }
 
     /// Fetches a small blob, whole and verified.
-    pub(super) async fn blob(
-        &self,
-        repository: &Repository,
-        descriptor: &Descriptor,
-        credential: &Credential,
-    ) -> Result<Vec<u8>, CheckError> {
+    pub(super) async fn blob(&self, descriptor: &Descriptor) -> Result<Vec<u8>, PullError> {
         let (size, limit) = (descriptor.size, self.limits.config_bytes);
         if size > limit {
-            return Err(PullError::ConfigTooLarge { size, limit }.into());
+            return Err(PullError::ConfigTooLarge { size, limit });
         }
         let (sender, mut chunks) = mpsc::channel::<Bytes>(QUEUE);
         let collect = async move {
@@ -168,19 +160,16 @@ impl ArtifactChecker {
             }
             bytes
         };
-        let fetch = self.fetch(repository, descriptor, credential, sender);
-        let (fetched, bytes) = tokio::join!(fetch, collect);
+        let (fetched, bytes) = tokio::join!(self.fetch(descriptor, sender), collect);
         fetched.map(|()| bytes)
     }
 
     /// Forwards a blob while it arrives, and verifies its digest at the end.
     async fn fetch(
         &self,
-        repository: &Repository,
         descriptor: &Descriptor,
-        credential: &Credential,
         chunks: mpsc::Sender<Bytes>,
-    ) -> Result<(), CheckError> {
+    ) -> Result<(), PullError> {
         let (digest, expected) = (descriptor.digest, descriptor.size);
         let mut hasher = sha2::Sha256::new();
         let (mut got, mut encoding) = (0, None);
@@ -189,7 +178,7 @@ impl ArtifactChecker {
             got = data.len() as u64;
             let _ = chunks.send(Bytes::from(data.clone())).await;
         } else {
-            let mut body = self.registry.blob(repository, digest, 0, credential).await?;
+            let mut body = self.client.blob(digest, 0).await?;
             encoding = body.encoding.take();
             while let Some(chunk) = body.chunk().await? {
                 got += chunk.len() as u64;
@@ -204,26 +193,17 @@ impl ArtifactChecker {
             }
         }
         if got != expected {
-            return Err(PullError::BlobSize { digest, expected, got, encoding }.into());
+            return Err(PullError::BlobSize { digest, expected, got, encoding });
         }
         let got = Digest::from_bytes(hasher.finalize().into());
-        if got == digest {
-            Ok(())
-        } else {
-            Err(PullError::BlobDigest { expected: digest, got }.into())
-        }
+        if got == digest { Ok(()) } else { Err(PullError::BlobDigest { expected: digest, got }) }
     }
 
-    async fn starts_executable(
-        &self,
-        repository: &Repository,
-        descriptor: &Descriptor,
-        credential: &Credential,
-    ) -> Result<bool, CheckError> {
+    async fn starts_executable(&self, descriptor: &Descriptor) -> Result<bool, PullError> {
         if let Some(data) = &descriptor.data {
             return Ok(starts_executable(data));
         }
-        let mut body = self.registry.blob(repository, descriptor.digest, 0, credential).await?;
+        let mut body = self.client.blob(descriptor.digest, 0).await?;
         let mut start = Vec::new();
         while start.len() < 4
             && let Some(chunk) = body.chunk().await?
@@ -235,11 +215,9 @@ impl ArtifactChecker {
 
     async fn names(
         &self,
-        repository: &Repository,
         descriptor: &Descriptor,
         rule: &ArchiveRule,
-        credential: &Credential,
-    ) -> Result<NameRecorder, CheckError> {
+    ) -> Result<NameRecorder, PullError> {
         let (sender, chunks) = mpsc::channel(QUEUE);
         let (rule, limits): (_, Limits) = (rule.clone(), self.limits.clone());
         let reader = tokio::task::spawn_blocking(move || {
@@ -248,7 +226,7 @@ impl ArtifactChecker {
             let unpacked = unpack(reader, &rule, PermissionsRule::Readable, &limits, &mut names);
             unpacked.map(|_| names)
         });
-        self.fetch(repository, descriptor, credential, sender).await?;
+        self.fetch(descriptor, sender).await?;
         let names = reader.await.map_err(|_| PullError::Crashed)?;
         Ok(names?)
     }

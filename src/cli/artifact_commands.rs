@@ -1,11 +1,12 @@
 //! `ls` and `inspect`: the artifacts on this node.
 
 use clap::Args;
+use serde_json::json;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, text_table, warm_list_status};
+use super::{CommandError, OutputFormat, print, print_json, text_table, warm_list_status};
 use crate::proto::admin::{
-    Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest, Meaning,
+    Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest,
 };
 use text::human_units::Bytes;
 
@@ -25,10 +26,7 @@ pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), CommandError> {
     })?;
     match arguments.output {
         OutputFormat::Table => lines(&artifacts).iter().for_each(|line| print(line)),
-        OutputFormat::Json => {
-            let list: Vec<_> = artifacts.iter().map(json).collect();
-            print(&serde_json::Value::from(list).to_string());
-        }
+        OutputFormat::Json => print_json(&artifacts, json!({})),
     }
     Ok(())
 }
@@ -41,54 +39,9 @@ pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CommandError> 
     })?;
     match arguments.admin.output {
         OutputFormat::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print(
-            &serde_json::json!({
-                "reference": arguments.reference,
-                "meanings": inspected.meanings.iter().map(meaning_json).collect::<Vec<_>>(),
-                "artifacts": inspected.artifacts.iter().map(json).collect::<Vec<_>>(),
-                "warm": inspected.warm.as_ref().map(warm_list_status::json),
-            })
-            .to_string(),
-        ),
+        OutputFormat::Json => print_json(&inspected, json!({"reference": arguments.reference})),
     }
     Ok(())
-}
-
-fn json(artifact: &Artifact) -> serde_json::Value {
-    let view = artifact.view.clone().unwrap_or_default();
-    serde_json::json!({
-        "manifest": artifact.manifest,
-        "kind": artifact.kind,
-        "bytes": artifact.bytes,
-        "inodes": artifact.inodes,
-        "references": artifact.references,
-        "volumes": artifact.volumes,
-        "pins": artifact.pins,
-        "lastUsed": artifact.last_used,
-        "damaged": artifact.damaged,
-        "include": view.include,
-        "exclude": view.exclude,
-        "permissions": view.permissions,
-        "fileMode": view.file_mode,
-        "unpack": view.unpack,
-    })
-}
-
-fn meaning_json(meaning: &Meaning) -> serde_json::Value {
-    let layers = meaning.layers.iter().map(|layer| {
-        serde_json::json!({
-            "digest": layer.digest,
-            "mediaType": layer.media_type,
-            "title": layer.title,
-            "bytes": layer.bytes,
-        })
-    });
-    serde_json::json!({
-        "platform": meaning.platform,
-        "resolved": meaning.resolved,
-        "manifest": meaning.manifest,
-        "layers": layers.collect::<Vec<_>>(),
-    })
 }
 
 fn lines(artifacts: &[Artifact]) -> Vec<String> {

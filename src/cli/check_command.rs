@@ -8,7 +8,7 @@ use super::mount_command::keyring;
 use super::{CommandError, OutputFormat, logging, print, runtime};
 use crate::check::{ArtifactChecker, CheckReport, CheckRequest, RequiredFile, SignatureStatus};
 use crate::config::NodeConfiguration;
-use oci::registry::{Registry, RegistryOptions};
+use oci::registry::Registry;
 use oci::signature::PublicKey;
 use oci::{Platform, Reference};
 use text::human_units::Bytes;
@@ -44,15 +44,9 @@ pub(super) struct CheckArguments {
 
 pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
     logging::start("warn", None)?;
-    let configuration = match &arguments.config {
-        Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
-        None => NodeConfiguration::without_file(),
-    };
-    let mut options = RegistryOptions {
-        manifest_bytes_limit: configuration.limits.manifest_bytes,
-        ..RegistryOptions::default()
-    };
-    configuration.registries.apply(&mut options)?;
+    let configuration = NodeConfiguration::of_file(arguments.config.as_deref())
+        .map_err(|error| error.to_string())?;
+    let options = configuration.registries.options(&configuration.limits)?;
     let check = CheckRequest {
         reference: arguments.reference.clone(),
         platforms: arguments.platforms.clone(),

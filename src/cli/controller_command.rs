@@ -12,7 +12,7 @@ use super::{CommandError, runtime};
 use crate::config::policy_config::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
-use oci::registry::{Registry, RegistryOptions};
+use oci::registry::Registry;
 use preload::controller::reference_resolver::ResolverClient;
 use preload::controller::{
     self, ControllerOptions, ControllerPace, NamespaceQuota, RegistryResolver,
@@ -72,15 +72,9 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), CommandError> {
             "--identity and --namespace are needed: the pod's name and namespace".to_owned()
         );
     }
-    let configuration = match &arguments.config {
-        Some(path) => NodeConfiguration::read(path).map_err(|error| error.to_string())?,
-        None => NodeConfiguration::without_file(),
-    };
-    let mut registry = RegistryOptions {
-        manifest_bytes_limit: configuration.limits.manifest_bytes,
-        ..RegistryOptions::default()
-    };
-    configuration.registries.apply(&mut registry)?;
+    let configuration = NodeConfiguration::of_file(arguments.config.as_deref())
+        .map_err(|error| error.to_string())?;
+    let registry = configuration.registries.options(&configuration.limits)?;
     let on = |endpoint: String| (!endpoint.is_empty()).then_some(endpoint);
     let options = ControllerOptions {
         identity: arguments.identity,

@@ -1,9 +1,10 @@
 //! `gc`: frees disk space.
 
 use clap::Args;
+use serde_json::json;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, text_table};
+use super::{CommandError, OutputFormat, print, print_json, text_table};
 use crate::config::Quantity;
 use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
 use text::human_units::Bytes;
@@ -40,27 +41,7 @@ pub(super) fn run(arguments: &CollectArguments) -> Result<(), CommandError> {
     })?;
     match arguments.admin.output {
         OutputFormat::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
-        OutputFormat::Json => {
-            let victim = |victim: &Victim| {
-                serde_json::json!({
-                    "name": victim.name,
-                    "manifest": victim.manifest,
-                    "bytes": victim.bytes,
-                    "reason": victim.reason,
-                    "lastUsed": victim.last_used,
-                })
-            };
-            print(
-                &serde_json::json!({
-                    "dryRun": dry_run,
-                    "victims": collected.victims.iter().map(victim).collect::<Vec<_>>(),
-                    "partialDownloads": collected.partial_downloads,
-                    "freedBytes": collected.freed_bytes,
-                    "cacheBytes": collected.cache_bytes,
-                })
-                .to_string(),
-            );
-        }
+        OutputFormat::Json => print_json(&collected, json!({"dryRun": dry_run})),
     }
     Ok(())
 }

@@ -4,11 +4,12 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, layout_tar, print};
+use super::{CommandError, OutputFormat, layout_tar, print, print_json};
 use crate::proto::admin::import_request::Part;
 use crate::proto::admin::{ImportHeader, ImportRequest};
 use text::human_units::Bytes;
@@ -71,15 +72,7 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), CommandError> {
             Bytes(imported.bytes),
             imported.inodes
         )),
-        OutputFormat::Json => print(
-            &serde_json::json!({
-                "reference": reference,
-                "manifest": imported.manifest,
-                "bytes": imported.bytes,
-                "inodes": imported.inodes,
-            })
-            .to_string(),
-        ),
+        OutputFormat::Json => print_json(&imported, json!({"reference": reference})),
     }
     Ok(())
 }

@@ -27,6 +27,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 
 use sys::mount::syscalls;
 use text::printable::printable;
@@ -158,6 +159,15 @@ fn print_error(line: &str) {
 /// Writes a line to standard output, in the way of [`print_error`].
 fn print(line: &str) {
     let _ = writeln!(std::io::stdout(), "{}", printable(line));
+}
+
+/// Writes a message with further fields as JSON.
+fn print_json(message: &impl Serialize, more: serde_json::Value) {
+    let mut fields = serde_json::json!(message);
+    if let serde_json::Value::Object(more) = more {
+        more.into_iter().for_each(|(name, value)| fields[name] = value);
+    }
+    print(&fields.to_string());
 }
 
 /// Writes text of this program to standard output, without escapes.

@@ -1,9 +1,10 @@
 //! `pin`, `unpin` and `rm`: decide which artifacts stay on this node.
 
 use clap::Args;
+use serde_json::json;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print};
+use super::{CommandError, OutputFormat, print, print_json};
 use crate::proto::admin::{PinRequest, RemoveRequest, UnpinRequest};
 use text::human_units::Bytes;
 
@@ -38,10 +39,7 @@ pub(super) fn pin(arguments: &PinArguments) -> Result<(), CommandError> {
         OutputFormat::Table => {
             print(&format!("{} is pinned: {}", arguments.reference, pinned.manifest));
         }
-        OutputFormat::Json => print(
-            &serde_json::json!({ "reference": arguments.reference, "manifest": pinned.manifest })
-                .to_string(),
-        ),
+        OutputFormat::Json => print_json(&pinned, json!({"reference": arguments.reference})),
     }
     Ok(())
 }
@@ -54,14 +52,7 @@ pub(super) fn unpin(arguments: &PinArguments) -> Result<(), CommandError> {
     })?;
     let reference = &arguments.reference;
     match arguments.admin.output {
-        OutputFormat::Json => print(
-            &serde_json::json!({
-                "reference": reference,
-                "unpinned": unpinned.unpinned,
-                "pinnedBy": unpinned.others,
-            })
-            .to_string(),
-        ),
+        OutputFormat::Json => print_json(&unpinned, json!({"reference": reference})),
         OutputFormat::Table if unpinned.unpinned == 0 => {}
         OutputFormat::Table => print(&format!("{reference} is no longer pinned by admin")),
     }

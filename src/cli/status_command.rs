@@ -1,7 +1,9 @@
 //! `status`: the state of the node plugin.
 
+use serde_json::json;
+
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, warm_list_status};
+use super::{CommandError, OutputFormat, print, print_json, warm_list_status};
 use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
 use text::human_units::Bytes;
 
@@ -11,46 +13,9 @@ pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), CommandError> {
     })?;
     match arguments.output {
         OutputFormat::Table => lines(&status).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print(
-            &serde_json::json!({
-                "version": status.version,
-                "nodeId": status.node_id,
-                "driverName": status.driver_name,
-                "stateDir": status.state_dir,
-                "ready": status.not_ready.is_empty(),
-                "reason": status.not_ready,
-                "registered": status.registered,
-                "published": status.published,
-                "freeBytes": status.free_bytes,
-                "totalBytes": status.total_bytes,
-                "floorBytes": status.floor_bytes,
-                "cacheBytes": status.cache_bytes,
-                "cacheObjects": status.cache_objects,
-                "pinnedBytes": status.pinned_bytes,
-                "evictedObjects": status.evicted_objects,
-                "evictedBytes": status.evicted_bytes,
-                "fileLeasesEnabled": status.file_leases_enabled,
-                "scrub": scrub_json(&status.scrub.clone().unwrap_or_default()),
-                "warm": status.warm.iter().map(warm_list_status::json).collect::<Vec<_>>(),
-            })
-            .to_string(),
-        ),
+        OutputFormat::Json => print_json(&status, json!({"ready": status.not_ready.is_empty()})),
     }
     Ok(())
-}
-
-fn scrub_json(scrub: &ScrubStatus) -> serde_json::Value {
-    serde_json::json!({
-        "intervalSeconds": scrub.interval_seconds,
-        "lagSeconds": scrub.lag_seconds,
-        "objects": scrub.objects,
-        "bytes": scrub.bytes,
-        "findings": scrub.findings,
-        "repaired": scrub.repaired,
-        "unrepaired": scrub.unrepaired,
-        "reading": scrub.reading,
-        "unreadObjects": scrub.unread_objects,
-    })
 }
 
 /// Returns a summary such as `3.4 GiB in 12 objects since the start, 0 damaged; 5 h behind`.

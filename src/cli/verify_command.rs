@@ -1,9 +1,10 @@
 //! `verify`: reads all content back.
 
 use clap::Args;
+use serde_json::json;
 
 use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{CommandError, OutputFormat, print};
+use super::{CommandError, OutputFormat, print, print_json};
 use crate::proto::admin::verify_event::Event;
 use crate::proto::admin::{VerifyRequest, VerifySummary};
 use text::human_units::Bytes;
@@ -44,12 +45,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
                             let damaged = if is_unread { "" } else { "damaged " };
                             print(&format!("{damaged}{kind}  {path}: {detail}"));
                         } else {
-                            findings.push(serde_json::json!({
-                                "kind": finding.kind,
-                                "digest": finding.digest,
-                                "path": finding.path,
-                                "detail": finding.detail,
-                            }));
+                            findings.push(finding);
                         }
                     }
                     Some(Event::Repair(repair)) => {
@@ -58,11 +54,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
                                 if repair.done { "fetched again by" } else { "not fetched:" };
                             print(&format!("{}  {done} {}", repair.manifest, repair.detail));
                         } else {
-                            repairs.push(serde_json::json!({
-                                "manifest": repair.manifest,
-                                "done": repair.done,
-                                "detail": repair.detail,
-                            }));
+                            repairs.push(repair);
                         }
                     }
                     Some(Event::Summary(last)) => summary = Some(last),
@@ -76,16 +68,7 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
     })?;
     let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
     if output == OutputFormat::Json {
-        print(
-            &serde_json::json!({
-                "objects": objects,
-                "bytes": bytes,
-                "findings": findings,
-                "repairs": repairs,
-                "unrepaired": unrepaired,
-            })
-            .to_string(),
-        );
+        print_json(&summary, json!({"findings": findings, "repairs": repairs}));
     } else {
         let read = Bytes(bytes);
         print(&format!("{objects} objects and {read} read back, {found} findings"));

@@ -5,19 +5,6 @@ use crate::proto::admin::WarmReference;
 use crate::proto::admin::warm_reference::State;
 use text::human_units::Bytes;
 
-pub(super) fn json(warm: &WarmReference) -> serde_json::Value {
-    serde_json::json!({
-        "reference": warm.reference,
-        "state": name(warm.state()),
-        "manifest": warm.manifest,
-        "newer": warm.newer,
-        "reason": warm.reason,
-        "doneBytes": warm.done_bytes,
-        "totalBytes": warm.total_bytes,
-        "nextSeconds": warm.next_seconds,
-    })
-}
-
 /// Returns a summary such as `3 of 5 references present, 1 failed`.
 pub(super) fn summary(all: &[WarmReference]) -> String {
     let count = |state| all.iter().filter(|warm| warm.state() == state).count();
@@ -25,7 +12,7 @@ pub(super) fn summary(all: &[WarmReference]) -> String {
     for state in [State::Pulling, State::Waiting, State::Failed] {
         match count(state) {
             0 => {}
-            number => text = format!("{text}, {number} {}", name(state)),
+            number => text = format!("{text}, {number} {}", state.name()),
         }
     }
     text
@@ -54,15 +41,5 @@ pub(super) fn describe(warm: &WarmReference) -> Option<String> {
         }
         (State::Waiting, ..) => Some(format!("waiting, begins{next}")),
         (State::Failed, reason, _) => Some(format!("failed; again{next}: {reason}")),
-    }
-}
-
-fn name(state: State) -> &'static str {
-    match state {
-        State::Unspecified => "unknown",
-        State::Waiting => "waiting",
-        State::Pulling => "pulling",
-        State::Present => "present",
-        State::Failed => "failed",
     }
 }

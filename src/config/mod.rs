@@ -96,6 +96,11 @@ impl NodeConfiguration {
         Self { api_version: API_VERSION.to_owned(), kind: KIND.to_owned(), ..Self::default() }
     }
 
+    /// Returns the configuration of a node with or without a file.
+    pub fn of_file(path: Option<&Path>) -> Result<Self, ConfigurationError> {
+        path.map_or_else(|| Ok(Self::without_file()), Self::read)
+    }
+
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, ConfigurationError> {
         let text = std::fs::read_to_string(path)

@@ -1,7 +1,6 @@
 //! The `registries` section. Read at the start. The files that it names are read again when they change.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -10,6 +9,7 @@ use super::GoDuration;
 use oci::credentials::providers::{ProviderFiles, ServiceAccountAnnotations};
 use oci::registry::{AddressRules, Loopback, RegistryOptions};
 use pull::{CredentialsVerification, Verification};
+use unpack::Limits;
 
 /// One day: longer than the life of rotating credentials, and short enough for a withdrawn right to take effect.
 const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
@@ -73,8 +73,7 @@ impl Default for RegistriesSection {
 
 impl RegistriesSection {
     pub(super) fn check(&self) -> Result<(), String> {
-        let mut options = RegistryOptions::default();
-        self.apply(&mut options)?;
+        self.options(&Limits::default())?;
         if self.credential_provider_config.is_some() != self.credential_provider_bin_dir.is_some() {
             return Err("registries.credentialProviderConfig and registries.credentialProviderBinDir go together: set both".to_owned());
         }
@@ -90,8 +89,8 @@ impl RegistriesSection {
         Ok(())
     }
 
-    /// Adds the section to the options of the registry client.
-    pub fn apply(&self, options: &mut RegistryOptions) -> Result<(), String> {
+    /// Returns the options of the registry client.
+    pub fn options(&self, limits: &Limits) -> Result<RegistryOptions, String> {
         let networks = self.allowed_addresses.iter().map(|text| {
             let single = || text.parse::<std::net::IpAddr>().map(ipnet::IpNet::from).ok();
             text.parse::<ipnet::IpNet>().ok().or_else(single).ok_or_else(|| {
@@ -100,27 +99,27 @@ impl RegistriesSection {
                 )
             })
         });
-        let allowed: Vec<_> = networks.collect::<Result<_, _>>()?;
-        let loopback = self.loopback;
-        let own = crate::local_addresses::own;
-        options.addresses = AddressRules { loopback, allowed: Arc::from(allowed), own };
+        let mirrors = self.mirrors_with_credentials.iter().map(|text| {
+            oci::registry::mirror_address(text)
+                .map_err(|reason| format!("registries.mirrorsWithCredentials: {reason}"))
+        });
+        let plain_http = self.plain_http_redirects.iter().map(|text| {
+            oci::registry::plain_http_address(text)
+                .map_err(|reason| format!("registries.plainHTTPRedirects: {reason}"))
+        });
         let roots = self.hosts_dir.iter().flat_map(|list| list.split(':'));
-        options.hosts_dirs = roots.filter(|root| !root.is_empty()).map(PathBuf::from).collect();
-        options.mirrors_with_credentials.clear();
-        for text in &self.mirrors_with_credentials {
-            let mirror = oci::registry::mirror_address(text)
-                .map_err(|reason| format!("registries.mirrorsWithCredentials: {reason}"))?;
-            options.mirrors_with_credentials.push(mirror);
-        }
-        options.plain_http_redirects = self
-            .plain_http_redirects
-            .iter()
-            .map(|text| {
-                oci::registry::plain_http_address(text)
-                    .map_err(|reason| format!("registries.plainHTTPRedirects: {reason}"))
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(())
+        Ok(RegistryOptions {
+            manifest_bytes_limit: limits.manifest_bytes,
+            addresses: AddressRules {
+                loopback: self.loopback,
+                allowed: networks.collect::<Result<_, _>>()?,
+                own: crate::local_addresses::own,
+            },
+            hosts_dirs: roots.filter(|root| !root.is_empty()).map(PathBuf::from).collect(),
+            mirrors_with_credentials: mirrors.collect::<Result<_, _>>()?,
+            plain_http_redirects: plain_http.collect::<Result<_, _>>()?,
+            ..RegistryOptions::default()
+        })
     }
 
     /// Returns the sources of the node's own credentials.

@@ -1,6 +1,5 @@
 //! Requests to the API server with the service account of this process's pod.
 
-use std::path::Path;
 use std::time::Duration;
 
 use http::header::CONTENT_TYPE;
@@ -8,18 +7,15 @@ use http::{Method, Request, StatusCode};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use kube::Config;
+use kube::api::ListParams;
 use kube::client::{Body, ConfigExt as _};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use serde_json::Value;
 use tower::{BoxError, ServiceBuilder};
 
-/// The directory in which the kubelet mounts the credentials of the pod's service account.
-const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// The timeout of one request. The caller decides about retries.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// The objects of one page of a list: the number that kubectl requests.
-const PAGE: usize = 500;
+const PAGE: u32 = 500;
 /// The maximum size of a response in bytes. A page of pods takes a few MiB, which their authors control.
 const MAXIMUM_RESPONSE_BYTES: usize = 64 << 20;
 
@@ -84,26 +80,12 @@ impl KubernetesClient {
     /// Creates a client with the credentials that the kubelet has mounted in this pod.
     pub fn in_cluster() -> Result<Self, KubernetesError> {
         let missing = |what: String| KubernetesError::NoAccess { what };
-        let variable = |name: &str| {
-            std::env::var(name).map_err(|_| missing(format!("{name} is not in the environment")))
-        };
-        let (host, port) =
-            (variable("KUBERNETES_SERVICE_HOST")?, variable("KUBERNETES_SERVICE_PORT")?);
-        let host = if host.contains(':') { format!("[{host}]") } else { host };
-        let server = format!("https://{host}:{port}");
-        let unreadable = |path: &Path, error: &dyn std::fmt::Display| {
-            missing(format!("{}: {error}", path.display()))
-        };
-        let folder = Path::new(SERVICE_ACCOUNT);
-        let (authority, token) = (folder.join("ca.crt"), folder.join("token"));
-        let certificates = CertificateDer::pem_file_iter(&authority)
-            .map_err(|error| unreadable(&authority, &error))?;
-        let token = std::fs::read_to_string(&token).map_err(|error| unreadable(&token, &error))?;
+        let host = "KUBERNETES_SERVICE_HOST";
+        if std::env::var_os(host).is_none() {
+            return Err(missing(format!("{host} is not in the environment")));
+        }
+        let config = Config::incluster().map_err(|error| missing(error.to_string()))?;
         let unusable = |error: kube::Error| missing(root_cause(&error));
-        let url = server.parse().map_err(|error: http::uri::InvalidUri| missing(error.to_string()));
-        let mut config = Config::new(url?);
-        config.root_cert = Some(certificates.flatten().map(|found| found.to_vec()).collect());
-        config.auth_info.token = Some(token.trim().to_owned().into());
         let connector = config.rustls_https_connector().map_err(unusable)?;
         // Without kube's layers for retries and logs of failures: both are decisions of the caller.
         let service = ServiceBuilder::new()
@@ -111,12 +93,13 @@ impl KubernetesClient {
             .option_layer(config.auth_layer().map_err(unusable)?)
             .map_err(BoxError::from)
             .service(Client::builder(TokioExecutor::new()).build(connector));
+        let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
         Ok(Self { kube: kube::Client::new(service, config.default_namespace), server })
     }
 
     /// Returns an object, or `None` if it does not exist.
     pub async fn get(&self, path: &str) -> Result<Option<Value>, KubernetesError> {
-        match self.request(Method::GET, path, "", Body::empty()).await {
+        match self.request(path, Request::get(path).body(Vec::new())).await {
             Err(KubernetesError::Refused { status: StatusCode::NOT_FOUND, .. }) => Ok(None),
             response => response.map(Some),
         }
@@ -125,46 +108,40 @@ impl KubernetesClient {
     /// Returns all objects of a list, page by page.
     pub async fn list(&self, path: &str) -> Result<Vec<Value>, KubernetesError> {
         let mut items = Vec::new();
-        let mut next = String::new();
+        let mut next = ListParams::default().limit(PAGE);
         loop {
-            let query = format!("?limit={PAGE}&continue={next}");
-            let mut page = self.request(Method::GET, path, &query, Body::empty()).await?;
+            let mut page = self.request(path, kube::core::Request::new(path).list(&next)).await?;
             match page["items"].take() {
                 Value::Array(found) => items.extend(found),
                 _ => return Err(KubernetesError::Garbled { path: path.to_owned() }),
             }
             match page["metadata"]["continue"].as_str() {
                 None | Some("") => return Ok(items),
-                // The token may contain characters that a query must escape.
-                Some(token) => next = escaped(token),
+                Some(token) => next = next.continue_token(token),
             }
         }
     }
 
     /// Changes an object by a JSON patch.
     pub async fn patch(&self, path: &str, change: &Value) -> Result<(), KubernetesError> {
-        let change = Body::from(change.to_string().into_bytes());
-        self.request(Method::PATCH, path, "", change).await.map(|_| ())
+        let request = Request::patch(path).header(CONTENT_TYPE, "application/json-patch+json");
+        self.request(path, request.body(change.to_string().into_bytes())).await.map(|_| ())
     }
 
     async fn request(
         &self,
-        method: Method,
         path: &str,
-        query: &str,
-        body: Body,
+        request: Result<Request<Vec<u8>>, impl std::error::Error>,
     ) -> Result<Value, KubernetesError> {
+        let path = path.to_owned();
         let unreachable = |reason: String| {
-            let (server, path) = (self.server.clone(), path.to_owned());
+            let (server, path) = (self.server.clone(), path.clone());
             KubernetesError::Unreachable { server, path, reason }
         };
-        let mut request = Request::builder().method(&method).uri(format!("{path}{query}"));
-        if method == Method::PATCH {
-            request = request.header(CONTENT_TYPE, "application/json-patch+json");
-        }
-        let request = request.body(body).map_err(|error| unreachable(error.to_string()))?;
+        let request = request.map_err(|error| unreachable(error.to_string()))?;
+        let method = request.method().clone();
         let received = async {
-            let response = self.kube.send(request).await?;
+            let response = self.kube.send(request.map(Body::from)).await?;
             let (status, body) = (response.status(), axum::body::Body::new(response.into_body()));
             Ok::<_, BoxError>((status, axum::body::to_bytes(body, MAXIMUM_RESPONSE_BYTES).await?))
         };
@@ -173,20 +150,10 @@ impl KubernetesClient {
             .map_err(|_| unreachable("operation timed out".to_owned()))?
             .map_err(|error| unreachable(root_cause(error.as_ref())))?;
         if !status.is_success() {
-            return Err(KubernetesError::Refused { method, path: path.to_owned(), status });
+            return Err(KubernetesError::Refused { method, path, status });
         }
-        serde_json::from_slice(&body)
-            .map_err(|_| KubernetesError::Garbled { path: path.to_owned() })
+        serde_json::from_slice(&body).map_err(|_| KubernetesError::Garbled { path })
     }
-}
-
-/// Percent-encodes all characters but letters and digits, for a query.
-fn escaped(text: &str) -> String {
-    let escape = |byte: u8| match byte {
-        b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' => char::from(byte).to_string(),
-        other => format!("%{other:02X}"),
-    };
-    text.bytes().map(escape).collect()
 }
 
 fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {

@@ -279,7 +279,6 @@ impl ReferenceState {
     }
 
     /// Returns the phase. More than `retries` failures in a row count as failed.
-    #[must_use]
     pub fn phase(&self, retries: u32) -> Phase {
         if self.outcome.manifest.is_some() {
             Phase::Ready
@@ -293,7 +292,6 @@ impl ReferenceState {
     }
 
     /// Returns the seconds until the next refresh; `None` during one.
-    #[must_use]
     pub fn next_seconds(&self) -> Option<u64> {
         let next = self.next.filter(|_| self.pulling.is_none());
         next.map(|next| next.saturating_duration_since(Instant::now()).as_secs())

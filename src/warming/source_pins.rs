@@ -36,7 +36,6 @@ impl WantedPins {
 
 impl SourcePins {
     /// Returns the pins of the owners whose names begin with `owners`. None is wanted yet.
-    #[must_use]
     pub fn new(store: Store, owners: &'static str) -> Self {
         Self { store, owners, wanted: Arc::default() }
     }

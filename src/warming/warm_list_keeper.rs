@@ -190,7 +190,6 @@ impl DesiredReference for ListedReference {
 
 impl ListedReference {
     /// Returns the phase for the status and metrics. A failure counts until bytes arrive.
-    #[must_use]
     pub fn phase(state: &ReferenceState) -> Phase {
         let has_bytes = state.pulling.as_ref().is_some_and(|view| view.snapshot().total > 0);
         state.phase(if has_bytes { u32::MAX } else { 0 })

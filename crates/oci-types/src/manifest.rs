@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
 use base64::Engine as _;
-use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use text::printable::excerpt;
 
@@ -191,49 +191,26 @@ pub enum ManifestError {
     NestedIndex(Digest),
 }
 
-/// A manifest or an index before it is checked, without unknown fields. Its lists hold no more
-/// descriptors than the limit allows.
-#[derive(Default)]
-struct ManifestFields {
+/// A manifest or an index without its descriptors, to bound their number before they are parsed.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", expecting = "a manifest")]
+struct ManifestOutline {
     schema_version: Option<i64>,
     media_type: Option<String>,
+    layers: Option<Vec<IgnoredAny>>,
+    blobs: Option<Vec<IgnoredAny>>,
+    manifests: Option<Vec<IgnoredAny>>,
+}
+
+/// A manifest or an index before it is checked, without unknown fields.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", expecting = "a manifest")]
+struct ManifestFields {
     artifact_type: Option<String>,
     config: Option<RawDescriptor>,
-    layers: Option<DescriptorList>,
-    blobs: Option<DescriptorList>,
-    manifests: Option<DescriptorList>,
-}
-
-/// The first descriptors of a list, and the length of the list.
-struct DescriptorList {
-    first: Vec<RawDescriptor>,
-    count: usize,
-}
-
-/// Deserializes a manifest, and keeps at most `most` descriptors of each list.
-#[derive(Clone, Copy)]
-struct ManifestReader {
-    most: usize,
-}
-
-/// Deserializes a list of descriptors or null, and keeps at most `most` of them.
-#[derive(Clone, Copy)]
-struct DescriptorListReader {
-    most: usize,
-}
-
-#[derive(Deserialize)]
-#[serde(field_identifier, rename_all = "camelCase")]
-enum ManifestField {
-    SchemaVersion,
-    MediaType,
-    ArtifactType,
-    Config,
-    Layers,
-    Blobs,
-    Manifests,
-    #[serde(other)]
-    Other,
+    layers: Option<Vec<RawDescriptor>>,
+    blobs: Option<Vec<RawDescriptor>>,
+    manifests: Option<Vec<RawDescriptor>>,
 }
 
 #[derive(Deserialize)]
@@ -242,8 +219,7 @@ struct RawDescriptor {
     media_type: Option<String>,
     digest: String,
     size: Option<i64>,
-    #[serde(default)]
-    annotations: KnownAnnotations,
+    annotations: Option<KnownAnnotations>,
     data: Option<String>,
     platform: Option<RawPlatform>,
     artifact_type: Option<String>,
@@ -253,110 +229,9 @@ struct RawDescriptor {
 #[derive(Default)]
 struct KnownAnnotations(BTreeMap<String, String>);
 
-impl<'de> DeserializeSeed<'de> for ManifestReader {
-    type Value = ManifestFields;
-
-    fn deserialize<D: Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> Result<ManifestFields, D::Error> {
-        deserializer.deserialize_map(self)
-    }
-}
-
-impl<'de> Visitor<'de> for ManifestReader {
-    type Value = ManifestFields;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a manifest")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ManifestFields, A::Error> {
-        fn once<T, E: serde::de::Error>(
-            place: &mut Option<T>,
-            value: Option<T>,
-            key: &'static str,
-        ) -> Result<(), E> {
-            if place.is_some() {
-                return Err(E::duplicate_field(key));
-            }
-            *place = value;
-            Ok(())
-        }
-        let mut raw = ManifestFields::default();
-        let list = DescriptorListReader { most: self.most };
-        while let Some(field) = map.next_key()? {
-            match field {
-                ManifestField::SchemaVersion => {
-                    once(&mut raw.schema_version, map.next_value()?, "schemaVersion")?;
-                }
-                ManifestField::MediaType => {
-                    once(&mut raw.media_type, map.next_value()?, "mediaType")?;
-                }
-                ManifestField::ArtifactType => {
-                    once(&mut raw.artifact_type, map.next_value()?, "artifactType")?;
-                }
-                ManifestField::Config => once(&mut raw.config, map.next_value()?, "config")?,
-                ManifestField::Layers => {
-                    once(&mut raw.layers, map.next_value_seed(list)?, "layers")?;
-                }
-                ManifestField::Blobs => once(&mut raw.blobs, map.next_value_seed(list)?, "blobs")?,
-                ManifestField::Manifests => {
-                    once(&mut raw.manifests, map.next_value_seed(list)?, "manifests")?;
-                }
-                ManifestField::Other => {
-                    map.next_value::<IgnoredAny>()?;
-                }
-            }
-        }
-        Ok(raw)
-    }
-}
-
-impl<'de> DeserializeSeed<'de> for DescriptorListReader {
-    type Value = Option<DescriptorList>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_option(self)
-    }
-}
-
-impl<'de> Visitor<'de> for DescriptorListReader {
-    type Value = Option<DescriptorList>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a list of descriptors")
-    }
-
-    fn visit_none<E>(self) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-        let mut listed = DescriptorList { first: Vec::new(), count: 0 };
-        while listed.first.len() < self.most {
-            let Some(descriptor) = list.next_element()? else { break };
-            listed.first.push(descriptor);
-        }
-        listed.count = listed.first.len();
-        while list.next_element::<IgnoredAny>()?.is_some() {
-            listed.count += 1;
-        }
-        Ok(Some(listed))
-    }
-}
-
 impl<'de> Deserialize<'de> for KnownAnnotations {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_option(AnnotationReader)
+        deserializer.deserialize_map(AnnotationReader)
     }
 }
 
@@ -367,18 +242,6 @@ impl<'de> Visitor<'de> for AnnotationReader {
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("annotations")
-    }
-
-    fn visit_none<E>(self) -> Result<Self::Value, E> {
-        Ok(KnownAnnotations::default())
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(KnownAnnotations::default())
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_map(self)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
@@ -410,8 +273,8 @@ struct RawPlatform {
     os: Option<String>,
     architecture: Option<String>,
     variant: Option<String>,
-    #[serde(default, rename = "os.features")]
-    features: OsFeatures,
+    #[serde(rename = "os.features")]
+    features: Option<OsFeatures>,
 }
 
 /// The first features of an operating system that a platform names. Their number has no limit in a document.
@@ -420,7 +283,7 @@ struct OsFeatures(Vec<String>);
 
 impl<'de> Deserialize<'de> for OsFeatures {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_option(OsFeaturesReader)
+        deserializer.deserialize_seq(OsFeaturesReader)
     }
 }
 
@@ -431,18 +294,6 @@ impl<'de> Visitor<'de> for OsFeaturesReader {
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("a list of features")
-    }
-
-    fn visit_none<E>(self) -> Result<Self::Value, E> {
-        Ok(OsFeatures::default())
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(OsFeatures::default())
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_seq(self)
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
@@ -472,22 +323,26 @@ impl Manifest {
         // The error may quote any part of the document.
         let undecodable =
             |error: serde_json::Error| ManifestError::Undecodable(excerpt(&error.to_string(), 300));
-        let mut document = serde_json::Deserializer::from_slice(bytes);
-        let reader = ManifestReader { most: limits.layers };
-        let raw = reader.deserialize(&mut document).map_err(undecodable)?;
-        document.end().map_err(undecodable)?;
-        let declared = raw.media_type.as_deref().or(content_type).map(media_type::essence);
+        let outline: ManifestOutline = serde_json::from_slice(bytes).map_err(undecodable)?;
+        let declared = outline.media_type.as_deref().or(content_type).map(media_type::essence);
         let declared =
             declared.filter(|declared| media_type::MANIFESTS.contains(&declared.as_str()));
         // An error page or Docker's schema 1 gets another error than a broken manifest.
         if declared.is_none() {
-            if let Some(other) = raw.media_type.as_deref() {
+            if let Some(other) = outline.media_type.as_deref() {
                 return Err(ManifestError::MediaType(excerpt(other, 200)));
             }
-            if raw.schema_version == Some(1) {
+            if outline.schema_version == Some(1) {
                 return Err(ManifestError::MediaType("Docker schema 1".into()));
             }
         }
+        let lists = [outline.layers, outline.blobs, outline.manifests].into_iter().flatten();
+        let (count, limit) =
+            (lists.map(|list| list.len()).max().unwrap_or_default(), limits.layers);
+        if count > limit {
+            return Err(ManifestError::TooManyLayers { count, limit });
+        }
+        let raw: ManifestFields = serde_json::from_slice(bytes).map_err(undecodable)?;
         // Registries differ in the types of the same document, so its fields decide once the type is supported.
         match (raw.layers, raw.manifests, raw.blobs) {
             (Some(_), Some(_), _) => {
@@ -497,13 +352,12 @@ impl Manifest {
             (None, Some(manifests), _) => ImageIndex::of(manifests, limits).map(Self::Index),
             (None, None, Some(blobs)) => Self::image(raw.artifact_type, None, blobs, limits),
             // An empty manifest or index may leave both out.
-            (None, None, None) if raw.media_type.is_some() || raw.config.is_some() => {
-                let none = DescriptorList { first: Vec::new(), count: 0 };
+            (None, None, None) if outline.media_type.is_some() || raw.config.is_some() => {
                 match declared.as_deref() {
                     Some(media_type::OCI_INDEX | media_type::DOCKER_INDEX) => {
                         Ok(Self::Index(ImageIndex::default()))
                     }
-                    _ => Self::image(raw.artifact_type, raw.config, none, limits),
+                    _ => Self::image(raw.artifact_type, raw.config, Vec::new(), limits),
                 }
             }
             (None, None, None) => Err(ManifestError::Undecodable(
@@ -515,18 +369,17 @@ impl Manifest {
     fn image(
         artifact_type: Option<String>,
         config: Option<RawDescriptor>,
-        mut layers: DescriptorList,
+        layers: Vec<RawDescriptor>,
         limits: ManifestLimits,
     ) -> Result<Self, ManifestError> {
-        for layer in &mut layers.first {
-            layer.media_type.get_or_insert_with(|| UNKNOWN_CONTENT.to_owned());
-        }
+        let layer = |mut raw: RawDescriptor| {
+            raw.media_type.get_or_insert_with(|| UNKNOWN_CONTENT.to_owned());
+            descriptor(raw, limits)
+        };
         Ok(Self::Image(ImageManifest {
             artifact_type: artifact_type.filter(|kind| !kind.is_empty()).map(truncated),
             config: config.map(|config| config_descriptor(config, limits)).transpose()?,
-            layers: descriptors(layers, limits)?
-                .map(|raw| descriptor(raw, limits))
-                .collect::<Result<_, _>>()?,
+            layers: layers.into_iter().map(layer).collect::<Result<_, _>>()?,
         }))
     }
 }
@@ -548,7 +401,6 @@ impl ImageManifest {
     }
 
     /// Returns whether a layer has a title, as files do.
-    #[must_use]
     pub fn has_titles(&self) -> bool {
         let title = "org.opencontainers.image.title";
         self.layers.iter().any(|layer| layer.annotations.contains_key(title))
@@ -563,15 +415,15 @@ impl ImageManifest {
 }
 
 impl ImageIndex {
-    fn of(entries: DescriptorList, limits: ManifestLimits) -> Result<Self, ManifestError> {
+    fn of(entries: Vec<RawDescriptor>, limits: ManifestLimits) -> Result<Self, ManifestError> {
         let mut index = Self::default();
-        for raw in descriptors(entries, limits)? {
+        for raw in entries {
             let Err(error @ DigestError::Algorithm(_)) = raw.digest.parse::<Digest>() else {
                 index.manifests.push(descriptor(raw, limits)?);
                 continue;
             };
             let platform = raw.platform.and_then(platform);
-            if !is_attestation(platform.as_ref(), &raw.annotations.0) {
+            if !is_attestation(platform.as_ref(), &raw.annotations.unwrap_or_default().0) {
                 index.unsupported.push(UnsupportedEntry { platform, error });
             }
         }
@@ -888,7 +740,7 @@ pub fn config_platform(config: &[u8]) -> Result<Option<Platform>, ManifestError>
     };
     // As in containerd, features of the system decide between entries of an index only.
     let raw: RawPlatform = serde_json::from_slice(config).map_err(undecodable)?;
-    Ok(platform(RawPlatform { features: OsFeatures::default(), ..raw }))
+    Ok(platform(RawPlatform { features: None, ..raw }))
 }
 
 /// Returns a platform with a bounded length, or none without an architecture.
@@ -901,19 +753,8 @@ fn platform(raw: RawPlatform) -> Option<Platform> {
         architecture: named(raw.architecture)?,
         os: named(raw.os).unwrap_or_else(|| "linux".to_owned()),
         variant: named(raw.variant),
-        features: raw.features.0,
+        features: raw.features.unwrap_or_default().0,
     })
-}
-
-/// Returns the descriptors of a list that is not longer than the limit.
-fn descriptors(
-    raw: DescriptorList,
-    limits: ManifestLimits,
-) -> Result<impl Iterator<Item = RawDescriptor>, ManifestError> {
-    if raw.count > limits.layers {
-        return Err(ManifestError::TooManyLayers { count: raw.count, limit: limits.layers });
-    }
-    Ok(raw.first.into_iter())
 }
 
 fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, ManifestError> {
@@ -932,7 +773,7 @@ fn descriptor(raw: RawDescriptor, limits: ManifestLimits) -> Result<Descriptor, 
         media_type: truncated(media_type::essence(&media_type)),
         digest,
         size,
-        annotations: raw.annotations.0,
+        annotations: raw.annotations.unwrap_or_default().0,
         data,
         platform: raw.platform.and_then(platform),
         artifact_type: raw.artifact_type.map(truncated),

@@ -32,16 +32,17 @@ impl AccessProver {
         with: &PrincipalCredential,
     ) -> Result<Option<AnsweredBy>, PullError> {
         let repository = reference.repository();
-        let (ResolvedDigests { top, manifest }, credential) = (digests, &with.credential);
+        let ResolvedDigests { top, manifest } = digests;
+        let client = self.origins.registry.at(repository, &with.credential);
         let (origins, of, who) = (self.origins.clone(), repository.clone(), with.principal.clone());
         let is_proven = move || {
             Ok(origins.store.proofs().is_proven(&of, manifest, &who, &origins.mirrors(&of)))
         };
         if blocking(is_proven).await? {
-            return Ok(Some(self.origins.registry.probe(repository, manifest, credential).await?));
+            return Ok(Some(client.probe(manifest).await?));
         }
         let name = ManifestName::of(reference);
-        let fetched = self.origins.registry.manifest(repository, &name, credential).await?;
+        let fetched = client.manifest(&name).await?;
         if fetched.digest == top {
             self.origins
                 .keep_document(repository, top, fetched.bytes.clone(), &fetched.answered_by)
@@ -49,7 +50,7 @@ impl AccessProver {
             return Ok(Some(fetched.answered_by));
         }
         let digest = ManifestName::Digest(manifest);
-        match self.origins.registry.manifest(repository, &digest, credential).await {
+        match client.manifest(&digest).await {
             Ok(fetched) => {
                 let FetchedManifest { bytes, answered_by, .. } = &fetched;
                 self.origins
@@ -84,8 +85,8 @@ impl AccessProver {
             return Ok(mirror);
         }
         let repository = reference.repository();
-        let word =
-            self.origins.registry.manifest_of_registry(repository, digests.top, credential).await;
+        let client = self.origins.registry.at(repository, credential);
+        let word = client.manifest_of_registry(digests.top).await;
         if credential.is_anonymous() {
             self.remember_privacy(repository, word.as_ref().map(Option::is_some)).await?;
         }
@@ -130,7 +131,7 @@ impl AccessProver {
             return Ok(());
         }
         let anonymous = Credential::Anonymous;
-        let word = self.origins.registry.manifest_of_registry(repository, top, &anonymous).await;
+        let word = self.origins.registry.at(repository, &anonymous).manifest_of_registry(top).await;
         if matches!(word, Ok(Some(_))) {
             let (origins, of) = (self.origins.clone(), repository.clone());
             let (who, by) = (Principal::anonymous(), ProofSource::Registry);

@@ -436,7 +436,7 @@ impl TreeAssembler {
             (None, Some((_, Source { repository, credential }))) => {
                 let name = ManifestName::Digest(manifest);
                 let registry = &self.origins.registry;
-                let fetched = registry.manifest(&repository, &name, &credential).await?;
+                let fetched = registry.at(&repository, &credential).manifest(&name).await?;
                 let store = self.store.clone();
                 blocking(move || {
                     store.documents().put(manifest, &fetched.bytes)?;

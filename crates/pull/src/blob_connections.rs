@@ -472,9 +472,9 @@ impl Connections<'_> {
         let registry = &self.wire.registry;
         let is_part = span.start > 0 || span.end < self.blob.size;
         let opened = if span.end < self.blob.size {
-            registry.blob_range(repository, self.blob.digest, span.clone(), credential).await
+            registry.at(repository, credential).blob_range(self.blob.digest, span.clone()).await
         } else {
-            registry.blob(repository, self.blob.digest, span.start, credential).await
+            registry.at(repository, credential).blob(self.blob.digest, span.start).await
         };
         let body = match opened {
             Ok(body) => body,

@@ -143,7 +143,7 @@ impl SpaceReserver {
             let Some((number, Source { repository, credential })) = sponsors.current() else {
                 return Err(last);
             };
-            match origins.registry.probe_blob(&repository, blob, &credential).await {
+            match origins.registry.at(&repository, &credential).probe_blob(blob).await {
                 Ok(answered_by) => break answered_by,
                 Err(error) => last = sponsors.refused(number, error.into()),
             }

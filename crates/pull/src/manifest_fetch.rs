@@ -14,7 +14,7 @@ use oci::credentials::Credential;
 use oci::manifest::{
     ChoiceStep, Descriptor, ImageManifest, Manifest, ManifestChoice, check_config_platform,
 };
-use oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError};
+use oci::registry::{AnsweredBy, FetchedManifest, ManifestName, RegistryError, RepositoryClient};
 use oci::{Digest, Platform, Reference, Repository};
 use store::resolution_records::Resolution;
 use unpack::Limits;
@@ -46,10 +46,11 @@ impl ManifestFetcher {
         if let Some(known) = self.unchanged(reference, platform, &name, with).await? {
             return Ok(known);
         }
-        let (limits, credential) = (self.limits.manifest(), &with.credential);
+        let limits = self.limits.manifest();
+        let client = self.origins.registry.at(repository, &with.credential);
         // The block drops each document before the next one is requested, which needs the memory.
         let (top, answered_by, mut choice) = {
-            let top = self.origins.registry.manifest(repository, &name, credential).await?;
+            let top = client.manifest(&name).await?;
             let document = Manifest::parse(&top.bytes, top.content_type.as_deref(), limits)?;
             let choice = ManifestChoice::new(top.digest, document, platform, limits)?;
             self.check_layers(&choice)?;
@@ -60,7 +61,7 @@ impl ManifestFetcher {
         let chosen = loop {
             match choice.step()? {
                 ChoiceStep::Read(of) => {
-                    let (bytes, fetched) = self.read(repository, &of, credential).await?;
+                    let (bytes, fetched) = self.read(client, &of).await?;
                     let digest = of.digest;
                     choice.insert(of, &bytes)?;
                     self.check_layers(&choice)?;
@@ -74,7 +75,7 @@ impl ManifestFetcher {
         if !chosen.has_platform
             && let Some(config) = config_of_image(chosen.image)
         {
-            self.check_platform(repository, platform, credential, config).await?;
+            self.check_platform(client, platform, config).await?;
         }
         let digests = ResolvedDigests { top, manifest: chosen.digest };
         Ok(Meaning { digests, answered_by })
@@ -88,7 +89,7 @@ impl ManifestFetcher {
         credential: &Credential,
     ) -> Result<(), PullError> {
         let name = ManifestName::Digest(digest);
-        let fetched = self.origins.registry.manifest(repository, &name, credential).await?;
+        let fetched = self.origins.registry.at(repository, credential).manifest(&name).await?;
         let FetchedManifest { bytes, answered_by, .. } = &fetched;
         self.origins.keep_document(repository, digest, bytes.clone(), answered_by).await
     }
@@ -126,7 +127,7 @@ impl ManifestFetcher {
         });
         let Some(known) = known.await? else { return Ok(None) };
         let (registry, repository) = (&self.origins.registry, reference.repository());
-        let current = match registry.resolve_tag(repository, tag, &with.credential).await {
+        let current = match registry.at(repository, &with.credential).resolve_tag(tag).await {
             // Some registries know no such request; the one for the manifest itself decides.
             Err(RegistryError::NotFound { .. }) => None,
             current => current?,
@@ -139,9 +140,8 @@ impl ManifestFetcher {
     /// Reads what an index points at: from the index itself, or from the registry.
     async fn read(
         &self,
-        repository: &Repository,
+        client: RepositoryClient<'_>,
         chosen: &Descriptor,
-        credential: &Credential,
     ) -> Result<(Bytes, Option<FetchedManifest>), PullError> {
         if let Some(data) = &chosen.data {
             return Ok((data.clone().into(), None));
@@ -150,8 +150,7 @@ impl ManifestFetcher {
             let what = format!("the manifest {}", chosen.digest);
             return Err(RegistryError::TooLarge { what, limit: self.limits.manifest_bytes }.into());
         }
-        let name = ManifestName::Digest(chosen.digest);
-        let fetched = self.origins.registry.manifest(repository, &name, credential).await?;
+        let fetched = client.manifest(&ManifestName::Digest(chosen.digest)).await?;
         let (digest, expected, got) = (chosen.digest, chosen.size, fetched.bytes.len() as u64);
         if got != expected {
             return Err(PullError::BlobSize { digest, expected, got, encoding: None });
@@ -162,9 +161,8 @@ impl ManifestFetcher {
     /// A single manifest may say in its configuration what it is for.
     async fn check_platform(
         &self,
-        repository: &Repository,
+        client: RepositoryClient<'_>,
         wanted: &Platform,
-        credential: &Credential,
         config: Descriptor,
     ) -> Result<(), PullError> {
         let (digest, size, limit) = (config.digest, config.size, self.limits.config_bytes);
@@ -174,7 +172,7 @@ impl ManifestFetcher {
         if let Some(data) = &config.data {
             return Ok(check_config_platform(data, wanted)?);
         }
-        let (origins, of) = (self.origins.clone(), repository.clone());
+        let (origins, of) = (self.origins.clone(), client.repository.clone());
         let read = move || {
             // Another's configuration is as if it were not here.
             let is_ours = origins
@@ -188,11 +186,9 @@ impl ManifestFetcher {
             return Ok(check_config_platform(&kept, wanted)?);
         }
         let blob = SizedBlob { digest, size };
-        let registry = &self.origins.registry;
-        let fetched =
-            small_blob::fetch(registry, &self.options, repository, blob, credential).await?;
+        let fetched = small_blob::fetch(client, &self.options, blob).await?;
         let (bytes, sent_by) = (fetched.bytes.clone(), &fetched.answered_by);
-        self.origins.keep_document(repository, digest, bytes, sent_by).await?;
+        self.origins.keep_document(client.repository, digest, bytes, sent_by).await?;
         Ok(check_config_platform(&fetched.bytes, wanted)?)
     }
 }

@@ -19,14 +19,13 @@ use super::reference_resolution::{Resolved, ResolvedDigests, Resolver};
 use super::single_flight::Outcome;
 use super::small_blob;
 use super::{SizedBlob, blocking};
-use oci::credentials::Credential;
+use oci::Digest;
 use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits, SIGNATURE_ANNOTATION};
-use oci::registry::{ManifestName, Registry, RegistryError};
+use oci::registry::{ManifestName, Registry, RegistryError, RepositoryClient};
 use oci::signature::{
     FoundSignature, SignatureDemand, SignatureFormat, SignatureMode, sigstore_bundle,
     simple_signing,
 };
-use oci::{Digest, Repository};
 use store::Store;
 
 /// Signatures that are looked at for one digest; more is a registry's attempt to keep the node busy.
@@ -78,12 +77,11 @@ impl SignatureVerifier {
         if top != manifest {
             subjects.push(top);
         }
-        let (registry, options, limits) = (&self.registry, self.options, self.limits);
-        let finder = Finder { registry, options, limits };
+        let client = self.registry.at(repository, &credential);
+        let finder = Finder { client, options: self.options, limits: self.limits };
         let mut worst = None;
         for subject in &subjects {
-            let found = finder.find(repository, *subject, demand.format, &credential);
-            let found = found.await.map_err(Arc::new)?;
+            let found = finder.find(*subject, demand.format).await.map_err(Arc::new)?;
             // A signature of the index counts, of whatever else does not.
             match demand.judge(&found, &subjects) {
                 Ok(key) => {
@@ -105,8 +103,8 @@ impl SignatureVerifier {
 /// Finds what a registry has of signatures.
 #[derive(Clone, Copy, Debug)]
 pub struct Finder<'a> {
-    /// The registry client.
-    pub registry: &'a Registry,
+    /// The client of the repository.
+    pub client: RepositoryClient<'a>,
     /// The options of requests.
     pub options: PullOptions,
     /// The limits on manifests that carry signatures.
@@ -117,30 +115,26 @@ impl Finder<'_> {
     /// All signatures of a digest, in the formats that count.
     pub async fn find(
         &self,
-        repository: &Repository,
         subject: Digest,
         format: SignatureFormat,
-        credential: &Credential,
     ) -> Result<Vec<FoundSignature>, PullError> {
         let mut found = Vec::new();
         if format != SignatureFormat::Bundle {
-            self.find_simple(repository, subject, credential, &mut found).await?;
+            self.find_simple(subject, &mut found).await?;
         }
         if format != SignatureFormat::Legacy {
-            self.find_bundles(repository, subject, credential, &mut found).await?;
+            self.find_bundles(subject, &mut found).await?;
         }
         Ok(found)
     }
 
     async fn find_simple(
         &self,
-        repository: &Repository,
         subject: Digest,
-        credential: &Credential,
         found: &mut Vec<FoundSignature>,
     ) -> Result<(), PullError> {
         let name = ManifestName::Tag(format!("sha256-{}.sig", subject.hex()));
-        let Some(manifest) = self.signature_manifest(repository, &name, credential).await? else {
+        let Some(manifest) = self.signature_manifest(&name).await? else {
             return Ok(());
         };
         let layers =
@@ -149,7 +143,7 @@ impl Finder<'_> {
             let Some(signature) = layer.annotations.get(SIGNATURE_ANNOTATION) else {
                 continue;
             };
-            if let Some(payload) = self.signature_blob(repository, layer, credential).await? {
+            if let Some(payload) = self.signature_blob(layer).await? {
                 found.push(FoundSignature::Simple { payload, signature: signature.clone() });
             }
         }
@@ -158,15 +152,12 @@ impl Finder<'_> {
 
     async fn find_bundles(
         &self,
-        repository: &Repository,
         subject: Digest,
-        credential: &Credential,
         found: &mut Vec<FoundSignature>,
     ) -> Result<(), PullError> {
-        for descriptor in self.referrers(repository, subject, credential).await? {
+        for descriptor in self.referrers(subject).await? {
             let name = ManifestName::Digest(descriptor.digest);
-            let Some(manifest) = self.signature_manifest(repository, &name, credential).await?
-            else {
+            let Some(manifest) = self.signature_manifest(&name).await? else {
                 continue;
             };
             let layers = manifest
@@ -174,7 +165,7 @@ impl Finder<'_> {
                 .iter()
                 .filter(|layer| layer.media_type == sigstore_bundle::MEDIA_TYPE);
             for layer in layers.take(1) {
-                if let Some(bytes) = self.signature_blob(repository, layer, credential).await? {
+                if let Some(bytes) = self.signature_blob(layer).await? {
                     found.push(FoundSignature::Bundle(bytes));
                 }
             }
@@ -183,23 +174,18 @@ impl Finder<'_> {
     }
 
     /// Returns the referrers of a digest that may carry a signature, most likely first.
-    async fn referrers(
-        &self,
-        repository: &Repository,
-        subject: Digest,
-        credential: &Credential,
-    ) -> Result<Vec<Descriptor>, PullError> {
+    async fn referrers(&self, subject: Digest) -> Result<Vec<Descriptor>, PullError> {
         let mut indexes = Vec::new();
         let parse = |bytes: &[u8]| match Manifest::parse(bytes, None, self.limits) {
             Ok(Manifest::Index(index)) => Some(index),
             Ok(Manifest::Image(_)) | Err(_) => None,
         };
-        if let Some(referrers) = self.registry.referrers(repository, subject, credential).await? {
+        if let Some(referrers) = self.client.referrers(subject).await? {
             indexes.extend(referrers.pages.iter().filter_map(|page| parse(page)));
         } else {
             // The fallback of the distribution specification.
             let name = ManifestName::Tag(format!("sha256-{}", subject.hex()));
-            match self.registry.manifest(repository, &name, credential).await {
+            match self.client.manifest(&name).await {
                 Ok(fetched) => indexes.extend(parse(&fetched.bytes)),
                 Err(RegistryError::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -223,11 +209,9 @@ impl Finder<'_> {
     /// A manifest that carries signatures; one that is not there or makes no sense carries none.
     async fn signature_manifest(
         &self,
-        repository: &Repository,
         name: &ManifestName,
-        credential: &Credential,
     ) -> Result<Option<ImageManifest>, PullError> {
-        let fetched = match self.registry.manifest(repository, name, credential).await {
+        let fetched = match self.client.manifest(name).await {
             Ok(fetched) => fetched,
             Err(RegistryError::NotFound { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
@@ -238,12 +222,7 @@ impl Finder<'_> {
         }
     }
 
-    async fn signature_blob(
-        &self,
-        repository: &Repository,
-        layer: &Descriptor,
-        credential: &Credential,
-    ) -> Result<Option<Vec<u8>>, PullError> {
+    async fn signature_blob(&self, layer: &Descriptor) -> Result<Option<Vec<u8>>, PullError> {
         if layer.size > MAXIMUM_SIGNATURE_BYTES {
             return Ok(None);
         }
@@ -251,8 +230,7 @@ impl Finder<'_> {
             return Ok(Some(data.clone()));
         }
         let blob = SizedBlob { digest: layer.digest, size: layer.size };
-        let options = &self.options;
-        match small_blob::fetch(self.registry, options, repository, blob, credential).await {
+        match small_blob::fetch(self.client, &self.options, blob).await {
             Ok(document) => Ok(Some(document.bytes.to_vec())),
             Err(
                 PullError::Registry(RegistryError::NotFound { .. })
@@ -270,6 +248,7 @@ mod tests {
         INDEX, MANIFEST, TestNode, TestRegistry, descriptor, file_layer, image, index,
     };
     use super::*;
+    use oci::credentials::Credential;
     use oci::registry::RegistryOptions;
 
     #[tokio::test]
@@ -291,10 +270,10 @@ mod tests {
         registry.manifest("a", &format!("sha256-{}", subject.hex()), INDEX, &referrers);
         let client = Registry::new(RegistryOptions::default()).expect("a client");
         let limits = unpack::Limits::default().manifest();
-        let finder = Finder { registry: &client, options: PullOptions::default(), limits };
         let reference = registry.reference("a");
-        let find =
-            |format| finder.find(reference.repository(), subject, format, &Credential::Anonymous);
+        let client = client.at(reference.repository(), &Credential::Anonymous);
+        let finder = Finder { client, options: PullOptions::default(), limits };
+        let find = |format| finder.find(subject, format);
         let found = find(SignatureFormat::Any).await.expect("signatures");
         let [FoundSignature::Simple { payload, signature }, FoundSignature::Bundle(bundle)] =
             &found[..]

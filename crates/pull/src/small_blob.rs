@@ -9,9 +9,8 @@ use super::SizedBlob;
 use super::connection_rate::Rate;
 use super::error::PullError;
 use super::pull_options::PullOptions;
-use oci::credentials::Credential;
-use oci::registry::{AnsweredBy, BlobBody, DocumentReservation, Registry, RegistryError};
-use oci::{Digest, Repository};
+use oci::Digest;
+use oci::registry::{AnsweredBy, BlobBody, DocumentReservation, RegistryError, RepositoryClient};
 
 /// Bytes a second that a document has time for, beside the time that any has. It takes room in memory
 /// that others wait for, until it is whole.
@@ -31,13 +30,12 @@ pub(super) struct Document {
 
 /// Fetches a blob whose size is within a limit. The mirrors that are of no use for it are passed by.
 pub(super) async fn fetch(
-    registry: &Registry,
+    client: RepositoryClient<'_>,
     options: &PullOptions,
-    repository: &Repository,
     blob: SizedBlob,
-    credential: &Credential,
 ) -> Result<Document, PullError> {
     let SizedBlob { digest, size } = blob;
+    let RepositoryClient { registry, repository, .. } = client;
     let held = registry.reserve_memory(repository, size).await;
     let waited = ANY + Duration::from_secs(size / LEAST);
     let too_slow = |waited| {
@@ -74,7 +72,7 @@ pub(super) async fn fetch(
     let (bytes, answered_by) = loop {
         let mut mirror: Option<Arc<str>> = None;
         let tried = async {
-            let body = registry.blob_without(&useless, repository, digest, credential).await?;
+            let body = client.blob_without(&useless, digest).await?;
             mirror.clone_from(&body.mirror);
             let answered_by = body.answered_by.clone();
             Ok((read(body).await?, answered_by))
@@ -102,7 +100,8 @@ mod tests {
 
     use super::*;
     use oci::Reference;
-    use oci::registry::RegistryOptions;
+    use oci::credentials::Credential;
+    use oci::registry::{Registry, RegistryOptions};
 
     /// Sends a byte, and no more for a minute: until then the mark of another mirror has worn off.
     async fn trickling_mirror(asked: Arc<AtomicUsize>) -> String {
@@ -144,7 +143,7 @@ mod tests {
         let repository = reference.repository();
         let blob = SizedBlob { digest: Digest::of(b"xy"), size: 2 };
         let anonymous = Credential::Anonymous;
-        let fetched = fetch(&registry, &options, repository, blob, &anonymous).await;
+        let fetched = fetch(registry.at(repository, &anonymous), &options, blob).await;
         let error = fetched.expect_err("nobody has it");
         assert!(matches!(error, PullError::Registry(RegistryError::Unreachable { .. })), "{error}");
         assert_eq!(asked.map(|asked| asked.load(Ordering::Relaxed)), [1, 1]);

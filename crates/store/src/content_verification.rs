@@ -381,29 +381,31 @@ fn verify_layer(
             return Ok(());
         }
     };
-    let mut members = LayerFiles { path, rules, leased: Vec::new(), unread: None };
+    let mut members = LayerFiles { path, rules, reader, damage, leased: Vec::new(), unread: None };
     for entry in entries {
         let entry = match entry {
             Ok(entry) => entry,
             Err(error) => {
-                damage.push(PathBuf::from("index"), of_index(error)?);
+                members.damage.push(PathBuf::from("index"), of_index(error)?);
                 return Ok(());
             }
         };
         let EntryKind::File { data, checksum, .. } = entry.kind else { continue };
         let member = LayerFile { below: layers::data(data), entry, checksum };
         match open(&path.join(&member.below)) {
-            Err(error) if is_leased(&error) => members.defer(member, reader, damage)?,
-            opened => members.verify(&member, opened, reader, damage)?,
+            Err(error) if is_leased(&error) => members.defer(member)?,
+            opened => members.verify(&member, opened)?,
         }
     }
-    members.finish(reader, damage)
+    members.finish()
 }
 
 /// The regular files of a layer.
 struct LayerFiles<'a> {
     path: &'a Path,
     rules: Rules,
+    reader: &'a mut Reader,
+    damage: &'a mut DamageList,
     /// Files that other processes hold leases on, which are waited for together.
     leased: Vec<LayerFile>,
     /// The error of files that cannot be read.
@@ -419,20 +421,19 @@ struct LayerFile {
 
 impl LayerFiles<'_> {
     fn verify(
-        &self,
+        &mut self,
         member: &LayerFile,
         opened: std::io::Result<std::fs::File>,
-        reader: &mut Reader,
-        damage: &mut DamageList,
     ) -> std::io::Result<()> {
         let LayerFile { below, entry, checksum } = member;
+        let Self { rules, reader, damage, .. } = self;
         let mut wrong = |detail: String| {
             let shown = String::from_utf8_lossy(entry.path.as_bytes());
             damage.push(below.clone(), format!("{shown}: {detail}"));
         };
         let look = || -> std::io::Result<()> {
             let file = opened?;
-            self.rules.other_metadata(&file, &entry.metadata)?.into_iter().for_each(&mut wrong);
+            rules.other_metadata(&file, &entry.metadata)?.into_iter().for_each(&mut wrong);
             if reader.checksum(&file, *checksum)? != *checksum {
                 wrong("its content is not what was unpacked".into());
             }
@@ -445,24 +446,19 @@ impl LayerFiles<'_> {
         Ok(())
     }
 
-    fn defer(
-        &mut self,
-        member: LayerFile,
-        reader: &mut Reader,
-        damage: &mut DamageList,
-    ) -> std::io::Result<()> {
+    fn defer(&mut self, member: LayerFile) -> std::io::Result<()> {
         self.leased.push(member);
-        if self.leased.len() < LEASED_AT_ONCE { Ok(()) } else { self.wait(reader, damage) }
+        if self.leased.len() < LEASED_AT_ONCE { Ok(()) } else { self.wait() }
     }
 
-    fn wait(&mut self, reader: &mut Reader, damage: &mut DamageList) -> std::io::Result<()> {
+    fn wait(&mut self) -> std::io::Result<()> {
         let leased = std::mem::take(&mut self.leased);
         let paths: Vec<_> = leased.iter().map(|member| self.path.join(&member.below)).collect();
-        match reader.open_leased(&paths) {
+        match self.reader.open_leased(&paths) {
             Ok(opened) => leased
                 .iter()
                 .zip(opened)
-                .try_for_each(|(member, opened)| self.verify(member, opened, reader, damage)),
+                .try_for_each(|(member, opened)| self.verify(member, opened)),
             // Files without leases are still read.
             Err(error) if was_leased(&error) => {
                 self.unread = Some(error);
@@ -472,9 +468,9 @@ impl LayerFiles<'_> {
         }
     }
 
-    fn finish(mut self, reader: &mut Reader, damage: &mut DamageList) -> std::io::Result<()> {
+    fn finish(mut self) -> std::io::Result<()> {
         if !self.leased.is_empty() {
-            self.wait(reader, damage)?;
+            self.wait()?;
         }
         self.unread.map_or(Ok(()), Err)
     }

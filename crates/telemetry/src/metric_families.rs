@@ -1,5 +1,6 @@
 //! Metrics that are registered as they are made, and served in the format that a scrape accepts.
 
+use std::fmt;
 use std::sync::Arc;
 
 use axum::Router;
@@ -8,6 +9,10 @@ use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::routing::get;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Metric, Registry, Unit};
 use tokio::sync::Semaphore;
@@ -18,9 +23,81 @@ use super::metric_exposition;
 /// threads.
 const SCRAPES: usize = 2;
 
+/// Names and values of labels.
+pub type Labels<const N: usize> = [(&'static str, &'static str); N];
+
 /// All metrics of one process, under the driver's prefix.
 #[derive(Debug)]
 pub struct MetricFamilies(Registry);
+
+/// Writes metrics that are read at a scrape.
+#[derive(Debug)]
+pub struct MetricWriter<'a>(DescriptorEncoder<'a>);
+
+struct ScrapeReader<F>(F);
+
+impl<F> fmt::Debug for ScrapeReader<F> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("ScrapeReader")
+    }
+}
+
+impl<F> Collector for ScrapeReader<F>
+where
+    F: Fn(MetricWriter<'_>) -> fmt::Result + Send + Sync + 'static,
+{
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.0(MetricWriter(encoder))
+    }
+}
+
+impl MetricWriter<'_> {
+    /// Writes a gauge.
+    pub fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, now: u64) -> fmt::Result {
+        let encoder = self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        ConstGauge::new(now).encode(encoder)
+    }
+
+    /// Writes a counter.
+    pub fn counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        unit: Option<&Unit>,
+        sum: u64,
+    ) -> fmt::Result {
+        let encoder = self.0.encode_descriptor(name, help, unit, MetricType::Counter)?;
+        ConstCounter::new(sum).encode(encoder)
+    }
+
+    /// Writes a gauge for each value of a label.
+    pub fn gauges<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: [(&str, u64); N],
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        values.into_iter().try_for_each(|(value, now)| {
+            ConstGauge::new(now).encode(family.encode_family(&[(label, value)])?)
+        })
+    }
+
+    /// Writes a counter for each value of a label.
+    pub fn counters<const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        label: &str,
+        values: [(&str, u64); N],
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        values.into_iter().try_for_each(|(value, sum)| {
+            ConstCounter::new(sum).encode(family.encode_family(&[(label, value)])?)
+        })
+    }
+}
 
 impl MetricFamilies {
     /// Registers the running version as the first family.
@@ -49,9 +126,12 @@ impl MetricFamilies {
         metric
     }
 
-    /// Registers metrics that are collected at each scrape.
-    pub fn add_collector(&mut self, collector: impl Collector) {
-        self.0.register_collector(Box::new(collector));
+    /// Registers a function that writes metrics at each scrape.
+    pub fn add_reader(
+        &mut self,
+        write: impl Fn(MetricWriter<'_>) -> fmt::Result + Send + Sync + 'static,
+    ) {
+        self.0.register_collector(Box::new(ScrapeReader(write)));
     }
 
     /// Encodes all metrics as OpenMetrics.

@@ -178,6 +178,17 @@ pub struct Registry {
     options: Arc<RegistryOptions>,
 }
 
+/// Client of one repository, which sends one credential.
+#[derive(Clone, Copy, Debug)]
+pub struct RepositoryClient<'a> {
+    /// Client of all registries.
+    pub registry: &'a Registry,
+    /// Repository of the requests.
+    pub repository: &'a Repository,
+    /// Credential that they send.
+    pub credential: &'a Credential,
+}
+
 impl Default for RegistryOptions {
     fn default() -> Self {
         Self {
@@ -213,70 +224,13 @@ impl Registry {
         })
     }
 
-    /// Fetches a manifest. Compares its digest with the requested one, or with the one that the
-    /// registry announces for a tag.
-    pub async fn manifest(
-        &self,
-        repository: &Repository,
-        name: &ManifestName,
-        credential: &Credential,
-    ) -> Result<FetchedManifest, RegistryError> {
-        let request = &RegistryRequest::manifest(repository, name, credential, Method::GET)?;
-        if matches!(name, ManifestName::Tag(_)) && self.has_resolve_only_host(repository).await? {
-            // A host that serves tags may not serve manifests. By digest, all hosts do.
-            if let Some(tag) = self.resolve(repository, name, credential).await? {
-                let name = ManifestName::Digest(tag.digest);
-                return Box::pin(self.manifest(repository, &name, credential)).await;
-            }
-        }
-        let mut failover = self.failover(request, name.needs()).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = Box::pin(self.fetch_manifest(request, endpoint, name));
-            if let Some(done) = failover.evaluate(self.with_backoff(request, endpoint, tried).await)
-            {
-                return done;
-            }
-        }
-    }
-
-    /// Fetches a manifest from the registry itself, not from a mirror: a mirror that serves it
-    /// publicly does not prove that the credential may read it. `None` if a `hosts.toml` replaces
-    /// the registry by another host.
-    pub async fn manifest_of_registry(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        credential: &Credential,
-    ) -> Result<Option<FetchedManifest>, RegistryError> {
-        let host = repository.host();
-        let name = ManifestName::Digest(digest);
-        let request = &RegistryRequest::manifest(repository, &name, credential, Method::GET)?;
-        let route = self.hosts.route(&self.transport, host).await;
-        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
-        let own = endpoints.iter().filter(|endpoint| endpoint.is_registry() && endpoint.pull);
-        let own: Vec<_> = own.cloned().collect();
-        let Some(mut failover) = HostFailover::new(own, |_| MirrorHealth::Healthy) else {
-            return Ok(None);
-        };
-        let failed = self.unreachable.lock().get(&host.to_owned());
-        if let Some((_, error)) = failed.filter(|(since, _)| since.elapsed() < UNREACHABLE_FOR) {
-            return Err(error.about(&request.what));
-        }
-        let fetched = loop {
-            let endpoint = failover.current();
-            let tried = Box::pin(self.fetch_manifest(request, endpoint, &name));
-            if let Some(done) = failover.evaluate(self.with_backoff(request, endpoint, tried).await)
-            {
-                break done;
-            }
-        };
-        if let Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Timeout { .. })) =
-            &fetched
-        {
-            self.unreachable.lock().insert(host.to_owned(), (Instant::now(), error.clone()));
-        }
-        fetched.map(Some)
+    /// Returns the client of a repository that sends this credential.
+    pub fn at<'a>(
+        &'a self,
+        repository: &'a Repository,
+        credential: &'a Credential,
+    ) -> RepositoryClient<'a> {
+        RepositoryClient { registry: self, repository, credential }
     }
 
     /// Returns the addresses of a registry's mirrors, as configured now; `None` if its `hosts.toml`
@@ -343,199 +297,6 @@ impl Registry {
                     })
                 }
             };
-        }
-    }
-
-    /// Proves with one small request that a credential gives access to a manifest.
-    pub async fn probe(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        credential: &Credential,
-    ) -> Result<AnsweredBy, RegistryError> {
-        let name = ManifestName::Digest(digest);
-        let head = &RegistryRequest::manifest(repository, &name, credential, Method::HEAD)?;
-        let get = &RegistryRequest::manifest(repository, &name, credential, Method::GET)?;
-        let mut failover = self.failover(head, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let answer = self.send_authenticated(head, endpoint).await?;
-                if answer.status().is_success() {
-                    return Ok(AnsweredBy::of(endpoint, &answer));
-                }
-                if !is_head_unsupported(&answer) {
-                    return Err(answer.refusal(&head.what, head.is_anonymous_at(endpoint)));
-                }
-                let answer = self.expect_success(get, endpoint).await?;
-                let answered_by = AnsweredBy::of(endpoint, &answer);
-                answer.discard().await;
-                Ok(answered_by)
-            };
-            if let Some(done) = failover.evaluate(self.with_timeout(head, endpoint, tried).await) {
-                return done;
-            }
-        }
-    }
-
-    /// Resolves a tag. `None` if the registry does not announce the digest without sending the
-    /// manifest.
-    pub async fn resolve_tag(
-        &self,
-        repository: &Repository,
-        tag: &str,
-        credential: &Credential,
-    ) -> Result<Option<ResolvedTag>, RegistryError> {
-        self.resolve(repository, &ManifestName::Tag(tag.to_owned()), credential).await
-    }
-
-    async fn resolve(
-        &self,
-        repository: &Repository,
-        name: &ManifestName,
-        credential: &Credential,
-    ) -> Result<Option<ResolvedTag>, RegistryError> {
-        let request = &RegistryRequest::manifest(repository, name, credential, Method::HEAD)?;
-        let get = &RegistryRequest::manifest(repository, name, credential, Method::GET)?;
-        let mut failover = self.failover(request, name.needs()).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = self.send_authenticated(request, endpoint).await?;
-                // The registry may refuse the method HEAD, not the credential.
-                if answer.status() == StatusCode::FORBIDDEN && !answer.redirected {
-                    answer.discard().await;
-                    answer = self.expect_success(get, endpoint).await?;
-                }
-                if answer.status().is_success() {
-                    let digest = announced_digest(answer.response.headers());
-                    let answered_by = AnsweredBy::of(endpoint, &answer);
-                    answer.discard().await;
-                    return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
-                }
-                if is_head_unsupported(&answer) {
-                    return Ok(None);
-                }
-                Err(answer.refusal(&request.what, request.is_anonymous_at(endpoint)))
-            };
-            if let Some(done) = failover.evaluate(self.with_timeout(request, endpoint, tried).await)
-            {
-                return done;
-            }
-        }
-    }
-
-    /// Proves with one small request that a credential gives access to a blob.
-    pub async fn probe_blob(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        credential: &Credential,
-    ) -> Result<AnsweredBy, RegistryError> {
-        let head = &RegistryRequest::blob(repository, digest, credential, Method::HEAD);
-        let mut get = RegistryRequest::blob(repository, digest, credential, Method::GET);
-        get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
-        let get = &get;
-        let mut failover = self.failover(head, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = self.send_authenticated(head, endpoint).await?;
-                if is_head_unsupported(&answer) {
-                    answer = self.send_authenticated(get, endpoint).await?;
-                }
-                match answer.refusal_or_success(head, endpoint) {
-                    // An empty blob has no first byte, so 416 proves access too.
-                    Some(refusal) if answer.status() != StatusCode::RANGE_NOT_SATISFIABLE => {
-                        Err(refusal)
-                    }
-                    _ => Ok(AnsweredBy::of(endpoint, &answer)),
-                }
-            };
-            if let Some(done) = failover.evaluate(self.with_timeout(head, endpoint, tried).await) {
-                return done;
-            }
-        }
-    }
-
-    /// Opens a blob from `offset` on. A registry without support for ranges sends it from the
-    /// start: [`BlobBody::offset`] is the actual start of the body.
-    pub async fn blob(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        offset: u64,
-        credential: &Credential,
-    ) -> Result<BlobBody, RegistryError> {
-        let asked = (offset > 0).then_some(BlobPart { start: offset, end: None });
-        let whole = RegistryRequest::blob(repository, digest, credential, Method::GET);
-        self.blob_part(whole, digest, asked).await
-    }
-
-    /// Opens a blob, but not at these mirrors.
-    pub async fn blob_without(
-        &self,
-        mirrors: &[Arc<str>],
-        repository: &Repository,
-        digest: Digest,
-        credential: &Credential,
-    ) -> Result<BlobBody, RegistryError> {
-        let whole = RegistryRequest::blob(repository, digest, credential, Method::GET);
-        self.blob_part(RegistryRequest { without: mirrors, ..whole }, digest, None).await
-    }
-
-    /// Opens a part of a blob or, if the registry has no support for ranges, the whole blob:
-    /// [`BlobBody::offset`] is the actual start of the body.
-    pub async fn blob_range(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        range: Range<u64>,
-        credential: &Credential,
-    ) -> Result<BlobBody, RegistryError> {
-        let asked = Some(BlobPart { start: range.start, end: Some(range.end) });
-        let whole = RegistryRequest::blob(repository, digest, credential, Method::GET);
-        self.blob_part(whole, digest, asked).await
-    }
-
-    async fn blob_part(
-        &self,
-        whole: RegistryRequest<'_>,
-        digest: Digest,
-        asked: Option<BlobPart>,
-    ) -> Result<BlobBody, RegistryError> {
-        let whole = &whole;
-        let mut part =
-            RegistryRequest::blob(whole.repository, digest, whole.credential, Method::GET);
-        if let Some(BlobPart { start, end }) = asked {
-            part.headers.insert(RANGE, range_of(start, end));
-        }
-        let part = &part;
-        let mut failover = self.failover(whole, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = self.send_authenticated(part, endpoint).await?;
-                if asked.is_some() && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
-                    answer.discard().await;
-                    answer = self.send_authenticated(whole, endpoint).await?;
-                }
-                if let Some(refusal) = answer.refusal_or_success(whole, endpoint) {
-                    return Err(refusal);
-                }
-                let answer = BlobAnswer {
-                    mirror: failover.mirror(),
-                    answered_by: AnsweredBy::of(endpoint, &answer),
-                    answer,
-                    asked,
-                    what: whole.what.clone(),
-                    stall_timeout: self.options.stall_timeout,
-                };
-                answer.body()
-            };
-            if let Some(done) = failover.evaluate(self.with_timeout(whole, endpoint, tried).await) {
-                return done;
-            }
         }
     }
 
@@ -633,6 +394,246 @@ impl Registry {
         let route = self.hosts.route(&self.transport, repository.host()).await;
         let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
         Ok(endpoints.iter().any(|endpoint| endpoint.resolve && !endpoint.pull))
+    }
+}
+
+impl RepositoryClient<'_> {
+    /// Fetches a manifest. Compares its digest with the requested one, or with the one that the
+    /// registry announces for a tag.
+    pub async fn manifest(self, name: &ManifestName) -> Result<FetchedManifest, RegistryError> {
+        let registry = self.registry;
+        let request = &RegistryRequest::manifest(self, name, Method::GET)?;
+        if matches!(name, ManifestName::Tag(_))
+            && registry.has_resolve_only_host(self.repository).await?
+        {
+            // A host that serves tags may not serve manifests. By digest, all hosts do.
+            if let Some(tag) = self.resolve(name).await? {
+                let name = ManifestName::Digest(tag.digest);
+                return Box::pin(self.manifest(&name)).await;
+            }
+        }
+        let mut failover = registry.failover(request, name.needs()).await?;
+        loop {
+            let endpoint = failover.current();
+            let tried = Box::pin(registry.fetch_manifest(request, endpoint, name));
+            if let Some(done) =
+                failover.evaluate(registry.with_backoff(request, endpoint, tried).await)
+            {
+                return done;
+            }
+        }
+    }
+
+    /// Fetches a manifest from the registry itself, not from a mirror: a mirror that serves it
+    /// publicly does not prove that the credential may read it. `None` if a `hosts.toml` replaces
+    /// the registry by another host.
+    pub async fn manifest_of_registry(
+        self,
+        digest: Digest,
+    ) -> Result<Option<FetchedManifest>, RegistryError> {
+        let registry = self.registry;
+        let host = self.repository.host();
+        let name = ManifestName::Digest(digest);
+        let request = &RegistryRequest::manifest(self, &name, Method::GET)?;
+        let route = registry.hosts.route(&registry.transport, host).await;
+        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
+        let own = endpoints.iter().filter(|endpoint| endpoint.is_registry() && endpoint.pull);
+        let own: Vec<_> = own.cloned().collect();
+        let Some(mut failover) = HostFailover::new(own, |_| MirrorHealth::Healthy) else {
+            return Ok(None);
+        };
+        let failed = registry.unreachable.lock().get(&host.to_owned());
+        if let Some((_, error)) = failed.filter(|(since, _)| since.elapsed() < UNREACHABLE_FOR) {
+            return Err(error.about(&request.what));
+        }
+        let fetched = loop {
+            let endpoint = failover.current();
+            let tried = Box::pin(registry.fetch_manifest(request, endpoint, &name));
+            if let Some(done) =
+                failover.evaluate(registry.with_backoff(request, endpoint, tried).await)
+            {
+                break done;
+            }
+        };
+        if let Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Timeout { .. })) =
+            &fetched
+        {
+            registry.unreachable.lock().insert(host.to_owned(), (Instant::now(), error.clone()));
+        }
+        fetched.map(Some)
+    }
+
+    /// Proves with one small request that a credential gives access to a manifest.
+    pub async fn probe(self, digest: Digest) -> Result<AnsweredBy, RegistryError> {
+        let registry = self.registry;
+        let name = ManifestName::Digest(digest);
+        let head = &RegistryRequest::manifest(self, &name, Method::HEAD)?;
+        let get = &RegistryRequest::manifest(self, &name, Method::GET)?;
+        let mut failover = registry.failover(head, RequiredCapability::Pull).await?;
+        loop {
+            let endpoint = failover.current();
+            let tried = async {
+                let answer = registry.send_authenticated(head, endpoint).await?;
+                if answer.status().is_success() {
+                    return Ok(AnsweredBy::of(endpoint, &answer));
+                }
+                if !is_head_unsupported(&answer) {
+                    return Err(answer.refusal(&head.what, head.is_anonymous_at(endpoint)));
+                }
+                let answer = registry.expect_success(get, endpoint).await?;
+                let answered_by = AnsweredBy::of(endpoint, &answer);
+                answer.discard().await;
+                Ok(answered_by)
+            };
+            if let Some(done) =
+                failover.evaluate(registry.with_timeout(head, endpoint, tried).await)
+            {
+                return done;
+            }
+        }
+    }
+
+    /// Resolves a tag. `None` if the registry does not announce the digest without sending the
+    /// manifest.
+    pub async fn resolve_tag(self, tag: &str) -> Result<Option<ResolvedTag>, RegistryError> {
+        self.resolve(&ManifestName::Tag(tag.to_owned())).await
+    }
+
+    async fn resolve(self, name: &ManifestName) -> Result<Option<ResolvedTag>, RegistryError> {
+        let registry = self.registry;
+        let request = &RegistryRequest::manifest(self, name, Method::HEAD)?;
+        let get = &RegistryRequest::manifest(self, name, Method::GET)?;
+        let mut failover = registry.failover(request, name.needs()).await?;
+        loop {
+            let endpoint = failover.current();
+            let tried = async {
+                let mut answer = registry.send_authenticated(request, endpoint).await?;
+                // The registry may refuse the method HEAD, not the credential.
+                if answer.status() == StatusCode::FORBIDDEN && !answer.redirected {
+                    answer.discard().await;
+                    answer = registry.expect_success(get, endpoint).await?;
+                }
+                if answer.status().is_success() {
+                    let digest = announced_digest(answer.response.headers());
+                    let answered_by = AnsweredBy::of(endpoint, &answer);
+                    answer.discard().await;
+                    return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
+                }
+                if is_head_unsupported(&answer) {
+                    return Ok(None);
+                }
+                Err(answer.refusal(&request.what, request.is_anonymous_at(endpoint)))
+            };
+            if let Some(done) =
+                failover.evaluate(registry.with_timeout(request, endpoint, tried).await)
+            {
+                return done;
+            }
+        }
+    }
+
+    /// Proves with one small request that a credential gives access to a blob.
+    pub async fn probe_blob(self, digest: Digest) -> Result<AnsweredBy, RegistryError> {
+        let registry = self.registry;
+        let head = &RegistryRequest::blob(self, digest, Method::HEAD);
+        let mut get = RegistryRequest::blob(self, digest, Method::GET);
+        get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
+        let get = &get;
+        let mut failover = registry.failover(head, RequiredCapability::Pull).await?;
+        loop {
+            let endpoint = failover.current();
+            let tried = async {
+                let mut answer = registry.send_authenticated(head, endpoint).await?;
+                if is_head_unsupported(&answer) {
+                    answer = registry.send_authenticated(get, endpoint).await?;
+                }
+                match answer.refusal_or_success(head, endpoint) {
+                    // An empty blob has no first byte, so 416 proves access too.
+                    Some(refusal) if answer.status() != StatusCode::RANGE_NOT_SATISFIABLE => {
+                        Err(refusal)
+                    }
+                    _ => Ok(AnsweredBy::of(endpoint, &answer)),
+                }
+            };
+            if let Some(done) =
+                failover.evaluate(registry.with_timeout(head, endpoint, tried).await)
+            {
+                return done;
+            }
+        }
+    }
+
+    /// Opens a blob from `offset` on. A registry without support for ranges sends it from the
+    /// start: [`BlobBody::offset`] is the actual start of the body.
+    pub async fn blob(self, digest: Digest, offset: u64) -> Result<BlobBody, RegistryError> {
+        let asked = (offset > 0).then_some(BlobPart { start: offset, end: None });
+        let whole = RegistryRequest::blob(self, digest, Method::GET);
+        self.blob_part(whole, digest, asked).await
+    }
+
+    /// Opens a blob, but not at these mirrors.
+    pub async fn blob_without(
+        self,
+        mirrors: &[Arc<str>],
+        digest: Digest,
+    ) -> Result<BlobBody, RegistryError> {
+        let whole = RegistryRequest::blob(self, digest, Method::GET);
+        self.blob_part(RegistryRequest { without: mirrors, ..whole }, digest, None).await
+    }
+
+    /// Opens a part of a blob or, if the registry has no support for ranges, the whole blob:
+    /// [`BlobBody::offset`] is the actual start of the body.
+    pub async fn blob_range(
+        self,
+        digest: Digest,
+        range: Range<u64>,
+    ) -> Result<BlobBody, RegistryError> {
+        let asked = Some(BlobPart { start: range.start, end: Some(range.end) });
+        let whole = RegistryRequest::blob(self, digest, Method::GET);
+        self.blob_part(whole, digest, asked).await
+    }
+
+    async fn blob_part(
+        self,
+        whole: RegistryRequest<'_>,
+        digest: Digest,
+        asked: Option<BlobPart>,
+    ) -> Result<BlobBody, RegistryError> {
+        let registry = self.registry;
+        let whole = &whole;
+        let mut part = RegistryRequest::blob(self, digest, Method::GET);
+        if let Some(BlobPart { start, end }) = asked {
+            part.headers.insert(RANGE, range_of(start, end));
+        }
+        let part = &part;
+        let mut failover = registry.failover(whole, RequiredCapability::Pull).await?;
+        loop {
+            let endpoint = failover.current();
+            let tried = async {
+                let mut answer = registry.send_authenticated(part, endpoint).await?;
+                if asked.is_some() && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+                    answer.discard().await;
+                    answer = registry.send_authenticated(whole, endpoint).await?;
+                }
+                if let Some(refusal) = answer.refusal_or_success(whole, endpoint) {
+                    return Err(refusal);
+                }
+                let answer = BlobAnswer {
+                    mirror: failover.mirror(),
+                    answered_by: AnsweredBy::of(endpoint, &answer),
+                    answer,
+                    asked,
+                    what: whole.what.clone(),
+                    stall_timeout: registry.options.stall_timeout,
+                };
+                answer.body()
+            };
+            if let Some(done) =
+                failover.evaluate(registry.with_timeout(whole, endpoint, tried).await)
+            {
+                return done;
+            }
+        }
     }
 }
 

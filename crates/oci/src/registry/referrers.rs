@@ -5,15 +5,14 @@ use reqwest::header::{HeaderMap, LINK};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::Registry;
 use super::document_memory::{DocumentReservation, SMALL};
 use super::error::RegistryError;
 use super::exchange_timeout::ExchangeTimeout;
 use super::http_transport::HttpResponse;
 use super::registry_endpoint::RegistryEndpoint;
 use super::registry_request::{RegistryRequest, RequiredCapability};
-use crate::credentials::Credential;
-use crate::{Digest, Repository};
+use super::{Registry, RepositoryClient};
+use crate::Digest;
 
 /// Maximum number of pages. Registries usually list a hundred referrers a page.
 const MAXIMUM_PAGES: usize = 32;
@@ -28,24 +27,20 @@ pub struct Referrers {
     _held: Option<DocumentReservation>,
 }
 
-impl Registry {
+impl RepositoryClient<'_> {
     /// Returns the referrers of a digest. `None` if the registry does not support the API, so that
     /// the caller has to read the fallback tag.
     ///
     /// The request has no filter by artifact type: registries that do not record it would leave out
     /// the matching referrers.
-    pub async fn referrers(
-        &self,
-        repository: &Repository,
-        subject: Digest,
-        credential: &Credential,
-    ) -> Result<Option<Referrers>, RegistryError> {
-        let request = &RegistryRequest::referrers(repository, subject, credential);
-        let mut failover = self.failover(request, RequiredCapability::Pull).await?;
+    pub async fn referrers(self, subject: Digest) -> Result<Option<Referrers>, RegistryError> {
+        let registry = self.registry;
+        let request = &RegistryRequest::referrers(self, subject);
+        let mut failover = registry.failover(request, RequiredCapability::Pull).await?;
         loop {
             let (endpoint, is_mirror) = (failover.current(), failover.mirror().is_some());
             let tried = Box::pin(async {
-                let found = self.fetch_referrers(request, endpoint).await?;
+                let found = registry.fetch_referrers(request, endpoint).await?;
                 // A mirror may not know all referrers of the content that it holds.
                 if is_mirror && found.pages.iter().all(is_empty) {
                     return Err(RegistryError::NotFound { what: request.what.clone() });
@@ -53,7 +48,7 @@ impl Registry {
                 Ok(Some(found))
             });
             // A mirror without the API says nothing about the registry, which is tried next.
-            match failover.evaluate(self.with_backoff(request, endpoint, tried).await) {
+            match failover.evaluate(registry.with_backoff(request, endpoint, tried).await) {
                 Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
                     return Ok(None);
                 }
@@ -62,7 +57,9 @@ impl Registry {
             }
         }
     }
+}
 
+impl Registry {
     async fn fetch_referrers(
         &self,
         request: &RegistryRequest<'_>,

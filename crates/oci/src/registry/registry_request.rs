@@ -5,6 +5,7 @@ use std::sync::Arc;
 use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 use reqwest::{Method, Url};
 
+use super::RepositoryClient;
 use super::error::{self, RegistryError};
 use super::mirror_health::MirrorHealth;
 use super::registry_endpoint::RegistryEndpoint;
@@ -117,9 +118,8 @@ impl<'a> RegistryRequest<'a> {
     }
 
     pub(super) fn manifest(
-        repository: &'a Repository,
+        client: RepositoryClient<'a>,
         name: &ManifestName,
-        credential: &'a Credential,
         method: Method,
     ) -> Result<Self, RegistryError> {
         let name = match name {
@@ -127,7 +127,7 @@ impl<'a> RegistryRequest<'a> {
             ManifestName::Tag(tag) if is_tag(tag) => tag.clone(),
             ManifestName::Tag(_) => {
                 return Err(RegistryError::NotFound {
-                    what: error::describe("tag of that spelling", repository),
+                    what: error::describe("tag of that spelling", client.repository),
                 });
             }
         };
@@ -136,39 +136,26 @@ impl<'a> RegistryRequest<'a> {
             headers.insert(ACCEPT, accepted);
         }
         let what = format!("manifest {name}");
-        let request = Self::new(repository, credential, &what, format!("manifests/{name}"));
+        let request = Self::new(client, &what, format!("manifests/{name}"));
         Ok(Self { method, headers, ..request })
     }
 
-    pub(super) fn referrers(
-        repository: &'a Repository,
-        subject: Digest,
-        credential: &'a Credential,
-    ) -> Self {
+    pub(super) fn referrers(client: RepositoryClient<'a>, subject: Digest) -> Self {
         let accepted = HeaderValue::from_static(media_type::OCI_INDEX);
         let what = format!("what refers to {subject}");
-        let request = Self::new(repository, credential, &what, format!("referrers/{subject}"));
+        let request = Self::new(client, &what, format!("referrers/{subject}"));
         Self { headers: HeaderMap::from_iter([(ACCEPT, accepted)]), ..request }
     }
 
-    pub(super) fn blob(
-        repository: &'a Repository,
-        digest: Digest,
-        credential: &'a Credential,
-        method: Method,
-    ) -> Self {
+    pub(super) fn blob(client: RepositoryClient<'a>, digest: Digest, method: Method) -> Self {
         let what = format!("blob {digest}");
-        let request = Self::new(repository, credential, &what, format!("blobs/{digest}"));
+        let request = Self::new(client, &what, format!("blobs/{digest}"));
         Self { method, blob: Some(digest), ..request }
     }
 
     /// Returns a GET request for an object of a repository, which `what` describes in messages.
-    fn new(
-        repository: &'a Repository,
-        credential: &'a Credential,
-        what: &str,
-        object: String,
-    ) -> Self {
+    fn new(client: RepositoryClient<'a>, what: &str, object: String) -> Self {
+        let RepositoryClient { repository, credential, .. } = client;
         Self {
             repository,
             credential,

@@ -190,15 +190,17 @@ async fn manifest_error(
     handler: impl Fn(&Seen, &str) -> Response + Send + Sync + 'static,
 ) -> RegistryError {
     let server = Server::start(handler).await;
-    discreet(registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await)
+    discreet(registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await)
 }
 
 async fn blob_error(
     handler: impl Fn(&Seen, &str) -> Response + Send + Sync + 'static,
 ) -> RegistryError {
     let server = Server::start(handler).await;
-    let result =
-        registry().blob(&server.repository(), Digest::of(b"blob"), 2, &Credential::Anonymous).await;
+    let result = registry()
+        .at(&server.repository(), &Credential::Anonymous)
+        .blob(Digest::of(b"blob"), 2)
+        .await;
     match result {
         Ok(mut body) => discreet(read(&mut body).await),
         Err(error) => discreet(Err::<(), _>(error)),
@@ -221,7 +223,7 @@ async fn a_manifest_is_hashed_and_its_type_kept() {
         Server::start(|_, _| answer(200, &[("content-type", media_type::OCI_MANIFEST)], MANIFEST))
             .await;
     let fetched =
-        registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
+        registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await.unwrap();
     assert_eq!(fetched.bytes, MANIFEST);
     assert_eq!(fetched.digest, Digest::of(MANIFEST));
     assert_eq!(fetched.content_type.as_deref(), Some(media_type::OCI_MANIFEST));
@@ -240,7 +242,7 @@ async fn other_content_than_asked_for_is_refused() {
     let asked = Digest::of(MANIFEST);
     let name = ManifestName::Digest(asked);
     let error =
-        discreet(registry().manifest(&server.repository(), &name, &Credential::Anonymous).await);
+        discreet(registry().at(&server.repository(), &Credential::Anonymous).manifest(&name).await);
     let got = Digest::of(b"something else");
     assert!(
         matches!(error, RegistryError::DigestMismatch { expected, got: found, .. }
@@ -264,7 +266,7 @@ async fn an_announced_digest_of_another_algorithm_is_ignored() {
     let server =
         Server::start(|_, _| answer(200, &[("docker-content-digest", "sha512:00")], MANIFEST))
             .await;
-    let result = registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+    let result = registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await;
     assert_eq!(result.unwrap().digest, Digest::of(MANIFEST));
 }
 
@@ -277,12 +279,15 @@ async fn a_manifest_over_the_limit_is_not_read_whether_announced_or_not() {
             if announced { ok(vec![0; 11]) } else { ok(chunks(&[b"12345", b"67890", b"1"], false)) }
         })
         .await;
-        let error =
-            discreet(registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await);
+        let error = discreet(
+            registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await,
+        );
         assert!(matches!(error, RegistryError::TooLarge { limit: 10, .. }), "{error}");
     }
     let server = Server::start(|_, _| ok(vec![0; 10])).await;
-    assert!(registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await.is_ok());
+    assert!(
+        registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await.is_ok()
+    );
 }
 
 fn gzip(content: &[u8]) -> Vec<u8> {
@@ -308,7 +313,7 @@ async fn a_manifest_that_is_gzipped_on_the_way_is_decoded_within_the_limit() {
         .await;
         for name in [tag(), ManifestName::Digest(Digest::of(MANIFEST))] {
             let fetched =
-                registry.manifest(&server.repository(), &name, &Credential::Anonymous).await;
+                registry.at(&server.repository(), &Credential::Anonymous).manifest(&name).await;
             assert_eq!(fetched.unwrap().bytes, MANIFEST, "{encoding}");
         }
     }
@@ -318,7 +323,8 @@ async fn a_manifest_that_is_gzipped_on_the_way_is_decoded_within_the_limit() {
         let server =
             Server::start(move |_, _| answer(200, &[("content-encoding", "gzip")], body.clone()))
                 .await;
-        let fetched = registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+        let fetched =
+            registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await;
         match fetched {
             Ok(fetched) => assert!(fits && fetched.bytes.len() == size),
             Err(error) => {
@@ -345,7 +351,7 @@ async fn the_content_encoding_of_a_blob_is_ignored() {
                 .await;
         let (repository, digest) = (server.repository(), Digest::of(&blob));
         let mut body =
-            registry().blob(&repository, digest, 0, &Credential::Anonymous).await.unwrap();
+            registry().at(&repository, &Credential::Anonymous).blob(digest, 0).await.unwrap();
         assert_eq!(read(&mut body).await.unwrap(), blob, "{encoding}");
     }
 }
@@ -360,7 +366,7 @@ async fn a_token_may_come_gzipped() {
         _ => challenge_at(host),
     })
     .await;
-    registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
+    registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await.unwrap();
 }
 
 #[tokio::test]
@@ -368,7 +374,8 @@ async fn a_tag_cannot_become_a_path() {
     let server = Server::start(|_, _| ok(MANIFEST)).await;
     for name in ["../x", "a/b", "a?b", "", ".a", "a b", "ä", &"a".repeat(129)] {
         let name = ManifestName::Tag(name.into());
-        let result = registry().manifest(&server.repository(), &name, &Credential::Anonymous).await;
+        let result =
+            registry().at(&server.repository(), &Credential::Anonymous).manifest(&name).await;
         assert!(matches!(discreet(result), RegistryError::NotFound { .. }));
     }
     assert!(server.seen().is_empty());
@@ -443,15 +450,15 @@ async fn a_rate_limit_of_the_token_endpoint_or_the_api_holds_for_the_host() {
         let of = |name: &str| repository(&format!("{}/{name}", server.address));
         let (registry, credential) = (registry(), basic_credential());
         let (first, second) = (of("a/app"), of("b/app"));
-        let error = discreet(registry.manifest(&first, &tag(), &credential).await);
+        let error = discreet(registry.at(&first, &credential).manifest(&tag()).await);
         assert!(matches!(error, RegistryError::RateLimited { .. }), "{limited_path}: {error:?}");
-        let other = registry.manifest(&second, &tag(), &credential).await;
+        let other = registry.at(&second, &credential).manifest(&tag()).await;
         assert_eq!(other.is_ok(), is_asked, "{limited_path}: {other:?}");
         if let Err(error) = other {
             assert!(!error.to_string().contains("a/app"), "{error}");
             assert!(!server.seen().iter().any(|seen| seen.path.starts_with("/v2/b/")));
         }
-        let anonymous = registry.manifest(&second, &tag(), &Credential::Anonymous).await;
+        let anonymous = registry.at(&second, &Credential::Anonymous).manifest(&tag()).await;
         assert!(anonymous.is_ok(), "another credential has a limit of its own");
     }
 }
@@ -470,14 +477,14 @@ async fn a_rate_limit_of_storage_does_not_hold_for_the_registry() {
         })
         .await;
         let (registry, repository) = (registry(), server.repository());
-        let blob = registry.blob(&repository, Digest::of(b""), 0, &Credential::Anonymous).await;
+        let blob = registry.at(&repository, &Credential::Anonymous).blob(Digest::of(b""), 0).await;
         let error = discreet(blob);
         assert!(
             matches!(error, RegistryError::Storage { status, retry_after: Some(wait), .. }
                 if status == code && wait == Duration::from_mins(1)),
             "{error:?}"
         );
-        assert!(registry.manifest(&repository, &tag(), &Credential::Anonymous).await.is_ok());
+        assert!(registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await.is_ok());
     }
 }
 
@@ -488,7 +495,7 @@ async fn a_stalled_manifest_times_out() {
     let server = Server::start(|_, _| ok(chunks(&[b"{"], false))).await;
     let registry = Registry::new(options).unwrap();
     let error =
-        discreet(registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await);
+        discreet(registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await);
     assert!(matches!(error, RegistryError::Timeout { .. }) && error.is_transient(), "{error}");
 }
 
@@ -510,12 +517,12 @@ async fn an_ordinary_manifest_does_not_wait_for_large_documents() {
         registry.reserve_memory(&other, 8 << 20).await,
     );
     for server in [Server::start(|_, _| ok(MANIFEST)).await, unannounced(20_000).await] {
-        registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
+        registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await.unwrap();
         assert_eq!(server.seen().len(), 1);
     }
     let server = Server::start(|_, _| ok(LIST)).await;
     let found =
-        registry.referrers(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+        registry.at(&server.repository(), &Credential::Anonymous).referrers(Digest::of(b"")).await;
     assert!(found.unwrap().is_some());
 }
 
@@ -532,7 +539,7 @@ async fn a_large_manifest_waits_for_memory_without_timeout() {
             registry.reserve_memory(&other, 8 << 20).await,
         );
         let (asked, name) = (server.repository(), tag());
-        let mut fetched = Box::pin(registry.manifest(&asked, &name, &Credential::Anonymous));
+        let mut fetched = Box::pin(registry.at(&asked, &Credential::Anonymous).manifest(&name));
         let waited = tokio::time::timeout(Duration::from_secs(1), &mut fetched).await;
         assert!(waited.is_err(), "for longer than the registry has: {waited:?}");
         drop(held);
@@ -553,14 +560,16 @@ async fn a_probe_falls_back_from_head_to_get() {
                 },
             )
             .await;
-        let probed =
-            registry().probe(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+        let probed = registry()
+            .at(&server.repository(), &Credential::Anonymous)
+            .probe(Digest::of(b""))
+            .await;
         let expected = (Ok(AnsweredBy::Registry), requests);
         assert_eq!((probed, server.seen().len()), expected, "{code}");
     }
     let server = Server::start(|_, _| status(404)).await;
     let probed =
-        registry().probe(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+        registry().at(&server.repository(), &Credential::Anonymous).probe(Digest::of(b"")).await;
     assert!(matches!(discreet(probed), RegistryError::NotFound { .. }));
 }
 
@@ -580,7 +589,7 @@ async fn a_tag_resolves_to_the_announced_digest() {
         })
         .await;
         let resolved =
-            registry().resolve_tag(&server.repository(), "v1", &Credential::Anonymous).await;
+            registry().at(&server.repository(), &Credential::Anonymous).resolve_tag("v1").await;
         let expected =
             expected.map(|digest| ResolvedTag { digest, answered_by: AnsweredBy::Registry });
         assert_eq!(resolved, Ok(expected), "{code} {announced}");
@@ -599,18 +608,18 @@ async fn a_forbidden_head_is_followed_by_a_get() {
         })
         .await;
         let (registry, repository) = (registry(), server.repository());
-        let resolved = registry.resolve_tag(&repository, "v1", &Credential::Anonymous).await;
+        let resolved = registry.at(&repository, &Credential::Anonymous).resolve_tag("v1").await;
         let found = resolved.unwrap().map(|resolved| resolved.digest.to_string());
         assert_eq!(found, announced);
         let (manifest, anonymous) = (Digest::of(MANIFEST), Credential::Anonymous);
-        assert!(registry.probe(&repository, manifest, &anonymous).await.is_ok());
-        assert!(registry.probe_blob(&repository, manifest, &anonymous).await.is_ok());
+        assert!(registry.at(&repository, &anonymous).probe(manifest).await.is_ok());
+        assert!(registry.at(&repository, &anonymous).probe_blob(manifest).await.is_ok());
     }
     let server = Server::start(|_, _| status(403)).await;
     let (registry, repository) = (registry(), server.repository());
     // A refusal of both is cached as one.
     for _ in 0..20 {
-        let resolved = registry.resolve_tag(&repository, "v1", &Credential::Anonymous).await;
+        let resolved = registry.at(&repository, &Credential::Anonymous).resolve_tag("v1").await;
         assert!(matches!(discreet(resolved), RegistryError::Forbidden { .. }));
     }
     assert!(server.seen().len() < 40, "{}", server.seen().len());
@@ -626,10 +635,10 @@ async fn a_blob_probe_finds_present_blobs_only() {
     )
     .await;
     let (registry, repository) = (registry(), server.repository());
-    let found = registry.probe_blob(&repository, here, &Credential::Anonymous).await;
+    let found = registry.at(&repository, &Credential::Anonymous).probe_blob(here).await;
     assert_eq!(found, Ok(AnsweredBy::Registry));
     let other = Digest::of(b"gone");
-    let found = registry.probe_blob(&repository, other, &Credential::Anonymous).await;
+    let found = registry.at(&repository, &Credential::Anonymous).probe_blob(other).await;
     assert!(matches!(found, Err(RegistryError::NotFound { .. })));
 }
 
@@ -644,8 +653,10 @@ async fn a_blob_probe_uses_get_if_storage_refuses_head() {
         .await;
     let location = format!("http://{}/blob?Signature={SIGNATURE}", storage.address);
     let server = Server::start(move |_, _| answer(307, &[("location", &location)], "")).await;
-    let found =
-        registry().probe_blob(&server.repository(), Digest::of(b""), &Credential::Anonymous).await;
+    let found = registry()
+        .at(&server.repository(), &Credential::Anonymous)
+        .probe_blob(Digest::of(b""))
+        .await;
     assert_eq!(found, Ok(AnsweredBy::Registry));
     assert_eq!(storage.seen()[1].header("range"), Some("bytes=0-0"));
 }
@@ -657,8 +668,8 @@ async fn a_token_is_cached_and_sent_with_later_requests() {
     let server = with_tokens(|shown| shown == "Bearer token-1", |_| ok(MANIFEST)).await;
     let (registry, repository) = (registry(), server.repository());
     for _ in 0..3 {
-        registry.manifest(&repository, &tag(), &Credential::Anonymous).await.unwrap();
-        registry.blob(&repository, Digest::of(b""), 0, &Credential::Anonymous).await.unwrap();
+        registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await.unwrap();
+        registry.at(&repository, &Credential::Anonymous).blob(Digest::of(b""), 0).await.unwrap();
     }
     assert_eq!(server.token_requests().len(), 1);
     let token = &server.token_requests()[0];
@@ -677,7 +688,7 @@ async fn the_password_is_sent_to_the_token_server_only() {
         _ => challenge_at(&realm),
     })
     .await;
-    registry().manifest(&server.repository(), &tag(), &basic_credential()).await.unwrap();
+    registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await.unwrap();
     assert_eq!(tokens.seen()[0].authorization(), Some(basic_header().as_str()));
     for seen in server.seen() {
         assert!(!seen.authorization().unwrap_or_default().contains("Basic"));
@@ -695,7 +706,7 @@ async fn a_missing_scope_is_added_and_the_query_of_the_realm_kept() {
         }
     })
     .await;
-    registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await.unwrap();
+    registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await.unwrap();
     assert_eq!(server.token_requests()[0].query, "a=b&scope=repository%3Ateam%2Fapp%3Apull");
 }
 
@@ -709,9 +720,9 @@ async fn a_stale_token_is_dropped_and_the_request_repeated_once() {
     )
     .await;
     let (registry, repository) = (registry(), server.repository());
-    registry.manifest(&repository, &tag(), &Credential::Anonymous).await.unwrap();
+    registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await.unwrap();
     valid.store(2, Ordering::Relaxed);
-    registry.manifest(&repository, &tag(), &Credential::Anonymous).await.unwrap();
+    registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await.unwrap();
     assert_eq!(server.token_requests().len(), 2);
     assert_eq!(server.registry_requests().len(), 4);
 }
@@ -728,15 +739,15 @@ async fn a_newly_granted_permission_renews_the_token() {
     .await;
     let (registry, repository) = (registry(), server.repository());
     let other = ManifestName::Tag("v2".into());
-    registry.manifest(&repository, &other, &Credential::Anonymous).await.unwrap();
-    registry.manifest(&repository, &tag(), &Credential::Anonymous).await.unwrap();
+    registry.at(&repository, &Credential::Anonymous).manifest(&other).await.unwrap();
+    registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await.unwrap();
     assert_eq!(server.token_requests().len(), 2);
 }
 
 #[tokio::test]
 async fn a_new_token_that_is_refused_is_not_fetched_again() {
     let server = with_tokens(|_| false, |_| ok("")).await;
-    let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+    let result = registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await;
     assert!(matches!(
         discreet(result),
         RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
@@ -744,7 +755,7 @@ async fn a_new_token_that_is_refused_is_not_fetched_again() {
     assert_eq!((server.token_requests().len(), server.registry_requests().len()), (1, 2));
 
     let server = with_tokens(|_| true, |_| status(403)).await;
-    let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+    let result = registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await;
     assert!(matches!(
         discreet(result),
         RegistryError::Forbidden { shown: ShownCredential::Credential, .. }
@@ -759,7 +770,7 @@ async fn concurrent_requests_share_one_token() {
     let credential = basic_credential();
     let name = tag();
     let results =
-        join_all((0..16).map(|_| registry.manifest(&repository, &name, &credential))).await;
+        join_all((0..16).map(|_| registry.at(&repository, &credential).manifest(&name))).await;
     assert!(results.into_iter().all(|result| result.is_ok()));
     assert_eq!(server.token_requests().len(), 1);
 }
@@ -783,12 +794,12 @@ async fn concurrent_requests_share_a_refusal_and_later_ones_do_not() {
     let credential = basic_credential();
     let name = tag();
     let results =
-        join_all((0..8).map(|_| registry.manifest(&repository, &name, &credential))).await;
+        join_all((0..8).map(|_| registry.at(&repository, &credential).manifest(&name))).await;
     for result in results {
         assert!(matches!(discreet(result), RegistryError::Unauthorized { .. }));
     }
     assert_eq!(server.seen().len(), 1, "a wrong password is tried once");
-    discreet(registry.manifest(&repository, &name, &credential).await);
+    discreet(registry.at(&repository, &credential).manifest(&name).await);
     assert_eq!(server.seen().len(), 2);
 }
 
@@ -809,11 +820,11 @@ async fn a_cancelled_fetch_is_taken_over_by_a_waiter() {
     .await;
     let (registry, repository) = (registry(), server.repository());
     let name = tag();
-    let mut first = Box::pin(registry.manifest(&repository, &name, &Credential::Anonymous));
+    let mut first = Box::pin(registry.at(&repository, &Credential::Anonymous).manifest(&name));
     while server.token_requests().is_empty() {
         let _ = tokio::time::timeout(Duration::from_millis(5), &mut first).await;
     }
-    let second = registry.manifest(&repository, &name, &Credential::Anonymous);
+    let second = registry.at(&repository, &Credential::Anonymous).manifest(&name);
     drop(first);
     assert!(second.await.is_ok());
 }
@@ -824,7 +835,7 @@ async fn credentials_do_not_share_tokens() {
     let (registry, repository) = (registry(), server.repository());
     for _ in 0..2 {
         for credential in [Credential::Anonymous, basic_credential()] {
-            registry.manifest(&repository, &tag(), &credential).await.unwrap();
+            registry.at(&repository, &credential).manifest(&tag()).await.unwrap();
         }
     }
     let shown: Vec<_> = server
@@ -838,7 +849,7 @@ async fn credentials_do_not_share_tokens() {
 #[tokio::test]
 async fn an_identity_token_is_posted() {
     let server = with_tokens(|shown| shown == "Bearer token-1", |_| ok(MANIFEST)).await;
-    registry().manifest(&server.repository(), &tag(), &identity_token()).await.unwrap();
+    registry().at(&server.repository(), &identity_token()).manifest(&tag()).await.unwrap();
     let request = &server.token_requests()[0];
     assert_eq!((request.method.as_str(), request.query.as_str()), ("POST", ""));
     assert_eq!(request.authorization(), None);
@@ -862,7 +873,7 @@ async fn a_server_without_oauth2_gets_an_identity_token_as_a_password() {
             _ => challenge_at(host),
         })
         .await;
-        registry().manifest(&server.repository(), &tag(), &identity_token()).await.unwrap();
+        registry().at(&server.repository(), &identity_token()).manifest(&tag()).await.unwrap();
         let get = &server.token_requests()[1];
         assert!(get.authorization().unwrap().starts_with("Basic "), "{code}");
     }
@@ -885,7 +896,7 @@ async fn refusals_of_a_token_server_have_their_errors() {
                 if seen.is_token_request() { status(code) } else { challenge_at(host) }
             })
             .await;
-            let result = registry().manifest(&server.repository(), &tag(), &credential).await;
+            let result = registry().at(&server.repository(), &credential).manifest(&tag()).await;
             let error = discreet(result);
             assert!(is_right(&error), "{code} {credential}: {error:?}");
         }
@@ -904,7 +915,8 @@ async fn token_answers_are_bounded_and_checked() {
                 },
             )
             .await;
-        let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+        let result =
+            registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await;
         let error = discreet(result);
         assert!(matches!(error, RegistryError::Protocol { .. }), "{body}: {error:?}");
     }
@@ -912,7 +924,7 @@ async fn token_answers_are_bounded_and_checked() {
         if seen.is_token_request() { ok(vec![b' '; 1 << 20]) } else { challenge_at(host) }
     })
     .await;
-    let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+    let result = registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await;
     assert!(matches!(discreet(result), RegistryError::TooLarge { .. }));
 }
 
@@ -923,7 +935,9 @@ async fn a_token_server_without_tls_is_refused() {
             let value = format!(r#"Bearer realm="{realm}""#);
             let server =
                 Server::start(move |_, _| answer(401, &[("www-authenticate", &value)], "")).await;
-            discreet(registry().manifest(&server.repository(), &tag(), &basic_credential()).await)
+            discreet(
+                registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await,
+            )
         };
         assert!(matches!(error, RegistryError::Protocol { .. }), "{realm}: {error:?}");
     }
@@ -940,16 +954,16 @@ async fn basic_is_sent_after_a_challenge_and_then_with_every_request() {
     .await;
     let (registry, repository) = (registry(), server.repository());
     for _ in 0..3 {
-        registry.manifest(&repository, &tag(), &basic_credential()).await.unwrap();
+        registry.at(&repository, &basic_credential()).manifest(&tag()).await.unwrap();
     }
     assert_eq!(server.seen().len(), 4);
-    let result = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
+    let result = registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await;
     assert!(matches!(
         discreet(result),
         RegistryError::Unauthorized { shown: ShownCredential::Nothing, .. }
     ));
     let wrong = Credential::Basic { username: "robot".into(), password: "wrong".into() };
-    let result = registry.manifest(&repository, &tag(), &wrong).await;
+    let result = registry.at(&repository, &wrong).manifest(&tag()).await;
     assert!(matches!(
         discreet(result),
         RegistryError::Unauthorized { shown: ShownCredential::Credential, .. }
@@ -967,9 +981,9 @@ async fn a_registry_token_is_sent_unchanged() {
     .await;
     let ready = |token: &str| Credential::RegistryToken { token: token.into() };
     let (registry, repository) = (registry(), server.repository());
-    registry.manifest(&repository, &tag(), &ready("ready")).await.unwrap();
+    registry.at(&repository, &ready("ready")).manifest(&tag()).await.unwrap();
     assert_eq!(server.seen().len(), 1);
-    let result = registry.manifest(&repository, &tag(), &ready(PASSWORD)).await;
+    let result = registry.at(&repository, &ready(PASSWORD)).manifest(&tag()).await;
     assert!(matches!(discreet(result), RegistryError::Unauthorized { .. }));
     assert!(server.token_requests().is_empty());
 }
@@ -986,10 +1000,10 @@ async fn a_404_without_credentials_asks_the_api_root_for_a_challenge() {
         .await;
         let registry = registry();
         let repository = server.repository();
-        let result = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
+        let result = registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await;
         assert!(result.is_err());
         assert_eq!(server.seen().len(), 1);
-        registry.manifest(&repository, &tag(), &basic_credential()).await.unwrap();
+        registry.at(&repository, &basic_credential()).manifest(&tag()).await.unwrap();
     }
 }
 
@@ -1008,7 +1022,7 @@ async fn a_401_without_challenge_asks_the_api_root() {
         })
         .await;
         for credential in [Credential::Anonymous, basic_credential()] {
-            registry().manifest(&server.repository(), &tag(), &credential).await.unwrap();
+            registry().at(&server.repository(), &credential).manifest(&tag()).await.unwrap();
         }
     }
 }
@@ -1023,7 +1037,7 @@ async fn credentials_that_no_challenge_asks_for_are_not_sent_and_not_blamed() {
             })
             .await;
             let credential = basic_credential();
-            let result = registry().manifest(&server.repository(), &tag(), &credential).await;
+            let result = registry().at(&server.repository(), &credential).manifest(&tag()).await;
             let text = discreet(result).to_string();
             assert!(text.contains("were not sent"), "{text}");
             assert!(text.contains("no supported scheme (Basic, Bearer)"), "{text}");
@@ -1033,7 +1047,7 @@ async fn credentials_that_no_challenge_asks_for_are_not_sent_and_not_blamed() {
         }
     }
     let server = Server::start(|_, _| answer(401, &[("www-authenticate", "Basic")], "")).await;
-    let result = registry().manifest(&server.repository(), &tag(), &basic_credential()).await;
+    let result = registry().at(&server.repository(), &basic_credential()).manifest(&tag()).await;
     let text = discreet(result).to_string();
     assert!(text.contains("did not accept these credentials"), "{text}");
 }
@@ -1051,7 +1065,8 @@ async fn authorization_does_not_follow_a_redirect_to_another_host() {
     )
     .await;
     let mut body = registry()
-        .blob(&server.repository(), Digest::of(blob), 0, &basic_credential())
+        .at(&server.repository(), &basic_credential())
+        .blob(Digest::of(blob), 0)
         .await
         .unwrap();
     assert_eq!((body.offset, body.length), (0, Some(blob.len() as u64)));
@@ -1082,7 +1097,7 @@ async fn authorization_stays_on_the_same_host_and_never_comes_back() {
     )
     .await;
     let result =
-        registry().blob(&server.repository(), Digest::of(b""), 0, &Credential::Anonymous).await;
+        registry().at(&server.repository(), &Credential::Anonymous).blob(Digest::of(b""), 0).await;
     assert!(matches!(discreet(result), RegistryError::Storage { status: 401, .. }));
     let same = server.seen().into_iter().find(|seen| seen.path == "/same").unwrap();
     assert!(same.authorization().is_some());
@@ -1101,7 +1116,7 @@ async fn a_refusal_of_storage_is_transient() {
         let location = format!("http://{}/b?Signature={SIGNATURE}", storage.address);
         let server = Server::start(move |_, _| answer(307, &[("location", &location)], "")).await;
         let result =
-            registry().blob(&server.repository(), Digest::of(b""), 0, &basic_credential()).await;
+            registry().at(&server.repository(), &basic_credential()).blob(Digest::of(b""), 0).await;
         let error = discreet(result);
         let host = storage.address.to_string();
         assert!(
@@ -1131,7 +1146,7 @@ async fn a_redirect_may_have_bytes_beyond_ascii() {
         })
         .await;
         let (repository, anonymous) = (server.repository(), Credential::Anonymous);
-        registry().blob(&repository, Digest::of(b""), 0, &anonymous).await.unwrap();
+        registry().at(&repository, &anonymous).blob(Digest::of(b""), 0).await.unwrap();
         let followed = &server.seen()[1];
         assert_eq!((followed.path.as_str(), followed.query.as_str()), (path, query));
     }
@@ -1152,7 +1167,7 @@ async fn bad_redirects_are_not_followed() {
     }
     let server = Server::start(|_, _| answer(302, &[("location", "/again")], "")).await;
     let result =
-        registry().blob(&server.repository(), Digest::of(b""), 0, &Credential::Anonymous).await;
+        registry().at(&server.repository(), &Credential::Anonymous).blob(Digest::of(b""), 0).await;
     assert!(matches!(discreet(result), RegistryError::Protocol { .. }));
     assert_eq!(server.seen().len(), redirect_rules::MAXIMUM_HOPS + 1);
 }
@@ -1169,7 +1184,8 @@ async fn a_blob_download_continues_behind_a_redirect() {
     let location = format!("http://{}/b", storage.address);
     let server = Server::start(move |_, _| answer(307, &[("location", &location)], "")).await;
     let mut body = registry()
-        .blob(&server.repository(), Digest::of(b""), 4, &Credential::Anonymous)
+        .at(&server.repository(), &Credential::Anonymous)
+        .blob(Digest::of(b""), 4)
         .await
         .unwrap();
     assert_eq!((body.offset, body.length), (4, Some(4)));
@@ -1185,7 +1201,8 @@ async fn an_ignored_or_refused_range_starts_over() {
         })
         .await;
         let mut body = registry()
-            .blob(&server.repository(), Digest::of(b""), 4, &Credential::Anonymous)
+            .at(&server.repository(), &Credential::Anonymous)
+            .blob(Digest::of(b""), 4)
             .await
             .unwrap();
         assert_eq!((body.offset, body.length), (0, Some(8)));
@@ -1202,7 +1219,7 @@ async fn unrequested_parts_are_refused() {
     let server =
         Server::start(|_, _| answer(206, &[("content-range", "bytes 0-3/4")], "blob")).await;
     let result =
-        registry().blob(&server.repository(), Digest::of(b""), 0, &Credential::Anonymous).await;
+        registry().at(&server.repository(), &Credential::Anonymous).blob(Digest::of(b""), 0).await;
     assert!(matches!(discreet(result), RegistryError::Protocol { .. }));
     let error = blob_error(|_, _| status(204)).await;
     assert!(matches!(error, RegistryError::Protocol { .. }), "{error:?}");
@@ -1215,7 +1232,8 @@ async fn a_stalled_blob_times_out() {
     let server = Server::start(|_, _| ok(chunks(&[b"some"], false))).await;
     let mut body = Registry::new(options)
         .unwrap()
-        .blob(&server.repository(), Digest::of(b""), 0, &Credential::Anonymous)
+        .at(&server.repository(), &Credential::Anonymous)
+        .blob(Digest::of(b""), 0)
         .await
         .unwrap();
     assert_eq!(body.chunk().await, Ok(Some(Bytes::from_static(b"some"))));
@@ -1236,7 +1254,7 @@ async fn a_broken_connection_is_an_error() {
     });
     let repository = repository(&format!("{address}/team/app"));
     let mut body =
-        registry().blob(&repository, Digest::of(b""), 0, &Credential::Anonymous).await.unwrap();
+        registry().at(&repository, &Credential::Anonymous).blob(Digest::of(b""), 0).await.unwrap();
     let error = discreet(read(&mut body).await);
     assert!(matches!(error, RegistryError::Unreachable { .. }) && error.is_transient());
 }
@@ -1247,7 +1265,7 @@ const LIST: &str = r#"{"schemaVersion":2,"manifests":[{}]}"#;
 
 async fn pages_of(server: &Server) -> Result<usize, RegistryError> {
     let (registry, repository) = (registry(), server.repository());
-    let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await?;
+    let found = registry.at(&repository, &Credential::Anonymous).referrers(Digest::of(b"")).await?;
     Ok(found.map_or(0, |found| found.pages.len()))
 }
 
@@ -1300,7 +1318,7 @@ async fn an_empty_list_of_a_mirror_is_followed_by_the_registry() {
     let server = Server::start(|_, _| ok(LIST)).await;
     let (registry, _folder) = registry_behind(&mirror);
     let repository = server.repository();
-    let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await;
+    let found = registry.at(&repository, &Credential::Anonymous).referrers(Digest::of(b"")).await;
     let found = found.unwrap().expect("a list");
     assert_eq!(found.pages, [LIST.as_bytes()]);
     assert_eq!((mirror.seen().len(), server.seen().len()), (1, 1));
@@ -1330,7 +1348,7 @@ async fn a_failed_mirror_is_avoided_unless_its_registry_fails() {
     let (registry, _folder) = registry_behind(&mirror);
     let digest = Digest::of(b"");
     let ask = async |repository: &Repository| {
-        let mut body = registry.blob(repository, digest, 0, &Credential::Anonymous).await?;
+        let mut body = registry.at(repository, &Credential::Anonymous).blob(digest, 0).await?;
         Ok((String::from_utf8(read(&mut body).await?).unwrap(), body.mirror))
     };
     let (of_first, of_second) = (first.repository(), second.repository());
@@ -1380,13 +1398,14 @@ async fn the_table_of_a_host_also_holds_for_the_same_host_as_server() {
         let (registry, _folder) = registry_with_hosts(&text);
         let repository = server.repository();
         let before = server.seen().len();
-        let error = registry.manifest(&repository, &tag(), &Credential::Anonymous).await;
+        let error = registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await;
         let error = discreet(error);
         assert!(matches!(error, RegistryError::NotFound { .. }), "{text}{error}");
         let seen = server.seen().split_off(before);
         assert!(seen.iter().all(|seen| seen.header("x-known").is_some()), "{text}");
         assert_eq!(seen.len(), requests, "{text}");
-        let found = registry.referrers(&repository, Digest::of(b""), &Credential::Anonymous).await;
+        let found =
+            registry.at(&repository, &Credential::Anonymous).referrers(Digest::of(b"")).await;
         assert_eq!(found.unwrap().expect("a list").pages.len(), 1, "{text}");
     }
 }
@@ -1397,21 +1416,22 @@ async fn an_answer_of_the_registry_counts_more_than_a_broken_connection_to_it() 
         let server = Server::start(move |_, _| status(code)).await;
         let address = server.address;
         let expected = discreet(
-            registry().manifest(&server.repository(), &tag(), &Credential::Anonymous).await,
+            registry().at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await,
         );
         // No process listens at the proxy.
         let text = format!(
             "server = \"http://{address}\"\nproxy = \"http://127.0.0.1:1\"\n[host.\"http://{address}\"]\n"
         );
         let (registry, _folder) = registry_with_hosts(&text);
-        let error = registry.manifest(&server.repository(), &tag(), &Credential::Anonymous).await;
+        let error =
+            registry.at(&server.repository(), &Credential::Anonymous).manifest(&tag()).await;
         assert_eq!(discreet(error), expected);
     }
     // The answer of a mirror says nothing of the registry.
     let mirror = Server::start(|_, _| status(404)).await;
     let (registry, _folder) = registry_behind(&mirror);
     let repository = repository("127.0.0.1:1/team/app");
-    let error = discreet(registry.manifest(&repository, &tag(), &Credential::Anonymous).await);
+    let error = discreet(registry.at(&repository, &Credential::Anonymous).manifest(&tag()).await);
     assert!(matches!(error, RegistryError::Unreachable { .. }), "{error}");
 }
 

@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use axum::Router;
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -14,37 +13,21 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 
 use crate::plan::PlanTotals;
-use telemetry::metric_families::MetricFamilies;
+use telemetry::metric_families::{Labels, MetricFamilies};
 
 /// Buckets from a small cluster to the largest.
 const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StateLabels {
-    state: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct WriteLabels {
-    kind: &'static str,
-    result: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ResultLabels {
-    result: &'static str,
-}
 
 /// Metrics of the controller.
 #[derive(Debug)]
 pub struct ControllerMetrics {
     families: Arc<MetricFamilies>,
     leader: Gauge<u64, AtomicU64>,
-    preloads: Family<StateLabels, Gauge>,
-    nodes: Family<StateLabels, Gauge>,
-    writes: Family<WriteLabels, Counter>,
+    preloads: Family<Labels<1>, Gauge>,
+    nodes: Family<Labels<1>, Gauge>,
+    writes: Family<Labels<2>, Counter>,
     watch_errors: Counter,
-    resolutions: Family<ResultLabels, Counter>,
+    resolutions: Family<Labels<1>, Counter>,
     plans: Histogram,
 }
 
@@ -75,7 +58,7 @@ impl Default for ControllerMetrics {
         metrics.count(PlanTotals::default());
         for kind in ["node", "preload"] {
             for result in ["success", "conflict", "busy", "refused"] {
-                metrics.writes.get_or_create(&WriteLabels { kind, result }).inc_by(0);
+                metrics.writes.get_or_create(&[("kind", kind), ("result", result)]).inc_by(0);
             }
         }
         metrics
@@ -109,13 +92,13 @@ impl ControllerMetrics {
         for (family, values) in [(&self.preloads, &preloads[..]), (&self.nodes, &nodes[..])] {
             for &(state, count) in values {
                 let count = i64::try_from(count).unwrap_or(i64::MAX);
-                family.get_or_create(&StateLabels { state }).set(count);
+                family.get_or_create(&[("state", state)]).set(count);
             }
         }
     }
 
     pub(super) fn record_write(&self, kind: &'static str, result: &'static str) {
-        self.writes.get_or_create(&WriteLabels { kind, result }).inc();
+        self.writes.get_or_create(&[("kind", kind), ("result", result)]).inc();
     }
 
     pub(super) fn record_watch_error(&self) {
@@ -123,7 +106,7 @@ impl ControllerMetrics {
     }
 
     pub(super) fn resolved(&self, result: &'static str) {
-        self.resolutions.get_or_create(&ResultLabels { result }).inc();
+        self.resolutions.get_or_create(&[("result", result)]).inc();
     }
 
     /// Returns the route for scrapes.

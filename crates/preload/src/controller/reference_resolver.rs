@@ -22,7 +22,7 @@ use oci::credentials::{Credential, Keyring};
 use oci::manifest::{
     ImageIndex, ImageManifest, IndexEntries, Manifest, ManifestError, ManifestLimits,
 };
-use oci::registry::{ManifestName, Refusals, Registry, RegistryError};
+use oci::registry::{ManifestName, Refusals, Registry, RegistryError, RepositoryClient};
 use oci::{Digest, Platform, Reference};
 use policy::{PolicyRequest, PolicySource};
 use text::printable::excerpt;
@@ -227,7 +227,8 @@ impl RegistryResolver {
         }
         let mut refusals = Refusals::default();
         for credential in credentials {
-            match self.resolve_with(request, &credential, maximum_bytes).await {
+            let client = self.registry.at(repository, &credential);
+            match self.resolve_with(request, client, maximum_bytes).await {
                 Ok(known) => return Ok(known),
                 Err(ResolveError::Registry(error)) if error.may_depend_on_credential() => {
                     refusals.add(error);
@@ -281,13 +282,13 @@ impl RegistryResolver {
     async fn resolve_with(
         &self,
         request: &ResolveRequest,
-        credential: &Credential,
+        client: RepositoryClient<'_>,
         maximum_bytes: Option<u64>,
     ) -> Result<ResolvedArtifact, ResolveError> {
-        let (reference, requested_at) = (&request.reference, now());
-        let name = ManifestName::of(reference);
+        let requested_at = now();
+        let name = ManifestName::of(&request.reference);
         let (digest, parsed) = {
-            let top = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let top = client.manifest(&name).await?;
             let parsed = Manifest::parse(&top.bytes, top.content_type.as_deref(), self.limits);
             (top.digest, parsed.map_err(|error| ResolveError::Content(error.to_string()))?)
         };
@@ -298,11 +299,11 @@ impl RegistryResolver {
         let (platforms, bytes) = match parsed {
             Manifest::Image(image) => (Vec::new(), Some(allowed(bytes_of(&image))?)),
             Manifest::Index(index) => {
-                let index = self.with_nested(reference, index, credential).await?;
+                let index = self.with_nested(index, client).await?;
                 let (entries, is_for_any) = entries(index.index());
                 let mut sizes = Vec::with_capacity(entries.len());
                 for digest in entries.values().chain(&is_for_any) {
-                    match self.bytes(reference, *digest, credential).await {
+                    match self.bytes(*digest, client).await {
                         Ok(bytes) => sizes.push(bytes.map(allowed).transpose()?),
                         // Nodes may still get their platform of the index; only the size is
                         // unknown.
@@ -327,15 +328,14 @@ impl RegistryResolver {
     /// Reads the nested indexes of an index.
     async fn with_nested(
         &self,
-        reference: &Reference,
         index: ImageIndex,
-        credential: &Credential,
+        client: RepositoryClient<'_>,
     ) -> Result<IndexEntries, ResolveError> {
         let unusable = |error: ManifestError| ResolveError::Content(error.to_string());
         let mut entries = IndexEntries::for_all_platforms(index, self.limits).map_err(unusable)?;
         while let Some(nested) = entries.next_index() {
             let name = ManifestName::Digest(nested.digest);
-            let read = self.registry.manifest(reference.repository(), &name, credential).await?;
+            let read = client.manifest(&name).await?;
             let document = Manifest::parse(&read.bytes, Some(&nested.media_type), self.limits);
             entries.insert(nested, document.map_err(unusable)?).map_err(unusable)?;
         }
@@ -345,12 +345,10 @@ impl RegistryResolver {
     /// Returns the size of the artifact for one platform; `None` if its manifest is not supported.
     async fn bytes(
         &self,
-        reference: &Reference,
         digest: Digest,
-        credential: &Credential,
+        client: RepositoryClient<'_>,
     ) -> Result<Option<u64>, RegistryError> {
-        let (repository, name) = (reference.repository(), ManifestName::Digest(digest));
-        let one = self.registry.manifest(repository, &name, credential).await?;
+        let one = client.manifest(&ManifestName::Digest(digest)).await?;
         Ok(match Manifest::parse(&one.bytes, None, self.limits) {
             Ok(Manifest::Image(image)) => Some(bytes_of(&image)),
             _ => None,

@@ -121,7 +121,6 @@ pub fn inherit(current: Option<BackgroundContext>) {
 }
 
 /// Returns the context that a thread started by this one has to [`inherit`].
-#[must_use]
 pub fn current() -> Option<BackgroundContext> {
     CURRENT.with_borrow(|current| current.clone().map(BackgroundContext))
 }
@@ -165,13 +164,11 @@ impl Background {
     }
 
     /// Returns a background without threads: its work runs as all other work does.
-    #[must_use]
     pub fn none() -> Self {
         Self(None)
     }
 
     /// Returns whether the calling thread works in the background.
-    #[must_use]
     pub fn is_here() -> bool {
         CURRENT.with_borrow(Option::is_some)
     }

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read};
+use std::ops::Range;
 
 use super::archive_entry::Timestamp;
 use super::decompressed_content::DecompressedContent;
@@ -66,6 +67,13 @@ pub(super) enum MemberKind {
     Special,
 }
 
+const MODE: Range<usize> = 100..108;
+const UID: Range<usize> = 108..116;
+const GID: Range<usize> = 116..124;
+const SIZE: Range<usize> = 124..136;
+const MODIFIED: Range<usize> = 136..148;
+const CHECKSUM: Range<usize> = 148..156;
+
 /// The block that describes a member, as it is written.
 struct TarHeader([u8; BLOCK]);
 
@@ -95,7 +103,7 @@ impl<'a> TarReader<'a> {
             let Some(header) = self.header()? else {
                 return Ok(None);
             };
-            let size = self.number(header.size(), "a size is not a number")?;
+            let size = self.number(&header.0[SIZE], "a size is not a number")?;
             // As in Go's reader, the last header of each kind counts, with all its records.
             match header.kind() {
                 b'x' => {
@@ -139,11 +147,11 @@ impl<'a> TarReader<'a> {
         let mut name = header.name();
         let mut link = text(header.link()).to_vec();
         let mut size = size;
-        let mode = self.number(header.mode(), "a mode is not a number")?;
+        let mode = self.number(&header.0[MODE], "a mode is not a number")?;
         let owner = |number: Option<i64>| number.map_or(Owner::Unreadable, Owner::Number);
-        let mut uid = owner(number(header.uid()));
-        let mut gid = owner(number(header.gid()));
-        let seconds = self.number(header.modified(), "a time is not a number")?;
+        let mut uid = owner(number(&header.0[UID]));
+        let mut gid = owner(number(&header.0[GID]));
+        let seconds = self.number(&header.0[MODIFIED], "a time is not a number")?;
         let mut modified = Timestamp { seconds, nanoseconds: 0 };
         let mut extended_attributes = PaxRecords::new();
         let form = match header.kind() {
@@ -238,7 +246,7 @@ impl<'a> TarReader<'a> {
             return Ok(None);
         }
         let bytes = &header.0;
-        let expected = self.number(header.checksum(), "a checksum is not a number")?;
+        let expected = self.number(&header.0[CHECKSUM], "a checksum is not a number")?;
         let summed = || bytes[..148].iter().chain(&[b' '; 8]).chain(&bytes[156..]);
         let unsigned: i64 = summed().map(|&byte| i64::from(byte)).sum();
         // Some old writers summed signed bytes.
@@ -404,30 +412,6 @@ impl Read for TarReader<'_> {
 }
 
 impl TarHeader {
-    fn mode(&self) -> &[u8] {
-        &self.0[100..108]
-    }
-
-    fn uid(&self) -> &[u8] {
-        &self.0[108..116]
-    }
-
-    fn gid(&self) -> &[u8] {
-        &self.0[116..124]
-    }
-
-    fn size(&self) -> &[u8] {
-        &self.0[124..136]
-    }
-
-    fn modified(&self) -> &[u8] {
-        &self.0[136..148]
-    }
-
-    fn checksum(&self) -> &[u8] {
-        &self.0[148..156]
-    }
-
     fn kind(&self) -> u8 {
         self.0[156]
     }
