@@ -353,8 +353,11 @@ class Handler(BaseHTTPRequestHandler):
         while time.monotonic() < ends:
             for each in found():
                 if int(each["metadata"]["resourceVersion"]) > seen:
-                    self.wfile.write(json.dumps({"type": "MODIFIED", "object": each}).encode() + b"\n")
-                    self.wfile.flush()
+                    try:
+                        self.wfile.write(json.dumps({"type": "MODIFIED", "object": each}).encode() + b"\n")
+                    except OSError:
+                        # The watcher has seen enough.
+                        return
             seen = max([seen, *(int(each["metadata"]["resourceVersion"]) for each in found())])
             time.sleep(0.05)
 

@@ -29,7 +29,7 @@ use crate::{
 
 const NODES: [&str; 2] = ["one", "two"];
 /// The maximum time until a repeated command prints what the page shows.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The rest of the cluster, in a process of its own.
 struct Played {

@@ -196,7 +196,7 @@ fn router(shared: &Arc<Shared>) -> Router {
 }
 
 async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let (parts, _) = request.into_parts();
+    let (parts, body) = request.into_parts();
     shared.passed.lock().expect("the requests").push(ForwardedRequest {
         method: parts.method.to_string(),
         path: parts.uri.path().to_owned(),
@@ -207,8 +207,14 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let mut headers = parts.headers;
     // Connections to the registry are the proxy's own.
     headers.remove(header::CONNECTION);
-    let answer = shared.client.request(parts.method, url).headers(headers).send().await;
-    let Ok(answer) = answer else {
+    let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
+        return plain(StatusCode::BAD_GATEWAY);
+    };
+    let mut request = shared.client.request(parts.method, url).headers(headers);
+    if !body.is_empty() {
+        request = request.body(body);
+    }
+    let Ok(answer) = request.send().await else {
         return plain(StatusCode::BAD_GATEWAY);
     };
     let mut response = Response::builder().status(answer.status());
