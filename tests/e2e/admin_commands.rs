@@ -183,46 +183,6 @@ fn warming_continues_after_its_client_disconnects() {
     }
 }
 
-/// Returns the scheduling policies of the driver's background threads (proc(5), `stat`, field 41).
-fn background_policies(node: &Node) -> Vec<String> {
-    let threads = fs::read_dir(format!("/proc/{}/task", node.driver.id())).expect("a process");
-    let policy = |thread: std::io::Result<fs::DirEntry>| {
-        let stat = fs::read_to_string(thread.ok()?.path().join("stat")).ok()?;
-        let (name, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
-        // The first field after the name is the third.
-        (name == "background").then(|| fields.split_whitespace().nth(41 - 3).map(str::to_owned))?
-    };
-    threads.filter_map(policy).collect()
-}
-
-#[test]
-fn warming_stands_back_until_a_pod_waits_for_it() {
-    const ORDINARY: &str = "0";
-    const IDLE: &str = "5";
-    let (node, admin) = Admin::start(ROOMY);
-    let all_are = |policy: &str| {
-        let policies = background_policies(&node);
-        !policies.is_empty() && policies.iter().all(|found| found == policy)
-    };
-    let (reference, gate) = held_back(&node);
-    let mut command = admin.command(&["warm", &reference]);
-    let mut child = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().expect("it");
-    wait_until("the pull is under way", || gate.waiting() > 0);
-    assert!(all_are(IDLE), "{:?}", background_policies(&node));
-    let other = node.small_artifact();
-    let small = Proxy::new(registry());
-    node.mount(&small.reference(&other.name));
-    assert!(all_are(IDLE), "a pod that wants something else does not change that");
-    let volume = node.kubelet.new_volume(&reference);
-    std::thread::scope(|scope| {
-        scope.spawn(|| node.kubelet.publish_well(&volume));
-        wait_until("the pull hurries", || all_are(ORDINARY));
-        gate.open();
-    });
-    assert!(child.wait().expect("its end").success());
-    wait_until("it stands back again", || all_are(IDLE));
-}
-
 #[test]
 fn a_terminal_that_vanishes_leaves_the_node_at_work() {
     let (node, admin) = Admin::start(ROOMY);

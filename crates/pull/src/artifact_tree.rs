@@ -32,7 +32,7 @@ use store::layers::Layer;
 use store::space_reservations::{Claim, Reservation};
 use store::trees::{BuiltTree, Objects, TreeRecord};
 use store::{Store, StoreError, Tree, TreeKey, give_memory_back};
-use sys::background::{self, Background};
+use sys::background::Background;
 use unpack::layer_merge::Merger;
 use unpack::{Limits, PermissionsRule};
 
@@ -346,9 +346,7 @@ impl TreeAssembler {
         let record = shape.record(*manifest, kind, compressed_bytes, &plan);
         // Directories and symbolic links of the tree itself take disk space, too.
         let claim = Claim::of_tree(*key, &plan);
-        let reserve = || self.store.space().reserve_after(&[claim], &order.blobs);
-        // Publishes wait for the locks that this takes.
-        let room = background::at_normal_priority(reserve)?;
+        let room = self.store.space().reserve_after(&[claim], &order.blobs)?;
         let built = self.store.trees().build(&plan, &sources.objects)?;
         drop(plan);
         if takes >= LARGE_PLAN {

@@ -17,7 +17,6 @@ use store::layers::Layer;
 use store::single_files::StoredFile;
 use store::space_reservations::{Claim, Reservation};
 use store::{FileKey, LayerKey, SpaceAmount, Store, StoreError};
-use sys::background;
 use unpack::PermissionsRule;
 use unpack::layer_rule::ArchiveRule;
 
@@ -87,7 +86,7 @@ impl SpaceReserver {
             let is_in_doubt = move || {
                 Ok(!store.space().has_room_for(&claims)? && bytes <= store.space().capacity()?)
             };
-            if blocking(move || background::at_normal_priority(is_in_doubt)).await? {
+            if blocking(is_in_doubt).await? {
                 // Nothing goes for what the registry may not give, and what it gives and is here
                 // needs no room.
                 self.probe_all(&needed.unproven, sponsors).await?;
@@ -97,8 +96,7 @@ impl SpaceReserver {
         let (store, Needed { claims, here, .. }) = (self.origins.store.clone(), needed);
         let reserve =
             move || Ok(Reserved { reservation: store.space().reserve(&claims)?, _here: here });
-        // With locks that publishes wait for.
-        blocking(move || background::at_normal_priority(reserve)).await
+        blocking(reserve).await
     }
 
     /// Returns the space that the parts of a repository's artifact need. A part that the repository has not been proven
@@ -180,7 +178,7 @@ impl SpaceReserver {
             let freed = store.collector().collect_for(&Want::Room(goal), &own)?;
             Ok(!freed.is_nothing())
         };
-        blocking(move || background::at_normal_priority(make)).await
+        blocking(make).await
     }
 }
 

@@ -77,7 +77,7 @@ pub struct Snapshot {
 }
 
 impl Default for Progress {
-    /// Returns the progress of work with normal priority.
+    /// Returns the progress of work that does not run in the background.
     fn default() -> Self {
         Self::of(Priority::Warm, Background::none())
     }

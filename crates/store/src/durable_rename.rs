@@ -70,11 +70,8 @@ impl Barrier {
                 .iter()
                 .try_for_each(|(path, file)| file.sync_all().io_context("sync", path));
         }
-        // Other barriers wait for this one.
-        background::at_normal_priority(|| {
-            let _turn = self.0.lock();
-            nix::unistd::syncfs(&staged.filesystem).io_context("sync", Path::new("the filesystem"))
-        })
+        let _turn = self.0.lock();
+        nix::unistd::syncfs(&staged.filesystem).io_context("sync", Path::new("the filesystem"))
     }
 }
 

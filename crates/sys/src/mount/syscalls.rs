@@ -296,40 +296,6 @@ pub fn start_write_back(file: BorrowedFd<'_>) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The kernel's scheduling class of a thread (sched(7)).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ThreadClass {
-    /// A fair share of the processor: `SCHED_OTHER`, or another policy that the process has in its place.
-    Normal,
-    /// The processor when no other thread wants it: `SCHED_IDLE`.
-    Idle,
-}
-
-/// Calls `sched_setscheduler` for a thread by its number. Leaving the idle class takes `CAP_SYS_NICE`.
-pub fn set_thread_class(thread: i32, class: ThreadClass) -> io::Result<()> {
-    let policy = match class {
-        ThreadClass::Normal => libc::SCHED_OTHER,
-        ThreadClass::Idle => libc::SCHED_IDLE,
-    };
-    // SAFETY: an all-zero parameter is a valid value of a structure of integers.
-    let parameter: libc::sched_param = unsafe { std::mem::zeroed() };
-    // SAFETY: the parameter outlives the call, which only reads it.
-    let done = unsafe { libc::sched_setscheduler(thread, policy, &raw const parameter) };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Calls `sched_getscheduler` for a thread by its number.
-pub fn thread_class(thread: i32) -> io::Result<ThreadClass> {
-    // SAFETY: the call takes a number.
-    let policy = unsafe { libc::sched_getscheduler(thread) };
-    match policy {
-        -1 => Err(io::Error::last_os_error()),
-        // A flag beside the policy tells whether child threads inherit it.
-        policy if policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_IDLE => Ok(ThreadClass::Idle),
-        _ => Ok(ThreadClass::Normal),
-    }
-}
-
 /// Calls `mallopt`: all threads share `arenas` arenas, and blocks of at least `large` bytes go back to
 /// the system when they are freed. By default the C library gives each thread an arena, whose freed
 /// memory no other thread uses, and keeps larger and larger blocks.
