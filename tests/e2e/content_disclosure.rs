@@ -342,10 +342,13 @@ fn a_private_reference_of_others_is_refused_in_the_same_words_whether_it_is_cach
         }
     }
     proxy.go_down();
-    let [told, expected] = [&cached, &other].map(|reference| {
+    let tell = |reference: &String| {
         let name = reference.strip_suffix(":v1").expect("a tag");
         seen(&node, &node.kubelet.new_volume(reference), None, &[name])
-    });
+    };
+    // A connection that the driver kept is reset.
+    wait_until("no connection is kept", || tell(&other).message.contains("refused"));
+    let [told, expected] = [&cached, &other].map(tell);
     assert_eq!(told.code, Some(Code::Unavailable));
     assert_eq!(told, expected);
 }
