@@ -65,12 +65,19 @@ fn the_notes_of_the_chart_work_as_they_are_written() {
     namespace.apply(pod);
     namespace.wait_for_phase("artifact-inline", "Succeeded");
     assert!(namespace.logs("artifact-inline").contains("/artifact/bin/busybox"));
-    for command in notes
-        .lines()
-        .filter_map(|line| line.strip_prefix("  kubectl "))
-        .filter(|line| !line.starts_with("apply") && !line.starts_with("logs artifact"))
-    {
-        let script = format!("kubectl {command}");
+    let paragraphs = notes.split("\n\n");
+    let commands = paragraphs.filter(|paragraph| {
+        let first = paragraph.trim_start();
+        first.starts_with("kubectl -n")
+            || first.starts_with("NODE=")
+            || first.starts_with("kubectl label")
+    });
+    // The commands of the notes name no namespace for the pod.
+    let pod = format!("kubectl -n {} get pod artifact-inline", namespace.name);
+    let scripts: Vec<_> =
+        commands.map(|lines| lines.replace("kubectl get pod artifact-inline", &pod)).collect();
+    assert_eq!(scripts.len(), 3, "{notes}");
+    for script in scripts {
         run("sh", &["-euc", &script], "").unwrap_or_else(|error| panic!("{script}: {error}"));
     }
     let drivers = object(&["get", "csinodes"]);
