@@ -112,6 +112,35 @@ fn a_pod_that_is_deleted_by_force_leaves_no_mount() {
 }
 
 #[test]
+fn a_volume_that_the_kubelet_has_forgotten_is_unmounted() {
+    let namespace = TestNamespace::alone("forgotten");
+    let artifact = Artifact::push("tests/forgotten", &[("file", "x\n")]);
+    let other = Reader::start(&namespace, "other", &artifact.reference(), "node-2");
+    let pod = Pod::holding("pod", &artifact.reference()).on("node-2");
+    namespace.run(&pod);
+    namespace.wait_for_phase("pod", "Running");
+    let uid = namespace.field("pod", "pod", "{.metadata.uid}");
+    let mounts = || on_node("node-2", &["cat", "/proc/self/mountinfo"]).expect("mounts");
+    assert!(mounts().contains(&uid));
+    // Without the file the kubelet cannot unmount the volume, and asks the driver for nothing.
+    let volume = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~csi/artifact");
+    on_node("node-2", &["rm", &format!("{volume}/vol_data.json")]).expect("a lost file");
+    namespace.kubectl(&["delete", "pod", "pod", "--force", "--grace-period=0"]);
+    // The driver looks every minute, and when it starts.
+    kill_driver("node-2");
+    wait_until("the end of the mount", || !mounts().contains(&uid));
+    other.still_reads();
+    let folder = format!("/var/lib/kubelet/pods/{uid}");
+    on_node("node-2", &["rm", "-r", &folder]).expect("what an administrator removes");
+    node(&["restart", "node-2", "kubelet"]);
+    assert_eq!(
+        namespace
+            .output(&Pod::new("next", &artifact.reference(), "cat /artifact/file").on("node-2")),
+        "x\n"
+    );
+}
+
+#[test]
 fn a_drain_moves_pods_with_volumes_to_another_node() {
     let namespace = TestNamespace::alone("drain");
     let artifact = Artifact::push("tests/drain", &[("file", "x\n")]);
