@@ -10,6 +10,8 @@ import render
 
 FOLDER = chart.ROOT / "deploy/gitops"
 VERSION = "v9-of-a-test"
+DIGEST = "sha256:" + "9a" * 32
+SECRET = "registry-credentials"
 
 
 def volumes():
@@ -39,37 +41,46 @@ def sources(value):
             yield from sources(child)
 
 
-def agree(where, check, warm, prometheus):
-    """The job, the preload and the object name one artifact and one secret."""
-    job = check["spec"]["template"]["spec"]
-    env = {each["name"]: each["value"] for each in job["containers"][0]["env"]}
-    (secret,) = [each["secret"] for each in job["volumes"] if "secret" in each]
-    spec = prometheus["spec"]
-    wanted = (spec["ociRegistry"], spec["version"], spec["imagePullSecret"])
-    repository, _, version = warm["spec"]["reference"].rpartition(":")
-    (preload_secret,) = warm["spec"]["pullSecrets"]
+def agree(where, documents, secret=None):
+    """The job, the preload and the object name one artifact and one secret, if any."""
+    built = {document["kind"]: document for document in documents}
+    job = built["Job"]["spec"]["template"]["spec"]
+    preload = built["ArtifactPreload"]["spec"]
+    spec = built["CustomPrometheus"]["spec"]
+    wanted = f"{spec['ociRegistry']}:{VERSION}@{DIGEST}"
     found = {
-        "job": (env["REPOSITORY"], env["VERSION"], secret["secretName"]),
-        "preload": (repository, version, preload_secret),
+        "job": (
+            job["containers"][0]["args"][1],
+            [each["secret"]["secretName"] for each in job["volumes"] if "secret" in each],
+        ),
+        "preload": (preload["reference"], preload.get("pullSecrets", [])),
+        "object": (
+            f"{spec['ociRegistry']}:{spec['version']}@{spec['digest']}",
+            [spec["imagePullSecret"]] if "imagePullSecret" in spec else [],
+        ),
     }
     for name, parts in found.items():
-        if parts != wanted:
-            yield f"{where}: the {name} is for {parts}, and the object for {wanted}"
-    if wanted[1] != VERSION:
-        yield f"{where}: the version is {wanted[1]}, and {VERSION} was set in its one place"
+        if parts != (wanted, [secret] if secret else []):
+            yield f"{where}: the {name} is for {parts}, and should be for {wanted} with the secret {secret}"
+    if ("--docker-config=/docker/config.json" in job["containers"][0]["args"]) != bool(secret):
+        yield f"{where}: the job has the arguments {job['containers'][0]['args']}, and the secret is {secret}"
 
 
-def by_kind(documents):
-    return {document["kind"]: document for document in documents}
+def with_secret(text):
+    """A kustomization with the lines for a private registry, as its comment says."""
+    public, comment, private = text.partition("# patches:\n")
+    return public + (comment + private).replace("# ", "", 1).replace("\n# ", "\n")
 
 
 def argo_cd():
-    """One version in prometheus.yaml reaches the check and the warming, and the waves come in order."""
+    """One version and digest in prometheus.yaml reach the check and the warming, and the waves come in order."""
     folder = FOLDER / "argo-cd/prometheus"
-    built = by_kind(render.kustomization(folder, {"prometheus.yaml": set_version}))
-    yield from agree("argo-cd", built["Job"], built["ArtifactPreload"], built["CustomPrometheus"])
+    built = render.kustomization(folder, {"prometheus.yaml": set_version})
+    yield from agree("argo-cd", built)
+    private = render.kustomization(folder, {"prometheus.yaml": set_version, "kustomization.yaml": with_secret})
+    yield from agree("argo-cd with a secret", private, secret=SECRET)
     prefix = "argocd.argoproj.io/"
-    notes = {kind: each["metadata"]["annotations"] for kind, each in built.items()}
+    notes = {each["kind"]: each["metadata"]["annotations"] for each in built}
     if notes["Job"][prefix + "hook"] != "PreSync":
         yield "argo-cd: the check is not before the sync"
     waves = [int(notes[kind][prefix + "sync-wave"]) for kind in ("ArtifactPreload", "CustomPrometheus")]
@@ -97,14 +108,15 @@ def argo_cd_by_digest():
 def set_version(text):
     # A host with a port, which has the character that the parts of a reference are told apart by.
     text = re.sub(r"(?m)^  ociRegistry: [^/]*", "  ociRegistry: registry.example.com:5000", text)
-    return re.sub(r"(?m)^  version: .*$", f"  version: {VERSION}", text)
+    text = re.sub(r"(?m)^  version: .*$", f"  version: {VERSION}", text)
+    return re.sub(r"(?m)^  digest: .*$", f"  digest: {DIGEST}", text)
 
 
 def flux():
-    """One version in the ConfigMap reaches all three, and the second Kustomization waits for the first."""
+    """One version and digest in the ConfigMap reach all three, and the second Kustomization waits for the first."""
     documents = chart.documents((FOLDER / "flux/flux.yaml").read_text())
     (values,) = [each["data"] for each in documents if each["kind"] == "ConfigMap"]
-    values = values | {"version": VERSION}
+    values = values | {"version": VERSION, "digest": DIGEST}
 
     def substitute(text):
         return re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
@@ -114,15 +126,16 @@ def flux():
         yield "flux: rolling does not wait for the check"
     if not (first["spec"]["wait"] and first["spec"]["force"]):
         yield "flux: the check's job is not waited for, or not made anew"
-    built = []
+    for secret, changes in ((None, None), (SECRET, {"kustomization.yaml": with_secret})):
+        built = []
+        for each in (first, second):
+            text = yaml.safe_dump_all(render.kustomization(FOLDER / "flux" / each["spec"]["path"], changes))
+            built += chart.documents(substitute(text))
+        yield from agree(f"flux with the secret {secret}", built, secret=secret)
     for each in (first, second):
-        text = yaml.safe_dump_all(render.kustomization(FOLDER / "flux" / each["spec"]["path"]))
-        built += chart.documents(substitute(text))
         sources = each["spec"]["postBuild"]["substituteFrom"]
         if [source["name"] for source in sources] != ["prometheus-artifact"]:
             yield "flux: the version has two places"
-    built = by_kind(built)
-    yield from agree("flux", built["Job"], built["ArtifactPreload"], built["CustomPrometheus"])
 
 
 CHECKS = (volumes, argo_cd, argo_cd_by_digest, flux)

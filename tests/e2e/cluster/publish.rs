@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
-use k8s_openapi::api::{batch::v1::Job, core::v1::EnvVar};
+use k8s_openapi::api::batch::v1::Job;
 use serde_json::Value;
 use tonic::Code;
 
@@ -109,18 +109,9 @@ fn what_is_signed_passes_the_job_before_a_rollout_and_the_policy_on_the_node() {
     let job: Job = serde_json::from_value(job).expect("a job");
     let pod = job.spec.and_then(|spec| spec.template.spec).expect("a pod");
     deployed.machine.files.insert("keys".into(), [("cosign.pub".into(), key)].into());
-    let anonymous = [("config.json".to_owned(), r#"{"auths": {}}"#.to_owned())];
-    deployed.machine.files.insert("docker".into(), anonymous.into());
     for (version, passes) in [("signed", true), ("unsigned", false), ("missing", false)] {
         let mut container = pod.containers[0].clone();
-        for EnvVar { name, value, .. } in container.env.iter_mut().flatten() {
-            *value = Some(if name == "VERSION" { version.to_owned() } else { repository.clone() });
-        }
-        // Kubernetes expands variables of the environment in the arguments.
-        let expanded = |argument: &String| {
-            argument.replace("$(REPOSITORY)", &repository).replace("$(VERSION)", version)
-        };
-        container.args = container.args.map(|all| all.iter().map(expanded).collect());
+        container.args.as_mut().expect("arguments")[1] = format!("{repository}:{version}");
         let image = Image::of_the_driver();
         let checked = deployed.machine.start(&pod, &container, &image).wait().expect("the job");
         let log = deployed.machine.log(&container);
