@@ -1,4 +1,4 @@
-"""The chart's README: every value with its default and the description of the schema.
+"""The chart's README, which has every value with its default and the description of the schema, and all documents' code.
 
     readme.py --write     writes it anew
 """
@@ -17,7 +17,7 @@ HEAD = """# csi-driver-oci
 
 {description}.
 
-```
+```sh
 helm install csi-driver-oci oci://ghcr.io/csi-driver-oci/charts/csi-driver-oci --namespace csi-driver-oci
 ```
 
@@ -124,7 +124,24 @@ def paths(values, path=""):
             yield from paths(value, below)
 
 
-CHECKS = (readme,)
+def code_blocks():
+    """Every block of code in a document has a language, so that it is highlighted."""
+    pages = list(chart.ROOT.glob("*.md"))
+    for folder in ("docs", "charts", "crates", ".github"):
+        pages += (chart.ROOT / folder).rglob("*.md")
+    blocks = 0
+    for path in sorted(pages):
+        lines = enumerate(path.read_text().splitlines(), 1)
+        fences = [(number, line.strip()) for number, line in lines if line.strip().startswith("```")]
+        for number, fence in fences[::2]:
+            blocks += 1
+            if fence == "```":
+                yield f"{path.relative_to(chart.ROOT)}, line {number}: the block of code has no language"
+    if blocks < 50:
+        yield f"only {blocks} blocks of code were looked at"
+
+
+CHECKS = (readme, code_blocks)
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
