@@ -11,27 +11,16 @@ import pathlib
 import ssl
 import sys
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from api_handler import ApiHandler, merge
 
 certificate, key, state_path = sys.argv[1:]
 STATE = pathlib.Path(state_path)
 PAGE = 2
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, document):
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
+class Handler(ApiHandler):
     def state(self):
         return json.loads(STATE.read_text())
 
@@ -41,9 +30,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         if self.headers["authorization"] != f"Bearer {state['token']}":
-            self.answer(401, {"kind": "Status"})
+            self.refuse(401, "Unauthorized")
         elif url.path not in state["objects"]:
-            self.answer(404, {"kind": "Status"})
+            self.refuse(404, "NotFound")
         else:
             return state, url.path, query
         return None
@@ -63,34 +52,34 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"metadata": {"continue": more}, "items": wanted[start:end]})
 
     def do_PATCH(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = self.body()
         if (found := self.find()) is None:
             return
         state, path, _ = found
         if self.headers["content-type"] == "application/merge-patch+json":
             merge(state["objects"][path], body)
         elif self.headers["content-type"] != "application/json-patch+json":
-            return self.answer(415, {"kind": "Status"})
+            return self.refuse(415, "UnsupportedMediaType")
         for change in body if isinstance(body, list) else []:
             *folders, last = change["path"].strip("/").split("/")
             place = state["objects"][path]
             for folder in folders:
                 place = place[folder]
             if change["op"] == "test" and place[last] != change["value"]:
-                return self.answer(422, {"kind": "Status"})
+                return self.refuse(422, "Invalid")
             if change["op"] == "replace":
                 place[last] = change["value"]
         self.write(state)
         self.answer(200, state["objects"][path])
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = self.body()
         state = self.state()
         path = f"{urllib.parse.urlsplit(self.path).path}/{body['metadata']['name']}"
         if self.headers["authorization"] != f"Bearer {state['token']}":
-            return self.answer(401, {"kind": "Status"})
+            return self.refuse(401, "Unauthorized")
         if path in state["objects"]:
-            return self.answer(409, {"kind": "Status"})
+            return self.refuse(409, "AlreadyExists")
         state["objects"][path] = body
         self.write(state)
         self.answer(201, body)
@@ -99,15 +88,6 @@ class Handler(BaseHTTPRequestHandler):
         next_state = STATE.with_suffix(".patched")
         next_state.write_text(json.dumps(state))
         next_state.rename(STATE)
-
-
-def merge(target, patch):
-    """As RFC 7386 says."""
-    for key, value in patch.items():
-        if isinstance(value, dict) and isinstance(target.get(key), dict):
-            merge(target[key], value)
-        else:
-            target[key] = value
 
 
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -21,12 +21,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import yaml
 
 import chart
 import compose
+from api_handler import ApiHandler, merge
 
 NODES = ["one", "two"]
 # Group and version, kind, plural, whether it has namespaces.
@@ -254,38 +255,7 @@ def discovery(path):
     return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group, "resources": resources} if resources else None
 
 
-def merge(target, patch):
-    """As RFC 7386 says."""
-    for key, value in patch.items():
-        if value is None:
-            target.pop(key, None)
-        elif isinstance(value, dict):
-            merge(target.setdefault(key, {}), value)
-        else:
-            target[key] = value
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, document):
-        body = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def missing(self):
-        status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-        self.answer(404, status | {"message": f"{self.path} is not there"})
-
-    def body(self):
-        return json.loads(self.rfile.read(int(self.headers.get("content-length") or 0)) or b"{}")
-
+class Handler(ApiHandler):
     def handle_request(self):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
@@ -293,11 +263,11 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] == "play":
             return self.play(parts)
         if parts[0] not in ("api", "apis"):
-            return self.missing()
+            return self.refuse(404, "NotFound")
         rest = parts[2:] if parts[0] == "api" else parts[3:]
         if not rest:
             found = discovery(url.path)
-            return self.answer(200, found) if found else self.missing()
+            return self.answer(200, found) if found else self.refuse(404, "NotFound")
         if rest[0] == "namespaces" and len(rest) > 2:
             rest = rest[2:]
         if rest[0] in FOREIGN:
@@ -309,9 +279,8 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = handle_request
 
     def forward(self, url):
-        length = int(self.headers.get("content-length") or 0)
         kind = self.headers.get("content-type") or "application/json"
-        self.answer(*upstream(self.command, f"{url.path}?{url.query}", self.rfile.read(length) or None, kind))
+        self.answer(*upstream(self.command, f"{url.path}?{url.query}", self.content() or None, kind))
 
     def play(self, parts):
         with LOCK:
@@ -328,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
                 document["metadata"]["namespace"] = namespace
             place = f"{path}/{document['metadata']['name']}"
             if place in OBJECTS:
-                return self.answer(409, {"kind": "Status", "reason": "AlreadyExists", "code": 409})
+                return self.refuse(409, "AlreadyExists")
             return self.answer(201, store(place, document))
         name = query.get("fieldSelector", "").removeprefix("metadata.name=")
 
@@ -363,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def object(self, path):
         if path not in OBJECTS:
-            return self.missing()
+            return self.refuse(404, "NotFound")
         with LOCK:
             document = json.loads(json.dumps(OBJECTS[path]))
             if self.command in ("PATCH", "PUT"):
@@ -374,7 +343,7 @@ class Handler(BaseHTTPRequestHandler):
                     merge(document, change)
                 document = store(path, document)
             elif self.command == "DELETE":
-                self.rfile.read(int(self.headers.get("content-length") or 0))
+                self.content()
                 OBJECTS.pop(path)
         self.answer(200, document)
 
@@ -383,7 +352,6 @@ def serve(address):
     global UPSTREAM
     UPSTREAM = address
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
     print(server.server_port, flush=True)
 
     def player():
