@@ -64,6 +64,8 @@ class Browser:
             "--no-sandbox",
             "--disable-gpu",
             "--hide-scrollbars",
+            # A container has 64 MiB there.
+            "--disable-dev-shm-usage",
             "--remote-debugging-pipe",
             f"--user-data-dir={profile}",
         ]
