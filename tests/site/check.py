@@ -1,15 +1,17 @@
-"""Looks at every page of the built site in a headless Chromium, in light and in dark.
+"""Looks at every page of the built site in a headless Chromium, in light and in dark, wide and narrow.
 
     check.py CHROMIUM BOOK SCREENSHOTS
 
-On a page, no block of code is wider than its place in a window of 1,300 pixels, every image loads and follows the theme,
-text stands out from its background, blocks of code have a language, and the console stays empty. Prints what is wrong,
-and exits 1 if anything is. Writes a screenshot of each page and theme.
+The windows have 1,300 pixels and, like a phone's, 390. No page is wider than its window, and in the wide one no block of
+code is cut off. Every image loads, and its text stays readable. Text and links stand out from their background, blocks of
+code have a language, and the console stays empty. Prints what is wrong, and exits 1 if anything is. Writes a screenshot of
+each page, theme and width.
 """
 
 import base64
 import functools
 import http.server
+import itertools
 import json
 import os
 import pathlib
@@ -18,7 +20,8 @@ import sys
 import tempfile
 import threading
 
-WIDTH, HEIGHT = 1300, 900
+WIDTHS = (1300, 390)
+HEIGHT = 900
 
 SCHEMES = ("light", "dark")
 
@@ -31,24 +34,31 @@ LOOK = r"""
     const start = JSON.stringify(code.textContent.slice(0, 50));
     if (!/language-/.test(code.className)) problems.push(`a block of code has no language: ${start}`);
     const pre = code.parentElement;
-    if (code.scrollWidth > code.clientWidth + 1 || pre.scrollWidth > pre.clientWidth + 1)
+    if (innerWidth >= 1300 && (code.scrollWidth > code.clientWidth + 1 || pre.scrollWidth > pre.clientWidth + 1))
       problems.push(`a block of code is cut off, ${code.scrollWidth} of ${code.clientWidth} pixels: ${start}`);
   }
   for (const image of main.querySelectorAll('img')) {
     try { await image.decode(); } catch { }
     if (!image.naturalWidth) problems.push(`an image does not load: ${image.src}`);
     if (!image.alt) problems.push(`an image has no text: ${image.src}`);
+    if (image.checkVisibility() && image.clientWidth < 0.7 * image.naturalWidth)
+      problems.push(`an image is small, ${image.clientWidth} of ${image.naturalWidth} pixels: ${image.src}`);
   }
-  if (main.scrollWidth > main.clientWidth + 1) problems.push('the page is wider than its place');
+  if (main.scrollWidth > main.clientWidth + 1 || document.documentElement.scrollWidth > innerWidth)
+    problems.push('the page is wider than its place');
   const light = (color) => {
     const [r, g, b] = color.match(/[\d.]+/g).map(Number).map((c) => c / 255)
       .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const colors = [getComputedStyle(main).color, getComputedStyle(document.documentElement).backgroundColor].map(light);
-  const contrast = (Math.max(...colors) + 0.05) / (Math.min(...colors) + 0.05);
-  if (!(contrast >= 4.5)) problems.push(`text has a contrast of ${contrast.toFixed(1)}`);
-  return {problems, height: document.documentElement.scrollHeight, dark: colors[1] < 0.2};
+  const background = light(getComputedStyle(document.documentElement).backgroundColor);
+  for (const [kind, element] of [['text', main], ['a link', main.querySelector('p a, li a, td a')]]) {
+    if (!element) continue;
+    const colors = [light(getComputedStyle(element).color), background];
+    const contrast = (Math.max(...colors) + 0.05) / (Math.min(...colors) + 0.05);
+    if (!(contrast >= 4.5)) problems.push(`${kind} has a contrast of ${contrast.toFixed(1)}`);
+  }
+  return {problems, height: document.documentElement.scrollHeight, dark: background < 0.2};
 })()
 """
 
@@ -87,7 +97,6 @@ class Browser:
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
 
     def read(self):
         message = bytearray()
@@ -122,7 +131,8 @@ class Browser:
             raise SystemExit(f"the script of the check failed: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def open(self, url, scheme):
+    def open(self, url, width, scheme):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=HEIGHT, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
         self.call("Page.navigate", url=url)
@@ -141,8 +151,8 @@ class Browser:
                 case "Network.loadingFailed" if not parameters.get("canceled"):
                     yield f"a request failed: {parameters['errorText']}"
 
-    def screenshot(self, path, height):
-        clip = {"x": 0, "y": 0, "width": WIDTH, "height": min(height, 8000), "scale": 1}
+    def screenshot(self, path, width, height):
+        clip = {"x": 0, "y": 0, "width": width, "height": min(height, 8000), "scale": 1}
         image = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(image["data"]))
 
@@ -169,17 +179,17 @@ def look(program, book, pictures):
         yield f"only {len(pages)} pages were built"
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(program, profile)
-        for scheme in SCHEMES:
-            for page in pages:
-                browser.open(f"http://127.0.0.1:{server.server_port}/{page}", scheme)
-                seen = browser.evaluate(LOOK)
-                if seen["dark"] != (scheme == "dark"):
-                    seen["problems"].append("the page does not follow the preference of the system")
-                yield from (f"{page}, {scheme}: {problem}" for problem in [*seen["problems"], *browser.complaints()])
-                name = str(page.with_suffix("")).replace("/", "-")
-                browser.screenshot(pictures / f"{name}-{scheme}.png", seen["height"])
+        for width, scheme, page in itertools.product(WIDTHS, SCHEMES, pages):
+            browser.open(f"http://127.0.0.1:{server.server_port}/{page}", width, scheme)
+            seen = browser.evaluate(LOOK)
+            if seen["dark"] != (scheme == "dark"):
+                seen["problems"].append("the page does not follow the preference of the system")
+            for problem in [*seen["problems"], *browser.complaints()]:
+                yield f"{page}, {width} pixels, {scheme}: {problem}"
+            name = str(page.with_suffix("")).replace("/", "-")
+            browser.screenshot(pictures / f"{name}-{width}-{scheme}.png", width, seen["height"])
         browser.close()
-    print(f"{len(pages)} pages in {len(SCHEMES)} themes; screenshots are in {pictures}")
+    print(f"{len(pages)} pages in {len(SCHEMES)} themes and {len(WIDTHS)} widths; screenshots are in {pictures}")
 
 
 if __name__ == "__main__":
