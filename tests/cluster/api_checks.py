@@ -225,7 +225,8 @@ def manifests(server):
     shown = [each.partition("```")[0] for each in page.split("```yaml\n")[1:]]
     # Not the names of the release that is installed: what two appliers write is merged.
     chart.RELEASE = "checks"
-    groups = {row: chart.objects(values) for row, values in chart.matrix().items()}
+    version = server.call("GET", "/version")[1]["gitVersion"].removeprefix("v")
+    groups = {row: chart.objects(values, version) for row, values in chart.matrix().items()}
     groups |= render.plain() | render.kustomizations() | render.composed()
     groups["docs/preloading.md"] = [each for text in shown for each in chart.documents(text)]
     seen = 0
