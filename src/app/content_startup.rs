@@ -12,8 +12,7 @@ use tokio_util::task::TaskTracker;
 use super::NodeOptions;
 use crate::admin::node_metrics::NodeMetrics;
 use crate::config::policy_config::policy_source;
-use crate::config::warm_config::warm_source;
-use crate::config::{ConfigurationError, NodeConfiguration};
+use crate::config::{ConfigurationError, NodeConfiguration, reloadable};
 use crate::kubernetes::EventRecorder;
 use crate::node_artifacts::OWNERS;
 use crate::node_maintenance::NodeMaintenance;
@@ -22,13 +21,14 @@ use crate::volume::{ContentState, NodeContent, VolumeManager};
 use crate::warming::{ListKeeper, SourcePins, WantedPins};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::{Registry, RegistryOptions};
+use policy::PolicySource;
 use pull::download_resources::Observer;
 use pull::memory::container_limit;
 use pull::single_flight::Runway;
 use pull::{Puller, Sources};
 use store::state_lock::Lock;
 use store::state_ownership::require_mountpoint;
-use store::{SecurityLabel, Store, StoreError, StoreOptions};
+use store::{Store, StoreError, StoreOptions};
 use sys::background::Background;
 
 /// The interval between two attempts to open the store: the disk may be mounted, repaired or emptied meanwhile.
@@ -114,9 +114,10 @@ impl ContentOpener {
     fn keep_warm(&self, content: NodeContent) {
         let metrics = Arc::clone(&self.metrics);
         let report = move |failed| metrics.configuration_error("warm", failed);
+        let (name, path) = ("the list of what is kept warm", self.options.config.clone());
         let keeper = ListKeeper {
             content,
-            source: warm_source(self.options.config.clone(), report),
+            source: reloadable(name, path, |file, _| Ok(file.warm), report),
             references: Arc::clone(self.metrics.warming()),
             node_id: self.options.node_id.clone(),
         };
@@ -135,11 +136,10 @@ impl ContentOpener {
             shutdown: self.shutdown.clone(),
             background: Background::start().map_err(|error| error.to_string())?,
         };
-        let mut content = content_of(store, configuration, observer, &runway)?;
         let metrics = Arc::clone(&self.metrics);
         let report = move |failed| metrics.configuration_error("policy", failed);
-        content.policy = policy_source(self.options.config.clone(), report);
-        Ok(content)
+        let policy = policy_source(self.options.config.clone(), report);
+        content_of(store, policy, configuration, observer, &runway)
     }
 }
 
@@ -154,10 +154,8 @@ fn open_store(
         *lock = Some(acquire(root, configuration.cache.require_mountpoint)?);
     }
     drop(lock);
-    let label = SecurityLabel::is_used_on_this_node()
-        .then(|| SecurityLabel::new(&configuration.selinux.file_label))
-        .flatten();
-    let store = Store::open(root, StoreOptions { label, cache: configuration.cache })?;
+    let (label, cache) = (configuration.selinux.label(), configuration.cache);
+    let store = Store::open(root, StoreOptions { label, cache })?;
     tracing::info!(state = %root.display(), "the store is open");
     Ok(store)
 }
@@ -170,27 +168,28 @@ pub(super) fn acquire(root: &Path, must_be_mounted: bool) -> Result<Lock, StoreE
     Lock::try_acquire(root)
 }
 
-/// Builds the policy source, the puller and their registry client over an open store.
+/// Builds the puller and its registry client over an open store.
 pub fn content_of(
     store: Store,
+    policy: PolicySource,
     configuration: &NodeConfiguration,
     observer: Arc<dyn Observer>,
     runway: &Runway,
 ) -> Result<NodeContent, String> {
-    let options = RegistryOptions {
-        stall_timeout: configuration.pull.stall_timeout,
+    let options = configuration.pull;
+    let registry = RegistryOptions {
+        stall_timeout: options.stall_timeout,
         ..configuration.registries.options(&configuration.limits)?
     };
     let sources = Sources {
-        registry: Registry::new(options).map_err(|error| error.to_string())?,
+        registry: Registry::new(registry).map_err(|error| error.to_string())?,
         node_credentials: NodeCredentials::new(configuration.registries.provider_files()),
         verification: configuration.registries.verification(),
         limits: configuration.limits.clone(),
     };
-    if let Err(reason) = configuration.check_memory(container_limit()) {
+    if let Err(reason) = options.check_memory(&configuration.limits, container_limit()) {
         tracing::warn!(reason, "artifacts that the limits allow may be refused for memory");
     }
-    let puller = Puller::new(store.clone(), sources, configuration.pull, observer, runway);
-    let policy = policy::permissive();
+    let puller = Puller::new(store.clone(), sources, options, observer, runway);
     Ok(NodeContent { policy, store, puller, maintenance: Arc::default() })
 }

@@ -25,7 +25,7 @@ pub(super) fn run(arguments: &CheckConfigArguments) -> Result<(), CommandError> 
     // The keys are files of their own.
     read.policy.policy(&mut FileVersions::new())?;
     let container = arguments.memory.map_or_else(container_limit, |limit| Some(limit.0));
-    read.check_memory(container)?;
+    read.pull.check_memory(&read.limits, container)?;
     print(&format!("{} can be used", arguments.file.display()));
     Ok(())
 }

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::{CommandError, OutputFormat, logging, print, runtime};
 use crate::app::content_of;
 use crate::config::NodeConfiguration;
+use crate::config::policy_config::policy_source;
 use crate::volume::mount_form::MountMode;
 use crate::volume::volume_attributes::VolumeAttributes;
 use crate::volume::{
@@ -26,7 +27,7 @@ use pull::download_resources::Unobserved;
 use pull::single_flight::Runway;
 use pull::{ProgressView, Tenant};
 use store::state_lock::Lock;
-use store::{CacheOptions, SecurityLabel, Store, StoreOptions};
+use store::{CacheOptions, SelinuxOptions, Store, StoreOptions};
 use sys::background::Background;
 use sys::mount::{AttachMethod, MountFlags};
 
@@ -104,10 +105,8 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
     let state_dir = arguments.state.folder()?;
     let target = target(&arguments.dir)?;
     let _lock = Lock::try_acquire(&state_dir).map_err(|error| error.to_string())?;
-    let label = SecurityLabel::is_used_on_this_node()
-        .then(|| SecurityLabel::new(&NodeConfiguration::without_file().selinux.file_label))
-        .flatten();
-    let store = Store::open(&state_dir, StoreOptions { label, cache: developer_cache_options() })
+    let (label, cache) = (SelinuxOptions::default().label(), developer_cache_options());
+    let store = Store::open(&state_dir, StoreOptions { label, cache })
         .map_err(|error| error.to_string())?;
     let runtime = runtime()?;
     runtime.block_on(async {
@@ -117,8 +116,9 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
             shutdown: shutdown.clone(),
             background: Background::none(),
         };
-        let content =
-            content_of(store, &NodeConfiguration::without_file(), Arc::new(Unobserved), &runway)?;
+        let (policy, configuration) =
+            (policy_source(None, |_| ()), NodeConfiguration::without_file());
+        let content = content_of(store, policy, &configuration, Arc::new(Unobserved), &runway)?;
         let reference = attributes.reference.to_string();
         fetch(&content, &attributes, &keyring)
             .await

@@ -1,14 +1,11 @@
 //! The configuration file: its schema and its checks.
 //!
 //! Unknown keys are errors, so that a misspelt limit is not silently ignored. A section is the type that its crate uses
-//! (`limits`, `cache`, `pull`), or has a file here. That file says whether it is read again without a restart.
+//! (`limits`, `cache`, `pull`, `warm`, `volumes`, `selinux`), or has a file here. That type says whether it is read again
+//! without a restart.
 
-mod memory_config;
 pub mod policy_config;
 mod registries_config;
-mod selinux_config;
-mod volumes_config;
-pub mod warm_config;
 
 use std::path::{Path, PathBuf};
 
@@ -16,15 +13,14 @@ use serde::Deserialize;
 
 pub use policy_config::PolicySection;
 pub use registries_config::RegistriesSection;
-pub use selinux_config::SelinuxSection;
 pub use text::duration::GoDuration;
 pub use text::quantity::Quantity;
-pub use volumes_config::VolumesSection;
 
+use crate::volume::mount_form::VolumeOptions;
 use crate::warming::WarmList;
 use pull::PullOptions;
-use store::CacheOptions;
-use sys::reload::FileVersions;
+use store::{CacheOptions, SelinuxOptions};
+use sys::reload::{FileVersions, Reloadable};
 use text::printable::printable;
 use unpack::Limits;
 
@@ -63,10 +59,10 @@ pub struct NodeConfiguration {
     pub warm: WarmList,
     /// The form of mounts.
     #[serde(default)]
-    pub volumes: VolumesSection,
+    pub volumes: VolumeOptions,
     /// The label of content on nodes with SELinux.
     #[serde(default)]
-    pub selinux: SelinuxSection,
+    pub selinux: SelinuxOptions,
 }
 
 /// An error of the configuration file.
@@ -140,6 +136,20 @@ impl NodeConfiguration {
         configuration.warm.check()?;
         Ok(configuration)
     }
+}
+
+/// Returns the source of a section that is read again when the file changes. Without a file, the section is the default.
+pub fn reloadable<T: Default>(
+    name: &'static str,
+    path: Option<PathBuf>,
+    section: impl Fn(NodeConfiguration, &mut FileVersions) -> Result<T, String> + Send + Sync + 'static,
+    report: impl Fn(bool) + Send + Sync + 'static,
+) -> Reloadable<T> {
+    let read = move |seen: &mut FileVersions| match &path {
+        Some(path) => section(NodeConfiguration::read_again(path, seen)?, seen),
+        None => Ok(T::default()),
+    };
+    Reloadable::new(name, read, report)
 }
 
 /// Returns a parser error as one line, for a status and a log. The parser itself draws several lines.

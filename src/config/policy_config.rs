@@ -1,12 +1,12 @@
 //! The `policy` section. Read again when the file or the file of a key changes.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{NodeConfiguration, Quantity};
+use super::{Quantity, reloadable};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use policy::{GlobPattern, Policy, PolicyAction, PolicyDemands, PolicyRule, PolicySource};
 use sys::reload::FileVersions;
@@ -73,79 +73,68 @@ pub struct SignatureEntry {
 impl PolicySection {
     /// Checks everything that needs no file of a key.
     pub(super) fn check(&self) -> Result<(), String> {
-        let mut names = BTreeSet::new();
-        for KeyEntry { name, file, data } in &self.keys {
-            if name.is_empty() || !names.insert(name.as_str()) {
-                return Err(format!("policy.keys: the name \"{name}\" is empty or there twice"));
-            }
-            if file.is_some() == data.is_some() {
-                return Err(format!("policy.keys: the key \"{name}\" needs either file or data"));
-            }
-            if let Some(data) = data {
-                key(name, data.as_bytes())?;
-            }
-        }
-        for (number, rule) in self.rules.iter().enumerate() {
-            let place = |reason: String| format!("policy.rules: rule {}: {reason}", number + 1);
-            for text in rule.references.iter().chain(&rule.namespaces) {
-                GlobPattern::parse(text).map_err(place)?;
-            }
-            let Some(signatures) = &rule.signatures else { continue };
-            if signatures.keys.is_empty() {
-                return Err(place("signatures needs keys".to_owned()));
-            }
-            if let Some(name) = signatures.keys.iter().find(|name| !names.contains(name.as_str())) {
-                return Err(place(format!("there is no key \"{name}\" in policy.keys")));
-            }
-        }
-        Ok(())
+        self.build(|_| Ok(None)).map(drop)
     }
 
     /// Returns the policy with its keys.
     pub fn policy(&self, seen: &mut FileVersions) -> Result<Policy, String> {
-        let keys = self.keys.iter().map(|entry| {
-            let pem = match (&entry.file, &entry.data) {
-                (Some(path), _) => seen.read(path, MAXIMUM_KEY_BYTES).map_err(|error| {
-                    let path = path.display();
-                    format!(
-                        "policy.keys: the key \"{}\" cannot be read from {path}: {error}",
-                        entry.name
-                    )
+        self.build(|path| seen.read(path, MAXIMUM_KEY_BYTES).map(Some))
+    }
+
+    /// Builds the policy without the keys whose files `read` does not return.
+    fn build(
+        &self,
+        mut read: impl FnMut(&Path) -> io::Result<Option<Vec<u8>>>,
+    ) -> Result<Policy, String> {
+        let (mut names, mut keys) = (BTreeSet::new(), Vec::new());
+        for KeyEntry { name, file, data } in &self.keys {
+            if name.is_empty() || !names.insert(name.as_str()) {
+                return Err(format!("policy.keys: the name \"{name}\" is empty or there twice"));
+            }
+            let of_key = |reason: String| format!("policy.keys: the key \"{name}\"{reason}");
+            let pem = match (file, data) {
+                (Some(path), None) => read(path).map_err(|error| {
+                    of_key(format!(" cannot be read from {}: {error}", path.display()))
                 })?,
-                (None, data) => data.clone().unwrap_or_default().into_bytes(),
+                (None, Some(data)) => Some(data.clone().into_bytes()),
+                _ => return Err(of_key(" needs either file or data".to_owned())),
             };
-            key(&entry.name, &pem)
+            let key = pem.map(|pem| PublicKey::from_pem(&pem)).transpose();
+            let key = key.map_err(|error| of_key(format!(": {error}")))?;
+            keys.extend(key.map(|key| NamedKey { name: name.clone(), key }));
+        }
+        let rules = self.rules.iter().enumerate().map(|(number, rule)| {
+            let rule = rule.with_keys(&names, &keys);
+            rule.map_err(|reason| format!("policy.rules: rule {}: {reason}", number + 1))
         });
-        let keys: Arc<[NamedKey]> = keys.collect::<Result<_, _>>()?;
-        let patterns = |texts: &[String]| -> Result<Vec<GlobPattern>, String> {
-            texts.iter().map(|text| GlobPattern::parse(text)).collect()
-        };
-        let rules = self.rules.iter().map(|rule| {
-            let signature = rule.signatures.as_ref().map(|entry| SignatureDemand {
-                mode: entry.mode,
-                format: entry.format,
-                keys: keys.iter().filter(|key| entry.keys.contains(&key.name)).cloned().collect(),
-            });
-            Ok(PolicyRule {
-                references: patterns(&rule.references)?,
-                namespaces: patterns(&rule.namespaces)?,
-                action: rule.action,
-                demands: PolicyDemands {
-                    digest: rule.require_digest,
-                    maximum_bytes: rule.max_artifact_bytes.map(|quantity| quantity.0),
-                    signature,
-                },
-            })
-        });
-        let rules = rules.collect::<Result<_, String>>()?;
-        Ok(Policy { rules, default: self.default, keys })
+        let rules = rules.collect::<Result<_, _>>()?;
+        Ok(Policy { rules, default: self.default, keys: keys.into() })
     }
 }
 
-fn key(name: &str, pem: &[u8]) -> Result<NamedKey, String> {
-    let key = PublicKey::from_pem(pem)
-        .map_err(|error| format!("policy.keys: the key \"{name}\": {error}"))?;
-    Ok(NamedKey { name: name.to_owned(), key })
+impl RuleEntry {
+    fn with_keys(&self, names: &BTreeSet<&str>, keys: &[NamedKey]) -> Result<PolicyRule, String> {
+        let patterns = |texts: &[String]| -> Result<Vec<GlobPattern>, String> {
+            texts.iter().map(|text| GlobPattern::parse(text)).collect()
+        };
+        let (references, namespaces) = (patterns(&self.references)?, patterns(&self.namespaces)?);
+        if let Some(SignatureEntry { keys, .. }) = &self.signatures {
+            if keys.is_empty() {
+                return Err("signatures needs keys".to_owned());
+            }
+            if let Some(name) = keys.iter().find(|name| !names.contains(name.as_str())) {
+                return Err(format!("there is no key \"{name}\" in policy.keys"));
+            }
+        }
+        let signature = self.signatures.as_ref().map(|entry| SignatureDemand {
+            mode: entry.mode,
+            format: entry.format,
+            keys: keys.iter().filter(|key| entry.keys.contains(&key.name)).cloned().collect(),
+        });
+        let maximum_bytes = self.max_artifact_bytes.map(|quantity| quantity.0);
+        let demands = PolicyDemands { digest: self.require_digest, maximum_bytes, signature };
+        Ok(PolicyRule { references, namespaces, action: self.action, demands })
+    }
 }
 
 /// Returns the policy source of a configuration file. Without a file everything is allowed.
@@ -153,16 +142,13 @@ pub fn policy_source(
     path: Option<PathBuf>,
     report: impl Fn(bool) + Send + Sync + 'static,
 ) -> PolicySource {
-    let Some(path) = path else { return policy::permissive() };
-    let read = move |seen: &mut FileVersions| {
-        NodeConfiguration::read_again(&path, seen)?.policy.policy(seen)
-    };
-    PolicySource::new("the policy", read, report)
+    reloadable("the policy", path, |file, seen| file.policy.policy(seen), report)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::NodeConfiguration;
 
     const HEAD: &str = "apiVersion: oci.custom.io/v1alpha1\nkind: NodeConfiguration\n";
 

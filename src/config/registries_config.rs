@@ -18,7 +18,7 @@ const DEFAULT_PROOF_TTL: Duration = Duration::from_hours(24);
 const DEFAULT_PLUGIN_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The `registries` section.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct RegistriesSection {
     /// containerd's `config_path`: directories of `hosts.toml` files, separated by colons.
@@ -30,7 +30,7 @@ pub struct RegistriesSection {
     /// The directory of the plugins.
     pub credential_provider_bin_dir: Option<PathBuf>,
     /// The timeout of a plugin.
-    pub credential_provider_timeout: GoDuration,
+    pub credential_provider_timeout: Option<GoDuration>,
     /// Annotations that plugins would read from `ServiceAccount` objects.
     pub service_account_annotations: Vec<ServiceAccountAnnotations>,
     /// The rule when cached content needs no proof.
@@ -39,7 +39,7 @@ pub struct RegistriesSection {
     pub preloaded_images_verification_allowlist: Vec<String>,
     /// The time that a proof of the same service account counts while the registry cannot be reached.
     #[serde(rename = "proofTTL")]
-    pub proof_ttl: GoDuration,
+    pub proof_ttl: Option<GoDuration>,
     /// Mirrors (`https://host[:port]`) that the registries' credentials may be sent to.
     pub mirrors_with_credentials: Vec<String>,
     /// Hosts (`http://host[:port]`) that registries may redirect to without TLS.
@@ -49,26 +49,6 @@ pub struct RegistriesSection {
     pub loopback: Loopback,
     /// Networks that references may use whatever they are, such as `10.0.0.1/32`.
     pub allowed_addresses: Vec<String>,
-}
-
-impl Default for RegistriesSection {
-    fn default() -> Self {
-        Self {
-            hosts_dir: None,
-            docker_config: None,
-            credential_provider_config: None,
-            credential_provider_bin_dir: None,
-            credential_provider_timeout: GoDuration(DEFAULT_PLUGIN_TIMEOUT),
-            service_account_annotations: Vec::new(),
-            credentials_verification: CredentialsVerification::default(),
-            preloaded_images_verification_allowlist: Vec::new(),
-            proof_ttl: GoDuration(DEFAULT_PROOF_TTL),
-            mirrors_with_credentials: Vec::new(),
-            plain_http_redirects: Vec::new(),
-            loopback: Loopback::default(),
-            allowed_addresses: Vec::new(),
-        }
-    }
 }
 
 impl RegistriesSection {
@@ -128,7 +108,7 @@ impl RegistriesSection {
         ProviderFiles {
             docker_config: self.docker_config.clone(),
             plugins: config.zip(self.credential_provider_bin_dir.clone()),
-            timeout: self.credential_provider_timeout.0,
+            timeout: self.credential_provider_timeout.map_or(DEFAULT_PLUGIN_TIMEOUT, |time| time.0),
             annotations: self.service_account_annotations.clone(),
         }
     }
@@ -138,7 +118,7 @@ impl RegistriesSection {
         Verification {
             policy: self.credentials_verification,
             allowlist: self.preloaded_images_verification_allowlist.clone(),
-            proof_ttl: self.proof_ttl.0,
+            proof_ttl: self.proof_ttl.map_or(DEFAULT_PROOF_TTL, |time| time.0),
         }
     }
 }

@@ -12,6 +12,14 @@ use super::error::VolumeError;
 use store::{MountedTree, Store, StoreError, Tree};
 use sys::mount::{AttachMethod, MountContent, MountFlags, MountForm, MountTarget};
 
+/// The `volumes` section of the configuration. Read at start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct VolumeOptions {
+    /// The form in which volumes are mounted.
+    pub mount: MountMode,
+}
+
 /// The setting `volumes.mount`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub enum MountMode {

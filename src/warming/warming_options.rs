@@ -11,7 +11,7 @@ use text::duration::go_duration;
 /// The maximum number of references, more than a node holds artifacts.
 const MAXIMUM_REFERENCES: usize = 1000;
 
-/// The `warm` section.
+/// The `warm` section. Read again when the file changes.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct WarmList {

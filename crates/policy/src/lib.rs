@@ -17,13 +17,8 @@ use text::printable::excerpt;
 /// The policy in force, read again when the configuration or a key's file changes. Cheap to clone.
 pub type PolicySource = Reloadable<Policy>;
 
-/// Returns a source of the policy that allows everything.
-pub fn permissive() -> PolicySource {
-    Reloadable::new("the policy", |_| Ok(Policy::default()), |_| {})
-}
-
 /// The rules of a node. The default policy allows everything.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Policy {
     /// The rules in order. The first that matches counts.
     pub rules: Vec<PolicyRule>,
@@ -105,12 +100,6 @@ pub enum PolicyError {
         "requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy.keys), or remove the attribute"
     )]
     NoKeys,
-}
-
-impl Default for Policy {
-    fn default() -> Self {
-        Self { rules: Vec::new(), default: PolicyAction::Allow, keys: Arc::new([]) }
-    }
 }
 
 impl GlobPattern {

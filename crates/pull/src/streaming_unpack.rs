@@ -8,7 +8,7 @@
 //! Permits are shared by tenant. An unpacking of a tenant that holds more permits than one that waits
 //! returns its permit at the next read of its input, and continues when it has another one. Its
 //! decompression window stays in memory meanwhile, so that only as many are paused at once as may
-//! run (see [`super::memory::bytes_beside`]).
+//! run (see [`super::PullOptions::check_memory`]).
 //!
 //! Work for which memory is reserved does not wait for a registry. Plans and readings have permits
 //! of their own. A layer with a large window is the next one of its tenant, and an unpacking that

@@ -110,7 +110,7 @@ pub use error::StoreError;
 pub use object_keys::{FileKey, LayerKey, TreeKey};
 pub use object_name::{ObjectKind, ObjectName};
 pub use pin_records::PinShare;
-pub use selinux_label::SecurityLabel;
+pub use selinux_label::{SecurityLabel, SelinuxOptions};
 pub use space_amount::SpaceAmount;
 pub use trees::Tree;
 pub use trees::mounted_tree::MountedTree;

@@ -7,11 +7,35 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use serde::Deserialize;
+
 use sys::mount::syscalls;
+
+/// The `selinux` section of the configuration. Read at start.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct SelinuxOptions {
+    /// The label of content on nodes with SELinux.
+    pub file_label: String,
+}
 
 /// A label such as `system_u:object_r:container_file_t:s0`.
 #[derive(Clone, Debug)]
 pub struct SecurityLabel(CString);
+
+impl Default for SelinuxOptions {
+    fn default() -> Self {
+        Self { file_label: "system_u:object_r:container_file_t:s0".to_owned() }
+    }
+}
+
+impl SelinuxOptions {
+    /// Returns the label of content; `None` on a node without SELinux.
+    pub fn label(&self) -> Option<SecurityLabel> {
+        let is_used = SecurityLabel::is_used_on_this_node();
+        is_used.then(|| SecurityLabel::new(&self.file_label)).flatten()
+    }
+}
 
 impl SecurityLabel {
     /// The label's attribute has this name on every filesystem.

@@ -3,6 +3,7 @@
 //! ```text
 //! memory_ledger           the bookkeeping of one pool: turns and shares of tenants
 //! container_memory_limit  the memory limit of the container, from which the default budget follows
+//! memory_check            whether the budget and the limits fit into that memory
 //! ```
 //!
 //! The budget is divided by how long memory is held, so that no stage of a pull waits for a stage
@@ -21,11 +22,12 @@
 //! never wait for large ones.
 //!
 //! An unpacking that is paused for another tenant keeps its window beside the budget. As many are
-//! paused as may run at once, which [`bytes_beside`] counts.
+//! paused as may run at once, which [`crate::PullOptions::check_memory`] counts.
 //!
 //! Publishes of cached trees and unpublishes reserve no memory.
 
 mod container_memory_limit;
+mod memory_check;
 mod memory_ledger;
 
 use std::collections::HashMap;
@@ -58,14 +60,14 @@ const PROCESS_BYTES: u64 = 64 << 20;
 
 /// Memory that a pull keeps for each layer while it waits for a registry: the descriptor, the rule,
 /// the flight, and the state in the store.
-pub const BYTES_PER_PART: u64 = 1024;
+pub(super) const BYTES_PER_PART: u64 = 1024;
 
 /// Memory for each byte of a manifest while it is parsed: the byte itself, and three times as much for
 /// a descriptor of the shortest possible layer.
-pub const BYTES_PER_MANIFEST_BYTE: u64 = 4;
+pub(super) const BYTES_PER_MANIFEST_BYTE: u64 = 4;
 
 /// The largest zstd window without a reservation. The format asks every decoder to support it.
-pub const PLAIN_WINDOW: u64 = 8 << 20;
+pub(super) const PLAIN_WINDOW: u64 = 8 << 20;
 
 /// The least growth between two tries of a computation.
 const SMALLEST_STEP: u64 = 64 << 10;
@@ -143,12 +145,6 @@ struct MemoryPool<T: Clone + Eq + Hash> {
 struct PoolState<T: Clone + Eq + Hash> {
     ledger: MemoryLedger<T>,
     waiting: HashMap<RequestId, oneshot::Sender<MemoryReservation<T>>>,
-}
-
-/// Returns the most bytes that the process takes beside the budget of a node that unpacks `unpacks`
-/// layers at once: the process itself, and the windows of as many unpackings that are paused.
-pub fn bytes_beside(unpacks: usize) -> u64 {
-    BYTES_PER_UNPACK.saturating_mul(unpacks as u64).saturating_add(PROCESS_BYTES)
 }
 
 impl MemoryPlan {
