@@ -1,18 +1,20 @@
 //! The gRPC service of the admin socket: parses requests, runs operations and converts their results.
 
+use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
+use tokio_util::io::{StreamReader, SyncIoBridge};
 use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::admin_operations::{self, ADMIN, OperationError};
-use super::chunk_reader::ChunkSender;
 use super::{admin_messages, warm_request};
 use crate::file_leases;
 use crate::proto::admin::admin_server::Admin;
@@ -147,27 +149,16 @@ impl Admin for AdminService {
         };
         let reference = parse_reference(&header.reference)?;
         let platform = parse_platform(&header.platform)?.unwrap_or_else(Platform::of_this_node);
-        let (chunks, reader) = ChunkSender::channel();
+        let chunks = stream.map(|message| match message {
+            Ok(ImportRequest { part: Some(import_request::Part::Data(data)) }) => Ok(data.into()),
+            Ok(_) => Ok(Bytes::new()),
+            // An incomplete stream is not taken for a complete one.
+            Err(error) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, error.message())),
+        });
+        let reader = SyncIoBridge::new(StreamReader::new(chunks));
         let import = self
             .tracker
             .spawn(async move { content.puller.import(reader, &reference, &platform).await });
-        let sent = async {
-            loop {
-                match stream.message().await {
-                    Ok(Some(message)) => {
-                        if let Some(import_request::Part::Data(data)) = message.part
-                            && !chunks.send(data).await
-                        {
-                            return;
-                        }
-                    }
-                    Ok(None) => return,
-                    Err(error) => return chunks.fail(&error).await,
-                }
-            }
-        };
-        sent.await;
-        drop(chunks);
         let tree = import.await.map_err(crashed)?.map_err(|error| import_status(&error))?;
         Ok(Response::new(ImportResponse {
             manifest: tree.record.manifest.to_string(),

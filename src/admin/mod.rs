@@ -4,7 +4,6 @@ pub mod admin_client;
 mod admin_messages;
 pub mod admin_operations;
 pub mod admin_service;
-mod chunk_reader;
 pub mod health_probes;
 mod lease_metrics;
 pub mod node_metrics;

@@ -1,12 +1,15 @@
 //! Finds the files that a volume would show: by their titles, or by reading the archives once.
 
 use std::collections::HashMap;
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead};
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use serde::Serialize;
 use sha2::Digest as _;
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use super::ArtifactReader;
 use oci::Digest;
@@ -56,26 +59,6 @@ impl Sink for NameRecorder {
     fn entry(&mut self, entry: Entry) -> io::Result<()> {
         self.entries.push(entry);
         Ok(())
-    }
-}
-
-/// A reader of a blob while it arrives.
-struct BlobReader {
-    chunks: mpsc::Receiver<Bytes>,
-    rest: Bytes,
-}
-
-impl Read for BlobReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.rest.is_empty() {
-            match self.chunks.blocking_recv() {
-                Some(chunk) => self.rest = chunk,
-                None => return Ok(0),
-            }
-        }
-        let length = buffer.len().min(self.rest.len());
-        self.rest.copy_to_slice(&mut buffer[..length]);
-        Ok(length)
     }
 }
 
@@ -220,10 +203,11 @@ impl ArtifactReader<'_> {
     ) -> Result<NameRecorder, PullError> {
         let (sender, chunks) = mpsc::channel(QUEUE);
         let (rule, limits): (_, Limits) = (rule.clone(), self.limits.clone());
+        let blob = ReceiverStream::new(chunks).map(Ok::<_, io::Error>);
+        let blob = SyncIoBridge::new(StreamReader::new(blob));
         let reader = tokio::task::spawn_blocking(move || {
             let mut names = NameRecorder::default();
-            let reader = BlobReader { chunks, rest: Bytes::new() };
-            let unpacked = unpack(reader, &rule, PermissionsRule::Readable, &limits, &mut names);
+            let unpacked = unpack(blob, &rule, PermissionsRule::Readable, &limits, &mut names);
             unpacked.map(|_| names)
         });
         self.fetch(descriptor, sender).await?;

@@ -13,7 +13,6 @@ use crate::config::policy_config::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::Registry;
-use preload::controller::reference_resolver::ResolverClient;
 use preload::controller::{
     self, ControllerOptions, ControllerPace, NamespaceQuota, RegistryResolver,
 };
@@ -98,7 +97,7 @@ pub(super) fn run(arguments: ControllerArguments) -> Result<(), CommandError> {
             .await
             .map_err(|error| format!("there is no access to the Kubernetes API: {error}"))?;
         let resolver = RegistryResolver {
-            client: ResolverClient(client.clone()),
+            client: client.clone(),
             registry: Registry::new(registry).map_err(|error| error.to_string())?,
             limits: configuration.limits.manifest(),
             policy: policy_source(arguments.config, |_| {}),

@@ -17,13 +17,13 @@
 mod scrub_schedule;
 mod scrub_status;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::kubernetes::{EventRecorder, PodReference};
 use crate::volume::NodeContent;
+use crate::volume::target_path::pod_of_volume;
 use pull::content_repair::{Damaged, Item, ReadBack, Repaired};
 use scrub_schedule::ScrubSchedule;
 pub use scrub_status::{ScrubSnapshot, ScrubState};
@@ -203,35 +203,15 @@ fn report_damage(events: &EventRecorder, publications: &[Publication]) {
     }
 }
 
-/// Returns the pod that mounts a volume. The kubelet's target paths hold its uid: `.../pods/<uid>/volumes/...`.
+/// Returns the pod that mounts a volume. The kubelet's target paths hold its uid.
 fn pod(publication: &Publication) -> Option<PodReference> {
     let (namespace, name) = publication.pod.as_deref()?.split_once('/')?;
     let (namespace, name) = (namespace.to_owned(), name.to_owned());
-    let uid = uid(&publication.target)?.to_owned();
+    let uid = pod_of_volume(&publication.target)?.to_owned();
     Some(PodReference { namespace, name, uid })
-}
-
-fn uid(target: &Path) -> Option<&str> {
-    let mut parts = target.iter().rev().map(|part| part.to_str());
-    parts.by_ref().find(|part| *part == Some("volumes"))?;
-    parts.next().flatten()
 }
 
 /// Returns the time of day in milliseconds since 1970.
 pub fn system_clock() -> i64 {
     jiff::Timestamp::now().as_millisecond()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_target_path_names_its_pod() {
-        let path = "/var/lib/kubelet/pods/1b2c/volumes/kubernetes.io~csi/volumes/mount";
-        assert_eq!(uid(Path::new(path)), Some("kubernetes.io~csi"));
-        let path = "/var/lib/kubelet/pods/1b2c/volumes/kubernetes.io~csi/data/mount";
-        assert_eq!(uid(Path::new(path)), Some("1b2c"));
-        assert_eq!(uid(Path::new("/mnt/data")), None);
-    }
 }

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::error::VolumeError;
-use super::target_path::TargetPath;
+use super::target_path::{TargetPath, pod_of_volume};
 use super::unpublish_volume;
 use super::{NodeContent, VolumeManager};
 use oci::Digest;
@@ -230,7 +230,7 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<MountedVolume>, StoreError> {
         let below = entry.mount_point.strip_prefix(&real).ok();
         let target = below.map_or_else(|| entry.mount_point.clone(), |path| kubelet_dir.join(path));
         Some(MountedVolume {
-            is_kubelets: below.is_some_and(is_kubelets),
+            is_kubelets: below.is_some_and(|path| pod_of_volume(path).is_some()),
             is_known_to_kubelet: is_known_to_kubelet(&target),
             target,
             tree,
@@ -242,13 +242,6 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<MountedVolume>, StoreError> {
 fn mount_table() -> Result<MountTable, StoreError> {
     let failed = |error| StoreError::io("read", Path::new("/proc/self/mountinfo"), error);
     MountTable::read().map_err(failed)
-}
-
-/// Returns whether a path has the form `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
-fn is_kubelets(path: &Path) -> bool {
-    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
-    let parts: Vec<_> = parts.iter().map(AsRef::as_ref).collect();
-    matches!(parts[..], ["pods", _, "volumes", "kubernetes.io~csi", _, "mount"])
 }
 
 /// Returns a record of what is known without the lost one. The next publish of the volume completes it.
@@ -325,13 +318,5 @@ mod tests {
         let decisions = decide_with_folders(&[], &[ours.clone(), strange]);
         assert_eq!((decisions.record, decisions.unknown), (vec![ours], 1));
         assert!(decisions.unmount.is_empty());
-    }
-
-    #[test]
-    fn the_form_of_a_volume_is_the_kubelets() {
-        assert!(is_kubelets(Path::new("pods/u/volumes/kubernetes.io~csi/v/mount")));
-        for path in ["pods/u/volumes/kubernetes.io~csi/v", "pods/u/volume-subpaths/v/c/0", "x"] {
-            assert!(!is_kubelets(Path::new(path)), "{path}");
-        }
     }
 }

@@ -56,16 +56,9 @@ impl TargetPath {
         self.base.join(&self.relative)
     }
 
-    /// Returns whether the path ends like that of a volume of the kubelet:
-    /// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
+    /// Returns whether the path ends like that of a volume of the kubelet.
     pub fn is_kubelet_volume(&self) -> bool {
-        let full = self.full();
-        let mut parts = full.iter().rev().map(|part| part.to_str());
-        let last: [Option<&str>; 6] = std::array::from_fn(|_| parts.next().flatten());
-        matches!(
-            last,
-            [Some("mount"), _, Some("kubernetes.io~csi"), Some("volumes"), _, Some("pods")]
-        )
+        pod_of_volume(&self.full()).is_some()
     }
 
     /// Returns the pod's uid if the path has the kubelet's form: `pods/<uid>/...`.
@@ -77,6 +70,17 @@ impl TargetPath {
             }
             _ => None,
         }
+    }
+}
+
+/// Returns the pod's uid if a path ends like that of a volume of the kubelet:
+/// `pods/<uid>/volumes/kubernetes.io~csi/<name>/mount`.
+pub fn pod_of_volume(path: &Path) -> Option<&str> {
+    let mut parts = path.iter().rev().map(|part| part.to_str());
+    let last: [Option<&str>; 5] = [(); 5].map(|()| parts.next().flatten());
+    match (last, parts.next().flatten()) {
+        ([Some("mount"), _, Some("kubernetes.io~csi"), Some("volumes"), uid], Some("pods")) => uid,
+        _ => None,
     }
 }
 
@@ -104,6 +108,12 @@ mod tests {
         assert!(
             !parse("/var/lib/kubelet/pods/u/volumes/mount").expect("a target").is_kubelet_volume()
         );
+        let path = "/var/lib/kubelet/pods/1b2c/volumes/kubernetes.io~csi/volumes/mount";
+        assert_eq!(pod_of_volume(Path::new(path)), Some("1b2c"));
+        for path in ["pods/u/volumes/kubernetes.io~csi/v", "pods/u/volume-subpaths/v/c/0", "/mnt/x"]
+        {
+            assert_eq!(pod_of_volume(Path::new(path)), None, "{path}");
+        }
         assert_eq!(parse("/var/lib/kubelet/x").expect("a target").pod_uid(), None);
     }
 

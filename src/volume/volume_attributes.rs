@@ -4,12 +4,15 @@
 //! them has an administrator's power.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 
-use serde::Serialize;
+use serde::de::value::BorrowedStrDeserializer;
+use serde::{Deserialize, Serialize};
 
 use super::error::VolumeError;
 use oci::credentials::{Keyring, WorkloadIdentity};
 use oci::digest::DigestError;
+use oci::platform::PlatformError;
 use oci::reference::ReferenceError;
 use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
@@ -78,48 +81,22 @@ impl VolumeAttributes {
             return Err(invalid(key, &format!("is longer than {MAXIMUM_BYTES} bytes")));
         }
         let reference = reference(get)?;
-        let pull_policy = match get("pullPolicy") {
-            Some("Always") => PullPolicy::Always,
-            Some("IfNotPresent") => PullPolicy::IfNotPresent,
-            Some("Never") => PullPolicy::Never,
-            Some(other) => {
-                return Err(choice("pullPolicy", other, "Always, IfNotPresent or Never"));
-            }
-            None => default_pull_policy(&reference),
-        };
-        let if_unavailable = match get("ifUnavailable") {
-            None | Some("Fail") => IfUnavailable::Fail,
-            Some("UseCached") => IfUnavailable::UseCached,
-            Some(other) => return Err(choice("ifUnavailable", other, "Fail or UseCached")),
-        };
-        let permissions = match get("permissions") {
-            None | Some("Readable") => PermissionsRule::Readable,
-            Some("Preserve") => PermissionsRule::Preserve,
-            Some(other) => return Err(choice("permissions", other, "Readable or Preserve")),
-        };
-        let unpack = match get("unpack") {
-            None | Some("Auto") => UnpackMode::Auto,
-            Some("Always") => UnpackMode::Always,
-            Some("Never") => UnpackMode::Never,
-            Some(other) => return Err(choice("unpack", other, "Auto, Always or Never")),
-        };
+        let pull_policy = variant(get, "pullPolicy", "Always, IfNotPresent or Never")?;
+        let pull_policy = pull_policy.unwrap_or_else(|| default_pull_policy(&reference));
+        let if_unavailable =
+            variant(get, "ifUnavailable", "Fail or UseCached")?.unwrap_or_default();
+        let permissions = variant(get, "permissions", "Readable or Preserve")?.unwrap_or_default();
+        let unpack = variant(get, "unpack", "Auto, Always or Never")?.unwrap_or_default();
         let require_signature = match get("requireSignature") {
             None | Some("false") => false,
             Some("true") => true,
             Some(other) => return Err(choice("requireSignature", other, "true or false")),
         };
-        let platform =
-            get("platform").map(str::parse::<Platform>).transpose().map_err(|error| {
-                VolumeError::Invalid(format!("the volume attribute \"platform\": {error}"))
-            })?;
-        let selection =
-            Selection::parse(get("include").unwrap_or(""), get("exclude").unwrap_or("")).map_err(
-                |error| {
-                    VolumeError::Invalid(format!(
-                        "the volume attribute \"include\" or \"exclude\": {error}"
-                    ))
-                },
-            )?;
+        let platform = get("platform").map(str::parse).transpose();
+        let platform = platform.map_err(|error: PlatformError| wrong("\"platform\"", error))?;
+        let (include, exclude) = (get("include").unwrap_or(""), get("exclude").unwrap_or(""));
+        let selection = Selection::parse(include, exclude);
+        let selection = selection.map_err(|error| wrong("\"include\" or \"exclude\"", error))?;
         let file_mode = get("fileMode").map(file_mode).transpose()?;
         Ok(Self {
             reference,
@@ -236,8 +213,23 @@ fn file_mode(text: &str) -> Result<u32, VolumeError> {
     }
 }
 
+/// Parses a value that is the name of a variant.
+fn variant<'a, T: Deserialize<'a>>(
+    get: impl Fn(&str) -> Option<&'a str>,
+    key: &str,
+    known: &str,
+) -> Result<Option<T>, VolumeError> {
+    let Some(value) = get(key) else { return Ok(None) };
+    let parsed = T::deserialize(BorrowedStrDeserializer::<serde::de::value::Error>::new(value));
+    parsed.map(Some).map_err(|_| choice(key, value, known))
+}
+
 fn choice(key: &str, value: &str, known: &str) -> VolumeError {
     invalid(key, &format!("is \"{}\": use {known}", excerpt(value, 100)))
+}
+
+fn wrong(keys: &str, error: impl Display) -> VolumeError {
+    VolumeError::Invalid(format!("the volume attribute {keys}: {error}"))
 }
 
 fn invalid(key: &str, what: &str) -> VolumeError {

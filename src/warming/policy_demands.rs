@@ -20,16 +20,9 @@ pub async fn demands(
     reference: &Reference,
     namespace: Option<&str>,
 ) -> Result<PolicyDemands, DemandsError> {
-    let (source, reference) = (content.policy.clone(), reference.clone());
-    let namespace = namespace.map(str::to_owned);
-    let decide = move || {
-        let policy = source.current().map_err(DemandsError::Unreadable)?;
-        let namespace = namespace.as_deref();
-        let facts = PolicyRequest { reference: &reference, namespace, require_signature: false };
-        policy.decide(facts).map_err(DemandsError::Refused)
-    };
-    let decided = tokio::task::spawn_blocking(decide).await;
-    decided.unwrap_or_else(|error| Err(DemandsError::Unreadable(error.to_string())))
+    let policy = content.policy.load().await.map_err(DemandsError::Unreadable)?;
+    let facts = PolicyRequest { reference, namespace, require_signature: false };
+    policy.decide(facts).map_err(DemandsError::Refused)
 }
 
 /// Adds the demands of the node's policy to a pull, so that its checks are done before a pod needs them. Whether a pod

@@ -65,9 +65,8 @@ impl ListKeeper {
         let keep = async {
             let mut applied = None;
             loop {
-                let source = self.source.clone();
                 // Without a valid list the last one stays. The reason is in the log.
-                if let Ok(Ok(list)) = tokio::task::spawn_blocking(move || source.current()).await
+                if let Ok(list) = self.source.load().await
                     && applied.as_ref() != Some(&list)
                 {
                     self.apply(&list, &pins).await;

@@ -145,6 +145,16 @@ impl<T> Reloadable<T> {
         Self(Arc::new(ReloadableInner { name, make, report, state: Mutex::new(None) }))
     }
 
+    /// Returns [`Self::current`], read on a thread for blocking work.
+    pub async fn load(&self) -> Result<Arc<T>, String>
+    where
+        T: Send + Sync + 'static,
+    {
+        let source = self.clone();
+        let read = tokio::task::spawn_blocking(move || source.current()).await;
+        read.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
     /// Returns the value in force, and reads changed files first. Blocks.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //! kube resumes a broken watch where it stopped. If that version is too old, it lists all objects
 //! again, and objects that are no longer in the list are removed.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use futures_util::StreamExt as _;
@@ -18,7 +18,9 @@ use tokio::task::JoinSet;
 
 use super::ControllerMetrics;
 use crate::api::{ArtifactPreload, NodeArtifacts};
-use crate::plan::cluster_facts::{ClusterNode, ClusterState, key_of, start_order};
+use crate::plan::cluster_facts::{
+    ClusterNode, ClusterState, NodeObject, PreloadFacts, key_of, start_order,
+};
 
 /// Capacity of the event queue. Further events wait in the connection.
 const QUEUE: usize = 256;
@@ -116,14 +118,17 @@ impl WatchProgress {
 }
 
 /// Operations on one kind of object in the facts.
-trait WatchedObject {
-    fn name(&self) -> Option<String>;
+trait WatchedObject: Resource {
+    type Facts;
+
+    /// Returns all facts of this kind.
+    fn known(state: &mut ClusterState) -> &mut BTreeMap<Arc<str>, Self::Facts>;
+
     /// Adds or updates an object. Returns whether a new plan may be needed.
     fn put(&self, state: &mut ClusterState) -> bool;
-    fn remove(state: &mut ClusterState, name: &str);
-    fn names(state: &ClusterState) -> Vec<Arc<str>>;
+
     /// Prepares for a new list. A restored API server has lower versions than the known ones.
-    fn relist(state: &mut ClusterState);
+    fn relist(_: &mut Self::Facts) {}
 }
 
 impl ListProgress {
@@ -131,27 +136,23 @@ impl ListProgress {
         match event {
             Event::Init => {
                 self.listed.clear();
-                K::relist(state);
+                K::known(state).values_mut().for_each(K::relist);
                 false
             }
             Event::InitApply(object) => {
-                self.listed.extend(object.name());
+                self.listed.extend(key_of(&object));
                 object.put(state)
             }
             Event::Apply(object) => object.put(state),
             Event::Delete(object) => {
-                if let Some(name) = object.name() {
-                    K::remove(state, &name);
+                if let Some(name) = key_of(&object) {
+                    K::known(state).remove(name.as_str());
                 }
                 true
             }
             Event::InitDone => {
-                for name in K::names(state) {
-                    if !self.listed.contains(&*name) {
-                        K::remove(state, &name);
-                    }
-                }
-                self.listed = HashSet::new();
+                let listed = std::mem::take(&mut self.listed);
+                K::known(state).retain(|name, _| listed.contains(&**name));
                 self.whole = true;
                 true
             }
@@ -160,8 +161,10 @@ impl ListProgress {
 }
 
 impl WatchedObject for ArtifactPreload {
-    fn name(&self) -> Option<String> {
-        key_of(self)
+    type Facts = PreloadFacts;
+
+    fn known(state: &mut ClusterState) -> &mut BTreeMap<Arc<str>, PreloadFacts> {
+        &mut state.preloads
     }
 
     fn put(&self, state: &mut ClusterState) -> bool {
@@ -169,22 +172,16 @@ impl WatchedObject for ArtifactPreload {
         true
     }
 
-    fn remove(state: &mut ClusterState, name: &str) {
-        state.preloads.remove(name);
-    }
-
-    fn names(state: &ClusterState) -> Vec<Arc<str>> {
-        state.preloads.keys().cloned().collect()
-    }
-
-    fn relist(state: &mut ClusterState) {
-        state.preloads.values_mut().for_each(|preload| preload.relisted = true);
+    fn relist(facts: &mut PreloadFacts) {
+        facts.relisted = true;
     }
 }
 
 impl WatchedObject for NodeMetadata {
-    fn name(&self) -> Option<String> {
-        self.metadata.name.clone()
+    type Facts = ClusterNode;
+
+    fn known(state: &mut ClusterState) -> &mut BTreeMap<Arc<str>, ClusterNode> {
+        &mut state.nodes
     }
 
     fn put(&self, state: &mut ClusterState) -> bool {
@@ -206,21 +203,13 @@ impl WatchedObject for NodeMetadata {
         state.nodes.insert(name, node);
         true
     }
-
-    fn remove(state: &mut ClusterState, name: &str) {
-        state.nodes.remove(name);
-    }
-
-    fn names(state: &ClusterState) -> Vec<Arc<str>> {
-        state.nodes.keys().cloned().collect()
-    }
-
-    fn relist(_: &mut ClusterState) {}
 }
 
 impl WatchedObject for NodeArtifacts {
-    fn name(&self) -> Option<String> {
-        self.metadata.name.clone()
+    type Facts = NodeObject;
+
+    fn known(state: &mut ClusterState) -> &mut BTreeMap<Arc<str>, NodeObject> {
+        &mut state.objects
     }
 
     fn put(&self, state: &mut ClusterState) -> bool {
@@ -228,15 +217,7 @@ impl WatchedObject for NodeArtifacts {
         true
     }
 
-    fn remove(state: &mut ClusterState, name: &str) {
-        state.objects.remove(name);
-    }
-
-    fn names(state: &ClusterState) -> Vec<Arc<str>> {
-        state.objects.keys().cloned().collect()
-    }
-
-    fn relist(state: &mut ClusterState) {
-        state.objects.values_mut().for_each(|object| object.relisted = true);
+    fn relist(facts: &mut NodeObject) {
+        facts.relisted = true;
     }
 }

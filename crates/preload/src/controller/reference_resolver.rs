@@ -5,6 +5,7 @@
 //! a preload could send them to a registry of an attacker.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Display;
 use std::sync::Arc;
 
 use futures_util::FutureExt as _;
@@ -86,10 +87,10 @@ pub trait ReferenceResolver: Send + Sync {
 }
 
 /// Resolver that uses the API server and the registries.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RegistryResolver {
     /// Client for reading secrets.
-    pub client: ResolverClient,
+    pub client: Client,
     /// Client for resolving references.
     pub registry: Registry,
     /// Limits of manifests from registries.
@@ -98,16 +99,6 @@ pub struct RegistryResolver {
     pub policy: PolicySource,
     /// Credentials of the controller itself.
     pub credentials: NodeCredentials,
-}
-
-/// A client whose `Debug` prints no details.
-#[derive(Clone)]
-pub struct ResolverClient(pub Client);
-
-impl std::fmt::Debug for ResolverClient {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("ResolverClient")
-    }
 }
 
 impl ReferenceResolver for RegistryResolver {
@@ -119,32 +110,20 @@ impl ReferenceResolver for RegistryResolver {
 
 impl RegistryResolver {
     async fn resolve_request(&self, request: ResolveRequest) -> ResolveResult {
-        let secrets = self.secrets(&request).await;
-        let (credentials, access, plain) = match secrets {
-            Ok(SecretCredentials { credentials, version }) => {
-                let sealed = PlainCredentials::new(&credentials);
-                match sealed {
-                    Ok(_) if credentials.is_empty() => (credentials, RegistryAccess::Open, None),
-                    Ok(plain) => {
-                        let until = now() + SECRETS_LIFETIME;
-                        (credentials, RegistryAccess::Sealed { version, until }, Some(plain))
-                    }
-                    Err(error) => {
-                        let refusal = permanent("SecretUnusable", &error);
-                        return refused(refusal);
-                    }
-                }
+        let SecretCredentials { credentials, access, plain } = match self.secrets(&request).await {
+            Ok(secrets) => secrets,
+            Err(refusal) => {
+                let access = RegistryAccess::Refused(refusal);
+                return ResolveResult { resolution: None, access, plain: None };
             }
-            Err(refusal) => return refused(refusal),
         };
-        if !request.resolves {
-            return ResolveResult { resolution: None, access, plain };
+        let mut resolution = None;
+        if request.resolves {
+            let resolved = self.resolve_reference(&request, credentials).await;
+            let known = resolved.map(ReferenceResolution::Known);
+            resolution = Some(known.unwrap_or_else(ReferenceResolution::Refused));
         }
-        let resolution = match self.resolve_reference(&request, credentials).await {
-            Ok(known) => ReferenceResolution::Known(known),
-            Err(refusal) => ReferenceResolution::Refused(refusal),
-        };
-        ResolveResult { resolution: Some(resolution), access, plain }
+        ResolveResult { resolution, access, plain }
     }
 
     /// Reads the credentials for the registry from the secrets.
@@ -152,31 +131,31 @@ impl RegistryResolver {
         &self,
         request: &ResolveRequest,
     ) -> Result<SecretCredentials, ResolutionFailure> {
-        let api: Api<Secret> = Api::namespaced(self.client.0.clone(), &request.namespace);
+        let api: Api<Secret> = Api::namespaced(self.client.clone(), &request.namespace);
         let (mut credentials, mut versions) = (Vec::new(), Vec::new());
         for name in &request.pull_secrets {
             let place = format!("{}/{name}", request.namespace);
-            let unusable = |what: &dyn std::fmt::Display| {
+            let unusable = |what: &dyn Display| {
                 let message = format!("the secret {place} cannot be used: {what}");
-                permanent("SecretUnusable", &message)
+                permanent("SecretUnusable", message)
             };
             let secret = match api.get_opt(name).await {
                 Ok(Some(secret)) => secret,
                 Ok(None) => {
                     let message =
                         format!("there is no secret {place}: make it, or correct spec.pullSecrets");
-                    return Err(permanent("SecretMissing", &message));
+                    return Err(permanent("SecretMissing", message));
                 }
                 Err(kube::Error::Api(status)) if status.code == 403 => {
                     let message = format!(
                         "the controller may not read secrets in {}: see the chart's controller.secretNamespaces",
                         request.namespace
                     );
-                    return Err(permanent("SecretForbidden", &message));
+                    return Err(permanent("SecretForbidden", message));
                 }
                 Err(error) => {
                     let message = format!("the secret {place} cannot be read: {error}");
-                    return Err(transient("SecretUnavailable", &message));
+                    return Err(transient("SecretUnavailable", message));
                 }
             };
             let found = secret.type_.unwrap_or_default();
@@ -202,8 +181,19 @@ impl RegistryResolver {
             versions.push(metadata.uid.unwrap_or_default());
             versions.push(metadata.resource_version.unwrap_or_default());
         }
+        let plain = PlainCredentials::new(&credentials);
+        let plain = plain.map_err(|error| permanent("SecretUnusable", error))?;
+        if credentials.is_empty() {
+            return Ok(SecretCredentials {
+                credentials,
+                access: RegistryAccess::Open,
+                plain: None,
+            });
+        }
         let version = Digest::of(versions.join("\n").as_bytes()).hex();
-        Ok(SecretCredentials { credentials, version: Arc::from(&version[..16]) })
+        let (version, until) = (Arc::from(&version[..16]), now() + SECRETS_LIFETIME);
+        let access = RegistryAccess::Sealed { version, until };
+        Ok(SecretCredentials { credentials, access, plain: Some(plain) })
     }
 
     async fn resolve_reference(
@@ -249,34 +239,18 @@ impl RegistryResolver {
         &self,
         request: &ResolveRequest,
     ) -> Result<Option<u64>, ResolutionFailure> {
-        let (source, namespace) = (self.policy.clone(), request.namespace.clone());
         // Nodes get a digest, so a policy that requires digests is met.
         let reference = &request.reference;
-        let nodes_see = Reference::from_parts(
-            &reference.repository().to_string(),
-            Some(reference.tag_or_latest()),
-            Some(&reference.digest().unwrap_or_else(|| Digest::of(b"")).to_string()),
-        );
-        let nodes_see = nodes_see.unwrap_or_else(|_| reference.clone());
-        let decide = move || {
-            let policy = source.current()?;
-            let facts = PolicyRequest {
-                reference: &nodes_see,
-                namespace: Some(&namespace),
-                require_signature: false,
-            };
-            Ok(policy.decide(facts))
-        };
-        let failed = |error: &dyn std::fmt::Display| transient("PolicyUnreadable", error);
-        match tokio::task::spawn_blocking(decide).await {
-            Ok(Ok(Ok(demands))) => Ok(demands.maximum_bytes),
-            Ok(Ok(Err(refusal))) => Err(permanent("PolicyDenied", &refusal)),
-            Ok(Err(error)) => {
-                let error: String = error;
-                Err(failed(&error))
-            }
-            Err(error) => Err(failed(&error)),
-        }
+        let nodes_see = reference.at(reference.digest().unwrap_or_else(|| Digest::of(b"")));
+        let policy = self.policy.load().await;
+        let policy = policy.map_err(|error| transient("PolicyUnreadable", error))?;
+        let decided = policy.decide(PolicyRequest {
+            reference: &nodes_see,
+            namespace: Some(&request.namespace),
+            require_signature: false,
+        });
+        let demands = decided.map_err(|refusal| permanent("PolicyDenied", refusal))?;
+        Ok(demands.maximum_bytes)
     }
 
     async fn resolve_with(
@@ -356,10 +330,11 @@ impl RegistryResolver {
     }
 }
 
-/// Credentials of the secrets, with a version that changes with the secrets.
+/// Credentials of the secrets, with the access that they give.
 struct SecretCredentials {
     credentials: Vec<Credential>,
-    version: Arc<str>,
+    access: RegistryAccess,
+    plain: Option<PlainCredentials>,
 }
 
 /// Returns the supported platforms, each with its manifest, and the manifest for any other
@@ -436,37 +411,14 @@ fn now() -> Seconds {
     Timestamp::now().as_second()
 }
 
-fn transient(
-    reason: &'static str,
-    message: &(impl std::fmt::Display + ?Sized),
-) -> ResolutionFailure {
-    refusal(reason, message, true, now() + TRANSIENT_RETRY)
+fn transient(reason: &'static str, message: impl Display) -> ResolutionFailure {
+    let retry_at = now() + TRANSIENT_RETRY;
+    ResolutionFailure { transient: true, retry_at, ..permanent(reason, message) }
 }
 
-fn permanent(
-    reason: &'static str,
-    message: &(impl std::fmt::Display + ?Sized),
-) -> ResolutionFailure {
-    refusal(reason, message, false, now() + PERMANENT_RETRY)
-}
-
-fn refusal(
-    reason: &'static str,
-    message: &(impl std::fmt::Display + ?Sized),
-    transient: bool,
-    retry_at: Seconds,
-) -> ResolutionFailure {
-    ResolutionFailure {
-        reason,
-        message: message.to_string(),
-        transient,
-        unanswered: false,
-        retry_at,
-    }
-}
-
-fn refused(refusal: ResolutionFailure) -> ResolveResult {
-    ResolveResult { resolution: None, access: RegistryAccess::Refused(refusal), plain: None }
+fn permanent(reason: &'static str, message: impl Display) -> ResolutionFailure {
+    let (message, retry_at) = (message.to_string(), now() + PERMANENT_RETRY);
+    ResolutionFailure { reason, message, transient: false, unanswered: false, retry_at }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::Resource;
 
 use crate::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, NodeArtifacts, Phase,
@@ -42,7 +43,7 @@ pub struct ClusterState {
     /// Nodes by name.
     pub nodes: BTreeMap<Arc<str>, ClusterNode>,
     /// Objects of nodes, by name.
-    pub objects: HashMap<Arc<str>, NodeObject>,
+    pub objects: BTreeMap<Arc<str>, NodeObject>,
     ids: HashMap<Arc<str>, PreloadId>,
     keys: Vec<Arc<str>>,
     texts: HashSet<Arc<str>>,
@@ -560,10 +561,13 @@ impl PreloadFacts {
     }
 }
 
-/// Returns `namespace/name` of a preload.
-pub fn key_of(object: &ArtifactPreload) -> Option<String> {
-    let metadata = &object.metadata;
-    Some(format!("{}/{}", metadata.namespace.as_deref()?, metadata.name.as_deref()?))
+/// Returns `namespace/name` of an object, or the name of one without a namespace.
+pub fn key_of(object: &impl Resource) -> Option<String> {
+    let name = object.meta().name.clone()?;
+    Some(match &object.meta().namespace {
+        Some(namespace) => format!("{namespace}/{name}"),
+        None => name,
+    })
 }
 
 /// Returns whether the first version is newer. Versions are numbers; texts that are not are never
