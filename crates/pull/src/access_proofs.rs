@@ -35,9 +35,8 @@ impl AccessProver {
         let ResolvedDigests { top, manifest } = digests;
         let client = self.origins.registry.at(repository, &with.credential);
         let (origins, of, who) = (self.origins.clone(), repository.clone(), with.principal.clone());
-        let is_proven = move || {
-            Ok(origins.store.proofs().is_proven(&of, manifest, &who, &origins.mirrors(&of)))
-        };
+        let is_proven =
+            move || Ok(origins.store.proofs().is_proven(&origins.sources(&of), manifest, &who));
         if blocking(is_proven).await? {
             return Ok(Some(client.probe(manifest).await?));
         }
@@ -120,12 +119,7 @@ impl AccessProver {
         let is_known = move || {
             let anonymous = Principal::anonymous();
             Ok(origins.store.anonymous_refusals().contains(&of)
-                || origins.store.proofs().is_proven(
-                    &of,
-                    manifest,
-                    &anonymous,
-                    &origins.mirrors(&of),
-                ))
+                || origins.store.proofs().is_proven(&origins.sources(&of), manifest, &anonymous))
         };
         if credential.is_anonymous() || blocking(is_known).await? {
             return Ok(());

@@ -124,8 +124,7 @@ impl TreeAssembler {
     ) -> Outcome<Option<Tree>> {
         let (origins, repository) = (self.origins.clone(), repository.clone());
         let read = move || {
-            let mirrors = origins.mirrors(&repository);
-            if !origins.store.origins().tree_came_from(&repository, key, &mirrors) {
+            if !origins.store.origins().tree_came_from(&origins.sources(&repository), key) {
                 return Ok(None);
             }
             Ok(origins.store.trees().get(key)?)
@@ -475,10 +474,8 @@ fn record_tree_origin(
     tree: TreeKey,
     blobs: &[Digest],
 ) -> Result<(), PullError> {
-    let mirrors = origins.mirrors(repository);
-    let sources = blobs
-        .iter()
-        .map(|&blob| origins.store.origins().blob_came_from(repository, blob, &mirrors));
+    let of = origins.sources(repository);
+    let sources = blobs.iter().map(|&blob| origins.store.origins().blob_came_from(&of, blob));
     // A mirror that has gone meanwhile proves nothing any more.
     if let Some(sources) = sources.collect::<Option<BTreeSet<_>>>() {
         origins.store.origins().put_tree(repository, tree, &sources)?;

@@ -15,7 +15,7 @@ use super::error::PullError;
 use oci::registry::{AnsweredBy, Registry};
 use oci::{Digest, Repository};
 use store::Store;
-use store::access::{Mirrors, ProofSource};
+use store::access::{ProofSource, RepositorySources};
 
 /// The knowledge about the origin of a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,22 +37,18 @@ pub(super) struct BlobOrigins {
 
 impl BlobOrigins {
     /// The mirrors whose proofs count for a repository now. Blocking.
-    pub(super) fn mirrors(&self, repository: &Repository) -> Mirrors {
+    pub(super) fn sources(&self, repository: &Repository) -> RepositorySources {
         let is_private = self.store.anonymous_refusals().contains(repository);
-        Mirrors::new(self.registry.mirrors(repository), is_private)
+        let (repository, mirrors) = (repository.clone(), self.registry.mirrors(repository));
+        RepositorySources { repository, mirrors, is_private }
     }
 
     /// Returns where a blob came from. Blocking.
-    pub(super) fn of(
-        &self,
-        repository: &Repository,
-        blob: Digest,
-        mirrors: &Mirrors,
-    ) -> BlobOrigin {
-        if self.store.origins().blob_came_from(repository, blob, mirrors).is_some() {
+    pub(super) fn of(&self, sources: &RepositorySources, blob: Digest) -> BlobOrigin {
+        if self.store.origins().blob_came_from(sources, blob).is_some() {
             return BlobOrigin::Repository;
         }
-        if self.store.origins().blob_came_from_host(repository.host(), blob, mirrors) {
+        if self.store.origins().blob_came_from_host(sources, blob) {
             return BlobOrigin::Host;
         }
         BlobOrigin::Elsewhere
@@ -65,11 +61,7 @@ impl BlobOrigins {
         blob: Digest,
     ) -> Result<BlobOrigin, PullError> {
         let (origins, repository) = (self.clone(), repository.clone());
-        blocking(move || {
-            let mirrors = origins.mirrors(&repository);
-            Ok(origins.of(&repository, blob, &mirrors))
-        })
-        .await
+        blocking(move || Ok(origins.of(&origins.sources(&repository), blob))).await
     }
 
     /// Records who has given a blob for a repository. Blocking.

@@ -18,12 +18,11 @@ impl Puller {
         let resolver = &self.0.resolver;
         let store = &resolver.store;
         let repository = want.reference.repository();
-        let mirrors = resolver.known.origins.mirrors(repository);
-        let known = resolver.known.find(want, &resolver.candidates(want), &mirrors)?;
+        let known = resolver.known.find(want, &resolver.candidates(want))?;
         known.proven?;
         let manifest = known.digests.manifest;
         let key = want.shape.key(manifest);
-        if !store.origins().tree_came_from(repository, key, &mirrors) {
+        if !store.origins().tree_came_from(&known.sources, key) {
             return None;
         }
         let tree = store.trees().get(key).ok()??;

@@ -107,15 +107,14 @@ impl SpaceReserver {
         permissions: PermissionsRule,
         repository: &Repository,
     ) -> Result<Needed, PullError> {
-        let mirrors = self.origins.mirrors(repository);
+        let sources = self.origins.sources(repository);
         let mut needed = Needed { claims: Vec::new(), here: Vec::new(), unproven: Vec::new() };
         for part in parts {
             let (found, is_all) = find(&self.origins.store, part, permissions)?;
             needed.here.extend(found);
             let descriptor = &part.descriptor;
             let is_proven = descriptor.data.is_some()
-                || self.origins.of(repository, descriptor.digest, &mirrors)
-                    == BlobOrigin::Repository;
+                || self.origins.of(&sources, descriptor.digest) == BlobOrigin::Repository;
             if !is_proven {
                 needed.unproven.push(descriptor.digest);
             }
@@ -148,8 +147,7 @@ impl SpaceReserver {
         };
         let repository = sponsors.repository().clone();
         blocking(move || {
-            let mirrors = origins.mirrors(&repository);
-            if origins.of(&repository, blob, &mirrors) == BlobOrigin::Host {
+            if origins.of(&origins.sources(&repository), blob) == BlobOrigin::Host {
                 let by = content_source(&answered_by);
                 origins.store.origins().put_blob(&repository, blob, &by)?;
             }

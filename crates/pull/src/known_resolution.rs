@@ -12,8 +12,8 @@ use super::error::PullError;
 use super::manifest_fetch::config_of_image;
 use super::reference_resolution::ResolvedDigests;
 use oci::manifest::{ChoiceStep, ImageManifest, Manifest, ManifestChoice, check_config_platform};
-use oci::{Digest, Platform, Repository};
-use store::access::Mirrors;
+use oci::{Digest, Platform};
+use store::access::RepositorySources;
 use store::access::access_proofs::Principal;
 use unpack::Limits;
 
@@ -35,18 +35,14 @@ pub(super) struct Known {
     pub(super) digests: ResolvedDigests,
     /// A candidate that needs no further proof.
     pub(super) proven: Option<Candidate>,
+    pub(super) sources: RepositorySources,
 }
 
 impl KnownManifests {
     /// Returns what a reference stands for. Blocking.
-    pub(super) fn find(
-        &self,
-        want: &Want,
-        candidates: &Candidates,
-        mirrors: &Mirrors,
-    ) -> Option<Known> {
+    pub(super) fn find(&self, want: &Want, candidates: &Candidates) -> Option<Known> {
         let (reference, platform) = (&want.reference, &want.platform);
-        let repository = reference.repository();
+        let sources = self.origins.sources(reference.repository());
         let recorded = self.origins.store.resolutions().for_namespace(
             want.tenant.namespace(),
             reference,
@@ -58,32 +54,30 @@ impl KnownManifests {
             }
             // A manifest that the repository has sent can be read itself. One that cannot be used
             // is asked for again: what is wrong with it, the registry may tell.
-            (None, Some(digest)) => match self.kept(digest, platform, &|blob| {
-                self.kept_blob(repository, blob, candidates, mirrors)
-            }) {
-                Ok(Some(manifest)) => ResolvedDigests { top: digest, manifest },
-                Ok(None) | Err(_) => return None,
-            },
+            (None, Some(digest)) => {
+                let read = |blob| self.kept_blob(&sources, blob, candidates);
+                let manifest = self.kept(digest, platform, &read).ok()??;
+                ResolvedDigests { top: digest, manifest }
+            }
             (None, None) => return None,
         };
-        let proven = self.proven(repository, digests.manifest, candidates, mirrors);
-        Some(Known { digests, proven })
+        let proven = self.proven(&sources, digests.manifest, candidates);
+        Some(Known { digests, proven, sources })
     }
 
     /// A blob that is kept and that this repository has sent, or a manifest that the volume has been
     /// proven to read there. What others have sent is not here.
     fn kept_blob(
         &self,
-        repository: &Repository,
+        sources: &RepositorySources,
         blob: Digest,
         candidates: &Candidates,
-        mirrors: &Mirrors,
     ) -> Result<Option<Vec<u8>>, PullError> {
         let anonymous = Principal::anonymous();
         let store = &self.origins.store;
-        let is_proven = |who| store.proofs().is_proven(repository, blob, who, mirrors);
-        let is_of_repository = store.origins().blob_came_from(repository, blob, mirrors).is_some()
-            || store.imports().contains(repository, blob)
+        let is_proven = |who| store.proofs().is_proven(sources, blob, who);
+        let is_of_repository = store.origins().blob_came_from(sources, blob).is_some()
+            || store.imports().contains(&sources.repository, blob)
             || is_proven(&anonymous)
             || candidates.all().iter().any(|candidate| is_proven(&candidate.principal));
         if is_of_repository { Ok(store.documents().get(blob)?) } else { Ok(None) }
@@ -135,20 +129,17 @@ impl KnownManifests {
     /// all callers, and so is content for which the node's rule demands no proof.
     fn proven(
         &self,
-        repository: &Repository,
+        sources: &RepositorySources,
         manifest: Digest,
         candidates: &Candidates,
-        mirrors: &Mirrors,
     ) -> Option<Candidate> {
-        let proven = |principal| {
-            self.origins.store.proofs().is_proven(repository, manifest, principal, mirrors)
-        };
-        if let Some(candidate) =
-            candidates.all().iter().find(|candidate| proven(&candidate.principal))
-        {
+        let (store, repository) = (&self.origins.store, &sources.repository);
+        let proven = |who: &Principal| store.proofs().is_proven(sources, manifest, who);
+        let mut all = candidates.all().iter();
+        if let Some(candidate) = all.find(|candidate| proven(&candidate.principal)) {
             return Some(candidate.clone());
         }
-        let imported = || self.origins.store.imports().contains(repository, manifest);
+        let imported = || store.imports().contains(repository, manifest);
         if self.verification.is_waived(repository, imported) {
             return Some(candidates.first());
         }

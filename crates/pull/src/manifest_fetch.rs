@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::SizedBlob;
-use super::blob_origins::BlobOrigins;
+use super::blob_origins::{BlobOrigin, BlobOrigins};
 use super::blocking;
 use super::credential_candidates::PrincipalCredential;
 use super::error::PullError;
@@ -118,9 +118,8 @@ impl ManifestFetcher {
         let known = blocking(move || {
             let known = origins.store.resolutions().get(&asked, &asked_for);
             let kept = |known: &Resolution| {
-                let (repository, manifest) = (asked.repository(), known.manifest);
-                let mirrors = origins.mirrors(repository);
-                origins.store.proofs().is_proven(repository, manifest, &who, &mirrors)
+                let (sources, manifest) = (origins.sources(asked.repository()), known.manifest);
+                origins.store.proofs().is_proven(&sources, manifest, &who)
                     && matches!(origins.store.documents().get(manifest), Ok(Some(_)))
             };
             Ok(known.filter(kept))
@@ -175,11 +174,7 @@ impl ManifestFetcher {
         let (origins, of) = (self.origins.clone(), client.repository.clone());
         let read = move || {
             // Another's configuration is as if it were not here.
-            let is_ours = origins
-                .store
-                .origins()
-                .blob_came_from(&of, digest, &origins.mirrors(&of))
-                .is_some();
+            let is_ours = origins.of(&origins.sources(&of), digest) == BlobOrigin::Repository;
             if is_ours { Ok(origins.store.documents().get(digest)?) } else { Ok(None) }
         };
         if let Some(kept) = blocking(read).await? {

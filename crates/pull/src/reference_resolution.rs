@@ -118,8 +118,7 @@ impl Resolver {
         let (resolver, of) = (Arc::clone(self), want.clone());
         let read = move || {
             let candidates = resolver.candidates(&of);
-            let mirrors = resolver.known.origins.mirrors(of.reference.repository());
-            let known = resolver.known.find(&of, &candidates, &mirrors);
+            let known = resolver.known.find(&of, &candidates);
             Ok((candidates, known))
         };
         let (candidates, known) = blocking(read).await.map_err(Arc::new)?;
@@ -128,7 +127,7 @@ impl Resolver {
             PullPolicy::Never | PullPolicy::IfNotPresent => false,
             PullPolicy::Always => true,
         };
-        let Some(Known { digests, proven }) = known else {
+        let Some(Known { digests, proven, .. }) = known else {
             return self.ask(want, &candidates, Question::Meaning).await;
         };
         let before = |candidate| Resolved {
@@ -173,14 +172,8 @@ impl Resolver {
         let (resolver, repository) = (Arc::clone(self), want.reference.repository().clone());
         let read = move || {
             let KnownManifests { origins, verification, .. } = &resolver.known;
-            let (mirrors, age) = (origins.mirrors(&repository), verification.proof_ttl);
-            Ok(origins.store.proofs().is_proven_for_account(
-                &repository,
-                manifest,
-                &account,
-                age,
-                &mirrors,
-            ))
+            let (sources, age) = (origins.sources(&repository), verification.proof_ttl);
+            Ok(origins.store.proofs().is_proven_for_account(&sources, manifest, &account, age))
         };
         blocking(read).await.map_err(Arc::new)
     }

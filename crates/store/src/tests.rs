@@ -3,7 +3,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::MetadataExt as _;
 
 use super::access::access_proofs::Principal;
-use super::access::{Mirrors, ProofSource};
+use super::access::{ProofSource, RepositorySources};
 use super::content_verification::{FindingKind, ReadPace, Reader};
 use super::gc::Now;
 use super::partial_downloads::Purpose;
@@ -20,6 +20,17 @@ use unpack::{Entry, EntryKind, Limits, Permissions, RelativePath, Selection};
 /// The disk of the tests' machine may be full.
 fn without_floor() -> CacheOptions {
     CacheOptions { min_free_percent: 0, min_free_inodes_percent: 0, ..CacheOptions::default() }
+}
+
+/// Returns the sources of a reference's repository, with the mirrors that are configured.
+fn sources(
+    reference: &Reference,
+    mirrors: Option<&[&std::sync::Arc<str>]>,
+    is_private: bool,
+) -> RepositorySources {
+    let repository = reference.repository().clone();
+    let mirrors = mirrors.map(|all| all.iter().map(|&address| address.clone()).collect());
+    RepositorySources { repository, mirrors, is_private }
 }
 
 pub(crate) fn options() -> StoreOptions {
@@ -367,8 +378,8 @@ fn records_that_lead_nowhere_go_when_they_are_old_and_those_of_a_pull_stay() {
             stays,
             "{reference}"
         );
-        let (who, mirrors) = (Principal::anonymous(), Mirrors::new(Some(Vec::new()), false));
-        let proven = store.proofs().is_proven(reference.repository(), manifest, &who, &mirrors);
+        let (who, sources) = (Principal::anonymous(), sources(&reference, Some(&[]), false));
+        let proven = store.proofs().is_proven(&sources, manifest, &who);
         assert_eq!(proven, stays, "{reference}");
     }
 }
@@ -381,7 +392,7 @@ fn a_proof_that_is_being_written_is_not_swept_away() {
     let reference: Reference = "r.io/swept:v1".parse().expect("a reference");
     let repository = reference.repository();
     let (who, by) = (Principal::anonymous(), ProofSource::Registry);
-    let mirrors = Mirrors::new(Some(Vec::new()), false);
+    let sources = sources(&reference, Some(&[]), false);
     let now = Now::read();
     let later = Now { unix_seconds: now.unix_seconds + 48 * 3600, ..now };
     std::thread::scope(|scope| {
@@ -411,10 +422,7 @@ fn a_proof_that_is_being_written_is_not_swept_away() {
     }
     store.proofs().put(repository, manifest, &who, &by).expect("given again");
     store.collector().sweep_records(now).expect("swept");
-    assert!(
-        store.proofs().is_proven(repository, manifest, &who, &mirrors),
-        "it was given just now"
-    );
+    assert!(store.proofs().is_proven(&sources, manifest, &who), "it was given just now");
 }
 
 #[test]
@@ -425,14 +433,15 @@ fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
     let who = Principal::anonymous();
     let address: std::sync::Arc<str> = "https://mirror.example/v2/".into();
     let mirror = |is_anonymous| ProofSource::Mirror { address: address.clone(), is_anonymous };
-    let configured = |is_private| Mirrors::new(Some(vec![address.clone()]), is_private);
-    let (gone, unknown) = (Mirrors::new(Some(Vec::new()), false), Mirrors::new(None, false));
+    let configured = |is_private| sources(&reference, Some(&[&address]), is_private);
+    let gone = sources(&reference, Some(&[]), false);
+    let unknown = sources(&reference, None, false);
     let manifest = |name: &str| Digest::of(name.as_bytes());
     let put = |name: &str, by: &ProofSource| {
         store.proofs().put(repository, manifest(name), &who, by).expect("a proof");
     };
-    let counts = |name: &str, mirrors: &Mirrors| {
-        store.proofs().is_proven(repository, manifest(name), &who, mirrors)
+    let counts = |name: &str, sources: &RepositorySources| {
+        store.proofs().is_proven(sources, manifest(name), &who)
     };
     // A mirror's counts with the mirror alone, and is forgotten without it.
     put("mirror", &mirror(false));
@@ -472,10 +481,10 @@ fn a_mirrors_proof_goes_with_the_mirror_and_the_registrys_own_stays() {
         store.origins().put_tree(repository, tree, &by).expect("a proof");
     };
     put_tree(&[ProofSource::Registry, mirror(false)]);
-    assert!(store.origins().tree_came_from(repository, tree, &configured(false)));
-    assert!(!store.origins().tree_came_from(repository, tree, &gone));
+    assert!(store.origins().tree_came_from(&configured(false), tree));
+    assert!(!store.origins().tree_came_from(&gone, tree));
     put_tree(&[ProofSource::Registry]);
-    assert!(store.origins().tree_came_from(repository, tree, &gone));
+    assert!(store.origins().tree_came_from(&gone, tree));
 }
 
 #[test]

@@ -9,7 +9,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{AccessFolder, AccessRecord, Mirrors, ProofSource, REFRESH_SECONDS, RecordSubject};
+use super::{
+    AccessFolder, AccessRecord, ProofSource, REFRESH_SECONDS, RecordSubject, RepositorySources,
+};
 use crate::error::StoreError;
 use oci_types::{Digest, Repository};
 
@@ -31,15 +33,9 @@ pub struct Proofs(pub(crate) Arc<AccessFolder>);
 
 impl Proofs {
     /// Returns whether the principal has been proven to read the manifest.
-    pub fn is_proven(
-        &self,
-        repository: &Repository,
-        manifest: Digest,
-        who: &Principal,
-        mirrors: &Mirrors,
-    ) -> bool {
-        let path = self.path(&OF_PRINCIPAL, repository, manifest, who);
-        self.0.read(&path, |proof| proof.given(mirrors)).is_some()
+    pub fn is_proven(&self, of: &RepositorySources, manifest: Digest, who: &Principal) -> bool {
+        let path = self.path(&OF_PRINCIPAL, &of.repository, manifest, who);
+        self.0.read(&path, |proof| proof.given(of)).is_some()
     }
 
     /// Remembers a proof.
@@ -56,14 +52,13 @@ impl Proofs {
     /// Returns whether the account has been proven to read the manifest within `age`.
     pub fn is_proven_for_account(
         &self,
-        repository: &Repository,
+        of: &RepositorySources,
         manifest: Digest,
         account: &Principal,
         age: Duration,
-        mirrors: &Mirrors,
     ) -> bool {
-        let path = self.path(&OF_ACCOUNT, repository, manifest, account);
-        let given = self.0.read(&path, |proof| proof.given(mirrors));
+        let path = self.path(&OF_ACCOUNT, &of.repository, manifest, account);
+        let given = self.0.read(&path, |proof| proof.given(of));
         let Some(unix_seconds) = given else { return false };
         let seconds = jiff::Timestamp::now().as_second().saturating_sub(unix_seconds);
         // A clock that was set back makes a proof of the future, which says nothing.

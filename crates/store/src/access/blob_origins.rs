@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{
-    AccessFolder, AccessRecord, Mirrors, Proof, ProofSource, REFRESH_SECONDS, REGISTRY,
-    RecordSubject,
+    AccessFolder, AccessRecord, Proof, ProofSource, REFRESH_SECONDS, REGISTRY, RecordSubject,
+    RepositorySources,
 };
 use crate::TreeKey;
 use crate::error::StoreError;
@@ -29,14 +29,9 @@ pub struct Origins(pub(crate) Arc<AccessFolder>);
 
 impl Origins {
     /// Returns whether the repository has provided every blob of the tree.
-    pub fn tree_came_from(
-        &self,
-        repository: &Repository,
-        tree: TreeKey,
-        mirrors: &Mirrors,
-    ) -> bool {
-        let path = self.tree_path(repository, tree);
-        self.0.read(&path, |proof| proof.is_given_by_all(mirrors).then_some(())).is_some()
+    pub fn tree_came_from(&self, of: &RepositorySources, tree: TreeKey) -> bool {
+        let path = self.tree_path(&of.repository, tree);
+        self.0.read(&path, |proof| proof.is_given_by_all(of).then_some(())).is_some()
     }
 
     /// Remembers that every blob of the tree has been had from the repository, each from one of
@@ -59,19 +54,15 @@ impl Origins {
     }
 
     /// Returns the source that has sent the blob for the repository; none where no source counts.
-    pub fn blob_came_from(
-        &self,
-        repository: &Repository,
-        blob: Digest,
-        mirrors: &Mirrors,
-    ) -> Option<ProofSource> {
-        let path = self.blob_path(&repository.to_string(), blob);
-        self.0.read(&path, |proof| proof.source(mirrors))
+    pub fn blob_came_from(&self, of: &RepositorySources, blob: Digest) -> Option<ProofSource> {
+        let path = self.blob_path(&of.repository.to_string(), blob);
+        self.0.read(&path, |proof| proof.source(of))
     }
 
     /// Returns whether any repository of the host has provided the blob.
-    pub fn blob_came_from_host(&self, host: &str, blob: Digest, mirrors: &Mirrors) -> bool {
-        self.0.read(&self.blob_path(host, blob), |proof| proof.source(mirrors)).is_some()
+    pub fn blob_came_from_host(&self, of: &RepositorySources, blob: Digest) -> bool {
+        let path = self.blob_path(of.repository.host(), blob);
+        self.0.read(&path, |proof| proof.source(of)).is_some()
     }
 
     /// Remembers where a blob was had from.

@@ -33,7 +33,7 @@ use super::folder_listing::names;
 use super::record_sweep::{Sweep, SweptRecords, all_but_newest};
 use super::state_directory::StateDirectory;
 use super::{durable_rename, json_records, object_keys};
-use oci_types::Digest;
+use oci_types::{Digest, Repository};
 
 /// Below the state directory.
 pub(super) const FOLDER: &str = "access";
@@ -71,12 +71,17 @@ pub enum ProofSource {
     },
 }
 
-/// The mirrors of a repository's registry whose proofs count.
+/// The sources whose proofs count for a repository: its registry, and some of the mirrors.
 #[derive(Clone, Debug)]
-pub struct Mirrors {
-    configured: Option<Vec<Arc<str>>>,
-    /// True if the registry itself refuses the repository to an anonymous request.
-    is_private: bool,
+pub struct RepositorySources {
+    /// The repository.
+    pub repository: Repository,
+    /// The addresses of the mirrors that are configured; none where the configuration cannot be read.
+    /// Then those of all mirrors count: none is known to have gone.
+    pub mirrors: Option<Vec<Arc<str>>>,
+    /// True if the registry itself refuses the repository to an anonymous request. Then what a mirror
+    /// gives without a credential says nothing of who may read it.
+    pub is_private: bool,
 }
 
 /// A kind of records in the folder.
@@ -136,23 +141,14 @@ impl ProofSource {
     }
 }
 
-impl Mirrors {
-    /// The addresses of those that are configured; none where the configuration cannot be read.
-    /// Then those of all mirrors count: none is known to have gone.
-    ///
-    /// Of a private repository, which the registry refuses to an anonymous request, what a mirror
-    /// gives without a credential says nothing of who may read it.
-    pub const fn new(configured: Option<Vec<Arc<str>>>, is_private: bool) -> Self {
-        Self { configured, is_private }
-    }
-
+impl RepositorySources {
     /// Returns whether proofs of a source count.
     fn counts(&self, source: &str) -> bool {
         match ProofSource::named(source) {
             ProofSource::Registry => true,
             ProofSource::Mirror { is_anonymous: true, .. } if self.is_private => false,
             ProofSource::Mirror { address, .. } => {
-                self.configured.as_ref().is_none_or(|configured| configured.contains(&address))
+                self.mirrors.as_ref().is_none_or(|configured| configured.contains(&address))
             }
         }
     }
@@ -160,25 +156,25 @@ impl Mirrors {
 
 impl Proof {
     /// Returns when a source whose proofs count last gave it; one is enough.
-    fn given(&self, mirrors: &Mirrors) -> Option<i64> {
+    fn given(&self, of: &RepositorySources) -> Option<i64> {
         if self.by.is_empty() {
             return Some(self.unix_seconds);
         }
-        let counting = self.by.iter().filter(|(source, _)| mirrors.counts(source));
+        let counting = self.by.iter().filter(|(source, _)| of.counts(source));
         counting.map(|(_, seconds)| *seconds).max()
     }
 
     /// Returns whether the proofs of all its sources count.
-    fn is_given_by_all(&self, mirrors: &Mirrors) -> bool {
-        self.by.keys().all(|source| mirrors.counts(source))
+    fn is_given_by_all(&self, of: &RepositorySources) -> bool {
+        self.by.keys().all(|source| of.counts(source))
     }
 
     /// Returns a source whose proofs count; the registry before any mirror.
-    fn source(&self, mirrors: &Mirrors) -> Option<ProofSource> {
+    fn source(&self, of: &RepositorySources) -> Option<ProofSource> {
         if self.by.is_empty() || self.by.contains_key(REGISTRY) {
             return Some(ProofSource::Registry);
         }
-        let mut counting = self.by.keys().filter(|source| mirrors.counts(source));
+        let mut counting = self.by.keys().filter(|source| of.counts(source));
         counting.next().map(|source| ProofSource::named(source))
     }
 }
