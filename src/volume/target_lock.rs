@@ -3,17 +3,16 @@
 //! A publish that waits for a pull holds no lock. It only remembers the turn of its target at its start: an unpublish
 //! begins a new turn, and a publish of an earlier turn no longer attaches.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
+use sys::weak_map::WeakMap;
 use tokio::sync::OwnedMutexGuard;
 
 /// The targets of all running calls.
 #[derive(Debug, Default)]
-pub struct TargetLocks(Mutex<HashMap<PathBuf, Weak<TargetEntry>>>);
+pub struct TargetLocks(WeakMap<PathBuf, TargetEntry>);
 
 #[derive(Debug, Default)]
 struct TargetEntry {
@@ -50,14 +49,7 @@ impl TargetLocks {
     }
 
     fn entry(&self, target: &Path) -> Arc<TargetEntry> {
-        let mut entries = self.0.lock();
-        entries.retain(|_, entry| entry.strong_count() > 0);
-        if let Some(entry) = entries.get(target).and_then(Weak::upgrade) {
-            return entry;
-        }
-        let entry = Arc::new(TargetEntry::default());
-        entries.insert(target.to_owned(), Arc::downgrade(&entry));
-        entry
+        self.0.get(target.to_owned(), TargetEntry::default)
     }
 }
 
@@ -93,13 +85,5 @@ mod tests {
         assert!(futures_util::poll!(&mut waiting).is_pending());
         drop(held);
         waiting.await;
-    }
-
-    #[test]
-    fn unused_targets_are_forgotten() {
-        let locks = TargetLocks::default();
-        drop(locks.begin_publish(Path::new("/a")));
-        let _held = locks.begin_publish(Path::new("/b"));
-        assert_eq!(locks.0.lock().len(), 1);
     }
 }

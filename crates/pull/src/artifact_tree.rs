@@ -1,12 +1,11 @@
 //! A manifest to the tree that a volume shows.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, Weak};
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
-use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
 use super::artifact_totals::Sums;
@@ -33,6 +32,7 @@ use store::space_reservations::{Claim, Reservation};
 use store::trees::{BuiltTree, Objects, TreeRecord};
 use store::{Store, StoreError, Tree, TreeKey, give_memory_back};
 use sys::background::Background;
+use sys::weak_map::WeakMap;
 use unpack::layer_merge::Merger;
 use unpack::{Limits, PermissionsRule};
 
@@ -53,7 +53,8 @@ pub(super) struct TreeAssembler {
     pub(super) observer: Arc<dyn Observer>,
     // A flight serves one repository, so that its failure is not reported to pods of another one.
     pub(super) flights: Flights<(Repository, TreeKey), Tree>,
-    pub(super) sponsors: SponsorsByTree,
+    /// The sponsors of each tree, by repository.
+    pub(super) sponsors: WeakMap<(Repository, TreeKey), Sponsors>,
     /// Held while a tree is built.
     pub(super) building: KeyedLocks<TreeKey>,
 }
@@ -65,10 +66,6 @@ pub(super) struct TreeRequest {
     pub(super) manifest: Digest,
     pub(super) shape: Shape,
 }
-
-/// The sponsors of each tree, by repository.
-#[derive(Debug, Default)]
-pub(super) struct SponsorsByTree(Mutex<HashMap<(Repository, TreeKey), Weak<Sponsors>>>);
 
 /// The layers of an artifact that a tree needs, and the memory that their list takes.
 struct LayerList {
@@ -93,20 +90,6 @@ enum BuildOutcome {
     New(Box<(BuiltTree, TreeRecord, Objects, Reservation)>),
     /// The reserved memory does not suffice. The number is the need in bytes as far as known.
     Short(TreeSources, u64),
-}
-
-impl SponsorsByTree {
-    fn of(&self, repository: &Repository, tree: TreeKey) -> Arc<Sponsors> {
-        let mut all = self.0.lock();
-        all.retain(|_, sponsors| sponsors.strong_count() > 0);
-        let key = (repository.clone(), tree);
-        let known = all.get(&key).and_then(Weak::upgrade);
-        known.unwrap_or_else(|| {
-            let sponsors = Arc::new(Sponsors::new(repository.clone()));
-            all.insert(key, Arc::downgrade(&sponsors));
-            sponsors
-        })
-    }
 }
 
 impl TreeRequest {
@@ -141,7 +124,8 @@ impl TreeAssembler {
         view: &ProgressView,
     ) -> Outcome<Tree> {
         let repository = &source.repository;
-        let sponsors = self.sponsors.of(repository, request.key);
+        let key = (repository.clone(), request.key);
+        let sponsors = self.sponsors.get(key.clone(), || Sponsors::new(repository.clone()));
         let mut sponsorship = sponsors.offer(source.clone());
         let start = |progress: Arc<Progress>| {
             let (assembler, request) = (Arc::clone(self), request.clone());
@@ -156,7 +140,6 @@ impl TreeAssembler {
                 made
             }
         };
-        let key = (repository.clone(), request.key);
         let flight = self.flights.run(key, caller, |progress| view.show(progress), start);
         tokio::select! {
             // Ours first: then the flight's end is no news.

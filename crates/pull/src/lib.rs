@@ -98,7 +98,7 @@ pub use pull_tenant::{Caller, Tenant};
 pub use tree_shape::Shape;
 
 use access_proofs::AccessProver;
-use artifact_tree::{SponsorsByTree, TreeAssembler, TreeRequest};
+use artifact_tree::{TreeAssembler, TreeRequest};
 use blob_objects::LayerStore;
 use blob_origins::BlobOrigins;
 use blob_transfer::SizedBlob;
@@ -124,6 +124,7 @@ use store::resolution_records::Resolution;
 use store::{Store, Tree};
 use streaming_unpack::Unpackers;
 use sys::background::{Background, PodStartGuard};
+use sys::weak_map::WeakMap;
 use unpack::Limits;
 
 /// The time that a flight continues without a caller: the kubelet calls again within seconds at first, and a deleted
@@ -272,7 +273,7 @@ impl Puller {
             background: background.clone(),
             observer,
             flights: Flights::new(runway.clone(), LINGER),
-            sponsors: SponsorsByTree::default(),
+            sponsors: WeakMap::default(),
             building: KeyedLocks::default(),
         });
         let importer = Arc::new(LayoutImporter { store, limits, downloader });

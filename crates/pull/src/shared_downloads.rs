@@ -12,7 +12,7 @@
 //! The bytes of one repository prove nothing for another: each flight asks its own repository.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -23,6 +23,7 @@ use super::artifact_request::Priority;
 use super::pull_progress::Progress;
 use super::pull_tenant::Tenant;
 use oci::{Digest, Repository};
+use sys::weak_map::WeakMap;
 
 /// Time over which the rate of a source is measured. A connection is at full speed by then.
 const WINDOW: Duration = Duration::from_secs(3);
@@ -49,7 +50,7 @@ type BlobOfHost = (String, Digest);
 /// The shared downloads of a node.
 #[derive(Debug, Default)]
 pub(super) struct SharedDownloads {
-    under_way: Mutex<HashMap<BlobOfHost, Weak<SharedDownload>>>,
+    under_way: WeakMap<BlobOfHost, SharedDownload>,
     /// Blobs whose sources are isolated, each with the time since when, oldest first.
     isolated: Mutex<VecDeque<(BlobOfHost, Instant)>>,
 }
@@ -109,15 +110,7 @@ struct WaitingSource {
 impl SharedDownloads {
     /// Returns the download of a blob, and begins it if no flight has it.
     pub(super) fn of(&self, host: &str, digest: Digest) -> Arc<SharedDownload> {
-        let mut all = self.under_way.lock();
-        all.retain(|_, download| download.strong_count() > 0);
-        let key = (host.to_owned(), digest);
-        let known = all.get(&key).and_then(Weak::upgrade);
-        known.unwrap_or_else(|| {
-            let download = Arc::default();
-            all.insert(key, Arc::downgrade(&download));
-            download
-        })
+        self.under_way.get((host.to_owned(), digest), SharedDownload::default)
     }
 
     /// Isolates the sources of a blob, since their bytes together did not have its digest.

@@ -5,6 +5,7 @@
 //! background     threads that yield to all others of the driver
 //! process_group  a program and its descendants, ended together
 //! reload         values made from files that change while the driver runs
+//! weak_map       values by key that are shared while in use
 //! fault          named points where a test stops, fails or holds the driver
 //! ```
 
@@ -13,3 +14,4 @@ pub mod fault;
 pub mod mount;
 pub mod process_group;
 pub mod reload;
+pub mod weak_map;

@@ -10,9 +10,8 @@ use reqwest::header::HeaderValue;
 use super::auth_challenge::Challenge;
 use super::bearer_token::{self, FetchedToken, TokenCache};
 use super::error::{self, RegistryError};
-use super::http_transport::Transport;
+use super::exchange::Exchange;
 use super::lru_map::LruMap;
-use super::registry_endpoint::RegistryEndpoint;
 use crate::Repository;
 use crate::credentials::Credential;
 
@@ -71,46 +70,15 @@ impl AuthCache {
         })
     }
 
-    /// Returns the authorization for a first request, from the cached challenges of the repository.
-    pub(super) async fn initial_authorization(
-        &self,
-        transport: &Transport,
-        endpoint: &RegistryEndpoint,
-        repository: &Repository,
-        credential: &Credential,
-    ) -> Result<RequestAuthorization, RegistryError> {
-        let challenges = self.cached_challenges(endpoint, repository);
-        self.authorize(
-            transport,
-            endpoint,
-            repository,
-            &challenges,
-            credential,
-            &RequestAuthorization::Nothing,
-        )
-        .await
-    }
-
     /// Returns the cached challenges of a repository.
-    pub(super) fn cached_challenges(
-        &self,
-        endpoint: &RegistryEndpoint,
-        repository: &Repository,
-    ) -> Arc<[Challenge]> {
-        let asked = (endpoint.root.clone(), repository.clone());
-        self.challenges.lock().get(&asked).unwrap_or_else(|| Arc::new([]))
+    pub(super) fn challenges(&self, exchange: Exchange<'_>) -> Arc<[Challenge]> {
+        self.challenges.lock().get(&place(exchange)).unwrap_or_else(|| Arc::new([]))
     }
 
     /// Caches the challenges of a repository.
-    pub(super) fn cache_challenges(
-        &self,
-        endpoint: &RegistryEndpoint,
-        repository: &Repository,
-        challenges: &[Challenge],
-    ) {
+    pub(super) fn cache_challenges(&self, exchange: Exchange<'_>, challenges: &[Challenge]) {
         if !challenges.is_empty() {
-            let asked = (endpoint.root.clone(), repository.clone());
-            self.challenges.lock().insert(asked, challenges.into());
+            self.challenges.lock().insert(place(exchange), challenges.into());
         }
     }
 
@@ -119,23 +87,22 @@ impl AuthCache {
     /// just fetched.
     pub(super) async fn authorize(
         &self,
-        transport: &Transport,
-        endpoint: &RegistryEndpoint,
-        repository: &Repository,
+        exchange: Exchange<'_>,
         challenges: &[Challenge],
-        credential: &Credential,
         shown: &RequestAuthorization,
     ) -> Result<RequestAuthorization, RegistryError> {
+        let (repository, credential) = (exchange.request.repository, exchange.credential());
         if let Credential::RegistryToken { token } = credential {
             // Needs no challenge: the token is for this registry only.
             return bearer_token::bearer(token)
                 .map(RequestAuthorization::RegistryToken)
                 .ok_or_else(|| unusable(repository, "the registry token fits in no header"));
         }
+        let transport = &exchange.registry.transport;
         let mut refused = None;
         for challenge in challenges {
             let Challenge::Bearer { realm, service, scopes } = challenge else { continue };
-            let realm = match bearer_token::realm(transport, endpoint, realm).await {
+            let realm = match bearer_token::realm(transport, exchange.endpoint, realm).await {
                 Ok(realm) => realm,
                 Err(reason) => {
                     refused = Some(reason);
@@ -152,12 +119,7 @@ impl AuthCache {
             {
                 return Ok(RequestAuthorization::Nothing);
             }
-            let what = error::describe("a token", repository);
-            return self
-                .tokens
-                .get(transport, endpoint, key, credential, &what)
-                .await
-                .map(RequestAuthorization::Token);
+            return self.tokens.get(exchange, key).await.map(RequestAuthorization::Token);
         }
         if challenges.contains(&Challenge::Basic)
             && let Some(header) = bearer_token::basic(credential)
@@ -178,10 +140,14 @@ impl AuthCache {
     }
 }
 
+fn place(exchange: Exchange<'_>) -> EndpointRepository {
+    (exchange.endpoint.root.clone(), exchange.request.repository.clone())
+}
+
 fn unusable(repository: &Repository, reason: &str) -> RegistryError {
     RegistryError::Protocol {
         host: error::host(repository.host()),
-        what: error::describe("a token", repository),
+        what: bearer_token::describe(repository),
         reason: reason.to_owned(),
     }
 }

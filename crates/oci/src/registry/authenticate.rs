@@ -1,78 +1,58 @@
 //! Requests with authentication: send, receive a challenge, send again with an authorization.
 
-use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode, Url};
 
-use super::Registry;
 use super::auth_cache::RequestAuthorization;
-use super::auth_challenge;
+use super::auth_challenge::{self, Challenge};
 use super::error::RegistryError;
+use super::exchange::Exchange;
 use super::http_transport::{HttpRequest, HttpResponse};
-use super::registry_endpoint::RegistryEndpoint;
-use super::registry_request::RegistryRequest;
 
 /// First without authorization or with a cached one, then with that of the challenge, then once
 /// more if that was a stale token.
 const MAXIMUM_ATTEMPTS: usize = 3;
 
-impl Registry {
-    pub(super) async fn expect_success(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> Result<HttpResponse, RegistryError> {
-        let answer = self.send_authenticated(request, endpoint).await?;
-        match answer.refusal_or_success(request, endpoint) {
-            Some(refusal) => Err(refusal),
-            None => Ok(answer),
-        }
-    }
-
+impl Exchange<'_> {
     /// Sends a request and answers challenges. Returns the response whatever its status.
-    pub(super) async fn send_authenticated(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> Result<HttpResponse, RegistryError> {
-        let repository = request.repository;
-        let credential = request.credential_for(endpoint);
-        let url = request.address(endpoint);
+    pub(super) async fn send(self) -> Result<HttpResponse, RegistryError> {
+        let is_anonymous = self.credential().is_anonymous();
+        let cache = &self.registry.auth_cache;
+        let url = self.request.address(self.endpoint);
         // The token endpoint and the API root limit the rate of the whole host.
-        let key = self.request_key(request, endpoint);
-        let of_host = |error: &RegistryError| self.backoff.record_host_failure(&key, error);
-        let initial = self
-            .auth_cache
-            .initial_authorization(&self.transport, endpoint, repository, credential)
-            .await;
+        let key = self.key();
+        let of_host = |error: &RegistryError| {
+            self.registry.backoff.record_host_failure(&key, error);
+        };
+        let mut challenges = cache.challenges(self);
+        let initial = cache.authorize(self, &challenges, &RequestAuthorization::Nothing).await;
         let mut authorization = initial.inspect_err(of_host)?;
         let mut attempt = 1;
         loop {
-            let mut answer = self.send(request, endpoint, &url, &authorization).await?;
-            answer.with_credential = !credential.is_anonymous()
-                && !matches!(authorization, RequestAuthorization::Nothing);
+            let mut answer = self.send_once(&url, &authorization).await?;
+            let has_none = matches!(authorization, RequestAuthorization::Nothing);
+            answer.with_credential = !is_anonymous && !has_none;
             let status = answer.status();
             let refused = matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
             // A refusal of a redirect's host has no challenge of the registry.
             if answer.redirected || !(refused || status == StatusCode::NOT_FOUND) {
                 return Ok(answer);
             }
-            let mut challenges = auth_challenge::read(answer.response.headers());
+            let mut sent = auth_challenge::read(answer.response.headers());
             if refused {
-                self.auth_cache.forget(&authorization).await;
-            } else if !matches!(authorization, RequestAuthorization::Nothing) {
+                cache.forget(&authorization).await;
+            } else if !has_none {
                 return Ok(answer);
             }
-            if matches!(authorization, RequestAuthorization::Nothing) {
+            if has_none {
                 // A registry that allows anonymous requests may answer them with 404 for a private
                 // repository.
                 let is_hidden = status != StatusCode::UNAUTHORIZED;
-                if is_hidden && credential.is_anonymous() {
+                if is_hidden && is_anonymous {
                     return Ok(answer);
                 }
                 // The API root returns a challenge.
-                if is_hidden || challenges.is_empty() {
-                    challenges =
-                        self.challenges_of_api(request, endpoint).await.inspect_err(of_host)?;
+                if is_hidden || sent.is_empty() {
+                    sent = self.challenges_of_api().await.inspect_err(of_host)?;
                 }
             }
             if attempt == MAXIMUM_ATTEMPTS {
@@ -80,20 +60,10 @@ impl Registry {
             }
             attempt += 1;
             // A refusal without a challenge may mean a stale token, which is worth renewing.
-            self.auth_cache.cache_challenges(endpoint, repository, &challenges);
-            let challenges = self.auth_cache.cached_challenges(endpoint, repository);
-            let next = self
-                .auth_cache
-                .authorize(
-                    &self.transport,
-                    endpoint,
-                    repository,
-                    &challenges,
-                    credential,
-                    &authorization,
-                )
-                .await
-                .inspect_err(of_host)?;
+            cache.cache_challenges(self, &sent);
+            challenges = cache.challenges(self);
+            let next = cache.authorize(self, &challenges, &authorization).await;
+            let next = next.inspect_err(of_host)?;
             if authorization.is_exhausted_by(&next) {
                 answer.unchallenged = challenges.is_empty() && !answer.with_credential;
                 return Ok(answer);
@@ -103,23 +73,11 @@ impl Registry {
         }
     }
 
-    async fn challenges_of_api(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> Result<Vec<auth_challenge::Challenge>, RegistryError> {
-        let probe = HttpRequest {
-            endpoint,
-            method: Method::GET,
-            url: endpoint.api(),
-            headers: HeaderMap::new(),
-            authorization: None,
-            form: None,
-            what: &request.what,
-        };
-        let answer = self.transport.send(probe).await?;
+    async fn challenges_of_api(self) -> Result<Vec<Challenge>, RegistryError> {
+        let probe = self.http_request(Method::GET, self.endpoint.api());
+        let answer = self.registry.transport.send(probe).await?;
         if matches!(answer.status().as_u16(), 429 | 503) && !answer.redirected {
-            return Err(answer.refusal(&request.what, request.is_anonymous_at(endpoint)));
+            return Err(self.refusal(&answer));
         }
         let asks = answer.status() == StatusCode::UNAUTHORIZED && !answer.redirected;
         let challenges =
@@ -128,23 +86,16 @@ impl Registry {
         Ok(challenges)
     }
 
-    async fn send(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
+    async fn send_once(
+        self,
         url: &Url,
         authorization: &RequestAuthorization,
     ) -> Result<HttpResponse, RegistryError> {
-        self.transport
-            .send(HttpRequest {
-                endpoint,
-                method: request.method.clone(),
-                url: url.clone(),
-                headers: request.headers.clone(),
-                authorization: authorization.header(),
-                form: None,
-                what: &request.what,
-            })
-            .await
+        let request = HttpRequest {
+            headers: self.request.headers.clone(),
+            authorization: authorization.header(),
+            ..self.http_request(self.request.method.clone(), url.clone())
+        };
+        self.registry.transport.send(request).await
     }
 }

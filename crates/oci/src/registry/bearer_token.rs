@@ -23,11 +23,13 @@ use reqwest::{Method, Url};
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::error::{RegistryError, ShownCredential};
+use super::error::{self, RegistryError, ShownCredential};
+use super::exchange::Exchange;
 use super::http_transport::{HttpRequest, HttpResponse, Transport};
 use super::lru_map::LruMap;
 use super::redirect_rules;
 use super::registry_endpoint::RegistryEndpoint;
+use crate::Repository;
 use crate::credentials::Credential;
 
 /// Maximum number of cached tokens: pods with distinct credentials and repositories in use at a
@@ -121,15 +123,13 @@ impl TokenCache {
         CredentialHash(mac.finalize().into_bytes().into())
     }
 
-    /// Returns a cached token, or fetches a new one. `what` describes the token in errors.
+    /// Returns a cached token, or fetches a new one.
     pub(super) async fn get(
         &self,
-        transport: &Transport,
-        endpoint: &RegistryEndpoint,
+        exchange: Exchange<'_>,
         key: TokenKey,
-        credential: &Credential,
-        what: &str,
     ) -> Result<FetchedToken, RegistryError> {
+        let what = describe(exchange.request.repository);
         let slot = self.slot(&key);
         let before = slot.fetches.load(Ordering::Acquire);
         let mut outcome = slot.outcome.lock().await;
@@ -140,12 +140,12 @@ impl TokenCache {
             }
             // Waiters share a refusal, since one request for each could lock the account. The error
             // does not reveal the object of another request.
-            Some(Err(error)) if waited => return Err(error.clone().about(what)),
+            Some(Err(error)) if waited => return Err(error.clone().about(&what)),
             _ => {}
         }
         *outcome = None;
         let serial = slot.fetches.load(Ordering::Acquire).wrapping_add(1);
-        let request = TokenRequest { transport, endpoint, key: &key, credential, what };
+        let request = TokenRequest { exchange, key: &key, what: &what };
         let fetched = request.fetch(serial).await;
         *outcome = Some(fetched.clone());
         slot.fetches.fetch_add(1, Ordering::Release);
@@ -189,10 +189,8 @@ struct TokenAnswer {
 
 /// Request for a new token.
 struct TokenRequest<'a> {
-    transport: &'a Transport,
-    endpoint: &'a RegistryEndpoint,
+    exchange: Exchange<'a>,
     key: &'a TokenKey,
-    credential: &'a Credential,
     /// Description of the token for errors.
     what: &'a str,
 }
@@ -205,7 +203,7 @@ impl TokenRequest<'_> {
         let answer = self.send().await?;
         let status = answer.status();
         if !status.is_success() {
-            let anonymous = self.credential.is_anonymous();
+            let anonymous = self.exchange.credential().is_anonymous();
             let host = answer.host.clone();
             return Err(match status.as_u16() {
                 // Some servers answer a wrong password with 400.
@@ -240,21 +238,17 @@ impl TokenRequest<'_> {
 
     /// Sends the request, or up to two for an identity token.
     async fn send(&self) -> Result<HttpResponse, RegistryError> {
-        let Self { transport, endpoint, key, credential, what } = *self;
-        let mut headers = HeaderMap::new();
-        headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        let Self { exchange, key, what } = *self;
+        let (transport, credential) = (&exchange.registry.transport, exchange.credential());
+        let accepted = HeaderValue::from_static("application/json");
+        let request = || HttpRequest {
+            headers: HeaderMap::from_iter([(ACCEPT, accepted.clone())]),
+            ..HttpRequest::get(exchange.endpoint, key.realm.clone(), what)
+        };
         if let Credential::IdentityToken { token, .. } = credential {
-            let answer = transport
-                .send(HttpRequest {
-                    endpoint,
-                    method: Method::POST,
-                    url: key.realm.clone(),
-                    headers: headers.clone(),
-                    authorization: None,
-                    form: Some(form(key, token)),
-                    what,
-                })
-                .await?;
+            let form = Some(form(key, token));
+            let answer =
+                transport.send(HttpRequest { method: Method::POST, form, ..request() }).await?;
             // Servers without this flow answer 404 or 405, others 400 or 401: seen with Google,
             // Artifactory and Azure.
             if !matches!(answer.status().as_u16(), 300..=399 | 400 | 401 | 404 | 405) {
@@ -273,16 +267,8 @@ impl TokenRequest<'_> {
             }
         }
         let authorization = basic(credential);
-        let request = HttpRequest {
-            endpoint,
-            method: Method::GET,
-            url,
-            headers,
-            authorization: authorization.as_ref(),
-            form: None,
-            what,
-        };
-        transport.send(request).await
+        let authorization = authorization.as_ref();
+        transport.send(HttpRequest { url, authorization, ..request() }).await
     }
 }
 
@@ -301,6 +287,11 @@ fn form(key: &TokenKey, refresh_token: &str) -> String {
         pairs.append_pair("scope", &key.scopes.join(" "));
     }
     form.query().unwrap_or_default().to_owned()
+}
+
+/// Describes a token for a repository.
+pub(super) fn describe(repository: &Repository) -> String {
+    error::describe("a token", repository)
 }
 
 /// Returns a `Bearer` header, marked as sensitive for logs.

@@ -8,6 +8,7 @@ use reqwest::header::{CONTENT_RANGE, HeaderMap};
 use reqwest::{Response, StatusCode};
 
 use super::error::RegistryError;
+use super::exchange::Exchange;
 use super::http_transport::{self, HttpResponse};
 use super::response_source::AnsweredBy;
 
@@ -51,33 +52,25 @@ pub(super) struct BlobPart {
     pub(super) end: Option<u64>,
 }
 
-/// A successful response to a blob request.
-pub(super) struct BlobAnswer {
-    pub(super) answer: HttpResponse,
-    pub(super) mirror: Option<Arc<str>>,
-    pub(super) answered_by: AnsweredBy,
-    /// Requested part; `None` for the whole blob.
-    pub(super) asked: Option<BlobPart>,
-    /// Description of the blob for errors.
-    pub(super) what: String,
-    pub(super) stall_timeout: Duration,
-}
-
-impl BlobAnswer {
-    /// Returns the body of a response with 200 or 206. A `Content-Encoding` is ignored: storage
-    /// announces the encoding of an upload, and the digest verifies the bytes.
-    pub(super) fn body(self) -> Result<BlobBody, RegistryError> {
-        let Self { answer, mirror, answered_by, asked, what, stall_timeout } = self;
-        let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
-        let (offset, length, total) = match answer.status() {
-            StatusCode::OK => {
+impl BlobBody {
+    /// Opens the body of a response with 200 or 206 to a request for a part or, without `asked`, for
+    /// the whole blob. A `Content-Encoding` is ignored: storage announces the encoding of an
+    /// upload, and the digest verifies the bytes.
+    pub(super) fn open(
+        exchange: Exchange<'_>,
+        answer: HttpResponse,
+        asked: Option<BlobPart>,
+    ) -> Result<Self, RegistryError> {
+        let Exchange { registry, request, endpoint, is_mirror } = exchange;
+        let what = request.what.clone();
+        let status = answer.status();
+        let is_part = status == StatusCode::PARTIAL_CONTENT;
+        let (offset, length, total) = match asked {
+            _ if status == StatusCode::OK => {
                 let length = answer.response.content_length();
                 (0, length, length)
             }
-            status @ StatusCode::PARTIAL_CONTENT => {
-                let Some(BlobPart { start, end }) = asked else {
-                    return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
-                };
+            Some(BlobPart { start, end }) if is_part => {
                 let range = content_range(answer.response.headers()).ok_or_else(|| {
                     answer.protocol(&what, "a part without a readable Content-Range")
                 })?;
@@ -88,30 +81,23 @@ impl BlobAnswer {
                 }
                 (start, Some(range.length), range.total)
             }
-            status => {
-                return Err(answer.protocol(&what, format!("the status {}", status.as_u16())));
-            }
+            _ => return Err(answer.protocol(&what, format!("the status {}", status.as_u16()))),
         };
-        let encoding = answer.encoding();
-        let HttpResponse { response, host, .. } = answer;
-        let source = BodyState::Open(response);
-        Ok(BlobBody {
+        Ok(Self {
             offset,
             length,
             is_part,
             total,
-            encoding,
-            mirror,
-            answered_by,
-            source,
-            host,
+            encoding: answer.encoding(),
+            mirror: is_mirror.then(|| endpoint.name()),
+            answered_by: exchange.answered_by(&answer),
+            source: BodyState::Open(answer.response),
+            host: answer.host,
             what,
-            stall_timeout,
+            stall_timeout: registry.options.stall_timeout,
         })
     }
-}
 
-impl BlobBody {
     /// Returns the next bytes, or `None` at the end. Waits for at most the stall timeout. After an
     /// error, returns the same error again.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, RegistryError> {

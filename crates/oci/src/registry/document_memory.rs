@@ -5,10 +5,9 @@
 //! minutes. One registry may use only a part of each pool, so that a registry that sends slowly
 //! leaves memory for others. A task that holds a reservation never waits for another.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use parking_lot::Mutex;
+use sys::weak_map::WeakMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Size limit of the small pool. Documents of unknown size start there until they turn out to be
@@ -40,7 +39,7 @@ pub(super) struct DocumentMemory {
 struct DocumentPool {
     all: Arc<Semaphore>,
     bytes_of_host: u32,
-    hosts: Mutex<HashMap<String, Weak<Semaphore>>>,
+    hosts: WeakMap<String, Semaphore>,
 }
 
 /// Memory reservation for one document, while it is fetched and read.
@@ -68,25 +67,16 @@ impl DocumentMemory {
 impl DocumentPool {
     fn new(bytes: PoolBytes) -> Self {
         let all = Arc::new(Semaphore::new(bytes.all as usize));
-        Self { all, bytes_of_host: bytes.of_host, hosts: Mutex::default() }
+        Self { all, bytes_of_host: bytes.of_host, hosts: WeakMap::default() }
     }
 
     async fn hold(&self, host: &str, bytes: u64) -> Option<DocumentReservation> {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).clamp(1, self.bytes_of_host);
-        let of_host = self.of_host(host).acquire_many_owned(bytes).await.ok()?;
+        let of_host =
+            self.hosts.get(host.to_owned(), || Semaphore::new(self.bytes_of_host as usize));
+        let of_host = of_host.acquire_many_owned(bytes).await.ok()?;
         let of_all = Arc::clone(&self.all).acquire_many_owned(bytes).await.ok()?;
         Some(DocumentReservation { _of_host: of_host, _of_all: of_all })
-    }
-
-    fn of_host(&self, host: &str) -> Arc<Semaphore> {
-        let mut hosts = self.hosts.lock();
-        if let Some(known) = hosts.get(host).and_then(Weak::upgrade) {
-            return known;
-        }
-        hosts.retain(|_, host| host.strong_count() > 0);
-        let host_has = Arc::new(Semaphore::new(self.bytes_of_host as usize));
-        hosts.insert(host.to_owned(), Arc::downgrade(&host_has));
-        host_has
     }
 }
 

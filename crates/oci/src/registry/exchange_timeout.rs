@@ -1,5 +1,6 @@
 //! Timeout of one exchange.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -9,14 +10,14 @@ use super::error::RegistryError;
 /// Remaining time of one exchange. It decreases only while the host is waited for, not while the
 /// node's own memory budget is: that is not the registry's fault.
 pub(super) struct ExchangeTimeout<'a> {
-    host: String,
+    host: Arc<str>,
     what: &'a str,
     all: Duration,
     left: Duration,
 }
 
 impl<'a> ExchangeTimeout<'a> {
-    pub(super) fn new(host: String, what: &'a str, all: Duration) -> Self {
+    pub(super) fn new(host: Arc<str>, what: &'a str, all: Duration) -> Self {
         Self { host, what, all, left: all }
     }
 
@@ -29,7 +30,7 @@ impl<'a> ExchangeTimeout<'a> {
         let done = tokio::time::timeout(self.left, Box::pin(step)).await;
         self.left = self.left.saturating_sub(since.elapsed());
         done.unwrap_or_else(|_| {
-            let (host, what, waited) = (self.host.clone(), self.what.to_owned(), self.all);
+            let (host, what, waited) = (self.host.to_string(), self.what.to_owned(), self.all);
             Err(RegistryError::Timeout { host, what, waited })
         })
     }

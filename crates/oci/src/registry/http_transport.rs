@@ -70,6 +70,14 @@ pub(super) struct HttpRequest<'a> {
     pub(super) what: &'a str,
 }
 
+impl<'a> HttpRequest<'a> {
+    /// Returns a GET request without headers.
+    pub(super) fn get(endpoint: &'a RegistryEndpoint, url: Url, what: &'a str) -> Self {
+        let (method, headers) = (Method::GET, HeaderMap::new());
+        Self { endpoint, method, url, headers, authorization: None, form: None, what }
+    }
+}
+
 /// Head of a response, whose body was not read yet.
 #[derive(Debug)]
 pub(super) struct HttpResponse {

@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! mod                  the client: manifests, tags, blobs
-//! registry_request     requests, and failover between the hosts of a registry
+//! registry_request     requests
+//! host_failover        failover between the hosts of a registry
+//! exchange             one exchange: a request at one host
 //! authenticate         challenges and authorizations of a request
 //! auth_cache           cached challenges and authorizations by repository
 //! auth_challenge       WWW-Authenticate
 //! bearer_token         token servers and cached tokens
 //! referrers            referrers of a digest, with pagination
 //! blob_response        blob responses and bodies
+//! documents            documents that are read whole
 //! document_memory      memory budget of documents that are read whole
 //! response_source      source of a response: the registry itself or a mirror
 //! hosts                hosts of a registry, by containerd's hosts.toml
@@ -50,9 +53,12 @@ mod blob_response;
 mod credential_refusals;
 mod dns_lookup;
 mod document_memory;
+mod documents;
 mod environment_proxy;
 mod error;
+mod exchange;
 mod exchange_timeout;
+mod host_failover;
 pub mod hosts;
 mod http_clients;
 mod http_transport;
@@ -92,16 +98,18 @@ pub use registry_request::ManifestName;
 pub use response_source::AnsweredBy;
 
 use self::auth_cache::AuthCache;
-use self::blob_response::{BlobAnswer, BlobPart};
+use self::blob_response::BlobPart;
 use self::document_memory::DocumentMemory;
-use self::exchange_timeout::ExchangeTimeout;
+use self::documents::Documents;
+use self::exchange::Exchange;
+use self::host_failover::HostFailover;
 use self::hosts::RegistryHosts;
 use self::http_transport::{HttpResponse, Transport};
 use self::lru_map::LruMap;
 use self::mirror_health::{MirrorFailures, MirrorHealth};
-use self::registry_backoff::{RegistryBackoff, RequestKey};
+use self::registry_backoff::RegistryBackoff;
 use self::registry_endpoint::RegistryEndpoint;
-use self::registry_request::{HostFailover, RegistryRequest, RequiredCapability};
+use self::registry_request::{RegistryRequest, RequiredCapability};
 use super::credentials::Credential;
 use super::{Digest, Repository};
 
@@ -242,64 +250,6 @@ impl Registry {
         Some(mirrors.map(|endpoint| endpoint.address()).collect())
     }
 
-    async fn fetch_manifest(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-        name: &ManifestName,
-    ) -> Result<FetchedManifest, RegistryError> {
-        let limit = self.options.manifest_bytes_limit;
-        let mut timeout = self.timeout(request, endpoint);
-        let (mut held, mut most) = (None, document_memory::SMALL.min(limit));
-        loop {
-            let answer = timeout.run(self.expect_success(request, endpoint)).await?;
-            let answered_by = AnsweredBy::of(endpoint, &answer);
-            let headers = answer.response.headers();
-            let content_type =
-                headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
-            let expected = match name {
-                ManifestName::Digest(digest) => Some(*digest),
-                ManifestName::Tag(_) => announced_digest(headers),
-            };
-            if held.is_none() {
-                // `Content-Length` is the encoded length, not the decoded one.
-                let announced = answer.response.content_length().filter(|_| !answer.is_encoded());
-                most = if announced.is_some() { limit } else { most };
-                held = self
-                    .reserve_memory(request.repository, announced.unwrap_or(most).min(limit))
-                    .await;
-            }
-            let bytes = match timeout.run(answer.document(&request.what, most)).await {
-                Ok(bytes) => bytes,
-                // The document is larger than the small pool allows. A task must not wait for a
-                // reservation while it holds one, so this drops the reservation and the content,
-                // and sends the request again.
-                Err(RegistryError::TooLarge { .. }) if most < limit => {
-                    drop(held.take());
-                    (held, most) = (self.reserve_memory(request.repository, limit).await, limit);
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            let got = Digest::of(&bytes);
-            return match expected {
-                Some(expected) if expected != got => {
-                    Err(RegistryError::DigestMismatch { what: request.what.clone(), expected, got })
-                }
-                _ => {
-                    let held = held.map(Arc::new);
-                    Ok(FetchedManifest {
-                        bytes,
-                        digest: got,
-                        content_type,
-                        answered_by,
-                        _held: held,
-                    })
-                }
-            };
-        }
-    }
-
     /// Waits for a reservation of memory for a document, to be kept as long as the document; `None`
     /// when the driver ends. A task that holds one must not wait for another, nor fetch a manifest.
     pub async fn reserve_memory(
@@ -321,79 +271,33 @@ impl Registry {
         self.mirror_health.record_failure(repository.host(), blob, Some(mirror));
     }
 
-    /// Returns the hosts for a request, in order.
-    async fn failover(
+    /// Returns the hosts of a registry, in order, as configured now.
+    async fn endpoints(
         &self,
-        request: &RegistryRequest<'_>,
+        repository: &Repository,
+    ) -> Result<Vec<Arc<RegistryEndpoint>>, RegistryError> {
+        let route = self.hosts.route(&self.transport, repository.host()).await;
+        Result::clone(&route)
+    }
+
+    /// Returns the hosts for a request, in order.
+    async fn failover<'a>(
+        &'a self,
+        request: &'a RegistryRequest<'a>,
         needs: RequiredCapability,
-    ) -> Result<HostFailover, RegistryError> {
+    ) -> Result<HostFailover<'a>, RegistryError> {
         let host = request.repository.host();
-        let route = self.hosts.route(&self.transport, host).await;
-        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
-        let fitting = endpoints.iter().filter(|endpoint| needs.is_met_by(endpoint));
+        let mut endpoints = self.endpoints(request.repository).await?;
+        endpoints.retain(|endpoint| needs.is_met_by(endpoint));
         let health = |mirror: &RegistryEndpoint| match request.blob {
             Some(_) if request.without.contains(&mirror.name()) => MirrorHealth::Unusable,
             Some(blob) => self.mirror_health.health(host, blob, &mirror.name()),
             None => MirrorHealth::Healthy,
         };
-        HostFailover::new(fitting.cloned().collect(), health).ok_or_else(|| {
+        HostFailover::new(self, request, endpoints, health).ok_or_else(|| {
             let reason = format!("its hosts.toml names no host with the capability {needs:?}");
             RegistryError::Configuration { reason }
         })
-    }
-
-    /// Performs one exchange with one host, within the timeout.
-    async fn with_timeout<T>(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-        exchange: impl Future<Output = Result<T, RegistryError>>,
-    ) -> Result<T, RegistryError> {
-        let mut timeout = self.timeout(request, endpoint);
-        self.with_backoff(request, endpoint, Box::pin(timeout.run(exchange))).await
-    }
-
-    /// Performs one exchange with one host, which applies the timeout itself.
-    async fn with_backoff<T>(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-        exchange: impl Future<Output = Result<T, RegistryError>>,
-    ) -> Result<T, RegistryError> {
-        endpoint.check(self.transport.rules())?;
-        let key = self.request_key(request, endpoint);
-        self.backoff.wait(&key).await?;
-        let outcome = exchange.await;
-        self.backoff.record_outcome(&key, &outcome);
-        outcome
-    }
-
-    /// Returns the key of a request for the backoff of a host.
-    fn request_key(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> RequestKey {
-        let host = http_transport::authority(&endpoint.root);
-        let credential = request.credential_for(endpoint);
-        self.backoff.request_key(&host, request.repository, credential, &request.what)
-    }
-
-    /// Returns the timeout for one exchange with one host.
-    fn timeout<'a>(
-        &self,
-        request: &'a RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> ExchangeTimeout<'a> {
-        let host = http_transport::authority(&endpoint.root);
-        ExchangeTimeout::new(host, &request.what, self.options.manifest_timeout)
-    }
-
-    /// Returns whether a host serves tags but not content.
-    async fn has_resolve_only_host(&self, repository: &Repository) -> Result<bool, RegistryError> {
-        let route = self.hosts.route(&self.transport, repository.host()).await;
-        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
-        Ok(endpoints.iter().any(|endpoint| endpoint.resolve && !endpoint.pull))
     }
 }
 
@@ -401,27 +305,19 @@ impl RepositoryClient<'_> {
     /// Fetches a manifest. Compares its digest with the requested one, or with the one that the
     /// registry announces for a tag.
     pub async fn manifest(self, name: &ManifestName) -> Result<FetchedManifest, RegistryError> {
-        let registry = self.registry;
         let request = &RegistryRequest::manifest(self, name, Method::GET)?;
-        if matches!(name, ManifestName::Tag(_))
-            && registry.has_resolve_only_host(self.repository).await?
-        {
+        if matches!(name, ManifestName::Tag(_)) {
+            let endpoints = self.registry.endpoints(self.repository).await?;
             // A host that serves tags may not serve manifests. By digest, all hosts do.
-            if let Some(tag) = self.resolve(name).await? {
+            if endpoints.iter().any(|endpoint| endpoint.resolve && !endpoint.pull)
+                && let Some(tag) = self.resolve(name).await?
+            {
                 let name = ManifestName::Digest(tag.digest);
                 return Box::pin(self.manifest(&name)).await;
             }
         }
-        let mut failover = registry.failover(request, name.needs()).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = Box::pin(registry.fetch_manifest(request, endpoint, name));
-            if let Some(done) =
-                failover.evaluate(registry.with_backoff(request, endpoint, tried).await)
-            {
-                return done;
-            }
-        }
+        let hosts = self.registry.failover(request, name.needs()).await?;
+        hosts.try_each(|exchange| FetchedManifest::fetch(exchange, name)).await
     }
 
     /// Fetches a manifest from the registry itself, not from a mirror: a mirror that serves it
@@ -431,30 +327,20 @@ impl RepositoryClient<'_> {
         self,
         digest: Digest,
     ) -> Result<Option<FetchedManifest>, RegistryError> {
-        let registry = self.registry;
-        let host = self.repository.host();
-        let name = ManifestName::Digest(digest);
-        let request = &RegistryRequest::manifest(self, &name, Method::GET)?;
-        let route = registry.hosts.route(&registry.transport, host).await;
-        let endpoints = route.as_ref().as_ref().map_err(Clone::clone)?;
-        let own = endpoints.iter().filter(|endpoint| endpoint.is_registry() && endpoint.pull);
-        let own: Vec<_> = own.cloned().collect();
-        let Some(mut failover) = HostFailover::new(own, |_| MirrorHealth::Healthy) else {
+        let (registry, host) = (self.registry, self.repository.host());
+        let name = &ManifestName::Digest(digest);
+        let request = &RegistryRequest::manifest(self, name, Method::GET)?;
+        let mut own = registry.endpoints(self.repository).await?;
+        own.retain(|endpoint| endpoint.is_registry() && endpoint.pull);
+        let healthy = |_: &RegistryEndpoint| MirrorHealth::Healthy;
+        let Some(hosts) = HostFailover::new(registry, request, own, healthy) else {
             return Ok(None);
         };
         let failed = registry.unreachable.lock().get(&host.to_owned());
         if let Some((_, error)) = failed.filter(|(since, _)| since.elapsed() < UNREACHABLE_FOR) {
             return Err(error.about(&request.what));
         }
-        let fetched = loop {
-            let endpoint = failover.current();
-            let tried = Box::pin(registry.fetch_manifest(request, endpoint, &name));
-            if let Some(done) =
-                failover.evaluate(registry.with_backoff(request, endpoint, tried).await)
-            {
-                break done;
-            }
-        };
+        let fetched = hosts.try_each(|exchange| FetchedManifest::fetch(exchange, name)).await;
         if let Err(error @ (RegistryError::Unreachable { .. } | RegistryError::Timeout { .. })) =
             &fetched
         {
@@ -465,32 +351,24 @@ impl RepositoryClient<'_> {
 
     /// Proves with one small request that a credential gives access to a manifest.
     pub async fn probe(self, digest: Digest) -> Result<AnsweredBy, RegistryError> {
-        let registry = self.registry;
         let name = ManifestName::Digest(digest);
         let head = &RegistryRequest::manifest(self, &name, Method::HEAD)?;
-        let get = &RegistryRequest::manifest(self, &name, Method::GET)?;
-        let mut failover = registry.failover(head, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let answer = registry.send_authenticated(head, endpoint).await?;
-                if answer.status().is_success() {
-                    return Ok(AnsweredBy::of(endpoint, &answer));
-                }
-                if !is_head_unsupported(&answer) {
-                    return Err(answer.refusal(&head.what, head.is_anonymous_at(endpoint)));
-                }
-                let answer = registry.expect_success(get, endpoint).await?;
-                let answered_by = AnsweredBy::of(endpoint, &answer);
-                answer.discard().await;
-                Ok(answered_by)
-            };
-            if let Some(done) =
-                failover.evaluate(registry.with_timeout(head, endpoint, tried).await)
-            {
-                return done;
+        let get = &RegistryRequest { method: Method::GET, ..head.clone() };
+        let hosts = self.registry.failover(head, RequiredCapability::Pull).await?;
+        let probe = hosts.try_each_in_time(|exchange| async move {
+            let answer = exchange.send().await?;
+            if answer.status().is_success() {
+                return Ok(exchange.answered_by(&answer));
             }
-        }
+            if !is_head_unsupported(&answer) {
+                return Err(exchange.refusal(&answer));
+            }
+            let answer = exchange.with(get).expect_success().await?;
+            let answered_by = exchange.answered_by(&answer);
+            answer.discard().await;
+            Ok(answered_by)
+        });
+        probe.await
     }
 
     /// Resolves a tag. `None` if the registry does not announce the digest without sending the
@@ -500,75 +378,54 @@ impl RepositoryClient<'_> {
     }
 
     async fn resolve(self, name: &ManifestName) -> Result<Option<ResolvedTag>, RegistryError> {
-        let registry = self.registry;
-        let request = &RegistryRequest::manifest(self, name, Method::HEAD)?;
-        let get = &RegistryRequest::manifest(self, name, Method::GET)?;
-        let mut failover = registry.failover(request, name.needs()).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = registry.send_authenticated(request, endpoint).await?;
-                // The registry may refuse the method HEAD, not the credential.
-                if answer.status() == StatusCode::FORBIDDEN && !answer.redirected {
-                    answer.discard().await;
-                    answer = registry.expect_success(get, endpoint).await?;
-                }
-                if answer.status().is_success() {
-                    let digest = announced_digest(answer.response.headers());
-                    let answered_by = AnsweredBy::of(endpoint, &answer);
-                    answer.discard().await;
-                    return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
-                }
-                if is_head_unsupported(&answer) {
-                    return Ok(None);
-                }
-                Err(answer.refusal(&request.what, request.is_anonymous_at(endpoint)))
-            };
-            if let Some(done) =
-                failover.evaluate(registry.with_timeout(request, endpoint, tried).await)
-            {
-                return done;
+        let head = &RegistryRequest::manifest(self, name, Method::HEAD)?;
+        let get = &RegistryRequest { method: Method::GET, ..head.clone() };
+        let hosts = self.registry.failover(head, name.needs()).await?;
+        let resolved = hosts.try_each_in_time(|exchange| async move {
+            let mut answer = exchange.send().await?;
+            // The registry may refuse the method HEAD, not the credential.
+            if answer.status() == StatusCode::FORBIDDEN && !answer.redirected {
+                answer.discard().await;
+                answer = exchange.with(get).expect_success().await?;
             }
-        }
+            if answer.status().is_success() {
+                let digest = announced_digest(answer.response.headers());
+                let answered_by = exchange.answered_by(&answer);
+                answer.discard().await;
+                return Ok(digest.map(|digest| ResolvedTag { digest, answered_by }));
+            }
+            if is_head_unsupported(&answer) { Ok(None) } else { Err(exchange.refusal(&answer)) }
+        });
+        resolved.await
     }
 
     /// Proves with one small request that a credential gives access to a blob.
     pub async fn probe_blob(self, digest: Digest) -> Result<AnsweredBy, RegistryError> {
-        let registry = self.registry;
         let head = &RegistryRequest::blob(self, digest, Method::HEAD);
         let mut get = RegistryRequest::blob(self, digest, Method::GET);
         get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
         let get = &get;
-        let mut failover = registry.failover(head, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = registry.send_authenticated(head, endpoint).await?;
-                if is_head_unsupported(&answer) {
-                    answer = registry.send_authenticated(get, endpoint).await?;
-                }
-                match answer.refusal_or_success(head, endpoint) {
-                    // An empty blob has no first byte, so 416 proves access too.
-                    Some(refusal) if answer.status() != StatusCode::RANGE_NOT_SATISFIABLE => {
-                        Err(refusal)
-                    }
-                    _ => Ok(AnsweredBy::of(endpoint, &answer)),
-                }
-            };
-            if let Some(done) =
-                failover.evaluate(registry.with_timeout(head, endpoint, tried).await)
-            {
-                return done;
+        let hosts = self.registry.failover(head, RequiredCapability::Pull).await?;
+        let probe = hosts.try_each_in_time(|exchange| async move {
+            let mut answer = exchange.send().await?;
+            if is_head_unsupported(&answer) {
+                answer = exchange.with(get).send().await?;
             }
-        }
+            // An empty blob has no first byte, so 416 proves access too.
+            if answer.status().is_success() || answer.status() == StatusCode::RANGE_NOT_SATISFIABLE
+            {
+                return Ok(exchange.answered_by(&answer));
+            }
+            Err(exchange.refusal(&answer))
+        });
+        probe.await
     }
 
     /// Opens a blob from `offset` on. A registry without support for ranges sends it from the
     /// start: [`BlobBody::offset`] is the actual start of the body.
     pub async fn blob(self, digest: Digest, offset: u64) -> Result<BlobBody, RegistryError> {
-        let asked = (offset > 0).then_some(BlobPart { start: offset, end: None });
-        let whole = RegistryRequest::blob(self, digest, Method::GET);
-        self.blob_part(whole, digest, asked).await
+        self.blob_part(&[], digest, (offset > 0).then_some(BlobPart { start: offset, end: None }))
+            .await
     }
 
     /// Opens a blob, but not at these mirrors.
@@ -577,8 +434,7 @@ impl RepositoryClient<'_> {
         mirrors: &[Arc<str>],
         digest: Digest,
     ) -> Result<BlobBody, RegistryError> {
-        let whole = RegistryRequest::blob(self, digest, Method::GET);
-        self.blob_part(RegistryRequest { without: mirrors, ..whole }, digest, None).await
+        self.blob_part(mirrors, digest, None).await
     }
 
     /// Opens a part of a blob or, if the registry has no support for ranges, the whole blob:
@@ -588,63 +444,56 @@ impl RepositoryClient<'_> {
         digest: Digest,
         range: Range<u64>,
     ) -> Result<BlobBody, RegistryError> {
-        let asked = Some(BlobPart { start: range.start, end: Some(range.end) });
-        let whole = RegistryRequest::blob(self, digest, Method::GET);
-        self.blob_part(whole, digest, asked).await
+        let asked = BlobPart { start: range.start, end: Some(range.end) };
+        self.blob_part(&[], digest, Some(asked)).await
     }
 
     async fn blob_part(
         self,
-        whole: RegistryRequest<'_>,
+        without: &[Arc<str>],
         digest: Digest,
         asked: Option<BlobPart>,
     ) -> Result<BlobBody, RegistryError> {
-        let registry = self.registry;
-        let whole = &whole;
-        let mut part = RegistryRequest::blob(self, digest, Method::GET);
+        let blob = RegistryRequest::blob(self, digest, Method::GET);
+        let whole = &RegistryRequest { without, ..blob };
+        let mut part = whole.clone();
         if let Some(BlobPart { start, end }) = asked {
             part.headers.insert(RANGE, range_of(start, end));
         }
         let part = &part;
-        let mut failover = registry.failover(whole, RequiredCapability::Pull).await?;
-        loop {
-            let endpoint = failover.current();
-            let tried = async {
-                let mut answer = registry.send_authenticated(part, endpoint).await?;
-                if asked.is_some() && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
-                    answer.discard().await;
-                    answer = registry.send_authenticated(whole, endpoint).await?;
-                }
-                if let Some(refusal) = answer.refusal_or_success(whole, endpoint) {
-                    return Err(refusal);
-                }
-                let answer = BlobAnswer {
-                    mirror: failover.mirror(),
-                    answered_by: AnsweredBy::of(endpoint, &answer),
-                    answer,
-                    asked,
-                    what: whole.what.clone(),
-                    stall_timeout: registry.options.stall_timeout,
-                };
-                answer.body()
-            };
-            if let Some(done) =
-                failover.evaluate(registry.with_timeout(whole, endpoint, tried).await)
-            {
-                return done;
+        let hosts = self.registry.failover(whole, RequiredCapability::Pull).await?;
+        let opened = hosts.try_each_in_time(|exchange| async move {
+            let mut answer = exchange.with(part).send().await?;
+            if asked.is_some() && answer.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+                answer.discard().await;
+                answer = exchange.send().await?;
             }
-        }
+            if !answer.status().is_success() {
+                return Err(exchange.refusal(&answer));
+            }
+            BlobBody::open(exchange, answer, asked)
+        });
+        opened.await
     }
 }
 
-impl HttpResponse {
-    fn refusal_or_success(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> Option<RegistryError> {
-        (!self.status().is_success())
-            .then(|| self.refusal(&request.what, request.is_anonymous_at(endpoint)))
+impl FetchedManifest {
+    async fn fetch(exchange: Exchange<'_>, name: &ManifestName) -> Result<Self, RegistryError> {
+        let Documents { pages, headers, answered_by, held } =
+            exchange.documents(|_, _| None).await?;
+        let bytes = pages.into_iter().next().unwrap_or_default();
+        let expected = match name {
+            ManifestName::Digest(digest) => Some(*digest),
+            ManifestName::Tag(_) => announced_digest(&headers),
+        };
+        let digest = Digest::of(&bytes);
+        if let Some(expected) = expected.filter(|&expected| expected != digest) {
+            let what = exchange.request.what.clone();
+            return Err(RegistryError::DigestMismatch { what, expected, got: digest });
+        }
+        let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let content_type = content_type.map(str::to_owned);
+        Ok(Self { bytes, digest, content_type, answered_by, _held: held.map(Arc::new) })
     }
 }
 

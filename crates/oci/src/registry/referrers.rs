@@ -5,17 +5,14 @@ use reqwest::header::{HeaderMap, LINK};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::document_memory::{DocumentReservation, SMALL};
+use super::RepositoryClient;
+use super::document_memory::DocumentReservation;
+use super::documents::Documents;
 use super::error::RegistryError;
-use super::exchange_timeout::ExchangeTimeout;
+use super::exchange::Exchange;
 use super::http_transport::HttpResponse;
-use super::registry_endpoint::RegistryEndpoint;
 use super::registry_request::{RegistryRequest, RequiredCapability};
-use super::{Registry, RepositoryClient};
 use crate::Digest;
-
-/// Maximum number of pages. Registries usually list a hundred referrers a page.
-const MAXIMUM_PAGES: usize = 32;
 
 /// Referrers of a digest as the registry sent them: indexes, together no larger than a manifest may
 /// be.
@@ -34,108 +31,28 @@ impl RepositoryClient<'_> {
     /// The request has no filter by artifact type: registries that do not record it would leave out
     /// the matching referrers.
     pub async fn referrers(self, subject: Digest) -> Result<Option<Referrers>, RegistryError> {
-        let registry = self.registry;
         let request = &RegistryRequest::referrers(self, subject);
-        let mut failover = registry.failover(request, RequiredCapability::Pull).await?;
-        loop {
-            let (endpoint, is_mirror) = (failover.current(), failover.mirror().is_some());
-            let tried = Box::pin(async {
-                let found = registry.fetch_referrers(request, endpoint).await?;
-                // A mirror may not know all referrers of the content that it holds.
-                if is_mirror && found.pages.iter().all(is_empty) {
-                    return Err(RegistryError::NotFound { what: request.what.clone() });
-                }
-                Ok(Some(found))
-            });
-            // A mirror without the API says nothing about the registry, which is tried next.
-            match failover.evaluate(registry.with_backoff(request, endpoint, tried).await) {
-                Some(Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. })) => {
-                    return Ok(None);
-                }
-                Some(done) => return done,
-                None => {}
+        let hosts = self.registry.failover(request, RequiredCapability::Pull).await?;
+        let fetched = hosts.try_each(|exchange| async move {
+            let Documents { pages, held, .. } = exchange.documents(next_page).await?;
+            // A mirror may not know all referrers of the content that it holds.
+            if exchange.is_mirror && pages.iter().all(is_empty) {
+                return Err(RegistryError::NotFound { what: request.what.clone() });
             }
+            Ok(Some(Referrers { pages, _held: held }))
+        });
+        // A mirror without the API says nothing about the registry, which is tried next.
+        match fetched.await {
+            Err(RegistryError::NotFound { .. } | RegistryError::Protocol { .. }) => Ok(None),
+            done => done,
         }
-    }
-}
-
-impl Registry {
-    async fn fetch_referrers(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-    ) -> Result<Referrers, RegistryError> {
-        let limit = self.options.manifest_bytes_limit;
-        let mut timeout = self.timeout(request, endpoint);
-        let (mut held, mut most) = (None, SMALL.min(limit));
-        loop {
-            let fetched = self.pages(request, endpoint, &mut timeout, &mut held, most).await?;
-            if let Some(pages) = fetched {
-                return Ok(Referrers { pages, _held: held });
-            }
-            // The list is larger than the small pool allows. A task must not wait for a reservation
-            // while it holds one, so this drops it and sends the request again.
-            drop(held.take());
-            (held, most) = (self.reserve_memory(request.repository, limit).await, limit);
-        }
-    }
-
-    /// Fetches all pages within `left` bytes. `None` if they need more, and a larger reservation is
-    /// possible.
-    async fn pages(
-        &self,
-        request: &RegistryRequest<'_>,
-        endpoint: &RegistryEndpoint,
-        timeout: &mut ExchangeTimeout<'_>,
-        held: &mut Option<DocumentReservation>,
-        mut left: u64,
-    ) -> Result<Option<Vec<Bytes>>, RegistryError> {
-        let limit = self.options.manifest_bytes_limit;
-        let mut answer = timeout.run(self.expect_success(request, endpoint)).await?;
-        let mut next = next_page(&answer, request, endpoint);
-        if held.is_none() {
-            let is_whole = next.is_none() && !answer.is_encoded();
-            let announced = answer.response.content_length().filter(|_| is_whole);
-            left = if announced.is_some() { limit } else { left };
-            *held =
-                self.reserve_memory(request.repository, announced.unwrap_or(left).min(limit)).await;
-        }
-        let may_have_more = left < limit;
-        let mut pages = Vec::new();
-        loop {
-            match timeout.run(answer.document(&request.what, left)).await {
-                Ok(page) => {
-                    left -= page.len() as u64;
-                    pages.push(page);
-                }
-                Err(RegistryError::TooLarge { .. }) if may_have_more => return Ok(None),
-                // A truncated list is better than none.
-                Err(RegistryError::TooLarge { .. }) if !pages.is_empty() => break,
-                Err(error) => return Err(error),
-            }
-            let Some(query) = next.filter(|_| pages.len() < MAXIMUM_PAGES) else { break };
-            let page = RegistryRequest {
-                headers: request.headers.clone(),
-                method: request.method.clone(),
-                object: request.object.clone(),
-                what: request.what.clone(),
-                query: Some(query),
-                ..*request
-            };
-            answer = timeout.run(self.expect_success(&page, endpoint)).await?;
-            next = next_page(&answer, &page, endpoint);
-        }
-        Ok(Some(pages))
     }
 }
 
 /// Returns the query of the next page, if this host has the same list. Other parts of the URL are
 /// ignored, since they could lead anywhere.
-fn next_page(
-    answer: &HttpResponse,
-    request: &RegistryRequest<'_>,
-    endpoint: &RegistryEndpoint,
-) -> Option<String> {
+fn next_page(exchange: Exchange<'_>, answer: &HttpResponse) -> Option<String> {
+    let Exchange { request, endpoint, .. } = exchange;
     let next = answer.response.url().join(next_link(answer.response.headers())?).ok()?;
     let is_ours = !answer.redirected
         && next.origin() == endpoint.root.origin()

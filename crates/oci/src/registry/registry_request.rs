@@ -1,4 +1,4 @@
-//! Requests, and failover between the hosts of a registry.
+//! Requests to a registry.
 
 use std::sync::Arc;
 
@@ -7,7 +7,6 @@ use reqwest::{Method, Url};
 
 use super::RepositoryClient;
 use super::error::{self, RegistryError};
-use super::mirror_health::MirrorHealth;
 use super::registry_endpoint::RegistryEndpoint;
 use crate::credentials::Credential;
 use crate::{Digest, Reference, Repository, media_type};
@@ -30,18 +29,8 @@ pub(super) enum RequiredCapability {
     Resolve,
 }
 
-/// Failover between the hosts that can serve a request: healthy mirrors, the registry itself, then
-/// mirrors that are the last resort.
-pub(super) struct HostFailover {
-    endpoints: Vec<Arc<RegistryEndpoint>>,
-    turn: usize,
-    /// Index of the registry itself.
-    own: usize,
-    /// Error of the registry itself, if other hosts are tried after it.
-    registry_error: Option<RegistryError>,
-}
-
 /// One request to a registry.
+#[derive(Clone)]
 pub(super) struct RegistryRequest<'a> {
     pub(super) repository: &'a Repository,
     pub(super) credential: &'a Credential,
@@ -108,15 +97,6 @@ impl<'a> RegistryRequest<'a> {
         url
     }
 
-    /// Returns the credential that a host may get.
-    pub(super) fn credential_for(&self, endpoint: &RegistryEndpoint) -> &'a Credential {
-        if endpoint.takes_credentials { self.credential } else { &Credential::Anonymous }
-    }
-
-    pub(super) fn is_anonymous_at(&self, endpoint: &RegistryEndpoint) -> bool {
-        self.credential_for(endpoint).is_anonymous()
-    }
-
     pub(super) fn manifest(
         client: RepositoryClient<'a>,
         name: &ManifestName,
@@ -167,72 +147,6 @@ impl<'a> RegistryRequest<'a> {
             query: None,
             headers: HeaderMap::new(),
         }
-    }
-}
-
-impl HostFailover {
-    /// Creates the failover. The last endpoint is the registry itself; `None` if there is no
-    /// endpoint.
-    pub(super) fn new(
-        mut endpoints: Vec<Arc<RegistryEndpoint>>,
-        health: impl Fn(&RegistryEndpoint) -> MirrorHealth,
-    ) -> Option<Self> {
-        let registry = endpoints.pop()?;
-        let health: Vec<_> = endpoints.into_iter().map(|one| (health(&one), one)).collect();
-        let of = |wanted| {
-            let fitting = health.iter().filter(move |(health, _)| *health == wanted);
-            fitting.map(|(_, endpoint)| Arc::clone(endpoint))
-        };
-        let mut endpoints: Vec<_> = of(MirrorHealth::Healthy).collect();
-        let own = endpoints.len();
-        endpoints.push(registry);
-        endpoints.extend(of(MirrorHealth::LastResort));
-        Some(Self { endpoints, turn: 0, own, registry_error: None })
-    }
-
-    pub(super) fn current(&self) -> &RegistryEndpoint {
-        &self.endpoints[self.turn]
-    }
-
-    /// Returns the current host if it is a mirror.
-    pub(super) fn mirror(&self) -> Option<Arc<str>> {
-        (self.turn != self.own).then(|| self.current().name())
-    }
-
-    /// Returns whether the current host is the registry itself, by its own entry or by another one.
-    fn is_registry_itself(&self) -> bool {
-        let (current, own) = (&self.current().root, &self.endpoints[self.own].root);
-        (current.host(), current.port(), current.path()) == (own.host(), own.port(), own.path())
-    }
-
-    /// Evaluates an attempt. `None` means that the next host has to be tried. If none succeeds, the
-    /// error of the registry itself counts. A response of it counts more than a later connection
-    /// that fails: another entry for it may have other settings.
-    pub(super) fn evaluate<T>(
-        &mut self,
-        tried: Result<T, RegistryError>,
-    ) -> Option<Result<T, RegistryError>> {
-        let error = match tried {
-            Ok(done) => return Some(Ok(done)),
-            Err(error) => error,
-        };
-        let is_last = self.turn + 1 == self.endpoints.len();
-        if self.is_registry_itself() {
-            let earlier = self.registry_error.take().filter(RegistryError::is_response);
-            let error = earlier.unwrap_or(error);
-            if is_last || (self.turn == self.own && !error.is_absence()) {
-                return Some(Err(error));
-            }
-            self.registry_error = Some(error);
-        } else {
-            let mirror = self.current().name();
-            tracing::info!(%mirror, %error, "a mirror was of no use: the next host is asked");
-            if is_last {
-                return Some(Err(self.registry_error.take().unwrap_or(error)));
-            }
-        }
-        self.turn += 1;
-        None
     }
 }
 

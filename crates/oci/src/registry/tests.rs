@@ -782,17 +782,19 @@ async fn concurrent_requests_share_a_refusal_and_later_ones_do_not() {
     let host = repository.host();
     let endpoint =
         RegistryEndpoint::of_registry(host, registry.transport.default_connection()).unwrap();
+    let credential = basic_credential();
+    let name = tag();
+    let client = registry.at(&repository, &credential);
+    let request = &RegistryRequest::manifest(client, &name, Method::GET).unwrap();
+    let exchange = Exchange { registry: &registry, request, endpoint: &endpoint, is_mirror: false };
     registry.auth_cache.cache_challenges(
-        &endpoint,
-        &repository,
+        exchange,
         &[auth_challenge::Challenge::Bearer {
             realm: format!("http://{}/token", server.address),
             service: None,
             scopes: Vec::new(),
         }],
     );
-    let credential = basic_credential();
-    let name = tag();
     let results =
         join_all((0..8).map(|_| registry.at(&repository, &credential).manifest(&name))).await;
     for result in results {
@@ -1443,15 +1445,7 @@ async fn unreachable_and_untrusted_hosts_have_different_errors() {
     let transport = Transport::new(&RegistryOptions::default()).unwrap();
     let endpoint = RegistryEndpoint::of_registry("r.io", transport.default_connection()).unwrap();
     let ask = |url: String| {
-        transport.send(HttpRequest {
-            endpoint: &endpoint,
-            method: Method::GET,
-            url: url.parse().unwrap(),
-            headers: HeaderMap::new(),
-            authorization: None,
-            form: None,
-            what: "something",
-        })
+        transport.send(HttpRequest::get(&endpoint, url.parse().unwrap(), "something"))
     };
     let address = server.address;
     let error = discreet(ask(format!("https://{address}/?Signature={SIGNATURE}")).await);
