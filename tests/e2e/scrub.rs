@@ -13,7 +13,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use sys::mount::syscalls::set_extended_attribute;
+use sys::extended_attributes;
 use tonic::Code;
 
 use crate::support::{
@@ -236,7 +236,7 @@ fn reset_time(path: &Path) {
 
 fn set_attribute(path: &Path, name: &CStr, value: &[u8]) {
     let file = File::open(path).expect("a file");
-    set_extended_attribute(file.as_fd(), name, value).expect("set");
+    extended_attributes::set(file.as_fd(), name, value).expect("set");
 }
 
 /// Returns an access list that lets user 7 write, hidden from the mode by a mask: acl(5), as the kernel takes it.

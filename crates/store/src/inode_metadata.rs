@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{Gid, Uid, fchown};
 
-use sys::mount::syscalls;
+use sys::extended_attributes;
 use unpack::Permissions;
 use unpack::archive_entry::{ExtendedAttributes, Metadata, Timestamp};
 
@@ -58,7 +58,7 @@ impl Rules {
     /// Learns them from a folder in which objects are made.
     pub(super) fn of(folder: &Path) -> Self {
         let list = |folder: File| {
-            let names = syscalls::list_extended_attributes(folder.as_fd())?;
+            let names = extended_attributes::names(folder.as_fd())?;
             Ok::<_, io::Error>(names.iter().any(|name| name.to_bytes() == DEFAULT_LIST))
         };
         Self { inherits_lists: File::open(folder).and_then(list).unwrap_or(false) }
@@ -80,7 +80,7 @@ impl Rules {
         wanted: &ExtendedAttributes,
     ) -> io::Result<Vec<String>> {
         let (mut wrong, mut missing) = (Vec::new(), wanted.iter().count());
-        for name in syscalls::list_extended_attributes(file.as_fd())? {
+        for name in extended_attributes::names(file.as_fd())? {
             let bytes = name.to_bytes();
             if !bytes.starts_with(b"user.") {
                 wrong.extend(self.is_foreign(bytes).then(|| strange(bytes)));
@@ -90,7 +90,7 @@ impl Rules {
                 None => wrong.push(strange(bytes)),
                 Some((_, value)) => {
                     missing -= 1;
-                    if syscalls::extended_attribute(file.as_fd(), &name)? != value {
+                    if extended_attributes::value(file.as_fd(), &name)? != value {
                         let name = String::from_utf8_lossy(bytes);
                         wrong.push(format!("the extended attribute {name} has another value"));
                     }
@@ -105,7 +105,7 @@ impl Rules {
 
     /// Returns the differences of the attributes of a symbolic link, which has none of its own.
     pub(super) fn other_link_attributes(self, link: &std::ffi::CStr) -> io::Result<Vec<String>> {
-        let names = syscalls::list_link_extended_attributes(link)?;
+        let names = extended_attributes::names_at(link)?;
         let foreign = names.iter().filter(|name| self.is_foreign(name.to_bytes()));
         Ok(foreign.map(|name| strange(name.to_bytes())).collect())
     }

@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 
 use serde::Deserialize;
 
-use sys::mount::syscalls;
+use sys::extended_attributes;
 
 /// The `selinux` section of the configuration. Read at start.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -57,11 +57,11 @@ impl SecurityLabel {
 
     /// Labels an open file or folder.
     pub fn apply(&self, file: BorrowedFd<'_>) -> io::Result<()> {
-        syscalls::set_extended_attribute(file, Self::ATTRIBUTE, self.0.as_bytes_with_nul())
+        extended_attributes::set(file, Self::ATTRIBUTE, self.0.as_bytes_with_nul())
     }
 
     /// Labels a symbolic link.
     pub fn apply_to_link(&self, path: &std::ffi::CStr) -> io::Result<()> {
-        syscalls::set_link_extended_attribute(path, Self::ATTRIBUTE, self.0.as_bytes_with_nul())
+        extended_attributes::set_at(path, Self::ATTRIBUTE, self.0.as_bytes_with_nul())
     }
 }

@@ -126,8 +126,7 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     let store = Store::open(folder.path(), options).expect("a store");
     let (key, file) = file(&store, b"content", 0o444);
     let source = std::fs::File::open(&file.path).expect("the file");
-    sys::mount::syscalls::set_extended_attribute(source.as_fd(), ATTRIBUTE, b"value")
-        .expect("an attribute");
+    sys::extended_attributes::set(source.as_fd(), ATTRIBUTE, b"value").expect("an attribute");
     let mut plan = tree_of_names(key, 131_000, 7);
     plan.root.permissions = permissions(0o755);
     let mut objects = Objects::default();
@@ -168,7 +167,7 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
             (metadata.mode(), owner, metadata.len(), metadata.modified().ok())
         };
         assert_eq!(what(&metadata), what(&original));
-        let value = |name| sys::mount::syscalls::extended_attribute(copy.as_fd(), name);
+        let value = |name| sys::extended_attributes::value(copy.as_fd(), name);
         assert_eq!(value(ATTRIBUTE).expect("the attribute"), b"value");
         if is_root {
             assert_eq!(value(c"security.selinux").expect("the label"), b"a_label\0");

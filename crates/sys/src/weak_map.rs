@@ -1,4 +1,4 @@
-//! Values by key, each shared for as long as someone holds it.
+//! Values by key, each shared while it is in use.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 pub struct WeakMap<K, V>(Mutex<HashMap<K, Weak<V>>>);
 
 impl<K: Eq + Hash, V> WeakMap<K, V> {
-    /// Returns the value of a key, and makes it if nobody holds it.
+    /// Returns the value of a key, and makes it if it is not in use.
     pub fn get(&self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
         let mut values = self.0.lock();
         values.retain(|_, value| value.strong_count() > 0);

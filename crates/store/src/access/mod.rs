@@ -74,7 +74,7 @@ pub enum ProofSource {
 /// The sources whose proofs count for a repository: its registry, and some of the mirrors.
 #[derive(Clone, Debug)]
 pub struct RepositorySources {
-    /// The repository.
+    /// Repository of the pull.
     pub repository: Repository,
     /// The addresses of the mirrors that are configured; none where the configuration cannot be read.
     /// Then those of all mirrors count: none is known to have gone.

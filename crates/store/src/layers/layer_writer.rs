@@ -23,6 +23,7 @@ use crate::state_directory::StateDirectory;
 use crate::write_meter::{WriteMeter, full};
 use oci_types::Digest;
 use sys::background::yield_to_pods;
+use sys::extended_attributes;
 use sys::mount::syscalls;
 use unpack::archive::{FileHeader, Sink, StoredContent};
 use unpack::archive_entry::Metadata;
@@ -204,7 +205,7 @@ impl Sink for LayerWriter {
         }
         for (name, value) in extended_attributes.iter() {
             let name = std::ffi::CString::new(name)?;
-            syscalls::set_extended_attribute(file.as_fd(), &name, value).map_err(too_large)?;
+            extended_attributes::set(file.as_fd(), &name, value).map_err(too_large)?;
         }
         if let Some(label) = &self.label {
             label.apply(file.as_fd())?;

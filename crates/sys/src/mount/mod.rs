@@ -3,8 +3,8 @@
 //! A mount is made detached, given its flags, and only then attached, in one
 //! step ([`mount_attach`]); nothing is ever visible at a target that is writable or
 //! half made. Only the kernel knows which mounts exist and where ([`mount_table`]).
-//! System calls that nix does not offer are in [`syscalls`], the only place of
-//! the project with `unsafe`.
+//! System calls that nix and rustix do not offer are in [`syscalls`], the only
+//! place of the project with `unsafe`.
 
 pub mod mount_attach;
 pub mod mount_table;

@@ -16,7 +16,6 @@
 //! directories, and the path of a state directory may be longer. The mount table then shows lower
 //! directories that identify nothing, so the mount's *source* names the tree.
 
-use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,9 +23,13 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use parking_lot::Mutex;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
 
 use super::mount_target::MountTarget;
-use super::syscalls::{self, FilesystemContext};
+use super::syscalls;
 
 /// Flags that a PersistentVolume's `mountOptions` can add; `ro`, `nosuid` and `nodev` are always set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,9 +93,10 @@ impl AttachMethod {
 
     /// Returns whether this kernel has overlayfs. The question loads the module of overlayfs.
     pub fn has_overlay(&self) -> bool {
-        let Err(error) = FilesystemContext::open(OVERLAY) else { return true };
-        if error.raw_os_error() != Some(libc::ENOSYS) {
-            return error.raw_os_error() != Some(libc::ENODEV);
+        match fsopen(OVERLAY, FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(_) => return true,
+            Err(rustix::io::Errno::NOSYS) => {}
+            Err(error) => return error != rustix::io::Errno::NODEV,
         }
         // Before Linux 5.2, a mount without lower directories fails, but only after the type was found.
         let none = None::<&str>;
@@ -118,7 +122,8 @@ impl AttachMethod {
                         detached_overlay(tree, empty, source, flags)
                     }
                 }?;
-                syscalls::move_mount(mount.as_fd(), target.folder(), target.name())
+                let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                Ok(move_mount(mount, c"", target.folder(), target.name(), flags)?)
             }
             Self::Staged(staging) => attach_staged(content, target, flags, staging),
         }
@@ -127,29 +132,33 @@ impl AttachMethod {
 
 const OVERLAY: &std::ffi::CStr = c"overlay";
 
-/// Returns the `MOUNT_ATTR_*` flags of a volume's mount.
-fn attributes(flags: MountFlags) -> u64 {
-    let mut set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    if flags.noexec {
-        set |= libc::MOUNT_ATTR_NOEXEC;
-    }
-    if flags.noatime {
-        set |= libc::MOUNT_ATTR_NOATIME;
-    }
+/// Returns the flags of a volume's mount.
+fn attributes(flags: MountFlags) -> MountAttrFlags {
+    let mut set = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV;
+    set.set(MountAttrFlags::MOUNT_ATTR_NOEXEC, flags.noexec);
+    set.set(MountAttrFlags::MOUNT_ATTR_NOATIME, flags.noatime);
     set
 }
 
+/// Returns a detached copy of the mount that `directory` lies on, rooted at it. It is invisible, and
+/// dropping it unmounts it.
+pub(super) fn clone_mount(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(open_tree(directory, c"", flags)?)
+}
+
 fn detached_bind(tree: BorrowedFd<'_>, flags: MountFlags) -> io::Result<OwnedFd> {
-    let mount = syscalls::clone_mount(tree)?;
-    let mut clear = 0;
-    if !flags.noexec {
-        // The state directory may lie on a noexec mount, and a clone inherits that.
-        clear |= libc::MOUNT_ATTR_NOEXEC;
-    }
-    if flags.noatime {
-        clear |= libc::MOUNT_ATTR__ATIME;
-    }
-    syscalls::set_mount_attributes(mount.as_fd(), attributes(flags), clear)?;
+    let mount = clone_mount(tree)?;
+    let mut clear = MountAttrFlags::empty();
+    // The state directory may lie on a noexec mount, and a clone inherits that.
+    clear.set(MountAttrFlags::MOUNT_ATTR_NOEXEC, !flags.noexec);
+    clear.set(MountAttrFlags::MOUNT_ATTR__ATIME, flags.noatime);
+    let (set, clear) = (attributes(flags).bits().into(), clear.bits().into());
+    syscalls::set_mount_attributes(mount.as_fd(), set, clear)?;
     Ok(mount)
 }
 
@@ -159,11 +168,12 @@ fn detached_overlay(
     source: &str,
     flags: MountFlags,
 ) -> io::Result<OwnedFd> {
-    let filesystem = FilesystemContext::open(OVERLAY)?;
-    filesystem.set_string(c"source", &CString::new(source)?)?;
-    filesystem.set_string(c"lowerdir", &CString::new(lower_directories(tree, empty))?)?;
-    filesystem.set_flag(c"ro")?;
-    filesystem.mount(attributes(flags))
+    let filesystem = fsopen(OVERLAY, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&filesystem, c"source", source)?;
+    fsconfig_set_string(&filesystem, c"lowerdir", lower_directories(tree, empty))?;
+    fsconfig_set_flag(&filesystem, c"ro")?;
+    fsconfig_create(&filesystem)?;
+    Ok(fsmount(filesystem, FsMountFlags::FSMOUNT_CLOEXEC, attributes(flags))?)
 }
 
 fn lower_directories(tree: BorrowedFd<'_>, empty: BorrowedFd<'_>) -> String {

@@ -14,11 +14,17 @@ use std::path::{Component, Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::{Mode, SFlag, mkdirat};
+use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
+use rustix::fs::{AtFlags, FileType, Statx, StatxAttributes, StatxFlags, statx};
 
+use super::mount_attach::clone_mount;
 use super::mount_table::{MountOrigin, MountTable};
-use super::syscalls::{self, FileStatus, MountStrings};
+use super::syscalls::{self, MountStrings};
+
+/// The flag of `statx` for the mount's unique number, which no other mount gets until the next boot
+/// (Linux 6.8).
+const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A name below an open folder, where a volume is mounted.
 #[derive(Debug)]
@@ -82,16 +88,16 @@ impl MountTarget {
 
     /// Reads the state of the target, without following a link.
     pub fn state(&self) -> io::Result<TargetState> {
-        let status = match syscalls::statx(self.folder.as_fd(), &self.name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(TargetState::Missing);
-            }
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::EMPTY_PATH;
+        let mask = StatxFlags::TYPE | StatxFlags::MODE | STATX_MNT_ID_UNIQUE;
+        let status = match statx(&self.folder, &self.name, flags, mask) {
+            Err(rustix::io::Errno::NOENT) => return Ok(TargetState::Missing),
             status => status?,
         };
         if let Some(origin) = self.mount_of(&status)? {
             return Ok(TargetState::Mounted(origin));
         }
-        let is_folder = u32::from(status.mode) & SFlag::S_IFMT.bits() == SFlag::S_IFDIR.bits();
+        let is_folder = FileType::from_raw_mode(status.stx_mode.into()) == FileType::Directory;
         if is_folder && std::fs::read_dir(self.kernel_path())?.next().is_none() {
             return Ok(TargetState::EmptyFolder);
         }
@@ -120,13 +126,15 @@ impl MountTarget {
 
     /// Returns the origin of the mount whose root has this status, if it is the root of a mount. Asks
     /// the kernel about this mount alone (Linux 6.13), and reads the whole table on older kernels.
-    fn mount_of(&self, status: &FileStatus) -> io::Result<Option<MountOrigin>> {
-        if status.is_mount_root == Some(false) {
+    fn mount_of(&self, status: &Statx) -> io::Result<Option<MountOrigin>> {
+        // Kernels before 5.8 do not know whether a file is the root of a mount.
+        let knows_roots = status.stx_attributes_mask.contains(StatxAttributes::MOUNT_ROOT);
+        if knows_roots && !status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             return Ok(None);
         }
-        if status.is_mount_root.is_some()
-            && let Some(id) = status.mount
-            && let Ok(strings) = syscalls::statmount(id)
+        if knows_roots
+            && status.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0
+            && let Ok(strings) = syscalls::statmount(status.stx_mnt_id)
             && let Some(origin) = origin(strings)
         {
             return Ok(Some(origin));
@@ -148,7 +156,7 @@ impl MountTarget {
     pub fn hold_filesystem(&self) -> Option<DetachedFilesystem> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let root = openat(&self.folder, self.name.as_c_str(), flags, Mode::empty()).ok()?;
-        syscalls::clone_mount(root.as_fd()).ok().map(DetachedFilesystem)
+        clone_mount(root.as_fd()).ok().map(DetachedFilesystem)
     }
 
     /// Unmounts the topmost mount. One that is in use is unmounted lazily: a process with open files

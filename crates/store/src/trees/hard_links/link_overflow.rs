@@ -19,7 +19,7 @@ use crate::SecurityLabel;
 use crate::inode_metadata::set_owner_and_mode;
 use crate::space_amount::SpaceAmount;
 use crate::write_meter::{WriteMeter, full};
-use sys::mount::syscalls;
+use sys::extended_attributes;
 use unpack::Permissions;
 
 /// The kernel copies so much at once; in between the floor is looked at.
@@ -97,11 +97,11 @@ fn copy_inode(
             more => copied += more,
         }
     }
-    for name in syscalls::list_extended_attributes(from.as_fd())? {
+    for name in extended_attributes::names(from.as_fd())? {
         // Others belong to the node, which gives new files their own.
         if name.to_bytes().starts_with(b"user.") {
-            let value = syscalls::extended_attribute(from.as_fd(), &name)?;
-            syscalls::set_extended_attribute(to.as_fd(), &name, &value)?;
+            let value = extended_attributes::value(from.as_fd(), &name)?;
+            extended_attributes::set(to.as_fd(), &name, &value)?;
         }
     }
     if let Some(label) = label {

@@ -20,7 +20,7 @@ use crate::staging_folders::Staging;
 use crate::trees::tree_objects::Objects;
 use crate::write_meter::{WriteMeter, full};
 use sys::background;
-use sys::mount::syscalls;
+use sys::extended_attributes;
 use unpack::archive_entry::Metadata;
 use unpack::layer_merge::{PlannedKind, PlannedLeaf, PlannedNode, TreePlan};
 
@@ -162,7 +162,7 @@ impl Builder<'_> {
     fn finish_folder(self, folder: &OwnedFd, metadata: &Metadata) -> io::Result<()> {
         let folder = File::from(folder.try_clone()?);
         for (name, value) in metadata.extended_attributes.iter() {
-            syscalls::set_extended_attribute(folder.as_fd(), &CString::new(name)?, value)
+            extended_attributes::set(folder.as_fd(), &CString::new(name)?, value)
                 .map_err(too_large)?;
         }
         if let Some(label) = self.label {

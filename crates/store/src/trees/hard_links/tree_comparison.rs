@@ -262,12 +262,12 @@ fn look_at<P: nix::NixPath + ?Sized>(folder: impl AsFd, name: &P) -> io::Result<
 }
 
 fn user_attributes(file: &File) -> io::Result<ExtendedAttributes> {
-    use sys::mount::syscalls::{extended_attribute, list_extended_attributes};
-    let names = list_extended_attributes(file.as_fd())?.into_iter();
+    use sys::extended_attributes;
+    let names = extended_attributes::names(file.as_fd())?.into_iter();
     names
         .filter(|name| name.to_bytes().starts_with(b"user."))
         .map(|name| {
-            let value = extended_attribute(file.as_fd(), &name)?;
+            let value = extended_attributes::value(file.as_fd(), &name)?;
             Ok((name.to_bytes().into(), value.into()))
         })
         .collect::<io::Result<Vec<_>>>()
