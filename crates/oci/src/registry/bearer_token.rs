@@ -324,7 +324,7 @@ pub(super) async fn realm(
     let mut realm = Url::parse(realm).map_err(|_| "the token server's address is unreadable")?;
     realm.set_fragment(None);
     let is_plain = endpoint.root.scheme() == "http";
-    let plain_http = is_plain && transport.plain_http().allows(endpoint, &realm).await;
+    let plain_http = is_plain && transport.plain_http.allows(endpoint, &realm).await;
     redirect_rules::check(&endpoint.root, &realm, plain_http).map_err(|_| {
         "the token server's address must be https (or one that a hosts.toml names as http), without a user name, and not this node's own"
     })?;

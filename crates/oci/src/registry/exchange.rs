@@ -55,7 +55,7 @@ impl<'a> Exchange<'a> {
         self,
         exchange: impl Future<Output = Result<T, RegistryError>>,
     ) -> Result<T, RegistryError> {
-        self.endpoint.check(self.registry.transport.rules())?;
+        self.endpoint.check(&self.registry.transport.rules)?;
         let key = self.key();
         self.registry.backoff.wait(&key).await?;
         let outcome = exchange.await;

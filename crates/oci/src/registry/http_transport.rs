@@ -6,7 +6,6 @@
 use std::error::Error as _;
 use std::fmt::{self, Write as _};
 use std::io::Read as _;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -38,19 +37,16 @@ const DRAINED_BYTES: u64 = 16 * 1024;
 /// Maximum time for draining: a new connection takes no longer.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Sends requests. Cheap to clone.
-#[derive(Clone)]
-pub(super) struct Transport(Arc<TransportInner>);
-
-struct TransportInner {
+/// Sends requests to registries and to their token servers.
+pub(super) struct Transport {
     /// Clients for hosts without configuration.
     default: Connection,
     /// The system's certificate authorities.
     system: TrustedCertificates,
     connect_timeout: Duration,
-    rules: AddressRules,
+    pub(super) rules: AddressRules,
     lookups: DnsLookups,
-    plain_http: PlainHttp,
+    pub(super) plain_http: PlainHttp,
     /// Proxies of the environment.
     proxies: EnvironmentProxies,
 }
@@ -117,20 +113,12 @@ impl Transport {
         let default =
             Connection::new(&settings).map_err(|error| setup(root_cause(&error.without_url())))?;
         let plain_http = PlainHttp::new(&options.hosts_dirs, &options.plain_http_redirects);
-        Ok(Self(Arc::new(TransportInner {
-            default,
-            system,
-            connect_timeout,
-            rules,
-            lookups,
-            plain_http,
-            proxies,
-        })))
+        Ok(Self { default, system, connect_timeout, rules, lookups, plain_http, proxies })
     }
 
     /// Returns the clients for hosts without configuration.
     pub(super) fn default_connection(&self) -> Connection {
-        self.0.default.clone()
+        self.default.clone()
     }
 
     /// Returns clients with the settings of a `hosts.toml`.
@@ -143,22 +131,14 @@ impl Transport {
             return Ok(self.default_connection());
         }
         let settings = ConnectionSettings {
-            tls: material.configuration(&self.0.system)?,
-            connect_timeout: entry.dial_timeout.unwrap_or(self.0.connect_timeout),
+            tls: material.configuration(&self.system)?,
+            connect_timeout: entry.dial_timeout.unwrap_or(self.connect_timeout),
             proxy: entry.proxy.as_ref(),
-            proxies: &self.0.proxies,
-            rules: &self.0.rules,
-            lookups: &self.0.lookups,
+            proxies: &self.proxies,
+            rules: &self.rules,
+            lookups: &self.lookups,
         };
         Connection::new(&settings).map_err(|error| root_cause(&error.without_url()))
-    }
-
-    pub(super) fn rules(&self) -> &AddressRules {
-        &self.0.rules
-    }
-
-    pub(super) fn plain_http(&self) -> &PlainHttp {
-        &self.0.plain_http
     }
 
     /// Returns the client for an address, if the rules allow it.
@@ -177,11 +157,11 @@ impl Transport {
             return Ok(&clients.free);
         }
         let configured = endpoint.is_configured_host(url)
-            || (url.scheme() == "http" && self.0.plain_http.names(url).await);
+            || (url.scheme() == "http" && self.plain_http.names(url).await);
         if !configured {
-            self.0.rules.check_literal(url)?;
+            self.rules.check_literal(url)?;
         }
-        Ok(match (self.0.proxies.intercept(url), configured) {
+        Ok(match (self.proxies.intercept(url), configured) {
             (true, _) => &clients.proxied,
             (false, true) => &clients.free,
             (false, false) => &clients.guarded,
@@ -261,7 +241,7 @@ impl Transport {
         let mut to =
             from.join(&ascii(location)).map_err(|_| "a redirect to an unreadable address")?;
         to.set_fragment(None);
-        let plain_http = self.0.plain_http.allows(endpoint, &to).await;
+        let plain_http = self.plain_http.allows(endpoint, &to).await;
         redirect_rules::check(from, &to, plain_http).map_err(|reason| match reason {
             "an address without TLS" => {
                 "a redirect to an address without TLS, which neither a hosts.toml nor registries.plainHTTPRedirects names"

@@ -176,10 +176,10 @@ pub struct ResolvedTag {
 /// Client of all registries. Cheap to clone; clones share connections and tokens.
 #[derive(Clone, Debug)]
 pub struct Registry {
-    transport: Transport,
+    transport: Arc<Transport>,
     auth_cache: Arc<AuthCache>,
     backoff: Arc<RegistryBackoff>,
-    hosts: RegistryHosts,
+    hosts: Arc<RegistryHosts>,
     mirror_health: Arc<MirrorFailures>,
     unreachable: Arc<Mutex<LruMap<String, UnreachableRegistry>>>,
     documents: Arc<DocumentMemory>,
@@ -218,13 +218,13 @@ impl Registry {
     /// environment, but sends no request.
     pub fn new(options: RegistryOptions) -> Result<Self, RegistryError> {
         Ok(Self {
-            transport: Transport::new(&options)?,
+            transport: Arc::new(Transport::new(&options)?),
             auth_cache: Arc::new(AuthCache::new()?),
             backoff: Arc::new(RegistryBackoff::new()?),
-            hosts: RegistryHosts::new(
+            hosts: Arc::new(RegistryHosts::new(
                 options.hosts_dirs.clone(),
                 options.mirrors_with_credentials.clone(),
-            ),
+            )),
             mirror_health: Arc::default(),
             unreachable: Arc::new(Mutex::new(LruMap::new(MAXIMUM_UNREACHABLE))),
             documents: Arc::default(),

@@ -43,12 +43,7 @@ pub(super) struct ClientPair {
 impl TlsMaterial {
     /// Adds a file of authorities. A file without any is an error.
     pub(super) fn add_authorities(&mut self, pem: &[u8]) -> Result<(), &'static str> {
-        let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-        let found = found.map_err(|_| "is not PEM")?;
-        if found.is_empty() {
-            return Err("holds no certificate");
-        }
-        self.authorities.extend(found);
+        self.authorities.extend(certificates(pem)?);
         Ok(())
     }
 
@@ -58,11 +53,7 @@ impl TlsMaterial {
         certificate: &[u8],
         key: &[u8],
     ) -> Result<(), &'static str> {
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
-        let chain = chain.map_err(|_| "is not PEM")?;
-        if chain.is_empty() {
-            return Err("holds no certificate");
-        }
+        let chain = certificates(certificate)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| "has no usable private key")?;
         self.clients.push(ClientPair { chain, key });
         Ok(())
@@ -164,6 +155,13 @@ impl TrustedCertificates {
             _ => Err(error),
         })
     }
+}
+
+/// Parses a file of certificates, which has one at least.
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let found = found.map_err(|_| "is not PEM")?;
+    if found.is_empty() { Err("holds no certificate") } else { Ok(found) }
 }
 
 /// Returns whether the missing issuer is the only defect of a server's certificate.

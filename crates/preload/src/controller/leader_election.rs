@@ -27,10 +27,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Candidate of the election.
-#[derive(Clone)]
-pub struct LeaderElection(Arc<ElectionInner>);
-
-struct ElectionInner {
+pub struct LeaderElection {
     api: Api<Lease>,
     name: String,
     identity: String,
@@ -45,7 +42,7 @@ struct ObservedLease {
 
 /// Leadership, held until it is lost or given up.
 pub struct LeadershipGuard {
-    election: LeaderElection,
+    election: Arc<LeaderElection>,
     lost: CancellationToken,
     renewing: JoinHandle<()>,
 }
@@ -53,27 +50,27 @@ pub struct LeadershipGuard {
 impl LeaderElection {
     /// Creates a candidate. The identity must be unique among all processes.
     pub fn new(client: &Client, namespace: &str, name: &str, identity: &str) -> Self {
-        Self(Arc::new(ElectionInner {
+        Self {
             api: Api::namespaced(client.clone(), namespace),
             name: name.to_owned(),
             identity: identity.to_owned(),
             seen: Mutex::new(None),
-        }))
+        }
     }
 
     /// Waits until this process leads; `None` at shutdown.
-    pub async fn lead(&self, shutdown: &CancellationToken) -> Option<LeadershipGuard> {
+    pub async fn lead(self: &Arc<Self>, shutdown: &CancellationToken) -> Option<LeadershipGuard> {
         let mut logged = String::new();
         let renewed = loop {
             let asked = Instant::now();
             tokio::select! {
-                taken = self.0.acquire() => match taken {
+                taken = self.acquire() => match taken {
                     Ok(true) => break asked,
                     Ok(false) => logged.clear(),
                     Err(error) => {
                         let error = error.to_string();
                         if error != logged {
-                            tracing::warn!(error, lease = self.0.name, "the lease cannot be had: trying again");
+                            tracing::warn!(error, lease = self.name, "the lease cannot be had: trying again");
                             logged = error;
                         }
                     }
@@ -86,26 +83,10 @@ impl LeaderElection {
             }
         };
         let lost = shutdown.child_token();
-        let renewing = tokio::spawn(Arc::clone(&self.0).renew(renewed, lost.clone()));
-        Some(LeadershipGuard { election: self.clone(), lost, renewing })
-    }
-}
-
-impl LeadershipGuard {
-    /// Returns a token that is cancelled when leadership is lost, and at shutdown.
-    pub fn lost(&self) -> &CancellationToken {
-        &self.lost
+        let renewing = tokio::spawn(Arc::clone(self).renew(renewed, lost.clone()));
+        Some(LeadershipGuard { election: Arc::clone(self), lost, renewing })
     }
 
-    /// Gives up leadership, so that another process can lead at once.
-    pub async fn end(self) {
-        self.lost.cancel();
-        let _ = self.renewing.await;
-        self.election.0.release().await;
-    }
-}
-
-impl ElectionInner {
     async fn renew(self: Arc<Self>, mut renewed: Instant, lost: CancellationToken) {
         loop {
             tokio::select! {
@@ -216,6 +197,20 @@ impl ElectionInner {
             let error: kube::Error = error;
             tracing::info!(%error, "the lease was not given back: others wait until it is over");
         }
+    }
+}
+
+impl LeadershipGuard {
+    /// Returns a token that is cancelled when leadership is lost, and at shutdown.
+    pub fn lost(&self) -> &CancellationToken {
+        &self.lost
+    }
+
+    /// Gives up leadership, so that another process can lead at once.
+    pub async fn end(self) {
+        self.lost.cancel();
+        let _ = self.renewing.await;
+        self.election.release().await;
     }
 }
 

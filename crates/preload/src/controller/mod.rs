@@ -88,8 +88,8 @@ pub async fn run(
             }
         }
     }
-    let election =
-        LeaderElection::new(&client, &options.namespace, &options.lease, &options.identity);
+    let (namespace, lease) = (&options.namespace, &options.lease);
+    let election = Arc::new(LeaderElection::new(&client, namespace, lease, &options.identity));
     while !shutdown.is_cancelled() {
         let Some(leadership) = election.lead(&shutdown).await else { break };
         tracing::info!(identity = options.identity, "leading");

@@ -17,7 +17,7 @@ mod provider_process;
 pub mod provider_protocol;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -162,12 +162,6 @@ pub enum ProviderError {
     },
 }
 
-impl CredentialOffer {
-    fn broken(error: &ProviderError) -> Self {
-        Self { owner: CredentialOwner::Node, source: CredentialSource::Broken(error.clone()) }
-    }
-}
-
 impl NodeCredentials {
     /// Creates the sources without reading any file.
     pub fn new(files: ProviderFiles) -> Self {
@@ -184,34 +178,30 @@ impl NodeCredentials {
     /// configuration. Reads files, but runs no plugin.
     pub fn offers(&self, repository: &Repository) -> Vec<CredentialOffer> {
         let mut offers = Vec::new();
-        match self.providers().as_ref().map(|providers| providers.as_ref().as_ref()) {
+        let of_node = |source| CredentialOffer { owner: CredentialOwner::Node, source };
+        let broken = |error: &ProviderError| of_node(CredentialSource::Broken(error.clone()));
+        match self.providers().as_deref() {
             None => {}
             Some(Ok(providers)) => {
                 for provider in providers.iter().filter(|provider| provider.matches(repository)) {
-                    let with_token = provider.token.is_some();
-                    let owner = if with_token {
-                        CredentialOwner::ServiceAccount
-                    } else {
-                        CredentialOwner::Node
-                    };
-                    offers.push(CredentialOffer {
-                        owner,
-                        source: CredentialSource::Plugin(Arc::clone(provider)),
+                    let source = CredentialSource::Plugin(Arc::clone(provider));
+                    offers.push(match provider.token {
+                        Some(_) => {
+                            CredentialOffer { owner: CredentialOwner::ServiceAccount, source }
+                        }
+                        None => of_node(source),
                     });
                 }
             }
-            Some(Err(error)) => offers.push(CredentialOffer::broken(error)),
+            Some(Err(error)) => offers.push(broken(error)),
         }
         match self.docker_config().as_deref() {
             None => {}
             Some(Ok(keyring)) => {
-                let credentials = keyring.matching(repository).into_iter();
-                offers.extend(credentials.map(|credential| CredentialOffer {
-                    owner: CredentialOwner::Node,
-                    source: CredentialSource::Ready(credential),
-                }));
+                let known = keyring.matching(repository).into_iter().map(CredentialSource::Ready);
+                offers.extend(known.map(of_node));
             }
-            Some(Err(error)) => offers.push(CredentialOffer::broken(error)),
+            Some(Err(error)) => offers.push(broken(error)),
         }
         offers
     }
@@ -347,25 +337,31 @@ impl NodeCredentials {
 
     fn docker_config(&self) -> Option<Arc<Result<Keyring, ProviderError>>> {
         let path = self.0.files.docker_config.as_ref()?;
-        Some(self.0.docker_config.get(|seen| {
-            let wrong = |reason: String| ProviderError::File { path: path.clone(), reason };
-            let bytes =
-                seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
-            Keyring::from_docker_config(&bytes).map_err(|error| wrong(error.to_string()))
+        Some(parsed(&self.0.docker_config, path, |bytes| {
+            Keyring::from_docker_config(&bytes).map_err(|error| error.to_string())
         }))
     }
 
     fn providers(&self) -> Option<Arc<Result<Vec<Arc<CredentialProvider>>, ProviderError>>> {
         let (path, _) = self.0.files.plugins.as_ref()?;
-        Some(self.0.providers.get(|seen| {
-            let wrong = |reason: String| ProviderError::File { path: path.clone(), reason };
-            let bytes =
-                seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
-            let text = String::from_utf8(bytes).map_err(|_| wrong("it is no text".to_owned()))?;
-            let providers = kubelet_provider_config::parse(&text).map_err(wrong)?;
+        Some(parsed(&self.0.providers, path, |bytes| {
+            let text = String::from_utf8(bytes).map_err(|_| "it is no text".to_owned())?;
+            let providers = kubelet_provider_config::parse(&text)?;
             Ok(providers.into_iter().map(Arc::new).collect())
         }))
     }
+}
+
+/// Returns what a file says, which is read again when it has changed.
+fn parsed<T>(
+    known: &FileBacked<Result<T, ProviderError>>,
+    path: &Path,
+    parse: impl FnOnce(Vec<u8>) -> Result<T, String>,
+) -> Arc<Result<T, ProviderError>> {
+    known.get(|seen| {
+        let read = seen.read(path, MAXIMUM_FILE_BYTES).map_err(|error| error.to_string());
+        read.and_then(parse).map_err(|reason| ProviderError::File { path: path.to_owned(), reason })
+    })
 }
 
 /// Returns the cache key of a plugin's responses, which includes the service account or the token

@@ -33,12 +33,9 @@ const MAXIMUM_ROUTES: usize = 256;
 /// Endpoints of a registry, in the order in which they are tried.
 pub(super) type HostRoute = Result<Vec<Arc<RegistryEndpoint>>, RegistryError>;
 
-/// Routes of all registries. Cheap to clone.
-#[derive(Clone, Debug)]
-pub(super) struct RegistryHosts(Arc<HostsInner>);
-
+/// Routes of all registries.
 #[derive(Debug)]
-struct HostsInner {
+pub(super) struct RegistryHosts {
     roots: Vec<PathBuf>,
     /// Mirrors that may get credentials of the registry.
     with_credentials: Vec<Url>,
@@ -48,17 +45,21 @@ struct HostsInner {
 impl RegistryHosts {
     pub(super) fn new(roots: Vec<PathBuf>, with_credentials: Vec<Url>) -> Self {
         let routes = Mutex::new(LruMap::new(MAXIMUM_ROUTES));
-        Self(Arc::new(HostsInner { roots, with_credentials, routes }))
+        Self { roots, with_credentials, routes }
     }
 
     /// Returns the current endpoints of a registry.
-    pub(super) async fn route(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
-        let (hosts, transport, host) = (self.clone(), transport.clone(), host.to_owned());
-        let look = move || hosts.0.route(&transport, &host);
+    pub(super) async fn route(
+        self: &Arc<Self>,
+        transport: &Arc<Transport>,
+        host: &str,
+    ) -> Arc<HostRoute> {
         // Without folders, no file is read.
-        if self.0.roots.is_empty() {
-            return look();
+        if self.roots.is_empty() {
+            return self.route_blocking(transport, host);
         }
+        let (hosts, transport, host) = (self.clone(), transport.clone(), host.to_owned());
+        let look = move || hosts.route_blocking(&transport, &host);
         tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| {
             let reason = "the reader of hosts.toml failed".to_owned();
             Arc::new(Err(RegistryError::Configuration { reason }))
@@ -67,12 +68,6 @@ impl RegistryHosts {
 
     /// Works like [`Self::route`], on a thread that may block.
     pub(super) fn route_blocking(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
-        self.0.route(transport, host)
-    }
-}
-
-impl HostsInner {
-    fn route(&self, transport: &Transport, host: &str) -> Arc<HostRoute> {
         let route = {
             let mut routes = self.routes.lock();
             let known = routes.get(&host.to_owned());
