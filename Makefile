@@ -84,10 +84,12 @@ check-release: tools
 validate: tools
 	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
-# deploy/base, the chart's README and docs/resources.md anew, after a change of the chart or of a definition.
+# deploy/base, the chart's README and the generated pages of docs anew, after a change of the chart, of a definition or of a
+# flag.
 render: tools
 	deploy/render
 	"$(TOOLS)/python/bin/python" tests/cluster/resources.py --write
+	RENDER=1 cargo test --locked --lib cli::reference_pages
 
 # Every fuzz target for a few seconds.
 fuzz:

@@ -9,8 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .type_attribute(".csi_driver_oci.admin.v1", serialize)
         .field_attribute("Artifact.view", "#[serde(flatten)]")
-        .field_attribute("GetStatusResponse.not_ready", r#"#[serde(rename = "reason")]"#)
-        .field_attribute("UnpinResponse.others", r#"#[serde(rename = "pinnedBy")]"#)
+        .field_attribute("last_used", r#"#[serde(serialize_with = "super::serialize_time")]"#)
         .field_attribute(
             "WarmReference.state",
             r#"#[serde(serialize_with = "super::serialize_warm_state")]"#,

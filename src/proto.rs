@@ -15,6 +15,12 @@ pub mod pluginregistration {
     tonic::include_proto!("pluginregistration");
 }
 
+/// Serializes seconds since 1970 as RFC 3339. 0 is null.
+fn serialize_time<S: serde::Serializer>(seconds: &i64, to: S) -> Result<S::Ok, S::Error> {
+    let time = jiff::Timestamp::from_second(*seconds).ok().filter(|_| *seconds != 0);
+    serde::Serialize::serialize(&time.map(|time| time.to_string()), to)
+}
+
 fn serialize_warm_state<S: serde::Serializer>(state: &i32, to: S) -> Result<S::Ok, S::Error> {
     let state = admin::warm_reference::State::try_from(*state).unwrap_or_default();
     to.serialize_str(state.name())

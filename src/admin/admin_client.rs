@@ -9,6 +9,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::admin::admin_client::AdminClient;
 
+/// The advice in messages about a node plugin that has ended.
+pub const WHERE_THE_LOG_IS: &str = "its log says why: `kubectl logs --previous` of its pod, or `journalctl` if it runs as a service";
+
 /// A failure to connect to the node plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
@@ -19,7 +22,7 @@ pub enum ConnectError {
     )]
     NoSocket(PathBuf),
     /// The socket exists, and no process listens on it.
-    #[error("no node plugin runs on this node: no process listens at {}; look at its log", .0.display())]
+    #[error("no node plugin runs on this node: no process listens at {}; {WHERE_THE_LOG_IS}", .0.display())]
     NobodyListens(PathBuf),
     /// The caller is not root.
     #[error("{} may only be opened by root: run the command as root", .0.display())]

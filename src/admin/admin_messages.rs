@@ -6,18 +6,37 @@ use crate::warming::{DesiredReference as _, ListedReference, ReferenceState};
 use oci::Digest;
 use oci::manifest::Descriptor;
 use preload::api::Phase;
-use pull::ProgressView;
+use pull::{ProgressView, UnderWay};
 use store::content_verification::Finding;
 use store::gc::{Collected, Victim};
 use store::resolution_records::Resolution;
 use store::trees::View;
 
-pub(super) fn collected(collected: &Collected, cache_bytes: u64) -> wire::CollectResponse {
+pub(crate) fn collected(
+    collected: &Collected,
+    cache_bytes: u64,
+    dry_run: bool,
+) -> wire::CollectResponse {
     wire::CollectResponse {
         victims: collected.victims.iter().map(victim).collect(),
         partial_downloads: collected.partials,
         freed_bytes: collected.bytes,
         cache_bytes,
+        young_bytes: collected.young_bytes,
+        dry_run,
+    }
+}
+
+pub(super) fn pull(pull: &UnderWay) -> wire::Pull {
+    let (repository, digest) = pull.name.split_once('@').unwrap_or((&pull.name, ""));
+    wire::Pull {
+        repository: repository.to_owned(),
+        digest: digest.to_owned(),
+        done_bytes: pull.progress.done,
+        total_bytes: pull.progress.total,
+        bytes_per_second: pull.progress.rate,
+        progress: pull.progress.to_string(),
+        tenants: pull.tenants.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -39,8 +58,8 @@ pub(super) fn warm_reference(
     wire::WarmReference {
         reference: listed.key(),
         state: phase(ListedReference::phase(&state)).into(),
-        manifest: shown(state.outcome.manifest).unwrap_or_default(),
-        newer: shown(state.outcome.newer).unwrap_or_default(),
+        digest: shown(state.outcome.manifest).unwrap_or_default(),
+        newer_digest: shown(state.outcome.newer).unwrap_or_default(),
         next_seconds: state.next_seconds(),
         reason: state.outcome.failure.map(|failure| failure.message).unwrap_or_default(),
         done_bytes: progress.as_ref().map_or(0, |progress| progress.done),
@@ -73,25 +92,25 @@ fn phase(phase: Phase) -> wire::warm_reference::State {
 
 pub(super) fn victim(victim: &Victim) -> wire::Victim {
     wire::Victim {
-        name: victim.name.to_string(),
-        manifest: victim.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
+        path: victim.name.to_string(),
+        digest: victim.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
         bytes: victim.bytes,
         reason: victim.reason.name().to_owned(),
         last_used: victim.last_used,
     }
 }
 
-pub(super) fn meaning(resolution: Resolution, layers: Vec<Descriptor>) -> wire::Meaning {
+pub(super) fn resolution(resolution: Resolution, layers: Vec<Descriptor>) -> wire::Resolution {
     let layers = layers.into_iter().map(|layer| wire::Layer {
         digest: layer.digest.to_string(),
         media_type: layer.media_type,
         title: layer.annotations.get("org.opencontainers.image.title").cloned().unwrap_or_default(),
         bytes: layer.size,
     });
-    wire::Meaning {
+    wire::Resolution {
         platform: resolution.platform.unwrap_or_default(),
-        resolved: resolution.resolved.to_string(),
-        manifest: resolution.manifest.to_string(),
+        resolved_digest: resolution.resolved.to_string(),
+        digest: resolution.manifest.to_string(),
         layers: layers.collect(),
     }
 }

@@ -46,7 +46,8 @@ pub fn inspect(
     reference: &Reference,
 ) -> Result<InspectArtifactResponse, OperationError> {
     let mut manifests: BTreeSet<_> = reference.digest().into_iter().collect();
-    let mut inspected = InspectArtifactResponse::default();
+    let mut inspected =
+        InspectArtifactResponse { reference: reference.to_string(), ..Default::default() };
     for resolution in store.resolutions().of_reference(reference)? {
         let bytes = store.documents().get(resolution.manifest)?.unwrap_or_default();
         // Accepted at its pull: shown whatever the limits are now.
@@ -56,11 +57,11 @@ pub fn inspect(
             _ => Vec::new(),
         };
         manifests.insert(resolution.manifest);
-        inspected.meanings.push(admin_messages::meaning(resolution, layers));
+        inspected.resolutions.push(admin_messages::resolution(resolution, layers));
     }
     let described = artifacts_of(store, manifests)?.into_iter();
     inspected.artifacts = described.map(|described| described.artifact).collect();
-    if inspected.meanings.is_empty() && inspected.artifacts.is_empty() {
+    if inspected.resolutions.is_empty() && inspected.artifacts.is_empty() {
         return Err(OperationError::NotHere(reference.to_string()));
     }
     Ok(inspected)
@@ -101,7 +102,7 @@ fn describe(
             store.pins().of_manifest(manifest).into_iter().map(|pin| pin.owner).collect();
         let record = &tree.record;
         let artifact = Artifact {
-            manifest: manifest.to_string(),
+            digest: manifest.to_string(),
             kind: record.kind.clone(),
             bytes: record.bytes,
             inodes: record.inodes,
@@ -160,7 +161,7 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<RemoveResponse, Op
     let mut manifests: BTreeSet<Digest> =
         forgotten.iter().map(|resolution| resolution.manifest).collect();
     manifests.extend(reference.digest());
-    let mut removed = RemoveResponse::default();
+    let mut removed = RemoveResponse { reference: reference.to_string(), ..Default::default() };
     let mut was_here = !forgotten.is_empty();
     let mut forgotten = Vec::new();
     for DescribedTree { tree, artifact } in artifacts_of(store, manifests)? {
@@ -170,17 +171,17 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<RemoveResponse, Op
             forgotten.push(ObjectName::tree(tree.key, tree.generation));
             removed.volumes.extend(artifact.volumes);
         } else {
-            removed.references.extend(artifact.references);
-            removed.references.extend(artifact.pins.iter().map(|owner| format!("pin of {owner}")));
+            removed.kept_by.extend(artifact.references);
+            removed.kept_by.extend(artifact.pins.iter().map(|owner| format!("pin of {owner}")));
         }
     }
     if !was_here {
         return Err(OperationError::NotHere(reference.to_string()));
     }
-    removed.references.sort();
-    removed.references.dedup();
+    removed.kept_by.sort();
+    removed.kept_by.dedup();
     let collected = store.collector().collect_trees(&forgotten)?;
-    removed.victims = collected.victims.iter().map(admin_messages::victim).collect();
+    removed.freed_bytes = collected.bytes;
     Ok(removed)
 }
 

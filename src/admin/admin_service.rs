@@ -4,10 +4,10 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::io::{StreamReader, SyncIoBridge};
@@ -15,18 +15,19 @@ use tokio_util::task::TaskTracker;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::admin_operations::{self, ADMIN, OperationError};
+use super::health_probes::HealthProbes;
 use super::{admin_messages, warm_request};
 use crate::file_leases;
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
     CollectRequest, CollectResponse, GetStatusRequest, GetStatusResponse, ImportRequest,
     ImportResponse, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest,
-    ListArtifactsResponse, PinRequest, PinResponse, RemoveRequest, RemoveResponse, Repair,
+    ListArtifactsResponse, PinRequest, PinResponse, Pull, RemoveRequest, RemoveResponse, Repair,
     UnpinRequest, UnpinResponse, VerifyEvent, VerifyRequest, VerifySummary, WarmEvent, WarmRequest,
     import_request, verify_event,
 };
 use crate::scrub::ScrubState;
-use crate::volume::{ContentState, NodeContent};
+use crate::volume::NodeContent;
 use crate::warming::{ListedReference, Reconciler};
 use oci::{Platform, Reference};
 use pull::content_repair::Repaired;
@@ -46,10 +47,8 @@ pub struct AdminService {
     pub driver_name: String,
     /// The state directory.
     pub state_dir: PathBuf,
-    /// The content, or the reason why it cannot be served.
-    pub content: watch::Receiver<ContentState>,
-    /// Set by the kubelet; `None` if another program registers the driver.
-    pub registered: Option<Arc<AtomicBool>>,
+    /// The readiness of the node, and the content that it depends on.
+    pub health: HealthProbes,
     /// The references of the configuration's list.
     pub warming: Arc<Reconciler<ListedReference>>,
     /// The progress of the scrub.
@@ -66,14 +65,17 @@ impl Admin for AdminService {
         &self,
         _: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
-        let content = self.content.borrow().clone();
+        let content = self.health.content.borrow().clone();
+        let ready = self.health.ready().await;
         let mut status = GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node_id: self.node_id.clone(),
             driver_name: self.driver_name.clone(),
             state_dir: self.state_dir.display().to_string(),
-            not_ready: content.as_ref().err().cloned().unwrap_or_default(),
-            registered: self.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
+            ready: ready.is_ok(),
+            reason: ready.err().unwrap_or_default(),
+            registered: self.health.registered.as_ref().map(|known| known.load(Ordering::SeqCst)),
+            pulls: content.as_ref().map(pulls).unwrap_or_default(),
             file_leases_enabled: file_leases::are_enabled(),
             warm: self
                 .warming
@@ -101,7 +103,8 @@ impl Admin for AdminService {
         _: Request<ListArtifactsRequest>,
     ) -> Result<Response<ListArtifactsResponse>, Status> {
         let artifacts = self.blocking(|store| admin_operations::artifacts(&store)).await?;
-        Ok(Response::new(ListArtifactsResponse { artifacts }))
+        let pulls = self.health.content.borrow().as_ref().map(pulls).unwrap_or_default();
+        Ok(Response::new(ListArtifactsResponse { artifacts, pulls }))
     }
 
     async fn inspect_artifact(
@@ -114,7 +117,10 @@ impl Admin for AdminService {
         let is_listed = warm.is_some();
         let inspect = move |store: Store| match admin_operations::inspect(&store, &reference) {
             // Listed in the configuration and not fetched yet. Its state says why.
-            Err(OperationError::NotHere(_)) if is_listed => Ok(InspectArtifactResponse::default()),
+            Err(OperationError::NotHere(_)) if is_listed => Ok(InspectArtifactResponse {
+                reference: reference.to_string(),
+                ..Default::default()
+            }),
             inspected => inspected,
         };
         let inspected = self.blocking(inspect).await?;
@@ -156,12 +162,14 @@ impl Admin for AdminService {
             Err(error) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, error.message())),
         });
         let reader = SyncIoBridge::new(StreamReader::new(chunks));
+        let named = reference.to_string();
         let import = self
             .tracker
             .spawn(async move { content.puller.import(reader, &reference, &platform).await });
         let tree = import.await.map_err(crashed)?.map_err(|error| import_status(&error))?;
         Ok(Response::new(ImportResponse {
-            manifest: tree.record.manifest.to_string(),
+            reference: named,
+            digest: tree.record.manifest.to_string(),
             bytes: tree.record.bytes,
             inodes: tree.record.inodes,
         }))
@@ -173,7 +181,8 @@ impl Admin for AdminService {
         let platform = parse_platform(&request.platform)?.unwrap_or_else(Platform::of_this_node);
         let pin = move |store: Store| admin_operations::pin(&store, &reference, &platform, ADMIN);
         let pin = self.blocking(pin).await?;
-        Ok(Response::new(PinResponse { manifest: pin.manifest.to_string() }))
+        let (reference, digest) = (pin.reference, pin.manifest.to_string());
+        Ok(Response::new(PinResponse { digest, reference }))
     }
 
     async fn unpin(
@@ -182,13 +191,13 @@ impl Admin for AdminService {
     ) -> Result<Response<UnpinResponse>, Status> {
         let request = request.into_inner();
         let reference = parse_reference(&request.reference)?;
-        let platform = parse_platform(&request.platform)?;
+        let (platform, named) = (parse_platform(&request.platform)?, reference.to_string());
         let unpin = move |store: Store| {
             admin_operations::unpin(&store, &reference, platform.as_ref(), ADMIN)
         };
-        let (unpinned, others) = self.blocking(unpin).await?;
+        let (unpinned, pins) = self.blocking(unpin).await?;
         let unpinned = u32::try_from(unpinned).unwrap_or(u32::MAX);
-        Ok(Response::new(UnpinResponse { unpinned, others }))
+        Ok(Response::new(UnpinResponse { unpinned, pins, reference: named }))
     }
 
     async fn remove(
@@ -215,7 +224,7 @@ impl Admin for AdminService {
             Ok::<_, OperationError>((collected?, store.inventory().usage()?.bytes))
         };
         let (collected, cache_bytes) = self.blocking(collect).await?;
-        Ok(Response::new(admin_messages::collected(&collected, cache_bytes)))
+        Ok(Response::new(admin_messages::collected(&collected, cache_bytes, dry_run)))
     }
 
     type VerifyStream = EventStream<VerifyEvent>;
@@ -234,7 +243,7 @@ impl Admin for AdminService {
 
 impl AdminService {
     fn content(&self) -> Result<NodeContent, Status> {
-        self.content.borrow().clone().map_err(Status::unavailable)
+        self.health.content.borrow().clone().map_err(Status::unavailable)
     }
 
     async fn blocking<T: Send + 'static>(
@@ -281,19 +290,25 @@ async fn verify(
         } else {
             Repaired::Later("the next publish or `verify --repair` fetches it again".to_owned())
         };
-        let (done, detail) = match outcome {
-            Repaired::Anew(reference) => (true, reference.to_string()),
-            Repaired::Later(reason) => (false, reason),
-        };
-        unrepaired += u64::from(!done);
-        let manifest = tree.manifest.to_string();
-        let event = verify_event::Event::Repair(Repair { manifest, done, detail });
+        let mut repair = Repair { digest: tree.manifest.to_string(), ..Repair::default() };
+        match outcome {
+            Repaired::Anew(reference) => {
+                (repair.done, repair.reference) = (true, reference.to_string());
+            }
+            Repaired::Later(reason) => repair.reason = reason,
+        }
+        unrepaired += u64::from(!repair.done);
+        let event = verify_event::Event::Repair(repair);
         let _ = events.send(Ok(VerifyEvent { event: Some(event) })).await;
     }
     let (objects, bytes) = (verified.objects, verified.bytes);
     let summary = VerifySummary { objects, bytes, findings, unrepaired };
     let event = Some(verify_event::Event::Summary(summary));
     let _ = events.send(Ok(VerifyEvent { event })).await;
+}
+
+fn pulls(content: &NodeContent) -> Vec<Pull> {
+    content.puller.under_way().iter().map(admin_messages::pull).collect()
 }
 
 fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &DiskSpace) {

@@ -23,17 +23,25 @@ pub struct HealthProbes {
     pub content: watch::Receiver<ContentState>,
     /// Set by the kubelet; `None` if another program registers the driver.
     pub registered: Option<Arc<AtomicBool>>,
+    /// One write at a time: each that hangs with its disk keeps a blocking thread.
+    probing: Arc<Semaphore>,
 }
 
 impl HealthProbes {
+    /// Returns the probes of this state.
+    pub fn new(
+        content: watch::Receiver<ContentState>,
+        registered: Option<Arc<AtomicBool>>,
+    ) -> Self {
+        Self { content, registered, probing: Arc::new(Semaphore::new(1)) }
+    }
+
     /// Returns the routes of both probes.
     pub fn router(self) -> Router {
-        // One write at a time: each that hangs with its disk keeps a blocking thread.
-        let probing = Arc::new(Semaphore::new(1));
         let ready = move || {
-            let (health, probing) = (self.clone(), Arc::clone(&probing));
+            let health = self.clone();
             async move {
-                match health.ready(probing).await {
+                match health.ready().await {
                     Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
                     Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
                 }
@@ -42,7 +50,8 @@ impl HealthProbes {
         Router::new().route("/healthz", get(|| async { "ok\n" })).route("/readyz", get(ready))
     }
 
-    async fn ready(&self, probing: Arc<Semaphore>) -> Result<(), String> {
+    /// Fails with the reason why this node cannot serve pods.
+    pub async fn ready(&self) -> Result<(), String> {
         let store = self.content.borrow().clone()?.store;
         match &self.registered {
             Some(registered) if !registered.load(Ordering::SeqCst) => {
@@ -52,7 +61,7 @@ impl HealthProbes {
         }
         // A response must come also if the disk hangs.
         let probe = async {
-            let permit = probing.acquire_owned().await;
+            let permit = Arc::clone(&self.probing).acquire_owned().await;
             let probe = move || {
                 let _permit = permit;
                 store.probe()

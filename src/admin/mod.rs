@@ -1,7 +1,7 @@
 //! The interfaces for administrators of the node: health and metrics over HTTP, and commands over the admin socket.
 
 pub mod admin_client;
-mod admin_messages;
+pub(crate) mod admin_messages;
 pub mod admin_operations;
 pub mod admin_service;
 pub mod health_probes;

@@ -91,7 +91,7 @@ async fn warm(content: &NodeContent, want: Want, pin: bool, events: &mpsc::Sende
     let last = match acquired {
         Ok(tree) => match pin_if_asked(content, &want, pin).await {
             Ok(()) => WarmEvent {
-                manifest: tree.record.manifest.to_string(),
+                digest: tree.record.manifest.to_string(),
                 total_bytes: tree.record.bytes,
                 done_bytes: tree.record.bytes,
                 ..event(State::Done)

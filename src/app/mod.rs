@@ -13,7 +13,6 @@ mod node_options;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -28,7 +27,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 
 pub use content_startup::content_of;
-pub use node_options::NodeOptions;
+pub use node_options::{NodeOptions, driver_name, listen_address};
 
 use crate::admin::admin_service::AdminService;
 use crate::admin::health_probes::HealthProbes;
@@ -131,6 +130,7 @@ struct NodePlugin {
     events: Option<EventRecorder>,
     /// `None` if the driver does not register itself.
     registration: Option<RegistrationService>,
+    health: HealthProbes,
     /// Critical servers: if one ends, the process ends.
     servers: JoinSet<AppError>,
     /// All other tasks.
@@ -159,6 +159,8 @@ impl NodePlugin {
         let registration = options
             .registration_dir()
             .map(|_| RegistrationService::new(driver.clone(), options.kubelet_endpoint()));
+        let registered = registration.as_ref().map(RegistrationService::registered);
+        let health = HealthProbes::new(content.clone(), registered);
         let (metrics, servers) = (Arc::default(), JoinSet::new());
         Self {
             options,
@@ -167,6 +169,7 @@ impl NodePlugin {
             volumes,
             events,
             registration,
+            health,
             servers,
             tracker,
             shutdown,
@@ -242,8 +245,7 @@ impl NodePlugin {
             node_id: self.options.node_id.clone(),
             driver_name: self.options.driver_name.clone(),
             state_dir: self.options.state_dir.clone(),
-            content: self.content.clone(),
-            registered: self.registered(),
+            health: self.health.clone(),
             warming: Arc::clone(self.metrics.warming()),
             scrub: self.metrics.scrub().clone(),
             tracker: self.tracker.clone(),
@@ -253,16 +255,10 @@ impl NodePlugin {
         Some(socket)
     }
 
-    /// Returns whether the kubelet has registered the driver, if the driver registers itself.
-    fn registered(&self) -> Option<Arc<AtomicBool>> {
-        self.registration.as_ref().map(RegistrationService::registered)
-    }
-
     /// Serves health and metrics. Logs and counts an endpoint that cannot be listened on.
     async fn serve_http(&self) {
-        let health = HealthProbes { content: self.content.clone(), registered: self.registered() };
         let endpoints = [
-            ("health", &self.options.health_endpoint, health.router()),
+            ("health", &self.options.health_endpoint, self.health.clone().router()),
             ("metrics", &self.options.metrics_endpoint, self.metrics.router()),
         ];
         for (name, address, router) in endpoints {

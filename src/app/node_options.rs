@@ -1,9 +1,10 @@
 //! The command-line options of the node plugin.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr as _;
 
 use clap::Args;
+use clap::builder::{BoolishValueParser, NonEmptyStringValueParser};
 
 use crate::csi::UnixEndpoint;
 use crate::file_leases::LeasePolicy;
@@ -18,7 +19,7 @@ pub struct NodeOptions {
     #[arg(long, env = "CSI_ENDPOINT", default_value = "unix:///csi/csi.sock")]
     pub endpoint: UnixEndpoint,
     /// The name of this node's Node object.
-    #[arg(long, env = "NODE_NAME")]
+    #[arg(long, env = "NODE_NAME", value_parser = NonEmptyStringValueParser::new())]
     pub node_id: String,
     /// The CSI driver's name, as in the CSIDriver object.
     #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io", value_parser = driver_name)]
@@ -27,7 +28,7 @@ pub struct NodeOptions {
     #[arg(long, env = "STATE_DIR", default_value = "/var/lib/csi-driver-oci")]
     pub state_dir: PathBuf,
     /// The kubelet's root directory, which contains the volumes of pods.
-    #[arg(long, env = "KUBELET_DIR", default_value = "/var/lib/kubelet")]
+    #[arg(long, env = "KUBELET_DIR", default_value = "/var/lib/kubelet", value_parser = absolute_path)]
     pub kubelet_dir: PathBuf,
     /// The kubelet's plugin registry [default: <kubelet-dir>/plugins_registry]. Empty if the node-driver-registrar
     /// sidecar registers the driver.
@@ -41,10 +42,10 @@ pub struct NodeOptions {
     #[arg(long, env = "ADMIN_ENDPOINT", default_value = "unix:///run/csi-driver-oci/admin.sock")]
     pub admin_endpoint: UnixEndpoint,
     /// The address that serves `/healthz` and `/readyz`.
-    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "127.0.0.1:19808")]
+    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "127.0.0.1:19808", value_parser = listen_address)]
     pub health_endpoint: String,
     /// The address that serves `/metrics`.
-    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19809")]
+    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19809", value_parser = listen_address)]
     pub metrics_endpoint: String,
     /// A YAML file of kind NodeConfiguration.
     #[arg(long, env = "CONFIG")]
@@ -55,11 +56,11 @@ pub struct NodeOptions {
     pub startup_taint: Option<String>,
     /// Carry out what `ArtifactPreload` objects want of this node. Needs a service account that may list and watch
     /// `nodeartifacts`, and patch their status.
-    #[arg(long, alias = "fleet", env = "FLEET")]
+    #[arg(long, alias = "fleet", env = "FLEET", value_parser = BoolishValueParser::new())]
     pub preload: bool,
     /// Report the progress and the end of pulls as Events on pods. Needs a service account that may create and patch
     /// `events`.
-    #[arg(long, env = "EVENTS")]
+    #[arg(long, env = "EVENTS", value_parser = BoolishValueParser::new())]
     pub events: bool,
     /// The setting of file leases on this node at the start. `Disable` sets the sysctl `fs.leases-enable` to 0, so that
     /// no pod can delay opens of files that it shares with others; NFS servers of the kernel and Samba lose delegations
@@ -67,22 +68,13 @@ pub struct NodeOptions {
     #[arg(long, env = "LEASES", default_value = "Keep", ignore_case = true)]
     pub leases: LeasePolicy,
     /// Mount as on kernels before 5.12, which are detected automatically; for tests.
-    #[arg(long, env = "STAGED_MOUNTS", hide = true)]
+    #[arg(long, env = "STAGED_MOUNTS", hide = true, value_parser = BoolishValueParser::new())]
     pub staged_mounts: bool,
 }
 
 impl NodeOptions {
-    /// Checks the options, and makes the state directory's path absolute.
+    /// Makes the state directory's path absolute.
     pub fn checked(mut self) -> Result<Self, String> {
-        if self.node_id.is_empty() {
-            return Err("--node-id is empty: set it to the Node object's name".to_owned());
-        }
-        if !self.kubelet_dir.is_absolute() {
-            return Err(format!(
-                "--kubelet-dir {} is not absolute: give it as the kubelet has it",
-                self.kubelet_dir.display()
-            ));
-        }
         // Mounts are compared with the real path of the store.
         self.state_dir = std::path::absolute(&self.state_dir)
             .map_err(|error| format!("--state-dir: {error}"))?;
@@ -104,8 +96,24 @@ impl NodeOptions {
     }
 }
 
+/// Parses an absolute path.
+fn absolute_path(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text);
+    if path.is_absolute() { Ok(path.to_owned()) } else { Err("use an absolute path".to_owned()) }
+}
+
+/// Checks an address to listen on. An empty one turns the endpoint off.
+pub fn listen_address(text: &str) -> Result<String, String> {
+    let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    match text {
+        "" => Ok(String::new()),
+        text if has_port => Ok(text.to_owned()),
+        _ => Err("use host:port, or nothing to turn it off".to_owned()),
+    }
+}
+
 /// Parses a driver name: a DNS-1123 subdomain, as CSI and Kubernetes demand.
-fn driver_name(text: &str) -> Result<String, String> {
+pub fn driver_name(text: &str) -> Result<String, String> {
     let label = |label: &str| {
         let edge = |byte: Option<u8>| byte.is_some_and(|byte| byte.is_ascii_alphanumeric());
         let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';

@@ -54,6 +54,7 @@ pub struct RequiredFile {
 
 /// The result of a check.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct CheckReport {
     /// The checked reference.
     pub reference: String,
@@ -67,6 +68,7 @@ pub struct CheckReport {
 
 /// The result for one manifest.
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ManifestReport {
     /// The platform as `os/arch[/variant]`; `None` if neither index nor config name it.
     pub platform: Option<String>,
@@ -86,14 +88,20 @@ pub struct ManifestReport {
 
 /// The signatures of a manifest.
 #[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", tag = "state")]
 pub enum SignatureStatus {
     /// The given key has signed it.
     Verified,
-    /// The number of signatures, without a key to verify them.
-    Unverified(usize),
-    /// Without a key, the reason why signatures could not be looked up.
-    Unknown(String),
+    /// There is no key to verify the signatures.
+    Unverified {
+        /// The number of signatures.
+        count: usize,
+    },
+    /// Without a key, signatures could not be looked up.
+    Unknown {
+        /// The reason of the failed request.
+        reason: String,
+    },
 }
 
 /// A failed check.
@@ -308,12 +316,14 @@ impl ArtifactReader<'_> {
                 Ok(of_subject) => found.extend(of_subject),
                 // Nothing demands a signature: the artifact can be read without this answer.
                 Err(error) if check.key.is_none() => {
-                    return Ok(SignatureStatus::Unknown(error.to_string()));
+                    return Ok(SignatureStatus::Unknown { reason: error.to_string() });
                 }
                 Err(error) => return Err(error),
             }
         }
-        let Some(key) = &check.key else { return Ok(SignatureStatus::Unverified(found.len())) };
+        let Some(key) = &check.key else {
+            return Ok(SignatureStatus::Unverified { count: found.len() });
+        };
         let named = NamedKey { name: "the given key".to_owned(), key: key.clone() };
         let demand = SignatureDemand {
             mode: SignatureMode::Enforce,

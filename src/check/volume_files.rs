@@ -32,8 +32,8 @@ const QUEUE: usize = 16;
 pub struct FileReport {
     /// The path in the volume.
     pub path: String,
-    /// The size in bytes.
-    pub size: u64,
+    /// The size of its content.
+    pub bytes: u64,
     /// The file is executable.
     pub executable: bool,
 }
@@ -121,7 +121,7 @@ impl ArtifactReader<'_> {
                     }
                 };
                 let executable = mode & 0o111 != 0;
-                files.push(FileReport { path: path.clone(), size: file.size, executable });
+                files.push(FileReport { path: path.clone(), bytes: file.size, executable });
             }
             paths.push(path);
         }

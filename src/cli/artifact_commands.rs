@@ -1,51 +1,60 @@
 //! `ls` and `inspect`: the artifacts on this node.
 
 use clap::Args;
-use serde_json::json;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, print_json, text_table, warm_list_status};
+use super::output::{OutputArguments, print};
+use super::{CommandError, text_table, warm_list_status};
 use crate::proto::admin::{
     Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest,
+    ListArtifactsResponse, Pull,
 };
+use oci::Reference;
 use text::human_units::Bytes;
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(super) struct InspectArguments {
     /// The reference, as pods write it.
-    reference: String,
+    reference: Reference,
     #[command(flatten)]
     admin: AdminCallArguments,
 }
 
 pub(super) fn list(arguments: &AdminCallArguments) -> Result<(), CommandError> {
-    let artifacts = arguments.call(async |mut client| {
-        let answer = client.list_artifacts(ListArtifactsRequest {}).await?;
-        Ok(answer.into_inner().artifacts)
+    let listed = arguments.call(async |mut client| {
+        Ok(client.list_artifacts(ListArtifactsRequest {}).await?.into_inner())
     })?;
-    match arguments.output {
-        OutputFormat::Table => lines(&artifacts).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print_json(&artifacts, json!({})),
+    print_list(&arguments.output, &listed)
+}
+
+/// Prints artifacts and running pulls.
+pub(super) fn print_list(
+    output: &OutputArguments,
+    listed: &ListArtifactsResponse,
+) -> Result<(), CommandError> {
+    if output.quiet {
+        let references = listed.artifacts.iter().flat_map(|artifact| &artifact.references);
+        let references: std::collections::BTreeSet<_> = references.collect();
+        for reference in references {
+            print(reference);
+        }
+        return Ok(());
     }
-    Ok(())
+    output.result(listed, || lines(listed))
 }
 
 pub(super) fn inspect(arguments: &InspectArguments) -> Result<(), CommandError> {
-    let reference = arguments.reference.clone();
+    let reference = arguments.reference.to_string();
     let inspected = arguments.admin.call(async |mut client| {
         let answer = client.inspect_artifact(InspectArtifactRequest { reference }).await?;
         Ok(answer.into_inner())
     })?;
-    match arguments.admin.output {
-        OutputFormat::Table => inspected_lines(&inspected).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print_json(&inspected, json!({"reference": arguments.reference})),
-    }
-    Ok(())
+    arguments.admin.output.result(&inspected, || inspected_lines(&inspected))
 }
 
-fn lines(artifacts: &[Artifact]) -> Vec<String> {
-    let row = |artifact: &Artifact| {
+fn lines(listed: &ListArtifactsResponse) -> Vec<String> {
+    let artifact = |artifact: &Artifact| {
         let state = match (artifact.damaged, artifact.last_used) {
             (true, _) => "damaged".to_owned(),
             (false, 0) => "removed".to_owned(),
@@ -53,7 +62,7 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
         };
         [
             text_table::list(&artifact.references),
-            text_table::short(&artifact.manifest),
+            text_table::short(&artifact.digest),
             Bytes(artifact.bytes).to_string(),
             artifact.inodes.to_string(),
             text_table::kind(&artifact.kind).to_owned(),
@@ -62,8 +71,22 @@ fn lines(artifacts: &[Artifact]) -> Vec<String> {
             text_table::list(&artifact.volumes),
         ]
     };
+    let pull = |pull: &Pull| {
+        let nothing = || "-".to_owned();
+        [
+            pull.repository.clone(),
+            text_table::short(&pull.digest),
+            Bytes(pull.total_bytes).to_string(),
+            nothing(),
+            nothing(),
+            format!("pulling {}%", pull.done_bytes * 100 / pull.total_bytes.max(1)),
+            nothing(),
+            nothing(),
+        ]
+    };
     let heads = ["REFERENCE", "DIGEST", "SIZE", "INODES", "KIND", "USED", "PINS", "VOLUMES"];
-    text_table::lines(heads, &artifacts.iter().map(row).collect::<Vec<_>>())
+    let rows = listed.artifacts.iter().map(artifact).chain(listed.pulls.iter().map(pull));
+    text_table::lines(heads, &rows.collect::<Vec<_>>())
 }
 
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
@@ -72,13 +95,13 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
         let description = warm_list_status::describe(warm).unwrap_or_else(|| "present".to_owned());
         printed.push(format!("kept warm by the configuration: {description}"));
     }
-    for meaning in &inspected.meanings {
-        let platform = if meaning.platform.is_empty() { "any" } else { &meaning.platform };
-        printed.push(format!("{platform}: {}", meaning.manifest));
-        if meaning.resolved != meaning.manifest {
-            printed.push(format!("  index  {}", meaning.resolved));
+    for resolution in &inspected.resolutions {
+        let platform = if resolution.platform.is_empty() { "any" } else { &resolution.platform };
+        printed.push(format!("{platform}: {}", resolution.digest));
+        if resolution.resolved_digest != resolution.digest {
+            printed.push(format!("  index  {}", resolution.resolved_digest));
         }
-        for layer in &meaning.layers {
+        for layer in &resolution.layers {
             let title = if layer.title.is_empty() { &layer.media_type } else { &layer.title };
             let (digest, size) = (text_table::short(&layer.digest), Bytes(layer.bytes));
             printed.push(format!("  layer  {digest}  {size}  {title}"));
@@ -100,7 +123,7 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
             attribute("unpack", &view.unpack),
         ];
         [
-            text_table::short(&artifact.manifest),
+            text_table::short(&artifact.digest),
             Bytes(artifact.bytes).to_string(),
             attributes.into_iter().flatten().collect::<Vec<_>>().join(" "),
             text_table::age(artifact.last_used),

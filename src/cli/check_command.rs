@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::mount_command::keyring;
-use super::{CommandError, OutputFormat, logging, print, runtime};
+use super::client_credentials::{for_person, keyring};
+use super::output::OutputArguments;
+use super::{CommandError, runtime};
 use crate::check::{ArtifactChecker, CheckReport, CheckRequest, RequiredFile, SignatureStatus};
 use crate::config::NodeConfiguration;
 use oci::registry::Registry;
@@ -18,7 +19,7 @@ use text::human_units::Bytes;
 #[command(after_help = "Examples:
   csi-driver-oci check ghcr.io/team/tool:v1
   csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
-  csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml --output json")]
+  csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml -o json")]
 pub(super) struct CheckArguments {
     /// The artifact: host[:port]/repository[:tag][@digest].
     reference: Reference,
@@ -31,19 +32,18 @@ pub(super) struct CheckArguments {
     /// A file that the artifact must have; with :exec, it must be executable.
     #[arg(long = "require-file", value_name = "PATH[:exec]")]
     required: Vec<String>,
-    /// The docker config.json with credentials [default: the one that docker uses].
-    #[arg(long)]
+    /// The docker config.json with credentials [default: the files of docker and podman].
+    #[arg(long, value_name = "FILE")]
     docker_config: Option<PathBuf>,
     /// The configuration file of a node, for its mirrors, certificates and limits.
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The output format.
-    #[arg(long, value_enum, default_value_t)]
-    output: OutputFormat,
+    #[command(flatten)]
+    output: OutputArguments,
 }
 
 pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
-    logging::start("warn", None)?;
+    arguments.output.start_log();
     let configuration = NodeConfiguration::of_file(arguments.config.as_deref())
         .map_err(|error| error.to_string())?;
     let options = configuration.registries.options(&configuration.limits)?;
@@ -52,22 +52,26 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
         platforms: arguments.platforms.clone(),
         key: arguments.key.as_ref().map(key).transpose()?,
         required: arguments.required.iter().map(|text| required(text)).collect(),
-        keyring: keyring(arguments.docker_config.as_deref())?,
+        keyring: keyring(
+            arguments.docker_config.as_deref(),
+            std::slice::from_ref(&arguments.reference),
+        )?,
     };
-    let report = runtime()?.block_on(async {
+    let mut report = runtime()?.block_on(async {
         let registry = Registry::new(options).map_err(|error| error.to_string())?;
         let checker = ArtifactChecker { registry, limits: configuration.limits };
         let report = checker.check(&check).await;
-        report.map_err(|error| format!("{}: {error}", check.reference))
+        let failed = |text: String| {
+            format!("{0}: {1}", check.reference, for_person(&text, &check.reference))
+        };
+        report.map_err(|error| failed(error.to_string()))
     })?;
-    match arguments.output {
-        OutputFormat::Table => lines(&report).iter().for_each(|line| print(line)),
-        OutputFormat::Json => {
-            let text = serde_json::to_string(&report);
-            print(&text.map_err(|error| format!("cannot be printed: {error}"))?);
+    for manifest in &mut report.manifests {
+        if let SignatureStatus::Unknown { reason } = &mut manifest.signatures {
+            *reason = for_person(reason, &arguments.reference);
         }
     }
-    Ok(())
+    arguments.output.result(&report, || lines(&report))
 }
 
 fn key(path: &PathBuf) -> Result<PublicKey, CommandError> {
@@ -91,9 +95,9 @@ fn lines(report: &CheckReport) -> Vec<String> {
         let platform = manifest.platform.as_deref().unwrap_or("any platform");
         let signed = match &manifest.signatures {
             SignatureStatus::Verified => "signed by the given key".to_owned(),
-            SignatureStatus::Unverified(0) => "not signed".to_owned(),
-            SignatureStatus::Unverified(count) => format!("{count} signatures, not verified"),
-            SignatureStatus::Unknown(_) => "signatures unknown".to_owned(),
+            SignatureStatus::Unverified { count: 0 } => "not signed".to_owned(),
+            SignatureStatus::Unverified { count } => format!("{count} signatures, not verified"),
+            SignatureStatus::Unknown { .. } => "signatures unknown".to_owned(),
         };
         lines.push(format!(
             "{platform}  {}  {}  {}  {signed}",
@@ -101,12 +105,12 @@ fn lines(report: &CheckReport) -> Vec<String> {
             manifest.kind,
             Bytes(manifest.bytes)
         ));
-        if let SignatureStatus::Unknown(reason) = &manifest.signatures {
+        if let SignatureStatus::Unknown { reason } = &manifest.signatures {
             lines.push(format!("  signatures cannot be looked up: {reason}"));
         }
         for file in &manifest.files {
             let executable = if file.executable { "x" } else { "-" };
-            lines.push(format!("  {executable} {:>12}  {}", file.size, file.path));
+            lines.push(format!("  {executable} {:>12}  {}", file.bytes, file.path));
         }
         if !manifest.files_are_complete {
             lines.push("  archives are not looked into without --require-file".to_owned());

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{CommandError, print};
+use super::CommandError;
+use super::output::print;
 use crate::config::{NodeConfiguration, Quantity};
 use pull::memory::container_limit;
 use sys::reload::FileVersions;

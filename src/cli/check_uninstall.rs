@@ -2,7 +2,9 @@
 
 use clap::Args;
 
-use super::{CommandError, OutputFormat, print, runtime};
+use super::output::OutputArguments;
+use super::{CommandError, runtime};
+use crate::app::driver_name;
 use crate::kubernetes::{KubernetesClient, pods_using_driver};
 
 /// The most pods that a failure lists.
@@ -12,29 +14,27 @@ const NAMED: usize = 10;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   csi-driver-oci check-uninstall
-  csi-driver-oci check-uninstall --driver-name artifacts.example.com --output json
+  csi-driver-oci check-uninstall --driver-name artifacts.example.com -o json
 
-Runs in a pod whose service account may list pods and persistent volumes, as the chart's job before an uninstall does.
-Without the driver the kubelet cannot unmount its volumes, and their pods stay in Terminating.")]
+Runs in a pod whose service account may list pods and persistent volumes, as the chart's job
+before an uninstall does. Without the driver the kubelet cannot unmount its volumes, and their
+pods stay in Terminating.")]
 pub(super) struct CheckUninstallArguments {
     /// The CSI driver's name.
-    #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io")]
+    #[arg(long, env = "DRIVER_NAME", default_value = "oci.custom.io", value_parser = driver_name)]
     driver_name: String,
-    /// The output format.
-    #[arg(long, value_enum, default_value_t)]
-    output: OutputFormat,
+    #[command(flatten)]
+    output: OutputArguments,
 }
 
 pub(super) fn run(arguments: &CheckUninstallArguments) -> Result<(), CommandError> {
+    arguments.output.start_log();
     let find = async {
         let client = KubernetesClient::in_cluster()?;
         pods_using_driver(&client, &arguments.driver_name).await
     };
     let pods = runtime()?.block_on(find).map_err(|error| error.to_string())?;
-    match arguments.output {
-        OutputFormat::Table => pods.iter().for_each(|pod| print(pod)),
-        OutputFormat::Json => print(&serde_json::json!(pods).to_string()),
-    }
+    arguments.output.result(&pods, || pods.clone())?;
     if pods.is_empty() {
         return Ok(());
     }

@@ -2,7 +2,8 @@
 
 use clap::{Args, CommandFactory as _, ValueEnum};
 
-use super::{CommandLine, print_text};
+use super::CommandLine;
+use super::output::print_text;
 
 /// Arguments of `completions`.
 #[derive(Debug, Args)]
@@ -30,5 +31,8 @@ pub(super) fn run(arguments: &CompletionsArguments) {
     };
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut CommandLine::command(), "csi-driver-oci", &mut script);
-    print_text(String::from_utf8_lossy(&script).trim_end());
+    // clap_complete writes the name of a program with dashes in two ways, and completes no flags of its commands.
+    let script = String::from_utf8_lossy(&script)
+        .replace("csi__subcmd__driver__subcmd__oci", "csi__driver__oci");
+    print_text(script.trim_end());
 }

@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use kube::Client;
 
-use super::logging::{self, LogFormat};
+use super::logging::LogArguments;
 use super::node_command::shutdown_token;
 use super::{CommandError, runtime};
+use crate::app::listen_address;
 use crate::config::policy_config::policy_source;
 use crate::config::{NodeConfiguration, Quantity};
 use oci::credentials::providers::NodeCredentials;
@@ -27,19 +29,19 @@ Uses the service account of its pod for the Kubernetes API, or the kubeconfig th
 An empty endpoint turns the feature off.")]
 pub(super) struct ControllerArguments {
     /// A unique name of this process, such as the name of its pod.
-    #[arg(long, env = "POD_NAME")]
+    #[arg(long, env = "POD_NAME", value_parser = NonEmptyStringValueParser::new())]
     identity: String,
     /// The namespace of the lease.
-    #[arg(long, env = "POD_NAMESPACE")]
+    #[arg(long, env = "POD_NAMESPACE", value_parser = NonEmptyStringValueParser::new())]
     namespace: String,
     /// The name of the lease. Its holder is the leader.
     #[arg(long, env = "LEASE_NAME", default_value = "csi-driver-oci-controller")]
     lease_name: String,
     /// The address that serves `/healthz` and `/readyz`.
-    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "[::]:19818")]
+    #[arg(long, env = "HEALTH_ENDPOINT", default_value = "[::]:19818", value_parser = listen_address)]
     health_endpoint: String,
     /// The address that serves `/metrics`.
-    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19819")]
+    #[arg(long, env = "METRICS_ENDPOINT", default_value = "[::]:19819", value_parser = listen_address)]
     metrics_endpoint: String,
     /// The average number of writes to the API server in a second. In a large cluster it decides how fast nodes get
     /// their assignments.
@@ -56,21 +58,12 @@ pub(super) struct ControllerArguments {
     /// A YAML file of kind NodeConfiguration, as on the nodes, for its registries, policy and limits.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
-    /// The log level: error, warn, info, debug or trace.
-    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
-    log_level: String,
-    /// The format of log lines [default: json, text on a terminal].
-    #[arg(long, env = "LOG_FORMAT")]
-    log_format: Option<LogFormat>,
+    #[command(flatten)]
+    log: LogArguments,
 }
 
 pub(super) fn run(arguments: ControllerArguments) -> Result<(), CommandError> {
-    logging::start(&arguments.log_level, arguments.log_format)?;
-    if arguments.identity.is_empty() || arguments.namespace.is_empty() {
-        return Err(
-            "--identity and --namespace are needed: the pod's name and namespace".to_owned()
-        );
-    }
+    arguments.log.start();
     let configuration = NodeConfiguration::of_file(arguments.config.as_deref())
         .map_err(|error| error.to_string())?;
     let registry = configuration.registries.options(&configuration.limits)?;

@@ -1,6 +1,7 @@
 //! `crds`: prints the CustomResourceDefinitions of the controller and the nodes.
 
-use super::{CommandError, print_text};
+use super::CommandError;
+use super::output::print_text;
 use preload::api::custom_resource_definitions;
 
 /// Prints both definitions.

@@ -1,20 +1,18 @@
 //! `gc`: frees disk space.
 
-use clap::Args;
-use serde_json::json;
-
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, print_json, text_table};
+use super::{CommandError, text_table};
 use crate::config::Quantity;
 use crate::proto::admin::{CollectRequest, CollectResponse, Victim};
+use clap::Args;
 use text::human_units::Bytes;
 
 /// Arguments of `gc`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Without --target it runs the node plugin's own collection: it removes content that nothing refers to, and
-evicts by the thresholds, the floor and the quota of the configuration. Content that is mounted, pinned, in use
-or younger than cache.minimumAge is never removed.
+    after_help = "Without --target it runs the node plugin's own collection: it removes content that nothing refers
+to, and evicts by the thresholds, the floor and the quota of the configuration. Content that is
+mounted, pinned, in use or younger than cache.minimumAge is never removed.
 
 Examples:
   csi-driver-oci gc --dry-run
@@ -39,17 +37,14 @@ pub(super) fn run(arguments: &CollectArguments) -> Result<(), CommandError> {
         let answer = client.collect(CollectRequest { dry_run, target_bytes }).await?;
         Ok(answer.into_inner())
     })?;
-    match arguments.admin.output {
-        OutputFormat::Table => lines(&collected, dry_run).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print_json(&collected, json!({"dryRun": dry_run})),
-    }
-    Ok(())
+    arguments.admin.output.result(&collected, || lines(&collected))
 }
 
-fn lines(collected: &CollectResponse, dry_run: bool) -> Vec<String> {
+/// Describes a collection.
+pub(super) fn lines(collected: &CollectResponse) -> Vec<String> {
     let row = |victim: &Victim| {
-        let name = if victim.manifest.is_empty() { &victim.name } else { &victim.manifest };
-        let kind = victim.name.split('s').next().unwrap_or_default();
+        let name = if victim.digest.is_empty() { &victim.path } else { &victim.digest };
+        let kind = victim.path.split('s').next().unwrap_or_default();
         [
             kind.to_owned(),
             name.clone(),
@@ -64,10 +59,15 @@ fn lines(collected: &CollectResponse, dry_run: bool) -> Vec<String> {
         rows => text_table::lines(["KIND", "NAME", "SIZE", "USED", "REASON"], rows),
     };
     let (freed, left) = (Bytes(collected.freed_bytes), Bytes(collected.cache_bytes));
-    lines.push(if dry_run {
+    lines.push(if collected.dry_run {
         format!("{freed} would be freed; the cache has {left} now")
     } else {
         format!("{freed} freed; the cache has {left} now")
     });
+    if collected.young_bytes > 0 {
+        let young = Bytes(collected.young_bytes);
+        lines
+            .push(format!("{young} more stay only because they are younger than cache.minimumAge"));
+    }
     lines
 }

@@ -4,14 +4,14 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, layout_tar, print, print_json};
+use super::admin_call::{AdminCallArguments, platform_text};
+use super::{CommandError, layout_tar};
 use crate::proto::admin::import_request::Part;
-use crate::proto::admin::{ImportHeader, ImportRequest};
+use crate::proto::admin::{ImportHeader, ImportRequest, ImportResponse};
+use oci::{Platform, Reference};
 use text::human_units::Bytes;
 
 /// The bytes of one message. gRPC accepts 4 MiB.
@@ -32,10 +32,10 @@ pub(super) struct ImportArguments {
     layout: PathBuf,
     /// The reference that pods use for the artifact.
     #[arg(long = "as", value_name = "REF")]
-    reference: String,
+    reference: Reference,
     /// The platform to choose from an index, such as `linux/arm64` [default: the node's].
-    #[arg(long, default_value = "")]
-    platform: String,
+    #[arg(long)]
+    platform: Option<Platform>,
     #[command(flatten)]
     admin: AdminCallArguments,
 }
@@ -45,11 +45,17 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), CommandError> {
     let layout = arguments.layout.clone();
     let shown = layout.display().to_string();
     if layout != Path::new("-") {
-        layout.metadata().map_err(|error| format!("{shown} cannot be read: {error}"))?;
+        let kind = layout.metadata().map_err(|error| format!("{shown} cannot be read: {error}"))?;
+        let lacks = |name: &&&str| kind.is_dir() && !layout.join(name).exists();
+        if let Some(name) = layout_tar::DOCUMENTS.iter().find(lacks) {
+            return Err(format!(
+                "{shown} is no OCI image layout: it has no {name}; `oras copy --to-oci-layout` makes one"
+            ));
+        }
     }
     let header = ImportHeader {
-        reference: arguments.reference.clone(),
-        platform: arguments.platform.clone(),
+        reference: arguments.reference.to_string(),
+        platform: platform_text(arguments.platform.as_ref()),
     };
     let imported = arguments.admin.call(async move |mut client| {
         let (sender, receiver) = mpsc::channel(CHUNKS);
@@ -64,17 +70,11 @@ pub(super) fn run(arguments: &ImportArguments) -> Result<(), CommandError> {
             (answer, Ok(())) => Ok(answer?.into_inner()),
         }
     })?;
-    let reference = &arguments.reference;
-    match arguments.admin.output {
-        OutputFormat::Table => print(&format!(
-            "{reference} is on this node: {}, {}, {} inodes",
-            imported.manifest,
-            Bytes(imported.bytes),
-            imported.inodes
-        )),
-        OutputFormat::Json => print_json(&imported, json!({"reference": reference})),
-    }
-    Ok(())
+    arguments.admin.output.result(&imported, || {
+        let ImportResponse { reference, digest, bytes, inodes } = &imported;
+        let bytes = Bytes(*bytes);
+        vec![format!("{reference} is on this node: {digest}, {bytes}, {inodes} inodes")]
+    })
 }
 
 fn send(

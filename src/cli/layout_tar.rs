@@ -10,9 +10,12 @@ const BLOCK: usize = 512;
 /// The octal digits of the largest size in a ustar header.
 const SIZE_DIGITS: usize = 11;
 
+/// The files of every layout.
+pub(super) const DOCUMENTS: [&str; 2] = ["oci-layout", "index.json"];
+
 /// Writes the files of a layout that the node plugin reads, and no others. Symbolic links are followed.
 pub(super) fn write(layout: &Path, to: &mut impl Write) -> io::Result<()> {
-    for name in ["oci-layout", "index.json"] {
+    for name in DOCUMENTS {
         append(layout, name, to)?;
     }
     match layout.join("blobs/sha256").read_dir() {

@@ -7,30 +7,33 @@ mod artifact_commands;
 mod check_command;
 mod check_config;
 mod check_uninstall;
+mod client_credentials;
 mod completions;
 mod controller_command;
 mod crds;
+mod environment;
 mod gc_command;
 mod import_command;
 mod layout_tar;
 mod logging;
 mod mount_command;
 mod node_command;
+mod output;
 mod pin_commands;
+#[cfg(test)]
+mod reference_pages;
 mod status_command;
 mod text_table;
 mod verify_command;
+mod version_command;
 mod warm_command;
 mod warm_list_status;
 
-use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand, ValueEnum};
-use serde::Serialize;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use sys::mount::syscalls;
-use text::printable::printable;
 
 /// The number of malloc arenas. Threads of a pull start and end; with an arena for each, a third of the memory was
 /// freed by one thread and usable by no other.
@@ -56,14 +59,12 @@ enum Command {
     /// Mount an artifact at a directory, without a kubelet.
     Mount(mount_command::MountArguments),
     /// Unmount what `mount` has mounted.
+    #[command(visible_alias = "umount")]
     Unmount(mount_command::UnmountArguments),
     /// Print the status of the node plugin on this node.
-    #[command(
-        after_help = "Examples:\n  csi-driver-oci status\n  csi-driver-oci status --output json"
-    )]
-    Status(admin_call::AdminCallArguments),
+    Status(status_command::StatusArguments),
     /// List the artifacts on this node and the volumes that show them.
-    #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls --output json")]
+    #[command(after_help = "Examples:\n  csi-driver-oci ls\n  csi-driver-oci ls -o json")]
     Ls(admin_call::AdminCallArguments),
     /// Check what a registry would serve: platforms, files and signatures.
     Check(check_command::CheckArguments),
@@ -74,15 +75,15 @@ enum Command {
     Warm(warm_command::WarmArguments),
     /// Import an artifact from an OCI image layout, without a registry.
     Import(import_command::ImportArguments),
-    /// Pin an artifact on this node, so that it is not evicted.
+    /// Pin artifacts on this node, so that they are not evicted.
     #[command(
-        after_help = "Examples:\n  csi-driver-oci pin registry.example.com/app:v2\n  csi-driver-oci pin registry.example.com/app:v2 --platform linux/arm64"
+        after_help = "Examples:\n  csi-driver-oci pin registry.example.com/app:v2 registry.example.com/model:v1\n  csi-driver-oci pin registry.example.com/app:v2 --platform linux/arm64"
     )]
     Pin(pin_commands::PinArguments),
-    /// Unpin an artifact, so that it can be evicted.
+    /// Unpin artifacts, so that they can be evicted.
     #[command(after_help = "Example:\n  csi-driver-oci unpin registry.example.com/app:v2")]
     Unpin(pin_commands::PinArguments),
-    /// Remove a reference. Mounted content stays until its last unpublish.
+    /// Remove references. Mounted content stays until its last unpublish.
     #[command(after_help = "Example:\n  csi-driver-oci rm registry.example.com/app:v1")]
     Rm(pin_commands::RemoveArguments),
     /// Free disk space.
@@ -98,16 +99,9 @@ enum Command {
     Crds,
     /// Print a script that makes a shell complete commands and flags.
     Completions(completions::CompletionsArguments),
-}
-
-/// The output format.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum OutputFormat {
-    /// Text for people.
-    #[default]
-    Table,
-    /// JSON for programs.
-    Json,
+    /// Print the version of this program.
+    #[command(after_help = "Example:\n  csi-driver-oci version")]
+    Version(output::OutputArguments),
 }
 
 /// A failure as one line.
@@ -115,8 +109,26 @@ type CommandError = String;
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let arguments = CommandLine::parse();
-    let done = match arguments.command {
+    let matches = environment::with_prefix(CommandLine::command()).try_get_matches();
+    let done = match matches.and_then(|matches| CommandLine::from_arg_matches(&matches)) {
+        Ok(arguments) => run(arguments.command),
+        Err(message) if message.exit_code() == 0 => {
+            output::record(message.print());
+            Ok(())
+        }
+        Err(wrong_usage) => wrong_usage.exit(),
+    };
+    match done.and_then(|()| output::check()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::print_error(&format!("csi-driver-oci: {failure}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), CommandError> {
+    match command {
         Command::Node(arguments) => node_command::run(arguments),
         Command::Controller(arguments) => controller_command::run(arguments),
         Command::Mount(arguments) => mount_command::mount(&arguments),
@@ -125,7 +137,7 @@ pub fn main() -> ExitCode {
         Command::Status(arguments) => status_command::run(&arguments),
         Command::Ls(arguments) => artifact_commands::list(&arguments),
         Command::Inspect(arguments) => artifact_commands::inspect(&arguments),
-        Command::Warm(arguments) => warm_command::run(&arguments),
+        Command::Warm(arguments) => warm_command::run(arguments),
         Command::Import(arguments) => import_command::run(&arguments),
         Command::Pin(arguments) => pin_commands::pin(&arguments),
         Command::Unpin(arguments) => pin_commands::unpin(&arguments),
@@ -139,40 +151,13 @@ pub fn main() -> ExitCode {
             completions::run(&arguments);
             Ok(())
         }
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            print_error(&format!("csi-driver-oci: {failure}"));
-            ExitCode::FAILURE
-        }
+        Command::Version(arguments) => version_command::run(&arguments),
     }
 }
 
-/// Writes a line to standard error. A failure is ignored: a terminal that has gone, or a reader that has stopped, does
-/// not end the command, whose exit status reports the result. Names of artifacts and files are untrusted: characters
-/// that could change the terminal or begin another line are escaped.
-fn print_error(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", printable(line));
-}
-
-/// Writes a line to standard output, in the way of [`print_error`].
-fn print(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{}", printable(line));
-}
-
-/// Writes a message with further fields as JSON.
-fn print_json(message: &impl Serialize, more: serde_json::Value) {
-    let mut fields = serde_json::json!(message);
-    if let serde_json::Value::Object(more) = more {
-        more.into_iter().for_each(|(name, value)| fields[name] = value);
-    }
-    print(&fields.to_string());
-}
-
-/// Writes text of this program to standard output, without escapes.
-fn print_text(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Ends the process as wrong usage of the command line does.
+fn wrong_usage(error: &dyn std::fmt::Display) -> ! {
+    CommandLine::command().error(clap::error::ErrorKind::ValueValidation, error).exit()
 }
 
 /// Builds the async runtime of a command.

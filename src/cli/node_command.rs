@@ -4,7 +4,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::logging::{self, LogFormat};
+use super::logging::LogArguments;
 use super::{CommandError, runtime};
 use crate::app::{self, NodeOptions};
 
@@ -18,16 +18,12 @@ An empty endpoint or directory turns the feature off.")]
 pub(super) struct NodeArguments {
     #[command(flatten)]
     options: NodeOptions,
-    /// The log level: error, warn, info, debug or trace.
-    #[arg(long, env = "LOG_LEVEL", default_value = "info")]
-    log_level: String,
-    /// The format of log lines [default: json, text on a terminal].
-    #[arg(long, env = "LOG_FORMAT")]
-    log_format: Option<LogFormat>,
+    #[command(flatten)]
+    log: LogArguments,
 }
 
 pub(super) fn run(arguments: NodeArguments) -> Result<(), CommandError> {
-    logging::start(&arguments.log_level, arguments.log_format)?;
+    arguments.log.start();
     let options = arguments.options.checked()?;
     raise_open_files();
     let runtime = runtime()?;

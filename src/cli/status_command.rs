@@ -1,21 +1,63 @@
 //! `status`: the state of the node plugin.
 
-use serde_json::json;
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
+use clap::Args;
 
 use super::admin_call::AdminCallArguments;
-use super::{CommandError, OutputFormat, print, print_json, warm_list_status};
-use crate::proto::admin::{GetStatusRequest, GetStatusResponse, ScrubStatus};
+use super::output::{is_closed, print_text};
+use super::{CommandError, text_table, warm_list_status};
+use crate::proto::admin::{GetStatusRequest, GetStatusResponse, Pull, ScrubStatus};
 use text::human_units::Bytes;
 
-pub(super) fn run(arguments: &AdminCallArguments) -> Result<(), CommandError> {
-    let status = arguments.call(async |mut client| {
-        client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
-    })?;
-    match arguments.output {
-        OutputFormat::Table => lines(&status).iter().for_each(|line| print(line)),
-        OutputFormat::Json => print_json(&status, json!({"ready": status.not_ready.is_empty()})),
+/// The interval of `--watch`.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// The escape sequence that clears a terminal.
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  csi-driver-oci status
+  csi-driver-oci status --watch
+  csi-driver-oci status -o json")]
+pub(super) struct StatusArguments {
+    /// Print the status again every two seconds if it has changed, until Ctrl-C.
+    #[arg(short, long)]
+    watch: bool,
+    #[command(flatten)]
+    admin: AdminCallArguments,
+}
+
+pub(super) fn run(arguments: &StatusArguments) -> Result<(), CommandError> {
+    let output = &arguments.admin.output;
+    let is_terminal = std::io::stdout().is_terminal();
+    let mut last = None;
+    loop {
+        let status = arguments.admin.call(async |mut client| {
+            client.get_status(GetStatusRequest {}).await.map(tonic::Response::into_inner)
+        })?;
+        if last.as_ref() != Some(&status) {
+            if arguments.watch && is_terminal && output.is_text() {
+                print_text(CLEAR);
+            } else if last.is_some() {
+                output.text("");
+            }
+            output.result(&status, || lines(&status))?;
+        }
+        if !arguments.watch || is_closed() {
+            return Ok(());
+        }
+        last = Some(status);
+        std::thread::sleep(INTERVAL);
     }
-    Ok(())
+}
+
+/// Returns a line such as `r.io/app  sha256:...  45% (1.0 GiB of 2.2 GiB), ... for namespace default`.
+fn pull_line(pull: &Pull) -> String {
+    let (digest, tenants) = (text_table::short(&pull.digest), pull.tenants.join(", "));
+    format!("            {}  {digest}  {}; for {tenants}", pull.repository, pull.progress)
 }
 
 /// Returns a summary such as `3.4 GiB in 12 objects since the start, 0 damaged; 5 h behind`.
@@ -33,10 +75,7 @@ fn scrub_summary(scrub: &ScrubStatus) -> String {
 }
 
 fn lines(status: &GetStatusResponse) -> Vec<String> {
-    let ready = match status.not_ready.as_str() {
-        "" => "ready",
-        reason => reason,
-    };
+    let ready = if status.ready { "yes".to_owned() } else { format!("no: {}", status.reason) };
     let registered = match status.registered {
         Some(true) => "yes",
         Some(false) => "not yet",
@@ -53,7 +92,7 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
     let mut rows = vec![
         ("driver", format!("{} {}", status.driver_name, status.version)),
         ("node", status.node_id.clone()),
-        ("content", ready.to_owned()),
+        ("ready", ready),
         ("registered", registered.to_owned()),
         ("published", format!("{} volumes", status.published)),
         ("cache", format!("{cached} in {objects} objects, {pinned} pinned")),
@@ -77,10 +116,14 @@ fn lines(status: &GetStatusResponse) -> Vec<String> {
             format!("{count} objects of an earlier format, read back before they are shown"),
         ));
     }
-    if !status.warm.is_empty() {
-        rows.push(("kept warm", warm_list_status::summary(&status.warm)));
-    }
     let mut lines: Vec<_> = rows.iter().map(|(name, value)| format!("{name:<12}{value}")).collect();
-    lines.extend(warm_list_status::lines(&status.warm));
+    if !status.pulls.is_empty() {
+        lines.push(format!("pulling     {} artifacts", status.pulls.len()));
+        lines.extend(status.pulls.iter().map(pull_line));
+    }
+    if !status.warm.is_empty() {
+        lines.push(format!("kept warm   {}", warm_list_status::summary(&status.warm)));
+        lines.extend(warm_list_status::lines(&status.warm));
+    }
     lines
 }

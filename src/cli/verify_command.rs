@@ -3,21 +3,21 @@
 use clap::Args;
 use serde_json::json;
 
-use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{CommandError, OutputFormat, print, print_json};
+use super::CommandError;
+use super::admin_call::{AdminCallArguments, ended_early, unless_interrupted};
 use crate::proto::admin::verify_event::Event;
-use crate::proto::admin::{VerifyRequest, VerifySummary};
+use crate::proto::admin::{Finding, Repair, VerifyRequest, VerifySummary};
 use text::human_units::Bytes;
 
 /// Arguments of `verify`.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "No further volume shows damaged content; volumes that have it mounted keep it. The exit status is 1 while
-damaged content has not been fetched again.
+    after_help = "No further volume shows damaged content; volumes that have it mounted keep it. The exit status
+is 1 while damaged content has not been fetched again.
 
 Examples:
   csi-driver-oci verify
-  csi-driver-oci verify --repair --output json"
+  csi-driver-oci verify --repair -o json"
 )]
 pub(super) struct VerifyArguments {
     /// Fetch damaged content again, into a new generation.
@@ -28,7 +28,7 @@ pub(super) struct VerifyArguments {
 }
 
 pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
-    let (repair, output) = (arguments.repair, arguments.admin.output);
+    let (repair, output) = (arguments.repair, &arguments.admin.output);
     let (mut findings, mut repairs) = (Vec::new(), Vec::new());
     let mut unread = 0;
     let summary = arguments.admin.call(async |mut client| {
@@ -40,39 +40,39 @@ pub(super) fn run(arguments: &VerifyArguments) -> Result<(), CommandError> {
                     Some(Event::Finding(finding)) => {
                         let is_unread = finding.kind == "unread";
                         unread += u64::from(is_unread);
-                        if output == OutputFormat::Table {
-                            let (kind, path, detail) = (finding.kind, finding.path, finding.detail);
-                            let damaged = if is_unread { "" } else { "damaged " };
-                            print(&format!("{damaged}{kind}  {path}: {detail}"));
-                        } else {
-                            findings.push(finding);
-                        }
+                        let Finding { kind, path, detail, .. } = &finding;
+                        let damaged = if is_unread { "" } else { "damaged " };
+                        output.text(&format!("{damaged}{kind}  {path}: {detail}"));
+                        findings.push(finding);
                     }
                     Some(Event::Repair(repair)) => {
-                        if output == OutputFormat::Table {
-                            let done =
-                                if repair.done { "fetched again by" } else { "not fetched:" };
-                            print(&format!("{}  {done} {}", repair.manifest, repair.detail));
+                        let Repair { digest, reference, reason, .. } = &repair;
+                        output.text(&if repair.done {
+                            format!("{digest}  fetched again by {reference}")
                         } else {
-                            repairs.push(repair);
-                        }
+                            format!("{digest}  not fetched: {reason}")
+                        });
+                        repairs.push(repair);
                     }
                     Some(Event::Summary(last)) => summary = Some(last),
                     None => {}
                 }
             }
-            summary
-                .ok_or_else(|| tonic::Status::internal("the node plugin ended before it was done"))
+            summary.ok_or_else(ended_early)
         })
         .await
     })?;
     let VerifySummary { objects, bytes, findings: found, unrepaired } = summary;
-    if output == OutputFormat::Json {
-        print_json(&summary, json!({"findings": findings, "repairs": repairs}));
-    } else {
-        let read = Bytes(bytes);
-        print(&format!("{objects} objects and {read} read back, {found} findings"));
-    }
+    let document = json!({
+        "objects": objects,
+        "bytes": bytes,
+        "findings": findings,
+        "repairs": repairs,
+        "unrepaired": unrepaired,
+    });
+    output.result(&document, || {
+        vec![format!("{objects} objects and {} read back, {found} findings", Bytes(bytes))]
+    })?;
     match (found.saturating_sub(unread), unrepaired) {
         (_, 0) if unread > 0 => Err(format!(
             "{unread} objects could not be read back: do what is said of them, and run `verify` again"

@@ -8,10 +8,13 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::admin_call::{AdminCallArguments, unless_interrupted};
-use super::{CommandError, OutputFormat, print, print_error, text_table};
+use super::admin_call::{AdminCallArguments, ended_early, platform_text, unless_interrupted};
+use super::client_credentials::{docker_config, for_person};
+use super::output::{OutputArguments, print, print_error};
+use super::{CommandError, text_table};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
+use oci::{Platform, Reference};
 use text::human_units::Bytes;
 
 /// The interval of lines with the progress of an artifact, without a terminal.
@@ -28,70 +31,68 @@ Examples:
 pub(super) struct WarmArguments {
     /// The references to fetch.
     #[arg(required_unless_present = "file")]
-    references: Vec<String>,
+    references: Vec<Reference>,
     /// A file with one reference a line. Empty lines and comments after # are ignored.
     #[arg(long, value_name = "LIST")]
     file: Option<PathBuf>,
     /// Pin each artifact on this node until `unpin`.
     #[arg(long)]
     pin: bool,
-    /// The docker config.json with credentials for the registries.
+    /// The docker config.json with credentials [default: the files of docker and podman].
     #[arg(long, value_name = "FILE")]
     docker_config: Option<PathBuf>,
     /// The platform to choose from an index, such as `linux/arm64` [default: the node's].
-    #[arg(long, default_value = "")]
-    platform: String,
+    #[arg(long)]
+    platform: Option<Platform>,
     #[command(flatten)]
     admin: AdminCallArguments,
 }
 
-pub(super) fn run(arguments: &WarmArguments) -> Result<(), CommandError> {
-    let (references, wrong) = arguments.references()?;
-    let docker_config = match &arguments.docker_config {
-        Some(path) => std::fs::read(path).map_err(|error| {
-            format!("the credentials {} cannot be read: {error}", path.display())
-        })?,
-        None => Vec::new(),
-    };
+pub(super) fn run(mut arguments: WarmArguments) -> Result<(), CommandError> {
+    let wrong = arguments.read_list()?;
+    let references = &arguments.references;
+    let docker_config = docker_config(arguments.docker_config.as_deref(), references)?;
     let count = references.len() + wrong.len();
     let request = WarmRequest {
-        references,
-        platform: arguments.platform.clone(),
+        references: references.iter().map(Reference::to_string).collect(),
+        platform: platform_text(arguments.platform.as_ref()),
         pin: arguments.pin,
         docker_config,
     };
-    let mut display = ProgressDisplay::new(arguments.admin.output);
+    let output = &arguments.admin.output;
+    let mut display = ProgressDisplay::new(output);
     for line in &wrong {
         display.show(line);
     }
     let ended = arguments.admin.call(async |mut client| {
         unless_interrupted(async {
-            if request.references.is_empty() {
+            let request_count = request.references.len();
+            if request_count == 0 {
                 return Ok(Vec::new());
             }
             let mut events = client.warm(request).await?.into_inner();
             let mut ended = Vec::new();
-            while let Some(event) = events.message().await? {
+            while let Some(mut event) = events.message().await? {
+                if let Ok(reference) = event.reference.parse() {
+                    event.reason = for_person(&event.reason, &reference);
+                }
                 display.show(&event);
                 if event.state() != State::Pulling {
                     ended.push(event);
                 }
             }
-            Ok(ended)
+            if ended.len() == request_count { Ok(ended) } else { Err(ended_early()) }
         })
         .await
     });
     display.end();
     let ended = [wrong, ended?].concat();
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
-    if arguments.admin.output == OutputFormat::Json {
-        let list: Vec<_> = ended.iter().map(json).collect();
-        print(&serde_json::Value::from(list).to_string());
-    }
-    match (failed.len(), ended.len() == count) {
-        (0, true) => Ok(()),
-        (_, false) => Err("the node plugin ended before it was done: run the command again".into()),
-        (failures, true) => {
+    // For people, the display has shown them.
+    output.result(&ended.iter().map(json).collect::<Vec<_>>(), Vec::new)?;
+    match failed.len() {
+        0 => Ok(()),
+        failures => {
             let names: Vec<_> = failed.iter().map(|event| event.reference.as_str()).collect();
             Err(format!("{failures} of {count} are not on this node: {}", names.join(", ")))
         }
@@ -99,11 +100,10 @@ pub(super) fn run(arguments: &WarmArguments) -> Result<(), CommandError> {
 }
 
 impl WarmArguments {
-    /// Returns the references of the command line and the file, and the lines of the file that are invalid: they count
-    /// as failed, and the others are fetched.
-    fn references(&self) -> Result<(Vec<String>, Vec<WarmEvent>), CommandError> {
-        let (mut references, mut wrong) = (self.references.clone(), Vec::new());
-        let Some(file) = &self.file else { return Ok((references, wrong)) };
+    /// Adds the references of the file. Returns its invalid lines: they count as failed, and the others are fetched.
+    fn read_list(&mut self) -> Result<Vec<WarmEvent>, CommandError> {
+        let mut wrong = Vec::new();
+        let Some(file) = &self.file else { return Ok(wrong) };
         let shown = file.display();
         let text = std::fs::read_to_string(file)
             .map_err(|error| format!("the list {shown} cannot be read: {error}"))?;
@@ -112,8 +112,8 @@ impl WarmArguments {
             if line.is_empty() {
                 continue;
             }
-            match line.parse::<oci::Reference>() {
-                Ok(_) => references.push(line.to_owned()),
+            match line.parse::<Reference>() {
+                Ok(reference) => self.references.push(reference),
                 Err(error) => wrong.push(WarmEvent {
                     reference: format!("line {} of {shown}", number + 1),
                     state: State::Failed.into(),
@@ -122,25 +122,24 @@ impl WarmArguments {
                 }),
             }
         }
-        if references.is_empty() && wrong.is_empty() {
+        if self.references.is_empty() && wrong.is_empty() {
             return Err(format!("the list {shown} names nothing"));
         }
-        Ok((references, wrong))
+        Ok(wrong)
     }
 }
 
 /// The display of progress: bars on a terminal; otherwise a line for each end, and rarely one for a long pull.
-struct ProgressDisplay {
-    output: OutputFormat,
+struct ProgressDisplay<'a> {
+    output: &'a OutputArguments,
     bars: Option<MultiProgress>,
     by_reference: HashMap<String, ProgressBar>,
     last_lines: HashMap<String, Instant>,
 }
 
-impl ProgressDisplay {
-    fn new(output: OutputFormat) -> Self {
-        let bars = (output == OutputFormat::Table && std::io::stderr().is_terminal())
-            .then(MultiProgress::new);
+impl<'a> ProgressDisplay<'a> {
+    fn new(output: &'a OutputArguments) -> Self {
+        let bars = (output.is_text() && std::io::stderr().is_terminal()).then(MultiProgress::new);
         Self { output, bars, by_reference: HashMap::new(), last_lines: HashMap::new() }
     }
 
@@ -164,14 +163,13 @@ impl ProgressDisplay {
                     _ => format!(
                         "done    {}  {}  {}",
                         event.reference,
-                        text_table::short(&event.manifest),
+                        text_table::short(&event.digest),
                         Bytes(event.total_bytes)
                     ),
                 };
-                match (self.output, &self.bars) {
-                    (OutputFormat::Json, _) => {}
-                    (OutputFormat::Table, Some(bars)) => bars.suspend(|| print(&line)),
-                    (OutputFormat::Table, None) => print(&line),
+                match &self.bars {
+                    Some(bars) => bars.suspend(|| print(&line)),
+                    None => self.output.text(&line),
                 }
             }
         }
@@ -181,7 +179,7 @@ impl ProgressDisplay {
         let Some(bars) = &self.bars else {
             let last_lines =
                 self.last_lines.entry(event.reference.clone()).or_insert_with(Instant::now);
-            if self.output == OutputFormat::Table && last_lines.elapsed() >= LINE_INTERVAL {
+            if self.output.is_text() && last_lines.elapsed() >= LINE_INTERVAL {
                 *last_lines = Instant::now();
                 print_error(&line(event));
             }
@@ -214,7 +212,7 @@ fn json(event: &WarmEvent) -> serde_json::Value {
     serde_json::json!({
         "reference": event.reference,
         "done": !failed,
-        "manifest": event.manifest,
+        "digest": event.digest,
         "bytes": event.total_bytes,
         "reason": event.reason,
     })

@@ -27,12 +27,12 @@ pub(super) fn lines(all: &[WarmReference]) -> impl Iterator<Item = String> {
 /// Describes the state of a reference, or returns `None` if it is present without more to say.
 pub(super) fn describe(warm: &WarmReference) -> Option<String> {
     let next = warm.next_seconds.map_or(" now".to_owned(), |seconds| format!(" in {seconds}s"));
-    match (warm.state(), warm.reason.as_str(), warm.newer.as_str()) {
+    match (warm.state(), warm.reason.as_str(), warm.newer_digest.as_str()) {
         (State::Present, "", "") | (State::Unspecified, ..) => None,
         (State::Present, "", newer) => Some(format!(
             "its tag means {} by now, which is here too; pods with IfNotPresent get {}",
             text_table::short(newer),
-            text_table::short(&warm.manifest)
+            text_table::short(&warm.digest)
         )),
         (State::Present, reason, _) => Some(format!("present; again{next}, as {reason}")),
         (State::Pulling, ..) => {

@@ -80,7 +80,7 @@ pub fn detach(path: &TargetPath) -> Result<DetachedTarget, VolumeError> {
             return Ok(detached);
         };
         let Some(tree) = MountedTree::of(&top) else {
-            tracing::warn!(target = %path, root = %top.root.display(), filesystem = top.filesystem,
+            tracing::warn!(%path, root = %top.root.display(), filesystem = top.filesystem,
                 "a mount that is not this driver's stays");
             let stack = target.stack().map_err(failed(path, "look at"))?;
             if stack.iter().any(|origin| MountedTree::of(origin).is_some()) {

@@ -38,8 +38,8 @@ fn a_preload_is_ready_when_all_nodes_have_it_and_is_let_go_when_it_is_deleted() 
     let kept = |name: &str| -> serde_json::Value {
         let list = in_driver(name, &["ls", "--output", "json"]).expect("the node's list");
         let list: serde_json::Value = serde_json::from_str(&list).expect("JSON");
-        let entries = list.as_array().expect("a list");
-        let entry = entries.iter().find(|entry| entry["manifest"] == artifact.digest.as_str());
+        let entries = list["artifacts"].as_array().expect("a list");
+        let entry = entries.iter().find(|entry| entry["digest"] == artifact.digest.as_str());
         entry.unwrap_or_else(|| panic!("{} is not on {name}: {list}", artifact.digest)).clone()
     };
     let is_pinned = |name: &str| kept(name)["pins"].as_array().is_some_and(|pins| !pins.is_empty());

@@ -78,8 +78,8 @@ fn pins_hold_and_have_owners() {
     assert!(admin.refused(&["pin", &reference]).contains("warm it first"));
     let (volume, _) = node.mount(&reference);
     unpublish(&node, &admin, &volume);
-    assert_eq!(admin.json(&["pin", &reference])["manifest"], artifact.digest.as_str());
-    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
+    assert_eq!(admin.json(&["pin", &reference])[0]["digest"], artifact.digest.as_str());
+    assert_eq!(admin.json(&["ls"])["artifacts"][0]["pins"], json!(["admin"]));
     assert!(admin.refused(&["rm", &reference]).contains("pinned by admin"));
     admin.text(&["gc", "--target", "0"]);
     assert!(admin.holds(&reference), "pins outlive collections");
@@ -95,6 +95,41 @@ fn pins_hold_and_have_owners() {
     admin.text(&["gc", "--target", "0"]);
     assert!(!admin.holds(&reference));
     drop(kubelet);
+}
+
+#[test]
+fn several_references_are_pinned_unpinned_and_removed_at_once() {
+    let (node, admin) = Admin::start(ROOMY);
+    let [one, two] = [(); 2].map(|()| node.proxy.reference(&node.small_artifact().name));
+    let missing = node.proxy.reference("there/is/none:v1");
+    admin.text(&["warm", "-q", &one, &two]);
+    let told = admin.ask(&["pin", "-o", "yaml", &one, &missing, &two]);
+    assert_eq!(told.status.code(), Some(1));
+    let (out, err) = (String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
+    assert!(out.starts_with("- ") && out.contains(&one) && out.contains(&two), "{out}");
+    assert!(err.contains(&missing) && err.lines().count() == 1, "{err}");
+    let mut names = [one.as_str(), two.as_str()];
+    names.sort_unstable();
+    assert_eq!(admin.text(&["ls", "-q"]).lines().collect::<Vec<_>>(), names);
+    assert_eq!(admin.json(&["unpin", &one, &two])[1]["reference"], two.as_str());
+    let removed = admin.json(&["rm", &one, &two]);
+    assert_eq!((&removed[0]["reference"], &removed[1]["keptBy"]), (&json!(one), &json!([])));
+    assert_eq!(admin.json(&["ls"])["artifacts"], json!([]));
+}
+
+#[test]
+fn a_dry_run_tells_what_is_too_young_to_be_evicted() {
+    let (node, admin) = Admin::start(&ROOMY.replace("minimumAge: 0s", "minimumAge: 1h"));
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let (volume, _) = node.mount(&reference);
+    let dry = ["gc", "--dry-run", "--target", "0"];
+    assert_eq!(admin.json(&dry)["youngBytes"], 0, "what is mounted stays anyway");
+    unpublish(&node, &admin, &volume);
+    let collected = admin.json(&dry);
+    assert!(collected["youngBytes"].as_u64() > Some(0), "{collected}");
+    assert_eq!((&collected["dryRun"], &collected["victims"]), (&json!(true), &json!([])));
+    let told = admin.text(&dry);
+    assert!(told.contains("stay only because they are younger than cache.minimumAge"), "{told}");
 }
 
 #[test]
@@ -119,7 +154,7 @@ fn inspect_tells_what_a_reference_means() {
     let reference = image(&node);
     let (_volume, _) = node.mount_with(&reference, |volume| volume.attribute("include", "etc/o*"));
     let inspected = admin.json(&["inspect", &reference]);
-    assert_eq!(inspected["meanings"][0]["layers"][0]["mediaType"], OCI_TAR_GZIP);
+    assert_eq!(inspected["resolutions"][0]["layers"][0]["mediaType"], OCI_TAR_GZIP);
     assert_eq!(inspected["artifacts"][0]["include"], "etc/o*");
     assert!(admin.text(&["inspect", &reference]).contains("include=etc/o*"));
     assert!(admin.refused(&["inspect", "r.io/none:v1"]).contains("not on this node"));
@@ -141,7 +176,7 @@ fn warm_fetches_pins_and_names_what_failed() {
     assert!(out.contains(&format!("done    {good}")), "{out}");
     assert!(out.contains(&format!("failed  {bad}")), "{out}");
     assert!(err.contains("1 of 2") && err.contains(&bad), "{err}");
-    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["admin"]));
+    assert_eq!(admin.json(&["ls"])["artifacts"][0]["pins"], json!(["admin"]));
     node.proxy.take_requests();
     node.mount(&good);
     assert_eq!(node.proxy.requests().len(), 0, "a warm node asks no registry");
@@ -434,6 +469,11 @@ fn a_bad_layout_is_refused_and_leaves_nothing() {
         admin.refused(&["import", folder.to_str().expect("a path"), "--as", "bad.invalid/app:v1"])
     };
     assert!(import(Path::new("/nonexistent")).contains("cannot be read"));
+    let told = import(&node.sandbox.folder("empty"));
+    assert!(told.contains("is no OCI image layout: it has no oci-layout"), "{told}");
+    let picture = node.sandbox.path().join("picture.png");
+    fs::write(&picture, noise(5000, 4)).expect("a file");
+    assert!(import(&picture).contains("send a tar of an OCI image layout"));
     // Standard input may contain anything.
     let mut command = admin.command(&["import", "-", "--as", "bad.invalid/app:v1"]);
     let output = command.stdin(Stdio::null()).output().expect("the binary");
@@ -523,7 +563,11 @@ fn a_single_flipped_byte_in_a_layer_is_found_and_repaired() {
     node.kubelet.unpublish(&mounted);
     wait_until("the damaged generation goes with its last unpublish", || {
         let list = admin.json(&["ls"]);
-        list.as_array().expect("a list").iter().all(|artifact| artifact["damaged"] == false)
+        list["artifacts"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .all(|artifact| artifact["damaged"] == false)
     });
 }
 

@@ -41,16 +41,16 @@ fn files_sizes_and_modes_of_files_and_archives_are_told() {
     let reference = |tag: &str| format!("{}/{repository}:{tag}", registry().host());
     let report = passes(&[&reference("files")]);
     let manifest = &report["manifests"][0];
-    assert_eq!(manifest["files_are_complete"], true);
+    assert_eq!(manifest["filesAreComplete"], true);
     let file = |path: &str| {
         let files = manifest["files"].as_array().expect("files");
         files.iter().find(|file| file["path"] == path).expect("the file").clone()
     };
     assert_eq!(
-        (file("tool")["executable"].clone(), file("notes.txt")["size"].clone()),
+        (file("tool")["executable"].clone(), file("notes.txt")["bytes"].clone()),
         (true.into(), 5.into())
     );
-    assert_eq!(passes(&[&reference("image")])["manifests"][0]["files_are_complete"], false);
+    assert_eq!(passes(&[&reference("image")])["manifests"][0]["filesAreComplete"], false);
     passes(&[
         &reference("image"),
         "--require-file",
@@ -113,9 +113,9 @@ fn a_signature_is_demanded_with_a_key() {
     fails(&[&reference, "--key", &key(&signer)], "not signed");
     signer.sign(Format::Bundle, registry(), &artifact.repository, &artifact.digest);
     let report = passes(&[&reference, "--key", &key(&signer)]);
-    assert_eq!(report["manifests"][0]["signatures"], "verified");
+    assert_eq!(report["manifests"][0]["signatures"]["state"], "verified");
     fails(&[&reference, "--key", &key(&stranger)], "none of the demanded keys");
-    assert_eq!(passes(&[&reference])["manifests"][0]["signatures"]["unverified"], 1);
+    assert_eq!(passes(&[&reference])["manifests"][0]["signatures"]["count"], 1);
     fails(&[&reference, "--key", "/missing.pub"], "/missing.pub");
 }
 
@@ -179,7 +179,7 @@ fn without_a_key_signatures_that_cannot_be_looked_up_fail_nothing() {
             fake.script(move |request| request.path.contains(place).then(|| Answer::status(code)));
             let reference = fake.reference("v1");
             let report = passes(&[&reference]);
-            let reason = report["manifests"][0]["signatures"]["unknown"].to_string();
+            let reason = report["manifests"][0]["signatures"]["reason"].to_string();
             assert!(reason.contains(&code.to_string()), "{report}");
             assert_eq!(report["manifests"][0]["files"][0]["path"], "file");
             let output = check(&[&reference]);

@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::support::{
-    Proxy, Sandbox, SmallArtifact, Tree, clean_environment, commands, mounts_at, registry,
-    small_artifact, tool,
+    Layer, Manifest, Proxy, Sandbox, SmallArtifact, Tree, clean_environment, commands, mounts_at,
+    registry, small_artifact, tool, unique,
 };
 
 /// A developer's machine: a sandbox, a state directory, a registry.
@@ -58,10 +58,241 @@ fn mount_shows_the_artifact_and_unmount_takes_it_away() {
     assert!(fs::write(machine.folder.join("new"), "x").is_err());
     assert_done(&machine.command("unmount", &[machine.folder()]));
     assert_eq!(mounts_at(&machine.folder), []);
-    // The second mount uses the cache.
+    // A tag is asked for again, unless the policy says otherwise.
     machine.proxy.go_down();
+    let output = machine.command("mount", &[&machine.reference(), machine.folder()]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("`--pull-policy IfNotPresent` mounts what"), "{message}");
+    let cached = ["--pull-policy=IfNotPresent", &machine.reference(), machine.folder()];
+    assert_done(&machine.command("mount", &cached));
+    assert_done(&machine.command("umount", &[machine.folder()]));
+}
+
+#[test]
+fn mount_shows_what_was_pushed_last() {
+    let machine = Machine::new();
+    let mounted = || {
+        assert_done(&machine.command("mount", &[&machine.reference(), machine.folder()]));
+        let content = fs::read_to_string(machine.folder.join("file.txt")).expect("the file");
+        assert_done(&machine.command("unmount", &[machine.folder()]));
+        content
+    };
+    assert_eq!(mounted(), machine.artifact.content);
     assert_done(&machine.command("mount", &[&machine.reference(), machine.folder()]));
+    let moved = unique("moved");
+    Manifest::artifact([Layer::titled("file.txt", moved.as_str())]).push(
+        registry(),
+        &machine.artifact.repository,
+        "v1",
+    );
+    // What is mounted shows what it showed.
+    let output = machine.command("mount", &[&machine.reference(), machine.folder()]);
+    assert_eq!(output.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains(&machine.artifact.digest) && message.contains("unmount it first"));
     assert_done(&machine.command("unmount", &[machine.folder()]));
+    assert_eq!(mounted(), moved);
+}
+
+#[test]
+fn the_cache_of_mount_is_listed_and_cleared() {
+    let machine = Machine::new();
+    let list = || -> serde_json::Value {
+        let output = machine.command("mount", &["--list", "-o", "json"]);
+        assert_done(&output);
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    assert_eq!(list()["artifacts"], serde_json::json!([]));
+    let quiet = machine.command("mount", &["-q", &machine.reference(), machine.folder()]);
+    assert_done(&quiet);
+    assert_eq!((quiet.stdout, quiet.stderr), (Vec::new(), Vec::new()));
+    assert_eq!(list()["artifacts"][0]["volumes"], serde_json::json!([machine.folder()]));
+    let names = machine.command("mount", &["--list", "-q"]);
+    assert_eq!(String::from_utf8_lossy(&names.stdout), format!("{}\n", machine.reference()));
+    // What is mounted stays.
+    assert_done(&machine.command("mount", &["--clear"]));
+    assert_eq!(list()["artifacts"][0]["digest"], machine.artifact.digest.as_str());
+    assert_eq!(Tree::of(&machine.folder).names(), ["file.txt"]);
+    // Unmounted by another program: the record is stale.
+    nix::mount::umount(&machine.folder).expect("unmounted");
+    let output = machine.command("mount", &["--clear"]);
+    assert_done(&output);
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(told.contains("freed; the cache has 0 B now"), "{told}");
+    assert_eq!(list()["artifacts"], serde_json::json!([]));
+}
+
+/// Runs the binary.
+fn run_with(arguments: &[&str], set: impl FnOnce(&mut Command)) -> (Option<i32>, String, String) {
+    let mut command = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
+    clean_environment(&mut command);
+    set(command.args(arguments));
+    let Output { status, stdout, stderr } = command.output().expect("the binary");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (status.code(), text(stdout), text(stderr))
+}
+
+#[test]
+fn mounts_without_the_capability_say_what_they_need() {
+    for command in [&["mount", "r.io/app:v1", "/mnt"] as &[_], &["unmount", "/mnt"]] {
+        let mut setpriv = tool("setpriv");
+        clean_environment(&mut setpriv);
+        setpriv.args(["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]);
+        let output = setpriv.arg(env!("CARGO_BIN_EXE_csi-driver-oci")).args(command).output();
+        let output = output.expect("setpriv");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("need root (CAP_SYS_ADMIN): use `sudo`"), "{told}");
+    }
+}
+
+#[test]
+fn the_version_is_a_command_too() {
+    let version = env!("CARGO_PKG_VERSION");
+    let (status, text, _) = run_with(&["version"], |_| ());
+    assert!(status == Some(0) && text.starts_with(&format!("csi-driver-oci {version} linux/")));
+    let (_, text, _) = run_with(&["version", "-o", "yaml"], |_| ());
+    assert!(text.contains(&format!("version: \"{version}\"\n")), "{text}");
+    assert_eq!(run_with(&["version", "-q"], |_| ()), (Some(0), String::new(), String::new()));
+}
+
+#[test]
+fn wrong_values_are_wrong_usage() {
+    for arguments in [
+        &["mount", "r.io/app:v1", "/mnt", "--pull-policy", "Sometimes"] as &[_],
+        &["mount", "r.io/app:v1", "/mnt", "--permissions", "All"],
+        &["mount", "r.io/app:v1", "/mnt", "--platform", "plan9"],
+        &["mount", "r.io/app:v1", "/mnt", "--file-mode", "rwx"],
+        &["mount", "r.io/app:v1", "/mnt", "--include", "["],
+        &["mount", "https://r.io/app:v1", "/mnt"],
+        &["mount", "r.io/App:v1", "/mnt"],
+        &["mount", "--list", "--clear"],
+        &["warm", "not a reference"],
+        &["warm", "r.io/app:v1", "--platform", "plan9"],
+        &["inspect", "not a reference"],
+        &["pin", "r.io/app:v1", "not a reference"],
+        &["pin"],
+        &["rm"],
+        &["import", "layout", "--as", "not a reference"],
+        &["ls", "--admin-endpoint", ""],
+        &["ls", "--admin-endpoint", "relative"],
+        &["ls", "-o", "xml"],
+        &["check-uninstall", "--driver-name", "No_Name"],
+        &["node", "--node-id", ""],
+        &["node", "--node-id", "one", "--kubelet-dir", "relative"],
+        &["node", "--node-id", "one", "--log-level", "verbose"],
+        &["node", "--node-id", "one", "--health-endpoint", "localhost"],
+        &["controller", "--identity", "", "--namespace", "default"],
+        &["controller", "--identity", "one", "--namespace", "default", "--log-level", "loud"],
+    ] {
+        let (status, _, told) = run_with(arguments, |_| ());
+        assert_eq!(status, Some(2), "{arguments:?}: {told}");
+        assert!(told.starts_with("error: "), "{arguments:?}: {told}");
+    }
+    let (_, _, told) = run_with(&["check", "https://r.io/Team/App:v1"], |_| ());
+    assert!(told.contains("write \"r.io/team/app:v1\""), "{told}");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    for arguments in [
+        &["--help"] as &[_],
+        &["version"],
+        &["crds"],
+        &["completions", "bash"],
+        &["version", "-o", "json"],
+    ] {
+        let full = || fs::File::options().write(true).open("/dev/full").expect("the device");
+        let (status, _, told) = run_with(arguments, |command| {
+            command.stdout(full());
+        });
+        assert_eq!(status, Some(1), "{arguments:?}");
+        assert!(told.contains("standard output cannot be written: No space left"), "{told}");
+    }
+}
+
+#[test]
+fn variables_have_a_prefix_and_earlier_names_count_without_it() {
+    let invalid = |name: &str, value: &str| {
+        let node = ["node", "--node-id=one"];
+        let (status, _, told) = run_with(&node, |command| {
+            command.env("CSI_OCI_ENDPOINT", "nowhere").env("CSI_ENDPOINT", "").env(name, value);
+        });
+        assert_eq!(status, Some(2), "{told}");
+        told
+    };
+    assert!(invalid("CSI_OCI_LOG_LEVEL", "loud").contains("nowhere"), "the first wrong value");
+    let endpoint = |variables: &[(&str, &str)]| {
+        let (_, _, told) = run_with(&["ls"], |command| {
+            command.envs(variables.iter().copied());
+        });
+        told
+    };
+    let (old, new) =
+        (("ADMIN_ENDPOINT", "unix:///old.sock"), ("CSI_OCI_ADMIN_ENDPOINT", "unix:///new.sock"));
+    assert!(endpoint(&[old]).contains("/old.sock"));
+    assert!(endpoint(&[new]).contains("/new.sock"));
+    assert!(endpoint(&[old, new]).contains("/new.sock"));
+    assert!(endpoint(&[]).contains("/run/csi-driver-oci/admin.sock"));
+}
+
+#[test]
+fn switches_in_the_environment_take_numbers_and_words() {
+    for (value, accepted) in [("1", true), ("true", true), ("yes", true), ("0", true), ("2", false)]
+    {
+        // Ends with the next wrong value.
+        let (status, _, told) = run_with(&["node", "--node-id=one"], |command| {
+            command.envs([("FLEET", value), ("CSI_OCI_EVENTS", value), ("LEASES", "Never")]);
+        });
+        assert_eq!(status, Some(2));
+        assert_eq!(told.contains("--leases"), accepted, "{value}: {told}");
+    }
+}
+
+#[test]
+fn no_color_is_respected_on_a_terminal() {
+    let shown = |set: &[(&str, &str)], arguments: &str| {
+        let mut script = tool("script");
+        clean_environment(&mut script);
+        let line = format!("{} {arguments}", env!("CARGO_BIN_EXE_csi-driver-oci"));
+        script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        let output = script.env("TERM", "xterm").envs(set.iter().copied()).output();
+        String::from_utf8(output.expect("script").stdout).expect("text")
+    };
+    for arguments in ["--help", "no-such-command", "ls -v --admin-endpoint=/nonexistent.sock"] {
+        assert!(shown(&[], arguments).contains('\x1b'), "{arguments}");
+        let plain = shown(&[("NO_COLOR", "1")], arguments);
+        assert!(!plain.is_empty() && !plain.contains('\x1b'), "{arguments}: {plain}");
+    }
+}
+
+#[test]
+fn bash_completes_commands_flags_and_values() {
+    let (_, script, _) = run_with(&["completions", "bash"], |_| ());
+    let complete = |words: &[&str]| -> Vec<String> {
+        let words = words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+        let ask = format!(
+            "{script}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n\
+             function_of=$(complete -p csi-driver-oci | sed 's/.*-F \\([^ ]*\\) .*/\\1/')\n\
+             $function_of csi-driver-oci \"${{COMP_WORDS[COMP_CWORD]}}\" \"${{COMP_WORDS[COMP_CWORD-1]}}\"\n\
+             printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        );
+        let text = crate::support::run(tool("bash").args(["--norc", "-c", &ask]));
+        text.lines().map(str::to_owned).collect()
+    };
+    let program = "csi-driver-oci";
+    assert_eq!(complete(&[program, "sta"]), ["status"]);
+    assert_eq!(complete(&[program, "mount", "--pull-p"]), ["--pull-policy"]);
+    assert_eq!(
+        complete(&[program, "mount", "--pull-policy", ""]),
+        ["Always", "IfNotPresent", "Never"]
+    );
+    assert_eq!(complete(&[program, "ls", "-o", "y"]), ["yaml"]);
+    assert_eq!(complete(&[program, "ls", "--output", ""]), ["table", "json", "yaml"]);
+    assert_eq!(complete(&[program, "node", "--log-level", "d"]), ["debug"]);
+    assert_eq!(complete(&[program, "node", "--leases", "D"]), ["Disable"]);
+    assert_eq!(complete(&[program, "completions", "z"]), ["zsh"]);
 }
 
 #[test]

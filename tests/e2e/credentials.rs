@@ -7,8 +7,8 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Layer, Manifest, Node, Pod, Proxy, Registry, Sandbox, Volume, private_registry, unique,
-    wait_until,
+    Admin, Layer, Manifest, Node, Pod, Proxy, Registry, Sandbox, Volume, clean_environment,
+    private_registry, registry, small_artifact, tool, unique, wait_until,
 };
 
 const USER: &str = "robot";
@@ -391,4 +391,164 @@ fn the_kubelets_verification_policies_are_obeyed() {
         }
         node.kubelet.unpublish(&first);
     }
+}
+
+/// A person's home, and the commands that use a registry.
+struct Home {
+    registry: PrivateRegistry,
+    sandbox: Sandbox,
+}
+
+impl Home {
+    fn new() -> Self {
+        Self { registry: PrivateRegistry::new(), sandbox: Sandbox::new() }
+    }
+
+    fn write(&self, path: &str, content: &serde_json::Value) {
+        let path = self.sandbox.path().join(path);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, content.to_string()).expect("written");
+    }
+
+    /// Installs a credential helper.
+    fn helper(&self, name: &str, script: &str) {
+        let path = self.sandbox.folder("bin").join(format!("docker-credential-{name}"));
+        fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+    }
+
+    fn command(&self, arguments: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
+        let mut command = tool(env!("CARGO_BIN_EXE_csi-driver-oci"));
+        clean_environment(&mut command);
+        let path = format!("{}:/usr/bin:/bin", self.sandbox.folder("bin").display());
+        command.args(arguments).env("PATH", path).env_remove("DOCKER_CONFIG");
+        command.env("HOME", self.sandbox.path().join("home"));
+        for (name, file) in variables {
+            command.env(name, self.sandbox.path().join(file));
+        }
+        command.output().expect("the binary")
+    }
+
+    #[track_caller]
+    fn check_opens(&self, variables: &[(&str, &str)]) {
+        let output = self.command(&["check", &self.registry.artifact()], variables);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.stderr, b"");
+    }
+}
+
+#[test]
+fn commands_use_the_files_of_docker_and_podman() {
+    for (file, variable) in [
+        ("home/.docker/config.json", None),
+        ("docker/config.json", Some(("DOCKER_CONFIG", "docker"))),
+        ("auth.json", Some(("REGISTRY_AUTH_FILE", "auth.json"))),
+        ("run/containers/auth.json", Some(("XDG_RUNTIME_DIR", "run"))),
+        ("home/.config/containers/auth.json", None),
+        ("config/containers/auth.json", Some(("XDG_CONFIG_HOME", "config"))),
+    ] {
+        let home = Home::new();
+        home.write(file, &json!({"auths": home.registry.auths()}));
+        home.check_opens(variable.as_slice());
+    }
+    let home = Home::new();
+    home.write("home/.dockercfg", &home.registry.auths());
+    home.check_opens(&[]);
+    // The first file with an entry counts, and one without says nothing.
+    home.write("home/.docker/config.json", &json!({"auths": {"other.io": {}}}));
+    home.check_opens(&[]);
+}
+
+#[test]
+fn commands_ask_credential_helpers_for_their_registry_alone() {
+    let home = Home::new();
+    let asked = home.sandbox.path().join("asked");
+    let answer = json!({"ServerURL": "x", "Username": USER, "Secret": PASSWORD});
+    let script =
+        format!("read -r server; echo \"$1 $server\" >> {}; echo '{answer}'", asked.display());
+    home.helper("good", &script);
+    home.helper("empty", "echo 'credentials not found in native keychain'; exit 1");
+    home.write(
+        "home/.docker/config.json",
+        &json!({"credsStore": "good", "credHelpers": {"other.io": "none"}}),
+    );
+    home.check_opens(&[]);
+    let host = home.registry.proxy.host();
+    assert_eq!(fs::read_to_string(&asked).expect("asked"), format!("get {host}\n"));
+    home.write(
+        "home/.docker/config.json",
+        &json!({"credsStore": "empty", "credHelpers": {host: "good"}}),
+    );
+    home.check_opens(&[]);
+    // Without an entry of the helper, that of the file counts.
+    home.write(
+        "home/.docker/config.json",
+        &json!({"credsStore": "empty", "auths": home.registry.auths()}),
+    );
+    home.check_opens(&[]);
+}
+
+#[test]
+fn a_helper_that_fails_is_named_and_public_content_needs_none() {
+    let home = Home::new();
+    home.helper("talkative", "yes planted-secret | head -c 1000000");
+    home.helper("broken", "echo planted-secret; exit 3");
+    let public = format!("{}/{}", registry().host(), small_artifact().name);
+    for (name, reason) in [
+        ("talkative", "it printed more than"),
+        ("broken", "it ended with exit status: 3"),
+        ("missing", "it cannot be started"),
+        ("../broken", "its name has a slash"),
+    ] {
+        home.write("home/.docker/config.json", &json!({"credsStore": name}));
+        let output = home.command(&["check", &public], &[]);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{told}");
+        assert!(
+            told.contains(&format!("docker-credential-{name}")) && told.contains(reason),
+            "{told}"
+        );
+        assert!(!told.contains("planted-secret"), "{told}");
+    }
+}
+
+#[test]
+fn mount_and_warm_use_a_helper_and_speak_of_logins() {
+    let home = Home::new();
+    let (node, admin) = Admin::start("");
+    let folder = home.sandbox.folder("mounted");
+    let (folder, state) = (folder.to_str().expect("a path"), home.sandbox.folder("state"));
+    let endpoint = format!("unix://{}", node.sandbox.path().join("admin.sock").display());
+    let run = |command: &str| {
+        let reference = home.registry.artifact();
+        let output = match command {
+            "mount" => home.command(
+                &["mount", &reference, folder, "--state-dir", state.to_str().expect("a path")],
+                &[],
+            ),
+            _ => home.command(
+                &[command, &reference, "--admin-endpoint", &endpoint]
+                    [..if command == "warm" { 4 } else { 2 }],
+                &[],
+            ),
+        };
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    };
+    let host = home.registry.proxy.host();
+    for command in ["check", "mount", "warm"] {
+        let (done, told) = run(command);
+        assert!(!done && told.contains(&format!("`docker login {host}`")), "{command}: {told}");
+        assert!(!told.contains("nodePublishSecretRef"), "{command}: {told}");
+    }
+    let answer = json!({"Username": USER, "Secret": PASSWORD});
+    home.helper("good", &format!("echo '{answer}'"));
+    home.write("home/.docker/config.json", &json!({"credsStore": "good"}));
+    for command in ["check", "mount", "warm"] {
+        let (done, told) = run(command);
+        assert!(done, "{command}: {told}");
+    }
+    nix::mount::umount(folder).expect("unmounted");
+    // The node has run no helper, and keeps no credential.
+    assert_eq!(admin.json(&["ls"])["artifacts"].as_array().map(Vec::len), Some(1));
 }

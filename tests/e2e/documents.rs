@@ -264,24 +264,6 @@ fn printed(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn the_page_of_configuration_has_all_flags_of_the_node_plugin_and_their_variables() {
-    let page = fs::read_to_string(docs().join("configuration.md")).expect("the page");
-    let (_, section) = page.split_once("## Flags of").expect("the section");
-    let (section, _) = section.split_once("\n## ").expect("its end");
-    let help = printed(&["node", "--help"]);
-    let flags = help.lines().filter_map(|line| {
-        let flag = line.trim_start().split_once("--").filter(|(before, _)| before.len() < 5)?.1;
-        let flag = flag.split([' ', '[']).next().unwrap_or_default();
-        (!matches!(flag, "help" | "version")).then(|| format!("--{flag}"))
-    });
-    let variables = help.split("[env: ").skip(1).filter_map(|rest| {
-        let name = rest.split(['=', ']']).next()?;
-        Some(name.to_owned())
-    });
-    assert_eq!(table_words(section, 2), flags.chain(variables).collect());
-}
-
-#[test]
 fn the_page_of_commands_has_all_of_them_and_no_other() {
     let page = fs::read_to_string(docs().join("commands.md")).expect("the page");
     let told: BTreeSet<_> = table_words(&page, 1)

@@ -191,3 +191,49 @@ fn a_valid_configuration_is_taken() {
     });
     node.mount(&node.proxy.reference(&node.small_artifact().name));
 }
+
+/// A JSON document in which an object with a key twice is an error.
+struct UniqueKeys;
+
+impl<'de> serde::Deserialize<'de> for UniqueKeys {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = ();
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("an object")
+            }
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<(), M::Error> {
+                let mut keys = std::collections::BTreeSet::new();
+                while let Some((key, _)) = map.next_entry::<String, serde_json::Value>()? {
+                    if !keys.insert(key.clone()) {
+                        return Err(serde::de::Error::custom(format!("{key} is there twice")));
+                    }
+                }
+                Ok(())
+            }
+        }
+        from.deserialize_map(Visitor).map(|()| Self)
+    }
+}
+
+#[test]
+fn lines_of_the_log_have_each_key_once() {
+    let node = Node::start_with(|_, options| options.argument("--log-level=debug"));
+    let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
+    node.kubelet.unpublish(&volume);
+    // What stays is logged as well.
+    let foreign = node.kubelet.new_volume("r.io/app:v1");
+    node.kubelet.prepare(&foreign);
+    fs::create_dir(foreign.target()).expect("a folder");
+    crate::lifecycle::bind(&node.sandbox.folder("foreign"), foreign.target());
+    let request = &foreign.request;
+    let answer = node.kubelet.unpublish_request(&request.volume_id, &request.target_path);
+    assert!(answer.is_ok(), "{answer:?}");
+    nix::mount::umount(foreign.target()).expect("unmounted");
+    let log = node.driver.log();
+    assert!(log.contains("a mount that is not this driver's stays"), "{log}");
+    for line in log.lines() {
+        serde_json::from_str::<UniqueKeys>(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    }
+}

@@ -21,7 +21,7 @@ fn stats(node: &Node, volume_id: &str, path: &str) -> Result<NodeGetVolumeStatsR
     node.kubelet.node(async |mut client| client.node_get_volume_stats(request).await)
 }
 
-fn bind(source: &Path, target: &Path) {
+pub fn bind(source: &Path, target: &Path) {
     mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)
         .expect("a bind mount");
 }

@@ -62,10 +62,10 @@ fn what_is_listed_comes_without_a_restart_and_stays_pinned() {
         (node.proxy.reference(&artifact.name), node.proxy.reference("there/is/none:v1"));
     keep(&node, &[&missing, &reference], "spread: 0s");
     let here = wait_for(&admin, &reference, "present");
-    assert_eq!(here["manifest"], artifact.digest.as_str());
+    assert_eq!(here["digest"], artifact.digest.as_str());
     let failed = wait_for(&admin, &missing, "failed");
     assert!(failed["reason"].as_str().expect("text").contains("there/is/none"), "{failed}");
-    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["config"]));
+    assert_eq!(admin.json(&["ls"])["artifacts"][0]["pins"], json!(["config"]));
     let told = admin.text(&["status"]);
     assert!(told.contains("1 of 2 references present, 1 failed"), "{told}");
     assert!(told.contains(&format!("{missing}: failed; again in ")), "{told}");
@@ -124,8 +124,10 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
     keep(&node, &[&reference], "spread: 0s, interval: 1s");
     wait_for(&admin, &reference, "present");
     let moved = move_tag(&artifact);
-    wait_until("the new one is here", || state(&admin, &reference)["newer"] == moved.as_str());
-    assert_eq!(state(&admin, &reference)["manifest"], artifact.digest.as_str());
+    wait_until("the new one is here", || {
+        state(&admin, &reference)["newerDigest"] == moved.as_str()
+    });
+    assert_eq!(state(&admin, &reference)["digest"], artifact.digest.as_str());
     let told = admin.text(&["status"]);
     assert!(told.contains("its tag means") && told.contains("IfNotPresent"), "{told}");
     // Both stay, and each pod gets the digest of its policy.
@@ -144,11 +146,11 @@ fn a_tag_that_moves_is_fetched_and_means_what_it_meant_for_pods_that_do_not_ask(
     // A pod's pull has moved it for the others: the old pin is removed.
     wait_until("the old one is let go", || {
         let known = state(&admin, &reference);
-        known["manifest"] == moved.as_str() && known["newer"] == ""
+        known["digest"] == moved.as_str() && known["newerDigest"].is_null()
     });
     wait_until("it may be evicted", || {
         admin.text(&["gc", "--target", "0"]);
-        admin.json(&["ls"]).as_array().map(Vec::len) == Some(1)
+        admin.json(&["ls"])["artifacts"].as_array().map(Vec::len) == Some(1)
     });
 }
 
@@ -170,7 +172,7 @@ fn a_followed_tag_moves_for_pods_once_its_content_is_here() {
     );
     unpublish(&node, &admin, &volume);
     gate.open();
-    wait_until("it has moved", || state(&admin, &reference)["manifest"] == moved.as_str());
+    wait_until("it has moved", || state(&admin, &reference)["digest"] == moved.as_str());
     node.proxy.go_down();
     let (volume, _) = node.mount(&reference);
     assert_ne!(
@@ -212,7 +214,7 @@ fn a_node_waits_its_part_of_the_spread_and_a_pod_does_not() {
     wait_for(&admin, &other, "waiting");
     keep(&node, &[&reference], "spread: 100h");
     wait_for(&admin, &reference, "present");
-    assert_eq!(admin.json(&["ls"])[0]["pins"], json!(["config"]));
+    assert_eq!(admin.json(&["ls"])["artifacts"][0]["pins"], json!(["config"]));
 }
 
 #[test]

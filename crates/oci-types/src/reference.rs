@@ -235,7 +235,7 @@ fn correction(text: &str) -> Option<ReferenceError> {
     }
     parse(&corrected).ok()?;
     let reason = if !user.is_empty() {
-        "it has no user name: credentials stand in nodePublishSecretRef"
+        "it has no user name: credentials come from nodePublishSecretRef or `docker login`"
     } else if !scheme.is_empty() {
         "it has no scheme"
     } else if is_ipv6 {

@@ -190,6 +190,8 @@ pub struct UnderWay {
     pub name: String,
     /// The progress of the flight.
     pub progress: pull_progress::Snapshot,
+    /// The tenants that wait for it, or the one that waited last.
+    pub tenants: Vec<Tenant>,
 }
 
 impl Puller {
@@ -357,6 +359,7 @@ impl Puller {
         let pulls = flights.map(|flight| UnderWay {
             name: flight.named().unwrap_or_default().to_owned(),
             progress: flight.snapshot(),
+            tenants: flight.tenants(),
         });
         pulls.collect()
     }

@@ -63,6 +63,8 @@ pub struct Collected {
     pub records: u64,
     /// Bytes of all that.
     pub bytes: u64,
+    /// Bytes of objects that a plan would remove as well if they were older.
+    pub young_bytes: u64,
 }
 
 /// Something that went.
@@ -180,10 +182,11 @@ impl GarbageCollector {
     pub fn plan(&self, want: &Want) -> Result<Collected, StoreError> {
         let turn = self.collecting();
         let now = Now::read();
-        let facts = self.facts(now)?;
+        let mut facts = self.facts(now)?;
         let goal = self.goal(want, now)?;
         let partials = self.ledger.stale(!goal.is_nothing(), &HashSet::new(), now.unix_seconds);
-        let plan = facts.plan(goal.less(SpaceAmount { bytes: total(&partials), inodes: 0 }));
+        let left = goal.less(SpaceAmount { bytes: total(&partials), inodes: 0 });
+        let plan = facts.plan(left);
         drop(turn);
         let mut collected = Collected::of_partials(&partials);
         for (name, reason) in &plan.victims {
@@ -191,6 +194,8 @@ impl GarbageCollector {
                 collected.add(Victim::new(name, entry, *reason));
             }
         }
+        facts.minimum_age = 0;
+        collected.young_bytes = facts.plan(left).frees.bytes.saturating_sub(plan.frees.bytes);
         Ok(collected)
     }
 

@@ -1,7 +1,11 @@
 //! A program and its descendants, ended together.
 
+use std::process::ExitStatus;
+use std::time::Duration;
+
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Child;
 
 /// A child that leads a process group. Dropped before the child has ended, it kills the whole group:
@@ -16,8 +20,47 @@ impl ProcessGroup {
     }
 
     /// Waits until the leader has ended.
-    pub async fn wait(&mut self) -> std::io::Result<std::process::ExitStatus> {
+    pub async fn wait(&mut self) -> std::io::Result<ExitStatus> {
         self.0.wait().await
+    }
+
+    /// Writes to the leader's standard input, and returns its exit status and standard output. Both must be pipes.
+    ///
+    /// # Errors
+    ///
+    /// The reason, if the leader prints more than `limit` bytes, runs longer than `timeout`, or cannot be read.
+    pub async fn exchange(
+        mut self,
+        input: &[u8],
+        limit: u64,
+        timeout: Duration,
+    ) -> Result<(ExitStatus, Vec<u8>), String> {
+        let (stdin, stdout) = (self.0.stdin.take(), self.0.stdout.take());
+        let talk = async {
+            let write = async {
+                if let Some(mut stdin) = stdin {
+                    // A program that does not read its input may still print a response.
+                    let _ = stdin.write_all(input).await;
+                }
+            };
+            let read = async {
+                let mut output = Vec::new();
+                if let Some(stdout) = stdout {
+                    stdout.take(limit + 1).read_to_end(&mut output).await?;
+                }
+                Ok::<_, std::io::Error>(output)
+            };
+            let ((), output) = tokio::join!(write, read);
+            let output = output.map_err(|error| error.to_string())?;
+            if output.len() as u64 > limit {
+                return Err(format!("it printed more than {limit} bytes"));
+            }
+            let status = self.0.wait().await.map_err(|error| error.to_string())?;
+            Ok((status, output))
+        };
+        tokio::time::timeout(timeout, talk).await.unwrap_or_else(|_| {
+            Err(format!("it did not answer within {} seconds", timeout.as_secs()))
+        })
     }
 }
 

@@ -68,7 +68,7 @@ impl Admin {
     #[track_caller]
     pub fn holds(&self, reference: &str) -> bool {
         let list = self.json(&["ls"]);
-        let artifacts = list.as_array().expect("a list");
+        let artifacts = list["artifacts"].as_array().expect("a list");
         artifacts.iter().any(|artifact| {
             artifact["damaged"] == false
                 && artifact["references"].as_array().expect("a list").contains(&reference.into())

@@ -274,6 +274,10 @@ pub fn accepts(socket: &Path) -> bool {
 /// Removes variables that the driver would use: its options, and proxies for HTTP.
 pub fn clean_environment(command: &mut Command) {
     for name in [
+        "NO_COLOR",
+        "REGISTRY_AUTH_FILE",
+        "XDG_CONFIG_HOME",
+        "XDG_RUNTIME_DIR",
         "CSI_ENDPOINT",
         "NODE_NAME",
         "DRIVER_NAME",
@@ -304,6 +308,9 @@ pub fn clean_environment(command: &mut Command) {
         "no_proxy",
         "NO_PROXY",
     ] {
+        command.env_remove(name);
+    }
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CSI_OCI_")) {
         command.env_remove(name);
     }
 }

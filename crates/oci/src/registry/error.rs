@@ -15,6 +15,12 @@ const MAXIMUM_REASON: usize = 100;
 /// Maximum bytes of a host: DNS names may have 253 characters.
 const MAXIMUM_HOST: usize = 80;
 
+/// Advice in messages after a request without credentials. Commands replace it by their own.
+pub const GIVE_SECRET: &str =
+    "give credentials in nodePublishSecretRef, or check the repository's name";
+/// Advice in messages after a request with credentials.
+pub const CHECK_SECRET: &str = "check the secret and its right to pull";
+
 /// Credential that a refused request had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ShownCredential {
@@ -321,13 +327,11 @@ impl ShownCredential {
 
     fn advice(self) -> &'static str {
         match self {
-            Self::Nothing => {
-                "give credentials in nodePublishSecretRef, or check the repository's name"
-            }
+            Self::Nothing => GIVE_SECRET,
             Self::Withheld => {
                 "it asks for no supported scheme (Basic, Bearer), so the credentials were not sent: check its authentication, or a proxy before it"
             }
-            Self::Credential => "check the secret and its right to pull",
+            Self::Credential => CHECK_SECRET,
         }
     }
 }

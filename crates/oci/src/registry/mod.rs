@@ -89,7 +89,7 @@ pub use address_rules::{AddressRules, Loopback};
 pub use blob_response::BlobBody;
 pub use credential_refusals::Refusals;
 pub use document_memory::DocumentReservation;
-pub use error::{RegistryError, ShownCredential};
+pub use error::{CHECK_SECRET, GIVE_SECRET, RegistryError, ShownCredential};
 pub use hosts::mirror_address;
 pub use plain_http::plain_http_address;
 pub use referrers::Referrers;

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::ProviderError;
@@ -25,7 +24,7 @@ pub(super) async fn run(
 ) -> Result<Vec<u8>, ProviderError> {
     let name = || provider.name.clone();
     let program = folder.join(&provider.name);
-    let mut child = Command::new(&program)
+    let child = Command::new(&program)
         .args(&provider.args)
         .envs(provider.env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::piped())
@@ -40,39 +39,10 @@ pub(super) async fn run(
             path: program.clone(),
             reason: error.to_string(),
         })?;
-    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let mut child = ProcessGroup::new(child);
-    let talk = async {
-        let tell = async {
-            if let Some(mut stdin) = stdin {
-                // A plugin that does not read its input may still print a response.
-                let _ = stdin.write_all(request).await;
-            }
-        };
-        let listen = async {
-            let mut output = Vec::new();
-            if let Some(stdout) = stdout {
-                stdout.take(MAXIMUM_OUTPUT + 1).read_to_end(&mut output).await?;
-            }
-            Ok::<_, std::io::Error>(output)
-        };
-        let ((), output) = tokio::join!(tell, listen);
-        let output = output.map_err(|error| error.to_string())?;
-        if output.len() as u64 > MAXIMUM_OUTPUT {
-            return Err(format!("it printed more than {MAXIMUM_OUTPUT} bytes"));
-        }
-        let status = child.wait().await.map_err(|error| error.to_string())?;
-        if !status.success() {
-            return Err(format!("it ended with {status}"));
-        }
-        Ok(output)
-    };
-    match tokio::time::timeout(timeout, talk).await {
-        Ok(Ok(output)) => Ok(output),
-        Ok(Err(reason)) => Err(ProviderError::Failed { plugin: name(), reason }),
-        Err(_) => {
-            let reason = format!("it did not answer within {} seconds", timeout.as_secs());
-            Err(ProviderError::Failed { plugin: name(), reason })
-        }
+    let failed = |reason| ProviderError::Failed { plugin: name(), reason };
+    let exchanged = ProcessGroup::new(child).exchange(request, MAXIMUM_OUTPUT, timeout).await;
+    match exchanged.map_err(failed)? {
+        (status, output) if status.success() => Ok(output),
+        (status, _) => Err(failed(format!("it ended with {status}"))),
     }
 }
