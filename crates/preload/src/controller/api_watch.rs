@@ -140,12 +140,12 @@ impl ListProgress {
                 false
             }
             Event::InitApply(object) => {
-                self.listed.extend(key_of(&object));
+                self.listed.extend(key_of(object.meta()));
                 object.put(state)
             }
             Event::Apply(object) => object.put(state),
             Event::Delete(object) => {
-                if let Some(name) = key_of(&object) {
+                if let Some(name) = key_of(object.meta()) {
                     K::known(state).remove(name.as_str());
                 }
                 true

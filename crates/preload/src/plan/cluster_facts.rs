@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use kube::Resource;
 
 use crate::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, NodeArtifacts, Phase,
@@ -323,7 +323,7 @@ impl ClusterState {
 
     /// Adds or updates a preload.
     pub fn put_preload(&mut self, object: &ArtifactPreload) {
-        let Some(key) = key_of(object) else { return };
+        let Some(key) = key_of(&object.metadata) else { return };
         if object.metadata.deletion_timestamp.is_some() {
             self.preloads.remove(key.as_str());
             return;
@@ -562,9 +562,9 @@ impl PreloadFacts {
 }
 
 /// Returns `namespace/name` of an object, or the name of one without a namespace.
-pub fn key_of(object: &impl Resource) -> Option<String> {
-    let name = object.meta().name.clone()?;
-    Some(match &object.meta().namespace {
+pub fn key_of(metadata: &ObjectMeta) -> Option<String> {
+    let name = metadata.name.clone()?;
+    Some(match &metadata.namespace {
         Some(namespace) => format!("{namespace}/{name}"),
         None => name,
     })

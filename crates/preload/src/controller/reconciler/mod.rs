@@ -515,7 +515,7 @@ impl PreloadReconciler {
                 }
             }
             WriteResult::Preload(object) => {
-                let key = key_of(&*object).unwrap_or_default();
+                let key = key_of(&object.metadata).unwrap_or_default();
                 let known = self.state.preloads.get(key.as_str());
                 if known.is_some_and(|known| object.metadata.uid.as_ref() == Some(&known.uid)) {
                     self.state.put_preload(&object);
