@@ -321,7 +321,7 @@ impl MountArguments {
     }
 
     fn attributes(&self, reference: &Reference) -> VolumeAttributes {
-        // Who has just pushed a tag wants to see what it means now.
+        // A tag may have been pushed again since the last mount.
         let always = || reference.digest().is_none().then(|| "Always".to_owned());
         let given = [
             ("reference", Some(reference.to_string())),

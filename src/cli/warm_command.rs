@@ -88,7 +88,7 @@ pub(super) fn run(mut arguments: WarmArguments) -> Result<(), CommandError> {
     display.end();
     let ended = [wrong, ended?].concat();
     let failed: Vec<_> = ended.iter().filter(|event| event.state() == State::Failed).collect();
-    // For people, the display has shown them.
+    // The display has shown failures already, so only the structured output lists them.
     output.result(&ended.iter().map(json).collect::<Vec<_>>(), Vec::new)?;
     match failed.len() {
         0 => Ok(()),

@@ -86,7 +86,7 @@ fn mount_shows_what_was_pushed_last() {
         &machine.artifact.repository,
         "v1",
     );
-    // What is mounted shows what it showed.
+    // A mounted folder is not replaced by the new content.
     let output = machine.command("mount", &[&machine.reference(), machine.folder()]);
     assert_eq!(output.status.code(), Some(1));
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -110,7 +110,7 @@ fn the_cache_of_mount_is_listed_and_cleared() {
     assert_eq!(list()["artifacts"][0]["volumes"], serde_json::json!([machine.folder()]));
     let names = machine.command("mount", &["--list", "-q"]);
     assert_eq!(String::from_utf8_lossy(&names.stdout), format!("{}\n", machine.reference()));
-    // What is mounted stays.
+    // The cache keeps mounted content when it is cleared.
     assert_done(&machine.command("mount", &["--clear"]));
     assert_eq!(list()["artifacts"][0]["digest"], machine.artifact.digest.as_str());
     assert_eq!(Tree::of(&machine.folder).names(), ["file.txt"]);

@@ -222,7 +222,7 @@ fn lines_of_the_log_have_each_key_once() {
     let node = Node::start_with(|_, options| options.argument("--log-level=debug"));
     let (volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
     node.kubelet.unpublish(&volume);
-    // What stays is logged as well.
+    // The log of an unpublish that leaves a foreign mount in place.
     let foreign = node.kubelet.new_volume("r.io/app:v1");
     node.kubelet.prepare(&foreign);
     fs::create_dir(foreign.target()).expect("a folder");
