@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::env::var_os;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -145,17 +144,11 @@ async fn ask(helper: &str, server: &str) -> Result<Option<Value>, String> {
     if helper.contains('/') {
         return Err("its name has a slash".to_owned());
     }
-    let child = Command::new(format!("docker-credential-{helper}"))
-        .arg("get")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| format!("it cannot be started: {error}"))?;
+    let running =
+        ProcessGroup::spawn(Command::new(format!("docker-credential-{helper}")).arg("get"))
+            .map_err(|error| format!("it cannot be started: {error}"))?;
     let (status, output) =
-        ProcessGroup::new(child).exchange(server.as_bytes(), HELPER_OUTPUT, HELPER_TIMEOUT).await?;
+        running.exchange(server.as_bytes(), HELPER_OUTPUT, HELPER_TIMEOUT).await?;
     if !status.success() {
         let said = String::from_utf8_lossy(&output);
         return if said.contains("credentials not found") {

@@ -1,12 +1,12 @@
 //! A program and its descendants, ended together.
 
-use std::process::ExitStatus;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::process::Child;
+use tokio::process::{Child, Command};
 
 /// A child that leads a process group. Dropped before the child has ended, it kills the whole group:
 /// a shell that is killed alone leaves the programs that it waits for.
@@ -14,17 +14,20 @@ use tokio::process::Child;
 pub struct ProcessGroup(Child);
 
 impl ProcessGroup {
-    /// Takes a child that was started with `process_group(0)`.
-    pub fn new(child: Child) -> Self {
-        Self(child)
+    /// Starts a program as the leader of a group, with pipes for its input and output. Its errors go nowhere.
+    pub fn spawn(command: &mut Command) -> std::io::Result<Self> {
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .process_group(0)
+            // The runtime reaps the child if it is dropped before its end.
+            .kill_on_drop(true)
+            .spawn()
+            .map(Self)
     }
 
-    /// Waits until the leader has ended.
-    pub async fn wait(&mut self) -> std::io::Result<ExitStatus> {
-        self.0.wait().await
-    }
-
-    /// Writes to the leader's standard input, and returns its exit status and standard output. Both must be pipes.
+    /// Writes to the leader's standard input, and returns its exit status and standard output.
     ///
     /// # Errors
     ///

@@ -1,7 +1,6 @@
 //! One run of a plugin: a program of the administrator, which may hang, crash or print too much.
 
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::Command;
@@ -24,23 +23,15 @@ pub(super) async fn run(
 ) -> Result<Vec<u8>, ProviderError> {
     let name = || provider.name.clone();
     let program = folder.join(&provider.name);
-    let child = Command::new(&program)
-        .args(&provider.args)
-        .envs(provider.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .process_group(0)
-        // The runtime reaps the child if it is dropped before its end.
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| ProviderError::Start {
-            plugin: name(),
-            path: program.clone(),
-            reason: error.to_string(),
-        })?;
+    let mut command = Command::new(&program);
+    command.args(&provider.args).envs(provider.env.iter().map(|(name, value)| (name, value)));
+    let running = ProcessGroup::spawn(&mut command).map_err(|error| ProviderError::Start {
+        plugin: name(),
+        path: program.clone(),
+        reason: error.to_string(),
+    })?;
     let failed = |reason| ProviderError::Failed { plugin: name(), reason };
-    let exchanged = ProcessGroup::new(child).exchange(request, MAXIMUM_OUTPUT, timeout).await;
+    let exchanged = running.exchange(request, MAXIMUM_OUTPUT, timeout).await;
     match exchanged.map_err(failed)? {
         (status, output) if status.success() => Ok(output),
         (status, _) => Err(failed(format!("it ended with {status}"))),
