@@ -84,12 +84,14 @@ check-release: tools
 validate: tools
 	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
-# deploy/base, the chart's README and the generated pages of docs anew, after a change of the chart, of a definition or of a
-# flag.
+# deploy/base, the chart's README and the generated pages of docs anew, after a change of the chart, of a definition, of a
+# flag, of an attribute or of a metric. As root, as `make test`.
 render: tools
 	deploy/render
 	"$(TOOLS)/python/bin/python" tests/cluster/resources.py --write
-	RENDER=1 cargo test --locked --lib cli::reference_pages
+	RENDER=1 cargo test --workspace --locked --features fault-points --lib cli::reference_pages
+	RENDER=1 scripts/in-mount-namespace cargo test --workspace --locked --features fault-points --test e2e \
+	    -- documents::the_page_of_metrics
 
 # Every fuzz target for a few seconds.
 fuzz:

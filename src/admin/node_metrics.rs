@@ -59,17 +59,17 @@ pub struct NodeMetrics {
 
 impl Default for NodeMetrics {
     fn default() -> Self {
-        let mut families = MetricFamilies::new("build", "The version that runs");
+        let mut families = MetricFamilies::new("build", "The running version");
         families.add_reader(lease_metrics::write);
         Self {
             publish: families.add_with_unit(
                 "publish_duration",
-                "Time of a NodePublishVolume call, by gRPC code and by whether the cache had the content",
+                "Duration of NodePublishVolume by gRPC code, and by what was found: hit or miss of the cache, mounted, or none for failures; its _count is the number of publishes",
                 Unit::Seconds,
                 Family::new_with_constructor(|| Histogram::new(SECONDS)),
             ),
             hits: families.add("cache_hits", "Publishes from the cache"),
-            misses: families.add("cache_misses", "Publishes that had to fetch or unpack"),
+            misses: families.add("cache_misses", "Publishes that had to download or unpack"),
             unpublished: families.add("unpublish", "Volumes unpublished"),
             configuration_errors: families.add(
                 "configuration_error",
@@ -77,7 +77,7 @@ impl Default for NodeMetrics {
             ),
             wrong_parts: Mutex::default(),
             endpoint_errors: families
-                .add("endpoint_errors", "Endpoints that could not be listened on"),
+                .add("endpoint_errors", "Endpoints (admin, health, metrics) that could not be listened on"),
             downloads: families
                 .add("downloads_in_flight", "Connections that download a blob now"),
             downloaded_bytes: families.add_with_unit(
@@ -88,25 +88,25 @@ impl Default for NodeMetrics {
             ),
             pulls: families.add(
                 "pulls",
-                "Pulls that have ended, by result and by the reason of a failure",
+                "Pulls that have ended, by result (success, failure, cancelled) and by the reason of a failure: not_found, unauthorized, rate_limited, unreachable, content, wrong_content, no_space, memory and some more",
             ),
             pull_durations: families.add_with_unit(
                 "pull_duration",
-                "Time of a pull from its first request to content with a name",
+                "Duration of a pull by result, from its first request until its content has a name",
                 Unit::Seconds,
                 Family::new_with_constructor(|| Histogram::new(PULL_SECONDS)),
             ),
             signature_warnings: families.add(
                 "signature_warnings",
-                "Pulls of content without the signature that the policy demands, mounted as it only warns",
+                "Pulls of content without the demanded signature, mounted because the rule's mode is Warn",
             ),
             unknown_mounts: families.add(
                 "unknown_mounts",
-                "Mounts of the driver's content that no record of a volume explains",
+                "Mounts of the driver's content that belong to no known volume",
             ),
             vanished: families.add(
                 "vanished_mounts",
-                "Mounts that were taken away because the kubelet had forgotten their volume",
+                "Mounts that were removed because the kubelet had forgotten their volume",
             ),
             store: add_shared(&mut families, store_metrics::write),
             warming: add_shared(&mut families, warm_metrics::write),

@@ -9,15 +9,16 @@ use telemetry::metric_families::MetricWriter;
 
 pub(super) fn write(scrub: &ScrubState, mut metrics: MetricWriter<'_>) -> fmt::Result {
     let scrub = scrub.snapshot();
-    let help = "Content that the scrub has read back";
+    let help = "Bytes that the scrub has read back";
     metrics.counter("scrub_read", help, Some(&Unit::Bytes), scrub.verified.bytes)?;
     let help = "Objects that the scrub has read back";
     metrics.counter("scrub_objects", help, None, scrub.verified.objects)?;
-    let help = "Damaged artifacts that the scrub has fetched again, or could not";
+    let help =
+        "Damaged artifacts that the scrub fetched again (success), or failed to fetch (failure)";
     let repairs = [("success", scrub.repaired), ("failure", scrub.unrepaired)];
     metrics.counters("scrub_repairs", help, "result", repairs)?;
     // A scrub that is off has no lag.
     let Some(lag) = scrub.lag else { return Ok(()) };
-    let help = "How far the scrub is behind its turns";
+    let help = "How far the scrub is behind its schedule; absent while it is off";
     metrics.gauge("scrub_lag", help, Some(&Unit::Seconds), lag.as_secs())
 }

@@ -14,15 +14,15 @@ pub(super) fn write(store: &Arc<OnceLock<Store>>, mut metrics: MetricWriter<'_>)
     let (Some(store), bytes) = (store.get(), Some(&Unit::Bytes)) else { return Ok(()) };
     // A disk that cannot be read has no values. The log has the error.
     if let Ok(usage) = store.inventory().usage() {
-        let help = "Disk space of all content and what is known of it, shared content once";
+        let help = "Disk space of all content, manifests, proofs and broken downloads; shared content counts once";
         metrics.gauge("cache", help, bytes, usage.bytes)?;
     }
     if let Ok(pinned) = store.inventory().pinned_space() {
-        metrics.gauge("pinned", "Disk space of what pins hold", bytes, pinned.bytes)?;
+        metrics.gauge("pinned", "Disk space of pinned content", bytes, pinned.bytes)?;
         let count = |kind| store.inventory().count(kind);
         metrics.gauges(
             "cache_objects",
-            "Objects in the cache",
+            "Objects in the cache: files, layers, trees, and documents such as manifests",
             "kind",
             [
                 ("file", count(ObjectKind::File)),
@@ -42,21 +42,31 @@ pub(super) fn write(store: &Arc<OnceLock<Store>>, mut metrics: MetricWriter<'_>)
         let floor = room.floor(store.space().options());
         let help = "Free space of the state directory's filesystem";
         metrics.gauge("filesystem_free", help, bytes, room.free_bytes)?;
-        metrics.gauge("filesystem_floor", "Space that is kept free", bytes, floor.bytes)?;
+        metrics.gauge(
+            "filesystem_floor",
+            "Disk space that the driver leaves free",
+            bytes,
+            floor.bytes,
+        )?;
         let help = "Size of the state directory's filesystem";
         metrics.gauge("filesystem_size", help, bytes, room.total_bytes)?;
-        metrics.gauge("filesystem_free_inodes", "Free inodes there", None, room.free_inodes)?;
+        metrics.gauge(
+            "filesystem_free_inodes",
+            "Free inodes of the state directory's filesystem",
+            None,
+            room.free_inodes,
+        )?;
     }
     let evictions = store.collector().evictions();
     let names = Reason::ALL.map(|reason| reason.name().replace(' ', "_"));
     let counts = std::array::from_fn(|i| (names[i].as_str(), evictions.count(Reason::ALL[i])));
     metrics.counters::<{ Reason::ALL.len() }>(
         "evictions",
-        "Objects that were evicted",
+        "Objects that were evicted: damaged, forgotten, unlinked or least_recently_used",
         "reason",
         counts,
     )?;
-    let help = "Disk space of evicted content";
+    let help = "Disk space of evicted objects";
     metrics.counter("evicted", help, bytes, evictions.bytes())?;
     let help = "Content that was found damaged";
     metrics.counter("verification_failures", help, None, store.damage().count())

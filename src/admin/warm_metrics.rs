@@ -22,8 +22,8 @@ pub(super) fn write(
         let has_phase = |state| ListedReference::phase(state) == phase;
         (name, states.iter().filter(|(_, state)| has_phase(state)).count() as u64)
     });
-    let help = "References that the configuration keeps on this node, by how they are";
+    let help = "References of the configuration's warm list: waiting, pulling, present or failed";
     metrics.gauges("warm_references", help, "state", counts)?;
-    let help = "Tries to bring or look after such a reference that have failed";
+    let help = "Failed attempts to fetch such a reference";
     metrics.counter("warm_failures", help, None, references.failures())
 }

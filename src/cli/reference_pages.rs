@@ -1,11 +1,15 @@
-//! Tests the pages of `docs` on flags, which are generated from the command line: `make render` writes them.
+//! Tests the pages of `docs` on flags, attributes and configuration, which are generated from the code or compared with it:
+//! `make render` writes them.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::{Arg, Command, CommandFactory as _};
 
 use super::{CommandLine, environment};
+use crate::config::{API_VERSION, KIND, NodeConfiguration};
+use crate::volume::volume_attributes::{ATTRIBUTES, Attribute};
 
 const HEADER: &str = "<!-- Made from the command line by make render. -->
 
@@ -15,10 +19,6 @@ All commands with their arguments and flags, as `csi-driver-oci COMMAND --help` 
 what they are for, and describes the JSON that they print. If a flag has two environment variables, the second is its name
 in earlier versions.
 ";
-/// The text before and after the generated part of a page.
-const MARKS: [&str; 2] =
-    ["<!-- Made from the flags by make render. -->\n", "<!-- End of the flags. -->\n"];
-
 #[test]
 fn the_page_of_flags_is_up_to_date() {
     let mut page = HEADER.to_owned();
@@ -32,13 +32,63 @@ fn the_page_of_flags_is_up_to_date() {
 
 #[test]
 fn the_flags_of_the_node_plugin_on_the_page_of_configuration_are_up_to_date() {
-    let path = "docs/configuration.md";
-    let page = std::fs::read_to_string(file(path)).expect("the page");
-    let (before, rest) = page.split_once(MARKS[0]).expect("a mark");
-    let (_, after) = rest.split_once(MARKS[1]).expect("a mark");
     let root = CommandLine::command();
     let table = table(root.find_subcommand("node").expect("the command"));
-    compare(path, &[before, MARKS[0], "\n", &table, "\n", MARKS[1], after].concat());
+    compare_part("docs/configuration.md", "flags", &table);
+}
+
+#[test]
+fn the_page_of_attributes_is_up_to_date() {
+    let mut table = "| key | default | meaning |\n| --- | --- | --- |\n".to_owned();
+    for Attribute { key, default, meaning } in ATTRIBUTES {
+        let (default, meaning) = (default.replace('|', "\\|"), meaning.replace('|', "\\|"));
+        let _ = writeln!(table, "| `{key}` | {default} | {meaning} |");
+    }
+    compare_part("docs/attributes.md", "attributes", &table);
+}
+
+#[test]
+fn the_page_of_configuration_has_all_keys_with_their_defaults() {
+    let page = std::fs::read_to_string(file("docs/configuration.md")).expect("the page");
+    let mut blocks =
+        page.split("```yaml\n").map(|block| block.split("```").next().expect("its end"));
+    let sample = blocks.find(|block| block.contains("kind: NodeConfiguration")).expect("a sample");
+    let mut configuration = NodeConfiguration::parse(sample).expect("valid");
+    // Absent, these follow the container's memory and the values of other programs.
+    configuration.pull.memory = None;
+    let absent = NodeConfiguration::without_file();
+    configuration.registries.clone_from(&absent.registries);
+    assert_eq!(configuration, absent);
+    // An unknown key is refused with a list of the known ones.
+    let unknown = |text: &str| NodeConfiguration::parse(text).expect_err("an unknown key");
+    let keys = |text: &str| -> BTreeSet<String> {
+        let (_, known) = text.split_once("expected one of ").expect("a list");
+        known.split(", ").map(str::to_owned).collect()
+    };
+    let mut section = String::new();
+    let mut sections: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for line in sample.lines().filter(|line| !line.trim_start().starts_with('#')) {
+        let Some((key, _)) = line.split_once(':') else { continue };
+        match key.strip_prefix("  ") {
+            Some(key) if !key.starts_with(' ') => {
+                sections.get_mut(&section).expect("a section").insert(key.to_owned());
+            }
+            None => {
+                key.clone_into(&mut section);
+                sections.entry(section.clone()).or_default();
+            }
+            Some(_) => {}
+        }
+    }
+    let head = format!("apiVersion: {API_VERSION}\nkind: {KIND}\n");
+    assert_eq!(
+        sections.keys().cloned().collect::<BTreeSet<_>>(),
+        keys(&unknown(&format!("{head}none: 1\n")))
+    );
+    for (section, documented) in sections.iter().filter(|(_, keys)| !keys.is_empty()) {
+        let known = keys(&unknown(&format!("{head}{section}: {{none: 1}}\n")));
+        assert_eq!(*documented, known, "{section}");
+    }
 }
 
 fn file(path: &str) -> PathBuf {
@@ -47,11 +97,21 @@ fn file(path: &str) -> PathBuf {
 
 /// Compares a page with what it must be, or writes it.
 fn compare(path: &str, expected: &str) {
-    if std::env::var_os("RENDER").is_some() {
-        std::fs::write(file(path), expected).expect("written");
-    }
     let page = std::fs::read_to_string(file(path)).unwrap_or_default();
-    assert!(page == expected, "{path} is not what the flags are: run make render");
+    if page != expected && std::env::var_os("RENDER").is_some() {
+        return std::fs::write(file(path), expected).expect("written");
+    }
+    assert!(page == expected, "{path} is not what the code says: run make render");
+}
+
+/// Compares the part of a page between two marks with what it must be, or writes it.
+fn compare_part(path: &str, source: &str, table: &str) {
+    let start = format!("<!-- Made from the {source} by make render. -->\n");
+    let end = format!("<!-- End of the {source}. -->\n");
+    let page = std::fs::read_to_string(file(path)).expect("the page");
+    let (before, rest) = page.split_once(&start).expect("a mark");
+    let (_, after) = rest.split_once(&end).expect("a mark");
+    compare(path, &[before, &start, "\n", table, "\n", &end, after].concat());
 }
 
 fn section(page: &mut String, command: &Command) {

@@ -1,6 +1,6 @@
 //! Parses `volumeAttributes`, the settings of a volume's author.
 //!
-//! [`KEYS`] is the schema, and the list that errors print. Every user who may create a pod sets attributes, so none of
+//! [`ATTRIBUTES`] is the schema, the list that errors print, and the table of `docs/attributes.md`. Every user who may create a pod sets attributes, so none of
 //! them has an administrator's power.
 
 use std::collections::HashMap;
@@ -21,21 +21,91 @@ use sys::mount::MountFlags;
 use text::printable::excerpt;
 use unpack::{PermissionsRule, Selection, UnpackMode};
 
-/// Every key that a volume's author may set.
-pub const KEYS: [&str; 13] = [
-    "reference",
-    "repository",
-    "tag",
-    "digest",
-    "pullPolicy",
-    "ifUnavailable",
-    "platform",
-    "include",
-    "exclude",
-    "permissions",
-    "fileMode",
-    "unpack",
-    "requireSignature",
+/// An attribute, as `docs/attributes.md` describes it. That page is made from [`ATTRIBUTES`].
+#[derive(Debug)]
+pub struct Attribute {
+    /// The key in `volumeAttributes`.
+    pub key: &'static str,
+    /// The meaning of an absent or empty value, in Markdown.
+    pub default: &'static str,
+    /// The meaning and the permitted values, in Markdown.
+    pub meaning: &'static str,
+}
+
+/// All attributes that a volume's author may set.
+pub const ATTRIBUTES: [Attribute; 13] = [
+    Attribute {
+        key: "reference",
+        default: "required, or `repository`",
+        meaning: "`host[:port]/repository[:tag][@digest]`. If both are given, the digest decides and \
+                  the tag informs the reader",
+    },
+    Attribute {
+        key: "repository",
+        default: "",
+        meaning: "the reference without tag and digest, for templates that patch one field",
+    },
+    Attribute {
+        key: "tag",
+        default: "`latest` without a digest",
+        meaning: "the tag, beside `repository`",
+    },
+    Attribute { key: "digest", default: "", meaning: "the digest, beside `repository`" },
+    Attribute {
+        key: "pullPolicy",
+        default: "`Always` for `:latest` or neither tag nor digest, else `IfNotPresent`",
+        meaning: "`Always`, `IfNotPresent` or `Never`, with the kubelet's meaning. With a digest, \
+                  `Always` asks the registry only to prove the credentials",
+    },
+    Attribute {
+        key: "ifUnavailable",
+        default: "`Fail`",
+        meaning: "what `Always` does when the registry cannot be reached and an earlier resolution is \
+                  cached: `Fail` or `UseCached`",
+    },
+    Attribute {
+        key: "platform",
+        default: "the node's",
+        meaning: "`os/arch[/variant]` to choose from an index. Without a variant, the best that the \
+                  node's processor runs. A single image whose configuration names another platform is \
+                  refused",
+    },
+    Attribute {
+        key: "include",
+        default: "all files",
+        meaning: "the files to select: comma-separated globs, see [selecting \
+                  files](#selecting-files)",
+    },
+    Attribute {
+        key: "exclude",
+        default: "",
+        meaning: "the files to leave out of these: comma-separated globs",
+    },
+    Attribute {
+        key: "permissions",
+        default: "`Readable`",
+        meaning: "`Readable`: owner 0:0, files `mode | 0444`, folders and executable files `| 0555`. \
+                  `Preserve`: owner and `mode & 0777` of the archive or of ModelPack's metadata",
+    },
+    Attribute {
+        key: "fileMode",
+        default: "`0555` for content that starts as ELF or `#!`, else `0444`",
+        meaning: "octal mode of single-file layers, which carry none",
+    },
+    Attribute {
+        key: "unpack",
+        default: "`Auto`",
+        meaning: "which layers of an artifact are unpacked. `Auto`: folders of `oras push` and [known \
+                  media types](artifacts.md#which-layer-becomes-what). `Always`: every other tar too. \
+                  `Never`: none, each layer that is shown is a file. Ordinary images are always \
+                  unpacked",
+    },
+    Attribute {
+        key: "requireSignature",
+        default: "the node's policy",
+        meaning: "`\"true\"`: refuse artifacts that no configured key has signed, even if the node's \
+                  policy does not demand a signature",
+    },
 ];
 
 /// The prefix of the keys that the kubelet adds. Unknown keys with it are ignored.
@@ -64,19 +134,20 @@ pub struct VolumeAttributes {
 impl VolumeAttributes {
     /// Parses the volume context without the kubelet's keys. An empty value counts as absent.
     pub fn parse(context: &HashMap<String, String>) -> Result<Self, VolumeError> {
+        let keys = ATTRIBUTES.map(|attribute| attribute.key);
         let unknown =
-            |key: &&String| !key.starts_with(KUBELET_PREFIX) && !KEYS.contains(&key.as_str());
+            |key: &&String| !key.starts_with(KUBELET_PREFIX) && !keys.contains(&key.as_str());
         if let Some(key) = context.keys().filter(unknown).min() {
             return Err(VolumeError::Invalid(format!(
                 "the volume attribute \"{}\" is not known: use {}",
                 excerpt(key, 100),
-                KEYS.join(", ")
+                keys.join(", ")
             )));
         }
         let get =
             |key: &str| context.get(key).map(String::as_str).filter(|value| !value.is_empty());
         if let Some(key) =
-            KEYS.iter().find(|key| get(key).is_some_and(|value| value.len() > MAXIMUM_BYTES))
+            keys.iter().find(|key| get(key).is_some_and(|value| value.len() > MAXIMUM_BYTES))
         {
             return Err(invalid(key, &format!("is longer than {MAXIMUM_BYTES} bytes")));
         }

@@ -2,11 +2,15 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::Write as _,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
+
+use csi_driver_oci::csi::grpc_status::is_final;
+use tonic::Code;
 
 use crate::support::{
     Admin, Node, Port, Registry, clean_environment, metrics, own_registry, private_registry, tool,
@@ -217,7 +221,7 @@ fn the_architecture_lists_all_crates_and_all_modules_of_the_driver() {
 }
 
 #[test]
-fn the_page_of_metrics_has_all_of_them_and_no_other() {
+fn the_page_of_metrics_is_what_is_served() {
     let port = Port::new();
     let address = port.address();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -228,16 +232,48 @@ fn the_page_of_metrics_has_all_of_them_and_no_other() {
             .argument(&format!("--health-endpoint={health}"))
     });
     let (_volume, _) = node.mount(&node.proxy.reference(&node.small_artifact().name));
-    let served = metrics(address);
-    let served: BTreeSet<_> =
-        served.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
-    let page = fs::read_to_string(docs().join("metrics.md")).expect("the page");
-    let table = page.lines().filter(|line| line.starts_with("| `csi_oci_"));
-    let told: BTreeSet<_> = table
-        .flat_map(|line| line.split('|').nth(1).expect("a cell").split('`'))
-        .filter(|word| word.starts_with("csi_oci_"))
-        .collect();
-    assert_eq!(told, served);
+    let page = docs().join("metrics.md");
+    let before = fs::read_to_string(&page).expect("the page");
+    let (head, rest) = before.split_once(METRICS_MARKS[0]).expect("a mark");
+    let (_, tail) = rest.split_once(METRICS_MARKS[1]).expect("a mark");
+    let table = table_of_metrics(&metrics(address));
+    let expected = [head, METRICS_MARKS[0], "\n", &table, "\n", METRICS_MARKS[1], tail].concat();
+    if std::env::var_os("RENDER").is_some() {
+        fs::write(&page, &expected).expect("written");
+    }
+    let page = fs::read_to_string(page).expect("the page");
+    assert!(page == expected, "docs/metrics.md is not what is served: run make render. {table}");
+}
+
+/// The text before and after the table of `docs/metrics.md`.
+const METRICS_MARKS: [&str; 2] =
+    ["<!-- Made from the metrics by make render. -->\n", "<!-- End of the metrics. -->\n"];
+
+/// Returns a row for each metric that is served: its name, type, labels and help.
+fn table_of_metrics(served: &str) -> String {
+    let mut table = "| name | type | labels | meaning |\n| --- | --- | --- | --- |\n".to_owned();
+    let mut meaning = "";
+    for line in served.lines() {
+        if let Some((_, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' '))
+        {
+            meaning = help.trim_end_matches('.');
+        }
+        let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        else {
+            continue;
+        };
+        let sample = served.lines().find_map(|line| {
+            let (sample, rest) = line.split_once('{')?;
+            (sample.trim_end_matches("_bucket") == name).then(|| rest.split('}').next())?
+        });
+        let labels = sample.unwrap_or_default().split(',');
+        let labels = labels.filter_map(|label| label.split_once('=')).map(|(label, _)| label);
+        let labels: Vec<_> =
+            labels.filter(|label| *label != "le").map(|label| format!("`{label}`")).collect();
+        let labels = labels.join(", ");
+        let _ = writeln!(table, "| `{name}` | {kind} | {labels} | {meaning} |");
+    }
+    table
 }
 
 /// Returns the words in backticks in the first `cells` cells of each row of all tables.
@@ -245,13 +281,6 @@ fn table_words(text: &str, cells: usize) -> BTreeSet<String> {
     let rows = text.lines().filter(|line| line.starts_with("| "));
     let heads = rows.flat_map(|row| row.split(" | ").take(cells));
     heads.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
-}
-
-#[test]
-fn the_page_of_attributes_has_all_of_them_and_no_other() {
-    let page = fs::read_to_string(docs().join("attributes.md")).expect("the page");
-    let known = csi_driver_oci::volume::volume_attributes::KEYS.map(str::to_owned);
-    assert_eq!(table_words(&page, 1), BTreeSet::from(known));
 }
 
 /// Returns what the binary prints with these arguments.
@@ -279,28 +308,46 @@ fn the_page_of_commands_has_all_of_them_and_no_other() {
 }
 
 #[test]
-fn the_page_of_error_codes_has_all_codes_of_a_publish_and_no_other() {
+fn the_page_of_error_codes_has_all_codes_of_a_publish_and_their_kinds() {
     let page = fs::read_to_string(docs().join("error-codes.md")).expect("the page");
     let (_, section) = page.split_once("## NodePublishVolume\n").expect("the section");
     let (section, _) = section.split_once("\n## ").expect("its end");
     let code = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/csi/grpc_status.rs");
     let code = fs::read_to_string(code).expect("the code");
     let (_, chosen) = code.split_once("pub fn code(").expect("the choice");
-    let names = chosen.split("Code::").skip(1).map(|rest| {
-        let name: String = rest.chars().take_while(char::is_ascii_alphabetic).collect();
-        let mut words = String::new();
-        for letter in name.chars() {
-            if letter.is_ascii_uppercase() && !words.is_empty() {
-                words.push('_');
-            }
-            words.push(letter.to_ascii_uppercase());
-        }
-        words
-    });
+    let used: BTreeSet<_> = chosen
+        .split("Code::")
+        .skip(1)
+        .map(|rest| rest.chars().take_while(char::is_ascii_alphabetic).collect::<String>())
+        .collect();
+    let codes = (0..=16).map(Code::from).filter(|code| used.contains(&format!("{code:?}")));
+    // Each with what the kubelet takes it for.
+    let expected: BTreeSet<_> = codes
+        .map(|code| {
+            let kind = if is_final(code) { "final" } else { "uncertain" };
+            (upper_snake(&format!("{code:?}")), kind.to_owned())
+        })
+        .collect();
     let rows = section.lines().filter(|line| line.starts_with("| `"));
-    let told: BTreeSet<_> =
-        rows.filter_map(|row| Some(row.split('`').nth(1)?.to_owned())).collect();
-    assert_eq!(told, names.collect());
+    let told: BTreeSet<_> = rows
+        .map(|row| {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            (cells[1].trim_matches('`').to_owned(), cells[2].to_owned())
+        })
+        .collect();
+    assert_eq!(told, expected);
+}
+
+/// Returns the spelling of the gRPC specification for the name of a [`Code`].
+fn upper_snake(name: &str) -> String {
+    let mut words = String::new();
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() && !words.is_empty() {
+            words.push('_');
+        }
+        words.push(letter.to_ascii_uppercase());
+    }
+    words
 }
 
 /// A command of a page, and its expected output.
