@@ -82,7 +82,7 @@ check-release: tools
 
 # Chart, manifests and examples against the schemas of Kubernetes, in seconds; `make test` does it too.
 validate: tools
-	"$(TOOLS)/python/bin/python" tests/cluster/check.py all
+	PATH="$(TOOLS)/bin:$$PATH" "$(TOOLS)/python/bin/python" tests/cluster/check.py all
 
 # deploy/base, the chart's README and the generated pages of docs anew, after a change of the chart, of a definition, of a
 # flag, of an attribute or of a metric. As root, as `make test`.
