@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import pathlib
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -44,8 +45,7 @@ def package(folder):
             archive.addfile(entry, io.BytesIO(content))
     path.write_bytes(gzip.compress(files.getvalue(), mtime=0))
     with tempfile.TemporaryDirectory() as room:
-        with tarfile.open(path) as archive:
-            archive.extractall(room, filter="data")
+        shutil.unpack_archive(path, room)
         rendered = chart.texts({}, path=pathlib.Path(room) / about["name"], image=None)
     (daemonset,) = chart.documents(rendered["daemonset.yaml"])
     image = daemonset["spec"]["template"]["spec"]["containers"][0]["image"]
