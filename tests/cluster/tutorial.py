@@ -370,7 +370,8 @@ def serve(address):
 
 
 def helm(words):
-    """helm install NAME CHART [--repo URL] [--namespace NAMESPACE] [--create-namespace] [--version V] [--set K=V]..."""
+    """helm install NAME CHART [--repo URL] [--namespace NAMESPACE] [--create-namespace] [--version V] [--wait]
+    [--set K=V]..."""
     command, name, what, *options = words
     if command != "install":
         raise SystemExit(f"helm {command} is not known")
@@ -379,6 +380,9 @@ def helm(words):
         option = options.pop(0)
         if option == "--create-namespace":
             create = True
+        elif option == "--wait":
+            # What is played is ready at once.
+            continue
         elif option in ("--namespace", "--set", "--repo", "--version"):
             value = options.pop(0)
             if option == "--namespace":
