@@ -89,7 +89,7 @@ validate: tools
 render: tools
 	deploy/render
 	"$(TOOLS)/python/bin/python" tests/cluster/resources.py --write
-	RENDER=1 cargo test --workspace --locked --features fault-points --lib cli::reference_pages
+	RENDER=1 cargo test --workspace --locked --features fault-points --lib cli::tests
 	RENDER=1 scripts/in-mount-namespace cargo test --workspace --locked --features fault-points --test e2e \
 	    -- documents::the_page_of_metrics
 

@@ -20,9 +20,9 @@ mod mount_command;
 mod node_command;
 mod output;
 mod pin_commands;
-#[cfg(test)]
-mod reference_pages;
 mod status_command;
+#[cfg(test)]
+mod tests;
 mod text_table;
 mod verify_command;
 mod version_command;
