@@ -25,7 +25,6 @@ pub(super) struct NamedBlobs {
 /// The part of a manifest that names blobs.
 #[derive(Deserialize)]
 struct RawManifest {
-    #[serde(default)]
     config: Option<RawBlob>,
     #[serde(default)]
     layers: Vec<RawBlob>,
@@ -33,7 +32,6 @@ struct RawManifest {
 
 #[derive(Deserialize)]
 struct RawBlob {
-    #[serde(default)]
     digest: Option<String>,
 }
 

@@ -32,7 +32,6 @@ pub(super) type ConfigEntries = Vec<(String, Credential)>;
 
 #[derive(Deserialize)]
 struct DockerConfig {
-    #[serde(default)]
     auths: Option<BTreeMap<String, DockerEntry>>,
 }
 

@@ -117,84 +117,79 @@ pub struct NodeSelector {
 
 /// Progress of a preload.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub struct ArtifactPreloadStatus {
     /// Generation of the spec that this status describes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub observed_generation: Option<i64>,
     /// Value of `spec.reference` when it was resolved.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub reference: Option<String>,
     /// Digest that the reference resolved to, of a manifest or an index.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub digest: Option<String>,
     /// Platforms of the index; empty if it is not an index.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "crd_schema::platforms")]
     pub platforms: Vec<String>,
     /// Bytes of the layers in the registry; for an index, those of the platform with the fewest.
     /// Empty: unknown.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub bytes: Option<i64>,
     /// Artifact that was last on all selected nodes, as `repository:tag@digest`. It stays until the
     /// next one is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub ready_reference: Option<String>,
     /// Artifact that was on all selected nodes before `readyReference`, as `repository:tag@digest`.
     /// Nodes that hold it keep it, too.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub previous_reference: Option<String>,
     /// Time since which the registry does not answer, if `digest` is one of its earlier answers to
     /// this object. Empty: it has answered.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crd_schema::time")]
     pub registry_unavailable_since: Option<Time>,
     /// Last answers of registries to this object, newest first.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
     pub history: Vec<ResolvedReference>,
     /// Number of selected nodes that have the driver, or that are so new to the controller that
     /// they may have it.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub desired: i32,
     /// Number of nodes that hold the artifact.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub ready: i32,
     /// Number of nodes that are pulling it.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub active: i32,
     /// Number of nodes that have failed after all retries.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub failed: i32,
     /// Number of nodes that are away: they do not hold the artifact, and are not Ready or do not
     /// answer.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub away: i32,
     /// First failed nodes, by name.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 20))]
     pub failed_nodes: Vec<FailedNode>,
     /// Time at which this generation was started.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crd_schema::time")]
     pub start_time: Option<Time>,
     /// Time at which all nodes were done, with or without success.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "crd_schema::time")]
     pub completion_time: Option<Time>,
     /// Conditions of type `Resolved`, `Ready` and `Stalled`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(schema_with = "crd_schema::conditions")]
     pub conditions: Vec<Condition>,
 }

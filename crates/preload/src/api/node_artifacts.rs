@@ -97,39 +97,31 @@ pub struct SealedCredentials {
 
 /// Artifacts that the node holds. Written by the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub struct NodeArtifactsStatus {
     /// Platform of the node, as `os/architecture`.
-    #[serde(default)]
     #[schemars(length(max = 64))]
     pub platform: String,
     /// Version of the driver.
-    #[serde(default)]
     #[schemars(length(max = 64))]
     pub version: String,
     /// Public key of the running process in base64, which credentials are sealed to.
-    #[serde(default)]
     #[schemars(length(max = 64))]
     pub public_key: String,
     /// Bytes of artifacts that the node can hold if it holds nothing else, in coarse steps. Empty:
     /// unknown.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub capacity_bytes: Option<i64>,
     /// Number of artifacts that the node holds.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub ready: i32,
     /// Number of artifacts that are not ready yet.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub active: i32,
     /// Number of artifacts that have failed.
-    #[serde(default)]
     #[schemars(range(min = 0))]
     pub failed: i32,
     /// Progress of each artifact.
-    #[serde(default)]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "atomic"))]
     pub artifacts: Vec<HeldArtifact>,
 }
