@@ -1,6 +1,8 @@
 //! `completions`: prints scripts that make a shell complete commands and flags.
 
-use clap::{Args, CommandFactory as _, ValueEnum};
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
+use clap::{Args, CommandFactory as _};
+use clap_complete::Shell;
 
 use super::CommandLine;
 use super::output::print_text;
@@ -13,24 +15,13 @@ use super::output::print_text;
   csi-driver-oci completions fish > ~/.config/fish/completions/csi-driver-oci.fish")]
 pub(super) struct CompletionsArguments {
     /// The shell that reads the script.
-    shell: CompletionShell,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum CompletionShell {
-    Bash,
-    Zsh,
-    Fish,
+    #[arg(value_parser = PossibleValuesParser::new(["bash", "zsh", "fish"]).try_map(|name| name.parse::<Shell>()))]
+    shell: Shell,
 }
 
 pub(super) fn run(arguments: &CompletionsArguments) {
-    let shell = match arguments.shell {
-        CompletionShell::Bash => clap_complete::Shell::Bash,
-        CompletionShell::Zsh => clap_complete::Shell::Zsh,
-        CompletionShell::Fish => clap_complete::Shell::Fish,
-    };
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut CommandLine::command(), "csi-driver-oci", &mut script);
+    let (mut script, mut command) = (Vec::new(), CommandLine::command());
+    clap_complete::generate(arguments.shell, &mut command, "csi-driver-oci", &mut script);
     // clap_complete writes the name of a program with dashes in two ways, and completes no flags of its commands.
     let script = String::from_utf8_lossy(&script)
         .replace("csi__subcmd__driver__subcmd__oci", "csi__driver__oci");
