@@ -145,9 +145,6 @@ fn place(exchange: Exchange<'_>) -> EndpointRepository {
 }
 
 fn unusable(repository: &Repository, reason: &str) -> RegistryError {
-    RegistryError::Protocol {
-        host: error::host(repository.host()),
-        what: bearer_token::describe(repository),
-        reason: reason.to_owned(),
-    }
+    let host = error::host(repository.host());
+    RegistryError::protocol(&host, &bearer_token::describe(repository), reason)
 }

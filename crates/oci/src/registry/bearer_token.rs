@@ -218,11 +218,7 @@ impl TokenRequest<'_> {
             });
         }
         let host = answer.host.clone();
-        let unusable = |reason: &str| RegistryError::Protocol {
-            host: host.clone(),
-            what: what.to_owned(),
-            reason: reason.to_owned(),
-        };
+        let unusable = |reason: &str| RegistryError::protocol(&host, what, reason);
         let body = answer.document(what, MAXIMUM_ANSWER_BYTES).await?;
         let answer: TokenAnswer =
             serde_json::from_slice(&body).map_err(|_| unusable("it is not the JSON of a token"))?;

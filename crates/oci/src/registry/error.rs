@@ -199,6 +199,11 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
+    /// Returns the error for an answer that cannot be used.
+    pub(super) fn protocol(host: &str, what: &str, reason: impl Into<String>) -> Self {
+        Self::Protocol { host: host.to_owned(), what: what.to_owned(), reason: reason.into() }
+    }
+
     /// Returns whether the same request may succeed later without a change on this node.
     pub fn is_transient(&self) -> bool {
         match self {

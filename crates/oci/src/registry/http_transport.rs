@@ -208,10 +208,8 @@ impl Transport {
                     unchallenged,
                 });
             }
-            let next = self.next_hop(endpoint, &url, &response).await.map_err(|reason| {
-                let (host, what) = (host.clone(), what.to_owned());
-                RegistryError::Protocol { host, what, reason: reason.to_owned() }
-            })?;
+            let next = self.next_hop(endpoint, &url, &response).await;
+            let next = next.map_err(|reason| RegistryError::protocol(&host, what, reason))?;
             drain(response).await;
             if next.origin() != origin {
                 // Dropped for good: a host that redirects back has chosen the request.
@@ -220,11 +218,8 @@ impl Transport {
             }
             url = next;
         }
-        Err(RegistryError::Protocol {
-            host: authority(&url),
-            what: what.to_owned(),
-            reason: format!("more than {} redirects", redirect_rules::MAXIMUM_HOPS),
-        })
+        let reason = format!("more than {} redirects", redirect_rules::MAXIMUM_HOPS);
+        Err(RegistryError::protocol(&authority(&url), what, reason))
     }
 
     /// Returns the address of a redirect, if it may be followed.
@@ -259,11 +254,7 @@ impl HttpResponse {
     }
 
     pub(super) fn protocol(&self, what: &str, reason: impl Into<String>) -> RegistryError {
-        RegistryError::Protocol {
-            host: self.host.clone(),
-            what: what.to_owned(),
-            reason: reason.into(),
-        }
+        RegistryError::protocol(&self.host, what, reason)
     }
 
     /// Returns the error for a status other than success.
@@ -309,9 +300,7 @@ impl HttpResponse {
         let body = self.body(what, limit).await?;
         decode(body, &encodings, limit).map_err(|error| match error {
             DecodeError::TooLarge => RegistryError::TooLarge { what: what.to_owned(), limit },
-            DecodeError::Unusable(reason) => {
-                RegistryError::Protocol { host, what: what.to_owned(), reason: reason.to_owned() }
-            }
+            DecodeError::Unusable(reason) => RegistryError::protocol(&host, what, reason),
         })
     }
 

@@ -135,15 +135,9 @@ pub fn other_spellings(host: &str) -> Vec<String> {
 
 /// Returns the API root of a registry without configuration.
 pub(super) fn registry_root(host: &str) -> Result<Url, RegistryError> {
-    let host = match host {
-        DOCKER_HUB => DOCKER_HUB_HOST,
-        host => host,
-    };
-    let unusable = || RegistryError::Protocol {
-        host: error::host(host),
-        what: "the registry".to_owned(),
-        reason: "its name is no host".to_owned(),
-    };
+    let host = if host == DOCKER_HUB { DOCKER_HUB_HOST } else { host };
+    let unusable =
+        || RegistryError::protocol(&error::host(host), "the registry", "its name is no host");
     let mut root = Url::parse(&format!("https://{host}/")).map_err(|_| unusable())?;
     // The name must be the whole authority: no part of it may become a user name or a path.
     if root.path() != "/" || root.query().is_some() || !root.username().is_empty() {
