@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::artifact_request::Priority;
@@ -45,7 +45,6 @@ struct SharedSlots {
 struct SlotState {
     /// In the order in which they came.
     waiting: Vec<Waiting>,
-    next: u64,
     taken: usize,
     /// The slots of warming.
     behind: usize,
@@ -56,7 +55,6 @@ struct SlotState {
 
 #[derive(Debug)]
 struct Waiting {
-    number: u64,
     ask: Ask,
     grant: oneshot::Sender<Slot>,
 }
@@ -110,7 +108,7 @@ impl Slots {
 
     /// Waits for a slot. Safe to cancel.
     pub(super) async fn acquire(&self, ask: Ask) -> Slot {
-        if ask.urgency.priority() == Priority::Warm || self.shared.state.lock().behind == 0 {
+        if ask.urgency.priority() == Priority::Warm || self.shared.lock().behind == 0 {
             return self.wait(ask).await;
         }
         // What warming has it may hold on to while it gives way.
@@ -120,14 +118,7 @@ impl Slots {
     async fn wait(&self, ask: Ask) -> Slot {
         loop {
             let (grant, mut granted) = oneshot::channel();
-            let number = {
-                let mut state = self.shared.state.lock();
-                let number = state.next;
-                state.next += 1;
-                state.waiting.push(Waiting { number, ask: ask.clone(), grant });
-                number
-            };
-            let _leaving = Leaving { shared: &self.shared, number };
+            self.shared.lock().waiting.push(Waiting { ask: ask.clone(), grant });
             let granted = loop {
                 // A pod or a tenant that joins the flight may have what the others may not.
                 let changed = ask.urgency.changed();
@@ -149,7 +140,7 @@ impl Slots {
     /// others of its kind or its host is not served sooner if the slot stays free.
     #[must_use]
     pub(super) fn spare(&self, ask: &Ask) -> Option<Slot> {
-        let mut state = self.shared.state.lock();
+        let mut state = self.shared.lock();
         let is_wanted = state.waiting.iter().any(|waiting| self.shared.may(&state, &waiting.ask));
         let is_free = !is_wanted && state.taken < self.shared.total;
         (is_free && self.shared.may(&state, ask)).then(|| self.shared.take(&mut state, ask))
@@ -157,14 +148,14 @@ impl Slots {
 
     /// Returns whether a request waits that could use this slot.
     pub(super) fn is_wanted(&self, slot: &Slot) -> bool {
-        let state = self.shared.state.lock();
+        let state = self.shared.lock();
         state.waiting.iter().any(|waiting| self.shared.could_use(&state, &waiting.ask, slot))
     }
 
     /// Returns whether another tenant waits that could use this slot, and that would hold fewer slots
     /// than the tenant of this one even then.
     pub(super) fn is_owed_to_other_tenant(&self, slot: &Slot) -> bool {
-        let state = self.shared.state.lock();
+        let state = self.shared.lock();
         let held = state.held_by(&slot.tenant);
         state.waiting.iter().any(|Waiting { ask, .. }| {
             ask.urgency.priority() <= slot.priority
@@ -175,11 +166,18 @@ impl Slots {
 
     /// Slots in use.
     pub(super) fn taken(&self) -> usize {
-        self.shared.state.lock().taken
+        self.shared.lock().taken
     }
 }
 
 impl SharedSlots {
+    /// Returns the state, without requests whose callers have left.
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        let mut state = self.state.lock();
+        state.waiting.retain(|waiting| !waiting.grant.is_closed());
+        state
+    }
+
     /// Returns the most slots that warming may have.
     fn most_behind(&self) -> usize {
         (self.total.min(self.per_host) / 2).max(1)
@@ -278,20 +276,9 @@ fn choose<'a>(
         .map(|(place, _)| place)
 }
 
-struct Leaving<'a> {
-    shared: &'a SharedSlots,
-    number: u64,
-}
-
-impl Drop for Leaving<'_> {
-    fn drop(&mut self) {
-        self.shared.state.lock().waiting.retain(|waiting| waiting.number != self.number);
-    }
-}
-
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut state = self.shared.state.lock();
+        let mut state = self.shared.lock();
         state.taken -= 1;
         state.behind -= usize::from(self.priority == Priority::Warm);
         release(&mut state.by_tenant, &self.tenant);
