@@ -18,6 +18,7 @@ use std::sync::Arc;
 use parking_lot::{Condvar, Mutex};
 
 use super::object_name::{ObjectKind, ObjectName};
+use super::record_index::remove_value;
 use super::space_amount::SpaceAmount;
 use oci_types::Digest;
 
@@ -43,8 +44,8 @@ struct State {
     pinned: Tally<Digest>,
     /// Being removed at this moment.
     leaving: HashSet<ObjectName>,
-    bytes: u64,
-    inodes: u64,
+    /// The space of all objects.
+    space: SpaceAmount,
     /// Numbers of objects of each kind.
     counts: [u64; ObjectKind::ALL.len()],
     /// Trees by the manifest that they were made from.
@@ -140,8 +141,7 @@ impl Catalog {
         if state.objects.contains_key(&name) {
             return;
         }
-        state.bytes = state.bytes.saturating_add(entry.bytes);
-        state.inodes = state.inodes.saturating_add(entry.inodes);
+        state.space = state.space.plus(entry.space());
         for link in &entry.links {
             state.links.add(link.clone());
         }
@@ -338,25 +338,17 @@ impl Catalog {
     pub fn usage(&self, record: SpaceAmount) -> Usage {
         let state = self.state.lock();
         let records = state.publications.len().saturating_add(state.pins.len()) as u64;
-        let records = state.records.plus(record.times(records));
-        Usage {
-            bytes: state.bytes.saturating_add(records.bytes),
-            inodes: state.inodes.saturating_add(records.inodes),
-            objects: (state.objects.len() as u64)
-                .saturating_sub(state.counts[ObjectKind::Document as usize]),
-        }
+        let space = state.space.plus(state.records).plus(record.times(records));
+        let objects = (state.objects.len() as u64)
+            .saturating_sub(state.counts[ObjectKind::Document as usize]);
+        Usage { bytes: space.bytes, inodes: space.inodes, objects }
     }
 }
 
 impl State {
     fn unpublish(&mut self, target: &Path) -> Option<ObjectName> {
         let PublishedTree { tree, .. } = self.publications.remove(target)?;
-        if let Some(targets) = self.published.get_mut(&tree) {
-            targets.remove(target);
-            if targets.is_empty() {
-                self.published.remove(&tree);
-            }
-        }
+        remove_value(&mut self.published, &tree, target);
         Some(tree)
     }
 
@@ -364,18 +356,12 @@ impl State {
         let Some(entry) = self.objects.remove(name) else { return };
         let count = &mut self.counts[name.kind() as usize];
         *count = count.saturating_sub(1);
-        self.bytes = self.bytes.saturating_sub(entry.bytes);
-        self.inodes = self.inodes.saturating_sub(entry.inodes);
+        self.space = self.space.less(entry.space());
         for link in &entry.links {
             self.links.remove(link);
         }
-        if let Some(manifest) = entry.manifest
-            && let Some(trees) = self.manifests.get_mut(&manifest)
-        {
-            trees.remove(name);
-            if trees.is_empty() {
-                self.manifests.remove(&manifest);
-            }
+        if let Some(manifest) = entry.manifest {
+            remove_value(&mut self.manifests, &manifest, name);
         }
     }
 }

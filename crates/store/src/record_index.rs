@@ -3,7 +3,9 @@
 //! A lookup reads the records that the index names instead of the whole folder. The records on disk
 //! are authoritative: one that is gone, or has another reference or manifest by now, is skipped.
 
+use std::borrow::Borrow;
 use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -115,19 +117,21 @@ impl IndexState {
 
     fn remove(&mut self, record: &Path) {
         let Some(RecordKey { reference, target }) = self.records.remove(record) else { return };
-        take(&mut self.by_reference, &reference, record);
-        take(&mut self.by_manifest, &target.manifest, record);
+        remove_value(&mut self.by_reference, &reference, record);
+        remove_value(&mut self.by_manifest, &target.manifest, record);
     }
 }
 
-fn take<K: Eq + std::hash::Hash>(
-    index: &mut HashMap<K, HashSet<Arc<Path>>>,
-    key: &K,
-    record: &Path,
-) {
-    if let Some(records) = index.get_mut(key) {
-        records.remove(record);
-        if records.is_empty() {
+/// Removes one value of a key, and the key with its last value.
+pub(super) fn remove_value<K, V, Q>(index: &mut HashMap<K, HashSet<V>>, key: &K, value: &Q)
+where
+    K: Eq + Hash,
+    V: Eq + Hash + Borrow<Q>,
+    Q: Eq + Hash + ?Sized,
+{
+    if let Some(values) = index.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
             index.remove(key);
         }
     }
