@@ -324,7 +324,7 @@ fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &DiskSpace) 
         scrub.unread_objects = unread.len() as u64;
     }
     status.floor_bytes = room.floor(store.space().options()).bytes;
-    let evictions = store.collector().evictions();
+    let evictions = &store.collector().evictions;
     status.evicted_objects = evictions.total();
     status.evicted_bytes = evictions.bytes();
 }

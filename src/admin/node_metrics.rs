@@ -48,8 +48,10 @@ pub struct NodeMetrics {
     unknown_mounts: Gauge<u64, AtomicU64>,
     vanished: Counter,
     store: Arc<OnceLock<Store>>,
-    warming: Arc<Reconciler<ListedReference>>,
-    scrub: ScrubState,
+    /// The references of the configuration, whose states each scrape reads.
+    pub warming: Arc<Reconciler<ListedReference>>,
+    /// The progress of the scrub, which each scrape reads.
+    pub scrub: ScrubState,
     downloads: Gauge,
     downloaded_bytes: Counter,
     pulls: Family<Labels<2>, Counter>,
@@ -163,16 +165,6 @@ impl NodeMetrics {
             wrong.remove(part)
         };
         self.configuration_errors.set((!wrong.is_empty()).into());
-    }
-
-    /// Returns the references of the configuration, whose states each scrape reads.
-    pub fn warming(&self) -> &Arc<Reconciler<ListedReference>> {
-        &self.warming
-    }
-
-    /// Returns the progress of the scrub, which each scrape reads.
-    pub fn scrub(&self) -> &ScrubState {
-        &self.scrub
     }
 
     /// Counts the results of bringing records and mounts together.

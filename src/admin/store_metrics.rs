@@ -57,7 +57,7 @@ pub(super) fn write(store: &Arc<OnceLock<Store>>, mut metrics: MetricWriter<'_>)
             room.free_inodes,
         )?;
     }
-    let evictions = store.collector().evictions();
+    let evictions = &store.collector().evictions;
     let names = Reason::ALL.map(|reason| reason.name().replace(' ', "_"));
     let counts = std::array::from_fn(|i| (names[i].as_str(), evictions.count(Reason::ALL[i])));
     metrics.counters::<{ Reason::ALL.len() }>(

@@ -92,7 +92,7 @@ impl ContentOpener {
         let scrub = ContentScrubber {
             content: content.clone(),
             interval: configuration.cache.scrub_interval(),
-            state: self.metrics.scrub().clone(),
+            state: self.metrics.scrub.clone(),
             events: self.events.clone(),
             clock: system_clock,
         };
@@ -118,7 +118,7 @@ impl ContentOpener {
         let keeper = ListKeeper {
             content,
             source: reloadable(name, path, |file, _| Ok(file.warm), report),
-            references: Arc::clone(self.metrics.warming()),
+            references: Arc::clone(&self.metrics.warming),
             node_id: self.options.node_id.clone(),
         };
         self.tracker.spawn(keeper.run(self.shutdown.clone()));

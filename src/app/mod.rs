@@ -246,8 +246,8 @@ impl NodePlugin {
             driver_name: self.options.driver_name.clone(),
             state_dir: self.options.state_dir.clone(),
             health: self.health.clone(),
-            warming: Arc::clone(self.metrics.warming()),
-            scrub: self.metrics.scrub().clone(),
+            warming: Arc::clone(&self.metrics.warming),
+            scrub: self.metrics.scrub.clone(),
             tracker: self.tracker.clone(),
         };
         let services = Server::builder().add_service(AdminServer::new(service));

@@ -280,10 +280,10 @@ impl ContentReader {
             let (content, item, progress) =
                 (Arc::clone(&self), item.clone(), Arc::clone(&progress));
             let read = move || {
-                let mut reader = Reader::new(pace)
-                    .stopped_by(stop)
-                    .telling(move |bytes| progress.arrived(bytes))
-                    .before_waiting(move || drop(permit.take()));
+                let mut reader = Reader::new(pace);
+                reader.stop = stop;
+                reader.arrived = Box::new(move |bytes| progress.arrived(bytes));
+                reader.waits = Box::new(move || drop(permit.take()));
                 content.verify_item(&item, &mut reader, memory)
             };
             match blocking(read).await {

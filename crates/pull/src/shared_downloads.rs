@@ -84,7 +84,7 @@ struct DownloadWaiter {
 
 /// The right to add to a download. Dropping it passes the turn to the next waiter.
 #[derive(Debug)]
-pub(super) struct DownloadTurn(Arc<SharedDownload>);
+pub(super) struct DownloadTurn(pub(super) Arc<SharedDownload>);
 
 /// A measurement of the source that has the turn.
 #[derive(Clone, Copy, Debug)]
@@ -236,13 +236,6 @@ impl SharedDownload {
         // A turn that the waiter does not accept is dropped, which passes it on.
         drop(state);
         let _ = grant.send(turn);
-    }
-}
-
-impl DownloadTurn {
-    /// Returns the download.
-    pub(super) fn download(&self) -> &Arc<SharedDownload> {
-        &self.0
     }
 }
 

@@ -102,7 +102,7 @@ type Following = JoinHandle<Result<LayerWriter, PullError>>;
 #[derive(Clone)]
 pub(super) struct Job {
     unpackers: Unpackers,
-    blob: Digest,
+    pub(super) blob: Digest,
     rule: ArchiveRule,
     permissions: PermissionsRule,
     urgency: Arc<Progress>,
@@ -176,20 +176,15 @@ impl Unpackers {
 }
 
 impl Job {
-    /// Returns the blob that is unpacked.
-    pub(super) fn blob(&self) -> Digest {
-        self.blob
-    }
-
     /// Begins to unpack what grows, if a permit is free. What was begun before is given up.
     pub(super) fn follow(&self, mut follower: Follower) {
         let following = self.unpackers.free_permit(&self.urgency).map(|permit| {
             let (permit, since) = (Arc::new(permit), Instant::now());
             let held = Arc::clone(&permit);
-            follower.gives_way_if(move |waited| {
+            follower.gives_way = Some(Box::new(move |waited| {
                 let elapsed = since.elapsed();
                 held.is_wanted() && elapsed > PATIENCE && waited * 2 > elapsed
-            });
+            }));
             let job = self.clone();
             tokio::task::spawn_blocking(move || job.unpack(follower, Window::Plain, permit))
         });

@@ -163,7 +163,8 @@ pub struct GarbageCollector {
     pub(super) records: Arc<RecordSweeper>,
     /// Held while it is decided what goes.
     pub(super) turn: Mutex<()>,
-    pub(super) evictions: Evictions,
+    /// Counts of removed objects since the process began.
+    pub evictions: Evictions,
 }
 
 impl GarbageCollector {
@@ -265,11 +266,6 @@ impl GarbageCollector {
             minimum_age: seconds(self.directory.cache.minimum_age),
             unlinked_age: seconds(UNLINKED_AGE),
         })
-    }
-
-    /// Returns counts of removed objects since the process began.
-    pub fn evictions(&self) -> &Evictions {
-        &self.evictions
     }
 
     pub(super) fn collecting(&self) -> Turn<'_> {

@@ -41,7 +41,8 @@ pub struct Follower {
     position: u64,
     /// Time that it has waited for bytes so far.
     waited: Duration,
-    gives_way: Option<Box<dyn Fn(Duration) -> bool + Send>>,
+    /// Reading fails once this says so, which is told how long was waited for bytes so far.
+    pub gives_way: Option<Box<dyn Fn(Duration) -> bool + Send>>,
 }
 
 impl Growth {
@@ -72,11 +73,6 @@ impl Follower {
         let growth = Arc::clone(growth);
         let waited = Duration::ZERO;
         Self { file, growth, size, restarts, position: 0, waited, gives_way: None }
-    }
-
-    /// Reading fails once this says so, which is told how long was waited for bytes so far.
-    pub fn gives_way_if(&mut self, gives_way: impl Fn(Duration) -> bool + Send + 'static) {
-        self.gives_way = Some(Box::new(gives_way));
     }
 
     /// Returns how many bytes there are beyond the position, at least one.

@@ -68,10 +68,13 @@ pub enum ReadPace {
 pub struct Reader {
     /// The objects and bytes that were read so far.
     pub verified: Verified,
+    /// Ends reading with an error once it is set.
+    pub stop: Arc<AtomicBool>,
+    /// Is told how many bytes each step has read.
+    pub arrived: Box<dyn Fn(u64) + Send>,
+    /// Is called before waiting for leases or memory, so that shared resources can be released first.
+    pub waits: Box<dyn FnMut() + Send>,
     pace: ReadPace,
-    stop: Arc<AtomicBool>,
-    arrived: Box<dyn Fn(u64) + Send>,
-    waits: Box<dyn FnMut() + Send>,
     /// Number of further waits for leases in this object.
     waits_left: u32,
     buffer: Vec<u8>,
@@ -96,24 +99,6 @@ impl Reader {
             waits_left: WAITS,
             buffer: Vec::new(),
         }
-    }
-
-    /// Ends with an error once `stop` is set.
-    #[must_use]
-    pub fn stopped_by(self, stop: Arc<AtomicBool>) -> Self {
-        Self { stop, ..self }
-    }
-
-    /// Tells how many bytes each step has read.
-    #[must_use]
-    pub fn telling(self, arrived: impl Fn(u64) + Send + 'static) -> Self {
-        Self { arrived: Box::new(arrived), ..self }
-    }
-
-    /// Calls `waits` before waiting for leases or memory, so that shared resources can be released first.
-    #[must_use]
-    pub fn before_waiting(self, waits: impl FnMut() + Send + 'static) -> Self {
-        Self { waits: Box::new(waits), ..self }
     }
 
     /// Announces that the reading is about to wait.
@@ -382,7 +367,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("file");
         std::fs::write(&path, "content").expect("written");
-        let mut reader = Reader::new(ReadPace::Full).stopped_by(Arc::new(AtomicBool::new(true)));
+        let mut reader =
+            Reader { stop: Arc::new(AtomicBool::new(true)), ..Reader::new(ReadPace::Full) };
         let stopped = reader.hash(&open(&path).expect("a file")).expect_err("stopped");
         assert!(unreadable(stopped).is_err());
         assert!(unreadable(Errno::EMFILE.into()).is_err(), "the node's own trouble is no damage");

@@ -43,7 +43,8 @@ struct ObservedLease {
 /// Leadership, held until it is lost or given up.
 pub struct LeadershipGuard {
     election: Arc<LeaderElection>,
-    lost: CancellationToken,
+    /// Is cancelled when leadership is lost, and at shutdown.
+    pub lost: CancellationToken,
     renewing: JoinHandle<()>,
 }
 
@@ -201,11 +202,6 @@ impl LeaderElection {
 }
 
 impl LeadershipGuard {
-    /// Returns a token that is cancelled when leadership is lost, and at shutdown.
-    pub fn lost(&self) -> &CancellationToken {
-        &self.lost
-    }
-
     /// Gives up leadership, so that another process can lead at once.
     pub async fn end(self) {
         self.lost.cancel();

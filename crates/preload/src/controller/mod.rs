@@ -101,7 +101,7 @@ pub async fn run(
             Arc::clone(&metrics),
         );
         let reconciler = reconciler.with_quota(options.quota);
-        reconciler.run(leadership.lost().clone()).await;
+        reconciler.run(leadership.lost.clone()).await;
         metrics.set_leader(false);
         leadership.end().await;
         tracing::info!("leading no more");
