@@ -26,13 +26,13 @@ const MOST_UNDER_WAY: usize = 256;
 /// Told what happens on the wire.
 pub trait Observer: Send + Sync + 'static {
     /// Bytes of a blob have come.
-    fn downloaded(&self, bytes: u64);
+    fn downloaded(&self, _bytes: u64) {}
     /// So many more connections download now, or fewer.
-    fn connections(&self, change: i64);
+    fn connections(&self, _change: i64) {}
     /// A pull has ended: how, by a name from a short list, and how long it took.
-    fn pulled(&self, result: &'static str, reason: &'static str, duration: Duration);
+    fn pulled(&self, _result: &'static str, _reason: &'static str, _duration: Duration) {}
     /// Content without the demanded signature is mounted, as the policy only warns.
-    fn signature_warning(&self);
+    fn signature_warning(&self) {}
 }
 
 /// An observer that ignores everything.
@@ -88,9 +88,4 @@ impl Wire {
     }
 }
 
-impl Observer for Unobserved {
-    fn downloaded(&self, _: u64) {}
-    fn connections(&self, _: i64) {}
-    fn pulled(&self, _: &'static str, _: &'static str, _: Duration) {}
-    fn signature_warning(&self) {}
-}
+impl Observer for Unobserved {}

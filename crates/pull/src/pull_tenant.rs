@@ -48,9 +48,7 @@ impl Tenant {
             (None, None) => Self::Admin,
         }
     }
-}
 
-impl Tenant {
     /// Returns the Kubernetes namespace, where it is known.
     pub fn namespace(&self) -> Option<&str> {
         match self {

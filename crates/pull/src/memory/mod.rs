@@ -76,7 +76,7 @@ const SMALLEST_STEP: u64 = 64 << 10;
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The memory budget of a node, shared fairly between tenants. Cheap to clone.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MemoryBudget<T: Clone + Eq + Hash> {
     kept: Arc<MemoryPool<T>>,
     small: Arc<MemoryPool<T>>,
@@ -222,13 +222,6 @@ impl<T: Clone + Eq + Hash> MemoryBudget<T> {
     pub fn bytes_of_next_try(&self, bytes: u64, needs: u64) -> u64 {
         let more = bytes.saturating_add((bytes / 2).max(SMALLEST_STEP)).max(needs);
         if bytes < self.most() { more.min(self.most()) } else { more }
-    }
-}
-
-impl<T: Clone + Eq + Hash> Clone for MemoryBudget<T> {
-    fn clone(&self) -> Self {
-        let Self { kept, small, large } = self;
-        Self { kept: Arc::clone(kept), small: Arc::clone(small), large: Arc::clone(large) }
     }
 }
 
