@@ -249,7 +249,7 @@ impl TreeAssembler {
             }
             reservation.done(blob);
         }
-        let (origins, repository) = (self.origins.clone(), sponsors.repository().clone());
+        let (origins, repository) = (self.origins.clone(), sponsors.repository.clone());
         blocking(move || {
             let store = &origins.store;
             // Here, since what was built for nothing is removed, which takes a while.

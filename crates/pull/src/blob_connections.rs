@@ -23,13 +23,13 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::SizedBlob;
 use super::blob_origins::content_source;
+use super::blob_transfer::BlobRequest;
 use super::connection_rate::Rate;
-use super::connection_slots::{Ask, Slot};
+use super::connection_slots::Slot;
 use super::cpu_idle::Processors;
 use super::credential_offers::Source;
 use super::download_resources::{Observer, Wire};
 use super::error::PullError;
-use super::pull_progress::Progress;
 use super::range_scheduler::{Spans, Step};
 use super::shared_downloads::SharedDownload;
 use super::transfer_retry::{Break, Retries};
@@ -92,20 +92,14 @@ pub(super) struct Connections<'a> {
     pub(super) wire: &'a Wire,
     /// The repository, and the credential that it is shown.
     pub(super) source: &'a Source,
-    /// The blob to download.
-    pub(super) blob: SizedBlob,
-    /// The request for a slot.
-    pub(super) ask: Ask,
+    /// The blob to download, and for whom.
+    pub(super) request: BlobRequest<'a>,
     /// The place that the blob holds while it is under way.
     pub(super) place: &'a Slot,
-    /// The progress of the flight.
-    pub(super) progress: &'a Progress,
     /// The channel to the writer.
     pub(super) writes: mpsc::Sender<Write>,
     /// Nanoseconds for which the writer had something to do.
     pub(super) busy: Arc<AtomicU64>,
-    /// Is given a reader of the blob each time that it starts over.
-    pub(super) follow: &'a (dyn Fn(Follower) + Send + Sync),
     /// The download that other repositories share, for whose waiters bytes are kept that this source
     /// cannot continue.
     pub(super) shared: Option<Arc<SharedDownload>>,
@@ -175,7 +169,7 @@ impl Connections<'_> {
     pub(super) async fn run(&self, slot: Slot) -> Result<(), Failure> {
         let mut slot = Some(slot);
         let missing = self.state.lock().spans.missing();
-        let mut retries = Retries::new(self.wire.options.retry(), self.blob.size, missing);
+        let mut retries = Retries::new(self.wire.options.retry(), self.request.blob.size, missing);
         let mut started_over = false;
         loop {
             let done = match self.bring(slot.take(), &mut retries).await {
@@ -186,7 +180,9 @@ impl Connections<'_> {
             let Err(Failure::Wrong(error)) = done else { return done };
             // What was here from an earlier try, or came from the registry, is no fault of theirs.
             if self.state.lock().mirrored {
-                self.wire.registry.record_wrong_content(&self.source.repository, self.blob.digest);
+                self.wire
+                    .registry
+                    .record_wrong_content(&self.source.repository, self.request.blob.digest);
             }
             if self.would_discard_others_bytes() {
                 return Err(Failure::CannotContinue(error));
@@ -211,8 +207,8 @@ impl Connections<'_> {
             while self.wants_more_than(running.len()) {
                 let slot = match slot.take() {
                     Some(slot) => slot,
-                    None if running.is_empty() => self.wire.slots.acquire(self.ask.clone()).await,
-                    None => match self.wire.slots.spare(&self.ask) {
+                    None if running.is_empty() => self.wire.slots.acquire(self.request.ask()).await,
+                    None => match self.wire.slots.spare(&self.request.ask()) {
                         Some(slot) => slot,
                         None => break,
                     },
@@ -240,7 +236,7 @@ impl Connections<'_> {
                     self.refuse_ranges();
                     if running.is_empty() {
                         if self.would_discard_others_bytes() {
-                            let got = self.blob.size - self.state.lock().spans.missing();
+                            let got = self.request.blob.size - self.state.lock().spans.missing();
                             return Err(Failure::CannotContinue(self.wrong_size(got, None)));
                         }
                         self.restart(retries).await?;
@@ -269,7 +265,7 @@ impl Connections<'_> {
                     self.state.lock().wanted = 1;
                     match wait {
                         Some(wait) => {
-                            self.progress.failed(&broken.error);
+                            self.request.progress.failed(&broken.error);
                             if !self.waits(wait).await {
                                 return Err(Failure::Failed(broken.error));
                             }
@@ -353,7 +349,7 @@ impl Connections<'_> {
     async fn stream(&self, number: u32, slot: Slot) -> Result<(), Stop> {
         let body = self.open(number).await?;
         if self.only_answer {
-            self.state.lock().spans.advance(number, self.blob.size);
+            self.state.lock().spans.advance(number, self.request.blob.size);
             return Ok(());
         }
         let (mirror, start) = (body.mirror.clone(), self.span(number).start);
@@ -363,10 +359,10 @@ impl Connections<'_> {
                 || matches!(broken.error, PullError::BlobSize { .. })
                 || self.span(number).start - start < WORTH_A_MIRROR;
             if broken.passed_by {
-                tracing::info!(%mirror, blob = %self.blob.digest, "a mirror broke off: the others are asked");
+                tracing::info!(%mirror, blob = %self.request.blob.digest, "a mirror broke off: the others are asked");
                 self.wire.registry.record_mirror_failure(
                     &self.source.repository,
-                    self.blob.digest,
+                    self.request.blob.digest,
                     &mirror,
                 );
             }
@@ -394,7 +390,7 @@ impl Connections<'_> {
                 // and is not read until it has a slot again.
                 rate = rate.paused();
                 drop(slot);
-                slot = self.wire.slots.acquire(self.ask.clone()).await;
+                slot = self.wire.slots.acquire(self.request.ask()).await;
                 (rate, since) = (rate.resumed(), Instant::now());
                 continue;
             };
@@ -405,15 +401,17 @@ impl Connections<'_> {
                 Ok(None) => {
                     let missing = self.state.lock().spans.missing();
                     return Err(Stop::Broke(
-                        self.wrong_size(self.blob.size - missing, body.encoding).into(),
+                        self.wrong_size(self.request.blob.size - missing, body.encoding).into(),
                     ));
                 }
                 Err(error) => return Err(Stop::Broke(PullError::from(error).into())),
             };
             let span = self.span(number);
             let room = usize::try_from(span.end - span.start).unwrap_or(usize::MAX);
-            if chunk.len() > room && span.end == self.blob.size {
-                return Err(Stop::Wrong(self.wrong_size(self.blob.size + 1, body.encoding)));
+            if chunk.len() > room && span.end == self.request.blob.size {
+                return Err(Stop::Wrong(
+                    self.wrong_size(self.request.blob.size + 1, body.encoding),
+                ));
             }
             let bytes = chunk.slice(..chunk.len().min(room));
             let length = bytes.len() as u64;
@@ -422,10 +420,10 @@ impl Connections<'_> {
             // Meanwhile the end may have been cut; what is written twice is the same twice.
             let write = Write::Bytes { offset: span.start, bytes, memory };
             self.writes.send(write).await.map_err(|_| Stop::WriterGone)?;
-            self.progress.arrived(length);
+            self.request.progress.arrived(length);
             self.wire.observer.downloaded(length);
             let step = self.state.lock().spans.advance(number, length);
-            if step == Step::Complete && span.end < self.blob.size {
+            if step == Step::Complete && span.end < self.request.blob.size {
                 return Ok(());
             }
             let is_kept = rate.keeps(length);
@@ -470,11 +468,14 @@ impl Connections<'_> {
         let span = self.span(number);
         let Source { repository, credential } = self.source;
         let registry = &self.wire.registry;
-        let is_part = span.start > 0 || span.end < self.blob.size;
-        let opened = if span.end < self.blob.size {
-            registry.at(repository, credential).blob_range(self.blob.digest, span.clone()).await
+        let is_part = span.start > 0 || span.end < self.request.blob.size;
+        let opened = if span.end < self.request.blob.size {
+            registry
+                .at(repository, credential)
+                .blob_range(self.request.blob.digest, span.clone())
+                .await
         } else {
-            registry.at(repository, credential).blob(self.blob.digest, span.start).await
+            registry.at(repository, credential).blob(self.request.blob.digest, span.start).await
         };
         let body = match opened {
             Ok(body) => body,
@@ -485,11 +486,11 @@ impl Connections<'_> {
         let mut state = self.state.lock();
         if state.answered_by.is_empty() && !self.only_answer {
             // Not before: what an earlier try left is no news for whom it is refused.
-            self.progress.resumed(self.blob.size - state.spans.missing());
+            self.request.progress.resumed(self.request.blob.size - state.spans.missing());
         }
         state.answered_by.insert(content_source(&body.answered_by));
         state.mirrored |= body.mirror.is_some();
-        if body.offset != span.start || (span.end < self.blob.size && !body.is_part) {
+        if body.offset != span.start || (span.end < self.request.blob.size && !body.is_part) {
             return Err(Stop::NoRanges);
         }
         if body.is_part {
@@ -498,7 +499,7 @@ impl Connections<'_> {
         drop(state);
         match body.total {
             // However often it came, it would end where it says.
-            Some(total) if total != self.blob.size => {
+            Some(total) if total != self.request.blob.size => {
                 Err(Stop::Wrong(self.wrong_size(total, body.encoding)))
             }
             _ => Ok(body),
@@ -509,18 +510,18 @@ impl Connections<'_> {
         let (answer, digest) = oneshot::channel();
         self.send(Write::Verify(answer)).await?;
         let got = digest.await.map_err(|_| Failure::WriterGone)?;
-        if got == self.blob.digest {
+        if got == self.request.blob.digest {
             return Ok(());
         }
-        Err(Failure::Wrong(PullError::BlobDigest { expected: self.blob.digest, got }))
+        Err(Failure::Wrong(PullError::BlobDigest { expected: self.request.blob.digest, got }))
     }
 
     async fn restart(&self, retries: &mut Retries) -> Result<(), Failure> {
         retries.restarted();
         {
             let mut state = self.state.lock();
-            self.progress.lost(self.blob.size - state.spans.missing());
-            state.spans = Spans::whole(self.blob.size);
+            self.request.progress.lost(self.request.blob.size - state.spans.missing());
+            state.spans = Spans::whole(self.request.blob.size);
             state.wanted = 1;
             state.mirrored = false;
             state.has_earlier_bytes = false;
@@ -528,7 +529,7 @@ impl Connections<'_> {
         let (begun, begins) = oneshot::channel();
         self.send(Write::Restart(begun)).await?;
         if let Some(follower) = begins.await.map_err(|_| Failure::WriterGone)? {
-            (self.follow)(follower);
+            (self.request.follow)(follower);
         }
         Ok(())
     }
@@ -538,14 +539,14 @@ impl Connections<'_> {
     }
 
     fn wrong_size(&self, got: u64, encoding: Option<String>) -> PullError {
-        let SizedBlob { digest, size: expected } = self.blob;
+        let SizedBlob { digest, size: expected } = self.request.blob;
         PullError::BlobSize { digest, expected, got, encoding }
     }
 
     fn too_slow(&self) -> PullError {
         let repository = &self.source.repository;
         let waited = self.wire.options.stall_timeout;
-        let what = format!("blob {} of {repository}", self.blob.digest);
+        let what = format!("blob {} of {repository}", self.request.blob.digest);
         RegistryError::Timeout { host: repository.host().to_owned(), what, waited }.into()
     }
 }

@@ -144,7 +144,7 @@ impl LayerStore {
             let sponsors = Arc::clone(sponsors);
             async move { layers.make_file(&descriptor, want, &sponsors, &own).await }
         };
-        let key = (sponsors.repository().clone(), want);
+        let key = (sponsors.repository.clone(), want);
         self.files.run(key, progress.caller(), joined, start).await
     }
 
@@ -165,7 +165,7 @@ impl LayerStore {
             let sponsors = Arc::clone(sponsors);
             async move { layers.make_layer(&descriptor, job, key, &sponsors, &own).await }
         };
-        let of = (sponsors.repository().clone(), key);
+        let of = (sponsors.repository.clone(), key);
         self.layers.run(of, progress.caller(), joined, start).await
     }
 
@@ -217,7 +217,7 @@ impl LayerStore {
         let Download { partial, guard, given_by } = self.downloader.download(request, turn).await?;
         let naming = self.background.boost_while(self.naming.lock(want.digest)).await;
         let (origins, repository) =
-            (self.downloader.origins.clone(), request.sponsors.repository().clone());
+            (self.downloader.origins.clone(), request.sponsors.repository.clone());
         let named = blocking(move || {
             let store = &origins.store;
             verified(partial.path())?;
@@ -284,7 +284,7 @@ impl LayerStore {
             // It was found damaged, and is fetched as if it were not here.
             turn = DownloadTurn::proven(guard);
         }
-        let repository = request.sponsors.repository();
+        let repository = &request.sponsors.repository;
         if let Some(refusal) = self.unpackers.refusal(&repository.to_string(), key) {
             return Err(PullError::Shared(refusal).into());
         }
@@ -306,7 +306,7 @@ impl LayerStore {
         repository: &Repository,
     ) -> Result<ReadyLayer, PullError> {
         let Download { partial, guard, given_by } = download;
-        let (repository, digest) = (repository.clone(), job.blob());
+        let (repository, digest) = (repository.clone(), job.blob);
         let path = partial.path().to_owned();
         let open = move || File::open(&path).map_err(|error| StoreError::io("open", &path, error));
         let unpacked = job.finish(open).await;

@@ -9,13 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::blob_connections::{ConnectionState, Connections, Failure, Write};
 use super::blob_origins::content_sources;
 use super::blocking;
-use super::connection_slots::{Ask, Slot};
+use super::connection_slots::Ask;
 use super::credential_offers::{Source, Sponsors};
 use super::download_resources::Wire;
 use super::error::PullError;
@@ -101,40 +100,13 @@ pub(super) struct BlobRequest<'a> {
     pub(super) follow: &'a (dyn Fn(Follower) + Send + Sync),
 }
 
-impl<'a> BlobRequest<'a> {
-    /// Returns the connections that bring it from a source.
-    fn connections(
-        self,
-        wire: &'a Wire,
-        source: &'a Source,
-        place: &'a Slot,
-        writes: mpsc::Sender<Write>,
-        state: Mutex<ConnectionState>,
-    ) -> Connections<'a> {
-        let (ask, Self { blob, progress, follow, .. }) = (self.ask(), self);
-        let (busy, shared, only_answer) = (Arc::default(), None, false);
-        Connections {
-            wire,
-            source,
-            blob,
-            ask,
-            place,
-            progress,
-            writes,
-            busy,
-            follow,
-            shared,
-            only_answer,
-            state,
-        }
-    }
-
+impl BlobRequest<'_> {
     /// Returns the request for a slot.
-    fn ask(&self) -> Ask {
+    pub(super) fn ask(&self) -> Ask {
         Ask {
             urgency: Arc::clone(self.progress),
-            artifact: self.sponsors.number(),
-            host: self.sponsors.repository().host().to_owned(),
+            artifact: self.sponsors.number,
+            host: self.sponsors.repository.host().to_owned(),
             is_first: false,
         }
     }
@@ -147,11 +119,10 @@ pub(super) async fn fetch(
     request: BlobRequest<'_>,
     guard: BlobGuard,
 ) -> Result<TransferOutcome, PullError> {
-    let Some(shared) = guard.turn.as_ref().map(DownloadTurn::download) else {
+    let Some(shared) = guard.turn.as_ref().map(|turn| Arc::clone(&turn.0)) else {
         return fetch_from_offers(store, wire, request, guard).await;
     };
-    let shared = Arc::clone(shared);
-    let repository = request.sponsors.repository();
+    let repository = &request.sponsors.repository;
     tokio::select! {
         fetched = fetch_from_offers(store, wire, request, guard) => fetched,
         // The writer ends by itself, which passes the turn on.
@@ -171,7 +142,7 @@ async fn fetch_from_offers(
     request: BlobRequest<'_>,
     mut guard: BlobGuard,
 ) -> Result<TransferOutcome, PullError> {
-    let mut last = None;
+    let mut last = PullError::Unwanted;
     while let Some((number, source)) = request.sponsors.current() {
         let (error, returned) = match fetch_from(store, wire, source, request, guard).await {
             Ok(fetched) => return Ok(fetched),
@@ -180,16 +151,14 @@ async fn fetch_from_offers(
         if !error.is_of_source() {
             return Err(error);
         }
-        let error = Arc::new(error);
-        request.sponsors.refuse(number, &error);
-        last = Some(error);
+        last = request.sponsors.refused(number, error);
         match returned {
             Some(returned) => guard = returned,
             None => break,
         }
     }
     // Each owner has got its own refusal. The flight ends with the last of them.
-    Err(last.map_or(PullError::Unwanted, PullError::Shared))
+    Err(last)
 }
 
 async fn fetch_from(
@@ -201,7 +170,7 @@ async fn fetch_from(
 ) -> Result<TransferOutcome, (PullError, Option<BlobGuard>)> {
     let BlobRequest { blob, purpose, progress, .. } = request;
     let ask = request.ask();
-    let shared = guard.turn.as_ref().map(|turn| Arc::clone(turn.download()));
+    let shared = guard.turn.as_ref().map(|turn| Arc::clone(&turn.0));
     // A file is shared by the flights of one registry host, or of one repository.
     let scope = match shared {
         Some(_) => ask.host.clone(),
@@ -235,8 +204,18 @@ async fn fetch_from(
             let slot = wire.slots.acquire(ask).await;
             (request.follow)(follower);
             let state = ConnectionState::new(spans, blob, wire.options.ranges);
-            let connections = request.connections(wire, &source, &place, writes, state);
-            let connections = Connections { busy, shared, ..connections };
+            let (source, place, only_answer) = (&source, &place, false);
+            let connections = Connections {
+                wire,
+                source,
+                request,
+                place,
+                writes,
+                busy,
+                shared,
+                only_answer,
+                state,
+            };
             let moved = connections.run(slot).await;
             let (answered_by, missing) = connections.outcome();
             (moved, answered_by, missing, connections.would_discard_others_bytes())
@@ -324,8 +303,9 @@ pub(super) async fn ask(
     let slot = wire.slots.acquire(request.ask()).await;
     let (writes, mut queue) = mpsc::channel(CHUNKS_IN_FLIGHT);
     let state = ConnectionState::new(Spans::whole(request.blob.size), request.blob, 1);
-    let connections = request.connections(wire, source, &place, writes, state);
-    let connections = Connections { only_answer: true, ..connections };
+    let (place, busy, shared, only_answer) = (&place, Arc::default(), None, true);
+    let connections =
+        Connections { wire, source, request, place, writes, busy, shared, only_answer, state };
     // Nothing is written, but a source that contradicts itself is asked once more from the start.
     let restarts = async {
         while let Some(write) = queue.recv().await {

@@ -26,9 +26,11 @@ pub(super) struct Source {
 /// All who wait for one piece of work of a repository.
 #[derive(Debug)]
 pub(super) struct Sponsors {
-    repository: Repository,
+    /// The repository that all of them fetch from.
+    pub(super) repository: Repository,
     list: Mutex<List>,
-    number: u64,
+    /// Tells this piece of work from all others of the process.
+    pub(super) number: u64,
 }
 
 #[derive(Debug, Default)]
@@ -60,16 +62,6 @@ impl Sponsors {
         Self { repository, list: Mutex::default(), number }
     }
 
-    /// Returns the repository that all of them fetch from.
-    pub(super) fn repository(&self) -> &Repository {
-        &self.repository
-    }
-
-    /// Tells this piece of work from all others of the process.
-    pub(super) fn number(&self) -> u64 {
-        self.number
-    }
-
     /// Offers a source.
     pub(super) fn offer(self: &Arc<Self>, source: Source) -> Sponsorship {
         let mut list = self.list.lock();
@@ -86,22 +78,16 @@ impl Sponsors {
         list.sponsors.first().map(|sponsor| (sponsor.number, sponsor.source.clone()))
     }
 
-    /// This one's registry was of no use: its owner fails, the next is current.
-    pub(super) fn refuse(&self, number: u64, error: &Arc<PullError>) {
+    /// This one's registry was of no use: its owner fails, the next is current. Returns the error for the work that
+    /// ends with the last of them.
+    pub(super) fn refused(&self, number: u64, error: PullError) -> PullError {
+        let error = Arc::new(error);
         let mut list = self.list.lock();
         if let Some(place) = list.sponsors.iter().position(|sponsor| sponsor.number == number) {
             let sponsor = list.sponsors.remove(place);
             // An owner who has left does not mind.
-            let _ = sponsor.refused.send(Arc::clone(error));
+            let _ = sponsor.refused.send(Arc::clone(&error));
         }
-    }
-}
-
-impl Sponsors {
-    /// As [`Self::refuse`]; returns the error for the work that ends with the last of them.
-    pub(super) fn refused(&self, number: u64, error: PullError) -> PullError {
-        let error = Arc::new(error);
-        self.refuse(number, &error);
         PullError::Shared(error)
     }
 }

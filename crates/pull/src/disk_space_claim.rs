@@ -71,7 +71,7 @@ impl SpaceReserver {
         permissions: PermissionsRule,
         sponsors: &Arc<Sponsors>,
     ) -> Result<Reserved, PullError> {
-        let repository = sponsors.repository();
+        let repository = &sponsors.repository;
         let claim_all = || {
             let (space, parts, of) = (self.clone(), parts.to_vec(), repository.clone());
             blocking(move || space.claims(&parts, permissions, &of))
@@ -145,7 +145,7 @@ impl SpaceReserver {
                 Err(error) => last = sponsors.refused(number, error.into()),
             }
         };
-        let repository = sponsors.repository().clone();
+        let repository = sponsors.repository.clone();
         blocking(move || {
             if origins.of(&origins.sources(&repository), blob) == BlobOrigin::Host {
                 let by = content_source(&answered_by);

@@ -88,7 +88,7 @@ impl Downloader {
         request: BlobRequest<'_>,
         isolated: bool,
     ) -> Result<DownloadTurn, PullError> {
-        let (repository, digest) = (request.sponsors.repository(), request.blob.digest);
+        let (repository, digest) = (&request.sponsors.repository, request.blob.digest);
         let host = repository.host();
         let mut given_by = BTreeSet::new();
         let of_repository = self.proving.lock((repository.clone(), digest));
@@ -140,7 +140,7 @@ impl Downloader {
                 (guard, given_by)
             }
         };
-        let (origins, repository) = (self.origins.clone(), request.sponsors.repository().clone());
+        let (origins, repository) = (self.origins.clone(), request.sponsors.repository.clone());
         blocking(move || origins.record(&repository, digest, &given_by)).await?;
         Ok(guard)
     }
@@ -171,7 +171,7 @@ impl Downloader {
                 TransferOutcome::TurnLost => return Err(AttemptEnd::Retry { isolated: false }),
                 TransferOutcome::Isolated { is_wrong } => {
                     if is_wrong {
-                        let host = request.sponsors.repository().host();
+                        let host = request.sponsors.repository.host();
                         self.shared.isolate(host, request.blob.digest);
                     }
                     return Err(AttemptEnd::Retry { isolated: true });
