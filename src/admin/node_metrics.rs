@@ -35,7 +35,6 @@ const PULL_SECONDS: [f64; 12] =
     [0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 120.0, 300.0, 900.0, 3600.0];
 
 /// The node plugin's metrics.
-#[derive(Debug)]
 pub struct NodeMetrics {
     families: Arc<MetricFamilies>,
     publish: Family<Labels<2>, Histogram, fn() -> Histogram>,

@@ -129,7 +129,7 @@ pub enum CheckError {
 }
 
 /// Checks artifacts with the code of the node plugin.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct ArtifactChecker {
     /// The registry client.
     pub registry: Registry,

@@ -27,7 +27,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 const MAXIMUM_VOLUME_ID: usize = 4096;
 
 /// The facts of a node that requests are checked against.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RequestContext {
     /// The kubelet's root directory, which contains all targets.
     pub kubelet_dir: std::path::PathBuf,

@@ -9,7 +9,7 @@ use crate::proto::csi::v1::{
 };
 
 /// The Identity service of a driver with this name.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct IdentityService {
     /// The CSI driver's name.
     pub driver_name: String,

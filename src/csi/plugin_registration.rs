@@ -15,7 +15,7 @@ use crate::proto::pluginregistration::{
 };
 
 /// The service that the kubelet's plugin watcher calls.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RegistrationService {
     driver_name: String,
     endpoint: String,

@@ -10,10 +10,10 @@ use pull::content_repair::Item;
 use store::content_verification::Verified;
 
 /// The progress, shared by the scrub, `status` and metrics. Cheap to clone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct ScrubState(Arc<Mutex<SharedProgress>>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct SharedProgress {
     interval: Option<Duration>,
     clock: Option<fn() -> i64>,

@@ -33,7 +33,7 @@ pub enum MountMode {
 }
 
 /// Mounts trees on this node. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct VolumeMounter {
     method: AttachMethod,
     mode: MountMode,

@@ -11,24 +11,23 @@ use sys::weak_map::WeakMap;
 use tokio::sync::OwnedMutexGuard;
 
 /// The targets of all running calls.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct TargetLocks(WeakMap<PathBuf, TargetEntry>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct TargetEntry {
     busy: Arc<tokio::sync::Mutex<()>>,
     turn: AtomicU64,
 }
 
 /// A call's interest in a target, from its start to its end.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct TargetTurn {
     entry: Arc<TargetEntry>,
     turn: u64,
 }
 
 /// The right to attach or detach at a target. Released when dropped.
-#[derive(Debug)]
 pub struct TargetLock {
     _lock: OwnedMutexGuard<()>,
 }

@@ -51,7 +51,7 @@ impl VolumeManager {
 }
 
 /// The result of detaching a target.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct DetachedTarget {
     /// The number of unmounted mounts.
     pub unmounted: usize,

@@ -127,12 +127,6 @@ impl<T: DesiredReference> Default for Reconciler<T> {
     }
 }
 
-impl<T: DesiredReference> fmt::Debug for Reconciler<T> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Reconciler").finish_non_exhaustive()
-    }
-}
-
 impl<T: DesiredReference> Reconciler<T> {
     /// Keeps these references from now on, and no others. Returns how many are new, and how many were stopped.
     pub async fn apply(&self, desired: impl IntoIterator<Item = T>) -> (usize, usize) {

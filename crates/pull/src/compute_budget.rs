@@ -11,7 +11,7 @@ use super::pull_tenant::Tenant;
 use sys::background::Background;
 
 /// The memory of all computations of a node, and the right to compute with it. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Computations {
     /// The memory of all pulls.
     pub(super) budget: MemoryBudget<Tenant>,

@@ -26,13 +26,12 @@ use sys::background::Background;
 const HELD_FOR_EACH_FREE: usize = 3;
 
 /// All slots of a node. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Slots {
     shared: Arc<SharedSlots>,
     background: Background,
 }
 
-#[derive(Debug)]
 struct SharedSlots {
     total: usize,
     per_host: usize,
@@ -41,7 +40,7 @@ struct SharedSlots {
     state: Mutex<SlotState>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct SlotState {
     /// In the order in which they came.
     waiting: Vec<Waiting>,
@@ -53,14 +52,13 @@ struct SlotState {
     by_host: HashMap<String, usize>,
 }
 
-#[derive(Debug)]
 struct Waiting {
     ask: Ask,
     grant: oneshot::Sender<Slot>,
 }
 
 /// A request for a slot.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Ask {
     /// The flight, with its priority and tenants, which may change while it waits.
     pub(super) urgency: Arc<Progress>,
@@ -73,7 +71,6 @@ pub(super) struct Ask {
 }
 
 /// The right to one connection or blob. Dropping it gives it to the next.
-#[derive(Debug)]
 pub(super) struct Slot {
     shared: Arc<SharedSlots>,
     priority: Priority,

@@ -14,7 +14,6 @@ struct ProcessorTimes {
 }
 
 /// Compares from look to look.
-#[derive(Debug)]
 pub(super) struct Processors {
     before: Option<ProcessorTimes>,
 }

@@ -24,7 +24,6 @@ pub(super) struct Source {
 }
 
 /// All who wait for one piece of work of a repository.
-#[derive(Debug)]
 pub(super) struct Sponsors {
     /// The repository that all of them fetch from.
     pub(super) repository: Repository,
@@ -33,13 +32,12 @@ pub(super) struct Sponsors {
     pub(super) number: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct List {
     next: u64,
     sponsors: Vec<Sponsor>,
 }
 
-#[derive(Debug)]
 struct Sponsor {
     number: u64,
     source: Source,
@@ -47,7 +45,6 @@ struct Sponsor {
 }
 
 /// One who waits. Dropping it withdraws the credential.
-#[derive(Debug)]
 pub(super) struct Sponsorship {
     sponsors: Arc<Sponsors>,
     number: u64,

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 const BURST: Duration = Duration::from_millis(100);
 
 /// Lets through so many bytes a second; without a limit, all.
-#[derive(Debug)]
 pub(super) struct Throttle {
     bytes_per_second: Option<u64>,
     /// When all bytes that were let through so far have had their time.

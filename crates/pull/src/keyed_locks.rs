@@ -6,7 +6,6 @@ use sys::weak_map::WeakMap;
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 /// A lock for each key that is in use.
-#[derive(Debug)]
 pub(super) struct KeyedLocks<K>(WeakMap<K, Mutex<()>>);
 
 impl<K> Default for KeyedLocks<K> {

@@ -30,7 +30,6 @@ pub(super) struct KnownManifests {
 }
 
 /// The resolution of a reference, as far as the store has it.
-#[derive(Debug)]
 pub(super) struct Known {
     pub(super) digests: ResolvedDigests,
     /// A candidate that needs no further proof.

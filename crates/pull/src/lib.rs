@@ -135,7 +135,7 @@ const LINGER: Duration = Duration::from_mins(1);
 type Memory = memory::MemoryReservation<Tenant>;
 
 /// The sources of content, and the rules for access to it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Sources {
     /// Speaks to registries.
     pub registry: Registry,

@@ -48,7 +48,7 @@ const ISOLATION: Duration = Duration::from_mins(10);
 type BlobOfHost = (String, Digest);
 
 /// The shared downloads of a node.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct SharedDownloads {
     under_way: WeakMap<BlobOfHost, SharedDownload>,
     /// Blobs whose sources are isolated, each with the time since when, oldest first.
@@ -56,10 +56,10 @@ pub(super) struct SharedDownloads {
 }
 
 /// The turns at the download of one blob of a host.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct SharedDownload(Mutex<DownloadState>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct DownloadState {
     is_taken: bool,
     /// Waiters in the order of their arrival.
@@ -74,7 +74,6 @@ struct DownloadState {
 }
 
 /// A flight that waits for the turn, and offers its repository as a source.
-#[derive(Debug)]
 struct DownloadWaiter {
     number: u64,
     repository: Repository,
@@ -83,7 +82,6 @@ struct DownloadWaiter {
 }
 
 /// The right to add to a download. Dropping it passes the turn to the next waiter.
-#[derive(Debug)]
 pub(super) struct DownloadTurn(pub(super) Arc<SharedDownload>);
 
 /// A measurement of the source that has the turn.

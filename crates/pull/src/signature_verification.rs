@@ -101,7 +101,7 @@ impl SignatureVerifier {
 }
 
 /// Finds what a registry has of signatures.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Finder<'a> {
     /// The client of the repository.
     pub client: RepositoryClient<'a>,

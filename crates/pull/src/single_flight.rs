@@ -24,7 +24,7 @@ use sys::background::Background;
 pub type Outcome<T> = Result<T, Arc<PullError>>;
 
 /// The environment in which all flights run.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Runway {
     /// Waits for them at the node's end.
     pub tracker: TaskTracker,
@@ -35,7 +35,6 @@ pub struct Runway {
 }
 
 /// All flights of one kind.
-#[derive(Debug)]
 pub struct Flights<K, T> {
     under_way: Arc<Mutex<HashMap<K, Arc<Flight<T>>>>>,
     runway: Runway,
@@ -43,7 +42,6 @@ pub struct Flights<K, T> {
     linger: Duration,
 }
 
-#[derive(Debug)]
 struct Flight<T> {
     outcome: watch::Sender<Option<Outcome<T>>>,
     progress: Arc<Progress>,
@@ -52,7 +50,6 @@ struct Flight<T> {
 }
 
 /// A caller's interest in a flight. Dropping it withdraws the interest.
-#[derive(Debug)]
 pub struct Ticket<T> {
     flight: Arc<Flight<T>>,
     outcome: watch::Receiver<Option<Outcome<T>>>,

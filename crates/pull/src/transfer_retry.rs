@@ -42,7 +42,6 @@ impl From<PullError> for Break {
 }
 
 /// The tries of one transfer.
-#[derive(Debug)]
 pub struct Retries {
     policy: RetryPolicy,
     /// Bytes that were missing when the fewest were: what comes again after that is no progress.

@@ -24,7 +24,6 @@ use super::write_meter::WriteMeter;
 use oci_types::Digest;
 
 /// The blobs of one import; what is not handed on goes when this is dropped.
-#[derive(Debug)]
 pub struct ImportedBlobs {
     documents: Arc<Documents>,
     space: Arc<SpaceReservations>,

@@ -68,7 +68,6 @@ impl StoreError {
 }
 
 /// Reads the content of a store back.
-#[derive(Debug)]
 pub struct Verification {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) inventory: Arc<Inventory>,

@@ -16,7 +16,6 @@ use super::object_name::{ObjectKind, ObjectName};
 const UNREPORTED: usize = 4096;
 
 /// The marks below a state directory.
-#[derive(Debug)]
 pub struct DamageMarks {
     root: PathBuf,
     catalog: Arc<Catalog>,

@@ -28,11 +28,10 @@ const LONGEST_PATH: usize = 3072;
 
 /// Makes staged content durable. One `syncfs` runs at a time: a second one at
 /// once would only wait for the same disk.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Barrier(Mutex<()>);
 
 /// The files that a barrier has to make durable.
-#[derive(Debug)]
 pub struct Staged {
     /// Opened before the first write, so that a write-back error since then is reported.
     filesystem: File,

@@ -83,7 +83,7 @@ pub struct Victim {
 }
 
 /// Counts of removed objects since the process began.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Evictions {
     counts: [AtomicU64; Reason::ALL.len()],
     bytes: AtomicU64,
@@ -154,7 +154,6 @@ impl Now {
 }
 
 /// Decides what goes, and removes it.
-#[derive(Debug)]
 pub struct GarbageCollector {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) inventory: Arc<Inventory>,

@@ -16,7 +16,7 @@ use parking_lot::{Condvar, Mutex};
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The progress of a download, for its followers.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Growth {
     state: Mutex<State>,
     changed: Condvar,

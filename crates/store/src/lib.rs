@@ -158,10 +158,9 @@ pub struct StoreOptions {
 }
 
 /// An open state directory. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Store(Arc<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     directory: Arc<StateDirectory>,
     node_key: [u8; 32],

@@ -92,7 +92,6 @@ struct Hold {
 
 /// The right to remove one object that nothing needs; until it is dropped,
 /// a lease of the object waits.
-#[derive(Debug)]
 pub struct Condemned {
     catalog: Arc<Catalog>,
     name: ObjectName,

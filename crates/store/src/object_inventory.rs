@@ -22,7 +22,6 @@ use super::{layers, single_files};
 use oci_types::Digest;
 
 /// The objects of a store, from its catalog.
-#[derive(Debug)]
 pub struct Inventory {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) trees: Arc<Trees>,

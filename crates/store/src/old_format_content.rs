@@ -27,7 +27,6 @@ use oci_types::Digest;
 const FOLDER: &str = "read-back";
 
 /// The objects that need no reading any more, while others do.
-#[derive(Debug)]
 pub struct ReadBack {
     root: PathBuf,
     is_under_way: AtomicBool,

@@ -4,7 +4,6 @@
 //! not wait then fails with EAGAIN, also later if the holder takes the lease again. An open that waits gets the file after
 //! `fs.lease-break-time` at most: the kernel grants no write lease on a file that another process is about to read.
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -78,13 +77,6 @@ pub struct Reader {
     /// Number of further waits for leases in this object.
     waits_left: u32,
     buffer: Vec<u8>,
-}
-
-impl fmt::Debug for Reader {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut shown = formatter.debug_struct("Reader");
-        shown.field("verified", &self.verified).field("pace", &self.pace).finish_non_exhaustive()
-    }
 }
 
 impl Reader {

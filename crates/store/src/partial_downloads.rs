@@ -52,7 +52,6 @@ pub enum Purpose {
 }
 
 /// A blob's bytes so far. One flight owns it.
-#[derive(Debug)]
 pub struct Partial {
     digest: Digest,
     size: u64,
@@ -75,7 +74,6 @@ pub struct Partial {
 }
 
 /// The downloads of a store.
-#[derive(Debug)]
 pub struct Downloads {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) ledger: Arc<Ledger>,

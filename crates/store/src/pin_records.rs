@@ -48,7 +48,6 @@ pub struct PinShare<'a> {
 }
 
 /// The pins of a store.
-#[derive(Debug)]
 pub struct Pins {
     directory: Arc<StateDirectory>,
     inventory: Arc<Inventory>,

@@ -58,7 +58,6 @@ impl Publication {
 }
 
 /// The records of a store's publications.
-#[derive(Debug)]
 pub struct Publications {
     directory: Arc<StateDirectory>,
     trees: Arc<Trees>,

@@ -15,10 +15,10 @@ use super::object_name::ObjectName;
 use oci_types::Digest;
 
 /// An index of the records in one folder.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct RecordIndex(Mutex<IndexState>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct IndexState {
     /// True once the records of earlier processes are indexed.
     is_loaded: bool,

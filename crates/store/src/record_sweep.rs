@@ -9,7 +9,6 @@
 //! ([`SweptRecords`]).
 
 use std::collections::HashSet;
-use std::fmt;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,7 +31,7 @@ const PAUSE_SECONDS: i64 = 60;
 const RECORDS_OF_AN_ARTIFACT: u64 = 32;
 
 /// Records of one folder that lose their use when content goes.
-pub(super) trait SweptRecords: fmt::Debug + Send + Sync {
+pub(super) trait SweptRecords: Send + Sync {
     /// Reads which records there are. Returns the number of files and folders.
     fn load(&self) -> Result<usize, StoreError>;
 
@@ -52,7 +51,6 @@ pub(super) struct Sweep<'a> {
 }
 
 /// Sweeps all kinds of records.
-#[derive(Debug)]
 pub(super) struct RecordSweeper {
     pub(super) directory: Arc<StateDirectory>,
     /// In the order in which they are swept.

@@ -10,7 +10,6 @@ use super::json_records;
 use super::state_directory::StateDirectory;
 
 /// The record of how far the scrub has come.
-#[derive(Debug)]
 pub struct ScrubProgress {
     pub(super) directory: Arc<StateDirectory>,
 }

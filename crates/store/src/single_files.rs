@@ -44,7 +44,6 @@ pub struct StoredFile {
 }
 
 /// The single-file layers of a store.
-#[derive(Debug)]
 pub struct Files {
     pub(super) directory: Arc<StateDirectory>,
 }

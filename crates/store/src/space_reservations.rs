@@ -23,7 +23,6 @@ use super::state_directory::StateDirectory;
 use oci_types::Digest;
 
 /// A promise of room; dropping it gives the rest back.
-#[derive(Debug)]
 pub struct Reservation {
     ledger: Arc<Ledger>,
     /// Number of claims on each blob.
@@ -31,7 +30,6 @@ pub struct Reservation {
 }
 
 /// The space of a store's filesystem, and the promises of it.
-#[derive(Debug)]
 pub struct SpaceReservations {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) inventory: Arc<Inventory>,

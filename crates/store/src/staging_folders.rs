@@ -12,7 +12,6 @@ use super::state_directory::StateDirectory;
 use sys::fault;
 
 /// A folder for one object on its way; dropping it abandons the object.
-#[derive(Debug)]
 pub struct Staging {
     path: PathBuf,
     /// The files that the barrier has to cover.

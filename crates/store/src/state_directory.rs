@@ -16,7 +16,6 @@ use super::space_amount::SpaceAmount;
 use super::write_meter::WriteMeter;
 
 /// An open state directory.
-#[derive(Debug)]
 pub(super) struct StateDirectory {
     pub(super) root: PathBuf,
     label: Option<SecurityLabel>,

@@ -13,7 +13,6 @@ use super::{ObjectName, durable_rename};
 use oci_types::Digest;
 
 /// Documents of a store: manifests, indexes and configurations.
-#[derive(Debug)]
 pub struct Documents {
     pub(super) directory: Arc<StateDirectory>,
     pub(super) space: Arc<SpaceReservations>,

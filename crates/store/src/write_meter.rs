@@ -13,7 +13,6 @@ const MOST_UNSEEN: SpaceAmount = SpaceAmount { bytes: 4 << 20, inodes: 1024 };
 
 /// Keeps writers above the floor. All writers of a store share one meter, so that together they
 /// never take more than what was free above the floor when the meter last looked.
-#[derive(Debug)]
 pub struct WriteMeter {
     root: PathBuf,
     options: CacheOptions,

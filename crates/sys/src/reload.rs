@@ -4,7 +4,6 @@
 //! it is the file that was read before. The kubelet swaps a link when a `ConfigMap` or a Secret
 //! changes, so links are followed. A missing file is recorded as missing.
 
-use std::fmt;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -73,7 +72,6 @@ impl FileVersion {
 }
 
 /// A value that is made from files, and made again when one of them has changed.
-#[derive(Debug)]
 pub struct FileBacked<T>(Mutex<Option<(FileVersions, Arc<T>)>>);
 
 impl<T> Default for FileBacked<T> {
@@ -124,12 +122,6 @@ struct LoadedValue<T> {
 impl<T> Clone for Reloadable<T> {
     fn clone(&self) -> Self {
         Self(Arc::clone(&self.0))
-    }
-}
-
-impl<T> fmt::Debug for Reloadable<T> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_tuple("Reloadable").field(&self.0.name).finish()
     }
 }
 

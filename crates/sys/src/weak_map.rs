@@ -1,7 +1,6 @@
 //! Values by key, each shared while it is in use.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::hash::Hash;
 use std::sync::{Arc, Weak};
 
@@ -27,12 +26,6 @@ impl<K: Eq + Hash, V> WeakMap<K, V> {
 impl<K, V> Default for WeakMap<K, V> {
     fn default() -> Self {
         Self(Mutex::default())
-    }
-}
-
-impl<K, V> fmt::Debug for WeakMap<K, V> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("WeakMap").finish_non_exhaustive()
     }
 }
 

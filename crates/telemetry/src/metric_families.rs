@@ -27,11 +27,9 @@ const SCRAPES: usize = 2;
 pub type Labels<const N: usize> = [(&'static str, &'static str); N];
 
 /// All metrics of one process, under the driver's prefix.
-#[derive(Debug)]
 pub struct MetricFamilies(Registry);
 
 /// Writes metrics that are read at a scrape.
-#[derive(Debug)]
 pub struct MetricWriter<'a>(DescriptorEncoder<'a>);
 
 struct ScrapeReader<F>(F);

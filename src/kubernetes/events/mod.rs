@@ -56,7 +56,7 @@ pub(super) struct PodOccurrence {
 }
 
 /// Queues occurrences for the writer. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct EventRecorder(mpsc::Sender<PodOccurrence>);
 
 impl EventRecorder {

@@ -9,7 +9,6 @@
 //! `registries.allowedAddresses`. Registries that are written as loopback (`localhost:5000`) have a
 //! rule of their own, see [`Loopback`].
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -68,15 +67,6 @@ pub struct AddressRules {
 pub(super) struct AddressRefused {
     pub(super) address: IpAddr,
     pub(super) what: &'static str,
-}
-
-impl fmt::Debug for AddressRules {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("AddressRules")
-            .field("allowed", &self.allowed)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Default for AddressRules {

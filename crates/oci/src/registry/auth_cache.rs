@@ -35,7 +35,6 @@ pub(super) enum RequestAuthorization {
 type EndpointRepository = (Url, Repository);
 
 /// Cached challenges and tokens of one process.
-#[derive(Debug)]
 pub(super) struct AuthCache {
     tokens: TokenCache,
     /// Challenges of the endpoint itself, never of a host that it redirected to.

@@ -10,7 +10,6 @@
 //! the network in plain text, and a registry must not make this node connect to itself:
 //! [`redirect_rules::check`].
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -90,12 +89,6 @@ struct TokenSlot {
     outcome: tokio::sync::Mutex<Option<Result<BearerToken, RegistryError>>>,
     /// Number of completed fetches.
     fetches: AtomicU64,
-}
-
-impl fmt::Debug for TokenCache {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("TokenCache").finish_non_exhaustive()
-    }
 }
 
 impl TokenCache {

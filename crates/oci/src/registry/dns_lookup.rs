@@ -11,7 +11,6 @@
 //!   with each failure of a name that was never found.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,12 +57,6 @@ struct LookupState {
 struct LookupPause {
     until: Instant,
     length: Duration,
-}
-
-impl fmt::Debug for DnsLookups {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("DnsLookups").finish_non_exhaustive()
-    }
 }
 
 impl Default for DnsLookups {

@@ -29,13 +29,11 @@ struct PoolBytes {
 }
 
 /// Document memory of one process.
-#[derive(Debug)]
 pub(super) struct DocumentMemory {
     small: DocumentPool,
     large: DocumentPool,
 }
 
-#[derive(Debug)]
 struct DocumentPool {
     all: Arc<Semaphore>,
     bytes_of_host: u32,

@@ -23,7 +23,7 @@ use super::environment_proxy::EnvironmentProxies;
 use sys::background::Background;
 
 /// Clients of one host. Cheap to clone; clones share connections.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Connection {
     foreground: HttpClients,
     background: HttpClients,
@@ -31,7 +31,7 @@ pub(super) struct Connection {
     pub(super) has_own_proxy: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct HttpClients {
     pub(super) guarded: Client,
     pub(super) free: Client,

@@ -4,7 +4,7 @@
 //! through a proxy; other hosts follow the environment, see [`proxy`](super::environment_proxy).
 
 use std::error::Error as _;
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::io::Read as _;
 use std::time::Duration;
 
@@ -86,12 +86,6 @@ pub(super) struct HttpResponse {
     pub(super) with_credential: bool,
     /// True if the credential was not sent, since no supported challenge asks for one.
     pub(super) unchallenged: bool,
-}
-
-impl fmt::Debug for Transport {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("Transport").finish_non_exhaustive()
-    }
 }
 
 impl Transport {

@@ -5,7 +5,6 @@ use std::hash::Hash;
 
 /// A map of at most `capacity` entries. Eviction scans all of them: meant for hundreds of entries,
 /// next to requests that take milliseconds.
-#[derive(Debug)]
 pub(super) struct LruMap<K, V> {
     entries: HashMap<K, (u64, V)>,
     capacity: usize,

@@ -34,7 +34,6 @@ pub(super) enum MirrorHealth {
 type FailureKey = (String, Digest, Option<Arc<str>>);
 
 /// Recent failures of mirrors, by registry and blob.
-#[derive(Debug)]
 pub(super) struct MirrorFailures(Mutex<LruMap<FailureKey, Instant>>);
 
 impl Default for MirrorFailures {

@@ -123,7 +123,7 @@ const UNREACHABLE_FOR: Duration = Duration::from_mins(1);
 const DOCKER_CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
 /// Options of the client. The defaults suit a registry in the cluster.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RegistryOptions {
     /// Timeout for a connection with its TLS session.
     pub connect_timeout: Duration,
@@ -174,7 +174,7 @@ pub struct ResolvedTag {
 }
 
 /// Client of all registries. Cheap to clone; clones share connections and tokens.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Registry {
     transport: Arc<Transport>,
     auth_cache: Arc<AuthCache>,
@@ -187,7 +187,7 @@ pub struct Registry {
 }
 
 /// Client of one repository, which sends one credential.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct RepositoryClient<'a> {
     /// Client of all registries.
     pub registry: &'a Registry,

@@ -15,7 +15,7 @@ use super::hosts;
 use super::registry_endpoint::RegistryEndpoint;
 
 /// Permissions for plain HTTP. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct PlainHttp {
     hosts_dirs: Arc<[PathBuf]>,
     redirects: Arc<[Url]>,

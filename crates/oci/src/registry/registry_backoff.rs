@@ -44,7 +44,6 @@ const MAXIMUM_WAIT: Duration = Duration::from_secs(5);
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Backoff state of one process.
-#[derive(Debug)]
 pub(super) struct RegistryBackoff {
     /// Salt of the keys, so that a memory dump does not reveal credentials.
     salt: [u8; 32],
@@ -54,7 +53,6 @@ pub(super) struct RegistryBackoff {
 /// A salted hash of a host and a credential, or of a repository and a credential.
 type BackoffKey = [u8; 32];
 
-#[derive(Debug)]
 struct BackoffState {
     refused: LruMap<(BackoffKey, String), BackoffEntry>,
     /// Backoff of rate-limited hosts and repositories.
@@ -66,7 +64,7 @@ struct BackoffState {
 }
 
 /// The schedule of probe requests to a host while one of its repositories is rate-limited.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 struct ProbeSchedule {
     /// Time of the first rate limit. A repository that was answered later is not limited.
     since: Instant,
@@ -77,7 +75,7 @@ struct ProbeSchedule {
 }
 
 /// A refusal or rate limit: its time, its end, and its number in a row.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 struct BackoffEntry {
     error: RegistryError,
     since: Instant,

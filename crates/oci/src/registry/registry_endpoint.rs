@@ -20,7 +20,7 @@ const DOCKER_HUB_HOST: &str = "registry-1.docker.io";
     clippy::struct_excessive_bools,
     reason = "four facts that have nothing to do with each other"
 )]
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct RegistryEndpoint {
     /// Root of the API: `<scheme>://<host[:port]>/v2/`, or another path that ends in a slash.
     pub(super) root: Url,

@@ -14,7 +14,6 @@ const PAUSES: RetryBackoff =
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_mins(5);
 
 /// A token bucket for writes.
-#[derive(Debug)]
 pub(super) struct WriteBucket {
     per_second: f64,
     filled: f64,

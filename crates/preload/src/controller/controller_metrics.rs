@@ -19,7 +19,6 @@ use telemetry::metric_families::{Labels, MetricFamilies};
 const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
 
 /// Metrics of the controller.
-#[derive(Debug)]
 pub struct ControllerMetrics {
     families: Arc<MetricFamilies>,
     leader: Gauge<u64, AtomicU64>,

@@ -24,7 +24,6 @@ pub(super) enum TenantShare {
 pub(super) type RequestId = u64;
 
 /// The capacity, the holders and the queue of one memory pool.
-#[derive(Debug)]
 pub(super) struct MemoryLedger<T> {
     capacity: u64,
     share: TenantShare,

@@ -76,7 +76,7 @@ const SMALLEST_STEP: u64 = 64 << 10;
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The memory budget of a node, shared fairly between tenants. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct MemoryBudget<T: Clone + Eq + Hash> {
     kept: Arc<MemoryPool<T>>,
     small: Arc<MemoryPool<T>>,
@@ -84,7 +84,6 @@ pub struct MemoryBudget<T: Clone + Eq + Hash> {
 }
 
 /// A number of bytes that are reserved until this is dropped.
-#[derive(Debug)]
 pub struct MemoryReservation<T: Clone + Eq + Hash> {
     pool: Arc<MemoryPool<T>>,
     tenant: T,
@@ -135,13 +134,11 @@ pub struct MemoryPlan {
     pub large: u64,
 }
 
-#[derive(Debug)]
 struct MemoryPool<T: Clone + Eq + Hash> {
     state: Mutex<PoolState<T>>,
     most: u64,
 }
 
-#[derive(Debug)]
 struct PoolState<T: Clone + Eq + Hash> {
     ledger: MemoryLedger<T>,
     waiting: HashMap<RequestId, oneshot::Sender<MemoryReservation<T>>>,

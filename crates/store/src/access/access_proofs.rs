@@ -28,7 +28,6 @@ const RENEWAL_SECONDS: i64 = 60;
 pub struct Principal(String);
 
 /// The proofs of a store.
-#[derive(Debug)]
 pub struct Proofs(pub(crate) Arc<AccessFolder>);
 
 impl Proofs {

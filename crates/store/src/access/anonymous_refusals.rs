@@ -17,7 +17,6 @@ const OF_REPOSITORY: AccessRecord =
 pub(super) const KINDS: &[AccessRecord] = &[OF_REPOSITORY];
 
 /// The records of refusals.
-#[derive(Debug)]
 pub struct AnonymousRefusals(pub(crate) Arc<AccessFolder>);
 
 impl AnonymousRefusals {

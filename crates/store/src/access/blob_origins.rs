@@ -24,7 +24,6 @@ const OF_BLOB: AccessRecord = AccessRecord::new("b-", RecordSubject::Blob);
 pub(super) const KINDS: &[AccessRecord] = &[OF_TREE, OF_BLOB];
 
 /// The origins of the content of a store.
-#[derive(Debug)]
 pub struct Origins(pub(crate) Arc<AccessFolder>);
 
 impl Origins {

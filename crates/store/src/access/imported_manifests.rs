@@ -16,7 +16,6 @@ const OF_MANIFEST: AccessRecord = AccessRecord::new("i-", RecordSubject::Manifes
 pub(super) const KINDS: &[AccessRecord] = &[OF_MANIFEST];
 
 /// The records of imports.
-#[derive(Debug)]
 pub struct ImportRecords(pub(crate) Arc<AccessFolder>);
 
 impl ImportRecords {

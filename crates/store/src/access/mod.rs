@@ -85,7 +85,6 @@ pub struct RepositorySources {
 }
 
 /// A kind of records in the folder.
-#[derive(Debug)]
 pub(super) struct AccessRecord {
     /// Begins the file names; the digest of the subject follows.
     prefix: &'static str,
@@ -103,7 +102,6 @@ enum RecordSubject {
 }
 
 /// The folder `access`.
-#[derive(Debug)]
 pub(super) struct AccessFolder {
     directory: Arc<StateDirectory>,
     /// Orders the changes of records: one that is being renewed is not swept, and its folder stays.

@@ -19,7 +19,6 @@ const OF_MANIFEST: AccessRecord = AccessRecord::new("v-", RecordSubject::Manifes
 pub(super) const KINDS: &[AccessRecord] = &[OF_MANIFEST];
 
 /// The records of verified signatures.
-#[derive(Debug)]
 pub struct VerifiedSignatures(pub(crate) Arc<AccessFolder>);
 
 impl VerifiedSignatures {

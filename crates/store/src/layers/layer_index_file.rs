@@ -46,7 +46,6 @@ pub struct LayerTotals {
 }
 
 /// The entries of a layer, in the archive's order.
-#[derive(Debug)]
 pub struct Entries {
     path: PathBuf,
     reader: BufReader<File>,
@@ -59,7 +58,6 @@ pub struct Entries {
 }
 
 /// Reads single entries of a layer's index.
-#[derive(Debug)]
 pub(crate) struct IndexReader {
     file: File,
     limits: Limits,

@@ -41,7 +41,6 @@ const MOST_AFTER_ENTRIES: u64 = 256;
 const INODES_OF_A_LAYER: u64 = 3;
 
 /// A layer on its way: the archive's entries go to its index, their content to its data.
-#[derive(Debug)]
 pub struct LayerWriter {
     staging: Staging,
     index: BufWriter<File>,

@@ -70,7 +70,6 @@ enum Place {
 }
 
 /// A layer that is unpacked, and has neither been synced nor named.
-#[derive(Debug)]
 pub struct UnpackedLayer {
     key: LayerKey,
     totals: LayerTotals,
@@ -78,7 +77,6 @@ pub struct UnpackedLayer {
 }
 
 /// The unpacked archives of a store.
-#[derive(Debug)]
 pub struct Layers {
     pub(super) directory: Arc<StateDirectory>,
 }

@@ -47,7 +47,6 @@ impl Resolution {
 }
 
 /// The resolutions of a store.
-#[derive(Debug)]
 pub struct Resolutions {
     directory: Arc<StateDirectory>,
     index: RecordIndex,

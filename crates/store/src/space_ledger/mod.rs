@@ -44,7 +44,6 @@ pub struct Claim {
 pub(super) struct RegistryId(u64);
 
 /// All claims and downloads of this process.
-#[derive(Debug)]
 pub(super) struct Ledger {
     partial: PathBuf,
     staging: PathBuf,
@@ -52,7 +51,7 @@ pub(super) struct Ledger {
 }
 
 /// The locked state of a ledger.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct LedgerState {
     blobs: HashMap<Digest, BlobSpace>,
     totals: SpaceTotals,
@@ -61,7 +60,7 @@ pub(super) struct LedgerState {
     idle_count: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct BlobSpace {
     claimed: SpaceAmount,
     claims: usize,
@@ -109,7 +108,6 @@ pub(super) struct IdleDownload {
 }
 
 /// A handle that keeps a download from being removed until it is dropped.
-#[derive(Debug)]
 pub(super) struct OpenDownload {
     ledger: Arc<Ledger>,
     blob: Digest,

@@ -118,7 +118,6 @@ pub struct View {
 }
 
 /// A tree that is complete but for its records and its name.
-#[derive(Debug)]
 pub struct BuiltTree {
     staging: Staging,
     /// Disk space beside one block for each folder and link.
@@ -126,7 +125,6 @@ pub struct BuiltTree {
 }
 
 /// The trees of a store.
-#[derive(Debug)]
 pub struct Trees {
     pub(super) directory: Arc<StateDirectory>,
 }

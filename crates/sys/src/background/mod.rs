@@ -47,7 +47,6 @@ struct BackgroundRuntime {
 }
 
 /// A pod starts; dropping this ends its start.
-#[derive(Debug)]
 pub struct PodStartGuard(Option<Arc<BackgroundThreads>>);
 
 #[derive(Debug)]
@@ -96,7 +95,6 @@ pub fn current() -> Option<BackgroundContext> {
 }
 
 /// The background that a thread works in.
-#[derive(Debug)]
 pub struct BackgroundContext(Arc<BackgroundThreads>);
 
 impl Background {

@@ -27,14 +27,12 @@ use super::syscalls::{self, MountStrings};
 const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A name below an open folder, where a volume is mounted.
-#[derive(Debug)]
 pub struct MountTarget {
     folder: OwnedFd,
     name: CString,
 }
 
 /// A filesystem that is kept without being mounted anywhere. Dropping it may block.
-#[derive(Debug)]
 pub struct DetachedFilesystem(#[expect(dead_code, reason = "held until it is dropped")] OwnedFd);
 
 /// The state of a target now.

@@ -68,10 +68,9 @@ pub struct ServiceAccountAnnotations {
 }
 
 /// Credentials of the node. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct NodeCredentials(Arc<NodeCredentialsInner>);
 
-#[derive(Debug)]
 struct NodeCredentialsInner {
     files: ProviderFiles,
     docker_config: FileBacked<Result<Keyring, ProviderError>>,

@@ -34,7 +34,6 @@ const MAXIMUM_ROUTES: usize = 256;
 pub(super) type HostRoute = Result<Vec<Arc<RegistryEndpoint>>, RegistryError>;
 
 /// Routes of all registries.
-#[derive(Debug)]
 pub(super) struct RegistryHosts {
     roots: Vec<PathBuf>,
     /// Mirrors that may get credentials of the registry.

@@ -30,7 +30,6 @@ use unpack::layer_merge::TreePlan;
 const ROOT: &str = "root";
 
 /// The content of one generation of a tree.
-#[derive(Debug)]
 pub(super) struct HardLinkTree {
     root: PathBuf,
 }
