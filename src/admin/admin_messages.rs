@@ -71,11 +71,11 @@ pub(super) fn scrub(scrub: ScrubSnapshot) -> wire::ScrubStatus {
     wire::ScrubStatus {
         interval_seconds: scrub.interval.map_or(0, |interval| interval.as_secs()),
         lag_seconds: scrub.lag.map(|lag| lag.as_secs()),
-        objects: scrub.verified.objects,
-        bytes: scrub.verified.bytes,
-        findings: scrub.findings,
-        repaired: scrub.repaired,
-        unrepaired: scrub.unrepaired,
+        objects: scrub.counts.verified.objects,
+        bytes: scrub.counts.verified.bytes,
+        findings: scrub.counts.findings,
+        repaired: scrub.counts.repaired,
+        unrepaired: scrub.counts.unrepaired,
         reading: scrub.reading.unwrap_or_default(),
         unread_objects: 0,
     }

@@ -22,12 +22,17 @@ struct SharedProgress {
     counts: ScrubCounts,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct ScrubCounts {
-    verified: Verified,
-    findings: u64,
-    repaired: u64,
-    unrepaired: u64,
+/// The counts since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubCounts {
+    /// Objects and bytes read back.
+    pub verified: Verified,
+    /// The number of damages that the scrub found.
+    pub findings: u64,
+    /// The number of artifacts that it fetched again.
+    pub repaired: u64,
+    /// The number of artifacts that no registry served again when it asked.
+    pub unrepaired: u64,
 }
 
 /// A snapshot of the progress.
@@ -37,14 +42,8 @@ pub struct ScrubSnapshot {
     pub interval: Option<Duration>,
     /// The delay behind the schedule; `None` before the first turn.
     pub lag: Option<Duration>,
-    /// Objects and bytes read back since the start.
-    pub verified: Verified,
-    /// The number of damages that the scrub found since the start.
-    pub findings: u64,
-    /// The number of artifacts that it fetched again since the start.
-    pub repaired: u64,
-    /// The number of artifacts that no registry served again when it asked.
-    pub unrepaired: u64,
+    /// What it has read, found and repaired.
+    pub counts: ScrubCounts,
     /// The item that is being read, as a path below the state directory.
     pub reading: Option<String>,
 }
@@ -54,14 +53,10 @@ impl ScrubState {
     pub fn snapshot(&self) -> ScrubSnapshot {
         let inner = self.0.lock();
         let lag = inner.through.zip(inner.clock);
-        let ScrubCounts { verified, findings, repaired, unrepaired } = inner.counts;
         ScrubSnapshot {
             interval: inner.interval,
             lag: lag.map(|(through, clock)| ScrubSchedule::lag(through, clock())),
-            verified,
-            findings,
-            repaired,
-            unrepaired,
+            counts: inner.counts,
             reading: inner.reading.as_ref().map(|item| match item {
                 Item::Blobs => "blobs".to_owned(),
                 Item::Object(name) => name.to_string(),
