@@ -15,7 +15,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -137,9 +137,16 @@ impl SharedDownloads {
 }
 
 impl SharedDownload {
+    /// Returns the state, without waiters that have left.
+    fn lock(&self) -> MutexGuard<'_, DownloadState> {
+        let mut state = self.0.lock();
+        state.waiting.retain(|waiting| !waiting.grant.is_closed());
+        state
+    }
+
     /// Takes the turn if it is free.
     pub(super) fn try_take(self: &Arc<Self>, flight: &Progress) -> Option<DownloadTurn> {
-        let mut state = self.0.lock();
+        let mut state = self.lock();
         if state.is_taken {
             return None;
         }
@@ -154,8 +161,8 @@ impl SharedDownload {
     ) -> DownloadTurn {
         loop {
             let (grant, granted) = oneshot::channel();
-            let number = {
-                let mut state = self.0.lock();
+            {
+                let mut state = self.lock();
                 if !state.is_taken {
                     return self.begin_turn(&mut state, flight);
                 }
@@ -163,9 +170,7 @@ impl SharedDownload {
                 state.next += 1;
                 let (repository, flight) = (repository.clone(), Arc::clone(flight));
                 state.waiting.push(DownloadWaiter { number, repository, flight, grant });
-                number
-            };
-            let _guard = WaiterGuard { download: self, number };
+            }
             // Fails only if the turn was dropped with the channel; then it is waited for again.
             if let Ok(turn) = granted.await {
                 return turn;
@@ -175,7 +180,7 @@ impl SharedDownload {
 
     /// Returns whether another flight waits for the turn.
     pub(super) fn has_waiters(&self) -> bool {
-        !self.0.lock().waiting.is_empty()
+        !self.lock().waiting.is_empty()
     }
 
     /// Waits until the source that has the turn loses it to another one. The rate of the source is
@@ -201,7 +206,7 @@ impl SharedDownload {
                 let rate = brought.saturating_mul(1000) / milliseconds.max(1);
                 let (here, missing) = flight.here_and_missing();
                 let pace = SourcePace { rate, elapsed: now.duration_since(since), here, missing };
-                if self.0.lock().promise_turn(repository, flight.priority(), pace) {
+                if self.lock().promise_turn(repository, flight.priority(), pace) {
                     return;
                 }
             }
@@ -220,7 +225,7 @@ impl SharedDownload {
 
     /// Passes the turn to the next waiter.
     fn pass_turn(self: &Arc<Self>) {
-        let mut state = self.0.lock();
+        let mut state = self.lock();
         let promised = state.promised.take();
         let promised = promised.and_then(|promised| {
             state.waiting.iter().position(|waiting| waiting.number == promised)
@@ -295,18 +300,6 @@ impl SourcePace {
         }
         let patience = WINDOW * (1 << other.turns.min(MOST_DOUBLINGS));
         self.rate < FAST && self.elapsed >= patience
-    }
-}
-
-/// Removes a waiter when it is dropped.
-struct WaiterGuard<'a> {
-    download: &'a SharedDownload,
-    number: u64,
-}
-
-impl Drop for WaiterGuard<'_> {
-    fn drop(&mut self) {
-        self.download.0.lock().waiting.retain(|waiting| waiting.number != self.number);
     }
 }
 
