@@ -11,11 +11,12 @@ mod pause_schedule;
 
 use std::cell::RefCell;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
@@ -49,7 +50,7 @@ struct BackgroundRuntime {
 /// A pod starts; dropping this ends its start.
 pub struct PodStartGuard(Option<Arc<BackgroundThreads>>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct BackgroundThreads {
     state: Mutex<ThreadsState>,
     /// True if a step may have to pause. Lets the other steps do without the lock.
@@ -104,11 +105,7 @@ impl Background {
     ///
     /// The kernel's, when it refuses another thread.
     pub fn start() -> io::Result<Self> {
-        let threads = Arc::new(BackgroundThreads {
-            state: Mutex::default(),
-            may_pause: AtomicBool::new(false),
-            changed: Condvar::new(),
-        });
+        let threads = Arc::new(BackgroundThreads::default());
         let started = Arc::clone(&threads);
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
@@ -147,7 +144,7 @@ impl Background {
     pub fn begin_pod_start(&self) -> PodStartGuard {
         PodStartGuard(self.0.as_ref().map(|runtime| {
             let threads = Arc::clone(&runtime.threads);
-            threads.lock().schedule.begin(Instant::now());
+            threads.state.lock().schedule.begin(Instant::now());
             threads.may_pause.store(true, Ordering::Relaxed);
             threads
         }))
@@ -169,7 +166,7 @@ impl Background {
     #[must_use]
     pub fn boost(&self) -> BoostGuard {
         if let Some(runtime) = &self.0 {
-            runtime.threads.lock().boosts += 1;
+            runtime.threads.state.lock().boosts += 1;
             runtime.threads.changed.notify_all();
         }
         BoostGuard(self.0.clone())
@@ -179,7 +176,7 @@ impl Background {
 impl Drop for BoostGuard {
     fn drop(&mut self) {
         if let Some(runtime) = &self.0 {
-            runtime.threads.lock().boosts -= 1;
+            runtime.threads.state.lock().boosts -= 1;
         }
     }
 }
@@ -187,7 +184,7 @@ impl Drop for BoostGuard {
 impl Drop for PodStartGuard {
     fn drop(&mut self) {
         if let Some(threads) = &self.0 {
-            threads.lock().schedule.end(Instant::now());
+            threads.state.lock().schedule.end(Instant::now());
             threads.changed.notify_all();
         }
     }
@@ -203,21 +200,16 @@ impl Drop for BackgroundRuntime {
 }
 
 impl BackgroundThreads {
-    fn lock(&self) -> MutexGuard<'_, ThreadsState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn yield_to_pods(&self) {
         if !self.may_pause.load(Ordering::Relaxed) {
             return;
         }
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.pausing += 1;
         while state.boosts == 0
             && let Some(pause) = state.schedule.pause(Instant::now())
         {
-            let waited = self.changed.wait_timeout(state, pause);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, pause);
         }
         state.pausing -= 1;
         if state.schedule.is_over() {
@@ -227,13 +219,12 @@ impl BackgroundThreads {
 
     fn throttle(&self, time: Duration) {
         let until = Instant::now() + time;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         while state.boosts == 0
             && let Some(left) = until.checked_duration_since(Instant::now())
             && !left.is_zero()
         {
-            let waited = self.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 }
@@ -288,7 +279,7 @@ mod tests {
     fn wait_until_it_pauses(background: &Background) {
         let threads = &background.0.as_ref().expect("threads").threads;
         let since = Instant::now();
-        while threads.lock().pausing == 0 {
+        while threads.state.lock().pausing == 0 {
             assert!(since.elapsed().as_secs() < 60, "nothing pauses");
             std::thread::yield_now();
         }
@@ -331,6 +322,6 @@ mod tests {
 
     fn is_boosted() -> bool {
         let threads = CURRENT.with_borrow(Option::clone);
-        threads.is_some_and(|threads| threads.lock().boosts > 0)
+        threads.is_some_and(|threads| threads.state.lock().boosts > 0)
     }
 }
