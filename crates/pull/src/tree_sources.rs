@@ -81,8 +81,9 @@ impl TreeSources {
         let mut records = self.objects.records();
         // Its patterns are compiled for this plan alone.
         let selection = shape.selection.clone();
-        let merger = Merger::new(limits, &selection);
-        let mut merger = merger.within(allowance).reading(&mut records);
+        let mut merger = Merger::new(limits, &selection);
+        merger.allowance = allowance;
+        merger.records = Some(&mut records);
         for (layer, rule) in &self.parts {
             match rule {
                 SourceRule::File(rule, size, FileKey { digest, permissions }) => {
@@ -122,7 +123,7 @@ fn each_entry(
     let mut read = || -> Result<(), PullError> {
         let mut entries = layer.entries()?;
         while let Some(entry) = entries.next() {
-            visit(entry?, entries.offset())?;
+            visit(entry?, entries.offset)?;
         }
         Ok(())
     };

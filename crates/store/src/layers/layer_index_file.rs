@@ -52,7 +52,7 @@ pub struct Entries {
     limits: Limits,
     record: Vec<u8>,
     /// Offset of the entry that was read last.
-    offset: u64,
+    pub offset: u64,
     /// Offset of the next entry.
     next: u64,
 }
@@ -104,11 +104,6 @@ impl Entries {
         let limits = Limits { depth: 1024, ..Limits::default() };
         let next = MAGIC.len() as u64;
         Ok(Self { path, reader, limits, record: Vec::new(), offset: 0, next })
-    }
-
-    /// Returns the offset in the index of the entry that was read last.
-    pub fn offset(&self) -> u64 {
-        self.offset
     }
 }
 
@@ -342,7 +337,7 @@ mod tests {
         let mut offsets = Vec::new();
         while let Some(read) = entries.next() {
             assert_eq!(read.expect("an entry"), entry(offsets.len()));
-            offsets.push(entries.offset());
+            offsets.push(entries.offset);
         }
         assert_eq!(offsets.len(), 200);
         let mut index = view.index().expect("the index");
@@ -378,7 +373,7 @@ mod tests {
         let mut entries = view.entries().expect("the index");
         assert_eq!(entries.next().expect("an entry").expect("readable"), entry);
         let mut index = view.index().expect("the index");
-        assert_eq!(index.read(entries.offset()).expect("an entry"), entry);
+        assert_eq!(index.read(entries.offset).expect("an entry"), entry);
     }
 
     #[test]

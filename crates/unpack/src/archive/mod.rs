@@ -82,24 +82,13 @@ pub fn unpack(
 ) -> Result<Totals, UnpackError> {
     let mut own_links = (!rule.whiteouts).then(OwnLinks::default);
     let check = |entry: &Entry| own_links.as_mut().map_or(Ok(()), |links| links.check(entry));
-    record(input, rule, permissions, limits, sink, check)
-}
-
-/// Reads an archive. `check` may refuse an entry before the sink gets it.
-pub(super) fn record(
-    input: impl Read + Send,
-    rule: &ArchiveRule,
-    permissions: PermissionsRule,
-    limits: &Limits,
-    sink: &mut impl Sink,
-    check: impl FnMut(&Entry) -> Result<(), UnpackError>,
-) -> Result<Totals, UnpackError> {
     decompressed_content::decompress(input, limits, rule.tar_digest.is_some(), |content| {
-        record_content(TarReader::new(content, limits), rule, permissions, limits, sink, check)
+        record(TarReader::new(content, limits), rule, permissions, limits, sink, check)
     })
 }
 
-fn record_content(
+/// Reads an archive. `check` may refuse an entry before the sink gets it.
+fn record(
     mut tar: TarReader<'_>,
     rule: &ArchiveRule,
     permissions: PermissionsRule,

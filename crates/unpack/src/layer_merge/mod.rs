@@ -52,9 +52,10 @@ pub struct Merger<'a> {
     limits: &'a Limits,
     selection: &'a Selection,
     is_everything: bool,
-    /// Memory that merging and planning may take, in bytes.
-    allowance: u64,
-    records: Option<&'a mut dyn EntryReader>,
+    /// Bytes of memory after which merging fails with [`UnpackError::Memory`].
+    pub allowance: u64,
+    /// The reader of recorded entries.
+    pub records: Option<&'a mut dyn EntryReader>,
     /// Nodes by number. Removed nodes stay until the end.
     nodes: Vec<MergeNode>,
     folders: Vec<Folder>,
@@ -111,18 +112,6 @@ impl<'a> Merger<'a> {
             held_bytes: 0,
             shown: 0,
         }
-    }
-
-    /// Sets the bytes of memory after which merging fails with [`UnpackError::Memory`].
-    #[must_use]
-    pub fn within(self, allowance: u64) -> Self {
-        Self { allowance, ..self }
-    }
-
-    /// Sets the reader of recorded entries.
-    #[must_use]
-    pub fn reading(self, records: &'a mut dyn EntryReader) -> Self {
-        Self { records: Some(records), ..self }
     }
 
     /// Returns the bytes of memory that merging a tree of this many entries takes, if it has few

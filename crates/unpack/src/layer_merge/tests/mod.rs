@@ -54,7 +54,8 @@ impl EntryReader for Recorded<'_> {
 /// Merges layers whose entries can be read again.
 fn plan_recorded(layers: &[Vec<Entry>], selection: &Selection) -> Result<TreePlan, UnpackError> {
     let (limits, mut records) = (Limits::default(), Recorded(layers));
-    let mut merger = Merger::new(&limits, selection).reading(&mut records);
+    let mut merger = Merger::new(&limits, selection);
+    merger.records = Some(&mut records);
     for (layer, entries) in layers.iter().enumerate() {
         merger.archive(layer, &IMAGE);
         for (offset, entry) in (0..).zip(entries) {
@@ -628,7 +629,8 @@ fn a_million_entries_fit_the_default_budget() {
 #[test]
 fn merging_fails_before_it_takes_more_memory_than_allowed() {
     let limits = Limits::default();
-    let mut merger = Merger::new(&limits, &EVERYTHING).within(64 << 10);
+    let mut merger = Merger::new(&limits, &EVERYTHING);
+    merger.allowance = 64 << 10;
     merger.archive(0, &IMAGE);
     let stopped = long_names(20_000).try_for_each(|entry| merger.entry(&entry)).unwrap_err();
     let UnpackError::Memory { bytes, entries } = stopped else { panic!("{stopped:?}") };
@@ -663,7 +665,8 @@ fn reads_of_link_targets_are_bounded() {
     let limits = Limits { entries: 2000, ..Limits::default() };
     let everything = Selection::default();
     let mut reader = CountingReader(Recorded(&layers), 0);
-    let mut merger = Merger::new(&limits, &everything).reading(&mut reader);
+    let mut merger = Merger::new(&limits, &everything);
+    merger.records = Some(&mut reader);
     let mut merge = || -> Result<(), UnpackError> {
         for (layer, entries) in layers.iter().enumerate() {
             merger.archive(layer, &IMAGE);
