@@ -10,7 +10,7 @@ use store::trees::{TreeRecord, View};
 use store::{StoreError, TreeKey};
 use unpack::layer_merge::TreePlan;
 use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
-use unpack::permissions::NodeType;
+use unpack::permissions::{NodeType, Owner};
 use unpack::{Permissions, PermissionsRule, Selection, UnpackError, UnpackMode};
 
 /// The settings of a volume that shape its tree, beside the manifest. The default shows the whole artifact.
@@ -120,7 +120,7 @@ impl Shape {
         let recorded = rule.recorded;
         let recorded = recorded.map(|recorded| self.permissions.apply(NodeType::File, recorded));
         if let Some(Permissions { uid, gid, .. }) = recorded.filter(|owned| !owned.has_owner()) {
-            let (uid, gid) = (uid.into(), gid.into());
+            let [uid, gid] = [uid, gid].map(|number| Owner::Number(number.into()));
             return Err(UnpackError::Owner { path: rule.path.clone(), uid, gid });
         }
         let asked = self.file_mode.map(|mode| Permissions { mode: mode & 0o777, uid: 0, gid: 0 });

@@ -18,18 +18,13 @@ pub enum Checksum {
 }
 
 /// Incremental computation of a checksum.
+#[derive(Default)]
 pub struct Checksummer(Hasher);
 
 impl Checksum {
     /// Computes the checksum of content in memory.
     pub fn of(content: &[u8]) -> Self {
         Self::Xxh3(Hasher::oneshot(content))
-    }
-}
-
-impl Default for Checksummer {
-    fn default() -> Self {
-        Self(Hasher::new())
     }
 }
 

@@ -88,12 +88,6 @@ impl Owner {
     }
 }
 
-impl From<u32> for Owner {
-    fn from(number: u32) -> Self {
-        Self::Number(number.into())
-    }
-}
-
 impl fmt::Display for Owner {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -178,12 +178,11 @@ impl ArchiveRule {
 
 /// `ModelPack`'s record of a file, as far as a volume shows it. Modes are Go's, whose permission
 /// bits are those of Unix.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct FileMetadata {
     mode: Option<u32>,
-    #[serde(default)]
     uid: i64,
-    #[serde(default)]
     gid: i64,
 }
 

@@ -30,7 +30,7 @@ const COMPILED_BYTES: u64 = 600;
 /// Patterns are compiled when the first path is matched, and a clone is not compiled. Match paths
 /// with a clone on a thread that may block, and drop it afterwards. So a pull holds only texts
 /// while it waits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Selection {
     include: Option<GlobPatterns>,
     exclude: GlobPatterns,
@@ -64,7 +64,7 @@ pub enum SelectionError {
     TooLong,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct GlobPatterns {
     /// Texts of the patterns, sorted and without duplicates.
     texts: Vec<String>,
@@ -76,13 +76,6 @@ struct GlobPatterns {
 pub(super) struct PatternMatch {
     pub(super) included: bool,
     pub(super) excluded: bool,
-}
-
-impl Default for Selection {
-    /// Returns the selection of all paths.
-    fn default() -> Self {
-        Self { include: None, exclude: GlobPatterns::none() }
-    }
 }
 
 impl PartialEq for Selection {
@@ -173,10 +166,6 @@ impl Clone for GlobPatterns {
 }
 
 impl GlobPatterns {
-    fn none() -> Self {
-        Self { texts: Vec::new(), compiled: OnceLock::new() }
-    }
-
     fn parse(list: &str) -> Result<Self, SelectionError> {
         let mut texts = BTreeSet::new();
         let mut bytes = 0;

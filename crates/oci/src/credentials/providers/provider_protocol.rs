@@ -65,11 +65,10 @@ struct ResponseDocument {
     auth: Option<BTreeMap<String, ProviderAuth>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct ProviderAuth {
-    #[serde(default)]
     username: String,
-    #[serde(default)]
     password: String,
 }
 
