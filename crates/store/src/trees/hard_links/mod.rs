@@ -5,7 +5,9 @@ mod tree_builder;
 mod tree_comparison;
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -96,6 +98,16 @@ impl HardLinkTree {
             .map_err(|error| failed_to_read(&self.root, error))?;
         Ok(damage.below(Path::new(ROOT)))
     }
+}
+
+/// Returns a path to an open folder, of any length.
+fn descriptor(folder: &impl AsRawFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()))
+}
+
+/// Returns a path to a name in an open folder.
+fn way_to(folder: &impl AsRawFd, name: &CString) -> PathBuf {
+    descriptor(folder).join(OsStr::from_bytes(name.as_bytes()))
 }
 
 /// Returns the disk space of names beyond the first block of each folder.

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AtFlags, OFlag, open, openat};
@@ -13,6 +13,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, fchownat, linkat, symlinkat};
 
 use super::link_overflow::Copies;
+use super::way_to;
 use crate::SecurityLabel;
 use crate::disk_units::bytes_of_a_name;
 use crate::inode_metadata::{set_owner_and_mode, system_time, too_large};
@@ -154,7 +155,7 @@ impl Builder<'_> {
         let _ = nix::sys::stat::utimensat(folder, name.as_c_str(), &time, &time, flags);
         if let Some(label) = self.label {
             use std::os::unix::ffi::OsStrExt as _;
-            label.apply_to_link(&CString::new(below(folder, name).as_os_str().as_bytes())?)?;
+            label.apply_to_link(&CString::new(way_to(folder, name).as_os_str().as_bytes())?)?;
         }
         Ok(())
     }
@@ -205,12 +206,6 @@ impl<'a> Way<'a> {
     fn here(&self) -> io::Result<&OwnedFd> {
         self.folders.last().map(|(_, folder)| folder).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
-}
-
-fn below(folder: &OwnedFd, name: &CString) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt as _;
-    let folder = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()));
-    folder.join(std::ffi::OsStr::from_bytes(name.as_bytes()))
 }
 
 fn path_of(root: &Path, plan: &TreePlan, number: u32) -> PathBuf {

@@ -10,13 +10,14 @@ use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::hash::BuildHasher as _;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{AtFlags, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, fstatat};
 
+use super::{descriptor, way_to};
 use crate::inode_metadata::{Rules, other_time};
 use crate::integrity_findings::DamageList;
 use crate::paced_reader::{Reader, unreadable};
@@ -272,12 +273,4 @@ fn user_attributes(file: &File) -> io::Result<ExtendedAttributes> {
         })
         .collect::<io::Result<Vec<_>>>()
         .map(|attributes| attributes.into_iter().collect())
-}
-
-fn descriptor(folder: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd()))
-}
-
-fn way_to(folder: &File, name: &CString) -> PathBuf {
-    descriptor(folder).join(OsStr::from_bytes(name.as_bytes()))
 }
