@@ -152,7 +152,7 @@ pub(super) struct LayoutImporter {
 
 impl LayoutImporter {
     fn read_layout(&self, layout: impl Read + Send) -> Result<Layout, ImportError> {
-        let mut blobs = self.store.import_blobs().map_err(PullError::from)?;
+        let mut blobs = self.store.import_blobs()?;
         let mut index = None;
         let (mut strange, mut is_docker_archive) = (0, false);
         read_members(layout, &self.limits, |member, content| {
@@ -167,7 +167,7 @@ impl LayoutImporter {
                         );
                         return Err(ImportError::NotALayout(what));
                     }
-                    let found = blobs.add(digest, size, content).map_err(PullError::from)?;
+                    let found = blobs.add(digest, size, content)?;
                     if found != digest {
                         return Err(ImportError::Damaged { blob: digest, found });
                     }
@@ -227,17 +227,17 @@ impl LayoutImporter {
                 continue;
             }
             if layout.blobs.has(digest) {
-                layout.blobs.hand_on(repository.host(), digest).map_err(PullError::from)?;
+                layout.blobs.hand_on(repository.host(), digest)?;
                 self.downloader.shared.share_again(repository.host(), digest);
             }
             // The caller of an import is trusted to name the source of the content.
             let by = ProofSource::Registry;
-            store.origins().put_blob(repository, digest, &by).map_err(PullError::from)?;
+            store.origins().put_blob(repository, digest, &by)?;
         }
         for (digest, bytes) in &chosen.small {
-            layout.blobs.keep(*digest, bytes).map_err(PullError::from)?;
+            layout.blobs.keep(*digest, bytes)?;
             let by = ProofSource::Registry;
-            store.origins().put_blob(repository, *digest, &by).map_err(PullError::from)?;
+            store.origins().put_blob(repository, *digest, &by)?;
         }
         let digests = ResolvedDigests { top: chosen.top, manifest: chosen.manifest.digest };
         Ok(digests.resolution_of(reference))
@@ -275,14 +275,14 @@ impl LayoutImporter {
         }
         if let Some(config) = image.config.as_deref().filter(|config| config.data.is_none()) {
             let limit = self.limits.config_bytes;
-            let found = layout.blobs.read(config.digest, limit).map_err(PullError::from)?;
+            let found = layout.blobs.read(config.digest, limit)?;
             if let Some(bytes) = found.filter(|bytes| bytes.len() as u64 == config.size) {
                 small.insert(config.digest, bytes);
             }
         }
         for layer in image.layers.iter().filter(|layer| layer.data.is_none()) {
             let here = layout.blobs.has(layer.digest)
-                || self.store.files().any_of(layer.digest).map_err(PullError::from)?.is_some();
+                || self.store.files().any_of(layer.digest)?.is_some();
             if !here {
                 return Err(ImportError::Missing(layer.digest));
             }
@@ -314,7 +314,7 @@ impl LayoutImporter {
         let limit = self.limits.manifest_bytes;
         let bytes = match &entry.data {
             Some(data) => Some(data.clone()),
-            None => blobs.read(entry.digest, limit + 1).map_err(PullError::from)?,
+            None => blobs.read(entry.digest, limit + 1)?,
         };
         let bytes = bytes.ok_or(ImportError::Missing(entry.digest))?;
         if bytes.len() as u64 > limit {
