@@ -156,10 +156,12 @@ impl NodePlugin {
         let (driver, node) = (&options.driver_name, &options.node_id);
         let events =
             options.events.then(|| EventRecorder::start(driver, node, &tracker, &shutdown));
-        let registration = options
-            .registration_dir()
-            .map(|_| RegistrationService::new(driver.clone(), options.kubelet_endpoint()));
-        let registered = registration.as_ref().map(RegistrationService::registered);
+        let registration = options.registration_dir().map(|_| RegistrationService {
+            driver_name: driver.clone(),
+            endpoint: options.kubelet_endpoint(),
+            registered: Arc::default(),
+        });
+        let registered = registration.as_ref().map(|service| Arc::clone(&service.registered));
         let health = HealthProbes::new(content.clone(), registered);
         let (metrics, servers) = (Arc::default(), JoinSet::new());
         Self {
@@ -298,7 +300,7 @@ impl NodePlugin {
         else {
             return Ok(None);
         };
-        let path = folder.join(RegistrationService::socket_name(&self.options.driver_name));
+        let path = folder.join(format!("{}@reg.sock", self.options.driver_name));
         wait_for_content(self.content.clone(), &self.shutdown).await;
         let Some((socket, listener)) = listen(&path, LOCK_PATIENCE, &self.shutdown).await? else {
             return Ok(None);
@@ -345,7 +347,7 @@ fn mounter(options: &NodeOptions, mode: MountMode) -> VolumeMounter {
         AttachMethod::detect(&staging)
     };
     let mounter = VolumeMounter::new(method, mode);
-    if !mounter.has_overlay() {
+    if !mounter.has_overlay {
         tracing::warn!("this kernel has no overlayfs: volumes without readOnly: true are refused");
     }
     mounter

@@ -159,7 +159,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
         let attach = AttachMethod::detect(&state_dir.join("mounts"));
         let mounter = VolumeMounter::new(attach, MountMode::Auto);
         // No container runtime copies this mount, so a read-only bind is safe if there is no overlayfs.
-        let readonly = !mounter.has_overlay();
+        let readonly = !mounter.has_overlay;
         let volumes = VolumeManager::new(state_dir.clone(), mounter, receiver, tracker, shutdown);
         let request = PublishRequest {
             volume_id: target.to_string(),

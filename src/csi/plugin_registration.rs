@@ -17,26 +17,12 @@ use crate::proto::pluginregistration::{
 /// The service that the kubelet's plugin watcher calls.
 #[derive(Clone)]
 pub struct RegistrationService {
-    driver_name: String,
-    endpoint: String,
-    registered: Arc<AtomicBool>,
-}
-
-impl RegistrationService {
-    /// Creates the service. `endpoint` is the CSI socket's path as the kubelet sees it.
-    pub fn new(driver_name: String, endpoint: String) -> Self {
-        Self { driver_name, endpoint, registered: Arc::default() }
-    }
-
-    /// Returns the name of the socket in the kubelet's plugin registry.
-    pub fn socket_name(driver_name: &str) -> String {
-        format!("{driver_name}@reg.sock")
-    }
-
-    /// Returns the flag that is set while the kubelet has the driver registered.
-    pub fn registered(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.registered)
-    }
+    /// The name that the driver registers.
+    pub driver_name: String,
+    /// The path of the CSI socket as the kubelet sees it.
+    pub endpoint: String,
+    /// True while the kubelet has the driver registered.
+    pub registered: Arc<AtomicBool>,
 }
 
 #[tonic::async_trait]

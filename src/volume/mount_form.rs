@@ -37,7 +37,8 @@ pub enum MountMode {
 pub struct VolumeMounter {
     method: AttachMethod,
     mode: MountMode,
-    has_overlay: bool,
+    /// True if this kernel has overlayfs.
+    pub has_overlay: bool,
 }
 
 impl VolumeMounter {
@@ -45,11 +46,6 @@ impl VolumeMounter {
     pub fn new(method: AttachMethod, mode: MountMode) -> Self {
         let has_overlay = method.has_overlay();
         Self { method, mode, has_overlay }
-    }
-
-    /// Returns whether this kernel has overlayfs.
-    pub const fn has_overlay(&self) -> bool {
-        self.has_overlay
     }
 
     /// Chooses the form of a volume's mount.

@@ -18,7 +18,7 @@ use super::{NodeContent, VolumeManager};
 use oci::Digest;
 use store::publication_records::Publication;
 use store::{MountedTree, Store, StoreError};
-use sys::mount::{MountTable, MountTarget, TargetState};
+use sys::mount::{MountTable, TargetState};
 
 /// The file that the kubelet writes beside a target before it publishes the volume, and removes after the unpublish.
 const KUBELETS_FILE: &str = "vol_data.json";
@@ -159,7 +159,7 @@ impl VolumeManager {
 
 /// Returns the tree that is mounted at a target. Reads the state of this mount alone.
 fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
-    match MountTarget::open(target.base(), target.relative())?.state()? {
+    match target.open()?.state()? {
         TargetState::Mounted(origin) => Ok(MountedTree::of(&origin)),
         _ => Ok(None),
     }

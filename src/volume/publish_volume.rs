@@ -357,7 +357,7 @@ impl VolumeManager {
             let held = target_turn.lock().await;
             tokio::task::spawn_blocking(move || {
                 let _held = held;
-                let target = MountTarget::open(target.base(), target.relative())?;
+                let target = target.open()?;
                 target.remove_if_empty()?;
                 Ok::<_, std::io::Error>(matches!(target.state()?, TargetState::Mounted(_)))
             })
@@ -480,9 +480,7 @@ fn still_fulfils(
 }
 
 fn open(request: &PublishRequest) -> Result<MountTarget, VolumeError> {
-    MountTarget::open(request.target.base(), request.target.relative()).map_err(|error| match error
-        .kind()
-    {
+    request.target.open().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => VolumeError::Invalid(format!(
             "the folder above the target path {} does not exist: the kubelet makes it",
             request.target

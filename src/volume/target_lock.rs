@@ -27,10 +27,8 @@ pub struct TargetTurn {
     turn: u64,
 }
 
-/// The right to attach or detach at a target. Released when dropped.
-pub struct TargetLock {
-    _lock: OwnedMutexGuard<()>,
-}
+/// The lock of one target. Dropping it lets the next call start.
+pub type TargetLock = OwnedMutexGuard<()>;
 
 impl TargetLocks {
     /// Registers a publish that begins.
@@ -55,7 +53,7 @@ impl TargetLocks {
 impl TargetTurn {
     /// Waits for the right to attach or detach.
     pub async fn lock(&self) -> TargetLock {
-        TargetLock { _lock: Arc::clone(&self.entry.busy).lock_owned().await }
+        Arc::clone(&self.entry.busy).lock_owned().await
     }
 
     /// Returns whether no unpublish has begun since.

@@ -1,9 +1,11 @@
 //! The target path of a volume, as the kubelet sends it.
 
 use std::fmt;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::error::VolumeError;
+use sys::mount::MountTarget;
 use text::printable::excerpt;
 
 /// A path below the kubelet's root directory: absolute, and without `.` and `..`.
@@ -41,14 +43,9 @@ impl TargetPath {
         Ok(Self { base: kubelet_dir.to_owned(), relative: relative.to_owned() })
     }
 
-    /// Returns the kubelet's root directory.
-    pub fn base(&self) -> &Path {
-        &self.base
-    }
-
-    /// Returns the path below the kubelet's root directory.
-    pub fn relative(&self) -> &Path {
-        &self.relative
+    /// Opens the folder that holds the target, as [`MountTarget::open`] does.
+    pub fn open(&self) -> io::Result<MountTarget> {
+        MountTarget::open(&self.base, &self.relative)
     }
 
     /// Returns the absolute path.

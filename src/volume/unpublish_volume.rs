@@ -115,7 +115,7 @@ pub(super) fn remove(path: &TargetPath, detached: &DetachedTarget) -> Result<(),
 
 /// Opens the target. Returns `None` if the pod's directory is gone, and a mount with it.
 fn open(path: &TargetPath) -> Result<Option<MountTarget>, VolumeError> {
-    match MountTarget::open(path.base(), path.relative()) {
+    match path.open() {
         Err(error) if is_not_there(&error) => Ok(None),
         target => target.map(Some).map_err(failed(path, "open the folder of")),
     }

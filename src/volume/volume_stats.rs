@@ -4,7 +4,7 @@ use super::VolumeManager;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
 use store::{DiskSpace, MountedTree, Tree};
-use sys::mount::{MountTarget, TargetState};
+use sys::mount::TargetState;
 
 /// Statistics of a volume, defined as the kubelet defines them for local volumes: the use of the volume itself, and the
 /// capacity of its filesystem. A volume that is always full would trip every alert on volumes that fill up.
@@ -47,7 +47,7 @@ impl VolumeManager {
         let unknown = || VolumeError::NotPublished(full.clone());
         let failed =
             |source| VolumeError::Kernel { action: "look at", target: full.clone(), source };
-        let target = MountTarget::open(path.base(), path.relative()).map_err(|_| unknown())?;
+        let target = path.open().map_err(|_| unknown())?;
         let TargetState::Mounted(origin) = target.state().map_err(failed)? else {
             return Err(unknown());
         };

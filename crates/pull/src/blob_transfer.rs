@@ -398,7 +398,7 @@ mod tests {
         assert!(is_missing, "{error}");
         if is_root() {
             node.pull(&registry.want("a")).await.expect("a tree");
-            node.pull(&registry.want("b")).await.err().expect("it is not there");
+            node.pull(&registry.want("b")).await.expect_err("it is not there");
         }
         node.download(&registry, "c", b"content").await.expect("the blob");
         let asked = registry.seen("blobs/");

@@ -143,7 +143,7 @@ impl Puller {
         for reference in references {
             let want = damaged.want(&reference)?;
             let candidates = self.0.resolver.read_candidates(&want).await?;
-            for candidate in candidates.all().iter().cloned().chain([Candidates::anonymous()]) {
+            for candidate in candidates.all.iter().cloned().chain([Candidates::anonymous()]) {
                 let resolved = Resolved::for_the_node(manifest, candidates.clone(), candidate);
                 match self.tree(&want, &resolved, &ProgressView::default()).await {
                     Ok(_) => return Ok(Repaired::Anew(reference)),

@@ -32,7 +32,7 @@ pub(super) struct PrincipalCredential {
 pub(super) struct Candidates {
     repository: Repository,
     identity: Option<WorkloadIdentity>,
-    all: Vec<Candidate>,
+    pub(super) all: Vec<Candidate>,
 }
 
 impl Candidates {
@@ -57,11 +57,6 @@ impl Candidates {
             all.push(Candidate { principal, source: offer.source });
         }
         Self { repository: repository.clone(), identity: want.identity.clone(), all }
-    }
-
-    /// Returns the candidates in order.
-    pub(super) fn all(&self) -> &[Candidate] {
-        &self.all
     }
 
     /// Returns the principals that the candidates stand for.

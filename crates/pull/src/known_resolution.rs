@@ -78,7 +78,7 @@ impl KnownManifests {
         let is_of_repository = store.origins().blob_came_from(sources, blob).is_some()
             || store.imports().contains(&sources.repository, blob)
             || is_proven(&anonymous)
-            || candidates.all().iter().any(|candidate| is_proven(&candidate.principal));
+            || candidates.all.iter().any(|candidate| is_proven(&candidate.principal));
         if is_of_repository { Ok(store.documents().get(blob)?) } else { Ok(None) }
     }
 
@@ -134,7 +134,7 @@ impl KnownManifests {
     ) -> Option<Candidate> {
         let (store, repository) = (&self.origins.store, &sources.repository);
         let proven = |who: &Principal| store.proofs().is_proven(sources, manifest, who);
-        let mut all = candidates.all().iter();
+        let mut all = candidates.all.iter();
         if let Some(candidate) = all.find(|candidate| proven(&candidate.principal)) {
             return Some(candidate.clone());
         }

@@ -227,7 +227,7 @@ impl Resolver {
         candidates: Candidates,
     ) -> Result<Resolved, PullError> {
         let (mut refusals, mut failed) = (Refusals::default(), None);
-        for candidate in candidates.all() {
+        for candidate in &candidates.all {
             let credentials = match candidates.redeem(candidate, &self.node_credentials).await {
                 Ok(credentials) => credentials,
                 Err(error) => {

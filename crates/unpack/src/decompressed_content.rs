@@ -24,8 +24,10 @@ pub(super) struct DecompressedContent {
     buffer: Vec<u8>,
     /// Bytes of the buffer that were consumed.
     used: usize,
-    position: u64,
-    packed: u64,
+    /// The number of bytes consumed so far.
+    pub(super) position: u64,
+    /// The number of compressed bytes that were read for the bytes so far.
+    pub(super) packed: u64,
     end: Option<ContentSummary>,
 }
 
@@ -111,16 +113,6 @@ fn produce<R: Read>(
 }
 
 impl DecompressedContent {
-    /// Returns the number of bytes consumed so far.
-    pub(super) fn position(&self) -> u64 {
-        self.position
-    }
-
-    /// Returns the number of compressed bytes that were read for the bytes so far.
-    pub(super) fn packed(&self) -> u64 {
-        self.packed
-    }
-
     /// Returns the next bytes; an empty slice at the end of the content, and only there.
     pub(super) fn fill(&mut self) -> Result<&[u8], UnpackError> {
         while self.used == self.buffer.len() && self.end.is_none() {

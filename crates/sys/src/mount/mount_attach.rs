@@ -123,7 +123,7 @@ impl AttachMethod {
                     }
                 }?;
                 let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-                Ok(move_mount(mount, c"", target.folder(), target.name(), flags)?)
+                Ok(move_mount(mount, c"", &target.folder, &target.name, flags)?)
             }
             Self::Staged(staging) => attach_staged(content, target, flags, staging),
         }

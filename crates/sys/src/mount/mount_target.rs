@@ -7,7 +7,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
@@ -28,8 +28,8 @@ const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// A name below an open folder, where a volume is mounted.
 pub struct MountTarget {
-    folder: OwnedFd,
-    name: CString,
+    pub(super) folder: OwnedFd,
+    pub(super) name: CString,
 }
 
 /// A filesystem that is kept without being mounted anywhere. Dropping it may block.
@@ -182,14 +182,6 @@ impl MountTarget {
     fn path(&self) -> io::Result<PathBuf> {
         let folder = std::fs::read_link(format!("/proc/self/fd/{}", self.folder.as_raw_fd()))?;
         Ok(folder.join(OsStr::from_bytes(self.name.as_bytes())))
-    }
-
-    pub(super) fn folder(&self) -> BorrowedFd<'_> {
-        self.folder.as_fd()
-    }
-
-    pub(super) fn name(&self) -> &CString {
-        &self.name
     }
 
     /// Returns a path through the open folder, for calls that take no descriptor.

@@ -311,7 +311,7 @@ impl<'a> TarReader<'a> {
         if most == 0 {
             return Ok(&[]);
         }
-        let position = self.content.position();
+        let position = self.content.position;
         let bytes = self.content.fill()?;
         if bytes.is_empty() {
             let reason = "it ends in the middle of an entry";
@@ -334,10 +334,10 @@ impl<'a> TarReader<'a> {
 
     /// Bounds the expansion of holes, as the decompression ratio bounds stored zeros.
     fn check_ratio(&self) -> Result<(), UnpackError> {
-        let unpacked = self.content.position().saturating_add(self.expanded);
+        let unpacked = self.content.position.saturating_add(self.expanded);
         let limit = self.limits.decompression_ratio;
         let is_much = unpacked > self.limits.decompression_ratio_floor;
-        if is_much && unpacked > self.content.packed().saturating_mul(limit) {
+        if is_much && unpacked > self.content.packed.saturating_mul(limit) {
             return Err(UnpackError::Ratio { limit });
         }
         Ok(())
@@ -377,7 +377,7 @@ impl<'a> TarReader<'a> {
     }
 
     fn broken(&self, reason: &'static str) -> UnpackError {
-        UnpackError::Archive { reason, position: self.content.position() }
+        UnpackError::Archive { reason, position: self.content.position }
     }
 }
 
