@@ -86,7 +86,7 @@ fn lines(listed: &ListArtifactsResponse) -> Vec<String> {
     };
     let heads = ["REFERENCE", "DIGEST", "SIZE", "INODES", "KIND", "USED", "PINS", "VOLUMES"];
     let rows = listed.artifacts.iter().map(artifact).chain(listed.pulls.iter().map(pull));
-    text_table::lines(heads, &rows.collect::<Vec<_>>())
+    text_table::lines(heads, rows)
 }
 
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
@@ -132,7 +132,6 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
         ]
     };
     let heads = ["DIGEST", "SIZE", "ATTRIBUTES", "USED", "PINS", "VOLUMES"];
-    printed
-        .extend(text_table::lines(heads, &inspected.artifacts.iter().map(row).collect::<Vec<_>>()));
+    printed.extend(text_table::lines(heads, inspected.artifacts.iter().map(row)));
     printed
 }

@@ -53,11 +53,11 @@ pub(super) fn lines(collected: &CollectResponse) -> Vec<String> {
             victim.reason.clone(),
         ]
     };
-    let rows: Vec<_> = collected.victims.iter().map(row).collect();
-    let mut lines = match rows.as_slice() {
-        [] => Vec::new(),
-        rows => text_table::lines(["KIND", "NAME", "SIZE", "USED", "REASON"], rows),
-    };
+    let mut lines = Vec::new();
+    if !collected.victims.is_empty() {
+        let heads = ["KIND", "NAME", "SIZE", "USED", "REASON"];
+        lines = text_table::lines(heads, collected.victims.iter().map(row));
+    }
     let (freed, left) = (Bytes(collected.freed_bytes), Bytes(collected.cache_bytes));
     lines.push(if collected.dry_run {
         format!("{freed} would be freed; the cache has {left} now")

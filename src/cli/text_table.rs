@@ -4,9 +4,11 @@
 const SHORT_DIGEST: usize = "sha256:".len() + 12;
 
 /// Returns lines with columns as wide as their widest cell.
-pub(super) fn lines<const N: usize>(heads: [&str; N], rows: &[[String; N]]) -> Vec<String> {
-    let heads = heads.map(str::to_owned);
-    let rows: Vec<_> = std::iter::once(&heads).chain(rows).collect();
+pub(super) fn lines<const N: usize>(
+    heads: [&str; N],
+    rows: impl Iterator<Item = [String; N]>,
+) -> Vec<String> {
+    let rows: Vec<_> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<_> = (0..N).map(|column| width(column).unwrap_or_default()).collect();
     rows.iter()
@@ -65,7 +67,8 @@ mod tests {
     #[test]
     fn columns_line_up() {
         let row = |cells: [&str; 2]| cells.map(str::to_owned);
-        let lines = lines(["NAME", "SIZE"], &[row(["a", "2.0 KiB"]), row(["a longer one", ""])]);
+        let lines =
+            lines(["NAME", "SIZE"], [["a", "2.0 KiB"], ["a longer one", ""]].into_iter().map(row));
         assert_eq!(lines, ["NAME          SIZE", "a             2.0 KiB", "a longer one"]);
     }
 

@@ -6,8 +6,7 @@ use crate::archive_entry::Metadata;
 use crate::error::UnpackError;
 use crate::permissions::Permissions;
 use crate::tree_plan::{
-    FolderNumber, LinkNumber, OWN_RECORD, PlannedFile, PlannedKind, PlannedNode, TreePlan,
-    TreeTotals,
+    FolderNumber, LinkNumber, OWN_RECORD, PlannedKind, PlannedNode, TreePlan, TreeTotals,
 };
 use crate::unpack_limits::Limits;
 use oci_types::Digest;
@@ -105,7 +104,7 @@ fn drop_unlinked(plan: &mut TreePlan) {
     let numbers: Vec<u32> = plan
         .files
         .iter()
-        .map(|file: &PlannedFile| {
+        .map(|file| {
             let number = kept;
             kept += u32::from(file.links > 0);
             number
