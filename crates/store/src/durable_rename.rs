@@ -164,6 +164,11 @@ pub fn is_temporary_name(name: &str) -> bool {
     name.len() == 16 && name.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
+/// Creates a file that only its owner can read, for writing.
+pub fn create_private(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
 fn write_staged(
     staging: &Path,
     path: &Path,
@@ -171,18 +176,15 @@ fn write_staged(
     synced: bool,
 ) -> Result<PathBuf, StoreError> {
     let temporary = staging.join(temporary_name());
-    let written =
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary).and_then(
-            |mut file| {
-                file.write_all(content)?;
-                if synced {
-                    fault::point("record.written")?;
-                    file.sync_all()?;
-                    fault::point("record.synced")?;
-                }
-                Ok(())
-            },
-        );
+    let written = create_private(&temporary).and_then(|mut file| {
+        file.write_all(content)?;
+        if synced {
+            fault::point("record.written")?;
+            file.sync_all()?;
+            fault::point("record.synced")?;
+        }
+        Ok(())
+    });
     match written {
         Ok(()) => Ok(temporary),
         Err(error) => {

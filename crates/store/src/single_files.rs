@@ -1,16 +1,17 @@
 //! Single-file layers: one inode for each (blob, mode, owner), linked into every
 //! tree that shows it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sha2::Digest as _;
 
 use super::disk_units::{BYTES_PER_INODE, DiskUnits};
+use super::durable_rename;
 use super::error::{IoContext as _, StoreError};
 use super::folder_listing::{current_generation, names};
 use super::inode_metadata::set_owner_and_mode;
@@ -121,12 +122,7 @@ impl Files {
     pub fn copy(&self, key: FileKey, source: &Path) -> Result<StoredFile, StoreError> {
         let mut staging = self.directory.stage()?;
         let path = staging.path().join("file");
-        let to = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .io_context("create", &path)?;
+        let to = durable_rename::create_private(&path).io_context("create", &path)?;
         staging.staged.wrote(|| path.clone());
         let copied = copy(source, &path, to, &self.directory.meter)?;
         if copied != key.digest {
@@ -141,7 +137,7 @@ impl Files {
         let finish = || -> std::io::Result<()> {
             let file = File::open(path)?;
             set_owner_and_mode(&file, key.permissions)?;
-            self.directory.label().map_or(Ok(()), |label| label.apply(file.as_fd()))
+            self.directory.label.as_ref().map_or(Ok(()), |label| label.apply(file.as_fd()))
         };
         finish().io_context("finish", path)
     }
@@ -155,7 +151,7 @@ impl Files {
         let folder = self.file_folder(key);
         let size = path.metadata().io_context("look at", path)?.len();
         if let Some(content) = folder.parent() {
-            super::durable_rename::create_folder(content)?;
+            durable_rename::create_folder(content)?;
         }
         let (generation, lease) =
             self.directory.commit(staging, path, &folder, entry(self.directory.units, size))?;

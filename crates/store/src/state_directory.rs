@@ -18,7 +18,8 @@ use super::write_meter::WriteMeter;
 /// An open state directory.
 pub(super) struct StateDirectory {
     pub(super) root: PathBuf,
-    label: Option<SecurityLabel>,
+    /// The label of new content.
+    pub(super) label: Option<SecurityLabel>,
     pub(super) cache: CacheOptions,
     pub(super) units: DiskUnits,
     pub(super) barrier: Barrier,
@@ -57,11 +58,6 @@ impl StateDirectory {
     /// Returns the folder in which content and records are made before they have a name.
     pub(super) fn staging(&self) -> PathBuf {
         self.path("staging")
-    }
-
-    /// Returns the label of new content.
-    pub(super) fn label(&self) -> Option<&SecurityLabel> {
-        self.label.as_ref()
     }
 
     /// Reads how full its filesystem is.

@@ -135,7 +135,7 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     let record = TreeRecord { own_inodes: 1, ..record(key) };
     let tree = TreeKey::new(key.digest, "many", "Readable", "");
     let tree = store.trees().commit(tree, record, built, &[], &[file]).expect("a tree");
-    let shown = std::fs::read_dir(tree.path().join("root")).expect("a folder");
+    let shown = std::fs::read_dir(tree.path.join("root")).expect("a folder");
     let mut inodes = std::collections::BTreeMap::new();
     for entry in shown.flatten() {
         *inodes.entry(entry.metadata().expect("a file").ino()).or_insert(0) += 1;
@@ -152,8 +152,8 @@ fn a_file_that_has_all_the_names_it_can_have_is_copied_once_for_the_next_65_000(
     let names = plan.nodes.iter().map(|node| disk_units::bytes_of_a_name(node.name_bytes));
     let own_bytes = 14 + store.0.directory.units.more_names(names.sum());
     assert_eq!((tree.record.own_inodes, tree.record.own_bytes), (3, own_bytes), "counted");
-    assert!(!tree.path().join("copies").exists());
-    let copies = (0..131_000).map(|number| tree.path().join("root").join(number.to_string()));
+    assert!(!tree.path.join("copies").exists());
+    let copies = (0..131_000).map(|number| tree.path.join("root").join(number.to_string()));
     let copies = copies.filter(|path| path.metadata().expect("a file").ino() != original.ino());
     let mut seen = std::collections::HashSet::new();
     for copy in copies {
@@ -814,7 +814,7 @@ fn names_of_a_later_version_in_objects_json_are_ignored() {
     let tree = tree(&store, "file", key, &stored);
     let links = store.trees().links(&tree).expect("links");
     assert_eq!(links.len(), 1);
-    let path = tree.path().join("objects.json");
+    let path = tree.path.join("objects.json");
     let mut names: Vec<String> = json_records::read(&path).expect("names");
     names.push("images/of-a-later-version".to_owned());
     std::fs::write(&path, serde_json::to_vec(&names).expect("JSON")).expect("written");

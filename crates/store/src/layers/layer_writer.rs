@@ -1,9 +1,9 @@
 //! Writes a layer: the archive's entries to its index, their content to its data.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufRead, BufWriter, Write};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use sha2::Digest as _;
 use super::layer_index_file::{FILES_PER_FOLDER, LayerTotals, MAGIC, encode, folder_of, number_of};
 use crate::SecurityLabel;
 use crate::disk_units::DiskUnits;
-use crate::durable_rename::WRITE_BYTES;
+use crate::durable_rename::{self, WRITE_BYTES};
 use crate::error::{IoContext as _, StoreError};
 use crate::inode_metadata::{set_owner_and_mode, system_time, too_large};
 use crate::staging_folders::Staging;
@@ -74,12 +74,7 @@ impl LayerWriter {
         let data = staging.path().join("data");
         std::fs::create_dir(&data).io_context("create", &data)?;
         let path = staging.path().join("index");
-        let index = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .io_context("create", &path)?;
+        let index = durable_rename::create_private(&path).io_context("create", &path)?;
         let mut writer = Self {
             staging,
             index: BufWriter::with_capacity(64 * 1024, index),
@@ -90,7 +85,7 @@ impl LayerWriter {
             meter: Arc::clone(&directory.meter),
             files: 0,
             folder: None,
-            label: directory.label().cloned(),
+            label: directory.label.clone(),
             made_as: None,
         };
         writer.write(MAGIC).io_context("write", &path)?;

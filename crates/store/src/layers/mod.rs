@@ -49,7 +49,8 @@ pub struct Layer {
     pub key: LayerKey,
     /// The number of its generation.
     pub generation: u32,
-    path: PathBuf,
+    /// Its directory.
+    pub path: PathBuf,
     /// The hold on it; none where it is only read back.
     lease: Option<Lease>,
 }
@@ -176,11 +177,6 @@ impl Layer {
         let key = LayerKey::from_hex(&name(path.parent()?)?)?;
         let generation = name(path)?.parse().ok()?;
         Some(Self { key, generation, path: path.to_owned(), lease: None })
-    }
-
-    /// Returns its path.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Reads the totals from the index, which is not compared with its checksum here:

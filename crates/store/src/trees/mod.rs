@@ -67,7 +67,8 @@ pub struct Tree {
     pub generation: u32,
     /// The content of its `tree.json`.
     pub record: TreeRecord,
-    path: PathBuf,
+    /// Its directory.
+    pub path: PathBuf,
     /// The hold on it; none where it was read without a store.
     lease: Option<Lease>,
 }
@@ -283,7 +284,7 @@ impl Trees {
     ///
     /// [`StoreError::Damaged`] when that is not a list of names.
     pub fn links(&self, tree: &Tree) -> Result<Vec<ObjectName>, StoreError> {
-        let links: Vec<String> = json_records::read_whole(&tree.path().join(LINKS))?;
+        let links: Vec<String> = json_records::read_whole(&tree.path.join(LINKS))?;
         let names = links.iter().filter_map(|link| ObjectName::parse(link));
         Ok(names.filter(|link| link.kind() != ObjectKind::Document).collect())
     }
@@ -309,11 +310,6 @@ impl Tree {
         let path = state.join("trees").join(key.to_string()).join(generation.to_string());
         let record = json_records::read(&path.join(RECORD))?;
         Some(Self { key, generation, record, path, lease: None })
-    }
-
-    /// Returns the path of the tree's directory.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Opens the root of what it shows, for mounting.

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use nix::unistd::linkat;
 use parking_lot::Mutex;
 
 use crate::SecurityLabel;
+use crate::durable_rename;
 use crate::inode_metadata::set_owner_and_mode;
 use crate::space_amount::SpaceAmount;
 use crate::write_meter::{WriteMeter, full};
@@ -88,7 +89,7 @@ fn copy_inode(
     meter.makes(1).map_err(full)?;
     let from = File::open(source)?;
     let metadata = from.metadata()?;
-    let to = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let to = durable_rename::create_private(path)?;
     let mut copied = 0;
     loop {
         meter.writes(PIECE.min(metadata.len().saturating_sub(copied))).map_err(full)?;

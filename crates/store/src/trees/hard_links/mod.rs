@@ -66,7 +66,7 @@ impl HardLinkTree {
     ) -> Result<SpaceAmount, StoreError> {
         let root = self.root.as_path();
         let since = Instant::now();
-        let (label, meter) = (directory.label(), &directory.meter);
+        let (label, meter) = (directory.label.as_ref(), &directory.meter);
         let copies = Copies::new(staging.path().join("copies"), label, meter);
         Builder { plan, objects, label, meter, copies: &copies }
             .build(root, staging)
