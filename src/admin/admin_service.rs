@@ -134,8 +134,7 @@ impl Admin for AdminService {
         request: Request<WarmRequest>,
     ) -> Result<Response<Self::WarmStream>, Status> {
         let content = self.content()?;
-        let wants =
-            warm_request::parse_request(request.into_inner()).map_err(Status::invalid_argument)?;
+        let wants = warm_request::parse_request(request.into_inner())?;
         let (events, receiver) = mpsc::channel(EVENTS);
         // The pull continues if the caller goes.
         self.tracker.spawn(warm_request::run(content, wants, events));
@@ -329,19 +328,19 @@ fn add_numbers(status: &mut GetStatusResponse, store: &Store, room: &DiskSpace) 
     status.evicted_bytes = evictions.bytes();
 }
 
-fn parse_reference(text: &str) -> Result<Reference, Status> {
-    text.parse().map_err(|error: oci::reference::ReferenceError| {
-        Status::invalid_argument(error.to_string())
-    })
+/// Returns the status of a part of a request that cannot be parsed.
+pub(super) fn invalid<E: std::fmt::Display>(error: E) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+pub(super) fn parse_reference(text: &str) -> Result<Reference, Status> {
+    text.parse().map_err(invalid::<oci::reference::ReferenceError>)
 }
 
 /// Parses an optional platform. An empty text is `None`.
-fn parse_platform(text: &str) -> Result<Option<Platform>, Status> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let parsed = text.parse::<Platform>();
-    parsed.map(Some).map_err(|error| Status::invalid_argument(error.to_string()))
+pub(super) fn parse_platform(text: &str) -> Result<Option<Platform>, Status> {
+    let given = (!text.is_empty()).then(|| text.parse());
+    given.transpose().map_err(invalid::<oci::platform::PlatformError>)
 }
 
 fn operation_code(error: &OperationError) -> Code {

@@ -4,14 +4,16 @@ use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
 use tokio::sync::mpsc;
+use tonic::Status;
 
 use super::admin_operations::{self, ADMIN};
+use super::admin_service::{invalid, parse_platform, parse_reference};
 use crate::proto::admin::warm_event::State;
 use crate::proto::admin::{WarmEvent, WarmRequest};
 use crate::volume::NodeContent;
 use crate::warming::with_demands;
+use oci::Platform;
 use oci::credentials::Keyring;
-use oci::{Platform, Reference};
 use pull::{ProgressView, PullPolicy, Tenant, Want};
 
 /// The most references in one request.
@@ -30,28 +32,25 @@ pub(super) struct WarmBatch {
     pin: bool,
 }
 
-/// Parses a request. The error says what is wrong with it.
-pub(super) fn parse_request(request: WarmRequest) -> Result<WarmBatch, String> {
+/// Parses a request.
+pub(super) fn parse_request(request: WarmRequest) -> Result<WarmBatch, Status> {
     let WarmRequest { references, platform, pin, docker_config } = request;
     if references.is_empty() || references.len() > REFERENCES {
-        return Err(format!("there must be from 1 to {REFERENCES} references"));
+        let wrong = format!("there must be from 1 to {REFERENCES} references");
+        return Err(Status::invalid_argument(wrong));
     }
-    let platform: Platform = match platform.as_str() {
-        "" => Platform::of_this_node(),
-        text => text.parse().map_err(|error: oci::platform::PlatformError| error.to_string())?,
-    };
+    let platform = parse_platform(&platform)?.unwrap_or_else(Platform::of_this_node);
     let keyring = match docker_config.as_slice() {
         [] => Keyring::empty(),
-        bytes => Keyring::from_docker_config(bytes).map_err(|error| error.to_string())?,
+        bytes => Keyring::from_docker_config(bytes).map_err(invalid)?,
     };
     let wanted = |reference: &String| {
-        let reference: Reference =
-            reference.parse().map_err(|error: oci::reference::ReferenceError| error.to_string())?;
+        let reference = parse_reference(reference)?;
         // The tag may have moved since its last resolution.
         let want = Want::of_node(reference, platform.clone(), Tenant::Admin);
         Ok(Want { policy: PullPolicy::Always, keyring: keyring.clone(), ..want })
     };
-    Ok(WarmBatch { wants: references.iter().map(wanted).collect::<Result<_, String>>()?, pin })
+    Ok(WarmBatch { wants: references.iter().map(wanted).collect::<Result<_, Status>>()?, pin })
 }
 
 /// Fetches the artifacts, a few at once. Continues if the caller goes.
