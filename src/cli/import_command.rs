@@ -86,7 +86,7 @@ fn send(
     if requests.blocking_send(request(Part::Header(header))).is_err() {
         return Ok(());
     }
-    let mut chunks = ChunkWriter { requests, chunk: Vec::with_capacity(CHUNK_BYTES) };
+    let mut chunks = io::BufWriter::with_capacity(CHUNK_BYTES, ChunkSender(requests));
     if layout == Path::new("-") {
         io::copy(&mut io::stdin().lock(), &mut chunks)?;
     } else if layout.is_dir() {
@@ -97,29 +97,19 @@ fn send(
     io::Write::flush(&mut chunks)
 }
 
-/// A writer that splits its input into messages.
-struct ChunkWriter<'a> {
-    requests: &'a mpsc::Sender<ImportRequest>,
-    chunk: Vec<u8>,
-}
+/// A writer that sends its input as messages.
+struct ChunkSender<'a>(&'a mpsc::Sender<ImportRequest>);
 
-impl io::Write for ChunkWriter<'_> {
+impl io::Write for ChunkSender<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(CHUNK_BYTES - self.chunk.len());
-        self.chunk.extend_from_slice(&bytes[..count]);
-        if self.chunk.len() == CHUNK_BYTES {
-            self.flush()?;
-        }
-        Ok(count)
+        let chunk = &bytes[..bytes.len().min(CHUNK_BYTES)];
+        let part = Part::Data(chunk.to_vec());
+        // A node plugin that no longer reads has sent the reason in its response.
+        let _ = self.0.blocking_send(ImportRequest { part: Some(part) });
+        Ok(chunk.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.chunk.is_empty() {
-            return Ok(());
-        }
-        let chunk = std::mem::replace(&mut self.chunk, Vec::with_capacity(CHUNK_BYTES));
-        // A node plugin that no longer reads has sent the reason in its response.
-        let _ = self.requests.blocking_send(ImportRequest { part: Some(Part::Data(chunk)) });
         Ok(())
     }
 }
