@@ -27,6 +27,7 @@ use super::{NodeContent, TargetPath, VolumeManager, unpublish_volume};
 use oci::signature::SignatureMode;
 use oci::{Digest, Reference};
 use policy::{PolicyDemands, PolicyRequest};
+use pull::single_flight::Outcome;
 use store::gc::Want;
 use store::object_name::ObjectName;
 use store::publication_records::Publication;
@@ -234,32 +235,25 @@ impl VolumeManager {
         request: &Arc<PublishRequest>,
         demands: PolicyDemands,
     ) -> Result<(Tree, PublishPath), VolumeError> {
-        let reference = request.attributes.reference.to_string();
         let (before, of_job, demanded) = (content.clone(), Arc::clone(request), demands.clone());
         let before = move || recorded_tree(&before.store, &of_job, &demanded);
         let before = tokio::task::spawn_blocking(before).await.ok().flatten();
+        let (puller, view) = (&content.puller, &request.progress);
+        // A tree of an earlier format is read back first.
         if let Some(tree) = before
-            && is_sound(content, request, &tree).await?
+            && in_time(request, puller.is_sound(&tree, request.caller(), view)).await?
         {
             return Ok((tree, PublishPath::Hit));
         }
-        let keyring = match &request.keyring {
-            Ok(keyring) => keyring.clone(),
-            Err(error) => return Err(VolumeError::Invalid(error.to_string())),
-        };
-        let want = request.want(demands, keyring);
-        let view = &request.progress;
-        match tokio::time::timeout_at(request.deadline, content.puller.acquire(&want, view)).await {
-            Ok(Ok(acquired)) if view.was_shown() => {
-                content.maintenance.notify_one();
-                Ok((acquired, PublishPath::Miss))
-            }
-            Ok(Ok(acquired)) => Ok((acquired, PublishPath::Hit)),
-            Ok(Err(source)) => Err(VolumeError::Pull { reference, source }),
-            Err(_) => {
-                Err(VolumeError::StillPulling { reference, progress: Box::new(view.snapshot()) })
-            }
+        let keyring = request.keyring.as_ref();
+        let keyring = keyring.map_err(|error| VolumeError::Invalid(error.to_string()))?;
+        let want = request.want(demands, keyring.clone());
+        let tree = in_time(request, puller.acquire(&want, view)).await?;
+        if !view.was_shown() {
+            return Ok((tree, PublishPath::Hit));
         }
+        content.maintenance.notify_one();
+        Ok((tree, PublishPath::Miss))
     }
 
     /// Attaches a tree for a volume that is not mounted yet, or in the other form. Blocking; under the lock.
@@ -442,22 +436,17 @@ fn recorded_tree(store: &Store, request: &PublishRequest, demands: &PolicyDemand
     (whole && still_fulfils(store, &tree, reference, demands)).then_some(tree)
 }
 
-/// Waits until a tree of an earlier format has been read back. Returns whether it is intact.
-async fn is_sound(
-    content: &NodeContent,
+/// Waits until the deadline of a publish for content of its artifact.
+async fn in_time<T>(
     request: &PublishRequest,
-    tree: &Tree,
-) -> Result<bool, VolumeError> {
-    let view = &request.progress;
-    let read = content.puller.is_sound(tree, request.caller(), view);
-    let reference = || request.attributes.reference.to_string();
-    match tokio::time::timeout_at(request.deadline, read).await {
-        Ok(read) => read.map_err(|source| VolumeError::Pull { reference: reference(), source }),
-        Err(_) => Err(VolumeError::StillPulling {
-            reference: reference(),
-            progress: Box::new(view.snapshot()),
-        }),
-    }
+    pull: impl Future<Output = Outcome<T>>,
+) -> Result<T, VolumeError> {
+    let reference = request.attributes.reference.to_string();
+    let Ok(done) = tokio::time::timeout_at(request.deadline, pull).await else {
+        let progress = Box::new(request.progress.snapshot());
+        return Err(VolumeError::StillPulling { reference, progress });
+    };
+    done.map_err(|source| VolumeError::Pull { reference, source })
 }
 
 /// Returns whether a recorded tree still fulfils the current demands of the policy.
