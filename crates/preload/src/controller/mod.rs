@@ -98,9 +98,9 @@ pub async fn run(
             client.clone(),
             Arc::clone(&resolver),
             options.pace,
+            options.quota,
             Arc::clone(&metrics),
         );
-        let reconciler = reconciler.with_quota(options.quota);
         reconciler.run(leadership.lost.clone()).await;
         metrics.set_leader(false);
         leadership.end().await;

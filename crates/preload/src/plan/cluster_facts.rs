@@ -289,6 +289,11 @@ pub struct ArtifactProgress {
 }
 
 impl ClusterState {
+    /// Returns the state before anything is known of the cluster.
+    pub fn new(quota: NamespaceQuota) -> Self {
+        Self { quota, ..Self::default() }
+    }
+
     /// Returns the identifier of `namespace/name`.
     pub fn id(&mut self, key: &str) -> PreloadId {
         if let Some(id) = self.ids.get(key) {

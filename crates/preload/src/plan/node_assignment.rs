@@ -57,6 +57,14 @@ pub(super) struct PreloadAssignment {
     pub(super) wake: Option<Seconds>,
 }
 
+impl PreloadAssignment {
+    fn fail(&mut self, node: EligibleNode<'_>, reason: Arc<str>, message: Arc<str>) {
+        self.counts.failed += 1;
+        let node = Arc::clone(node.name);
+        self.failed.push(FailedAssignment { node, reason, message });
+    }
+}
+
 /// An artifact with its digest.
 #[derive(Clone, Debug)]
 pub(super) struct CurrentArtifact {
@@ -257,7 +265,6 @@ fn evaluate(
     now: Seconds,
     assignment: &mut PreloadAssignment,
 ) -> bool {
-    let mut needs_secrets = false;
     let refused = |refusal: &ResolutionFailure, assignment: &mut PreloadAssignment| {
         if refusal.retry_at <= now {
             assignment.resolve = true;
@@ -291,19 +298,19 @@ fn evaluate(
         },
     }
     match &preload.access {
-        RegistryAccess::Unknown => {
-            needs_secrets = true;
-        }
-        RegistryAccess::Open => {}
+        RegistryAccess::Unknown => true,
+        RegistryAccess::Open => false,
         RegistryAccess::Sealed { until, .. } => {
-            needs_secrets = *until <= now;
-            if !needs_secrets {
+            if *until > now {
                 assignment.wake = earlier(assignment.wake, Some(*until));
             }
+            *until <= now
         }
-        RegistryAccess::Refused(refusal) => refused(refusal, assignment),
+        RegistryAccess::Refused(refusal) => {
+            refused(refusal, assignment);
+            false
+        }
     }
-    needs_secrets
 }
 
 /// Returns the problem that the index lacks a platform of the spec.
@@ -455,12 +462,7 @@ impl AssignmentWork<'_, '_> {
                 }
                 NodeProgress::Ready => assignment.counts.ready += 1,
                 NodeProgress::Failed(reason, message) if counted => {
-                    assignment.counts.failed += 1;
-                    assignment.failed.push(FailedAssignment {
-                        node: Arc::clone(node.name),
-                        reason,
-                        message,
-                    });
+                    assignment.fail(node, reason, message);
                 }
                 NodeProgress::Failed(..) => {}
             }
@@ -537,12 +539,7 @@ impl AssignmentWork<'_, '_> {
             if !self.assignments[at].fits(&current.asked, sealed) {
                 if counted {
                     let message = "other preloads want more of this node than fits one object: use fewer preloads for it";
-                    assignment.counts.failed += 1;
-                    assignment.failed.push(FailedAssignment {
-                        node: Arc::clone(node.name),
-                        reason: Arc::from("TooManyPreloads"),
-                        message: Arc::from(message),
-                    });
+                    assignment.fail(node, Arc::from("TooManyPreloads"), Arc::from(message));
                 }
                 continue;
             }

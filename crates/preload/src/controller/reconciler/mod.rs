@@ -155,6 +155,7 @@ impl PreloadReconciler {
         client: Client,
         resolver: Arc<dyn ReferenceResolver>,
         pace: ControllerPace,
+        quota: NamespaceQuota,
         metrics: Arc<ControllerMetrics>,
     ) -> Self {
         Self {
@@ -162,7 +163,7 @@ impl PreloadReconciler {
             resolver,
             pace,
             metrics,
-            state: ClusterState::default(),
+            state: ClusterState::new(quota),
             watches: WatchProgress::default(),
             readable: HashMap::new(),
             resolutions: JoinSet::new(),
@@ -180,13 +181,6 @@ impl PreloadReconciler {
             rate: WriteBucket::new(pace.writes_per_second, Instant::now()),
             plans: 0,
         }
-    }
-
-    /// Sets the quota of each namespace.
-    #[must_use]
-    pub fn with_quota(mut self, quota: NamespaceQuota) -> Self {
-        self.state.quota = quota;
-        self
     }
 
     /// Runs until leadership is lost. Running writes are then aborted: the new leader plans again.
@@ -209,7 +203,8 @@ impl PreloadReconciler {
                 }
                 Some(done) = self.writes.join_next(), if !self.writes.is_empty() => {
                     let (target, written) = task_result(done);
-                    dirty |= self.apply_write(target, written);
+                    self.apply_write(target, written);
+                    dirty = true;
                     wake = wake.min(self.start_writes());
                 }
                 Some(done) = self.checks.join_next(), if !self.checks.is_empty() => {
@@ -440,12 +435,8 @@ impl PreloadReconciler {
         Some(SealedCredentials { key, version, data })
     }
 
-    /// Applies the result of a write. Returns whether a new plan is needed.
-    fn apply_write(
-        &mut self,
-        target: WriteTarget,
-        written: Result<WriteResult, ObjectWriteError>,
-    ) -> bool {
+    /// Applies the result of a write.
+    fn apply_write(&mut self, target: WriteTarget, written: Result<WriteResult, ObjectWriteError>) {
         self.writing.remove(&target);
         let (kind, replaced) = match &target {
             WriteTarget::Node(_) => ("node", None),
@@ -483,7 +474,6 @@ impl PreloadReconciler {
                 }
             }
         }
-        true
     }
 
     /// Writes events for the transitions between the replaced status and the new one.

@@ -50,7 +50,8 @@ fn refusal(retry_at: i64) -> ResolutionFailure {
 fn reconciler() -> PreloadReconciler {
     let nowhere = kube::Config::new("http://127.0.0.1:1".parse().expect("an address"));
     let client = Client::try_from(nowhere).expect("a client");
-    PreloadReconciler::new(client, Arc::new(Registry), ControllerPace::default(), Arc::default())
+    let (pace, quota) = (ControllerPace::default(), NamespaceQuota::default());
+    PreloadReconciler::new(client, Arc::new(Registry), pace, quota, Arc::default())
 }
 
 fn preload(name: &str, spec: &serde_json::Value) -> ArtifactPreload {
