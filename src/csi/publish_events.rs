@@ -67,11 +67,8 @@ impl<'a> PublishReporter<'a> {
                 let digest = manifest.map(|digest| digest.to_string()).unwrap_or_default();
                 let what = format!("{digest}, {}", Bytes(*bytes));
                 let took = self.started.elapsed();
-                if *path == PublishPath::Miss {
-                    self.events.pulled(pod, reference, what, took);
-                } else {
-                    self.events.found(pod, reference, what, took);
-                }
+                let was_found = *path != PublishPath::Miss;
+                self.events.pulled(pod, reference, what, took, was_found);
             }
             Err(error) => {
                 let status = grpc_status::status(error);

@@ -84,18 +84,18 @@ impl EventRecorder {
         self.send(PodOccurrence::new(pod, reference, EventReason::Pulling, progress));
     }
 
-    /// Reports the end of a successful pull; `took` is the time of its last call.
-    pub fn pulled(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
-        self.send(PodOccurrence {
-            took,
-            ..PodOccurrence::new(pod, reference, EventReason::Pulled, what)
-        });
-    }
-
-    /// Reports content that was on the node. Only ends a pull that had an Event.
-    pub fn found(&self, pod: &PodReference, reference: &str, what: String, took: Duration) {
+    /// Reports the end of a successful pull; `took` is the time of its last call. Content that was
+    /// found on the node only ends a pull that had an Event.
+    pub fn pulled(
+        &self,
+        pod: &PodReference,
+        reference: &str,
+        what: String,
+        took: Duration,
+        was_found: bool,
+    ) {
         let pulled = PodOccurrence::new(pod, reference, EventReason::Pulled, what);
-        self.send(PodOccurrence { took, only_after_pulling: true, ..pulled });
+        self.send(PodOccurrence { took, only_after_pulling: was_found, ..pulled });
     }
 
     /// Reports a volume that failed to mount.
