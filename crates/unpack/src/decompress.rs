@@ -186,17 +186,12 @@ impl<I: BufRead> Read for GzipMembers<I> {
                     }
                 }
                 Self::Between(input) => {
-                    let next = input.fill_buf()?.first().copied();
-                    let zeros_end_it = match next {
-                        None => true,
-                        Some(0) => {
-                            skip_zeros(input)?;
-                            true
-                        }
-                        Some(_) => false,
-                    };
+                    let is_end = input.fill_buf()?.first().is_none_or(|&byte| byte == 0);
+                    if is_end {
+                        skip_zeros(input)?;
+                    }
                     if let Self::Between(input) = std::mem::replace(self, Self::Taken) {
-                        *self = if zeros_end_it {
+                        *self = if is_end {
                             Self::Ended(input)
                         } else {
                             Self::Member(Box::new(GzDecoder::new(input)))
