@@ -12,6 +12,7 @@ use base64::Engine as _;
 use base64::alphabet;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::publish_secret::MAXIMUM_BYTES;
 use super::{Credential, SecretError};
@@ -47,17 +48,18 @@ struct DockerEntry {
 
 /// Parses the form with `auths`. A configuration without it has no entries.
 pub(super) fn parse_config(key: &'static str, bytes: &[u8]) -> Result<ConfigEntries, SecretError> {
-    check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
-    let config: DockerConfig = serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
+    let config: DockerConfig = decode(key, bytes)?;
     credentials(key, config.auths.unwrap_or_default())
 }
 
 /// Parses the older form, which is the map alone.
 pub(super) fn parse_entries(key: &'static str, bytes: &[u8]) -> Result<ConfigEntries, SecretError> {
+    credentials(key, decode(key, bytes)?)
+}
+
+fn decode<T: DeserializeOwned>(key: &'static str, bytes: &[u8]) -> Result<T, SecretError> {
     check_size(key, bytes.len(), "bytes", MAXIMUM_BYTES)?;
-    let entries: BTreeMap<String, DockerEntry> =
-        serde_json::from_slice(bytes).map_err(|error| shape(key, &error))?;
-    credentials(key, entries)
+    serde_json::from_slice(bytes).map_err(|error| shape(key, &error))
 }
 
 pub(super) fn check_size(
@@ -74,14 +76,12 @@ fn credentials(
     entries: BTreeMap<String, DockerEntry>,
 ) -> Result<ConfigEntries, SecretError> {
     check_size(key, entries.len(), "registries", MAXIMUM_ENTRIES)?;
-    let mut parsed = Vec::new();
-    for (name, entry) in entries {
+    let parsed = entries.into_iter().filter_map(|(name, entry)| {
         // docker leaves an empty entry behind when a credential helper holds the secret.
-        if let Some(credential) = credential(key, &name, entry)? {
-            parsed.push((name, credential));
-        }
-    }
-    Ok(parsed)
+        let credential = credential(key, &name, entry).transpose()?;
+        Some(credential.map(|credential| (name, credential)))
+    });
+    parsed.collect()
 }
 
 fn credential(
