@@ -20,12 +20,11 @@ use oci::manifest::{
     ChoiceStep, ChosenManifest, ImageManifest, Manifest, ManifestChoice, ManifestError,
     check_config_platform, config_platform,
 };
-use oci::registry::{FetchedManifest, ManifestName, Refusals, Registry, RepositoryClient};
+use oci::registry::{ManifestName, Refusals, Registry, RepositoryClient};
 use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
 use oci::{Digest, Platform, Reference};
-use pull::PullError;
-use pull::PullOptions;
 use pull::signature_verification::Finder;
+use pull::{PullError, PullOptions};
 use unpack::Limits;
 
 /// A request to check an artifact.
@@ -180,7 +179,7 @@ impl ArtifactReader<'_> {
         let name = ManifestName::of(&check.reference);
         // Keeps only what the next requests need: the memory of the document is theirs.
         let (top, parsed) = {
-            let top = self.fetch_manifest(&name).await?;
+            let top = self.client.manifest(&name).await.map_err(PullError::from)?;
             let kind = top.content_type.as_deref();
             let parsed = Manifest::parse(&top.bytes, kind, self.limits.manifest());
             (top.digest, parsed.map_err(PullError::from)?)
@@ -228,7 +227,7 @@ impl ArtifactReader<'_> {
         let known = index.manifests.iter().filter_map(|entry| entry.platform.clone());
         for platform in known.filter(|platform| platform.os != "unknown") {
             let entry = index.choose_for_any_node(&platform)?;
-            let fetched = self.fetch_manifest(&ManifestName::Digest(entry.digest)).await?;
+            let fetched = self.client.manifest(&ManifestName::Digest(entry.digest)).await?;
             let kind = Some(entry.media_type.as_str());
             match Manifest::parse(&fetched.bytes, kind, self.limits.manifest())? {
                 Manifest::Image(image) => {
@@ -259,7 +258,7 @@ impl ArtifactReader<'_> {
         loop {
             match choice.step()? {
                 ChoiceStep::Read(of) => {
-                    let fetched = self.fetch_manifest(&ManifestName::Digest(of.digest)).await?;
+                    let fetched = self.client.manifest(&ManifestName::Digest(of.digest)).await?;
                     choice.insert(of, &fetched.bytes)?;
                 }
                 ChoiceStep::Chosen(ChosenManifest { digest, image, .. }) => {
@@ -267,10 +266,6 @@ impl ArtifactReader<'_> {
                 }
             }
         }
-    }
-
-    async fn fetch_manifest(&self, name: &ManifestName) -> Result<FetchedManifest, PullError> {
-        Ok(self.client.manifest(name).await?)
     }
 
     async fn check_manifest(
@@ -330,12 +325,8 @@ impl ArtifactReader<'_> {
             format: SignatureFormat::Any,
             keys: Arc::new([named]),
         };
-        match demand.judge(&found, &subjects) {
-            Ok(_) => Ok(SignatureStatus::Verified),
-            Err(flaw) => {
-                let keys = "the given key".to_owned();
-                Err(PullError::Signature { flaw, keys })
-            }
-        }
+        let judged = demand.judge(&found, &subjects);
+        judged.map_err(|flaw| PullError::Signature { flaw, keys: "the given key".to_owned() })?;
+        Ok(SignatureStatus::Verified)
     }
 }

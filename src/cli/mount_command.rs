@@ -307,9 +307,7 @@ impl MountArguments {
                     }
                     return acquired.map(|tree| tree.record.manifest).map_err(|error| error.to_string());
                 }
-                _ = interrupt.recv() => {
-                    return Err(STOPPED.to_owned());
-                }
+                _ = interrupt.recv() => return Err(STOPPED.to_owned()),
                 () = tokio::time::sleep(REFRESH) => {
                     if let Some(bar) = &bar {
                         bar.set_message(view.snapshot().to_string());

@@ -232,13 +232,12 @@ impl TreeAssembler {
         drop(under_way);
         // Verification compares a tree with its manifest, which may have been removed during a long pull. It is fetched
         // again before the lock is taken under which the tree is built: other flights wait for that lock.
-        let built = match self.keep_manifest(manifest, sponsors).await {
-            Ok(_) => {
-                let order = TreeOrder { tree: request, kind, compressed_bytes, blobs };
-                self.build_in_turn(order, TreeSources::new(objects), progress).await
-            }
-            Err(error) => Err(error),
+        let built = async {
+            self.keep_manifest(manifest, sponsors).await?;
+            let order = TreeOrder { tree: request, kind, compressed_bytes, blobs };
+            self.build_in_turn(order, TreeSources::new(objects), progress).await
         };
+        let built = built.await;
         // Layers are synced and named while the tree is built of them; what keeps one from its
         // name is also why building fails.
         let mut named = Ok(());

@@ -267,16 +267,14 @@ impl ContentReader {
                 None => None,
             };
             // The scrub reads one item at a time, and needs no permit.
-            let mut permit = match progress.priority() {
-                Priority::Pod => Some(self.computations.permit(&progress).await),
-                Priority::Warm => None,
+            let (pace, mut permit) = match progress.priority() {
+                Priority::Pod => {
+                    (ReadPace::Urgent, Some(self.computations.permit(&progress).await))
+                }
+                Priority::Warm => (ReadPace::Gentle, None),
             };
             let stop = Arc::new(AtomicBool::new(false));
             let _stop = StopOnDrop(Arc::clone(&stop));
-            let pace = match progress.priority() {
-                Priority::Pod => ReadPace::Urgent,
-                Priority::Warm => ReadPace::Gentle,
-            };
             let (content, item, progress) =
                 (Arc::clone(&self), item.clone(), Arc::clone(&progress));
             let read = move || {

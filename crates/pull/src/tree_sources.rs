@@ -8,7 +8,7 @@ use store::trees::Objects;
 use store::{FileKey, Store, StoreError};
 use unpack::layer_merge::{Merger, TreePlan};
 use unpack::layer_rule::{ArchiveRule, FileRule};
-use unpack::{Entry, Limits, UnpackError};
+use unpack::{Limits, UnpackError};
 
 /// A part that is in the store, with its number in the manifest.
 pub(super) enum Object {
@@ -94,7 +94,7 @@ impl TreeSources {
                         return Err(PullError::Crashed);
                     };
                     merger.archive(*layer, rule);
-                    each_entry(store, view, |entry, offset| Ok(merger.recorded(&entry, offset)?))?;
+                    add_entries(store, view, &mut merger)?;
                 }
             }
         }
@@ -113,17 +113,13 @@ impl TreeSources {
     }
 }
 
-/// Visits the entries of a layer, each with its offset in the index. A layer with a damaged index
+/// Adds the entries of a layer, each with its offset in the index. A layer with a damaged index
 /// is marked as damaged, so that the next try fetches it again.
-fn each_entry(
-    store: &Store,
-    layer: &LayerView,
-    mut visit: impl FnMut(Entry, u64) -> Result<(), PullError>,
-) -> Result<(), PullError> {
+fn add_entries(store: &Store, layer: &LayerView, merger: &mut Merger<'_>) -> Result<(), PullError> {
     let mut read = || -> Result<(), PullError> {
         let mut entries = layer.entries()?;
         while let Some(entry) = entries.next() {
-            visit(entry?, entries.offset)?;
+            merger.recorded(&entry?, entries.offset)?;
         }
         Ok(())
     };
