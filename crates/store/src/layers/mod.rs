@@ -49,7 +49,7 @@ pub struct Layer {
     pub key: LayerKey,
     /// The number of its generation.
     pub generation: u32,
-    /// Its directory.
+    /// The directory of the layer.
     pub path: PathBuf,
     /// The hold on it; none where it is only read back.
     lease: Option<Lease>,

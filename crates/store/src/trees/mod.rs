@@ -67,7 +67,7 @@ pub struct Tree {
     pub generation: u32,
     /// The content of its `tree.json`.
     pub record: TreeRecord,
-    /// Its directory.
+    /// The directory of the tree.
     pub path: PathBuf,
     /// The hold on it; none where it was read without a store.
     lease: Option<Lease>,
