@@ -593,10 +593,16 @@ fn a_download_in_parts_goes_on_after_the_driver_was_killed() {
     });
     let volume = scripted.volume();
     scripted.node.kubelet.prepare(&volume);
+    let partial = scripted.node.driver.options.state.join("partial");
+    let is_recorded = || {
+        let files = std::fs::read_dir(&partial).into_iter().flatten().flatten();
+        let mut records = files.filter(|file| file.path().extension() == Some("ranges".as_ref()));
+        records.any(|record| std::fs::read(record.path()).is_ok_and(|ranges| ranges != b"[]"))
+    };
     std::thread::scope(|scope| {
         let call = scope.spawn(|| scripted.node.kubelet.publish_request(volume.request.clone()));
-        crate::support::wait_until("several parts are on their way", || {
-            scripted.ranges().len() > 4
+        crate::support::wait_until("several parts are on their way and recorded", || {
+            scripted.ranges().len() > 4 && is_recorded()
         });
         scripted.node.driver.terminate_hard();
         assert!(call.join().expect("the call").is_err());
