@@ -71,11 +71,13 @@ lint:
 	cargo clippy --workspace --locked --all-targets --features fault-points -- -D warnings
 	scripts/check-comments
 
-# What a release needs that no build does: workflows, licences and sources of dependencies, the chart's package, notes.
+# What a release needs that no build does: workflows, licences and sources of dependencies, the lock file of the fuzz
+# targets, the chart's package, notes.
 # In CI, scripts/check-dependencies also asks for known vulnerabilities.
 check-release: tools
 	scripts/check-workflows
 	scripts/check-dependencies licenses bans sources
+	cargo metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml >/dev/null
 	scripts/release/chart "$(dir $(TOOLS))release-files"
 	scripts/release/notes >/dev/null
 	scripts/release/sbom aarch64-unknown-linux-musl >/dev/null

@@ -42,7 +42,7 @@ pub struct ScrubSnapshot {
     pub interval: Option<Duration>,
     /// The delay behind the schedule; `None` before the first turn.
     pub lag: Option<Duration>,
-    /// What it has read, found and repaired.
+    /// The counts of what was read, found and repaired.
     pub counts: ScrubCounts,
     /// The item that is being read, as a path below the state directory.
     pub reading: Option<String>,
