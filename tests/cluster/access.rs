@@ -2,7 +2,7 @@
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, NODES, Pod, TestNamespace, driver_pod, object, on_node,
-    try_kubectl, upgrade,
+    try_kubectl, upgrade, wait_until,
 };
 
 #[test]
@@ -19,6 +19,34 @@ fn a_secret_that_is_absent_then_wrong_then_right() {
     namespace.pull_secret("credentials", "correct-password");
     namespace.wait_for_phase("reader", "Succeeded");
     assert_eq!(namespace.logs("reader"), "private\n");
+}
+
+#[test]
+fn a_pod_starts_with_pull_secrets_that_its_volume_does_not_name() {
+    let namespace = TestNamespace::alone("pull-secrets");
+    let artifact = Artifact::push("tests/pull-secrets", &[("file", "private\n")]);
+    namespace.pull_secret("credentials", "correct-password");
+    let mut own = Pod::new("own", &artifact.private(), "cat /artifact/file");
+    own.spec = "imagePullSecrets: [{name: credentials}]".into();
+    namespace.run(&own);
+    namespace.wait_for_event("own", "did not accept an anonymous request");
+    namespace.delete_pod("own");
+    let wait_for_secret = |pod: &Pod| {
+        let path = "--output=jsonpath={.spec.volumes[0].csi.nodePublishSecretRef.name}";
+        wait_until("the name of the secret", || {
+            let create = ["create", "--dry-run=server", "--filename=-", path];
+            namespace.try_kubectl(&create, &pod.yaml()).expect("a pod") == "credentials"
+        });
+    };
+    upgrade(&["--set=podPullSecrets.enabled=true"], || {
+        wait_for_secret(&own);
+        assert_eq!(namespace.output(&own), "private\n");
+        let default = Pod::new("default", &artifact.private(), "cat /artifact/file");
+        let annotation = "oci.custom.io/pull-secret=credentials";
+        namespace.kubectl(&["annotate", "namespace", &namespace.name, annotation]);
+        wait_for_secret(&default);
+        assert_eq!(namespace.output(&default), "private\n");
+    });
 }
 
 #[test]

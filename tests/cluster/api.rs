@@ -59,3 +59,10 @@ fn a_wrong_volume_is_refused_in_every_kind_of_object() {
     let _namespace = TestNamespace::alone("policies");
     check("volumes");
 }
+
+#[test]
+fn a_pods_pull_secret_is_written_into_its_volumes_and_nowhere_else() {
+    // The policy is about pods of all namespaces.
+    let _namespace = TestNamespace::alone("mutations");
+    check("pods_pull_secrets");
+}

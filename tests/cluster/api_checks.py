@@ -20,6 +20,7 @@ import chart
 import compose
 import crossplane
 import fleet
+import pull_secrets
 import render
 import startup_taint
 
@@ -309,8 +310,16 @@ def custom_prometheuses(server, example):
                 yield f"{document['kind']} of {xr['metadata']}, {xr['spec']}: {said}"
 
 
-def make_namespace(server, name):
-    server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+def make_namespace(server, name, **metadata):
+    server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, **metadata}})
+
+
+def make_namespace_of_pods(server, name, **metadata):
+    """A namespace with the service account without which pods are refused."""
+    make_namespace(server, name, **metadata)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
+    path = f"/api/v1/namespaces/{name}/serviceaccounts"
+    wait_until("the service account", lambda: server.call("POST", path, account)[0] in (201, 409))
 
 
 def node_taints(server):
@@ -452,16 +461,99 @@ def volumes(server):
         server.call("DELETE", f"/apis/admissionregistration.k8s.io/v1/{kind}/checks-csi-driver-oci")
 
 
-CHECKS = {check.__name__: check for check in (definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, volumes)}
+def pods_pull_secrets(server):
+    """The chart's policy writes pull secrets into volumes of new pods, and changes nothing else."""
+    # New objects: the API server may see a change of an annotation late.
+    namespaces = {annotation: f"pull-secrets-{index}" for index, annotation in enumerate((None, "default", "two words", ""))}
+    for annotation, name in namespaces.items():
+        make_namespace_of_pods(server, name, **pull_secrets.annotations(annotation))
+
+    def create(document, annotation=None):
+        document = copy.deepcopy(document)
+        document["metadata"].setdefault("name", "test")
+        document["spec"]["containers"] = CONTAINERS
+        # Its volume has a random name.
+        document["spec"].setdefault("automountServiceAccountToken", False)
+        path = f"/api/v1/namespaces/{namespaces[annotation]}/pods?dryRun=All"
+        status, answer = server.call("POST", path, {"apiVersion": "v1", **document})
+        return answer["spec"] if status == 201 else {"message": answer["message"]}
+
+    def secrets(spec):
+        volumes = spec.get("volumes", [])
+        return spec.get("message") or [each.get("csi", {}).get("nodePublishSecretRef", {}).get("name") for each in volumes]
+
+    def without_secrets(spec):
+        spec = copy.deepcopy(spec)
+        for each in spec.get("volumes", []):
+            each.get("csi", {}).pop("nodePublishSecretRef", None)
+        return spec
+
+    def objects(**values):
+        rendered = chart.objects({"podPullSecrets": {"enabled": True, **values}}, version)
+        return [each for each in rendered if each["kind"].startswith("MutatingAdmissionPolicy")]
+
+    def install(documents):
+        return [said for each in documents if (said := server.apply(each))]
+
+    version = server.call("GET", "/version")[1]["gitVersion"].removeprefix("v")
+    chart.RELEASE = "checks"
+    before = [create(pull_secrets.pod(given, volumes), annotation) for _, given, annotation, volumes, _ in pull_secrets.CASES]
+    one = pull_secrets.pod(["first"], [pull_secrets.OURS])
+    yield from install(objects())
+    wait_until("a secret in a volume", lambda: secrets(create(one)) == ["first"])
+    for (name, given, annotation, volumes, expected), plain in zip(pull_secrets.CASES, before):
+        spec = create(pull_secrets.pod(given, volumes), annotation)
+        if secrets(spec) != expected:
+            yield f"{name}: the secrets are {secrets(spec)}, expected {expected}"
+        if without_secrets(spec) != without_secrets(plain):
+            yield f"{name}: {plain} has become {spec}"
+    # The API server refuses secrets in a static pod.
+    static = pull_secrets.pod([], [pull_secrets.OURS], annotations=pull_secrets.MIRROR)
+    static["spec"]["nodeName"] = "node-1"
+    if (said := secrets(create(static, "default"))) != [None]:
+        yield f"a static pod: {said}"
+    # Of a service account.
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "puller"}}
+    account["imagePullSecrets"] = [{"name": "of-account"}]
+    server.call("POST", f"/api/v1/namespaces/{namespaces['default']}/serviceaccounts", account)
+    of_account = pull_secrets.pod([], [pull_secrets.OURS])
+    of_account["spec"]["serviceAccountName"] = "puller"
+    wait_until("a secret of the account", lambda: secrets(create(of_account, "default")) == ["of-account"])
+    # Another policy, which comes later, adds a pull secret.
+    policy, binding = copy.deepcopy(objects())
+    (mutation,) = policy["spec"]["mutations"]
+    patch = "[JSONPatch{op: 'add', path: '/spec/imagePullSecrets', value: [{'name': 'added'}]}]"
+    mutation["jsonPatch"]["expression"] = patch
+    policy["spec"]["matchConstraints"]["objectSelector"] = {"matchLabels": {"adds": "secret"}}
+    binding["spec"]["policyName"] = policy["metadata"]["name"] = binding["metadata"]["name"] = "z-checks"
+    yield from install([policy, binding])
+    added = pull_secrets.pod([], [pull_secrets.OURS], labels={"adds": "secret"})
+    wait_until("the other policy", lambda: "imagePullSecrets" in create(added))
+    if (said := secrets(create(added))) != ["added"]:
+        yield f"a pull secret that another policy adds: {said}"
+    selected = {"matchLabels": {"kubernetes.io/metadata.name": namespaces["default"]}}
+    yield from install(objects(namespaceSelector=selected))
+    wait_until("a namespace without the policy", lambda: secrets(create(one)) == [None])
+    if (said := secrets(create(one, "default"))) != ["first"]:
+        yield f"a selected namespace: {said}"
+    for document in [policy, binding, *objects()]:
+        server.call("DELETE", server.place(document))
+    for name in namespaces.values():
+        server.call("DELETE", f"/api/v1/namespaces/{name}")
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, volumes, pods_pull_secrets,
+    )
+}  # fmt: skip
 
 
 def main(name):
     server = Server()
     for namespace in ("default", "team"):
-        make_namespace(server, namespace)
-        account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}}
-        path = f"/api/v1/namespaces/{namespace}/serviceaccounts"
-        wait_until("the service account", lambda: server.call("POST", path, account)[0] in (201, 409))
+        make_namespace_of_pods(server, namespace)
     problems = list(CHECKS[name](server))
     print(*problems, sep="\n")
     return bool(problems)

@@ -21,6 +21,7 @@ import fleet
 import gitops
 import monitoring
 import plain
+import pull_secrets
 import readme
 import render
 import resources
@@ -262,6 +263,7 @@ CHECKS = {
         *fleet.CHECKS,
         *gitops.CHECKS,
         *monitoring.CHECKS,
+        *pull_secrets.CHECKS,
         *readme.CHECKS,
         *resources.CHECKS,
         *startup_taint.CHECKS,

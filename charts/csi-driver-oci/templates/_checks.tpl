@@ -121,6 +121,9 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.admissionPolicy.enabled (not .Values.admissionPolicy.repositories) (not .Values.admissionPolicy.requireDigest) }}
 {{- fail "admissionPolicy refuses nothing: set admissionPolicy.repositories or admissionPolicy.requireDigest" }}
 {{- end }}
+{{- if and .Values.podPullSecrets.enabled (semverCompare "<1.34.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "podPullSecrets needs Kubernetes 1.34, and this is %s: name the secrets in the volumes" .Capabilities.KubeVersion.Version) }}
+{{- end }}
 {{- if and .Values.startupTaint.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "startupTaint.enabled would let every pod of the namespace change nodes: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}

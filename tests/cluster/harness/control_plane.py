@@ -86,6 +86,8 @@ def start_api_server(spawn):
         "--service-account-issuer=https://kubernetes.default.svc",
         "--endpoint-reconciler-type=none", "--enable-aggregator-routing=true",
         "--kubelet-preferred-address-types=InternalIP",
+        # What `podPullSecrets` needs before 1.36.
+        "--feature-gates=MutatingAdmissionPolicy=true", "--runtime-config=admissionregistration.k8s.io/v1beta1=true",
     ])  # fmt: skip
     # The certificate is made at the first start.
     wait_until("the API server", lambda: CERTIFICATE.exists() and is_ready(), 120)

@@ -12,7 +12,10 @@ use csi_driver_oci::volume::volume_attributes::VolumeAttributes;
 use preload::api::ArtifactPreload;
 
 use k8s_openapi::api::{
-    admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding},
+    admissionregistration::v1::{
+        MutatingAdmissionPolicy, MutatingAdmissionPolicyBinding, ValidatingAdmissionPolicy,
+        ValidatingAdmissionPolicyBinding,
+    },
     apps::v1::{DaemonSet, Deployment, StatefulSet},
     batch::v1::Job,
     core::v1::{
@@ -270,6 +273,8 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "DaemonSet" => same::<DaemonSet>,
         "Deployment" => same::<Deployment>,
         "Job" => same::<Job>,
+        "MutatingAdmissionPolicy" => same::<MutatingAdmissionPolicy>,
+        "MutatingAdmissionPolicyBinding" => same::<MutatingAdmissionPolicyBinding>,
         "Namespace" => same::<Namespace>,
         "NetworkPolicy" => same::<NetworkPolicy>,
         "PersistentVolume" => same::<PersistentVolume>,

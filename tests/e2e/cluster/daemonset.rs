@@ -111,6 +111,7 @@ rows! { "chart":
     registries_of_every_kind_serve "registries",
     a_docker_configuration_of_the_node_serves "node-docker-config",
     a_policy_with_its_key_serves "policy",
+    a_node_beside_a_mutating_policy_serves "pod-pull-secrets",
     // The API server is unreachable, which does not matter for pods.
     a_node_that_preloads_serves "fleet-default",
     a_node_that_preloads_beside_a_policy_serves "fleet",
@@ -137,6 +138,7 @@ fn every_row_is_started_by_a_test() {
             "given",
             "node-docker-config",
             "pod-network",
+            "pod-pull-secrets",
             "policy",
             "registries",
             "sidecars",
