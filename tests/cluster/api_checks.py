@@ -472,8 +472,8 @@ def pods_pull_secrets(server):
         document = copy.deepcopy(document)
         document["metadata"].setdefault("name", "test")
         document["spec"]["containers"] = CONTAINERS
-        # Its volume has a random name.
-        document["spec"].setdefault("automountServiceAccountToken", False)
+        # The volume of a token has a random name.
+        document["spec"]["automountServiceAccountToken"] = False
         path = f"/api/v1/namespaces/{namespaces[annotation]}/pods?dryRun=All"
         status, answer = server.call("POST", path, {"apiVersion": "v1", **document})
         return answer["spec"] if status == 201 else {"message": answer["message"]}
@@ -512,7 +512,7 @@ def pods_pull_secrets(server):
     static["spec"]["nodeName"] = "node-1"
     if (said := secrets(create(static, "default"))) != [None]:
         yield f"a static pod: {said}"
-    # Of a service account.
+    # The first one of a service account.
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "puller"}}
     account["imagePullSecrets"] = [{"name": "of-account"}]
     server.call("POST", f"/api/v1/namespaces/{namespaces['default']}/serviceaccounts", account)
