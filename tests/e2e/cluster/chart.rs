@@ -92,6 +92,11 @@ fn the_admission_policy_refuses_what_it_should_and_nothing_else() {
 }
 
 #[test]
+fn the_policy_on_pull_secrets_finds_the_right_one() {
+    check("pod_pull_secrets");
+}
+
+#[test]
 fn a_node_writes_its_own_object_only() {
     check("node_identity");
 }
