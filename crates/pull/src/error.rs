@@ -168,8 +168,8 @@ impl PullError {
 
 fn found(flaw: Option<SignatureFlaw>) -> String {
     match flaw {
-        Some(flaw) => format!("it is not signed as the node's policy demands: {flaw}"),
-        None => "it is not signed, and the node's policy demands a signature".to_owned(),
+        Some(flaw) => format!("it is not signed as demanded: {flaw}"),
+        None => "it is not signed, and a signature is demanded".to_owned(),
     }
 }
 
