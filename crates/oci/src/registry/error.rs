@@ -206,15 +206,24 @@ impl RegistryError {
 
     /// Returns whether the same request may succeed later without a change on this node.
     pub fn is_transient(&self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::RateLimited { .. }
-                | Self::ServerError { .. }
-                | Self::Unreachable { .. }
-                | Self::Tls { .. }
-                | Self::Timeout { .. }
-                | Self::Storage { .. }
-        )
+            | Self::ServerError { .. }
+            | Self::Unreachable { .. }
+            | Self::Tls { .. }
+            | Self::Timeout { .. }
+            | Self::Storage { .. } => true,
+            Self::NotFound { .. }
+            | Self::Unauthorized { .. }
+            | Self::Forbidden { .. }
+            | Self::PolicyRefused { .. }
+            | Self::TooLarge { .. }
+            | Self::DigestMismatch { .. }
+            | Self::Address { .. }
+            | Self::Configuration { .. }
+            | Self::Protocol { .. }
+            | Self::Setup { .. } => false,
+        }
     }
 
     /// Returns the same failure with the description of another object, for requests that share one
