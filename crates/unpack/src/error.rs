@@ -2,6 +2,7 @@
 
 use std::io;
 
+use super::layer_merge::SubPathProblem;
 use super::permissions::Owner;
 use super::volume_path::{PathError, RelativePath, Shown};
 use oci_types::Digest;
@@ -354,6 +355,36 @@ pub enum UnpackError {
         "nothing in the artifact is selected: change the attributes \"include\" and \"exclude\"; patterns match whole paths in the volume, case-sensitively"
     )]
     NothingSelected,
+    /// A `subPath` that cannot be shown.
+    #[error("the attribute \"subPath\" is \"{path}\", {problem}")]
+    SubPath {
+        /// The attribute's path.
+        path: RelativePath,
+        /// Reason why it cannot be shown.
+        problem: SubPathProblem,
+    },
+    /// Two artifacts of a volume with the same name.
+    #[error("the artifacts {one} and {two} of the list both have \"{path}\"")]
+    PartsCollide {
+        /// The path in the volume.
+        path: RelativePath,
+        /// The number of the artifact that has it, from 0.
+        one: usize,
+        /// The number of the artifact that comes later in the list.
+        two: usize,
+    },
+    /// A path of an artifact that is over a limit below the artifact's folder.
+    #[error(
+        "\"{path}\" of the list's artifact {part} is refused: {reason}; choose a shorter \"path\""
+    )]
+    PartPlace {
+        /// The path in the volume.
+        path: RelativePath,
+        /// The number of the artifact, from 0.
+        part: usize,
+        /// Property that the path violates.
+        reason: PathError,
+    },
     /// An artifact without any file.
     #[error("the artifact holds no files: reference one that does")]
     Empty,
@@ -406,6 +437,9 @@ impl UnpackError {
             | Self::HardLinkMissing { .. }
             | Self::HardLinkToFolder { .. }
             | Self::NothingSelected
+            | Self::SubPath { .. }
+            | Self::PartsCollide { .. }
+            | Self::PartPlace { .. }
             | Self::Empty => Class::Refused,
             Self::Decompress(_) | Self::Archive { .. } | Self::TarDigest { .. } => Class::Corrupt,
             Self::Read(_) | Self::Store(_) => Class::Io,

@@ -113,6 +113,12 @@ impl RelativePath {
         if path.is_root() { Err(PathError::Root) } else { Ok(path) }
     }
 
+    /// Joins paths that are valid by themselves, whatever the limits are.
+    pub(crate) fn of_names(paths: &[&[u8]]) -> Self {
+        let paths: Vec<_> = paths.iter().copied().filter(|path| !path.is_empty()).collect();
+        Self(paths.join(&b'/').into())
+    }
+
     /// Returns the names joined by `/`; empty for the root.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

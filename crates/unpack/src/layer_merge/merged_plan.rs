@@ -1,12 +1,13 @@
 //! The last step of a merge: the selected part of the tree, in order.
 
-use super::tree_nodes::{Folder, MergeNode, NONE, NodeKind, ROOT};
+use super::sub_path::{ShownPart, SubPathProblem};
+use super::tree_nodes::{Folder, MergeNode, NONE, NodeKind};
 use super::{Merger, number};
 use crate::archive_entry::Metadata;
 use crate::error::UnpackError;
 use crate::permissions::Permissions;
 use crate::tree_plan::{
-    FolderNumber, LinkNumber, OWN_RECORD, PlannedKind, PlannedNode, TreePlan, TreeTotals,
+    FolderNumber, LinkNumber, NameRef, OWN_RECORD, PlannedKind, PlannedNode, TreePlan, TreeTotals,
 };
 use crate::unpack_limits::Limits;
 use oci_types::Digest;
@@ -17,12 +18,17 @@ struct PlanBuilder {
     plan: TreePlan,
 }
 
-pub(super) fn plan(merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
-    let Merger { limits, is_everything, nodes, mut folders, inodes, .. } = merger;
+pub(super) fn plan(mut merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
+    let part = merger.shown_part()?;
+    let Merger { limits, is_everything, sub_path, nodes, mut folders, inodes, .. } = merger;
     let Merger { links, names, blobs, shown, table, .. } = merger;
     drop(table);
-    let root =
-        std::mem::replace(&mut folders[ROOT as usize].metadata, Metadata::of_implied_folder());
+    let root = match part {
+        ShownPart::Folder(folder) => {
+            std::mem::replace(&mut folders[folder as usize].metadata, Metadata::of_implied_folder())
+        }
+        ShownPart::File(..) => Metadata::of_implied_folder(),
+    };
     let mut numbered: Vec<_> = blobs.into_iter().collect();
     numbered.sort_unstable_by_key(|&(_, inode)| inodes[inode as usize].data);
     let blobs: Vec<(Digest, Permissions)> = numbered.into_iter().map(|(blob, _)| blob).collect();
@@ -37,10 +43,19 @@ pub(super) fn plan(merger: Merger<'_>) -> Result<TreePlan, UnpackError> {
         names,
     };
     let mut planner = PlanBuilder { nodes, folders, plan };
-    planner.folder(ROOT, None);
+    match part {
+        ShownPart::Folder(folder) => planner.folder(folder, None),
+        ShownPart::File(inode, name) => planner.file(inode, name),
+    }
     let mut plan = planner.plan;
     if plan.nodes.is_empty() {
-        return Err(if is_everything { UnpackError::Empty } else { UnpackError::NothingSelected });
+        return Err(match (is_everything, sub_path.is_root()) {
+            (true, true) => UnpackError::Empty,
+            (true, false) => {
+                UnpackError::SubPath { path: sub_path, problem: SubPathProblem::Empty }
+            }
+            (false, _) => UnpackError::NothingSelected,
+        });
     }
     drop_unlinked(&mut plan);
     plan.totals = totals(&plan, limits)?;
@@ -72,6 +87,15 @@ impl PlanBuilder {
             };
             self.plan.nodes.push(planned(kind));
         }
+    }
+
+    /// Plans a file under a name that the plan holds.
+    fn file(&mut self, inode: u32, name: NameRef) {
+        let held = name.held(&self.plan.names).unwrap_or_default();
+        let name_bytes = u8::try_from(held.len()).unwrap_or(u8::MAX);
+        self.plan.files[inode as usize].links = 1;
+        let kind = PlannedKind::File(inode);
+        self.plan.nodes.push(PlannedNode { parent: None, kind, name_bytes, layer: 0, name });
     }
 
     /// Plans a folder and its content.

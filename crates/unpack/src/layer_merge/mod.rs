@@ -18,6 +18,8 @@
 
 mod merged_plan;
 mod node_names;
+mod planned_parts;
+mod sub_path;
 mod symlink_walk;
 mod tree_nodes;
 
@@ -38,6 +40,8 @@ use super::unpack_limits::Limits;
 use super::volume_path::RelativePath;
 use node_names::NameTable;
 use oci_types::Digest;
+pub use planned_parts::{LAYERS_OF_A_PART, PlannedPart};
+pub use sub_path::SubPathProblem;
 use symlink_walk::LinkPlace;
 use tree_nodes::{Folder, MergeNode, NewNode, NodeKind, NodeName, ROOT};
 
@@ -52,6 +56,11 @@ pub struct Merger<'a> {
     limits: &'a Limits,
     selection: &'a Selection,
     is_everything: bool,
+    /// The folder or file that the plan shows; the root shows everything. The selection matches paths
+    /// of the whole tree.
+    pub sub_path: RelativePath,
+    /// True if a layer is one of an image.
+    is_image: bool,
     /// Bytes of memory after which merging fails with [`UnpackError::Memory`].
     pub allowance: u64,
     /// The reader of recorded entries.
@@ -76,6 +85,8 @@ pub struct Merger<'a> {
     link_steps: u64,
     /// Bytes on the heap that nodes and folders own.
     held_bytes: u64,
+    /// Bytes of the planned part that is being added.
+    part_bytes: u64,
     /// Names that may be part of the plan.
     shown: u64,
 }
@@ -94,6 +105,8 @@ impl<'a> Merger<'a> {
             limits,
             selection,
             is_everything: selection.is_everything(),
+            sub_path: RelativePath::root(),
+            is_image: false,
             allowance: u64::MAX,
             records: None,
             nodes: vec![MergeNode::root()],
@@ -110,6 +123,7 @@ impl<'a> Merger<'a> {
             metadata_bytes: 0,
             link_steps: 0,
             held_bytes: 0,
+            part_bytes: 0,
             shown: 0,
         }
     }
@@ -161,6 +175,7 @@ impl<'a> Merger<'a> {
 
     /// Starts an archive, above all layers before it.
     pub fn archive(&mut self, layer: usize, rule: &ArchiveRule) {
+        self.is_image |= rule.whiteouts;
         self.start(layer, rule.whiteouts, rule.within.clone());
     }
 
@@ -286,6 +301,11 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
+    /// Returns the bytes of memory that may be taken beside the merge so far and a plan of it.
+    pub fn memory_left(&self) -> u64 {
+        self.allowance.saturating_sub(self.memory_bytes())
+    }
+
     /// Returns the bytes of memory that the merge so far and a plan of it take.
     fn memory_bytes(&self) -> u64 {
         let of = |count: usize, size: usize| count as u64 * size as u64;
@@ -298,6 +318,7 @@ impl<'a> Merger<'a> {
             + self.table.memory_bytes()
             + self.names.len() as u64
             + self.held_bytes
+            + self.part_bytes
     }
 }
 

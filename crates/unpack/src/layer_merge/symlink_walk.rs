@@ -37,6 +37,10 @@ pub(super) type LinkPlace = (u32, u64);
 type MissingNames = Vec<Box<[u8]>>;
 
 impl TreePlace {
+    pub(super) const fn root() -> Self {
+        Self { node: ROOT, depth: 0, path_bytes: 0 }
+    }
+
     pub(super) fn below(self, node: u32, name: &[u8]) -> Self {
         let path_bytes = self.path_bytes + name.len() + usize::from(self.depth > 0);
         Self { node, depth: self.depth + 1, path_bytes }
@@ -104,12 +108,12 @@ impl Merger<'_> {
 
     /// Walks a path through the links that may be followed. Returns how far it exists, which may be
     /// at a file, and the names that are missing from there.
-    fn walk(
+    pub(super) fn walk(
         &mut self,
         entry: &RelativePath,
         folder: &RelativePath,
     ) -> Result<(TreePlace, MissingNames), UnpackError> {
-        let root = TreePlace { node: ROOT, depth: 0, path_bytes: 0 };
+        let root = TreePlace::root();
         let mut way = vec![root];
         let mut missing = Vec::new();
         let mut names = folder.components();

@@ -209,7 +209,7 @@ impl Merger<'_> {
     }
 
     /// Copies a name into memory.
-    fn hold_name(&mut self, name: &[u8]) -> Result<NameRef, UnpackError> {
+    pub(super) fn hold_name(&mut self, name: &[u8]) -> Result<NameRef, UnpackError> {
         let too_long = || UnpackError::TooMuchMetadata { limit: self.limits.metadata_bytes };
         let length = u8::try_from(name.len()).map_err(|_| too_long())?;
         let reference = NameRef::held_at(self.names.len());
@@ -259,7 +259,7 @@ impl Merger<'_> {
         PatternMatch { included: is_selected || found.included, ..found }
     }
 
-    fn path_of(&self, folder: u32) -> Vec<u8> {
+    pub(super) fn path_of(&self, folder: u32) -> Vec<u8> {
         let (mut names, mut folder) = (Vec::new(), folder);
         while folder != ROOT {
             let node = &self.nodes[self.folders[folder as usize].node as usize];

@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::error::{UnpackError, shown};
+use super::layer_merge::SubPathProblem;
 use super::path_selection::Selection;
 use super::permissions::{Owner, Permissions};
 use super::unpack_limits::Limits;
@@ -162,6 +163,44 @@ impl LayerRule {
             Self::Skip => false,
         }
     }
+}
+
+impl LayerRule {
+    /// Returns false only if the title proves that the layer has nothing at or below a path.
+    pub fn may_have(&self, path: &RelativePath) -> bool {
+        match self {
+            Self::File(rule) => rule.path.is_within(path),
+            Self::Archive(rule) => rule
+                .within
+                .as_ref()
+                .is_none_or(|title| title.is_within(path) || path.is_within(title)),
+            Self::Skip => false,
+        }
+    }
+
+    /// Returns the title that all content of the layer is at or below.
+    fn title(&self) -> Option<&RelativePath> {
+        match self {
+            Self::File(rule) => Some(&rule.path),
+            Self::Archive(rule) => rule.within.as_ref(),
+            Self::Skip => None,
+        }
+    }
+}
+
+/// Checks that a layer may have a `subPath`. Call it for artifacts that are not images: in these,
+/// links may lead anywhere.
+///
+/// # Errors
+///
+/// [`UnpackError::SubPath`] if the titles of all layers prove that none has.
+pub fn check_sub_path(rules: &[LayerRule], path: &RelativePath) -> Result<(), UnpackError> {
+    if path.is_root() || rules.iter().any(|rule| rule.may_have(path)) {
+        return Ok(());
+    }
+    let titles = rules.iter().filter_map(LayerRule::title);
+    let problem = SubPathProblem::missing_among(path, titles);
+    Err(UnpackError::SubPath { path: path.clone(), problem })
 }
 
 impl ArchiveRule {

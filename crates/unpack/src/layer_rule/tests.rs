@@ -325,3 +325,27 @@ fn a_layer_is_skipped_only_if_its_title_proves_it_unselected() {
     assert_eq!(needed("*/x", ""), [false, true, true, false]);
     assert_eq!(needed("", "conf, bin/*"), [false, false, true, false]);
 }
+
+#[test]
+fn a_layer_is_left_out_if_its_title_proves_it_outside_the_sub_path() {
+    let folder = layer(TAR, &json!({TITLE: "conf/app", ORAS_UNPACK: "true"}));
+    let layers = [titled(TAR, "bin/tool"), folder, titled(TAR, "conf/x"), untitled("x")];
+    let rules = rules_of(None, "application/x", &layers).unwrap();
+    let path = |text: &str| RelativePath::parse(text.as_bytes(), &Limits::default()).unwrap();
+    let needed = |text| rules.iter().map(|rule| rule.may_have(&path(text))).collect::<Vec<_>>();
+    assert_eq!(needed("."), [true, true, true, false]);
+    assert_eq!(needed("bin"), [true, false, false, false]);
+    assert_eq!(needed("bin/tool"), [true, false, false, false]);
+    assert_eq!(needed("conf"), [false, true, true, false]);
+    assert_eq!(needed("conf/app/a/b"), [false, true, false, false]);
+    let missing = |text| match check_sub_path(&rules, &path(text)) {
+        Err(UnpackError::SubPath { problem, .. }) => problem.to_string(),
+        other => panic!("{text}: {other:?}"),
+    };
+    assert!(missing("con").ends_with("in \".\" is bin, conf"));
+    assert!(missing("conf/y/z").ends_with("in \"conf\" is app, x"));
+    assert!(missing("bin/tool/x").ends_with("in \"bin\" is tool"));
+    let untitled = layer("application/vnd.cncf.model.doc.v1.tar", &json!({}));
+    let rules = rules_of(None, "application/x", &[untitled]).unwrap();
+    check_sub_path(&rules, &path("con")).expect("an archive may have anything");
+}

@@ -11,6 +11,8 @@ use super::symlink_walk::LINKS_ON_A_PATH;
 use super::*;
 
 mod oracle;
+mod planned_parts;
+mod sub_path;
 
 fn path(text: &str) -> RelativePath {
     RelativePath::parse(text.as_bytes(), &Limits::default()).unwrap()
