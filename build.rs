@@ -9,6 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .type_attribute(".csi_driver_oci.admin.v1", serialize)
         .field_attribute("Artifact.view", "#[serde(flatten)]")
+        .field_attribute("Part.view", "#[serde(flatten)]")
         .field_attribute("last_used", r#"#[serde(serialize_with = "super::serialize_time")]"#)
         .field_attribute(
             "WarmReference.state",

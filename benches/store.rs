@@ -170,6 +170,7 @@ fn fill(state: &Path, artifacts: usize) {
             own_inodes: 1,
             own_bytes: 0,
             view: View::default(),
+            parts: Vec::new(),
         };
         let tree = TreeKey::new(manifest, "", "Readable", "");
         let built = store.trees().build(&plan, &objects).expect("a tree");

@@ -14,7 +14,11 @@ pub(super) fn run(input: &[u8]) {
         Ok(attributes) => {
             let flags = MountFlags::default();
             assert_eq!(attributes.fingerprint(flags), attributes.fingerprint(flags));
-            assert!(attributes.shape.file_mode.is_none_or(|mode| mode <= 0o777));
+            assert!((1..=32).contains(&attributes.artifacts.len()));
+            for artifact in &attributes.artifacts {
+                assert!(artifact.shape.file_mode.is_none_or(|mode| mode <= 0o777));
+                assert!(artifact.path.components().all(|name| name != b".."));
+            }
         }
         Err(error) => assert!(error.to_string().len() < 4096),
     }

@@ -2,6 +2,7 @@
 //! `make fuzz` calls them with libFuzzer, and `tests/fuzz_targets.rs` with their seeds and random changes of these.
 
 mod archive;
+mod artifacts;
 mod attributes;
 mod configuration;
 mod hosts;
@@ -20,6 +21,7 @@ type Run = fn(&[u8]);
 /// Each target by its name, which is also that of its folder of seeds.
 pub(crate) const TARGETS: &[(&str, Run)] = &[
     ("archive", archive::run),
+    ("artifacts", artifacts::run),
     ("attributes", attributes::run),
     ("configuration", configuration::run),
     ("hosts", hosts::run),

@@ -10,7 +10,7 @@ use pull::{ProgressView, UnderWay};
 use store::content_verification::Finding;
 use store::gc::{Collected, Victim};
 use store::resolution_records::Resolution;
-use store::trees::View;
+use store::trees::{TreePart, View};
 
 pub(crate) fn collected(
     collected: &Collected,
@@ -115,6 +115,14 @@ pub(super) fn resolution(resolution: Resolution, layers: Vec<Descriptor>) -> wir
     }
 }
 
+pub(super) fn part(part: &TreePart) -> wire::Part {
+    wire::Part {
+        path: part.path.clone(),
+        digest: part.manifest.to_string(),
+        view: Some(view(&part.view)),
+    }
+}
+
 pub(super) fn view(view: &View) -> wire::View {
     wire::View {
         include: view.include.clone(),
@@ -122,5 +130,6 @@ pub(super) fn view(view: &View) -> wire::View {
         permissions: view.permissions.name().to_owned(),
         file_mode: view.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default(),
         unpack: if view.unpack.is_auto() { "" } else { view.unpack.name() }.to_owned(),
+        sub_path: view.sub_path.clone(),
     }
 }

@@ -38,6 +38,8 @@ pub enum OperationError {
 struct DescribedTree {
     tree: Tree,
     artifact: Artifact,
+    /// True if a reference leads to each of its manifests.
+    is_whole: bool,
 }
 
 /// Returns the resolutions and artifacts of one reference.
@@ -59,7 +61,7 @@ pub fn inspect(
         manifests.insert(resolution.manifest);
         inspected.resolutions.push(admin_messages::resolution(resolution, layers));
     }
-    let described = artifacts_of(store, manifests)?.into_iter();
+    let described = artifacts_of(store, &manifests)?.into_iter();
     inspected.artifacts = described.map(|described| described.artifact).collect();
     if inspected.resolutions.is_empty() && inspected.artifacts.is_empty() {
         return Err(OperationError::NotHere(reference.to_string()));
@@ -75,12 +77,17 @@ pub fn artifacts(store: &Store) -> Result<Vec<Artifact>, OperationError> {
 
 fn artifacts_of(
     store: &Store,
-    manifests: BTreeSet<Digest>,
+    manifests: &BTreeSet<Digest>,
 ) -> Result<Vec<DescribedTree>, OperationError> {
     let mut trees = Vec::new();
     for manifest in manifests {
-        trees.extend(store.inventory().trees_of_manifest(manifest)?);
+        trees.extend(store.inventory().trees_of_manifest(*manifest)?);
     }
+    // A tree of several artifacts is one of each of them.
+    let composites = store.inventory().trees()?.into_iter().filter(|(_, entry)| {
+        entry.is_composite() && entry.documents().any(|document| manifests.contains(&document))
+    });
+    trees.extend(composites);
     describe(store, trees)
 }
 
@@ -91,7 +98,11 @@ fn describe(
     let mut artifacts = Vec::new();
     for (name, entry) in trees {
         let Some(tree) = store.trees().named(&name) else { continue };
-        let manifest = tree.record.manifest;
+        let (manifest, resolutions) = (tree.record.manifest, store.resolutions());
+        let references = tree.record.manifests().map(|of| resolutions.references_of(of));
+        let references = references.collect::<Result<Vec<_>, _>>()?;
+        let is_whole = references.iter().all(|of| !of.is_empty());
+        let references: BTreeSet<_> = references.into_iter().flatten().collect();
         let volumes: BTreeSet<_> = store
             .publications()
             .of_tree(&name)
@@ -106,14 +117,15 @@ fn describe(
             kind: record.kind.clone(),
             bytes: record.bytes,
             inodes: record.inodes,
-            references: store.resolutions().references_of(manifest)?.into_iter().collect(),
+            references: references.into_iter().collect(),
             volumes: volumes.into_iter().collect(),
             pins: pins.into_iter().collect(),
             last_used: entry.last_used,
             damaged: entry.damaged,
             view: Some(admin_messages::view(&record.view)),
+            parts: record.parts.iter().map(admin_messages::part).collect(),
         };
-        artifacts.push(DescribedTree { tree, artifact });
+        artifacts.push(DescribedTree { tree, artifact, is_whole });
     }
     artifacts.sort_by(|one, two| {
         let key = |of: &DescribedTree| (of.tree.key, of.tree.generation);
@@ -164,9 +176,9 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<RemoveResponse, Op
     let mut removed = RemoveResponse { reference: reference.to_string(), ..Default::default() };
     let mut was_here = !forgotten.is_empty();
     let mut forgotten = Vec::new();
-    for DescribedTree { tree, artifact } in artifacts_of(store, manifests)? {
+    for DescribedTree { tree, artifact, is_whole } in artifacts_of(store, &manifests)? {
         was_here = true;
-        if artifact.references.is_empty() && artifact.pins.is_empty() {
+        if !is_whole && artifact.pins.is_empty() {
             store.trees().forget(&tree)?;
             forgotten.push(ObjectName::tree(tree.key, tree.generation));
             removed.volumes.extend(artifact.volumes);

@@ -115,12 +115,15 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
         let view = artifact.view.clone().unwrap_or_default();
         let attribute =
             |name: &str, value: &str| (!value.is_empty()).then(|| format!("{name}={value}"));
+        let parts = artifact.parts.len().to_string();
         let attributes = [
+            (!artifact.parts.is_empty()).then(|| format!("artifacts={parts}")),
             attribute("include", &view.include),
             attribute("exclude", &view.exclude),
             attribute("permissions", &view.permissions),
             attribute("fileMode", &view.file_mode),
             attribute("unpack", &view.unpack),
+            attribute("subPath", &view.sub_path),
         ];
         [
             text_table::short(&artifact.digest),

@@ -34,7 +34,7 @@ use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
 use pull::download_resources::Unobserved;
 use pull::single_flight::Runway;
-use pull::{ProgressView, Tenant};
+use pull::{PlacedWant, ProgressView, Tenant};
 use store::gc::Want;
 use store::state_lock::Lock;
 use store::{CacheOptions, SelinuxOptions, Store, StoreError, StoreOptions};
@@ -94,6 +94,9 @@ pub(super) struct MountArguments {
     /// The layers to unpack.
     #[arg(long, value_parser = ["Auto", "Always", "Never"])]
     unpack: Option<String>,
+    /// The folder or file of the artifact to show.
+    #[arg(long, value_name = "PATH")]
+    sub_path: Option<String>,
     /// When to ask the registry [default: `Always` for a tag, `IfNotPresent` for a digest].
     #[arg(long, value_parser = ["Always", "IfNotPresent", "Never"])]
     pull_policy: Option<String>,
@@ -134,8 +137,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
     let (state_dir, _lock, store) = arguments.state.open(developer_cache_options())?;
     // Else the volume would count as published, and show the same again.
     drop_unmounted(&store, |other| other == target.full()).map_err(|error| error.to_string())?;
-    let keyring =
-        keyring(arguments.docker_config.as_deref(), std::slice::from_ref(&attributes.reference))?;
+    let keyring = keyring(arguments.docker_config.as_deref(), std::slice::from_ref(reference))?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let (tracker, shutdown) = (TaskTracker::new(), CancellationToken::new());
@@ -148,7 +150,7 @@ pub(super) fn mount(arguments: &MountArguments) -> Result<(), CommandError> {
             (policy_source(None, |_| ()), NodeConfiguration::without_file());
         let content = content_of(store, policy, &configuration, Arc::new(Unobserved), &runway)?;
         let fetched = arguments.fetch(&content, &attributes, &keyring).await.map_err(|error| {
-            let hint = if arguments.pull_policy.is_none() && is_cached(&content, &attributes) {
+            let hint = if arguments.pull_policy.is_none() && is_cached(&content, reference, &attributes) {
                 "; `--pull-policy IfNotPresent` mounts what was pulled earlier"
             } else {
                 ""
@@ -255,9 +257,9 @@ fn forget(arguments: &UnmountArguments, target: &TargetPath) {
 }
 
 /// Returns whether an earlier pull of the reference is in the cache.
-fn is_cached(content: &NodeContent, attributes: &VolumeAttributes) -> bool {
+fn is_cached(content: &NodeContent, reference: &Reference, attributes: &VolumeAttributes) -> bool {
     let platform = attributes.platform.clone().unwrap_or_else(Platform::of_this_node);
-    content.store.resolutions().get(&attributes.reference, &platform).is_some()
+    content.store.resolutions().get(reference, &platform).is_some()
 }
 
 impl MountArguments {
@@ -291,9 +293,13 @@ impl MountArguments {
         attributes: &VolumeAttributes,
         keyring: &Keyring,
     ) -> Result<Digest, CommandError> {
-        let want = attributes.want(PolicyDemands::default(), keyring.clone(), None, Tenant::Admin);
+        let demands = [PolicyDemands::default()];
+        let wants = attributes.wants(&demands, keyring, None, &Tenant::Admin);
+        let [PlacedWant { want, .. }] = wants.as_slice() else {
+            return Err("a mount is of one artifact".to_owned());
+        };
         let view = ProgressView::default();
-        let acquire = content.puller.acquire(&want, &view);
+        let acquire = content.puller.acquire(want, &view);
         tokio::pin!(acquire);
         let shows = self.output.is_text() && std::io::stderr().is_terminal();
         let bar = shows.then(indicatif::ProgressBar::new_spinner);
@@ -329,6 +335,7 @@ impl MountArguments {
             ("permissions", self.permissions.clone()),
             ("fileMode", self.file_mode.clone()),
             ("unpack", self.unpack.clone()),
+            ("subPath", self.sub_path.clone()),
             ("pullPolicy", self.pull_policy.clone().or_else(always)),
         ];
         let context: HashMap<_, _> =

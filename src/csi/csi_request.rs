@@ -53,8 +53,9 @@ impl RequestContext {
                 "this node uses SELinux, where a volume must be read-only for the container runtime too: set readOnly: true on the volume".into(),
             ));
         }
-        let host = attributes.reference.repository().host();
-        let keyring = Keyring::from_secrets(&request.secrets, host);
+        // A secret without a host is for the first artifact's, and never goes to those of others.
+        let host = attributes.artifacts.first().map(|first| first.reference.repository().host());
+        let keyring = Keyring::from_secrets(&request.secrets, host.unwrap_or_default());
         let (namespace, account) = (pod.namespace.as_deref(), pod.service_account.as_deref());
         let (secrets, context) = (&request.secrets, &request.volume_context);
         let identity = WorkloadIdentity::of(namespace, account, secrets, context);

@@ -41,7 +41,9 @@ pub fn code(error: &VolumeError) -> Code {
         VolumeError::Invalid(_) => Code::InvalidArgument,
         VolumeError::Occupied { .. } => Code::AlreadyExists,
         VolumeError::NotPublished(_) => Code::NotFound,
-        VolumeError::Policy { .. } | VolumeError::Unsupported(_) => Code::FailedPrecondition,
+        VolumeError::Policy { .. }
+        | VolumeError::Unsupported(_)
+        | VolumeError::Collision { .. } => Code::FailedPrecondition,
         VolumeError::Pull { source, .. } => pull(source.root()),
         // The kubelet calls again. An unpublish follows when the pod is deleted.
         VolumeError::StillPulling { .. }

@@ -197,7 +197,7 @@ impl NodeService {
         };
         let span = tracing::Span::current();
         span.record("pod", request.pod.full_name());
-        span.record("reference", request.attributes.reference.to_string());
+        span.record("reference", request.attributes.names());
         let target = request.target.clone();
         let reporter = PublishReporter::new(self.events.as_ref(), &request);
         // The future is large, and several layers of callers hold it.

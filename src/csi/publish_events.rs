@@ -32,7 +32,7 @@ impl<'a> PublishReporter<'a> {
         let (pod, events) = (&request.pod, events?);
         let (namespace, name) = (pod.namespace.clone()?, pod.name.clone()?);
         let pod = PodReference { namespace, name, uid: pod.uid.clone()? };
-        let reference = request.attributes.reference.to_string();
+        let reference = request.attributes.names();
         let (progress, started) = (request.progress.clone(), Instant::now());
         Some(Self { events, pod, reference, progress, started })
     }

@@ -8,6 +8,7 @@ use policy::PolicyError;
 use pull::PullError;
 use pull::pull_progress::Snapshot;
 use store::StoreError;
+use unpack::RelativePath;
 
 /// A failed use case.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,18 @@ pub enum VolumeError {
         reference: String,
         /// The failure, which all callers of the pull share.
         source: Arc<PullError>,
+    },
+    /// Two artifacts of one volume have the same path.
+    #[error(
+        "\"{path}\" is in {one} and in {two}: give one of them a \"path\" of its own, or exclude it from one"
+    )]
+    Collision {
+        /// The path in the volume.
+        path: RelativePath,
+        /// The reference of the artifact that has it.
+        one: String,
+        /// The reference of the artifact that comes later in the list.
+        two: String,
     },
     /// The caller's deadline comes before the end of the pull, which continues.
     #[error("pulling {reference}: {progress}; the pull goes on, the next try joins it")]

@@ -3,6 +3,7 @@
 //! ```text
 //! publish_request    a parsed publish: no message of CSI comes further than the edge
 //! volume_attributes  the settings of a volume's author
+//! artifact_list      several artifacts in one volume
 //! mount_form         bind or overlay: the form of a volume's mount
 //! publish_volume     attaches a tree at a target
 //! unpublish_volume   detaches it; needs nothing but the mount table
@@ -11,6 +12,7 @@
 //! target_lock        one attach or detach at a target at a time
 //! ```
 
+mod artifact_list;
 pub mod error;
 pub mod mount_form;
 pub mod mount_reconcile;

@@ -6,7 +6,7 @@ use super::target_path::TargetPath;
 use super::volume_attributes::VolumeAttributes;
 use oci::credentials::{Keyring, SecretError, WorkloadIdentity};
 use policy::PolicyDemands;
-use pull::{Caller, Priority, ProgressView, Tenant, Want};
+use pull::{Caller, PlacedWant, Priority, ProgressView, Tenant};
 use sys::mount::MountFlags;
 
 /// A publish of one volume at one target.
@@ -42,9 +42,9 @@ impl PublishRequest {
         Tenant::of_pod(self.pod.namespace.as_deref(), uid)
     }
 
-    /// Returns the pull that this volume needs, with these credentials.
-    pub fn want(&self, demands: PolicyDemands, keyring: Keyring) -> Want {
-        self.attributes.want(demands, keyring, self.identity.clone(), self.tenant())
+    /// Returns the pulls that this volume needs, with these credentials.
+    pub fn wants(&self, demands: &[PolicyDemands], keyring: &Keyring) -> Vec<PlacedWant> {
+        self.attributes.wants(demands, keyring, self.identity.as_ref(), &self.tenant())
     }
 
     /// Returns the caller of such a pull.

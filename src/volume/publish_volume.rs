@@ -23,17 +23,19 @@ use super::mount_form::AttachError;
 use super::mount_reconcile::is_known_to_kubelet;
 use super::publish_request::PublishRequest;
 use super::target_lock::TargetTurn;
+use super::volume_attributes::{VolumeArtifact, VolumeAttributes};
 use super::{NodeContent, TargetPath, VolumeManager, unpublish_volume};
+use oci::Digest;
 use oci::signature::SignatureMode;
-use oci::{Digest, Reference};
 use policy::{PolicyDemands, PolicyRequest};
-use pull::single_flight::Outcome;
+use pull::{CompositeError, PlacedWant, PullError};
 use store::gc::Want;
 use store::object_name::ObjectName;
 use store::publication_records::Publication;
 use store::{MountedTree, SpaceAmount, Store, StoreError, Tree};
 use sys::fault;
 use sys::mount::{MountForm, MountTarget, TargetState};
+use unpack::UnpackError;
 
 /// The space that is freed for a record on a full disk: several times the size of one.
 const RECORD_ROOM: u64 = 64 << 10;
@@ -78,8 +80,8 @@ struct ExistingMount {
 /// The outcome of a publish without a pull.
 enum CachedPublish {
     Published(PublishedVolume),
-    /// The content has to be acquired, within these demands of the node's policy.
-    Missing(PolicyDemands),
+    /// The content has to be acquired, within these demands of the node's policy on each artifact.
+    Missing(Vec<PolicyDemands>),
 }
 
 /// One publish, as its tasks see it.
@@ -233,7 +235,7 @@ impl VolumeManager {
         &self,
         content: &NodeContent,
         request: &Arc<PublishRequest>,
-        demands: PolicyDemands,
+        demands: Vec<PolicyDemands>,
     ) -> Result<(Tree, PublishPath), VolumeError> {
         let (before, of_job, demanded) = (content.clone(), Arc::clone(request), demands.clone());
         let before = move || recorded_tree(&before.store, &of_job, &demanded);
@@ -247,8 +249,13 @@ impl VolumeManager {
         }
         let keyring = request.keyring.as_ref();
         let keyring = keyring.map_err(|error| VolumeError::Invalid(error.to_string()))?;
-        let want = request.want(demands, keyring.clone());
-        let tree = in_time(request, puller.acquire(&want, view)).await?;
+        let wants = request.wants(&demands, keyring);
+        let tree = match wants.as_slice() {
+            [PlacedWant { want, .. }] if !request.attributes.is_list => {
+                in_time(request, puller.acquire(want, view)).await?
+            }
+            wants => in_time(request, puller.acquire_composite(wants, view)).await?,
+        };
         if !view.was_shown() {
             return Ok((tree, PublishPath::Hit));
         }
@@ -367,7 +374,7 @@ impl VolumeManager {
             target: request.target.full(),
             boot_id: self.0.boot_id.clone(),
             fingerprint: request.attributes.fingerprint(request.flags),
-            reference: request.attributes.reference.to_string(),
+            reference: request.attributes.names(),
             manifest: tree.record.manifest,
             tree: tree.key,
             generation: tree.generation,
@@ -392,36 +399,64 @@ fn put_record(store: &Store, record: &Publication) -> Result<(), VolumeError> {
     }
 }
 
-/// Returns the demands of the node's policy on an artifact that it allows. Blocking.
-fn decide(content: &NodeContent, request: &PublishRequest) -> Result<PolicyDemands, VolumeError> {
-    let policy = content.policy.current().map_err(VolumeError::NotReady)?;
-    let facts = PolicyRequest {
-        reference: &request.attributes.reference,
-        namespace: request.pod.namespace.as_deref(),
-        require_signature: request.attributes.require_signature,
+/// Returns the error of a failed pull, about the artifact that failed.
+fn failure(attributes: &VolumeAttributes, error: CompositeError) -> VolumeError {
+    let name = |number: usize| {
+        let artifact = attributes.artifacts.get(number);
+        artifact.map_or_else(|| attributes.names(), |artifact| artifact.reference.to_string())
     };
-    let reference = || request.attributes.reference.to_string();
-    policy.decide(facts).map_err(|refusal| VolumeError::Policy { reference: reference(), refusal })
+    let CompositeError { artifact, source } = error;
+    match source.root() {
+        PullError::Unpack(UnpackError::PartsCollide { path, one, two }) => {
+            VolumeError::Collision { path: path.clone(), one: name(*one), two: name(*two) }
+        }
+        _ => VolumeError::Pull { reference: name(artifact.unwrap_or(usize::MAX)), source },
+    }
+}
+
+/// Returns the demands of the node's policy on each artifact, if it allows all of them. Blocking.
+fn decide(
+    content: &NodeContent,
+    request: &PublishRequest,
+) -> Result<Vec<PolicyDemands>, VolumeError> {
+    let policy = content.policy.current().map_err(VolumeError::NotReady)?;
+    let decide = |VolumeArtifact { reference, .. }: &VolumeArtifact| {
+        let facts = PolicyRequest {
+            reference,
+            namespace: request.pod.namespace.as_deref(),
+            require_signature: request.attributes.require_signature,
+        };
+        let refused = |refusal| VolumeError::Policy { reference: reference.to_string(), refusal };
+        policy.decide(facts).map_err(refused)
+    };
+    request.attributes.artifacts.iter().map(decide).collect()
 }
 
 /// Returns the tree of a volume if the node may show it without waiting. Blocking.
 fn cached_tree(
     content: &NodeContent,
     request: &PublishRequest,
-    demands: &PolicyDemands,
+    demands: &[PolicyDemands],
 ) -> Option<Tree> {
     if let Some(tree) = recorded_tree(&content.store, request, demands) {
         let name = ObjectName::tree(tree.key, tree.generation);
         return (!content.store.read_back().is_unread(&name)).then_some(tree);
     }
     // A malformed keyring matters only if something has to be fetched.
-    let keyring = request.keyring.as_ref().ok()?.clone();
-    content.puller.cached(&request.want(demands.clone(), keyring))
+    let wants = request.wants(demands, request.keyring.as_ref().ok()?);
+    match wants.as_slice() {
+        [PlacedWant { want, .. }] if !request.attributes.is_list => content.puller.cached(want),
+        wants => content.puller.cached_composite(wants),
+    }
 }
 
 /// Returns the tree that was recorded for the same volume before a reboot, or before a crash between record and mount.
 /// The volume keeps its content, also if its tag has moved. Blocking.
-fn recorded_tree(store: &Store, request: &PublishRequest, demands: &PolicyDemands) -> Option<Tree> {
+fn recorded_tree(
+    store: &Store,
+    request: &PublishRequest,
+    demands: &[PolicyDemands],
+) -> Option<Tree> {
     let record = store.publications().get(&request.target.full())?;
     let same = !record.rebuilt
         && record.volume_id == request.volume_id
@@ -432,40 +467,40 @@ fn recorded_tree(store: &Store, request: &PublishRequest, demands: &PolicyDemand
     // A generation with damage found since is not shown again.
     let tree = store.trees().get(record.tree).ok()??;
     let whole = tree.generation >= record.generation;
-    let reference = &request.attributes.reference;
-    (whole && still_fulfils(store, &tree, reference, demands)).then_some(tree)
+    (whole && still_fulfils(store, &tree, &request.attributes, demands)).then_some(tree)
 }
 
 /// Waits until the deadline of a publish for content of its artifact.
 async fn in_time<T>(
     request: &PublishRequest,
-    pull: impl Future<Output = Outcome<T>>,
+    pull: impl Future<Output = Result<T, impl Into<CompositeError>>>,
 ) -> Result<T, VolumeError> {
-    let reference = request.attributes.reference.to_string();
     let Ok(done) = tokio::time::timeout_at(request.deadline, pull).await else {
         let progress = Box::new(request.progress.snapshot());
-        return Err(VolumeError::StillPulling { reference, progress });
+        return Err(VolumeError::StillPulling { reference: request.attributes.names(), progress });
     };
-    done.map_err(|source| VolumeError::Pull { reference, source })
+    done.map_err(|error| failure(&request.attributes, error.into()))
 }
 
 /// Returns whether a recorded tree still fulfils the current demands of the policy.
 fn still_fulfils(
     store: &Store,
     tree: &Tree,
-    reference: &Reference,
-    demands: &PolicyDemands,
+    attributes: &VolumeAttributes,
+    demands: &[PolicyDemands],
 ) -> bool {
-    let fits = demands.maximum_bytes.is_none_or(|limit| tree.record.bytes <= limit);
-    let signed = demands.signature.as_ref().is_none_or(|demand| {
-        demand.mode == SignatureMode::Warn
-            || store.verified_signatures().contains(
-                reference.repository(),
-                tree.record.manifest,
-                demand.id(),
-            )
+    let shown = tree.record.artifacts();
+    let signatures = store.verified_signatures();
+    let wanted = attributes.artifacts.iter().zip(demands);
+    let mut pairs = wanted.zip(&shown).map(|((wanted, demands), shown)| {
+        let repository = wanted.reference.repository();
+        demands.maximum_bytes.is_none_or(|limit| shown.bytes <= limit)
+            && demands.signature.as_ref().is_none_or(|demand| {
+                demand.mode == SignatureMode::Warn
+                    || signatures.contains(repository, shown.manifest, demand.id())
+            })
     });
-    fits && signed
+    shown.len() == attributes.artifacts.len() && pairs.all(|fulfils| fulfils)
 }
 
 fn open(request: &PublishRequest) -> Result<MountTarget, VolumeError> {

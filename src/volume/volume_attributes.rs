@@ -9,6 +9,7 @@ use std::fmt::Display;
 use serde::de::value::BorrowedStrDeserializer;
 use serde::{Deserialize, Serialize};
 
+use super::artifact_list;
 use super::error::VolumeError;
 use oci::credentials::{Keyring, WorkloadIdentity};
 use oci::digest::DigestError;
@@ -16,10 +17,10 @@ use oci::platform::PlatformError;
 use oci::reference::ReferenceError;
 use oci::{Digest, Platform, Reference};
 use policy::PolicyDemands;
-use pull::{IfUnavailable, Priority, PullPolicy, Shape, Tenant, Want};
+use pull::{IfUnavailable, PlacedWant, Priority, PullPolicy, Shape, Tenant, Want};
 use sys::mount::MountFlags;
 use text::printable::excerpt;
-use unpack::{PermissionsRule, Selection, UnpackMode};
+use unpack::{PermissionsRule, RelativePath, Selection, UnpackMode};
 
 /// An attribute, as `docs/attributes.md` describes it. That page is made from [`ATTRIBUTES`].
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub struct Attribute {
 }
 
 /// All attributes that a volume's author may set.
-pub const ATTRIBUTES: [Attribute; 13] = [
+pub const ATTRIBUTES: [Attribute; 15] = [
     Attribute {
         key: "reference",
         default: "required, or `repository`",
@@ -51,6 +52,13 @@ pub const ATTRIBUTES: [Attribute; 13] = [
         meaning: "the tag, beside `repository`",
     },
     Attribute { key: "digest", default: "", meaning: "the digest, beside `repository`" },
+    Attribute {
+        key: "artifacts",
+        default: "",
+        meaning: "several artifacts in place of one: a list in YAML or JSON of up to 32 entries with \
+                  `reference`, and as wanted `path`, `include`, `exclude` and `strip`, see [several \
+                  artifacts](#several-artifacts)",
+    },
     Attribute {
         key: "pullPolicy",
         default: "`Always` for `:latest` or neither tag nor digest, else `IfNotPresent`",
@@ -101,6 +109,12 @@ pub const ATTRIBUTES: [Attribute; 13] = [
                   unpacked",
     },
     Attribute {
+        key: "subPath",
+        default: "the whole artifact",
+        meaning: "a folder of the artifact to show as the root of the volume, or a file to show as its \
+                  only content, see [parts](#parts)",
+    },
+    Attribute {
         key: "requireSignature",
         default: "the node's policy",
         meaning: "`\"true\"`: refuse artifacts that no configured key has signed, even if the node's \
@@ -117,18 +131,29 @@ const MAXIMUM_BYTES: usize = 64 * 1024;
 /// The parsed attributes of a volume.
 #[derive(Clone, Debug)]
 pub struct VolumeAttributes {
-    /// The artifact's reference.
-    pub reference: Reference,
-    /// When to use the registry.
-    pub pull_policy: PullPolicy,
+    /// The artifacts in the volume's order, at least one.
+    pub artifacts: Vec<VolumeArtifact>,
+    /// True if they come from a list, also if that has one entry.
+    pub is_list: bool,
     /// The behaviour of `Always` without a response of the registry.
     pub if_unavailable: IfUnavailable,
     /// The platform; `None` selects the node's.
     pub platform: Option<Platform>,
-    /// The settings that shape the tree.
-    pub shape: Shape,
     /// Refuse an artifact without a signature of a configured key.
     pub require_signature: bool,
+}
+
+/// One of a volume's artifacts.
+#[derive(Clone, Debug)]
+pub struct VolumeArtifact {
+    /// The artifact's reference.
+    pub reference: Reference,
+    /// When to use the registry.
+    pub pull_policy: PullPolicy,
+    /// The folder of the artifact's root.
+    pub path: RelativePath,
+    /// The settings that shape the tree.
+    pub shape: Shape,
 }
 
 impl VolumeAttributes {
@@ -151,9 +176,7 @@ impl VolumeAttributes {
         {
             return Err(invalid(key, &format!("is longer than {MAXIMUM_BYTES} bytes")));
         }
-        let reference = reference(get)?;
         let pull_policy = variant(get, "pullPolicy", "Always, IfNotPresent or Never")?;
-        let pull_policy = pull_policy.unwrap_or_else(|| default_pull_policy(&reference));
         let if_unavailable =
             variant(get, "ifUnavailable", "Fail or UseCached")?.unwrap_or_default();
         let permissions = variant(get, "permissions", "Readable or Preserve")?.unwrap_or_default();
@@ -169,37 +192,61 @@ impl VolumeAttributes {
         let selection = Selection::parse(include, exclude);
         let selection = selection.map_err(|error| wrong("\"include\" or \"exclude\"", error))?;
         let file_mode = get("fileMode").map(file_mode).transpose()?;
-        Ok(Self {
-            reference,
-            pull_policy,
-            if_unavailable,
-            platform,
-            shape: Shape { selection, permissions, file_mode, unpack },
-            require_signature,
-        })
+        let sub_path = Shape::parse_sub_path(get("subPath").unwrap_or(""));
+        let sub_path = sub_path.map_err(|error| wrong("\"subPath\"", error))?;
+        let shape = Shape { selection, permissions, file_mode, unpack, sub_path };
+        let list = get("artifacts");
+        let artifacts = if let Some(list) = list {
+            let of_one =
+                ["reference", "repository", "tag", "digest", "include", "exclude", "subPath"];
+            if let Some(key) = of_one.iter().find(|key| get(key).is_some()) {
+                let elsewhere = "does not go with \"artifacts\": write it in the entries of that list (\"strip\" for \"subPath\")";
+                return Err(invalid(key, elsewhere));
+            }
+            artifact_list::parse(list, pull_policy, &shape)?
+        } else {
+            let reference = reference(get)?;
+            let pull_policy = pull_policy.unwrap_or_else(|| pull_policy_of(&reference));
+            vec![VolumeArtifact { reference, pull_policy, path: RelativePath::root(), shape }]
+        };
+        let is_list = list.is_some();
+        Ok(Self { artifacts, is_list, if_unavailable, platform, require_signature })
     }
 
-    /// Returns the pull that this volume needs.
-    pub fn want(
-        &self,
-        demands: PolicyDemands,
-        keyring: Keyring,
-        identity: Option<WorkloadIdentity>,
-        tenant: Tenant,
-    ) -> Want {
-        Want {
-            reference: self.reference.clone(),
-            platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
-            policy: self.pull_policy,
-            if_unavailable: self.if_unavailable,
-            shape: self.shape.clone(),
-            maximum_bytes: demands.maximum_bytes,
-            signature: demands.signature,
-            keyring,
-            identity,
-            priority: Priority::Pod,
-            tenant,
+    /// Returns the artifacts for people: the reference of the first, and the number of the others.
+    pub fn names(&self) -> String {
+        match self.artifacts.as_slice() {
+            [] => String::new(),
+            [one] => one.reference.to_string(),
+            [first, others @ ..] => format!("{} and {} more", first.reference, others.len()),
         }
+    }
+
+    /// Returns the pulls that this volume needs, with the demands of the policy on each.
+    pub fn wants(
+        &self,
+        demands: &[PolicyDemands],
+        keyring: &Keyring,
+        identity: Option<&WorkloadIdentity>,
+        tenant: &Tenant,
+    ) -> Vec<PlacedWant> {
+        let placed = self.artifacts.iter().zip(demands).map(|(artifact, demands)| {
+            let want = Want {
+                reference: artifact.reference.clone(),
+                platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
+                policy: artifact.pull_policy,
+                if_unavailable: self.if_unavailable,
+                shape: artifact.shape.clone(),
+                maximum_bytes: demands.maximum_bytes,
+                signature: demands.signature.clone(),
+                keyring: keyring.clone(),
+                identity: identity.cloned(),
+                priority: Priority::Pod,
+                tenant: tenant.clone(),
+            };
+            PlacedWant { path: artifact.path.clone(), want }
+        });
+        placed.collect()
     }
 
     /// Returns a digest that is equal for volumes that show the same. It decides whether a repeated publish is
@@ -217,25 +264,38 @@ impl VolumeAttributes {
             /// Absent if it is the default: records of earlier versions do not have it.
             #[serde(skip_serializing_if = "UnpackMode::is_auto")]
             unpack: UnpackMode,
+            #[serde(skip_serializing_if = "String::is_empty")]
+            sub_path: String,
+            /// The folder of an artifact of a list.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            path: Option<String>,
             require_signature: bool,
             noexec: bool,
             noatime: bool,
         }
-        let canonical = CanonicalAttributes {
-            reference: self.reference.to_string(),
-            pull_policy: self.pull_policy,
-            if_unavailable: self.if_unavailable,
-            platform: &self.platform,
-            selection: self.shape.selection.canonical(),
-            permissions: self.shape.permissions,
-            file_mode: self.shape.file_mode,
-            unpack: self.shape.unpack,
-            require_signature: self.require_signature,
-            noexec: flags.noexec,
-            noatime: flags.noatime,
+        let canonical = |artifact: &VolumeArtifact| {
+            let VolumeArtifact { reference, pull_policy, path, shape } = artifact;
+            let canonical = CanonicalAttributes {
+                reference: reference.to_string(),
+                pull_policy: *pull_policy,
+                if_unavailable: self.if_unavailable,
+                platform: &self.platform,
+                selection: shape.selection.canonical(),
+                permissions: shape.permissions,
+                file_mode: shape.file_mode,
+                unpack: shape.unpack,
+                sub_path: shape.sub_path_text(),
+                path: self.is_list.then(|| String::from_utf8_lossy(path.as_bytes()).into_owned()),
+                require_signature: self.require_signature,
+                noexec: flags.noexec,
+                noatime: flags.noatime,
+            };
+            // Plain values with text keys always have a JSON form.
+            serde_json::to_vec(&canonical).unwrap_or_default()
         };
-        // Plain values with text keys always have a JSON form.
-        Digest::of(&serde_json::to_vec(&canonical).unwrap_or_default())
+        // A list is the concatenation of its entries, of which each ends where its braces do.
+        let entries: Vec<_> = self.artifacts.iter().map(canonical).collect();
+        Digest::of(&entries.concat())
     }
 }
 
@@ -260,13 +320,13 @@ fn reference<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Result<Reference, Vol
             Reference::from_parts(repository, tag, digest).map_err(|error| refused(attributes, error))
         }
         (None, [None, ..]) => Err(VolumeError::Invalid(
-            "the volume attribute \"reference\" is missing: set it to host[:port]/repository[:tag][@digest]".into(),
+            "the volume attribute \"reference\" is missing: set it to host[:port]/repository[:tag][@digest], or list \"artifacts\"".into(),
         )),
     }
 }
 
 /// Returns the kubelet's default: `:latest`, or a reference with neither tag nor digest, may change at any time.
-fn default_pull_policy(reference: &Reference) -> PullPolicy {
+pub(super) fn pull_policy_of(reference: &Reference) -> PullPolicy {
     if reference.digest().is_none() && reference.tag_or_latest() == "latest" {
         PullPolicy::Always
     } else {
@@ -303,7 +363,7 @@ fn wrong(keys: &str, error: impl Display) -> VolumeError {
     VolumeError::Invalid(format!("the volume attribute {keys}: {error}"))
 }
 
-fn invalid(key: &str, what: &str) -> VolumeError {
+pub(super) fn invalid(key: &str, what: &str) -> VolumeError {
     VolumeError::Invalid(format!("the volume attribute \"{key}\" {what}"))
 }
 
@@ -328,8 +388,9 @@ mod tests {
 
     #[test]
     fn the_defaults_are_the_kubelets() {
-        let policy =
-            |reference: &str| parse(&[("reference", reference)]).expect("valid").pull_policy;
+        let policy = |reference: &str| {
+            parse(&[("reference", reference)]).expect("valid").artifacts[0].pull_policy
+        };
         assert_eq!(policy("r.io/app:v1"), PullPolicy::IfNotPresent);
         assert_eq!(policy("r.io/app:latest"), PullPolicy::Always);
         assert_eq!(policy("r.io/app"), PullPolicy::Always);
@@ -355,9 +416,33 @@ mod tests {
     fn the_artifact_is_named_once() {
         assert!(refused(&[REFERENCE, ("tag", "v2")]).contains("twice"));
         let parts = [("repository", "r.io/app"), ("tag", "v2")];
-        assert_eq!(parse(&parts).expect("valid").reference.to_string(), "r.io/app:v2");
+        assert_eq!(parse(&parts).expect("valid").names(), "r.io/app:v2");
         refused(&[("tag", "v2")]);
         refused(&[]);
+    }
+
+    #[test]
+    fn a_list_stands_in_place_of_one_artifact() {
+        let list = ("artifacts", "- reference: r.io/a:v1\n- reference: r.io/b:v1\n  path: b\n");
+        let attributes = parse(&[list, ("permissions", "Preserve"), ("fileMode", "0500")]);
+        let attributes = attributes.expect("valid");
+        assert_eq!(attributes.names(), "r.io/a:v1 and 1 more");
+        let of_all = |of: &VolumeArtifact| {
+            of.shape.permissions == PermissionsRule::Preserve && of.shape.file_mode == Some(0o500)
+        };
+        assert!(attributes.artifacts.iter().all(of_all));
+        for other in ["reference", "repository", "tag", "digest", "include", "exclude", "subPath"] {
+            let text = refused(&[list, (other, "x")]);
+            assert!(text.contains(other) && text.contains("artifacts"), "{text}");
+        }
+        let flags = MountFlags::default();
+        let print = |pairs: &[(&str, &str)]| parse(pairs).expect("valid").fingerprint(flags);
+        let one = ("artifacts", "[{reference: 'r.io/a:v1'}]");
+        assert_ne!(print(&[one]), print(&[("reference", "r.io/a:v1")]), "another tree");
+        let json = r#"[{"reference":"r.io/a:v1"},{"path":"b/","reference":"r.io/b:v1"}]"#;
+        assert_eq!(print(&[list]), print(&[("artifacts", json)]));
+        let turned = "- reference: r.io/b:v1\n  path: b\n- reference: r.io/a:v1\n";
+        assert_ne!(print(&[list]), print(&[("artifacts", turned)]), "the later one counts");
     }
 
     #[test]
@@ -372,6 +457,9 @@ mod tests {
             ("fileMode", "+55"),
             ("unpack", "auto"),
             ("unpack", "true"),
+            ("subPath", "/etc"),
+            ("subPath", "a/../b"),
+            ("subPath", "a\0b"),
             ("requireSignature", "TRUE"),
         ] {
             let text = refused(&[REFERENCE, (key, value)]);
@@ -388,6 +476,10 @@ mod tests {
         assert_eq!(plain, print(&[("repository", "r.io/app"), ("tag", "v1")]));
         assert_eq!(plain, print(&[REFERENCE, ("unpack", "Auto")]));
         assert_ne!(plain, print(&[REFERENCE, ("unpack", "Never")]));
+        assert_eq!(plain, print(&[REFERENCE, ("subPath", "./")]));
+        let part = print(&[REFERENCE, ("subPath", "a/b")]);
+        assert_ne!(plain, part);
+        assert_eq!(part, print(&[REFERENCE, ("subPath", "./a//b/")]));
         assert_ne!(plain, print(&[REFERENCE, ("fileMode", "0555")]));
         assert_ne!(plain, print(&[("reference", "r.io/app:v2")]));
     }

@@ -100,6 +100,8 @@ fn an_empty_value_means_absent() {
             "permissions",
             "fileMode",
             "unpack",
+            "subPath",
+            "artifacts",
             "requireSignature",
         ] {
             volume = volume.attribute(key, "");
@@ -153,6 +155,8 @@ fn malformed_values_are_refused_by_name() {
         ("permissions", "Open"),
         ("fileMode", "rwx"),
         ("unpack", "yes"),
+        ("subPath", "../etc"),
+        ("artifacts", "[]"),
         ("fileMode", "0999"),
         ("fileMode", "7777777"),
         ("requireSignature", "yes"),

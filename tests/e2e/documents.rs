@@ -505,6 +505,7 @@ pages! {
     mirrors_work "how-to/mirrors.md",
     signing_and_enforcing_work "how-to/sign-and-enforce.md",
     models_are_selected_from "how-to/models.md",
+    parts_are_shown "how-to/several-artifacts.md",
     capacity_is_told "how-to/capacity.md",
     long_pulls_are_told "how-to/long-pulls.md",
     a_node_tells_what_it_holds "how-to/deleted-pull-secret.md",

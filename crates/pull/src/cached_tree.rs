@@ -5,13 +5,22 @@
 
 use super::Puller;
 use super::artifact_request::{PullPolicy, Want};
-use store::Tree;
 use store::object_name::ObjectName;
+use store::{Tree, TreeKey};
 
 impl Puller {
     /// Returns the wanted tree if it is in the store, has been read back, and is proven for this
     /// caller. None means that it has to be acquired. Blocking.
     pub fn cached(&self, want: &Want) -> Option<Tree> {
+        let store = &self.0.resolver.store;
+        let tree = store.trees().get(self.cached_key(want)?).ok()??;
+        let is_read = !store.read_back().is_unread(&ObjectName::tree(tree.key, tree.generation));
+        (is_read && want.check_bytes(tree.record.bytes).is_ok()).then_some(tree)
+    }
+
+    /// Returns the key of the wanted tree if its content is proven for this caller and has the demanded
+    /// signature. Blocking.
+    pub(super) fn cached_key(&self, want: &Want) -> Option<TreeKey> {
         if want.policy == PullPolicy::Always {
             return None;
         }
@@ -25,13 +34,10 @@ impl Puller {
         if !store.origins().tree_came_from(&known.sources, key) {
             return None;
         }
-        let tree = store.trees().get(key).ok()??;
-        let is_read = !store.read_back().is_unread(&ObjectName::tree(tree.key, tree.generation));
         let is_verified = want.signature.as_ref().is_none_or(|demand| {
             store.verified_signatures().contains(repository, manifest, demand.id())
         });
-        let fits = want.check_bytes(tree.record.bytes).is_ok()
-            && resolver.known.check_bytes(want, manifest).is_ok();
-        (is_read && is_verified && fits).then_some(tree)
+        let fits = || resolver.known.check_bytes(want, manifest).is_ok();
+        (is_verified && fits()).then_some(key)
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::artifact_request::{Priority, Want};
 use super::artifact_tree::LARGE_PLAN;
+use super::composite_tree::{PlacedTree, with_largest_part};
 use super::compute_budget::Computations;
 use super::credential_candidates::Candidates;
 use super::disk_space_claim::layer_key;
@@ -22,10 +23,10 @@ use oci::manifest::Manifest;
 use oci::{Digest, Platform, Reference};
 use store::content_verification::{ExpectedTree, Finding, FindingKind, ReadPace, Reader, Verified};
 use store::resolution_records::Resolution;
-use store::trees::View;
+use store::trees::{Objects, TreePart, TreeRecord, View};
 use store::{ObjectKind, ObjectName, Store, StoreError, Tree, TreeKey, give_memory_back};
-use unpack::layer_merge::{Merger, TreePlan};
-use unpack::{Limits, PermissionsRule, Selection, UnpackError};
+use unpack::layer_merge::{LAYERS_OF_A_PART, Merger, PlannedPart, TreePlan};
+use unpack::{Limits, PermissionsRule, RelativePath, Selection, UnpackError};
 
 /// Files and layers of one tree that are read at once.
 const READS_AT_ONCE: usize = 4;
@@ -41,6 +42,8 @@ pub struct Damaged {
     pub manifest: Digest,
     /// The attributes that shaped it.
     pub view: View,
+    /// The artifacts of a composite.
+    pub parts: Vec<TreePart>,
 }
 
 /// A unit of reading back.
@@ -125,7 +128,40 @@ impl Puller {
 
     /// Makes a damaged tree anew, from a registry that a reference of it names.
     pub async fn repair(&self, damaged: &Damaged) -> Result<Repaired, PullError> {
-        let (store, manifest) = (self.0.reader.store.clone(), damaged.manifest);
+        if !damaged.says_what_it_is() {
+            return Ok(Repaired::Later(
+                "its tree.json does not say any more what it is".to_owned(),
+            ));
+        }
+        if damaged.parts.is_empty() {
+            let made = self.make_anew(damaged.manifest, &damaged.view).await?;
+            return Ok(
+                made.map_or_else(Repaired::Later, |(reference, _)| Repaired::Anew(reference))
+            );
+        }
+        let (mut trees, mut first) = (Vec::new(), None);
+        for part in &damaged.parts {
+            match self.make_anew(part.manifest, &part.view).await? {
+                Ok((reference, tree)) => {
+                    first.get_or_insert(reference);
+                    trees.push(PlacedTree { path: path_of(part)?, tree });
+                }
+                Err(why) => return Ok(Repaired::Later(why)),
+            }
+        }
+        let caller = Caller::new(Priority::Warm, Tenant::Config);
+        self.0.composer.compose(trees, caller).await.map_err(PullError::Shared)?;
+        let nothing = || Repaired::Later("it has no artifacts".to_owned());
+        Ok(first.map_or_else(nothing, Repaired::Anew))
+    }
+
+    /// Returns a sound tree of a manifest with the reference that it comes from, or why there is none.
+    async fn make_anew(
+        &self,
+        manifest: Digest,
+        view: &View,
+    ) -> Result<Result<(Reference, Tree), String>, PullError> {
+        let store = self.0.reader.store.clone();
         let references = blocking(move || {
             let resolutions = store.resolutions().list()?.into_iter();
             let of_manifest = resolutions.filter(|resolution| resolution.manifest == manifest);
@@ -133,40 +169,53 @@ impl Puller {
                 .filter_map(|Resolution { reference, .. }| reference.parse().ok())
                 .collect())
         });
-        if !damaged.says_what_it_is() {
-            return Ok(Repaired::Later(
-                "its tree.json does not say any more what it is".to_owned(),
-            ));
-        }
         let references: Vec<Reference> = references.await?;
         let mut last = "no reference leads to it any more".to_owned();
         for reference in references {
-            let want = damaged.want(&reference)?;
+            let want = want_of_view(&reference, view)?;
             let candidates = self.0.resolver.read_candidates(&want).await?;
             for candidate in candidates.all.iter().cloned().chain([Candidates::anonymous()]) {
                 let resolved = Resolved::for_the_node(manifest, candidates.clone(), candidate);
                 match self.tree(&want, &resolved, &ProgressView::default()).await {
-                    Ok(_) => return Ok(Repaired::Anew(reference)),
+                    Ok(tree) => return Ok(Ok((reference, tree))),
                     Err(error) => last = format!("{reference}: {error}"),
                 }
             }
         }
-        Ok(Repaired::Later(last))
+        Ok(Err(last))
     }
 }
 
 impl Damaged {
     /// Returns whether the tree's key is that of its manifest and its view.
     fn says_what_it_is(&self) -> bool {
-        Shape::of_view(&self.view).is_ok_and(|shape| shape.key(self.manifest) == self.key)
+        key_of(self.manifest, &self.view, &self.parts).is_ok_and(|key| key == self.key)
     }
+}
 
-    fn want(&self, reference: &Reference) -> Result<Want, PullError> {
-        Ok(Want {
-            shape: Shape::of_view(&self.view)?,
-            ..Want::of_node(reference.clone(), Platform::of_this_node(), Tenant::Config)
-        })
+fn want_of_view(reference: &Reference, view: &View) -> Result<Want, PullError> {
+    Ok(Want {
+        shape: Shape::of_view(view)?,
+        ..Want::of_node(reference.clone(), Platform::of_this_node(), Tenant::Config)
+    })
+}
+
+/// Returns the key that a tree with this record has.
+fn key_of(manifest: Digest, view: &View, parts: &[TreePart]) -> Result<TreeKey, PullError> {
+    if parts.is_empty() {
+        return Ok(Shape::of_view(view)?.key(manifest));
     }
+    let keys = parts
+        .iter()
+        .map(|part| Ok((part.path.clone(), Shape::of_view(&part.view)?.key(part.manifest))));
+    Ok(TreeKey::of_parts(&keys.collect::<Result<Vec<_>, PullError>>()?))
+}
+
+fn path_of(part: &TreePart) -> Result<RelativePath, PullError> {
+    Shape::parse_sub_path(&part.path).map_err(|error| {
+        let what = error.to_string();
+        StoreError::Damaged { path: "tree.json".into(), what }.into()
+    })
 }
 
 impl ReadBack {
@@ -309,7 +358,7 @@ impl ContentReader {
 
     /// Returns the bytes of memory that comparing a tree takes, unless it has very many directories. The numbers that it
     /// is computed from may be damaged, so that it is at most what can be reserved.
-    fn memory_of_tree(&self, tree: &Tree) -> Result<u64, PullError> {
+    pub(super) fn memory_of_tree(&self, tree: &Tree) -> Result<u64, PullError> {
         let links = match self.store.trees().links(tree) {
             Err(error) if error.is_of_this_node() => return Err(error.into()),
             links => links.unwrap_or_default(),
@@ -318,17 +367,25 @@ impl ContentReader {
         let entries = layers.map(|layer| layer.totals().entries).fold(0, u64::saturating_add);
         let names = entries.max(tree.record.inodes);
         // A view that cannot be read is reported when the tree is compared.
-        let patterns =
-            Shape::of_view(&tree.record.view).map_or(0, |shape| shape.selection.compiled_bytes());
+        let patterns = |TreePart { view, .. }: TreePart| {
+            Shape::of_view(&view).map_or(0, |shape| shape.selection.compiled_bytes())
+        };
+        let artifacts = tree.record.artifacts().into_iter();
+        let patterns = artifacts.map(patterns).max().unwrap_or_default();
         let bytes = Merger::estimate(names, &Selection::default())
             .saturating_add(patterns)
             .saturating_add(names.saturating_mul(BYTES_PER_NAME))
             .saturating_add(self.memory_of_manifest(tree)?);
+        let bytes =
+            if tree.record.parts.is_empty() { bytes } else { with_largest_part(bytes, bytes) };
         Ok(bytes.min(self.computations.budget.most()))
     }
 
     fn memory_of_manifest(&self, tree: &Tree) -> Result<u64, PullError> {
-        let size = self.store.documents().size(tree.record.manifest)?.unwrap_or_default();
+        // The manifests of a composite are read one after the other.
+        let sizes = tree.record.manifests().map(|manifest| self.store.documents().size(manifest));
+        let sizes = sizes.collect::<Result<Vec<_>, _>>()?;
+        let size = sizes.into_iter().flatten().max().unwrap_or_default();
         Ok(size.saturating_mul(BYTES_PER_MANIFEST_BYTE).min(self.computations.budget.most()))
     }
 
@@ -409,8 +466,9 @@ impl ContentReader {
                     damaged.extend(finding.digest);
                     found(finding);
                 })?;
-                let of_them =
-                    |tree: &Tree, _: &mut Reader| Ok(damaged.contains(&tree.record.manifest));
+                let of_them = |tree: &Tree, _: &mut Reader| {
+                    Ok(tree.record.manifests().any(|manifest| damaged.contains(&manifest)))
+                };
                 self.verify_trees_of(of_them, reader, &mut found)?
             }
             Item::Object(name) if name.kind() == ObjectKind::Tree => {
@@ -458,7 +516,8 @@ impl ContentReader {
     fn damaged(&self, tree: Tree) -> Result<Damaged, PullError> {
         let name = ObjectName::tree(tree.key, tree.generation);
         let Tree { key, record, .. } = tree;
-        let known = Damaged { key, manifest: record.manifest, view: record.view };
+        let TreeRecord { manifest, view, parts, .. } = record;
+        let known = Damaged { key, manifest, view, parts };
         if known.says_what_it_is() {
             return Ok(known);
         }
@@ -479,7 +538,10 @@ impl ContentReader {
         }
         let resolutions = self.store.resolutions().list()?;
         let known = resolutions.iter().flat_map(|Resolution { manifest, .. }| {
-            let of_view = |view: &View| Damaged { key, manifest: *manifest, view: view.clone() };
+            let of_view = |view: &View| {
+                let (manifest, view) = (*manifest, view.clone());
+                Damaged { key, manifest, view, parts: Vec::new() }
+            };
             views.iter().map(of_view)
         });
         Ok(known.into_iter().find(Damaged::says_what_it_is))
@@ -505,7 +567,13 @@ impl ContentReader {
                 Ok(())
             }
             Err(ComparisonError::Node(error)) => Err(error),
-            Err(ComparisonError::Tree(why)) => {
+            Err(error) => {
+                let why = match error {
+                    ComparisonError::Node(error) | ComparisonError::Parts(error) => {
+                        error.to_string()
+                    }
+                    ComparisonError::Tree(why) => why,
+                };
                 let why = format!("it cannot be compared with its manifest: {why}");
                 Ok(self.store.verification().refuse_tree(tree, why, found)?)
             }
@@ -539,18 +607,76 @@ impl ContentReader {
         reader: &mut Reader,
     ) -> Result<bool, PullError> {
         let _memory = self.memory_in_turn(self.memory_of_manifest(tree)?, reader)?;
-        match self.parts_of(tree) {
-            Ok(PartsOfTree { parts, shape, .. }) => Ok(parts
-                .iter()
-                .any(|part| object.as_str().starts_with(&folder_of(part, shape.permissions)))),
-            Err(ComparisonError::Node(error)) => Err(error),
-            Err(ComparisonError::Tree(_)) => Ok(true),
+        let links_it = |PartsOfTree { parts, shape, .. }| {
+            let folder = |part| folder_of(part, shape.permissions);
+            parts.iter().any(|part| object.as_str().starts_with(&folder(part)))
+        };
+        for TreePart { manifest, view, .. } in tree.record.artifacts() {
+            match self.parts_of(manifest, &view).map(links_it) {
+                Ok(false) => {}
+                Err(ComparisonError::Node(error)) => return Err(error),
+                Ok(true) | Err(_) => return Ok(true),
+            }
         }
+        Ok(false)
     }
 
     /// Plans a tree from its manifest and the objects that its record links, within `allowance` bytes of memory.
     fn expected_tree(&self, tree: &Tree, allowance: u64) -> Result<ExpectedTree, ComparisonError> {
-        let PartsOfTree { kind, parts, shape, limits } = self.parts_of(tree)?;
+        let TreeRecord { manifest, view, parts, .. } = &tree.record;
+        if key_of(*manifest, view, parts)? != tree.key {
+            return Err(ComparisonError::Tree("its tree.json is that of another tree".to_owned()));
+        }
+        if parts.is_empty() {
+            return self.expected_part(tree, *manifest, view, allowance);
+        }
+        let sources = parts.iter().map(|part| PartSource { tree, part });
+        // Compares an accepted volume under any later limits.
+        self.compose(sources, &Limits::largest(), allowance)
+    }
+
+    /// Plans a composite from its parts, within `allowance` bytes of memory.
+    pub(super) fn compose<'a>(
+        &self,
+        sources: impl Iterator<Item = PartSource<'a>>,
+        limits: &Limits,
+        allowance: u64,
+    ) -> Result<ExpectedTree, ComparisonError> {
+        let everything = Selection::default();
+        let mut merger = Merger::new(limits, &everything);
+        merger.allowance = allowance;
+        let (mut objects, mut parts, mut compressed_bytes) =
+            (Objects::default(), Vec::new(), 0_u64);
+        for (number, PartSource { tree, part }) in (0..).zip(sources) {
+            let left = merger.memory_left();
+            let expected = self.expected_part(tree, part.manifest, &part.view, left)?;
+            let path = &path_of(part)?;
+            let planned = PlannedPart { number, path, plan: &expected.plan };
+            let added = merger.part(&planned, &mut expected.objects.records());
+            added.map_err(ComparisonError::of_parts)?;
+            compressed_bytes = compressed_bytes.saturating_add(expected.record.compressed_bytes);
+            let first = number * LAYERS_OF_A_PART;
+            let layers = expected.objects.layers.into_iter();
+            objects.layers.extend(layers.map(|(layer, view)| (first + layer, view)));
+            objects.files.extend(expected.objects.files);
+            parts.push(part.clone());
+        }
+        let plan = merger.finish().map_err(ComparisonError::of_parts)?;
+        let kind = format!("{} artifacts", parts.len());
+        let manifest = TreePart::digest_of(&parts);
+        let record = Shape::default().record(manifest, kind, compressed_bytes, &plan);
+        Ok(ExpectedTree { plan, objects, record: TreeRecord { parts, ..record } })
+    }
+
+    /// Plans what a tree shows of one manifest, from objects that its record links.
+    fn expected_part(
+        &self,
+        tree: &Tree,
+        manifest: Digest,
+        view: &View,
+        allowance: u64,
+    ) -> Result<ExpectedTree, ComparisonError> {
+        let PartsOfTree { kind, parts, shape, limits } = self.parts_of(manifest, view)?;
         let sizes = parts.iter().map(|part| part.descriptor.size);
         let compressed_bytes = sizes.fold(0, u64::saturating_add);
         let sources = TreeSources::new(self.linked_objects(tree, parts, &shape)?);
@@ -559,17 +685,13 @@ impl ContentReader {
         if bytes > allowance {
             return Err(PullError::from(UnpackError::Memory { bytes, entries }).into());
         }
-        let record = shape.record(tree.record.manifest, kind, compressed_bytes, &plan);
+        let record = shape.record(manifest, kind, compressed_bytes, &plan);
         Ok(ExpectedTree { plan, objects: sources.objects, record })
     }
 
-    /// Returns the layers that a tree shows, from its manifest.
-    fn parts_of(&self, tree: &Tree) -> Result<PartsOfTree, ComparisonError> {
-        let manifest = tree.record.manifest;
-        let shape = Shape::of_view(&tree.record.view)?;
-        if shape.key(manifest) != tree.key {
-            return Err(ComparisonError::Tree("its tree.json is that of another tree".to_owned()));
-        }
+    /// Returns the layers that are shown of a manifest.
+    fn parts_of(&self, manifest: Digest, view: &View) -> Result<PartsOfTree, ComparisonError> {
+        let shape = Shape::of_view(view)?;
         let Some(bytes) = self.store.documents().get(manifest)? else {
             return Err(ComparisonError::Tree(format!("{manifest} is not here")));
         };
@@ -630,12 +752,29 @@ struct PartsOfTree {
     limits: Limits,
 }
 
+/// A part of a composite, and the tree that links its files and layers.
+pub(super) struct PartSource<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) part: &'a TreePart,
+}
+
 /// The reason why a tree cannot be compared.
-enum ComparisonError {
+pub(super) enum ComparisonError {
     /// The node lacks memory or another resource now.
     Node(PullError),
     /// The record or the content of the tree is incomplete or damaged.
     Tree(String),
+    /// The parts of a composite do not make one tree.
+    Parts(PullError),
+}
+
+impl ComparisonError {
+    fn of_parts(error: UnpackError) -> Self {
+        match PullError::from(error) {
+            error @ PullError::Unpack(_) if !is_shortage(&error) => Self::Parts(error),
+            error => error.into(),
+        }
+    }
 }
 
 impl From<PullError> for ComparisonError {
@@ -674,6 +813,6 @@ fn memory_of_comparison(plan: &TreePlan) -> u64 {
 }
 
 /// Returns whether planning was stopped for memory.
-fn is_shortage(error: &PullError) -> bool {
+pub(super) fn is_shortage(error: &PullError) -> bool {
     matches!(error.root(), PullError::Unpack(UnpackError::Memory { .. }))
 }

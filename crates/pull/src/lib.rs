@@ -17,6 +17,7 @@
 //!   tree_shape                what a volume shows of a manifest
 //!   tree_sources              the files and layers that a tree is planned from
 //!   disk_space_claim          the disk space of an artifact, claimed before its first byte
+//!   composite_tree            several artifacts in one tree
 //!   artifact_totals           limits on the sums of its layers, while they arrive
 //! blob_objects                the layer store: blobs -> files and layers of the store
 //!   streaming_unpack          unpacks a layer while it arrives
@@ -51,6 +52,7 @@ mod blob_objects;
 mod blob_origins;
 mod blob_transfer;
 mod cached_tree;
+mod composite_tree;
 mod compute_budget;
 mod connection_rate;
 mod connection_slots;
@@ -91,6 +93,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 pub use artifact_request::{IfUnavailable, Priority, PullPolicy, Want};
+pub use composite_tree::{CompositeError, PlacedWant};
 pub use credentials_verification::{CredentialsVerification, Verification};
 pub use error::PullError;
 pub use pull_options::PullOptions;
@@ -102,6 +105,7 @@ use artifact_tree::{TreeAssembler, TreeRequest};
 use blob_objects::LayerStore;
 use blob_origins::BlobOrigins;
 use blob_transfer::SizedBlob;
+use composite_tree::Composer;
 use compute_budget::Computations;
 use content_repair::ContentReader;
 use credential_offers::Source;
@@ -156,6 +160,7 @@ struct Parts {
     resolver: Arc<Resolver>,
     signatures: SignatureVerifier,
     assembler: Arc<TreeAssembler>,
+    composer: Arc<Composer>,
     reader: Arc<ContentReader>,
     importer: Arc<LayoutImporter>,
     wire: Arc<Wire>,
@@ -164,22 +169,49 @@ struct Parts {
 
 /// A view of a pull's progress, for a caller that waits.
 #[derive(Clone, Debug, Default)]
-pub struct ProgressView(Arc<Mutex<Option<Arc<Progress>>>>);
+pub struct ProgressView(Arc<Mutex<ViewedProgress>>);
+
+/// The flight that is waited for last, and the views of several that are waited for together.
+#[derive(Debug, Default)]
+struct ViewedProgress {
+    own: Option<Arc<Progress>>,
+    parts: Vec<ProgressView>,
+}
 
 impl ProgressView {
     /// Returns the current progress.
     pub fn snapshot(&self) -> pull_progress::Snapshot {
-        let progress = self.0.lock().clone();
-        progress.map_or_else(|| Progress::default().snapshot(), |progress| progress.snapshot())
+        let (own, parts) = {
+            let viewed = self.0.lock();
+            (viewed.own.clone(), viewed.parts.clone())
+        };
+        let nothing = || Progress::default().snapshot();
+        let own = own.map_or_else(nothing, |progress| progress.snapshot());
+        let parts = parts.iter().filter(|part| part.was_shown());
+        parts.fold(own, |all, part| all.with(part.snapshot()))
     }
 
     /// Returns whether there was a flight to wait for.
     pub fn was_shown(&self) -> bool {
-        self.0.lock().is_some()
+        let parts = {
+            let viewed = self.0.lock();
+            if viewed.own.is_some() {
+                return true;
+            }
+            viewed.parts.clone()
+        };
+        parts.iter().any(Self::was_shown)
     }
 
     fn show(&self, progress: &Arc<Progress>) {
-        *self.0.lock() = Some(Arc::clone(progress));
+        self.0.lock().own = Some(Arc::clone(progress));
+    }
+
+    /// Adds a view of something that is waited for beside other things.
+    fn part(&self) -> Self {
+        let part = Self::default();
+        self.0.lock().parts.push(part.clone());
+        part
     }
 }
 
@@ -265,6 +297,13 @@ impl Puller {
             limits: limits.manifest(),
             observer: Arc::clone(&observer),
         };
+        let composer = Arc::new(Composer {
+            store: store.clone(),
+            reader: Arc::clone(&reader),
+            computations: computations.clone(),
+            limits: limits.clone(),
+            flights: Flights::new(runway.clone(), LINGER),
+        });
         let assembler = Arc::new(TreeAssembler {
             store: store.clone(),
             space: SpaceReserver { origins: origins.clone() },
@@ -283,6 +322,7 @@ impl Puller {
             resolver,
             signatures,
             assembler,
+            composer,
             reader,
             importer,
             wire,
@@ -324,8 +364,23 @@ impl Puller {
         resolved: &Resolved,
         view: &ProgressView,
     ) -> Result<Tree, Arc<PullError>> {
+        self.check(want, resolved).await?;
+        self.sound_tree(want, resolved, view).await
+    }
+
+    /// Compares what was resolved with the demands of the volume, before any of it is fetched.
+    async fn check(&self, want: &Want, resolved: &Resolved) -> Outcome<()> {
         self.0.resolver.check_size(want, resolved).await?;
-        self.0.signatures.verify(want, resolved).await?;
+        self.0.signatures.verify(want, resolved).await
+    }
+
+    /// Returns the tree of what was resolved, read back if it is of an earlier format.
+    async fn sound_tree(
+        &self,
+        want: &Want,
+        resolved: &Resolved,
+        view: &ProgressView,
+    ) -> Outcome<Tree> {
         let tree = loop {
             let tree = self.tree(want, resolved, view).await?;
             // One that is damaged has been marked: the next look does not find it.

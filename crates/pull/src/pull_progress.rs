@@ -300,6 +300,19 @@ impl Progress {
     }
 }
 
+impl Snapshot {
+    /// Returns the progress of this and of another flight together.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        let (total, done) = (self.total + other.total, self.done + other.done);
+        let rate = self.rate + other.rate;
+        let left = (rate > 0).then(|| Duration::from_secs((total - done).div_ceil(rate)));
+        let reads_back = (self.total == 0 || self.reads_back) && other.reads_back;
+        let (failure, memory) = (self.failure.or(other.failure), self.memory.or(other.memory));
+        Self { total, done, rate, left, reads_back, failure, memory }
+    }
+}
+
 impl fmt::Display for Snapshot {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { total, done, rate, left, reads_back, ref failure, memory } = *self;

@@ -9,9 +9,12 @@ use oci::manifest::{Descriptor, ImageManifest};
 use store::trees::{TreeRecord, View};
 use store::{StoreError, TreeKey};
 use unpack::layer_merge::TreePlan;
-use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, classify};
+use unpack::layer_rule::{ArchiveRule, FileRule, LayerRule, check_sub_path, classify};
 use unpack::permissions::{NodeType, Owner};
-use unpack::{Permissions, PermissionsRule, Selection, UnpackError, UnpackMode};
+use unpack::volume_path::PathError;
+use unpack::{
+    Limits, Permissions, PermissionsRule, RelativePath, Selection, UnpackError, UnpackMode,
+};
 
 /// The settings of a volume that shape its tree, beside the manifest. The default shows the whole artifact.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +27,8 @@ pub struct Shape {
     pub file_mode: Option<u32>,
     /// The choice of layers that are unpacked.
     pub unpack: UnpackMode,
+    /// The folder or file of the artifact that is shown; the root shows all of it.
+    pub sub_path: RelativePath,
 }
 
 /// A layer that is shown.
@@ -43,19 +48,34 @@ pub(super) enum PartRule {
 impl Shape {
     /// Reads the shape of a tree from its record.
     pub(super) fn of_view(view: &View) -> Result<Self, PullError> {
-        let selection = Selection::parse(&view.include, &view.exclude).map_err(|error| {
-            let what = error.to_string();
-            StoreError::Damaged { path: "tree.json".into(), what }
-        })?;
+        let damaged = |what| StoreError::Damaged { path: "tree.json".into(), what };
+        let selection = Selection::parse(&view.include, &view.exclude)
+            .map_err(|error| damaged(error.to_string()))?;
+        let sub_path =
+            Self::parse_sub_path(&view.sub_path).map_err(|error| damaged(error.to_string()))?;
         let View { permissions, file_mode, unpack, .. } = *view;
-        Ok(Self { selection, permissions, file_mode, unpack })
+        Ok(Self { selection, permissions, file_mode, unpack, sub_path })
     }
 
     /// Returns the shape in the form of volume attributes, for the record of the tree.
-    fn view(&self) -> View {
+    pub(super) fn view(&self) -> View {
         let (include, exclude) = self.selection.attributes();
         let Self { permissions, file_mode, unpack, .. } = *self;
-        View { include, exclude, permissions, file_mode, unpack }
+        View { include, exclude, permissions, file_mode, unpack, sub_path: self.sub_path_text() }
+    }
+
+    /// Parses the attribute `subPath`, of which an empty value shows everything.
+    pub fn parse_sub_path(text: &str) -> Result<RelativePath, PathError> {
+        match text {
+            "" => Ok(RelativePath::root()),
+            // Its own bounds: those of the configuration refuse what artifacts have.
+            text => RelativePath::parse(text.as_bytes(), &Limits::largest()),
+        }
+    }
+
+    /// Returns `subPath` in canonical form; empty for the root.
+    pub fn sub_path_text(&self) -> String {
+        String::from_utf8_lossy(self.sub_path.as_bytes()).into_owned()
     }
 
     /// Returns the record of a tree of this shape. Copies of files are counted when they are made.
@@ -75,6 +95,7 @@ impl Shape {
             own_inodes: plan.totals.directories + plan.totals.symbolic_links,
             own_bytes: 0,
             view: self.view(),
+            parts: Vec::new(),
         }
     }
 
@@ -82,7 +103,8 @@ impl Shape {
         let file_mode = self.file_mode.map(|mode| format!("{mode:04o}")).unwrap_or_default();
         let (selection, permissions) = (self.selection.canonical(), self.permissions.name());
         let key = TreeKey::new(manifest, &selection, permissions, &file_mode);
-        if self.unpack.is_auto() { key } else { key.with_unpack(self.unpack.name()) }
+        let key = if self.unpack.is_auto() { key } else { key.with_unpack(self.unpack.name()) };
+        if self.sub_path.is_root() { key } else { key.with_sub_path(&self.sub_path_text()) }
     }
 
     /// The layers that are shown, or may be: a title can prove that a layer is not.
@@ -92,11 +114,16 @@ impl Shape {
         limits: &unpack::Limits,
     ) -> Result<Vec<Part>, PullError> {
         let rules = classify(manifest, self.unpack, limits)?;
+        // Links of an image may lead from `subPath` to any layer.
+        let proves = !manifest.is_image();
+        if proves {
+            check_sub_path(&rules, &self.sub_path)?;
+        }
         // Its patterns are compiled for this list alone.
         let selection = self.selection.clone();
         let layers = manifest.layers.iter().zip(rules).enumerate();
         let parts = layers.filter_map(|(layer, (descriptor, rule))| {
-            if !rule.is_needed(&selection) {
+            if !rule.is_needed(&selection) || proves && !rule.may_have(&self.sub_path) {
                 return None;
             }
             let rule = match rule {

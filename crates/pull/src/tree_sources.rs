@@ -82,6 +82,7 @@ impl TreeSources {
         // Its patterns are compiled for this plan alone.
         let selection = shape.selection.clone();
         let mut merger = Merger::new(limits, &selection);
+        merger.sub_path = shape.sub_path.clone();
         merger.allowance = allowance;
         merger.records = Some(&mut records);
         for (layer, rule) in &self.parts {

@@ -256,7 +256,7 @@ impl GarbageCollector {
         // The mounts first: a tree that is mounted later has a lease or a record in the catalog.
         let mounted = mounted_trees()?;
         let store = catalog.snapshot();
-        let manifests = store.objects.values().filter_map(|entry| entry.manifest).collect();
+        let manifests = store.manifests();
         Ok(Facts {
             store,
             indexes: self.resolutions.indexes_of(&manifests)?,

@@ -365,7 +365,28 @@ impl State {
     }
 }
 
+impl Snapshot {
+    /// Returns the manifests that all trees were made from.
+    pub fn manifests(&self) -> HashSet<Digest> {
+        let of_tree = |entry: &Arc<Entry>| {
+            let parts = entry.is_composite().then(|| entry.documents().collect::<Vec<_>>());
+            entry.manifest.into_iter().chain(parts.into_iter().flatten()).collect::<Vec<_>>()
+        };
+        self.objects.values().flat_map(of_tree).collect()
+    }
+}
+
 impl Entry {
+    /// Returns whether it is a tree of several artifacts, whose own manifest is no document.
+    pub fn is_composite(&self) -> bool {
+        self.manifest.is_some_and(|manifest| self.documents().all(|document| document != manifest))
+    }
+
+    /// Returns the manifests and configurations that a tree needs.
+    pub fn documents(&self) -> impl Iterator<Item = Digest> {
+        self.links.iter().filter_map(ObjectName::document_digest)
+    }
+
     /// Returns the entry of an object that is made now and links nothing.
     pub(super) fn new(bytes: u64, inodes: u64) -> Self {
         let last_used = jiff::Timestamp::now().as_second();

@@ -60,6 +60,20 @@ impl TreeKey {
         Self(hash(&["unpack", &self.0.hex(), unpack]))
     }
 
+    /// Returns the key of a composite of trees, each below the folder of its path.
+    pub fn of_parts(parts: &[(String, Self)]) -> Self {
+        let texts = parts.iter().flat_map(|(path, tree)| [path.clone(), tree.0.hex()]);
+        let texts: Vec<_> =
+            ["composite".to_owned(), RULES_VERSION.to_string()].into_iter().chain(texts).collect();
+        Self(hash(&texts.iter().map(String::as_str).collect::<Vec<_>>()))
+    }
+
+    /// Returns the key of the part of this tree that `subPath` names.
+    #[must_use]
+    pub fn with_sub_path(self, sub_path: &str) -> Self {
+        Self(hash(&["subPath", &self.0.hex(), sub_path]))
+    }
+
     /// The inverse of the key's text.
     pub fn from_hex(text: &str) -> Option<Self> {
         Digest::from_hex(text).map(Self)

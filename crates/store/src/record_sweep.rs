@@ -66,8 +66,7 @@ impl<'a> Sweep<'a> {
         unix_seconds: i64,
         longest_age: Duration,
     ) -> Self {
-        let objects = facts.store.objects.values();
-        let mut manifests: HashSet<_> = objects.filter_map(|entry| entry.manifest).collect();
+        let mut manifests = facts.store.manifests();
         manifests.extend(&facts.store.pinned);
         // Manifests of running pulls.
         manifests.extend(facts.store.leased.iter().filter_map(ObjectName::document_digest));

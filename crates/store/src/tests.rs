@@ -85,6 +85,7 @@ fn record(key: FileKey) -> TreeRecord {
         own_inodes: 1,
         own_bytes: 0,
         view: View::default(),
+        parts: Vec::new(),
     }
 }
 

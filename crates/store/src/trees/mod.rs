@@ -14,6 +14,7 @@ mod hard_links;
 pub mod mounted_tree;
 mod tree_objects;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
@@ -38,7 +39,7 @@ use super::space_amount::SpaceAmount;
 use super::space_ledger::Claim;
 use super::staging_folders::Staging;
 use super::state_directory::StateDirectory;
-use super::{ObjectKind, ObjectName, TreeKey, json_records};
+use super::{ObjectKind, ObjectName, TreeKey, json_records, object_keys};
 use hard_links::HardLinkTree;
 use oci_types::Digest;
 use sys::fault;
@@ -96,6 +97,48 @@ pub struct TreeRecord {
     /// The view that the volume asked for.
     #[serde(default)]
     pub view: View,
+    /// The artifacts of a composite, in the volume's order; empty for the tree of one artifact.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<TreePart>,
+}
+
+/// One artifact of a composite.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreePart {
+    /// The folder of its root; empty for the root of the volume.
+    pub path: String,
+    /// The manifest that it was made from.
+    pub manifest: Digest,
+    /// Bytes of its regular files.
+    pub bytes: u64,
+    /// The view that the volume asked for.
+    #[serde(default)]
+    pub view: View,
+}
+
+impl TreeRecord {
+    /// Returns what the tree shows of each artifact, also if there is only one.
+    pub fn artifacts(&self) -> Vec<TreePart> {
+        if !self.parts.is_empty() {
+            return self.parts.clone();
+        }
+        let &Self { manifest, bytes, .. } = self;
+        vec![TreePart { path: String::new(), manifest, bytes, view: self.view.clone() }]
+    }
+
+    /// Returns the manifests that the tree was made from.
+    pub fn manifests(&self) -> impl Iterator<Item = Digest> {
+        self.artifacts().into_iter().map(|artifact| artifact.manifest)
+    }
+}
+
+impl TreePart {
+    /// Returns the digest that stands for the manifests of a composite. No document has it.
+    pub fn digest_of(parts: &[Self]) -> Digest {
+        let texts = parts.iter().flat_map(|part| [part.path.clone(), part.manifest.hex()]);
+        let texts: Vec<_> = std::iter::once("parts".to_owned()).chain(texts).collect();
+        object_keys::hash(&texts.iter().map(String::as_str).collect::<Vec<_>>())
+    }
 }
 
 /// The shape of a tree beside its manifest, from the volume attributes.
@@ -116,6 +159,9 @@ pub struct View {
     /// The choice of layers that are unpacked.
     #[serde(skip_serializing_if = "UnpackMode::is_auto")]
     pub unpack: UnpackMode,
+    /// The folder or file that is shown; empty for all.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub sub_path: String,
 }
 
 /// A tree that is complete but for its records and its name.
@@ -157,6 +203,7 @@ pub(super) fn read_entry(directory: &StateDirectory, path: &Path) -> Option<Entr
     let links: Vec<String> = json_records::read(&path.join(LINKS)).unwrap_or_default();
     let mut links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
     if let Some(record) = &record
+        && record.parts.is_empty()
         && !links.contains(&ObjectName::document(record.manifest))
     {
         // Earlier versions did not list documents.
@@ -235,19 +282,31 @@ impl Trees {
     pub fn commit(
         &self,
         key: TreeKey,
-        mut record: TreeRecord,
+        record: TreeRecord,
         built: BuiltTree,
         layers: &[Layer],
         files: &[StoredFile],
     ) -> Result<Tree, StoreError> {
+        self.commit_linking(key, record, built, names_of(layers, files))
+    }
+
+    /// Gives a tree its name, after these files and layers that it links have theirs.
+    pub fn commit_linking(
+        &self,
+        key: TreeKey,
+        mut record: TreeRecord,
+        built: BuiltTree,
+        links: BTreeSet<ObjectName>,
+    ) -> Result<Tree, StoreError> {
         let BuiltTree { mut staging, own: SpaceAmount { bytes, inodes } } = built;
         record.own_inodes = record.own_inodes.saturating_add(inodes);
         record.own_bytes = record.own_bytes.saturating_add(bytes);
-        let mut links = names_of(layers, files);
-        let documents = self.directory.documents_of(record.manifest).into_iter();
-        links.extend(documents.map(|name| name.as_str().to_owned()));
+        let documents = record.manifests().flat_map(|of| self.directory.documents_of(of));
+        let documents: BTreeSet<_> = documents.collect();
+        let links: Vec<_> = links.into_iter().chain(documents).collect();
+        let texts: Vec<_> = links.iter().map(ObjectName::as_str).collect();
         for (name, json) in
-            [(RECORD, serde_json::to_vec(&record)), (LINKS, serde_json::to_vec(&links))]
+            [(RECORD, serde_json::to_vec(&record)), (LINKS, serde_json::to_vec(&texts))]
         {
             let path = staging.path().join(name);
             let write = || -> io::Result<File> {
@@ -262,7 +321,6 @@ impl Trees {
         staging.staged.wrote(|| path.clone());
         let folder = self.directory.path("trees").join(key.to_string());
         fault::point("tree.built").io_context("build", &path)?;
-        let links: Vec<_> = links.iter().filter_map(|link| ObjectName::parse(link)).collect();
         let entry = Entry { links: links.clone(), ..entry(self.directory.units, Some(&record)) };
         let (generation, lease) = self.directory.commit(staging, &path, &folder, entry)?;
         let path = folder.join(generation.to_string());
@@ -296,11 +354,10 @@ const fn is_none(bytes: &u64) -> bool {
 }
 
 /// `layers/<key>/<n>` and `files/<digest>/<variant>/<n>`, each once.
-fn names_of(layers: &[Layer], files: &[StoredFile]) -> Vec<String> {
+fn names_of(layers: &[Layer], files: &[StoredFile]) -> BTreeSet<ObjectName> {
     let layers = layers.iter().map(|layer| ObjectName::layer(layer.key, layer.generation));
     let files = files.iter().map(|file| ObjectName::file(file.key, file.generation));
-    let names: std::collections::BTreeSet<_> = layers.chain(files).collect();
-    names.iter().map(|name| name.as_str().to_owned()).collect()
+    layers.chain(files).collect()
 }
 
 impl Tree {
