@@ -19,6 +19,18 @@ def join(texts, separator):
     return celpy.celtypes.StringType(separator.join(texts))
 
 
+def split(text, separator):
+    parts = [celpy.celtypes.StringType(part) for part in text.split(separator)]
+    return celpy.celtypes.ListType(parts)
+
+
+def substring(text, start):
+    return celpy.celtypes.StringType(text[start:])
+
+
+FUNCTIONS = {"join": join, "split": split, "substring": substring}
+
+
 class Evaluator:
     """Validations and variables of one policy, compiled once."""
 
@@ -26,7 +38,7 @@ class Evaluator:
         environment = celpy.Environment()
 
         def program(text):
-            return environment.program(environment.compile(text), functions={"join": join})
+            return environment.program(environment.compile(text), functions=FUNCTIONS)
 
         self.variables = [
             (each["name"], program(each["expression"])) for each in spec["variables"]
@@ -72,8 +84,41 @@ def carriers(attributes):
         yield {"kind": "ArtifactPreload", "spec": attributes}
 
 
+def listed(*lines):
+    return {"artifacts": "".join(f"{line}\n" for line in lines)}
+
+
+GOOD = "- reference: registry.example.com/team/tool:v1"
+EVIL = "- reference: evil.org/tool:v1"
+# Lists in other words than the policy reads, of references that it allows and of others.
+SPELLINGS = [
+    {"artifacts": '[{"reference": "registry.example.com/team/tool:v1"}]'},
+    {"artifacts": '[{"reference": "evil.org/tool:v1"}]'},
+    listed(GOOD, "- {reference: evil.org/tool:v1}"),
+    listed(GOOD, "-  reference: evil.org/tool:v1"),
+    listed(GOOD, "- path: x", "  reference: evil.org/tool:v1"),
+    listed(GOOD, "- reference: 'evil.org/tool:v1'"),
+    listed(GOOD, "- reference:", "    evil.org/tool:v1"),
+    listed(GOOD, "- reference: &a registry.example.com/team", "- reference: *a"),
+    listed(GOOD, "  <<: {reference: evil.org/tool:v1}"),
+    listed(GOOD, "  reference: evil.org/tool:v1"),
+    listed(GOOD, '  "path": x'),
+    listed(GOOD + "\r- reference: evil.org/tool:v1"),
+    listed(GOOD, "  path: x\u2028- reference: evil.org/tool:v1"),
+    listed("---", GOOD),
+    listed(GOOD, ""),
+]
 # Attributes -> whether the repositories allow them.
 REPOSITORIES = [
+    (listed(GOOD), True),
+    (listed(GOOD, "  path: a", "  include: 'x/**,y'", GOOD, "  strip: b", "  exclude: c"), True),
+    ({"artifacts": GOOD}, True),
+    ({"artifacts": "", "reference": "registry.example.org/anything:v1"}, True),
+    (listed(EVIL), False),
+    (listed(GOOD, "  path: a", EVIL), False),
+    # YAML takes the second reference for text, and the policy is not less strict for it.
+    (listed(GOOD, '  path: "a', EVIL, '  path: b"'), False),
+    *((attributes, False) for attributes in SPELLINGS),
     ({"reference": "registry.example.com/team/tool:v1"}, True),
     ({"reference": "registry.example.com/team:v1"}, True),
     ({"reference": "registry.example.com/team" + DIGEST}, True),
@@ -95,6 +140,9 @@ REPOSITORIES = [
 ]
 # Attributes -> whether they are pinned.
 DIGESTS = [
+    (listed(GOOD + DIGEST, "  path: a", GOOD + DIGEST, "  path: b"), True),
+    (listed(GOOD + DIGEST, "  path: a", GOOD, "  path: b"), False),
+    ({"artifacts": f'[{{"reference": "registry.example.com/a{DIGEST}"}}]'}, False),
     ({"reference": "registry.example.com/a:v1" + DIGEST}, True),
     ({"reference": "registry.example.com/a" + DIGEST}, True),
     ({"repository": "registry.example.com/a", "digest": DIGEST[1:]}, True),
