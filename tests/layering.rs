@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A directory, the names that must not be used in it, and the reason.
-const LAYERS: [(&str, &[&str], &str); 7] = [
+const LAYERS: [(&str, &[&str], &str); 8] = [
     (
         "src/volume",
         &["tonic::", "prost::", "reqwest::", "crate::csi", "crate::admin"],
@@ -33,6 +33,11 @@ const LAYERS: [(&str, &[&str], &str); 7] = [
     ("crates/pull", &["sys::mount"], "pulling needs no mount privilege"),
     (
         "crates/preload/src/plan",
+        &["kube::", "tokio::", "crate::controller"],
+        "planning is facts in, decisions out",
+    ),
+    (
+        "crates/provision/src/plan",
         &["kube::", "tokio::", "crate::controller"],
         "planning is facts in, decisions out",
     ),

@@ -17,12 +17,14 @@ pub(super) enum LogFormat {
 }
 
 /// The crates of this project. A bare level such as `debug` applies to them only.
-const CRATES: [&str; 11] = [
+const CRATES: [&str; 13] = [
+    "controller_runtime",
     "csi_driver_oci",
     "oci",
     "oci_types",
     "policy",
     "preload",
+    "provision",
     "pull",
     "store",
     "sys",

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tonic::metadata::MetadataMap;
 
 use crate::proto::csi::v1::{NodePublishVolumeRequest, VolumeCapability, volume_capability};
-use crate::volume::volume_attributes::{KUBELET_PREFIX, VolumeAttributes};
+use crate::volume::volume_attributes::{self, KUBELET_PREFIX, VolumeAttributes};
 use crate::volume::{PodInfo, PublishRequest, TargetPath, VolumeError};
 use oci::credentials::{Keyring, WorkloadIdentity};
 use pull::ProgressView;
@@ -126,22 +126,7 @@ fn capability(capability: Option<VolumeCapability>) -> Result<MountFlags, Volume
             excerpt(&mount.fs_type, 100)
         )));
     }
-    let mut flags = MountFlags::default();
-    for flag in mount.mount_flags.iter().flat_map(|flags| flags.split(',')) {
-        match flag.trim() {
-            "noexec" => flags.noexec = true,
-            "noatime" => flags.noatime = true,
-            // Every mount of the driver is read-only.
-            "ro" | "" => {}
-            other => {
-                return Err(VolumeError::Invalid(format!(
-                    "the mount option \"{}\" cannot be honoured: use noexec, noatime or ro",
-                    excerpt(other, 100)
-                )));
-            }
-        }
-    }
-    Ok(flags)
+    volume_attributes::mount_flags(&mount.mount_flags)
 }
 
 /// Returns the pod information of a publish, if the kubelet wrote it.

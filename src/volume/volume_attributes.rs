@@ -122,6 +122,20 @@ pub const ATTRIBUTES: [Attribute; 15] = [
     },
 ];
 
+/// The keys of [`ATTRIBUTES`].
+pub const KEYS: [&str; ATTRIBUTES.len()] = {
+    let mut keys = [""; ATTRIBUTES.len()];
+    let mut number = 0;
+    while number < keys.len() {
+        keys[number] = ATTRIBUTES[number].key;
+        number += 1;
+    }
+    keys
+};
+
+/// The keys that name the artifact or artifacts. A volume has one of them.
+pub const NAMING_KEYS: [&str; 3] = ["reference", "repository", "artifacts"];
+
 /// The prefix of the keys that the kubelet adds. Unknown keys with it are ignored.
 pub const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
 
@@ -159,20 +173,19 @@ pub struct VolumeArtifact {
 impl VolumeAttributes {
     /// Parses the volume context without the kubelet's keys. An empty value counts as absent.
     pub fn parse(context: &HashMap<String, String>) -> Result<Self, VolumeError> {
-        let keys = ATTRIBUTES.map(|attribute| attribute.key);
         let unknown =
-            |key: &&String| !key.starts_with(KUBELET_PREFIX) && !keys.contains(&key.as_str());
+            |key: &&String| !key.starts_with(KUBELET_PREFIX) && !KEYS.contains(&key.as_str());
         if let Some(key) = context.keys().filter(unknown).min() {
             return Err(VolumeError::Invalid(format!(
                 "the volume attribute \"{}\" is not known: use {}",
                 excerpt(key, 100),
-                keys.join(", ")
+                KEYS.join(", ")
             )));
         }
         let get =
             |key: &str| context.get(key).map(String::as_str).filter(|value| !value.is_empty());
         if let Some(key) =
-            keys.iter().find(|key| get(key).is_some_and(|value| value.len() > MAXIMUM_BYTES))
+            KEYS.iter().find(|key| get(key).is_some_and(|value| value.len() > MAXIMUM_BYTES))
         {
             return Err(invalid(key, &format!("is longer than {MAXIMUM_BYTES} bytes")));
         }
@@ -297,6 +310,26 @@ impl VolumeAttributes {
         let entries: Vec<_> = self.artifacts.iter().map(canonical).collect();
         Digest::of(&entries.concat())
     }
+}
+
+/// Parses the mount options of a `PersistentVolume`. Each may be a list.
+pub fn mount_flags(options: &[String]) -> Result<MountFlags, VolumeError> {
+    let mut flags = MountFlags::default();
+    for option in options.iter().flat_map(|options| options.split(',')) {
+        match option.trim() {
+            "noexec" => flags.noexec = true,
+            "noatime" => flags.noatime = true,
+            // Every mount of the driver is read-only.
+            "ro" | "" => {}
+            other => {
+                return Err(VolumeError::Invalid(format!(
+                    "the mount option \"{}\" cannot be honoured: use noexec, noatime or ro",
+                    excerpt(other, 100)
+                )));
+            }
+        }
+    }
+    Ok(flags)
 }
 
 fn reference<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Result<Reference, VolumeError> {

@@ -54,6 +54,12 @@ fn a_node_changes_nothing_but_its_startup_taint() {
 }
 
 #[test]
+fn the_controller_writes_volumes_of_its_driver_only() {
+    let _namespace = TestNamespace::new("provisioner");
+    check("provisioner_volumes");
+}
+
+#[test]
 fn a_wrong_volume_is_refused_in_every_kind_of_object() {
     // The policy is about PersistentVolumes of all namespaces.
     let _namespace = TestNamespace::alone("policies");

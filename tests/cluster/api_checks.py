@@ -21,6 +21,7 @@ import compose
 import crossplane
 import fleet
 import pull_secrets
+import provisioner
 import render
 import startup_taint
 
@@ -221,15 +222,16 @@ def preloads(server):
 
 
 def manifests(server):
-    """All that users apply is taken, strictly: each row of the chart, `deploy`, `examples` and what the page shows."""
-    page = (chart.ROOT / "docs/preloading.md").read_text()
-    shown = [each.partition("```")[0] for each in page.split("```yaml\n")[1:]]
+    """All that users apply is taken, strictly: each row of the chart, `deploy`, `examples` and what the pages show."""
+    pages = {name: (chart.ROOT / name).read_text() for name in ("docs/preloading.md", "docs/how-to/claims.md")}
     # Not the names of the release that is installed: what two appliers write is merged.
     chart.RELEASE = "checks"
     version = server.call("GET", "/version")[1]["gitVersion"].removeprefix("v")
     groups = {row: chart.objects(values, version) for row, values in chart.matrix().items()}
     groups |= render.plain() | render.kustomizations() | render.composed()
-    groups["docs/preloading.md"] = [each for text in shown for each in chart.documents(text)]
+    for name, page in pages.items():
+        shown = [each.partition("```")[0] for each in page.split("```yaml\n")[1:]]
+        groups[name] = [each for text in shown for each in chart.documents(text)]
     seen = 0
     for where, documents in groups.items():
         for document in documents:
@@ -417,6 +419,68 @@ def node_objects(server):
     server.forget_pods()
 
 
+def provisioner_volumes(server):
+    """With the rights that the chart gives, the controller writes volumes of this driver and provisioner only."""
+    account = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{NAMESPACE}-fleet/token"
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    token = server.call("POST", account, request)[1]["status"]["token"]
+    path = "/api/v1/persistentvolumes"
+
+    def said(method, place, body=None, token=token, form="json", dry_run=True):
+        status, answer = server.call(method, place + ("?dryRun=All" if dry_run else ""), body, token, form)
+        return "" if status in (200, 201) else answer["message"]
+
+    def wrong(what, answer, refusal):
+        if bool(answer) != bool(refusal) or (refusal or "") not in answer:
+            yield f"{what}: {answer or 'allowed'}"
+
+    hostile = provisioner.changed(provisioner.host_path)
+    wait_until("the policy", lambda: provisioner.DRIVER in said("POST", path, hostile))
+    for name, change, refusal in provisioner.CREATED:
+        yield from wrong(f"creating {name}", said("POST", path, provisioner.changed(change)), refusal)
+    yield from wrong("the administrator's hostPath", said("POST", path, hostile, server.administrator), None)
+
+    # A volume of the controller that is bound, so that neither the driver nor Kubernetes deletes it, and one of others.
+    claims = "/api/v1/namespaces/default/persistentvolumeclaims"
+    spec = {key: provisioner.VOLUME["spec"][key] for key in ("accessModes", "storageClassName")}
+    spec |= {"resources": {"requests": {"storage": "1Gi"}}}
+    claim = {"metadata": {"generateName": "provisioner-check-"}, "spec": spec}
+    # The claim waits: there is no such class.
+    claim = server.call("POST", claims, claim)[1]
+    name, uid = claim["metadata"]["name"], claim["metadata"]["uid"]
+    own = copy.deepcopy(provisioner.VOLUME)
+    own["metadata"]["name"] = f"pvc-{uid}"
+    own["spec"]["claimRef"] |= {"namespace": "default", "name": name, "uid": uid}
+    foreign = copy.deepcopy(hostile)
+    foreign["metadata"] = {"name": f"foreign-{uid}"}
+    foreign["spec"] |= {"claimRef": None, "storageClassName": "foreign", "persistentVolumeReclaimPolicy": "Retain"}
+    try:
+        for volume, asks in ((own, token), (foreign, server.administrator)):
+            if problem := said("POST", path, volume, asks, dry_run=False):
+                yield f"{volume['metadata']['name']} cannot be made: {problem}"
+        place, others = (f"{path}/{volume['metadata']['name']}" for volume in (own, foreign))
+        for name, change, refusal in provisioner.CHANGES:
+            answer = None
+            while answer is None or "has been modified" in answer:
+                after = server.call("GET", place)[1]
+                change(after)
+                is_possible = not said("PUT", place, after, server.administrator)
+                parts = [{"op": "replace", "path": f"/{part}", "value": after[part]} for part in ("metadata", "spec")]
+                answer = said("PATCH", place, parts, form="json-patch+json")
+            # What nobody may change is refused before the policy is asked.
+            if is_possible or not answer:
+                yield from wrong(name, answer, refusal)
+        label = {"metadata": {"labels": {"a": "b"}}}
+        yield from wrong("a foreign volume", said("PATCH", others, label, form="merge-patch+json"), provisioner.DRIVER)
+        yield from wrong("deleting a foreign volume", said("DELETE", others), provisioner.DRIVER)
+        yield from wrong("deleting its own", said("DELETE", place), None)
+        yield from wrong("its claim", said("DELETE", f"{claims}/{claim['metadata']['name']}"), "forbidden")
+        yield from wrong("secrets", said("GET", "/api/v1/namespaces/default/secrets"), "forbidden")
+    finally:
+        for gone in (f"{claims}/{claim['metadata']['name']}", f"{path}/{own['metadata']['name']}", f"{path}/{foreign['metadata']['name']}"):
+            server.call("DELETE", gone)
+
+
 def volumes(server):
     """The chart's admission policy, in every kind of object that a volume can come in."""
     versions = {"Pod": "v1", "PersistentVolume": "v1", "Job": "batch/v1", "CronJob": "batch/v1"}
@@ -545,7 +609,8 @@ def pods_pull_secrets(server):
 CHECKS = {
     check.__name__: check
     for check in (
-        definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, volumes, pods_pull_secrets,
+        definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, provisioner_volumes, volumes,
+        pods_pull_secrets,
     )
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ import gitops
 import monitoring
 import plain
 import pull_secrets
+import provisioner
 import readme
 import render
 import resources
@@ -264,6 +265,7 @@ CHECKS = {
         *gitops.CHECKS,
         *monitoring.CHECKS,
         *pull_secrets.CHECKS,
+        *provisioner.CHECKS,
         *readme.CHECKS,
         *resources.CHECKS,
         *startup_taint.CHECKS,

@@ -10,6 +10,7 @@ mod support;
 
 mod access;
 mod api;
+mod claims;
 mod csi;
 mod display;
 mod disruptions;

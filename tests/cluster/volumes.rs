@@ -220,6 +220,7 @@ fn every_example_runs_as_it_is() {
         ("pinned-digest.yaml", "artifact-pinned", "/artifact/bin/tool"),
         ("private-registry.yaml", "artifact-private", "/artifact/etc/settings"),
         ("user-namespace.yaml", "artifact-user-namespace", " 0        0 "),
+        ("claim.yaml", "artifact-claimed", "/artifact/bin/tool"),
     ] {
         namespace.apply(&example(file));
         namespace.wait_for_phase(pod, "Succeeded");
@@ -247,6 +248,7 @@ fn every_example_runs_as_it_is() {
         "model",
         "warm-daemonset",
         "wasm",
+        "claim",
         "preload",
         "pv-pvc",
     ];

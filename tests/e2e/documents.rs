@@ -492,8 +492,13 @@ macro_rules! pages {
         )+
 
         // The page on Crossplane is compared with the output of the evaluator of Compositions in `cluster::crossplane`.
-        const FOLLOWED: &[&str] =
-            &[$($page),+, "how-to/private-registry.md", "how-to/prometheus-by-crossplane.md"];
+        // `tests/cluster` applies the objects of the page on claims.
+        const FOLLOWED: &[&str] = &[
+            $($page),+,
+            "how-to/claims.md",
+            "how-to/private-registry.md",
+            "how-to/prometheus-by-crossplane.md",
+        ];
     };
 }
 

@@ -46,6 +46,7 @@ mod parts;
 mod policy;
 mod preload;
 mod progress;
+mod provision;
 mod proxies;
 mod pull_policy;
 mod recorded;

@@ -71,7 +71,7 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- fail (printf "%s has app.kubernetes.io/component, which the chart sets: use another label" (first .)) }}
 {{- end }}
 {{- end }}
-{{- $ours := list "--endpoint" "--driver-name" "--kubelet-dir" "--state-dir" "--registration-dir" "--health-endpoint" "--metrics-endpoint" "--startup-taint" "--preload" "--events" "--config" "--leases" "--log-level" "--log-format" "--lease-name" "--max-preloads-per-namespace" "--max-pinned-bytes-per-namespace" }}
+{{- $ours := list "--endpoint" "--driver-name" "--kubelet-dir" "--state-dir" "--registration-dir" "--health-endpoint" "--metrics-endpoint" "--startup-taint" "--preload" "--events" "--config" "--leases" "--log-level" "--log-format" "--lease-name" "--max-preloads-per-namespace" "--max-pinned-bytes-per-namespace" "--preloads" "--provisioner" "--max-claims-per-namespace" }}
 {{- range concat .Values.extraArgs .Values.controller.extraArgs }}
 {{- if has (splitList "=" . | first) $ours }}
 {{- fail (printf "extraArgs has %s, for which the chart has a value of its own: set that" .) }}
@@ -139,12 +139,25 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.controller.enabled (not .Values.serviceAccount.create) (not .Values.serviceAccount.name) }}
 {{- fail "controller.enabled would let every pod of the namespace write what nodes hold: set serviceAccount.create, or serviceAccount.name" }}
 {{- end }}
+{{- if and .Values.provisioner.enabled (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "provisioner.enabled needs Kubernetes 1.30, whose admission policies bound which PersistentVolumes the controller may create, and this is %s" .Capabilities.KubeVersion.Version) }}
+{{- end }}
+{{- if and .Values.provisioner.storageClasses (not .Values.provisioner.enabled) }}
+{{- fail "provisioner.storageClasses needs provisioner.enabled: without it, claims of these classes wait for ever" }}
+{{- end }}
+{{- $classes := list }}
+{{- range .Values.provisioner.storageClasses }}
+{{- if has .name $classes }}
+{{- fail (printf "provisioner.storageClasses has the name %s twice" .name) }}
+{{- end }}
+{{- $classes = append $classes .name }}
+{{- end }}
 {{- range $key, $_ := (include "csi-driver-oci.controllerSelectorLabels" . | fromYaml) }}
 {{- if hasKey $.Values.controller.podLabels $key }}
 {{- fail (printf "controller.podLabels has %s, by which the Deployment knows its pods: use another label" $key) }}
 {{- end }}
 {{- end }}
-{{- if and .Values.controller.enabled (eq (int .Values.controller.healthPort) (int .Values.controller.metricsPort)) }}
+{{- if and (include "csi-driver-oci.hasController" .) (eq (int .Values.controller.healthPort) (int .Values.controller.metricsPort)) }}
 {{- fail "controller.healthPort and controller.metricsPort must be different" }}
 {{- end }}
 {{- end }}

@@ -79,6 +79,11 @@ app.kubernetes.io/component: {{ last . }}
 {{- printf "%s-fleet" (include "csi-driver-oci.fullname" .) }}
 {{- end }}
 
+{{/* Whether there is a controller at all: for preloads, for claims, or for both. */}}
+{{- define "csi-driver-oci.hasController" -}}
+{{- if or .Values.controller.enabled .Values.provisioner.enabled }}true{{ end }}
+{{- end }}
+
 {{/* Different from those of the node plugin, so that neither selects the other's pods. */}}
 {{- define "csi-driver-oci.controllerSelectorLabels" -}}
 app.kubernetes.io/name: {{ include "csi-driver-oci.name" . }}-controller

@@ -53,6 +53,7 @@ config: {{cache: {{highThresholdPercent: 100, minFreePercent: 0, minFreeInodesPe
 # The setting has no namespace: it is the machine's.
 node: {{leases: Keep}}
 controller: {{enabled: true, maxPreloadsPerNamespace: 8}}
+provisioner: {{enabled: true, maxClaimsPerNamespace: 8}}
 events: {{enabled: true}}
 startupTaint: {{enabled: true}}
 """

@@ -25,7 +25,7 @@ use k8s_openapi::api::{
     networking::v1::NetworkPolicy,
     policy::v1::PodDisruptionBudget,
     rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
-    storage::v1::CSIDriver,
+    storage::v1::{CSIDriver, StorageClass},
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -285,6 +285,7 @@ pub fn round_trip(name: &str, object: &Value) -> bool {
         "PersistentVolume" => same::<PersistentVolume>,
         "PersistentVolumeClaim" => same::<PersistentVolumeClaim>,
         "Pod" => same::<Pod>,
+        "StorageClass" => same::<StorageClass>,
         "PodDisruptionBudget" => same::<PodDisruptionBudget>,
         "ResourceQuota" => same::<ResourceQuota>,
         "Role" => same::<Role>,

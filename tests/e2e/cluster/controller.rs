@@ -107,20 +107,37 @@ fn leads(objects: &[Value]) {
         assert_eq!(controller.kernel(kind).trim_start_matches('0'), "", "it has {kind}");
     }
 
-    // It leads and works: a preload gets a status.
+    // It leads and works: a preload gets a status, and a claim an event.
     let lease = flag(&container, "lease-name");
     let holder =
         || controller.api.get(Kind::Lease, NAMESPACE, &lease)["spec"]["holderIdentity"].clone();
     wait_until("it leads", || holder() == POD_NAME);
-    controller.api.apply(json!({
-        "kind": "ArtifactPreload",
-        "metadata": {"namespace": "team", "name": "tool"},
-        "spec": {"reference": "UPPER/case:of:nothing"},
-    }));
-    wait_until("it answers", || {
-        let status = &controller.api.get(Kind::Preload, "team", "tool")["status"];
-        status["conditions"].to_string().contains("InvalidSpec")
-    });
+    let arguments = container.args.clone().unwrap_or_default();
+    let has = |argument: &str| arguments.iter().any(|known| known == argument);
+    if !has("--preloads=false") {
+        controller.api.apply(json!({
+            "kind": "ArtifactPreload",
+            "metadata": {"namespace": "team", "name": "tool"},
+            "spec": {"reference": "UPPER/case:of:nothing"},
+        }));
+        wait_until("it answers", || {
+            let status = &controller.api.get(Kind::Preload, "team", "tool")["status"];
+            status["conditions"].to_string().contains("InvalidSpec")
+        });
+    }
+    if has("--provisioner") {
+        let annotations =
+            json!({"volume.kubernetes.io/storage-provisioner": flag(&container, "driver-name")});
+        controller.api.apply(json!({
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"namespace": "team", "name": "tool", "annotations": annotations},
+            "spec": {"storageClassName": "gone", "accessModes": ["ReadOnlyMany"]},
+        }));
+        wait_until("it answers", || {
+            let events = controller.api.list(Kind::Event);
+            events.iter().any(|event| event["reason"] == "ProvisioningFailed")
+        });
+    }
     let ports = container.ports.iter().flatten();
     let port = ports.clone().find(|port| port.name.as_deref() == Some("metrics"));
     let port = port.expect("a port for metrics").container_port;
@@ -156,6 +173,11 @@ fn leads(objects: &[Value]) {
 #[test]
 fn a_controller_by_the_defaults_leads() {
     leads(&rendered("chart")["fleet-default"]);
+}
+
+#[test]
+fn a_controller_of_claims_alone_leads() {
+    leads(&rendered("chart")["provisioner"]);
 }
 
 #[test]

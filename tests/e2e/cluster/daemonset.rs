@@ -112,6 +112,7 @@ rows! { "chart":
     a_docker_configuration_of_the_node_serves "node-docker-config",
     a_policy_with_its_key_serves "policy",
     a_node_beside_a_mutating_policy_serves "pod-pull-secrets",
+    a_node_beside_a_provisioner_serves "provisioner",
     // The API server is unreachable, which does not matter for pods.
     a_node_that_preloads_serves "fleet-default",
     a_node_that_preloads_beside_a_policy_serves "fleet",
@@ -140,6 +141,7 @@ fn every_row_is_started_by_a_test() {
             "pod-network",
             "pod-pull-secrets",
             "policy",
+            "provisioner",
             "registries",
             "sidecars",
             "tainted-nodes"

@@ -1,4 +1,4 @@
-//! A cluster with preloads: a simulated API server, the real controller and real node plugins.
+//! A cluster with preloads or claims: a simulated API server, the real controller and real node plugins.
 
 use std::{
     fs,

@@ -1,15 +1,16 @@
-//! Writes to the API server, and the meaning of their failures.
+//! Writes to the API server.
 //!
 //! Every change carries the version that it was decided on, so that it never overwrites a
 //! concurrent change, such as an edited spec or the write of a new leader. After a write, the sent
 //! value counts as the current one: an older CustomResourceDefinition drops fields, which would
 //! otherwise be sent again and again.
 
-use std::time::Duration;
-
+use controller_runtime::object_write::{
+    ObjectWriteError, patch_parameters, post_parameters, with_timeout,
+};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{DeleteParams, Patch, Preconditions};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 
@@ -19,51 +20,6 @@ use crate::api::{
 };
 use crate::plan::cluster_facts::AssignedArtifact;
 
-/// Field manager of the writes.
-const MANAGER: &str = "csi-driver-oci-controller";
-/// Timeout of a write.
-const TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Reason why a write failed.
-#[derive(Debug)]
-pub(super) enum ObjectWriteError {
-    /// Conflict with a newer version, which the watch reports.
-    Outdated,
-    /// The API server is overloaded or unavailable, maybe with `Retry-After`.
-    Busy(Option<Duration>, String),
-    /// The API server refuses the write.
-    Refused(String),
-}
-
-impl ObjectWriteError {
-    /// Returns the label of the reason in metrics.
-    pub(super) fn label(&self) -> &'static str {
-        match self {
-            Self::Outdated => "conflict",
-            Self::Busy(..) => "busy",
-            Self::Refused(_) => "refused",
-        }
-    }
-}
-
-impl From<kube::Error> for ObjectWriteError {
-    fn from(error: kube::Error) -> Self {
-        let text = error.to_string();
-        match error {
-            kube::Error::Api(status) => match status.code {
-                404 | 409 | 410 => Self::Outdated,
-                408 | 429 | 500..=599 => {
-                    let seconds = status.details.map_or(0, |details| details.retry_after_seconds);
-                    let wait = (seconds > 0).then(|| Duration::from_secs(u64::from(seconds)));
-                    Self::Busy(wait, status.message)
-                }
-                _ => Self::Refused(status.message),
-            },
-            _ => Self::Busy(None, text),
-        }
-    }
-}
-
 /// Creates the object of a node. It is deleted with the node.
 pub(super) async fn create(
     client: Client,
@@ -72,10 +28,8 @@ pub(super) async fn create(
 ) -> Result<NodeArtifacts, ObjectWriteError> {
     let mut object = NodeArtifacts::new(node, NodeArtifactsSpec::default());
     object.metadata.owner_references = Some(vec![owner(node, uid)]);
-    let parameters =
-        PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
     let api: Api<NodeArtifacts> = Api::all(client);
-    with_timeout(api.create(&parameters, &object)).await
+    with_timeout(api.create(&post_parameters(), &object)).await
 }
 
 /// Returns the node as the owner of its object.
@@ -105,7 +59,8 @@ pub(super) async fn assign(
         },
     });
     let api: Api<NodeArtifacts> = Api::all(client);
-    let mut object = with_timeout(api.patch(node, &parameters(), &Patch::Merge(&change))).await?;
+    let mut object =
+        with_timeout(api.patch(node, &patch_parameters(), &Patch::Merge(&change))).await?;
     object.spec = spec;
     Ok(object)
 }
@@ -124,7 +79,7 @@ pub(super) async fn report(
     let (namespace, name) = split(preload);
     let api: Api<ArtifactPreload> = Api::namespaced(client, namespace);
     let mut object =
-        with_timeout(api.patch_status(name, &parameters(), &Patch::Merge(&change))).await?;
+        with_timeout(api.patch_status(name, &patch_parameters(), &Patch::Merge(&change))).await?;
     object.status = Some(status.clone());
     Ok(object)
 }
@@ -191,19 +146,6 @@ fn all_fields(status: &ArtifactPreloadStatus) -> Value {
         value.extend(said);
     }
     value
-}
-
-fn parameters() -> PatchParams {
-    PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() }
-}
-
-async fn with_timeout<T>(
-    write: impl Future<Output = Result<T, kube::Error>>,
-) -> Result<T, ObjectWriteError> {
-    match tokio::time::timeout(TIMEOUT, write).await {
-        Ok(written) => written.map_err(ObjectWriteError::from),
-        Err(_) => Err(ObjectWriteError::Busy(None, "it did not answer in time".to_owned())),
-    }
 }
 
 #[cfg(test)]

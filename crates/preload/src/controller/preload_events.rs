@@ -1,22 +1,11 @@
 //! Events of preloads: one for each transition of a preload, whatever the number of nodes.
 
-use std::time::Duration;
-use text::printable::truncated;
-
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
-use kube::api::{Api, PostParams};
+use controller_runtime::object_events::ObjectEvent;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{Client, Resource as _};
 
 use crate::api::{ArtifactPreload, ArtifactPreloadStatus};
 
-/// Source component of the events.
-const COMPONENT: &str = "csi-driver-oci-controller";
-/// Timeout of a write. A failed event is dropped, since it is a hint only.
-const TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum bytes of a message; the API server accepts 1024.
-const MAXIMUM_MESSAGE: usize = 1000;
 /// Reasons of a preload that is neither ready nor stalled, and makes progress.
 const UNDER_WAY: [&str; 4] = ["Resolving", "Preloading", "Paused", "NoNodes"];
 
@@ -75,56 +64,21 @@ pub(super) async fn write(
     preload: ArtifactPreload,
     transitions: Vec<PreloadTransition>,
 ) {
-    let namespace = preload.metadata.namespace.clone().unwrap_or_default();
-    let api: Api<Event> = Api::namespaced(client, &namespace);
-    for transition in transitions {
-        let event = event(&preload, transition, Timestamp::now());
-        let parameters = PostParams::default();
-        match tokio::time::timeout(TIMEOUT, api.create(&parameters, &event)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "an event on a preload is not written"),
-            Err(_) => tracing::warn!("an event on a preload is not written in time"),
+    let object = preload.object_ref(&());
+    for PreloadTransition { reason, message } in transitions {
+        let is_warning = !matches!(reason, "Resolved" | "Ready");
+        let event = ObjectEvent { object: object.clone(), is_warning, reason, message };
+        if let Err(error) = event.write(client.clone()).await {
+            tracing::warn!(?error, "an event on a preload is not written");
         }
-    }
-}
-
-/// Returns a core/v1 event, like those of pods: `kubectl describe` shows both.
-fn event(preload: &ArtifactPreload, transition: PreloadTransition, now: Timestamp) -> Event {
-    let text = |text: &str| Some(text.to_owned());
-    let name = preload.metadata.name.clone().unwrap_or_default();
-    let time = format!("{:x}", now.as_nanosecond());
-    let short = truncated(&name, 252 - time.len());
-    let kind = if matches!(transition.reason, "Resolved" | "Ready") { "Normal" } else { "Warning" };
-    let mut message = transition.message;
-    message.truncate(message.floor_char_boundary(MAXIMUM_MESSAGE));
-    Event {
-        metadata: ObjectMeta {
-            namespace: preload.metadata.namespace.clone(),
-            name: Some(format!("{}.{time}", short.trim_end_matches(['.', '-']))),
-            ..ObjectMeta::default()
-        },
-        involved_object: ObjectReference {
-            api_version: Some(ArtifactPreload::api_version(&()).into_owned()),
-            kind: Some(ArtifactPreload::kind(&()).into_owned()),
-            namespace: preload.metadata.namespace.clone(),
-            name: Some(name),
-            uid: preload.metadata.uid.clone(),
-            ..ObjectReference::default()
-        },
-        reason: text(transition.reason),
-        message: Some(message),
-        type_: text(kind),
-        count: Some(1),
-        first_timestamp: Some(Time(now)),
-        last_timestamp: Some(Time(now)),
-        source: Some(EventSource { component: text(COMPONENT), host: None }),
-        reporting_component: text(COMPONENT),
-        ..Event::default()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
     use super::*;
 
     fn status(digest: &str, conditions: &[(&str, &str, &str)]) -> ArtifactPreloadStatus {
@@ -180,19 +134,5 @@ mod tests {
         ] {
             assert_eq!(events(before, after), expected, "{before:?} {after:?}");
         }
-    }
-
-    #[test]
-    fn an_event_fits_the_api_server() {
-        let mut preload = ArtifactPreload::new(
-            &"a".repeat(253),
-            serde_json::from_value(serde_json::json!({"reference": "r.io/a:v1"})).expect("a spec"),
-        );
-        preload.metadata.uid = Some("1".to_owned());
-        let transition = PreloadTransition { reason: "Failed", message: "\u{e4}".repeat(2000) };
-        let event = event(&preload, transition, Timestamp::now());
-        assert!(event.metadata.name.expect("a name").len() <= 253);
-        assert!(event.message.expect("a message").len() <= MAXIMUM_MESSAGE);
-        assert_eq!(event.involved_object.kind.as_deref(), Some("ArtifactPreload"));
     }
 }

@@ -7,7 +7,6 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::api::{
@@ -17,8 +16,8 @@ use crate::api::{
 use oci::{Digest, Platform, Reference};
 use text::duration::GoDuration;
 
-/// Seconds since 1970.
-pub type Seconds = i64;
+pub use controller_runtime::object_watch::key_of;
+pub use controller_runtime::{ResolutionFailure, Seconds};
 
 /// Short identifier of `namespace/name` of a preload, valid in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -164,22 +163,6 @@ pub enum RegistryAccess {
     },
     /// The secrets are unusable for this reason.
     Refused(ResolutionFailure),
-}
-
-/// Reason why a resolution failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ResolutionFailure {
-    /// Reason in one word.
-    pub reason: &'static str,
-    /// Message with details of the reason.
-    pub message: String,
-    /// True if a retry may succeed without a change.
-    pub transient: bool,
-    /// True if the registry answered no request, whatever the credential. 429 and 5xx are not
-    /// answers.
-    pub unanswered: bool,
-    /// Time of the next attempt.
-    pub retry_at: Seconds,
 }
 
 /// Facts of a node.
@@ -328,7 +311,7 @@ impl ClusterState {
 
     /// Adds or updates a preload.
     pub fn put_preload(&mut self, object: &ArtifactPreload) {
-        let Some(key) = key_of(&object.metadata) else { return };
+        let Some(key) = key_of(object) else { return };
         if object.metadata.deletion_timestamp.is_some() {
             self.preloads.remove(key.as_str());
             return;
@@ -564,15 +547,6 @@ impl PreloadFacts {
             });
         }
     }
-}
-
-/// Returns `namespace/name` of an object, or the name of one without a namespace.
-pub fn key_of(metadata: &ObjectMeta) -> Option<String> {
-    let name = metadata.name.clone()?;
-    Some(match &metadata.namespace {
-        Some(namespace) => format!("{namespace}/{name}"),
-        None => name,
-    })
 }
 
 /// Returns whether the first version is newer. Versions are numbers; texts that are not are never

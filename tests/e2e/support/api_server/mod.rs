@@ -1,5 +1,5 @@
-//! A simulated API server, as far as preloads need one: versions, conflicts, watches with bookmarks that break, 410 for
-//! expired versions, 429 on demand, subresources, merge patches, defaults, and schemas that refuse objects.
+//! A simulated API server, as far as preloads and claims need one: versions, conflicts, watches with bookmarks that
+//! break, 410 for expired versions, 429 on demand, subresources, merge patches, defaults, and schemas that refuse objects.
 //!
 //! ```text
 //! store   objects and their history

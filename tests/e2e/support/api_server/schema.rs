@@ -25,9 +25,7 @@ impl Schemas {
         let definition = match kind {
             Kind::Preload => &mut self.preload,
             Kind::NodeArtifacts => &mut self.node,
-            Kind::Node | Kind::Secret | Kind::Lease | Kind::Event => {
-                panic!("{kind:?} has no definition")
-            }
+            _ => panic!("{kind:?} has no definition"),
         };
         let status = &mut definition["properties"]["status"];
         let (schema, name) = match field.split_once('.') {
@@ -43,7 +41,7 @@ impl Schemas {
         match kind {
             Kind::Preload => Some(&self.preload),
             Kind::NodeArtifacts => Some(&self.node),
-            Kind::Node | Kind::Secret | Kind::Lease | Kind::Event => None,
+            _ => None,
         }
     }
 

@@ -22,11 +22,23 @@ pub enum Kind {
     Preload,
     NodeArtifacts,
     Event,
+    Claim,
+    Class,
+    Volume,
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] =
-        [Self::Node, Self::Secret, Self::Lease, Self::Preload, Self::NodeArtifacts, Self::Event];
+    pub const ALL: [Self; 9] = [
+        Self::Node,
+        Self::Secret,
+        Self::Lease,
+        Self::Preload,
+        Self::NodeArtifacts,
+        Self::Event,
+        Self::Claim,
+        Self::Class,
+        Self::Volume,
+    ];
 
     /// Returns group and version, plural, name of the kind, whether it has namespaces.
     pub fn about(self) -> (&'static str, &'static str, &'static str, bool) {
@@ -35,6 +47,9 @@ impl Kind {
             Self::Secret => ("v1", "secrets", "Secret", true),
             Self::Event => ("v1", "events", "Event", true),
             Self::Lease => ("coordination.k8s.io/v1", "leases", "Lease", true),
+            Self::Claim => ("v1", "persistentvolumeclaims", "PersistentVolumeClaim", true),
+            Self::Class => ("storage.k8s.io/v1", "storageclasses", "StorageClass", false),
+            Self::Volume => ("v1", "persistentvolumes", "PersistentVolume", false),
             Self::Preload => {
                 ("oci.custom.io/v1alpha1", "artifactpreloads", "ArtifactPreload", true)
             }

@@ -8,6 +8,9 @@ use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use controller_runtime::object_watch::RunningWatches;
+use controller_runtime::object_write::ObjectWriteError;
+use controller_runtime::{ControllerMetrics, WriteRate};
 use futures_util::FutureExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node as ApiNode;
@@ -16,12 +19,9 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::api_rate_limit::WriteBucket;
-use super::api_watch::{RunningWatches, WatchEvent, WatchProgress, watch};
-use super::api_write::{self, ObjectWriteError};
-use super::preload_events;
+use super::api_watch::{WatchEvent, WatchProgress, watch};
 use super::reference_resolver::{ResolveRequest, ResolveResult};
-use super::{ControllerMetrics, ReferenceResolver};
+use super::{PreloadMetrics, ReferenceResolver, api_write, preload_events};
 use crate::api::{
     ArtifactPreload, ArtifactPreloadStatus, NodeArtifacts, NodeArtifactsSpec, SealedCredentials,
     WantedArtifact,
@@ -56,13 +56,11 @@ const EVENT_WRITES: usize = 64;
 /// Number of plans between two clean-ups of unused texts.
 const CLEAN_UP_PLANS: u32 = 500;
 
-/// Write rate of the controller.
+/// Pace of the controller.
 #[derive(Clone, Copy, Debug)]
 pub struct ControllerPace {
     /// Maximum number of concurrent writes.
     pub writes_at_once: usize,
-    /// Average number of writes per second.
-    pub writes_per_second: u32,
     /// Time for which changes are collected before a plan.
     pub settle: Duration,
     /// Minimum time between two writes of a status that changes counts only.
@@ -73,7 +71,6 @@ impl Default for ControllerPace {
     fn default() -> Self {
         Self {
             writes_at_once: 16,
-            writes_per_second: 50,
             settle: Duration::from_millis(200),
             counts_interval: Duration::from_secs(5),
         }
@@ -85,7 +82,8 @@ pub struct PreloadReconciler {
     client: Client,
     resolver: Arc<dyn ReferenceResolver>,
     pace: ControllerPace,
-    metrics: Arc<ControllerMetrics>,
+    metrics: Arc<PreloadMetrics>,
+    process_metrics: Arc<ControllerMetrics>,
     state: ClusterState,
     watches: WatchProgress,
     /// Credentials to seal for nodes, by preload.
@@ -107,7 +105,7 @@ pub struct PreloadReconciler {
     backing_off: HashMap<WriteTarget, Instant>,
     queue: VecDeque<WriteDecision>,
     last_counts: HashMap<Arc<str>, Instant>,
-    rate: WriteBucket,
+    rate: WriteRate,
     plans: u32,
 }
 
@@ -156,13 +154,19 @@ impl PreloadReconciler {
         resolver: Arc<dyn ReferenceResolver>,
         pace: ControllerPace,
         quota: NamespaceQuota,
-        metrics: Arc<ControllerMetrics>,
+        rate: WriteRate,
+        metrics: Arc<PreloadMetrics>,
+        process_metrics: Arc<ControllerMetrics>,
     ) -> Self {
+        for kind in ["node", "preload"] {
+            process_metrics.show_kind(kind);
+        }
         Self {
             client,
             resolver,
             pace,
             metrics,
+            process_metrics,
             state: ClusterState::new(quota),
             watches: WatchProgress::default(),
             readable: HashMap::new(),
@@ -178,7 +182,7 @@ impl PreloadReconciler {
             backing_off: HashMap::new(),
             queue: VecDeque::new(),
             last_counts: HashMap::new(),
-            rate: WriteBucket::new(pace.writes_per_second, Instant::now()),
+            rate,
             plans: 0,
         }
     }
@@ -186,7 +190,8 @@ impl PreloadReconciler {
     /// Runs until leadership is lost. Running writes are then aborted: the new leader plans again.
     pub async fn run(mut self, lost: CancellationToken) {
         // Dropping the watches ends them.
-        let RunningWatches { mut events, tasks: mut watches } = watch(&self.client, &self.metrics);
+        let RunningWatches { mut events, tasks: mut watches, .. } =
+            watch(&self.client, &self.process_metrics);
         let mut dirty = true;
         let mut planned = Instant::now();
         let mut settle = self.pace.settle;
@@ -445,7 +450,7 @@ impl PreloadReconciler {
         let now = Instant::now();
         match written {
             Ok(written) => {
-                self.metrics.record_write(kind, "success");
+                self.process_metrics.record_write(kind, "success");
                 self.rate.answered();
                 if let (WriteResult::Preload(object), Some(before)) = (&written, replaced) {
                     self.write_events(object, &before);
@@ -453,7 +458,7 @@ impl PreloadReconciler {
                 self.update_state(written);
             }
             Err(error) => {
-                self.metrics.record_write(kind, error.label());
+                self.process_metrics.record_write(kind, error.label());
                 match error {
                     ObjectWriteError::Outdated => {
                         self.rate.answered();
@@ -505,7 +510,7 @@ impl PreloadReconciler {
                 }
             }
             WriteResult::Preload(object) => {
-                let key = key_of(&object.metadata).unwrap_or_default();
+                let key = key_of(&*object).unwrap_or_default();
                 let known = self.state.preloads.get(key.as_str());
                 if known.is_some_and(|known| object.metadata.uid.as_ref() == Some(&known.uid)) {
                     self.state.put_preload(&object);
@@ -653,6 +658,12 @@ fn is_ready(node: &ApiNode) -> bool {
 /// inconsistent. The next process reads all facts again.
 fn task_result<T>(ended: Result<T, JoinError>) -> T {
     ended.unwrap_or_else(|error| resume_unwind(error.into_panic()))
+}
+
+impl Drop for PreloadReconciler {
+    fn drop(&mut self) {
+        self.metrics.reset();
+    }
 }
 
 #[cfg(test)]

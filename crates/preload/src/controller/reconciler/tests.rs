@@ -50,8 +50,16 @@ fn refusal(retry_at: i64) -> ResolutionFailure {
 fn reconciler() -> PreloadReconciler {
     let nowhere = kube::Config::new("http://127.0.0.1:1".parse().expect("an address"));
     let client = Client::try_from(nowhere).expect("a client");
-    let (pace, quota) = (ControllerPace::default(), NamespaceQuota::default());
-    PreloadReconciler::new(client, Arc::new(Registry), pace, quota, Arc::default())
+    let mut families = controller_runtime::controller_metrics::metric_families();
+    PreloadReconciler::new(
+        client,
+        Arc::new(Registry),
+        ControllerPace::default(),
+        NamespaceQuota::default(),
+        WriteRate::new(50),
+        Arc::new(PreloadMetrics::new(&mut families)),
+        Arc::new(ControllerMetrics::new(&mut families)),
+    )
 }
 
 fn preload(name: &str, spec: &serde_json::Value) -> ArtifactPreload {

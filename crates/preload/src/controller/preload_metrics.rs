@@ -1,11 +1,8 @@
-//! Metrics of the controller. No label has values that users control: preloads are counted, not
+//! Metrics of preloads. No label has values that users control: preloads are counted, not
 //! named.
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use axum::Router;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -18,29 +15,21 @@ use telemetry::metric_families::{Labels, MetricFamilies};
 /// Buckets from a small cluster to the largest.
 const PLAN_SECONDS: [f64; 10] = [0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0];
 
-/// Metrics of the controller.
-pub struct ControllerMetrics {
-    families: Arc<MetricFamilies>,
-    leader: Gauge<u64, AtomicU64>,
+/// Metrics of preloads.
+#[derive(Debug)]
+pub struct PreloadMetrics {
     preloads: Family<Labels<1>, Gauge>,
     nodes: Family<Labels<1>, Gauge>,
-    writes: Family<Labels<2>, Counter>,
-    watch_errors: Counter,
     resolutions: Family<Labels<1>, Counter>,
     plans: Histogram,
 }
 
-impl Default for ControllerMetrics {
-    fn default() -> Self {
-        let mut families = MetricFamilies::new("controller_build", "The controller that answers");
+impl PreloadMetrics {
+    /// Registers the metrics.
+    pub fn new(families: &mut MetricFamilies) -> Self {
         let metrics = Self {
-            leader: families.add("controller_leader", "1 while this process leads"),
             preloads: families.add("preloads", "Preloads that are ready, under way, or stalled"),
             nodes: families.add("preload_nodes", "Pairs of preload and node, by how far they are"),
-            writes: families
-                .add("controller_writes", "Writes to the API server, by what and how they ended"),
-            watch_errors: families
-                .add("controller_watch_errors", "Watches that broke; they are begun again"),
             resolutions: families.add(
                 "preload_resolutions",
                 "References and secrets that were looked at, by how that ended",
@@ -51,27 +40,15 @@ impl Default for ControllerMetrics {
                 Unit::Seconds,
                 Histogram::new(PLAN_SECONDS),
             ),
-            families: Arc::new(families),
         };
         // Present from the start, so that alerts find them.
         metrics.count(PlanTotals::default());
-        for kind in ["node", "preload"] {
-            for result in ["success", "conflict", "busy", "refused"] {
-                metrics.writes.get_or_create(&[("kind", kind), ("result", result)]).inc_by(0);
-            }
-        }
         metrics
     }
-}
 
-impl ControllerMetrics {
-    /// Records whether this process leads.
-    pub(super) fn set_leader(&self, leads: bool) {
-        self.leader.set(u64::from(leads));
-        if !leads {
-            // The new leader counts them now.
-            self.count(PlanTotals::default());
-        }
+    /// Counts nothing: this process does not lead, and the leader counts.
+    pub(super) fn reset(&self) {
+        self.count(PlanTotals::default());
     }
 
     pub(super) fn record_plan(&self, totals: PlanTotals, took: Duration) {
@@ -96,21 +73,8 @@ impl ControllerMetrics {
         }
     }
 
-    pub(super) fn record_write(&self, kind: &'static str, result: &'static str) {
-        self.writes.get_or_create(&[("kind", kind), ("result", result)]).inc();
-    }
-
-    pub(super) fn record_watch_error(&self) {
-        self.watch_errors.inc();
-    }
-
     pub(super) fn resolved(&self, result: &'static str) {
         self.resolutions.get_or_create(&[("result", result)]).inc();
-    }
-
-    /// Returns the route for scrapes.
-    pub fn router(&self) -> Router {
-        self.families.router()
     }
 }
 
@@ -118,12 +82,17 @@ impl ControllerMetrics {
 mod tests {
     use std::collections::BTreeSet;
 
+    use controller_runtime::ControllerMetrics;
+    use controller_runtime::controller_metrics::metric_families;
+
     use super::*;
 
     #[test]
     fn the_charts_alerts_ask_for_what_is_counted() {
-        let metrics = ControllerMetrics::default();
-        let text = metrics.families.open_metrics();
+        let mut families = metric_families();
+        ControllerMetrics::new(&mut families);
+        PreloadMetrics::new(&mut families);
+        let text = families.open_metrics();
         let alerts = include_str!("../../../../charts/csi-driver-oci/files/controller-alerts.yaml");
         let words = alerts.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let names: BTreeSet<_> = words.filter(|word| word.starts_with("csi_oci_")).collect();

@@ -1,8 +1,10 @@
 //! Rate limit of writes: a token bucket, and a pause while the API server is overloaded.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use oci::backoff::RetryBackoff;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// Burst after a quiet period, in seconds of the average rate.
@@ -13,8 +15,13 @@ const PAUSES: RetryBackoff =
 /// Maximum of `Retry-After`.
 const MAXIMUM_RETRY_AFTER: Duration = Duration::from_mins(5);
 
+/// The rate of all writes of this process. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct WriteRate(Arc<Mutex<WriteBucket>>);
+
 /// A token bucket for writes.
-pub(super) struct WriteBucket {
+#[derive(Debug)]
+struct WriteBucket {
     per_second: f64,
     filled: f64,
     at: Instant,
@@ -22,14 +29,36 @@ pub(super) struct WriteBucket {
     failures: u32,
 }
 
+impl WriteRate {
+    /// Creates a full bucket that gets so many tokens in a second.
+    pub fn new(per_second: u32) -> Self {
+        Self(Arc::new(Mutex::new(WriteBucket::new(per_second, Instant::now()))))
+    }
+
+    /// Takes a token, or returns the time of the next one.
+    pub fn take(&self, now: Instant) -> Result<(), Instant> {
+        self.0.lock().take(now)
+    }
+
+    /// Pauses all writes, since the API server is overloaded or unavailable.
+    pub fn pause(&self, retry_after: Option<Duration>, now: Instant) {
+        self.0.lock().pause(retry_after, now);
+    }
+
+    /// Records that the API server answers.
+    pub fn answered(&self) {
+        self.0.lock().answered();
+    }
+}
+
 impl WriteBucket {
-    pub(super) fn new(per_second: u32, now: Instant) -> Self {
+    fn new(per_second: u32, now: Instant) -> Self {
         let per_second = f64::from(per_second.max(1));
         Self { per_second, filled: per_second * BURST, at: now, paused_until: now, failures: 0 }
     }
 
     /// Takes a token, or returns the time of the next one.
-    pub(super) fn take(&mut self, now: Instant) -> Result<(), Instant> {
+    fn take(&mut self, now: Instant) -> Result<(), Instant> {
         if now < self.paused_until {
             return Err(self.paused_until);
         }
@@ -44,7 +73,7 @@ impl WriteBucket {
     }
 
     /// Pauses all writes, since the API server is overloaded or unavailable.
-    pub(super) fn pause(&mut self, retry_after: Option<Duration>, now: Instant) {
+    fn pause(&mut self, retry_after: Option<Duration>, now: Instant) {
         // Concurrent writes fail together, which counts as one failure.
         if now < self.paused_until {
             return;
@@ -55,7 +84,7 @@ impl WriteBucket {
     }
 
     /// Records that the API server answers.
-    pub(super) fn answered(&mut self) {
+    fn answered(&mut self) {
         self.failures = 0;
     }
 }
