@@ -7,6 +7,7 @@
 //! csi               the gRPC edge: sockets, requests, statuses, self-registration
 //! volume            the use cases: publish, unpublish, stats, reconcile
 //! warming           keeps artifacts present and pinned: the engine, and those that the configuration lists
+//! following         the tags of mounted volumes, asked for by `warming`
 //! node_artifacts    those of the node's `NodeArtifacts` object, kept by `warming`; its status
 //! scrub             reads all content back in the background
 //! node_maintenance  brings records and mounts together, keeps disk space free
@@ -29,6 +30,7 @@ pub mod cli;
 pub mod config;
 pub mod csi;
 pub mod file_leases;
+pub mod following;
 pub mod kubernetes;
 pub mod local_addresses;
 pub mod node_artifacts;

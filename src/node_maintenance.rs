@@ -93,6 +93,9 @@ impl NodeMaintenance {
 }
 
 fn free_space(store: &Store, sweep: bool) -> Result<(), StoreError> {
+    if let Err(error) = store.followed().sweep() {
+        tracing::warn!(%error, "old versions of followed volumes stay");
+    }
     store.collector().collect(&Want::Upkeep)?;
     if sweep {
         let swept = store.collector().sweep_records(Now::read())?;

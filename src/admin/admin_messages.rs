@@ -1,5 +1,6 @@
 //! Converts results of operations into messages of the admin interface.
 
+use crate::following::FollowedTag;
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
 use crate::warming::{DesiredReference as _, ListedReference, ReferenceState};
@@ -64,6 +65,18 @@ pub(super) fn warm_reference(
         reason: state.outcome.failure.map(|failure| failure.message).unwrap_or_default(),
         done_bytes: progress.as_ref().map_or(0, |progress| progress.done),
         total_bytes: progress.as_ref().map_or(0, |progress| progress.total),
+    }
+}
+
+pub(super) fn followed(tag: &FollowedTag, state: ReferenceState) -> wire::FollowedVolume {
+    wire::FollowedVolume {
+        volume: tag.volume.name(),
+        reference: tag.volume.reference().to_string(),
+        digest: state.outcome.manifest.map(|digest| digest.to_string()).unwrap_or_default(),
+        interval_seconds: tag.volume.interval().as_secs(),
+        next_seconds: state.next_seconds(),
+        reason: state.outcome.failure.map(|failure| failure.message).unwrap_or_default(),
+        versions: tag.versions() as u64,
     }
 }
 

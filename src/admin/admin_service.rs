@@ -18,6 +18,7 @@ use super::admin_operations::{self, ADMIN, OperationError};
 use super::health_probes::HealthProbes;
 use super::{admin_messages, warm_request};
 use crate::file_leases;
+use crate::following::FollowState;
 use crate::proto::admin::admin_server::Admin;
 use crate::proto::admin::{
     CollectRequest, CollectResponse, GetStatusRequest, GetStatusResponse, ImportRequest,
@@ -51,6 +52,8 @@ pub struct AdminService {
     pub health: HealthProbes,
     /// The references of the configuration's list.
     pub warming: Arc<Reconciler<ListedReference>>,
+    /// The tags that mounted volumes follow.
+    pub following: FollowState,
     /// The progress of the scrub.
     pub scrub: ScrubState,
     /// Runs work that continues after its caller has gone.
@@ -104,7 +107,9 @@ impl Admin for AdminService {
     ) -> Result<Response<ListArtifactsResponse>, Status> {
         let artifacts = self.blocking(|store| admin_operations::artifacts(&store)).await?;
         let pulls = self.health.content.borrow().as_ref().map(pulls).unwrap_or_default();
-        Ok(Response::new(ListArtifactsResponse { artifacts, pulls }))
+        let followed = self.following.tags.states().into_iter();
+        let followed = followed.map(|(tag, state)| admin_messages::followed(&tag, state)).collect();
+        Ok(Response::new(ListArtifactsResponse { artifacts, pulls, followed }))
     }
 
     async fn inspect_artifact(

@@ -4,6 +4,7 @@ pub mod admin_client;
 pub(crate) mod admin_messages;
 pub mod admin_operations;
 pub mod admin_service;
+mod follow_metrics;
 pub mod health_probes;
 mod lease_metrics;
 pub mod node_metrics;

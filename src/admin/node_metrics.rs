@@ -15,7 +15,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Unit;
 use tonic::Code;
 
-use super::{lease_metrics, scrub_metrics, store_metrics, warm_metrics};
+use super::{follow_metrics, lease_metrics, scrub_metrics, store_metrics, warm_metrics};
+use crate::following::FollowState;
 use crate::scrub::ScrubState;
 use crate::volume::mount_reconcile::ReconcileCounts;
 use crate::volume::publish_volume::PublishPath;
@@ -49,6 +50,8 @@ pub struct NodeMetrics {
     store: Arc<OnceLock<Store>>,
     /// The references of the configuration, whose states each scrape reads.
     pub warming: Arc<Reconciler<ListedReference>>,
+    /// The followed tags, whose states each scrape reads.
+    pub following: FollowState,
     /// The progress of the scrub, which each scrape reads.
     pub scrub: ScrubState,
     downloads: Gauge,
@@ -111,6 +114,7 @@ impl Default for NodeMetrics {
             ),
             store: add_shared(&mut families, store_metrics::write),
             warming: add_shared(&mut families, warm_metrics::write),
+            following: add_shared(&mut families, follow_metrics::write),
             scrub: add_shared(&mut families, scrub_metrics::write),
             families: Arc::new(families),
         }

@@ -13,6 +13,7 @@ use super::NodeOptions;
 use crate::admin::node_metrics::NodeMetrics;
 use crate::config::policy_config::policy_source;
 use crate::config::{ConfigurationError, NodeConfiguration, reloadable};
+use crate::following::TagFollower;
 use crate::kubernetes::EventRecorder;
 use crate::node_artifacts::OWNERS;
 use crate::node_maintenance::NodeMaintenance;
@@ -97,6 +98,7 @@ impl ContentOpener {
             clock: system_clock,
         };
         self.tracker.spawn(scrub.run(self.shutdown.clone()));
+        self.follow_tags(content.clone());
         self.keep_warm(content);
         maintenance.run(wanted, self.shutdown.clone()).await;
     }
@@ -108,6 +110,17 @@ impl ContentOpener {
         }
         let pins = SourcePins::new(content.store.clone(), OWNERS);
         self.tracker.spawn_blocking(move || pins.keep(WantedPins::default()));
+    }
+
+    /// Starts to follow the tags of mounted volumes.
+    fn follow_tags(&self, content: NodeContent) {
+        let follower = TagFollower {
+            content,
+            volumes: self.volumes.clone(),
+            state: self.metrics.following.clone(),
+            events: self.events.clone(),
+        };
+        self.tracker.spawn(follower.run(self.shutdown.clone()));
     }
 
     /// Starts fetching and pinning the references of the configuration.

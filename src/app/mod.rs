@@ -249,6 +249,7 @@ impl NodePlugin {
             state_dir: self.options.state_dir.clone(),
             health: self.health.clone(),
             warming: Arc::clone(&self.metrics.warming),
+            following: self.metrics.following.clone(),
             scrub: self.metrics.scrub.clone(),
             tracker: self.tracker.clone(),
         };

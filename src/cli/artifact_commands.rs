@@ -6,8 +6,8 @@ use super::admin_call::AdminCallArguments;
 use super::output::{OutputArguments, print};
 use super::{CommandError, text_table, warm_list_status};
 use crate::proto::admin::{
-    Artifact, InspectArtifactRequest, InspectArtifactResponse, ListArtifactsRequest,
-    ListArtifactsResponse, Pull,
+    Artifact, FollowedVolume, InspectArtifactRequest, InspectArtifactResponse,
+    ListArtifactsRequest, ListArtifactsResponse, Pull,
 };
 use oci::Reference;
 use text::human_units::Bytes;
@@ -86,7 +86,35 @@ fn lines(listed: &ListArtifactsResponse) -> Vec<String> {
     };
     let heads = ["REFERENCE", "DIGEST", "SIZE", "INODES", "KIND", "USED", "PINS", "VOLUMES"];
     let rows = listed.artifacts.iter().map(artifact).chain(listed.pulls.iter().map(pull));
-    text_table::lines(heads, rows)
+    let mut printed = text_table::lines(heads, rows);
+    printed.extend(followed_lines(&listed.followed));
+    printed
+}
+
+/// Returns the table of volumes that follow a tag; nothing without one.
+fn followed_lines(followed: &[FollowedVolume]) -> Vec<String> {
+    if followed.is_empty() {
+        return Vec::new();
+    }
+    let row = |volume: &FollowedVolume| {
+        let next = volume.next_seconds.map_or("now".to_owned(), |seconds| format!("in {seconds}s"));
+        let state = match volume.reason.as_str() {
+            "" => "current".to_owned(),
+            reason => format!("keeps earlier content: {reason}"),
+        };
+        [
+            volume.volume.clone(),
+            volume.reference.clone(),
+            text_table::short(&volume.digest),
+            volume.versions.to_string(),
+            next,
+            state,
+        ]
+    };
+    let heads = ["FOLLOWED BY", "REFERENCE", "DIGEST", "VERSIONS", "NEXT", "STATE"];
+    let mut printed = vec![String::new()];
+    printed.extend(text_table::lines(heads, followed.iter().map(row)));
+    printed
 }
 
 fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {

@@ -272,7 +272,7 @@ impl MountArguments {
                 admin_operations::artifacts(&store).map_err(|error| error.to_string())?;
             return print_list(
                 &self.output,
-                &ListArtifactsResponse { artifacts, pulls: Vec::new() },
+                &ListArtifactsResponse { artifacts, ..Default::default() },
             );
         }
         let clear = || {

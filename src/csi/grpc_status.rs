@@ -124,6 +124,7 @@ fn store(error: &StoreError) -> Code {
         | StoreError::NoRoom(_)
         | StoreError::TooMuchPinned { .. }
         | StoreError::PinShareExceeded { .. } => Code::ResourceExhausted,
+        StoreError::CannotFollow { .. } => Code::FailedPrecondition,
         StoreError::Io { .. } | StoreError::Damaged { .. } => Code::Internal,
         StoreError::Locked { .. }
         | StoreError::Format { .. }

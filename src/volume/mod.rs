@@ -9,11 +9,15 @@
 //! unpublish_volume   detaches it; needs nothing but the mount table
 //! volume_stats       sizes, from numbers kept with the tree
 //! mount_reconcile    brings records and mounts together
+//! follow_attribute   the attribute of volumes that follow a tag
+//! followed_volume    these volumes: credentials in memory, and the switch to another tree
 //! target_lock        one attach or detach at a target at a time
 //! ```
 
 mod artifact_list;
 pub mod error;
+mod follow_attribute;
+pub mod followed_volume;
 pub mod mount_form;
 pub mod mount_reconcile;
 pub mod publish_request;
@@ -32,6 +36,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use error::VolumeError;
+pub use follow_attribute::Follow;
+pub use followed_volume::{FollowList, FollowedVolume};
 pub use mount_form::VolumeMounter;
 pub use publish_request::{PodInfo, PublishRequest};
 pub use target_path::TargetPath;
@@ -67,6 +73,7 @@ struct ManagerInner {
     mounter: VolumeMounter,
     content: watch::Receiver<ContentState>,
     target_locks: target_lock::TargetLocks,
+    followed: Arc<FollowList>,
     boot_id: String,
     /// Runs work that changes mounts, so that no caller that goes can interrupt it.
     tracker: TaskTracker,
@@ -89,6 +96,7 @@ impl VolumeManager {
             mounter,
             content,
             target_locks,
+            followed: Arc::default(),
             boot_id,
             tracker,
             shutdown,

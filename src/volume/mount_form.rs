@@ -72,6 +72,26 @@ impl VolumeMounter {
         }
     }
 
+    /// Returns the form of a volume that follows a tag: a bind, since the lower directories of an overlay must not
+    /// change.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Invalid`] if the volume is not read-only.
+    pub fn followed_form(readonly: bool) -> Result<MountForm, VolumeError> {
+        if readonly { Ok(MountForm::Bind) } else { Err(not_read_only("it follows a tag")) }
+    }
+
+    /// Mounts an open folder at a target as a bind. Blocking.
+    pub(super) fn attach_folder(
+        &self,
+        folder: &OwnedFd,
+        target: &MountTarget,
+        flags: MountFlags,
+    ) -> Result<(), AttachError> {
+        Ok(self.method.attach(MountContent::Bind { tree: folder.as_fd() }, target, flags)?)
+    }
+
     /// Mounts a tree at a target, whose directory exists and is empty. Blocking.
     pub(super) fn attach(
         &self,

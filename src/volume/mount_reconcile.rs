@@ -16,8 +16,9 @@ use super::target_path::{TargetPath, pod_of_volume};
 use super::unpublish_volume;
 use super::{NodeContent, VolumeManager};
 use oci::Digest;
+use store::followed_volumes::shown_tree;
 use store::publication_records::Publication;
-use store::{MountedTree, Store, StoreError};
+use store::{FollowKey, MountedContent, MountedTree, Store, StoreError};
 use sys::mount::{MountTable, TargetState};
 
 /// The file that the kubelet writes beside a target before it publishes the volume, and removes after the unpublish.
@@ -42,7 +43,7 @@ pub struct ReconcileCounts {
 struct MountedVolume {
     /// The target's path, spelled as the kubelet spells it.
     target: PathBuf,
-    tree: MountedTree,
+    content: MountedContent,
     /// The target has the form of a volume of the kubelet.
     is_kubelets: bool,
     /// The kubelet's file is beside the target, or may be: only a file that is certainly gone counts.
@@ -82,9 +83,9 @@ impl VolumeManager {
             for target in &decisions.drop {
                 look.publications().remove(target)?;
             }
-            Ok::<_, StoreError>(decisions)
+            Ok::<_, StoreError>((decisions, followed(&mounts)))
         });
-        let decisions = decided.await.unwrap_or_else(|error| {
+        let (decisions, followed) = decided.await.unwrap_or_else(|error| {
             let source = std::io::Error::other(error);
             Err(StoreError::io("reconcile", kubelet_dir, source))
         })?;
@@ -94,6 +95,15 @@ impl VolumeManager {
             unknown: decisions.unknown,
             ..ReconcileCounts::default()
         };
+        for (key, target) in followed {
+            // A copy of the mount elsewhere is no volume.
+            let Ok(target) = TargetPath::parse(kubelet_dir, &target.to_string_lossy()) else {
+                continue;
+            };
+            let (volumes, content) = (self.clone(), content.clone());
+            let follow = move || volumes.follow_again(&content, key, target);
+            let _ = tokio::task::spawn_blocking(follow).await;
+        }
         for mount in decisions.record {
             let target = TargetPath::parse(kubelet_dir, &mount.target.to_string_lossy())?;
             reconciled.recorded += usize::from(self.record_again(mount, target, &store).await?);
@@ -123,11 +133,12 @@ impl VolumeManager {
             let shown = shown_at(&target)
                 .map_err(|error| StoreError::io("look at", &target.full(), error))?;
             let is_lost =
-                shown == Some(mount.tree) && store.publications().get(&mount.target).is_none();
-            if is_lost {
-                store.publications().put(&rebuilt(&store, &mount))?;
+                shown == Some(mount.content) && store.publications().get(&mount.target).is_none();
+            let record = is_lost.then(|| rebuilt(&store, &mount)).flatten();
+            if let Some(record) = &record {
+                store.publications().put(record)?;
             }
-            Ok(is_lost)
+            Ok(record.is_some())
         });
         work.await.unwrap_or(Err(VolumeError::Crashed))
     }
@@ -139,7 +150,7 @@ impl VolumeManager {
         store: &Store,
     ) -> Result<bool, VolumeError> {
         let held = self.0.target_locks.begin_publish(&target.full()).lock().await;
-        let store = store.clone();
+        let (store, volumes) = (store.clone(), self.clone());
         let work = self.0.tracker.spawn_blocking(move || {
             let _held = held;
             let was_known =
@@ -150,6 +161,7 @@ impl VolumeManager {
             tracing::warn!(%target, "the kubelet has forgotten this volume: unmounting it");
             let detached = unpublish_volume::detach(&target)?;
             unpublish_volume::remove(&target, &detached)?;
+            volumes.followed().remove(&target.full());
             store.publications().remove(&target.full())?;
             Ok(true)
         });
@@ -157,10 +169,10 @@ impl VolumeManager {
     }
 }
 
-/// Returns the tree that is mounted at a target. Reads the state of this mount alone.
-fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedTree>> {
+/// Returns the content that is mounted at a target. Reads the state of this mount alone.
+fn shown_at(target: &TargetPath) -> std::io::Result<Option<MountedContent>> {
     match target.open()?.state()? {
-        TargetState::Mounted(origin) => Ok(MountedTree::of(&origin)),
+        TargetState::Mounted(origin) => Ok(MountedContent::of(&origin)),
         _ => Ok(None),
     }
 }
@@ -214,6 +226,15 @@ fn decide(
     decisions
 }
 
+/// Returns the mounts of volumes that follow a tag.
+fn followed(mounts: &[MountedVolume]) -> Vec<(FollowKey, PathBuf)> {
+    let key = |mount: &MountedVolume| match mount.content {
+        MountedContent::Followed(key) => Some((key, mount.target.clone())),
+        MountedContent::Tree(_) => None,
+    };
+    mounts.iter().filter_map(key).collect()
+}
+
 fn recorded(store: &Store) -> Vec<RecordedVolume> {
     let records = store.publications().targets().into_iter();
     records
@@ -226,14 +247,14 @@ fn mounted(kubelet_dir: &Path) -> Result<Vec<MountedVolume>, StoreError> {
     // The table has no symbolic links. Targets are spelled with the kubelet's name for its directory.
     let real = std::fs::canonicalize(kubelet_dir).unwrap_or_else(|_| kubelet_dir.to_owned());
     let ours = table.iter().filter_map(|entry| {
-        let tree = MountedTree::of(&entry.origin)?;
+        let content = MountedContent::of(&entry.origin)?;
         let below = entry.mount_point.strip_prefix(&real).ok();
         let target = below.map_or_else(|| entry.mount_point.clone(), |path| kubelet_dir.join(path));
         Some(MountedVolume {
             is_kubelets: below.is_some_and(|path| pod_of_volume(path).is_some()),
             is_known_to_kubelet: is_known_to_kubelet(&target),
             target,
-            tree,
+            content,
         })
     });
     Ok(ours.collect())
@@ -244,8 +265,9 @@ fn mount_table() -> Result<MountTable, StoreError> {
     MountTable::read().map_err(failed)
 }
 
-/// Returns a record of what is known without the lost one. The next publish of the volume completes it.
-fn rebuilt(store: &Store, mount: &MountedVolume) -> Publication {
+/// Returns a record of what is known without the lost one. The next publish of the volume completes it. Returns none
+/// for a followed volume of which nothing is known.
+fn rebuilt(store: &Store, mount: &MountedVolume) -> Option<Publication> {
     #[derive(serde::Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct VolumeData {
@@ -253,10 +275,13 @@ fn rebuilt(store: &Store, mount: &MountedVolume) -> Publication {
     }
     let data = std::fs::read(mount.target.with_file_name(KUBELETS_FILE)).ok();
     let data = data.and_then(|data| serde_json::from_slice::<VolumeData>(&data).ok());
-    let MountedTree { key, generation, .. } = mount.tree;
+    let (key, generation) = match mount.content {
+        MountedContent::Tree(MountedTree { key, generation, .. }) => (key, generation),
+        MountedContent::Followed(key) => shown_tree(store.root(), key)?,
+    };
     let tree = store.trees().generation(key, generation);
     let unknown = Digest::of(b"");
-    Publication {
+    Some(Publication {
         volume_id: data.map(|data| data.volume_handle).unwrap_or_default(),
         target: mount.target.clone(),
         boot_id: store::publication_records::boot_id(),
@@ -268,7 +293,7 @@ fn rebuilt(store: &Store, mount: &MountedVolume) -> Publication {
         pod: None,
         kubelet_knew: mount.is_known_to_kubelet,
         rebuilt: true,
-    }
+    })
 }
 
 #[cfg(test)]
@@ -282,7 +307,8 @@ mod tests {
     fn mount(target: &str, is_kubelets: bool, is_known_to_kubelet: bool) -> MountedVolume {
         let key = TreeKey::new(Digest::of(b""), "", "Readable", "");
         let tree = MountedTree { key, generation: 1, form: MountForm::Bind };
-        MountedVolume { target: target.into(), tree, is_kubelets, is_known_to_kubelet }
+        let content = MountedContent::Tree(tree);
+        MountedVolume { target: target.into(), content, is_kubelets, is_known_to_kubelet }
     }
 
     fn record(target: &str, was_known_to_kubelet: bool) -> RecordedVolume {

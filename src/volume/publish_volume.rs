@@ -24,7 +24,7 @@ use super::mount_reconcile::is_known_to_kubelet;
 use super::publish_request::PublishRequest;
 use super::target_lock::TargetTurn;
 use super::volume_attributes::{VolumeArtifact, VolumeAttributes};
-use super::{NodeContent, TargetPath, VolumeManager, unpublish_volume};
+use super::{NodeContent, TargetPath, VolumeManager, VolumeMounter, unpublish_volume};
 use oci::Digest;
 use oci::signature::SignatureMode;
 use policy::{PolicyDemands, PolicyRequest};
@@ -32,7 +32,7 @@ use pull::{CompositeError, PlacedWant, PullError};
 use store::gc::Want;
 use store::object_name::ObjectName;
 use store::publication_records::Publication;
-use store::{MountedTree, SpaceAmount, Store, StoreError, Tree};
+use store::{FollowKey, MountedContent, MountedTree, SpaceAmount, Store, StoreError, Tree};
 use sys::fault;
 use sys::mount::{MountForm, MountTarget, TargetState};
 use unpack::UnpackError;
@@ -42,6 +42,9 @@ const RECORD_ROOM: u64 = 64 << 10;
 
 /// The reason for an occupied target with a mount that is not this driver's.
 const OTHER_MOUNT: &str = "has a mount that is not this driver's: unmount it";
+
+/// The reason for an occupied target with another volume.
+const OTHER_VOLUME: &str = "shows another volume: unpublish that first";
 
 /// The result of a publish, for the log and the metrics.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,7 +120,10 @@ impl VolumeManager {
     /// Publishes a volume.
     pub async fn publish(&self, request: PublishRequest) -> Result<PublishedVolume, VolumeError> {
         // A volume that its pod could write to is refused before anything is fetched.
-        let form = self.0.mounter.form(request.readonly)?;
+        let form = match request.attributes.follow {
+            Some(_) => VolumeMounter::followed_form(request.readonly)?,
+            None => self.0.mounter.form(request.readonly)?,
+        };
         let _first = self.content().ok().map(|content| content.puller.goes_first());
         let attempt = PublishAttempt {
             target_turn: self.0.target_locks.begin_publish(&request.target.full()),
@@ -176,7 +182,9 @@ impl VolumeManager {
             return Ok(CachedPublish::Published(published.clone()));
         }
         let content = self.content()?;
-        let demands = decide(&content, request)?;
+        let (attributes, namespace) = (&request.attributes, request.pod.namespace.as_deref());
+        let decide = |artifact| decide(&content, artifact, attributes.require_signature, namespace);
+        let demands = attributes.artifacts.iter().map(decide).collect::<Result<Vec<_>, _>>()?;
         let Some(tree) = cached_tree(&content, request, &demands) else {
             return Ok(CachedPublish::Missing(demands));
         };
@@ -198,8 +206,13 @@ impl VolumeManager {
                 return Err(occupied("is not an empty folder: remove what is there"));
             }
         };
-        let Some(MountedTree { key, generation, form }) = MountedTree::of(&origin) else {
-            return Err(occupied(OTHER_MOUNT));
+        let MountedTree { key, generation, form } = match MountedContent::of(&origin) {
+            Some(MountedContent::Tree(tree)) if request.attributes.follow.is_none() => tree,
+            Some(MountedContent::Followed(key)) if request.follow_key() == Some(key) => {
+                return Ok(Some(self.examine_followed(request, key)));
+            }
+            Some(_) => return Err(occupied(OTHER_VOLUME)),
+            None => return Err(occupied(OTHER_MOUNT)),
         };
         // Without a store there are no records, and the mount itself has to suffice.
         let store = self.content().ok().map(|content| content.store);
@@ -212,7 +225,7 @@ impl VolumeManager {
         if record.as_ref().is_some_and(|record| {
             record.fingerprint != fingerprint || record.volume_id != request.volume_id
         }) {
-            return Err(occupied("shows another volume: unpublish that first"));
+            return Err(occupied(OTHER_VOLUME));
         }
         let tree = store.as_ref().and_then(|store| store.trees().generation(key, generation));
         if record.is_none()
@@ -229,6 +242,35 @@ impl VolumeManager {
             bytes: tree.as_ref().map_or(0, |tree| tree.record.bytes),
         };
         Ok(Some(ExistingMount { published, form }))
+    }
+
+    /// Returns the state of a volume that follows a tag and is mounted. Its key says that it is this volume. Renews its
+    /// credentials, and the records that it may have lost.
+    fn examine_followed(&self, request: &PublishRequest, key: FollowKey) -> ExistingMount {
+        let store = self.content().ok().map(|content| content.store);
+        let tree = store.as_ref().and_then(|store| store.followed().current(key));
+        if let (Some(store), Some(tree)) = (&store, &tree) {
+            let publications = store.publications();
+            let is_lost =
+                publications.get(&request.target.full()).is_none_or(|record| record.rebuilt);
+            let put = || match request.follow_record() {
+                Some(record) if is_lost || store.followed().record(key).is_none() => {
+                    publications.put(&self.record(request, tree))?;
+                    store.followed().put_record(&record)
+                }
+                _ => Ok(()),
+            };
+            if let Err(error) = put() {
+                tracing::warn!(%error, "the record of a mounted volume is still lost");
+            }
+        }
+        self.follow(request);
+        let published = PublishedVolume {
+            path: PublishPath::AlreadyMounted,
+            manifest: tree.as_ref().map(|tree| tree.record.manifest),
+            bytes: tree.as_ref().map_or(0, |tree| tree.record.bytes),
+        };
+        ExistingMount { published, form: MountForm::Bind }
     }
 
     async fn acquire(
@@ -341,12 +383,20 @@ impl VolumeManager {
         target: &MountTarget,
     ) -> Result<(), VolumeError> {
         let PublishAttempt { request, form, .. } = attempt;
-        let mounted = self.0.mounter.attach(*form, &content.store, tree, target, request.flags);
+        let (mounter, store, flags) = (&self.0.mounter, &content.store, request.flags);
+        let mounted = match request.follow_record() {
+            None => mounter.attach(*form, store, tree, target, flags),
+            Some(record) => {
+                let shown = store.followed().publish(&record, tree)?;
+                mounter.attach_folder(&shown, target, flags)
+            }
+        };
         mounted.map_err(|error| match error {
             AttachError::Store(error) => error.into(),
             AttachError::Kernel(error) => kernel("mount at", request, error),
         })?;
         content.store.trees().mark_published(tree);
+        self.follow(request);
         Ok(())
     }
 
@@ -414,22 +464,17 @@ fn failure(attributes: &VolumeAttributes, error: CompositeError) -> VolumeError 
     }
 }
 
-/// Returns the demands of the node's policy on each artifact, if it allows all of them. Blocking.
-fn decide(
+/// Returns the demands of the node's policy on one of a volume's artifacts, if it allows it. Blocking.
+pub(super) fn decide(
     content: &NodeContent,
-    request: &PublishRequest,
-) -> Result<Vec<PolicyDemands>, VolumeError> {
+    artifact: &VolumeArtifact,
+    require_signature: bool,
+    namespace: Option<&str>,
+) -> Result<PolicyDemands, VolumeError> {
     let policy = content.policy.current().map_err(VolumeError::NotReady)?;
-    let decide = |VolumeArtifact { reference, .. }: &VolumeArtifact| {
-        let facts = PolicyRequest {
-            reference,
-            namespace: request.pod.namespace.as_deref(),
-            require_signature: request.attributes.require_signature,
-        };
-        let refused = |refusal| VolumeError::Policy { reference: reference.to_string(), refusal };
-        policy.decide(facts).map_err(refused)
-    };
-    request.attributes.artifacts.iter().map(decide).collect()
+    let VolumeArtifact { reference, .. } = artifact;
+    let decided = policy.decide(PolicyRequest { reference, namespace, require_signature });
+    decided.map_err(|refusal| VolumeError::Policy { reference: reference.to_string(), refusal })
 }
 
 /// Returns the tree of a volume if the node may show it without waiting. Blocking.

@@ -6,7 +6,7 @@
 use super::VolumeManager;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use store::MountedTree;
+use store::MountedContent;
 use sys::fault;
 use sys::mount::{DetachedFilesystem, MountForm, MountTarget, TargetState, UnmountError};
 
@@ -41,6 +41,7 @@ impl VolumeManager {
 
     /// Removes the record last. A record that stays harms nothing.
     fn forget(&self, target: &TargetPath) {
+        self.followed().remove(&target.full());
         let Ok(content) = self.content() else { return };
         if let Err(error) = content.store.publications().remove(&target.full()) {
             tracing::warn!(%error, %target, "the record of an unpublished volume stays");
@@ -79,17 +80,17 @@ pub fn detach(path: &TargetPath) -> Result<DetachedTarget, VolumeError> {
         let TargetState::Mounted(top) = target.state().map_err(failed(path, "look at"))? else {
             return Ok(detached);
         };
-        let Some(tree) = MountedTree::of(&top) else {
+        let Some(content) = MountedContent::of(&top) else {
             tracing::warn!(%path, root = %top.root.display(), filesystem = top.filesystem,
                 "a mount that is not this driver's stays");
             let stack = target.stack().map_err(failed(path, "look at"))?;
-            if stack.iter().any(|origin| MountedTree::of(origin).is_some()) {
+            if stack.iter().any(|origin| MountedContent::of(origin).is_some()) {
                 return Err(VolumeError::Covered(path.full()));
             }
             detached.foreign = true;
             return Ok(detached);
         };
-        if tree.form == MountForm::Overlay {
+        if content.form() == MountForm::Overlay {
             detached.filesystems.extend(target.hold_filesystem());
         }
         target.unmount_top().map_err(|error| match error {

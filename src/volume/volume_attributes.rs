@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::artifact_list;
 use super::error::VolumeError;
+use super::follow_attribute::Follow;
 use oci::credentials::{Keyring, WorkloadIdentity};
 use oci::digest::DigestError;
 use oci::platform::PlatformError;
@@ -34,7 +35,7 @@ pub struct Attribute {
 }
 
 /// All attributes that a volume's author may set.
-pub const ATTRIBUTES: [Attribute; 15] = [
+pub const ATTRIBUTES: [Attribute; 16] = [
     Attribute {
         key: "reference",
         default: "required, or `repository`",
@@ -115,6 +116,13 @@ pub const ATTRIBUTES: [Attribute; 15] = [
                   only content, see [parts](#parts)",
     },
     Attribute {
+        key: "follow",
+        default: "the content never changes",
+        meaning: "an interval such as `5m`, `10s` to `720h`, at which the tag is resolved again and the \
+                  content switched atomically, see [following a tag](how-to/follow-a-tag.md). Needs \
+                  `readOnly: true` and a tag, and not `pullPolicy: Never`",
+    },
+    Attribute {
         key: "requireSignature",
         default: "the node's policy",
         meaning: "`\"true\"`: refuse artifacts that no configured key has signed, even if the node's \
@@ -155,6 +163,8 @@ pub struct VolumeAttributes {
     pub platform: Option<Platform>,
     /// Refuse an artifact without a signature of a configured key.
     pub require_signature: bool,
+    /// Follow the tag.
+    pub follow: Option<Follow>,
 }
 
 /// One of a volume's artifacts.
@@ -223,7 +233,9 @@ impl VolumeAttributes {
             vec![VolumeArtifact { reference, pull_policy, path: RelativePath::root(), shape }]
         };
         let is_list = list.is_some();
-        Ok(Self { artifacts, is_list, if_unavailable, platform, require_signature })
+        let follow = get("follow").map(|value| Follow::parse(value, &artifacts, is_list, context));
+        let follow = follow.transpose()?;
+        Ok(Self { artifacts, is_list, if_unavailable, platform, require_signature, follow })
     }
 
     /// Returns the artifacts for people: the reference of the first, and the number of the others.
@@ -243,23 +255,35 @@ impl VolumeAttributes {
         identity: Option<&WorkloadIdentity>,
         tenant: &Tenant,
     ) -> Vec<PlacedWant> {
-        let placed = self.artifacts.iter().zip(demands).map(|(artifact, demands)| {
-            let want = Want {
-                reference: artifact.reference.clone(),
-                platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
-                policy: artifact.pull_policy,
-                if_unavailable: self.if_unavailable,
-                shape: artifact.shape.clone(),
-                maximum_bytes: demands.maximum_bytes,
-                signature: demands.signature.clone(),
-                keyring: keyring.clone(),
-                identity: identity.cloned(),
-                priority: Priority::Pod,
-                tenant: tenant.clone(),
-            };
-            PlacedWant { path: artifact.path.clone(), want }
+        let placed = self.artifacts.iter().zip(demands).map(|(artifact, demands)| PlacedWant {
+            path: artifact.path.clone(),
+            want: self.want(artifact, demands, keyring, identity, tenant),
         });
         placed.collect()
+    }
+
+    /// Returns the pull of one of this volume's artifacts.
+    pub fn want(
+        &self,
+        artifact: &VolumeArtifact,
+        demands: &PolicyDemands,
+        keyring: &Keyring,
+        identity: Option<&WorkloadIdentity>,
+        tenant: &Tenant,
+    ) -> Want {
+        Want {
+            reference: artifact.reference.clone(),
+            platform: self.platform.clone().unwrap_or_else(Platform::of_this_node),
+            policy: artifact.pull_policy,
+            if_unavailable: self.if_unavailable,
+            shape: artifact.shape.clone(),
+            maximum_bytes: demands.maximum_bytes,
+            signature: demands.signature.clone(),
+            keyring: keyring.clone(),
+            identity: identity.cloned(),
+            priority: Priority::Pod,
+            tenant: tenant.clone(),
+        }
     }
 
     /// Returns a digest that is equal for volumes that show the same. It decides whether a repeated publish is
@@ -283,6 +307,9 @@ impl VolumeAttributes {
             #[serde(skip_serializing_if = "Option::is_none")]
             path: Option<String>,
             require_signature: bool,
+            /// The interval in milliseconds, absent from volumes that do not follow.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            follow: Option<u128>,
             noexec: bool,
             noatime: bool,
         }
@@ -300,6 +327,7 @@ impl VolumeAttributes {
                 sub_path: shape.sub_path_text(),
                 path: self.is_list.then(|| String::from_utf8_lossy(path.as_bytes()).into_owned()),
                 require_signature: self.require_signature,
+                follow: self.follow.as_ref().map(|follow| follow.interval.as_millis()),
                 noexec: flags.noexec,
                 noatime: flags.noatime,
             };
@@ -515,5 +543,7 @@ mod tests {
         assert_eq!(part, print(&[REFERENCE, ("subPath", "./a//b/")]));
         assert_ne!(plain, print(&[REFERENCE, ("fileMode", "0555")]));
         assert_ne!(plain, print(&[("reference", "r.io/app:v2")]));
+        assert_ne!(plain, print(&[REFERENCE, ("follow", "5m")]));
+        assert_eq!(print(&[REFERENCE, ("follow", "5m")]), print(&[REFERENCE, ("follow", "300s")]));
     }
 }

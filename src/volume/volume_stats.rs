@@ -3,7 +3,8 @@
 use super::VolumeManager;
 use super::error::VolumeError;
 use super::target_path::TargetPath;
-use store::{DiskSpace, MountedTree, Tree};
+use store::followed_volumes::shown_tree;
+use store::{DiskSpace, MountedContent, Tree};
 use sys::mount::TargetState;
 
 /// Statistics of a volume, defined as the kubelet defines them for local volumes: the use of the volume itself, and the
@@ -51,7 +52,12 @@ impl VolumeManager {
         let TargetState::Mounted(origin) = target.state().map_err(failed)? else {
             return Err(unknown());
         };
-        let MountedTree { key, generation, .. } = MountedTree::of(&origin).ok_or_else(unknown)?;
+        let (key, generation) = match MountedContent::of(&origin).ok_or_else(unknown)? {
+            MountedContent::Tree(tree) => (tree.key, tree.generation),
+            MountedContent::Followed(key) => {
+                shown_tree(&self.0.state_dir, key).ok_or_else(unknown)?
+            }
+        };
         // Reads the tree's record alone: statistics need no open store.
         let tree = Tree::read(&self.0.state_dir, key, generation).ok_or_else(unknown)?;
         let room = DiskSpace::of(&self.0.state_dir)?;

@@ -49,7 +49,7 @@ pub struct Schedule {
     pub delay_if_present: Duration,
     /// The interval between two refreshes; `None` ends the task when the reference is on the node.
     pub interval: Option<Duration>,
-    /// The pauses after failures, none longer than the interval.
+    /// The pauses after failures.
     pub backoff: RetryBackoff,
     /// The number of retries in a row before the reference is only retried at [`Self::LONG_INTERVAL`].
     pub retries: u32,
@@ -293,6 +293,12 @@ impl ReferenceState {
 }
 
 impl Schedule {
+    /// Returns pauses of which none is longer than an interval.
+    pub fn backoff_within(backoff: RetryBackoff, interval: Duration) -> RetryBackoff {
+        let RetryBackoff { first, longest } = backoff;
+        RetryBackoff { first, longest: longest.min(interval.max(first)) }
+    }
+
     /// The interval of a reference without one, and of one that has failed for good.
     pub const LONG_INTERVAL: Duration = Duration::from_mins(10);
 
@@ -303,7 +309,7 @@ impl Schedule {
         if failures == 0 || failures > self.retries {
             return interval.mul_f64(0.7) + jittered(interval.mul_f64(0.4));
         }
-        jittered(self.backoff.after(failures).min(interval.max(self.backoff.first)))
+        jittered(self.backoff.after(failures))
     }
 }
 
@@ -454,7 +460,10 @@ mod tests {
         assert!((Duration::from_millis(2500)..=Duration::from_secs(5)).contains(&pause(1)));
         assert!((Duration::from_secs(10)..=Duration::from_secs(20)).contains(&pause(3)));
         assert!((Duration::from_mins(5)..=Duration::from_mins(10)).contains(&pause(1000)));
-        assert!(schedule(Duration::from_secs(1), u32::MAX).pause(1000) <= Duration::from_secs(5));
+        let second = Duration::from_secs(1);
+        let short = Schedule::backoff_within(schedule(second, u32::MAX).backoff, second);
+        let short = Schedule { backoff: short, ..schedule(second, u32::MAX) };
+        assert!(short.pause(1000) <= Duration::from_secs(5));
         assert!(schedule(hour, 2).pause(3) >= Duration::from_mins(54), "it has failed for good");
     }
 }

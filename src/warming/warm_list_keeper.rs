@@ -120,7 +120,7 @@ impl DesiredReference for ListedReference {
             delay: self.delay,
             delay_if_present: self.delay,
             interval: Some(self.list.interval),
-            backoff: BACKOFF,
+            backoff: Schedule::backoff_within(BACKOFF, self.list.interval),
             retries: u32::MAX,
         }
     }

@@ -39,7 +39,7 @@ fn document(endpoint: &str, command: &str) -> Value {
 #[test]
 fn status_and_ls_tell_what_the_node_has() {
     let (node, endpoint) = node();
-    assert_eq!(document(&endpoint, "ls"), json!({"artifacts": [], "pulls": []}));
+    assert_eq!(document(&endpoint, "ls"), json!({"artifacts": [], "pulls": [], "followed": []}));
     let artifact = node.small_artifact();
     let reference = node.proxy.reference(&artifact.name);
     let (volume, _) = node.mount(&reference);

@@ -33,6 +33,8 @@ mod disk_failures;
 mod disk_space;
 mod documents;
 mod endpoints;
+#[cfg(feature = "fault-points")]
+mod follow;
 mod format;
 mod identity;
 mod images;

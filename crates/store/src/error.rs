@@ -78,6 +78,12 @@ pub enum StoreError {
         /// Bytes that they may hold.
         max: u64,
     },
+    /// Content that a volume that follows a tag cannot show.
+    #[error("a volume that follows a tag cannot show it: {what}")]
+    CannotFollow {
+        /// The reason, and the way to change it.
+        what: String,
+    },
     /// Content that cannot be read back because another process holds leases on its files.
     #[error("{} cannot be read back now: a process on the node holds leases on its files (fcntl F_SETLEASE) and takes them again: find it by LEASE in /proc/locks, and set node.leases: Disable in the chart, or the sysctl fs.leases-enable=0", path.display())]
     Leased {

@@ -21,6 +21,7 @@
 //!   resolutions/<hash>.json       reference and platform -> digest of the chosen manifest
 //!   access/<hash>/<name>.json     who has been proven to open what (see `access`)
 //!   publications/<hash>.json      which volume shows which tree at which target
+//!   followed/<key>/               a volume that follows a tag (see `followed_volumes`)
 //!   empty/                        the second lower directory of overlays, see `sys::mount::mount_attach`
 //!   read-back/<name>              objects that need no reading any more, while others do (see `old_format_content`)
 //!   scrub.json                    how far the scrub has come (see `content_verification`)
@@ -61,6 +62,7 @@ pub mod durable_rename;
 pub mod error;
 pub mod eviction;
 mod folder_listing;
+pub mod followed_volumes;
 pub mod gc;
 pub mod growing_download;
 mod inode_metadata;
@@ -107,6 +109,7 @@ use parking_lot::Mutex;
 
 pub use disk_space::{CacheOptions, DiskSpace};
 pub use error::StoreError;
+pub use followed_volumes::{FollowKey, MountedContent};
 pub use object_keys::{FileKey, LayerKey, TreeKey};
 pub use object_name::{ObjectKind, ObjectName};
 pub use pin_records::PinShare;
@@ -125,6 +128,7 @@ use blob_import::ImportedBlobs;
 use content_verification::Verification;
 use damage_marks::DamageMarks;
 use error::IoContext as _;
+use followed_volumes::FollowedVolumes;
 use gc::{Evictions, GarbageCollector};
 use layers::Layers;
 use object_inventory::Inventory;
@@ -176,6 +180,7 @@ struct Inner {
     verification: Verification,
     pins: Pins,
     publications: Publications,
+    followed: FollowedVolumes,
     resolutions: Arc<Resolutions>,
     proofs: Proofs,
     origins: Origins,
@@ -300,6 +305,7 @@ impl Store {
                 trees: trees.clone(),
             },
             publications: Publications::open(directory(), trees.clone())?,
+            followed: FollowedVolumes::open(directory(), trees.clone(), space.clone())?,
             pins: Pins::open(directory(), inventory.clone(), collector.clone())?,
             proofs: Proofs(access.clone()),
             origins: Origins(access.clone()),
@@ -315,7 +321,7 @@ impl Store {
         })))
     }
 
-    const FOLDERS: [&str; 11] = [
+    const FOLDERS: [&str; 12] = [
         "blobs",
         "empty",
         "files",
@@ -327,6 +333,7 @@ impl Store {
         resolution_records::FOLDER,
         access::FOLDER,
         publication_records::FOLDER,
+        followed_volumes::FOLDER,
     ];
 
     /// The state directory.
@@ -392,6 +399,8 @@ impl Store {
         pins: Pins,
         /// Returns the records of publications.
         publications: Publications,
+        /// Returns the volumes that follow a tag.
+        followed: FollowedVolumes,
         /// Returns what references resolved to.
         resolutions: Resolutions,
         /// Returns who has been proven to read a manifest.

@@ -52,6 +52,8 @@ struct State {
     manifests: HashMap<Digest, HashSet<ObjectName>>,
     /// Disk space of proofs and resolutions.
     records: SpaceAmount,
+    /// Disk space of the versions of followed volumes.
+    followed: SpaceAmount,
 }
 
 /// A tree at a target.
@@ -162,6 +164,12 @@ impl Catalog {
         state.records = state.records.plus(added).less(removed);
     }
 
+    /// Adds and subtracts disk space of the versions of followed volumes.
+    pub fn count_followed(&self, added: SpaceAmount, removed: SpaceAmount) {
+        let mut state = self.state.lock();
+        state.followed = state.followed.plus(added).less(removed);
+    }
+
     /// Sets the disk space of proofs and resolutions, as it was counted on the disk.
     pub fn set_records(&self, records: SpaceAmount) {
         self.state.lock().records = records;
@@ -229,6 +237,11 @@ impl Catalog {
     /// Returns the number of targets that show a tree.
     pub fn count_publications(&self) -> usize {
         self.state.lock().publications.len()
+    }
+
+    /// Returns whether a record says that a target shows something.
+    pub fn is_published(&self, target: &Path) -> bool {
+        self.state.lock().publications.contains_key(target)
     }
 
     /// Returns the targets that show a tree.
@@ -337,7 +350,8 @@ impl Catalog {
     pub fn usage(&self, record: SpaceAmount) -> Usage {
         let state = self.state.lock();
         let records = state.publications.len().saturating_add(state.pins.len()) as u64;
-        let space = state.space.plus(state.records).plus(record.times(records));
+        let space =
+            state.space.plus(state.records).plus(record.times(records)).plus(state.followed);
         let objects = (state.objects.len() as u64)
             .saturating_sub(state.counts[ObjectKind::Document as usize]);
         Usage { bytes: space.bytes, inodes: space.inodes, objects }

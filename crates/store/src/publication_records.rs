@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::error::StoreError;
 use super::object_catalog::PublishedTree;
 use super::state_directory::StateDirectory;
-use super::trees::Trees;
+use super::trees::{Tree, Trees};
 use super::{ObjectName, TreeKey, json_records, object_keys};
 use oci_types::Digest;
 
@@ -51,6 +51,12 @@ pub struct Publication {
 }
 
 impl Publication {
+    /// Notes that the volume shows another tree.
+    pub fn shows(&mut self, tree: &Tree) {
+        self.manifest = tree.record.manifest;
+        (self.tree, self.generation) = (tree.key, tree.generation);
+    }
+
     fn shown(&self) -> PublishedTree {
         let tree = ObjectName::tree(self.tree, self.generation);
         PublishedTree { tree, kubelet_knew: self.kubelet_knew }

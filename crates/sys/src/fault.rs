@@ -12,8 +12,9 @@
 
 use std::io;
 
-/// All points, in the order in which a start, a first publish, an unpublish and an eviction pass them.
-pub const POINTS: [&str; 28] = [
+/// All points, in the order in which a start, a first publish, an unpublish, an eviction and the switch of a followed
+/// volume pass them.
+pub const POINTS: [&str; 33] = [
     "socket.bound",
     "record.written",
     "record.synced",
@@ -42,7 +43,25 @@ pub const POINTS: [&str; 28] = [
     "gc.renamed",
     "gc.removed",
     "recovery.swept",
+    "follow.linked",
+    "follow.named",
+    "follow.added",
+    "follow.switched",
+    "follow.removed",
 ];
+
+/// Returns a time in milliseconds that a test sets in place of the driver's own; `None` in a release.
+#[cfg(not(feature = "fault-points"))]
+#[inline]
+pub const fn milliseconds(_: &'static str) -> Option<u64> {
+    None
+}
+
+/// Returns a time in milliseconds that a test sets in place of the driver's own, from this variable of the environment.
+#[cfg(feature = "fault-points")]
+pub fn milliseconds(variable: &'static str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
 
 /// Passes a fault point, which does nothing in a release.
 ///

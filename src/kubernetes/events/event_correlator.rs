@@ -106,6 +106,14 @@ impl EventCorrelator {
             EventReason::Damaged => {
                 format!("Mounted artifact \"{reference}\" is damaged: {detail}")
             }
+            EventReason::Switched => {
+                format!(
+                    "The volume of artifact \"{reference}\" shows what its tag means now: {detail}"
+                )
+            }
+            EventReason::NotFollowed => format!(
+                "The volume of artifact \"{reference}\" keeps its content, since the tag cannot be followed: {detail}"
+            ),
             EventReason::Pulled => {
                 // The kubelet repeats its call while a pull runs. The pull began with the first call.
                 let pulling = self.0.get(&EventKey::of(occurrence, EventReason::Pulling));

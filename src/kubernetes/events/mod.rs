@@ -39,6 +39,8 @@ pub(super) enum EventReason {
     Pulled,
     Failed,
     Damaged,
+    Switched,
+    NotFollowed,
 }
 
 /// An occurrence on a pod's volume.
@@ -103,6 +105,16 @@ impl EventRecorder {
         self.send(PodOccurrence::new(pod, reference, EventReason::Failed, why));
     }
 
+    /// Reports a volume that shows what its tag means now.
+    pub fn switched(&self, pod: &PodReference, reference: &str, what: String) {
+        self.send(PodOccurrence::new(pod, reference, EventReason::Switched, what));
+    }
+
+    /// Reports a volume that keeps showing what its tag meant before.
+    pub fn not_followed(&self, pod: &PodReference, reference: &str, why: String) {
+        self.send(PodOccurrence::new(pod, reference, EventReason::NotFollowed, why));
+    }
+
     /// Reports damage of content that the pod has mounted.
     pub fn damaged(&self, pod: &PodReference, reference: &str) {
         let what =
@@ -133,13 +145,15 @@ impl EventReason {
             Self::Pulled => "Pulled",
             Self::Failed => "Failed",
             Self::Damaged => "Damaged",
+            Self::Switched => "Switched",
+            Self::NotFollowed => "NotFollowed",
         }
     }
 
     fn kind(self) -> &'static str {
         match self {
-            Self::Pulling | Self::Pulled => "Normal",
-            Self::Failed | Self::Damaged => "Warning",
+            Self::Pulling | Self::Pulled | Self::Switched => "Normal",
+            Self::Failed | Self::Damaged | Self::NotFollowed => "Warning",
         }
     }
 }

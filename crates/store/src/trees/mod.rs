@@ -369,9 +369,32 @@ impl Tree {
         Some(Self { key, generation, record, path, lease: None })
     }
 
+    /// Returns the path of the root of what it shows.
+    pub(super) fn root(&self) -> PathBuf {
+        HardLinkTree::of(&self.path).root().to_owned()
+    }
+
     /// Opens the root of what it shows, for mounting.
     pub fn open(&self) -> Result<OwnedFd, StoreError> {
         HardLinkTree::of(&self.path).open()
+    }
+
+    /// Gives all that it shows second names in a folder of staging. Returns that folder, and the disk space that the
+    /// names take, folders and symbolic links included.
+    pub(super) fn copy(
+        &self,
+        directory: &StateDirectory,
+        staging: &Staging,
+    ) -> Result<(PathBuf, SpaceAmount), StoreError> {
+        let (root, copies) = HardLinkTree::of(&self.path).copy(directory, staging)?;
+        Ok((root, self.own_space(directory.units).plus(copies)))
+    }
+
+    /// Returns the disk space of its folders, symbolic links and names, which it shares with no other tree.
+    pub(super) fn own_space(&self, units: DiskUnits) -> SpaceAmount {
+        let TreeRecord { own_inodes: inodes, own_bytes, .. } = self.record;
+        let bytes = inodes.saturating_mul(units.folder).saturating_add(own_bytes);
+        SpaceAmount { bytes, inodes }
     }
 
     /// Compares what it shows with a plan, name by name.

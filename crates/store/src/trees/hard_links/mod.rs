@@ -3,9 +3,10 @@
 mod link_overflow;
 mod tree_builder;
 mod tree_comparison;
+mod tree_copy;
 
 use std::collections::HashMap;
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use crate::state_directory::StateDirectory;
 use link_overflow::Copies;
 use tree_builder::Builder;
 use tree_comparison::Comparison;
+use tree_copy::TreeCopier;
 use unpack::layer_merge::TreePlan;
 
 /// The root of a tree, below the folder of its generation.
@@ -40,6 +42,11 @@ impl HardLinkTree {
     /// Returns the content in the folder of a generation, whether it is there yet or not.
     pub(super) fn of(folder: &Path) -> Self {
         Self { root: folder.join(ROOT) }
+    }
+
+    /// Returns the path of the root.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Returns the folder of the generation whose root this path is; none of another path.
@@ -84,6 +91,28 @@ impl HardLinkTree {
         open(&self.root, flags, Mode::empty()).io_context("open", &self.root)
     }
 
+    /// Gives all of the content second names in a folder of staging. Returns that folder, and the disk space of
+    /// copies of files that have all the names that they can have.
+    pub(super) fn copy(
+        &self,
+        directory: &StateDirectory,
+        staging: &Staging,
+    ) -> Result<(PathBuf, SpaceAmount), StoreError> {
+        let root = staging.path().join(ROOT);
+        let (label, meter) = (directory.label.as_ref(), &directory.meter);
+        let copies = Copies::new(staging.path().join("copies"), label, meter);
+        let mut copier = TreeCopier { label, meter, copies: &copies, full: HashMap::new() };
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut fill = || -> std::io::Result<()> {
+            std::fs::create_dir(&root)?;
+            let from = open(&self.root, flags, Mode::empty())?;
+            copier.fill(&from, &open(&root, flags, Mode::empty())?)
+        };
+        fill().io_context("link the tree in", &root)?;
+        let own = copies.finish().io_context("finish", &root)?;
+        Ok((root, own))
+    }
+
     /// Compares the content with a plan.
     pub(super) fn compare(
         &self,
@@ -106,8 +135,8 @@ fn descriptor(folder: &impl AsRawFd) -> PathBuf {
 }
 
 /// Returns a path to a name in an open folder.
-fn way_to(folder: &impl AsRawFd, name: &CString) -> PathBuf {
-    descriptor(folder).join(OsStr::from_bytes(name.as_bytes()))
+fn way_to(folder: &impl AsRawFd, name: &CStr) -> PathBuf {
+    descriptor(folder).join(OsStr::from_bytes(name.to_bytes()))
 }
 
 /// Returns the disk space of names beyond the first block of each folder.
