@@ -63,7 +63,7 @@ impl FollowState {
 
 /// The tag of one volume.
 pub struct FollowedTag {
-    /// The volume.
+    /// The volume that shows what the tag means.
     pub volume: Arc<FollowedVolume>,
     shared: Arc<Shared>,
     /// The volume had its credentials when the task was started.

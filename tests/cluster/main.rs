@@ -14,5 +14,6 @@ mod claims;
 mod csi;
 mod display;
 mod disruptions;
+mod follow;
 mod preload;
 mod volumes;

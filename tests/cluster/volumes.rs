@@ -250,7 +250,9 @@ fn every_example_runs_as_it_is() {
         "wasm",
         "claim",
         "preload",
+        // In tests of their own.
         "pv-pvc",
+        "follow-a-tag",
     ];
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
     for entry in fs::read_dir(folder).expect("the examples") {

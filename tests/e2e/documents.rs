@@ -491,11 +491,12 @@ macro_rules! pages {
             }
         )+
 
-        // The page on Crossplane is compared with the output of the evaluator of Compositions in `cluster::crossplane`.
-        // `tests/cluster` applies the objects of the page on claims.
+        // The page on Crossplane is compared with the output of the evaluator of Compositions in `cluster::crossplane`,
+        // that on followed tags with volumes in `follow`. `tests/cluster` applies the objects of the page on claims.
         const FOLLOWED: &[&str] = &[
             $($page),+,
             "how-to/claims.md",
+            "how-to/follow-a-tag.md",
             "how-to/private-registry.md",
             "how-to/prometheus-by-crossplane.md",
         ];

@@ -13,6 +13,7 @@ use base64::Engine as _;
 use serde_json::{Value, json};
 use tonic::Code;
 
+use crate::documents::{Step, fits, steps};
 use crate::support::{
     Admin, Contents, Cosign, DriverOptions, Format, Image, Kubelet, Layer, Manifest, Node, Port,
     Proxy, Tar, Volume, metrics, mounts_at, mounts_under, node_architecture, private_registry,
@@ -258,7 +259,7 @@ fn old_versions_go_after_their_time_unless_they_are_mounted() {
 #[test]
 fn switches_tear_nothing_under_readers() {
     let switches = std::env::var("FOLLOW_SWITCHES").ok().and_then(|text| text.parse().ok());
-    let switches: usize = switches.unwrap_or(500);
+    let switches: usize = switches.unwrap_or(200);
     /// A pass that takes longer than a version stays may find it gone.
     const KEPT: Duration = Duration::from_secs(1);
     let kept = KEPT.as_millis().to_string();
@@ -279,6 +280,7 @@ fn switches_tear_nothing_under_readers() {
     let volume = node.volume(&reference).attribute("follow", "1ms");
     node.node.kubelet.publish_well(&volume);
     let (is_over, passes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let begun = Instant::now();
     let read_pass = || {
         let begun = Instant::now();
         let data = fs::File::open(volume.target().join("..data")).expect("..data");
@@ -320,7 +322,7 @@ fn switches_tear_nothing_under_readers() {
         drop(over);
     });
     assert!(passes.load(Ordering::Relaxed) > switches as u64 / 10, "{passes:?} passes");
-    println!("{switches} switches, {passes:?} passes");
+    println!("{switches} switches, {passes:?} passes, {:?}", begun.elapsed());
     assert!(node.state()["versions"].as_u64().expect("a number") <= 100);
     node.end(&volume);
 }
@@ -707,4 +709,28 @@ fn the_example_of_the_page_is_followed() {
         assert_eq!(listed, "second");
         node.end(&volume);
     }
+}
+
+#[test]
+fn the_page_shows_the_table_of_ls() {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/how-to/follow-a-tag.md");
+    let steps = steps(&fs::read_to_string(page).expect("the page"));
+    let [Step { command, expected }] = steps.as_slice() else { panic!("one command") };
+    assert_eq!(command, "csi-driver-oci ls");
+    let [_, head, current, kept] = expected.as_slice() else { panic!("{expected:?}") };
+    let node = FollowNode::start("", &[]);
+    let artifact = Moving::new();
+    let digest = artifact.push("first");
+    let volume = node.mount(&artifact);
+    let state = |row: &str| row.split("  ").last().expect("a cell").trim().to_owned();
+    let is_listed = |row: &str| {
+        let listed = node.admin.text(&["ls"]);
+        let mut rows = listed.lines().skip_while(|line| !fits(line, head)).skip(1);
+        rows.next().is_some_and(|listed| fits(&state(listed), &state(row)))
+    };
+    assert!(!is_listed(kept));
+    wait_until("it is current", || is_listed(current));
+    registry().delete_manifest(&artifact.repository, &digest);
+    wait_until("it keeps earlier content", || is_listed(kept));
+    node.end(&volume);
 }

@@ -67,6 +67,15 @@ fn monitors_find_the_pods_and_alerts_name_a_runbook() {
 }
 
 #[test]
+fn the_kubelet_repeats_its_call_only_if_private_tags_are_followed() {
+    let rows = rendered("chart");
+    for (row, expected) in [("defaults", false), ("everything", true)] {
+        let driver = only(&rows[row], "CSIDriver");
+        assert_eq!(driver["spec"]["requiresRepublish"], expected, "{row}");
+    }
+}
+
+#[test]
 fn the_chart_takes_every_documented_key_of_the_configuration() {
     check("documented");
 }

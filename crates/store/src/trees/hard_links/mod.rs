@@ -101,12 +101,12 @@ impl HardLinkTree {
         let root = staging.path().join(ROOT);
         let (label, meter) = (directory.label.as_ref(), &directory.meter);
         let copies = Copies::new(staging.path().join("copies"), label, meter);
-        let mut copier = TreeCopier { label, meter, copies: &copies, full: HashMap::new() };
+        let mut tree = TreeCopier { label, meter, copies: &copies, full: HashMap::new() };
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut fill = || -> std::io::Result<()> {
             std::fs::create_dir(&root)?;
             let from = open(&self.root, flags, Mode::empty())?;
-            copier.fill(&from, &open(&root, flags, Mode::empty())?)
+            tree.fill(&from, &open(&root, flags, Mode::empty())?)
         };
         fill().io_context("link the tree in", &root)?;
         let own = copies.finish().io_context("finish", &root)?;
