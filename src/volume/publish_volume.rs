@@ -384,14 +384,14 @@ impl VolumeManager {
     ) -> Result<(), VolumeError> {
         let PublishAttempt { request, form, .. } = attempt;
         let (mounter, store, flags) = (&self.0.mounter, &content.store, request.flags);
-        let mounted = match request.follow_record() {
+        let attached = match request.follow_record() {
             None => mounter.attach(*form, store, tree, target, flags),
             Some(record) => {
                 let shown = store.followed().publish(&record, tree)?;
                 mounter.attach_folder(&shown, target, flags)
             }
         };
-        mounted.map_err(|error| match error {
+        attached.map_err(|error| match error {
             AttachError::Store(error) => error.into(),
             AttachError::Kernel(error) => kernel("mount at", request, error),
         })?;

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::fd::AsRawFd as _,
+    os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -198,14 +198,14 @@ fn a_running_pod_sees_what_its_tag_means_now() {
     wait_until("it is followed", || node.state()["digest"] == first.as_str());
     // Open files, and what a subPath shows, keep their version.
     let open = fs::File::open(volume.target().join("one")).expect("a file");
-    let part = node.node.sandbox.folder("subpath");
+    let sub_path = node.node.sandbox.folder("subpath");
     let folder = fs::canonicalize(volume.target().join("folder")).expect("a folder");
-    run(std::process::Command::new("mount").arg("--bind").arg(&folder).arg(&part));
+    run(std::process::Command::new("mount").arg("--bind").arg(&folder).arg(&sub_path));
     let second = artifact.push("second");
     wait_until_shown(&volume, "second");
     assert_shows(&volume, "second");
     assert_eq!(std::io::read_to_string(&open).expect("the open file"), "first");
-    assert_eq!(fs::read_to_string(part.join("two")).expect("a file"), "first");
+    assert_eq!(fs::read_to_string(sub_path.join("two")).expect("a file"), "first");
     assert_eq!(fs::read_to_string(folder.join("two")).expect("an old version"), "first");
     wait_until("the new one is listed", || node.state()["digest"] == second.as_str());
     let state = node.state();
@@ -226,8 +226,8 @@ fn a_running_pod_sees_what_its_tag_means_now() {
     node.node.kubelet.unpublish(&other);
     // The part of the old version keeps the volume's folder.
     node.node.kubelet.unpublish(&volume);
-    assert_eq!(fs::read_to_string(part.join("two")).expect("a file"), "first");
-    run(std::process::Command::new("umount").arg(&part));
+    assert_eq!(fs::read_to_string(sub_path.join("two")).expect("a file"), "first");
+    run(std::process::Command::new("umount").arg(&sub_path));
 }
 
 #[test]
@@ -258,10 +258,10 @@ fn old_versions_go_after_their_time_unless_they_are_mounted() {
 /// runs longer.
 #[test]
 fn switches_tear_nothing_under_readers() {
-    let switches = std::env::var("FOLLOW_SWITCHES").ok().and_then(|text| text.parse().ok());
-    let switches: usize = switches.unwrap_or(200);
     /// A pass that takes longer than a version stays may find it gone.
     const KEPT: Duration = Duration::from_secs(1);
+    let switches = std::env::var("FOLLOW_SWITCHES").ok().and_then(|text| text.parse().ok());
+    let switches: usize = switches.unwrap_or(200);
     let kept = KEPT.as_millis().to_string();
     let node = FollowNode::start("", &[("CSI_OCI_FOLLOW_KEPT", &kept)]);
     let artifact = Moving::new();
@@ -594,7 +594,6 @@ fn two_volumes_of_one_tag_share_its_content_and_gc_keeps_it() {
         wait_until_shown(volume, "second");
     }
     assert!(node.node.proxy.fetches("/blobs/") - before <= 4, "each blob is fetched once");
-    use std::os::unix::fs::MetadataExt as _;
     let inode = |volume: &Volume| fs::metadata(volume.target().join("one")).expect("a file").ino();
     assert_eq!(inode(&volumes[0]), inode(&volumes[1]));
     node.admin.text(&["gc", "--target", "0"]);
@@ -656,11 +655,11 @@ fn statistics_and_a_lost_record_are_of_the_version_that_is_shown() {
         volume_path: volume.request.target_path.clone(),
         ..Default::default()
     };
-    let stats =
+    let answer =
         node.node.kubelet.node(async |mut client| client.node_get_volume_stats(request).await);
     // Four names of one inode with the label as content.
-    let used = stats.expect("statistics").usage[0].used;
-    assert_eq!(used, "a-longer-label".len() as i64);
+    let used = answer.expect("statistics").usage[0].used;
+    assert_eq!(used, i64::try_from("a-longer-label".len()).expect("small"));
     // Records are hints: the mount and its folder say it all.
     let state = node.node.driver.state().to_owned();
     for record in entries(&state.join("publications")) {

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::os::fd::AsRawFd as _;
 
 use proptest::prelude::*;
 
@@ -323,7 +324,6 @@ fn readers_of_one_resolution_see_one_version() {
             let mut passes = 0_u64;
             while !is_over.load(Ordering::Relaxed) {
                 let pass = std::os::fd::OwnedFd::from(fs::File::open(&data).expect("..data"));
-                use std::os::fd::AsRawFd as _;
                 let pass = PathBuf::from(format!("/proc/self/fd/{}", pass.as_raw_fd()));
                 let read = |name| fs::read_to_string(pass.join(name)).expect("a file");
                 let one = read("a");
