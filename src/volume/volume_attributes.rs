@@ -120,7 +120,7 @@ pub const ATTRIBUTES: [Attribute; 16] = [
         default: "the content never changes",
         meaning: "an interval such as `5m`, `10s` to `720h`, at which the tag is resolved again and the \
                   content switched atomically, see [following a tag](how-to/follow-a-tag.md). Needs \
-                  `readOnly: true` and a tag, and not `pullPolicy: Never`",
+                  `readOnly: true` and a tag; goes with neither `pullPolicy: Never` nor `artifacts`",
     },
     Attribute {
         key: "requireSignature",

@@ -499,6 +499,33 @@ fn a_tag_that_moves_to_what_is_refused_leaves_the_volume_as_it_is() {
 }
 
 #[test]
+fn a_part_of_an_artifact_is_followed() {
+    let node = FollowNode::start("", &[]);
+    let artifact = Moving::new();
+    artifact.push("first");
+    let volume = node.volume(&node.node.proxy.reference(&artifact.name()));
+    let volume = volume.attribute("subPath", "folder");
+    node.node.kubelet.publish_well(&volume);
+    let top = volume.target();
+    for label in ["first", "second"] {
+        artifact.push(label);
+        wait_until(&format!("the part is of {label}"), || {
+            fs::read_to_string(top.join("..data/two")).is_ok_and(|text| text == label)
+        });
+        assert_eq!(entries(&top.join("..data")), ["inner", "two"].map(str::to_owned).into());
+        assert_eq!(volume.text("inner/three"), label);
+    }
+    Manifest::artifact([Layer::titled("one", "no part")]).push(
+        registry(),
+        &artifact.repository,
+        "v1",
+    );
+    node.wait_for_reason("subPath");
+    assert_eq!(volume.text("two"), "second");
+    node.end(&volume);
+}
+
+#[test]
 fn an_unsigned_artifact_is_not_switched_to() {
     let keys = tempfile::tempdir_in("/var/tmp").expect("a folder");
     let signer = Cosign::new(keys.path(), "release");
@@ -638,6 +665,11 @@ fn what_cannot_be_followed_is_refused() {
         .kubelet
         .publish_badly(&volume(&node.proxy.reference(&digest), "5m"), Code::InvalidArgument);
     assert!(told.contains("needs a tag"), "{told}");
+    let mut list = volume(&reference, "5m");
+    list.request.volume_context.remove("reference");
+    let list = list.attribute("artifacts", &format!("[{{reference: \"{reference}\"}}]"));
+    let told = node.kubelet.publish_badly(&list, Code::InvalidArgument);
+    assert!(told.contains("\"artifacts\" is a list"), "{told}");
     assert_eq!(node.proxy.requests().len(), 0);
 }
 
