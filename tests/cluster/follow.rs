@@ -62,7 +62,7 @@ spec:
         namespace.wait_for_ready(pod);
     }
     assert_eq!((whole().as_str(), shown().as_str()), ("one", "one"));
-    push("tests/follow", "a longer text");
+    let moved = push("tests/follow", "a longer text");
     wait_until("both pods see the new content", || {
         whole() == "a longer text" && shown() == "a longer text"
     });
@@ -74,6 +74,12 @@ spec:
         let restarts = namespace.field("pod", pod, restarts);
         assert!(restarts.split(' ').all(|count| count == "0"), "{pod}: {restarts}");
     }
+    let events = namespace.wait_for_event("parts", "Normal Switched: ");
+    assert!(events.contains(&moved.digest), "{events}");
+    Artifact::push("tests/follow", &[("..refused", "")]);
+    let events = namespace.wait_for_event("parts", "Warning NotFollowed: ");
+    assert!(events.contains("two dots"), "{events}");
+    assert_eq!(whole(), "a longer text");
     namespace.kubectl(&["delete", "pod", "follow-a-tag", "parts", "--grace-period=1"]);
 }
 
@@ -95,6 +101,7 @@ fn a_private_tag_is_followed_after_a_restart_if_the_kubelet_repeats_its_call() {
     wait_until("the volume says that its credentials were lost", || {
         in_driver("node-1", &["ls"]).is_ok_and(|listed| listed.contains("credentials were lost"))
     });
+    namespace.wait_for_event("reader", "Warning NotFollowed: ");
     assert_eq!(shown(), "one");
     upgrade(&["--set=follow.enabled=true"], || {
         wait_until("the kubelet has sent them again", || shown() == "two");
