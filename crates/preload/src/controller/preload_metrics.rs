@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn the_charts_alerts_ask_for_what_is_counted() {
         let mut families = metric_families();
-        ControllerMetrics::new(&mut families);
+        ControllerMetrics::new(&mut families).show_kind("node");
         PreloadMetrics::new(&mut families);
         let text = families.open_metrics();
         let alerts = include_str!("../../../../charts/csi-driver-oci/files/controller-alerts.yaml");
