@@ -138,7 +138,7 @@ fn pulling() -> (Node, String, std::sync::Arc<crate::support::Gate>, String) {
     // The pull goes on after the call.
     let answer = node.kubelet.publish_within(&volume, Duration::from_secs(1));
     assert_eq!(answer.expect_err("it takes longer").code(), Code::Aborted);
-    assert!(gate.waiting() > 0);
+    wait_until("the blob is half there", || gate.waiting() > 0);
     (node, endpoint, gate, digest)
 }
 
