@@ -23,7 +23,8 @@ use controller_runtime::{ControllerMetrics, ReferenceLookup, WriteRate};
 use oci::credentials::providers::NodeCredentials;
 use oci::registry::Registry;
 use preload::controller::{
-    ControllerPace, NamespaceQuota, PreloadMetrics, PreloadReconciler, RegistryResolver,
+    ClusterState, ControllerPace, NamespaceQuota, NodeStatusRules, PreloadMetrics,
+    PreloadReconciler, RegistryResolver,
 };
 use provision::controller::{ClaimReconciler, ProvisionMetrics};
 use provision::plan::facts::{CheckedVolume, ProvisionState, VolumeRules};
@@ -77,6 +78,13 @@ pub(super) struct ControllerArguments {
     /// limit. `cache.maxPinnedBytes` of each node limits all pins as well.
     #[arg(long, env = "MAX_PINNED_BYTES_PER_NAMESPACE", default_value = "100Gi")]
     max_pinned_bytes_per_namespace: Quantity,
+    /// Label each Node with `oci.custom.io/ready.<hash>` for the preloaded artifacts that it holds.
+    #[arg(long, env = "NODE_LABELS")]
+    node_labels: bool,
+    /// The namespaces, separated by commas, whose preloads decide the condition `oci.custom.io/ArtifactsReady` of each
+    /// Node. Without any, Nodes have no such condition.
+    #[arg(long, env = "NODE_CONDITION_NAMESPACES", value_delimiter = ',')]
+    node_condition_namespaces: Vec<String>,
     /// A YAML file of kind NodeConfiguration, as on the nodes, for its registries, policy and limits.
     #[arg(long, env = "CONFIG")]
     config: Option<PathBuf>,
@@ -127,13 +135,18 @@ impl ControllerArguments {
                 preloads: Some(self.max_preloads_per_namespace).filter(|&count| count > 0),
                 pinned_bytes: Some(bytes).filter(|&bytes| bytes > 0),
             };
+            let namespaces = self.node_condition_namespaces.into_iter();
+            let node_status = NodeStatusRules {
+                labels: self.node_labels,
+                condition_namespaces: namespaces.filter(|name| !name.is_empty()).collect(),
+            };
             let (client, rate, metrics) = (client.clone(), rate.clone(), Arc::clone(&metrics));
             tasks.push(LeaderTask::new(move |lost| {
                 let reconciler = PreloadReconciler::new(
                     client.clone(),
                     resolver.clone(),
                     ControllerPace::default(),
-                    quota,
+                    ClusterState::new(quota, node_status.clone()),
                     rate.clone(),
                     Arc::clone(&of_preloads),
                     Arc::clone(&metrics),

@@ -60,6 +60,13 @@ fn the_controller_writes_volumes_of_its_driver_only() {
 }
 
 #[test]
+fn the_controller_changes_nothing_on_nodes_but_its_labels_and_condition() {
+    // Nodes without a kubelet would hold up rollouts.
+    let _namespace = TestNamespace::alone("node-status");
+    check("node_status");
+}
+
+#[test]
 fn a_wrong_volume_is_refused_in_every_kind_of_object() {
     // The policy is about PersistentVolumes of all namespaces.
     let _namespace = TestNamespace::alone("policies");

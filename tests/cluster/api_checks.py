@@ -20,6 +20,7 @@ import chart
 import compose
 import crossplane
 import fleet
+import node_status as nodes
 import pull_secrets
 import provisioner
 import render
@@ -395,6 +396,69 @@ def node_taints(server):
         server.call("DELETE", f"/api/v1/nodes/{name}")
 
 
+def node_status(server):
+    """With the rights that the chart gives, and with more, the controller changes only its part of a node."""
+    account = f"{NAMESPACE}-fleet"
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{account}/token"
+    token = server.call("POST", path, request)[1]["status"]["token"]
+    node = "/api/v1/nodes/worker-3"
+    document = copy.deepcopy(nodes.NODE)
+    document["metadata"] = {key: document["metadata"][key] for key in ("labels", "annotations")} | {"name": "worker-3"}
+    # A client of this name removes its labels of artifacts that the node does not hold.
+    server.call("POST", "/api/v1/nodes", document)
+    created = server.call("GET", node)[1]
+    server.call("PUT", node + "/status", created | {"status": nodes.NODE["status"]})
+
+    def put(change, part="/status"):
+        """What the API server says of a change, or nothing where it takes it; and the node then."""
+        while True:
+            before = server.call("GET", node)[1]
+            after = copy.deepcopy(before)
+            change(after)
+            status, answer = server.call("PUT", f"{node}{part}?dryRun=All", after, token)
+            # The leader and Kubernetes write to the node as well.
+            if status != 409:
+                return (None, before, answer) if status == 200 else (answer["message"], before, None)
+
+    cordon = [{"op": "add", "path": "/spec/unschedulable", "value": True}]
+    for part, expected in (("", 403), ("/status", 200)):
+        status, answer = server.call("PATCH", node + part, cordon, token, "json-patch+json")
+        if status != expected or server.call("GET", node)[1]["spec"].get("unschedulable"):
+            yield f"a patch of nodes{part} that cordons: {status} {answer.get('message')}"
+    # Then the policy alone stands before everything.
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "checks-nodes"}}
+    role["rules"] = [{"apiGroups": [""], "resources": ["nodes", "nodes/status"], "verbs": ["*"]}]
+    binding = role | {"kind": "ClusterRoleBinding"}
+    del binding["rules"]
+    binding["roleRef"] = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "checks-nodes"}
+    binding["subjects"] = [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}]
+    for each in (role, binding):
+        if said := server.apply(each):
+            yield said
+    wait_until("more rights", lambda: "cannot" not in (put(lambda node: None)[0] or ""))
+    for name, change, refusal in nodes.CHANGES:
+        said, before, after = put(change)
+        if refusal == nodes.SPEC:
+            # The API server ignores it.
+            if said or after["spec"] != before["spec"]:
+                yield f"{name}: {said or after['spec']}"
+        elif (said is None) != (refusal is None):
+            yield f"{name}: {said or 'allowed'}"
+        elif said and not (f"{account}-node-status" in said and refusal in said):
+            yield f"{name}: refused, but with {said}"
+        said = put(change, "")[0] or "allowed"
+        if "nothing but the status and labels" not in said and name != "nothing":
+            yield f"{name}, of the whole node: {said}"
+    document["metadata"]["name"] = "worker-4"
+    status, answer = server.call("POST", "/api/v1/nodes?dryRun=All", document, token)
+    if status != 403 and "nothing but the status" not in answer["message"]:
+        yield f"it creates nodes: {answer}"
+    for each in (binding, role):
+        server.call("DELETE", server.place(each))
+    server.call("DELETE", node)
+
+
 def node_objects(server):
     """With the rights that the chart gives, a node writes the status of its own object, and nothing else."""
     own = "the driver on a node may write the object of its own node only"
@@ -609,8 +673,8 @@ def pods_pull_secrets(server):
 CHECKS = {
     check.__name__: check
     for check in (
-        definitions, preloads, manifests, custom_prometheus, node_objects, node_taints, provisioner_volumes, volumes,
-        pods_pull_secrets,
+        definitions, preloads, manifests, custom_prometheus, node_objects, node_status, node_taints, provisioner_volumes,
+        volumes, pods_pull_secrets,
     )
 }  # fmt: skip
 

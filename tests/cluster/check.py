@@ -20,6 +20,7 @@ import crossplane
 import fleet
 import gitops
 import monitoring
+import node_status
 import plain
 import pull_secrets
 import provisioner
@@ -264,6 +265,7 @@ CHECKS = {
         *fleet.CHECKS,
         *gitops.CHECKS,
         *monitoring.CHECKS,
+        *node_status.CHECKS,
         *pull_secrets.CHECKS,
         *provisioner.CHECKS,
         *readme.CHECKS,

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, NODES, Pod, TestNamespace, driver_log, in_driver, kubectl, node,
-    wait_until,
+    run, upgrade, wait_until,
 };
 
 fn preload(name: &str, reference: &str, more: &str) -> String {
@@ -60,6 +60,90 @@ fn a_preload_is_ready_when_all_nodes_have_it_and_is_let_go_when_it_is_deleted() 
     for name in NODES {
         wait_until("the node to let it go", || !is_pinned(name));
     }
+}
+
+#[test]
+fn pods_find_nodes_by_what_is_preloaded_on_them() {
+    let namespace = TestNamespace::alone("scheduling");
+    let artifact = Artifact::push("tests/scheduling", &[("file", "near\n")]);
+    namespace.apply(&preload("tool", &artifact.reference(), ", selector: {names: [node-2]}"));
+    wait_for_ready(&namespace, "tool");
+    let script = "printf %s \"$1\" | sha256sum | cut -c1-32";
+    let written = format!("{}/{}", namespace.name, artifact.reference());
+    let hash = run("sh", &["-c", script, "sh", &written], "").expect("a hash");
+    let label = format!("oci.custom.io/ready.{}", hash.trim());
+    assert_eq!(namespace.field("artifactpreload", "tool", "{.status.nodeLabel}"), label);
+    let wide = namespace.kubectl(&["get", "artifactpreloads", "--output=wide"]);
+    assert!(wide.contains(&label), "{wide}");
+    let labelled = || kubectl(&["get", "nodes", "--output=name", "--selector", &label]);
+    wait_until("the label", || labelled().trim() == "node/node-2");
+    let pod = |name: &str, kind: &str| {
+        let mut pod = Pod::new(name, &artifact.reference(), "cat /artifact/file");
+        let terms = format!("matchExpressions: [{{key: {label}, operator: Exists}}]");
+        let terms = match kind {
+            "required" => format!("{{nodeSelectorTerms: [{{{terms}}}]}}"),
+            _ => format!("[{{weight: 100, preference: {{{terms}}}}}]"),
+        };
+        pod.spec = format!(
+            "affinity: {{nodeAffinity: {{{kind}DuringSchedulingIgnoredDuringExecution: {terms}}}}}"
+        );
+        pod
+    };
+    for kind in ["required", "preferred"] {
+        assert_eq!(namespace.output(&pod(kind, kind)), "near\n");
+        assert_eq!(namespace.field("pod", kind, "{.spec.nodeName}"), "node-2");
+        namespace.delete_pod(kind);
+    }
+    namespace.kubectl(&["delete", "artifactpreload", "tool"]);
+    wait_until("no label", || labelled().is_empty());
+    assert_eq!(namespace.output(&pod("later", "preferred")), "near\n");
+    namespace.delete_pod("later");
+}
+
+#[test]
+fn nodes_have_a_condition_for_the_preloads_of_a_namespace() {
+    let namespace = TestNamespace::alone("condition");
+    let artifact = Artifact::push("tests/condition", &[("file", "near\n")]);
+    let condition = || {
+        let path =
+            "{.items[*].status.conditions[?(@.type=='oci.custom.io/ArtifactsReady')].message}";
+        kubectl(&["get", "nodes", &format!("--output=jsonpath={path}")])
+    };
+    let on_both = |held: &str| [held; 2].join(" ");
+    let nothing = on_both("the node holds 0 of 0 preloaded artifacts");
+    wait_until("the condition", || condition() == nothing);
+    namespace.apply(&preload("tool", &artifact.reference(), ""));
+    wait_for_ready(&namespace, "tool");
+    // The harness' values name it.
+    kubectl(&["create", "namespace", "platform"]);
+    let object = preload("tool", &artifact.reference(), "");
+    run("kubectl", &["--namespace=platform", "apply", "--filename=-"], &object).expect("applied");
+    let one = on_both("the node holds 1 of 1 preloaded artifacts");
+    wait_until("the preload of that namespace, and no other", || condition() == one);
+    kubectl(&["delete", "namespace", "platform"]);
+    wait_until("nothing of it", || condition() == nothing);
+
+    // What remains when it is turned off is removed as the documentation says.
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/preloading.md");
+    let page = std::fs::read_to_string(page).expect("the page");
+    let (_, commands) = page.split_once("### Turn it off").expect("a section");
+    let (_, commands) = commands.split_once("```sh\n").expect("commands");
+    let (commands, _) = commands.split_once("```").expect("their end");
+    wait_until("a label", || !labels().is_empty());
+    let off =
+        ["--set=controller.nodeLabels=false", "--set-json=controller.nodeConditionNamespaces=[]"];
+    upgrade(&off, || {
+        run("sh", &["-euc", commands], "").expect("the commands");
+        assert_eq!((labels().as_str(), condition().as_str()), ("", ""));
+    });
+    wait_until("both again", || !labels().is_empty() && condition() == nothing);
+}
+
+/// Returns the labels of nodes that say what they hold.
+fn labels() -> String {
+    let list = kubectl(&["get", "nodes", "--show-labels", "--no-headers"]);
+    let labels = list.split([',', ' ', '\n']);
+    labels.filter(|label| label.starts_with("oci.custom.io/")).collect::<Vec<_>>().join(" ")
 }
 
 #[test]

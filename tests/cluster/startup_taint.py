@@ -108,7 +108,8 @@ def policy():
 class Evaluator:
     """The policy's expressions, compiled once."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, before=NODE):
+        self.before = celpy.json_to_cel(before)
         environment = celpy.Environment()
 
         def program(text):
@@ -136,7 +137,7 @@ class Evaluator:
         context = {
             "request": celpy.json_to_cel(request),
             "object": celpy.json_to_cel(node),
-            "oldObject": celpy.json_to_cel(NODE),
+            "oldObject": self.before,
             "variables": celpy.json_to_cel({}),
         }
         for name, program in self.variables:

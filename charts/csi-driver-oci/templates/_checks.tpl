@@ -71,7 +71,7 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- fail (printf "%s has app.kubernetes.io/component, which the chart sets: use another label" (first .)) }}
 {{- end }}
 {{- end }}
-{{- $ours := list "--endpoint" "--driver-name" "--kubelet-dir" "--state-dir" "--registration-dir" "--health-endpoint" "--metrics-endpoint" "--startup-taint" "--preload" "--events" "--config" "--leases" "--log-level" "--log-format" "--lease-name" "--max-preloads-per-namespace" "--max-pinned-bytes-per-namespace" "--preloads" "--provisioner" "--max-claims-per-namespace" }}
+{{- $ours := list "--endpoint" "--driver-name" "--kubelet-dir" "--state-dir" "--registration-dir" "--health-endpoint" "--metrics-endpoint" "--startup-taint" "--preload" "--events" "--config" "--leases" "--log-level" "--log-format" "--lease-name" "--max-preloads-per-namespace" "--max-pinned-bytes-per-namespace" "--node-labels" "--node-condition-namespaces" "--preloads" "--provisioner" "--max-claims-per-namespace" }}
 {{- range concat .Values.extraArgs .Values.controller.extraArgs }}
 {{- if has (splitList "=" . | first) $ours }}
 {{- fail (printf "extraArgs has %s, for which the chart has a value of its own: set that" .) }}

@@ -52,7 +52,7 @@ tls:
 config: {{cache: {{highThresholdPercent: 100, minFreePercent: 0, minFreeInodesPercent: 0}}}}
 # The setting has no namespace: it is the machine's.
 node: {{leases: Keep}}
-controller: {{enabled: true, maxPreloadsPerNamespace: 8}}
+controller: {{enabled: true, maxPreloadsPerNamespace: 8, nodeLabels: true, nodeConditionNamespaces: [platform]}}
 provisioner: {{enabled: true, maxClaimsPerNamespace: 8}}
 events: {{enabled: true}}
 startupTaint: {{enabled: true}}

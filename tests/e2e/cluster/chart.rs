@@ -116,6 +116,11 @@ fn a_node_removes_its_startup_taint_and_changes_nothing_else() {
 }
 
 #[test]
+fn the_controller_labels_nodes_and_changes_nothing_else() {
+    check("node_status");
+}
+
+#[test]
 fn the_definition_of_preloads_lets_pass_what_it_should() {
     check("preload_values");
 }

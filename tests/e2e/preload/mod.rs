@@ -1,5 +1,6 @@
 //! Tests preloads: the real controller and real node plugins, a simulated API server, and a real registry.
 
+mod node_status;
 mod rollback;
 mod scheduling;
 

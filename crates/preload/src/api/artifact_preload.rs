@@ -43,6 +43,12 @@ pub const MAXIMUM_HISTORY: usize = 10;
         json_path = ".status.conditions[?(@.type==\"Ready\")].message",
         priority = 1
     ),
+    printcolumn(
+        name = "NODE LABEL",
+        type_ = "string",
+        json_path = ".status.nodeLabel",
+        priority = 1
+    ),
     printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -150,6 +156,11 @@ pub struct ArtifactPreloadStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 700))]
     pub previous_reference: Option<String>,
+    /// Label of the nodes that hold the artifact of `spec.reference`, if the controller labels nodes:
+    /// `oci.custom.io/ready.` and the first 32 digits of the SHA-256 of `namespace/reference`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub node_label: Option<String>,
     /// Time since which the registry does not answer, if `digest` is one of its earlier answers to
     /// this object. Empty: it has answered.
     #[serde(skip_serializing_if = "Option::is_none")]

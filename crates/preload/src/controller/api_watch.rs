@@ -94,6 +94,7 @@ impl WatchedObject<ClusterState> for NodeMetadata {
         let known = state.nodes.get(name.as_str()).filter(|known| known.uid == *uid);
         let node = ClusterNode {
             readiness: known.and_then(|known| known.readiness),
+            condition: known.and_then(|known| known.condition.clone()),
             uid: uid.clone(),
             labels: metadata.labels.clone().unwrap_or_default(),
             created: metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),

@@ -20,7 +20,9 @@ pub mod preload_metrics;
 pub mod reconciler;
 pub mod reference_resolver;
 
+pub use crate::plan::cluster_facts::ClusterState;
 pub use crate::plan::cluster_facts::NamespaceQuota;
+pub use crate::plan::node_status::NodeStatusRules;
 pub use preload_metrics::PreloadMetrics;
 pub use reconciler::{ControllerPace, PreloadReconciler};
 pub use reference_resolver::{ReferenceResolver, RegistryResolver};

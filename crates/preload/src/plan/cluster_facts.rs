@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::node_status::NodeStatusRules;
+use super::preload_status::ConditionState;
 use crate::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, NodeArtifacts, Phase,
     ResolvedReference,
@@ -37,6 +39,8 @@ pub struct NamespaceQuota {
 pub struct ClusterState {
     /// Quota of each namespace.
     pub quota: NamespaceQuota,
+    /// Labels and condition to write to Nodes.
+    pub node_status: NodeStatusRules,
     /// Preloads by `namespace/name`.
     pub preloads: BTreeMap<Arc<str>, PreloadFacts>,
     /// Nodes by name.
@@ -179,6 +183,8 @@ pub struct ClusterNode {
     pub start_order: u64,
     /// Condition Ready of the node, if it was read from the API server.
     pub readiness: Option<NodeReadiness>,
+    /// Condition of the node's artifacts, as this process last wrote it.
+    pub condition: Option<ConditionState>,
 }
 
 /// Condition Ready of a node, as it was read from the API server.
@@ -273,8 +279,8 @@ pub struct ArtifactProgress {
 
 impl ClusterState {
     /// Returns the state before anything is known of the cluster.
-    pub fn new(quota: NamespaceQuota) -> Self {
-        Self { quota, ..Self::default() }
+    pub fn new(quota: NamespaceQuota, node_status: NodeStatusRules) -> Self {
+        Self { quota, node_status, ..Self::default() }
     }
 
     /// Returns the identifier of `namespace/name`.

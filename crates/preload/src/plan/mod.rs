@@ -5,6 +5,7 @@
 //! node_assignment  the assignment of one preload to nodes
 //! namespace_quota  preloads beyond the quota of their namespace
 //! preload_status   status of one preload
+//! node_status      labels and condition of each Node
 //! mod              all preloads, and the object of each node
 //! ```
 //!
@@ -15,7 +16,8 @@
 pub mod cluster_facts;
 mod namespace_quota;
 mod node_assignment;
-mod preload_status;
+pub mod node_status;
+pub mod preload_status;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +28,7 @@ use crate::api::ArtifactPreloadStatus;
 use crate::api::node_artifacts::MAXIMUM_ARTIFACTS;
 use cluster_facts::{AssignedArtifact, ClusterState, NodeObject, PreloadId, Seconds};
 use node_assignment::{AwaitedNode, EligibleNode};
+use node_status::{NodeStatus, NodeStatusPlan};
 
 /// Maximum bytes of a node's assignment: a third of the limit of the API server, since the status
 /// is in the same object.
@@ -42,6 +45,8 @@ pub struct PreloadPlan {
     pub create: Vec<Arc<str>>,
     /// Nodes whose assignment changes, with the whole new assignment.
     pub assign: Vec<(Arc<str>, Vec<AssignedArtifact>)>,
+    /// Nodes whose labels or condition change.
+    pub node_status: Vec<(Arc<str>, NodeStatus)>,
     /// Preloads whose status changes.
     pub report: Vec<StatusChange>,
     /// Preloads whose reference or secrets have to be resolved.
@@ -179,10 +184,16 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
     let mut assignments: Vec<NodeAssignment> =
         nodes.iter().map(|node| NodeAssignment::after(node.object, &known)).collect();
     let mut exceeded = namespace_quota::exceeded(state);
+    let mut node_status = NodeStatusPlan::new(&state.node_status, now);
     for (key, preload) in &state.preloads {
         let assignment = match exceeded.remove(&preload.id) {
             Some(problem) => node_assignment::withhold(preload, &nodes, &awaited, problem),
-            None => node_assignment::assign(preload, &nodes, &awaited, &mut assignments, now),
+            None => {
+                let assignment =
+                    node_assignment::assign(preload, &nodes, &awaited, &mut assignments, now);
+                node_status.add(key, preload, &assignment);
+                assignment
+            }
         };
         plan.wake = earlier(plan.wake, assignment.wake);
         plan.check.extend(assignment.unchecked.iter().cloned());
@@ -193,7 +204,8 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
         plan.totals.nodes_active += assignment.counts.active;
         plan.totals.nodes_failed += assignment.counts.failed;
         plan.totals.nodes_waiting += assignment.counts.waiting();
-        let written = preload_status::status(preload, &assignment, now);
+        let label = node_status.label_of(key, preload);
+        let written = preload_status::status(preload, &assignment, label, now);
         match (
             preload_status::is_ready(&written.status),
             preload_status::is_stalled(&written.status),
@@ -215,10 +227,14 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
             plan.report.push(StatusChange { preload, status: written.status, urgent });
         }
     }
-    for (node, assignments) in
-        nodes.iter().zip(assignments).filter(|(_, assignments)| !assignments.waits)
-    {
+    for (node, assignments) in nodes.iter().zip(assignments) {
+        let waits = assignments.waits;
         let wanted = with_kept_artifacts(node.object, assignments, &known);
+        let status = node_status.missing_on(*node, &wanted, &mut plan.wake);
+        plan.node_status.extend(status.map(|status| (Arc::clone(node.name), status)));
+        if waits {
+            continue;
+        }
         // A limit without any artifact need not be written.
         let other_bound = node.object.pinned_bytes_per_namespace != state.quota.pinned_bytes
             && !wanted.is_empty();

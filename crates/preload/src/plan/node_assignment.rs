@@ -72,7 +72,7 @@ pub(super) struct CurrentArtifact {
     /// Reference as `repository:tag@digest`.
     pub(super) reference: Arc<str>,
     /// Reference that nodes are asked for; see [`asked_reference`].
-    asked: Arc<str>,
+    pub(super) asked: Arc<str>,
     /// True if it is in the repository that the credentials are for; they must not be used for
     /// another one.
     own: bool,
@@ -239,7 +239,7 @@ pub(super) fn withhold(
         PreloadAssignment { problem: Some(problem), ..PreloadAssignment::default() };
     let Ok(parsed) = &preload.parsed else { return assignment };
     if let ReferenceResolution::Known(known) = &preload.resolution
-        && let Ok(reference) = pinned(&parsed.reference, known)
+        && let Ok(reference) = pinned(&parsed.reference, &known.digest.to_string())
     {
         let asked = Arc::clone(&reference);
         let known = known.clone();
@@ -283,19 +283,24 @@ fn evaluate(
             assignment.resolve = !matches!(preload.access, RegistryAccess::Refused(_));
         }
         ReferenceResolution::Refused(refusal) => refused(refusal, assignment),
-        ReferenceResolution::Known(known) => match pinned(&parsed.reference, known) {
-            Ok(reference) => {
-                if let Some(unavailable) = known.origin.unavailable {
-                    assignment.resolve |= unavailable.retry_at <= now;
-                    assignment.wake =
-                        earlier(assignment.wake, Some(unavailable.retry_at.max(now + 1)));
+        ReferenceResolution::Known(known) => {
+            match pinned(&parsed.reference, &known.digest.to_string()) {
+                Ok(reference) => {
+                    if let Some(unavailable) = known.origin.unavailable {
+                        assignment.resolve |= unavailable.retry_at <= now;
+                        assignment.wake =
+                            earlier(assignment.wake, Some(unavailable.retry_at.max(now + 1)));
+                    }
+                    let asked = asked_reference(preload, &parsed.reference, known, &reference);
+                    let known = known.clone();
+                    assignment.current =
+                        Some(CurrentArtifact { known, reference, asked, own: true });
                 }
-                let asked = asked_reference(preload, &parsed.reference, known, &reference);
-                let known = known.clone();
-                assignment.current = Some(CurrentArtifact { known, reference, asked, own: true });
+                Err(error) => {
+                    assignment.problem = Some(AssignmentProblem::new("InvalidSpec", &error))
+                }
             }
-            Err(error) => assignment.problem = Some(AssignmentProblem::new("InvalidSpec", &error)),
-        },
+        }
     }
     match &preload.access {
         RegistryAccess::Unknown => true,
@@ -328,13 +333,12 @@ fn missing_platform(parsed: &ParsedSpec, known: &ResolvedArtifact) -> Option<Ass
 }
 
 /// Returns the reference with its digest, as nodes get it.
-fn pinned(reference: &Reference, known: &ResolvedArtifact) -> Result<Arc<str>, String> {
+pub(super) fn pinned(reference: &Reference, digest: &str) -> Result<Arc<str>, String> {
     if reference.digest().is_some() {
         return Ok(Arc::from(reference.to_string()));
     }
     let repository = reference.repository().to_string();
-    let digest = known.digest.to_string();
-    let pinned = Reference::from_parts(&repository, Some(reference.tag_or_latest()), Some(&digest));
+    let pinned = Reference::from_parts(&repository, Some(reference.tag_or_latest()), Some(digest));
     pinned.map(|pinned| Arc::from(pinned.to_string())).map_err(|error| error.to_string())
 }
 
@@ -411,7 +415,11 @@ fn selects(preload: &PreloadFacts, name: &str, node: &ClusterNode) -> bool {
     named && selector.match_labels.iter().all(has)
 }
 
-fn is_selected(preload: &PreloadFacts, parsed: &ParsedSpec, node: &EligibleNode<'_>) -> bool {
+pub(super) fn is_selected(
+    preload: &PreloadFacts,
+    parsed: &ParsedSpec,
+    node: &EligibleNode<'_>,
+) -> bool {
     let Some(report) = &node.object.report else { return false };
     let fits = |platform: &Platform| {
         parsed.platforms.is_empty()
@@ -682,7 +690,7 @@ fn overdue(held: Option<&ArtifactProgress>) -> (Arc<str>, Arc<str>) {
     }
 }
 
-fn find_wanted<'a>(
+pub(super) fn find_wanted<'a>(
     object: &'a NodeObject,
     preload: PreloadId,
     reference: &str,
@@ -694,7 +702,7 @@ fn find_wanted<'a>(
 
 /// Returns the progress of an artifact. The same content under another name is another artifact: it
 /// is pulled with other credentials, and pinned separately.
-fn find_held<'a>(
+pub(super) fn find_held<'a>(
     object: &'a NodeObject,
     preload: PreloadId,
     reference: &str,

@@ -25,6 +25,7 @@ pub(super) struct ComputedStatus {
 pub(super) fn status(
     preload: &PreloadFacts,
     assignment: &PreloadAssignment,
+    node_label: Option<String>,
     now: Seconds,
 ) -> ComputedStatus {
     let before = &preload.status;
@@ -77,6 +78,7 @@ pub(super) fn status(
         bytes: known.and_then(|known| known.bytes).and_then(|bytes| i64::try_from(bytes).ok()),
         ready_reference,
         previous_reference,
+        node_label,
         registry_unavailable_since: unavailable.and_then(|unavailable| time(unavailable.since)),
         history: history(&before.history, known),
         desired: number(desired),
@@ -138,10 +140,14 @@ fn earlier_answer(assignment: &PreloadAssignment) -> Option<String> {
 }
 
 /// Status, reason and message of a condition.
-struct ConditionState {
-    status: &'static str,
-    reason: &'static str,
-    message: String,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConditionState {
+    /// True, False or Unknown.
+    pub status: &'static str,
+    /// Reason in one word.
+    pub reason: &'static str,
+    /// Message with details of the reason.
+    pub message: String,
 }
 
 fn state(status: &'static str, reason: &'static str, message: String) -> ConditionState {

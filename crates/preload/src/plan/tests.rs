@@ -1,6 +1,6 @@
 //! The planner against a cluster of facts: what it decides is written, and nodes do what they please.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
@@ -11,6 +11,7 @@ use super::cluster_facts::{
     AnswerOrigin, ClusterNode, ClusterState, NamespaceQuota, NodeReadiness, ReferenceResolution,
     RegistryAccess, ResolutionFailure, ResolvedArtifact, start_order,
 };
+use super::node_status::{LABEL_PREFIX, LABEL_VALUE, NodeStatusRules, ready_label};
 use super::{PreloadPlan, plan};
 use crate::api::{
     ArtifactPreload, ArtifactPreloadSpec, ArtifactPreloadStatus, HeldArtifact, NodeArtifacts,
@@ -61,6 +62,7 @@ impl Cluster {
             created: self.now,
             start_order: start_order(name),
             readiness: None,
+            condition: None,
         };
         let name = self.state.text(name);
         self.state.nodes.insert(name, node);
@@ -227,14 +229,39 @@ impl Cluster {
             let object = object.clone();
             self.state.put_preload(&object);
         }
+        for (name, status) in &decided.node_status {
+            let node = self.state.nodes.get_mut(name).expect("a node");
+            if let Some(wanted) = &status.labels {
+                node.labels.retain(|key, _| !key.starts_with(LABEL_PREFIX));
+                let labels = wanted.iter().map(|key| (key.to_string(), LABEL_VALUE.to_owned()));
+                node.labels.extend(labels);
+            }
+            node.condition = status.condition.clone();
+        }
         decided
+    }
+
+    /// Returns the labels of a node that say what it holds.
+    fn labels(&self, node: &str) -> BTreeSet<String> {
+        let labels = self.state.nodes[node].labels.keys();
+        labels.filter(|key| key.starts_with(LABEL_PREFIX)).cloned().collect()
+    }
+
+    /// Returns status and reason of the condition of a node.
+    fn condition(&self, node: &str) -> (&'static str, &'static str) {
+        let condition = self.state.nodes[node].condition.as_ref();
+        condition.map_or(("", ""), |condition| (condition.status, condition.reason))
     }
 
     /// Plans until there are no decisions.
     fn settle(&mut self) {
         for _ in 0..10 {
             let decided = self.step();
-            if decided.assign.is_empty() && decided.report.is_empty() && decided.create.is_empty() {
+            if decided.assign.is_empty()
+                && decided.report.is_empty()
+                && decided.create.is_empty()
+                && decided.node_status.is_empty()
+            {
                 return;
             }
         }
@@ -830,8 +857,12 @@ fn assignments_fit_the_object_of_a_node() {
 
 /// Replaces the facts by those that the next leader reads.
 fn begin_anew(cluster: &mut Cluster) {
-    let mut state = ClusterState::default();
+    let rules = std::mem::take(&mut cluster.state.node_status);
+    let mut state = ClusterState::new(NamespaceQuota::default(), rules);
     state.nodes = std::mem::take(&mut cluster.state.nodes);
+    for node in state.nodes.values_mut() {
+        node.condition = None;
+    }
     for object in cluster.objects.values() {
         state.put_object(object);
     }
@@ -1375,6 +1406,187 @@ fn a_recreated_node_is_awaited() {
     assert_eq!(cluster.plan().wake, Some(cluster.now + 121));
 }
 
+/// Has labels and conditions written.
+fn with_node_status(mut cluster: Cluster) -> Cluster {
+    let condition_namespaces = BTreeSet::from(["team".to_owned()]);
+    cluster.state.node_status = NodeStatusRules { labels: true, condition_namespaces };
+    cluster
+}
+
+/// Returns the label of an artifact whose preload names a tag.
+fn label_of(wanted: &WantedArtifact) -> String {
+    let (written, _) = wanted.reference.split_once('@').expect("a digest");
+    ready_label("team", &written.parse().expect("a reference"))
+}
+
+#[test]
+fn a_label_is_the_hash_of_namespace_and_full_reference() {
+    let label = |namespace, text: &str| ready_label(namespace, &text.parse().expect("a reference"));
+    // printf %s team/r.io/tool:v1 | sha256sum | cut -c1-32
+    assert_eq!(
+        label("team", "r.io/tool:v1"),
+        "oci.custom.io/ready.0744506b8b21d6a98805d45b601334fa"
+    );
+    let busybox = "oci.custom.io/ready.7598a956845b290a89986028ee95c943";
+    assert_eq!(label("team", "busybox"), busybox);
+    assert_eq!(label("team", "docker.io/library/busybox:latest"), busybox);
+    assert_ne!(label("other", "busybox"), busybox);
+    assert!(busybox.split_once('/').is_some_and(|(_, name)| name.len() <= 63));
+}
+
+#[test]
+fn a_node_has_the_labels_of_what_it_holds() {
+    let mut cluster = with_node_status(cluster(2));
+    let [first, second, third] = ["v1", "v2", "v3"]
+        .map(|tag| ready_label("team", &format!("r.io/tool:{tag}").parse().expect("a reference")));
+    let set =
+        |labels: &[&String]| labels.iter().map(|label| (*label).clone()).collect::<BTreeSet<_>>();
+    cluster.settle();
+    assert_eq!(cluster.status("tool").node_label.as_ref(), Some(&first));
+    assert_eq!(cluster.labels("node-0"), set(&[]));
+    let (_, wanted) = cluster.open().remove(0);
+    cluster.says("node-0", &wanted, Phase::Pulling);
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0"), set(&[]));
+    cluster.says("node-0", &wanted, Phase::Ready);
+    cluster.settle();
+    assert_eq!((cluster.labels("node-0"), cluster.labels("node-1")), (set(&[&first]), set(&[])));
+    cluster.run_until_done();
+    // Others add and change labels.
+    let node = cluster.state.nodes.get_mut("node-1").expect("a node");
+    node.labels.insert(first.clone(), "false".to_owned());
+    node.labels.insert(format!("{LABEL_PREFIX}unknown"), LABEL_VALUE.to_owned());
+    cluster.settle();
+    assert_eq!(cluster.labels("node-1"), set(&[&first]));
+    assert_eq!(cluster.state.nodes["node-1"].labels[&first], LABEL_VALUE);
+
+    // A rollout: a node has both labels while it holds both versions.
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0"), set(&[&first]), "the reference is not resolved yet");
+    cluster.resolve("tool");
+    cluster.settle();
+    cluster.says("node-0", &cluster.open()[0].1.clone(), Phase::Ready);
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0"), set(&[&first, &second]));
+    assert_eq!(cluster.labels("node-1"), set(&[&first]));
+    cluster.run_until_done();
+    begin_anew(&mut cluster);
+    cluster.settle();
+    assert_eq!(cluster.labels("node-1"), set(&[&first, &second]));
+    cluster.roll("tool", "r.io/tool:v3");
+    assert_eq!(cluster.labels("node-1"), set(&[&second, &third]));
+
+    cluster.apply("tool", |spec| spec.selector.names = vec!["node-0".to_owned()]);
+    cluster.settle();
+    assert_eq!((cluster.labels("node-0").len(), cluster.labels("node-1").len()), (2, 0));
+    cluster.apply("tool", |spec| spec.pin = false);
+    cluster.settle();
+    assert_eq!((cluster.labels("node-0"), cluster.status("tool").node_label), (set(&[]), None));
+    cluster.apply("tool", |spec| spec.pin = true);
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0").len(), 2);
+    cluster.state.preloads.clear();
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0"), set(&[]));
+    assert_eq!(cluster.state.nodes["node-0"].labels.len(), 1, "the labels of others stay");
+}
+
+#[test]
+fn labels_and_a_true_condition_survive_a_restart_of_the_plugin() {
+    let mut cluster = with_node_status(cluster(1));
+    cluster.run_until_done();
+    let labels = cluster.labels("node-0");
+    let begin = cluster.time();
+    let restart = |cluster: &mut Cluster| {
+        cluster.change_object("node-0", |object| {
+            let held = &mut object.status.as_mut().expect("a plugin").artifacts[0];
+            held.phase = Phase::Pulling;
+            held.since = Some(begin.clone());
+        });
+        cluster.settle();
+    };
+    restart(&mut cluster);
+    assert_eq!((cluster.labels("node-0"), cluster.condition("node-0").0), (labels, "True"));
+    let wake = cluster.plan().wake.expect("a time");
+    assert!(wake <= cluster.now + 16, "{wake}");
+    cluster.now = wake;
+    cluster.settle();
+    assert_eq!(cluster.labels("node-0"), BTreeSet::new());
+    assert_eq!(cluster.condition("node-0"), ("False", "ArtifactsMissing"));
+    // What was not there does not come by a restart.
+    cluster.now -= 16;
+    restart(&mut cluster);
+    assert_eq!((cluster.labels("node-0").len(), cluster.condition("node-0").0), (0, "False"));
+}
+
+#[test]
+fn the_condition_says_whether_a_node_has_what_the_others_have() {
+    let mut cluster = with_node_status(Cluster::new(2));
+    cluster.settle();
+    assert_eq!(cluster.condition("node-0"), ("", ""), "it may have no driver");
+    cluster.start_plugin("node-0");
+    cluster.start_plugin("node-1");
+    cluster.settle();
+    assert_eq!(cluster.condition("node-0"), ("True", "ArtifactsReady"));
+    // A new preload takes no node out of service, whatever comes of it.
+    cluster.now += 1;
+    cluster.apply("tool", |_| {});
+    cluster.resolve("tool");
+    cluster.settle();
+    let (_, wanted) = cluster.open().remove(0);
+    cluster.says("node-0", &wanted, Phase::Failed);
+    cluster.settle();
+    assert_eq!(cluster.condition("node-0"), ("True", "ArtifactsReady"));
+    // It counts for younger nodes.
+    cluster.now += 1;
+    cluster.add_node("late");
+    cluster.settle();
+    cluster.start_plugin("late");
+    cluster.settle();
+    assert_eq!(cluster.condition("late"), ("False", "ArtifactsMissing"));
+    cluster.says("late", &wanted, Phase::Failed);
+    cluster.settle();
+    assert_eq!(cluster.condition("late"), ("False", "ArtifactsFailed"));
+    let message = &cluster.state.nodes["late"].condition.as_ref().expect("a condition").message;
+    assert_eq!(
+        message,
+        "the node holds 0 of 1 preloaded artifacts, and team/tool has failed: NoRoom"
+    );
+    cluster.run_until_done();
+    assert_eq!(cluster.condition("late"), ("True", "ArtifactsReady"));
+
+    // While the next version is on its way, the previous one is enough.
+    cluster.apply("tool", |spec| spec.reference = "r.io/tool:v2".to_owned());
+    cluster.settle();
+    cluster.resolve("tool");
+    cluster.settle();
+    assert_eq!(cluster.open().len(), 3);
+    assert_eq!(cluster.condition("late").0, "True");
+    cluster.run_until_done();
+    // Afterwards it is not.
+    let (current, previous) =
+        (&cluster.wants("late")[1].clone(), &cluster.wants("late")[0].clone());
+    assert_eq!(cluster.status("tool").ready_reference.as_ref(), Some(current), "not {previous}");
+    cluster.change_object("late", |object| {
+        object
+            .status
+            .as_mut()
+            .expect("a plugin")
+            .artifacts
+            .retain(|held| held.reference != *current);
+    });
+    cluster.settle();
+    assert_eq!(cluster.condition("late"), ("False", "ArtifactsMissing"));
+    cluster.now += 121;
+    cluster.settle();
+    assert_eq!(cluster.condition("late"), ("Unknown", "NoAnswer"));
+    // Preloads of other namespaces have no say.
+    cluster.state.node_status.condition_namespaces = BTreeSet::from(["other".to_owned()]);
+    cluster.settle();
+    assert_eq!(cluster.condition("late"), ("True", "ArtifactsReady"));
+}
+
 /// An event in a cluster.
 #[derive(Clone, Debug)]
 enum ClusterEvent {
@@ -1415,7 +1627,7 @@ proptest! {
     #[test]
     fn invariants_hold_under_random_events(events in proptest::collection::vec(cluster_event(), 1..60)) {
         let names = ["tool-0", "tool-1", "tool-2"];
-        let mut cluster = cluster(5);
+        let mut cluster = with_node_status(cluster(5));
         for name in names {
             cluster.apply(name, |spec| spec.parallelism = IntOrString::Int(2));
             cluster.resolve(name);
@@ -1488,6 +1700,20 @@ proptest! {
                     prop_assert!(keeps, "{name}: a node was told to drop {ready}");
                 }
             }
+            for (node, object) in &cluster.objects {
+                let holds = |wanted: &&WantedArtifact| {
+                    cluster.held(node, wanted).is_some_and(|held| held.phase == Phase::Ready)
+                };
+                let held: Vec<_> = object.spec.artifacts.iter().filter(holds).collect();
+                prop_assert_eq!(cluster.labels(node), held.iter().map(|held| label_of(held)).collect());
+                if cluster.condition(node).0 == "True" {
+                    let ready = names.iter().filter(|name| cluster.status(name).ready_reference.is_some());
+                    for name in ready {
+                        let key = format!("team/{name}");
+                        prop_assert!(held.iter().any(|held| held.preload == key), "{node} lacks {name}");
+                    }
+                }
+            }
         }
         for name in names {
             cluster.apply(name, |spec| spec.paused = false);
@@ -1498,6 +1724,9 @@ proptest! {
         cluster.run_until_done();
         for name in names {
             prop_assert_eq!(cluster.reason(name), "Ready");
+        }
+        for node in cluster.objects.keys() {
+            prop_assert_eq!(cluster.condition(node), ("True", "ArtifactsReady"));
         }
     }
 }

@@ -50,9 +50,15 @@ pub(super) fn answer(store: &mut Store, parts: &Parts, body: &Bytes) -> Response
             store.replace(asked.kind, &namespace, name, object)
         }
         (&Method::PATCH, Some(name)) => {
-            let is_merge = parts.headers["content-type"] == "application/merge-patch+json";
-            assert!(is_merge, "only merge patches are understood");
-            let change: Value = serde_json::from_slice(body).expect("JSON");
+            let mut change: Value = serde_json::from_slice(body).expect("JSON");
+            match parts.headers["content-type"].to_str() {
+                Ok("application/merge-patch+json") => {}
+                Ok("application/strategic-merge-patch+json") if asked.kind == Kind::Node => {
+                    let known = store.get(asked.kind, &namespace, name).unwrap_or_default();
+                    keep_conditions(&known, &mut change);
+                }
+                other => panic!("{other:?} is not understood"),
+            }
             patch(store, &asked, &namespace, name, &change)
         }
         (&Method::DELETE, Some(name)) => delete(store, &asked, &namespace, name, body),
@@ -216,6 +222,20 @@ fn form(query: &str) -> HashMap<String, String> {
 }
 
 /// Merges by RFC 7386.
+/// Adds the known conditions of other types to those of a strategic merge patch, which merges them by type.
+fn keep_conditions(known: &Value, change: &mut Value) {
+    let wanted = change.pointer_mut("/status/conditions").and_then(Value::as_array_mut);
+    let Some(wanted) = wanted else { return };
+    let mut all = known["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    for condition in wanted.drain(..) {
+        match all.iter_mut().find(|known| known["type"] == condition["type"]) {
+            Some(known) => merge(known, &condition),
+            None => all.push(condition),
+        }
+    }
+    *wanted = all;
+}
+
 fn merge(target: &mut Value, change: &Value) {
     let Value::Object(fields) = change else {
         *target = change.clone();

@@ -27,9 +27,10 @@ use crate::api::{
     WantedArtifact,
 };
 use crate::plan::cluster_facts::{
-    AssignedArtifact, ClusterState, NamespaceQuota, NodeReadiness, PreloadFacts,
-    ReferenceResolution, RegistryAccess, SealedVersion, Seconds, key_of,
+    AssignedArtifact, ClusterState, NodeReadiness, PreloadFacts, ReferenceResolution,
+    RegistryAccess, SealedVersion, Seconds, key_of,
 };
+use crate::plan::node_status::NodeStatus;
 use crate::plan::{PreloadPlan, StatusChange, plan};
 use crate::sealed_credentials::{PlainCredentials, SealContext};
 use oci::{Reference, Repository};
@@ -121,6 +122,7 @@ struct SealableCredentials {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum WriteTarget {
     Node(Arc<str>),
+    NodeStatus(Arc<str>),
     Preload(Arc<str>),
 }
 
@@ -128,6 +130,7 @@ enum WriteTarget {
 enum WriteDecision {
     Create { node: Arc<str>, uid: String },
     Assign { node: Arc<str>, version: String, wanted: Vec<AssignedArtifact> },
+    NodeStatus { node: Arc<str>, uid: String, status: NodeStatus },
     Report { preload: Arc<str>, version: String, status: Box<ArtifactPreloadStatus> },
     Delete { preload: Arc<str>, uid: String, version: String },
 }
@@ -135,6 +138,7 @@ enum WriteDecision {
 /// Result of a write.
 enum WriteResult {
     Node(Box<NodeArtifacts>),
+    NodeStatus(Box<ApiNode>, NodeStatus),
     Preload(Box<ArtifactPreload>),
     Deleted,
 }
@@ -148,17 +152,17 @@ struct ResolutionInput {
 }
 
 impl PreloadReconciler {
-    /// Creates a reconciler without any facts.
+    /// Creates a reconciler, with a state that has no facts yet.
     pub fn new(
         client: Client,
         resolver: Arc<dyn ReferenceResolver>,
         pace: ControllerPace,
-        quota: NamespaceQuota,
+        state: ClusterState,
         rate: WriteRate,
         metrics: Arc<PreloadMetrics>,
         process_metrics: Arc<ControllerMetrics>,
     ) -> Self {
-        for kind in ["node", "preload"] {
+        for kind in ["node", "node_status", "preload"] {
             process_metrics.show_kind(kind);
         }
         Self {
@@ -167,7 +171,7 @@ impl PreloadReconciler {
             pace,
             metrics,
             process_metrics,
-            state: ClusterState::new(quota),
+            state,
             watches: WatchProgress::default(),
             readable: HashMap::new(),
             resolutions: JoinSet::new(),
@@ -311,6 +315,12 @@ impl PreloadReconciler {
                 self.queue.push_back(WriteDecision::Assign { node, version, wanted });
             }
         }
+        for (node, status) in plan.node_status {
+            if let Some(known) = self.state.nodes.get(&node) {
+                let uid = known.uid.clone();
+                self.queue.push_back(WriteDecision::NodeStatus { node, uid, status });
+            }
+        }
         for change in counts {
             let since = self.last_counts.get(&change.preload);
             match since.map(|since| *since + self.pace.counts_interval) {
@@ -387,6 +397,12 @@ impl PreloadReconciler {
                     (target, written.map(|object| WriteResult::Node(Box::new(object))))
                 });
             }
+            WriteDecision::NodeStatus { node, uid, status } => {
+                self.writes.spawn(async move {
+                    let written = api_write::write_node_status(client, &node, &uid, &status).await;
+                    (target, written.map(|node| WriteResult::NodeStatus(Box::new(node), status)))
+                });
+            }
             WriteDecision::Report { preload, version, status } => {
                 self.last_counts.insert(Arc::clone(&preload), Instant::now());
                 if let Some(known) = self.state.preloads.get(&preload) {
@@ -445,6 +461,7 @@ impl PreloadReconciler {
         self.writing.remove(&target);
         let (kind, replaced) = match &target {
             WriteTarget::Node(_) => ("node", None),
+            WriteTarget::NodeStatus(_) => ("node_status", None),
             WriteTarget::Preload(preload) => ("preload", self.replaced.remove(preload)),
         };
         let now = Instant::now();
@@ -507,6 +524,15 @@ impl PreloadReconciler {
                 let node = self.state.nodes.get(name);
                 if node.is_some_and(|node| owners.any(|owner| owner.uid == node.uid)) {
                     self.state.put_object(&object);
+                }
+            }
+            WriteResult::NodeStatus(node, status) => {
+                let name = node.metadata.name.as_deref().unwrap_or_default();
+                let known = self.state.nodes.get_mut(name);
+                let known = known.filter(|known| node.metadata.uid.as_ref() == Some(&known.uid));
+                if let Some(known) = known {
+                    known.labels = node.metadata.labels.unwrap_or_default();
+                    known.condition = status.condition;
                 }
             }
             WriteResult::Preload(object) => {
@@ -640,6 +666,7 @@ impl WriteDecision {
             Self::Create { node, .. } | Self::Assign { node, .. } => {
                 WriteTarget::Node(Arc::clone(node))
             }
+            Self::NodeStatus { node, .. } => WriteTarget::NodeStatus(Arc::clone(node)),
             Self::Report { preload, .. } | Self::Delete { preload, .. } => {
                 WriteTarget::Preload(Arc::clone(preload))
             }

@@ -55,7 +55,7 @@ fn reconciler() -> PreloadReconciler {
         client,
         Arc::new(Registry),
         ControllerPace::default(),
-        NamespaceQuota::default(),
+        ClusterState::default(),
         WriteRate::new(50),
         Arc::new(PreloadMetrics::new(&mut families)),
         Arc::new(ControllerMetrics::new(&mut families)),
@@ -151,6 +151,7 @@ async fn a_late_result_of_a_write_restores_nothing() {
         created: 0,
         start_order: 0,
         readiness: None,
+        condition: None,
     };
     reconciler.state.nodes.insert(Arc::from("one"), known);
     reconciler.apply_write(node(), Ok(object("first")));
