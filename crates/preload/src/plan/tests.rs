@@ -1485,7 +1485,11 @@ fn a_node_has_the_labels_of_what_it_holds() {
     assert_eq!((cluster.labels("node-0"), cluster.status("tool").node_label), (set(&[]), None));
     cluster.apply("tool", |spec| spec.pin = true);
     cluster.settle();
-    assert_eq!(cluster.labels("node-0").len(), 2);
+    assert_eq!(
+        cluster.labels("node-0"),
+        set(&[&third]),
+        "only pinned artifacts are kept for a rollback"
+    );
     cluster.state.preloads.clear();
     cluster.settle();
     assert_eq!(cluster.labels("node-0"), set(&[]));
