@@ -186,14 +186,13 @@ pub fn plan(state: &ClusterState, now: Seconds) -> PreloadPlan {
     let mut exceeded = namespace_quota::exceeded(state);
     let mut node_status = NodeStatusPlan::new(&state.node_status, now);
     for (key, preload) in &state.preloads {
-        let assignment = match exceeded.remove(&preload.id) {
-            Some(problem) => node_assignment::withhold(preload, &nodes, &awaited, problem),
-            None => {
-                let assignment =
-                    node_assignment::assign(preload, &nodes, &awaited, &mut assignments, now);
-                node_status.add(key, preload, &assignment);
-                assignment
-            }
+        let assignment = if let Some(problem) = exceeded.remove(&preload.id) {
+            node_assignment::withhold(preload, &nodes, &awaited, problem)
+        } else {
+            let assignment =
+                node_assignment::assign(preload, &nodes, &awaited, &mut assignments, now);
+            node_status.add(key, preload, &assignment);
+            assignment
         };
         plan.wake = earlier(plan.wake, assignment.wake);
         plan.check.extend(assignment.unchecked.iter().cloned());

@@ -1,6 +1,7 @@
 //! Assignment of one preload to nodes: those that hold it, those that may start, those that have
 //! failed.
 
+use std::fmt::Display;
 use std::sync::Arc;
 
 use super::cluster_facts::{
@@ -239,7 +240,7 @@ pub(super) fn withhold(
         PreloadAssignment { problem: Some(problem), ..PreloadAssignment::default() };
     let Ok(parsed) = &preload.parsed else { return assignment };
     if let ReferenceResolution::Known(known) = &preload.resolution
-        && let Ok(reference) = pinned(&parsed.reference, &known.digest.to_string())
+        && let Ok(reference) = pinned(&parsed.reference, &known.digest)
     {
         let asked = Arc::clone(&reference);
         let known = known.clone();
@@ -283,24 +284,19 @@ fn evaluate(
             assignment.resolve = !matches!(preload.access, RegistryAccess::Refused(_));
         }
         ReferenceResolution::Refused(refusal) => refused(refusal, assignment),
-        ReferenceResolution::Known(known) => {
-            match pinned(&parsed.reference, &known.digest.to_string()) {
-                Ok(reference) => {
-                    if let Some(unavailable) = known.origin.unavailable {
-                        assignment.resolve |= unavailable.retry_at <= now;
-                        assignment.wake =
-                            earlier(assignment.wake, Some(unavailable.retry_at.max(now + 1)));
-                    }
-                    let asked = asked_reference(preload, &parsed.reference, known, &reference);
-                    let known = known.clone();
-                    assignment.current =
-                        Some(CurrentArtifact { known, reference, asked, own: true });
+        ReferenceResolution::Known(known) => match pinned(&parsed.reference, &known.digest) {
+            Ok(reference) => {
+                if let Some(unavailable) = known.origin.unavailable {
+                    assignment.resolve |= unavailable.retry_at <= now;
+                    assignment.wake =
+                        earlier(assignment.wake, Some(unavailable.retry_at.max(now + 1)));
                 }
-                Err(error) => {
-                    assignment.problem = Some(AssignmentProblem::new("InvalidSpec", &error))
-                }
+                let asked = asked_reference(preload, &parsed.reference, known, &reference);
+                let known = known.clone();
+                assignment.current = Some(CurrentArtifact { known, reference, asked, own: true });
             }
-        }
+            Err(error) => assignment.problem = Some(AssignmentProblem::new("InvalidSpec", &error)),
+        },
     }
     match &preload.access {
         RegistryAccess::Unknown => true,
@@ -333,12 +329,13 @@ fn missing_platform(parsed: &ParsedSpec, known: &ResolvedArtifact) -> Option<Ass
 }
 
 /// Returns the reference with its digest, as nodes get it.
-pub(super) fn pinned(reference: &Reference, digest: &str) -> Result<Arc<str>, String> {
+pub(super) fn pinned(reference: &Reference, digest: &dyn Display) -> Result<Arc<str>, String> {
     if reference.digest().is_some() {
         return Ok(Arc::from(reference.to_string()));
     }
     let repository = reference.repository().to_string();
-    let pinned = Reference::from_parts(&repository, Some(reference.tag_or_latest()), Some(digest));
+    let digest = digest.to_string();
+    let pinned = Reference::from_parts(&repository, Some(reference.tag_or_latest()), Some(&digest));
     pinned.map(|pinned| Arc::from(pinned.to_string())).map_err(|error| error.to_string())
 }
 

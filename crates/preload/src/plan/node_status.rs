@@ -202,9 +202,8 @@ impl<'a> NodeStatusPlan<'a> {
                     continue;
                 }
                 Some(held) if held.phase == Phase::Failed => (Gap::Failed, &*held.reason),
-                Some(_) => (Gap::Missing, ""),
                 None if self.is_silent(preload, node.object) => (Gap::Silent, ""),
-                None => (Gap::Missing, ""),
+                Some(_) | None => (Gap::Missing, ""),
             };
             is_restarting &= best.is_some_and(|held| self.is_restarting(held, wake));
             if first.is_none_or(|(other, ..)| other < gap) {
