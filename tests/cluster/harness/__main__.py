@@ -148,7 +148,7 @@ def start_cluster(program):
 
 HELP = """A cluster with node-1 and node-2, and the driver from the chart.
   kubectl, helm, oras and crane    know the cluster and the registries
-  registry.example.com             also as docker.io, ghcr.io, gcr.io and registry.k8s.io
+  registry.example.com             also as docker.io, ghcr.io, gcr.io, nvcr.io and registry.k8s.io
   private.example.com              the same content; user robot, password correct-password
   slow.example.com                 the same content, as fast as $SLOW_RATE_FILE says, in bytes a second
   node                             adds, enters, crashes nodes

@@ -39,7 +39,8 @@ ETCD = "http://127.0.0.1:2379"
 # What the cluster's DNS server answers. The public names are those that examples and the runtime ask for.
 NAMES = {
     **dict.fromkeys(
-        ["registry.example.com", "registry-1.docker.io", "index.docker.io", "ghcr.io", "gcr.io", "registry.k8s.io"],
+        ["registry.example.com", "registry-1.docker.io", "index.docker.io", "ghcr.io", "gcr.io", "nvcr.io"]
+        + ["registry.k8s.io"],
         REGISTRY,
     ),
     "private.example.com": REGISTRY_WITH_USERS,

@@ -87,10 +87,19 @@ fn push_image(reference: &str, script: &str) {
 
 /// Pushes stand-ins for the examples' images: programs that use the volume as the real ones do at their start.
 pub fn push_standard_images() {
-    // A server that is healthy once it has its model.
+    // Servers that are healthy once they have their models.
     push_image(
-        "ghcr.io/ggml-org/llama.cpp:server",
-        "test -s /model/model.gguf; mkdir /www; echo ok > /www/health; exec httpd -f -p 8080 -h /www",
+        "ghcr.io/ggml-org/llama.cpp:server-b11176",
+        "test -s /models/model.gguf; mkdir /www; echo ok > /www/health; exec httpd -f -p 8080 -h /www",
+    );
+    push_image(
+        "docker.io/vllm/vllm-openai:v0.30.0",
+        "test -s /models/config.json; mkdir /www; echo ok > /www/health; exec httpd -f -p 8000 -h /www",
+    );
+    push_image(
+        "nvcr.io/nvidia/tritonserver:26.07-py3",
+        "test -s /models/detector/1/model.onnx; test -s /models/classifier/config.pbtxt; mkdir -p /www/v2/health; \
+         echo ok > /www/v2/health/ready; echo ok > /www/v2/health/live; exec httpd -f -p 8000 -h /www",
     );
     push_image(
         "docker.io/envoyproxy/envoy:v1.34-latest",
