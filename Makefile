@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-preload lint check-release validate render fuzz site site-check tools
+.PHONY: build demo test test-cluster test-cluster-long test-cluster-matrix cluster crash bench bench-models bench-preload lint check-release validate render fuzz site site-check tools
 
 # For a longer fuzzing run: make fuzz SECONDS_PER_TARGET=600
 SECONDS_PER_TARGET ?= 10
@@ -59,6 +59,12 @@ crash: tools
 # Times, side by side, printed as tables: all of them, or make bench ARGUMENTS='publish memory'
 bench: tools
 	scripts/in-mount-namespace cargo bench --locked --bench side-by-side -- $(ARGUMENTS)
+
+# Pods with 20 models of 1 GiB, cold and warm, beside `oras pull` in init containers: needs 40 GiB below /var/tmp, and nothing
+# else running. Smaller: BENCH_MODELS=4 BENCH_MIB=64 BENCH_ROUNDS=1 make bench-models
+bench-models: build tools
+	eval "$$(scripts/install-test-tools --env)"; \
+	    scripts/in-mount-namespace python3 benches/models.py "$(dir $(TOOLS))release/csi-driver-oci"
 
 # The same preload controller before a real API server: time, requests, bytes and memory with 1,000 nodes and 50 preloads,
 # or with BENCH_PRELOAD=nodes,preloads.
