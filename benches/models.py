@@ -181,6 +181,9 @@ class Driver:
     def close(self):
         self.process.terminate()
         self.process.wait()
+        # What is mounted still after a failure.
+        for target in self.folder.glob("kubelet/pods/*/volumes/*/model/mount"):
+            subprocess.run(["umount", "--lazy", target], check=False)
         shutil.rmtree(self.folder)
 
 
@@ -244,10 +247,12 @@ def main():
                 run("sync")
                 pathlib.Path("/proc/sys/vm/drop_caches").write_text("3")
                 program = kind(binary, room)
-                for turn in ("cold", "warm"):
-                    rounds = figures.setdefault((turn, kind.name), [])
-                    rounds.append(measure(program, registry, turn))
-                program.close()
+                try:
+                    for turn in ("cold", "warm"):
+                        rounds = figures.setdefault((turn, kind.name), [])
+                        rounds.append(measure(program, registry, turn))
+                finally:
+                    program.close()
                 print(f"round {number}: {kind.name} {figures}", file=sys.stderr)
         print(f"{MODELS} artifacts of {MIB} MiB, seconds, medians of {ROUNDS} rounds\n")
         print("| pods | program | first pod | median pod | last pod | all on the disk | CPU |")
