@@ -39,7 +39,7 @@ cluster:
 # The tests on such a cluster: make test-cluster ARGUMENTS='volumes::'
 # Of other versions: make test-cluster KUBERNETES=v1.36.3 CONTAINERD=v2.1.9 RUNTIME=v1.4.4, or RUNTIME=crun
 test-cluster: tools
-	scripts/cluster cargo test --locked --offline --features fault-points --test cluster -- $(ARGUMENTS)
+	scripts/cluster cargo test --workspace --locked --offline --features fault-points --test cluster -- $(ARGUMENTS)
 
 # What takes minutes there, an upgrade from an earlier commit, and a cluster that is killed at random moments.
 test-cluster-long: tools
@@ -53,7 +53,7 @@ test-cluster-matrix: tools
 
 # The driver is killed at random moments under load, so many times.
 crash: tools
-	CRASH_ROUNDS=$(ROUNDS) scripts/in-mount-namespace cargo test --locked --features fault-points \
+	CRASH_ROUNDS=$(ROUNDS) scripts/in-mount-namespace cargo test --workspace --locked --features fault-points \
 	    --test e2e -- crash::kills
 
 # Times, side by side, printed as tables: all of them, or make bench ARGUMENTS='publish memory'
