@@ -187,7 +187,7 @@ fn nothing_is_written_below_the_floor() {
     let (node, _admin, disk) = on_a_small_disk("cache: {minFreePercent: 50, minimumAge: 0s}\n");
     let small = artifact(&node, 5);
     let volume = publish(&node, &small);
-    let filler = fill(&disk, 50);
+    let filler = fill(&disk, 30);
     let wanted = node.kubelet.new_volume(&artifact(&node, 5));
     let told = node.kubelet.publish_badly(&wanted, Code::ResourceExhausted);
     assert!(told.contains("stay free") && told.contains("cache.minFreePercent"), "{told}");
