@@ -203,6 +203,9 @@ fn every_example_runs_as_it_is() {
     for (name, tag) in [("models/detector", "v3"), ("models/classifier", "v7")] {
         Artifact::push_tag(name, tag, &[("config.pbtxt", "backend: x"), ("1/model.onnx", "ONNX")]);
     }
+    Artifact::push_tag("models/base", "v3", &[("config.json", "{}"), ("README.md", "no")]);
+    Artifact::push_tag("models/adapter", "v7", &[("adapter.json", "{}")]);
+    Artifact::push("team/tools", &[("usr/local/bin/tool", "tool")]);
     Artifact::push("filters/headers", &[("filter.wasm", "\0asm")]);
     namespace.kubectl(&[
         "create",
@@ -225,6 +228,7 @@ fn every_example_runs_as_it_is() {
         ("private-registry.yaml", "artifact-private", "/artifact/etc/settings"),
         ("user-namespace.yaml", "artifact-user-namespace", " 0        0 "),
         ("claim.yaml", "artifact-claimed", "/artifact/bin/tool"),
+        ("several-artifacts.yaml", "several-artifacts", "/content/tools/tool"),
     ] {
         namespace.apply(&example(file));
         namespace.wait_for_phase(pod, "Succeeded");
@@ -268,6 +272,7 @@ fn every_example_runs_as_it_is() {
         "warm-daemonset",
         "wasm",
         "claim",
+        "several-artifacts",
         "preload",
         // In tests of their own.
         "pv-pvc",
