@@ -1,6 +1,7 @@
 //! The attribute `artifacts`: a list of artifacts for one volume, in YAML or JSON.
 
 use serde::Deserialize;
+use serde_saphyr::from_str_with_options;
 
 use super::error::VolumeError;
 use super::volume_attributes::{VolumeArtifact, invalid, pull_policy_of};
@@ -11,6 +12,9 @@ use unpack::{RelativePath, Selection};
 
 /// The most artifacts of one volume.
 const MAXIMUM_ARTIFACTS: usize = 32;
+
+/// The most nodes of its YAML. Each entry has up to eleven.
+const MAXIMUM_NODES: usize = 1000;
 
 /// One entry of the list.
 #[derive(Debug, Deserialize)]
@@ -37,10 +41,22 @@ pub(super) fn parse(
     pull_policy: Option<PullPolicy>,
     of_volume: &Shape,
 ) -> Result<Vec<VolumeArtifact>, VolumeError> {
-    let listed: Vec<ListedArtifact> = serde_saphyr::from_str(text).map_err(|error| {
-        let error = error.without_snippet().to_string();
-        let line = printable(error.lines().next().unwrap_or_default()).into_owned();
-        let reason = excerpt(&line, 300);
+    // No alias: a kilobyte of them stands for a list that takes seconds and 100 MB to read.
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_nodes: MAXIMUM_NODES,
+            max_aliases: 0,
+            max_merge_keys: 0,
+        },
+    };
+    let listed: Vec<ListedArtifact> = from_str_with_options(text, options).map_err(|error| {
+        let reason = if let serde_saphyr::Error::Budget { .. } = error.without_snippet() {
+            "it is too long or too deep, or has aliases".to_owned()
+        } else {
+            let error = error.without_snippet().to_string();
+            let line = printable(error.lines().next().unwrap_or_default()).into_owned();
+            excerpt(&line, 300)
+        };
         invalid(
             "artifacts",
             &format!("is no list of reference, path, include, exclude and strip: {reason}"),
@@ -171,6 +187,13 @@ mod tests {
         };
         let lines: Vec<_> = (0..30).map(line).collect();
         refused(&format!("a: &a0 [x]\n{}", lines.concat()));
+        let merged = |number: u32| {
+            let aliases = vec![format!("*m{number}"); 15].join(",");
+            format!("- &m{} {{<<: [{aliases}]}}\n", number + 1)
+        };
+        let lines: Vec<_> = (0..11).map(merged).collect();
+        let bomb = format!("- &m0 {{reference: r.io/a:v1}}\n{}", lines.concat());
+        assert!(refused(&bomb).contains("aliases"));
         refused(&"[".repeat(60_000));
     }
 

@@ -352,7 +352,7 @@ pub enum UnpackError {
     },
     /// A selection by `include` and `exclude` that matches no entry.
     #[error(
-        "nothing in the artifact is selected: change the attributes \"include\" and \"exclude\"; patterns match whole paths in the volume, case-sensitively"
+        "nothing in the artifact is selected: change the attributes \"include\" and \"exclude\"; patterns match whole paths of the artifact, case-sensitively"
     )]
     NothingSelected,
     /// A `subPath` that cannot be shown.
@@ -364,7 +364,7 @@ pub enum UnpackError {
         problem: SubPathProblem,
     },
     /// Two artifacts of a volume with the same name.
-    #[error("the artifacts {one} and {two} of the list both have \"{path}\"")]
+    #[error("the artifacts {} and {} of the list both have \"{path}\"", one + 1, two + 1)]
     PartsCollide {
         /// The path in the volume.
         path: RelativePath,
@@ -375,7 +375,8 @@ pub enum UnpackError {
     },
     /// A path of an artifact that is over a limit below the artifact's folder.
     #[error(
-        "\"{path}\" of the list's artifact {part} is refused: {reason}; choose a shorter \"path\""
+        "\"{path}\" of the list's artifact {} is refused: {reason}; choose a shorter \"path\"",
+        part + 1
     )]
     PartPlace {
         /// The path in the volume.
