@@ -102,7 +102,8 @@ impl FollowedVolume {
             follow: follow.clone(),
             fingerprint,
             pod: request.pod.clone(),
-            had_credentials: had_credentials || identity.is_some(),
+            had_credentials: had_credentials
+                || identity.as_ref().is_some_and(WorkloadIdentity::has_tokens),
             credentials: Mutex::new(keyring.map(|keyring| Credentials { keyring, identity })),
         }
     }

@@ -73,6 +73,11 @@ impl WorkloadIdentity {
         })
     }
 
+    /// Returns whether the kubelet passes tokens of the service account.
+    pub fn has_tokens(&self) -> bool {
+        !self.tokens.is_empty()
+    }
+
     /// Returns the token for an audience.
     pub(super) fn token(&self, audience: &str) -> Option<&ServiceAccountToken> {
         self.tokens.get(audience)
@@ -96,10 +101,11 @@ mod tests {
             let identity = identity.expect("an identity");
             assert_eq!(identity.token("sts").map(ServiceAccountToken::reveal), Some("planted"));
             assert!(identity.token("other").is_none());
+            assert!(identity.has_tokens());
             assert!(!format!("{identity:?}").contains("planted"));
         }
         assert!(WorkloadIdentity::of(Some("team"), None, &map(text), &none).is_none());
         let broken = WorkloadIdentity::of(Some("a"), Some("b"), &map("{"), &none);
-        assert!(broken.expect("an identity").token("sts").is_none());
+        assert!(!broken.expect("an identity").has_tokens());
     }
 }
