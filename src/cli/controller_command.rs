@@ -188,7 +188,7 @@ impl ControllerArguments {
 
 /// The rules of `NodePublishVolume`, so that a class that no node can serve is refused at the claim.
 const VOLUME_RULES: VolumeRules =
-    VolumeRules { keys: &KEYS, naming: &NAMING_KEYS, check: check_volume };
+    VolumeRules { keys: &KEYS, naming: &NAMING_KEYS, yaml: &["artifacts"], check: check_volume };
 
 fn check_volume(
     context: &HashMap<String, String>,

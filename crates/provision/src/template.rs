@@ -60,6 +60,11 @@ pub enum TemplateError {
     /// An annotation that the claim lacks.
     #[error("the claim has no annotation {0}")]
     MissingAnnotation(String),
+    /// A text of the claim that may end the value that it stands in.
+    #[error(
+        "the claim has the text \"{0}\" for it, and beside other text it may have letters, digits and ._:/@- only"
+    )]
+    NotPlain(String),
     /// More bytes than a volume's attribute may have.
     #[error("it has more than {MAXIMUM_BYTES} bytes with the texts of the claim")]
     TooLong,
@@ -101,6 +106,20 @@ impl Template {
         self.tokens().any(|token| {
             matches!(token, TemplateToken::ClaimName | TemplateToken::ClaimAnnotation(_))
         })
+    }
+
+    /// Checks the texts of a claim that stand beside other text in YAML: one with a line break or a
+    /// brace could add entries of its own.
+    pub fn check_in_yaml(&self, claim: ClaimTexts<'_>) -> Result<(), TemplateError> {
+        let is_plain =
+            |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "._:/@-".contains(c));
+        for token in self.tokens().filter(|_| self.0.len() > 1) {
+            let text = token.text(claim)?;
+            if !is_plain(text) {
+                return Err(TemplateError::NotPlain(excerpt(text, 100)));
+            }
+        }
+        Ok(())
     }
 
     /// Returns the text for a claim.
@@ -172,6 +191,25 @@ mod tests {
             "the text of a claim is no template"
         );
         assert_eq!(expand("", &[]), Ok(String::new()));
+    }
+
+    #[test]
+    fn a_text_of_a_claim_adds_nothing_to_yaml() {
+        let check = |template: &str, value: &str| {
+            let annotations = [("x".to_owned(), value.to_owned())].into();
+            Template::parse(template).expect("a template").check_in_yaml(ClaimTexts {
+                name: "tool",
+                namespace: "team",
+                annotations: &annotations,
+                volume_name: "pvc-1",
+            })
+        };
+        let part = "- reference: r.io/team/${pvc.annotations['x']}";
+        assert_eq!(check(part, "tool:v1"), Ok(()));
+        for value in ["a\n- reference: evil.io/x", "a}, {reference: evil.io/x", "a #", "'", "*b"] {
+            assert!(matches!(check(part, value), Err(TemplateError::NotPlain(_))), "{value}");
+            assert_eq!(check("${pvc.annotations['x']}", value), Ok(()), "the claim's own list");
+        }
     }
 
     #[test]

@@ -57,6 +57,10 @@ impl ClaimVolume {
         };
         let mut attributes = BTreeMap::new();
         for (key, template) in &parameters.attributes {
+            if state.rules.yaml.contains(&key.as_str()) {
+                let checked = template.check_in_yaml(texts);
+                checked.map_err(|error| format!("the parameter \"{key}\": {error}"))?;
+            }
             attributes.insert(key.clone(), expand(key, template)?);
         }
         if let Some(reference) = annotated_reference(state, claim, parameters)? {

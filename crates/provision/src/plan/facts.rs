@@ -32,6 +32,8 @@ pub struct VolumeRules {
     pub keys: &'static [&'static str],
     /// Those attributes that name its artifact.
     pub naming: &'static [&'static str],
+    /// Those attributes whose values are YAML.
+    pub yaml: &'static [&'static str],
     /// Checks the attributes and the mount options of a volume.
     pub check: VolumeCheck,
 }

@@ -17,6 +17,7 @@ const DRIVER: &str = "oci.custom.io";
 /// Rules like those of the driver, for three attributes.
 const RULES: VolumeRules = VolumeRules {
     keys: &["reference", "repository", "pullPolicy"],
+    yaml: &[],
     naming: &["reference", "repository"],
     check: |context, options| {
         if let Some(option) = options.first().filter(|option| *option != "noexec") {
