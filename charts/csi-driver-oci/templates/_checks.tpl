@@ -142,6 +142,9 @@ Combinations that the schema cannot name well. Nothing is rendered when one of t
 {{- if and .Values.provisioner.enabled (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
 {{- fail (printf "provisioner.enabled needs Kubernetes 1.30, whose admission policies bound which PersistentVolumes the controller may create, and this is %s" .Capabilities.KubeVersion.Version) }}
 {{- end }}
+{{- if and (or .Values.controller.nodeLabels .Values.controller.nodeConditionNamespaces) (not .Values.controller.enabled) }}
+{{- fail "controller.nodeLabels and controller.nodeConditionNamespaces need controller.enabled: they tell of preloads" }}
+{{- end }}
 {{- if and .Values.provisioner.storageClasses (not .Values.provisioner.enabled) }}
 {{- fail "provisioner.storageClasses needs provisioner.enabled: without it, claims of these classes wait for ever" }}
 {{- end }}

@@ -251,7 +251,7 @@ pub fn assert_metrics_served(text: &str, of_controller: bool, served: &str) {
         .split(|byte: char| !(byte.is_ascii_alphanumeric() || byte == '_'))
         .filter(|word| word.starts_with("csi_oci_"))
         .filter(|word| {
-            let controllers = ["csi_oci_controller_", "csi_oci_preload"];
+            let controllers = ["csi_oci_claim", "csi_oci_controller_", "csi_oci_preload"];
             controllers.iter().any(|prefix| word.starts_with(prefix)) == of_controller
         })
         .collect();
