@@ -17,6 +17,7 @@ use crate::admin::node_metrics::NodeMetrics;
 use crate::volume::{NodeContent, VolumeManager};
 use store::gc::{Now, Want};
 use store::{Store, StoreError};
+use sys::fault;
 
 /// The time between two comparisons of records with mounts.
 const INTERVAL: Duration = Duration::from_mins(1);
@@ -65,14 +66,16 @@ impl NodeMaintenance {
         let mut swept = Instant::now();
         let mut compared = Instant::now();
         let mut pause = SETTLE;
+        let interval =
+            fault::milliseconds("CSI_OCI_COMPARE_INTERVAL").map_or(INTERVAL, Duration::from_millis);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = tokio::time::sleep_until(compared + INTERVAL) => {}
+                () = tokio::time::sleep_until(compared + interval) => {}
                 () = async { wanted.notified().await; tokio::time::sleep(pause).await } => {}
             }
             let begun = Instant::now();
-            if compared.elapsed() >= INTERVAL {
+            if compared.elapsed() >= interval {
                 self.reconcile().await;
                 compared = begun;
             }

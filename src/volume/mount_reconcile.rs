@@ -19,6 +19,7 @@ use oci::Digest;
 use store::followed_volumes::shown_tree;
 use store::publication_records::Publication;
 use store::{FollowKey, MountedContent, MountedTree, Store, StoreError};
+use sys::fault;
 use sys::mount::{MountTable, TargetState};
 
 /// The file that the kubelet writes beside a target before it publishes the volume, and removes after the unpublish.
@@ -80,8 +81,8 @@ impl VolumeManager {
             // taken for one without a record.
             let mounts = mounted(&kubelet)?;
             let decisions = decide(&recorded(&look), &mounts, has_folder);
-            for target in &decisions.drop {
-                look.publications().remove(target)?;
+            if !decisions.drop.is_empty() {
+                let _ = fault::point("reconcile.decided");
             }
             Ok::<_, StoreError>((decisions, followed(&mounts)))
         });
@@ -91,7 +92,6 @@ impl VolumeManager {
         })?;
         let mut reconciled = ReconcileCounts {
             kept: decisions.keep,
-            dropped: decisions.drop.len(),
             unknown: decisions.unknown,
             ..ReconcileCounts::default()
         };
@@ -103,6 +103,9 @@ impl VolumeManager {
             let (volumes, content) = (self.clone(), content.clone());
             let follow = move || volumes.follow_again(&content, key, target);
             let _ = tokio::task::spawn_blocking(follow).await;
+        }
+        for target in decisions.drop {
+            reconciled.dropped += usize::from(self.drop_stale(target, &store).await?);
         }
         for mount in decisions.record {
             let target = TargetPath::parse(kubelet_dir, &mount.target.to_string_lossy())?;
@@ -117,6 +120,21 @@ impl VolumeManager {
             }
         }
         Ok(reconciled)
+    }
+
+    /// Removes the record of a pod that is gone, after another check under the lock.
+    async fn drop_stale(&self, target: PathBuf, store: &Store) -> Result<bool, VolumeError> {
+        let held = self.0.target_locks.begin_publish(&target).lock().await;
+        let store = store.clone();
+        let work = self.0.tracker.spawn_blocking(move || {
+            let _held = held;
+            let is_stale = !has_folder(&target);
+            if is_stale {
+                store.publications().remove(&target)?;
+            }
+            Ok(is_stale)
+        });
+        work.await.unwrap_or(Err(VolumeError::Crashed))
     }
 
     /// Writes a lost record again, after another check under the lock.

@@ -177,8 +177,10 @@ fn entries(folder: &Path) -> BTreeSet<PathBuf> {
 /// Tests every point of this test's share, with this fault.
 #[track_caller]
 fn at_each_point(share: usize, of: usize, action: &str) {
-    // `follow` passes the points of followed volumes.
-    let points = POINTS.iter().filter(|point| !point.starts_with("follow."));
+    // `follow` and `recovery` pass the others.
+    let is_passed =
+        |point: &&&str| !point.starts_with("follow.") && !point.starts_with("reconcile.");
+    let points = POINTS.iter().filter(is_passed);
     for point in points.skip(share).step_by(of) {
         let crash_node = CrashNode::new();
         let mut volumes = Vec::new();

@@ -11,7 +11,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::{
-    Admin, Driver, DriverOptions, Kubelet, Node, Sandbox, mounts_at, run, tool, wait_until,
+    Admin, Driver, DriverOptions, Kubelet, Node, Sandbox, Volume, mounts_at, run, tool, wait_until,
 };
 
 const ROOMY: &str = "cache: {minFreePercent: 0, minFreeInodesPercent: 0, highThresholdPercent: 100, \
@@ -45,6 +45,38 @@ fn a_mount_that_the_kubelet_has_forgotten_is_unmounted() {
     kept.assert_mounted();
     kubelet.publish_well(&kept);
     assert_eq!(records(driver.state()).len(), 1);
+}
+
+#[test]
+fn a_volume_that_is_published_while_stale_records_are_removed_keeps_its_record() {
+    let mut go = PathBuf::new();
+    let node = Node::start_with(|sandbox, options| {
+        go = sandbox.path().join("go");
+        let fault = format!("reconcile.decided:pause:{}", go.display());
+        options
+            .configuration(ROOMY)
+            .environment("CSI_OCI_FAULT", &fault)
+            .environment("CSI_OCI_COMPARE_INTERVAL", "200")
+    });
+    let reference = node.proxy.reference(&node.small_artifact().name);
+    let has_record = |volume: &Volume| {
+        let of_volume = |path: &PathBuf| {
+            let text = fs::read_to_string(path).unwrap_or_default();
+            text.contains(&volume.request.volume_id)
+        };
+        records(node.driver.state()).iter().any(of_volume)
+    };
+    let (volume, _) = node.mount(&reference);
+    nix::mount::umount(volume.target()).expect("unmounted");
+    fs::remove_dir_all(volume.parent()).expect("the kubelet's folder");
+    wait_until("a stale record is found", || node.driver.log().contains("reconcile.decided"));
+    node.kubelet.publish_well(&volume);
+    let (gone, _) = node.mount(&reference);
+    nix::mount::umount(gone.target()).expect("unmounted");
+    fs::remove_dir_all(gone.parent()).expect("the kubelet's folder");
+    fs::write(&go, "").expect("a file");
+    wait_until("the next stale record is removed", || !has_record(&gone));
+    assert!(has_record(&volume));
 }
 
 #[test]

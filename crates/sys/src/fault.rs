@@ -12,9 +12,9 @@
 
 use std::io;
 
-/// All points, in the order in which a start, a first publish, an unpublish, an eviction and the switch of a followed
-/// volume pass them.
-pub const POINTS: [&str; 33] = [
+/// All points, in the order in which a start, a first publish, an unpublish, an eviction, the removal of stale records and
+/// the switch of a followed volume pass them.
+pub const POINTS: [&str; 34] = [
     "socket.bound",
     "record.written",
     "record.synced",
@@ -43,6 +43,7 @@ pub const POINTS: [&str; 33] = [
     "gc.renamed",
     "gc.removed",
     "recovery.swept",
+    "reconcile.decided",
     "follow.linked",
     "follow.named",
     "follow.added",
