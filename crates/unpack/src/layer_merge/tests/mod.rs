@@ -55,8 +55,18 @@ impl EntryReader for Recorded<'_> {
 
 /// Merges layers whose entries can be read again.
 fn plan_recorded(layers: &[Vec<Entry>], selection: &Selection) -> Result<TreePlan, UnpackError> {
+    plan_recorded_part(layers, selection, RelativePath::root())
+}
+
+/// Merges layers whose entries can be read again, and plans the part at a path.
+fn plan_recorded_part(
+    layers: &[Vec<Entry>],
+    selection: &Selection,
+    sub_path: RelativePath,
+) -> Result<TreePlan, UnpackError> {
     let (limits, mut records) = (Limits::default(), Recorded(layers));
     let mut merger = Merger::new(&limits, selection);
+    merger.sub_path = sub_path;
     merger.records = Some(&mut records);
     for (layer, entries) in layers.iter().enumerate() {
         merger.archive(layer, &IMAGE);

@@ -1,28 +1,9 @@
 use super::*;
 
-/// Merges image layers and plans a part of them.
-fn part_of(
-    layers: &[Vec<Entry>],
-    selection: &Selection,
-    sub_path: &str,
-) -> Result<TreePlan, UnpackError> {
-    let (limits, mut records) = (Limits::default(), Recorded(layers));
-    let mut merger = Merger::new(&limits, selection);
-    merger.sub_path = path(sub_path);
-    merger.records = Some(&mut records);
-    for (layer, entries) in layers.iter().enumerate() {
-        merger.archive(layer, &IMAGE);
-        for (offset, entry) in (0..).zip(entries) {
-            merger.recorded(entry, offset)?;
-        }
-    }
-    merger.finish()
-}
-
 fn part(tar: &Tar, selection: (&str, &str), sub_path: &str) -> Result<Vec<String>, UnpackError> {
     let layers = [tar.clone().entries()];
     let selection = Selection::parse(selection.0, selection.1).unwrap();
-    let plan = part_of(&layers, &selection, sub_path)?;
+    let plan = plan_recorded_part(&layers, &selection, path(sub_path))?;
     Ok(lines_from(&plan, &mut Recorded(&layers)))
 }
 
@@ -53,7 +34,7 @@ fn a_folder_becomes_the_root() {
     let tar = image();
     assert_eq!(part(&tar, ("", ""), "etc/d").unwrap(), ["b=0.1", "up->../a"]);
     let layers = [tar.clone().folder("etc/d/", 0o700).entries()];
-    let plan = part_of(&layers, &Selection::default(), "etc/d").unwrap();
+    let plan = plan_recorded_part(&layers, &Selection::default(), path("etc/d")).unwrap();
     // The permissions rule makes folders readable.
     assert_eq!(plan.root.permissions.mode, 0o755);
     assert_eq!(plan.root.modified.seconds, 1000, "the folder's own time");
@@ -74,7 +55,7 @@ fn links_lead_inside_an_image_and_nowhere_in_other_artifacts() {
     let tar = image();
     assert_eq!(part(&tar, ("", ""), "way").unwrap(), ["b=0.1", "up->../a"]);
     let layers = [tar.link(b'2', "out", "../../etc").entries()];
-    let out = part_of(&layers, &Selection::default(), "out/d").unwrap();
+    let out = plan_recorded_part(&layers, &Selection::default(), path("out/d")).unwrap();
     assert_eq!(out.totals.files, 1, "`..` stays at the root");
     let (limits, selection) = (Limits::default(), Selection::default());
     let mut merger = Merger::new(&limits, &selection);
@@ -135,7 +116,7 @@ proptest! {
         let all = lines_of(&everything.expect("a part of it was planned"));
         let is_folder = |path: &str| all.contains(&format!("{path}/"));
         let (folder, name) = sub_path.rsplit_once('/').unwrap_or((".", &sub_path));
-        let found = part_of(&layers, &selection, &sub_path);
+        let found = plan_recorded_part(&layers, &selection, path(&sub_path));
         if is_folder(&sub_path) {
             let below = |line: &String| line.strip_prefix(&format!("{sub_path}/")).map(str::to_owned);
             let expected: Vec<_> = lines_of(&whole).iter().filter_map(below).filter(|line| !line.is_empty()).collect();
