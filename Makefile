@@ -74,7 +74,7 @@ bench-preload: tools
 
 lint:
 	cargo fmt --all --check
-	cargo clippy --workspace --locked --all-targets --features fault-points -- -D warnings
+	cargo clippy --workspace --locked --all-targets --test cluster --features fault-points -- -D warnings
 	scripts/check-comments
 
 # What a release needs that no build does: workflows, licences and sources of dependencies, the lock file of the fuzz

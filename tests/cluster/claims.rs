@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{
     Artifact, DRIVER_NAMESPACE, TestNamespace, kubectl, object, try_kubectl, upgrade, wait_until,
+    wait_until_within,
 };
 
 /// A `StorageClass` of one test, which ends with it.
@@ -302,6 +303,7 @@ fn claims_are_served_when_the_leader_is_killed() {
 #[ignore = "takes minutes: make test-cluster-long"]
 fn a_thousand_claims_at_once_are_served() {
     const CLAIMS: usize = 1000;
+    const LONG: Duration = Duration::from_mins(8);
     let namespace = TestNamespace::alone("thousand-claims");
     let artifact = Artifact::push("tests/thousand-claims", &[("file", "one\n")]);
     upgrade(&["--set=provisioner.maxClaimsPerNamespace=0"], || {
@@ -318,11 +320,8 @@ fn a_thousand_claims_at_once_are_served() {
             let phases = namespace.kubectl(&["get", "persistentvolumeclaims", format]);
             phases.lines().filter(|phase| *phase == "Bound").count()
         };
-        let end = begun + Duration::from_mins(8);
-        while bound() < CLAIMS {
-            assert!(Instant::now() < end, "{} of {CLAIMS} are bound", bound());
-            std::thread::sleep(Duration::from_secs(1));
-        }
+        let all_bound = || format!("{CLAIMS} bound claims, of which {} are", bound());
+        wait_until_within(LONG, || bound() == CLAIMS, all_bound);
         println!("{CLAIMS} claims: applied in {applied:?}, bound after {:?}", begun.elapsed());
         namespace.kubectl(&["delete", "persistentvolumeclaims", "--all", "--timeout=300s"]);
         let left = || {
@@ -330,11 +329,7 @@ fn a_thousand_claims_at_once_are_served() {
             let all = volumes["items"].as_array().expect("a list").iter();
             all.filter(|volume| volume["spec"]["claimRef"]["namespace"] == *namespace.name).count()
         };
-        let end = Instant::now() + Duration::from_mins(8);
-        while left() > 0 {
-            assert!(Instant::now() < end, "{} volumes are left", left());
-            std::thread::sleep(Duration::from_secs(1));
-        }
+        wait_until_within(LONG, || left() == 0, || format!("the end of {} volumes", left()));
         println!("all volumes deleted after {:?}", begun.elapsed());
     });
 }

@@ -416,8 +416,9 @@ pub fn wait_until_with(is_true: impl FnMut() -> bool, what: impl Fn() -> String)
     wait_until_within(PATIENCE, is_true, what);
 }
 
+/// As [`wait_until_with`], with a time of its own.
 #[track_caller]
-fn wait_until_within(
+pub fn wait_until_within(
     patience: Duration,
     mut is_true: impl FnMut() -> bool,
     what: impl Fn() -> String,
