@@ -123,7 +123,7 @@ fn nodes_have_a_condition_for_the_preloads_of_a_namespace() {
     kubectl(&["delete", "namespace", "platform"]);
     wait_until("nothing of it", || condition() == nothing);
 
-    // What remains when it is turned off is removed as the documentation says.
+    // The commands of the documentation remove labels and conditions after it is turned off.
     let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/preloading.md");
     let page = std::fs::read_to_string(page).expect("the page");
     let (_, commands) = page.split_once("### Turn it off").expect("a section");

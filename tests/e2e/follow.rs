@@ -435,7 +435,7 @@ fn a_private_tag_is_followed_again_when_the_kubelet_repeats_its_call() {
     let reason = state["reason"].as_str().expect("text");
     assert!(reason.contains("follow.enabled") && !reason.contains(USER.1), "{reason}");
     assert_shows(&volume, "second");
-    // With requiresRepublish the kubelet calls again: one mount, and no request of that call itself.
+    // The kubelet repeats its call, as with requiresRepublish. The call adds no mount and asks no registry.
     node.node.kubelet.publish_well(&volume);
     wait_until_shown(&volume, "third");
     wait_until("it is current", || node.state()["reason"].is_null());

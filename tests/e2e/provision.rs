@@ -131,7 +131,7 @@ fn a_claim_that_cannot_be_served_says_why_and_the_others_go_on() {
     cluster.claim("both", "both", json!({}));
     cluster.wait_for_refusal("both", "policy");
 
-    // What was wrong is mended: none of them needs another claim.
+    // After the mistakes are corrected, the same claims get volumes.
     cluster.push(&late, "v1");
     cluster.class("misspelt", json!({"reference": good}));
     cluster.class("missing", json!({"reference": good}));

@@ -310,7 +310,7 @@ fn an_administrator_sees_and_removes_composites() {
         "{inspected}"
     );
     assert!(admin.text(&["inspect", &references[1]]).contains("artifacts=2"));
-    // What a pod shows stays; then it goes with the first of its references.
+    // A mounted composite stays. After that, `rm` of its first reference removes it.
     let removed = admin.json(&["rm", &references[0]])[0].clone();
     assert!(removed["volumes"].as_array().expect("volumes").len() == 1, "{removed}");
     assert_eq!(volume.text("a/a"), format!("{one}: a"));

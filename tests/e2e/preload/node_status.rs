@@ -56,7 +56,7 @@ fn nodes_have_labels_for_what_they_hold_and_a_condition() {
     }
     assert_eq!(cluster.status("tool")["nodeLabel"], computed(&first).as_str());
 
-    // What others write stays, and what they change of the labels is written again.
+    // Labels of others stay. A label that they remove is written again.
     let node = |name: &str, labels: Value| {
         cluster.api.apply(json!({"kind": "Node", "metadata": {"name": name, "labels": labels}}));
     };

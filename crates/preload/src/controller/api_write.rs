@@ -281,7 +281,7 @@ mod tests {
 
         let same = node(json!({"oci.custom.io/ready.a": "true"}), json!([ours("True", "Why")]));
         assert_eq!(change(&same, &wanted("True", &["a"])), None);
-        // What is off is left alone.
+        // Labels and a condition that are turned off stay as they are.
         let nothing = NodeStatus { labels: None, condition: None };
         assert_eq!(change(&same, &nothing), None);
     }

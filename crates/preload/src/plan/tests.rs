@@ -1518,7 +1518,7 @@ fn labels_and_a_true_condition_survive_a_restart_of_the_plugin() {
     cluster.settle();
     assert_eq!(cluster.labels("node-0"), BTreeSet::new());
     assert_eq!(cluster.condition("node-0"), ("False", "ArtifactsMissing"));
-    // What was not there does not come by a restart.
+    // A restart adds no label that the node did not have.
     cluster.now -= 16;
     restart(&mut cluster);
     assert_eq!((cluster.labels("node-0").len(), cluster.condition("node-0").0), (0, "False"));

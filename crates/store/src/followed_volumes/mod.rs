@@ -321,7 +321,7 @@ impl FollowedVolumes {
             fs::rename(shown.join(NEXT_DATA), shown.join(DATA))
         })();
         if let Err(error) = switched {
-            // What is left of the names is removed with the next switch.
+            // The next switch removes names that stay after this.
             let _ = volume.mend(&shown, self.directory.label.as_ref());
             if fs::rename(shown.join(name.to_string()), &root).is_ok()
                 && let Some(version) = volume.versions.remove(&name)
