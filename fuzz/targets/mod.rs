@@ -14,6 +14,7 @@ mod reference;
 mod secret;
 mod selection;
 mod signature;
+mod sigstore;
 
 /// A function of one target.
 type Run = fn(&[u8]);
@@ -33,4 +34,5 @@ pub(crate) const TARGETS: &[(&str, Run)] = &[
     ("secret", secret::run),
     ("selection", selection::run),
     ("signature", signature::run),
+    ("sigstore", sigstore::run),
 ];

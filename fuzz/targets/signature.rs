@@ -2,7 +2,7 @@
 
 use oci::Digest;
 use oci::signature::{
-    FoundSignature, NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode,
+    FoundSignature, NamedKey, PublicKey, SignatureDemand, Signers, SimpleSignature,
 };
 
 const KEY: &[u8] = b"-----BEGIN PUBLIC KEY-----
@@ -17,14 +17,13 @@ pub(super) fn run(input: &[u8]) {
     let Ok(signature) = std::str::from_utf8(signature) else { return };
     let _ = PublicKey::from_pem(bytes);
     let key = PublicKey::from_pem(KEY).expect("a key");
-    let demand = SignatureDemand {
-        mode: SignatureMode::Enforce,
-        format: SignatureFormat::Any,
-        keys: [NamedKey { name: "key".to_owned(), key }].into(),
+    let keys = [NamedKey { name: "key".to_owned(), key }].into();
+    let demand = SignatureDemand::signed_by(Signers { keys, ..Signers::default() });
+    let simple = SimpleSignature {
+        payload: bytes.to_vec(),
+        signature: signature.to_owned(),
+        ..SimpleSignature::default()
     };
-    let found = [
-        FoundSignature::Bundle(bytes.to_vec()),
-        FoundSignature::Simple { payload: bytes.to_vec(), signature: signature.to_owned() },
-    ];
+    let found = [FoundSignature::Bundle(bytes.to_vec()), FoundSignature::Simple(simple)];
     assert!(demand.judge(&found, &[Digest::of(bytes)]).is_err());
 }

@@ -1,5 +1,7 @@
 //! Converts results of operations into messages of the admin interface.
 
+use std::collections::BTreeSet;
+
 use crate::following::FollowedTag;
 use crate::proto::admin as wire;
 use crate::scrub::ScrubSnapshot;
@@ -113,7 +115,11 @@ pub(super) fn victim(victim: &Victim) -> wire::Victim {
     }
 }
 
-pub(super) fn resolution(resolution: Resolution, layers: Vec<Descriptor>) -> wire::Resolution {
+pub(super) fn resolution(
+    resolution: Resolution,
+    layers: Vec<Descriptor>,
+    signed_by: BTreeSet<String>,
+) -> wire::Resolution {
     let layers = layers.into_iter().map(|layer| wire::Layer {
         digest: layer.digest.to_string(),
         media_type: layer.media_type,
@@ -125,6 +131,7 @@ pub(super) fn resolution(resolution: Resolution, layers: Vec<Descriptor>) -> wir
         resolved_digest: resolution.resolved.to_string(),
         digest: resolution.manifest.to_string(),
         layers: layers.collect(),
+        signed_by: signed_by.into_iter().collect(),
     }
 }
 

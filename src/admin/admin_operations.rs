@@ -59,7 +59,9 @@ pub fn inspect(
             _ => Vec::new(),
         };
         manifests.insert(resolution.manifest);
-        inspected.resolutions.push(admin_messages::resolution(resolution, layers));
+        let signatures = store.verified_signatures();
+        let signed_by = signatures.signers(reference.repository(), resolution.manifest)?;
+        inspected.resolutions.push(admin_messages::resolution(resolution, layers, signed_by));
     }
     let described = artifacts_of(store, &manifests)?.into_iter();
     inspected.artifacts = described.map(|described| described.artifact).collect();

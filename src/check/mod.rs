@@ -9,8 +9,6 @@
 
 mod volume_files;
 
-use std::sync::Arc;
-
 use serde::Serialize;
 
 pub use volume_files::FileReport;
@@ -21,7 +19,7 @@ use oci::manifest::{
     check_config_platform, config_platform,
 };
 use oci::registry::{ManifestName, Refusals, Registry, RepositoryClient};
-use oci::signature::{NamedKey, PublicKey, SignatureDemand, SignatureFormat, SignatureMode};
+use oci::signature::{AcceptedSignature, SignatureDemand, SignatureFormat};
 use oci::{Digest, Platform, Reference};
 use pull::signature_verification::Finder;
 use pull::{PullError, PullOptions};
@@ -34,8 +32,8 @@ pub struct CheckRequest {
     pub reference: Reference,
     /// The platforms to check; all of the artifact's if empty.
     pub platforms: Vec<Platform>,
-    /// The key that must have signed it.
-    pub key: Option<PublicKey>,
+    /// The signatures that it must have.
+    pub signature: Option<SignatureDemand>,
     /// The files that it must have.
     pub required: Vec<RequiredFile>,
     /// The credentials for the registry.
@@ -89,14 +87,17 @@ pub struct ManifestReport {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase", tag = "state")]
 pub enum SignatureStatus {
-    /// The given key has signed it.
-    Verified,
-    /// There is no key to verify the signatures.
+    /// The demanded signers have signed it.
+    Verified {
+        /// The signature for each demanded statement.
+        by: Vec<AcceptedSignature>,
+    },
+    /// Nothing says who must have signed it.
     Unverified {
         /// The number of signatures.
         count: usize,
     },
-    /// Without a key, signatures could not be looked up.
+    /// No signature is demanded, and none could be looked up.
     Unknown {
         /// The reason of the failed request.
         reason: String,
@@ -306,27 +307,21 @@ impl ArtifactReader<'_> {
         let mut found = Vec::new();
         let distinct = if manifest == top { &subjects[..1] } else { &subjects[..] };
         for subject in distinct {
-            let format = SignatureFormat::Any;
-            match finder.find(*subject, format).await {
-                Ok(of_subject) => found.extend(of_subject),
+            let format =
+                check.signature.as_ref().map_or(SignatureFormat::Any, |demand| demand.format);
+            match finder.find(*subject, format, &mut found).await {
+                Ok(()) => {}
                 // Nothing demands a signature: the artifact can be read without this answer.
-                Err(error) if check.key.is_none() => {
+                Err(error) if check.signature.is_none() => {
                     return Ok(SignatureStatus::Unknown { reason: error.to_string() });
                 }
                 Err(error) => return Err(error),
             }
         }
-        let Some(key) = &check.key else {
+        let Some(demand) = &check.signature else {
             return Ok(SignatureStatus::Unverified { count: found.len() });
         };
-        let named = NamedKey { name: "the given key".to_owned(), key: key.clone() };
-        let demand = SignatureDemand {
-            mode: SignatureMode::Enforce,
-            format: SignatureFormat::Any,
-            keys: Arc::new([named]),
-        };
-        let judged = demand.judge(&found, &subjects);
-        judged.map_err(|flaw| PullError::Signature { flaw, keys: "the given key".to_owned() })?;
-        Ok(SignatureStatus::Verified)
+        let by = demand.judge(&found, &subjects).map_err(PullError::Signature)?;
+        Ok(SignatureStatus::Verified { by })
     }
 }

@@ -129,6 +129,9 @@ fn inspected_lines(inspected: &InspectArtifactResponse) -> Vec<String> {
         if resolution.resolved_digest != resolution.digest {
             printed.push(format!("  index  {}", resolution.resolved_digest));
         }
+        for signer in &resolution.signed_by {
+            printed.push(format!("  signed by {signer}"));
+        }
         for layer in &resolution.layers {
             let title = if layer.title.is_empty() { &layer.media_type } else { &layer.title };
             let (digest, size) = (text_table::short(&layer.digest), Bytes(layer.bytes));

@@ -10,8 +10,10 @@ use super::{CommandError, runtime};
 use crate::check::{ArtifactChecker, CheckReport, CheckRequest, RequiredFile, SignatureStatus};
 use crate::config::NodeConfiguration;
 use oci::registry::Registry;
-use oci::signature::PublicKey;
+use oci::signature::{AcceptedSignature, NamedKey, PublicKey, SignatureDemand, Signers};
 use oci::{Platform, Reference};
+use policy::PolicyRequest;
+use sys::reload::FileVersions;
 use text::human_units::Bytes;
 
 /// Arguments of `check`.
@@ -19,6 +21,7 @@ use text::human_units::Bytes;
 #[command(after_help = "Examples:
   csi-driver-oci check ghcr.io/team/tool:v1
   csi-driver-oci check r.io/tool:v1 --platform linux/amd64 --platform linux/arm64 --key cosign.pub
+  csi-driver-oci check r.io/tool:v1 --config node.yaml --policy
   csi-driver-oci check r.io/tool:v1 --require-file bin/tool:exec --require-file etc/tool.yml -o json")]
 pub(super) struct CheckArguments {
     /// The artifact: host[:port]/repository[:tag][@digest].
@@ -29,6 +32,12 @@ pub(super) struct CheckArguments {
     /// The public key that must have signed the artifact: a PEM file, as cosign writes it.
     #[arg(long, value_name = "PUB")]
     key: Option<PathBuf>,
+    /// Check the artifact as the policy of the configuration file demands it for a pod.
+    #[arg(long, requires = "config", conflicts_with = "key")]
+    policy: bool,
+    /// The pod's namespace for --policy [default: no namespace].
+    #[arg(long, requires = "policy")]
+    namespace: Option<String>,
     /// A file that the artifact must have; with :exec, it must be executable.
     #[arg(long = "require-file", value_name = "PATH[:exec]")]
     required: Vec<String>,
@@ -50,7 +59,7 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
     let check = CheckRequest {
         reference: arguments.reference.clone(),
         platforms: arguments.platforms.clone(),
-        key: arguments.key.as_ref().map(key).transpose()?,
+        signature: arguments.signature(&configuration)?,
         required: arguments.required.iter().map(|text| required(text)).collect(),
         keyring: keyring(
             arguments.docker_config.as_deref(),
@@ -74,10 +83,28 @@ pub(super) fn run(arguments: &CheckArguments) -> Result<(), CommandError> {
     arguments.output.result(&report, || lines(&report))
 }
 
-fn key(path: &PathBuf) -> Result<PublicKey, CommandError> {
-    let shown = path.display();
-    let pem = std::fs::read(path).map_err(|error| format!("the key {shown}: {error}"))?;
-    PublicKey::from_pem(&pem).map_err(|error| format!("the key {shown}: {error}"))
+impl CheckArguments {
+    /// Returns the signatures that the key or the policy demands.
+    fn signature(
+        &self,
+        configuration: &NodeConfiguration,
+    ) -> Result<Option<SignatureDemand>, CommandError> {
+        if let Some(path) = &self.key {
+            let failed = |error: String| format!("the key {}: {error}", path.display());
+            let pem = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+            let key = PublicKey::from_pem(&pem).map_err(|error| failed(error.to_string()))?;
+            let keys = [NamedKey { name: "the given key".to_owned(), key }].into();
+            return Ok(Some(SignatureDemand::signed_by(Signers { keys, ..Signers::default() })));
+        }
+        if !self.policy {
+            return Ok(None);
+        }
+        let policy = configuration.policy.policy(&mut FileVersions::new())?;
+        let (reference, namespace) = (&self.reference, self.namespace.as_deref());
+        let request = PolicyRequest { reference, namespace, require_signature: false };
+        let refused = |refusal| format!("{reference}: {refusal}");
+        Ok(policy.decide(request).map_err(refused)?.signature)
+    }
 }
 
 fn required(text: &str) -> RequiredFile {
@@ -94,7 +121,12 @@ fn lines(report: &CheckReport) -> Vec<String> {
     for manifest in &report.manifests {
         let platform = manifest.platform.as_deref().unwrap_or("any platform");
         let signed = match &manifest.signatures {
-            SignatureStatus::Verified => "signed by the given key".to_owned(),
+            SignatureStatus::Verified { by } => {
+                format!(
+                    "signed by {}",
+                    by.iter().map(AcceptedSignature::to_string).collect::<Vec<_>>().join("; ")
+                )
+            }
             SignatureStatus::Unverified { count: 0 } => "not signed".to_owned(),
             SignatureStatus::Unverified { count } => format!("{count} signatures, not verified"),
             SignatureStatus::Unknown { .. } => "signatures unknown".to_owned(),

@@ -17,7 +17,7 @@ pub(super) enum LogFormat {
 }
 
 /// The crates of this project. A bare level such as `debug` applies to them only.
-const CRATES: [&str; 13] = [
+const CRATES: [&str; 14] = [
     "controller_runtime",
     "csi_driver_oci",
     "oci",
@@ -26,6 +26,7 @@ const CRATES: [&str; 13] = [
     "preload",
     "provision",
     "pull",
+    "sigstore",
     "store",
     "sys",
     "telemetry",

@@ -125,7 +125,7 @@ pub const ATTRIBUTES: [Attribute; 16] = [
     Attribute {
         key: "requireSignature",
         default: "the node's policy",
-        meaning: "`\"true\"`: refuse artifacts that no configured key has signed, even if the node's \
+        meaning: "`\"true\"`: refuse artifacts that no configured key or identity has signed, even if the node's \
                   policy does not demand a signature",
     },
 ];

@@ -71,7 +71,7 @@ struct UnsupportedEntry {
 }
 
 /// The annotations that the driver reads.
-pub const KNOWN_ANNOTATIONS: [&str; 11] = [
+pub const KNOWN_ANNOTATIONS: [&str; 14] = [
     // Titles of files, and names of manifests in an image layout: a tag, and the whole reference.
     "org.opencontainers.image.title",
     "org.opencontainers.image.ref.name",
@@ -87,10 +87,19 @@ pub const KNOWN_ANNOTATIONS: [&str; 11] = [
     // The mark of an index's entries that are attestations.
     "vnd.docker.reference.type",
     SIGNATURE_ANNOTATION,
+    CERTIFICATE_ANNOTATION,
+    LOG_ENTRY_ANNOTATION,
+    TIMESTAMP_ANNOTATION,
 ];
 
 /// The annotation in which the descriptor of a simple signature's layer carries the signature.
 pub const SIGNATURE_ANNOTATION: &str = "dev.cosignproject.cosign/signature";
+/// The annotation with the certificate, if the signature is keyless.
+pub const CERTIFICATE_ANNOTATION: &str = "dev.sigstore.cosign/certificate";
+/// The annotation with the transparency log's entry.
+pub const LOG_ENTRY_ANNOTATION: &str = "dev.sigstore.cosign/bundle";
+/// The annotation with a timestamp authority's answer.
+pub const TIMESTAMP_ANNOTATION: &str = "dev.sigstore.cosign/rfc3161timestamp";
 /// The maximum length of an annotation in bytes, several times that of a path, a signature or a
 /// record of a file.
 const ANNOTATION_BYTES: usize = 64 << 10;

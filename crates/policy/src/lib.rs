@@ -4,13 +4,11 @@
 //!
 //! An attribute of a volume can add a demand and never removes one.
 
-use std::sync::Arc;
-
 use globset::{GlobBuilder, GlobMatcher};
 
 use oci::Reference;
 use oci::registry::other_spellings;
-use oci::signature::{NamedKey, SignatureDemand, SignatureFormat, SignatureMode};
+use oci::signature::{SignatureDemand, SignatureMode, Signers};
 use sys::reload::Reloadable;
 use text::printable::excerpt;
 
@@ -24,8 +22,8 @@ pub struct Policy {
     pub rules: Vec<PolicyRule>,
     /// The action for artifacts that no rule matches.
     pub default: PolicyAction,
-    /// All keys, for volumes that demand a signature when no rule does.
-    pub keys: Arc<[NamedKey]>,
+    /// All keys and identities, for volumes that demand a signature when no rule does.
+    pub signers: Signers,
 }
 
 /// The effect of a rule.
@@ -95,9 +93,9 @@ pub enum PolicyError {
         /// The rule, counted from 1.
         rule: Option<usize>,
     },
-    /// The volume has `requireSignature`, and no key could verify a signature.
+    /// The volume has `requireSignature`, and no key or identity could have signed.
     #[error(
-        "requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy.keys), or remove the attribute"
+        "requireSignature is \"true\" and this node has no key to verify signatures with: configure one (policy.keys, policy.identities), or remove the attribute"
     )]
     NoKeys,
 }
@@ -148,13 +146,10 @@ impl Policy {
             return Err(PolicyError::NoDigest { rule: number });
         }
         if request.require_signature {
-            let demand = demands.signature.get_or_insert_with(|| SignatureDemand {
-                mode: SignatureMode::Enforce,
-                format: SignatureFormat::Any,
-                keys: Arc::clone(&self.keys),
-            });
+            let by_any = || SignatureDemand::signed_by(self.signers.clone());
+            let demand = demands.signature.get_or_insert_with(by_any);
             demand.mode = SignatureMode::Enforce;
-            if demand.keys.is_empty() {
+            if demand.statements.iter().all(|statement| statement.signers.is_empty()) {
                 return Err(PolicyError::NoKeys);
             }
         }

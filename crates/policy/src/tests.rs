@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use oci::signature::PublicKey;
+use oci::signature::{NamedKey, PublicKey, SignatureFormat};
 
 const KEY: &str = "-----BEGIN PUBLIC KEY-----
 MCowBQYDK2VwAyEAGb9ECWmEzf6FQbrBZ9w7lshQhqowtrbLDFw4rXAxZuE=
@@ -20,6 +20,10 @@ fn rule(references: &[&str], namespaces: &[&str], action: PolicyAction) -> Polic
 fn key() -> NamedKey {
     let key = PublicKey::from_pem(KEY.as_bytes()).expect("a key");
     NamedKey { name: "release".to_owned(), key }
+}
+
+fn signers(keys: Vec<NamedKey>) -> Signers {
+    Signers { keys: keys.into(), ..Signers::default() }
 }
 
 fn decide(
@@ -93,15 +97,15 @@ fn a_demand_of_the_volume_adds_and_never_removes() {
     let with = |keys: Vec<NamedKey>, signature| {
         let demands = PolicyDemands { signature, ..PolicyDemands::default() };
         let rule = PolicyRule { demands, ..rule(&[], &[], PolicyAction::Allow) };
-        Policy { rules: vec![rule], keys: keys.into(), ..Policy::default() }
+        Policy { rules: vec![rule], signers: signers(keys), ..Policy::default() }
     };
     assert_eq!(with(vec![], None).decide(request(&reference, true)), Err(PolicyError::NoKeys));
     let demands = with(vec![key()], None).decide(request(&reference, true)).expect("allowed");
-    assert_eq!(demands.signature.expect("a demand").keys.len(), 1);
+    assert_eq!(demands.signature, Some(SignatureDemand::signed_by(signers(vec![key()]))));
     let warn = SignatureDemand {
         mode: SignatureMode::Warn,
         format: SignatureFormat::Legacy,
-        keys: Arc::new([key()]),
+        ..SignatureDemand::signed_by(signers(vec![key()]))
     };
     let policy = with(vec![key()], Some(warn));
     for (asked, mode) in [(true, SignatureMode::Enforce), (false, SignatureMode::Warn)] {
@@ -151,7 +155,7 @@ proptest! {
         });
         let keys: Vec<_> = keyed.then(key).into_iter().collect();
         let default = if deny { PolicyAction::Deny } else { PolicyAction::Allow };
-        let policy = Policy { rules: rules.collect(), default, keys: keys.into() };
+        let policy = Policy { rules: rules.collect(), default, signers: signers(keys) };
         let reference: Reference = ["a.io/x", "b.io/y", "c.io/x/y"][host].parse().expect("a reference");
         let namespace = [None, Some("one"), Some("two"), Some("three")][namespace];
         let decide = |require_signature| {

@@ -7,7 +7,7 @@ use oci::Digest;
 use oci::credentials::providers::ProviderError;
 use oci::manifest::ManifestError;
 use oci::registry::RegistryError;
-use oci::signature::SignatureFlaw;
+use oci::signature::UnmetDemand;
 use store::StoreError;
 use unpack::UnpackError;
 
@@ -24,13 +24,8 @@ pub enum PullError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// No signature that the policy demands.
-    #[error("{} (keys: {keys}): sign it, or mount what is signed", found(*.flaw))]
-    Signature {
-        /// The closest signature's flaw; `None` means that there is no signature.
-        flaw: Option<SignatureFlaw>,
-        /// Names of the keys that would do.
-        keys: String,
-    },
+    #[error("{0}: sign it, or mount what is signed")]
+    Signature(UnmetDemand),
     /// More than the policy allows.
     #[error("it has {bytes} bytes, the node's policy allows {limit} (maxArtifactBytes)")]
     TooManyBytes {
@@ -150,7 +145,7 @@ impl PullError {
             Self::Store(_) => "disk",
             Self::Unwanted | Self::ShuttingDown => return ("cancelled", "unwanted"),
             Self::Provider(_) => "credential_provider",
-            Self::Signature { .. } | Self::TooManyBytes { .. } => "policy",
+            Self::Signature(_) | Self::TooManyBytes { .. } => "policy",
             Self::Shared(_) | Self::Crashed => "internal",
         };
         ("failure", reason)
@@ -163,13 +158,6 @@ impl PullError {
             Self::Provider(_) => true,
             _ => false,
         }
-    }
-}
-
-fn found(flaw: Option<SignatureFlaw>) -> String {
-    match flaw {
-        Some(flaw) => format!("it is not signed as demanded: {flaw}"),
-        None => "it is not signed, and a signature is demanded".to_owned(),
     }
 }
 

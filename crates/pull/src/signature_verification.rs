@@ -20,11 +20,14 @@ use super::single_flight::Outcome;
 use super::small_blob;
 use super::{SizedBlob, blocking};
 use oci::Digest;
-use oci::manifest::{Descriptor, ImageManifest, Manifest, ManifestLimits, SIGNATURE_ANNOTATION};
+use oci::manifest::{
+    CERTIFICATE_ANNOTATION, Descriptor, ImageManifest, LOG_ENTRY_ANNOTATION, Manifest,
+    ManifestLimits, SIGNATURE_ANNOTATION, TIMESTAMP_ANNOTATION,
+};
 use oci::registry::{ManifestName, Registry, RegistryError, RepositoryClient};
 use oci::signature::{
-    FoundSignature, SignatureDemand, SignatureFormat, SignatureMode, sigstore_bundle,
-    simple_signing,
+    AcceptedSignature, FoundSignature, SignatureDemand, SignatureFormat, SignatureMode,
+    SimpleSignature, sigstore_bundle, simple_signing,
 };
 use store::Store;
 
@@ -32,6 +35,8 @@ use store::Store;
 const MAXIMUM_SIGNATURES: usize = 64;
 /// A payload has 300 bytes, a bundle with a certificate and a log's entry about 10 KiB.
 const MAXIMUM_SIGNATURE_BYTES: u64 = 256 * 1024;
+/// All signatures of an artifact that are held in memory.
+const MAXIMUM_HELD_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Makes sure that manifests have the signatures that volumes demand.
 pub(super) struct SignatureVerifier {
@@ -73,30 +78,34 @@ impl SignatureVerifier {
         let credential = self.resolver.credential(resolved).await?;
         let repository = want.reference.repository();
         let ResolvedDigests { top, manifest } = resolved.digests;
-        let mut subjects = vec![manifest];
-        if top != manifest {
-            subjects.push(top);
-        }
         let client = self.registry.at(repository, &credential);
         let finder = Finder { client, options: self.options, limits: self.limits };
-        let mut worst = None;
-        for subject in &subjects {
-            let found = finder.find(*subject, demand.format).await.map_err(Arc::new)?;
-            // A signature of the index counts, of whatever else does not.
-            match demand.judge(&found, &subjects) {
-                Ok(key) => {
-                    tracing::info!(reference = %want.reference, %subject, key, "its signature was verified");
-                    let (store, repository, id) =
-                        (self.store.clone(), repository.clone(), demand.id());
-                    let keep =
-                        move || Ok(store.verified_signatures().put(&repository, manifest, id)?);
-                    return blocking(keep).await.map_err(Arc::new);
+        let mut others = (top != manifest).then_some(top).into_iter();
+        let (mut subject, mut found) = (manifest, Vec::new());
+        let accepted = loop {
+            finder.find(subject, demand.format, &mut found).await.map_err(Arc::new)?;
+            let (demand, signatures) = (demand.clone(), std::mem::take(&mut found));
+            // The proofs of a keyless signature take milliseconds. A signature of the index counts, of
+            // whatever else does not.
+            let judge = move || Ok((demand.judge(&signatures, &[manifest, top]), signatures));
+            let (judged, judged_signatures) = blocking(judge).await.map_err(Arc::new)?;
+            found = judged_signatures;
+            match judged {
+                Ok(accepted) => break accepted,
+                Err(unmet) => {
+                    let unmet = || Arc::new(PullError::Signature(unmet));
+                    subject = others.next().ok_or_else(unmet)?;
                 }
-                Err(flaw) => worst = worst.max(flaw),
             }
+        };
+        let signed_by: Vec<_> = accepted.iter().map(AcceptedSignature::to_string).collect();
+        for signer in &signed_by {
+            tracing::info!(reference = %want.reference, %subject, signer, "its signature was verified");
         }
-        let keys = demand.keys.iter().map(|named| named.name.as_str()).collect::<Vec<_>>();
-        Err(Arc::new(PullError::Signature { flaw: worst, keys: keys.join(", ") }))
+        let (store, repository, id) = (self.store.clone(), repository.clone(), demand.id());
+        let keep =
+            move || Ok(store.verified_signatures().put(&repository, manifest, id, signed_by)?);
+        blocking(keep).await.map_err(Arc::new)
     }
 }
 
@@ -112,20 +121,20 @@ pub struct Finder<'a> {
 }
 
 impl Finder<'_> {
-    /// All signatures of a digest, in the formats that count.
+    /// Adds all signatures of a digest, in the formats that count.
     pub async fn find(
         &self,
         subject: Digest,
         format: SignatureFormat,
-    ) -> Result<Vec<FoundSignature>, PullError> {
-        let mut found = Vec::new();
+        found: &mut Vec<FoundSignature>,
+    ) -> Result<(), PullError> {
         if format != SignatureFormat::Bundle {
-            self.find_simple(subject, &mut found).await?;
+            self.find_simple(subject, found).await?;
         }
         if format != SignatureFormat::Legacy {
-            self.find_bundles(subject, &mut found).await?;
+            self.find_bundles(subject, found).await?;
         }
-        Ok(found)
+        Ok(())
     }
 
     async fn find_simple(
@@ -140,11 +149,18 @@ impl Finder<'_> {
         let layers =
             manifest.layers.iter().filter(|layer| layer.media_type == simple_signing::MEDIA_TYPE);
         for layer in layers.take(MAXIMUM_SIGNATURES) {
-            let Some(signature) = layer.annotations.get(SIGNATURE_ANNOTATION) else {
+            let annotation = |name| layer.annotations.get(name).cloned();
+            let Some(signature) = annotation(SIGNATURE_ANNOTATION) else {
                 continue;
             };
-            if let Some(payload) = self.signature_blob(layer).await? {
-                found.push(FoundSignature::Simple { payload, signature: signature.clone() });
+            if let Some(payload) = self.signature_blob(layer, found).await? {
+                found.push(FoundSignature::Simple(SimpleSignature {
+                    payload,
+                    signature,
+                    certificate: annotation(CERTIFICATE_ANNOTATION),
+                    log_entry: annotation(LOG_ENTRY_ANNOTATION),
+                    timestamp: annotation(TIMESTAMP_ANNOTATION),
+                }));
             }
         }
         Ok(())
@@ -165,7 +181,7 @@ impl Finder<'_> {
                 .iter()
                 .filter(|layer| layer.media_type == sigstore_bundle::MEDIA_TYPE);
             for layer in layers.take(1) {
-                if let Some(bytes) = self.signature_blob(layer).await? {
+                if let Some(bytes) = self.signature_blob(layer, found).await? {
                     found.push(FoundSignature::Bundle(bytes));
                 }
             }
@@ -222,8 +238,14 @@ impl Finder<'_> {
         }
     }
 
-    async fn signature_blob(&self, layer: &Descriptor) -> Result<Option<Vec<u8>>, PullError> {
-        if layer.size > MAXIMUM_SIGNATURE_BYTES {
+    /// Returns the content of a layer, if it is small enough beside what was found before.
+    async fn signature_blob(
+        &self,
+        layer: &Descriptor,
+        found: &[FoundSignature],
+    ) -> Result<Option<Vec<u8>>, PullError> {
+        let held: usize = found.iter().map(FoundSignature::bytes).sum();
+        if layer.size > MAXIMUM_SIGNATURE_BYTES || held as u64 + layer.size > MAXIMUM_HELD_BYTES {
             return Ok(None);
         }
         if let Some(data) = &layer.data {
@@ -250,13 +272,16 @@ mod tests {
     use super::*;
     use oci::credentials::Credential;
     use oci::registry::RegistryOptions;
+    use oci::signature::{Signers, UnmetDemand};
 
     #[tokio::test]
     async fn signatures_are_found_under_the_tag_and_among_the_referrers() {
         let registry = TestRegistry::start().await;
         let subject = Digest::of(b"subject");
         let (signed, large) = (b"payload", vec![0; 300 << 10]);
-        let annotation = format!(r#","annotations":{{"{SIGNATURE_ANNOTATION}":"c2ln"}}"#);
+        let annotation = format!(
+            r#","annotations":{{"{SIGNATURE_ANNOTATION}":"c2ln","{CERTIFICATE_ANNOTATION}":"PEM"}}"#
+        );
         for blob in [&signed[..], &large[..], &b"bundle"[..]] {
             registry.blob("a", blob);
         }
@@ -273,16 +298,17 @@ mod tests {
         let reference = registry.reference("a");
         let client = client.at(reference.repository(), &Credential::Anonymous);
         let finder = Finder { client, options: PullOptions::default(), limits };
-        let find = |format| finder.find(subject, format);
+        let find = async |format| {
+            let mut found = Vec::new();
+            finder.find(subject, format, &mut found).await.map(|()| found)
+        };
         let found = find(SignatureFormat::Any).await.expect("signatures");
-        let [FoundSignature::Simple { payload, signature }, FoundSignature::Bundle(bundle)] =
-            &found[..]
-        else {
+        let [FoundSignature::Simple(simple), FoundSignature::Bundle(bundle)] = &found[..] else {
             panic!("{found:?}")
         };
         assert_eq!(
-            (&payload[..], &signature[..], &bundle[..]),
-            (&signed[..], "c2ln", &b"bundle"[..])
+            (&simple.payload[..], &*simple.signature, simple.certificate.as_deref(), &bundle[..]),
+            (&signed[..], "c2ln", Some("PEM"), &b"bundle"[..])
         );
         let of_large = format!("blobs/{}", Digest::of(&large));
         assert!(registry.seen(&of_large).is_empty(), "too large for a signature");
@@ -293,13 +319,12 @@ mod tests {
     async fn nothing_is_downloaded_of_an_artifact_without_the_signature() {
         let (registry, node) = (TestRegistry::start().await, TestNode::new());
         registry.artifact("a", &file_layer("file", b"content"), b"content");
-        let (mode, format, keys) = (SignatureMode::Enforce, SignatureFormat::Any, Arc::new([]));
         let want = registry.want("a");
-        let demand = SignatureDemand { mode, format, keys };
+        let demand = SignatureDemand::signed_by(Signers::default());
         let enforced = Want { signature: Some(demand.clone()), ..want.clone() };
         let resolved = node.puller.0.resolver.resolve(&want).await.expect("a manifest");
         let error = node.pull(&enforced).await.expect_err("it is not signed");
-        assert!(matches!(*error, PullError::Signature { flaw: None, .. }), "{error}");
+        assert!(matches!(*error, PullError::Signature(UnmetDemand { flaw: None, .. })), "{error}");
         assert!(registry.seen("blobs/").is_empty());
         let demand = SignatureDemand { mode: SignatureMode::Warn, ..demand };
         let warned = Want { signature: Some(demand), ..want };

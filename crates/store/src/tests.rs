@@ -841,3 +841,27 @@ fn only_marks_of_generations_are_removed_with_the_folder_of_a_key() {
     assert!(key.join("1.damaged").exists() && key.join("1.x.damaged").exists());
     assert!(!key.join("2.damaged").exists());
 }
+
+#[test]
+fn a_manifest_names_the_signers_of_all_its_verdicts() {
+    let (_folder, store) = store();
+    let reference: Reference = "r.io/team/app:v1".parse().expect("a reference");
+    let other: Reference = "r.io/team/other:v1".parse().expect("a reference");
+    let (repository, signatures) = (reference.repository(), store.verified_signatures());
+    let [manifest, another, key, identity] =
+        ["manifest", "another", "key", "identity"].map(|text| Digest::of(text.as_bytes()));
+    let put = |manifest, demand, signers: &[&str]| {
+        let signers = signers.iter().map(|&signer| signer.to_owned()).collect();
+        signatures.put(repository, manifest, demand, signers).expect("recorded");
+    };
+    put(manifest, key, &["release"]);
+    put(manifest, identity, &["ci: a job", "release"]);
+    put(another, key, &["stranger"]);
+    assert!(signatures.contains(repository, manifest, identity));
+    let signers = |reference: &Reference| {
+        let signers = signatures.signers(reference.repository(), manifest).expect("signers");
+        signers.into_iter().collect::<Vec<_>>()
+    };
+    assert_eq!(signers(&reference), ["ci: a job", "release"]);
+    assert!(signers(&other).is_empty());
+}

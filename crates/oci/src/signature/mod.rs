@@ -1,4 +1,4 @@
-//! Verification of cosign signatures with public keys, without I/O.
+//! Verification of signatures and attestations, without I/O.
 //!
 //! ```text
 //! public_key       public keys and their algorithms
@@ -6,16 +6,21 @@
 //! sigstore_bundle  the newer format: a Sigstore bundle with a DSSE envelope
 //! ```
 //!
-//! A signature is valid if a required key made it over the exact bytes, and these bytes name the
-//! digest of the index or of the manifest that was chosen from it.
+//! A signature is valid if a demanded key or identity made it over the exact bytes, and these bytes
+//! name the digest of the index or of the manifest that was chosen from it. The crate `sigstore` knows
+//! the proofs of identities.
 
 pub mod public_key;
 pub mod sigstore_bundle;
 pub mod simple_signing;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use sigstore::{
+    BundleError, IdentityPattern, SignatureBundle, TrustRoot, VerificationError, VerifiedSigner,
+};
 
 pub use public_key::{KeyError, PublicKey};
 
@@ -25,15 +30,35 @@ use super::Digest;
 /// signature changes.
 const RULES_VERSION: u32 = 1;
 
-/// Signature that an artifact must have.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Signatures and attestations that an artifact must have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SignatureDemand {
     /// Effect of a missing signature.
     pub mode: SignatureMode,
     /// Accepted signature formats.
     pub format: SignatureFormat,
-    /// Keys, any of which suffices.
+    /// Statements about the artifact, each of which must be signed.
+    pub statements: Arc<[StatementDemand]>,
+}
+
+/// A statement that a demanded signer must have signed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StatementDemand {
+    /// Predicate type of the attestation. None is a signature, which says nothing else.
+    pub predicate_type: Option<String>,
+    /// Signers, any of which is accepted.
+    pub signers: Signers,
+    /// Annotations that the signature must have.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Signers, any of which suffices.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Signers {
+    /// Public keys for signatures by key.
     pub keys: Arc<[NamedKey]>,
+    /// Identities of keyless signatures.
+    pub identities: Arc<[NamedIdentity]>,
 }
 
 /// A public key with its name.
@@ -43,6 +68,17 @@ pub struct NamedKey {
     pub name: String,
     /// Public key for verification.
     pub key: PublicKey,
+}
+
+/// An identity with its name.
+#[derive(Clone, Debug)]
+pub struct NamedIdentity {
+    /// Name in the configuration.
+    pub name: String,
+    /// Demand on the certificate.
+    pub pattern: IdentityPattern,
+    /// Sigstore instances, any of which may have issued the certificate.
+    pub roots: Arc<[Arc<TrustRoot>]>,
 }
 
 /// Effect of a missing signature.
@@ -71,62 +107,271 @@ pub enum SignatureFormat {
 #[derive(Clone, Debug)]
 pub enum FoundSignature {
     /// A payload with the signature of its annotation.
-    Simple {
-        /// Signed bytes of the payload.
-        payload: Vec<u8>,
-        /// Signature in base64.
-        signature: String,
-    },
+    Simple(SimpleSignature),
     /// A Sigstore bundle.
     Bundle(Vec<u8>),
 }
 
-/// Reason why a signature is not valid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+/// A payload, and the annotations of its layer.
+#[derive(Clone, Debug, Default)]
+pub struct SimpleSignature {
+    /// Signed bytes of the payload.
+    pub payload: Vec<u8>,
+    /// Signature in base64.
+    pub signature: String,
+    /// Certificate of a keyless signature, as PEM.
+    pub certificate: Option<String>,
+    /// Log entry of a keyless signature, as JSON.
+    pub log_entry: Option<String>,
+    /// Signed timestamp of a keyless signature, as JSON.
+    pub timestamp: Option<String>,
+}
+
+/// The valid signature of a demanded statement.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AcceptedSignature {
+    /// Name of the key or the identity in the configuration.
+    pub name: String,
+    /// Signer of a keyless signature.
+    #[serde(flatten)]
+    pub signer: Option<VerifiedSigner>,
+}
+
+/// Reason why a signature is not valid. The last one is the closest to a valid signature.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum SignatureFlaw {
     /// An unsupported or malformed signature.
     #[error("a signature in a format that is not understood")]
     Format,
+    /// A certificate or proof that cannot be read.
+    #[error("a keyless signature that cannot be read: {0}")]
+    Keyless(BundleError),
     /// A signature by another key, or one whose content was changed.
-    #[error("signed, but by none of the demanded keys")]
+    #[error("signed, but by none of the demanded keys or identities")]
     Key,
+    /// A keyless signature by another identity.
+    #[error("signed by {found}: {reason}")]
+    Identity {
+        /// Identity in the certificate.
+        found: String,
+        /// Part that is not as the last of the demanded identities has it.
+        reason: String,
+    },
+    /// A certificate of a demanded identity without the proofs that it is one.
+    #[error("the signature that names {found} is not valid: {reason}")]
+    Proof {
+        /// Identity in the certificate.
+        found: String,
+        /// First proof that fails.
+        reason: String,
+    },
     /// A valid signature of another digest.
-    #[error("signed by a demanded key, but for another digest")]
+    #[error("signed, but for another digest")]
     Subject,
+    /// A valid signature without a demanded annotation.
+    #[error("signed, but without the annotation {0}")]
+    Annotation(String),
+}
+
+/// A demanded statement that has no valid signature.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} ({signers})", self.found())]
+pub struct UnmetDemand {
+    /// Flaw of the closest signature. None means that there is no signature.
+    pub flaw: Option<SignatureFlaw>,
+    /// Predicate type of the demanded attestation.
+    pub predicate_type: Option<String>,
+    /// Names of the keys and identities, any of which would suffice.
+    pub signers: String,
+}
+
+impl FoundSignature {
+    /// Returns the size of what is signed, without annotations.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Simple(signature) => signature.payload.len(),
+            Self::Bundle(bytes) => bytes.len(),
+        }
+    }
 }
 
 impl SignatureDemand {
+    /// Demands a signature of one of these signers.
+    pub fn signed_by(signers: Signers) -> Self {
+        let statement = StatementDemand { signers, ..StatementDemand::default() };
+        Self { statements: Arc::new([statement]), ..Self::default() }
+    }
+
     /// Returns an identifier of the demand, under which verification results are recorded.
     pub fn id(&self) -> Digest {
-        let mut keys: Vec<String> = self.keys.iter().map(|named| named.key.id().hex()).collect();
-        keys.sort_unstable();
-        keys.dedup();
+        let statements: Vec<String> =
+            self.statements.iter().map(StatementDemand::id_text).collect();
         // The mode does not affect whether a signature is valid.
-        let text = format!("{RULES_VERSION} {:?} {}", self.format, keys.join(" "));
+        let text = format!("{RULES_VERSION} {:?} {}", self.format, statements.join("; "));
         Digest::of(text.as_bytes())
     }
 
-    /// Returns the name of the key that signed, or the flaw that is closest to a valid signature.
+    /// Returns the signatures that fulfil the demand, one for each statement.
+    ///
+    /// # Errors
+    ///
+    /// The first statement without a valid signature.
     pub fn judge(
         &self,
         found: &[FoundSignature],
         subjects: &[Digest],
-    ) -> Result<&str, Option<SignatureFlaw>> {
-        let keys: Vec<&PublicKey> = self.keys.iter().map(|named| &named.key).collect();
-        let mut worst = None;
+    ) -> Result<Vec<AcceptedSignature>, UnmetDemand> {
+        self.statements.iter().map(|statement| statement.judge(found, subjects)).collect()
+    }
+}
+
+impl StatementDemand {
+    /// Returns a text that differs between demands that different signatures fulfil.
+    fn id_text(&self) -> String {
+        let mut keys: Vec<String> =
+            self.signers.keys.iter().map(|key| key.key.id().hex()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        let identities = self.signers.identities.iter().map(NamedIdentity::id_text);
+        keys.extend(identities);
+        if self.predicate_type.is_some() || !self.annotations.is_empty() {
+            keys.push(format!("{:?} {:?}", self.predicate_type, self.annotations));
+        }
+        keys.join(" ")
+    }
+
+    /// Returns the first signature that is valid for this statement.
+    fn judge(
+        &self,
+        found: &[FoundSignature],
+        subjects: &[Digest],
+    ) -> Result<AcceptedSignature, UnmetDemand> {
+        let mut closest = None;
         for signature in found {
-            let verified = match signature {
-                FoundSignature::Simple { payload, signature } => {
-                    simple_signing::verify(payload, signature, subjects, &keys)
+            let judged = match signature {
+                // The older format has no attestations.
+                FoundSignature::Simple(_) if self.predicate_type.is_some() => continue,
+                FoundSignature::Simple(signature) => {
+                    simple_signing::judge(signature, subjects, self)
                 }
-                FoundSignature::Bundle(bytes) => sigstore_bundle::verify(bytes, subjects, &keys),
+                FoundSignature::Bundle(bytes) => sigstore_bundle::judge(bytes, subjects, self),
             };
-            match verified {
-                Ok(key) => return Ok(self.keys.get(key).map_or("", |named| &named.name)),
-                Err(flaw) => worst = worst.max(Some(flaw)),
+            match judged {
+                Ok(accepted) => return Ok(accepted),
+                // Signed, but it is another statement than this one.
+                Err(None) => {}
+                Err(flaw) => closest = closest.max(flaw),
             }
         }
-        Err(worst)
+        let (flaw, predicate_type) = (closest, self.predicate_type.clone());
+        Err(UnmetDemand { flaw, predicate_type, signers: self.signers.to_string() })
+    }
+
+    /// Checks that a signature has the demanded annotations.
+    fn check_annotations(
+        &self,
+        annotations: Option<&BTreeMap<String, serde_json::Value>>,
+    ) -> Result<(), SignatureFlaw> {
+        let has = |name: &String, value: &String| {
+            let found = annotations.and_then(|annotations| annotations.get(name));
+            found.and_then(serde_json::Value::as_str) == Some(value)
+        };
+        match self.annotations.iter().find(|(name, value)| !has(name, value)) {
+            Some((name, value)) => Err(SignatureFlaw::Annotation(format!("{name}={value}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Signers {
+    /// Returns whether there is no signer at all.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.identities.is_empty()
+    }
+
+    /// Returns the name of the key that a signature verifies with.
+    fn key(&self, message: &[u8], signature: &[u8]) -> Option<&str> {
+        let mut keys = self.keys.iter();
+        keys.find(|key| key.key.verifies(message, signature)).map(|key| &*key.name)
+    }
+
+    /// Verifies a keyless signature that names a demanded identity.
+    fn identity(
+        &self,
+        bundle: &SignatureBundle,
+        verify: impl Fn(&TrustRoot) -> Result<VerifiedSigner, VerificationError>,
+    ) -> Result<AcceptedSignature, SignatureFlaw> {
+        let claimed = bundle.claimed_identity();
+        let mut closest = SignatureFlaw::Key;
+        for NamedIdentity { name, pattern, roots } in &*self.identities {
+            let found = || claimed.to_string();
+            // An identity that nothing proves yet decides only what is worth a verification.
+            if let Err(reason) = pattern.check(claimed) {
+                let reason = format!("for {name}, {reason}");
+                closest = closest.max(SignatureFlaw::Identity { found: found(), reason });
+                continue;
+            }
+            for root in &**roots {
+                match verify(root) {
+                    Ok(signer) => {
+                        return Ok(AcceptedSignature { name: name.clone(), signer: Some(signer) });
+                    }
+                    Err(error) => {
+                        let reason = error.to_string();
+                        closest = closest.max(SignatureFlaw::Proof { found: found(), reason });
+                    }
+                }
+            }
+        }
+        Err(closest)
+    }
+}
+
+impl std::fmt::Display for Signers {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let keys: Vec<&str> = self.keys.iter().map(|key| &*key.name).collect();
+        let identities: Vec<&str> =
+            self.identities.iter().map(|identity| &*identity.name).collect();
+        let kinds = [("keys", keys), ("identities", identities)].into_iter();
+        let named = kinds.filter(|(_, names)| !names.is_empty());
+        let named: Vec<_> =
+            named.map(|(kind, names)| format!("{kind}: {}", names.join(", "))).collect();
+        formatter.write_str(&named.join("; "))
+    }
+}
+
+impl std::fmt::Display for AcceptedSignature {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.signer {
+            Some(signer) => write!(formatter, "{}: {signer}", self.name),
+            None => formatter.write_str(&self.name),
+        }
+    }
+}
+
+impl NamedIdentity {
+    fn id_text(&self) -> String {
+        let roots: Vec<Digest> = self.roots.iter().map(|root| root.id()).collect();
+        format!("{:?} {roots:?}", self.pattern)
+    }
+}
+
+impl PartialEq for NamedIdentity {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.id_text() == other.id_text()
+    }
+}
+
+impl Eq for NamedIdentity {}
+
+impl UnmetDemand {
+    fn found(&self) -> String {
+        match (&self.flaw, &self.predicate_type) {
+            (Some(flaw), None) => format!("it is not signed as demanded: {flaw}"),
+            (None, None) => "it is not signed, and a signature is demanded".to_owned(),
+            (Some(flaw), Some(kind)) => format!("it has no valid attestation of {kind}: {flaw}"),
+            (None, Some(kind)) => format!("it has no attestation of {kind}, and one is demanded"),
+        }
     }
 }
 

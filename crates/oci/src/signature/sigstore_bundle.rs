@@ -1,22 +1,26 @@
 //! cosign's newer format: a Sigstore bundle v0.3 with a DSSE envelope around an in-toto statement.
 //!
-//! The transparency log entry and the timestamps are ignored: with a public key, the signature
-//! suffices.
+//! With a public key, the signature suffices: the log entry and the timestamps are ignored. With a
+//! certificate, the crate `sigstore` verifies them.
 
 use std::collections::BTreeMap;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
+use sigstore::{SignatureBundle, TrustRoot};
 
-use super::{PublicKey, SignatureFlaw};
+use super::{AcceptedSignature, SignatureFlaw, StatementDemand};
 use crate::Digest;
 
 /// Media type of the layer, and artifact type if a registry keeps it.
 pub const MEDIA_TYPE: &str = "application/vnd.dev.sigstore.bundle.v0.3+json";
 
 const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
-const STATEMENT_TYPE: &str = "https://in-toto.io/Statement/v1";
+/// Types of statements. cosign signs with the first and attests with the second.
+const STATEMENT_TYPES: [&str; 2] =
+    ["https://in-toto.io/Statement/v1", "https://in-toto.io/Statement/v0.1"];
 /// Predicate type of `cosign sign`. Predicates of other types by the same key, such as provenance,
 /// do not count as signatures.
 const PREDICATE_TYPE: &str = "https://sigstore.dev/cosign/sign/v1";
@@ -25,7 +29,18 @@ const PREDICATE_TYPE: &str = "https://sigstore.dev/cosign/sign/v1";
 #[serde(rename_all = "camelCase")]
 struct SigstoreBundle {
     media_type: String,
+    #[serde(default)]
+    verification_material: VerificationMaterial,
     dsse_envelope: Option<DsseEnvelope>,
+}
+
+/// The certificates of a keyless signature, whose content does not matter here.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct VerificationMaterial {
+    certificate: Option<IgnoredAny>,
+    #[serde(rename = "x509CertificateChain")]
+    certificates: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -53,35 +68,80 @@ struct InTotoStatement {
 #[derive(Deserialize)]
 struct StatementSubject {
     digest: BTreeMap<String, String>,
+    /// Annotations of `cosign sign`.
+    annotations: Option<BTreeMap<String, serde_json::Value>>,
 }
 
-/// Verifies a bundle. Returns the index of the key that signed it.
-pub fn verify(
+impl VerificationMaterial {
+    fn has_certificate(&self) -> bool {
+        self.certificate.is_some() || self.certificates.is_some()
+    }
+}
+
+/// Judges a bundle, or returns its flaw: none if it is another statement than the demanded one.
+pub(super) fn judge(
     bundle: &[u8],
     subjects: &[Digest],
-    keys: &[&PublicKey],
-) -> Result<usize, SignatureFlaw> {
-    let bundle: SigstoreBundle =
+    demand: &StatementDemand,
+) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
+    let parsed: SigstoreBundle =
         serde_json::from_slice(bundle).map_err(|_| SignatureFlaw::Format)?;
-    let envelope = bundle.dsse_envelope.ok_or(SignatureFlaw::Format)?;
-    let [signature] = &envelope.signatures[..] else { return Err(SignatureFlaw::Format) };
-    if bundle.media_type != MEDIA_TYPE || envelope.payload_type != PAYLOAD_TYPE {
-        return Err(SignatureFlaw::Format);
+    let envelope = parsed.dsse_envelope.ok_or(SignatureFlaw::Format)?;
+    let [signature] = &envelope.signatures[..] else { return Err(Some(SignatureFlaw::Format)) };
+    if parsed.media_type != MEDIA_TYPE || envelope.payload_type != PAYLOAD_TYPE {
+        return Err(Some(SignatureFlaw::Format));
     }
     let payload = STANDARD.decode(&envelope.payload).map_err(|_| SignatureFlaw::Format)?;
     let signature = STANDARD.decode(&signature.sig).map_err(|_| SignatureFlaw::Format)?;
     let message = encoded_for_signing(&envelope.payload_type, &payload);
     // The signature is verified before the payload is parsed.
-    let key =
-        keys.iter().position(|key| key.verifies(&message, &signature)).ok_or(SignatureFlaw::Key)?;
-    let statement: InTotoStatement =
-        serde_json::from_slice(&payload).map_err(|_| SignatureFlaw::Format)?;
-    if statement.kind != STATEMENT_TYPE || statement.predicate_type != PREDICATE_TYPE {
-        return Err(SignatureFlaw::Format);
+    if let Some(name) = demand.signers.key(&message, &signature) {
+        signed_subject(&payload, subjects, demand)?;
+        return Ok(AcceptedSignature { name: name.to_owned(), signer: None });
     }
-    let signed = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
-    let names = |hex: &String| subjects.iter().any(|subject| subject.hex() == *hex);
-    if signed.into_iter().any(names) { Ok(key) } else { Err(SignatureFlaw::Subject) }
+    if demand.signers.identities.is_empty() || !parsed.verification_material.has_certificate() {
+        return Err(Some(SignatureFlaw::Key));
+    }
+    judge_keyless(bundle, subjects, demand)
+}
+
+fn judge_keyless(
+    bundle: &[u8],
+    subjects: &[Digest],
+    demand: &StatementDemand,
+) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
+    let bundle = SignatureBundle::parse(bundle).map_err(SignatureFlaw::Keyless)?;
+    let payload = bundle.statement().ok_or(SignatureFlaw::Format)?;
+    // What is read here is believed only after the verification, which compares the subject again.
+    let subject = signed_subject(payload, subjects, demand)?;
+    let verify = |root: &TrustRoot| bundle.verify_statement(subject, root);
+    Ok(demand.signers.identity(&bundle, verify)?)
+}
+
+/// Returns the digest that a statement is about, if it is a demanded one.
+fn signed_subject(
+    payload: &[u8],
+    subjects: &[Digest],
+    demand: &StatementDemand,
+) -> Result<Digest, Option<SignatureFlaw>> {
+    let statement: InTotoStatement =
+        serde_json::from_slice(payload).map_err(|_| SignatureFlaw::Format)?;
+    // An attestation is no signature, and a signature is no attestation.
+    if statement.predicate_type != demand.predicate_type.as_deref().unwrap_or(PREDICATE_TYPE) {
+        return Err(None);
+    }
+    if !STATEMENT_TYPES.contains(&&*statement.kind) {
+        return Err(Some(SignatureFlaw::Format));
+    }
+    let names = |digest: &&Digest, subject: &StatementSubject| {
+        subject.digest.get("sha256").is_some_and(|hex| *hex == digest.hex())
+    };
+    let signed = statement.subject.iter().find_map(|subject| {
+        Some((subjects.iter().find(|digest| names(digest, subject))?, subject))
+    });
+    let (digest, subject) = signed.ok_or(SignatureFlaw::Subject)?;
+    demand.check_annotations(subject.annotations.as_ref())?;
+    Ok(*digest)
 }
 
 /// Returns DSSE's pre-authentication encoding.

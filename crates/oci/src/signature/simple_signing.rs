@@ -1,11 +1,14 @@
 //! cosign's older format: a layer of the tag `sha256-<hex>.sig`, whose bytes are signed
 //! (`SIGNATURE_SPEC.md` of cosign).
 
+use std::collections::BTreeMap;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use sigstore::{AttachedSignature, SignatureBundle};
 
-use super::{PublicKey, SignatureFlaw};
+use super::{AcceptedSignature, SignatureFlaw, SimpleSignature, StatementDemand};
 use crate::Digest;
 
 /// Media type of the layer.
@@ -16,6 +19,8 @@ const TYPE: &str = "cosign container image signature";
 #[derive(Deserialize)]
 struct SimplePayload {
     critical: CriticalSection,
+    /// Annotations of `cosign sign`.
+    optional: Option<BTreeMap<String, serde_json::Value>>,
 }
 
 #[derive(Deserialize)]
@@ -31,25 +36,43 @@ struct SignedImage {
     digest: String,
 }
 
-/// Verifies a signature. Returns the index of the key that made it.
+/// Judges a signature, or returns its flaw.
 ///
 /// The reference in the payload has no tag and may be a mirror's, so it is ignored.
-pub fn verify(
-    payload: &[u8],
-    signature: &str,
+pub(super) fn judge(
+    found: &SimpleSignature,
     subjects: &[Digest],
-    keys: &[&PublicKey],
-) -> Result<usize, SignatureFlaw> {
-    let signature = STANDARD.decode(signature.trim()).map_err(|_| SignatureFlaw::Format)?;
+    demand: &StatementDemand,
+) -> Result<AcceptedSignature, Option<SignatureFlaw>> {
     // The signature is verified before the payload is parsed.
-    let key =
-        keys.iter().position(|key| key.verifies(payload, &signature)).ok_or(SignatureFlaw::Key)?;
+    let accepted = verify(found, demand)?;
     let payload: SimplePayload =
-        serde_json::from_slice(payload).map_err(|_| SignatureFlaw::Format)?;
+        serde_json::from_slice(&found.payload).map_err(|_| SignatureFlaw::Format)?;
     if payload.critical.kind != TYPE {
-        return Err(SignatureFlaw::Format);
+        return Err(Some(SignatureFlaw::Format));
     }
     let signed: Digest =
         payload.critical.image.digest.parse().map_err(|_| SignatureFlaw::Format)?;
-    if subjects.contains(&signed) { Ok(key) } else { Err(SignatureFlaw::Subject) }
+    if !subjects.contains(&signed) {
+        return Err(Some(SignatureFlaw::Subject));
+    }
+    demand.check_annotations(payload.optional.as_ref())?;
+    Ok(accepted)
+}
+
+fn verify(
+    found: &SimpleSignature,
+    demand: &StatementDemand,
+) -> Result<AcceptedSignature, SignatureFlaw> {
+    let SimpleSignature { payload, signature, certificate, log_entry, timestamp } = found;
+    let bytes = STANDARD.decode(signature.trim()).map_err(|_| SignatureFlaw::Format)?;
+    if let Some(name) = demand.signers.key(payload, &bytes) {
+        return Ok(AcceptedSignature { name: name.to_owned(), signer: None });
+    }
+    let certificate = certificate.as_deref().filter(|_| !demand.signers.identities.is_empty());
+    let certificate = certificate.ok_or(SignatureFlaw::Key)?;
+    let (log_entry, timestamp) = (log_entry.as_deref(), timestamp.as_deref());
+    let attached = AttachedSignature { signature, certificate, log_entry, timestamp };
+    let bundle = SignatureBundle::attached(attached).map_err(SignatureFlaw::Keyless)?;
+    demand.signers.identity(&bundle, |root| bundle.verify_message(payload, root))
 }

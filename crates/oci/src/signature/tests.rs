@@ -1,10 +1,11 @@
-//! Tests with signatures of cosign 3.1.1 and with invalid ones.
+//! Tests with signatures of cosign 3.1.1, with bundles of sigstore-conformance, and with invalid ones.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _};
 use serde_json::json;
+use sigstore::{TextPattern, TransparencyLog};
 
 use super::*;
 
@@ -47,7 +48,8 @@ fn payload(digest: Digest, kind: &str) -> Vec<u8> {
 }
 
 fn simple(pair: &EcdsaKeyPair, payload: &[u8]) -> FoundSignature {
-    FoundSignature::Simple { payload: payload.to_vec(), signature: sign(pair, payload) }
+    let (payload, signature) = (payload.to_vec(), sign(pair, payload));
+    FoundSignature::Simple(SimpleSignature { payload, signature, ..SimpleSignature::default() })
 }
 
 fn bundle(pair: &EcdsaKeyPair, digest: Digest, predicate: &str) -> serde_json::Value {
@@ -70,11 +72,18 @@ fn demand(keys: &[PublicKey]) -> SignatureDemand {
         name: format!("key-{number}"),
         key: key.clone(),
     };
-    SignatureDemand {
-        mode: SignatureMode::Enforce,
-        format: SignatureFormat::Any,
-        keys: keys.iter().enumerate().map(named).collect(),
-    }
+    let keys = keys.iter().enumerate().map(named).collect();
+    SignatureDemand::signed_by(Signers { keys, ..Signers::default() })
+}
+
+/// Returns the name of the key that made one of these signatures.
+fn judge(
+    demand: &SignatureDemand,
+    found: &[FoundSignature],
+    subjects: &[Digest],
+) -> Result<String, Option<SignatureFlaw>> {
+    let accepted = demand.judge(found, subjects).map_err(|unmet| unmet.flaw)?;
+    Ok(accepted[0].name.clone())
 }
 
 #[test]
@@ -84,19 +93,18 @@ fn both_formats_are_verified_and_name_the_key() {
     let subjects = [Digest::of(b"an index"), subject()];
     let simple = simple(&pair, &payload(subject(), TYPE));
     let bundle = FoundSignature::Bundle(bundle(&pair, subject(), SIGNED).to_string().into_bytes());
-    assert_eq!(demand.judge(&[simple], &subjects), Ok("key-1"));
-    assert_eq!(demand.judge(&[bundle], &subjects), Ok("key-1"));
+    assert_eq!(judge(&demand, &[simple], &subjects), Ok("key-1".to_owned()));
+    assert_eq!(judge(&demand, &[bundle], &subjects), Ok("key-1".to_owned()));
 }
 
 #[test]
 fn invalid_signatures_have_different_flaws() {
     let ((pair, key), (stranger, _)) = (pair(), pair());
     let demand = demand(&[key]);
-    let judge = |found: FoundSignature| {
-        demand.judge(&[found], &[subject()]).expect_err("it does not count")
-    };
+    let judge_all = |found: &[FoundSignature]| judge(&demand, found, &[subject()]);
+    let judge = |found: FoundSignature| judge_all(&[found]).expect_err("it does not count");
     let other = Digest::of(b"another artifact");
-    assert_eq!(demand.judge(&[], &[subject()]), Err(None));
+    assert_eq!(judge_all(&[]), Err(None));
     assert_eq!(judge(simple(&stranger, &payload(subject(), TYPE))), Some(SignatureFlaw::Key));
     assert_eq!(judge(simple(&pair, &payload(other, TYPE))), Some(SignatureFlaw::Subject));
     assert_eq!(
@@ -105,18 +113,18 @@ fn invalid_signatures_have_different_flaws() {
     );
     assert_eq!(judge(simple(&pair, b"no JSON")), Some(SignatureFlaw::Format));
     // The payload of one signature under another.
-    let FoundSignature::Simple { signature, .. } = simple(&pair, &payload(other, TYPE)) else {
+    let FoundSignature::Simple(mut swapped) = simple(&pair, &payload(other, TYPE)) else {
         panic!()
     };
-    let swapped = FoundSignature::Simple { payload: payload(subject(), TYPE), signature };
-    assert_eq!(judge(swapped), Some(SignatureFlaw::Key));
+    swapped.payload = payload(subject(), TYPE);
+    assert_eq!(judge(FoundSignature::Simple(swapped)), Some(SignatureFlaw::Key));
     let as_bundle =
         |value: serde_json::Value| FoundSignature::Bundle(value.to_string().into_bytes());
     assert_eq!(judge(as_bundle(bundle(&stranger, subject(), SIGNED))), Some(SignatureFlaw::Key));
     assert_eq!(judge(as_bundle(bundle(&pair, other, SIGNED))), Some(SignatureFlaw::Subject));
     // An attestation by the same key has another predicate.
     let provenance = bundle(&pair, subject(), "https://slsa.dev/provenance/v1");
-    assert_eq!(judge(as_bundle(provenance)), Some(SignatureFlaw::Format));
+    assert_eq!(judge(as_bundle(provenance)), None);
     let mut swapped = bundle(&pair, other, SIGNED);
     swapped["dsseEnvelope"]["payload"] =
         bundle(&pair, subject(), SIGNED)["dsseEnvelope"]["payload"].clone();
@@ -134,7 +142,7 @@ fn invalid_signatures_have_different_flaws() {
     }
     // The flaw closest to a valid signature is returned.
     let all = [simple(&pair, b"{}"), simple(&stranger, b"x"), simple(&pair, &payload(other, TYPE))];
-    assert_eq!(demand.judge(&all, &[subject()]), Err(Some(SignatureFlaw::Subject)));
+    assert_eq!(judge_all(&all), Err(Some(SignatureFlaw::Subject)));
 }
 
 #[test]
@@ -159,6 +167,165 @@ fn the_id_of_a_demand_depends_on_keys_and_format_only() {
     assert_ne!(base.id(), legacy.id());
 }
 
+const PROVENANCE: &str = "https://slsa.dev/provenance/v1";
+const ISSUER: &str = "https://token.actions.githubusercontent.com";
+/// The repository whose job signed the bundles.
+const SIGNER: &str =
+    "https://github.com/sigstore-conformance/extremely-dangerous-public-oidc-beacon";
+
+/// Returns a file of the crate `sigstore`.
+fn vector(path: &str) -> Vec<u8> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../sigstore/testdata");
+    std::fs::read(format!("{folder}/{path}")).expect("a file")
+}
+
+fn provenance() -> FoundSignature {
+    FoundSignature::Bundle(vector("rekor2-dsse/bundle.sigstore.json"))
+}
+
+fn instance(log: TransparencyLog) -> Arc<TrustRoot> {
+    let root = TrustRoot::parse(&vector("rekor2-dsse/trusted_root.json"), log);
+    Arc::new(root.expect("a trust root"))
+}
+
+fn identity(issuer: &str, subject: &str, root: Arc<TrustRoot>) -> NamedIdentity {
+    let issuer = TextPattern::parse("issuer", Some(issuer), None).expect("an issuer");
+    let subject = TextPattern::parse("subject", None, Some(subject)).expect("a subject");
+    let pattern = IdentityPattern::new(issuer, subject, BTreeMap::new()).expect("a pattern");
+    NamedIdentity { name: "ci".to_owned(), pattern, roots: Arc::new([root]) }
+}
+
+fn attested(kind: Option<&str>, identities: &[NamedIdentity]) -> SignatureDemand {
+    let signers = Signers { identities: identities.into(), ..Signers::default() };
+    let demand = StatementDemand {
+        predicate_type: kind.map(str::to_owned),
+        signers,
+        annotations: BTreeMap::new(),
+    };
+    SignatureDemand { statements: Arc::new([demand]), ..SignatureDemand::default() }
+}
+
+#[test]
+fn an_attestation_of_an_identity_is_verified_and_names_its_signer() {
+    let ci = identity(ISSUER, &format!("{SIGNER}/.*"), instance(TransparencyLog::Required));
+    let other = identity("https://accounts.google.com", ".*", Arc::clone(&ci.roots[0]));
+    let subject = Digest::of(&vector("a.txt"));
+    let demand = attested(Some(PROVENANCE), &[other, ci]);
+    let found = [FoundSignature::Bundle(b"{}".to_vec()), provenance()];
+    let accepted = demand.judge(&found, &[subject]).expect("valid");
+    let signer = accepted[0].signer.as_ref().expect("a signer");
+    assert_eq!((&*accepted[0].name, &*signer.identity.issuer), ("ci", ISSUER));
+    assert!(signer.identity.subject.starts_with(SIGNER) && signer.log_index.is_some());
+    let shown = accepted[0].to_string();
+    assert!(
+        shown.starts_with(&format!("ci: {SIGNER}")) && shown.contains(", log index "),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_keyless_statement_that_is_not_as_demanded_says_why() {
+    let root = instance(TransparencyLog::Required);
+    let ci = identity(ISSUER, &format!("{SIGNER}/.*"), Arc::clone(&root));
+    let subject = Digest::of(&vector("a.txt"));
+    let refused = |demand: &SignatureDemand, subject| {
+        demand.judge(&[provenance()], &[subject]).expect_err("not as demanded").to_string()
+    };
+    let stranger = identity(ISSUER, SIGNER, Arc::clone(&root));
+    for (demand, expected) in [
+        (attested(Some(PROVENANCE), &[stranger]), "for ci, the subject must match"),
+        (attested(Some("https://spdx.dev/Document"), &[ci.clone()]), "it has no attestation of"),
+        (attested(None, &[ci.clone()]), "it is not signed, and a signature is demanded"),
+    ] {
+        let error = refused(&demand, subject);
+        assert!(error.contains(expected) && error.contains("(identities: ci)"), "{error}");
+    }
+    let of_other = refused(&attested(Some(PROVENANCE), &[ci.clone()]), Digest::of(b"another"));
+    assert!(of_other.contains("for another digest"), "{of_other}");
+    // Keys do not sign with certificates, and the root of the logs decides.
+    let (_, key) = pair();
+    let error = refused(&demand(&[key]), subject);
+    assert!(error.contains("none of the demanded keys"), "{error}");
+    let mut without = vector("rekor2-dsse/trusted_root.json");
+    let mut parsed: serde_json::Value = serde_json::from_slice(&without).expect("JSON");
+    for log in parsed["tlogs"].as_array_mut().expect("logs") {
+        log["publicKey"]["validFor"] = json!({"start": "2999-01-01T00:00:00Z"});
+    }
+    without = parsed.to_string().into_bytes();
+    let without = TrustRoot::parse(&without, TransparencyLog::Required).expect("a trust root");
+    let later = identity(ISSUER, &format!("{SIGNER}/.*"), Arc::new(without));
+    let error = refused(&attested(Some(PROVENANCE), &[later]), subject);
+    assert!(error.contains("is not valid: invalid checkpoint"), "{error}");
+}
+
+#[test]
+fn all_that_is_demanded_must_be_there() {
+    let ((pair, key), root) = (pair(), instance(TransparencyLog::Required));
+    let ci = identity(ISSUER, &format!("{SIGNER}/.*"), root);
+    let subject = Digest::of(&vector("a.txt"));
+    let [signature, attestation] = [demand(&[key]), attested(Some(PROVENANCE), &[ci])]
+        .map(|demand| demand.statements[0].clone());
+    let mut with_annotation = signature.clone();
+    with_annotation.annotations = [("env".to_owned(), "prod".to_owned())].into();
+    let both = |statements: [StatementDemand; 2]| SignatureDemand {
+        statements: Arc::new(statements),
+        ..SignatureDemand::default()
+    };
+    let mut signed = bundle(&pair, subject, SIGNED);
+    let found = [FoundSignature::Bundle(signed.to_string().into_bytes()), provenance()];
+    let demand = both([signature, attestation.clone()]);
+    assert_eq!(demand.judge(&found, &[subject]).expect("both").len(), 2);
+    let error = demand.judge(&found[..1], &[subject]).expect_err("one").to_string();
+    assert!(error.contains(PROVENANCE), "{error}");
+    let demand = both([with_annotation, attestation]);
+    let error = demand.judge(&found, &[subject]).expect_err("no annotation").to_string();
+    assert!(error.contains("without the annotation env=prod (keys: key-0)"), "{error}");
+    let statement = json!({"_type": "https://in-toto.io/Statement/v1", "predicateType": SIGNED,
+        "subject": [{"digest": {"sha256": subject.hex()}, "annotations": {"env": "prod"}}]})
+    .to_string();
+    let kind = "application/vnd.in-toto+json";
+    let message = format!("DSSEv1 {} {kind} {} {statement}", kind.len(), statement.len());
+    signed["dsseEnvelope"]["payload"] = json!(STANDARD.encode(&statement));
+    signed["dsseEnvelope"]["signatures"][0]["sig"] = json!(sign(&pair, message.as_bytes()));
+    let found = [FoundSignature::Bundle(signed.to_string().into_bytes()), provenance()];
+    assert!(demand.judge(&found, &[subject]).is_ok());
+}
+
+#[test]
+fn the_id_of_a_demand_depends_on_identities_and_trust_roots() {
+    let of = |subject: &str, log| {
+        let ci = identity(ISSUER, subject, instance(log));
+        attested(None, &[ci])
+    };
+    let base = of("a", TransparencyLog::Required);
+    assert_eq!(base.id(), of("a", TransparencyLog::Required).id());
+    assert_eq!(base, of("a", TransparencyLog::Required));
+    let ci = base.statements[0].signers.identities[0].clone();
+    let annotated = StatementDemand {
+        annotations: [("a".to_owned(), "b".to_owned())].into(),
+        ..base.statements[0].clone()
+    };
+    let ((_, one), (_, two)) = (pair(), pair());
+    let [one, two] = [one, two].map(|key| demand(&[key]).statements[0].clone());
+    let with = |statements: &[StatementDemand]| SignatureDemand {
+        statements: statements.into(),
+        ..SignatureDemand::default()
+    };
+    let mut either = one.clone();
+    either.signers.keys = [&one, &two].map(|demand| demand.signers.keys[0].clone()).into();
+    let others = [
+        of("b", TransparencyLog::Required),
+        of("a", TransparencyLog::None),
+        attested(Some(PROVENANCE), &[ci]),
+        with(&[annotated]),
+        with(&[one, two]),
+        with(&[either]),
+    ];
+    let ids: std::collections::BTreeSet<_> =
+        others.iter().chain([&base]).map(|demand| demand.id().hex()).collect();
+    assert_eq!(ids.len(), others.len() + 1);
+}
+
 proptest::proptest! {
     #[test]
     fn no_bytes_at_all_count(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
@@ -166,7 +333,11 @@ proptest::proptest! {
         let demand = demand(&[key]);
         let found = [
             FoundSignature::Bundle(bytes.clone()),
-            FoundSignature::Simple { payload: bytes.clone(), signature: STANDARD.encode(&bytes) },
+            FoundSignature::Simple(SimpleSignature {
+                signature: STANDARD.encode(&bytes),
+                payload: bytes.clone(),
+                ..SimpleSignature::default()
+            }),
         ];
         proptest::prop_assert!(demand.judge(&found, &[subject()]).is_err());
         let _ = PublicKey::from_pem(&bytes);

@@ -49,7 +49,10 @@ impl Origins {
             by.insert(REGISTRY.to_owned(), unix_seconds);
         }
         let _turn = self.0.lock.lock();
-        self.0.write_proof(&self.tree_path(repository, tree), &Proof { unix_seconds, by })
+        self.0.write_proof(
+            &self.tree_path(repository, tree),
+            &Proof { unix_seconds, by, ..Proof::default() },
+        )
     }
 
     /// Returns the source that has sent the blob for the repository; none where no source counts.

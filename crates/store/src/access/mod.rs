@@ -110,7 +110,7 @@ pub(super) struct AccessFolder {
 }
 
 /// A proof's file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Proof {
     /// When it was last written.
     #[serde(default)]
@@ -118,6 +118,9 @@ struct Proof {
     /// The sources that gave it, with the time of each. Empty in records of earlier versions.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     by: BTreeMap<String, i64>,
+    /// The signers of a verified signature, as text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    signed_by: Vec<String>,
 }
 
 impl ProofSource {
@@ -201,13 +204,18 @@ impl AccessFolder {
 
     /// Remembers that it is so.
     fn put(&self, path: &Path) -> Result<(), StoreError> {
+        self.put_signed(path, Vec::new())
+    }
+
+    /// Remembers that it is so, and who signed.
+    fn put_signed(&self, path: &Path, signed_by: Vec<String>) -> Result<(), StoreError> {
         let now = jiff::Timestamp::now().as_second();
         let _turn = self.lock.lock();
         let known: Option<Proof> = json_records::read(path);
         if known.is_some_and(|proof| (0..REFRESH_SECONDS).contains(&(now - proof.unix_seconds))) {
             return Ok(());
         }
-        self.write_proof(path, &Proof { unix_seconds: now, by: BTreeMap::new() })
+        self.write_proof(path, &Proof { unix_seconds: now, signed_by, ..Proof::default() })
     }
 
     /// Reads what a proof says; one without a source that counts is forgotten.
@@ -242,7 +250,7 @@ impl AccessFolder {
         }
         let mut all = known;
         all.insert(by.name(), now);
-        self.write_proof(path, &Proof { unix_seconds: now, by: all })
+        self.write_proof(path, &Proof { unix_seconds: now, by: all, ..Proof::default() })
     }
 
     /// The caller holds the lock.

@@ -1,0 +1,24 @@
+//! Keyless signatures of Sigstore, verified without a network.
+//!
+//! ```text
+//! identity          the signer that a certificate names, and what a policy demands of it
+//! trust_root        one Sigstore instance: its authorities, logs and timestamp authorities
+//! signature_bundle  one signature with its certificate and proofs, in two formats
+//! ring_provider     the cryptography of `sigstore-verify`, by ring
+//! strict_json       JSON without duplicate and unknown fields
+//! ```
+
+pub mod identity;
+mod ring_provider;
+pub mod signature_bundle;
+mod strict_json;
+pub mod trust_root;
+
+pub use identity::{IdentityPattern, SignerIdentity, TextPattern};
+pub use signature_bundle::{
+    AttachedSignature, BundleError, SignatureBundle, VerificationError, VerifiedSigner,
+};
+pub use trust_root::{TransparencyLog, TrustRoot, TrustRootError};
+
+#[cfg(test)]
+mod tests;
